@@ -1,0 +1,51 @@
+"""Adaptations: which weights are trained, and how they are kept. One file each; the file's name is its key in the recipe.
+
+An adaptation never knows what the loss is. A new one is one file here with a ``Config`` and an ``Adaptation`` class that
+keeps this contract, and one row in ``tests/matrix``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+
+class Adaptation(Protocol):
+    """What the engine needs of an adaptation. ``learning_rate`` is its default rate; ``mergeable`` whether ``merge`` works."""
+
+    learning_rate: float
+    mergeable: bool
+
+    def load_kwargs(self) -> dict[str, Any]:
+        """Extra arguments for ``from_pretrained`` (a quantisation config, say)."""
+        ...
+
+    def apply(self, model: Any, head: str) -> Any:
+        """Return the model with exactly the right parameters trainable. Raises RecipeError before touching it."""
+        ...
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write what was trained, as safetensors, in the Hub's or peft's own format."""
+        ...
+
+    def merge(self, model: Any) -> Any:
+        """Fold what was trained into plain weights, or raise UserError saying why that is impossible."""
+        ...
+
+
+def names() -> list[str]:
+    """The keys valid under ``adaptation:``."""
+    return sorted(info.name for info in pkgutil.iter_modules(__path__))
+
+
+def module(name: str) -> ModuleType:
+    """The file of one adaptation, imported when asked for."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def name_of(config: Any) -> str:
+    """The key of the file that ``config`` belongs to."""
+    return type(config).__module__.rpartition(".")[2]

@@ -1,0 +1,63 @@
+"""The recipe's ``train:`` and ``samples:`` keys."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Every = float | Literal["epoch"] | None
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainConfig(Strict):
+    """How the loop runs. ``*_steps`` take a number, a share of the run below 1, or ``epoch``."""
+
+    learning_rate: float | None = Field(None, gt=0, description="default: the adaptation's own (LoRA 2e-4, full 2e-5)")
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, gt=0, description="stop after so many optimiser steps; overrides epochs")
+    batch_size: int = Field(8, gt=0, description="rows per optimiser step, over all processes")
+    micro_batch_tokens: int = Field(2048, gt=0, description="memory knob: tokens per forward pass; never changes the result")
+    max_length: int | None = Field(None, gt=1, description="default: the longest row, at most the model's window")
+    shuffle: bool = True
+    packing: Literal["auto", "off"] = Field("auto", description="auto = rows side by side with no padding where that is exact")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = Field(False, description="torch.compile the layers; repays itself on long runs only")
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0 = no clipping")
+    logging_steps: Every = 1
+    eval_steps: Every = Field("epoch", description="null = only before and after")
+    save_steps: Every = Field("epoch", description="null = only at the end")
+    save_total_limit: int = Field(2, gt=0, description="checkpoints kept beside the best and the last")
+    early_stopping_patience: int | None = Field(None, gt=0, description="stop after so many evaluations without improvement")
+    early_stopping_threshold: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.warmup_ratio and self.warmup_steps:
+            raise ValueError("set warmup_ratio or warmup_steps, not both")
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            if isinstance(value, float) and (value <= 0 or (value > 1 and value != int(value))):
+                raise ValueError(f"{name} must be a whole number, a share of the run below 1, or `epoch`")
+        if self.early_stopping_patience and self.eval_steps is None:
+            raise ValueError("early_stopping_patience needs eval_steps")
+        return self
+
+
+class SampleConfig(Strict):
+    """Fixed prompts answered at every evaluation, to be read beside the curves."""
+
+    prompts: list[str] | None = Field(None, description="default: the prompts of the first held-out rows")
+    count: int = Field(3, ge=0, description="how many held-out prompts when none are given; 0 = none")
+    max_new_tokens: int = Field(64, gt=0)

@@ -1,0 +1,79 @@
+"""Objectives: what the loss is. One file each; the file's name is its key in the recipe.
+
+A new objective is one file here with a ``Config`` and an ``Objective`` class that keeps this contract, and one row in
+``tests/matrix``. An objective never knows how the weights are adapted nor which network they belong to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+Example = dict[str, np.ndarray]
+"""One row, ready to learn from: name -> 1-D array. Language-model objectives use ``input_ids`` (int32) and ``supervised`` (bool)."""
+
+Batch = dict[str, Any]
+"""Tensors of one micro-batch, on the device."""
+
+
+class Objective(Protocol):
+    """What the engine needs of an objective.
+
+    ``head``      "lm" | "score" | "token" | "span": which AutoModel class is loaded.
+    ``rows``      the row types it accepts.
+    ``best``      (metric, "min" | "max"): which evaluation figure chooses the best model.
+    ``overlong``  "error" | "split" | "drop" | "truncate": what happens to a row above ``max_length``.
+    """
+
+    head: str
+    rows: tuple[type, ...]
+    best: tuple[str, str]
+    overlong: str
+
+    def encode(self, rows: Sequence[Any], tokenizer: Any) -> list[list[Example]]:
+        """Tokenise rows; one list of examples for each row (several when a conversation is expanded by turn)."""
+        ...
+
+    def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
+        """One micro-batch: a single packed sequence with segments, or right-padded rows. Pure; needs no model."""
+        ...
+
+    def count(self, batch: Batch) -> Any:
+        """Loss units of the micro-batch (supervised tokens, pairs, rows) as a tensor, known before the forward pass."""
+        ...
+
+    def loss(self, model: Any, batch: Batch, reference: Any = None) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+        """(sum of the loss over its units, {metric: (sum, count)}): device tensors, no mean, no ``.item()``."""
+        ...
+
+    def batches(self, model: Any, loader: Iterable[list[Batch]]) -> Iterable[list[Batch]]:
+        """The micro-batches of each optimiser step; passes ``loader`` through unless the objective makes its own data."""
+        ...
+
+    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """Small records of a batch (sums and counts, ids, spans), never logits."""
+        ...
+
+    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Corpus figures from all records, such as ``eval_loss``."""
+        ...
+
+
+def names() -> list[str]:
+    """The keys valid under ``objective:``."""
+    return sorted(info.name for info in pkgutil.iter_modules(__path__))
+
+
+def module(name: str) -> ModuleType:
+    """The file of one objective, imported when asked for."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def name_of(config: Any) -> str:
+    """The key of the file that ``config`` belongs to."""
+    return type(config).__module__.rpartition(".")[2]
