@@ -1,0 +1,47 @@
+"""Shared fixtures: no network, one thread, shared data where it is present."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+SHARED = Path(os.environ.get("TUNESMITH_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to reach another machine fails the test."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> Any:
+        if self.family == socket.AF_UNIX or (isinstance(address, tuple) and address[0] in ("127.0.0.1", "localhost", "::1")):
+            return connect(self, address)
+        _refuse(address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+def _refuse(address: Any) -> NoReturn:
+    raise AssertionError(f"a test tried to reach the network: {address}")
+
+
+@pytest.fixture(autouse=True)
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Caches and models of a test never touch the user's own."""
+    if "TUNESMITH_TEST_HOME" not in os.environ:
+        monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data sets, or a skip that says what is missing."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"real data sets are not at {SHARED} (set TUNESMITH_SHARED)")
+    return SHARED

@@ -1,0 +1,90 @@
+"""Tiny random models and tokenizers, made from configs in milliseconds."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog and the model answers the user with a short sentence.",
+    "What is the capital of France? Paris is the capital of France. system user assistant question answer",
+    "def add(a, b):\n    return a + b\n\n### Instruction:\n### Response:\n 0123456789",
+    "안녕하세요 질문 답변 오늘 날씨가 좋네요. 하루가 또 가네요. 위로해 드립니다.",
+]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+VOCABULARY = 512
+
+
+@lru_cache
+def _backend(adds_bos: bool) -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    post: Any = processors.ByteLevel(trim_offsets=True)
+    if adds_bos:
+        post = processors.Sequence([post, processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])])
+    tokenizer.post_processor = post
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer(template: str | None = None, pad_is_eos: bool = False, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of about 500 tokens. ``template`` is "chatml", a Jinja string, or None."""
+    eos = "<|im_end|>" if template == "chatml" else "</s>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_backend(adds_bos)), bos_token="<s>", eos_token=eos, pad_token=eos if pad_is_eos else "<pad>"
+    )
+    tokenizer.chat_template = CHATML if template == "chatml" else template
+    return tokenizer
+
+
+SMALL = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, head_dim=8, tie_word_embeddings=True,
+)  # fmt: skip
+TINY: dict[str, dict[str, Any]] = {
+    "llama": SMALL,
+    "qwen3": SMALL,
+    "gemma": SMALL,
+    "mistral": {**SMALL, "sliding_window": 16},
+    "gemma3": {**SMALL, "model_type": "gemma3_text", "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+                 attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+}  # fmt: skip
+
+
+def tiny_config(name: str, **changes: Any) -> Any:
+    values = {"model_type": name, **TINY[name], **changes}
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
+    """A 2-layer random fp32 causal language model in eval mode."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(name, **changes))
+    with torch.no_grad():  # larger than the default initialisation, so that attention matters
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5.0)
+    return model.eval()
+
+
+def save_tiny(name: str, folder: Path, template: str | None = "chatml", **changes: Any) -> Path:
+    """Write a tiny model with its tokenizer, as a plain transformers folder."""
+    tokenizer = tiny_tokenizer(template)
+    changes.setdefault("eos_token_id", tokenizer.eos_token_id)
+    tiny_model(name, **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
