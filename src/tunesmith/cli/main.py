@@ -1,0 +1,126 @@
+"""``tunesmith VERB ...``: find the verb's module, run it, turn errors into exit codes.
+
+A verb's module is imported only when that verb is called, and imports torch only inside its function, so that ``--help``
+answers at once. A new verb is one file here and one line in ``VERBS``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tunesmith import __version__
+from tunesmith.cli import output
+from tunesmith.errors import TunesmithError
+
+# verb: (module:name of a function or of a typer app, the line shown by `tunesmith --help`)
+VERBS = {
+    "train": ("tunesmith.cli.train:train", "Train a model as a recipe says."),
+    "check": ("tunesmith.cli.check:check", "Tell all that can be known before training: data, masks, steps, memory."),
+    "init": ("tunesmith.cli.init:init", "Write a commented recipe."),
+    "evaluate": ("tunesmith.cli.evaluate:evaluate", "Loss and perplexity of a model on a data file."),
+    "generate": ("tunesmith.cli.generate:generate", "Answer a prompt, or every prompt of a file."),
+    "chat": ("tunesmith.cli.chat:chat", "Talk with a model."),
+    "show": ("tunesmith.cli.show:show", "What a model folder is, without loading it."),
+    "merge": ("tunesmith.cli.merge:merge", "Fold a LoRA into its base model."),
+    "models": ("tunesmith.cli.models:app", "List and pull models."),
+    "data": ("tunesmith.cli.data:app", "Preview and lint data."),
+}
+
+
+class Verbs(TyperGroup):
+    """Lists the verbs from ``VERBS``; imports the one that is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name in VERBS else command, rest
+
+
+def load(verb: str) -> Any:
+    """The command of one verb, its module imported."""
+    path, help_line = VERBS[verb]
+    module, _, name = path.partition(":")
+    target = getattr(importlib.import_module(module), name)
+    if not isinstance(target, typer.Typer):
+        app = typer.Typer(add_completion=False)
+        app.command(verb)(target)
+        target = app
+    command: Any = typer.main.get_command(target)
+    command.name = verb
+    command.help = command.help or help_line
+    return command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0 done, 1 a bug of ours, 2 the user's input, 3 stopped, 130 interrupted."""
+    args = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in args
+    debug = bool(os.environ.get("TUNESMITH_DEBUG"))
+    if not debug:  # a library's remarks are not the user's business
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        with output.only_result() if as_json else contextlib.nullcontext():
+            code = typer.main.get_command(_app())(args, prog_name="tunesmith", standalone_mode=False)
+            return code if isinstance(code, int) else 0
+    except TunesmithError as error:
+        if debug:
+            traceback.print_exc()
+        return output.fail(error, error.exit_code, as_json)
+    except typer.TyperException as error:  # an unknown option, a missing argument
+        if as_json:
+            return output.fail(error, 2, as_json)
+        usage: Any = error
+        usage.show()
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        return output.fail(KeyboardInterrupt("interrupted"), 130, as_json)
+    except Exception as error:  # noqa: BLE001 - the last line of defence: whatever arrives here is a bug of ours
+        return output.fail(_bug(error, debug), 1, as_json)
+
+
+def _bug(error: Exception, debug: bool) -> Exception:
+    if debug:
+        where = "above"
+        traceback.print_exc()
+    else:
+        with tempfile.NamedTemporaryFile("w", prefix="tunesmith-bug-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.write(f"tunesmith {__version__}, Python {sys.version}, {sys.platform}\n{sys.argv}\n\n{traceback.format_exc()}")
+        where = f"in {file.name}"
+    return RuntimeError(
+        f"{type(error).__name__}: {error}\n  This is a bug in tunesmith. Please report it with the traceback {where}, "
+        "the command line and the recipe (TUNESMITH_DEBUG=1 shows tracebacks)."
+    )
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer(
+        cls=Verbs, add_completion=False, no_args_is_help=True, help="Fine-tune language models, correctly and fast."
+    )
+
+    @app.callback()
+    def root(version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version)] = False) -> None:
+        pass
+
+    for verb, (_, help_line) in VERBS.items():
+        app.command(verb, help=help_line)(_listed)
+    return app
+
+
+def _listed() -> None:
+    """Stands for a verb in the list of ``--help``; ``Verbs.resolve_command`` puts the real one in its place."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit()
