@@ -1,0 +1,74 @@
+"""How figures are written for people, the same on the console and in the report."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+_SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def number(value: float) -> str:
+    """About four significant digits, the way a person would write them: 1.842, 0.0312, 15.3, 4,210, 2.00e-05, nan."""
+    if not math.isfinite(value):
+        return str(float(value))
+    size = abs(value)
+    if value == int(value) and size < 1e15:
+        return f"{int(value):,}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:.{max(0, 3 - math.floor(math.log10(size)))}f}"
+
+
+def rate(value: float) -> str:
+    """A learning rate: 2e-4, 1.63e-5, 0."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(float(value))
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def count(value: float) -> str:
+    """A large whole number in short: 950, 12.3k, 134.5M, 7.2G."""
+    for scale, letter in _SCALES:
+        if value >= scale:
+            return f"{value / scale:.1f}{letter}"
+    return f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units, as disks and model cards count them: 269 MB, 1.92 GB."""
+    for scale, letter in _SCALES:
+        if value >= scale:
+            scaled = value / scale
+            return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {letter}B"
+    return f"{value:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """12.3 s, 3:07, 1:02:03, 2 d 03:04."""
+    if not math.isfinite(seconds):
+        return str(float(seconds))
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours:02}:{minutes:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def share(part: float, whole: float) -> str:
+    """``part`` of ``whole`` in percent; small shares keep a digit that says something."""
+    if not whole:
+        return "-"
+    percent = 100 * part / whole
+    return f"{percent:.0f}%" if percent == 100 or percent == 0 else f"{percent:.{1 if percent >= 1 else 3}f}%"
+
+
+def is_number(value: Any) -> bool:
+    """True for a figure; a JSON boolean is not one, though Python counts it as an int."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

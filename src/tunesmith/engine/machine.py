@@ -1,0 +1,143 @@
+"""The machine a run is on: what it is, how much memory this process holds, how much disk is left.
+
+Only Linux's /proc is read directly; elsewhere psutil answers, which comes with accelerate.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# Instruction sets that decide how fast low-precision matrix multiplication is.
+ISA_FLAGS = (
+    *("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
+    *("asimd", "asimdhp", "bf16", "i8mm", "sve"),
+)
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tunesmith")
+
+
+def describe() -> dict[str, Any]:
+    """What figures of a run depend on, as plain JSON values.
+
+    Keys: ``cpu`` (model name), ``cores`` (this process may use), ``threads`` (torch computes with), ``isa`` (list, see
+    ISA_FLAGS), ``memory_bytes`` (of the machine, or its cgroup's limit), ``gpu`` (list of {name, memory_bytes}), ``os``,
+    ``python``, ``versions`` ({package: version, null when it is not installed}).
+    """
+    import torch
+
+    cpu, flags = _cpu()
+    return {
+        "cpu": cpu,
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "isa": [flag for flag in ISA_FLAGS if flag in flags],
+        "memory_bytes": _total_memory(),
+        "gpu": _gpus(torch),
+        "os": platform.platform(aliased=True, terse=False),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def memory_bytes() -> int:
+    """Memory this process holds now (resident set), in bytes."""
+    if sys.platform == "linux":
+        return _status_field(Path("/proc/self/status").read_text(), "VmRSS")
+    import psutil  # type: ignore[import-untyped]
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process ever held (high-water mark of the resident set), in bytes."""
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        # Some container sandboxes leave VmHWM out of their /proc; getrusage then knows it, in KiB.
+        return _status_field(status, "VmHWM") if "VmHWM:" in status else _max_rss() * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    # getrusage(2): ru_maxrss is in bytes on macOS, in KiB on the other Unixes.
+    return _max_rss() * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_disk_bytes(path: str | Path) -> int:
+    """Bytes this user can still write where ``path`` lies. ``path`` need not exist yet: its nearest existing parent counts."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _status_field(status: str, name: str) -> int:
+    """``VmRSS:   1234 kB`` -> bytes (proc(5): the unit is always kB)."""
+    for line in status.splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no line {name}")
+
+
+def _max_rss() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """(model name, instruction set flags)."""
+    if sys.platform == "linux":
+        return _parse_cpuinfo(Path("/proc/cpuinfo").read_text())
+    if sys.platform == "darwin":
+        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        return asked.stdout.strip() or platform.machine(), set()
+    return platform.processor() or platform.machine(), set()
+
+
+def _parse_cpuinfo(text: str) -> tuple[str, set[str]]:
+    """x86 has ``model name`` and ``flags``; arm64 has ``Features`` and often no name at all."""
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, colon, value = line.partition(":")
+        if colon:
+            fields.setdefault(key.strip().lower(), value.strip())
+    name = fields.get("model name") or fields.get("hardware") or platform.machine()
+    return name, set((fields.get("flags") or fields.get("features") or "").split())
+
+
+def _cores() -> int:
+    """Cores this process may run on, which in a container is fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _total_memory() -> int:
+    if sys.platform != "linux":
+        import psutil
+
+        return int(psutil.virtual_memory().total)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def _gpus(torch: Any) -> list[dict[str, Any]]:
+    if torch.cuda.is_available():
+        properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return [{"name": one.name, "memory_bytes": one.total_memory} for one in properties]
+    if torch.backends.mps.is_available():
+        return [{"name": "Apple GPU (mps)", "memory_bytes": None}]
+    return []
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
