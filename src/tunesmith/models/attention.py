@@ -1,0 +1,137 @@
+"""Attention over packed rows: several sequences side by side in one, each seeing only itself.
+
+Registered with transformers' ``AttentionInterface`` under ``tunesmith_segments``, with a mask function that builds no mask. A
+model calls it once per layer; the boundaries arrive as the keyword ``segments`` that its forward passes through. Whatever else a
+model wants of attention (a sliding window shorter than a segment, a soft cap, a position bias) is refused, never ignored: the
+caller then pads instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from tunesmith.models import kernels
+
+NAME = "tunesmith_segments"
+HARMLESS = {"position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal", "past_key_values"}
+
+
+class CannotPack(Exception):
+    """The model asks attention for something that packed rows cannot give exactly."""
+
+
+def register() -> None:
+    """Make ``attn_implementation="tunesmith_segments"`` known to transformers."""
+    AttentionInterface.register(NAME, segment_attention)
+    AttentionMaskInterface.register(NAME, no_mask)
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """Segments replace the mask."""
+    return None
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: tuple[int, ...] | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each segment.
+
+    ``query`` (1, heads, tokens, dim), ``key`` and ``value`` (1, kv_heads, tokens, dim); ``segments`` holds the lengths, which sum
+    to tokens. Returns (1, tokens, heads, dim). Raises CannotPack for anything it does not understand.
+    """
+    unknown = [name for name, given in kwargs.items() if given is not None and name not in HARMLESS]
+    if unknown:
+        raise CannotPack(f"its attention uses {', '.join(unknown)}")
+    if segments is None or attention_mask is not None or query.shape[0] != 1:
+        raise CannotPack("its forward does not pass the segments on to attention")
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+        raise CannotPack("its attention is not causal")
+    if sliding_window is not None and sliding_window < max(segments):
+        raise CannotPack(f"its attention slides over {sliding_window} tokens and a row has {max(segments)}")
+    if dropout:
+        raise CannotPack("its attention drops probabilities at random")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if kernels.available(query) and value.shape[-1] == query.shape[-1]:
+        out = CausalSegments.apply(query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), segments, scale)
+        return out.unsqueeze(0), None
+    out = torch.empty(1, query.shape[2], query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device)
+    parts, start = [], 0
+    for length in segments:
+        q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
+        parts.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]))
+        start += length
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def forward_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float) -> torch.Tensor:
+    """(heads, tokens, dim) and twice (kv_heads, tokens, dim) -> (tokens, heads, dim), without a graph."""
+    heads, tokens, dim = q.shape
+    out = torch.empty(tokens, heads, dim, dtype=q.dtype)
+    start = 0
+    for length in segments:
+        end = start + length
+        part = scaled_dot_product_attention(
+            q[None, :, start:end], k[None, :, start:end], v[None, :, start:end],
+            is_causal=True, scale=scale, enable_gqa=heads != k.shape[0],
+        )  # fmt: skip
+        out[start:end] = part[0].transpose(0, 1)
+        start = end
+    return out
+
+
+def backward_segments(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of :func:`forward_segments` for ``grad`` (tokens, heads, dim), laid out like q, k and v.
+
+    With P = causal softmax(scale q k^T): dV = P^T dO; dP = dO V^T; dS = scale P (dP - rowsum(P dP)); dQ = dS K; dK = dS^T Q. P is
+    made again from q and k: torch's flash backward for CPUs takes three to five times as long below some 600 tokens.
+    """
+    heads, _, dim = q.shape
+    kv_heads = k.shape[0]
+    group = heads // kv_heads
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    start = 0
+    for length in segments:
+        end = start + length
+        # the query heads that share a key head are stacked along the rows: (kv_heads, group * length, dim)
+        q_rows = q[:, start:end].reshape(kv_heads, group * length, dim)
+        grad_rows = grad[start:end].transpose(0, 1).reshape(kv_heads, group * length, dim)
+        k_part, v_part = k[:, start:end].contiguous(), v[:, start:end].contiguous()
+        p = torch.bmm(q_rows, k_part.transpose(1, 2))
+        kernels.call("causal_softmax", q.dtype, p, scale, heads, length)
+        ds = torch.bmm(grad_rows, v_part.transpose(1, 2))
+        dv[:, start:end] = torch.bmm(p.transpose(1, 2), grad_rows)
+        kernels.call("causal_softmax_backward", q.dtype, ds, p, scale, heads, length)
+        dq[:, start:end] = torch.bmm(ds, k_part).view(heads, length, dim)
+        dk[:, start:end] = torch.bmm(ds.transpose(1, 2), q_rows)
+        start = end
+    return dq, dk, dv
+
+
+class CausalSegments(torch.autograd.Function):
+    """:func:`forward_segments` with :func:`backward_segments`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.segments, ctx.scale = segments, scale
+        return forward_segments(q, k, v, segments, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return *backward_segments(grad, *ctx.saved_tensors, ctx.segments, ctx.scale), None, None
