@@ -1,25 +1,26 @@
 """The recipe: what a run is, as YAML, strictly checked.
 
 Each part's keys live beside what they configure (``data/config.py``, ``engine/config.py``, every objective and adaptation
-file); this module only nests them, reads YAML safely, applies ``key=value`` overrides and names the nearest valid key when
-one is unknown.
+file); this module only nests them, names the nearest valid key when one is unknown, and refuses choices that do not go
+together or would do nothing.
 """
 
 from __future__ import annotations
 
-import difflib
+import os
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tunesmith import adaptations, objectives
+from tunesmith import adaptations, objectives, recipe_text
 from tunesmith.data.config import DataConfig
 from tunesmith.engine.config import SampleConfig, TrainConfig
 from tunesmith.errors import RecipeError
+from tunesmith.nearest import did_you_mean, nearest
 
 
 class Strict(BaseModel):
@@ -38,7 +39,7 @@ class Recipe(Strict):
     data: DataConfig
     train: TrainConfig = TrainConfig()
     samples: SampleConfig = SampleConfig()
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="of row order, dropout and new weights")
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data, every default filled in; ``recipe.yaml`` of the run folder holds this."""
@@ -48,113 +49,209 @@ class Recipe(Strict):
         return out
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, apply dotted overrides (``train.learning_rate=1e-4``), and check it.
 
-    Raises RecipeError naming the file, the key, what was expected and the nearest valid key.
+    Raises RecipeError naming the file, the line, the key, what was expected and the nearest valid key.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"recipe not found: {path}\n  Type `tunesmith init sft > {path.name}` to make one.") from None
+        raise RecipeError(f"recipe not found: {path}\n  Type `tunesmith init sft --out {path.name}` to make one.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from None
-    return parse(_safe_yaml(text, str(path)), overrides, where=str(path))
+    raw, tree = recipe_text.read(text, str(path))
+    return _check(raw, recipe_text.Text(str(path), tree, tuple(overrides)))
 
 
-def parse(raw: Any, overrides: list[str] | tuple[str, ...] = (), where: str = "recipe") -> Recipe:
-    """Check plain data against the schema. ``raw`` is what YAML gave; it is not changed."""
+def parse(raw: Any, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """Check plain data (a dict as YAML would give it; paths may be ``Path``). ``raw`` is not changed."""
+    return _check(_without_paths(raw), recipe_text.Text(where, None, tuple(overrides)))
+
+
+def _check(raw: Any, text: recipe_text.Text) -> Recipe:
     if not isinstance(raw, dict):
-        raise RecipeError(f"{where}: expected a mapping of keys such as `model:` and `data:`, got {type(raw).__name__}")
-    raw = {key: value for key, value in raw.items()}
-    for override in overrides:
-        raw = _apply(raw, override)
+        raise RecipeError(f"{text.name}: expected a mapping of keys such as `model:` and `data:`, got {type(raw).__name__}")
+    for override in text.overrides:
+        raw = recipe_text.apply(raw, override)
+    raw, problems = dict(raw), []
+    for part, package, default in (("objective", objectives, "sft"), ("adaptation", adaptations, "lora")):
+        try:
+            name, keys = _choose(part, raw.get(part, default), package.names(), text)
+            raw[part] = _build(package.module(name).Config, keys, text, (part,))
+        except RecipeError as error:
+            problems.append(str(error))
+            raw[part] = None
     try:
-        objective_type, objective = _choose("objective", raw.get("objective", "sft"), objectives.names(), where)
-        adaptation_type, adaptation = _choose("adaptation", raw.get("adaptation", "lora"), adaptations.names(), where)
-        raw["objective"] = _build(objectives.module(objective_type).Config, objective, f"{where}: objective")
-        raw["adaptation"] = _build(adaptations.module(adaptation_type).Config, adaptation, f"{where}: adaptation")
-        return _build(Recipe, raw, where)
-    except RecipeError:
-        raise
+        recipe: Recipe = _build(Recipe, raw, text)
+    except RecipeError as error:
+        problems.append(str(error))
+    if not problems:
+        problems = [f"{text.name}: {problem}" for problem in conflicts(recipe)]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return recipe
 
 
-def _safe_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.constructor.ConstructorError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise RecipeError(f"{where}, line {line}: {error.problem}. A recipe holds plain values only; remove the tag.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+def conflicts(recipe: Recipe) -> list[str]:
+    """Choices that contradict each other, and keys that would do nothing beside the others. Default values never count."""
+    data, train, samples = recipe.data, recipe.train, recipe.samples
+    held_out = data.eval.path is not None or data.eval.fraction > 0
+    found = []
+
+    def clash(condition: Any, message: str) -> None:
+        if condition:
+            found.append(message)
+
+    clash(data.eval.path and changed(data.eval, "fraction"), "set data.eval.path or data.eval.fraction, not both")
+    for key in ("format", "columns", "prompt_template"):
+        clash(data.eval.path is None and changed(data.eval, key), f"data.eval.{key} does nothing without data.eval.path")
+    clash(data.eval.limit and not held_out, "data.eval.limit does nothing: no row is held out (data.eval.fraction is 0)")
+    clash(
+        train.early_stopping_patience and not held_out,
+        "train.early_stopping_patience needs held-out rows: give data.eval.fraction or data.eval.path",
+    )
+    clash(
+        train.eval_steps not in (None, "epoch") and not held_out,
+        "train.eval_steps does nothing: no row is held out (data.eval.fraction is 0)",
+    )
+    clash(
+        train.early_stopping_threshold and not train.early_stopping_patience,
+        "train.early_stopping_threshold does nothing without train.early_stopping_patience",
+    )
+    clash(train.max_steps and changed(train, "epochs"), "set train.max_steps or train.epochs, not both")
+    clash(
+        train.lr_scheduler_type == "constant" and (train.warmup_ratio or train.warmup_steps),
+        "train.lr_scheduler_type: constant has no warm-up; use constant_with_warmup",
+    )
+    clash(samples.prompts and changed(samples, "count"), "set samples.prompts or samples.count, not both")
+    clash(
+        samples.count == 0 and not samples.prompts and changed(samples, "max_new_tokens"),
+        "samples.max_new_tokens does nothing: samples.count is 0",
+    )
+    return found
 
 
-def _apply(raw: dict[str, Any], override: str) -> dict[str, Any]:
-    """Set one dotted key. The value is YAML, so lists and mappings work."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override {override!r}: expected key=value, for example train.epochs=2")
-    raw = dict(raw)
-    node = raw
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        child = node.get(parent)
-        if isinstance(child, str) and parent in ("objective", "adaptation"):
-            child = {"type": child}
-        if child is not None and not isinstance(child, dict):
-            raise RecipeError(f"override {override!r}: {parent} is not a mapping")
-        node[parent] = dict(child or {})
-        node = node[parent]
-    node[last] = _safe_yaml(value, f"override {override!r}")
-    return raw
+def brief(recipe: Recipe) -> str:
+    """What the run is, a line for each part: the keys that matter in every run, and whatever is not at its default."""
+    objective, adaptation = objectives.name_of(recipe.objective), adaptations.name_of(recipe.adaptation)
+    rate = recipe.train.learning_rate or adaptations.module(adaptation).Adaptation.learning_rate
+    length = "max_steps" if recipe.train.max_steps else "epochs"
+    held_out = "path" if recipe.data.eval.path else "fraction"
+    sources = [" ".join([source.path, *_shown(source, hidden=("path",))]) for source in recipe.data.train]
+    parts = {
+        "model": [
+            recipe.model,
+            *_shown(recipe, ("seed",), hidden=("model", "objective", "adaptation", "data", "train", "samples")),
+        ],
+        "objective": [objective, *_shown(recipe.objective, tuple(type(recipe.objective).model_fields))],
+        "adaptation": [adaptation, *_shown(recipe.adaptation, tuple(type(recipe.adaptation).model_fields))],
+        "data": [", ".join(sources), *_shown(recipe.data, hidden=("train", "eval"))],
+        "eval": _shown(recipe.data.eval, (held_out,)),
+        "train": [
+            f"learning_rate {rate:g}",
+            *_shown(recipe.train, (length, "batch_size", "lr_scheduler_type"), ("learning_rate",)),
+        ],
+    }
+    return "\n".join(f"{name:<11} {'  '.join(words)}" for name, words in parts.items())
 
 
-def _choose(part: str, value: Any, names: list[str], where: str) -> tuple[str, dict[str, Any]]:
+def _shown(config: BaseModel, always: tuple[str, ...] = (), hidden: tuple[str, ...] = ()) -> list[str]:
+    """``["r 8", "lora_alpha 16"]``: the keys of ``always``, then those not at their defaults; empty ones are left out."""
+    keys = dict.fromkeys([*always, *(key for key in type(config).model_fields if key not in hidden and changed(config, key))])
+    values = {key: getattr(config, key) for key in keys}
+    return [
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items() if value is not None
+    ]
+
+
+def changed(config: BaseModel, key: str) -> bool:
+    """Whether a key differs from its default."""
+    return bool(getattr(config, key) != type(config).model_fields[key].get_default(call_default_factory=True))
+
+
+def _choose(part: str, value: Any, names: list[str], text: recipe_text.Text) -> tuple[str, dict[str, Any]]:
     """``lora`` or ``{type: lora, r: 8}`` -> ("lora", {"r": 8})."""
-    keys = {"type": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
-    name = keys.pop("type", None)
+    if isinstance(value, str):
+        value = {"type": value}
+    if not isinstance(value, dict):
+        raise RecipeError(f"{text.at((part,))}: `{part}`: expected a name or a mapping with `type`, got {value!r}")
+    keys = dict(value)
+    if "type" not in keys:
+        meant = next((str(key) for key in keys if nearest(str(key), ["type"])), None)
+        if meant is not None:
+            raise RecipeError(f"{text.at((part, meant))}: unknown key `{part}.{meant}`. Did you mean `type`?")
+        raise RecipeError(f"{text.at((part,))}: the key `{part}.type` is missing. Valid: {', '.join(names)}")
+    name = keys.pop("type")
     if name not in names:
-        raise RecipeError(f"{where}: {part}: unknown type {name!r}. {_nearest(str(name), names)}")
+        raise RecipeError(f"{text.at((part, 'type'))}: `{part}`: unknown type {name!r}. {did_you_mean(str(name), names)}")
     return str(name), keys
 
 
-def _build(model: type[BaseModel], values: dict[str, Any], where: str) -> Any:
+def _build(model: type[BaseModel], values: dict[str, Any], text: recipe_text.Text, prefix: tuple[str, ...] = ()) -> Any:
+    """``values`` as ``model``; nothing is coerced (the text "8" is no number, true is not 1)."""
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, strict=True)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(model, item, where) for item in error.errors())) from None
+        raise RecipeError("\n".join(_explain(model, error.errors(), text, prefix))) from None
 
 
-def _explain(model: type[BaseModel], item: Any, where: str) -> str:
-    path = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key `{path}`. {_nearest(str(item['loc'][-1]), _keys_at(model, item['loc'][:-1]))}"
-    if item["type"] == "missing":
-        return f"{where}: the key `{path}` is missing"
-    return f"{where}: `{path}`: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
+def _explain(model: type[BaseModel], errors: Sequence[Any], text: recipe_text.Text, prefix: tuple[str, ...]) -> list[str]:
+    """One line for each key that is wrong."""
+    unknown_in = {error["loc"][:-1] for error in errors if error["type"] == "extra_forbidden"}
+    lines: list[str] = []
+    expected: dict[tuple[str, str, str], list[str]] = {}
+    for error in errors:
+        loc = _key_path(model, error["loc"]) if error["type"] != "extra_forbidden" else error["loc"]
+        key, where = ".".join(map(str, (*prefix, *loc))), text.at((*prefix, *loc))
+        if error["type"] in ("extra_forbidden", "invalid_key"):
+            valid = [*_keys_at(model, error["loc"][:-1]), *(["type"] if prefix and len(error["loc"]) == 1 else [])]
+            lines.append(f"{where}: unknown key `{key}`. {did_you_mean(str(error['loc'][-1]), valid)}")
+        elif error["type"] == "missing":
+            if error["loc"][:-1] not in unknown_in:  # else the unknown key is the missing one, mistyped
+                lines.append(f"{where}: the key `{key}` is missing")
+        elif error["type"] == "value_error":
+            lines.append(f"{where}: {key}{': ' if key else ''}{error['msg'].removeprefix('Value error, ')}")
+        else:
+            wanted = error["msg"].removeprefix("Input should be ")
+            expected.setdefault((where, key, repr(error["input"])), []).append(wanted)
+    lines += [f"{where}: `{key}`: expected {' or '.join(wanted)}, got {got}" for (where, key, got), wanted in expected.items()]
+    return lines
 
 
-def _nearest(name: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return (f"Did you mean `{close[0]}`? " if close else "") + "Valid: " + ", ".join(sorted(valid))
+def _key_path(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``loc`` without the names that pydantic adds for the branches of a union."""
+    for length in range(1, len(loc) + 1):
+        if isinstance(loc[length - 1], str) and loc[length - 1] not in _keys_at(model, loc[: length - 1]):
+            return loc[: length - 1]
+    return loc
 
 
 def _keys_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """The field names valid at ``loc`` inside ``model`` (list positions and union branches are stepped over)."""
+    """The field names valid at ``loc`` inside ``model`` (list positions are stepped over)."""
     candidates: list[type[BaseModel]] = [model]
     for part in loc:
+        if isinstance(part, int):
+            continue
         fields = [candidate.model_fields[part] for candidate in candidates if part in candidate.model_fields]
-        if fields:
-            candidates = [inner for field in fields for inner in _models_in(field.annotation)]
+        candidates = [inner for field in fields for inner in _models_in(field.annotation)]
     return [name for candidate in candidates for name in candidate.model_fields]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    """The pydantic models that an annotation such as ``list[Source] | None`` may hold."""
+    if isinstance(annotation, type) and not typing.get_args(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in (types.UnionType, typing.Union, list, tuple, typing.Annotated):
         return [inner for arg in typing.get_args(annotation) for inner in _models_in(arg)]
     return []
+
+
+def _without_paths(value: Any) -> Any:
+    """``Path`` objects as the strings that YAML would hold."""
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

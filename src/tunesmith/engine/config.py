@@ -35,7 +35,7 @@ class TrainConfig(Strict):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0 = no clipping")
-    logging_steps: Every = 1
+    logging_steps: Every = 1.0
     eval_steps: Every = Field("epoch", description="null = only before and after")
     save_steps: Every = Field("epoch", description="null = only at the end")
     save_total_limit: int = Field(2, gt=0, description="checkpoints kept beside the best and the last")

@@ -1,0 +1,75 @@
+"""``tunesmith train RECIPE [key=value ...]``: run a recipe and print what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from tunesmith.cli.output import console, result, say
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; see `tunesmith init`.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.epochs=2.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Train a model as a recipe says."""
+    from tunesmith.recipe import brief, load
+
+    checked = load(recipe, overrides or ())
+    say(brief(checked))
+
+    from tunesmith.engine import run
+
+    outcome = run.train(checked, out=out or Path("runs") / recipe.stem, resume=resume, console=console())
+    result(outcome, as_json, summary)
+
+
+def summary(outcome: Mapping[str, Any]) -> list[Any]:
+    """Tables of the figures and the samples before and after, where everything is, and the next command."""
+    lines = [
+        f"stopped    {outcome['stopped']}" if outcome.get("stopped") else "",
+        f"steps      {outcome['steps']}, {outcome['tokens_per_second']:.0f} tokens/s, "
+        f"peak memory {outcome['peak_memory_bytes'] / 2**30:.2f} GiB",
+        f"trained    {outcome['trainable_parameters']:,} of {outcome['total_parameters']:,} parameters "
+        f"({outcome['trainable_parameters'] / outcome['total_parameters']:.2%})",
+        f"model      {outcome['model_dir']}",
+        f"report     {outcome['report']}",
+        f'next       tunesmith generate {outcome["model_dir"]} --prompt "..."',
+        f"           tunesmith chat {outcome['model_dir']}",
+    ]
+    tables = [_figures(outcome)] if outcome.get("eval_loss") is not None else []
+    if outcome.get("samples"):
+        tables.append(_samples(outcome["samples"]))
+    return [*tables, "\n".join(filter(None, lines))]
+
+
+def _figures(outcome: Mapping[str, Any]) -> Table:
+    table = Table("held-out rows", "before", "after", title="Result", title_justify="left")
+    for name, label in (("eval_loss", "loss"), ("perplexity", "perplexity")):
+        before, after = outcome.get(f"{name}_before"), outcome[name]
+        table.add_row(label, "-" if before is None else f"{before:.4f}", f"{after:.4f}")
+    return table
+
+
+def _samples(samples: list[Mapping[str, str]]) -> Table:
+    from rich.text import Text
+
+    table = Table("prompt", "before", "after", "reference", title="Samples", title_justify="left", show_lines=True)
+    for sample in samples:
+        cells = (sample.get(name) or "" for name in ("prompt", "before", "after", "reference"))
+        table.add_row(*(Text(_shortened(cell)) for cell in cells))
+    return table
+
+
+def _shortened(text: str, characters: int = 300) -> str:
+    """One sample's cell; the report holds the whole."""
+    return text if len(text) <= characters else text[: characters - 1] + "…"
