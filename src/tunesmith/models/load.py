@@ -238,8 +238,8 @@ def _weights(path: Path, stem: str) -> None:
         return
     if refused := headers.pickles(path):
         raise ModelError(
-            f"{path} holds its weights as {', '.join(file.name for file in refused)}: pickle files run code when they are opened, "
-            "so tunesmith does not open them.\n  Ask for the model in safetensors, or convert it where you trust it (save_pretrained)."
+            f"{path} holds its weights as {', '.join(file.name for file in refused)}. Opening a pickle runs code that "
+            "came with it, so tunesmith does not.\n  Get the model as safetensors, or convert it where you trust it."
         )
     raise ModelError(f"{path} has no weights: expected {stem}.safetensors, or {stem}.safetensors.index.json with its shards")
 

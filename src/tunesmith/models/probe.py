@@ -75,7 +75,7 @@ def check_base(adapter: Path, base: Path) -> None:
     if expected and fingerprint(base) != expected:
         name = recorded.get("name") or recorded.get("path")
         raise ModelError(
-            f"{adapter} was trained on another model than {base}: the weights of {name} have changed or come from another source.\n"
+            f"{adapter} was trained on another model than {base}: the weights of {name} changed or come from another source.\n"
             "  Put back the model that it was trained on (for a catalog model: the same source), or train the adapter again."
         )
 
@@ -104,7 +104,7 @@ def verify_probe(folder: Path, model: Any, tokenizer: Any) -> float | None:
         )
         if not difference <= scale * (0.002 if exact else 0.05):
             raise ModelError(
-                f"{folder} does not answer as it did when it was saved: a logit differs by {difference:.3g} (largest: {scale:.3g}).\n"
+                f"{folder} does not answer as it did when it was saved: a logit differs by {difference:.3g} (of {scale:.3g}).\n"
                 "  The weights, the base or a library changed. Its versions then are in tunesmith.json."
             )
         worst = max(worst, difference)

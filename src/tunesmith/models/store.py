@@ -82,7 +82,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def workshop(name: str, needed: int) -> Iterator[Path]:
-    """A temporary folder in the store, removed at the end. ``needed``: bytes that must be free; DiskFullError when they are not."""
+    """A temporary folder in the store, removed at the end. DiskFullError when fewer than ``needed`` bytes are free."""
     models().mkdir(parents=True, exist_ok=True)
     for old in models().glob(".pull-*"):
         if max(path.lstat().st_mtime for path in [old, *old.rglob("*")]) < time.time() - _ABANDONED:
@@ -90,7 +90,8 @@ def workshop(name: str, needed: int) -> Iterator[Path]:
     free = shutil.disk_usage(models()).free
     if free < needed:
         raise DiskFullError(
-            f"{models()} has {free / 1e6:.0f} MB free; pulling {name} needs {needed / 1e6:.0f} MB. Free some space, or set TUNESMITH_HOME."
+            f"{models()} has {free / 1e6:.0f} MB free; pulling {name} needs {needed / 1e6:.0f} MB.\n"
+            "  Free some space, or set TUNESMITH_HOME."
         )
     folder = Path(tempfile.mkdtemp(prefix=f".pull-{name.replace('/', '--')}-", dir=models()))
     try:
