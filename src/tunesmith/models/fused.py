@@ -1,0 +1,352 @@
+"""Faster forms of a model's layers, put on the instance we loaded, each shown equal before it is used.
+
+* every linear layer with a plain LoRA on it: one autograd function that keeps only x and x A^T (peft keeps more and casts);
+* on a CPU with the fused passes of kernels.py: RMSNorm, SwiGLU, and attention with rotary embedding, with q/k/v and gate/up each
+  as one matrix product over stacked weights (the parameters become views of the stack; their names and values stay).
+
+``install`` replaces ``forward`` on module instances, never on a class, and returns a ``Fused`` that can switch back. A module
+whose layout is not exactly understood, or whose output differs on a random input, keeps its own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.models import kernels
+from tunesmith.models.attention import backward_segments, forward_segments
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the output's norm
+
+
+@dataclass
+class Fused:
+    """The replaced forwards: ``kinds`` counts them by name; ``disable`` and ``enable`` switch between old and new."""
+
+    replaced: list[tuple[nn.Module, Callable[..., Any]]] = field(default_factory=list)
+    kinds: dict[str, int] = field(default_factory=dict)
+
+    def enable(self) -> None:
+        for module, forward in self.replaced:
+            module.forward = forward
+
+    def disable(self) -> None:
+        for module, _ in self.replaced:
+            module.__dict__.pop("forward", None)
+
+
+def install(model: nn.Module) -> Fused:
+    """Replace what can be replaced in ``model`` and return the record of it, enabled."""
+    fused = Fused()
+    rejected: set[type] = set()
+    weight = next((p for p in model.parameters() if p.dim() == 2 and p.is_floating_point()), None)
+    passes = weight is not None and kernels.available(weight)
+    inside: set[nn.Module] = set()
+    for module in list(model.modules()):
+        forward = None
+        if passes and type(module) not in rejected:
+            for kind, make in (("attention", _attention), ("mlp", _mlp), ("norm", _norm)):
+                forward = make(module)
+                if forward is not None:
+                    if not _equal(kind, module, forward):
+                        rejected.add(type(module))
+                        forward = None
+                        continue
+                    inside.update(module.modules())
+                    break
+        if forward is None and module not in inside and _is_lora(module) and (linear := _linears([module])) is not None:
+            kind, forward = "lora", _lora_forward(linear)
+        if forward is not None:
+            fused.replaced.append((module, forward))
+            fused.kinds[kind] = fused.kinds.get(kind, 0) + 1
+    fused.enable()
+    return fused
+
+
+# ------------------------------------------------------------------------------------------------ linear layers, LoRA
+
+
+class Projection(torch.autograd.Function):
+    """y = x W^T + b + (x A^T) B^T for x (tokens, in), W (out, in), A (r, in), B (out, r); B carries the LoRA scaling.
+
+    Hu et al. 2021, equation 3. ``weights`` are the parameters whose rows, stacked, are W; they get slices of its gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, stacked: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor | None, b: torch.Tensor | None,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        y = torch.nn.functional.linear(x, stacked, bias)
+        low = None
+        if a is not None and b is not None:
+            low = x @ a.t()
+            y.addmm_(low, b.t())
+        ctx.rows = [weight.shape[0] for weight in weights]
+        keep_x = a is not None or any(ctx.needs_input_grad[5:])
+        ctx.save_for_backward(x if keep_x else None, stacked, a, b, low)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, stacked, a, b, low = ctx.saved_tensors
+        need_x, _, need_bias = ctx.needs_input_grad[:3]
+        grad_x = grad @ stacked if need_x else None
+        grad_a = grad_b = None
+        if a is not None:
+            grad_low = grad @ b
+            grad_a, grad_b = grad_low.t() @ x, grad.t() @ low
+            if grad_x is not None:
+                grad_x.addmm_(grad_low, a)
+        grad_weights: Sequence[torch.Tensor | None] = [None] * len(ctx.rows)
+        if any(ctx.needs_input_grad[5:]):
+            grad_weights = [
+                part if needed else None for part, needed in zip((grad.t() @ x).split(ctx.rows), ctx.needs_input_grad[5:], strict=True)
+            ]
+        return grad_x, None, grad.sum(0) if need_bias else None, grad_a, grad_b, *grad_weights
+
+
+@dataclass
+class Linears:
+    """One or more linear layers over the same input, plain or with LoRA, read as a single product."""
+
+    bases: list[nn.Linear]
+    loras: list[tuple[nn.Parameter, nn.Parameter, float] | None]
+    stacked: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, in) -> (tokens, sum of out)."""
+        a = b = None
+        if any(lora is not None for lora in self.loras):
+            downs = [lora[0] for lora in self.loras if lora is not None]
+            a = downs[0] if len(downs) == 1 else torch.cat(downs)
+            b = self._block_b()
+        biases = [base.bias for base in self.bases]
+        bias = None
+        if any(one is not None for one in biases):
+            bias = torch.cat([x.new_zeros(base.out_features) if base.bias is None else base.bias for base in self.bases])
+        return Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
+
+    def _block_b(self) -> torch.Tensor:
+        """(sum of out, sum of r): each layer's B, times its scaling, at its own rows and columns."""
+        if len(self.bases) == 1 and self.loras[0] is not None:
+            return self.loras[0][1] * self.loras[0][2]
+        blocks = []
+        for base, lora in zip(self.bases, self.loras, strict=True):
+            blocks.append(base.weight.new_zeros(base.out_features, 0) if lora is None else lora[1] * lora[2])
+        return torch.block_diag(*blocks)
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return hasattr(module, "lora_A") and hasattr(module, "base_layer")
+
+
+def _linears(modules: Sequence[nn.Module]) -> Linears | None:
+    """The layers as one product, or None when any of them is something else than a linear layer with at most one plain LoRA."""
+    bases: list[nn.Linear] = []
+    loras: list[tuple[nn.Parameter, nn.Parameter, float] | None] = []
+    for module in modules:
+        found = module.base_layer if _is_lora(module) else module
+        if type(found) is not nn.Linear:
+            return None
+        bases.append(found)
+        if not _is_lora(module):
+            loras.append(None)
+            continue
+        adapters = list(module.active_adapters)
+        if len(adapters) != 1 or module.merged or adapters[0] not in module.lora_A or module.disable_adapters:
+            return None
+        name = adapters[0]
+        plain = (
+            type(module.lora_dropout[name]) is nn.Identity
+            and not module.lora_variant
+            and module.lora_A[name].bias is None
+            and module.lora_B[name].bias is None
+        )
+        if not plain:
+            return None
+        loras.append((module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])))
+    same = {(base.in_features, base.weight.dtype, base.weight.device) for base in bases}
+    if len(same) != 1:
+        return None
+    if len(bases) == 1:
+        return Linears(bases, loras, bases[0].weight.detach())
+    stacked = torch.cat([base.weight.detach() for base in bases])
+    for base, rows in zip(bases, stacked.split([base.out_features for base in bases]), strict=True):
+        base.weight.data = rows  # the same values, now a view of the stack: optimiser and checkpoints see no difference
+    return Linears(bases, loras, stacked)
+
+
+def _lora_forward(linear: Linears) -> Callable[..., Any]:
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return linear(x.reshape(-1, x.shape[-1]).to(linear.stacked.dtype)).view(*x.shape[:-1], -1)
+
+    return forward
+
+
+# ------------------------------------------------------------------------------------------------------------ RMSNorm
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019). x (tokens, width), w (width,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        y, inverse = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
+        kernels.call("rms_norm", x.dtype, x, weight, y, inverse, epsilon, x.shape[0], x.shape[1])
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, weight, inverse = ctx.saved_tensors
+        grad = grad.contiguous()
+        dx = torch.empty_like(x)
+        kernels.call("rms_norm_backward", x.dtype, x, weight, grad, inverse, dx, x.shape[0], x.shape[1])
+        dw = (grad.float() * x.float() * inverse[:, None]).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
+
+
+def _norm(module: nn.Module) -> Callable[..., Any] | None:
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float) or not isinstance(weight, nn.Parameter):
+        return None
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != weight.dtype:
+            return type(module).forward(module, x)
+        return RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight, epsilon).view(x.shape)
+
+    return forward
+
+
+# -------------------------------------------------------------------------------------------------------------- SwiGLU
+
+
+class SwiGLU(torch.autograd.Function):
+    """(tokens, 2 width) holding gate and up -> silu(gate) * up, (tokens, width) (Shazeer 2020)."""
+
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
+        tokens, width = both.shape[0], both.shape[1] // 2
+        y = both.new_empty(tokens, width)
+        kernels.call("swiglu", both.dtype, both, both[:, width:], y, tokens, width, 2 * width)
+        ctx.save_for_backward(both)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (both,) = ctx.saved_tensors
+        tokens, width = both.shape[0], both.shape[1] // 2
+        out = torch.empty_like(both)
+        kernels.call("swiglu_backward", both.dtype, both, both[:, width:], grad.contiguous(), out, out[:, width:], tokens, width, 2 * width)
+        return out
+
+
+def _mlp(module: nn.Module) -> Callable[..., Any] | None:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if any(part is None for part in parts) or type(getattr(module, "act_fn", None)).__name__ not in ("SiLUActivation", "SiLU"):
+        return None
+    down = _linears(parts[2:])
+    both = _linears(parts[:2]) if down is not None else None
+    if both is None or down is None or both.bases[0].out_features != both.bases[1].out_features:
+        return None
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return down(SwiGLU.apply(both(x.reshape(-1, x.shape[-1])))).view(x.shape)
+
+    return forward
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+class RotaryAttention(torch.autograd.Function):
+    """Rotary embedding and causal attention per segment. qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, heads: int, kv_heads: int, segments: tuple[int, ...],
+        scale: float,
+    ) -> torch.Tensor:  # fmt: skip
+        tokens, dim = qkv.shape[0], cosine.shape[-1]
+        ctx.shape = (heads, kv_heads, tokens, dim, qkv.shape[1])
+        q, k, v = (qkv.new_empty(n, tokens, dim) for n in (heads, kv_heads, kv_heads))
+        kernels.call("rotary", qkv.dtype, qkv, q, cosine, sine, heads, tokens, dim, qkv.shape[1], 1)
+        kernels.call("rotary", qkv.dtype, qkv[:, heads * dim :], k, cosine, sine, kv_heads, tokens, dim, qkv.shape[1], 1)
+        v.copy_(qkv[:, (heads + kv_heads) * dim :].view(tokens, kv_heads, dim).transpose(0, 1))
+        ctx.save_for_backward(q, k, v, cosine, sine)
+        ctx.segments, ctx.scale = segments, scale
+        return forward_segments(q, k, v, segments, scale).view(tokens, heads * dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        q, k, v, cosine, sine = ctx.saved_tensors
+        heads, kv_heads, tokens, dim, width = ctx.shape
+        dq, dk, dv = backward_segments(grad.view(tokens, heads, dim), q, k, v, ctx.segments, ctx.scale)
+        out = grad.new_empty(tokens, width)
+        kernels.call("rotary", grad.dtype, out, dq, cosine, sine, heads, tokens, dim, width, -1)
+        kernels.call("rotary", grad.dtype, out[:, heads * dim :], dk, cosine, sine, kv_heads, tokens, dim, width, -1)
+        out[:, (heads + kv_heads) * dim :].view(tokens, kv_heads, dim).copy_(dv.transpose(0, 1))
+        return out, None, None, None, None, None, None
+
+
+def _attention(module: nn.Module) -> Callable[..., Any] | None:
+    parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    if any(part is None for part in parts) or hasattr(module, "q_norm") or not hasattr(module, "scaling"):
+        return None
+    out = _linears(parts[3:])
+    qkv = _linears(parts[:3]) if out is not None else None
+    if qkv is None or out is None:
+        return None
+    dim, scale = module.head_dim, float(module.scaling)
+    heads, kv_heads = qkv.bases[0].out_features // dim, qkv.bases[1].out_features // dim
+
+    def forward(
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        segments: tuple[int, ...] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        window = getattr(module, "sliding_window", None)
+        plain = segments is None or attention_mask is not None or past_key_values is not None or position_embeddings is None
+        if plain or (window is not None and window < max(segments)) or hidden_states.shape[0] != 1:
+            return type(module).forward(
+                module, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
+                past_key_values=past_key_values, segments=segments, **kwargs,
+            )  # fmt: skip
+        x = hidden_states[0]
+        cosine, sine = (table[0].to(x.dtype).contiguous() for table in position_embeddings)
+        mixed = RotaryAttention.apply(qkv(x), cosine, sine, heads, kv_heads, segments, scale)
+        return out(mixed).unsqueeze(0), None
+
+    return forward
+
+
+# ---------------------------------------------------------------------------------------------------------- self-check
+
+
+@torch.no_grad()
+def _equal(kind: str, module: nn.Module, forward: Callable[..., Any]) -> bool:
+    """Whether the new forward gives what the module's own gives, on a small random input."""
+    weights = [parameter for parameter in module.parameters()]
+    dtype = weights[0].dtype
+    width = weights[0].shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 8, width, generator=generator).to(dtype)
+    if kind == "attention":
+        angle = torch.randn(1, 8, module.head_dim // 2, generator=generator)
+        table = torch.cat([angle, angle], dim=-1)
+        keywords: dict[str, Any] = {"position_embeddings": (table.cos().to(dtype), table.sin().to(dtype)), "attention_mask": None, "segments": (5, 3)}
+        ours, theirs = forward(x, **keywords)[0], type(module).forward(module, x, **keywords)[0]
+    else:
+        ours, theirs = forward(x), type(module).forward(module, x)
+    difference = (ours.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-6)
+    return bool((difference <= TOLERANCE[dtype]).item())
