@@ -46,33 +46,43 @@ class Settings:
 
 
 def generate(
-    model: Any, prompts: Sequence[Any] | str, *, system: str | None = None, batch_size: int = 8, **settings: Any
+    model: Any,
+    prompts: Sequence[Any] | str,
+    *,
+    system: str | None = None,
+    plain: bool = False,
+    batch_size: int = 8,
+    on_answer: Callable[[int, str], None] | None = None,
+    **settings: Any,
 ) -> list[str]:
     """Answers, one for each prompt, in order.
 
     ``model``: a name or folder, or a pair (model, tokenizer). ``prompts``: strings or message lists; a string is a user turn
-    when the tokenizer has a chat template, else plain text to be continued. ``settings``: the fields of ``Settings``.
+    when the tokenizer has a chat template, else (and with ``plain``) text to be continued. ``on_answer(row, answer)`` is called
+    as answers come. ``settings``: the fields of ``Settings``.
     Raises ModelError, and UserError for a prompt that is empty or fills the model's window.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; expected at least 1")
     chosen = Settings(**settings)
     loaded, tokenizer = _pair(model)
-    ids = [_prompt_ids(prompt, tokenizer, system) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    ids = [_prompt_ids(prompt, tokenizer, system, plain) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     answers = [""] * len(ids)
     by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # like lengths together: little padding
     for start in range(0, len(ids), batch_size):
         rows = by_length[start : start + batch_size]
         for row, answer in zip(rows, generate_ids(loaded, tokenizer, [ids[row] for row in rows], chosen, rows=rows)):
             answers[row] = tokenizer.decode(answer, skip_special_tokens=True)
+            if on_answer:
+                on_answer(row, answers[row])
     return answers
 
 
-def stream(model: Any, prompt: Any, *, system: str | None = None, **settings: Any) -> Iterator[str]:
+def stream(model: Any, prompt: Any, *, system: str | None = None, plain: bool = False, **settings: Any) -> Iterator[str]:
     """The answer to one prompt in pieces, as they come. A character of several tokens is yielded when it is whole."""
     chosen = Settings(**settings)
     loaded, tokenizer = _pair(model)
-    steps = _steps(loaded, [_prompt_ids(prompt, tokenizer, system)], chosen, _stop(chosen, loaded, tokenizer), [0])
+    steps = _steps(loaded, [_prompt_ids(prompt, tokenizer, system, plain)], chosen, _stop(chosen, loaded, tokenizer), [0])
     yield from pieces(tokenizer, (token for step in steps for _, token in step))
 
 
@@ -267,9 +277,14 @@ def _template_stop(tokenizer: Any) -> set[int]:
     return {next((id for id in tail if id in special), -1)} - {-1}
 
 
-def _prompt_ids(prompt: Any, tokenizer: Any, system: str | None) -> list[int]:
+def _prompt_ids(prompt: Any, tokenizer: Any, system: str | None, plain: bool) -> list[int]:
     from tunesmith.data.chat import prompt_ids
+    from tunesmith.data.templates import special_ends
 
+    if plain:
+        if system is not None or not isinstance(prompt, str):
+            raise UserError("plain prompts are strings without turns: leave out the system message, and give text")
+        return special_ends(tokenizer)[0] + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     return list(prompt_ids(prompt, tokenizer, system=system))
 
 
