@@ -8,6 +8,8 @@
 Importing this package loads neither torch nor transformers; each function imports what it needs when it is called.
 """
 
+import sys
+import types
 from typing import Any
 
 __version__ = "0.1.0"
@@ -22,6 +24,20 @@ _WHERE = {
 }
 
 __all__ = ["__version__", *_WHERE]
+
+
+class _Package(types.ModuleType):
+    """``evaluate`` and ``merge`` name a function of the API and the folder that it lives in: the attribute is the function.
+
+    Python would put the folder's module there as soon as anything imports from it.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _WHERE or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

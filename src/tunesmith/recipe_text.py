@@ -21,7 +21,11 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML with plain booleans and numbers, and no key twice."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
-        letter: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] not in ("bool", "float", "int", "timestamp")]
+        letter: [
+            (tag, pattern)
+            for tag, pattern in pairs
+            if tag.rpartition(":")[2] not in ("bool", "float", "int", "timestamp", "value")
+        ]
         for letter, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -66,8 +70,8 @@ class Text:
 
 def read(text: str, name: str) -> tuple[Any, Any]:
     """(plain data, YAML tree) of a document. Raises RecipeError with the line."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         tree = loader.get_single_node()
         return (loader.construct_document(tree) if tree is not None else None), tree
     except yaml.constructor.ConstructorError as error:
@@ -81,8 +85,6 @@ def read(text: str, name: str) -> tuple[Any, Any]:
         raise RecipeError(f"{name}, line {line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
 
 
 def apply(raw: dict[str, Any], override: str) -> dict[str, Any]:

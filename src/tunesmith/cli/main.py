@@ -71,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with output.only_result() if as_json else contextlib.nullcontext():
             code = typer.main.get_command(_app())(args, prog_name="tunesmith", standalone_mode=False)
-            return code if isinstance(code, int) else 0
+        if code == 130:  # typer's answer to Ctrl-C
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
     except TunesmithError as error:
         if debug:
             traceback.print_exc()

@@ -1,0 +1,45 @@
+import importlib
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from tunesmith.cli.main import main
+
+FIGURES = {
+    "eval_loss": 1.5,
+    "perplexity": 4.4817,
+    "tokens": 1000,
+    "supervised_tokens": 400,
+    "rows": 10,
+    "tokens_per_second": 250.0,
+    "seconds": 4.0,
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    seen = []
+    fake = SimpleNamespace(evaluate=lambda *args, **keys: seen.append((args, keys)) or FIGURES)
+    monkeypatch.setattr(importlib.import_module("tunesmith.evaluate"), "run", fake, raising=False)
+    return seen
+
+
+def test_options_arrive(calls, capsys):
+    options = ["--column", "prompt=q", "--column", "completion=a", "--limit", "5", "--template", "korean", "--json"]
+    assert main(["evaluate", "m", "--data", "x.csv", *options]) == 0
+    (args, keys), *_ = calls
+    assert args == ("m", "x.csv")
+    assert (keys["columns"], keys["limit"], keys["template"]) == ({"prompt": "q", "completion": "a"}, 5, "korean")
+    assert json.loads(capsys.readouterr().out) == FIGURES
+
+
+def test_figures_for_people(calls, capsys):
+    assert main(["evaluate", "m", "--data", "x.csv"]) == 0
+    out = capsys.readouterr().out
+    assert "1.5000" in out and "4.482" in out and "250 tokens/s" in out
+
+
+def test_a_column_without_a_name_is_exit_2(calls, capsys):
+    assert main(["evaluate", "m", "--data", "x.csv", "--column", "prompt"]) == 2
+    assert calls == [] and "FIELD=COLUMN" in capsys.readouterr().err

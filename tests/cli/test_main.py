@@ -1,0 +1,113 @@
+import json
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from tunesmith import engine, errors
+from tunesmith.cli import main as cli
+
+RECIPE = "model: m\ndata:\n  train: [{path: x.json}]\n"
+
+
+@pytest.fixture
+def train_raises(monkeypatch, tmp_path):
+    """Run `tunesmith train` with an engine that raises what is given; returns the exit code."""
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE)
+
+    def run(error, *options):
+        def train(recipe, **_):
+            raise error
+
+        monkeypatch.setattr(engine, "run", SimpleNamespace(train=train), raising=False)
+        return cli.main(["train", str(path), *options])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.RecipeError("x"), 2),
+        (errors.DataError("x"), 2),
+        (errors.ModelError("x"), 2),
+        (errors.NonFiniteError("x"), 3),
+        (errors.DiskFullError("x"), 3),
+        (errors.Interrupted("x"), 130),
+        (errors.TunesmithError("x"), 1),
+        (KeyboardInterrupt(), 130),
+        (ZeroDivisionError("x"), 1),
+    ],
+)
+def test_exit_codes(train_raises, capsys, error, code):
+    assert train_raises(error, "--json") == code
+    caught = capsys.readouterr()
+    assert json.loads(caught.out)["error"]["exit_code"] == code
+    assert "error: " in caught.err
+
+
+def test_a_bug_is_called_a_bug_and_its_traceback_is_kept(train_raises, capsys):
+    train_raises(ZeroDivisionError("of no number"))
+    message = capsys.readouterr().err
+    assert "ZeroDivisionError: of no number" in message and "bug in tunesmith" in message
+    assert "Traceback" not in message
+    path = message.partition("traceback in ")[2].partition(", the command line")[0]
+    with open(path) as file:
+        assert "ZeroDivisionError: of no number" in file.read()
+
+
+def test_debug_shows_the_traceback(train_raises, capsys, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_DEBUG", "1")
+    train_raises(ZeroDivisionError("of no number"))
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["trian"], ["train"], ["train", "r.yaml", "--nope"], ["evaluate", "m"], ["data"], []])
+def test_wrong_usage_is_exit_2(args, capsys):
+    assert cli.main(args) == 2
+
+
+def test_wrong_usage_under_json(capsys):
+    assert cli.main(["train", "r.yaml", "--nope", "--json"]) == 2
+    assert "--nope" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_an_unknown_verb_names_the_nearest(capsys):
+    cli.main(["trian"])
+    assert "'train'" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip()[0].isdigit()
+
+
+HELP = """
+import sys
+from tunesmith.cli.main import main
+code = main(sys.argv[1:])
+heavy = {"torch", "transformers", "peft", "numpy", "matplotlib"} & set(sys.modules)
+assert code == 0 and not heavy, (code, heavy)
+"""
+
+
+@pytest.mark.parametrize("verb", [[], *([name] for name in cli.VERBS)], ids=lambda verb: verb[0] if verb else "tunesmith")
+def test_help_is_quick_and_loads_nothing_heavy(verb):
+    seconds = []
+    while len(seconds) < 4 and min(seconds, default=1) >= 0.5:  # a busy machine may be slow once
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", HELP, *verb, "--help"], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "Usage" in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_the_list_of_verbs_says_what_each_verb_says_of_itself():
+    for verb, (_, line) in cli.VERBS.items():
+        command = cli.load(verb)
+        assert command.name == verb
+        assert command.help and line.endswith(".")

@@ -1,0 +1,89 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tunesmith import engine
+from tunesmith.cli.main import main
+
+OUTCOME = {
+    "eval_loss_before": 2.5,
+    "eval_loss": 2.0,
+    "perplexity_before": 12.18,
+    "perplexity": 7.39,
+    "tokens_per_second": 512.3,
+    "peak_memory_bytes": 2**30,
+    "trainable_parameters": 1000,
+    "total_parameters": 100_000,
+    "model_dir": "runs/r/model",
+    "run_dir": "runs/r",
+    "report": "runs/r/report.html",
+    "steps": 12,
+    "samples": [{"prompt": "Say [b]hi", "before": "bye", "after": "hi", "reference": None}],
+    "stopped": None,
+}
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """Run `tunesmith train` with an engine that gives back OUTCOME; returns (exit code, what the engine was called with)."""
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\ndata:\n  train: [{path: x.json}]\n")
+
+    def run(*options, outcome=OUTCOME):
+        calls = []
+        fake = SimpleNamespace(train=lambda recipe, **keys: calls.append((recipe, keys)) or outcome)
+        monkeypatch.setattr(engine, "run", fake, raising=False)
+        return main(["train", str(path), *options]), calls
+
+    return run
+
+
+def test_the_engine_gets_the_checked_recipe(trained):
+    code, [(recipe, keys)] = trained("train.epochs=2", "data.train=[{path: y.json}]", "--resume", "--out", "runs/x")
+    assert code == 0
+    assert (recipe.train.epochs, recipe.data.train[0].path) == (2, "y.json")
+    assert (keys["out"], keys["resume"]) == (Path("runs/x"), True)
+
+
+def test_the_run_is_named_after_the_recipe(trained):
+    _, [(_, keys)] = trained()
+    assert keys["out"] == Path("runs/r")
+
+
+def test_json_carries_the_whole_outcome(trained, capsys):
+    trained("--json")
+    assert json.loads(capsys.readouterr().out) == OUTCOME
+
+
+def test_summary_shows_before_and_after_and_the_next_command(trained, capsys):
+    trained()
+    caught = capsys.readouterr()
+    for words in (
+        "2.5000",
+        "2.0000",
+        "12.180",
+        "7.390",
+        "Say [b]hi",
+        "bye",
+        "1.00%",
+        "runs/r/report.html",
+        "tunesmith generate runs/r/model",
+    ):
+        assert words in caught.out, words
+    assert "learning_rate 0.0002" in caught.err
+
+
+def test_summary_without_held_out_rows(trained, capsys):
+    empty = {**OUTCOME, "eval_loss": None, "eval_loss_before": None, "perplexity": None, "samples": [], "stopped": "max_steps"}
+    code, _ = trained(outcome=empty)
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "held-out" not in out and "max_steps" in out
+
+
+def test_a_wrong_recipe_starts_nothing(trained, capsys):
+    code, calls = trained("train.epoch=2")
+    assert (code, calls) == (2, [])
+    assert "Did you mean `epochs`?" in capsys.readouterr().err

@@ -1,0 +1,21 @@
+"""Every key a recipe may hold. A new key is a new promise: it is added here on purpose, with a test that it does something."""
+
+ROOT = {"model", "adapter", "objective", "adaptation", "data", "train", "samples", "seed"}
+
+DATA = {"train", "eval", "template", "bad_rows", "max_unlearnable", "expand_turns", "cache"}
+SOURCE = {"path", "format", "columns", "prompt_template", "weight", "limit"}
+EVAL = {"fraction", "limit", "path", "format", "columns", "prompt_template"}
+
+TRAIN = {
+    "learning_rate", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "max_length", "shuffle", "packing", "precision",
+    "compile", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+    "early_stopping_patience", "early_stopping_threshold",
+}  # fmt: skip
+SAMPLES = {"prompts", "count", "max_new_tokens"}
+
+OBJECTIVES = {"sft": {"train_on", "overlong"}, "cpt": {"overlong"}}
+ADAPTATIONS = {
+    "full": set(),
+    "lora": {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save"},
+}

@@ -1,0 +1,211 @@
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import recipe_keys
+from tunesmith import adaptations, objectives, recipe, recipe_text
+from tunesmith.data.config import DataConfig, EvalConfig, Source
+from tunesmith.engine.config import SampleConfig, TrainConfig
+from tunesmith.errors import RecipeError
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+SMALL = {"model": "m", "data": {"train": [{"path": "x.json"}]}}
+
+
+def refused(*overrides, raw=SMALL):
+    with pytest.raises(RecipeError) as error:
+        recipe.parse(raw, overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_repeats_when_resolved(path):
+    loaded = recipe.load(path)
+    text = yaml.safe_dump(loaded.resolved(), allow_unicode=True)
+    assert recipe.parse(recipe_text.read(text, "again")[0]) == loaded
+    assert loaded.model in recipe.brief(loaded)
+
+
+def test_defaults_are_sft_and_lora():
+    built = recipe.parse(SMALL)
+    assert (objectives.name_of(built.objective), adaptations.name_of(built.adaptation)) == ("sft", "lora")
+
+
+def test_paths_may_be_path_objects():
+    assert recipe.parse({"model": Path("m"), "data": {"train": ({"path": Path("x.json")},)}}) == recipe.parse(SMALL)
+
+
+def test_a_missing_recipe_says_how_to_make_one(tmp_path):
+    with pytest.raises(RecipeError, match="tunesmith init"):
+        recipe.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[1, 2]", b"", b"text"])
+def test_a_recipe_that_is_no_mapping_is_refused(tmp_path, content):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=r"r\.yaml"):
+        recipe.load(path)
+
+
+def test_an_error_names_the_line_of_the_file(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\ndata:\n  train:\n    - path: x.json\n      weigth: 2\ntrain:\n  epochs: many\n")
+    with pytest.raises(RecipeError) as error:
+        recipe.load(path, ["seed=-1"])
+    assert f"{path}, line 5: unknown key `data.train.0.weigth`. Did you mean `weight`?" in str(error.value)
+    assert f"{path}, line 7: `train.epochs`: expected a valid number, got 'many'" in str(error.value)
+    assert "override 'seed=-1': `seed`: expected greater than or equal to 0, got -1" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.batch_size='8'", ["`train.batch_size`", "valid integer", "'8'"]),
+        ("train.batch_size=true", ["`train.batch_size`", "True"]),
+        ("train.batch_size=8.5", ["`train.batch_size`", "8.5"]),
+        ("train.epochs=true", ["`train.epochs`", "True"]),
+        ("train.shuffle=1", ["`train.shuffle`", "valid boolean"]),
+        ("train.packing=no", ["`train.packing`", "'auto' or 'off'", "'no'"]),
+        ("train.eval_steps=often", ["`train.eval_steps`", "valid number or 'epoch'", "'often'"]),
+        ("train.eval_steps=-1", ["eval_steps must be a whole number"]),
+        ("train=3", ["`train`", "3"]),
+        ("data.train=x.json", ["`data.train`", "list"]),
+        ("data.train=[]", ["`data.train`"]),
+        ("data.train=[x.json]", ["`data.train.0`", "x.json"]),
+        ("model=3", ["`model`", "valid string"]),
+        ("objective=sfd", ["`objective`: unknown type 'sfd'", "Did you mean `sft`?"]),
+        ("adaptation=[lora]", ["`adaptation`", "mapping with `type`"]),
+        ("adaptation={r: 8}", ["the key `adaptation.type` is missing", "full, lora"]),
+        ("adaptation.type=qlor", ["`adaptation`: unknown type 'qlor'"]),
+        ("data={}", ["the key `data.train` is missing"]),
+    ],
+)
+def test_wrong_values_are_named(override, words):
+    message = refused(override)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.eval.path=e.json", "data.eval.fraction=0.2"], "data.eval.path or data.eval.fraction, not both"),
+        (["data.eval.format=alpaca"], "data.eval.format does nothing"),
+        (["data.eval.columns={a: b}"], "data.eval.columns does nothing"),
+        (["data.eval.fraction=0", "data.eval.limit=4"], "data.eval.limit does nothing"),
+        (["data.eval.fraction=0", "train.early_stopping_patience=2"], "needs held-out rows"),
+        (["data.eval.fraction=0", "train.eval_steps=10"], "train.eval_steps does nothing"),
+        (["train.early_stopping_threshold=0.1"], "does nothing without train.early_stopping_patience"),
+        (["train.early_stopping_patience=2", "train.eval_steps=null"], "early_stopping_patience needs eval_steps"),
+        (["train.max_steps=10", "train.epochs=2"], "train.max_steps or train.epochs, not both"),
+        (["train.warmup_ratio=0.1", "train.warmup_steps=2"], "warmup_ratio or warmup_steps, not both"),
+        (["train.lr_scheduler_type=constant", "train.warmup_steps=2"], "use constant_with_warmup"),
+        (["samples.prompts=[hello]", "samples.count=2"], "samples.prompts or samples.count, not both"),
+        (["samples.count=0", "samples.max_new_tokens=8"], "samples.max_new_tokens does nothing"),
+    ],
+)
+def test_choices_that_contradict_or_do_nothing_are_refused(overrides, words):
+    assert words in refused(*overrides)
+
+
+def test_all_mistakes_are_told_at_once():
+    message = refused("objective=x", "adaptation.rr=1", "train.epoch=2", "seed=x")
+    assert len(message.splitlines()) == 4
+
+
+FREE = ("columns", "lr_scheduler_kwargs")  # mappings whose keys are the user's own, or another library's
+
+
+def schema_keys(node, path=()):
+    """(path of the mapping, key) for each key that the schema knows."""
+    if isinstance(node, dict):
+        for key, child in node.items():
+            yield path, key
+            if key not in FREE:
+                yield from schema_keys(child, (*path, key))
+    elif isinstance(node, list):
+        for position, child in enumerate(node):
+            yield from schema_keys(child, (*path, position))
+
+
+def one_letter_off(word):
+    """Every letter dropped, every two neighbours swapped, and each of some letters put in or in the place of one."""
+    dropped = {word[:i] + word[i + 1 :] for i in range(len(word))}
+    swapped = {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
+    added = {word[:i] + letter + word[i:] for i in range(len(word) + 1) for letter in "aes1"}
+    changed = {word[:i] + letter + word[i + 1 :] for i in range(len(word)) for letter in "aes1"}
+    return sorted((dropped | swapped | added | changed) - {word, ""})
+
+
+def with_key_renamed(node, path, key, new):
+    if isinstance(node, list):
+        return [with_key_renamed(child, path[1:], key, new) if i == path[0] else child for i, child in enumerate(node)]
+    if path:
+        return {k: with_key_renamed(child, path[1:], key, new) if k == path[0] else child for k, child in node.items()}
+    return {new if k == key else k: child for k, child in node.items()}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_key_with_one_letter_wrong_is_refused_and_the_right_one_named(path):
+    raw, _ = recipe_text.read(path.read_text(encoding="utf-8"), path.name)
+    valid = everything_valid(recipe.parse(raw))
+    for where, key in schema_keys(raw):
+        for wrong in one_letter_off(key):
+            if wrong in valid.get(tuple("*" if isinstance(part, int) else part for part in where), ()):
+                continue
+            message = refused(raw=with_key_renamed(raw, where, key, wrong))
+            suggestion = message.partition("Did you mean ")[2].partition("?")[0]
+            assert f"`{key}`" in suggestion, (where, key, wrong, message)
+
+
+def everything_valid(built):
+    """Where a mapping stands -> the keys valid there."""
+    return {
+        (): set(recipe.Recipe.model_fields),
+        ("objective",): {"type", *type(built.objective).model_fields},
+        ("adaptation",): {"type", *type(built.adaptation).model_fields},
+        ("data",): set(DataConfig.model_fields),
+        ("data", "train", "*"): set(Source.model_fields),
+        ("data", "eval"): set(EvalConfig.model_fields),
+        ("train",): set(TrainConfig.model_fields),
+        ("samples",): set(SampleConfig.model_fields),
+    }
+
+
+def test_the_keys_are_the_frozen_ones():
+    assert set(recipe.Recipe.model_fields) == recipe_keys.ROOT
+    assert set(DataConfig.model_fields) == recipe_keys.DATA
+    assert set(Source.model_fields) == recipe_keys.SOURCE
+    assert set(EvalConfig.model_fields) == recipe_keys.EVAL
+    assert set(TrainConfig.model_fields) == recipe_keys.TRAIN
+    assert set(SampleConfig.model_fields) == recipe_keys.SAMPLES
+    assert {name: set(objectives.module(name).Config.model_fields) for name in objectives.names()} == recipe_keys.OBJECTIVES
+    assert {name: set(adaptations.module(name).Config.model_fields) for name in adaptations.names()} == recipe_keys.ADAPTATIONS
+
+
+def test_fewer_than_60_keys_are_reachable_in_one_run():
+    for objective, adaptation in itertools.product(objectives.names(), adaptations.names()):
+        built = recipe.parse({**SMALL, "objective": objective, "adaptation": adaptation})
+        parts = [
+            keys - {"train", "eval", "objective", "adaptation", "data", "samples"} for keys in everything_valid(built).values()
+        ]
+        assert sum(map(len, parts)) < 60, (objective, adaptation, sum(map(len, parts)))
+
+
+def test_every_key_is_described():
+    for model in (recipe.Recipe, DataConfig, Source, EvalConfig, TrainConfig, SampleConfig):
+        for name, field in model.model_fields.items():
+            described = (
+                field.description or name in PLAIN or field.annotation in (DataConfig, EvalConfig, TrainConfig, SampleConfig)
+            )
+            assert described, f"{model.__name__}.{name} has no description"
+
+
+PLAIN = {
+    "train", "format", "columns", "prompt_template", "epochs", "shuffle", "precision", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_ratio", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "logging_steps",
+    "early_stopping_threshold", "max_new_tokens",
+}  # fmt: skip
+"""Keys whose name says all: transformers' own names, and the eval source's, described at the training source."""
