@@ -278,7 +278,7 @@ def test_what_is_not_finite_is_shown():
 def test_the_objectives_own_figures_are_shown():
     out, progress = plain()
     progress.evaluation({"kind": "eval", "step": 5, "eval_loss": 0.5, "accuracy": 0.75, "peak_memory_bytes": 10})
-    assert out.getvalue() == "eval  step 5  loss 0.5000  accuracy 0.7500\n"
+    assert out.getvalue() == "eval  step 5  loss 0.5  accuracy 0.75\n"
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def number(value: float) -> str:
-    """About four significant digits, the way a person would write them: 1.842, 0.0312, 15.3, 4,210, 2.00e-05, nan."""
+    """Four significant digits, the way a person would write them: 1.842, 0.03121, 15.31, 0.5, 4,210, 2.00e-05, nan."""
     if not math.isfinite(value):
         return str(float(value))
     size = abs(value)
@@ -19,7 +19,8 @@ def number(value: float) -> str:
         return f"{value:,.0f}"
     if size < 1e-3:
         return f"{value:.2e}"
-    return f"{value:.{max(0, 3 - math.floor(math.log10(size)))}f}"
+    text = f"{value:.{3 - math.floor(math.log10(size))}f}"
+    return text.rstrip("0").rstrip(".") if float(text) == value else text
 
 
 def rate(value: float) -> str:
@@ -69,6 +70,6 @@ def share(part: float, whole: float) -> str:
     return f"{percent:.0f}%" if percent == 100 or percent == 0 else f"{percent:.{1 if percent >= 1 else 3}f}%"
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """True for a figure; a JSON boolean is not one, though Python counts it as an int."""
     return isinstance(value, int | float) and not isinstance(value, bool)

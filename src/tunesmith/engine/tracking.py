@@ -54,7 +54,7 @@ class Metrics:
         if self.path.exists():
             whole = _whole(self.path.read_bytes())
             if len(whole) != self.path.stat().st_size:
-                _replace(self.path, whole)
+                replace_file(self.path, whole)
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record. Raises DiskFullError when there is no room for it."""
@@ -73,7 +73,7 @@ class Metrics:
             at = record.get("step", at)
             if at <= step:
                 kept.append(line)
-        _replace(self.path, b"".join(kept))
+        replace_file(self.path, b"".join(kept))
 
     def sync(self) -> None:
         """Force what was appended onto the disk."""
@@ -158,7 +158,7 @@ def _named_disk_full(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Put ``content`` in the place of ``path``, so that a kill at any moment leaves the old file or the new one."""
     beside = path.with_name(path.name + ".tmp")
     with _named_disk_full(path), beside.open("wb") as file:

@@ -1,0 +1,264 @@
+"""report.html of a run folder: one self-contained page a person can read, keep and send.
+
+It is made from what the run folder holds and nothing else, at any time: while the run goes on, after a kill, or years later. A
+part that is missing is left out; a part that cannot be read is named on the page. Every text that came from outside is
+escaped, and the page forbids itself scripts and requests (Content-Security-Policy), so a row of somebody's data cannot
+act in the reader's browser.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tunesmith.engine import curves, figures, tracking
+from tunesmith.engine.report_parts import answers, facts, panel, tile
+from tunesmith.engine.report_style import CSS
+from tunesmith.errors import DataError
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the run folder holds."""
+
+    name: str
+    recipe: str
+    manifest: dict[str, Any]
+    train: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    problems: list[str] = field(default_factory=list)  # files that could not be read
+
+    def part(self, key: str) -> dict[str, Any]:
+        """A mapping of the manifest; empty when it is not there."""
+        value = self.manifest.get(key)
+        return value if isinstance(value, dict) else {}
+
+    def figure(self, key: str) -> float | None:
+        """A figure of the result, when there is one."""
+        value = self.part("result").get(key)
+        return value if figures.is_number(value) else None
+
+    def points(self, records: list[dict[str, Any]], key: str) -> curves.Points:
+        return [
+            (one["step"], one[key]) for one in records if figures.is_number(one.get("step")) and figures.is_number(one.get(key))
+        ]
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``report.html`` and, once there is a loss, ``loss.png`` into the run folder; return the report's path.
+
+    Reads recipe.yaml, manifest.json, metrics.jsonl and samples.jsonl, each of which may be missing or cut short. Both files
+    are replaced in one piece. Raises DiskFullError when there is no room for them.
+    """
+    folder = Path(run_dir)
+    run = _read(folder)
+    losses = _losses(run)
+    if any(curve.finite for curve in losses):
+        tracking.replace_file(folder / "loss.png", curves.png("loss", losses))
+    report = folder / "report.html"
+    tracking.replace_file(report, _page(run).encode())
+    return report
+
+
+def _read(folder: Path) -> _Run:
+    problems: list[str] = []
+
+    def attempt(name: str, reader: Callable[[Path], Any], missing: Any) -> Any:
+        path = folder / name
+        if not path.exists():
+            return missing
+        try:
+            return reader(path)
+        except (OSError, ValueError, DataError) as error:
+            problems.append(f"{name} cannot be read: {error}")
+            return missing
+
+    manifest = attempt("manifest.json", lambda path: json.loads(path.read_text(encoding="utf-8")), {})
+    records = attempt("metrics.jsonl", tracking.read, [])
+    return _Run(
+        name=folder.resolve().name,
+        recipe=attempt("recipe.yaml", lambda path: path.read_text(encoding="utf-8"), ""),
+        manifest=manifest if isinstance(manifest, dict) else {},
+        train=[one for one in records if one.get("kind") == "train"],
+        evals=[one for one in records if one.get("kind") == "eval"],
+        samples=attempt("samples.jsonl", tracking.read, []),
+        problems=problems,
+    )
+
+
+def _page(run: _Run) -> str:
+    sections = (_head, _tiles, _notes, _curves, _samples, _data, _settings, _foot)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(run.name)} · tunesmith</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(filter(None, (section(run) for section in sections)))
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _head(run: _Run) -> str:
+    model = run.manifest.get("model")
+    title = model.get("name") or model.get("path") if isinstance(model, dict) else model
+    tags = [_name(run.manifest.get(key)) for key in ("objective", "adaptation")]
+    tags += [str(run.manifest["created"])] if run.manifest.get("created") else []
+    command = run.manifest.get("command")
+    command = " ".join(map(str, command)) if isinstance(command, list) else command
+    return (
+        f'<header><div class="eyebrow">tunesmith run · {escape(run.name)}</div><h1>{escape(str(title or run.name))}</h1>'
+        + '<div class="tags">'
+        + "".join(f"<span>{escape(tag)}</span>" for tag in tags if tag)
+        + "</div>"
+        + (f'<code class="command">$ {escape(str(command))}</code>' if command else "")
+        + "</header>"
+    )
+
+
+def _name(part: Any) -> str:
+    """``lora``, or the type of ``{type: lora, r: 8}``."""
+    return str(part.get("type", "")) if isinstance(part, dict) else str(part or "")
+
+
+def _tiles(run: _Run) -> str:
+    tiles = [
+        _before_after(run, "eval_loss", "Eval loss"),
+        _before_after(run, "perplexity", "Perplexity"),
+        _steps_tile(run),
+        _speed_tile(run),
+        _memory_tile(run),
+        _trained_tile(run),
+    ]
+    return f'<div class="tiles">{"".join(tiles)}</div>' if any(tiles) else ""
+
+
+def _before_after(run: _Run, key: str, name: str) -> str:
+    """``2.114 -> 1.436``; from the evaluations so far where the run has no result yet."""
+    points = run.points(run.evals, key)
+    before = run.figure(f"{key}_before")
+    if before is None and points and points[0][0] == 0:
+        before = points[0][1]
+    after = run.figure(key)
+    if after is None and points and (before is None or len(points) > 1):
+        after = points[-1][1]
+    if after is None:
+        return tile(name, figures.number(before), "before training") if before is not None else ""
+    if before is None:
+        return tile(name, figures.number(after))
+    change = (after - before) / abs(before) if before and math.isfinite(before) and math.isfinite(after) else None
+    sub = "" if change is None else f'<span class="{"good" if change < 0 else "bad"}">{change:+.1%}</span> on held-out rows'
+    return tile(name, f'<span class="from">{figures.number(before)} →</span> {figures.number(after)}', sub)
+
+
+def _steps_tile(run: _Run) -> str:
+    last = run.train[-1] if run.train else {}
+    reached = [step for step, _ in run.points(run.train, "step")]
+    steps = run.figure("steps")
+    steps = reached[-1] if steps is None and reached else steps
+    if steps is None:
+        return ""
+    parts = [f"{last['epoch']:.2f} epochs"] if figures.is_number(last.get("epoch")) else []
+    seconds = run.figure("seconds")
+    parts += [figures.duration(seconds)] if seconds is not None else []
+    return tile("Steps", figures.number(steps), ", ".join(parts))
+
+
+def _speed_tile(run: _Run) -> str:
+    speed = run.figure("tokens_per_second")
+    rates = [y for _, y in run.points(run.train, "tokens_per_second") if math.isfinite(y)]
+    speed = sum(rates) / len(rates) if speed is None and rates else speed
+    return tile("Speed", f"{figures.number(round(speed))} tokens/s", "padding not counted") if speed is not None else ""
+
+
+def _memory_tile(run: _Run) -> str:
+    peak = run.figure("peak_memory_bytes")
+    held = [y for key in ("peak_memory_bytes", "memory_bytes") for _, y in run.points(run.train, key)]
+    peak = max(held) if peak is None and held else peak
+    if peak is None:
+        return ""
+    total = run.part("machine").get("memory_bytes")
+    return tile("Peak memory", figures.size(peak), f"of {figures.size(total)}" if figures.is_number(total) else "")
+
+
+def _trained_tile(run: _Run) -> str:
+    counts = run.part("parameters")
+    if not all(figures.is_number(counts.get(key)) for key in ("trainable", "total")):
+        return ""
+    trainable, total = counts["trainable"], counts["total"]
+    return tile(
+        "Trained", f"{figures.count(trainable)} parameters", f"{figures.share(trainable, total)} of {figures.count(total)}"
+    )
+
+
+def _notes(run: _Run) -> str:
+    said = run.manifest.get("notes")
+    notes = [*run.problems, *([str(note) for note in said] if isinstance(said, list) else [])]
+    if not run.part("result"):
+        at = f" Its last record is of step {run.train[-1].get('step')}." if run.train else ""
+        notes.insert(0, f"This run had not finished when the report was written.{at} The figures are as far as it came.")
+    if not notes:
+        return ""
+    return (
+        '<section class="card notes"><div class="label">said during the run</div><ul>'
+        + "".join(f"<li>{escape(note)}</li>" for note in notes)
+        + "</ul></section>"
+    )
+
+
+def _losses(run: _Run) -> list[curves.Curve]:
+    train, evals = run.points(run.train, "loss"), run.points(run.evals, "eval_loss")
+    return [curves.Curve(name, points) for name, points in (("train", train), ("eval", evals)) if points]
+
+
+def _curves(run: _Run) -> str:
+    def of(key: str) -> list[curves.Curve]:
+        return [curves.Curve("train", run.points(run.train, key))]
+
+    loss = curves.chart("Loss", _losses(run))
+    small = [
+        curves.chart("Learning rate", of("learning_rate"), figures.rate, from_zero=True, is_smoothed=False),
+        curves.chart("Gradient norm", of("grad_norm"), from_zero=True),
+        curves.chart("Tokens per second", of("tokens_per_second"), figures.count, from_zero=True),
+    ]
+    if not loss and not any(small):
+        return ""
+    return f'<section><h2>Curves</h2><div class="wide">{loss}</div><div class="charts">{"".join(small)}</div></section>'
+
+
+def _samples(run: _Run) -> str:
+    """For each prompt the first and the last answer side by side; those between are folded away."""
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for sample in run.samples:
+        by_prompt.setdefault(str(sample.get("prompt", "")), []).append(sample)
+    cards = "".join(answers(prompt, given, run.figure("best_step")) for prompt, given in by_prompt.items())
+    return f"<section><h2>Answers before and after</h2>{cards}</section>" if cards else ""
+
+
+def _data(run: _Run) -> str:
+    report = run.part("data")
+    return f"<section><h2>Data</h2>{panel(report)}</section>" if report else ""
+
+
+def _settings(run: _Run) -> str:
+    """The recipe beside the machine, and whatever else the manifest holds."""
+    columns = []
+    if run.recipe:
+        columns.append(f'<h2>Recipe, every default filled in</h2><div class="card"><pre>{escape(run.recipe)}</pre></div>')
+    rest = {key: value for key, value in run.manifest.items() if key not in ("data", "notes", "command", "created")}
+    machine = rest.pop("machine", None)
+    column = f'<h2>Machine</h2><div class="card">{facts(machine)}</div>' if isinstance(machine, dict) else ""
+    column += f'<h2>Manifest</h2><div class="card">{facts(rest)}</div>' if rest else ""
+    columns += [column] if column else []
+    return '<div class="pair">' + "".join(f"<section>{one}</section>" for one in columns) + "</div>" if columns else ""
+
+
+def _foot(run: _Run) -> str:
+    return f"<footer>Written by tunesmith {escape(str(run.manifest.get('tunesmith') or ''))}</footer>"

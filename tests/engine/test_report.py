@@ -1,0 +1,201 @@
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from tunesmith.engine.report import write_report
+from tunesmith.engine.tracking import Metrics
+
+ATTACK = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+VOID = {"meta", "img", "br", "path", "link"}
+
+
+class Page(HTMLParser):
+    """The elements and attributes a browser would see, and its text; fails on tags that do not match."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.text, self._open = [], "", []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data if self._open[-1:] != ["style"] else ""
+
+
+def page(folder):
+    report = write_report(folder)
+    assert report == folder / "report.html"
+    html = report.read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run, with text from outside wherever there can be some."""
+    folder = tmp_path / "run-a"
+    folder.mkdir()
+    metrics = Metrics(folder / "metrics.jsonl")
+    metrics.append({"kind": "eval", "step": 0, "epoch": 0.0, "eval_loss": 2.1143, "perplexity": 8.284, "seconds": 3.0})
+    for step in range(1, 41):
+        figures = {"loss": 1 + 1 / step, "learning_rate": 2e-4, "grad_norm": 0.8, "tokens_per_second": 670.0}
+        metrics.append({"kind": "train", "step": step, "epoch": step / 20, "memory_bytes": 10**9, **figures})
+    metrics.append({"kind": "eval", "step": 40, "epoch": 2.0, "eval_loss": 1.4616, "perplexity": 4.313, "seconds": 3.0})
+    manifest = {
+        "tunesmith": "0.1.0",
+        "created": "2026-01-01T00:00:00Z",
+        "command": f"tunesmith train {ATTACK}",
+        "model": {"name": f"model {ATTACK}"},
+        "objective": {"type": "sft"},
+        "adaptation": "lora",
+        "parameters": {"trainable": 2_442_240, "total": 136_957_248},
+        "data": {
+            "rows": 999,
+            "supervised_share": 0.38,
+            "sources": [{"path": f"data/{ATTACK}.json", "kept": 996, "rejected": 3}],
+            "length_histogram": {"1-32": 700, ATTACK: 299},
+            ATTACK: ATTACK,
+        },
+        "notes": [f"a note {ATTACK}"],
+        "machine": {"cpu": ATTACK, "memory_bytes": 25_300_000_000},
+        "result": {
+            **{"eval_loss_before": 2.1143, "eval_loss": 1.4616, "perplexity_before": 8.284, "perplexity": 4.313},
+            **{"tokens_per_second": 667.8, "peak_memory_bytes": 1_934_213_120, "steps": 40, "seconds": 187.0},
+        },
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(f"model: smol\ndata: '{ATTACK}'\n", encoding="utf-8")
+    lines = [
+        {"step": step, "prompt": f"질문 {ATTACK}", "answer": f"답변 {step} {ATTACK}", "reference": f"정답 {ATTACK}"}
+        for step in (0, 20, 40)
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+def test_the_headline_says_what_came_of_it(run):
+    _, seen = page(run)
+    for words in (
+        "2.114 → 1.462",
+        "-30.9%",
+        "8.284 → 4.313",
+        "668 tokens/s",
+        "1.93 GB",
+        "of 25.3 GB",
+        "2.4M",
+        "1.8% of 137.0M",
+        "3:07",
+    ):
+        assert words in seen.text
+
+
+def test_text_from_outside_is_shown_and_never_obeyed(run):
+    html, seen = page(run)
+    assert "<script" not in html
+    assert {tag for tag, _ in seen.elements}.isdisjoint({"script", "img", "iframe", "object", "a", "link", "form"})
+    assert not [name for _, attributes in seen.elements for name in attributes if name.startswith("on")]
+    # command, model, source path, histogram, a data key and its value, note, cpu, model again in the manifest, recipe, prompt,
+    # three answers, reference
+    assert seen.text.count("<script>alert(1)</script>") == 15
+    assert "정답" in seen.text
+
+
+def test_the_page_asks_nothing_of_the_outside(run):
+    html, seen = page(run)
+    assert not re.search(r"https?:|//\w|url\(|@import", html)
+    assert not [attributes for _, attributes in seen.elements if attributes.keys() & {"src", "href", "srcset", "action", "data"}]
+    policy = next(attributes["content"] for tag, attributes in seen.elements if attributes.get("http-equiv"))
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def test_curves_are_drawn_and_the_loss_is_saved_as_a_picture(run):
+    _, seen = page(run)
+    labels = [attributes["aria-label"] for _, attributes in seen.elements if "aria-label" in attributes]
+    assert labels == [
+        "Loss by step: train from 2 to 1.025; eval from 2.114 to 1.462",
+        "Learning rate by step: train from 2e-4 to 2e-4",
+        "Gradient norm by step: train from 0.8 to 0.8",
+        "Tokens per second by step: train from 670 to 670",
+    ]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_samples_stand_side_by_side(run):
+    _, seen = page(run)
+    kinds = [attributes["class"] for _, attributes in seen.elements if attributes.get("class", "").startswith("answer ")]
+    assert kinds == ["answer before", "answer after", "answer reference", "answer between"]
+    assert "before, step 0" in seen.text
+    assert "after, step 40" in seen.text
+
+
+def test_the_answer_shown_as_after_is_of_the_weights_that_were_kept(run):
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["result"]["best_step"] = 20
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert "after, step 20" in page(run)[1].text
+
+
+def test_an_empty_folder_has_a_report(tmp_path):
+    _, seen = page(tmp_path)
+    assert "had not finished" in seen.text
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_run_killed_before_its_first_evaluation(run):
+    for name in ("manifest.json", "samples.jsonl", "recipe.yaml"):
+        (run / name).unlink()
+    metrics = run / "metrics.jsonl"
+    whole = [line for line in metrics.read_bytes().splitlines(keepends=True) if b'"train"' in line]
+    metrics.write_bytes(b"".join(whole[:7]) + whole[7][:30])
+    _, seen = page(run)
+    assert "had not finished when the report was written. Its last record is of step 7." in seen.text
+    assert "670 tokens/s" in seen.text
+    assert "Eval loss" not in seen.text
+
+
+def test_before_and_after_come_from_the_evaluations_while_a_run_goes_on(run):
+    (run / "manifest.json").unlink()
+    assert "2.114 → 1.462" in page(run)[1].text
+    first = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[0]
+    (run / "metrics.jsonl").write_bytes(first)
+    assert "Eval loss2.114before training" in page(run)[1].text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("manifest.json", b"{"), ("metrics.jsonl", b'oops\n{"step": 1}\n'), ("recipe.yaml", b"\xff\xfe\xff")]
+)
+def test_a_file_that_cannot_be_read_is_named(run, name, content):
+    (run / name).write_bytes(content)
+    assert f"{name} cannot be read" in page(run)[1].text
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[]", "{}", '{"model": null, "result": [], "data": 3, "notes": "x", "parameters": {"total": 1}}']
+)
+def test_a_manifest_of_another_shape_does_no_harm(run, manifest):
+    (run / "manifest.json").write_text(manifest)
+    assert "had not finished" in page(run)[1].text
+
+
+def test_a_run_that_became_nan_says_so(run):
+    Metrics(run / "metrics.jsonl").append({"kind": "train", "step": 41, "epoch": 2.05, "loss": math.nan, "grad_norm": math.inf})
+    assert "not finite at step 41" in page(run)[1].text
+
+
+def test_writing_again_replaces_the_report_and_leaves_nothing_beside(run):
+    write_report(run)
+    before = sorted(path.name for path in run.iterdir())
+    write_report(str(run))
+    assert sorted(path.name for path in run.iterdir()) == before
