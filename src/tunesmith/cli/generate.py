@@ -47,7 +47,13 @@ def generate(
     from tunesmith.models import generate as engine
     from tunesmith.models.load import load
 
-    chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    chosen: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+    }
     engine.Settings(**chosen)  # a wrong setting is told before the model is loaded
     say(f"loading {model}")
     pair = load(model)

@@ -112,10 +112,10 @@ def generate_ids(
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """The ids that end an answer: eos of tokenizer and generation config, and the token that closes the template's turn."""
-    found: set[int] = set()
-    for eos in (tokenizer.eos_token_id, model.generation_config.eos_token_id if model.generation_config else None):
-        found.update([eos] if isinstance(eos, int) else eos or [])
-    return frozenset(found | _template_stop(tokenizer))
+    from tunesmith.data import chat
+
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    return frozenset([*chat.stop_ids(tokenizer), *([eos] if isinstance(eos, int) else eos or [])])
 
 
 def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
@@ -260,32 +260,13 @@ def _stop(settings: Settings, model: Any, tokenizer: Any) -> frozenset[int]:
     return stop_ids(_core(model), tokenizer) if settings.stop is None else settings.stop
 
 
-def _template_stop(tokenizer: Any) -> set[int]:
-    """The first special token after an assistant turn, as the chat template writes it. Empty without one."""
-    import jinja2
-
-    if not tokenizer.chat_template:
-        return set()
-    marker = "\ue000"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except jinja2.TemplateError:
-        return set()  # a template that wants other turns; the tokenizer's eos is all there is
-    tail = tokenizer(text.rpartition(marker)[2], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {next((id for id in tail if id in special), -1)} - {-1}
-
-
 def _prompt_ids(prompt: Any, tokenizer: Any, system: str | None, plain: bool) -> list[int]:
     from tunesmith.data.chat import prompt_ids
-    from tunesmith.data.templates import special_ends
+    from tunesmith.data.rows import Text
 
-    if plain:
-        if system is not None or not isinstance(prompt, str):
-            raise UserError("plain prompts are strings without turns: leave out the system message, and give text")
-        return special_ends(tokenizer)[0] + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    return list(prompt_ids(prompt, tokenizer, system=system))
+    if plain and not isinstance(prompt, str):
+        raise UserError("a plain prompt is a string, without turns; leave out `plain` for a list of messages")
+    return prompt_ids(Text(prompt) if plain else prompt, tokenizer, system=system)
 
 
 def _pair(model: Any) -> tuple[Any, Any]:
