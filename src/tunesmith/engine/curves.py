@@ -53,7 +53,7 @@ def smooth(points: Points) -> Points:
     if len(points) < _FEW:
         return points
     binned = _binned(points)
-    sigma = max(1.0, len(binned) / 30)
+    sigma = max(2.0, len(binned) / 30)
     half = min(math.ceil(3 * sigma), len(binned) - 1)
     reach = np.arange(-half, half + 1)
     kernel = np.exp(-0.5 * (reach / sigma) ** 2)
@@ -91,7 +91,7 @@ def chart(
     drawn = [curve for curve in curves if curve.finite]
     if not drawn:
         return ""
-    frame = _Frame.around(drawn, from_zero)
+    frame = _Frame.around(curves, from_zero)
     lines = "".join(_svg(curve, frame, is_smoothed) for curve in drawn)
     broken = sorted({step for curve in curves for step in curve.broken})
     lines += "".join(f'<path class="broken" d="M{frame.x(step):.1f} 0V1000"/>' for step in broken[:_STRIPS])
@@ -152,7 +152,8 @@ class _Frame:
 
     @classmethod
     def around(cls, curves: Sequence[Curve], from_zero: bool) -> _Frame:
-        xs, ys = zip(*(point for curve in curves for point in curve.finite))
+        xs = [x for curve in curves for x, _ in curve.points]  # a step whose value is not finite is on the page too
+        ys = [y for curve in curves for _, y in curve.finite]
         low, high = min(ys), max(ys)
         air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
         left, right = min(xs), max(xs)
@@ -194,7 +195,7 @@ def _strips(curves: Sequence[Curve], frame: _Frame, form: Callable[[float], str]
             columns.setdefault(min(_STRIPS - 1, int(frame.x(x) * _STRIPS / 1000)), {})[name] = (x, y)
     out = []
     for index, values in sorted(columns.items()):
-        step = max(x for x, _ in values.values())
+        step, _ = values.get("eval") or values["train"]
         lines = "".join(f'<span class="key {name}">{form(y)}</span>' for name, (_, y) in values.items())
         side = "right" if index >= _STRIPS / 2 else "left"
         place = f"left:{100 * index / _STRIPS:.3f}%;width:{100 / _STRIPS:.3f}%"

@@ -207,7 +207,7 @@ def _notes(run: _Run) -> str:
     if not notes:
         return ""
     return (
-        '<section class="card notes"><div class="label">said during the run</div><ul>'
+        '<section class="card notes"><div class="label">notes</div><ul>'
         + "".join(f"<li>{escape(note)}</li>" for note in notes)
         + "</ul></section>"
     )
