@@ -2,7 +2,7 @@
 
 ROOT = {"model", "adapter", "objective", "adaptation", "data", "train", "samples", "seed"}
 
-DATA = {"train", "eval", "template", "bad_rows", "max_unlearnable", "expand_turns", "cache"}
+DATA = {"train", "eval", "template", "bad_rows", "max_unlearnable", "cache"}
 SOURCE = {"path", "format", "columns", "prompt_template", "weight", "limit"}
 EVAL = {"fraction", "limit", "path", "format", "columns", "prompt_template"}
 
@@ -14,8 +14,11 @@ TRAIN = {
 }  # fmt: skip
 SAMPLES = {"prompts", "count", "max_new_tokens"}
 
-OBJECTIVES = {"sft": {"train_on", "overlong"}, "cpt": {"overlong"}}
+OBJECTIVES = {"sft": {"train_on", "expand_turns", "overlong"}, "cpt": {"overlong"}}
 ADAPTATIONS = {
     "full": set(),
     "lora": {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save"},
 }
+
+EITHER_OR = [("epochs", "max_steps"), ("warmup_ratio", "warmup_steps"), ("prompts", "count"), ("fraction", "path")]
+"""Keys that no run can hold together: `recipe.conflicts` refuses the pair."""

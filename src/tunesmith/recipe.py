@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunesmith import adaptations, objectives, recipe_text
 from tunesmith.data.config import DataConfig
+from tunesmith.data.rows import Chat
 from tunesmith.engine.config import SampleConfig, TrainConfig
 from tunesmith.errors import RecipeError
 from tunesmith.nearest import did_you_mean, nearest
@@ -98,12 +99,18 @@ def conflicts(recipe: Recipe) -> list[str]:
     """Choices that contradict each other, and keys that would do nothing beside the others. Default values never count."""
     data, train, samples = recipe.data, recipe.train, recipe.samples
     held_out = data.eval.path is not None or data.eval.fraction > 0
+    objective = objectives.name_of(recipe.objective)
+    rows = objectives.module(objective).Objective.rows
     found = []
 
     def clash(condition: Any, message: str) -> None:
         if condition:
             found.append(message)
 
+    clash(
+        data.template and Chat not in rows,
+        f"data.template does nothing: {objective} learns from {', '.join(row.__name__ for row in rows)} rows, which have no turns",
+    )
     clash(data.eval.path and changed(data.eval, "fraction"), "set data.eval.path or data.eval.fraction, not both")
     for key in ("format", "columns", "prompt_template"):
         clash(data.eval.path is None and changed(data.eval, key), f"data.eval.{key} does nothing without data.eval.path")

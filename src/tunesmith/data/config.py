@@ -41,5 +41,4 @@ class DataConfig(Strict):
     template: str | None = Field(None, description="alpaca, chatml, roles, korean, or a Jinja string; default: the model's own")
     bad_rows: Literal["error", "skip"] = Field("error", description="skip = leave bad rows out, count and list them")
     max_unlearnable: float = Field(0.2, ge=0, le=1, description="stop when a larger share of rows has nothing to learn")
-    expand_turns: bool = Field(False, description="one row per assistant turn, so that training sees what generation sees")
     cache: bool = Field(True, description="keep processed rows on disk, keyed by content")
