@@ -182,7 +182,8 @@ def _decode(
         if "position_ids" in accepted:
             inputs["position_ids"] = positions
         if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = 1
+            # an index, not a count: a slice is not contiguous, and torch then copies the vocabulary weights once for each row
+            inputs["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=device)
         logits = core(**inputs).logits[:, -1].float()  # (running, vocab)
         draws = None if uniform is None else uniform[running, step].to(device)
         chosen = choose(logits, settings, draws)
