@@ -109,7 +109,7 @@ def conflicts(recipe: Recipe) -> list[str]:
 
     clash(
         data.template and Chat not in rows,
-        f"data.template does nothing: {objective} learns from {', '.join(row.__name__ for row in rows)} rows, which have no turns",
+        f"data.template does nothing: {objective} learns from {', '.join(row.__name__ for row in rows)} rows",
     )
     clash(data.eval.path and changed(data.eval, "fraction"), "set data.eval.path or data.eval.fraction, not both")
     for key in ("format", "columns", "prompt_template"):
