@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
+WORKERS ?= 2
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test check format bench clean
@@ -11,7 +12,7 @@ demo: .venv/.installed-demo  ## pull a small model, tune it for two to three min
 	$(BIN)/tunesmith train recipes/demo.yaml --out $(RUN)
 
 test: .venv/.installed-dev  ## the whole suite; ARGS="tests/cli -x" runs a part
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 check: .venv/.installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .
