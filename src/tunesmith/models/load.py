@@ -304,7 +304,7 @@ def _full(folder: Folder, head: str, dtype: torch.dtype, load_kwargs: dict[str, 
     if head not in classes:
         raise ModelError(f"no model class for the head {head!r}: expected one of {', '.join(classes)}")
     path = _network(folder)
-    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True, "dtype": dtype, **load_kwargs}
+    options = {"dtype": dtype, **load_kwargs, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     model, report = _explained(folder, lambda: classes[head].from_pretrained(path, output_loading_info=True, **options))
     unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
     _strict(path, type(model).__name__, report["missing_keys"], unexpected)

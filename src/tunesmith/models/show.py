@@ -87,7 +87,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "type": str(config.get("peft_type", "")).lower(),
         "r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
-        "target_modules": sorted(targets) if isinstance(targets, list) else targets,
+        "target_modules": sorted({name.rpartition(".")[2] for name in targets}) if isinstance(targets, list) else targets,
         "modules_to_save": config.get("modules_to_save"),
         "use_dora": config.get("use_dora"),
         "use_rslora": config.get("use_rslora"),

