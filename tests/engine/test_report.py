@@ -3,6 +3,7 @@ import math
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from tunesmith.engine.report import write_report
@@ -62,10 +63,15 @@ def run(tmp_path):
         "adaptation": "lora",
         "parameters": {"trainable": 2_442_240, "total": 136_957_248},
         "data": {
-            "rows": 999,
-            "supervised_share": 0.38,
-            "sources": [{"path": f"data/{ATTACK}.json", "kept": 996, "rejected": 3}],
-            "length_histogram": {"1-32": 700, ATTACK: 299},
+            "max_length": 742,
+            "duplicates_train_eval": 7,
+            "sources": [{"path": f"data/{ATTACK}.json", "rows_read": 999, "rows_kept": 996, "problems": [f"row 3 {ATTACK}"]}],
+            "train": {
+                **{"rows": 900, "tokens": 200_000, "supervised_tokens": 76_000, "unlearnable_first": [f"{ATTACK}.json:3"]},
+                "overlong": {"policy": "truncate", "rows": 5, "tokens_lost": 600, "share_lost": 0.003},
+                "histogram": {"edges": [16, 32, 742], "counts": [100, 500, 300], "median": 30.0, "p95": 400.5, "max": 742},
+            },
+            "eval": {"rows": 96},
             ATTACK: ATTACK,
         },
         "notes": [f"a note {ATTACK}"],
@@ -106,9 +112,9 @@ def test_text_from_outside_is_shown_and_never_obeyed(run):
     assert "<script" not in html
     assert {tag for tag, _ in seen.elements}.isdisjoint({"script", "img", "iframe", "object", "a", "link", "form"})
     assert not [name for _, attributes in seen.elements for name in attributes if name.startswith("on")]
-    # command, model, source path, histogram, a data key and its value, note, cpu, model again in the manifest, recipe, prompt,
-    # three answers, reference
-    assert seen.text.count("<script>alert(1)</script>") == 15
+    # model in the headline, command, note, prompt, three answers, reference, a data key and its value, source path, a rejected
+    # row, a row with nothing to learn, recipe, cpu, model again in the manifest
+    assert seen.text.count("<script>alert(1)</script>") == 16
     assert "정답" in seen.text
 
 
@@ -145,6 +151,41 @@ def test_the_answer_shown_as_after_is_of_the_weights_that_were_kept(run):
     manifest["result"]["best_step"] = 20
     (run / "manifest.json").write_text(json.dumps(manifest))
     assert "after, step 20" in page(run)[1].text
+
+
+def test_the_data_is_summed_up(run):
+    _, seen = page(run)
+    text = re.sub(r"\s+", " ", seen.text)
+    for words in ("tokens learnt76,000 (38.0%)", "above max length5 (truncate)", "tokens lost by that600 (0.300%)", "longest742"):
+        assert words in text
+    assert "eval rows also in train7" in text
+    assert "1-1610017-3250033-742300" in text
+    styles = [attributes.get("style", "") for tag, attributes in seen.elements if tag == "i"]
+    assert [style for style in styles if style.startswith("width")] == ["width:20.0%", "width:100.0%", "width:60.0%"]
+
+
+def test_the_report_of_the_data_layer_is_understood(run):
+    """Its keys are named here, so that a renamed one is noticed."""
+    from tunesmith.data.report import Report, SourceReport, SplitReport, histogram
+
+    lengths = np.array([5, 20, 40])
+    overlong = {"policy": "drop", "rows": 1, "tokens": 90, "tokens_lost": 90, "share_lost": 0.5, "supervised_lost": 30}
+    split = SplitReport(3, 3, 65, 30, 1, ("a.json:9",), overlong, 2, histogram(lengths))
+    left_out = {"rows": 2, "looked_at": 64, "first": ["a.json:4: reasoning"]}
+    source = SourceReport("a.json", "train", "ab" * 32, "alpaca", 5, 4, 1, ("a.json:2: empty",), left_out, 1.0, False, 0.1)
+    report = Report((source,), split, None, "its own", 64, 0, False, 0.2)
+    manifest = {"data": json.loads(json.dumps(report.as_dict()))}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    _, seen = page(run)
+    for words in (
+        "a.json:2: empty",
+        "a.json: 2 of 64 rows looked at, for example a.json:4: reasoning",
+        "a.json:9",
+        "abababababab",
+    ):
+        assert words in seen.text
+    assert "tokens lost by that90 (50.0%)" in seen.text
+    assert "1-16117-32133-401" in seen.text
 
 
 def test_an_empty_folder_has_a_report(tmp_path):

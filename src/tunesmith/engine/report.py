@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.engine import curves, figures, tracking
-from tunesmith.engine.report_parts import answers, facts, panel, tile
+from tunesmith.engine.report_data import data_summary
+from tunesmith.engine.report_parts import answers, facts, tile
 from tunesmith.engine.report_style import CSS
 from tunesmith.errors import DataError
 
@@ -244,7 +245,7 @@ def _samples(run: _Run) -> str:
 
 def _data(run: _Run) -> str:
     report = run.part("data")
-    return f"<section><h2>Data</h2>{panel(report)}</section>" if report else ""
+    return f'<section><h2>Data</h2><div class="card panel">{data_summary(report)}</div></section>' if report else ""
 
 
 def _settings(run: _Run) -> str:

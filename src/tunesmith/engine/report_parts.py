@@ -17,19 +17,17 @@ def tile(name: str, figure: str, sub: str = "") -> str:
     return f'<div class="tile"><div class="name">{name}</div><div class="figure">{figure}</div>{below}</div>'
 
 
-def panel(values: dict[str, Any]) -> str:
-    """A section of plain data: single figures in a grid, then each mapping, table and histogram under its own heading."""
-    small = {key: value for key, value in values.items() if not isinstance(value, dict | list) or not value}
-    grid = "".join(
+def grid(values: dict[str, Any]) -> str:
+    """Single figures side by side, each under its name."""
+    cells = "".join(
         f'<div><div class="name">{escape(_words(key))}</div><div class="value">{shown(key, value)}</div></div>'
-        for key, value in small.items()
+        for key, value in values.items()
     )
-    blocks = "".join(f"<h3>{escape(_words(key))}</h3>{shown(key, value)}" for key, value in values.items() if key not in small)
-    return f'<div class="card panel">{f"""<div class="grid">{grid}</div>""" if grid else ""}{blocks}</div>'
+    return f'<div class="grid">{cells}</div>' if cells else ""
 
 
 def facts(values: dict[str, Any]) -> str:
-    """Names and values as a list; mappings nest, lists of mappings become tables, histograms become bars."""
+    """Names and values as a list; mappings nest, lists of mappings become tables."""
     items = "".join(f"<dt>{escape(_words(key))}</dt><dd>{shown(key, value)}</dd>" for key, value in values.items())
     return f"<dl>{items}</dl>"
 
@@ -43,7 +41,7 @@ def shown(key: str, value: Any) -> str:
     if figures.is_number(value):
         return _figure(key, value)
     if isinstance(value, dict):
-        return bars(value) if "histogram" in key else facts(value)
+        return facts(value)
     if isinstance(value, list | tuple):
         if all(isinstance(one, dict) for one in value):
             return table(value)
@@ -63,13 +61,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def bars(counts: dict[str, Any]) -> str:
+def bars(counts: dict[str, float]) -> str:
     """A histogram: label -> count."""
-    most = max((count for count in counts.values() if figures.is_number(count)), default=0) or 1
+    most = max(counts.values(), default=0) or 1
     lines = (
         f'<span>{escape(str(label))}</span><i style="width:{100 * count / most:.1f}%"></i><span class="num">{count:,}</span>'
         for label, count in counts.items()
-        if figures.is_number(count)
     )
     return f'<div class="bars">{"".join(lines)}</div>'
 

@@ -90,19 +90,21 @@ p { margin: 0 0 12px; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th { color: var(--soft); font-weight: 600; text-align: left; white-space: nowrap; }
 th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-tr:last-child td { border-bottom: 0; }
+tr:last-child > * { border-bottom: 0; }
+table.compact th { white-space: normal; }
 td { overflow-wrap: break-word; }
 .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 12px 20px; }
 .grid .name { color: var(--soft); font-size: .84rem; }
 .grid .value { overflow-wrap: anywhere; }
-.panel > * + h3 { margin-top: 24px; }
-.panel > h3:first-child { margin-top: 0; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 0 20px; align-items: start; }
+.panel > :first-child h3 { margin-top: 0; }
+.panel .pair { gap: 0 48px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); gap: 0 20px; align-items: start; }
 dl { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 5px 20px; margin: 0; font-size: .93rem; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
 dd dl { font-size: 1em; }
+.lines { margin: 0; padding-left: 20px; font-size: .9rem; overflow-wrap: anywhere; }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 4px 12px; align-items: center; font-size: .9rem; }
 .bars i { display: block; height: 12px; border-radius: 3px; background: var(--train); min-width: 1px; }
 pre { margin: 0; font-size: .84rem; line-height: 1.5; white-space: pre-wrap; overflow-wrap: anywhere; }
