@@ -1,0 +1,215 @@
+"""One source, encoded into the cache or found there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from tunesmith.data import builtin, cache
+from tunesmith.data.cache import Entry, Example, Writer
+from tunesmith.data.chat import Renderer, left_out
+from tunesmith.data.problems import Record, RowFault, RowProblem
+from tunesmith.data.read import existing
+from tunesmith.data.rows import Chat, Row, digest
+from tunesmith.data.source import Opened
+from tunesmith.data.templates import template_text
+from tunesmith.errors import DataError
+
+BATCH = 128
+"""Rows tokenised in one call."""
+
+LOOKED_AT = 200
+"""Conversations compared with their rendering, to notice what a template leaves out."""
+
+THREADS = 2
+
+Located = tuple[Record, Row]
+Encodings = tuple[list[tuple[Located, list[Example]]], list[RowProblem]]
+
+Progress = Callable[[str, int], None]
+"""Called with a source's path and the rows read of it so far."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A source in the cache. ``scratch`` keeps a temporary folder alive when nothing is to be kept."""
+
+    entry: Entry
+    sha256: str
+    cached: bool
+    scratch: object = None
+
+
+def build(opened: Opened, objective: Any, tokenizer: Any, keep: bool, shared_key: str, on_progress: Progress | None) -> Built:
+    """The processed rows of a source: from the cache when nothing changed, else made now.
+
+    Raises DataError when a file is unreadable, DiskFullError when there is no room.
+    """
+    sha256 = content_hash(opened.source.path)
+    options = opened.source.model_dump(mode="json", exclude={"path", "weight"})
+    kinds = [kind.__name__ for kind in opened.accepted]
+    key = hashlib.sha256(json.dumps([sha256, Path(opened.source.path).suffix, options, kinds, shared_key]).encode()).hexdigest()
+    scratch = None if keep else tempfile.TemporaryDirectory(prefix="tunesmith-data-")
+    folder = (cache.store() if scratch is None else Path(scratch.name)) / key[:32]
+    entry = cache.load(folder)
+    if entry is not None:
+        return Built(entry, sha256, True, scratch)
+    if folder.exists():
+        cache.discard(folder)  # what is there is not what was written
+    writer = cache.begin(folder)
+    try:
+        info = _write(writer, opened, objective, tokenizer, on_progress)
+        cache.finish(writer, folder, info)
+    except OSError as error:
+        raise cache.disk_error(error, folder.parent) from None
+    finally:
+        if writer.folder.exists():
+            shutil.rmtree(writer.folder)
+    entry = cache.load(folder)
+    if entry is None:
+        raise DataError(f"processed data in {folder} cannot be read back. Check the disk, or set data.cache=false.")
+    return Built(entry, sha256, False, scratch)
+
+
+def _write(writer: Writer, opened: Opened, objective: Any, tokenizer: Any, on_progress: Progress | None) -> dict[str, Any]:
+    """Encode all rows; what was counted on the way."""
+    read = kept = 0
+    first: list[RowProblem] = []
+    fatal = False
+    unseen: dict[str, Any] = {"looked_at": 0, "rows": 0, "first": []}
+    renderer = Renderer(tokenizer) if tokenizer.chat_template else None
+    for encoded, problems in _ahead(_batches(opened.rows()), objective, tokenizer):
+        read += len(encoded) + len(problems)
+        for (record, row), examples in encoded:
+            writer.add(examples, record.row, digest(row))
+            kept += 1
+            if renderer and isinstance(row, Chat) and len(examples) == 1 and unseen["looked_at"] < LOOKED_AT:
+                _compare(row, record, renderer, unseen)
+        fatal = fatal or any(problem.fatal for problem in problems)
+        first = sorted([*first, *problems], key=lambda problem: problem.row)[:10]
+        if on_progress:
+            on_progress(opened.source.path, read)
+    return {
+        "read": read, "kept": kept, "problems": [asdict(problem) for problem in first], "fatal": fatal, "left_out": unseen,
+    }  # fmt: skip
+
+
+def _ahead(batches: Iterator[tuple[list[Located], list[RowProblem]]], objective: Any, tokenizer: Any) -> Iterator[Encodings]:
+    """Encode two batches at a time, in order: one is rendered (Python) while the other is tokenised (outside the GIL)."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        running: deque[tuple[Future[Encodings], list[RowProblem]]] = deque()
+        for batch, problems in batches:
+            running.append((pool.submit(_encode, batch, objective, tokenizer), problems))
+            if len(running) > THREADS:
+                yield _joined(*running.popleft())
+        while running:
+            yield _joined(*running.popleft())
+
+
+def _joined(future: Future[Encodings], problems: list[RowProblem]) -> Encodings:
+    encoded, refused = future.result()
+    return encoded, problems + refused
+
+
+def _batches(
+    rows: Iterator[Located | RowProblem],
+) -> Iterator[tuple[list[Located], list[RowProblem]]]:
+    batch: list[Located] = []
+    problems: list[RowProblem] = []
+    for item in rows:
+        if isinstance(item, RowProblem):
+            problems.append(item)
+        else:
+            batch.append(item)
+        if len(batch) + len(problems) >= BATCH:
+            yield batch, problems
+            batch, problems = [], []
+    if batch or problems:
+        yield batch, problems
+
+
+def _encode(batch: Sequence[Located], objective: Any, tokenizer: Any) -> Encodings:
+    """Encode a batch in one call; when a row is at fault, each row on its own, so that every fault is found."""
+    if not batch:
+        return [], []
+    try:
+        return list(zip(batch, objective.encode([row for _, row in batch], tokenizer), strict=True)), []
+    except RowFault as fault:
+        if len(batch) == 1:
+            return [], [_problem(batch[0][0], fault)]
+    encoded, problems = [], []
+    for item in batch:
+        done, refused = _encode([item], objective, tokenizer)
+        encoded += done
+        problems += refused
+    return encoded, problems
+
+
+def _problem(record: Record, fault: RowFault) -> RowProblem:
+    return RowProblem(record.path, record.row, "row", fault.expected, fault.got, fault.fix, record.line)
+
+
+def _compare(row: Chat, record: Record, renderer: Renderer, unseen: dict[str, Any]) -> None:
+    unseen["looked_at"] += 1
+    missing = left_out(row, renderer)
+    if missing:
+        unseen["rows"] += 1
+        unseen["first"] += [f"{record.path}:{record.row}:{place}" for place in missing][: 10 - len(unseen["first"])]
+
+
+def content_hash(path: str) -> str:
+    """sha256 of a source's content."""
+    if path == builtin.NAME:
+        return builtin.digest()
+    content = hashlib.sha256()
+    with existing(path).open("rb") as handle:
+        while block := handle.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
+
+
+def shared_key(objective: Any, tokenizer: Any) -> str:
+    """Hash of all that shapes examples besides the file: tokenizer, template, options, and the code involved."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    content = hashlib.sha256(backend.to_str().encode())
+    facts = [
+        template_text(tokenizer), {name: str(token) for name, token in tokenizer.special_tokens_map.items()}, _options(objective),
+        version("tokenizers"), version("transformers"), version("jinja2"), platform.python_version(),
+    ]  # fmt: skip
+    content.update(json.dumps(facts, sort_keys=True).encode())
+    for path in _code(objective):
+        content.update(path.read_bytes())
+    return content.hexdigest()
+
+
+def _options(objective: Any) -> Any:
+    """The objective's name and settings, as JSON."""
+    config = getattr(objective, "config", None)
+    if isinstance(config, BaseModel):
+        settings = config.model_dump(mode="json")
+    elif is_dataclass(objective) and not isinstance(objective, type):
+        settings = asdict(objective)
+    else:
+        settings = {name: repr(value) for name, value in sorted(vars(objective).items())}
+    return [type(objective).__module__, type(objective).__qualname__, settings]
+
+
+def _code(objective: Any) -> list[Path]:
+    """The source files that decide what an example is: this package and the objective's own file."""
+    import inspect
+
+    return [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(type(objective)))]

@@ -1,0 +1,240 @@
+"""Processed rows on disk, keyed by content and memory-mapped: one folder for each source, written once, never changed.
+
+A folder holds, for every array name of the examples, its values end to end (``input_ids.values``) and where each example
+begins (``input_ids.starts``, int64[n + 1]); one number for each example (``row``, ``targets``, ``length``, ``digest``); and
+``manifest.json`` with the size and sha256 of each. It is written under another name and renamed when complete, so two
+processes may write the same one, and what a crash leaves is never mistaken for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import mmap
+import os
+import re
+import shutil
+import tempfile
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tunesmith.errors import DiskFullError
+
+VERSION = 1
+Example = dict[str, np.ndarray]
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One processed source, mapped read-only.
+
+    ``values[name]`` and ``starts[name]`` (int64[n + 1]) hold the examples; ``row`` (1-based row of the file), ``targets``
+    (loss units), ``length`` and ``digest`` (of the row's content) have one number for each example. ``info``: what was
+    counted when it was written.
+    """
+
+    values: dict[str, np.ndarray]
+    starts: dict[str, np.ndarray]
+    row: np.ndarray
+    targets: np.ndarray
+    length: np.ndarray
+    digest: np.ndarray
+    info: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def example(self, index: int, start: int, length: int) -> Example:
+        """Example ``index``, or the stretch of it that a length policy kept. Views of the file, no copy."""
+        whole = int(self.length[index])
+        out = {}
+        for name, values in self.values.items():
+            begin, end = int(self.starts[name][index]), int(self.starts[name][index + 1])
+            if length < whole and end - begin == whole:  # arrays aligned with the tokens are cut with them
+                begin, end = begin + start, begin + start + length
+            out[name] = values[begin:end]
+        return out
+
+
+class Writer:
+    """Streams examples into a folder; only the per-example numbers are held in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, _File] = {}
+        self._starts: dict[str, array[int]] = {}
+        self._dtypes: dict[str, str] = {}
+        self._numbers: dict[str, array[int]] = {name: array(kind) for name, kind in NUMBERS.items()}
+
+    def add(self, examples: Iterable[Example], row: int, digest: int) -> None:
+        """The examples made of one row."""
+        for example in examples:
+            if not self._files:
+                self._begin(example)
+            if example.keys() != self._files.keys():
+                raise ValueError(f"an example has the arrays {sorted(example)}, the ones before had {sorted(self._files)}")
+            for name, values in example.items():
+                if values.dtype.str != self._dtypes[name]:
+                    raise ValueError(f"array {name!r}: {values.dtype} after {np.dtype(self._dtypes[name])}")
+                self._files[name].write(np.ascontiguousarray(values).data)
+                self._starts[name].append(self._starts[name][-1] + len(values))
+            numbers = {"row": row, "digest": digest, "targets": targets(example), "length": length(example)}
+            for name, number in numbers.items():
+                self._numbers[name].append(number)
+
+    def _begin(self, example: Example) -> None:
+        for name, values in example.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise ValueError(f"array name {name!r} cannot be part of a file name")
+            self._files[name] = _File(self.folder / f"{name}.values")
+            self._starts[name] = array("q", [0])
+            self._dtypes[name] = values.dtype.str
+
+    def close(self, info: dict[str, Any]) -> None:
+        """Write what is left, and the manifest last; everything is on the disk when this returns."""
+        files = {f"{name}.values": file.close() for name, file in self._files.items()}
+        for name, numbers in [*((f"{key}.starts", value) for key, value in self._starts.items()), *self._numbers.items()]:
+            file = _File(self.folder / name)
+            file.write(numbers.tobytes())
+            files[name] = file.close()
+        manifest = {
+            "version": VERSION,
+            "arrays": self._dtypes,
+            "examples": len(self._numbers["row"]),
+            "files": files,
+            "info": info,
+        }
+        with (self.folder / "manifest.json").open("w", encoding="utf-8") as handle:
+            json.dump(manifest, handle, ensure_ascii=True)
+            handle.flush()
+            os.fsync(handle.fileno())
+        _sync_folder(self.folder)
+
+
+NUMBERS = {"row": "q", "targets": "q", "length": "q", "digest": "Q"}
+"""Numbers kept for each example, and their ``array`` type codes."""
+
+
+def targets(example: Example) -> int:
+    """Loss units: supervised tokens but the first (nothing stands before it); 1 for examples without a mask."""
+    return int(np.count_nonzero(example["supervised"][1:])) if "supervised" in example else 1
+
+
+def length(example: Example) -> int:
+    """Tokens of an example: of ``input_ids``, else of its longest array."""
+    return len(example["input_ids"]) if "input_ids" in example else max(map(len, example.values()))
+
+
+class _File:
+    """A file whose size and hash are known when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle: BinaryIO = path.open("wb")
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: Any) -> None:
+        self._hash.update(data)
+        self._size += self._handle.write(data)
+
+    def close(self) -> dict[str, Any]:
+        with self._handle as handle:
+            handle.flush()
+            os.fsync(handle.fileno())
+        return {"size": self._size, "sha256": self._hash.hexdigest()}
+
+
+def store() -> Path:
+    """``$TUNESMITH_HOME/data``, by default ``~/.cache/tunesmith/data``. Anything in it may be deleted at any time."""
+    home = os.environ.get("TUNESMITH_HOME")
+    return (Path(home) if home else Path.home() / ".cache" / "tunesmith") / "data"
+
+
+def begin(folder: Path) -> Writer:
+    """A writer into a new folder beside ``folder``; ``finish`` puts it there."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Writer(Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)))
+    except OSError as error:
+        raise disk_error(error, folder.parent) from None
+
+
+def finish(writer: Writer, folder: Path, info: dict[str, Any]) -> None:
+    """Complete the writer's folder and rename it to ``folder``. When another process was first, its work is kept."""
+    writer.close(info)
+    try:
+        os.rename(writer.folder, folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        discard(writer.folder)
+    _sync_folder(folder.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder of the cache: first out of sight, so that no one opens half of it."""
+    if not folder.name.startswith("."):
+        hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)) / "old"
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
+            os.rename(folder, hidden)
+        folder = hidden.parent
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def load(folder: Path) -> Entry | None:
+    """The entry at ``folder``, or None when there is none or it is not exactly what was written (size or hash differ)."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["version"] != VERSION:
+            return None
+        arrays: dict[str, str] = manifest["arrays"]
+        kinds = {f"{name}.values": dtype for name, dtype in arrays.items()}
+        kinds |= {f"{name}.starts": "<i8" for name in arrays}
+        kinds |= {name: f"<{'u' if kind == 'Q' else 'i'}8" for name, kind in NUMBERS.items()}
+        mapped = {name: _map(folder / name, manifest["files"][name], dtype) for name, dtype in kinds.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Entry(
+        {name: mapped[f"{name}.values"] for name in arrays},
+        {name: mapped[f"{name}.starts"] for name in arrays},
+        **{name: mapped[name] for name in NUMBERS},
+        info=manifest["info"],
+    )
+
+
+def _map(path: Path, recorded: dict[str, Any], dtype: str) -> np.ndarray:
+    """The file as an array. Raises ValueError when it is not what the manifest says."""
+    content = hashlib.sha256()
+    size = 0
+    with path.open("rb") as handle:  # read, not mapped: pages that are only checked need not stay
+        while block := handle.read(BLOCK):
+            content.update(block)
+            size += len(block)
+        if size != recorded["size"] or content.hexdigest() != recorded["sha256"]:
+            raise ValueError(f"{path} is not what was written")
+        if not size:
+            return np.empty(0, dtype)
+        return np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+
+
+def disk_error(error: OSError, folder: Path) -> OSError | DiskFullError:
+    """The error to raise for one met while writing under ``folder``: a full disk has a message of its own."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return DiskFullError(f"no room for processed data in {folder}. Free some space, or set TUNESMITH_HOME to another disk.")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,79 @@
+"""Checks of single values: text that a tokenizer can take, JSON that a template can take."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tunesmith.data.problems import shorten
+
+
+class FieldFault(Exception):
+    """A field of a row is not what its format needs."""
+
+    def __init__(self, field: str, expected: str, got: str, fix: str) -> None:
+        super().__init__(f"{field}: expected {expected}, got {got}. {fix}")
+        self.field, self.expected, self.got, self.fix = field, expected, got, fix
+
+
+def text(value: Any, field: str) -> str:
+    """Text with something in it."""
+    if value is None:
+        raise FieldFault(field, "text", "nothing (null)", f"Fill {field!r} in or delete the row.")
+    clean(value, field)
+    if not value.strip():
+        got = "empty text" if not value else "only spaces"
+        raise FieldFault(field, "text", got, f"Fill {field!r} in or delete the row.")
+    return str(value)
+
+
+def optional_text(value: Any, field: str) -> str:
+    """Text, or nothing: a missing value is the empty string."""
+    if value is None:
+        return ""
+    clean(value, field)
+    return str(value)
+
+
+def clean(value: Any, field: str) -> None:
+    """Refuse what is not a string of whole Unicode characters without NUL."""
+    if not isinstance(value, str):
+        raise FieldFault(field, "text", shorten(value), "Write it as a string, in quotes.")
+    if value.isascii():
+        if "\0" in value:
+            raise FieldFault(field, "text without NUL", f"a NUL character after {value.index(chr(0))} characters", "Remove it.")
+        return
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # how a byte that is not UTF-8 was kept
+            got = f"the byte 0x{code - 0xDC00:02x} after {error.start} characters"
+            raise FieldFault(field, "UTF-8 text", got, "Save the file as UTF-8 (iconv -f CP949 -t UTF-8, say).") from None
+        got = f"half a surrogate pair (\\u{code:04x}) after {error.start} characters"
+        raise FieldFault(field, "Unicode text", got, "Write the whole character.") from None
+    if "\0" in value:
+        raise FieldFault(field, "text without NUL", f"a NUL character after {value.index(chr(0))} characters", "Remove it.")
+
+
+def clean_inside(value: Any, field: str) -> None:
+    """``clean`` for every string in nested lists and objects."""
+    if isinstance(value, str):
+        clean(value, field)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            clean(key, field)
+            clean_inside(item, f"{field}.{key}")
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            clean_inside(item, f"{field}[{position}]")
+
+
+def parsed(value: Any, field: str, what: str) -> Any:
+    """A value that may have come as JSON text (csv columns and OpenAI's ``arguments`` do)."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (RecursionError, ValueError) as error:
+        raise FieldFault(field, what, f"{shorten(value)} ({error})", "Write valid JSON.") from None

@@ -1,0 +1,297 @@
+"""Formats: which columns a row may have, and the row type that they mean. One table, one entry for each format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from tunesmith.data.fields import FieldFault, optional_text, parsed, text
+from tunesmith.data.problems import Record, RowProblem, shorten
+from tunesmith.data.rows import Chat, Message, PromptCompletion, Row, Text
+from tunesmith.data.turns import chat, conversation, tool_schemas
+from tunesmith.errors import DataError
+from tunesmith.nearest import did_you_mean
+
+Values = Mapping[str, Any]
+"""Field of the format -> value; optional fields that the row lacks are absent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field of a format and the column names it goes by, in any case."""
+
+    name: str
+    columns: tuple[str, ...]
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """``build`` makes the row of the fields' values or raises FieldFault. ``prompt`` and ``answer`` are the fields that a
+    ``prompt_template`` replaces and keeps."""
+
+    name: str
+    row: type
+    fields: tuple[Field, ...]
+    build: Callable[[Values], Row]
+    prompt: str | None = None
+    answer: str | None = None
+
+
+def _alpaca(values: Values) -> Row:
+    question, more = text(values["instruction"], "instruction"), optional_text(values.get("input"), "input")
+    messages: list[Message] = []
+    system = optional_text(values.get("system"), "system")
+    if system.strip():
+        messages.append({"role": "system", "content": system})
+    history = parsed(values.get("history") or [], "history", "a list of pairs")
+    if not isinstance(history, list | tuple):
+        raise FieldFault("history", "a list of pairs", shorten(history), "Write [[question, answer], ...].")
+    for position, pair in enumerate(history):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise FieldFault(
+                f"history[{position}]", "a pair [question, answer]", shorten(pair), "Write both, or delete the pair."
+            )
+        messages += _exchange(text(pair[0], f"history[{position}][0]"), text(pair[1], f"history[{position}][1]"))
+    question = f"{question}\n\n{more}" if more.strip() else question
+    return Chat((*messages, *_exchange(question, text(values["output"], "output"))))
+
+
+def _pair(question: str, answer: str) -> Callable[[Values], Row]:
+    return lambda values: Chat(_exchange(text(values[question], question), text(values[answer], answer)))
+
+
+def _exchange(question: str, answer: str) -> tuple[Message, Message]:
+    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+
+
+def _turns(field: str) -> Callable[[Values], Row]:
+    return lambda values: chat(values[field], field, values.get("tools"), optional_text(values.get("system"), "system"))
+
+
+def _prompt_completion(values: Values) -> Row:
+    prompt, completion = values["prompt"], values["completion"]
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return PromptCompletion(text(prompt, "prompt"), text(completion, "completion"))
+    turns = conversation(prompt, "prompt"), conversation(completion, "completion")
+    if not any(message["role"] == "assistant" for message in turns[1]):
+        raise FieldFault("completion", "a turn of the assistant", "none", "Add the answer to learn, or delete the row.")
+    return Chat((*turns[0], *turns[1]), tool_schemas(values.get("tools")))
+
+
+TOOLS = Field("tools", ("tools", "functions"), required=False)
+SYSTEM = Field("system", ("system", "system_prompt"), required=False)
+
+FORMATS: dict[str, Format] = {
+    form.name: form
+    for form in (
+        Format("messages", Chat, (Field("messages", ("messages",)), TOOLS, SYSTEM), _turns("messages")),
+        Format(
+            "sharegpt", Chat, (Field("conversations", ("conversations", "conversation")), TOOLS, SYSTEM), _turns("conversations")
+        ),
+        Format(
+            "alpaca",
+            Chat,
+            (
+                Field("instruction", ("instruction",)),
+                Field("input", ("input", "context"), required=False),
+                Field("output", ("output", "response")),
+                SYSTEM,
+                Field("history", ("history",), required=False),
+            ),
+            _alpaca,
+            prompt="instruction",
+            answer="output",
+        ),
+        Format(
+            "prompt_completion",
+            PromptCompletion,
+            (Field("prompt", ("prompt",)), Field("completion", ("completion",)), TOOLS),
+            _prompt_completion,
+            prompt="prompt",
+            answer="completion",
+        ),
+        Format(
+            "input_output",
+            Chat,
+            (Field("input", ("input",)), Field("output", ("output",))),
+            _pair("input", "output"),
+            prompt="input",
+            answer="output",
+        ),
+        Format(
+            "summary",
+            Chat,
+            (Field("text", ("text", "document", "article", "dialogue")), Field("summary", ("summary", "highlights"))),
+            _pair("text", "summary"),
+            prompt="text",
+            answer="summary",
+        ),
+        Format(
+            "question_answer",
+            Chat,
+            (Field("question", ("question", "q", "query", "prompt")), Field("answer", ("answer", "a", "response"))),
+            _pair("question", "answer"),
+            prompt="question",
+            answer="answer",
+        ),
+        Format("text", Text, (Field("text", ("text",)),), lambda values: Text(text(values["text"], "text")), prompt="text"),
+    )
+}
+"""In the order in which they are tried."""
+
+PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+
+
+@dataclass(frozen=True)
+class Converter:
+    """Makes rows of a source's records: its format, the column of each field, and the prompt's template if there is one."""
+
+    form: Format
+    columns: Mapping[str, str]
+    prompt_template: str | None = None
+
+    def __call__(self, record: Record) -> Row | RowProblem:
+        """The row, or what is wrong with it."""
+        names, missing = _resolve(self, tuple(record.value))
+        values = {field: record.value[column] for field, column in names.items()}
+        try:
+            if missing:
+                got = "the columns " + ", ".join(shorten(str(name))[1:-1] for name in list(record.value)[:8])
+                raise FieldFault(missing, f"the column {missing!r}", got, "Add it, or delete the row.")
+            if self.prompt_template is not None and self.form.prompt:
+                values[self.form.prompt] = self._filled(record.value)
+            return self.form.build(values)
+        except FieldFault as fault:
+            head, mark, rest = fault.field.partition("[")  # messages[2].content -> the file's own column name
+            field = names.get(head, self.columns.get(head, head)) + mark + rest
+            return RowProblem(record.path, record.row, field, fault.expected, fault.got, fault.fix, record.line)
+
+    def _filled(self, value: Mapping[str, Any]) -> str:
+        def fill(match: re.Match[str]) -> str:
+            if match[1] not in value:
+                raise FieldFault(match[1], f"the column {match[1]!r} of the prompt_template", "no such column", "Add it.")
+            return text(value[match[1]], match[1])
+
+        return PLACEHOLDER.sub(fill, self.prompt_template or "")
+
+    def describe(self, columns: Iterable[str]) -> str:
+        """``alpaca (instruction, output); not used: id``."""
+        columns = list(columns)
+        names, _ = _resolve(self, tuple(columns))
+        shown = [column if column == field else f"{field} <- {column}" for field, column in names.items()]
+        filled = PLACEHOLDER.findall(self.prompt_template or "")
+        if self.prompt_template is not None:
+            shown.append(f"{self.form.prompt} <- {self.prompt_template!r}")
+        unused = [column for column in columns if column not in names.values() and column not in filled]
+        return f"{self.form.name} ({', '.join(shown)})" + (f"; not used: {', '.join(unused)}" if unused else "")
+
+
+def _resolve(converter: Converter, keys: tuple[str, ...]) -> tuple[dict[str, str], str | None]:
+    mapped = tuple(sorted(converter.columns.items()))
+    return _lookup(converter.form.name, keys, mapped, converter.prompt_template is not None)
+
+
+@lru_cache(maxsize=4096)
+def _lookup(
+    name: str, keys: tuple[str, ...], mapped: tuple[tuple[str, str], ...], templated: bool
+) -> tuple[dict[str, str], str | None]:
+    """(field -> column of a row with these keys, the first required column that is missing)."""
+    form, columns = FORMATS[name], dict(mapped)
+    folded = {str(key).strip().casefold(): key for key in reversed(keys)}
+    names: dict[str, str] = {}
+    missing = None
+    for field in form.fields:
+        if templated and field.name != form.answer and field.name not in columns:
+            continue
+        wanted = (columns[field.name].strip().casefold(),) if field.name in columns else field.columns
+        column = next((folded[name] for name in wanted if name in folded), None)
+        if column is not None:
+            names[field.name] = column
+        elif field.required or field.name in columns:
+            missing = missing or columns.get(field.name, field.columns[0])
+    return names, missing
+
+
+def converter(
+    keys: Sequence[tuple[str, ...]],
+    *,
+    path: str,
+    accepted: tuple[type, ...],
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    prompt_template: str | None = None,
+) -> Converter:
+    """The converter of a source, from its first rows' column names and what the recipe says of it.
+
+    ``accepted``: the row types the objective learns from. Raises DataError when nothing fits, saying which columns there are.
+    """
+    columns = dict(columns or {})
+    if format is not None and format not in FORMATS:
+        raise DataError(f"{path}: unknown format {format!r}. {did_you_mean(format, FORMATS)}")
+    forms = [FORMATS[format]] if format else list(FORMATS.values())
+    _check_mapping(forms, columns, path)
+    forms = [form for form in forms if all(any(field.name == name for field in form.fields) for name in columns)]
+    if prompt_template is not None:
+        forms = _templated(forms, prompt_template, keys, path)
+    makers = [Converter(form, columns, prompt_template) for form in forms]
+    fits = {id(maker): sum(_resolve(maker, row)[1] is None for row in keys) for maker in makers}
+    fitting = [maker for maker in makers if fits[id(maker)]]
+    wanted = [maker for maker in fitting if _row_types(maker) & set(accepted)]
+    if wanted:  # the first of the table that fits half of the rows: alpaca rows fit input_output too
+        return next((maker for maker in wanted if 2 * fits[id(maker)] >= len(keys)), wanted[0])
+    names = ", ".join(row.__name__ for row in accepted)
+    if fitting:
+        found = fitting[0].form
+        raise DataError(
+            f"{path}: the format {found.name} gives {found.row.__name__} rows, but the objective learns from {names} rows.\n"
+            f"  Choose another objective, or map a column: columns: {{text: {next(iter(keys[0]), 'COLUMN')}}}"
+        )
+    there = ", ".join(dict.fromkeys(str(key) for row in keys[:5] for key in row))
+    tried = f"the format {format} needs {_needs(FORMATS[format])}" if format else "no known format has these columns"
+    raise DataError(
+        f"{path}: {tried}. Columns of the file: {there or 'none'}.\n"
+        "  Say which column is what, for example columns: {instruction: ask, output: reply}. Formats:\n"
+        + "\n".join(f"    {form.name}: {_needs(form)}" for form in FORMATS.values())
+    )
+
+
+def _row_types(maker: Converter) -> set[type]:
+    return {maker.form.row, Chat} if maker.form.name == "prompt_completion" else {maker.form.row}
+
+
+def _needs(form: Format) -> str:
+    return " + ".join("|".join(field.columns) for field in form.fields if field.required)
+
+
+def _check_mapping(forms: Sequence[Format], columns: Mapping[str, str], path: str) -> None:
+    known = {field.name for form in forms for field in form.fields}
+    for name in columns:
+        if name not in known:
+            raise DataError(f"{path}: columns: {name!r} is not a field of a format. {did_you_mean(name, known)}")
+    if not any(all(any(field.name == name for field in form.fields) for name in columns) for form in forms):
+        lists = "; ".join(f"{form.name}: {', '.join(field.name for field in form.fields)}" for form in forms)
+        raise DataError(f"{path}: columns: no format has all of the fields {', '.join(columns)}. Fields by format: {lists}")
+
+
+def _templated(forms: Sequence[Format], template: str, keys: Sequence[tuple[str, ...]], path: str) -> list[Format]:
+    """The formats whose prompt ``template`` can replace. A column of the template is not the answer."""
+    used = PLACEHOLDER.findall(template)
+    there = list(dict.fromkeys(key for row in keys for key in row))
+    if not used:
+        raise DataError(
+            f"{path}: prompt_template {template!r} names no column. Write one in braces, for example 'Summarise: {{text}}'."
+        )
+    for name in used:
+        if there and name not in there:
+            raise DataError(f"{path}: prompt_template: no column {name!r}. {did_you_mean(name, map(str, there))}")
+    fitting = [form for form in forms if form.prompt]
+    if not fitting:
+        raise DataError(f"{path}: a prompt_template cannot be used with the format {forms[0].name}, whose prompts are turns")
+    named = [form for form in fitting if form.answer] if len(fitting) > 1 else fitting
+    rest = [tuple(key for key in row if key not in used) for row in keys]
+    good = [form for form in named if any(_resolve(Converter(form, {}, template), row)[1] is None for row in rest)]
+    return good or named

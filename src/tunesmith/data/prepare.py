@@ -1,0 +1,251 @@
+"""From the recipe's ``data:`` keys to examples: read, encode, hold out, fit to a length, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tunesmith.data.build import Built, Progress, build, shared_key
+from tunesmith.data.config import DataConfig
+from tunesmith.data.encoded import Encoded, Views, fit, join
+from tunesmith.data.mix import held_out
+from tunesmith.data.problems import RowProblem, refuse
+from tunesmith.data.report import Report, SourceReport, SplitReport, histogram
+from tunesmith.data.rows import Chat
+from tunesmith.data.source import Opened, eval_source, open_source
+from tunesmith.data.templates import apply_template
+from tunesmith.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Examples to learn from and to evaluate on, the length they fit in, and what became of every row."""
+
+    train: Encoded
+    eval: Encoded | None
+    max_length: int
+    report: Report
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A source with the examples of it that belong to one split."""
+
+    built: Built
+    opened: Opened
+    chosen: np.ndarray
+
+
+def prepare(
+    config: DataConfig,
+    objective: Any,
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    window: int | None,
+    seed: int,
+    on_progress: Progress | None = None,
+) -> Prepared:
+    """Encode all sources (or find them in the cache) and apply the recipe's policies.
+
+    ``objective`` gives ``rows``, ``overlong`` and ``encode(rows, tokenizer)``. ``max_length``: tokens; None = the longest
+    row, at most ``window`` (the model's own limit; None = no limit). The tokenizer gets its chat template here when the
+    rows are conversations or the recipe names one.
+
+    Raises DataError when rows are bad under ``bad_rows: error``, too long under the policy ``error``, or have nothing to
+    learn (all, or more than ``max_unlearnable``); each lists the first rows by ``file:row``.
+    """
+    began = time.perf_counter()
+    if max_length is not None and window is not None and max_length > window:
+        raise DataError(
+            f"max_length {max_length} is above the model's window of {window} tokens. Set train.max_length to at most {window}."
+        )
+    evaluation = eval_source(config.eval)
+    opened = [open_source(source, tuple(objective.rows)) for source in [*config.train, *([evaluation] if evaluation else [])]]
+    template = "none: the rows are plain text"
+    if config.template is not None or any(Chat in item.kinds for item in opened):
+        tokenizer, template = apply_template(tokenizer, config.template)
+    key = shared_key(objective, tokenizer)
+    built, seconds = [], []
+    for item in opened:
+        start = time.perf_counter()
+        built.append(build(item, objective, tokenizer, config.cache, key, on_progress))
+        seconds.append(time.perf_counter() - start)
+    _check_rows(built, opened, config)
+
+    everything = [_Part(made, item, np.arange(len(made.entry))) for made, item in zip(built, opened)]
+    if evaluation:
+        train, held = everything[:-1], everything[-1:]
+    else:
+        train, held = _hold_out(everything, config, seed)
+    longest = max((int(part.built.entry.length.max(initial=0)) for part in everything), default=0)
+    limit = max_length or max(2, min(longest, window or longest))
+    if objective.overlong == "error":
+        _check_lengths(train + held, limit, window)
+    learnt, train_report = _split(train, objective.overlong, limit, "training", config.max_unlearnable)
+    tested, eval_report = _split(held, objective.overlong, limit, "evaluation", config.max_unlearnable) if held else (None, None)
+    report = Report(
+        sources=tuple(
+            _source_report(made, item, "eval" if item.source is evaluation else "train", took)
+            for made, item, took in zip(built, opened, seconds)
+        ),
+        train=train_report,
+        eval=eval_report,
+        template=template,
+        max_length=limit,
+        duplicates_train_eval=int(np.isin(_row_digests(held), _row_digests(train)).sum()) if held else 0,
+        cached=all(made.cached for made in built),
+        seconds=time.perf_counter() - began,
+    )
+    return Prepared(learnt, tested, limit, report)
+
+
+def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataConfig) -> None:
+    """Refuse bad rows, unless they are to be skipped and the rest of each file could be read."""
+    problems = [
+        RowProblem(**{**problem, "path": item.source.path})
+        for made, item in zip(built, opened)
+        for problem in made.entry.info["problems"]
+    ]
+    total = sum(made.entry.info["read"] - made.entry.info["kept"] for made in built)
+    files = " ".join(dict.fromkeys(item.source.path for made, item in zip(built, opened) if made.entry.info["problems"]))
+    advice = f"Type `tunesmith data lint {files}` for all of them"
+    if any(made.entry.info["fatal"] for made in built):
+        raise refuse(problems, total, f"{advice}. The rest of the file cannot be read, so nothing is skipped.")
+    if total and config.bad_rows == "error":
+        raise refuse(problems, total, f"{advice}, or set data.bad_rows=skip to leave them out.")
+
+
+def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[list[_Part], list[_Part]]:
+    """Split by row: a row's examples stay together. At least one row is held out of two or more, and one is kept."""
+    draws = [held_out(np.asarray(part.built.entry.row), seed, index) for index, part in enumerate(parts)]
+    places = [
+        np.stack([np.full(len(draw), index), part.built.entry.row, draw], 1)
+        for index, (part, draw) in enumerate(zip(parts, draws))
+    ]
+    every = np.unique(np.concatenate(places), axis=0)  # (source, row, draw) of each row
+    if config.eval.fraction == 0 or len(every) < 2:
+        return list(parts), []
+    ranked = np.sort(every[:, 2])
+    count = int(np.clip(np.searchsorted(ranked, config.eval.fraction), 1, len(every) - 1))
+    edge = ranked[min(count, config.eval.limit or count) - 1]
+    train = [_Part(part.built, part.opened, np.flatnonzero(draw > edge)) for part, draw in zip(parts, draws)]
+    held = [_Part(part.built, part.opened, np.flatnonzero(draw <= edge)) for part, draw in zip(parts, draws)]
+    return train, held
+
+
+def _check_lengths(parts: Sequence[_Part], limit: int, window: int | None) -> None:
+    found = []
+    total = tokens = 0
+    for part in parts:
+        lengths = part.built.entry.length[part.chosen]
+        tokens += int(lengths.sum())
+        for index in part.chosen[lengths > limit]:
+            found.append((part, int(index)))
+            total += int(part.built.entry.length[index])
+    if not found:
+        return
+    lines = [
+        f"  {part.opened.source.path}:{part.built.entry.row[index]}: {part.built.entry.length[index]} tokens"
+        for part, index in found[:10]
+    ]
+    lines += [f"  ... and {len(found) - 10} more"] if len(found) > 10 else []
+    needed = max(int(part.built.entry.length[index]) for part, index in found)
+    fits = window is None or needed <= window
+    advice = f"Set train.max_length={needed}" if fits else f"The model's window is {window}: shorten the rows"
+    raise DataError(
+        "\n".join([
+            f"{len(found)} rows are longer than max_length {limit}; they hold {total / tokens:.1%} of all tokens:", *lines,
+            f"{advice}, or choose objective.overlong=drop, truncate or split.",
+        ])
+    )  # fmt: skip
+
+
+def _split(parts: Sequence[_Part], policy: Any, limit: int, name: str, allowed: float) -> tuple[Encoded, SplitReport]:
+    """Fit the examples of a split to the length, drop those with nothing to learn, and count."""
+    fitted = [fit(part.built.entry, part.chosen, policy, limit) for part in parts]
+    empty = [view.targets == 0 for view in fitted]
+    total, unlearnable = sum(map(len, fitted)), int(sum(mask.sum() for mask in empty))
+    first = [
+        f"{part.opened.source.path}:{part.built.entry.row[view.example[position]]}"
+        for part, view, mask in zip(parts, fitted, empty)
+        for position in np.flatnonzero(mask)[:10]
+    ][:10]
+    if total == 0 or unlearnable == total or unlearnable > allowed * total:
+        raise _nothing(name, total, unlearnable, first, limit, sum(len(part.chosen) for part in parts))
+    views = [view.keep(~mask) for view, mask in zip(fitted, empty)]
+    encoded = join(
+        [part.built.entry for part in parts], [part.opened.source.path for part in parts],
+        [part.opened.source.weight for part in parts], views, [part.built.scratch for part in parts],
+    )  # fmt: skip
+    lengths = np.concatenate([part.built.entry.length[part.chosen] for part in parts])
+    return encoded, SplitReport(
+        rows=sum(len(np.unique(part.built.entry.row[part.chosen])) for part in parts),
+        examples=len(encoded),
+        tokens=int(encoded.lengths.sum()),
+        supervised_tokens=int(encoded.supervised.sum()),
+        unlearnable=unlearnable,
+        unlearnable_first=tuple(first),
+        overlong=_overlong(lengths, parts, fitted, policy, limit),
+        duplicates=_duplicates(parts),
+        histogram=histogram(lengths),
+    )
+
+
+def _nothing(name: str, total: int, unlearnable: int, first: Sequence[str], limit: int, examples: int) -> DataError:
+    if total == 0:
+        return DataError(f"no {name} rows are left: all {examples} are longer than max_length {limit}, or there are none.")
+    places = "\n".join(f"  {place}" for place in first)
+    return DataError(
+        f"{unlearnable} of {total} {name} examples have nothing to learn (no supervised token within max_length {limit}):\n"
+        f"{places}\n"
+        "Raise train.max_length, look at `tunesmith data preview`, or raise data.max_unlearnable if this is meant."
+    )
+
+
+def _overlong(lengths: np.ndarray, parts: Sequence[_Part], fitted: Sequence[Views], policy: str, limit: int) -> dict[str, Any]:
+    over = lengths > limit
+    kept = 0 if policy == "drop" else limit
+    lost = 0 if policy in ("split", "error") else int((lengths[over] - kept).sum())
+    learnt = sum(int(part.built.entry.targets[part.chosen].sum()) for part in parts)
+    lost_targets = learnt - sum(int(view.targets.sum()) for view in fitted)
+    return {
+        "policy": policy, "rows": int(over.sum()), "tokens": int(lengths[over].sum()), "tokens_lost": lost,
+        "share_lost": lost / max(1, int(lengths.sum())), "supervised_lost": lost_targets,
+    }  # fmt: skip
+
+
+def _duplicates(parts: Sequence[_Part]) -> int:
+    digests = _row_digests(parts)
+    return len(digests) - len(np.unique(digests))
+
+
+def _row_digests(parts: Sequence[_Part]) -> np.ndarray:
+    """One digest for each row (a row may have several examples, which stand together)."""
+    out = [np.empty(0, np.uint64)]
+    for part in parts:
+        rows = part.built.entry.row[part.chosen]
+        out.append(part.built.entry.digest[part.chosen[np.diff(rows, prepend=0) != 0]])
+    return np.concatenate(out)
+
+
+def _source_report(built: Built, opened: Opened, role: str, seconds: float) -> SourceReport:
+    info = built.entry.info
+    return SourceReport(
+        path=opened.source.path,
+        role=role,
+        sha256=built.sha256,
+        format=opened.description,
+        rows_read=info["read"],
+        rows_kept=info["kept"],
+        rows_rejected=info["read"] - info["kept"],
+        problems=tuple(str(RowProblem(**{**problem, "path": opened.source.path})) for problem in info["problems"]),
+        left_out=info["left_out"],
+        weight=opened.source.weight,
+        cached=built.cached,
+        seconds=seconds,
+    )

@@ -1,0 +1,83 @@
+"""One source of a recipe, opened: its format known, its rows typed, what is wrong with them said."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tunesmith.data.config import EvalConfig, Source
+from tunesmith.data.formats import Converter, converter
+from tunesmith.data.problems import Record, RowProblem
+from tunesmith.data.read import Rows, read
+from tunesmith.data.rows import Chat, PromptCompletion, Row, Text
+from tunesmith.errors import DataError
+
+ROW_TYPES: tuple[type, ...] = (Chat, PromptCompletion, Text)
+
+SAMPLED = 100
+"""Rows looked at to find out the format."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source whose format is known. ``description`` says format and columns; ``kinds``: row types of its first rows."""
+
+    source: Source
+    accepted: tuple[type, ...]
+    convert: Converter | None
+    description: str
+    kinds: frozenset[type] = frozenset()
+
+    def rows(self) -> Iterator[tuple[Record, Row] | RowProblem]:
+        """Each row with where it came from, or what is wrong with it. At most ``limit`` rows are read."""
+        if self.convert is None:
+            yield from (item for item in self._read() if isinstance(item, RowProblem))
+            return
+        for item in self._read():
+            row = item if isinstance(item, RowProblem) else self.convert(item)
+            if isinstance(row, RowProblem):
+                yield row
+            elif isinstance(item, Record) and isinstance(row, self.accepted):
+                yield item, row
+            elif isinstance(item, Record):
+                names = " or ".join(kind.__name__ for kind in self.accepted)
+                fix = "Bring all rows to one form, or choose another objective."
+                yield RowProblem(item.path, item.row, "row", f"a {names} row", f"a {type(row).__name__} row", fix, item.line)
+
+    def _read(self) -> Rows:
+        return itertools.islice(read(self.source.path), self.source.limit)
+
+
+def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES) -> Opened:
+    """Find out the format of a source by its first rows.
+
+    Raises DataError when the file cannot be opened, has no rows, or its columns fit no format (listing both).
+    """
+    rows = read(source.path)
+    sample = list(itertools.islice(rows, min(SAMPLED, source.limit or SAMPLED)))
+    if not sample:
+        raise DataError(f"{source.path} has no rows. Expected at least one; is it the right file?")
+    keys = [tuple(item.value) for item in sample if isinstance(item, Record)]
+    if not keys:
+        return Opened(source, accepted, None, "unknown: no row could be read")
+    convert = converter(
+        keys,
+        path=source.path,
+        accepted=accepted,
+        format=source.format,
+        columns=source.columns,
+        prompt_template=source.prompt_template,
+    )
+    described = convert.describe(dict.fromkeys(key for row in keys for key in row))
+    kinds = frozenset(type(convert(item)) for item in sample if isinstance(item, Record)) - {RowProblem}
+    return Opened(source, accepted, convert, described, kinds)
+
+
+def eval_source(config: EvalConfig) -> Source | None:
+    """The evaluation file as a source, when the recipe names one."""
+    if config.path is None:
+        return None
+    return Source(
+        path=config.path, format=config.format, columns=config.columns, prompt_template=config.prompt_template, limit=config.limit
+    )

@@ -1,0 +1,157 @@
+"""Chat templates for models that have none, and the guard every template passes before data is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+
+from tunesmith.data.rows import Message
+from tunesmith.errors import DataError
+from tunesmith.nearest import did_you_mean
+
+RENDER_ERRORS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
+"""What a template can raise over data that it was not written for."""
+
+PROBE: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+_TOOLS = """{%- if tools %}{{ raise_exception('the template ' + name + ' has no place for tools; use chatml') }}{% endif %}"""
+_CALLS = """{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{% endfor %}"""
+
+ALPACA = (
+    """{%- set name = 'alpaca' %}"""
+    + _TOOLS
+    + """{%- if messages[0].role != 'system' %}{{ 'Below is an instruction that describes a task. """
+    """Write a response that appropriately completes the request.\\n\\n' }}{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}{{ '### Response:\\n' + message.content + eos_token + '\\n\\n' }}
+{%- elif message.role == 'user' %}{{ '### Instruction:\\n' + message.content + '\\n\\n' }}
+{%- elif message.role == 'system' %}{{ message.content + '\\n\\n' }}
+{%- else %}{{ '### ' + (message.role | capitalize) + ':\\n' + message.content + '\\n\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"""
+)
+
+CHATML = (
+    """{%- if tools %}{{ '<|im_start|>system\\n' + (messages[0].content + '\\n\\n' if messages[0].role == 'system' else '') + """
+    """'You may call these functions; write {"name": ..., "arguments": {...}} between <tool_call> and </tool_call>.\\n<tools>' }}
+{%- for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}{{ '\\n</tools><|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}{{ '<|im_start|>assistant\\n' + message.content }}"""
+    + _CALLS
+    + """{{ eos_token + '\\n' }}
+{%- elif not (tools and loop.first and message.role == 'system') %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+)
+
+ROLES = (
+    """{%- set name = 'roles' %}"""
+    + _TOOLS
+    + """{%- for message in messages %}{{ '<|' + message.role + '|>\\n' + message.content }}
+{%- if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+)
+
+KOREAN = (
+    """{%- set name = 'korean' %}"""
+    + _TOOLS
+    + """{%- for message in messages %}
+{%- if message.role == 'assistant' %}{{ '### 답변:\\n' + message.content + eos_token + '\\n\\n' }}
+{%- elif message.role == 'user' %}{{ '### 질문:\\n' + message.content + '\\n\\n' }}
+{%- elif message.role == 'system' %}{{ message.content + '\\n\\n' }}
+{%- else %}{{ '### ' + message.role + ':\\n' + message.content + '\\n\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '### 답변:\\n' }}{% endif %}"""
+)
+
+TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "roles": ROLES, "korean": KOREAN}
+"""Each closes every assistant turn with the model's own end token, so that generation stops wherever the model is loaded."""
+
+DEFAULT = "roles"
+
+
+def apply_template(tokenizer: Any, template: str | None) -> tuple[Any, str]:
+    """Give ``tokenizer`` its chat template and check it on a small conversation.
+
+    ``template``: a name of ``TEMPLATES``, a Jinja string, or None for the model's own (``roles`` when it has none). The
+    tokenizer is changed and returned, with a sentence that says what was chosen. Raises DataError (exit code 2) when the
+    name is unknown, the template does not compile, or it reaches outside the sandbox.
+    """
+    if template is None and tokenizer.chat_template:
+        description = "the model's own chat template"
+    elif template is None or template in TEMPLATES:
+        name = template or DEFAULT
+        if not tokenizer.eos_token:
+            raise DataError(
+                f"the template {name} needs an end token, and the tokenizer has none. Set eos_token in the model's tokenizer."
+            )
+        begins = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in special_ends(tokenizer)[0]
+        tokenizer.chat_template = ("{{- bos_token }}" if begins else "") + TEMPLATES[name]
+        description = f"the template {name}" + ("" if template else ", because the model has none of its own")
+    elif "{{" in template or "{%" in template:
+        tokenizer.chat_template = template
+        description = "the recipe's own Jinja template"
+    else:
+        raise DataError(f"data.template: {template!r} is neither a Jinja string nor a name. {did_you_mean(template, TEMPLATES)}")
+    own = tokenizer.chat_template
+    for text in own.values() if isinstance(own, dict) else [own]:
+        _refuse_unsafe(text)
+    try:
+        rendered = tokenizer.apply_chat_template(PROBE, tokenize=False)
+    except RENDER_ERRORS as error:
+        fix = f"Mend data.template, or use one of: {', '.join(TEMPLATES)}"
+        raise DataError(f"the chat template fails on a question and an answer: {error}. {fix}") from None
+    if "Hello" not in rendered:
+        raise DataError(
+            "the chat template does not write what the assistant says. Mend data.template: it must write message.content"
+        )
+    return tokenizer, description
+
+
+def special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """(ids, ids) that the tokenizer itself puts before and after plain text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return list(full[:start]), list(full[start + len(plain) :])
+    return [], []
+
+
+def template_text(tokenizer: Any) -> str:
+    """The chat template as one string, for a cache key."""
+    return json.dumps(tokenizer.chat_template, sort_keys=True)
+
+
+def _refuse_unsafe(template: str) -> None:
+    """The sandbox refuses when such code runs; this refuses when it is only there, on a branch no probe takes."""
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(template))
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+    for node in tree.find_all((nodes.Getattr, nodes.Getitem, nodes.Filter)):
+        name: Any = None
+        if isinstance(node, nodes.Getattr):
+            name = node.attr
+        elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+            name = node.arg.value
+        elif isinstance(node, nodes.Filter) and node.name == "attr" and node.args and isinstance(node.args[0], nodes.Const):
+            name = node.args[0].value
+        if isinstance(name, str) and name.startswith("__"):
+            raise DataError(
+                f"the chat template reaches outside its sandbox: line {node.lineno}: {name!r}. A template may only read data."
+            )
+
+
+def _without_generation(template: str) -> str:
+    """transformers' own ``{% generation %}`` tag as a tag plain Jinja knows."""
+    template = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", template)
+    return re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
