@@ -78,7 +78,7 @@ def run(tmp_path):
         "machine": {"cpu": ATTACK, "memory_bytes": 25_300_000_000},
         "result": {
             **{"eval_loss_before": 2.1143, "eval_loss": 1.4616, "perplexity_before": 8.284, "perplexity": 4.313},
-            **{"tokens_per_second": 667.8, "peak_memory_bytes": 1_934_213_120, "steps": 40, "seconds": 187.0},
+            **{"tokens_per_second": 667.8, "peak_memory_bytes": 1_934_213_120, "steps": 40, "train_seconds": 187.0},
         },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -231,8 +231,19 @@ def test_a_manifest_of_another_shape_does_no_harm(run, manifest):
 
 
 def test_a_run_that_became_nan_says_so(run):
-    Metrics(run / "metrics.jsonl").append({"kind": "train", "step": 41, "epoch": 2.05, "loss": math.nan, "grad_norm": math.inf})
-    assert "not finite at step 41" in page(run)[1].text
+    Metrics(run / "metrics.jsonl").append({"kind": "stop", "step": 41, "loss": math.nan, "grad_norm": math.inf, "rows": ["a:7"]})
+    (run / "manifest.json").write_text('{"stopped": "NonFiniteError: step 41: the loss is nan"}')
+    _, seen = page(run)
+    assert seen.text.count("not finite at step 41") == 2
+    assert "This run stopped. NonFiniteError: step 41: the loss is nan" in seen.text
+    assert "had not finished" not in seen.text
+
+
+def test_early_stopping_is_said(run):
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["result"]["stopped"] = "no improvement in 3 evaluations"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert "Stopped early: no improvement in 3 evaluations" in page(run)[1].text
 
 
 def test_writing_again_replaces_the_report_and_leaves_nothing_beside(run):

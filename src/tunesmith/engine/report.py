@@ -32,7 +32,7 @@ class _Run:
     name: str
     recipe: str
     manifest: dict[str, Any]
-    train: list[dict[str, Any]]
+    train: list[dict[str, Any]]  # the ``stop`` record of a run that was not finite too: its figures belong to the curves
     evals: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     problems: list[str] = field(default_factory=list)  # files that could not be read
@@ -88,7 +88,7 @@ def _read(folder: Path) -> _Run:
         name=folder.resolve().name,
         recipe=attempt("recipe.yaml", lambda path: path.read_text(encoding="utf-8"), ""),
         manifest=manifest if isinstance(manifest, dict) else {},
-        train=[one for one in records if one.get("kind") == "train"],
+        train=[one for one in records if one.get("kind") in ("train", "stop")],
         evals=[one for one in records if one.get("kind") == "eval"],
         samples=attempt("samples.jsonl", tracking.read, []),
         problems=problems,
@@ -167,7 +167,7 @@ def _steps_tile(run: _Run) -> str:
     if steps is None:
         return ""
     parts = [f"{last['epoch']:.2f} epochs"] if figures.is_number(last.get("epoch")) else []
-    seconds = run.figure("seconds")
+    seconds = run.figure("train_seconds")
     parts += [figures.duration(seconds)] if seconds is not None else []
     return tile("Steps", figures.number(steps), ", ".join(parts))
 
@@ -202,7 +202,11 @@ def _trained_tile(run: _Run) -> str:
 def _notes(run: _Run) -> str:
     said = run.manifest.get("notes")
     notes = [*run.problems, *([str(note) for note in said] if isinstance(said, list) else [])]
-    if not run.part("result"):
+    if run.part("result").get("stopped"):
+        notes.insert(0, f"Stopped early: {run.part('result')['stopped']}")
+    if not run.part("result") and run.manifest.get("stopped"):
+        notes.insert(0, f"This run stopped. {run.manifest['stopped']}")
+    elif not run.part("result"):
         at = f" Its last record is of step {run.train[-1].get('step')}." if run.train else ""
         notes.insert(0, f"This run had not finished when the report was written.{at} The figures are as far as it came.")
     if not notes:
@@ -253,8 +257,10 @@ def _settings(run: _Run) -> str:
     columns = []
     if run.recipe:
         columns.append(f'<h2>Recipe, every default filled in</h2><div class="card"><pre>{escape(run.recipe)}</pre></div>')
-    rest = {key: value for key, value in run.manifest.items() if key not in ("data", "notes", "command", "created")}
+    rest = {key: value for key, value in run.manifest.items() if key not in ("data", "notes", "command", "created", "stopped")}
     machine = rest.pop("machine", None)
+    if run.part("result"):
+        rest["result"] = {key: value for key, value in run.part("result").items() if key != "samples"}  # shown as answers
     column = f'<h2>Machine</h2><div class="card">{facts(machine)}</div>' if isinstance(machine, dict) else ""
     column += f'<h2>Manifest</h2><div class="card">{facts(rest)}</div>' if rest else ""
     columns += [column] if column else []

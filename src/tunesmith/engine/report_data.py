@@ -9,7 +9,7 @@ from tunesmith.engine import figures
 from tunesmith.engine.report_parts import bars, grid, shown, table
 
 _SPLITS = ("train", "eval")
-_NAMES = {"duplicates_train_eval": "eval rows also in train", "cached": "from the cache", "seconds": "prepared in seconds"}
+_NAMES = {"duplicates_train_eval": "eval_rows_also_in_train", "cached": "from_the_cache", "seconds": "prepared_in_seconds"}
 
 
 def data_summary(report: dict[str, Any]) -> str:

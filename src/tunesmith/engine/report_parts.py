@@ -106,7 +106,7 @@ def _column(kind: str, label: str, text: Any) -> str:
 
 
 def _words(key: str) -> str:
-    return str(key).replace("_", " ").removesuffix(" bytes")
+    return str(key).replace("_", " ").removesuffix(" bytes").removesuffix(" seconds")
 
 
 def _figure(key: str, value: float) -> str:

@@ -45,7 +45,7 @@ p { margin: 0 0 12px; }
 
 .notes { background: var(--warn); border-color: var(--warn-line); margin-top: 20px; }
 .notes ul { margin: 0; padding-left: 20px; }
-.notes li { overflow-wrap: anywhere; }
+.notes li { overflow-wrap: anywhere; white-space: pre-line; }
 
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr)); gap: 14px; margin-top: 14px; }
 .chart { background: var(--card); border: 1px solid var(--line); border-radius: 12px; margin: 0; padding: 14px 18px 34px 60px; }
@@ -125,6 +125,8 @@ footer { margin-top: 48px; color: var(--soft); font-size: .84rem; }
   .chart figcaption { margin-left: -36px; }
   .wide .plot { height: 220px; }
   .grid { grid-template-columns: 1fr 1fr; }
+  table { font-size: .82rem; }
+  th, td { padding-right: 8px; }
 }
 @media print {
   body { background: none; font-size: 11pt; }
