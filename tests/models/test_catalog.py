@@ -77,7 +77,7 @@ def test_a_damaged_entry_is_noticed_and_repaired(carrier: Path, damage: str) -> 
     else:
         (path / store.MANIFEST).unlink()
     if damage != "flipped":  # a flipped bit shows in the sha256, which only pull computes
-        with pytest.raises(ModelError, match="damaged.*\n.*models pull tiny"):
+        with pytest.raises(ModelError, match=r"damaged.*\n.*models pull tiny"):
             locate("tiny")
     assert (pull() / "model.safetensors").read_bytes() == whole
     assert not store.problems(path, deep=True) and not leftovers()

@@ -149,7 +149,7 @@ def test_kernels_of_the_hub_are_refused(tmp_path: Path, key: dict[str, object]) 
 def test_an_unknown_architecture_is_a_model_error(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     edit(tmp_path / "config.json", model_type="martian")
-    with pytest.raises(ModelError, match="cannot be loaded.*martian"):
+    with pytest.raises(ModelError, match=r"cannot be loaded.*martian"):
         load_config(locate(tmp_path))
 
 

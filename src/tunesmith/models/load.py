@@ -189,22 +189,29 @@ def merged(model: Any) -> Any:
                 f"a {config.peft_type.value.lower()} adapter adds inputs, not weights: there is nothing to merge it into"
             )
     core = model.get_base_model()
-    ends = [getattr(end, "base_layer", end) for end in (core.get_input_embeddings(), core.get_output_embeddings())]
-    tied = None not in ends and ends[0].weight is ends[1].weight
+    first, last = (_unwrapped(end) for end in (core.get_input_embeddings(), core.get_output_embeddings()))
+    tied = last is not None and first.weight is last.weight
     if tied:
-        ends[1].weight = torch.nn.Parameter(ends[0].weight.detach().clone())
+        last.weight = torch.nn.Parameter(first.weight.detach().clone())
     try:
         plain = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"this adapter cannot be merged: {error}") from None
     if tied:
         first, last = plain.get_input_embeddings(), plain.get_output_embeddings()
-        if torch.equal(first.weight, last.weight):
+        same = torch.equal(first.weight, last.weight)
+        if same:
             last.weight = first.weight
-        else:
-            for config in {id(part): part for part in (plain.config, plain.config.get_text_config())}.values():
-                config.tie_word_embeddings = False
+        for part in (plain.config, plain.config.get_text_config()):  # peft has written what it saw before they were compared
+            part.tie_word_embeddings = same
     return plain
+
+
+def _unwrapped(layer: Any) -> Any:
+    """The layer of the base that peft has put an adapter around, or a trained copy beside."""
+    for inner in ("base_layer", "original_module"):
+        layer = getattr(layer, inner, layer)
+    return layer
 
 
 def _inspect(path: Path, run: Path | None) -> Folder:

@@ -1,0 +1,155 @@
+"""Merging keeps the model's answers, its tied embeddings and its files, and a fresh process with plain libraries agrees."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models.adapters import base_and_adapter, save_adapter
+from tests.tiny import save_tiny, tiny_model
+from tunesmith.errors import ModelError, UserError
+from tunesmith.merge import run
+from tunesmith.models.generate import Settings, generate_ids
+from tunesmith.models.load import load, load_model, locate
+from tunesmith.models.probe import FILE, write_probe
+
+IDS = [5, 17, 80, 41, 300, 9]
+
+FRESH = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+kind, folder, ids = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+if kind == "adapter":
+    from peft import AutoPeftModelForCausalLM
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+else:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+assert not any(name.partition(".")[0] == "tunesmith" for name in sys.modules)
+ids = torch.tensor([ids])
+logits = model(input_ids=ids).logits[0, -1].tolist()
+new = model.generate(input_ids=ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
+chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+print(json.dumps({"logits": logits, "new": new[0, ids.shape[1]:].tolist(), "chat": chat}))
+"""
+
+
+def fresh(kind: str, folder: Path) -> dict[str, Any]:
+    """What a process that knows nothing of tunesmith makes of a folder."""
+    done = subprocess.run([sys.executable, "-c", FRESH, kind, str(folder), json.dumps(IDS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ours(folder: Path) -> dict[str, Any]:
+    """The same of tunesmith: 64 greedy tokens, the end tokens forbidden as ``min_new_tokens`` forbids them."""
+    model, tokenizer = load(folder)
+    core = model.get_base_model() if hasattr(model, "peft_config") else model
+    head = core.get_output_embeddings()
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([IDS])).logits[0, -1].tolist()
+
+    def no_end(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        output[..., core.generation_config.eos_token_id] = float("-inf")
+        return output
+
+    hook = head.register_forward_hook(no_end)
+    new = generate_ids(model, tokenizer, [IDS], Settings(max_new_tokens=64, stop=frozenset()))[0]
+    hook.remove()
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    return {"logits": logits, "new": new, "chat": chat}
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter", "merged"])
+def test_a_fresh_process_with_plain_libraries_agrees(tmp_path: Path, kind: str) -> None:
+    base, adapter = base_and_adapter(tmp_path)
+    folder = {"full": base, "adapter": adapter, "merged": tmp_path / "merged"}[kind]
+    if kind == "merged":
+        run.merge(adapter, folder)
+    assert fresh(kind, folder) == ours(folder)
+
+
+def weights_are_one(model: Any) -> bool:
+    return model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "qwen3"])
+def test_the_merged_model_answers_like_the_adapter(tmp_path: Path, name: str) -> None:
+    _, adapter = base_and_adapter(tmp_path, name)
+    facts = run.merge(adapter, tmp_path / "out")
+    assert facts["max_logit_difference"] < 1e-4 and facts["max_logit_difference_saved"] < 1e-4
+    model, tokenizer = load(tmp_path / "out")
+    ids = torch.tensor([IDS])
+    assert torch.allclose(model(ids).logits, load(adapter)[0](ids).logits, atol=1e-4)
+    assert weights_are_one(model) and facts["tied_embeddings"] and tokenizer.chat_template
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", FILE} <= names
+    assert not any("adapter" in name for name in names)
+
+
+TIED = {
+    "lora on the embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, False),
+    "lora on the head": ({"target_modules": ["lm_head", "q_proj"]}, False),
+    "a trained copy of the embedding": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, False),
+    "one trained copy of both": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_tied_embeddings_survive_a_merge(tmp_path: Path, case: str) -> None:
+    """Tied where the adapter treats them as one weight; else written as two, and the config says so."""
+    lora, still_tied = TIED[case]
+    _, adapter = base_and_adapter(tmp_path, **lora)
+    facts = run.merge(adapter, tmp_path / "out")
+    model = load_model(locate(tmp_path / "out"))
+    ids = torch.tensor([IDS])
+    assert torch.allclose(model(ids).logits, load(adapter)[0](ids).logits, atol=1e-4)
+    assert facts["tied_embeddings"] is still_tied is weights_are_one(model) is model.config.tie_word_embeddings
+
+
+def test_the_bases_dtype_is_kept(tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base")
+    tiny_model("llama", eos_token_id=4).to(torch.bfloat16).save_pretrained(base)
+    save_adapter(base, tmp_path / "adapter")
+    facts = run.merge(tmp_path / "adapter", tmp_path / "out")
+    assert facts["dtype"] == "bfloat16" and load_model(locate(tmp_path / "out")).dtype == torch.bfloat16
+    assert facts["max_logit_difference"] < 1e-4 < facts["max_logit_difference_saved"]
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    _, adapter = base_and_adapter(tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        run.merge(adapter, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_full_model_has_nothing_to_merge(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to merge"):
+        run.merge(save_tiny("llama", tmp_path / "m"), tmp_path / "out")
+
+
+def test_a_merge_that_changes_answers_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = base_and_adapter(tmp_path)
+    monkeypatch.setattr(run.load, "merged", lambda model: load_model(locate(base)))
+    with pytest.raises(ModelError, match="would change its answers"):
+        run.merge(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_merged_model_carries_its_own_probe(tmp_path: Path) -> None:
+    _, adapter = base_and_adapter(tmp_path)
+    run.merge(adapter, tmp_path / "out")
+    model, tokenizer = load(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / FILE).read_text())["base"] is None
+    write_probe(tmp_path / "out", model, tokenizer)
