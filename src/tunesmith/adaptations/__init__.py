@@ -14,10 +14,12 @@ from typing import Any, Protocol
 
 
 class Adaptation(Protocol):
-    """What the engine needs of an adaptation. ``learning_rate`` is its default rate; ``mergeable`` whether ``merge`` works."""
+    """What the engine needs of an adaptation. ``learning_rate`` is its default rate.
+
+    Merging needs no adaptation object: it works on saved folders (``models.load.merged``), whoever trained them.
+    """
 
     learning_rate: float
-    mergeable: bool
 
     def load_kwargs(self) -> dict[str, Any]:
         """Extra arguments for ``from_pretrained`` (a quantisation config, say)."""
@@ -29,10 +31,6 @@ class Adaptation(Protocol):
 
     def save(self, model: Any, folder: Path) -> None:
         """Write what was trained, as safetensors, in the Hub's or peft's own format."""
-        ...
-
-    def merge(self, model: Any) -> Any:
-        """Fold what was trained into plain weights, or raise UserError saying why that is impossible."""
         ...
 
 

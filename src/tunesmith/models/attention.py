@@ -8,6 +8,8 @@ caller then pads instead.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,20 @@ from tunesmith.models import kernels
 
 NAME = "tunesmith_segments"
 HARMLESS = {"position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal", "past_key_values"}
+
+
+_watchers: list[list[int | None]] = []
+
+
+@contextmanager
+def watch() -> Iterator[list[int | None]]:
+    """The list that is yielded gets one entry for each call of :func:`segment_attention`: its sliding window, or None."""
+    seen: list[int | None] = []
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers.remove(seen)
 
 
 class CannotPack(Exception):
@@ -64,11 +80,12 @@ def segment_attention(
         raise CannotPack(f"its attention slides over {sliding_window} tokens and a row has {max(segments)}")
     if dropout:
         raise CannotPack("its attention drops probabilities at random")
+    for seen in _watchers:
+        seen.append(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kernels.available(query) and value.shape[-1] == query.shape[-1]:
         out = CausalSegments.apply(query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), segments, scale)
         return out.unsqueeze(0), None
-    out = torch.empty(1, query.shape[2], query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device)
     parts, start = [], 0
     for length in segments:
         q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
@@ -127,7 +144,9 @@ class CausalSegments(torch.autograd.Function):
     """:func:`forward_segments` with :func:`backward_segments`."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float
+    ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.segments, ctx.scale = segments, scale
         return forward_segments(q, k, v, segments, scale)

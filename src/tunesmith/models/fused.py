@@ -105,7 +105,8 @@ class Projection(torch.autograd.Function):
         grad_weights: Sequence[torch.Tensor | None] = [None] * len(ctx.rows)
         if any(ctx.needs_input_grad[5:]):
             grad_weights = [
-                part if needed else None for part, needed in zip((grad.t() @ x).split(ctx.rows), ctx.needs_input_grad[5:], strict=True)
+                part if needed else None
+                for part, needed in zip((grad.t() @ x).split(ctx.rows), ctx.needs_input_grad[5:], strict=True)
             ]
         return grad_x, None, grad.sum(0) if need_bias else None, grad_a, grad_b, *grad_weights
 
@@ -244,7 +245,9 @@ class SwiGLU(torch.autograd.Function):
         (both,) = ctx.saved_tensors
         tokens, width = both.shape[0], both.shape[1] // 2
         out = torch.empty_like(both)
-        kernels.call("swiglu_backward", both.dtype, both, both[:, width:], grad.contiguous(), out, out[:, width:], tokens, width, 2 * width)
+        kernels.call(
+            "swiglu_backward", both.dtype, both, both[:, width:], grad.contiguous(), out, out[:, width:], tokens, width, 2 * width
+        )
         return out
 
 
@@ -344,7 +347,11 @@ def _equal(kind: str, module: nn.Module, forward: Callable[..., Any]) -> bool:
     if kind == "attention":
         angle = torch.randn(1, 8, module.head_dim // 2, generator=generator)
         table = torch.cat([angle, angle], dim=-1)
-        keywords: dict[str, Any] = {"position_embeddings": (table.cos().to(dtype), table.sin().to(dtype)), "attention_mask": None, "segments": (5, 3)}
+        keywords: dict[str, Any] = {
+            "position_embeddings": (table.cos().to(dtype), table.sin().to(dtype)),
+            "attention_mask": None,
+            "segments": (5, 3),
+        }
         ours, theirs = forward(x, **keywords)[0], type(module).forward(module, x, **keywords)[0]
     else:
         ours, theirs = forward(x), type(module).forward(module, x)

@@ -19,9 +19,12 @@ BLOCK = 256  # rows of logits at a time: 25 MB in bf16 at 49 thousand words; mat
 _plain: WeakSet[nn.Module] = WeakSet()
 
 
-def use_plain_head(model: nn.Module) -> None:
-    """From now on compute ``model``'s loss from its own logits (chosen when the blocked head was shown not to be equal)."""
-    _plain.add(base(model))
+def use_plain_head(model: nn.Module, plain: bool) -> None:
+    """Whether to compute ``model``'s loss from its own logits (chosen where the blocked head was shown not to be equal)."""
+    if plain:
+        _plain.add(base(model))
+    else:
+        _plain.discard(base(model))
 
 
 def base(model: Any) -> Any:
@@ -58,7 +61,9 @@ class BlockedCrossEntropy(torch.autograd.Function):
     """sum_i -log softmax(h_i W^T + b)[label_i]. ``hidden`` (targets, width), ``weight`` (vocabulary, width)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
         targets = hidden.shape[0]
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         losses = torch.zeros(max(targets, 1), dtype=torch.float32, device=hidden.device)

@@ -36,7 +36,9 @@ def _compile() -> Path | None:
     # -march=native output depends on the processor, so its description is part of the key
     processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
     processor = "\n".join(line for line in processor.splitlines() if line.startswith(("flags", "model name", "Features")))
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join([compiler, *FLAGS]).encode(), processor.encode()])).hexdigest()[:16]
+    key = hashlib.sha256(
+        b"\0".join([SOURCE.read_bytes(), " ".join([compiler, *FLAGS]).encode(), processor.encode()])
+    ).hexdigest()[:16]
     target = cache_folder() / f"kernels-{key}.so"
     if target.exists():
         return target
@@ -44,7 +46,13 @@ def _compile() -> Path | None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
             built = Path(temporary) / "kernels.so"
-            flags = FLAGS if "clang" in compiler else [*FLAGS, "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else FLAGS
+            flags = (
+                FLAGS
+                if "clang" in compiler
+                else [*FLAGS, "-mprefer-vector-width=512"]
+                if platform.machine() == "x86_64"
+                else FLAGS
+            )
             subprocess.run([compiler, *flags, "-o", str(built), str(SOURCE), "-lm"], check=True, capture_output=True, timeout=120)
             built.replace(target)  # atomic: two processes may build at once
     except (OSError, subprocess.SubprocessError):

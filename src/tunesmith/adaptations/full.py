@@ -1,0 +1,31 @@
+"""Full fine-tuning: every weight is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Adaptation:
+    learning_rate = 2e-5
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def load_kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def apply(self, model: Any, head: str) -> Any:
+        model.requires_grad_(True)
+        return model
+
+    def save(self, model: Any, folder: Path) -> None:
+        """A plain transformers folder in the dtype that was computed in."""
+        model.config.dtype = model.dtype
+        model.save_pretrained(folder)

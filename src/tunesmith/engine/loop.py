@@ -1,0 +1,257 @@
+"""The training loop: the only backward in the codebase.
+
+One optimiser step takes the rows of ``batch_size``, cuts them into micro-batches under ``micro_batch_tokens``, sums losses and
+counts over all of them and over all processes, and divides once. So the update does not depend on the split.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunesmith.data.pack import to_device
+from tunesmith.data.prepare import Encoded
+from tunesmith.engine import batching, distributed, optim
+from tunesmith.engine.batching import Plan
+from tunesmith.engine.config import TrainConfig
+from tunesmith.errors import Interrupted, NonFiniteError
+from tunesmith.models.noise import RowNoise
+from tunesmith.objectives import Batch, Objective
+
+
+@dataclass
+class Progression:
+    """Where a run stands: all of it is in a checkpoint. ``window`` sums what the next log line will average."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    without_improvement: int = 0
+    window: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Job:
+    """What the loop works on. ``save``, ``evaluate`` and ``log`` are given by the run; the loop decides when."""
+
+    model: Any
+    objective: Objective
+    masters: optim.Masters
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    plan: Plan
+    config: TrainConfig
+    packed: bool
+    device: torch.device
+    noise: RowNoise | None
+    log: Callable[[dict[str, Any]], None]
+    evaluate: Callable[[Progression], float | None]
+    save: Callable[[Progression], None]
+    seconds: float = 0.0
+    """Time spent in optimiser steps."""
+    trained_tokens: int = 0
+    """Tokens of those steps, since this process began."""
+
+
+def fit(job: Job, at: Progression) -> str | None:
+    """Train from ``at.step`` to the end of the plan. Returns why it stopped early, or None.
+
+    Raises NonFiniteError before an update that is not finite, and Interrupted after a signal, with a checkpoint saved.
+    """
+    plan, config = job.plan, job.config
+    saved = at.step
+    with signals() as stop:
+        while at.step < plan.steps:
+            started = time.perf_counter()
+            record = train_step(job, at.step + 1)
+            job.seconds += time.perf_counter() - started
+            at.step += 1
+            _account(job, at, record, time.perf_counter() - started)
+            last = at.step == plan.steps
+            if batching.due(config.logging_steps, at.step, plan.steps, plan.steps_per_epoch) or last:
+                _log(job, at, record)
+            verdict = None
+            if last or batching.due(config.eval_steps, at.step, plan.steps, plan.steps_per_epoch):
+                verdict = _judge(job, at, job.evaluate(at))
+            stopping = distributed.same(stop[0] if stop else None)
+            if last or verdict or stopping or batching.due(config.save_steps, at.step, plan.steps, plan.steps_per_epoch):
+                job.save(at)
+                saved = at.step
+            if verdict:
+                return verdict
+            if stopping and not last:
+                raise Interrupted(f"stopped by {stopping} after step {at.step}; a checkpoint was saved (step {saved})")
+    return None
+
+
+def train_step(job: Job, step: int) -> dict[str, Any]:
+    """One optimiser step: forward and backward over its micro-batches, one division, check, clip, update.
+
+    Returns sums over all processes: loss, units, tokens, grad_norm, learning_rate and the objective's metrics.
+    """
+    job.model.train()
+    rows = job.plan.rows(step)
+    micro = list(_micro_batches(job, rows))
+    total, tokens = distributed.add(float(sum(int(job.objective.count(batch)) for _, batch in micro)), float(_tokens(job, rows)))
+    losses: list[torch.Tensor] = []
+    sums: dict[str, list[float]] = {}
+    for places, batch in micro:
+        _tell_noise(job, step, rows, places)
+        loss, metrics = job.objective.loss(job.model, to_device(batch, job.device))
+        (loss / total).backward()
+        losses.append(loss.detach())
+        for name, (value, count) in metrics.items():
+            pair = sums.setdefault(name, [0.0, 0.0])
+            pair[0], pair[1] = pair[0] + float(value), pair[1] + float(count)
+    (loss_sum,) = distributed.add(float(sum(losses)) if losses else 0.0)
+    norm = float(optim.gather_and_clip(job.masters, job.config.max_grad_norm))
+    if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+        _refuse(job, step, rows, loss_sum / total, norm)
+    learning_rate = job.schedule.get_last_lr()[0]
+    job.optimizer.step()
+    job.masters.publish()
+    job.masters.clear()
+    if not _waits_for_metric(job.schedule):
+        job.schedule.step()
+    figures = {name: value / count for name, (value, count) in sums.items() if count}
+    return {"loss": loss_sum, "units": total, "tokens": tokens, "grad_norm": norm, "learning_rate": learning_rate, **figures}
+
+
+def evaluate(
+    model: Any, objective: Objective, data: Encoded, packed: bool, budget: int, device: torch.device
+) -> dict[str, float]:
+    """The objective's figures over all of ``data``, the same for any ``budget`` and any number of processes."""
+    model.eval()
+    order = np.argsort(-data.lengths, kind="stable")
+    state = distributed.state()
+    mine = order[state.process_index :: state.num_processes]
+    records = []
+    with torch.no_grad():
+        for group in batching.micro_batches([int(data.lengths[row]) for row in mine], budget, packed):
+            batch = objective.collate([data[int(mine[place])] for place in group], packed)
+            records.append(objective.evaluate(model, to_device(batch, device)))
+    return objective.summarise(distributed.gather(records))
+
+
+def _micro_batches(job: Job, rows: np.ndarray) -> Iterator[tuple[list[int], Batch]]:
+    """This process's micro-batches of a step: (places within the step, batch). Places number rows for noise."""
+    state = distributed.state()
+    mine = list(range(len(rows)))[state.process_index :: state.num_processes]
+    lengths = [int(job.plan.data.lengths[rows[place]]) for place in mine]
+    for group in batching.micro_batches(lengths, job.config.micro_batch_tokens, job.packed):
+        places = [mine[index] for index in group]
+        yield places, job.objective.collate([job.plan.data[int(rows[place])] for place in places], job.packed)
+
+
+def _tokens(job: Job, rows: np.ndarray) -> int:
+    state = distributed.state()
+    return int(job.plan.data.lengths[rows[state.process_index :: state.num_processes]].sum())
+
+
+def _tell_noise(job: Job, step: int, rows: np.ndarray, places: Sequence[int]) -> None:
+    if job.noise is not None:
+        job.noise.step, job.noise.rows, job.noise.packed = step, places, job.packed
+        job.noise.lengths = [int(job.plan.data.lengths[rows[place]]) for place in places]
+
+
+def _waits_for_metric(schedule: Any) -> bool:
+    return isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+
+def _refuse(job: Job, step: int, rows: np.ndarray, loss: float, norm: float) -> None:
+    """Name the rows whose loss is not finite on its own (all rows of the step when each is finite), and stop."""
+    job.masters.clear()
+    guilty = []
+    with torch.no_grad():
+        for place, row in enumerate(rows):
+            _tell_noise(job, step, rows, [place])
+            alone, _ = job.objective.loss(
+                job.model, to_device(job.objective.collate([job.plan.data[int(row)]], job.packed), job.device)
+            )
+            if not math.isfinite(float(alone)):
+                guilty.append(int(row))
+    names = [job.plan.data.where(row) for row in guilty or [int(row) for row in rows]]
+    job.log({"kind": "stop", "step": step, "loss": loss, "grad_norm": norm, "rows": names})
+    raise NonFiniteError(
+        f"step {step}: the loss is {loss:.4g} and the norm of the gradient {norm:.4g}; no update was applied.\n"
+        f"  {'Rows' if guilty else 'Rows of the step (each alone has a finite loss)'}: {', '.join(names)}\n"
+        "  Lower train.learning_rate, or look at these rows with `tunesmith data preview`; then go on from the last checkpoint with --resume."
+    )
+
+
+def _account(job: Job, at: Progression, record: dict[str, Any], seconds: float) -> None:
+    at.tokens += int(record["tokens"])
+    at.supervised += int(record["units"])
+    job.trained_tokens += int(record["tokens"])
+    window = at.window
+    for name in ("loss", "units", "tokens"):
+        window[name] = window.get(name, 0.0) + record[name]
+    window["seconds"] = window.get("seconds", 0.0) + seconds
+
+
+def _log(job: Job, at: Progression, record: dict[str, Any]) -> None:
+    window, at.window = at.window, {}
+    extra = {k: v for k, v in record.items() if k not in ("loss", "units", "tokens", "grad_norm", "learning_rate")}
+    job.log(
+        {
+            "kind": "train", "step": at.step, "epoch": round(job.plan.epoch(at.step), 6), "loss": window["loss"] / window["units"],
+            "learning_rate": record["learning_rate"], "grad_norm": record["grad_norm"], **extra, "tokens": at.tokens,
+            "supervised_tokens": at.supervised, "seconds": window["seconds"], "tokens_per_second": window["tokens"] / window["seconds"],
+        }
+    )  # fmt: skip
+
+
+def _judge(job: Job, at: Progression, figure: float | None) -> str | None:
+    """Keep count of the best; the reason to stop early, or None. ``job.evaluate`` has saved the model when it was the best yet."""
+    if figure is None:
+        return None
+    if _waits_for_metric(job.schedule):
+        job.schedule.step(figure)
+    patience = job.config.early_stopping_patience
+    if patience and at.without_improvement >= patience:
+        return f"no improvement in {at.without_improvement} evaluations; the best was {at.best:.4f} at step {at.best_step}"
+    return None
+
+
+def improved(at: Progression, figure: float, direction: str, threshold: float) -> bool:
+    """Note an evaluation's figure; whether it is the best so far. NaN never is. ``threshold`` must be passed to count as progress."""
+    gain = math.inf if at.best is None else (at.best - figure if direction == "min" else figure - at.best)
+    if math.isnan(figure):
+        gain = -math.inf
+    at.without_improvement = 0 if gain > threshold else at.without_improvement + 1
+    if gain > 0:
+        at.best, at.best_step = figure, at.step
+    return gain > 0
+
+
+@contextmanager
+def signals() -> Iterator[list[str]]:
+    """SIGINT and SIGTERM fill the list that is yielded; a second one ends the process at once, as if nobody had listened."""
+    received: list[str] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            before[number] = signal.signal(number, note)
+        except ValueError:  # not the main thread: whoever runs us there handles signals
+            break
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

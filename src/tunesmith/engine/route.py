@@ -1,0 +1,147 @@
+"""Packed or padded, fused or plain: what a run may use, shown on its own first rows.
+
+Every fast path must be the same function as the plain one. Before the first step two rows go through transformers' own forward
+and through the fast one; loss and gradients are compared, and what differs is switched off, out loud.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunesmith.data.pack import to_device
+from tunesmith.models import attention, fused, head
+from tunesmith.objectives import Example, Objective
+
+PROBE_TOKENS = 192  # of each row: enough to see every layer at work, few enough to cost a second
+# largest accepted difference: of the loss, relative; of all gradients together, relative to their norm. In bf16 the plain
+# path itself differs from fp32 by some 4% of the gradient (SmolLM2-135M), in either direction.
+TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 0.15)}
+
+
+@dataclass
+class Route:
+    """How batches are laid out and which layers are replaced; ``notes`` are said once."""
+
+    packed: bool
+    fused: fused.Fused
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"batches": "packed" if self.packed else "padded", "fused": dict(self.fused.kinds), "notes": list(self.notes)}
+
+
+def choose(
+    model: Any, objective: Objective, examples: Sequence[Example], longest: int, packing: str, device: torch.device
+) -> Route:
+    """Find the fastest route that is shown equal on ``examples`` (the run's first two rows or more).
+
+    ``longest``: tokens of the longest row of the run, which a sliding window must cover. The model is left in eval mode, with no
+    gradients, set up for the route.
+    """
+    model.eval()
+    inner = head.base(model)
+    rows = [_shorten(example) for example in list(examples)[:2]]
+    route = Route(packed=False, fused=fused.Fused())
+    plain_attention = inner.config._attn_implementation
+    head.use_plain_head(model, True)
+    expected = _loss_and_gradients(model, objective, rows, False, device)
+
+    if packing != "off":
+        why = _cannot_pack(model, objective, rows, longest, device)
+        route.packed = why is None
+        if why is not None:
+            route.notes.append(f"rows are padded, not packed, for this model: {why}")
+            inner.set_attn_implementation(plain_attention)
+    head.use_plain_head(model, False)
+    route.fused = fused.install(model)
+
+    def differs() -> str | None:
+        return _difference(expected, _loss_and_gradients(model, objective, rows, route.packed, device))
+
+    steps: list[tuple[str, Callable[[], None]]] = [
+        ("the fused layers are off", lambda: _switch_off(route)),
+        ("the loss is computed from all logits", lambda: head.use_plain_head(model, True)),
+        ("rows are padded, not packed", lambda: _unpack(route, inner, plain_attention)),
+    ]
+    for said, retreat in steps:
+        difference = differs()
+        if difference is None:
+            break
+        retreat()
+        route.notes.append(f"{said}: on the first rows the fast path differed from the plain one ({difference})")
+    return route
+
+
+def _switch_off(route: Route) -> None:
+    route.fused.disable()
+    route.fused = fused.Fused()
+
+
+def _unpack(route: Route, inner: Any, implementation: str) -> None:
+    route.packed = False
+    inner.set_attn_implementation(implementation)
+
+
+def _cannot_pack(model: Any, objective: Objective, rows: Sequence[Example], longest: int, device: torch.device) -> str | None:
+    """Why packed rows would not be exact for this model, or None. Sets the model's attention to packed segments."""
+    attention.register()
+    inner = head.base(model)
+    try:
+        inner.set_attn_implementation(attention.NAME)
+        with torch.no_grad(), attention.watch() as seen:
+            objective.loss(model, to_device(objective.collate(rows, packed=True), device))
+    except (attention.CannotPack, ValueError, TypeError) as reason:
+        return str(reason)
+    if len(seen) != inner.config.num_hidden_layers:
+        return f"it called attention {len(seen)} times in {inner.config.num_hidden_layers} layers"
+    windows = [window for window in seen if window is not None and window < longest]
+    if windows:
+        return f"its attention slides over {min(windows)} tokens and the longest row has {longest}"
+    return None
+
+
+def _loss_and_gradients(
+    model: Any, objective: Objective, rows: Sequence[Example], packed: bool, device: torch.device
+) -> tuple[float, list[torch.Tensor]]:
+    """Mean loss over the rows' units and its gradients; the plain path takes rows one at a time, so that nothing is padded."""
+    batches = [objective.collate(rows, packed=True)] if packed else [objective.collate([row], packed=False) for row in rows]
+    total = sum(int(objective.count(batch)) for batch in batches)
+    value = 0.0
+    for batch in batches:
+        loss, _ = objective.loss(model, to_device(batch, device))
+        (loss / total).backward()
+        value += float(loss) / total
+    gradients = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            parameter.grad = None
+    return value, gradients
+
+
+def _difference(expected: tuple[float, list[torch.Tensor]], got: tuple[float, list[torch.Tensor]]) -> str | None:
+    """What is further apart than the dtype explains, or None. Not finite on both sides is the run's affair, not the route's."""
+    dtype = expected[1][0].dtype if expected[1] else torch.float32
+    loss_limit, gradient_limit = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    if not np.isfinite(expected[0]):
+        return None
+    loss = abs(expected[0] - got[0]) / max(abs(expected[0]), 1e-6)
+    apart = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(expected[1], got[1], strict=True)) ** 0.5
+    norm = sum(float(a.float().square().sum()) for a in expected[1]) ** 0.5
+    gradient = apart / norm if norm else apart
+    if loss <= loss_limit and gradient <= gradient_limit:
+        return None
+    return f"loss by {loss:.1e}, gradients by {gradient:.1e} of their size"
+
+
+def _shorten(example: Example) -> Example:
+    """The row's first tokens; all of them learnt when the cut left none to learn."""
+    short = {name: np.array(values[:PROBE_TOKENS]) for name, values in example.items()}
+    if not short["supervised"][1:].any():
+        short["supervised"][:] = True
+    return short

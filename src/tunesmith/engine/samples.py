@@ -1,0 +1,50 @@
+"""Fixed prompts answered at every evaluation: a curve says that a model changed, an answer says how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tunesmith.data import chat
+from tunesmith.data.prepare import Encoded
+from tunesmith.engine.config import SampleConfig
+from tunesmith.models import generate
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``ids`` are given to the model; ``reference`` is what the data says comes next, if it does."""
+
+    ids: list[int]
+    text: str
+    reference: str | None
+
+
+def prompts(config: SampleConfig, held_out: Encoded | None, tokenizer: Any) -> list[Prompt]:
+    """The recipe's prompts, or the beginnings of the first held-out rows."""
+    if config.prompts is not None:
+        return [Prompt(chat.prompt_ids(text, tokenizer), text, None) for text in config.prompts]
+    rows = [] if held_out is None else [held_out[row] for row in range(min(config.count, len(held_out)))]
+    return [_beginning(row["input_ids"], row["supervised"], tokenizer) for row in rows]
+
+
+def _beginning(ids: np.ndarray, supervised: np.ndarray, tokenizer: Any) -> Prompt:
+    """Up to the first learnt token; of a row that is learnt whole, its first tokens."""
+    learnt = np.flatnonzero(supervised)
+    start = int(learnt[0]) if len(learnt) else len(ids)
+    if start <= 1:
+        start = max(1, min(32, len(ids) // 2))
+    rest = ids[start:]
+    unlearnt = np.flatnonzero(~supervised[start:])
+    answer = rest[: int(unlearnt[0])] if len(unlearnt) else rest
+    text = tokenizer.decode(ids[:start], skip_special_tokens=True)
+    return Prompt([int(token) for token in ids[:start]], text, tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def answer(model: Any, tokenizer: Any, asked: list[Prompt], max_new_tokens: int) -> list[str]:
+    """Greedy answers, so that only the model changes between two evaluations."""
+    settings = generate.Settings(max_new_tokens=max_new_tokens)
+    found = generate.generate_ids(model, tokenizer, [prompt.ids for prompt in asked], settings)
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]

@@ -1,0 +1,58 @@
+"""Continued pre-training: learn documents whole, each closed by the end token (Gururangan et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tunesmith.data import chat, pack
+from tunesmith.data.rows import Row, Text
+from tunesmith.objectives import Batch, Example
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    overlong: Literal["split", "error", "drop", "truncate"] = Field(
+        "split", description="split = a long document becomes blocks of max_length, none of its tokens lost"
+    )
+
+
+class Objective:
+    head = "lm"
+    rows: tuple[type, ...] = (Text,)
+    best = ("eval_loss", "min")
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.overlong: str = config.overlong
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[list[Example]]:
+        return chat.encode(rows, tokenizer, train_on="all")
+
+    def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
+        return pack.pack(examples) if packed else pack.pad(examples)
+
+    def count(self, batch: Batch) -> Any:
+        """Tokens that have one before them in their block."""
+        return batch["labels"].new_tensor(batch["labels"].numel())
+
+    def loss(self, model: Any, batch: Batch, reference: Any = None) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+        """sum over tokens of -log p(token | its block so far)."""
+        from tunesmith.models.head import lm_loss
+
+        return lm_loss(model, batch), {}
+
+    def batches(self, model: Any, loader: Iterable[list[Batch]]) -> Iterable[list[Batch]]:
+        return loader
+
+    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+        loss, _ = self.loss(model, batch)
+        return {"loss": float(loss), "targets": batch["labels"].numel()}
+
+    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+        from tunesmith.data.figures import token_mean
+
+        return token_mean(records)

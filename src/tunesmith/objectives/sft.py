@@ -1,0 +1,62 @@
+"""Supervised fine-tuning: learn to answer as the data answers (Ouyang et al. 2022, step 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tunesmith.data import chat, pack
+from tunesmith.data.rows import Chat, PromptCompletion, Row, Text
+from tunesmith.objectives import Batch, Example
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train_on: Literal["completion", "assistant", "all"] = Field(
+        "completion", description="completion = the last answer; assistant = every answer; all = every token"
+    )
+    expand_turns: bool = Field(False, description="one example per assistant turn, so that training sees what generation sees")
+    overlong: Literal["error", "drop", "truncate"] = Field("error", description="what happens to a row above max_length")
+
+
+class Objective:
+    head = "lm"
+    rows: tuple[type, ...] = (Chat, PromptCompletion, Text)
+    best = ("eval_loss", "min")
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.overlong: str = config.overlong
+        self.expand_turns = config.expand_turns
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[list[Example]]:
+        return chat.encode(rows, tokenizer, train_on=self.config.train_on, expand_turns=self.config.expand_turns)
+
+    def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
+        return pack.pack(examples) if packed else pack.pad(examples)
+
+    def count(self, batch: Batch) -> Any:
+        """Supervised tokens."""
+        return batch["labels"].new_tensor(batch["labels"].numel())
+
+    def loss(self, model: Any, batch: Batch, reference: Any = None) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+        """sum over supervised tokens of -log p(token | everything before it in its row)."""
+        from tunesmith.models.head import lm_loss
+
+        return lm_loss(model, batch), {}
+
+    def batches(self, model: Any, loader: Iterable[list[Batch]]) -> Iterable[list[Batch]]:
+        return loader
+
+    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+        loss, _ = self.loss(model, batch)
+        return {"loss": float(loss), "targets": batch["labels"].numel()}
+
+    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Mean over all supervised tokens, whatever the batches were; perplexity is its exponential."""
+        from tunesmith.data.figures import token_mean
+
+        return token_mean(records)
