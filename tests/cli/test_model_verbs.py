@@ -1,0 +1,135 @@
+"""models, show, generate, chat and merge on the command line: results on stdout, exit codes, nothing overwritten."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models.adapters import base_and_adapter
+from tests.tiny import save_tiny
+from tunesmith.cli.main import main
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return str(save_tiny("llama", tmp_path / "model"))
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """The one JSON object that a verb prints under --json."""
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_models_list(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "models", "list")
+    assert {row["name"]: row["present"] for row in found["models"]} == {"smollm2-135m": False, "minilm-l6": False}
+    assert main(["models", "list"]) == 0
+    assert "smollm2-135m" in capsys.readouterr().out
+
+
+def test_models_pull_of_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "pull", "smollm2"]) == 2
+    assert "smollm2-135m" in capsys.readouterr().err
+
+
+def test_show(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, "show", model)["path"] == str(Path(model).resolve())
+    assert main(["show", model]) == 0
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+
+
+def test_show_of_a_model_not_pulled(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "smollm2-135m"]) == 2
+    assert "tunesmith models pull smollm2-135m" in capsys.readouterr().err
+
+
+def test_generate_a_prompt(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "generate", model, "--prompt", "Hi", "--max-new-tokens", "6")
+    assert main(["generate", model, "--prompt", "Hi", "--max-new-tokens", "6"]) == 0
+    assert capsys.readouterr().out == found["answers"][0]["answer"] + "\n"
+
+
+FILES = {
+    "prompts.txt": "Hi\n\nWhat is it?\n",
+    "prompts.jsonl": '{"prompt": "Hi"}\n{"prompt": "What is it?"}\n',
+    "prompts.csv": "id,question\n1,Hi\n2,What is it?\n",
+    "alpaca.json": '[{"instruction": "Hi", "output": "x"}, {"instruction": "What", "input": "is it?", "output": "y"}]',
+    "chat.jsonl": '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}]}\n'
+    '{"conversations": [{"from": "human", "value": "What is it?"}]}\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_generate_from_a_file(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / name).write_text(FILES[name])
+    out = tmp_path / "answers.jsonl"
+    found = answer(capsys, "generate", model, "--data", str(tmp_path / name), "--max-new-tokens", "4", "--out", str(out))
+    assert [json.loads(line) for line in out.read_text().splitlines()] == found["answers"] and len(found["answers"]) == 2
+    assert main(["generate", model, "--data", str(tmp_path / name), "--out", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+BAD = {
+    "no column": ('{"a": "x", "b": "y"}\n', "no column is a prompt"),
+    "a number": ('{"prompt": 3}\n', ":1:prompt"),
+    "only answers": ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "a turn to answer"),
+    "broken": ('{"prompt": \n', ":1:"),
+    "empty": ("", "no prompts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_prompt_files_are_told_by_row_and_field(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    (tmp_path / "p.jsonl").write_text(BAD[case][0])
+    assert main(["generate", model, "--data", str(tmp_path / "p.jsonl")]) == 2
+    assert BAD[case][1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--prompt", "x", "--data", "y"], ["--prompt", "x", "--top-p", "0"]])
+def test_wrong_arguments_of_generate(model: str, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(["generate", model, *arguments]) == 2
+    assert not capsys.readouterr().out
+
+
+def chat(model: str, monkeypatch: pytest.MonkeyPatch, said: str, *arguments: str) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    return main(["chat", model, "--max-new-tokens", "5", "--temperature", "0", *arguments])
+
+
+def test_chat_keeps_the_history(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat(model, monkeypatch, "one\n\ntwo\n", "--json") == 0
+    turns = json.loads(capsys.readouterr().out)["messages"]
+    assert [(turn["role"], turn["content"]) for turn in turns[::2]] == [("user", "one"), ("user", "two")]
+    assert len(turns) == 4
+
+
+def test_chat_commands(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat(model, monkeypatch, "one\n/reset\n/system Be brief.\n/what\ntwo\n/exit\nthree\n", "--json") == 0
+    captured = capsys.readouterr()
+    turns = json.loads(captured.out)["messages"]
+    assert [turn["content"] for turn in turns[:2]] == ["Be brief.", "two"] and len(turns) == 3
+    assert captured.err.count("Commands:") == 2
+
+
+def test_chat_streams_to_stdout(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat(model, monkeypatch, "one\n") == 0
+    found = answer(capsys, "generate", model, "--prompt", "one", "--max-new-tokens", "5")["answers"][0]["answer"]
+    assert chat(model, monkeypatch, "one\n") == 0
+    assert capsys.readouterr().out == found + "\n"
+
+
+def test_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = base_and_adapter(tmp_path)
+    out = tmp_path / "merged"
+    found = answer(capsys, "merge", str(adapter), "--out", str(out))
+    assert found["path"] == str(out.resolve()) and found["max_logit_difference"] < 1e-4
+    assert main(["merge", str(adapter), "--out", str(out)]) == 2
+    assert main(["merge", str(base), "--out", str(tmp_path / "other")]) == 2
+    assert "nothing to merge" in capsys.readouterr().err
