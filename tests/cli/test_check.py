@@ -6,14 +6,38 @@ import pytest
 from tunesmith import engine
 from tunesmith.cli.main import main
 
+SPLIT = {
+    "rows": 1200,
+    "examples": 1200,
+    "tokens": 2000,
+    "supervised_tokens": 500,
+    "unlearnable": 0,
+    "unlearnable_first": [],
+    "overlong": {"policy": "drop", "rows": 0, "tokens_lost": 0},
+    "duplicates": 0,
+    "histogram": {"median": 58.5, "max": 300},
+}
 FOUND = {
-    "rows": {"train": 1200, "eval": 60},
-    "sources": [{"path": "a.json", "rows": 900}, {"path": "b.csv", "rows": 360}],
-    "packed": True,
-    "memory_bytes": 3 * 2**20,
-    "share_supervised": 0.41234567,
-    "warnings": ["one", "two"],
-    "max_length": None,
+    "model": "m",
+    "objective": {"type": "sft", "train_on": "completion", "expand_turns": False},
+    "adaptation": {"type": "full"},
+    "data": {
+        "sources": [
+            {"path": "a.json", "format": "alpaca", "rows_kept": 1260, "rows_rejected": 1, "problems": ["a.json:3: empty"]}
+        ],
+        "train": {**SPLIT, "unlearnable": 2, "unlearnable_first": ["a.json:5"], "duplicates": 3},
+        "eval": {**SPLIT, "overlong": {"policy": "drop", "rows": 1, "tokens_lost": 40}},
+        "template": "its own",
+        "duplicates_train_eval": 4,
+    },
+    "max_length": 300,
+    "steps": 150,
+    "steps_per_epoch": 150,
+    "learning_rate": 2e-5,
+    "trainable_parameters": 10,
+    "total_parameters": 1000,
+    "trainable_percent": 1.0,
+    "precision": {"compute": "fp32", "why": "asked for", "trained_weights": "fp32", "frozen_weights": "bf16"},
 }
 
 
@@ -34,19 +58,23 @@ def test_figures_for_people(recipe, capsys):
     assert main(["check", recipe]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
-        "rows",
-        "train 1,200",
-        "eval 60",
-        "sources",
-        "- path a.json",
-        "rows 900",
-        "- path b.csv",
-        "rows 360",
-        "packed yes",
-        "memory bytes 3 MiB",
-        "share supervised 0.4123",
-        "warnings one, two",
-        "max length -",
+        "model m",
+        "objective sft: train_on completion",
+        "adaptation full",
+        "source a.json: alpaca; 1,260 rows, 1 rejected",
+        "a.json:3: empty",
+        "train 1,200 rows, 2,000 tokens, 500 learnt (25.0%); median 58.5, longest 300",
+        "train 2 rows have nothing to learn, the first: a.json:5",
+        "train 3 rows repeat another",
+        "eval 1,200 rows, 2,000 tokens, 500 learnt (25.0%); median 58.5, longest 300",
+        "eval 1 rows are over max_length (drop): 40 tokens lost",
+        "4 rows are in both train and eval",
+        "template its own",
+        "max_length 300 tokens",
+        "steps 150, 150 an epoch; learning rate 2e-05",
+        "parameters 10 trained of 1,000 (1.00%)",
+        "precision fp32 (asked for)",
+        "trained weights fp32, frozen weights bf16",
     ]
 
 
