@@ -63,8 +63,8 @@ def test_summary_shows_before_and_after_and_the_next_command(trained, capsys):
     for words in (
         "2.5000",
         "2.0000",
-        "12.180",
-        "7.390",
+        "12.18",
+        "7.39",
         "Say [b]hi",
         "bye",
         "1.00%",

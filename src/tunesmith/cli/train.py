@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from tunesmith.cli.output import console, result, say
 
@@ -54,19 +55,20 @@ def summary(outcome: Mapping[str, Any]) -> list[Any]:
 
 def _figures(outcome: Mapping[str, Any]) -> Table:
     table = Table("held-out rows", "before", "after", title="Result", title_justify="left")
-    for name, label in (("eval_loss", "loss"), ("perplexity", "perplexity")):
-        before, after = outcome.get(f"{name}_before"), outcome[name]
-        table.add_row(label, "-" if before is None else f"{before:.4f}", f"{after:.4f}")
+    for name, label, digits in (("eval_loss", "loss", 4), ("perplexity", "perplexity", 2)):
+        before, after = outcome[f"{name}_before"], outcome[name]
+        table.add_row(label, "-" if before is None else f"{before:.{digits}f}", f"{after:.{digits}f}")
     return table
 
 
-def _samples(samples: list[Mapping[str, str]]) -> Table:
-    from rich.text import Text
-
-    table = Table("prompt", "before", "after", "reference", title="Samples", title_justify="left", show_lines=True)
+def _samples(samples: list[Mapping[str, str | None]]) -> Table:
+    """One block for each prompt: asked, answered before, answered after, and what the held-out row says."""
+    table = Table("", "", title="Samples", title_justify="left", show_header=False)
     for sample in samples:
-        cells = (sample.get(name) or "" for name in ("prompt", "before", "after", "reference"))
-        table.add_row(*(Text(_shortened(cell)) for cell in cells))
+        for name in ("prompt", "before", "after", "reference"):
+            if sample[name] is not None:
+                table.add_row(name, Text(_shortened(str(sample[name]).strip()), overflow="fold"))
+        table.add_section()
     return table
 
 
