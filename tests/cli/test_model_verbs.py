@@ -125,6 +125,12 @@ def test_chat_streams_to_stdout(model: str, monkeypatch: pytest.MonkeyPatch, cap
     assert capsys.readouterr().out == found + "\n"
 
 
+def test_chat_needs_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny("llama", tmp_path, template=None)
+    assert chat(str(tmp_path), monkeypatch, "one\n") == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
 def test_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = base_and_adapter(tmp_path)
     out = tmp_path / "merged"

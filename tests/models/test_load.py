@@ -83,7 +83,14 @@ def test_an_adapter_can_be_ignored_or_merged(tmp_path: Path) -> None:
     assert torch.allclose(merged(IDS).logits, load(adapter)[0](IDS).logits, atol=1e-4)
 
 
-def test_the_base_is_found_again_when_the_folder_was_moved(tmp_path: Path) -> None:
+def test_base_and_adapter_can_be_moved_together(tmp_path: Path) -> None:
+    base_and_adapter(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert load(tmp_path / "there" / "adapter")[0](IDS) is not None
+    assert locate(tmp_path / "there" / "adapter").base == (tmp_path / "there" / "base").resolve()
+
+
+def test_the_base_is_found_by_a_path_relative_to_the_adapter(tmp_path: Path) -> None:
     base, adapter = base_and_adapter(tmp_path)
     edit(adapter / "adapter_config.json", base_model_name_or_path="../base")
     edit(adapter / probe.FILE, base={"name": None, "path": "/nowhere", "fingerprint": None})

@@ -32,6 +32,8 @@ def chat(
     engine.Settings(**chosen, seed=seed)  # a wrong setting is told before the model is loaded
     say(f"loading {model}")
     pair = load(model)
+    if not pair[1].chat_template:
+        raise UserError(f"{model} has no chat template, so it knows no turns. Use `tunesmith generate {model} --prompt ...`.")
     say(_HELP)
     turns: list[dict[str, str]] = []
     for line in _lines():

@@ -276,8 +276,9 @@ def _base_of(adapter: Path, config: dict[str, Any]) -> Path:
     """The full model under an adapter: the path in its config, else the name that tunesmith or the Hub has for it."""
     recorded = probe.read(adapter).get("base") or {}
     named = config.get("base_model_name_or_path") or ""
-    for place in (named, recorded.get("path") or "", str(adapter / named) if named else ""):
-        if place and Path(place).is_dir() and not (Path(place) / "adapter_config.json").is_file():
+    relative = [str(adapter / place) for place in (recorded.get("relative"), named) if place]
+    for place in (named, recorded.get("path"), *relative):
+        if place and (Path(place) / "config.json").is_file():
             _check_full(Path(place).resolve())
             return Path(place).resolve()
     for name in (recorded.get("name"), catalog.name_of_repo(named), named):

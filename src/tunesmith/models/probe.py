@@ -54,7 +54,12 @@ def write_probe(folder: Path, model: Any, tokenizer: Any) -> None:
         path = Path(model.get_base_model().name_or_path)
         in_store = store.models().resolve() in path.resolve().parents
         name = path.name.replace("--", "/") if in_store else catalog.name_of_repo(str(path))
-        base = {"name": name, "path": str(path), "fingerprint": fingerprint(path) if path.is_dir() else None}
+        base = {
+            "name": name,
+            "path": str(path),
+            "relative": os.path.relpath(path, folder),  # found again when both were moved together
+            "fingerprint": fingerprint(path) if path.is_dir() else None,
+        }
     record = {
         "format": 1,
         "versions": {name: importlib.metadata.version(name) for name in ("tunesmith", "torch", "transformers", "peft")},
