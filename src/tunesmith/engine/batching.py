@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from tunesmith.data import mix
-from tunesmith.data.prepare import Encoded
+from tunesmith.data.encoded import Encoded
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def publish(target: Path, write: Callable[[Path], None], needed: int) -> None:
     free = machine.free_disk_bytes(target.parent)
     if free < needed + MARGIN:
         raise DiskFullError(
-            f"{target} needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free on its disk. The last checkpoint is kept.\n"
+            f"{target} needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free on its disk. "
+            "The last checkpoint is kept.\n"
             "  Free some space, then type the same command with --resume."
         )
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tunesmith.data.encoded import Encoded
 from tunesmith.data.pack import to_device
-from tunesmith.data.prepare import Encoded
 from tunesmith.engine import batching, distributed, optim
 from tunesmith.engine.batching import Plan
 from tunesmith.engine.config import TrainConfig
@@ -39,6 +39,24 @@ class Progression:
     best_step: int | None = None
     without_improvement: int = 0
     window: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Rows that go through the network together: their ``places`` within the step, their ``lengths`` in tokens, their batch."""
+
+    places: list[int]
+    lengths: list[int]
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step of this process; ``rows`` are the examples of all processes."""
+
+    number: int
+    rows: np.ndarray
+    micro: list[Micro]
 
 
 @dataclass
@@ -71,10 +89,11 @@ def fit(job: Job, at: Progression) -> str | None:
     """
     plan, config = job.plan, job.config
     saved = at.step
+    planned = (_step(job, number) for number in range(at.step + 1, plan.steps + 1))
     with signals() as stop:
-        while at.step < plan.steps:
+        for step in job.objective.batches(job.model, planned):
             started = time.perf_counter()
-            record = train_step(job, at.step + 1)
+            record = train_step(job, step)
             job.seconds += time.perf_counter() - started
             at.step += 1
             _account(job, at, record, time.perf_counter() - started)
@@ -95,20 +114,19 @@ def fit(job: Job, at: Progression) -> str | None:
     return None
 
 
-def train_step(job: Job, step: int) -> dict[str, Any]:
+def train_step(job: Job, step: Step) -> dict[str, Any]:
     """One optimiser step: forward and backward over its micro-batches, one division, check, clip, update.
 
     Returns sums over all processes: loss, units, tokens, grad_norm, learning_rate and the objective's metrics.
     """
     job.model.train()
-    rows = job.plan.rows(step)
-    micro = list(_micro_batches(job, rows))
-    total, tokens = distributed.add(float(sum(int(job.objective.count(batch)) for _, batch in micro)), float(_tokens(job, rows)))
+    units, tokens = (sum(int(job.objective.count(micro.batch)) for micro in step.micro), sum(sum(m.lengths) for m in step.micro))
+    total, tokens_of_all = distributed.add(float(units), float(tokens))
     losses: list[torch.Tensor] = []
     sums: dict[str, list[float]] = {}
-    for places, batch in micro:
-        _tell_noise(job, step, rows, places)
-        loss, metrics = job.objective.loss(job.model, to_device(batch, job.device))
+    for micro in step.micro:
+        _tell_noise(job, step.number, micro)
+        loss, metrics = job.objective.loss(job.model, to_device(micro.batch, job.device))
         (loss / total).backward()
         losses.append(loss.detach())
         for name, (value, count) in metrics.items():
@@ -117,7 +135,7 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
     (loss_sum,) = distributed.add(float(sum(losses)) if losses else 0.0)
     norm = float(optim.gather_and_clip(job.masters, job.config.max_grad_norm))
     if not (math.isfinite(loss_sum) and math.isfinite(norm)):
-        _refuse(job, step, rows, loss_sum / total, norm)
+        _refuse(job, step, loss_sum / total, norm)
     learning_rate = job.schedule.get_last_lr()[0]
     job.optimizer.step()
     job.masters.publish()
@@ -125,7 +143,14 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
     if not _waits_for_metric(job.schedule):
         job.schedule.step()
     figures = {name: value / count for name, (value, count) in sums.items() if count}
-    return {"loss": loss_sum, "units": total, "tokens": tokens, "grad_norm": norm, "learning_rate": learning_rate, **figures}
+    return {
+        "loss": loss_sum,
+        "units": total,
+        "tokens": tokens_of_all,
+        "grad_norm": norm,
+        "learning_rate": learning_rate,
+        **figures,
+    }
 
 
 def evaluate(
@@ -144,49 +169,51 @@ def evaluate(
     return objective.summarise(distributed.gather(records))
 
 
-def _micro_batches(job: Job, rows: np.ndarray) -> Iterator[tuple[list[int], Batch]]:
-    """This process's micro-batches of a step: (places within the step, batch). Places number rows for noise."""
+def _step(job: Job, number: int) -> Step:
+    """The micro-batches of optimiser step ``number`` that fall to this process."""
     state = distributed.state()
+    rows = job.plan.rows(number)
     mine = list(range(len(rows)))[state.process_index :: state.num_processes]
     lengths = [int(job.plan.data.lengths[rows[place]]) for place in mine]
+    micro = []
     for group in batching.micro_batches(lengths, job.config.micro_batch_tokens, job.packed):
         places = [mine[index] for index in group]
-        yield places, job.objective.collate([job.plan.data[int(rows[place])] for place in places], job.packed)
+        micro.append(_micro(job, rows, places))
+    return Step(number, rows, micro)
 
 
-def _tokens(job: Job, rows: np.ndarray) -> int:
-    state = distributed.state()
-    return int(job.plan.data.lengths[rows[state.process_index :: state.num_processes]].sum())
+def _micro(job: Job, rows: np.ndarray, places: list[int]) -> Micro:
+    examples = [job.plan.data[int(rows[place])] for place in places]
+    return Micro(places, [int(job.plan.data.lengths[rows[p]]) for p in places], job.objective.collate(examples, job.packed))
 
 
-def _tell_noise(job: Job, step: int, rows: np.ndarray, places: Sequence[int]) -> None:
+def _tell_noise(job: Job, step: int, micro: Micro) -> None:
     if job.noise is not None:
-        job.noise.step, job.noise.rows, job.noise.packed = step, places, job.packed
-        job.noise.lengths = [int(job.plan.data.lengths[rows[place]]) for place in places]
+        job.noise.step, job.noise.rows, job.noise.lengths, job.noise.packed = step, micro.places, micro.lengths, job.packed
 
 
 def _waits_for_metric(schedule: Any) -> bool:
     return isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
-def _refuse(job: Job, step: int, rows: np.ndarray, loss: float, norm: float) -> None:
+def _refuse(job: Job, step: Step, loss: float, norm: float) -> None:
     """Name the rows whose loss is not finite on its own (all rows of the step when each is finite), and stop."""
     job.masters.clear()
     guilty = []
     with torch.no_grad():
-        for place, row in enumerate(rows):
-            _tell_noise(job, step, rows, [place])
-            alone, _ = job.objective.loss(
-                job.model, to_device(job.objective.collate([job.plan.data[int(row)]], job.packed), job.device)
-            )
+        for place, row in enumerate(step.rows):
+            micro = _micro(job, step.rows, [place])
+            _tell_noise(job, step.number, micro)
+            alone, _ = job.objective.loss(job.model, to_device(micro.batch, job.device))
             if not math.isfinite(float(alone)):
                 guilty.append(int(row))
-    names = [job.plan.data.where(row) for row in guilty or [int(row) for row in rows]]
-    job.log({"kind": "stop", "step": step, "loss": loss, "grad_norm": norm, "rows": names})
+    names = [job.plan.data.where(row) for row in guilty or [int(row) for row in step.rows]]
+    job.log({"kind": "stop", "step": step.number, "loss": loss, "grad_norm": norm, "rows": names})
     raise NonFiniteError(
-        f"step {step}: the loss is {loss:.4g} and the norm of the gradient {norm:.4g}; no update was applied.\n"
+        f"step {step.number}: the loss is {loss:.4g} and the norm of the gradient {norm:.4g}; no update was applied.\n"
         f"  {'Rows' if guilty else 'Rows of the step (each alone has a finite loss)'}: {', '.join(names)}\n"
-        "  Lower train.learning_rate, or look at these rows with `tunesmith data preview`; then go on from the last checkpoint with --resume."
+        "  Lower train.learning_rate, or look at these rows with `tunesmith data preview`; "
+        "then go on from the last checkpoint with --resume."
     )
 
 
@@ -205,15 +232,23 @@ def _log(job: Job, at: Progression, record: dict[str, Any]) -> None:
     extra = {k: v for k, v in record.items() if k not in ("loss", "units", "tokens", "grad_norm", "learning_rate")}
     job.log(
         {
-            "kind": "train", "step": at.step, "epoch": round(job.plan.epoch(at.step), 6), "loss": window["loss"] / window["units"],
-            "learning_rate": record["learning_rate"], "grad_norm": record["grad_norm"], **extra, "tokens": at.tokens,
-            "supervised_tokens": at.supervised, "seconds": window["seconds"], "tokens_per_second": window["tokens"] / window["seconds"],
+            "kind": "train",
+            "step": at.step,
+            "epoch": round(job.plan.epoch(at.step), 6),
+            "loss": window["loss"] / window["units"],
+            "learning_rate": record["learning_rate"],
+            "grad_norm": record["grad_norm"],
+            **extra,
+            "tokens": at.tokens,
+            "supervised_tokens": at.supervised,
+            "seconds": window["seconds"],
+            "tokens_per_second": window["tokens"] / window["seconds"],
         }
-    )  # fmt: skip
+    )
 
 
 def _judge(job: Job, at: Progression, figure: float | None) -> str | None:
-    """Keep count of the best; the reason to stop early, or None. ``job.evaluate`` has saved the model when it was the best yet."""
+    """Keep count of the best; the reason to stop early, or None. ``job.evaluate`` has saved the model if it was the best yet."""
     if figure is None:
         return None
     if _waits_for_metric(job.schedule):
@@ -225,7 +260,7 @@ def _judge(job: Job, at: Progression, figure: float | None) -> str | None:
 
 
 def improved(at: Progression, figure: float, direction: str, threshold: float) -> bool:
-    """Note an evaluation's figure; whether it is the best so far. NaN never is. ``threshold`` must be passed to count as progress."""
+    """Note an evaluation's figure; whether it is the best so far. NaN never is. Progress is a gain above ``threshold``."""
     gain = math.inf if at.best is None else (at.best - figure if direction == "min" else figure - at.best)
     if math.isnan(figure):
         gain = -math.inf
@@ -253,5 +288,5 @@ def signals() -> Iterator[list[str]]:
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for listened, handler in before.items():
+            signal.signal(listened, handler)

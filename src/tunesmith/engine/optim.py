@@ -74,7 +74,7 @@ class _Move:
 
 
 def gather_and_clip(masters: Masters, max_norm: float) -> torch.Tensor:
-    """Sum gradients over processes, scale them so that their norm is at most ``max_norm`` (0 = leave them), return the norm before."""
+    """Sum gradients over processes, scale them to a norm of at most ``max_norm`` (0 = leave them), return the norm before."""
     gradients = list(masters.gradients().values())
     distributed.add_gradients(gradients)
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -98,7 +98,7 @@ def adamw(masters: Masters, config: TrainConfig, learning_rate: float) -> torch.
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
-    """Any schedule of ``transformers.get_scheduler`` over ``steps`` optimiser steps. Raises RecipeError for one it does not know."""
+    """Any schedule of ``transformers.get_scheduler`` over ``steps`` optimiser steps. Raises RecipeError for an unknown one."""
     from transformers import SchedulerType, get_scheduler
 
     warmup = config.warmup_steps or int(config.warmup_ratio * steps + 0.5)
@@ -114,5 +114,6 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
         )
     except (TypeError, ValueError) as error:
         raise RecipeError(
-            f"train.lr_scheduler_type={config.lr_scheduler_type} with train.lr_scheduler_kwargs={dict(config.lr_scheduler_kwargs)}: {error}"
+            f"train.lr_scheduler_type={config.lr_scheduler_type} with "
+            f"train.lr_scheduler_kwargs={dict(config.lr_scheduler_kwargs)}: {error}"
         ) from None

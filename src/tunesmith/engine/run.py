@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,7 +57,8 @@ def train(
     peak_memory_bytes (above what the process held before the model), trainable_parameters, total_parameters, model_dir, run_dir,
     report, steps, samples and stopped.
 
-    Raises UserError before anything is started, StoppedError (not finite, disk full) and Interrupted with the last checkpoint kept.
+    Raises UserError before anything is started, StoppedError (not finite, disk full) and Interrupted with the last checkpoint
+    kept.
     """
     chosen = _resolve(recipe, overrides)
     target = Path(out or Path("runs") / (Path(recipe).stem if isinstance(recipe, str | Path) else "run")).resolve()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data import chat
-from tunesmith.data.prepare import Encoded
+from tunesmith.data.encoded import Encoded
 from tunesmith.engine.config import SampleConfig
 from tunesmith.models import generate
 

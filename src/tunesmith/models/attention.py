@@ -102,9 +102,13 @@ def forward_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments
     for length in segments:
         end = start + length
         part = scaled_dot_product_attention(
-            q[None, :, start:end], k[None, :, start:end], v[None, :, start:end],
-            is_causal=True, scale=scale, enable_gqa=heads != k.shape[0],
-        )  # fmt: skip
+            q[None, :, start:end],
+            k[None, :, start:end],
+            v[None, :, start:end],
+            is_causal=True,
+            scale=scale,
+            enable_gqa=heads != k.shape[0],
+        )
         out[start:end] = part[0].transpose(0, 1)
         start = end
     return out
@@ -152,5 +156,6 @@ class CausalSegments(torch.autograd.Function):
         return forward_segments(q, k, v, segments, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return *backward_segments(grad, *ctx.saved_tensors, ctx.segments, ctx.scale), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        q, k, v = ctx.saved_tensors
+        return *backward_segments(grad, q, k, v, ctx.segments, ctx.scale), None, None

@@ -78,9 +78,14 @@ class Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, stacked: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor | None, b: torch.Tensor | None,
+        ctx: Any,
+        x: torch.Tensor,
+        stacked: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
         *weights: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         y = torch.nn.functional.linear(x, stacked, bias)
         low = None
         if a is not None and b is not None:
@@ -92,7 +97,7 @@ class Projection(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         x, stacked, a, b, low = ctx.saved_tensors
         need_x, _, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad @ stacked if need_x else None
@@ -123,7 +128,7 @@ class Linears:
         """(tokens, in) -> (tokens, sum of out)."""
         a = b = None
         if any(lora is not None for lora in self.loras):
-            downs = [lora[0] for lora in self.loras if lora is not None]
+            downs: list[torch.Tensor] = [lora[0] for lora in self.loras if lora is not None]
             a = downs[0] if len(downs) == 1 else torch.cat(downs)
             b = self._block_b()
         biases = [base.bias for base in self.bases]
@@ -146,7 +151,7 @@ def _is_lora(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "base_layer")
 
 
-def _linears(modules: Sequence[nn.Module]) -> Linears | None:
+def _linears(modules: Sequence[Any]) -> Linears | None:
     """The layers as one product, or None when any of them is something else than a linear layer with at most one plain LoRA."""
     bases: list[nn.Linear] = []
     loras: list[tuple[nn.Parameter, nn.Parameter, float] | None] = []
@@ -203,7 +208,7 @@ class RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         x, weight, inverse = ctx.saved_tensors
         grad = grad.contiguous()
         dx = torch.empty_like(x)
@@ -241,7 +246,7 @@ class SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (both,) = ctx.saved_tensors
         tokens, width = both.shape[0], both.shape[1] // 2
         out = torch.empty_like(both)
@@ -274,9 +279,15 @@ class RotaryAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, heads: int, kv_heads: int, segments: tuple[int, ...],
+        ctx: Any,
+        qkv: torch.Tensor,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        heads: int,
+        kv_heads: int,
+        segments: tuple[int, ...],
         scale: float,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         tokens, dim = qkv.shape[0], cosine.shape[-1]
         ctx.shape = (heads, kv_heads, tokens, dim, qkv.shape[1])
         q, k, v = (qkv.new_empty(n, tokens, dim) for n in (heads, kv_heads, kv_heads))
@@ -288,7 +299,7 @@ class RotaryAttention(torch.autograd.Function):
         return forward_segments(q, k, v, segments, scale).view(tokens, heads * dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, cosine, sine = ctx.saved_tensors
         heads, kv_heads, tokens, dim, width = ctx.shape
         dq, dk, dv = backward_segments(grad.view(tokens, heads, dim), q, k, v, ctx.segments, ctx.scale)
@@ -299,7 +310,7 @@ class RotaryAttention(torch.autograd.Function):
         return out, None, None, None, None, None, None
 
 
-def _attention(module: nn.Module) -> Callable[..., Any] | None:
+def _attention(module: Any) -> Callable[..., Any] | None:
     parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     if any(part is None for part in parts) or hasattr(module, "q_norm") or not hasattr(module, "scaling"):
         return None
@@ -319,12 +330,17 @@ def _attention(module: nn.Module) -> Callable[..., Any] | None:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         window = getattr(module, "sliding_window", None)
-        plain = segments is None or attention_mask is not None or past_key_values is not None or position_embeddings is None
-        if plain or (window is not None and window < max(segments)) or hidden_states.shape[0] != 1:
+        other = attention_mask is not None or past_key_values is not None or hidden_states.shape[0] != 1
+        if other or segments is None or position_embeddings is None or (window is not None and window < max(segments)):
             return type(module).forward(
-                module, hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
-                past_key_values=past_key_values, segments=segments, **kwargs,
-            )  # fmt: skip
+                module,
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                segments=segments,
+                **kwargs,
+            )
         x = hidden_states[0]
         cosine, sine = (table[0].to(x.dtype).contiguous() for table in position_embeddings)
         mixed = RotaryAttention.apply(qkv(x), cosine, sine, heads, kv_heads, segments, scale)
@@ -337,7 +353,7 @@ def _attention(module: nn.Module) -> Callable[..., Any] | None:
 
 
 @torch.no_grad()
-def _equal(kind: str, module: nn.Module, forward: Callable[..., Any]) -> bool:
+def _equal(kind: str, module: Any, forward: Callable[..., Any]) -> bool:
     """Whether the new forward gives what the module's own gives, on a small random input."""
     weights = [parameter for parameter in module.parameters()]
     dtype = weights[0].dtype

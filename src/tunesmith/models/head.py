@@ -85,7 +85,7 @@ class BlockedCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         hidden, weight, bias = (None if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.gradients)
         ctx.gradients = (None, None, None)
         return hidden, weight, bias, None

@@ -17,7 +17,7 @@ from torch import nn
 
 @dataclass
 class RowNoise:
-    """What the next forward pass holds: ``rows`` numbers the rows within the step, ``lengths`` their tokens; ``packed`` the layout."""
+    """What the next forward pass holds: the ``rows`` by number within the step, their ``lengths`` in tokens, the layout."""
 
     seed: int
     step: int = 0
@@ -51,7 +51,8 @@ def install(model: nn.Module, seed: int) -> tuple[RowNoise | None, list[str]]:
     noise = RowNoise(seed)
     for module in model.modules():
         if type(module) is nn.Dropout and module.p > 0:
-            module.forward = _RowDropout(module, noise, noise.layers)  # type: ignore[method-assign]
+            dropout: Any = module
+            dropout.forward = _RowDropout(module, noise, noise.layers)
             noise.layers += 1
     return (noise if noise.layers else None), switched_off
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 Example = dict[str, np.ndarray]
-"""One row, ready to learn from: name -> 1-D array. Language-model objectives use ``input_ids`` (int32) and ``supervised`` (bool)."""
+"""One row, ready to learn from: name -> 1-D array. Language models use ``input_ids`` (int32) and ``supervised`` (bool)."""
 
 Batch = dict[str, Any]
 """Tensors of one micro-batch, on the device."""
@@ -51,8 +51,8 @@ class Objective(Protocol):
         """(sum of the loss over its units, {metric: (sum, count)}): device tensors, no mean, no ``.item()``."""
         ...
 
-    def batches(self, model: Any, loader: Iterable[list[Batch]]) -> Iterable[list[Batch]]:
-        """The micro-batches of each optimiser step; passes ``loader`` through unless the objective makes its own data."""
+    def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
+        """The optimiser steps, each with its micro-batches; passes ``loader`` through unless the objective makes its own data."""
         ...
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Objective:
 
         return lm_loss(model, batch), {}
 
-    def batches(self, model: Any, loader: Iterable[list[Batch]]) -> Iterable[list[Batch]]:
+    def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
         return loader
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
