@@ -95,14 +95,11 @@ def _target(target: str, format: str | None, train_on: str | None) -> tuple[list
 
 
 def _preview_lines(shown: list[Any]) -> list[Any]:
-    from rich.rule import Rule
-    from rich.text import Text
-
     lines: list[Any] = []
     for item in shown:
         lines.append(f"{item.path}: {item.format}\ntemplate: {item.template}")
         for row in item.shown:
-            lines += [Rule(Text(f"{row.where}: {row.supervised} of {row.tokens} tokens learnt")), row.coloured()]
+            lines += [f"--- {row.where}: {row.supervised} of {row.tokens} tokens learnt", row.coloured()]
         lines += [f"bad row: {problem}" for problem in item.problems]
     return lines
 

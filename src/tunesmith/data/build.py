@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import platform
 import shutil
@@ -10,7 +11,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -197,19 +198,15 @@ def shared_key(objective: Any, tokenizer: Any) -> str:
 
 
 def _options(objective: Any) -> Any:
-    """The objective's name and settings, as JSON."""
+    """The objective's name and settings, as JSON. The length policy is no part of it: that is a view on what is stored."""
     config = getattr(objective, "config", None)
-    if isinstance(config, BaseModel):
-        settings = config.model_dump(mode="json")
-    elif is_dataclass(objective) and not isinstance(objective, type):
-        settings = asdict(objective)
-    else:
-        settings = {name: repr(value) for name, value in sorted(vars(objective).items())}
+    settings = (
+        config.model_dump(mode="json") if isinstance(config, BaseModel) else {k: repr(v) for k, v in vars(objective).items()}
+    )
+    settings.pop("overlong", None)
     return [type(objective).__module__, type(objective).__qualname__, settings]
 
 
 def _code(objective: Any) -> list[Path]:
     """The source files that decide what an example is: this package and the objective's own file."""
-    import inspect
-
     return [*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(type(objective)))]

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from tunesmith.errors import DiskFullError
 VERSION = 1
 Example = dict[str, np.ndarray]
 BLOCK = 1 << 20
+ABANDONED = 2 * 24 * 3600.0
+"""Seconds after which an unfinished folder belongs to no living process."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Writer:
             "info": info,
         }
         with (self.folder / "manifest.json").open("w", encoding="utf-8") as handle:
-            json.dump(manifest, handle, ensure_ascii=True)
+            json.dump({**manifest, "sha256": _hash_of(manifest)}, handle)
             handle.flush()
             os.fsync(handle.fileno())
         _sync_folder(self.folder)
@@ -159,9 +162,12 @@ def store() -> Path:
 
 
 def begin(folder: Path) -> Writer:
-    """A writer into a new folder beside ``folder``; ``finish`` puts it there."""
+    """A writer into a new folder beside ``folder``; ``finish`` puts it there. What a killed process left behind is swept."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for old in folder.parent.glob(".*.*"):
+            if time.time() - old.stat().st_mtime > ABANDONED:
+                shutil.rmtree(old, ignore_errors=True)
         return Writer(Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)))
     except OSError as error:
         raise disk_error(error, folder.parent) from None
@@ -193,14 +199,14 @@ def load(folder: Path) -> Entry | None:
     """The entry at ``folder``, or None when there is none or it is not exactly what was written (size or hash differ)."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["version"] != VERSION:
+        if manifest.pop("sha256") != _hash_of(manifest) or manifest["version"] != VERSION:
             return None
         arrays: dict[str, str] = manifest["arrays"]
         kinds = {f"{name}.values": dtype for name, dtype in arrays.items()}
         kinds |= {f"{name}.starts": "<i8" for name in arrays}
         kinds |= {name: f"<{'u' if kind == 'Q' else 'i'}8" for name, kind in NUMBERS.items()}
         mapped = {name: _map(folder / name, manifest["files"][name], dtype) for name, dtype in kinds.items()}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return Entry(
         {name: mapped[f"{name}.values"] for name in arrays},
@@ -208,6 +214,10 @@ def load(folder: Path) -> Entry | None:
         **{name: mapped[name] for name in NUMBERS},
         info=manifest["info"],
     )
+
+
+def _hash_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _map(path: Path, recorded: dict[str, Any], dtype: str) -> np.ndarray:

@@ -57,25 +57,29 @@ def assistant_turns(messages: Sequence[Message]) -> list[int]:
 def find_span(render: Render, row: Chat, full: str, turn: int) -> Span:
     """The span of assistant turn ``turn`` in ``full``, the rendering of the whole row. Raises SpanError."""
     last = turn == len(row.messages) - 1
-    upto = full if last else render(row.messages[: turn + 1], row.tools)
-    shared = len(full) if last else _common(full, upto)
+    alone = full if last else render(row.messages[: turn + 1], row.tools)
+    shared = len(full) if last else _common(full, alone)
+    whole = shared == len(alone)  # else the two go apart in this turn or right after it
     start = _prompt_length(render, row, turn, full, shared)
     message = row.messages[turn]
     core = str(message.get("content") or "").strip()
     if message.get("tool_calls") or not core:
-        if start is None or start > shared:
+        if start is None:
             raise _unclear(turn)
-        return _closed_at_end(render, full, upto, start, shared, last)
+        moved = 0
+        if not whole and message.get("tool_calls"):
+            there, here, tail = _placed(render, row, turn, full, alone)
+            moved, shared = there - here, here + tail
+        return _closed_at_end(render, alone, start, shared, last, whole, moved, turn)
     end = None if start is None else _content_end(full, start, shared, core)
-    if start is None or end is None:
-        marked = _marked(render, row, turn, full)
-        start = marked[0] if start is None else start
-        if start is None or marked[1] is None or start > marked[1]:
-            raise _unclear(turn)
-        end = marked[1]
-    whole = shared == len(upto)
-    if not whole:  # the two go apart inside or after this turn; what they share after the content is the turn's own
-        shared = end + _shared_tail(render, row, turn, full, end)
+    if end is None:
+        begin, end = _marked(render, row, turn, full)
+        start = begin if start is None else start
+    if start is None or end is None or start > end:
+        raise _unclear(turn)
+    if not whole:
+        _, close = _marked(render, Chat(row.messages[: turn + 1], row.tools), turn, alone)
+        shared = end if close is None else end + _common(alone[close:], full[end:])
     return _closed_after(render, full, start, end, shared, last, whole)
 
 
@@ -102,13 +106,12 @@ def _content_end(full: str, start: int, shared: int, core: str) -> int | None:
 
 
 def _marked(render: Render, row: Chat, turn: int, full: str) -> tuple[int | None, int | None]:
-    """(start, end) of the content in ``full``, from a rendering with marks around it; None for a mark that was lost."""
-    content = str(row.messages[turn]["content"])
-    core = content.strip()
-    lead, trail = content[: content.index(core)], content[content.index(core) + len(core) :]
-    message = {**row.messages[turn], "content": lead + OPEN + core + CLOSE + trail}
+    """(start, end) in ``full`` of the turn's content, or of its last call's name; None for a mark that was lost.
+
+    Found by a rendering with marks around it, and believed only if it is ``full`` once they are taken out.
+    """
     try:
-        text = render([*row.messages[:turn], message, *row.messages[turn + 1 :]], row.tools)
+        text = render([*row.messages[:turn], _with_marks(row.messages[turn]), *row.messages[turn + 1 :]], row.tools)
     except RENDER_ERRORS:
         return None, None
     if OPEN in full or CLOSE in full or text.replace(OPEN, "").replace(CLOSE, "") != full:
@@ -116,17 +119,29 @@ def _marked(render: Render, row: Chat, turn: int, full: str) -> tuple[int | None
     if text.count(OPEN) > 1 or text.count(CLOSE) > 1:
         return None, None
     start, end = text.find(OPEN), text.find(CLOSE)
-    return (start if start >= 0 else None), (end - (0 <= start < end) if end >= 0 else None)
+    if 0 <= end < start:  # turned round
+        return None, None
+    return (start if start >= 0 else None), (end - (start >= 0) if end >= 0 else None)
 
 
-def _shared_tail(render: Render, row: Chat, turn: int, full: str, end: int) -> int:
-    """How many characters after the content are the turn's own: the same with and without what follows the turn."""
-    alone = Chat(row.messages[: turn + 1], row.tools)
-    upto = render(alone.messages, alone.tools)
-    _, close = _marked(render, alone, turn, upto)
-    if close is None:
-        return 0
-    return _common(upto[close:], full[end:])
+def _with_marks(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    if calls:
+        function = {**calls[-1]["function"], "name": OPEN + calls[-1]["function"]["name"] + CLOSE}
+        return {**message, "tool_calls": [*calls[:-1], {**calls[-1], "function": function}]}
+    content = str(message["content"])
+    core = content.strip()
+    lead, trail = content[: content.index(core)], content[content.index(core) + len(core) :]
+    return {**message, "content": lead + OPEN + core + CLOSE + trail}
+
+
+def _placed(render: Render, row: Chat, turn: int, full: str, alone: str) -> tuple[int, int, int]:
+    """(end in ``full``, end in ``alone``, how much they share after it) of a turn's last call. Raises SpanError."""
+    _, end = _marked(render, row, turn, full)
+    _, close = _marked(render, Chat(row.messages[: turn + 1], row.tools), turn, alone)
+    if end is None or close is None:
+        raise _unclear(turn)
+    return end, close, _common(alone[close:], full[end:])
 
 
 def _closed_after(render: Render, full: str, start: int, end: int, shared: int, last: bool, whole: bool) -> Span:
@@ -143,20 +158,25 @@ def _closed_after(render: Render, full: str, start: int, end: int, shared: int, 
     return Span(start, shared if whole else end, stopped=False)
 
 
-def _closed_at_end(render: Render, full: str, upto: str, start: int, shared: int, last: bool) -> Span:
-    """The span of a turn that ends with calls (or says nothing): special tokens inside it are no stops, those at its end are."""
-    found = list(_pattern(render.specials).finditer(upto, start))
+def _closed_at_end(render: Render, alone: str, start: int, shared: int, last: bool, whole: bool, moved: int, turn: int) -> Span:
+    """The span of a turn that ends with calls (or says nothing): special tokens inside it are no stops, those at its end are.
+
+    ``alone`` is the conversation up to this turn; what it shares with the whole one ends at ``shared`` and lies ``moved``
+    characters further there.
+    """
     trailing = []
-    edge = len(upto)
-    for match in reversed(found):
-        if upto[match.end() : edge].strip():
+    edge = len(alone)
+    for match in reversed(list(_pattern(render.specials).finditer(alone, start))):
+        if alone[match.end() : edge].strip():
             break
         trailing.append(match)
         edge = match.start()
     stops = [match for match in trailing if match.end() <= shared]
     if stops:
         closing = next((match for match in stops if match.group() == render.eos), stops[0])
-        return Span(start, closing.end())
+        return Span(start, closing.end() + moved)
+    if not whole:
+        raise _unclear(turn)
     return Span(start, END if last else shared, stopped=False)
 
 

@@ -1,0 +1,316 @@
+"""Masks over the template zoo: what is learnt is exactly what the assistant says and the token that stops it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.data.zoo import ZOO
+from tests.tiny import tiny_tokenizer
+from tunesmith.data.chat import Renderer, encode, left_out, prompt_ids, stop_ids
+from tunesmith.data.problems import RowFault
+from tunesmith.data.rows import Chat, PromptCompletion, Text
+from tunesmith.data.templates import TEMPLATES, apply_template
+from tunesmith.errors import DataError
+
+TOKENIZERS = {name: style.tokenizer() for name, style in ZOO.items()}
+WORDS = [
+    "Paris.",
+    "안녕하세요 👋🏽",
+    "end",
+    "a  b\n\nc",
+    "<think",
+    "日本語のテキスト",
+    "1 2 3",
+    "<|",
+    "### Response:",
+    "</s",
+    "-",
+]
+
+
+def turns(count, system=None, words=WORDS):
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    for number in range(count):
+        messages += [
+            {"role": "user", "content": f"ask {words[(number + 3) % len(words)]} {number}"},
+            {"role": "assistant", "content": f"{words[(number * 5) % len(words)]} {number}"},
+        ]
+    return messages
+
+
+def learnt(example, tokenizer):
+    """The text of each stretch of supervised tokens."""
+    ids, mask = example["input_ids"], example["supervised"]
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]]).astype(int)))
+    return [tokenizer.decode(ids[a:b].tolist()) for a, b in edges.reshape(-1, 2)]
+
+
+def one(row, tokenizer, **options):
+    (examples,) = encode([row], tokenizer, **options)
+    (example,) = examples
+    return example
+
+
+def spoken(style, message, text):
+    """How ``text`` of a template's stretch must read: the content (the template may trim it) and the stop."""
+    return text.replace(" " + style.stop, style.stop).strip() == message["content"].strip() + style.stop
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ZOO)
+def test_every_answer_and_its_stop_is_learnt(name, count):
+    style, tokenizer = ZOO[name], TOKENIZERS[name]
+    messages = turns(count)
+    texts = learnt(one(Chat(tuple(messages)), tokenizer, train_on="assistant"), tokenizer)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if name == "qwen3":
+        texts[-1] = texts[-1].replace("<think>\n\n</think>\n\n", "")
+    assert len(texts) == count and all(spoken(style, answer, text) for answer, text in zip(answers, texts)), texts
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("name", ZOO)
+def test_the_last_answer_only(name, word):
+    style, tokenizer = ZOO[name], TOKENIZERS[name]
+    messages = [*turns(2), {"role": "user", "content": word}, {"role": "assistant", "content": word}]
+    (text,) = learnt(one(Chat(tuple(messages)), tokenizer), tokenizer)
+    assert spoken(style, messages[-1], text.replace("<think>\n\n</think>\n\n", "")), text
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].system])
+def test_system_turns_are_context(name, system):
+    style, tokenizer = ZOO[name], TOKENIZERS[name]
+    messages = turns(1, system=system)
+    (text,) = learnt(one(Chat(tuple(messages)), tokenizer, train_on="assistant"), tokenizer)
+    assert spoken(style, messages[-1], text.replace("<think>\n\n</think>\n\n", ""))
+
+
+@pytest.mark.parametrize("name", ["chatml", "zephyr", "granite", "llama3"])
+def test_an_empty_answer_is_its_stop_alone(name):
+    messages = [*turns(1), {"role": "user", "content": "and?"}, {"role": "assistant", "content": ""}]
+    (text,) = learnt(one(Chat(tuple(messages)), TOKENIZERS[name]), TOKENIZERS[name])
+    assert text == ZOO[name].stop
+
+
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+}
+SCHEMA = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].tools])
+def test_calls_are_learnt_and_tool_answers_are_not(name):
+    style, tokenizer = ZOO[name], TOKENIZERS[name]
+    messages = (
+        {"role": "user", "content": "1+1?"},
+        CALL,
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "Two."},
+    )
+    first, last = learnt(one(Chat(messages, (SCHEMA,)), tokenizer, train_on="assistant"), tokenizer)
+    assert '"name": "add"' in first and first.endswith(style.stop) and first.count(style.stop) == 1
+    assert "Two." in last and last.endswith(style.stop) and '"2"' not in first + last
+
+
+def test_a_conversation_may_end_with_a_call():
+    tokenizer = TOKENIZERS["mistral"]
+    (text,) = learnt(one(Chat(({"role": "user", "content": "1+1?"}, CALL)), tokenizer), tokenizer)
+    assert text.startswith("[TOOL_CALLS]") and text.endswith("]</s>")
+
+
+def test_reasoning_of_earlier_turns_is_gone_and_that_is_said():
+    tokenizer = TOKENIZERS["qwen3"]
+    messages = turns(2)
+    for message in messages:
+        if message["role"] == "assistant":
+            message["reasoning_content"] = f"thinking of {message['content']}"
+    row = Chat(tuple(messages))
+    first, last = learnt(one(row, tokenizer, train_on="assistant"), tokenizer)
+    assert first == messages[1]["content"] + "<|im_end|>"
+    assert last == f"<think>\n{messages[3]['reasoning_content']}\n</think>\n\n{messages[3]['content']}<|im_end|>"
+    assert left_out(row, Renderer(tokenizer)) == [f"messages[1].reasoning_content: {messages[1]['reasoning_content']!r}"]
+
+
+def test_reasoning_inside_the_content_of_an_earlier_turn():
+    tokenizer = TOKENIZERS["qwen3"]
+    messages = turns(2)
+    messages[1] = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}
+    first, _ = learnt(one(Chat(tuple(messages)), tokenizer, train_on="assistant"), tokenizer)
+    assert first == "Yes.<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_expanded_turns_see_what_generation_sees(name):
+    tokenizer = TOKENIZERS[name]
+    messages = turns(3)
+    for message in messages:
+        if message["role"] == "assistant" and name == "qwen3":
+            message["reasoning_content"] = "because"
+    (examples,) = encode([Chat(tuple(messages))], tokenizer, expand_turns=True)
+    assert len(examples) == 3
+    for turn, example in zip((1, 3, 5), examples):
+        served = prompt_ids(messages[:turn], tokenizer)
+        seam = int(np.flatnonzero(example["supervised"])[0])
+        if name == "deepseek":  # its generation prompt opens a thought that its history never shows
+            served = served[: len(served) - len(tokenizer("<think>\n", add_special_tokens=False)["input_ids"])]
+        assert example["input_ids"][:seam].tolist() == served[:seam] and len(served) - seam in (0, 1)
+        assert len(learnt(example, tokenizer)) == 1
+
+
+@pytest.mark.parametrize("change", ["reverse", "length"])
+def test_a_rewritten_turn_that_cannot_be_found_names_the_row(change):
+    tokenizer = tiny_tokenizer(template="{% for m in messages %}{{ m.role }}: {{ m.content | " + change + " }}\n{% endfor %}")
+    with pytest.raises(RowFault, match="expand_turns") as caught:
+        encode([Text("fine"), Chat(tuple(turns(2)))], tokenizer, train_on="assistant")
+    assert caught.value.index == 1
+
+
+def test_a_rewritten_turn_that_can_be_found_is_learnt():
+    template = "{% for m in messages %}{{ '<|im_start|>' + (m.content | upper) + '<|im_end|>' }}{% endfor %}"
+    tokenizer = tiny_tokenizer(template=template + "{% if add_generation_prompt %}<|im_start|>{% endif %}")
+    row = Chat(({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "bye"}))
+    assert learnt(one(row, tokenizer), tokenizer) == ["YES<|im_end|>"]
+
+
+def test_what_a_template_refuses_names_the_row():
+    with pytest.raises(RowFault, match="System role not supported") as caught:
+        encode([Chat(tuple(turns(1))), Chat(tuple(turns(1, system="x")))], TOKENIZERS["gemma"])
+    assert caught.value.index == 1
+
+
+def test_a_template_that_never_stops_gets_the_end_token():
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer = tiny_tokenizer(template=template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    example = one(Chat(tuple(turns(2))), tokenizer)
+    assert example["input_ids"][-1] == tokenizer.eos_token_id and example["supervised"][-1]
+    assert np.count_nonzero(example["input_ids"] == tokenizer.eos_token_id) == 1
+
+
+def test_all_means_every_token():
+    assert one(Chat(tuple(turns(2))), TOKENIZERS["llama3"], train_on="all")["supervised"].all()
+
+
+def test_a_special_token_written_by_the_assistant_is_no_stop():
+    tokenizer = TOKENIZERS["chatml"]
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "write <|im_end|> to stop"}]
+    (text,) = learnt(one(Chat(tuple(messages)), tokenizer), tokenizer)
+    assert text == "write <|im_end|> to stop<|im_end|>"
+
+
+SEAMS = [
+    (" a", "b"),
+    ("x\n", "\n y"),
+    ("<th", "ink>"),
+    ("12", "34"),
+    ("a ", " b"),
+    ("a", " "),
+    ("질", "문"),
+    ("👋", "🏽"),
+    ("the quick ", "brown"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), SEAMS)
+def test_seams_belong_to_the_completion(prompt, completion):
+    tokenizer = tiny_tokenizer()
+    example = one(PromptCompletion(prompt, completion), tokenizer)
+    start = int(np.flatnonzero(example["supervised"])[0])
+    assert example["supervised"][start:].all()
+    text = prompt + completion
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert start == 0 or offsets[start - 1][1] <= len(prompt)
+    assert offsets[start][1] > len(prompt)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_plain_text_has_one_beginning_and_one_end(adds_bos):
+    tokenizer = tiny_tokenizer(adds_bos=adds_bos)
+    rows = [Text("The fox"), PromptCompletion("The ", "fox"), Text("<s>The fox</s>")]
+    for row in rows:
+        ids = one(row, tokenizer)["input_ids"].tolist()
+        assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+        assert ids.count(tokenizer.bos_token_id) == (1 if adds_bos or row is rows[2] else 0)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_beginnings_as_the_template_writes_them(name):
+    tokenizer = TOKENIZERS[name]
+    row = Chat(tuple(turns(1)))
+    trained = one(row, tokenizer)["input_ids"].tolist()
+    served = prompt_ids(list(row.messages[:1]), tokenizer)
+    assert trained.count(tokenizer.bos_token_id) == served.count(tokenizer.bos_token_id) == int(ZOO[name].adds_bos)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_named_templates_begin_and_end_once(name, adds_bos):
+    tokenizer, _ = apply_template(tiny_tokenizer(adds_bos=adds_bos), name)
+    example = one(Chat(tuple(turns(2))), tokenizer, train_on="assistant")
+    assert np.count_nonzero(example["input_ids"] == tokenizer.bos_token_id) == int(adds_bos)
+    assert [text.removesuffix("</s>") for text in learnt(example, tokenizer)] == [m["content"] for m in turns(2)[1::2]]
+
+
+def test_eos_is_learnt_when_it_is_also_the_padding():
+    tokenizer = tiny_tokenizer(template="chatml", pad_is_eos=True)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    example = one(Chat(tuple(turns(1))), tokenizer)
+    assert example["input_ids"][np.flatnonzero(example["supervised"])[-1]] == tokenizer.eos_token_id
+
+
+def test_a_token_of_the_text_keeps_no_other_from_being_learnt():
+    """The mask never depends on which token is the padding."""
+    plain, same = tiny_tokenizer("chatml"), tiny_tokenizer("chatml", pad_is_eos=True)
+    row = Chat(tuple(turns(3)))
+    assert (one(row, plain)["supervised"] == one(row, same)["supervised"]).all()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    name=st.sampled_from(sorted(set(ZOO) - {"qwen3", "deepseek"})),
+    contents=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(str.strip), min_size=2, max_size=6
+    ),
+)
+def test_any_words_are_found_again(name, contents):
+    """Whatever the turns say, the learnt text of the last one is its words and the stop."""
+    tokenizer, style = TOKENIZERS[name], ZOO[name]
+    contents = contents[: len(contents) // 2 * 2]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    example = one(Chat(tuple(messages)), tokenizer)
+    assert example["supervised"].any() and not example["supervised"].all()
+    ids = example["input_ids"][example["supervised"]].tolist()
+    wanted = tokenizer(messages[-1]["content"].strip(), add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids)
+    assert text.strip().endswith(style.stop) and tokenizer.decode(wanted).strip() in text
+
+
+def test_prompts_without_a_template_are_plain_text():
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    assert prompt_ids("The fox", tokenizer) == tokenizer("The fox")["input_ids"]
+
+
+def test_a_system_sentence_comes_first():
+    tokenizer = TOKENIZERS["chatml"]
+    text = tokenizer.decode(prompt_ids("Hi", tokenizer, system="Be brief."))
+    assert text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_stop_ids_hold_the_end_token_and_the_template_s_own(name):
+    tokenizer = TOKENIZERS[name]
+    stops = tokenizer.convert_ids_to_tokens(stop_ids(tokenizer))
+    assert ZOO[name].stop in stops and tokenizer.eos_token in stops
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        encode([Text("x")], Slow())

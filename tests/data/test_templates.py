@@ -1,0 +1,93 @@
+"""Named templates, Jinja strings, and the guard before them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.tiny import tiny_tokenizer
+from tunesmith.data.templates import TEMPLATES, apply_template
+from tunesmith.errors import DataError
+
+TALK = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+def rendered(name, messages=TALK, **options):
+    tokenizer, _ = apply_template(tiny_tokenizer(), name)
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def test_the_model_s_own_template_stays():
+    tokenizer = tiny_tokenizer("chatml")
+    before = tokenizer.chat_template
+    assert apply_template(tokenizer, None) == (tokenizer, "the model's own chat template") and tokenizer.chat_template == before
+
+
+def test_a_model_without_one_gets_roles_and_that_is_said():
+    tokenizer, description = apply_template(tiny_tokenizer(), None)
+    assert "roles" in description and "none of its own" in description and tokenizer.chat_template
+
+
+TEXTS = {
+    "alpaca": "S\n\n### Instruction:\nQ\n\n### Response:\nA</s>\n\n",
+    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA</s>\n",
+    "roles": "<|system|>\nS\n<|user|>\nQ\n<|assistant|>\nA</s>\n",
+    "korean": "S\n\n### 질문:\nQ\n\n### 답변:\nA</s>\n\n",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_named_templates_write_what_they_promise(name):
+    assert rendered(name) == TEXTS[name]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_prompt_of_a_named_template_is_the_beginning_of_its_answer(name):
+    assert TEXTS[name].startswith(rendered(name, TALK[:2], add_generation_prompt=True))
+
+
+def test_alpaca_without_a_system_turn_has_its_well_known_beginning():
+    assert rendered("alpaca", TALK[1:]).startswith("Below is an instruction that describes a task.")
+
+
+def test_chatml_has_a_place_for_tools_and_the_others_say_that_they_have_none():
+    tool = {"type": "function", "function": {"name": "add"}}
+    assert '"name": "add"' in rendered("chatml", TALK, tools=[tool])
+    assert rendered("chatml", TALK, tools=[tool]).count("<|im_start|>system") == 1
+    for name in set(TEMPLATES) - {"chatml"}:
+        with pytest.raises(Exception, match="no place for tools"):
+            rendered(name, TALK, tools=[tool])
+
+
+def test_a_jinja_string_is_taken():
+    tokenizer, description = apply_template(tiny_tokenizer("chatml"), "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    assert tokenizer.apply_chat_template(TALK, tokenize=False) == "[S][Q][A]" and "Jinja" in description
+
+
+BAD = [
+    ("{{ cycler.__init__.__globals__ }}", "sandbox"),
+    ("{% if messages|length > 9 %}{{ ''.__class__.__mro__ }}{% endif %}{{ messages[1].content }}", "sandbox"),
+    ("{{ messages['__class__'] }}", "sandbox"),
+    ("{{ messages | attr('__class__') }}", "sandbox"),
+    ("{% for m in messages %}{{ m.content }}", "not valid Jinja: line 1"),
+    ("{{ messages[5].content.x }}", "fails on a question"),
+    ("{{ 'nothing' }}", "does not write what the assistant says"),
+    ("chatlm", "Did you mean `chatml`"),
+    ("no such template", "neither a Jinja string nor a name"),
+]
+
+
+@pytest.mark.parametrize(("template", "message"), BAD)
+def test_a_bad_template_is_refused_before_data_is_read(template, message):
+    with pytest.raises(DataError, match=message) as caught:
+        apply_template(tiny_tokenizer(), template)
+    assert caught.value.exit_code == 2
+
+
+def test_a_model_s_own_template_passes_the_same_guard():
+    with pytest.raises(DataError, match="sandbox"):
+        apply_template(tiny_tokenizer("{{ messages.__class__ }}"), None)
+
+
+def test_generation_tags_are_known():
+    template = "{% for m in messages %}{%- generation -%}{{ m.content }}{%- endgeneration -%}{% endfor %}"
+    apply_template(tiny_tokenizer(), template)
