@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import platform
-import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,13 +22,16 @@ from tunesmith.data.cache import Entry, Example, Writer
 from tunesmith.data.chat import Renderer, left_out
 from tunesmith.data.problems import Record, RowFault, RowProblem
 from tunesmith.data.read import existing
-from tunesmith.data.rows import Chat, Row, digest
+from tunesmith.data.rows import Chat, PromptCompletion, Row, Text, digest
 from tunesmith.data.source import Opened
 from tunesmith.data.templates import template_text
 from tunesmith.errors import DataError
 
 BATCH = 128
 """Rows tokenised in one call."""
+
+CHARACTERS = 1 << 18
+"""And characters: a batch of long documents would take much memory (each token has its offsets)."""
 
 LOOKED_AT = 200
 """Conversations compared with their rendering, to notice what a template leaves out."""
@@ -76,8 +78,7 @@ def build(opened: Opened, objective: Any, tokenizer: Any, keep: bool, shared_key
     except OSError as error:
         raise cache.disk_error(error, folder.parent) from None
     finally:
-        if writer.folder.exists():
-            shutil.rmtree(writer.folder)
+        writer.abandon()
     entry = cache.load(folder)
     if entry is None:
         raise DataError(f"processed data in {folder} cannot be read back. Check the disk, or set data.cache=false.")
@@ -129,16 +130,26 @@ def _batches(
 ) -> Iterator[tuple[list[Located], list[RowProblem]]]:
     batch: list[Located] = []
     problems: list[RowProblem] = []
+    size = 0
     for item in rows:
         if isinstance(item, RowProblem):
             problems.append(item)
         else:
             batch.append(item)
-        if len(batch) + len(problems) >= BATCH:
+            size += _characters(item[1])
+        if len(batch) + len(problems) >= BATCH or size >= CHARACTERS:
             yield batch, problems
-            batch, problems = [], []
+            batch, problems, size = [], [], 0
     if batch or problems:
         yield batch, problems
+
+
+def _characters(row: Row) -> int:
+    if isinstance(row, Text):
+        return len(row.text)
+    if isinstance(row, PromptCompletion):
+        return len(row.prompt) + len(row.completion)
+    return sum(len(message["content"]) for message in row.messages)
 
 
 def _encode(batch: Sequence[Located], objective: Any, tokenizer: Any) -> Encodings:

@@ -18,7 +18,6 @@ import re
 import shutil
 import tempfile
 import time
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,62 +67,60 @@ class Entry:
 
 
 class Writer:
-    """Streams examples into a folder; only the per-example numbers are held in memory."""
+    """Streams examples into a folder; nothing of them is held in memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, _File] = {}
-        self._starts: dict[str, array[int]] = {}
+        self._files = {name: _File(folder / name) for name in NUMBERS}
+        self._ends: dict[str, int] = {}
         self._dtypes: dict[str, str] = {}
-        self._numbers: dict[str, array[int]] = {name: array(kind) for name, kind in NUMBERS.items()}
 
     def add(self, examples: Iterable[Example], row: int, digest: int) -> None:
         """The examples made of one row."""
         for example in examples:
-            if not self._files:
+            if not self._ends:
                 self._begin(example)
-            if example.keys() != self._files.keys():
-                raise ValueError(f"an example has the arrays {sorted(example)}, the ones before had {sorted(self._files)}")
+            if example.keys() != self._ends.keys():
+                raise ValueError(f"an example has the arrays {sorted(example)}, the ones before had {sorted(self._ends)}")
             for name, values in example.items():
                 if values.dtype.str != self._dtypes[name]:
                     raise ValueError(f"array {name!r}: {values.dtype} after {np.dtype(self._dtypes[name])}")
-                self._files[name].write(np.ascontiguousarray(values).data)
-                self._starts[name].append(self._starts[name][-1] + len(values))
+                self._files[f"{name}.values"].write(np.ascontiguousarray(values).data)
+                self._ends[name] += len(values)
+                self._files[f"{name}.starts"].number(self._ends[name])
             numbers = {"row": row, "digest": digest, "targets": targets(example), "length": length(example)}
             for name, number in numbers.items():
-                self._numbers[name].append(number)
+                self._files[name].number(number)
 
     def _begin(self, example: Example) -> None:
         for name, values in example.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise ValueError(f"array name {name!r} cannot be part of a file name")
-            self._files[name] = _File(self.folder / f"{name}.values")
-            self._starts[name] = array("q", [0])
+            self._files |= {f"{name}.{part}": _File(self.folder / f"{name}.{part}") for part in ("values", "starts")}
+            self._files[f"{name}.starts"].number(0)
+            self._ends[name] = 0
             self._dtypes[name] = values.dtype.str
 
     def close(self, info: dict[str, Any]) -> None:
-        """Write what is left, and the manifest last; everything is on the disk when this returns."""
-        files = {f"{name}.values": file.close() for name, file in self._files.items()}
-        for name, numbers in [*((f"{key}.starts", value) for key, value in self._starts.items()), *self._numbers.items()]:
-            file = _File(self.folder / name)
-            file.write(numbers.tobytes())
-            files[name] = file.close()
-        manifest = {
-            "version": VERSION,
-            "arrays": self._dtypes,
-            "examples": len(self._numbers["row"]),
-            "files": files,
-            "info": info,
-        }
+        """Write the manifest last; everything is on the disk when this returns."""
+        files = {name: file.close() for name, file in self._files.items()}
+        manifest: dict[str, Any] = {"version": VERSION, "arrays": self._dtypes, "files": files, "info": info}
         with (self.folder / "manifest.json").open("w", encoding="utf-8") as handle:
             json.dump({**manifest, "sha256": _hash_of(manifest)}, handle)
             handle.flush()
             os.fsync(handle.fileno())
         _sync_folder(self.folder)
 
+    def abandon(self) -> None:
+        """Close and remove what was written, unless it was renamed into place."""
+        for file in self._files.values():
+            file.abandon()
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
 
-NUMBERS = {"row": "q", "targets": "q", "length": "q", "digest": "Q"}
-"""Numbers kept for each example, and their ``array`` type codes."""
+
+NUMBERS = {"row": "<i8", "targets": "<i8", "length": "<i8", "digest": "<u8"}
+"""Numbers kept for each example, and their types."""
 
 
 def targets(example: Example) -> int:
@@ -147,6 +144,14 @@ class _File:
     def write(self, data: Any) -> None:
         self._hash.update(data)
         self._size += self._handle.write(data)
+
+    def number(self, value: int) -> None:
+        """Eight bytes of a number that is not negative."""
+        self.write(value.to_bytes(8, "little"))
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk takes no last buffer either
+            self._handle.close()
 
     def close(self) -> dict[str, Any]:
         with self._handle as handle:
@@ -204,7 +209,7 @@ def load(folder: Path) -> Entry | None:
         arrays: dict[str, str] = manifest["arrays"]
         kinds = {f"{name}.values": dtype for name, dtype in arrays.items()}
         kinds |= {f"{name}.starts": "<i8" for name in arrays}
-        kinds |= {name: f"<{'u' if kind == 'Q' else 'i'}8" for name, kind in NUMBERS.items()}
+        kinds |= NUMBERS
         mapped = {name: _map(folder / name, manifest["files"][name], dtype) for name, dtype in kinds.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

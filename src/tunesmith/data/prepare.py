@@ -123,15 +123,11 @@ def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataCo
 def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[list[_Part], list[_Part]]:
     """Split by row: a row's examples stay together. At least one row is held out of two or more, and one is kept."""
     draws = [held_out(np.asarray(part.built.entry.row), seed, index) for index, part in enumerate(parts)]
-    places = [
-        np.stack([np.full(len(draw), index), part.built.entry.row, draw], 1)
-        for index, (part, draw) in enumerate(zip(parts, draws))
-    ]
-    every = np.unique(np.concatenate(places), axis=0)  # (source, row, draw) of each row
-    if config.eval.fraction == 0 or len(every) < 2:
+    firsts = [draw[_first_of_row(part)] for part, draw in zip(parts, draws)]
+    ranked = np.sort(np.concatenate(firsts))  # one draw for each row
+    if config.eval.fraction == 0 or len(ranked) < 2:
         return list(parts), []
-    ranked = np.sort(every[:, 2])
-    count = int(np.clip(np.searchsorted(ranked, config.eval.fraction), 1, len(every) - 1))
+    count = int(np.clip(np.searchsorted(ranked, config.eval.fraction), 1, len(ranked) - 1))
     edge = ranked[min(count, config.eval.limit or count) - 1]
     train = [_Part(part.built, part.opened, np.flatnonzero(draw > edge)) for part, draw in zip(parts, draws)]
     held = [_Part(part.built, part.opened, np.flatnonzero(draw <= edge)) for part, draw in zip(parts, draws)]
@@ -184,7 +180,7 @@ def _split(parts: Sequence[_Part], policy: Any, limit: int, name: str, allowed: 
     )  # fmt: skip
     lengths = np.concatenate([part.built.entry.length[part.chosen] for part in parts])
     return encoded, SplitReport(
-        rows=sum(len(np.unique(part.built.entry.row[part.chosen])) for part in parts),
+        rows=sum(int(_first_of_row(part).sum()) for part in parts),
         examples=len(encoded),
         tokens=int(encoded.lengths.sum()),
         supervised_tokens=int(encoded.supervised.sum()),
@@ -226,11 +222,13 @@ def _duplicates(parts: Sequence[_Part]) -> int:
 
 def _row_digests(parts: Sequence[_Part]) -> np.ndarray:
     """One digest for each row (a row may have several examples, which stand together)."""
-    out = [np.empty(0, np.uint64)]
-    for part in parts:
-        rows = part.built.entry.row[part.chosen]
-        out.append(part.built.entry.digest[part.chosen[np.diff(rows, prepend=0) != 0]])
-    return np.concatenate(out)
+    digests = [part.built.entry.digest[part.chosen[_first_of_row(part)]] for part in parts]
+    return np.concatenate([np.empty(0, np.uint64), *digests])
+
+
+def _first_of_row(part: _Part) -> np.ndarray:
+    """bool[n]: which of the chosen examples are the first of their row. Examples of one row stand together."""
+    return np.asarray(np.diff(part.built.entry.row[part.chosen], prepend=0) != 0)
 
 
 def _source_report(built: Built, opened: Opened, role: str, seconds: float) -> SourceReport:
