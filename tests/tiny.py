@@ -44,7 +44,10 @@ def tiny_tokenizer(template: str | None = None, pad_is_eos: bool = False, adds_b
     """A byte-level BPE of about 500 tokens. ``template`` is "chatml", a Jinja string, or None."""
     eos = "<|im_end|>" if template == "chatml" else "</s>"
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_backend(adds_bos)), bos_token="<s>", eos_token=eos, pad_token=eos if pad_is_eos else "<pad>"
+        tokenizer_object=Tokenizer.from_str(_backend(adds_bos)),
+        bos_token="<s>",
+        eos_token=eos,
+        pad_token=eos if pad_is_eos else "<pad>",
     )
     tokenizer.chat_template = CHATML if template == "chatml" else template
     return tokenizer
@@ -78,6 +81,11 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(5.0)
+        table = model.get_input_embeddings().weight
+        empty = (table == 0).all(
+            dim=1
+        )  # the padding word starts as zeros; where padding and end are one, that is no model of life
+        table[empty] = torch.randn(int(empty.sum()), table.shape[1]) * 0.1
     return model.eval()
 
 

@@ -115,7 +115,7 @@ def _loss_and_gradients(
     for batch in batches:
         loss, _ = objective.loss(model, to_device(batch, device))
         (loss / total).backward()
-        value += float(loss) / total
+        value += loss.item() / total
     gradients = []
     for parameter in model.parameters():
         if parameter.requires_grad:

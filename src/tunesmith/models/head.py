@@ -52,7 +52,7 @@ def lm_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     head = inner.get_output_embeddings()
     if inner in _plain or type(head) is not nn.Linear:
         logits = model(**inputs(batch)).logits.flatten(0, 1)[batch["positions"]]
-        return torch.nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="sum")
+        return torch.nn.functional.cross_entropy(logits if logits.dtype is torch.float64 else logits.float(), batch["labels"], reduction="sum")
     hidden = hidden_states(model, batch).flatten(0, 1)[batch["positions"]]
     return BlockedCrossEntropy.apply(hidden, head.weight, head.bias, batch["labels"])
 
@@ -66,7 +66,8 @@ class BlockedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         targets = hidden.shape[0]
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        losses = torch.zeros(max(targets, 1), dtype=torch.float32, device=hidden.device)
+        exact = torch.float64 if hidden.dtype is torch.float64 else torch.float32
+        losses = torch.zeros(max(targets, 1), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight) if want_weight else None
         grad_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
@@ -82,7 +83,7 @@ class BlockedCrossEntropy(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += gradient.sum(0)
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
-        return losses.sum()
+        return losses.sum(dtype=torch.float32 if hidden.device.type == "mps" else torch.float64)  # thousands of terms
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
@@ -96,7 +97,7 @@ def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, losses: torch
     if kernels.available(logits):
         kernels.call("cross_entropy", logits.dtype, logits, labels, losses, logits.shape[0], logits.shape[1])
         return logits
-    exact = logits.float()
+    exact = logits if logits.dtype is torch.float64 else logits.float()
     normaliser = torch.logsumexp(exact, dim=-1)
     losses.copy_(normaliser - exact.gather(1, labels[:, None])[:, 0])
     gradient = exact.sub_(normaliser[:, None]).exp_()

@@ -50,7 +50,7 @@ class Objective:
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
         loss, _ = self.loss(model, batch)
-        return {"loss": float(loss), "targets": batch["labels"].numel()}
+        return {"loss": loss.item(), "targets": batch["labels"].numel()}
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         from tunesmith.data.figures import token_mean

@@ -53,7 +53,7 @@ class Objective:
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
         loss, _ = self.loss(model, batch)
-        return {"loss": float(loss), "targets": batch["labels"].numel()}
+        return {"loss": loss.item(), "targets": batch["labels"].numel()}
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Mean over all supervised tokens, whatever the batches were; perplexity is its exponential."""

@@ -1,0 +1,152 @@
+"""A run that was killed and resumed is the undisturbed run: weights, optimiser, row order and metrics, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+from tests.runs import history, recipe, weights
+
+import tunesmith
+from tunesmith.engine import loop
+from tunesmith.errors import Interrupted, RecipeError
+
+ADAPTATIONS = {"full": "full", "lora": {"type": "lora", "r": 4, "lora_dropout": 0.2}}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the product catches it."""
+
+
+def longer(tmp_path, adaptation="lora", **train):
+    made = recipe(
+        tmp_path,
+        "llama",
+        "sft",
+        ADAPTATIONS[adaptation],
+        count=14,
+        **{"max_steps": 9, "logging_steps": 2, "eval_steps": 4, **train},
+    )
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl"), "limit": 4}
+    made["samples"] = {"count": 1, "max_new_tokens": 3}
+    return made
+
+
+def same_checkpoint(one, other):
+    ours, theirs = load_file(one / "state.safetensors"), load_file(other / "state.safetensors")
+    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+@pytest.mark.parametrize("save_steps", [1, 3, 5])
+def test_stopped_at_any_step_and_resumed(adaptation, save_steps, tmp_path, monkeypatch):
+    made = longer(tmp_path, adaptation, save_steps=save_steps, save_total_limit=20)
+    straight = tmp_path / "straight"
+    expected = tunesmith.train(made, out=straight)
+    train_step = loop.train_step
+    for victim in (1, 4, 6, 9):
+        run = tmp_path / f"killed-{victim}"
+
+        def dies(job, step, victim=victim):
+            if step.number == victim:
+                raise Killed
+            return train_step(job, step)
+
+        monkeypatch.setattr(loop, "train_step", dies)
+        with pytest.raises(Killed):
+            tunesmith.train(made, out=run)
+        monkeypatch.setattr(loop, "train_step", train_step)
+        outcome = tunesmith.train(made, out=run, resume=True)
+        assert history(run) == history(straight)
+        assert same_checkpoint(run / "checkpoints" / "step-9", straight / "checkpoints" / "step-9")
+        ours, theirs = weights(outcome["model_dir"]), weights(expected["model_dir"])
+        assert all(ours[name].equal(theirs[name]) for name in theirs)
+        assert (run / "samples.jsonl").read_text() == (straight / "samples.jsonl").read_text()
+
+
+SCRIPT = """
+import sys, json, os, tunesmith
+recipe, out = json.loads(sys.argv[1]), sys.argv[2]
+tunesmith.train(recipe, out=out, resume=os.path.exists(os.path.join(out, "recipe.yaml")))
+"""
+
+
+def start(made, out):
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(made), str(out)], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_records(run, count, process):
+    """Until the run has written ``count`` records, or has ended."""
+    file = run / "metrics.jsonl"
+    while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < count):
+        time.sleep(0.002)
+
+
+def test_kill_nine_of_a_real_process(tmp_path):
+    made = longer(tmp_path, max_steps=30, save_steps=2, logging_steps=1)
+    straight, run = tmp_path / "straight", tmp_path / "killed"
+    assert start(made, straight).wait() == 0
+    for records in (4, 13, 25):
+        process = start(made, run)
+        wait_for_records(run, records, process)
+        process.kill()
+        process.communicate()
+    process = start(made, run)
+    assert process.wait() == 0, process.stderr.read()
+    assert history(run) == history(straight)
+    assert same_checkpoint(run / "checkpoints" / "step-30", straight / "checkpoints" / "step-30")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(number, tmp_path, monkeypatch):
+    made = longer(tmp_path)
+    train_step = loop.train_step
+
+    def signalled(job, step):
+        record = train_step(job, step)
+        if step.number == 3:
+            os.kill(os.getpid(), number)
+        return record
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+    with pytest.raises(Interrupted, match="step 3"):
+        tunesmith.train(made, out=tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "step-3" / "manifest.json").exists()
+    monkeypatch.setattr(loop, "train_step", train_step)
+    tunesmith.train(made, out=tmp_path / "run", resume=True)
+    tunesmith.train(made, out=tmp_path / "straight")
+    assert history(tmp_path / "run") == history(tmp_path / "straight")
+
+
+def test_another_recipe_is_not_resumed(tmp_path):
+    made = longer(tmp_path)
+    tunesmith.train(made, out=tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"train.learning_rate: was 0.01, is 0.5"):
+        tunesmith.train(made, out=tmp_path / "run", resume=True, overrides=["train.learning_rate=0.5"])
+
+
+def test_changed_data_is_not_resumed(tmp_path):
+    made = longer(tmp_path)
+    tunesmith.train(made, out=tmp_path / "run")
+    file = tmp_path / "rows.jsonl"
+    file.write_text(file.read_text().replace("question 0", "question zero"))
+    with pytest.raises(RecipeError, match="changed since the run was started"):
+        tunesmith.train(made, out=tmp_path / "run", resume=True)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
+    made = longer(tmp_path, save_steps=3, save_total_limit=9)
+    tunesmith.train(made, out=tmp_path / "straight")
+    tunesmith.train(made, out=tmp_path / "run")
+    damaged = tmp_path / "run" / "checkpoints" / "step-9" / "state.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(bytes(content))
+    outcome = tunesmith.train(made, out=tmp_path / "run", resume=True)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert any("step-9 is damaged (state.safetensors does not match its checksum)" in note for note in manifest["notes"])
+    assert outcome["steps"] == 9 and history(tmp_path / "run") == history(tmp_path / "straight")

@@ -1,0 +1,77 @@
+"""Tiny runs: a model folder, a few rows and a recipe in a temporary folder, trained in about a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import save_tiny
+from tunesmith.engine import tracking
+
+ANSWERS = [
+    "Paris is the capital.",
+    "a lazy dog",
+    "0123",
+    "안녕하세요",
+    "def add(a, b): return a",
+    "the quick brown fox jumps",
+    "x",
+    "short answer",
+]
+
+
+def rows(count: int = 12) -> list[dict[str, str]]:
+    """Prompts and completions of unequal length."""
+    return [
+        {"prompt": f"question {n}:" + " what is the" * (n % 5), "completion": f" {ANSWERS[n % 8]} {n}"} for n in range(count)
+    ]  # no prompt ends in a space: tools that tokenise it alone would cut it elsewhere
+
+
+def documents(count: int = 6) -> list[dict[str, str]]:
+    return [{"text": f"document {n}. " + ", ".join(ANSWERS[n % 8 :: 1 + n % 3])} for n in range(count)]
+
+
+def model_folder(folder: Path, name: str, **changes: Any) -> Path:
+    target = folder / f"model-{name}"
+    return target if target.exists() else save_tiny(name, target, **changes)
+
+
+def recipe(
+    folder: Path, name: str = "llama", objective: Any = "sft", adaptation: Any = "full", count: int = 12, **train: Any
+) -> dict[str, Any]:
+    """A run of a few steps in fp32 with no evaluation and no samples, unless ``train`` says otherwise."""
+    data = documents(count // 2) if (objective if isinstance(objective, str) else objective["type"]) == "cpt" else rows(count)
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in data), encoding="utf-8")
+    settings = {
+        "batch_size": 5, "max_steps": 4, "learning_rate": 1e-2, "precision": "fp32", "eval_steps": None, "save_steps": None, "adam_epsilon": 1e-4,
+        **train,
+    }  # fmt: skip
+    return {
+        "model": str(model_folder(folder, name)),
+        "objective": objective,
+        "adaptation": adaptation,
+        "data": {"train": [{"path": str(file)}], "eval": {"fraction": 0}, "cache": False},
+        "train": settings,
+        "samples": {"count": 0},
+    }
+
+
+def weights(model_dir: str | Path) -> dict[str, torch.Tensor]:
+    (file,) = Path(model_dir).glob("*.safetensors")
+    return load_file(file)
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """The run's records without what may differ between identical runs."""
+    return [{k: v for k, v in record.items() if k not in tracking.TIMING_KEYS} for record in tracking.read(run / "metrics.jsonl")]
+
+
+def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest difference of any weight; the names must agree."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].float() - theirs[name].float()).abs().max()) for name in ours)
