@@ -43,7 +43,9 @@ class MissingExtra(UserError):
     """An optional dependency is absent."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package!r}, which is not installed.\n  Type: pip install 'tunesmith[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed.\n  Type: pip install 'tunesmith[{extra}]'"
+        )
 
 
 class StoppedError(TunesmithError):

@@ -29,6 +29,8 @@ class Route:
 
     packed: bool
     fused: fused.Fused
+    attention: str
+    """The model's own attention, for whatever is not a packed batch."""
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -46,8 +48,7 @@ def choose(
     model.eval()
     inner = head.base(model)
     rows = [_shorten(example) for example in list(examples)[:2]]
-    route = Route(packed=False, fused=fused.Fused())
-    plain_attention = inner.config._attn_implementation
+    route = Route(packed=False, fused=fused.Fused(), attention=inner.config._attn_implementation)
     head.use_plain_head(model, True)
     expected = _loss_and_gradients(model, objective, rows, False, device)
 
@@ -56,7 +57,7 @@ def choose(
         route.packed = why is None
         if why is not None:
             route.notes.append(f"rows are padded, not packed, for this model: {why}")
-            inner.set_attn_implementation(plain_attention)
+            inner.set_attn_implementation(route.attention)
     head.use_plain_head(model, False)
     route.fused = fused.install(model)
 
@@ -66,7 +67,7 @@ def choose(
     steps: list[tuple[str, Callable[[], None]]] = [
         ("the fused layers are off", lambda: _switch_off(route)),
         ("the loss is computed from all logits", lambda: head.use_plain_head(model, True)),
-        ("rows are padded, not packed", lambda: _unpack(route, inner, plain_attention)),
+        ("rows are padded, not packed", lambda: _unpack(route, inner)),
     ]
     for said, retreat in steps:
         difference = differs()
@@ -82,9 +83,9 @@ def _switch_off(route: Route) -> None:
     route.fused = fused.Fused()
 
 
-def _unpack(route: Route, inner: Any, implementation: str) -> None:
+def _unpack(route: Route, inner: Any) -> None:
     route.packed = False
-    inner.set_attn_implementation(implementation)
+    inner.set_attn_implementation(route.attention)
 
 
 def _cannot_pack(model: Any, objective: Objective, rows: Sequence[Example], longest: int, device: torch.device) -> str | None:
@@ -114,7 +115,8 @@ def _loss_and_gradients(
     value = 0.0
     for batch in batches:
         loss, _ = objective.loss(model, to_device(batch, device))
-        (loss / total).backward()
+        if loss.requires_grad:  # an evaluation trains nothing: only its loss is compared
+            (loss / total).backward()
         value += loss.item() / total
     gradients = []
     for parameter in model.parameters():

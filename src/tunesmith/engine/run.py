@@ -215,7 +215,7 @@ def _plain_attention(run: Run) -> Iterator[None]:
     """Generation keeps a cache and has no segments: it takes the model's own attention."""
     inner = head.base(run.model)
     ours = inner.config._attn_implementation
-    inner.set_attn_implementation("sdpa")
+    inner.set_attn_implementation(run.route.attention)
     run.model.eval()
     try:
         yield

@@ -39,8 +39,24 @@ def _beginning(ids: np.ndarray, supervised: np.ndarray, tokenizer: Any) -> Promp
     rest = ids[start:]
     unlearnt = np.flatnonzero(~supervised[start:])
     answer = rest[: int(unlearnt[0])] if len(unlearnt) else rest
-    text = tokenizer.decode(ids[:start], skip_special_tokens=True)
-    return Prompt([int(token) for token in ids[:start]], text, tokenizer.decode(answer, skip_special_tokens=True))
+    prompt = [int(token) for token in ids[:start]]
+    return Prompt(prompt, _last_turn(prompt, tokenizer), tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def _last_turn(prompt: list[int], tokenizer: Any) -> str:
+    """What a person reads of a prompt: of a chat the last turn before the answer, without its role; of a text all of it."""
+    specials = set(tokenizer.all_special_ids)
+    turns: list[list[int]] = [[]]
+    for token in prompt:
+        if token in specials:
+            turns.append([])
+        else:
+            turns[-1].append(token)
+    texts = [text for turn in turns if (text := tokenizer.decode(turn).strip())]
+    if len(texts) < 2 or not tokenizer.chat_template:
+        return "\n".join(texts)
+    role, _, said = texts[-2].partition("\n")  # the last is the header of the answer to come
+    return said.strip() if role in ("user", "human") and said.strip() else texts[-2]
 
 
 def answer(model: Any, tokenizer: Any, asked: list[Prompt], max_new_tokens: int) -> list[str]:

@@ -53,8 +53,9 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Se
     plan_of_numbers = precision.choose(recipe.train.precision, device)
     tokenizer = load.load_tokenizer(folder)
     parameters = _parameters(recipe, folder, config, objective, adaptation)
-    window = next((int(value) for name in WINDOWS if (value := getattr(config, name, None))), None)
-    data = prepare(recipe.data, objective, tokenizer, max_length=recipe.train.max_length, window=window, seed=recipe.seed)
+    data = prepare(
+        recipe.data, objective, tokenizer, max_length=recipe.train.max_length, window=window_of(config), seed=recipe.seed
+    )
     for line in data.report.lines():
         say(line)
     train = recipe.train
@@ -82,6 +83,11 @@ def build(setup: Setup, out: Path) -> tuple[Any, optim.Masters, noise.RowNoise |
     model.to(setup.device)
     row_noise, said = noise.install(model, recipe.seed)
     return model, masters, row_noise, said
+
+
+def window_of(config: Any) -> int | None:
+    """The most tokens that the network takes in one row; None when its config names no limit."""
+    return next((int(value) for name in WINDOWS if (value := getattr(config, name, None))), None)
 
 
 def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
