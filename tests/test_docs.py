@@ -1,0 +1,123 @@
+"""The pages say what is there: names and files exist, commands parse, and the tour of the README can be taken."""
+
+import importlib
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests import recipe_keys
+from tests.tiny import save_tiny
+from tunesmith.cli import main as program
+from tunesmith.models import store
+
+ROOT = Path(__file__).parent.parent
+SRC = ROOT / "src" / "tunesmith"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = sorted(path.name for path in SRC.iterdir() if (path / "__init__.py").is_file())
+KEYS = recipe_keys.ROOT | recipe_keys.DATA | recipe_keys.SOURCE | recipe_keys.EVAL | recipe_keys.TRAIN | recipe_keys.SAMPLES
+KEYS |= {"type"}.union(*recipe_keys.OBJECTIVES.values(), *recipe_keys.ADAPTATIONS.values())
+
+
+def page_id(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(text, language=""):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def spans(text):
+    """`code` within the text."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def commands(text):
+    """Words of every line of a code block that calls the program."""
+    lines = [line for block in blocks(text, r"\w*") for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("tunesmith ")]
+
+
+def exists(dotted):
+    """Whether ``engine.loop.fit`` can be imported from the package."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(["tunesmith", *parts[:length]]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[length:]:
+            if not hasattr(found, name) and name not in getattr(found, "__annotations__", {}):
+                return False
+            found = getattr(found, name, None)
+        return True
+    return False
+
+
+def test_every_folder_has_a_page_and_the_index_lists_all():
+    names = {path.name for path in PAGES[1:]} - {"README.md"}
+    assert {f"{folder}.md" for folder in FOLDERS} <= names
+    listed = re.findall(r"^\| \[([\w-]+\.md)\]", (ROOT / "docs" / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_what_a_page_names_is_there(page):
+    files = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts} | {path.name for path in SRC.rglob("*.c")}
+    for span in spans(page.read_text(encoding="utf-8")):
+        name = span.partition("(")[0].partition(":")[0].partition("=")[0].strip()
+        if re.fullmatch(rf"({'|'.join(FOLDERS)}|recipe)(\.\w+)+", name) and name != "recipe.yaml":
+            assert exists(name) or set(name.split(".")[1:]) <= KEYS or name.endswith(".py"), f"{page.name}: {name}"
+        if re.fullmatch(r"[\w/]+\.(py|c)", name):
+            assert name.rpartition("/")[2] in files, f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("folder", ["engine", "models"])
+def test_every_file_of_a_folder_is_explained(folder):
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for path in sorted((SRC / folder).glob("*.py")):
+        assert path.name == "__init__.py" or f"`{path.name}`" in text, path.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_of_a_page_parse(page):
+    for verb, *words in commands(page.read_text(encoding="utf-8")):
+        command = program.load(verb)
+        if hasattr(command, "commands"):
+            command, words = command.commands[words[0]], words[1:]
+        command.make_context(verb, words)
+
+
+@pytest.fixture
+def tour(tmp_path, monkeypatch):
+    """The text of the README's tour, in a folder with its files and with a tiny model in the place of the real one."""
+    store.models().mkdir(parents=True)
+    store.install(save_tiny("llama", store.models() / "made"), "smollm2-135m", {"kind": "test"})
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"question {n}", "output": f"answer {n}"} for n in range(24)]
+    for name, part in (("my.json", rows[:20]), ("held_out.json", rows[20:])):
+        Path(name).write_text(json.dumps(part), encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return text.partition("## Tour\n")[2].partition("\n## ")[0]
+
+
+def test_the_tour_can_be_taken(tour, monkeypatch, capsys):
+    for words in commands(tour):
+        if words[:2] == ["models", "pull"]:  # the network; what it gives is there already
+            continue
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+        assert program.main(words) == 0, (words, capsys.readouterr())
+    assert Path("merged/model.safetensors").is_file()
+
+
+def test_the_python_of_the_tour_runs(tour, capsys):
+    assert program.main(["init", "sft", "--data", "my.json", "--out", "sft-lora.yaml"]) == 0
+    Path("recipes").mkdir()
+    Path("sft-lora.yaml").rename("recipes/sft-lora.yaml")
+    (code,) = blocks(tour, "python")
+    exec(compile(code, "README.md", "exec"), {})
+    before, arrow, after = capsys.readouterr().out.splitlines()[0].split()
+    assert arrow == "->" and float(before) > float(after) > 0
