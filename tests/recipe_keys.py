@@ -8,7 +8,7 @@ EVAL = {"fraction", "limit", "path", "format", "columns", "prompt_template"}
 
 TRAIN = {
     "learning_rate", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "max_length", "shuffle", "packing", "precision",
-    "compile", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "weight_decay", "adam_beta1",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "early_stopping_patience", "early_stopping_threshold",
 }  # fmt: skip

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from tests.runs import apart, recipe, weights
-from tests.tiny import TINY
 
 import tunesmith
+from tests.runs import apart, recipe, weights
+from tests.tiny import TINY
 from tunesmith.engine import tracking
 
 SPLITS = [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 60}, {"packing": "off"}, {"packing": "off", "micro_batch_tokens": 90}]

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tests.runs import ANSWERS, documents
-from tests.tiny import tiny_model, tiny_tokenizer
 
 import tunesmith
+from tests.runs import ANSWERS, documents
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ADAPTATIONS = {"full": ("full", 1e-2), "lora": ({"type": "lora", "r": 16, "lora_alpha": 32}, 3e-2)}
 

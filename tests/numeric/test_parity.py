@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from tests.runs import documents, recipe, rows
-from tests.tiny import TINY, tiny_model, tiny_tokenizer
 
 import tunesmith
+from tests.runs import documents, recipe, rows
+from tests.tiny import TINY, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import full, lora
 from tunesmith.data.rows import PromptCompletion, Text
 from tunesmith.engine import route, tracking

@@ -9,9 +9,9 @@ import time
 
 import pytest
 from safetensors.torch import load_file
-from tests.runs import history, recipe, weights
 
 import tunesmith
+from tests.runs import history, recipe, weights
 from tunesmith.engine import loop
 from tunesmith.errors import Interrupted, RecipeError
 

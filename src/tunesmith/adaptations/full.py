@@ -26,6 +26,6 @@ class Adaptation:
         return model
 
     def save(self, model: Any, folder: Path) -> None:
-        """A plain transformers folder in the dtype that was computed in."""
+        """A plain transformers folder, in the dtype of the weights as they are now."""
         model.config.dtype = model.dtype
         model.save_pretrained(folder)

@@ -25,7 +25,6 @@ class TrainConfig(Strict):
     shuffle: bool = True
     packing: Literal["auto", "off"] = Field("auto", description="auto = rows side by side with no padding where that is exact")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = Field(False, description="torch.compile the layers; repays itself on long runs only")
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
     warmup_ratio: float = Field(0.0, ge=0, lt=1)

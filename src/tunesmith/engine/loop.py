@@ -138,7 +138,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
         _refuse(job, step, loss_sum / total, norm)
     learning_rate = job.schedule.get_last_lr()[0]
     job.optimizer.step()
-    job.masters.publish()
+    job.masters.publish(job.plan.seed, step.number)
     job.masters.clear()
     if not _waits_for_metric(job.schedule):
         job.schedule.step()

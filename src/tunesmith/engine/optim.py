@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ import torch
 from tunesmith.engine import distributed
 from tunesmith.engine.config import TrainConfig
 from tunesmith.errors import RecipeError
+from tunesmith.models import kernels
 
 
 class Masters:
@@ -39,11 +43,28 @@ class Masters:
                 parameter.register_post_accumulate_grad_hook(_Move(self.masters[name]))
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Cast the masters into the network."""
+    def publish(self, seed: int, step: int) -> None:
+        """Round the masters into the network, stochastically: the copies of step ``step`` depend on it and ``seed`` alone.
+
+        Rounded to nearest, the copies would stand still while the masters move by less than half a unit in the last place, as most
+        of them do in full fine-tuning (SmolLM2-135M, 12 steps at 2e-5: two thirds of what the loss gained were lost).
+        """
         if self.copies:
+            for number, (name, parameter) in enumerate(self.parameters.items()):
+                key = hashlib.blake2b(repr((seed, step, number)).encode(), digest_size=4).digest()
+                kernels.stochastic_round(self.masters[name].data, parameter.data, int.from_bytes(key, "little"))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The network holds the masters themselves, to be saved: a bf16 copy has lost most updates of a small rate."""
+        working = {name: parameter.data for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.data = self.masters[name].data
+        try:
+            yield
+        finally:
             for name, parameter in self.parameters.items():
-                parameter.copy_(self.masters[name])
+                parameter.data = working[name]
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by name; a parameter that got none this step (no row reached it) has zeros."""

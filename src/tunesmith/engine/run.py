@@ -227,12 +227,12 @@ def _save_model(run: Run) -> None:
     """The model as it stands, in the Hub's or peft's own format, with tokenizer, template and probe: ready for anybody's code."""
 
     def write(target: Path) -> None:
-        with _plain_attention(run):
+        with run.route.fused.disabled(), run.masters.in_place(), _plain_attention(run):
             run.setup.adaptation.save(run.model, target)
             run.setup.tokenizer.save_pretrained(target)
             probe.write_probe(target, run.model, run.setup.tokenizer)
 
-    needed = sum(p.numel() * p.element_size() for p in run.masters.parameters.values()) + 8 * 2**20
+    needed = 4 * sum(master.numel() for master in run.masters.masters.values()) + 8 * 2**20
     checkpoint.publish(run.folder.model, write, needed)
 
 
@@ -290,7 +290,6 @@ def _restore(run: Run) -> Progression:
             run.optimizer.state[master] = {
                 key: value if key == "step" else value.to(master.device) for key, value in kept.items()
             }
-    run.masters.publish()
     run.schedule.load_state_dict({**run.schedule.state_dict(), **state["schedule"]})
     for group, rate in zip(run.optimizer.param_groups, state["learning_rates"], strict=True):
         group["lr"] = rate
@@ -298,6 +297,7 @@ def _restore(run: Run) -> Progression:
     if "random.cuda" in tensors and run.setup.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], run.setup.device)
     at = Progression(**state["progression"])
+    run.masters.publish(run.setup.recipe.seed, at.step)
     if state["threads"] != torch.get_num_threads():
         run.progress.note(
             f"the run used {state['threads']} threads, now {torch.get_num_threads()}: it goes on, but not bit for bit"

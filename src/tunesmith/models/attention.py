@@ -20,6 +20,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from tunesmith.models import kernels
 
 NAME = "tunesmith_segments"
+ROWS = 256
+"""Queries whose attention weights are made again together in the backward pass."""
 HARMLESS = {"position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal", "past_key_values"}
 
 
@@ -120,7 +122,8 @@ def backward_segments(
     """Gradients of :func:`forward_segments` for ``grad`` (tokens, heads, dim), laid out like q, k and v.
 
     With P = causal softmax(scale q k^T): dV = P^T dO; dP = dO V^T; dS = scale P (dP - rowsum(P dP)); dQ = dS K; dK = dS^T Q. P is
-    made again from q and k: torch's flash backward for CPUs takes three to five times as long below some 600 tokens.
+    made again from q and k, for ``ROWS`` queries at a time and only the keys they see: torch's flash backward for CPUs takes
+    three to five times as long at a few hundred tokens, and no (length, length) matrix is ever held.
     """
     heads, _, dim = q.shape
     kv_heads = k.shape[0]
@@ -129,17 +132,30 @@ def backward_segments(
     start = 0
     for length in segments:
         end = start + length
-        # the query heads that share a key head are stacked along the rows: (kv_heads, group * length, dim)
-        q_rows = q[:, start:end].reshape(kv_heads, group * length, dim)
-        grad_rows = grad[start:end].transpose(0, 1).reshape(kv_heads, group * length, dim)
-        k_part, v_part = k[:, start:end].contiguous(), v[:, start:end].contiguous()
-        p = torch.bmm(q_rows, k_part.transpose(1, 2))
-        kernels.call("causal_softmax", q.dtype, p, scale, heads, length)
-        ds = torch.bmm(grad_rows, v_part.transpose(1, 2))
-        dv[:, start:end] = torch.bmm(p.transpose(1, 2), grad_rows)
-        kernels.call("causal_softmax_backward", q.dtype, ds, p, scale, heads, length)
-        dq[:, start:end] = torch.bmm(ds, k_part).view(heads, length, dim)
-        dk[:, start:end] = torch.bmm(ds.transpose(1, 2), q_rows)
+        k_all, v_all = k[:, start:end].contiguous(), v[:, start:end].contiguous()
+        several = length > ROWS
+        dk_sum, dv_sum = (torch.zeros(kv_heads, length, dim, dtype=torch.float32) for _ in range(2)) if several else (None, None)
+        for first in range(0, length, ROWS):
+            last = min(first + ROWS, length)
+            here, rows = slice(start + first, start + last), last - first
+            # the query heads that share a key head are stacked along the rows: (kv_heads, group * rows, dim)
+            q_rows = q[:, here].reshape(kv_heads, group * rows, dim)
+            grad_rows = grad[here].transpose(0, 1).reshape(kv_heads, group * rows, dim)
+            k_part, v_part = k_all[:, :last], v_all[:, :last]
+            p = torch.bmm(q_rows, k_part.transpose(1, 2))
+            kernels.call("causal_softmax", q.dtype, p, scale, heads, rows, last)
+            ds = torch.bmm(grad_rows, v_part.transpose(1, 2))
+            dv_part = torch.bmm(p.transpose(1, 2), grad_rows)
+            kernels.call("causal_softmax_backward", q.dtype, ds, p, scale, heads, rows, last)
+            dq[:, here] = torch.bmm(ds, k_part).view(heads, rows, dim)
+            dk_part = torch.bmm(ds.transpose(1, 2), q_rows)
+            if dk_sum is None or dv_sum is None:
+                dk[:, here], dv[:, here] = dk_part, dv_part
+            else:
+                dk_sum[:, :last] += dk_part
+                dv_sum[:, :last] += dv_part
+        if dk_sum is not None and dv_sum is not None:
+            dk[:, start:end], dv[:, start:end] = dk_sum, dv_sum
         start = end
     return dq, dk, dv
 

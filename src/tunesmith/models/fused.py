@@ -10,7 +10,8 @@ whose layout is not exactly understood, or whose output differs on a random inpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,15 @@ class Fused:
     def disable(self) -> None:
         for module, _ in self.replaced:
             module.__dict__.pop("forward", None)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """For as long as the layers' own forwards are wanted."""
+        self.disable()
+        try:
+            yield
+        finally:
+            self.enable()
 
 
 def install(model: nn.Module) -> Fused:

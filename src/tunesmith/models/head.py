@@ -52,7 +52,9 @@ def lm_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     head = inner.get_output_embeddings()
     if inner in _plain or type(head) is not nn.Linear:
         logits = model(**inputs(batch)).logits.flatten(0, 1)[batch["positions"]]
-        return torch.nn.functional.cross_entropy(logits if logits.dtype is torch.float64 else logits.float(), batch["labels"], reduction="sum")
+        return torch.nn.functional.cross_entropy(
+            logits if logits.dtype is torch.float64 else logits.float(), batch["labels"], reduction="sum"
+        )
     hidden = hidden_states(model, batch).flatten(0, 1)[batch["positions"]]
     return BlockedCrossEntropy.apply(hidden, head.weight, head.bias, batch["labels"])
 

@@ -40,6 +40,19 @@ static inline float fast_exp(float x) {
     return x < -87.0f ? 0.0f : p * scale;
 }
 
+/* fp32 -> bf16, up or down at random in proportion to what is cut off, so that the mean is x. The random bits are a hash of place
+ * and seed (the finaliser of MurmurHash3); kernels.py has the same in torch, bit for bit. */
+void stochastic_round(const float *x, uint16_t *y, int64_t count, int64_t seed) {
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t h = (uint32_t)i * 0x9E3779B1u + (uint32_t)seed;
+        h ^= h >> 16; h *= 0x85EBCA6Bu; h ^= h >> 13; h *= 0xC2B2AE35u; h ^= h >> 16;
+        uint32_t bits = float_to_bits(x[i]);
+        uint32_t finite = (bits & 0x7F800000u) != 0x7F800000u;
+        y[i] = (uint16_t)((bits + (finite ? h & 0xFFFFu : 0u)) >> 16);
+    }
+}
+
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)
 #define F(name) JOIN(name, SUFFIX)
@@ -75,12 +88,13 @@ void F(cross_entropy)(T *logits, const int64_t *labels, float *losses, int64_t r
     }
 }
 
-/* scores (heads, length, length) -> causal softmax(scale * scores), in place; entries right of the diagonal become 0. */
-void F(causal_softmax)(T *scores, float scale, int64_t heads, int64_t length) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < heads * length; i++) {
-        T *row = scores + i * length;
-        int64_t n = i % length + 1;
+/* scores (heads, rows, columns) -> causal softmax(scale * scores), in place. The rows are the last of `columns` positions: row r
+ * sees columns 0 .. columns - rows + r, the others become 0. */
+void F(causal_softmax)(T *scores, float scale, int64_t heads, int64_t rows, int64_t columns) {
+#pragma omp parallel for schedule(static, 16)
+    for (int64_t i = 0; i < heads * rows; i++) {
+        T *row = scores + i * columns;
+        int64_t n = columns - rows + i % rows + 1;
         float top = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : top)
         for (int64_t j = 0; j < n; j++) { float x = GET(row[j]) * scale; top = x > top ? x : top; }
@@ -89,23 +103,23 @@ void F(causal_softmax)(T *scores, float scale, int64_t heads, int64_t length) {
         float inverse = 1.0f / sum;
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) row[j] = PUT(fast_exp(GET(row[j]) * scale - top) * inverse);
-        for (int64_t j = n; j < length; j++) row[j] = 0;
+        for (int64_t j = n; j < columns; j++) row[j] = 0;
     }
 }
 
-/* grad (heads, length, length), in place: scale * p * (grad - sum_j p grad); p is causal, so the rest is 0. */
-void F(causal_softmax_backward)(T *grad, const T *p, float scale, int64_t heads, int64_t length) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < heads * length; i++) {
-        T *g = grad + i * length;
-        const T *q = p + i * length;
-        int64_t n = i % length + 1;
+/* grad (heads, rows, columns), in place: scale * p * (grad - sum_j p grad), with p from causal_softmax. */
+void F(causal_softmax_backward)(T *grad, const T *p, float scale, int64_t heads, int64_t rows, int64_t columns) {
+#pragma omp parallel for schedule(static, 16)
+    for (int64_t i = 0; i < heads * rows; i++) {
+        T *g = grad + i * columns;
+        const T *q = p + i * columns;
+        int64_t n = columns - rows + i % rows + 1;
         float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
         for (int64_t j = 0; j < n; j++) dot += GET(q[j]) * GET(g[j]);
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) g[j] = PUT(scale * GET(q[j]) * (GET(g[j]) - dot));
-        for (int64_t j = n; j < length; j++) g[j] = 0;
+        for (int64_t j = n; j < columns; j++) g[j] = 0;
     }
 }
 

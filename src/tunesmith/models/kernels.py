@@ -21,6 +21,7 @@ import torch
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+CHUNK = 1 << 22  # elements rounded at a time where there is no C: the hash needs 8 bytes for each
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -100,7 +101,7 @@ def _agrees_with_torch(lib: Any) -> bool:
     call("cross_entropy", torch.float32, logits, label, losses, 8, 64, lib=lib)
     gradient = torch.softmax(x, -1) - torch.nn.functional.one_hot(label, 64)
     scores = x.reshape(8, 8, 8).clone()
-    call("causal_softmax", torch.float32, scores, 0.5, 8, 8, lib=lib)
+    call("causal_softmax", torch.float32, scores, 0.5, 8, 8, 8, lib=lib)
     masked = (x.reshape(8, 8, 8) * 0.5).masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), float("-inf"))
     product = torch.empty(8, 64)
     call("swiglu", torch.float32, wide, wide[:, 64:], product, 8, 64, 128, lib=lib)
@@ -114,6 +115,31 @@ def _agrees_with_torch(lib: Any) -> bool:
         (normed, torch.nn.functional.rms_norm(x, (64,), other[0], 1e-5)),
     ]
     return all(torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6) for ours, theirs in pairs)
+
+
+def stochastic_round(x: torch.Tensor, out: torch.Tensor, seed: int) -> None:
+    """Round fp32 ``x`` to bf16 ``out``, up or down at random so that the mean over seeds is ``x`` (Gupta et al. 2015).
+
+    Rounding to nearest loses an update below half a unit in the last place every time; this keeps it in expectation. What is
+    drawn depends on ``seed`` and the place in the tensor alone.
+    """
+    seed &= 0xFFFFFFFF
+    if available(out) and x.is_contiguous() and out.is_contiguous():
+        loaded = library()
+        assert loaded is not None  # available() said so
+        pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+        loaded.stochastic_round(*pointers, ctypes.c_int64(x.numel()), ctypes.c_int64(seed))
+        return
+    rounded = torch.empty(x.numel(), dtype=torch.bfloat16, device=x.device)
+    for start in range(0, x.numel(), CHUNK):
+        bits = x.reshape(-1)[start : start + CHUNK].view(torch.int32).long() & 0xFFFFFFFF
+        h = (torch.arange(start, start + len(bits), device=x.device) * 0x9E3779B1 + seed) & 0xFFFFFFFF
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+        finite = (bits & 0x7F800000) != 0x7F800000
+        upper = ((bits + torch.where(finite, h & 0xFFFF, 0)) >> 16) & 0xFFFF
+        rounded[start : start + CHUNK] = torch.where(upper > 0x7FFF, upper - 0x10000, upper).to(torch.int16).view(torch.bfloat16)
+    out.copy_(rounded.view(out.shape))
 
 
 def keep_freed_memory() -> None:

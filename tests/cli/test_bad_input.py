@@ -1,0 +1,99 @@
+"""Bad input: exit code 2, one clear message, nothing started, nothing overwritten."""
+
+import json
+
+import pytest
+import yaml
+
+from tests.runs import recipe
+from tests.tiny import save_tiny
+from tunesmith.cli.main import main
+
+
+def a_row(tmp_path, row):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n" + json.dumps(row) + "\n")
+
+
+def broken_json(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": \n')
+
+
+def without_weights(tmp_path):
+    (tmp_path / "model-llama" / "model.safetensors").unlink()
+
+
+def pickled(tmp_path):
+    (tmp_path / "model-llama" / "model.safetensors").rename(tmp_path / "model-llama" / "pytorch_model.bin")
+
+
+def existing_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("model: mine")
+
+
+def chat_rows(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")
+
+
+def nothing(tmp_path):
+    pass
+
+
+CASES = {
+    "unknown key": (nothing, ["train.lerning_rate=1"], ["train.lerning_rate", "learning_rate"]),
+    "unknown key at the root": (nothing, ["sede=1"], ["sede", "seed"]),
+    "missing file": (lambda path: (path / "rows.jsonl").rename(path / "rowz.jsonl"), [], ["rows.jsonl", "rowz.jsonl"]),
+    "broken json": (broken_json, [], ["rows.jsonl:2", "line 2"]),
+    "missing field": (lambda path: a_row(path, {"prompt": "a"}), [], ["rows.jsonl:2:completion"]),
+    "empty field": (lambda path: a_row(path, {"prompt": "a", "completion": " "}), [], ["rows.jsonl:2:completion", "expected text"]),
+    "too long": (lambda path: a_row(path, {"prompt": "a", "completion": "b " * 90}), ["train.max_length=50"], ["rows.jsonl:2", "max_length"]),
+    "nothing to learn": (
+        nothing, ["objective.overlong=truncate", "train.max_length=2"], ["nothing to learn"],
+    ),
+    "unknown model": (nothing, ["model=smollm2-135n"], ["smollm2-135n", "smollm2-135m"]),
+    "no weights": (without_weights, [], ["has no weights", "model.safetensors"]),
+    "pickle": (pickled, [], ["pytorch_model.bin", "pickle"]),
+    "template outside the sandbox": (
+        chat_rows, ["data.template=\"{{ cycler.__init__.__globals__ }}{% for m in messages %}{{ m.content }}{% endfor %}\""], ["template", "sandbox"],
+    ),
+    "existing run": (existing_run, [], ["exists already", "--resume", "--out"]),
+    "a module that is not there": (nothing, ["adaptation={type: lora, target_modules: [q_porj]}"], ["q_porj", "q_proj"]),
+    "an unknown schedule": (nothing, ["train.lr_scheduler_type=lineer"], ["lineer", "linear"]),
+    "longer than the window": (nothing, ["train.max_length=4096"], ["4096", "512"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["train", "check"])
+@pytest.mark.parametrize("case", CASES)
+def test_refused_with_a_message_and_nothing_started(case, verb, tmp_path, capsys):
+    spoil, overrides, said = CASES[case]
+    if case == "existing run" and verb == "check":
+        pytest.skip("check writes no run folder")
+    made = recipe(tmp_path, "llama", {"type": "sft"})
+    if case == "template outside the sandbox":
+        save_tiny("llama", tmp_path / "model-llama")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(made))
+    spoil(tmp_path)
+    before = sorted(str(path) for path in (tmp_path / "run").rglob("*")) if (tmp_path / "run").exists() else None
+    out = ["--out", str(tmp_path / "run")] if verb == "train" else []
+    assert main([verb, str(file), *overrides, *out]) == 2
+    message = capsys.readouterr().err
+    for part in said:
+        assert part in message.replace("\n", " ") or part in message, message
+    assert "Traceback" not in message
+    after = sorted(str(path) for path in (tmp_path / "run").rglob("*")) if (tmp_path / "run").exists() else None
+    assert after == before
+
+
+def test_yaml_with_a_python_tag_runs_nothing(tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
+    assert main(["train", str(file), "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "made").exists() and "tag" in capsys.readouterr().err
+
+
+def test_json_errors_are_one_object(tmp_path, capsys):
+    assert main(["train", str(tmp_path / "none.yaml"), "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert "none.yaml" in found["error"]["message"]

@@ -1,0 +1,107 @@
+"""The C passes against their formulas in torch."""
+
+import pytest
+import torch
+
+from tunesmith.models import attention, fused, head, kernels
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler on this machine, or the self-test failed")
+DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def grads(output, inputs, upstream):
+    return torch.autograd.grad(output, inputs, upstream)
+
+
+def close(ours, theirs, limit):
+    for one, other in zip(ours, theirs, strict=True):
+        assert float((one.float() - other.float()).norm()) <= limit * max(float(other.float().norm()), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 9), (7, 33), (64, 96)])
+def test_rms_norm(dtype, shape):
+    torch.manual_seed(0)
+    x, w, g = torch.randn(shape), torch.randn(shape[1]), torch.randn(shape)
+    ours = [t.to(dtype).requires_grad_() for t in (x, w)]
+    theirs = [t.detach().float().requires_grad_() for t in ours]
+    y = fused.RMSNorm.apply(*ours, 1e-5)
+    z = torch.nn.functional.rms_norm(theirs[0], (shape[1],), theirs[1], 1e-5)
+    close([y, *grads(y, ours, g.to(dtype))], [z, *grads(z, theirs, g.to(dtype).float())], DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu(dtype):
+    torch.manual_seed(0)
+    x, g = (torch.randn(13, 46) * 4).to(dtype).requires_grad_(), torch.randn(13, 23).to(dtype)
+    other = x.detach().float().requires_grad_()
+    y, z = fused.SwiGLU.apply(x), torch.nn.functional.silu(other[:, :23]) * other[:, 23:]
+    close([y, *grads(y, [x], g)], [z, *grads(z, [other], g.float())], DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("segments", [(1,), (5,), (3, 1, 7), (300,), (257, 2, 520)])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_by_segments(dtype, segments, kv_heads):
+    """Also rows longer than one block of the backward pass."""
+    torch.manual_seed(0)
+    tokens = sum(segments)
+    q, k, v = (torch.randn(heads, tokens, 8).to(dtype).requires_grad_() for heads in (4, kv_heads, kv_heads))
+    g = torch.randn(tokens, 4, 8).to(dtype)
+    y = attention.CausalSegments.apply(q, k, v, segments, 0.3)
+    plain = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    parts, start = [], 0
+    for length in segments:
+        one = [t[:, start : start + length] for t in plain]
+        scores = one[0] @ one[1].repeat_interleave(4 // kv_heads, 0).transpose(1, 2) * 0.3
+        scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+        parts.append((scores.softmax(-1) @ one[2].repeat_interleave(4 // kv_heads, 0)).transpose(0, 1))
+        start += length
+    z = torch.cat(parts)
+    close([y, *grads(y, [q, k, v], g)], [z, *grads(z, plain, g.double())], DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, head.BLOCK, head.BLOCK + 3])
+def test_blocked_cross_entropy(dtype, rows):
+    torch.manual_seed(0)
+    h, w, b = torch.randn(rows, 16), torch.randn(50, 16), torch.randn(50)
+    labels = torch.randint(0, 50, (rows,))
+    ours = [t.to(dtype).requires_grad_() for t in (h, w, b)]
+    theirs = [t.detach().double().requires_grad_() for t in ours]
+    y = head.BlockedCrossEntropy.apply(*ours, labels)
+    z = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1].t() + theirs[2], labels, reduction="sum")
+    factor = torch.tensor(1 / 37)
+    close([y, *grads(y, ours, factor.double())], [z, *grads(z, theirs, factor.double())], DTYPES[dtype])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(value):
+    logits, losses = torch.zeros(2, 40), torch.zeros(2)
+    logits[1, 3] = value
+    kernels.call("cross_entropy", torch.float32, logits, torch.tensor([1, 1]), losses, 2, 40)
+    assert torch.isfinite(losses).tolist() == [True, False]
+
+
+def test_stochastic_rounding_is_the_same_in_c_and_torch(monkeypatch):
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(999), torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, 3.3e38])])
+    ours, plain = torch.empty(len(x), dtype=torch.bfloat16), torch.empty(len(x), dtype=torch.bfloat16)
+    for seed in (0, 7, 2**32 - 1):
+        kernels.stochastic_round(x, ours, seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "available", lambda tensor: False)
+            kernels.stochastic_round(x, plain, seed)
+        assert torch.equal(ours.view(torch.int16), plain.view(torch.int16))
+        assert torch.isnan(ours[999]) and torch.isinf(ours[1000:1002]).all()
+
+
+def test_stochastic_rounding_keeps_small_updates_in_the_mean():
+    x = torch.full((20_000,), 1.0 + 2**-10)  # an eighth of the way to the next bf16
+    out = torch.empty(len(x), dtype=torch.bfloat16)
+    kernels.stochastic_round(x, out, 3)
+    assert float(out.float().mean()) == pytest.approx(1.0 + 2**-10, abs=1e-4)
+    exact = torch.randn(100).bfloat16()
+    kept = torch.empty_like(exact)
+    kernels.stochastic_round(exact.float(), kept, 5)
+    assert torch.equal(kept, exact)
