@@ -27,7 +27,7 @@ import numpy as np
 
 from tunesmith.errors import DiskFullError
 
-VERSION = 1
+VERSION = 2
 Example = dict[str, np.ndarray]
 BLOCK = 1 << 20
 ABANDONED = 2 * 24 * 3600.0
@@ -67,7 +67,7 @@ class Entry:
 
 
 class Writer:
-    """Streams examples into a folder; nothing of them is held in memory."""
+    """Streams examples into a folder; of each file at most ``BUFFER`` bytes are held in memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,12 +85,12 @@ class Writer:
             for name, values in example.items():
                 if values.dtype.str != self._dtypes[name]:
                     raise ValueError(f"array {name!r}: {values.dtype} after {np.dtype(self._dtypes[name])}")
-                self._files[f"{name}.values"].write(np.ascontiguousarray(values).data)
+                self._files[f"{name}.values"].write(np.ascontiguousarray(values).tobytes())
                 self._ends[name] += len(values)
                 self._files[f"{name}.starts"].number(self._ends[name])
             numbers = {"row": row, "digest": digest, "targets": targets(example), "length": length(example)}
             for name, number in numbers.items():
-                self._files[name].number(number)
+                self._files[name].number(number, SIZES[name])
 
     def _begin(self, example: Example) -> None:
         for name, values in example.items():
@@ -119,8 +119,12 @@ class Writer:
             shutil.rmtree(self.folder)
 
 
-NUMBERS = {"row": "<i8", "targets": "<i8", "length": "<i8", "digest": "<u8"}
+NUMBERS = {"row": "<i4", "targets": "<i4", "length": "<i4", "digest": "<u8"}
 """Numbers kept for each example, and their types."""
+
+SIZES = {name: np.dtype(kind).itemsize for name, kind in NUMBERS.items()}
+BUFFER = 1 << 16
+"""Bytes gathered before they are hashed and written: most pieces are a few bytes long."""
 
 
 def targets(example: Example) -> int:
@@ -140,14 +144,21 @@ class _File:
         self._handle: BinaryIO = path.open("wb")
         self._hash = hashlib.sha256()
         self._size = 0
+        self._pending = bytearray()
 
-    def write(self, data: Any) -> None:
-        self._hash.update(data)
-        self._size += self._handle.write(data)
+    def write(self, data: bytes) -> None:
+        self._pending += data
+        if len(self._pending) >= BUFFER:
+            self._flush()
 
-    def number(self, value: int) -> None:
-        """Eight bytes of a number that is not negative."""
-        self.write(value.to_bytes(8, "little"))
+    def _flush(self) -> None:
+        self._hash.update(self._pending)
+        self._size += self._handle.write(self._pending)
+        self._pending.clear()
+
+    def number(self, value: int, size: int = 8) -> None:
+        """A number that is not negative."""
+        self.write(value.to_bytes(size, "little"))
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):  # a full disk takes no last buffer either
@@ -155,6 +166,7 @@ class _File:
 
     def close(self) -> dict[str, Any]:
         with self._handle as handle:
+            self._flush()
             handle.flush()
             os.fsync(handle.fileno())
         return {"size": self._size, "sha256": self._hash.hexdigest()}

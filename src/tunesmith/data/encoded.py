@@ -15,7 +15,7 @@ Overlong = Literal["error", "split", "drop", "truncate"]
 
 @dataclass(frozen=True)
 class Views:
-    """Stretches of examples: ``example`` index, ``start`` and ``length`` in tokens, ``targets`` = loss units in it."""
+    """Stretches of examples: ``example`` index, ``start`` and ``length`` in tokens, ``targets`` = loss units in it; all int32."""
 
     example: np.ndarray
     start: np.ndarray
@@ -33,7 +33,7 @@ class Views:
 class Encoded:
     """Examples ready for an objective's ``collate``; ``encoded[i]`` maps the array's names to arrays (views of the file).
 
-    ``lengths``, ``supervised``   int64[n]: tokens, and loss units (supervised tokens that are targets), of each example
+    ``lengths``, ``supervised``   int32[n]: tokens, and loss units (supervised tokens that are targets), of each example
     ``source``                    int32[n]: which source it came from
     ``weights``                   float64[sources]: how often each source is seen per epoch
     """
@@ -76,20 +76,22 @@ def fit(entry: Entry, chosen: np.ndarray, policy: Overlong, max_length: int) -> 
     first is a target exactly once. ``truncate`` keeps the beginning, ``drop`` and ``error`` keep only what fits (under
     ``error`` the caller has made sure that all does).
     """
-    lengths = np.asarray(entry.length[chosen])
-    if policy in ("drop", "error"):
-        chosen = chosen[lengths <= max_length]
-        lengths = np.asarray(entry.length[chosen])
+    lengths = entry.length[chosen]
+    over = lengths > max_length
+    if policy in ("drop", "error") and over.any():
+        chosen, lengths, over = chosen[~over], lengths[~over], np.zeros(0, np.bool_)
+    if not over.any():  # no copies of what may be millions of rows
+        return Views(chosen, np.zeros(len(chosen), np.int32), lengths, entry.targets[chosen])
     if policy == "split":
         which, start, length = blocks(lengths, max_length)
     else:
         which, start, length = np.arange(len(chosen)), np.zeros(len(chosen), np.int64), np.minimum(lengths, max_length)
     example = chosen[which]
-    targets = np.array(entry.targets[example])
-    for position in np.flatnonzero(length < lengths[which]):
+    targets = entry.targets[example]
+    for position in np.flatnonzero(over[which]):
         part = entry.example(int(example[position]), int(start[position]), int(length[position]))
         targets[position] = np.count_nonzero(part["supervised"][1:]) if "supervised" in part else 1
-    return Views(example, start, length, targets)
+    return Views(example, start.astype(np.int32), length.astype(np.int32), targets)
 
 
 def blocks(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -107,6 +109,6 @@ def join(
 ) -> Encoded:
     """One ``Encoded`` of the views of several sources, in order."""
     source = np.repeat(np.arange(len(views), dtype=np.int32), [len(view) for view in views])
-    parts = [np.concatenate([getattr(view, name) for view in views]) for name in ("example", "start", "length", "targets")]
-    whole = Views(*(part.astype(np.int64, copy=False) for part in parts))
+    names = ("example", "start", "length", "targets")
+    whole = views[0] if len(views) == 1 else Views(*(np.concatenate([getattr(view, name) for view in views]) for name in names))
     return Encoded(tuple(entries), tuple(paths), np.asarray(weights, np.float64), source, whole, scratch)

@@ -77,7 +77,7 @@ def prepare(
         seconds.append(time.perf_counter() - start)
     _check_rows(built, opened, config)
 
-    everything = [_Part(made, item, np.arange(len(made.entry))) for made, item in zip(built, opened)]
+    everything = [_Part(made, item, np.arange(len(made.entry), dtype=np.int32)) for made, item in zip(built, opened)]
     if evaluation:
         train, held = everything[:-1], everything[-1:]
     else:
@@ -86,6 +86,7 @@ def prepare(
     limit = max_length or max(2, min(longest, window or longest))
     if objective.overlong == "error":
         _check_lengths(train + held, limit, window)
+    shared = _shared(train, held) if held else 0
     learnt, train_report = _split(train, objective.overlong, limit, "training", config.max_unlearnable)
     tested, eval_report = _split(held, objective.overlong, limit, "evaluation", config.max_unlearnable) if held else (None, None)
     report = Report(
@@ -97,7 +98,7 @@ def prepare(
         eval=eval_report,
         template=template,
         max_length=limit,
-        duplicates_train_eval=int(np.isin(_row_digests(held), _row_digests(train)).sum()) if held else 0,
+        duplicates_train_eval=shared,
         cached=all(made.cached for made in built),
         seconds=time.perf_counter() - began,
     )
@@ -122,15 +123,15 @@ def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataCo
 
 def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[list[_Part], list[_Part]]:
     """Split by row: a row's examples stay together. At least one row is held out of two or more, and one is kept."""
-    draws = [held_out(np.asarray(part.built.entry.row), seed, index) for index, part in enumerate(parts)]
-    firsts = [draw[_first_of_row(part)] for part, draw in zip(parts, draws)]
-    ranked = np.sort(np.concatenate(firsts))  # one draw for each row
+    draws = [held_out(part.built.entry.row, seed, index) for index, part in enumerate(parts)]
+    ranked = np.concatenate([draw[_first_of_row(part)] for part, draw in zip(parts, draws)])  # one draw for each row
+    ranked.sort()
     if config.eval.fraction == 0 or len(ranked) < 2:
         return list(parts), []
     count = int(np.clip(np.searchsorted(ranked, config.eval.fraction), 1, len(ranked) - 1))
     edge = ranked[min(count, config.eval.limit or count) - 1]
-    train = [_Part(part.built, part.opened, np.flatnonzero(draw > edge)) for part, draw in zip(parts, draws)]
-    held = [_Part(part.built, part.opened, np.flatnonzero(draw <= edge)) for part, draw in zip(parts, draws)]
+    train = [_Part(part.built, part.opened, part.chosen[draw > edge]) for part, draw in zip(parts, draws)]
+    held = [_Part(part.built, part.opened, part.chosen[draw <= edge]) for part, draw in zip(parts, draws)]
     return train, held
 
 
@@ -173,7 +174,7 @@ def _split(parts: Sequence[_Part], policy: Any, limit: int, name: str, allowed: 
     ][:10]
     if total == 0 or unlearnable == total or unlearnable > allowed * total:
         raise _nothing(name, total, unlearnable, first, limit, sum(len(part.chosen) for part in parts))
-    views = [view.keep(~mask) for view, mask in zip(fitted, empty)]
+    views = [view.keep(~mask) if mask.any() else view for view, mask in zip(fitted, empty)]
     encoded = join(
         [part.built.entry for part in parts], [part.opened.source.path for part in parts],
         [part.opened.source.weight for part in parts], views, [part.built.scratch for part in parts],
@@ -217,18 +218,30 @@ def _overlong(lengths: np.ndarray, parts: Sequence[_Part], fitted: Sequence[View
 
 def _duplicates(parts: Sequence[_Part]) -> int:
     digests = _row_digests(parts)
-    return len(digests) - len(np.unique(digests))
+    return int(np.count_nonzero(digests[1:] == digests[:-1]))
+
+
+def _shared(train: Sequence[_Part], held: Sequence[_Part]) -> int:
+    """How many held-out rows say what a training row says."""
+    learnt, asked = _row_digests(train), _row_digests(held)
+    places = np.searchsorted(learnt, asked)
+    inside = places < len(learnt)
+    return int(np.count_nonzero(learnt[places[inside]] == asked[inside]))
 
 
 def _row_digests(parts: Sequence[_Part]) -> np.ndarray:
-    """One digest for each row (a row may have several examples, which stand together)."""
-    digests = [part.built.entry.digest[part.chosen[_first_of_row(part)]] for part in parts]
-    return np.concatenate([np.empty(0, np.uint64), *digests])
+    """One digest for each row, sorted (a row may have several examples, which stand together)."""
+    digests = np.concatenate([part.built.entry.digest[part.chosen[_first_of_row(part)]] for part in parts])
+    digests.sort()
+    return digests
 
 
 def _first_of_row(part: _Part) -> np.ndarray:
     """bool[n]: which of the chosen examples are the first of their row. Examples of one row stand together."""
-    return np.asarray(np.diff(part.built.entry.row[part.chosen], prepend=0) != 0)
+    rows = part.built.entry.row[part.chosen]
+    first = np.ones(len(rows), np.bool_)
+    np.not_equal(rows[1:], rows[:-1], out=first[1:])
+    return first
 
 
 def _source_report(built: Built, opened: Opened, role: str, seconds: float) -> SourceReport:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from tunesmith.data.problems import Record, RowProblem, shorten
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Characters read at a time."""
 
 LARGEST_ROW = 1 << 28

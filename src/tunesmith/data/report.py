@@ -94,6 +94,7 @@ def histogram(lengths: np.ndarray) -> dict[str, Any]:
         return {"edges": [], "counts": [], "median": 0, "p95": 0, "max": 0}
     longest = int(lengths.max())
     edges = [1 << power for power in range(4, 63) if 1 << power < longest] + [longest]
-    counts = np.diff(np.searchsorted(np.sort(lengths), edges, side="right"), prepend=0)
-    median, p95 = np.percentile(lengths, [50, 95])
+    ranked = np.sort(lengths)
+    counts = np.diff(np.searchsorted(ranked, edges, side="right"), prepend=0)
+    median, p95 = np.percentile(ranked, [50, 95], overwrite_input=True)
     return {"edges": edges, "counts": counts.tolist(), "median": float(median), "p95": float(p95), "max": longest}
