@@ -8,6 +8,7 @@
 Importing this package loads neither torch nor transformers; each function imports what it needs when it is called.
 """
 
+import os
 import sys
 import types
 from typing import Any
@@ -38,6 +39,16 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+
+def _share_the_cores() -> None:
+    """Let OpenMP threads sleep soon when they wait. By default they spin for milliseconds, and with any other busy program on the
+    machine a training step takes ten times as long. torch reads this when it loads; what the user has set stays.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+_share_the_cores()
 
 
 def __getattr__(name: str) -> Any:

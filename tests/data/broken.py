@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (a table)
 """Forty files that are wrong in one way each.
 
 ``BROKEN``: (name, bytes, rows, problems as (row, part of the field, part of the text)).

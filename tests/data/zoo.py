@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (templates are kept as their authors write them)
 """Chat templates in the manners that models in the field have, each with the tokens it needs.
 
 ``stop``: what ends an answer. ``roles``: what the template can render besides user and assistant.

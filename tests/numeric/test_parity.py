@@ -134,7 +134,8 @@ def test_twenty_losses_are_those_of_trl(tmp_path, adapted):
         weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, save_strategy="no", report_to="none", max_length=None,
         train_sampling_strategy="sequential", disable_tqdm=True, seed=0,
     )  # fmt: skip
-    data = datasets.Dataset.from_list([json.loads(line) for line in open(tmp_path / "rows.jsonl", encoding="utf-8")])
+    lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    data = datasets.Dataset.from_list([json.loads(line) for line in lines])
     trainer = trl.SFTTrainer(
         model=model, args=arguments, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(base)
     )

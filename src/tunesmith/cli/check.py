@@ -18,7 +18,7 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Tell all that can be known before training: rows, masks, steps, parameters, precision, memory."""
+    """Tell all that can be known before training: rows, masks, steps, parameters, precision."""
     from tunesmith.recipe import load
 
     checked = load(recipe, overrides or ())

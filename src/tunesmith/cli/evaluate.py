@@ -15,9 +15,7 @@ def evaluate(
     data: Annotated[
         str, typer.Option(help="json, jsonl, csv, tsv, txt or parquet file, or builtin:docstrings.", show_default=False)
     ],
-    objective: Annotated[
-        Literal["sft", "cpt"], typer.Option(help="sft = the last answer of each row; cpt = every token of a document.")
-    ] = "sft",
+    objective: Annotated[str, typer.Option(help="What is learnt of a row: sft = the last answer, cpt = every token.")] = "sft",
     format: Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")] = None,
     column: Annotated[
         list[str] | None, typer.Option(help="FIELD=COLUMN, such as prompt=question; may be repeated.", show_default=False)

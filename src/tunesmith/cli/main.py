@@ -25,7 +25,7 @@ from tunesmith.errors import TunesmithError
 # verb: (module:name of a function or of a typer app, the line shown by `tunesmith --help`)
 VERBS = {
     "train": ("tunesmith.cli.train:train", "Train a model as a recipe says."),
-    "check": ("tunesmith.cli.check:check", "Tell all that can be known before training: data, masks, steps, memory."),
+    "check": ("tunesmith.cli.check:check", "Tell all that can be known before training: data, masks, steps, parameters."),
     "init": ("tunesmith.cli.init:init", "Write a commented recipe."),
     "evaluate": ("tunesmith.cli.evaluate:evaluate", "Loss and perplexity of a model on a data file."),
     "generate": ("tunesmith.cli.generate:generate", "Answer a prompt, or every prompt of a file."),

@@ -18,7 +18,7 @@ class TrainConfig(Strict):
 
     learning_rate: float | None = Field(None, gt=0, description="default: the adaptation's own (LoRA 2e-4, full 2e-5)")
     epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, gt=0, description="stop after so many optimiser steps; overrides epochs")
+    max_steps: int | None = Field(None, gt=0, description="so many optimiser steps, instead of epochs")
     batch_size: int = Field(8, gt=0, description="rows per optimiser step, over all processes")
     micro_batch_tokens: int = Field(2048, gt=0, description="memory knob: tokens per forward pass; never changes the result")
     max_length: int | None = Field(None, gt=1, description="default: the longest row, at most the model's window")

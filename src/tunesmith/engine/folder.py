@@ -56,7 +56,7 @@ def check_free(path: Path) -> None:
 
 
 def check_resumable(path: Path, recipe: dict[str, Any]) -> None:
-    """Raise RecipeError unless ``path`` holds a run of this very recipe."""
+    """Raise UserError unless ``path`` holds a run, RecipeError unless it is a run of this very recipe."""
     file = path / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"there is no run to resume in {path} (it has no recipe.yaml). Leave out --resume to start one.")

@@ -117,7 +117,7 @@ def fit(job: Job, at: Progression) -> str | None:
 def train_step(job: Job, step: Step) -> dict[str, Any]:
     """One optimiser step: forward and backward over its micro-batches, one division, check, clip, update.
 
-    Returns sums over all processes: loss, units, tokens, grad_norm, learning_rate and the objective's metrics.
+    Returns loss, units and tokens summed over all processes, grad_norm, learning_rate, and the means of the objective's metrics.
     """
     job.model.train()
     units, tokens = (sum(int(job.objective.count(micro.batch)) for micro in step.micro), sum(sum(m.lengths) for m in step.micro))
@@ -133,6 +133,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
             pair = sums.setdefault(name, [0.0, 0.0])
             pair[0], pair[1] = pair[0] + float(value), pair[1] + float(count)
     (loss_sum,) = distributed.add(float(sum(losses)) if losses else 0.0)
+    everywhere = distributed.gather([sums])
     norm = float(optim.gather_and_clip(job.masters, job.config.max_grad_norm))
     if not (math.isfinite(loss_sum) and math.isfinite(norm)):
         _refuse(job, step, loss_sum / total, norm)
@@ -142,7 +143,11 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     job.masters.clear()
     if not _waits_for_metric(job.schedule):
         job.schedule.step()
-    figures = {name: value / count for name, (value, count) in sums.items() if count}
+    names = {name for one in everywhere for name in one}
+    metrics = {
+        name: tuple(sum(one.get(name, [0.0, 0.0])[part] for one in everywhere) for part in (0, 1)) for name in sorted(names)
+    }
+    figures = {name: value / count for name, (value, count) in metrics.items() if count}
     return {
         "loss": loss_sum,
         "units": total,

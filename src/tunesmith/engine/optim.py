@@ -46,8 +46,8 @@ class Masters:
     def publish(self, seed: int, step: int) -> None:
         """Round the masters into the network, stochastically: the copies of step ``step`` depend on it and ``seed`` alone.
 
-        Rounded to nearest, the copies would stand still while the masters move by less than half a unit in the last place, as most
-        of them do in full fine-tuning (SmolLM2-135M, 12 steps at 2e-5: two thirds of what the loss gained were lost).
+        Rounded to nearest, the copies would stand still while the masters move by less than half a unit in the last place, as
+        most of them do in full fine-tuning (SmolLM2-135M, 12 steps at 2e-5: two thirds of what the loss gained were lost).
         """
         if self.copies:
             for number, (name, parameter) in enumerate(self.parameters.items()):
@@ -65,6 +65,10 @@ class Masters:
         finally:
             for name, parameter in self.parameters.items():
                 parameter.data = working[name]
+
+    def all_of(self, model: Any) -> bool:
+        """Whether every parameter of ``model`` is trained."""
+        return all(parameter.requires_grad for parameter in model.parameters())
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by name; a parameter that got none this step (no row reached it) has zeros."""

@@ -33,6 +33,12 @@ class Route:
     """The model's own attention, for whatever is not a packed batch."""
     notes: list[str] = field(default_factory=list)
 
+    def leave(self, model: Any) -> None:
+        """Give ``model`` its own layers, loss and attention back."""
+        self.fused.disable()
+        head.use_plain_head(model, False)
+        head.base(model).set_attn_implementation(self.attention)
+
     def as_dict(self) -> dict[str, Any]:
         return {"batches": "packed" if self.packed else "padded", "fused": dict(self.fused.kinds), "notes": list(self.notes)}
 
@@ -40,7 +46,7 @@ class Route:
 def choose(
     model: Any, objective: Objective, examples: Sequence[Example], longest: int, packing: str, device: torch.device
 ) -> Route:
-    """Find the fastest route that is shown equal on ``examples`` (the run's first two rows or more).
+    """Find the fastest route that is shown equal on ``examples`` (two rows are enough; the run gives the shortest of step 1).
 
     ``longest``: tokens of the longest row of the run, which a sliding window must cover. The model is left in eval mode, with no
     gradients, set up for the route.

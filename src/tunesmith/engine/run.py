@@ -26,7 +26,7 @@ from tunesmith.recipe import Recipe
 
 @dataclass
 class Run:
-    """The open run: its objects and files. ``asked`` and ``best_figures`` belong to evaluation."""
+    """The open run: its objects and files. ``asked`` are the prompts of evaluation."""
 
     setup: setup.Setup
     folder: folder.RunFolder
@@ -55,9 +55,9 @@ def train(
     ``overrides``: ``key=value`` strings. ``resume``: go on from the last good checkpoint of ``out``. ``console``: a rich console
     for progress, None = silent. Returns eval_loss_before, eval_loss, perplexity_before, perplexity, tokens_per_second,
     peak_memory_bytes (above what the process held before the model), trainable_parameters, total_parameters, model_dir, run_dir,
-    report, steps, samples and stopped.
+    report, steps, best_step, tokens, train_seconds, samples and stopped.
 
-    Raises UserError before anything is started, StoppedError (not finite, disk full) and Interrupted with the last checkpoint
+    Raises UserError before weights load, StoppedError (not finite, disk full) and Interrupted with the last checkpoint
     kept.
     """
     chosen = _resolve(recipe, overrides)
@@ -227,10 +227,14 @@ def _save_model(run: Run) -> None:
     """The model as it stands, in the Hub's or peft's own format, with tokenizer, template and probe: ready for anybody's code."""
 
     def write(target: Path) -> None:
-        with run.route.fused.disabled(), run.masters.in_place(), _plain_attention(run):
-            run.setup.adaptation.save(run.model, target)
-            run.setup.tokenizer.save_pretrained(target)
-            probe.write_probe(target, run.model, run.setup.tokenizer)
+        with run.route.fused.disabled(), _plain_attention(run):
+            with run.masters.in_place():
+                run.setup.adaptation.save(run.model, target)
+                run.setup.tokenizer.save_pretrained(target)
+                if run.masters.all_of(run.model):
+                    probe.write_probe(target, run.model, run.setup.tokenizer)
+            if not run.masters.all_of(run.model):  # fp32 parts in a bf16 network would not fit together: the copies answer
+                probe.write_probe(target, run.model, run.setup.tokenizer)
 
     needed = 4 * sum(master.numel() for master in run.masters.masters.values()) + 8 * 2**20
     checkpoint.publish(run.folder.model, write, needed)

@@ -17,7 +17,7 @@ from tunesmith.adaptations import Adaptation
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.engine import batching, optim, precision
 from tunesmith.errors import RecipeError
-from tunesmith.models import load, noise
+from tunesmith.models import load, noise, probe
 from tunesmith.models.load import Folder
 from tunesmith.objectives import Objective
 from tunesmith.recipe import Recipe
@@ -78,9 +78,9 @@ def build(setup: Setup, out: Path) -> tuple[Any, optim.Masters, noise.RowNoise |
             folder = Folder(folder.base, "full")
         loaded = load.load_model(folder, head=setup.objective.head, trainable=True, **setup.adaptation.load_kwargs())
         model = setup.adaptation.apply(loaded, setup.objective.head)
+    model.to(setup.device)
     masters = optim.Masters(model, setup.precision.compute)
     precision.cast(model, setup.precision.compute)
-    model.to(setup.device)
     row_noise, said = noise.install(model, recipe.seed)
     return model, masters, row_noise, said
 
@@ -98,6 +98,12 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
         raise RecipeError(
             f"the model {recipe.model} is an adapter on {folder.base}. Say what becomes of it:\n"
             "  adapter: continue (train it on), merge (fold it into its base first), or new (leave it out)."
+        )
+    chosen = sorted(recipe.adaptation.model_fields_set)
+    if recipe.adapter == "continue" and chosen and kind != "full":
+        raise RecipeError(
+            f"adapter: continue keeps the adapter as it was made, so {', '.join(chosen)} under adaptation would do nothing.\n"
+            f"  Write adaptation: {kind}, or start a new one with adapter: merge or adapter: new."
         )
     if recipe.adapter == "continue" and kind == "full":
         raise RecipeError("adapter: continue trains the adapter, adaptation: full trains every weight. Use adapter: merge.")
@@ -139,6 +145,7 @@ def _merged_base(setup: Setup, out: Path) -> Folder:
         def write(folder: Path) -> None:
             model.save_pretrained(folder)
             setup.tokenizer.save_pretrained(folder)
+            probe.write_probe(folder, model, setup.tokenizer)
 
         publish(target, write, sum(p.numel() * p.element_size() for p in model.parameters()))
     return load.locate(target)

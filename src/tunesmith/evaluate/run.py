@@ -48,13 +48,16 @@ def evaluate(
     config = DataConfig(train=[source], eval=EvalConfig(fraction=0.0), template=template)
     rows = prepare(config, chosen, tokenizer, max_length=max_length, window=window_of(network.config), seed=0).train
 
-    precisions.cast(network, precisions.choose(precision, device).compute)
-    network.to(device).eval().requires_grad_(False)
+    if not isinstance(model, tuple):  # somebody's own model in memory keeps its dtype and place
+        precisions.cast(network, precisions.choose(precision, device).compute)
+        network.to(device).eval().requires_grad_(False)
+    device = network.device
     order = sorted(range(len(rows)), key=lambda row: rows.lengths[row])
     way = route.choose(network, chosen, [rows[row] for row in order[:2]], int(rows.lengths.max()), "auto", device)
     started = time.perf_counter()
     figures = loop.evaluate(network, chosen, rows, way.packed, batch_tokens, device)
     seconds = time.perf_counter() - started
+    way.leave(network)
     return {
         **figures,
         "rows": len(rows),

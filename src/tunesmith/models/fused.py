@@ -1,4 +1,4 @@
-"""Faster forms of a model's layers, put on the instance we loaded, each shown equal before it is used.
+"""Faster forms of a model's layers, put on the instance we loaded; each is tried before it is used (here, or by engine.route).
 
 * every linear layer with a plain LoRA on it: one autograd function that keeps only x and x A^T (peft keeps more and casts);
 * on a CPU with the fused passes of kernels.py: RMSNorm, SwiGLU, and attention with rotary embedding, with q/k/v and gate/up each

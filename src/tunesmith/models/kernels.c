@@ -4,8 +4,8 @@
  * fp32, on one core each; these functions make one, vectorised by the compiler, rows shared out over OpenMP threads. Each row is
  * reduced by one thread in a fixed order, so results do not depend on the number of threads.
  *
- * This file is compiled twice into one library: T = float and T = bf16 (stored as uint16_t, computed in float). kernels.py holds
- * the formulas in torch, the backward passes' derivations, and the test that both agree.
+ * This file is compiled twice into one library: T = float and T = bf16 (stored as uint16_t, computed in float). kernels.py binds
+ * them and tries some at start; tests/models/test_kernels.py compares every one, backward passes too, with its formula in torch.
  */
 #ifndef T
 #include <math.h>
