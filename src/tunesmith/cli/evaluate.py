@@ -24,6 +24,9 @@ def evaluate(
         str | None, typer.Option(help="alpaca, chatml, roles, korean or Jinja.", show_default="the model's own")
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row.", show_default="the model's window")] = None,
+    overlong: Annotated[
+        str | None, typer.Option(help="Rows above it: error, drop, truncate or split.", show_default="the objective's own")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.", show_default=False)] = None,
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the forward pass.")] = "auto",
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")] = 2048,
@@ -42,6 +45,7 @@ def evaluate(
         columns=columns,
         template=template,
         max_length=max_length,
+        overlong=overlong,
         limit=limit,
         precision=precision,
         batch_tokens=batch_tokens,

@@ -6,7 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import ModelError
+from pydantic import ValidationError
+
+from tunesmith.errors import ModelError, RecipeError
 
 
 def evaluate(
@@ -19,6 +21,7 @@ def evaluate(
     prompt_template: str | None = None,
     template: str | None = None,
     max_length: int | None = None,
+    overlong: str | None = None,
     limit: int | None = None,
     precision: str = "auto",
     batch_tokens: int = 2048,
@@ -27,7 +30,8 @@ def evaluate(
 
     Returns eval_loss (mean per supervised token), perplexity, rows, tokens, supervised_tokens, tokens_per_second and seconds.
     ``objective`` says what is learnt of a row: ``sft`` = the last answer (text rows whole), ``cpt`` = every token of a document,
-    long ones in blocks. ``batch_tokens`` bounds memory and never changes the figures.
+    long ones in blocks; ``overlong`` is the policy for rows above
+    ``max_length`` (default: the objective's own). ``batch_tokens`` bounds memory and never changes the figures.
     Raises UserError for a model or data that cannot be used.
     """
     from tunesmith import objectives
@@ -41,7 +45,10 @@ def evaluate(
     if objective not in objectives.names():
         raise ModelError(f"unknown objective {objective!r}; expected one of {', '.join(objectives.names())}")
     module = objectives.module(objective)
-    chosen = module.Objective(module.Config())
+    try:
+        chosen = module.Objective(module.Config(**({"overlong": overlong} if overlong else {})))
+    except ValidationError as error:
+        raise RecipeError(f"overlong: {error.errors()[0]['msg']}, got {overlong!r}") from None
     device = distributed.state().device
     network, tokenizer = model if isinstance(model, tuple) else load.load(model)
     source = Source(path=str(data), format=format, columns=columns, prompt_template=prompt_template, limit=limit)
