@@ -1,9 +1,9 @@
 """The real data sets, as they are, through a whole run of a tiny model: read, encoded, trained on, evaluated."""
 
 import pytest
-from tests.runs import model_folder
 
 import tunesmith
+from tests.runs import model_folder
 
 FILES = {
     "alpaca_en_demo.json": ({"type": "sft", "overlong": "drop"}, "full", "alpaca"),
