@@ -153,24 +153,30 @@ def _example(item: Rendered, ids: list[int], encoding: Any) -> Example:
     input_ids[before + length :] = item.after
     supervised = np.zeros(len(input_ids), np.bool_)
     for span in item.spans:
-        first, past = _tokens(encoding, length, span)
-        supervised[before + first : before + past] = True
+        _mark(supervised[before : before + length], encoding, span)
     supervised[before + length :] = True
     if item.spans and item.spans[0].start == 0:
         supervised[:before] = True
     return {"input_ids": input_ids, "supervised": supervised}
 
 
-def _tokens(encoding: Any, length: int, span: Span) -> tuple[int, int]:
-    """(first, past the last) of the tokens that share a character with ``span``.
+def _mark(learnt: np.ndarray, encoding: Any, span: Span) -> None:
+    """Set ``learnt`` (bool[tokens]) where a token of ``encoding`` (a ``tokenizers.Encoding``) shares a character with ``span``.
 
-    ``encoding``: a ``tokenizers.Encoding``. Its tokens stand in the order of the text (starts never decrease, nor do ends), so
-    two bisections find them.
+    Tokens stand in the order of the text and their ends never decrease, so two bisections find those that end inside the
+    span. Starts may: a byte-level tokenizer that puts a space before the first word gives it no width, and a place behind the
+    first piece of a character in pieces. So what begins inside the span and ends at its end or later is looked at one by one.
     """
+    length = len(learnt)
     first = bisect_right(range(length), span.start, key=lambda token: encoding.token_to_chars(token)[1])
-    if span.end == END:
-        return first, length
-    return first, bisect_left(range(length), span.end, lo=first, key=lambda token: encoding.token_to_chars(token)[0])
+    past = bisect_left(range(length), span.end, lo=first, key=lambda token: encoding.token_to_chars(token)[1])
+    learnt[first:past] = True
+    for token in range(past, length):
+        start, end = encoding.token_to_chars(token)
+        if start < span.end:
+            learnt[token] = True
+        elif start < end:
+            break
 
 
 def prompt_ids(prompt: str | Sequence[Message] | Chat | Text, tokenizer: Any, system: str | None = None) -> list[int]:
