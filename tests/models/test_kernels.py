@@ -105,3 +105,16 @@ def test_stochastic_rounding_keeps_small_updates_in_the_mean():
     kept = torch.empty_like(exact)
     kernels.stochastic_round(exact.float(), kept, 5)
     assert torch.equal(kept, exact)
+
+
+def test_the_number_of_threads_changes_nothing():
+    torch.manual_seed(0)
+    x, w, labels = torch.randn(37, 64), torch.randn(64), torch.randint(0, 64, (37,))
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        logits, losses = x.clone(), torch.empty(37)
+        kernels.call("cross_entropy", torch.float32, logits, labels, losses, 37, 64)
+        found.append((logits, losses, fused.RMSNorm.apply(x, w, 1e-5)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for case in found[1:] for one, other in zip(case, found[0]))

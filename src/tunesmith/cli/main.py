@@ -36,6 +36,8 @@ VERBS = {
     "data": ("tunesmith.cli.data:app", "Preview and lint data."),
 }
 
+HELP = {"help_option_names": ["-h", "--help"]}
+
 
 class Verbs(TyperGroup):
     """Lists the verbs from ``VERBS``; imports the one that is called."""
@@ -56,6 +58,7 @@ def load(verb: str) -> Any:
         target = app
     command: Any = typer.main.get_command(target)
     command.name = verb
+    command.context_settings = HELP | command.context_settings
     command.help = command.help or help_line
     return command
 
@@ -106,7 +109,11 @@ def _bug(error: Exception, debug: bool) -> Exception:
 
 def _app() -> typer.Typer:
     app = typer.Typer(
-        cls=Verbs, add_completion=False, no_args_is_help=True, help="Fine-tune language models, correctly and fast."
+        cls=Verbs,
+        add_completion=False,
+        no_args_is_help=True,
+        context_settings=HELP,
+        help="Fine-tune language models, correctly and fast.",
     )
 
     @app.callback()

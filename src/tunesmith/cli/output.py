@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.table import Table
+
+WIDE = 10_000
+"""Columns of a table that is written to a file: no line is broken."""
 
 _stdout: TextIO | None = None
 """The real stdout while ``only_result`` is active."""
@@ -82,4 +86,6 @@ def plain(value: Any) -> Any:
 
 def _show(target: Console, objects: Any) -> None:
     for item in objects:
-        target.print(item, markup=False, soft_wrap=isinstance(item, str))
+        # Lists of facts go into a file or a pipe a line each, so that a path can be searched for and copied.
+        facts = isinstance(item, Table) and item.box is None and not target.is_terminal
+        target.print(item, markup=False, soft_wrap=isinstance(item, str), width=WIDE if facts else None, crop=not facts)

@@ -36,6 +36,7 @@ def train(
 
 def summary(outcome: Mapping[str, Any]) -> list[Any]:
     """Tables of the figures and the samples before and after, where everything is, and the next command."""
+    name = shlex.quote(str(outcome["model_dir"]))
     lines = [
         f"stopped    {outcome['stopped']}" if outcome.get("stopped") else "",
         f"steps      {outcome['steps']}, {outcome['tokens_per_second']:.0f} tokens/s, "
@@ -44,8 +45,8 @@ def summary(outcome: Mapping[str, Any]) -> list[Any]:
         f"({outcome['trainable_parameters'] / outcome['total_parameters']:.2%})",
         f"model      {outcome['model_dir']}",
         f"report     {outcome['report']}",
-        f'next       tunesmith generate {outcome["model_dir"]} --prompt "..."',
-        f"           tunesmith chat {outcome['model_dir']}",
+        f'next       tunesmith generate {name} --prompt "..."',
+        f"           tunesmith chat {name}",
     ]
     tables = [_figures(outcome)] if outcome.get("eval_loss") is not None else []
     if outcome.get("samples"):

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tunesmith.errors import DiskFullError
+from tunesmith.errors import DiskFullError, UserError
 
 VERSION = 2
 Example = dict[str, np.ndarray]
@@ -252,8 +252,12 @@ def _map(path: Path, recorded: dict[str, Any], dtype: str) -> np.ndarray:
         return np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), dtype)
 
 
-def disk_error(error: OSError, folder: Path) -> OSError | DiskFullError:
-    """The error to raise for one met while writing under ``folder``: a full disk has a message of its own."""
+def disk_error(error: OSError, folder: Path) -> OSError | DiskFullError | UserError:
+    """The error to raise for one met while writing under ``folder``: full disks and closed folders have their own messages."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
+        return UserError(
+            f"processed data cannot be written to {folder}: {error.strerror}. Set TUNESMITH_HOME to a folder that can be written."
+        )
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
     return DiskFullError(f"no room for processed data in {folder}. Free some space, or set TUNESMITH_HOME to another disk.")

@@ -220,7 +220,7 @@ def stop_ids(tokenizer: Any) -> list[int]:
 def left_out(row: Chat, renderer: Renderer) -> list[str]:
     """What the row says that the rendered text does not have: ``messages[1].content: 'the first words ...'``.
 
-    Templates that strip the reasoning of earlier turns, or have no place for a system turn, leave such traces.
+    Templates that strip the reasoning of earlier turns, or have no place for a system turn or for tools, leave such traces.
     """
     text = renderer(row.messages, row.tools)
     missing = []
@@ -229,4 +229,15 @@ def left_out(row: Chat, renderer: Renderer) -> list[str]:
             said = str(message.get(field) or "").strip()
             if said and said not in text:
                 missing.append(f"messages[{position}].{field}: {said[:60]!r}")
+        called = [str(call.get("function", call).get("name")) for call in message.get("tool_calls") or ()]
+        missing += [f"messages[{position}].tool_calls: {name!r}" for name in called if name not in text]
+    if row.tools and _same_without_tools(row, renderer, text):
+        missing.append(f"tools: all {len(row.tools)} of them")
     return missing
+
+
+def _same_without_tools(row: Chat, renderer: Renderer, text: str) -> bool:
+    try:
+        return renderer(row.messages, ()) == text
+    except RENDER_ERRORS:  # the template asks for them, so it reads them
+        return False

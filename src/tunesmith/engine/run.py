@@ -147,7 +147,7 @@ def _run(ready: setup.Setup, run_folder: folder.RunFolder, progress: tracking.Pr
         stopped = loop.fit(job, at)
     except TunesmithError as error:
         if main:
-            run_folder.record(notes=progress.notes, stopped=f"{type(error).__name__}: {error}")
+            run_folder.record(notes=_notes(run), stopped=f"{type(error).__name__}: {error}")
             report.write_report(run_folder.path)
         raise
     if ready.data.eval is None and main:
@@ -326,6 +326,12 @@ def _precision_line(ready: setup.Setup) -> str:
     return f"precision: {plan['compute']} ({plan['why']}); trained weights {plan['trained_weights']}"
 
 
+def _notes(run: Run) -> list[str]:
+    """What was said of the run and stands nowhere else in the manifest."""
+    known = {*run.setup.data.report.lines(), _parameters_line(run.setup), _precision_line(run.setup)}
+    return [note for note in run.progress.notes if note not in known]
+
+
 def _record_start(run: Run) -> None:
     ready = run.setup
     created = run.folder.manifest().get("created", datetime.now(UTC).isoformat(timespec="seconds"))
@@ -343,7 +349,7 @@ def _record_start(run: Run) -> None:
         precision=ready.precision.as_dict(),
         route=run.route.as_dict(),
         machine=machine.describe(),
-        notes=run.progress.notes,
+        notes=_notes(run),
     )
 
 
@@ -376,7 +382,7 @@ def _finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str
         "stopped": stopped,
         "samples": _before_and_after(run, at),
     }
-    run.folder.record(result=result, notes=run.progress.notes, finished=datetime.now(UTC).isoformat(timespec="seconds"))
+    run.folder.record(result=result, notes=_notes(run), finished=datetime.now(UTC).isoformat(timespec="seconds"))
     report.write_report(run.folder.path)
     return result
 

@@ -13,11 +13,13 @@ from tunesmith.models import load, probe
 LARGEST_DIFFERENCE = 1e-3
 """Of the largest logit: above this the merged model would be another one than the adapter on its base."""
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-def merge(model: str | Path, out: str | Path) -> dict[str, Any]:
+
+def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[str, Any]:
     """Fold the adapter ``model`` into its base and write the result to the new folder ``out``.
 
-    The sum is made in fp32 and saved in the base's dtype, with the adapter's tokenizer and chat template and the base's
+    The sum is made in fp32 and saved in the base's dtype or in ``dtype`` (auto, float32, bfloat16, float16), with the adapter's tokenizer and chat template and the base's
     generation config. Tied embeddings stay tied unless the adapter itself trained them apart. Before anything is
     written, the logits of adapter and merged model are compared in fp32.
 
@@ -28,12 +30,14 @@ def merge(model: str | Path, out: str | Path) -> dict[str, Any]:
     import torch
 
     folder = load.locate(model)
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     target = Path(out).expanduser().resolve()
     if target.exists():
         raise UserError(f"{target} exists already; merge writes a new folder. Choose another --out, or remove it.")
     if folder.kind == "full" or folder.base is None:
         raise UserError(f"{folder.path} is a full model: there is no adapter in it, so there is nothing to merge")
-    dtype = load.checkpoint_dtype(folder.base)
+    kept = load.checkpoint_dtype(folder.base) if dtype == "auto" else getattr(torch, dtype)
     tokenizer = load.load_tokenizer(folder)
     attached = load.load_model(folder, dtype=torch.float32)
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in probe.PROMPTS]
@@ -46,7 +50,7 @@ def merge(model: str | Path, out: str | Path) -> dict[str, Any]:
             f"merging {folder.path} would change its answers: a logit differs by {difference:.3g} (of {scale:.3g}).\n"
             "  Nothing was written. Use the adapter as it is."
         )
-    plain.to(dtype)
+    plain.to(kept)
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -64,7 +68,7 @@ def merge(model: str | Path, out: str | Path) -> dict[str, Any]:
         "path": str(target),
         "base": str(folder.base),
         "adapter": str(folder.path),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(kept).removeprefix("torch."),
         "tied_embeddings": ends[1] is not None and ends[0].weight is ends[1].weight,
         "parameters": reloaded.num_parameters(),
         "max_logit_difference": difference,
