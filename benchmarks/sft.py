@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("TUNESMITH_SHARED", ROOT.parent / "shared"))
-PEERS = [("trainer", "tuned-1"), ("trl", "tuned-1"), ("trl", "tuned-8")]
+PEERS = ["trainer:tuned-1", "trl:tuned-1", "trl:tuned-8"]
 
 
 def ours(model: str, data: Path, rows: int, adaptation: str, save: Path) -> dict:
@@ -80,12 +80,12 @@ def fresh(*command: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def one_round(model: str, data: Path, rows: int, eval_rows: int, adaptation: str, folder: Path) -> list[dict]:
+def one_round(model: str, data: Path, rows: int, eval_rows: int, adaptation: str, peers: list[str], folder: Path) -> list[dict]:
     """Every side once: tunesmith first, then the peers, each trained and scored in fresh processes."""
     runs = []
     me = [__file__, "--model", model, "--data", str(data), "--rows", str(rows), "--eval-rows", str(eval_rows)]
     runs.append(fresh(*me, "--run", str(folder / "ours"), "--adaptation", adaptation))
-    for peer, setting in PEERS:
+    for peer, setting in (name.split(":") for name in peers):
         save = folder / f"{peer}-{setting}"
         run = fresh(
             str(SHARED / "bench" / "peers.py"), "sft", "--peer", peer, "--setting", setting, "--model", model, "--data", str(data),
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--eval-rows", type=int, default=64)
     parser.add_argument("--adaptation", choices=["lora", "full"], help="default: both")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="default: all, and the best of them counts")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # one run of ours, into this folder
     parser.add_argument("--score", type=Path, help=argparse.SUPPRESS)  # the loss of one saved model
@@ -150,7 +151,7 @@ def main() -> None:
         runs = []
         for _ in range(options.rounds):
             with tempfile.TemporaryDirectory() as folder:
-                runs += one_round(model, options.data, options.rows, options.eval_rows, adaptation, Path(folder))
+                runs += one_round(model, options.data, options.rows, options.eval_rows, adaptation, options.peers, Path(folder))
         results.append({"comparison": compare(runs), "runs": runs})
         table = Table("", "tokens/s", "peak MB", "eval loss", title=f"{adaptation}, {options.rows} rows")
         for run in runs:
