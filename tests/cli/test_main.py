@@ -111,3 +111,9 @@ def test_the_list_of_verbs_says_what_each_verb_says_of_itself():
         command = cli.load(verb)
         assert command.name == verb
         assert command.help and line.endswith(".")
+
+
+@pytest.mark.parametrize("line", [["-h"], ["train", "-h"], ["data", "lint", "-h"]])
+def test_the_short_way_to_ask_for_help(capsys, line):
+    assert cli.main(line) == 0
+    assert "Usage: tunesmith" in capsys.readouterr().out

@@ -2,6 +2,8 @@ import json
 import math
 from pathlib import Path
 
+from rich.table import Table
+
 from tunesmith.cli import output
 
 
@@ -40,3 +42,10 @@ def test_fail_reports_on_both_streams(capsys):
     caught = capsys.readouterr()
     assert caught.err == "error: wrong [x]\n"
     assert json.loads(caught.out) == {"error": {"type": "ValueError", "message": "wrong [x]", "exit_code": 2}}
+
+
+def test_facts_in_a_pipe_keep_a_line_each(capsys):
+    table = Table(show_header=False, box=None)
+    table.add_row("path", "/a folder/" * 60)
+    output.result({}, human=lambda _: table)
+    assert "/a folder/" * 60 in capsys.readouterr().out

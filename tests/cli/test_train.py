@@ -75,6 +75,11 @@ def test_summary_shows_before_and_after_and_the_next_command(trained, capsys):
     assert "learning_rate 0.0002" in caught.err
 
 
+def test_the_next_command_can_be_pasted(trained, capsys):
+    trained(outcome={**OUTCOME, "model_dir": "runs/a b/model"})
+    assert "tunesmith chat 'runs/a b/model'" in capsys.readouterr().out
+
+
 def test_summary_without_held_out_rows(trained, capsys):
     empty = {**OUTCOME, "eval_loss": None, "eval_loss_before": None, "perplexity": None, "samples": [], "stopped": "max_steps"}
     code, _ = trained(outcome=empty)

@@ -137,6 +137,15 @@ def test_reasoning_of_earlier_turns_is_gone_and_that_is_said():
     assert left_out(row, Renderer(tokenizer)) == [f"messages[1].reasoning_content: {messages[1]['reasoning_content']!r}"]
 
 
+def test_a_template_without_a_place_for_tools_leaves_them_out_and_that_is_said():
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    row = Chat(({"role": "user", "content": "1+1?"}, CALL, {"role": "assistant", "content": "2"}), (tool,))
+    plain = tiny_tokenizer(template="chatml")
+    plain.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    assert left_out(row, Renderer(plain)) == ["messages[1].tool_calls: 'add'", "tools: all 1 of them"]
+    assert left_out(row, Renderer(TOKENIZERS["qwen3"])) == []
+
+
 def test_reasoning_inside_the_content_of_an_earlier_turn():
     tokenizer = TOKENIZERS["qwen3"]
     messages = turns(2)

@@ -18,7 +18,7 @@ from tunesmith.data.config import DataConfig
 from tunesmith.data.encoded import blocks
 from tunesmith.data.prepare import prepare
 from tunesmith.data.rows import Chat, PromptCompletion, Text
-from tunesmith.errors import DataError, DiskFullError
+from tunesmith.errors import DataError, DiskFullError, UserError
 
 
 @dataclass
@@ -346,6 +346,13 @@ def test_examples_may_hold_any_arrays(tmp_path):
     for index, example in enumerate(examples):
         got = entry.example(index, 0, int(entry.length[index]))
         assert all((got[name] == example[name]).all() and got[name].dtype == example[name].dtype for name in example)
+
+
+def test_a_store_that_cannot_be_written_is_said(alpaca, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="Set TUNESMITH_HOME"):
+        run(alpaca)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(alpaca, monkeypatch):

@@ -126,6 +126,16 @@ def test_the_bases_dtype_is_kept(tmp_path: Path) -> None:
     assert facts["max_logit_difference"] < 1e-4 < facts["max_logit_difference_saved"]
 
 
+def test_a_wider_dtype_keeps_what_rounding_would_lose(tmp_path: Path) -> None:
+    base = save_tiny("llama", tmp_path / "base")
+    tiny_model("llama", eos_token_id=4).to(torch.bfloat16).save_pretrained(base)
+    save_adapter(base, tmp_path / "adapter")
+    facts = run.merge(tmp_path / "adapter", tmp_path / "out", dtype="float32")
+    assert facts["dtype"] == "float32" and facts["max_logit_difference_saved"] < 1e-4
+    with pytest.raises(UserError, match="unknown dtype"):
+        run.merge(tmp_path / "adapter", tmp_path / "other", dtype="int8")
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     _, adapter = base_and_adapter(tmp_path)
     (tmp_path / "out").mkdir()

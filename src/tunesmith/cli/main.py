@@ -36,8 +36,6 @@ VERBS = {
     "data": ("tunesmith.cli.data:app", "Preview and lint data."),
 }
 
-HELP = {"help_option_names": ["-h", "--help"]}
-
 
 class Verbs(TyperGroup):
     """Lists the verbs from ``VERBS``; imports the one that is called."""
@@ -58,7 +56,6 @@ def load(verb: str) -> Any:
         target = app
     command: Any = typer.main.get_command(target)
     command.name = verb
-    command.context_settings = HELP | command.context_settings
     command.help = command.help or help_line
     return command
 
@@ -112,7 +109,7 @@ def _app() -> typer.Typer:
         cls=Verbs,
         add_completion=False,
         no_args_is_help=True,
-        context_settings=HELP,
+        context_settings={"help_option_names": ["-h", "--help"]},
         help="Fine-tune language models, correctly and fast.",
     )
 

@@ -88,4 +88,5 @@ def _show(target: Console, objects: Any) -> None:
     for item in objects:
         # Lists of facts go into a file or a pipe a line each, so that a path can be searched for and copied.
         facts = isinstance(item, Table) and item.box is None and not target.is_terminal
-        target.print(item, markup=False, soft_wrap=isinstance(item, str), width=WIDE if facts else None, crop=not facts)
+        to = Console(file=target.file, highlight=False, width=WIDE) if facts else target
+        to.print(item, markup=False, soft_wrap=isinstance(item, str))

@@ -19,9 +19,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[str, Any]:
     """Fold the adapter ``model`` into its base and write the result to the new folder ``out``.
 
-    The sum is made in fp32 and saved in the base's dtype or in ``dtype`` (auto, float32, bfloat16, float16), with the adapter's tokenizer and chat template and the base's
-    generation config. Tied embeddings stay tied unless the adapter itself trained them apart. Before anything is
-    written, the logits of adapter and merged model are compared in fp32.
+    The sum is made in fp32 and saved in ``dtype`` (auto = the base's, float32, bfloat16, float16), with the adapter's
+    tokenizer and chat template and the base's generation config. Tied embeddings stay tied unless the adapter itself
+    trained them apart. Before anything is written, the logits of adapter and merged model are compared in fp32.
 
     Returns {"path", "base", "adapter", "dtype", "tied_embeddings", "parameters", "max_logit_difference",
     "max_logit_difference_saved"}: the largest difference in fp32, and that of the folder as saved (rounding to ``dtype``
