@@ -23,7 +23,14 @@ FOUND = {
     "adaptation": {"type": "full"},
     "data": {
         "sources": [
-            {"path": "a.json", "format": "alpaca", "rows_kept": 1260, "rows_rejected": 1, "problems": ["a.json:3: empty"]}
+            {
+                "path": "a.json",
+                "format": "alpaca",
+                "rows_kept": 1260,
+                "rows_rejected": 1,
+                "problems": ["a.json:3: empty"],
+                "left_out": {"looked_at": 200, "rows": 1, "first": ["a.json:9:tools: all 2 of them"]},
+            }
         ],
         "train": {**SPLIT, "unlearnable": 2, "unlearnable_first": ["a.json:5"], "duplicates": 3},
         "eval": {**SPLIT, "overlong": {"policy": "drop", "rows": 1, "tokens_lost": 40}},
@@ -63,6 +70,7 @@ def test_figures_for_people(recipe, capsys):
         "adaptation full",
         "source a.json: alpaca; 1,260 rows, 1 rejected",
         "a.json:3: empty",
+        "the template leaves out a.json:9:tools: all 2 of them",
         "train 1,200 rows, 2,000 tokens, 500 learnt (25.0%); median 58.5, longest 300",
         "train 2 rows have nothing to learn, the first: a.json:5",
         "train 3 rows repeat another",

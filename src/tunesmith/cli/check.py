@@ -37,6 +37,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         rejected = f", {source['rows_rejected']:,} rejected" if source["rows_rejected"] else ""
         rows.append(("source", f"{source['path']}: {source['format']}; {source['rows_kept']:,} rows{rejected}"))
         rows += [("", str(problem)) for problem in source["problems"]]
+        rows += [("", f"the template leaves out {place}") for place in source["left_out"]["first"]]
     for split in ("train", "eval"):
         if data[split]:
             rows += [(split, line) for line in _split(data[split])]
