@@ -34,6 +34,12 @@ def _refuse(address: Any) -> NoReturn:
 
 
 @pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of small files are synced by the suite; what a power cut would leave is not what it tests."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(autouse=True)
 def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Caches and models of a test never touch the user's own."""
     if "TUNESMITH_TEST_HOME" not in os.environ:

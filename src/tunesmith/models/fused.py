@@ -96,19 +96,23 @@ class Projection(torch.autograd.Function):
         b: torch.Tensor | None,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
-        y = torch.nn.functional.linear(x, stacked, bias)
-        low = None
+        ctx.width = x.shape[1]
         if a is not None and b is not None:
-            low = x @ a.t()
-            y.addmm_(low, b.t())
+            # one product over (x, x A^T): were the update added to a y already rounded to bf16, most of a small one would be lost
+            x = torch.cat([x, x @ a.t()], dim=1)
+            y = torch.nn.functional.linear(x, torch.cat([stacked, b], dim=1), bias)
+        else:
+            y = torch.nn.functional.linear(x, stacked, bias)
         ctx.rows = [weight.shape[0] for weight in weights]
         keep_x = a is not None or any(ctx.needs_input_grad[5:])
-        ctx.save_for_backward(x if keep_x else None, stacked, a, b, low)
+        ctx.save_for_backward(x if keep_x else None, stacked, a, b)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        x, stacked, a, b, low = ctx.saved_tensors
+        x, stacked, a, b = ctx.saved_tensors
+        if x is not None:
+            x, low = x[:, : ctx.width], x[:, ctx.width :]
         need_x, _, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad @ stacked if need_x else None
         grad_a = grad_b = None
