@@ -76,7 +76,7 @@ def main() -> None:
             "objective": "sft",
             "adaptation": {"type": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.05},
             "data": {"train": [{"path": str(options.data), "limit": options.rows}], "eval": {"fraction": 0.05}},
-            "train": {"batch_size": 4, "save_steps": 1, "eval_steps": 5},
+            "train": {"batch_size": 2, "save_steps": 1, "eval_steps": 5},
             "samples": {"count": 1, "max_new_tokens": 8},
         }
         recipe.write_text(json.dumps(settings))
@@ -86,7 +86,7 @@ def main() -> None:
         kills = 0
         while kills < options.kills:
             process = start(recipe, folder / "killed")
-            time.sleep(drawn.uniform(0.05, 0.6) * whole)
+            time.sleep(drawn.uniform(0.05, 0.35) * whole)
             if process.poll() is None:
                 process.kill()
                 kills += 1
