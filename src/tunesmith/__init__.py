@@ -46,6 +46,8 @@ def _share_the_cores() -> None:
     machine a training step takes ten times as long. torch reads this when it loads; what the user has set stays.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # oneDNN keeps compiled code for every shape it has seen, 1024 of them by default; packed rows bring new shapes each step
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")
 
 
 _share_the_cores()

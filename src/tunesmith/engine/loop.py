@@ -24,8 +24,12 @@ from tunesmith.engine import batching, distributed, optim
 from tunesmith.engine.batching import Plan
 from tunesmith.engine.config import TrainConfig
 from tunesmith.errors import Interrupted, NonFiniteError
+from tunesmith.models import kernels
 from tunesmith.models.noise import RowNoise
 from tunesmith.objectives import Batch, Objective
+
+TRIM_STEPS = 8
+"""Steps between two returns of freed memory: rare enough to cost nothing, often enough that holes do not add up."""
 
 
 @dataclass
@@ -97,6 +101,8 @@ def fit(job: Job, at: Progression) -> str | None:
             job.seconds += time.perf_counter() - started
             at.step += 1
             _account(job, at, record, time.perf_counter() - started)
+            if at.step % TRIM_STEPS == 0:
+                kernels.return_freed_memory()
             last = at.step == plan.steps
             if batching.due(config.logging_steps, at.step, plan.steps, plan.steps_per_epoch) or last:
                 _log(job, at, record)

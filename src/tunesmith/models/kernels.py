@@ -153,3 +153,9 @@ def keep_freed_memory() -> None:
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, 1 << 30)
+
+
+def return_freed_memory() -> None:
+    """Give back what :func:`keep_freed_memory` has kept: rows of ever new lengths leave holes that add up over a long run."""
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
