@@ -12,17 +12,25 @@ def nearest(name: str, valid: Iterable[str]) -> list[str]:
     Near is at most a third of the letters wrong and never fewer than one; else a name that shares most of its letters.
     """
     names = sorted(set(valid))
+    return mistyped(name, names) or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+
+
+def mistyped(name: str, valid: Iterable[str]) -> list[str]:
+    """The valid names that ``name`` may be with a slip or two, nearest only."""
+    names = sorted(set(valid))
     slips = {other: _slips(name.lower(), other.lower()) for other in names}
     fewest = min(slips.values(), default=0)
-    if fewest <= max(1, len(name) // 3):
-        return [other for other in names if slips[other] == fewest]
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return [other for other in names if slips[other] == fewest] if fewest <= max(1, len(name) // 3) else []
 
 
-def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """``Did you mean `epochs`? Valid: batch_size, epochs, ...``"""
+def did_you_mean(name: str, valid: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
+    """``Did you mean `epochs`? Valid: batch_size, epochs, ...``
+
+    ``elsewhere``: what is meant when ``name`` is no slip of a valid name: it is a name, but of another place.
+    """
     names = sorted(set(valid))
-    close = " or ".join(f"`{other}`" for other in nearest(name, names))
+    meant = mistyped(name, names) or list(elsewhere) or nearest(name, names)
+    close = " or ".join(f"`{other}`" for other in meant)
     return (f"Did you mean {close}? " if close else "") + "Valid: " + ", ".join(names)
 
 

@@ -1,27 +1,53 @@
-"""The data set every Python carries."""
+"""The data sets every Python carries."""
 
 from __future__ import annotations
 
 import itertools
 import sys
 
+import pytest
+
 from tunesmith.data import builtin
+from tunesmith.data.build import content_hash
+from tunesmith.data.config import Source
+from tunesmith.data.make import docstrings
+from tunesmith.data.read import read
+from tunesmith.data.rows import Chat
+from tunesmith.data.source import open_source
+from tunesmith.errors import DataError
 
 
 def test_rows_are_questions_with_answers():
     before = set(sys.modules)
-    rows = list(builtin.docstrings())
+    rows = list(builtin.rows("builtin:docstrings"))
     assert not {name for name in set(sys.modules) - before if not name.startswith(("encodings", "_"))}, "nothing is imported"
     assert len(rows) > 2000 and len({row["instruction"] for row in rows}) == len(rows)
     for row in rows:
         assert row.keys() == {"instruction", "response"} and row["instruction"].endswith("?")
-        assert builtin.SHORTEST <= len(row["response"]) <= builtin.LONGEST and "\n" not in row["response"]
+        assert docstrings.SHORTEST <= len(row["response"]) <= docstrings.LONGEST and "\n" not in row["response"]
     answers = {row["instruction"]: row["response"] for row in rows}
     assert "JSON" in answers["What does the Python function `json.dumps` do?"]
     assert not any("`idlelib." in question or "`test." in question for question in answers)
 
 
-def test_the_order_and_the_digest_are_always_the_same():
-    first = list(itertools.islice(builtin.docstrings(), 300))
-    assert first == list(itertools.islice(builtin.docstrings(), 300))
-    assert builtin.digest() == builtin.digest()
+@pytest.mark.parametrize("name", builtin.NAMES)
+def test_the_order_and_the_digest_are_always_the_same(name):
+    first = list(itertools.islice(builtin.rows(name), 100))
+    assert first == list(itertools.islice(builtin.rows(name), 100))
+    assert content_hash(name) == content_hash(name)
+
+
+def test_each_has_a_digest_of_its_own():
+    assert len({content_hash(name) for name in builtin.NAMES}) == len(builtin.NAMES)
+
+
+@pytest.mark.parametrize("name", builtin.NAMES)
+def test_a_recipe_learns_from_them_as_conversations(name):
+    opened = open_source(Source(path=name, limit=30))
+    rows = [row for _, row in opened.rows()]
+    assert len(rows) == 30 and all(isinstance(row, Chat) for row in rows) and opened.description.startswith("alpaca")
+
+
+def test_an_unknown_name_is_told_the_nearest():
+    with pytest.raises(DataError, match="Did you mean `builtin:instructions-ko`"):
+        read("builtin:instruction-ko")

@@ -183,8 +183,8 @@ def _compare(row: Chat, record: Record, renderer: Renderer, unseen: dict[str, An
 
 def content_hash(path: str) -> str:
     """sha256 of a source's content."""
-    if path == builtin.NAME:
-        return builtin.digest()
+    if path.startswith(builtin.PREFIX):
+        return builtin.digest(path)
     content = hashlib.sha256()
     with existing(path).open("rb") as handle:
         while block := handle.read(1 << 20):

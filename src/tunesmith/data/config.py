@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 FORMATS = ("alpaca", "input_output", "summary", "question_answer", "sharegpt", "messages", "prompt_completion", "text")
 
@@ -16,7 +17,7 @@ class Strict(BaseModel):
 class Source(Strict):
     """One file of rows."""
 
-    path: str = Field(description="json, jsonl, csv, tsv, txt or parquet file, or builtin:docstrings")
+    path: str = Field(description="json, jsonl, csv, tsv, txt or parquet file, or a built-in set such as builtin:docstrings")
     format: str | None = Field(None, description=f"one of {', '.join(FORMATS)}; detected when absent")
     columns: dict[str, str] | None = Field(None, description="field of the format -> column of the file, e.g. {prompt: question}")
     prompt_template: str | None = Field(None, description="prompt made from columns, e.g. 'Summarise: {text}'")
@@ -25,14 +26,25 @@ class Source(Strict):
 
 
 class EvalConfig(Strict):
-    """Held-out rows: a share of the training rows, or files of their own."""
+    """Held-out rows: a share of the training rows, a file of their own, or several named files."""
 
     fraction: float = Field(0.05, ge=0, lt=1, description="share of the training rows held out; 0 = no evaluation")
     limit: int | None = Field(None, gt=0, description="at most so many rows")
-    path: str | None = Field(None, description="a file of its own, instead of a fraction")
-    format: str | None = None
-    columns: dict[str, str] | None = None
-    prompt_template: str | None = None
+    path: str | None = Field(None, description="a file of its own, read the way the first training source is read")
+    sets: dict[str, Source] | None = Field(
+        None,
+        description="several files, each with figures of its own: {korean: {path: ko.csv}, code: {path: code.jsonl, limit: 200}}",
+    )
+
+    @field_validator("sets")
+    @classmethod
+    def _named(cls, sets: dict[str, Source] | None) -> dict[str, Source] | None:
+        if sets is not None and not sets:
+            raise ValueError("expected at least one set, such as {korean: {path: ko.csv}}; leave the key out for none")
+        for name in sets or ():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"the name {name!r} must be made of letters, digits, - and _: figures are called eval_NAME_loss")
+        return sets
 
 
 class DataConfig(Strict):

@@ -10,25 +10,30 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.build import Built, Progress, build, shared_key
-from tunesmith.data.config import DataConfig
+from tunesmith.data.config import DataConfig, Source
+from tunesmith.data.contamination import contamination
 from tunesmith.data.encoded import Encoded, Views, fit, join
 from tunesmith.data.mix import held_out
 from tunesmith.data.problems import RowProblem, refuse
 from tunesmith.data.report import Report, SourceReport, SplitReport, histogram
 from tunesmith.data.rows import Chat
-from tunesmith.data.source import Opened, eval_source, open_source
+from tunesmith.data.source import Opened, eval_sources, open_source
 from tunesmith.data.templates import apply_template
 from tunesmith.errors import DataError
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples to learn from and to evaluate on, the length they fit in, and what became of every row."""
+    """Examples to learn from and to evaluate on, the length they fit in, and what became of every row.
+
+    ``eval_sets``: the names of ``data.eval.sets`` (none without); example ``i`` of ``eval`` belongs to set ``eval.source[i]``.
+    """
 
     train: Encoded
     eval: Encoded | None
     max_length: int
     report: Report
+    eval_sets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,10 @@ def prepare(
         raise DataError(
             f"max_length {max_length} is above the model's window of {window} tokens. Set train.max_length to at most {window}."
         )
-    evaluation = eval_source(config.eval)
-    opened = [open_source(source, tuple(objective.rows)) for source in [*config.train, *([evaluation] if evaluation else [])]]
+    evaluation = eval_sources(config)
+    accepted = tuple(objective.rows)
+    opened = [open_source(source, accepted) for source in config.train]
+    opened += [_open_set(name, source, accepted) for name, source in evaluation.items()]
     template = "none: the rows are plain text"
     if config.template is not None or any(Chat in item.kinds for item in opened):
         tokenizer, template = apply_template(tokenizer, config.template)
@@ -79,7 +86,7 @@ def prepare(
 
     everything = [_Part(made, item, np.arange(len(made.entry), dtype=np.int32)) for made, item in zip(built, opened)]
     if evaluation:
-        train, held = everything[:-1], everything[-1:]
+        train, held = everything[: len(config.train)], everything[len(config.train) :]
     else:
         train, held = _hold_out(everything, config, seed)
     longest = max((int(part.built.entry.length.max(initial=0)) for part in everything), default=0)
@@ -88,21 +95,33 @@ def prepare(
         _check_lengths(train + held, limit, window)
     shared = _shared(train, held) if held else 0
     learnt, train_report = _split(train, objective.overlong, limit, "training", config.max_unlearnable)
+    sets = {
+        name: _split([part], objective.overlong, limit, f"data.eval.sets.{name}", config.max_unlearnable)[1]
+        for name, part in (zip(evaluation, held) if config.eval.sets else ())
+    }
     tested, eval_report = _split(held, objective.overlong, limit, "evaluation", config.max_unlearnable) if held else (None, None)
+    roles = ["train"] * len(config.train) + [f"eval {name}".strip() for name in evaluation]
     report = Report(
-        sources=tuple(
-            _source_report(made, item, "eval" if item.source is evaluation else "train", took)
-            for made, item, took in zip(built, opened, seconds)
-        ),
+        sources=tuple(_source_report(*one) for one in zip(built, opened, roles, seconds)),
         train=train_report,
         eval=eval_report,
+        eval_sets=sets,
         template=template,
         max_length=limit,
         duplicates_train_eval=shared,
+        contaminated=contamination(learnt, tested, tokenizer) if tested else None,
         cached=all(made.cached for made in built),
         seconds=time.perf_counter() - began,
     )
-    return Prepared(learnt, tested, limit, report)
+    return Prepared(learnt, tested, limit, report, tuple(sets))
+
+
+def _open_set(name: str, source: Source, accepted: tuple[type, ...]) -> Opened:
+    """An evaluation file, opened. What is wrong with it is said with the name of its set."""
+    try:
+        return open_source(source, accepted)
+    except DataError as error:
+        raise DataError(f"data.eval.{f'sets.{name}' if name else 'path'}: {error}") from None
 
 
 def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataConfig) -> None:
@@ -194,8 +213,10 @@ def _split(parts: Sequence[_Part], policy: Any, limit: int, name: str, allowed: 
 
 
 def _nothing(name: str, total: int, unlearnable: int, first: Sequence[str], limit: int, examples: int) -> DataError:
+    if total == 0 and examples == 0:
+        return DataError(f"no {name} rows: the file has none that can be used. Type `tunesmith data lint FILE` for the reasons.")
     if total == 0:
-        return DataError(f"no {name} rows are left: all {examples} are longer than max_length {limit}, or there are none.")
+        return DataError(f"no {name} rows are left: all {examples} are longer than max_length {limit}. Raise train.max_length.")
     places = "\n".join(f"  {place}" for place in first)
     return DataError(
         f"{unlearnable} of {total} {name} examples have nothing to learn (no supervised token within max_length {limit}):\n"

@@ -24,13 +24,13 @@ LARGEST_FIELD = 1 << 27
 
 
 def read(path: str) -> Rows:
-    """Every row of a json, jsonl, csv, tsv, txt or parquet file, or of ``builtin:docstrings``.
+    """Every row of a json, jsonl, csv, tsv, txt or parquet file, or of a built-in data set (``builtin:docstrings``).
 
     Raises DataError when the file is missing (naming the nearest files), is a folder, or is of an unknown kind, and
     MissingExtra for parquet without pyarrow.
     """
-    if path.startswith("builtin:"):
-        return _read_builtin(path)
+    if path.startswith(builtin.PREFIX):
+        return (Record(path, row, None, value) for row, value in enumerate(builtin.rows(path), 1))
     file = existing(path)
     reader = READERS.get(file.suffix.lower())
     if reader is None:
@@ -161,12 +161,6 @@ def _read_parquet(file: Path, path: str) -> Rows:
     except (arrow.ArrowException, OSError, ValueError) as error:
         got = shorten(str(error).splitlines()[0] if str(error) else type(error).__name__, 100)
         yield RowProblem(path, row + 1, "file", "a parquet file", got, "Write the file again.", fatal=True)
-
-
-def _read_builtin(path: str) -> Rows:
-    if path != builtin.NAME:
-        raise DataError(f"unknown built-in data set {path!r}. There is one: {builtin.NAME}")
-    return (Record(path, row, None, value) for row, value in enumerate(builtin.docstrings(), 1))
 
 
 READERS: dict[str, Callable[[Path, str], Rows]] = {

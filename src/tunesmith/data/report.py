@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.data.contamination import Contamination
+
 
 @dataclass(frozen=True)
 class SourceReport:
@@ -58,14 +60,20 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Report:
-    """``cached``: every source came from the cache. ``duplicates_train_eval``: evaluation rows that are also trained on."""
+    """``eval``: all held-out rows; ``eval_sets``: those of each set of ``data.eval.sets``, by name.
+
+    ``cached``: every source came from the cache. ``duplicates_train_eval``: evaluation rows that are also trained on.
+    ``contaminated``: evaluation rows that share a long stretch of tokens with a training row.
+    """
 
     sources: tuple[SourceReport, ...]
     train: SplitReport
     eval: SplitReport | None
+    eval_sets: dict[str, SplitReport]
     template: str
     max_length: int
     duplicates_train_eval: int
+    contaminated: Contamination | None
     cached: bool
     seconds: float
 
@@ -82,9 +90,12 @@ class Report:
                 share = f"{source.left_out['rows']} of {source.left_out['looked_at']} rows looked at"
                 out.append(f"  the template leaves out text of {share}, for example {source.left_out['first'][0]}")
         out.append(f"template: {self.template}; max_length {self.max_length}")
-        out += [f"{name}: {split.line()}" for name, split in (("train", self.train), ("eval", self.eval)) if split]
+        splits = {"train": self.train, "eval": self.eval} | {f"eval {name}": split for name, split in self.eval_sets.items()}
+        out += [f"{name}: {split.line()}" for name, split in splits.items() if split]
         if self.duplicates_train_eval:
             out.append(f"warning: {self.duplicates_train_eval} evaluation rows are also in the training rows")
+        if self.contaminated and self.contaminated.rows:
+            out.append(f"warning: {self.contaminated.line()}")
         return out
 
 

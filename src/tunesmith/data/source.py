@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tunesmith.data.config import EvalConfig, Source
+from tunesmith.data.config import DataConfig, Source
 from tunesmith.data.formats import Converter, converter
 from tunesmith.data.problems import Record, RowProblem
 from tunesmith.data.read import Rows, read
@@ -74,10 +74,11 @@ def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES) -> Opene
     return Opened(source, accepted, convert, described, kinds)
 
 
-def eval_source(config: EvalConfig) -> Source | None:
-    """The evaluation file as a source, when the recipe names one."""
-    if config.path is None:
-        return None
-    return Source(
-        path=config.path, format=config.format, columns=config.columns, prompt_template=config.prompt_template, limit=config.limit
-    )
+def eval_sources(config: DataConfig) -> dict[str, Source]:
+    """The evaluation files that the recipe names: ``data.eval.sets``, or ``data.eval.path`` under the empty name; {} for neither.
+
+    ``data.eval.path`` is read as the first training source is: its format, columns and prompt_template, where it has some.
+    """
+    if config.eval.path is None:
+        return dict(config.eval.sets or {})
+    return {"": config.train[0].model_copy(update={"path": config.eval.path, "limit": config.eval.limit, "weight": 1.0})}

@@ -1,0 +1,1 @@
+"""Makers of data: rows with answers that are known to be true, made from the Python that runs."""

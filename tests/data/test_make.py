@@ -1,0 +1,644 @@
+"""Rows made from Python's own library: what they say is true, and the same call makes the same rows."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import io
+import json
+import re
+import tokenize
+from inspect import signature
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tunesmith.cli import data as data_verbs
+from tunesmith.cli import main as program
+from tunesmith.data.make import classify, instructions, library, multilabel, preferences, qa, tag, tag_korean
+from tunesmith.data.make.draw import KINDS, draw, halves, maker, stream
+from tunesmith.data.make.maker import LANGUAGES, NO_ANSWER, Maker, listed
+from tunesmith.errors import UserError
+
+ROWS = 200
+EVERY = [(kind, lang) for kind in KINDS for lang in LANGUAGES]
+COLUMNS = {
+    "docstrings": {"instruction": str, "response": str},
+    "instructions": {"instruction": str, "input": str, "output": str},
+    "preferences": {"prompt": str, "chosen": str, "rejected": str},
+    "classify": {"text": str, "label": str},
+    "multilabel": {"text": str, "labels": list},
+    "tag": {"tokens": list, "ner_tags": list},
+    "qa": {"context": str, "question": str, "answers": dict},
+}
+
+
+@functools.cache
+def drawn(kind, lang="en", seed=0):
+    return draw(kind, ROWS, seed, lang)
+
+
+def rows(kind, lang="en"):
+    return drawn(kind, lang).rows
+
+
+@pytest.fixture
+def few_ahead(monkeypatch):
+    """Fewer rows are held while modules are read, so fewer modules are."""
+    monkeypatch.setattr("tunesmith.data.make.draw.AHEAD", 60)
+
+
+# What all kinds share
+
+
+@pytest.mark.parametrize(("kind", "lang"), EVERY)
+def test_rows_have_the_columns_of_their_kind_and_none_comes_twice(kind, lang):
+    made = rows(kind, lang)
+    assert len(made) == ROWS
+    for row in made:
+        assert {name: type(value) for name, value in row.items()} == COLUMNS[kind]
+    identity = maker(kind).identity
+    assert len({json.dumps([row[name] for name in identity]) for row in made}) == ROWS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_call_makes_the_same_rows_and_another_seed_makes_others(kind, few_ahead):
+    again, other = draw(kind, 40, 7), draw(kind, 40, 8)
+    assert draw(kind, 40, 7) == again
+    same = {json.dumps(row) for row in again.rows} & {json.dumps(row) for row in other.rows}
+    assert len(same) < 20
+
+
+@pytest.mark.parametrize("kind", ["instructions", "preferences", "qa"])
+def test_few_rows_are_about_many_functions(kind):
+    about = [maker(kind).subject(row) for row in rows(kind)]
+    assert len(set(about)) > 0.95 * len(about)
+
+
+def test_only_as_many_modules_are_read_as_the_rows_need():
+    assert drawn("instructions").modules < len(library.sources()) / 3
+
+
+def test_more_than_there_are_is_refused_and_the_number_that_is_named_can_be_had(small_library):
+    with pytest.raises(UserError) as error:
+        draw("qa", 100_000, no_answer=0.3)
+    most = int(re.search(r"Say --rows (\d+)", str(error.value))[1])
+    assert len(draw("qa", most, no_answer=0.3).rows) == most
+    with pytest.raises(UserError):
+        draw("qa", most + 1, no_answer=0.3)
+
+
+@pytest.fixture
+def small_library(monkeypatch):
+    """A library of a few modules, so that all of it can be read."""
+    names = ("textwrap.py", "shlex.py", "string.py", "json/decoder.py", "json/encoder.py", "queue.py", "heapq.py", "netrc.py")
+    few = tuple(path for path in library.sources() if path.relative_to(library.library()).as_posix() in names)
+    monkeypatch.setattr("tunesmith.data.make.draw.sources", lambda: few)
+
+
+def noted(read, path):
+    read.append(path)
+    return library.read_module(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rows_to_test_on_come_from_other_modules_and_none_is_among_those_to_train_on(kind, monkeypatch):
+    few = [path for path in library.sources() if path.parent.name in ("json", "urllib", "concurrent", "logging", "html", "dbm")]
+    monkeypatch.setattr("tunesmith.data.make.draw.sources", lambda: few)
+    used = {path for path in few if maker(kind).stratum(library.module_name(path)) is not None}
+    found = {}
+    for split in ("train", "test"):
+        read = []
+        monkeypatch.setattr("tunesmith.data.make.draw.read_module", functools.partial(noted, read))
+        made = [json.dumps([row[name] for name in maker(kind).identity]) for _, row in stream(maker(kind), "en", 3, split)]
+        found[split] = set(made)
+        assert made and len(found[split]) == len(made)
+        assert set(read) < used if split == "train" else set(read) == used
+    assert not found["train"] & found["test"]
+
+
+def test_a_topic_has_modules_for_training_and_for_testing():
+    for half in halves(maker("classify")):
+        assert set(half) == set(classify.TOPICS) and all(half.values())
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    monkeypatch.setattr("tunesmith.data.make.draw.sources", lambda: ())
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(data=st.data())
+def test_rows_are_drawn_evenly_whatever_the_groups_hold(data, no_library):
+    sizes = data.draw(st.dictionaries(st.sampled_from("abcde"), st.integers(1, 40), min_size=1))
+    everything = [(group, {"n": f"{group}{n}"}) for group, size in sizes.items() for n in range(size)]
+    made = Maker(lambda module, lang, seed: iter(()), {}, ("n",), besides=lambda lang: iter(everything))
+    wanted = data.draw(st.integers(1, sum(sizes.values())))
+    got = [group for group, _ in stream(made, "en", 0)][:wanted]
+    counts = {group: got.count(group) for group in sizes}
+    fullest = max(counts.values())
+    assert all(count >= fullest - 1 or count == sizes[group] for group, count in counts.items())
+
+
+def test_an_excerpt_gives_each_node_its_own_characters():
+    source = (
+        'class A:\n    @mark\n    def été(self, naïve="é", *, b: int = 3) -> "x":\n        """Ä."""\n        return naïve, b\n'
+    )
+    module = library.Module("m", source, ast.parse(source))
+    node = module.functions[0].node
+    part = library.excerpt(module, node)
+    assert part.text.startswith("@mark\ndef été(self") and part.text.endswith("    return naïve, b")
+    assert [part.source(one.node) for one in library.all_parameters(node)] == ["self", "naïve", "b: int"]
+    assert [part.source(one.default) for one in library.all_parameters(node)[1:]] == ['"é"', "3"]
+    assert library.without_docstring(part, node).endswith('"x":\n    return naïve, b')
+
+
+def test_a_string_that_stands_left_of_its_function_is_not_cut():
+    source = 'class A:\n    def f(self):\n        return """\nleft\n"""\n'
+    module = library.Module("m", source, ast.parse(source))
+    assert library.excerpt(module, module.functions[0].node) is None
+
+
+# Instructions: each answer found again by other means
+
+
+def names_in(text):
+    return re.findall(r"`([^`]+)`", text)
+
+
+def declared(code):
+    """{parameter with its stars: text of its default, or None} of the first function in some code, from its tokens alone."""
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(code).readline) if token.type != tokenize.NL]
+    start = next(place for place, token in enumerate(tokens) if token.string == "def") + 2
+    depth, pieces, piece = 0, [], []
+    for token in (token for token in tokens[start:] if token.type != tokenize.COMMENT):
+        depth += (token.string in ("(", "[", "{")) - (token.string in (")", "]", "}"))
+        if depth == 0 or (depth == 1 and token.string == ","):
+            pieces.append(piece)
+            piece = []
+        elif depth > 1 or token.string != "(":
+            piece.append(token)
+        if depth == 0:
+            break
+    found = {}
+    for piece in pieces:
+        words = [token.string for token in piece]
+        name = "".join(words[: next((n + 1 for n, word in enumerate(words) if word.isidentifier()), 0)])
+        if name:
+            place = words.index("=") + 1 if "=" in words else None
+            found[name] = None if place is None else between(code, piece[place].start, piece[-1].end)
+    return found
+
+
+def between(code, start, end):
+    lines = code.split("\n")[start[0] - 1 : end[0]]
+    return (
+        lines[0][start[1] : end[1]] if len(lines) == 1 else "\n".join([lines[0][start[1] :], *lines[1:-1], lines[-1][: end[1]]])
+    )
+
+
+def raises(code):
+    """Names behind `raise`, in order."""
+    found = tokenize.generate_tokens(io.StringIO(code).readline)
+    tokens = [token.string for token in found if token.type != tokenize.COMMENT]
+    places = [place for place, word in enumerate(tokens) if word == "raise" and tokens[place + 1].isidentifier()]
+    ends = [next(n for n in range(place, len(tokens)) if tokens[n] in ("(", "from", "\n", "", "else", ";")) for place in places]
+    return list(dict.fromkeys("".join(tokens[place + 1 : end]) for place, end in zip(places, ends)))
+
+
+def test_what_finds_the_parameters_anew_is_right():
+    code = "@a(b=1)\nasync def f(self, x: int = (1, 2), *rest, y='a,b',  # why, = not\n        z=[3],\n        **more) -> c: return g(q=1)"
+    assert declared(code) == {"self": None, "x": "(1, 2)", "*rest": None, "y": "'a,b'", "z": "[3]", "**more": None}
+
+
+def task_of(row, asked):
+    """The task whose phrasing a question has."""
+    for task, phrases in asked.items():
+        for phrase in (phrases,) if isinstance(phrases, str) else phrases:
+            if re.fullmatch(re.sub(r"\\{\w+\\}", ".*?", re.escape(phrase)), row, re.S):
+                return task
+    raise AssertionError(row)
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_answers_to_instructions_are_true(lang):
+    checked = set()
+    for row in rows("instructions", lang):
+        question, code, answer = row["instruction"], row["input"], row["output"]
+        task = task_of(question, instructions.ASKED[lang])
+        checked.add(task)
+        if task in ("parameters", "count", "required"):
+            named = names_in(answer)
+            found = (
+                list(declared(code))
+                if task != "required"
+                else [n for n, text in declared(code).items() if text is None and "*" not in n]
+            )
+            assert named == found or (named == found[1:] and found[0] in {"self", "cls", *names_in(question)}), row
+            assert task != "count" or re.search(r"\d+", answer)[0] == str(len(named))
+        elif task == "default":
+            (name,) = set(names_in(question)) & declared(code).keys() - {
+                names_in(question)[0] if f"def {names_in(question)[0]}(" in code and len(names_in(question)) > 1 else ""
+            }
+            value = declared(code)[name]
+            assert names_in(answer)[0] == (name if value is None else value), row
+        elif task == "exceptions":
+            assert set(names_in(answer)) - {"raise"} <= set(raises(code)), row
+            assert ("`raise`" in answer) == (not raises(code)), row
+        elif task == "generator":
+            assert answer.startswith(("Yes", "네")) == (re.search(r"\byield\b", code) is not None), row
+        elif task == "signature":
+            assert re.match(r"def (\w+)", answer)[1] in names_in(question)
+            given = re.sub(r"[`]", "", question)
+            for name, value in declared(answer).items():
+                assert re.search(rf"(?<![\w*]){re.escape(name)}(?!\w)", given) and (value is None or value in given), row
+        elif task == "docstring":
+            assert '"""' + answer not in code and answer.endswith(".") and ast.parse(code)
+        elif task == "methods":
+            assert names_in(answer) == re.findall(r"^    (?:async )?def ([a-zA-Z]\w*)", code, re.M), row
+        elif task == "bases":
+            assert f"({', '.join(names_in(answer))}" in code.split("\n")[0], row
+        elif task == "decorators":
+            assert (
+                names_in(answer) == [line[1:] for line in code.split("\n") if line.startswith("@")]
+                or "\n    " in code.split("def ")[0]
+            )
+    assert checked == set(instructions.ASKED[lang])
+
+
+def test_an_instruction_about_code_comes_with_the_code():
+    for row in rows("instructions"):
+        assert bool(row["input"]) == (task_of(row["instruction"], instructions.ASKED["en"]) != "signature")
+        assert len(row["input"]) <= instructions.CHARACTERS
+
+
+# Preferences
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_length_does_not_give_the_answer_away(lang):
+    longer = [len(row["chosen"]) > len(row["rejected"]) for row in rows("preferences", lang)]
+    same = sum(len(row["chosen"]) == len(row["rejected"]) for row in rows("preferences", lang))
+    assert 0.4 <= sum(longer) / (len(longer) - same) <= 0.6
+
+
+def test_the_lengths_are_balanced_within_each_flaw():
+    for name, count in drawn("preferences").counts.items():
+        flaw, side = name.rsplit(", ", 1)
+        if side == "longer" and flaw != "cut off":  # what is cut off may only be longer when there is a second paragraph
+            assert 0.5 < count / drawn("preferences").counts[f"{flaw}, shorter"] < 2
+
+
+def test_chosen_answers_are_true_and_rejected_ones_are_not():
+    facts = 0
+    for row in rows("preferences"):
+        assert row["chosen"] != row["rejected"] and row["chosen"].strip() and row["rejected"].strip()
+        question, _, code = row["prompt"].partition("\n\n")
+        if not code:
+            continue
+        facts += 1
+        told, false = names_in(row["chosen"]), names_in(row["rejected"])
+        if question.startswith("What is the default"):
+            name, value = told
+            assert ast.literal_eval(declared(code)[name]) == ast.literal_eval(value) != ast.literal_eval(false[1]), row
+        elif question.startswith("Which parameters"):
+            found = list(declared(code))
+            assert (told == found or told == found[1:]) and false not in (told, found), row
+        else:
+            assert set(told) <= set(raises(code)) and set(false) != set(told), row
+    assert facts > 50
+
+
+# Classification
+
+
+def test_labels_are_the_topics_of_the_modules_and_as_even_as_can_be():
+    counts = drawn("classify").counts
+    assert set(counts) == set(classify.TOPICS) and max(counts.values()) - min(counts.values()) <= 2
+    assert set(drawn("classify", "ko").counts) == set(classify.KOREAN.values())
+
+
+def test_a_text_stands_in_a_module_of_its_topic():
+    for row in rows("classify")[::10]:
+        files = [path for path in library.sources() if classify.topic(library.module_name(path)) == row["label"]]
+        beginning = " ".join(row["text"].split()[:3])
+        assert any(beginning in " ".join(path.read_text(encoding="utf-8").split()) for path in files), row
+
+
+def test_no_module_has_two_topics_and_each_is_one():
+    listed_twice = [name for names in classify.TOPICS.values() for name in names.split()]
+    assert len(listed_twice) == len(set(listed_twice)) and set(classify.KOREAN) == set(classify.TOPICS)
+
+
+SEEN = {
+    "recursion": None,
+    "generator": r"\byield\b",
+    "assertion": r"\bassert\b",
+    "lambda": r"\blambda\b",
+    "nested function": r"\n\s+(async )?def ",
+    "context manager": r"\bwith\b",
+    "comprehension": r"\bfor\b[^:]*\bin\b",
+    "decorator": r"^@",
+    "string formatting": r"%|\.format|\bf['\"]|\b[rR]?[fF][rR]?['\"]",
+    "exception handling": r"\btry\s*:",
+    "raising": r"\braise\b",
+    "loop": r"\b(for|while)\b",
+    "default value": r"=",
+    "condition": r"\bif\b",
+}
+
+
+def test_labels_of_a_function_are_the_constructs_in_it():
+    labels = set()
+    for row in rows("multilabel"):
+        bare = re.sub(r'("""|\'\'\').*?\1|#.*', "", row["text"], flags=re.S)  # without docstrings and comments
+        for name, pattern in SEEN.items():
+            if name in row["labels"] and pattern:
+                assert re.search(pattern, row["text"], re.M), (name, row["text"])
+        for name in ("generator", "exception handling", "nested function", "lambda", "decorator"):
+            if name not in row["labels"]:
+                assert not re.search(rf"^[^'\"]*(?:{SEEN[name]})", bare, re.M), (name, row["text"])
+        if "recursion" in row["labels"]:
+            name = re.search(r"def (\w+)", row["text"])[1]
+            assert len(re.findall(rf"\b{name}\(", row["text"])) > 1
+        assert row["labels"] == [name for name in multilabel.CONSTRUCTS if name in row["labels"]]
+        labels.update(row["labels"])
+    assert len(labels) >= len(SEEN) - 1
+    assert set(multilabel.KOREAN) == set(multilabel.CONSTRUCTS) == set(SEEN)
+
+
+@pytest.mark.parametrize(
+    ("source", "labels"),
+    [
+        ("def f(n):\n    if n:\n        return f(n - 1)\n    return n", ["recursion", "condition"]),
+        ("def f(n):\n    # f(1)\n    return g(f)", []),
+        ("def f(n):\n    def g():\n        yield 1\n    return g", ["generator", "nested function"]),
+        ("def f(a, *, b=1):\n    c = '%d' % b\n    return f'{a}', c", ["string formatting", "default value"]),
+        ("async def f(a):\n    async with a as b:\n        await b\n    assert a", ["assertion", "context manager"]),
+    ],
+)
+def test_constructs_by_example(source, labels):
+    module = library.Module("m", source + "\n", ast.parse(source))
+    (row,) = [row for _, row in multilabel.MAKER.candidates(module, "en", 0)]
+    assert row["labels"] == labels
+
+
+def test_a_method_that_calls_its_namesake_of_another_object_is_not_recursive():
+    source = "class A:\n    def close(self):\n        self.file.close()\n        super().close()\n    def walk(self):\n        self.x = 1\n        self.walk()\n"
+    module = library.Module("m", source, ast.parse(source))
+    assert [row["labels"] for _, row in multilabel.MAKER.candidates(module, "en", 0)] == [[], ["recursion"]]
+
+
+# Tags
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_tags_are_valid_bio(lang):
+    kinds = set(tag.KINDS) if lang == "en" else set(tag_korean.KOREAN.values())
+    seen = set()
+    for row in rows("tag", lang):
+        assert len(row["tokens"]) == len(row["ner_tags"]) and all(row["tokens"])
+        before = "O"
+        for one in row["ner_tags"]:
+            assert one == "O" or (one[:2] in ("B-", "I-") and one[2:] in kinds)
+            if one.startswith("I-"):
+                assert before[2:] == one[2:], row
+            before = one
+            seen.add(one)
+    assert {f"B-{kind}" for kind in kinds} <= seen and any(one.startswith("I-") for one in seen)
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_most_tokens_name_nothing(lang):
+    tags = [one for row in rows("tag", lang) for one in row["ner_tags"]]
+    assert 0.5 < tags.count("O") / len(tags) < 0.95
+
+
+def entities(row):
+    """(kind, text) of each entity, its tokens joined."""
+    out = []
+    for token, one in zip(row["tokens"], row["ner_tags"]):
+        if one.startswith("B-"):
+            out.append([one[2:], token])
+        elif one.startswith("I-"):
+            out[-1][1] += token
+    return out
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_what_is_named_is_in_the_library(lang):
+    text = {path: path.read_text(encoding="utf-8") for path in library.sources()}
+    defined = {kind: set() for kind in ("def", "class")}
+    for source in text.values():
+        for kind, name in re.findall(r"^\s*(?:async )?(def|class)\s+(\w+)", source, re.M):
+            defined[kind].add(name)
+    english = {shown: kind for kind, shown in tag_korean.KOREAN.items()} if lang == "ko" else {}
+    for row in rows("tag", lang):
+        for shown, name in entities(row):
+            kind = english.get(shown, shown)
+            last = name.rpartition(".")[2]
+            if kind == "FUNCTION":
+                assert last in defined["def"], row
+            elif kind == "CLASS":
+                assert last in defined["class"], row
+            elif kind == "EXCEPTION":
+                assert last in defined["class"] | library.EXCEPTIONS or re.search(r"(Error|Exception|Warning)$", last), row
+            elif kind == "MODULE":
+                assert name in library.module_names() or any(
+                    re.search(rf"^\s*import .*\b{name}\b", one, re.M) for one in text.values()
+                )
+            elif kind == "NUMBER":
+                assert re.fullmatch(r"0[xo][\da-fA-F]+|[\d.]+", name), row
+            else:
+                assert name.isidentifier()
+
+
+NAMES = tag.Names(
+    frozenset({"text", "maxlen", "name"}), frozenset({"dedent", "open"}), frozenset({"close", "flush"}),
+    frozenset({"Shelf", "date"}), frozenset({"ShelfError", *library.EXCEPTIONS}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sentence", "named"),
+    [
+        ("Wrap text at 80 columns.", [("PARAM", "text"), ("NUMBER", "80")]),
+        ("Use `dedent()` of the textwrap module before maxlen is reached.", [("FUNCTION", "dedent"), ("MODULE", "textwrap"), ("PARAM", "maxlen")]),
+        ("Close the Shelf or a ShelfError is raised.", [("CLASS", "Shelf"), ("EXCEPTION", "ShelfError")]),
+        ("See json.decoder for Shelf.close() too.", [("MODULE", "json.decoder"), ("FUNCTION", "Shelf.close")]),
+        ("It can flush and close the file 3.4.1 of UTF-8.", []),
+        ("Raises OSError, KeyError.", [("EXCEPTION", "OSError"), ("EXCEPTION", "KeyError")]),
+    ],
+)  # fmt: skip
+def test_names_in_sentences_by_example(sentence, named):
+    assert [(kind, sentence[start:end]) for start, end, kind in tag.mentions(sentence, NAMES)] == named
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "The name of the file.",  # a parameter or the word
+        "Can open the file.",  # a function or the verb
+        "A date object.",  # a class or the day
+        "Shelf of books.",  # a class or the beginning of a sentence
+        "Calls unknown_name first.",
+        "Uses os.nothing_there here.",
+        "The text-based form.",
+    ],
+)
+def test_a_sentence_with_a_word_that_may_be_a_name_is_left_out(sentence):
+    with pytest.raises(tag.UnsureError):
+        tag.mentions(sentence, NAMES)
+
+
+@given(st.text("ab._( )3é", max_size=30), st.data())
+def test_tokens_are_the_text_without_its_spaces(text, data):
+    words = [match.span() for match in tag.TOKEN.finditer(text)]
+    chosen = sorted(data.draw(st.lists(st.sampled_from(words), unique=True, max_size=3))) if words else []
+    tokens, tags = tag.bio(text, [(*span, "CLASS") for span in chosen])
+    assert "".join(tokens) == "".join(text.split())
+    assert [token for token, one in zip(tokens, tags) if one == "B-CLASS"] == [text[slice(*span)] for span in chosen]
+
+
+# Questions
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_answers_stand_where_the_row_says(lang):
+    for row in rows("qa", lang):
+        answers = row["answers"]
+        assert len(answers["text"]) == len(answers["answer_start"]) <= 1
+        for text, start in zip(answers["text"], answers["answer_start"]):
+            assert text and row["context"][start : start + len(text)] == text
+
+
+def test_one_question_in_five_has_no_answer_or_as_many_as_are_asked_for(few_ahead):
+    assert sum(not row["answers"]["text"] for row in rows("qa")) == ROWS / 5
+    assert sum(count for name, count in drawn("qa").counts.items() if name.startswith(NO_ANSWER)) == ROWS / 5
+    for share in (0.0, 0.5, 1.0):
+        assert sum(not row["answers"]["text"] for row in draw("qa", 40, no_answer=share).rows) == 40 * share
+
+
+def test_answers_to_questions_are_true():
+    for row in rows("qa"):
+        context, question, answers = row["context"], row["question"], row["answers"]["text"]
+        task = task_of(question, qa.ASKED["en"])
+        asked = re.search(r"`(\w[\w.]*)`", question)
+        if task == "default":
+            assert declared(context)[asked[1]] == (answers[0] if answers else None), row
+        elif task == "exception":
+            assert answers == raises(context), row
+        elif task == "annotation":
+            shown = re.search(r"\)\s*->\s*(.*?):\s*(#.*)?$", context, re.M)
+            assert (shown and shown[1]) == (answers[0] if answers else None), row
+        elif task == "docstring":
+            assert re.search(r"(\"\"\"|'''|['\"])\s*" + re.escape(answers[0]), context) if answers else '"""' not in context, row
+        elif task == "next parameter":
+            names = [name.lstrip("*") for name in declared(context)]
+            assert names[names.index(asked[1]) + 1 :][:1] == answers, row
+        elif task == "base":
+            base = re.search(r"^class \w+\((.*?)\)?:", context, re.M)
+            assert (base[1] if base else None) == (answers[0] if answers else None), row
+        elif task == "described":
+            line = re.search(rf"^{re.escape(asked[1])}: (.*)$", context, re.M)
+            assert (line[1] if line else None) == (answers[0] if answers else None), row
+
+
+# Korean
+
+
+WRITTEN_BY_US = {"docstrings": "instruction", "instructions": "instruction", "preferences": "prompt", "qa": "question"}
+
+
+@pytest.mark.parametrize("kind", [*WRITTEN_BY_US, "tag"])
+def test_no_korean_particle_depends_on_how_a_name_is_read(kind):
+    hangul = re.compile(r"[가-힣]")
+    for row in rows(kind, "ko"):
+        text = " ".join(row["tokens"]) if kind == "tag" else row[WRITTEN_BY_US[kind]].partition("\n\n")[0]
+        assert hangul.search(text), row
+        assert not re.search(r"[A-Za-z0-9_]`?(은|는|이|가|을|를|과|와|으로|로)(?![가-힣])", text), text
+
+
+def test_particles_after_korean_nouns_fit_their_last_sound():
+    pairs = {"을": True, "를": False, "은": True, "는": False, "과": True, "와": False}
+    texts = json.dumps(
+        [instructions.ASKED["ko"], instructions.SAID["ko"], preferences.ASKED["ko"], preferences.SAID["ko"], qa.ASKED["ko"]],
+        ensure_ascii=False,
+    )
+    texts = re.sub(r"\{kind\}", "함수", texts) + json.dumps(tag_korean.SENTENCES, ensure_ascii=False)
+    found = re.findall(r"(?<![가-힣])([가-힣]+)(을|를|은|는|과|와)(?![가-힣])", texts)
+    assert len(found) > 30
+    for noun, particle in found:
+        closed = (ord(noun[-1]) - ord("가")) % 28 > 0
+        assert closed == pairs[particle] or noun + particle in ("있는", "없는", "오는", "붙은", "하는", "같은", "않는"), (
+            noun + particle
+        )
+
+
+def test_lists_read_as_their_language_wants():
+    assert listed(["a", "b", "c"], "en") == "a, b and c" and listed(["a", "b", "c"], "ko") == "a, b, c" and listed([], "en") == ""
+
+
+# The command
+
+
+def run(capsys, *words):
+    code = program.main(["data", "build", *words])
+    caught = capsys.readouterr()
+    return code, caught.out, caught.err
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_build_writes_a_file_and_says_what_is_in_it(capsys, few_ahead):
+    code, out, err = run(capsys, "classify", "--rows", "30", "--lang", "ko", "--json")
+    assert code == 0
+    told = json.loads(out)
+    content = Path("classify-ko.jsonl").read_bytes()
+    assert (told["path"], told["rows"], told["lang"]) == ("classify-ko.jsonl", 30, "ko")
+    assert told["sha256"] == hashlib.sha256(content).hexdigest()
+    lines = [json.loads(line) for line in content.decode().splitlines()]
+    assert lines == draw("classify", 30, 0, "ko").rows
+    assert sum(told["counts"].values()) == 30
+    assert "Real: " in err and "--- 3" in err and lines[0]["label"] in err
+
+
+def test_the_help_names_every_kind(capsys):
+    assert run(capsys, "--help")[0] == 0
+    assert set(KINDS) <= set(re.findall(r"\w+", signature(data_verbs.build).parameters["kind"].annotation))
+
+
+def test_build_never_overwrites(capsys):
+    Path("qa-en.jsonl").write_text("mine")
+    code, _, err = run(capsys, "qa", "--rows", "10")
+    assert code == 2 and "qa-en.jsonl exists" in err and Path("qa-en.jsonl").read_text() == "mine"
+
+
+def test_build_prints_rows_when_asked(capsys, few_ahead):
+    code, out, _ = run(capsys, "tag", "--rows", "5", "--out", "-", "--seed", "3")
+    assert code == 0 and [json.loads(line) for line in out.splitlines()] == draw("tag", 5, 3).rows
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["instruction"], "Did you mean `instructions`"),
+        (["qa", "--lang", "kr"], "Did you mean `ko`"),
+        (["qa", "--split", "eval"], "Valid: test, train"),
+        (["tag", "--no-answer", "0.5"], "is for the kind qa"),
+        (["qa", "--out", "-", "--json"], "both print"),
+        (["qa", "--out", "a.csv"], "--out a.jsonl"),
+        (["qa", "--out", "none/a.jsonl"], "no folder none"),
+    ],
+)
+def test_build_refuses_what_makes_no_sense(capsys, words, said):
+    code, out, err = run(capsys, *words)
+    assert code == 2 and said in " ".join((err + out).split())
+    assert not list(Path().iterdir())
