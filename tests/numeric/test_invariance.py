@@ -24,7 +24,7 @@ def train(made, out):
 @pytest.mark.parametrize("objective", ["sft", "cpt"])
 @pytest.mark.parametrize("name", TINY)
 def test_any_split_makes_the_same_update(name, objective, adaptation, tmp_path):
-    made = recipe(tmp_path, name, objective, ADAPTATIONS[adaptation], learning_rate=1e-3, adam_epsilon=1e-3)
+    made = recipe(tmp_path, name, objective, ADAPTATIONS[adaptation], learning_rate=1e-3, optim_args={"eps": 1e-3})
     whole = train(made, tmp_path / "whole")
     for number, split in enumerate(SPLITS):
         other = train({**made, "train": {**made["train"], **split}}, tmp_path / str(number))
@@ -35,7 +35,7 @@ def test_model_dropout_makes_the_same_update_for_any_split(tmp_path):
     from tests.runs import model_folder
 
     model_folder(tmp_path, "gpt2", resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1)
-    made = recipe(tmp_path, "gpt2", learning_rate=1e-3, adam_epsilon=1e-3)
+    made = recipe(tmp_path, "gpt2", learning_rate=1e-3, optim_args={"eps": 1e-3})
     whole = train(made, tmp_path / "whole")
     other = train({**made, "train": {**made["train"], "micro_batch_tokens": 1}}, tmp_path / "single")
     off = train({**made, "seed": 1}, tmp_path / "other-seed")
@@ -60,9 +60,24 @@ print(json.dumps(tunesmith.train(recipe, out=out)))
 """
 
 
-@pytest.mark.parametrize("adaptation", ["full", "lora-dropout"])
-def test_two_processes_make_the_update_of_one(adaptation, tmp_path):
-    made = recipe(tmp_path, "llama", "sft", ADAPTATIONS[adaptation], learning_rate=1e-3, adam_epsilon=1e-3, eval_steps=2)
+DRAWN_AND_RECOMPUTED = {"neftune_noise_alpha": 5.0, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_noise_on_the_embeddings_and_recomputed_layers_make_the_same_update_for_any_split(name, tmp_path):
+    made = recipe(tmp_path, name, "sft", ADAPTATIONS["lora-dropout"], learning_rate=1e-3, optim_args={"eps": 1e-3})
+    made["train"] |= DRAWN_AND_RECOMPUTED
+    whole = train(made, tmp_path / "whole")
+    for number, split in enumerate(SPLITS):
+        other = train({**made, "train": {**made["train"], **split}}, tmp_path / str(number))
+        assert apart(whole, other) <= 1e-6, split
+
+
+@pytest.mark.parametrize(("adaptation", "extra"), [("full", {}), ("lora-dropout", DRAWN_AND_RECOMPUTED)], ids=["full", "lora"])
+def test_two_processes_make_the_update_of_one(adaptation, extra, tmp_path):
+    made = recipe(
+        tmp_path, "llama", "sft", ADAPTATIONS[adaptation], learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2, **extra
+    )
     made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED)
@@ -81,8 +96,8 @@ def test_two_processes_make_the_update_of_one(adaptation, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert apart(weights(expected["model_dir"]), weights(both / "model")) <= 1e-6
-    ours, theirs = (
-        [record["eval_loss"] for record in tracking.read(run / "metrics.jsonl") if record["kind"] == "eval"]
-        for run in (alone, both)
-    )
-    assert ours == pytest.approx(theirs, abs=1e-6)
+    for kind, figure in (("eval", "eval_loss"), ("train", "update_ratio")):
+        ours, theirs = (
+            [record[figure] for record in tracking.read(run / "metrics.jsonl") if record["kind"] == kind] for run in (alone, both)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)

@@ -71,7 +71,7 @@ def saved(tmp_path_factory):
 
     def keep(*args):
         made = build(*args)
-        kept.append(made[0])
+        kept.append(made.model)
         return made
 
     patch = pytest.MonkeyPatch()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -16,17 +17,27 @@ from typing import Any, Protocol
 class Adaptation(Protocol):
     """What the engine needs of an adaptation. ``learning_rate`` is its default rate.
 
+    ``keys_of_learning``: keys of its ``Config`` that say how it learns, not what it is; they hold for one that is continued too.
+
     Merging needs no adaptation object: it works on saved folders (``models.load.merged``), whoever trained them.
     """
 
     learning_rate: float
+    keys_of_learning: frozenset[str]
 
     def load_kwargs(self) -> dict[str, Any]:
         """Extra arguments for ``from_pretrained`` (a quantisation config, say)."""
         ...
 
-    def apply(self, model: Any, head: str) -> Any:
-        """Return the model with exactly the right parameters trainable. Raises RecipeError before touching it."""
+    def apply(self, model: Any, head: str, new_rows: Sequence[int] = ()) -> Any:
+        """Return the model with exactly the right parameters trainable. Raises RecipeError before touching it.
+
+        ``new_rows``: rows of embedding and output layer that belong to new tokens; they are trained whatever else is.
+        """
+        ...
+
+    def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
+        """Name -> how many times the run's learning rate it learns at, of the trained ``parameters``; 1 for those left out."""
         ...
 
     def save(self, model: Any, folder: Path) -> None:

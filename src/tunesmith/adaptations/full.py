@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ class Config(BaseModel):
 
 class Adaptation:
     learning_rate = 2e-5
+    keys_of_learning: frozenset[str] = frozenset()
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -21,9 +23,12 @@ class Adaptation:
     def load_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def apply(self, model: Any, head: str) -> Any:
+    def apply(self, model: Any, head: str, new_rows: Sequence[int] = ()) -> Any:
         model.requires_grad_(True)
         return model
+
+    def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
+        return {}
 
     def save(self, model: Any, folder: Path) -> None:
         """A plain transformers folder, in the dtype of the weights as they are now."""

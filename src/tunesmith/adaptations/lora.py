@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +26,12 @@ class Config(BaseModel):
     use_dora: bool = Field(False, description="magnitude and direction apart (Liu et al. 2024)")
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = Field(None, description="modules trained and saved whole, such as [lm_head]")
+    loraplus_lr_ratio: float | None = Field(None, ge=1, description="B learns at so many times A's rate (Hayou et al. 2024)")
 
 
 class Adaptation:
     learning_rate = 2e-4
+    keys_of_learning = frozenset({"loraplus_lr_ratio"})
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -36,10 +39,10 @@ class Adaptation:
     def load_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def apply(self, model: Any, head: str) -> Any:
-        """A peft model with exactly the adapter (and ``modules_to_save``) trainable.
+    def apply(self, model: Any, head: str, new_rows: Sequence[int] = ()) -> Any:
+        """A peft model with exactly the adapter, ``modules_to_save`` and the ``new_rows`` of the vocabulary trainable.
 
-        Raises RecipeError, before the model is touched, when a pattern matches no module.
+        Raises RecipeError, before the model is touched, when a pattern matches no module or new rows cannot be trained.
         """
         from peft import LoraConfig, get_peft_model
 
@@ -48,6 +51,7 @@ class Adaptation:
         if wanted != "all-linear":
             _require_matches("target_modules", wanted, names)
         _require_matches("modules_to_save", self.config.modules_to_save or [], names)
+        rows = self._rows_of(model, new_rows)
         config = LoraConfig(
             task_type=TASK[head],
             r=self.config.r,
@@ -58,10 +62,46 @@ class Adaptation:
             use_dora=self.config.use_dora,
             bias=self.config.bias,
             modules_to_save=self.config.modules_to_save,
+            trainable_token_indices=rows or None,
             fan_in_fan_out=_stores_weights_transposed(model),
             ensure_weight_tying=bool(self.config.modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False)),
         )
         return get_peft_model(model, config)
+
+    def _rows_of(self, model: Any, new_rows: Sequence[int]) -> dict[str, list[int]]:
+        """Layer -> rows trained beside the adapter; a layer in ``modules_to_save`` is trained whole, new rows and all."""
+        if not new_rows:
+            return {}
+        names = {module: name for name, module in model.named_modules()}
+        first, last = model.get_input_embeddings(), model.get_output_embeddings()
+        ends = {names[layer]: layer for layer in (first, last) if layer is not None}
+        targets = self.config.target_modules
+        aimed = [name for name in ends if targets != "all-linear" and _matched(targets, [name])]
+        if aimed:
+            raise RecipeError(
+                f"add_tokens trains rows of {aimed[0]}, which adaptation.target_modules names too: a layer takes only one."
+                "\n  Put it under adaptation.modules_to_save instead, or leave it out."
+            )
+        whole = [name for name in ends if _matched(self.config.modules_to_save or [], [name])]
+        tied = last is not None and last.weight is first.weight
+        left = [] if tied and whole else [name for name in ends if name not in whole]
+        if not tied and last is not None and last.bias is not None and names[last] in left:
+            raise RecipeError(
+                f"add_tokens: the output layer {names[last]} of this model has a bias, which peft's trained rows leave out.\n"
+                f"  Add adaptation.modules_to_save=[{names[last]}], or use adaptation=full."
+            )
+        return {name: list(new_rows) for name in left if not (tied and ends[name] is last)}
+
+    def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
+        """LoRA+: B learns at a multiple of A's rate. So do vectors (biases, DoRA's magnitudes), as in peft and the authors' code.
+
+        Where peft gives a LoRA on the embedding a fixed rate of 1e-6, here its B learns like any other B.
+        """
+        ratio = self.config.loraplus_lr_ratio
+        if ratio is None:
+            return {}
+        parts = (".lora_B.", ".lora_embedding_B.")
+        return {name: ratio for name, one in parameters.items() if one.dim() == 1 or any(part in f"{name}." for part in parts)}
 
     def save(self, model: Any, folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors, nothing of the base."""
@@ -74,18 +114,26 @@ def _stores_weights_transposed(model: Any) -> bool:
 
 
 def _require_matches(key: str, patterns: str | list[str], names: list[str]) -> None:
-    """Each pattern must name at least one module: whole name, end of a dotted name, or (a single string) a regular expression."""
-    if isinstance(patterns, str):
-        found = any(re.fullmatch(patterns, name) for name in names)
-        unmatched = [] if found or any(name == patterns or name.endswith("." + patterns) for name in names) else [patterns]
-    else:
-        unmatched = [p for p in patterns if not any(name == p or name.endswith("." + p) for name in names)]
+    """Each pattern must name at least one module."""
+    matched = _matched(patterns, names)
+    unmatched = [pattern for pattern in ([patterns] if isinstance(patterns, str) else patterns) if pattern not in matched]
     if unmatched:
         ends = sorted({name.rpartition(".")[2] for name in names} - {str(number) for number in range(1000)})
         hints = [f"`{pattern}`{_nearest(pattern, ends)}" for pattern in unmatched]
         raise RecipeError(
             f"adaptation.{key} matches no module of this model: {'; '.join(hints)}.\n  Its modules are: {', '.join(ends)}"
         )
+
+
+def _matched(patterns: str | list[str], names: list[str]) -> list[str]:
+    """The patterns that name a module: its whole name, the end of it, or (a single string) a regular expression."""
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    return [
+        pattern
+        for pattern in listed
+        if any(name == pattern or name.endswith("." + pattern) for name in names)
+        or (isinstance(patterns, str) and any(re.fullmatch(pattern, name) for name in names))
+    ]
 
 
 def _nearest(name: str, valid: list[str]) -> str:

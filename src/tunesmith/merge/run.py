@@ -9,6 +9,7 @@ from typing import Any
 
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models import load, probe
+from tunesmith.models.locate import locate
 
 LARGEST_DIFFERENCE = 1e-3
 """Of the largest logit: above this the merged model would be another one than the adapter on its base."""
@@ -29,7 +30,7 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
     """
     import torch
 
-    folder = load.locate(model)
+    folder = locate(model)
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     target = Path(out).expanduser().resolve()
@@ -57,7 +58,7 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
         plain.save_pretrained(made)
         tokenizer.save_pretrained(made)
         probe.write_probe(made, plain, tokenizer)
-        reloaded = load.load_model(load.locate(made))
+        reloaded = load.load_model(locate(made))
         saved = _largest(reloaded, prompts, before)
         made.chmod(0o755)
         made.rename(target)

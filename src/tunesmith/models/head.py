@@ -10,12 +10,15 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import nn
 
 from tunesmith.models import kernels
 
 BLOCK = 256  # rows of logits at a time: 25 MB in bf16 at 49 thousand words; matrix products are at full speed from here
+NEW_HEADS = ("score", "classifier", "qa_outputs")
+"""What transformers calls the output layer of a network that does not predict tokens."""
 _plain: WeakSet[nn.Module] = WeakSet()
 
 
@@ -30,6 +33,22 @@ def use_plain_head(model: nn.Module, plain: bool) -> None:
 def base(model: Any) -> Any:
     """The transformers model inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def own_parameters(model: Any) -> set[str]:
+    """Names of the trained parameters of the output layer that no other layer shares; empty when it is frozen or tied."""
+    inner = base(model)
+    layer = inner.get_output_embeddings()
+    if layer is None:
+        layer = next((found for name in NEW_HEADS if isinstance(found := getattr(inner, name, None), nn.Module)), None)
+    prefix = next((name + "." for name, module in model.named_modules() if layer is not None and module is layer), None)
+    if prefix is None:
+        return set()
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), []).append(name)
+    return {alias[0] for alias in names.values() if all(name.startswith(prefix) for name in alias)}
 
 
 def hidden_states(model: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -48,50 +67,136 @@ def lm_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
     ``batch["positions"]`` (targets,) are the places, in the flattened batch, that predict them.
     """
+    blocked = _blocked(model, batch)
+    return _plain_losses(model, batch).sum() if blocked is None else BlockedCrossEntropy.apply(*blocked)
+
+
+def _blocked(model: Any, batch: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The arguments of ``BlockedCrossEntropy``, when the head is one product."""
     inner = base(model)
-    head = inner.get_output_embeddings()
-    if inner in _plain or type(head) is not nn.Linear:
-        logits = model(**inputs(batch)).logits.flatten(0, 1)[batch["positions"]]
-        return torch.nn.functional.cross_entropy(
-            logits if logits.dtype is torch.float64 else logits.float(), batch["labels"], reduction="sum"
-        )
-    hidden = hidden_states(model, batch).flatten(0, 1)[batch["positions"]]
-    return BlockedCrossEntropy.apply(hidden, head.weight, head.bias, batch["labels"])
+    head, rows, new = _head(inner.get_output_embeddings())
+    if inner in _plain or head is None:
+        return None
+    hidden = hidden_states(model, batch).flatten(0, 1)
+    here = head.weight.device  # with a device_map the last layer and the head need not be where the batch is
+    hidden = hidden[batch["positions"].to(hidden.device)].to(here)
+    return hidden, head.weight, head.bias, batch["labels"].to(here), rows, new
+
+
+def _head(layer: Any) -> tuple[nn.Linear | None, torch.Tensor | None, torch.Tensor | None]:
+    """(linear layer, rows, what stands in them): the head as one product, None when it is something else.
+
+    peft keeps the trained rows of a vocabulary beside a frozen layer; of a bias it knows nothing.
+    """
+    trained = getattr(layer, "token_adapter", None)
+    if trained is None:
+        return (layer if type(layer) is nn.Linear else None), None, None
+    inner, names = trained.base_layer, trained.active_adapters
+    if type(inner) is not nn.Linear or inner.bias is not None or len(names) != 1:
+        return None, None, None
+    if trained.merged or trained.disable_adapters:
+        return inner, None, None
+    new = trained.trainable_tokens_delta[names[0]]
+    return inner, torch.tensor(trained.token_indices[names[0]], device=new.device), new
+
+
+@torch.no_grad()
+def row_losses(model: Any, batch: dict[str, Any]) -> list[tuple[float, int]]:
+    """(sum of the negative log-likelihoods, targets) of each row of ``batch`` that has a target; by the way of ``lm_loss``."""
+    blocked = _blocked(model, batch)
+    if blocked is None:
+        losses = _plain_losses(model, batch)
+    else:
+        hidden, weight, bias, labels, rows, new = blocked
+        weight = weight if rows is None else weight.index_copy(0, rows, new.to(weight.dtype))
+        losses = torch.zeros(len(hidden), dtype=_exact(hidden), device=hidden.device)
+        for start in range(0, len(hidden), BLOCK):
+            part = slice(start, start + BLOCK)
+            _loss_and_gradient(nn.functional.linear(hidden[part], weight, bias), labels[part], losses[part])
+    positions = batch["positions"].cpu().numpy()
+    if "segments" in batch:  # a target is never the first token of its row, so the place that predicts it is in the row too
+        row_of = np.searchsorted(np.cumsum(batch["segments"]), positions, side="right")
+    else:
+        row_of = positions // batch["input_ids"].shape[1]
+    counts = np.bincount(row_of)
+    sums = np.bincount(row_of, weights=losses.cpu().double().numpy())  # in order and in fp64: the same every time
+    return [(float(total), int(count)) for total, count in zip(sums, counts) if count]
+
+
+def _plain_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """The loss of each target (targets,), from the model's own logits."""
+    logits = model(**inputs(batch)).logits.flatten(0, 1)[batch["positions"]]
+    return nn.functional.cross_entropy(logits.to(_exact(logits)), batch["labels"], reduction="none")
+
+
+def _exact(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
 class BlockedCrossEntropy(torch.autograd.Function):
-    """sum_i -log softmax(h_i W^T + b)[label_i]. ``hidden`` (targets, width), ``weight`` (vocabulary, width)."""
+    """sum_i -log softmax(h_i W^T + b)[label_i]. ``hidden`` (targets, width), ``weight`` (vocabulary, width).
+
+    ``new`` (n, width) stands in the place of the ``rows`` (n,) of W, and gets a gradient of its own: n rows, not the vocabulary.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        new: torch.Tensor | None = None,
     ) -> torch.Tensor:
         targets = hidden.shape[0]
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        exact = torch.float64 if hidden.dtype is torch.float64 else torch.float32
-        losses = torch.zeros(max(targets, 1), dtype=exact, device=hidden.device)
+        if rows is not None and new is not None:
+            weight = weight.index_copy(0, rows, new.to(weight.dtype))
+        losses = torch.zeros(max(targets, 1), dtype=_exact(hidden), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight) if want_weight else None
-        grad_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
+        grad_weight = _sum_like(weight) if want_weight else None
+        grad_bias = _sum_like(bias) if want_bias and bias is not None else None
+        grad_new = _sum_like(new) if new is not None and ctx.needs_input_grad[5] else None
         for start in range(0, targets, BLOCK):
-            rows = hidden[start : start + BLOCK]
+            block = hidden[start : start + BLOCK]
             block_labels = labels[start : start + BLOCK]
-            logits = torch.nn.functional.linear(rows, weight, bias)
+            logits = torch.nn.functional.linear(block, weight, bias)
             gradient = _loss_and_gradient(logits, block_labels, losses[start : start + BLOCK])
             if grad_hidden is not None:
                 torch.mm(gradient, weight, out=grad_hidden[start : start + BLOCK])
             if grad_weight is not None:
-                grad_weight.addmm_(gradient.t(), rows)
+                if grad_weight.dtype is gradient.dtype:
+                    grad_weight.addmm_(gradient.t(), block)
+                else:
+                    grad_weight += gradient.t() @ block
             if grad_bias is not None:
-                grad_bias += gradient.sum(0)
-        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+                grad_bias += gradient.sum(0, dtype=grad_bias.dtype)
+            if grad_new is not None:
+                grad_new += (gradient[:, rows].t() @ block).to(grad_new.dtype)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias, grad_new)
+        ctx.dtypes = tuple(None if one is None else one.dtype for one in (hidden, weight, bias, new))
         return losses.sum(dtype=torch.float32 if hidden.device.type == "mps" else torch.float64)  # thousands of terms
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias = (None if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.gradients)
-        ctx.gradients = (None, None, None)
-        return hidden, weight, bias, None
+        hidden, weight, bias, new = (
+            None if one is None else _times(one, grad, dtype) for one, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        )
+        ctx.gradients = (None, None, None, None)
+        return hidden, weight, bias, None, None, new
+
+
+def _sum_like(weight: torch.Tensor) -> torch.Tensor:
+    """Zeros to sum a gradient in. It is not yet divided by anything, so in fp16 it could pass that format's 65504."""
+    return torch.zeros_like(weight, dtype=torch.float32 if weight.dtype is torch.float16 else weight.dtype)
+
+
+def _times(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``gradient`` times the number ``factor``, in ``dtype``. A loss scale of 65536 is itself above what fp16 holds."""
+    if dtype is torch.float16:
+        return gradient.float().mul_(factor.float()).to(dtype)
+    return gradient.mul_(factor.to(gradient.dtype)).to(dtype)
 
 
 def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
@@ -99,7 +204,7 @@ def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, losses: torch
     if kernels.available(logits):
         kernels.call("cross_entropy", logits.dtype, logits, labels, losses, logits.shape[0], logits.shape[1])
         return logits
-    exact = logits if logits.dtype is torch.float64 else logits.float()
+    exact = logits.to(_exact(logits))
     normaliser = torch.logsumexp(exact, dim=-1)
     losses.copy_(normaliser - exact.gather(1, labels[:, None])[:, 0])
     gradient = exact.sub_(normaliser[:, None]).exp_()

@@ -1,39 +1,103 @@
 """Downloads from the Hub, in a process of its own: the only place where tunesmith lets the Hub's client use the network.
 
 ``catalog.pull`` runs ``python -m tunesmith.models.hub info|download ...``, so that a connection that hangs can be ended, and
-so that the process which trains or generates stays offline. An error ends this process; its last line is the reason.
+so that the process which trains or generates stays offline. A file that is not whole yet is called ``NAME.part``; the next
+download into the same folder asks the Hub for the rest of it alone. The Hub's client has no such resume (since
+huggingface_hub 2 an interrupted file is thrown away), but its ``http_get`` takes a file to go on with.
+
+The last line on stdout is one JSON object; ``{"error": ...}`` where the Hub said no.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
-_KEPT = (".json", ".safetensors", ".txt", ".model", ".jinja")
+KEPT = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """Never pickles and never Python files; ``.txt`` and ``.model`` are vocabularies."""
 
+REFUSED = 3
+"""Exit code when the Hub answered and the answer was no."""
 
-def info(repo: str, revision: str | None) -> dict[str, object]:
-    """The commit behind a revision, and the files worth having: top-level, in the formats kept."""
+
+def info(repo: str, revision: str | None) -> dict[str, Any]:
+    """The commit behind a revision, and its files worth having: top-level, in the formats kept.
+
+    ``files``: name -> {"size": bytes, "sha256": of a large file, "sha1": git's name for a small one}, as the Hub has them.
+    """
     from huggingface_hub import HfApi
 
-    found = HfApi().model_info(repo, revision=revision, timeout=5)
-    names = [sibling.rfilename for sibling in found.siblings or []]
-    return {"revision": found.sha, "files": [name for name in names if "/" not in name and name.endswith(_KEPT)]}
+    found = HfApi().model_info(repo, revision=revision, timeout=5, files_metadata=True)
+    files = {}
+    for file in found.siblings or []:
+        if "/" not in file.rfilename and file.rfilename.endswith(KEPT):
+            sha256 = file.lfs.sha256 if file.lfs else None
+            files[file.rfilename] = {"size": file.size, "sha256": sha256, "sha1": None if sha256 else file.blob_id}
+    return {"revision": found.sha, "files": files}
 
 
-def download(repo: str, revision: str, folder: str, files: list[str]) -> None:
-    from huggingface_hub import snapshot_download
+def download(repo: str, revision: str, folder: Path, sizes: dict[str, int]) -> None:
+    """Fetch the files of ``sizes`` (name -> bytes) into ``folder``; those that are there are left, half ones gone on with."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but not in its stubs
 
-    snapshot_download(repo, revision=revision, allow_patterns=files, local_dir=folder)
-    shutil.rmtree(Path(folder) / ".cache", ignore_errors=True)
+    for name, size in sizes.items():
+        whole, part = folder / name, folder / f"{name}.part"
+        if whole.is_file():
+            continue
+        if part.is_file() and part.stat().st_size > size:
+            part.unlink()
+        with part.open("ab") as file:
+            http_get(
+                hf_hub_url(repo, name, revision=revision),
+                file,
+                resume_size=part.stat().st_size,
+                headers=build_hf_headers(library_name="tunesmith"),
+                expected_size=size,
+                displayed_filename=name,
+            )
+        part.rename(whole)
+
+
+def refusal(error: Exception, repo: str, revision: str | None) -> str:
+    """What the Hub's answer means, and what to do."""
+    from huggingface_hub import errors
+
+    at = f"{repo} at {revision}" if revision else repo
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"{repo} is gated: its owner asks who takes it. Accept the terms on its page of the Hub, then set HF_TOKEN to a "
+            "token of yours"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the Hub has {repo}, but not its revision {revision}: it was removed, or the name is wrong"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the Hub has no model {repo}, or it is private. Check the name; for a private one set HF_TOKEN"
+    return f"the Hub could not give {at}: {str(error).strip().splitlines()[0]}"
+
+
+def main(verb: str, repo: str, revision: str, *rest: str) -> int:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        if verb == "info":
+            print(json.dumps(info(repo, revision or None)))
+        else:
+            download(repo, revision, Path(rest[0]), json.loads(rest[1]))
+    except HfHubHTTPError as error:
+        print(json.dumps({"error": refusal(error, repo, revision or None)}))
+        return REFUSED
+    return 0
+
+
+def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(f"{kind.__name__}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    verb, repo, revision, *rest = sys.argv[1:]
-    if verb == "info":
-        print(json.dumps(info(repo, revision or None)))
-    else:
-        download(repo, revision, rest[0], rest[1:])
+    sys.excepthook = _one_line  # a line that went dead is no bug of ours: the reason, and no traceback
+    raise SystemExit(main(*sys.argv[1:]))

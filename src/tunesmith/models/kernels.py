@@ -118,7 +118,7 @@ def _agrees_with_torch(lib: Any) -> bool:
 
 
 def stochastic_round(x: torch.Tensor, out: torch.Tensor, seed: int) -> None:
-    """Round fp32 ``x`` to bf16 ``out``, up or down at random so that the mean over seeds is ``x`` (Gupta et al. 2015).
+    """Round fp32 ``x`` to bf16 or fp16 ``out``, up or down at random so that the mean over seeds is ``x`` (Gupta et al. 2015).
 
     Rounding to nearest loses an update below half a unit in the last place every time; this keeps it in expectation. What is
     drawn depends on ``seed`` and the place in the tensor alone.
@@ -130,16 +130,37 @@ def stochastic_round(x: torch.Tensor, out: torch.Tensor, seed: int) -> None:
         pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()))
         loaded.stochastic_round(*pointers, ctypes.c_int64(x.numel()), ctypes.c_int64(seed))
         return
-    rounded = torch.empty(x.numel(), dtype=torch.bfloat16, device=x.device)
+    rounded = torch.empty(x.numel(), dtype=out.dtype, device=x.device)
+    to_nearby = _to_bf16 if out.dtype is torch.bfloat16 else _to_fp16
     for start in range(0, x.numel(), CHUNK):
         bits = x.reshape(-1)[start : start + CHUNK].view(torch.int32).long() & 0xFFFFFFFF
         h = (torch.arange(start, start + len(bits), device=x.device) * 0x9E3779B1 + seed) & 0xFFFFFFFF
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
             h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
-        finite = (bits & 0x7F800000) != 0x7F800000
-        upper = ((bits + torch.where(finite, h & 0xFFFF, 0)) >> 16) & 0xFFFF
-        rounded[start : start + CHUNK] = torch.where(upper > 0x7FFF, upper - 0x10000, upper).to(torch.int16).view(torch.bfloat16)
+        rounded[start : start + CHUNK] = to_nearby(bits, h)
     out.copy_(rounded.view(out.shape))
+
+
+def _to_bf16(bits: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """fp32 ``bits`` with random ``h`` (int64, 32 bits used): bf16 is the upper half of fp32, so a carry from below rounds up."""
+    finite = (bits & 0x7F800000) != 0x7F800000
+    upper = ((bits + torch.where(finite, h & 0xFFFF, 0)) >> 16) & 0xFFFF
+    return torch.where(upper > 0x7FFF, upper - 0x10000, upper).to(torch.int16).view(torch.bfloat16)
+
+
+def _to_fp16(bits: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """The same for fp16, which is no part of fp32's bits: its exponent is shorter, and below 2^-14 its numbers lie 2^-24 apart,
+    so how many bits fall away depends on the number. Hence the distance of two neighbours is found first; all else is exact.
+    """
+    exponent = ((bits >> 23) & 0xFF) - 127
+    spacing = ((exponent.clamp_min(-14) - 10 + 127) << 23).to(torch.int32).view(torch.float32)
+    value = torch.where(bits > 0x7FFFFFFF, bits - 0x100000000, bits).to(torch.int32).view(torch.float32)
+    steps = value.abs() / spacing
+    below = steps.floor()
+    carry = (((steps - below) * 2.0**24).to(torch.int64) + (h >> 8)) >> 24
+    magnitude = ((below + carry) * spacing).clamp_max(65504.0)
+    # what no fp16 number is near (65520 and more, nan) goes as torch casts it: to infinity, nan
+    return torch.where(value.abs() < 65520.0, magnitude.copysign(value), value).to(torch.float16)
 
 
 def keep_freed_memory() -> None:

@@ -1,4 +1,4 @@
-"""From what a user calls a model to a model in memory: names and folders, checks, and strict loading.
+"""From a model folder to a model in memory, strictly.
 
 Nothing here reaches the network, runs code that came with a model, or opens a pickle. Loading is strict both ways: a tensor
 that the folder lacks, or that the model has no place for, is an error that names it. ``from_pretrained`` only warns, and a
@@ -11,12 +11,12 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models import catalog, headers, probe, store
+from tunesmith.models import headers, probe, vocabulary
+from tunesmith.models.locate import Folder, locate
 
 if TYPE_CHECKING:
     import torch
@@ -34,16 +34,6 @@ _OLD_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".att
 _users_offline: list[bool] = []
 
 
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """A model on disk. ``base`` is the full model under an adapter; ``run`` the run folder that it came from."""
-
-    path: Path
-    kind: Literal["full", "adapter"]
-    base: Path | None = None
-    run: Path | None = None
-
-
 def quiet() -> None:
     """Keep this process off the network and library chatter off the screen. Entry points call it before they load a model.
 
@@ -56,6 +46,8 @@ def quiet() -> None:
     for name, value in _SILENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", module=_LIBRARIES)
+    if "torch" in sys.modules and not sys.modules["torch"].cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports an installed DeepSpeed, which looks for one aloud
     if "transformers" in sys.modules:
         from transformers.utils import logging
 
@@ -66,36 +58,6 @@ def quiet() -> None:
 def offline_by_user() -> bool:
     """Whether the user's own environment forbids the Hub (``quiet`` sets the same variable for another reason)."""
     return _users_offline[0] if _users_offline else os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def locate(model: str | Path) -> Folder:
-    """Find and check a model without reading a weight: catalog name, model folder, adapter folder or run folder.
-
-    Raises ModelError: an unknown name (the nearest is named), a model not pulled, a folder without weights or with pickles
-    only, broken JSON or safetensors headers, a model that asks to run its own code.
-    """
-    name = str(model)
-    stored = store.folder_of(name)
-    if name in catalog.CATALOG or ("/" in name and not Path(name).exists() and stored.is_dir()):
-        if not stored.is_dir():
-            raise ModelError(f"the model {name!r} is not on this machine yet.\n  Type: tunesmith models pull {name}")
-        if found := store.problems(stored):
-            raise ModelError(
-                f"the model {name!r} in {stored} is damaged: {'; '.join(found)}.\n  Type: tunesmith models pull {name}"
-            )
-        return _inspect(stored, None)
-    path = Path(model).expanduser()
-    if not path.exists():
-        raise ModelError(f"no model called {name!r}, and no folder of that name. {catalog.nearest(name)}")
-    if not path.is_dir():
-        raise ModelError(f"{path} is a file; expected a folder with config.json and safetensors weights, or a run folder")
-    path = path.resolve()
-    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        if (path / "model").is_dir():
-            return _inspect(path / "model", path)
-        if (path / "recipe.yaml").is_file():
-            raise ModelError(f"the run {path} has saved no model yet. Let it finish, or resume it with --resume.")
-    return _inspect(path, _run_of(path))
 
 
 def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -116,9 +78,7 @@ def load_config(folder: Folder) -> Any:
     quiet()
     from transformers import AutoConfig
 
-    return _explained(
-        folder, lambda: AutoConfig.from_pretrained(_network(folder), local_files_only=True, trust_remote_code=False)
-    )
+    return _explained(folder, lambda: AutoConfig.from_pretrained(folder.network, local_files_only=True, **_code(folder)))
 
 
 def load_tokenizer(folder: Folder) -> Any:
@@ -127,8 +87,20 @@ def load_tokenizer(folder: Folder) -> Any:
     from transformers import AutoTokenizer
 
     own = any((folder.path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-    where = folder.path if own else _network(folder)
-    return _explained(folder, lambda: AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False))
+    where = folder.path if own else folder.network
+    return _explained(folder, lambda: AutoTokenizer.from_pretrained(where, local_files_only=True, **_code(folder)))
+
+
+def empty_model(folder: Folder, config: Any) -> Any:
+    """The network of ``config`` without weights: the caller is on the meta device. ``folder``: where it comes from."""
+    from transformers import AutoModelForCausalLM
+
+    return _explained(folder, lambda: AutoModelForCausalLM.from_config(config, **_code(folder)))
+
+
+def _code(folder: Folder) -> dict[str, bool]:
+    """Whether transformers may run Python files of the folder: the one place where a recipe's ``trust_remote_code`` arrives."""
+    return dict(trust_remote_code=folder.remote_code)
 
 
 def load_model(
@@ -152,11 +124,14 @@ def load_model(
 
     attach = folder.kind == "adapter" and adapter != "ignore"
     if attach:
-        probe.check_base(folder.path, _network(folder))
-    wanted = dtype or checkpoint_dtype(_network(folder))
+        probe.check_base(folder.path, folder.network)
+    wanted = dtype or checkpoint_dtype(folder.network)
     model = _full(folder, head, torch.float32 if attach and adapter == "merge" else wanted, load_kwargs)
     if attach:
-        model = _attached(folder, model, trainable and adapter == "attach")
+        training = trainable and adapter == "attach"
+        model = _attached(folder, model, training)
+        if not training:
+            vocabulary.write_rows(model)
     else:
         model.requires_grad_(trainable)
     if attach and adapter == "merge":
@@ -214,96 +189,6 @@ def _unwrapped(layer: Any) -> Any:
     return layer
 
 
-def _inspect(path: Path, run: Path | None) -> Folder:
-    path = path.resolve()
-    if (path / "adapter_config.json").is_file():
-        config = headers.read_json(path / "adapter_config.json")
-        _refuse_code(config, path / "adapter_config.json")
-        _weights(path, "adapter_model")
-        return Folder(path, "adapter", _base_of(path, config), run)
-    if not (path / "config.json").is_file():
-        raise ModelError(
-            f"{path} has no config.json: expected a model folder in the transformers format, an adapter or a run folder"
-        )
-    _check_full(path)
-    return Folder(path, "full", None, run)
-
-
-def _check_full(path: Path) -> None:
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        if (path / name).is_file():
-            _refuse_code(headers.read_json(path / name), path / name)
-    _weights(path, "model")
-
-
-def _weights(path: Path, stem: str) -> None:
-    """Check the headers of every weight file; say why when there is none that may be opened."""
-    files = headers.weight_files(path, stem)
-    for file in files:
-        headers.read_header(file)
-    if files:
-        return
-    if refused := headers.pickles(path):
-        raise ModelError(
-            f"{path} holds its weights as {', '.join(file.name for file in refused)}. Opening a pickle runs code that "
-            "came with it, so tunesmith does not.\n  Get the model as safetensors, or convert it where you trust it."
-        )
-    raise ModelError(f"{path} has no weights: expected {stem}.safetensors, or {stem}.safetensors.index.json with its shards")
-
-
-def _refuse_code(config: Any, file: Path, where: str = "") -> None:
-    """Refuse settings that make a library import code from the folder or fetch a kernel, however deep they are nested."""
-    if isinstance(config, list):
-        for item in config:
-            _refuse_code(item, file, where)
-        return
-    if not isinstance(config, dict):
-        return
-    for key, value in config.items():
-        if key == "auto_map" and value:
-            raise ModelError(
-                f"{file}: `{where}{key}` asks to run code that came with the model; tunesmith runs none. Use another model."
-            )
-        kernel = "attn_implementation" in key or "experts_implementation" in key
-        if kernel and any("/" in str(id) for id in (value.values() if isinstance(value, dict) else [value])):
-            raise ModelError(
-                f"{file}: `{where}{key}` names a kernel to fetch from the Hub, {value!r}. Remove the key from the file."
-            )
-        _refuse_code(value, file, f"{where}{key}.")
-
-
-def _base_of(adapter: Path, config: dict[str, Any]) -> Path:
-    """The full model under an adapter: the path in its config, else the name that tunesmith or the Hub has for it."""
-    recorded = probe.read(adapter).get("base") or {}
-    named = config.get("base_model_name_or_path") or ""
-    relative = [str(adapter / place) for place in (recorded.get("relative"), named) if place]
-    for place in (named, recorded.get("path"), *relative):
-        if place and (Path(place) / "config.json").is_file():
-            _check_full(Path(place).resolve())
-            return Path(place).resolve()
-    for name in (recorded.get("name"), catalog.name_of_repo(named), named):
-        if name and store.folder_of(name).is_dir():
-            _check_full(store.folder_of(name))
-            return store.folder_of(name).resolve()
-    known = recorded.get("name") or catalog.name_of_repo(named)
-    advice = (
-        f"Type: tunesmith models pull {known}"
-        if known
-        else "Put it there, or change base_model_name_or_path in adapter_config.json."
-    )
-    raise ModelError(
-        f"{adapter} is an adapter of {known or named or 'an unnamed model'!r}, which is not on this machine.\n  {advice}"
-    )
-
-
-def _run_of(path: Path) -> Path | None:
-    return path.parent if path.name == "model" and (path.parent / "recipe.yaml").is_file() else None
-
-
-def _network(folder: Folder) -> Path:
-    return folder.base or folder.path
-
-
 def _full(folder: Folder, head: str, dtype: torch.dtype, load_kwargs: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -311,18 +196,40 @@ def _full(folder: Folder, head: str, dtype: torch.dtype, load_kwargs: dict[str, 
     classes = {"lm": AutoModelForCausalLM}
     if head not in classes:
         raise ModelError(f"no model class for the head {head!r}: expected one of {', '.join(classes)}")
-    path = _network(folder)
-    options = {"dtype": dtype, **load_kwargs, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    path = folder.network
+    options = {"dtype": dtype, **load_kwargs, **_code(folder), "local_files_only": True, "use_safetensors": True}
     model, report = _explained(folder, lambda: classes[head].from_pretrained(path, output_loading_info=True, **options))
     unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
     _strict(path, type(model).__name__, report["missing_keys"], unexpected)
     return model
 
 
+def check_weights(path: Path, network: Any, named: Path) -> None:
+    """Raise ModelError unless the weights in ``path`` are those of the class ``network``, by name and shape; none is read.
+
+    ``named``: the folder that the message names.
+    """
+    options = {"device_map": "meta", "ignore_mismatched_sizes": True, "local_files_only": True, "use_safetensors": True}
+    _, report = _explained(Folder(named, "full"), lambda: network.from_pretrained(path, output_loading_info=True, **options))
+    if report["mismatched_keys"]:
+        name, found, expected = sorted(report["mismatched_keys"])[0]
+        raise ModelError(f"{named}: {name} has the shape {tuple(found)}, and the config makes it {tuple(expected)}")
+    unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
+    _strict(named, network.__name__, report["missing_keys"], unexpected)
+
+
+def is_causal(network: Any) -> bool:
+    """Whether a class of transformers is one that ``load_model`` opens as a language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return network.__name__ in {"AutoModelForCausalLM", *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+
+
 def _attached(folder: Folder, model: Any, trainable: bool) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     stored = set(headers.read_tensors(folder.path, "adapter_model"))
+    vocabulary.fit_to_adapter(model, folder.path)
     attached = _explained(
         folder, lambda: PeftModel.from_pretrained(model, str(folder.path), is_trainable=trainable, local_files_only=True)
     )

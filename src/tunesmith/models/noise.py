@@ -1,18 +1,21 @@
-"""Dropout that depends on the seed, the step and the row, and on nothing else.
+"""Dropout, and noise on the embeddings, that depend on the seed, the step and the row, and on nothing else.
 
-Torch draws dropout from one stream, so another split of the same step, another number of processes or a resumed run drops
-something else. Here each row's mask comes from a generator of its own, seeded by (seed, step, row, layer).
+Torch draws from one stream, so another split of the same step, another number of processes or a resumed run would draw something
+else. Here each row's numbers come from a generator of its own, seeded by (seed, step, row, layer). A layer that is computed
+again in the backward pass drops again what it dropped before.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+from tunesmith.models import head
 
 
 @dataclass
@@ -28,24 +31,41 @@ class RowNoise:
 
     def drop(self, x: torch.Tensor, p: float, layer: int) -> torch.Tensor:
         """Inverted dropout of ``x`` (..., width): packed (1, tokens, width) or padded (rows, longest, width)."""
-        width = x.shape[-1]
         kept = torch.ones(x.shape, dtype=x.dtype, device=x.device)
-        flat = kept.view(-1, width)
+        for part, drawn in self._drawn(kept, layer):
+            part.copy_((drawn >= p).to(x.dtype) / (1 - p))
+        return x * kept
+
+    def shake(self, x: torch.Tensor, alpha: float) -> torch.Tensor:
+        """``x``, laid out as in :meth:`drop`, plus uniform noise of at most alpha / sqrt(L d) (Jain et al. 2023, algorithm 1).
+
+        L is the row's own length, d the width: neither padding nor the rows beside it change what a row gets. Padding gets none.
+        """
+        noise = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        for part, drawn in self._drawn(noise, "embedding"):
+            part.copy_((2 * drawn - 1) * (alpha / drawn.numel() ** 0.5))
+        return x + noise
+
+    def _drawn(self, x: torch.Tensor, layer: int | str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each row's part of ``x``, a view (length, width), with as many numbers drawn uniformly from [0, 1) for it."""
+        width = x.shape[-1]
+        flat = x.view(-1, width)
         start, longest = 0, 0 if self.packed else x.shape[1]
         for place, (row, length) in enumerate(zip(self.rows, self.lengths, strict=True)):
             begin = start if self.packed else place * longest
             key = hashlib.blake2b(repr((self.seed, self.step, row, layer)).encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-            mask = torch.rand(length, width, generator=generator) >= p
-            flat[begin : begin + length] = mask.to(device=x.device, dtype=x.dtype) / (1 - p)
+            yield flat[begin : begin + length], torch.rand(length, width, generator=generator)
             start += length
-        return x * kept
 
 
-def install(model: nn.Module, seed: int) -> tuple[RowNoise | None, list[str]]:
+def install(model: nn.Module, seed: int, neftune_alpha: float | None = None) -> tuple[RowNoise | None, list[str]]:
     """Put row-wise dropout in place of every ``nn.Dropout`` of ``model`` and switch dropout of attention probabilities off.
 
-    Returns the noise to be told of each micro-batch (None when nothing drops) and what was switched off, to be said once.
+    With ``neftune_alpha``, what the input embedding gives out is shaken in training mode: after a scale that is part of that
+    module (gemma's), as in transformers, and after what peft wrapped around it. It is a hook, so nothing of it is saved.
+
+    Returns the noise to be told of each micro-batch (None when nothing is drawn) and what was switched off, to be said once.
     """
     switched_off = _no_attention_dropout(model)
     noise = RowNoise(seed)
@@ -54,7 +74,18 @@ def install(model: nn.Module, seed: int) -> tuple[RowNoise | None, list[str]]:
             dropout: Any = module
             dropout.forward = _RowDropout(module, noise, noise.layers)
             noise.layers += 1
-    return (noise if noise.layers else None), switched_off
+    if neftune_alpha is not None:
+        head.base(model).get_input_embeddings().register_forward_hook(_Shake(noise, neftune_alpha))
+    return (noise if noise.layers or neftune_alpha is not None else None), switched_off
+
+
+@dataclass
+class _Shake:
+    noise: RowNoise
+    alpha: float
+
+    def __call__(self, module: nn.Module, arguments: Any, embedded: torch.Tensor) -> torch.Tensor:
+        return self.noise.shake(embedded, self.alpha) if module.training else embedded
 
 
 @dataclass

