@@ -8,7 +8,11 @@
     |   +-- MissingExtra
     +-- StoppedError               exit 3: training stopped itself; the last good checkpoint is kept
     |   +-- NonFiniteError
+    |   +-- GradientOverflowError
     |   +-- DiskFullError
+    |   +-- OutOfMemoryError
+    |   +-- NotReproduced
+    |   +-- ProcessLost
     +-- Interrupted                exit 130: stopped by a signal, after saving
 
 A message says what is wrong, where, what was expected and what to do next.
@@ -58,8 +62,24 @@ class NonFiniteError(StoppedError):
     """A loss or a gradient was not finite; no update was applied."""
 
 
+class GradientOverflowError(StoppedError):
+    """fp16 gradients overflowed at every loss scale; no update was applied."""
+
+
 class DiskFullError(StoppedError):
     """There is no room for a checkpoint; the last one is kept."""
+
+
+class OutOfMemoryError(StoppedError):
+    """One row alone does not fit into memory."""
+
+
+class ProcessLost(StoppedError):
+    """One of several processes ended, or no longer answers; the last checkpoint is kept."""
+
+
+class NotReproduced(StoppedError):
+    """A run that was repeated came to another end."""
 
 
 class Interrupted(TunesmithError):

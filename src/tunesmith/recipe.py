@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tunesmith import adaptations, objectives, recipe_text
-from tunesmith.data.config import DataConfig
+from tunesmith.data.config import DataConfig, Source
 from tunesmith.data.rows import Chat
+from tunesmith.data.source import eval_sources
 from tunesmith.engine.config import SampleConfig, TrainConfig
 from tunesmith.errors import RecipeError
 from tunesmith.nearest import did_you_mean, nearest
@@ -35,12 +36,27 @@ class Recipe(Strict):
     adapter: Literal["continue", "merge", "new"] | None = Field(
         None, description="when `model` is an adapter: train it on, fold it into its base first, or leave it and start anew"
     )
+    add_tokens: list[str] = Field(
+        default_factory=list, description="new tokens such as [<tool>], one id each, trained under every adaptation"
+    )
+    device_map: str | dict[str, int | str] | None = Field(
+        None, description="where transformers puts the layers: auto, cpu, cuda:0 or a mapping; default: all on the run's device"
+    )
+    trust_remote_code: bool = Field(False, description="run the Python files that came with the model, in this run only")
     objective: Any = Field(description="what the loss is")
     adaptation: Any = Field(description="which weights are trained")
     data: DataConfig
     train: TrainConfig = TrainConfig()
     samples: SampleConfig = SampleConfig()
     seed: int = Field(0, ge=0, lt=2**32, description="of row order, dropout and new weights")
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _each_token_once(cls, tokens: list[str]) -> list[str]:
+        twice = sorted({token for token in tokens if tokens.count(token) > 1})
+        if twice or any(not token.strip() for token in tokens):
+            raise ValueError(f"{twice[0]!r} stands there twice" if twice else "a token of spaces, or of nothing, cannot be added")
+        return tokens
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data, every default filled in; ``recipe.yaml`` of the run folder holds this."""
@@ -98,7 +114,7 @@ def _check(raw: Any, text: recipe_text.Text) -> Recipe:
 def conflicts(recipe: Recipe) -> list[str]:
     """Choices that contradict each other, and keys that would do nothing beside the others. Default values never count."""
     data, train, samples = recipe.data, recipe.train, recipe.samples
-    held_out = data.eval.path is not None or data.eval.fraction > 0
+    held_out = bool(eval_sources(data)) or data.eval.fraction > 0
     objective = objectives.name_of(recipe.objective)
     rows = objectives.module(objective).Objective.rows
     found = []
@@ -108,16 +124,30 @@ def conflicts(recipe: Recipe) -> list[str]:
             found.append(message)
 
     clash(
+        recipe.add_tokens and recipe.adapter == "continue",
+        "add_tokens: adapter: continue keeps the adapter's own vocabulary. Use adapter: merge, which makes room for new tokens",
+    )
+    clash(
+        recipe.device_map is not None and recipe.adapter,
+        "device_map: peft places the layers anew when it attaches an adapter. Fold it in first: tunesmith merge",
+    )
+    clash(
+        recipe.trust_remote_code and recipe.add_tokens,
+        "add_tokens: how the vocabulary of a model with code of its own grows is up to that code. Leave out one of the two",
+    )
+    clash(
         data.template and Chat not in rows,
         f"data.template does nothing: {objective} learns from {', '.join(row.__name__ for row in rows)} rows",
     )
-    clash(data.eval.path and changed(data.eval, "fraction"), "set data.eval.path or data.eval.fraction, not both")
-    for key in ("format", "columns", "prompt_template"):
-        clash(data.eval.path is None and changed(data.eval, key), f"data.eval.{key} does nothing without data.eval.path")
+    given = [key for key in ("path", "sets", "fraction") if changed(data.eval, key)]
+    clash(len(given) > 1, f"set {' or '.join(f'data.eval.{key}' for key in given)}, not both")
+    clash(data.eval.limit and data.eval.sets, "data.eval.limit does nothing beside data.eval.sets: give each set its own limit")
+    for name, source in (data.eval.sets or {}).items():
+        clash(changed(source, "weight"), f"data.eval.sets.{name}.weight does nothing: every held-out row is read once")
     clash(data.eval.limit and not held_out, "data.eval.limit does nothing: no row is held out (data.eval.fraction is 0)")
     clash(
         train.early_stopping_patience and not held_out,
-        "train.early_stopping_patience needs held-out rows: give data.eval.fraction or data.eval.path",
+        "train.early_stopping_patience needs held-out rows: give data.eval.fraction, data.eval.path or data.eval.sets",
     )
     clash(
         train.eval_steps not in (None, "epoch") and not held_out,
@@ -132,6 +162,11 @@ def conflicts(recipe: Recipe) -> list[str]:
         train.lr_scheduler_type == "constant" and (train.warmup_ratio or train.warmup_steps),
         "train.lr_scheduler_type: constant has no warm-up; use constant_with_warmup",
     )
+    for key in ("dampening", "nesterov"):
+        clash(
+            train.optim == "sgd" and train.optim_args.get(key) and not train.optim_args.get("momentum"),
+            f"train.optim_args.{key} does nothing without train.optim_args.momentum",
+        )
     clash(samples.prompts and changed(samples, "count"), "set samples.prompts or samples.count, not both")
     clash(
         samples.count == 0 and not samples.prompts and changed(samples, "max_new_tokens"),
@@ -145,8 +180,8 @@ def brief(recipe: Recipe) -> str:
     objective, adaptation = objectives.name_of(recipe.objective), adaptations.name_of(recipe.adaptation)
     rate = recipe.train.learning_rate or adaptations.module(adaptation).Adaptation.learning_rate
     length = "max_steps" if recipe.train.max_steps else "epochs"
-    held_out = "path" if recipe.data.eval.path else "fraction"
-    sources = [" ".join([source.path, *_shown(source, hidden=("path",))]) for source in recipe.data.train]
+    held_out = recipe.data.eval
+    tested = [f"{name}: {_source(source)}" for name, source in (held_out.sets or {}).items()]
     parts = {
         "model": [
             recipe.model,
@@ -154,14 +189,18 @@ def brief(recipe: Recipe) -> str:
         ],
         "objective": [objective, *_shown(recipe.objective, tuple(type(recipe.objective).model_fields))],
         "adaptation": [adaptation, *_shown(recipe.adaptation, tuple(type(recipe.adaptation).model_fields))],
-        "data": [", ".join(sources), *_shown(recipe.data, hidden=("train", "eval"))],
-        "eval": _shown(recipe.data.eval, (held_out,)),
+        "data": [", ".join(map(_source, recipe.data.train)), *_shown(recipe.data, hidden=("train", "eval"))],
+        "eval": tested or _shown(held_out, ("path" if held_out.path else "fraction",)),
         "train": [
             f"learning_rate {rate:g}",
             *_shown(recipe.train, (length, "batch_size", "lr_scheduler_type"), ("learning_rate",)),
         ],
     }
     return "\n".join(f"{name:<11} {'  '.join(words)}" for name, words in parts.items())
+
+
+def _source(source: Source) -> str:
+    return " ".join([source.path, *_shown(source, hidden=("path",))])
 
 
 def _shown(config: BaseModel, always: tuple[str, ...] = (), hidden: tuple[str, ...] = ()) -> list[str]:
@@ -214,7 +253,8 @@ def _explain(model: type[BaseModel], errors: Sequence[Any], text: recipe_text.Te
         key, where = ".".join(map(str, (*prefix, *loc))), text.at((*prefix, *loc))
         if error["type"] in ("extra_forbidden", "invalid_key"):
             valid = [*_keys_at(model, error["loc"][:-1]), *(["type"] if prefix and len(error["loc"]) == 1 else [])]
-            lines.append(f"{where}: unknown key `{key}`. {did_you_mean(str(error['loc'][-1]), valid)}")
+            name = str(error["loc"][-1])
+            lines.append(f"{where}: unknown key `{key}`. {did_you_mean(name, valid, _places(name))}")
         elif error["type"] == "missing":
             if error["loc"][:-1] not in unknown_in:  # else the unknown key is the missing one, mistyped
                 lines.append(f"{where}: the key `{key}` is missing")
@@ -227,30 +267,62 @@ def _explain(model: type[BaseModel], errors: Sequence[Any], text: recipe_text.Te
     return lines
 
 
+def _places(name: str) -> list[str]:
+    """Where a key of this name may stand in a recipe: ``max_length`` -> ``train.max_length``."""
+    parts: list[tuple[str, type[BaseModel]]] = [("", Recipe)]
+    for part, package in (("objective.", objectives), ("adaptation.", adaptations)):
+        parts += [(part, package.module(choice).Config) for choice in package.names()]
+    found = []
+    for prefix, model in parts:  # grows while it is read
+        found += [prefix + name] if name in model.model_fields else []
+        for key, field in model.model_fields.items():
+            step = ".NAME." if dict in _origins(field.annotation) else ".0." if list in _origins(field.annotation) else "."
+            parts += [(prefix + key + step, inner) for inner in _models_in(field.annotation)]
+    return list(dict.fromkeys(found))
+
+
 def _key_path(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[Any, ...]:
     """``loc`` without the names that pydantic adds for the branches of a union."""
     for length in range(1, len(loc) + 1):
-        if isinstance(loc[length - 1], str) and loc[length - 1] not in _keys_at(model, loc[: length - 1]):
+        candidates, own_name = _inside(model, loc[: length - 1])
+        if isinstance(loc[length - 1], str) and not own_name and loc[length - 1] not in _names_of(candidates):
             return loc[: length - 1]
     return loc
 
 
 def _keys_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """The field names valid at ``loc`` inside ``model`` (list positions are stepped over)."""
+    """The field names valid at ``loc`` inside ``model``."""
+    return _names_of(_inside(model, loc)[0])
+
+
+def _names_of(models: Sequence[type[BaseModel]]) -> list[str]:
+    return [name for model in models for name in model.model_fields]
+
+
+def _inside(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[type[BaseModel]], bool]:
+    """(the models that ``loc`` may hold; whether a name of the user's comes next, as in ``data.eval.sets``)."""
     candidates: list[type[BaseModel]] = [model]
+    own_name = False
     for part in loc:
-        if isinstance(part, int):
+        if isinstance(part, int) or own_name:  # a position, or a name that the user chose
+            own_name = False
             continue
         fields = [candidate.model_fields[part] for candidate in candidates if part in candidate.model_fields]
         candidates = [inner for field in fields for inner in _models_in(field.annotation)]
-    return [name for candidate in candidates for name in candidate.model_fields]
+        own_name = bool(candidates) and any(dict in _origins(field.annotation) for field in fields)
+    return candidates, own_name
+
+
+def _origins(annotation: Any) -> list[Any]:
+    """What an annotation is made of: ``dict[str, Source] | None`` -> [union, dict, None]."""
+    return [typing.get_origin(part) for part in (annotation, *typing.get_args(annotation))]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     """The pydantic models that an annotation such as ``list[Source] | None`` may hold."""
     if isinstance(annotation, type) and not typing.get_args(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union, list, tuple, typing.Annotated):
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union, list, tuple, dict, typing.Annotated):
         return [inner for arg in typing.get_args(annotation) for inner in _models_in(arg)]
     return []
 

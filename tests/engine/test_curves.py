@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from tunesmith.engine import curves
+from tunesmith.engine import curves, figures
 from tunesmith.engine.curves import Curve
 
 
@@ -50,6 +50,25 @@ def test_what_is_not_finite_is_marked_and_named():
     assert html.count('class="broken"') == 2
     assert "not finite at step 2, 3" in html
     assert "nan" not in html
+
+
+def test_a_log_scale_has_round_values_and_leaves_zero_out():
+    points = [(1.0, 0.0), (2.0, 1e-4), (3.0, 1e-3), (4.0, math.nan), (5.0, 1e-2)]
+    html = curves.chart("Ratio", [Curve("train", points)], figures.rate, is_log=True)
+    labels = re.findall(r'class="y" style="top:([\d.]+)%">([^<]+)<', html)
+    assert [label for _, label in labels] == ["1e-4", "1e-3", "1e-2"]
+    heights = {label: float(top) for top, label in labels}
+    assert heights["1e-4"] - heights["1e-3"] == pytest.approx(heights["1e-3"] - heights["1e-2"], abs=0.1)
+    assert html.count("broken") > 0
+    assert "not finite at step 4" in html
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(-3.05, -2.9, [-3]), (-2.98, -2.95, [-2.98, -2.96]), (-9, 0, [-9, -7, -5, -3, -1])],
+)
+def test_log_ticks_are_few_and_never_none(low, high, expected):
+    assert curves.log_ticks(low, high) == pytest.approx(expected)
 
 
 def test_one_point_is_a_dot_and_none_is_no_chart():

@@ -20,19 +20,27 @@ class TrainConfig(Strict):
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, gt=0, description="so many optimiser steps, instead of epochs")
     batch_size: int = Field(8, gt=0, description="rows per optimiser step, over all processes")
-    micro_batch_tokens: int = Field(2048, gt=0, description="memory knob: tokens per forward pass; never changes the result")
+    micro_batch_tokens: int | Literal["auto"] = Field(
+        2048, description="memory knob: tokens per forward pass; never changes the result; auto = what fits the machine"
+    )
     max_length: int | None = Field(None, gt=1, description="default: the longest row, at most the model's window")
     shuffle: bool = True
     packing: Literal["auto", "off"] = Field("auto", description="auto = rows side by side with no padding where that is exact")
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    gradient_checkpointing: bool = Field(False, description="keep no activations of a layer, compute them again: less memory")
+    neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on the embeddings, such as 5 (Jain et al. 2023)")
+    optim: Literal["adamw", "adamw_8bit", "adafactor", "sgd", "lion"] = Field(
+        "adamw", description="what makes an update of a gradient"
+    )
+    optim_args: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the optimiser, such as {betas: [0.9, 0.95], eps: 1.0e-8}"
+    )
+    head_learning_rate: float | None = Field(None, gt=0, description="of the trained output layer, when it has a rate of its own")
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0 = no clipping")
     logging_steps: Every = 1.0
     eval_steps: Every = Field("epoch", description="null = only before and after")
@@ -40,6 +48,9 @@ class TrainConfig(Strict):
     save_total_limit: int = Field(2, gt=0, description="checkpoints kept beside the best and the last")
     early_stopping_patience: int | None = Field(None, gt=0, description="stop after so many evaluations without improvement")
     early_stopping_threshold: float = Field(0.0, ge=0)
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        default_factory=list, description="trackers that get every figure too; none by default"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -49,6 +60,8 @@ class TrainConfig(Strict):
             value = getattr(self, name)
             if isinstance(value, float) and (value <= 0 or (value > 1 and value != int(value))):
                 raise ValueError(f"{name} must be a whole number, a share of the run below 1, or `epoch`")
+        if isinstance(self.micro_batch_tokens, int) and self.micro_batch_tokens < 1:
+            raise ValueError("micro_batch_tokens must be a number of tokens above 0, or `auto`")
         if self.early_stopping_patience and self.eval_steps is None:
             raise ValueError("early_stopping_patience needs eval_steps")
         return self

@@ -22,18 +22,40 @@ Points = list[tuple[float, float]]
 _BINS = 1500  # more points than a screen has columns cannot be seen
 _STRIPS = 64
 _FEW = 12  # below so many points a smoothed line would say more than the run does
-COLOURS = {"train": "#2f6db5", "eval": "#d2691e"}
+COLOURS = {
+    "train": "#2f6db5", "eval": "#d2691e",
+    "set0": "#0f8578", "set1": "#8a4fbf", "set2": "#a87900", "set3": "#c2185b", "set4": "#5b7d1c", "set5": "#6a6f78",
+}  # fmt: skip
+"""Of the styles; report_style.py has the same ones for HTML, and others for the dark."""
+SETS = 6
+"""Evaluation sets that have a colour of their own; the next six are dashed."""
 
 
 @dataclass(frozen=True)
 class Curve:
     """One line of a chart. ``points`` are (step, value) in step order; values may be nan or inf.
 
-    ``name`` is ``train`` (drawn faint, with a smoothed line over it) or ``eval`` (few points, each marked).
+    ``name`` is what the legend says. The first word of ``style`` is ``train`` (drawn faint, with a smoothed line over it), or
+    ``eval`` or ``set0`` to ``set5`` (few points, each marked); it is the name where nothing else is given.
     """
 
     name: str
     points: Points
+    style: str = ""
+
+    @classmethod
+    def of_set(cls, name: str, points: Points, number: int) -> Curve:
+        """The curve of evaluation set ``number``, counted from 0."""
+        return cls(name, points, f"set{number % SETS}" + (" dashed" if number // SETS % 2 else ""))
+
+    @property
+    def classes(self) -> str:
+        """CSS classes: words of ours, whatever the name is."""
+        return self.style or self.name
+
+    @property
+    def is_training(self) -> bool:
+        return self.classes == "train"
 
     @property
     def finite(self) -> Points:
@@ -43,6 +65,10 @@ class Curve:
     def broken(self) -> list[float]:
         """The steps at which the value was not finite."""
         return [x for x, y in self.points if not math.isfinite(y)]
+
+    def logarithm(self) -> Curve:
+        """The curve of the values' logarithms to the base of ten."""
+        return Curve(self.name, [(x, math.log10(y) if math.isfinite(y) else y) for x, y in self.points if not y <= 0])
 
 
 def smooth(points: Points) -> Points:
@@ -80,14 +106,28 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Exponents from ``low`` to ``high`` of 1, 2 and 5 times powers of ten; of whole powers alone once there are many."""
+    mantissas = (1, 2, 5) if high - low <= 2 else (1,)
+    exponents = range(math.floor(low), math.ceil(high) + 1, max(1, math.ceil((high - low) / 6)))
+    found = [exponent + math.log10(mantissa) for exponent in exponents for mantissa in mantissas]
+    return [tick for tick in found if low <= tick <= high] or ticks(low, high, 2)
+
+
 def chart(
     title: str,
     curves: Sequence[Curve],
     form: Callable[[float], str] = figures.number,
     from_zero: bool = False,
     is_smoothed: bool = True,
+    is_log: bool = False,
 ) -> str:
-    """One chart as HTML, or the empty string when no curve has a finite point. ``title`` is text of ours."""
+    """One chart as HTML, or the empty string when no curve has a finite point. ``title`` is text of ours.
+
+    ``is_log``: values are drawn by their logarithm; those of zero and below are left out.
+    """
+    if is_log:
+        curves, form = [curve.logarithm() for curve in curves], _of_exponent(form)
     drawn = [curve for curve in curves if curve.finite]
     if not drawn:
         return ""
@@ -95,16 +135,17 @@ def chart(
     lines = "".join(_svg(curve, frame, is_smoothed) for curve in drawn)
     broken = sorted({step for curve in curves for step in curve.broken})
     lines += "".join(f'<path class="broken" d="M{frame.x(step):.1f} 0V1000"/>' for step in broken[:_STRIPS])
-    y_ticks, x_ticks = ticks(frame.low, frame.high), [x for x in ticks(frame.left, frame.right, 6) if x == int(x)]
+    y_ticks = (log_ticks if is_log else ticks)(frame.low, frame.high)
+    x_ticks = [x for x in ticks(frame.left, frame.right, 6) if x == int(x)]
     grid = "".join(f'<path class="grid" d="M0 {frame.y(y):.1f}H1000"/>' for y in y_ticks)
     labels = "".join(f'<span class="y" style="top:{frame.y(y) / 10:.2f}%">{form(_exact(y))}</span>' for y in y_ticks)
     labels += "".join(f'<span class="x" style="left:{frame.x(x) / 10:.2f}%">{x:,.0f}</span>' for x in x_ticks)
-    keys = "".join(f'<span class="key {curve.name}">{curve.name}</span>' for curve in drawn) if len(drawn) > 1 else ""
+    keys = "".join(f'<span class="key {curve.classes}">{escape(curve.name)}</span>' for curve in drawn) if len(drawn) > 1 else ""
     if broken:
         keys += f'<span class="key broken">not finite at step {", ".join(f"{step:,.0f}" for step in broken[:3])}' + (
             f" and {len(broken) - 3} more</span>" if len(broken) > 3 else "</span>"
         )
-    said = "; ".join(f"{curve.name} from {form(curve.finite[0][1])} to {form(curve.finite[-1][1])}" for curve in drawn)
+    said = "; ".join(f"{escape(curve.name)} from {form(curve.finite[0][1])} to {form(curve.finite[-1][1])}" for curve in drawn)
     return (
         f'<figure class="chart"><figcaption><b>{escape(title)}</b>{keys}</figcaption>'
         f'<div class="plot" role="img" aria-label="{escape(title)} by step: {said}">'
@@ -122,9 +163,10 @@ def png(title: str, curves: Sequence[Curve]) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for curve in curves:
-        colour = COLOURS[curve.name]
-        if curve.name == "eval":
-            axes.plot(*_columns(curve.finite), "o-", color=colour, linewidth=1.6, markersize=5, label="eval", zorder=4)
+        colour = COLOURS[curve.classes.partition(" ")[0]]
+        if not curve.is_training:
+            line = "o--" if "dashed" in curve.classes else "o-"
+            axes.plot(*_columns(curve.finite), line, color=colour, linewidth=1.6, markersize=5, label=curve.name, zorder=4)
         else:
             strong = smooth(curve.finite)
             if len(curve.finite) >= _FEW:
@@ -170,10 +212,10 @@ class _Frame:
 
 def _svg(curve: Curve, frame: _Frame, is_smoothed: bool) -> str:
     points = curve.finite
-    if curve.name == "eval":
+    if not curve.is_training:
         # A path of no length with a round cap is a dot that stays round however the drawing is stretched.
         dots = "".join(f"M{frame.x(x):.1f} {frame.y(y):.1f}h0" for x, y in points)
-        return f'<path class="eval" d="{_path(points, frame)}"/><path class="eval dot" d="{dots}"/>'
+        return f'<path class="{curve.classes}" d="{_path(points, frame)}"/><path class="{curve.classes} dot" d="{dots}"/>'
     if len(points) == 1:
         return f'<path class="train dot" d="M{frame.x(points[0][0]):.1f} {frame.y(points[0][1]):.1f}h0"/>'
     if not is_smoothed or len(points) < _FEW:
@@ -188,15 +230,14 @@ def _path(points: Points, frame: _Frame) -> str:
 
 def _strips(curves: Sequence[Curve], frame: _Frame, form: Callable[[float], str], is_smoothed: bool) -> str:
     """Invisible columns over the plot; the one under the pointer shows the value of each curve in it."""
-    shown = [(curve.name, smooth(curve.finite) if is_smoothed and curve.name == "train" else curve.finite) for curve in curves]
     columns: dict[int, dict[str, tuple[float, float]]] = {}
-    for name, points in shown:
-        for x, y in points:
-            columns.setdefault(min(_STRIPS - 1, int(frame.x(x) * _STRIPS / 1000)), {})[name] = (x, y)
+    for curve in curves:
+        for x, y in smooth(curve.finite) if is_smoothed and curve.is_training else curve.finite:
+            columns.setdefault(min(_STRIPS - 1, int(frame.x(x) * _STRIPS / 1000)), {})[curve.classes] = (x, y)
     out = []
     for index, values in sorted(columns.items()):
-        step, _ = values.get("eval") or values["train"]
-        lines = "".join(f'<span class="key {name}">{form(y)}</span>' for name, (_, y) in values.items())
+        step, _ = list(values.values())[-1]  # of an evaluation where there is one: training is drawn first
+        lines = "".join(f'<span class="key {style}">{form(y)}</span>' for style, (_, y) in values.items())
         side = "right" if index >= _STRIPS / 2 else "left"
         place = f"left:{100 * index / _STRIPS:.3f}%;width:{100 / _STRIPS:.3f}%"
         out.append(f'<i style="{place}"><span class="tip {side}">step {step:,.0f}{lines}</span></i>')
@@ -218,6 +259,10 @@ def _outline(points: Points) -> Points:
     chunks = [points[start : start + size] for start in range(0, len(points), size)]
     ends = [{min(chunk, key=lambda point: point[1]), max(chunk, key=lambda point: point[1])} for chunk in chunks]
     return [point for pair in ends for point in sorted(pair)]
+
+
+def _of_exponent(form: Callable[[float], str]) -> Callable[[float], str]:
+    return lambda exponent: form(10**exponent)
 
 
 def _exact(tick: float) -> float:

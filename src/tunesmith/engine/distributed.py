@@ -2,20 +2,68 @@
 
 Rows of an optimiser step are shared out over the processes, each sums its own part of the gradient, and the sums are added once
 per step. There is no wrapper around the model, no hook and no average of averages, so two processes make the update of one.
+
+A collective waits for ``PATIENCE`` at most, and fails at once where the other end is known to be gone: ProcessLost. What the main
+process does alone (answers, files) is waited for with ``wait``, which has no such limit.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from tunesmith.errors import ProcessLost
+
+PATIENCE = timedelta(minutes=10)
+"""How long a collective waits: the longest micro-batches of one process while another has none."""
+
+_AS_LONG_AS_IT_TAKES = timedelta(days=30)
+
 
 def state() -> PartialState:
     """Rank, number of processes and device, from the launcher's environment variables."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around whatever all processes must do at the same time. Raises ProcessLost where one of them no longer does."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo and nccl raise nothing more precise
+        if state().num_processes == 1:
+            raise
+        said, minutes = str(error).partition(". ")[0], PATIENCE.total_seconds() / 60
+        raise ProcessLost(
+            f"process {state().process_index} lost another of {state().num_processes}: it ended, or did not answer for "
+            f"{minutes:.0f} minutes. The last checkpoint is kept: go on with --resume.\n  ({said})"
+        ) from error
+
+
+def wait() -> None:
+    """Until every process is here, however long one of them takes over what it does alone."""
+    if state().num_processes > 1:
+        with together():
+            torch.distributed.barrier(_patient_group())
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The main process does what is inside before the others do: they find the files that it wrote."""
+    if not state().is_main_process:
+        wait()
+    yield
+    if state().is_main_process:
+        wait()
 
 
 def add_gradients(gradients: list[torch.Tensor]) -> None:
@@ -23,7 +71,8 @@ def add_gradients(gradients: list[torch.Tensor]) -> None:
     if state().num_processes == 1:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
+    with together():
+        torch.distributed.all_reduce(flat)
     start = 0
     for gradient in gradients:
         gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
@@ -35,15 +84,27 @@ def add(*numbers: float) -> tuple[float, ...]:
     if state().num_processes == 1:
         return numbers
     total = torch.tensor(numbers, dtype=torch.float64, device=state().device)
-    torch.distributed.all_reduce(total)
+    with together():
+        torch.distributed.all_reduce(total)
     return tuple(total.tolist())
 
 
 def gather(records: list[Any]) -> list[Any]:
     """All processes' records, in rank order."""
-    return records if state().num_processes == 1 else list(gather_object(records))
+    if state().num_processes == 1:
+        return records
+    with together():
+        return list(gather_object(records))
 
 
 def same(value: Any) -> Any:
     """The main process's value, everywhere."""
-    return value if state().num_processes == 1 else broadcast_object_list([value])[0]
+    if state().num_processes == 1:
+        return value
+    with together():
+        return broadcast_object_list([value])[0]
+
+
+@functools.cache
+def _patient_group() -> Any:
+    return torch.distributed.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -20,10 +20,11 @@ import torch
 
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.pack import to_device
-from tunesmith.engine import batching, distributed, optim
+from tunesmith.engine import batching, distributed, machine
 from tunesmith.engine.batching import Plan
 from tunesmith.engine.config import TrainConfig
-from tunesmith.errors import Interrupted, NonFiniteError
+from tunesmith.engine.update import Update
+from tunesmith.errors import Interrupted, NonFiniteError, OutOfMemoryError
 from tunesmith.models import kernels
 from tunesmith.models.noise import RowNoise
 from tunesmith.objectives import Batch, Objective
@@ -37,6 +38,8 @@ class Progression:
     """Where a run stands: all of it is in a checkpoint. ``window`` sums what the next log line will average."""
 
     step: int = 0
+    micro_batch_tokens: int = 0
+    """The budget in force (0 = not chosen yet): found by measuring, or lowered when memory ran out."""
     tokens: int = 0
     supervised: int = 0
     best: float | None = None
@@ -69,17 +72,18 @@ class Job:
 
     model: Any
     objective: Objective
-    masters: optim.Masters
-    optimizer: torch.optim.Optimizer
-    schedule: Any
+    update: Update
     plan: Plan
     config: TrainConfig
     packed: bool
+    budget: int
     device: torch.device
     noise: RowNoise | None
     log: Callable[[dict[str, Any]], None]
     evaluate: Callable[[Progression], float | None]
     save: Callable[[Progression], None]
+    wants: Callable[[], tuple[str | None, str | None]] = lambda: (None, None)
+    """Asked after each step: (why to end here, why to stop as a signal does); see ``engine.hooks``."""
     seconds: float = 0.0
     """Time spent in optimiser steps."""
     trained_tokens: int = 0
@@ -93,13 +97,14 @@ def fit(job: Job, at: Progression) -> str | None:
     """
     plan, config = job.plan, job.config
     saved = at.step
-    planned = (_step(job, number) for number in range(at.step + 1, plan.steps + 1))
+    steps = (planned(job, number) for number in range(at.step + 1, plan.steps + 1))
     with signals() as stop:
-        for step in job.objective.batches(job.model, planned):
+        for step in job.objective.batches(job.model, steps):
             started = time.perf_counter()
             record = train_step(job, step)
             job.seconds += time.perf_counter() - started
             at.step += 1
+            at.micro_batch_tokens = job.budget
             _account(job, at, record, time.perf_counter() - started)
             if at.step % TRIM_STEPS == 0:
                 kernels.return_freed_memory()
@@ -107,9 +112,14 @@ def fit(job: Job, at: Progression) -> str | None:
             if batching.due(config.logging_steps, at.step, plan.steps, plan.steps_per_epoch) or last:
                 _log(job, at, record)
             verdict = None
-            if last or batching.due(config.eval_steps, at.step, plan.steps, plan.steps_per_epoch):
+            evaluated = last or batching.due(config.eval_steps, at.step, plan.steps, plan.steps_per_epoch)
+            if evaluated:
                 verdict = _judge(job, at, job.evaluate(at))
-            stopping = distributed.same(stop[0] if stop else None)
+            ending, failing = job.wants()
+            ending, stopping = distributed.same((ending, stop[0] if stop else failing))
+            if ending and not evaluated:  # so that its model is judged, and kept if it is the best
+                job.evaluate(at)
+            verdict = verdict or ending
             if last or verdict or stopping or batching.due(config.save_steps, at.step, plan.steps, plan.steps_per_epoch):
                 job.save(at)
                 saved = at.step
@@ -123,32 +133,24 @@ def fit(job: Job, at: Progression) -> str | None:
 def train_step(job: Job, step: Step) -> dict[str, Any]:
     """One optimiser step: forward and backward over its micro-batches, one division, check, clip, update.
 
-    Returns loss, units and tokens summed over all processes, grad_norm, learning_rate, and the means of the objective's metrics.
+    Returns loss, units and tokens summed over all processes, grad_norm, learning_rate (and those of groups with their own),
+    update_ratio (norm of the update over norm of the weights), the update's other figures, and the means of the objective's
+    metrics.
     """
     job.model.train()
-    units, tokens = (sum(int(job.objective.count(micro.batch)) for micro in step.micro), sum(sum(m.lengths) for m in step.micro))
+    units, tokens = sum(int(job.objective.count(one.batch)) for one in step.micro), sum(sum(one.lengths) for one in step.micro)
     total, tokens_of_all = distributed.add(float(units), float(tokens))
-    losses: list[torch.Tensor] = []
-    sums: dict[str, list[float]] = {}
-    for micro in step.micro:
-        _tell_noise(job, step.number, micro)
-        loss, metrics = job.objective.loss(job.model, to_device(micro.batch, job.device))
-        (loss / total).backward()
-        losses.append(loss.detach())
-        for name, (value, count) in metrics.items():
-            pair = sums.setdefault(name, [0.0, 0.0])
-            pair[0], pair[1] = pair[0] + float(value), pair[1] + float(count)
-    (loss_sum,) = distributed.add(float(sum(losses)) if losses else 0.0)
+    before = job.budget
+    loss_here, sums = accumulate(job, step, total)
+    if job.budget < before:
+        job.log({"kind": "memory", "step": step.number, "micro_batch_tokens": job.budget, "before": before})
+    (loss_sum,) = distributed.add(loss_here)
     everywhere = distributed.gather([sums])
-    norm = float(optim.gather_and_clip(job.masters, job.config.max_grad_norm))
-    if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+    norm = job.update.norm()
+    if not job.update.may_go_on(loss_sum, norm):
         _refuse(job, step, loss_sum / total, norm)
-    learning_rate = job.schedule.get_last_lr()[0]
-    job.optimizer.step()
-    job.masters.publish(job.plan.seed, step.number)
-    job.masters.clear()
-    if not _waits_for_metric(job.schedule):
-        job.schedule.step()
+    rates = job.update.learning_rates
+    job.update.apply(step.number)
     names = {name for one in everywhere for name in one}
     metrics = {
         name: tuple(sum(one.get(name, [0.0, 0.0])[part] for one in everywhere) for part in (0, 1)) for name in sorted(names)
@@ -159,17 +161,103 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
         "units": total,
         "tokens": tokens_of_all,
         "grad_norm": norm,
-        "learning_rate": learning_rate,
+        **rates,
+        "update_ratio": job.update.ratio.value,
+        **job.update.figures(),
         **figures,
     }
 
 
+Sums = tuple[float, dict[str, list[float]]]
+"""Sum of the loss, and {metric: [sum, count]}."""
+
+
+def accumulate(job: Job, step: Step, total: float) -> Sums:
+    """Forward and backward of every micro-batch of this process, each loss divided by ``total``.
+
+    A micro-batch that does not fit into memory is halved and the step begun anew, with the same result; all later ones are kept
+    as small. Raises OutOfMemoryError when a single row does not fit.
+    """
+    while isinstance(outcome := _try_to_accumulate(job, step, total), int):
+        job.update.drop()
+        machine.release_memory(job.device)
+        step = _halved(job, step, outcome)
+    return outcome
+
+
+def _try_to_accumulate(job: Job, step: Step, total: float) -> Sums | int:
+    """The sums, or the number of the micro-batch that did not fit (returned, not raised: a traceback holds tensors)."""
+    losses: list[torch.Tensor] = []
+    sums: dict[str, list[float]] = {}
+    for number, one in enumerate(step.micro):
+        try:
+            _tell_noise(job, step.number, one)
+            loss, metrics = job.objective.loss(job.model, to_device(one.batch, job.device))
+            job.update.backward(loss / total)
+        except (RuntimeError, MemoryError) as error:
+            if not machine.is_out_of_memory(error):
+                raise
+            return number
+        losses.append(loss.detach())
+        for name, (value, count) in metrics.items():
+            pair = sums.setdefault(name, [0.0, 0.0])
+            pair[0], pair[1] = pair[0] + float(value), pair[1] + float(count)
+    return float(sum(losses)) if losses else 0.0, sums
+
+
+def _halved(job: Job, step: Step, number: int) -> Step:
+    """The step with micro-batch ``number`` in two; from now on no micro-batch is larger than the larger half."""
+    places = step.micro[number].places
+    if len(places) == 1:
+        row, length = job.plan.data.where(int(step.rows[places[0]])), step.micro[number].lengths[0]
+        raise OutOfMemoryError(
+            f"step {step.number}: one row alone ({row}, {length} tokens) needs more memory than the machine has left.\n"
+            "  Set train.gradient_checkpointing=true, lower train.max_length, or take a smaller model; "
+            "then go on with --resume or start again."
+        )
+    halves = [micro(job, step.rows, part) for part in (places[: len(places) // 2], places[len(places) // 2 :])]
+    longest = [len(half.lengths) * max(half.lengths) if not job.packed else sum(half.lengths) for half in halves]
+    job.budget = min(job.budget, max(longest))
+    return Step(step.number, step.rows, [*step.micro[:number], *halves, *step.micro[number + 1 :]])
+
+
+def rehearse(job: Job, step: int, places: list[int]) -> None:
+    """Forward and backward of one micro-batch, its gradients forgotten: what does not fit shows before anything is done."""
+    job.model.train()
+    rows = job.plan.rows(step)
+    with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+        accumulate(job, Step(step, rows, [micro(job, rows, places)]), 1.0)
+    job.update.drop()
+
+
 def evaluate(
-    model: Any, objective: Objective, data: Encoded, packed: bool, budget: int, device: torch.device
+    model: Any,
+    objective: Objective,
+    data: Encoded,
+    packed: bool,
+    budget: int,
+    device: torch.device,
+    sets: Sequence[str] = (),
 ) -> dict[str, float]:
-    """The objective's figures over all of ``data``, the same for any ``budget`` and any number of processes."""
+    """The objective's figures over all of ``data``, the same for any ``budget`` and any number of processes.
+
+    ``sets``: names of the sources of ``data``. Each has figures of its own too (``eval_loss`` -> ``eval_NAME_loss``), which are
+    those of a run with this set alone: its rows share no micro-batch with another's.
+    """
     model.eval()
-    order = np.argsort(-data.lengths, kind="stable")
+    parts = [np.flatnonzero(data.source == index) for index in range(len(sets))] or [np.arange(len(data))]
+    records = [_records(model, objective, data, rows, packed, budget, device) for rows in parts]
+    figures = objective.summarise([record for part in records for record in part])
+    for name, part in zip(sets, records):
+        figures |= {f"eval_{name}_{key.removeprefix('eval_')}": value for key, value in objective.summarise(part).items()}
+    return figures
+
+
+def _records(
+    model: Any, objective: Objective, data: Encoded, rows: np.ndarray, packed: bool, budget: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """What the objective keeps of each micro-batch of ``rows``, from all processes."""
+    order = rows[np.argsort(-data.lengths[rows], kind="stable")]
     state = distributed.state()
     mine = order[state.process_index :: state.num_processes]
     records = []
@@ -177,23 +265,19 @@ def evaluate(
         for group in batching.micro_batches([int(data.lengths[row]) for row in mine], budget, packed):
             batch = objective.collate([data[int(mine[place])] for place in group], packed)
             records.append(objective.evaluate(model, to_device(batch, device)))
-    return objective.summarise(distributed.gather(records))
+    return distributed.gather(records)
 
 
-def _step(job: Job, number: int) -> Step:
+def planned(job: Job, number: int) -> Step:
     """The micro-batches of optimiser step ``number`` that fall to this process."""
     state = distributed.state()
+    groups = batching.split(job.plan, number, job.budget, job.packed, state.process_index, state.num_processes)
     rows = job.plan.rows(number)
-    mine = list(range(len(rows)))[state.process_index :: state.num_processes]
-    lengths = [int(job.plan.data.lengths[rows[place]]) for place in mine]
-    micro = []
-    for group in batching.micro_batches(lengths, job.config.micro_batch_tokens, job.packed):
-        places = [mine[index] for index in group]
-        micro.append(_micro(job, rows, places))
-    return Step(number, rows, micro)
+    return Step(number, rows, [micro(job, rows, places) for places in groups])
 
 
-def _micro(job: Job, rows: np.ndarray, places: list[int]) -> Micro:
+def micro(job: Job, rows: np.ndarray, places: list[int]) -> Micro:
+    """Some rows of a step as one micro-batch."""
     examples = [job.plan.data[int(rows[place])] for place in places]
     return Micro(places, [int(job.plan.data.lengths[rows[p]]) for p in places], job.objective.collate(examples, job.packed))
 
@@ -203,19 +287,15 @@ def _tell_noise(job: Job, step: int, micro: Micro) -> None:
         job.noise.step, job.noise.rows, job.noise.lengths, job.noise.packed = step, micro.places, micro.lengths, job.packed
 
 
-def _waits_for_metric(schedule: Any) -> bool:
-    return isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
-
-
 def _refuse(job: Job, step: Step, loss: float, norm: float) -> None:
     """Name the rows whose loss is not finite on its own (all rows of the step when each is finite), and stop."""
-    job.masters.clear()
+    job.update.drop()
     guilty = []
     with torch.no_grad():
         for place, row in enumerate(step.rows):
-            micro = _micro(job, step.rows, [place])
-            _tell_noise(job, step.number, micro)
-            alone, _ = job.objective.loss(job.model, to_device(micro.batch, job.device))
+            one = micro(job, step.rows, [place])
+            _tell_noise(job, step.number, one)
+            alone, _ = job.objective.loss(job.model, to_device(one.batch, job.device))
             if not math.isfinite(float(alone)):
                 guilty.append(int(row))
     names = [job.plan.data.where(row) for row in guilty or [int(row) for row in step.rows]]
@@ -223,7 +303,7 @@ def _refuse(job: Job, step: Step, loss: float, norm: float) -> None:
     raise NonFiniteError(
         f"step {step.number}: the loss is {loss:.4g} and the norm of the gradient {norm:.4g}; no update was applied.\n"
         f"  {'Rows' if guilty else 'Rows of the step (each alone has a finite loss)'}: {', '.join(names)}\n"
-        "  Lower train.learning_rate, or look at these rows with `tunesmith data preview`; "
+        f"  Lower train.learning_rate, {job.update.advice}or look at these rows with `tunesmith data preview`; "
         "then go on from the last checkpoint with --resume."
     )
 
@@ -262,8 +342,7 @@ def _judge(job: Job, at: Progression, figure: float | None) -> str | None:
     """Keep count of the best; the reason to stop early, or None. ``job.evaluate`` has saved the model if it was the best yet."""
     if figure is None:
         return None
-    if _waits_for_metric(job.schedule):
-        job.schedule.step(figure)
+    job.update.judge(figure)
     patience = job.config.early_stopping_patience
     if patience and at.without_improvement >= patience:
         return f"no improvement in {at.without_improvement} evaluations; the best was {at.best:.4f} at step {at.best_step}"
@@ -289,7 +368,8 @@ def signals() -> Iterator[list[str]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
+        for listened, handler in before.items():
+            signal.signal(listened, handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         try:

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def describe() -> dict[str, Any]:
     cpu, flags = _cpu()
     return {
         "cpu": cpu,
-        "cores": _cores(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
         "memory_bytes": _total_memory(),
@@ -66,6 +67,83 @@ def peak_memory_bytes() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     # getrusage(2): ru_maxrss is in bytes on macOS, in KiB on the other Unixes.
     return _max_rss() * (1 if sys.platform == "darwin" else 1024)
+
+
+def available_memory_bytes() -> int:
+    """Memory that this process may still take: the machine's (or its cgroup's) available bytes and free swap."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available + psutil.swap_memory().free)
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
+
+
+class PeakWatch:
+    """The most memory held while a block runs, in bytes: of a CUDA device its allocations, else the resident set of the process.
+
+    The resident set is looked at every few milliseconds by a thread; the kernel's own high-water mark cannot be set back
+    everywhere, and is a figure of the whole run.
+    """
+
+    def __init__(self, device: Any, every: float = 0.003) -> None:
+        self.device, self.every = device, every
+        self.peak = 0
+        self._done = threading.Event()
+
+    def __enter__(self) -> PeakWatch:
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            self.peak = int(torch.cuda.max_memory_allocated(self.device))
+        else:
+            self._done.set()
+            self._thread.join()
+            self.peak = max(self.peak, memory_bytes())
+
+    def _watch(self) -> None:
+        while not self._done.is_set():
+            self.peak = max(self.peak, memory_bytes())
+            self._done.wait(self.every)
+
+
+def synchronize(device: Any) -> None:
+    """Wait until ``device`` has done all that it was given, for a clock to be read."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a CUDA device, or on a CPU whose system refuses (most grant anything, and kill later)."""
+    import torch
+
+    words = str(error).lower()
+    refused = "not enough memory" in words or "can't allocate memory" in words
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and refused)
+
+
+def release_memory(device: Any) -> None:
+    """Give freed memory back, so that the next attempt finds it in one piece."""
+    import gc
+
+    gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def free_disk_bytes(path: str | Path) -> int:
@@ -111,8 +189,8 @@ def _parse_cpuinfo(text: str) -> tuple[str, set[str]]:
     return name, set((fields.get("flags") or fields.get("features") or "").split())
 
 
-def _cores() -> int:
-    """Cores this process may run on, which in a container is fewer than the machine has."""
+def cores() -> int:
+    """How many cores this process may run on, which in a container is fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,18 +1,21 @@
-"""fp32 masters of what is trained, AdamW on them, clipping, and the learning-rate schedule."""
+"""fp32 masters of what is trained, the optimisers that work on them, clipping, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tunesmith.engine import distributed
 from tunesmith.engine.config import TrainConfig
-from tunesmith.errors import RecipeError
-from tunesmith.models import kernels
+from tunesmith.errors import MissingExtra, RecipeError
+from tunesmith.models import head, kernels
+from tunesmith.nearest import did_you_mean
 
 
 class Masters:
@@ -98,28 +101,159 @@ class _Move:
         parameter.grad = None
 
 
-def gather_and_clip(masters: Masters, max_norm: float) -> torch.Tensor:
-    """Sum gradients over processes, scale them to a norm of at most ``max_norm`` (0 = leave them), return the norm before."""
+def gather_and_clip(masters: Masters, max_norm: float, scale: float = 1.0) -> torch.Tensor:
+    """Sum gradients over processes, divide them by the loss's ``scale``, and shorten them to ``max_norm`` (0 = leave them).
+
+    Returns their norm before they were shortened. A power of two as ``scale`` changes no bit but the exponent.
+    """
     gradients = list(masters.gradients().values())
     distributed.add_gradients(gradients)
+    if scale != 1.0:
+        for gradient in gradients:
+            gradient.div_(scale)
     norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(list(masters.masters.values()), max_norm, norm)
     return norm
 
 
-def adamw(masters: Masters, config: TrainConfig, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019). Norms and biases (one-dimensional weights) do not decay."""
-    decayed = [p for p in masters.masters.values() if p.dim() > 1]
-    kept = [p for p in masters.masters.values() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+# --------------------------------------------------------------------------------------------------------- optimisers
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An optimiser: its class, the arguments it always gets, and those that a recipe may not give it, with the reason."""
+
+    optimizer: Callable[..., torch.optim.Optimizer]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        """Every argument of the class, with its default."""
+        return {one.name: one.default for one in inspect.signature(self.optimizer).parameters.values()}
+
+    def why_not(self, argument: str) -> str | None:
+        """Why ``train.optim_args`` may not hold an argument of the class; None when it may."""
+        own = dict.fromkeys(self.fixed, "tunesmith chooses it")
+        return {**OWNED, **own, **self.refused}.get(argument)
+
+
+OWNED = {
+    "params": "what is trained is said by `adaptation`",
+    "lr": "use train.learning_rate",
+    "weight_decay": "use train.weight_decay",
+    "maximize": "it would raise the loss",
+    **dict.fromkeys(("fused", "foreach", "capturable", "differentiable", "args"), "tunesmith chooses how it is computed"),
+}
+"""Arguments that belong to other keys, or to nobody."""
+
+
+def _adamw() -> Kind:
+    """Loshchilov and Hutter 2019."""
+    return Kind(torch.optim.AdamW, {"fused": True})
+
+
+def _adamw_8bit() -> Kind:
+    """AdamW whose moments are kept in 8 bits, in blocks of 256 with a scale each (Dettmers et al. 2022)."""
+    unsupported = {
+        "amsgrad": "it has no 8-bit form",
+        "optim_bits": "train.optim says so",
+        "is_paged": "states must fit a checkpoint",
+    }
+    return Kind(_bitsandbytes("adamw_8bit").AdamW8bit, refused=unsupported)
+
+
+def _adafactor() -> Kind:
+    """Shazeer and Stern 2018, one moment for each row and column; with the rate as it is given, as transformers' Trainer has it.
+
+    Not torch's: its rate is multiplied by the size of the weight, so that at our rates LoRA's B, which begins at zero, would move
+    by 2e-7 a step.
+    """
+    from transformers.optimization import Adafactor
+
+    fixed = {"relative_step": False, "scale_parameter": False}
+    return Kind(Adafactor, fixed, {"warmup_init": "use train.warmup_steps"})
+
+
+def _sgd() -> Kind:
+    return Kind(torch.optim.SGD)
+
+
+def _lion() -> Kind:
+    """Chen et al. 2023: the sign of a mean of gradients. It wants a rate three to ten times below AdamW's."""
+    eight = dict.fromkeys(("optim_bits", "min_8bit_size", "is_paged"), "its state is kept in 32 bits")
+    return Kind(_bitsandbytes("lion").Lion, refused=eight)
+
+
+def _bitsandbytes(name: str) -> Any:
+    try:
+        import bitsandbytes
+    except ModuleNotFoundError:
+        raise MissingExtra("bitsandbytes", "bnb", f"train.optim={name}") from None
+    return bitsandbytes.optim
+
+
+OPTIMISERS: dict[str, Callable[[], Kind]] = {
+    "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
+    "adafactor": _adafactor,
+    "sgd": _sgd,
+    "lion": _lion,
+}
+
+
+def check(config: TrainConfig) -> None:
+    """Try the optimiser on four numbers. Raises RecipeError for arguments it does not take, MissingExtra without its package."""
+    kind = OPTIMISERS[config.optim]()
+    valid = [name for name in kind.signature if kind.why_not(name) is None]
+    for name in config.optim_args:
+        if name not in kind.signature:
+            raise RecipeError(f"train.optim_args.{name}: {config.optim} has no such argument. {did_you_mean(name, valid)}")
+        if name not in valid:
+            raise RecipeError(f"train.optim_args.{name} is not given here: {kind.why_not(name)}. Valid: {', '.join(valid)}")
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    try:
+        kind.optimizer([weight], lr=1e-3, weight_decay=config.weight_decay, **kind.fixed, **config.optim_args).step()
+    except (TypeError, ValueError, IndexError) as error:
+        raise RecipeError(f"train.optim={config.optim} with train.optim_args={config.optim_args}: {error}") from None
+
+
+def check_model(config: TrainConfig, model: Any) -> None:
+    """Whether ``model`` (adapted; on the meta device, say) has what the keys speak of. Raises RecipeError."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.optim == "adamw_8bit":
+        smallest = config.optim_args.get("min_8bit_size", _adamw_8bit().signature["min_8bit_size"])
+        if max(map(torch.Tensor.numel, trained)) < smallest:
+            raise RecipeError(
+                f"train.optim=adamw_8bit does nothing: weights below {smallest} numbers keep their moments in 32 bits, and no "
+                "trained weight is larger.\n  Use train.optim=adamw, or lower train.optim_args.min_8bit_size."
+            )
+    if config.head_learning_rate is not None and not head.own_parameters(model):
+        raise RecipeError(
+            "train.head_learning_rate: this run trains no output layer of its own. It is frozen, or tied to the embedding.\n"
+            "  Leave the key out; or train the layer: adaptation full, or lora with modules_to_save, of a model that is not tied."
+        )
+
+
+def build(masters: Masters, config: TrainConfig, heads: Collection[str], factors: Mapping[str, float]) -> torch.optim.Optimizer:
+    """The optimiser of ``config.optim`` over groups of masters that share a rate and a decay.
+
+    ``heads``: names of the output layer's parameters. ``factors``: how many times the rate a parameter learns at, by name; 1 for
+    those left out. Norms and biases (one-dimensional weights) do not decay. A group's ``logged`` is the key of its rate in a
+    record; the groups at ``train.learning_rate`` come first.
+    """
+    kind = OPTIMISERS[config.optim]()
+    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
+    for name, master in masters.masters.items():
+        own, factor, decays = name in heads and config.head_learning_rate is not None, factors.get(name, 1.0), master.dim() > 1
+        rate = (config.head_learning_rate if own else config.learning_rate) or 0.0
+        logged = ("head_" if own else "") + "learning_rate" + (f"_x{factor:g}" if factor != 1 else "")
+        made = {"params": [], "lr": rate * factor, "weight_decay": config.weight_decay if decays else 0.0, "logged": logged}
+        groups.setdefault((own, factor, decays), made)["params"].append(master)
+    ordered = sorted(groups.values(), key=lambda group: (group["logged"] != "learning_rate", group["logged"]))
+    return kind.optimizer(ordered, lr=float(config.learning_rate or 0), **kind.fixed, **config.optim_args)
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:

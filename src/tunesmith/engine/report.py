@@ -16,9 +16,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tunesmith.engine import curves, figures, tracking
+from tunesmith.engine import curves, figures, tracking, verdict
 from tunesmith.engine.report_data import data_summary
-from tunesmith.engine.report_parts import answers, facts, tile
+from tunesmith.engine.report_parts import answers, facts, table, tile
 from tunesmith.engine.report_style import CSS
 from tunesmith.errors import DataError
 
@@ -96,7 +96,7 @@ def _read(folder: Path) -> _Run:
 
 
 def _page(run: _Run) -> str:
-    sections = (_head, _tiles, _notes, _curves, _samples, _data, _settings, _foot)
+    sections = (_head, _tiles, _sets, _notes, _curves, _samples, _data, _settings, _foot)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -159,6 +159,25 @@ def _before_after(run: _Run, key: str, name: str) -> str:
     return tile(name, f'<span class="from">{figures.number(before)} →</span> {figures.number(after)}', sub)
 
 
+def _sets(run: _Run) -> str:
+    """One line for each evaluation set: before training, and at the step whose weights were kept (or as far as the run came)."""
+    rows = []
+    for name in _set_names(run):
+        row: dict[str, Any] = {"set": name, "rows": run.part("data")["eval_sets"][name].get("rows")}
+        for label in ("loss", "perplexity"):
+            points = dict(run.points(run.evals, f"eval_{name}_{label}"))
+            kept = run.figure("best_step") if run.figure("best_step") in points else max(points, default=0)
+            row |= {f"{label} before": points.get(0), f"{label} after": points.get(kept or 0)}
+        rows.append(row)
+    return f'<section><h2>Evaluation sets</h2><div class="card">{table(rows)}</div></section>' if rows else ""
+
+
+def _set_names(run: _Run) -> list[str]:
+    """The names of ``data.eval.sets``, in the order of the recipe."""
+    splits = run.part("data").get("eval_sets")
+    return [name for name, split in splits.items() if isinstance(split, dict)] if isinstance(splits, dict) else []
+
+
 def _steps_tile(run: _Run) -> str:
     last = run.train[-1] if run.train else {}
     reached = [step for step, _ in run.points(run.train, "step")]
@@ -202,6 +221,9 @@ def _trained_tile(run: _Run) -> str:
 def _notes(run: _Run) -> str:
     said = run.manifest.get("notes")
     notes = [*run.problems, *([str(note) for note in said] if isinstance(said, list) else [])]
+    learnt_by_heart = verdict.overfit([*run.train, *run.evals])
+    if learnt_by_heart is not None:
+        notes.insert(0, f"Overfit: {learnt_by_heart.text}.")
     if run.part("result").get("stopped"):
         notes.insert(0, f"Stopped early: {run.part('result')['stopped']}")
     if not run.part("result") and run.manifest.get("stopped"):
@@ -219,8 +241,10 @@ def _notes(run: _Run) -> str:
 
 
 def _losses(run: _Run) -> list[curves.Curve]:
-    train, evals = run.points(run.train, "loss"), run.points(run.evals, "eval_loss")
-    return [curves.Curve(name, points) for name, points in (("train", train), ("eval", evals)) if points]
+    found = [curves.Curve("train", run.points(run.train, "loss")), curves.Curve("eval", run.points(run.evals, "eval_loss"))]
+    for number, name in enumerate(_set_names(run)):
+        found.append(curves.Curve.of_set(f"eval {name}", run.points(run.evals, f"eval_{name}_loss"), number))
+    return [curve for curve in found if curve.points]
 
 
 def _curves(run: _Run) -> str:
@@ -230,7 +254,12 @@ def _curves(run: _Run) -> str:
     loss = curves.chart("Loss", _losses(run))
     small = [
         curves.chart("Learning rate", of("learning_rate"), figures.rate, from_zero=True, is_smoothed=False),
+        curves.chart(
+            "Learning rate of the output layer", of("head_learning_rate"), figures.rate, from_zero=True, is_smoothed=False
+        ),
+        curves.chart("Loss scale", of("loss_scale"), figures.count, is_smoothed=False),
         curves.chart("Gradient norm", of("grad_norm"), from_zero=True),
+        curves.chart("Update / weights, often about 1e-3", of("update_ratio"), figures.rate, is_log=True),
         curves.chart("Tokens per second", of("tokens_per_second"), figures.count, from_zero=True),
     ]
     if not loss and not any(small):
@@ -260,7 +289,9 @@ def _settings(run: _Run) -> str:
     rest = {key: value for key, value in run.manifest.items() if key not in ("data", "notes", "command", "created", "stopped")}
     machine = rest.pop("machine", None)
     if run.part("result"):
-        rest["result"] = {key: value for key, value in run.part("result").items() if key != "samples"}  # shown as answers
+        rest["result"] = {
+            key: value for key, value in run.part("result").items() if key not in ("samples", "verdict")
+        }  # shown above
     column = f'<h2>Machine</h2><div class="card">{facts(machine)}</div>' if isinstance(machine, dict) else ""
     column += f'<h2>Manifest</h2><div class="card">{facts(rest)}</div>' if rest else ""
     columns += [column] if column else []

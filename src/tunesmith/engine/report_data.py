@@ -15,10 +15,17 @@ _NAMES = {"duplicates_train_eval": "eval_rows_also_in_train", "cached": "from_th
 def data_summary(report: dict[str, Any]) -> str:
     """HTML of a data report. Keys it does not know are shown too; keys that are absent are left out."""
     splits = {name: report[name] for name in _SPLITS if isinstance(report.get(name), dict)}
+    sets = report.get("eval_sets")
+    splits |= {f"eval {name}": one for name, one in sets.items() if isinstance(one, dict)} if isinstance(sets, dict) else {}
     sources = [one for one in report.get("sources") or () if isinstance(one, dict)]
-    rest = {_NAMES.get(key, key): value for key, value in report.items() if key not in (*_SPLITS, "sources")}
+    apart = (*_SPLITS, "eval_sets", "sources", "contaminated")
+    rest = {_NAMES.get(key, key): value for key, value in report.items() if key not in apart}
+    shared = report.get("contaminated")
+    shared = shared if isinstance(shared, dict) else {}
+    if figures.is_number(shared.get("rows")) and figures.is_number(shared.get("share")):
+        rest["eval_rows_that_share_text_with_train"] = f"{shared['rows']:,} ({figures.share(shared['share'], 1)})"
     lengths = _length_counts(splits.get("train", {}).get("histogram"))
-    places = [place for split in splits.values() for place in split.get("unlearnable_first") or ()]
+    places = list(dict.fromkeys(place for split in splits.values() for place in split.get("unlearnable_first") or ()))
     beside = _block("Examples", _splits(splits)) + _block("Tokens per training example", bars(lengths) if lengths else "")
     return (
         grid(rest)
@@ -27,6 +34,7 @@ def data_summary(report: dict[str, Any]) -> str:
         + _block("Rows left out", _lines([problem for one in sources for problem in one.get("problems") or ()]))
         + _block("Text the template leaves out", _lines([text for text in map(_left_out, sources) if text]))
         + _block("Rows with nothing to learn", _lines(places))
+        + _block(f"Text that evaluation and training share, {shared.get('ngram')} tokens or more", _shared(shared.get("first")))
     )
 
 
@@ -38,7 +46,7 @@ def _splits(splits: dict[str, dict[str, Any]]) -> str:
     """One line for each figure, one column for each split: that is how they are compared."""
     figures_of = {name: _split(split) for name, split in splits.items()}
     names = list(dict.fromkeys(name for split in figures_of.values() for name in split))
-    head = "".join(f'<th class="num">{name}</th>' for name in splits)
+    head = "".join(f'<th class="num">{escape(name)}</th>' for name in splits)
     body = "".join(
         f"<tr><th>{escape(name)}</th>"
         + "".join(f'<td class="num">{split.get(name, "")}</td>' for split in figures_of.values())
@@ -91,6 +99,11 @@ def _left_out(source: dict[str, Any]) -> str:
     first = found.get("first")
     example = f", for example {first[0]}" if isinstance(first, list) and first else ""
     return f"{source.get('path')}: {found['rows']} of {found.get('looked_at')} rows looked at{example}"
+
+
+def _shared(first: Any) -> str:
+    """The held-out rows that share text with a training row, each with that text."""
+    return table([one for one in first if isinstance(one, dict)]) if isinstance(first, list | tuple) and first else ""
 
 
 def _lines(lines: list[Any]) -> str:

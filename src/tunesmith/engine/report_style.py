@@ -5,11 +5,13 @@ CSS = """
   color-scheme: light dark;
   --paper: #f7f5f1; --card: #ffffff; --ink: #22211f; --soft: #6d6a64; --line: #e4e0d8; --shade: #f1eee8;
   --train: #2f6db5; --eval: #d2691e; --good: #2c7a4b; --bad: #c62828; --warn: #fdf3e2; --warn-line: #e2b25c;
+  --set0: #0f8578; --set1: #8a4fbf; --set2: #a87900; --set3: #c2185b; --set4: #5b7d1c; --set5: #6a6f78;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #16171a; --card: #1f2125; --ink: #e9e6e0; --soft: #9b978f; --line: #33363c; --shade: #282b30;
     --train: #74a9e6; --eval: #f0995a; --good: #6cc493; --bad: #ff7b72; --warn: #2d2719; --warn-line: #8a6a2c;
+    --set0: #4fc3b5; --set1: #bd93ec; --set2: #dcb748; --set3: #f2779f; --set4: #a3c760; --set5: #a9aeb8;
   }
 }
 * { box-sizing: border-box; }
@@ -58,7 +60,14 @@ p { margin: 0 0 12px; }
 .plot path.train { stroke: var(--train); }
 .plot path.raw { stroke-width: 1; opacity: .32; }
 .plot path.eval { stroke: var(--eval); }
-.plot path.dot { stroke-width: 9; }
+.plot path.set0 { stroke: var(--set0); }
+.plot path.set1 { stroke: var(--set1); }
+.plot path.set2 { stroke: var(--set2); }
+.plot path.set3 { stroke: var(--set3); }
+.plot path.set4 { stroke: var(--set4); }
+.plot path.set5 { stroke: var(--set5); }
+.plot path.dashed { stroke-dasharray: 7 5; }
+.plot path.dot { stroke-width: 9; stroke-dasharray: none; }
 .plot path.broken { stroke: var(--bad); stroke-dasharray: 4 4; stroke-width: 1.5; }
 .plot > span { position: absolute; color: var(--soft); font-size: .74rem; white-space: nowrap; }
 .plot > .y { right: calc(100% + 8px); transform: translateY(-50%); }
@@ -75,6 +84,13 @@ p { margin: 0 0 12px; }
 .key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 7px; vertical-align: middle; }
 .key.train::before { background: var(--train); }
 .key.eval::before { background: var(--eval); }
+.key.set0::before { background: var(--set0); }
+.key.set1::before { background: var(--set1); }
+.key.set2::before { background: var(--set2); }
+.key.set3::before { background: var(--set3); }
+.key.set4::before { background: var(--set4); }
+.key.set5::before { background: var(--set5); }
+.key.dashed::before { clip-path: polygon(0 0, 40% 0, 40% 100%, 60% 100%, 60% 0, 100% 0, 100% 100%, 0 100%); }
 .key.broken::before { background: var(--bad); }
 
 .prompt { margin: 0 0 14px; }

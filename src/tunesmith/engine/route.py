@@ -6,7 +6,9 @@ and through the fast one; loss and gradients are compared, and what differs is s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +21,11 @@ from tunesmith.objectives import Example, Objective
 
 PROBE_TOKENS = 192  # of each row: enough to see every layer at work, few enough to cost a second
 # largest accepted difference: of the loss, relative; of all gradients together, relative to their norm. In bf16 the plain
-# path itself differs from fp32 by some 4% of the gradient (SmolLM2-135M), in either direction.
-TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 0.15)}
+# path itself differs from fp32 by some 4% of the gradient (SmolLM2-135M), in either direction; in fp16 by 0.7%, and by 6e-5 of
+# the loss (the fast path from the plain one by 0.7% and 1e-4).
+TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 0.15), torch.float16: (1e-3, 3e-2)}
+SCALE = {torch.float16: 2.0**10}
+"""Of the loss in the trial. Without it much of a gradient is below what fp16 holds: the same paths then differ by 1.6%."""
 
 
 @dataclass
@@ -32,6 +37,8 @@ class Route:
     attention: str
     """The model's own attention, for whatever is not a packed batch."""
     notes: list[str] = field(default_factory=list)
+    recomputed: bool = False
+    """Whether decoder layers are computed again in the backward pass."""
 
     def leave(self, model: Any) -> None:
         """Give ``model`` its own layers, loss and attention back."""
@@ -40,7 +47,25 @@ class Route:
         head.base(model).set_attn_implementation(self.attention)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"batches": "packed" if self.packed else "padded", "fused": dict(self.fused.kinds), "notes": list(self.notes)}
+        return {
+            "batches": "packed" if self.packed else "padded",
+            "fused": dict(self.fused.kinds),
+            "recomputed": self.recomputed,
+            "notes": list(self.notes),
+        }
+
+
+@contextmanager
+def plain_attention(model: Any, route: Route) -> Iterator[None]:
+    """Generation keeps a cache and has no segments: it takes the model's own attention."""
+    inner = head.base(model)
+    ours = inner.config._attn_implementation
+    inner.set_attn_implementation(route.attention)
+    model.eval()
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(ours)
 
 
 def choose(
@@ -84,6 +109,38 @@ def choose(
     return route
 
 
+def recompute(model: Any, objective: Objective, examples: Sequence[Example], route: Route, device: torch.device) -> None:
+    """From now on keep of each decoder layer what goes into it, and compute the rest again in backward (Chen et al. 2016).
+
+    It is transformers' own checkpointing, the kind that is not reentrant: gradients reach adapters in a frozen base, and keywords
+    such as the segments reach the second forward. Only training mode does it. It is tried on the rows of :func:`choose`, in
+    training mode, drawing the same random numbers; where the gradients differ it is switched off again and a note says so.
+    """
+    inner = head.base(model)
+    rows = [_shorten(example) for example in list(examples)[:2]]
+
+    def found() -> tuple[float, list[torch.Tensor]]:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)  # some models drop by torch's own stream
+            return _loss_and_gradients(model, objective, rows, route.packed, device)
+
+    model.train()
+    expected = found()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its name is going; transformers 5.17 knows no other
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inner.disable_input_require_grads()  # only the reentrant kind needs a gradient for the frozen embeddings; it costs time
+    difference = _difference(expected, found())
+    if difference is None:
+        route.recomputed = True
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            inner.gradient_checkpointing_disable()
+        route.notes.append(f"gradient checkpointing is off: on the first rows the gradients differed with it ({difference})")
+    model.eval()
+
+
 def _switch_off(route: Route) -> None:
     route.fused.disable()
     route.fused = fused.Fused()
@@ -122,7 +179,7 @@ def _loss_and_gradients(
     for batch in batches:
         loss, _ = objective.loss(model, to_device(batch, device))
         if loss.requires_grad:  # an evaluation trains nothing: only its loss is compared
-            (loss / total).backward()
+            (loss / total * SCALE.get(model.dtype, 1.0)).backward()
         value += loss.item() / total
     gradients = []
     for parameter in model.parameters():

@@ -5,21 +5,24 @@ Whatever can be wrong is found before weights load; ``check`` stops there.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tunesmith import adaptations, objectives
 from tunesmith.adaptations import Adaptation
 from tunesmith.data.prepare import Prepared, prepare
-from tunesmith.engine import batching, optim, precision
+from tunesmith.engine import batching, distributed, optim, placement, precision, route
+from tunesmith.engine.update import Update
 from tunesmith.errors import RecipeError
-from tunesmith.models import load, noise, probe
-from tunesmith.models.load import Folder
-from tunesmith.objectives import Objective
+from tunesmith.models import head, load, noise, probe, vocabulary
+from tunesmith.models.locate import Folder, code_files, locate
+from tunesmith.objectives import Example, Objective
 from tunesmith.recipe import Recipe
 
 WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx")
@@ -33,6 +36,7 @@ class Setup:
     model_folder: Folder
     config: Any
     tokenizer: Any
+    new_tokens: vocabulary.NewTokens
     objective: Objective
     adaptation: Adaptation
     data: Prepared
@@ -45,44 +49,99 @@ class Setup:
 def read(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Setup:
     """Check the model folder, read and encode the data, lay out the steps. Raises UserError for anything that cannot work."""
     load.quiet()
-    folder = load.locate(recipe.model)
+    _check_processes(recipe.train.batch_size, "train.batch_size is")
+    device = placement.device_of(recipe.device_map, device)
+    folder = locate(recipe.model, recipe.trust_remote_code)
     _check_adapter_choice(recipe, folder)
+    _name_code(recipe, folder, say)
     config = load.load_config(folder)
     objective = objectives.module(objectives.name_of(recipe.objective)).Objective(recipe.objective)
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
-    plan_of_numbers = precision.choose(recipe.train.precision, device)
-    tokenizer = load.load_tokenizer(folder)
-    parameters = _parameters(recipe, folder, config, objective, adaptation)
+    optim.check(recipe.train)
+    plan_of_numbers = precision.choose(recipe.train.precision, device, recipe.train.optim)
+    tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
+    new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
+    parameters = _parameters(recipe, folder, config, objective, adaptation, new_tokens)
     data = prepare(
         recipe.data, objective, tokenizer, max_length=recipe.train.max_length, window=window_of(config), seed=recipe.seed
     )
-    for line in data.report.lines():
+    for line in [*data.report.lines(), *_about(new_tokens, data)]:
         say(line)
     train = recipe.train
     plan = batching.plan(data.train, train.batch_size, recipe.seed, train.shuffle, train.epochs, train.max_steps)
+    _check_processes(len(plan.rows(1)), "the rows to learn from are")
     rate = optim.schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), train, plan.steps)
     del rate  # built once to find a schedule that cannot be, before weights load
-    return Setup(recipe, folder, config, tokenizer, objective, adaptation, data, plan, device, plan_of_numbers, parameters)
+    return Setup(
+        recipe, folder, config, tokenizer, new_tokens, objective, adaptation, data, plan, device, plan_of_numbers, parameters
+    )
 
 
-def build(setup: Setup, out: Path) -> tuple[Any, optim.Masters, noise.RowNoise | None, list[str]]:
-    """Load the weights, adapt them, make fp32 masters, cast the network. Also returns row-wise noise and what to say once."""
-    recipe, folder = setup.recipe, setup.model_folder
+@dataclass
+class Built:
+    """The network, ready to be trained: adapted, cast, on its device and its route. ``notes`` are to be said once."""
+
+    model: Any
+    update: Update
+    noise: noise.RowNoise | None
+    route: route.Route
+    notes: list[str]
+
+
+def build(setup: Setup, out: Path) -> Built:
+    """Load the weights, adapt them, make fp32 masters, cast the network, find its route, make the optimiser."""
+    recipe, folder, train = setup.recipe, setup.model_folder, setup.recipe.train
     torch.manual_seed(recipe.seed)  # before adapters are made: their first values are part of the run
+    placed: dict[str, Any] = {} if recipe.device_map is None else {"device_map": recipe.device_map}
     if recipe.adapter == "continue":
-        model = load.load_model(folder, head=setup.objective.head, adapter="attach", trainable=True)
+        model = load.load_model(folder, head=setup.objective.head, adapter="attach", trainable=True, **placed)
     else:
         if recipe.adapter == "merge":
-            folder = _merged_base(setup, out)
+            with distributed.main_first():
+                folder = _merged_base(setup, out)
         elif recipe.adapter == "new" and folder.base is not None:
-            folder = Folder(folder.base, "full")
-        loaded = load.load_model(folder, head=setup.objective.head, trainable=True, **setup.adaptation.load_kwargs())
-        model = setup.adaptation.apply(loaded, setup.objective.head)
-    model.to(setup.device)
+            folder = replace(folder, path=folder.base, kind="full", base=None)
+        options = {**setup.adaptation.load_kwargs(), **placed}
+        loaded = load.load_model(folder, head=setup.objective.head, trainable=True, **options)
+        new_rows = vocabulary.grow(loaded, setup.new_tokens)
+        model = setup.adaptation.apply(loaded, setup.objective.head, new_rows)
+    if recipe.device_map is None:
+        model.to(setup.device)
+    else:
+        placement.check(model)
     masters = optim.Masters(model, setup.precision.compute)
     precision.cast(model, setup.precision.compute)
-    row_noise, said = noise.install(model, recipe.seed)
-    return model, masters, row_noise, said
+    row_noise, said = noise.install(model, recipe.seed, train.neftune_noise_alpha)
+    chosen = route.choose(model, setup.objective, _first(setup), _longest(setup.data), train.packing, setup.device)
+    if train.gradient_checkpointing:
+        route.recompute(model, setup.objective, _first(setup), chosen, setup.device)
+    masters.listen()
+    optimizer = optim.build(masters, train, head.own_parameters(model), setup.adaptation.learning_rates(masters.masters))
+    schedule = optim.schedule(optimizer, train, setup.plan.steps)
+    scale = precision.LossScale() if setup.precision.compute is torch.float16 else None
+    update = Update(masters, optimizer, schedule, train.max_grad_norm, recipe.seed, scale)
+    return Built(model, update, row_noise, chosen, [*said, *chosen.notes])
+
+
+def _check_processes(rows: int, what: str) -> None:
+    """The rows of a step are shared out over the processes; one that never has a row would only cost."""
+    processes = distributed.state().num_processes
+    if processes > rows:
+        raise RecipeError(
+            f"{processes} processes share the rows of a step, and {what} {rows}: {processes - rows} would never have one.\n"
+            f"  Start at most {rows} processes, or give each step more rows."
+        )
+
+
+def _first(setup: Setup) -> list[Example]:
+    """The two shortest rows of the first step: the route is tried on them."""
+    lengths = setup.data.train.lengths
+    rows = sorted(setup.plan.rows(1), key=lambda row: (lengths[row], row))
+    return [setup.data.train[int(row)] for row in rows[:2]]
+
+
+def _longest(data: Prepared) -> int:
+    return int(max(data.train.lengths.max(), data.eval.lengths.max() if data.eval else 0))
 
 
 def window_of(config: Any) -> int | None:
@@ -99,17 +158,57 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
             f"the model {recipe.model} is an adapter on {folder.base}. Say what becomes of it:\n"
             "  adapter: continue (train it on), merge (fold it into its base first), or new (leave it out)."
         )
-    chosen = sorted(recipe.adaptation.model_fields_set)
+    chosen = sorted(recipe.adaptation.model_fields_set - adaptations.module(kind).Adaptation.keys_of_learning)
     if recipe.adapter == "continue" and chosen and kind != "full":
         raise RecipeError(
             f"adapter: continue keeps the adapter as it was made, so {', '.join(chosen)} under adaptation would do nothing.\n"
-            f"  Write adaptation: {kind}, or start a new one with adapter: merge or adapter: new."
+            f"  Leave out those keys, or start a new one with adapter: merge or adapter: new."
         )
     if recipe.adapter == "continue" and kind == "full":
         raise RecipeError("adapter: continue trains the adapter, adaptation: full trains every weight. Use adapter: merge.")
 
 
-def _parameters(recipe: Recipe, folder: Folder, config: Any, objective: Objective, adaptation: Adaptation) -> dict[str, int]:
+def _name_code(recipe: Recipe, folder: Folder, say: Callable[[str], None]) -> None:
+    """Say which files of the model will be run."""
+    if not recipe.trust_remote_code:
+        return
+    files = code_files(folder)
+    if not files:
+        raise RecipeError("trust_remote_code: true does nothing: this model brings no code of its own. Leave it out.")
+    named = ", ".join(f"{file} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]})" for file in files)
+    say(f"trust_remote_code: code that came with the model runs with all your rights: {named}")
+
+
+def _tokenizer_folder(recipe: Recipe, folder: Folder) -> Folder:
+    """Where the tokenizer comes from: an adapter that is left out takes the tokens it added with it."""
+    left_out = recipe.adapter == "new" and folder.base is not None and vocabulary.adapter_rows(folder.path)
+    return replace(folder, path=folder.base, kind="full", base=None) if left_out and folder.base else folder
+
+
+def _about(new: vocabulary.NewTokens, data: Prepared) -> list[str]:
+    """The ids of the new tokens, and which of them no training row holds: those will not be learnt."""
+    if not new.ids:
+        return []
+    said = [f"new tokens: {', '.join(f'{token} = {number}' for token, number in new.ids.items())}"]
+    wanted = np.array(list(new.ids.values()))
+    seen: set[int] = set()
+    for entry in data.train.entries:
+        ids = entry.values["input_ids"]
+        seen.update(ids[np.isin(ids, wanted)].tolist())
+    unseen = [token for token, number in new.ids.items() if number not in seen]
+    if unseen:
+        said.append(f"no training row holds {', '.join(unseen)}: nothing will be learnt of it")
+    return said
+
+
+def _parameters(
+    recipe: Recipe,
+    folder: Folder,
+    config: Any,
+    objective: Objective,
+    adaptation: Adaptation,
+    new_tokens: vocabulary.NewTokens,
+) -> dict[str, int]:
     """Numbers of parameters from the network's shape alone, which also finds modules that are not there."""
     if recipe.adapter == "continue":
         from peft import LoraConfig, get_peft_model
@@ -117,22 +216,26 @@ def _parameters(recipe: Recipe, folder: Folder, config: Any, objective: Objectiv
         adapter = LoraConfig.from_pretrained(str(folder.path))
         adapter.inference_mode = False
         with torch.device("meta"):
-            model = get_peft_model(_empty(config), adapter)
+            model = load.empty_model(folder, config)
+            vocabulary.fit_to_adapter(model, folder.path)
+            model = get_peft_model(model, adapter)
     else:
         with torch.device("meta"):
-            model = adaptation.apply(_empty(config), objective.head)
+            model = load.empty_model(folder, config)
+            if recipe.adapter == "merge":
+                vocabulary.fit_to_adapter(model, folder.path)
+            model = adaptation.apply(model, objective.head, vocabulary.grow(model, new_tokens))
+    if recipe.train.gradient_checkpointing and not head.base(model).supports_gradient_checkpointing:
+        raise RecipeError(
+            f"train.gradient_checkpointing: transformers cannot recompute the layers of {config.model_type}.\n"
+            "  Leave the key out; train.micro_batch_tokens saves memory too."
+        )
+    optim.check_model(recipe.train, model)
     everything = {id(parameter): parameter for parameter in model.parameters()}.values()
     return {
         "trainable": sum(parameter.numel() for parameter in everything if parameter.requires_grad),
         "total": sum(parameter.numel() for parameter in everything),
     }
-
-
-def _empty(config: Any) -> Any:
-    """The network without weights (the caller is on the meta device)."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(config)
 
 
 def _merged_base(setup: Setup, out: Path) -> Folder:
@@ -142,10 +245,12 @@ def _merged_base(setup: Setup, out: Path) -> Folder:
         model = load.load_model(setup.model_folder, head=setup.objective.head, adapter="merge")
         from tunesmith.engine.checkpoint import publish
 
+        tokenizer = load.load_tokenizer(setup.model_folder)  # without this run's new tokens, which the sum knows nothing of
+
         def write(folder: Path) -> None:
             model.save_pretrained(folder)
-            setup.tokenizer.save_pretrained(folder)
-            probe.write_probe(folder, model, setup.tokenizer)
+            tokenizer.save_pretrained(folder)
+            probe.write_probe(folder, model, tokenizer)
 
         publish(target, write, sum(p.numel() * p.element_size() for p in model.parameters()))
-    return load.locate(target)
+    return locate(target, setup.model_folder.remote_code)

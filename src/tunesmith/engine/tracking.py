@@ -34,7 +34,10 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _RATE_WINDOW = 50  # records the time left is judged by: long enough to be steady, short enough to follow a change
 _REDRAW_SECONDS = 0.1
 _SHOWN = frozenset(
-    ("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "eval_loss", "perplexity")
+    (
+        *("kind", "step", "epoch", "loss", "learning_rate", "head_learning_rate", "grad_norm", "tokens", "supervised_tokens"),
+        *("eval_loss", "eval_loss_stderr", "perplexity"),
+    )
 )
 # A note may quote a path or a row; an escape sequence in it must not reach the terminal.
 _VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -323,6 +326,7 @@ def _train_parts(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("loss", "loss", figures.number),
         ("tokens_per_second", "", lambda value: f"{figures.number(round(value))} tok/s"),
         ("learning_rate", "lr", figures.rate),
+        ("head_learning_rate", "head lr", figures.rate),
         ("grad_norm", "grad", figures.number),
         ("memory_bytes", "", figures.size),
         ("epoch", "epoch", lambda value: f"{value:.2f}"),
@@ -335,6 +339,7 @@ def _eval_parts(record: dict[str, Any]) -> list[tuple[str, str]]:
     known = (
         ("epoch", "epoch", lambda value: f"{value:.2f}"),
         ("eval_loss", "loss", figures.number),
+        ("eval_loss_stderr", "±", figures.number),
         ("perplexity", "perplexity", figures.number),
     )
     parts = [(name, form(record[key])) for key, name, form in known if figures.is_number(record.get(key))]
@@ -351,5 +356,5 @@ def _others(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (name, figures.number(value))
         for name, value in record.items()
-        if name not in _SHOWN and name not in TIMING_KEYS and figures.is_number(value)
+        if name not in _SHOWN and name not in TIMING_KEYS and not name.endswith("_stderr") and figures.is_number(value)
     ]

@@ -28,7 +28,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of ``model`` (a name, a folder, or a pair (model, tokenizer)) over the rows of ``data``.
 
-    Returns eval_loss (mean per supervised token), perplexity, rows, tokens, supervised_tokens, tokens_per_second and seconds.
+    Returns eval_loss (mean per supervised token), eval_loss_stderr (with two rows or more), perplexity, rows, tokens,
+    supervised_tokens, tokens_per_second and seconds.
     ``objective`` says what is learnt of a row: ``sft`` = the last answer (text rows whole), ``cpt`` = every token of a document,
     long ones in blocks; ``overlong`` is the policy for rows above
     ``max_length`` (default: the objective's own). ``batch_tokens`` bounds memory and never changes the figures.

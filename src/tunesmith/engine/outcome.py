@@ -1,0 +1,112 @@
+"""What is written down of a run in its manifest, and what it came to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from tunesmith import __version__
+from tunesmith.engine import distributed, machine, report, setup, tracking, verdict
+from tunesmith.engine.loop import Job, Progression
+from tunesmith.engine.state import Run
+
+
+def parameters_line(ready: setup.Setup) -> str:
+    trainable, total = ready.parameters["trainable"], ready.parameters["total"]
+    return f"parameters: {trainable:,} trained of {total:,} ({100 * trainable / total:.2f}%)"
+
+
+def precision_line(ready: setup.Setup) -> str:
+    plan = ready.precision.as_dict()
+    return f"precision: {plan['compute']} ({plan['why']}); trained weights {plan['trained_weights']}"
+
+
+def notes(run: Run) -> list[str]:
+    """What was said of the run and stands nowhere else in the manifest."""
+    known = {*run.setup.data.report.lines(), parameters_line(run.setup), precision_line(run.setup)}
+    return [note for note in run.progress.notes if note not in known]
+
+
+def record_start(run: Run, micro_batch_tokens: int) -> None:
+    ready = run.setup
+    created = run.folder.manifest().get("created", datetime.now(UTC).isoformat(timespec="seconds"))
+    run.folder.record(
+        tunesmith=__version__,
+        created=created,
+        command=" ".join(sys.argv),
+        model={"name": ready.recipe.model, "path": str(ready.model_folder.path), "kind": ready.model_folder.kind},
+        objective=ready.recipe.resolved()["objective"],
+        adaptation=ready.recipe.resolved()["adaptation"],
+        parameters=ready.parameters,
+        data=ready.data.report.as_dict(),
+        steps=ready.plan.steps,
+        micro_batch_tokens=micro_batch_tokens,
+        seed=ready.recipe.seed,
+        precision=ready.precision.as_dict(),
+        route=run.route.as_dict(),
+        machine=machine.describe(),
+        processes=distributed.state().num_processes,
+        notes=notes(run),
+        stopped=None,  # of an earlier attempt
+    )
+
+
+def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str | None) -> dict[str, Any]:
+    """The result, also kept in the manifest, and the report."""
+    records = tracking.read(run.metrics.path)
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    found = verdict.overfit(records)
+    first = next((record for record in evaluations if record["step"] == 0), {})
+    best = next((record for record in evaluations if record["step"] == at.best_step), {})
+    earlier = run.folder.manifest().get("result", {})
+    if run.setup.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.setup.device)
+    else:
+        peak = machine.peak_memory_bytes() - before_model
+    result = {
+        "eval_loss_before": first.get("eval_loss"),
+        "eval_loss": best.get("eval_loss"),
+        "perplexity_before": first.get("perplexity"),
+        "perplexity": best.get("perplexity"),
+        **_of_sets(run.setup.data.eval_sets, first, best),
+        "tokens_per_second": job.trained_tokens / job.seconds if job.seconds else earlier.get("tokens_per_second"),
+        "train_seconds": job.seconds,
+        "peak_memory_bytes": peak,
+        "trainable_parameters": run.setup.parameters["trainable"],
+        "total_parameters": run.setup.parameters["total"],
+        "model_dir": str(run.folder.model),
+        "run_dir": str(run.folder.path),
+        "report": str(run.folder.path / "report.html"),
+        "steps": at.step,
+        "best_step": at.best_step,
+        "tokens": at.tokens,
+        "stopped": stopped,
+        "verdict": found.as_dict() if found else None,
+        "samples": _before_and_after(run, at),
+    }
+    run.folder.record(result=result, notes=notes(run), finished=datetime.now(UTC).isoformat(timespec="seconds"))
+    report.write_report(run.folder.path)
+    return result
+
+
+def _of_sets(names: Sequence[str], first: Mapping[str, Any], best: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of each evaluation set before training and of the model that was kept."""
+    figures: dict[str, Any] = {"eval_sets": list(names)} if names else {}
+    for name in names:
+        for key in (f"eval_{name}_loss", f"eval_{name}_perplexity"):
+            figures |= {f"{key}_before": first.get(key), key: best.get(key)}
+    return figures
+
+
+def _before_and_after(run: Run, at: Progression) -> list[dict[str, Any]]:
+    answers = tracking.read(run.answers.path)
+    after = {record["prompt"]: record["answer"] for record in answers if record["step"] == at.best_step}
+    return [
+        {"prompt": one["prompt"], "before": one["answer"], "after": after.get(one["prompt"]), "reference": one["reference"]}
+        for one in answers
+        if one["step"] == 0
+    ]

@@ -1,0 +1,86 @@
+"""A run repeated from what its folder says, and compared with it: records and weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from tunesmith import recipe as recipes
+from tunesmith.engine import machine, run, runs, tracking
+from tunesmith.errors import DataError, UserError
+
+
+def reproduce(path: str | Path, out: str | Path | None = None, console: Any = None) -> dict[str, Any]:
+    """Train the run in ``path`` again into ``out`` (default: its folder's name with ``-again``) and compare.
+
+    Returns equal, run, again, machine (what is not as it was), difference (of the first record that is not the same: step,
+    figure, before, now; None when all are), weights_equal and records.
+
+    Raises DataError, before training, when a data file changed since, with what changed, and UserError when the run never came
+    to its end.
+    """
+    before = runs.read(path)
+    if before.state != "done":
+        raise UserError(f"{before.path} is {before.state}: only a run that came to its end can be repeated and compared.")
+    chosen = recipes.parse(before.recipe, where=str(before.path / "recipe.yaml"))
+    _require_same_data(before, run.check(chosen)["data"])
+    target = Path(out) if out else before.path.with_name(f"{before.path.name}-again")
+    run.train(chosen, out=target, console=console)
+    again = runs.read(target)
+    difference = first_difference(_lasting(before), _lasting(again))
+    weights_equal = _weights(before.path) == _weights(target)
+    return {
+        "equal": difference is None and weights_equal,
+        "run": str(before.path),
+        "again": str(target),
+        "machine": _changed(before.manifest.get("machine") or {}, machine.describe()),
+        "difference": difference,
+        "weights_equal": weights_equal,
+        "records": len(before.records),
+    }
+
+
+def first_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Step and figure of the first record that is not the same, with both values; None when none is."""
+    for one, other in zip(before, now, strict=False):
+        for key in dict.fromkeys([*one, *other]):
+            # repr, because a figure that is not a number is not equal to itself
+            if repr(one.get(key)) != repr(other.get(key)):
+                return {"step": one.get("step"), "figure": key, "before": one.get(key), "now": other.get(key)}
+    if len(before) != len(now):
+        return {"step": None, "figure": "records", "before": len(before), "now": len(now)}
+    return None
+
+
+def _lasting(kept: runs.Kept) -> list[dict[str, Any]]:
+    """The records without what may differ between two runs of the same recipe."""
+    return [{key: value for key, value in record.items() if key not in tracking.TIMING_KEYS} for record in kept.records]
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    """File name -> sha256 of the model's weights."""
+    files = sorted((folder / "model").glob("*.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _require_same_data(before: runs.Kept, now: dict[str, Any]) -> None:
+    """Raise DataError naming each source whose content is not what the run was trained on."""
+    recorded = {one["path"]: one for one in (before.manifest.get("data") or {}).get("sources", ())}
+    changed = []
+    for one in now["sources"]:
+        old = recorded.get(one["path"])
+        if old and old["sha256"] != one["sha256"]:
+            was, is_ = (f"{side['sha256'][:12]} with {side['rows_read']:,} rows" for side in (old, one))
+            changed.append(f"  {one['path']}: sha256 was {was}, is {is_}")
+    if changed:
+        raise DataError(
+            f"the data of {before.path} changed since, so it cannot be repeated:\n" + "\n".join(changed) + "\n"
+            "  Put the old files back; or train anew: tunesmith train " + str(before.path / "recipe.yaml") + " --out DIR"
+        )
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What of the machine and the libraries is not as it was: name -> [before, now]."""
+    flat = [{**{k: v for k, v in one.items() if k != "versions"}, **(one.get("versions") or {})} for one in (before, now)]
+    return {key: [flat[0].get(key), flat[1].get(key)] for key in flat[1] if flat[0].get(key) != flat[1].get(key)}

@@ -1,0 +1,109 @@
+"""The open run, and what of it is kept: the model, and checkpoints from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.engine import checkpoint, distributed, folder, route, samples, setup, tracking
+from tunesmith.engine.hooks import Hooks
+from tunesmith.engine.loop import Progression
+from tunesmith.engine.trackers import Trackers
+from tunesmith.engine.update import Update
+from tunesmith.errors import RecipeError
+from tunesmith.models import probe
+
+
+@dataclass
+class Run:
+    """The open run: its objects and files. ``asked`` are the prompts of evaluation."""
+
+    setup: setup.Setup
+    folder: folder.RunFolder
+    model: Any
+    update: Update
+    route: route.Route
+    metrics: tracking.Metrics
+    answers: tracking.Metrics
+    progress: tracking.Progress
+    main: bool
+    hooks: Hooks
+    asked: list[samples.Prompt] = field(default_factory=list)
+    trackers: Trackers = field(default_factory=Trackers)
+
+
+def save_model(run: Run) -> None:
+    """The model as it stands, in the Hub's or peft's own format, with tokenizer, template and probe: ready for anybody's code."""
+
+    def write(target: Path) -> None:
+        with run.route.fused.disabled(), route.plain_attention(run.model, run.route):
+            with run.update.masters.in_place():
+                run.setup.adaptation.save(run.model, target)
+                run.setup.tokenizer.save_pretrained(target)
+                if run.update.masters.all_of(run.model):
+                    probe.write_probe(target, run.model, run.setup.tokenizer)
+            if not run.update.masters.all_of(run.model):  # fp32 parts in a bf16 network would not fit together: the copies answer
+                probe.write_probe(target, run.model, run.setup.tokenizer)
+
+    needed = 4 * sum(master.numel() for master in run.update.masters.masters.values()) + 8 * 2**20
+    checkpoint.publish(run.folder.model, write, needed)
+
+
+def save(run: Run, at: Progression) -> None:
+    """A checkpoint from which the run goes on bit for bit."""
+    if run.main:
+        run.progress.doing("saving")
+        tensors = run.update.tensors()
+        tensors["random.cpu"] = torch.get_rng_state()
+        if run.setup.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(run.setup.device)
+        state = {
+            "progression": asdict(at),
+            **run.update.state(),
+            "data": run.setup.data.report.as_dict()["sources"],
+            "threads": torch.get_num_threads(),
+            "processes": distributed.state().num_processes,
+        }
+        run.metrics.sync()
+        run.answers.sync()
+        checkpoint.save(run.folder.checkpoints, at.step, tensors, json.loads(json.dumps(state, default=str)))
+        pinned = {at.best_step} if at.best_step is not None else set()
+        checkpoint.rotate(run.folder.checkpoints, run.setup.recipe.train.save_total_limit, pinned)
+        run.progress.doing(None)
+    distributed.wait()
+
+
+def restore(run: Run) -> Progression:
+    """Put the newest good checkpoint back, and drop what was written after it. A fresh Progression when there is none."""
+    found = checkpoint.newest(run.folder.checkpoints, run.progress.note)
+    if found is None:
+        if run.main:
+            run.metrics.rewind(-1)
+            run.answers.rewind(-1)
+        return Progression()
+    tensors, state = found
+    sources = {source["path"]: source["sha256"] for source in state["data"]}
+    for source in run.setup.data.report.as_dict()["sources"]:
+        if sources.get(source["path"]) != source["sha256"]:
+            raise RecipeError(
+                f"the data file {source['path']} changed since the run was started, so going on would not be the same run.\n"
+                "  Put the old file back, or start another run with --out DIR."
+            )
+    at = Progression(**state["progression"])
+    run.update.load(tensors, state)
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and run.setup.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], run.setup.device)
+    now = {"processes": distributed.state().num_processes, "threads": torch.get_num_threads()}
+    changed = [f"{state[key]} {key}, now {value}" for key, value in now.items() if state.get(key, value) != value]
+    if changed:
+        run.progress.note(f"the run used {' and '.join(changed)}: the same update but for the last bits of sums, not bit for bit")
+    if run.main:
+        run.metrics.rewind(at.step)
+        run.answers.rewind(at.step)
+    run.progress.note(f"resumed after step {at.step}")
+    return at
