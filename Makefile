@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet
 WORKERS ?= 2
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench recipes clean
 
 demo: .venv/.installed-demo  ## pull a small model, tune it for two to three minutes, show what changed
 	$(BIN)/tunesmith models pull smollm2-135m
@@ -25,6 +25,10 @@ format: .venv/.installed-dev
 
 bench: .venv/.installed-dev  ## speed and memory against the peers; needs a quiet machine
 	$(BIN)/python benchmarks/sft.py $(ARGS)
+
+recipes: .venv/.installed-demo  ## every recipe as it stands, three steps each; ARGS="sft-lora --steps 10" runs a part
+	$(BIN)/tunesmith models pull smollm2-135m
+	$(BIN)/python recipes/run_all.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in as many processes as there are cores
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an installed DeepSpeed looks for one aloud, on stdout
 
 import pytest
 

@@ -1,24 +1,54 @@
 """Every key a recipe may hold. A new key is a new promise: it is added here on purpose, with a test that it does something."""
 
-ROOT = {"model", "adapter", "objective", "adaptation", "data", "train", "samples", "seed"}
+ROOT = {
+    "model",
+    "adapter",
+    "add_tokens",
+    "device_map",
+    "trust_remote_code",
+    "objective",
+    "adaptation",
+    "data",
+    "train",
+    "samples",
+    "seed",
+}
 
 DATA = {"train", "eval", "template", "bad_rows", "max_unlearnable", "cache"}
 SOURCE = {"path", "format", "columns", "prompt_template", "weight", "limit"}
-EVAL = {"fraction", "limit", "path", "format", "columns", "prompt_template"}
+EVAL = {"fraction", "limit", "path", "sets"}  # each set is a SOURCE
 
 TRAIN = {
     "learning_rate", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "max_length", "shuffle", "packing", "precision",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
-    "early_stopping_patience", "early_stopping_threshold",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+    "early_stopping_patience", "early_stopping_threshold", "gradient_checkpointing", "neftune_noise_alpha", "optim", "optim_args",
+    "head_learning_rate", "report_to",
 }  # fmt: skip
 SAMPLES = {"prompts", "count", "max_new_tokens"}
 
 OBJECTIVES = {"sft": {"train_on", "expand_turns", "overlong"}, "cpt": {"overlong"}}
 ADAPTATIONS = {
     "full": set(),
-    "lora": {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save"},
+    "lora": {
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "use_rslora",
+        "use_dora",
+        "bias",
+        "modules_to_save",
+        "loraplus_lr_ratio",
+    },
 }
 
-EITHER_OR = [("epochs", "max_steps"), ("warmup_ratio", "warmup_steps"), ("prompts", "count"), ("fraction", "path")]
+EITHER_OR = [
+    ("epochs", "max_steps"),
+    ("warmup_ratio", "warmup_steps"),
+    ("prompts", "count"),
+    ("fraction", "path"),
+    ("device_map", "adapter"),
+    ("trust_remote_code", "add_tokens"),
+    ("path", "sets"),
+]
 """Keys that no run can hold together: `recipe.conflicts` refuses the pair."""

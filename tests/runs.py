@@ -48,7 +48,7 @@ def recipe(
     file = folder / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in data), encoding="utf-8")
     settings = {
-        "batch_size": 5, "max_steps": 4, "learning_rate": 1e-2, "precision": "fp32", "eval_steps": None, "save_steps": None, "adam_epsilon": 1e-4,
+        "batch_size": 5, "max_steps": 4, "learning_rate": 1e-2, "precision": "fp32", "eval_steps": None, "save_steps": None, "optim_args": {"eps": 1e-4},
         **train,
     }  # fmt: skip
     return {

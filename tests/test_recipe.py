@@ -92,8 +92,14 @@ def test_wrong_values_are_named(override, words):
     ("overrides", "words"),
     [
         (["data.eval.path=e.json", "data.eval.fraction=0.2"], "data.eval.path or data.eval.fraction, not both"),
-        (["data.eval.format=alpaca"], "data.eval.format does nothing"),
-        (["data.eval.columns={a: b}"], "data.eval.columns does nothing"),
+        (["data.eval.sets.a.path=e.json", "data.eval.fraction=0.2"], "data.eval.sets or data.eval.fraction, not both"),
+        (["data.eval.sets.a.path=e.json", "data.eval.path=b.json"], "data.eval.path or data.eval.sets, not both"),
+        (["data.eval.sets.a.path=e.json", "data.eval.limit=4"], "data.eval.limit does nothing beside data.eval.sets"),
+        (["data.eval.sets={a: {path: e.json, weight: 2}}"], "data.eval.sets.a.weight does nothing"),
+        (["data.eval.sets={}"], "expected at least one set"),
+        (["data.eval.sets={a b: {path: e.json}}"], "the name 'a b' must be made of"),
+        (["data.eval.sets={a: {path: e.json, limti: 2}}"], "unknown key `data.eval.sets.a.limti`. Did you mean `limit`?"),
+        (["data.eval.sets={a: {path: 3}}"], "`data.eval.sets.a.path`: expected a valid string, got 3"),
         (["data.eval.fraction=0", "data.eval.limit=4"], "data.eval.limit does nothing"),
         (["data.eval.fraction=0", "train.early_stopping_patience=2"], "needs held-out rows"),
         (["data.eval.fraction=0", "train.eval_steps=10"], "train.eval_steps does nothing"),
@@ -104,6 +110,8 @@ def test_wrong_values_are_named(override, words):
         (["train.warmup_ratio=0.1", "train.warmup_steps=2"], "warmup_ratio or warmup_steps, not both"),
         (["train.lr_scheduler_type=constant", "train.warmup_steps=2"], "use constant_with_warmup"),
         (["samples.prompts=[hello]", "samples.count=2"], "samples.prompts or samples.count, not both"),
+        (["device_map=auto", "adapter=new"], "device_map: peft places"),
+        (["trust_remote_code=true", "add_tokens=[<a>]"], "how the vocabulary of a model"),
         (["samples.count=0", "samples.max_new_tokens=8"], "samples.max_new_tokens does nothing"),
     ],
 )
@@ -111,12 +119,34 @@ def test_choices_that_contradict_or_do_nothing_are_refused(overrides, words):
     assert words in refused(*overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("data.max_length=512", "`train.max_length`"),
+        ("learning_rate=1e-4", "`train.learning_rate`"),
+        ("train.lora_alpha=16", "`adaptation.lora_alpha`"),
+        ("train.train_on=all", "`objective.train_on`"),
+        ("objective={type: sft, seed: 3}", "`seed`"),
+        ("data.eval.format=alpaca", "`data.train.0.format` or `data.eval.sets.NAME.format`"),
+        ("data.tran=[]", "`train`"),  # a slip of a key that is here counts for more
+    ],
+)
+def test_a_key_of_another_section_is_named_with_its_place(override, meant):
+    assert f"Did you mean {meant}?" in refused(override)
+
+
+def test_evaluation_sets_are_shown_and_kept():
+    loaded = recipe.parse(SMALL, ["data.eval.sets={ko: {path: k.csv, limit: 5}, en: {path: e.json}}"])
+    assert "eval        ko: k.csv limit 5  en: e.json" in recipe.brief(loaded)
+    assert recipe.parse(loaded.resolved()) == loaded
+
+
 def test_all_mistakes_are_told_at_once():
     message = refused("objective=x", "adaptation.rr=1", "train.epoch=2", "seed=x")
     assert len(message.splitlines()) == 4
 
 
-FREE = ("columns", "lr_scheduler_kwargs")  # mappings whose keys are the user's own, or another library's
+FREE = ("columns", "lr_scheduler_kwargs", "optim_args")  # mappings whose keys are the user's own, or another library's
 
 
 def schema_keys(node, path=()):
@@ -205,7 +235,7 @@ def test_every_key_is_described():
 
 PLAIN = {
     "train", "format", "columns", "prompt_template", "epochs", "shuffle", "precision", "lr_scheduler_type", "lr_scheduler_kwargs",
-    "warmup_ratio", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "logging_steps",
+    "warmup_ratio", "warmup_steps", "weight_decay", "logging_steps",
     "early_stopping_threshold", "max_new_tokens",
 }  # fmt: skip
 """Keys whose name says all: transformers' own names, and the eval source's, described at the training source."""

@@ -27,7 +27,11 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any
 
 def test_models_list(capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "models", "list")
-    assert {row["name"]: row["present"] for row in found["models"]} == {"smollm2-135m": False, "minilm-l6": False}
+    assert {row["name"]: row["present"] for row in found["models"]} == {
+        "smollm2-135m": False,
+        "smollm2-135m-15l": False,
+        "minilm-l6": False,
+    }
     assert main(["models", "list"]) == 0
     assert "smollm2-135m" in capsys.readouterr().out
 

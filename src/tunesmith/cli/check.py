@@ -8,7 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from tunesmith.cli.output import result, say
+from tunesmith.cli.output import console, result, say
+from tunesmith.data.problems import shorten
+from tunesmith.engine.figures import duration, size
+from tunesmith.errors import UserError
 
 
 def check(
@@ -16,17 +19,38 @@ def check(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.epochs=2.", show_default=False)
     ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Take a few real steps: forecast memory and time.")] = False,
+    memory: Annotated[
+        float | None, typer.Option(help="With --measure: GB that the run may use.", show_default="what is free")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Tell all that can be known before training: rows, masks, steps, parameters, precision."""
+    """Tell all that can be known before training: rows, masks, steps, parameters, precision; with --measure memory and time."""
     from tunesmith.recipe import load
 
+    if memory is not None and (not measure or memory <= 0):
+        raise UserError("--memory takes a number of GB above 0 and goes with --measure: tunesmith check --measure --memory 8 ...")
     checked = load(recipe, overrides or ())
 
     from tunesmith.engine import run
 
-    result(run.check(checked), as_json, lambda found: "\n".join(lines(found)))
-    say("This recipe can run.")
+    if measure:
+        limit = None if memory is None else int(memory * 1e9)
+        with console().status("measuring (nothing of it is kept)") as status:
+            found = run.check(checked, measure=True, memory_limit_bytes=limit, say=lambda doing: status.update(f"{doing} ..."))
+    else:
+        found = run.check(checked)
+    result(found, as_json, lambda found: "\n".join(lines(found)))
+    if measure and not found["forecast"]["fits"]:
+        raise UserError(_short_of(found["forecast"]))
+    say("This recipe can run." if measure else "This recipe can run. What it will take: tunesmith check --measure")
+
+
+def _short_of(forecast: Mapping[str, Any]) -> str:
+    """By how much a run does not fit, and what would."""
+    needed, limit = forecast["needed_memory_bytes"], forecast["memory_limit_bytes"]
+    short = f"this run needs {size(needed)} and may use {size(limit)}: {size(needed - limit)} are missing."
+    return "\n  ".join([short, *forecast["remedies"]])
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
@@ -41,8 +65,11 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     for split in ("train", "eval"):
         if data[split]:
             rows += [(split, line) for line in _split(data[split])]
+    rows += [("", f"  {name}: {line}") for name, split in data["eval_sets"].items() for line in _split(split)]
     if data["duplicates_train_eval"]:
         rows.append(("", f"{data['duplicates_train_eval']:,} rows are in both train and eval"))
+    if data["contaminated"] and data["contaminated"]["rows"]:
+        rows += [("", line) for line in _contaminated(data["contaminated"])]
     rows += [
         ("template", data["template"]),
         ("max_length", f"{found['max_length']:,} tokens"),
@@ -53,8 +80,34 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         ),
         ("precision", f"{precision['compute']} ({precision['why']})"),
         ("", f"trained weights {precision['trained_weights']}, frozen weights {precision['frozen_weights']}"),
+        *(("note", line) for line in found["notes"]),
+        *(_forecast(found["forecast"]) if "forecast" in found else []),
     ]
     return [f"{name:<11} {text}" for name, text in rows]
+
+
+def _forecast(forecast: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the run will take, as measured."""
+    process = f"{size(forecast['needed_memory_bytes'])} of {size(forecast['memory_limit_bytes'])}"
+    time = f"training {duration(forecast['train_seconds'])}"
+    if forecast["evaluations"]:
+        time += f", {forecast['evaluations']} evaluations of {duration(forecast['evaluation_seconds'])}"
+    return [
+        ("memory", f"{size(forecast['peak_memory_bytes'])} at most, above the program itself; the whole process {process}"),
+        (
+            "",
+            f"micro-batches of at most {forecast['micro_batch_tokens']:,} tokens, the heaviest {forecast['heaviest_tokens']:,}",
+        ),
+        ("speed", f"{forecast['seconds_per_step']:.2f} s a step, {forecast['tokens_per_second']:,.0f} tokens/s"),
+        ("time", f"about {duration(forecast['total_seconds'])} to the end: {time}"),
+    ]
+
+
+def _contaminated(found: Mapping[str, Any]) -> list[str]:
+    """How many evaluation rows share text with training rows, and the first of them."""
+    said = f"{found['rows']:,} eval rows ({found['share']:.1%}) share {found['ngram']} tokens or more with a training row:"
+    shown = [f"  {one['where']} and {one['same_as']}: {shorten(one['text'], 80)}" for one in found["first"][:3]]
+    return [said, *shown, *(["  ... --json lists more"] if found["rows"] > 3 else [])]
 
 
 def _keys(part: Mapping[str, Any]) -> str:

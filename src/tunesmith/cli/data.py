@@ -1,7 +1,9 @@
-"""``tunesmith data preview | lint``: look at rows as the model will see them, and find every bad one."""
+"""``tunesmith data preview | lint | build``: look at rows as the model will see them, find every bad one, make some."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +13,7 @@ from tunesmith.cli import output
 if TYPE_CHECKING:
     from tunesmith.data.config import DataConfig, Source
     from tunesmith.data.lint import LintReport
+    from tunesmith.data.make.draw import Drawn
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -32,7 +35,8 @@ def preview(
     """Show rows as the model will see them, what is learnt in green, with the counts."""
     from tunesmith.data import preview as previews
     from tunesmith.errors import UserError
-    from tunesmith.models.load import load_tokenizer, locate
+    from tunesmith.models.load import load_tokenizer
+    from tunesmith.models.locate import locate
 
     sources, config, objective, named = _target(target, format, train_on)
     if model is None and named is None:
@@ -58,9 +62,10 @@ def lint(
     """List every bad row as file:row:field, what was expected, what is there and how to mend it; and duplicates."""
     from tunesmith.data import lint as linting
     from tunesmith.data.config import Source
-    from tunesmith.data.source import ROW_TYPES, eval_source
+    from tunesmith.data.source import ROW_TYPES, eval_sources
     from tunesmith.data.templates import apply_template
-    from tunesmith.models.load import load_tokenizer, locate
+    from tunesmith.models.load import load_tokenizer
+    from tunesmith.models.locate import locate
 
     train: list[Source] = []
     held = [Source(path=path, format=format) for path in evaluation or ()]
@@ -71,12 +76,71 @@ def lint(
         if config is not None:
             accepted = tuple(objective.rows)
             template = template or config.template
-            own = eval_source(config.eval)
-            held += [own] if own else []
+            held += eval_sources(config).values()
     tokenizer = apply_template(load_tokenizer(locate(model)), template)[0] if model else None
     report = linting.lint(train, held, accepted, tokenizer)
     output.result(report.as_dict(), json, human=lambda _: _lint_lines(report))
     return 0 if report.ok else 2
+
+
+@app.command("build")
+def build(
+    kind: Annotated[
+        str, typer.Argument(help="docstrings, instructions, preferences, classify, multilabel, tag or qa.", show_default=False)
+    ],
+    rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows.")] = 1000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed, other rows.")] = 0,
+    lang: Annotated[str, typer.Option("--lang", help="Language of questions, sentences and label names: en, ko.")] = "en",
+    split: Annotated[
+        str | None, typer.Option("--split", help="train or test: rows of different modules.", show_default="all modules")
+    ] = None,
+    no_answer: Annotated[
+        float | None,
+        typer.Option("--no-answer", min=0, max=1, help="qa: share of questions without an answer.", show_default="0.2"),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="A new .jsonl file, or - for stdout.", show_default="KIND-LANG.jsonl here")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Make rows of one kind from the library of the Python that runs: real text, and answers that are known to be true."""
+    from tunesmith.data.make import draw, write
+    from tunesmith.data.make.maker import LANGUAGES
+    from tunesmith.errors import UserError
+    from tunesmith.nearest import did_you_mean
+
+    for name, value, valid in (("KIND", kind, draw.KINDS), ("--lang", lang, LANGUAGES), ("--split", split, draw.SPLITS)):
+        if value is not None and value not in valid:
+            raise UserError(f"{name}: there is no {value!r}. {did_you_mean(value, valid)}")
+    if no_answer is not None and kind != "qa":
+        raise UserError(f"--no-answer is for the kind qa; the rows of {kind} all have an answer. Leave it out.")
+    if json and out == "-":
+        raise UserError("--json and --out - both print to stdout. Leave one of them out, or name a file with --out.")
+    path = None if out == "-" else Path(out or "-".join(filter(None, [kind, lang, split])) + ".jsonl")
+    if path is not None:
+        write.check_free(path)
+    with output.console().status(f"{kind}: reading the library") as status:
+        drawn = draw.draw(
+            kind, rows, seed, lang, split, draw.NO_ANSWER_SHARE if no_answer is None else no_answer,
+            lambda done, total: status.update(f"{kind}: {done} of at most {total} modules read"),
+        )  # fmt: skip
+    if path is None:
+        sys.stdout.writelines(line.decode() for line in write.lines(drawn.rows))
+    sha256 = write.write(drawn.rows, path) if path else None
+    output.say(*_built_lines(kind, drawn))
+    if path is not None:
+        facts = {"kind": kind, "path": path, "rows": len(drawn.rows), "counts": drawn.counts, "modules": drawn.modules}
+        facts |= {"seed": seed, "lang": lang, "split": split, "about": drawn.about, "sha256": sha256}
+        output.result(facts, json, human=lambda _: f"{path}: {len(drawn.rows)} rows, sha256 {sha256}")
+    return 0
+
+
+def _built_lines(kind: str, drawn: Drawn) -> list[str]:
+    from tunesmith.data.make.write import shorten_row
+
+    counts = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
+    lines = [f"{kind}: {len(drawn.rows)} rows from {drawn.modules} modules of this Python's library", drawn.about, counts]
+    return [*lines, *(f"--- {number}\n{shorten_row(row)}" for number, row in enumerate(drawn.rows[:3], 1))]
 
 
 def _target(target: str, format: str | None, train_on: str | None) -> tuple[list[Source], DataConfig | None, Any, str | None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -54,12 +55,16 @@ def evaluate(
         figures,
         as_json,
         lambda found: (
-            f"eval loss   {found['eval_loss']:.4f} per supervised token\n"
+            f"eval loss   {found['eval_loss']:.4f}{_error(found)} per supervised token\n"
             f"perplexity  {found['perplexity']:.3f}\n"
             f"read        {found['rows']:,} rows, {found['tokens']:,} tokens, {found['supervised_tokens']:,} of them supervised\n"
             f"speed       {found['tokens_per_second']:.0f} tokens/s, {found['seconds']:.1f} s"
         ),
     )
+
+
+def _error(found: Mapping[str, Any]) -> str:
+    return f" ± {found['eval_loss_stderr']:.4f}" if "eval_loss_stderr" in found else ""
 
 
 def columns_of(pairs: list[str]) -> dict[str, str] | None:

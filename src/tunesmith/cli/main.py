@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,7 @@ from tunesmith.errors import TunesmithError
 # verb: (module:name of a function or of a typer app, the line shown by `tunesmith --help`)
 VERBS = {
     "train": ("tunesmith.cli.train:train", "Train a model as a recipe says."),
+    "launch": ("tunesmith.cli.launch:launch", "Train with several processes on this machine."),
     "check": ("tunesmith.cli.check:check", "Tell all that can be known before training: data, masks, steps, parameters."),
     "init": ("tunesmith.cli.init:init", "Write a commented recipe."),
     "evaluate": ("tunesmith.cli.evaluate:evaluate", "Loss and perplexity of a model on a data file."),
@@ -33,7 +35,8 @@ VERBS = {
     "show": ("tunesmith.cli.show:show", "What a model folder is, without loading it."),
     "merge": ("tunesmith.cli.merge:merge", "Fold a LoRA into its base model."),
     "models": ("tunesmith.cli.models:app", "List and pull models."),
-    "data": ("tunesmith.cli.data:app", "Preview and lint data."),
+    "runs": ("tunesmith.cli.runs:app", "List, show, compare and repeat runs."),
+    "data": ("tunesmith.cli.data:app", "Preview, lint and make data."),
 }
 
 
@@ -60,8 +63,11 @@ def load(verb: str) -> Any:
     return command
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0 done, 1 a bug of ours, 2 the user's input, 3 stopped, 130 interrupted."""
+def main(argv: list[str] | None = None, fail: Callable[[BaseException, int, bool], int] = output.fail) -> int:
+    """Run one command line and return its exit code: 0 done, 1 a bug of ours, 2 the user's input, 3 stopped, 130 interrupted.
+
+    ``fail`` reports an error and returns its exit code.
+    """
     args = sys.argv[1:] if argv is None else argv
     as_json = "--json" in args
     debug = bool(os.environ.get("TUNESMITH_DEBUG"))
@@ -77,17 +83,17 @@ def main(argv: list[str] | None = None) -> int:
     except TunesmithError as error:
         if debug:
             traceback.print_exc()
-        return output.fail(error, error.exit_code, as_json)
+        return fail(error, error.exit_code, as_json)
     except typer.TyperException as error:  # an unknown option, a missing argument
         if as_json:
-            return output.fail(error, 2, as_json)
+            return fail(error, 2, as_json)
         usage: Any = error
         usage.show()
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        return output.fail(KeyboardInterrupt("interrupted"), 130, as_json)
+        return fail(KeyboardInterrupt("interrupted"), 130, as_json)
     except Exception as error:  # noqa: BLE001 - the last line of defence: whatever arrives here is a bug of ours
-        return output.fail(_bug(error, debug), 1, as_json)
+        return fail(_bug(error, debug), 1, as_json)
 
 
 def _bug(error: Exception, debug: bool) -> Exception:

@@ -24,7 +24,18 @@ def _table(facts: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key in ("path", "kind", "architecture", "base", "head", "tied_embeddings", "context_window", "quantization"):
+    for key in (
+        "path",
+        "kind",
+        "architecture",
+        "layers",
+        "base",
+        "origin",
+        "head",
+        "tied_embeddings",
+        "context_window",
+        "quantization",
+    ):
         if facts[key] is not None:
             table.add_row(key, str(facts[key]))
     if facts["adapter"]:

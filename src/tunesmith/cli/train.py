@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.cli.output import console, result, say
+from tunesmith.engine.figures import size
 
 
 def train(
@@ -32,7 +33,8 @@ def train(
     from tunesmith.engine import run
 
     outcome = run.train(checked, out=out or Path("runs") / recipe.stem, resume=resume, console=console())
-    result(outcome, as_json, summary)
+    if outcome:  # of several processes the main one tells
+        result(outcome, as_json, summary)
 
 
 def summary(outcome: Mapping[str, Any]) -> list[Any]:
@@ -40,8 +42,9 @@ def summary(outcome: Mapping[str, Any]) -> list[Any]:
     name = shlex.quote(str(outcome["model_dir"]))
     lines = [
         f"stopped    {outcome['stopped']}" if outcome.get("stopped") else "",
+        f"verdict    {outcome['verdict']['text']}" if outcome.get("verdict") else "",
         f"steps      {outcome['steps']}, {outcome['tokens_per_second']:.0f} tokens/s, "
-        f"peak memory {outcome['peak_memory_bytes'] / 2**30:.2f} GiB",
+        f"peak memory {size(outcome['peak_memory_bytes'])}",
         f"trained    {outcome['trainable_parameters']:,} of {outcome['total_parameters']:,} parameters "
         f"({outcome['trainable_parameters'] / outcome['total_parameters']:.2%})",
         f"model      {outcome['model_dir']}",
@@ -56,11 +59,22 @@ def summary(outcome: Mapping[str, Any]) -> list[Any]:
 
 
 def _figures(outcome: Mapping[str, Any]) -> Table:
-    table = Table("held-out rows", "before", "after", title="Result", title_justify="left")
-    for name, label, digits in (("eval_loss", "loss", 4), ("perplexity", "perplexity", 2)):
-        before, after = outcome[f"{name}_before"], outcome[name]
-        table.add_row(label, "-" if before is None else f"{before:.{digits}f}", f"{after:.{digits}f}")
+    """Held-out loss and perplexity before and after; one line for each evaluation set, then one for all rows together."""
+    sets = [(name, f"eval_{name}_loss", f"eval_{name}_perplexity") for name in outcome.get("eval_sets", ())]
+    if not sets:
+        table = Table("held-out rows", "before", "after", title="Result", title_justify="left")
+        for name, key, digits in (("loss", "eval_loss", 4), ("perplexity", "perplexity", 2)):
+            table.add_row(name, *_before_and_after(outcome, key, digits))
+        return table
+    table = Table("held-out rows", "loss before", "after", "perplexity before", "after", title="Result", title_justify="left")
+    for name, loss, perplexity in [*sets, ("all together", "eval_loss", "perplexity")]:
+        table.add_row(name, *_before_and_after(outcome, loss, 4), *_before_and_after(outcome, perplexity, 2))
     return table
+
+
+def _before_and_after(outcome: Mapping[str, Any], key: str, digits: int) -> list[str]:
+    values = (outcome[f"{key}_before"], outcome[key])
+    return ["-" if value is None else f"{value:.{digits}f}" for value in values]
 
 
 def _samples(samples: list[Mapping[str, str | None]]) -> Table:

@@ -1,0 +1,32 @@
+"""One process of ``tunesmith launch``: the verb it was started for, with its errors noted for the launcher instead of shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from tunesmith.engine import watch
+
+
+def run(folder: Path, rank: int) -> int:
+    """Do what ``folder/job.json`` says and return the exit code. ``command`` there is what the user typed."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    sys.argv = job["command"]
+    watch.begin(folder, rank)
+
+    from tunesmith.cli.main import main
+
+    def note(error: BaseException, exit_code: int, as_json: bool = False) -> int:
+        watch.leave(folder, rank, error=error, exit_code=exit_code)
+        return exit_code
+
+    code = main(job["arguments"], note)
+    if code == 0:
+        watch.leave(folder, rank, done=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run(Path(sys.argv[1]), int(os.environ["RANK"])))

@@ -1,0 +1,149 @@
+"""``tunesmith runs list | show | compare | reproduce``: what became of runs, side by side, and one of them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from tunesmith.cli.output import console, result, say
+from tunesmith.engine.figures import duration, is_number, number, size
+from tunesmith.errors import NotReproduced, UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="List, show, compare and repeat runs.")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+@app.command("list")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"), as_json: Json = False
+) -> None:
+    """Every run under a folder, the oldest first: state, what it trained, loss before and after, speed, memory."""
+    from tunesmith.engine import runs
+
+    result({"runs": [run.facts() for run in runs.find(folder)]}, as_json, _listed)
+
+
+@app.command("show")
+def show(run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)], as_json: Json = False) -> None:
+    """All that a run's folder says of it: recipe, data, machine, result."""
+    from tunesmith.engine import runs
+
+    kept = runs.read(run)
+    result({**kept.facts(), "recipe": kept.recipe, "manifest": kept.manifest}, as_json, _shown)
+
+
+@app.command("compare")
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Write the curves into this PNG.")] = Path("compare.png"),
+    by: Annotated[str, typer.Option(help="What the curves run over: step or tokens.")] = "step",
+    as_json: Json = False,
+) -> None:
+    """Curves of several runs over each other, what differs between their recipes, and their results side by side."""
+    from tunesmith.engine import runs
+
+    if len(folders) < 2 or by not in ("step", "tokens"):
+        raise UserError("compare takes two or more runs, and --by is step or tokens: tunesmith runs compare runs/a runs/b")
+    if out.suffix != ".png":
+        raise UserError(f"--out {out}: the picture is a PNG; expected a name that ends in .png")
+    kept = [runs.read(folder) for folder in folders]
+    found = {
+        "runs": [run.facts() for run in kept],
+        "differences": runs.differences(kept),
+        "cautions": runs.cautions(kept),
+        "picture": str(out),
+    }
+    try:
+        out.write_bytes(runs.picture(kept, by))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+    result(found, as_json, _compared)
+
+
+@app.command("reproduce")
+def reproduce(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="New run folder.", show_default="RUN-again")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a finished run again from its own recipe and say whether it came out equal, bit for bit."""
+    from tunesmith.engine.reproduce import reproduce as repeat
+
+    found = repeat(run, out, console())
+    result(found, as_json, _repeated)
+    if not found["equal"]:
+        raise NotReproduced(f"{found['again']} is not the same as {found['run']}; the new run is kept, to be compared.")
+    say("The same, bit for bit.")
+
+
+def _listed(found: Mapping[str, Any]) -> Any:
+    if not found["runs"]:
+        return "no runs"
+    table = Table("run", "state", "what", "model", "steps", "loss before", "after", "tokens/s", "memory", "started")
+    for run in found["runs"]:
+        steps = f"{run['step']}/{run['planned_steps']}" if run["state"] != "done" else str(run["step"])
+        table.add_row(
+            Path(run["run"]).name, run["state"], f"{run['objective']} {run['adaptation']}", Path(str(run["model"])).name,
+            steps,
+            _figure(run["eval_loss_before"]), _figure(run["eval_loss"]), _figure(run["tokens_per_second"], 0),
+            size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-",
+            str(run["created"] or "-")[:16].replace("T", " "),
+        )  # fmt: skip
+    return table
+
+
+def _shown(found: Mapping[str, Any]) -> str:
+    manifest = found["manifest"]
+    data, parameters, made = manifest.get("data") or {}, manifest.get("parameters") or {}, manifest.get("machine") or {}
+    taken = (manifest.get("result") or {}).get("train_seconds")
+    unfinished = found["state"] in ("killed", "stopped")
+    lines = [
+        ("run", found["run"]),
+        ("state", f"{found['state']}, step {found['step']} of {found['planned_steps']}"),
+        ("", str(found["stopped"] or "")),
+        ("started", f"{found['created']}  {manifest.get('command', '')}"),
+        ("model", f"{found['model']}  {found['objective']} with {found['adaptation']}, seed {manifest.get('seed')}"),
+        ("parameters", f"{parameters.get('trainable', 0):,} trained of {parameters.get('total', 0):,}" if parameters else ""),
+        *(("data", f"{one['path']}  {one['rows_kept']:,} rows  sha256 {one['sha256'][:12]}") for one in data.get("sources", ())),
+        ("loss", f"{_figure(found['eval_loss_before'])} before, {_figure(found['eval_loss'])} after (step {found['best_step']})"),
+        ("speed", f"{_figure(found['tokens_per_second'], 0)} tokens/s{f', {duration(taken)}' if taken else ''}"),
+        ("memory", size(found["peak_memory_bytes"]) if found["peak_memory_bytes"] else ""),
+        ("machine", f"{made.get('cpu')}, {made.get('threads')} threads, torch {(made.get('versions') or {}).get('torch')}"),
+        *(("note", note) for note in manifest.get("notes") or ()),
+        ("next", f"tunesmith runs reproduce {found['run']}" if found["state"] == "done" else ""),
+        ("next", f"tunesmith train {found['run']}/recipe.yaml --out {found['run']} --resume" if unfinished else ""),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<11} {text}" for name, text in lines if text)
+
+
+def _compared(found: Mapping[str, Any]) -> list[Any]:
+    names = [Path(run["run"]).name for run in found["runs"]]
+    table = Table("", *names, title="Recipes: what differs; results", title_justify="left")
+    for key, values in found["differences"].items():
+        table.add_row(key, *map(str, values))
+    table.add_section()
+    for key in ("state", "eval_loss_before", "eval_loss", "perplexity", "best_step", "tokens_per_second", "tokens"):
+        table.add_row(key, *(number(run[key]) if is_number(run[key]) else str(run[key] or "-") for run in found["runs"]))
+    table.add_row("peak_memory", *(size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-" for run in found["runs"]))
+    return [table, *found["cautions"], f"curves      {found['picture']}"]
+
+
+def _repeated(found: Mapping[str, Any]) -> str:
+    lines = [f"run         {found['run']}", f"again       {found['again']}"]
+    lines += [f"other now   {key}: was {old}, is {new}" for key, (old, new) in found["machine"].items()]
+    if found["difference"]:
+        one = found["difference"]
+        lines.append(f"records     first difference at step {one['step']}: {one['figure']} was {one['before']}, is {one['now']}")
+    else:
+        lines.append(f"records     all {found['records']} are the same")
+    lines.append(f"weights     {'the same' if found['weights_equal'] else 'not the same'}")
+    return "\n".join(lines)
+
+
+def _figure(value: Any, digits: int = 4) -> str:
+    return f"{value:,.{digits}f}" if is_number(value) else "-"

@@ -1,0 +1,121 @@
+"""``tunesmith runs``: what became of runs, side by side, and one of them again."""
+
+import json
+
+import pytest
+
+import tunesmith
+from tests.runs import recipe
+from tunesmith.cli.main import main
+from tunesmith.engine import folder, reproduce, runs, tracking
+from tunesmith.errors import NonFiniteError
+from tunesmith.models import head
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two runs under ``runs``: full and LoRA, on the same rows."""
+    place = tmp_path_factory.mktemp("runs")
+    for name, adaptation in (("a", "full"), ("b", {"type": "lora", "r": 4})):
+        one = recipe(place, adaptation=adaptation, eval_steps=2)
+        one["data"]["eval"] = {"fraction": 0.3}
+        tunesmith.train(one, out=place / "runs" / name)
+    return place / "runs"
+
+
+def answered(capsys, *words):
+    assert main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_list_says_state_and_result_of_each_run(made, capsys):
+    listed = answered(capsys, "runs", "list", made)["runs"]
+    assert [run["adaptation"] for run in listed] == ["full", "lora"]
+    result = json.loads((made / "a" / "manifest.json").read_text())["result"]
+    assert listed[0]["state"] == "done" and listed[0]["eval_loss"] == result["eval_loss"]
+    assert main(["runs", "list", str(made)]) == 0
+    shown = capsys.readouterr().out
+    assert "done" in shown and "lora" in shown
+
+
+def test_a_run_that_is_held_is_running_and_one_that_was_killed_says_so(made, tmp_path):
+    assert runs.read(made / "a").state == "done"
+    held = folder.take(tmp_path / "run", {"model": "m"})
+    assert runs.read(tmp_path / "run").state == "running"
+    held.close()
+    assert runs.read(tmp_path / "run").state == "killed"
+
+
+def test_a_run_that_stopped_itself_shows_why_and_how_to_go_on(tmp_path, monkeypatch, capsys):
+    loss = head.lm_loss
+    monkeypatch.setattr(head, "lm_loss", lambda model, batch: loss(model, batch) * (float("nan") if model.training else 1.0))
+    with pytest.raises(NonFiniteError):
+        tunesmith.train(recipe(tmp_path), out=tmp_path / "run")
+    assert main(["runs", "show", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "stopped" in shown and "NonFiniteError" in shown and "--resume" in shown
+
+
+def test_show_opens_the_model_folder_of_a_run_too(made, capsys):
+    assert answered(capsys, "runs", "show", made / "b" / "model")["adaptation"] == "lora"
+
+
+def test_compare_names_exactly_the_keys_that_differ_and_draws_a_picture(made, tmp_path, capsys):
+    found = answered(capsys, "runs", "compare", made / "a", made / "b", "--out", tmp_path / "c.png")
+    assert found["differences"]["adaptation.type"] == ["full", "lora"]
+    assert all(key.startswith("adaptation.") for key in found["differences"])
+    assert found["cautions"] == []
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_says_when_losses_are_not_comparable(made, tmp_path, capsys):
+    other = recipe(tmp_path, count=20, eval_steps=2)
+    other["data"]["eval"] = {"fraction": 0.3}
+    tunesmith.train(other, out=tmp_path / "run")
+    found = answered(capsys, "runs", "compare", made / "a", tmp_path / "run", "--out", tmp_path / "c.png", "--by", "tokens")
+    assert any("not evaluated on the same rows" in line for line in found["cautions"])
+
+
+@pytest.mark.parametrize("words", [["a"], ["a", "b", "--by", "epoch"], ["a", "b", "--out", "c.svg"], ["a", "nowhere"]])
+def test_bad_comparisons_are_refused(words, made, capsys, monkeypatch):
+    monkeypatch.chdir(made)
+    assert main(["runs", "compare", *words]) == 2
+    assert not list(made.glob("c.*"))
+
+
+def test_a_run_is_reproduced_bit_for_bit(made, tmp_path, capsys):
+    found = answered(capsys, "runs", "reproduce", made / "b", "--out", tmp_path / "again")
+    assert found["equal"] and found["weights_equal"] and found["difference"] is None
+    assert found["machine"] == {} and found["records"] == len(tracking.read(made / "b" / "metrics.jsonl"))
+
+
+def test_changed_data_is_refused_before_training_with_what_changed(tmp_path, capsys):
+    one = recipe(tmp_path)
+    tunesmith.train(one, out=tmp_path / "run")
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([*file.read_text().splitlines(), json.dumps({"prompt": "new", "completion": " row"})]))
+    assert main(["runs", "reproduce", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 2
+    said = capsys.readouterr().err
+    assert "rows.jsonl: sha256 was" in said and "12 rows" in said and "13 rows" in said
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_run_that_came_out_otherwise_names_the_first_difference(tmp_path, capsys, monkeypatch):
+    one = recipe(tmp_path)
+    tunesmith.train(one, out=tmp_path / "run")
+    loss = head.lm_loss
+    monkeypatch.setattr(head, "lm_loss", lambda model, batch: loss(model, batch) * 1.001)
+    assert main(["runs", "reproduce", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 3
+    assert "first difference at step 1: loss was" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_cannot_be_reproduced(tmp_path, capsys):
+    folder.take(tmp_path / "run", {"model": "m"}).close()
+    assert main(["runs", "reproduce", str(tmp_path / "run")]) == 2
+    assert "killed" in capsys.readouterr().err
+
+
+def test_a_figure_that_is_not_a_number_is_the_same_as_itself():
+    record = {"step": 1, "loss": float("nan")}
+    assert reproduce.first_difference([record], [{"step": 1, "loss": float("nan")}]) is None
+    assert reproduce.first_difference([record], [])["figure"] == "records"

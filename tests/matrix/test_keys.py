@@ -1,0 +1,253 @@
+"""Every key of a recipe does something: a tiny run with it and one without differ where the key says they do (no dead options)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tunesmith
+from tests import recipe_keys
+from tests.runs import history, model_folder, recipe
+from tunesmith.engine import tracking
+from tunesmith.errors import TunesmithError
+from tunesmith.models import head
+
+LOSS = head.lm_loss
+
+
+@dataclass(frozen=True)
+class Case:
+    """``key`` set to ``value`` on top of ``base`` changes what is ``seen``. Paths are dotted; a number is a place in a list."""
+
+    key: str
+    value: Any
+    seen: str
+    base: dict[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    """Optional packages."""
+
+    def __str__(self) -> str:
+        return self.key
+
+
+LORA = {"adaptation": {"type": "lora", "r": 4, "lora_alpha": 8}}
+EVAL = {"data.eval": {"fraction": 0.3}}
+FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
+
+CASES = [
+    Case("model", "OTHER", "weights"),
+    Case("adapter", "merge", "weights", {**LORA, "model": "ADAPTER", "adapter": "new"}),
+    Case("seed", 1, "history"),
+    Case("objective", "cpt", "error"),
+    Case("objective.train_on", "all", "history", {"objective": {"type": "sft"}}),
+    Case("objective.expand_turns", True, "data", {"objective": {"type": "sft"}, "data.train.0.path": "CHATS"}),
+    Case("objective.overlong", "drop", "error", {"objective": {"type": "sft"}, "train.max_length": 16}),
+    Case("objective.overlong", "truncate", "data", {"objective": {"type": "cpt"}, "data.train.0.path": "TEXTS", "train.max_length": 9}),
+    Case("adaptation", "lora", "files"),
+    Case("adaptation.r", 2, "parameters", LORA),
+    Case("adaptation.lora_alpha", 2, "weights", LORA),
+    Case("adaptation.lora_dropout", 0.5, "history", LORA),
+    Case("adaptation.target_modules", ["q_proj"], "parameters", LORA),
+    Case("adaptation.use_rslora", True, "history", LORA),
+    Case("adaptation.use_dora", True, "parameters", LORA),
+    Case("adaptation.bias", "all", "parameters", {**LORA, "model": "GPT2"}),
+    Case("adaptation.modules_to_save", ["lm_head"], "parameters", {**LORA, "model": "UNTIED"}),
+    Case("data.train", [{"path": "OTHER_ROWS"}], "data"),
+    Case("data.train.0.path", "OTHER_ROWS", "data"),
+    Case("data.train.0.format", "question_answer", "error"),
+    Case("data.train.0.columns", FIELDS["columns"], "data"),
+    Case("data.train.0.prompt_template", "Q: {prompt} A:", "weights"),
+    Case("data.train.0.weight", 0.5, "steps", {"train.max_steps": None}),
+    Case("data.train.0.limit", 6, "data"),
+    Case("data.eval", {"fraction": 0.4}, "data"),
+    Case("data.eval.fraction", 0.5, "data", EVAL),
+    Case("data.eval.limit", 1, "data", EVAL),
+    Case("data.eval.path", "OTHER_ROWS", "data", {"data.eval": {}}),
+    Case("data.eval.sets", {"others": {"path": "OTHER_ROWS"}}, "data", {"data.eval": {}}),
+    Case("data.template", "roles", "weights", {"data.train.0.path": "CHATS"}),
+    Case("adaptation.loraplus_lr_ratio", 16.0, "weights", LORA),
+    Case("data.bad_rows", "skip", "error", {"data.train.0.path": "BAD"}),
+    Case("data.max_unlearnable", 1.0, "error", {"data.train.0.path": "EMPTY", "train.max_length": 14, "objective": {"type": "sft", "overlong": "truncate"}}),
+    Case("data.cache", True, "cache"),
+    Case("train.learning_rate", 3e-3, "weights"),
+    Case("train.epochs", 2.0, "steps", {"train.max_steps": None}),
+    Case("train.max_steps", 2, "steps"),
+    Case("train.batch_size", 3, "weights"),
+    Case("train.micro_batch_tokens", 40, "passes"),
+    Case("train.max_length", 30, "error", {"data.train.0.path": "CHATS"}),
+    Case("train.shuffle", False, "history"),
+    Case("train.packing", "off", "route"),
+    Case("train.precision", "bf16", "precision"),
+    Case("train.gradient_checkpointing", True, "kept"),
+    Case("train.neftune_noise_alpha", 5.0, "history"),
+    Case("train.optim", "sgd", "weights", {"train.optim_args": None}),
+    Case("train.optim_args", {"betas": [0.5, 0.9]}, "weights"),
+    Case("train.head_learning_rate", 1e-4, "weights", {"model": "UNTIED"}),
+    Case("train.lr_scheduler_type", "constant", "history"),
+    Case("train.lr_scheduler_kwargs", {"lr_end": 1e-3}, "history", {"train.lr_scheduler_type": "polynomial"}),
+    Case("train.warmup_ratio", 0.5, "history"),
+    Case("train.warmup_steps", 2, "history"),
+    Case("train.weight_decay", 0.5, "weights"),
+    Case("train.max_grad_norm", 0.01, "weights"),
+    Case("train.logging_steps", 2, "history"),
+    Case("train.eval_steps", 1, "history", EVAL),
+    Case("train.save_steps", 1, "files"),
+    Case("train.save_total_limit", 1, "files", {"train.save_steps": 1, "train.save_total_limit": 3}),
+    Case("train.early_stopping_patience", 1, "steps", {**EVAL, "train.eval_steps": 1, "train.learning_rate": 5.0, "train.max_steps": 8}),
+    Case("train.early_stopping_threshold", 10.0, "steps", {**EVAL, "train.eval_steps": 1, "train.early_stopping_patience": 1, "train.max_steps": 8}),
+    Case("train.report_to", ["tensorboard"], "files", needs=("tensorboard",)),
+    Case("samples.prompts", ["hello"], "samples", {**EVAL, "samples": {}}),
+    Case("samples.count", 2, "samples", EVAL),
+    Case("samples.max_new_tokens", 2, "samples", {**EVAL, "model": "GPT2", "samples": {"prompts": ["the quick brown"], "max_new_tokens": 9}}),
+    Case("add_tokens", ["<tool>"], "weights"),
+    Case("device_map", {"": 7}, "error"),
+    Case("trust_remote_code", True, "error"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """What the words in capitals stand for."""
+    folder = tmp_path_factory.mktemp("places")
+
+    def file(name, rows):
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        return str(path)
+
+    def chat(n):
+        return [
+            {"role": role, "content": f"{text} {n}"}
+            for role, text in (("user", "what is"), ("assistant", "Paris"), ("user", "the capital"), ("assistant", "a lazy dog"))
+        ]
+
+    pairs = [{"prompt": f"question {n}: what", "completion": f" answer {n} fox"} for n in range(12)]
+    (folder / "other").mkdir()
+    adapter = recipe(folder, adaptation=LORA["adaptation"])
+    outcome = tunesmith.train(adapter, out=folder / "adapter")
+    return {
+        "OTHER": str(model_folder(folder / "other", "llama", num_hidden_layers=1)),
+        "GPT2": str(model_folder(folder, "gpt2")),
+        "UNTIED": str(model_folder(folder, "qwen3", tie_word_embeddings=False)),
+        "ADAPTER": outcome["model_dir"],
+        "CHATS": file("chats", [{"messages": chat(n)} for n in range(12)]),
+        "TEXTS": file("texts", [{"text": f"the quick brown fox jumps over the lazy dog {n}"} for n in range(8)]),
+        "OTHER_ROWS": file("others", pairs),
+        "BAD": file("bad", [*pairs, {"prompt": 3, "completion": None}]),
+        "EMPTY": file("empty", [*pairs[:4], *[{"prompt": "a long question " * 9, "completion": " x"} for _ in range(6)]]),
+    }
+
+
+def put(made: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted key; None takes it away."""
+    *parents, last = path.split(".")
+    node: Any = made
+    for part in parents:
+        node = node[int(part)] if part.isdigit() else node.setdefault(part, {})
+    if value is None:
+        node.pop(last, None)
+    else:
+        node[last] = value
+
+
+def filled(value: Any, places: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: filled(item, places) for key, item in value.items()}
+    if isinstance(value, list):
+        return [filled(item, places) for item in value]
+    return places.get(value, value) if isinstance(value, str) else value
+
+
+def observe(made: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Everything a user could see of a run, by name."""
+    home = folder / "home"
+    monkeypatch.setenv("TUNESMITH_HOME", str(home))
+    passes, kept = [], []
+
+    def loss(model, batch):
+        if not model.training:
+            return LOSS(model, batch)
+        passes.append(tuple(batch["input_ids"].shape))
+        sizes = []
+
+        def note(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            value = LOSS(model, batch)
+        kept.append(sum(sizes))
+        return value
+
+    monkeypatch.setattr(head, "lm_loss", loss)
+    run = folder / "run"
+    try:
+        outcome = tunesmith.train(made, out=run)
+    except TunesmithError as error:
+        return {"error": f"{type(error).__name__}: {error}".replace(str(folder), "")}
+    manifest = json.loads((run / "manifest.json").read_text())
+    model = {path.name: path for path in (run / "model").glob("*.safetensors")}
+    report = manifest["data"]
+    return {
+        "error": None,
+        "weights": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in model.items()},
+        "files": sorted(_stable(path.relative_to(run)) for path in run.rglob("*") if path.is_file()),
+        "history": history(run),
+        "steps": outcome["steps"],
+        "parameters": (outcome["trainable_parameters"], outcome["total_parameters"]),
+        "samples": tracking.read(run / "samples.jsonl"),
+        "data": [(one["sha256"], one["rows_kept"], one["format"]) for one in report["sources"]]
+        + [report["train"], report["eval"]],
+        "route": manifest["route"],
+        "precision": manifest["precision"],
+        "passes": passes,
+        "kept": sum(kept),
+        "cache": sorted(path.name for path in home.rglob("*") if path.is_file()),
+    }
+
+
+def _stable(path: Path) -> str:
+    """A tracker puts the time and the machine into its file names."""
+    return str(path.parent if "tfevents" in path.name else path)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_key_changes_what_it_says(case, places, tmp_path, monkeypatch):
+    for package in case.needs:
+        pytest.importorskip(package)
+    made = recipe(tmp_path)
+    for key, value in case.base.items():
+        put(made, key, filled(value, places))
+    changed = copy.deepcopy(made)
+    put(changed, case.key, filled(case.value, places))
+    seen = []
+    for name, one in (("without", made), ("with", changed)):
+        (tmp_path / name).mkdir()
+        with monkeypatch.context() as patch:
+            seen.append(observe(one, tmp_path / name, patch))
+    without, with_key = seen
+    if case.seen != "error":
+        assert not without["error"] and not with_key["error"], (without["error"], with_key["error"])
+    assert without.get(case.seen) != with_key.get(case.seen), f"{case.key} changed nothing of {case.seen}"
+
+
+def test_no_key_is_left_out():
+    covered = {case.key for case in CASES}
+    expected = {
+        *(recipe_keys.ROOT - {"data", "train", "samples"}),
+        *(f"data.{key}" for key in recipe_keys.DATA),
+        *(f"data.train.0.{key}" for key in recipe_keys.SOURCE),
+        *(f"data.eval.{key}" for key in recipe_keys.EVAL),
+        *(f"train.{key}" for key in recipe_keys.TRAIN),
+        *(f"samples.{key}" for key in recipe_keys.SAMPLES),
+        *(f"objective.{key}" for keys in recipe_keys.OBJECTIVES.values() for key in keys),
+        *(f"adaptation.{key}" for keys in recipe_keys.ADAPTATIONS.values() for key in keys),
+    }
+    assert covered == expected

@@ -1,0 +1,67 @@
+"""The recipes run as they stand: each for two steps, on a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tunesmith
+from tests.tiny import save_tiny
+from tunesmith import recipe
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+
+
+@pytest.fixture
+def run_all():
+    spec = importlib.util.spec_from_file_location("run_all", FOLDER / "run_all.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_with_no_file_but_the_model(path, run_all, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = save_tiny("llama", tmp_path / "tiny")
+    keys = run_all.shortened(path, 2, str(model))
+    result = tunesmith.train(
+        path,
+        out="run",
+        overrides=[*keys, "data.train.0.limit=40", "train.max_length=400", "data.max_unlearnable=1", *quick(path)],
+    )
+    assert result["steps"] == 2 and result["eval_loss"] > 0
+
+
+def quick(path):
+    """sft refuses longer rows unless told otherwise; tiny models have tiny vocabularies, so rows are long."""
+    return ["objective.overlong=truncate"] if recipe.load(path).resolved()["objective"]["type"] == "sft" else []
+
+
+def test_a_recipe_is_shortened_in_nothing_but_its_length(run_all):
+    for path in RECIPES:
+        whole, short = recipe.load(path).resolved(), recipe.load(path, run_all.shortened(path, 3, None)).resolved()
+        assert short["train"]["max_steps"] == 3
+        for key in ("model", "objective", "adaptation", "seed"):
+            assert whole[key] == short[key]
+        assert whole["data"]["train"] == short["data"]["train"]
+
+
+def test_a_recipe_that_fails_fails_the_whole_and_says_why(tmp_path):
+    command = [sys.executable, str(FOLDER / "run_all.py"), "sft-lora", "--steps", "1", "--model", str(tmp_path / "no-model")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done
+    line = next(line for line in done.stdout.splitlines() if line.startswith("sft-lora"))
+    assert line.endswith("FAILED") and "no-model" in done.stdout and "1 of 1 recipes failed" in done.stdout
+
+
+def test_an_unknown_recipe_is_told_which_there_are(run_all, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "sft-nothing"])
+    with pytest.raises(SystemExit):
+        run_all.main()
+    assert "sft-lora" in capsys.readouterr().err
