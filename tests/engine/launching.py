@@ -16,23 +16,23 @@ import os
 if os.environ.get("RANK") == "1":
     import pathlib, signal, sys, time
     from tunesmith import errors
-    from tunesmith.engine.update import Update
-    backward, calls = Update.backward, []
+    from tunesmith.engine import loop
+    train_step = loop.train_step
 
-    def faulty(self, loss):
-        calls.append(1)
-        if len(calls) == 3:
+    def faulty(job, step):
+        record = train_step(job, step)  # its collectives are behind both processes: no one is still getting ready
+        if step.number == 3:
             pathlib.Path(__file__).with_name("when").write_text(str(time.time()))
             FAULTY
-        return backward(self, loss)
+        return record
 
-    Update.backward = faulty
+    loop.train_step = faulty
 """
 
 
 def start(made: dict[str, Any], folder: Path, *options: str, processes: int = 2, fault: str | None = None) -> Any:
     """``tunesmith launch`` of the recipe ``made`` into ``folder/run``, unless ``options`` say otherwise. ``fault``: a statement
-    that process 1 executes in its third backward.
+    that process 1 executes at the end of step 3.
     """
     path = [*os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     if fault:

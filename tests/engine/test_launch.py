@@ -166,7 +166,15 @@ def test_more_processes_than_rows_of_a_step_are_refused(made, told, tmp_path, mo
         tunesmith.check(recipe(tmp_path, count=4, **made))
 
 
-def test_two_signals_end_at_once_whatever_they_are():
+@pytest.fixture
+def listening():
+    """A suite in the background is started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_two_signals_end_at_once_whatever_they_are(listening):
     with loop.signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == ["SIGTERM"]

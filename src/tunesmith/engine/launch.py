@@ -64,7 +64,7 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
         if all(rank in notes and notes[rank].done for rank in range(processes)):
             return
         error = cause(notes, codes, _printed(folder))
-        if error is None or (stopped and not any(note.failure for note in notes.values())):
+        if error is None or (stopped and isinstance(error, ProcessLost)):  # a signal before a process listened for it
             raise KeyboardInterrupt("interrupted")
         raise error
 

@@ -7,6 +7,7 @@ renamed adapter key would otherwise leave the untrained model standing.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -46,13 +47,14 @@ def quiet() -> None:
     for name, value in _SILENT.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", module=_LIBRARIES)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that it has no kernels from the Hub
     if "torch" in sys.modules and not sys.modules["torch"].cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports an installed DeepSpeed, which looks for one aloud
     if "transformers" in sys.modules:
-        from transformers.utils import logging
+        from transformers.utils import logging as chatter
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        chatter.set_verbosity_error()
+        chatter.disable_progress_bar()
 
 
 def offline_by_user() -> bool:
