@@ -17,7 +17,7 @@ import tunesmith
 from tests.runs import apart, history, model_folder, recipe, weights
 from tunesmith.engine import loop, optim, precision, setup, tracking
 from tunesmith.engine.config import TrainConfig
-from tunesmith.engine.optim import Masters
+from tunesmith.engine.masters import Masters
 from tunesmith.engine.precision import LossScale
 from tunesmith.engine.update import Update
 from tunesmith.errors import GradientOverflowError, ModelError, NonFiniteError
@@ -134,7 +134,7 @@ def one_weight(scale, dtype=torch.float16):
     precision.cast(model, dtype)
     masters.listen()
     config = TrainConfig(learning_rate=1e-3)
-    optimizer = optim.build(masters, config, (), {})
+    optimizer = optim.build(masters.masters, config, (), {})
     return model, Update(masters, optimizer, optim.schedule(optimizer, config, 100), 0.0, 0, scale)
 
 

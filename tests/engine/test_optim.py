@@ -13,7 +13,7 @@ from tests.tiny import tiny_config, tiny_model
 from tunesmith import adaptations
 from tunesmith.engine import loop, optim
 from tunesmith.engine.config import TrainConfig
-from tunesmith.engine.optim import Masters
+from tunesmith.engine.masters import Masters
 from tunesmith.engine.update import Update
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.models import head
@@ -104,7 +104,7 @@ def test_an_optimiser_follows_its_formula(name):
     model, loss_of = problem()
     plain = [p.detach().clone() for p in (model.weight, model.bias)]
     masters = Masters(model, torch.float32)
-    optimizer = optim.build(masters, config, (), {})
+    optimizer = optim.build(masters.masters, config, (), {})
     update = Update(masters, optimizer, optim.schedule(optimizer, config, 40), 0.0, seed=0)
     ours, theirs, states = [], [], [{}, {}]
     for step in range(1, 41):
@@ -217,7 +217,7 @@ def test_lora_plus_makes_the_groups_of_peft(config):
     model = adaptation.apply(tiny_model("gpt2"), "lm")
     masters = Masters(model, torch.float32)
     train = TrainConfig(learning_rate=1e-4, weight_decay=0.1)
-    ours = groups(optim.build(masters, train, (), adaptation.learning_rates(masters.masters)), masters.masters)
+    ours = groups(optim.build(masters.masters, train, (), adaptation.learning_rates(masters.masters)), masters.masters)
     peft = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, loraplus_weight_decay=0.1)
     theirs = groups(peft, masters.masters)
     assert {name: rate for name, (rate, _) in ours.items()} == {name: rate for name, (rate, _) in theirs.items()}

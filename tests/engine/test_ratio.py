@@ -5,7 +5,7 @@ import torch
 
 import tunesmith
 from tests.runs import recipe
-from tunesmith.engine import optim, ratio, setup, tracking
+from tunesmith.engine import masters, ratio, setup, tracking
 from tunesmith.engine.ratio import Ratio
 
 
@@ -90,14 +90,14 @@ def test_at_a_small_rate_every_trained_tensor_moves(adaptation, precision, tmp_p
 
 def test_a_parameter_that_no_gradient_reaches_is_said(tmp_path, monkeypatch):
     """Its gradient is cut off on purpose: the run goes on, and says that it does not train this tensor."""
-    listen = optim.Masters.listen
+    listen = masters.Masters.listen
 
     def cut(self):
         listen(self)
         name = next(name for name in self.parameters if "mlp.down_proj" in name)
         self.parameters[name].register_hook(torch.zeros_like)
 
-    monkeypatch.setattr(optim.Masters, "listen", cut)
+    monkeypatch.setattr(masters.Masters, "listen", cut)
     tunesmith.train(recipe(tmp_path, max_steps=7), out=tmp_path / "run")
     manifest = (tmp_path / "run" / "manifest.json").read_text()
     assert "trained tensors did not move in 6 updates: model.layers.0.mlp.down_proj.weight" in manifest

@@ -79,11 +79,27 @@ def micro_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[lis
 
 
 def split(plan: Plan, step: int, budget: int, packed: bool, process: int = 0, processes: int = 1) -> list[list[int]]:
-    """The micro-batches of optimiser step ``step`` for one of ``processes``, as places within ``plan.rows(step)``."""
+    """The micro-batches of optimiser step ``step`` for one of ``processes``, as places within ``plan.rows(step)``.
+
+    All processes get the same number of them, as far as their rows go: one that needs fewer has smaller ones.
+    """
     rows = plan.rows(step)
-    mine = list(range(len(rows)))[process::processes]
-    groups = micro_batches([int(plan.data.lengths[rows[place]]) for place in mine], budget, packed)
-    return [[mine[index] for index in group] for group in groups]
+    shares = [list(range(len(rows)))[number::processes] for number in range(processes)]
+    groups = [micro_batches([int(plan.data.lengths[rows[place]]) for place in share], budget, packed) for share in shares]
+    return [[shares[process][index] for index in group] for group in _into(groups[process], max(map(len, groups)))]
+
+
+def _into(groups: list[list[int]], number: int) -> list[list[int]]:
+    """``groups`` cut in halves, the one of most rows first, until there are ``number`` of them or each is a row."""
+    while len(groups) < number and (most := max(groups, key=len, default=[])) and len(most) > 1:
+        place, half = groups.index(most), len(most) // 2
+        groups = [*groups[:place], most[:half], most[half:], *groups[place + 1 :]]
+    return groups
+
+
+def most_micro_batches(plan: Plan, step: int, budget: int, packed: bool, processes: int) -> int:
+    """Of optimiser step ``step``, in any of ``processes``."""
+    return max(len(split(plan, step, budget, packed, process, processes)) for process in range(processes))
 
 
 def heaviest(plan: Plan, budget: int, packed: bool, process: int = 0, processes: int = 1) -> tuple[int, list[int]]:

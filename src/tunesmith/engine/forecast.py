@@ -83,9 +83,9 @@ def measure_memory(job: Job) -> Memory:
     large = _pass(job, step, places)
     apart = large.tokens - small.tokens
     per_token = max(0.0, (large.peak - small.peak) / apart) if apart > 0 else 0.0
-    trained = sum(master.numel() for master in job.update.masters.masters.values())
+    masters = job.update.masters
     begun = any(job.update.optimizer.state.values())
-    return Memory(large, per_token, 0 if begun else int(trained * STATE_BYTES[job.config.optim]))
+    return Memory(large, per_token, 0 if begun else int(masters.size * masters.share * STATE_BYTES[job.config.optim]))
 
 
 def _pass(job: Job, step: int, places: list[int]) -> Pass:
@@ -117,8 +117,9 @@ def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
     limit = limit_bytes(job.device) if limit is None else limit
     longest = int(job.plan.data.lengths.max())
     fitting = memory.tokens_within(int(SHARE * limit))
-    everywhere = distributed.gather([(memory.peak > limit, fitting)])
-    short, fitting = any(one for one, _ in everywhere), min(tokens for _, tokens in everywhere)
+    everywhere = distributed.gather([(memory.peak > limit, fitting, job.budget)])
+    short, fitting = any(one for one, _, _ in everywhere), min(tokens for _, tokens, _ in everywhere)
+    job.budget = min(budget for _, _, budget in everywhere)
     if automatic and memory.peak > SHARE * limit and fitting >= min(longest, job.budget) and fitting >= SMALLEST:
         job.budget = _rounded(fitting)
         return measure_memory(job)

@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 
-from tunesmith.data.encoded import Encoded
 from tunesmith.data.pack import to_device
 from tunesmith.engine import batching, distributed, machine
 from tunesmith.engine.batching import Plan
@@ -50,11 +49,15 @@ class Progression:
 
 @dataclass(frozen=True)
 class Micro:
-    """Rows that go through the network together: their ``places`` within the step, their ``lengths`` in tokens, their batch."""
+    """Rows that go through the network together: their ``places`` within the step, their ``lengths`` in tokens, their batch.
+
+    An ``idle`` one counts nothing: its process has no rows left while others have, and they need it in their collectives.
+    """
 
     places: list[int]
     lengths: list[int]
     batch: Batch
+    idle: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,8 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     metrics.
     """
     job.model.train()
-    units, tokens = sum(int(job.objective.count(one.batch)) for one in step.micro), sum(sum(one.lengths) for one in step.micro)
+    busy = [one for one in step.micro if not one.idle]
+    units, tokens = sum(int(job.objective.count(one.batch)) for one in busy), sum(sum(one.lengths) for one in busy)
     total, tokens_of_all = distributed.add(float(units), float(tokens))
     before = job.budget
     loss_here, sums = accumulate(job, step, total)
@@ -172,20 +176,29 @@ Sums = tuple[float, dict[str, list[float]]]
 """Sum of the loss, and {metric: [sum, count]}."""
 
 
-def accumulate(job: Job, step: Step, total: float) -> Sums:
-    """Forward and backward of every micro-batch of this process, each loss divided by ``total``.
+Backward = Callable[[torch.Tensor, bool], None]
+
+
+def accumulate(job: Job, step: Step, total: float, backward: Backward | None = None) -> Sums:
+    """Forward and backward of every micro-batch of this process, each loss divided by ``total``. ``backward``: of the update.
 
     A micro-batch that does not fit into memory is halved and the step begun anew, with the same result; all later ones are kept
-    as small. Raises OutOfMemoryError when a single row does not fit.
+    as small. Raises OutOfMemoryError when a single row does not fit, or when other processes wait for this backward.
     """
-    while isinstance(outcome := _try_to_accumulate(job, step, total), int):
+    while isinstance(outcome := _try_to_accumulate(job, step, total, backward or job.update.backward), int):
+        if backward is None and job.update.masters.in_step:
+            raise OutOfMemoryError(
+                f"step {step.number}: a micro-batch of {sum(step.micro[outcome].lengths)} tokens needs more memory than is left. "
+                "With train.deepspeed it cannot be halved midway, because the other processes wait for it.\n"
+                f"  Set train.micro_batch_tokens below {job.budget}; then go on with --resume."
+            )
         job.update.drop()
         machine.release_memory(job.device)
         step = _halved(job, step, outcome)
     return outcome
 
 
-def _try_to_accumulate(job: Job, step: Step, total: float) -> Sums | int:
+def _try_to_accumulate(job: Job, step: Step, total: float, backward: Backward) -> Sums | int:
     """The sums, or the number of the micro-batch that did not fit (returned, not raised: a traceback holds tensors)."""
     losses: list[torch.Tensor] = []
     sums: dict[str, list[float]] = {}
@@ -193,11 +206,13 @@ def _try_to_accumulate(job: Job, step: Step, total: float) -> Sums | int:
         try:
             _tell_noise(job, step.number, one)
             loss, metrics = job.objective.loss(job.model, to_device(one.batch, job.device))
-            job.update.backward(loss / total)
+            backward(loss * 0.0 if one.idle else loss / total, number + 1 == len(step.micro))
         except (RuntimeError, MemoryError) as error:
             if not machine.is_out_of_memory(error):
                 raise
             return number
+        if one.idle:
+            continue
         losses.append(loss.detach())
         for name, (value, count) in metrics.items():
             pair = sums.setdefault(name, [0.0, 0.0])
@@ -226,46 +241,8 @@ def rehearse(job: Job, step: int, places: list[int]) -> None:
     job.model.train()
     rows = job.plan.rows(step)
     with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-        accumulate(job, Step(step, rows, [micro(job, rows, places)]), 1.0)
+        accumulate(job, Step(step, rows, [micro(job, rows, places)]), 1.0, job.update.rehearse)
     job.update.drop()
-
-
-def evaluate(
-    model: Any,
-    objective: Objective,
-    data: Encoded,
-    packed: bool,
-    budget: int,
-    device: torch.device,
-    sets: Sequence[str] = (),
-) -> dict[str, float]:
-    """The objective's figures over all of ``data``, the same for any ``budget`` and any number of processes.
-
-    ``sets``: names of the sources of ``data``. Each has figures of its own too (``eval_loss`` -> ``eval_NAME_loss``), which are
-    those of a run with this set alone: its rows share no micro-batch with another's.
-    """
-    model.eval()
-    parts = [np.flatnonzero(data.source == index) for index in range(len(sets))] or [np.arange(len(data))]
-    records = [_records(model, objective, data, rows, packed, budget, device) for rows in parts]
-    figures = objective.summarise([record for part in records for record in part])
-    for name, part in zip(sets, records):
-        figures |= {f"eval_{name}_{key.removeprefix('eval_')}": value for key, value in objective.summarise(part).items()}
-    return figures
-
-
-def _records(
-    model: Any, objective: Objective, data: Encoded, rows: np.ndarray, packed: bool, budget: int, device: torch.device
-) -> list[dict[str, Any]]:
-    """What the objective keeps of each micro-batch of ``rows``, from all processes."""
-    order = rows[np.argsort(-data.lengths[rows], kind="stable")]
-    state = distributed.state()
-    mine = order[state.process_index :: state.num_processes]
-    records = []
-    with torch.no_grad():
-        for group in batching.micro_batches([int(data.lengths[row]) for row in mine], budget, packed):
-            batch = objective.collate([data[int(mine[place])] for place in group], packed)
-            records.append(objective.evaluate(model, to_device(batch, device)))
-    return distributed.gather(records)
 
 
 def planned(job: Job, number: int) -> Step:
@@ -273,7 +250,12 @@ def planned(job: Job, number: int) -> Step:
     state = distributed.state()
     groups = batching.split(job.plan, number, job.budget, job.packed, state.process_index, state.num_processes)
     rows = job.plan.rows(number)
-    return Step(number, rows, [micro(job, rows, places) for places in groups])
+    made = [micro(job, rows, places) for places in groups]
+    if job.update.masters.in_step:
+        most = batching.most_micro_batches(job.plan, number, job.budget, job.packed, state.num_processes)
+        shortest = int(np.argmin(job.plan.data.lengths[rows]))
+        made += [replace(micro(job, rows, [shortest]), idle=True) for _ in range(most - len(made))]
+    return Step(number, rows, made)
 
 
 def micro(job: Job, rows: np.ndarray, places: list[int]) -> Micro:

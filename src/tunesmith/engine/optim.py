@@ -1,123 +1,18 @@
-"""fp32 masters of what is trained, the optimisers that work on them, clipping, and the learning-rate schedule."""
+"""The optimisers that work on fp32 masters, and the learning-rate schedule."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from tunesmith.engine import distributed
 from tunesmith.engine.config import TrainConfig
 from tunesmith.errors import MissingExtra, RecipeError
-from tunesmith.models import head, kernels
+from tunesmith.models import head
 from tunesmith.nearest import did_you_mean
-
-
-class Masters:
-    """The trained parameters in fp32, by name.
-
-    Where the network computes in fp32 they are its own parameters. Where it computes in bf16 each is a copy: gradients are added
-    to the copy in fp32 as soon as backward has made them, and ``publish`` casts the copies into the network after an update.
-    Built before the network is cast, so that an fp32 checkpoint's full precision reaches the copies.
-    """
-
-    def __init__(self, model: Any, compute: torch.dtype) -> None:
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.copies = compute is not torch.float32
-        self.masters: dict[str, torch.Tensor] = {}
-        for name, parameter in self.parameters.items():
-            if not self.copies and parameter.dtype is torch.float32:
-                self.masters[name] = parameter
-            elif not self.copies:
-                parameter.data = parameter.data.float()
-                self.masters[name] = parameter
-            else:
-                self.masters[name] = parameter.detach().float().clone().requires_grad_()
-
-    def listen(self) -> None:
-        """From now on move each gradient to its master during backward."""
-        if self.copies:
-            for name, parameter in self.parameters.items():
-                parameter.register_post_accumulate_grad_hook(_Move(self.masters[name]))
-
-    @torch.no_grad()
-    def publish(self, seed: int, step: int) -> None:
-        """Round the masters into the network, stochastically: the copies of step ``step`` depend on it and ``seed`` alone.
-
-        Rounded to nearest, the copies would stand still while the masters move by less than half a unit in the last place, as
-        most of them do in full fine-tuning (SmolLM2-135M, 12 steps at 2e-5: two thirds of what the loss gained were lost).
-        """
-        if self.copies:
-            for number, (name, parameter) in enumerate(self.parameters.items()):
-                key = hashlib.blake2b(repr((seed, step, number)).encode(), digest_size=4).digest()
-                kernels.stochastic_round(self.masters[name].data, parameter.data, int.from_bytes(key, "little"))
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The network holds the masters themselves, to be saved: a bf16 copy has lost most updates of a small rate."""
-        working = {name: parameter.data for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            parameter.data = self.masters[name].data
-        try:
-            yield
-        finally:
-            for name, parameter in self.parameters.items():
-                parameter.data = working[name]
-
-    def all_of(self, model: Any) -> bool:
-        """Whether every parameter of ``model`` is trained."""
-        return all(parameter.requires_grad for parameter in model.parameters())
-
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """Gradients by name; a parameter that got none this step (no row reached it) has zeros."""
-        for master in self.masters.values():
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-        return {name: master.grad for name, master in self.masters.items() if master.grad is not None}
-
-    def clear(self) -> None:
-        for master in self.masters.values():
-            master.grad = None
-
-
-class _Move:
-    """Adds a parameter's gradient to its master's and frees it."""
-
-    def __init__(self, master: torch.Tensor) -> None:
-        self.master = master
-
-    def __call__(self, parameter: torch.Tensor) -> None:
-        if parameter.grad is None:
-            return
-        if self.master.grad is None:
-            self.master.grad = parameter.grad.float()
-        else:
-            self.master.grad.add_(parameter.grad)
-        parameter.grad = None
-
-
-def gather_and_clip(masters: Masters, max_norm: float, scale: float = 1.0) -> torch.Tensor:
-    """Sum gradients over processes, divide them by the loss's ``scale``, and shorten them to ``max_norm`` (0 = leave them).
-
-    Returns their norm before they were shortened. A power of two as ``scale`` changes no bit but the exponent.
-    """
-    gradients = list(masters.gradients().values())
-    distributed.add_gradients(gradients)
-    if scale != 1.0:
-        for gradient in gradients:
-            gradient.div_(scale)
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(list(masters.masters.values()), max_norm, norm)
-    return norm
-
-
-# --------------------------------------------------------------------------------------------------------- optimisers
 
 
 @dataclass(frozen=True)
@@ -237,8 +132,10 @@ def check_model(config: TrainConfig, model: Any) -> None:
         )
 
 
-def build(masters: Masters, config: TrainConfig, heads: Collection[str], factors: Mapping[str, float]) -> torch.optim.Optimizer:
-    """The optimiser of ``config.optim`` over groups of masters that share a rate and a decay.
+def build(
+    trained: Mapping[str, torch.Tensor], config: TrainConfig, heads: Collection[str], factors: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    """The optimiser of ``config.optim`` over groups of what is ``trained`` (by name) that share a rate and a decay.
 
     ``heads``: names of the output layer's parameters. ``factors``: how many times the rate a parameter learns at, by name; 1 for
     those left out. Norms and biases (one-dimensional weights) do not decay. A group's ``logged`` is the key of its rate in a
@@ -246,12 +143,12 @@ def build(masters: Masters, config: TrainConfig, heads: Collection[str], factors
     """
     kind = OPTIMISERS[config.optim]()
     groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
-    for name, master in masters.masters.items():
-        own, factor, decays = name in heads and config.head_learning_rate is not None, factors.get(name, 1.0), master.dim() > 1
+    for name, weight in trained.items():
+        own, factor, decays = name in heads and config.head_learning_rate is not None, factors.get(name, 1.0), weight.dim() > 1
         rate = (config.head_learning_rate if own else config.learning_rate) or 0.0
         logged = ("head_" if own else "") + "learning_rate" + (f"_x{factor:g}" if factor != 1 else "")
         made = {"params": [], "lr": rate * factor, "weight_decay": config.weight_decay if decays else 0.0, "logged": logged}
-        groups.setdefault((own, factor, decays), made)["params"].append(master)
+        groups.setdefault((own, factor, decays), made)["params"].append(weight)
     ordered = sorted(groups.values(), key=lambda group: (group["logged"] != "learning_rate", group["logged"]))
     return kind.optimizer(ordered, lr=float(config.learning_rate or 0), **kind.fixed, **config.optim_args)
 

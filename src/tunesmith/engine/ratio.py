@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 import torch
 
+from tunesmith.engine import distributed
+
 RUN, RUNS = 16, 128
 """Neighbours looked at together (what one line of a CPU's cache holds), and how many such runs in each tensor."""
 CLOSER = 2**20
@@ -23,13 +25,15 @@ class Ratio:
     """``before`` and ``after`` enclose an update of ``masters`` (by name, fp32); ``value`` is what the last one came to.
 
     ``value`` is norm(update) / norm(weights before it), over all masters together: a function of the weights alone, so it is the
-    same in every process and in a resumed run.
+    same in every process and in a resumed run. ``shared``: each process has other masters, parts of the tensors; then their norms
+    are added up and no tensor is named.
     """
 
-    def __init__(self, masters: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, masters: Mapping[str, torch.Tensor], shared: bool = False) -> None:
         self.masters = masters
+        self.shared = shared
         self.value = math.nan
-        self.still = set(masters)
+        self.still = set() if shared else set(masters)
         """The tensors that no update has moved yet."""
         self.updates = 0
         self.kept = torch.empty(0)
@@ -51,6 +55,8 @@ class Ratio:
         shares = [master.numel() / max(length, 1) for master, length in zip(self.masters.values(), lengths, strict=True)]
         whole = math.fsum(share * one for share, one in zip(shares, sized, strict=True))
         moved_whole = math.fsum(share * one for share, one in zip(shares, moved_by, strict=True))
+        if self.shared:
+            whole, moved_whole = distributed.add(whole, moved_whole)
         self.value = math.sqrt(moved_whole / whole) if whole else math.nan
         self.kept = torch.empty(0)
         if self.still and learning_rate and self.updates <= PATIENCE:

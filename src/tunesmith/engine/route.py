@@ -69,12 +69,19 @@ def plain_attention(model: Any, route: Route) -> Iterator[None]:
 
 
 def choose(
-    model: Any, objective: Objective, examples: Sequence[Example], longest: int, packing: str, device: torch.device
+    model: Any,
+    objective: Objective,
+    examples: Sequence[Example],
+    longest: int,
+    packing: str,
+    device: torch.device,
+    stack: bool = True,
 ) -> Route:
     """Find the fastest route that is shown equal on ``examples`` (two rows are enough; the run gives the shortest of step 1).
 
-    ``longest``: tokens of the longest row of the run, which a sliding window must cover. The model is left in eval mode, with no
-    gradients, set up for the route.
+    ``longest``: tokens of the longest row of the run, which a sliding window must cover. ``stack``: whether a layer may be
+    replaced by one that holds on to the memory of trained weights (somebody else may want to move it). The model is left in eval
+    mode, with no gradients, set up for the route.
     """
     model.eval()
     inner = head.base(model)
@@ -90,7 +97,7 @@ def choose(
             route.notes.append(f"rows are padded, not packed, for this model: {why}")
             inner.set_attn_implementation(route.attention)
     head.use_plain_head(model, False)
-    route.fused = fused.install(model)
+    route.fused = fused.install(model, stack)
 
     def differs() -> str | None:
         return _difference(expected, _loss_and_gradients(model, objective, rows, route.packed, device))

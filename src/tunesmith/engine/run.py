@@ -10,7 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import recipe as recipes
-from tunesmith.engine import distributed, folder, forecast, loop, machine, outcome, report, route, samples, setup, state, tracking
+from tunesmith.engine import (
+    distributed,
+    evaluation,
+    folder,
+    forecast,
+    loop,
+    machine,
+    outcome,
+    report,
+    route,
+    samples,
+    setup,
+    state,
+    tracking,
+)
 from tunesmith.engine.hooks import Hooks
 from tunesmith.engine.loop import Job, Progression
 from tunesmith.engine.state import Run
@@ -178,7 +192,7 @@ def _run(
         raise
     finally:
         run.trackers.close()
-    if ready.data.eval is None and main:
+    if ready.data.eval is None:
         state.save_model(run)
     progress.stop()
     result = outcome.finish(run, at, job, before_model, stopped) if main else {}
@@ -234,13 +248,13 @@ def _evaluate(run: Run, at: Progression, budget: int) -> float | None:
         return None
     run.progress.doing("evaluating")
     started = time.perf_counter()
-    figures = loop.evaluate(
+    figures = evaluation.evaluate(
         run.model, ready.objective, ready.data.eval, run.route.packed, budget, ready.device, ready.data.eval_sets
     )
     seconds = time.perf_counter() - started
     name, direction = ready.objective.best
     best = at.step > 0 and loop.improved(at, figures[name], direction, ready.recipe.train.early_stopping_threshold)
-    if best and run.main:
+    if best:
         state.save_model(run)
     record = {
         "kind": "eval",

@@ -17,7 +17,8 @@ import torch
 from tunesmith import adaptations, objectives
 from tunesmith.adaptations import Adaptation
 from tunesmith.data.prepare import Prepared, prepare
-from tunesmith.engine import batching, distributed, optim, placement, precision, route
+from tunesmith.engine import batching, distributed, optim, placement, precision, route, zero
+from tunesmith.engine.masters import Masters, Trained
 from tunesmith.engine.update import Update
 from tunesmith.errors import RecipeError
 from tunesmith.models import head, load, noise, probe, vocabulary
@@ -44,6 +45,8 @@ class Setup:
     device: torch.device
     precision: precision.Precision
     parameters: dict[str, int]
+    zero: dict[str, Any] | None = None
+    """DeepSpeed's configuration, complete."""
 
 
 def read(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Setup:
@@ -58,7 +61,8 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Se
     objective = objectives.module(objectives.name_of(recipe.objective)).Objective(recipe.objective)
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
     optim.check(recipe.train)
-    plan_of_numbers = precision.choose(recipe.train.precision, device, recipe.train.optim)
+    numbers = precision.choose(recipe.train.precision, device, recipe.train.optim)
+    sharded = zero.read(recipe.train, numbers.compute) if recipe.train.deepspeed else None
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
     parameters = _parameters(recipe, folder, config, objective, adaptation, new_tokens)
@@ -73,7 +77,19 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Se
     rate = optim.schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), train, plan.steps)
     del rate  # built once to find a schedule that cannot be, before weights load
     return Setup(
-        recipe, folder, config, tokenizer, new_tokens, objective, adaptation, data, plan, device, plan_of_numbers, parameters
+        recipe,
+        folder,
+        config,
+        tokenizer,
+        new_tokens,
+        objective,
+        adaptation,
+        data,
+        plan,
+        device,
+        numbers,
+        parameters,
+        sharded,
     )
 
 
@@ -109,14 +125,21 @@ def build(setup: Setup, out: Path) -> Built:
         model.to(setup.device)
     else:
         placement.check(model)
-    masters = optim.Masters(model, setup.precision.compute)
+    masters: Trained
+    masters = whole = Masters(model, setup.precision.compute)
     precision.cast(model, setup.precision.compute)
     row_noise, said = noise.install(model, recipe.seed, train.neftune_noise_alpha)
-    chosen = route.choose(model, setup.objective, _first(setup), _longest(setup.data), train.packing, setup.device)
+    chosen = route.choose(
+        model, setup.objective, _first(setup), _longest(setup.data), train.packing, setup.device, stack=setup.zero is None
+    )
     if train.gradient_checkpointing:
         route.recompute(model, setup.objective, _first(setup), chosen, setup.device)
-    masters.listen()
-    optimizer = optim.build(masters, train, head.own_parameters(model), setup.adaptation.learning_rates(masters.masters))
+    trained = whole.masters if setup.zero is None else whole.parameters
+    optimizer = optim.build(trained, train, head.own_parameters(model), setup.adaptation.learning_rates(trained))
+    if setup.zero is None:
+        whole.listen()
+    else:
+        masters = zero.Shards(model, optimizer, whole.masters, setup.zero)
     schedule = optim.schedule(optimizer, train, setup.plan.steps)
     scale = precision.LossScale() if setup.precision.compute is torch.float16 else None
     update = Update(masters, optimizer, schedule, train.max_grad_norm, recipe.seed, scale)

@@ -12,6 +12,7 @@ import torch
 from tunesmith.engine import checkpoint, distributed, folder, route, samples, setup, tracking
 from tunesmith.engine.hooks import Hooks
 from tunesmith.engine.loop import Progression
+from tunesmith.engine.masters import holding
 from tunesmith.engine.trackers import Trackers
 from tunesmith.engine.update import Update
 from tunesmith.errors import RecipeError
@@ -37,27 +38,33 @@ class Run:
 
 
 def save_model(run: Run) -> None:
-    """The model as it stands, in the Hub's or peft's own format, with tokenizer, template and probe: ready for anybody's code."""
+    """The model as it stands, in the Hub's or peft's own format, with tokenizer, template and probe: ready for anybody's code.
+
+    All processes call it; the main one writes.
+    """
+    masters = run.update.masters
+    everything = all(parameter.requires_grad for parameter in run.model.parameters())
+    weights = masters.whole()
 
     def write(target: Path) -> None:
         with run.route.fused.disabled(), route.plain_attention(run.model, run.route):
-            with run.update.masters.in_place():
+            with holding(masters.parameters, weights):  # a bf16 copy has lost most updates of a small rate
                 run.setup.adaptation.save(run.model, target)
                 run.setup.tokenizer.save_pretrained(target)
-                if run.update.masters.all_of(run.model):
+                if everything:
                     probe.write_probe(target, run.model, run.setup.tokenizer)
-            if not run.update.masters.all_of(run.model):  # fp32 parts in a bf16 network would not fit together: the copies answer
+            if not everything:  # fp32 parts in a bf16 network would not fit together: the copies answer
                 probe.write_probe(target, run.model, run.setup.tokenizer)
 
-    needed = 4 * sum(master.numel() for master in run.update.masters.masters.values()) + 8 * 2**20
-    checkpoint.publish(run.folder.model, write, needed)
+    if run.main:
+        checkpoint.publish(run.folder.model, write, 4 * masters.size + 8 * 2**20)
 
 
 def save(run: Run, at: Progression) -> None:
-    """A checkpoint from which the run goes on bit for bit."""
+    """A checkpoint from which the run goes on bit for bit. All processes call it; the main one writes."""
+    tensors = run.update.tensors()
     if run.main:
         run.progress.doing("saving")
-        tensors = run.update.tensors()
         tensors["random.cpu"] = torch.get_rng_state()
         if run.setup.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(run.setup.device)

@@ -9,36 +9,36 @@ from typing import Any
 
 import torch
 
-from tunesmith.engine import optim
-from tunesmith.engine.optim import Masters
+from tunesmith.engine.masters import Trained
 from tunesmith.engine.precision import MOST_SKIPPED, LossScale
 from tunesmith.engine.ratio import Ratio
 from tunesmith.errors import GradientOverflowError
 
 
 class Update:
-    """The masters with their optimiser and schedule. The loop calls ``backward`` for each micro-batch, then ``norm``, then either
-    ``apply`` or ``drop``; it knows nothing of what lies behind them.
+    """What is trained, with its optimiser and schedule. The loop calls ``backward`` for each micro-batch, then ``norm``, then
+    either ``apply`` or ``drop``; it knows nothing of what lies behind them.
 
     ``loss_scale`` is given when the network computes in fp16: then a gradient that overflowed costs a step, not the run.
     """
 
     def __init__(
         self,
-        masters: Masters,
+        masters: Trained,
         optimizer: torch.optim.Optimizer,
         schedule: Any,
         max_norm: float,
         seed: int,
         loss_scale: LossScale | None = None,
     ) -> None:
-        assert all(master.dtype is torch.float32 for master in masters.masters.values()), "what is trained is kept in fp32"
+        sampled = masters.sampled()
+        assert all(master.dtype is torch.float32 for master in sampled.values()), "what is trained is kept in fp32"
         self.masters = masters
         self.optimizer = optimizer
         self.schedule = schedule
         self.max_norm = max_norm
         self.seed = seed
-        self.ratio = Ratio(masters.masters)
+        self.ratio = Ratio(sampled, shared=masters.share < 1)
         self.loss_scale = loss_scale
         self.published: int | None = None
         """The step whose random bits rounded the working copies; None = they are as they were loaded."""
@@ -60,13 +60,20 @@ class Update:
         """What else may be wrong when a loss is not finite, as part of a sentence."""
         return "use train.precision=bf16 (fp16 holds no activation above 65504), " if self.loss_scale else ""
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of ``loss`` (a sum, already divided by the loss units of the whole step)."""
-        (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
+    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+        """Add the gradient of ``loss`` (a sum, already divided by the loss units of the whole step); ``last`` of the step."""
+        self.masters.backward(self._scaled(loss), last)
+
+    def rehearse(self, loss: torch.Tensor, last: bool = True) -> None:
+        """The work of ``backward``, whose gradient nobody wants."""
+        self.masters.rehearse(self._scaled(loss))
+
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self.loss_scale is None else loss * self.loss_scale.scale
 
     def norm(self) -> float:
         """Sum the gradients over processes and clip them; their norm before that. ``apply`` only when it ``may_go_on``."""
-        norm = float(optim.gather_and_clip(self.masters, self.max_norm, self.loss_scale.scale if self.loss_scale else 1.0))
+        norm = self.masters.norm(self.max_norm, self.loss_scale.scale if self.loss_scale else 1.0)
         self._overflowed = self.loss_scale is not None and not math.isfinite(norm)
         return norm
 
@@ -88,11 +95,9 @@ class Update:
             self._stop_when_hopeless(step)
             return
         self.ratio.before()
-        self.optimizer.step()
+        self.masters.step(self.optimizer, self.seed, step)
         self.ratio.after(self.learning_rates["learning_rate"])
-        self.masters.publish(self.seed, step)
         self.published = step
-        self.masters.clear()
         if not self.waits_for_metric:
             self.schedule.step()
 
@@ -122,51 +127,28 @@ class Update:
             self.schedule.step(figure)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Masters and optimiser moments, by name."""
-        tensors: dict[str, torch.Tensor] = {f"master.{name}": master for name, master in self.masters.masters.items()}
-        seen: set[int] = set()
-        for name, master in self.masters.masters.items():
-            for key, value in self.optimizer.state[master].items():
-                if isinstance(value, torch.Tensor):
-                    # bitsandbytes gives every weight the same table of 8-bit values, and a file holds no tensor twice
-                    tensors[f"optimizer.{name}.{key}"] = value.clone() if value.data_ptr() in seen else value
-                    seen.add(value.data_ptr())
-        return tensors
+        """Masters and optimiser moments, by name. All processes call it; only the main one needs what it returns."""
+        return self.masters.tensors(self.optimizer)
 
     def state(self) -> dict[str, Any]:
         """The plain numbers that belong to ``tensors``."""
-        moments = {
-            name: {key: value for key, value in self.optimizer.state[master].items() if not isinstance(value, torch.Tensor)}
-            for name, master in self.masters.masters.items()
-        }
         return {
             "schedule": {key: value for key, value in self.schedule.state_dict().items() if _is_plain(value)},
             "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
-            "optimizer": {name: values for name, values in moments.items() if values},
+            "optimizer": self.masters.numbers(self.optimizer),
             "published": self.published,
             "loss_scale": asdict(self.loss_scale) if self.loss_scale else None,
         }
 
-    @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Stand where ``tensors`` and ``state`` were taken."""
-        kept: dict[int, dict[str, Any]] = {}
-        for name, master in self.masters.masters.items():
-            master.copy_(tensors[f"master.{name}"])
-            prefix = f"optimizer.{name}."
-            moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            kept[id(master)] = {**moments, **state["optimizer"].get(name, {})}
-        ours = self.optimizer.state_dict()
-        order = [id(master) for group in self.optimizer.param_groups for master in group["params"]]
-        # the optimiser's own loading brings each tensor to its device and keeps the dtype of what is not a moment in fp32
-        self.optimizer.load_state_dict({**ours, "state": {number: kept[key] for number, key in enumerate(order) if kept[key]}})
+        self.published = state["published"]
+        copies = None if self.published is None else (self.seed, self.published)
+        self.masters.load(self.optimizer, tensors, state["optimizer"], copies)
         self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
         for group, rate in zip(self.optimizer.param_groups, state["learning_rates"], strict=True):
             group["lr"] = rate
         self.loss_scale = LossScale(**state["loss_scale"]) if state["loss_scale"] else None
-        self.published = state["published"]
-        if self.published is not None:
-            self.masters.publish(self.seed, self.published)
 
 
 def _is_plain(value: Any) -> bool:

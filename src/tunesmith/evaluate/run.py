@@ -38,7 +38,7 @@ def evaluate(
     from tunesmith import objectives
     from tunesmith.data.config import DataConfig, EvalConfig, Source
     from tunesmith.data.prepare import prepare
-    from tunesmith.engine import distributed, loop, route
+    from tunesmith.engine import distributed, evaluation, route
     from tunesmith.engine import precision as precisions
     from tunesmith.engine.setup import window_of
     from tunesmith.models import load
@@ -63,7 +63,7 @@ def evaluate(
     order = sorted(range(len(rows)), key=lambda row: rows.lengths[row])
     way = route.choose(network, chosen, [rows[row] for row in order[:2]], int(rows.lengths.max()), "auto", device)
     started = time.perf_counter()
-    figures = loop.evaluate(network, chosen, rows, way.packed, batch_tokens, device)
+    figures = evaluation.evaluate(network, chosen, rows, way.packed, batch_tokens, device)
     seconds = time.perf_counter() - started
     way.leave(network)
     return {

@@ -49,17 +49,22 @@ class Fused:
             self.enable()
 
 
-def install(model: nn.Module) -> Fused:
-    """Replace what can be replaced in ``model`` and return the record of it, enabled."""
+def install(model: nn.Module, stack: bool = True) -> Fused:
+    """Replace what can be replaced in ``model`` and return the record of it, enabled.
+
+    ``stack``: whether the memory of trained weights is ours to arrange. If not, layers that would hold on to it are left.
+    """
     fused = Fused()
     rejected: set[type] = set()
     weight = next((p for p in model.parameters() if p.dim() == 2 and p.is_floating_point()), None)
     passes = weight is not None and kernels.available(weight)
     inside: set[nn.Module] = set()
     for module in list(model.modules()):
-        forward = None
+        forward: Callable[..., Any] | None = None
         if passes and type(module) not in rejected:
             for kind, make in (("attention", _attention), ("mlp", _mlp), ("norm", _norm)):
+                if kind != "norm" and not stack and _trains_its_own(module):
+                    continue
                 forward = make(module)
                 if forward is not None:
                     if not _equal(kind, module, forward):
@@ -159,6 +164,11 @@ class Linears:
         for base, lora in zip(self.bases, self.loras, strict=True):
             blocks.append(base.weight.new_zeros(base.out_features, 0) if lora is None else lora[1] * lora[2])
         return torch.block_diag(*blocks)
+
+
+def _trains_its_own(module: nn.Module) -> bool:
+    """Whether a weight inside is trained that is no LoRA's."""
+    return any(weight.requires_grad for name, weight in module.named_parameters() if "lora_" not in name)
 
 
 def _is_lora(module: nn.Module) -> bool:

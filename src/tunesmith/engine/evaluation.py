@@ -1,0 +1,52 @@
+"""The objective's figures over held-out rows: the same for any memory budget and any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunesmith.data.encoded import Encoded
+from tunesmith.data.pack import to_device
+from tunesmith.engine import batching, distributed
+from tunesmith.objectives import Objective
+
+
+def evaluate(
+    model: Any,
+    objective: Objective,
+    data: Encoded,
+    packed: bool,
+    budget: int,
+    device: torch.device,
+    sets: Sequence[str] = (),
+) -> dict[str, float]:
+    """The objective's figures over all of ``data``, the same for any ``budget`` and any number of processes.
+
+    ``sets``: names of the sources of ``data``. Each has figures of its own too (``eval_loss`` -> ``eval_NAME_loss``), which are
+    those of a run with this set alone: its rows share no micro-batch with another's.
+    """
+    model.eval()
+    parts = [np.flatnonzero(data.source == index) for index in range(len(sets))] or [np.arange(len(data))]
+    records = [_records(model, objective, data, rows, packed, budget, device) for rows in parts]
+    figures = objective.summarise([record for part in records for record in part])
+    for name, part in zip(sets, records):
+        figures |= {f"eval_{name}_{key.removeprefix('eval_')}": value for key, value in objective.summarise(part).items()}
+    return figures
+
+
+def _records(
+    model: Any, objective: Objective, data: Encoded, rows: np.ndarray, packed: bool, budget: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """What the objective keeps of each micro-batch of ``rows``, from all processes."""
+    order = rows[np.argsort(-data.lengths[rows], kind="stable")]
+    state = distributed.state()
+    mine = order[state.process_index :: state.num_processes]
+    records = []
+    with torch.no_grad():
+        for group in batching.micro_batches([int(data.lengths[row]) for row in mine], budget, packed):
+            batch = objective.collate([data[int(mine[place])] for place in group], packed)
+            records.append(objective.evaluate(model, to_device(batch, device)))
+    return distributed.gather(records)
