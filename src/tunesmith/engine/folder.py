@@ -55,19 +55,38 @@ def check_free(path: Path) -> None:
         raise UserError(f"the run folder {path} exists already.\n  Go on with it: --resume. Start another: --out DIR.")
 
 
-def check_resumable(path: Path, recipe: dict[str, Any]) -> None:
-    """Raise UserError unless ``path`` holds a run, RecipeError unless it is a run of this very recipe."""
+FREE = {
+    "data.cache",
+    "device_map",
+    "train.deepspeed",
+    "train.gradient_checkpointing",
+    "train.micro_batch_tokens",
+    "train.report_to",
+    "train.save_steps",
+    "train.save_total_limit",
+}
+"""Keys that change no result: a run that did not fit may go on with others."""
+
+
+def check_resumable(path: Path, recipe: dict[str, Any]) -> list[str]:
+    """Raise UserError unless ``path`` holds a run, RecipeError unless it is a run of this very recipe, but for keys of ``FREE``.
+
+    Returns those of them that differ.
+    """
     file = path / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"there is no run to resume in {path} (it has no recipe.yaml). Leave out --resume to start one.")
     before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    changes = [f"{key}: was {old!r}, is {new!r}" for key, old, new in _changes(before, recipe)]
+    found = _changes(before, recipe)
+    free = {key for key, _, _ in found for one in FREE if key == one or key.startswith(f"{one}.")}
+    changes = [f"{key}: was {old!r}, is {new!r}" for key, old, new in found if key not in free]
     if changes:
         raise RecipeError(
             f"the recipe is not the one that {path} was started with, so going on would not be the same run:\n  "
             + "\n  ".join(changes)
             + "\n  Put these keys back, or start another run with --out DIR."
         )
+    return sorted(free)
 
 
 def take(path: Path, recipe: dict[str, Any]) -> RunFolder:
@@ -89,8 +108,9 @@ def take(path: Path, recipe: dict[str, Any]) -> RunFolder:
     lock.write(str(os.getpid()))
     lock.flush()
     file = path / "recipe.yaml"
-    if not file.exists():
-        replace_file(file, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode())
+    content = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
+    if not file.exists() or file.read_bytes() != content:
+        replace_file(file, content)
     folder = RunFolder(path, lock)
     checkpoint.recover(folder.model)
     if folder.checkpoints.exists():

@@ -66,9 +66,8 @@ def train(
     target = Path(out or Path("runs") / (Path(recipe).stem if isinstance(recipe, str | Path) else "run")).resolve()
     processes = distributed.state()
     main = processes.is_main_process
-    if resume:
-        folder.check_resumable(target, chosen.resolved())
-    elif main:
+    changed = folder.check_resumable(target, chosen.resolved()) if resume else []
+    if main and not resume:
         folder.check_free(target)
     kernels.keep_freed_memory()
     hooks = Hooks(on_log, on_eval, on_save) if main else Hooks()
@@ -78,7 +77,7 @@ def train(
             ready = setup.read(chosen, processes.device, progress.note)
         run_folder = folder.take(target, chosen.resolved()) if main else folder.RunFolder(target)
         try:
-            return _run(ready, run_folder, progress, main, hooks)
+            return _run(ready, run_folder, progress, main, hooks, changed)
         finally:
             run_folder.close()
 
@@ -141,8 +140,14 @@ def _resolve(recipe: Recipe | dict[str, Any] | str | Path, overrides: Sequence[s
 
 
 def _run(
-    ready: setup.Setup, run_folder: folder.RunFolder, progress: tracking.Progress, main: bool, hooks: Hooks
+    ready: setup.Setup,
+    run_folder: folder.RunFolder,
+    progress: tracking.Progress,
+    main: bool,
+    hooks: Hooks,
+    changed: Sequence[str],
 ) -> dict[str, Any]:
+    """``changed``: keys of the recipe that are not as they were when the run was started."""
     before_model = machine.peak_memory_bytes()
     built = setup.build(ready, run_folder.path)
     run = Run(
@@ -154,6 +159,10 @@ def _run(
         progress.note(line)
     resumed = run_folder.manifest() != {}
     at = state.restore(run)
+    if changed:
+        progress.note(f"changed since the run was started, with the same result: {', '.join(changed)}")
+    if "train.micro_batch_tokens" in changed:
+        at.micro_batch_tokens = 0
     train_config = ready.recipe.train
     job = Job(
         model=built.model, objective=ready.objective, update=built.update, plan=ready.plan, config=train_config,

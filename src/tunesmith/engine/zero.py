@@ -257,6 +257,7 @@ class Shards:
 def _alone() -> None:
     """DeepSpeed wants a process group, also of one: this one needs no address."""
     if not torch.distributed.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # it asserts that a launcher has set it
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # public, but not in its __all__
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
