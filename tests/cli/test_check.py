@@ -39,6 +39,8 @@ FOUND = {
             "ngram": 13,
             "rows": 2,
             "share": 0.02,
+            "answers": 1,
+            "short": 0,
             "first": [{"where": "e.json:1", "same_as": "a.json:7", "text": "many words"}],
         },
         "template": "its own",

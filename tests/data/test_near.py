@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.data.test_minhash import change, exact, real_texts
 from tunesmith.cli.main import main
+from tunesmith.data import near
 from tunesmith.data.config import Source
 from tunesmith.data.near import kept_rows, near_duplicates
 from tunesmith.errors import DataError
@@ -79,6 +82,22 @@ def test_real_rows_are_clustered_as_comparing_all_of_them_does(threshold, tmp_pa
     assert [len(cluster.rows) for cluster in report.clusters] == sorted((len(c.rows) for c in report.clusters), reverse=True)
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=15),
+    st.lists(st.integers(0, 11), min_size=12, max_size=12),
+)
+def test_clusters_are_what_pairs_and_equal_words_join(pairs, same):
+    leader = np.array([same.index(name) for name in same])
+    pairs = sorted({(min(a, b), max(a, b)) for a, b in leader[np.array(pairs, int).reshape(-1, 2)].tolist() if a != b})
+    joined = leader.tolist()
+    for one, other in pairs:
+        joined = [joined[one] if name == joined[other] else name for name in joined]
+    expected = [[row for row, name in enumerate(joined) if name == wanted] for wanted in set(joined)]
+    columns = np.array(pairs, np.int64).reshape(-1, 2)
+    found = near._clusters(leader, near._Pairs(columns[:, 0], columns[:, 1], np.ones(len(pairs)), np.ones(len(pairs))))
+    assert sorted(map(np.ndarray.tolist, found)) == sorted(rows for rows in expected if len(rows) > 1)
+
+
 def test_what_is_shown_was_compared_exactly(tmp_path):
     text = made_up(1)[0]
     (cluster,) = find(tmp_path, [text, "something else", text.replace(text.split()[20], "changed")]).clusters
@@ -122,8 +141,8 @@ def test_a_system_prompt_in_all_rows_does_not_make_them_alike(tmp_path):
 
 def test_evaluation_rows_near_training_rows_are_counted(tmp_path):
     texts = made_up(30)
-    near = [*planted(texts[:4], 0.8, 0.95)]
-    report = find(tmp_path, texts, [*near, texts[9], *made_up(5, seed=9)])
+    alike = [*planted(texts[:4], 0.8, 0.95)]
+    report = find(tmp_path, texts, [*alike, texts[9], *made_up(5, seed=9)])
     assert report.eval_near == 5 and (report.rows, report.learnt) == (40, 30)
     assert report.surplus == {0, 1, 2, 3, 9}
 
