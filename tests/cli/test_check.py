@@ -88,7 +88,7 @@ def test_figures_for_people(recipe, capsys):
         "eval 1 rows are over max_length (drop): 40 tokens lost",
         "korean: 7 rows, 2,000 tokens, 500 learnt (25.0%); median 58.5, longest 300",
         "4 rows are in both train and eval",
-        "2 eval rows (2.0%) share 13 tokens or more with a training row:",
+        "2 eval rows (2.0%) share 13 tokens or more with a training row, 1 of them in what is learnt:",
         "e.json:1 and a.json:7: 'many words'",
         "template its own",
         "max_length 300 tokens",
