@@ -173,6 +173,14 @@ def test_each_row_needs_as_many_tokens_as_its_own_text_does():
     assert contamination(sequences(train), sequences(held), Bytes()).rows == 6
 
 
+def test_an_ending_that_many_rows_have_does_not_hide_a_copied_row():
+    rng = np.random.default_rng(0)
+    ending = list(range(1500, 1506))  # six bytes: two syllables
+    rows = [[byte for _ in range(4) for byte in [*rng.integers(1000, 1200, 15).tolist(), *ending]] for _ in range(41)]
+    found = contamination(sequences(rows[:40]), sequences([rows[5], rows[40]]), Bytes())
+    assert [shared.where for shared in found.first] == ["file:1"] and found.short == 0
+
+
 def test_rows_whose_answer_was_seen_are_told_from_those_whose_prompt_was(tmp_path):
     train, held = [sentence(n) for n in range(30)], [sentence(n) for n in range(100, 104)]
     rows = [{"instruction": f"question {n}", "output": text} for n, text in enumerate(train)]
