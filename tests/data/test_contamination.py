@@ -153,3 +153,52 @@ def test_blocks_change_nothing(tmp_path, monkeypatch):
     whole = compare(tmp_path, train, held)
     monkeypatch.setattr(module, "BLOCK", 50)
     assert compare(tmp_path, train, held) == whole and whole[0].rows == 1
+
+
+class Bytes:
+    """A tokenizer of words, where what it has no word for (from 1000 on) is a single byte."""
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(" word" if index < 1000 else "\ufffd" for index in ids)
+
+
+def test_each_row_needs_as_many_tokens_as_its_own_text_does():
+    rng = np.random.default_rng(0)
+    english, korean = rng.integers(0, 1000, (40, 60)).tolist(), rng.integers(1000, 1200, (60, 60)).tolist()
+    train = [*english[:20], *korean[:30]]
+    held = [[*english[20][:40], *english[0][:13]], english[21], [*korean[30], *korean[0][:40]], [*korean[31], *korean[1][:52]]]
+    found = contamination(sequences(train), sequences(held), Bytes())
+    assert [shared.where for shared in found.first] == ["file:1", "file:4"] and found.ngram == module.NGRAM
+    held = [*english[20:40], *held] * 3  # a lot of English before it, so that the first tokens say nothing of the Korean
+    assert contamination(sequences(train), sequences(held), Bytes()).rows == 6
+
+
+def test_an_ending_that_many_rows_have_does_not_hide_a_copied_row():
+    rng = np.random.default_rng(0)
+    ending = list(range(1500, 1506))  # six bytes: two syllables
+    rows = [[byte for _ in range(4) for byte in [*rng.integers(1000, 1200, 15).tolist(), *ending]] for _ in range(41)]
+    found = contamination(sequences(rows[:40]), sequences([rows[5], rows[40]]), Bytes())
+    assert [shared.where for shared in found.first] == ["file:1"] and found.short == 0
+
+
+def test_rows_whose_answer_was_seen_are_told_from_those_whose_prompt_was(tmp_path):
+    train, held = [sentence(n) for n in range(30)], [sentence(n) for n in range(100, 104)]
+    rows = [{"instruction": f"question {n}", "output": text} for n, text in enumerate(train)]
+    rows[3]["instruction"] = rows[4]["output"] = COPIED
+    asked = [{"instruction": f"ask {n}", "output": text} for n, text in enumerate(held)]
+    asked[0]["instruction"] = f"{COPIED}?"
+    files = []
+    for name, content in (("train.jsonl", rows), ("held.jsonl", asked)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+        files.append(str(tmp_path / name))
+    found = run(files[0], eval={"path": files[1]}).report.contaminated
+    assert (found.rows, found.answers) == (1, 0)
+    asked[1]["output"] = f"{COPIED}."
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    found = run(files[0], eval={"path": files[1]}).report.contaminated
+    assert (found.rows, found.answers) == (2, 1) and "1 of them in what is learnt" in found.line()
+
+
+def test_rows_too_short_to_compare_are_counted(tmp_path):
+    found, _ = compare(tmp_path, [sentence(n) for n in range(30)], [sentence(99), "yes", "no"])
+    assert (found.rows, found.short) == (0, 2)

@@ -57,16 +57,31 @@ def lint(
     format: Format = None,
     model: Annotated[str | None, typer.Option("--model", help="Render each row with this model's template, too.")] = None,
     template: Template = None,
+    near_duplicates: Annotated[bool, typer.Option("--near-duplicates", help="Find rows that are nearly the same, too.")] = False,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="How much alike, 0.5 to 1 (Jaccard).", show_default="0.8")
+    ] = None,
+    write: Annotated[
+        str | None,
+        typer.Option("--write", help="A new .jsonl file: FILE's rows without near-duplicates of --eval's and of earlier ones."),
+    ] = None,
     json: Json = False,
 ) -> int:
     """List every bad row as file:row:field, what was expected, what is there and how to mend it; and duplicates."""
     from tunesmith.data import lint as linting
+    from tunesmith.data import near
     from tunesmith.data.config import Source
+    from tunesmith.data.make import write as writing
     from tunesmith.data.source import ROW_TYPES, eval_sources
     from tunesmith.data.templates import apply_template
+    from tunesmith.errors import UserError
     from tunesmith.models.load import load_tokenizer
     from tunesmith.models.locate import locate
 
+    if not near_duplicates and (threshold is not None or write is not None):
+        raise UserError("--threshold and --write go with --near-duplicates. Add it, or leave them out.")
+    if write is not None:
+        writing.check_free(Path(write), "--write")
     train: list[Source] = []
     held = [Source(path=path, format=format) for path in evaluation or ()]
     accepted: tuple[type, ...] = ROW_TYPES
@@ -79,7 +94,25 @@ def lint(
             held += eval_sources(config).values()
     tokenizer = apply_template(load_tokenizer(locate(model)), template)[0] if model else None
     report = linting.lint(train, held, accepted, tokenizer)
-    output.result(report.as_dict(), json, human=lambda _: _lint_lines(report))
+    said, lines = report.as_dict(), _lint_lines(report)
+    if near_duplicates:
+        with output.console().status("near-duplicates: reading") as status:
+            found = near.near_duplicates(
+                train, held, near.THRESHOLD if threshold is None else threshold, accepted,
+                lambda doing: status.update(f"near-duplicates: {doing}"),
+            )  # fmt: skip
+        said["near_duplicates"] = found.as_dict()
+        lines += found.lines()
+        if write is not None:
+            sha256 = writing.write(near.kept_rows(train, found, accepted), Path(write), "--write")
+            counts = {"rows": found.learnt - len(found.surplus), "surplus": len(found.surplus)}
+            counts["rejected"] = sum(file.rejected for file in report.files if file.role == "train")
+            said["written"] = {"path": write, **counts, "sha256": sha256}
+            lines.append(
+                f"{write}: {counts['rows']} rows written; left out: {counts['surplus']} near-duplicates, "
+                f"{counts['rejected']} rows that cannot be used"
+            )
+    output.result(said, json, human=lambda _: lines)
     return 0 if report.ok else 2
 
 

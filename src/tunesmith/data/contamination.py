@@ -13,18 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.data.cache import Example
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.problems import shorten
 
 NGRAM, BYTES = 13, 55
-"""Tokens that must be the same, one after another; more of them where it takes more to hold so much text: a vocabulary made for
-English cuts Korean into single bytes, and 13 of those are four characters, which mean nothing."""
+"""Tokens that must be the same, one after another; twice or four times as many for a held-out row that needs so many to say what
+13 tokens say in English: a vocabulary made for English cuts Korean into single bytes, and 13 of those are four characters, which
+mean nothing. Each row by itself: one evaluation set may be English and the next one Korean."""
 
 COMMON_ROWS = 10
 """A stretch of more training rows than this (of few rows: than half of them) is a phrase of the task."""
 
 PIECE, PIECE_SHARE, SAMPLED = 5, 0.1, 2000
-"""So many tokens that stand in so large a share of (at most so many) training rows belong to the template."""
+"""So many tokens that stand in so large a share of (at most so many) training rows belong to the template. Of a row
+that needs more tokens, as many times more: five single bytes are an ending that half of all Korean sentences have."""
 
 LISTED = 10
 BLOCK = 1 << 18
@@ -44,17 +47,25 @@ class Shared:
 
 @dataclass(frozen=True)
 class Contamination:
-    """``rows`` held-out rows (``share`` of all) share ``ngram`` tokens or more with a training row; the ``first`` ones."""
+    """``rows`` held-out rows (``share`` of all) share ``ngram`` tokens or more with a training row; the ``first`` ones.
+
+    ``answers``: those of them in which some of the shared tokens are learnt, so that the loss itself is too good; of the others
+    only the prompt was seen. ``short``: rows with no ``ngram`` tokens outside the template; of those only whole duplicates are
+    known. ``ngram`` is the smallest in use: see NGRAM.
+    """
 
     ngram: int
     rows: int
     share: float
     first: tuple[Shared, ...]
+    answers: int
+    short: int
 
     def line(self) -> str:
         """The count and the first row, in one line."""
         one = self.first[0]
         said = f"{self.rows} evaluation rows ({self.share:.1%}) share {self.ngram} tokens or more with a training row"
+        said += f", {self.answers} of them in what is learnt"
         return f"{said}, for example {one.where} with {one.same_as}: {shorten(one.text)}"
 
 
@@ -66,24 +77,54 @@ def contamination(train: Encoded, held: Encoded, tokenizer: Any, at_least: int =
     if not all("input_ids" in entry.values for entry in (*train.entries, *held.entries)):
         return None
     ids, begins, owner = _sequences(held, np.arange(len(held)))
-    common = _template(train, ids, begins)
-    ngram = max(at_least, _tokens_of(BYTES, ids[~common], tokenizer))
-    places, grams = _grams(ids, begins, ngram)
-    free = _none_of(common, places, ngram)
-    places, grams = places[free], grams[free]
+    learnt = np.concatenate([*(_learnt(held[index]) for index in range(len(held))), np.empty(0, np.bool_)])
+    needed = _needed(ids, begins, tokenizer, at_least)
+    parts, long = [], np.zeros(len(held), np.bool_)
+    for ngram in np.unique(needed).tolist():
+        common = _template(train, ids, begins, PIECE * ngram // at_least)
+        places, grams = _grams(ids, begins, ngram)
+        free = _none_of(common, places, ngram) & (needed[owner[places]] == ngram)
+        long[owner[places[free]]] = True
+        parts.append(_hits(train, places[free], grams[free], learnt, ngram))
+    hits = np.concatenate([*parts, np.empty((4, 0), np.int64)], axis=1)
+    place, source, position, answer = hits[:, np.argsort(hits[0], kind="stable")]
+    found, every = _rows(held, owner[place]), _rows(held, np.arange(len(held)))
+    _, at = np.unique(found, return_index=True)
+    at.sort()
+    first = []
+    for index in at[:LISTED].tolist():
+        where = int(place[index])
+        example = int(owner[where])
+        first.append(_shared(held, train, ids, begins, example, where, int(source[index]), int(position[index]), tokenizer))
+    total = len(np.unique(every))
+    return Contamination(
+        ngram=int(needed.min()) if len(needed) else at_least,
+        rows=len(at),
+        share=len(at) / max(1, total),
+        first=tuple(first),
+        answers=len(np.unique(found[answer > 0])),
+        short=total - len(np.unique(every[long])),
+    )
+
+
+def _hits(train: Encoded, places: np.ndarray, grams: np.ndarray, learnt: np.ndarray, ngram: int) -> np.ndarray:
+    """int64[4, hits]: those of the stretches that training rows have, too, but for the phrases of the task.
+
+    Of each: its place in the held-out tokens; the source, and the place in its tokens, where it is first met; whether some of
+    it is ``learnt``.
+    """
     known, number = np.unique(grams, return_inverse=True)
     counts, first = _look_up(train, known, ngram)
-    phrases = _covered(len(ids), places[counts[number] > max(1, min(COMMON_ROWS, len(train) // 2))], ngram)
+    phrases = _covered(len(learnt), places[counts[number] > max(1, min(COMMON_ROWS, len(train) // 2))], ngram)
     hit = (counts[number] > 0) & _none_of(phrases, places, ngram)
-    found = owner[places[hit]]
-    _, at = np.unique(_rows(held, found), return_index=True)
-    at.sort()
-    listed = []
-    for index in at[:LISTED]:
-        place, (source, position) = int(places[hit][index]), first[:, number[hit][index]]
-        listed.append(_shared(held, train, ids, begins, int(found[index]), place, int(source), int(position), tokenizer))
-    total = len(np.unique(_rows(held, np.arange(len(held)))))
-    return Contamination(ngram, len(at), len(at) / max(1, total), tuple(listed))
+    return np.stack([places[hit], *first[:, number[hit]], ~_none_of(learnt, places[hit], ngram)])
+
+
+def _learnt(example: Example) -> np.ndarray:
+    """bool[tokens]: what counts in the loss; the first token of a sequence has nothing before it that could foretell it."""
+    mask = np.array(example["supervised"], np.bool_) if "supervised" in example else np.ones(len(example["input_ids"]), np.bool_)
+    mask[:1] = False
+    return mask
 
 
 def rolling(ids: np.ndarray, n: int) -> np.ndarray:
@@ -174,11 +215,11 @@ def _blocks(data: Encoded) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, n
             example = past
 
 
-def _template(train: Encoded, ids: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """bool[tokens]: which of the tokens belong to short pieces that a tenth of the training rows have."""
+def _template(train: Encoded, ids: np.ndarray, begins: np.ndarray, size: int) -> np.ndarray:
+    """bool[tokens]: which of the tokens belong to pieces of ``size`` that a tenth of the training rows have."""
     sample = np.unique(np.linspace(0, len(train) - 1, min(len(train), SAMPLED)).astype(np.int64))
     learnt, learnt_begins, owner = _sequences(train, sample)
-    at, pieces = _grams(learnt, learnt_begins, PIECE)
+    at, pieces = _grams(learnt, learnt_begins, size)
     order = np.lexsort((owner[at], pieces))
     pieces, rows = pieces[order], owner[at][order]
     once = np.ones(len(pieces), np.bool_)  # a piece counts once for each row
@@ -186,8 +227,8 @@ def _template(train: Encoded, ids: np.ndarray, begins: np.ndarray) -> np.ndarray
     found, count = np.unique(pieces[once], return_counts=True)
     few = max(1, min(COMMON_ROWS, len(sample) // 2))
     found = found[count > max(few, PIECE_SHARE * len(sample))]
-    places, grams = _grams(ids, begins, PIECE)
-    return _covered(len(ids), places[np.isin(grams, found)], PIECE)
+    places, grams = _grams(ids, begins, size)
+    return _covered(len(ids), places[np.isin(grams, found)], size)
 
 
 def _covered(size: int, places: np.ndarray, n: int) -> np.ndarray:
@@ -204,10 +245,21 @@ def _none_of(marked: np.ndarray, places: np.ndarray, n: int) -> np.ndarray:
     return before[places + n] == before[places]
 
 
-def _tokens_of(size: int, ids: np.ndarray, tokenizer: Any) -> int:
-    """How many tokens hold ``size`` bytes of text, on the average of some of ``ids``."""
-    some = ids[:SAMPLED].tolist()
-    return round(size * len(some) / max(1, len(tokenizer.decode(some, skip_special_tokens=True).encode())))
+def _needed(ids: np.ndarray, begins: np.ndarray, tokenizer: Any, at_least: int) -> np.ndarray:
+    """int64[sequences]: how many tokens must be the same: ``at_least``, doubled as long as so many hold half of BYTES at most."""
+    names, number = np.unique(ids, return_inverse=True)
+    size = np.array([_size(int(name), tokenizer) for name in names], np.int64)
+    sums = np.concatenate([[0], np.cumsum(size[number])])[begins]
+    tokens = np.maximum(1, np.diff(begins))
+    enough = BYTES * tokens / np.maximum(1, np.diff(sums))  # tokens that hold BYTES of text
+    doubled = np.floor(np.log2(np.maximum(1, enough / at_least))).astype(np.int64)
+    return at_least << doubled
+
+
+def _size(name: int, tokenizer: Any) -> int:
+    """Bytes of text that a token stands for: what a second one of it adds, as some tokenizers drop the first space."""
+    once, twice = (tokenizer.decode([name] * times, skip_special_tokens=True) for times in (1, 2))
+    return len(twice.replace("\ufffd", "?").encode()) - len(once.replace("\ufffd", "?").encode())
 
 
 def _rows(data: Encoded, examples: np.ndarray) -> np.ndarray:

@@ -18,24 +18,26 @@ def lines(rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
         yield (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
-def check_free(path: Path) -> None:
+def check_free(path: Path, option: str = "--out") -> None:
     """Raises UserError when ``path`` cannot become a new .jsonl file: better before the work than after it."""
     if path.suffix != ".jsonl":
-        raise UserError(f"{path} does not end in .jsonl, which is what data build writes. Say --out {path.with_suffix('.jsonl')}")
+        raise UserError(f"{path} does not end in .jsonl, which is what is written. Say {option} {path.with_suffix('.jsonl')}")
     if path.exists():
-        raise UserError(f"{path} exists; nothing was written. Give another name with --out.")
+        raise UserError(f"{path} exists; nothing was written. Give another name with {option}.")
     if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent} to write {path.name} into. Make it first, or name another with --out.")
+        raise UserError(
+            f"there is no folder {path.parent} to write {path.name} into. Make it first, or name another with {option}."
+        )
 
 
-def write(rows: Iterable[dict[str, Any]], path: Path) -> str:
+def write(rows: Iterable[dict[str, Any]], path: Path, option: str = "--out") -> str:
     """Write the rows into the new file ``path``, whole or not at all. Returns the sha256 of its bytes."""
     content = b"".join(lines(rows))
     try:
         with path.open("xb") as file:
             file.write(content)
     except FileExistsError:
-        check_free(path)
+        check_free(path, option)
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
