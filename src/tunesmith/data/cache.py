@@ -252,6 +252,15 @@ def _map(path: Path, recorded: dict[str, Any], dtype: str) -> np.ndarray:
         return np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), dtype)
 
 
+def forget(values: np.ndarray) -> None:
+    """Take the pages of a mapped array out of this process's memory; they are read again where they are wanted."""
+    held = values.base
+    while held is not None and not isinstance(held, mmap.mmap):
+        held = held.obj if isinstance(held, memoryview) else held.base
+    if held is not None and hasattr(held, "madvise"):  # not on Windows
+        held.madvise(mmap.MADV_DONTNEED)
+
+
 def disk_error(error: OSError, folder: Path) -> OSError | DiskFullError | UserError:
     """The error to raise for one met while writing under ``folder``: full disks and closed folders have their own messages."""
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):

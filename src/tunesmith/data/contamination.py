@@ -7,13 +7,13 @@ once, in the encoded files, by a rolling hash; the cost is about that of adding 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tunesmith.data.cache import Example
+from tunesmith.data.cache import Example, forget
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.problems import shorten
 
@@ -32,6 +32,9 @@ that needs more tokens, as many times more: five single bytes are an ending that
 LISTED = 10
 BLOCK = 1 << 18
 """Tokens hashed at a time: what passes stays in the processor's cache."""
+
+SCATTERED = 64
+"""Rows read between two times that files are taken out of memory; each may bring 64 KB of them in."""
 
 _MIX, _BASE = np.uint64(0x9E3779B97F4A7C15), 0xD6E8FEB86659FD93
 
@@ -77,7 +80,7 @@ def contamination(train: Encoded, held: Encoded, tokenizer: Any, at_least: int =
     if not all("input_ids" in entry.values for entry in (*train.entries, *held.entries)):
         return None
     ids, begins, owner = _sequences(held, np.arange(len(held)))
-    learnt = np.concatenate([*(_learnt(held[index]) for index in range(len(held))), np.empty(0, np.bool_)])
+    learnt = np.concatenate([*_copied(held, np.arange(len(held)), _learnt), np.empty(0, np.bool_)])
     needed = _needed(ids, begins, tokenizer, at_least)
     parts, long = [], np.zeros(len(held), np.bool_)
     for ngram in np.unique(needed).tolist():
@@ -152,11 +155,22 @@ def rolling(ids: np.ndarray, n: int) -> np.ndarray:
 
 def _sequences(data: Encoded, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(the tokens of the chosen examples end to end, where each begins, and of each token the example)."""
-    parts = [data[int(index)]["input_ids"] for index in chosen]
+    parts = _copied(data, chosen, lambda example: example["input_ids"])
     ids = np.concatenate([*parts, np.empty(0, np.int32)])
     sizes = np.array([len(part) for part in parts], np.int64)
     begins = np.concatenate([[0], np.cumsum(sizes)])
     return ids, begins, np.repeat(chosen, sizes)
+
+
+def _copied(data: Encoded, chosen: np.ndarray, take: Callable[[Example], np.ndarray]) -> list[np.ndarray]:
+    """What ``take`` finds in each of the examples. Rows far apart would bring most of the files into memory: it is left again."""
+    parts = []
+    for number, index in enumerate(chosen.tolist(), 1):
+        parts.append(np.array(take(data[index])))
+        if number % SCATTERED == 0:
+            for values in (values for entry in data.entries for values in entry.values.values()):
+                forget(values)
+    return parts
 
 
 def _grams(ids: np.ndarray, begins: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -212,6 +226,7 @@ def _blocks(data: Encoded) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, n
         while example < len(entry):
             past = max(example + 1, int(np.searchsorted(starts, starts[example] + BLOCK, side="right")) - 1)
             yield source, int(starts[example]), ids[starts[example] : starts[past]], starts, ends, entry.row
+            forget(ids)
             example = past
 
 
