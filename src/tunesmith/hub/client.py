@@ -29,7 +29,8 @@ def info(kind: str, repo: str, revision: str | None) -> dict[str, Any]:
     """
     from huggingface_hub import HfApi
 
-    found = HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=5, files_metadata=True)
+    look_up = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
+    found = look_up(repo, revision=revision, timeout=5, files_metadata=True)
     files = {}
     for file in found.siblings or []:
         sha256 = file.lfs.sha256 if file.lfs else None
