@@ -15,7 +15,7 @@ ROOT = {
 }
 
 DATA = {"train", "eval", "template", "bad_rows", "max_unlearnable", "cache"}
-SOURCE = {"path", "format", "columns", "prompt_template", "weight", "limit"}
+SOURCE = {"path", "split", "name", "streaming", "format", "columns", "prompt_template", "weight", "limit"}
 EVAL = {"fraction", "limit", "path", "sets"}  # each set is a SOURCE
 
 TRAIN = {
@@ -50,5 +50,6 @@ EITHER_OR = [
     ("device_map", "adapter"),
     ("trust_remote_code", "add_tokens"),
     ("path", "sets"),
+    ("streaming", "cache"),
 ]
 """Keys that no run can hold together: `recipe.conflicts` refuses the pair."""

@@ -144,6 +144,10 @@ def conflicts(recipe: Recipe) -> list[str]:
     for place, source in sources.items():
         for key in idle(source):
             clash(True, f"{place}.{key} does nothing: {source.path} is no data set of the Hub (path: hub:OWNER/NAME)")
+    clash(
+        not data.cache and any(source.streaming for source in sources.values()),
+        "data.cache=false: a stream is read once and kept encoded, so that a run can be resumed. Leave out one of the two",
+    )
     given = [key for key in ("path", "sets", "fraction") if changed(data.eval, key)]
     clash(len(given) > 1, f"set {' or '.join(f'data.eval.{key}' for key in given)}, not both")
     clash(data.eval.limit and data.eval.sets, "data.eval.limit does nothing beside data.eval.sets: give each set its own limit")

@@ -159,9 +159,9 @@ def _streamed(source: Source) -> Rows:
     if not ended:
         raise DataError(
             f"{source.label}: the stream broke off after row {number}: {why}\n"
-            "  Start again: it begins at the first row, at the same commit. "
-            "Or pull the files, which goes on where it stopped: leave out streaming, and type\n"
-            f"  {command(source.model_copy(update={'streaming': False}))}"
+            "  Start again: it begins at the first row, at the same commit.\n"
+            "  Or leave out streaming and pull the files, which goes on where it stopped. Type: "
+            f"{command(source.model_copy(update={'streaming': False}))}"
         )
 
 

@@ -66,7 +66,7 @@ def _builder(repo: str, commit: str, name: str | None, split: str) -> Any:
         if "Config name is missing" not in str(error):
             raise
         raise Unknown(f"{repo} has several configurations; say which with `name`. Valid: {', '.join(names)}") from None
-    except (DatasetsError, RuntimeError) as error:  # no file of a known kind; or a loading script, which is never run
+    except (DatasetsError, FileNotFoundError, RuntimeError) as error:  # no file of a known kind; or a script, never run
         raise Unknown(f"{repo} has no rows that can be read: {str(error).splitlines()[0]}") from None
     found = [str(one) for one in builder.config.data_files or ()]
     if split not in found:
