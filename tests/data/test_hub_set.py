@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 
 import pyarrow as arrow
 import pytest
@@ -282,6 +283,17 @@ def test_a_stream_that_breaks_off_says_where_and_leaves_no_half(hub):
     assert str(error.value).endswith("Type: tunesmith data pull some/data")
     hub.repos["some/data"].closed = set()
     assert len(prepared(streaming=True).train) == 9
+
+
+def test_a_stream_that_nobody_reads_on_is_ended(hub, monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **keys: started.append(popen(*args, **keys)) or started[-1])
+    hub.add("some/data", {"train.jsonl": jsonl(made(0, 20_000))})
+    rows = hub_set.rows(pull(streaming=True)[0])
+    assert next(rows).row == 1
+    rows.close()
+    assert started[-1].poll() not in (None, 0)  # it had far more to say than a pipe holds
 
 
 def test_values_without_a_place_in_json_do_not_break_a_stream(hub):

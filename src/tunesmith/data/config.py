@@ -15,7 +15,7 @@ class Strict(BaseModel):
 
 
 HUB = "hub:"
-HUB_NAME = re.compile(rf"{HUB}([\w.-]+/[\w.-]+)(?:@(.+))?")
+HUB_NAME = re.compile(rf"{HUB}(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?")
 """``hub:OWNER/NAME``, or ``hub:OWNER/NAME@REVISION`` (a commit, a tag or a branch)."""
 
 

@@ -134,7 +134,7 @@ def _streamed(source: Source) -> Rows:
     repo, _ = _parts(source)
     commit = commit_of(_here(source)) or ""
     number, ended, why = 0, False, ""
-    with _caches() as private, tempfile.TemporaryFile("w+") as said:
+    with _caches() as private, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         try:
             told = ask.environment() | private | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         except ask.NoAnswer as error:
