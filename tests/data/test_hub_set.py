@@ -275,6 +275,13 @@ def test_a_second_start_of_a_stream_needs_no_network_and_no_file(hub, monkeypatc
     assert again.report.sources[0].revision == "a" * 40 == first.report.sources[0].revision
 
 
+def test_the_libraries_keep_nothing_of_their_own(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert len(list(hub_set.rows(pull(streaming=True)[0]))) == 9
+    pull()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def test_a_stream_that_breaks_off_says_where_and_leaves_no_half(hub):
     hub.repos["some/data"].closed = {"data/train-00001-of-00002.jsonl"}
     with pytest.raises(DataError) as error:

@@ -72,8 +72,9 @@ def pull(source: Source, say: Callable[[str], None], commit: str | None = None) 
         return folder
     if importlib.util.find_spec("datasets") is None:
         raise MissingExtra("datasets", "hub", f"{source.path}")
-    say(f"asking the Hub for the split {source.split!r} of {repo}")
     try:
+        ask.environment()
+        say(f"asking the Hub for the split {source.split!r} of {repo}")
         with _caches() as private:
             about = ask.ask(
                 "plan", repo, revision or "", source.name or "", source.split,
