@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -22,7 +23,7 @@ from tunesmith.data.build import content_hash
 from tunesmith.data.config import DataConfig, Source
 from tunesmith.data.lint import lint
 from tunesmith.data.prepare import prepare
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError, MissingExtra, RecipeError
 from tunesmith.hub import ask, store
 
 TRAIN = "hub:some/data"
@@ -214,6 +215,14 @@ def test_settings_of_a_configuration_count_when_it_is_streamed(hub):
 def test_a_set_that_was_not_pulled_names_the_command_and_asks_nobody(hub):
     with pytest.raises(DataError, match=r"Type: tunesmith data pull some/data@v1 --name en --split test$"):
         prepared(path="hub:some/data@v1", name="en", split="test")
+    assert hub.asked == []
+
+
+def test_the_missing_library_is_named_with_its_extra(hub, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "datasets" else find_spec(name))
+    with pytest.raises(MissingExtra, match=r"pip install 'tunesmith\[hub\]'"):
+        pull()
     assert hub.asked == []
 
 
