@@ -12,14 +12,19 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 LARGE = (".safetensors", ".bin", ".parquet")
 
 
 @dataclass
 class Repo:
-    """``files`` at ``revision``. ``gated``: 401 for all. ``cut``: file -> bytes sent once before the line goes dead; then 503."""
+    """``files`` at ``revision``. ``gated``: 401 for all. ``cut``: file -> bytes sent once before the line goes dead; then 503.
+
+    ``closed``: files that are listed, but answered with 403.
+    """
 
     files: dict[str, bytes]
     revision: str = "a" * 40
@@ -27,6 +32,16 @@ class Repo:
     cut: dict[str, int] = field(default_factory=dict)
     listed: dict[str, str] = field(default_factory=dict)
     """sha256 that the listing claims for a file, where it is not the true one."""
+    closed: set[str] = field(default_factory=set)
+
+    def tree(self) -> list[dict[str, Any]]:
+        """Files and folders, as the file system of the Hub's client asks for them."""
+        folders = {str(parent) for name in self.files for parent in PurePosixPath(name).parents} - {"."}
+        out: list[dict[str, Any]] = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in sorted(folders)]
+        for one in self.siblings():
+            lfs = {"lfs": {**one["lfs"], "oid": one["lfs"]["sha256"]}} if "lfs" in one else {}
+            out.append({"type": "file", "oid": one["blobId"], "size": one["size"], "path": one["rfilename"], **lfs})
+        return out
 
     def siblings(self) -> list[dict[str, Any]]:
         out = []
@@ -72,7 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.asked.append((self.command, path, self.headers.get("Range")))
         listing = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
         file = re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        found = listing or file
+        tree = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(?:tree|paths-info)/([^/]+)(?:/(.+))?", path)
+        found = listing or file or tree
         repo = self.hub.repos.get(found.group(1)) if found else None
         if repo is None:
             return self._no(404, "RepoNotFound")
@@ -83,21 +99,39 @@ class _Handler(BaseHTTPRequestHandler):
         if listing:
             about = {"id": listing.group(1), "sha": repo.revision, "siblings": repo.siblings(), "tags": [], "private": False}
             return self._send(json.dumps(about).encode())
+        if tree:
+            return self._tree(repo, unquote(tree.group(3) or ""))
         name = found.group(3)
+        if name in repo.closed:
+            return self._no(403, "Forbidden")
         if name not in repo.files:
             return self._no(404, "EntryNotFound")
         self._file(repo, name)
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_GET
+
+    def _tree(self, repo: Repo, folder: str) -> None:
+        entries = repo.tree()
+        if self.command == "POST":  # the client names the paths that it wants to know about
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            return self._send(json.dumps([entry for entry in entries if entry["path"] in body["paths"]]).encode())
+        deep = "recursive=true" in self.path.lower()
+        inside = [entry for entry in entries if entry["path"].startswith(f"{folder}/") or not folder]
+        if folder and not inside:
+            return self._no(404, "EntryNotFound")
+        near = [entry for entry in inside if deep or str(PurePosixPath(entry["path"]).parent) == (folder or ".")]
+        self._send(json.dumps(near).encode())
 
     def _file(self, repo: Repo, name: str) -> None:
         content, wanted = repo.files[name], self.headers.get("Range")
-        start = int(re.fullmatch(r"bytes=(\d+)-", wanted).group(1)) if wanted else 0
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "bytes=0-")
+        start, last = int(asked.group(1)), min(int(asked.group(2) or len(content)), len(content) - 1)
         extra = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": repo.revision, "Accept-Ranges": "bytes"}
         if wanted:
-            extra["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        end = repo.cut.get(name, len(content))
-        if end <= start:
+            extra["Content-Range"] = f"bytes {start}-{last}/{len(content)}"
+        content = content[: last + 1]
+        end = min(repo.cut.get(name, len(content)), len(content))
+        if end <= start and repo.files[name]:
             return self._no(503, "Unavailable")
         if name in repo.cut:
             repo.cut[name] = 0

@@ -15,14 +15,14 @@ ROOT = {
 }
 
 DATA = {"train", "eval", "template", "bad_rows", "max_unlearnable", "cache"}
-SOURCE = {"path", "format", "columns", "prompt_template", "weight", "limit"}
+SOURCE = {"path", "split", "name", "streaming", "format", "columns", "prompt_template", "weight", "limit"}
 EVAL = {"fraction", "limit", "path", "sets"}  # each set is a SOURCE
 
 TRAIN = {
     "learning_rate", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "max_length", "shuffle", "packing", "precision",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "early_stopping_patience", "early_stopping_threshold", "gradient_checkpointing", "neftune_noise_alpha", "optim", "optim_args",
-    "head_learning_rate", "report_to", "deepspeed",
+    "head_learning_rate", "report_to",
 }  # fmt: skip
 SAMPLES = {"prompts", "count", "max_new_tokens"}
 
@@ -50,5 +50,6 @@ EITHER_OR = [
     ("device_map", "adapter"),
     ("trust_remote_code", "add_tokens"),
     ("path", "sets"),
+    ("streaming", "cache"),
 ]
 """Keys that no run can hold together: `recipe.conflicts` refuses the pair."""

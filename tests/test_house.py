@@ -23,6 +23,7 @@ FILES = sorted(SRC.rglob("*.py"))
 FORBIDDEN = {
     "errors": {"*"},
     "nearest": {"*"},
+    "hub": {"cli", "recipe", "engine", "evaluate", "merge", "objectives", "adaptations", "models", "data"},
     "data": {"cli", "recipe", "engine", "evaluate", "merge", "objectives", "adaptations", "models"},
     "models": {"cli", "recipe", "engine", "evaluate", "merge", "objectives"},
     "objectives": {"cli", "recipe", "engine", "evaluate", "merge", "adaptations"},

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tunesmith import adaptations, objectives, recipe_text
-from tunesmith.data.config import DataConfig, Source
+from tunesmith.data.config import DataConfig, Source, idle
 from tunesmith.data.rows import Chat
 from tunesmith.data.source import eval_sources
 from tunesmith.engine.config import SampleConfig, TrainConfig
@@ -138,6 +138,15 @@ def conflicts(recipe: Recipe) -> list[str]:
     clash(
         data.template and Chat not in rows,
         f"data.template does nothing: {objective} learns from {', '.join(row.__name__ for row in rows)} rows",
+    )
+    sources = {f"data.train.{place}": source for place, source in enumerate(data.train)}
+    sources |= {f"data.eval.sets.{name}": source for name, source in (data.eval.sets or {}).items()}
+    for place, source in sources.items():
+        for key in idle(source):
+            clash(True, f"{place}.{key} does nothing: {source.path} is no data set of the Hub (path: hub:OWNER/NAME)")
+    clash(
+        not data.cache and any(source.streaming for source in sources.values()),
+        "data.cache=false: a stream is read once and kept encoded, so that a run can be resumed. Leave out one of the two",
     )
     given = [key for key in ("path", "sets", "fraction") if changed(data.eval, key)]
     clash(len(given) > 1, f"set {' or '.join(f'data.eval.{key}' for key in given)}, not both")

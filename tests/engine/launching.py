@@ -40,7 +40,16 @@ def start(made: dict[str, Any], folder: Path, *options: str, processes: int = 2,
         (folder / "fault" / "sitecustomize.py").write_text(FAULT.replace("FAULTY", fault))
         path.insert(0, str(folder / "fault"))
     (folder / "r.yaml").write_text(yaml.safe_dump(made))
-    command = [sys.executable, "-m", "tunesmith", "launch", "--processes", str(processes), str(folder / "r.yaml"), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "tunesmith",
+        "launch",
+        "--processes",
+        str(processes),
+        str(folder / "r.yaml"),
+        *map(str, options),
+    ]
     if "--out" not in options:
         command += ["--out", str(folder / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}

@@ -22,7 +22,7 @@ ADAPTATIONS = {"full": "full", "lora": {"type": "lora", "r": 4, "lora_dropout": 
 def configuration(folder, content=None):
     path = folder / "ds_config.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": "auto", **(content or {})}))
-    return str(path)
+    return path
 
 
 def run_of(tmp_path, adaptation, **train):
@@ -44,8 +44,7 @@ def test_two_processes_with_shards_make_the_run_of_one(adaptation, tmp_path):
     pytest.importorskip("deepspeed")
     made = run_of(tmp_path, adaptation)
     tunesmith.train(made, out=tmp_path / "straight")
-    made["train"]["deepspeed"] = configuration(tmp_path)
-    code, out, err = launched(made, tmp_path, "--json")
+    code, out, err = launched(made, tmp_path, "--json", "--deepspeed", configuration(tmp_path))
     assert code == 0 and json.loads(out)["steps"] == 6, err
     straight, run = tmp_path / "straight", tmp_path / "run"
     assert apart(weights(straight / "model"), weights(run / "model")) <= 1e-6
@@ -69,9 +68,9 @@ def test_a_run_goes_on_with_shards_and_without(adaptation, tmp_path):
     tunesmith.train(made, out=tmp_path / "straight")
     with pytest.raises(InterruptedError):
         tunesmith.train(made, out=tmp_path / "run", on_save=stop_at_once)
-    sharded = {**made, "train": {**made["train"], "deepspeed": configuration(tmp_path)}}
-    code, _, err = launched(sharded, tmp_path, "--resume", fault="os.kill(os.getppid(), signal.SIGTERM)")
-    assert code == 130 and "with the same result: train.deepspeed" in err, err
+    sharded = ("--resume", "--deepspeed", configuration(tmp_path))
+    code, _, err = launched(made, tmp_path, *sharded, fault="os.kill(os.getppid(), signal.SIGTERM)")
+    assert code == 130, err
     outcome = tunesmith.train(made, out=tmp_path / "run", resume=True)
     assert outcome["steps"] == 6
     assert apart(weights(tmp_path / "straight" / "model"), weights(outcome["model_dir"])) <= 1e-6
@@ -87,7 +86,7 @@ def test_one_process_needs_no_launcher(tmp_path):
     tunesmith.train(made, out=tmp_path / "straight")
     (tmp_path / "r.yaml").write_text(json.dumps(made))
     command = [sys.executable, "-m", "tunesmith", "train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run"), "--json"]
-    command.append(f"train.deepspeed={configuration(tmp_path)}")
+    command += ["--deepspeed", str(configuration(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and json.loads(done.stdout)["steps"] == 2, done.stderr
     assert apart(weights(tmp_path / "straight" / "model"), weights(tmp_path / "run" / "model")) <= 1e-6
@@ -111,19 +110,19 @@ def test_what_contradicts_the_recipe_or_is_untried_is_refused(name, tmp_path):
     path = tmp_path / "ds_config.json"
     path.write_text(content)
     with pytest.raises(RecipeError, match=told):
-        zero.read(TrainConfig(deepspeed=str(path)), torch.float32)
+        zero.read(path, TrainConfig(), torch.float32)
 
 
 @pytest.mark.parametrize(("optim", "compute"), [("adafactor", torch.float32), ("adamw", torch.float16)])
 def test_an_optimiser_of_matrices_and_fp16_are_refused(optim, compute, tmp_path):
-    with pytest.raises(RecipeError, match=r"does not go with train\.deepspeed"):
-        zero.read(TrainConfig(deepspeed=configuration(tmp_path), optim=optim), compute)
+    with pytest.raises(RecipeError, match="does not go with --deepspeed"):
+        zero.read(configuration(tmp_path), TrainConfig(optim=optim), compute)
 
 
 def test_its_absence_is_named_with_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"tunesmith\[deepspeed\]"):
-        zero.read(TrainConfig(deepspeed=configuration(tmp_path)), torch.float32)
+        zero.read(configuration(tmp_path), TrainConfig(), torch.float32)
 
 
 def test_what_the_file_says_of_communication_is_kept_and_auto_is_filled_in(tmp_path, monkeypatch):
@@ -132,7 +131,7 @@ def test_what_the_file_says_of_communication_is_kept_and_auto_is_filled_in(tmp_p
         tmp_path,
         {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": "auto"}, "bf16": {"enabled": "auto"}},
     )
-    made = zero.read(TrainConfig(deepspeed=path, max_grad_norm=0.5), torch.bfloat16)
+    made = zero.read(path, TrainConfig(max_grad_norm=0.5), torch.bfloat16)
     assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
     assert made["bf16"] == {"enabled": True} and made["gradient_clipping"] == 0.5
 

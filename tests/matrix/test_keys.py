@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import torch
 import tunesmith
 from tests import recipe_keys
 from tests.runs import history, model_folder, recipe
+from tunesmith.data import hub_set
+from tunesmith.data.config import Source
 from tunesmith.engine import tracking
 from tunesmith.errors import TunesmithError
+from tunesmith.hub import store
 from tunesmith.models import head
 
 LOSS = head.lm_loss
@@ -61,6 +65,9 @@ CASES = [
     Case("adaptation.modules_to_save", ["lm_head"], "parameters", {**LORA, "model": "UNTIED"}),
     Case("data.train", [{"path": "OTHER_ROWS"}], "data"),
     Case("data.train.0.path", "OTHER_ROWS", "data"),
+    Case("data.train.0.split", "test", "data", {"data.train.0.path": "hub:some/data"}),
+    Case("data.train.0.name", "other", "data", {"data.train.0.path": "hub:some/data"}),
+    Case("data.train.0.streaming", True, "error", {"data.train.0.path": "hub:some/data", "data.cache": True}),
     Case("data.train.0.format", "question_answer", "error"),
     Case("data.train.0.columns", FIELDS["columns"], "data"),
     Case("data.train.0.prompt_template", "Q: {prompt} A:", "weights"),
@@ -128,11 +135,23 @@ def places(tmp_path_factory):
             for role, text in (("user", "what is"), ("assistant", "Paris"), ("user", "the capital"), ("assistant", "a lazy dog"))
         ]
 
+    def pulled(rows, **keys):
+        """A split of a data set of the Hub, as ``data pull`` leaves it."""
+        source = Source(path="hub:some/data", **keys)
+        room = store.partial(hub_set.place(source), "a" * 40, 0)
+        (room / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        store.install(room, hub_set.place(source), source.label, {"revision": "a" * 40, "data_files": ["rows.jsonl"], **keys})
+
     pairs = [{"prompt": f"question {n}: what", "completion": f" answer {n} fox"} for n in range(12)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(folder))
+        for count, keys in enumerate(({}, {"split": "test"}, {"name": "other"})):
+            pulled(pairs[count:], **keys)
     (folder / "other").mkdir()
     adapter = recipe(folder, adaptation=LORA["adaptation"])
     outcome = tunesmith.train(adapter, out=folder / "adapter")
     return {
+        "DATASETS": str(folder / "datasets"),
         "OTHER": str(model_folder(folder / "other", "llama", num_hidden_layers=1)),
         "GPT2": str(model_folder(folder, "gpt2")),
         "UNTIED": str(model_folder(folder, "qwen3", tie_word_embeddings=False)),
@@ -165,9 +184,10 @@ def filled(value: Any, places: dict[str, str]) -> Any:
     return places.get(value, value) if isinstance(value, str) else value
 
 
-def observe(made: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Everything a user could see of a run, by name."""
+def observe(made: dict[str, Any], folder: Path, datasets: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Everything a user could see of a run, by name. ``datasets``: what was pulled before."""
     home = folder / "home"
+    shutil.copytree(datasets, home / "datasets")
     monkeypatch.setenv("TUNESMITH_HOME", str(home))
     passes, kept = [], []
 
@@ -231,7 +251,7 @@ def test_the_key_changes_what_it_says(case, places, tmp_path, monkeypatch):
     for name, one in (("without", made), ("with", changed)):
         (tmp_path / name).mkdir()
         with monkeypatch.context() as patch:
-            seen.append(observe(one, tmp_path / name, patch))
+            seen.append(observe(one, tmp_path / name, places["DATASETS"], patch))
     without, with_key = seen
     if case.seen != "error":
         assert not without["error"] and not with_key["error"], (without["error"], with_key["error"])

@@ -79,7 +79,7 @@ def test_it_is_made_the_same_again_and_mended(known):
 
 def test_the_base_is_pulled_when_it_is_not_here(known, monkeypatch):
     shutil.rmtree(known)
-    monkeypatch.setattr("tunesmith.models.load.offline_by_user", lambda: True)
+    monkeypatch.setattr("tunesmith.hub.ask.offline_by_user", lambda: True)
     with pytest.raises(ModelError, match=r"base could not be pulled"):
         pull("half")
 

@@ -23,7 +23,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch, files):
-    monkeypatch.setattr("tunesmith.models.load.offline_by_user", lambda: False)
+    monkeypatch.setattr("tunesmith.hub.ask.offline_by_user", lambda: False)
     with FakeHub() as fake:
         monkeypatch.setenv("HF_ENDPOINT", fake.url)
         fake.add("some/model", files)
@@ -126,7 +126,7 @@ def test_the_hub_comes_before_the_registry(hub, monkeypatch):
 
 
 def test_nothing_is_asked_offline(hub, monkeypatch, capsys):
-    monkeypatch.setattr("tunesmith.models.load.offline_by_user", lambda: True)
+    monkeypatch.setattr("tunesmith.hub.ask.offline_by_user", lambda: True)
     assert main(["models", "pull", "some/model"]) == 2
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err and hub.asked == []
 

@@ -1,4 +1,4 @@
-"""``tunesmith data preview | lint | build``: look at rows as the model will see them, find every bad one, make some."""
+"""``tunesmith data preview | lint | build | pull``: look at rows as the model sees them, find bad ones, make some, fetch some."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Format = Annotated[str | None, typer.Option("--format", help="Name the format instead of detecting it.")]
+Split = Annotated[str, typer.Option("--split", help="Of a data set of the Hub.")]
+Name = Annotated[
+    str | None, typer.Option("--name", help="Of a data set of the Hub with several configurations: which.", show_default=False)
+]
+Streaming = Annotated[bool, typer.Option("--streaming", help="Of a data set of the Hub: rows over the network, no file.")]
 Template = Annotated[str | None, typer.Option("--template", help="alpaca, chatml, roles, korean, or a Jinja string.")]
 
 
@@ -30,6 +35,9 @@ def preview(
     train_on: Annotated[str | None, typer.Option("--train-on", help="completion, assistant or all.")] = None,
     format: Format = None,
     template: Template = None,
+    split: Split = "train",
+    name: Name = None,
+    streaming: Streaming = False,
     json: Json = False,
 ) -> int:
     """Show rows as the model will see them, what is learnt in green, with the counts."""
@@ -38,7 +46,8 @@ def preview(
     from tunesmith.models.load import load_tokenizer
     from tunesmith.models.locate import locate
 
-    sources, config, objective, named = _target(target, format, train_on)
+    keys = _keys(format, split, name, streaming)
+    sources, config, objective, named = _target(target, keys, train_on)
     if model is None and named is None:
         raise UserError("data preview needs a tokenizer. Say whose: --model smollm2-135m, or a model folder")
     tokenizer = load_tokenizer(locate(model or named or ""))
@@ -65,12 +74,14 @@ def lint(
         str | None,
         typer.Option("--write", help="A new .jsonl file: FILE's rows without near-duplicates of --eval's and of earlier ones."),
     ] = None,
+    split: Split = "train",
+    name: Name = None,
+    streaming: Streaming = False,
     json: Json = False,
 ) -> int:
     """List every bad row as file:row:field, what was expected, what is there and how to mend it; and duplicates."""
     from tunesmith.data import lint as linting
     from tunesmith.data import near
-    from tunesmith.data.config import Source
     from tunesmith.data.make import write as writing
     from tunesmith.data.source import ROW_TYPES, eval_sources
     from tunesmith.data.templates import apply_template
@@ -83,10 +94,11 @@ def lint(
     if write is not None:
         writing.check_free(Path(write), "--write")
     train: list[Source] = []
-    held = [Source(path=path, format=format) for path in evaluation or ()]
+    keys = _keys(format, split, name, streaming)
+    held = [source for path in evaluation or () for source in _target(path, keys, None)[0]]
     accepted: tuple[type, ...] = ROW_TYPES
-    for name in files:
-        sources, config, objective, _ = _target(name, format, None)
+    for file in files:
+        sources, config, objective, _ = _target(file, keys, None)
         train += sources
         if config is not None:
             accepted = tuple(objective.rows)
@@ -168,6 +180,37 @@ def build(
     return 0
 
 
+@app.command("pull")
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A data set of the Hub.", show_default=False)],
+    name: Name = None,
+    split: Split = "train",
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Note the commit for sources with streaming: true; download nothing.")
+    ] = False,
+    commit: Annotated[
+        str | None, typer.Option("--commit", help="Take this commit, as an earlier run did.", show_default="the newest")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Download a split of a data set of the Hub into the local store, or bring it to the newest commit there."""
+    from tunesmith.data import hub_set
+    from tunesmith.hub import store
+
+    path = repo if repo.startswith("hub:") else f"hub:{repo}"
+    (source,) = _target(path, _keys(None, split, name, streaming), None)[0]
+    folder = hub_set.pull(source, output.say, commit)
+    listed = store.manifest(folder) or {}
+    facts = {
+        **listed["source"],
+        "source": source.path,
+        "path": folder,
+        "bytes": sum(one["size"] for one in listed["files"].values()),
+    }
+    output.result(facts, json, human=lambda _: f"{source.label} at {listed['source']['revision']}: {folder}")
+    return 0
+
+
 def _built_lines(kind: str, drawn: Drawn) -> list[str]:
     from tunesmith.data.make.write import shorten_row
 
@@ -176,19 +219,26 @@ def _built_lines(kind: str, drawn: Drawn) -> list[str]:
     return [*lines, *(f"--- {number}\n{shorten_row(row)}" for number, row in enumerate(drawn.rows[:3], 1))]
 
 
-def _target(target: str, format: str | None, train_on: str | None) -> tuple[list[Source], DataConfig | None, Any, str | None]:
-    """(sources, the recipe's data keys, the objective, the recipe's model) of a data file or a recipe."""
-    from tunesmith import objectives, recipe
-    from tunesmith.data.config import Source
+def _keys(format: str | None, split: str, name: str | None, streaming: bool) -> dict[str, Any]:
+    """The keys of a source that the command line gives."""
+    return {"format": format, "split": split, "name": name, "streaming": streaming}
 
+
+def _target(
+    target: str, keys: dict[str, Any], train_on: str | None
+) -> tuple[list[Source], DataConfig | None, Any, str | None]:  # fmt: skip
+    """(sources, the recipe's data keys, the objective, the recipe's model) of a recipe, or of one source with ``keys``."""
+    from tunesmith import objectives, recipe
+
+    overrides = [f"objective.train_on={train_on}"] if train_on else []
     if target.endswith((".yaml", ".yml")):
-        loaded = recipe.load(target, [f"objective.train_on={train_on}"] if train_on else [])
+        loaded = recipe.load(target, overrides)
         kind = objectives.module(objectives.name_of(loaded.objective))
         return list(loaded.data.train), loaded.data, kind.Objective(loaded.objective), loaded.model
-    raw = {"model": "-", "data": {"train": [{"path": target, "format": format}]}, "objective": "sft"}
-    checked = recipe.parse(raw, [f"objective.train_on={train_on}"] if train_on else [], where="data")
+    raw = {"model": "-", "data": {"train": [{"path": target, **keys}]}, "objective": "sft"}
+    checked = recipe.parse(raw, overrides, where="data")
     sft = objectives.module("sft")
-    return [Source(path=target, format=format)], None, sft.Objective(checked.objective), None
+    return list(checked.data.train), None, sft.Objective(checked.objective), None
 
 
 def _preview_lines(shown: list[Any]) -> list[Any]:

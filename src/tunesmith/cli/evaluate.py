@@ -14,7 +14,10 @@ from tunesmith.errors import UserError
 def evaluate(
     model: Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)],
     data: Annotated[
-        str, typer.Option(help="json, jsonl, csv, tsv, txt or parquet file, or builtin:docstrings.", show_default=False)
+        str,
+        typer.Option(
+            help="json, jsonl, csv, tsv, txt or parquet file, builtin:docstrings, or hub:OWNER/NAME.", show_default=False
+        ),
     ],
     objective: Annotated[str, typer.Option(help="What is learnt of a row: sft = the last answer, cpt = every token.")] = "sft",
     format: Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")] = None,
@@ -31,6 +34,11 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.", show_default=False)] = None,
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the forward pass.")] = "auto",
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")] = 2048,
+    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "train",
+    name: Annotated[
+        str | None, typer.Option(help="Of a data set of the Hub with several configurations: which.", show_default=False)
+    ] = None,
+    streaming: Annotated[bool, typer.Option(help="Of a data set of the Hub: rows over the network, no file of it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Loss and perplexity of a model on a data file, and how fast it reads."""
@@ -50,6 +58,9 @@ def evaluate(
         limit=limit,
         precision=precision,
         batch_tokens=batch_tokens,
+        split=split,
+        name=name,
+        streaming=streaming,
     )
     result(
         figures,

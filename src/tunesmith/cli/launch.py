@@ -16,6 +16,9 @@ def launch(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")] = False,
+    deepspeed: Annotated[
+        Path | None, typer.Option(help="Your ds_config.json: ZeRO-2, each process with a part.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Train with several processes on this machine: the update of one process, in less time."""
@@ -28,5 +31,6 @@ def launch(
     arguments = ["train", str(recipe), *(overrides or ())]
     arguments += ["--out", str(out)] if out else []
     arguments += ["--resume"] if resume else []
+    arguments += ["--deepspeed", str(deepspeed)] if deepspeed else []
     arguments += ["--json"] if as_json else []
     start(processes, arguments)

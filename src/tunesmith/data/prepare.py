@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.data import hub_set
 from tunesmith.data.build import Built, Progress, build, shared_key
 from tunesmith.data.config import DataConfig, Source
 from tunesmith.data.contamination import contamination
@@ -127,12 +128,13 @@ def _open_set(name: str, source: Source, accepted: tuple[type, ...]) -> Opened:
 def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataConfig) -> None:
     """Refuse bad rows, unless they are to be skipped and the rest of each file could be read."""
     problems = [
-        RowProblem(**{**problem, "path": item.source.path})
+        RowProblem(**{**problem, "path": item.source.label})
         for made, item in zip(built, opened)
         for problem in made.entry.info["problems"]
     ]
     total = sum(made.entry.info["read"] - made.entry.info["kept"] for made in built)
-    files = " ".join(dict.fromkeys(item.source.path for made, item in zip(built, opened) if made.entry.info["problems"]))
+    bad = [item.source for made, item in zip(built, opened) if made.entry.info["problems"]]
+    files = " ".join(dict.fromkeys(word for source in bad for word in [source.path, *hub_set.flags(source)]))
     advice = f"Type `tunesmith data lint {files}` for all of them"
     if any(made.entry.info["fatal"] for made in built):
         raise refuse(problems, total, f"{advice}. The rest of the file cannot be read, so nothing is skipped.")
@@ -166,7 +168,7 @@ def _check_lengths(parts: Sequence[_Part], limit: int, window: int | None) -> No
     if not found:
         return
     lines = [
-        f"  {part.opened.source.path}:{part.built.entry.row[index]}: {part.built.entry.length[index]} tokens"
+        f"  {part.opened.source.label}:{part.built.entry.row[index]}: {part.built.entry.length[index]} tokens"
         for part, index in found[:10]
     ]
     lines += [f"  ... and {len(found) - 10} more"] if len(found) > 10 else []
@@ -187,7 +189,7 @@ def _split(parts: Sequence[_Part], policy: Any, limit: int, name: str, allowed: 
     empty = [view.targets == 0 for view in fitted]
     total, unlearnable = sum(map(len, fitted)), int(sum(mask.sum() for mask in empty))
     first = [
-        f"{part.opened.source.path}:{part.built.entry.row[view.example[position]]}"
+        f"{part.opened.source.label}:{part.built.entry.row[view.example[position]]}"
         for part, view, mask in zip(parts, fitted, empty)
         for position in np.flatnonzero(mask)[:10]
     ][:10]
@@ -195,7 +197,7 @@ def _split(parts: Sequence[_Part], policy: Any, limit: int, name: str, allowed: 
         raise _nothing(name, total, unlearnable, first, limit, sum(len(part.chosen) for part in parts))
     views = [view.keep(~mask) if mask.any() else view for view, mask in zip(fitted, empty)]
     encoded = join(
-        [part.built.entry for part in parts], [part.opened.source.path for part in parts],
+        [part.built.entry for part in parts], [part.opened.source.label for part in parts],
         [part.opened.source.weight for part in parts], views, [part.built.scratch for part in parts],
     )  # fmt: skip
     lengths = np.concatenate([part.built.entry.length[part.chosen] for part in parts])
@@ -268,16 +270,17 @@ def _first_of_row(part: _Part) -> np.ndarray:
 def _source_report(built: Built, opened: Opened, role: str, seconds: float) -> SourceReport:
     info = built.entry.info
     return SourceReport(
-        path=opened.source.path,
+        path=opened.source.label,
         role=role,
         sha256=built.sha256,
         format=opened.description,
         rows_read=info["read"],
         rows_kept=info["kept"],
         rows_rejected=info["read"] - info["kept"],
-        problems=tuple(str(RowProblem(**{**problem, "path": opened.source.path})) for problem in info["problems"]),
+        problems=tuple(str(RowProblem(**{**problem, "path": opened.source.label})) for problem in info["problems"]),
         left_out=info["left_out"],
         weight=opened.source.weight,
         cached=built.cached,
         seconds=seconds,
+        revision=hub_set.commit_of(hub_set.place(opened.source)) if opened.source.hub else None,
     )

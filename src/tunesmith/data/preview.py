@@ -86,7 +86,7 @@ def preview(source: Source, objective: Any, tokenizer: Any, template: str | None
         good += 1
         if good == rows:
             break
-    return Preview(source.path, opened.description, said, tuple(shown), tuple(problems))
+    return Preview(source.label, opened.description, said, tuple(shown), tuple(problems))
 
 
 def stretches(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

@@ -12,7 +12,10 @@ from tunesmith.data.contamination import Contamination
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One file. ``rows_read`` = ``rows_kept`` + ``rows_rejected``; ``problems``: the first ten, as text."""
+    """One file. ``rows_read`` = ``rows_kept`` + ``rows_rejected``; ``problems``: the first ten, as text.
+
+    ``revision``: the commit of a data set of the Hub.
+    """
 
     path: str
     role: str
@@ -26,6 +29,7 @@ class SourceReport:
     weight: float
     cached: bool
     seconds: float
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class Report:
         """The report for people."""
         out = []
         for source in self.sources:
-            out.append(f"{source.role}: {source.path}: {source.format}; {source.rows_kept} of {source.rows_read} rows kept")
+            at = f"; commit {source.revision[:12]}" if source.revision else ""
+            out.append(f"{source.role}: {source.path}: {source.format}; {source.rows_kept} of {source.rows_read} rows kept{at}")
             if source.left_out["rows"]:
                 share = f"{source.left_out['rows']} of {source.left_out['looked_at']} rows looked at"
                 out.append(f"  the template leaves out text of {share}, for example {source.left_out['first'][0]}")

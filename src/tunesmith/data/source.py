@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from tunesmith.data import formats, hub_set
 from tunesmith.data.config import DataConfig, Source
 from tunesmith.data.formats import Converter, converter
 from tunesmith.data.problems import Record, RowProblem
@@ -46,32 +50,55 @@ class Opened:
                 yield RowProblem(item.path, item.row, "row", f"a {names} row", f"a {type(row).__name__} row", fix, item.line)
 
     def _read(self) -> Rows:
-        return itertools.islice(read(self.source.path), self.source.limit)
+        return itertools.islice(_rows(self.source), self.source.limit)
 
 
 def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES) -> Opened:
-    """Find out the format of a source by its first rows.
+    """Find out the format of a source by its first rows (of a streamed one only once: the answer is kept with its commit).
 
     Raises DataError when the file cannot be opened, has no rows, or its columns fit no format (listing both).
     """
-    rows = read(source.path)
-    sample = list(itertools.islice(rows, min(SAMPLED, source.limit or SAMPLED)))
-    if not sample:
-        raise DataError(f"{source.path} has no rows. Expected at least one; is it the right file?")
-    keys = [tuple(item.value) for item in sample if isinstance(item, Record)]
+    question = _question(source, accepted) if source.streaming else ""
+    seen = hub_set.recall(source, question) if source.streaming else None
+    sample: list[Record | RowProblem] = []
+    if seen is None:
+        count = min(SAMPLED, source.limit or SAMPLED)
+        sample = list(itertools.islice(_rows(source.model_copy(update={"limit": count})), count))
+        if not sample:
+            raise DataError(f"{source.label} has no rows. Expected at least one; is it the right file?")
+        keys = [tuple(item.value) for item in sample if isinstance(item, Record)]
+    else:
+        keys = [tuple(row) for row in seen["keys"]]
     if not keys:
         return Opened(source, accepted, None, "unknown: no row could be read")
     convert = converter(
         keys,
-        path=source.path,
+        path=source.label,
         accepted=accepted,
         format=source.format,
         columns=source.columns,
         prompt_template=source.prompt_template,
     )
     described = convert.describe(dict.fromkeys(key for row in keys for key in row))
-    kinds = frozenset(type(convert(item)) for item in sample if isinstance(item, Record)) - {RowProblem}
+    if seen is None:
+        kinds = frozenset(type(convert(item)) for item in sample if isinstance(item, Record)) - {RowProblem}
+        if source.streaming:
+            hub_set.remember(source, question, {"keys": keys, "kinds": sorted(kind.__name__ for kind in kinds)})
+    else:
+        kinds = frozenset(kind for kind in (*accepted, *ROW_TYPES) if kind.__name__ in seen["kinds"])
     return Opened(source, accepted, convert, described, kinds)
+
+
+def _rows(source: Source) -> Rows:
+    return hub_set.rows(source) if source.hub else read(source.path)
+
+
+def _question(source: Source, accepted: tuple[type, ...]) -> str:
+    """Hash of all that the format of a source depends on, besides its rows."""
+    asked = [source.format, source.columns, source.prompt_template, source.limit, [kind.__name__ for kind in accepted]]
+    content = hashlib.sha256(json.dumps(asked).encode())
+    content.update(Path(formats.__file__).read_bytes())
+    return content.hexdigest()[:16]
 
 
 def eval_sources(config: DataConfig) -> dict[str, Source]:
@@ -81,4 +108,6 @@ def eval_sources(config: DataConfig) -> dict[str, Source]:
     """
     if config.eval.path is None:
         return dict(config.eval.sets or {})
-    return {"": config.train[0].model_copy(update={"path": config.eval.path, "limit": config.eval.limit, "weight": 1.0})}
+    file = Source(path=config.eval.path, limit=config.eval.limit)
+    asked = {key: getattr(config.train[0], key) for key in ("format", "columns", "prompt_template")}
+    return {"": file.model_copy(update=asked)}

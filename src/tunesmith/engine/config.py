@@ -48,7 +48,6 @@ class TrainConfig(Strict):
     save_total_limit: int = Field(2, gt=0, description="checkpoints kept beside the best and the last")
     early_stopping_patience: int | None = Field(None, gt=0, description="stop after so many evaluations without improvement")
     early_stopping_threshold: float = Field(0.0, ge=0)
-    deepspeed: str | None = Field(None, description="your ds_config.json, for ZeRO-2: each process keeps a part of the optimiser")
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default_factory=list, description="trackers that get every figure too; none by default"
     )

@@ -189,7 +189,7 @@ def accumulate(job: Job, step: Step, total: float, backward: Backward | None = N
         if backward is None and job.update.masters.in_step:
             raise OutOfMemoryError(
                 f"step {step.number}: a micro-batch of {sum(step.micro[outcome].lengths)} tokens needs more memory than is left. "
-                "With train.deepspeed it cannot be halved midway, because the other processes wait for it.\n"
+                "With DeepSpeed it cannot be halved midway, because the other processes wait for it.\n"
                 f"  Set train.micro_batch_tokens below {job.budget}; then go on with --resume."
             )
         job.update.drop()

@@ -47,6 +47,7 @@ def record_start(run: Run, micro_batch_tokens: int) -> None:
         micro_batch_tokens=micro_batch_tokens,
         seed=ready.recipe.seed,
         precision=ready.precision.as_dict(),
+        deepspeed=ready.zero,
         route=run.route.as_dict(),
         machine=machine.describe(),
         processes=distributed.state().num_processes,

@@ -86,6 +86,8 @@ def _source(source: dict[str, Any]) -> dict[str, Any]:
     """What of a source fits a table; its whole hash is in manifest.json."""
     row = {key: value for key, value in source.items() if key not in ("problems", "sha256", "left_out", "cached", "seconds")}
     row = {key.removeprefix("rows_"): value for key, value in row.items()}
+    if row.pop("revision", None):
+        row["commit"] = str(source["revision"])[:12]
     if source.get("sha256"):
         row["sha256"] = str(source["sha256"])[:12]
     return row

@@ -73,6 +73,8 @@ def _require_same_data(before: runs.Kept, now: dict[str, Any]) -> None:
         if old and old["sha256"] != one["sha256"]:
             was, is_ = (f"{side['sha256'][:12]} with {side['rows_read']:,} rows" for side in (old, one))
             changed.append(f"  {one['path']}: sha256 was {was}, is {is_}")
+            if old.get("revision"):
+                changed.append(f"  (type `tunesmith data pull` as before, with --commit {old['revision']})")
     if changed:
         raise DataError(
             f"the data of {before.path} changed since, so it cannot be repeated:\n" + "\n".join(changed) + "\n"

@@ -40,6 +40,7 @@ def train(
     out: str | Path | None = None,
     resume: bool = False,
     overrides: Sequence[str] = (),
+    deepspeed: str | Path | None = None,
     console: Any = None,
     on_log: Callable[[dict[str, Any]], Any] | None = None,
     on_eval: Callable[[dict[str, Any]], Any] | None = None,
@@ -47,10 +48,10 @@ def train(
 ) -> dict[str, Any]:
     """Train as ``recipe`` says (a path, a mapping or a Recipe) into the run folder ``out``.
 
-    ``overrides``: ``key=value`` strings. ``resume``: go on from the last good checkpoint of ``out``. ``console``: a rich console
-    for progress, None = silent. ``on_log(record)``, ``on_eval(record)`` and ``on_save(folder, step)`` are called in the main
-    process for each record and each checkpoint; one that returns True ends the run after this step, one that raises stops it
-    after saving a checkpoint (see ``engine.hooks``).
+    ``overrides``: ``key=value`` strings. ``resume``: go on from the last good checkpoint of ``out``. ``deepspeed``: a
+    ds_config.json, for ZeRO-2 (see ``engine.zero``). ``console``: a rich console for progress, None = silent. ``on_log(record)``,
+    ``on_eval(record)`` and ``on_save(folder, step)`` are called in the main process for each record and each checkpoint; one that
+    returns True ends the run after this step, one that raises stops it after saving a checkpoint (see ``engine.hooks``).
 
     Returns eval_loss_before, eval_loss, perplexity_before, perplexity, tokens_per_second, peak_memory_bytes (above what the
     process held before the model), trainable_parameters, total_parameters, model_dir, run_dir, report, steps, best_step,
@@ -74,7 +75,7 @@ def train(
     told = chosen.train.report_to if main else []
     with tracking.Progress(console if main else None) as progress, hushed(told):
         with distributed.main_first() if chosen.data.cache else contextlib.nullcontext():
-            ready = setup.read(chosen, processes.device, progress.note)
+            ready = setup.read(chosen, processes.device, progress.note, Path(deepspeed) if deepspeed else None)
         run_folder = folder.take(target, chosen.resolved()) if main else folder.RunFolder(target)
         try:
             return _run(ready, run_folder, progress, main, hooks, changed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 
 from tunesmith import adaptations, objectives
 from tunesmith.adaptations import Adaptation
+from tunesmith.data.build import Progress
 from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.data.source import eval_sources
 from tunesmith.engine import batching, distributed, optim, placement, precision, route, zero
 from tunesmith.engine.masters import Masters, Trained
 from tunesmith.engine.update import Update
@@ -25,6 +28,9 @@ from tunesmith.models import head, load, noise, probe, vocabulary
 from tunesmith.models.locate import Folder, code_files, locate
 from tunesmith.objectives import Example, Objective
 from tunesmith.recipe import Recipe
+
+STREAM_ROWS = 10_000
+"""Rows of a stream between two words about it."""
 
 WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx")
 
@@ -49,8 +55,11 @@ class Setup:
     """DeepSpeed's configuration, complete."""
 
 
-def read(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Setup:
-    """Check the model folder, read and encode the data, lay out the steps. Raises UserError for anything that cannot work."""
+def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deepspeed: Path | None = None) -> Setup:
+    """Check the model folder, read and encode the data, lay out the steps. ``deepspeed``: a ds_config.json.
+
+    Raises UserError for anything that cannot work.
+    """
     load.quiet()
     _check_processes(recipe.train.batch_size, "train.batch_size is")
     device = placement.device_of(recipe.device_map, device)
@@ -62,13 +71,16 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Se
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
     optim.check(recipe.train)
     numbers = precision.choose(recipe.train.precision, device, recipe.train.optim)
-    sharded = zero.read(recipe.train, numbers.compute) if recipe.train.deepspeed else None
+    sharded = None if deepspeed is None else zero.read(deepspeed, recipe.train, numbers.compute)
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
     parameters = _parameters(recipe, folder, config, objective, adaptation, new_tokens)
-    data = prepare(
-        recipe.data, objective, tokenizer, max_length=recipe.train.max_length, window=window_of(config), seed=recipe.seed
-    )
+    streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
+    with distributed.main_first() if streamed else nullcontext():  # one process asks the network, the others find the cache
+        data = prepare(
+            recipe.data, objective, tokenizer, max_length=recipe.train.max_length, window=window_of(config), seed=recipe.seed,
+            on_progress=_rows_read(say) if streamed else None,
+        )  # fmt: skip
     for line in [*data.report.lines(), *_about(new_tokens, data)]:
         say(line)
     train = recipe.train
@@ -91,6 +103,18 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Se
         parameters,
         sharded,
     )
+
+
+def _rows_read(say: Callable[[str], None]) -> Progress:
+    """Says how far a stream is, every ten thousand rows: nobody knows how many there will be."""
+    said: dict[str, int] = {}
+
+    def count(label: str, rows: int) -> None:
+        if rows // STREAM_ROWS > said.get(label, 0):
+            said[label] = rows // STREAM_ROWS
+            say(f"{label}: {rows:,} rows read")
+
+    return count
 
 
 @dataclass

@@ -94,11 +94,14 @@ def restore(run: Run) -> Progression:
         return Progression()
     tensors, state = found
     sources = {source["path"]: source["sha256"] for source in state["data"]}
+    commits = {source["path"]: source.get("revision") for source in state["data"]}
     for source in run.setup.data.report.as_dict()["sources"]:
         if sources.get(source["path"]) != source["sha256"]:
+            old = commits.get(source["path"])
+            back = f"Type `tunesmith data pull` as before, with --commit {old}" if old else "Put the old file back"
             raise RecipeError(
                 f"the data file {source['path']} changed since the run was started, so going on would not be the same run.\n"
-                "  Put the old file back, or start another run with --out DIR."
+                f"  {back}, or start another run with --out DIR."
             )
     at = Progression(**state["progression"])
     run.update.load(tensors, state)

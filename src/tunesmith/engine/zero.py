@@ -50,13 +50,12 @@ UNTRIED = ("offload_optimizer", "offload_param", "zero_quantized_weights", "zero
 """Of ``zero_optimization``: what is refused, because nothing here shows that it is right."""
 
 
-def read(train: TrainConfig, compute: torch.dtype) -> dict[str, Any]:
-    """The configuration file of ``train.deepspeed``, checked against the recipe and completed.
+def read(path: Path, train: TrainConfig, compute: torch.dtype) -> dict[str, Any]:
+    """The configuration file of ``--deepspeed``, checked against the recipe and completed.
 
     Raises RecipeError naming file and key, MissingExtra without DeepSpeed. Nothing of it is imported.
     """
-    path = Path(train.deepspeed or "")
-    where = f"train.deepspeed: {path}"
+    where = f"--deepspeed {path}"
     try:
         given = json.loads(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -80,11 +79,9 @@ def read(train: TrainConfig, compute: torch.dtype) -> dict[str, Any]:
         if zero.get(key) and zero[key] != {"device": "none"}:
             raise RecipeError(f'{where}: "zero_optimization.{key}" is not supported. Take it out of the file.')
     if train.optim not in OPTIMISERS:
-        raise RecipeError(
-            f"train.optim={train.optim} does not go with train.deepspeed, which needs one of {', '.join(OPTIMISERS)}."
-        )
+        raise RecipeError(f"train.optim={train.optim} does not go with --deepspeed, which needs one of {', '.join(OPTIMISERS)}.")
     if compute is torch.float16:
-        raise RecipeError("train.precision: fp16 does not go with train.deepspeed. Use bf16 or fp32.")
+        raise RecipeError("train.precision: fp16 does not go with --deepspeed. Use bf16 or fp32.")
     _installed()
     rest = {key: value for key, value in given.items() if value != "auto" and key not in SAID_BY}
     return {
@@ -103,7 +100,7 @@ def _installed() -> None:
     from importlib.util import find_spec
 
     if find_spec("deepspeed") is None:
-        raise MissingExtra("deepspeed", "deepspeed", "train.deepspeed")
+        raise MissingExtra("deepspeed", "deepspeed", "--deepspeed")
 
 
 @contextmanager

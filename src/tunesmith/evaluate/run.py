@@ -25,6 +25,9 @@ def evaluate(
     limit: int | None = None,
     precision: str = "auto",
     batch_tokens: int = 2048,
+    split: str = "train",
+    name: str | None = None,
+    streaming: bool = False,
 ) -> dict[str, Any]:
     """Figures of ``model`` (a name, a folder, or a pair (model, tokenizer)) over the rows of ``data``.
 
@@ -33,10 +36,11 @@ def evaluate(
     ``objective`` says what is learnt of a row: ``sft`` = the last answer (text rows whole), ``cpt`` = every token of a document,
     long ones in blocks; ``overlong`` is the policy for rows above
     ``max_length`` (default: the objective's own). ``batch_tokens`` bounds memory and never changes the figures.
+    ``split``, ``name`` and ``streaming`` are those of a data set of the Hub (``data`` = "hub:OWNER/NAME"), as in a recipe.
     Raises UserError for a model or data that cannot be used.
     """
     from tunesmith import objectives
-    from tunesmith.data.config import DataConfig, EvalConfig, Source
+    from tunesmith.data.config import DataConfig, EvalConfig, Source, idle
     from tunesmith.data.prepare import prepare
     from tunesmith.engine import distributed, evaluation, route
     from tunesmith.engine import precision as precisions
@@ -50,9 +54,17 @@ def evaluate(
         chosen = module.Objective(module.Config(**({"overlong": overlong} if overlong else {})))
     except ValidationError as error:
         raise RecipeError(f"overlong: {error.errors()[0]['msg']}, got {overlong!r}") from None
+    try:
+        source = Source(
+            path=str(data), format=format, columns=columns, prompt_template=prompt_template, limit=limit,
+            split=split, name=name, streaming=streaming,
+        )  # fmt: skip
+    except ValidationError as error:
+        raise RecipeError(f"data: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    if keys := idle(source):
+        raise RecipeError(f"{' and '.join(keys)} would do nothing: {data} is no data set of the Hub (hub:OWNER/NAME)")
     device = distributed.state().device
     network, tokenizer = model if isinstance(model, tuple) else load.load(model)
-    source = Source(path=str(data), format=format, columns=columns, prompt_template=prompt_template, limit=limit)
     config = DataConfig(train=[source], eval=EvalConfig(fraction=0.0), template=template)
     rows = prepare(config, chosen, tokenizer, max_length=max_length, window=window_of(network.config), seed=0).train
 

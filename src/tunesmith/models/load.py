@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.errors import ModelError, UserError
+from tunesmith.hub import ask
 from tunesmith.models import headers, probe, vocabulary
 from tunesmith.models.locate import Folder, locate
 
@@ -32,7 +33,6 @@ _SILENT = {
 _LIBRARIES = r"(transformers|peft|bitsandbytes|accelerate|huggingface_hub|torch)(\.|$)"
 _OLD_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Constants that old checkpoints carry and today's classes compute: they hold nothing that was learnt."""
-_users_offline: list[bool] = []
 
 
 def quiet() -> None:
@@ -41,8 +41,7 @@ def quiet() -> None:
     The Hub's client reads these variables when it is imported, and bitsandbytes (which peft imports when it is installed)
     asks the Hub for kernels unless it is offline. Where transformers is already imported, its own switches are used.
     """
-    if not _users_offline:
-        _users_offline.append(offline_by_user())
+    ask.remember_user()
     os.environ.update(_OFFLINE)
     for name, value in _SILENT.items():
         os.environ.setdefault(name, value)
@@ -55,11 +54,6 @@ def quiet() -> None:
 
         chatter.set_verbosity_error()
         chatter.disable_progress_bar()
-
-
-def offline_by_user() -> bool:
-    """Whether the user's own environment forbids the Hub (``quiet`` sets the same variable for another reason)."""
-    return _users_offline[0] if _users_offline else os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:

@@ -1,9 +1,9 @@
-"""Downloads from the Hub, in a process of its own: the only place where tunesmith lets the Hub's client use the network.
+"""Asks the Hub what a repository holds, and downloads files of it, in a process of its own.
 
-``catalog.pull`` runs ``python -m tunesmith.models.hub info|download ...``, so that a connection that hangs can be ended, and
-so that the process which trains or generates stays offline. A file that is not whole yet is called ``NAME.part``; the next
-download into the same folder asks the Hub for the rest of it alone. The Hub's client has no such resume (since
-huggingface_hub 2 an interrupted file is thrown away), but its ``http_get`` takes a file to go on with.
+``hub.ask`` runs ``python -m tunesmith.hub.client info|download ...``, so that a connection that hangs can be ended, and so that
+the process which trains or generates stays offline. A file that is not whole yet is called ``NAME.part``; the next download
+into the same folder asks the Hub for the rest of it alone. The Hub's client has no such resume (since huggingface_hub 2 an
+interrupted file is thrown away), but its ``http_get`` takes a file to go on with.
 
 The last line on stdout is one JSON object; ``{"error": ...}`` where the Hub said no.
 """
@@ -16,30 +16,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-KEPT = (".json", ".safetensors", ".txt", ".model", ".jinja")
-"""Never pickles and never Python files; ``.txt`` and ``.model`` are vocabularies."""
-
 REFUSED = 3
 """Exit code when the Hub answered and the answer was no."""
 
+KINDS = {"model": "model", "dataset": "data set"}
 
-def info(repo: str, revision: str | None) -> dict[str, Any]:
-    """The commit behind a revision, and its files worth having: top-level, in the formats kept.
+
+def info(kind: str, repo: str, revision: str | None) -> dict[str, Any]:
+    """The commit behind a revision, and all files it has.
 
     ``files``: name -> {"size": bytes, "sha256": of a large file, "sha1": git's name for a small one}, as the Hub has them.
     """
     from huggingface_hub import HfApi
 
-    found = HfApi().model_info(repo, revision=revision, timeout=5, files_metadata=True)
+    look_up = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
+    found = look_up(repo, revision=revision, timeout=5, files_metadata=True)
     files = {}
     for file in found.siblings or []:
-        if "/" not in file.rfilename and file.rfilename.endswith(KEPT):
-            sha256 = file.lfs.sha256 if file.lfs else None
-            files[file.rfilename] = {"size": file.size, "sha256": sha256, "sha1": None if sha256 else file.blob_id}
+        sha256 = file.lfs.sha256 if file.lfs else None
+        files[file.rfilename] = {"size": file.size, "sha256": sha256, "sha1": None if sha256 else file.blob_id}
     return {"revision": found.sha, "files": files}
 
 
-def download(repo: str, revision: str, folder: Path, sizes: dict[str, int]) -> None:
+def download(kind: str, repo: str, revision: str, folder: Path, sizes: dict[str, int]) -> None:
     """Fetch the files of ``sizes`` (name -> bytes) into ``folder``; those that are there are left, half ones gone on with."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -49,11 +48,12 @@ def download(repo: str, revision: str, folder: Path, sizes: dict[str, int]) -> N
         whole, part = folder / name, folder / f"{name}.part"
         if whole.is_file():
             continue
+        part.parent.mkdir(parents=True, exist_ok=True)
         if part.is_file() and part.stat().st_size > size:
             part.unlink()
         with part.open("ab") as file:
             http_get(
-                hf_hub_url(repo, name, revision=revision),
+                hf_hub_url(repo, name, repo_type=kind, revision=revision),
                 file,
                 resume_size=part.stat().st_size,
                 headers=build_hf_headers(library_name="tunesmith"),
@@ -63,7 +63,7 @@ def download(repo: str, revision: str, folder: Path, sizes: dict[str, int]) -> N
         part.rename(whole)
 
 
-def refusal(error: Exception, repo: str, revision: str | None) -> str:
+def refusal(error: Exception, kind: str, repo: str, revision: str | None) -> str:
     """What the Hub's answer means, and what to do."""
     from huggingface_hub import errors
 
@@ -76,28 +76,29 @@ def refusal(error: Exception, repo: str, revision: str | None) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the Hub has {repo}, but not its revision {revision}: it was removed, or the name is wrong"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"the Hub has no model {repo}, or it is private. Check the name; for a private one set HF_TOKEN"
+        return f"the Hub has no {KINDS[kind]} {repo}, or it is private. Check the name; for a private one set HF_TOKEN"
     return f"the Hub could not give {at}: {str(error).strip().splitlines()[0]}"
 
 
-def main(verb: str, repo: str, revision: str, *rest: str) -> int:
+def main(verb: str, kind: str, repo: str, revision: str, *rest: str) -> int:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         if verb == "info":
-            print(json.dumps(info(repo, revision or None)))
+            print(json.dumps(info(kind, repo, revision or None)))
         else:
-            download(repo, revision, Path(rest[0]), json.loads(rest[1]))
+            download(kind, repo, revision, Path(rest[0]), json.load(sys.stdin))
     except HfHubHTTPError as error:
-        print(json.dumps({"error": refusal(error, repo, revision or None)}))
+        print(json.dumps({"error": refusal(error, kind, repo, revision or None)}))
         return REFUSED
     return 0
 
 
-def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An excepthook: a line that went dead is no bug of ours, so the reason and no traceback."""
     print(f"{kind.__name__}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.excepthook = _one_line  # a line that went dead is no bug of ours: the reason, and no traceback
+    sys.excepthook = one_line
     raise SystemExit(main(*sys.argv[1:]))
