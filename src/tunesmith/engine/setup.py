@@ -18,9 +18,10 @@ from tunesmith import adaptations, objectives
 from tunesmith.adaptations import Adaptation
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.engine import batching, distributed, optim, placement, precision, route
+from tunesmith.engine.config import TrainConfig
 from tunesmith.engine.update import Update
 from tunesmith.errors import RecipeError
-from tunesmith.models import head, load, noise, probe, vocabulary
+from tunesmith.models import compiled, head, load, noise, probe, varlen, vocabulary
 from tunesmith.models.locate import Folder, code_files, locate
 from tunesmith.objectives import Example, Objective
 from tunesmith.recipe import Recipe
@@ -61,6 +62,7 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Se
     plan_of_numbers = precision.choose(recipe.train.precision, device, recipe.train.optim)
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
+    _check_compile(recipe.train, device, plan_of_numbers.compute)
     parameters = _parameters(recipe, folder, config, objective, adaptation, new_tokens)
     data = prepare(
         recipe.data, objective, tokenizer, max_length=recipe.train.max_length, window=window_of(config), seed=recipe.seed
@@ -113,6 +115,8 @@ def build(setup: Setup, out: Path) -> Built:
     precision.cast(model, setup.precision.compute)
     row_noise, said = noise.install(model, recipe.seed, train.neftune_noise_alpha)
     chosen = route.choose(model, setup.objective, _first(setup), _longest(setup.data), train.packing, setup.device)
+    if train.torch_compile:
+        route.compile_layers(model, setup.objective, _first(setup), chosen, setup.device)
     if train.gradient_checkpointing:
         route.recompute(model, setup.objective, _first(setup), chosen, setup.device)
     masters.listen()
@@ -201,6 +205,22 @@ def _about(new: vocabulary.NewTokens, data: Prepared) -> list[str]:
     return said
 
 
+def _check_compile(train: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """What compiled layers could not be, or would only cost."""
+    if not train.torch_compile:
+        return
+    if device.type != "cuda":
+        raise RecipeError(
+            f"train.torch_compile: this run is on a {device.type} device. On a CPU compiling takes half a minute or more, and "
+            "the layers are then slower than those with our own passes.\n  Leave train.torch_compile out."
+        )
+    if train.packing == "auto" and route.packed_attention(device, dtype) != "varlen":
+        raise RecipeError(
+            f"train.torch_compile: packed rows go through attention one by one here ({varlen.why_not(device, dtype)}), so every "
+            "packing would be compiled anew.\n  Set train.packing: off, or leave train.torch_compile out."
+        )
+
+
 def _parameters(
     recipe: Recipe,
     folder: Folder,
@@ -230,6 +250,8 @@ def _parameters(
             f"train.gradient_checkpointing: transformers cannot recompute the layers of {config.model_type}.\n"
             "  Leave the key out; train.micro_batch_tokens saves memory too."
         )
+    if recipe.train.torch_compile and (why := compiled.why_not(model)) is not None:
+        raise RecipeError(f"train.torch_compile: {why}, or leave train.torch_compile out.")
     optim.check_model(recipe.train, model)
     everything = {id(parameter): parameter for parameter in model.parameters()}.values()
     return {
