@@ -1,9 +1,11 @@
 """Layers compiled one by one: one piece of code for all packings, the same gradients, clean names, and off where it cannot be right.
 
-The compiler is real (inductor with the machine's C++ compiler), the models tiny, the kernel of packed attention a stand-in.
+The compiler is real (inductor with the machine's C++ compiler in one test), the kernel of packed attention is a stand-in.
 """
 
+import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 import tunesmith
 from tests.models import standin
 from tests.numeric.test_parity import CPU, examples, take_gradients, with_gradients_everywhere
-from tests.runs import recipe
+from tests.runs import apart, model_folder, recipe, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith.adaptations import lora
 from tunesmith.engine import route, setup
@@ -55,9 +57,28 @@ def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """All of the compiler but its last part, which makes C++ or Triton code: that takes most of a minute."""
+    monkeypatch.setattr(compiled, "enable", partial(compiled.enable, backend="aot_eager"))
+
+
 @needs_compiler
-def test_lora_compiled_and_recomputed_is_the_same_function_for_every_packing(routed):
-    model = with_gradients_everywhere(lora.Adaptation(lora.Config(r=4)).apply(tiny_model("llama", num_hidden_layers=3), "lm"))
+def test_compiled_code_has_the_gradients_of_the_plain_path(routed):
+    model = tiny_model("llama")
+    chosen, rows = routed(model)
+    expected = gradients(model, rows[1:])
+    route.compile_layers(model, SFT, rows, chosen, CPU)
+    assert chosen.compiled and chosen.notes == []
+    for key, gradient in gradients(model, rows[1:]).items():
+        assert (gradient - expected[key]).abs().max() <= 1e-4 * expected[key].abs().max(), key
+    assert graphs() == 1, "one piece of code for both layers and all packings"
+
+
+def test_lora_compiled_and_recomputed_is_the_same_function_for_every_packing(routed, traced):
+    model = with_gradients_everywhere(
+        lora.Adaptation(lora.Config(r=4, target_modules=["q_proj", "down_proj"])).apply(tiny_model("llama"), "lm")
+    )
     chosen, rows = routed(model)
     names, packings = list(model.state_dict()), [rows, rows[1:3], rows[2:]]
     expected = [gradients(model, some) for some in packings]
@@ -79,7 +100,22 @@ def test_lora_compiled_and_recomputed_is_the_same_function_for_every_packing(rou
     assert not any(layer._compiled_call_impl for layer in compiled.layers(model))
 
 
-@needs_compiler
+def test_a_run_keeps_clean_names_and_says_how_it_went(routed, traced, tmp_path, monkeypatch):
+    model_folder(tmp_path, "llama", num_hidden_layers=1)
+    made = recipe(tmp_path, "llama", eval_steps=2)
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl"), "limit": 4}
+    plain = tunesmith.train(made, out=tmp_path / "plain")
+    made["train"]["torch_compile"] = True
+    monkeypatch.setattr(setup, "_check_compile", lambda *given: None)
+    compiled_too = tunesmith.train(made, out=tmp_path / "compiled")
+    ways = [json.loads((tmp_path / run / "manifest.json").read_text())["route"] for run in ("plain", "compiled")]
+    assert [way["compiled"] for way in ways] == [False, True]
+    assert {way["attention"] for way in ways} == {"varlen"}
+    assert apart(weights(plain["model_dir"]), weights(compiled_too["model_dir"])) < 1e-5  # which asks for the same names
+    model, _ = tunesmith.load(compiled_too["model_dir"])
+    assert not any("_orig_mod" in name for name in model.state_dict())
+
+
 def test_code_that_differs_is_switched_off_and_said(routed, monkeypatch):
     model = tiny_model("llama")
     chosen, rows = routed(model)

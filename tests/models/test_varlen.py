@@ -147,6 +147,20 @@ def test_boundaries_are_made_once_a_batch_and_segments_stay_on_the_host(served, 
     assert seen[0]["cu_seqlens"] is seen[1]["cu_seqlens"] and "segments" not in seen[0]
 
 
+def test_nothing_is_read_back_from_the_device(monkeypatch):
+    """What would make the host wait: a number taken out of a tensor. The kernel is opaque, so its stand-in may do as it likes."""
+    varlen.register(lambda q, *others, **keywords: q, (9, 0))
+    model, batch = tiny_model("gemma3"), pack(examples(SFT, tiny_tokenizer()))
+    model.set_attn_implementation(varlen.NAME)
+
+    def fail(*given):
+        raise AssertionError("the host waits here")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, fail)
+    head.hidden_states(model, batch)
+
+
 def test_heads_of_another_size_go_segment_by_segment_and_it_is_said(served):
     model = tiny_model("llama", head_dim=6)
     chosen = route.choose(model, SFT, examples(SFT, tiny_tokenizer()), 64, "auto", CPU)

@@ -162,7 +162,7 @@ def compile_layers(model: Any, objective: Objective, examples: Sequence[Example]
     except RuntimeError as error:  # no compiler, no Triton, or code that it cannot trace: torch has no one class for these
         if machine.is_out_of_memory(error):
             raise
-        difference = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        difference = f"{type(error).__name__}: {' '.join(str(error).split(chr(10))[:2])}"
         for parameter in model.parameters():
             parameter.grad = None
     if difference is None:

@@ -44,11 +44,11 @@ def why_not(model: Any) -> str | None:
     return None
 
 
-def enable(model: Any) -> None:
+def enable(model: Any, backend: str = "inductor") -> None:
     """Compile every decoder layer when it is next called. Lengths are symbols: a new packing needs no new code."""
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     for layer in layers(model):
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
 
 
 def disable(model: Any) -> None:

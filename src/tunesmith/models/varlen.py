@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from tunesmith.models import attention
 from tunesmith.models.attention import CannotPack
@@ -78,9 +77,12 @@ def with_gqa(kernel: Kernel) -> Kernel:
 
 
 def register(kernel: Kernel, capability: tuple[int, int]) -> None:
-    """Make ``attn_implementation="tunesmith_varlen"`` known to transformers, with this kernel for a GPU of this capability."""
+    """Make ``attn_implementation="tunesmith_varlen"`` known to transformers, with this kernel for a GPU of this capability.
+
+    No mask function has this name, and for such names transformers makes no mask. Had we given it one that returns None, it would
+    first look for packed rows in the positions, and wait for the device to learn what it found.
+    """
     AttentionInterface.register(NAME, attend_with(kernel, capability))
-    AttentionMaskInterface.register(NAME, attention.no_mask)
 
 
 def attend_with(kernel: Kernel, capability: tuple[int, int]) -> Callable[..., tuple[torch.Tensor, None]]:
