@@ -175,12 +175,13 @@ def test_a_model_without_marked_layers_is_refused():
 
 
 def test_a_cpu_refuses_before_weights_load(tmp_path):
-    with pytest.raises(RecipeError, match=r"train.torch_compile: this run is on a cpu device"):
+    with pytest.raises(RecipeError, match=r"train.torch_compile is for GPUs, and this run is on a cpu device"):
         tunesmith.check(recipe(tmp_path, torch_compile=True))
 
 
 @pytest.mark.parametrize(("dtype", "packing", "refused"), [(torch.float32, "auto", True), (torch.float32, "off", False), (torch.bfloat16, "auto", False)])  # fmt: skip
 def test_packing_by_segments_is_refused_on_a_gpu(dtype, packing, refused, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     train = setup.TrainConfig(torch_compile=True, packing=packing)
     if refused:

@@ -70,7 +70,13 @@ def test_torch_2_11_has_no_gqa_switch():
 def test_device_dtype_and_capability_choose(device, dtype, capability, hip, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     assert route.packed_attention(torch.device(device), dtype) == expected
+
+
+def test_a_torch_without_flash_attention_goes_by_segments(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert varlen.why_not(GPU, torch.bfloat16) == "this torch was built without FlashAttention"
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it is for NVIDIA GPUs, not for a {device.type} device"
     if torch.version.hip is not None:
         return "it was never tried with ROCm"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this torch was built without FlashAttention"
     if dtype not in HALVES:
         return f"it takes fp16 and bf16, not {str(dtype).removeprefix('torch.')}"
     major, minor = torch.cuda.get_device_capability(device)
