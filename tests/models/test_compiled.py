@@ -9,13 +9,15 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tunesmith
 from tests.models import standin
 from tests.numeric.test_parity import CPU, examples, take_gradients, with_gradients_everywhere
 from tests.runs import apart, model_folder, recipe, weights
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import lora
+from tunesmith.data.pack import to_device
 from tunesmith.engine import route, setup
 from tunesmith.errors import RecipeError
 from tunesmith.models import compiled, head, kernels, noise, varlen
@@ -98,6 +100,30 @@ def test_lora_compiled_and_recomputed_is_the_same_function_for_every_packing(rou
     assert graphs() == so_far, "generation was compiled"
     chosen.leave(model)
     assert not any(layer._compiled_call_impl for layer in compiled.layers(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_torchs_own_kernel_is_traced_without_a_break(name):
+    """On the meta device there is no arithmetic, but the kernel's arguments are checked, and shapes go forward and back."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    varlen.register(varlen.torch_kernel(), (9, 0))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(name, num_hidden_layers=2)).to(torch.bfloat16).train()
+    model.set_attn_implementation(varlen.NAME)
+    compiled.enable(model, backend="aot_eager")
+    seen = []
+    for lengths in ((20, 13), (40, 9, 11), (7,)):
+        batch = {"input_ids": torch.zeros(1, sum(lengths), dtype=torch.long), "segments": lengths}
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+        hidden = head.hidden_states(model, to_device(batch, "meta"))
+        hidden.sum().backward()
+        assert hidden.shape == (1, sum(lengths), 32)
+        seen.append(graphs())
+    assert all(parameter.grad is not None for parameter in model.model.layers.parameters())
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert seen[0] == seen[-1] <= 2, "one form for each kind of layer"
+    torch._dynamo.reset()
 
 
 def test_a_run_keeps_clean_names_and_says_how_it_went(routed, traced, tmp_path, monkeypatch):
