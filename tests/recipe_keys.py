@@ -22,7 +22,7 @@ TRAIN = {
     "learning_rate", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "max_length", "shuffle", "packing", "precision",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "early_stopping_patience", "early_stopping_threshold", "gradient_checkpointing", "neftune_noise_alpha", "optim", "optim_args",
-    "head_learning_rate", "report_to",
+    "head_learning_rate", "report_to", "torch_compile",
 }  # fmt: skip
 SAMPLES = {"prompts", "count", "max_new_tokens"}
 
@@ -48,6 +48,7 @@ EITHER_OR = [
     ("prompts", "count"),
     ("fraction", "path"),
     ("device_map", "adapter"),
+    ("device_map", "torch_compile"),
     ("trust_remote_code", "add_tokens"),
     ("path", "sets"),
     ("streaming", "cache"),

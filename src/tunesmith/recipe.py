@@ -132,6 +132,10 @@ def conflicts(recipe: Recipe) -> list[str]:
         "device_map: peft places the layers anew when it attaches an adapter. Fold it in first: tunesmith merge",
     )
     clash(
+        recipe.device_map is not None and train.torch_compile,
+        "device_map: the hooks that bring batches to its layers cannot be compiled. Leave out one of the two",
+    )
+    clash(
         recipe.trust_remote_code and recipe.add_tokens,
         "add_tokens: how the vocabulary of a model with code of its own grows is up to that code. Leave out one of the two",
     )

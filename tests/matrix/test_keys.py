@@ -93,6 +93,7 @@ CASES = [
     Case("train.packing", "off", "route"),
     Case("train.precision", "bf16", "precision"),
     Case("train.gradient_checkpointing", True, "kept"),
+    Case("train.torch_compile", True, "error"),
     Case("train.neftune_noise_alpha", 5.0, "history"),
     Case("train.optim", "sgd", "weights", {"train.optim_args": None}),
     Case("train.optim_args", {"betas": [0.5, 0.9]}, "weights"),

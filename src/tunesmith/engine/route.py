@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from tunesmith.data.pack import to_device
-from tunesmith.models import attention, fused, head
+from tunesmith.engine import machine
+from tunesmith.models import attention, compiled, fused, head, varlen
 from tunesmith.objectives import Example, Objective
 
 PROBE_TOKENS = 192  # of each row: enough to see every layer at work, few enough to cost a second
@@ -37,11 +38,16 @@ class Route:
     attention: str
     """The model's own attention, for whatever is not a packed batch."""
     notes: list[str] = field(default_factory=list)
+    packed_attention: str = "segments"
+    """How a packed batch is attended to: ``varlen`` or ``segments``."""
     recomputed: bool = False
     """Whether decoder layers are computed again in the backward pass."""
+    compiled: bool = False
+    """Whether decoder layers go through torch.compile."""
 
     def leave(self, model: Any) -> None:
         """Give ``model`` its own layers, loss and attention back."""
+        compiled.disable(model)
         self.fused.disable()
         head.use_plain_head(model, False)
         head.base(model).set_attn_implementation(self.attention)
@@ -49,8 +55,10 @@ class Route:
     def as_dict(self) -> dict[str, Any]:
         return {
             "batches": "packed" if self.packed else "padded",
+            "attention": self.packed_attention if self.packed else self.attention,
             "fused": dict(self.fused.kinds),
             "recomputed": self.recomputed,
+            "compiled": self.compiled,
             "notes": list(self.notes),
         }
 
@@ -63,7 +71,8 @@ def plain_attention(model: Any, route: Route) -> Iterator[None]:
     inner.set_attn_implementation(route.attention)
     model.eval()
     try:
-        yield
+        with compiled.paused() if route.compiled else nullcontext():
+            yield
     finally:
         inner.set_attn_implementation(ours)
 
@@ -91,11 +100,7 @@ def choose(
     expected = _loss_and_gradients(model, objective, rows, False, device)
 
     if packing != "off":
-        why = _cannot_pack(model, objective, rows, longest, device)
-        route.packed = why is None
-        if why is not None:
-            route.notes.append(f"rows are padded, not packed, for this model: {why}")
-            inner.set_attn_implementation(route.attention)
+        _pack(model, objective, rows, longest, device, route)
     head.use_plain_head(model, False)
     route.fused = fused.install(model, stack)
 
@@ -107,6 +112,8 @@ def choose(
         ("the loss is computed from all logits", lambda: head.use_plain_head(model, True)),
         ("rows are padded, not packed", lambda: _unpack(route, inner)),
     ]
+    if route.packed_attention == "varlen":
+        steps.insert(2, ("attention is not varlen_attn", lambda: _by_segments(model, objective, rows, longest, device, route)))
     for said, retreat in steps:
         difference = differs()
         if difference is None:
@@ -126,18 +133,13 @@ def recompute(model: Any, objective: Objective, examples: Sequence[Example], rou
     inner = head.base(model)
     rows = [_shorten(example) for example in list(examples)[:2]]
 
-    def found() -> tuple[float, list[torch.Tensor]]:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(0)  # some models drop by torch's own stream
-            return _loss_and_gradients(model, objective, rows, route.packed, device)
-
     model.train()
-    expected = found()
+    expected = _repeatable(model, objective, rows, route, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # its name is going; transformers 5.17 knows no other
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inner.disable_input_require_grads()  # only the reentrant kind needs a gradient for the frozen embeddings; it costs time
-    difference = _difference(expected, found())
+    difference = _difference(expected, _repeatable(model, objective, rows, route, device))
     if difference is None:
         route.recomputed = True
     else:
@@ -146,6 +148,45 @@ def recompute(model: Any, objective: Objective, examples: Sequence[Example], rou
             inner.gradient_checkpointing_disable()
         route.notes.append(f"gradient checkpointing is off: on the first rows the gradients differed with it ({difference})")
     model.eval()
+
+
+def compile_layers(model: Any, objective: Objective, examples: Sequence[Example], route: Route, device: torch.device) -> None:
+    """From now on each decoder layer is compiled by torch.compile, where loss and gradients stay what they are.
+
+    They are compared with those of the same route uncompiled, in training mode, for two rows together and for the first alone:
+    two packings that one piece of code has to serve. What cannot be compiled, or differs, is switched off and a note says so.
+    """
+    if route.packed and route.packed_attention == "segments":
+        route.notes.append("torch.compile is off: attention goes row by row here, and would be compiled anew for each packing")
+        return
+    rows = [_shorten(example) for example in list(examples)[:2]]
+    model.train()
+    expected = [_repeatable(model, objective, some, route, device) for some in (rows, rows[:1])]
+    compiled.enable(model)
+    try:
+        found = [_repeatable(model, objective, some, route, device) for some in (rows, rows[:1])]
+        difference = next((one for one in map(_difference, expected, found) if one is not None), None)
+    except RuntimeError as error:  # no compiler, no Triton, or code that it cannot trace: torch has no one class for these
+        if machine.is_out_of_memory(error):
+            raise
+        difference = f"{type(error).__name__}: {' '.join(str(error).split(chr(10))[:2])}"
+        for parameter in model.parameters():
+            parameter.grad = None
+    if difference is None:
+        route.compiled = True
+    else:
+        compiled.disable(model)
+        route.notes.append(f"torch.compile is off: on the first rows it failed or differed ({difference})")
+    model.eval()
+
+
+def _repeatable(
+    model: Any, objective: Objective, rows: Sequence[Example], route: Route, device: torch.device
+) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients by the route so far, drawing the same random numbers at each call."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)  # some models drop by torch's own stream
+        return _loss_and_gradients(model, objective, rows, route.packed, device)
 
 
 def _switch_off(route: Route) -> None:
@@ -158,12 +199,57 @@ def _unpack(route: Route, inner: Any) -> None:
     inner.set_attn_implementation(route.attention)
 
 
-def _cannot_pack(model: Any, objective: Objective, rows: Sequence[Example], longest: int, device: torch.device) -> str | None:
-    """Why packed rows would not be exact for this model, or None. Sets the model's attention to packed segments."""
+def packed_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """``varlen`` on a GPU since Ampere in fp16 or bf16; else ``segments``. Known before a model is; its heads may not fit."""
+    return "varlen" if varlen.why_not(device, dtype) is None else "segments"
+
+
+def _pack(model: Any, objective: Objective, rows: Sequence[Example], longest: int, device: torch.device, route: Route) -> None:
+    """Pack, by the best attention that takes this model, or say why not."""
+    reasons = []
+    if packed_attention(device, model.dtype) == "varlen":
+        kernel = varlen.torch_kernel()
+        differs = varlen.self_test(kernel, device, model.dtype)
+        if differs is None:
+            varlen.register(kernel, torch.cuda.get_device_capability(device))
+            why = _cannot_pack(model, objective, rows, longest, device, varlen.NAME)
+            if why is None:
+                route.packed, route.packed_attention = True, "varlen"
+                return
+            reasons.append(why)
+        else:
+            route.notes.append(f"attention is not varlen_attn: on random numbers it differed from plain attention ({differs})")
+    _by_segments(model, objective, rows, longest, device, route, reasons)
+
+
+def _by_segments(
+    model: Any,
+    objective: Objective,
+    rows: Sequence[Example],
+    longest: int,
+    device: torch.device,
+    route: Route,
+    reasons: Sequence[str] = (),
+) -> None:
+    """Pack with attention row by row; where that is not exact, pad. ``reasons``: why a faster attention was not taken."""
     attention.register()
+    route.packed_attention = "segments"
+    why = _cannot_pack(model, objective, rows, longest, device, attention.NAME)
+    route.packed = why is None
+    if why is not None:
+        route.notes.append(f"rows are padded, not packed, for this model: {why}")
+        _unpack(route, head.base(model))
+    elif reasons:
+        route.notes.append(f"attention is not varlen_attn for this model: {', '.join(reasons)}")
+
+
+def _cannot_pack(
+    model: Any, objective: Objective, rows: Sequence[Example], longest: int, device: torch.device, name: str
+) -> str | None:
+    """Why packed rows would not be exact for this model, or None. Sets the model's attention to ``name``."""
     inner = head.base(model)
     try:
-        inner.set_attn_implementation(attention.NAME)
+        inner.set_attn_implementation(name)
         with torch.no_grad(), attention.watch() as seen:
             objective.loss(model, to_device(objective.collate(rows, packed=True), device))
     except (attention.CannotPack, ValueError, TypeError) as reason:
@@ -171,7 +257,7 @@ def _cannot_pack(model: Any, objective: Objective, rows: Sequence[Example], long
     if len(seen) != inner.config.num_hidden_layers:
         return f"it called attention {len(seen)} times in {inner.config.num_hidden_layers} layers"
     windows = [window for window in seen if window is not None and window < longest]
-    if windows:
+    if windows and name != varlen.NAME:
         return f"its attention slides over {min(windows)} tokens and the longest row has {longest}"
     return None
 

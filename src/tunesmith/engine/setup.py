@@ -21,10 +21,11 @@ from tunesmith.data.build import Progress
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.source import eval_sources
 from tunesmith.engine import batching, distributed, optim, placement, precision, route, zero
+from tunesmith.engine.config import TrainConfig
 from tunesmith.engine.masters import Masters, Trained
 from tunesmith.engine.update import Update
 from tunesmith.errors import RecipeError
-from tunesmith.models import head, load, noise, probe, vocabulary
+from tunesmith.models import compiled, head, load, noise, probe, varlen, vocabulary
 from tunesmith.models.locate import Folder, code_files, locate
 from tunesmith.objectives import Example, Objective
 from tunesmith.recipe import Recipe
@@ -74,6 +75,7 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     sharded = None if deepspeed is None else zero.read(deepspeed, recipe.train, numbers.compute)
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
+    _check_compile(recipe.train, device, numbers.compute)
     parameters = _parameters(recipe, folder, config, objective, adaptation, new_tokens)
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
     with distributed.main_first() if streamed else nullcontext():  # one process asks the network, the others find the cache
@@ -156,6 +158,8 @@ def build(setup: Setup, out: Path) -> Built:
     chosen = route.choose(
         model, setup.objective, _first(setup), _longest(setup.data), train.packing, setup.device, stack=setup.zero is None
     )
+    if train.torch_compile:
+        route.compile_layers(model, setup.objective, _first(setup), chosen, setup.device)
     if train.gradient_checkpointing:
         route.recompute(model, setup.objective, _first(setup), chosen, setup.device)
     trained = whole.masters if setup.zero is None else whole.parameters
@@ -248,6 +252,22 @@ def _about(new: vocabulary.NewTokens, data: Prepared) -> list[str]:
     return said
 
 
+def _check_compile(train: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """What compiled layers could not be, or would only cost."""
+    if not train.torch_compile:
+        return
+    if device.type != "cuda":
+        raise RecipeError(
+            f"train.torch_compile is for GPUs, and this run is on a {device.type} device. On a CPU compiling takes half "
+            "a minute, needs padded rows, and gives layers that are as fast as ours at best.\n  Leave train.torch_compile out."
+        )
+    if train.packing == "auto" and route.packed_attention(device, dtype) != "varlen":
+        raise RecipeError(
+            f"train.torch_compile: packed rows go through attention one by one here ({varlen.why_not(device, dtype)}), so every "
+            "packing would be compiled anew.\n  Set train.packing: off, or leave train.torch_compile out."
+        )
+
+
 def _parameters(
     recipe: Recipe,
     folder: Folder,
@@ -277,6 +297,8 @@ def _parameters(
             f"train.gradient_checkpointing: transformers cannot recompute the layers of {config.model_type}.\n"
             "  Leave the key out; train.micro_batch_tokens saves memory too."
         )
+    if recipe.train.torch_compile and (why := compiled.why_not(model)) is not None:
+        raise RecipeError(f"train.torch_compile: {why}, or leave train.torch_compile out.")
     optim.check_model(recipe.train, model)
     everything = {id(parameter): parameter for parameter in model.parameters()}.values()
     return {

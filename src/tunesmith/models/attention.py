@@ -4,6 +4,10 @@ Registered with transformers' ``AttentionInterface`` under ``tunesmith_segments`
 model calls it once per layer; the boundaries arrive as the keyword ``segments`` that its forward passes through. Whatever else a
 model wants of attention (a sliding window shorter than a segment, a soft cap, a position bias) is refused, never ignored: the
 caller then pads instead.
+
+A GPU that ``varlen.py`` serves takes that way; this one is for CPUs, for fp32 on a GPU and for GPUs before Ampere. There it is
+one call of ``scaled_dot_product_attention`` for each segment. The alternative, one call with a block-diagonal mask, would work on
+all pairs of tokens of the row, ten times as many at ten segments, and hold a mask that grows with their square.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ _watchers: list[list[int | None]] = []
 
 @contextmanager
 def watch() -> Iterator[list[int | None]]:
-    """The list that is yielded gets one entry for each call of :func:`segment_attention`: its sliding window, or None."""
+    """The list that is yielded gets one entry for each call of packed attention: its sliding window, or None."""
     seen: list[int | None] = []
     _watchers.append(seen)
     try:
@@ -54,6 +58,35 @@ def no_mask(*args: Any, **kwargs: Any) -> None:
     return None
 
 
+def refuse(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    told: bool,
+    dropout: float,
+    others: dict[str, Any],
+) -> None:
+    """Raise CannotPack for whatever packed attention would not do exactly.
+
+    ``told``: whether the segments arrived; ``others``: the keywords that the caller does not know by name.
+    """
+    unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
+    if unknown:
+        raise CannotPack(f"its attention uses {', '.join(unknown)}")
+    if not told or attention_mask is not None or query.shape[0] != 1:
+        raise CannotPack("its forward does not pass the segments on to attention")
+    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
+        raise CannotPack("its attention is not causal")
+    if dropout:
+        raise CannotPack("its attention drops probabilities at random")
+
+
+def saw(sliding_window: int | None) -> None:
+    """Tell whoever watches that attention was called."""
+    for seen in _watchers:
+        seen.append(sliding_window)
+
+
 def segment_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -71,19 +104,11 @@ def segment_attention(
     ``query`` (1, heads, tokens, dim), ``key`` and ``value`` (1, kv_heads, tokens, dim); ``segments`` holds the lengths, which sum
     to tokens. Returns (1, tokens, heads, dim). Raises CannotPack for anything it does not understand.
     """
-    unknown = [name for name, given in kwargs.items() if given is not None and name not in HARMLESS]
-    if unknown:
-        raise CannotPack(f"its attention uses {', '.join(unknown)}")
-    if segments is None or attention_mask is not None or query.shape[0] != 1:
-        raise CannotPack("its forward does not pass the segments on to attention")
-    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
-        raise CannotPack("its attention is not causal")
+    refuse(module, query, attention_mask, segments is not None, dropout, kwargs)
+    assert segments is not None
     if sliding_window is not None and sliding_window < max(segments):
         raise CannotPack(f"its attention slides over {sliding_window} tokens and a row has {max(segments)}")
-    if dropout:
-        raise CannotPack("its attention drops probabilities at random")
-    for seen in _watchers:
-        seen.append(sliding_window)
+    saw(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kernels.available(query) and value.shape[-1] == query.shape[-1]:
         out = CausalSegments.apply(query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), segments, scale)

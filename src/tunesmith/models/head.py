@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tunesmith.models import kernels
+from tunesmith.models import kernels, varlen
 
 BLOCK = 256  # rows of logits at a time: 25 MB in bf16 at 49 thousand words; matrix products are at full speed from here
 NEW_HEADS = ("score", "classifier", "qa_outputs")
@@ -53,13 +53,21 @@ def own_parameters(model: Any) -> set[str]:
 
 def hidden_states(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """The body's last hidden states, (batch, seq, hidden)."""
-    return base(model).base_model(**inputs(batch)).last_hidden_state
+    return base(model).base_model(**inputs(model, batch)).last_hidden_state
 
 
-def inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a model's forward for a packed (``segments``) or padded (``attention_mask``) batch."""
-    names = ("input_ids", "position_ids", "attention_mask", "segments")
-    return {name: batch[name] for name in names if batch.get(name) is not None} | {"use_cache": False}
+def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of ``model``'s forward for a packed (``segments``) or padded (``attention_mask``) batch.
+
+    What its packed attention wants to know of the segments is made here: once for a batch, not once for a layer.
+    """
+    names = ["input_ids", "position_ids", "attention_mask"]
+    keywords: dict[str, Any] = {"use_cache": False}
+    if base(model).config._attn_implementation == varlen.NAME and "segments" in batch:
+        keywords |= varlen.boundaries(batch["segments"], batch["input_ids"].device)
+    else:
+        names.append("segments")
+    return {name: batch[name] for name in names if batch.get(name) is not None} | keywords
 
 
 def lm_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
@@ -125,7 +133,7 @@ def row_losses(model: Any, batch: dict[str, Any]) -> list[tuple[float, int]]:
 
 def _plain_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """The loss of each target (targets,), from the model's own logits."""
-    logits = model(**inputs(batch)).logits.flatten(0, 1)[batch["positions"]]
+    logits = model(**inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
     return nn.functional.cross_entropy(logits.to(_exact(logits)), batch["labels"], reduction="none")
 
 

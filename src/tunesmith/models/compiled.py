@@ -1,0 +1,62 @@
+"""Decoder layers compiled one by one (``torch.compile``): alike layers share one piece of code, whatever a batch's length.
+
+``nn.Module.compile`` replaces how an instance is called and wraps nothing, so parameters keep their names.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tunesmith.models import head
+
+RECOMPILE_LIMIT = 64
+"""Forms of one layer that are kept. Torch's 8 would be passed by kinds of layer times training and evaluation times first layer
+and the rest, and what is above the limit runs uncompiled with a line in a log that nobody reads."""
+
+
+def layers(model: Any) -> list[nn.Module]:
+    """The decoder layers: what transformers marks as the unit of gradient checkpointing."""
+    return [module for module in head.base(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def why_not(model: Any) -> str | None:
+    """Why ``model``'s layers cannot be compiled, or None. It may be on the meta device, before ``noise.install``."""
+    found = layers(model)
+    if not found:
+        return "transformers does not say which modules of this model are its layers"
+    dropouts = [
+        module
+        for layer in found
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout")  # that one is switched off in every run
+    ]
+    rates = {dropout.p for dropout in dropouts if dropout.p > 0}
+    if rates:
+        return (
+            f"its layers drop {', '.join(f'{rate:g}' for rate in sorted(rates))} of their activations, drawn on the host for "
+            "each row; a compiled layer cannot ask the host. Set lora_dropout: 0 or take a model without dropout"
+        )
+    return None
+
+
+def enable(model: Any, backend: str = "inductor") -> None:
+    """Compile every decoder layer when it is next called. Lengths are symbols: a new packing needs no new code."""
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    for layer in layers(model):
+        layer.compile(dynamic=True, backend=backend)
+
+
+def disable(model: Any) -> None:
+    """Give the layers their own call back."""
+    for layer in layers(model):
+        layer._compiled_call_impl = None
+
+
+def paused() -> AbstractContextManager[Any]:
+    """For as long as nothing is to be compiled: generation has other shapes with every token."""
+    return torch.compiler.set_stance("force_eager")

@@ -1,0 +1,159 @@
+"""Packed attention on a GPU: one kernel call for all segments of a row (torch's ``varlen_attn``, which is FlashAttention 2).
+
+Registered with transformers under ``tunesmith_varlen``. Where ``attention.segment_attention`` gets the segments' lengths, a tuple
+on the host, this one gets two keywords made once for each batch: ``cu_seqlens`` (segments + 1,), int32 on the device, the places
+where segments begin and end, and ``longest``, tokens of the longest one. So no layer waits for the device, and a compiled layer
+sees a tensor of varying length instead of a tuple that it would be compiled anew for. Sliding windows are exact here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from tunesmith.models import attention
+from tunesmith.models.attention import CannotPack
+
+NAME = "tunesmith_varlen"
+HALVES = (torch.float16, torch.bfloat16)
+AGREEMENT = 2e-2
+"""Of the self-test: largest difference from plain attention in half precision, of the norm. bf16 has 8 bits: 4e-3."""
+
+Kernel = Callable[..., Any]
+"""Has the signature of torch's ``varlen_attn`` and, asked for nothing else, returns a tensor (tokens, heads, dim)."""
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot serve tensors of ``dtype`` on ``device``, or None: what it asserts itself (Ampere, half types)."""
+    if device.type != "cuda":
+        return f"it is for NVIDIA GPUs, not for a {device.type} device"
+    if torch.version.hip is not None:
+        return "it was never tried with ROCm"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this torch was built without FlashAttention"
+    if dtype not in HALVES:
+        return f"it takes fp16 and bf16, not {str(dtype).removeprefix('torch.')}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs compute capability 8.0 (Ampere), and this GPU has {major}.{minor}"
+
+
+def heads_fit(dim: int, value_dim: int, capability: tuple[int, int]) -> bool:
+    """Whether heads of ``dim`` numbers go through the kernel: multiples of 8 up to 256, as many in the values.
+
+    Above 192 its backward needs more shared memory than some GPUs have (8.6, 8.9, 12.0: torch's own dispatch refuses these too).
+    """
+    if dim != value_dim or dim % 8 or dim > 256:
+        return False
+    return dim <= 192 or capability not in ((8, 6), (8, 9), (12, 0), (12, 1))
+
+
+def boundaries(segments: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """The keywords of :func:`attend` for one packed batch; sent to ``device`` without waiting for it."""
+    ends = torch.zeros(len(segments) + 1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    ends[1:] = torch.tensor(segments, dtype=torch.int32).cumsum(0)
+    return {"cu_seqlens": ends.to(device, non_blocking=True), "longest": max(segments)}
+
+
+@lru_cache
+def torch_kernel() -> Kernel:
+    """torch's function, with ``enable_gqa`` where it has that switch: torch 2.11 has none and takes grouped heads as they are."""
+    from torch.nn.attention.varlen import varlen_attn  # it loads the compiler: a second that a CPU need not spend
+
+    return with_gqa(varlen_attn)
+
+
+def with_gqa(kernel: Kernel) -> Kernel:
+    """``kernel`` for fewer key heads than query heads."""
+    if "enable_gqa" not in inspect.signature(kernel).parameters:
+        return kernel
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return kernel(*args, **kwargs, enable_gqa=True)
+
+    return call
+
+
+def register(kernel: Kernel, capability: tuple[int, int]) -> None:
+    """Make ``attn_implementation="tunesmith_varlen"`` known to transformers, with this kernel for a GPU of this capability.
+
+    No mask function has this name, and for such names transformers makes no mask. Had we given it one that returns None, it would
+    first look for packed rows in the positions, and wait for the device to learn what it found.
+    """
+    AttentionInterface.register(NAME, attend_with(kernel, capability))
+
+
+def attend_with(kernel: Kernel, capability: tuple[int, int]) -> Callable[..., tuple[torch.Tensor, None]]:
+    """The attention function that transformers calls once a layer. It asks the device for nothing."""
+
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        cu_seqlens: torch.Tensor | None = None,
+        longest: int = 0,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Causal attention inside each segment; shapes are those of ``attention.segment_attention``. Raises CannotPack."""
+        attention.refuse(module, query, attention_mask, cu_seqlens is not None, dropout, kwargs)
+        if not heads_fit(query.shape[-1], value.shape[-1], capability):
+            raise CannotPack(f"its heads have {query.shape[-1]} numbers, which varlen_attn has no kernel for on this GPU")
+        attention.saw(sliding_window)
+        # a window of w tokens is the token itself and w - 1 before it
+        left = -1 if sliding_window is None else sliding_window - 1
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = kernel(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0))
+        return out.unsqueeze(0), None
+
+    return attend
+
+
+def self_test(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """How the kernel differs from plain attention on a small random input, or None: grouped heads, a window, and the gradients.
+
+    The trial of ``engine.route`` sees at most 192 tokens of a row, which a window of thousands never cuts: this does.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths, dim = (37, 5, 90), 64
+    tokens = sum(lengths)
+    q, k, v, grad = (
+        torch.randn(tokens, heads, dim, generator=generator).to(device, dtype).requires_grad_() for heads in (4, 2, 2, 4)
+    )
+    keywords = boundaries(lengths, device)
+    cuts, longest = keywords["cu_seqlens"], keywords["longest"]
+    for window in (None, 16):
+        left = -1 if window is None else window - 1
+        ours = kernel(q, k, v, cuts, cuts, longest, longest, scale=0.1, window_size=(left, 0))
+        theirs = plain(q.float(), k.float(), v.float(), lengths, 0.1, window)
+        pairs = [(ours.detach(), theirs.detach())]
+        pairs += zip(*(torch.autograd.grad(out, (q, k, v), grad.to(out.dtype)) for out in (ours, theirs)), strict=True)
+        for got, expected in pairs:
+            apart = float((got.float() - expected.float()).norm() / expected.float().norm())
+            if not apart <= AGREEMENT:
+                return f"by {apart:.1e}, {'with' if window else 'without'} a sliding window"
+    return None
+
+
+def plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], scale: float, window: int | None
+) -> torch.Tensor:
+    """The same attention, written out: softmax(scale q k^T + mask) v over (tokens, heads, dim)."""
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
+    place = torch.arange(len(owner), device=q.device)
+    distance = place[:, None] - place[None, :]
+    seen = (owner[:, None] == owner[None, :]) & (distance >= 0)
+    if window is not None:
+        seen &= distance < window
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
+    scores = (q.transpose(0, 1) @ k.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(0, 1)
