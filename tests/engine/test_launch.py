@@ -16,6 +16,7 @@ from tests.engine.launching import launched, start
 from tests.runs import apart, recipe, weights
 from tunesmith import errors
 from tunesmith.engine import distributed, launch, loop, tracking, watch
+from tunesmith.engine.reproduce import reproduce
 from tunesmith.engine.watch import Note
 
 FAILED = {"type": "DataError", "message": "row 7 is bad", "exit_code": 2, "time": 5.0}
@@ -136,6 +137,13 @@ def test_two_launched_processes_make_the_run_of_one(tmp_path):
     assert apart(weights(tmp_path / "straight" / "model"), weights(tmp_path / "run" / "model")) <= 1e-6
     assert evaluations(tmp_path / "run") == pytest.approx(evaluations(tmp_path / "straight"), abs=1e-6)
     assert outcome["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6)
+
+
+def test_a_run_of_two_processes_is_reproduced_with_two(tmp_path):
+    code, _, err = launched(shared_run(tmp_path, max_steps=2), tmp_path, "--json")
+    assert code == 0, err
+    found = reproduce(tmp_path / "run")
+    assert found["equal"] and json.loads((tmp_path / "run-again" / "manifest.json").read_text())["processes"] == 2
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import sys
 import time
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 import tunesmith
-from tests.runs import history, recipe, weights
+from tests.runs import apart, history, recipe, weights
 from tunesmith.engine import loop
 from tunesmith.errors import Interrupted, RecipeError
 
@@ -127,6 +128,20 @@ def test_another_recipe_is_not_resumed(tmp_path):
     tunesmith.train(made, out=tmp_path / "run")
     with pytest.raises(RecipeError, match=r"train.learning_rate: was 0.01, is 0.5"):
         tunesmith.train(made, out=tmp_path / "run", resume=True, overrides=["train.learning_rate=0.5"])
+
+
+def test_a_run_goes_on_with_other_keys_that_change_no_result(tmp_path):
+    """One that did not fit: smaller micro-batches, recomputed layers, and none of the result is another."""
+    made = recipe(tmp_path, adaptation={"type": "lora", "r": 4, "lora_dropout": 0.3}, save_steps=1, max_steps=4)
+    straight = tunesmith.train(made, out=tmp_path / "straight")
+    tunesmith.train(made, out=tmp_path / "run", on_save=lambda folder, step: step == 2)
+    other = {**made, "train": {**made["train"], "micro_batch_tokens": 40, "gradient_checkpointing": True, "save_total_limit": 5}}
+    outcome = tunesmith.train(other, out=tmp_path / "run", resume=True)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert outcome["steps"] == 4 and manifest["micro_batch_tokens"] == 40 and manifest["route"]["recomputed"]
+    assert any("changed since the run was started" in note and "micro_batch_tokens" in note for note in manifest["notes"])
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["train"]["micro_batch_tokens"] == 40
+    assert apart(weights(straight["model_dir"]), weights(outcome["model_dir"])) <= 1e-6
 
 
 def test_changed_data_is_not_resumed(tmp_path):

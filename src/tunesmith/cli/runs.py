@@ -84,15 +84,15 @@ def reproduce(
 def _listed(found: Mapping[str, Any]) -> Any:
     if not found["runs"]:
         return "no runs"
-    table = Table("run", "state", "what", "model", "steps", "loss before", "after", "tokens/s", "memory", "started")
+    table = Table("run", "state", "what", "model", "steps", "loss", "tokens/s", "memory", "started", box=None, pad_edge=False)
     for run in found["runs"]:
         steps = f"{run['step']}/{run['planned_steps']}" if run["state"] != "done" else str(run["step"])
         table.add_row(
             Path(run["run"]).name, run["state"], f"{run['objective']} {run['adaptation']}", Path(str(run["model"])).name,
             steps,
-            _figure(run["eval_loss_before"]), _figure(run["eval_loss"]), _figure(run["tokens_per_second"], 0),
+            f"{_figure(run['eval_loss_before'], 3)} -> {_figure(run['eval_loss'], 3)}", _figure(run["tokens_per_second"], 0),
             size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-",
-            str(run["created"] or "-")[:16].replace("T", " "),
+            str(run["created"] or "-")[5:16].replace("T", " "),
         )  # fmt: skip
     return table
 
@@ -127,6 +127,10 @@ def _compared(found: Mapping[str, Any]) -> list[Any]:
     for key, values in found["differences"].items():
         table.add_row(key, *map(str, values))
     table.add_section()
+    for key in ("processes", "sharded"):
+        values = [str(run[key]) for run in found["runs"]]
+        if len(set(values)) > 1:
+            table.add_row(key, *values)
     for key in ("state", "eval_loss_before", "eval_loss", "perplexity", "best_step", "tokens_per_second", "tokens"):
         table.add_row(key, *(number(run[key]) if is_number(run[key]) else str(run[key] or "-") for run in found["runs"]))
     table.add_row("peak_memory", *(size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-" for run in found["runs"]))
@@ -139,6 +143,8 @@ def _repeated(found: Mapping[str, Any]) -> str:
     if found["difference"]:
         one = found["difference"]
         lines.append(f"records     first difference at step {one['step']}: {one['figure']} was {one['before']}, is {one['now']}")
+        if one := found["furthest"]:
+            lines.append(f"            furthest at step {one['step']}: {one['figure']} was {one['before']}, is {one['now']}")
     else:
         lines.append(f"records     all {found['records']} are the same")
     lines.append(f"weights     {'the same' if found['weights_equal'] else 'not the same'}")

@@ -57,7 +57,6 @@ def check_free(path: Path) -> None:
 
 FREE = {
     "data.cache",
-    "device_map",
     "train.gradient_checkpointing",
     "train.micro_batch_tokens",
     "train.report_to",

@@ -26,8 +26,9 @@ UNTIL_SAVED = 24 * 3600
 LAST_WORDS = 5  # lines that a process printed before it ended without a note
 
 
-def launch(processes: int, arguments: Sequence[str]) -> None:
-    """Run ``tunesmith ARGUMENTS`` in ``processes`` processes. Process 0 prints; of the others nothing is shown.
+def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> None:
+    """Run ``tunesmith ARGUMENTS`` in ``processes`` processes. Process 0 prints, its result only unless ``quiet``; of the others
+    nothing is shown.
 
     Raises what the first one to fail raised, ProcessLost for one that was killed, KeyboardInterrupt when a signal ended them
     before there was anything to save.
@@ -49,7 +50,10 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
             rdzv_endpoint="127.0.0.1:0",
             local_addr="127.0.0.1",
             max_restarts=0,
-            logs_specs=DefaultLogsSpecs(name, {rank: Std.OUT if show else Std.ALL for rank in range(1, processes)}),
+            logs_specs=DefaultLogsSpecs(
+                name,
+                {0: Std.OUT if quiet else Std.NONE} | {rank: Std.OUT if show else Std.ALL for rank in range(1, processes)},
+            ),
             shutdown_timeout=UNTIL_SAVED,
         )
         codes: Mapping[int, int] = {}

@@ -47,7 +47,7 @@ def record_start(run: Run, micro_batch_tokens: int) -> None:
         micro_batch_tokens=micro_batch_tokens,
         seed=ready.recipe.seed,
         precision=ready.precision.as_dict(),
-        deepspeed=ready.zero,
+        deepspeed=ready.sharding.given if ready.sharding else None,
         route=run.route.as_dict(),
         machine=machine.describe(),
         processes=distributed.state().num_processes,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from tunesmith import recipe as recipes
-from tunesmith.engine import machine, run, runs, tracking
+from tunesmith.engine import launch, run, runs, tracking
+from tunesmith.engine.figures import is_number
 from tunesmith.errors import DataError, UserError
 
 
@@ -15,7 +18,7 @@ def reproduce(path: str | Path, out: str | Path | None = None, console: Any = No
     """Train the run in ``path`` again into ``out`` (default: its folder's name with ``-again``) and compare.
 
     Returns equal, run, again, machine (what is not as it was), difference (of the first record that is not the same: step,
-    figure, before, now; None when all are), weights_equal and records.
+    figure, before, now; None when all are), furthest (the loss that differs most, likewise), weights_equal and records.
 
     Raises DataError, before training, when a data file changed since, with what changed, and UserError when the run never came
     to its end.
@@ -26,7 +29,7 @@ def reproduce(path: str | Path, out: str | Path | None = None, console: Any = No
     chosen = recipes.parse(before.recipe, where=str(before.path / "recipe.yaml"))
     _require_same_data(before, run.check(chosen)["data"])
     target = Path(out) if out else before.path.with_name(f"{before.path.name}-again")
-    run.train(chosen, out=target, console=console)
+    _train_as(before, chosen, target, console)
     again = runs.read(target)
     difference = first_difference(_lasting(before), _lasting(again))
     weights_equal = _weights(before.path) == _weights(target)
@@ -34,11 +37,36 @@ def reproduce(path: str | Path, out: str | Path | None = None, console: Any = No
         "equal": difference is None and weights_equal,
         "run": str(before.path),
         "again": str(target),
-        "machine": _changed(before.manifest.get("machine") or {}, machine.describe()),
+        "machine": _changed(before.manifest.get("machine") or {}, again.manifest.get("machine") or {}),
         "difference": difference,
         "weights_equal": weights_equal,
         "records": len(before.records),
+        "furthest": None if difference is None else furthest(before.records, again.records),
     }
+
+
+def _train_as(before: runs.Kept, chosen: recipes.Recipe, target: Path, console: Any) -> None:
+    """With as many processes as the run had, and DeepSpeed where it had that: other sums round otherwise."""
+    processes, sharded = int(before.manifest.get("processes") or 1), before.manifest.get("deepspeed")
+    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
+        file = Path(folder) / "ds_config.json"
+        file.write_text(json.dumps(sharded), encoding="utf-8")
+        if processes == 1:
+            run.train(chosen, out=target, deepspeed=file if sharded else None, console=console)
+        else:
+            given = ["--deepspeed", str(file)] if sharded else []
+            launch.launch(processes, ["train", str(before.path / "recipe.yaml"), "--out", str(target), *given], quiet=True)
+
+
+def furthest(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Where a loss, of training or of evaluation, is furthest from what it was: step, figure, before, now."""
+    found = [
+        {"step": one.get("step"), "figure": key, "before": one[key], "now": other[key]}
+        for one, other in zip(before, now, strict=False)
+        for key in ("loss", "eval_loss")
+        if is_number(one.get(key)) and is_number(other.get(key))
+    ]
+    return max(found, key=lambda pair: abs(pair["before"] - pair["now"]), default=None)
 
 
 def first_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> dict[str, Any] | None:

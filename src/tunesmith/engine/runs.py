@@ -58,6 +58,8 @@ class Kept:
             "adaptation": (self.recipe.get("adaptation") or {}).get("type"),
             "model": self.recipe.get("model"),
             "created": self.manifest.get("created"),
+            "processes": self.manifest.get("processes"),
+            "sharded": bool(self.manifest.get("deepspeed")),
             "step": max((record.get("step", 0) for record in self.records), default=0),
             "planned_steps": self.manifest.get("steps"),
             **{name: result.get(name) for name in RESULTS if name != "steps"},

@@ -52,8 +52,8 @@ class Setup:
     device: torch.device
     precision: precision.Precision
     parameters: dict[str, int]
-    zero: dict[str, Any] | None = None
-    """DeepSpeed's configuration, complete."""
+    sharding: zero.Sharding | None = None
+    """DeepSpeed's configuration, where it is used."""
 
 
 def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deepspeed: Path | None = None) -> Setup:
@@ -156,18 +156,18 @@ def build(setup: Setup, out: Path) -> Built:
     precision.cast(model, setup.precision.compute)
     row_noise, said = noise.install(model, recipe.seed, train.neftune_noise_alpha)
     chosen = route.choose(
-        model, setup.objective, _first(setup), _longest(setup.data), train.packing, setup.device, stack=setup.zero is None
+        model, setup.objective, _first(setup), _longest(setup.data), train.packing, setup.device, stack=setup.sharding is None
     )
     if train.torch_compile:
         route.compile_layers(model, setup.objective, _first(setup), chosen, setup.device)
     if train.gradient_checkpointing:
         route.recompute(model, setup.objective, _first(setup), chosen, setup.device)
-    trained = whole.masters if setup.zero is None else whole.parameters
+    trained = whole.masters if setup.sharding is None else whole.parameters
     optimizer = optim.build(trained, train, head.own_parameters(model), setup.adaptation.learning_rates(trained))
-    if setup.zero is None:
+    if setup.sharding is None:
         whole.listen()
     else:
-        masters = zero.Shards(model, optimizer, whole.masters, setup.zero)
+        masters = zero.Shards(model, optimizer, whole.masters, setup.sharding.complete)
     schedule = optim.schedule(optimizer, train, setup.plan.steps)
     scale = precision.LossScale() if setup.precision.compute is torch.float16 else None
     update = Update(masters, optimizer, schedule, train.max_grad_norm, recipe.seed, scale)

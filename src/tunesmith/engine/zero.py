@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,15 @@ UNTRIED = ("offload_optimizer", "offload_param", "zero_quantized_weights", "zero
 """Of ``zero_optimization``: what is refused, because nothing here shows that it is right."""
 
 
-def read(path: Path, train: TrainConfig, compute: torch.dtype) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Sharding:
+    """DeepSpeed's configuration: what the user's file holds, and what DeepSpeed is given."""
+
+    given: dict[str, Any]
+    complete: dict[str, Any]
+
+
+def read(path: Path, train: TrainConfig, compute: torch.dtype) -> Sharding:
     """The configuration file of ``--deepspeed``, checked against the recipe and completed.
 
     Raises RecipeError naming file and key, MissingExtra without DeepSpeed. Nothing of it is imported.
@@ -84,7 +93,7 @@ def read(path: Path, train: TrainConfig, compute: torch.dtype) -> dict[str, Any]
         raise RecipeError("train.precision: fp16 does not go with --deepspeed. Use bf16 or fp32.")
     _installed()
     rest = {key: value for key, value in given.items() if value != "auto" and key not in SAID_BY}
-    return {
+    complete = {
         "steps_per_print": 2**31,
         "data_types": {"grad_accum_dtype": "fp32"},
         **rest,
@@ -94,6 +103,7 @@ def read(path: Path, train: TrainConfig, compute: torch.dtype) -> dict[str, Any]
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
     }
+    return Sharding(given, complete)
 
 
 def _installed() -> None:
