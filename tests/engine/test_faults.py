@@ -9,7 +9,7 @@ import torch
 
 import tunesmith
 from tests.runs import history, recipe, weights
-from tunesmith.engine import checkpoint, folder, machine, tracking
+from tunesmith.engine import checkpoint, evaluation, folder, machine, tracking
 from tunesmith.errors import DiskFullError, NonFiniteError, UserError
 from tunesmith.models import head
 
@@ -180,10 +180,9 @@ def test_a_folder_that_holds_something_is_never_overwritten(tmp_path):
 
 def test_the_best_model_is_kept_whatever_rotates(tmp_path, monkeypatch):
     """Save and evaluation intervals share no factor, one checkpoint is kept, and the best is in the middle."""
-    from tunesmith.engine import loop
 
     figures = iter([9.0, 5.0, 2.0, math.nan, 4.0, 3.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *args: {"eval_loss": next(figures), "perplexity": 1.0})
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: {"eval_loss": next(figures), "perplexity": 1.0})
     made = recipe(tmp_path, max_steps=10, eval_steps=2, save_steps=3, save_total_limit=1)
     made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
     outcome = tunesmith.train(made, out=tmp_path / "run")
@@ -195,10 +194,9 @@ def test_the_best_model_is_kept_whatever_rotates(tmp_path, monkeypatch):
 
 
 def test_early_stopping_waits_for_the_patience(tmp_path, monkeypatch):
-    from tunesmith.engine import loop
 
     figures = iter([9.0, 5.0, 5.5, 6.0, 7.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *args: {"eval_loss": next(figures), "perplexity": 1.0})
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: {"eval_loss": next(figures), "perplexity": 1.0})
     made = recipe(tmp_path, max_steps=10, eval_steps=1, early_stopping_patience=2)
     made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
     outcome = tunesmith.train(made, out=tmp_path / "run")
