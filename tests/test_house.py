@@ -100,6 +100,10 @@ def problems_in(path: Path) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and dotted(node.func) in FORBIDDEN_CALLS:
             found.append(f"calls {dotted(node.func)} in line {node.lineno}")
+        if isinstance(node, ast.List | ast.Tuple | ast.Call):
+            words = [ast.unparse(part) for part in (node.args if isinstance(node, ast.Call) else node.elts)]
+            if "'-m'" in words and "'-P'" not in words[: words.index("'-m'")]:
+                found.append(f"starts a module without -P in line {node.lineno}: the current folder could replace it")
         for line in passes_trust(node):
             found.append(f"passes trust_remote_code in line {line}")
         if isinstance(node, ast.ExceptHandler) and node.type is None:
@@ -162,10 +166,13 @@ def test_the_gate_catches_what_it_is_for(tmp_path):
         "torch.load('x')\nyaml.load('x')\nexec('x')\nf(trust_remote_code=True)\n"
         "f(**{'trust_remote_code': x})\n"
         "try:\n    f()\nexcept:\n    pass\n"
+        "run([sys.executable, '-m', 'x'])\nagent('-m', 'x')\n"
     )
-    assert len(problems_in(bad)) == 9
+    assert len(problems_in(bad)) == 11
     good = tmp_path / "good.py"
-    good.write_text("model.eval()\nyaml.safe_load('x')\nf(trust_remote_code=False)\nfrom __future__ import annotations\n")
+    good.write_text(
+        "run([sys.executable, '-P', '-m', 'x'])\nmodel.eval()\nyaml.safe_load('x')\nf(trust_remote_code=False)\nfrom __future__ import annotations\n"
+    )
     assert problems_in(good) == []
 
 

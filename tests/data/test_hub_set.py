@@ -228,8 +228,8 @@ def test_the_missing_library_is_named_with_its_extra(hub, monkeypatch):
 
 def test_nothing_is_asked_where_the_user_forbids_it(hub, monkeypatch):
     offline(monkeypatch)
-    assert "HF_HUB_OFFLINE is set" in refusal()
-    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set"):
+    assert "HF_DATASETS_OFFLINE is set" in refusal()
+    with pytest.raises(DataError, match="HF_DATASETS_OFFLINE is set"):
         prepared(streaming=True)
     assert hub.asked == []
 

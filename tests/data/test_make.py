@@ -465,8 +465,8 @@ NAMES = tag.Names(
 @pytest.mark.parametrize(
     ("sentence", "named"),
     [
-        ("Wrap text at 80 columns.", [("PARAM", "text"), ("NUMBER", "80")]),
-        ("Use `dedent()` of the textwrap module before maxlen is reached.", [("FUNCTION", "dedent"), ("MODULE", "textwrap"), ("PARAM", "maxlen")]),
+        ("Wrap *text* at 80 columns.", [("PARAM", "text"), ("NUMBER", "80")]),
+        ("Use `dedent()` of the textwrap module before the maxlen argument is reached.", [("FUNCTION", "dedent"), ("MODULE", "textwrap"), ("PARAM", "maxlen")]),
         ("Close the Shelf or a ShelfError is raised.", [("CLASS", "Shelf"), ("EXCEPTION", "ShelfError")]),
         ("See json.decoder for Shelf.close() too.", [("MODULE", "json.decoder"), ("FUNCTION", "Shelf.close")]),
         ("It can flush and close the file 3.4.1 of UTF-8.", []),
@@ -487,6 +487,10 @@ def test_names_in_sentences_by_example(sentence, named):
         "Calls unknown_name first.",
         "Uses os.nothing_there here.",
         "The text-based form.",
+        "Runs until the text completes.",  # a parameter or the word
+        "Sets its `name` attribute.",  # whatever has that name
+        "As RFC 2047 says.",  # part of a name
+        "The Python 3.10 release.",
     ],
 )
 def test_a_sentence_with_a_word_that_may_be_a_name_is_left_out(sentence):

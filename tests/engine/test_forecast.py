@@ -189,6 +189,26 @@ def test_auto_trains_the_same_model_and_the_budget_is_recorded(tmp_path):
     assert json.loads((tmp_path / "auto" / "manifest.json").read_text())["micro_batch_tokens"] == forecast.LARGEST["cpu"]
 
 
+def test_processes_agree_on_one_budget(tmp_path, monkeypatch):
+    """Another process has less room, and halved more: its numbers are everybody's."""
+    heard = []
+
+    def gather(records):
+        heard.append(records[0])
+        if isinstance(records[0], tuple):
+            over, _, budget = records[0]
+            return [*records, (over + 1e12, 256, budget - 50)]
+        return [*records, records[0] - 7] if not isinstance(records[0], bool) else records
+
+    job = type("J", (), {})()
+    job.budget, job.device = 2048, torch.device("cpu")
+    job.plan = type("P", (), {"data": type("D", (), {"lengths": torch.tensor([100])})()})()
+    monkeypatch.setattr(forecast.distributed, "gather", gather)
+    monkeypatch.setattr(forecast, "measure_memory", lambda job: line(job.budget, 10.0))
+    forecast.settle(job, automatic=True, limit=10**9)
+    assert heard[-1] == 256 and job.budget == 249
+
+
 def test_a_measured_check_says_memory_and_time_and_keeps_nothing(tmp_path):
     made = recipe(tmp_path, count=30)
     made["data"]["eval"] = {"fraction": 0.2}
@@ -210,6 +230,8 @@ def test_a_check_for_a_smaller_machine_fails_with_what_is_missing(tmp_path, caps
     shown = capsys.readouterr()
     assert "are missing" in shown.err and "gradient_checkpointing" in shown.err
     assert "memory" in shown.out
+    assert main(["check", str(file), "--measure", "--memory", "0.1", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["forecast"]["fits"] is False, "exactly one object"
 
 
 def test_memory_without_measure_is_refused(tmp_path, capsys):

@@ -32,6 +32,17 @@ def test_what_a_function_does_to_its_record_stays_its_own_business(tmp_path):
     assert [one["step"] for one in history(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+def test_true_of_a_save_ends_the_run_with_that_save(tmp_path):
+    result = tunesmith.train(with_evaluation(tmp_path), out=tmp_path / "run", on_save=lambda folder, step: step == 2)
+    assert (result["steps"], result["stopped"]) == (2, "on_save returned True")
+
+
+def test_true_at_step_0_trains_nothing_and_leaves_a_model(tmp_path):
+    result = tunesmith.train(with_evaluation(tmp_path), out=tmp_path / "run", on_eval=lambda record: True)
+    assert (result["steps"], result["stopped"]) == (0, "on_eval returned True")
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("name", ["on_log", "on_eval"])
 def test_true_ends_the_run_after_its_step_with_a_model_that_was_evaluated(tmp_path, name):
     result = tunesmith.train(with_evaluation(tmp_path), out=tmp_path / "run", **{name: lambda record: record["step"] >= 3})

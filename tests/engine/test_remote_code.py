@@ -63,6 +63,11 @@ def test_the_code_does_not_run_otherwise(made, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_code_that_the_named_code_may_import_is_named_too(made, tmp_path):
+    (tmp_path / "model-llama" / "beside.py").write_text("")
+    assert [file.name for file in code_files(locate(tmp_path / "model-llama", remote_code=True))] == ["own.py", "beside.py"]
+
+
 def test_code_of_another_place_is_refused(made, tmp_path):
     config = tmp_path / "model-llama" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoConfig": "someone/else--own.OwnConfig"}}))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 
 import tunesmith
 from tests.engine.launching import launched
-from tests.runs import apart, recipe, weights
+from tests.runs import apart, model_folder, recipe, weights
 from tunesmith.engine import batching, checkpoint, tracking, zero
 from tunesmith.engine.config import TrainConfig
 from tunesmith.errors import MissingExtra, RecipeError
@@ -74,6 +75,44 @@ def test_a_run_goes_on_with_shards_and_without(adaptation, tmp_path):
     outcome = tunesmith.train(made, out=tmp_path / "run", resume=True)
     assert outcome["steps"] == 6
     assert apart(weights(tmp_path / "straight" / "model"), weights(outcome["model_dir"])) <= 1e-6
+
+
+VARIED = {
+    "bf16, full": {"train": {"precision": "bf16", "learning_rate": 1e-3}},
+    "bf16, new tokens and a trained head": {
+        "adaptation": {"type": "lora", "r": 4, "modules_to_save": ["lm_head"]}, "add_tokens": ["<tool>"], "train": {"precision": "bf16"},
+    },
+    "recomputed, new tokens": {"adaptation": {"type": "lora", "r": 4}, "add_tokens": ["<tool>"], "train": {"gradient_checkpointing": True}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_other_parts_go_with_shards(name, tmp_path):
+    """In bf16 the copies are rounded by other random bits than without shards: the losses are near, and a resumed run is the same."""
+    pytest.importorskip("deepspeed")
+    varied = VARIED[name]
+    made = run_of(tmp_path, "full", **varied["train"], max_steps=4)
+    made |= {key: value for key, value in varied.items() if key != "train"}
+    if "modules_to_save" in str(varied):
+        made["model"] = str(model_folder(tmp_path, "qwen3", tie_word_embeddings=False))
+    tunesmith.train(made, out=tmp_path / "straight")
+    sharded = ("--deepspeed", configuration(tmp_path))
+    code, _, err = launched(made, tmp_path, *sharded)
+    assert code == 0, err
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    bf16 = varied["train"].get("precision") == "bf16"
+    assert np.allclose(records(straight, "train", "loss"), records(run, "train", "loss"), rtol=5e-3 if bf16 else 1e-6)
+    assert bf16 or apart(weights(straight / "model"), weights(run / "model")) <= 1e-6
+
+    for step in (3, 4):
+        shutil.rmtree(run / "checkpoints" / f"step-{step}")
+    before = tracking.read(run / "metrics.jsonl")
+    code, _, err = launched(made, tmp_path, "--resume", *sharded)
+    assert code == 0 and "resumed after step 2" in err, err
+    lasting = [{k: v for k, v in one.items() if k not in tracking.TIMING_KEYS} for one in before]
+    assert [
+        {k: v for k, v in one.items() if k not in tracking.TIMING_KEYS} for one in tracking.read(run / "metrics.jsonl")
+    ] == lasting
 
 
 def stop_at_once(folder, step):

@@ -8,6 +8,7 @@ from tests.fake_hub import FakeHub
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.errors import ModelError
+from tunesmith.hub import ask
 from tunesmith.models import catalog, store
 from tunesmith.models.locate import locate
 
@@ -128,7 +129,17 @@ def test_the_hub_comes_before_the_registry(hub, monkeypatch):
 def test_nothing_is_asked_offline(hub, monkeypatch, capsys):
     monkeypatch.setattr("tunesmith.hub.ask.offline_by_user", lambda: True)
     assert main(["models", "pull", "some/model"]) == 2
-    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err and hub.asked == []
+    assert "HF_DATASETS_OFFLINE is set" in capsys.readouterr().err and hub.asked == []
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"])
+def test_each_way_to_forbid_the_hub_is_heard(name, monkeypatch):
+    monkeypatch.setattr(ask, "_users_offline", [])
+    for other in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(other, raising=False)
+    assert not ask.offline_by_user()
+    monkeypatch.setenv(name, "1")
+    assert ask.offline_by_user()
 
 
 def test_a_hub_that_is_not_there_is_said(hub, monkeypatch):

@@ -8,12 +8,13 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 import tunesmith
 from tests.runs import apart, history, recipe, weights
-from tunesmith.engine import loop
+from tunesmith.engine import loop, precision, ratio
 from tunesmith.errors import Interrupted, RecipeError
 
 ADAPTATIONS = {"full": "full", "lora": {"type": "lora", "r": 4, "lora_dropout": 0.2}}
@@ -142,6 +143,34 @@ def test_a_run_goes_on_with_other_keys_that_change_no_result(tmp_path):
     assert any("changed since the run was started" in note and "micro_batch_tokens" in note for note in manifest["notes"])
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["train"]["micro_batch_tokens"] == 40
     assert apart(weights(straight["model_dir"]), weights(outcome["model_dir"])) <= 1e-6
+
+
+def test_another_number_format_is_said_and_fp16_keeps_its_scale(tmp_path, monkeypatch):
+    """As on another machine: `auto` chose fp32 there, and chooses fp16 here."""
+    made = recipe(tmp_path, save_steps=1, max_steps=4, precision="auto")
+    kind = [torch.float32]
+    monkeypatch.setattr(precision, "_compute", lambda wanted, device: precision.Precision(kind[0], "this machine"))
+    tunesmith.train(made, out=tmp_path / "run", on_save=lambda folder, step: step == 2)
+    kind[0] = torch.float16
+    tunesmith.train(made, out=tmp_path / "run", resume=True)
+    notes = json.loads((tmp_path / "run" / "manifest.json").read_text())["notes"]
+    assert any("computed in float32 so far, and goes on in float16" in note for note in notes)
+    assert [record.get("loss_scale") for record in history(tmp_path / "run") if record["kind"] == "train"] == [
+        None,
+        None,
+        2.0**16,
+        2.0**16,
+    ]
+
+
+def test_a_tensor_that_stands_still_changes_no_figure_of_a_resumed_run(tmp_path, monkeypatch):
+    """It is looked at more closely once, counted from where a process began."""
+    monkeypatch.setattr(ratio, "RUNS", 1)  # the sample misses what moves in the rest
+    made = recipe(tmp_path, save_steps=3, max_steps=9)
+    tunesmith.train(made, out=tmp_path / "straight")
+    tunesmith.train(made, out=tmp_path / "run", on_save=lambda folder, step: step == 3)
+    tunesmith.train(made, out=tmp_path / "run", resume=True)
+    assert history(tmp_path / "run") == history(tmp_path / "straight")
 
 
 def test_changed_data_is_not_resumed(tmp_path):

@@ -24,7 +24,7 @@ def check(
         float | None, typer.Option(help="With --measure: GB that the run may use.", show_default="what is free")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
-) -> None:
+) -> int:
     """Tell all that can be known before training: rows, masks, steps, parameters, precision; with --measure memory and time."""
     from tunesmith.recipe import load
 
@@ -42,8 +42,10 @@ def check(
         found = run.check(checked)
     result(found, as_json, lambda found: "\n".join(lines(found)))
     if measure and not found["forecast"]["fits"]:
-        raise UserError(_short_of(found["forecast"]))
+        say(f"error: {_short_of(found['forecast'])}")
+        return UserError.exit_code
     say("This recipe can run." if measure else "This recipe can run. What it will take: tunesmith check --measure")
+    return 0
 
 
 def _short_of(forecast: Mapping[str, Any]) -> str:

@@ -70,15 +70,17 @@ def reproduce(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="New run folder.", show_default="RUN-again")] = None,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Train a finished run again from its own recipe and say whether it came out equal, bit for bit."""
     from tunesmith.engine.reproduce import reproduce as repeat
 
     found = repeat(run, out, console())
     result(found, as_json, _repeated)
     if not found["equal"]:
-        raise NotReproduced(f"{found['again']} is not the same as {found['run']}; the new run is kept, to be compared.")
+        say(f"error: {found['again']} is not the same as {found['run']}; the new run is kept, to be compared.")
+        return NotReproduced.exit_code
     say("The same, bit for bit.")
+    return 0
 
 
 def _listed(found: Mapping[str, Any]) -> Any:

@@ -141,7 +141,7 @@ def _streamed(source: Source) -> Rows:
         except ask.NoAnswer as error:
             raise DataError(f"{source.label} is to be streamed, and its encoded rows are not in the cache; {error}") from None
         arguments = ["rows", repo, commit, source.name or "", source.split, str(source.limit or "")]
-        command_line = [sys.executable, "-m", _PROGRAM, *arguments]
+        command_line = [sys.executable, "-P", "-m", _PROGRAM, *arguments]
         with subprocess.Popen(command_line, env=told, stdout=subprocess.PIPE, stderr=said, text=True) as child:
             try:
                 for line in child.stdout or ():

@@ -10,9 +10,11 @@ process does alone (answers, files) is waited for with ``wait``, which has no su
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,23 +26,37 @@ from tunesmith.errors import ProcessLost
 PATIENCE = timedelta(minutes=10)
 """How long a collective waits: the longest micro-batches of one process while another has none."""
 
+LOST = ("gloo", "nccl", "connection", "timed out")
+"""Words of an error that means that another process no longer answers."""
+
 _AS_LONG_AS_IT_TAKES = timedelta(days=30)
+
+
+MEETING = "TUNESMITH_MEETING"
+"""Environment variable: the file in which the processes of a launch find each other; without it, as torchrun says."""
 
 
 def state() -> PartialState:
     """Rank, number of processes and device, from the launcher's environment variables."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    where = {}
+    if (file := os.environ.get(MEETING)) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        processes = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        where = {"init_method": Path(file).as_uri(), **processes}
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE, **where)
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Around whatever all processes must do at the same time. Raises ProcessLost where one of them no longer does."""
+def together(and_more: bool = False) -> Iterator[None]:
+    """Around whatever all processes must do at the same time. Raises ProcessLost where one of them no longer does.
+
+    ``and_more``: other work is done inside too, so an error is only taken for that when its words speak of a connection.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo and nccl raise nothing more precise
-        if state().num_processes == 1:
+        if state().num_processes == 1 or (and_more and not any(word in str(error).lower() for word in LOST)):
             raise
         said, minutes = str(error).partition(". ")[0], PATIENCE.total_seconds() / 60
         raise ProcessLost(

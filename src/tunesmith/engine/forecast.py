@@ -116,14 +116,15 @@ def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
     memory = measure_memory(job)
     limit = limit_bytes(job.device) if limit is None else limit
     longest = int(job.plan.data.lengths.max())
-    fitting = memory.tokens_within(int(SHARE * limit))
-    everywhere = distributed.gather([(memory.peak > limit, fitting, job.budget)])
-    short, fitting = any(one for one, _, _ in everywhere), min(tokens for _, tokens, _ in everywhere)
-    job.budget = min(budget for _, _, budget in everywhere)
-    if automatic and memory.peak > SHARE * limit and fitting >= min(longest, job.budget) and fitting >= SMALLEST:
+    # all processes decide on the same numbers: those of the one that has the least room
+    tight = distributed.gather([(memory.peak - SHARE * limit, memory.tokens_within(int(SHARE * limit)), job.budget)])
+    over, fitting, job.budget = max(one for one, _, _ in tight), min(one for _, one, _ in tight), min(one for _, _, one in tight)
+    if automatic and over > 0 and fitting >= min(longest, job.budget) and fitting >= SMALLEST:
         job.budget = _rounded(fitting)
-        return measure_memory(job)
-    if short:
+        memory = measure_memory(job)
+        job.budget = min(distributed.gather([job.budget]))
+        return memory
+    if any(distributed.gather([memory.peak > limit])):
         raise RecipeError(_does_not_fit(job, memory, limit, fitting, longest))
     return memory
 

@@ -41,6 +41,11 @@ class Hooks:
         failed = self.failure
         return self.ending, None if failed is None else f"{type(failed).__name__} in a function of yours"
 
+    @property
+    def given(self) -> bool:
+        """Whether there is a function to wait for."""
+        return any((self.on_log, self.on_eval, self.on_save))
+
     def again(self) -> None:
         """Raise what a function raised."""
         if self.failure is not None:

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tunesmith import errors
-from tunesmith.engine import machine, watch
+from tunesmith.engine import distributed, machine, watch
 from tunesmith.errors import ProcessLost, TunesmithError, UserError
 
 UNTIL_SAVED = 24 * 3600
@@ -40,6 +40,7 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
     with tempfile.TemporaryDirectory(prefix="tunesmith-launch-") as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps({"command": sys.argv, "arguments": list(arguments)}), encoding="utf-8")
+        os.environ[distributed.MEETING] = str(folder / "processes")
         show = bool(os.environ.get("TUNESMITH_DEBUG"))
         config = LaunchConfig(
             min_nodes=1,
@@ -47,7 +48,8 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
             nproc_per_node=processes,
             run_id=folder.name,
             rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
+            rdzv_endpoint=str(folder / "agents"),
+            rdzv_configs={"store_type": "file"},  # torch's TCP store listens on every interface, and is asked no password
             local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(
@@ -59,7 +61,7 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
         codes: Mapping[int, int] = {}
         stopped = False
         try:
-            elastic_launch(config, sys.executable)("-m", "tunesmith.cli.rank", name)
+            elastic_launch(config, sys.executable)("-P", "-m", "tunesmith.cli.rank", name)
         except ChildFailedError as failed:
             codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         except SignalException:
@@ -78,7 +80,8 @@ def _environment(processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
     agent = logging.getLogger("torch.distributed.elastic")
     agent.addHandler(logging.NullHandler())
     agent.propagate = False

@@ -126,6 +126,7 @@ def fit(job: Job, at: Progression) -> str | None:
             if last or verdict or stopping or batching.due(config.save_steps, at.step, plan.steps, plan.steps_per_epoch):
                 job.save(at)
                 saved = at.step
+                verdict = verdict or distributed.same(job.wants()[0])  # saving may be what the user waited for
             if verdict:
                 return verdict
             if stopping and not last:

@@ -138,8 +138,7 @@ class Masters:
         """
         if self.copies:
             for number, (name, parameter) in enumerate(self.parameters.items()):
-                key = hashlib.blake2b(repr((seed, step, number)).encode(), digest_size=4).digest()
-                kernels.stochastic_round(self.masters[name].data, parameter.data, int.from_bytes(key, "little"))
+                kernels.stochastic_round(self.masters[name].data, parameter.data, rounding_seed(seed, step, number))
 
     def whole(self) -> dict[str, torch.Tensor]:
         return self.masters
@@ -191,6 +190,12 @@ class Masters:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         if copies is not None:
             self.publish(*copies)
+
+
+def rounding_seed(seed: int, step: int, number: int) -> int:
+    """Of the random bits that round weight ``number`` (of any counting) as step ``step`` left it."""
+    key = hashlib.blake2b(repr((seed, step, number)).encode(), digest_size=4).digest()
+    return int.from_bytes(key, "little")
 
 
 @contextmanager

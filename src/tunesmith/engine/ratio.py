@@ -37,11 +37,13 @@ class Ratio:
         """The tensors that no update has moved yet."""
         self.updates = 0
         self.kept = torch.empty(0)
+        self.closer: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def before(self) -> None:
-        """Keep a sample of every tensor."""
+        """Keep a sample of every tensor, and more of those that are about to be said not to move."""
         self.kept = torch.cat(self._samples())
+        self.closer = {name: _closer(self.masters[name]).clone() for name in self.still if self.updates == PATIENCE}
 
     @torch.no_grad()
     def after(self, learning_rate: float) -> None:
@@ -62,6 +64,8 @@ class Ratio:
         if self.still and learning_rate and self.updates <= PATIENCE:
             self.updates += 1
             self.still -= {name for name, distance in zip(self.masters, moved_by, strict=True) if distance}
+            self.still -= {name for name, kept in self.closer.items() if not _closer(self.masters[name]).equal(kept)}
+        self.closer = {}
 
     def warning(self) -> str | None:
         """Once, after the first updates: which tensors none of them has moved."""
@@ -76,7 +80,7 @@ class Ratio:
 
     def _samples(self) -> list[torch.Tensor]:
         """Of each tensor (elements,), always at the same places."""
-        return [_closer(m) if self.updates == PATIENCE and name in self.still else _sample(m) for name, m in self.masters.items()]
+        return [_sample(master) for master in self.masters.values()]
 
 
 def _sample(master: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tunesmith import recipe as recipes
 from tunesmith.engine import launch, run, runs, tracking
 from tunesmith.engine.figures import is_number
@@ -46,8 +48,10 @@ def reproduce(path: str | Path, out: str | Path | None = None, console: Any = No
 
 
 def _train_as(before: runs.Kept, chosen: recipes.Recipe, target: Path, console: Any) -> None:
-    """With as many processes as the run had, and DeepSpeed where it had that: other sums round otherwise."""
+    """With the run's own processes, DeepSpeed and micro-batches: other sums round otherwise."""
     processes, sharded = int(before.manifest.get("processes") or 1), before.manifest.get("deepspeed")
+    if budget := before.manifest.get("micro_batch_tokens"):  # `auto` might find another now
+        chosen = chosen.model_copy(update={"train": chosen.train.model_copy(update={"micro_batch_tokens": budget})})
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         file = Path(folder) / "ds_config.json"
         file.write_text(json.dumps(sharded), encoding="utf-8")
@@ -55,7 +59,9 @@ def _train_as(before: runs.Kept, chosen: recipes.Recipe, target: Path, console: 
             run.train(chosen, out=target, deepspeed=file if sharded else None, console=console)
         else:
             given = ["--deepspeed", str(file)] if sharded else []
-            launch.launch(processes, ["train", str(before.path / "recipe.yaml"), "--out", str(target), *given], quiet=True)
+            path = Path(folder) / "recipe.yaml"
+            path.write_text(yaml.safe_dump(chosen.resolved()), encoding="utf-8")
+            launch.launch(processes, ["train", str(path), "--out", str(target), *given], quiet=True)
 
 
 def furthest(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ from tunesmith.engine.hooks import Hooks
 from tunesmith.engine.loop import Job, Progression
 from tunesmith.engine.state import Run
 from tunesmith.engine.trackers import Trackers, hushed, require, subject
-from tunesmith.errors import Interrupted, NonFiniteError, RecipeError, TunesmithError
+from tunesmith.errors import GradientOverflowError, Interrupted, NonFiniteError, RecipeError, TunesmithError
 from tunesmith.models import kernels
 from tunesmith.recipe import Recipe
 
@@ -71,7 +71,7 @@ def train(
     if main and not resume:
         folder.check_free(target)
     kernels.keep_freed_memory()
-    hooks = Hooks(on_log, on_eval, on_save) if main else Hooks()
+    hooks = Hooks(on_log, on_eval, on_save)  # called in the main process; the others only know that there are some
     told = chosen.train.report_to if main else []
     with tracking.Progress(console if main else None) as progress, hushed(told):
         with distributed.main_first() if chosen.data.cache else contextlib.nullcontext():
@@ -184,25 +184,26 @@ def _run(
         outcome.record_start(run, job.budget)
         run.trackers = _trackers(run, resumed)
     progress.start(at.step, ready.plan.steps)
+    ending = None
     try:
         if at.step == 0:
             _evaluate(run, at, job.budget)
-            _, failing = distributed.same(hooks.wants())
+            ending, failing = distributed.same(hooks.wants())
             if failing:
                 raise Interrupted(f"stopped by {failing} before the first step")
-        stopped = loop.fit(job, at)
+        stopped = ending or loop.fit(job, at)
     except TunesmithError as error:
         run.trackers.close()
         if main:
             run_folder.record(notes=outcome.notes(run), stopped=f"{type(error).__name__}: {error}")
             report.write_report(run_folder.path)
-        if isinstance(error, NonFiniteError | Interrupted):  # all processes are here: none ends before the report is written
-            distributed.wait()
+        if isinstance(error, NonFiniteError | GradientOverflowError | Interrupted):
+            distributed.wait()  # all processes are here: none ends before the report is written
         hooks.again()
         raise
     finally:
         run.trackers.close()
-    if ready.data.eval is None:
+    if ready.data.eval is None or at.best_step is None:
         state.save_model(run)
     progress.stop()
     result = outcome.finish(run, at, job, before_model, stopped) if main else {}
@@ -243,12 +244,16 @@ def _log(run: Run, record: dict[str, Any]) -> None:
                 f"{record['micro_batch_tokens']:,} tokens instead of {record['before']:,}; the result is the same"
             )
         run.hooks.call("on_log", record)
+    if run.hooks.given and record["kind"] == "train":
+        distributed.wait()  # however long the user's function takes
 
 
 def _save(run: Run, at: Progression) -> None:
     state.save(run, at)
     if run.main:
         run.hooks.call("on_save", run.folder.checkpoints / f"step-{at.step}", at.step)
+    if run.hooks.given:
+        distributed.wait()
 
 
 def _evaluate(run: Run, at: Progression, budget: int) -> float | None:

@@ -191,9 +191,9 @@ def _is_held(lock: Path) -> bool:
         import fcntl
     except ImportError:
         return False
-    with lock.open("a") as file:
+    with lock.open("rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             return True
         return False

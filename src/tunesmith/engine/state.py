@@ -74,6 +74,7 @@ def save(run: Run, at: Progression) -> None:
             "data": run.setup.data.report.as_dict()["sources"],
             "threads": torch.get_num_threads(),
             "processes": distributed.state().num_processes,
+            "compute": run.setup.precision.as_dict()["compute"],
         }
         run.metrics.sync()
         run.answers.sync()
@@ -112,6 +113,9 @@ def restore(run: Run) -> Progression:
     changed = [f"{state[key]} {key}, now {value}" for key, value in now.items() if state.get(key, value) != value]
     if changed:
         run.progress.note(f"the run used {' and '.join(changed)}: the same update but for the last bits of sums, not bit for bit")
+    compute = run.setup.precision.as_dict()["compute"]
+    if state.get("compute", compute) != compute:
+        run.progress.note(f"warning: the run computed in {state['compute']} so far, and goes on in {compute}: other roundings")
     if run.main:
         run.metrics.rewind(at.step)
         run.answers.rewind(at.step)

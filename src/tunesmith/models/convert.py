@@ -119,7 +119,7 @@ def _unpickled(
 ) -> dict[str, list[str]]:
     """File -> tensors, as the other process wrote them."""
     job.write_text(json.dumps({"pickles": [*map(str, pickles)], "targets": [*map(str, targets)], "tied": tied}), encoding="utf-8")
-    command = [sys.executable, "-m", "tunesmith.models.unpickle", str(job)]
+    command = [sys.executable, "-P", "-m", "tunesmith.models.unpickle", str(job)]
     written: dict[str, list[str]] = {}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True) as process:

@@ -94,7 +94,10 @@ def check_settings(path: Path, remote_code: bool = False) -> None:
 
 
 def code_files(folder: Folder) -> list[Path]:
-    """The Python files that ``auto_map`` of a model's settings would run. Raises ModelError for one that is not in the folder."""
+    """The Python files that ``auto_map`` of a model's settings may run: those it names, and all beside them that they may import.
+
+    Raises ModelError for one that is not in the folder.
+    """
     found: dict[Path, None] = {}
     for place, name in ((place, name) for place in (folder.network, folder.path) for name in SETTINGS):
         if not (place / name).is_file():
@@ -106,7 +109,7 @@ def code_files(folder: Folder) -> list[Path]:
                     f"{place / name} asks for the code {reference!r}, which is not in that folder; none is fetched to be run.\n"
                     "  Copy the model with its .py files, and with `auto_map` naming them."
                 )
-            found[file] = None
+            found |= dict.fromkeys([file, *sorted(file.parent.rglob("*.py"))])
     return list(found)
 
 

@@ -36,13 +36,13 @@ NAME = re.compile(r"(?<![\w.])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 BESIDE = re.compile(r"[`'\"*]* (module|class|object|instance|exception|function|method|argument|parameter)s?\b")
 QUOTES = frozenset("`'\"*")
 
-SMALL_WORDS = """
-a an and any all are arg args argument arguments as at be but by can code data default do else end exec false file for from
-given has have if in into is it its item items line lines list lists may name names no none not object of off on one only or
-other out over path print same set so some string than that the them then this to true type up use used value values was when
-where which with word words you
-"""
-"""A parameter of such a name is one only where it is written as a name: else it may be the English word."""
+PRODUCTS = ("Tk", "Tix")
+"""Classes that share their name with what they belong to."""
+
+NAMED_BY_NUMBER = re.compile(
+    r"(?:\b(?:RFC|ISO|IEEE|PEP|Python|Tk|Tcl|HTTP|TLS|SSL|version|section|chapter|step|figure|table)|[Vv]ersion)[ /]$", re.I
+)
+"""What stands before a number that is part of a name."""
 
 KINDS = ("EXCEPTION", "MODULE", "CLASS", "NUMBER", "FUNCTION", "PARAM")
 """The rarer ones first: a sentence is drawn as one of its rarest entity."""
@@ -84,8 +84,7 @@ def mentions(sentence: str, names: Names) -> list[Entity]:
     """The entities of a sentence. Raises UnsureError where the words do not say whether a name is meant.
 
     A word is a name when it is written as one: in quotes, before parentheses, with a dot, an underscore or a capital letter
-    within it, or beside a word that says what it is (``the socket module``). A parameter of the function that the sentence
-    documents needs no such sign, unless it is a common word.
+    within it, or beside a word that says what it is (``the socket module``).
     """
     found: list[Entity] = []
     for match in NAME.finditer(sentence):
@@ -96,12 +95,16 @@ def mentions(sentence: str, names: Names) -> list[Entity]:
             found.append((*match.span(), kind))
     covered = [range(start, end) for start, end, _ in found]
     numbers = [match.span() for match in NUMBER.finditer(sentence) if not any(match.start() in part for part in covered)]
+    if any(NAMED_BY_NUMBER.search(sentence[:start]) for start, _ in numbers):
+        raise UnsureError  # RFC 2822, Python 3.10, section 4: part of a name
     return sorted([*found, *((start, end, "NUMBER") for start, end in numbers)])
 
 
 def _is_name(match: re.Match[str], sentence: str, kind: str | None, names: Names) -> bool:
     """Whether the word is a name, known or not. Raises UnsureError."""
     word, (start, end) = match.group(), match.span()
+    if re.match(r"[`'\"*]* attribute", sentence[end:]):
+        raise UnsureError  # whatever else has that name
     quoted = start > 0 and sentence[start - 1] in QUOTES and sentence[end : end + 1] in QUOTES and end < len(sentence)
     called = re.match(r"\((?!e?s\))", sentence[end:]) is not None
     if quoted or called or "_" in word or "." in word or re.search(r"[a-z][A-Z]|[A-Z]{2}[a-z]", word):
@@ -114,9 +117,9 @@ def _is_name(match: re.Match[str], sentence: str, kind: str | None, names: Names
         return True
     if kind == "MODULE" and sentence.startswith(" module", end):
         return True
-    if kind == "PARAM" and word.lower() not in SMALL_WORDS.split():
+    if kind == "PARAM" and BESIDE.match(sentence, end):
         return True
-    if kind in ("CLASS", "EXCEPTION") and word[0].isupper() and start > 0:
+    if kind in ("CLASS", "EXCEPTION") and word[0].isupper() and start > 0 and word not in PRODUCTS:
         return True
     if kind == "FUNCTION" and word in names.methods and word not in names.functions:
         return False  # methods are called by verbs, and sentences are made of them

@@ -85,7 +85,7 @@ def _facts(module: Module, item: Definition) -> dict[str, str]:
         if item.short in module.exceptions:
             return {**facts, "EXCEPTION": item.short}
         methods = [one for one in module.functions if one.name.rpartition(".")[0] == item.name]
-        count = len({one.short for one in methods})
+        count = 0 if item.node.bases else len({one.short for one in methods})  # inherited ones are not seen
         return {**facts, "CLASS": item.short, **({"NUMBER": str(count)} if count else {})}
     assert isinstance(item.node, ast.FunctionDef | ast.AsyncFunctionDef)
     facts["FUNCTION"] = item.short
