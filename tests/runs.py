@@ -75,3 +75,27 @@ def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> flo
     """The largest difference of any weight; the names must agree."""
     assert ours.keys() == theirs.keys()
     return max(float((ours[name].float() - theirs[name].float()).abs().max()) for name in ours)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the product catches it."""
+
+
+def killed_before(step: int, made: dict[str, Any], out: Path) -> None:
+    """Train ``made`` into ``out`` until ``step`` would begin."""
+    import tunesmith
+    from tunesmith.engine import loop
+
+    def dies(job: Any, now: Any) -> Any:
+        if now.number == step:
+            raise Killed
+        return train_step(job, now)
+
+    train_step, loop.train_step = loop.train_step, dies
+    try:
+        tunesmith.train(made, out=out)
+    except Killed:
+        return
+    finally:
+        loop.train_step = train_step
+    raise AssertionError(f"the run never came to step {step}")

@@ -13,7 +13,7 @@ import torch
 
 import tunesmith
 from tests.engine.launching import launched, start
-from tests.runs import apart, recipe, weights
+from tests.runs import apart, killed_before, recipe, weights
 from tunesmith import errors
 from tunesmith.engine import distributed, launch, loop, tracking, watch
 from tunesmith.engine.reproduce import reproduce
@@ -90,25 +90,11 @@ def evaluations(run):
     return [record["eval_loss"] for record in tracking.read(run / "metrics.jsonl") if record["kind"] == "eval"]
 
 
-class Killed(BaseException):
-    """Stands for a kill."""
-
-
 def test_a_run_may_go_on_with_another_number_of_processes(tmp_path, monkeypatch):
     """One process to step 2, two to step 5 where a signal stops them, one to the end: the run of one."""
     made = shared_run(tmp_path)
     tunesmith.train(made, out=tmp_path / "straight")
-    train_step = loop.train_step
-
-    def dies(job, step):
-        if step.number == 3:
-            raise Killed
-        return train_step(job, step)
-
-    monkeypatch.setattr(loop, "train_step", dies)
-    with pytest.raises(Killed):
-        tunesmith.train(made, out=tmp_path / "run")
-    monkeypatch.setattr(loop, "train_step", train_step)
+    killed_before(3, made, tmp_path / "run")
 
     stop = "os.kill(os.getppid(), signal.SIGTERM)"
     code, out, err = launched(made, tmp_path, "--resume", "--json", fault=stop)
@@ -160,7 +146,7 @@ def test_what_ends_one_process_ends_all_within_ten_seconds_and_is_told_once(faul
     assert process.returncode == code and told in err and err.count("error:") == 1, err
     assert seconds < 10
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert "tunesmith-launch-" not in left
+    assert f"{tmp_path}/tunesmith-launch-" not in left
     assert "Traceback" not in err and "elastic" not in err and "step 2/50" in err
 
 

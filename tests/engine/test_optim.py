@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 import tunesmith
-from tests.runs import apart, history, model_folder, recipe, weights
+from tests.runs import apart, history, killed_before, model_folder, recipe, weights
 from tests.tiny import tiny_config, tiny_model
 from tunesmith import adaptations
-from tunesmith.engine import loop, optim
+from tunesmith.engine import optim
 from tunesmith.engine.config import TrainConfig
 from tunesmith.engine.masters import Masters
 from tunesmith.engine.update import Update
@@ -143,26 +143,12 @@ def test_8_bit_moments_learn_as_32_bit_ones_do(tmp_path):
 # ------------------------------------------------------------------------------------------- whole runs
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing in the product catches it."""
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ARGS)
 def test_a_killed_run_goes_on_bit_for_bit(name, precision, tmp_path, monkeypatch):
     made = recipe(tmp_path, max_steps=5, save_steps=2, precision=precision, **settings(name, weight_decay=0.1))
     tunesmith.train(made, out=tmp_path / "straight")
-    train_step = loop.train_step
-
-    def dies(job, step):
-        if step.number == 4:
-            raise Killed
-        return train_step(job, step)
-
-    monkeypatch.setattr(loop, "train_step", dies)
-    with pytest.raises(Killed):
-        tunesmith.train(made, out=tmp_path / "killed")
-    monkeypatch.setattr(loop, "train_step", train_step)
+    killed_before(4, made, tmp_path / "killed")
     tunesmith.train(made, out=tmp_path / "killed", resume=True)
     assert history(tmp_path / "killed") == history(tmp_path / "straight")
     ours, theirs = (load_file(tmp_path / run / "checkpoints" / "step-5" / "state.safetensors") for run in ("killed", "straight"))

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import tunesmith
-from tests.runs import apart, history, recipe, weights
+from tests.runs import apart, history, killed_before, recipe, weights
 from tests.tiny import tiny_model
 from tunesmith.adaptations import lora
-from tunesmith.engine import loop
 from tunesmith.models import head
 from tunesmith.models.noise import RowNoise, install
 
@@ -98,24 +97,10 @@ def test_neftune_changes_training_and_leaves_no_trace_in_the_saved_model(tmp_pat
     assert config[0] == config[1]
 
 
-class Killed(BaseException):
-    """Stands for a kill."""
-
-
 def test_a_resumed_run_draws_what_the_undisturbed_one_drew(tmp_path, monkeypatch):
     made = recipe(tmp_path, neftune_noise_alpha=ALPHA, gradient_checkpointing=True, save_steps=2)
     straight = tunesmith.train(made, out=tmp_path / "straight")
-    train_step = loop.train_step
-
-    def dies(job, step):
-        if step.number == 4:
-            raise Killed
-        return train_step(job, step)
-
-    monkeypatch.setattr(loop, "train_step", dies)
-    with pytest.raises(Killed):
-        tunesmith.train(made, out=tmp_path / "killed")
-    monkeypatch.setattr(loop, "train_step", train_step)
+    killed_before(4, made, tmp_path / "killed")
     resumed = tunesmith.train(made, out=tmp_path / "killed", resume=True)
     assert history(tmp_path / "killed") == history(tmp_path / "straight")
     assert apart(weights(straight["model_dir"]), weights(resumed["model_dir"])) == 0

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
-from tests.runs import apart, history, model_folder, recipe, rows, weights
+from tests.runs import apart, history, killed_before, model_folder, recipe, rows, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith import adaptations, objectives
 from tunesmith.data.build import shared_key
-from tunesmith.engine import loop, setup
+from tunesmith.engine import setup
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models import vocabulary
 from tunesmith.models.load import load_tokenizer, locate
@@ -225,25 +225,11 @@ def test_a_token_that_no_row_holds_is_said(tmp_path):
     assert "no training row holds <never>: nothing will be learnt of it" in tunesmith.check(given)["notes"]
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing in the product catches it."""
-
-
 @pytest.mark.parametrize(("adaptation", "precision"), [("full", "fp32"), (LORA, "fp32"), (LORA, "bf16")])
 def test_resumed_bit_for_bit(adaptation, precision, tmp_path, monkeypatch):
     given = made(tmp_path, adaptation=adaptation, max_steps=5, save_steps=2, precision=precision)
     tunesmith.train(given, out=tmp_path / "straight")
-    step = loop.train_step
-
-    def dies(job, now):
-        if now.number == 4:
-            raise Killed
-        return step(job, now)
-
-    monkeypatch.setattr(loop, "train_step", dies)
-    with pytest.raises(Killed):
-        tunesmith.train(given, out=tmp_path / "run")
-    monkeypatch.setattr(loop, "train_step", step)
+    killed_before(4, given, tmp_path / "run")
     tunesmith.train(given, out=tmp_path / "run", resume=True)
     assert apart(weights(tmp_path / "run" / "model"), weights(tmp_path / "straight" / "model")) == 0
     assert history(tmp_path / "run") == history(tmp_path / "straight")

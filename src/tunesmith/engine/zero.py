@@ -1,9 +1,9 @@
 """DeepSpeed ZeRO-2 (Rajbhandari et al. 2020): each process keeps a part of masters, gradients and optimiser state.
 
-It computes what one process computes, but for the last bits of sums, and in bf16 the random bits of
-rounding. The user's own ``ds_config.json`` says how: bucket sizes, communication. What the recipe says (optimiser, rates, batch size, clipping, number format) is not said twice: ``"auto"``, or left out, there.
-Checkpoints hold whole tensors under their names, as without it, so that a run goes on with another number of processes, or
-without DeepSpeed.
+It computes what one process computes, but for the last bits of sums, and in bf16 the random bits of rounding. The user's own
+``ds_config.json`` says how: bucket sizes, communication. What the recipe says (optimiser, rates, batch size, clipping, number
+format) is not said twice: ``"auto"``, or left out, there. Checkpoints hold whole tensors under their names, as without it, so
+that a run goes on with another number of processes, or without DeepSpeed.
 """
 
 from __future__ import annotations
