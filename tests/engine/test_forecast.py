@@ -1,5 +1,6 @@
 """What fits and what does not: the heaviest micro-batch comes first, memory that runs out changes no result."""
 
+import dataclasses
 import gc
 import json
 
@@ -169,7 +170,7 @@ def test_auto_takes_what_fits_and_counts_the_optimiser(tmp_path, monkeypatch):
     job.plan = type("P", (), {"data": type("D", (), {"lengths": torch.tensor([300])})()})()
     job.config = type("C", (), {"gradient_checkpointing": False})()
     job.device = torch.device("cpu")
-    monkeypatch.setattr(forecast, "measure_memory", lambda job: line(job.budget, 10.0, 1000))
+    monkeypatch.setattr(forecast, "measure_memory", lambda job, limit: line(job.budget, 10.0, 1000))
     forecast.settle(job, automatic=True, limit=20_000)
     assert job.budget == 640, "700, down to a multiple of 64"
     job.budget = 2048
@@ -204,7 +205,7 @@ def test_processes_agree_on_one_budget(tmp_path, monkeypatch):
     job.budget, job.device = 2048, torch.device("cpu")
     job.plan = type("P", (), {"data": type("D", (), {"lengths": torch.tensor([100])})()})()
     monkeypatch.setattr(forecast.distributed, "gather", gather)
-    monkeypatch.setattr(forecast, "measure_memory", lambda job: line(job.budget, 10.0))
+    monkeypatch.setattr(forecast, "measure_memory", lambda job, limit: line(job.budget, 10.0))
     forecast.settle(job, automatic=True, limit=10**9)
     assert heard[-1] == 256 and job.budget == 249
 
@@ -229,9 +230,35 @@ def test_a_check_for_a_smaller_machine_fails_with_what_is_missing(tmp_path, caps
     assert main(["check", str(file), "--measure", "--memory", "0.1"]) == 2
     shown = capsys.readouterr()
     assert "are missing" in shown.err and "gradient_checkpointing" in shown.err
-    assert "memory" in shown.out
+    assert "parameters" in shown.out, "what is known without measuring is told first"
     assert main(["check", str(file), "--measure", "--memory", "0.1", "--json"]) == 2
-    assert json.loads(capsys.readouterr().out)["forecast"]["fits"] is False, "exactly one object"
+    assert "are missing" in json.loads(capsys.readouterr().out)["error"]["message"], "exactly one object"
+
+
+def test_a_micro_batch_that_would_be_far_too_large_is_not_tried_whole(tmp_path, monkeypatch):
+    """On a CPU the system kills a process that takes too much; what the whole would hold is known from a part of it."""
+    made = recipe(tmp_path, count=64, batch_size=64, micro_batch_tokens=10**6)
+    tried = []
+    real = forecast._pass
+
+    def passes(job, step, places):
+        tried.append(len(places))
+        found = real(job, step, places)
+        return dataclasses.replace(found, peak=10**9 + 10**6 * found.tokens)
+
+    monkeypatch.setattr(forecast, "LARGEST", {"cpu": 200})
+    monkeypatch.setattr(forecast, "_pass", passes)
+    monkeypatch.setattr(forecast, "limit_bytes", lambda device: int(2e9))
+    with pytest.raises(RecipeError, match=r"Would fit, with the same result: train\.micro_batch_tokens=\d+"):
+        tunesmith.train(made, out=tmp_path / "run")
+    assert max(tried) < 20
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast, "limit_bytes", lambda device: 100_000)
+    monkeypatch.setattr(forecast.setup, "build", None)
+    with pytest.raises(RecipeError, match="missing before the first row is read"):
+        tunesmith.train(recipe(tmp_path), out=tmp_path / "run")
 
 
 def test_memory_without_measure_is_refused(tmp_path, capsys):

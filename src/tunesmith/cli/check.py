@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,20 +33,37 @@ def check(
         raise UserError("--memory takes a number of GB above 0 and goes with --measure: tunesmith check --measure --memory 8 ...")
     checked = load(recipe, overrides or ())
 
-    from tunesmith.engine import run
+    from tunesmith.engine import machine, run
 
-    if measure:
-        limit = None if memory is None else int(memory * 1e9)
-        with console().status("measuring (nothing of it is kept)") as status:
-            found = run.check(checked, measure=True, memory_limit_bytes=limit, say=lambda doing: status.update(f"{doing} ..."))
-    else:
-        found = run.check(checked)
-    result(found, as_json, lambda found: "\n".join(lines(found)))
-    if measure and not found["forecast"]["fits"]:
+    if not measure:
+        result(run.check(checked), as_json, lambda found: "\n".join(lines(found)))
+        say("This recipe can run. What it will take: tunesmith check --measure")
+        return 0
+    limit = None if memory is None else int(memory * 1e9)
+    with _doing() as doing:
+        known = _nothing if as_json else lambda facts: result(facts, False, lambda found: "\n".join(lines(found)))
+        found = run.check(checked, measure=True, memory_limit_bytes=limit, spent=machine.age(), known=known, say=doing)
+    result(found, as_json, lambda found: "\n".join(_aligned(_forecast(found["forecast"]))))
+    if not found["forecast"]["fits"]:
         say(f"error: {_short_of(found['forecast'])}")
         return UserError.exit_code
-    say("This recipe can run." if measure else "This recipe can run. What it will take: tunesmith check --measure")
+    say("This recipe can run.")
     return 0
+
+
+def _nothing(facts: Mapping[str, Any]) -> None:
+    """Under --json there is one object, at the end."""
+
+
+@contextmanager
+def _doing() -> Iterator[Callable[[str], None]]:
+    """A function that shows what is being done: in place on a terminal, as lines elsewhere."""
+    screen = console()
+    if not screen.is_terminal:
+        yield lambda doing: say(f"measuring: {doing}")
+        return
+    with screen.status("measuring (nothing of it is kept)") as status:
+        yield lambda doing: status.update(f"measuring (nothing of it is kept): {doing} ...")
 
 
 def _short_of(forecast: Mapping[str, Any]) -> str:
@@ -83,8 +101,11 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         ("precision", f"{precision['compute']} ({precision['why']})"),
         ("", f"trained weights {precision['trained_weights']}, frozen weights {precision['frozen_weights']}"),
         *(("note", line) for line in found["notes"]),
-        *(_forecast(found["forecast"]) if "forecast" in found else []),
     ]
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{name:<11} {text}" for name, text in rows]
 
 
@@ -101,7 +122,10 @@ def _forecast(forecast: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"micro-batches of at most {forecast['micro_batch_tokens']:,} tokens, the heaviest {forecast['heaviest_tokens']:,}",
         ),
         ("speed", f"{forecast['seconds_per_step']:.2f} s a step, {forecast['tokens_per_second']:,.0f} tokens/s"),
-        ("time", f"about {duration(forecast['total_seconds'])} to the end: {time}"),
+        (
+            "time",
+            f"about {duration(forecast['total_seconds'])} to the end: {time}, saving {duration(forecast['saving_seconds'])}",
+        ),
     ]
 
 

@@ -6,6 +6,7 @@ else, so that a run that does not fit fails in its first seconds; two such passe
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,9 +18,12 @@ import numpy as np
 import torch
 
 from tunesmith.data.pack import to_device
-from tunesmith.engine import batching, distributed, figures, loop, machine, route, samples, setup
+from tunesmith.engine import batching, distributed, figures, loop, machine, route, samples, setup, state, tracking
 from tunesmith.engine.config import TrainConfig
+from tunesmith.engine.folder import RunFolder
+from tunesmith.engine.hooks import Hooks
 from tunesmith.engine.loop import Job
+from tunesmith.engine.state import Run
 from tunesmith.errors import RecipeError
 from tunesmith.models import kernels
 
@@ -32,6 +36,9 @@ SHARE = 0.9
 
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1, "sgd": 4.0, "lion": 4.0}
 """Optimiser state for each trained parameter (at most), while none has been made yet."""
+
+FEWEST_STEPS, STEPPING = 2, 10.0
+"""Steps that are timed at least, and seconds after which no more are taken."""
 
 EVALUATED = 16
 """Held-out rows that are timed."""
@@ -72,31 +79,60 @@ def first_budget(config: TrainConfig, device: torch.device) -> int:
     return wanted if isinstance(wanted, int) else LARGEST.get(device.type, LARGEST["cpu"])
 
 
-def measure_memory(job: Job) -> Memory:
-    """Try one short row, then the heaviest micro-batch of the run under ``job.budget``, which is lowered where that ran out."""
+def measure_memory(job: Job, limit: int) -> Memory:
+    """Try one short row, then the heaviest micro-batch of the run under ``job.budget``, which is lowered where that ran out.
+
+    A CPU's system does not refuse memory, it kills. So there a micro-batch much larger than usual is first tried in part, and
+    where that shows that the whole would hold more than ``limit`` bytes, ``heaviest`` is what it would be.
+    """
     rows = job.plan.rows(1)
     state = distributed.state()
     mine = list(range(len(rows)))[state.process_index :: state.num_processes] or [0]
     shortest = min(mine, key=lambda place: (job.plan.data.lengths[rows[place]], place))
     small = _pass(job, 1, [shortest])
     step, places = batching.heaviest(job.plan, job.budget, job.packed, state.process_index, state.num_processes)
-    large = _pass(job, step, places)
-    apart = large.tokens - small.tokens
-    per_token = max(0.0, (large.peak - small.peak) / apart) if apart > 0 else 0.0
     masters = job.update.masters
     begun = any(job.update.optimizer.state.values())
-    return Memory(large, per_token, 0 if begun else int(masters.size * masters.share * STATE_BYTES[job.config.optim]))
+    pending = 0 if begun else int(masters.size * masters.share * STATE_BYTES[job.config.optim])
+    tokens, part = _tokens(job, step, places), _part(job, step, places)
+    if job.device.type == "cpu" and tokens > 2 * _tokens(job, step, part):
+        some = _pass(job, step, part)
+        per_token = _slope(small, some)
+        whole = int(some.peak + (tokens - some.tokens) * per_token)
+        if whole + pending > limit:
+            return Memory(Pass(tokens, some.seconds * tokens / some.tokens, whole), per_token, pending)
+    large = _pass(job, step, places)
+    return Memory(large, _slope(small, large), pending)
+
+
+def _slope(small: Pass, large: Pass) -> float:
+    """Bytes that each further token takes."""
+    apart = large.tokens - small.tokens
+    return max(0.0, (large.peak - small.peak) / apart) if apart > 0 else 0.0
+
+
+def _part(job: Job, step: int, places: list[int]) -> list[int]:
+    """The first rows of a micro-batch, up to the tokens that a device is fast with; one row at least."""
+    most = 1
+    while most < len(places) and _tokens(job, step, places[: most + 1]) <= LARGEST["cpu"]:
+        most += 1
+    return places[:most]
+
+
+def _tokens(job: Job, step: int, places: list[int]) -> int:
+    """Of these rows as a micro-batch, padding counted."""
+    lengths = [int(job.plan.data.lengths[row]) for row in job.plan.rows(step)[places]]
+    return sum(lengths) if job.packed else max(lengths) * len(lengths)
 
 
 def _pass(job: Job, step: int, places: list[int]) -> Pass:
-    lengths = [int(job.plan.data.lengths[row]) for row in job.plan.rows(step)[places]]
     kernels.return_freed_memory()
     with machine.PeakWatch(job.device) as watch:
         started = time.perf_counter()
         loop.rehearse(job, step, places)
         machine.synchronize(job.device)
         seconds = time.perf_counter() - started
-    return Pass(sum(lengths) if job.packed else max(lengths) * len(lengths), seconds, watch.peak)
+    return Pass(_tokens(job, step, places), seconds, watch.peak)
 
 
 def limit_bytes(device: torch.device) -> int:
@@ -108,20 +144,35 @@ def limit_bytes(device: torch.device) -> int:
     return machine.memory_bytes() + machine.available_memory_bytes() // state.num_processes
 
 
+def check_weights(ready: setup.Setup, limit: int) -> None:
+    """Raise RecipeError when weights, masters and optimiser alone hold more than ``limit`` bytes: before they are loaded."""
+    total, trained = ready.parameters["total"], ready.parameters["trainable"]
+    each = ready.precision.compute.itemsize
+    masters = 4 if each < 4 else 0
+    sharing = distributed.state().num_processes if ready.sharding else 1
+    needed = int(total * each + trained * (masters + 4 + STATE_BYTES[ready.recipe.train.optim]) / sharing)
+    if needed > limit:
+        raise RecipeError(
+            f"the weights, with gradients and the optimiser's state, take {figures.size(needed)}, and {figures.size(limit)} are "
+            f"there: {figures.size(needed - limit)} are missing before the first row is read.\n"
+            "  Take adaptation=lora (it trains a hundredth of the weights), train.optim=adafactor, or a smaller model."
+        )
+
+
 def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
     """Run the heaviest micro-batch first, and with ``automatic`` choose ``job.budget`` so that it fits ``limit`` bytes.
 
     Raises RecipeError, with what is missing and what would fit, when the run cannot fit: before the first step.
     """
-    memory = measure_memory(job)
     limit = limit_bytes(job.device) if limit is None else limit
+    memory = measure_memory(job, limit)
     longest = int(job.plan.data.lengths.max())
     # all processes decide on the same numbers: those of the one that has the least room
     tight = distributed.gather([(memory.peak - SHARE * limit, memory.tokens_within(int(SHARE * limit)), job.budget)])
     over, fitting, job.budget = max(one for one, _, _ in tight), min(one for _, one, _ in tight), min(one for _, _, one in tight)
     if automatic and over > 0 and fitting >= min(longest, job.budget) and fitting >= SMALLEST:
         job.budget = _rounded(fitting)
-        memory = measure_memory(job)
+        memory = measure_memory(job, limit)
         job.budget = min(distributed.gather([job.budget]))
         return memory
     if any(distributed.gather([memory.peak > limit])):
@@ -168,13 +219,16 @@ def forecast(
     """Load the model, take real steps, and say what the run will need. Nothing of it is kept.
 
     ``loading_from``: ``time.perf_counter()`` of the start, for the seconds before the first step. ``limit``: bytes that the run
-    may hold, to plan for another machine. ``say`` is told what is being done.
+    may hold, to plan for another machine. ``say`` is told what is being done. The model and a checkpoint are saved once, beside
+    where runs are kept, and removed.
 
     Keys: micro_batch_tokens, heaviest_tokens, peak_memory_bytes (above what the process held before the model, as in a run's
     result), needed_memory_bytes and memory_limit_bytes (of the process), fits, remedies, seconds_per_step, tokens_per_second,
-    train_seconds, evaluation_seconds (each), evaluations, total_seconds.
+    train_seconds, evaluation_seconds (each), evaluations, saving_seconds (in all), total_seconds.
     """
     before = machine.peak_memory_bytes()
+    limit = limit_bytes(ready.device) if limit is None else limit
+    check_weights(ready, limit)
     say("loading the model")
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         built = setup.build(ready, Path(folder))
@@ -183,35 +237,36 @@ def forecast(
         packed=built.route.packed, budget=first_budget(ready.recipe.train, ready.device), device=ready.device, noise=built.noise,
         log=lambda record: None, evaluate=lambda at: None, save=lambda at: None,
     )  # fmt: skip
-    limit = limit_bytes(ready.device) if limit is None else limit
     automatic = ready.recipe.train.micro_batch_tokens == "auto"
     say("trying the heaviest micro-batch")
-    try:
-        settle(job, automatic, limit)
-        fits = True
-    except RecipeError:
-        fits = False
+    settle(job, automatic, limit)
     started = time.perf_counter() - loading_from
-    say("taking three steps")
+    say("taking a few steps")
     seconds, tokens, update = _timed_steps(job)
-    memory = measure_memory(job)  # again, now that the optimiser has its state
+    memory = measure_memory(job, limit)  # again, now that the optimiser has its state
     say("evaluating some rows")
     evaluation = _evaluation_seconds(job, ready, built.route)
     peak = int(torch.cuda.max_memory_allocated(ready.device)) if ready.device.type == "cuda" else machine.peak_memory_bytes()
     needed = max(peak, memory.peak)
     in_all = _tokens_of_run(ready.plan)
     train_seconds = in_all * seconds / tokens + ready.plan.steps * update
-    train = ready.recipe.train
-    evaluations = 0 if ready.data.eval is None else 1 + sum(
-        step == ready.plan.steps or batching.due(train.eval_steps, step, ready.plan.steps, ready.plan.steps_per_epoch)
-        for step in range(1, ready.plan.steps + 1)
-    )  # fmt: skip
-    fits = fits and needed <= limit
+    train, plan = ready.recipe.train, ready.plan
+
+    def times(every: float | str | None) -> int:
+        """How often something falls due, the last step included."""
+        steps = range(1, plan.steps + 1)
+        return sum(step == plan.steps or batching.due(every, step, plan.steps, plan.steps_per_epoch) for step in steps)
+
+    evaluations = 0 if ready.data.eval is None else 1 + times(train.eval_steps)
+    say("saving the model and a checkpoint")
+    model_seconds, checkpoint_seconds = _saving_seconds(job, ready, built)
+    saving = max(1, evaluations - 1) * model_seconds + times(train.save_steps) * checkpoint_seconds
+    fits = needed <= limit
     longest = int(ready.data.train.lengths.max())
     return {
         "micro_batch_tokens": job.budget,
         "heaviest_tokens": memory.heaviest.tokens,
-        "peak_memory_bytes": needed - (0 if ready.device.type == "cuda" else before),
+        "peak_memory_bytes": max(0, needed - (0 if ready.device.type == "cuda" else before)),
         "needed_memory_bytes": needed,
         "memory_limit_bytes": limit,
         "fits": fits,
@@ -221,15 +276,23 @@ def forecast(
         "train_seconds": train_seconds,
         "evaluation_seconds": evaluation,
         "evaluations": evaluations,
-        "total_seconds": started + train_seconds + evaluations * evaluation,
+        "saving_seconds": saving,
+        "total_seconds": started + train_seconds + evaluations * evaluation + saving,
     }
 
 
 def _timed_steps(job: Job) -> tuple[float, int, float]:
-    """(seconds, tokens) of forward and backward, and seconds of an update: real steps of the plan, the first to warm up."""
-    passes, updates, tokens = 0.0, [], 0
-    chosen = _typical(job.plan)
-    for number, at in enumerate([chosen[0], *chosen]):
+    """(seconds, tokens) of forward and backward, and seconds of an update: real steps of the plan, the first to warm up.
+
+    Each is another step, because other rows make other shapes, and those take time of their own. As many are taken as lie between
+    two returns of freed memory, so that their peak is that of a run; of long steps fewer.
+    """
+    passes, tokens = 0.0, 0
+    updates: list[float] = []
+    begun = time.perf_counter()
+    for number, at in enumerate(_typical(job.plan, 1 + loop.TRIM_STEPS)):
+        if len(updates) >= FEWEST_STEPS and time.perf_counter() - begun > STEPPING:
+            break
         step = loop.planned(job, at)
         started = time.perf_counter()
         job.model.train()
@@ -246,11 +309,27 @@ def _timed_steps(job: Job) -> tuple[float, int, float]:
     return passes, max(1, tokens), min(updates)
 
 
-def _typical(plan: batching.Plan) -> list[int]:
-    """The two steps, of the first fifty, that are nearest to the mean number of tokens."""
+def _typical(plan: batching.Plan, number: int) -> list[int]:
+    """So many steps of the first fifty, those nearest to the mean number of tokens; again and again where there are fewer."""
     first = range(1, min(plan.steps, 50) + 1)
     mean = _tokens_of_run(plan) / plan.steps
-    return sorted(first, key=lambda step: abs(int(plan.data.lengths[plan.rows(step)].sum()) - mean))[:2]
+    nearest = sorted(first, key=lambda step: abs(int(plan.data.lengths[plan.rows(step)].sum()) - mean))[:number]
+    return [nearest[place % len(nearest)] for place in range(number)]
+
+
+def _saving_seconds(job: Job, ready: setup.Setup, built: setup.Built) -> tuple[float, float]:
+    """Of the model, of a checkpoint. Whatever keeps a run from being saved is met here."""
+    runs = Path("runs") if Path("runs").is_dir() else Path()
+    beside = runs if os.access(runs, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".tunesmith-", dir=beside) as name:
+        nowhere, folder = tracking.Metrics(os.devnull), RunFolder(Path(name))
+        run = Run(ready, folder, built.model, job.update, built.route, nowhere, nowhere, tracking.Progress(None), True, Hooks())
+        seconds = []
+        for save in (lambda: state.save_model(run), lambda: state.save(run, loop.Progression(step=1))):
+            started = time.perf_counter()
+            save()
+            seconds.append(time.perf_counter() - started)
+    return seconds[0], seconds[1]
 
 
 def _tokens_of_run(plan: batching.Plan) -> int:

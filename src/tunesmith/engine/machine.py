@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,13 @@ def synchronize(device: Any) -> None:
         import torch
 
         torch.cuda.synchronize(device)
+
+
+def age() -> float:
+    """Seconds since this process began: a program spends some of them on imports."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

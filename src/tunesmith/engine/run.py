@@ -89,14 +89,17 @@ def check(
     *,
     measure: bool = False,
     memory_limit_bytes: int | None = None,
+    spent: float = 0.0,
+    known: Callable[[dict[str, Any]], None] = lambda facts: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """All that can be known before training: data and masks, steps, parameters, number formats. Raises UserError.
 
     ``measure``: load the model too and take a few real steps; ``forecast`` of the result says what the run will need (see
-    ``engine.forecast.forecast``). ``memory_limit_bytes``: plan for a machine with so much; ``say`` is told what is being done.
+    ``engine.forecast.forecast``). ``memory_limit_bytes``: plan for a machine with so much; ``spent``: seconds that the process
+    took so far, as a run's will too. ``known`` gets the result as it is before measuring, ``say`` is told what is being done.
     """
-    started = time.perf_counter()
+    started = time.perf_counter() - spent
     chosen = _resolve(recipe, overrides)
     require(chosen.train.report_to)
     if measure:
@@ -104,7 +107,7 @@ def check(
     said: list[str] = []
     ready = setup.read(chosen, distributed.state().device, said.append)
     of_the_data = set(ready.data.report.lines())
-    return {
+    facts: dict[str, Any] = {
         "model": str(ready.model_folder.path),
         "objective": chosen.resolved()["objective"],
         "adaptation": chosen.resolved()["adaptation"],
@@ -118,8 +121,11 @@ def check(
         "trainable_percent": 100 * ready.parameters["trainable"] / ready.parameters["total"],
         "precision": ready.precision.as_dict(),
         "notes": [line for line in said if line not in of_the_data],
-        **({"forecast": forecast.forecast(ready, started, memory_limit_bytes, say)} if measure else {}),
     }
+    if not measure:
+        return facts
+    known(facts)
+    return {**facts, "forecast": forecast.forecast(ready, started, memory_limit_bytes, say)}
 
 
 def _resolve(recipe: Recipe | dict[str, Any] | str | Path, overrides: Sequence[str]) -> Recipe:
@@ -150,6 +156,7 @@ def _run(
 ) -> dict[str, Any]:
     """``changed``: keys of the recipe that are not as they were when the run was started."""
     before_model = machine.peak_memory_bytes()
+    forecast.check_weights(ready, forecast.limit_bytes(ready.device))
     built = setup.build(ready, run_folder.path)
     run = Run(
         ready, run_folder, built.model, built.update, built.route, _records(run_folder, "metrics.jsonl", main),
