@@ -1,8 +1,6 @@
 """``python -m tunesmith`` is the command ``tunesmith``."""
 
-import sys
-
-from tunesmith.cli.main import main
+from tunesmith.cli.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

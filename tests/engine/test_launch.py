@@ -15,6 +15,7 @@ import tunesmith
 from tests.engine.launching import launched, start
 from tests.runs import apart, killed_before, recipe, weights
 from tunesmith import errors
+from tunesmith.cli.main import main
 from tunesmith.engine import distributed, launch, loop, tracking, watch
 from tunesmith.engine.reproduce import reproduce
 from tunesmith.engine.watch import Note
@@ -158,6 +159,13 @@ def test_more_processes_than_rows_of_a_step_are_refused(made, told, tmp_path, mo
     monkeypatch.setattr(distributed, "state", lambda: here)
     with pytest.raises(errors.RecipeError, match=told):
         tunesmith.check(recipe(tmp_path, count=4, **made))
+
+
+def test_more_processes_than_rows_of_a_step_are_refused_before_any_is_started(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "launch", None)
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe(tmp_path)))
+    assert main(["launch", "--processes", "50", str(tmp_path / "r.yaml")]) == 2
+    assert "50 processes share the rows of a step, and train.batch_size is 5" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import importlib
 import json
 import math
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -218,6 +219,21 @@ def test_a_tracker_that_hangs_holds_up_nothing_but_the_end_and_that_for_a_moment
     told.close()
     never.set()
     assert said == ["tensorboard did not end within 0 s and was left; metrics.jsonl holds every figure."]
+
+
+HANGS = """
+import threading, time
+from tunesmith.cli.main import leave
+from tunesmith.engine import trackers
+threading.Thread(target=time.sleep, args=(60,), name="tunesmith tracker wandb").start()
+print("the result")
+leave(3)
+"""
+
+
+def test_a_tracker_that_hangs_does_not_keep_the_program_from_ending():
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (3, "the result\n")
 
 
 def test_records_that_a_slow_tracker_has_no_room_for_are_counted(monkeypatch):

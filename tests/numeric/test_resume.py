@@ -124,6 +124,14 @@ def test_a_signal_saves_and_stops(number, tmp_path, monkeypatch):
     assert history(tmp_path / "run") == history(tmp_path / "straight")
 
 
+def test_a_finished_run_stays_as_it_is(tmp_path):
+    made = longer(tmp_path)
+    first = tunesmith.train(made, out=tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json*")}
+    assert tunesmith.train(made, out=tmp_path / "run", resume=True) == json.loads(json.dumps(first))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json*")} == before
+
+
 def test_another_recipe_is_not_resumed(tmp_path):
     made = longer(tmp_path)
     tunesmith.train(made, out=tmp_path / "run")

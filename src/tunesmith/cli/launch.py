@@ -24,7 +24,11 @@ def launch(
     """Train with several processes on this machine: the update of one process, in less time."""
     from tunesmith.recipe import load
 
-    load(recipe, overrides or ())  # a wrong recipe starts nothing
+    checked = load(recipe, overrides or ())  # a wrong recipe starts nothing
+
+    from tunesmith.engine.batching import check_processes
+
+    check_processes(processes, checked.train.batch_size, "train.batch_size is")
 
     from tunesmith.engine.launch import launch as start
 

@@ -14,7 +14,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -94,6 +94,21 @@ def main(argv: list[str] | None = None, fail: Callable[[BaseException, int, bool
         return fail(KeyboardInterrupt("interrupted"), 130, as_json)
     except Exception as error:  # noqa: BLE001 - the last line of defence: whatever arrives here is a bug of ours
         return fail(_bug(error, debug), 1, as_json)
+
+
+def leave(code: int) -> NoReturn:
+    """End the program. A tracker that hangs has handlers of its own that would wait for it: then without them."""
+    trackers = sys.modules.get("tunesmith.engine.trackers")
+    if trackers is not None and trackers.left():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def program() -> NoReturn:
+    """The command ``tunesmith``."""
+    leave(main())
 
 
 def _bug(error: Exception, debug: bool) -> Exception:

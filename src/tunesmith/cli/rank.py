@@ -29,4 +29,8 @@ def run(folder: Path, rank: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(Path(sys.argv[1]), int(os.environ["RANK"])))
+    code = run(Path(sys.argv[1]), int(os.environ["RANK"]))
+
+    from tunesmith.cli.main import leave
+
+    leave(code)

@@ -15,6 +15,7 @@ import numpy as np
 
 from tunesmith.data import mix
 from tunesmith.data.encoded import Encoded
+from tunesmith.errors import RecipeError
 
 LOOKED_AT = 2000
 """Steps whose micro-batches are compared to find the heaviest: a tenth of a second."""
@@ -76,6 +77,15 @@ def micro_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[lis
             groups.append([row])
             used = longest = lengths[row]
     return groups
+
+
+def check_processes(processes: int, rows: int, what: str) -> None:
+    """The rows of a step are shared out over the processes; one that never has a row would only cost. Raises RecipeError."""
+    if processes > rows:
+        raise RecipeError(
+            f"{processes} processes share the rows of a step, and {what} {rows}: {processes - rows} would never have one.\n"
+            f"  Start at most {rows} processes, or give each step more rows."
+        )
 
 
 def split(plan: Plan, step: int, budget: int, packed: bool, process: int = 0, processes: int = 1) -> list[list[int]]:

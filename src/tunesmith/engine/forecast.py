@@ -322,8 +322,8 @@ def _saving_seconds(job: Job, ready: setup.Setup, built: setup.Built) -> tuple[f
     runs = Path("runs") if Path("runs").is_dir() else Path()
     beside = runs if os.access(runs, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".tunesmith-", dir=beside) as name:
-        nowhere, folder = tracking.Metrics(os.devnull), RunFolder(Path(name))
-        run = Run(ready, folder, built.model, job.update, built.route, nowhere, nowhere, tracking.Progress(None), True, Hooks())
+        folder, empty = RunFolder(Path(name)), tracking.Metrics(Path(name) / "metrics.jsonl")
+        run = Run(ready, folder, built.model, job.update, built.route, empty, empty, tracking.Progress(None), True, Hooks())
         seconds = []
         for save in (lambda: state.save_model(run), lambda: state.save(run, loop.Progression(step=1))):
             started = time.perf_counter()

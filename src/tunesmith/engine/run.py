@@ -167,6 +167,9 @@ def _run(
         progress.note(line)
     resumed = run_folder.manifest() != {}
     at = state.restore(run)
+    if at.step >= ready.plan.steps and (kept := run_folder.manifest().get("result")):
+        progress.note("the run is finished already: nothing is left to train, and what is kept of it stays as it is")
+        return kept if main else {}
     if changed:
         progress.note(f"changed since the run was started, with the same result: {', '.join(changed)}")
     if "train.micro_batch_tokens" in changed:

@@ -62,7 +62,8 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     Raises UserError for anything that cannot work.
     """
     load.quiet()
-    _check_processes(recipe.train.batch_size, "train.batch_size is")
+    processes = distributed.state().num_processes
+    batching.check_processes(processes, recipe.train.batch_size, "train.batch_size is")
     device = placement.device_of(recipe.device_map, device)
     folder = locate(recipe.model, recipe.trust_remote_code)
     _check_adapter_choice(recipe, folder)
@@ -87,7 +88,7 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
         say(line)
     train = recipe.train
     plan = batching.plan(data.train, train.batch_size, recipe.seed, train.shuffle, train.epochs, train.max_steps)
-    _check_processes(len(plan.rows(1)), "the rows to learn from are")
+    batching.check_processes(processes, len(plan.rows(1)), "the rows to learn from are")
     rate = optim.schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), train, plan.steps)
     del rate  # built once to find a schedule that cannot be, before weights load
     return Setup(
@@ -172,16 +173,6 @@ def build(setup: Setup, out: Path) -> Built:
     scale = precision.LossScale() if setup.precision.compute is torch.float16 else None
     update = Update(masters, optimizer, schedule, train.max_grad_norm, recipe.seed, scale)
     return Built(model, update, row_noise, chosen, [*said, *chosen.notes])
-
-
-def _check_processes(rows: int, what: str) -> None:
-    """The rows of a step are shared out over the processes; one that never has a row would only cost."""
-    processes = distributed.state().num_processes
-    if processes > rows:
-        raise RecipeError(
-            f"{processes} processes share the rows of a step, and {what} {rows}: {processes - rows} would never have one.\n"
-            f"  Start at most {rows} processes, or give each step more rows."
-        )
 
 
 def _first(setup: Setup) -> list[Example]:

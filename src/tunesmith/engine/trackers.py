@@ -94,6 +94,11 @@ def sent(record: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def left() -> bool:
+    """Whether a tracker that did not end in time is still at it."""
+    return any(thread.name.startswith(_THREAD) and thread.is_alive() for thread in threading.enumerate())
+
+
 class Trackers:
     """All trackers of a run. ``say`` gets one line for each that failed, was too slow, or did not end in time."""
 
