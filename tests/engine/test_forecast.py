@@ -167,6 +167,7 @@ def test_auto_takes_what_fits_and_counts_the_optimiser(tmp_path, monkeypatch):
     """Measured: 10,000 bytes and 10 a token; 1,000 bytes to come. Of 20,000 bytes nine tenths may be used: 700 tokens."""
     job = type("J", (), {})()
     job.budget, job.packed = 2048, True
+    job.model, job.update = torch.nn.Linear(4, 4), type("U", (), {"masters": type("M", (), {"size": 20})()})()
     job.plan = type("P", (), {"data": type("D", (), {"lengths": torch.tensor([300])})()})()
     job.config = type("C", (), {"gradient_checkpointing": False})()
     job.device = torch.device("cpu")

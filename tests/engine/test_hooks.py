@@ -5,7 +5,7 @@ import pytest
 import tunesmith
 from tests.runs import apart, history, recipe, weights
 from tunesmith.engine import tracking
-from tunesmith.errors import NonFiniteError
+from tunesmith.errors import NonFiniteError, RecipeError
 
 
 def with_evaluation(folder, **train):
@@ -51,6 +51,11 @@ def test_true_ends_the_run_after_its_step_with_a_model_that_was_evaluated(tmp_pa
     assert [one["step"] for one in history(tmp_path / "run") if one["kind"] == "eval"][-1] == step
     assert (tmp_path / "run" / "checkpoints" / f"step-{step}").is_dir()
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_what_is_no_function_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(RecipeError, match="on_log: expected a function, got 3"):
+        tunesmith.train(recipe(tmp_path), out=tmp_path / "run", on_log=3)
 
 
 def test_only_true_ends_a_run(tmp_path):

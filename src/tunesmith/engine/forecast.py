@@ -204,10 +204,10 @@ def remedies(job: Job, memory: Memory, fitting: int, longest: int) -> list[str]:
         found.append("train.gradient_checkpointing=true keeps one layer's activations instead of all")
     if fitting < longest:
         found.append(f"the longest row has {longest:,} tokens: lower train.max_length, with objective.overlong=truncate or drop")
-    return [
-        *found,
-        "adaptation=lora (where it is full) keeps no optimiser state for the whole network, and so does a smaller model",
-    ]
+    everything = sum(parameter.numel() for parameter in job.model.parameters())
+    if job.update.masters.size > everything / 2:
+        found.append("adaptation=lora keeps no optimiser state for the whole network")
+    return [*found, "a smaller model takes less"]
 
 
 # --------------------------------------------------------------------------------------------------- the whole run

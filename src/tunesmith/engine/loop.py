@@ -130,7 +130,9 @@ def fit(job: Job, at: Progression) -> str | None:
             if verdict:
                 return verdict
             if stopping and not last:
-                raise Interrupted(f"stopped by {stopping} after step {at.step}; a checkpoint was saved (step {saved})")
+                raise Interrupted(
+                    f"stopped by {stopping} after step {at.step}; a checkpoint was saved (step {saved}): go on with --resume"
+                )
     return None
 
 

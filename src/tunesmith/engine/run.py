@@ -71,6 +71,9 @@ def train(
     if main and not resume:
         folder.check_free(target)
     kernels.keep_freed_memory()
+    for name, function in (("on_log", on_log), ("on_eval", on_eval), ("on_save", on_save)):
+        if function is not None and not callable(function):
+            raise RecipeError(f"{name}: expected a function, got {function!r}")
     hooks = Hooks(on_log, on_eval, on_save)  # called in the main process; the others only know that there are some
     told = chosen.train.report_to if main else []
     with tracking.Progress(console if main else None) as progress, hushed(told):
