@@ -126,6 +126,20 @@ def test_choices_that_contradict_or_do_nothing_are_refused(overrides, words):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["adaptation.type=full", "adaptation.loraplus_lr_ratio=16"],
+            "`adaptation.loraplus_lr_ratio` belongs to `adaptation.type: lora`. Choose that, or leave the key out. Valid here: type",
+        ),
+        (["objective={type: cpt, train_on: all}"], "`objective.train_on` belongs to `objective.type: sft`"),
+    ],
+)
+def test_a_key_of_another_type_is_said_to_belong_to_it(overrides, said):
+    assert said in refused(*overrides) and "Did you mean" not in refused(*overrides)
+
+
+@pytest.mark.parametrize(
     ("override", "meant"),
     [
         ("data.max_length=512", "`train.max_length`"),

@@ -267,7 +267,13 @@ def _explain(model: type[BaseModel], errors: Sequence[Any], text: recipe_text.Te
         if error["type"] in ("extra_forbidden", "invalid_key"):
             valid = [*_keys_at(model, error["loc"][:-1]), *(["type"] if prefix and len(error["loc"]) == 1 else [])]
             name = str(error["loc"][-1])
-            lines.append(f"{where}: unknown key `{key}`. {did_you_mean(name, valid, _places(name))}")
+            owners = _owners(prefix[0], name) if prefix and len(error["loc"]) == 1 else []
+            if owners:
+                kinds = " or ".join(f"`{prefix[0]}.type: {owner}`" for owner in owners)
+                here = ", ".join(sorted(valid))
+                lines.append(f"{where}: `{key}` belongs to {kinds}. Choose that, or leave the key out. Valid here: {here}")
+            else:
+                lines.append(f"{where}: unknown key `{key}`. {did_you_mean(name, valid, _places(name))}")
         elif error["type"] == "missing":
             if error["loc"][:-1] not in unknown_in:  # else the unknown key is the missing one, mistyped
                 lines.append(f"{where}: the key `{key}` is missing")
@@ -280,11 +286,20 @@ def _explain(model: type[BaseModel], errors: Sequence[Any], text: recipe_text.Te
     return lines
 
 
+PARTS = {"objective": objectives, "adaptation": adaptations}
+"""Keys of a recipe whose own keys depend on their ``type``."""
+
+
+def _owners(part: str, name: str) -> list[str]:
+    """The types of "objective" or "adaptation" that have a key of this name: ("adaptation", "r") -> ["lora"]."""
+    return [kind for kind in PARTS[part].names() if name in PARTS[part].module(kind).Config.model_fields]
+
+
 def _places(name: str) -> list[str]:
     """Where a key of this name may stand in a recipe: ``max_length`` -> ``train.max_length``."""
     parts: list[tuple[str, type[BaseModel]]] = [("", Recipe)]
-    for part, package in (("objective.", objectives), ("adaptation.", adaptations)):
-        parts += [(part, package.module(choice).Config) for choice in package.names()]
+    for part, package in PARTS.items():
+        parts += [(f"{part}.", package.module(choice).Config) for choice in package.names()]
     found = []
     for prefix, model in parts:  # grows while it is read
         found += [prefix + name] if name in model.model_fields else []

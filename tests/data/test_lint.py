@@ -47,7 +47,28 @@ def test_a_file_that_is_no_use_is_a_problem_of_the_file(tmp_path, name):
     if name != "missing.json":
         write(tmp_path, name, {"empty.jsonl": b"\n\n", "columns.csv": b"foo,bar\n1,2\n"}.get(name, b"x"))
     (problem,) = lint([Source(path=str(tmp_path / name))]).problems
-    assert problem.field == "file" and name in problem.got
+    assert problem.field == "file" and name in problem.got and problem.where == str(tmp_path / name)
+    assert str(problem) == problem.got  # one message, which names the file itself, and no row 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("nofile.json", None, "data file not found: {path}. Data files in {folder}: neg.jsonl. Check the name and the folder."),
+        ("neq.jsonl", None, "data file not found: {path}. Did you mean neg.jsonl?"),
+        ("no/rows.json", None, "data file not found: {path}. There is no folder {folder}/no. Check the path."),
+        ("empty.json", b"", "{path} has no rows. Expected at least one, such as "),
+        ("noending", b"{}", "{path}: its name has no ending that says what it holds. Expected one of .json, "),
+        ("odd.xyz", b"{}", "{path}: unknown kind of file '.xyz'. Expected one of .json, "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_said_once(tmp_path, name, content, said):
+    write(tmp_path, "neg.jsonl", lines(GOOD))
+    write(tmp_path, "notes.md", b"")
+    if content is not None:
+        write(tmp_path, name, content)
+    (problem,) = lint([Source(path=str(tmp_path / name))]).problems
+    assert str(problem).startswith(said.format(path=tmp_path / name, folder=tmp_path))
 
 
 def test_duplicates_inside_and_between(tmp_path):

@@ -392,6 +392,58 @@ def test_a_method_that_calls_its_namesake_of_another_object_is_not_recursive():
     assert [row["labels"] for _, row in multilabel.MAKER.candidates(module, "en", 0)] == [[], ["recursion"]]
 
 
+# Properties
+
+
+PROPERTIES = '''
+class Box:
+    """A box. Calls `width` and `fill()`, then setting width_of is done."""
+
+    @property
+    def width(self):
+        """How wide it is, in units."""
+        raise ValueError("no width")
+
+    @width.setter
+    def width(self, value=1):
+        """Set it."""
+
+    @functools.cached_property
+    def width_of(self):
+        """How wide it was, in units."""
+
+    @types.DynamicClassAttribute
+    def tall(self):
+        """How tall it is, in units."""
+
+    def fill(self, amount=3):
+        """Call `fill` to fill the box."""
+'''
+
+
+@pytest.mark.parametrize("kind", ["tag", "qa", "instructions"])
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_nothing_says_that_a_property_is_called(kind, lang):
+    module = library.Module("boxes", PROPERTIES, ast.parse(PROPERTIES))
+    made = [row for _, row in maker(kind).candidates(module, lang, 0)]
+    if kind == "tag":
+        named = {name for row in made for shown, name in entities(row) if shown in ("FUNCTION", "함수")}
+        assert named == {"fill"}
+    elif kind == "qa":
+        assert not [row for row in made if re.search(r"(method|function) `(width|tall)", row["question"])]
+    else:
+        assert made and not [row for row in made if re.search("def (width|tall)", row["output"] + row["input"])]
+
+
+@pytest.mark.parametrize(("lang", "said"), [("en", "property"), ("ko", "속성")])
+def test_questions_about_properties_call_them_so(lang, said):
+    module = library.Module("boxes", PROPERTIES, ast.parse(PROPERTIES))
+    asked = [row["instruction"] for _, row in maker("docstrings").candidates(module, lang, 0)]
+    about = [one for one in asked if re.search("boxes.Box.(width|tall)", one)]
+    assert about and all(said in one for one in about)
+    assert any(said in row["instruction"] and "`int.real`" in row["instruction"] for _, row in maker("docstrings").besides(lang))
+
+
 # Tags
 
 
@@ -491,6 +543,10 @@ def test_names_in_sentences_by_example(sentence, named):
         "Sets its `name` attribute.",  # whatever has that name
         "As RFC 2047 says.",  # part of a name
         "The Python 3.10 release.",
+        "Import it from this module.",  # the library has one that is called so
+        "Found in a code module.",
+        'The "open" codec.',  # no function
+        "The 'flush' option is set.",
     ],
 )
 def test_a_sentence_with_a_word_that_may_be_a_name_is_left_out(sentence):

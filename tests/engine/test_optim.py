@@ -314,10 +314,15 @@ def test_a_rate_for_an_output_layer_that_is_not_trained_on_its_own_is_refused(ad
         ("sgd", {"maximize": True}, "it would raise the loss"),
         ("adafactor", {"relative_step": True}, "tunesmith chooses"),
         ("lion", {"min_8bit_size": 5}, "its state is kept in 32 bits"),
-        ("adamw", {"eps": "1e-8"}, "train.optim=adamw with train.optim_args={'eps': '1e-8'}"),
+        ("adamw", {"eps": "1e-8"}, r"train\.optim_args\.eps: adamw does not take '1e-8': expected a value such as 1e-08"),
         ("adamw", {"betas": [0.9, 2.0]}, "Invalid beta parameter"),
-        ("adamw", {"betas": [0.9]}, "index out of range"),
-        ("adamw_8bit", {"betas": [0.9]}, "train.optim=adamw_8bit with"),
+        (
+            "adamw",
+            {"eps": 1e-6, "betas": [0.9]},
+            r"train\.optim_args\.betas: adamw does not take \[0\.9\]: expected a value such as \[0\.9, 0\.999\], its default",
+        ),
+        ("adamw", {"eps": -1, "betas": [0.9]}, "train.optim=adamw with train.optim_args={'eps': -1, 'betas': "),  # two are wrong
+        ("adamw_8bit", {"betas": [0.9]}, r"train\.optim_args\.betas: adamw_8bit does not take"),
     ],
 )
 def test_arguments_that_an_optimiser_does_not_take_are_refused_before_anything_loads(name, arguments, said, tmp_path):

@@ -1,6 +1,7 @@
 """Pickled weights become safetensors, in another process; what is no weight is refused and never runs."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -173,6 +174,44 @@ def test_a_damaged_pickle_is_a_model_error(tmp_path):
     whole = (folder / "pytorch_model.bin").read_bytes()
     (folder / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match="cannot be read as weights"):
+        convert(folder)
+
+
+def zip_of_a_text():
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr("a/b.txt", "x")
+    return made.getvalue()
+
+
+def raw_pickle(folder, protocol):
+    return pickle.dumps({"weight": Bomb(folder / "ran")}, protocol)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda _: b"hello, this is no model\n", "neither a whole zip archive nor torch's older format"),
+        (lambda _: b"", "neither a whole zip archive"),
+        (lambda _: pickle.dumps({"a": 1}), "neither a whole zip archive"),
+        (lambda _: zip_of_a_text(), r"a zip archive without a data\.pkl"),
+        (lambda folder: raw_pickle(folder, 0), r"a plain pickle that asks for (posix|os|nt)\.mkdir when it is opened"),
+        (lambda folder: raw_pickle(folder, 4), r"a plain pickle that asks for (posix|os|nt)\.mkdir when it is opened"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said_and_not_opened(content, words, tmp_path):
+    (tmp_path / "x.bin").write_bytes(content(tmp_path))
+    with pytest.raises(SystemExit, match=rf"x\.bin is no PyTorch checkpoint: {words}"):
+        unpickle.convert([tmp_path / "x.bin"], [tmp_path / "x.safetensors"], {})
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_no_checkpoint_comes_with_what_to_do(tmp_path):
+    folder, _ = pickled(tmp_path)
+    (folder / "pytorch_model.bin").write_bytes(b"hello, this is no model\n")
+    with pytest.raises(
+        ModelError, match=r"(?s)is no PyTorch checkpoint: .*Nothing of it was run\.\n.*get the model as safetensors"
+    ):
         convert(folder)
 
 

@@ -121,8 +121,8 @@ def lint(
             counts["rejected"] = sum(file.rejected for file in report.files if file.role == "train")
             said["written"] = {"path": write, **counts, "sha256": sha256}
             lines.append(
-                f"{write}: {counts['rows']} rows written; left out: {counts['surplus']} near-duplicates, "
-                f"{counts['rejected']} rows that cannot be used"
+                f"{write}: {_counted(counts['rows'], 'row')} written; left out: {_counted(counts['surplus'], 'near-duplicate')}, "
+                f"{_counted(counts['rejected'], 'row')} that cannot be used"
             )
     output.result(said, json, human=lambda _: lines)
     return 0 if report.ok else 2
@@ -195,9 +195,16 @@ def pull(
 ) -> int:
     """Download a split of a data set of the Hub into the local store, or bring it to the newest commit there."""
     from tunesmith.data import hub_set
+    from tunesmith.data.config import HUB, HUB_NAME
+    from tunesmith.errors import UserError
     from tunesmith.hub import store
 
-    path = repo if repo.startswith("hub:") else f"hub:{repo}"
+    path = repo if repo.startswith(HUB) else f"{HUB}{repo}"
+    if not HUB_NAME.fullmatch(path):
+        raise UserError(
+            f"data pull: {repo!r} is no name of a data set of the Hub: expected OWNER/NAME or OWNER/NAME@REVISION.\n"
+            "  Type: tunesmith data pull OWNER/NAME (the address of its page ends with it)"
+        )
     (source,) = _target(path, _keys(None, split, name, streaming), None)[0]
     folder = hub_set.pull(source, output.say, commit)
     listed = store.manifest(folder) or {}
@@ -215,7 +222,11 @@ def _built_lines(kind: str, drawn: Drawn) -> list[str]:
     from tunesmith.data.make.write import shorten_row
 
     counts = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
-    lines = [f"{kind}: {len(drawn.rows)} rows from {drawn.modules} modules of this Python's library", drawn.about, counts]
+    lines = [
+        f"{kind}: {_counted(len(drawn.rows), 'row')} from {_counted(drawn.modules, 'module')} of this Python's library",
+        drawn.about,
+        counts,
+    ]
     return [*lines, *(f"--- {number}\n{shorten_row(row)}" for number, row in enumerate(drawn.rows[:3], 1))]
 
 
@@ -257,8 +268,10 @@ def _lint_lines(report: LintReport) -> list[str]:
     lines += [f"remark: {item.where} repeats {item.same_as}" for item in report.duplicates]
     lines += [f"remark: {place} is left out by the chat template" for place in report.left_out]
     for file in report.files:
-        lines.append(f"{file.path}: {file.format}; {file.rows} rows = {file.kept} kept + {file.rejected} rejected")
-    lines.append(
-        "no bad rows" if report.ok else f"{len(report.problems)} problems, {len(report.leaked)} rows in both train and eval"
-    )
-    return lines
+        lines.append(f"{file.path}: {file.format}; {_counted(file.rows, 'row')} = {file.kept} kept + {file.rejected} rejected")
+    found = f"{_counted(len(report.problems), 'problem')}, {_counted(len(report.leaked), 'row')} in both train and eval"
+    return [*lines, "no bad rows" if report.ok else found]
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -11,7 +11,7 @@ from tunesmith.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class RowProblem:
-    """A row that cannot be used.
+    """A row that cannot be used, or (``row`` 0) a file that cannot: then ``got`` is all that is to be said.
 
     ``row`` counts the rows of the file from 1 (blank lines and a csv header are not rows); ``line`` is the line of the file
     where the row begins, when it has lines. ``fatal``: nothing after this row can be read either.
@@ -28,10 +28,14 @@ class RowProblem:
 
     @property
     def where(self) -> str:
-        """``file:row:field``."""
+        """``file:row:field``; of a whole file, its path."""
+        if not self.row:
+            return self.path
         return f"{self.path}:{self.row}:{self.field}"
 
     def __str__(self) -> str:
+        if not self.row:
+            return self.got
         line = "" if self.line is None else f" (line {self.line})"
         return f"{self.where}{line}: expected {self.expected}, got {self.got}. {self.fix}"
 

@@ -15,7 +15,7 @@ from tunesmith.data import builtin
 from tunesmith.data.problems import Record, RowProblem, shorten
 from tunesmith.data.read_json import read_json, read_jsonl
 from tunesmith.errors import DataError, MissingExtra
-from tunesmith.nearest import nearest
+from tunesmith.nearest import mistyped
 
 Rows = Iterator[Record | RowProblem]
 
@@ -34,8 +34,9 @@ def read(path: str) -> Rows:
     file = existing(path)
     reader = READERS.get(file.suffix.lower())
     if reader is None:
+        kind = f"unknown kind of file {file.suffix!r}" if file.suffix else "its name has no ending that says what it holds"
         raise DataError(
-            f"{path}: unknown kind of file {file.suffix!r}. Expected one of {', '.join(READERS)}; rename or convert it."
+            f"{path}: {kind}. Expected one of {', '.join(READERS)}. Rename it (mv {file.name} {file.stem}.jsonl), or convert it."
         )
     return reader(file, path)
 
@@ -49,10 +50,16 @@ def existing(path: str) -> Path:
     except FileNotFoundError:
         folder = file.parent
         if not folder.is_dir():
-            raise DataError(f"data file not found: {path} (there is no folder {folder})") from None
-        names = [entry.name for entry in folder.iterdir() if entry.is_file()]
-        close = nearest(file.name, names)
-        hint = f"Did you mean {' or '.join(close)}?" if close else f"Files in {folder}: {', '.join(sorted(names)[:8]) or 'none'}"
+            raise DataError(f"data file not found: {path}. There is no folder {folder}. Check the path.") from None
+        names = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in READERS and entry.is_file())
+        close = mistyped(file.name, names)
+        more = ", ..." if len(names) > 8 else ""
+        there = (
+            f"Data files in {folder.resolve()}: {', '.join(names[:8])}{more}"
+            if names
+            else f"No data file is in {folder.resolve()}"
+        )
+        hint = f"Did you mean {' or '.join(close)}?" if close else f"{there}. Check the name and the folder."
         raise DataError(f"data file not found: {path}. {hint}") from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder; name a file in it, one source for each file") from None

@@ -65,7 +65,10 @@ def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES) -> Opene
         count = min(SAMPLED, source.limit or SAMPLED)
         sample = list(itertools.islice(_rows(source.model_copy(update={"limit": count})), count))
         if not sample:
-            raise DataError(f"{source.label} has no rows. Expected at least one; is it the right file?")
+            raise DataError(
+                f"{source.label} has no rows. Expected at least one, such as "
+                '{"prompt": "...", "completion": "..."}. Write some into it, or name another file.'
+            )
         keys = [tuple(item.value) for item in sample if isinstance(item, Record)]
     else:
         keys = [tuple(row) for row in seen["keys"]]

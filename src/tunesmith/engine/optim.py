@@ -107,12 +107,28 @@ def check(config: TrainConfig) -> None:
             raise RecipeError(f"train.optim_args.{name}: {config.optim} has no such argument. {did_you_mean(name, valid)}")
         if name not in valid:
             raise RecipeError(f"train.optim_args.{name} is not given here: {kind.why_not(name)}. Valid: {', '.join(valid)}")
+    why = _fault(kind, config.weight_decay, config.optim_args)
+    if why is None:
+        return
+    for name, value in config.optim_args.items():
+        if _fault(kind, config.weight_decay, {key: other for key, other in config.optim_args.items() if key != name}) is None:
+            default = list(kind.signature[name]) if isinstance(kind.signature[name], tuple) else kind.signature[name]
+            raise RecipeError(
+                f"train.optim_args.{name}: {config.optim} does not take {value!r}: expected a value such as {default!r}, "
+                f"its default ({why})"
+            )
+    raise RecipeError(f"train.optim={config.optim} with train.optim_args={config.optim_args}: {why}")
+
+
+def _fault(kind: Kind, weight_decay: float, arguments: Mapping[str, Any]) -> str | None:
+    """What an optimiser with these arguments says against a step on four numbers; None for nothing."""
     weight = torch.nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.ones(2, 2)
     try:
-        kind.optimizer([weight], lr=1e-3, weight_decay=config.weight_decay, **kind.fixed, **config.optim_args).step()
+        kind.optimizer([weight], lr=1e-3, weight_decay=weight_decay, **kind.fixed, **arguments).step()
     except (TypeError, ValueError, IndexError) as error:
-        raise RecipeError(f"train.optim={config.optim} with train.optim_args={config.optim_args}: {error}") from None
+        return str(error)
+    return None
 
 
 def check_model(config: TrainConfig, model: Any) -> None:

@@ -36,6 +36,16 @@ class NoAnswer(UserError):
     """The Hub could not be asked, did not answer, or said no. What it may have sent so far is kept."""
 
 
+class Unreached(NoAnswer):
+    """The Hub could not be reached. The message says what to do."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}\n  Check the connection and type the same command again, or copy the folder from a machine that has it. "
+            "What has arrived is kept, and what was here before stays as it is."
+        )
+
+
 def offline_by_user() -> bool:
     """Whether the user's own environment forbids the Hub (``models.load.quiet`` sets the same variable for another reason)."""
     said = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _WISHES)
@@ -72,11 +82,11 @@ def ask(
             timeout=timeout,
         )
     except subprocess.TimeoutExpired:
-        raise NoAnswer(f"the Hub did not answer within {timeout:g} s") from None
+        raise Unreached(f"the Hub did not answer within {timeout:g} s") from None
     if done.returncode == REFUSED:
         raise NoAnswer(json.loads(done.stdout.splitlines()[-1])["error"])
     if done.returncode:
-        raise NoAnswer(f"the Hub could not be used: {last_line(done.stderr)}")
+        raise Unreached(f"the Hub could not be used: {last_line(done.stderr)}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
     return answer
 
@@ -102,6 +112,8 @@ def download(kind: str, repo: str, revision: str, files: dict[str, Any], place: 
     sizes = json.dumps({file: facts["size"] for file, facts in files.items()})
     try:
         ask("download", kind, repo, revision, str(made), timeout=None, stdin=sizes)
+    except Unreached:
+        raise  # its message says the same
     except NoAnswer as error:
         raise NoAnswer(f"{error}.\n  What has arrived is kept; pull again to go on") from None
     try:

@@ -229,8 +229,7 @@ def pull(name: str, source: str = "auto", say: Callable[[str], None] | None = No
                 made, source_found = _from_registry(place, room, say)
                 return store.install(made, name, source_found)
         except Unreachable as error:
-            say(str(error))
-            reasons.append(str(error))
+            reasons.append(str(error))  # said once, by the error below
     raise ModelError(f"{name} could not be pulled:\n  " + "\n  ".join(reasons or [f"it has no source of the kind {source!r}"]))
 
 

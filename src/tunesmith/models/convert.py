@@ -145,8 +145,12 @@ def _refused(pickles: list[Path], said: str) -> ModelError:
             f"{pickles[0].parent}: {names} asks for {asked.group(1)} when it is opened. Weights need nothing of the kind, so it "
             "was refused; no code of it ran.\n  Get the model from somebody you trust, as safetensors."
         )
-    last = said.splitlines()[-1] if said else "it gave no reason"
-    return ModelError(f"{pickles[0].parent}: {names} cannot be read as weights: {last}")
+    lines = [line for line in said.splitlines() if line and not line.startswith("Check the documentation")]
+    last = lines[-1].rstrip(".") if lines else "it gave no reason"
+    return ModelError(
+        f"{pickles[0].parent}: {names} cannot be read as weights: {last}. Nothing of it was run.\n"
+        "  Expected a file that torch.save wrote. Copy it again, or get the model as safetensors."
+    )
 
 
 def _finish(made: Path, written: dict[str, list[str]]) -> None:

@@ -8,13 +8,17 @@ read is written and dropped; nothing of it reaches the process of the user. Each
 from __future__ import annotations
 
 import json
+import pickletools
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import save_file
+
+OLDER = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+"""How a file of torch.save begins that is no zip archive (until PyTorch 1.5, or by choice): its magic number, pickled."""
 
 
 def convert(pickles: list[Path], targets: list[Path], tied: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -48,12 +52,46 @@ def convert(pickles: list[Path], targets: list[Path], tied: dict[str, list[str]]
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     """Name -> tensor of one file. The mapping may lie under ``state_dict``, as trainers write it."""
+    if why := _no_checkpoint(path):
+        raise SystemExit(f"{path.name} is no PyTorch checkpoint: {why}")
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not found or not all(_is_tensor(name, value) for name, value in found.items()):
         raise SystemExit(f"{path.name} does not hold weights: expected a mapping of names to tensors")
     return dict(found)
+
+
+def _no_checkpoint(path: Path) -> str:
+    """Why torch.save did not write the file; "" where it may have. Nothing is unpickled."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return "" if any(name.endswith("data.pkl") for name in archive.namelist()) else "a zip archive without a data.pkl"
+    with path.open("rb") as file:
+        if file.read(len(OLDER)) == OLDER:
+            return ""
+        file.seek(0)
+        asked = _asked(file)
+    return (
+        f"a plain pickle that asks for {asked} when it is opened"
+        if asked
+        else "neither a whole zip archive nor torch's older format"
+    )
+
+
+def _asked(file: IO[bytes]) -> str:
+    """The first name of code that a pickle asks for, read off its instructions; "" for none, or no pickle."""
+    texts: list[str] = []
+    try:
+        for code, argument, _ in pickletools.genops(file):
+            if code.name in ("GLOBAL", "INST"):
+                return str(argument).replace(" ", ".")
+            if code.name == "STACK_GLOBAL":
+                return ".".join(texts[-2:])
+            texts += [argument] if isinstance(argument, str) else []
+    except ValueError:
+        pass  # no pickle, or none any more
+    return ""
 
 
 def _is_tensor(name: Any, value: Any) -> bool:

@@ -17,12 +17,14 @@ QUESTIONS = {
         "class": "What is the Python class `{}`?",
         "function": "What does the Python function `{}` do?",
         "method": "What does the Python method `{}` do?",
+        "property": "What is the Python property `{}`?",
     },
     "ko": {
         "module": "파이썬 모듈 `{}`의 용도는 무엇인가요?",
         "class": "파이썬 클래스 `{}`에 대해 설명해 주세요.",
         "function": "파이썬 함수 `{}`의 기능은 무엇인가요?",
         "method": "파이썬 메서드 `{}`의 기능은 무엇인가요?",
+        "property": "파이썬 속성 `{}`의 의미는 무엇인가요?",
     },
 }
 
@@ -60,7 +62,8 @@ def _builtins() -> Iterator[tuple[str, str, str]]:
             for attribute in sorted(vars(value)):
                 doc = getattr(vars(value)[attribute], "__doc__", None)
                 if not attribute.startswith("_") and isinstance(doc, str):
-                    yield f"{name}.{attribute}", "method", doc
+                    kind = "method" if callable(getattr(value, attribute)) else "property"
+                    yield f"{name}.{attribute}", kind, doc
 
 
 def _row(name: str, kind: str, doc: str, lang: str) -> dict[str, str] | None:

@@ -26,6 +26,11 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 Callable = ast.FunctionDef | ast.AsyncFunctionDef
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
+PROPERTIES = {
+    "property", "cached_property", "abstractproperty", "DynamicClassAttribute", "getter", "setter", "deleter",
+}  # fmt: skip
+"""Decorators, by their last names, that make an attribute of a function: it is read, never called."""
+
 EXCEPTIONS = {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)}
 
 
@@ -66,7 +71,7 @@ def module_names() -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Definition:
-    """A public module, class, method or function. ``name`` is dotted, from the module on."""
+    """A public module, class, method, property or function. ``name`` is dotted, from the module on."""
 
     name: str
     kind: str
@@ -84,15 +89,21 @@ class Definition:
 
 
 def walk(node: Documented, name: str) -> Iterator[Definition]:
-    """``node`` and the public classes, methods and functions under it, in the order of the file."""
+    """``node`` and the public classes, methods, properties and functions under it, in the order of the file."""
     inside = isinstance(node, ast.ClassDef)
     yield Definition(name, "module" if isinstance(node, ast.Module) else "class" if inside else "function", node)
     if isinstance(node, ast.Module | ast.ClassDef):
         for child in node.body:
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
                 for found in walk(child, f"{name}.{child.name}"):
-                    method = inside and found.kind == "function"
-                    yield Definition(found.name, "method", found.node) if method else found
+                    own_kind = inside and found.kind == "function"
+                    yield Definition(found.name, _in_class(found.node), found.node) if own_kind else found
+
+
+def _in_class(node: Documented) -> str:
+    """What a function in the body of a class is: "property" or "method"."""
+    marks = node.decorator_list if isinstance(node, Callable) else []
+    return "property" if any(dotted(mark).rpartition(".")[2] in PROPERTIES for mark in marks) else "method"
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,12 @@ class Module:
 
     @cached_property
     def functions(self) -> tuple[Definition, ...]:
-        return tuple(item for item in self.definitions if isinstance(item.node, Callable))
+        """All that is called: functions and methods, but no properties."""
+        return tuple(item for item in self.definitions if item.kind in ("function", "method"))
+
+    @cached_property
+    def properties(self) -> tuple[Definition, ...]:
+        return tuple(item for item in self.definitions if item.kind == "property")
 
     @cached_property
     def classes(self) -> tuple[Definition, ...]:
@@ -255,11 +271,11 @@ def parameters(item: Definition) -> list[Parameter]:
 
 
 def receiver(item: Definition) -> str:
-    """``self`` or ``cls`` of a method; "" for a function and a static method."""
+    """``self`` or ``cls`` of a method or property; "" for a function and a static method."""
     assert isinstance(item.node, Callable)
     static = any(isinstance(mark, ast.Name) and mark.id == "staticmethod" for mark in item.node.decorator_list)
     first = next(iter([*item.node.args.posonlyargs, *item.node.args.args]), None)
-    return first.arg if item.kind == "method" and first is not None and not static else ""
+    return first.arg if item.kind in ("method", "property") and first is not None and not static else ""
 
 
 def all_parameters(node: Callable) -> list[Parameter]:

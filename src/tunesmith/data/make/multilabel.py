@@ -98,8 +98,9 @@ KOREAN = {
 
 
 def _candidates(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
-    for item in module.functions:
-        assert isinstance(item.node, Function)
+    for item in module.definitions:
+        if not isinstance(item.node, Function):
+            continue
         part = excerpt(module, item.node)
         if part is None or len(part.text) > CHARACTERS or not 3 <= part.text.count("\n") + 1 <= LINES:
             continue

@@ -34,7 +34,17 @@ TOKEN = re.compile(r"\d+\.\d+|\w+|[^\w\s]")
 NUMBER = re.compile(r"(?<![\w.\-/:])(?:0x[0-9a-fA-F]+|\d+(?:\.\d+)?)(?![\w\-/:]|\.\d)")
 NAME = re.compile(r"(?<![\w.])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 BESIDE = re.compile(r"[`'\"*]* (module|class|object|instance|exception|function|method|argument|parameter)s?\b")
+NO_CODE = re.compile(r"[`'\"*]* (codec|scheme|mode|option|key)s?\b")
+"""What stands behind a quoted word that names something else than the library's code."""
+
 QUOTES = frozenset("`'\"*")
+
+WORDS = {
+    "this", "array", "calendar", "code", "copy", "email", "formatter", "keyword", "numbers", "operator", "parser",
+    "platform", "profile", "queue", "random", "resource", "secrets", "select", "signal", "site", "statistics", "string",
+    "symbol", "token", "trace", "types", "time", "warnings",
+}  # fmt: skip
+"""Modules whose names, before the word "module", may be plain English: this module, a code module."""
 
 PRODUCTS = ("Tk", "Tix")
 """Classes that share their name with what they belong to."""
@@ -107,6 +117,8 @@ def _is_name(match: re.Match[str], sentence: str, kind: str | None, names: Names
         raise UnsureError  # whatever else has that name
     quoted = start > 0 and sentence[start - 1] in QUOTES and sentence[end : end + 1] in QUOTES and end < len(sentence)
     called = re.match(r"\((?!e?s\))", sentence[end:]) is not None
+    if quoted and NO_CODE.match(sentence, end):
+        raise UnsureError  # the "decode" codec
     if quoted or called or "_" in word or "." in word or re.search(r"[a-z][A-Z]|[A-Z]{2}[a-z]", word):
         return True
     if kind is None or word in ("True", "False", "None"):
@@ -115,7 +127,7 @@ def _is_name(match: re.Match[str], sentence: str, kind: str | None, names: Names
         raise UnsureError  # part of a longer word
     if kind != "MODULE" and BESIDE.match(sentence, end) and not word.islower():
         return True
-    if kind == "MODULE" and sentence.startswith(" module", end):
+    if kind == "MODULE" and sentence.startswith(" module", end) and word.lower() not in WORDS:
         return True
     if kind == "PARAM" and BESIDE.match(sentence, end):
         return True
@@ -150,8 +162,9 @@ def _candidates(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
         for text, entities in korean_sentences(module, seed):
             yield from _row(text, entities, lang)
         return
-    methods = {item.short for item in module.functions if item.kind == "method"}
-    functions = {item.short for item in module.functions if item.kind == "function"}
+    properties = {item.short for item in module.properties}  # one of that name may be meant where a method has it, too
+    methods = {item.short for item in module.functions if item.kind == "method"} - properties
+    functions = {item.short for item in module.functions if item.kind == "function"} - properties
     classes = {item.short for item in module.classes}
     names = Names(frozenset(), frozenset(functions), frozenset(methods), frozenset(classes), module.exceptions)
     for item in module.definitions:
@@ -201,7 +214,7 @@ def _lines_of_code(module: Module, item: Definition) -> Iterator[tuple[str, list
     elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         taken = all_parameters(node)
         values = [one.default for one in taken if one.default is not None]
-        if not node.returns and not any(one.node.annotation for one in taken) and _constants(values):
+        if item.kind != "property" and not node.returns and not any(one.node.annotation for one in taken) and _constants(values):
             names = [(*part.span(one.node), "PARAM") for one in taken]
             yield from _line(part, node, [_defined(part, node, "FUNCTION"), *names, *_numeric(part, values)])
         for line in own(node):

@@ -64,9 +64,9 @@ TAG_OF = {"REQUIRED": "PARAM", "NEXT": "PARAM", "NUMERIC": "PARAM"}
 
 
 def korean_sentences(module: Module, seed: int) -> Iterator[tuple[str, list[Entity]]]:
-    """Two sentences for each public name of a module, with the entities in them."""
+    """Two sentences for each public name of a module that is no property, with the entities in them."""
     for item in module.definitions:
-        if item.kind == "module":
+        if item.kind in ("module", "property"):
             continue
         facts = _facts(module, item)
         kind = "exception" if "EXCEPTION" in facts and item.kind == "class" else item.kind
