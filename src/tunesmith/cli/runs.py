@@ -90,13 +90,14 @@ def _listed(found: Mapping[str, Any]) -> Any:
     for run in found["runs"]:
         steps = f"{run['step']}/{run['planned_steps']}" if run["state"] != "done" else str(run["step"])
         table.add_row(
-            Path(run["run"]).name, run["state"], f"{run['objective']} {run['adaptation']}", Path(str(run["model"])).name,
-            steps,
+            Path(run["run"]).name, run["state"], _joined(run["objective"], run["adaptation"]),
+            Path(str(run["model"] or "-")).name,
+            "-" if run["state"] == "unreadable" else steps,
             f"{_figure(run['eval_loss_before'], 3)} -> {_figure(run['eval_loss'], 3)}", _figure(run["tokens_per_second"], 0),
             size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-",
             str(run["created"] or "-")[5:16].replace("T", " "),
         )  # fmt: skip
-    return table
+    return [table, *(f"unreadable: {run['problem']}" for run in found["runs"] if run["problem"])]
 
 
 def _shown(found: Mapping[str, Any]) -> str:
@@ -151,6 +152,10 @@ def _repeated(found: Mapping[str, Any]) -> str:
         lines.append(f"records     all {found['records']} are the same")
     lines.append(f"weights     {'the same' if found['weights_equal'] else 'not the same'}")
     return "\n".join(lines)
+
+
+def _joined(*words: Any) -> str:
+    return " ".join(str(word) for word in words if word) or "-"
 
 
 def _figure(value: Any, digits: int = 4) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from tunesmith.engine import curves, tracking
-from tunesmith.errors import UserError
+from tunesmith.errors import DataError, UserError
 
 RESULTS = (
     "eval_loss_before",
@@ -38,10 +38,14 @@ class Kept:
     recipe: dict[str, Any]
     manifest: dict[str, Any]
     records: list[dict[str, Any]]
+    problem: str | None = None
+    """Which of its files cannot be read, where, and what to do; None when all can."""
 
     @property
     def state(self) -> str:
-        """running, done, stopped (it says why in its manifest) or killed (it does not)."""
+        """unreadable, running, done, stopped (it says why in its manifest) or killed (it does not)."""
+        if self.problem:
+            return "unreadable"
         if _is_held(self.path / ".lock"):
             return "running"
         if self.manifest.get("stopped"):
@@ -54,8 +58,9 @@ class Kept:
         return {
             "run": str(self.path),
             "state": self.state,
-            "objective": (self.recipe.get("objective") or {}).get("type"),
-            "adaptation": (self.recipe.get("adaptation") or {}).get("type"),
+            "problem": self.problem,
+            "objective": _type(self.recipe.get("objective")),
+            "adaptation": _type(self.recipe.get("adaptation")),
             "model": self.recipe.get("model"),
             "created": self.manifest.get("created"),
             "processes": self.manifest.get("processes"),
@@ -69,28 +74,69 @@ class Kept:
 
 
 def read(path: str | Path) -> Kept:
-    """A run folder (or its model folder). Raises UserError when it is none."""
+    """A run folder (or its model folder). Raises UserError when it is none, or naming the file and line that cannot be read."""
     folder = Path(path)
     if not (folder / "recipe.yaml").is_file() and (folder.parent / "recipe.yaml").is_file():
         folder = folder.parent
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{path} is no run folder: it has no recipe.yaml.\n  `tunesmith runs list` shows the runs under ./runs.")
-    try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        file = folder / "manifest.json"
-        manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"the run folder {folder} cannot be read: {error}") from None
-    return Kept(folder, recipe, manifest, tracking.read(folder / "metrics.jsonl"))
+    kept = _kept(folder)
+    if kept.problem:
+        raise UserError(f"the run folder {folder} cannot be read: {kept.problem}")
+    return kept
 
 
 def find(folder: str | Path) -> list[Kept]:
-    """All runs in and directly under ``folder``, the oldest first. Raises UserError when there is no such folder."""
+    """All runs in and directly under ``folder``, the oldest first; those that cannot be read say so.
+
+    Raises UserError when there is no such folder.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}. `tunesmith train` makes ./runs; name another: tunesmith runs list DIR")
-    found = [read(path.parent) for path in (*folder.glob("recipe.yaml"), *folder.glob("*/recipe.yaml"))]
+    found = [_kept(path.parent) for path in (*folder.glob("recipe.yaml"), *folder.glob("*/recipe.yaml"))]
     return sorted(found, key=lambda run: (str(run.manifest.get("created")), run.path.name))
+
+
+def _kept(folder: Path) -> Kept:
+    """The run folder with what of it can be read, and the first thing that cannot."""
+    recipe: dict[str, Any] = {}
+    manifest: dict[str, Any] = {}
+    try:
+        recipe = _mapping(folder / "recipe.yaml", yaml.safe_load)
+        manifest = _mapping(folder / "manifest.json", json.loads) if (folder / "manifest.json").exists() else {}
+        records = tracking.read(folder / "metrics.jsonl")
+    except DataError as error:
+        return Kept(folder, recipe, manifest, [], str(error))
+    except OSError as error:
+        return Kept(folder, recipe, manifest, [], f"{error.filename}: {error.strerror}")
+    return Kept(folder, recipe, manifest, records)
+
+
+def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What a JSON or YAML file holds. Raises DataError naming file and line when that is no mapping."""
+    line, got = 1, ""
+    try:
+        value = parse(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        line, got = error.lineno, error.msg
+    except yaml.MarkedYAMLError as error:
+        line, got = error.problem_mark.line + 1 if error.problem_mark else 1, error.problem or "no YAML"
+    except (ValueError, yaml.YAMLError) as error:
+        got = str(error)
+    else:
+        if isinstance(value, dict):
+            return value
+        got = f"got {str(value)[:60]!r}"
+    raise DataError(
+        f"{file}, line {line}: expected one {'JSON object' if file.suffix == '.json' else 'YAML mapping'}: {got}\n"
+        f"  The file was changed by something else than tunesmith; restore it, or train anew into another folder."
+    )
+
+
+def _type(part: Any) -> str | None:
+    """``lora`` of ``lora`` or ``{type: lora, r: 8}``."""
+    return part.get("type") if isinstance(part, dict) else part
 
 
 def differences(runs: Sequence[Kept]) -> dict[str, list[Any]]:
