@@ -1,11 +1,13 @@
 """Run folders read back, whatever state they are in: written by hand, so that no model is trained."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tunesmith.cli.main import main
-from tunesmith.engine import runs
+from tunesmith.engine import compare, curves, runs
 from tunesmith.errors import UserError
 
 RECIPE = "model: m\nobjective: {type: sft}\nadaptation: {type: lora}\n"
@@ -42,3 +44,89 @@ def test_one_bad_folder_is_listed_as_unreadable_beside_the_others(tmp_path, caps
     assert told in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"{told}[\s\S]*restore it"):
         runs.read(tmp_path / "bad")
+
+
+SOURCE = {"split": "train", "weight": 1.0}
+
+
+def of_recipe(name, files=("rows.jsonl",), folder="somewhere/far/away", **parts):
+    data = {"train": [{"path": f"{folder}/{file}", **SOURCE} for file in files]}
+    return runs.Kept(Path(f"runs/{name}"), {"model": "m", "objective": {"type": "sft"}, "data": data, **parts}, {}, [])
+
+
+def test_a_run_is_labelled_by_its_name_and_short_keys():
+    full = of_recipe("a", adaptation={"type": "full"}, samples={"prompts": None})
+    lora = of_recipe("b", adaptation={"type": "lora", "r": 4}, samples={"prompts": ["some", "long prompts " * 9]})
+    assert compare.labels([full, lora]) == ["a (type full)", "b (type lora, r 4, prompts)"]
+
+
+def test_other_data_is_labelled_by_file_names():
+    one, two = of_recipe("a"), of_recipe("b", files=("rows.jsonl", "more.jsonl"))
+    assert compare.labels([one, two]) == ["a (data rows.jsonl)", "b (data rows.jsonl + more.jsonl)"]
+
+
+def test_a_label_is_never_long():
+    many = [of_recipe(name, files=(f"{name * 30}.jsonl", "x" * 90)) for name in "abc"] + [of_recipe("d" * 100)]
+    assert all(len(label) <= 60 for label in compare.labels(many))
+    assert len(set(compare.labels(many))) == 4
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders():
+    assert compare.names([of_recipe("x/run"), of_recipe("y/run")]) == ["x/run", "y/run"]
+
+
+def test_sources_differ_key_by_key_and_idle_defaults_are_not_told():
+    full = of_recipe("a", adaptation={"type": "full"})
+    lora = of_recipe("b", files=("other.jsonl",), adaptation={"type": "lora", "r": 4, "use_dora": False})
+    assert compare.differences([full, lora]) == {
+        "data.train.0.path": ["somewhere/far/away/rows.jsonl", "somewhere/far/away/other.jsonl"],
+        "adaptation.type": ["full", "lora"],
+        "adaptation.r": [None, 4],
+    }
+
+
+def test_the_table_keeps_its_keys_whole_in_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("a", "b", "c"):
+        source = f"data:\n  train:\n  - {{path: {'deep/' * 20}{name}.jsonl, prompt_template: {name}}}\n"
+        written(tmp_path / name, {}, EVALS, RECIPE + source)
+    folders = [str(tmp_path / name) for name in ("a", "b", "c")]
+    assert main(["runs", "compare", *folders, "--out", str(tmp_path / "c.png")]) == 0
+    out = capsys.readouterr().out
+    assert "data.train.0.prompt_template" in out and "a.jsonl" in out and "deep" not in out
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """The matplotlib figures that are saved."""
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: (save(self, *args, **kwargs), saved.append(self))[0])
+    return saved
+
+
+def assert_readable(figure):
+    """Whole steps on the axes, the loss named, a legend beside the axes and inside the picture."""
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+    for axes in figure.axes:
+        assert axes.get_ylabel() == "loss"
+        assert all(tick == int(tick) for tick in axes.get_xticks())
+        assert not box.overlaps(axes.get_window_extent())
+
+
+def test_the_pictures_can_be_read(figure):
+    steps = [*EVALS, {"kind": "train", "step": 1, "loss": 3.0}, {"kind": "train", "step": 2, "loss": 2.0}]
+    kept = [replace(of_recipe(name, files=(name * 99,)), records=steps) for name in "abcde"]
+    compare.picture(kept)
+    curves.png("loss", [curves.Curve("train", [(1, 3.0), (2, 2.0)]), curves.Curve("eval", [(0, 3.5), (2, 2.0)])])
+    for one in figure:
+        assert_readable(one)
+    assert len(figure) == 2
+
+
+def test_a_run_with_evaluations_alone_is_in_the_legend(figure):
+    compare.picture([replace(of_recipe(name), records=EVALS) for name in "ab"])
+    assert [text.get_text() for text in figure[0].legends[0].get_texts()] == ["a", "b"]

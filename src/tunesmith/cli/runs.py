@@ -38,14 +38,14 @@ def show(run: Annotated[Path, typer.Argument(help="Run folder.", show_default=Fa
 
 
 @app.command("compare")
-def compare(
+def compare_runs(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Write the curves into this PNG.")] = Path("compare.png"),
     by: Annotated[str, typer.Option(help="What the curves run over: step or tokens.")] = "step",
     as_json: Json = False,
 ) -> None:
     """Curves of several runs over each other, what differs between their recipes, and their results side by side."""
-    from tunesmith.engine import runs
+    from tunesmith.engine import compare, runs
 
     if len(folders) < 2 or by not in ("step", "tokens"):
         raise UserError("compare takes two or more runs, and --by is step or tokens: tunesmith runs compare runs/a runs/b")
@@ -54,15 +54,15 @@ def compare(
     kept = [runs.read(folder) for folder in folders]
     found = {
         "runs": [run.facts() for run in kept],
-        "differences": runs.differences(kept),
-        "cautions": runs.cautions(kept),
+        "differences": compare.differences(kept),
+        "cautions": compare.cautions(kept),
         "picture": str(out),
     }
     try:
-        out.write_bytes(runs.picture(kept, by))
+        out.write_bytes(compare.picture(kept, by))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
-    result(found, as_json, _compared)
+    result(found, as_json, lambda found: _compared(found, compare.names(kept)))
 
 
 @app.command("reproduce")
@@ -124,11 +124,16 @@ def _shown(found: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<11} {text}" for name, text in lines if text)
 
 
-def _compared(found: Mapping[str, Any]) -> list[Any]:
-    names = [Path(run["run"]).name for run in found["runs"]]
-    table = Table("", *names, title="Recipes: what differs; results", title_justify="left")
+def _compared(found: Mapping[str, Any], names: list[str]) -> list[Any]:
+    from tunesmith.engine.compare import shortened
+
+    table = Table(title="Recipes: what differs; results", title_justify="left")
+    # The key column keeps its width: a key that is cut may look like another.
+    table.add_column("", overflow="fold", min_width=min(36, max(map(len, [*found["differences"], "tokens_per_second"]))))
+    for name in names:
+        table.add_column(name, overflow="fold")
     for key, values in found["differences"].items():
-        table.add_row(key, *map(str, values))
+        table.add_row(key, *map(str, shortened(values)))
     table.add_section()
     for key in ("processes", "sharded"):
         values = [str(run[key]) for run in found["runs"]]
