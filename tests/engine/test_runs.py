@@ -130,3 +130,56 @@ def test_the_pictures_can_be_read(figure):
 def test_a_run_with_evaluations_alone_is_in_the_legend(figure):
     compare.picture([replace(of_recipe(name), records=EVALS) for name in "ab"])
     assert [text.get_text() for text in figure[0].legends[0].get_texts()] == ["a", "b"]
+
+
+PART = [
+    *EVALS,
+    {"kind": "train", "step": 2, "loss": 3.0, "tokens": 90, "tokens_per_second": 300.0, "peak_memory_bytes": 10**9},
+    {"kind": "eval", "step": 2, "eval_loss": 2.5, "perplexity": 12.2, "best": True},
+    {"kind": "train", "step": 3, "loss": 3.0, "tokens": 120, "tokens_per_second": 400.0, "peak_memory_bytes": 10**8},
+    {"kind": "eval", "step": 3, "eval_loss": 2.75, "perplexity": 15.6, "best": False},
+]
+
+
+def shown(folder, capsys):
+    assert main(["runs", "show", str(folder)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_killed_run_shows_what_its_records_have(tmp_path, capsys):
+    folder = written(tmp_path / "run", {"steps": 400}, PART)
+    for step in (1, 2):
+        (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    facts = runs.read(folder).facts()
+    assert (facts["eval_loss_before"], facts["eval_loss"], facts["best_step"], facts["perplexity"]) == (3.5, 2.5, 2, 12.2)
+    assert (facts["tokens_per_second"], facts["tokens"], facts["peak_memory_bytes"]) == (400.0, 120, 10**9)
+    out = shown(folder, capsys)
+    assert "killed, step 3 of 400, last checkpoint at step 2" in out
+    assert "3.5000 before, 2.5000 at best so far (step 2)" in out and "400 tokens/s" in out
+
+
+def test_a_run_of_several_processes_is_resumed_by_as_many(tmp_path, capsys):
+    one = written(tmp_path / "one", {"processes": 1})
+    assert f"tunesmith train {one}/recipe.yaml --out {one} --resume" in shown(one, capsys)
+    two = written(tmp_path / "a b", {"processes": 2, "deepspeed": {"x": 1}, "command": "tunesmith launch --deepspeed ds.json"})
+    assert f"tunesmith launch --processes 2 '{two}/recipe.yaml' --out '{two}' --deepspeed ds.json --resume" in shown(two, capsys)
+
+
+def test_what_is_not_known_is_left_out(tmp_path, capsys):
+    out = shown(written(tmp_path / "run"), capsys)
+    assert "None" not in out and "started" not in out and "machine" not in out and "loss" not in out and "speed" not in out
+
+
+def test_the_command_is_shown_as_it_is_typed(tmp_path, capsys):
+    command = "/opt/lib/tunesmith/__main__.py train r.yaml --out /opt/tunesmith/x"
+    out = shown(written(tmp_path / "run", {"command": command}), capsys)
+    assert "started     tunesmith train r.yaml --out /opt/tunesmith/x" in out
+    assert runs.read(tmp_path / "run").manifest["command"] == command
+
+
+@pytest.mark.parametrize(("records", "told"), [((), "metrics.jsonl has no records"), (PART, "model has no weights")])
+def test_a_run_with_nothing_to_compare_with_is_not_repeated(tmp_path, capsys, records, told):
+    folder = written(tmp_path / "run", {"finished": "now"}, records)
+    assert main(["runs", "reproduce", str(folder)]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run-again").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +12,7 @@ import typer
 from rich.table import Table
 
 from tunesmith.cli.output import console, result, say
-from tunesmith.engine.figures import duration, is_number, number, size
+from tunesmith.engine.figures import duration, is_number, number, size, typed
 from tunesmith.errors import NotReproduced, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="List, show, compare and repeat runs.")
@@ -104,24 +106,44 @@ def _shown(found: Mapping[str, Any]) -> str:
     manifest = found["manifest"]
     data, parameters, made = manifest.get("data") or {}, manifest.get("parameters") or {}, manifest.get("machine") or {}
     taken = (manifest.get("result") or {}).get("train_seconds")
-    unfinished = found["state"] in ("killed", "stopped")
+    is_unfinished, versions = found["state"] in ("killed", "stopped"), made.get("versions") or {}
+    planned = f" of {found['planned_steps']}" if found["planned_steps"] else ""
+    saved = "no checkpoint" if found["checkpoint"] is None else f"last checkpoint at step {found['checkpoint']}"
+    how = _joined(found["objective"], found["adaptation"] and f"with {found['adaptation']}")
+    # Without a result the figures are of the records: as far as the run came.
+    losses = (
+        _told("{} before", _figure(found["eval_loss_before"], none=None)),
+        _told("{} after" if manifest.get("result") else "{} at best so far", _figure(found["eval_loss"], none=None)),
+    )
+    machine = (
+        _told("{}", made.get("cpu")), _told("{} threads", made.get("threads")), _told("torch {}", versions.get("torch"))
+    )  # fmt: skip
     lines = [
         ("run", found["run"]),
-        ("state", f"{found['state']}, step {found['step']} of {found['planned_steps']}"),
+        ("state", f"{found['state']}, step {found['step']}{planned}{f', {saved}' if is_unfinished else ''}"),
         ("", str(found["stopped"] or "")),
-        ("started", f"{found['created']}  {manifest.get('command', '')}"),
-        ("model", f"{found['model']}  {found['objective']} with {found['adaptation']}, seed {manifest.get('seed')}"),
+        ("started", "  ".join(filter(None, (found["created"], typed(manifest.get("command") or ""))))),
+        ("model", f"{found['model']}  {how}{_told(', seed {}', manifest.get('seed'))}"),
         ("parameters", f"{parameters.get('trainable', 0):,} trained of {parameters.get('total', 0):,}" if parameters else ""),
         *(("data", f"{one['path']}  {one['rows_kept']:,} rows  sha256 {one['sha256'][:12]}") for one in data.get("sources", ())),
-        ("loss", f"{_figure(found['eval_loss_before'])} before, {_figure(found['eval_loss'])} after (step {found['best_step']})"),
-        ("speed", f"{_figure(found['tokens_per_second'], 0)} tokens/s{f', {duration(taken)}' if taken else ''}"),
+        ("loss", ", ".join(filter(None, losses)) + _told(" (step {})", found["best_step"])),
+        ("speed", _told("{} tokens/s", _figure(found["tokens_per_second"], 0, None)) + (f", {duration(taken)}" if taken else "")),
         ("memory", size(found["peak_memory_bytes"]) if found["peak_memory_bytes"] else ""),
-        ("machine", f"{made.get('cpu')}, {made.get('threads')} threads, torch {(made.get('versions') or {}).get('torch')}"),
+        ("machine", ", ".join(filter(None, machine))),
         *(("note", note) for note in manifest.get("notes") or ()),
-        ("next", f"tunesmith runs reproduce {found['run']}" if found["state"] == "done" else ""),
-        ("next", f"tunesmith train {found['run']}/recipe.yaml --out {found['run']} --resume" if unfinished else ""),
-    ]  # fmt: skip
+        ("next", f"tunesmith runs reproduce {shlex.quote(found['run'])}" if found["state"] == "done" else ""),
+        ("next", _go_on(found["run"], manifest) if is_unfinished else ""),
+    ]
     return "\n".join(f"{name:<11} {text}" for name, text in lines if text)
+
+
+def _go_on(run: str, manifest: Mapping[str, Any]) -> str:
+    """The command that resumes a run, with the processes and the DeepSpeed configuration that it had."""
+    processes = manifest.get("processes") or 1
+    verb = f"launch --processes {processes}" if processes > 1 else "train"
+    given = re.search(r"--deepspeed[ =](\S+)", str(manifest.get("command")))
+    sharded = f" --deepspeed {given.group(1) if given else 'FILE.json'}" if manifest.get("deepspeed") else ""
+    return f"tunesmith {verb} {shlex.quote(f'{run}/recipe.yaml')} --out {shlex.quote(run)}{sharded} --resume"
 
 
 def _compared(found: Mapping[str, Any], names: list[str]) -> list[Any]:
@@ -163,5 +185,10 @@ def _joined(*words: Any) -> str:
     return " ".join(str(word) for word in words if word) or "-"
 
 
-def _figure(value: Any, digits: int = 4) -> str:
-    return f"{value:,.{digits}f}" if is_number(value) else "-"
+def _told(words: str, value: Any) -> str:
+    """``words`` with the value in them; empty when it is not known."""
+    return "" if value is None else words.format(value)
+
+
+def _figure(value: Any, digits: int = 4, none: Any = "-") -> Any:
+    return f"{value:,.{digits}f}" if is_number(value) else none

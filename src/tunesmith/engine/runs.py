@@ -6,6 +6,7 @@ Only JSON and YAML are read; nothing here needs torch.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,10 @@ from typing import Any
 import yaml
 
 from tunesmith.engine import tracking
+from tunesmith.engine.figures import is_number
 from tunesmith.errors import DataError, UserError
 
-RESULTS = (
-    "eval_loss_before",
-    "eval_loss",
-    "perplexity",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "steps",
-    "best_step",
-    "tokens",
-)
+RESULTS = ("eval_loss_before", "eval_loss", "perplexity", "tokens_per_second", "peak_memory_bytes", "best_step", "tokens")
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Kept:
 
     def facts(self) -> dict[str, Any]:
         """What a list of runs says of this one."""
-        result = self.manifest.get("result") or {}
+        result = self.manifest.get("result") or _so_far(self.records)
         return {
             "run": str(self.path),
             "state": self.state,
@@ -63,9 +56,10 @@ class Kept:
             "created": self.manifest.get("created"),
             "processes": self.manifest.get("processes"),
             "sharded": bool(self.manifest.get("deepspeed")),
-            "step": max((record.get("step", 0) for record in self.records), default=0),
+            "step": max((record["step"] for record in self.records if is_number(record.get("step"))), default=0),
+            "checkpoint": _last_checkpoint(self.path),
             "planned_steps": self.manifest.get("steps"),
-            **{name: result.get(name) for name in RESULTS if name != "steps"},
+            **{name: result.get(name) for name in RESULTS},
             "verdict": result.get("verdict"),
             "stopped": self.manifest.get("stopped") or result.get("stopped"),
         }
@@ -109,6 +103,31 @@ def _kept(folder: Path) -> Kept:
     except OSError as error:
         return Kept(folder, recipe, manifest, [], f"{error.filename}: {error.strerror}")
     return Kept(folder, recipe, manifest, records)
+
+
+def _so_far(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a run without a result: the evaluation before the first step, the best after it, the last speed."""
+    evals = [one for one in records if one.get("kind") == "eval" and is_number(one.get("step"))]
+    trained = [one for one in records if one.get("kind") == "train"]
+    later = [one for one in evals if one["step"] > 0 and is_number(one.get("eval_loss"))]
+    # The evaluation marked last is the one whose weights were kept; not every objective chooses by the loss.
+    marked = [one for one in later if one.get("best") is True][-1:]
+    best = marked[0] if marked else min(later, key=lambda one: one["eval_loss"], default={})
+    last = trained[-1] if trained else {}
+    peaks = [one["peak_memory_bytes"] for one in trained if is_number(one.get("peak_memory_bytes"))]
+    return {
+        "eval_loss_before": next((one.get("eval_loss") for one in evals if one["step"] == 0), None),
+        **{name: best.get(name) for name in ("eval_loss", "perplexity")},
+        "best_step": best.get("step"),
+        **{name: last.get(name) for name in ("tokens_per_second", "tokens")},
+        "peak_memory_bytes": max(peaks, default=None),
+    }
+
+
+def _last_checkpoint(folder: Path) -> int | None:
+    """The step of the last checkpoint that was published, None where there is none."""
+    found = [re.fullmatch(r"step-(\d+)", path.name) for path in (folder / "checkpoints").glob("step-*") if path.is_dir()]
+    return max((int(match.group(1)) for match in found if match), default=None)
 
 
 def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
