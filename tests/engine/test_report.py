@@ -265,3 +265,12 @@ def test_writing_again_replaces_the_report_and_leaves_nothing_beside(run):
     before = sorted(path.name for path in run.iterdir())
     write_report(str(run))
     assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_figures_of_many_sets_get_the_whole_width(run):
+    file = run / "manifest.json"
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    assert page(run)[0].index('<div class="pair">') < page(run)[0].index("<h3>Examples</h3>")
+    manifest["data"]["eval_sets"] = {"code": {"rows": 3}}
+    file.write_text(json.dumps(manifest), encoding="utf-8")
+    assert page(run)[0].index("<h3>Examples</h3>") < page(run)[0].index('<div class="pair">')

@@ -183,3 +183,24 @@ def test_a_run_with_nothing_to_compare_with_is_not_repeated(tmp_path, capsys, re
     assert main(["runs", "reproduce", str(folder)]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run-again").exists()
+
+
+def test_a_run_is_one_line_in_80_columns_and_whole_in_a_pipe(tmp_path, capsys, monkeypatch):
+    recipe = RECIPE.replace("model: m", "model: a-model-with-a-name-of-some-length")
+    for name in ("sft-lora-long-name-1", "sft-lora-long-name-2"):
+        written(tmp_path / name, {"steps": 400, "created": "2026-01-01T00:00:00Z"}, PART, recipe)
+    assert main(["runs", "list", str(tmp_path)]) == 0
+    heads = ("run", "state", "what", "model", "steps", "loss", "tokens/s", "memory", "started")
+    assert capsys.readouterr().out.splitlines()[0].split() == list(heads)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    for width in range(65, 140):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert main(["runs", "list", str(tmp_path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3, width
+        assert all(len(line) <= width for line in lines[1:]) and "3.500 -> 2.500" in lines[2]
+        if width == 80:
+            assert "sft-lora-long-name-2" in lines[2] and "3/400" in lines[2] and "memory" not in lines[0]
+    assert "memory" in lines[0] and "started" in lines[0]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from tunesmith.cli.output import console, result, say
+from tunesmith.cli.output import columns, console, result, say
 from tunesmith.engine.figures import duration, is_number, number, size, typed
 from tunesmith.errors import NotReproduced, UserError
 
@@ -88,18 +88,33 @@ def reproduce(
 def _listed(found: Mapping[str, Any]) -> Any:
     if not found["runs"]:
         return "no runs"
-    table = Table("run", "state", "what", "model", "steps", "loss", "tokens/s", "memory", "started", box=None, pad_edge=False)
-    for run in found["runs"]:
-        steps = f"{run['step']}/{run['planned_steps']}" if run["state"] != "done" else str(run["step"])
-        table.add_row(
-            Path(run["run"]).name, run["state"], _joined(run["objective"], run["adaptation"]),
-            Path(str(run["model"] or "-")).name,
-            "-" if run["state"] == "unreadable" else steps,
-            f"{_figure(run['eval_loss_before'], 3)} -> {_figure(run['eval_loss'], 3)}", _figure(run["tokens_per_second"], 0),
-            size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-",
-            str(run["created"] or "-")[5:16].replace("T", " "),
-        )  # fmt: skip
+    rows = [_row(run) for run in found["runs"]]
+    heads = list(rows[0])
+    # A line for each run: what is told least of leaves a narrow terminal first.
+    for least in ("memory", "started", "model", "tokens/s"):
+        if sum(max(len(head), *(len(row[head]) for row in rows)) + 2 for head in heads) - 2 <= columns():
+            break
+        heads.remove(least)
+    table = Table(*heads, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(row[head] for head in heads))
     return [table, *(f"unreadable: {run['problem']}" for run in found["runs"] if run["problem"])]
+
+
+def _row(run: Mapping[str, Any]) -> dict[str, str]:
+    """Heading -> what the list says of a run."""
+    steps = str(run["step"]) + (f"/{run['planned_steps']}" if run["planned_steps"] and run["state"] != "done" else "")
+    return {
+        "run": Path(run["run"]).name,
+        "state": run["state"],
+        "what": _joined(run["objective"], run["adaptation"]),
+        "model": Path(str(run["model"] or "-")).name,
+        "steps": "-" if run["state"] == "unreadable" else steps,
+        "loss": f"{_figure(run['eval_loss_before'], 3)} -> {_figure(run['eval_loss'], 3)}",
+        "tokens/s": _figure(run["tokens_per_second"], 0),
+        "memory": size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-",
+        "started": str(run["created"] or "-")[5:16].replace("T", " "),
+    }
 
 
 def _shown(found: Mapping[str, Any]) -> str:
