@@ -41,7 +41,8 @@ def test_one_bad_folder_is_listed_as_unreadable_beside_the_others(tmp_path, caps
     assert states["good"]["state"] == "done" and states["good"]["problem"] is None
     assert states["bad"]["state"] == "unreadable" and told in states["bad"]["problem"]
     assert main(["runs", "list", str(tmp_path)]) == 0
-    assert told in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert told in out and out.splitlines()[1].split()[-2:] == ["-", "-"]
     with pytest.raises(UserError, match=rf"{told}[\s\S]*restore it"):
         runs.read(tmp_path / "bad")
 

@@ -113,7 +113,7 @@ def _row(run: Mapping[str, Any]) -> dict[str, str]:
         "loss": f"{_figure(run['eval_loss_before'], 3)} -> {_figure(run['eval_loss'], 3)}",
         "tokens/s": _figure(run["tokens_per_second"], 0),
         "memory": size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-",
-        "started": str(run["created"] or "-")[5:16].replace("T", " "),
+        "started": str(run["created"] or "")[5:16].replace("T", " ") or "-",
     }
 
 
