@@ -91,6 +91,16 @@ def run(tmp_path):
     return folder
 
 
+@pytest.mark.parametrize("after", [2.1142, 2.1144])
+def test_a_change_that_rounds_to_nothing_is_neither_good_nor_bad(run, after):
+    file = run / "manifest.json"
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    manifest["result"] |= {"eval_loss": after}
+    file.write_text(json.dumps(manifest), encoding="utf-8")
+    html, _ = page(run)
+    assert "<span>0.0%</span>" in html and "-0.0%" not in html and "+0.0%" not in html
+
+
 def test_the_headline_says_what_came_of_it(run):
     _, seen = page(run)
     for words in (
@@ -255,3 +265,12 @@ def test_writing_again_replaces_the_report_and_leaves_nothing_beside(run):
     before = sorted(path.name for path in run.iterdir())
     write_report(str(run))
     assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_figures_of_many_sets_get_the_whole_width(run):
+    file = run / "manifest.json"
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    assert page(run)[0].index('<div class="pair">') < page(run)[0].index("<h3>Examples</h3>")
+    manifest["data"]["eval_sets"] = {"code": {"rows": 3}}
+    file.write_text(json.dumps(manifest), encoding="utf-8")
+    assert page(run)[0].index("<h3>Examples</h3>") < page(run)[0].index('<div class="pair">')

@@ -29,6 +29,12 @@ def console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def columns() -> int:
+    """How wide what ``result`` prints may be: the terminal's width, or ``WIDE`` in a file or a pipe."""
+    terminal = Console()
+    return terminal.width if terminal.is_terminal else WIDE
+
+
 def say(*objects: Any) -> None:
     """Print strings (no markup is read from them: paths may hold brackets) or rich renderables to stderr."""
     _show(console(), objects)

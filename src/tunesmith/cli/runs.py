@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from tunesmith.cli.output import console, result, say
-from tunesmith.engine.figures import duration, is_number, number, size
+from tunesmith.cli.output import columns, console, result, say
+from tunesmith.engine.figures import duration, is_number, number, size, typed
 from tunesmith.errors import NotReproduced, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="List, show, compare and repeat runs.")
@@ -38,14 +40,14 @@ def show(run: Annotated[Path, typer.Argument(help="Run folder.", show_default=Fa
 
 
 @app.command("compare")
-def compare(
+def compare_runs(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Write the curves into this PNG.")] = Path("compare.png"),
     by: Annotated[str, typer.Option(help="What the curves run over: step or tokens.")] = "step",
     as_json: Json = False,
 ) -> None:
     """Curves of several runs over each other, what differs between their recipes, and their results side by side."""
-    from tunesmith.engine import runs
+    from tunesmith.engine import compare, runs
 
     if len(folders) < 2 or by not in ("step", "tokens"):
         raise UserError("compare takes two or more runs, and --by is step or tokens: tunesmith runs compare runs/a runs/b")
@@ -54,15 +56,15 @@ def compare(
     kept = [runs.read(folder) for folder in folders]
     found = {
         "runs": [run.facts() for run in kept],
-        "differences": runs.differences(kept),
-        "cautions": runs.cautions(kept),
+        "differences": compare.differences(kept),
+        "cautions": compare.cautions(kept),
         "picture": str(out),
     }
     try:
-        out.write_bytes(runs.picture(kept, by))
+        out.write_bytes(compare.picture(kept, by))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
-    result(found, as_json, _compared)
+    result(found, as_json, lambda found: _compared(found, compare.names(kept)))
 
 
 @app.command("reproduce")
@@ -86,48 +88,89 @@ def reproduce(
 def _listed(found: Mapping[str, Any]) -> Any:
     if not found["runs"]:
         return "no runs"
-    table = Table("run", "state", "what", "model", "steps", "loss", "tokens/s", "memory", "started", box=None, pad_edge=False)
-    for run in found["runs"]:
-        steps = f"{run['step']}/{run['planned_steps']}" if run["state"] != "done" else str(run["step"])
-        table.add_row(
-            Path(run["run"]).name, run["state"], f"{run['objective']} {run['adaptation']}", Path(str(run["model"])).name,
-            steps,
-            f"{_figure(run['eval_loss_before'], 3)} -> {_figure(run['eval_loss'], 3)}", _figure(run["tokens_per_second"], 0),
-            size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-",
-            str(run["created"] or "-")[5:16].replace("T", " "),
-        )  # fmt: skip
-    return table
+    rows = [_row(run) for run in found["runs"]]
+    heads = list(rows[0])
+    # A line for each run: what is told least of leaves a narrow terminal first.
+    for least in ("memory", "started", "model", "tokens/s"):
+        if sum(max(len(head), *(len(row[head]) for row in rows)) + 2 for head in heads) - 2 <= columns():
+            break
+        heads.remove(least)
+    table = Table(*heads, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(row[head] for head in heads))
+    return [table, *(f"unreadable: {run['problem']}" for run in found["runs"] if run["problem"])]
+
+
+def _row(run: Mapping[str, Any]) -> dict[str, str]:
+    """Heading -> what the list says of a run."""
+    steps = str(run["step"]) + (f"/{run['planned_steps']}" if run["planned_steps"] and run["state"] != "done" else "")
+    return {
+        "run": Path(run["run"]).name,
+        "state": run["state"],
+        "what": _joined(run["objective"], run["adaptation"]),
+        "model": Path(str(run["model"] or "-")).name,
+        "steps": "-" if run["state"] == "unreadable" else steps,
+        "loss": f"{_figure(run['eval_loss_before'], 3)} -> {_figure(run['eval_loss'], 3)}",
+        "tokens/s": _figure(run["tokens_per_second"], 0),
+        "memory": size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-",
+        "started": str(run["created"] or "")[5:16].replace("T", " ") or "-",
+    }
 
 
 def _shown(found: Mapping[str, Any]) -> str:
     manifest = found["manifest"]
     data, parameters, made = manifest.get("data") or {}, manifest.get("parameters") or {}, manifest.get("machine") or {}
     taken = (manifest.get("result") or {}).get("train_seconds")
-    unfinished = found["state"] in ("killed", "stopped")
+    is_unfinished, versions = found["state"] in ("killed", "stopped"), made.get("versions") or {}
+    planned = f" of {found['planned_steps']}" if found["planned_steps"] else ""
+    saved = "no checkpoint" if found["checkpoint"] is None else f"last checkpoint at step {found['checkpoint']}"
+    how = _joined(found["objective"], found["adaptation"] and f"with {found['adaptation']}")
+    # Without a result the figures are of the records: as far as the run came.
+    losses = (
+        _told("{} before", _figure(found["eval_loss_before"], none=None)),
+        _told("{} after" if manifest.get("result") else "{} at best so far", _figure(found["eval_loss"], none=None)),
+    )
+    machine = (
+        _told("{}", made.get("cpu")), _told("{} threads", made.get("threads")), _told("torch {}", versions.get("torch"))
+    )  # fmt: skip
     lines = [
         ("run", found["run"]),
-        ("state", f"{found['state']}, step {found['step']} of {found['planned_steps']}"),
+        ("state", f"{found['state']}, step {found['step']}{planned}{f', {saved}' if is_unfinished else ''}"),
         ("", str(found["stopped"] or "")),
-        ("started", f"{found['created']}  {manifest.get('command', '')}"),
-        ("model", f"{found['model']}  {found['objective']} with {found['adaptation']}, seed {manifest.get('seed')}"),
+        ("started", "  ".join(filter(None, (found["created"], typed(manifest.get("command") or ""))))),
+        ("model", f"{found['model']}  {how}{_told(', seed {}', manifest.get('seed'))}"),
         ("parameters", f"{parameters.get('trainable', 0):,} trained of {parameters.get('total', 0):,}" if parameters else ""),
         *(("data", f"{one['path']}  {one['rows_kept']:,} rows  sha256 {one['sha256'][:12]}") for one in data.get("sources", ())),
-        ("loss", f"{_figure(found['eval_loss_before'])} before, {_figure(found['eval_loss'])} after (step {found['best_step']})"),
-        ("speed", f"{_figure(found['tokens_per_second'], 0)} tokens/s{f', {duration(taken)}' if taken else ''}"),
+        ("loss", ", ".join(filter(None, losses)) + _told(" (step {})", found["best_step"])),
+        ("speed", _told("{} tokens/s", _figure(found["tokens_per_second"], 0, None)) + (f", {duration(taken)}" if taken else "")),
         ("memory", size(found["peak_memory_bytes"]) if found["peak_memory_bytes"] else ""),
-        ("machine", f"{made.get('cpu')}, {made.get('threads')} threads, torch {(made.get('versions') or {}).get('torch')}"),
+        ("machine", ", ".join(filter(None, machine))),
         *(("note", note) for note in manifest.get("notes") or ()),
-        ("next", f"tunesmith runs reproduce {found['run']}" if found["state"] == "done" else ""),
-        ("next", f"tunesmith train {found['run']}/recipe.yaml --out {found['run']} --resume" if unfinished else ""),
-    ]  # fmt: skip
+        ("next", f"tunesmith runs reproduce {shlex.quote(found['run'])}" if found["state"] == "done" else ""),
+        ("next", _go_on(found["run"], manifest) if is_unfinished else ""),
+    ]
     return "\n".join(f"{name:<11} {text}" for name, text in lines if text)
 
 
-def _compared(found: Mapping[str, Any]) -> list[Any]:
-    names = [Path(run["run"]).name for run in found["runs"]]
-    table = Table("", *names, title="Recipes: what differs; results", title_justify="left")
+def _go_on(run: str, manifest: Mapping[str, Any]) -> str:
+    """The command that resumes a run, with the processes and the DeepSpeed configuration that it had."""
+    processes = manifest.get("processes") or 1
+    verb = f"launch --processes {processes}" if processes > 1 else "train"
+    given = re.search(r"--deepspeed[ =](\S+)", str(manifest.get("command")))
+    sharded = f" --deepspeed {given.group(1) if given else 'FILE.json'}" if manifest.get("deepspeed") else ""
+    return f"tunesmith {verb} {shlex.quote(f'{run}/recipe.yaml')} --out {shlex.quote(run)}{sharded} --resume"
+
+
+def _compared(found: Mapping[str, Any], names: list[str]) -> list[Any]:
+    from tunesmith.engine.compare import shortened
+
+    table = Table(title="Recipes: what differs; results", title_justify="left")
+    # The key column keeps its width: a key that is cut may look like another.
+    table.add_column("", overflow="fold", min_width=min(36, max(map(len, [*found["differences"], "tokens_per_second"]))))
+    for name in names:
+        table.add_column(name, overflow="fold")
     for key, values in found["differences"].items():
-        table.add_row(key, *map(str, values))
+        table.add_row(key, *map(str, shortened(values)))
     table.add_section()
     for key in ("processes", "sharded"):
         values = [str(run[key]) for run in found["runs"]]
@@ -153,5 +196,14 @@ def _repeated(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _figure(value: Any, digits: int = 4) -> str:
-    return f"{value:,.{digits}f}" if is_number(value) else "-"
+def _joined(*words: Any) -> str:
+    return " ".join(str(word) for word in words if word) or "-"
+
+
+def _told(words: str, value: Any) -> str:
+    """``words`` with the value in them; empty when it is not known."""
+    return "" if value is None else words.format(value)
+
+
+def _figure(value: Any, digits: int = 4, none: Any = "-") -> Any:
+    return f"{value:,.{digits}f}" if is_number(value) else none

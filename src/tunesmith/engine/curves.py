@@ -158,6 +158,7 @@ def png(title: str, curves: Sequence[Curve]) -> bytes:
     """The same curves as a PNG for papers and chats, drawn by matplotlib without a display. ``title`` is text of ours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -177,10 +178,20 @@ def png(title: str, curves: Sequence[Curve]) -> bytes:
     axes.set(xlabel="step", ylabel=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if curves:  # above the axes, so that it lies on no curve
+        names = [shorter(curve.name, 40) for curve in curves]
+        columns = max(1, min(len(names), 90 // (max(map(len, names)) + 6)))
+        figure.legend(axes.get_legend_handles_labels()[0], names, frameon=False, loc="outside upper center", ncols=columns)
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()
+
+
+def shorter(text: str, most: int) -> str:
+    """``text`` in at most ``most`` characters: what is in the middle gives way, since names differ at their ends."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"
 
 
 @dataclass(frozen=True)

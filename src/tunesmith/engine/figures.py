@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, TypeGuard
 
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -68,6 +69,11 @@ def share(part: float, whole: float) -> str:
         return "-"
     percent = 100 * part / whole
     return f"{percent:.0f}%" if percent == 100 or percent == 0 else f"{percent:.{1 if percent >= 1 else 3}f}%"
+
+
+def typed(command: str) -> str:
+    """A recorded command the way a person types it: ``tunesmith train ...``, wherever the program lay."""
+    return re.sub(r"^(?:\S*[\\/])?tunesmith(?:[\\/]__main__\.py|\.exe)?(?=\s|$)", "tunesmith", command)
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -119,7 +119,7 @@ def _head(run: _Run) -> str:
         + '<div class="tags">'
         + "".join(f"<span>{escape(tag)}</span>" for tag in tags if tag)
         + "</div>"
-        + (f'<code class="command">$ {escape(str(command))}</code>' if command else "")
+        + (f'<code class="command">$ {escape(figures.typed(str(command)))}</code>' if command else "")
         + "</header>"
     )
 
@@ -155,8 +155,16 @@ def _before_after(run: _Run, key: str, name: str) -> str:
     if before is None:
         return tile(name, figures.number(after))
     change = (after - before) / abs(before) if before and math.isfinite(before) and math.isfinite(after) else None
-    sub = "" if change is None else f'<span class="{"good" if change < 0 else "bad"}">{change:+.1%}</span> on held-out rows'
+    sub = "" if change is None else f"{_change(change)} on held-out rows"
     return tile(name, f'<span class="from">{figures.number(before)} →</span> {figures.number(after)}', sub)
+
+
+def _change(change: float) -> str:
+    """``-7.2%`` in green, ``+1.0%`` in red; what rounds to nothing has neither sign nor colour."""
+    text = f"{change:+.1%}"
+    if text in ("+0.0%", "-0.0%"):
+        return "<span>0.0%</span>"
+    return f'<span class="{"good" if change < 0 else "bad"}">{text}</span>'
 
 
 def _sets(run: _Run) -> str:

@@ -26,9 +26,13 @@ def data_summary(report: dict[str, Any]) -> str:
         rest["eval_rows_that_share_text_with_train"] = f"{shared['rows']:,} ({figures.share(shared['share'], 1)})"
     lengths = _length_counts(splits.get("train", {}).get("histogram"))
     places = list(dict.fromkeys(place for split in splits.values() for place in split.get("unlearnable_first") or ()))
-    beside = _block("Examples", _splits(splits)) + _block("Tokens per training example", bars(lengths) if lengths else "")
+    examples = _block("Examples", _splits(splits))
+    beside = _block("Tokens per training example", bars(lengths) if lengths else "")
+    # Half a page has room for two columns of figures.
+    above, beside = (examples, beside) if len(splits) > len(_SPLITS) else ("", examples + beside)
     return (
         grid(rest)
+        + above
         + (f'<div class="pair">{beside}</div>' if beside else "")
         + _block("Sources", table([_source(one) for one in sources]) if sources else "")
         + _block("Rows left out", _lines([problem for one in sources for problem in one.get("problems") or ()]))

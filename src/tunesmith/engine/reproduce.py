@@ -22,12 +22,13 @@ def reproduce(path: str | Path, out: str | Path | None = None, console: Any = No
     Returns equal, run, again, machine (what is not as it was), difference (of the first record that is not the same: step,
     figure, before, now; None when all are), furthest (the loss that differs most, likewise), weights_equal and records.
 
-    Raises DataError, before training, when a data file changed since, with what changed, and UserError when the run never came
-    to its end.
+    Raises, before training, DataError when a data file changed since, with what changed, and UserError when the run never came to
+    its end or lacks what the repetition would be compared with.
     """
     before = runs.read(path)
     if before.state != "done":
         raise UserError(f"{before.path} is {before.state}: only a run that came to its end can be repeated and compared.")
+    _require_results(before)
     chosen = recipes.parse(before.recipe, where=str(before.path / "recipe.yaml"))
     _require_same_data(before, run.check(chosen)["data"])
     target = Path(out) if out else before.path.with_name(f"{before.path.name}-again")
@@ -96,6 +97,17 @@ def _weights(folder: Path) -> dict[str, str]:
     """File name -> sha256 of the model's weights."""
     files = sorted((folder / "model").glob("*.safetensors"))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _require_results(before: runs.Kept) -> None:
+    """Raise UserError when the run has no records or no weights: the training would be in vain."""
+    lacking = [] if before.records else [f"{before.path / 'metrics.jsonl'} has no records"]
+    lacking += [] if _weights(before.path) else [f"{before.path / 'model'} has no weights (*.safetensors)"]
+    if lacking:
+        raise UserError(
+            f"nothing to compare a repetition of {before.path} with: {' and '.join(lacking)}.\n"
+            f"  Put it back; or train anew: tunesmith train {before.path / 'recipe.yaml'} --out DIR"
+        )
 
 
 def _require_same_data(before: runs.Kept, now: dict[str, Any]) -> None:
