@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -37,7 +38,7 @@ def record_start(run: Run, micro_batch_tokens: int) -> None:
     run.folder.record(
         tunesmith=__version__,
         created=created,
-        command=" ".join(sys.argv),
+        command=shlex.join(sys.argv),
         model={"name": ready.recipe.model, "path": str(ready.model_folder.path), "kind": ready.model_folder.kind},
         objective=ready.recipe.resolved()["objective"],
         adaptation=ready.recipe.resolved()["adaptation"],
