@@ -242,14 +242,14 @@ def forecast(
     settle(job, automatic, limit)
     started = time.perf_counter() - loading_from
     say("taking a few steps")
-    seconds, tokens, update = _timed_steps(job)
+    seconds, tokens, update, first = _timed_steps(job)
     memory = measure_memory(job, limit)  # again, now that the optimiser has its state
     say("evaluating some rows")
     evaluation = _evaluation_seconds(job, ready, built.route)
     peak = int(torch.cuda.max_memory_allocated(ready.device)) if ready.device.type == "cuda" else machine.peak_memory_bytes()
     needed = max(peak, memory.peak)
     in_all = _tokens_of_run(ready.plan)
-    train_seconds = in_all * seconds / tokens + ready.plan.steps * update
+    train_seconds = in_all * seconds / tokens + ready.plan.steps * update + first
     train, plan = ready.recipe.train, ready.plan
 
     def times(every: float | str | None) -> int:
@@ -281,13 +281,13 @@ def forecast(
     }
 
 
-def _timed_steps(job: Job) -> tuple[float, int, float]:
-    """(seconds, tokens) of forward and backward, and seconds of an update: real steps of the plan, the first to warm up.
+def _timed_steps(job: Job) -> tuple[float, int, float, float]:
+    """(seconds, tokens) of forward and backward, seconds of an update, and what the first step takes more: real steps of the plan.
 
     Each is another step, because other rows make other shapes, and those take time of their own. As many are taken as lie between
     two returns of freed memory, so that their peak is that of a run; of long steps fewer.
     """
-    passes, tokens = 0.0, 0
+    passes, tokens, first, first_tokens = 0.0, 0, 0.0, 0
     updates: list[float] = []
     begun = time.perf_counter()
     for number, at in enumerate(_typical(job.plan, 1 + loop.TRIM_STEPS)):
@@ -302,11 +302,15 @@ def _timed_steps(job: Job) -> tuple[float, int, float]:
         job.update.norm()
         job.update.apply(at)
         machine.synchronize(job.device)
-        if number > 0:
-            passes += between - started
-            updates.append(time.perf_counter() - between)
-            tokens += sum(sum(one.lengths) for one in step.micro)
-    return passes, max(1, tokens), min(updates)
+        taken = sum(sum(one.lengths) for one in step.micro)
+        if number == 0:
+            first, first_tokens = time.perf_counter() - started, taken
+            continue
+        passes += between - started
+        updates.append(time.perf_counter() - between)
+        tokens += taken
+    tokens, update = max(1, tokens), sum(updates) / len(updates)
+    return passes, tokens, update, max(0.0, first - first_tokens * passes / tokens - update)
 
 
 def _typical(plan: batching.Plan, number: int) -> list[int]:
