@@ -282,7 +282,7 @@ def forecast(
 
 
 def _timed_steps(job: Job) -> tuple[float, int, float, float]:
-    """(seconds, tokens) of forward and backward, seconds of an update, and what the first step takes more: real steps of the plan.
+    """(seconds, tokens) of forward and backward, seconds of an update, what the first step takes more: of real steps.
 
     Each is another step, because other rows make other shapes, and those take time of their own. As many are taken as lie between
     two returns of freed memory, so that their peak is that of a run; of long steps fewer.
