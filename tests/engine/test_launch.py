@@ -129,7 +129,9 @@ def test_two_launched_processes_make_the_run_of_one(tmp_path):
 def test_a_run_of_two_processes_is_reproduced_with_two(tmp_path):
     code, _, err = launched(shared_run(tmp_path, max_steps=2), tmp_path, "--json")
     assert code == 0, err
+    before = dict(os.environ)
     found = reproduce(tmp_path / "run")
+    assert dict(os.environ) == before, "what the processes are told stays with them"
     assert found["equal"] and json.loads((tmp_path / "run-again" / "manifest.json").read_text())["processes"] == 2
 
 

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,8 +37,7 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
     gpus = torch.cuda.device_count()
     if gpus and processes > gpus:
         raise UserError(f"--processes {processes}: each process takes a GPU, and this machine has {gpus}. Start at most {gpus}.")
-    _environment(processes)
-    with tempfile.TemporaryDirectory(prefix="tunesmith-launch-") as name:
+    with _environment(processes), tempfile.TemporaryDirectory(prefix="tunesmith-launch-") as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps({"command": sys.argv, "arguments": list(arguments)}), encoding="utf-8")
         os.environ[distributed.MEETING] = str(folder / "processes")
@@ -75,8 +75,10 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
         raise error
 
 
-def _environment(processes: int) -> None:
-    """Before the processes start: threads shared out, no traffic outside this machine, no chatter. What the user set stays."""
+@contextmanager
+def _environment(processes: int) -> Iterator[None]:
+    """For the processes: threads shared out, no traffic outside this machine, no chatter. What the user set stays."""
+    before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if sys.platform == "linux":
@@ -85,6 +87,11 @@ def _environment(processes: int) -> None:
     agent = logging.getLogger("torch.distributed.elastic")
     agent.addHandler(logging.NullHandler())
     agent.propagate = False
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def cause(notes: Mapping[int, watch.Note], codes: Mapping[int, int], printed: Mapping[int, str]) -> BaseException | None:

