@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cli.options import Json, Overrides, RecipeFile
 from tunesmith.cli.output import console, result, say
 from tunesmith.data.problems import shorten
 from tunesmith.engine.figures import duration, size
@@ -16,15 +16,13 @@ from tunesmith.errors import UserError
 
 
 def check(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; see `tunesmith init`.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.epochs=2.", show_default=False)
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     measure: Annotated[bool, typer.Option("--measure", help="Take a few real steps: forecast memory and time.")] = False,
     memory: Annotated[
         float | None, typer.Option(help="With --measure: GB that the run may use.", show_default="what is free")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: Json = False,
 ) -> int:
     """Tell all that can be known before training: rows, masks, steps, parameters, precision; with --measure memory and time."""
     from tunesmith.recipe import load

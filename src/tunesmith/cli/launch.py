@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tunesmith.cli.options import DeepSpeed, Json, Out, Overrides, RecipeFile, Resume
+
 
 def launch(
     processes: Annotated[int, typer.Option("--processes", "-n", min=1, help="How many; at most one for each GPU.")],
-    recipe: Annotated[Path, typer.Argument(help="YAML file; see `tunesmith init`.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.epochs=2.", show_default=False)
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")] = False,
-    deepspeed: Annotated[
-        Path | None, typer.Option(help="Your ds_config.json: ZeRO-2, each process with a part.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    deepspeed: DeepSpeed = None,
+    as_json: Json = False,
 ) -> None:
     """Train with several processes on this machine: the update of one process, in less time."""
     from tunesmith.recipe import load

@@ -5,27 +5,23 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
+from tunesmith.cli.options import DeepSpeed, Json, Out, Overrides, RecipeFile, Resume
 from tunesmith.cli.output import console, result, say
 from tunesmith.engine.figures import size
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; see `tunesmith init`.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.epochs=2.", show_default=False)
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")] = False,
-    deepspeed: Annotated[
-        Path | None, typer.Option(help="Your ds_config.json: ZeRO-2, each process with a part.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    deepspeed: DeepSpeed = None,
+    as_json: Json = False,
 ) -> None:
     """Train a model as a recipe says."""
     from tunesmith.recipe import brief, load
