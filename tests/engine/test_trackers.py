@@ -62,9 +62,7 @@ def from_wandb(run, monkeypatch):
     messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     points, config = {}, {}
     *_, file = sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    for content in leveldb_records(file.read_bytes()):
-        record = messages.Record()
-        record.ParseFromString(content)
+    for record in finished_records(file, messages):
         if record.WhichOneof("record_type") == "run":
             assert (record.run.project, record.run.display_name) == ("tunesmith", "run-a")
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
@@ -74,6 +72,16 @@ def from_wandb(run, monkeypatch):
                 if not name.startswith("_"):
                     points.setdefault(name, []).append((row["_step"], value))
     return points, config.get("train.batch_size") == 5
+
+
+def finished_records(file, messages):
+    """All records of a run. They are written by a process of W&B's own, which may be a moment behind: the last one says so."""
+    deadline = time.monotonic() + 20
+    while True:
+        records = [messages.Record.FromString(content) for content in leveldb_records(file.read_bytes())]
+        if any(record.WhichOneof("record_type") == "exit" for record in records) or time.monotonic() > deadline:
+            return records
+        time.sleep(0.05)
 
 
 def leveldb_records(content):
