@@ -1,7 +1,7 @@
 """Asks the Hub what a repository holds, and downloads files of it, in a process of its own.
 
-``hub.ask`` runs ``python -m tunesmith.hub.client info|download ...``, so that a connection that hangs can be ended, and so that
-the process which trains or generates stays offline. A file that is not whole yet is called ``NAME.part``; the next download
+``hub.ask`` runs ``python -P -m tunesmith.hub.client info|download ...``, so that a connection that hangs can be ended, and so
+that the process which trains or generates stays offline. A file that is not whole yet is called ``NAME.part``; the next download
 into the same folder asks the Hub for the rest of it alone. The Hub's client has no such resume (since huggingface_hub 2 an
 interrupted file is thrown away), but its ``http_get`` takes a file to go on with.
 

@@ -1,6 +1,6 @@
 """Which files of a data set of the Hub are which split, and its rows as a stream, as the ``datasets`` library has them.
 
-A program in a process of its own, as ``hub.client`` is: ``python -m tunesmith.hub.splits plan|rows REPO REVISION NAME SPLIT``.
+A program in a process of its own, as ``hub.client`` is: ``python -P -m tunesmith.hub.splits plan|rows REPO REVISION NAME SPLIT``.
 What a split is (folders, file names, the card's own list) is a convention of that library, and only it is asked. It runs no
 code of a data set (it has no loading scripts since version 4), and its caches lie in a folder that is thrown away.
 

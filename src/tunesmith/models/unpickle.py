@@ -1,6 +1,6 @@
 """Pickled weights to safetensors, in a process of its own: the only file of tunesmith that opens a pickle.
 
-``models.convert`` runs ``python -m tunesmith.models.unpickle JOB.json``. ``torch.load(weights_only=True)`` builds tensors and
+``models.convert`` runs ``python -P -m tunesmith.models.unpickle JOB.json``. ``torch.load(weights_only=True)`` builds tensors and
 plain containers and nothing else: any other name in the pickle ends this process with an error, before it is imported. What is
 read is written and dropped; nothing of it reaches the process of the user. Each line on stdout is one JSON object.
 """
