@@ -29,10 +29,11 @@ class Adaptation(Protocol):
         """Extra arguments for ``from_pretrained`` (a quantisation config, say)."""
         ...
 
-    def apply(self, model: Any, head: str, new_rows: Sequence[int] = ()) -> Any:
+    def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
         """Return the model with exactly the right parameters trainable. Raises RecipeError before touching it.
 
         ``new_rows``: rows of embedding and output layer that belong to new tokens; they are trained whatever else is.
+        ``tokenizer``: the run's own, for an adaptation whose first values are words.
         """
         ...
 

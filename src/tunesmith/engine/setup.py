@@ -77,7 +77,7 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
     _check_compile(recipe.train, device, numbers.compute)
-    parameters = _parameters(recipe, folder, config, objective, adaptation, new_tokens)
+    parameters = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
     with distributed.main_first() if streamed else nullcontext():  # one process asks the network, the others find the cache
         data = prepare(
@@ -147,7 +147,7 @@ def build(setup: Setup, out: Path) -> Built:
         options = {**setup.adaptation.load_kwargs(), **placed}
         loaded = load.load_model(folder, head=setup.objective.head, trainable=True, **options)
         new_rows = vocabulary.grow(loaded, setup.new_tokens)
-        model = setup.adaptation.apply(loaded, setup.objective.head, new_rows)
+        model = setup.adaptation.apply(loaded, setup.objective.head, new_rows, setup.tokenizer)
     if recipe.device_map is None:
         model.to(setup.device)
     else:
@@ -266,12 +266,13 @@ def _parameters(
     objective: Objective,
     adaptation: Adaptation,
     new_tokens: vocabulary.NewTokens,
+    tokenizer: Any,
 ) -> dict[str, int]:
     """Numbers of parameters from the network's shape alone, which also finds modules that are not there."""
     if recipe.adapter == "continue":
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-        adapter = LoraConfig.from_pretrained(str(folder.path))
+        adapter = load.adapter_config(folder.path)
         adapter.inference_mode = False
         with torch.device("meta"):
             model = load.empty_model(folder, config)
@@ -282,7 +283,7 @@ def _parameters(
             model = load.empty_model(folder, config)
             if recipe.adapter == "merge":
                 vocabulary.fit_to_adapter(model, folder.path)
-            model = adaptation.apply(model, objective.head, vocabulary.grow(model, new_tokens))
+            model = adaptation.apply(model, objective.head, vocabulary.grow(model, new_tokens), tokenizer)
     if recipe.train.gradient_checkpointing and not head.base(model).supports_gradient_checkpointing:
         raise RecipeError(
             f"train.gradient_checkpointing: transformers cannot recompute the layers of {config.model_type}.\n"

@@ -221,6 +221,13 @@ def is_causal(network: Any) -> bool:
     return network.__name__ in {"AutoModelForCausalLM", *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
 
 
+def adapter_config(folder: Path) -> Any:
+    """The peft config saved in an adapter folder. Raises ModelError for a kind that peft does not know."""
+    from peft import PeftConfig
+
+    return _explained(Folder(folder, "adapter"), lambda: PeftConfig.from_pretrained(str(folder), local_files_only=True))
+
+
 def _attached(folder: Folder, model: Any, trainable: bool) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
