@@ -47,9 +47,10 @@ def recipe(
     data = documents(count // 2) if (objective if isinstance(objective, str) else objective["type"]) == "cpt" else rows(count)
     file = folder / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in data), encoding="utf-8")
+    optim, arguments = train.pop("optim", "adamw"), train.pop("optim_args", {"eps": 1e-4})
     settings = {
-        "batch_size": 5, "max_steps": 4, "learning_rate": 1e-2, "precision": "fp32", "eval_steps": None, "save_steps": None, "optim_args": {"eps": 1e-4},
-        **train,
+        "batch_size": 5, "max_steps": 4, "learning_rate": 1e-2, "precision": "fp32", "eval_steps": None, "save_steps": None,
+        "optim": {"type": optim, **arguments}, **train,
     }  # fmt: skip
     return {
         "model": str(model_folder(folder, name)),

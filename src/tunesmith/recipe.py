@@ -172,13 +172,13 @@ def conflicts(recipe: Recipe) -> list[str]:
     )
     clash(train.max_steps and changed(train, "epochs"), "set train.max_steps or train.epochs, not both")
     clash(
-        train.lr_scheduler_type == "constant" and (train.warmup_ratio or train.warmup_steps),
+        train.scheduler_name == "constant" and (train.warmup_ratio or train.warmup_steps),
         "train.lr_scheduler_type: constant has no warm-up; use constant_with_warmup",
     )
     for key in ("dampening", "nesterov"):
         clash(
-            train.optim == "sgd" and train.optim_args.get(key) and not train.optim_args.get("momentum"),
-            f"train.optim_args.{key} does nothing without train.optim_args.momentum",
+            train.optim_name == "sgd" and train.optim_args.get(key) and not train.optim_args.get("momentum"),
+            f"train.optim.{key} does nothing without train.optim.momentum",
         )
     clash(samples.prompts and changed(samples, "count"), "set samples.prompts or samples.count, not both")
     clash(

@@ -87,7 +87,7 @@ def test_every_schedule_of_transformers_can_be_built():
     from transformers import SchedulerType
 
     for kind in SchedulerType:
-        config = TrainConfig(lr_scheduler_type=kind.value, lr_scheduler_kwargs=NEEDS.get(kind.value, {}), warmup_steps=2)
+        config = TrainConfig(lr_scheduler_type={"type": kind.value, **NEEDS.get(kind.value, {})}, warmup_steps=2)
         optim.schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5), config, 10)
 
 
@@ -96,7 +96,7 @@ def test_every_schedule_of_transformers_can_be_built():
     [
         ({"lr_scheduler_type": "lineer"}, "unknown schedule 'lineer'"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
-        ({"lr_scheduler_kwargs": {"nonsense": 1}}, "nonsense"),
+        ({"lr_scheduler_type": {"type": "linear", "nonsense": 1}}, "nonsense"),
         ({"warmup_steps": 10}, "the warm-up takes 10 steps and the whole run has 10"),
     ],
 )

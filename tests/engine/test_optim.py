@@ -100,7 +100,7 @@ def problem():
 def test_an_optimiser_follows_its_formula(name):
     needs(name)
     arguments, formula, tolerance = FORMULAS[name]
-    config = TrainConfig(optim=name, optim_args=arguments, learning_rate=0.02, weight_decay=0.1, warmup_steps=4, max_steps=40)
+    config = TrainConfig(optim={"type": name, **arguments}, learning_rate=0.02, weight_decay=0.1, warmup_steps=4, max_steps=40)
     model, loss_of = problem()
     plain = [p.detach().clone() for p in (model.weight, model.bias)]
     masters = Masters(model, torch.float32)
@@ -133,7 +133,7 @@ def test_8_bit_moments_learn_as_32_bit_ones_do(tmp_path):
     curves = []
     for name, arguments in (("adamw", {}), ("adamw_8bit", {"min_8bit_size": 256})):
         made = recipe(tmp_path, optim=name, **common)
-        made["train"]["optim_args"] = arguments
+        made["train"]["optim"] = {"type": name, **arguments}
         tunesmith.train(made, out=tmp_path / name)
         curves.append([record["loss"] for record in history(tmp_path / name) if record["kind"] == "train"])
     assert curves[0][-1] < 1.5 < 6 < curves[0][0]
@@ -302,7 +302,7 @@ def test_a_rate_for_an_output_layer_that_is_not_trained_on_its_own_is_refused(ad
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        ("adamw", {"beta": [0.9, 0.95]}, r"optim_args.beta: adamw has no such argument. Did you mean `betas`\?"),
+        ("adamw", {"beta": [0.9, 0.95]}, r"optim.beta: adamw has no such argument. Did you mean `betas`\?"),
         ("sgd", {"momentun": 0.9}, r"sgd has no such argument. Did you mean `momentum`\?"),
         ("sgd", {"betas": [0.9, 0.95]}, "sgd has no such argument. Valid: dampening, momentum, nesterov"),
         ("adafactor", {"clip_treshold": 1.0}, r"Did you mean `clip_threshold`\?"),
@@ -314,15 +314,15 @@ def test_a_rate_for_an_output_layer_that_is_not_trained_on_its_own_is_refused(ad
         ("sgd", {"maximize": True}, "it would raise the loss"),
         ("adafactor", {"relative_step": True}, "tunesmith chooses"),
         ("lion", {"min_8bit_size": 5}, "its state is kept in 32 bits"),
-        ("adamw", {"eps": "1e-8"}, r"train\.optim_args\.eps: adamw does not take '1e-8': expected a value such as 1e-08"),
+        ("adamw", {"eps": "1e-8"}, r"train\.optim\.eps: adamw does not take '1e-8': expected a value such as 1e-08"),
         ("adamw", {"betas": [0.9, 2.0]}, "Invalid beta parameter"),
         (
             "adamw",
             {"eps": 1e-6, "betas": [0.9]},
-            r"train\.optim_args\.betas: adamw does not take \[0\.9\]: expected a value such as \[0\.9, 0\.999\], its default",
+            r"train\.optim\.betas: adamw does not take \[0\.9\]: expected a value such as \[0\.9, 0\.999\], its default",
         ),
-        ("adamw", {"eps": -1, "betas": [0.9]}, "train.optim=adamw with train.optim_args={'eps': -1, 'betas': "),  # two are wrong
-        ("adamw_8bit", {"betas": [0.9]}, r"train\.optim_args\.betas: adamw_8bit does not take"),
+        ("adamw", {"eps": -1, "betas": [0.9]}, "train.optim={'type': 'adamw', 'eps': -1, 'betas': "),  # two are wrong
+        ("adamw_8bit", {"betas": [0.9]}, r"train\.optim\.betas: adamw_8bit does not take"),
     ],
 )
 def test_arguments_that_an_optimiser_does_not_take_are_refused_before_anything_loads(name, arguments, said, tmp_path):
@@ -350,5 +350,5 @@ def test_8_bits_that_would_hold_nothing_are_refused(tmp_path):
 @pytest.mark.parametrize("key", ["dampening", "nesterov"])
 def test_keys_of_momentum_without_momentum_are_refused(key, tmp_path):
     made = recipe(tmp_path, optim="sgd", optim_args={key: 1})
-    with pytest.raises(RecipeError, match=f"train.optim_args.{key} does nothing without"):
+    with pytest.raises(RecipeError, match=f"train.optim.{key} does nothing without"):
         tunesmith.check(made)

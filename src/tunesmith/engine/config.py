@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tunesmith.nearest import did_you_mean
 
 Every = float | Literal["epoch"] | None
+OPTIMS = ("adamw", "adamw_8bit", "adafactor", "sgd", "lion")
 
 
 class Strict(BaseModel):
@@ -30,15 +33,13 @@ class TrainConfig(Strict):
     gradient_checkpointing: bool = Field(False, description="keep no activations of a layer, compute them again: less memory")
     torch_compile: bool = Field(False, description="compile the decoder layers; on a GPU only, worth its minute in long runs")
     neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on the embeddings, such as 5 (Jain et al. 2023)")
-    optim: Literal["adamw", "adamw_8bit", "adafactor", "sgd", "lion"] = Field(
-        "adamw", description="what makes an update of a gradient"
-    )
-    optim_args: dict[str, Any] = Field(
-        default_factory=dict, description="arguments of the optimiser, such as {betas: [0.9, 0.95], eps: 1.0e-8}"
+    optim: str | dict[str, Any] = Field(
+        "adamw", description=f"{', '.join(OPTIMS)}; with arguments: {{type: adamw, betas: [0.9, 0.95], eps: 1.0e-8}}"
     )
     head_learning_rate: float | None = Field(None, gt=0, description="of the trained output layer, when it has a rate of its own")
-    lr_scheduler_type: str = "linear"
-    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    lr_scheduler_type: str | dict[str, Any] = Field(
+        "linear", description="any schedule of transformers; with arguments: {type: cosine_with_restarts, num_cycles: 2}"
+    )
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -53,6 +54,41 @@ class TrainConfig(Strict):
         default_factory=list, description="trackers that get every figure too; none by default"
     )
 
+    @property
+    def optim_name(self) -> str:
+        return _name(self.optim)
+
+    @property
+    def optim_args(self) -> dict[str, Any]:
+        """Arguments of the optimiser by their own names."""
+        return _arguments(self.optim)
+
+    @property
+    def scheduler_name(self) -> str:
+        return _name(self.lr_scheduler_type)
+
+    @property
+    def scheduler_args(self) -> dict[str, Any]:
+        """Arguments of the schedule by their own names."""
+        return _arguments(self.lr_scheduler_type)
+
+    @field_validator("optim", "lr_scheduler_type")
+    @classmethod
+    def _named(cls, chosen: str | dict[str, Any]) -> str | dict[str, Any]:
+        """A mapping says which it is; one that says nothing more is its name."""
+        if isinstance(chosen, str):
+            return chosen
+        if not isinstance(chosen.get("type"), str):
+            raise ValueError("the key `type` is missing: expected a name, or a mapping of `type` and its arguments")
+        return chosen if len(chosen) > 1 else str(chosen["type"])
+
+    @field_validator("optim")
+    @classmethod
+    def _known(cls, chosen: str | dict[str, Any]) -> str | dict[str, Any]:
+        if _name(chosen) not in OPTIMS:
+            raise ValueError(f"unknown optimiser {_name(chosen)!r}. {did_you_mean(_name(chosen), OPTIMS)}")
+        return chosen
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.warmup_ratio and self.warmup_steps:
@@ -66,6 +102,14 @@ class TrainConfig(Strict):
         if self.early_stopping_patience and self.eval_steps is None:
             raise ValueError("early_stopping_patience needs eval_steps")
         return self
+
+
+def _name(chosen: str | dict[str, Any]) -> str:
+    return str(chosen["type"]) if isinstance(chosen, dict) else chosen
+
+
+def _arguments(chosen: str | dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in chosen.items() if key != "type"} if isinstance(chosen, dict) else {}
 
 
 class SampleConfig(Strict):

@@ -93,7 +93,7 @@ def measure_memory(job: Job, limit: int) -> Memory:
     step, places = batching.heaviest(job.plan, job.budget, job.packed, state.process_index, state.num_processes)
     masters = job.update.masters
     begun = any(job.update.optimizer.state.values())
-    pending = 0 if begun else int(masters.size * masters.share * STATE_BYTES[job.config.optim])
+    pending = 0 if begun else int(masters.size * masters.share * STATE_BYTES[job.config.optim_name])
     tokens, part = _tokens(job, step, places), _part(job, step, places)
     if job.device.type == "cpu" and tokens > 2 * _tokens(job, step, part):
         some = _pass(job, step, part)
@@ -150,7 +150,7 @@ def check_weights(ready: setup.Setup, limit: int) -> None:
     each = ready.precision.compute.itemsize
     masters = 4 if each < 4 else 0
     sharing = distributed.state().num_processes if ready.sharding else 1
-    needed = int(total * each + trained * (masters + 4 + STATE_BYTES[ready.recipe.train.optim]) / sharing)
+    needed = int(total * each + trained * (masters + 4 + STATE_BYTES[ready.recipe.train.optim_name]) / sharing)
     if needed > limit:
         raise RecipeError(
             f"the weights, with gradients and the optimiser's state, take {figures.size(needed)}, and {figures.size(limit)} are "

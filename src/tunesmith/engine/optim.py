@@ -29,7 +29,7 @@ class Kind:
         return {one.name: one.default for one in inspect.signature(self.optimizer).parameters.values()}
 
     def why_not(self, argument: str) -> str | None:
-        """Why ``train.optim_args`` may not hold an argument of the class; None when it may."""
+        """Why ``train.optim`` may not hold an argument of the class; None when it may."""
         own = dict.fromkeys(self.fixed, "tunesmith chooses it")
         return {**OWNED, **own, **self.refused}.get(argument)
 
@@ -100,13 +100,13 @@ OPTIMISERS: dict[str, Callable[[], Kind]] = {
 
 def check(config: TrainConfig) -> None:
     """Try the optimiser on four numbers. Raises RecipeError for arguments it does not take, MissingExtra without its package."""
-    kind = OPTIMISERS[config.optim]()
+    kind = OPTIMISERS[config.optim_name]()
     valid = [name for name in kind.signature if kind.why_not(name) is None]
     for name in config.optim_args:
         if name not in kind.signature:
-            raise RecipeError(f"train.optim_args.{name}: {config.optim} has no such argument. {did_you_mean(name, valid)}")
+            raise RecipeError(f"train.optim.{name}: {config.optim_name} has no such argument. {did_you_mean(name, valid)}")
         if name not in valid:
-            raise RecipeError(f"train.optim_args.{name} is not given here: {kind.why_not(name)}. Valid: {', '.join(valid)}")
+            raise RecipeError(f"train.optim.{name} is not given here: {kind.why_not(name)}. Valid: {', '.join(valid)}")
     why = _fault(kind, config.weight_decay, config.optim_args)
     if why is None:
         return
@@ -114,10 +114,10 @@ def check(config: TrainConfig) -> None:
         if _fault(kind, config.weight_decay, {key: other for key, other in config.optim_args.items() if key != name}) is None:
             default = list(kind.signature[name]) if isinstance(kind.signature[name], tuple) else kind.signature[name]
             raise RecipeError(
-                f"train.optim_args.{name}: {config.optim} does not take {value!r}: expected a value such as {default!r}, "
+                f"train.optim.{name}: {config.optim_name} does not take {value!r}: expected a value such as {default!r}, "
                 f"its default ({why})"
             )
-    raise RecipeError(f"train.optim={config.optim} with train.optim_args={config.optim_args}: {why}")
+    raise RecipeError(f"train.optim={config.optim}: {why}")
 
 
 def _fault(kind: Kind, weight_decay: float, arguments: Mapping[str, Any]) -> str | None:
@@ -134,12 +134,12 @@ def _fault(kind: Kind, weight_decay: float, arguments: Mapping[str, Any]) -> str
 def check_model(config: TrainConfig, model: Any) -> None:
     """Whether ``model`` (adapted; on the meta device, say) has what the keys speak of. Raises RecipeError."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.optim == "adamw_8bit":
+    if config.optim_name == "adamw_8bit":
         smallest = config.optim_args.get("min_8bit_size", _adamw_8bit().signature["min_8bit_size"])
         if max(map(torch.Tensor.numel, trained)) < smallest:
             raise RecipeError(
                 f"train.optim=adamw_8bit does nothing: weights below {smallest} numbers keep their moments in 32 bits, and no "
-                "trained weight is larger.\n  Use train.optim=adamw, or lower train.optim_args.min_8bit_size."
+                "trained weight is larger.\n  Use train.optim=adamw, or lower train.optim.min_8bit_size."
             )
     if config.head_learning_rate is not None and not head.own_parameters(model):
         raise RecipeError(
@@ -151,13 +151,13 @@ def check_model(config: TrainConfig, model: Any) -> None:
 def build(
     trained: Mapping[str, torch.Tensor], config: TrainConfig, heads: Collection[str], factors: Mapping[str, float]
 ) -> torch.optim.Optimizer:
-    """The optimiser of ``config.optim`` over groups of what is ``trained`` (by name) that share a rate and a decay.
+    """The optimiser of ``config.optim_name`` over groups of what is ``trained`` (by name) that share a rate and a decay.
 
     ``heads``: names of the output layer's parameters. ``factors``: how many times the rate a parameter learns at, by name; 1 for
     those left out. Norms and biases (one-dimensional weights) do not decay. A group's ``logged`` is the key of its rate in a
     record; the groups at ``train.learning_rate`` come first.
     """
-    kind = OPTIMISERS[config.optim]()
+    kind = OPTIMISERS[config.optim_name]()
     groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
     for name, weight in trained.items():
         own, factor, decays = name in heads and config.head_learning_rate is not None, factors.get(name, 1.0), weight.dim() > 1
@@ -174,18 +174,13 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
     from transformers import SchedulerType, get_scheduler
 
     warmup = config.warmup_steps or int(config.warmup_ratio * steps + 0.5)
-    if config.lr_scheduler_type not in (valid := [kind.value for kind in SchedulerType]):
-        raise RecipeError(f"train.lr_scheduler_type: unknown schedule {config.lr_scheduler_type!r}. Valid: {', '.join(valid)}")
+    if config.scheduler_name not in (valid := [kind.value for kind in SchedulerType]):
+        raise RecipeError(f"train.lr_scheduler_type: unknown schedule {config.scheduler_name!r}. Valid: {', '.join(valid)}")
     if warmup >= steps > 1:
         raise RecipeError(
             f"the warm-up takes {warmup} steps and the whole run has {steps}. Lower train.warmup_steps or warmup_ratio."
         )
     try:
-        return get_scheduler(
-            config.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs)
-        )
+        return get_scheduler(config.scheduler_name, optimizer, warmup, steps, scheduler_specific_kwargs=config.scheduler_args)
     except (TypeError, ValueError) as error:
-        raise RecipeError(
-            f"train.lr_scheduler_type={config.lr_scheduler_type} with "
-            f"train.lr_scheduler_kwargs={dict(config.lr_scheduler_kwargs)}: {error}"
-        ) from None
+        raise RecipeError(f"train.lr_scheduler_type={config.lr_scheduler_type}: {error}") from None

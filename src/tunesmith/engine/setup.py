@@ -72,7 +72,7 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     objective = objectives.module(objectives.name_of(recipe.objective)).Objective(recipe.objective)
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
     optim.check(recipe.train)
-    numbers = precision.choose(recipe.train.precision, device, recipe.train.optim)
+    numbers = precision.choose(recipe.train.precision, device, recipe.train.optim_name)
     sharded = None if deepspeed is None else zero.read(deepspeed, recipe.train, numbers.compute)
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)

@@ -88,8 +88,10 @@ def read(path: Path, train: TrainConfig, compute: torch.dtype) -> Sharding:
     for key in UNTRIED:
         if zero.get(key) and zero[key] != {"device": "none"}:
             raise RecipeError(f'{where}: "zero_optimization.{key}" is not supported. Take it out of the file.')
-    if train.optim not in OPTIMISERS:
-        raise RecipeError(f"train.optim={train.optim} does not go with --deepspeed, which needs one of {', '.join(OPTIMISERS)}.")
+    if train.optim_name not in OPTIMISERS:
+        raise RecipeError(
+            f"train.optim={train.optim_name} does not go with --deepspeed, which needs one of {', '.join(OPTIMISERS)}."
+        )
     if compute is torch.float16:
         raise RecipeError("train.precision: fp16 does not go with --deepspeed. Use bf16 or fp32.")
     _installed()
