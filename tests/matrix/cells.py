@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
 
 import tunesmith
 from tests.runs import recipe
 from tests.tiny import TINY
+from tunesmith.engine import setup
 
 OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt"}
 ADAPTATIONS: dict[str, Any] = {"full": "full", "lora": {"type": "lora", "r": 4}}
 TRAINS: dict[str, Callable[[str], bool]] = {"full": lambda name: True, "lora": lambda name: ".lora_" in name}
 """Which of a network's parameters an adaptation is to train, by name."""
+
+MERGES = ("lora",)
+"""Adaptations that are a change of weights, so that they can be folded into them."""
+
+ON_ITS_BASE = ("lora",)
+"""Adaptations that leave the base as it was, and that can be switched off: then the base answers."""
 
 ARCHITECTURES = tuple(TINY)
 STEPS = 2  # B of a fresh LoRA is zero, so its A does not move before the second
@@ -39,22 +48,91 @@ CELLS = [Cell(*names) for names in product(ARCHITECTURES, OBJECTIVES, ADAPTATION
 
 @dataclass(frozen=True)
 class Ran:
-    """A run of two steps: its ``base`` and ``model`` folders, the ``losses`` of its steps, ``batches`` = packed or padded."""
+    """A run of two steps: its ``base`` and ``model`` folders, the ``losses`` of its steps, ``batches`` = packed or padded.
 
+    ``names`` of all parameters; ``trained``: those that required gradients, ``still``: those of them that did not; ``touched``: frozen ones that did.
+    ``at_first`` and ``at_last``: logits of the network in memory, before and after.
+    """
+
+    made: dict[str, Any]
     base: Path
     model: Path
     losses: list[float]
     batches: str
-    masters: dict[str, Any]
-    """What was trained, as its last checkpoint holds it."""
+    names: set[str]
+    trained: set[str]
+    still: set[str]
+    touched: set[str]
+    at_first: torch.Tensor
+    at_last: torch.Tensor
+
+
+def of(cell: Cell, folder: Path) -> dict[str, Any]:
+    """The recipe of a cell."""
+    return recipe(folder, cell.architecture, OBJECTIVES[cell.objective], ADAPTATIONS[cell.adaptation], max_steps=STEPS)
 
 
 def run(cell: Cell, folder: Path) -> Ran:
-    made = recipe(folder, cell.architecture, OBJECTIVES[cell.objective], ADAPTATIONS[cell.adaptation], max_steps=STEPS)
-    outcome = tunesmith.train(made, out=folder / "run")
+    made = of(cell, folder)
+    with watched() as networks:
+        outcome = tunesmith.train(made, out=folder / "run")
+    ((built, first, before),) = networks
+    after, last = digests(built.model), _plain_logits(built)
+    trained = {name for name, parameter in built.model.named_parameters() if parameter.requires_grad}
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     manifest = json.loads((folder / "run" / "manifest.json").read_text(encoding="utf-8"))
-    state = load_file(folder / "run" / "checkpoints" / f"step-{STEPS}" / "state.safetensors")
-    masters = {name.removeprefix("master."): value for name, value in state.items() if name.startswith("master.")}
-    losses = [record["loss"] for record in records if record["kind"] == "train"]
-    return Ran(Path(made["model"]), Path(outcome["model_dir"]), losses, manifest["route"]["batches"], masters)
+    return Ran(
+        made=made,
+        base=Path(made["model"]),
+        model=Path(outcome["model_dir"]),
+        losses=[record["loss"] for record in records if record["kind"] == "train"],
+        batches=manifest["route"]["batches"],
+        names=set(after),
+        trained=trained,
+        still={name for name in trained if before[name] == after[name]},
+        touched={name for name in before if name not in trained and before[name] != after[name]},
+        at_first=first,
+        at_last=last,
+    )
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[Any, torch.Tensor, dict[str, str]]]]:
+    """Of every network that is built meanwhile: it, its logits and the digests of its parameters as they were then."""
+    seen: list[tuple[Any, torch.Tensor, dict[str, str]]] = []
+    build = setup.build
+
+    def keep(*arguments: Any) -> Any:
+        built = build(*arguments)
+        seen.append((built, _plain_logits(built), digests(built.model)))
+        return built
+
+    setup.build = keep
+    try:
+        yield seen
+    finally:
+        setup.build = build
+
+
+def digests(model: Any) -> dict[str, str]:
+    """sha256 of each parameter's bytes."""
+    return {
+        name: hashlib.sha256(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, parameter in model.named_parameters()
+    }
+
+
+IDS = [[5, 6, 7, 300, 41, 9]]
+
+
+def logits(model: Any) -> torch.Tensor:
+    """(1, tokens, vocabulary) of a few ids."""
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor(IDS)).logits.float()
+
+
+def _plain_logits(built: Any) -> torch.Tensor:
+    from tunesmith.engine import route
+
+    with built.route.fused.disabled(), route.plain_attention(built.model, built.route):
+        return logits(built.model)
