@@ -52,5 +52,6 @@ EITHER_OR = [
     ("trust_remote_code", "add_tokens"),
     ("path", "sets"),
     ("streaming", "cache"),
+    ("expand_turns", "train_on"),
 ]
 """Keys that no run can hold together: `recipe.conflicts` refuses the pair."""

@@ -119,6 +119,9 @@ def test_wrong_values_are_named(override, words):
         (["device_map=auto", "adapter=new"], "device_map: peft places"),
         (["trust_remote_code=true", "add_tokens=[<a>]"], "how the vocabulary of a model"),
         (["samples.count=0", "samples.max_new_tokens=8"], "samples.max_new_tokens does nothing"),
+        (["objective={type: sft, expand_turns: true, train_on: all}"], "would teach the earlier turns again"),
+        (["train.optim=adam"], "unknown optimiser 'adam'. Did you mean `adamw`?"),
+        (["train.optim={eps: 1.0e-8}"], "the key `type` is missing"),
     ],
 )
 def test_choices_that_contradict_or_do_nothing_are_refused(overrides, words):

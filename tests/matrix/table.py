@@ -19,18 +19,21 @@ BEGIN, END = "<!-- support table: begin -->\n", "<!-- support table: end -->"
 
 
 def render(batches: Mapping[Cell, str]) -> str:
-    """Rows are architectures, columns pairs of objective and adaptation."""
+    """Rows are pairs of objective and adaptation, columns architectures."""
     pairs = [(objective, adaptation) for objective in OBJECTIVES for adaptation in ADAPTATIONS]
-    rows = [["", *(" + ".join(pair) for pair in pairs)], ["---"] * (len(pairs) + 1)]
-    rows += [[name, *(batches[Cell(name, *pair)] for pair in pairs)] for name in ARCHITECTURES]
+    rows = [["", *ARCHITECTURES], ["---"] * (len(ARCHITECTURES) + 1)]
+    rows += [[" + ".join(pair), *(batches[Cell(name, *pair)] for name in ARCHITECTURES)] for pair in pairs]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 def parse(table: str) -> dict[Cell, str]:
     """What a rendered table says of each cell."""
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
-    pairs = [tuple(head.split(" + ")) for head in rows[0][1:]]
-    return {Cell(row[0], *pair): said for row in rows[2:] for pair, said in zip(pairs, row[1:], strict=True)}
+    said = {}
+    for row in rows[2:]:
+        objective, adaptation = row[0].split(" + ")
+        said |= {Cell(name, objective, adaptation): batches for name, batches in zip(rows[0][1:], row[1:], strict=True)}
+    return said
 
 
 def shown() -> str:

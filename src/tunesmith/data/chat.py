@@ -100,7 +100,7 @@ def render(row: Row, renderer: Renderer, train_on: TrainOn = "completion", expan
     if not expand_turns:
         return [renderer.chat(row, train_on)]
     parts = [Chat(row.messages[: turn + 1], row.tools) for turn in assistant_turns(row.messages)]
-    return [renderer.chat(part, "all" if train_on == "all" else "completion") for part in parts]
+    return [renderer.chat(part, "completion") for part in parts]
 
 
 def encode(

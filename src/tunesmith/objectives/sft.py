@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith.data import chat, pack
 from tunesmith.data.rows import Chat, PromptCompletion, Row, Text
@@ -20,6 +20,15 @@ class Config(BaseModel):
     )
     expand_turns: bool = Field(False, description="one example per assistant turn, so that training sees what generation sees")
     overlong: Literal["error", "drop", "truncate"] = Field("error", description="what happens to a row above max_length")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.expand_turns and self.train_on != "completion":
+            raise ValueError(
+                f"expand_turns makes an example of each answer, so train_on: {self.train_on} would teach the earlier turns again "
+                "in every later one. Leave out one of the two"
+            )
+        return self
 
 
 class Objective:
