@@ -1,6 +1,6 @@
 """The body frozen: its last blocks, the output layer, or parts chosen by name are trained, and nothing below them is touched.
 
-The oldest way of transfer (Yosinski et al. 2014; for transformers, the last layers alone: Lee et al. 2019, "What Would Elsa Do?").
+The oldest way of transfer (Yosinski et al. 2014; of transformers only the last layers: Lee et al. 2019, "What Would Elsa Do?").
 The backward pass ends at the first trained layer, because nothing below it wants a gradient. Where only what stands on top of the
 body is trained, the engine keeps the body's outputs, and each later epoch costs the head alone (``engine.bodies``).
 """
