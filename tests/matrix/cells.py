@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -16,8 +17,16 @@ from tests.runs import recipe
 from tests.tiny import TINY
 
 OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt"}
-ADAPTATIONS: dict[str, Any] = {"full": "full", "lora": {"type": "lora", "r": 4}}
-TRAINS: dict[str, Callable[[str], bool]] = {"full": lambda name: True, "lora": lambda name: ".lora_" in name}
+ADAPTATIONS: dict[str, Any] = {
+    "full": "full",
+    "features": {"type": "features", "train_last": 1},
+    "lora": {"type": "lora", "r": 4},
+}
+TRAINS: dict[str, Callable[[str], bool]] = {
+    "full": lambda name: True,
+    "features": lambda name: re.search(r"\.(layers|h)\.1\.|model\.norm\.|ln_f\.", name) is not None,
+    "lora": lambda name: ".lora_" in name,
+}
 """Which of a network's parameters an adaptation is to train, by name."""
 
 ARCHITECTURES = tuple(TINY)
