@@ -189,7 +189,7 @@ def _require_whole_ends(model: Any, trained: set[int], apart: bool) -> None:
     if frozen:
         every = ", ".join(name.rpartition(".")[2] for name in ends)
         raise RecipeError(
-            f"add_tokens: {' and '.join(frozen)} {'are' if len(frozen) > 1 else 'is'} frozen here, so the rows of new tokens would never be learnt.\n"
+            f"add_tokens: frozen here: {', '.join(frozen)}, so the rows of new tokens would never be learnt.\n"
             f"  Name it, as in adaptation.target_modules=[{every}], or use adaptation=lora, which trains the new rows alone."
         )
 
