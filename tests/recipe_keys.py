@@ -29,6 +29,7 @@ SAMPLES = {"prompts", "count", "max_new_tokens"}
 OBJECTIVES = {"sft": {"train_on", "expand_turns", "overlong"}, "cpt": {"overlong"}}
 ADAPTATIONS = {
     "full": set(),
+    "features": {"train_last", "target_modules"},
     "lora": {
         "r",
         "lora_alpha",

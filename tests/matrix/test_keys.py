@@ -42,6 +42,7 @@ class Case:
 
 
 LORA = {"adaptation": {"type": "lora", "r": 4, "lora_alpha": 8}}
+FEATURES = {"adaptation": {"type": "features"}}
 EVAL = {"data.eval": {"fraction": 0.3}}
 FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
 
@@ -63,6 +64,8 @@ CASES = [
     Case("adaptation.use_dora", True, "parameters", LORA),
     Case("adaptation.bias", "all", "parameters", {**LORA, "model": "GPT2"}),
     Case("adaptation.modules_to_save", ["lm_head"], "parameters", {**LORA, "model": "UNTIED"}),
+    Case("adaptation.train_last", 1, "parameters", FEATURES),
+    Case("adaptation.target_modules", ["lm_head"], "parameters", FEATURES),
     Case("data.train", [{"path": "OTHER_ROWS"}], "data"),
     Case("data.train.0.path", "OTHER_ROWS", "data"),
     Case("data.train.0.split", "test", "data", {"data.train.0.path": "hub:some/data"}),

@@ -11,6 +11,7 @@ from typing import Any
 
 from tunesmith import recipe as recipes
 from tunesmith.engine import (
+    bodies,
     distributed,
     evaluation,
     folder,
@@ -177,6 +178,7 @@ def _run(
         progress.note(f"changed since the run was started, with the same result: {', '.join(changed)}")
     if "train.micro_batch_tokens" in changed:
         at.micro_batch_tokens = 0
+    bodies.keep(ready, built, progress.note)
     train_config = ready.recipe.train
     job = Job(
         model=built.model, objective=ready.objective, update=built.update, plan=ready.plan, config=train_config,

@@ -78,6 +78,8 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
     _check_compile(recipe.train, device, numbers.compute)
     parameters = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
+    for line in getattr(adaptation, "notes", ()):  # what applying it decided
+        say(line)
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
     with distributed.main_first() if streamed else nullcontext():  # one process asks the network, the others find the cache
         data = prepare(
@@ -201,13 +203,15 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
             "  adapter: continue (train it on), merge (fold it into its base first), or new (leave it out)."
         )
     chosen = sorted(recipe.adaptation.model_fields_set - adaptations.module(kind).Adaptation.keys_of_learning)
-    if recipe.adapter == "continue" and chosen and kind != "full":
+    if recipe.adapter == "continue" and chosen and kind not in ("full", "features"):
         raise RecipeError(
             f"adapter: continue keeps the adapter as it was made, so {', '.join(chosen)} under adaptation would do nothing.\n"
             f"  Leave out those keys, or start a new one with adapter: merge or adapter: new."
         )
-    if recipe.adapter == "continue" and kind == "full":
-        raise RecipeError("adapter: continue trains the adapter, adaptation: full trains every weight. Use adapter: merge.")
+    if recipe.adapter == "continue" and kind in ("full", "features"):
+        raise RecipeError(
+            f"adapter: continue trains the adapter, adaptation: {kind} trains the model's own weights. Use adapter: merge."
+        )
 
 
 def _name_code(recipe: Recipe, folder: Folder, say: Callable[[str], None]) -> None:

@@ -7,8 +7,9 @@ linear cross-entropies of Liger and TRL, here for any device, with no recomputat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ BLOCK = 256  # rows of logits at a time: 25 MB in bf16 at 49 thousand words; mat
 NEW_HEADS = ("score", "classifier", "qa_outputs")
 """What transformers calls the output layer of a network that does not predict tokens."""
 _plain: WeakSet[nn.Module] = WeakSet()
+_kept: WeakKeyDictionary[nn.Module, Callable[[dict[str, Any]], torch.Tensor | None]] = WeakKeyDictionary()
 
 
 def use_plain_head(model: nn.Module, plain: bool) -> None:
@@ -28,6 +30,18 @@ def use_plain_head(model: nn.Module, plain: bool) -> None:
         _plain.add(base(model))
     else:
         _plain.discard(base(model))
+
+
+def keep_outputs(model: nn.Module, find: Callable[[dict[str, Any]], torch.Tensor | None]) -> None:
+    """From now on ``find(batch)`` stands for the outputs of ``model``'s body at ``batch["positions"]``; where it is None they are
+    computed. It must not hold on to the model."""
+    _kept[base(model)] = find
+
+
+def takes_outputs(model: Any) -> bool:
+    """Whether the loss is made of the body's outputs, and not of the model's own logits."""
+    inner = base(model)
+    return inner not in _plain and _head(inner.get_output_embeddings())[0] is not None
 
 
 def base(model: Any) -> Any:
@@ -54,6 +68,16 @@ def own_parameters(model: Any) -> set[str]:
 def hidden_states(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """The body's last hidden states, (batch, seq, hidden)."""
     return base(model).base_model(**inputs(model, batch)).last_hidden_state
+
+
+def outputs_at(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """The body's outputs at ``batch["positions"]`` (places,) of the flattened batch: (places, hidden), kept ones or new ones."""
+    find = _kept.get(base(model))
+    found = None if find is None else find(batch)
+    if found is None:
+        hidden = hidden_states(model, batch).flatten(0, 1)
+        found = hidden[batch["positions"].to(hidden.device)]
+    return found
 
 
 def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
@@ -85,9 +109,8 @@ def _blocked(model: Any, batch: dict[str, Any]) -> tuple[Any, ...] | None:
     head, rows, new = _head(inner.get_output_embeddings())
     if inner in _plain or head is None:
         return None
-    hidden = hidden_states(model, batch).flatten(0, 1)
     here = head.weight.device  # with a device_map the last layer and the head need not be where the batch is
-    hidden = hidden[batch["positions"].to(hidden.device)].to(here)
+    hidden = outputs_at(model, batch).to(here)
     return hidden, head.weight, head.bias, batch["labels"].to(here), rows, new
 
 

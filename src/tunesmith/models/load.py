@@ -136,13 +136,20 @@ def load_model(
 
 
 def checkpoint_dtype(path: Path) -> torch.dtype:
-    """The dtype that holds most numbers of a full model's weights, read from the headers."""
+    """The dtype that the config names, where any weight is stored in it; else the one that holds most numbers.
+
+    The first is what transformers takes too, and what keeps the few tensors that were trained in fp32 on a bf16 body as they are.
+    """
     import torch
 
     known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
     counts: dict[str, int] = {}
     for tensor in headers.read_tensors(path).values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.count
+    config = headers.read_json(path / "config.json")
+    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), None)
+    if isinstance(named, torch.dtype) and named in [known.get(name) for name in counts]:
+        return named
     return known.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
 
 
