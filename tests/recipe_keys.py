@@ -29,6 +29,7 @@ SAMPLES = {"prompts", "count", "max_new_tokens"}
 OBJECTIVES = {"sft": {"train_on", "expand_turns", "overlong"}, "cpt": {"overlong"}}
 ADAPTATIONS = {
     "full": set(),
+    "bottleneck": {"variant", "bottleneck_size", "reduction_factor", "non_linearity", "dropout", "modules_to_save"},
     "lora": {
         "r",
         "lora_alpha",
@@ -43,6 +44,7 @@ ADAPTATIONS = {
 }
 
 EITHER_OR = [
+    ("bottleneck_size", "reduction_factor"),
     ("epochs", "max_steps"),
     ("warmup_ratio", "warmup_steps"),
     ("prompts", "count"),

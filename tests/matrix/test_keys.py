@@ -42,6 +42,7 @@ class Case:
 
 
 LORA = {"adaptation": {"type": "lora", "r": 4, "lora_alpha": 8}}
+BOTTLENECK = {"adaptation": {"type": "bottleneck", "bottleneck_size": 4}}
 EVAL = {"data.eval": {"fraction": 0.3}}
 FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
 
@@ -63,6 +64,11 @@ CASES = [
     Case("adaptation.use_dora", True, "parameters", LORA),
     Case("adaptation.bias", "all", "parameters", {**LORA, "model": "GPT2"}),
     Case("adaptation.modules_to_save", ["lm_head"], "parameters", {**LORA, "model": "UNTIED"}),
+    Case("adaptation.variant", "houlsby", "parameters", BOTTLENECK),
+    Case("adaptation.bottleneck_size", 6, "parameters", BOTTLENECK),
+    Case("adaptation.reduction_factor", 8, "parameters", {"adaptation": {"type": "bottleneck"}}),
+    Case("adaptation.non_linearity", "tanh", "history", BOTTLENECK),
+    Case("adaptation.dropout", 0.5, "history", BOTTLENECK),
     Case("data.train", [{"path": "OTHER_ROWS"}], "data"),
     Case("data.train.0.path", "OTHER_ROWS", "data"),
     Case("data.train.0.split", "test", "data", {"data.train.0.path": "hub:some/data"}),

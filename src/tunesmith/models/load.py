@@ -225,12 +225,18 @@ def adapter_config(folder: Path) -> Any:
     """The peft config saved in an adapter folder. Raises ModelError for a kind that peft does not know."""
     from peft import PeftConfig
 
+    from tunesmith.models import bottleneck
+
+    bottleneck.register()
     return _explained(Folder(folder, "adapter"), lambda: PeftConfig.from_pretrained(str(folder), local_files_only=True))
 
 
 def _attached(folder: Folder, model: Any, trainable: bool) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
+    from tunesmith.models import bottleneck
+
+    bottleneck.register()
     stored = set(headers.read_tensors(folder.path, "adapter_model"))
     vocabulary.fit_to_adapter(model, folder.path)
     attached = _explained(
