@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
+from tunesmith.models import patterns
 
 NON_LINEARITIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": nn.functional.relu,
@@ -53,7 +54,6 @@ class BottleneckConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     trainable_token_indices: dict[str, list[int]] | list[int] | None = None
     ensure_weight_tying: bool = False
-    modules_to_tie: list[str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,12 +73,17 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("bottleneck_dropout", "non_linearity")
+    active_adapters: list[str]
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = widths(base_layer)
-        self.bottleneck_down, self.bottleneck_up, self.bottleneck_dropout = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.bottleneck_down: Any = nn.ModuleDict()
+        self.bottleneck_up: Any = nn.ModuleDict()
+        self.bottleneck_dropout: Any = nn.ModuleDict()
         self.non_linearity: dict[str, str] = {}
         self.update_layer(adapter_name, config)
 
@@ -86,8 +91,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """Add an adapter: D drawn as torch draws a linear layer, all else zero."""
         down = nn.Linear(self.out_features, config.bottleneck_size)
         up = nn.Linear(config.bottleneck_size, self.out_features)
-        for zero in (down.bias, up.weight, up.bias):
-            nn.init.zeros_(zero)
+        with torch.no_grad():
+            for start in (down.bias, up.weight, up.bias):
+                start.zero_()
         self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
         self.bottleneck_dropout[adapter_name] = nn.Dropout(config.dropout)
         self.non_linearity[adapter_name] = config.non_linearity
@@ -144,6 +150,15 @@ class BottleneckModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
         else:
             self._replace_module(parent, target_name, BottleneckLayer(target, adapter_name, peft_config), target)
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: Any) -> None:
+        """A layer that is trained whole and tied stays one with the embedding, as under peft's own LoRA."""
+        tied = sorted(tied_weight_keys)
+        first = self.model.get_input_embeddings()
+        embedding = next(name for name, module in self.model.named_modules() if module is first)
+        kept = [name for name in peft_config.modules_to_save if not any(patterns.matched([name], [key]) for key in tied)]
+        peft_config.modules_to_tie = tied
+        peft_config.modules_to_save = list(dict.fromkeys([*kept, embedding]))
 
     def _check_merge_allowed(self) -> None:
         raise ValueError("a bottleneck adapter holds a non-linearity: no weight of the base does the same")
@@ -204,7 +219,7 @@ def _outputs(model: Any, prefix: str, layer: nn.Module, width: int) -> dict[str,
     return {"attention": f"{prefix}.{attention[-1]}", "feed-forward": f"{prefix}.{forward[0]}"}
 
 
-def _outermost(model: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
+def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     last = None
     for name, module in model.named_modules():
         if isinstance(module, kind) and not (last is not None and name.startswith(last)):
