@@ -44,7 +44,6 @@ ADAPTATIONS = {
 }
 
 EITHER_OR = [
-    ("bottleneck_size", "reduction_factor"),
     ("epochs", "max_steps"),
     ("warmup_ratio", "warmup_steps"),
     ("prompts", "count"),

@@ -25,7 +25,7 @@ class Config(BaseModel):
     )
     bottleneck_size: int | None = Field(None, gt=0, description=f"numbers in the middle of an adapter; default {SIZE}")
     reduction_factor: int | None = Field(None, gt=0, description="instead of a size: the layer's width divided by this")
-    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="between the two layers of an adapter")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the numbers in the middle")
     modules_to_save: list[str] | None = Field(None, description="modules trained and saved whole, such as [lm_head]")
 
