@@ -30,6 +30,7 @@ OBJECTIVES = {"sft": {"train_on", "expand_turns", "overlong"}, "cpt": {"overlong
 ADAPTATIONS = {
     "full": set(),
     "features": {"train_last", "target_modules"},
+    "bottleneck": {"variant", "bottleneck_size", "reduction_factor", "non_linearity", "dropout", "modules_to_save"},
     "lora": {
         "r",
         "lora_alpha",

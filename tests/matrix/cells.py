@@ -19,8 +19,16 @@ from tests.tiny import TINY
 from tunesmith.engine import setup
 
 OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt"}
-ADAPTATIONS: dict[str, Any] = {"full": "full", "lora": {"type": "lora", "r": 4}}
-TRAINS: dict[str, Callable[[str], bool]] = {"full": lambda name: True, "lora": lambda name: ".lora_" in name}
+ADAPTATIONS: dict[str, Any] = {
+    "full": "full",
+    "lora": {"type": "lora", "r": 4},
+    "bottleneck": {"type": "bottleneck", "bottleneck_size": 4},
+}
+TRAINS: dict[str, Callable[[str], bool]] = {
+    "full": lambda name: True,
+    "lora": lambda name: ".lora_" in name,
+    "bottleneck": lambda name: ".bottleneck_" in name,
+}
 """Which of a network's parameters an adaptation is to train, by name."""
 
 MERGES = ("lora",)

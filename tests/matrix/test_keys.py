@@ -43,6 +43,7 @@ class Case:
 
 LORA = {"adaptation": {"type": "lora", "r": 4, "lora_alpha": 8}}
 FEATURES = {"adaptation": {"type": "features"}}
+BOTTLENECK = {"adaptation": {"type": "bottleneck", "bottleneck_size": 4}}
 EVAL = {"data.eval": {"fraction": 0.3}}
 FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
 
@@ -66,6 +67,11 @@ CASES = [
     Case("adaptation.modules_to_save", ["lm_head"], "parameters", {**LORA, "model": "UNTIED"}),
     Case("adaptation.train_last", 1, "parameters", FEATURES),
     Case("adaptation.target_modules", ["lm_head"], "parameters", FEATURES),
+    Case("adaptation.variant", "houlsby", "parameters", BOTTLENECK),
+    Case("adaptation.bottleneck_size", 6, "parameters", BOTTLENECK),
+    Case("adaptation.reduction_factor", 8, "parameters", {"adaptation": {"type": "bottleneck"}}),
+    Case("adaptation.non_linearity", "tanh", "history", BOTTLENECK),
+    Case("adaptation.dropout", 0.5, "history", BOTTLENECK),
     Case("data.train", [{"path": "OTHER_ROWS"}], "data"),
     Case("data.train.0.path", "OTHER_ROWS", "data"),
     Case("data.train.0.split", "test", "data", {"data.train.0.path": "hub:some/data"}),

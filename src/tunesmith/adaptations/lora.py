@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.errors import RecipeError
-
-TASK = {"lm": "CAUSAL_LM", "score": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
+from tunesmith.models import patterns, vocabulary
 
 
 class Config(BaseModel):
@@ -46,11 +43,13 @@ class Adaptation:
         """
         from peft import LoraConfig, get_peft_model
 
+        from tunesmith.models.head import TASK
+
         wanted = self.config.target_modules
         names = [name for name, _ in model.named_modules() if name]
         if wanted != "all-linear":
-            _require_matches("target_modules", wanted, names)
-        _require_matches("modules_to_save", self.config.modules_to_save or [], names)
+            patterns.require("target_modules", wanted, names)
+        patterns.require("modules_to_save", self.config.modules_to_save or [], names)
         rows = self._rows_of(model, new_rows)
         config = LoraConfig(
             task_type=TASK[head],
@@ -72,25 +71,18 @@ class Adaptation:
         """Layer -> rows trained beside the adapter; a layer in ``modules_to_save`` is trained whole, new rows and all."""
         if not new_rows:
             return {}
-        names = {module: name for name, module in model.named_modules()}
-        first, last = model.get_input_embeddings(), model.get_output_embeddings()
-        ends = {names[layer]: layer for layer in (first, last) if layer is not None}
         targets = self.config.target_modules
-        aimed = [name for name in ends if targets != "all-linear" and _matched(targets, [name])]
+        aimed = [
+            name
+            for name in vocabulary.end_names(model, all_ends=True)
+            if targets != "all-linear" and patterns.matched(targets, [name])
+        ]
         if aimed:
             raise RecipeError(
                 f"add_tokens trains rows of {aimed[0]}, which adaptation.target_modules names too: a layer takes only one."
                 "\n  Put it under adaptation.modules_to_save instead, or leave it out."
             )
-        whole = [name for name in ends if _matched(self.config.modules_to_save or [], [name])]
-        tied = last is not None and last.weight is first.weight
-        left = [] if tied and whole else [name for name in ends if name not in whole]
-        if not tied and last is not None and last.bias is not None and names[last] in left:
-            raise RecipeError(
-                f"add_tokens: the output layer {names[last]} of this model has a bias, which peft's trained rows leave out.\n"
-                f"  Add adaptation.modules_to_save=[{names[last]}], or use adaptation=full."
-            )
-        return {name: list(new_rows) for name in left if not (tied and ends[name] is last)}
+        return vocabulary.rows_to_train(model, new_rows, self.config.modules_to_save or [])
 
     def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
         """LoRA+: B learns at a multiple of A's rate. So do vectors (biases, DoRA's magnitudes), as in peft and the authors' code.
@@ -111,31 +103,3 @@ class Adaptation:
 def _stores_weights_transposed(model: Any) -> bool:
     """gpt2 keeps its linear layers as Conv1D, (in, out)."""
     return any(type(module).__name__ == "Conv1D" for module in model.modules())
-
-
-def _require_matches(key: str, patterns: str | list[str], names: list[str]) -> None:
-    """Each pattern must name at least one module."""
-    matched = _matched(patterns, names)
-    unmatched = [pattern for pattern in ([patterns] if isinstance(patterns, str) else patterns) if pattern not in matched]
-    if unmatched:
-        ends = sorted({name.rpartition(".")[2] for name in names} - {str(number) for number in range(1000)})
-        hints = [f"`{pattern}`{_nearest(pattern, ends)}" for pattern in unmatched]
-        raise RecipeError(
-            f"adaptation.{key} matches no module of this model: {'; '.join(hints)}.\n  Its modules are: {', '.join(ends)}"
-        )
-
-
-def _matched(patterns: str | list[str], names: list[str]) -> list[str]:
-    """The patterns that name a module: its whole name, the end of it, or (a single string) a regular expression."""
-    listed = [patterns] if isinstance(patterns, str) else patterns
-    return [
-        pattern
-        for pattern in listed
-        if any(name == pattern or name.endswith("." + pattern) for name in names)
-        or (isinstance(patterns, str) and any(re.fullmatch(pattern, name) for name in names))
-    ]
-
-
-def _nearest(name: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
-    return f" (nearest: `{close[0]}`)" if close else ""

@@ -286,6 +286,7 @@ def _parameters(
         with torch.device("meta"):
             model = load.empty_model(folder, config)
             if recipe.adapter == "merge":
+                load.check_mergeable(load.adapter_config(folder.path))
                 vocabulary.fit_to_adapter(model, folder.path)
             model = adaptation.apply(model, objective.head, vocabulary.grow(model, new_tokens), tokenizer)
     if recipe.train.gradient_checkpointing and not head.base(model).supports_gradient_checkpointing:

@@ -1,6 +1,7 @@
 """Faster forms of a model's layers, put on the instance we loaded; each is tried before it is used (here, or by engine.route).
 
 * every linear layer with a plain LoRA on it: one autograd function that keeps only x and x A^T (peft keeps more and casts);
+* a linear layer with a bottleneck adapter on it: one product for both (fused_bottleneck.py);
 * on a CPU with the fused passes of kernels.py: RMSNorm, SwiGLU, and attention with rotary embedding, with q/k/v and gate/up each
   as one matrix product over stacked weights (the parameters become views of the stack; their names and values stay).
 
@@ -18,10 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.models import kernels
+from tunesmith.models import fused_bottleneck, kernels, selfcheck
 from tunesmith.models.attention import backward_segments, forward_segments
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the output's norm
 
 
 @dataclass
@@ -67,7 +66,7 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
                     continue
                 forward = make(module)
                 if forward is not None:
-                    if not _equal(kind, module, forward):
+                    if not selfcheck.equal(kind, module, forward):
                         rejected.add(type(module))
                         forward = None
                         continue
@@ -75,6 +74,8 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
                     break
         if forward is None and module not in inside and _is_lora(module) and (linear := _linears([module])) is not None:
             kind, forward = "lora", _lora_forward(linear)
+        if forward is None and module not in inside and fused_bottleneck.is_bottleneck(module):
+            kind, forward = "bottleneck", fused_bottleneck.projection(module)
         if forward is not None:
             fused.replaced.append((module, forward))
             fused.kinds[kind] = fused.kinds.get(kind, 0) + 1
@@ -167,8 +168,9 @@ class Linears:
 
 
 def _trains_its_own(module: nn.Module) -> bool:
-    """Whether a weight inside is trained that is no LoRA's."""
-    return any(weight.requires_grad for name, weight in module.named_parameters() if "lora_" not in name)
+    """Whether a weight inside is trained that is no adapter's."""
+    named = module.named_parameters()
+    return any(weight.requires_grad for name, weight in named if "lora_" not in name and "bottleneck_" not in name)
 
 
 def _is_lora(module: nn.Module) -> bool:
@@ -209,6 +211,14 @@ def _linears(modules: Sequence[Any]) -> Linears | None:
     for base, rows in zip(bases, stacked.split([base.out_features for base in bases]), strict=True):
         base.weight.data = rows  # the same values, now a view of the stack: optimiser and checkpoints see no difference
     return Linears(bases, loras, stacked)
+
+
+def _output(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """A sublayer's last product, (..., in) -> (..., out): a linear layer, plain, with LoRA or with a bottleneck adapter."""
+    if fused_bottleneck.is_bottleneck(module):
+        return fused_bottleneck.projection(module)
+    linear = _linears([module])
+    return None if linear is None else _lora_forward(linear)
 
 
 def _lora_forward(linear: Linears) -> Callable[..., Any]:
@@ -284,13 +294,13 @@ def _mlp(module: nn.Module) -> Callable[..., Any] | None:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if any(part is None for part in parts) or type(getattr(module, "act_fn", None)).__name__ not in ("SiLUActivation", "SiLU"):
         return None
-    down = _linears(parts[2:])
+    down = _output(parts[2])
     both = _linears(parts[:2]) if down is not None else None
     if both is None or down is None or both.bases[0].out_features != both.bases[1].out_features:
         return None
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return down(SwiGLU.apply(both(x.reshape(-1, x.shape[-1])))).view(x.shape)
+        return down(SwiGLU.apply(both(x.reshape(-1, x.shape[-1]))).view(*x.shape[:-1], -1))
 
     return forward
 
@@ -338,7 +348,7 @@ def _attention(module: Any) -> Callable[..., Any] | None:
     parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     if any(part is None for part in parts) or hasattr(module, "q_norm") or not hasattr(module, "scaling"):
         return None
-    out = _linears(parts[3:])
+    out = _output(parts[3])
     qkv = _linears(parts[:3]) if out is not None else None
     if qkv is None or out is None:
         return None
@@ -371,29 +381,3 @@ def _attention(module: Any) -> Callable[..., Any] | None:
         return out(mixed).unsqueeze(0), None
 
     return forward
-
-
-# ---------------------------------------------------------------------------------------------------------- self-check
-
-
-@torch.no_grad()
-def _equal(kind: str, module: Any, forward: Callable[..., Any]) -> bool:
-    """Whether the new forward gives what the module's own gives, on a small random input."""
-    weights = [parameter for parameter in module.parameters()]
-    dtype = weights[0].dtype
-    width = weights[0].shape[-1]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 8, width, generator=generator).to(dtype)
-    if kind == "attention":
-        angle = torch.randn(1, 8, module.head_dim // 2, generator=generator)
-        table = torch.cat([angle, angle], dim=-1)
-        keywords: dict[str, Any] = {
-            "position_embeddings": (table.cos().to(dtype), table.sin().to(dtype)),
-            "attention_mask": None,
-            "segments": (5, 3),
-        }
-        ours, theirs = forward(x, **keywords)[0], type(module).forward(module, x, **keywords)[0]
-    else:
-        ours, theirs = forward(x), type(module).forward(module, x)
-    difference = (ours.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-6)
-    return bool((difference <= TOLERANCE[dtype]).item())

@@ -20,6 +20,8 @@ from tunesmith.models import kernels, varlen
 BLOCK = 256  # rows of logits at a time: 25 MB in bf16 at 49 thousand words; matrix products are at full speed from here
 NEW_HEADS = ("score", "classifier", "qa_outputs")
 """What transformers calls the output layer of a network that does not predict tokens."""
+TASK = {"lm": "CAUSAL_LM", "score": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
+"""What peft calls the job of each head."""
 _plain: WeakSet[nn.Module] = WeakSet()
 _kept: WeakKeyDictionary[nn.Module, Callable[[dict[str, Any]], torch.Tensor | None]] = WeakKeyDictionary()
 

@@ -162,10 +162,7 @@ def merged(model: Any) -> Any:
     import torch
 
     for config in model.peft_config.values():
-        if config.is_prompt_learning:
-            raise UserError(
-                f"a {config.peft_type.value.lower()} adapter adds inputs, not weights: there is nothing to merge it into"
-            )
+        check_mergeable(config)
     core = model.get_base_model()
     first, last = (_unwrapped(end) for end in (core.get_input_embeddings(), core.get_output_embeddings()))
     tied = last is not None and first.weight is last.weight
@@ -183,6 +180,18 @@ def merged(model: Any) -> Any:
         for part in (plain.config, plain.config.get_text_config()):  # peft has written what it saw before they were compared
             part.tie_word_embeddings = same
     return plain
+
+
+def check_mergeable(config: Any) -> None:
+    """Raise UserError for an adapter that no weight can stand for. ``config``: its peft config."""
+    name = config.peft_type.value.lower()
+    if config.is_prompt_learning:
+        raise UserError(f"a {name} adapter adds inputs, not weights: there is nothing to merge it into")
+    if name == "bottleneck":
+        raise UserError(
+            "a bottleneck adapter is a layer with a non-linearity: no weight of the base does the same, so it cannot be merged.\n"
+            "  Use the adapter as it is: every verb opens its folder."
+        )
 
 
 def _unwrapped(layer: Any) -> Any:
@@ -232,12 +241,18 @@ def adapter_config(folder: Path) -> Any:
     """The peft config saved in an adapter folder. Raises ModelError for a kind that peft does not know."""
     from peft import PeftConfig
 
+    from tunesmith.models import bottleneck
+
+    bottleneck.register()
     return _explained(Folder(folder, "adapter"), lambda: PeftConfig.from_pretrained(str(folder), local_files_only=True))
 
 
 def _attached(folder: Folder, model: Any, trainable: bool) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
+    from tunesmith.models import bottleneck
+
+    bottleneck.register()
     stored = set(headers.read_tensors(folder.path, "adapter_model"))
     vocabulary.fit_to_adapter(model, folder.path)
     attached = _explained(

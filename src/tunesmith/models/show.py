@@ -94,6 +94,9 @@ def _adapter(path: Path) -> dict[str, Any]:
         "new_tokens": len(set().union(*rows.values())) if (rows := vocabulary.adapter_rows(path)) else None,
         "use_dora": config.get("use_dora"),
         "use_rslora": config.get("use_rslora"),
+        "variant": config.get("variant"),
+        "bottleneck_size": config.get("bottleneck_size"),
+        "non_linearity": config.get("non_linearity"),
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.models import headers
+from tunesmith.models import headers, patterns
 
 PART = 4096
 """Rows summed at a time: a copy of a large vocabulary in double would be larger than the model."""
@@ -133,10 +133,31 @@ def write_rows(model: Any) -> None:
             rows.merge()
 
 
-def end_names(model: Any) -> list[str]:
-    """The names of the embedding and, when it has weights of its own, of the output layer."""
+def rows_to_train(model: Any, new_rows: Sequence[int], whole: Sequence[str] = ()) -> dict[str, list[int]]:
+    """Layer -> the ``new_rows`` trained beside an adapter, as peft's ``trainable_token_indices`` wants them.
+
+    ``whole``: patterns of layers that are trained whole (``modules_to_save``), new rows and all. Tied layers share their rows.
+    Raises RecipeError for an output layer with a bias, which peft's rows leave out.
+    """
+    if not new_rows:
+        return {}
+    last = model.get_output_embeddings()
+    own = end_names(model)
+    covered = [name for name in end_names(model, all_ends=True) if patterns.matched(list(whole), [name])]
+    tied = last is not None and len(own) == 1
+    left = [] if tied and covered else [name for name in own if name not in covered]
+    if not tied and last is not None and last.bias is not None and own[-1] in left:
+        raise RecipeError(
+            f"add_tokens: the output layer {own[-1]} of this model has a bias, which peft's trained rows leave out.\n"
+            f"  Add adaptation.modules_to_save=[{own[-1]}], or use adaptation=full."
+        )
+    return {name: list(new_rows) for name in left}
+
+
+def end_names(model: Any, all_ends: bool = False) -> list[str]:
+    """The names of the embedding and, when it has weights of its own (or with ``all_ends``), of the output layer."""
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
-    ends = [first] if last is None or last.weight is first.weight else [first, last]
+    ends = [first] if last is None or (last.weight is first.weight and not all_ends) else [first, last]
     names = {id(module): name for name, module in model.named_modules()}
     return [names[id(end)] for end in ends]
 
