@@ -16,8 +16,18 @@ from tests.runs import recipe
 from tests.tiny import TINY
 
 OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt"}
-ADAPTATIONS: dict[str, Any] = {"full": "full", "lora": {"type": "lora", "r": 4}}
-TRAINS: dict[str, Callable[[str], bool]] = {"full": lambda name: True, "lora": lambda name: ".lora_" in name}
+ADAPTATIONS: dict[str, Any] = {
+    "full": "full",
+    "lora": {"type": "lora", "r": 4},
+    "prefix": {"type": "prefix", "num_virtual_tokens": 4},
+    "prompt": {"type": "prompt", "num_virtual_tokens": 4},
+}
+TRAINS: dict[str, Callable[[str], bool]] = {
+    "full": lambda name: True,
+    "lora": lambda name: ".lora_" in name,
+    "prefix": lambda name: name.startswith("prompt_encoder."),
+    "prompt": lambda name: name.startswith("prompt_encoder."),
+}
 """Which of a network's parameters an adaptation is to train, by name."""
 
 ARCHITECTURES = tuple(TINY)
