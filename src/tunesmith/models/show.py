@@ -16,6 +16,8 @@ _KINDS = (  # the first pattern found in a tensor's name decides; more telling n
     ("embedding", r"embed|(^|\.)w[tp]e\."),
     ("mlp", r"mlp|feed_forward|ffn|(^|\.)fc[_\d]|intermediate|output\.dense|expert"),
 )
+VIRTUAL = ("num_virtual_tokens", "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text")
+"""Keys of the adapters that put virtual tokens in front of each row."""
 
 
 def show(model: str | Path) -> dict[str, Any]:
@@ -94,6 +96,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "new_tokens": len(set().union(*rows.values())) if (rows := vocabulary.adapter_rows(path)) else None,
         "use_dora": config.get("use_dora"),
         "use_rslora": config.get("use_rslora"),
+        **{key: config[key] for key in VIRTUAL if config.get("num_virtual_tokens") and key in config},
     }
 
 

@@ -63,6 +63,12 @@ def count(model: Any) -> int:
     return found.count if isinstance(found, Ahead) else 0
 
 
+def embedded(model: Any) -> int:
+    """How many of them go through the layers like words: those of prompt tuning do, a prefix is in attention alone."""
+    found = vars(head.base(model).base_model).get("forward")
+    return found.count if isinstance(found, Ahead) and found.kind == PROMPT else 0
+
+
 def installed(model: Any) -> bool:
     """Whether the virtual tokens of the peft model ``model`` are served by ours."""
     return isinstance(vars(head.base(model).base_model).get("forward"), Ahead)
