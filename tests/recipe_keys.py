@@ -42,6 +42,8 @@ ADAPTATIONS = {
         "modules_to_save",
         "loraplus_lr_ratio",
     },
+    "prefix": {"num_virtual_tokens", "prefix_projection", "encoder_hidden_size"},
+    "prompt": {"num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text"},
 }
 
 EITHER_OR = [

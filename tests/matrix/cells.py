@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,20 +22,26 @@ from tunesmith.engine import setup
 OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt"}
 ADAPTATIONS: dict[str, Any] = {
     "full": "full",
+    "features": {"type": "features", "train_last": 1},
     "lora": {"type": "lora", "r": 4},
     "bottleneck": {"type": "bottleneck", "bottleneck_size": 4},
+    "prefix": {"type": "prefix", "num_virtual_tokens": 4},
+    "prompt": {"type": "prompt", "num_virtual_tokens": 4},
 }
 TRAINS: dict[str, Callable[[str], bool]] = {
     "full": lambda name: True,
+    "features": lambda name: re.search(r"\.(layers|h)\.1\.|model\.norm\.|ln_f\.", name) is not None,
     "lora": lambda name: ".lora_" in name,
     "bottleneck": lambda name: ".bottleneck_" in name,
+    "prefix": lambda name: name.startswith("prompt_encoder."),
+    "prompt": lambda name: name.startswith("prompt_encoder."),
 }
 """Which of a network's parameters an adaptation is to train, by name."""
 
 MERGES = ("lora",)
 """Adaptations that are a change of weights, so that they can be folded into them."""
 
-ON_ITS_BASE = ("lora",)
+ON_ITS_BASE = ("lora", "bottleneck", "prefix", "prompt")
 """Adaptations that leave the base as it was, and that can be switched off: then the base answers."""
 
 ARCHITECTURES = tuple(TINY)

@@ -44,6 +44,12 @@ class Case:
 LORA = {"adaptation": {"type": "lora", "r": 4, "lora_alpha": 8}}
 FEATURES = {"adaptation": {"type": "features"}}
 BOTTLENECK = {"adaptation": {"type": "bottleneck", "bottleneck_size": 4}}
+PREFIX = {"adaptation": {"type": "prefix", "num_virtual_tokens": 4}}
+PROJECTED = {"adaptation": {**PREFIX["adaptation"], "prefix_projection": True}}
+PROMPT = {"adaptation": {"type": "prompt"}}
+WORDS = {
+    "adaptation": {"type": "prompt", "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "the fox", "num_virtual_tokens": 4}
+}
 EVAL = {"data.eval": {"fraction": 0.3}}
 FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
 
@@ -72,6 +78,11 @@ CASES = [
     Case("adaptation.reduction_factor", 8, "parameters", {"adaptation": {"type": "bottleneck"}}),
     Case("adaptation.non_linearity", "tanh", "history", BOTTLENECK),
     Case("adaptation.dropout", 0.5, "history", BOTTLENECK),
+    Case("adaptation.num_virtual_tokens", 3, "parameters", PREFIX),
+    Case("adaptation.prefix_projection", True, "parameters", PREFIX),
+    Case("adaptation.encoder_hidden_size", 7, "parameters", PROJECTED),
+    Case("adaptation.prompt_tuning_init", "RANDOM", "history", PROMPT),
+    Case("adaptation.prompt_tuning_init_text", "a lazy dog", "history", WORDS),
     Case("data.train", [{"path": "OTHER_ROWS"}], "data"),
     Case("data.train.0.path", "OTHER_ROWS", "data"),
     Case("data.train.0.split", "test", "data", {"data.train.0.path": "hub:some/data"}),

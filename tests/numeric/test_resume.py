@@ -17,7 +17,12 @@ from tests.runs import apart, history, recipe, weights
 from tunesmith.engine import loop, precision, ratio
 from tunesmith.errors import Interrupted, RecipeError
 
-ADAPTATIONS = {"full": "full", "lora": {"type": "lora", "r": 4, "lora_dropout": 0.2}}
+ADAPTATIONS = {
+    "full": "full",
+    "lora": {"type": "lora", "r": 4, "lora_dropout": 0.2},
+    "prefix": {"type": "prefix", "num_virtual_tokens": 3, "prefix_projection": True},
+    "prompt": {"type": "prompt", "num_virtual_tokens": 3},
+}
 
 
 class Killed(BaseException):

@@ -24,6 +24,11 @@ CASES = {
     "head-llama": ("llama", {"type": "lora", "r": 4, "modules_to_save": ["lm_head"]}),
     "embeddings-gemma": ("gemma", {"type": "lora", "r": 4, "modules_to_save": ["embed_tokens"]}),
     "names-mistral": ("mistral", {"type": "lora", "r": 4, "target_modules": ["q_proj", "down_proj"]}),
+    "prefix-llama": ("llama", {"type": "prefix", "num_virtual_tokens": 5}),
+    "projected-gpt2": ("gpt2", {"type": "prefix", "num_virtual_tokens": 5, "prefix_projection": True}),
+    "prefix-gemma3": ("gemma3", {"type": "prefix", "num_virtual_tokens": 5}),
+    "prompt-gemma": ("gemma", {"type": "prompt", "num_virtual_tokens": 5}),
+    "prompt-qwen3": ("qwen3", {"type": "prompt", "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "the fox"}),
 }
 IDS = [[5, 6, 7, 8, 9, 10], [40, 41, 42, 43]]
 ANSWER = """

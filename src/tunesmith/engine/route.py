@@ -17,7 +17,7 @@ import torch
 
 from tunesmith.data.pack import to_device
 from tunesmith.engine import machine
-from tunesmith.models import attention, compiled, fused, head, varlen
+from tunesmith.models import attention, compiled, fused, head, varlen, virtual
 from tunesmith.objectives import Example, Objective
 
 PROBE_TOKENS = 192  # of each row: enough to see every layer at work, few enough to cost a second
@@ -94,6 +94,7 @@ def choose(
     """
     model.eval()
     inner = head.base(model)
+    longest += virtual.count(model)
     rows = [_shorten(example) for example in list(examples)[:2]]
     route = Route(packed=False, fused=fused.Fused(), attention=inner.config._attn_implementation)
     head.use_plain_head(model, True)

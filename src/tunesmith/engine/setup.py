@@ -25,7 +25,7 @@ from tunesmith.engine.config import TrainConfig
 from tunesmith.engine.masters import Masters, Trained
 from tunesmith.engine.update import Update
 from tunesmith.errors import RecipeError
-from tunesmith.models import compiled, head, load, noise, probe, varlen, vocabulary
+from tunesmith.models import compiled, head, load, noise, probe, varlen, virtual, vocabulary
 from tunesmith.models.locate import Folder, code_files, locate
 from tunesmith.objectives import Example, Objective
 from tunesmith.recipe import Recipe
@@ -83,7 +83,7 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
     with distributed.main_first() if streamed else nullcontext():  # one process asks the network, the others find the cache
         data = prepare(
-            recipe.data, objective, tokenizer, max_length=recipe.train.max_length, window=window_of(config), seed=recipe.seed,
+            recipe.data, objective, tokenizer, max_length=recipe.train.max_length, window=window_of(config, parameters["virtual_tokens"]), seed=recipe.seed,
             on_progress=_rows_read(say) if streamed else None,
         )  # fmt: skip
     for line in [*data.report.lines(), *_about(new_tokens, data)]:
@@ -188,9 +188,9 @@ def _longest(data: Prepared) -> int:
     return int(max(data.train.lengths.max(), data.eval.lengths.max() if data.eval else 0))
 
 
-def window_of(config: Any) -> int | None:
-    """The most tokens that the network takes in one row; None when its config names no limit."""
-    return next((int(value) for name in WINDOWS if (value := getattr(config, name, None))), None)
+def window_of(config: Any, ahead: int = 0) -> int | None:
+    """The most tokens that the network takes in one row, with so many virtual ones ``ahead``; None when it names no limit."""
+    return next((int(value) - ahead for name in WINDOWS if (value := getattr(config, name, None))), None)
 
 
 def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
@@ -278,10 +278,12 @@ def _parameters(
 
         adapter = load.adapter_config(folder.path)
         adapter.inference_mode = False
+        virtual.check_continued(adapter)
         with torch.device("meta"):
             model = load.empty_model(folder, config)
             vocabulary.fit_to_adapter(model, folder.path)
             model = get_peft_model(model, adapter)
+            virtual.install(model)
     else:
         with torch.device("meta"):
             model = load.empty_model(folder, config)
@@ -301,6 +303,7 @@ def _parameters(
     return {
         "trainable": sum(parameter.numel() for parameter in everything if parameter.requires_grad),
         "total": sum(parameter.numel() for parameter in everything),
+        "virtual_tokens": virtual.count(model),
     }
 
 

@@ -45,7 +45,7 @@ def evaluate(
     from tunesmith.engine import distributed, evaluation, route
     from tunesmith.engine import precision as precisions
     from tunesmith.engine.setup import window_of
-    from tunesmith.models import load
+    from tunesmith.models import load, virtual
 
     if objective not in objectives.names():
         raise ModelError(f"unknown objective {objective!r}; expected one of {', '.join(objectives.names())}")
@@ -66,7 +66,9 @@ def evaluate(
     device = distributed.state().device
     network, tokenizer = model if isinstance(model, tuple) else load.load(model)
     config = DataConfig(train=[source], eval=EvalConfig(fraction=0.0), template=template)
-    rows = prepare(config, chosen, tokenizer, max_length=max_length, window=window_of(network.config), seed=0).train
+    rows = prepare(
+        config, chosen, tokenizer, max_length=max_length, window=window_of(network.config, virtual.count(network)), seed=0
+    ).train
 
     if not isinstance(model, tuple):  # somebody's own model in memory keeps its dtype and place
         precisions.cast(network, precisions.choose(precision, device).compute)

@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from tunesmith.models import kernels
+from tunesmith.models.layout import Layout
 
 NAME = "tunesmith_segments"
 ROWS = 256
@@ -102,10 +103,17 @@ def segment_attention(
     """Causal attention inside each segment.
 
     ``query`` (1, heads, tokens, dim), ``key`` and ``value`` (1, kv_heads, tokens, dim); ``segments`` holds the lengths, which sum
-    to tokens. Returns (1, tokens, heads, dim). Raises CannotPack for anything it does not understand.
+    to tokens. Returns (1, tokens, heads, dim). Where keys are more than queries, each segment has as many virtual ones in front.
+    Raises CannotPack for anything it does not understand.
     """
     refuse(module, query, attention_mask, segments is not None, dropout, kwargs)
     assert segments is not None
+    if key.shape[2] != query.shape[2]:
+        asked, layout = with_virtual(query, key, {"segments": segments})
+        out, _ = segment_attention(
+            module, asked, key, value, None, scaling, sliding_window=sliding_window, **layout.keywords
+        )  # the same attention, over segments that are longer
+        return layout.text(out), None
     if sliding_window is not None and sliding_window < max(segments):
         raise CannotPack(f"its attention slides over {sliding_window} tokens and a row has {max(segments)}")
     saw(sliding_window)
@@ -119,6 +127,15 @@ def segment_attention(
         parts.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]))
         start += length
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def with_virtual(query: torch.Tensor, key: torch.Tensor, keywords: dict[str, Any]) -> tuple[torch.Tensor, Layout]:
+    """``query`` with rows for the virtual keys in front of each segment: zeros, so that attention stays square and causal."""
+    tokens, segments = query.shape[2], len(keywords.get("segments") or keywords["cu_seqlens"][1:])
+    ahead = (key.shape[2] - tokens) // segments
+    layout = Layout.of(keywords, ahead, tokens)
+    assert layout is not None
+    return layout.insert(query, query.new_zeros(1, query.shape[1], ahead, query.shape[3]), dim=2), layout
 
 
 def forward_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float) -> torch.Tensor:

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from tunesmith.models import fused_bottleneck, kernels, selfcheck
-from tunesmith.models.attention import backward_segments, forward_segments
+from tunesmith.models.rotary import rotary_attention
+from tunesmith.models.virtual import Prefix
 
 
 @dataclass
@@ -308,42 +309,6 @@ def _mlp(module: nn.Module) -> Callable[..., Any] | None:
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-class RotaryAttention(torch.autograd.Function):
-    """Rotary embedding and causal attention per segment. qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: torch.Tensor,
-        cosine: torch.Tensor,
-        sine: torch.Tensor,
-        heads: int,
-        kv_heads: int,
-        segments: tuple[int, ...],
-        scale: float,
-    ) -> torch.Tensor:
-        tokens, dim = qkv.shape[0], cosine.shape[-1]
-        ctx.shape = (heads, kv_heads, tokens, dim, qkv.shape[1])
-        q, k, v = (qkv.new_empty(n, tokens, dim) for n in (heads, kv_heads, kv_heads))
-        kernels.call("rotary", qkv.dtype, qkv, q, cosine, sine, heads, tokens, dim, qkv.shape[1], 1)
-        kernels.call("rotary", qkv.dtype, qkv[:, heads * dim :], k, cosine, sine, kv_heads, tokens, dim, qkv.shape[1], 1)
-        v.copy_(qkv[:, (heads + kv_heads) * dim :].view(tokens, kv_heads, dim).transpose(0, 1))
-        ctx.save_for_backward(q, k, v, cosine, sine)
-        ctx.segments, ctx.scale = segments, scale
-        return forward_segments(q, k, v, segments, scale).view(tokens, heads * dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        q, k, v, cosine, sine = ctx.saved_tensors
-        heads, kv_heads, tokens, dim, width = ctx.shape
-        dq, dk, dv = backward_segments(grad.view(tokens, heads, dim), q, k, v, ctx.segments, ctx.scale)
-        out = grad.new_empty(tokens, width)
-        kernels.call("rotary", grad.dtype, out, dq, cosine, sine, heads, tokens, dim, width, -1)
-        kernels.call("rotary", grad.dtype, out[:, heads * dim :], dk, cosine, sine, kv_heads, tokens, dim, width, -1)
-        out[:, (heads + kv_heads) * dim :].view(tokens, kv_heads, dim).copy_(dv.transpose(0, 1))
-        return out, None, None, None, None, None, None
-
-
 def _attention(module: Any) -> Callable[..., Any] | None:
     parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     if any(part is None for part in parts) or hasattr(module, "q_norm") or not hasattr(module, "scaling"):
@@ -364,8 +329,10 @@ def _attention(module: Any) -> Callable[..., Any] | None:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         window = getattr(module, "sliding_window", None)
-        other = attention_mask is not None or past_key_values is not None or hidden_states.shape[0] != 1
-        if other or segments is None or position_embeddings is None or (window is not None and window < max(segments)):
+        prefix = past_key_values if isinstance(past_key_values, Prefix) else None
+        longest = max(segments or (0,)) + (0 if prefix is None else len(prefix.rows))
+        other = attention_mask is not None or past_key_values is not prefix or hidden_states.shape[0] != 1
+        if other or segments is None or position_embeddings is None or (window is not None and window < longest):
             return type(module).forward(
                 module,
                 hidden_states,
@@ -377,7 +344,7 @@ def _attention(module: Any) -> Callable[..., Any] | None:
             )
         x = hidden_states[0]
         cosine, sine = (table[0].to(x.dtype).contiguous() for table in position_embeddings)
-        mixed = RotaryAttention.apply(qkv(x), cosine, sine, heads, kv_heads, segments, scale)
+        mixed = rotary_attention(qkv(x), cosine, sine, heads, kv_heads, segments, scale, prefix)
         return out(mixed).unsqueeze(0), None
 
     return forward

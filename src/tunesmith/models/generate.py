@@ -142,13 +142,20 @@ def _steps(
     """Each step's (prompt index, new token) of the prompts that still run."""
     import torch
 
+    from tunesmith.models import virtual
+
     core = _core(model)
     limits = _limits(core, prompts, settings.max_new_tokens)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            yield from _decode(core, prompts, limits, settings, stop, rows)
+            if virtual.must_go_alone(core, [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]):
+                for place, one in enumerate(prompts):
+                    for step in _decode(core, [one], [limits[place]], settings, stop, [rows[place]]):
+                        yield [(place, token) for _, token in step]
+            else:
+                yield from _decode(core, prompts, limits, settings, stop, rows)
     finally:
         model.train(training)
 
@@ -163,6 +170,7 @@ def _decode(
 ) -> Iterator[list[tuple[int, int]]]:
     import torch
 
+    from tunesmith.models import virtual
     from tunesmith.models.cache import preallocated_cache
 
     device, longest = core.device, max(map(len, prompts))
@@ -174,7 +182,7 @@ def _decode(
     columns = torch.arange(longest, device=device)
     mask = (columns >= (longest - lengths)[:, None]).long() if int(lengths.min()) < longest else None
     positions = (columns - (longest - lengths)[:, None]).clamp(min=0)
-    cache = preallocated_cache(core.config, longest + max(limits))
+    cache = preallocated_cache(core.config, virtual.count(core) + longest + max(limits))
     uniform = _uniform(settings, rows, max(limits))
     running = list(range(len(prompts)))
     for step in range(max(limits)):
@@ -239,21 +247,29 @@ def _uniform(settings: Settings, rows: Sequence[int], count: int) -> torch.Tenso
 
 def _core(model: Any) -> Any:
     """The transformers model that computes logits; an attached LoRA lives inside it."""
+    from tunesmith.models import virtual
+
     if not hasattr(model, "peft_config"):
         return model
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise ModelError("this adapter adds virtual tokens (prefix or prompt tuning); generation with it is not available")
+    if model.active_peft_config.is_prompt_learning and not virtual.installed(model):
+        raise ModelError(
+            "this adapter adds virtual tokens (prefix or prompt tuning). Load it with tunesmith.load, or from a folder."
+        )
     return model.get_base_model()
 
 
 def _limits(core: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
     """How many tokens each prompt may get before the model's window is full."""
+    from tunesmith.models import virtual
+
     window = getattr(core.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    ahead = virtual.count(core)
+    window, besides = window - ahead, f" ({ahead} more are taken by virtual tokens)" if ahead else ""
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {number} is empty: there is no token to continue")
         if len(prompt) >= window:
-            raise UserError(f"prompt {number} has {len(prompt)} tokens and the model's window is {window}. Shorten it.")
+            raise UserError(f"prompt {number} has {len(prompt)} tokens and the model's window is {window}{besides}. Shorten it.")
     return [min(max_new_tokens, window - len(prompt)) for prompt in prompts]
 
 

@@ -250,14 +250,17 @@ def adapter_config(folder: Path) -> Any:
 def _attached(folder: Folder, model: Any, trainable: bool) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
-    from tunesmith.models import bottleneck
+    from tunesmith.models import virtual
 
-    bottleneck.register()
-    stored = set(headers.read_tensors(folder.path, "adapter_model"))
+    tensors = headers.read_tensors(folder.path, "adapter_model")
+    stored, config = set(tensors), adapter_config(folder.path)  # which makes our own kinds known to peft
+    virtual.check_stored({name: tensor.shape for name, tensor in tensors.items()}, config, model, folder.path)
     vocabulary.fit_to_adapter(model, folder.path)
+    asked = trainable and not config.is_prompt_learning  # peft refuses to load virtual tokens to be trained
     attached = _explained(
-        folder, lambda: PeftModel.from_pretrained(model, str(folder.path), is_trainable=trainable, local_files_only=True)
+        folder, lambda: PeftModel.from_pretrained(model, str(folder.path), is_trainable=asked, local_files_only=True)
     )
+    virtual.install(attached, trainable)
     # save_embedding_layers="auto" would ask the Hub for the base's vocabulary (peft#1452)
     expected = set(get_peft_model_state_dict(attached, save_embedding_layers=False))
     whole_layers = set(attached.state_dict())  # an embedding saved beside the adapter carries the base's own name

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.models import head
+from tunesmith.models import head, virtual
 
 
 @dataclass
 class RowNoise:
-    """What the next forward pass holds: the ``rows`` by number within the step, their ``lengths`` in tokens, the layout."""
+    """What the next forward pass holds: the ``rows`` by number within the step, their ``lengths`` in tokens, the layout.
+
+    ``ahead``: virtual tokens in front of each row, which go through the layers but not through the embedding.
+    """
 
     seed: int
     step: int = 0
@@ -28,11 +31,12 @@ class RowNoise:
     lengths: Sequence[int] = ()
     packed: bool = True
     layers: int = field(default=0)
+    ahead: int = 0
 
     def drop(self, x: torch.Tensor, p: float, layer: int) -> torch.Tensor:
         """Inverted dropout of ``x`` (..., width): packed (1, tokens, width) or padded (rows, longest, width)."""
         kept = torch.ones(x.shape, dtype=x.dtype, device=x.device)
-        for part, drawn in self._drawn(kept, layer):
+        for part, drawn in self._drawn(kept, layer, self.ahead):
             part.copy_((drawn >= p).to(x.dtype) / (1 - p))
         return x * kept
 
@@ -46,12 +50,13 @@ class RowNoise:
             part.copy_((2 * drawn - 1) * (alpha / drawn.numel() ** 0.5))
         return x + noise
 
-    def _drawn(self, x: torch.Tensor, layer: int | str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _drawn(self, x: torch.Tensor, layer: int | str, ahead: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each row's part of ``x``, a view (length, width), with as many numbers drawn uniformly from [0, 1) for it."""
         width = x.shape[-1]
         flat = x.view(-1, width)
         start, longest = 0, 0 if self.packed else x.shape[1]
-        for place, (row, length) in enumerate(zip(self.rows, self.lengths, strict=True)):
+        for place, (row, tokens) in enumerate(zip(self.rows, self.lengths, strict=True)):
+            length = tokens + ahead
             begin = start if self.packed else place * longest
             key = hashlib.blake2b(repr((self.seed, self.step, row, layer)).encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
@@ -68,7 +73,7 @@ def install(model: nn.Module, seed: int, neftune_alpha: float | None = None) -> 
     Returns the noise to be told of each micro-batch (None when nothing is drawn) and what was switched off, to be said once.
     """
     switched_off = _no_attention_dropout(model)
-    noise = RowNoise(seed)
+    noise = RowNoise(seed, ahead=virtual.embedded(model))
     for module in model.modules():
         if type(module) is nn.Dropout and module.p > 0:
             dropout: Any = module

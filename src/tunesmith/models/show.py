@@ -16,6 +16,8 @@ _KINDS = (  # the first pattern found in a tensor's name decides; more telling n
     ("embedding", r"embed|(^|\.)w[tp]e\."),
     ("mlp", r"mlp|feed_forward|ffn|(^|\.)fc[_\d]|intermediate|output\.dense|expert"),
 )
+VIRTUAL = ("num_virtual_tokens", "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text")
+"""Keys of the adapters that put virtual tokens in front of each row."""
 
 
 def show(model: str | Path) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "variant": config.get("variant"),
         "bottleneck_size": config.get("bottleneck_size"),
         "non_linearity": config.get("non_linearity"),
+        **{key: config[key] for key in VIRTUAL if config.get("num_virtual_tokens") and key in config},
     }
 
 

@@ -108,11 +108,15 @@ def attend_with(kernel: Kernel, capability: tuple[int, int]) -> Callable[..., tu
         if not heads_fit(query.shape[-1], value.shape[-1], capability):
             raise CannotPack(f"its heads have {query.shape[-1]} numbers, which varlen_attn has no kernel for on this GPU")
         attention.saw(sliding_window)
+        layout = None
+        if key.shape[2] != query.shape[2]:
+            query, layout = attention.with_virtual(query, key, {"cu_seqlens": cu_seqlens, "longest": longest})
+            cu_seqlens, longest = layout.keywords["cu_seqlens"], layout.keywords["longest"]
         # a window of w tokens is the token itself and w - 1 before it
         left = -1 if sliding_window is None else sliding_window - 1
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         out = kernel(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0))
-        return out.unsqueeze(0), None
+        return (out if layout is None else layout.text(out, dim=0)).unsqueeze(0), None
 
     return attend
 

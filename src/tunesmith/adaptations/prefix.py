@@ -1,0 +1,74 @@
+"""Prefix tuning: trained keys and values in front of every row, in every layer (Li and Liang 2021). Files are peft's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tunesmith.adaptations.lora import TASK
+from tunesmith.errors import RecipeError
+
+WORDS = "Below is a text. It is written with care, and each part of it follows from what stands before. "
+"""The prefix starts as what the network makes of these words: numbers drawn at random do harm that takes long to mend."""
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_virtual_tokens: int = Field(20, gt=0, description="trained keys and values in front of each row, in each layer")
+    prefix_projection: bool = Field(False, description="make them by a small network while training (section 4.3 of the paper)")
+    encoder_hidden_size: int | None = Field(None, gt=0, description="width of that network; default: that of all key heads")
+
+    @model_validator(mode="after")
+    def _width_of_something(self) -> Config:
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise ValueError("encoder_hidden_size is the width of the network that prefix_projection: true makes: give both")
+        return self
+
+
+class Adaptation:
+    learning_rate = 1e-2
+    keys_of_learning: frozenset[str] = frozenset()
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def load_kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
+        """A peft model with only the prefix trainable. Raises RecipeError or ModelError before the model is touched."""
+        from peft import PrefixTuningConfig, get_peft_model
+
+        from tunesmith.models import virtual
+
+        if new_rows:
+            raise RecipeError(virtual.NO_NEW_TOKENS)
+        tokens = self.config.num_virtual_tokens
+        virtual.check_room(model, tokens)
+        virtual.attentions(model)
+        words = tokenizer(WORDS, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
+        start = None
+        if model.device.type != "meta":
+            start = virtual.words_as_prefix(model, [words[place % len(words)] if words else place for place in range(tokens)])
+        config = PrefixTuningConfig(
+            task_type=TASK[head],
+            num_virtual_tokens=tokens,
+            prefix_projection=self.config.prefix_projection,
+            encoder_hidden_size=self.config.encoder_hidden_size,
+        )
+        adapted = get_peft_model(model, config)
+        if start is not None:
+            virtual.start_from(adapted.prompt_encoder[adapted.active_adapter], start)
+        virtual.install(adapted)
+        return adapted
+
+    def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
+        return {}
+
+    def save(self, model: Any, folder: Path) -> None:
+        """adapter_config.json and adapter_model.safetensors: the keys and values, nothing of the base or of a projection."""
+        model.save_pretrained(folder, save_embedding_layers=False)

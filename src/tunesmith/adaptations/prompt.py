@@ -1,0 +1,88 @@
+"""Prompt tuning: trained embeddings in front of every row, the network frozen (Lester et al. 2021). Files are peft's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tunesmith.adaptations.lora import TASK
+from tunesmith.errors import RecipeError
+
+VIRTUAL_TOKENS = 20
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_virtual_tokens: int | None = Field(
+        None, gt=0, description=f"trained embeddings in front of each row (default: those of the text, else {VIRTUAL_TOKENS})"
+    )
+    prompt_tuning_init: Literal["TEXT", "SAMPLE_VOCAB", "RANDOM"] = Field(
+        "SAMPLE_VOCAB", description="first values: of the text's tokens, of tokens drawn from the vocabulary, or random numbers"
+    )
+    prompt_tuning_init_text: str | None = Field(None, description='such as "Classify the sentiment: "; repeated or cut to fit')
+
+    @model_validator(mode="after")
+    def _text_and_kind(self) -> Config:
+        if (self.prompt_tuning_init == "TEXT") != bool(self.prompt_tuning_init_text):
+            raise ValueError("prompt_tuning_init: TEXT and prompt_tuning_init_text belong together: give both, or neither")
+        return self
+
+
+class Adaptation:
+    learning_rate = 1e-2
+    keys_of_learning: frozenset[str] = frozenset()
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def load_kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
+        """A peft model with only the virtual embeddings trainable. Raises RecipeError before the model is touched."""
+        import torch
+        from peft import PromptTuningConfig, get_peft_model
+
+        from tunesmith.models import virtual
+
+        if new_rows:
+            raise RecipeError(virtual.NO_NEW_TOKENS)
+        ids = self._text_ids(tokenizer)
+        tokens = self.config.num_virtual_tokens or len(ids) or VIRTUAL_TOKENS
+        virtual.check_room(model, tokens)
+        # the text's embeddings are written here: peft would load a tokenizer by a path of its own, again at every load
+        kind = "RANDOM" if ids else self.config.prompt_tuning_init
+        config = PromptTuningConfig(
+            task_type=TASK[head],
+            num_virtual_tokens=tokens,
+            prompt_tuning_init=kind,
+            prompt_tuning_init_text=self.config.prompt_tuning_init_text,
+        )
+        adapted = get_peft_model(model, config)
+        weight = adapted.prompt_encoder[adapted.active_adapter].embedding.weight
+        if ids:
+            with torch.no_grad():
+                chosen = torch.tensor([ids[place % len(ids)] for place in range(tokens)], device=weight.device)
+                weight.copy_(model.get_input_embeddings()(chosen))
+        virtual.install(adapted)
+        return adapted
+
+    def _text_ids(self, tokenizer: Any) -> list[int]:
+        text = self.config.prompt_tuning_init_text
+        if text is None:
+            return []
+        if tokenizer is None:
+            raise RecipeError("prompt_tuning_init: TEXT needs the tokenizer of the run. Use SAMPLE_VOCAB or RANDOM.")
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
+        return {}
+
+    def save(self, model: Any, folder: Path) -> None:
+        """adapter_config.json and adapter_model.safetensors: the embeddings, nothing of the base."""
+        model.save_pretrained(folder, save_embedding_layers=False)

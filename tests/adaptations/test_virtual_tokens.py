@@ -1,0 +1,150 @@
+"""prefix and prompt: what is trained, what is refused before weights load, what the files hold, training them on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+import tunesmith
+from tests.models.virtual_tokens import COUNT, KINDS, adapted
+from tests.runs import recipe
+from tests.tiny import tiny_model
+from tunesmith.adaptations import prefix, prompt
+from tunesmith.errors import ModelError, RecipeError, UserError
+from tunesmith.models import virtual
+from tunesmith.models.show import show
+
+KEYS = {"llama": 16, "qwen3": 16, "gemma": 16, "gpt2": 32}
+"""Numbers in the keys of one layer and position: key heads times their size."""
+
+
+def trained(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_trained_parameters_are_those_of_the_closed_form(name: str) -> None:
+    width, layers = KEYS[name], 2
+    assert trained(adapted(name, "prefix")) == COUNT * 2 * layers * width
+    inner = 7
+    projection = (width * inner + inner) + (inner + 1) * 2 * layers * width
+    assert trained(adapted(name, "prefix", prefix_projection=True, encoder_hidden_size=inner)) == COUNT * width + projection
+    assert trained(adapted(name, "prompt")) == COUNT * 32
+
+
+def run(folder: Path, kind: str, name: str = "llama", **keys: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    made = recipe(folder, name, "sft", {"type": kind, "num_virtual_tokens": COUNT, **keys}, max_steps=3)
+    return made, tunesmith.train(made, out=folder / "run")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_files_are_pefts_and_show_tells_what_they_are(kind: str, tmp_path: Path) -> None:
+    _, outcome = run(tmp_path, kind)
+    folder = Path(outcome["model_dir"])
+    stored = load_file(folder / "adapter_model.safetensors")
+    assert set(stored) == {"prompt_embeddings"} and stored["prompt_embeddings"].dtype is torch.float32
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == f"{kind.upper()}_TUNING"
+    facts = show(folder)
+    assert facts["adapter"]["type"] == f"{kind}_tuning" and facts["adapter"]["num_virtual_tokens"] == COUNT
+    assert facts["parameters"]["adapter"]["count"] == stored["prompt_embeddings"].numel() == outcome["trainable_parameters"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_trained_on_from_where_it_stood(kind: str, tmp_path: Path) -> None:
+    made, first = run(tmp_path, kind)
+    made |= {"model": first["model_dir"], "adapter": "continue", "adaptation": {"type": kind}}
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
+    again = tunesmith.train(made, out=tmp_path / "on")
+    figures = tunesmith.evaluate(first["model_dir"], tmp_path / "rows.jsonl", precision="fp32")
+    assert again["eval_loss_before"] == pytest.approx(figures["eval_loss"], rel=1e-6)
+    assert again["eval_loss"] < again["eval_loss_before"] and again["trainable_parameters"] == first["trainable_parameters"]
+
+
+def test_a_prefix_whose_projection_is_gone_is_not_trained_on(tmp_path: Path) -> None:
+    made, first = run(tmp_path, "prefix", prefix_projection=True)
+    made |= {"model": first["model_dir"], "adapter": "continue", "adaptation": {"type": "prefix"}}
+    with pytest.raises(RecipeError, match=r"adapter: continue: this prefix was trained with prefix_projection"):
+        tunesmith.check(made)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_not_whole_is_an_error_that_names_the_tensor(kind: str, tmp_path: Path) -> None:
+    _, outcome = run(tmp_path, kind)
+    file = Path(outcome["model_dir"]) / "adapter_model.safetensors"
+    rows = load_file(file)["prompt_embeddings"]
+    for tensors, said in (
+        ({"prompt_embedding": rows}, "unexpected: prompt_embedding"),
+        ({"prompt_embeddings": rows, "more": rows.clone()}, "unexpected: more"),
+        ({"prompt_embeddings": rows[:-1]}, rf"prompt_embeddings has the shape \(4, {rows.shape[1]}\); 5 virtual tokens of Llama"),
+        ({"prompt_embeddings": rows[:, :-2].contiguous()}, "prompt_embeddings has the shape"),
+    ):
+        save_file(tensors, file)
+        with pytest.raises(ModelError, match=said):
+            tunesmith.load(outcome["model_dir"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_probe_notices_other_numbers(kind: str, tmp_path: Path) -> None:
+    _, outcome = run(tmp_path, kind)
+    tunesmith.load(outcome["model_dir"])
+    file = Path(outcome["model_dir"]) / "adapter_model.safetensors"
+    save_file({"prompt_embeddings": load_file(file)["prompt_embeddings"].roll(1, 0) * 2}, file)
+    with pytest.raises(ModelError, match="does not answer as it did"):
+        tunesmith.load(outcome["model_dir"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_files_cannot_hold_is_refused_before_weights_load(kind: str, tmp_path: Path) -> None:
+    made = recipe(tmp_path, "llama", "sft", kind) | {"add_tokens": ["<tool>"]}
+    with pytest.raises(
+        RecipeError, match=r"add_tokens: the files of prefix and prompt tuning have no room .*\n.*adaptation=lora"
+    ):
+        tunesmith.check(made)
+    made = recipe(tmp_path, "llama", "sft", {"type": kind, "num_virtual_tokens": 512})
+    with pytest.raises(RecipeError, match=r"num_virtual_tokens is 512, and the model's window is 512"):
+        tunesmith.check(made)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_leave_room_for_virtual_tokens(kind: str, tmp_path: Path) -> None:
+    made = recipe(tmp_path, "gpt2", "cpt", {"type": kind, "num_virtual_tokens": 500})
+    assert tunesmith.check(made)["data"]["train"]["longest"] == 12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_is_nothing_to_merge(kind: str, tmp_path: Path) -> None:
+    _, outcome = run(tmp_path, kind)
+    with pytest.raises(UserError, match=f"a {kind}_tuning adapter adds inputs, not weights"):
+        tunesmith.merge(outcome["model_dir"], tmp_path / "merged")
+
+
+def test_words_are_repeated_or_cut_to_the_number_asked_for() -> None:
+    table = tiny_model("llama").get_input_embeddings().weight
+    for count in (2, 9):
+        model = adapted(
+            "llama", "prompt", 0, num_virtual_tokens=count, prompt_tuning_init="TEXT", prompt_tuning_init_text="the fox"
+        )
+        first, second = model.prompt_encoder["default"].embedding.weight[:2]
+        assert virtual.count(model) == count
+        assert (first == table).all(dim=1).any() and (second == table).all(dim=1).any()
+
+
+@pytest.mark.parametrize(
+    ("config", "keys", "said"),
+    [
+        (prompt.Config, {"prompt_tuning_init": "TEXT"}, "belong together"),
+        (prompt.Config, {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": "x"}, "belong together"),
+        (prompt.Config, {"num_virtual_tokens": 0}, "greater than 0"),
+        (prefix.Config, {"encoder_hidden_size": 8}, "prefix_projection: true"),
+        (prefix.Config, {"num_virtual_tokens": -1}, "greater than 0"),
+    ],
+)
+def test_keys_that_say_nothing_are_refused(config: Any, keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        config(**keys)
