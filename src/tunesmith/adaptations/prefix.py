@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tunesmith.adaptations.lora import TASK
 from tunesmith.errors import RecipeError
 
 WORDS = "Below is a text. It is written with care, and each part of it follows from what stands before. "
@@ -44,6 +43,7 @@ class Adaptation:
         from peft import PrefixTuningConfig, get_peft_model
 
         from tunesmith.models import virtual
+        from tunesmith.models.head import TASK
 
         if new_rows:
             raise RecipeError(virtual.NO_NEW_TOKENS)

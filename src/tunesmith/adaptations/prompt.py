@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tunesmith.adaptations.lora import TASK
 from tunesmith.errors import RecipeError
 
 VIRTUAL_TOKENS = 20
@@ -48,6 +47,7 @@ class Adaptation:
         from peft import PromptTuningConfig, get_peft_model
 
         from tunesmith.models import virtual
+        from tunesmith.models.head import TASK
 
         if new_rows:
             raise RecipeError(virtual.NO_NEW_TOKENS)
