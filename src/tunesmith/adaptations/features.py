@@ -35,7 +35,7 @@ class Config(BaseModel):
 
 
 class Adaptation:
-    learning_rate = 1e-4
+    learning_rate = 2e-4
     keys_of_learning: frozenset[str] = frozenset()
 
     def __init__(self, config: Config) -> None:

@@ -186,7 +186,7 @@ def _keep(ready: setup.Setup, built: setup.Built, width: int, dtype: torch.dtype
             f"{figures.size(free)} are free there"
         )
         return
-    if missing:
+    if any(distributed.gather([bool(missing)])):  # another run may have written since one of us looked
         say(f"the body's outputs are kept: {len(missing):,} of {rows:,} rows to compute, {figures.size(needed)} in {folder}")
         state = distributed.state()
         _compute(ready, built, list(missing.values())[state.process_index :: state.num_processes], kept, folder, say)
