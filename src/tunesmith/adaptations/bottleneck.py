@@ -37,7 +37,7 @@ class Config(BaseModel):
 
 
 class Adaptation:
-    learning_rate = 1e-3
+    learning_rate = 5e-4
     keys_of_learning: frozenset[str] = frozenset()
 
     def __init__(self, config: Config) -> None:
