@@ -45,7 +45,9 @@ LORA = {"adaptation": {"type": "lora", "r": 4, "lora_alpha": 8}}
 PREFIX = {"adaptation": {"type": "prefix", "num_virtual_tokens": 4}}
 PROJECTED = {"adaptation": {**PREFIX["adaptation"], "prefix_projection": True}}
 PROMPT = {"adaptation": {"type": "prompt"}}
-WORDS = {"adaptation": {"type": "prompt", "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "the fox", "num_virtual_tokens": 4}}
+WORDS = {
+    "adaptation": {"type": "prompt", "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "the fox", "num_virtual_tokens": 4}
+}
 EVAL = {"data.eval": {"fraction": 0.3}}
 FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
 

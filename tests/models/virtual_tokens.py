@@ -44,9 +44,7 @@ def by_peft(name: str, model: Any) -> Any:
 def rows(*lengths: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
     """Examples of random tokens, all learnt."""
     drawn = np.random.default_rng(seed)
-    return [
-        {"input_ids": drawn.integers(5, 300, n).astype(np.int32), "supervised": np.ones(n, np.bool_)} for n in lengths
-    ]
+    return [{"input_ids": drawn.integers(5, 300, n).astype(np.int32), "supervised": np.ones(n, np.bool_)} for n in lengths]
 
 
 def ids_of(row: dict[str, np.ndarray]) -> torch.Tensor:

@@ -66,7 +66,9 @@ def evaluate(
     device = distributed.state().device
     network, tokenizer = model if isinstance(model, tuple) else load.load(model)
     config = DataConfig(train=[source], eval=EvalConfig(fraction=0.0), template=template)
-    rows = prepare(config, chosen, tokenizer, max_length=max_length, window=window_of(network.config, virtual.count(network)), seed=0).train
+    rows = prepare(
+        config, chosen, tokenizer, max_length=max_length, window=window_of(network.config, virtual.count(network)), seed=0
+    ).train
 
     if not isinstance(model, tuple):  # somebody's own model in memory keeps its dtype and place
         precisions.cast(network, precisions.choose(precision, device).compute)

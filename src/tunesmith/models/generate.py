@@ -252,7 +252,9 @@ def _core(model: Any) -> Any:
     if not hasattr(model, "peft_config"):
         return model
     if model.active_peft_config.is_prompt_learning and not virtual.installed(model):
-        raise ModelError("this adapter adds virtual tokens (prefix or prompt tuning). Load it with tunesmith.load, or from a folder.")
+        raise ModelError(
+            "this adapter adds virtual tokens (prefix or prompt tuning). Load it with tunesmith.load, or from a folder."
+        )
     return model.get_base_model()
 
 

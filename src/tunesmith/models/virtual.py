@@ -194,7 +194,9 @@ class Ahead:
     def __call__(self, input_ids: torch.Tensor | None = None, **keywords: Any) -> Any:
         mask = keywords.get("attention_mask")
         if mask is not None and mask.dim() != 2:
-            raise ModelError("virtual tokens need an attention mask of (batch, tokens): one per pair of tokens cannot be extended")
+            raise ModelError(
+                "virtual tokens need an attention mask of (batch, tokens): one per pair of tokens cannot be extended"
+            )
         run = type(self.body).forward
         if not self.count:
             return run(self.body, input_ids, **keywords)
@@ -303,7 +305,9 @@ def check_room(model: Any, tokens: int) -> None:
 def words_as_prefix(core: Any, ids: Sequence[int]) -> torch.Tensor:
     """(virtual, 2 layers width): the keys and values that the network makes of ``ids``, laid out as peft does."""
     training = core.training
-    cache = core.eval().base_model(input_ids=torch.tensor([ids], device=core.device), past_key_values=DynamicCache(), use_cache=True)
+    cache = core.eval().base_model(
+        input_ids=torch.tensor([ids], device=core.device), past_key_values=DynamicCache(), use_cache=True
+    )
     core.train(training)
     layers = [(layer.keys, layer.values) for layer in cache.past_key_values.layers]
     return torch.cat([x[0].transpose(0, 1).flatten(1).float() for pair in layers for x in pair], dim=1)
