@@ -13,6 +13,7 @@ from tunesmith.errors import RecipeError
 
 WORDS = "Below is a text. It is written with care, and each part of it follows from what stands before. "
 """The prefix starts as what the network makes of these words: numbers drawn at random do harm that takes long to mend."""
+PROJECTION_RATIO = 0.01
 
 
 class Config(BaseModel):
@@ -67,7 +68,8 @@ class Adaptation:
         return adapted
 
     def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
-        return {}
+        """A projection's weights learn at a hundredth: they are those of a network, where the rate is meant for free numbers."""
+        return {name: PROJECTION_RATIO for name in parameters if ".transform." in name}
 
     def save(self, model: Any, folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors: the keys and values, nothing of the base or of a projection."""
