@@ -139,8 +139,8 @@ def test_words_are_repeated_or_cut_to_the_number_asked_for() -> None:
 @pytest.mark.parametrize(
     ("config", "keys", "said"),
     [
-        (prompt.Config, {"prompt_tuning_init": "TEXT"}, "belong together"),
-        (prompt.Config, {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": "x"}, "belong together"),
+        (prompt.Config, {"prompt_tuning_init_text": ""}, "is empty"),
+        (prompt.Config, {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": "x"}, "does nothing with .* RANDOM"),
         (prompt.Config, {"num_virtual_tokens": 0}, "greater than 0"),
         (prefix.Config, {"encoder_hidden_size": 8}, "prefix_projection: true"),
         (prefix.Config, {"num_virtual_tokens": -1}, "greater than 0"),

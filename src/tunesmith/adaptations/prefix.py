@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tunesmith.adaptations.lora import TASK
 from tunesmith.errors import RecipeError
 
-WORDS = "Below is a text. It is written with care, and each part of it follows from what stands before. "
-"""The prefix starts as what the network makes of these words: numbers drawn at random do harm that takes long to mend."""
 PROJECTION_RATIO = 0.01
 
 
@@ -51,7 +49,7 @@ class Adaptation:
         tokens = self.config.num_virtual_tokens
         virtual.check_room(model, tokens)
         virtual.attentions(model)
-        words = tokenizer(WORDS, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
+        words = tokenizer(virtual.WORDS, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
         start = None
         if model.device.type != "meta":
             start = virtual.words_as_prefix(model, [words[place % len(words)] if words else place for place in range(tokens)])

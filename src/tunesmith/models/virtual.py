@@ -24,6 +24,8 @@ from tunesmith.models import head
 from tunesmith.models.layout import Layout, packed, padded
 
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"
+WORDS = "Below is a text. It is written with care, and each part of it follows from what stands before. "
+"""What virtual tokens start as, unless told otherwise: numbers drawn at random do harm that takes long to mend."""
 NO_NEW_TOKENS = (
     "add_tokens: the files of prefix and prompt tuning have no room for the rows of new tokens.\n"
     "  Use adaptation=lora, which keeps them, or adaptation=full; or leave add_tokens out."
