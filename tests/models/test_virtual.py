@@ -214,7 +214,7 @@ def test_what_is_not_ours_is_refused_by_name() -> None:
     other = get_peft_model(tiny_model("llama"), PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ModelError, match="p_tuning is not available"):
         virtual.install(other)
-    with pytest.raises(ModelError, match="virtual tokens .* Load it with tunesmith"):
+    with pytest.raises(ModelError, match=r"virtual tokens .* Load it with tunesmith"):
         generate_ids(by_peft("llama", adapted("llama", "prompt")), TOKENIZER, PROMPTS, Settings())
     model = adapted("llama", "prefix")
     with pytest.raises(ModelError, match="attention mask of"):

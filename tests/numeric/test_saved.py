@@ -102,7 +102,8 @@ def test_a_fresh_process_gives_the_same_logits_and_tokens(name, saved):
         if key.startswith("greedy"):
             assert torch.equal(fresh[key], value)
         else:
-            assert float((fresh[key] - value).abs().max()) <= 1e-5 * float(value.abs().max())
+            found = fresh[key][:, -value.shape[1] :]  # of prompt tuning peft gives out the virtual places too
+            assert float((found - value).abs().max()) <= 1e-5 * float(value.abs().max())
 
 
 @pytest.mark.parametrize("name", CASES)

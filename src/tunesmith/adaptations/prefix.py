@@ -10,8 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith.errors import RecipeError
 
-WORDS = "Below is a text. It is written with care, and each part of it follows from what stands before. "
-"""The prefix starts as what the network makes of these words: numbers drawn at random do harm that takes long to mend."""
+PROJECTION_RATIO = 0.01
 
 
 class Config(BaseModel):
@@ -50,7 +49,7 @@ class Adaptation:
         tokens = self.config.num_virtual_tokens
         virtual.check_room(model, tokens)
         virtual.attentions(model)
-        words = tokenizer(WORDS, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
+        words = tokenizer(virtual.WORDS, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
         start = None
         if model.device.type != "meta":
             start = virtual.words_as_prefix(model, [words[place % len(words)] if words else place for place in range(tokens)])
@@ -67,7 +66,8 @@ class Adaptation:
         return adapted
 
     def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
-        return {}
+        """A projection's weights learn at a hundredth: they are those of a network, where the rate is meant for free numbers."""
+        return {name: PROJECTION_RATIO for name in parameters if ".transform." in name}
 
     def save(self, model: Any, folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors: the keys and values, nothing of the base or of a projection."""

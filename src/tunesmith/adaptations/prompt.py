@@ -20,14 +20,18 @@ class Config(BaseModel):
         None, gt=0, description=f"trained embeddings in front of each row (default: those of the text, else {VIRTUAL_TOKENS})"
     )
     prompt_tuning_init: Literal["TEXT", "SAMPLE_VOCAB", "RANDOM"] = Field(
-        "SAMPLE_VOCAB", description="first values: of the text's tokens, of tokens drawn from the vocabulary, or random numbers"
+        "TEXT", description="first values: of the text's tokens, of tokens drawn from the vocabulary, or random numbers"
     )
-    prompt_tuning_init_text: str | None = Field(None, description='such as "Classify the sentiment: "; repeated or cut to fit')
+    prompt_tuning_init_text: str | None = Field(
+        None, description='such as "Classify the sentiment: "; default: a neutral sentence'
+    )
 
     @model_validator(mode="after")
     def _text_and_kind(self) -> Config:
-        if (self.prompt_tuning_init == "TEXT") != bool(self.prompt_tuning_init_text):
-            raise ValueError("prompt_tuning_init: TEXT and prompt_tuning_init_text belong together: give both, or neither")
+        if self.prompt_tuning_init != "TEXT" and self.prompt_tuning_init_text is not None:
+            raise ValueError(f"prompt_tuning_init_text does nothing with prompt_tuning_init: {self.prompt_tuning_init}; use TEXT")
+        if self.prompt_tuning_init_text == "":
+            raise ValueError("prompt_tuning_init_text is empty: leave it out, or write the words to start from")
         return self
 
 
@@ -52,15 +56,16 @@ class Adaptation:
         if new_rows:
             raise RecipeError(virtual.NO_NEW_TOKENS)
         ids = self._text_ids(tokenizer)
-        tokens = self.config.num_virtual_tokens or len(ids) or VIRTUAL_TOKENS
+        text = self.config.prompt_tuning_init_text
+        tokens = self.config.num_virtual_tokens or (len(ids) if text else VIRTUAL_TOKENS)
         virtual.check_room(model, tokens)
         # the text's embeddings are written here: peft would load a tokenizer by a path of its own, again at every load
-        kind = "RANDOM" if ids else self.config.prompt_tuning_init
+        kind = "SAMPLE_VOCAB" if self.config.prompt_tuning_init == "SAMPLE_VOCAB" else "RANDOM"
         config = PromptTuningConfig(
             task_type=TASK[head],
             num_virtual_tokens=tokens,
             prompt_tuning_init=kind,
-            prompt_tuning_init_text=self.config.prompt_tuning_init_text,
+            prompt_tuning_init_text=text,
         )
         adapted = get_peft_model(model, config)
         weight = adapted.prompt_encoder[adapted.active_adapter].embedding.weight
@@ -72,12 +77,13 @@ class Adaptation:
         return adapted
 
     def _text_ids(self, tokenizer: Any) -> list[int]:
-        text = self.config.prompt_tuning_init_text
-        if text is None:
+        from tunesmith.models import virtual
+
+        if self.config.prompt_tuning_init != "TEXT":
             return []
         if tokenizer is None:
             raise RecipeError("prompt_tuning_init: TEXT needs the tokenizer of the run. Use SAMPLE_VOCAB or RANDOM.")
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = tokenizer(self.config.prompt_tuning_init_text or virtual.WORDS, add_special_tokens=False)["input_ids"]
         return ids
 
     def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:

@@ -83,7 +83,8 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
     with distributed.main_first() if streamed else nullcontext():  # one process asks the network, the others find the cache
         data = prepare(
-            recipe.data, objective, tokenizer, max_length=recipe.train.max_length, window=window_of(config, parameters["virtual_tokens"]), seed=recipe.seed,
+            recipe.data, objective, tokenizer, max_length=recipe.train.max_length, seed=recipe.seed,
+            window=window_of(config, parameters["virtual_tokens"]),
             on_progress=_rows_read(say) if streamed else None,
         )  # fmt: skip
     for line in [*data.report.lines(), *_about(new_tokens, data)]:

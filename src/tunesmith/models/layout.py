@@ -27,7 +27,7 @@ class Layout:
 
     @staticmethod
     def of(keywords: dict[str, Any], ahead: int, tokens: int) -> Layout | None:
-        """The layout of a packed row of so many ``tokens``, from the keywords that its attention gets; None for a padded batch."""
+        """The layout of a packed row of so many ``tokens``, from the keywords of its attention; None for a padded batch."""
         if keywords.get("segments") is not None:
             return _of_segments(keywords["segments"], ahead)
         if keywords.get("cu_seqlens") is not None:

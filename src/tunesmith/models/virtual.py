@@ -4,9 +4,9 @@ peft keeps the numbers and the files; its forward takes one row at a time, and r
 packed segment and every padded row gets its own virtual tokens, so that each row is what peft makes of it alone: text positions
 begin behind them, attention sees them, and what comes out has the shape of the text.
 
-``install`` works on the instance that was loaded: the body's ``forward`` becomes an ``Ahead``, and each attention of a prefix gets
-a hook. Training, evaluation, generation and the probe all go through the body, so nothing else knows of virtual tokens but those
-who count positions (:func:`count`).
+``install`` works on the instance that was loaded: the body's ``forward`` becomes an ``Ahead``, and with a prefix each attention
+gets a hook. Training, evaluation, generation and the probe all go through the body, so nothing else knows of virtual tokens but
+those who count positions (:func:`count`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from tunesmith.models import head
 from tunesmith.models.layout import Layout, packed, padded
 
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"
+WORDS = "Below is a text. It is written with care, and each part of it follows from what stands before. "
+"""What virtual tokens start as, unless told otherwise: numbers drawn at random do harm that takes long to mend."""
 NO_NEW_TOKENS = (
     "add_tokens: the files of prefix and prompt tuning have no room for the rows of new tokens.\n"
     "  Use adaptation=lora, which keeps them, or adaptation=full; or leave add_tokens out."
@@ -98,13 +100,13 @@ def attentions(core: Any) -> list[nn.Module]:
     return found
 
 
-def keys_and_values(encoder: nn.Module, layer: int, width: int) -> torch.Tensor:
+def keys_and_values(encoder: Any, layer: int, width: int) -> torch.Tensor:
     """(virtual, 2 width): a layer's keys, then its values, of all key heads side by side.
 
     ``encoder``: peft's; with a projection (Li and Liang 2021, section 4.3) only this layer's part of it is computed.
     """
     part = slice(2 * layer * width, (2 * layer + 2) * width)
-    weight: Any = encoder.embedding.weight
+    weight: torch.Tensor = encoder.embedding.weight
     if not hasattr(encoder, "transform"):
         return weight[:, part]
     first, activation, last = encoder.transform
@@ -261,8 +263,8 @@ def check_continued(config: Any) -> None:
     """Raise RecipeError for virtual tokens that cannot be trained on. ``config``: peft's, of the saved adapter."""
     if config.is_prompt_learning and getattr(config, "prefix_projection", False):
         raise RecipeError(
-            "adapter: continue: this prefix was trained with prefix_projection, and its files hold the prefix without the network\n"
-            "  that made it. Train a new one with adapter: new; or without prefix_projection, which can be continued."
+            "adapter: continue: this prefix was trained with prefix_projection, and its files hold the prefix without\n"
+            "  the network that made it. Train a new one with adapter: new; or without prefix_projection, which can be continued."
         )
 
 
@@ -314,12 +316,12 @@ def words_as_prefix(core: Any, ids: Sequence[int]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def start_from(encoder: nn.Module, start: torch.Tensor) -> None:
+def start_from(encoder: Any, start: torch.Tensor) -> None:
     """Give peft's ``encoder`` the values for which it makes ``start`` (virtual, 2 layers width).
 
     Of a projection the last layer is solved for: exactly, while virtual tokens are no more than its inputs.
     """
-    weight: Any = encoder.embedding.weight
+    weight = encoder.embedding.weight
     if not hasattr(encoder, "transform"):
         weight.copy_(start)
         return
