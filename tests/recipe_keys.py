@@ -39,6 +39,10 @@ ADAPTATIONS = {
         "bias",
         "modules_to_save",
         "loraplus_lr_ratio",
+        "init_lora_weights",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
     },
 }
 
@@ -49,6 +53,8 @@ EITHER_OR = [
     ("fraction", "path"),
     ("device_map", "adapter"),
     ("device_map", "torch_compile"),
+    ("torch_compile", "lora_dropout"),
+    ("use_dora", "init_lora_weights"),
     ("trust_remote_code", "add_tokens"),
     ("path", "sets"),
     ("streaming", "cache"),

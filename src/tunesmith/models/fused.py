@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.models import kernels
+from tunesmith.models import factors, kernels
 from tunesmith.models.attention import backward_segments, forward_segments
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the output's norm
@@ -140,14 +140,14 @@ class Linears:
     """One or more linear layers over the same input, plain or with LoRA, read as a single product."""
 
     bases: list[nn.Linear]
-    loras: list[tuple[nn.Parameter, nn.Parameter, float] | None]
+    loras: list[factors.Factors | None]
     stacked: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, in) -> (tokens, sum of out)."""
         a = b = None
         if any(lora is not None for lora in self.loras):
-            downs: list[torch.Tensor] = [lora[0] for lora in self.loras if lora is not None]
+            downs = [lora.down() for lora in self.loras if lora is not None]
             a = downs[0] if len(downs) == 1 else torch.cat(downs)
             b = self._block_b()
         biases = [base.bias for base in self.bases]
@@ -159,10 +159,10 @@ class Linears:
     def _block_b(self) -> torch.Tensor:
         """(sum of out, sum of r): each layer's B, times its scaling, at its own rows and columns."""
         if len(self.bases) == 1 and self.loras[0] is not None:
-            return self.loras[0][1] * self.loras[0][2]
+            return self.loras[0].up()
         blocks = []
         for base, lora in zip(self.bases, self.loras, strict=True):
-            blocks.append(base.weight.new_zeros(base.out_features, 0) if lora is None else lora[1] * lora[2])
+            blocks.append(base.weight.new_zeros(base.out_features, 0) if lora is None else lora.up())
         return torch.block_diag(*blocks)
 
 
@@ -178,7 +178,7 @@ def _is_lora(module: nn.Module) -> bool:
 def _linears(modules: Sequence[Any]) -> Linears | None:
     """The layers as one product, or None when any of them is something else than a linear layer with at most one plain LoRA."""
     bases: list[nn.Linear] = []
-    loras: list[tuple[nn.Parameter, nn.Parameter, float] | None] = []
+    loras: list[factors.Factors | None] = []
     for module in modules:
         found = module.base_layer if _is_lora(module) else module
         if type(found) is not nn.Linear:
@@ -187,19 +187,10 @@ def _linears(modules: Sequence[Any]) -> Linears | None:
         if not _is_lora(module):
             loras.append(None)
             continue
-        adapters = list(module.active_adapters)
-        if len(adapters) != 1 or module.merged or adapters[0] not in module.lora_A or module.disable_adapters:
+        lora = factors.read(module)
+        if lora is None:
             return None
-        name = adapters[0]
-        plain = (
-            type(module.lora_dropout[name]) is nn.Identity
-            and not module.lora_variant
-            and module.lora_A[name].bias is None
-            and module.lora_B[name].bias is None
-        )
-        if not plain:
-            return None
-        loras.append((module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])))
+        loras.append(lora)
     same = {(base.in_features, base.weight.dtype, base.weight.device) for base in bases}
     if len(same) != 1:
         return None
