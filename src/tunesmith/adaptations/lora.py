@@ -14,7 +14,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tunesmith.errors import RecipeError
-from tunesmith.models import factors, starts
 
 TASK = {"lm": "CAUSAL_LM", "score": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
 
@@ -121,6 +120,8 @@ class Adaptation:
         self._check_patterns(chosen)
         adapted = get_peft_model(model, config)
         if begins:
+            from tunesmith.models import factors, starts
+
             for name in chosen:
                 layer = model.get_submodule(name)
                 factors.start(layer, *starts.factors_of(layer, begins))
@@ -194,6 +195,8 @@ class Adaptation:
 
         A LoRA that started from the base's weights is saved as one of twice the rank on the untouched base.
         """
+        from tunesmith.models import factors, starts
+
         model.save_pretrained(folder, save_embedding_layers=False)
         if begun := factors.started(model):
             starts.write_plain(folder, begun, self.config.use_rslora)
