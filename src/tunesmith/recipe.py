@@ -137,8 +137,8 @@ def conflicts(recipe: Recipe) -> list[str]:
     )
     clash(
         train.torch_compile and getattr(recipe.adaptation, "lora_dropout", 0),
-        "adaptation.lora_dropout: it is drawn on the host for each row, and a layer compiled by train.torch_compile cannot ask the "
-        "host. Leave out one of the two",
+        "adaptation.lora_dropout: it is drawn on the host for each row, and a layer compiled by train.torch_compile cannot ask "
+        "the host. Leave out one of the two",
     )
     clash(
         getattr(recipe.adaptation, "use_dora", False) and getattr(recipe.adaptation, "init_lora_weights", True) is not True,

@@ -59,7 +59,9 @@ def tiny_shape(name):
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_bodies_of_encoders(kind):
-    config = AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=12, num_attention_heads=4, intermediate_size=64, vocab_size=99)
+    config = AutoConfig.for_model(
+        kind, hidden_size=32, num_hidden_layers=12, num_attention_heads=4, intermediate_size=64, vocab_size=99
+    )
     with torch.device("meta"):
         model = ia3.Adaptation(ia3.Config()).apply(AutoModel.from_config(config), "token")
     assert trained(model) == 12 * (2 * 32 + 64)  # and not the attention's own output.dense

@@ -70,7 +70,7 @@ def test_what_is_saved_is_a_plain_lora_on_the_untouched_base(name, start, more, 
     assert hashlib.sha256(base.read_bytes()).hexdigest() == before
     config = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True and config["r"] == 8
-    ours, tokenizer = tunesmith.load(outcome["model_dir"])  # the probe of the trained network is compared
+    ours, _ = tunesmith.load(outcome["model_dir"])  # the probe of the trained network is compared
     theirs = AutoPeftModelForCausalLM.from_pretrained(outcome["model_dir"]).eval()
     assert torch.allclose(ours(IDS).logits, theirs(IDS).logits, atol=1e-5)
     plain = ours.get_base_model()
@@ -107,7 +107,9 @@ def test_an_update_starts_at_zero_exactly(start):
 def test_a_small_update_is_not_drowned_in_bf16(fast):
     """Its factors are rounded like those of any LoRA; of a difference of two large products nothing would be left."""
     exact, rough = (
-        adapted(tiny_model("llama"), init_lora_weights="pissa", target_modules=["o_proj"]).base_model.model.model.layers[0].self_attn.o_proj
+        adapted(tiny_model("llama"), init_lora_weights="pissa", target_modules=["o_proj"])
+        .base_model.model.model.layers[0]
+        .self_attn.o_proj
         for _ in range(2)
     )
     with torch.no_grad():
@@ -179,7 +181,14 @@ def test_the_fused_forms_have_pefts_loss_and_gradients(form):
 @pytest.mark.parametrize(("precision", "near", "length"), [("fp32", 1e-4, 200), ("bf16", 2e-2, 30)])
 @pytest.mark.parametrize("form", ["plain", "pissa"])
 def test_a_long_curve_is_that_of_pefts_layers(form, precision, near, length, tmp_path, monkeypatch):
-    made = recipe(tmp_path, adaptation={"type": "lora", "r": 4, **FORMS[form]}, max_steps=length, batch_size=2, learning_rate=2e-3, precision=precision)
+    made = recipe(
+        tmp_path,
+        adaptation={"type": "lora", "r": 4, **FORMS[form]},
+        max_steps=length,
+        batch_size=2,
+        learning_rate=2e-3,
+        precision=precision,
+    )
     tunesmith.train(made, out=tmp_path / "fused")
     kinds = json.loads((tmp_path / "fused" / "manifest.json").read_text())["route"]["fused"]
     assert kinds["attention"] == kinds["mlp"] == 2
@@ -231,7 +240,9 @@ def _empty(name):
 def test_the_number_of_trained_parameters_of_a_body(kind):
     from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99)
+    config = AutoConfig.for_model(
+        kind, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99
+    )
     with torch.device("meta"):
         model = lora.Adaptation(lora.Config(r=4)).apply(AutoModel.from_config(config), "token")
     pooler = 4 * (32 + 32)

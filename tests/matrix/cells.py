@@ -17,7 +17,11 @@ from tests.tiny import TINY
 
 OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt"}
 ADAPTATIONS: dict[str, Any] = {"full": "full", "lora": {"type": "lora", "r": 4}, "ia3": "ia3"}
-TRAINS: dict[str, Callable[[str], bool]] = {"full": lambda name: True, "lora": lambda name: ".lora_" in name, "ia3": lambda name: ".ia3_l." in name}
+TRAINS: dict[str, Callable[[str], bool]] = {
+    "full": lambda name: True,
+    "lora": lambda name: ".lora_" in name,
+    "ia3": lambda name: ".ia3_l." in name,
+}
 """Which of a network's parameters an adaptation is to train, by name."""
 
 ARCHITECTURES = tuple(TINY)

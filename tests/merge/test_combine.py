@@ -27,7 +27,9 @@ def shelf(tmp_path_factory):
     base = save_tiny("llama", folder / "base")
     save_adapter(base, folder / "a", seed=1)
     save_adapter(base, folder / "b", seed=2, lora_alpha=12)
-    save_adapter(base, folder / "c", seed=3, r=2, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 3}, use_rslora=True)
+    save_adapter(
+        base, folder / "c", seed=3, r=2, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 3}, use_rslora=True
+    )
     return folder
 
 
@@ -81,7 +83,10 @@ def test_the_nearest_of_a_rank_is_that_of_a_whole_decomposition():
 def test_where_the_parts_came_from_is_kept(shelf, tmp_path):
     combine([shelf / "a", shelf / "b"], tmp_path / "sum")
     record = probe.read(tmp_path / "sum")
-    assert [(part["path"], part["weight"]) for part in record["combined"]["parts"]] == [(str(shelf / "a"), 0.5), (str(shelf / "b"), 0.5)]
+    assert [(part["path"], part["weight"]) for part in record["combined"]["parts"]] == [
+        (str(shelf / "a"), 0.5),
+        (str(shelf / "b"), 0.5),
+    ]
     assert record["base"]["fingerprint"] == probe.fingerprint(shelf / "base") and record["probe"]["answers"]
     assert (tmp_path / "sum" / "tokenizer.json").is_file()
 

@@ -17,7 +17,7 @@ from tunesmith.errors import RecipeError
 TASK = {"lm": "CAUSAL_LM", "score": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
 
 KEYS_AND_VALUES = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
-"""What projects to keys and values inside one attention module; a fused projection is scaled whole, its queries too, as in peft."""
+"""What projects to keys and values inside one attention; a fused projection is scaled whole, its queries too, as in peft."""
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -70,8 +70,8 @@ def found(model: Any) -> tuple[list[str], list[str]]:
     Both are found in every decoder or encoder layer: the attention by its projections to keys and values; the feed-forward's way
     out as the one linear layer outside the attention that narrows what it is given to the width of the model. Raises RecipeError.
     """
-    from transformers.pytorch_utils import Conv1D
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     blocks = _blocks(model)
     scaled: list[str] = []
@@ -86,14 +86,15 @@ def found(model: Any) -> tuple[list[str], list[str]]:
             what = "keys and values" if not kind else "the way out of the feed-forward"
             others = ", ".join(sorted(name.removeprefix(f"{block}.") for name in linear)) or "none"
             raise RecipeError(
-                f"adaptation: ia3 scales keys, values and the feed-forward's inner activation, and of {type(model).__name__} it does "
-                f"not know which layer makes {what}.\n  The linear layers of {block} are: {others}.\n  Use adaptation: lora."
+                f"adaptation: ia3 scales keys, values and the feed-forward's inner activation, and of {type(model).__name__} it "
+                f"does not know which layer makes {what}.\n  The linear layers of {block} are: {others}.\n  Use adaptation: lora."
             )
         scaled += [ends[end] for end in kind]
         inner += out
     if not blocks:
         raise RecipeError(
-            f"adaptation: ia3: transformers does not say which modules of {type(model).__name__} are its layers. Use adaptation: lora."
+            f"adaptation: ia3: transformers does not say which modules of {type(model).__name__} are its layers.\n"
+            "  Use adaptation: lora."
         )
     return scaled, inner
 

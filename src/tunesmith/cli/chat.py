@@ -18,7 +18,8 @@ _SWITCH = "/adapter NAME takes another adapter, the conversation stays; there ar
 def chat(
     model: Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)],
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="An adapter of MODEL to switch to; may be repeated.", show_default=False)
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="An adapter of MODEL to switch to; may be repeated.", show_default=False),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,

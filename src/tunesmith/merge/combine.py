@@ -29,7 +29,10 @@ _FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.weig
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA adapter as read from its folder. ``layers``: name -> (A (r, in), B (out, r), scaling); ``rest``: modules saved whole."""
+    """A LoRA adapter as read from its folder.
+
+    ``layers``: name -> (A (r, in), B (out, r), scaling); ``names``: their keys in the file; ``rest``: modules saved whole.
+    """
 
     folder: Path
     base: Path
@@ -47,14 +50,14 @@ def combine(
     method: str = "cat",
     r: int | None = None,
 ) -> dict[str, Any]:
-    """Write the weighted sum of LoRA ``adapters`` of one base to the new folder ``out``, as a plain LoRA with tokenizer and probe.
+    """Write the weighted sum of LoRA ``adapters`` of one base to the new folder ``out``: a plain LoRA with tokenizer and probe.
 
-    ``weights``: one for each adapter; default: the mean. ``method``: ``cat`` is the exact sum, its rank the sum of the ranks; ``svd``
+    ``weights``: one for each adapter; default: the mean. ``method``: ``cat`` is the exact sum, its rank that of all together; ``svd``
     is the nearest LoRA of rank ``r`` (default: the largest rank among the parts); ``linear`` adds the As and the Bs, each times
     the root of its weight, as peft's ``add_weighted_adapter`` does: B_1 A_2 and the like come in, so it is another adapter.
 
-    Returns {"path", "base", "method", "r", "parts", "distances"}: for each method that could be, how far it is from the exact sum,
-    of the sum's own size. Raises UserError naming what cannot be summed.
+    Returns {"path", "base", "method", "r", "parts", "distances"}: for each method that could be, how far it is from the
+    exact sum, of that sum's own size. Raises UserError naming what cannot be summed.
     """
     from safetensors.torch import save_file
 
@@ -79,8 +82,8 @@ def combine(
     chosen = made[method]
     if chosen is None:
         raise UserError(
-            "--method linear adds the factors of the adapters, so each layer must have one rank in all of them, and here the ranks "
-            "or the layers differ.\n  Use --method cat, the exact sum, or --method svd."
+            "--method linear adds the factors of the adapters, so each layer must have one rank in all of them, and here the "
+            "ranks or the layers differ.\n  Use --method cat, the exact sum, or --method svd."
         )
     widest = max(a.shape[0] for a, _ in chosen.values())
     names = {name: keys for part in parts for name, keys in part.names.items()}
@@ -88,7 +91,7 @@ def combine(
     for name, (a, b) in chosen.items():
         tensors[names[name][0]] = _padded(a, widest, 0)
         tensors[names[name][1]] = _padded(b, widest, 1)
-    plain = {
+    plain: dict[str, Any] = {
         "r": widest, "lora_alpha": widest, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_dropout": 0.0,
         "target_modules": sorted(chosen), "layers_to_transform": None, "layers_pattern": None, "init_lora_weights": True,
     }  # fmt: skip
@@ -96,7 +99,9 @@ def combine(
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(parts[0].config | plain, indent=2, sort_keys=True), encoding="utf-8")
+        (folder / "adapter_config.json").write_text(
+            json.dumps(parts[0].config | plain, indent=2, sort_keys=True), encoding="utf-8"
+        )
         where = locate(parts[0].folder)
         tokenizer = load.load_tokenizer(where)
         tokenizer.save_pretrained(folder)
@@ -127,7 +132,9 @@ def read(adapter: str | Path) -> Lora:
 
     folder = locate(adapter)
     if folder.kind == "full" or folder.base is None:
-        raise UserError(f"{folder.path} is a full model (a merged one, perhaps): there is no adapter in it. Name adapter folders.")
+        raise UserError(
+            f"{folder.path} is a full model (a merged one, perhaps): there is no adapter in it. Name adapter folders."
+        )
     config = headers.read_json(folder.path / "adapter_config.json")
     kind = str(config.get("peft_type", "")).lower()
     why = None

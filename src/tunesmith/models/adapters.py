@@ -65,7 +65,7 @@ class Adapters:
         return [*self.folders, BASE]
 
     def switch(self, name: str) -> float:
-        """Use the adapter ``name``, or ``base`` for none of them; no weight is loaded. Returns the seconds it took. Raises UserError."""
+        """Use the adapter ``name``, or ``base`` for none; no weight is loaded. Returns the seconds it took. Raises UserError."""
         if name not in self.names:
             raise UserError(f"no adapter called {name!r} here; there are {', '.join(self.names)}")
         begun = time.perf_counter()
@@ -83,9 +83,9 @@ class Adapters:
 def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapters:
     """The model ``base`` with every adapter of ``adapters`` (name -> folder) beside it; the first one is in use.
 
-    ``base``: what the adapters stand on, or one of its adapters, of which the base is taken. Each adapter is loaded as strictly as
-    ``load`` does: its base's fingerprint, its tensors, and the answers written when it was saved. Raises ModelError, and UserError
-    where adapters cannot stand beside others.
+    ``base``: what the adapters stand on, or one of its adapters, of which the base is taken. Each adapter is loaded as strictly
+    as ``load`` does: its base's fingerprint, its tensors, and the answers written when it was saved. Raises ModelError, and
+    UserError where adapters cannot stand beside others.
     """
     stand = locate(base)
     core = Folder(stand.network, "full", None, None, stand.remote_code)

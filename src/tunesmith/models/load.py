@@ -229,7 +229,9 @@ def adapter_config(folder: Path) -> Any:
 
 
 def attached(folder: Folder, model: Any, trainable: bool, name: str = "default") -> Any:
-    """``model`` with the adapter of ``folder`` on it, strictly; beside those it has, if it is a peft model. ``name``: peft's for it."""
+    """``model`` with the adapter of ``folder`` on it, strictly; beside those it has, if it is a peft model. ``name``: how peft
+    calls it.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
     stored = set(headers.read_tensors(folder.path, "adapter_model"))
