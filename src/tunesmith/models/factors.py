@@ -56,7 +56,7 @@ def started(model: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Factors:
-    """The LoRA of one linear layer. ``a`` (r, in), ``b`` (out, r): its parameters; ``start``: what they are changes of, or None."""
+    """The LoRA of one linear layer. ``a`` (r, in), ``b`` (out, r): its parameters; ``start``: what they are changes of."""
 
     a: nn.Parameter
     b: nn.Parameter

@@ -34,8 +34,8 @@ def show(model: str | Path) -> dict[str, Any]:
     """Facts about a model: its folder, architecture, base, adapter, head, parameters, template, window and run.
 
     ``parameters`` maps a kind (embedding, attention, mlp, norm, head, other, adapter) to {"count", "dtypes"}, and of an adapter
-    its parts too ("adapter: lora_A", "adapter: modules_to_save"). Keys that do not apply are None. Raises ModelError as ``locate``
-    does.
+    its parts too ("adapter: lora_A", "adapter: modules_to_save"). Keys that do not apply are None. Raises ModelError as
+    ``locate`` does.
     """
     folder = locate(model)
     network = folder.network
