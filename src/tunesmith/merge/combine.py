@@ -53,8 +53,8 @@ def combine(
     """Write the weighted sum of LoRA ``adapters`` of one base to the new folder ``out``: a plain LoRA with tokenizer and probe.
 
     ``weights``: one for each adapter; default: the mean. ``method``: ``cat`` is the exact sum, its rank that of all together;
-    ``svd`` is the nearest LoRA of rank ``r`` (default: the largest rank among the parts); ``linear`` adds the As and the Bs, each times
-    the root of its weight, as peft's ``add_weighted_adapter`` does: B_1 A_2 and the like come in, so it is another adapter.
+    ``svd`` is the nearest LoRA of rank ``r`` (default: the largest rank among the parts); ``linear`` adds the As and the Bs, each
+    times the root of its weight, as peft's ``add_weighted_adapter`` does: B_1 A_2 and the like come in, so it is another adapter.
 
     Returns {"path", "base", "method", "r", "parts", "distances"}: for each method that could be, how far it is from the
     exact sum, of that sum's own size. Raises UserError naming what cannot be summed.
