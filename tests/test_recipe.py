@@ -78,7 +78,7 @@ def test_an_error_names_the_line_of_the_file(tmp_path):
         ("model=3", ["`model`", "valid string"]),
         ("objective=sfd", ["`objective`: unknown type 'sfd'", "Did you mean `sft`?"]),
         ("adaptation=[lora]", ["`adaptation`", "mapping with `type`"]),
-        ("adaptation={r: 8}", ["the key `adaptation.type` is missing", "full, lora"]),
+        ("adaptation={r: 8}", ["the key `adaptation.type` is missing", "full", "lora"]),
         ("adaptation.type=qlor", ["`adaptation`: unknown type 'qlor'"]),
         ("data={}", ["the key `data.train` is missing"]),
     ],

@@ -136,6 +136,15 @@ def conflicts(recipe: Recipe) -> list[str]:
         "device_map: the hooks that bring batches to its layers cannot be compiled. Leave out one of the two",
     )
     clash(
+        train.torch_compile and getattr(recipe.adaptation, "lora_dropout", 0),
+        "adaptation.lora_dropout: it is drawn on the host for each row, and a layer compiled by train.torch_compile cannot ask "
+        "the host. Leave out one of the two",
+    )
+    clash(
+        getattr(recipe.adaptation, "use_dora", False) and getattr(recipe.adaptation, "init_lora_weights", True) is not True,
+        "adaptation.use_dora: its magnitudes are measured on a LoRA that starts at zero, so init_lora_weights must be left out",
+    )
+    clash(
         recipe.trust_remote_code and recipe.add_tokens,
         "add_tokens: how the vocabulary of a model with code of its own grows is up to that code. Leave out one of the two",
     )

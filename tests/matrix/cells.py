@@ -27,6 +27,7 @@ ADAPTATIONS: dict[str, Any] = {
     "bottleneck": {"type": "bottleneck", "bottleneck_size": 4},
     "prefix": {"type": "prefix", "num_virtual_tokens": 4},
     "prompt": {"type": "prompt", "num_virtual_tokens": 4},
+    "ia3": "ia3",
 }
 TRAINS: dict[str, Callable[[str], bool]] = {
     "full": lambda name: True,
@@ -35,13 +36,14 @@ TRAINS: dict[str, Callable[[str], bool]] = {
     "bottleneck": lambda name: ".bottleneck_" in name,
     "prefix": lambda name: name.startswith("prompt_encoder."),
     "prompt": lambda name: name.startswith("prompt_encoder."),
+    "ia3": lambda name: ".ia3_l" in name,
 }
 """Which of a network's parameters an adaptation is to train, by name."""
 
-MERGES = ("lora",)
+MERGES = ("lora", "ia3")
 """Adaptations that are a change of weights, so that they can be folded into them."""
 
-ON_ITS_BASE = ("lora", "bottleneck", "prefix", "prompt")
+ON_ITS_BASE = ("lora", "bottleneck", "prefix", "prompt", "ia3")
 """Adaptations that leave the base as it was, and that can be switched off: then the base answers."""
 
 ARCHITECTURES = tuple(TINY)

@@ -94,6 +94,23 @@ def test_the_merged_model_answers_like_the_adapter(tmp_path: Path, name: str) ->
     assert not any("adapter" in name for name in names)
 
 
+KINDS = {
+    "dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "biases": {"bias": "all"}, "dora with biases": {"use_dora": True, "bias": "lora_only"},
+    "patterns": {"rank_pattern": {"q_proj": 2, "c_fc": 2}, "alpha_pattern": {"v_proj": 3, "c_proj": 3}}, "one layer": {"target_modules": ["down_proj", "c_fc"], "layers_to_transform": [1]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_kind_of_lora_is_merged_exactly(tmp_path: Path, name: str, kind: str) -> None:
+    base, adapter = base_and_adapter(tmp_path, name, **KINDS[kind])
+    facts = run.merge(adapter, tmp_path / "out", dtype="float32")
+    assert facts["max_logit_difference"] < 1e-5 and facts["max_logit_difference_saved"] < 1e-5
+    ids = torch.tensor([IDS])
+    merged, alone, untouched = (load(folder)[0](ids).logits for folder in (tmp_path / "out", adapter, base))
+    assert torch.allclose(merged, alone, atol=1e-5) and not torch.allclose(merged, untouched, atol=1e-3)
+
+
 TIED = {
     "lora on the embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, False),
     "lora on the head": ({"target_modules": ["lm_head", "q_proj"]}, False),

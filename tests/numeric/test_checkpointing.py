@@ -10,7 +10,7 @@ import tunesmith
 from tests.numeric.test_parity import CPU, PACKED, examples, take_gradients, with_gradients_everywhere
 from tests.runs import apart, history, recipe, weights
 from tests.tiny import tiny_model, tiny_tokenizer
-from tunesmith.adaptations import full, lora
+from tunesmith.adaptations import full, ia3, lora
 from tunesmith.engine import route
 from tunesmith.errors import RecipeError
 from tunesmith.models import head, noise
@@ -21,6 +21,8 @@ ADAPTED = {
     "full": full.Adaptation(full.Config()),
     "lora": lora.Adaptation(lora.Config(r=4)),
     "dropout": lora.Adaptation(lora.Config(r=4, lora_dropout=0.3)),
+    "pissa": lora.Adaptation(lora.Config(r=4, init_lora_weights="pissa", lora_dropout=0.3)),
+    "ia3": ia3.Adaptation(ia3.Config()),
     "dora": lora.Adaptation(lora.Config(r=4, use_dora=True)),
 }
 DROPS = {"gpt2": {"resid_pdrop": 0.2, "embd_pdrop": 0.1}}

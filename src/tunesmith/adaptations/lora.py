@@ -1,29 +1,76 @@
-"""LoRA: every chosen linear layer gets a trained update of low rank, W + (alpha / r) B A (Hu et al. 2021). Files are peft's."""
+"""LoRA: every chosen linear layer gets a trained update of low rank, W + (alpha / r) B A (Hu et al. 2021). Files are peft's.
+
+Where A and B start from the base's own weights, the base is left as it is all the same: see ``models.factors``.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tunesmith.errors import RecipeError
 from tunesmith.models import patterns, vocabulary
+
+NOT_HERE = {
+    "loftq": "it changes the base to fit its own quantisation, on a GPU; adaptation: qlora trains beside a 4-bit base",
+    "eva": "it reads the training rows before the first step",
+    "corda": "it reads the training rows before the first step",
+    "lora_ga": "it reads the training rows before the first step",
+    "mica": "it freezes B, so it is no LoRA that others could train on",
+    "orthogonal": "its update starts at zero too, and peft alone knows it",
+    "false": "it makes an update of random numbers, for peft's own tests",
+}
+"""First values of peft's that are refused, and why."""
 
 
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     r: int = Field(8, gt=0, description="rank of the update")
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict, description="other ranks, by the end of a layer's name: {q_proj: 16}"
+    )
     lora_alpha: float = Field(16, gt=0, description="the update is scaled by lora_alpha / r")
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="other values of lora_alpha, by the end of a name")
+    init_lora_weights: Literal[True] | str = Field(
+        True, description="where A and B start: true (A random, B zero), gaussian, pissa, pissa_niter_N or olora"
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = Field("all-linear", description="all-linear, or names of modules such as [q_proj, v_proj]")
+    layers_to_transform: int | list[int] | None = Field(None, description="only these decoder layers, counted from 0")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) (Kalajdzievski 2023)")
     use_dora: bool = Field(False, description="magnitude and direction apart (Liu et al. 2024)")
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = Field(None, description="modules trained and saved whole, such as [lm_head]")
     loraplus_lr_ratio: float | None = Field(None, ge=1, description="B learns at so many times A's rate (Hayou et al. 2024)")
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _known_start(cls, value: Any) -> Any:
+        name = str(value).lower()
+        if value is True or name in ("gaussian", "olora", "pissa") or re.fullmatch(r"pissa_niter_[1-9]\d*", name):
+            return value if value is True else name
+        reason = f"{value} is not offered here: {NOT_HERE[name]}" if name in NOT_HERE else f"unknown start {value!r}"
+        raise ValueError(f"{reason}. Expected true, gaussian, pissa, pissa_niter_N (such as pissa_niter_16) or olora")
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _above_zero(cls, pattern: dict[str, Any]) -> dict[str, Any]:
+        wrong = next((f"{key}: {value}" for key, value in pattern.items() if not value > 0), None)
+        if wrong:
+            raise ValueError(f"expected numbers above 0, got {wrong}")
+        return pattern
+
+    @property
+    def begins(self) -> str | None:
+        """The start, where it is read off the base's weights."""
+        return (
+            self.init_lora_weights if isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian" else None
+        )
 
 
 class Adaptation:
@@ -39,24 +86,32 @@ class Adaptation:
     def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
         """A peft model with exactly the adapter, ``modules_to_save`` and the ``new_rows`` of the vocabulary trainable.
 
-        Raises RecipeError, before the model is touched, when a pattern matches no module or new rows cannot be trained.
+        Raises RecipeError, before the model is touched, when a pattern matches no module, a rank is above the size of its
+        layer, or new rows cannot be trained.
         """
         from peft import LoraConfig, get_peft_model
 
         from tunesmith.models.head import TASK
 
-        wanted = self.config.target_modules
+        wanted: str | list[str] = self.config.target_modules
         names = [name for name, _ in model.named_modules() if name]
         if wanted != "all-linear":
             patterns.require("target_modules", wanted, names)
         patterns.require("modules_to_save", self.config.modules_to_save or [], names)
         rows = self._rows_of(model, new_rows)
+        begins = self.config.begins
+        if self.config.layers_to_transform is not None:
+            wanted = _names_in_layers(model, wanted, self.config.layers_to_transform)
         config = LoraConfig(
             task_type=TASK[head],
             r=self.config.r,
+            rank_pattern=dict(self.config.rank_pattern),
             lora_alpha=self.config.lora_alpha,
+            alpha_pattern=dict(self.config.alpha_pattern),
+            init_lora_weights=True if begins else self.config.init_lora_weights,
             lora_dropout=self.config.lora_dropout,
             target_modules=wanted,
+            layers_to_transform=self.config.layers_to_transform,
             use_rslora=self.config.use_rslora,
             use_dora=self.config.use_dora,
             bias=self.config.bias,
@@ -65,7 +120,44 @@ class Adaptation:
             fan_in_fan_out=_stores_weights_transposed(model),
             ensure_weight_tying=bool(self.config.modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False)),
         )
-        return get_peft_model(model, config)
+        chosen = _targets(model, config)
+        self._check_patterns(chosen)
+        adapted = get_peft_model(model, config)
+        if begins:
+            from tunesmith.models import factors, starts
+
+            for name in chosen:
+                layer = model.get_submodule(name)
+                factors.start(layer, *starts.factors_of(layer, begins))
+        return adapted
+
+    def _check_patterns(self, chosen: Mapping[str, Any]) -> None:
+        """Raise RecipeError for a pattern that names none of the ``chosen`` layers, a rank above a layer's size, or a start that
+        a layer cannot have."""
+        for key, given in (("rank_pattern", self.config.rank_pattern), ("alpha_pattern", self.config.alpha_pattern)):
+            idle = [pattern for pattern in given if not any(_pattern_of([pattern], name) for name in chosen)]
+            if idle:
+                ends = sorted({name.rpartition(".")[2] for name in chosen})
+                raise RecipeError(
+                    f"adaptation.{key} matches no layer that gets a LoRA: `{idle[0]}`{patterns.hint(idle[0], ends)}.\n"
+                    f"  Those that do end in: {', '.join(ends)}"
+                )
+        for name, module in chosen.items():
+            pattern = _pattern_of(list(self.config.rank_pattern), name)
+            rank = self.config.r if pattern is None else self.config.rank_pattern[pattern]
+            size = _size(module)
+            if rank > min(size):
+                key = "r" if pattern is None else f"rank_pattern.{pattern}"
+                raise RecipeError(
+                    f"adaptation.{key}: the rank {rank} is above the size of {name}, which is {size[0]} x {size[1]}: "
+                    f"an update of it has at most rank {min(size)}.\n"
+                    "  Take a smaller rank, or give this layer its own with adaptation.rank_pattern."
+                )
+            if self.config.begins and not hasattr(module, "bias"):
+                raise RecipeError(
+                    f"adaptation.init_lora_weights={self.config.begins} starts from the weights of linear layers, and "
+                    f"{name} is none.\n  Leave it out of adaptation.target_modules, or leave out init_lora_weights."
+                )
 
     def _rows_of(self, model: Any, new_rows: Sequence[int]) -> dict[str, list[int]]:
         """Layer -> rows trained beside the adapter; a layer in ``modules_to_save`` is trained whole, new rows and all."""
@@ -96,10 +188,68 @@ class Adaptation:
         return {name: ratio for name, one in parameters.items() if one.dim() == 1 or any(part in f"{name}." for part in parts)}
 
     def save(self, model: Any, folder: Path) -> None:
-        """adapter_config.json and adapter_model.safetensors, nothing of the base."""
+        """adapter_config.json and adapter_model.safetensors, nothing of the base.
+
+        A LoRA that started from the base's weights is saved as one of twice the rank on the untouched base.
+        """
+        from tunesmith.models import factors, starts
+
         model.save_pretrained(folder, save_embedding_layers=False)
+        if begun := factors.started(model):
+            starts.write_plain(folder, begun, self.config.use_rslora)
 
 
 def _stores_weights_transposed(model: Any) -> bool:
     """gpt2 keeps its linear layers as Conv1D, (in, out)."""
     return any(type(module).__name__ == "Conv1D" for module in model.modules())
+
+
+def _targets(model: Any, config: Any) -> dict[str, Any]:
+    """The modules that peft will give a LoRA under ``config``, by name."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if config.target_modules != "all-linear":
+        return {name: one for name, one in model.named_modules() if name and check_target_module_exists(config, name)}
+    last = model.get_output_embeddings()
+    whole = config.modules_to_save or []
+    return {
+        name: one
+        for name, one in model.named_modules()
+        if isinstance(one, nn.Linear | Conv1D) and one is not last and not patterns.matched(whole, [name])
+    }
+
+
+def _size(layer: Any) -> tuple[int, int]:
+    """(in, out) of a layer; a weight of 4 bits has a shape of its own."""
+    if hasattr(layer, "in_features"):
+        return layer.in_features, layer.out_features
+    return int(layer.weight.shape[0]), int(layer.weight.shape[1])
+
+
+def _pattern_of(given: Sequence[str], name: str) -> str | None:
+    """The first of ``given`` that names a layer, in peft's meaning: a regular expression for the end of the name."""
+    return next((one for one in given if re.match(rf"(.*\.)?({one})$", name)), None)
+
+
+def _names_in_layers(model: Any, wanted: str | list[str], layers: int | list[int]) -> list[str]:
+    """The target modules as peft takes them beside ``layers_to_transform``: the ends of names. Raises RecipeError."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(wanted, str) and wanted != "all-linear":
+        raise RecipeError(
+            f"adaptation.layers_to_transform goes with a list of names, not with the pattern {wanted!r}.\n"
+            "  Put the layers into the pattern, or give target_modules as a list such as [q_proj, v_proj]."
+        )
+    linear = {name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D)}
+    found = {name: int(match[1]) for name in linear if (match := re.match(r".*?\.[^.]*\.(\d+)\.", name))}
+    there = sorted(set(found.values()))
+    missing = sorted(set([layers] if isinstance(layers, int) else layers) - set(there))
+    if missing or layers == []:
+        span = f"layers {there[0]} to {there[-1]}" if there else "no numbered layers"
+        raise RecipeError(
+            f"adaptation.layers_to_transform: there is no layer {missing[0] if missing else 'named'}; this model has {span}."
+        )
+    return sorted({name.rpartition(".")[2] for name in found}) if wanted == "all-linear" else list(wanted)

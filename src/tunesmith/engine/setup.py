@@ -203,16 +203,28 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
             f"the model {recipe.model} is an adapter on {folder.base}. Say what becomes of it:\n"
             "  adapter: continue (train it on), merge (fold it into its base first), or new (leave it out)."
         )
-    chosen = sorted(recipe.adaptation.model_fields_set - adaptations.module(kind).Adaptation.keys_of_learning)
-    if recipe.adapter == "continue" and chosen and kind not in ("full", "features"):
-        raise RecipeError(
-            f"adapter: continue keeps the adapter as it was made, so {', '.join(chosen)} under adaptation would do nothing.\n"
-            f"  Leave out those keys, or start a new one with adapter: merge or adapter: new."
-        )
-    if recipe.adapter == "continue" and kind in ("full", "features"):
+    whole = kind in ("full", "features")
+    if recipe.adapter == "continue" and not whole:
+        saved = load.adapter_config(folder.path)
+        chosen = recipe.adaptation.model_fields_set - adaptations.module(kind).Adaptation.keys_of_learning
+        other = [f"{key} (it has {was})" for key in sorted(chosen) if (was := _made_otherwise(recipe, key, saved)) is not None]
+        if other:
+            raise RecipeError(
+                f"adapter: continue keeps the adapter as it was made, and adaptation names another {', '.join(other)}.\n"
+                "  Leave out those keys, or start a new one with adapter: merge or adapter: new."
+            )
+    if recipe.adapter == "continue" and whole:
         raise RecipeError(
             f"adapter: continue trains the adapter, adaptation: {kind} trains the model's own weights. Use adapter: merge."
         )
+
+
+def _made_otherwise(recipe: Recipe, key: str, saved: Any) -> str | None:
+    """What the ``saved`` adapter has of a key of the recipe's adaptation, or None where both say the same."""
+    wanted, has = getattr(recipe.adaptation, key), getattr(saved, key, None)
+    if isinstance(has, set | list):
+        has, wanted = sorted(has), sorted(wanted) if isinstance(wanted, list) else wanted
+    return None if wanted == has or (not wanted and not has) else f"{has}"
 
 
 def _name_code(recipe: Recipe, folder: Folder, say: Callable[[str], None]) -> None:

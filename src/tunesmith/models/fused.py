@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.models import fused_bottleneck, kernels, selfcheck
+from tunesmith.models import factors, fused_bottleneck, kernels, scaled, selfcheck
 from tunesmith.models.rotary import rotary_attention
 from tunesmith.models.virtual import Prefix
 
@@ -142,29 +142,32 @@ class Linears:
     """One or more linear layers over the same input, plain or with LoRA, read as a single product."""
 
     bases: list[nn.Linear]
-    loras: list[tuple[nn.Parameter, nn.Parameter, float] | None]
+    loras: list[factors.Factors | None]
     stacked: torch.Tensor
+    scales: scaled.Scales
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, in) -> (tokens, sum of out)."""
+        x = self.scales.before(x)
         a = b = None
         if any(lora is not None for lora in self.loras):
-            downs: list[torch.Tensor] = [lora[0] for lora in self.loras if lora is not None]
+            downs = [lora.down() for lora in self.loras if lora is not None]
             a = downs[0] if len(downs) == 1 else torch.cat(downs)
             b = self._block_b()
         biases = [base.bias for base in self.bases]
         bias = None
         if any(one is not None for one in biases):
             bias = torch.cat([x.new_zeros(base.out_features) if base.bias is None else base.bias for base in self.bases])
-        return Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
+        y = Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
+        return self.scales.after(y, [base.out_features for base in self.bases])
 
     def _block_b(self) -> torch.Tensor:
         """(sum of out, sum of r): each layer's B, times its scaling, at its own rows and columns."""
         if len(self.bases) == 1 and self.loras[0] is not None:
-            return self.loras[0][1] * self.loras[0][2]
+            return self.loras[0].up()
         blocks = []
         for base, lora in zip(self.bases, self.loras, strict=True):
-            blocks.append(base.weight.new_zeros(base.out_features, 0) if lora is None else lora[1] * lora[2])
+            blocks.append(base.weight.new_zeros(base.out_features, 0) if lora is None else lora.up())
         return torch.block_diag(*blocks)
 
 
@@ -179,39 +182,33 @@ def _is_lora(module: nn.Module) -> bool:
 
 
 def _linears(modules: Sequence[Any]) -> Linears | None:
-    """The layers as one product, or None when any of them is something else than a linear layer with at most one plain LoRA."""
+    """The layers as one product, or None when any of them is something else than a linear layer with one plain LoRA or vector."""
     bases: list[nn.Linear] = []
-    loras: list[tuple[nn.Parameter, nn.Parameter, float] | None] = []
+    loras: list[factors.Factors | None] = []
+    scales = scaled.read(modules)
+    if scales is None:
+        return None
     for module in modules:
-        found = module.base_layer if _is_lora(module) else module
+        found = module.base_layer if _is_lora(module) or scaled.is_scaled(module) else module
         if type(found) is not nn.Linear:
             return None
         bases.append(found)
         if not _is_lora(module):
             loras.append(None)
             continue
-        adapters = list(module.active_adapters)
-        if len(adapters) != 1 or module.merged or adapters[0] not in module.lora_A or module.disable_adapters:
+        lora = factors.read(module)
+        if lora is None:
             return None
-        name = adapters[0]
-        plain = (
-            type(module.lora_dropout[name]) is nn.Identity
-            and not module.lora_variant
-            and module.lora_A[name].bias is None
-            and module.lora_B[name].bias is None
-        )
-        if not plain:
-            return None
-        loras.append((module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])))
+        loras.append(lora)
     same = {(base.in_features, base.weight.dtype, base.weight.device) for base in bases}
     if len(same) != 1:
         return None
     if len(bases) == 1:
-        return Linears(bases, loras, bases[0].weight.detach())
+        return Linears(bases, loras, bases[0].weight.detach(), scales)
     stacked = torch.cat([base.weight.detach() for base in bases])
     for base, rows in zip(bases, stacked.split([base.out_features for base in bases]), strict=True):
         base.weight.data = rows  # the same values, now a view of the stack: optimiser and checkpoints see no difference
-    return Linears(bases, loras, stacked)
+    return Linears(bases, loras, stacked, scales)
 
 
 def _output(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -14,7 +14,7 @@ def require(key: str, patterns: str | list[str], names: list[str]) -> None:
     unmatched = [pattern for pattern in ([patterns] if isinstance(patterns, str) else patterns) if pattern not in known]
     if unmatched:
         ends = sorted({name.rpartition(".")[2] for name in names} - {str(number) for number in range(1000)})
-        hints = [f"`{pattern}`{_nearest(pattern, ends)}" for pattern in unmatched]
+        hints = [f"`{pattern}`{hint(pattern, ends)}" for pattern in unmatched]
         raise RecipeError(
             f"adaptation.{key} matches no module of this model: {'; '.join(hints)}.\n  Its modules are: {', '.join(ends)}"
         )
@@ -31,6 +31,7 @@ def matched(patterns: str | list[str], names: list[str]) -> list[str]:
     ]
 
 
-def _nearest(name: str, valid: list[str]) -> str:
+def hint(name: str, valid: list[str]) -> str:
+    """`` (nearest: `q_proj`)``, or nothing when none is near."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
     return f" (nearest: `{close[0]}`)" if close else ""

@@ -1,0 +1,108 @@
+"""Which adapters lie under a folder, and several on one base."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tunesmith
+from tests.models.adapters import save_adapter
+from tests.runs import recipe
+from tests.tiny import save_tiny
+from tunesmith.errors import TunesmithError
+from tunesmith.models.adapters import find, load_adapters
+
+IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shelf")
+    base = save_tiny("llama", folder / "base")
+    save_adapter(base, folder / "one", seed=1)
+    save_adapter(base, folder / "two", seed=2, r=2, modules_to_save=["norm"])
+    return folder
+
+
+def test_each_answers_as_it_does_alone(shelf):
+    alone = {name: tunesmith.load(shelf / name)[0](IDS).logits for name in ("one", "two", "base")}
+    several = load_adapters(shelf / "base", {"one": shelf / "one", "two": shelf / "two"})
+    assert several.active == "one" and several.names == ["one", "two", "base"]
+    for name in ("one", "two", "base", "two", "one"):
+        assert several.switch(name) < 0.1
+        assert several.active == name
+        assert torch.equal(several.model(IDS).logits, alone[name]), name
+    assert not any(parameter.requires_grad for parameter in several.model.parameters())
+
+
+def test_the_base_of_an_adapter_will_do(shelf):
+    assert load_adapters(shelf / "two", {"x": shelf / "one"}).active == "x"
+
+
+def test_vectors_too(tmp_path):
+    made = recipe(tmp_path, adaptation="ia3", max_steps=2)
+    folder = tunesmith.train(made, out=tmp_path / "run")["model_dir"]
+    several = load_adapters(made["model"], {"a": folder, "b": folder})
+    before = several.model(IDS).logits
+    several.switch("base")
+    assert not torch.equal(several.model(IDS).logits, before)
+    several.switch("b")
+    assert torch.equal(several.model(IDS).logits, before)
+
+
+def test_what_cannot_stand_beside_others_is_refused(shelf, tmp_path):
+    other = save_tiny("llama", tmp_path / "other", intermediate_size=48)
+    save_adapter(other, tmp_path / "stranger")
+    save_adapter(shelf / "base", tmp_path / "rows", trainable_token_indices=[3])
+    save_adapter(shelf / "base", tmp_path / "short")
+    tensors = load_file(tmp_path / "short" / "adapter_model.safetensors")
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, tmp_path / "short" / "adapter_model.safetensors", metadata={"format": "pt"})
+    tunesmith.merge(shelf / "one", tmp_path / "merged")
+    refused = {"stranger": "another model", "rows": "tokens of its own", "short": "missing", "merged": "is a full model"}
+    for name, said in refused.items():
+        with pytest.raises(TunesmithError, match=said) as error:
+            load_adapters(shelf / "base", {"one": shelf / "one", "x": tmp_path / name})
+        assert error.value.exit_code == 2
+    with pytest.raises(TunesmithError, match="no adapter called 'three'"):
+        load_adapters(shelf / "base", {"one": shelf / "one"}).switch("three")
+
+
+def test_adapters_are_found_with_their_runs(tmp_path):
+    made = recipe(tmp_path, adaptation={"type": "lora", "r": 3}, save_steps=2)
+    made["data"]["eval"] = {"fraction": 0.3}
+    outcome = tunesmith.train(made, out=tmp_path / "runs" / "first")
+    save_adapter(save_tiny("llama", tmp_path / "base"), tmp_path / "runs" / "deep" / "other")
+    other, first = find(tmp_path / "runs")
+    assert first["run"] == str(tmp_path / "runs" / "first") and first["eval_loss"] == outcome["eval_loss"] is not None
+    assert first["parameters"] == outcome["trainable_parameters"] and first["bytes"] > 4 * first["parameters"]
+    assert (first["type"], first["r"], other["r"], other["eval_loss"]) == ("lora", 3, 4, None)
+    assert find(tmp_path / "base") == []
+    with pytest.raises(TunesmithError, match="no folder called"):
+        find(tmp_path / "none")
+
+
+def test_the_verbs(shelf, tmp_path, capsys, monkeypatch):
+    import io
+
+    from tunesmith.cli.main import main
+
+    assert main(["adapters", "list", str(shelf), "--json"]) == 0
+    assert [one["r"] for one in json.loads(capsys.readouterr().out)["adapters"]] == [4, 2]
+    save_adapter(shelf / "base", tmp_path / "three", seed=3)
+    parts = [str(shelf / "one"), str(tmp_path / "three")]
+    assert main(["adapters", "combine", *parts, "--weights", "0.7,x", "--out", str(tmp_path / "sum")]) == 2
+    assert main(["adapters", "combine", *parts, "--weights", "0.7,0.3", "--out", str(tmp_path / "sum"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["distances"]["cat"] < 1e-6
+    given = ["--adapter", f"one={shelf / 'one'}", "--adapter", f"sum={tmp_path / 'sum'}"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n/adapter sum\n/adapter who\n/adapter base\nHi\n"))
+    assert main(["chat", str(shelf / "base"), *given, "--max-new-tokens", "3", "--temperature", "0", "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["adapter"] == "base" and len(found["messages"]) == 4
+    assert "adapter: one" in said.err and "adapter: sum" in said.err and "there are one, sum, base" in said.err
+    assert main(["chat", str(shelf / "base"), "--adapter", "one"]) == 2
+    assert "NAME=FOLDER" in capsys.readouterr().err
