@@ -150,12 +150,13 @@ def check_weights(ready: setup.Setup, limit: int) -> None:
     each = ready.precision.compute.itemsize
     masters = 4 if each < 4 else 0
     sharing = distributed.state().num_processes if ready.sharding else 1
-    needed = int(total * each + trained * (masters + 4 + STATE_BYTES[ready.recipe.train.optim]) / sharing)
+    weights = (total - ready.quantized.parameters) * each + ready.quantized.bytes
+    needed = int(weights + trained * (masters + 4 + STATE_BYTES[ready.recipe.train.optim]) / sharing)
     if needed > limit:
         raise RecipeError(
             f"the weights, with gradients and the optimiser's state, take {figures.size(needed)}, and {figures.size(limit)} are "
             f"there: {figures.size(needed - limit)} are missing before the first row is read.\n"
-            "  Take adaptation=lora (it trains a hundredth of the weights), train.optim=adafactor, or a smaller model."
+            "  Take adaptation=lora (it trains a hundredth of the weights) or qlora (it keeps the others in 4 bits), train.optim=adafactor, or a smaller model."
         )
 
 

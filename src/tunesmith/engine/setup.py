@@ -6,7 +6,7 @@ Whatever can be wrong is found before weights load; ``check`` stops there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from tunesmith.engine.config import TrainConfig
 from tunesmith.engine.masters import Masters, Trained
 from tunesmith.engine.update import Update
 from tunesmith.errors import RecipeError
-from tunesmith.models import compiled, head, load, noise, probe, varlen, vocabulary
+from tunesmith.models import compiled, head, load, noise, probe, quantized, varlen, vocabulary
 from tunesmith.models.locate import Folder, code_files, locate
 from tunesmith.objectives import Example, Objective
 from tunesmith.recipe import Recipe
@@ -52,6 +52,8 @@ class Setup:
     device: torch.device
     precision: precision.Precision
     parameters: dict[str, int]
+    quantized: quantized.Estimate
+    """Of the base, what will be kept in 4 or 8 bits."""
     sharding: zero.Sharding | None = None
     """DeepSpeed's configuration, where it is used."""
 
@@ -77,7 +79,7 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
     _check_compile(recipe.train, device, numbers.compute)
-    parameters = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
+    parameters, kept = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
     with distributed.main_first() if streamed else nullcontext():  # one process asks the network, the others find the cache
         data = prepare(
@@ -104,6 +106,7 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
         device,
         numbers,
         parameters,
+        kept,
         sharded,
     )
 
@@ -172,7 +175,7 @@ def build(setup: Setup, out: Path) -> Built:
     schedule = optim.schedule(optimizer, train, setup.plan.steps)
     scale = precision.LossScale() if setup.precision.compute is torch.float16 else None
     update = Update(masters, optimizer, schedule, train.max_grad_norm, recipe.seed, scale)
-    return Built(model, update, row_noise, chosen, [*said, *chosen.notes])
+    return Built(model, update, row_noise, chosen, [*quantized.lines(model), *said, *chosen.notes])
 
 
 def _first(setup: Setup) -> list[Example]:
@@ -201,9 +204,17 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
             "  adapter: continue (train it on), merge (fold it into its base first), or new (leave it out)."
         )
     if recipe.adapter == "continue" and kind != "full":
+        recorded = probe.read(folder.path).get("quantization") or {}
+        asked = "quantization_config" in adaptations.module(kind).Adaptation(recipe.adaptation).load_kwargs()
+        if asked != bool(recorded):
+            base = f"in {recorded['quant_type']}" if recorded else "as it is"
+            raise RecipeError(
+                f"adapter: continue: this adapter was trained on its base {base}, and adaptation: {kind} has another.\n"
+                f"  Take adaptation: {'qlora' if recorded else 'lora'}, or start a new one with adapter: merge or adapter: new."
+            )
         saved = load.adapter_config(folder.path)
         chosen = recipe.adaptation.model_fields_set - adaptations.module(kind).Adaptation.keys_of_learning
-        other = [f"{key} (it has {was})" for key in sorted(chosen) if (was := _made_otherwise(recipe, key, saved)) is not None]
+        other = [f"{key} (it has {was})" for key in sorted(chosen) if (was := _made_otherwise(recipe, key, saved, recorded))]
         if other:
             raise RecipeError(
                 f"adapter: continue keeps the adapter as it was made, and adaptation names another {', '.join(other)}.\n"
@@ -213,9 +224,10 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
         raise RecipeError("adapter: continue trains the adapter, adaptation: full trains every weight. Use adapter: merge.")
 
 
-def _made_otherwise(recipe: Recipe, key: str, saved: Any) -> str | None:
-    """What the ``saved`` adapter has of a key of the recipe's adaptation, or None where both say the same."""
-    wanted, has = getattr(recipe.adaptation, key), getattr(saved, key, None)
+def _made_otherwise(recipe: Recipe, key: str, saved: Any, recorded: Mapping[str, Any]) -> str | None:
+    """What the ``saved`` adapter, or what is ``recorded`` of its base, has of a key of the recipe's adaptation, or None where both say
+    the same."""
+    wanted, has = getattr(recipe.adaptation, key), recorded.get(key, getattr(saved, key, None))
     if isinstance(has, set | list):
         has, wanted = sorted(has), sorted(wanted) if isinstance(wanted, list) else wanted
     return None if wanted == has or (not wanted and not has) else f"{has}"
@@ -278,8 +290,9 @@ def _parameters(
     adaptation: Adaptation,
     new_tokens: vocabulary.NewTokens,
     tokenizer: Any,
-) -> dict[str, int]:
+) -> tuple[dict[str, int], quantized.Estimate]:
     """Numbers of parameters from the network's shape alone, which also finds modules that are not there."""
+    options = adaptation.load_kwargs()
     if recipe.adapter == "continue":
         from peft import get_peft_model
 
@@ -287,11 +300,13 @@ def _parameters(
         adapter.inference_mode = False
         with torch.device("meta"):
             model = load.empty_model(folder, config)
+            kept = quantized.estimate(model, options)
             vocabulary.fit_to_adapter(model, folder.path)
             model = get_peft_model(model, adapter)
     else:
         with torch.device("meta"):
             model = load.empty_model(folder, config)
+            kept = quantized.estimate(model, options)
             if recipe.adapter == "merge":
                 vocabulary.fit_to_adapter(model, folder.path)
             model = adaptation.apply(model, objective.head, vocabulary.grow(model, new_tokens), tokenizer)
@@ -304,10 +319,11 @@ def _parameters(
         raise RecipeError(f"train.torch_compile: {why}, or leave train.torch_compile out.")
     optim.check_model(recipe.train, model)
     everything = {id(parameter): parameter for parameter in model.parameters()}.values()
-    return {
+    counts = {
         "trainable": sum(parameter.numel() for parameter in everything if parameter.requires_grad),
         "total": sum(parameter.numel() for parameter in everything),
     }
+    return counts, kept
 
 
 def _merged_base(setup: Setup, out: Path) -> Folder:

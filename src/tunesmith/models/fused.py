@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.models import factors, kernels
+from tunesmith.models import dequantized, factors, kernels
 from tunesmith.models.attention import backward_segments, forward_segments
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the output's norm
@@ -67,7 +67,7 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
                     continue
                 forward = make(module)
                 if forward is not None:
-                    if not _equal(kind, module, forward):
+                    if not _equal(kind, module, forward, weight.dtype):
                         rejected.add(type(module))
                         forward = None
                         continue
@@ -141,7 +141,8 @@ class Linears:
 
     bases: list[nn.Linear]
     loras: list[factors.Factors | None]
-    stacked: torch.Tensor
+    stacked: torch.Tensor | None
+    """None for bases of 4 or 8 bits, whose numbers are made when they are needed."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, in) -> (tokens, sum of out)."""
@@ -154,6 +155,8 @@ class Linears:
         bias = None
         if any(one is not None for one in biases):
             bias = torch.cat([x.new_zeros(base.out_features) if base.bias is None else base.bias for base in self.bases])
+        if self.stacked is None:
+            return dequantized.Product.apply(x, self.bases, bias, a, b)
         return Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
 
     def _block_b(self) -> torch.Tensor:
@@ -181,7 +184,7 @@ def _linears(modules: Sequence[Any]) -> Linears | None:
     loras: list[factors.Factors | None] = []
     for module in modules:
         found = module.base_layer if _is_lora(module) else module
-        if type(found) is not nn.Linear:
+        if type(found) is not nn.Linear and not dequantized.is_layer(found):
             return None
         bases.append(found)
         if not _is_lora(module):
@@ -194,6 +197,8 @@ def _linears(modules: Sequence[Any]) -> Linears | None:
     same = {(base.in_features, base.weight.dtype, base.weight.device) for base in bases}
     if len(same) != 1:
         return None
+    if dequantized.is_layer(bases[0]):
+        return Linears(bases, loras, None)
     if len(bases) == 1:
         return Linears(bases, loras, bases[0].weight.detach())
     stacked = torch.cat([base.weight.detach() for base in bases])
@@ -204,7 +209,8 @@ def _linears(modules: Sequence[Any]) -> Linears | None:
 
 def _lora_forward(linear: Linears) -> Callable[..., Any]:
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return linear(x.reshape(-1, x.shape[-1]).to(linear.stacked.dtype)).view(*x.shape[:-1], -1)
+        dtype = linear.bases[0].compute_dtype if linear.stacked is None else linear.stacked.dtype
+        return linear(x.reshape(-1, x.shape[-1]).to(dtype)).view(*x.shape[:-1], -1)
 
     return forward
 
@@ -368,11 +374,10 @@ def _attention(module: Any) -> Callable[..., Any] | None:
 
 
 @torch.no_grad()
-def _equal(kind: str, module: Any, forward: Callable[..., Any]) -> bool:
+def _equal(kind: str, module: Any, forward: Callable[..., Any], dtype: torch.dtype) -> bool:
     """Whether the new forward gives what the module's own gives, on a small random input."""
-    weights = [parameter for parameter in module.parameters()]
-    dtype = weights[0].dtype
-    width = weights[0].shape[-1]
+    linear = next((one for one in module.modules() if hasattr(one, "in_features")), None)
+    width = module.weight.shape[-1] if linear is None else linear.in_features
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 8, width, generator=generator).to(dtype)
     if kind == "attention":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError
-from tunesmith.models import catalog, headers, store
+from tunesmith.models import catalog, headers, quantized, store
 
 FILE = "tunesmith.json"
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return")
@@ -64,6 +64,7 @@ def write_probe(folder: Path, model: Any, tokenizer: Any) -> None:
         "format": 1,
         "versions": {name: importlib.metadata.version(name) for name in ("tunesmith", "torch", "transformers", "peft")},
         "base": base,
+        "quantization": quantized.record(model),
         "probe": {"dtype": str(model.dtype).removeprefix("torch."), "answers": _answers(model, tokenizer)},
     }
     path = folder / FILE
