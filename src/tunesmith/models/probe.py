@@ -119,13 +119,18 @@ def verify_probe(folder: Path, model: Any, tokenizer: Any) -> float | None:
 
 def last_logits(model: Any, ids: list[int]) -> Any:
     """fp32 logits (vocab,) after the last of ``ids``, with dropout off."""
+    return all_logits(model, ids)[-1]
+
+
+def all_logits(model: Any, ids: list[int]) -> Any:
+    """fp32 logits (tokens, vocab) after each of ``ids``, with dropout off."""
     import torch
 
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            return model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].float()
+            return model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
     finally:
         model.train(training)
 
