@@ -45,6 +45,7 @@ ADAPTATIONS = {
         "layers_to_transform",
     },
 }
+ADAPTATIONS["qlora"] = ADAPTATIONS["lora"] | {"quant_type", "use_double_quant"}
 
 EITHER_OR = [
     ("epochs", "max_steps"),

@@ -16,8 +16,12 @@ from tests.runs import recipe
 from tests.tiny import TINY
 
 OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt"}
-ADAPTATIONS: dict[str, Any] = {"full": "full", "lora": {"type": "lora", "r": 4}}
-TRAINS: dict[str, Callable[[str], bool]] = {"full": lambda name: True, "lora": lambda name: ".lora_" in name}
+ADAPTATIONS: dict[str, Any] = {"full": "full", "lora": {"type": "lora", "r": 4}, "qlora": {"type": "qlora", "r": 4}}
+TRAINS: dict[str, Callable[[str], bool]] = {
+    "full": lambda name: True,
+    "lora": lambda name: ".lora_" in name,
+    "qlora": lambda name: ".lora_" in name,
+}
 """Which of a network's parameters an adaptation is to train, by name."""
 
 ARCHITECTURES = tuple(TINY)

@@ -36,7 +36,9 @@ def test_cell(cell, tmp_path):
     assert ran.masters.keys() == trained != set()
     for name, value in after.items():
         original = before.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
-        if name not in trained:
+        if not value.is_floating_point():
+            assert name not in trained  # 4 or 8 bits: tests/adaptations/test_qlora.py compares them
+        elif name not in trained:
             assert value.equal(original), f"{name} was not to be trained"
         elif original is not None:
             assert not value.equal(original), f"{name} was not trained"

@@ -33,7 +33,9 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     r: int = Field(8, gt=0, description="rank of the update")
-    rank_pattern: dict[str, int] = Field(default_factory=dict, description="other ranks, by the end of a layer's name: {q_proj: 16}")
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict, description="other ranks, by the end of a layer's name: {q_proj: 16}"
+    )
     lora_alpha: float = Field(16, gt=0, description="the update is scaled by lora_alpha / r")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="other values of lora_alpha, by the end of a name")
     init_lora_weights: Literal[True] | str = Field(
@@ -68,7 +70,9 @@ class Config(BaseModel):
     @property
     def begins(self) -> str | None:
         """The start, where it is read off the base's weights."""
-        return self.init_lora_weights if isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian" else None
+        return (
+            self.init_lora_weights if isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian" else None
+        )
 
 
 class Adaptation:
@@ -252,7 +256,9 @@ def _names_in_layers(model: Any, wanted: str | list[str], layers: int | list[int
     missing = sorted(set([layers] if isinstance(layers, int) else layers) - set(there))
     if missing or layers == []:
         span = f"layers {there[0]} to {there[-1]}" if there else "no numbered layers"
-        raise RecipeError(f"adaptation.layers_to_transform: there is no layer {missing[0] if missing else 'named'}; this model has {span}.")
+        raise RecipeError(
+            f"adaptation.layers_to_transform: there is no layer {missing[0] if missing else 'named'}; this model has {span}."
+        )
     return sorted({name.rpartition(".")[2] for name in found}) if wanted == "all-linear" else list(wanted)
 
 

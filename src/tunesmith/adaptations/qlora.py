@@ -13,7 +13,9 @@ from tunesmith.models import quantized
 
 
 class Config(lora.Config):
-    quant_type: Literal["nf4", "fp4", "int8"] = Field("nf4", description="how the base's linear layers are kept: nf4 | fp4 | int8")
+    quant_type: Literal["nf4", "fp4", "int8"] = Field(
+        "nf4", description="how the base's linear layers are kept: nf4 | fp4 | int8"
+    )
     use_double_quant: bool = Field(True, description="4 bits: the scales of blocks in 8 bits too, 0.37 bit less a parameter")
 
     @field_validator("init_lora_weights")

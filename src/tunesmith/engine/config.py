@@ -30,7 +30,7 @@ class TrainConfig(Strict):
     gradient_checkpointing: bool = Field(False, description="keep no activations of a layer, compute them again: less memory")
     torch_compile: bool = Field(False, description="compile the decoder layers; on a GPU only, worth its minute in long runs")
     neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on the embeddings, such as 5 (Jain et al. 2023)")
-    optim: Literal["adamw", "adamw_8bit", "adafactor", "sgd", "lion"] = Field(
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd", "lion"] = Field(
         "adamw", description="what makes an update of a gradient"
     )
     optim_args: dict[str, Any] = Field(

@@ -34,8 +34,10 @@ SMALLEST = 64
 SHARE = 0.9
 """Of the memory that is there, what a chosen budget may use: the rest is for what a run does beside training."""
 
-STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1, "sgd": 4.0, "lion": 4.0}
-"""Optimiser state for each trained parameter (at most), while none has been made yet."""
+STATE_BYTES = {
+    "adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw": 0.0, "paged_adamw_8bit": 0.0, "adafactor": 0.1, "sgd": 4.0, "lion": 4.0,
+}  # fmt: skip
+"""Optimiser state for each trained parameter (at most), while none has been made yet. Paged state leaves a device that is full."""
 
 FEWEST_STEPS, STEPPING = 2, 10.0
 """Steps that are timed at least, and seconds after which no more are taken."""

@@ -21,7 +21,7 @@ GROWTH_STEPS = 2000
 MOST_SKIPPED = 20
 """Steps in a row that may overflow: the scale is then 2^-20 of what it was, so that scaling is not what is wrong."""
 
-STATE = {"adamw_8bit": "8 bits in blocks of 256 (float32 for small weights)"}
+STATE = dict.fromkeys(("adamw_8bit", "paged_adamw_8bit"), "8 bits in blocks of 256 (float32 for small weights)")
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,9 @@ def merged(model: Any) -> Any:
     import torch
 
     if quantized.record(model) is not None:
-        raise UserError("an adapter cannot be folded into 4 or 8 bits: load it with adapter=\"merge\", onto what the bits stand for")
+        raise UserError(
+            'an adapter cannot be folded into 4 or 8 bits: load it with adapter="merge", onto what the bits stand for'
+        )
     for config in model.peft_config.values():
         if config.is_prompt_learning:
             raise UserError(
@@ -209,6 +211,9 @@ def _full(folder: Folder, head: str, dtype: torch.dtype, load_kwargs: dict[str, 
     _strict(path, type(model).__name__, report["missing_keys"], unexpected)
     if "quantization_config" in load_kwargs:
         dequantized.compute_in(model, dtype)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     return model
 
 

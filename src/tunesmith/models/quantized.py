@@ -176,5 +176,3 @@ def write_values(plain: Any, base: Any) -> None:
                 target = layers[name].weight
                 value = dequantized.weight(module, target.dtype)
                 target.copy_(value.t() if type(layers[name]).__name__ == "Conv1D" else value)  # gpt2 keeps (in, out)
-
-
