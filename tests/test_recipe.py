@@ -78,7 +78,7 @@ def test_an_error_names_the_line_of_the_file(tmp_path):
         ("model=3", ["`model`", "valid string"]),
         ("objective=sfd", ["`objective`: unknown type 'sfd'", "Did you mean `sft`?"]),
         ("adaptation=[lora]", ["`adaptation`", "mapping with `type`"]),
-        ("adaptation={r: 8}", ["the key `adaptation.type` is missing", "full, lora"]),
+        ("adaptation={r: 8}", ["the key `adaptation.type` is missing", "full, ia3, lora, qlora"]),
         ("adaptation.type=qlor", ["`adaptation`: unknown type 'qlor'"]),
         ("data={}", ["the key `data.train` is missing"]),
     ],
@@ -130,7 +130,7 @@ def test_choices_that_contradict_or_do_nothing_are_refused(overrides, words):
     [
         (
             ["adaptation.type=full", "adaptation.loraplus_lr_ratio=16"],
-            "`adaptation.loraplus_lr_ratio` belongs to `adaptation.type: lora`. Choose that, or leave the key out. Valid here: type",
+            "`adaptation.loraplus_lr_ratio` belongs to `adaptation.type: lora` or `adaptation.type: qlora`. Choose that",
         ),
         (["objective={type: cpt, train_on: all}"], "`objective.train_on` belongs to `objective.type: sft`"),
     ],

@@ -37,7 +37,7 @@ SHARE = 0.9
 STATE_BYTES = {
     "adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw": 0.0, "paged_adamw_8bit": 0.0, "adafactor": 0.1, "sgd": 4.0, "lion": 4.0,
 }  # fmt: skip
-"""Optimiser state for each trained parameter (at most), while none has been made yet. Paged state leaves a device that is full."""
+"""Optimiser state for each trained parameter (at most), while none has been made yet. Paged state leaves a full device."""
 
 FEWEST_STEPS, STEPPING = 2, 10.0
 """Steps that are timed at least, and seconds after which no more are taken."""
@@ -158,7 +158,8 @@ def check_weights(ready: setup.Setup, limit: int) -> None:
         raise RecipeError(
             f"the weights, with gradients and the optimiser's state, take {figures.size(needed)}, and {figures.size(limit)} are "
             f"there: {figures.size(needed - limit)} are missing before the first row is read.\n"
-            "  Take adaptation=lora (it trains a hundredth of the weights) or qlora (it keeps the others in 4 bits), train.optim=adafactor, or a smaller model."
+            "  Take adaptation=lora (it trains a hundredth of the weights) or qlora (it keeps the others in 4 bits), "
+            "train.optim=adafactor, or a smaller model."
         )
 
 

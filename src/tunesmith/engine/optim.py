@@ -160,7 +160,8 @@ def check_model(config: TrainConfig, model: Any) -> None:
         if max(map(torch.Tensor.numel, trained)) < smallest:
             raise RecipeError(
                 f"train.optim={config.optim} does nothing: weights below {smallest} numbers keep their moments in 32 bits, and no "
-                "trained weight is larger.\n  Use train.optim={config.optim.removesuffix('_8bit')}, or lower train.optim_args.min_8bit_size."
+                f"trained weight is larger.\n  Use train.optim={config.optim.removesuffix('_8bit')}, or lower "
+                "train.optim_args.min_8bit_size."
             )
     if config.head_learning_rate is not None and not head.own_parameters(model):
         raise RecipeError(

@@ -225,8 +225,7 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
 
 
 def _made_otherwise(recipe: Recipe, key: str, saved: Any, recorded: Mapping[str, Any]) -> str | None:
-    """What the ``saved`` adapter, or what is ``recorded`` of its base, has of a key of the recipe's adaptation, or None where both say
-    the same."""
+    """What the ``saved`` adapter (or its base, as ``recorded``) has of a key of the recipe's adaptation; None where both agree."""
     wanted, has = getattr(recipe.adaptation, key), recorded.get(key, getattr(saved, key, None))
     if isinstance(has, set | list):
         has, wanted = sorted(has), sorted(wanted) if isinstance(wanted, list) else wanted

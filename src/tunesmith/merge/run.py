@@ -12,8 +12,8 @@ from tunesmith.models import load, probe, quantized
 from tunesmith.models.locate import locate
 
 LARGEST_DIFFERENCE, LARGEST_KL = 1e-3, 1e-4
-"""Of the largest logit, and of KL(adapter || merged) at any place in nats: above either the merged model would be another one than the
-adapter on its base."""
+"""Of the largest logit; and of KL(adapter || merged) at any token, in nats. Above either the merged model would be another one
+than the adapter on its base."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -21,14 +21,15 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[str, Any]:
     """Fold the adapter ``model`` into its base and write the result to the new folder ``out``.
 
-    The sum is made in fp32, for a base of 4 or 8 bits on the numbers that its bits stand for, and saved in ``dtype`` (auto = the base's, float32, bfloat16, float16), with the adapter's
-    tokenizer and chat template and the base's generation config. Tied embeddings stay tied unless the adapter itself
+    The sum is made in fp32 (of a base of 4 or 8 bits: on the numbers that its bits stand for) and saved in ``dtype`` (auto = the
+    base's, float32, bfloat16, float16), with the adapter's tokenizer and chat template and the base's generation config. Tied embeddings stay tied unless the adapter itself
     trained them apart. Before anything is written, adapter and merged model are compared in fp32 at every token of the probe.
 
     Returns {"path", "base", "adapter", "dtype", "tied_embeddings", "parameters", "max_logit_difference",
     "max_logit_difference_saved", "max_kl", "max_kl_saved", "quantization"}: the largest difference of a logit and the largest
     KL(adapter || merged) in nats, in fp32 and of the folder as saved (rounding to ``dtype`` included), and how the base was
-    quantised while the adapter was trained. Raises UserError when ``out`` exists or there is nothing to merge, ModelError when the two models differ.
+    quantised while the adapter was trained. Raises UserError when ``out`` exists or there is nothing to merge, ModelError when the
+    two models differ.
     """
     import torch
 
@@ -53,7 +54,8 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
     if not (difference <= LARGEST_DIFFERENCE * scale and divergence <= LARGEST_KL):
         raise ModelError(
             f"merging {folder.path} would change its answers: a logit differs by {difference:.3g} (of {scale:.3g}), and "
-            f"KL(adapter || merged) is {divergence:.3g} (at most {LARGEST_KL:g}).\n  Nothing was written. Use the adapter as it is."
+            f"KL(adapter || merged) is {divergence:.3g} (at most {LARGEST_KL:g}).\n"
+            "  Nothing was written. Use the adapter as it is."
         )
     plain.to(kept)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Linear layers whose weights are kept in 4 or 8 bits by bitsandbytes, computed with as plain products.
 
-Each product makes the weight's numbers, uses them and lets them go, in forward and again in backward: what is kept between the two is the
-input alone. 8-bit layers too are computed with the numbers that they stand for. LLM.int8() (Dettmers et al. 2022) rounds the
+Each product makes the weight's numbers, uses them and lets them go, in forward and again in backward: what is kept between the two
+is the input alone. 8-bit layers too are computed with the numbers that they stand for. LLM.int8() (Dettmers et al. 2022) rounds the
 inputs besides, by a rule that looks at all rows of a batch: then a row's result would depend on its neighbours.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 
 def is_layer(module: Any) -> bool:
@@ -80,7 +79,7 @@ def _stacked(layers: Sequence[Any], dtype: torch.dtype, beside: torch.Tensor | N
     return whole
 
 
-def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+def compute_in(model: Any, dtype: torch.dtype) -> None:
     """From now on the network's layers of 4 or 8 bits compute in ``dtype``, in training and without gradients alike. No bit of
     what they keep changes.
     """

@@ -57,17 +57,17 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
     fused = Fused()
     rejected: set[type] = set()
     weight = next((p for p in model.parameters() if p.dim() == 2 and p.is_floating_point()), None)
-    passes = weight is not None and kernels.available(weight)
+    passes = weight if weight is not None and kernels.available(weight) else None
     inside: set[nn.Module] = set()
     for module in list(model.modules()):
         forward: Callable[..., Any] | None = None
-        if passes and type(module) not in rejected:
+        if passes is not None and type(module) not in rejected:
             for kind, make in (("attention", _attention), ("mlp", _mlp), ("norm", _norm)):
                 if kind != "norm" and not stack and _trains_its_own(module):
                     continue
                 forward = make(module)
                 if forward is not None:
-                    if not _equal(kind, module, forward, weight.dtype):
+                    if not _equal(kind, module, forward, passes.dtype):
                         rejected.add(type(module))
                         forward = None
                         continue
@@ -209,7 +209,7 @@ def _linears(modules: Sequence[Any]) -> Linears | None:
 
 def _lora_forward(linear: Linears) -> Callable[..., Any]:
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        dtype = linear.bases[0].compute_dtype if linear.stacked is None else linear.stacked.dtype
+        dtype: Any = linear.bases[0].compute_dtype if linear.stacked is None else linear.stacked.dtype
         return linear(x.reshape(-1, x.shape[-1]).to(dtype)).view(*x.shape[:-1], -1)
 
     return forward

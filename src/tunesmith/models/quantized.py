@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from typing import Any
 
 from tunesmith.errors import MissingExtra, ModelError
-from tunesmith.models import dequantized
 
 KINDS = ("nf4", "fp4", "int8")
 BLOCK, NESTED_BLOCK = 64, 256
@@ -61,6 +60,8 @@ def of_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def record(model: Any) -> dict[str, Any] | None:
     """How the base of ``model`` was quantised, so that :func:`of_record` does it again; None for one that was not."""
+    from tunesmith.models import dequantized
+
     config = getattr(model.config, "quantization_config", None)
     if config is None or not any(map(dequantized.is_layer, model.modules())):
         return None
@@ -117,6 +118,8 @@ def measured(model: Any) -> dict[str, Any] | None:
     """
     import torch
 
+    from tunesmith.models import dequantized
+
     layers = [module for module in model.modules() if dequantized.is_layer(module)]
     kept = record(model)
     if kept is None:
@@ -144,8 +147,8 @@ def lines(model: Any) -> list[str]:
         return []
     twice = ", double quantisation" if facts["use_double_quant"] else ""
     return [
-        f"the base takes {facts['base_bytes'] / 2**20:,.1f} MiB, {facts['base_bytes_before'] / 2**20:,.1f} MiB before: {facts['layers']} "
-        f"layers in {facts['quant_type']}{twice} at {facts['bits_per_parameter']:.3f} bits a parameter"
+        f"the base takes {facts['base_bytes'] / 2**20:,.1f} MiB, {facts['base_bytes_before'] / 2**20:,.1f} MiB before: "
+        f"{facts['layers']} layers in {facts['quant_type']}{twice} at {facts['bits_per_parameter']:.3f} bits a parameter"
     ]
 
 
@@ -168,6 +171,8 @@ def write_values(plain: Any, base: Any) -> None:
     ``plain`` is in fp32, and ``base`` computes in it: nothing is rounded.
     """
     import torch
+
+    from tunesmith.models import dequantized
 
     layers = dict(plain.named_modules())
     with torch.no_grad():
