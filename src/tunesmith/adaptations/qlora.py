@@ -23,7 +23,7 @@ class Config(lora.Config):
     def _needs_no_base(cls, value: Any) -> Any:
         if isinstance(value, str) and value != "gaussian":
             raise ValueError(
-                f"{value} starts from the base's weights and changes them, and a base of 4 or 8 bits cannot be changed by a little. "
+                f"{value} starts from the base's weights, and a base of 4 or 8 bits has none to decompose. "
                 "Expected true or gaussian, or use adaptation: lora"
             )
         return value

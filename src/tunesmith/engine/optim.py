@@ -159,8 +159,8 @@ def check_model(config: TrainConfig, model: Any) -> None:
         smallest = config.optim_args.get("min_8bit_size", OPTIMISERS[config.optim]().signature["min_8bit_size"])
         if max(map(torch.Tensor.numel, trained)) < smallest:
             raise RecipeError(
-                f"train.optim={config.optim} does nothing: weights below {smallest} numbers keep their moments in 32 bits, and no "
-                f"trained weight is larger.\n  Use train.optim={config.optim.removesuffix('_8bit')}, or lower "
+                f"train.optim={config.optim} does nothing: weights below {smallest} numbers keep their moments in 32 bits; "
+                f"no trained weight is larger.\n  Use train.optim={config.optim.removesuffix('_8bit')}, or lower "
                 "train.optim_args.min_8bit_size."
             )
     if config.head_learning_rate is not None and not head.own_parameters(model):

@@ -225,7 +225,7 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
 
 
 def _made_otherwise(recipe: Recipe, key: str, saved: Any, recorded: Mapping[str, Any]) -> str | None:
-    """What the ``saved`` adapter (or its base, as ``recorded``) has of a key of the recipe's adaptation; None where both agree."""
+    """What the ``saved`` adapter (or its base, as ``recorded``) has of a key of the recipe, if that is another."""
     wanted, has = getattr(recipe.adaptation, key), recorded.get(key, getattr(saved, key, None))
     if isinstance(has, set | list):
         has, wanted = sorted(has), sorted(wanted) if isinstance(wanted, list) else wanted

@@ -22,14 +22,14 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
     """Fold the adapter ``model`` into its base and write the result to the new folder ``out``.
 
     The sum is made in fp32 (of a base of 4 or 8 bits: on the numbers that its bits stand for) and saved in ``dtype`` (auto = the
-    base's, float32, bfloat16, float16), with the adapter's tokenizer and chat template and the base's generation config. Tied embeddings stay tied unless the adapter itself
-    trained them apart. Before anything is written, adapter and merged model are compared in fp32 at every token of the probe.
+    base's, float32, bfloat16, float16), with the adapter's tokenizer and chat template and the base's generation config. Tied
+    embeddings stay tied unless the adapter itself trained them apart. Before anything is written, adapter and merged model are
+    compared in fp32 at every token of the probe.
 
     Returns {"path", "base", "adapter", "dtype", "tied_embeddings", "parameters", "max_logit_difference",
     "max_logit_difference_saved", "max_kl", "max_kl_saved", "quantization"}: the largest difference of a logit and the largest
-    KL(adapter || merged) in nats, in fp32 and of the folder as saved (rounding to ``dtype`` included), and how the base was
-    quantised while the adapter was trained. Raises UserError when ``out`` exists or there is nothing to merge, ModelError when the
-    two models differ.
+    KL(adapter || merged) in nats, in fp32 and of the folder as saved (rounding to ``dtype`` included), and how the base was quantised
+    while the adapter was trained. Raises UserError when ``out`` exists or there is nothing to merge, ModelError when the two differ.
     """
     import torch
 

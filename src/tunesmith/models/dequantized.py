@@ -1,7 +1,7 @@
 """Linear layers whose weights are kept in 4 or 8 bits by bitsandbytes, computed with as plain products.
 
-Each product makes the weight's numbers, uses them and lets them go, in forward and again in backward: what is kept between the two
-is the input alone. 8-bit layers too are computed with the numbers that they stand for. LLM.int8() (Dettmers et al. 2022) rounds the
+Each product makes the weight's numbers, uses them and lets them go, in forward and again in backward: between the two the input
+alone is kept. 8-bit layers too are computed with the numbers that they stand for. LLM.int8() (Dettmers et al. 2022) rounds the
 inputs besides, by a rule that looks at all rows of a batch: then a row's result would depend on its neighbours.
 """
 
