@@ -29,6 +29,7 @@ SAMPLES = {"prompts", "count", "max_new_tokens"}
 OBJECTIVES = {"sft": {"train_on", "expand_turns", "overlong"}, "cpt": {"overlong"}}
 ADAPTATIONS = {
     "full": set(),
+    "ia3": set(),
     "lora": {
         "r",
         "lora_alpha",

@@ -19,6 +19,7 @@ _WHERE = {
     "train": "tunesmith.engine.run",
     "check": "tunesmith.engine.run",
     "load": "tunesmith.models.load",
+    "load_adapters": "tunesmith.models.adapters",
     "generate": "tunesmith.models.generate",
     "evaluate": "tunesmith.evaluate.run",
     "merge": "tunesmith.merge.run",

@@ -16,11 +16,17 @@ from tests.runs import recipe
 from tests.tiny import TINY
 
 OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt"}
-ADAPTATIONS: dict[str, Any] = {"full": "full", "lora": {"type": "lora", "r": 4}, "qlora": {"type": "qlora", "r": 4}}
+ADAPTATIONS: dict[str, Any] = {
+    "full": "full",
+    "lora": {"type": "lora", "r": 4},
+    "qlora": {"type": "qlora", "r": 4},
+    "ia3": "ia3",
+}
 TRAINS: dict[str, Callable[[str], bool]] = {
     "full": lambda name: True,
     "lora": lambda name: ".lora_" in name,
     "qlora": lambda name: ".lora_" in name,
+    "ia3": lambda name: ".ia3_l." in name,
 }
 """Which of a network's parameters an adaptation is to train, by name."""
 

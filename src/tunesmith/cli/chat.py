@@ -12,10 +12,14 @@ from tunesmith.cli.output import result, say
 from tunesmith.errors import UserError
 
 _HELP = "Commands: /reset forgets the conversation, /system TEXT sets the system message and forgets, /exit ends."
+_SWITCH = "/adapter NAME takes another adapter, the conversation stays; there are {names}."
 
 
 def chat(
     model: Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)],
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="An adapter of MODEL to switch to; may be repeated.", show_default=False)
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 = always the most likely token.")] = 0.7,
@@ -26,15 +30,20 @@ def chat(
 ) -> None:
     """Talk with a model. Reads lines from the terminal or from a pipe."""
     from tunesmith.models import generate as engine
+    from tunesmith.models.adapters import load_adapters
     from tunesmith.models.load import load
 
+    named = _named(adapter or [])
     chosen: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     engine.Settings(**chosen, seed=seed)  # a wrong setting is told before the model is loaded
     say(f"loading {model}")
-    pair = load(model)
+    several = load_adapters(model, named) if named else None
+    pair = load(model) if several is None else (several.model, several.tokenizer)
     if not pair[1].chat_template:
         raise UserError(f"{model} has no chat template, so it knows no turns. Use `tunesmith generate {model} --prompt ...`.")
     say(_HELP)
+    if several is not None:
+        say(_SWITCH.format(names=", ".join(several.names)), f"adapter: {several.active}")
     turns: list[dict[str, str]] = []
     for line in _lines():
         command, _, rest = line.partition(" ")
@@ -44,6 +53,13 @@ def chat(
             system = rest.strip() or None if command == "/system" else system
             turns = []
             say("forgotten" if command == "/reset" else f"system message: {system or 'none'}")
+        elif command == "/adapter" and several is not None:
+            if rest.strip() in several.names:
+                seconds = several.switch(rest.strip())
+                pair = (several.model, several.tokenizer)
+                say(f"adapter: {several.active} ({1000 * seconds:.0f} ms)")
+            else:
+                say(f"adapter: {several.active}", _SWITCH.format(names=", ".join(several.names)))
         elif line.startswith("/"):
             say(_HELP)
         else:
@@ -63,7 +79,19 @@ def chat(
             turns = [*asked, {"role": "assistant", "content": answer}]
     if as_json:
         head = [{"role": "system", "content": system}] if system else []
-        result({"model": model, "messages": head + turns}, as_json=True)
+        active = None if several is None else several.active
+        result({"model": model, "adapter": active, "messages": head + turns}, as_json=True)
+
+
+def _named(given: list[str]) -> dict[str, str]:
+    """``NAME=FOLDER`` -> name and folder. Raises UserError."""
+    named: dict[str, str] = {}
+    for one in given:
+        name, equals, folder = one.partition("=")
+        if not (name.isidentifier() and equals and folder) or name in (*named, "base"):
+            raise UserError(f"--adapter {one}: expected NAME=FOLDER, each name once, of letters and digits, and none called base")
+        named[name] = folder
+    return named
 
 
 def _lines() -> Iterator[str]:

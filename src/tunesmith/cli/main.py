@@ -34,6 +34,7 @@ VERBS = {
     "chat": ("tunesmith.cli.chat:chat", "Talk with a model."),
     "show": ("tunesmith.cli.show:show", "What a model folder is, without loading it."),
     "merge": ("tunesmith.cli.merge:merge", "Fold a LoRA into its base model."),
+    "adapters": ("tunesmith.cli.adapters:app", "List adapters, and combine several into one."),
     "models": ("tunesmith.cli.models:app", "List and pull models."),
     "runs": ("tunesmith.cli.runs:app", "List, show, compare and repeat runs."),
     "data": ("tunesmith.cli.data:app", "Preview, lint and make data."),

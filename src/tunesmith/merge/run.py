@@ -28,8 +28,9 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
 
     Returns {"path", "base", "adapter", "dtype", "tied_embeddings", "parameters", "max_logit_difference",
     "max_logit_difference_saved", "max_kl", "max_kl_saved", "quantization"}: the largest difference of a logit and the largest
-    KL(adapter || merged) in nats, in fp32 and of the folder as saved (rounding to ``dtype`` included), and how the base was quantised
-    while the adapter was trained. Raises UserError when ``out`` exists or there is nothing to merge, ModelError when the two differ.
+    KL(adapter || merged) in nats, in fp32 and of the folder as saved (rounding to ``dtype`` included), and how the base was
+    quantised while the adapter was trained. Raises UserError when ``out`` exists or there is nothing to merge, ModelError when
+    the two models differ.
     """
     import torch
 

@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+<<<<<<< HEAD
 from tunesmith.models import dequantized, factors, kernels
+=======
+from tunesmith.models import factors, kernels, scaled
+>>>>>>> lora
 from tunesmith.models.attention import backward_segments, forward_segments
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the output's norm
@@ -141,11 +145,17 @@ class Linears:
 
     bases: list[nn.Linear]
     loras: list[factors.Factors | None]
+<<<<<<< HEAD
     stacked: torch.Tensor | None
     """None for bases of 4 or 8 bits, whose numbers are made when they are needed."""
+=======
+    stacked: torch.Tensor
+    scales: scaled.Scales
+>>>>>>> lora
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, in) -> (tokens, sum of out)."""
+        x = self.scales.before(x)
         a = b = None
         if any(lora is not None for lora in self.loras):
             downs = [lora.down() for lora in self.loras if lora is not None]
@@ -155,9 +165,14 @@ class Linears:
         bias = None
         if any(one is not None for one in biases):
             bias = torch.cat([x.new_zeros(base.out_features) if base.bias is None else base.bias for base in self.bases])
+<<<<<<< HEAD
         if self.stacked is None:
             return dequantized.Product.apply(x, self.bases, bias, a, b)
         return Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
+=======
+        y = Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
+        return self.scales.after(y, [base.out_features for base in self.bases])
+>>>>>>> lora
 
     def _block_b(self) -> torch.Tensor:
         """(sum of out, sum of r): each layer's B, times its scaling, at its own rows and columns."""
@@ -179,12 +194,20 @@ def _is_lora(module: nn.Module) -> bool:
 
 
 def _linears(modules: Sequence[Any]) -> Linears | None:
-    """The layers as one product, or None when any of them is something else than a linear layer with at most one plain LoRA."""
+    """The layers as one product, or None when any of them is something else than a linear layer with one plain LoRA or vector."""
     bases: list[nn.Linear] = []
     loras: list[factors.Factors | None] = []
+    scales = scaled.read(modules)
+    if scales is None:
+        return None
     for module in modules:
+<<<<<<< HEAD
         found = module.base_layer if _is_lora(module) else module
         if type(found) is not nn.Linear and not dequantized.is_layer(found):
+=======
+        found = module.base_layer if _is_lora(module) or scaled.is_scaled(module) else module
+        if type(found) is not nn.Linear:
+>>>>>>> lora
             return None
         bases.append(found)
         if not _is_lora(module):
@@ -200,11 +223,11 @@ def _linears(modules: Sequence[Any]) -> Linears | None:
     if dequantized.is_layer(bases[0]):
         return Linears(bases, loras, None)
     if len(bases) == 1:
-        return Linears(bases, loras, bases[0].weight.detach())
+        return Linears(bases, loras, bases[0].weight.detach(), scales)
     stacked = torch.cat([base.weight.detach() for base in bases])
     for base, rows in zip(bases, stacked.split([base.out_features for base in bases]), strict=True):
         base.weight.data = rows  # the same values, now a view of the stack: optimiser and checkpoints see no difference
-    return Linears(bases, loras, stacked)
+    return Linears(bases, loras, stacked, scales)
 
 
 def _lora_forward(linear: Linears) -> Callable[..., Any]:

@@ -131,7 +131,7 @@ def load_model(
         quantized.write_values(model, _full(folder, head, torch.float32, {**load_kwargs, **quantized.of_record(kept)}))
     if attach:
         training = trainable and adapter == "attach"
-        model = _attached(folder, model, training)
+        model = attached(folder, model, training)
         if not training:
             vocabulary.write_rows(model)
     else:
@@ -245,19 +245,23 @@ def adapter_config(folder: Path) -> Any:
     return _explained(Folder(folder, "adapter"), lambda: PeftConfig.from_pretrained(str(folder), local_files_only=True))
 
 
-def _attached(folder: Folder, model: Any, trainable: bool) -> Any:
+def attached(folder: Folder, model: Any, trainable: bool, name: str = "default") -> Any:
+    """``model`` with the adapter of ``folder`` on it, strictly; beside those it has, if it is a peft model. ``name``: peft's for it."""
     from peft import PeftModel, get_peft_model_state_dict
 
     stored = set(headers.read_tensors(folder.path, "adapter_model"))
-    vocabulary.fit_to_adapter(model, folder.path)
-    attached = _explained(
-        folder, lambda: PeftModel.from_pretrained(model, str(folder.path), is_trainable=trainable, local_files_only=True)
-    )
+    options = {"adapter_name": name, "is_trainable": trainable, "local_files_only": True}
+    if isinstance(model, PeftModel):
+        _explained(folder, lambda: model.load_adapter(str(folder.path), **options))
+        beside = model
+    else:
+        vocabulary.fit_to_adapter(model, folder.path)
+        beside = _explained(folder, lambda: PeftModel.from_pretrained(model, str(folder.path), **options))
     # save_embedding_layers="auto" would ask the Hub for the base's vocabulary (peft#1452)
-    expected = set(get_peft_model_state_dict(attached, save_embedding_layers=False))
-    whole_layers = set(attached.state_dict())  # an embedding saved beside the adapter carries the base's own name
-    _strict(folder.path, type(attached).__name__, expected - stored, stored - expected - whole_layers)
-    return attached
+    expected = set(get_peft_model_state_dict(beside, adapter_name=name, save_embedding_layers=False))
+    whole_layers = set(beside.state_dict())  # an embedding saved beside the adapter carries the base's own name
+    _strict(folder.path, type(beside).__name__, expected - stored, stored - expected - whole_layers)
+    return beside
 
 
 def _strict(path: Path, network: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -17,12 +17,24 @@ _KINDS = (  # the first pattern found in a tensor's name decides; more telling n
     ("mlp", r"mlp|feed_forward|ffn|(^|\.)fc[_\d]|intermediate|output\.dense|expert"),
 )
 
+_PARTS = (  # of an adapter, as peft names its tensors
+    ("lora_A", r"\.lora_(embedding_)?A(\.|$)"),
+    ("lora_B", r"\.lora_(embedding_)?B\.?(weight)?$"),
+    ("lora_B bias", r"\.lora_B\.bias$"),
+    ("magnitude", r"\.lora_magnitude_vector"),
+    ("ia3 vectors", r"\.ia3_l(\.|$)"),
+    ("virtual tokens", r"^prompt_embeddings$|^prompt_encoder\."),
+    ("bottleneck down", r"\.bottleneck_down(\.|$)"),
+    ("bottleneck up", r"\.bottleneck_up(\.|$)"),
+    ("new rows", r"\.trainable_tokens_delta|\.token_adapter\."),
+)
+
 
 def show(model: str | Path) -> dict[str, Any]:
     """Facts about a model: its folder, architecture, base, adapter, head, parameters, template, window and run.
 
-    ``parameters`` maps a kind (embedding, attention, mlp, norm, head, other, adapter) to {"count", "dtypes"}. Keys that do
-    not apply are None. Raises ModelError as ``locate`` does.
+    ``parameters`` maps a kind (embedding, attention, mlp, norm, head, other, adapter) to {"count", "dtypes"}, and of an adapter its
+    parts too ("adapter: lora_A", "adapter: modules_to_save"). Keys that do not apply are None. Raises ModelError as ``locate`` does.
     """
     folder = locate(model)
     network = folder.network
@@ -54,6 +66,7 @@ def show(model: str | Path) -> dict[str, Any]:
         out["adapter"] = _adapter(folder.path)
         tensors = headers.read_tensors(folder.path, "adapter_model")
         parameters["adapter"] = _sum(tensors.values())
+        parameters |= _parts(tensors, headers.read_json(folder.path / "adapter_config.json"))
     return out
 
 
@@ -64,6 +77,18 @@ def _parameters(tensors: dict[str, headers.Tensor]) -> dict[str, dict[str, Any]]
             continue
         kind = next((kind for kind, pattern in _KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
         groups.setdefault(kind, []).append(tensor)
+    return {kind: _sum(group) for kind, group in sorted(groups.items())}
+
+
+def _parts(tensors: dict[str, headers.Tensor], config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """An adapter's tensors by what they are; those that bear the base's own names are biases, or modules saved whole."""
+    groups: dict[str, list[headers.Tensor]] = {}
+    whole = config.get("modules_to_save") or []
+    for name, tensor in tensors.items():
+        kind = next((kind for kind, pattern in _PARTS if re.search(pattern, name)), None)
+        saved = any(f".{module}." in f".{name}" for module in whole)
+        kind = kind or ("modules_to_save" if saved else "biases" if name.endswith(".bias") else "other")
+        groups.setdefault(f"adapter: {kind}", []).append(tensor)
     return {kind: _sum(group) for kind, group in sorted(groups.items())}
 
 
