@@ -18,11 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-<<<<<<< HEAD
-from tunesmith.models import dequantized, factors, kernels
-=======
-from tunesmith.models import factors, kernels, scaled
->>>>>>> lora
+from tunesmith.models import dequantized, factors, kernels, scaled
 from tunesmith.models.attention import backward_segments, forward_segments
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the output's norm
@@ -145,13 +141,8 @@ class Linears:
 
     bases: list[nn.Linear]
     loras: list[factors.Factors | None]
-<<<<<<< HEAD
-    stacked: torch.Tensor | None
-    """None for bases of 4 or 8 bits, whose numbers are made when they are needed."""
-=======
-    stacked: torch.Tensor
+    stacked: torch.Tensor | None  # None for bases of 4 or 8 bits: their numbers are made when they are needed
     scales: scaled.Scales
->>>>>>> lora
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, in) -> (tokens, sum of out)."""
@@ -165,22 +156,19 @@ class Linears:
         bias = None
         if any(one is not None for one in biases):
             bias = torch.cat([x.new_zeros(base.out_features) if base.bias is None else base.bias for base in self.bases])
-<<<<<<< HEAD
+        y: torch.Tensor
         if self.stacked is None:
-            return dequantized.Product.apply(x, self.bases, bias, a, b)
-        return Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
-=======
-        y = Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
+            y = dequantized.Product.apply(x, self.bases, bias, a, b)
+        else:
+            y = Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
         return self.scales.after(y, [base.out_features for base in self.bases])
->>>>>>> lora
 
     def _block_b(self) -> torch.Tensor:
         """(sum of out, sum of r): each layer's B, times its scaling, at its own rows and columns."""
         if len(self.bases) == 1 and self.loras[0] is not None:
             return self.loras[0].up()
-        blocks = []
-        for base, lora in zip(self.bases, self.loras, strict=True):
-            blocks.append(base.weight.new_zeros(base.out_features, 0) if lora is None else lora.up())
+        pairs = zip(self.bases, self.loras, strict=True)
+        blocks = [base.weight.new_zeros(base.out_features, 0) if lora is None else lora.up() for base, lora in pairs]
         return torch.block_diag(*blocks)
 
 
@@ -201,13 +189,8 @@ def _linears(modules: Sequence[Any]) -> Linears | None:
     if scales is None:
         return None
     for module in modules:
-<<<<<<< HEAD
-        found = module.base_layer if _is_lora(module) else module
-        if type(found) is not nn.Linear and not dequantized.is_layer(found):
-=======
         found = module.base_layer if _is_lora(module) or scaled.is_scaled(module) else module
-        if type(found) is not nn.Linear:
->>>>>>> lora
+        if type(found) is not nn.Linear and not dequantized.is_layer(found):
             return None
         bases.append(found)
         if not _is_lora(module):
@@ -220,10 +203,8 @@ def _linears(modules: Sequence[Any]) -> Linears | None:
     same = {(base.in_features, base.weight.dtype, base.weight.device) for base in bases}
     if len(same) != 1:
         return None
-    if dequantized.is_layer(bases[0]):
-        return Linears(bases, loras, None)
-    if len(bases) == 1:
-        return Linears(bases, loras, bases[0].weight.detach(), scales)
+    if len(bases) == 1 or dequantized.is_layer(bases[0]):
+        return Linears(bases, loras, None if dequantized.is_layer(bases[0]) else bases[0].weight.detach(), scales)
     stacked = torch.cat([base.weight.detach() for base in bases])
     for base, rows in zip(bases, stacked.split([base.out_features for base in bases]), strict=True):
         base.weight.data = rows  # the same values, now a view of the stack: optimiser and checkpoints see no difference
