@@ -328,3 +328,9 @@ def test_documents_too(tmp_path):
     rows = examples(objective, tiny_tokenizer())
     assert route.choose(model, objective, rows, 200, "auto", CPU).packed
     assert head.base(model).config.vocab_size == 512
+
+
+def test_shards_are_refused_before_anything_loads(tmp_path):
+    made = recipe(tmp_path, adaptation="qlora")
+    with pytest.raises(RecipeError, match="--deepspeed does not go with a base in 4 or 8 bits"):
+        tunesmith.train(made, out=tmp_path / "run", deepspeed=tmp_path / "ds.json")

@@ -73,6 +73,8 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     config = load.load_config(folder)
     objective = objectives.module(objectives.name_of(recipe.objective)).Objective(recipe.objective)
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
+    if deepspeed is not None and "quantization_config" in adaptation.load_kwargs():
+        raise RecipeError("--deepspeed does not go with a base in 4 or 8 bits, which nothing shows to be right. Leave one of them out.")
     optim.check(recipe.train)
     numbers = precision.choose(recipe.train.precision, device, recipe.train.optim)
     sharded = None if deepspeed is None else zero.read(deepspeed, recipe.train, numbers.compute)
