@@ -50,6 +50,7 @@ ADAPTATIONS = {
     "prefix": {"num_virtual_tokens", "prefix_projection", "encoder_hidden_size"},
     "prompt": {"num_virtual_tokens", "prompt_tuning_init", "prompt_tuning_init_text"},
 }
+ADAPTATIONS["qlora"] = ADAPTATIONS["lora"] | {"quant_type", "use_double_quant"}
 
 EITHER_OR = [
     ("epochs", "max_steps"),

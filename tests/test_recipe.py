@@ -133,7 +133,7 @@ def test_choices_that_contradict_or_do_nothing_are_refused(overrides, words):
     [
         (
             ["adaptation.type=full", "adaptation.loraplus_lr_ratio=16"],
-            "`adaptation.loraplus_lr_ratio` belongs to `adaptation.type: lora`. Choose that, or leave the key out. Valid here: type",
+            "`adaptation.loraplus_lr_ratio` belongs to `adaptation.type: lora` or `adaptation.type: qlora`. Choose that",
         ),
         (["objective={type: cpt, train_on: all}"], "`objective.train_on` belongs to `objective.type: sft`"),
     ],

@@ -352,3 +352,11 @@ def test_keys_of_momentum_without_momentum_are_refused(key, tmp_path):
     made = recipe(tmp_path, optim="sgd", optim_args={key: 1})
     with pytest.raises(RecipeError, match=f"train.optim.{key} does nothing without"):
         tunesmith.check(made)
+
+
+@pytest.mark.parametrize(("name", "instead"), [("paged_adamw", "adamw"), ("paged_adamw_8bit", "adamw_8bit")])
+def test_pages_need_a_gpu(name, instead, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match=rf"train\.optim={name}: pages are moved by a CUDA device.*\n.*train\.optim={instead},"):
+        optim.check(TrainConfig(optim=name))

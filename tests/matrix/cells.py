@@ -24,6 +24,7 @@ ADAPTATIONS: dict[str, Any] = {
     "full": "full",
     "features": {"type": "features", "train_last": 1},
     "lora": {"type": "lora", "r": 4},
+    "qlora": {"type": "qlora", "r": 4},
     "bottleneck": {"type": "bottleneck", "bottleneck_size": 4},
     "prefix": {"type": "prefix", "num_virtual_tokens": 4},
     "prompt": {"type": "prompt", "num_virtual_tokens": 4},
@@ -33,6 +34,7 @@ TRAINS: dict[str, Callable[[str], bool]] = {
     "full": lambda name: True,
     "features": lambda name: re.search(r"\.(layers|h)\.1\.|model\.norm\.|ln_f\.", name) is not None,
     "lora": lambda name: ".lora_" in name,
+    "qlora": lambda name: ".lora_" in name,
     "bottleneck": lambda name: ".bottleneck_" in name,
     "prefix": lambda name: name.startswith("prompt_encoder."),
     "prompt": lambda name: name.startswith("prompt_encoder."),
@@ -40,7 +42,7 @@ TRAINS: dict[str, Callable[[str], bool]] = {
 }
 """Which of a network's parameters an adaptation is to train, by name."""
 
-MERGES = ("lora", "ia3")
+MERGES = ("lora", "qlora", "ia3")
 """Adaptations that are a change of weights, so that they can be folded into them."""
 
 ON_ITS_BASE = ("lora", "bottleneck", "prefix", "prompt", "ia3")

@@ -50,6 +50,7 @@ PROMPT = {"adaptation": {"type": "prompt"}}
 WORDS = {
     "adaptation": {"type": "prompt", "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "the fox", "num_virtual_tokens": 4}
 }
+QLORA = {"adaptation": {"type": "qlora", "r": 4}}
 EVAL = {"data.eval": {"fraction": 0.3}}
 FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
 
@@ -87,6 +88,8 @@ CASES = [
     Case("adaptation.rank_pattern", {"q_proj": 2}, "parameters", LORA),
     Case("adaptation.alpha_pattern", {"q_proj": 2}, "weights", LORA),
     Case("adaptation.layers_to_transform", [1], "parameters", LORA),
+    Case("adaptation.quant_type", "fp4", "history", QLORA, needs=("bitsandbytes",)),
+    Case("adaptation.use_double_quant", False, "quantization", QLORA, needs=("bitsandbytes",)),
     Case("data.train", [{"path": "OTHER_ROWS"}], "data"),
     Case("data.train.0.path", "OTHER_ROWS", "data"),
     Case("data.train.0.split", "test", "data", {"data.train.0.path": "hub:some/data"}),
@@ -252,6 +255,7 @@ def observe(made: dict[str, Any], folder: Path, datasets: str, monkeypatch: pyte
         + [report["train"], report["eval"]],
         "route": manifest["route"],
         "precision": manifest["precision"],
+        "quantization": manifest["quantization"],
         "passes": passes,
         "kept": sum(kept),
         "cache": sorted(path.name for path in home.rglob("*") if path.is_file()),

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from tunesmith.nearest import did_you_mean
 
 Every = float | Literal["epoch"] | None
-OPTIMS = ("adamw", "adamw_8bit", "adafactor", "sgd", "lion")
+OPTIMS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd", "lion")
 
 
 class Strict(BaseModel):

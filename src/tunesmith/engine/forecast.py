@@ -34,8 +34,10 @@ SMALLEST = 64
 SHARE = 0.9
 """Of the memory that is there, what a chosen budget may use: the rest is for what a run does beside training."""
 
-STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1, "sgd": 4.0, "lion": 4.0}
-"""Optimiser state for each trained parameter (at most), while none has been made yet."""
+STATE_BYTES = {
+    "adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw": 0.0, "paged_adamw_8bit": 0.0, "adafactor": 0.1, "sgd": 4.0, "lion": 4.0,
+}  # fmt: skip
+"""Optimiser state for each trained parameter (at most), while none has been made yet. Paged state leaves a full device."""
 
 FEWEST_STEPS, STEPPING = 2, 10.0
 """Steps that are timed at least, and seconds after which no more are taken."""
@@ -150,12 +152,14 @@ def check_weights(ready: setup.Setup, limit: int) -> None:
     each = ready.precision.compute.itemsize
     masters = 4 if each < 4 else 0
     sharing = distributed.state().num_processes if ready.sharding else 1
-    needed = int(total * each + trained * (masters + 4 + STATE_BYTES[ready.recipe.train.optim_name]) / sharing)
+    weights = (total - ready.quantized.parameters) * each + ready.quantized.bytes
+    needed = int(weights + trained * (masters + 4 + STATE_BYTES[ready.recipe.train.optim_name]) / sharing)
     if needed > limit:
         raise RecipeError(
             f"the weights, with gradients and the optimiser's state, take {figures.size(needed)}, and {figures.size(limit)} are "
             f"there: {figures.size(needed - limit)} are missing before the first row is read.\n"
-            "  Take adaptation=lora (it trains a hundredth of the weights), train.optim=adafactor, or a smaller model."
+            "  Take adaptation=lora (it trains a hundredth of the weights) or qlora (it keeps the others in 4 bits), "
+            "train.optim=adafactor, or a smaller model."
         )
 
 

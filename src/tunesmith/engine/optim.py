@@ -59,6 +59,25 @@ def _adamw_8bit() -> Kind:
     return Kind(_bitsandbytes("adamw_8bit").AdamW8bit, refused=unsupported)
 
 
+def _paged_adamw(name: str = "paged_adamw", bits: str = "32bit") -> Kind:
+    """AdamW whose state a full GPU hands to the machine's memory, page by page (Dettmers et al. 2023, section 3).
+
+    Weights below 100,000 numbers keep theirs on the GPU, and so does a run that was resumed. Raises RecipeError without CUDA.
+    """
+    module = _bitsandbytes(name)
+    if not torch.cuda.is_available():
+        raise RecipeError(
+            f"train.optim={name}: pages are moved by a CUDA device, and there is none here.\n"
+            f"  Use train.optim={'adamw' if bits == '32bit' else 'adamw_8bit'}, which makes the same updates."
+        )
+    refused = {"amsgrad": "it has no paged form", "optim_bits": "train.optim says so"}
+    return Kind(getattr(module, f"PagedAdamW{bits}"), refused=refused)
+
+
+def _paged_adamw_8bit() -> Kind:
+    return _paged_adamw("paged_adamw_8bit", "8bit")
+
+
 def _adafactor() -> Kind:
     """Shazeer and Stern 2018, one moment for each row and column; with the rate as it is given, as transformers' Trainer has it.
 
@@ -92,6 +111,8 @@ def _bitsandbytes(name: str) -> Any:
 OPTIMISERS: dict[str, Callable[[], Kind]] = {
     "adamw": _adamw,
     "adamw_8bit": _adamw_8bit,
+    "paged_adamw": _paged_adamw,
+    "paged_adamw_8bit": _paged_adamw_8bit,
     "adafactor": _adafactor,
     "sgd": _sgd,
     "lion": _lion,
@@ -134,12 +155,13 @@ def _fault(kind: Kind, weight_decay: float, arguments: Mapping[str, Any]) -> str
 def check_model(config: TrainConfig, model: Any) -> None:
     """Whether ``model`` (adapted; on the meta device, say) has what the keys speak of. Raises RecipeError."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.optim_name == "adamw_8bit":
-        smallest = config.optim_args.get("min_8bit_size", _adamw_8bit().signature["min_8bit_size"])
+    if config.optim_name.endswith("adamw_8bit"):
+        smallest = config.optim_args.get("min_8bit_size", OPTIMISERS[config.optim_name]().signature["min_8bit_size"])
         if max(map(torch.Tensor.numel, trained)) < smallest:
             raise RecipeError(
-                f"train.optim=adamw_8bit does nothing: weights below {smallest} numbers keep their moments in 32 bits, and no "
-                "trained weight is larger.\n  Use train.optim=adamw, or lower train.optim.min_8bit_size."
+                f"train.optim={config.optim_name} does nothing: weights below {smallest} numbers keep their moments in 32 bits; "
+                f"no trained weight is larger.\n  Use train.optim={config.optim_name.removesuffix('_8bit')}, or lower "
+                "train.optim.min_8bit_size."
             )
     if config.head_learning_rate is not None and not head.own_parameters(model):
         raise RecipeError(

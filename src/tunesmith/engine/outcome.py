@@ -14,6 +14,7 @@ from tunesmith import __version__
 from tunesmith.engine import distributed, machine, report, setup, tracking, verdict
 from tunesmith.engine.loop import Job, Progression
 from tunesmith.engine.state import Run
+from tunesmith.models import quantized
 
 
 def parameters_line(ready: setup.Setup) -> str:
@@ -48,6 +49,7 @@ def record_start(run: Run, micro_batch_tokens: int) -> None:
         micro_batch_tokens=micro_batch_tokens,
         seed=ready.recipe.seed,
         precision=ready.precision.as_dict(),
+        quantization=quantized.measured(run.model),
         deepspeed=ready.sharding.given if ready.sharding else None,
         route=run.route.as_dict(),
         machine=machine.describe(),
@@ -69,6 +71,7 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
         peak = torch.cuda.max_memory_allocated(run.setup.device)
     else:
         peak = machine.peak_memory_bytes() - before_model
+    kept = quantized.measured(run.model)
     result = {
         "eval_loss_before": first.get("eval_loss"),
         "eval_loss": best.get("eval_loss"),
@@ -80,6 +83,7 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
         "peak_memory_bytes": peak,
         "trainable_parameters": run.setup.parameters["trainable"],
         "total_parameters": run.setup.parameters["total"],
+        **({name: kept[name] for name in ("base_bytes", "base_bytes_before")} if kept else {}),
         "model_dir": str(run.folder.model),
         "run_dir": str(run.folder.path),
         "report": str(run.folder.path / "report.html"),

@@ -13,6 +13,7 @@ import torch
 
 from tunesmith.engine import machine
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.models import dequantized
 
 GROWTH_STEPS = 2000
 """Good steps after which the loss scale is doubled, as in torch.amp.GradScaler."""
@@ -20,7 +21,7 @@ GROWTH_STEPS = 2000
 MOST_SKIPPED = 20
 """Steps in a row that may overflow: the scale is then 2^-20 of what it was, so that scaling is not what is wrong."""
 
-STATE = {"adamw_8bit": "8 bits in blocks of 256 (float32 for small weights)"}
+STATE = dict.fromkeys(("adamw_8bit", "paged_adamw_8bit"), "8 bits in blocks of 256 (float32 for small weights)")
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,12 @@ class LossScale:
 
 
 def cast(model: Any, dtype: torch.dtype) -> None:
-    """Bring every floating-point parameter to ``dtype`` in place. Buffers (rotary frequencies, say) keep theirs.
+    """Bring every floating-point parameter to ``dtype`` in place. Buffers (rotary frequencies, say) keep theirs; layers of 4 or 8
+    bits keep their bits, and compute in ``dtype``.
 
     Raises ModelError for a weight that fp16 cannot hold.
     """
+    dequantized.compute_in(model, dtype)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)

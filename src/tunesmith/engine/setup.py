@@ -6,7 +6,7 @@ Whatever can be wrong is found before weights load; ``check`` stops there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from tunesmith.engine.config import TrainConfig
 from tunesmith.engine.masters import Masters, Trained
 from tunesmith.engine.update import Update
 from tunesmith.errors import RecipeError
-from tunesmith.models import compiled, head, load, noise, probe, varlen, virtual, vocabulary
+from tunesmith.models import compiled, head, load, noise, probe, quantized, varlen, virtual, vocabulary
 from tunesmith.models.locate import Folder, code_files, locate
 from tunesmith.objectives import Example, Objective
 from tunesmith.recipe import Recipe
@@ -52,6 +52,8 @@ class Setup:
     device: torch.device
     precision: precision.Precision
     parameters: dict[str, int]
+    quantized: quantized.Estimate
+    """Of the base, what will be kept in 4 or 8 bits."""
     sharding: zero.Sharding | None = None
     """DeepSpeed's configuration, where it is used."""
 
@@ -71,13 +73,17 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     config = load.load_config(folder)
     objective = objectives.module(objectives.name_of(recipe.objective)).Objective(recipe.objective)
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
+    if deepspeed is not None and "quantization_config" in adaptation.load_kwargs():
+        raise RecipeError(
+            "--deepspeed does not go with a base in 4 or 8 bits, which nothing shows to be right. Leave one of them out."
+        )
     optim.check(recipe.train)
     numbers = precision.choose(recipe.train.precision, device, recipe.train.optim_name)
     sharded = None if deepspeed is None else zero.read(deepspeed, recipe.train, numbers.compute)
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
     _check_compile(recipe.train, device, numbers.compute)
-    parameters = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
+    parameters, kept = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
     for line in getattr(adaptation, "notes", ()):  # what applying it decided
         say(line)
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
@@ -107,6 +113,7 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
         device,
         numbers,
         parameters,
+        kept,
         sharded,
     )
 
@@ -175,7 +182,7 @@ def build(setup: Setup, out: Path) -> Built:
     schedule = optim.schedule(optimizer, train, setup.plan.steps)
     scale = precision.LossScale() if setup.precision.compute is torch.float16 else None
     update = Update(masters, optimizer, schedule, train.max_grad_norm, recipe.seed, scale)
-    return Built(model, update, row_noise, chosen, [*said, *chosen.notes])
+    return Built(model, update, row_noise, chosen, [*quantized.lines(model), *said, *chosen.notes])
 
 
 def _first(setup: Setup) -> list[Example]:
@@ -205,9 +212,17 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
         )
     whole = kind in ("full", "features")
     if recipe.adapter == "continue" and not whole:
+        recorded = probe.read(folder.path).get("quantization") or {}
+        asked = "quantization_config" in adaptations.module(kind).Adaptation(recipe.adaptation).load_kwargs()
+        if asked != bool(recorded):
+            base = f"in {recorded['quant_type']}" if recorded else "as it is"
+            raise RecipeError(
+                f"adapter: continue: this adapter was trained on its base {base}, and adaptation: {kind} has another.\n"
+                f"  Take adaptation: {'qlora' if recorded else 'lora'}, or start a new one with adapter: merge or adapter: new."
+            )
         saved = load.adapter_config(folder.path)
         chosen = recipe.adaptation.model_fields_set - adaptations.module(kind).Adaptation.keys_of_learning
-        other = [f"{key} (it has {was})" for key in sorted(chosen) if (was := _made_otherwise(recipe, key, saved)) is not None]
+        other = [f"{key} (it has {was})" for key in sorted(chosen) if (was := _made_otherwise(recipe, key, saved, recorded))]
         if other:
             raise RecipeError(
                 f"adapter: continue keeps the adapter as it was made, and adaptation names another {', '.join(other)}.\n"
@@ -219,9 +234,9 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
         )
 
 
-def _made_otherwise(recipe: Recipe, key: str, saved: Any) -> str | None:
-    """What the ``saved`` adapter has of a key of the recipe's adaptation, or None where both say the same."""
-    wanted, has = getattr(recipe.adaptation, key), getattr(saved, key, None)
+def _made_otherwise(recipe: Recipe, key: str, saved: Any, recorded: Mapping[str, Any]) -> str | None:
+    """What the ``saved`` adapter (or its base, as ``recorded``) has of a key of the recipe, if that is another."""
+    wanted, has = getattr(recipe.adaptation, key), recorded.get(key, getattr(saved, key, None))
     if isinstance(has, set | list):
         has, wanted = sorted(has), sorted(wanted) if isinstance(wanted, list) else wanted
     return None if wanted == has or (not wanted and not has) else f"{has}"
@@ -284,8 +299,9 @@ def _parameters(
     adaptation: Adaptation,
     new_tokens: vocabulary.NewTokens,
     tokenizer: Any,
-) -> dict[str, int]:
+) -> tuple[dict[str, int], quantized.Estimate]:
     """Numbers of parameters from the network's shape alone, which also finds modules that are not there."""
+    options = adaptation.load_kwargs()
     if recipe.adapter == "continue":
         from peft import get_peft_model
 
@@ -294,12 +310,14 @@ def _parameters(
         virtual.check_continued(adapter)
         with torch.device("meta"):
             model = load.empty_model(folder, config)
+            kept = quantized.estimate(model, options)
             vocabulary.fit_to_adapter(model, folder.path)
             model = get_peft_model(model, adapter)
             virtual.install(model)
     else:
         with torch.device("meta"):
             model = load.empty_model(folder, config)
+            kept = quantized.estimate(model, options)
             if recipe.adapter == "merge":
                 load.check_mergeable(load.adapter_config(folder.path))
                 vocabulary.fit_to_adapter(model, folder.path)
@@ -313,11 +331,12 @@ def _parameters(
         raise RecipeError(f"train.torch_compile: {why}, or leave train.torch_compile out.")
     optim.check_model(recipe.train, model)
     everything = {id(parameter): parameter for parameter in model.parameters()}.values()
-    return {
+    counts = {
         "trainable": sum(parameter.numel() for parameter in everything if parameter.requires_grad),
         "total": sum(parameter.numel() for parameter in everything),
         "virtual_tokens": virtual.count(model),
     }
+    return counts, kept
 
 
 def _merged_base(setup: Setup, out: Path) -> Folder:

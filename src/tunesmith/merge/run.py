@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models import load, probe
+from tunesmith.models import load, probe, quantized
 from tunesmith.models.locate import locate
 
-LARGEST_DIFFERENCE = 1e-3
-"""Of the largest logit: above this the merged model would be another one than the adapter on its base."""
+LARGEST_DIFFERENCE, LARGEST_KL = 1e-3, 1e-4
+"""Of the largest logit; and of KL(adapter || merged) at any token, in nats. Above either the merged model would be another one
+than the adapter on its base."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -20,13 +21,16 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[str, Any]:
     """Fold the adapter ``model`` into its base and write the result to the new folder ``out``.
 
-    The sum is made in fp32 and saved in ``dtype`` (auto = the base's, float32, bfloat16, float16), with the adapter's
-    tokenizer and chat template and the base's generation config. Tied embeddings stay tied unless the adapter itself
-    trained them apart. Before anything is written, the logits of adapter and merged model are compared in fp32.
+    The sum is made in fp32 (of a base of 4 or 8 bits: on the numbers that its bits stand for) and saved in ``dtype`` (auto = the
+    base's, float32, bfloat16, float16), with the adapter's tokenizer and chat template and the base's generation config. Tied
+    embeddings stay tied unless the adapter itself trained them apart. Before anything is written, adapter and merged model are
+    compared in fp32 at every token of the probe.
 
     Returns {"path", "base", "adapter", "dtype", "tied_embeddings", "parameters", "max_logit_difference",
-    "max_logit_difference_saved"}: the largest difference in fp32, and that of the folder as saved (rounding to ``dtype``
-    included). Raises UserError when ``out`` exists or there is nothing to merge, ModelError when the two models differ.
+    "max_logit_difference_saved", "max_kl", "max_kl_saved", "quantization"}: the largest difference of a logit and the largest
+    KL(adapter || merged) in nats, in fp32 and of the folder as saved (rounding to ``dtype`` included), and how the base was
+    quantised while the adapter was trained. Raises UserError when ``out`` exists or there is nothing to merge, ModelError when
+    the two models differ.
     """
     import torch
 
@@ -42,13 +46,16 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
     tokenizer = load.load_tokenizer(folder)
     attached = load.load_model(folder, dtype=torch.float32)
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in probe.PROMPTS]
-    before = [probe.last_logits(attached, ids) for ids in prompts]
-    plain = load.merged(attached)
+    before = [probe.all_logits(attached, ids) for ids in prompts]
+    base = quantized.record(attached)
+    plain = load.merged(attached) if base is None else load.load_model(folder, dtype=torch.float32, adapter="merge")
+    del attached
     scale = max(1.0, *(float(logits.abs().max()) for logits in before))
-    difference = _largest(plain, prompts, before)
-    if not difference <= LARGEST_DIFFERENCE * scale:
+    difference, divergence = _apart(plain, prompts, before)
+    if not (difference <= LARGEST_DIFFERENCE * scale and divergence <= LARGEST_KL):
         raise ModelError(
-            f"merging {folder.path} would change its answers: a logit differs by {difference:.3g} (of {scale:.3g}).\n"
+            f"merging {folder.path} would change its answers: a logit differs by {difference:.3g} (of {scale:.3g}), and "
+            f"KL(adapter || merged) is {divergence:.3g} (at most {LARGEST_KL:g}).\n"
             "  Nothing was written. Use the adapter as it is."
         )
     plain.to(kept)
@@ -59,7 +66,7 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
         tokenizer.save_pretrained(made)
         probe.write_probe(made, plain, tokenizer)
         reloaded = load.load_model(locate(made))
-        saved = _largest(reloaded, prompts, before)
+        saved = _apart(reloaded, prompts, before)
         made.chmod(0o755)
         made.rename(target)
     finally:
@@ -73,9 +80,16 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
         "tied_embeddings": ends[1] is not None and ends[0].weight is ends[1].weight,
         "parameters": reloaded.num_parameters(),
         "max_logit_difference": difference,
-        "max_logit_difference_saved": saved,
+        "max_logit_difference_saved": saved[0],
+        "max_kl": divergence,
+        "max_kl_saved": saved[1],
+        "quantization": base["quant_type"] if base else None,
     }
 
 
-def _largest(model: Any, prompts: list[list[int]], before: list[Any]) -> float:
-    return max(float((probe.last_logits(model, ids) - logits).abs().max()) for ids, logits in zip(prompts, before, strict=True))
+def _apart(model: Any, prompts: list[list[int]], before: list[Any]) -> tuple[float, float]:
+    """The largest difference of a logit from ``before``, and the largest KL(before || model) at any token, in nats."""
+    after = [probe.all_logits(model, ids) for ids in prompts]
+    pairs = [(one.double().log_softmax(-1), other.double().log_softmax(-1)) for one, other in zip(before, after, strict=True)]
+    difference = max(float((one - other).abs().max()) for one, other in zip(before, after, strict=True))
+    return difference, max(0.0, *(float((one.exp() * (one - other)).sum(-1).max()) for one, other in pairs))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.models import factors, fused_bottleneck, kernels, scaled, selfcheck
+from tunesmith.models import dequantized, factors, fused_bottleneck, kernels, scaled, selfcheck
 from tunesmith.models.rotary import rotary_attention
 from tunesmith.models.virtual import Prefix
 
@@ -57,17 +57,17 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
     fused = Fused()
     rejected: set[type] = set()
     weight = next((p for p in model.parameters() if p.dim() == 2 and p.is_floating_point()), None)
-    passes = weight is not None and kernels.available(weight)
+    passes = weight if weight is not None and kernels.available(weight) else None
     inside: set[nn.Module] = set()
     for module in list(model.modules()):
         forward: Callable[..., Any] | None = None
-        if passes and type(module) not in rejected:
+        if passes is not None and type(module) not in rejected:
             for kind, make in (("attention", _attention), ("mlp", _mlp), ("norm", _norm)):
                 if kind != "norm" and not stack and _trains_its_own(module):
                     continue
                 forward = make(module)
                 if forward is not None:
-                    if not selfcheck.equal(kind, module, forward):
+                    if not selfcheck.equal(kind, module, forward, passes.dtype):
                         rejected.add(type(module))
                         forward = None
                         continue
@@ -143,7 +143,7 @@ class Linears:
 
     bases: list[nn.Linear]
     loras: list[factors.Factors | None]
-    stacked: torch.Tensor
+    stacked: torch.Tensor | None  # None for bases of 4 or 8 bits: their numbers are made when they are needed
     scales: scaled.Scales
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -158,16 +158,19 @@ class Linears:
         bias = None
         if any(one is not None for one in biases):
             bias = torch.cat([x.new_zeros(base.out_features) if base.bias is None else base.bias for base in self.bases])
-        y = Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
+        y: torch.Tensor
+        if self.stacked is None:
+            y = dequantized.Product.apply(x, self.bases, bias, a, b)
+        else:
+            y = Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
         return self.scales.after(y, [base.out_features for base in self.bases])
 
     def _block_b(self) -> torch.Tensor:
         """(sum of out, sum of r): each layer's B, times its scaling, at its own rows and columns."""
         if len(self.bases) == 1 and self.loras[0] is not None:
             return self.loras[0].up()
-        blocks = []
-        for base, lora in zip(self.bases, self.loras, strict=True):
-            blocks.append(base.weight.new_zeros(base.out_features, 0) if lora is None else lora.up())
+        pairs = zip(self.bases, self.loras, strict=True)
+        blocks = [base.weight.new_zeros(base.out_features, 0) if lora is None else lora.up() for base, lora in pairs]
         return torch.block_diag(*blocks)
 
 
@@ -190,7 +193,7 @@ def _linears(modules: Sequence[Any]) -> Linears | None:
         return None
     for module in modules:
         found = module.base_layer if _is_lora(module) or scaled.is_scaled(module) else module
-        if type(found) is not nn.Linear:
+        if type(found) is not nn.Linear and not dequantized.is_layer(found):
             return None
         bases.append(found)
         if not _is_lora(module):
@@ -203,8 +206,8 @@ def _linears(modules: Sequence[Any]) -> Linears | None:
     same = {(base.in_features, base.weight.dtype, base.weight.device) for base in bases}
     if len(same) != 1:
         return None
-    if len(bases) == 1:
-        return Linears(bases, loras, bases[0].weight.detach(), scales)
+    if len(bases) == 1 or dequantized.is_layer(bases[0]):
+        return Linears(bases, loras, None if dequantized.is_layer(bases[0]) else bases[0].weight.detach(), scales)
     stacked = torch.cat([base.weight.detach() for base in bases])
     for base, rows in zip(bases, stacked.split([base.out_features for base in bases]), strict=True):
         base.weight.data = rows  # the same values, now a view of the stack: optimiser and checkpoints see no difference
@@ -221,7 +224,8 @@ def _output(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
 
 def _lora_forward(linear: Linears) -> Callable[..., Any]:
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return linear(x.reshape(-1, x.shape[-1]).to(linear.stacked.dtype)).view(*x.shape[:-1], -1)
+        dtype: Any = linear.bases[0].compute_dtype if linear.stacked is None else linear.stacked.dtype
+        return linear(x.reshape(-1, x.shape[-1]).to(dtype)).view(*x.shape[:-1], -1)
 
     return forward
 

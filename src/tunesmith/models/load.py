@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.errors import ModelError, UserError
 from tunesmith.hub import ask
-from tunesmith.models import headers, probe, vocabulary
+from tunesmith.models import dequantized, headers, probe, quantized, vocabulary
 from tunesmith.models.locate import Folder, locate
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ def load_model(
 
     ``dtype``: default is the checkpoint's own. ``adapter`` says what becomes of an adapter: "attach" returns a peft model,
     "ignore" its base alone, "merge" a plain model with the adapter folded in (in fp32, then cast). ``trainable``: whether
-    parameters require gradients (of an attached adapter: the adapter's only). ``load_kwargs`` go to ``from_pretrained``.
+    parameters require gradients (of an attached adapter: the adapter's only). ``load_kwargs`` go to ``from_pretrained``. A base
+    that was quantised is quantised again as it was, from the checkpoint's own numbers; merged, it is what its bits stand for.
     Raises ModelError naming every tensor that is missing, unexpected or of another shape, and when an adapter's base is
     not the model it was trained on.
     """
@@ -122,14 +123,20 @@ def load_model(
     if attach:
         probe.check_base(folder.path, folder.network)
     wanted = dtype or checkpoint_dtype(folder.network)
+    kept = probe.read(folder.path).get("quantization") if attach else None
+    if kept and adapter == "attach":
+        load_kwargs = {**quantized.of_record(kept), **load_kwargs}
     model = _full(folder, head, torch.float32 if attach and adapter == "merge" else wanted, load_kwargs)
+    if kept and adapter == "merge":
+        quantized.write_values(model, _full(folder, head, torch.float32, {**load_kwargs, **quantized.of_record(kept)}))
     if attach:
         training = trainable and adapter == "attach"
         model = attached(folder, model, training)
         if not training:
             vocabulary.write_rows(model)
     else:
-        model.requires_grad_(trainable)
+        for parameter in model.parameters():
+            parameter.requires_grad_(trainable and parameter.is_floating_point())
     if attach and adapter == "merge":
         model = merged(model).to(wanted).requires_grad_(trainable)
     return model.eval()
@@ -161,6 +168,10 @@ def merged(model: Any) -> Any:
     """
     import torch
 
+    if quantized.record(model) is not None:
+        raise UserError(
+            'an adapter cannot be folded into 4 or 8 bits: load it with adapter="merge", onto what the bits stand for'
+        )
     for config in model.peft_config.values():
         check_mergeable(config)
     core = model.get_base_model()
@@ -209,10 +220,16 @@ def _full(folder: Folder, head: str, dtype: torch.dtype, load_kwargs: dict[str, 
     if head not in classes:
         raise ModelError(f"no model class for the head {head!r}: expected one of {', '.join(classes)}")
     path = folder.network
-    options = {"dtype": dtype, **load_kwargs, **_code(folder), "local_files_only": True, "use_safetensors": True}
+    own = checkpoint_dtype(path) if "quantization_config" in load_kwargs else dtype  # the bits must not depend on what computes
+    options = {"dtype": own, **load_kwargs, **_code(folder), "local_files_only": True, "use_safetensors": True}
     model, report = _explained(folder, lambda: classes[head].from_pretrained(path, output_loading_info=True, **options))
     unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
     _strict(path, type(model).__name__, report["missing_keys"], unexpected)
+    if "quantization_config" in load_kwargs:
+        dequantized.compute_in(model, dtype)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     return model
 
 

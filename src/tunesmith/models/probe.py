@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError
-from tunesmith.models import catalog, headers, store
+from tunesmith.models import catalog, headers, quantized, store
 
 FILE = "tunesmith.json"
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return")
@@ -64,6 +64,7 @@ def write_probe(folder: Path, model: Any, tokenizer: Any) -> None:
         "format": 1,
         "versions": {name: importlib.metadata.version(name) for name in ("tunesmith", "torch", "transformers", "peft")},
         "base": base,
+        "quantization": quantized.record(model),
         "probe": {"dtype": str(model.dtype).removeprefix("torch."), "answers": _answers(model, tokenizer)},
     }
     path = folder / FILE
@@ -118,13 +119,18 @@ def verify_probe(folder: Path, model: Any, tokenizer: Any) -> float | None:
 
 def last_logits(model: Any, ids: list[int]) -> Any:
     """fp32 logits (vocab,) after the last of ``ids``, with dropout off."""
+    return all_logits(model, ids)[-1]
+
+
+def all_logits(model: Any, ids: list[int]) -> Any:
+    """fp32 logits (tokens, vocab) after each of ``ids``, with dropout off."""
     import torch
 
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            return model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].float()
+            return model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
     finally:
         model.train(training)
 

@@ -11,11 +11,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the output's norm
 
 
 @torch.no_grad()
-def equal(kind: str, module: Any, forward: Callable[..., Any]) -> bool:
-    """Whether the new forward gives what the module's own gives, on a small random input."""
-    weights = [parameter for parameter in module.parameters()]
-    dtype = weights[0].dtype
-    width = weights[0].shape[-1]
+def equal(kind: str, module: Any, forward: Callable[..., Any], dtype: torch.dtype) -> bool:
+    """Whether the new forward gives what the module's own gives, on a small random input of ``dtype``."""
+    linear = next((one for one in module.modules() if hasattr(one, "in_features")), None)
+    width = module.weight.shape[-1] if linear is None else linear.in_features
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 8, width, generator=generator).to(dtype)
     if kind == "attention":

@@ -60,7 +60,7 @@ def show(model: str | Path) -> dict[str, Any]:
         "context_window": text.get("max_position_embeddings") or text.get("n_positions"),
         "parameters": parameters,
         "total_parameters": sum(part["count"] for part in parameters.values()),
-        "quantization": (config.get("quantization_config") or {}).get("quant_method"),
+        "quantization": _quantization(folder, config),
         "chat_template": _template(folder),
         "run": _run(folder),
         "saved_with": probe.read(folder.path).get("versions"),
@@ -127,6 +127,14 @@ def _adapter(path: Path) -> dict[str, Any]:
         "non_linearity": config.get("non_linearity"),
         **{key: config[key] for key in VIRTUAL if config.get("num_virtual_tokens") and key in config},
     }
+
+
+def _quantization(folder: Folder, config: dict[str, Any]) -> str | None:
+    """How the weights are kept; of an adapter, how its base was while it was trained."""
+    kept = probe.read(folder.path).get("quantization") if folder.kind == "adapter" else None
+    if not kept:
+        return (config.get("quantization_config") or {}).get("quant_method")
+    return f"{kept['quant_type']}{', double quantisation' if kept['use_double_quant'] else ''} (the base, while it was trained)"
 
 
 def _template(folder: Folder) -> dict[str, Any]:

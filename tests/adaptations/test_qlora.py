@@ -1,0 +1,336 @@
+"""QLoRA: LoRA beside a base of 4 or 8 bits, equal to peft's own on that base, whose bits never change and are made again on loading."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tunesmith
+from tests.numeric.test_parity import examples, plain_loss_and_gradients, take_gradients, with_gradients_everywhere
+from tests.runs import apart, history, killed_before, model_folder, recipe, weights
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tunesmith.adaptations import lora, qlora
+from tunesmith.engine import forecast, precision, route, setup
+from tunesmith.errors import MissingExtra, RecipeError
+from tunesmith.models import dequantized, head, quantized
+from tunesmith.models.load import load_model, locate
+from tunesmith.models.show import show
+from tunesmith.objectives import cpt, sft
+from tunesmith.recipe import parse
+
+pytest.importorskip("bitsandbytes")
+CPU = torch.device("cpu")
+KINDS = [("nf4", True), ("nf4", False), ("fp4", True), ("int8", None)]
+
+
+def adaptation(quant_type="nf4", twice=None, **keys):
+    given = {} if twice is None else {"use_double_quant": twice}
+    return qlora.Adaptation(qlora.Config(r=4, quant_type=quant_type, **given, **keys))
+
+
+def adapted(folder, chosen, dtype=torch.float32):
+    """A base on disk, quantised and adapted as a run does it, with an update that is not zero."""
+    model = chosen.apply(load_model(locate(folder), dtype=dtype, trainable=True, **chosen.load_kwargs()), "lm")
+    with_gradients_everywhere(model)
+    precision.cast(model, dtype)
+    return model
+
+
+def bits(model):
+    """Everything that the quantised layers are made of, by name."""
+    return {
+        f"{name}.{number}": tensor.clone()
+        for name, layer in model.named_modules()
+        if dequantized.is_layer(layer)
+        for number, tensor in enumerate(quantized._tensors(layer))
+    }
+
+
+def equal(ours, theirs):
+    return ours.keys() == theirs.keys() != set() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def relative(ours, theirs):
+    """Of all gradients together, relative to their norm."""
+    assert ours.keys() == theirs.keys()
+    norm = sum(float(value.float().square().sum()) for value in theirs.values()) ** 0.5
+    return sum(float((ours[name].float() - theirs[name].float()).square().sum()) for name in ours) ** 0.5 / norm
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("quant_type", "twice"), KINDS)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gpt2", "mistral"])
+def test_loss_and_gradients_are_pefts_own_on_the_same_bits(name, quant_type, twice, dtype, limit, tmp_path):
+    model = adapted(model_folder(tmp_path, name), adaptation(quant_type, twice), dtype)
+    objective = sft.Objective(sft.Config())
+    rows = examples(objective, tiny_tokenizer("chatml"))
+    for module in model.modules():
+        if dequantized.is_layer(module):
+            module.__dict__.pop("forward", None)  # int8: bitsandbytes' own product for training
+    model.train()
+    loss, gradients = plain_loss_and_gradients(model, rows)
+
+    precision.cast(model, dtype)
+    chosen = route.choose(model, objective, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
+    assert chosen.notes == [] or name == "mistral"
+    assert chosen.fused.kinds and (name == "gpt2" or "mlp" in chosen.fused.kinds or name == "gemma")
+    batch = objective.collate(rows, packed=chosen.packed)
+    total, _ = objective.loss(model, batch)
+    (total / int(objective.count(batch))).backward()
+    assert total.item() / int(objective.count(batch)) == pytest.approx(loss, rel=limit)
+    assert relative(take_gradients(model), gradients) < (limit if dtype is torch.float32 else 4 * limit)
+
+
+def test_the_product_is_the_one_with_its_numbers_written_out(tmp_path):
+    """Stacked layers, a bias, one layer without LoRA: in fp64's place, the closed form with W as a plain matrix."""
+    base = load_model(locate(model_folder(tmp_path, "llama")), **adaptation().load_kwargs())
+    attention = base.model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj]
+    torch.manual_seed(0)
+    x, a, b, bias = (torch.randn(*shape, requires_grad=True) for shape in ((5, 32), (3, 32), (48, 3), (48,)))
+    whole = torch.cat([dequantized.weight(layer, torch.float32) for layer in layers])
+    outputs = dequantized.Product.apply(x, layers, bias, a, b), x @ whole.t() + bias + x @ a.t() @ b.t()
+    found = [torch.autograd.grad(y.square().sum(), (x, a, b, bias)) for y in outputs]
+    assert torch.allclose(*outputs, atol=1e-4) and all(torch.allclose(*pair, rtol=1e-4, atol=1e-3) for pair in zip(*found))
+
+
+def test_a_product_keeps_only_its_input(tmp_path):
+    """Nothing of the size of a weight lives from forward to backward."""
+    base = load_model(locate(model_folder(tmp_path, "llama")), **adaptation().load_kwargs())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: (kept.append(one.numel()), one)[1], lambda one: one):
+        x, a, b = torch.randn(2, 32, requires_grad=True), torch.randn(4, 32), torch.randn(64, 4)
+        dequantized.Product.apply(x, [base.model.layers[0].mlp.gate_proj], None, a, b)
+    assert sum(kept) == 2 * (32 + 4) + a.numel() + b.numel() < 64 * 32
+
+
+@pytest.mark.parametrize(("quant_type", "twice"), KINDS)
+def test_no_bit_of_the_base_changes_and_loading_makes_them_again(quant_type, twice, tmp_path, monkeypatch):
+    """After steps, evaluations and saves; then by ``tunesmith.load``, in the checkpoint's dtype or another."""
+    built = []
+    monkeypatch.setattr(setup, "build", lambda *given, build=setup.build: built.append(build(*given)) or built[0])
+    keys = {} if twice is None else {"use_double_quant": twice}
+    made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4, "quant_type": quant_type, **keys}, eval_steps=1)
+    made["data"]["eval"] = {"fraction": 0.3}
+    made["samples"] = {"count": 1, "max_new_tokens": 3}
+    outcome = tunesmith.train(made, out=tmp_path / "run")
+    fresh = load_model(locate(made["model"]), **adaptation(quant_type, twice).load_kwargs())
+    trained = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): one for name, one in bits(built[0].model).items()
+    }
+    assert equal(trained, bits(fresh))
+    loaded, _ = tunesmith.load(outcome["model_dir"])
+    assert equal(bits(loaded), bits(built[0].model))
+    other = load_model(locate(outcome["model_dir"]), dtype=torch.bfloat16)
+    assert equal(bits(other), bits(loaded)) and other.dtype is torch.bfloat16
+    before = loaded(torch.tensor([[5, 6, 7, 8]])).logits
+    assert (other(torch.tensor([[5, 6, 7, 8]])).logits.float() - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_the_bits_come_from_the_checkpoints_own_numbers(tmp_path):
+    """Were an fp32 checkpoint rounded to bf16 first, the run's precision would choose the bits."""
+    folder = locate(model_folder(tmp_path, "llama"))
+    kwargs = adaptation().load_kwargs()
+    wide, narrow = (load_model(folder, dtype=dtype, **kwargs) for dtype in (torch.float32, torch.bfloat16))
+    rounded = tiny_model("llama").to(torch.bfloat16)
+    rounded.save_pretrained(tmp_path / "rounded")
+    assert equal(bits(wide), bits(narrow))
+    assert not equal(bits(wide), bits(load_model(locate(tmp_path / "rounded"), **kwargs)))
+
+
+def test_a_fresh_process_finds_the_same_answers(tmp_path):
+    made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4})
+    folder = tunesmith.train(made, out=tmp_path / "run")["model_dir"]
+    code = (
+        "import sys; from tunesmith.models import load, probe\n"
+        "model, tokenizer = load.load(sys.argv[1]); print(probe.verify_probe(load.locate(sys.argv[1]).path, model, tokenizer))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout) < 1e-5, done.stderr
+    kept = json.loads((tmp_path / "run" / "model" / "tunesmith.json").read_text())["quantization"]
+    assert kept == {"quant_type": "nf4", "use_double_quant": True, "blocksize": 64, "compute_dtype": "float32", "skipped": None}
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+@pytest.mark.parametrize("keys", [{"gradient_checkpointing": True}, {"packing": "off"}, {"micro_batch_tokens": 40}], ids=str)
+def test_how_a_step_is_computed_does_not_change_it(keys, quant_type, tmp_path):
+    made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4, "quant_type": quant_type})
+    tunesmith.train(made, out=tmp_path / "straight")
+    made["train"].update(keys)
+    outcome = tunesmith.train(made, out=tmp_path / "other")
+    assert not json.loads((tmp_path / "other" / "manifest.json").read_text())["route"]["notes"]
+    assert apart(weights(tmp_path / "straight" / "model"), weights(outcome["model_dir"])) < 2e-5
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_killed_run_goes_on_bit_for_bit(compute, tmp_path):
+    made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4, "lora_dropout": 0.2}, save_steps=1, precision=compute)
+    tunesmith.train(made, out=tmp_path / "straight")
+    killed_before(3, made, tmp_path / "killed")
+    tunesmith.train(made, out=tmp_path / "killed", resume=True)
+    assert history(tmp_path / "straight") == history(tmp_path / "killed")
+    assert apart(weights(tmp_path / "straight" / "model"), weights(tmp_path / "killed" / "model")) == 0
+
+
+def continued(made, folder, kind):
+    return {**made, "model": str(folder), "adapter": "continue", "adaptation": kind}
+
+
+def test_an_adapter_is_continued_on_the_base_it_knows(tmp_path):
+    made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4, "quant_type": "fp4"}, max_steps=8)
+    first = {**made, "train": {**made["train"], "lr_scheduler_type": "constant", "max_steps": 4, "shuffle": False}}
+    tunesmith.train(first, out=tmp_path / "run")
+    on = tunesmith.train(continued(first, tmp_path / "run", "qlora"), out=tmp_path / "on")
+    losses = [[record["loss"] for record in history(tmp_path / name) if record["kind"] == "train"] for name in ("run", "on")]
+    assert losses[1][0] < losses[0][0]
+    assert json.loads((tmp_path / "on" / "manifest.json").read_text())["quantization"]["quant_type"] == "fp4"
+    assert quantized.record(tunesmith.load(on["model_dir"])[0])["quant_type"] == "fp4"
+    with pytest.raises(RecipeError, match=r"quant_type \(it has fp4\)"):
+        tunesmith.check(continued(first, tmp_path / "run", {"type": "qlora", "quant_type": "nf4"}))
+    with pytest.raises(RecipeError, match=r"trained on its base in fp4.*\n.*adaptation: qlora"):
+        tunesmith.check(continued(first, tmp_path / "run", "lora"))
+
+
+def test_an_adapter_of_the_base_as_it_is_is_not_continued_on_bits(tmp_path):
+    made = recipe(tmp_path, adaptation={"type": "lora", "r": 4})
+    tunesmith.train(made, out=tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"trained on its base as it is.*\n.*adaptation: lora"):
+        tunesmith.check(continued(made, tmp_path / "run", "qlora"))
+
+
+def test_without_bitsandbytes_the_extra_is_named_before_anything_loads(tmp_path, monkeypatch):
+    made = recipe(tmp_path, adaptation="qlora")
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup, "prepare", lambda *given, **keys: pytest.fail("data were read"))
+    with pytest.raises(MissingExtra, match=r"adaptation=qlora needs the package 'bitsandbytes'.*\n.*tunesmith\[bnb\]"):
+        tunesmith.train(made, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"init_lora_weights": "pissa"}, "pissa starts from the base's weights"),
+        ({"init_lora_weights": "olora"}, "olora starts from the base's weights"),
+        ({"init_lora_weights": "loftq"}, "loftq is not offered here"),
+        ({"quant_type": "int8", "use_double_quant": False}, "use_double_quant does nothing with quant_type: int8"),
+        ({"quant_type": "int4"}, "`adaptation.quant_type`: expected 'nf4', 'fp4' or 'int8', got 'int4'"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(keys, said, tmp_path):
+    with pytest.raises(RecipeError) as raised:
+        parse(recipe(tmp_path, adaptation={"type": "qlora", **keys}))
+    assert said in str(raised.value)
+
+
+def test_gaussian_starts_are_plain_loras(tmp_path):
+    made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4, "init_lora_weights": "gaussian"})
+    tunesmith.train(made, out=tmp_path / "run")
+    assert quantized.record(tunesmith.load(tmp_path / "run")[0])
+
+
+WIDE = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, head_dim=64, vocab_size=512)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("wide") / "model", **WIDE)
+
+
+def test_four_bits_take_what_they_promise(wide):
+    """0.5 byte a number and a scale for 64; double quantisation makes a scale 1 byte: 32/64 - (8/64 + 32/(64 * 256)) = 0.373 bit.
+    The tables (64 B and 1 kB a layer) are 0.1 bit here and nothing in a real layer, so they are left out of the comparison.
+    """
+    found = {}
+    for twice in (True, False):
+        model = load_model(locate(wide), dtype=torch.bfloat16, **adaptation("nf4", twice).load_kwargs())
+        facts = quantized.measured(model)
+        tables = facts["layers"] * (64 + (1024 + 4) * twice)
+        found[twice] = 8 * (facts["bytes"] - tables) / facts["parameters"]
+        assert facts["base_bytes_before"] - facts["base_bytes"] == 2 * facts["parameters"] - facts["bytes"]
+    assert found[False] == 4.5 and found[True] == pytest.approx(4.5 - 0.373, abs=1e-3)
+    assert found[False] / 16 < 0.32
+
+
+@pytest.mark.parametrize(("quant_type", "twice"), KINDS)
+@pytest.mark.parametrize("keys", [{}, {"modules_to_save": ["lm_head", "down_proj"]}], ids=["all", "some left out"])
+def test_what_it_will_take_is_known_before(wide, quant_type, twice, keys):
+    kwargs = adaptation(quant_type, twice, **keys).load_kwargs()
+    with torch.device("meta"):
+        expected = quantized.estimate(_empty(wide), kwargs)
+    facts = quantized.measured(load_model(locate(wide), **kwargs))
+    assert expected.parameters == facts["parameters"]
+    assert expected.bytes == pytest.approx(facts["bytes"], rel=0.04)
+
+
+def _empty(folder):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def test_a_model_that_fits_only_in_four_bits_is_not_refused(wide, tmp_path):
+    made = {**recipe(tmp_path, adaptation="lora"), "model": str(wide)}
+    whole, four = (
+        setup.read(parse({**made, "adaptation": kind}), CPU, lambda line: None)
+        for kind in ({"type": "lora", "r": 1}, {"type": "qlora", "r": 1})
+    )
+    room = 4 * whole.parameters["total"]
+    with pytest.raises(RecipeError, match="or qlora"):
+        forecast.check_weights(whole, room)
+    forecast.check_weights(four, room)
+    with pytest.raises(RecipeError, match="are missing before the first row"):
+        forecast.check_weights(four, room // 16)
+
+
+def test_the_bases_memory_is_said_and_kept(tmp_path):
+    outcome = tunesmith.train(recipe(tmp_path, adaptation={"type": "qlora", "r": 4}), out=tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    (line,) = [note for note in manifest["notes"] if note.startswith("the base takes")]
+    assert "14 layers in nf4, double quantisation" in line
+    facts = manifest["quantization"]
+    assert (outcome["base_bytes"], outcome["base_bytes_before"]) == (facts["base_bytes"], facts["base_bytes_before"])
+    assert facts["base_bytes"] < facts["base_bytes_before"]
+    assert "nf4, double quantisation" in show(tmp_path / "run")["quantization"]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]},
+        {"rank_pattern": {"q_proj": 2}, "layers_to_transform": [1]},
+        {"loraplus_lr_ratio": 4.0},
+    ],
+    ids=str,
+)
+def test_loras_own_keys_hold(keys, tmp_path):
+    made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4, **keys})
+    made["add_tokens"] = ["<tool>"]
+    folder = tunesmith.train(made, out=tmp_path / "run")["model_dir"]
+    model, tokenizer = tunesmith.load(folder)
+    assert len(tokenizer("<tool>", add_special_tokens=False)["input_ids"]) == 1
+    for name in keys.get("modules_to_save", []):
+        copies = [one for key, one in model.named_modules() if key.endswith(f"{name}.modules_to_save.default")]
+        assert copies and not any(map(dequantized.is_layer, (inner for one in copies for inner in one.modules())))
+
+
+def test_lora_and_qlora_share_their_keys():
+    assert set(qlora.Config.model_fields) - set(lora.Config.model_fields) == {"quant_type", "use_double_quant"}
+
+
+def test_documents_too(tmp_path):
+    model = adapted(model_folder(tmp_path, "llama"), adaptation())
+    objective = cpt.Objective(cpt.Config())
+    rows = examples(objective, tiny_tokenizer())
+    assert route.choose(model, objective, rows, 200, "auto", CPU).packed
+    assert head.base(model).config.vocab_size == 512
+
+
+def test_shards_are_refused_before_anything_loads(tmp_path):
+    made = recipe(tmp_path, adaptation="qlora")
+    with pytest.raises(RecipeError, match="--deepspeed does not go with a base in 4 or 8 bits"):
+        tunesmith.train(made, out=tmp_path / "run", deepspeed=tmp_path / "ds.json")
