@@ -39,8 +39,8 @@ def factors_of(layer: Any, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 def _largest(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The ``rank`` largest singular values of W (out, in) with their vectors, (out, r), (r,), (r, in), in fp64.
 
-    From the eigenvectors of the smaller of W W^T and W^T W: in fp64 that is exact enough in fp32, and several times faster than
-    a decomposition of W. The sign of each pair of vectors is fixed, so that any machine finds the same.
+    From the eigenvectors of the smaller of W W^T and W^T W, in fp64: exact enough in fp32, so that another machine or number
+    of threads finds the same start. The sign of each pair of vectors is fixed for the same reason.
     """
     exact = weight.double()
     tall = exact.shape[0] > exact.shape[1]
