@@ -163,3 +163,11 @@ def test_show_counts_the_vectors(tmp_path):
     tunesmith.train(recipe(tmp_path, adaptation="ia3", max_steps=1), out=tmp_path / "run")
     parameters = show(tmp_path / "run")["parameters"]
     assert parameters["adapter: ia3 vectors"] == parameters["adapter"] == {"count": 192, "dtypes": ["F32"]}
+
+
+def test_an_adapter_is_continued_as_what_it_is(tmp_path):
+    made = recipe(tmp_path, adaptation="ia3", max_steps=1)
+    first = tunesmith.train(made, out=tmp_path / "first")
+    further = {**made, "model": first["model_dir"], "adapter": "continue", "adaptation": "lora"}
+    with pytest.raises(RecipeError, match="this adapter is ia3, and adaptation: lora"):
+        tunesmith.check(further)

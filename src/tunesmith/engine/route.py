@@ -106,7 +106,7 @@ def choose(
     route.fused = fused.install(model, stack)
 
     def differs() -> str | None:
-        return _difference(expected, _loss_and_gradients(model, objective, rows, route.packed, device))
+        return _difference(expected, _loss_and_gradients(model, objective, rows, route.packed, device), model.dtype)
 
     steps: list[tuple[str, Callable[[], None]]] = [
         ("the fused layers are off", lambda: _switch_off(route)),
@@ -140,7 +140,7 @@ def recompute(model: Any, objective: Objective, examples: Sequence[Example], rou
         warnings.simplefilter("ignore", FutureWarning)  # its name is going; transformers 5.17 knows no other
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inner.disable_input_require_grads()  # only the reentrant kind needs a gradient for the frozen embeddings; it costs time
-    difference = _difference(expected, _repeatable(model, objective, rows, route, device))
+    difference = _difference(expected, _repeatable(model, objective, rows, route, device), model.dtype)
     if difference is None:
         route.recomputed = True
     else:
@@ -166,7 +166,8 @@ def compile_layers(model: Any, objective: Objective, examples: Sequence[Example]
     compiled.enable(model)
     try:
         found = [_repeatable(model, objective, some, route, device) for some in (rows, rows[:1])]
-        difference = next((one for one in map(_difference, expected, found) if one is not None), None)
+        differences = [_difference(*pair, model.dtype) for pair in zip(expected, found, strict=True)]
+        difference = next((one for one in differences if one is not None), None)
     except RuntimeError as error:  # no compiler, no Triton, or code that it cannot trace: torch has no one class for these
         if machine.is_out_of_memory(error):
             raise
@@ -283,9 +284,10 @@ def _loss_and_gradients(
     return value, gradients
 
 
-def _difference(expected: tuple[float, list[torch.Tensor]], got: tuple[float, list[torch.Tensor]]) -> str | None:
-    """What is further apart than the dtype explains, or None. Not finite on both sides is the run's affair, not the route's."""
-    dtype = expected[1][0].dtype if expected[1] else torch.float32
+def _difference(
+    expected: tuple[float, list[torch.Tensor]], got: tuple[float, list[torch.Tensor]], dtype: torch.dtype
+) -> str | None:
+    """What is further apart than the network's ``dtype`` explains, or None. Not finite on both sides is the run's affair."""
     loss_limit, gradient_limit = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
     if not np.isfinite(expected[0]):
         return None

@@ -212,6 +212,13 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
         )
     whole = kind in ("full", "features")
     if recipe.adapter == "continue" and not whole:
+        saved = load.adapter_config(folder.path)
+        made = load.KINDS.get(str(getattr(saved.peft_type, "value", saved.peft_type)), "of another kind")
+        if made != kind.removeprefix("q"):
+            raise RecipeError(
+                f"adapter: continue: this adapter is {made}, and adaptation: {kind} would learn at another's rate and keys.\n"
+                f"  Take adaptation: {made}, or start a new one with adapter: merge or adapter: new."
+            )
         recorded = probe.read(folder.path).get("quantization") or {}
         asked = "quantization_config" in adaptations.module(kind).Adaptation(recipe.adaptation).load_kwargs()
         if asked != bool(recorded):
@@ -220,7 +227,6 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
                 f"adapter: continue: this adapter was trained on its base {base}, and adaptation: {kind} has another.\n"
                 f"  Take adaptation: {'qlora' if recorded else 'lora'}, or start a new one with adapter: merge or adapter: new."
             )
-        saved = load.adapter_config(folder.path)
         chosen = recipe.adaptation.model_fields_set - adaptations.module(kind).Adaptation.keys_of_learning
         other = [f"{key} (it has {was})" for key in sorted(chosen) if (was := _made_otherwise(recipe, key, saved, recorded))]
         if other:

@@ -31,6 +31,8 @@ _SILENT = {
     "BITSANDBYTES_NOWELCOME": "1",
 }
 _LIBRARIES = r"(transformers|peft|bitsandbytes|accelerate|huggingface_hub|torch)(\.|$)"
+KINDS = {"LORA": "lora", "IA3": "ia3", "BOTTLENECK": "bottleneck", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
+"""peft's names of the adapters that a recipe can make, and ours."""
 _OLD_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Constants that old checkpoints carry and today's classes compute: they hold nothing that was learnt."""
 
