@@ -43,8 +43,6 @@ ADAPTATIONS = {
         "modules_to_save",
         "loraplus_lr_ratio",
         "init_lora_weights",
-        "rank_pattern",
-        "alpha_pattern",
         "layers_to_transform",
     },
     "prefix": {"num_virtual_tokens", "prefix_projection", "encoder_hidden_size"},
@@ -63,6 +61,7 @@ EITHER_OR = [
     ("use_dora", "init_lora_weights"),
     ("trust_remote_code", "add_tokens"),
     ("path", "sets"),
+    ("fraction", "sets"),
     ("streaming", "cache"),
     ("expand_turns", "train_on"),
 ]

@@ -282,7 +282,8 @@ def _explain(model: type[BaseModel], errors: Sequence[Any], text: recipe_text.Te
                 here = ", ".join(sorted(valid))
                 lines.append(f"{where}: `{key}` belongs to {kinds}. Choose that, or leave the key out. Valid here: {here}")
             else:
-                lines.append(f"{where}: unknown key `{key}`. {did_you_mean(name, valid, _places(name))}")
+                elsewhere = [HELD_BY[name]] if name in HELD_BY else _places(name)
+                lines.append(f"{where}: unknown key `{key}`. {did_you_mean(name, valid, elsewhere)}")
         elif error["type"] == "missing":
             if error["loc"][:-1] not in unknown_in:  # else the unknown key is the missing one, mistyped
                 lines.append(f"{where}: the key `{key}` is missing")
@@ -294,6 +295,12 @@ def _explain(model: type[BaseModel], errors: Sequence[Any], text: recipe_text.Te
     lines += [f"{where}: `{key}`: expected {' or '.join(wanted)}, got {got}" for (where, key, got), wanted in expected.items()]
     return lines
 
+
+HELD_BY = {
+    "rank_pattern": "adaptation.r: {default: 8, PATTERN: 16}",
+    "alpha_pattern": "adaptation.lora_alpha: {default: 16, PATTERN: 32}",
+}
+"""Keys of peft's whose values stand in another key here."""
 
 PARTS = {"objective": objectives, "adaptation": adaptations}
 """Keys of a recipe whose own keys depend on their ``type``."""

@@ -17,7 +17,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.models import factors, fused
 
 STARTS = ("pissa", "olora", "pissa_niter_99")
-VARIED = {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3.0, "down_proj": 40.0}}
+VARIED = {"use_rslora": True, "r": {"default": 4, "q_proj": 2}, "lora_alpha": {"default": 8, "q_proj": 3.0, "down_proj": 40.0}}
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 40, 41, 42]])
 
 
@@ -84,10 +84,10 @@ def test_the_network_that_was_trained_and_the_saved_one_agree(tmp_path):
     model = adapted(tiny_model("llama"), init_lora_weights="pissa", **VARIED)
     steps(model, 8)
     expected = model(IDS).logits
-    plain = adapted(tiny_model("llama"), r=8, lora_alpha=8 * 2**0.5, use_rslora=True,
-                    rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 3 * 2**0.5, "down_proj": 40 * 2**0.5})  # fmt: skip
+    alphas = {name: alpha * 2**0.5 for name, alpha in VARIED["lora_alpha"].items()}
+    plain = adapted(tiny_model("llama"), r={"default": 8, "q_proj": 4}, lora_alpha=alphas, use_rslora=True)
     tiny_model("llama").save_pretrained(tmp_path / "base")
-    lora.Adaptation(lora.Config(r=4, lora_alpha=8, init_lora_weights="pissa", **VARIED)).save(model, tmp_path)
+    lora.Adaptation(lora.Config(init_lora_weights="pissa", **VARIED)).save(model, tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     names = {name.replace(".default", ""): value for name, value in plain.named_parameters() if value.requires_grad}
     assert names.keys() == saved.keys()
@@ -147,6 +147,25 @@ def test_a_saved_start_can_be_trained_on_and_merged(tmp_path):
     assert facts["max_logit_difference"] < 1e-4
     with pytest.raises(RecipeError, match=r"names another r \(it has 8\)"):
         tunesmith.train({**further, "adaptation": {"type": "lora", "r": 4}}, out=tmp_path / "no")
+
+
+def test_numbers_by_layer_reach_peft_as_its_patterns():
+    config = adapted(tiny_model("llama"), **VARIED).peft_config["default"]
+    assert (config.r, config.rank_pattern) == (4, {"q_proj": 2})
+    assert (config.lora_alpha, config.alpha_pattern) == (8, {"q_proj": 3, "down_proj": 40})
+    assert lora.Config(r={"default": 4}) == lora.Config(r=4)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_an_adapter_with_numbers_by_layer_is_continued_with_the_same_only(key, tmp_path):
+    same, other = {"default": 4, "q_proj": 2}, {"default": 4, "q_proj": 1}
+    made = recipe(tmp_path, adaptation={"type": "lora", "r": 4, key: same}, max_steps=1)
+    first = tunesmith.train(made, out=tmp_path / "first")
+    further = {**made, "model": first["model_dir"], "adapter": "continue"}
+    tunesmith.check({**further, "adaptation": {"type": "lora", key: same}})
+    for wrong in (4, other):
+        with pytest.raises(RecipeError, match=rf"names another {key} \(it has {{'default': 4.*, 'q_proj': 2"):
+            tunesmith.check({**further, "adaptation": {"type": "lora", key: wrong}})
 
 
 FORMS = {
@@ -226,7 +245,7 @@ def test_the_number_of_trained_parameters_in_closed_form(name, start):
     with torch.device("meta"):
         model = adapted(_empty(name), init_lora_weights=start)
         assert trained(model) == 2 * sum(4 * (a + b) for a, b in layers.values())
-        model = adapted(_empty(name), rank_pattern={first: 2}, layers_to_transform=[1], init_lora_weights=start)
+        model = adapted(_empty(name), r={"default": 4, first: 2}, layers_to_transform=[1], init_lora_weights=start)
         assert trained(model) == sum((2 if end == first else 4) * (a + b) for end, (a, b) in layers.items())
 
 
@@ -251,9 +270,9 @@ def test_the_number_of_trained_parameters_of_a_body(kind):
 
 REFUSED = {
     "rank above a layer": ({"r": 17, "target_modules": ["q_proj", "k_proj"]}, ["r: the rank 17", "layers.0.self_attn.k_proj", "32 x 16"]),
-    "rank above one by pattern": ({"rank_pattern": {"v_proj": 20}}, ["rank_pattern.v_proj", "v_proj", "16"]),
-    "rank pattern": ({"rank_pattern": {"q_porj": 2}}, ["rank_pattern", "q_porj", "nearest: `q_proj`"]),
-    "alpha pattern outside the targets": ({"alpha_pattern": {"q_proj": 2.0}, "target_modules": ["v_proj"]}, ["alpha_pattern", "v_proj"]),
+    "rank above one by pattern": ({"r": {"default": 4, "v_proj": 20}}, ["adaptation.r.v_proj: the rank 20", "32 x 16"]),
+    "rank pattern": ({"r": {"default": 4, "q_porj": 2}}, ["adaptation.r.q_porj", "nearest: `q_proj`"]),
+    "alpha pattern outside the targets": ({"lora_alpha": {"default": 8, "q_proj": 2.0}, "target_modules": ["v_proj"]}, ["adaptation.lora_alpha.q_proj", "v_proj"]),
     "layers": ({"layers_to_transform": [0, 2]}, ["no layer 2", "layers 0 to 1"]),
     "layers and a pattern": ({"layers_to_transform": 0, "target_modules": ".*q_proj"}, ["goes with a list of names"]),
     "start of an embedding": ({"target_modules": ["embed_tokens"], "init_lora_weights": "pissa"}, ["embed_tokens", "linear"]),

@@ -302,7 +302,7 @@ def test_the_bases_memory_is_said_and_kept(tmp_path):
         {"use_rslora": True},
         {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]},
-        {"rank_pattern": {"q_proj": 2}, "layers_to_transform": [1]},
+        {"r": {"default": 4, "q_proj": 2}, "layers_to_transform": [1]},
         {"loraplus_lr_ratio": 4.0},
     ],
     ids=str,

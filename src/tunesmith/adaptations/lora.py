@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from tunesmith.errors import RecipeError
 from tunesmith.models import patterns, vocabulary
@@ -30,12 +30,12 @@ NOT_HERE = {
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    r: int = Field(8, gt=0, description="rank of the update")
-    rank_pattern: dict[str, int] = Field(
-        default_factory=dict, description="other ranks, by the end of a layer's name: {q_proj: 16}"
+    r: int | dict[str, Any] = Field(
+        8, description="rank of the update; by the end of a layer's name (peft's rank_pattern): {default: 8, down_proj: 16}"
     )
-    lora_alpha: float = Field(16, gt=0, description="the update is scaled by lora_alpha / r")
-    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="other values of lora_alpha, by the end of a name")
+    lora_alpha: float | dict[str, Any] = Field(
+        16.0, description="the update is scaled by lora_alpha / r; by name (peft's alpha_pattern): {default: 16, down_proj: 32}"
+    )
     init_lora_weights: Literal[True] | str = Field(
         True, description="where A and B start: true (A random, B zero), gaussian, pissa, pissa_niter_N or olora"
     )
@@ -57,13 +57,43 @@ class Config(BaseModel):
         reason = f"{value} is not offered here: {NOT_HERE[name]}" if name in NOT_HERE else f"unknown start {value!r}"
         raise ValueError(f"{reason}. Expected true, gaussian, pissa, pissa_niter_N (such as pissa_niter_16) or olora")
 
-    @field_validator("rank_pattern", "alpha_pattern")
+    @field_validator("r", "lora_alpha")
     @classmethod
-    def _above_zero(cls, pattern: dict[str, Any]) -> dict[str, Any]:
-        wrong = next((f"{key}: {value}" for key, value in pattern.items() if not value > 0), None)
-        if wrong:
-            raise ValueError(f"expected numbers above 0, got {wrong}")
-        return pattern
+    def _for_all_or_by_layer(cls, given: Any, info: ValidationInfo) -> Any:
+        """A mapping says what holds for all other layers; one that says nothing more is that number."""
+        number, wanted = (int, "a whole number") if info.field_name == "r" else (float, "a number")
+        for name, value in given.items() if isinstance(given, dict) else [(None, given)]:
+            if type(value) not in (int, number) or not value > 0:
+                place = "" if name is None else f" at adaptation.{info.field_name}.{name}"
+                raise ValueError(f"expected {wanted} greater than 0{place}, got {value!r}")
+        if not isinstance(given, dict):
+            return given
+        if "default" not in given:
+            raise ValueError("the key `default` is missing: expected a number, or a mapping such as {default: 8, down_proj: 16}")
+        for name in given:
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(f"{name!r} is no pattern for the end of a layer's name: {error}") from None
+        return given if len(given) > 1 else number(given["default"])
+
+    @property
+    def rank(self) -> int:
+        """Of the layers that no pattern names."""
+        return int(_default(self.r))
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """Other ranks, by patterns for the ends of layers' names, as peft takes them."""
+        return _others(self.r)
+
+    @property
+    def alpha(self) -> float:
+        return float(_default(self.lora_alpha))
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        return {name: float(value) for name, value in _others(self.lora_alpha).items()}
 
     @property
     def begins(self) -> str | None:
@@ -104,10 +134,10 @@ class Adaptation:
             wanted = _names_in_layers(model, wanted, self.config.layers_to_transform)
         config = LoraConfig(
             task_type=TASK[head],
-            r=self.config.r,
-            rank_pattern=dict(self.config.rank_pattern),
-            lora_alpha=self.config.lora_alpha,
-            alpha_pattern=dict(self.config.alpha_pattern),
+            r=self.config.rank,
+            rank_pattern=self.config.rank_pattern,
+            lora_alpha=self.config.alpha,
+            alpha_pattern=self.config.alpha_pattern,
             init_lora_weights=True if begins else self.config.init_lora_weights,
             lora_dropout=self.config.lora_dropout,
             target_modules=wanted,
@@ -134,24 +164,25 @@ class Adaptation:
     def _check_patterns(self, chosen: Mapping[str, Any]) -> None:
         """Raise RecipeError for a pattern that names none of the ``chosen`` layers, a rank above a layer's size, or a start that
         a layer cannot have."""
-        for key, given in (("rank_pattern", self.config.rank_pattern), ("alpha_pattern", self.config.alpha_pattern)):
+        for key, given in (("r", self.config.rank_pattern), ("lora_alpha", self.config.alpha_pattern)):
             idle = [pattern for pattern in given if not any(_pattern_of([pattern], name) for name in chosen)]
             if idle:
                 ends = sorted({name.rpartition(".")[2] for name in chosen})
                 raise RecipeError(
-                    f"adaptation.{key} matches no layer that gets a LoRA: `{idle[0]}`{patterns.hint(idle[0], ends)}.\n"
+                    f"adaptation.{key}.{idle[0]} matches no layer that gets a LoRA{patterns.hint(idle[0], ends)}.\n"
                     f"  Those that do end in: {', '.join(ends)}"
                 )
         for name, module in chosen.items():
             pattern = _pattern_of(list(self.config.rank_pattern), name)
-            rank = self.config.r if pattern is None else self.config.rank_pattern[pattern]
+            rank = self.config.rank if pattern is None else self.config.rank_pattern[pattern]
             size = _size(module)
             if rank > min(size):
-                key = "r" if pattern is None else f"rank_pattern.{pattern}"
+                key = "r" if pattern is None else f"r.{pattern}"
                 raise RecipeError(
                     f"adaptation.{key}: the rank {rank} is above the size of {name}, which is {size[0]} x {size[1]}: "
                     f"an update of it has at most rank {min(size)}.\n"
-                    "  Take a smaller rank, or give this layer its own with adaptation.rank_pattern."
+                    f"  Take a smaller rank, or give this layer its own: {{r: {{default: {self.config.rank}, "
+                    f"{name.rpartition('.')[2]}: {min(size)}}}}}"
                 )
             if self.config.begins and not hasattr(module, "bias"):
                 raise RecipeError(
@@ -197,6 +228,15 @@ class Adaptation:
         model.save_pretrained(folder, save_embedding_layers=False)
         if begun := factors.started(model):
             starts.write_plain(folder, begun, self.config.use_rslora)
+
+
+def _default(given: Any) -> Any:
+    return given["default"] if isinstance(given, dict) else given
+
+
+def _others(given: Any) -> dict[str, Any]:
+    """What a key says of single layers, beside its ``default``."""
+    return {name: value for name, value in given.items() if name != "default"} if isinstance(given, dict) else {}
 
 
 def _stores_weights_transposed(model: Any) -> bool:

@@ -33,6 +33,9 @@ from tunesmith.recipe import Recipe
 STREAM_ROWS = 10_000
 """Rows of a stream between two words about it."""
 
+BY_LAYER = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+"""Keys of a recipe that peft keeps in two: what holds for most layers, and what for those named."""
+
 WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
@@ -243,6 +246,8 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
 def _made_otherwise(recipe: Recipe, key: str, saved: Any, recorded: Mapping[str, Any]) -> str | None:
     """What the ``saved`` adapter (or its base, as ``recorded``) has of a key of the recipe, if that is another."""
     wanted, has = getattr(recipe.adaptation, key), recorded.get(key, getattr(saved, key, None))
+    if others := getattr(saved, BY_LAYER.get(key, ""), None):
+        has = {"default": has, **others}
     if isinstance(has, set | list):
         has, wanted = sorted(has), sorted(wanted) if isinstance(wanted, list) else wanted
     return None if wanted == has or (not wanted and not has) else f"{has}"
