@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -190,3 +191,16 @@ def test_every_process_gets_as_many_micro_batches_while_its_rows_last(packed):
     assert [len(groups) for groups in parts] == [4, 4] or [len(groups) for groups in parts] == [3, 3]
     assert sorted(place for groups in parts for group in groups for place in group) == list(range(8))
     assert batching.most_micro_batches(plan, 1, 9, packed, 2) == len(parts[0])
+
+
+def test_a_lock_that_a_killed_compilation_left_is_removed(tmp_path):
+    """Whoever finds one waits for it without end, and so would every later run."""
+    left, held, other = (
+        tmp_path / "py311" / name / "lock" for name in ("deepspeed_shm_comm", "deepspeed_now", "of_somebody_else")
+    )
+    for lock, age in ((left, 301), (held, 10), (other, 301)):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+    zero.unlock(tmp_path)
+    assert (left.exists(), held.exists(), other.exists()) == (False, True, True)

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from tunesmith.engine.config import TrainConfig
 from tunesmith.engine.masters import moments, rounding_seed
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.models import kernels
+
+STALE_SECONDS = 300
+"""A lock so old belongs to nobody: what it guards is compiled in less than one minute."""
 
 OPTIMISERS = ("adamw", "sgd")
 """Those that treat every number alike: a process has a stretch of numbers, not matrices, and state in 32 bits."""
@@ -125,6 +129,13 @@ def hushed() -> Iterator[None]:
         yield
 
 
+def unlock(extensions: Path) -> None:
+    """Remove locks that a killed compilation of DeepSpeed's code left under ``extensions``: who finds one waits without end."""
+    for lock in extensions.glob("**/deepspeed_*/lock"):
+        if time.time() - lock.stat().st_mtime > STALE_SECONDS:
+            lock.unlink(missing_ok=True)
+
+
 class Shards:
     """What is trained of a network, each process with a part of it: ``engine.masters.Trained`` by DeepSpeed's ZeRO-2.
 
@@ -148,8 +159,12 @@ class Shards:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         with hushed():
             import deepspeed
+            from torch.utils.cpp_extension import get_default_build_root
 
             _alone()
+            if distributed.state().is_main_process:
+                unlock(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
+            distributed.wait()
             self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config), dist_init_required=False)[0]
         for name, parameter in self.parameters.items():
             self._set(parameter, whole[name])
