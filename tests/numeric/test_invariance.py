@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 import tunesmith
-from tests.runs import apart, recipe, weights
+from tests.runs import apart, model_folder, recipe, weights
 from tests.tiny import TINY
 from tunesmith.engine import tracking
 
@@ -68,8 +68,6 @@ def test_any_split_makes_the_same_update_and_evaluation_of_every_adaptation(name
 
 
 def test_model_dropout_makes_the_same_update_for_any_split(tmp_path):
-    from tests.runs import model_folder
-
     model_folder(tmp_path, "gpt2", resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1)
     made = recipe(tmp_path, "gpt2", learning_rate=1e-3, optim_args={"eps": 1e-3})
     whole = train(made, tmp_path / "whole")
@@ -119,9 +117,12 @@ def same_run(one, other):
 DRAWN_AND_RECOMPUTED = {"neftune_noise_alpha": 5.0, "gradient_checkpointing": True}
 
 
+@pytest.mark.parametrize("adaptation", ["lora-dropout", "bottleneck", "prefix", "prompt"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_noise_on_the_embeddings_and_recomputed_layers_make_the_same_update_for_any_split(name, tmp_path):
-    made = recipe(tmp_path, name, "sft", ADAPTATIONS["lora-dropout"], learning_rate=1e-3, optim_args={"eps": 1e-3})
+def test_noise_on_the_embeddings_and_recomputed_layers_make_the_same_update_for_any_split(name, adaptation, tmp_path):
+    model_folder(tmp_path, name, **({"resid_pdrop": 0.2, "embd_pdrop": 0.1} if name == "gpt2" else {}))
+    chosen = {**ADAPTATIONS, **OTHERS}[adaptation]
+    made = recipe(tmp_path, name, "sft", chosen, learning_rate=1e-3, optim_args={"eps": 1e-3})
     made["train"] |= DRAWN_AND_RECOMPUTED
     whole = train(made, tmp_path / "whole")
     for number, split in enumerate(SPLITS):
