@@ -10,7 +10,7 @@ import torch
 import tunesmith
 from tests.numeric.test_parity import examples, plain_loss_and_gradients, take_gradients, with_gradients_everywhere
 from tests.runs import apart, history, killed_before, model_folder, recipe, weights
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import lora, qlora
 from tunesmith.engine import forecast, precision, route, setup
 from tunesmith.errors import MissingExtra, RecipeError
@@ -81,6 +81,19 @@ def test_loss_and_gradients_are_pefts_own_on_the_same_bits(name, quant_type, twi
     (total / int(objective.count(batch))).backward()
     assert total.item() / int(objective.count(batch)) == pytest.approx(loss, rel=limit)
     assert relative(take_gradients(model), gradients) < (limit if dtype is torch.float32 else 4 * limit)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_number_of_trained_parameters_is_loras(name, tmp_path):
+    """A weight of 4 bits has a shape of its own; the layer's size is not that."""
+    counts = [
+        sum(p.numel() for p in model.parameters() if p.requires_grad)
+        for model in (
+            adapted(model_folder(tmp_path, name), adaptation()),
+            lora.Adaptation(lora.Config(r=4)).apply(tiny_model(name), "lm"),
+        )
+    ]
+    assert counts[0] == counts[1] > 0  # of LoRA's own the closed form is known
 
 
 def test_the_product_is_the_one_with_its_numbers_written_out(tmp_path):

@@ -20,7 +20,7 @@ from tunesmith.errors import ModelError, RecipeError, UserError
 from tunesmith.models import virtual
 from tunesmith.models.show import show
 
-KEYS = {"llama": 16, "qwen3": 16, "gemma": 16, "gpt2": 32}
+KEYS = {"llama": 16, "qwen3": 16, "gemma": 16, "gpt2": 32, "mistral": 16, "gemma3": 16}
 """Numbers in the keys of one layer and position: key heads times their size."""
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tunesmith
+from tests.numeric.test_invariance import OTHERS
 from tests.runs import recipe
 from tunesmith.engine import masters, ratio, setup, tracking
 from tunesmith.engine.ratio import Ratio
@@ -64,7 +65,10 @@ def test_a_vocabulary_of_which_few_rows_are_seen_moves():
     assert found.warning() is None
 
 
-@pytest.mark.parametrize("adaptation", ["full", {"type": "lora", "r": 4}], ids=["full", "lora"])
+MOVED = {"full": "full", "lora": {"type": "lora", "r": 4}, **{name: one for name, one in OTHERS.items() if name != "qlora"}}
+
+
+@pytest.mark.parametrize("adaptation", MOVED.values(), ids=MOVED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_at_a_small_rate_every_trained_tensor_moves(adaptation, precision, tmp_path, monkeypatch):
     made = recipe(tmp_path, adaptation=adaptation, learning_rate=1e-5, max_steps=6, precision=precision, logging_steps=1)
@@ -88,8 +92,9 @@ def test_at_a_small_rate_every_trained_tensor_moves(adaptation, precision, tmp_p
     assert all(1e-7 < one < 1e-3 for one in ratios)
 
 
-def test_a_parameter_that_no_gradient_reaches_is_said(tmp_path, monkeypatch):
-    """Its gradient is cut off on purpose: the run goes on, and says that it does not train this tensor."""
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_parameter_that_no_gradient_reaches_is_said(decay, tmp_path, monkeypatch):
+    """Its gradient is cut off on purpose: the run goes on, and says that it does not train this tensor, though it may decay."""
     listen = masters.Masters.listen
 
     def cut(self):
@@ -98,9 +103,10 @@ def test_a_parameter_that_no_gradient_reaches_is_said(tmp_path, monkeypatch):
         self.parameters[name].register_hook(torch.zeros_like)
 
     monkeypatch.setattr(masters.Masters, "listen", cut)
-    tunesmith.train(recipe(tmp_path, max_steps=7), out=tmp_path / "run")
+    tunesmith.train(recipe(tmp_path, max_steps=7, weight_decay=decay), out=tmp_path / "run")
     manifest = (tmp_path / "run" / "manifest.json").read_text()
-    assert "trained tensors did not move in 6 updates: model.layers.0.mlp.down_proj.weight" in manifest
+    but = ", but for weight decay," if decay else ""
+    assert f"1 of 20 trained tensors did not move{but} in 6 updates: model.layers.0.mlp.down_proj.weight. No" in manifest
 
 
 def test_the_sample_does_not_lie_in_one_column():

@@ -5,15 +5,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import tunesmith
 from tests.numeric.test_parity import CPU, PACKED, examples, take_gradients, with_gradients_everywhere
-from tests.runs import apart, history, recipe, weights
+from tests.runs import apart, history, model_folder, recipe, weights
 from tests.tiny import tiny_model, tiny_tokenizer
-from tunesmith.adaptations import full, ia3, lora
+from tunesmith.adaptations import bottleneck, features, full, ia3, lora, prefix, prompt, qlora
 from tunesmith.engine import route
 from tunesmith.errors import RecipeError
 from tunesmith.models import head, noise
+from tunesmith.models.load import load_model, locate
 from tunesmith.objectives import sft
 
 SFT = sft.Objective(sft.Config())
@@ -24,15 +26,22 @@ ADAPTED = {
     "pissa": lora.Adaptation(lora.Config(r=4, init_lora_weights="pissa", lora_dropout=0.3)),
     "ia3": ia3.Adaptation(ia3.Config()),
     "dora": lora.Adaptation(lora.Config(r=4, use_dora=True)),
+    "features": features.Adaptation(features.Config(train_last=1)),
+    "bottleneck": bottleneck.Adaptation(bottleneck.Config(bottleneck_size=4, variant="houlsby", dropout=0.3)),
+    "prefix": prefix.Adaptation(prefix.Config(num_virtual_tokens=4)),
+    "projected": prefix.Adaptation(prefix.Config(num_virtual_tokens=4, prefix_projection=True)),
+    "prompt": prompt.Adaptation(prompt.Config(num_virtual_tokens=4)),
 }
 DROPS = {"gpt2": {"resid_pdrop": 0.2, "embd_pdrop": 0.1}}
 
 
-def prepared(name, adaptation, neftune=None):
-    """A model on its route in training mode, its noise, its rows; nothing is computed again yet."""
-    model = with_gradients_everywhere(ADAPTED[adaptation].apply(tiny_model(name, **DROPS.get(name, {})), "lm"))
+def prepared(name, adaptation, neftune=None, base=None):
+    """A model (``base`` or a tiny one) on its route in training mode, its noise, its rows; nothing is computed again yet."""
+    tokenizer = tiny_tokenizer()
+    base = base if base is not None else tiny_model(name, **DROPS.get(name, {}))
+    model = with_gradients_everywhere(adaptation.apply(base, "lm", (), tokenizer))
     row_noise, _ = noise.install(model, 0, neftune)
-    rows = examples(SFT, tiny_tokenizer())
+    rows = examples(SFT, tokenizer)
     chosen = route.choose(model, SFT, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
     assert chosen.packed is PACKED[name]
     return model, row_noise, rows, chosen
@@ -63,7 +72,19 @@ def backward(model, row_noise, rows, packed):
 @pytest.mark.parametrize("adaptation", ADAPTED)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma", "mistral", "gemma3"])
 def test_gradients_are_the_same_bit_for_bit(name, adaptation, neftune):
-    model, row_noise, rows, chosen = prepared(name, adaptation, neftune)
+    same_computed_again(*prepared(name, ADAPTED[adaptation], neftune))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_gradients_beside_a_quantised_base_are_the_same_bit_for_bit(name, quant_type, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    adaptation = qlora.Adaptation(qlora.Config(r=4, quant_type=quant_type, lora_dropout=0.3))
+    base = load_model(locate(model_folder(tmp_path, name)), dtype=torch.float32, trainable=True, **adaptation.load_kwargs())
+    same_computed_again(*prepared(name, adaptation, 5.0, base))
+
+
+def same_computed_again(model, row_noise, rows, chosen):
     loss, gradients, _ = backward(model, row_noise, rows, chosen.packed)
     route.recompute(model, SFT, rows, chosen, CPU)
     assert chosen.recomputed, chosen.notes
@@ -76,7 +97,7 @@ def test_gradients_are_the_same_bit_for_bit(name, adaptation, neftune):
 
 
 def test_only_training_computes_layers_again():
-    model, row_noise, rows, chosen = prepared("llama", "lora")
+    model, row_noise, rows, chosen = prepared("llama", ADAPTED["lora"])
     route.recompute(model, SFT, rows, chosen, CPU)
     calls = []
     head.base(model).model.layers[0].mlp.register_forward_pre_hook(lambda module, given: calls.append(module.training))
@@ -89,7 +110,7 @@ def test_only_training_computes_layers_again():
 
 def test_frozen_embeddings_are_left_without_a_gradient():
     """The reentrant kind needs one, and pays for it with the first layer's whole backward."""
-    model, _, rows, chosen = prepared("llama", "lora")
+    model, _, rows, chosen = prepared("llama", ADAPTED["lora"])
     route.recompute(model, SFT, rows, chosen, CPU)
     seen = []
     head.base(model).get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(out.requires_grad))
@@ -98,7 +119,7 @@ def test_frozen_embeddings_are_left_without_a_gradient():
 
 
 def test_a_layer_that_answers_differently_the_second_time_is_not_computed_again():
-    model, _, rows, chosen = prepared("llama", "full")
+    model, _, rows, chosen = prepared("llama", ADAPTED["full"])
     mlp = head.base(model).model.layers[1].mlp
     calls = iter(range(1, 1000))
     mlp.register_forward_hook(lambda module, given, out: out * next(calls) if module.training else out)
@@ -150,6 +171,7 @@ import numpy as np, torch
 from tests.tiny import tiny_model
 from tunesmith.engine import machine, route
 from tunesmith.models import head, noise
+from tunesmith.models.load import load_model, locate
 from tunesmith.objectives import sft
 
 torch.set_num_threads(1)

@@ -4,16 +4,33 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
 import tunesmith
-from tests.runs import apart, recipe, weights
+from tests.runs import apart, model_folder, recipe, weights
 from tests.tiny import TINY
 from tunesmith.engine import tracking
 
 SPLITS = [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 60}, {"packing": "off"}, {"packing": "off", "micro_batch_tokens": 90}]
 ADAPTATIONS = {"full": "full", "lora": {"type": "lora", "r": 4}, "lora-dropout": {"type": "lora", "r": 4, "lora_dropout": 0.3}}
+OTHERS = {
+    "features": {"type": "features", "train_last": 1},
+    "head": {"type": "features", "target_modules": ["lm_head"]},
+    "qlora": {"type": "qlora", "r": 4, "lora_dropout": 0.3},
+    "bottleneck": {"type": "bottleneck", "bottleneck_size": 4, "variant": "houlsby", "dropout": 0.3},
+    "prefix": {"type": "prefix", "num_virtual_tokens": 4},
+    "projected": {"type": "prefix", "num_virtual_tokens": 4, "prefix_projection": True},
+    "prompt": {"type": "prompt", "num_virtual_tokens": 4},
+    "ia3": "ia3",
+}
+"""What a row's loss is, is the objective's affair and the same for all: these are split with one of them."""
+
+
+def needs_bitsandbytes(adaptation):
+    if adaptation == "qlora":
+        pytest.importorskip("bitsandbytes")
 
 
 def train(made, out):
@@ -31,9 +48,26 @@ def test_any_split_makes_the_same_update(name, objective, adaptation, tmp_path):
         assert apart(whole, other) <= 1e-6, split
 
 
-def test_model_dropout_makes_the_same_update_for_any_split(tmp_path):
-    from tests.runs import model_folder
+@pytest.mark.parametrize("adaptation", OTHERS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_any_split_makes_the_same_update_and_evaluation_of_every_adaptation(name, adaptation, tmp_path):
+    needs_bitsandbytes(adaptation)
+    made = recipe(tmp_path, name, "sft", OTHERS[adaptation], learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2)
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
+    runs = [{}, *SPLITS]
+    found = [
+        tunesmith.train({**made, "train": {**made["train"], **split}}, out=tmp_path / str(number))
+        for number, split in enumerate(runs)
+    ]
+    whole = weights(found[0]["model_dir"])
+    for split, outcome in zip(runs, found):
+        assert apart(whole, weights(outcome["model_dir"])) <= 1e-6, split
+        for figure in ("eval_loss_before", "eval_loss"):
+            assert outcome[figure] == pytest.approx(found[0][figure], abs=1e-6), split
+    assert found[0]["eval_loss"] != found[0]["eval_loss_before"]
 
+
+def test_model_dropout_makes_the_same_update_for_any_split(tmp_path):
     model_folder(tmp_path, "gpt2", resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1)
     made = recipe(tmp_path, "gpt2", learning_rate=1e-3, optim_args={"eps": 1e-3})
     whole = train(made, tmp_path / "whole")
@@ -55,17 +89,40 @@ def test_evaluation_is_the_same_for_any_split(objective, tmp_path):
 
 LAUNCHED = """
 import sys, json, tunesmith
-recipe, out = json.loads(sys.argv[1]), sys.argv[2]
-print(json.dumps(tunesmith.train(recipe, out=out)))
+for recipe, out in json.loads(sys.argv[1]):
+    tunesmith.train(recipe, out=out)
 """
+
+
+def in_two_processes(runs, tmp_path):
+    """Train each (recipe, folder), one after the other in one launch: most of its time is taken by imports."""
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command.append(json.dumps([(made, str(folder)) for made, folder in runs]))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def same_run(one, other):
+    """The weights of two finished runs, and what they said on the way."""
+    assert apart(weights(one / "model"), weights(other / "model")) <= 1e-6, other.name
+    for kind, figure in (("eval", "eval_loss"), ("train", "update_ratio")):
+        ours, theirs = (
+            [record[figure] for record in tracking.read(run / "metrics.jsonl") if record["kind"] == kind] for run in (one, other)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), other.name
 
 
 DRAWN_AND_RECOMPUTED = {"neftune_noise_alpha": 5.0, "gradient_checkpointing": True}
 
 
+@pytest.mark.parametrize("adaptation", ["lora-dropout", "bottleneck", "prefix", "prompt"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_noise_on_the_embeddings_and_recomputed_layers_make_the_same_update_for_any_split(name, tmp_path):
-    made = recipe(tmp_path, name, "sft", ADAPTATIONS["lora-dropout"], learning_rate=1e-3, optim_args={"eps": 1e-3})
+def test_noise_on_the_embeddings_and_recomputed_layers_make_the_same_update_for_any_split(name, adaptation, tmp_path):
+    model_folder(tmp_path, name, **({"resid_pdrop": 0.2, "embd_pdrop": 0.1} if name == "gpt2" else {}))
+    chosen = {**ADAPTATIONS, **OTHERS}[adaptation]
+    made = recipe(tmp_path, name, "sft", chosen, learning_rate=1e-3, optim_args={"eps": 1e-3})
     made["train"] |= DRAWN_AND_RECOMPUTED
     whole = train(made, tmp_path / "whole")
     for number, split in enumerate(SPLITS):
@@ -73,31 +130,16 @@ def test_noise_on_the_embeddings_and_recomputed_layers_make_the_same_update_for_
         assert apart(whole, other) <= 1e-6, split
 
 
-@pytest.mark.parametrize(("adaptation", "extra"), [("full", {}), ("lora-dropout", DRAWN_AND_RECOMPUTED)], ids=["full", "lora"])
-def test_two_processes_make_the_update_of_one(adaptation, extra, tmp_path):
-    made = recipe(
-        tmp_path, "llama", "sft", ADAPTATIONS[adaptation], learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2, **extra
-    )
-    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED)
-    alone, both = tmp_path / "one", tmp_path / "two"
-    expected = tunesmith.train(made, out=alone)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-        json.dumps(made),
-        str(both),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert apart(weights(expected["model_dir"]), weights(both / "model")) <= 1e-6
-    for kind, figure in (("eval", "eval_loss"), ("train", "update_ratio")):
-        ours, theirs = (
-            [record[figure] for record in tracking.read(run / "metrics.jsonl") if record["kind"] == kind] for run in (alone, both)
-        )
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+def test_two_processes_make_the_update_of_one(tmp_path):
+    chosen = {"full": ("full", {}), "lora": (ADAPTATIONS["lora-dropout"], DRAWN_AND_RECOMPUTED)}
+    chosen |= {name: (adaptation, {}) for name, adaptation in OTHERS.items() if name != "qlora" or find_spec("bitsandbytes")}
+    runs = {}
+    for name, (adaptation, more) in chosen.items():
+        made = recipe(tmp_path, "llama", "sft", adaptation, learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2, **more)
+        made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
+        tunesmith.train(made, out=tmp_path / name)
+        runs[name] = (made, tmp_path / f"{name}-in-two")
+    in_two_processes(list(runs.values()), tmp_path)
+    for name, (_, both) in runs.items():
+        assert json.loads((both / "manifest.json").read_text())["processes"] == 2
+        same_run(tmp_path / name, both)

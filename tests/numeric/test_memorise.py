@@ -9,30 +9,61 @@ from tests.runs import ANSWERS, documents
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ADAPTATIONS = {"full": ("full", 1e-2), "lora": ({"type": "lora", "r": 16, "lora_alpha": 32}, 3e-2)}
+OTHERS = {
+    "features": ({"type": "features", "train_last": 1}, 1e-2),
+    "head": ({"type": "features", "target_modules": ["lm_head"]}, 3e-2),
+    "qlora": ({"type": "qlora", "r": 16, "lora_alpha": 32}, 3e-2),
+    "bottleneck": ({"type": "bottleneck", "bottleneck_size": 32, "variant": "houlsby"}, 2e-2),
+}
+FEW = {
+    "llama-prefix": ({"type": "prefix", "num_virtual_tokens": 20}, 1e-1),
+    "gpt2-prefix": ({"type": "prefix", "num_virtual_tokens": 20}, 1e-1),
+    "llama-ia3": ("ia3", 1e-1),
+    "gpt2-ia3": ("ia3", 1e-1),
+    "mistral-ia3": ("ia3", 1e-1),
+}
+"""These steer a network that can speak; a random one of two layers, 32 wide, has little to steer: of the eight answers they learn at
+most five in 600 steps, so that they are asked for one. Not among them: a prefix that mistral's window of 16 leaves behind before the
+answer begins; and prompt tuning, whose loss for one answer stays at 4.5 (llama) and 5.7 (gpt2) in 300 steps, where 6.2 is chance."""
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True], ids=["own-pad", "pad-is-eos"])
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma"])
 def test_eight_answers_are_memorised_and_stopped(name, adaptation, pad_is_eos, tmp_path):
-    chosen, rate = ADAPTATIONS[adaptation]
+    assert_memorised(ANSWERS, name, *ADAPTATIONS[adaptation], tmp_path, pad_is_eos)
+
+
+@pytest.mark.parametrize("adaptation", OTHERS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_eight_answers_are_memorised_by_every_adaptation_that_has_room_for_them(name, adaptation, tmp_path):
+    if adaptation == "qlora":
+        pytest.importorskip("bitsandbytes")
+    assert_memorised(ANSWERS, name, *OTHERS[adaptation], tmp_path)
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_one_answer_is_memorised_by_the_others(case, tmp_path):
+    assert_memorised(ANSWERS[5:6], case.partition("-")[0], *FEW[case], tmp_path)
+
+
+def assert_memorised(answers, name, adaptation, rate, folder, pad_is_eos=False):
     tokenizer = tiny_tokenizer("chatml", pad_is_eos=pad_is_eos)
     model = tiny_model(name, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    rows = [{"instruction": f"question {n}", "output": answer} for n, answer in enumerate(ANSWERS)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"instruction": f"question {n}", "output": answer} for n, answer in enumerate(answers)]
+    (folder / "rows.json").write_text(json.dumps(rows))
     outcome = tunesmith.train(
         {
-            "model": str(tmp_path / "model"), "objective": "sft", "adaptation": chosen, "samples": {"count": 0},
-            "data": {"train": [{"path": str(tmp_path / "rows.json")}], "eval": {"fraction": 0}, "cache": False},
+            "model": str(folder / "model"), "objective": "sft", "adaptation": adaptation, "samples": {"count": 0},
+            "data": {"train": [{"path": str(folder / "rows.json")}], "eval": {"fraction": 0}, "cache": False},
             "train": {"max_steps": 150, "learning_rate": rate, "precision": "fp32", "eval_steps": None, "save_steps": None, "logging_steps": 50,
                       "warmup_steps": 10},
         },
-        out=tmp_path / "run",
+        out=folder / "run",
     )  # fmt: skip
-    answers = tunesmith.generate(outcome["model_dir"], [row["instruction"] for row in rows], max_new_tokens=60)
-    assert answers == ANSWERS
+    assert tunesmith.generate(outcome["model_dir"], [row["instruction"] for row in rows], max_new_tokens=60) == answers
 
 
 def test_documents_are_memorised_to_their_end(tmp_path):

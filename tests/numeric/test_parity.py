@@ -50,10 +50,10 @@ def take_gradients(model):
 
 
 def with_gradients_everywhere(model):
-    """A fresh LoRA's B is zero, and then no gradient reaches A: give both values."""
+    """A fresh LoRA's B is zero, and then no gradient reaches A: give both values. So too a bottleneck's way up and down."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "bottleneck_up" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     return model
 

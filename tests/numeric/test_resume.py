@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 import tunesmith
-from tests.runs import apart, history, recipe, weights
+from tests.numeric.test_invariance import OTHERS
+from tests.runs import apart, history, killed_before, model_folder, recipe, weights
 from tunesmith.engine import loop, precision, ratio
 from tunesmith.errors import Interrupted, RecipeError
 
@@ -73,6 +74,19 @@ def test_stopped_at_any_step_and_resumed(adaptation, save_steps, precision, tmp_
         ours, theirs = weights(outcome["model_dir"]), weights(expected["model_dir"])
         assert all(ours[name].equal(theirs[name]) for name in theirs)
         assert (run / "samples.jsonl").read_text() == (straight / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("adaptation", ["bottleneck", "prefix", "prompt", "qlora", "ia3"])
+def test_the_networks_own_dropout_is_drawn_as_it_would_have_been(adaptation, tmp_path):
+    if adaptation == "qlora":
+        pytest.importorskip("bitsandbytes")
+    model_folder(tmp_path, "gpt2", resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1)
+    made = recipe(tmp_path, "gpt2", adaptation=OTHERS[adaptation], precision="bf16", save_steps=1, logging_steps=1)
+    tunesmith.train(made, out=tmp_path / "straight")
+    killed_before(3, made, tmp_path / "run")
+    tunesmith.train(made, out=tmp_path / "run", resume=True)
+    assert history(tmp_path / "run") == history(tmp_path / "straight")
+    assert same_checkpoint(tmp_path / "run" / "checkpoints" / "step-4", tmp_path / "straight" / "checkpoints" / "step-4")
 
 
 SCRIPT = """

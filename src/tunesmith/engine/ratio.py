@@ -22,7 +22,7 @@ PATIENCE = 5
 
 
 class Ratio:
-    """``before`` and ``after`` enclose an update of ``masters`` (by name, fp32); ``value`` is what the last one came to.
+    """``before`` and ``after`` enclose an update of ``masters`` (by name, fp32) by their ``grad``; ``value`` is what it came to.
 
     ``value`` is norm(update) / norm(weights before it), over all masters together: a function of the weights alone, so it is the
     same in every process and in a resumed run. ``shared``: each process has other masters, parts of the tensors; then their norms
@@ -35,6 +35,8 @@ class Ratio:
         self.value = math.nan
         self.still = set() if shared else set(masters)
         """The tensors that no update has moved yet."""
+        self.unreached = set(self.still)
+        """Those whose gradient was zero in every update so far: weight decay moves them all the same."""
         self.updates = 0
         self.kept = torch.empty(0)
         self.closer: dict[str, torch.Tensor] = {}
@@ -44,6 +46,9 @@ class Ratio:
         """Keep a sample of every tensor, and more of those that are about to be said not to move."""
         self.kept = torch.cat(self._samples())
         self.closer = {name: _closer(self.masters[name]).clone() for name in self.still if self.updates == PATIENCE}
+        if self.updates <= PATIENCE:
+            gradients = {name: self.masters[name].grad for name in self.unreached}
+            self.unreached -= {name for name, gradient in gradients.items() if gradient is None or gradient.any()}
 
     @torch.no_grad()
     def after(self, learning_rate: float) -> None:
@@ -61,20 +66,22 @@ class Ratio:
             whole, moved_whole = distributed.add(whole, moved_whole)
         self.value = math.sqrt(moved_whole / whole) if whole else math.nan
         self.kept = torch.empty(0)
-        if self.still and learning_rate and self.updates <= PATIENCE:
+        if (self.still or self.unreached) and learning_rate and self.updates <= PATIENCE:
             self.updates += 1
             self.still -= {name for name, distance in zip(self.masters, moved_by, strict=True) if distance}
             self.still -= {name for name, kept in self.closer.items() if not _closer(self.masters[name]).equal(kept)}
         self.closer = {}
 
     def warning(self) -> str | None:
-        """Once, after the first updates: which tensors none of them has moved."""
-        if self.updates <= PATIENCE or not self.still:
+        """Once, after the first updates: which tensors none of them has moved, or nothing but weight decay has."""
+        if self.updates <= PATIENCE or not self.still | self.unreached:
             return None
-        names, self.still = [name for name in self.masters if name in self.still], set()
+        names = [name for name in self.masters if name in self.still | self.unreached]
+        decayed = ", but for weight decay," if self.unreached - self.still else ""
+        self.still, self.unreached = set(), set()
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return (
-            f"{len(names)} of {len(self.masters)} trained tensors did not move in {self.updates} updates: "
+            f"{len(names)} of {len(self.masters)} trained tensors did not move{decayed} in {self.updates} updates: "
             f"{', '.join(names[:3])}{more}. No gradient reaches them, or the learning rate is too low to change them"
         )
 
