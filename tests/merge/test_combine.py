@@ -13,7 +13,6 @@ import tunesmith
 from tests.models.adapters import save_adapter
 from tests.tiny import save_tiny
 from tunesmith.errors import TunesmithError, UserError
-from tunesmith.merge import combine as combining
 from tunesmith.merge.combine import combine, distance, nearest
 from tunesmith.models import probe
 
@@ -160,9 +159,3 @@ def test_wrong_arguments(shelf, tmp_path, keys, said):
         combine([shelf / "a", shelf / "b"], shelf / "a")
     with pytest.raises(UserError, match="one rank in all of them"):
         combine([shelf / "a", shelf / "c"], tmp_path / "sum", method="linear")
-
-
-def test_adapters_of_bases_quantised_otherwise_have_two_bases(shelf, tmp_path, monkeypatch):
-    monkeypatch.setattr(combining, "_quantised", lambda part: part.folder.name)
-    with pytest.raises(UserError, match="quantised in different ways"):
-        combine([shelf / "a", shelf / "b"], tmp_path / "sum")

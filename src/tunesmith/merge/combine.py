@@ -31,7 +31,8 @@ _FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.weig
 class Lora:
     """A LoRA adapter as read from its folder.
 
-    ``layers``: name -> (A (r, in), B (out, r), scaling); ``names``: their keys in the file; ``rest``: modules saved whole.
+    ``layers``: name -> (A (r, in), B (out, r), scaling); ``names``: their keys in the file; ``rest``: modules saved whole;
+    ``quantization``: how its base was quantised, if it was.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Lora:
     layers: dict[str, tuple[torch.Tensor, torch.Tensor, float]]
     names: dict[str, tuple[str, str]]
     rest: dict[str, torch.Tensor]
+    quantization: dict[str, Any] | None = None
 
 
 def combine(
@@ -102,8 +104,9 @@ def combine(
         (folder / "adapter_config.json").write_text(
             json.dumps(parts[0].config | plain, indent=2, sort_keys=True), encoding="utf-8"
         )
-        where = locate(parts[0].folder)
-        tokenizer = load.load_tokenizer(where)
+        stand = {"base": {"path": str(parts[0].base)}, "quantization": parts[0].quantization}
+        (folder / probe.FILE).write_text(json.dumps(stand), encoding="utf-8")  # what the sum is to be loaded on
+        tokenizer = load.load_tokenizer(locate(parts[0].folder))
         tokenizer.save_pretrained(folder)
         probe.write_probe(folder, load.load_model(locate(folder)), tokenizer)
         provenance = [
@@ -168,7 +171,7 @@ def read(adapter: str | Path) -> Lora:
         scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         layers[layer] = (tensors[a].float(), tensors[b].float(), float(scaling))
     rest = {name: value for name, value in tensors.items() if name not in used}
-    return Lora(folder.path, folder.base, config, layers, names, rest)
+    return Lora(folder.path, folder.base, config, layers, names, rest, probe.read(folder.path).get("quantization"))
 
 
 def nearest(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,10 +243,10 @@ def _check_together(parts: Sequence[Lora]) -> None:
                 f"the adapters have different bases: {first.folder} stands on {first.base}, {part.folder} on {part.base}.\n"
                 "  Only adapters of one base can be summed."
             )
-        if _quantised(part) != _quantised(first):
+        if _bits(part) != _bits(first):
             raise UserError(
-                f"{first.folder} and {part.folder} were trained on the base quantised in different ways ({_quantised(first)}, "
-                f"{_quantised(part)}), which are two bases.\n  Only adapters of one base can be summed."
+                f"{first.folder} and {part.folder} were trained on the base quantised in different ways ({_bits(first)}; "
+                f"{_bits(part)}), which are two bases.\n  Only adapters of one base can be summed."
             )
         same = part.rest.keys() == first.rest.keys() and all(torch.equal(part.rest[key], first.rest[key]) for key in first.rest)
         if not same:
@@ -256,9 +259,10 @@ def _check_together(parts: Sequence[Lora]) -> None:
             raise UserError(f"{first.folder} and {part.folder} have layers of different sizes")
 
 
-def _quantised(part: Lora) -> Any:
-    record = probe.read(part.folder)
-    return record.get("quantization") or (record.get("base") or {}).get("quantization")
+def _bits(part: Lora) -> str:
+    """What the bits of an adapter's base depend on; what it computed in is no part of that."""
+    kept = part.quantization
+    return ", ".join(f"{key}={kept[key]}" for key in kept if key != "compute_dtype") if kept else "not quantised"
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, layer: str, default: float) -> float:
