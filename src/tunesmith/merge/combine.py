@@ -77,6 +77,8 @@ def combine(
         raise UserError(f"{target} exists already; combine writes a new folder. Choose another --out, or remove it.")
     parts = [read(adapter) for adapter in adapters]
     _check_together(parts)
+    for part in parts:
+        load.load(part.folder)  # each must answer as it did when it was saved, or the sum is of something else
     rank = r or max(a.shape[0] for part in parts for a, _, _ in part.layers.values())
     exact = {name: _exact(parts, shares, name) for name in dict.fromkeys(name for part in parts for name in part.layers)}
     made = {"cat": exact, "svd": {name: nearest(*pair, rank) for name, pair in exact.items()}, "linear": _linear(parts, shares)}

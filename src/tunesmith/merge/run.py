@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models import load, probe, quantized
-from tunesmith.models.locate import locate
+from tunesmith.models.locate import Folder, locate
 
 LARGEST_DIFFERENCE, LARGEST_KL = 1e-3, 1e-4
 """Of the largest logit; and of KL(adapter || merged) at any token, in nats. Above either the merged model would be another one
@@ -32,8 +33,6 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
     quantised while the adapter was trained. Raises UserError when ``out`` exists or there is nothing to merge, ModelError when
     the two models differ.
     """
-    import torch
-
     folder = locate(model)
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
@@ -42,9 +41,58 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
         raise UserError(f"{target} exists already; merge writes a new folder. Choose another --out, or remove it.")
     if folder.kind == "full" or folder.base is None:
         raise UserError(f"{folder.path} is a full model: there is no adapter in it, so there is nothing to merge")
-    kept = load.checkpoint_dtype(folder.base) if dtype == "auto" else getattr(torch, dtype)
+    folded = fold(folder, dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write(folded, made)
+        reloaded = load.load_model(locate(made))
+        saved = _apart(reloaded, folded.prompts, folded.before)
+        made.chmod(0o755)
+        made.rename(target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    ends = reloaded.get_input_embeddings(), reloaded.get_output_embeddings()
+    return {
+        "path": str(target),
+        "base": str(folder.base),
+        "adapter": str(folder.path),
+        "dtype": str(folded.plain.dtype).removeprefix("torch."),
+        "tied_embeddings": ends[1] is not None and ends[0].weight is ends[1].weight,
+        "parameters": reloaded.num_parameters(),
+        "max_logit_difference": folded.difference,
+        "max_logit_difference_saved": saved[0],
+        "max_kl": folded.divergence,
+        "max_kl_saved": saved[1],
+        "quantization": folded.quantization,
+    }
+
+
+@dataclass(frozen=True)
+class Folded:
+    """An adapter folded into its base, in memory, in the dtype it is to be saved in.
+
+    ``before``: fp32 logits of the adapter at every token of each of ``prompts``; ``difference`` and ``divergence``: how far the
+    fp32 sum is from them.
+    """
+
+    plain: Any
+    tokenizer: Any
+    prompts: list[list[int]]
+    before: list[Any]
+    difference: float
+    divergence: float
+    quantization: str | None
+
+
+def fold(folder: Folder, dtype: str = "auto") -> Folded:
+    """The adapter of ``folder``, which must be as it was saved, in its base. Raises ModelError when the sum answers otherwise."""
+    import torch
+
+    kept = load.checkpoint_dtype(folder.network) if dtype == "auto" else getattr(torch, dtype)
     tokenizer = load.load_tokenizer(folder)
     attached = load.load_model(folder, dtype=torch.float32)
+    probe.verify_probe(folder.path, attached, tokenizer)
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in probe.PROMPTS]
     before = [probe.all_logits(attached, ids) for ids in prompts]
     base = quantized.record(attached)
@@ -58,33 +106,14 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
             f"KL(adapter || merged) is {divergence:.3g} (at most {LARGEST_KL:g}).\n"
             "  Nothing was written. Use the adapter as it is."
         )
-    plain.to(kept)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        plain.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        probe.write_probe(made, plain, tokenizer)
-        reloaded = load.load_model(locate(made))
-        saved = _apart(reloaded, prompts, before)
-        made.chmod(0o755)
-        made.rename(target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-    ends = reloaded.get_input_embeddings(), reloaded.get_output_embeddings()
-    return {
-        "path": str(target),
-        "base": str(folder.base),
-        "adapter": str(folder.path),
-        "dtype": str(kept).removeprefix("torch."),
-        "tied_embeddings": ends[1] is not None and ends[0].weight is ends[1].weight,
-        "parameters": reloaded.num_parameters(),
-        "max_logit_difference": difference,
-        "max_logit_difference_saved": saved[0],
-        "max_kl": divergence,
-        "max_kl_saved": saved[1],
-        "quantization": base["quant_type"] if base else None,
-    }
+    return Folded(plain.to(kept), tokenizer, prompts, before, difference, divergence, base["quant_type"] if base else None)
+
+
+def write(folded: Folded, folder: Path) -> None:
+    """Fill the empty ``folder`` with the model, its tokenizer and a probe."""
+    folded.plain.save_pretrained(folder)
+    folded.tokenizer.save_pretrained(folder)
+    probe.write_probe(folder, folded.plain, folded.tokenizer)
 
 
 def _apart(model: Any, prompts: list[list[int]], before: list[Any]) -> tuple[float, float]:
