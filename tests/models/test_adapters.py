@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +85,23 @@ def test_adapters_are_found_with_their_runs(tmp_path):
     assert find(tmp_path / "base") == []
     with pytest.raises(TunesmithError, match="no folder called"):
         find(tmp_path / "none")
+
+
+def test_a_broken_folder_is_listed_with_its_problem(shelf, tmp_path, capsys):
+    from tunesmith.cli.main import main
+
+    for name in ("cut", "empty", "garbled", "whole"):
+        shutil.copytree(shelf / "one", tmp_path / name)
+    cut = tmp_path / "cut" / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-7])
+    (tmp_path / "empty" / "adapter_model.safetensors").unlink()
+    (tmp_path / "garbled" / "adapter_config.json").write_text("{")
+    said = {Path(one["path"]).name: one["problem"] for one in find(tmp_path)}
+    assert said["whole"] is None
+    assert "cut short" in said["cut"] and "has no weights" in said["empty"] and "not valid JSON" in said["garbled"]
+    assert main(["adapters", "list", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("cannot be read") == 3 and "lora" in printed
 
 
 def test_the_verbs(shelf, tmp_path, capsys, monkeypatch):

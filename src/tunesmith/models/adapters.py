@@ -19,8 +19,8 @@ BASE = "base"
 def find(folder: str | Path) -> list[dict[str, Any]]:
     """The adapters under ``folder`` (itself one, perhaps), sorted by path; checkpoints of runs are none. No weight is read.
 
-    Each is {"path", "type", "r", "base", "parameters", "bytes", "run", "eval_loss"}; what is not known is None. Raises UserError
-    when there is no such folder.
+    Each is {"path", "type", "r", "base", "parameters", "bytes", "run", "eval_loss", "problem"}; what is not known is None, and
+    of a folder that cannot be read ``problem`` says why. Raises UserError when there is no such folder.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -29,18 +29,28 @@ def find(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _facts(path: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = {"path": str(path)}
+    facts |= dict.fromkeys(("type", "r", "base", "parameters", "bytes", "run", "eval_loss", "problem"))
+    try:
+        return facts | _read(path)
+    except ModelError as error:  # the others are still to be told of
+        return facts | {"problem": str(error)}
+
+
+def _read(path: Path) -> dict[str, Any]:
     config = headers.read_json(path / "adapter_config.json")
-    tensors = headers.read_tensors(path, "adapter_model")
+    files = headers.weight_files(path, "adapter_model")
+    if not files:
+        raise ModelError(f"{path} has no weights: expected adapter_model.safetensors. Copy the folder again.")
     base = probe.read(path).get("base") or {}
     run = path.parent if path.name == "model" and (path.parent / "recipe.yaml").is_file() else None
     manifest = headers.read_json(run / "manifest.json") if run and (run / "manifest.json").is_file() else {}
     return {
-        "path": str(path),
         "type": str(config.get("peft_type", "")).lower(),
         "r": config.get("r"),
         "base": base.get("name") or config.get("base_model_name_or_path"),
-        "parameters": sum(tensor.count for tensor in tensors.values()),
-        "bytes": sum(file.stat().st_size for file in headers.weight_files(path, "adapter_model")),
+        "parameters": sum(tensor.count for tensor in headers.read_tensors(path, "adapter_model").values()),
+        "bytes": sum(file.stat().st_size for file in files),
         "run": str(run) if run else None,
         "eval_loss": (manifest.get("result") or {}).get("eval_loss"),
     }
