@@ -125,3 +125,25 @@ def test_the_verbs(shelf, tmp_path, capsys, monkeypatch):
     assert "adapter: one" in said.err and "adapter: sum" in said.err and "there are one, sum, base" in said.err
     assert main(["chat", str(shelf / "base"), "--adapter", "one"]) == 2
     assert "NAME=FOLDER" in capsys.readouterr().err
+
+
+def test_a_chat_with_an_adapter_begins_with_it(shelf, capsys, monkeypatch):
+    import io
+
+    from tunesmith.cli.main import main
+
+    given = ["--max-new-tokens", "3", "--temperature", "0", "--json"]
+    answers = {}
+    for case, options in {
+        "alone": [],
+        "two": ["--adapter", f"two={shelf / 'two'}"],
+        "one": ["--adapter", f"one={shelf / 'two'}"],
+    }.items():
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+        assert main(["chat", str(shelf / "one"), *options, *given]) == 0
+        said = capsys.readouterr()
+        answers[case] = json.loads(said.out)
+        names = {"two": "there are one, two, base", "one": "there are one_, one, base"}
+        assert case == "alone" or names[case] in said.err
+    assert answers["two"]["adapter"] == "one" and answers["one"]["adapter"] == "one_"
+    assert answers["alone"]["messages"] == answers["two"]["messages"]
