@@ -84,8 +84,13 @@ def must_go_alone(core: Any, lengths: Sequence[int]) -> bool:
     found = vars(core.base_model).get("forward")
     if not isinstance(found, Ahead) or found.kind != PREFIX or len(lengths) < 2:
         return False
+    return _slides(core, found.count + max(lengths))
+
+
+def _slides(core: Any, tokens: int) -> bool:
+    """Whether a sliding window of the network is shorter than so many tokens."""
     window = getattr(core.config.get_text_config(), "sliding_window", None)
-    return window is not None and window < found.count + max(lengths)
+    return window is not None and window < tokens
 
 
 def attentions(core: Any) -> list[nn.Module]:
@@ -220,6 +225,11 @@ class Ahead:
         given = keywords["inputs_embeds"] if input_ids is None else input_ids
         mask = keywords.get("attention_mask")
         if mask is not None:
+            if _slides(self.body, mask.shape[1] + self.count) and not mask[:, 0].all():
+                raise ModelError(
+                    "a prefix, rows padded on the left, and a sliding window shorter than they are: padding would push the "
+                    "prefix out of the window.\n  Give one row at a time, or use tunesmith.generate, which does."
+                )
             keywords["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1)
         if keywords.get("past_key_values") is None:
             config = self.body.config
