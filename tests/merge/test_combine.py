@@ -149,6 +149,7 @@ def test_what_is_no_sum_is_refused_by_name(make, shelf, tmp_path):
 
 @pytest.mark.parametrize(("keys", "said"), [
     ({"weights": [1.0]}, "2 adapters and 1 weights"), ({"method": "ties"}, "expected one of cat, svd, linear"), ({"r": 3}, "--method svd"),
+    ({"weights": [float("nan"), 1.0]}, "weights are nan, 1"), ({"weights": [1.0, float("-inf")]}, "finite"),
 ])  # fmt: skip
 def test_wrong_arguments(shelf, tmp_path, keys, said):
     with pytest.raises(TunesmithError, match=said):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -72,6 +73,10 @@ def combine(
     shares = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(shares) != len(adapters):
         raise UserError(f"{len(adapters)} adapters and {len(shares)} weights: give one weight for each adapter, such as 0.7,0.3")
+    if not all(math.isfinite(share) for share in shares):
+        raise UserError(
+            f"weights are {', '.join(f'{share:g}' for share in shares)}; each must be a finite number, such as 0.7,0.3"
+        )
     target = Path(out).expanduser().resolve()
     if target.exists():
         raise UserError(f"{target} exists already; combine writes a new folder. Choose another --out, or remove it.")
