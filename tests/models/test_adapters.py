@@ -14,7 +14,7 @@ import tunesmith
 from tests.models.adapters import save_adapter
 from tests.runs import recipe
 from tests.tiny import save_tiny
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import TunesmithError, UserError
 from tunesmith.models.adapters import find, load_adapters
 
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
@@ -71,6 +71,15 @@ def test_what_cannot_stand_beside_others_is_refused(shelf, tmp_path):
         assert error.value.exit_code == 2
     with pytest.raises(TunesmithError, match="no adapter called 'three'"):
         load_adapters(shelf / "base", {"one": shelf / "one"}).switch("three")
+
+
+@pytest.mark.parametrize("order", [("whole", "factors"), ("factors", "whole")])
+@pytest.mark.parametrize(("module", "layer"), [("embed_tokens", "embed_tokens"), ("mlp", "up_proj")])
+def test_a_layer_is_trained_whole_or_has_factors(module, layer, order, shelf, tmp_path):
+    save_adapter(shelf / "base", tmp_path / "whole", target_modules=["q_proj"], modules_to_save=[module])
+    save_adapter(shelf / "base", tmp_path / "factors", target_modules=[layer, "q_proj"])
+    with pytest.raises(UserError, match=rf"^whole trained model\.\S*{layer} whole .* factors has its own"):
+        load_adapters(shelf / "base", {name: tmp_path / name for name in order})
 
 
 def test_adapters_are_found_with_their_runs(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -106,6 +107,7 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
     if len(set(kinds.values())) > 1:
         said = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
         raise UserError(f"adapters on one base must be of one kind, and {said}. Load them one by one with tunesmith.load.")
+    _check_layers(found)
     model = load.load_model(core)
     made = Adapters(model, {BASE: load.load_tokenizer(core)}, BASE)
     for name, folder in found.items():
@@ -140,3 +142,23 @@ def _kind(name: str, folder: Folder, base: Path) -> str:
     if why:
         raise UserError(f"{name}: {folder.path} {why}.\n  Load it alone: tunesmith.load, tunesmith chat {folder.path}")
     return kind
+
+
+def _check_layers(found: Mapping[str, Folder]) -> None:
+    """Raise UserError where one adapter trained whole what another has its factors in: peft can have one of them there."""
+    for name, folder in found.items():
+        whole = headers.read_json(folder.path / "adapter_config.json").get("modules_to_save") or []
+        ends = tuple(f".{module}." for module in whole)
+        for other, beside in found.items():
+            inside = [layer for layer in _layers(beside.path) if any(end in f".{layer}." for end in ends)]
+            if other != name and inside:
+                raise UserError(
+                    f"{name} trained {inside[0]} whole (modules_to_save), and {other} has its own numbers in it, so they "
+                    "cannot stand beside each other.\n  Load them one by one with tunesmith.load."
+                )
+
+
+def _layers(adapter: Path) -> list[str]:
+    """The layers of the base that an adapter has factors, vectors or bottlenecks in."""
+    names = headers.read_tensors(adapter, "adapter_model")
+    return [match[1] for name in names if (match := re.match(r"base_model\.model\.(.+?)\.(lora|ia3|bottleneck)_", name))]
