@@ -44,15 +44,30 @@ def test_the_base_of_an_adapter_will_do(shelf):
     assert load_adapters(shelf / "two", {"x": shelf / "one"}).active == "x"
 
 
-def test_vectors_too(tmp_path):
-    made = recipe(tmp_path, adaptation="ia3", max_steps=2)
+@pytest.mark.parametrize("kind", ["ia3", "bottleneck"])
+def test_other_kinds_too(kind, tmp_path):
+    adaptation = {"type": kind, "dropout": 0.1, "variant": "houlsby"} if kind == "bottleneck" else kind
+    made = recipe(tmp_path, adaptation=adaptation, max_steps=2)
+    small = {"type": kind, "bottleneck_size": 8} if kind == "bottleneck" else kind
+    folders = {
+        "a": tunesmith.train(made, out=tmp_path / "a")["model_dir"],
+        "b": tunesmith.train({**made, "adaptation": small, "seed": 1}, out=tmp_path / "b")["model_dir"],
+    }
+    alone = {name: tunesmith.load(folder)[0](IDS).logits for name, folder in {**folders, "base": made["model"]}.items()}
+    several = load_adapters(made["model"], folders)
+    for name in ("a", "b", "base", "b", "a"):
+        several.switch(name)
+        assert torch.equal(several.model(IDS).logits, alone[name]), name
+    assert not torch.equal(alone["a"], alone["b"]) and not torch.equal(alone["a"], alone["base"])
+    assert not any(parameter.requires_grad for parameter in several.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_virtual_tokens_stand_alone(kind, tmp_path):
+    made = recipe(tmp_path, adaptation=kind, max_steps=1)
     folder = tunesmith.train(made, out=tmp_path / "run")["model_dir"]
-    several = load_adapters(made["model"], {"a": folder, "b": folder})
-    before = several.model(IDS).logits
-    several.switch("base")
-    assert not torch.equal(several.model(IDS).logits, before)
-    several.switch("b")
-    assert torch.equal(several.model(IDS).logits, before)
+    with pytest.raises(UserError, match=f"is a {kind}_tuning adapter, and only lora, ia3, bottleneck can stand"):
+        load_adapters(made["model"], {"a": folder})
 
 
 def test_what_cannot_stand_beside_others_is_refused(shelf, tmp_path):

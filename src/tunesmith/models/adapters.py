@@ -16,6 +16,9 @@ from tunesmith.models.locate import Folder, locate
 BASE = "base"
 """The name of the base alone, with every adapter off."""
 
+BESIDE = ("lora", "ia3", "bottleneck")
+"""Kinds of adapters of which several fit on one base. Virtual tokens work through the body's forward, which has room for one."""
+
 
 def find(folder: str | Path) -> list[dict[str, Any]]:
     """The adapters under ``folder`` (itself one, perhaps), sorted by path; checkpoints of runs are none. No weight is read.
@@ -131,8 +134,8 @@ def _kind(name: str, folder: Folder, base: Path) -> str:
     config = headers.read_json(folder.path / "adapter_config.json")
     kind = str(config.get("peft_type", "")).lower()
     why = None
-    if kind not in ("lora", "ia3"):
-        why = f"is a {kind} adapter, and only lora and ia3 can stand beside others"
+    if kind not in BESIDE:
+        why = f"is a {kind} adapter, and only {', '.join(BESIDE)} can stand beside others"
     elif vocabulary.adapter_rows(folder.path):
         why = "brings tokens of its own, so it changes the base's vocabulary"
     elif config.get("bias", "none") != "none":
