@@ -362,6 +362,9 @@ def _merged_base(setup: Setup, out: Path) -> Folder:
             folded = merge.fold(
                 setup.model_folder
             )  # its tokenizer is without this run's new tokens, which the sum knows nothing of
-        size = sum(p.numel() * p.element_size() for p in folded.plain.parameters())
-        publish(target, lambda folder: merge.write(folded, folder), size)
+
+        def write(folder: Path) -> None:
+            merge.write(folded, folder)
+
+        publish(target, write, sum(p.numel() * p.element_size() for p in folded.plain.parameters()))
     return locate(target, setup.model_folder.remote_code)
