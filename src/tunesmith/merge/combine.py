@@ -10,15 +10,13 @@ import hashlib
 import json
 import math
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import UserError
-from tunesmith.models import headers, load, probe, vocabulary
+from tunesmith.models import headers, load, newfolder, probe, vocabulary
 from tunesmith.models.locate import locate
 
 if TYPE_CHECKING:
@@ -77,9 +75,7 @@ def combine(
         raise UserError(
             f"weights are {', '.join(f'{share:g}' for share in shares)}; each must be a finite number, such as 0.7,0.3"
         )
-    target = Path(out).expanduser().resolve()
-    if target.exists():
-        raise UserError(f"{target} exists already; combine writes a new folder. Choose another --out, or remove it.")
+    target = newfolder.place(out, "combine")
     parts = [read(adapter) for adapter in adapters]
     _check_together(parts)
     for part in parts:
@@ -104,9 +100,7 @@ def combine(
         "r": widest, "lora_alpha": widest, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_dropout": 0.0,
         "target_modules": sorted(chosen), "layers_to_transform": None, "layers_pattern": None, "init_lora_weights": True,
     }  # fmt: skip
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with newfolder.filling(target) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(
             json.dumps(parts[0].config | plain, indent=2, sort_keys=True), encoding="utf-8"
@@ -122,10 +116,6 @@ def combine(
         ]
         record = probe.read(folder) | {"combined": {"method": method, "distance": found[method], "parts": provenance}}
         (folder / probe.FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        folder.chmod(0o755)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return {
         "path": str(target),
         "base": str(parts[0].base),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models import load, probe, quantized
+from tunesmith.models import load, newfolder, probe, quantized
 from tunesmith.models.locate import Folder, locate
 
 LARGEST_DIFFERENCE, LARGEST_KL = 1e-3, 1e-4
@@ -40,20 +38,12 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
     folder = locate(model)
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    target = Path(out).expanduser().resolve()
-    if target.exists():
-        raise UserError(f"{target} exists already; merge writes a new folder. Choose another --out, or remove it.")
+    target = newfolder.place(out, "merge")
     if folder.kind == "full" or folder.base is None:
         raise UserError(f"{folder.path} is a full model: there is no adapter in it, so there is nothing to merge")
     folded = fold(folder, dtype)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with newfolder.filling(target) as made:
         reloaded, *saved = write(folded, made)
-        made.chmod(0o755)
-        made.rename(target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     ends = reloaded.get_input_embeddings(), reloaded.get_output_embeddings()
     return {
         "path": str(target),
