@@ -26,10 +26,6 @@ from tunesmith.models.layout import Layout, packed, padded
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"
 WORDS = "Below is a text. It is written with care, and each part of it follows from what stands before. "
 """What virtual tokens start as, unless told otherwise: numbers drawn at random do harm that takes long to mend."""
-NO_NEW_TOKENS = (
-    "add_tokens: the files of prefix and prompt tuning have no room for the rows of new tokens.\n"
-    "  Use adaptation=lora, which keeps them, or adaptation=full; or leave add_tokens out."
-)
 
 
 def install(model: Any, trainable: bool = True) -> None:
@@ -59,21 +55,27 @@ def install(model: Any, trainable: bool = True) -> None:
     model.generate = core.generate
 
 
+def _ahead(model: Any) -> Ahead | None:
+    """Our forward of the body of ``model``, where it has virtual tokens."""
+    found = vars(head.base(model).base_model).get("forward")
+    return found if isinstance(found, Ahead) else None
+
+
 def count(model: Any) -> int:
     """How many positions virtual tokens take in front of each row of ``model``: 0 where there are none, or they are off."""
-    found = vars(head.base(model).base_model).get("forward")
-    return found.count if isinstance(found, Ahead) else 0
+    ahead = _ahead(model)
+    return ahead.count if ahead else 0
 
 
 def embedded(model: Any) -> int:
     """How many of them go through the layers like words: those of prompt tuning do, a prefix is in attention alone."""
-    found = vars(head.base(model).base_model).get("forward")
-    return found.count if isinstance(found, Ahead) and found.kind == PROMPT else 0
+    ahead = _ahead(model)
+    return ahead.count if ahead and ahead.kind == PROMPT else 0
 
 
 def installed(model: Any) -> bool:
     """Whether the virtual tokens of the peft model ``model`` are served by ours."""
-    return isinstance(vars(head.base(model).base_model).get("forward"), Ahead)
+    return _ahead(model) is not None
 
 
 def must_go_alone(core: Any, lengths: Sequence[int]) -> bool:
@@ -81,10 +83,8 @@ def must_go_alone(core: Any, lengths: Sequence[int]) -> bool:
 
     Padding stands between a prefix and the text. A sliding window would count it, so a row would see less of its prefix.
     """
-    found = vars(core.base_model).get("forward")
-    if not isinstance(found, Ahead) or found.kind != PREFIX or len(lengths) < 2:
-        return False
-    return _slides(core, found.count + max(lengths))
+    ahead = _ahead(core)
+    return bool(ahead and ahead.kind == PREFIX and len(lengths) > 1 and _slides(core, ahead.count + max(lengths)))
 
 
 def _slides(core: Any, tokens: int) -> bool:
