@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import tunesmith
 from tests.models.adapters import base_and_adapter, save_adapter
 from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model
+from tunesmith.engine import setup
 from tunesmith.errors import ModelError, UserError
 from tunesmith.merge import run
 from tunesmith.models.generate import Settings, generate_ids
@@ -215,6 +217,14 @@ def test_a_run_starts_from_no_sum_that_answers_otherwise(tmp_path: Path, monkeyp
     with pytest.raises(ModelError, match="Use the adapter as it is"):
         tunesmith.train(made, out=tmp_path / "other")
     assert not (tmp_path / "run" / "base").exists() and not (tmp_path / "other" / "base").exists()
+
+
+def test_a_sum_made_before_training_draws_no_numbers_of_the_run(tmp_path: Path) -> None:
+    """One process makes it, and only once: the first values of the new adapter must be those of the others, and of a resumed run."""
+    _, adapter = base_and_adapter(tmp_path)
+    before = torch.get_rng_state()
+    made = setup._merged_base(SimpleNamespace(model_folder=locate(adapter)), tmp_path / "run")  # type: ignore[arg-type]
+    assert made.path == tmp_path / "run" / "base" and torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_merged_model_carries_its_own_probe(tmp_path: Path) -> None:
