@@ -75,7 +75,7 @@ CASES = {
     "an alpha for no layer": (nothing, ["adaptation={type: lora, lora_alpha: {default: 16, q_porj: 2.0}}"], ["adaptation.lora_alpha.q_porj", "`q_proj`"]),
     "a layer that is not there": (nothing, ["adaptation={type: lora, layers_to_transform: [0, 9]}"], ["no layer 9", "layers 0 to 1"]),
     "continuing what is no adapter": (nothing, ["adapter=continue", "adaptation=lora"], ["is not an adapter", "Leave the key out"]),
-    "new tokens under ia3": (nothing, ["add_tokens=[<tool>]", "adaptation=ia3"], ["ia3", "adaptation: lora or adaptation: full"]),
+    "new tokens under ia3": (nothing, ["add_tokens=[<tool>]", "adaptation=ia3"], ["ia3", "adaptation=lora, which keeps them, or adaptation=full"]),
     "an unknown schedule": (nothing, ["train.lr_scheduler_type=lineer"], ["lineer", "linear"]),
     "longer than the window": (nothing, ["train.max_length=4096"], ["4096", "512"]),
 }  # fmt: skip

@@ -13,7 +13,6 @@ import tunesmith
 from tests.models.adapters import save_adapter
 from tests.tiny import save_tiny
 from tunesmith.errors import TunesmithError, UserError
-from tunesmith.merge import combine as combining
 from tunesmith.merge.combine import combine, distance, nearest
 from tunesmith.models import probe
 
@@ -150,6 +149,7 @@ def test_what_is_no_sum_is_refused_by_name(make, shelf, tmp_path):
 
 @pytest.mark.parametrize(("keys", "said"), [
     ({"weights": [1.0]}, "2 adapters and 1 weights"), ({"method": "ties"}, "expected one of cat, svd, linear"), ({"r": 3}, "--method svd"),
+    ({"weights": [float("nan"), 1.0]}, "weights are nan, 1"), ({"weights": [1.0, float("-inf")]}, "finite"),
 ])  # fmt: skip
 def test_wrong_arguments(shelf, tmp_path, keys, said):
     with pytest.raises(TunesmithError, match=said):
@@ -160,9 +160,3 @@ def test_wrong_arguments(shelf, tmp_path, keys, said):
         combine([shelf / "a", shelf / "b"], shelf / "a")
     with pytest.raises(UserError, match="one rank in all of them"):
         combine([shelf / "a", shelf / "c"], tmp_path / "sum", method="linear")
-
-
-def test_adapters_of_bases_quantised_otherwise_have_two_bases(shelf, tmp_path, monkeypatch):
-    monkeypatch.setattr(combining, "_quantised", lambda part: part.folder.name)
-    with pytest.raises(UserError, match="quantised in different ways"):
-        combine([shelf / "a", shelf / "b"], tmp_path / "sum")

@@ -9,6 +9,7 @@ from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model
 from tunesmith.errors import ModelError, UserError
 from tunesmith.merge import run
+from tunesmith.merge.combine import combine
 from tunesmith.models import load, quantized
 
 pytest.importorskip("bitsandbytes")
@@ -99,3 +100,27 @@ def test_a_run_that_starts_from_the_sum_stands_on_it(tmp_path):
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "next" / "base", tmp_path / "out"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert quantized.record(tunesmith.load(outcome["model_dir"])[0])["quant_type"] == "nf4"
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """Adapters of one base: two beside its nf4 bits, ``int8`` beside others, ``plain`` beside none."""
+    folder = tmp_path_factory.mktemp("shelf")
+    made = recipe(folder)
+    kinds = {"a": {}, "b": {"r": 2}, "int8": {"quant_type": "int8"}, "plain": {"type": "lora"}}
+    for name, keys in kinds.items():
+        tunesmith.train({**made, "adaptation": {"type": "qlora", "r": 4, **keys}}, out=folder / name)
+    return folder
+
+
+def test_a_sum_stands_on_the_bits_of_its_parts(shelf, tmp_path):
+    combine([shelf / "a", shelf / "b"], tmp_path / "sum", weights=[1, 0])
+    (ours, _), (part, _) = tunesmith.load(tmp_path / "sum"), tunesmith.load(shelf / "a")
+    assert quantized.record(ours) == quantized.record(part) is not None
+    assert torch.allclose(ours(IDS).logits, part(IDS).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", ["int8", "plain"])
+def test_two_ways_of_quantising_are_two_bases(other, shelf, tmp_path):
+    with pytest.raises(UserError, match="quantised in different ways"):
+        combine([shelf / "a", shelf / other], tmp_path / "sum")

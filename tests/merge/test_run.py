@@ -6,13 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import tunesmith
 from tests.models.adapters import base_and_adapter, save_adapter
+from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model
+from tunesmith.engine import setup
 from tunesmith.errors import ModelError, UserError
 from tunesmith.merge import run
 from tunesmith.models.generate import Settings, generate_ids
@@ -172,6 +177,54 @@ def test_a_merge_that_changes_answers_writes_nothing(tmp_path: Path, monkeypatch
     with pytest.raises(ModelError, match="would change its answers"):
         run.merge(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_dtype_that_cannot_hold_the_sum_writes_nothing(tmp_path: Path) -> None:
+    """The sum is right in fp32; in fp16, whose largest number is 65504, it is nan."""
+    base = save_tiny("llama", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    for name, value in tensors.items():
+        if name.endswith("input_layernorm.weight"):
+            value.mul_(1e5)
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            value.mul_(1e-5)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    save_adapter(base, tmp_path / "adapter", target_modules=["down_proj"])
+    with pytest.raises(ModelError, match=r"(?s)in float16 would change its answers: KL.* is nan.*--dtype float32"):
+        run.merge(tmp_path / "adapter", tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    assert run.merge(tmp_path / "adapter", tmp_path / "out")["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_more_than_rounding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    _, adapter = base_and_adapter(tmp_path)
+    facts = run.merge(adapter, tmp_path / "fits", dtype=dtype)
+    assert 0 < facts["max_kl_saved"] < run.LARGEST_ROUNDING[dtype]
+    monkeypatch.setitem(run.LARGEST_ROUNDING, dtype, facts["max_kl_saved"] / 2)
+    with pytest.raises(ModelError, match=f"in {dtype} would change its answers"):
+        run.merge(adapter, tmp_path / "out", dtype=dtype)
+
+
+def test_a_run_starts_from_no_sum_that_answers_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(tmp_path, adaptation="lora", max_steps=1)
+    save_adapter(Path(made["model"]), tmp_path / "adapter")
+    made |= {"model": str(tmp_path / "adapter"), "adapter": "merge"}
+    monkeypatch.setitem(run.LARGEST_ROUNDING, "float32", -1.0)
+    with pytest.raises(ModelError, match="in float32 would change its answers"):
+        tunesmith.train(made, out=tmp_path / "run")
+    monkeypatch.setattr(run, "LARGEST_DIFFERENCE", -1.0)
+    with pytest.raises(ModelError, match="Use the adapter as it is"):
+        tunesmith.train(made, out=tmp_path / "other")
+    assert not (tmp_path / "run" / "base").exists() and not (tmp_path / "other" / "base").exists()
+
+
+def test_a_sum_made_before_training_draws_no_numbers_of_the_run(tmp_path: Path) -> None:
+    """One process makes it, and only once: the first values of the new adapter must be those of the others, and of a resumed run."""
+    _, adapter = base_and_adapter(tmp_path)
+    before = torch.get_rng_state()
+    made = setup._merged_base(SimpleNamespace(model_folder=locate(adapter)), tmp_path / "run")  # type: ignore[arg-type]
+    assert made.path == tmp_path / "run" / "base" and torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_merged_model_carries_its_own_probe(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import tunesmith
 from tests.models.adapters import save_adapter
 from tests.runs import recipe
 from tests.tiny import save_tiny
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import TunesmithError, UserError
 from tunesmith.models.adapters import find, load_adapters
 
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
@@ -42,15 +44,30 @@ def test_the_base_of_an_adapter_will_do(shelf):
     assert load_adapters(shelf / "two", {"x": shelf / "one"}).active == "x"
 
 
-def test_vectors_too(tmp_path):
-    made = recipe(tmp_path, adaptation="ia3", max_steps=2)
+@pytest.mark.parametrize("kind", ["ia3", "bottleneck"])
+def test_other_kinds_too(kind, tmp_path):
+    adaptation = {"type": kind, "dropout": 0.1, "variant": "houlsby"} if kind == "bottleneck" else kind
+    made = recipe(tmp_path, adaptation=adaptation, max_steps=2)
+    small = {"type": kind, "bottleneck_size": 8} if kind == "bottleneck" else kind
+    folders = {
+        "a": tunesmith.train(made, out=tmp_path / "a")["model_dir"],
+        "b": tunesmith.train({**made, "adaptation": small, "seed": 1}, out=tmp_path / "b")["model_dir"],
+    }
+    alone = {name: tunesmith.load(folder)[0](IDS).logits for name, folder in {**folders, "base": made["model"]}.items()}
+    several = load_adapters(made["model"], folders)
+    for name in ("a", "b", "base", "b", "a"):
+        several.switch(name)
+        assert torch.equal(several.model(IDS).logits, alone[name]), name
+    assert not torch.equal(alone["a"], alone["b"]) and not torch.equal(alone["a"], alone["base"])
+    assert not any(parameter.requires_grad for parameter in several.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_virtual_tokens_stand_alone(kind, tmp_path):
+    made = recipe(tmp_path, adaptation=kind, max_steps=1)
     folder = tunesmith.train(made, out=tmp_path / "run")["model_dir"]
-    several = load_adapters(made["model"], {"a": folder, "b": folder})
-    before = several.model(IDS).logits
-    several.switch("base")
-    assert not torch.equal(several.model(IDS).logits, before)
-    several.switch("b")
-    assert torch.equal(several.model(IDS).logits, before)
+    with pytest.raises(UserError, match=f"is a {kind}_tuning adapter, and only lora, ia3, bottleneck can stand"):
+        load_adapters(made["model"], {"a": folder})
 
 
 def test_what_cannot_stand_beside_others_is_refused(shelf, tmp_path):
@@ -71,6 +88,15 @@ def test_what_cannot_stand_beside_others_is_refused(shelf, tmp_path):
         load_adapters(shelf / "base", {"one": shelf / "one"}).switch("three")
 
 
+@pytest.mark.parametrize("order", [("whole", "factors"), ("factors", "whole")])
+@pytest.mark.parametrize(("module", "layer"), [("embed_tokens", "embed_tokens"), ("mlp", "up_proj")])
+def test_a_layer_is_trained_whole_or_has_factors(module, layer, order, shelf, tmp_path):
+    save_adapter(shelf / "base", tmp_path / "whole", target_modules=["q_proj"], modules_to_save=[module])
+    save_adapter(shelf / "base", tmp_path / "factors", target_modules=[layer, "q_proj"])
+    with pytest.raises(UserError, match=rf"^whole trained model\.\S*{layer} whole .* factors has its own"):
+        load_adapters(shelf / "base", {name: tmp_path / name for name in order})
+
+
 def test_adapters_are_found_with_their_runs(tmp_path):
     made = recipe(tmp_path, adaptation={"type": "lora", "r": 3}, save_steps=2)
     made["data"]["eval"] = {"fraction": 0.3}
@@ -83,6 +109,23 @@ def test_adapters_are_found_with_their_runs(tmp_path):
     assert find(tmp_path / "base") == []
     with pytest.raises(TunesmithError, match="no folder called"):
         find(tmp_path / "none")
+
+
+def test_a_broken_folder_is_listed_with_its_problem(shelf, tmp_path, capsys):
+    from tunesmith.cli.main import main
+
+    for name in ("cut", "empty", "garbled", "whole"):
+        shutil.copytree(shelf / "one", tmp_path / name)
+    cut = tmp_path / "cut" / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-7])
+    (tmp_path / "empty" / "adapter_model.safetensors").unlink()
+    (tmp_path / "garbled" / "adapter_config.json").write_text("{")
+    said = {Path(one["path"]).name: one["problem"] for one in find(tmp_path)}
+    assert said["whole"] is None
+    assert "cut short" in said["cut"] and "has no weights" in said["empty"] and "not valid JSON" in said["garbled"]
+    assert main(["adapters", "list", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("cannot be read") == 3 and "lora" in printed
 
 
 def test_the_verbs(shelf, tmp_path, capsys, monkeypatch):
@@ -106,3 +149,25 @@ def test_the_verbs(shelf, tmp_path, capsys, monkeypatch):
     assert "adapter: one" in said.err and "adapter: sum" in said.err and "there are one, sum, base" in said.err
     assert main(["chat", str(shelf / "base"), "--adapter", "one"]) == 2
     assert "NAME=FOLDER" in capsys.readouterr().err
+
+
+def test_a_chat_with_an_adapter_begins_with_it(shelf, capsys, monkeypatch):
+    import io
+
+    from tunesmith.cli.main import main
+
+    given = ["--max-new-tokens", "3", "--temperature", "0", "--json"]
+    answers = {}
+    for case, options in {
+        "alone": [],
+        "two": ["--adapter", f"two={shelf / 'two'}"],
+        "one": ["--adapter", f"one={shelf / 'two'}"],
+    }.items():
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+        assert main(["chat", str(shelf / "one"), *options, *given]) == 0
+        said = capsys.readouterr()
+        answers[case] = json.loads(said.out)
+        names = {"two": "there are one, two, base", "one": "there are one_, one, base"}
+        assert case == "alone" or names[case] in said.err
+    assert answers["two"]["adapter"] == "one" and answers["one"]["adapter"] == "one_"
+    assert answers["alone"]["messages"] == answers["two"]["messages"]

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import tunesmith
 from tests.models.adapters import base_and_adapter
+from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.models import probe
@@ -42,8 +45,45 @@ def test_other_weights_fail_the_probe(tmp_path: Path) -> None:
     probe.write_probe(tmp_path, model, tokenizer)
     load(tmp_path)
     save_tiny("llama", tmp_path, seed=1)
+    with pytest.raises(ModelError, match=r"\*.safetensors changed since the model was saved"):
+        load(tmp_path)
+    without(tmp_path, "files")
     with pytest.raises(ModelError, match="does not answer as it did"):
         load(tmp_path)
+
+
+def without(folder: Path, *keys: str) -> None:
+    """Take ``keys`` out of the folder's tunesmith.json; without ``files`` it is one of an earlier version."""
+    record = json.loads((folder / probe.FILE).read_text())
+    (folder / probe.FILE).write_text(json.dumps({key: record[key] for key in record if key not in keys}))
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora", "bottleneck", "ia3", "prefix", "prompt"])
+def test_an_adapter_that_does_nothing_is_caught_in_bf16(kind: str, tmp_path: Path) -> None:
+    if kind == "qlora":
+        pytest.importorskip("bitsandbytes")
+    made = recipe(tmp_path, adaptation=kind, max_steps=1, precision="bf16")
+    folder = Path(tunesmith.train(made, out=tmp_path / "run")["model_dir"])
+    load(folder)
+    file = folder / "adapter_model.safetensors"
+    nothing = 1.0 if kind == "ia3" else 0.0
+    save_file({name: torch.full_like(value, nothing) for name, value in load_file(file).items()}, file)
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors changed .* sha256"):
+        load(folder)
+
+
+def test_a_config_that_was_edited_is_named_and_may_be_meant(tmp_path: Path) -> None:
+    base, adapter = base_and_adapter(tmp_path)
+    config = adapter / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"base_model_name_or_path": str(base.resolve())}))
+    (adapter / "README.md").write_text("an adapter")
+    load(adapter)
+    config.write_text(json.dumps(settings | {"lora_dropout": 0.5}))  # changes no answer
+    with pytest.raises(ModelError, match=r"(?s)adapter_config.json changed .* take `files` and `probe` out of tunesmith.json"):
+        load(adapter)
+    without(adapter, "files", "probe")
+    load(adapter)
 
 
 def test_another_tokenizer_fails_the_probe(tmp_path: Path) -> None:

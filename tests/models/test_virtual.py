@@ -160,6 +160,23 @@ def test_generation_in_a_batch_equals_one_by_one_and_pefts_own(name: str, kind: 
     assert batch != generate_ids(tiny_model(name), TOKENIZER, PROMPTS, greedy), "the virtual tokens say nothing"
 
 
+@pytest.mark.parametrize("name", WINDOWED)
+def test_padding_between_a_prefix_and_its_text_is_refused_where_a_window_slides(name: str) -> None:
+    """What transformers' own generate makes of a padded batch: the short row would lose its prefix."""
+    model, (short, long) = adapted(name, "prefix", noise=2.0), (PROMPTS[2], PROMPTS[1])
+    pad, settings = len(long) - len(short), {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    batch = {
+        "input_ids": torch.tensor([[0] * pad + short, long]),
+        "attention_mask": torch.tensor([[0] * pad + [1] * len(short), [1] * len(long)]),
+    }
+    with pytest.raises(ModelError, match="one row at a time"):
+        model.generate(**batch, max_new_tokens=6, **settings)  # the window of 16 ends on the way
+    near = model.generate(**batch, max_new_tokens=1, **settings)
+    both = model.generate(input_ids=torch.tensor([long, long]), max_new_tokens=6, **settings)
+    alone = model.generate(input_ids=torch.tensor([long]), max_new_tokens=6, **settings)
+    assert near[1, -1] == alone[0, len(long)] and both[0].equal(alone[0]) and both[1].equal(alone[0])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_streaming_gives_the_same_text(kind: str) -> None:
     model = adapted("llama", kind)

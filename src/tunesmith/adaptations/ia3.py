@@ -42,11 +42,10 @@ class Adaptation:
         """
         from peft import IA3Config, get_peft_model
 
+        from tunesmith.models import vocabulary
+
         if new_rows:
-            raise RecipeError(
-                "add_tokens: an ia3 adapter of peft holds vectors and no rows of a vocabulary.\n"
-                "  Use adaptation: lora or adaptation: full, which train the rows of new tokens."
-            )
+            raise vocabulary.no_room("ia3")
         scaled, inner = found(model)
         config = IA3Config(
             task_type=TASK[head],

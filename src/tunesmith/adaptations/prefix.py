@@ -8,8 +8,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tunesmith.errors import RecipeError
-
 PROJECTION_RATIO = 0.01
 
 
@@ -41,11 +39,11 @@ class Adaptation:
         """A peft model with only the prefix trainable. Raises RecipeError or ModelError before the model is touched."""
         from peft import PrefixTuningConfig, get_peft_model
 
-        from tunesmith.models import virtual
+        from tunesmith.models import virtual, vocabulary
         from tunesmith.models.head import TASK
 
         if new_rows:
-            raise RecipeError(virtual.NO_NEW_TOKENS)
+            raise vocabulary.no_room("prefix")
         tokens = self.config.num_virtual_tokens
         virtual.check_room(model, tokens)
         virtual.attentions(model)

@@ -50,11 +50,11 @@ class Adaptation:
         import torch
         from peft import PromptTuningConfig, get_peft_model
 
-        from tunesmith.models import virtual
+        from tunesmith.models import virtual, vocabulary
         from tunesmith.models.head import TASK
 
         if new_rows:
-            raise RecipeError(virtual.NO_NEW_TOKENS)
+            raise vocabulary.no_room("prompt")
         ids = self._text_ids(tokenizer)
         text = self.config.prompt_tuning_init_text
         tokens = self.config.num_virtual_tokens or (len(ids) if text else VIRTUAL_TOKENS)

@@ -57,16 +57,18 @@ def _table(facts: Mapping[str, Any]) -> Any:
 
     if not facts["adapters"]:
         return "no adapters there"
+    whole = [one for one in facts["adapters"] if not one["problem"]]
+    broken = [f"{_short(one['path'])} cannot be read: {one['problem']}" for one in facts["adapters"] if one["problem"]]
     table = Table(box=None, padding=(0, 2, 0, 0))
     for head in ("path", "type", "r", "base", "parameters", "kB", "held-out loss"):
         table.add_column(head)
-    for one in facts["adapters"]:
+    for one in whole:
         loss = "" if one["eval_loss"] is None else f"{one['eval_loss']:.4f}"
         table.add_row(
             _short(one["path"]), one["type"], str(one["r"] or ""), str(one["base"]), f"{one['parameters']:,}",
             f"{one['bytes'] / 1000:,.0f}", loss,
         )  # fmt: skip
-    return table
+    return [*([table] if whole else []), *broken]
 
 
 def _short(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ def chat(
     model: Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FOLDER", help="An adapter of MODEL to switch to; may be repeated.", show_default=False),
+        typer.Option(metavar="NAME=FOLDER", help="An adapter to switch to; may be repeated.", show_default=False),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
@@ -34,7 +35,7 @@ def chat(
     from tunesmith.models.adapters import load_adapters
     from tunesmith.models.load import load
 
-    named = _named(adapter or [])
+    named = _with_own(model, _named(adapter or []))
     chosen: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     engine.Settings(**chosen, seed=seed)  # a wrong setting is told before the model is loaded
     say(f"loading {model}")
@@ -93,6 +94,21 @@ def _named(given: list[str]) -> dict[str, str]:
             raise UserError(f"--adapter {one}: expected NAME=FOLDER, each name once, of letters and digits, and none called base")
         named[name] = folder
     return named
+
+
+def _with_own(model: str, named: dict[str, str]) -> dict[str, str]:
+    """With the adapter that MODEL itself is, first and under its folder's name, where there are others to switch to."""
+    from tunesmith.models.locate import locate
+
+    if not named:
+        return named
+    folder = locate(model)
+    if folder.kind == "full":
+        return named
+    name = re.sub(r"\W", "_", (folder.run or folder.path).name)
+    while name in (*named, "base"):
+        name += "_"
+    return {name: model, **named}
 
 
 def _lines() -> Iterator[str]:

@@ -22,7 +22,8 @@ def merge(
     facts = fold(model, out, dtype=dtype)
     if facts["max_logit_difference_saved"] > 10 * max(facts["max_logit_difference"], 1e-3):
         say(
-            f"Rounding to {facts['dtype']} moved a logit by {facts['max_logit_difference_saved']:.2g}: "
-            "small updates are lost in it. --dtype float32 keeps the adapter's answers, in a larger folder."
+            f"Rounding to {facts['dtype']} moved a logit by {facts['max_logit_difference_saved']:.2g} and the distribution of "
+            f"a token by {facts['max_kl_saved']:.2g} nats: small updates are lost in it. --dtype float32 keeps the "
+            "adapter's answers, in a larger folder."
         )
     result(facts, as_json)

@@ -151,6 +151,7 @@ def build(setup: Setup, out: Path) -> Built:
     placed: dict[str, Any] = {} if recipe.device_map is None else {"device_map": recipe.device_map}
     if recipe.adapter == "continue":
         model = load.load_model(folder, head=setup.objective.head, adapter="attach", trainable=True, **placed)
+        probe.verify_probe(folder.path, model, load.load_tokenizer(folder))
     else:
         if recipe.adapter == "merge":
             with distributed.main_first():
@@ -354,15 +355,16 @@ def _merged_base(setup: Setup, out: Path) -> Folder:
     """The adapter folded into its base, written beside the run: what a new adapter on it refers to as its base."""
     target = out / "base"
     if not target.is_dir():
-        model = load.load_model(setup.model_folder, head=setup.objective.head, adapter="merge")
         from tunesmith.engine.checkpoint import publish
+        from tunesmith.merge import run as merge
 
-        tokenizer = load.load_tokenizer(setup.model_folder)  # without this run's new tokens, which the sum knows nothing of
+        with torch.random.fork_rng():  # loading draws numbers, and the other processes do not load
+            folded = merge.fold(
+                setup.model_folder
+            )  # its tokenizer is without this run's new tokens, which the sum knows nothing of
 
         def write(folder: Path) -> None:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            probe.write_probe(folder, model, tokenizer)
+            merge.write(folded, folder)
 
-        publish(target, write, sum(p.numel() * p.element_size() for p in model.parameters()))
+        publish(target, write, sum(p.numel() * p.element_size() for p in folded.plain.parameters()))
     return locate(target, setup.model_folder.remote_code)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import UserError
-from tunesmith.models import headers, load, probe, vocabulary
+from tunesmith.models import headers, load, newfolder, probe, vocabulary
 from tunesmith.models.locate import locate
 
 if TYPE_CHECKING:
@@ -31,7 +30,8 @@ _FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.weig
 class Lora:
     """A LoRA adapter as read from its folder.
 
-    ``layers``: name -> (A (r, in), B (out, r), scaling); ``names``: their keys in the file; ``rest``: modules saved whole.
+    ``layers``: name -> (A (r, in), B (out, r), scaling); ``names``: their keys in the file; ``rest``: modules saved whole;
+    ``quantization``: how its base was quantised, if it was.
     """
 
     folder: Path
@@ -40,6 +40,7 @@ class Lora:
     layers: dict[str, tuple[torch.Tensor, torch.Tensor, float]]
     names: dict[str, tuple[str, str]]
     rest: dict[str, torch.Tensor]
+    quantization: dict[str, Any] | None = None
 
 
 def combine(
@@ -70,11 +71,15 @@ def combine(
     shares = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(shares) != len(adapters):
         raise UserError(f"{len(adapters)} adapters and {len(shares)} weights: give one weight for each adapter, such as 0.7,0.3")
-    target = Path(out).expanduser().resolve()
-    if target.exists():
-        raise UserError(f"{target} exists already; combine writes a new folder. Choose another --out, or remove it.")
+    if not all(math.isfinite(share) for share in shares):
+        raise UserError(
+            f"weights are {', '.join(f'{share:g}' for share in shares)}; each must be a finite number, such as 0.7,0.3"
+        )
+    target = newfolder.place(out, "combine")
     parts = [read(adapter) for adapter in adapters]
     _check_together(parts)
+    for part in parts:
+        load.load(part.folder)  # each must answer as it did when it was saved, or the sum is of something else
     rank = r or max(a.shape[0] for part in parts for a, _, _ in part.layers.values())
     exact = {name: _exact(parts, shares, name) for name in dict.fromkeys(name for part in parts for name in part.layers)}
     made = {"cat": exact, "svd": {name: nearest(*pair, rank) for name, pair in exact.items()}, "linear": _linear(parts, shares)}
@@ -95,15 +100,14 @@ def combine(
         "r": widest, "lora_alpha": widest, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_dropout": 0.0,
         "target_modules": sorted(chosen), "layers_to_transform": None, "layers_pattern": None, "init_lora_weights": True,
     }  # fmt: skip
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with newfolder.filling(target) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(
             json.dumps(parts[0].config | plain, indent=2, sort_keys=True), encoding="utf-8"
         )
-        where = locate(parts[0].folder)
-        tokenizer = load.load_tokenizer(where)
+        stand = {"base": {"path": str(parts[0].base)}, "quantization": parts[0].quantization}
+        (folder / probe.FILE).write_text(json.dumps(stand), encoding="utf-8")  # what the sum is to be loaded on
+        tokenizer = load.load_tokenizer(locate(parts[0].folder))
         tokenizer.save_pretrained(folder)
         probe.write_probe(folder, load.load_model(locate(folder)), tokenizer)
         provenance = [
@@ -112,10 +116,6 @@ def combine(
         ]
         record = probe.read(folder) | {"combined": {"method": method, "distance": found[method], "parts": provenance}}
         (folder / probe.FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        folder.chmod(0o755)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return {
         "path": str(target),
         "base": str(parts[0].base),
@@ -168,7 +168,7 @@ def read(adapter: str | Path) -> Lora:
         scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         layers[layer] = (tensors[a].float(), tensors[b].float(), float(scaling))
     rest = {name: value for name, value in tensors.items() if name not in used}
-    return Lora(folder.path, folder.base, config, layers, names, rest)
+    return Lora(folder.path, folder.base, config, layers, names, rest, probe.read(folder.path).get("quantization"))
 
 
 def nearest(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,10 +240,10 @@ def _check_together(parts: Sequence[Lora]) -> None:
                 f"the adapters have different bases: {first.folder} stands on {first.base}, {part.folder} on {part.base}.\n"
                 "  Only adapters of one base can be summed."
             )
-        if _quantised(part) != _quantised(first):
+        if _bits(part) != _bits(first):
             raise UserError(
-                f"{first.folder} and {part.folder} were trained on the base quantised in different ways ({_quantised(first)}, "
-                f"{_quantised(part)}), which are two bases.\n  Only adapters of one base can be summed."
+                f"{first.folder} and {part.folder} were trained on the base quantised in different ways ({_bits(first)}; "
+                f"{_bits(part)}), which are two bases.\n  Only adapters of one base can be summed."
             )
         same = part.rest.keys() == first.rest.keys() and all(torch.equal(part.rest[key], first.rest[key]) for key in first.rest)
         if not same:
@@ -256,9 +256,10 @@ def _check_together(parts: Sequence[Lora]) -> None:
             raise UserError(f"{first.folder} and {part.folder} have layers of different sizes")
 
 
-def _quantised(part: Lora) -> Any:
-    record = probe.read(part.folder)
-    return record.get("quantization") or (record.get("base") or {}).get("quantization")
+def _bits(part: Lora) -> str:
+    """What the bits of an adapter's base depend on; what it computed in is no part of that."""
+    kept = part.quantization
+    return ", ".join(f"{key}={kept[key]}" for key in kept if key != "compute_dtype") if kept else "not quantised"
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, layer: str, default: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,12 +16,15 @@ from tunesmith.models.locate import Folder, locate
 BASE = "base"
 """The name of the base alone, with every adapter off."""
 
+BESIDE = ("lora", "ia3", "bottleneck")
+"""Kinds of adapters of which several fit on one base. Virtual tokens work through the body's forward, which has room for one."""
+
 
 def find(folder: str | Path) -> list[dict[str, Any]]:
     """The adapters under ``folder`` (itself one, perhaps), sorted by path; checkpoints of runs are none. No weight is read.
 
-    Each is {"path", "type", "r", "base", "parameters", "bytes", "run", "eval_loss"}; what is not known is None. Raises UserError
-    when there is no such folder.
+    Each is {"path", "type", "r", "base", "parameters", "bytes", "run", "eval_loss", "problem"}; what is not known is None, and
+    of a folder that cannot be read ``problem`` says why. Raises UserError when there is no such folder.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -29,18 +33,28 @@ def find(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _facts(path: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = {"path": str(path)}
+    facts |= dict.fromkeys(("type", "r", "base", "parameters", "bytes", "run", "eval_loss", "problem"))
+    try:
+        return facts | _read(path)
+    except ModelError as error:  # the others are still to be told of
+        return facts | {"problem": str(error)}
+
+
+def _read(path: Path) -> dict[str, Any]:
     config = headers.read_json(path / "adapter_config.json")
-    tensors = headers.read_tensors(path, "adapter_model")
+    files = headers.weight_files(path, "adapter_model")
+    if not files:
+        raise ModelError(f"{path} has no weights: expected adapter_model.safetensors. Copy the folder again.")
     base = probe.read(path).get("base") or {}
     run = path.parent if path.name == "model" and (path.parent / "recipe.yaml").is_file() else None
     manifest = headers.read_json(run / "manifest.json") if run and (run / "manifest.json").is_file() else {}
     return {
-        "path": str(path),
         "type": str(config.get("peft_type", "")).lower(),
         "r": config.get("r"),
         "base": base.get("name") or config.get("base_model_name_or_path"),
-        "parameters": sum(tensor.count for tensor in tensors.values()),
-        "bytes": sum(file.stat().st_size for file in headers.weight_files(path, "adapter_model")),
+        "parameters": sum(tensor.count for tensor in headers.read_tensors(path, "adapter_model").values()),
+        "bytes": sum(file.stat().st_size for file in files),
         "run": str(run) if run else None,
         "eval_loss": (manifest.get("result") or {}).get("eval_loss"),
     }
@@ -96,6 +110,7 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
     if len(set(kinds.values())) > 1:
         said = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
         raise UserError(f"adapters on one base must be of one kind, and {said}. Load them one by one with tunesmith.load.")
+    _check_layers(found)
     model = load.load_model(core)
     made = Adapters(model, {BASE: load.load_tokenizer(core)}, BASE)
     for name, folder in found.items():
@@ -119,8 +134,8 @@ def _kind(name: str, folder: Folder, base: Path) -> str:
     config = headers.read_json(folder.path / "adapter_config.json")
     kind = str(config.get("peft_type", "")).lower()
     why = None
-    if kind not in ("lora", "ia3"):
-        why = f"is a {kind} adapter, and only lora and ia3 can stand beside others"
+    if kind not in BESIDE:
+        why = f"is a {kind} adapter, and only {', '.join(BESIDE)} can stand beside others"
     elif vocabulary.adapter_rows(folder.path):
         why = "brings tokens of its own, so it changes the base's vocabulary"
     elif config.get("bias", "none") != "none":
@@ -130,3 +145,23 @@ def _kind(name: str, folder: Folder, base: Path) -> str:
     if why:
         raise UserError(f"{name}: {folder.path} {why}.\n  Load it alone: tunesmith.load, tunesmith chat {folder.path}")
     return kind
+
+
+def _check_layers(found: Mapping[str, Folder]) -> None:
+    """Raise UserError where one adapter trained whole what another has its factors in: peft can have one of them there."""
+    for name, folder in found.items():
+        whole = headers.read_json(folder.path / "adapter_config.json").get("modules_to_save") or []
+        ends = tuple(f".{module}." for module in whole)
+        for other, beside in found.items():
+            inside = [layer for layer in _layers(beside.path) if any(end in f".{layer}." for end in ends)]
+            if other != name and inside:
+                raise UserError(
+                    f"{name} trained {inside[0]} whole (modules_to_save), and {other} has its own numbers in it, so they "
+                    "cannot stand beside each other.\n  Load them one by one with tunesmith.load."
+                )
+
+
+def _layers(adapter: Path) -> list[str]:
+    """The layers of the base that an adapter has factors, vectors or bottlenecks in."""
+    names = headers.read_tensors(adapter, "adapter_model")
+    return [match[1] for name in names if (match := re.match(r"base_model\.model\.(.+?)\.(lora|ia3|bottleneck)_", name))]

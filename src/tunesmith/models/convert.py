@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import DiskFullError, ModelError, UserError
-from tunesmith.models import headers, load, store
+from tunesmith.models import headers, load, newfolder, store
 from tunesmith.models.locate import Folder, check_settings, locate
 
 COPIED = (".json", ".txt", ".model", ".jinja")
@@ -38,18 +38,14 @@ def convert(model: str | Path, out: str | Path | None = None, say: Callable[[str
     convert or ``out`` exists.
     """
     source = _folder(model)
-    target = Path(out).expanduser().resolve() if out else source.with_name(f"{source.name}-safetensors")
-    if target.exists():
-        raise UserError(f"{target} exists already; convert writes a new folder. Choose another --out, or remove it.")
+    target = newfolder.place(out or source.with_name(f"{source.name}-safetensors"), "convert")
     check_settings(source)
     pickles = _pickles(source)
     size = sum(path.stat().st_size for path in pickles)
     if shutil.disk_usage(_existing(target.parent)).free < size:
         raise DiskFullError(f"{target.parent} has too little room: the weights take {size / 1e6:,.0f} MB")
     tied, network = _tied(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with newfolder.filling(target) as made:
         for path in source.iterdir():
             if path.is_file() and path.suffix in COPIED and not path.name.endswith(".bin.index.json"):
                 shutil.copyfile(path, made / path.name)
@@ -60,10 +56,6 @@ def convert(model: str | Path, out: str | Path | None = None, say: Callable[[str
         if load.is_causal(network):
             load.load_model(locate(made))
         found = headers.read_tensors(made)
-        made.chmod(0o755)
-        made.rename(target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return {
         "path": str(target),
         "from": [path.name for path in pickles],

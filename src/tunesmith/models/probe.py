@@ -1,7 +1,8 @@
-"""``tunesmith.json``, written beside saved weights: which base they belong to, and what the model answered when it was saved.
+"""``tunesmith.json``, written beside saved weights: which base they belong to, a hash of them, and what the model answered.
 
-On loading, the base's fingerprint and a few logits are compared, so an adapter on the wrong base, or weights which a library
-read otherwise than they were written, are an error and not a model that is quietly another one.
+On loading, the base's fingerprint, the files and a few logits are compared, so an adapter on the wrong base, files that changed,
+or weights which a library read otherwise than they were written, are an error and not a model that is quietly another one.
+Logits alone would not do: those of a small update lie within the rounding of bf16, where an adapter of zeros passes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,22 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def files(folder: Path) -> dict[str, str]:
+    """What is kept of the saved weights: of an adapter a sha256 of each file and of its config, of a full model its fingerprint.
+
+    The config counts as JSON, whatever its spaces, and without the path of the base, which may move and is compared by itself.
+    """
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return {"*.safetensors": fingerprint(folder)}
+    found = {}
+    for path in headers.weight_files(folder, "adapter_model"):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    settings = headers.read_json(config) | {"base_model_name_or_path": None}
+    return found | {config.name: hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The probe file of a folder; empty when there is none (a folder that tunesmith did not write)."""
     return headers.read_json(folder / FILE) if (folder / FILE).is_file() else {}
@@ -65,6 +82,7 @@ def write_probe(folder: Path, model: Any, tokenizer: Any) -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("tunesmith", "torch", "transformers", "peft")},
         "base": base,
         "quantization": quantized.record(model),
+        "files": files(folder),
         "probe": {"dtype": str(model.dtype).removeprefix("torch."), "answers": _answers(model, tokenizer)},
     }
     path = folder / FILE
@@ -86,12 +104,26 @@ def check_base(adapter: Path, base: Path) -> None:
         )
 
 
+def check_files(folder: Path) -> None:
+    """Raise ModelError when the weights are not the files that were saved. Of a folder that kept no hashes nothing is known."""
+    saved = read(folder).get("files")
+    if not saved:
+        return
+    now = files(folder)
+    if changed := sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name)):
+        raise ModelError(
+            f"{folder}: {', '.join(changed)} changed since the model was saved: its sha256 is another one.\n"
+            f"  Copy the folder again. If you changed it on purpose, take `files` and `probe` out of {FILE} there."
+        )
+
+
 def verify_probe(folder: Path, model: Any, tokenizer: Any) -> float | None:
     """The largest difference between the logits now and those written at save time; None when the folder has no probe.
 
-    Raises ModelError when the tokenizer gives other ids, or a logit differs by more than rounding explains: 0.2% of the
-    largest one where both were fp32, else 5%.
+    Raises ModelError when a file is not the one saved (:func:`check_files`), when the tokenizer gives other ids, or when a logit
+    differs by more than rounding explains: 0.2% of the largest one where both were fp32, else 5%.
     """
+    check_files(folder)
     saved = read(folder).get("probe")
     if not saved:
         return None

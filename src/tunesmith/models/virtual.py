@@ -26,10 +26,6 @@ from tunesmith.models.layout import Layout, packed, padded
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"
 WORDS = "Below is a text. It is written with care, and each part of it follows from what stands before. "
 """What virtual tokens start as, unless told otherwise: numbers drawn at random do harm that takes long to mend."""
-NO_NEW_TOKENS = (
-    "add_tokens: the files of prefix and prompt tuning have no room for the rows of new tokens.\n"
-    "  Use adaptation=lora, which keeps them, or adaptation=full; or leave add_tokens out."
-)
 
 
 def install(model: Any, trainable: bool = True) -> None:
@@ -59,21 +55,27 @@ def install(model: Any, trainable: bool = True) -> None:
     model.generate = core.generate
 
 
+def _ahead(model: Any) -> Ahead | None:
+    """Our forward of the body of ``model``, where it has virtual tokens."""
+    found = vars(head.base(model).base_model).get("forward")
+    return found if isinstance(found, Ahead) else None
+
+
 def count(model: Any) -> int:
     """How many positions virtual tokens take in front of each row of ``model``: 0 where there are none, or they are off."""
-    found = vars(head.base(model).base_model).get("forward")
-    return found.count if isinstance(found, Ahead) else 0
+    ahead = _ahead(model)
+    return ahead.count if ahead else 0
 
 
 def embedded(model: Any) -> int:
     """How many of them go through the layers like words: those of prompt tuning do, a prefix is in attention alone."""
-    found = vars(head.base(model).base_model).get("forward")
-    return found.count if isinstance(found, Ahead) and found.kind == PROMPT else 0
+    ahead = _ahead(model)
+    return ahead.count if ahead and ahead.kind == PROMPT else 0
 
 
 def installed(model: Any) -> bool:
     """Whether the virtual tokens of the peft model ``model`` are served by ours."""
-    return isinstance(vars(head.base(model).base_model).get("forward"), Ahead)
+    return _ahead(model) is not None
 
 
 def must_go_alone(core: Any, lengths: Sequence[int]) -> bool:
@@ -81,11 +83,14 @@ def must_go_alone(core: Any, lengths: Sequence[int]) -> bool:
 
     Padding stands between a prefix and the text. A sliding window would count it, so a row would see less of its prefix.
     """
-    found = vars(core.base_model).get("forward")
-    if not isinstance(found, Ahead) or found.kind != PREFIX or len(lengths) < 2:
-        return False
+    ahead = _ahead(core)
+    return bool(ahead and ahead.kind == PREFIX and len(lengths) > 1 and _slides(core, ahead.count + max(lengths)))
+
+
+def _slides(core: Any, tokens: int) -> bool:
+    """Whether a sliding window of the network is shorter than so many tokens."""
     window = getattr(core.config.get_text_config(), "sliding_window", None)
-    return window is not None and window < found.count + max(lengths)
+    return window is not None and window < tokens
 
 
 def attentions(core: Any) -> list[nn.Module]:
@@ -220,6 +225,11 @@ class Ahead:
         given = keywords["inputs_embeds"] if input_ids is None else input_ids
         mask = keywords.get("attention_mask")
         if mask is not None:
+            if _slides(self.body, mask.shape[1] + self.count) and not mask[:, 0].all():
+                raise ModelError(
+                    "a prefix, rows padded on the left, and a sliding window shorter than they are: padding would push the "
+                    "prefix out of the window.\n  Give one row at a time, or use tunesmith.generate, which does."
+                )
             keywords["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1)
         if keywords.get("past_key_values") is None:
             config = self.body.config

@@ -167,3 +167,11 @@ def _ends(model: Any) -> list[Any]:
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     found = [first.weight, *([last.weight, last.bias] if last is not None else [])]
     return list({id(tensor): tensor for tensor in found if tensor is not None}.values())
+
+
+def no_room(adaptation: str) -> RecipeError:
+    """What an adaptation answers to new tokens whose files have no place for their rows."""
+    return RecipeError(
+        f"add_tokens: the files of adaptation={adaptation} have no room for the rows of new tokens.\n"
+        "  Use adaptation=lora, which keeps them, or adaptation=full; or leave add_tokens out."
+    )
