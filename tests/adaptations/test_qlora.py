@@ -201,7 +201,7 @@ def test_an_adapter_is_continued_on_the_base_it_knows(tmp_path):
     assert json.loads((tmp_path / "on" / "manifest.json").read_text())["quantization"]["quant_type"] == "fp4"
     assert quantized.record(tunesmith.load(on["model_dir"])[0])["quant_type"] == "fp4"
     with pytest.raises(RecipeError, match=r"quant_type \(it has fp4\)"):
-        tunesmith.check(continued(first, tmp_path / "run", {"type": "qlora", "quant_type": "nf4"}))
+        tunesmith.check(continued(first, tmp_path / "run", {"type": "qlora", "quant_type": "int8"}))
     with pytest.raises(RecipeError, match=r"trained on its base in fp4.*\n.*adaptation: qlora"):
         tunesmith.check(continued(first, tmp_path / "run", "lora"))
 

@@ -45,6 +45,7 @@ def save_model(run: Run) -> None:
     masters = run.update.masters
     everything = all(parameter.requires_grad for parameter in run.model.parameters())
     weights = masters.whole()
+    made = setup.keys_that_made(run.setup.recipe, run.setup.model_folder)
 
     def write(target: Path) -> None:
         with run.route.fused.disabled(), route.plain_attention(run.model, run.route):
@@ -52,9 +53,9 @@ def save_model(run: Run) -> None:
                 run.setup.adaptation.save(run.model, target)
                 run.setup.tokenizer.save_pretrained(target)
                 if everything:
-                    probe.write_probe(target, run.model, run.setup.tokenizer)
+                    probe.write_probe(target, run.model, run.setup.tokenizer, made)
             if not everything:  # fp32 parts in a bf16 network would not fit together: the copies answer
-                probe.write_probe(target, run.model, run.setup.tokenizer)
+                probe.write_probe(target, run.model, run.setup.tokenizer, made)
 
     if run.main:
         checkpoint.publish(run.folder.model, write, 4 * masters.size + 8 * 2**20)
