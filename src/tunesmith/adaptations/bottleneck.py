@@ -61,6 +61,8 @@ class Adaptation:
         whole = self.config.modules_to_save or []
         patterns.require("modules_to_save", whole, [name for name, _ in model.named_modules() if name])
         targets = bottleneck.sublayers(model, self.config.variant)
+        names = [name for name, _ in model.named_modules() if name]
+        patterns.require_apart("adaptation=bottleneck stands on", targets, patterns.whole(whole, names))
         config = bottleneck.BottleneckConfig(
             task_type=TASK[head],
             variant=self.config.variant,

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.errors import RecipeError
+from tunesmith.models import patterns as matching
 from tunesmith.nearest import nearest
 
 DEFAULT_BLOCKS = 2
@@ -93,6 +94,7 @@ class Adaptation:
         modules = {name: list(module.parameters()) for name, module in model.named_modules() if name}
         parts = {**modules, **{name: [one] for name, one in model.named_parameters(remove_duplicate=False)}}
         patterns = self._patterns
+        matching.compile_check("target_modules", self.config.target_modules or [])
         unmatched = [one for one in patterns if not any(inside and self._matches(one, name) for name, inside in parts.items())]
         if unmatched:
             ends = sorted({name.rpartition(".")[2] for name, inside in modules.items() if inside} - set(map(str, range(1000))))

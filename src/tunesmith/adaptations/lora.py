@@ -151,6 +151,7 @@ class Adaptation:
             ensure_weight_tying=bool(self.config.modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False)),
         )
         chosen = _targets(model, config)
+        self._check_apart(model, config, chosen)
         self._check_patterns(chosen)
         adapted = get_peft_model(model, config)
         if begins:
@@ -160,6 +161,28 @@ class Adaptation:
                 layer = model.get_submodule(name)
                 factors.start(layer, *starts.factors_of(layer, begins))
         return adapted
+
+    def _check_apart(self, model: Any, config: Any, chosen: Mapping[str, Any]) -> None:
+        """Raise RecipeError where ``modules_to_save`` leaves no layer to all targets, or to one that is named, or where what is
+        named is no layer that can have a LoRA."""
+        names = [name for name, _ in model.named_modules() if name]
+        whole, wanted = patterns.whole(self.config.modules_to_save or [], names), self.config.target_modules
+        for one in [wanted] if isinstance(wanted, str) else wanted:
+            aimed = [name for name in names if patterns.matched(wanted if isinstance(wanted, str) else [one], [name])]
+            if not any(name in chosen for name in aimed):
+                patterns.require_apart("adaptation.target_modules names", aimed, whole)
+        if not chosen and wanted == "all-linear":
+            raise RecipeError(
+                f"adaptation.modules_to_save trains {', '.join(whole)} whole, which leaves no linear layer for a LoRA.\n"
+                "  Leave it out, or use adaptation: full."
+            )
+        for name, module in chosen.items():
+            if not _takes_lora(module):
+                inside = sorted({key.rpartition(".")[2] for key, one in module.named_modules() if key and _takes_lora(one)})
+                raise RecipeError(
+                    f"adaptation.target_modules names {name}, a {type(module).__name__}: a LoRA goes on linear layers and "
+                    f"embeddings.\n  {'Name those inside it: ' + ', '.join(inside) if inside else 'Leave it out'}."
+                )
 
     def _check_patterns(self, chosen: Mapping[str, Any]) -> None:
         """Raise RecipeError for a pattern that names none of the ``chosen`` layers, a rank above a layer's size, or a start that
@@ -253,12 +276,19 @@ def _targets(model: Any, config: Any) -> dict[str, Any]:
     if config.target_modules != "all-linear":
         return {name: one for name, one in model.named_modules() if name and check_target_module_exists(config, name)}
     last = model.get_output_embeddings()
-    whole = config.modules_to_save or []
+    whole = patterns.whole(config.modules_to_save or [], [name for name, _ in model.named_modules() if name])
     return {
         name: one
         for name, one in model.named_modules()
-        if isinstance(one, nn.Linear | Conv1D) and one is not last and not patterns.matched(whole, [name])
+        if isinstance(one, nn.Linear | Conv1D) and one is not last and not patterns.within(name, whole)
     }
+
+
+def _takes_lora(module: Any) -> bool:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
 
 
 def _size(layer: Any) -> tuple[int, int]:
