@@ -15,6 +15,7 @@ from tests.tiny import TINY, tiny_config, tiny_model
 from tunesmith.adaptations import lora
 from tunesmith.errors import RecipeError
 from tunesmith.models import factors, fused
+from tunesmith.models.show import show
 
 STARTS = ("pissa", "olora", "pissa_niter_99")
 VARIED = {"use_rslora": True, "r": {"default": 4, "q_proj": 2}, "lora_alpha": {"default": 8, "q_proj": 3.0, "down_proj": 40.0}}
@@ -296,3 +297,16 @@ def test_factors_of_one_lora_are_read_and_others_are_not():
     model = adapted(tiny_model("llama"), target_modules=["q_proj"], init_lora_weights="olora")
     found = factors.read(model.base_model.model.model.layers[0].self_attn.q_proj)
     assert found.down().shape == (8, 32) and found.up().shape == (32, 8)
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_a_module_trained_whole_is_named_by_its_dotted_end_and_plain_peft_takes_the_same(kind, tmp_path):
+    """peft itself compares the letters at the end: ``norm`` would be every ``input_layernorm`` too."""
+    made = recipe(tmp_path, adaptation={"type": kind, "modules_to_save": ["norm"]}, max_steps=1)
+    outcome = tunesmith.train(made, out=tmp_path / "run")
+    saved = {name for name in weights(outcome["model_dir"]) if "norm" in name}
+    assert saved == {"base_model.model.model.norm.weight"}
+    opened = AutoPeftModelForCausalLM.from_pretrained(outcome["model_dir"], is_trainable=True)
+    trained = {name for name, one in opened.named_parameters() if one.requires_grad and "norm" in name}
+    assert trained == {"base_model.model.model.norm.modules_to_save.default.weight"}
+    assert show(outcome["model_dir"])["adapter"]["modules_to_save"] == ["norm"]

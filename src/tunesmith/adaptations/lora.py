@@ -128,6 +128,7 @@ class Adaptation:
         if wanted != "all-linear":
             patterns.require("target_modules", wanted, names)
         patterns.require("modules_to_save", self.config.modules_to_save or [], names)
+        whole = patterns.whole(self.config.modules_to_save or [], names)
         rows = self._rows_of(model, new_rows)
         begins = self.config.begins
         if self.config.layers_to_transform is not None:
@@ -145,10 +146,10 @@ class Adaptation:
             use_rslora=self.config.use_rslora,
             use_dora=self.config.use_dora,
             bias=self.config.bias,
-            modules_to_save=self.config.modules_to_save,
+            modules_to_save=whole or None,
             trainable_token_indices=rows or None,
             fan_in_fan_out=_stores_weights_transposed(model),
-            ensure_weight_tying=bool(self.config.modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False)),
+            ensure_weight_tying=bool(whole) and bool(getattr(model.config, "tie_word_embeddings", False)),
         )
         chosen = _targets(model, config)
         self._check_apart(model, config, chosen)
@@ -166,7 +167,7 @@ class Adaptation:
         """Raise RecipeError where ``modules_to_save`` leaves no layer to all targets, or to one that is named, or where what is
         named is no layer that can have a LoRA."""
         names = [name for name, _ in model.named_modules() if name]
-        whole, wanted = patterns.whole(self.config.modules_to_save or [], names), self.config.target_modules
+        whole, wanted = list(config.modules_to_save or []), self.config.target_modules
         for one in [wanted] if isinstance(wanted, str) else wanted:
             aimed = [name for name in names if patterns.matched(wanted if isinstance(wanted, str) else [one], [name])]
             if not any(name in chosen for name in aimed):
@@ -276,7 +277,7 @@ def _targets(model: Any, config: Any) -> dict[str, Any]:
     if config.target_modules != "all-linear":
         return {name: one for name, one in model.named_modules() if name and check_target_module_exists(config, name)}
     last = model.get_output_embeddings()
-    whole = patterns.whole(config.modules_to_save or [], [name for name, _ in model.named_modules() if name])
+    whole = config.modules_to_save or []
     return {
         name: one
         for name, one in model.named_modules()

@@ -45,7 +45,10 @@ def compile_check(key: str, patterns: str | list[str]) -> None:
 
 
 def whole(patterns: list[str], names: Iterable[str]) -> list[str]:
-    """The full names of the modules that ``patterns`` name (``modules_to_save``), without those inside another of them."""
+    """The full names of the modules that ``patterns`` name (``modules_to_save``), without those inside another of them.
+
+    peft is given these: it would take any name that ends in the letters of a pattern, ``input_layernorm`` for ``norm``.
+    """
     found: list[str] = []
     for name in sorted(names):  # what is around a module comes before it
         if matched(patterns, [name]) and not within(name, found):
