@@ -327,7 +327,8 @@ def _parameters(
     tokenizer: Any,
 ) -> tuple[dict[str, int], quantized.Estimate]:
     """Numbers of parameters from the network's shape alone, which also finds modules that are not there."""
-    options = adaptation.load_kwargs()
+    recorded = probe.read(folder.path).get("quantization") if recipe.adapter == "continue" else None
+    options = quantized.of_record(recorded) if recorded else adaptation.load_kwargs()
     if recipe.adapter == "continue":
         from peft import get_peft_model
 
