@@ -14,7 +14,7 @@ from tests.runs import apart, history, killed_before, recipe, weights
 from tests.tiny import TINY, tiny_config, tiny_model
 from tunesmith.adaptations import lora
 from tunesmith.errors import RecipeError
-from tunesmith.models import factors, fused
+from tunesmith.models import factors, fused, starts
 from tunesmith.models.show import show
 
 STARTS = ("pissa", "olora", "pissa_niter_99")
@@ -136,6 +136,21 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(start, precision, tmp_path):
     killed_before(4, made, tmp_path / "cut")
     resumed = tunesmith.train(made, out=tmp_path / "cut", resume=True)
     assert apart(weights(whole["model_dir"]), weights(resumed["model_dir"])) == 0
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_run_goes_on_from_the_start_that_it_had_and_from_no_other(start, tmp_path, monkeypatch):
+    made = recipe(tmp_path, adaptation={"type": "lora", "r": 4, "init_lora_weights": start}, save_steps=2)
+    killed_before(4, made, tmp_path / "run")
+    real = starts.factors_of
+    swapped = torch.tensor([1, 0, 2, 3])  # the same product: a decomposition that another machine might find
+    others = {"turned": (lambda a, b: (-a, -b)), "swapped": (lambda a, b: (a[swapped], b[:, swapped]))}
+    for other in others.values():
+        monkeypatch.setattr(starts, "factors_of", lambda *given, other=other: other(*real(*given)))
+        with pytest.raises(RecipeError, match=r"layers\.0\.self_attn\.q_proj learns is counted from.*\n  Resume it where"):
+            tunesmith.train(made, out=tmp_path / "run", resume=True)
+    monkeypatch.setattr(starts, "factors_of", lambda *given: tuple(one * (1 + 1e-6) for one in real(*given)))  # rounding
+    assert tunesmith.train(made, out=tmp_path / "run", resume=True)["model_dir"]
 
 
 def test_a_saved_start_can_be_trained_on_and_merged(tmp_path):
