@@ -14,8 +14,6 @@ from pydantic import BaseModel, ConfigDict
 
 from tunesmith.errors import RecipeError
 
-TASK = {"lm": "CAUSAL_LM", "score": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
-
 KEYS_AND_VALUES = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
 """What projects to keys and values inside one attention; a fused projection is scaled whole, its queries too, as in peft."""
 
@@ -42,6 +40,8 @@ class Adaptation:
         """
         from peft import IA3Config, get_peft_model
 
+        from tunesmith.models import head as heads
+
         if new_rows:
             raise RecipeError(
                 "add_tokens: an ia3 adapter of peft holds vectors and no rows of a vocabulary.\n"
@@ -49,7 +49,7 @@ class Adaptation:
             )
         scaled, inner = found(model)
         config = IA3Config(
-            task_type=TASK[head],
+            task_type=heads.TASK[head],
             target_modules=_pattern([*scaled, *inner]),
             feedforward_modules=_pattern(inner),
             fan_in_fan_out=_stores_weights_transposed(model),

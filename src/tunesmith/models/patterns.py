@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 
 from tunesmith.errors import RecipeError
+from tunesmith.nearest import nearest
 
 
 def require(key: str, patterns: str | list[str], names: list[str]) -> None:
@@ -77,5 +77,5 @@ def require_apart(what: str, targets: Iterable[str], whole: list[str]) -> None:
 
 def hint(name: str, valid: list[str]) -> str:
     """`` (nearest: `q_proj`)``, or nothing when none is near."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    close = nearest(name, valid)
     return f" (nearest: `{close[0]}`)" if close else ""
