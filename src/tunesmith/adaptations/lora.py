@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from tunesmith.errors import RecipeError
-from tunesmith.models import patterns, vocabulary
+from tunesmith.models import linear, patterns, vocabulary
 
 NOT_HERE = {
     "loftq": "it changes the base to fit its own quantisation, on a GPU; adaptation: qlora trains beside a 4-bit base",
@@ -148,7 +148,7 @@ class Adaptation:
             bias=self.config.bias,
             modules_to_save=whole or None,
             trainable_token_indices=rows or None,
-            fan_in_fan_out=_stores_weights_transposed(model),
+            fan_in_fan_out=linear.stores_transposed(model),
             ensure_weight_tying=bool(whole) and bool(getattr(model.config, "tie_word_embeddings", False)),
         )
         chosen = _targets(model, config)
@@ -199,7 +199,7 @@ class Adaptation:
         for name, module in chosen.items():
             pattern = _pattern_of(list(self.config.rank_pattern), name)
             rank = self.config.rank if pattern is None else self.config.rank_pattern[pattern]
-            size = _size(module)
+            size = linear.widths(module)
             if rank > min(size):
                 key = "r" if pattern is None else f"r.{pattern}"
                 raise RecipeError(
@@ -263,11 +263,6 @@ def _others(given: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "default"} if isinstance(given, dict) else {}
 
 
-def _stores_weights_transposed(model: Any) -> bool:
-    """gpt2 keeps its linear layers as Conv1D, (in, out)."""
-    return any(type(module).__name__ == "Conv1D" for module in model.modules())
-
-
 def _targets(model: Any, config: Any) -> dict[str, Any]:
     """The modules that peft will give a LoRA under ``config``, by name."""
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -290,13 +285,6 @@ def _takes_lora(module: Any) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
-
-
-def _size(layer: Any) -> tuple[int, int]:
-    """(in, out) of a layer; a weight of 4 bits has a shape of its own."""
-    if hasattr(layer, "in_features"):
-        return layer.in_features, layer.out_features
-    return int(layer.weight.shape[0]), int(layer.weight.shape[1])
 
 
 def _pattern_of(given: Sequence[str], name: str) -> str | None:

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
-from tunesmith.models import patterns
+from tunesmith.models import linear, patterns
 
 NON_LINEARITIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": nn.functional.relu,
@@ -80,7 +80,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = widths(base_layer)
+        self.in_features, self.out_features = linear.widths(base_layer)
         self.bottleneck_down: Any = nn.ModuleDict()
         self.bottleneck_up: Any = nn.ModuleDict()
         self.bottleneck_dropout: Any = nn.ModuleDict()
@@ -172,11 +172,6 @@ def register() -> None:
     tables.PEFT_TYPE_TO_PREFIX_MAPPING[Kind.BOTTLENECK] = BottleneckModel.prefix
 
 
-def widths(layer: Any) -> tuple[int, int]:
-    """(in, out) of a linear layer; gpt2's Conv1D holds its weight as (in, out)."""
-    return tuple(layer.weight.shape) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-
-
 def sublayers(model: Any, variant: str) -> list[str]:
     """The names of the output projections that ``variant`` adapts, in the order of the network.
 
@@ -236,7 +231,7 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
         if isinstance(module, BaseTunerLayer):
             wrapped, module = f"{name}.", module.get_base_layer()
         if isinstance(module, nn.Linear | Conv1D):
-            yield name, widths(module)
+            yield name, linear.widths(module)
 
 
 def _unknown(model: Any, why: str) -> RecipeError:
