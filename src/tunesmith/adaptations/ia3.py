@@ -74,7 +74,9 @@ def found(model: Any) -> tuple[list[str], list[str]]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    blocks = _blocks(model)
+    from tunesmith.models import compiled
+
+    blocks = compiled.named_layers(model)
     scaled: list[str] = []
     inner: list[str] = []
     for block, layer in blocks.items():
@@ -98,13 +100,6 @@ def found(model: Any) -> tuple[list[str], list[str]]:
             "  Use adaptation: lora."
         )
     return scaled, inner
-
-
-def _blocks(model: Any) -> dict[str, Any]:
-    """The decoder or encoder layers by name: what transformers marks as the unit of gradient checkpointing."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return {name: one for name, one in model.named_modules() if isinstance(one, GradientCheckpointingLayer)}
 
 
 def _narrows(layer: Any) -> bool:

@@ -16,11 +16,10 @@ import torch
 from peft import PeftConfig, mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
-from tunesmith.models import linear, patterns
+from tunesmith.models import compiled, linear, patterns
 
 NON_LINEARITIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": nn.functional.relu,
@@ -181,10 +180,10 @@ def sublayers(model: Any, variant: str) -> list[str]:
     """
     config = model.config.get_text_config()
     found: list[str] = []
-    layers = list(_outermost(model, GradientCheckpointingLayer))
+    layers = compiled.named_layers(model)
     if len(layers) != config.num_hidden_layers:
         raise _unknown(model, f"{len(layers)} of its {config.num_hidden_layers} layers are layers of transformers")
-    for name, layer in layers:
+    for name, layer in layers.items():
         parts = _outputs(model, name, layer, config.hidden_size)
         found += [parts[sublayer] for sublayer in VARIANTS[variant]]
     return found
@@ -212,14 +211,6 @@ def _outputs(model: Any, prefix: str, layer: nn.Module, width: int) -> dict[str,
         raise _unknown(model, f"of the linear layers in {prefix}, {counts} give out {width} numbers")
     # queries, keys and values may give out the hidden width too; the output projection is made after them
     return {"attention": f"{prefix}.{attention[-1]}", "feed-forward": f"{prefix}.{forward[0]}"}
-
-
-def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    last = None
-    for name, module in model.named_modules():
-        if isinstance(module, kind) and not (last is not None and name.startswith(last)):
-            last = f"{name}."
-            yield name, module
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
