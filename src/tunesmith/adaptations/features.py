@@ -36,11 +36,10 @@ class Config(BaseModel):
 class Adaptation:
     learning_rate = 2e-4
     keys_of_learning: frozenset[str] = frozenset()
+    notes: Sequence[str] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.notes: list[str] = []
-        """What ``apply`` decided that is not plain from the recipe."""
 
     def load_kwargs(self) -> dict[str, Any]:
         return {}

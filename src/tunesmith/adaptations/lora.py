@@ -106,6 +106,7 @@ class Config(BaseModel):
 class Adaptation:
     learning_rate = 2e-4
     keys_of_learning = frozenset({"loraplus_lr_ratio"})
+    notes: Sequence[str] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config

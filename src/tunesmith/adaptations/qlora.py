@@ -38,6 +38,7 @@ class Config(lora.Config):
 class Adaptation:
     learning_rate = lora.Adaptation.learning_rate
     keys_of_learning = lora.Adaptation.keys_of_learning
+    notes: Sequence[str] = ()
 
     def __init__(self, config: Config) -> None:
         """Raises MissingExtra without bitsandbytes."""

@@ -87,7 +87,7 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
     _check_compile(recipe.train, device, numbers.compute)
     parameters, kept = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
-    for line in getattr(adaptation, "notes", ()):  # what applying it decided
+    for line in adaptation.notes:
         say(line)
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
     with distributed.main_first() if streamed else nullcontext():  # one process asks the network, the others find the cache
