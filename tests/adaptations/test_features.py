@@ -371,3 +371,9 @@ def test_resumed_bit_for_bit(keys, precision, tmp_path):
     tunesmith.train(made, out=tmp_path / "run", resume=True)
     assert apart(weights(tmp_path / "run" / "model"), weights(tmp_path / "straight" / "model")) == 0
     assert history(tmp_path / "run") == history(tmp_path / "straight")
+
+
+def test_a_check_measures_saving_what_stands_on_a_merged_base(tmp_path):
+    adapter = tunesmith.train(recipe(tmp_path, adaptation={"type": "lora", "r": 4}), out=tmp_path / "adapter")
+    made = {**recipe(tmp_path, adaptation="features"), "model": adapter["model_dir"], "adapter": "merge"}
+    assert tunesmith.check(made, measure=True)["forecast"]["saving_seconds"] > 0

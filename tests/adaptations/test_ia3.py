@@ -171,3 +171,10 @@ def test_an_adapter_is_continued_as_what_it_is(tmp_path):
     further = {**made, "model": first["model_dir"], "adapter": "continue", "adaptation": "lora"}
     with pytest.raises(RecipeError, match="this adapter is ia3, and adaptation: lora"):
         tunesmith.check(further)
+
+
+def test_its_vectors_are_no_weights_that_somebody_else_may_want_to_move():
+    """DeepSpeed moves trained weights: layers that stack their own are left then, those under an adapter are not."""
+    kinds = fused.install(adapted(tiny_model("llama")), stack=False).kinds
+    assert kinds == fused.install(adapted(tiny_model("llama"))).kinds and kinds.get("mlp") == 2
+    assert "mlp" not in fused.install(tiny_model("llama"), stack=False).kinds

@@ -14,7 +14,8 @@ from tests.runs import apart, history, killed_before, recipe, weights
 from tests.tiny import TINY, tiny_config, tiny_model
 from tunesmith.adaptations import lora
 from tunesmith.errors import RecipeError
-from tunesmith.models import factors, fused
+from tunesmith.models import factors, fused, starts
+from tunesmith.models.show import show
 
 STARTS = ("pissa", "olora", "pissa_niter_99")
 VARIED = {"use_rslora": True, "r": {"default": 4, "q_proj": 2}, "lora_alpha": {"default": 8, "q_proj": 3.0, "down_proj": 40.0}}
@@ -137,6 +138,21 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(start, precision, tmp_path):
     assert apart(weights(whole["model_dir"]), weights(resumed["model_dir"])) == 0
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_run_goes_on_from_the_start_that_it_had_and_from_no_other(start, tmp_path, monkeypatch):
+    made = recipe(tmp_path, adaptation={"type": "lora", "r": 4, "init_lora_weights": start}, save_steps=2)
+    killed_before(4, made, tmp_path / "run")
+    real = starts.factors_of
+    swapped = torch.tensor([1, 0, 2, 3])  # the same product: a decomposition that another machine might find
+    others = {"turned": (lambda a, b: (-a, -b)), "swapped": (lambda a, b: (a[swapped], b[:, swapped]))}
+    for other in others.values():
+        monkeypatch.setattr(starts, "factors_of", lambda *given, other=other: other(*real(*given)))
+        with pytest.raises(RecipeError, match=r"layers\.0\.self_attn\.q_proj learns is counted from.*\n  Resume it where"):
+            tunesmith.train(made, out=tmp_path / "run", resume=True)
+    monkeypatch.setattr(starts, "factors_of", lambda *given: tuple(one * (1 + 1e-6) for one in real(*given)))  # rounding
+    assert tunesmith.train(made, out=tmp_path / "run", resume=True)["model_dir"]
+
+
 def test_a_saved_start_can_be_trained_on_and_merged(tmp_path):
     made = recipe(tmp_path, adaptation={"type": "lora", "r": 4, "init_lora_weights": "pissa"})
     first = tunesmith.train(made, out=tmp_path / "first")
@@ -145,8 +161,8 @@ def test_a_saved_start_can_be_trained_on_and_merged(tmp_path):
     assert apart(weights(first["model_dir"]), weights(second["model_dir"])) > 1e-4
     facts = tunesmith.merge(second["model_dir"], tmp_path / "merged")
     assert facts["max_logit_difference"] < 1e-4
-    with pytest.raises(RecipeError, match=r"names another r \(it has 8\)"):
-        tunesmith.train({**further, "adaptation": {"type": "lora", "r": 4}}, out=tmp_path / "no")
+    with pytest.raises(RecipeError, match=r"names another r \(it has 4\)"):
+        tunesmith.train({**further, "adaptation": {"type": "lora", "r": 3}}, out=tmp_path / "no")
 
 
 def test_numbers_by_layer_reach_peft_as_its_patterns():
@@ -296,3 +312,16 @@ def test_factors_of_one_lora_are_read_and_others_are_not():
     model = adapted(tiny_model("llama"), target_modules=["q_proj"], init_lora_weights="olora")
     found = factors.read(model.base_model.model.model.layers[0].self_attn.q_proj)
     assert found.down().shape == (8, 32) and found.up().shape == (32, 8)
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_a_module_trained_whole_is_named_by_its_dotted_end_and_plain_peft_takes_the_same(kind, tmp_path):
+    """peft itself compares the letters at the end: ``norm`` would be every ``input_layernorm`` too."""
+    made = recipe(tmp_path, adaptation={"type": kind, "modules_to_save": ["norm"]}, max_steps=1)
+    outcome = tunesmith.train(made, out=tmp_path / "run")
+    saved = {name for name in weights(outcome["model_dir"]) if "norm" in name}
+    assert saved == {"base_model.model.model.norm.weight"}
+    opened = AutoPeftModelForCausalLM.from_pretrained(outcome["model_dir"], is_trainable=True)
+    trained = {name for name, one in opened.named_parameters() if one.requires_grad and "norm" in name}
+    assert trained == {"base_model.model.model.norm.modules_to_save.default.weight"}
+    assert show(outcome["model_dir"])["adapter"]["modules_to_save"] == ["norm"]

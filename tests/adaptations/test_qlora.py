@@ -201,9 +201,18 @@ def test_an_adapter_is_continued_on_the_base_it_knows(tmp_path):
     assert json.loads((tmp_path / "on" / "manifest.json").read_text())["quantization"]["quant_type"] == "fp4"
     assert quantized.record(tunesmith.load(on["model_dir"])[0])["quant_type"] == "fp4"
     with pytest.raises(RecipeError, match=r"quant_type \(it has fp4\)"):
-        tunesmith.check(continued(first, tmp_path / "run", {"type": "qlora", "quant_type": "nf4"}))
+        tunesmith.check(continued(first, tmp_path / "run", {"type": "qlora", "quant_type": "int8"}))
     with pytest.raises(RecipeError, match=r"trained on its base in fp4.*\n.*adaptation: qlora"):
         tunesmith.check(continued(first, tmp_path / "run", "lora"))
+
+
+def test_an_adapter_that_is_continued_is_counted_in_its_own_bits(tmp_path):
+    made = recipe(
+        tmp_path, adaptation={"type": "qlora", "r": 4, "quant_type": "int8", "modules_to_save": ["down_proj"]}, max_steps=1
+    )
+    tunesmith.train(made, out=tmp_path / "run")
+    first, on = (setup.read(parse(one), CPU, lambda line: None) for one in (made, continued(made, tmp_path / "run", "qlora")))
+    assert on.quantized == first.quantized
 
 
 def test_an_adapter_of_the_base_as_it_is_is_not_continued_on_bits(tmp_path):

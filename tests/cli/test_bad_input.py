@@ -73,6 +73,23 @@ CASES = {
     "a start under dora": (nothing, ["adaptation={type: lora, init_lora_weights: pissa, use_dora: true}"], ["use_dora", "init_lora_weights"]),
     "a rank for no layer": (nothing, ["adaptation={type: lora, r: {default: 8, q_porj: 2}}"], ["adaptation.r.q_porj", "`q_proj`"]),
     "an alpha for no layer": (nothing, ["adaptation={type: lora, lora_alpha: {default: 16, q_porj: 2.0}}"], ["adaptation.lora_alpha.q_porj", "`q_proj`"]),
+    "a LoRA on a block": (nothing, ["adaptation={type: lora, target_modules: [mlp]}"], ["layers.0.mlp", "LlamaMLP", "down_proj, gate_proj, up_proj"]),
+    "a LoRA on a norm": (nothing, ["adaptation={type: lora, target_modules: [input_layernorm]}"], ["layers.0.input_layernorm", "LlamaRMSNorm", "Leave it out"]),
+    "targets that are no expression": (nothing, ["adaptation={type: lora, target_modules: '('}"], ["adaptation.target_modules", "'('", "no regular expression"]),
+    "parts that are no expression": (nothing, ["adaptation={type: features, target_modules: '('}"], ["adaptation.target_modules", "'('", "no regular expression"]),
+    "a target trained whole": (nothing, ["adaptation={type: lora, target_modules: [v_proj, q_proj], modules_to_save: [q_proj]}"], ["target_modules names model.layers.0.self_attn.q_proj", "only one"]),
+    "a target in what is trained whole": (
+        nothing, ["adaptation={type: lora, target_modules: [q_proj], modules_to_save: [self_attn]}"], ["layers.0.self_attn.q_proj", "trains model.layers.0.self_attn whole"],
+    ),
+    "a pattern in what is trained whole": (
+        nothing, ["adaptation={type: lora, target_modules: '.*[qk]_proj', modules_to_save: [self_attn]}"], ["self_attn.q_proj", "trains model.layers.0.self_attn whole"],
+    ),
+    "everything trained whole": (nothing, ["adaptation={type: lora, modules_to_save: [layers]}"], ["trains model.layers whole", "no linear layer"]),
+    "bottlenecks on what is trained whole": (nothing, ["adaptation={type: bottleneck, modules_to_save: [down_proj]}"], ["layers.0.mlp.down_proj", "only one"]),
+    "bottlenecks in what is trained whole": (nothing, ["adaptation={type: bottleneck, modules_to_save: [mlp]}"], ["layers.0.mlp.down_proj", "layers.0.mlp whole"]),
+    "half of the bottlenecks trained whole": (
+        nothing, ["adaptation={type: bottleneck, variant: houlsby, modules_to_save: [down_proj]}"], ["layers.0.mlp.down_proj", "only one"],
+    ),
     "a layer that is not there": (nothing, ["adaptation={type: lora, layers_to_transform: [0, 9]}"], ["no layer 9", "layers 0 to 1"]),
     "continuing what is no adapter": (nothing, ["adapter=continue", "adaptation=lora"], ["is not an adapter", "Leave the key out"]),
     "new tokens under ia3": (nothing, ["add_tokens=[<tool>]", "adaptation=ia3"], ["ia3", "adaptation=lora, which keeps them, or adaptation=full"]),

@@ -18,12 +18,14 @@ class Adaptation(Protocol):
     """What the engine needs of an adaptation. ``learning_rate`` is its default rate.
 
     ``keys_of_learning``: keys of its ``Config`` that say how it learns, not what it is; they hold for one that is continued too.
+    ``notes``: what ``apply`` decided that is not plain from the recipe, to be said once.
 
     Merging needs no adaptation object: it works on saved folders (``models.load.merged``), whoever trained them.
     """
 
     learning_rate: float
     keys_of_learning: frozenset[str]
+    notes: Sequence[str]
 
     def load_kwargs(self) -> dict[str, Any]:
         """Extra arguments for ``from_pretrained`` (a quantisation config, say)."""

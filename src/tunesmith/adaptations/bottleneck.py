@@ -39,6 +39,7 @@ class Config(BaseModel):
 class Adaptation:
     learning_rate = 5e-4
     keys_of_learning: frozenset[str] = frozenset()
+    notes: Sequence[str] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -58,9 +59,11 @@ class Adaptation:
         from tunesmith.models.head import TASK
 
         bottleneck.register()
-        whole = self.config.modules_to_save or []
-        patterns.require("modules_to_save", whole, [name for name, _ in model.named_modules() if name])
+        names = [name for name, _ in model.named_modules() if name]
+        patterns.require("modules_to_save", self.config.modules_to_save or [], names)
+        whole = patterns.whole(self.config.modules_to_save or [], names)
         targets = bottleneck.sublayers(model, self.config.variant)
+        patterns.require_apart("adaptation=bottleneck stands on", targets, whole)
         config = bottleneck.BottleneckConfig(
             task_type=TASK[head],
             variant=self.config.variant,
@@ -68,7 +71,7 @@ class Adaptation:
             non_linearity=self.config.non_linearity,
             dropout=self.config.dropout,
             target_modules=targets,
-            modules_to_save=self.config.modules_to_save,
+            modules_to_save=whole or None,
             trainable_token_indices=vocabulary.rows_to_train(model, new_rows, whole) or None,
             ensure_weight_tying=bool(whole) and bool(getattr(model.config, "tie_word_embeddings", False)),
         )

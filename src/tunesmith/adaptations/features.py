@@ -7,7 +7,6 @@ body is trained, the engine keeps the body's outputs, and each later epoch costs
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.errors import RecipeError
-from tunesmith.nearest import nearest
+from tunesmith.models import patterns as matching
 
 DEFAULT_BLOCKS = 2
 """What a language model trains when the recipe names nothing; a new head is enough by itself."""
@@ -37,11 +36,10 @@ class Config(BaseModel):
 class Adaptation:
     learning_rate = 2e-4
     keys_of_learning: frozenset[str] = frozenset()
+    notes: Sequence[str] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.notes: list[str] = []
-        """What ``apply`` decided that is not plain from the recipe."""
 
     def load_kwargs(self) -> dict[str, Any]:
         return {}
@@ -93,10 +91,11 @@ class Adaptation:
         modules = {name: list(module.parameters()) for name, module in model.named_modules() if name}
         parts = {**modules, **{name: [one] for name, one in model.named_parameters(remove_duplicate=False)}}
         patterns = self._patterns
+        matching.compile_check("target_modules", self.config.target_modules or [])
         unmatched = [one for one in patterns if not any(inside and self._matches(one, name) for name, inside in parts.items())]
         if unmatched:
             ends = sorted({name.rpartition(".")[2] for name, inside in modules.items() if inside} - set(map(str, range(1000))))
-            hints = [f"`{one}`{''.join(f' (nearest: `{close}`)' for close in nearest(one, ends)[:1])}" for one in unmatched]
+            hints = [f"`{one}`{matching.hint(one, ends)}" for one in unmatched]
             raise RecipeError(
                 f"adaptation.target_modules matches nothing that can be trained: {'; '.join(hints)}.\n"
                 f"  Modules of this model with weights: {', '.join(ends)}"
@@ -110,9 +109,7 @@ class Adaptation:
 
     def _matches(self, pattern: str, name: str) -> bool:
         """As in peft: a whole name or the end of one; a single string may also be a regular expression."""
-        if name == pattern or name.endswith(f".{pattern}"):
-            return True
-        return isinstance(self.config.target_modules, str) and re.fullmatch(pattern, name) is not None
+        return bool(matching.matched(pattern if isinstance(self.config.target_modules, str) else [pattern], [name]))
 
     def _is_parted(self, model: Any) -> bool:
         """Whether the output layer is to be trained and the embedding that shares its weights is not."""

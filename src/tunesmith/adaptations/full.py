@@ -16,6 +16,7 @@ class Config(BaseModel):
 class Adaptation:
     learning_rate = 2e-5
     keys_of_learning: frozenset[str] = frozenset()
+    notes: Sequence[str] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config

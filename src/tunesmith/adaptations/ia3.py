@@ -13,8 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from tunesmith.errors import RecipeError
-
-TASK = {"lm": "CAUSAL_LM", "score": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
+from tunesmith.models import linear
 
 KEYS_AND_VALUES = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
 """What projects to keys and values inside one attention; a fused projection is scaled whole, its queries too, as in peft."""
@@ -29,6 +28,7 @@ class Config(BaseModel):
 class Adaptation:
     learning_rate = 1e-2
     keys_of_learning: frozenset[str] = frozenset()
+    notes: Sequence[str] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -42,16 +42,17 @@ class Adaptation:
         """
         from peft import IA3Config, get_peft_model
 
+        from tunesmith.models import head as heads
         from tunesmith.models import vocabulary
 
         if new_rows:
             raise vocabulary.no_room("ia3")
         scaled, inner = found(model)
         config = IA3Config(
-            task_type=TASK[head],
+            task_type=heads.TASK[head],
             target_modules=_pattern([*scaled, *inner]),
             feedforward_modules=_pattern(inner),
-            fan_in_fan_out=_stores_weights_transposed(model),
+            fan_in_fan_out=linear.stores_transposed(model),
         )
         return get_peft_model(model, config)
 
@@ -72,18 +73,20 @@ def found(model: Any) -> tuple[list[str], list[str]]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    blocks = _blocks(model)
+    from tunesmith.models import compiled
+
+    blocks = compiled.named_layers(model)
     scaled: list[str] = []
     inner: list[str] = []
     for block, layer in blocks.items():
-        linear = {f"{block}.{name}": one for name, one in layer.named_modules() if isinstance(one, nn.Linear | Conv1D)}
-        attention = [name for name in linear if ATTENTION.search(name.removeprefix(block))]
+        layers = {f"{block}.{name}": one for name, one in layer.named_modules() if isinstance(one, nn.Linear | Conv1D)}
+        attention = [name for name in layers if ATTENTION.search(name.removeprefix(block))]
         ends = {name.rpartition(".")[2]: name for name in attention}
         kind = next((kind for kind in KEYS_AND_VALUES if all(end in ends for end in kind)), ())
-        out = [name for name, one in linear.items() if name not in attention and _narrows(one)]
+        out = [name for name, one in layers.items() if name not in attention and _narrows(one)]
         if not kind or len(out) != 1:
             what = "keys and values" if not kind else "the way out of the feed-forward"
-            others = ", ".join(sorted(name.removeprefix(f"{block}.") for name in linear)) or "none"
+            others = ", ".join(sorted(name.removeprefix(f"{block}.") for name in layers)) or "none"
             raise RecipeError(
                 f"adaptation: ia3 scales keys, values and the feed-forward's inner activation, and of {type(model).__name__} it "
                 f"does not know which layer makes {what}.\n  The linear layers of {block} are: {others}.\n  Use adaptation: lora."
@@ -98,25 +101,12 @@ def found(model: Any) -> tuple[list[str], list[str]]:
     return scaled, inner
 
 
-def _blocks(model: Any) -> dict[str, Any]:
-    """The decoder or encoder layers by name: what transformers marks as the unit of gradient checkpointing."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return {name: one for name, one in model.named_modules() if isinstance(one, GradientCheckpointingLayer)}
-
-
 def _narrows(layer: Any) -> bool:
     """Whether a linear layer gives fewer numbers than it takes."""
-    if hasattr(layer, "in_features"):
-        return bool(layer.in_features > layer.out_features)
-    return bool(layer.weight.shape[0] > layer.weight.shape[1])
+    taken, given = linear.widths(layer)
+    return taken > given
 
 
 def _pattern(names: Sequence[str]) -> str:
     """A regular expression that is exactly ``names``, whatever the number of a layer."""
     return "|".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names))
-
-
-def _stores_weights_transposed(model: Any) -> bool:
-    """gpt2 keeps its linear layers as Conv1D, (in, out)."""
-    return any(type(module).__name__ == "Conv1D" for module in model.modules())

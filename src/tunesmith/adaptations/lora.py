@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from tunesmith.errors import RecipeError
-from tunesmith.models import patterns, vocabulary
+from tunesmith.models import linear, patterns, vocabulary
 
 NOT_HERE = {
     "loftq": "it changes the base to fit its own quantisation, on a GPU; adaptation: qlora trains beside a 4-bit base",
@@ -106,6 +106,7 @@ class Config(BaseModel):
 class Adaptation:
     learning_rate = 2e-4
     keys_of_learning = frozenset({"loraplus_lr_ratio"})
+    notes: Sequence[str] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -128,6 +129,7 @@ class Adaptation:
         if wanted != "all-linear":
             patterns.require("target_modules", wanted, names)
         patterns.require("modules_to_save", self.config.modules_to_save or [], names)
+        whole = patterns.whole(self.config.modules_to_save or [], names)
         rows = self._rows_of(model, new_rows)
         begins = self.config.begins
         if self.config.layers_to_transform is not None:
@@ -145,12 +147,13 @@ class Adaptation:
             use_rslora=self.config.use_rslora,
             use_dora=self.config.use_dora,
             bias=self.config.bias,
-            modules_to_save=self.config.modules_to_save,
+            modules_to_save=whole or None,
             trainable_token_indices=rows or None,
-            fan_in_fan_out=_stores_weights_transposed(model),
-            ensure_weight_tying=bool(self.config.modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False)),
+            fan_in_fan_out=linear.stores_transposed(model),
+            ensure_weight_tying=bool(whole) and bool(getattr(model.config, "tie_word_embeddings", False)),
         )
         chosen = _targets(model, config)
+        self._check_apart(model, config, chosen)
         self._check_patterns(chosen)
         adapted = get_peft_model(model, config)
         if begins:
@@ -160,6 +163,28 @@ class Adaptation:
                 layer = model.get_submodule(name)
                 factors.start(layer, *starts.factors_of(layer, begins))
         return adapted
+
+    def _check_apart(self, model: Any, config: Any, chosen: Mapping[str, Any]) -> None:
+        """Raise RecipeError where ``modules_to_save`` leaves no layer to all targets, or to one that is named, or where what is
+        named is no layer that can have a LoRA."""
+        names = [name for name, _ in model.named_modules() if name]
+        whole, wanted = list(config.modules_to_save or []), self.config.target_modules
+        for one in [wanted] if isinstance(wanted, str) else wanted:
+            aimed = [name for name in names if patterns.matched(wanted if isinstance(wanted, str) else [one], [name])]
+            if not any(name in chosen for name in aimed):
+                patterns.require_apart("adaptation.target_modules names", aimed, whole)
+        if not chosen and wanted == "all-linear":
+            raise RecipeError(
+                f"adaptation.modules_to_save trains {', '.join(whole)} whole, which leaves no linear layer for a LoRA.\n"
+                "  Leave it out, or use adaptation: full."
+            )
+        for name, module in chosen.items():
+            if not _takes_lora(module):
+                inside = sorted({key.rpartition(".")[2] for key, one in module.named_modules() if key and _takes_lora(one)})
+                raise RecipeError(
+                    f"adaptation.target_modules names {name}, a {type(module).__name__}: a LoRA goes on linear layers and "
+                    f"embeddings.\n  {'Name those inside it: ' + ', '.join(inside) if inside else 'Leave it out'}."
+                )
 
     def _check_patterns(self, chosen: Mapping[str, Any]) -> None:
         """Raise RecipeError for a pattern that names none of the ``chosen`` layers, a rank above a layer's size, or a start that
@@ -175,7 +200,7 @@ class Adaptation:
         for name, module in chosen.items():
             pattern = _pattern_of(list(self.config.rank_pattern), name)
             rank = self.config.rank if pattern is None else self.config.rank_pattern[pattern]
-            size = _size(module)
+            size = linear.widths(module)
             if rank > min(size):
                 key = "r" if pattern is None else f"r.{pattern}"
                 raise RecipeError(
@@ -239,11 +264,6 @@ def _others(given: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "default"} if isinstance(given, dict) else {}
 
 
-def _stores_weights_transposed(model: Any) -> bool:
-    """gpt2 keeps its linear layers as Conv1D, (in, out)."""
-    return any(type(module).__name__ == "Conv1D" for module in model.modules())
-
-
 def _targets(model: Any, config: Any) -> dict[str, Any]:
     """The modules that peft will give a LoRA under ``config``, by name."""
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -257,15 +277,15 @@ def _targets(model: Any, config: Any) -> dict[str, Any]:
     return {
         name: one
         for name, one in model.named_modules()
-        if isinstance(one, nn.Linear | Conv1D) and one is not last and not patterns.matched(whole, [name])
+        if isinstance(one, nn.Linear | Conv1D) and one is not last and not patterns.within(name, whole)
     }
 
 
-def _size(layer: Any) -> tuple[int, int]:
-    """(in, out) of a layer; a weight of 4 bits has a shape of its own."""
-    if hasattr(layer, "in_features"):
-        return layer.in_features, layer.out_features
-    return int(layer.weight.shape[0]), int(layer.weight.shape[1])
+def _takes_lora(module: Any) -> bool:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
 
 
 def _pattern_of(given: Sequence[str], name: str) -> str | None:

@@ -28,6 +28,7 @@ class Config(BaseModel):
 class Adaptation:
     learning_rate = 1e-2
     keys_of_learning: frozenset[str] = frozenset()
+    notes: Sequence[str] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -30,7 +30,7 @@ class Config(lora.Config):
 
     @model_validator(mode="after")
     def _no_scales_of_blocks(self) -> Config:
-        if self.quant_type == "int8" and "use_double_quant" in self.model_fields_set:
+        if self.quant_type == "int8" and not self.use_double_quant:  # the default does not count: a run's recipe.yaml holds it
             raise ValueError("use_double_quant does nothing with quant_type: int8, which has a scale for each row. Leave it out")
         return self
 
@@ -38,6 +38,7 @@ class Config(lora.Config):
 class Adaptation:
     learning_rate = lora.Adaptation.learning_rate
     keys_of_learning = lora.Adaptation.keys_of_learning
+    notes: Sequence[str] = ()
 
     def __init__(self, config: Config) -> None:
         """Raises MissingExtra without bitsandbytes."""

@@ -234,8 +234,15 @@ def forecast(
     limit = limit_bytes(ready.device) if limit is None else limit
     check_weights(ready, limit)
     say("loading the model")
-    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:  # a merged base is written there, and read until the end
         built = setup.build(ready, Path(folder))
+        return _of_built(ready, built, loading_from, limit, before, say)
+
+
+def _of_built(
+    ready: setup.Setup, built: setup.Built, loading_from: float, limit: int, before: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """``before``: bytes that the process held before it loaded the model."""
     job = Job(
         model=built.model, objective=ready.objective, update=built.update, plan=ready.plan, config=ready.recipe.train,
         packed=built.route.packed, budget=first_budget(ready.recipe.train, ready.device), device=ready.device, noise=built.noise,

@@ -1,7 +1,8 @@
 """Packed or padded, fused or plain: what a run may use, shown on its own first rows.
 
 Every fast path must be the same function as the plain one. Before the first step two rows go through transformers' own forward
-and through the fast one; loss and gradients are compared, and what differs is switched off, out loud.
+and through the fast one; loss and gradients are compared, and what differs is switched off, out loud. What begins at zero (the B
+of a LoRA) holds small random numbers meanwhile: beside zeros, half of the gradients are zeros on every path.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ PROBE_TOKENS = 192  # of each row: enough to see every layer at work, few enough
 # path itself differs from fp32 by some 4% of the gradient (SmolLM2-135M), in either direction; in fp16 by 0.7%, and by 6e-5 of
 # the loss (the fast path from the plain one by 0.7% and 1e-4).
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 0.15), torch.float16: (1e-3, 3e-2)}
+NOT_ZERO = 0.02
+"""Standard deviation of what stands for zeros in the trial: as transformers draws weights, and the loss stays what it is."""
 SCALE = {torch.float16: 2.0**10}
 """Of the loss in the trial. Without it much of a gradient is below what fp16 holds: the same paths then differ by 1.6%."""
 
@@ -93,8 +96,14 @@ def choose(
     mode, with no gradients, set up for the route.
     """
     model.eval()
+    with _without_zeros(model):
+        return _chosen(model, objective, examples, longest + virtual.count(model), packing, device, stack)
+
+
+def _chosen(
+    model: Any, objective: Objective, examples: Sequence[Example], longest: int, packing: str, device: torch.device, stack: bool
+) -> Route:
     inner = head.base(model)
-    longest += virtual.count(model)
     rows = [_shorten(example) for example in list(examples)[:2]]
     route = Route(packed=False, fused=fused.Fused(), attention=inner.config._attn_implementation)
     head.use_plain_head(model, True)
@@ -186,9 +195,25 @@ def _repeatable(
     model: Any, objective: Objective, rows: Sequence[Example], route: Route, device: torch.device
 ) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients by the route so far, drawing the same random numbers at each call."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _without_zeros(model):
         torch.manual_seed(0)  # some models drop by torch's own stream
         return _loss_and_gradients(model, objective, rows, route.packed, device)
+
+
+@contextmanager
+def _without_zeros(model: Any) -> Iterator[None]:
+    """Trained tensors that are all zero hold small numbers for as long, always the same ones; no random state moves."""
+    generator = torch.Generator().manual_seed(0)
+    zeros = [(one, one.detach().clone()) for one in model.parameters() if one.requires_grad and not one.detach().any()]
+    with torch.no_grad():
+        for parameter, zero in zeros:
+            parameter.copy_(torch.randn(zero.shape, generator=generator) * NOT_ZERO)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, zero in zeros:
+                parameter.copy_(zero)
 
 
 def _switch_off(route: Route) -> None:
@@ -272,7 +297,8 @@ def _loss_and_gradients(
     total = sum(int(objective.count(batch)) for batch in batches)
     value = 0.0
     for batch in batches:
-        loss, _ = objective.loss(model, to_device(batch, device))
+        with torch.enable_grad():  # also for a caller without gradients: layers may go another way there for as few tokens
+            loss, _ = objective.loss(model, to_device(batch, device))
         if loss.requires_grad:  # an evaluation trains nothing: only its loss is compared
             (loss / total * SCALE.get(model.dtype, 1.0)).backward()
         value += loss.item() / total

@@ -28,7 +28,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.models import compiled, head, load, noise, probe, quantized, varlen, virtual, vocabulary
 from tunesmith.models.locate import Folder, code_files, locate
 from tunesmith.objectives import Example, Objective
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, changed
 
 STREAM_ROWS = 10_000
 """Rows of a stream between two words about it."""
@@ -87,7 +87,7 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
     _check_compile(recipe.train, device, numbers.compute)
     parameters, kept = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
-    for line in getattr(adaptation, "notes", ()):  # what applying it decided
+    for line in adaptation.notes:
         say(line)
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
     with distributed.main_first() if streamed else nullcontext():  # one process asks the network, the others find the cache
@@ -231,8 +231,12 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
                 f"adapter: continue: this adapter was trained on its base {base}, and adaptation: {kind} has another.\n"
                 f"  Take adaptation: {'qlora' if recorded else 'lora'}, or start a new one with adapter: merge or adapter: new."
             )
-        chosen = recipe.adaptation.model_fields_set - adaptations.module(kind).Adaptation.keys_of_learning
-        other = [f"{key} (it has {was})" for key in sorted(chosen) if (was := _made_otherwise(recipe, key, saved, recorded))]
+        keys = set(type(recipe.adaptation).model_fields) - adaptations.module(kind).Adaptation.keys_of_learning
+        chosen = sorted(key for key in keys if changed(recipe.adaptation, key))  # a run's own recipe.yaml holds every default
+        made_with = keys_that_made(recipe, folder) or {}
+        other = [
+            f"{key} (it has {was})" for key in chosen if (was := _made_otherwise(recipe, key, saved, {**recorded, **made_with}))
+        ]
         if other:
             raise RecipeError(
                 f"adapter: continue keeps the adapter as it was made, and adaptation names another {', '.join(other)}.\n"
@@ -244,10 +248,21 @@ def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
         )
 
 
+def keys_that_made(recipe: Recipe, folder: Folder) -> dict[str, Any] | None:
+    """The adaptation, with its keys, that made what a run of ``recipe`` saves: of an adapter that is continued, its first one.
+
+    peft's config does not always tell: a PiSSA of rank r is saved as a plain LoRA of rank 2 r. None for an adapter without a
+    record.
+    """
+    if recipe.adapter == "continue":
+        return probe.read(folder.path).get("adaptation")
+    return {"type": adaptations.name_of(recipe.adaptation), **recipe.adaptation.model_dump(mode="json")}
+
+
 def _made_otherwise(recipe: Recipe, key: str, saved: Any, recorded: Mapping[str, Any]) -> str | None:
-    """What the ``saved`` adapter (or its base, as ``recorded``) has of a key of the recipe, if that is another."""
+    """What the ``saved`` adapter has of a key of the recipe, if that is another. What is ``recorded`` of it goes first."""
     wanted, has = getattr(recipe.adaptation, key), recorded.get(key, getattr(saved, key, None))
-    if others := getattr(saved, BY_LAYER.get(key, ""), None):
+    if key not in recorded and (others := getattr(saved, BY_LAYER.get(key, ""), None)):
         has = {"default": has, **others}
     if isinstance(has, set | list):
         has, wanted = sorted(has), sorted(wanted) if isinstance(wanted, list) else wanted
@@ -313,7 +328,8 @@ def _parameters(
     tokenizer: Any,
 ) -> tuple[dict[str, int], quantized.Estimate]:
     """Numbers of parameters from the network's shape alone, which also finds modules that are not there."""
-    options = adaptation.load_kwargs()
+    recorded = probe.read(folder.path).get("quantization") if recipe.adapter == "continue" else None
+    options = quantized.of_record(recorded) if recorded else adaptation.load_kwargs()
     if recipe.adapter == "continue":
         from peft import get_peft_model
 

@@ -16,7 +16,7 @@ from tunesmith.engine.masters import holding
 from tunesmith.engine.trackers import Trackers
 from tunesmith.engine.update import Update
 from tunesmith.errors import RecipeError
-from tunesmith.models import probe
+from tunesmith.models import factors, probe
 
 
 @dataclass
@@ -45,6 +45,7 @@ def save_model(run: Run) -> None:
     masters = run.update.masters
     everything = all(parameter.requires_grad for parameter in run.model.parameters())
     weights = masters.whole()
+    made = setup.keys_that_made(run.setup.recipe, run.setup.model_folder)
 
     def write(target: Path) -> None:
         with run.route.fused.disabled(), route.plain_attention(run.model, run.route):
@@ -52,9 +53,9 @@ def save_model(run: Run) -> None:
                 run.setup.adaptation.save(run.model, target)
                 run.setup.tokenizer.save_pretrained(target)
                 if everything:
-                    probe.write_probe(target, run.model, run.setup.tokenizer)
+                    probe.write_probe(target, run.model, run.setup.tokenizer, made)
             if not everything:  # fp32 parts in a bf16 network would not fit together: the copies answer
-                probe.write_probe(target, run.model, run.setup.tokenizer)
+                probe.write_probe(target, run.model, run.setup.tokenizer, made)
 
     if run.main:
         checkpoint.publish(run.folder.model, write, 4 * masters.size + 8 * 2**20)
@@ -75,6 +76,7 @@ def save(run: Run, at: Progression) -> None:
             "threads": torch.get_num_threads(),
             "processes": distributed.state().num_processes,
             "compute": run.setup.precision.as_dict()["compute"],
+            "starts": factors.sketch(run.model),
         }
         run.metrics.sync()
         run.answers.sync()
@@ -104,6 +106,12 @@ def restore(run: Run) -> Progression:
                 f"the data file {source['path']} changed since the run was started, so going on would not be the same run.\n"
                 f"  {back}, or start another run with --out DIR."
             )
+    if layer := factors.moved(run.model, state.get("starts") or {}):
+        raise RecipeError(
+            f"what {layer} learns is counted from factors of the base's weights, and this machine decomposes them otherwise than "
+            "the one that the run was started on (another processor, device or library), so going on would not be the same run.\n"
+            "  Resume it where it was started, or start another run with --out DIR."
+        )
     at = Progression(**state["progression"])
     run.update.load(tensors, state)
     torch.set_rng_state(tensors["random.cpu"])

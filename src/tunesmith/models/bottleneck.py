@@ -16,11 +16,10 @@ import torch
 from peft import PeftConfig, mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
-from tunesmith.models import patterns
+from tunesmith.models import compiled, linear, patterns
 
 NON_LINEARITIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": nn.functional.relu,
@@ -80,7 +79,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = widths(base_layer)
+        self.in_features, self.out_features = linear.widths(base_layer)
         self.bottleneck_down: Any = nn.ModuleDict()
         self.bottleneck_up: Any = nn.ModuleDict()
         self.bottleneck_dropout: Any = nn.ModuleDict()
@@ -172,11 +171,6 @@ def register() -> None:
     tables.PEFT_TYPE_TO_PREFIX_MAPPING[Kind.BOTTLENECK] = BottleneckModel.prefix
 
 
-def widths(layer: Any) -> tuple[int, int]:
-    """(in, out) of a linear layer; gpt2's Conv1D holds its weight as (in, out)."""
-    return tuple(layer.weight.shape) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-
-
 def sublayers(model: Any, variant: str) -> list[str]:
     """The names of the output projections that ``variant`` adapts, in the order of the network.
 
@@ -186,10 +180,10 @@ def sublayers(model: Any, variant: str) -> list[str]:
     """
     config = model.config.get_text_config()
     found: list[str] = []
-    layers = list(_outermost(model, GradientCheckpointingLayer))
+    layers = compiled.named_layers(model)
     if len(layers) != config.num_hidden_layers:
         raise _unknown(model, f"{len(layers)} of its {config.num_hidden_layers} layers are layers of transformers")
-    for name, layer in layers:
+    for name, layer in layers.items():
         parts = _outputs(model, name, layer, config.hidden_size)
         found += [parts[sublayer] for sublayer in VARIANTS[variant]]
     return found
@@ -219,14 +213,6 @@ def _outputs(model: Any, prefix: str, layer: nn.Module, width: int) -> dict[str,
     return {"attention": f"{prefix}.{attention[-1]}", "feed-forward": f"{prefix}.{forward[0]}"}
 
 
-def _outermost(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    last = None
-    for name, module in model.named_modules():
-        if isinstance(module, kind) and not (last is not None and name.startswith(last)):
-            last = f"{name}."
-            yield name, module
-
-
 def _linears(layer: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
     """Name and widths of each linear layer; one that an adapter stands on counts as itself."""
     wrapped = None
@@ -236,7 +222,7 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
         if isinstance(module, BaseTunerLayer):
             wrapped, module = f"{name}.", module.get_base_layer()
         if isinstance(module, nn.Linear | Conv1D):
-            yield name, widths(module)
+            yield name, linear.widths(module)
 
 
 def _unknown(model: Any, why: str) -> RecipeError:

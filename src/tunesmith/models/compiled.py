@@ -19,9 +19,18 @@ RECOMPILE_LIMIT = 64
 and the rest, and what is above the limit runs uncompiled with a line in a log that nobody reads."""
 
 
+def named_layers(model: Any) -> dict[str, nn.Module]:
+    """The decoder or encoder layers by name, none inside another: what transformers marks as units of gradient checkpointing."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and not any(name.startswith(f"{other}.") for other in found):
+            found[name] = module
+    return found
+
+
 def layers(model: Any) -> list[nn.Module]:
-    """The decoder layers: what transformers marks as the unit of gradient checkpointing."""
-    return [module for module in head.base(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+    """:func:`named_layers` of the network inside ``model``."""
+    return list(named_layers(head.base(model)).values())
 
 
 def why_not(model: Any) -> str | None:

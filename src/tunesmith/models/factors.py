@@ -8,6 +8,7 @@ difference of two large products: in bf16 that would drown all that is learnt.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,10 @@ from torch import nn
 ADAPTER = "default"
 STARTS = ("start_A", "start_B")
 """Buffers of a LoRA layer, (r, in) and (out, r) in fp32: where its factors started. They are no part of a checkpoint, since they
-are computed from the base."""
+are computed from the base; of them a :func:`sketch` is kept."""
+
+APART = 1e-3
+"""Of a factor's norm: more than rounding does to a start, less than any other choice of its vectors or their signs."""
 
 
 class Started:
@@ -52,6 +56,30 @@ def start(module: Any, a: torch.Tensor, b: torch.Tensor) -> None:
 def started(model: Any) -> dict[str, Any]:
     """The layers of ``model`` that :func:`start` was called on, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(getattr(module, "start_A", None), torch.Tensor)}
+
+
+@torch.no_grad()
+def sketch(model: Any) -> dict[str, list[float]]:
+    """Layer -> a number for each factor that it started from, u^T A v with u and v fixed, and the factor's norm. Nearly the same
+    for nearly the same start, another for a start whose vectors are rotated or turned round; empty where nothing was started.
+    """
+    return {
+        name: [number for part in STARTS for number in _sketch(getattr(layer, part))] for name, layer in started(model).items()
+    }
+
+
+def _sketch(factor: torch.Tensor) -> tuple[float, float]:
+    rows, columns = (torch.arange(1.0, size + 1, device=factor.device).cos() for size in factor.shape)
+    return float(rows @ factor.float() @ columns), float(factor.float().norm())
+
+
+def moved(model: Any, before: Mapping[str, list[float]]) -> str | None:
+    """The first layer of ``model`` that did not start where a :func:`sketch` says, or None."""
+    for name, now in sketch(model).items():
+        then = before.get(name, now)
+        if any(abs(now[place] - then[place]) > APART * max(now[1 + place // 2 * 2], 1e-30) for place in range(4)):
+            return name
+    return None
 
 
 @dataclass(frozen=True)

@@ -174,10 +174,14 @@ class Linears:
         return torch.block_diag(*blocks)
 
 
+ADAPTERS = ("lora_", "bottleneck_", "ia3_")
+"""In the names of weights that are an adapter's own."""
+
+
 def _trains_its_own(module: nn.Module) -> bool:
     """Whether a weight inside is trained that is no adapter's."""
     named = module.named_parameters()
-    return any(weight.requires_grad for name, weight in named if "lora_" not in name and "bottleneck_" not in name)
+    return any(weight.requires_grad for name, weight in named if not any(part in name for part in ADAPTERS))
 
 
 def _is_lora(module: nn.Module) -> bool:

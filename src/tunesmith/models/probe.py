@@ -60,11 +60,11 @@ def read(folder: Path) -> dict[str, Any]:
     return headers.read_json(folder / FILE) if (folder / FILE).is_file() else {}
 
 
-def write_probe(folder: Path, model: Any, tokenizer: Any) -> None:
+def write_probe(folder: Path, model: Any, tokenizer: Any, made: dict[str, Any] | None = None) -> None:
     """Write ``tunesmith.json`` into ``folder``, where ``model`` and ``tokenizer`` have just been saved.
 
     ``model``: the transformers or peft model in memory. Its mode is left as it was. For a peft model the base is the folder
-    it was loaded from, which is fingerprinted.
+    it was loaded from, which is fingerprinted. ``made``: the adaptation that made an adapter, its keys as in a recipe.
     """
     base = None
     if hasattr(model, "peft_config"):
@@ -83,6 +83,7 @@ def write_probe(folder: Path, model: Any, tokenizer: Any) -> None:
         "base": base,
         "quantization": quantized.record(model),
         "files": files(folder),
+        "adaptation": made,
         "probe": {"dtype": str(model.dtype).removeprefix("torch."), "answers": _answers(model, tokenizer)},
     }
     path = folder / FILE

@@ -118,7 +118,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
         "target_modules": sorted({name.rpartition(".")[2] for name in targets}) if isinstance(targets, list) else targets,
-        "modules_to_save": config.get("modules_to_save"),
+        "modules_to_save": sorted({name.rpartition(".")[2] for name in config.get("modules_to_save") or []}) or None,
         "new_tokens": len(set().union(*rows.values())) if (rows := vocabulary.adapter_rows(path)) else None,
         "use_dora": config.get("use_dora"),
         "use_rslora": config.get("use_rslora"),

@@ -1,0 +1,82 @@
+"""The trial before the first step sees every gradient and every product of the fast path, and leaves the model as it was."""
+
+import pytest
+import torch
+
+from tests.numeric.test_parity import CPU, examples
+from tests.tiny import tiny_model, tiny_tokenizer
+from tunesmith.adaptations import bottleneck, lora
+from tunesmith.engine import route
+from tunesmith.models import fused, fused_bottleneck
+from tunesmith.objectives import sft
+
+SFT = sft.Objective(sft.Config())
+KINDS = {"lora": lora, "bottleneck": bottleneck}
+GIVEN = {"lora": (fused.Projection, 3), "bottleneck": (fused_bottleneck.Appended, 1)}
+"""The function of the fast path, and which of its gradients is that of A, or of the middle."""
+ROWS = examples(SFT, tiny_tokenizer())
+
+
+def adapted(kind, dtype=torch.float32):
+    torch.manual_seed(0)
+    return KINDS[kind].Adaptation(KINDS[kind].Config()).apply(tiny_model("llama"), "lm").to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_gradient_behind_zeros_is_seen(kind, dtype, monkeypatch):
+    function, place = GIVEN[kind]
+    right = function.backward
+
+    def wrong(ctx, grad):
+        found = list(right(ctx, grad))
+        found[place] = None if found[place] is None else -found[place]
+        return tuple(found)
+
+    assert route.choose(adapted(kind, dtype), SFT, ROWS, 64, "auto", CPU).notes == []
+    monkeypatch.setattr(function, "backward", staticmethod(wrong))
+    chosen = route.choose(adapted(kind, dtype), SFT, ROWS, 64, "auto", CPU)
+    assert "the fused layers are off" in chosen.notes[0] and not chosen.fused.kinds
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_that_loses_a_gradient_behind_zeros_is_seen(kind, monkeypatch):
+    model = adapted(kind)
+    chosen = route.choose(model, SFT, ROWS, 64, "auto", CPU)
+    inner = model.get_base_model()
+    real = inner.gradient_checkpointing_enable
+
+    def wrong(**keys):
+        real(**keys)
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name or "down.default.weight" in name:
+                parameter.register_hook(torch.zeros_like)
+
+    monkeypatch.setattr(inner, "gradient_checkpointing_enable", wrong)
+    route.recompute(model, SFT, ROWS, chosen, CPU)
+    assert not chosen.recomputed and "gradient checkpointing is off" in chosen.notes[-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_and_random_state_are_left_as_they_were(kind):
+    model = adapted(kind)
+    weights, state = {name: one.detach().clone() for name, one in model.named_parameters()}, torch.get_rng_state()
+    chosen = route.choose(model, SFT, ROWS, 64, "auto", CPU)
+    route.recompute(model, SFT, ROWS, chosen, CPU)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(one, weights[name]) and one.grad is None for name, one in model.named_parameters())
+    assert any(not one.any() for one in weights.values())
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_wrong_product_is_seen_where_nothing_is_trained(without, monkeypatch):
+    model = adapted("bottleneck").requires_grad_(False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bottleneck_up" in name:
+                parameter.normal_()
+    right = fused_bottleneck.Appended.forward
+    monkeypatch.setattr(fused_bottleneck.Appended, "forward", staticmethod(lambda *given: right(*given) * 1.5))
+    with without():
+        chosen = route.choose(model, SFT, ROWS, 64, "auto", CPU)
+    assert "the fused layers are off" in chosen.notes[0]
