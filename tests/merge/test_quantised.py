@@ -36,7 +36,7 @@ CASES = {
     "rslora": ("qwen3", {"use_rslora": True}),
     "bias": ("gpt2", {"bias": "all"}),
     "lora's bias": ("gpt2", {"bias": "lora_only"}),
-    "patterns": ("llama", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3.0}}),
+    "patterns": ("llama", {"r": {"default": 4, "q_proj": 2}, "lora_alpha": {"default": 8.0, "k_proj": 3.0}}),
     "a head": ("llama", {"modules_to_save": ["lm_head"]}),
     "new tokens": ("llama", {"add": True}),
 }
