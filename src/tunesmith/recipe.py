@@ -36,9 +36,7 @@ class Recipe(Strict):
     adapter: Literal["continue", "merge", "new"] | None = Field(
         None, description="when `model` is an adapter: train it on, fold it into its base first, or leave it and start anew"
     )
-    add_tokens: list[str] = Field(
-        default_factory=list, description="new tokens such as [<tool>], one id each"
-    )
+    add_tokens: list[str] = Field(default_factory=list, description="new tokens such as [<tool>], one id each")
     device_map: str | dict[str, int | str] | None = Field(
         None, description="where transformers puts the layers: auto, cpu, cuda:0 or a mapping; default: all on the run's device"
     )

@@ -62,7 +62,7 @@ def test_two_processes_have_the_figures_of_one(made, tmp_path):
     script.write_text(LAUNCHED)
     tunesmith.train(made, out=tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(script), json.dumps(made), str(tmp_path / "two")]
+    command += [str(script), json.dumps([[made, str(tmp_path / "two")]])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     for one, two in zip(evaluations(tmp_path / "one"), evaluations(tmp_path / "two"), strict=True):

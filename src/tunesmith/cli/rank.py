@@ -25,6 +25,9 @@ def run(folder: Path, rank: int) -> int:
     code = main(job["arguments"], note)
     if code == 0:
         watch.leave(folder, rank, done=True)
+        from tunesmith.engine import distributed
+
+        distributed.end()
     return code
 
 

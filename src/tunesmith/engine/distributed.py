@@ -121,6 +121,13 @@ def same(value: Any) -> Any:
         return broadcast_object_list([value])[0]
 
 
+def end() -> None:
+    """Close the connections. A process that ends while their threads still run may be aborted by them, all its work done."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _patient_group.cache_clear()
+        torch.distributed.destroy_process_group()
+
+
 @functools.cache
 def _patient_group() -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
