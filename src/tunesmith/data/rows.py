@@ -33,7 +33,39 @@ class PromptCompletion:
     completion: str
 
 
-Row = Text | Chat | PromptCompletion
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text, or two, to be classified. What is known of it is one of: ``label``, the name of its class or a number; ``labels``,
+    the names of all that hold (maybe none); or neither, when it is to be predicted."""
+
+    text: str
+    text_pair: str | None = None
+    label: str | float | None = None
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """A text whose words have tags. ``words``: (start, end) of each in characters of ``text``, in order, not overlapping; where
+    spaces are tagged too, they are words. ``tags``: one for each word, None when they are to be predicted."""
+
+    text: str
+    words: tuple[tuple[int, int], ...]
+    tags: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about a text. ``answers``: (text, its first character in ``context``), several when people answered
+    differently; empty = the context does not say; None = to be predicted. ``id``: what the data set calls the question."""
+
+    question: str
+    context: str
+    answers: tuple[tuple[str, int], ...] | None = None
+    id: str | None = None
+
+
+Row = Text | Chat | PromptCompletion | Labelled | Tagged | Question
 
 
 def digest(row: Row) -> int:
