@@ -55,13 +55,13 @@ class Adaptation:
         """
         from peft import get_peft_model
 
-        from tunesmith.models import bottleneck
+        from tunesmith.models import bottleneck, heads
         from tunesmith.models.head import TASK
 
         bottleneck.register()
         names = [name for name, _ in model.named_modules() if name]
         patterns.require("modules_to_save", self.config.modules_to_save or [], names)
-        whole = patterns.whole(self.config.modules_to_save or [], names)
+        whole = [*patterns.whole(self.config.modules_to_save or [], names), *heads.new_parts(model, head)]
         targets = bottleneck.sublayers(model, self.config.variant)
         patterns.require_apart("adaptation=bottleneck stands on", targets, whole)
         config = bottleneck.BottleneckConfig(
@@ -73,7 +73,7 @@ class Adaptation:
             target_modules=targets,
             modules_to_save=whole or None,
             trainable_token_indices=vocabulary.rows_to_train(model, new_rows, whole) or None,
-            ensure_weight_tying=bool(whole) and bool(getattr(model.config, "tie_word_embeddings", False)),
+            ensure_weight_tying=bool(self.config.modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False)),
         )
         return get_peft_model(model, config)
 

@@ -51,7 +51,7 @@ class Adaptation:
         Raises RecipeError, before the model is touched, when a name matches nothing, when there are fewer blocks than
         ``train_last``, when nothing would be trained, and when the rows of new tokens would not be.
         """
-        chosen = [*self._last_blocks(model, head), *self._named(model), *_new_head(model)]
+        chosen = [*self._last_blocks(model, head), *self._named(model), *_new_head(model, head)]
         trained = {id(parameter) for part in chosen for parameter in part}
         apart = self._is_parted(model)
         if not trained:
@@ -166,11 +166,10 @@ def _norms_after(body: Any, blocks: Sequence[Any]) -> list[Any]:
     return [one for one in modules[last:] if one not in inside and type(one).__name__.endswith("Norm")]
 
 
-def _new_head(model: Any) -> list[list[Any]]:
-    from tunesmith.models import head
+def _new_head(model: Any, head: str) -> list[list[Any]]:
+    from tunesmith.models import heads
 
-    found = [getattr(model, name, None) for name in head.NEW_HEADS]
-    return [list(layer.parameters()) for layer in found if layer is not None]
+    return [] if head == "lm" else [list(model.get_submodule(name).parameters()) for name in heads.parts(model, head)]
 
 
 def _require_whole_ends(model: Any, trained: set[int], apart: bool) -> None:

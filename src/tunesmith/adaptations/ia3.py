@@ -42,16 +42,17 @@ class Adaptation:
         """
         from peft import IA3Config, get_peft_model
 
-        from tunesmith.models import head as heads
-        from tunesmith.models import vocabulary
+        from tunesmith.models import heads, vocabulary
+        from tunesmith.models.head import TASK
 
         if new_rows:
             raise vocabulary.no_room("ia3")
         scaled, inner = found(model)
         config = IA3Config(
-            task_type=heads.TASK[head],
+            task_type=TASK[head],
             target_modules=_pattern([*scaled, *inner]),
             feedforward_modules=_pattern(inner),
+            modules_to_save=heads.new_parts(model, head) or None,
             fan_in_fan_out=linear.stores_transposed(model),
         )
         return get_peft_model(model, config)

@@ -122,6 +122,7 @@ class Adaptation:
         """
         from peft import LoraConfig, get_peft_model
 
+        from tunesmith.models import heads
         from tunesmith.models.head import TASK
 
         wanted: str | list[str] = self.config.target_modules
@@ -129,7 +130,7 @@ class Adaptation:
         if wanted != "all-linear":
             patterns.require("target_modules", wanted, names)
         patterns.require("modules_to_save", self.config.modules_to_save or [], names)
-        whole = patterns.whole(self.config.modules_to_save or [], names)
+        whole = [*patterns.whole(self.config.modules_to_save or [], names), *heads.new_parts(model, head)]
         rows = self._rows_of(model, new_rows)
         begins = self.config.begins
         if self.config.layers_to_transform is not None:
@@ -150,7 +151,7 @@ class Adaptation:
             modules_to_save=whole or None,
             trainable_token_indices=rows or None,
             fan_in_fan_out=linear.stores_transposed(model),
-            ensure_weight_tying=bool(whole) and bool(getattr(model.config, "tie_word_embeddings", False)),
+            ensure_weight_tying=bool(self.config.modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False)),
         )
         chosen = _targets(model, config)
         self._check_apart(model, config, chosen)

@@ -40,7 +40,7 @@ class Adaptation:
         """A peft model with only the prefix trainable. Raises RecipeError or ModelError before the model is touched."""
         from peft import PrefixTuningConfig, get_peft_model
 
-        from tunesmith.models import virtual, vocabulary
+        from tunesmith.models import heads, virtual, vocabulary
         from tunesmith.models.head import TASK
 
         if new_rows:
@@ -54,6 +54,7 @@ class Adaptation:
             start = virtual.words_as_prefix(model, [words[place % len(words)] if words else place for place in range(tokens)])
         config = PrefixTuningConfig(
             task_type=TASK[head],
+            modules_to_save=heads.new_parts(model, head) or None,
             num_virtual_tokens=tokens,
             prefix_projection=self.config.prefix_projection,
             encoder_hidden_size=self.config.encoder_hidden_size,

@@ -51,7 +51,7 @@ class Adaptation:
         import torch
         from peft import PromptTuningConfig, get_peft_model
 
-        from tunesmith.models import virtual, vocabulary
+        from tunesmith.models import heads, virtual, vocabulary
         from tunesmith.models.head import TASK
 
         if new_rows:
@@ -64,6 +64,7 @@ class Adaptation:
         kind = "SAMPLE_VOCAB" if self.config.prompt_tuning_init == "SAMPLE_VOCAB" else "RANDOM"
         config = PromptTuningConfig(
             task_type=TASK[head],
+            modules_to_save=heads.new_parts(model, head) or None,
             num_virtual_tokens=tokens,
             prompt_tuning_init=kind,
             prompt_tuning_init_text=text,

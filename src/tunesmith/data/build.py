@@ -39,6 +39,9 @@ LOOKED_AT = 200
 
 THREADS = 2
 
+TEXTS = ("text", "text_pair", "question", "context")
+"""Fields of the rows of a head that are tokenised."""
+
 Located = tuple[Record, Row]
 Encodings = tuple[list[tuple[Located, list[Example]]], list[RowProblem]]
 
@@ -150,7 +153,9 @@ def _characters(row: Row) -> int:
         return len(row.text)
     if isinstance(row, PromptCompletion):
         return len(row.prompt) + len(row.completion)
-    return sum(len(message["content"]) for message in row.messages)
+    if isinstance(row, Chat):
+        return sum(len(message["content"]) for message in row.messages)
+    return sum(len(part) for name in TEXTS if isinstance(part := getattr(row, name, None), str))
 
 
 def _encode(batch: Sequence[Located], objective: Any, tokenizer: Any) -> Encodings:
@@ -219,7 +224,7 @@ def _options(objective: Any) -> Any:
         config.model_dump(mode="json") if isinstance(config, BaseModel) else {k: repr(v) for k, v in vars(objective).items()}
     )
     settings.pop("overlong", None)
-    return [type(objective).__module__, type(objective).__qualname__, settings]
+    return [type(objective).__module__, type(objective).__qualname__, settings, getattr(objective, "facts", {})]
 
 
 def _code(objective: Any) -> list[Path]:

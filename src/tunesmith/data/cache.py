@@ -29,6 +29,8 @@ from tunesmith.errors import DiskFullError, UserError
 
 VERSION = 2
 Example = dict[str, np.ndarray]
+ALIGNED = ("input_ids", "supervised", "token_type_ids")
+"""Arrays with one number for each token: they are cut with the tokens."""
 BLOCK = 1 << 20
 ABANDONED = 2 * 24 * 3600.0
 """Seconds after which an unfinished folder belongs to no living process."""
@@ -60,7 +62,7 @@ class Entry:
         out = {}
         for name, values in self.values.items():
             begin, end = int(self.starts[name][index]), int(self.starts[name][index + 1])
-            if length < whole and end - begin == whole:  # arrays aligned with the tokens are cut with them
+            if length < whole and name in ALIGNED:
                 begin, end = begin + start, begin + start + length
             out[name] = values[begin:end]
         return out
@@ -128,8 +130,10 @@ BUFFER = 1 << 16
 
 
 def targets(example: Example) -> int:
-    """Loss units: supervised tokens but the first (nothing stands before it); 1 for examples without a mask."""
-    return int(np.count_nonzero(example["supervised"][1:])) if "supervised" in example else 1
+    """Loss units: supervised tokens but the first (nothing stands before it), words that have a tag, else 1."""
+    if "supervised" in example:
+        return int(np.count_nonzero(example["supervised"][1:]))
+    return len(example["places"]) if "places" in example and "input_ids" in example else 1
 
 
 def length(example: Example) -> int:

@@ -50,10 +50,12 @@ class Encoded:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        views = self.views
-        return self.entries[self.source[index]].example(
-            int(views.example[index]), int(views.start[index]), int(views.length[index])
-        )
+        """Its arrays, and ``row``: int64 (source, row of the file)."""
+        views, source = self.views, int(self.source[index])
+        entry, place = self.entries[source], int(views.example[index])
+        example = entry.example(place, int(views.start[index]), int(views.length[index]))
+        example["row"] = np.array([source, entry.row[place]], np.int64)
+        return example
 
     @property
     def lengths(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From examples to one micro-batch of a language model: side by side without padding, or padded on the right.
+"""From examples to one micro-batch: side by side without padding, or padded on the right.
 
 Pure functions of numpy arrays. Targets are given as places, so nothing downstream ever looks at a token's identity: position
 ``positions[i]`` of the flattened batch predicts ``labels[i]``. The first token of a row has nothing before it and is no target.
@@ -11,44 +11,77 @@ from typing import Any
 
 import numpy as np
 
-
-def pack(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """One sequence of segments: input_ids, position_ids (1, tokens); segments (lengths); positions, labels (targets,)."""
-    import torch
-
-    lengths = [len(example["input_ids"]) for example in examples]
-    ids = np.concatenate([example["input_ids"] for example in examples]).astype(np.int64)
-    learnt = np.concatenate([example["supervised"] for example in examples])
-    learnt[np.cumsum([0, *lengths[:-1]])] = False
-    targets = np.flatnonzero(learnt)
-    return {
-        "input_ids": torch.from_numpy(ids[None]),
-        "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None]),
-        "segments": tuple(lengths),
-        "positions": torch.from_numpy(targets - 1),
-        "labels": torch.from_numpy(ids[targets]),
-    }
+Example = dict[str, np.ndarray]
 
 
-def pad(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
-    """Rows padded on the right: input_ids, position_ids, attention_mask (rows, longest); positions, labels (targets,)."""
+def pack(examples: Sequence[Example]) -> dict[str, Any]:
+    """:func:`layout` of packed rows, with the targets of a language model: positions, labels (targets,)."""
+    return _with_targets(examples, packed=True)
+
+
+def pad(examples: Sequence[Example]) -> dict[str, Any]:
+    """:func:`layout` of padded rows, with the targets of a language model: positions, labels (targets,)."""
+    return _with_targets(examples, packed=False)
+
+
+def layout(examples: Sequence[Example], packed: bool) -> tuple[dict[str, Any], np.ndarray]:
+    """(batch, where each row begins in its flattened tokens).
+
+    Packed, one sequence: input_ids, position_ids (1, tokens); segments (lengths). Padded on the right: input_ids, position_ids,
+    attention_mask (rows, longest). With token_type_ids where the examples have some.
+    """
     import torch
 
     lengths = np.array([len(example["input_ids"]) for example in examples])
+    names = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]
+    if packed:
+        batch: dict[str, Any] = {
+            name: torch.from_numpy(np.concatenate([example[name] for example in examples]).astype(np.int64)[None])
+            for name in names
+        }
+        batch["position_ids"] = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None])
+        batch["segments"] = tuple(lengths.tolist())
+        return batch, np.cumsum(lengths) - lengths
     shape = (len(examples), int(lengths.max()))
-    ids, learnt = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
-    for row, example in enumerate(examples):
-        ids[row, : lengths[row]] = example["input_ids"]
-        learnt[row, : lengths[row]] = example["supervised"]
-    learnt[:, 0] = False
-    targets = np.flatnonzero(learnt)
+    batch = {}
+    for name in names:
+        filled = np.zeros(shape, np.int64)
+        for row, example in enumerate(examples):
+            filled[row, : lengths[row]] = example[name]
+        batch[name] = torch.from_numpy(filled)
     places = np.broadcast_to(np.arange(shape[1]), shape)
+    batch["position_ids"] = torch.from_numpy(np.minimum(places, lengths[:, None] - 1))
+    batch["attention_mask"] = torch.from_numpy((places < lengths[:, None]).astype(np.int64))
+    return batch, np.arange(len(examples)) * shape[1]
+
+
+def _with_targets(examples: Sequence[Example], packed: bool) -> dict[str, Any]:
+    import torch
+
+    batch, starts = layout(examples, packed)
+    ids = batch["input_ids"].numpy().reshape(-1)
+    learnt = np.zeros(len(ids), np.bool_)
+    for start, example in zip(starts, examples):
+        learnt[start : start + len(example["supervised"])] = example["supervised"]
+    learnt[starts] = False
+    targets = np.flatnonzero(learnt)
+    return {**batch, "positions": torch.from_numpy(targets - 1), "labels": torch.from_numpy(ids[targets])}
+
+
+def of_rows(examples: Sequence[Example], packed: bool, read: Sequence[np.ndarray]) -> dict[str, Any]:
+    """:func:`layout`, with the places whose outputs a head reads. ``read``: those of each example, ascending, within its tokens.
+
+    positions (places,) in the flattened batch; places (how many of each row); rows: (source, row of the file) of each.
+    """
+    import torch
+
+    batch, starts = layout(examples, packed)
+    positions = np.concatenate([start + places for start, places in zip(starts, read)]).astype(np.int64)
     return {
-        "input_ids": torch.from_numpy(ids),
-        "position_ids": torch.from_numpy(np.minimum(places, lengths[:, None] - 1)),
-        "attention_mask": torch.from_numpy((places < lengths[:, None]).astype(np.int64)),
-        "positions": torch.from_numpy(targets - 1),
-        "labels": torch.from_numpy(ids.reshape(-1)[targets]),
+        **batch,
+        "positions": torch.from_numpy(positions),
+        "places": [len(places) for places in read],
+        "rows": [tuple(int(part) for part in example.get("row", (0, 0))) for example in examples],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,7 @@ def prepare(
     template = "none: the rows are plain text"
     if config.template is not None or any(Chat in item.kinds for item in opened):
         tokenizer, template = apply_template(tokenizer, config.template)
+    _survey(objective, opened[: len(config.train)])
     key = shared_key(objective, tokenizer)
     built, seconds = [], []
     for item in opened:
@@ -123,6 +124,21 @@ def _open_set(name: str, source: Source, accepted: tuple[type, ...]) -> Opened:
         return open_source(source, accepted)
     except DataError as error:
         raise DataError(f"data.eval.{f'sets.{name}' if name else 'path'}: {error}") from None
+
+
+def _survey(objective: Any, opened: Sequence[Opened]) -> None:
+    """Let the objective look at the training rows. What is wrong with one is said when it is encoded."""
+
+    def rows() -> Iterator[Any]:
+        for item in opened:
+            if item.source.streaming:
+                raise DataError(
+                    f"{item.source.label} is a stream, which is read once, so its labels cannot be found first.\n"
+                    "  Name them: objective.labels=[...], or leave out streaming."
+                )
+            yield from (found[1] for found in item.rows() if isinstance(found, tuple))
+
+    objective.survey(rows())
 
 
 def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataConfig) -> None:

@@ -22,16 +22,21 @@ def evaluate(
     budget: int,
     device: torch.device,
     sets: Sequence[str] = (),
+    tune: bool = False,
 ) -> dict[str, float]:
     """The objective's figures over all of ``data``, the same for any ``budget`` and any number of processes.
 
     ``sets``: names of the sources of ``data``. Each has figures of its own too (``eval_loss`` -> ``eval_NAME_loss``), which are
-    those of a run with this set alone: its rows share no micro-batch with another's.
+    those of a run with this set alone: its rows share no micro-batch with another's. ``tune``: let the objective choose on these
+    rows what the saved model needs.
     """
     model.eval()
     parts = [np.flatnonzero(data.source == index) for index in range(len(sets))] or [np.arange(len(data))]
     records = [_records(model, objective, data, rows, packed, budget, device) for rows in parts]
-    figures = objective.summarise([record for part in records for record in part])
+    everything = [record for part in records for record in part]
+    if tune:
+        objective.tune(everything)
+    figures = objective.summarise(everything)
     for name, part in zip(sets, records):
         figures |= {f"eval_{name}_{key.removeprefix('eval_')}": value for key, value in objective.summarise(part).items()}
     return figures

@@ -327,7 +327,9 @@ def _difference(
 
 
 def _shorten(example: Example) -> Example:
-    """The row's first tokens; all of them learnt when the cut left none to learn."""
+    """The row's first tokens; all of them learnt when the cut left none to learn. What a head reads as a whole stays whole."""
+    if "supervised" not in example:
+        return example
     short = {name: np.array(values[:PROBE_TOKENS]) for name, values in example.items()}
     if not short["supervised"][1:].any():
         short["supervised"][:] = True

@@ -166,7 +166,9 @@ def _run(
         ready, run_folder, built.model, built.update, built.route, _records(run_folder, "metrics.jsonl", main),
         _records(run_folder, "samples.jsonl", main), progress, main, hooks,
     )  # fmt: skip
-    run.asked = samples.prompts(ready.recipe.samples, ready.data.eval, ready.tokenizer) if main else []
+    run.asked = (
+        samples.prompts(ready.recipe.samples, ready.data.eval, ready.tokenizer) if main and ready.objective.head == "lm" else []
+    )
     for line in [*built.notes, outcome.parameters_line(ready), outcome.precision_line(ready)]:
         progress.note(line)
     resumed = run_folder.manifest() != {}
@@ -279,7 +281,7 @@ def _evaluate(run: Run, at: Progression, budget: int) -> float | None:
     run.progress.doing("evaluating")
     started = time.perf_counter()
     figures = evaluation.evaluate(
-        run.model, ready.objective, ready.data.eval, run.route.packed, budget, ready.device, ready.data.eval_sets
+        run.model, ready.objective, ready.data.eval, run.route.packed, budget, ready.device, ready.data.eval_sets, tune=True
     )
     seconds = time.perf_counter() - started
     name, direction = ready.objective.best

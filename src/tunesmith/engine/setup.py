@@ -25,7 +25,7 @@ from tunesmith.engine.config import TrainConfig
 from tunesmith.engine.masters import Masters, Trained
 from tunesmith.engine.update import Update
 from tunesmith.errors import RecipeError
-from tunesmith.models import compiled, head, load, noise, probe, quantized, varlen, virtual, vocabulary
+from tunesmith.models import compiled, head, load, newhead, noise, probe, quantized, varlen, virtual, vocabulary
 from tunesmith.models.locate import Folder, code_files, locate
 from tunesmith.objectives import Example, Objective
 from tunesmith.recipe import Recipe, changed
@@ -87,17 +87,22 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
     _check_compile(recipe.train, device, numbers.compute)
     parameters, kept = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
+    window = window_of(config, parameters["virtual_tokens"])
+    objective.adopt(config, tokenizer, recipe.train.max_length or window)
     for line in adaptation.notes:
         say(line)
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
     with distributed.main_first() if streamed else nullcontext():  # one process asks the network, the others find the cache
         data = prepare(
             recipe.data, objective, tokenizer, max_length=recipe.train.max_length, seed=recipe.seed,
-            window=window_of(config, parameters["virtual_tokens"]),
+            window=window,
             on_progress=_rows_read(say) if streamed else None,
         )  # fmt: skip
-    for line in [*data.report.lines(), *_about(new_tokens, data)]:
+    for line in [*data.report.lines(), *objective.notes, *_about(new_tokens, data)]:
         say(line)
+    if new_head := objective.head_config():  # its size is known now
+        newhead.apply(config, new_head)
+        parameters, kept = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
     train = recipe.train
     plan = batching.plan(data.train, train.batch_size, recipe.seed, train.shuffle, train.epochs, train.max_steps)
     batching.check_processes(processes, len(plan.rows(1)), "the rows to learn from are")
@@ -149,8 +154,11 @@ def build(setup: Setup, out: Path) -> Built:
     recipe, folder, train = setup.recipe, setup.model_folder, setup.recipe.train
     torch.manual_seed(recipe.seed)  # before adapters are made: their first values are part of the run
     placed: dict[str, Any] = {} if recipe.device_map is None else {"device_map": recipe.device_map}
+    new_head = setup.objective.head_config() or None
     if recipe.adapter == "continue":
-        model = load.load_model(folder, head=setup.objective.head, adapter="attach", trainable=True, **placed)
+        model = load.load_model(
+            folder, head=setup.objective.head, adapter="attach", trainable=True, head_config=new_head, **placed
+        )
         probe.verify_probe(folder.path, model, load.load_tokenizer(folder))
     else:
         if recipe.adapter == "merge":
@@ -159,7 +167,7 @@ def build(setup: Setup, out: Path) -> Built:
         elif recipe.adapter == "new" and folder.base is not None:
             folder = replace(folder, path=folder.base, kind="full", base=None)
         options = {**setup.adaptation.load_kwargs(), **placed}
-        loaded = load.load_model(folder, head=setup.objective.head, trainable=True, **options)
+        loaded = load.load_model(folder, head=setup.objective.head, trainable=True, head_config=new_head, **options)
         new_rows = vocabulary.grow(loaded, setup.new_tokens)
         model = setup.adaptation.apply(loaded, setup.objective.head, new_rows, setup.tokenizer)
     if recipe.device_map is None:
@@ -337,14 +345,14 @@ def _parameters(
         adapter.inference_mode = False
         virtual.check_continued(adapter)
         with torch.device("meta"):
-            model = load.empty_model(folder, config)
+            model = load.empty_model(folder, config, objective.head)
             kept = quantized.estimate(model, options)
             vocabulary.fit_to_adapter(model, folder.path)
             model = get_peft_model(model, adapter)
             virtual.install(model)
     else:
         with torch.device("meta"):
-            model = load.empty_model(folder, config)
+            model = load.empty_model(folder, config, objective.head)
             kept = quantized.estimate(model, options)
             if recipe.adapter == "merge":
                 load.check_mergeable(load.adapter_config(folder.path))

@@ -16,7 +16,7 @@ from tunesmith.engine.masters import holding
 from tunesmith.engine.trackers import Trackers
 from tunesmith.engine.update import Update
 from tunesmith.errors import RecipeError
-from tunesmith.models import factors, probe
+from tunesmith.models import factors, head, newhead, probe
 
 
 @dataclass
@@ -45,6 +45,7 @@ def save_model(run: Run) -> None:
     masters = run.update.masters
     everything = all(parameter.requires_grad for parameter in run.model.parameters())
     weights = masters.whole()
+    newhead.apply(head.base(run.model).config, run.setup.objective.head_config())  # what evaluation chose is part of it
     made = setup.keys_that_made(run.setup.recipe, run.setup.model_folder)
 
     def write(target: Path) -> None:

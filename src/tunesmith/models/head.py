@@ -43,7 +43,13 @@ def keep_outputs(model: nn.Module, find: Callable[[dict[str, Any]], torch.Tensor
 def takes_outputs(model: Any) -> bool:
     """Whether the loss is made of the body's outputs, and not of the model's own logits."""
     inner = base(model)
-    return inner not in _plain and _head(inner.get_output_embeddings())[0] is not None
+    last = inner.get_output_embeddings()
+    return inner not in _plain and (last is None or _head(last)[0] is not None)
+
+
+def is_plain(model: Any) -> bool:
+    """Whether the loss is to be made of the model's own logits."""
+    return base(model) in _plain
 
 
 def base(model: Any) -> Any:
@@ -52,19 +58,26 @@ def base(model: Any) -> Any:
 
 
 def own_parameters(model: Any) -> set[str]:
-    """Names of the trained parameters of the output layer that no other layer shares; empty when it is frozen or tied."""
+    """Names of the trained parameters of the head that no other layer shares; empty when it is frozen or tied.
+
+    Of a language model that is the output layer, of other heads all that stands after the body's outputs.
+    """
+    from tunesmith.models import heads
+
     inner = base(model)
-    layer = inner.get_output_embeddings()
-    if layer is None:
-        layer = next((found for name in NEW_HEADS if isinstance(found := getattr(inner, name, None), nn.Module)), None)
-    prefix = next((name + "." for name, module in model.named_modules() if layer is not None and module is layer), None)
-    if prefix is None:
+    kind = heads.kind_of(type(inner).__name__)
+    if kind == "lm":
+        layers = [inner.get_output_embeddings()]
+    else:
+        layers = [inner.get_submodule(name) for name in heads.parts(model, kind)]
+    prefixes = tuple(name + "." for name, module in model.named_modules() if any(module is layer for layer in layers))
+    if not prefixes:
         return set()
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             names.setdefault(id(parameter), []).append(name)
-    return {alias[0] for alias in names.values() if all(name.startswith(prefix) for name in alias)}
+    return {alias[0] for alias in names.values() if all(name.startswith(prefixes) for name in alias)}
 
 
 def hidden_states(model: Any, batch: dict[str, Any]) -> torch.Tensor:

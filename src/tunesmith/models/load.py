@@ -11,13 +11,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.errors import ModelError, UserError
 from tunesmith.hub import ask
-from tunesmith.models import dequantized, headers, probe, quantized, vocabulary
+from tunesmith.models import dequantized, headers, newhead, probe, quantized, vocabulary
 from tunesmith.models.locate import Folder, locate
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]
     """
     folder = locate(model)
     tokenizer = load_tokenizer(folder)
-    loaded = load_model(folder, dtype=dtype)
+    loaded = load_model(folder, head=None, dtype=dtype)
     probe.verify_probe(folder.path, loaded, tokenizer)
     return loaded, tokenizer
 
@@ -89,11 +89,22 @@ def load_tokenizer(folder: Folder) -> Any:
     return _explained(folder, lambda: AutoTokenizer.from_pretrained(where, local_files_only=True, **_code(folder)))
 
 
-def empty_model(folder: Folder, config: Any) -> Any:
+def empty_model(folder: Folder, config: Any, head: str = "lm") -> Any:
     """The network of ``config`` without weights: the caller is on the meta device. ``folder``: where it comes from."""
-    from transformers import AutoModelForCausalLM
+    from tunesmith.models import heads
 
-    return _explained(folder, lambda: AutoModelForCausalLM.from_config(config, **_code(folder)))
+    heads.require_class(config, head)
+    return _explained(folder, lambda: newhead.fitted(heads.auto_class(head).from_config(config, **_code(folder))))
+
+
+def head_of(folder: Folder) -> str:
+    """The head of a saved model: lm, score, token or span."""
+    from tunesmith.models import heads
+
+    if folder.kind == "adapter":
+        return str(probe.head(folder.path).get("type", "lm"))
+    named = headers.read_json(folder.path / "config.json").get("architectures") or [""]
+    return heads.kind_of(str(named[0]))
 
 
 def _code(folder: Folder) -> dict[str, bool]:
@@ -103,14 +114,17 @@ def _code(folder: Folder) -> dict[str, bool]:
 
 def load_model(
     folder: Folder,
-    head: str = "lm",
+    head: str | None = "lm",
     dtype: torch.dtype | None = None,
     adapter: Literal["attach", "ignore", "merge"] = "attach",
     trainable: bool = False,
+    head_config: Mapping[str, Any] | None = None,
     **load_kwargs: Any,
 ) -> Any:
     """Load the weights, strictly, and return the model in eval mode.
 
+    ``head``: lm, score, token or span; None = what the folder holds. ``head_config``: entries of the config that say what a new
+    head is (``num_labels``, ``id2label``); the rows of a head that the folder lacks, or that has other labels, are drawn anew.
     ``dtype``: default is the checkpoint's own. ``adapter`` says what becomes of an adapter: "attach" returns a peft model,
     "ignore" its base alone, "merge" a plain model with the adapter folded in (in fp32, then cast). ``trainable``: whether
     parameters require gradients (of an attached adapter: the adapter's only). ``load_kwargs`` go to ``from_pretrained``. A base
@@ -125,12 +139,16 @@ def load_model(
     if attach:
         probe.check_base(folder.path, folder.network)
     wanted = dtype or checkpoint_dtype(folder.network)
+    head = head or head_of(folder)
+    if attach and head_config is None:
+        head_config = probe.head(folder.path).get("config")
     kept = probe.read(folder.path).get("quantization") if attach else None
     if kept and adapter == "attach":
         load_kwargs = {**quantized.of_record(kept), **load_kwargs}
-    model = _full(folder, head, torch.float32 if attach and adapter == "merge" else wanted, load_kwargs)
+    model = _full(folder, head, torch.float32 if attach and adapter == "merge" else wanted, load_kwargs, head_config)
     if kept and adapter == "merge":
-        quantized.write_values(model, _full(folder, head, torch.float32, {**load_kwargs, **quantized.of_record(kept)}))
+        bits = {**load_kwargs, **quantized.of_record(kept)}
+        quantized.write_values(model, _full(folder, head, torch.float32, bits, head_config))
     if attach:
         training = trainable and adapter == "attach"
         model = attached(folder, model, training)
@@ -214,25 +232,30 @@ def _unwrapped(layer: Any) -> Any:
     return layer
 
 
-def _full(folder: Folder, head: str, dtype: torch.dtype, load_kwargs: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
+def _full(
+    folder: Folder, head: str, dtype: torch.dtype, load_kwargs: dict[str, Any], head_config: Mapping[str, Any] | None = None
+) -> Any:
+    from tunesmith.models import heads
 
     quiet()
-    classes = {"lm": AutoModelForCausalLM}
-    if head not in classes:
-        raise ModelError(f"no model class for the head {head!r}: expected one of {', '.join(classes)}")
     path = folder.network
     own = checkpoint_dtype(path) if "quantization_config" in load_kwargs else dtype  # the bits must not depend on what computes
     options = {"dtype": own, **load_kwargs, **_code(folder), "local_files_only": True, "use_safetensors": True}
-    model, report = _explained(folder, lambda: classes[head].from_pretrained(path, output_loading_info=True, **options))
+    network = heads.auto_class(head)
+    if head != "lm":
+        options |= newhead.options(folder, load_config(folder), head, head_config)
+    model, report = _explained(folder, lambda: network.from_pretrained(path, output_loading_info=True, **options))
     unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
-    _strict(path, type(model).__name__, report["missing_keys"], unexpected)
+    missing = report["missing_keys"]
+    if head != "lm":
+        missing, unexpected = newhead.settle(model, head, report, missing, unexpected)
+    _strict(path, type(model).__name__, missing, unexpected)
     if "quantization_config" in load_kwargs:
         dequantized.compute_in(model, dtype)
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
-    return model
+    return newhead.fitted(model)
 
 
 def check_weights(path: Path, network: Any, named: Path) -> None:

@@ -11,11 +11,15 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from tunesmith.models import head, virtual
+
+
+_installed: WeakKeyDictionary[nn.Module, RowNoise] = WeakKeyDictionary()
 
 
 @dataclass
@@ -64,6 +68,11 @@ class RowNoise:
             start += length
 
 
+def of(model: Any) -> RowNoise | None:
+    """What :func:`install` made for ``model``, if it draws anything."""
+    return _installed.get(head.base(model))
+
+
 def install(model: nn.Module, seed: int, neftune_alpha: float | None = None) -> tuple[RowNoise | None, list[str]]:
     """Put row-wise dropout in place of every ``nn.Dropout`` of ``model`` and switch dropout of attention probabilities off.
 
@@ -81,7 +90,10 @@ def install(model: nn.Module, seed: int, neftune_alpha: float | None = None) -> 
             noise.layers += 1
     if neftune_alpha is not None:
         head.base(model).get_input_embeddings().register_forward_hook(_Shake(noise, neftune_alpha))
-    return (noise if noise.layers or neftune_alpha is not None else None), switched_off
+    if not noise.layers and neftune_alpha is None:
+        return None, switched_off
+    _installed[head.base(model)] = noise
+    return noise, switched_off
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError
-from tunesmith.models import catalog, headers, quantized, store
+from tunesmith.models import catalog, headers, newhead, quantized, store
 
 FILE = "tunesmith.json"
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return")
@@ -60,6 +60,12 @@ def read(folder: Path) -> dict[str, Any]:
     return headers.read_json(folder / FILE) if (folder / FILE).is_file() else {}
 
 
+def head(folder: Path) -> dict[str, Any]:
+    """``type`` (score, token, span) and ``config`` of an adapter's head: an adapter brings no config.json. Empty for a language
+    model, and for an adapter that tunesmith did not write."""
+    return read(folder).get("head") or {}
+
+
 def write_probe(folder: Path, model: Any, tokenizer: Any, made: dict[str, Any] | None = None) -> None:
     """Write ``tunesmith.json`` into ``folder``, where ``model`` and ``tokenizer`` have just been saved.
 
@@ -82,6 +88,7 @@ def write_probe(folder: Path, model: Any, tokenizer: Any, made: dict[str, Any] |
         "versions": {name: importlib.metadata.version(name) for name in ("tunesmith", "torch", "transformers", "peft")},
         "base": base,
         "quantization": quantized.record(model),
+        "head": newhead.record(model) if base else None,
         "files": files(folder),
         "adaptation": made,
         "probe": {"dtype": str(model.dtype).removeprefix("torch."), "answers": _answers(model, tokenizer)},
@@ -156,14 +163,14 @@ def last_logits(model: Any, ids: list[int]) -> Any:
 
 
 def all_logits(model: Any, ids: list[int]) -> Any:
-    """fp32 logits (tokens, vocab) after each of ``ids``, with dropout off."""
+    """fp32 logits (tokens, vocab) after each of ``ids``, with dropout off; (1, labels) where a row has one answer."""
     import torch
 
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            return model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
+            return newhead.answers(model, torch.tensor([ids], device=model.device)).float()
     finally:
         model.train(training)
 
@@ -172,6 +179,7 @@ def _answers(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     answers = []
     for text in PROMPTS:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        top = last_logits(model, ids).topk(_TOP)
+        logits = last_logits(model, ids)
+        top = logits.topk(min(_TOP, len(logits)))
         answers.append({"input_ids": ids, "tokens": top.indices.tolist(), "logits": top.values.tolist()})
     return answers

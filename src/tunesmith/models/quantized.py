@@ -17,8 +17,8 @@ KINDS = ("nf4", "fp4", "int8")
 BLOCK, NESTED_BLOCK = 64, 256
 """Numbers that share a scale, and scales that share one under double quantisation: bitsandbytes' own."""
 
-OUTPUTS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
-"""Names of output layers, which stay as they are. transformers finds them itself unless it is told to leave out others too."""
+OUTPUTS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "pre_classifier", "pooler")
+"""Names of output layers, which stay as they are."""
 
 
 def load_kwargs(quant_type: str, use_double_quant: bool, whole: Iterable[str] = ()) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def load_kwargs(quant_type: str, use_double_quant: bool, whole: Iterable[str] = 
     from transformers import BitsAndBytesConfig
 
     names = list(whole)
-    skipped = [*OUTPUTS, *(rf"(?:.*\.)?{re.escape(name)}" for name in names)] if names else None
+    skipped = [*OUTPUTS, *(rf"(?:.*\.)?{re.escape(name)}" for name in names)]
     if quant_type == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)}
     return {

@@ -34,6 +34,25 @@ class Objective(Protocol):
     rows: tuple[type, ...]
     best: tuple[str, str]
     overlong: str
+    notes: Sequence[str]
+    """What it decided that is not plain from the recipe, to be said once the data are known."""
+    facts: dict[str, Any]
+    """JSON of all that decides what an example is, besides the config: what ``adopt`` and ``survey`` found out."""
+
+    def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+        """Called first, with the network's config and the most tokens that an example may have (None = no limit).
+
+        A saved head's labels and settings are taken from the config.
+        """
+        ...
+
+    def survey(self, rows: Iterable[Any]) -> None:
+        """Look at all training rows before any is encoded; they are read only as far as they are iterated. Raises DataError."""
+        ...
+
+    def head_config(self) -> dict[str, Any]:
+        """Entries of the network's config that its head needs (``id2label``, ``problem_type``); empty for a language model."""
+        ...
 
     def encode(self, rows: Sequence[Any], tokenizer: Any) -> list[list[Example]]:
         """Tokenise rows; one list of examples for each row (several when a conversation is expanded by turn)."""
@@ -57,6 +76,15 @@ class Objective(Protocol):
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
         """Small records of a batch (sums and counts, ids, spans), never logits."""
+        ...
+
+    def tune(self, records: Sequence[dict[str, Any]]) -> None:
+        """Choose on held-out rows what the saved model needs besides its weights, such as a threshold."""
+        ...
+
+    def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What the model said of each row, from the records of ``evaluate``: row, prediction, gold, loss. Empty for a language
+        model, whose answers are generated."""
         ...
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -24,10 +24,21 @@ class Objective:
     head = "lm"
     rows: tuple[type, ...] = (Text,)
     best = ("eval_loss", "min")
+    notes: Sequence[str] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.facts: dict[str, Any] = {}
         self.overlong: str = config.overlong
+
+    def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+        """Nothing of it depends on the network."""
+
+    def survey(self, rows: Iterable[Row]) -> None:
+        """No row needs to be looked at."""
+
+    def head_config(self) -> dict[str, Any]:
+        return {}
 
     def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[list[Example]]:
         return chat.encode(rows, tokenizer, train_on="all")
@@ -52,6 +63,12 @@ class Objective:
         from tunesmith.models.head import row_losses
 
         return {"rows": row_losses(model, batch)}
+
+    def tune(self, records: Sequence[dict[str, Any]]) -> None:
+        """There is nothing to choose."""
+
+    def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return []
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         from tunesmith.data.figures import token_mean

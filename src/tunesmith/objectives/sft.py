@@ -35,11 +35,22 @@ class Objective:
     head = "lm"
     rows: tuple[type, ...] = (Chat, PromptCompletion, Text)
     best = ("eval_loss", "min")
+    notes: Sequence[str] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.facts: dict[str, Any] = {}
         self.overlong: str = config.overlong
         self.expand_turns = config.expand_turns
+
+    def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+        """Nothing of it depends on the network."""
+
+    def survey(self, rows: Iterable[Row]) -> None:
+        """No row needs to be looked at."""
+
+    def head_config(self) -> dict[str, Any]:
+        return {}
 
     def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[list[Example]]:
         return chat.encode(rows, tokenizer, train_on=self.config.train_on, expand_turns=self.config.expand_turns)
@@ -64,6 +75,12 @@ class Objective:
         from tunesmith.models.head import row_losses
 
         return {"rows": row_losses(model, batch)}
+
+    def tune(self, records: Sequence[dict[str, Any]]) -> None:
+        """There is nothing to choose."""
+
+    def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return []
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Mean over all supervised tokens with its standard error, whatever the batches were; perplexity is its exponential."""

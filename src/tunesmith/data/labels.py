@@ -1,0 +1,99 @@
+"""The names of classes: found in the rows, in an order that depends on nothing but the names, and what kind of problem they make."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tunesmith.data.rows import Labelled
+from tunesmith.errors import DataError
+from tunesmith.nearest import did_you_mean
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+"""transformers' names of the three problems."""
+
+MANY = 1000
+"""Classes; above that, what stands in the column is hardly a class."""
+
+
+@dataclass
+class Survey:
+    """What rows say of their labels. ``counts``: rows that have each; ``numbers``: rows whose label is a number with a fraction."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    several: int = 0
+    fractions: int = 0
+    first_of_kind: dict[str, str] = field(default_factory=dict)
+
+    def add(self, row: Labelled) -> None:
+        if row.labels is not None:
+            self.several += 1
+            self.counts.update(dict.fromkeys(row.labels, 1))
+        elif row.label is not None:
+            name = name_of(row.label)
+            self.counts[name] += 1
+            if isinstance(row.label, float) and not row.label.is_integer():
+                self.fractions += 1
+        else:
+            return
+        self.rows += 1
+
+    @property
+    def problem(self) -> str:
+        """The problem that these labels make, by themselves."""
+        if self.several:
+            return MULTI
+        return REGRESSION if self.fractions else SINGLE
+
+
+def survey(rows: Iterable[Labelled]) -> Survey:
+    found = Survey()
+    for row in rows:
+        found.add(row)
+    return found
+
+
+def name_of(label: str | float) -> str:
+    """The name of a class that a file wrote as text or as a number: 1, 1.0 and "1" are one class."""
+    if isinstance(label, str):
+        return label
+    return str(int(label)) if float(label).is_integer() else str(label)
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Whole numbers by size and before words; words by the alphabet."""
+    return sorted(set(names), key=lambda name: (0, int(name), "") if name.lstrip("-").isdecimal() else (1, 0, name))
+
+
+def check(names: Sequence[str], problem: str) -> None:
+    """Raise DataError for labels that nothing can be learnt from."""
+    if problem == SINGLE and len(names) < 2:
+        there = f"only the class {names[0]!r}" if names else "no label at all"
+        raise DataError(
+            f"the training rows have {there}: a classifier needs two.\n"
+            "  Look at the label column with `tunesmith data preview`, or name another with data.train.0.columns={label: COLUMN}."
+        )
+    if problem == MULTI and not names:
+        raise DataError("no training row has a label. Name the column with data.train.0.columns={labels: COLUMN}.")
+    if len(names) > MANY:
+        raise DataError(
+            f"the label column has {len(names):,} different values, such as {names[0]!r}: that is hardly a set of classes.\n"
+            "  For numbers set objective.problem_type=regression; else name the column with data.train.0.columns={label: COLUMN}."
+        )
+
+
+def unknown(name: str, names: Sequence[str]) -> tuple[str, str, str]:
+    """(expected, got, fix) of a label that the model does not have."""
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    return f"one of the labels {shown}", repr(name), did_you_mean(name, list(names))
+
+
+def as_number(label: str | float) -> float | None:
+    """A label as a number, None where it is none."""
+    try:
+        value = float(label)
+    except ValueError:
+        return None
+    return value if value == value and abs(value) != float("inf") else None

@@ -1,0 +1,179 @@
+"""Heads beside the language model's: a score for each row, a label for each word, where an answer begins and ends.
+
+The body runs once, packed or padded; its outputs are gathered at ``batch["positions"]`` and only these go through the model's own
+pooler, dropout and output layer. So nothing depends on padding, and nothing is inferred from a token's identity: transformers' own
+decoder classes look for the last token that is not the padding one, which is another token where padding and end are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.errors import ModelError
+from tunesmith.models import head, noise
+
+CLASSES = {
+    "lm": "AutoModelForCausalLM",
+    "score": "AutoModelForSequenceClassification",
+    "token": "AutoModelForTokenClassification",
+    "span": "AutoModelForQuestionAnswering",
+}
+"""transformers' class of each head."""
+
+ENDS = {"score": "ForSequenceClassification", "token": "ForTokenClassification", "span": "ForQuestionAnswering"}
+
+
+def auto_class(kind: str) -> Any:
+    """transformers' class that loads a network with the head ``kind``."""
+    import transformers
+
+    if kind not in CLASSES:
+        raise ModelError(f"no model class for the head {kind!r}: expected one of {', '.join(CLASSES)}")
+    return getattr(transformers, CLASSES[kind])
+
+
+def kind_of(architecture: str) -> str:
+    """The head that a class of transformers has, by its name: BertForTokenClassification -> token; ``lm`` for any other."""
+    return next((kind for kind, end in ENDS.items() if architecture.endswith(end)), "lm")
+
+
+def require_class(config: Any, kind: str) -> None:
+    """Raise ModelError for an architecture that transformers gives no such head."""
+    from transformers.models.auto import modeling_auto as auto
+
+    known = {
+        "lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        "score": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "token": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+        "span": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    }[kind]
+    maps = getattr(config, "auto_map", None) or {}
+    if type(config) not in known and CLASSES[kind] not in maps:
+        raise ModelError(
+            f"transformers has no {CLASSES[kind].removeprefix('AutoModel')} for {config.model_type}, which this objective needs.\n"
+            "  Take another model, or another objective."
+        )
+
+
+def is_causal(config: Any) -> bool:
+    """Whether the network of ``config`` is a decoder, whose tokens see only what stands before them."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    if getattr(config, "is_decoder", False):
+        return True
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def pooling(config: Any) -> str | None:
+    """``mean`` where the outputs of all tokens are averaged, None where one token stands for its row, as transformers does it."""
+    return (getattr(config, "tunesmith", None) or {}).get("pooling")
+
+
+def parts(model: Any, kind: str) -> list[str]:
+    """Names of the modules between the body's last outputs and the logits; of a language model its output layer."""
+    inner = head.base(model)
+    body = inner.base_model
+    names = [name for name, child in inner.named_children() if child is not body and any(True for _ in child.parameters())]
+    if kind == "score" and isinstance(getattr(body, "pooler", None), nn.Module):
+        names.append(f"{inner.base_model_prefix}.pooler")
+    return names
+
+
+def new_parts(model: Any, kind: str) -> list[str]:
+    """:func:`parts` of a head that a body gets for a task: trained and saved whole whatever else is. None of a language model's."""
+    return [] if kind == "lm" else parts(model, kind)
+
+
+def score_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """(rows, labels) of a batch, from the outputs at ``batch["positions"]``: one of each row, or all that are to be averaged."""
+    inner = head.base(model)
+    mean = pooling(inner.config) == "mean"
+    if head.is_plain(model) and "segments" not in batch and not mean:
+        return model(**_own_padding(inner, head.inputs(model, batch))).logits
+    hidden = head.outputs_at(model, batch)
+    if mean:
+        hidden = _means(hidden, batch["places"])
+    with _one_by_one(model, [1] * len(hidden)):
+        return _scores(inner, hidden, mean)
+
+
+def token_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """(places, labels) at ``batch["positions"]``."""
+    if head.is_plain(model):
+        return model(**head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
+    inner, hidden = head.base(model), head.outputs_at(model, batch)
+    with _one_by_one(model, batch["places"]):
+        return _output(inner)(inner.dropout(hidden))
+
+
+def span_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much speaks for an answer's beginning, and for its end, at each of ``batch["positions"]``: (places,) twice."""
+    if head.is_plain(model):
+        found = model(**head.inputs(model, batch))
+        return tuple(one.flatten()[batch["positions"]] for one in (found.start_logits, found.end_logits))
+    inner, hidden = head.base(model), head.outputs_at(model, batch)
+    if isinstance(dropout := getattr(inner, "dropout", None), nn.Module):
+        with _one_by_one(model, batch["places"]):
+            hidden = dropout(hidden)
+    start, end = inner.qa_outputs(hidden).split(1, dim=-1)
+    return start.squeeze(-1), end.squeeze(-1)
+
+
+def _scores(inner: Any, hidden: torch.Tensor, mean: bool) -> torch.Tensor:
+    """The model's own way from a row's output (rows, width) to its logits."""
+    layer = _output(inner)
+    if _plain_type(layer).endswith("ClassificationHead"):  # roberta, electra: takes the first of a sequence
+        return layer(hidden.unsqueeze(1))
+    if hasattr(inner, "pre_classifier"):  # distilbert
+        hidden = torch.relu(inner.pre_classifier(hidden))
+    elif not mean and isinstance(pooler := getattr(inner.base_model, "pooler", None), nn.Module):
+        hidden = pooler(hidden.unsqueeze(1))
+    if isinstance(dropout := getattr(inner, "dropout", None), nn.Module):
+        hidden = dropout(hidden)
+    return layer(hidden)
+
+
+def _output(inner: Any) -> Any:
+    return next(layer for name in head.NEW_HEADS if isinstance(layer := getattr(inner, name, None), nn.Module))
+
+
+def _plain_type(layer: Any) -> str:
+    """The class of a layer, or of what peft has put a trained copy beside."""
+    return type(getattr(layer, "original_module", layer)).__name__
+
+
+def _means(hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """(tokens, width) -> (rows, width): the mean over the tokens of each row, summed in fp32."""
+    counts = torch.tensor(lengths, device=hidden.device)
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), counts)
+    exact = hidden if hidden.dtype is torch.float64 else hidden.float()
+    sums = exact.new_zeros(len(lengths), hidden.shape[1]).index_add(0, rows, exact)
+    return (sums / counts[:, None]).to(hidden.dtype)
+
+
+def _own_padding(inner: Any, keywords: dict[str, Any]) -> dict[str, Any]:
+    """The batch padded with the model's own padding token, which is how the stock decoder classes find a row's end."""
+    mask, pad = keywords.get("attention_mask"), inner.config.get_text_config().pad_token_id
+    if mask is not None and pad is not None:
+        keywords = {**keywords, "input_ids": keywords["input_ids"].masked_fill(mask == 0, pad)}
+    return keywords
+
+
+@contextmanager
+def _one_by_one(model: Any, counts: Sequence[int]) -> Iterator[None]:
+    """Dropout between here and the logits is drawn by row, for so many outputs of each."""
+    drawn = noise.of(model)
+    if drawn is None or not drawn.rows:
+        yield
+        return
+    kept = drawn.lengths, drawn.packed, drawn.ahead
+    drawn.lengths, drawn.packed, drawn.ahead = counts, True, 0
+    try:
+        yield
+    finally:
+        drawn.lengths, drawn.packed, drawn.ahead = kept

@@ -1,0 +1,128 @@
+"""A head on a body that was trained without it: which tensors may be missing, which may be left over, and what is kept of it.
+
+Some classes of transformers keep the body under another name than the checkpoint does (``LlamaForQuestionAnswering`` under
+``transformer``, while every llama has it under ``model``): loaded plainly, the whole body would be drawn at random, with a warning.
+Here the names are translated, and a tensor of the body that is missing is an error as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.models import headers
+
+if TYPE_CHECKING:
+    from tunesmith.models.locate import Folder
+
+OTHER_HEADS = (
+    "lm_head", "cls", "predictions", "score", "classifier", "qa_outputs", "pre_classifier", "vocab_transform", "vocab_projector",
+    "vocab_layer_norm", "discriminator_predictions", "generator_predictions", "generator_lm_head", "embed_out",
+)  # fmt: skip
+"""What checkpoints call the layers that stand on a body."""
+
+KEYS = ("num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "tunesmith")
+"""Entries of a config that belong to a head."""
+
+
+def options(folder: Folder, config: Any, head: str, head_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a network with another head than the checkpoint may have."""
+    if head_config is not None:
+        apply(config, head_config)
+    found: dict[str, Any] = {"config": config, "ignore_mismatched_sizes": True}
+    if renamed := _renamed(folder, config, head):
+        found["key_mapping"] = renamed
+    return found
+
+
+def apply(config: Any, head_config: Mapping[str, Any]) -> None:
+    """Write the entries of a head into a network's config."""
+    for name, value in head_config.items():
+        if name == "num_labels":
+            continue  # follows from id2label
+        if name == "id2label":
+            value = {int(number): label for number, label in value.items()}
+        setattr(config, name, value)
+        if name == "pad_token_id" and config.get_text_config() is not config:
+            config.get_text_config().pad_token_id = value
+
+
+def renames_the_body(folder: Folder, config: Any, head: str) -> bool:
+    """Whether transformers' class for ``head`` would not find the body in ``folder`` under the name it has there."""
+    return bool(_renamed(folder, config, head))
+
+
+def _renamed(folder: Folder, config: Any, head: str) -> dict[str, str]:
+    """{pattern: prefix} where the checkpoint has the body under another name than the class does."""
+    import torch
+
+    from tunesmith.models import heads
+
+    with torch.device("meta"):
+        network = heads.auto_class(head).from_config(config)
+    prefix = f"{network.base_model_prefix}."
+    wanted = {name for name in network.state_dict() if name.startswith(prefix)}
+    stored = set(headers.read_tensors(folder.network))
+    if wanted & stored or {prefix + name for name in stored} & wanted:  # transformers finds a bare body by itself
+        return {}
+    for other in sorted({name.partition(".")[0] for name in stored}):
+        if any(prefix + name.removeprefix(f"{other}.") in wanted for name in stored if name.startswith(f"{other}.")):
+            return {rf"^{other}\.": prefix}
+    return {}
+
+
+def settle(
+    model: Any, head: str, report: Mapping[str, Any], missing: Iterable[str], unexpected: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """(missing, unexpected) without what a new head explains. Tensors of the body are never explained."""
+    from tunesmith.models import heads
+
+    ours = tuple(f"{name}." for name in heads.parts(model, head))
+    other_shape = [name for name, *_ in report["mismatched_keys"] if not name.startswith(ours)]
+    left = [name for name in unexpected if name.partition(".")[0] not in OTHER_HEADS and ".pooler." not in f".{name}"]
+    return [name for name in missing if not name.startswith(ours)] + other_shape, left
+
+
+def fitted(model: Any) -> Any:
+    """``model`` without the pooler where the outputs of all tokens are averaged: nothing reads it then."""
+    from tunesmith.models import heads
+
+    if heads.pooling(model.config) == "mean" and getattr(model.base_model, "pooler", None) is not None:
+        model.base_model.pooler = None
+    return model
+
+
+def record(model: Any) -> dict[str, Any] | None:
+    """What an adapter's folder must say of its head, as JSON; None of a language model."""
+    from tunesmith.models import head, heads
+
+    inner = head.base(model)
+    kind = heads.kind_of(type(inner).__name__)
+    if kind == "lm":
+        return None
+    config = inner.config.to_dict()
+    return {"type": kind, "config": {name: config[name] for name in KEYS if config.get(name) is not None}}
+
+
+def answers(model: Any, ids: Any) -> Any:
+    """What a model says of one row of ``ids`` (1, tokens): logits (tokens, n), or (1, labels) where a row has one answer."""
+    import torch
+
+    from tunesmith.models import head, heads
+
+    inner = head.base(model)
+    kind = heads.kind_of(type(inner).__name__)
+    if kind == "score":
+        tokens = ids.shape[1]
+        mean = heads.pooling(inner.config) == "mean"
+        read = range(tokens) if mean else [tokens - 1 if heads.is_causal(inner.config) else 0]
+        batch = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "positions": torch.tensor(list(read), device=ids.device),
+        }
+        return heads.score_logits(model, {**batch, "places": [len(list(read))]})
+    found = model(input_ids=ids)
+    if kind == "span":
+        return torch.stack([found.start_logits[0], found.end_logits[0]], dim=-1)
+    return found.logits[0]

@@ -1,0 +1,364 @@
+"""Classification: one class of several, any number of labels, or a number, for a text or a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tunesmith.data import labels, pack, texts
+from tunesmith.data.labels import MULTI, REGRESSION, SINGLE
+from tunesmith.data.problems import RowFault
+from tunesmith.data.rows import Labelled
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.objectives import Batch, Example
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
+        None, description="default: what the labels look like (a list of labels, numbers with fractions, else one class)"
+    )
+    labels: list[str] | None = Field(
+        None, min_length=1, description="names of the classes in the order of their ids; default: found"
+    )
+    class_weights: Literal["balanced"] | dict[str, float] | None = Field(
+        None, description="balanced = rare classes count as much as frequent ones; or {label: weight}"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    pooling: Literal["mean"] | None = Field(
+        None, description="mean = average of all tokens' outputs; default: the first token of an encoder, a decoder's last"
+    )
+    pair_template: str = Field(texts.PAIR_TEMPLATE, description="joins two texts for a network without a separator token")
+    overlong: Literal["error", "drop", "truncate"] = Field("error", description="what happens to a row above max_length")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if "{text}" not in self.pair_template or "{text_pair}" not in self.pair_template:
+            raise ValueError(f"pair_template: expected {{text}} and {{text_pair}} in it, got {self.pair_template!r}")
+        if self.problem_type == REGRESSION:
+            for key in ("labels", "class_weights", "label_smoothing"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} goes with classes, and problem_type is regression. Leave out one of the two")
+        if isinstance(self.class_weights, dict) and any(weight <= 0 for weight in self.class_weights.values()):
+            raise ValueError("class_weights: expected numbers above 0")
+        return self
+
+
+class Objective:
+    head = "score"
+    rows: tuple[type, ...] = (Labelled,)
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.overlong: str = config.overlong
+        self.facts: dict[str, Any] = {"problem": config.problem_type, "labels": config.labels}
+        self.notes: list[str] = []
+        self.threshold = 0.5
+        self._causal = False
+        self._ending: tuple[int, ...] = ()
+        self._pad: int | None = None
+        self._pooling: str | None = config.pooling
+        self._template = config.pair_template
+        self._weights: np.ndarray | None = None
+        self._saved: dict[str, Any] = {}
+
+    @property
+    def best(self) -> tuple[str, str]:
+        return {
+            SINGLE: ("eval_accuracy", "max"), MULTI: ("eval_micro_f1", "max"), REGRESSION: ("eval_loss", "min")
+        }.get(self.problem, ("eval_loss", "min"))  # fmt: skip
+
+    @property
+    def problem(self) -> str:
+        return str(self.facts["problem"] or SINGLE)
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.facts["labels"] or [])
+
+    # ------------------------------------------------------------------------------------------------ before encoding
+
+    def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+        from tunesmith.models import heads
+
+        self._causal = heads.is_causal(config)
+        self._ending = texts.ending(tokenizer)
+        ours = getattr(config, "tunesmith", None) or {}
+        if self._causal:
+            texts.own_padding(tokenizer)
+            self._pad = tokenizer.pad_token_id
+        if heads.kind_of((getattr(config, "architectures", None) or [""])[0]) == "score":
+            self._saved = {
+                "problem": config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE),
+                "labels": [config.id2label[number] for number in range(config.num_labels)],
+            }
+            self.threshold = float(ours.get("threshold", 0.5))
+            self._pooling = self._pooling or ours.get("pooling")
+            if "pair_template" not in self.config.model_fields_set:
+                self._template = ours.get("pair_template", self._template)
+        self.facts |= {"causal": self._causal, "pad": self._pad, "template": self._template}
+
+    def of_model(self) -> None:
+        """Take labels and problem from the model that was adopted, as it was saved. Raises DataError when it has none."""
+        if not self._saved:
+            raise DataError("this model has no head that classifies: train one with objective: classify")
+        self.facts |= self._saved
+
+    def survey(self, rows: Iterable[Any]) -> None:
+        if self.config.labels and self.config.problem_type and self.config.class_weights != "balanced":
+            labels.check(self.labels, self.problem)
+            self._weigh(None)
+            return
+        found = labels.survey(row for row in rows if isinstance(row, Labelled))
+        problem = self.config.problem_type or found.problem
+        names = [] if problem == REGRESSION else self.config.labels or labels.ordered(found.counts)
+        if problem == SINGLE and not self.config.problem_type and _are_numbers(names):
+            self.notes.append(
+                f"the labels are {len(names)} whole numbers ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}), taken as "
+                "names of classes; for numbers to be predicted set objective.problem_type=regression"
+            )
+        if problem != REGRESSION:
+            labels.check(names, problem)
+        if self._saved and problem == self._saved["problem"] and set(names) == set(self._saved["labels"]):
+            names = self._saved["labels"]  # a head that knows these labels goes on
+        self.facts |= {"problem": problem, "labels": names}
+        if problem != SINGLE and self.config.label_smoothing:
+            raise RecipeError(f"objective.label_smoothing goes with one class of several, and this is {problem}. Leave it out.")
+        self._weigh(found)
+        if found.rows and problem == SINGLE:
+            common, count = found.counts.most_common(1)[0]
+            self.notes.append(
+                f"labels: {len(names)} classes; the most frequent is {common!r} ({count / found.rows:.1%} of the rows)"
+            )
+        elif found.rows and problem == MULTI:
+            self.notes.append(f"labels: {len(names)}, {sum(found.counts.values()) / found.rows:.2f} on a row")
+
+    def _weigh(self, found: labels.Survey | None) -> None:
+        """Weights of the classes. ``balanced``: rows / (classes * rows of the class), whose mean over the rows is 1 (King and Zeng 2001)."""
+        chosen, names = self.config.class_weights, self.labels
+        if chosen is None:
+            return
+        if self.problem == REGRESSION:
+            raise RecipeError("objective.class_weights goes with classes, and the labels are numbers. Leave it out.")
+        if chosen == "balanced":
+            assert found is not None
+            self._weights = np.array([found.rows / (len(names) * max(1, found.counts[name])) for name in names])
+            return
+        assert isinstance(chosen, dict)
+        for name in chosen:
+            if name not in names:
+                expected, _, fix = labels.unknown(name, names)
+                raise RecipeError(f"objective.class_weights.{name}: expected {expected}. {fix}")
+        self._weights = np.array([chosen.get(name, 1.0) for name in names])
+
+    def head_config(self) -> dict[str, Any]:
+        names = self.labels or ["LABEL_0"]
+        ours = {"objective": "classify", "pair_template": self._template, "threshold": self.threshold}
+        if self._pooling:
+            ours["pooling"] = self._pooling
+        pad = {} if self._pad is None else {"pad_token_id": self._pad}
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: number for number, name in enumerate(names)},
+            "problem_type": self.problem,
+            "tunesmith": ours,
+            **pad,
+        }
+
+    # ------------------------------------------------------------------------------------------------------- examples
+
+    def encode(self, rows: Sequence[Labelled], tokenizer: Any) -> list[list[Example]]:
+        made = texts.encode([(row.text, row.text_pair) for row in rows], tokenizer, self._template)
+        for index, (row, example) in enumerate(zip(rows, made)):
+            ids = example["input_ids"]
+            if not len(ids):
+                raise RowFault(index, "text that gives a token", repr(row.text[:40]), "Write something, or delete the row.")
+            if self._pad is not None and ids[-1] == self._pad:
+                raise RowFault(index, "text that does not end in the padding token", repr(tokenizer.pad_token), "Remove it.")
+            example["target"] = self._target(row, index)
+        return [[example] for example in made]
+
+    def _target(self, row: Labelled, index: int) -> np.ndarray:
+        """float32: the number of the class or the number itself (1,), or 0 and 1 for each label; NaN where nothing is known."""
+        names = self.labels
+        if self.problem == MULTI:
+            if row.labels is None and row.label is None:
+                return np.full(len(names), np.nan, np.float32)
+            held = row.labels if row.labels is not None else (labels.name_of(row.label),)  # type: ignore[arg-type]
+            target = np.zeros(len(names), np.float32)
+            for name in held:
+                target[self._number(name, index)] = 1.0
+            return target
+        if row.labels is not None:
+            raise RowFault(
+                index, "one label", f"{len(row.labels)} labels", "Set objective.problem_type=multi_label_classification."
+            )
+        if row.label is None:
+            return np.array([np.nan], np.float32)
+        if self.problem == REGRESSION:
+            value = labels.as_number(row.label)
+            if value is None:
+                raise RowFault(index, "a number", repr(row.label), "Write a number, or delete the row.")
+            return np.array([value], np.float32)
+        return np.array([self._number(labels.name_of(row.label), index)], np.float32)
+
+    def _number(self, name: str, index: int) -> int:
+        if name not in self.labels:
+            raise RowFault(index, *labels.unknown(name, self.labels))
+        return self.labels.index(name)
+
+    def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
+        """``targets`` (rows, k) float32; ``positions``: the token that each row is read at, or all of them for their mean."""
+        import torch
+
+        if self._ending:
+            examples = [self._closed(example) for example in examples]
+        lengths = [len(example["input_ids"]) for example in examples]
+        if self._pooling == "mean":
+            read = [np.arange(length) for length in lengths]
+        else:
+            read = [np.array([length - 1 if self._causal else 0]) for length in lengths]
+        batch = pack.of_rows(examples, packed, read)
+        return {**batch, "targets": torch.from_numpy(np.stack([example["target"] for example in examples]))}
+
+    def _closed(self, example: Example) -> Example:
+        """Ending in the special tokens that end every row: of a row that was cut they take the last places."""
+        ids, end = example["input_ids"], np.array(self._ending, np.int32)
+        if len(ids) <= len(end) or np.array_equal(ids[-len(end) :], end):
+            return example
+        return {**example, "input_ids": np.concatenate([ids[: -len(end)], end])}
+
+    # ----------------------------------------------------------------------------------------------------------- loss
+
+    def count(self, batch: Batch) -> Any:
+        """Rows."""
+        return batch["targets"].new_tensor(len(batch["targets"]))
+
+    def loss(self, model: Any, batch: Batch, reference: Any = None) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+        """Sum over rows of: the cross-entropy of the class; the mean over labels of the binary cross-entropies; the squared error."""
+        from tunesmith.models import heads
+
+        logits = heads.score_logits(model, batch)
+        return self._losses(logits, batch["targets"].to(logits.device)).sum(), {}
+
+    def _losses(self, logits: Any, targets: Any) -> Any:
+        """(rows,)"""
+        import torch
+        from torch.nn import functional
+
+        exact = logits if logits.dtype is torch.float64 else logits.float()
+        weights = None if self._weights is None else torch.tensor(self._weights, dtype=exact.dtype, device=exact.device)
+        if self.problem == REGRESSION:
+            return (exact[:, 0] - targets[:, 0].to(exact.dtype)).square()
+        if self.problem == MULTI:
+            each = functional.binary_cross_entropy_with_logits(
+                exact, targets.to(exact.dtype), pos_weight=weights, reduction="none"
+            )
+            return each.mean(dim=1)
+        return functional.cross_entropy(
+            exact, targets[:, 0].long(), weight=weights, label_smoothing=self.config.label_smoothing, reduction="none"
+        )
+
+    def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
+        return loader
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """Of each row: where it stands, its probabilities (of regression: the number), what is true of it, its loss."""
+        import torch
+
+        from tunesmith.models import heads
+
+        with torch.no_grad():
+            logits = heads.score_logits(model, batch)
+            exact = logits if logits.dtype is torch.float64 else logits.float()
+            targets = batch["targets"].to(exact.device)
+            known = ~targets.isnan().any(dim=1)
+            losses = torch.full((len(exact),), float("nan"), dtype=exact.dtype, device=exact.device)
+            if known.any():
+                losses[known] = self._losses(exact[known], targets[known])
+            scores = {SINGLE: lambda: exact.softmax(-1), MULTI: exact.sigmoid, REGRESSION: lambda: exact}[self.problem]()
+        return {
+            "rows": batch["rows"],
+            "scores": scores.cpu().numpy(),
+            "targets": batch["targets"].cpu().numpy(),
+            "losses": losses.double().cpu().numpy(),
+        }
+
+    def _gathered(self, records: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray, np.ndarray]:
+        """(rows, scores, targets, losses) of all records, by row."""
+        rows = [row for record in records for row in record["rows"]]
+        order = sorted(range(len(rows)), key=lambda place: rows[place])
+        parts = (np.concatenate([record[name] for record in records])[order] for name in ("scores", "targets", "losses"))
+        scores, targets, losses = parts
+        return [rows[place] for place in order], scores, targets, losses
+
+    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """The mean loss of a row with its standard error, and the figures of :mod:`tunesmith.metrics.classes`."""
+        _, scores, targets, losses = self._gathered(records)
+        figures = {"eval_loss": float(losses.mean())}
+        if len(losses) > 1:
+            figures["eval_loss_stderr"] = float(losses.std(ddof=1) / len(losses) ** 0.5)
+        return figures | {
+            f"eval_{name}": value for name, value in self.measures(scores, targets).items() if isinstance(value, float)
+        }
+
+    def measures(self, scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+        """All figures of scores (rows, k) against targets (rows, k)."""
+        from tunesmith.metrics import classes
+
+        if self.problem == REGRESSION:
+            return classes.regression(targets[:, 0], scores[:, 0])
+        if self.problem == MULTI:
+            return classes.multi(targets > 0.5, scores, self.labels, self.threshold)
+        return classes.single(targets[:, 0].astype(int), scores, self.labels)
+
+    def tune(self, records: Sequence[dict[str, Any]]) -> None:
+        """With several labels: the threshold of the highest micro F1."""
+        from tunesmith.metrics import classes
+
+        if self.problem == MULTI:
+            _, scores, targets, _ = self._gathered(records)
+            self.threshold = classes.best_threshold(targets > 0.5, scores)
+
+    def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        rows, scores, targets, losses = self._gathered(records)
+        return [
+            {
+                "row": list(row),
+                **self._said(scores[place]),
+                "gold": self._gold(targets[place]),
+                "loss": None if np.isnan(losses[place]) else float(losses[place]),
+            }
+            for place, row in enumerate(rows)
+        ]
+
+    def _said(self, scores: np.ndarray) -> dict[str, Any]:
+        if self.problem == REGRESSION:
+            return {"prediction": float(scores[0])}
+        chances = {name: float(chance) for name, chance in zip(self.labels, scores)}
+        if self.problem == MULTI:
+            return {
+                "prediction": [name for name, chance in chances.items() if chance >= self.threshold],
+                "probabilities": chances,
+            }
+        return {"prediction": self.labels[int(scores.argmax())], "probabilities": chances}
+
+    def _gold(self, target: np.ndarray) -> Any:
+        if np.isnan(target).any():
+            return None
+        if self.problem == REGRESSION:
+            return float(target[0])
+        if self.problem == MULTI:
+            return [name for name, held in zip(self.labels, target) if held > 0.5]
+        return self.labels[int(target[0])]
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return bool(names) and all(name.lstrip("-").isdecimal() for name in names)
