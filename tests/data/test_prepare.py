@@ -29,6 +29,9 @@ class Language:
     train_on: str = "completion"
     rows: tuple = (Chat, PromptCompletion, Text)
 
+    def survey(self, rows):
+        pass
+
     def encode(self, rows, tokenizer):
         return chat.encode(rows, tokenizer, train_on=self.train_on)
 
@@ -59,6 +62,7 @@ def test_examples_are_the_encoded_rows(alpaca):
         )
         ((expected,),) = chat.encode([Chat(turns)], tokenizer)
         got = prepared.train[index]
+        assert got.pop("row").tolist() == [0, index + 1]
         assert got.keys() == expected.keys() and all((got[name] == expected[name]).all() for name in got)
         assert prepared.train.lengths[index] == len(got["input_ids"])
         assert prepared.train.supervised[index] == got["supervised"][1:].sum()

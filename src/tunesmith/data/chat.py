@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.data.problems import RowFault
-from tunesmith.data.rows import Chat, Message, PromptCompletion, Row, Text
+from tunesmith.data.rows import Chat, Message, PromptCompletion, Text, Written
 from tunesmith.data.spans import END, Span, SpanError, assistant_turns, find_span
 from tunesmith.data.templates import RENDER_ERRORS, special_ends
 from tunesmith.errors import DataError
@@ -87,7 +87,7 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(sorted({*added, *tokenizer.all_special_tokens}, key=lambda token: (-len(token), token)))
 
 
-def render(row: Row, renderer: Renderer, train_on: TrainOn = "completion", expand_turns: bool = False) -> list[Rendered]:
+def render(row: Written, renderer: Renderer, train_on: TrainOn = "completion", expand_turns: bool = False) -> list[Rendered]:
     """A row as text with spans: one, or one for each turn of the assistant under ``expand_turns``.
 
     Raises SpanError, or what a template raises (``RENDER_ERRORS``).
@@ -104,7 +104,7 @@ def render(row: Row, renderer: Renderer, train_on: TrainOn = "completion", expan
 
 
 def encode(
-    rows: Sequence[Row], tokenizer: Any, *, train_on: TrainOn = "completion", expand_turns: bool = False
+    rows: Sequence[Written], tokenizer: Any, *, train_on: TrainOn = "completion", expand_turns: bool = False
 ) -> list[list[Example]]:
     """Tokenise rows in one batch: for each row its examples {"input_ids": int32[n], "supervised": bool[n]}.
 
@@ -120,7 +120,7 @@ def encode(
     return [[next(examples) for _ in group] for group in texts]
 
 
-def _render_row(row: Row, index: int, renderer: Renderer, train_on: TrainOn, expand_turns: bool) -> list[Rendered]:
+def _render_row(row: Written, index: int, renderer: Renderer, train_on: TrainOn, expand_turns: bool) -> list[Rendered]:
     try:
         return render(row, renderer, train_on, expand_turns)
     except SpanError as error:

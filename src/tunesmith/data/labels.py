@@ -1,4 +1,4 @@
-"""The names of classes: found in the rows, in an order that depends on nothing but the names, and what kind of problem they make."""
+"""The names of classes: found in the rows, in an order that depends on the names alone, and what problem they make."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ MANY = 1000
 
 @dataclass
 class Survey:
-    """What rows say of their labels. ``counts``: rows that have each; ``numbers``: rows whose label is a number with a fraction."""
+    """What rows say of their labels. ``counts``: rows that have each; ``fractions``: rows with a number that is not whole."""
 
     counts: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     several: int = 0
     fractions: int = 0
-    first_of_kind: dict[str, str] = field(default_factory=dict)
 
     def add(self, row: Labelled) -> None:
         if row.labels is not None:

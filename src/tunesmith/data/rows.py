@@ -65,7 +65,10 @@ class Question:
     id: str | None = None
 
 
-Row = Text | Chat | PromptCompletion | Labelled | Tagged | Question
+Written = Text | Chat | PromptCompletion
+"""What a language model learns to write."""
+
+Row = Written | Labelled | Tagged | Question
 
 
 def digest(row: Row) -> int:

@@ -1,7 +1,7 @@
 """From the texts of a row to tokens, the way anybody's pipeline will send them: by the tokenizer's own special tokens.
 
-Encoders join two texts by their separator and tell them apart by token types. Decoders have neither: joined plainly, the last word
-of the one and the first of the other could become one token, so a named template stands between them.
+Encoders join two texts by their separator and tell them apart by token types. Decoders have neither: joined plainly, the last
+word of the one and the first of the other could become one token, so a named template stands between them.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def ending(tokenizer: Any) -> tuple[int, ...]:
 def own_padding(tokenizer: Any) -> str:
     """Give ``tokenizer`` a padding token that never ends a row, and return it.
 
-    transformers' decoder classes take the last token that is not the padding one for a row's end. Where padding is also the end of
-    text, or is missing, another special token stands in: one that this tokenizer writes nowhere by itself.
+    transformers' decoder classes take the last token that is not the padding one for a row's end. Where padding is also the
+    end of text, or is missing, another special token stands in: one that this tokenizer writes nowhere by itself.
     """
     written = {*tokenizer("a")["input_ids"], tokenizer.eos_token_id, tokenizer.bos_token_id}
     specials = [
@@ -77,6 +77,6 @@ def own_padding(tokenizer: Any) -> str:
             tokenizer.pad_token = token
             return str(token)
     raise ModelError(
-        "the tokenizer has no special token that could be padding: all of them begin or end a row, where a stock model would take "
-        "them for text.\n  Add one to the recipe: add_tokens: [<pad>], and name it pad_token in the tokenizer's own files."
+        "the tokenizer has no special token that could be padding: they begin or end a row, where a stock model would take "
+        "it for text.\n  Add one to the recipe: add_tokens: [<pad>], and name it pad_token in the tokenizer's own files."
     )

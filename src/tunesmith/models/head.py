@@ -66,10 +66,9 @@ def own_parameters(model: Any) -> set[str]:
 
     inner = base(model)
     kind = heads.kind_of(type(inner).__name__)
+    layers = [inner.get_submodule(name) for name in heads.parts(model, kind)]
     if kind == "lm":
         layers = [inner.get_output_embeddings()]
-    else:
-        layers = [inner.get_submodule(name) for name in heads.parts(model, kind)]
     prefixes = tuple(name + "." for name, module in model.named_modules() if any(module is layer for layer in layers))
     if not prefixes:
         return set()

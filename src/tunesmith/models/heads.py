@@ -1,8 +1,8 @@
 """Heads beside the language model's: a score for each row, a label for each word, where an answer begins and ends.
 
 The body runs once, packed or padded; its outputs are gathered at ``batch["positions"]`` and only these go through the model's own
-pooler, dropout and output layer. So nothing depends on padding, and nothing is inferred from a token's identity: transformers' own
-decoder classes look for the last token that is not the padding one, which is another token where padding and end are one.
+pooler, dropout and output layer. So nothing depends on padding, and nothing is inferred from a token's identity: transformers'
+own decoder classes look for the last token that is not the padding one, which is another token where padding and end are one.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def require_class(config: Any, kind: str) -> None:
     maps = getattr(config, "auto_map", None) or {}
     if type(config) not in known and CLASSES[kind] not in maps:
         raise ModelError(
-            f"transformers has no {CLASSES[kind].removeprefix('AutoModel')} for {config.model_type}, which this objective needs.\n"
-            "  Take another model, or another objective."
+            f"transformers has no {CLASSES[kind].removeprefix('AutoModel')} for {config.model_type}, which is needed here.\n"
+            "  Take another model."
         )
 
 
@@ -78,6 +78,8 @@ def parts(model: Any, kind: str) -> list[str]:
     """Names of the modules between the body's last outputs and the logits; of a language model its output layer."""
     inner = head.base(model)
     body = inner.base_model
+    if body is inner:  # a body alone has no head
+        return []
     names = [name for name, child in inner.named_children() if child is not body and any(True for _ in child.parameters())]
     if kind == "score" and isinstance(getattr(body, "pooler", None), nn.Module):
         names.append(f"{inner.base_model_prefix}.pooler")
@@ -85,7 +87,7 @@ def parts(model: Any, kind: str) -> list[str]:
 
 
 def new_parts(model: Any, kind: str) -> list[str]:
-    """:func:`parts` of a head that a body gets for a task: trained and saved whole whatever else is. None of a language model's."""
+    """:func:`parts` of a head that a body gets for a task: trained and saved whole whatever else is; of "lm" none."""
     return [] if kind == "lm" else parts(model, kind)
 
 

@@ -1,7 +1,7 @@
 """A head on a body that was trained without it: which tensors may be missing, which may be left over, and what is kept of it.
 
 Some classes of transformers keep the body under another name than the checkpoint does (``LlamaForQuestionAnswering`` under
-``transformer``, while every llama has it under ``model``): loaded plainly, the whole body would be drawn at random, with a warning.
+``transformer``, while every llama has it under ``model``): loaded plainly, all of it would be random numbers, with a warning.
 Here the names are translated, and a tensor of the body that is missing is an error as everywhere.
 """
 

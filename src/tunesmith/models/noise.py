@@ -18,7 +18,6 @@ from torch import nn
 
 from tunesmith.models import head, virtual
 
-
 _installed: WeakKeyDictionary[nn.Module, RowNoise] = WeakKeyDictionary()
 
 

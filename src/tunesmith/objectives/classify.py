@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith.data import labels, pack, texts
-from tunesmith.data.labels import MULTI, REGRESSION, SINGLE
+from tunesmith.data.labels import MULTI, REGRESSION, SINGLE, Survey
 from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import DataError, RecipeError
@@ -22,9 +22,7 @@ class Config(BaseModel):
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
         None, description="default: what the labels look like (a list of labels, numbers with fractions, else one class)"
     )
-    labels: list[str] | None = Field(
-        None, min_length=1, description="names of the classes in the order of their ids; default: found"
-    )
+    labels: list[str] | None = Field(None, min_length=1, description="names of the classes, by id; default: found")
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
         None, description="balanced = rare classes count as much as frequent ones; or {label: weight}"
     )
@@ -118,7 +116,7 @@ class Objective:
         names = [] if problem == REGRESSION else self.config.labels or labels.ordered(found.counts)
         if problem == SINGLE and not self.config.problem_type and _are_numbers(names):
             self.notes.append(
-                f"the labels are {len(names)} whole numbers ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}), taken as "
+                f"the labels are {len(names)} whole numbers (from {names[0]} to {names[-1]}), taken as "
                 "names of classes; for numbers to be predicted set objective.problem_type=regression"
             )
         if problem != REGRESSION:
@@ -137,8 +135,8 @@ class Objective:
         elif found.rows and problem == MULTI:
             self.notes.append(f"labels: {len(names)}, {sum(found.counts.values()) / found.rows:.2f} on a row")
 
-    def _weigh(self, found: labels.Survey | None) -> None:
-        """Weights of the classes. ``balanced``: rows / (classes * rows of the class), whose mean over the rows is 1 (King and Zeng 2001)."""
+    def _weigh(self, found: Survey | None) -> None:
+        """Weights of the classes. ``balanced``: rows / (classes * rows of the class), whose mean over the rows is 1."""
         chosen, names = self.config.class_weights, self.labels
         if chosen is None:
             return
@@ -240,7 +238,7 @@ class Objective:
         return batch["targets"].new_tensor(len(batch["targets"]))
 
     def loss(self, model: Any, batch: Batch, reference: Any = None) -> tuple[Any, dict[str, tuple[Any, Any]]]:
-        """Sum over rows of: the cross-entropy of the class; the mean over labels of the binary cross-entropies; the squared error."""
+        """Sum over rows: cross-entropy of the class, mean over labels of the binary cross-entropies, or squared error."""
         from tunesmith.models import heads
 
         logits = heads.score_logits(model, batch)

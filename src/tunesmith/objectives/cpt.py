@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.data import chat, pack
-from tunesmith.data.rows import Row, Text
+from tunesmith.data.rows import Text, Written
 from tunesmith.objectives import Batch, Example
 
 
@@ -34,13 +34,13 @@ class Objective:
     def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
         """Nothing of it depends on the network."""
 
-    def survey(self, rows: Iterable[Row]) -> None:
+    def survey(self, rows: Iterable[Any]) -> None:
         """No row needs to be looked at."""
 
     def head_config(self) -> dict[str, Any]:
         return {}
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Written], tokenizer: Any) -> list[list[Example]]:
         return chat.encode(rows, tokenizer, train_on="all")
 
     def collate(self, examples: Sequence[Example], packed: bool) -> Batch:

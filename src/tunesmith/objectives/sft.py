@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith.data import chat, pack
-from tunesmith.data.rows import Chat, PromptCompletion, Row, Text
+from tunesmith.data.rows import Chat, PromptCompletion, Text, Written
 from tunesmith.objectives import Batch, Example
 
 
@@ -46,13 +46,13 @@ class Objective:
     def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
         """Nothing of it depends on the network."""
 
-    def survey(self, rows: Iterable[Row]) -> None:
+    def survey(self, rows: Iterable[Any]) -> None:
         """No row needs to be looked at."""
 
     def head_config(self) -> dict[str, Any]:
         return {}
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Written], tokenizer: Any) -> list[list[Example]]:
         return chat.encode(rows, tokenizer, train_on=self.config.train_on, expand_turns=self.config.expand_turns)
 
     def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
