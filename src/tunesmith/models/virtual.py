@@ -52,7 +52,8 @@ def install(model: Any, trainable: bool = True) -> None:
             module.register_forward_pre_hook(_Hook(model, layer), with_kwargs=True)
     body.forward = Ahead(model, body, kind)
     model.forward = core.__call__  # peft's own would put them in front once more
-    model.generate = core.generate
+    if hasattr(core, "generate"):
+        model.generate = core.generate
 
 
 def _ahead(model: Any) -> Ahead | None:
@@ -259,8 +260,11 @@ class Ahead:
         keywords["inputs_embeds"] = layout.insert(embedded, virtual[None])
         if mask is not None:
             keywords["attention_mask"] = layout.insert(mask, mask.new_ones(1, self.count))
+        if (types := keywords.get("token_type_ids")) is not None:
+            keywords["token_type_ids"] = layout.insert(types, types.new_zeros(1, self.count))
         if positions is not None:
-            first = torch.arange(self.count, device=positions.device)[None]
+            begin = positions.flatten()[0] - self.count  # roberta's first position is not 0
+            first = torch.arange(self.count, device=positions.device)[None] + begin
             keywords["position_ids"] = layout.insert(positions.expand(embedded.shape[:2]), first)
         out = run(self.body, **keywords)
         out.last_hidden_state = layout.text(out.last_hidden_state)
