@@ -163,7 +163,13 @@ def test_a_fresh_process_finds_the_same_answers(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout) < 1e-5, done.stderr
     kept = json.loads((tmp_path / "run" / "model" / "tunesmith.json").read_text())["quantization"]
-    assert kept == {"quant_type": "nf4", "use_double_quant": True, "blocksize": 64, "compute_dtype": "float32", "skipped": list(quantized.OUTPUTS)}
+    assert kept == {
+        "quant_type": "nf4",
+        "use_double_quant": True,
+        "blocksize": 64,
+        "compute_dtype": "float32",
+        "skipped": list(quantized.OUTPUTS),
+    }
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int8"])

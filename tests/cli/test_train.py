@@ -8,6 +8,7 @@ from tunesmith import engine
 from tunesmith.cli.main import main
 
 OUTCOME = {
+    "figures": ["eval_loss", "perplexity"],
     "eval_loss_before": 2.5,
     "eval_loss": 2.0,
     "perplexity_before": 12.18,

@@ -49,8 +49,7 @@ def summary(outcome: Mapping[str, Any]) -> list[Any]:
         f"({outcome['trainable_parameters'] / outcome['total_parameters']:.2%})",
         f"model      {outcome['model_dir']}",
         f"report     {outcome['report']}",
-        f'next       tunesmith generate {name} --prompt "..."',
-        f"           tunesmith chat {name}",
+        *_next(outcome, name),
     ]
     tables = [_figures(outcome)] if outcome.get("eval_loss") is not None else []
     if outcome.get("samples"):
@@ -58,22 +57,34 @@ def summary(outcome: Mapping[str, Any]) -> list[Any]:
     return [*tables, "\n".join(filter(None, lines))]
 
 
+def _next(outcome: Mapping[str, Any], name: str) -> list[str]:
+    """What to type now: models that write are talked to, others judge somebody's rows."""
+    if outcome.get("writes", True):
+        return [f'next       tunesmith generate {name} --prompt "..."', f"           tunesmith chat {name}"]
+    return [f"next       tunesmith evaluate {name} --data FILE", f"           tunesmith predict {name} --data FILE --out FILE"]
+
+
 def _figures(outcome: Mapping[str, Any]) -> Table:
-    """Held-out loss and perplexity before and after; one line for each evaluation set, then one for all rows together."""
-    sets = [(name, f"eval_{name}_loss", f"eval_{name}_perplexity") for name in outcome.get("eval_sets", ())]
+    """Held-out figures before and after; one line for each evaluation set, then one for all rows together."""
+    sets, names = outcome.get("eval_sets", ()), outcome["figures"]
+    shown = [(name.removeprefix("eval_").replace("_", " "), name) for name in names]
     if not sets:
         table = Table("held-out rows", "before", "after", title="Result", title_justify="left")
-        for name, key, digits in (("loss", "eval_loss", 4), ("perplexity", "perplexity", 2)):
-            table.add_row(name, *_before_and_after(outcome, key, digits))
+        for name, key in shown:
+            table.add_row(name, *_before_and_after(outcome, key))
         return table
-    table = Table("held-out rows", "loss before", "after", "perplexity before", "after", title="Result", title_justify="left")
-    for name, loss, perplexity in [*sets, ("all together", "eval_loss", "perplexity")]:
-        table.add_row(name, *_before_and_after(outcome, loss, 4), *_before_and_after(outcome, perplexity, 2))
+    shown = shown[:2]  # what fits beside the names of sets
+    heads = [head for name, _ in shown for head in (f"{name} before", "after")]
+    table = Table("held-out rows", *heads, title="Result", title_justify="left")
+    for one in sets:
+        keys = [f"eval_{one}_{key.removeprefix('eval_')}" for _, key in shown]
+        table.add_row(one, *(cell for key in keys for cell in _before_and_after(outcome, key)))
+    table.add_row("all together", *(cell for _, key in shown for cell in _before_and_after(outcome, key)))
     return table
 
 
-def _before_and_after(outcome: Mapping[str, Any], key: str, digits: int) -> list[str]:
-    values = (outcome[f"{key}_before"], outcome[key])
+def _before_and_after(outcome: Mapping[str, Any], key: str) -> list[str]:
+    values, digits = (outcome.get(f"{key}_before"), outcome.get(key)), 2 if key.endswith("perplexity") else 4
     return ["-" if value is None else f"{value:.{digits}f}" for value in values]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -74,6 +75,23 @@ def share(part: float, whole: float) -> str:
 def typed(command: str) -> str:
     """A recorded command the way a person types it: ``tunesmith train ...``, wherever the program lay."""
     return re.sub(r"^(?:\S*[\\/])?tunesmith(?:[\\/]__main__\.py|\.exe)?(?=\s|$)", "tunesmith", command)
+
+
+def measured(evaluations: Sequence[Mapping[str, Any]], sets: Sequence[str], prefix: str = "eval_") -> list[str]:
+    """The names of an evaluation's figures, in its order, without those of single ``sets`` and without standard errors."""
+    of_sets = tuple(f"eval_{name}_" for name in sets)
+    return [
+        name
+        for name in dict.fromkeys(name for one in evaluations for name in one)
+        if (name.startswith(prefix) or (name == "perplexity" and prefix == "eval_"))
+        and not (of_sets and name.startswith(of_sets))
+        and not name.endswith("_stderr")
+    ]
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether a figure of an evaluation is a loss or an error, and not a share of what is right."""
+    return name.endswith(("loss", "perplexity", "mse", "mae", "error"))
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tunesmith import __version__
-from tunesmith.engine import distributed, machine, report, setup, tracking, verdict
+from tunesmith.engine import distributed, figures, machine, report, setup, tracking, verdict
 from tunesmith.engine.loop import Job, Progression
 from tunesmith.engine.state import Run
 from tunesmith.models import quantized
@@ -72,12 +72,13 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
     else:
         peak = machine.peak_memory_bytes() - before_model
     kept = quantized.measured(run.model)
+    sets = run.setup.data.eval_sets
+    measured = figures.measured([first, best], sets) or ["eval_loss", "perplexity"]
     result = {
-        "eval_loss_before": first.get("eval_loss"),
-        "eval_loss": best.get("eval_loss"),
-        "perplexity_before": first.get("perplexity"),
-        "perplexity": best.get("perplexity"),
-        **_of_sets(run.setup.data.eval_sets, first, best),
+        "figures": measured,
+        **_before_and_kept(measured, first, best),
+        **({"eval_sets": list(sets)} if sets else {}),
+        **_before_and_kept([name for one in sets for name in figures.measured([first, best], (), f"eval_{one}_")], first, best),
         "tokens_per_second": job.trained_tokens / job.seconds if job.seconds else earlier.get("tokens_per_second"),
         "train_seconds": job.seconds,
         "peak_memory_bytes": peak,
@@ -93,19 +94,16 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
         "stopped": stopped,
         "verdict": found.as_dict() if found else None,
         "samples": _before_and_after(run, at),
+        "writes": run.setup.objective.head == "lm",
     }
     run.folder.record(result=result, notes=notes(run), finished=datetime.now(UTC).isoformat(timespec="seconds"))
     report.write_report(run.folder.path)
     return result
 
 
-def _of_sets(names: Sequence[str], first: Mapping[str, Any], best: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of each evaluation set before training and of the model that was kept."""
-    figures: dict[str, Any] = {"eval_sets": list(names)} if names else {}
-    for name in names:
-        for key in (f"eval_{name}_loss", f"eval_{name}_perplexity"):
-            figures |= {f"{key}_before": first.get(key), key: best.get(key)}
-    return figures
+def _before_and_kept(names: Sequence[str], first: Mapping[str, Any], best: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures before training, and of the model that was kept."""
+    return {key: value for name in names for key, value in ((f"{name}_before", first.get(name)), (name, best.get(name)))}
 
 
 def _before_and_after(run: Run, at: Progression) -> list[dict[str, Any]]:

@@ -131,14 +131,24 @@ def _name(part: Any) -> str:
 
 def _tiles(run: _Run) -> str:
     tiles = [
-        _before_after(run, "eval_loss", "Eval loss"),
-        _before_after(run, "perplexity", "Perplexity"),
+        *(_before_after(run, name, _titled(name)) for name in _measured(run)),
         _steps_tile(run),
         _speed_tile(run),
         _memory_tile(run),
         _trained_tile(run),
     ]
     return f'<div class="tiles">{"".join(tiles)}</div>' if any(tiles) else ""
+
+
+def _measured(run: _Run) -> list[str]:
+    """The names of the figures of an evaluation; of several sets those of all rows together."""
+    return [name for name in figures.measured(run.evals, _set_names(run)) if run.points(run.evals, name)]
+
+
+def _titled(name: str) -> str:
+    """``eval_macro_f1`` -> Eval macro F1."""
+    words = name.replace("_", " ").replace("f1", "F1").replace("auroc", "AUROC")
+    return words[:1].upper() + words[1:]
 
 
 def _before_after(run: _Run, key: str, name: str) -> str:
@@ -155,16 +165,16 @@ def _before_after(run: _Run, key: str, name: str) -> str:
     if before is None:
         return tile(name, figures.number(after))
     change = (after - before) / abs(before) if before and math.isfinite(before) and math.isfinite(after) else None
-    sub = "" if change is None else f"{_change(change)} on held-out rows"
+    sub = "" if change is None else f"{_change(change, figures.lower_is_better(key))} on held-out rows"
     return tile(name, f'<span class="from">{figures.number(before)} →</span> {figures.number(after)}', sub)
 
 
-def _change(change: float) -> str:
-    """``-7.2%`` in green, ``+1.0%`` in red; what rounds to nothing has neither sign nor colour."""
+def _change(change: float, lower_is_better: bool) -> str:
+    """``-7.2%`` of a loss in green, ``+1.0%`` in red; what rounds to nothing has neither sign nor colour."""
     text = f"{change:+.1%}"
     if text in ("+0.0%", "-0.0%"):
         return "<span>0.0%</span>"
-    return f'<span class="{"good" if change < 0 else "bad"}">{text}</span>'
+    return f'<span class="{"good" if (change < 0) is lower_is_better else "bad"}">{text}</span>'
 
 
 def _sets(run: _Run) -> str:
@@ -255,12 +265,22 @@ def _losses(run: _Run) -> list[curves.Curve]:
     return [curve for curve in found if curve.points]
 
 
+CURVES = 4
+"""Figures of an evaluation in one picture."""
+
+
 def _curves(run: _Run) -> str:
     def of(key: str) -> list[curves.Curve]:
         return [curves.Curve("train", run.points(run.train, key))]
 
     loss = curves.chart("Loss", _losses(run))
+    better = [name for name in _measured(run) if not figures.lower_is_better(name)][:CURVES]
     small = [
+        curves.chart(
+            "Held-out figures",
+            [curves.Curve.of_set(name.removeprefix("eval_"), run.points(run.evals, name), n) for n, name in enumerate(better)],
+            is_smoothed=False,
+        ),
         curves.chart("Learning rate", of("learning_rate"), figures.rate, from_zero=True, is_smoothed=False),
         curves.chart(
             "Learning rate of the output layer", of("head_learning_rate"), figures.rate, from_zero=True, is_smoothed=False
