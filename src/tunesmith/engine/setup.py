@@ -74,6 +74,8 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     _check_adapter_choice(recipe, folder)
     _name_code(recipe, folder, say)
     config = load.load_config(folder)
+    if recipe.adapter == "continue":
+        newhead.apply(config, probe.head(folder.path).get("config") or {})
     objective = objectives.module(objectives.name_of(recipe.objective)).Objective(recipe.objective)
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
     if deepspeed is not None and "quantization_config" in adaptation.load_kwargs():

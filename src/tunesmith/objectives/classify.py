@@ -63,6 +63,8 @@ class Objective:
         self._template = config.pair_template
         self._weights: np.ndarray | None = None
         self._saved: dict[str, Any] = {}
+        self._fixed = False
+        self.max_length: int | None = None
 
     @property
     def best(self) -> tuple[str, str]:
@@ -84,12 +86,13 @@ class Objective:
         from tunesmith.models import heads
 
         self._causal = heads.is_causal(config)
+        self.max_length = max_length
         self._ending = texts.ending(tokenizer)
         ours = getattr(config, "tunesmith", None) or {}
         if self._causal:
             texts.own_padding(tokenizer)
             self._pad = tokenizer.pad_token_id
-        if heads.kind_of((getattr(config, "architectures", None) or [""])[0]) == "score":
+        if ours.get("objective") == "classify" or heads.kind_of((config.architectures or [""])[0]) == "score":
             self._saved = {
                 "problem": config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE),
                 "labels": [config.id2label[number] for number in range(config.num_labels)],
@@ -105,8 +108,11 @@ class Objective:
         if not self._saved:
             raise DataError("this model has no head that classifies: train one with objective: classify")
         self.facts |= self._saved
+        self._fixed = True
 
     def survey(self, rows: Iterable[Any]) -> None:
+        if self._fixed:
+            return
         if self.config.labels and self.config.problem_type and self.config.class_weights != "balanced":
             labels.check(self.labels, self.problem)
             self._weigh(None)
@@ -324,6 +330,20 @@ class Objective:
         if self.problem == MULTI:
             _, scores, targets, _ = self._gathered(records)
             self.threshold = classes.best_threshold(targets > 0.5, scores)
+
+    def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        _, scores, targets, _ = self._gathered(records)
+        return self.measures(scores, targets)
+
+    def present(self, row: Labelled, answer: dict[str, Any]) -> dict[str, Any]:
+        """label, labels or value, with the probability of each label."""
+        name = {SINGLE: "label", MULTI: "labels", REGRESSION: "value"}[self.problem]
+        said = {name: answer["prediction"]}
+        if "probabilities" not in answer:
+            return said
+        if self.problem == SINGLE:
+            said["score"] = answer["probabilities"][answer["prediction"]]
+        return {**said, "probabilities": answer["probabilities"]}
 
     def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         rows, scores, targets, losses = self._gathered(records)
