@@ -7,7 +7,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-FORMATS = ("alpaca", "input_output", "summary", "question_answer", "sharegpt", "messages", "prompt_completion", "text")
+FORMATS = (
+    "alpaca", "input_output", "summary", "question_answer", "sharegpt", "messages", "prompt_completion", "text",
+    "labelled", "multilabel", "tokens", "conll", "words", "squad",
+)  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -23,7 +26,8 @@ class Source(Strict):
     """One file of rows, a built-in set, or a split of a data set of the Hub."""
 
     path: str = Field(
-        description="json, jsonl, csv, tsv, txt or parquet file, builtin:docstrings, or hub:OWNER/NAME[@REVISION] of the Hub"
+        description="json, jsonl, csv, tsv, txt, conll or parquet file, a folder with one of .txt files for each class, "
+        "builtin:docstrings, or hub:OWNER/NAME[@REVISION] of the Hub"
     )
     split: str = Field("train", description="of a data set of the Hub: which of its splits")
     name: str | None = Field(None, description="of a data set of the Hub that has several configurations: which")
