@@ -9,7 +9,6 @@ from tunesmith.data.problems import Record, RowProblem
 from tunesmith.data.rows import Chat, PromptCompletion, Text
 from tunesmith.errors import DataError
 
-
 WRITTEN = (Chat, PromptCompletion, Text)
 """What an objective learns from that learns to write."""
 

@@ -98,7 +98,12 @@ def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bo
         prompt_template=source.prompt_template,
     )
     facts = convert.look(item for item in sample if isinstance(item, Record)) if seen is None else seen["facts"]
-    convert = replace(convert, facts=facts)
+    if source.separator and convert.form.gold != "labels":
+        raise DataError(
+            f"{source.label}: separator does nothing: the format is {convert.form.name}, which has no list of labels.\n"
+            "  Leave it out, or name the column: columns: {labels: COLUMN}."
+        )
+    convert = replace(convert, facts=facts | {"separator": source.separator} if source.separator else facts)
     described = convert.describe(dict.fromkeys(key for row in keys for key in row))
     if seen is None:
         kinds = frozenset(type(convert(item)) for item in sample if isinstance(item, Record)) - {RowProblem}
