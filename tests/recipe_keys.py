@@ -64,5 +64,6 @@ EITHER_OR = [
     ("fraction", "sets"),
     ("streaming", "cache"),
     ("expand_turns", "train_on"),
+    ("separator", "label_smoothing"),
 ]
 """Keys that no run can hold together: `recipe.conflicts` refuses the pair."""

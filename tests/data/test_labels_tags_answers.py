@@ -10,10 +10,10 @@ from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.data import read_json
 from tunesmith.data.build import content_hash
-from tunesmith.data.config import Source
+from tunesmith.data.config import DataConfig, EvalConfig, Source
 from tunesmith.data.problems import RowProblem
 from tunesmith.data.rows import Labelled, Question, Tagged, Text
-from tunesmith.data.source import open_source
+from tunesmith.data.source import eval_sources, open_source
 from tunesmith.errors import DataError
 
 CONTEXT = "Kim met Lee. Lee left."
@@ -63,6 +63,8 @@ def test_labels(read, value, row):
 def test_lists_of_zero_and_one_of_unlike_length_are_numbers_of_labels(read):
     rows = read([{"text": "t", "labels": [0, 1]}, {"text": "u", "labels": [1]}], Labelled)
     assert [row.labels for row in rows] == [("0", "1"), ("1",)]
+    rows = read([{"text": "t", "labels": [0, 1]}, {"text": "u", "labels": [1, 0, 1]}], Labelled)
+    assert [row.labels for row in rows] == [("0", "1"), ("1", "0")]
 
 
 def test_a_separator_is_named(read):
@@ -107,6 +109,15 @@ def test_conll_by_spaces_with_several_columns_in_a_file_of_any_name(read):
     assert [row.tags for row in read(content, Tagged, "a.txt", format="conll")] == [("O", "B-P"), ("B-P",)]
     assert [row.tags for row in read(content, Tagged, "a.txt", format="conll", columns={"tags": 2})] == [("SYM", "NNP"), ("NNP",)]
     assert read(content, Tagged, "a.txt", format="conll")[0].text == "# Kim"
+
+
+def test_comments_between_sentences_are_no_sentence(read):
+    assert [row.text for row in read("Kim\tB-P\n\n# newdoc\n\nLee\tB-P\n", Tagged, "a.conll")] == ["Kim", "Lee"]
+
+
+def test_an_evaluation_file_is_split_at_the_same_separator():
+    config = DataConfig(train=[Source(path="a.csv", separator="|")], eval=EvalConfig(path="b.csv"))
+    assert eval_sources(config)[""].separator == "|"
 
 
 def test_characters_are_joined_as_they_are_in_every_row(read):

@@ -133,10 +133,10 @@ def _question(source: Source, accepted: tuple[type, ...], gold: bool) -> str:
 def eval_sources(config: DataConfig) -> dict[str, Source]:
     """The evaluation files that the recipe names: ``data.eval.sets``, or ``data.eval.path`` under the empty name; {} for neither.
 
-    ``data.eval.path`` is read as the first training source is: its format, columns and prompt_template, where it has some.
+    ``data.eval.path`` is read as the first training source is: its format, columns, separator and prompt_template, if given.
     """
     if config.eval.path is None:
         return dict(config.eval.sets or {})
     file = Source(path=config.eval.path, limit=config.eval.limit)
-    asked = {key: getattr(config.train[0], key) for key in ("format", "columns", "prompt_template")}
+    asked = {key: getattr(config.train[0], key) for key in ("format", "columns", "separator", "prompt_template")}
     return {"": file.model_copy(update=asked)}
