@@ -15,7 +15,7 @@ ROOT = {
 }
 
 DATA = {"train", "eval", "template", "bad_rows", "max_unlearnable", "cache"}
-SOURCE = {"path", "split", "name", "streaming", "format", "columns", "prompt_template", "weight", "limit"}
+SOURCE = {"path", "split", "name", "streaming", "format", "columns", "separator", "prompt_template", "weight", "limit"}
 EVAL = {"fraction", "limit", "path", "sets"}  # each set is a SOURCE
 
 TRAIN = {
@@ -64,5 +64,6 @@ EITHER_OR = [
     ("fraction", "sets"),
     ("streaming", "cache"),
     ("expand_turns", "train_on"),
+    ("separator", "label_smoothing"),
 ]
 """Keys that no run can hold together: `recipe.conflicts` refuses the pair."""

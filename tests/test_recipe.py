@@ -101,6 +101,8 @@ def test_wrong_values_are_named(override, words):
         (["data.train.0.name=en", "data.train.0.streaming=true"], "data.train.0.streaming does nothing"),
         (["data.eval.sets={a: {path: e.json, split: test}}"], "data.eval.sets.a.split does nothing"),
         (["data.train=[{path: hub:a/b, streaming: true}]", "data.cache=false"], "data.cache=false: a stream is read once"),
+        (["data.train.0.separator='|'"], "data.train.0.separator does nothing: sft learns from"),
+        (["objective={type: classify, label_smoothing: 0.1}", "data.train.0.separator='|'"], "label_smoothing goes with one"),
         (["data.eval.path=hub:a/b"], "needs a split: data.eval.sets: {test: {path: hub:a/b, split: test}}"),
         (["data.train.0.path=hub:nobody"], "expected hub:OWNER/NAME or hub:OWNER/NAME@REVISION, got 'hub:nobody'"),
         (["data.eval.sets={a b: {path: e.json}}"], "the name 'a b' must be made of"),

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tunesmith import adaptations, objectives, recipe_text
 from tunesmith.data.config import DataConfig, Source, idle
-from tunesmith.data.rows import Chat
+from tunesmith.data.rows import Chat, Labelled
 from tunesmith.data.source import eval_sources
 from tunesmith.engine.config import SampleConfig, TrainConfig
 from tunesmith.errors import RecipeError
@@ -155,6 +155,14 @@ def conflicts(recipe: Recipe) -> list[str]:
     for place, source in sources.items():
         for key in idle(source):
             clash(True, f"{place}.{key} does nothing: {source.path} is no data set of the Hub (path: hub:OWNER/NAME)")
+        clash(
+            source.separator and Labelled not in rows,
+            f"{place}.separator does nothing: {objective} learns from {', '.join(row.__name__ for row in rows)} rows",
+        )
+        clash(
+            source.separator and getattr(recipe.objective, "label_smoothing", 0),
+            f"{place}.separator stands between several labels; objective.label_smoothing goes with one. Leave out one of the two",
+        )
     clash(
         not data.cache and any(source.streaming for source in sources.values()),
         "data.cache=false: a stream is read once and kept encoded, so that a run can be resumed. Leave out one of the two",
