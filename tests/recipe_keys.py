@@ -26,7 +26,11 @@ TRAIN = {
 }  # fmt: skip
 SAMPLES = {"prompts", "count", "max_new_tokens"}
 
-OBJECTIVES = {"sft": {"train_on", "expand_turns", "overlong"}, "cpt": {"overlong"}}
+OBJECTIVES = {
+    "sft": {"train_on", "expand_turns", "overlong"},
+    "cpt": {"overlong"},
+    "classify": {"problem_type", "labels", "class_weights", "label_smoothing", "pooling", "overlong"},
+}
 ADAPTATIONS = {
     "full": set(),
     "features": {"train_last", "target_modules"},
@@ -67,3 +71,11 @@ EITHER_OR = [
     ("separator", "label_smoothing"),
 ]
 """Keys that no run can hold together: `recipe.conflicts` refuses the pair."""
+
+WRITES_NOTHING = {"template": "data", "prompts": "samples", "count": "samples", "max_new_tokens": "samples"}
+IDLE = {
+    "sft": {"separator": "data.train.0"},
+    "cpt": {"separator": "data.train.0", "template": "data"},
+    "classify": {**WRITES_NOTHING, "max_unlearnable": "data"},
+}
+"""Keys of a part that an objective refuses, because they would do nothing."""

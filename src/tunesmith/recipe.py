@@ -146,6 +146,13 @@ def conflicts(recipe: Recipe) -> list[str]:
         recipe.trust_remote_code and recipe.add_tokens,
         "add_tokens: how the vocabulary of a model with code of its own grows is up to that code. Leave out one of the two",
     )
+    if objectives.module(objective).Objective.head != "lm":
+        for key in ("prompts", "count", "max_new_tokens"):
+            clash(changed(samples, key), f"samples.{key} does nothing: a model of {objective} writes no text")
+        clash(
+            changed(data, "max_unlearnable") and objective == "classify",
+            "data.max_unlearnable does nothing: there is something to learn in every row of classify",
+        )
     clash(
         data.template and Chat not in rows,
         f"data.template does nothing: {objective} learns from {', '.join(row.__name__ for row in rows)} rows",

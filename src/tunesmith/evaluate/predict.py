@@ -31,9 +31,9 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """One dict for each row of ``data``, in order: ``row`` (its number) and what the model says of it, or ``error``.
 
-    A classifier: label (labels, or value) and probabilities. A tagger: entities with type, start, end, text and score, and the tags.
+    A classifier: label (labels, or value) and probabilities. A tagger: entities (type, start, end, text, score) and tags.
     A reader: answer, start, end, score and the n best. Gold that a row may have is not looked at. A row that cannot be read gives
-    ``error`` and costs no other row; one above ``max_length`` is cut and counted. ``note`` gets what is to be said at the end.
+    ``error`` and costs no other row; one above ``max_length`` is cut and counted. ``note`` is told at the end.
     Raises UserError for a model that writes text, and for a file that cannot be opened.
     """
     from tunesmith.data.source import open_source

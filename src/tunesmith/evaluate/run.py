@@ -35,13 +35,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of ``model`` (a name, a folder, or a pair (model, tokenizer)) over the rows of ``data``.
 
-    Returns eval_loss (mean per learnt unit), eval_loss_stderr (with two rows or more), perplexity of a language model, the figures
-    of other heads (``objectives.md``) with ``details`` (by class, by entity type), rows, tokens, supervised_tokens,
+    Returns eval_loss (mean per learnt unit), eval_loss_stderr (with two rows or more), perplexity of a language model, the
+    figures of other heads (``objectives.md``) with ``details`` (by class, by entity type), rows, tokens, supervised_tokens,
     tokens_per_second and seconds.
     ``objective`` says what is learnt of a row; None = what the model was trained for, for a language model ``sft`` = the last
     answer (text rows whole); ``cpt`` = every token of a document, long ones in blocks; ``overlong`` is the policy for rows above
     ``max_length`` (default: the objective's own). ``batch_tokens`` bounds memory and never changes the figures.
-    ``split``, ``name`` and ``streaming`` are those of a data set of the Hub (``data`` = "hub:OWNER/NAME"), as in a recipe.
+    ``split``, ``name`` and ``streaming`` are those of a data set of the Hub (``data`` = "hub:OWNER/NAME"), as in a recipe;
     ``out``: a new folder for report.html, figures.json and the worst mistakes, of models that do not write.
     Raises UserError for a model or data that cannot be used.
     """

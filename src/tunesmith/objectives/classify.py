@@ -30,13 +30,10 @@ class Config(BaseModel):
     pooling: Literal["mean"] | None = Field(
         None, description="mean = average of all tokens' outputs; default: the first token of an encoder, a decoder's last"
     )
-    pair_template: str = Field(texts.PAIR_TEMPLATE, description="joins two texts for a network without a separator token")
     overlong: Literal["error", "drop", "truncate"] = Field("error", description="what happens to a row above max_length")
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if "{text}" not in self.pair_template or "{text_pair}" not in self.pair_template:
-            raise ValueError(f"pair_template: expected {{text}} and {{text_pair}} in it, got {self.pair_template!r}")
         if self.problem_type == REGRESSION:
             for key in ("labels", "class_weights", "label_smoothing"):
                 if getattr(self, key):
@@ -60,7 +57,7 @@ class Objective:
         self._ending: tuple[int, ...] = ()
         self._pad: int | None = None
         self._pooling: str | None = config.pooling
-        self._template = config.pair_template
+        self._template = texts.PAIR_TEMPLATE
         self._weights: np.ndarray | None = None
         self._saved: dict[str, Any] = {}
         self._fixed = False
@@ -99,8 +96,7 @@ class Objective:
             }
             self.threshold = float(ours.get("threshold", 0.5))
             self._pooling = self._pooling or ours.get("pooling")
-            if "pair_template" not in self.config.model_fields_set:
-                self._template = ours.get("pair_template", self._template)
+            self._template = ours.get("pair_template", self._template)
         self.facts |= {"causal": self._causal, "pad": self._pad, "template": self._template}
 
     def of_model(self) -> None:
