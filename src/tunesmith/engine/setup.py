@@ -212,7 +212,8 @@ def _longest(data: Prepared) -> int:
 
 def window_of(config: Any, ahead: int = 0) -> int | None:
     """The most tokens that the network takes in one row, with so many virtual ones ``ahead``; None when it names no limit."""
-    return next((int(value) - ahead for name in WINDOWS if (value := getattr(config, name, None))), None)
+    taken = ahead + head.first_position(config)
+    return next((int(value) - taken for name in WINDOWS if (value := getattr(config, name, None))), None)
 
 
 def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
