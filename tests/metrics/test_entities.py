@@ -1,0 +1,153 @@
+"""Entities against seqeval, and by hand."""
+
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from seqeval.metrics import classification_report
+from seqeval.metrics.sequence_labeling import get_entities
+
+from tunesmith.metrics import entities
+
+TAGS = ["O", "B-X", "I-X", "E-X", "S-X", "B-Y", "I-Y", "E-Y", "S-Y", "B", "I", "E", "S", "B-a-b", "I-a-b"]
+rows = st.lists(st.sampled_from(TAGS), max_size=12)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_said():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@given(rows)
+def test_spans_are_those_of_seqeval(tags):
+    assert entities.spans(tags) == [(name, first, last + 1) for name, first, last in get_entities(tags)]
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ("O B-X I-X O", [("X", 1, 3)]),
+        ("B-X B-X", [("X", 0, 1), ("X", 1, 2)]),
+        ("I-X I-X O I-Y", [("X", 0, 2), ("Y", 3, 4)]),
+        ("B-X I-Y", [("X", 0, 1), ("Y", 1, 2)]),
+        ("B-X I-X E-X I-X", [("X", 0, 3), ("X", 3, 4)]),
+        ("S-X S-X E-X", [("X", 0, 1), ("X", 1, 2), ("X", 2, 3)]),
+        ("B I O", [("_", 0, 2)]),
+        ("", []),
+    ],
+)
+def test_spans_by_hand(tags, expected):
+    assert entities.spans(tags.split()) == expected
+
+
+@pytest.mark.parametrize(
+    ("tags", "scheme"),
+    [
+        ("O B-X I-X", "BIO"), ("B-X", "BIO"), ("B I O", "BIO"), ("B-a-b I-a-b", "BIO"),
+        ("O B-X I-X E-X S-X", "BIOES"), ("S-X O", "BIOES"), ("B-X E-X", "BIOES"),
+        ("I-X O I-Y", "IO"),
+        ("O", None), ("", None), ("NN VB", None), ("B-X I-X NN", None), ("B-X L-X U-X", None), ("B-", None), ("O-X", None),
+        ("Other B-X", None), ("BE-X", None),
+    ],
+)  # fmt: skip
+def test_scheme(tags, scheme):
+    assert entities.scheme_of(tags.split()) == scheme
+
+
+@pytest.mark.parametrize(
+    ("tags", "scheme", "expected"),
+    [
+        ("O B-X I-X I-X O", "BIO", {}),
+        ("O I-X I-X O I-X", "BIO", {"inside_without_begin": 2}),
+        ("I-X", "BIO", {"inside_without_begin": 1}),
+        ("B-X I-Y I-Y", "BIO", {"type_change": 1}),
+        ("B-X B-X", "BIO", {}),
+        ("B-X I-X E-X O S-X", "BIOES", {}),
+        ("O E-X", "BIOES", {"end_without_begin": 1}),
+        ("B-X E-Y", "BIOES", {"type_change": 1}),
+        ("B-X E-X I-X E-X", "BIOES", {"inside_without_begin": 1}),
+        ("S-X E-X", "BIOES", {"end_without_begin": 1}),
+        ("B-X O B-X S-X B-X", "BIOES", {"no_end": 3}),
+        ("B-X I-X", "BIOES", {"no_end": 1}),
+        ("I-X I-Y", "IO", {}),
+        ("I-X", None, {}),
+    ],
+)
+def test_problems(tags, scheme, expected):
+    found = entities.problems(tags.split(), scheme)
+    assert found == expected
+    assert set(found) <= set(entities.PROBLEMS)
+
+
+def test_problems_are_still_entities():
+    tags = ["O", "I-X", "I-X"]
+    assert entities.problems(tags) and entities.spans(tags) == [("X", 1, 3)]
+
+
+def test_a_score_by_hand():
+    gold = [["B-X", "I-X", "O", "B-Y"], ["O", "B-X"]]
+    said = [["B-X", "O", "O", "B-Y"], ["B-Z", "B-X"]]
+    found = entities.score(gold, said)
+    assert found["precision"] == 2 / 4 and found["recall"] == 2 / 3 and found["support"] == 3
+    assert found["f1"] == pytest.approx(4 / 7)
+    assert found["by_type"]["X"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    assert found["by_type"]["Y"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 1}
+    assert found["by_type"]["Z"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    assert found["token_accuracy"] == 4 / 6 and found["words"] == 6 and found["missing"] == 0 and found["scheme"] == "BIO"
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.sampled_from(TAGS), st.sampled_from(TAGS)), min_size=1, max_size=6), min_size=1, max_size=4)
+)
+def test_scores_are_those_of_seqeval(pairs):
+    gold, said = ([[pair[side] for pair in row] for row in pairs] for side in (0, 1))
+    found = entities.score(gold, said)
+    if found["scheme"] is None:
+        return
+    if not any(get_entities(row) for row in (*gold, *said)):
+        assert found["f1"] == 0.0 and found["by_type"] == {}
+        return
+    report = classification_report(gold, said, output_dict=True, zero_division=0)
+    names = {"precision": "precision", "recall": "recall", "f1": "f1-score", "support": "support"}
+    assert {key: found[key] for key in names} == pytest.approx({key: report["micro avg"][name] for key, name in names.items()})
+    for kind, figures in found["by_type"].items():
+        assert figures == pytest.approx({key: report[kind][name] for key, name in names.items()})
+
+
+@given(st.lists(st.lists(st.sampled_from(TAGS), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_gold_against_itself_is_perfect(gold):
+    found = entities.score(gold, gold)
+    assert found["token_accuracy"] == 1.0
+    assert found["f1"] in (None, 1.0) or not any(map(entities.spans, gold))
+
+
+def test_what_is_missing_is_wrong():
+    found = entities.score([["B-X", "O", "B-Y"], ["O", "O"]], [["B-X"], []])
+    assert found["recall"] == 0.5 and found["precision"] == 1.0
+    assert found["token_accuracy"] == 1 / 5  # a missing O is no right tag
+    assert found["missing"] == 4
+
+
+def test_an_entity_ends_with_its_row():
+    found = entities.score([["B-X"], ["I-X"]], [["B-X"], ["I-X"]])
+    assert found["support"] == 2
+
+
+def test_plain_tags_have_token_accuracy_alone():
+    found = entities.score([["NN", "VB"]], [["NN", "NN"]])
+    assert found["token_accuracy"] == 0.5
+    assert found["f1"] is found["precision"] is found["recall"] is found["by_type"] is found["scheme"] is None
+
+
+def test_no_words_are_no_accident():
+    assert entities.score([], [])["token_accuracy"] == 0.0
+
+
+def test_rows_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="1 rows of tags, but 2"):
+        entities.score([["O"]], [["O"], ["O"]])
+    with pytest.raises(ValueError, match="row 1 has 1 words, but 2"):
+        entities.score([["O"], ["O"]], [["O"], ["O", "O"]])
