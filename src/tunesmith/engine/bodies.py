@@ -41,8 +41,8 @@ SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Row:
-    """A row as the body sees it: ``ids`` int32 (tokens,), with the types of its tokens behind them where it has some; the ``places``
-    int32 in it whose outputs are wanted."""
+    """A row as the body sees it: ``ids`` int32 (tokens,), with the types of its tokens behind them where it has some; the
+    ``places`` int32 in it whose outputs are wanted."""
 
     ids: np.ndarray
     places: np.ndarray
