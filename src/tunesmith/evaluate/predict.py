@@ -56,12 +56,13 @@ def predict(
                 way = chosen.ready(precision, shortest, max_length or chosen.objective.max_length or 0)
             answers = _answers(chosen, examples, way, batch_tokens) if examples else {}
             for item, result in zip(block, made):
-                number = item.row if isinstance(item, RowProblem) else item[0].row
-                if isinstance(result, RowProblem):
+                if isinstance(item, RowProblem) or isinstance(result, RowProblem):
                     bad += 1
-                    yield {"row": number, "error": str(result)}
+                    problem = result if isinstance(result, RowProblem) else item
+                    yield {"row": problem.row, "error": str(problem)}
                 else:
-                    yield {"row": number, **chosen.objective.present(item[1], answers[number])}
+                    record, row = item
+                    yield {"row": record.row, **chosen.objective.present(row, answers[record.row])}
     finally:
         if way is not None:
             way.leave(chosen.network)

@@ -164,9 +164,9 @@ def both_ways(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple
         inside = torch.arange(longest, device=q.device)[None]
         real = inside < lengths[:, None]
         index = (begin[:, None] + torch.minimum(inside, lengths[:, None] - 1)).reshape(-1)
-        rows = (one[:, index].view(one.shape[0], len(fitting), longest, -1).transpose(0, 1) for one in (q, k, v))
+        asked, keys, values = (one[:, index].view(one.shape[0], len(fitting), longest, -1).transpose(0, 1) for one in (q, k, v))
         hidden = ~real[:, None, None, :]
-        parts.append(_padded(*rows, hidden, scale).transpose(1, 2)[real])
+        parts.append(_padded(asked, keys, values, hidden, scale).transpose(1, 2)[real])
         places.append(index.view(real.shape)[real])
     if len(parts) == 1 and len(segments) == 1:
         return parts[0]
