@@ -15,7 +15,7 @@ ROOT = {
 }
 
 DATA = {"train", "eval", "template", "bad_rows", "max_unlearnable", "cache"}
-SOURCE = {"path", "split", "name", "streaming", "format", "columns", "prompt_template", "weight", "limit"}
+SOURCE = {"path", "split", "name", "streaming", "format", "columns", "separator", "prompt_template", "weight", "limit"}
 EVAL = {"fraction", "limit", "path", "sets"}  # each set is a SOURCE
 
 TRAIN = {
@@ -26,7 +26,11 @@ TRAIN = {
 }  # fmt: skip
 SAMPLES = {"prompts", "count", "max_new_tokens"}
 
-OBJECTIVES = {"sft": {"train_on", "expand_turns", "overlong"}, "cpt": {"overlong"}}
+OBJECTIVES = {
+    "sft": {"train_on", "expand_turns", "overlong"},
+    "cpt": {"overlong"},
+    "classify": {"problem_type", "labels", "class_weights", "label_smoothing", "pooling", "overlong"},
+}
 ADAPTATIONS = {
     "full": set(),
     "features": {"train_last", "target_modules"},
@@ -64,5 +68,14 @@ EITHER_OR = [
     ("fraction", "sets"),
     ("streaming", "cache"),
     ("expand_turns", "train_on"),
+    ("separator", "label_smoothing"),
 ]
 """Keys that no run can hold together: `recipe.conflicts` refuses the pair."""
+
+WRITES_NOTHING = {"template": "data", "prompts": "samples", "count": "samples", "max_new_tokens": "samples"}
+IDLE = {
+    "sft": {"separator": "data.train.0"},
+    "cpt": {"separator": "data.train.0", "template": "data"},
+    "classify": {**WRITES_NOTHING, "max_unlearnable": "data"},
+}
+"""Keys of a part that an objective refuses, because they would do nothing."""

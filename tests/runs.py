@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import save_tiny
+from tests.tiny import ENCODERS, save_tiny, save_tiny_encoder
 from tunesmith.engine import tracking
 
 ANSWERS = [
@@ -35,16 +35,52 @@ def documents(count: int = 6) -> list[dict[str, str]]:
     return [{"text": f"document {n}. " + ", ".join(ANSWERS[n % 8 :: 1 + n % 3])} for n in range(count)]
 
 
+LABELS = ("good", "bad", "so so")
+
+
+def labelled(count: int = 12) -> list[dict[str, Any]]:
+    """Texts of unequal length with one of three labels."""
+    return [{"text": f"{ANSWERS[n % 8]} {n}" + " what is the" * (n % 4), "label": LABELS[n % 3]} for n in range(count)]
+
+
+def tagged(count: int = 12) -> list[dict[str, Any]]:
+    """Sentences whose names are tagged."""
+    made = []
+    for n in range(count):
+        words = [*ANSWERS[n % 8].split(), "the", "Paris", "of", "France", *["what"] * (n % 4)]
+        made.append({"tokens": words, "ner_tags": ["B-LOC" if word[0].isupper() else "O" for word in words]})
+    return made
+
+
+def questions(count: int = 12) -> list[dict[str, Any]]:
+    made = []
+    for n in range(count):
+        context = f"{ANSWERS[n % 8]} The answer {n} is here." + " what is the" * (n % 3)
+        answer = f"answer {n}"
+        made.append({"id": str(n), "question": f"which one is {n}?", "context": context,
+                     "answers": {"text": [answer], "answer_start": [context.index(answer)]}})  # fmt: skip
+    return made
+
+
+ROWS = {"cpt": lambda count: documents(count // 2), "classify": labelled, "tag": tagged, "qa": questions}
+
+TASKS = ("classify", "tag", "qa")
+"""Objectives of models that write no text."""
+
+
 def model_folder(folder: Path, name: str, **changes: Any) -> Path:
     target = folder / f"model-{name}"
-    return target if target.exists() else save_tiny(name, target, **changes)
+    if target.exists():
+        return target
+    return save_tiny_encoder(name, target, **changes) if name in ENCODERS else save_tiny(name, target, **changes)
 
 
 def recipe(
     folder: Path, name: str = "llama", objective: Any = "sft", adaptation: Any = "full", count: int = 12, **train: Any
 ) -> dict[str, Any]:
     """A run of a few steps in fp32 with no evaluation and no samples, unless ``train`` says otherwise."""
-    data = documents(count // 2) if (objective if isinstance(objective, str) else objective["type"]) == "cpt" else rows(count)
+    kind = objective if isinstance(objective, str) else objective["type"]
+    data = ROWS.get(kind, rows)(count)
     file = folder / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in data), encoding="utf-8")
     optim, arguments = train.pop("optim", "adamw"), train.pop("optim_args", {"eps": 1e-4})
@@ -58,7 +94,7 @@ def recipe(
         "adaptation": adaptation,
         "data": {"train": [{"path": str(file)}], "eval": {"fraction": 0}, "cache": False},
         "train": settings,
-        "samples": {"count": 0},
+        **({} if kind in TASKS else {"samples": {"count": 0}}),
     }
 
 

@@ -101,6 +101,8 @@ def test_wrong_values_are_named(override, words):
         (["data.train.0.name=en", "data.train.0.streaming=true"], "data.train.0.streaming does nothing"),
         (["data.eval.sets={a: {path: e.json, split: test}}"], "data.eval.sets.a.split does nothing"),
         (["data.train=[{path: hub:a/b, streaming: true}]", "data.cache=false"], "data.cache=false: a stream is read once"),
+        (["data.train.0.separator='|'"], "data.train.0.separator does nothing: sft learns from"),
+        (["objective={type: classify, label_smoothing: 0.1}", "data.train.0.separator='|'"], "label_smoothing goes with one"),
         (["data.eval.path=hub:a/b"], "needs a split: data.eval.sets: {test: {path: hub:a/b, split: test}}"),
         (["data.train.0.path=hub:nobody"], "expected hub:OWNER/NAME or hub:OWNER/NAME@REVISION, got 'hub:nobody'"),
         (["data.eval.sets={a b: {path: e.json}}"], "the name 'a b' must be made of"),
@@ -250,9 +252,21 @@ def test_fewer_than_60_keys_are_reachable_in_one_run():
         valid = everything_valid(recipe.parse({**SMALL, "objective": objective, "adaptation": adaptation}))
         only_hold_others = 7  # objective, adaptation, data, train, samples, data.train, data.eval
         there = set().union(*valid.values())
-        pairs = [pair for pair in recipe_keys.EITHER_OR if there.issuperset(pair)]
-        keys = sum(map(len, valid.values())) - only_hold_others - fewest_that_touch(pairs)
+        idle = recipe_keys.IDLE.get(objective, {})
+        pairs = [pair for pair in recipe_keys.EITHER_OR if there.issuperset(pair) and not set(idle) & set(pair)]
+        keys = sum(map(len, valid.values())) - only_hold_others - len(idle) - fewest_that_touch(pairs)
         assert keys < 60, (objective, adaptation, keys)
+
+
+@pytest.mark.parametrize(
+    ("objective", "key", "part"), [(name, key, part) for name, idle in recipe_keys.IDLE.items() for key, part in idle.items()]
+)
+def test_a_key_that_would_do_nothing_is_refused(objective, key, part):
+    value = {"template": "chatml", "max_unlearnable": 0.5, "prompts": ["x"], "count": 2, "max_new_tokens": 5, "separator": ";"}[
+        key
+    ]
+    with pytest.raises(RecipeError, match=f"{part}.{key}"):
+        recipe.parse({**SMALL, "objective": objective}, [f"{part}.{key}={value}"])
 
 
 def fewest_that_touch(pairs):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog and the model answers the user with a short sentence.",
@@ -66,6 +66,52 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt2": dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
                  attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
 }  # fmt: skip
+
+ENCODER = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=128, pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {**ENCODER, "type_vocab_size": 2},
+    "roberta": {
+        **ENCODER,
+        "type_vocab_size": 1,
+        "pad_token_id": 1,
+        "max_position_embeddings": 130,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    },
+}
+
+
+def encoder_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The same pieces between [CLS] and [SEP] with token types (bert), or between <s> and </s> (roberta)."""
+    backend = Tokenizer.from_str(_backend(False))
+    first, last, pad = ("<|im_start|>", "<|im_end|>", "<pad>") if name == "bert" else ("<pad>", "</s>", "<s>")
+    ids = {token: backend.token_to_id(token) for token in SPECIAL}
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        pair=f"{first} $A {last} $B:1 {last}:1" if name == "bert" else f"{first} $A {last} {last} $B {last}",
+        special_tokens=[(first, ids[first]), (last, ids[last])],
+    )
+    inputs = ["input_ids", *(["token_type_ids"] if name == "bert" else []), "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, cls_token=first, sep_token=last, pad_token=pad, unk_token="<|im_end|>", model_input_names=inputs
+    )
+
+
+def save_tiny_encoder(name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A tiny masked language model, as encoders are published: a body and a head that no task of ours takes."""
+    values = {**ENCODERS[name], **changes}
+    torch.manual_seed(seed)
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(name, **values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5.0)
+    model.save_pretrained(folder)
+    encoder_tokenizer(name).save_pretrained(folder)
+    return Path(folder)
 
 
 def tiny_config(name: str, **changes: Any) -> Any:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tunesmith import adaptations, objectives, recipe_text
 from tunesmith.data.config import DataConfig, Source, idle
-from tunesmith.data.rows import Chat
+from tunesmith.data.rows import Chat, Labelled
 from tunesmith.data.source import eval_sources
 from tunesmith.engine.config import SampleConfig, TrainConfig
 from tunesmith.errors import RecipeError
@@ -146,6 +146,13 @@ def conflicts(recipe: Recipe) -> list[str]:
         recipe.trust_remote_code and recipe.add_tokens,
         "add_tokens: how the vocabulary of a model with code of its own grows is up to that code. Leave out one of the two",
     )
+    if objectives.module(objective).Objective.head != "lm":
+        for key in ("prompts", "count", "max_new_tokens"):
+            clash(changed(samples, key), f"samples.{key} does nothing: a model of {objective} writes no text")
+        clash(
+            changed(data, "max_unlearnable") and objective == "classify",
+            "data.max_unlearnable does nothing: there is something to learn in every row of classify",
+        )
     clash(
         data.template and Chat not in rows,
         f"data.template does nothing: {objective} learns from {', '.join(row.__name__ for row in rows)} rows",
@@ -155,6 +162,14 @@ def conflicts(recipe: Recipe) -> list[str]:
     for place, source in sources.items():
         for key in idle(source):
             clash(True, f"{place}.{key} does nothing: {source.path} is no data set of the Hub (path: hub:OWNER/NAME)")
+        clash(
+            source.separator and Labelled not in rows,
+            f"{place}.separator does nothing: {objective} learns from {', '.join(row.__name__ for row in rows)} rows",
+        )
+        clash(
+            source.separator and getattr(recipe.objective, "label_smoothing", 0),
+            f"{place}.separator stands between several labels; objective.label_smoothing goes with one. Leave out one of the two",
+        )
     clash(
         not data.cache and any(source.streaming for source in sources.values()),
         "data.cache=false: a stream is read once and kept encoded, so that a run can be resumed. Leave out one of the two",

@@ -7,12 +7,14 @@ import pytest
 from tunesmith.data.formats import FORMATS, converter
 from tunesmith.data.problems import Record, RowProblem
 from tunesmith.data.rows import Chat, PromptCompletion, Text
-from tunesmith.data.source import ROW_TYPES
 from tunesmith.errors import DataError
+
+WRITTEN = (Chat, PromptCompletion, Text)
+"""What an objective learns from that learns to write."""
 
 
 def made(value, **options):
-    options.setdefault("accepted", ROW_TYPES)
+    options.setdefault("accepted", WRITTEN)
     return converter([tuple(value)], path="f", **options)(Record("f", 1, 1, value))
 
 
@@ -119,7 +121,7 @@ REFUSED = [
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_what_fits_nothing_is_refused(options, message):
     with pytest.raises(DataError, match=message):
-        converter([("ask", "reply")], path="f", accepted=ROW_TYPES, **options)
+        converter([("ask", "reply")], path="f", accepted=WRITTEN, **options)
 
 
 def test_the_objective_s_rows_decide():
@@ -130,11 +132,11 @@ def test_the_objective_s_rows_decide():
 
 def test_one_odd_row_does_not_change_the_format():
     keys = [("input", "output"), *[("instruction", "input", "output")] * 3]
-    assert converter(keys, path="f", accepted=ROW_TYPES).form.name == "alpaca"
+    assert converter(keys, path="f", accepted=WRITTEN).form.name == "alpaca"
 
 
 def test_the_description_says_what_is_used():
-    maker = converter([("Q", "A", "label")], path="f", accepted=ROW_TYPES)
+    maker = converter([("Q", "A", "label")], path="f", accepted=WRITTEN)
     assert maker.describe(("Q", "A", "label")) == "question_answer (question <- Q, answer <- A); not used: label"
 
 

@@ -16,10 +16,14 @@ import torch
 
 import tunesmith
 from tests.runs import recipe
-from tests.tiny import TINY
+from tests.tiny import ENCODERS, TINY
 from tunesmith.engine import setup
+from tunesmith.models import newhead
 
-OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt"}
+OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt", "classify": "classify"}
+HEADS = ("classify",)
+"""Objectives with a head of their own; the others are a language model's."""
+
 ADAPTATIONS: dict[str, Any] = {
     "full": "full",
     "features": {"type": "features", "train_last": 1},
@@ -32,7 +36,7 @@ ADAPTATIONS: dict[str, Any] = {
 }
 TRAINS: dict[str, Callable[[str], bool]] = {
     "full": lambda name: True,
-    "features": lambda name: re.search(r"\.(layers|h)\.1\.|model\.norm\.|ln_f\.", name) is not None,
+    "features": lambda name: re.search(r"\.(layers?|h)\.1\.|model\.norm\.|ln_f\.", name) is not None,
     "lora": lambda name: ".lora_" in name,
     "qlora": lambda name: ".lora_" in name,
     "bottleneck": lambda name: ".bottleneck_" in name,
@@ -48,7 +52,7 @@ MERGES = ("lora", "qlora", "ia3")
 ON_ITS_BASE = ("lora", "bottleneck", "prefix", "prompt", "ia3")
 """Adaptations that leave the base as it was, and that can be switched off: then the base answers."""
 
-ARCHITECTURES = tuple(TINY)
+ARCHITECTURES = (*TINY, *ENCODERS)
 STEPS = 2  # B of a fresh LoRA is zero, so its A does not move before the second
 
 
@@ -62,7 +66,20 @@ class Cell:
         return f"{self.architecture}-{self.objective}-{self.adaptation}"
 
 
-CELLS = [Cell(*names) for names in product(ARCHITECTURES, OBJECTIVES, ADAPTATIONS)]
+def why_not(cell: Cell) -> str | None:
+    """What the refusal of a pair that makes no sense says; None for one that works."""
+    if cell.architecture not in ENCODERS:
+        return None
+    if cell.objective not in HEADS:
+        return "is an encoder"
+    if cell.adaptation == "prefix":
+        return "prefix tuning is not available"
+    return "would be one of them" if (cell.objective, cell.adaptation) == ("classify", "prompt") else None
+
+
+EVERY = [Cell(*names) for names in product(ARCHITECTURES, OBJECTIVES, ADAPTATIONS)]
+CELLS = [cell for cell in EVERY if why_not(cell) is None]
+REFUSED = [cell for cell in EVERY if why_not(cell) is not None]
 
 
 @dataclass(frozen=True)
@@ -145,9 +162,20 @@ IDS = [[5, 6, 7, 300, 41, 9]]
 
 
 def logits(model: Any) -> torch.Tensor:
-    """(1, tokens, vocabulary) of a few ids."""
+    """(tokens, vocabulary) of a few ids, or (1, labels)."""
     with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor(IDS)).logits.float()
+        return newhead.answers(model.eval(), torch.tensor(IDS)).float()
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter belongs to a new head; peft keeps the one that it trains beside the one it found."""
+    found = re.search(r"(^|\.)(score|classifier|qa_outputs|pooler)\.", name) is not None
+    return found and ".original_module." not in name
+
+
+def trains(cell: Cell, name: str) -> bool:
+    """Whether a run of ``cell`` is to train the parameter ``name``."""
+    return TRAINS[cell.adaptation](name) or (cell.objective in HEADS and is_head(name))
 
 
 def _plain_logits(built: Any) -> torch.Tensor:

@@ -56,6 +56,11 @@ class Adaptation:
 
         if new_rows:
             raise vocabulary.no_room("prompt")
+        if head == "score" and not heads.is_causal(model.config) and heads.pooling(model.config) is None:
+            raise RecipeError(
+                f"adaptation: prompt: {type(model).__name__} reads the first token of a row, and with virtual tokens in front "
+                "that would be one of them.\n  Set objective.pooling=mean, or use adaptation=lora."
+            )
         ids = self._text_ids(tokenizer)
         text = self.config.prompt_tuning_init_text
         tokens = self.config.num_virtual_tokens or (len(ids) if text else VIRTUAL_TOKENS)

@@ -42,6 +42,7 @@ def preview(
 ) -> int:
     """Show rows as the model will see them, what is learnt in green, with the counts."""
     from tunesmith.data import preview as previews
+    from tunesmith.data.source import ROW_TYPES
     from tunesmith.errors import UserError
     from tunesmith.models.load import load_tokenizer
     from tunesmith.models.locate import locate
@@ -52,7 +53,8 @@ def preview(
         raise UserError("data preview needs a tokenizer. Say whose: --model smollm2-135m, or a model folder")
     tokenizer = load_tokenizer(locate(model or named or ""))
     chosen = template or (config.template if config else None)
-    shown = [previews.preview(source, objective, tokenizer, chosen, rows) for source in sources]
+    accepted = ROW_TYPES if config is None and train_on is None else ()
+    shown = [previews.preview(source, objective, tokenizer, chosen, rows, accepted) for source in sources]
     output.result({"sources": [item.as_dict() for item in shown]}, json, human=lambda _: _preview_lines(shown))
     return 0
 
@@ -257,7 +259,7 @@ def _preview_lines(shown: list[Any]) -> list[Any]:
     for item in shown:
         lines.append(f"{item.path}: {item.format}\ntemplate: {item.template}")
         for row in item.shown:
-            lines += [f"--- {row.where}: {row.supervised} of {row.tokens} tokens learnt", row.coloured()]
+            lines += [f"--- {row.head()}", row.coloured()]
         lines += [f"bad row: {problem}" for problem in item.problems]
     return lines
 

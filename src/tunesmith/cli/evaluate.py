@@ -1,11 +1,13 @@
-"""``tunesmith evaluate MODEL --data FILE``: loss and perplexity on rows the model was not trained on."""
+"""``tunesmith evaluate MODEL --data FILE``: loss and figures on rows the model was not trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.table import Table
 
 from tunesmith.cli.output import result
 from tunesmith.errors import UserError
@@ -19,7 +21,9 @@ def evaluate(
             help="json, jsonl, csv, tsv, txt or parquet file, builtin:docstrings, or hub:OWNER/NAME.", show_default=False
         ),
     ],
-    objective: Annotated[str, typer.Option(help="What is learnt of a row: sft = the last answer, cpt = every token.")] = "sft",
+    objective: Annotated[
+        str | None, typer.Option(help="sft = the last answer, cpt = every token, ...", show_default="what it was trained for")
+    ] = None,
     format: Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")] = None,
     column: Annotated[
         list[str] | None, typer.Option(help="FIELD=COLUMN, such as prompt=question; may be repeated.", show_default=False)
@@ -39,9 +43,13 @@ def evaluate(
         str | None, typer.Option(help="Of a data set of the Hub with several configurations: which.", show_default=False)
     ] = None,
     streaming: Annotated[bool, typer.Option(help="Of a data set of the Hub: rows over the network, no file of it.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder for a report of a model that classifies, tags or answers.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Loss and perplexity of a model on a data file, and how fast it reads."""
+    """Loss and figures of a model on a data file, and how fast it reads."""
     columns = columns_of(column or [])
 
     from tunesmith.evaluate import run
@@ -61,17 +69,40 @@ def evaluate(
         split=split,
         name=name,
         streaming=streaming,
+        out=out,
     )
-    result(
-        figures,
-        as_json,
-        lambda found: (
+    result(figures, as_json, _shown)
+
+
+def _shown(found: Mapping[str, Any]) -> Any:
+    """What a person sees: the figures, those of each class or type, and where the report is."""
+    read = f"{found['rows']:,} rows, {found['tokens']:,} tokens, {found['supervised_tokens']:,} of them supervised"
+    speed = f"speed       {found['tokens_per_second']:.0f} tokens/s, {found['seconds']:.1f} s"
+    if "perplexity" in found:
+        return (
             f"eval loss   {found['eval_loss']:.4f}{_error(found)} per supervised token\n"
             f"perplexity  {found['perplexity']:.3f}\n"
-            f"read        {found['rows']:,} rows, {found['tokens']:,} tokens, {found['supervised_tokens']:,} of them supervised\n"
-            f"speed       {found['tokens_per_second']:.0f} tokens/s, {found['seconds']:.1f} s"
-        ),
-    )
+            f"read        {read}\n{speed}"
+        )
+    table = Table("figure", "value", title=f"{found['objective']}, {found['rows']:,} examples", title_justify="left")
+    for name, value in found.items():
+        if name.startswith("eval_") and not name.endswith("_stderr"):
+            error = _error(found) if name == "eval_loss" else ""
+            table.add_row(name.removeprefix("eval_").replace("_", " "), f"{value:.4f}{error}")
+    shown: list[Any] = [table]
+    details = found.get("details") or {}
+    by_name = details.get("per_class") or details.get("by_type") or {}
+    if by_name:
+        columns = list(dict.fromkeys(key for figures in by_name.values() for key in figures))
+        each = Table("", *(column.replace("_", " ") for column in columns), title="each", title_justify="left")
+        for name, figures in by_name.items():
+            each.add_row(str(name), *(_cell(figures.get(column)) for column in columns))
+        shown.append(each)
+    return [*shown, "\n".join([speed, *([f"report      {found['report']}"] if "report" in found else [])])]
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _error(found: Mapping[str, Any]) -> str:

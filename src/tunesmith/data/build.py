@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tunesmith.data import builtin, cache, hub_set
+from tunesmith.data import builtin, cache, class_folder, hub_set
 from tunesmith.data.cache import Entry, Example, Writer
 from tunesmith.data.chat import Renderer, left_out
 from tunesmith.data.config import Source
@@ -67,7 +67,9 @@ def build(opened: Opened, objective: Any, tokenizer: Any, keep: bool, shared_key
     sha256 = content_hash(opened.source)
     options = opened.source.model_dump(mode="json", exclude={"path", "weight"})
     kinds = [kind.__name__ for kind in opened.accepted]
-    key = hashlib.sha256(json.dumps([sha256, Path(opened.source.path).suffix, options, kinds, shared_key]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([sha256, Path(opened.source.path).suffix, options, kinds, opened.gold, shared_key]).encode()
+    ).hexdigest()
     scratch = None if keep else tempfile.TemporaryDirectory(prefix="tunesmith-data-")
     folder = (cache.store() if scratch is None else Path(scratch.name)) / key[:32]
     entry = cache.load(folder)
@@ -194,6 +196,8 @@ def content_hash(source: Source) -> str:
         return hub_set.content_hash(source)
     if path.startswith(builtin.PREFIX):
         return builtin.digest(path)
+    if class_folder.is_one(path):
+        return class_folder.content_hash(path)
     content = hashlib.sha256()
     with existing(path).open("rb") as handle:
         while block := handle.read(1 << 20):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-FORMATS = ("alpaca", "input_output", "summary", "question_answer", "sharegpt", "messages", "prompt_completion", "text")
+FORMATS = (
+    "alpaca", "input_output", "summary", "question_answer", "sharegpt", "messages", "prompt_completion", "text",
+    "labelled", "multilabel", "tokens", "conll", "words", "squad",
+)  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -23,16 +26,26 @@ class Source(Strict):
     """One file of rows, a built-in set, or a split of a data set of the Hub."""
 
     path: str = Field(
-        description="json, jsonl, csv, tsv, txt or parquet file, builtin:docstrings, or hub:OWNER/NAME[@REVISION] of the Hub"
+        description="json, jsonl, csv, tsv, txt, conll or parquet file, a folder with one of .txt files for each class, "
+        "builtin:docstrings, or hub:OWNER/NAME[@REVISION] of the Hub"
     )
     split: str = Field("train", description="of a data set of the Hub: which of its splits")
     name: str | None = Field(None, description="of a data set of the Hub that has several configurations: which")
     streaming: bool = Field(False, description="of a data set of the Hub: read its rows over the network, keep no file of it")
     format: str | None = Field(None, description=f"one of {', '.join(FORMATS)}; detected when absent")
     columns: dict[str, str] | None = Field(None, description="field of the format -> column of the file, e.g. {prompt: question}")
+    separator: str | None = Field(None, min_length=1, description="what stands between the labels of a cell, e.g. '|'")
     prompt_template: str | None = Field(None, description="prompt made from columns, e.g. 'Summarise: {text}'")
     weight: float = Field(1.0, gt=0, description="how often the source is seen per epoch: 2 = twice, 0.5 = a random half")
     limit: int | None = Field(None, gt=0, description="use the first N rows only")
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _numbered(cls, columns: Any) -> Any:
+        """Columns without names go by their number, which YAML reads as one."""
+        if not isinstance(columns, dict):
+            return columns
+        return {field: str(column) if type(column) is int else column for field, column in columns.items()}
 
     @field_validator("path")
     @classmethod

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from tunesmith.data import label_fields, squad, word_fields
 from tunesmith.data.fields import FieldFault, optional_text, parsed, text
 from tunesmith.data.problems import Record, RowProblem, shorten
-from tunesmith.data.rows import Chat, Message, PromptCompletion, Row, Text
+from tunesmith.data.rows import Chat, Labelled, Message, PromptCompletion, Question, Row, Tagged, Text
 from tunesmith.data.turns import chat, conversation, tool_schemas
 from tunesmith.errors import DataError
 from tunesmith.nearest import did_you_mean
@@ -31,7 +32,8 @@ class Field:
 @dataclass(frozen=True, slots=True)
 class Format:
     """``build`` makes the row of the fields' values or raises FieldFault. ``prompt`` and ``answer`` are the fields that a
-    ``prompt_template`` replaces and keeps."""
+    ``prompt_template`` replaces and keeps. ``gold``: the field that rows to be predicted may lack. ``look``: what the values of
+    the first rows say of the whole file; ``build`` gets it among the values."""
 
     name: str
     row: type
@@ -39,6 +41,8 @@ class Format:
     build: Callable[[Values], Row]
     prompt: str | None = None
     answer: str | None = None
+    gold: str | None = None
+    look: Callable[[Sequence[Values]], dict[str, Any]] | None = None
 
 
 def _alpaca(values: Values) -> Row:
@@ -84,6 +88,10 @@ def _prompt_completion(values: Values) -> Row:
 
 TOOLS = Field("tools", ("tools", "functions"), required=False)
 SYSTEM = Field("system", ("system", "system_prompt"), required=False)
+
+TEXT = Field("text", ("text", "sentence", "document", "review", "content", "comment", "sentence1", "premise", "question1"))
+PAIR = Field("text_pair", ("text_pair", "sentence2", "hypothesis", "question2"), required=False)
+TOKENS, TAGS = Field("tokens", ("tokens", "words")), Field("tags", ("ner_tags", "tags", "pos_tags", "chunk_tags"))
 
 FORMATS: dict[str, Format] = {
     form.name: form
@@ -138,6 +146,41 @@ FORMATS: dict[str, Format] = {
             prompt="question",
             answer="answer",
         ),
+        Format(
+            "squad",
+            Question,
+            (
+                Field("question", ("question",)),
+                Field("context", ("context",)),
+                Field("answers", ("answers",)),
+                Field("is_impossible", ("is_impossible",), required=False),
+                Field("id", ("id",), required=False),
+            ),
+            squad.question,
+            gold="answers",
+        ),
+        Format("tokens", Tagged, (TOKENS, TAGS), word_fields.tokens, gold="tags", look=word_fields.spaces),
+        Format("conll", Tagged, (TOKENS, TAGS), word_fields.tokens, gold="tags", look=word_fields.spaces),
+        Format("words", Tagged, (TEXT, TAGS), word_fields.words, gold="tags"),
+        Format(
+            "labelled",
+            Labelled,
+            (TEXT, PAIR, Field("label", ("label", "class", "category", "sentiment", "target", "score", "rating", "stars"))),
+            label_fields.labelled,
+            prompt="text",
+            answer="label",
+            gold="label",
+        ),
+        Format(
+            "multilabel",
+            Labelled,
+            (TEXT, PAIR, Field("labels", ("labels", "classes", "categories"))),
+            label_fields.multilabel,
+            prompt="text",
+            answer="labels",
+            gold="labels",
+            look=label_fields.vectors,
+        ),
         Format("text", Text, (Field("text", ("text",)),), lambda values: Text(text(values["text"], "text")), prompt="text"),
     )
 }
@@ -148,27 +191,44 @@ PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 @dataclass(frozen=True)
 class Converter:
-    """Makes rows of a source's records: its format, the column of each field, and the prompt's template if there is one."""
+    """Makes rows of a source's records: its format, the column of each field, the prompt's template if there is one, whether a
+    row must have its ``gold``, and what the first rows say of the file (``facts``)."""
 
     form: Format
     columns: Mapping[str, str]
     prompt_template: str | None = None
+    gold: bool = True
+    facts: Mapping[str, Any] | None = None
 
     def __call__(self, record: Record) -> Row | RowProblem:
         """The row, or what is wrong with it."""
         names, missing = _resolve(self, tuple(record.value))
-        values = {field: record.value[column] for field, column in names.items()}
         try:
             if missing:
                 got = "the columns " + ", ".join(shorten(str(name))[1:-1] for name in list(record.value)[:8])
                 raise FieldFault(missing, f"the column {missing!r}", got, "Add it, or delete the row.")
+            values = self._values(record.value, names)
             if self.prompt_template is not None and self.form.prompt:
                 values[self.form.prompt] = self._filled(record.value)
-            return self.form.build(values)
+            return self.form.build({**values, **(self.facts or {})})
         except FieldFault as fault:
             head, mark, rest = fault.field.partition("[")  # messages[2].content -> the file's own column name
             field = names.get(head, self.columns.get(head, head)) + mark + rest
             return RowProblem(record.path, record.row, field, fault.expected, fault.got, fault.fix, record.line)
+
+    def _values(self, value: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+        """Field -> value. Where gold is not asked for, an empty one is none."""
+        values = {field: value[column] for field, column in names.items()}
+        if not self.gold and self.form.gold and values.get(self.form.gold) in (None, ""):
+            values.pop(self.form.gold, None)
+        return values
+
+    def look(self, records: Iterable[Record]) -> dict[str, Any]:
+        """What the first rows say of the whole file, for ``facts``."""
+        if self.form.look is None:
+            return {}
+        found = [(record.value, *_resolve(self, tuple(record.value))) for record in records]
+        return self.form.look([self._values(value, names) for value, names, missing in found if not missing])
 
     def _filled(self, value: Mapping[str, Any]) -> str:
         def fill(match: re.Match[str]) -> str:
@@ -192,12 +252,12 @@ class Converter:
 
 def _resolve(converter: Converter, keys: tuple[str, ...]) -> tuple[dict[str, str], str | None]:
     mapped = tuple(sorted(converter.columns.items()))
-    return _lookup(converter.form.name, keys, mapped, converter.prompt_template is not None)
+    return _lookup(converter.form.name, keys, mapped, converter.prompt_template is not None, converter.gold)
 
 
 @lru_cache(maxsize=4096)
 def _lookup(
-    name: str, keys: tuple[str, ...], mapped: tuple[tuple[str, str], ...], templated: bool
+    name: str, keys: tuple[str, ...], mapped: tuple[tuple[str, str], ...], templated: bool, gold: bool
 ) -> tuple[dict[str, str], str | None]:
     """(field -> column of a row with these keys, the first required column that is missing)."""
     form, columns = FORMATS[name], dict(mapped)
@@ -211,7 +271,7 @@ def _lookup(
         column = next((folded[name] for name in wanted if name in folded), None)
         if column is not None:
             names[field.name] = column
-        elif field.required or field.name in columns:
+        elif (field.required or field.name in columns) and (gold or field.name != form.gold):
             missing = missing or columns.get(field.name, field.columns[0])
     return names, missing
 
@@ -224,10 +284,12 @@ def converter(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     prompt_template: str | None = None,
+    gold: bool = True,
 ) -> Converter:
     """The converter of a source, from its first rows' column names and what the recipe says of it.
 
-    ``accepted``: the row types the objective learns from. Raises DataError when nothing fits, saying which columns there are.
+    ``accepted``: the row types the objective learns from. ``gold``: False = rows may lack it. Raises DataError when nothing
+    fits, saying which columns there are.
     """
     columns = dict(columns or {})
     if format is not None and format not in FORMATS:
@@ -237,30 +299,42 @@ def converter(
     forms = [form for form in forms if all(any(field.name == name for field in form.fields) for name in columns)]
     if prompt_template is not None:
         forms = _templated(forms, prompt_template, keys, path)
-    makers = [Converter(form, columns, prompt_template) for form in forms]
-    fits = {id(maker): sum(_resolve(maker, row)[1] is None for row in keys) for maker in makers}
-    fitting = [maker for maker in makers if fits[id(maker)]]
-    wanted = [maker for maker in fitting if _row_types(maker) & set(accepted)]
-    if wanted:  # the first of the table that fits half of the rows: alpaca rows fit input_output too
-        return next((maker for maker in wanted if 2 * fits[id(maker)] >= len(keys)), wanted[0])
+    for asked in (True,) if gold else (True, False):  # a file with gold is read with it
+        makers = [Converter(form, columns, prompt_template, asked) for form in forms]
+        fits = {id(maker): sum(_resolve(maker, row)[1] is None for row in keys) for maker in makers}
+        fitting = [maker for maker in makers if fits[id(maker)]]
+        wanted = [maker for maker in fitting if _row_types(maker) & set(accepted)]
+        if wanted:  # the first of the table that fits half of the rows: alpaca rows fit input_output too
+            chosen = next((maker for maker in wanted if 2 * fits[id(maker)] >= len(keys)), wanted[0])
+            return replace(chosen, gold=gold)
     names = ", ".join(row.__name__ for row in accepted)
     if fitting:
         found = fitting[0].form
         raise DataError(
             f"{path}: the format {found.name} gives {found.row.__name__} rows, but the objective learns from {names} rows.\n"
-            f"  Choose another objective, or map a column: columns: {{text: {next(iter(keys[0]), 'COLUMN')}}}"
+            f"  Choose another objective, or map a column: columns: {{{_first(accepted)}: {next(iter(keys[0]), 'COLUMN')}}}"
         )
     there = ", ".join(dict.fromkeys(str(key) for row in keys[:5] for key in row))
     tried = f"the format {format} needs {_needs(FORMATS[format])}" if format else "no known format has these columns"
     raise DataError(
         f"{path}: {tried}. Columns of the file: {there or 'none'}.\n"
         "  Say which column is what, for example columns: {instruction: ask, output: reply}. Formats:\n"
-        + "\n".join(f"    {form.name}: {_needs(form)}" for form in FORMATS.values())
+        + "\n".join(f"    {maker.form.name}: {_needs(maker.form)}" for maker in _giving(accepted))
     )
 
 
 def _row_types(maker: Converter) -> set[type]:
     return {maker.form.row, Chat} if maker.form.name == "prompt_completion" else {maker.form.row}
+
+
+def _giving(accepted: tuple[type, ...]) -> list[Converter]:
+    """The formats that give such rows."""
+    return [maker for form in FORMATS.values() if _row_types(maker := Converter(form, {})) & set(accepted)]
+
+
+def _first(accepted: tuple[type, ...]) -> str:
+    """A field that all rows of the objective have."""
+    return {Tagged: "tokens", Question: "context"}.get(accepted[0], "text")
 
 
 def _needs(form: Format) -> str:

@@ -33,6 +33,9 @@ COMPARED = 64
 """Each row of a band's bucket is compared with so many before it: a phrase that all rows begin with must not cost the square
 of their number. Rows that are alike come as pairs in many buckets, and a cluster needs only a chain of pairs."""
 
+UNCOMPARED = {"tools", "label", "labels", "words", "tags", "answers", "id"}
+"""Fields of rows that are no words of theirs: what many rows have, and what is known of them."""
+
 _PAIRS = 1 << 13
 """Pairs estimated at a time."""
 
@@ -134,6 +137,6 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, list | tuple):
         return [text for item in value for text in _strings(item)]
     if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value) if field.name != "tools"]
+        names = [field.name for field in dataclasses.fields(value) if field.name not in UNCOMPARED]
         return [text for name in names for text in _strings(getattr(value, name))]
     return [] if value is None else [str(value)]

@@ -12,7 +12,7 @@ from rich.text import Text as Coloured
 from tunesmith.data.cache import Example, targets
 from tunesmith.data.config import Source
 from tunesmith.data.problems import RowProblem
-from tunesmith.data.rows import Chat
+from tunesmith.data.rows import Chat, Labelled, Question, Row, Tagged
 from tunesmith.data.source import open_source
 from tunesmith.data.templates import apply_template
 
@@ -28,6 +28,14 @@ class Shown:
     pieces: tuple[tuple[str, bool], ...]
     tokens: int
     supervised: int
+    known: str | None = None
+    """Of a row that is no text to be written: its label, tags or answers, in words."""
+
+    def head(self) -> str:
+        """Where it stands, and what is known of it or how much is learnt."""
+        if self.known is not None:
+            return f"{self.where}: {self.known}"
+        return f"{self.where}: {self.supervised} of {self.tokens} tokens learnt"
 
     def coloured(self) -> Coloured:
         """The whole text; what is learnt is green, and underlined for those who see no colour."""
@@ -39,7 +47,9 @@ class Shown:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         pieces = [{"text": text, "supervised": learnt} for text, learnt in self.pieces]
-        return {"where": self.where, "tokens": self.tokens, "supervised": self.supervised, "pieces": pieces}
+        return {"where": self.where, "tokens": self.tokens, "supervised": self.supervised, "pieces": pieces} | (
+            {} if self.known is None else {"known": self.known}
+        )
 
 
 @dataclass(frozen=True)
@@ -63,12 +73,16 @@ class Preview:
         }
 
 
-def preview(source: Source, objective: Any, tokenizer: Any, template: str | None = None, rows: int = 3) -> Preview:
+def preview(
+    source: Source, objective: Any, tokenizer: Any, template: str | None = None, rows: int = 3, accepted: tuple[type, ...] = ()
+) -> Preview:
     """The first ``rows`` good rows of a source as examples, and the bad rows met before them.
+
+    ``accepted``: more row types than the objective learns from; these are shown as the file has them.
 
     Raises DataError when the file cannot be read or a row cannot be rendered.
     """
-    opened = open_source(source, tuple(objective.rows))
+    opened = open_source(source, accepted or tuple(objective.rows))
     said = "none: the rows are plain text"
     if template is not None or Chat in opened.kinds:
         tokenizer, said = apply_template(tokenizer, template)
@@ -80,13 +94,48 @@ def preview(source: Source, objective: Any, tokenizer: Any, template: str | None
             problems.append(item)
             continue
         record, row = item
+        good += 1
+        if not isinstance(row, tuple(objective.rows)):
+            shown.append(_as_it_is(f"{record.path}:{record.row}", row, tokenizer))
+            if good == rows:
+                break
+            continue
         for example in objective.encode([row], tokenizer)[0]:
             pieces = tuple(stretches(example, tokenizer))
             shown.append(Shown(f"{record.path}:{record.row}", pieces, len(example["input_ids"]), targets(example)))
-        good += 1
         if good == rows:
             break
     return Preview(source.label, opened.description, said, tuple(shown), tuple(problems))
+
+
+def _as_it_is(where: str, row: Row, tokenizer: Any) -> Shown:
+    """A row with what is known of it: tagged words and the first answer are coloured."""
+    text, marked, known = "", [], "nothing known"
+    if isinstance(row, Labelled):
+        text = row.text if row.text_pair is None else f"{row.text}\n{row.text_pair}"
+        if row.labels is not None:
+            known = f"labels {', '.join(row.labels) or 'none'}"
+        elif row.label is not None:
+            known = f"label {row.label}"
+    elif isinstance(row, Tagged):
+        text = row.text
+        tagged = [(place, tag) for place, tag in zip(row.words, row.tags or ()) if tag != "O"]
+        marked = [place for place, _ in tagged]
+        if row.tags is not None:
+            known = ", ".join(f"{text[start:end]}/{tag}" for (start, end), tag in tagged) or "no word has a tag but O"
+    elif isinstance(row, Question):
+        before = f"{row.question}\n"
+        text = before + row.context
+        if row.answers is not None:
+            known = ", ".join(f"{answer!r} at {start}" for answer, start in row.answers) or "no answer"
+        marked = [(len(before) + start, len(before) + start + len(answer)) for answer, start in (row.answers or ())[:1]]
+    pieces, at = [], 0
+    for start, end in marked:
+        pieces += [(text[at:start], False), (text[start:end], True)]
+        at = end
+    pieces.append((text[at:], False))
+    count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return Shown(where, tuple(piece for piece in pieces if piece[0]), count, 0, known)
 
 
 def stretches(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from tunesmith.data import builtin
+from tunesmith.data import builtin, class_folder
+from tunesmith.data.conll import read_conll
 from tunesmith.data.problems import Record, RowProblem, shorten
 from tunesmith.data.read_json import read_json, read_jsonl
 from tunesmith.errors import DataError, MissingExtra
@@ -23,16 +24,19 @@ LARGEST_FIELD = 1 << 27
 """Characters in one csv field; a quote that is never closed ends here."""
 
 
-def read(path: str) -> Rows:
-    """Every row of a json, jsonl, csv, tsv, txt or parquet file, or of a built-in data set (``builtin:docstrings``).
+def read(path: str, format: str | None = None) -> Rows:
+    """Every row of a json, jsonl, csv, tsv, txt, conll or parquet file, of a folder with one of texts for each class, or of a
+    built-in data set (``builtin:docstrings``). With the ``format`` conll a file of any name is read as one.
 
-    Raises DataError when the file is missing (naming the nearest files), is a folder, or is of an unknown kind, and
+    Raises DataError when the file is missing (naming the nearest files), is another folder, or is of an unknown kind, and
     MissingExtra for parquet without pyarrow.
     """
     if path.startswith(builtin.PREFIX):
         return (Record(path, row, None, value) for row, value in enumerate(builtin.rows(path), 1))
+    if class_folder.is_one(path):
+        return class_folder.rows(path)
     file = existing(path)
-    reader = READERS.get(file.suffix.lower())
+    reader = READERS.get(".conll" if format == "conll" else file.suffix.lower())
     if reader is None:
         kind = f"unknown kind of file {file.suffix!r}" if file.suffix else "its name has no ending that says what it holds"
         raise DataError(
@@ -62,7 +66,9 @@ def existing(path: str) -> Path:
         hint = f"Did you mean {' or '.join(close)}?" if close else f"{there}. Check the name and the folder."
         raise DataError(f"data file not found: {path}. {hint}") from None
     except IsADirectoryError:
-        raise DataError(f"{path} is a folder; name a file in it, one source for each file") from None
+        raise DataError(
+            f"{path} is a folder without a folder of .txt files for each class; name a file in it, one source for each file"
+        ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path!r} cannot be opened: {error}") from None
 
@@ -170,6 +176,8 @@ def _read_parquet(file: Path, path: str) -> Rows:
         yield RowProblem(path, row + 1, "file", "a parquet file", got, "Write the file again.", fatal=True)
 
 
+_CONLL = _text_reader(read_conll)
+
 READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".json": _text_reader(read_json),
     ".jsonl": _text_reader(read_jsonl),
@@ -178,4 +186,7 @@ READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".tsv": _text_reader(lambda handle, path: _table(handle, path, "\t"), newline=""),
     ".txt": _text_reader(_documents),
     ".parquet": _read_parquet,
+    ".conll": _CONLL,
+    ".bio": _CONLL,
+    ".iob": _CONLL,
 }

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from tunesmith.data import squad
 from tunesmith.data.problems import Record, RowProblem, shorten
 
 CHUNK = 1 << 18
@@ -17,6 +18,11 @@ CHUNK = 1 << 18
 
 LARGEST_ROW = 1 << 28
 """Characters of one row; a quote that is never closed ends here."""
+
+_TEXT = r'"(?:[^"\\]|\\.)*"'
+_PLAIN = rf"(?:\s*{_TEXT}\s*:\s*(?:{_TEXT}|[\w.+-]+)\s*,)*\s*"
+SQUAD = re.compile(rf'\{{{_PLAIN}"data"\s*:\s*\[(?=\s*\{{{_PLAIN}"paragraphs"\s*:)')
+"""How the nested files of SQuAD begin, up to the list of articles."""
 
 SPACE = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
@@ -36,6 +42,9 @@ def read_json(handle: TextIO, path: str) -> Iterator[Record | RowProblem]:
     first = window.peek()
     if first == "[":
         yield from _values(window.array(), path)
+    elif first and (start := SQUAD.match(window.text, window.at)):
+        window.at = start.end() - 1
+        yield from _until_broken(squad.nested(window.elements(), path), path)
     elif first and window.line_is_whole():
         yield from _lines(window.lines(), path)
     elif first:
@@ -70,10 +79,15 @@ def _lines(lines: Iterator[tuple[int, str]], path: str) -> Iterator[Record | Row
 
 
 def _values(values: Iterator[tuple[int, Any]], path: str) -> Iterator[Record | RowProblem]:
+    return _until_broken((_record(path, row, line, value) for row, (line, value) in enumerate(values, 1)), path)
+
+
+def _until_broken(rows: Iterator[Record | RowProblem], path: str) -> Iterator[Record | RowProblem]:
     row = 0
     try:
-        for row, (line, value) in enumerate(values, 1):
-            yield _record(path, row, line, value)
+        for item in rows:
+            row = item.row
+            yield item
     except Broken as broken:
         got = f"{broken.got} at line {broken.line}, column {broken.column}"
         fix = "Mend it there; nothing after it can be read."
@@ -150,6 +164,12 @@ class Window:
             return value
 
     def array(self) -> Iterator[tuple[int, Any]]:
+        """(line, value) of each element of the array that begins here, and is all that the file holds."""
+        yield from self.elements()
+        if self.peek():
+            raise self.broken("the end of the file after ']'", "more text", self.at)
+
+    def elements(self) -> Iterator[tuple[int, Any]]:
         """(line, value) of each element of the array that begins here."""
         self.at += 1
         if self.peek() == "]":
@@ -165,8 +185,6 @@ class Window:
                 self.at += 1
                 if mark == "]":
                     break
-        if self.peek():
-            raise self.broken("the end of the file after ']'", "more text", self.at)
 
     def stream(self) -> Iterator[tuple[int, Any]]:
         """(line, value) of each of the values that follow one another."""

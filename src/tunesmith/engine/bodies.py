@@ -41,7 +41,8 @@ SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Row:
-    """A row as the body sees it: ``ids`` int32 (tokens,) and the ``places`` int32 in it whose outputs are wanted."""
+    """A row as the body sees it: ``ids`` int32 (tokens,), with the types of its tokens behind them where it has some; the
+    ``places`` int32 in it whose outputs are wanted."""
 
     ids: np.ndarray
     places: np.ndarray
@@ -63,11 +64,18 @@ def rows_of(batch: dict[str, Any]) -> list[Row]:
         lengths = batch["attention_mask"].sum(1).cpu().numpy()
         starts = np.arange(len(ids)) * ids.shape[1]
     flat = ids.reshape(-1).astype(np.int32)
+    kinds = batch.get("token_type_ids")
+    typed = None if kinds is None else kinds.cpu().numpy().reshape(-1).astype(np.int32)
     edges = np.searchsorted(positions, [*starts, flat.size])
     return [
-        Row(flat[start : start + length], (positions[edges[number] : edges[number + 1]] - start).astype(np.int32))
+        Row(_seen(flat, typed, start, start + length), (positions[edges[number] : edges[number + 1]] - start).astype(np.int32))
         for number, (start, length) in enumerate(zip(starts, lengths, strict=True))
     ]
+
+
+def _seen(ids: np.ndarray, types: np.ndarray | None, start: int, end: int) -> np.ndarray:
+    own = ids[start:end]
+    return own if types is None or not types[start:end].any() else np.concatenate([own, types[start:end]])
 
 
 @dataclass

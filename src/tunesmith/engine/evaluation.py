@@ -32,14 +32,22 @@ def evaluate(
     """
     model.eval()
     parts = [np.flatnonzero(data.source == index) for index in range(len(sets))] or [np.arange(len(data))]
-    records = [_records(model, objective, data, rows, packed, budget, device) for rows in parts]
-    everything = [record for part in records for record in part]
+    of_parts = [_records(model, objective, data, rows, packed, budget, device) for rows in parts]
+    everything = [record for part in of_parts for record in part]
     if tune:
         objective.tune(everything)
     figures = objective.summarise(everything)
-    for name, part in zip(sets, records):
+    for name, part in zip(sets, of_parts):
         figures |= {f"eval_{name}_{key.removeprefix('eval_')}": value for key, value in objective.summarise(part).items()}
     return figures
+
+
+def records(
+    model: Any, objective: Objective, data: Encoded, packed: bool, budget: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """What the objective keeps of each micro-batch of ``data``."""
+    model.eval()
+    return _records(model, objective, data, np.arange(len(data)), packed, budget, device)
 
 
 def _records(

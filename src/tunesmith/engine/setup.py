@@ -74,6 +74,8 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     _check_adapter_choice(recipe, folder)
     _name_code(recipe, folder, say)
     config = load.load_config(folder)
+    if recipe.adapter == "continue":
+        newhead.apply(config, probe.head(folder.path).get("config") or {})
     objective = objectives.module(objectives.name_of(recipe.objective)).Objective(recipe.objective)
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
     if deepspeed is not None and "quantization_config" in adaptation.load_kwargs():
@@ -210,7 +212,8 @@ def _longest(data: Prepared) -> int:
 
 def window_of(config: Any, ahead: int = 0) -> int | None:
     """The most tokens that the network takes in one row, with so many virtual ones ``ahead``; None when it names no limit."""
-    return next((int(value) - ahead for name in WINDOWS if (value := getattr(config, name, None))), None)
+    taken = ahead + head.first_position(config)
+    return next((int(value) - taken for name in WINDOWS if (value := getattr(config, name, None))), None)
 
 
 def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:

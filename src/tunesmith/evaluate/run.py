@@ -1,21 +1,24 @@
-"""Loss and perplexity of any model on any file, by the same data path and the same forward pass as training."""
+"""The figures of any model on any file, by the same data path and the same forward pass as training."""
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from tunesmith.errors import UserError
 
-from tunesmith.errors import ModelError, RecipeError
+MISTAKES = 50
+"""Rows with the highest loss that a report shows."""
 
 
 def evaluate(
     model: str | Path | tuple[Any, Any],
     data: str | Path,
     *,
-    objective: str = "sft",
+    objective: str | None = None,
     format: str | None = None,
     columns: dict[str, str] | None = None,
     prompt_template: str | None = None,
@@ -28,63 +31,117 @@ def evaluate(
     split: str = "train",
     name: str | None = None,
     streaming: bool = False,
+    out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Figures of ``model`` (a name, a folder, or a pair (model, tokenizer)) over the rows of ``data``.
 
-    Returns eval_loss (mean per supervised token), eval_loss_stderr (with two rows or more), perplexity, rows, tokens,
-    supervised_tokens, tokens_per_second and seconds.
-    ``objective`` says what is learnt of a row: ``sft`` = the last answer (text rows whole), ``cpt`` = every token of a document,
-    long ones in blocks; ``overlong`` is the policy for rows above
+    Returns eval_loss (mean per learnt unit), eval_loss_stderr (with two rows or more), perplexity of a language model, the
+    figures of other heads (``objectives.md``) with ``details`` (by class, by entity type), rows, tokens, supervised_tokens,
+    tokens_per_second and seconds.
+    ``objective`` says what is learnt of a row; None = what the model was trained for, for a language model ``sft`` = the last
+    answer (text rows whole); ``cpt`` = every token of a document, long ones in blocks; ``overlong`` is the policy for rows above
     ``max_length`` (default: the objective's own). ``batch_tokens`` bounds memory and never changes the figures.
-    ``split``, ``name`` and ``streaming`` are those of a data set of the Hub (``data`` = "hub:OWNER/NAME"), as in a recipe.
+    ``split``, ``name`` and ``streaming`` are those of a data set of the Hub (``data`` = "hub:OWNER/NAME"), as in a recipe;
+    ``out``: a new folder for report.html, figures.json and the worst mistakes, of models that do not write.
     Raises UserError for a model or data that cannot be used.
     """
-    from tunesmith import objectives
-    from tunesmith.data.config import DataConfig, EvalConfig, Source, idle
+    from tunesmith.data.config import DataConfig, EvalConfig
     from tunesmith.data.prepare import prepare
-    from tunesmith.engine import distributed, evaluation, route
-    from tunesmith.engine import precision as precisions
+    from tunesmith.engine import evaluation
     from tunesmith.engine.setup import window_of
-    from tunesmith.models import load, virtual
+    from tunesmith.evaluate import opened
+    from tunesmith.models import virtual
 
-    if objective not in objectives.names():
-        raise ModelError(f"unknown objective {objective!r}; expected one of {', '.join(objectives.names())}")
-    module = objectives.module(objective)
-    try:
-        chosen = module.Objective(module.Config(**({"overlong": overlong} if overlong else {})))
-    except ValidationError as error:
-        raise RecipeError(f"overlong: {error.errors()[0]['msg']}, got {overlong!r}") from None
-    try:
-        source = Source(
-            path=str(data), format=format, columns=columns, prompt_template=prompt_template, limit=limit,
-            split=split, name=name, streaming=streaming,
-        )  # fmt: skip
-    except ValidationError as error:
-        raise RecipeError(f"data: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    if keys := idle(source):
-        raise RecipeError(f"{' and '.join(keys)} would do nothing: {data} is no data set of the Hub (hub:OWNER/NAME)")
-    device = distributed.state().device
-    network, tokenizer = model if isinstance(model, tuple) else load.load(model)
+    source = opened.source_of(
+        data,
+        format=format,
+        columns=columns,
+        prompt_template=prompt_template,
+        limit=limit,
+        split=split,
+        name=name,
+        streaming=streaming,
+    )
+    chosen = opened.open_model(model, objective, overlong, max_length)
+    if out is not None:
+        _check_out(Path(out), chosen.objective.head)
     config = DataConfig(train=[source], eval=EvalConfig(fraction=0.0), template=template)
-    rows = prepare(
-        config, chosen, tokenizer, max_length=max_length, window=window_of(network.config, virtual.count(network)), seed=0
-    ).train
+    window = window_of(chosen.network.config, virtual.count(chosen.network))
+    rows = prepare(config, chosen.objective, chosen.tokenizer, max_length=max_length, window=window, seed=0).train
 
-    if not isinstance(model, tuple):  # somebody's own model in memory keeps its dtype and place
-        precisions.cast(network, precisions.choose(precision, device).compute)
-        network.to(device).eval().requires_grad_(False)
-    device = network.device
     order = sorted(range(len(rows)), key=lambda row: rows.lengths[row])
-    way = route.choose(network, chosen, [rows[row] for row in order[:2]], int(rows.lengths.max()), "auto", device)
+    way = chosen.ready(precision, [rows[row] for row in order[:2]], int(rows.lengths.max()))
     started = time.perf_counter()
-    figures = evaluation.evaluate(network, chosen, rows, way.packed, batch_tokens, device)
+    records = evaluation.records(chosen.network, chosen.objective, rows, way.packed, batch_tokens, chosen.device)
+    figures = chosen.objective.summarise(records)
     seconds = time.perf_counter() - started
-    way.leave(network)
-    return {
+    way.leave(chosen.network)
+    found = {
         **figures,
+        "objective": chosen.name,
         "rows": len(rows),
         "tokens": int(rows.lengths.sum()),
         "supervised_tokens": int(rows.supervised.sum()),
         "tokens_per_second": float(rows.lengths.sum()) / seconds,
         "seconds": seconds,
+    }
+    if chosen.objective.head == "lm":
+        return found
+    answers = chosen.objective.answers(records)
+    found["details"] = chosen.objective.details(records)
+    if out is not None:
+        found["report"] = str(
+            _report(Path(out), str(model) if chosen.own else "a model in memory", found, answers, source, chosen)
+        )
+    return found
+
+
+def _check_out(folder: Path, head: str) -> None:
+    if head == "lm":
+        raise UserError(
+            "--out makes a report of a model that classifies, tags or finds answers; this one writes text. Leave it out."
+        )
+    if folder.exists():
+        raise UserError(f"{folder} exists already: name a new folder with --out, or remove it")
+
+
+def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[dict[str, Any]], source: Any, chosen: Any) -> Path:
+    """report.html, figures.json and mistakes.jsonl in ``folder``."""
+    from tunesmith.evaluate import task_report
+
+    worst = sorted((one for one in answers if one["loss"] is not None), key=lambda one: -one["loss"])
+    wrong = [one for one in worst if one["prediction"] != one["gold"]][:MISTAKES] or worst[:MISTAKES]
+    texts = _rows_of(source, {one["row"][1] for one in wrong}, chosen.objective.rows)
+    mistakes = [
+        {"where": f"{source.label}:{one['row'][1]}", **chosen.objective.present(texts[one["row"][1]], one), "gold": one["gold"]}
+        | {"loss": one["loss"], "shown": _words(texts[one["row"][1]])}
+        for one in wrong
+    ]
+    folder.mkdir(parents=True)
+    (folder / "figures.json").write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
+    lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in mistakes)
+    (folder / "mistakes.jsonl").write_text(lines, encoding="utf-8")
+    facts = {
+        "data": source.label,
+        "objective": chosen.name,
+        **{key: found[key] for key in ("rows", "tokens", "tokens_per_second")},
+    }
+    return task_report.write(folder, title, found, mistakes, facts)
+
+
+def _rows_of(source: Any, numbers: set[int], accepted: tuple[type, ...]) -> dict[int, Any]:
+    """The rows of a source with these numbers."""
+    from tunesmith.data.source import open_source
+
+    found: dict[int, Any] = {}
+    for item in open_source(source, accepted).rows():
+        if isinstance(item, tuple) and item[0].row in numbers:
+            found[item[0].row] = item[1]
+    return found
+
+
+def _words(row: Any) -> dict[str, str]:
+    """What a person reads of a row."""
+    return {
+        name: value for name in ("text", "text_pair", "question", "context") if (value := getattr(row, name, None)) is not None
     }

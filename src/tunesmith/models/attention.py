@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -76,8 +77,6 @@ def refuse(
         raise CannotPack(f"its attention uses {', '.join(unknown)}")
     if not told or attention_mask is not None or query.shape[0] != 1:
         raise CannotPack("its forward does not pass the segments on to attention")
-    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
-        raise CannotPack("its attention is not causal")
     if dropout:
         raise CannotPack("its attention drops probabilities at random")
 
@@ -100,7 +99,7 @@ def segment_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each segment.
+    """Attention inside each segment: causal, or of an encoder from every token to every other.
 
     ``query`` (1, heads, tokens, dim), ``key`` and ``value`` (1, kv_heads, tokens, dim); ``segments`` holds the lengths, which sum
     to tokens. Returns (1, tokens, heads, dim). Where keys are more than queries, each segment has as many virtual ones in front.
@@ -108,7 +107,11 @@ def segment_attention(
     """
     refuse(module, query, attention_mask, segments is not None, dropout, kwargs)
     assert segments is not None
+    causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
     if key.shape[2] != query.shape[2]:
+        if not causal:
+            raise CannotPack("virtual keys go with causal attention only")
         asked, layout = with_virtual(query, key, {"segments": segments})
         out, _ = segment_attention(
             module, asked, key, value, None, scaling, sliding_window=sliding_window, **layout.keywords
@@ -118,6 +121,8 @@ def segment_attention(
         raise CannotPack(f"its attention slides over {sliding_window} tokens and a row has {max(segments)}")
     saw(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not causal:
+        return both_ways(query[0], key[0], value[0], segments, scale).unsqueeze(0), None
     if kernels.available(query) and value.shape[-1] == query.shape[-1]:
         out = CausalSegments.apply(query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), segments, scale)
         return out.unsqueeze(0), None
@@ -127,6 +132,53 @@ def segment_attention(
         parts.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]))
         start += length
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+SHORT = 128
+"""Tokens up to which segments of an encoder are attended to together, padded: single calls cost more than the padding."""
+
+
+def both_ways(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float) -> torch.Tensor:
+    """Attention without a causal mask: (heads, tokens, dim) three times -> (tokens, heads, dim).
+
+    Short segments of like length go together, padded to the longest of them; what is padding has no weight.
+    """
+    starts = [0, *accumulate(segments)]
+    order = sorted(range(len(segments)), key=lambda one: -segments[one])
+    out = torch.empty(q.shape[1], q.shape[0], v.shape[2], dtype=v.dtype, device=v.device)
+    parts, places = [], []
+    while order:
+        longest = segments[order[0]]
+        fitting = [one for one in order if 2 * segments[one] > longest] if longest <= SHORT else order[:1]
+        order = order[len(fitting) :]
+        if len(fitting) == 1:
+            here = slice(starts[fitting[0]], starts[fitting[0]] + longest)
+            one = scaled_dot_product_attention(
+                q[None, :, here], k[None, :, here], v[None, :, here], scale=scale, enable_gqa=q.shape[0] != k.shape[0]
+            )
+            parts.append(one[0].transpose(0, 1))
+            places.append(torch.arange(starts[fitting[0]], starts[fitting[0]] + longest, device=q.device))
+            continue
+        lengths = torch.tensor([segments[one] for one in fitting], device=q.device)
+        begin = torch.tensor([starts[one] for one in fitting], device=q.device)
+        inside = torch.arange(longest, device=q.device)[None]
+        real = inside < lengths[:, None]
+        index = (begin[:, None] + torch.minimum(inside, lengths[:, None] - 1)).reshape(-1)
+        rows = (one[:, index].view(one.shape[0], len(fitting), longest, -1).transpose(0, 1) for one in (q, k, v))
+        hidden = ~real[:, None, None, :]
+        parts.append(_padded(*rows, hidden, scale).transpose(1, 2)[real])
+        places.append(index.view(real.shape)[real])
+    if len(parts) == 1 and len(segments) == 1:
+        return parts[0]
+    return out.index_copy(0, torch.cat(places), torch.cat(parts))
+
+
+def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float) -> torch.Tensor:
+    """(rows, heads, tokens, dim) of each; keys that are ``hidden`` (rows, 1, 1, tokens) get no weight."""
+    if k.shape[1] != q.shape[1]:
+        k, v = (one.repeat_interleave(q.shape[1] // one.shape[1], dim=1) for one in (k, v))
+    scores = (q @ k.transpose(-1, -2)) * scale
+    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1) @ v
 
 
 def with_virtual(query: torch.Tensor, key: torch.Tensor, keywords: dict[str, Any]) -> tuple[torch.Tensor, Layout]:

@@ -99,13 +99,36 @@ def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
     What its packed attention wants to know of the segments is made here: once for a batch, not once for a layer.
     """
-    names = ["input_ids", "position_ids", "attention_mask"]
+    names = ["input_ids", "position_ids", "attention_mask", "token_type_ids"]
     keywords: dict[str, Any] = {"use_cache": False}
     if base(model).config._attn_implementation == varlen.NAME and "segments" in batch:
         keywords |= varlen.boundaries(batch["segments"], batch["input_ids"].device)
     else:
         names.append("segments")
-    return {name: batch[name] for name in names if batch.get(name) is not None} | keywords
+    given = {name: batch[name] for name in names if batch.get(name) is not None}
+    if "position_ids" in given and (first := first_position(base(model).config)):
+        given["position_ids"] = given["position_ids"] + first
+    return given | keywords
+
+
+SHIFTED = (
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "roberta-prelayernorm",
+    "xlm-roberta-xl",
+    "xmod",
+    "data2vec-text",
+    "longformer",
+    "ibert",
+    "mpnet",
+)
+"""Kinds of networks whose first token does not stand at position 0."""
+
+
+def first_position(config: Any) -> int:
+    """The position of a row's first token: in roberta's family the one after that of padding."""
+    return int(config.pad_token_id) + 1 if config.model_type in SHIFTED else 0
 
 
 def lm_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:

@@ -52,6 +52,11 @@ def require_class(config: Any, kind: str) -> None:
         "token": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
         "span": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     }[kind]
+    if kind == "lm" and not is_causal(config):
+        raise ModelError(
+            f"{config.model_type} is an encoder: each of its tokens sees those after it, so there is nothing to predict for this "
+            "objective.\n  Take a decoder such as smollm2-135m, or objective: classify, tag or qa."
+        )
     maps = getattr(config, "auto_map", None) or {}
     if type(config) not in known and CLASSES[kind] not in maps:
         raise ModelError(
@@ -62,11 +67,9 @@ def require_class(config: Any, kind: str) -> None:
 
 def is_causal(config: Any) -> bool:
     """Whether the network of ``config`` is a decoder, whose tokens see only what stands before them."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-    if getattr(config, "is_decoder", False):
-        return True
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    return bool(getattr(config, "is_decoder", False)) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def pooling(config: Any) -> str | None:

@@ -114,7 +114,7 @@ def _code(folder: Folder) -> dict[str, bool]:
 
 def load_model(
     folder: Folder,
-    head: str | None = "lm",
+    head: str | None = None,
     dtype: torch.dtype | None = None,
     adapter: Literal["attach", "ignore", "merge"] = "attach",
     trainable: bool = False,

@@ -122,7 +122,8 @@ def _no_attention_dropout(model: nn.Module) -> list[str]:
         if isinstance(rate, float) and rate > 0:
             module.attention_dropout = 0.0  # type: ignore[assignment]
             found.add(rate)
-        inner = getattr(module, "attn_dropout", None)
+        own = "dropout" if hasattr(module, "is_causal") else "attn_dropout"  # bert's attention has it under the first name
+        inner = getattr(module, own, getattr(module, "attn_dropout", None))
         if isinstance(inner, nn.Dropout) and inner.p > 0:
             found.add(inner.p)
             inner.p = 0.0

@@ -17,7 +17,7 @@ KINDS = ("nf4", "fp4", "int8")
 BLOCK, NESTED_BLOCK = 64, 256
 """Numbers that share a scale, and scales that share one under double quantisation: bitsandbytes' own."""
 
-OUTPUTS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "pre_classifier", "pooler")
+OUTPUTS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "pre_classifier", r"(?:.*\.)?pooler")
 """Names of output layers, which stay as they are."""
 
 

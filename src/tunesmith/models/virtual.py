@@ -96,7 +96,14 @@ def _slides(core: Any, tokens: int) -> bool:
 
 def attentions(core: Any) -> list[nn.Module]:
     """The attention of each layer, in order. Raises ModelError when they are not all found: a prefix would miss some."""
+    from tunesmith.models import heads
+
     config = core.config.get_text_config()
+    if not heads.is_causal(core.config):
+        raise ModelError(
+            f"prefix tuning is not available for {type(core).__name__}: an encoder's attention has no cache that a prefix could "
+            "stand in.\n  Use adaptation=prompt or adaptation=lora."
+        )
     found = [module for module in core.modules() if hasattr(module, "is_causal") and hasattr(module, "layer_idx")]
     if [module.layer_idx for module in found] != list(range(config.num_hidden_layers)):
         raise ModelError(
@@ -287,7 +294,8 @@ def check_stored(stored: Mapping[str, Sequence[int]], config: Any, core: Any, wh
     if not config.is_prompt_learning:
         return
     wanted = _shape(config, core)
-    extra = sorted(set(stored) - {"prompt_embeddings"})
+    heads = tuple(f".{name}." for name in config.modules_to_save or ())
+    extra = sorted(name for name in stored if name != "prompt_embeddings" and not any(head in f".{name}" for head in heads))
     if "prompt_embeddings" not in stored or extra:
         what = f"unexpected: {', '.join(extra)}" if extra else "missing: prompt_embeddings"
         raise ModelError(f"{where}: the weights are not those of {config.num_virtual_tokens} virtual tokens.\n  {what}")

@@ -36,6 +36,8 @@ class Objective(Protocol):
     overlong: str
     notes: Sequence[str]
     """What it decided that is not plain from the recipe, to be said once the data are known."""
+    max_length: int | None
+    """Tokens that an example may have; None = no limit."""
     facts: dict[str, Any]
     """JSON of all that decides what an example is, besides the config: what ``adopt`` and ``survey`` found out."""
 
@@ -80,6 +82,18 @@ class Objective(Protocol):
 
     def tune(self, records: Sequence[dict[str, Any]]) -> None:
         """Choose on held-out rows what the saved model needs besides its weights, such as a threshold."""
+        ...
+
+    def of_model(self) -> None:
+        """Take what was learnt from the model that was adopted (labels, thresholds). Raises DataError."""
+        ...
+
+    def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """All figures of held-out rows, as JSON: by class, by type, tables and curves."""
+        ...
+
+    def present(self, row: Any, answer: dict[str, Any]) -> dict[str, Any]:
+        """One of ``answers`` as a user reads it, beside the row it is about."""
         ...
 
     def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

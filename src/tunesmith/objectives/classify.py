@@ -30,13 +30,10 @@ class Config(BaseModel):
     pooling: Literal["mean"] | None = Field(
         None, description="mean = average of all tokens' outputs; default: the first token of an encoder, a decoder's last"
     )
-    pair_template: str = Field(texts.PAIR_TEMPLATE, description="joins two texts for a network without a separator token")
     overlong: Literal["error", "drop", "truncate"] = Field("error", description="what happens to a row above max_length")
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if "{text}" not in self.pair_template or "{text_pair}" not in self.pair_template:
-            raise ValueError(f"pair_template: expected {{text}} and {{text_pair}} in it, got {self.pair_template!r}")
         if self.problem_type == REGRESSION:
             for key in ("labels", "class_weights", "label_smoothing"):
                 if getattr(self, key):
@@ -60,9 +57,11 @@ class Objective:
         self._ending: tuple[int, ...] = ()
         self._pad: int | None = None
         self._pooling: str | None = config.pooling
-        self._template = config.pair_template
+        self._template = texts.PAIR_TEMPLATE
         self._weights: np.ndarray | None = None
         self._saved: dict[str, Any] = {}
+        self._fixed = False
+        self.max_length: int | None = None
 
     @property
     def best(self) -> tuple[str, str]:
@@ -84,20 +83,20 @@ class Objective:
         from tunesmith.models import heads
 
         self._causal = heads.is_causal(config)
+        self.max_length = max_length
         self._ending = texts.ending(tokenizer)
         ours = getattr(config, "tunesmith", None) or {}
         if self._causal:
             texts.own_padding(tokenizer)
             self._pad = tokenizer.pad_token_id
-        if heads.kind_of((getattr(config, "architectures", None) or [""])[0]) == "score":
+        if ours.get("objective") == "classify" or heads.kind_of((config.architectures or [""])[0]) == "score":
             self._saved = {
                 "problem": config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE),
                 "labels": [config.id2label[number] for number in range(config.num_labels)],
             }
             self.threshold = float(ours.get("threshold", 0.5))
             self._pooling = self._pooling or ours.get("pooling")
-            if "pair_template" not in self.config.model_fields_set:
-                self._template = ours.get("pair_template", self._template)
+            self._template = ours.get("pair_template", self._template)
         self.facts |= {"causal": self._causal, "pad": self._pad, "template": self._template}
 
     def of_model(self) -> None:
@@ -105,8 +104,11 @@ class Objective:
         if not self._saved:
             raise DataError("this model has no head that classifies: train one with objective: classify")
         self.facts |= self._saved
+        self._fixed = True
 
     def survey(self, rows: Iterable[Any]) -> None:
+        if self._fixed:
+            return
         if self.config.labels and self.config.problem_type and self.config.class_weights != "balanced":
             labels.check(self.labels, self.problem)
             self._weigh(None)
@@ -324,6 +326,20 @@ class Objective:
         if self.problem == MULTI:
             _, scores, targets, _ = self._gathered(records)
             self.threshold = classes.best_threshold(targets > 0.5, scores)
+
+    def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        _, scores, targets, _ = self._gathered(records)
+        return self.measures(scores, targets)
+
+    def present(self, row: Labelled, answer: dict[str, Any]) -> dict[str, Any]:
+        """label, labels or value, with the probability of each label."""
+        name = {SINGLE: "label", MULTI: "labels", REGRESSION: "value"}[self.problem]
+        said = {name: answer["prediction"]}
+        if "probabilities" not in answer:
+            return said
+        if self.problem == SINGLE:
+            said["score"] = answer["probabilities"][answer["prediction"]]
+        return {**said, "probabilities": answer["probabilities"]}
 
     def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         rows, scores, targets, losses = self._gathered(records)

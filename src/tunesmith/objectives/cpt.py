@@ -25,6 +25,7 @@ class Objective:
     rows: tuple[type, ...] = (Text,)
     best = ("eval_loss", "min")
     notes: Sequence[str] = ()
+    max_length: int | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -66,6 +67,15 @@ class Objective:
 
     def tune(self, records: Sequence[dict[str, Any]]) -> None:
         """There is nothing to choose."""
+
+    def of_model(self) -> None:
+        """A language model was told nothing but its words."""
+
+    def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {}
+
+    def present(self, row: Any, answer: dict[str, Any]) -> dict[str, Any]:
+        return answer
 
     def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return []

@@ -1,0 +1,79 @@
+"""``tunesmith predict MODEL --data FILE --out FILE``: what a model says of every row, as one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from tunesmith.cli.evaluate import columns_of
+from tunesmith.cli.output import console, plain, result, say
+from tunesmith.errors import UserError
+
+SHOWN = 5
+"""Rows that a person sees of what was written."""
+
+
+def predict(
+    model: Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)],
+    data: Annotated[
+        str, typer.Option(help="Rows, with or without labels: json, jsonl, csv, tsv, txt, parquet, conll.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="New jsonl file: one object for each row, in order.", show_default=False)],
+    format: Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="FIELD=COLUMN, such as text=review; may be repeated.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.", show_default=False)] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row.", show_default="the model's window")] = None,
+    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the forward pass.")] = "auto",
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")] = 2048,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Classes, entities or answers for every row of a file. A row that cannot be read gets `error` and costs no other row."""
+    columns = columns_of(column or [])
+    if out.exists():
+        raise UserError(f"{out} exists already; name a new file with --out, or remove it")
+
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from tunesmith.evaluate import predict as engine
+
+    say(f"loading {model}")
+    notes: list[str] = []
+    said = engine.predict(
+        model, data, format=format, columns=columns, limit=limit, max_length=max_length, precision=precision,
+        batch_tokens=batch_tokens, note=notes.append,
+    )  # fmt: skip
+    first: list[dict[str, Any]] = []
+    rows = errors = 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.part")
+    show = Progress(
+        SpinnerColumn(), TextColumn("predicting"), MofNCompleteColumn(), TimeElapsedColumn(), console=console(), transient=True
+    )
+    with show, beside.open("w", encoding="utf-8") as file:
+        task = show.add_task("", total=None)
+        for answer in said:
+            file.write(json.dumps(plain(answer), ensure_ascii=False) + "\n")
+            rows, errors = rows + 1, errors + ("error" in answer)
+            first += [answer] if len(first) < SHOWN else []
+            show.advance(task)
+    beside.rename(out)
+    for line in notes:
+        say(line)
+    found = {"model": model, "data": data, "out": str(out), "rows": rows, "errors": errors, "notes": notes, "first": first}
+    result(found, as_json, _shown)
+
+
+def _shown(found: Any) -> str:
+    lines = [_line(answer) for answer in found["first"]]
+    return "\n".join([*lines, f"{found['rows']:,} rows written to {found['out']}"])
+
+
+def _line(answer: dict[str, Any]) -> str:
+    said = {name: value for name, value in answer.items() if name not in ("row", "probabilities", "n_best", "tags")}
+    text = json.dumps(plain(said), ensure_ascii=False)
+    return f"{answer['row']}: {text if len(text) <= 160 else text[:157] + '...'}"

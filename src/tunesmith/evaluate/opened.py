@@ -1,0 +1,87 @@
+"""A saved model with the objective that it was trained for, ready to read rows by the same path as a run's own evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from tunesmith.data.config import Source, idle
+from tunesmith.errors import ModelError, RecipeError
+
+OBJECTIVE_OF = {"lm": "sft", "score": "classify", "token": "tag", "span": "qa"}
+"""What a head was trained for, where the model does not say."""
+
+
+@dataclass
+class Opened:
+    """``own``: whether it was loaded here; somebody's own model in memory keeps its dtype and its place."""
+
+    network: Any
+    tokenizer: Any
+    name: str
+    objective: Any
+    own: bool
+
+    def ready(self, precision: str, first: Sequence[Any], longest: int) -> Any:
+        """Cast and place the network and find its route; ``first``: two short examples. Returns the route, to be left again."""
+        from tunesmith.engine import distributed, route
+        from tunesmith.engine import precision as precisions
+
+        if self.own:
+            device = distributed.state().device
+            precisions.cast(self.network, precisions.choose(precision, device).compute)
+            self.network.to(device).eval().requires_grad_(False)
+        return route.choose(self.network, self.objective, first, longest, "auto", self.network.device)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.network.device
+        return device
+
+
+def open_model(
+    model: str | Path | tuple[Any, Any], objective: str | None = None, overlong: str | None = None, max_length: int | None = None
+) -> Opened:
+    """Load ``model`` (a name, a folder, or a pair (model, tokenizer)) and what judges its rows.
+
+    ``objective``: None = what the model was trained for. Raises UserError for a model that cannot do what is asked.
+    """
+    from tunesmith import objectives
+    from tunesmith.engine.setup import window_of
+    from tunesmith.models import head, heads, load, virtual
+
+    if objective is not None and objective not in objectives.names():
+        raise ModelError(f"unknown objective {objective!r}; expected one of {', '.join(objectives.names())}")
+    network, tokenizer = model if isinstance(model, tuple) else load.load(model)
+    kind = heads.kind_of(type(head.base(network)).__name__)
+    config = head.base(network).config
+    name = objective or (getattr(config, "tunesmith", None) or {}).get("objective") or OBJECTIVE_OF[kind]
+    module = objectives.module(name)
+    try:
+        chosen = module.Objective(module.Config(**({"overlong": overlong} if overlong else {})))
+    except ValidationError as error:
+        raise RecipeError(f"overlong: {error.errors()[0]['msg']}, got {overlong!r}") from None
+    if chosen.head != kind:
+        fitting = ", ".join(one for one in objectives.names() if objectives.module(one).Objective.head == kind)
+        is_a, needs = type(head.base(network)).__name__, heads.CLASSES[chosen.head].removeprefix("AutoModel")
+        raise ModelError(f"{name} needs a {needs}, and this model is a {is_a}.\n  It goes with: {fitting}.")
+    chosen.adopt(config, tokenizer, max_length or window_of(config, virtual.count(network)))
+    if kind != "lm":
+        chosen.of_model()
+    return Opened(network, tokenizer, name, chosen, not isinstance(model, tuple))
+
+
+def source_of(data: str | Path, **asked: Any) -> Source:
+    """The source that ``data`` names. Raises RecipeError for keys that cannot be, or would do nothing."""
+    try:
+        source = Source(path=str(data), **asked)
+    except ValidationError as error:
+        raise RecipeError(f"data: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    if keys := idle(source):
+        raise RecipeError(f"{' and '.join(keys)} would do nothing: {data} is no data set of the Hub (hub:OWNER/NAME)")
+    return source

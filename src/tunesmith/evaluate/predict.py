@@ -1,0 +1,116 @@
+"""What a model says of rows that nobody has labelled: classes with probabilities, entities, answers; in the order of the file."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data.problems import Record, RowFault, RowProblem
+from tunesmith.errors import ModelError
+
+BLOCK = 512
+"""Rows encoded and sorted by length together: enough to fill batches, few enough to hold."""
+
+
+def predict(
+    model: str | Path | tuple[Any, Any],
+    data: str | Path,
+    *,
+    format: str | None = None,
+    columns: dict[str, str] | None = None,
+    limit: int | None = None,
+    max_length: int | None = None,
+    precision: str = "auto",
+    batch_tokens: int = 2048,
+    split: str = "train",
+    name: str | None = None,
+    streaming: bool = False,
+    note: Callable[[str], None] = lambda line: None,
+) -> Iterator[dict[str, Any]]:
+    """One dict for each row of ``data``, in order: ``row`` (its number) and what the model says of it, or ``error``.
+
+    A classifier: label (labels, or value) and probabilities. A tagger: entities (type, start, end, text, score) and tags.
+    A reader: answer, start, end, score and the n best. Gold that a row may have is not looked at. A row that cannot be read gives
+    ``error`` and costs no other row; one above ``max_length`` is cut and counted. ``note`` is told at the end.
+    Raises UserError for a model that writes text, and for a file that cannot be opened.
+    """
+    from tunesmith.data.source import open_source
+    from tunesmith.evaluate import opened
+
+    source = opened.source_of(data, format=format, columns=columns, limit=limit, split=split, name=name, streaming=streaming)
+    chosen = opened.open_model(model, max_length=max_length)
+    if chosen.objective.head == "lm":
+        raise ModelError("this model writes text: use tunesmith generate. predict is for models that classify, tag or answer.")
+    rows = open_source(source, chosen.objective.rows, gold=False).rows()
+    cut = bad = 0
+    way = None
+    try:
+        while block := list(itertools.islice(rows, BLOCK)):
+            made = [_encoded(item, chosen.objective, chosen.tokenizer) for item in block]
+            examples = [one for item in made if isinstance(item, list) for one in item]
+            cut += sum(_cut(one, max_length or chosen.objective.max_length) for one in examples)
+            if examples and way is None:
+                shortest = sorted(examples, key=lambda one: len(one["input_ids"]))[:2]
+                way = chosen.ready(precision, shortest, max_length or chosen.objective.max_length or 0)
+            answers = _answers(chosen, examples, way, batch_tokens) if examples else {}
+            for item, result in zip(block, made):
+                number = item.row if isinstance(item, RowProblem) else item[0].row
+                if isinstance(result, RowProblem):
+                    bad += 1
+                    yield {"row": number, "error": str(result)}
+                else:
+                    yield {"row": number, **chosen.objective.present(item[1], answers[number])}
+    finally:
+        if way is not None:
+            way.leave(chosen.network)
+    if cut:
+        note(
+            f"{cut} rows were longer than {max_length or chosen.objective.max_length} tokens; what stands after that was not read"
+        )
+    if bad:
+        note(f"{bad} rows could not be read: they have `error` in the place of an answer")
+
+
+def _encoded(item: tuple[Record, Any] | RowProblem, objective: Any, tokenizer: Any) -> list[Any] | RowProblem:
+    """The examples of a row, each with its number."""
+    import numpy as np
+
+    if isinstance(item, RowProblem):
+        return item
+    record, row = item
+    try:
+        (examples,) = objective.encode([row], tokenizer)
+    except RowFault as fault:
+        return RowProblem(record.path, record.row, "row", fault.expected, fault.got, fault.fix, record.line)
+    return [{**example, "row": np.array([0, record.row])} for example in examples]
+
+
+def _cut(example: dict[str, Any], longest: int | None) -> bool:
+    """Cut an example to ``longest`` tokens, in place. Windows never are longer."""
+    from tunesmith.data.cache import ALIGNED
+
+    whole = len(example["input_ids"])
+    if longest is None or whole <= longest:
+        return False
+    for key in ALIGNED:
+        if key in example:
+            example[key] = example[key][:longest]
+    return True
+
+
+def _answers(chosen: Any, examples: list[Any], way: Any, budget: int) -> dict[int, dict[str, Any]]:
+    """Row number -> the objective's answer."""
+    import torch
+
+    from tunesmith.data.pack import to_device
+    from tunesmith.engine import batching
+
+    examples = sorted(examples, key=lambda one: -len(one["input_ids"]))
+    records = []
+    with torch.no_grad():
+        for group in batching.micro_batches([len(one["input_ids"]) for one in examples], budget, way.packed):
+            batch = chosen.objective.collate([examples[place] for place in group], way.packed)
+            records.append(chosen.objective.evaluate(chosen.network, to_device(batch, chosen.device)))
+    return {answer["row"][1]: answer for answer in chosen.objective.answers(records)}
