@@ -56,10 +56,12 @@ def predict(
                 way = chosen.ready(precision, shortest, max_length or chosen.objective.max_length or 0)
             answers = _answers(chosen, examples, way, batch_tokens) if examples else {}
             for item, result in zip(block, made):
-                if isinstance(item, RowProblem) or isinstance(result, RowProblem):
+                if isinstance(item, RowProblem):
                     bad += 1
-                    problem = result if isinstance(result, RowProblem) else item
-                    yield {"row": problem.row, "error": str(problem)}
+                    yield {"row": item.row, "error": str(item)}
+                elif isinstance(result, RowProblem):
+                    bad += 1
+                    yield {"row": result.row, "error": str(result)}
                 else:
                     record, row = item
                     yield {"row": record.row, **chosen.objective.present(row, answers[record.row])}
