@@ -163,7 +163,7 @@ def _windows(
     answer = _answer(row, index, offsets)
     golds = b"" if row.answers is None else json.dumps([text for text, _ in row.answers], ensure_ascii=False).encode()
     tail = np.array(closing, np.int32)
-    out = []
+    out: list[Example] = []
     for start, end in stretches(count, room, max(stride, longest_answer - 1)):
         left, right = tokens.first + start, tokens.first + end
         parts = (slice(0, tokens.first), slice(left, right), slice(tokens.end, None))
@@ -178,7 +178,7 @@ def _windows(
         places[tokens.first : tokens.first + end - start] = offsets[start:end]
         seen = places[places[:, 0] >= 0]
         piece = row.context[seen.min() : seen.max()] if len(seen) else ""
-        example = {"input_ids": ids.astype(np.int32)}
+        example: Example = {"input_ids": ids.astype(np.int32)}
         if tokens.types is not None:
             example["token_type_ids"] = np.concatenate([*(tokens.types[part] for part in parts), np.zeros(len(tail), np.uint8)])
         out.append(
@@ -195,10 +195,7 @@ def _windows(
 
 
 def stretches(count: int, room: int, overlap: int) -> list[tuple[int, int]]:
-    """(start, end) of pieces of at most ``room`` that cover ``count``; each but the first begins ``overlap`` before the last's end.
-
-    A quarter of each piece at least is new.
-    """
+    """(start, end) of pieces of at most ``room`` that cover ``count`` and overlap by ``overlap``; a quarter of each is new."""
     if count <= room:
         return [(0, count)]
     step = max(1, room // 4, room - overlap)

@@ -23,7 +23,7 @@ Example = dict[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
-    """A sentence without special tokens. ``ids`` int32[n]; ``word`` int32[n]: the word of each token, rising, -1 between words."""
+    """A sentence without special tokens: ``ids`` int32[n], and ``word`` int32[n], that of each token, rising; -1 = none."""
 
     ids: np.ndarray
     word: np.ndarray
@@ -72,9 +72,9 @@ def encode(
         for window in windows(sentence.word, room, stride, causal):
             ids = np.concatenate([before, sentence.ids[window.start : window.end], after]).astype(np.int32)
             word = sentence.word[window.start : window.end]
-            example = {"input_ids": ids, **({"token_type_ids": np.zeros(len(ids), np.uint8)} if typed else {})}
-            example |= _spoken(word, window.words, target, inside, causal, label_all)
-            example["places"] += np.int32(len(before))
+            example: Example = {"input_ids": ids, **({"token_type_ids": np.zeros(len(ids), np.uint8)} if typed else {})}
+            spoken = _spoken(word, window.words, target, inside, causal, label_all)
+            example |= {**spoken, "places": (spoken["places"] + len(before)).astype(np.int32)}
             examples.append(example)
         out.append(examples)
     return out
@@ -203,7 +203,7 @@ def _without_excess(sentence: Aligned, room: int | None, causal: bool) -> Aligne
     if room is None or len(word) <= room:
         return sentence
     known = np.flatnonzero(word >= 0)
-    numbers, starts, counts = np.unique(word[known], return_index=True, return_counts=True)
+    _, starts, counts = np.unique(word[known], return_index=True, return_counts=True)
     if counts.max() <= room:
         return sentence
     rank = np.arange(len(known)) - np.repeat(starts, counts)
