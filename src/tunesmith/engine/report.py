@@ -16,13 +16,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tunesmith.engine import curves, figures, tracking, verdict
+from tunesmith.engine import curves, figures, report_parts, tracking, verdict
 from tunesmith.engine.report_data import data_summary
-from tunesmith.engine.report_parts import answers, facts, table, tile
-from tunesmith.engine.report_style import CSS
+from tunesmith.engine.report_parts import answers, facts, page, table, tile
 from tunesmith.errors import DataError
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 @dataclass(frozen=True)
@@ -97,14 +94,7 @@ def _read(folder: Path) -> _Run:
 
 def _page(run: _Run) -> str:
     sections = (_head, _tiles, _sets, _notes, _curves, _samples, _data, _settings, _foot)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(run.name)} · tunesmith</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(filter(None, (section(run) for section in sections)))
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return page(run.name, [section(run) for section in sections])
 
 
 def _head(run: _Run) -> str:
@@ -249,13 +239,7 @@ def _notes(run: _Run) -> str:
     elif not run.part("result"):
         at = f" Its last record is of step {run.train[-1].get('step')}." if run.train else ""
         notes.insert(0, f"This run had not finished when the report was written.{at} The figures are as far as it came.")
-    if not notes:
-        return ""
-    return (
-        '<section class="card notes"><div class="label">notes</div><ul>'
-        + "".join(f"<li>{escape(note)}</li>" for note in notes)
-        + "</ul></section>"
-    )
+    return report_parts.notes(notes)
 
 
 def _losses(run: _Run) -> list[curves.Curve]:

@@ -1,4 +1,4 @@
-"""Pieces of report.html made from plain data of any shape. Everything that comes in as text goes out escaped."""
+"""Pages made from plain data of any shape, and their pieces. Everything that comes in as text goes out escaped."""
 
 from __future__ import annotations
 
@@ -7,8 +7,33 @@ from html import escape
 from typing import Any
 
 from tunesmith.engine import figures
+from tunesmith.engine.report_style import CSS
 
 _SHARES = ("share", "fraction", "percent")
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """A whole page that forbids itself scripts and requests. ``title`` is text, ``sections`` are HTML."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)} · tunesmith</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(filter(None, sections))
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def notes(lines: Sequence[str]) -> str:
+    """What a reader should know first, one line each."""
+    if not lines:
+        return ""
+    return (
+        '<section class="card notes"><div class="label">notes</div><ul>'
+        + "".join(f"<li>{escape(line)}</li>" for line in lines)
+        + "</ul></section>"
+    )
 
 
 def tile(name: str, figure: str, sub: str = "") -> str:

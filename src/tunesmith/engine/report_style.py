@@ -102,6 +102,15 @@ p { margin: 0 0 12px; }
 .answer.after { border-top-color: var(--eval); }
 .answer.reference { background: none; border: 1px solid var(--line); }
 
+.picture { margin: 14px 0 0; background: #ffffff; border: 1px solid var(--line); border-radius: 12px; padding: 14px; }
+.picture figcaption { color: #22211f; font-size: .9rem; font-weight: 600; margin-bottom: 8px; }
+.picture img { display: block; max-width: 100%; max-height: 80vh; margin: 0 auto; }
+.mistake .prompt { font-size: .93rem; }
+mark { color: inherit; background: none; border-bottom: 3px solid var(--eval); padding-bottom: 1px; }
+mark.right { border-bottom-color: var(--good); }
+mark.wrong { border-bottom-color: var(--bad); }
+mark sub { color: var(--soft); font-size: .72rem; font-weight: 600; margin-left: 3px; }
+
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th { color: var(--soft); font-weight: 600; text-align: left; white-space: nowrap; }
