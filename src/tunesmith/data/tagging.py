@@ -20,6 +20,9 @@ from tunesmith.errors import DataError
 
 Example = dict[str, np.ndarray]
 
+END = 1 << 62
+"""Past every text."""
+
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
@@ -168,9 +171,9 @@ def _word_by_word(row: Tagged, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     pieces = [row.text[begin:end] for begin, (_, end) in zip(ends, row.words)]
     ids, word = [], []
     for number, (found, offsets) in enumerate(_tokenised([*pieces, row.text[ends[-1] :]], tokenizer)):
-        gap = row.words[number][0] - ends[number] if number < len(pieces) else len(row.text)
+        gap = row.words[number][0] - ends[number] if number < len(pieces) else END
         ids.append(found)
-        word.append(np.where(offsets[:, 1] > gap, number, -1))
+        word.append(np.where((offsets[:, 1] > gap) | (gap == 0), number, -1))
     return np.concatenate(ids), np.concatenate(word).astype(np.int32)
 
 
