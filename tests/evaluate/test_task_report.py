@@ -163,6 +163,13 @@ def test_a_long_text_is_cut_around_what_is_marked(tmp_path):
     assert column(html, "predicted") == "<b>x</b>\n…" + "a" * 200 + '<mark class="wrong">ANSWER</mark>' + "b" * 200 + "…"
 
 
+def test_a_text_of_some_sentences_is_shown_whole(tmp_path):
+    html = body(
+        tmp_path, {}, [{"where": "f:1", "text": "a" * 1200, "prediction": "x", "predicted_spans": [{"start": 0, "end": 3}]}]
+    )
+    assert column(html, "predicted") == '<b>x</b>\n<mark class="wrong">aaa</mark>' + "a" * 1197
+
+
 def test_a_long_text_without_marks_is_cut_at_its_end(tmp_path):
     html = body(tmp_path, {}, [{"where": "f:1", "text": "a" * 1300, "gold": "x", "prediction": "y"}])
     assert f'<div class="text">{"a" * 1200}… (100 more characters)</div>' in html
@@ -182,11 +189,11 @@ def test_marks_that_overlap_are_written_once(tmp_path):
 
 def test_nothing_from_outside_acts(tmp_path):
     evil = "<script>x</script>\"'"
-    span = {"start": 0, "end": 8, "type": evil}
+    span = {"start": len(evil), "end": 2 * len(evil), "type": evil}
     figures = classes.multi([[1], [0]], [[0.9], [0.2]], [evil])
     mistakes = [
         {"where": evil, "text": evil, "text_pair": evil, "gold": evil, "prediction": [evil], "probabilities": {evil: 0.5}},
-        {"where": evil, "question": evil, "text": evil, "gold_spans": [span], "predicted_spans": [span]},
+        {"where": evil, "question": evil, "text": evil * 3, "gold_spans": [span], "predicted_spans": [span]},
     ]
     report = task_report.write(tmp_path, evil, figures, mistakes, {evil: evil, "notes": [evil], "command": evil})
     html = report.read_text(encoding="utf-8")

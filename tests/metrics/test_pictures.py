@@ -133,7 +133,7 @@ def test_reliability_has_the_bins_over_their_sizes(figure):
 # ------------------------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", ["$x_{y", "_hidden", "a\nb", "$a$ and $b$", "%s {}", ""])
+@pytest.mark.parametrize("name", ["$x_{y", "$x_{$", "_hidden", "a\nb", "$a$ and $b$", "%s {}", ""])
 def test_any_name_can_be_drawn(figure, name):
     curve = {name: [[1.0, 0.5], [0.0, 1.0]], "other": [[1.0, 0.5], [0.0, 1.0]]}
     expected = " ".join(name.split()) or "(empty)"
