@@ -56,12 +56,15 @@ def predict(
                 way = chosen.ready(precision, shortest, max_length or chosen.objective.max_length or 0)
             answers = _answers(chosen, examples, way, batch_tokens) if examples else {}
             for item, result in zip(block, made):
-                number = item.row if isinstance(item, RowProblem) else item[0].row
-                if isinstance(result, RowProblem):
+                if isinstance(item, RowProblem):
                     bad += 1
-                    yield {"row": number, "error": str(result)}
+                    yield {"row": item.row, "error": str(item)}
+                elif isinstance(result, RowProblem):
+                    bad += 1
+                    yield {"row": result.row, "error": str(result)}
                 else:
-                    yield {"row": number, **chosen.objective.present(item[1], answers[number])}
+                    record, row = item
+                    yield {"row": record.row, **chosen.objective.present(row, answers[record.row])}
     finally:
         if way is not None:
             way.leave(chosen.network)

@@ -112,11 +112,7 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
     worst = sorted((one for one in answers if one["loss"] is not None), key=lambda one: -one["loss"])
     wrong = [one for one in worst if one["prediction"] != one["gold"]][:MISTAKES] or worst[:MISTAKES]
     texts = _rows_of(source, {one["row"][1] for one in wrong}, chosen.objective.rows)
-    mistakes = [
-        {"where": f"{source.label}:{one['row'][1]}", **chosen.objective.present(texts[one["row"][1]], one), "gold": one["gold"]}
-        | {"loss": one["loss"], "shown": _words(texts[one["row"][1]])}
-        for one in wrong
-    ]
+    mistakes = [{"where": f"{source.label}:{one['row'][1]}", **_words(texts[one["row"][1]]), **one} for one in wrong]
     folder.mkdir(parents=True)
     (folder / "figures.json").write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in mistakes)
@@ -126,7 +122,8 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
         "objective": chosen.name,
         **{key: found[key] for key in ("rows", "tokens", "tokens_per_second")},
     }
-    return task_report.write(folder, title, found, mistakes, facts)
+    measured = {**found["details"], "loss": found["eval_loss"]}
+    return task_report.write(folder, title, measured, mistakes, facts)
 
 
 def _rows_of(source: Any, numbers: set[int], accepted: tuple[type, ...]) -> dict[int, Any]:

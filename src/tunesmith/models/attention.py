@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,13 +21,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from tunesmith.models import kernels
+from tunesmith.models import both_ways, kernels
 from tunesmith.models.layout import Layout
 
 NAME = "tunesmith_segments"
 ROWS = 256
 """Queries whose attention weights are made again together in the backward pass."""
-HARMLESS = {"position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal", "past_key_values"}
+HARMLESS = {"position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal", "past_key_values", "read"}
 
 
 _watchers: list[list[int | None]] = []
@@ -81,6 +80,12 @@ def refuse(
         raise CannotPack("its attention drops probabilities at random")
 
 
+def is_causal(module: torch.nn.Module, others: dict[str, Any]) -> bool:
+    """Whether a token sees only what stands before it: what the call says (in ``others``), else what the module says."""
+    said = others.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if said is None else said)
+
+
 def saw(sliding_window: int | None) -> None:
     """Tell whoever watches that attention was called."""
     for seen in _watchers:
@@ -107,8 +112,9 @@ def segment_attention(
     """
     refuse(module, query, attention_mask, segments is not None, dropout, kwargs)
     assert segments is not None
-    causal = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
+    causal = is_causal(module, kwargs)
+    if not causal and sliding_window is not None:
+        sliding_window //= 2  # to either side
     if key.shape[2] != query.shape[2]:
         if not causal:
             raise CannotPack("virtual keys go with causal attention only")
@@ -122,7 +128,7 @@ def segment_attention(
     saw(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not causal:
-        return both_ways(query[0], key[0], value[0], segments, scale).unsqueeze(0), None
+        return both_ways.attend(query[0], key[0], value[0], segments, scale).unsqueeze(0), None
     if kernels.available(query) and value.shape[-1] == query.shape[-1]:
         out = CausalSegments.apply(query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), segments, scale)
         return out.unsqueeze(0), None
@@ -132,53 +138,6 @@ def segment_attention(
         parts.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]))
         start += length
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
-
-
-SHORT = 128
-"""Tokens up to which segments of an encoder are attended to together, padded: single calls cost more than the padding."""
-
-
-def both_ways(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float) -> torch.Tensor:
-    """Attention without a causal mask: (heads, tokens, dim) three times -> (tokens, heads, dim).
-
-    Short segments of like length go together, padded to the longest of them; what is padding has no weight.
-    """
-    starts = [0, *accumulate(segments)]
-    order = sorted(range(len(segments)), key=lambda one: -segments[one])
-    out = torch.empty(q.shape[1], q.shape[0], v.shape[2], dtype=v.dtype, device=v.device)
-    parts, places = [], []
-    while order:
-        longest = segments[order[0]]
-        fitting = [one for one in order if 2 * segments[one] > longest] if longest <= SHORT else order[:1]
-        order = order[len(fitting) :]
-        if len(fitting) == 1:
-            here = slice(starts[fitting[0]], starts[fitting[0]] + longest)
-            one = scaled_dot_product_attention(
-                q[None, :, here], k[None, :, here], v[None, :, here], scale=scale, enable_gqa=q.shape[0] != k.shape[0]
-            )
-            parts.append(one[0].transpose(0, 1))
-            places.append(torch.arange(starts[fitting[0]], starts[fitting[0]] + longest, device=q.device))
-            continue
-        lengths = torch.tensor([segments[one] for one in fitting], device=q.device)
-        begin = torch.tensor([starts[one] for one in fitting], device=q.device)
-        inside = torch.arange(longest, device=q.device)[None]
-        real = inside < lengths[:, None]
-        index = (begin[:, None] + torch.minimum(inside, lengths[:, None] - 1)).reshape(-1)
-        rows = (one[:, index].view(one.shape[0], len(fitting), longest, -1).transpose(0, 1) for one in (q, k, v))
-        hidden = ~real[:, None, None, :]
-        parts.append(_padded(*rows, hidden, scale).transpose(1, 2)[real])
-        places.append(index.view(real.shape)[real])
-    if len(parts) == 1 and len(segments) == 1:
-        return parts[0]
-    return out.index_copy(0, torch.cat(places), torch.cat(parts))
-
-
-def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float) -> torch.Tensor:
-    """(rows, heads, tokens, dim) of each; keys that are ``hidden`` (rows, 1, 1, tokens) get no weight."""
-    if k.shape[1] != q.shape[1]:
-        k, v = (one.repeat_interleave(q.shape[1] // one.shape[1], dim=1) for one in (k, v))
-    scores = (q @ k.transpose(-1, -2)) * scale
-    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1) @ v
 
 
 def with_virtual(query: torch.Tensor, key: torch.Tensor, keywords: dict[str, Any]) -> tuple[torch.Tensor, Layout]:

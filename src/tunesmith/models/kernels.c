@@ -4,7 +4,7 @@
  * fp32, on one core each; these functions make one, vectorised by the compiler, rows shared out over OpenMP threads. Each row is
  * reduced by one thread in a fixed order, so results do not depend on the number of threads.
  *
- * This file is compiled twice into one library: T = float and T = bf16 (stored as uint16_t, computed in float). kernels.py binds
+ * This file, and kernels_encoder.c with it, is compiled twice into one library: T = float and T = bf16 (stored as uint16_t, computed in float). kernels.py binds
  * them and tries some at start; tests/models/test_kernels.py compares every one, backward passes too, with its formula in torch.
  */
 #ifndef T
@@ -53,6 +53,7 @@ void stochastic_round(const float *x, uint16_t *y, int64_t count, int64_t seed) 
     }
 }
 
+#include "kernels_encoder.c"
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)
 #define F(name) JOIN(name, SUFFIX)
@@ -210,4 +211,5 @@ void F(rotary)(T *x, T *y, const T *cosine, const T *sine, int64_t heads, int64_
         }
     }
 }
+#include "kernels_encoder.c"
 #endif

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.c")
+PART = Path(__file__).with_name("kernels_encoder.c")
+"""Included by the other."""
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 CHUNK = 1 << 22  # elements rounded at a time where there is no C: the hash needs 8 bytes for each
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -38,7 +40,7 @@ def _compile() -> Path | None:
     processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
     processor = "\n".join(line for line in processor.splitlines() if line.startswith(("flags", "model name", "Features")))
     key = hashlib.sha256(
-        b"\0".join([SOURCE.read_bytes(), " ".join([compiler, *FLAGS]).encode(), processor.encode()])
+        b"\0".join([SOURCE.read_bytes(), PART.read_bytes(), " ".join([compiler, *FLAGS]).encode(), processor.encode()])
     ).hexdigest()[:16]
     target = cache_folder() / f"kernels-{key}.so"
     if target.exists():

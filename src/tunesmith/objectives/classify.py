@@ -244,7 +244,8 @@ class Objective:
         from tunesmith.models import heads
 
         logits = heads.score_logits(model, batch)
-        return self._losses(logits, batch["targets"].to(logits.device)).sum(), {}
+        targets = batch["targets"].to(logits.device).nan_to_num(0.0)  # of rows to be predicted the forward is tried too
+        return self._losses(logits, targets).sum(), {}
 
     def _losses(self, logits: Any, targets: Any) -> Any:
         """(rows,)"""
@@ -305,9 +306,8 @@ class Objective:
         figures = {"eval_loss": float(losses.mean())}
         if len(losses) > 1:
             figures["eval_loss_stderr"] = float(losses.std(ddof=1) / len(losses) ** 0.5)
-        return figures | {
-            f"eval_{name}": value for name, value in self.measures(scores, targets).items() if isinstance(value, float)
-        }
+        found = self.measures(scores, targets).items()
+        return figures | {f"eval_{name}": value for name, value in found if isinstance(value, float) and name != "baseline"}
 
     def measures(self, scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
         """All figures of scores (rows, k) against targets (rows, k)."""

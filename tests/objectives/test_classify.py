@@ -1,0 +1,294 @@
+"""Classification against transformers' own heads and losses, and what the numbers must not depend on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, pipeline
+
+import tunesmith
+from tests.runs import LABELS, apart, history, killed_before, labelled, model_folder, recipe, weights
+from tests.tiny import ENCODERS, encoder_tokenizer, tiny_tokenizer
+from tunesmith.data.pack import to_device
+from tunesmith.data.rows import Labelled
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.models import load, newhead
+from tunesmith.models.locate import locate
+from tunesmith.objectives import classify
+
+NETWORKS = ["bert", "roberta", "llama", "gpt2", "qwen3"]
+TEXTS = ["Paris is the capital.", "a lazy dog", "x", "def add(a, b): return a, the quick brown fox jumps over"]
+PROBLEMS = {
+    "single": [Labelled(text, label=LABELS[n % 3]) for n, text in enumerate(TEXTS)],
+    "multi": [Labelled(text, labels=LABELS[: n % 3]) for n, text in enumerate(TEXTS)],
+    "regression": [Labelled(text, label=n / 2) for n, text in enumerate(TEXTS)],
+    "pair": [Labelled(text, text_pair=TEXTS[n - 1], label=LABELS[n % 2]) for n, text in enumerate(TEXTS)],
+}
+
+
+def made(name, rows, tmp_path, **config):
+    """(objective, network, tokenizer, examples): a head on a correctly loaded body."""
+    folder = locate(model_folder(tmp_path, name))
+    tokenizer = load.load_tokenizer(folder)
+    objective = classify.Objective(classify.Config(**config))
+    objective.adopt(load.load_config(folder), tokenizer, 128)
+    objective.survey(rows)
+    torch.manual_seed(0)
+    network = load.load_model(folder, head="score", trainable=True, head_config=objective.head_config())
+    return objective, network, tokenizer, [one for row in objective.encode(rows, tokenizer) for one in row]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_loss_and_gradients_are_those_of_transformers(name, problem, tmp_path):
+    """On a padded batch, with transformers' own head, pooling and loss; its mean is over rows, and over labels where there are several."""
+    rows = PROBLEMS[problem]
+    objective, network, tokenizer, examples = made(name, rows, tmp_path)
+    if name in ENCODERS or problem != "pair":
+        given = [[row.text for row in rows]] + ([[row.text_pair for row in rows]] if problem == "pair" else [])
+        stock = tokenizer(*given, padding=True, return_tensors="pt")
+    else:
+        stock = tokenizer([f"{row.text}\n\n{row.text_pair}" for row in rows], padding=True, return_tensors="pt")
+    stock.pop("token_type_ids") if "token_type_ids" in stock and name != "bert" else None
+    targets = torch.from_numpy(np.stack([one["target"] for one in examples]))
+    labels = targets if problem == "multi" else targets[:, 0] if problem == "regression" else targets[:, 0].long()
+    expected = network(**stock, labels=labels).loss
+    gradients = torch.autograd.grad(expected, [one for one in network.parameters()], allow_unused=True)
+    batch = objective.collate(examples, packed=False)
+    loss, _ = objective.loss(network, batch)
+    ours = torch.autograd.grad(loss / objective.count(batch), [one for one in network.parameters()], allow_unused=True)
+    assert float(loss / 4) == pytest.approx(float(expected), abs=1e-6)
+    for one, other in zip(ours, gradients):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert float((one - other).abs().max()) <= 1e-6 * max(1.0, float(other.abs().max()))
+
+
+def test_class_weights_and_smoothing_are_torchs(tmp_path):
+    objective, network, _, examples = made(
+        "bert", PROBLEMS["single"], tmp_path, class_weights={"good": 2.0, "bad": 0.5}, label_smoothing=0.1
+    )
+    batch = objective.collate(examples, packed=False)
+    logits = network(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
+    weight = torch.tensor([{"good": 2.0, "bad": 0.5}.get(name, 1.0) for name in objective.labels])
+    expected = torch.nn.functional.cross_entropy(
+        logits, batch["targets"][:, 0].long(), weight=weight, label_smoothing=0.1, reduction="sum"
+    )
+    assert float(objective.loss(network, batch)[0]) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_balanced_weights_have_the_mean_one(tmp_path):
+    rows = [Labelled("x", label="a")] * 6 + [Labelled("y", label="b")] * 2
+    objective, _, _, examples = made("bert", rows, tmp_path, class_weights="balanced")
+    drawn = objective._weights[[int(one["target"][0]) for one in examples]]
+    assert drawn.mean() == pytest.approx(1.0) and objective._weights.tolist() == pytest.approx([8 / 12, 2.0])
+
+
+@pytest.mark.parametrize("pooling", [None, "mean"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_row_is_scored_the_same_whatever_stands_beside_it(name, pooling, tmp_path):
+    """Packed, padded, alone, on the left and on the right of padding; and by the stock class where it reads one token."""
+    objective, network, tokenizer, examples = made(name, PROBLEMS["single"], tmp_path, pooling=pooling)
+    with torch.no_grad():
+        alone = np.concatenate(
+            [objective.evaluate(network, objective.collate([one], packed=False))["scores"] for one in examples]
+        )
+        padded = objective.evaluate(network, objective.collate(examples, packed=False))["scores"]
+        assert np.abs(alone - padded).max() <= 1e-6
+        if pooling is None:
+            for side in ("left", "right") if name not in ENCODERS else ("right",):
+                tokenizer.padding_side = side
+                stock = tokenizer([row.text for row in PROBLEMS["single"]], padding=True, return_tensors="pt")
+                found = network(stock["input_ids"], attention_mask=stock["attention_mask"], position_ids=places(stock, name))
+                assert np.abs(found.logits.softmax(-1).numpy() - alone).max() <= 2e-6, side
+        changed = {**examples[0], "input_ids": examples[0]["input_ids"].copy()}
+        changed["input_ids"][-1 if name not in ENCODERS else 1] ^= 1
+        other = objective.evaluate(network, objective.collate([changed, *examples[1:]], packed=False))["scores"]
+    assert np.abs(other[0] - alone[0]).max() > 1e-4 and np.abs(other[1:] - alone[1:]).max() <= 1e-6
+
+
+def places(stock, name):
+    if name in ENCODERS:
+        return None
+    return (stock["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
+
+@pytest.mark.parametrize("eos_is_pad", [False, True])
+def test_the_padding_token_never_ends_a_row(eos_is_pad, tmp_path):
+    tokenizer = tiny_tokenizer("chatml", pad_is_eos=eos_is_pad)
+    from tunesmith.data import texts
+
+    texts.own_padding(tokenizer)
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+
+SPLITS = [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 40}, {"packing": "off"}, {"packing": "off", "micro_batch_tokens": 50}]
+HOW = {
+    "full": ("classify", "full", {}),
+    "mean": ({"type": "classify", "pooling": "mean"}, "full", {}),
+    "lora": ("classify", {"type": "lora", "r": 4, "lora_dropout": 0.3}, {}),
+    "dropout": ("classify", "full", {"hidden_dropout_prob": 0.2}),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", ["bert", "roberta", "llama"])
+def test_any_split_makes_the_same_update_and_figures(name, how, tmp_path):
+    objective, adaptation, changes = HOW[how]
+    model_folder(tmp_path, name, **(changes if name in ENCODERS else {}))
+    made = recipe(tmp_path, name, objective, adaptation, learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2)
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
+    first = tunesmith.train(made, out=tmp_path / "whole")
+    for number, split in enumerate(SPLITS):
+        other = tunesmith.train({**made, "train": {**made["train"], **split}}, out=tmp_path / str(number))
+        assert apart(weights(first["model_dir"]), weights(other["model_dir"])) <= 1e-6, split
+        for figure in first["figures"]:
+            assert other[figure] == pytest.approx(first[figure], abs=1e-6), (split, figure)
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    from tests.numeric.test_invariance import in_two_processes, same_run
+
+    runs = {}
+    for name in ("bert", "llama"):
+        made = recipe(tmp_path, name, "classify", HOW["lora"][1], learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2)
+        made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
+        tunesmith.train(made, out=tmp_path / name)
+        runs[name] = (made, tmp_path / f"{name}-in-two")
+    in_two_processes(list(runs.values()), tmp_path)
+    for name, (_, both) in runs.items():
+        same_run(tmp_path / name, both)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_killed_and_resumed_it_is_the_same_run(name, precision, tmp_path):
+    model_folder(tmp_path, name, **({"hidden_dropout_prob": 0.2} if name in ENCODERS else {}))
+    made = recipe(tmp_path, name, "classify", "full", count=14, max_steps=6, eval_steps=2, save_steps=1, precision=precision)
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl"), "limit": 5}
+    straight = tunesmith.train(made, out=tmp_path / "straight")
+    killed_before(4, made, tmp_path / "killed")
+    resumed = tunesmith.train(made, out=tmp_path / "killed", resume=True)
+    assert history(tmp_path / "killed") == history(tmp_path / "straight")
+    ours, theirs = weights(resumed["model_dir"]), weights(straight["model_dir"])
+    assert all(ours[key].equal(theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("problem", ["single", "multi", "regression"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "llama", "gpt2"])
+def test_eight_rows_are_learnt_by_heart(name, problem, tmp_path):
+    rows = [{"text": row["text"]} for row in labelled(8)]
+    for number, row in enumerate(rows):
+        row |= {
+            "single": {"label": LABELS[number % 3]},
+            "multi": {"labels": list(LABELS[: number % 4])},
+            "regression": {"label": number / 4},
+        }[problem]
+    made = recipe(tmp_path, name, "classify", "full", max_steps=200, learning_rate=5e-3, batch_size=8)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = tunesmith.train(made, out=tmp_path / "run")
+    said = list(predictions(outcome["model_dir"], tmp_path / "rows.jsonl"))
+    for row, answer in zip(rows, said, strict=True):
+        if problem == "regression":
+            assert answer["value"] == pytest.approx(row["label"], abs=0.1)
+        else:
+            key = "label" if problem == "single" else "labels"
+            assert answer[key] == row[key] if problem == "single" else sorted(answer[key]) == sorted(row[key])
+
+
+def predictions(model, file, **options):
+    from tunesmith.evaluate.predict import predict
+
+    return predict(model, file, **options)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_plain_pipeline_says_what_predict_says(name, tmp_path):
+    outcome = tunesmith.train(recipe(tmp_path, name, "classify", "full"), out=tmp_path / "run")
+    said = list(predictions(outcome["model_dir"], tmp_path / "rows.jsonl", precision="fp32"))
+    stock = pipeline("text-classification", model=outcome["model_dir"], batch_size=4, top_k=None)
+    for row, ours in zip(stock([one["text"] for one in labelled(12)]), said, strict=True):
+        theirs = {one["label"]: one["score"] for one in row}
+        assert theirs.keys() == ours["probabilities"].keys()
+        assert all(theirs[label] == pytest.approx(chance, abs=1e-5) for label, chance in ours["probabilities"].items())
+    assert AutoModelForSequenceClassification.from_pretrained(outcome["model_dir"]).config.id2label == dict(
+        enumerate(sorted(LABELS))
+    )
+
+
+def test_a_row_that_cannot_be_read_costs_no_other(tmp_path):
+    outcome = tunesmith.train(recipe(tmp_path, "bert", "classify", "full"), out=tmp_path / "run")
+    (tmp_path / "new.jsonl").write_text('{"text": "a lazy dog"}\n{"text": ""}\n{"text": "Paris ' + "is the " * 200 + '"}\n')
+    notes = []
+    said = list(predictions(outcome["model_dir"], tmp_path / "new.jsonl", note=notes.append))
+    assert [("error" in one, one["row"]) for one in said] == [(False, 1), (True, 2), (False, 3)]
+    assert "1 rows were longer" in notes[0] and "1 rows could not" in notes[1]
+
+
+def test_an_unknown_label_names_row_and_label(tmp_path):
+    outcome = tunesmith.train(recipe(tmp_path, "bert", "classify", "full"), out=tmp_path / "run")
+    (tmp_path / "other.jsonl").write_text('{"text": "x", "label": "good"}\n{"text": "y", "label": "god"}\n')
+    with pytest.raises(DataError, match=r"other.jsonl:2:.*'god'.*Did you mean `good`"):
+        tunesmith.evaluate(outcome["model_dir"], tmp_path / "other.jsonl")
+
+
+def test_one_class_is_nothing_to_learn(tmp_path):
+    made = recipe(tmp_path, "bert", "classify", "full")
+    (tmp_path / "rows.jsonl").write_text('{"text": "x", "label": "good"}\n' * 4)
+    with pytest.raises(DataError, match="only the class 'good'"):
+        tunesmith.train(made, out=tmp_path / "run")
+
+
+def test_weights_of_a_class_that_is_not_there_are_refused(tmp_path):
+    made = recipe(tmp_path, "bert", {"type": "classify", "class_weights": {"god": 2.0}}, "full")
+    with pytest.raises(RecipeError, match=r"god.*Did you mean `good`"):
+        tunesmith.train(made, out=tmp_path / "run")
+
+
+def test_a_cut_row_still_ends_in_its_separator(tmp_path):
+    objective, _, _, (example, *_) = made("bert", PROBLEMS["single"], tmp_path, overlong="truncate")
+    cut = {key: value[:6] if key in ("input_ids", "token_type_ids") else value for key, value in example.items()}
+    ids = objective.collate([cut], packed=True)["input_ids"][0].tolist()
+    assert ids[-1] == encoder_tokenizer("bert").sep_token_id and ids[:5] == example["input_ids"][:5].tolist()
+
+
+def test_the_threshold_is_chosen_on_held_out_rows_and_saved(tmp_path):
+    rows = [{"text": row["text"], "labels": list(LABELS[: n % 3])} for n, row in enumerate(labelled(12))]
+    made = recipe(tmp_path, "bert", "classify", "full", eval_steps=2)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
+    outcome = tunesmith.train(made, out=tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert 0 < config["tunesmith"]["threshold"] < 1
+    again = tunesmith.evaluate(outcome["model_dir"], tmp_path / "rows.jsonl", precision="fp32")
+    assert again["eval_micro_f1"] == pytest.approx(outcome["eval_micro_f1"], abs=1e-6)
+
+
+def test_an_adapter_knows_its_labels_in_plain_folders_too(tmp_path):
+    outcome = tunesmith.train(recipe(tmp_path, "llama", "classify", {"type": "lora", "r": 4}), out=tmp_path / "run")
+    model, _ = tunesmith.load(outcome["model_dir"])
+    assert model.config.id2label == dict(enumerate(sorted(LABELS)))
+    tunesmith.merge(outcome["model_dir"], tmp_path / "merged", dtype="float32")
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert stock.config.id2label == model.config.id2label
+    ids = torch.tensor([[5, 6, 7, 300]])
+    with torch.no_grad():
+        assert float((stock(ids).logits - newhead.answers(model, ids)).abs().max()) <= 1e-5
+
+
+def test_kept_outputs_are_those_of_the_body(tmp_path):
+    """features trains the head alone; with token types two rows of the same tokens are two rows."""
+    from tunesmith.engine import bodies
+
+    objective, _, _, _ = made("bert", PROBLEMS["pair"], tmp_path)
+    first, second = (
+        {
+            "input_ids": np.array([3, 9, 4, 9, 4], np.int32),
+            "token_type_ids": np.array(types, np.uint8),
+            "target": np.zeros(1, np.float32),
+        }
+        for types in ([0, 0, 0, 1, 1], [0, 0, 0, 0, 1])
+    )
+    rows = bodies.rows_of(to_device(objective.collate([first, second], packed=True), "cpu"))
+    assert rows[0].digest != rows[1].digest
