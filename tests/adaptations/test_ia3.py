@@ -13,7 +13,7 @@ from tests.runs import apart, killed_before, recipe, weights
 from tests.tiny import TINY, tiny_model
 from tunesmith.adaptations import ia3
 from tunesmith.errors import RecipeError
-from tunesmith.models import fused, scaled
+from tunesmith.models import fused, products, scaled
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 40, 41, 42]])
 
@@ -122,7 +122,7 @@ def test_the_fused_form_has_pefts_loss_and_gradients(name):
 def test_a_product_of_scaled_layers_is_each_layers_own():
     attention = moved(adapted(tiny_model("llama"))).base_model.model.model.layers[0].self_attn
     x = torch.randn(9, 32)
-    both = fused._linears([attention.q_proj, attention.k_proj, attention.v_proj])
+    both = products.linears([attention.q_proj, attention.k_proj, attention.v_proj])
     assert torch.allclose(both(x), torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], dim=1), atol=1e-5)
     assert scaled.read([attention.q_proj, attention.o_proj]).outer == [None, None]
 

@@ -14,7 +14,7 @@ from tests.runs import apart, history, killed_before, recipe, weights
 from tests.tiny import TINY, tiny_config, tiny_model
 from tunesmith.adaptations import lora
 from tunesmith.errors import RecipeError
-from tunesmith.models import factors, fused, starts
+from tunesmith.models import factors, fused, products, starts
 from tunesmith.models.show import show
 
 STARTS = ("pissa", "olora", "pissa_niter_99")
@@ -124,7 +124,7 @@ def test_a_small_update_is_not_drowned_in_bf16(fast):
     for parameter in rough.parameters():
         parameter.data = parameter.data.bfloat16()
     rough.base_layer.weight.data.zero_()  # so that only the update is seen
-    forward = fused._lora_forward(fused._linears([rough])) if fast else rough
+    forward = products.forward_of(products.linears([rough])) if fast else rough
     assert (forward(x.bfloat16()).float() - update).norm() < 0.02 * update.norm()
 
 

@@ -7,12 +7,12 @@ from tests.numeric.test_parity import CPU, examples
 from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith.adaptations import bottleneck, lora
 from tunesmith.engine import route
-from tunesmith.models import fused, fused_bottleneck
+from tunesmith.models import fused_bottleneck, products
 from tunesmith.objectives import sft
 
 SFT = sft.Objective(sft.Config())
 KINDS = {"lora": lora, "bottleneck": bottleneck}
-GIVEN = {"lora": (fused.Projection, 3), "bottleneck": (fused_bottleneck.Appended, 1)}
+GIVEN = {"lora": (products.Projection, 3), "bottleneck": (fused_bottleneck.Appended, 1)}
 """The function of the fast path, and which of its gradients is that of A, or of the middle."""
 ROWS = examples(SFT, tiny_tokenizer())
 

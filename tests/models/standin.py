@@ -31,7 +31,7 @@ def varlen_attn(
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     assert enable_gqa or query.shape[1] == key.shape[1]
     left, right = window_size
-    assert right == 0, "causal"
+    assert right == 0 or (left, right) == (-1, -1), "causal, or both ways"
     parts = []
     ends = cu_seq_q.tolist()
     assert max_q == max_k == max(end - start for start, end in pairwise(ends))
@@ -39,7 +39,7 @@ def varlen_attn(
         q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
         place = torch.arange(end - start)
         distance = place[:, None] - place[None, :]
-        seen = (distance >= 0) & ((distance <= left) if left >= 0 else True)
+        seen = ((distance >= 0) if right == 0 else (distance == distance)) & ((distance <= left) if left >= 0 else True)
         parts.append(scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1))
     return torch.cat(parts)
 

@@ -115,6 +115,13 @@ def test_the_self_test_sees_wrong_gradients():
     assert "without a sliding window" in varlen.self_test(wrong, CPU, torch.float32)
 
 
+def test_the_self_test_sees_a_kernel_that_is_always_causal():
+    def causal(*args, window_size, **kwargs):
+        return KERNEL(*args, window_size=(window_size[0], 0), **kwargs)
+
+    assert "both ways" in varlen.self_test(causal, CPU, torch.float32)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_packed_logits_are_those_of_rows_alone(name):
     """Also for mistral and gemma3, whose window of 16 is shorter than these rows."""
@@ -200,7 +207,7 @@ def test_a_kernel_that_differs_on_the_first_rows_is_given_up(served, monkeypatch
     [
         ({"softcap": 30.0}, "its attention uses softcap"),
         ({"dropout": 0.1}, "drops probabilities"),
-        ({"is_causal": False}, "not causal"),
+        ({"is_causal": False, "sliding_window": 3}, "slides to both sides"),
         ({"cu_seqlens": None}, "does not pass the segments on"),
     ],
 )

@@ -27,7 +27,7 @@ from tunesmith.models.layout import Layout
 NAME = "tunesmith_segments"
 ROWS = 256
 """Queries whose attention weights are made again together in the backward pass."""
-HARMLESS = {"position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal", "past_key_values"}
+HARMLESS = {"position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal", "past_key_values", "read"}
 
 
 _watchers: list[list[int | None]] = []
@@ -80,6 +80,12 @@ def refuse(
         raise CannotPack("its attention drops probabilities at random")
 
 
+def is_causal(module: torch.nn.Module, others: dict[str, Any]) -> bool:
+    """Whether a token sees only what stands before it: what the call says (in ``others``), else what the module says."""
+    said = others.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if said is None else said)
+
+
 def saw(sliding_window: int | None) -> None:
     """Tell whoever watches that attention was called."""
     for seen in _watchers:
@@ -106,8 +112,9 @@ def segment_attention(
     """
     refuse(module, query, attention_mask, segments is not None, dropout, kwargs)
     assert segments is not None
-    causal = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
+    causal = is_causal(module, kwargs)
+    if not causal and sliding_window is not None:
+        sliding_window //= 2  # to either side
     if key.shape[2] != query.shape[2]:
         if not causal:
             raise CannotPack("virtual keys go with causal attention only")

@@ -77,9 +77,7 @@ class BothWays(torch.autograd.Function):
     """qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim). Weights are computed in fp32 and made again in backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, qkv: torch.Tensor, heads: int, kv_heads: int, segments: tuple[int, ...], scale: float
-    ) -> torch.Tensor:
+    def forward(ctx: Any, qkv: torch.Tensor, heads: int, kv_heads: int, segments: tuple[int, ...], scale: float) -> torch.Tensor:
         qkv = qkv.contiguous()
         dim = qkv.shape[1] // (heads + 2 * kv_heads)
         out = qkv.new_empty(len(qkv), heads * dim)

@@ -88,10 +88,35 @@ def outputs_at(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """The body's outputs at ``batch["positions"]`` (places,) of the flattened batch: (places, hidden), kept ones or new ones."""
     find = _kept.get(base(model))
     found = None if find is None else find(batch)
+    if found is None and _few(model, batch):
+        return _read_early(model, batch)
     if found is None:
         hidden = hidden_states(model, batch).flatten(0, 1)
         found = hidden[batch["positions"].to(hidden.device)]
     return found
+
+
+def _few(model: Any, batch: dict[str, Any]) -> bool:
+    """Whether the last layer can leave out most of what it would compute: few places are read, and it knows how."""
+    from tunesmith.models import fused_encoder, virtual
+
+    few = "segments" in batch and 2 * len(batch["positions"]) <= batch["input_ids"].numel()
+    return few and not virtual.count(model) and fused_encoder.reads_early(base(model).base_model)
+
+
+def _read_early(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """:func:`outputs_at` by an encoder whose last layer is told which places are read."""
+    from tunesmith.models import noise
+
+    drawn = noise.of(model)
+    if drawn is not None:
+        drawn.read = batch["positions"]
+    try:
+        out = base(model).base_model(**inputs(model, batch), read=batch["positions"]).last_hidden_state
+    finally:
+        if drawn is not None:
+            drawn.read = None
+    return out[0]
 
 
 def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:

@@ -1,23 +1,27 @@
 """Dropout, and noise on the embeddings, that depend on the seed, the step and the row, and on nothing else.
 
 Torch draws from one stream, so another split of the same step, another number of processes or a resumed run would draw something
-else. Here each row's numbers come from a generator of its own, seeded by (seed, step, row, layer). A layer that is computed
-again in the backward pass drops again what it dropped before.
+else. Here each row's numbers are a hash of (seed, step, row, layer) and the place in the row. A layer that is computed again in the
+backward pass drops again what it dropped before.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
 
-from tunesmith.models import head, virtual
+from tunesmith.models import head, kernels, virtual
 
+CHUNK = 1 << 22
+"""Numbers drawn at a time where there is no C: the hash needs 8 bytes for each."""
 _installed: WeakKeyDictionary[nn.Module, RowNoise] = WeakKeyDictionary()
 
 
@@ -35,36 +39,95 @@ class RowNoise:
     packed: bool = True
     layers: int = field(default=0)
     ahead: int = 0
+    read: torch.Tensor | None = None
+    """Places of the batch whose outputs alone leave the last layer, where the rest of it is not computed for the others."""
 
     def drop(self, x: torch.Tensor, p: float, layer: int) -> torch.Tensor:
-        """Inverted dropout of ``x`` (..., width): packed (1, tokens, width) or padded (rows, longest, width)."""
-        kept = torch.ones(x.shape, dtype=x.dtype, device=x.device)
-        for part, drawn in self._drawn(kept, layer, self.ahead):
-            part.copy_((drawn >= p).to(x.dtype) / (1 - p))
-        return x * kept
+        """Inverted dropout of ``x`` (..., width): packed (1, tokens, width) or padded (rows, longest, width); or (1, read, width)."""
+        number, place = self._places(1 if self.packed else x.shape[1])
+        if self.read is not None and x.shape[:-1].numel() == len(self.read) != len(place):
+            chosen = self.read.cpu().numpy()
+            number, place = number[chosen], place[chosen]
+        keys = np.array([self._key(row, layer) for row in self.rows], np.int64).reshape(-1, 2)[number]
+        out: torch.Tensor = RowDropout.apply(x, torch.from_numpy(keys), torch.from_numpy(place), p)
+        return out
 
     def shake(self, x: torch.Tensor, alpha: float) -> torch.Tensor:
         """``x``, laid out as in :meth:`drop`, plus uniform noise of at most alpha / sqrt(L d) (Jain et al. 2023, algorithm 1).
 
         L is the row's own length, d the width: neither padding nor the rows beside it change what a row gets. Padding gets none.
         """
+        width, start = x.shape[-1], 0
         noise = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        for part, drawn in self._drawn(noise, "embedding"):
-            part.copy_((2 * drawn - 1) * (alpha / drawn.numel() ** 0.5))
+        flat = noise.view(-1, width)
+        for number, (row, length) in enumerate(zip(self.rows, self.lengths, strict=True)):
+            begin = start if self.packed else number * x.shape[1]
+            keys = torch.tensor([self._key(row, "embedding")], device=x.device).expand(length, 2)
+            drawn = random_bits(keys, torch.arange(length, device=x.device), width).float() / 2**24
+            flat[begin : begin + length] = (2 * drawn - 1) * (alpha / drawn.numel() ** 0.5)
+            start += length
         return x + noise
 
-    def _drawn(self, x: torch.Tensor, layer: int | str, ahead: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each row's part of ``x``, a view (length, width), with as many numbers drawn uniformly from [0, 1) for it."""
-        width = x.shape[-1]
-        flat = x.view(-1, width)
-        start, longest = 0, 0 if self.packed else x.shape[1]
-        for place, (row, tokens) in enumerate(zip(self.rows, self.lengths, strict=True)):
-            length = tokens + ahead
-            begin = start if self.packed else place * longest
-            key = hashlib.blake2b(repr((self.seed, self.step, row, layer)).encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-            yield flat[begin : begin + length], torch.rand(length, width, generator=generator)
-            start += length
+    def _key(self, row: int, layer: int | str) -> tuple[int, int]:
+        """Two numbers of 32 bits that name what is drawn for a row in a layer."""
+        key = hashlib.blake2b(repr((self.seed, self.step, row, layer)).encode(), digest_size=8).digest()
+        return int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
+
+    def _places(self, longest: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each token of the batch: which of ``rows`` it is of, and where in it; padding stands at -1."""
+        lengths = np.array([length + self.ahead for length in self.lengths], np.int64)
+        if self.packed:
+            number = np.repeat(np.arange(len(lengths)), lengths)
+            return number, np.arange(len(number)) - (np.cumsum(lengths) - lengths)[number]
+        column = np.broadcast_to(np.arange(longest), (len(lengths), longest))
+        place = np.where(column < lengths[:, None], column, -1)
+        return np.repeat(np.arange(len(lengths)), longest), place.reshape(-1)
+
+
+def random_bits(keys: torch.Tensor, place: torch.Tensor, width: int) -> torch.Tensor:
+    """(rows, width) of 24 random bits, int64: element j of row i is a hash of ``keys`` (rows, 2) and ``place[i]`` * width + j.
+
+    It is the finaliser of MurmurHash3, twice; kernels_encoder.c has the same, bit for bit.
+    """
+    at = place[:, None] * width + torch.arange(width, device=place.device)
+    h = (at * 0x9E3779B1 + keys[:, :1]) & 0xFFFFFFFF
+    for salt in (0, keys[:, 1:]):
+        h = h ^ salt
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+    return h >> 8
+
+
+class RowDropout(torch.autograd.Function):
+    """``x`` (..., width) with each element kept, times 1 / (1 - p), or 0. Nothing of the choice is kept: it is made again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, keys: torch.Tensor, place: torch.Tensor, p: float) -> torch.Tensor:
+        ctx.save_for_backward(keys, place)
+        ctx.p = p
+        return _dropped(x, keys, place, p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return _dropped(grad, *ctx.saved_tensors, ctx.p), None, None, None
+
+
+def _dropped(x: torch.Tensor, keys: torch.Tensor, place: torch.Tensor, p: float) -> torch.Tensor:
+    width, least, scale = x.shape[-1], math.ceil(p * 2**24), 1 / (1 - p) if p < 1 else 0.0
+    x = x.contiguous()
+    if kernels.available(x):
+        y = torch.empty_like(x)
+        kernels.call("row_dropout", x.dtype, x, y, keys, place, scale, least, len(place), width)
+        return y
+    flat, parts, rows = x.view(-1, width), [], max(CHUNK // width, 1)
+    keys, place = keys.to(x.device), place.to(x.device)
+    for start in range(0, len(place), rows):
+        here = slice(start, start + rows)
+        real = place[here, None] >= 0
+        kept = (random_bits(keys[here], place[here], width) >= least) | ~real
+        exact = flat[here].to(torch.promote_types(x.dtype, torch.float32))
+        parts.append((torch.where(real, exact * scale, exact) * kept).to(x.dtype))
+    return torch.cat(parts).view(x.shape) if parts else x
 
 
 def of(model: Any) -> RowNoise | None:

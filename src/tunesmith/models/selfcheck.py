@@ -11,8 +11,18 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the output's norm
 
 
 @torch.no_grad()
-def equal(kind: str, module: Any, forward: Callable[..., Any], dtype: torch.dtype) -> bool:
-    """Whether the new forward gives what the module's own gives, on a small random input of ``dtype``."""
+def equal(
+    kind: str,
+    module: Any,
+    forward: Callable[..., Any],
+    dtype: torch.dtype,
+    given: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+) -> bool:
+    """Whether the new forward gives what the module's own gives, on ``given`` arguments or a small random input of ``dtype``."""
+    if given is not None:
+        arguments, named = given
+        outputs = forward(*arguments, **named), type(module).forward(module, *arguments, **named)
+        return _near(*(one[0] if isinstance(one, tuple) else one for one in outputs), dtype)
     linear = next((one for one in module.modules() if hasattr(one, "in_features")), None)
     width = module.weight.shape[-1] if linear is None else linear.in_features
     generator = torch.Generator().manual_seed(0)
@@ -28,5 +38,9 @@ def equal(kind: str, module: Any, forward: Callable[..., Any], dtype: torch.dtyp
         ours, theirs = forward(x, **keywords)[0], type(module).forward(module, x, **keywords)[0]
     else:
         ours, theirs = forward(x), type(module).forward(module, x)
+    return _near(ours, theirs, dtype)
+
+
+def _near(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> bool:
     difference = (ours.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-6)
     return bool((difference <= TOLERANCE[dtype]).item())

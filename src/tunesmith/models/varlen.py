@@ -103,19 +103,24 @@ def attend_with(kernel: Kernel, capability: tuple[int, int]) -> Callable[..., tu
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Causal attention inside each segment; shapes are those of ``attention.segment_attention``. Raises CannotPack."""
+        """Attention inside each segment, causal or both ways; shapes are those of ``attention.segment_attention``. Raises CannotPack."""
         attention.refuse(module, query, attention_mask, cu_seqlens is not None, dropout, kwargs)
         if not heads_fit(query.shape[-1], value.shape[-1], capability):
             raise CannotPack(f"its heads have {query.shape[-1]} numbers, which varlen_attn has no kernel for on this GPU")
+        causal = attention.is_causal(module, kwargs)
+        if not causal and sliding_window is not None:
+            raise CannotPack("its attention slides to both sides")
         attention.saw(sliding_window)
         layout = None
         if key.shape[2] != query.shape[2]:
+            if not causal:
+                raise CannotPack("virtual keys go with causal attention only")
             query, layout = attention.with_virtual(query, key, {"cu_seqlens": cu_seqlens, "longest": longest})
             cu_seqlens, longest = layout.keywords["cu_seqlens"], layout.keywords["longest"]
         # a window of w tokens is the token itself and w - 1 before it
         left = -1 if sliding_window is None else sliding_window - 1
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        out = kernel(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0))
+        out = kernel(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0 if causal else -1))
         return (out if layout is None else layout.text(out, dim=0)).unsqueeze(0), None
 
     return attend
@@ -134,27 +139,36 @@ def self_test(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str |
     )
     keywords = boundaries(lengths, device)
     cuts, longest = keywords["cu_seqlens"], keywords["longest"]
-    for window in (None, 16):
-        left = -1 if window is None else window - 1
-        ours = kernel(q, k, v, cuts, cuts, longest, longest, scale=0.1, window_size=(left, 0))
-        theirs = plain(q.float(), k.float(), v.float(), lengths, 0.1, window)
+    for window, causal in ((None, True), (16, True), (None, False)):
+        size = (-1 if window is None else window - 1, 0 if causal else -1)
+        ours = kernel(q, k, v, cuts, cuts, longest, longest, scale=0.1, window_size=size)
+        theirs = plain(q.float(), k.float(), v.float(), lengths, 0.1, window, causal)
         pairs = [(ours.detach(), theirs.detach())]
         pairs += zip(*(torch.autograd.grad(out, (q, k, v), grad.to(out.dtype)) for out in (ours, theirs)), strict=True)
         for got, expected in pairs:
             apart = float((got.float() - expected.float()).norm() / expected.float().norm())
             if not apart <= AGREEMENT:
-                return f"by {apart:.1e}, {'with' if window else 'without'} a sliding window"
+                which = "with a sliding window" if window else "without a sliding window" if causal else "both ways"
+                return f"by {apart:.1e}, {which}"
     return None
 
 
 def plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], scale: float, window: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+    causal: bool = True,
 ) -> torch.Tensor:
     """The same attention, written out: softmax(scale q k^T + mask) v over (tokens, heads, dim)."""
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
     place = torch.arange(len(owner), device=q.device)
     distance = place[:, None] - place[None, :]
-    seen = (owner[:, None] == owner[None, :]) & (distance >= 0)
+    seen = owner[:, None] == owner[None, :]
+    if causal:
+        seen &= distance >= 0
     if window is not None:
         seen &= distance < window
     group = q.shape[1] // k.shape[1]
