@@ -20,8 +20,8 @@ from tests.tiny import ENCODERS, TINY
 from tunesmith.engine import setup
 from tunesmith.models import newhead
 
-OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt", "classify": "classify"}
-HEADS = ("classify",)
+OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt", "classify": "classify", "tag": "tag", "qa": "qa"}
+HEADS = ("classify", "tag", "qa")
 """Objectives with a head of their own; the others are a language model's."""
 
 ADAPTATIONS: dict[str, Any] = {

@@ -179,7 +179,9 @@ def sample(kind: str, module: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...],
     """Arguments that a module of ``kind`` can be tried with."""
     generator = torch.Generator().manual_seed(0)
     if kind == "encoder embeddings":
-        sizes = [getattr(module, name).num_embeddings for name in ("word_embeddings", "token_type_embeddings", "position_embeddings")]
+        sizes = [
+            getattr(module, name).num_embeddings for name in ("word_embeddings", "token_type_embeddings", "position_embeddings")
+        ]
         drawn = [torch.randint(size, (1, 8), generator=generator) for size in sizes]
         return (), dict(zip(("input_ids", "token_type_ids", "position_ids"), drawn, strict=True))
     width = next(one for one in module.modules() if hasattr(one, "in_features")).in_features
