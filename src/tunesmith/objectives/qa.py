@@ -93,13 +93,18 @@ class Objective:
         self.notes.append(f"questions: {asked}, {silent} of them without an answer: {says}")
 
     def head_config(self) -> dict[str, Any]:
-        ours = {"objective": "qa", "pair_template": self._template, **self._settings, "null_threshold": self.threshold}
+        ours = {"objective": "qa", "pair_template": self._template, "null_threshold": self.threshold}
         names = {0: "LABEL_0", 1: "LABEL_1"}  # transformers' span heads have two outputs, and these names for them
         return {
             "num_labels": 2,
             "id2label": names,
             "label2id": {name: number for number, name in names.items()},
-            "tunesmith": {**ours, "null": "last token" if self._causal else "first token"},
+            "tunesmith": {
+                **ours,
+                **self._settings,
+                "window": self.max_length,
+                "null": "last token" if self._causal else "first token",
+            },
         }
 
     # ------------------------------------------------------------------------------------------------------- examples

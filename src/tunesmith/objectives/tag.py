@@ -37,6 +37,8 @@ class Objective:
         self.max_length: int | None = None
         self._causal = False
         self._saved: list[str] = []
+        self._ours: dict[str, Any] = {}
+        self._stride = config.stride
         self._fixed = False
 
     @property
@@ -60,18 +62,20 @@ class Objective:
         from tunesmith.models import heads
 
         self._causal, self.max_length = heads.is_causal(config), max_length
-        ours = getattr(config, "tunesmith", None) or {}
-        if ours.get("objective") == "tag" or heads.kind_of((config.architectures or [""])[0]) == "token":
+        self._ours = getattr(config, "tunesmith", None) or {}
+        if self._ours.get("objective") == "tag" or heads.kind_of((config.architectures or [""])[0]) == "token":
             self._saved = [config.id2label[number] for number in range(config.num_labels)]
         if tokenizer.pad_token is None:  # only for whoever pads; padding is masked by its place
             tokenizer.pad_token = tokenizer.eos_token
         self.facts |= {"causal": self._causal, "max_length": max_length}
 
     def of_model(self) -> None:
-        """Take the tags from the model that was adopted, as it was saved. Raises DataError when it has none."""
+        """Take tags and windows from the model that was adopted, as it was saved. Raises DataError when it has no tags."""
         if not self._saved:
             raise DataError("this model has no head that tags: train one with objective: tag")
-        self.facts["labels"] = self._saved
+        known = [length for length in (self.max_length, self._ours.get("max_length")) if length]
+        self.max_length, self._stride = min(known, default=None), self._ours.get("stride", self._stride)
+        self.facts |= {"labels": self._saved, "max_length": self.max_length, "stride": self._stride}
         self._fixed = True
 
     def survey(self, rows: Iterable[Any]) -> None:
@@ -128,7 +132,13 @@ class Objective:
             "num_labels": len(names),
             "id2label": dict(enumerate(names)),
             "label2id": {name: number for number, name in enumerate(names)},
-            "tunesmith": {"objective": "tag", "scheme": self.scheme, "word": "last token" if self._causal else "first token"},
+            "tunesmith": {
+                "objective": "tag",
+                "scheme": self.scheme,
+                "word": "last token" if self._causal else "first token",
+                "max_length": self.max_length,
+                "stride": self._stride,
+            },
         }
 
     # ------------------------------------------------------------------------------------------------------- examples
@@ -136,7 +146,7 @@ class Objective:
     def encode(self, rows: Sequence[Tagged], tokenizer: Any) -> list[list[Example]]:
         return tagging.encode(
             rows, tokenizer, self.labels,
-            causal=self._causal, max_length=self.max_length, stride=self.config.stride, label_all=self.config.label_all,
+            causal=self._causal, max_length=self.max_length, stride=self._stride, label_all=self.config.label_all,
         )  # fmt: skip
 
     def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
