@@ -27,7 +27,16 @@ from tunesmith.models.layout import Layout
 NAME = "tunesmith_segments"
 ROWS = 256
 """Queries whose attention weights are made again together in the backward pass."""
-HARMLESS = {"position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal", "past_key_values", "read"}
+HARMLESS = {
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "cache_position",
+    "layer_idx",
+    "is_causal",
+    "past_key_values",
+    "read",
+}
 
 
 _watchers: list[list[int | None]] = []

@@ -75,7 +75,12 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
                         continue
                     inside.update(module.modules())
                     break
-        if forward is None and module not in inside and products.is_lora(module) and (linear := products.linears([module])) is not None:
+        if (
+            forward is None
+            and module not in inside
+            and products.is_lora(module)
+            and (linear := products.linears([module])) is not None
+        ):
             kind, forward = "lora", products.forward_of(linear)
         if forward is None and module not in inside and fused_bottleneck.is_bottleneck(module):
             kind, forward = "bottleneck", fused_bottleneck.projection(module)
