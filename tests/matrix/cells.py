@@ -24,6 +24,9 @@ OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt", "classify": "classify"
 HEADS = ("classify", "tag", "qa")
 """Objectives with a head of their own; the others are a language model's."""
 
+NO_CLASS = {"tag": ("gemma3",), "qa": ("gemma", "gemma3")}
+"""Architectures that transformers gives no such head."""
+
 ADAPTATIONS: dict[str, Any] = {
     "full": "full",
     "features": {"type": "features", "train_last": 1},
@@ -68,6 +71,8 @@ class Cell:
 
 def why_not(cell: Cell) -> str | None:
     """What the refusal of a pair that makes no sense says; None for one that works."""
+    if cell.architecture in NO_CLASS.get(cell.objective, ()):
+        return "transformers has no"
     if cell.architecture not in ENCODERS:
         return None
     if cell.objective not in HEADS:
