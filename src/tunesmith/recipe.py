@@ -150,8 +150,8 @@ def conflicts(recipe: Recipe) -> list[str]:
         for key in ("prompts", "count", "max_new_tokens"):
             clash(changed(samples, key), f"samples.{key} does nothing: a model of {objective} writes no text")
         clash(
-            changed(data, "max_unlearnable") and objective == "classify",
-            "data.max_unlearnable does nothing: there is something to learn in every row of classify",
+            changed(data, "max_unlearnable"),
+            f"data.max_unlearnable does nothing: there is something to learn in every row of {objective}",
         )
     clash(
         data.template and Chat not in rows,

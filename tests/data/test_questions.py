@@ -198,7 +198,7 @@ def window(best, null, golds=None, row=(0, 1)):
 
 
 def test_windows_of_a_question_are_joined():
-    objective = objective_of(n_best=3)
+    objective = objective_of()
     parts = [
         window([(2.0, 40, 43, "fox"), (1.0, 0, 3, "dog")], 5.0),
         window([(3.0, 60, 63, "fox"), (2.5, 61, 62, "o")], 1.0, ["fox"]),

@@ -15,7 +15,7 @@ import torch
 
 import tunesmith
 from tests import recipe_keys
-from tests.runs import history, model_folder, recipe
+from tests.runs import history, model_folder, questions, recipe, tagged
 from tunesmith.data import hub_set
 from tunesmith.data.config import Source
 from tunesmith.engine import tracking
@@ -52,6 +52,8 @@ WORDS = {
 }
 QLORA = {"adaptation": {"type": "qlora", "r": 4}}
 EVAL = {"data.eval": {"fraction": 0.3}}
+TAG = {"objective": {"type": "tag"}, "data.train.0.path": "TAGGED", "samples": None, "train.max_length": 9}
+QA = {"objective": {"type": "qa", "window": 32, "stride": 0}, "data.train.0.path": "QUESTIONS", "samples": None}
 FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
 
 CASES = [
@@ -63,6 +65,12 @@ CASES = [
     Case("objective.expand_turns", True, "data", {"objective": {"type": "sft"}, "data.train.0.path": "CHATS"}),
     Case("objective.overlong", "drop", "error", {"objective": {"type": "sft"}, "train.max_length": 16}),
     Case("objective.overlong", "truncate", "data", {"objective": {"type": "cpt"}, "data.train.0.path": "TEXTS", "train.max_length": 9}),
+    Case("objective.labels", ["O", "B-LOC", "B-PER"], "parameters", TAG),
+    Case("objective.label_all", True, "history", TAG),
+    Case("objective.stride", 3, "history", TAG),
+    Case("objective.window", 384, "history", QA),
+    Case("objective.stride", 12, "history", {**QA, "objective": {**QA["objective"], "max_answer_tokens": 1}}),
+    Case("objective.max_answer_tokens", 2, "history", QA),
     Case("adaptation", "lora", "files"),
     Case("adaptation.r", 2, "parameters", LORA),
     Case("adaptation.lora_alpha", 2, "weights", LORA),
@@ -188,6 +196,8 @@ def places(tmp_path_factory):
         "CHATS": file("chats", [{"messages": chat(n)} for n in range(12)]),
         "TEXTS": file("texts", [{"text": f"the quick brown fox jumps over the lazy dog {n}"} for n in range(8)]),
         "MARKED": file("marked", [{"text": f"the fox {n}", "labels": "a|b" if n % 2 else "a"} for n in range(12)]),
+        "TAGGED": file("tagged", tagged(12)),
+        "QUESTIONS": file("questions", questions(12)),
         "OTHER_ROWS": file("others", pairs),
         "BAD": file("bad", [*pairs, {"prompt": 3, "completion": None}]),
         "EMPTY": file("empty", [*pairs[:4], *[{"prompt": "a long question " * 9, "completion": " x"} for _ in range(6)]]),

@@ -16,6 +16,9 @@ from tunesmith.objectives import Batch, Example
 
 Row = tuple[int, int]
 
+N_BEST = 20
+"""Answers kept for each question; their probabilities sum to 1."""
+
 
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -23,7 +26,6 @@ class Config(BaseModel):
     window: int = Field(384, ge=16, description="tokens of question and context together; a longer context slides through")
     stride: int = Field(128, ge=0, description="tokens that windows share; more where an answer of max_answer_tokens needs it")
     max_answer_tokens: int = Field(30, ge=1, description="answers of more tokens are not considered")
-    n_best: int = Field(20, ge=1, description="answers kept for each question; their probabilities sum to 1")
 
 
 class Objective:
@@ -168,7 +170,7 @@ class Objective:
                 {
                     "row": row,
                     "best": best_spans(
-                        *scores, window["offsets"], window["context"], self.config.n_best, self._settings["max_answer_tokens"]
+                        *scores, window["offsets"], window["context"], N_BEST, self._settings["max_answer_tokens"]
                     ),
                     "null": float(scores[0][null] + scores[1][null]),
                     "golds": json.loads(window["golds"].tobytes()) if len(window["golds"]) else None,
@@ -193,7 +195,7 @@ class Objective:
                 best.setdefault(text, (score, begin, end))
             out.append({
                 "row": row,
-                "best": [(text, *place) for text, place in best.items()][: self.config.n_best],
+                "best": [(text, *place) for text, place in best.items()][: N_BEST],
                 "null": min(part["null"] for part in parts),
                 "golds": next((part["golds"] for part in parts if part["golds"] is not None), None),
                 "loss": tuple(sum(column) for column in zip(*(part["loss"] for part in parts))),
