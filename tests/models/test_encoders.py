@@ -18,7 +18,7 @@ CONFIGS = {
     "distilbert": ("distilbert", dict(vocab_size=512, dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=128,
                                       dropout=0.0, attention_dropout=0.0)),
 }  # fmt: skip
-KINDS = {"bert": 10, "roberta": 10, "electra": 10, "distilbert": 4}
+KINDS = {"bert": 10, "roberta": 10, "electra": 10, "distilbert": 2}
 """How many modules of two layers, and the embeddings, get another forward."""
 
 
@@ -209,7 +209,8 @@ def test_attention_both_ways(dtype, limit, segments, heads, kv_heads, dim):
         parts.append(((a @ b.transpose(1, 2) * 0.3).softmax(-1) @ c).transpose(0, 1).flatten(1))
     theirs = torch.cat(parts)
     ours = both_ways.BothWays.apply(qkv, heads, kv_heads, segments, 0.3)
-    pairs = [(ours, theirs), (*torch.autograd.grad(ours, qkv, grad), *torch.autograd.grad(theirs, exact, grad.double()))]
+    pairs = [(ours.detach(), theirs.detach())]
+    pairs += [(*torch.autograd.grad(ours, qkv, grad), *torch.autograd.grad(theirs, exact, grad.double()))]
     for got, expected in pairs:
         assert float((got.double() - expected).norm()) <= limit * float(expected.norm().clamp_min(1e-6))
 
@@ -217,7 +218,7 @@ def test_attention_both_ways(dtype, limit, segments, heads, kv_heads, dim):
 @NEEDS_C
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 9), (7, 100), (64, 384)])
-def test_norm_of_a_sum_and_gelu(dtype, limit, shape):
+def test_norm_of_a_sum(dtype, limit, shape):
     torch.manual_seed(0)
     given = [torch.randn(size).to(dtype).requires_grad_() for size in (shape, shape, shape[1:], shape[1:])]
     exact = [one.detach().double().requires_grad_() for one in given]
@@ -226,17 +227,12 @@ def test_norm_of_a_sum_and_gelu(dtype, limit, shape):
     theirs = torch.nn.functional.layer_norm(exact[0] + exact[1], shape[1:], *exact[2:], 1e-5)
     pairs = [(ours, theirs)]
     pairs += zip(torch.autograd.grad(ours, given, grad), torch.autograd.grad(theirs, exact, grad.double()), strict=True)
-    x, same = (3 * given[0].detach()).requires_grad_(), (3 * exact[0].detach()).requires_grad_()
-    ours, theirs = fused_encoder.Gelu.apply(x), torch.nn.functional.gelu(same)
-    pairs += [(ours, theirs), (*torch.autograd.grad(ours, x, grad), *torch.autograd.grad(theirs, same, grad.double()))]
     for got, expected in pairs:
         assert float((got.double() - expected).norm()) <= limit * float(expected.norm())
 
 
 @NEEDS_C
 def test_the_number_of_threads_changes_nothing():
-    model, rows = network("bert"), some_rows("bert")
-    fast(model)
     found, before = [], torch.get_num_threads()
     for threads in (1, 3):
         torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
 """Faster layers of encoders on CPUs (bert, roberta, electra, distilbert): what fused.py puts on the instances, kind by kind.
 
 * attention: q, k and v as one product over stacked weights, and all segments of the row in one pass;
-* mlp: the product and GELU with the exact Phi, whose gradient is one pass too;
+* mlp: the product as one function, for it may have a LoRA; GELU is torch's, which no pass of ours was faster than;
 * output: the product, then residual and layer norm as one pass, with the module's own dropout between them;
 * embeddings: the sum's last term and layer norm as one pass.
 
@@ -20,24 +20,6 @@ from torch import nn
 
 from tunesmith.models import kernels, products
 from tunesmith.models.both_ways import BothWays
-
-
-class Gelu(torch.autograd.Function):
-    """y = x Phi(x) (Hendrycks and Gimpel 2016)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        y = torch.empty_like(x)
-        kernels.call("gelu", x.dtype, x, y, x.numel())
-        ctx.save_for_backward(x)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        kernels.call("gelu_backward", x.dtype, x, grad.contiguous(), dx, x.numel())
-        return dx
 
 
 class AddNorm(torch.autograd.Function):
@@ -69,6 +51,9 @@ class AddNorm(torch.autograd.Function):
 
 def add_norm(norm: nn.LayerNorm, x: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
     """``norm(x + more)``, (..., width)."""
+    if not x.dtype == more.dtype == norm.weight.dtype:
+        normed: torch.Tensor = norm(x + more)
+        return normed
     flat = (one.reshape(-1, one.shape[-1]).contiguous() for one in (x, more))
     out: torch.Tensor = AddNorm.apply(*flat, norm.weight, norm.bias, norm.eps)
     return out.view(x.shape)
@@ -78,17 +63,14 @@ def _is_norm(norm: Any) -> bool:
     return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and len(norm.normalized_shape) == 1
 
 
-def _is_gelu(activation: Any) -> bool:
-    return isinstance(activation, nn.GELU) or getattr(activation, "act", None) is nn.functional.gelu
-
-
 def _attention(module: Any) -> Callable[..., Any] | None:
     names = ("query", "key", "value") if hasattr(module, "query") else ("q_lin", "k_lin", "v_lin")
     parts = [getattr(module, name, None) for name in names]
     heads = getattr(module, "num_attention_heads", getattr(module, "n_heads", None))
     dim = getattr(module, "attention_head_size", None)
-    fits = isinstance(heads, int) and isinstance(dim, int) and isinstance(getattr(module, "scaling", None), float)
-    if any(part is None for part in parts) or not fits or getattr(module, "is_causal", True) or not hasattr(module, "dropout"):
+    if any(part is None for part in parts) or not isinstance(heads, int) or not isinstance(dim, int):
+        return None
+    if getattr(module, "is_causal", True) or not all(hasattr(module, name) for name in ("scaling", "dropout")):
         return None
     last = getattr(module, "out_lin", None)
     out = None if last is None else products.output(last)
@@ -117,17 +99,11 @@ def _attention(module: Any) -> Callable[..., Any] | None:
 
 
 def _mlp(module: Any) -> Callable[..., Any] | None:
-    if not _is_gelu(getattr(module, "intermediate_act_fn", getattr(module, "activation", None))):
+    activation = getattr(module, "intermediate_act_fn", None)
+    up = products.output(module.dense) if callable(activation) and hasattr(module, "dense") else None
+    if up is None or activation is None:
         return None
-    if hasattr(module, "intermediate_act_fn") and hasattr(module, "dense"):
-        up = products.output(module.dense)
-        return None if up is None else lambda hidden_states: Gelu.apply(up(hidden_states).contiguous())
-    if not all(hasattr(module, name) for name in ("lin1", "lin2", "dropout")):
-        return None
-    up, down = products.output(module.lin1), products.output(module.lin2)
-    if up is None or down is None:
-        return None
-    return lambda x: module.dropout(down(Gelu.apply(up(x).contiguous())))
+    return lambda hidden_states: activation(up(hidden_states))
 
 
 def _output(module: Any) -> Callable[..., Any] | None:
@@ -156,7 +132,7 @@ def _embeddings(module: Any) -> Callable[..., Any] | None:
         **kwargs: Any,
     ) -> torch.Tensor:
         embedded = module.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None or token_type_ids is None or embedded.dtype != module.LayerNorm.weight.dtype:
+        if position_ids is None or token_type_ids is None:
             given = {"token_type_ids": token_type_ids, "position_ids": position_ids, **kwargs}
             return type(module).forward(module, inputs_embeds=embedded, **given)
         embedded = embedded + module.token_type_embeddings(token_type_ids)
@@ -196,8 +172,8 @@ def sample(kind: str, module: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...],
 
 @dataclass(eq=False)
 class Last:
-    """The forward of an encoder's last layer. With ``read`` (places,) it gives the outputs at these places of its flattened tokens
-    alone, (1, places, width); its products behind attention are then done for them alone.
+    """The forward of an encoder's last layer. With ``read`` (places,) it gives the outputs at these places of its flattened
+    tokens alone, (1, places, width); its products behind attention are then done for them alone.
     """
 
     layer: Any
@@ -216,8 +192,9 @@ class Last:
 
 def last_layer(model: nn.Module) -> Any | None:
     """The last layer of an encoder whose layers are those of bert, or None."""
-    stacks = [module.layer for module in model.modules() if isinstance(getattr(module, "layer", None), nn.ModuleList)]
-    if len(stacks) != 1 or not len(stacks[0]):
+    found = [getattr(module, "layer", None) for module in model.modules()]
+    stacks = [layers for layers in found if isinstance(layers, nn.ModuleList) and len(layers)]
+    if len(stacks) != 1:
         return None
     last: Any = stacks[0][-1]
     names = ("attention.self", "attention.output", "intermediate", "output")

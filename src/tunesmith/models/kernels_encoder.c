@@ -1,4 +1,4 @@
-/* The passes of encoders: attention of short segments both ways, layer norm, GELU, dropout by row. Part of kernels.c. */
+/* The passes of encoders: attention of short segments both ways, layer norm, dropout by row. Part of kernels.c. */
 #ifndef T
 #include <omp.h>
 
@@ -23,15 +23,6 @@ static inline void small_product(
 #pragma GCC unroll 8
             for (int r = 0; r < 8; r++) memcpy(c + (i + r) * w + l, &sum[r], 64);
         }
-}
-
-/* exp(-x^2 / 2), and from it the normal distribution's Phi(x) to 1e-7 (Abramowitz and Stegun 1964, 7.1.26). */
-static inline float bell(float x) { return fast_exp(-0.5f * x * x); }
-static inline float normal_cdf(float x, float e) {
-    float t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * (x < 0.0f ? -x : x));
-    float tail = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-    tail *= 0.5f * e;
-    return x < 0.0f ? tail : 1.0f - tail;
 }
 
 /* 32 random bits for element `at` of what (low, high) name: the finaliser of MurmurHash3 twice. noise.py has the same in torch. */
@@ -107,20 +98,6 @@ void F(layer_norm_weights)(
                 dbias[j] += g;
             }
         }
-    }
-}
-
-/* GELU with the exact Phi: y = x Phi(x); its gradient is Phi(x) + x phi(x). */
-void F(gelu)(const T *x, T *y, int64_t count) {
-#pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < count; i++) { float v = GET(x[i]); y[i] = PUT(v * normal_cdf(v, bell(v))); }
-}
-
-void F(gelu_backward)(const T *x, const T *grad, T *dx, int64_t count) {
-#pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < count; i++) {
-        float v = GET(x[i]), e = bell(v);
-        dx[i] = PUT(GET(grad[i]) * (normal_cdf(v, e) + v * 0.39894228f * e));
     }
 }
 

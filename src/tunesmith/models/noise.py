@@ -1,8 +1,8 @@
 """Dropout, and noise on the embeddings, that depend on the seed, the step and the row, and on nothing else.
 
 Torch draws from one stream, so another split of the same step, another number of processes or a resumed run would draw something
-else. Here each row's numbers are a hash of (seed, step, row, layer) and the place in the row. A layer that is computed again in the
-backward pass drops again what it dropped before.
+else. Here each row's numbers are a hash of (seed, step, row, layer) and the place in the row. A layer that is computed again in
+the backward pass drops again what it dropped before.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RowNoise:
     """Places of the batch whose outputs alone leave the last layer, where the rest of it is not computed for the others."""
 
     def drop(self, x: torch.Tensor, p: float, layer: int) -> torch.Tensor:
-        """Inverted dropout of ``x`` (..., width): packed (1, tokens, width) or padded (rows, longest, width); or (1, read, width)."""
+        """Inverted dropout of ``x``: packed (1, tokens, width), padded (rows, longest, width), or the part of it that is read."""
         number, place = self._places(1 if self.packed else x.shape[1])
         if self.read is not None and x.shape[:-1].numel() == len(self.read) != len(place):
             chosen = self.read.cpu().numpy()
@@ -109,7 +109,8 @@ class RowDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return _dropped(grad, *ctx.saved_tensors, ctx.p), None, None, None
+        keys, place = ctx.saved_tensors
+        return _dropped(grad, keys, place, ctx.p), None, None, None
 
 
 def _dropped(x: torch.Tensor, keys: torch.Tensor, place: torch.Tensor, p: float) -> torch.Tensor:

@@ -21,8 +21,11 @@ def equal(
     """Whether the new forward gives what the module's own gives, on ``given`` arguments or a small random input of ``dtype``."""
     if given is not None:
         arguments, named = given
-        outputs = forward(*arguments, **named), type(module).forward(module, *arguments, **named)
-        return _near(*(one[0] if isinstance(one, tuple) else one for one in outputs), dtype)
+        ours, theirs = (
+            one[0] if isinstance(one, tuple) else one
+            for one in (forward(*arguments, **named), type(module).forward(module, *arguments, **named))
+        )
+        return _near(ours, theirs, dtype)
     linear = next((one for one in module.modules() if hasattr(one, "in_features")), None)
     width = module.weight.shape[-1] if linear is None else linear.in_features
     generator = torch.Generator().manual_seed(0)

@@ -103,7 +103,7 @@ def attend_with(kernel: Kernel, capability: tuple[int, int]) -> Callable[..., tu
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Attention inside each segment, causal or both ways; shapes are those of ``attention.segment_attention``. Raises CannotPack."""
+        """Attention inside each segment, causal or both ways; shapes are those of ``segment_attention``. Raises CannotPack."""
         attention.refuse(module, query, attention_mask, cu_seqlens is not None, dropout, kwargs)
         if not heads_fit(query.shape[-1], value.shape[-1], capability):
             raise CannotPack(f"its heads have {query.shape[-1]} numbers, which varlen_attn has no kernel for on this GPU")
