@@ -39,7 +39,7 @@ ADAPTATIONS: dict[str, Any] = {
 }
 TRAINS: dict[str, Callable[[str], bool]] = {
     "full": lambda name: True,
-    "features": lambda name: re.search(r"\.(layers?|h)\.1\.|model\.norm\.|ln_f\.", name) is not None,
+    "features": lambda name: re.search(r"\.(layers?|h)\.1\.|(model|transformer)\.norm\.|ln_f\.", name) is not None,
     "lora": lambda name: ".lora_" in name,
     "qlora": lambda name: ".lora_" in name,
     "bottleneck": lambda name: ".bottleneck_" in name,

@@ -213,6 +213,14 @@ def test_the_plain_class_finds_the_same_answer(name, tmp_path):
         assert whole[offsets[first, 0] : offsets[last, 1]].strip() == ours["answer"]
 
 
+def test_what_stays_frozen_is_saved_as_the_base_has_it(tmp_path):
+    """Also where transformers' class has another name for the body; the run computes in bf16, the base is fp32."""
+    run = recipe(tmp_path, "llama", "qa", {"type": "features", "train_last": 1}, precision="bf16")
+    base, saved = weights(run["model"]), weights(tunesmith.train(run, out=tmp_path / "run")["model_dir"])
+    frozen = [name for name in base if ".layers.0." in name or "embed_tokens" in name]
+    assert frozen and all(saved[name.replace("model.", "transformer.")].equal(base[name]) for name in frozen)
+
+
 def test_bad_rows_are_named(tmp_path):
     outcome = tunesmith.train(recipe(tmp_path, "bert", "tag", "full"), out=tmp_path / "run")
     (tmp_path / "other.jsonl").write_text('{"tokens": ["x"], "ner_tags": ["O"]}\n{"tokens": ["y"], "ner_tags": ["B-LOK"]}\n')

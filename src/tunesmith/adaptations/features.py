@@ -214,11 +214,12 @@ def _originals(model: Any, base: Path) -> dict[int, Any]:
 
     stored = headers.read_tensors(base)
     prefix = f"{model.base_model_prefix}."
+    others = {name.partition(".")[0] for name in stored}
     opened: dict[Path, Any] = {}
     found = {}
     for name, parameter in model.named_parameters():
-        bare = name.removeprefix(prefix)  # some files hold the body alone
-        key = name if name in stored else bare
+        bare = name.removeprefix(prefix)  # some files hold the body alone, or under another name than this class
+        key = next((one for one in (name, bare, *(f"{other}.{bare}" for other in sorted(others))) if one in stored), bare)
         if parameter.requires_grad or key not in stored or stored[key].shape != tuple(parameter.shape):
             continue
         file = stored[key].file
