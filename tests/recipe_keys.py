@@ -29,6 +29,8 @@ SAMPLES = {"prompts", "count", "max_new_tokens"}
 OBJECTIVES = {
     "sft": {"train_on", "expand_turns", "overlong"},
     "cpt": {"overlong"},
+    "tag": {"labels", "label_all", "stride"},
+    "qa": {"window", "stride", "max_answer_tokens", "n_best"},
     "classify": {"problem_type", "labels", "class_weights", "label_smoothing", "pooling", "overlong"},
 }
 ADAPTATIONS = {
@@ -77,5 +79,7 @@ IDLE = {
     "sft": {"separator": "data.train.0"},
     "cpt": {"separator": "data.train.0", "template": "data"},
     "classify": {**WRITES_NOTHING, "max_unlearnable": "data"},
+    "tag": {**WRITES_NOTHING, "separator": "data.train.0"},
+    "qa": {**WRITES_NOTHING, "separator": "data.train.0"},
 }
 """Keys of a part that an objective refuses, because they would do nothing."""

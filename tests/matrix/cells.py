@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 import tunesmith
 from tests.runs import recipe
-from tests.tiny import ENCODERS, TINY
+from tests.tiny import ENCODERS, TINY, tiny_config
+from tunesmith import objectives
 from tunesmith.engine import setup
-from tunesmith.models import newhead
+from tunesmith.errors import ModelError
+from tunesmith.models import heads, newhead
 
-OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt", "classify": "classify"}
-HEADS = ("classify",)
+OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt", "classify": "classify", "tag": "tag", "qa": "qa"}
+HEADS = ("classify", "tag", "qa")
 """Objectives with a head of their own; the others are a language model's."""
 
 ADAPTATIONS: dict[str, Any] = {
@@ -66,12 +69,19 @@ class Cell:
         return f"{self.architecture}-{self.objective}-{self.adaptation}"
 
 
+def config_of(architecture: str) -> Any:
+    return AutoConfig.for_model(architecture, **ENCODERS[architecture]) if architecture in ENCODERS else tiny_config(architecture)
+
+
 def why_not(cell: Cell) -> str | None:
     """What the refusal of a pair that makes no sense says; None for one that works."""
+    kind = objectives.module(cell.objective).Objective.head
+    try:
+        heads.require_class(config_of(cell.architecture), kind)
+    except ModelError:
+        return "is an encoder" if kind == "lm" else "transformers has no"
     if cell.architecture not in ENCODERS:
         return None
-    if cell.objective not in HEADS:
-        return "is an encoder"
     if cell.adaptation == "prefix":
         return "prefix tuning is not available"
     return "would be one of them" if (cell.objective, cell.adaptation) == ("classify", "prompt") else None

@@ -52,7 +52,9 @@ def test_three_rows_of_three_classes_by_hand():
 
 
 def test_a_class_that_is_only_predicted_counts_in_the_macro_mean():
-    assert classes.single([0, 0], one_hot([0, 2], 3), ABC)["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
+    found = classes.single([0, 0], one_hot([0, 2], 3), ABC)
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
+    assert found["baseline"] == 1.0
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
@@ -181,6 +183,14 @@ def test_a_curve_keeps_its_ends_in_a_hundred_points():
     assert all(tuple(point) in whole for point in curve)
 
 
+def test_a_curve_of_a_rare_label_reaches_every_recall():
+    gold, scores = np.zeros((5000, 1), bool), np.linspace(1, 0, 5000)[:, None]
+    gold[::1000] = True
+    curve = classes.multi(gold, scores, ["a"])["curves"]["a"]
+    assert sorted({recall for recall, _ in curve}) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert max(precision for recall, precision in curve if recall == 0.4) == 2 / 1001
+
+
 def test_a_short_curve_is_kept_whole():
     assert classes.multi([[1], [0]], [[0.9], [0.1]], ["a"])["curves"]["a"] == [[1.0, 0.5], [1.0, 1.0], [0.0, 1.0]]
 
@@ -195,7 +205,8 @@ def test_probabilities_that_are_not_numbers_do_not_stop_the_others():
 
 
 def micro(gold, scores, threshold):
-    return sklearn.f1_score(np.ravel(gold), np.ravel(scores) >= threshold, zero_division=0)
+    truth, said = np.ravel(gold).astype(bool), np.ravel(scores) >= threshold
+    return 2 * (truth & said).sum() / max(truth.sum() + said.sum(), 1)
 
 
 def test_the_threshold_is_in_the_middle():
@@ -205,7 +216,7 @@ def test_the_threshold_is_in_the_middle():
 def test_a_half_is_kept_when_nothing_is_better():
     assert classes.best_threshold([[1, 0]], [[0.9, 0.3]]) == 0.5
     assert classes.best_threshold([[0, 0]], [[0.9, 0.3]]) == 0.5
-    assert classes.best_threshold([[1, 0]], [[0.9, np.nan]]) == 0.5
+    assert classes.best_threshold([[1, 1]], [[0.3, np.nan]]) == 0.5
 
 
 def test_of_equally_good_thresholds_the_nearest_to_a_half():
@@ -215,6 +226,9 @@ def test_of_equally_good_thresholds_the_nearest_to_a_half():
     gold, scores = [[1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1]], [[0.99, 0.9, 0.8, 0.45, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05]]
     assert micro(gold, scores, 0.35) == micro(gold, scores, 0.95) == 0.5
     assert classes.best_threshold(gold, scores) == pytest.approx(0.35)
+    scores = [[0.9, 0.6, 0.45, 0.3, 0.2, 0.09, 0.08, 0.07, 0.06, 0.05, 0.04]]
+    assert micro(gold, scores, 0.15) == micro(gold, scores, 0.75) == 0.5
+    assert classes.best_threshold(gold, scores) == pytest.approx(0.75)
 
 
 def test_equal_probabilities_stand_on_one_side():
@@ -258,7 +272,7 @@ def test_no_constant_is_better_than_the_most_frequent(rows):
     found = classes.most_frequent(gold)
     scores = {}
     for chosen in itertools.product([False, True], repeat=4):
-        scores[chosen] = sklearn.f1_score(gold, np.tile(chosen, (len(gold), 1)), average="micro", zero_division=0)
+        scores[chosen] = micro(gold, np.tile(chosen, (len(gold), 1)), 0.5)
     kept = tuple(label in found["labels"] for label in range(4))
     assert found["micro_f1"] == pytest.approx(max(scores.values())) == pytest.approx(scores[kept])
 

@@ -49,7 +49,7 @@ def test_spans_by_hand(tags, expected):
         ("O B-X I-X", "BIO"), ("B-X", "BIO"), ("B I O", "BIO"), ("B-a-b I-a-b", "BIO"),
         ("O B-X I-X E-X S-X", "BIOES"), ("S-X O", "BIOES"), ("B-X E-X", "BIOES"),
         ("I-X O I-Y", "IO"),
-        ("O", None), ("", None), ("NN VB", None), ("B-X I-X NN", None), ("B-X L-X U-X", None), ("B-", None), ("O-X", None),
+        ("O", None), ("", None), ("NN VB", None), ("B-X I-X NN", None), ("B-X L-X U-X", None), ("B-", None), ("O-X", None), ("O-X B-X", None),
         ("Other B-X", None), ("BE-X", None),
     ],
 )  # fmt: skip
@@ -134,6 +134,12 @@ def test_what_is_missing_is_wrong():
 def test_an_entity_ends_with_its_row():
     found = entities.score([["B-X"], ["I-X"]], [["B-X"], ["I-X"]])
     assert found["support"] == 2
+
+
+def test_entities_that_are_only_predicted_are_wrong():
+    found = entities.score([["O"]], [["B-X"]])
+    assert found["scheme"] == "BIO" and found["f1"] == 0.0
+    assert found["by_type"] == {"X": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}}
 
 
 def test_plain_tags_have_token_accuracy_alone():

@@ -78,6 +78,12 @@ def test_a_missing_prediction_is_wrong_even_where_nothing_is_right():
     assert found["missing"] == 2 and found["total"] == 3
 
 
+def test_an_answer_of_articles_is_none():
+    found = squad.score({"1": ""}, {"1": ["a"]})
+    assert found["has_answer_total"] == 0 and found["no_answer_f1"] == 1.0
+    assert not squad.has_answer(["a", "!"]) and squad.has_answer(["a", "b"])
+
+
 def test_a_kind_that_is_not_there_has_no_figures():
     found = squad.score({"1": "cat"}, {"1": ["cat"]})
     assert found["no_answer_f1"] is found["no_answer_exact_match"] is None and found["no_answer_total"] == 0
@@ -104,6 +110,7 @@ def test_answering_none_may_be_best():
 
 def test_a_later_threshold_must_be_better_to_be_taken():
     assert squad.best_null_threshold([1.0, 2.0], [1.0, 0.0], [True, True]) == (1.0, 0.5)
+    assert squad.best_null_threshold([2.0], [0.0], [True]) == (0.0, 0.0)
 
 
 def test_questions_of_one_score_stand_on_one_side():

@@ -67,7 +67,19 @@ class Adaptation:
             trained.add(id(model.get_output_embeddings().weight))
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
+        if head != "lm" and trained == {id(one) for part in _new_head(model, head) for one in part}:
+            self._still(model)
         return model
+
+    def _still(self, model: Any) -> None:
+        """Nothing is dropped in a body of which nothing is learnt: its outputs are features, the same each time."""
+        from torch import nn
+
+        drops = [one for one in model.base_model.modules() if isinstance(one, nn.Dropout) and one.p > 0]
+        for module in drops:
+            module.p = 0.0
+        if drops:
+            self.notes = ["the frozen body drops nothing in training: its outputs are the same in every epoch"]
 
     def _last_blocks(self, model: Any, head: str) -> list[list[Any]]:
         """Parameters of the last blocks and of the norm after them, each module's as a list."""

@@ -102,9 +102,11 @@ p { margin: 0 0 12px; }
 .answer.after { border-top-color: var(--eval); }
 .answer.reference { background: none; border: 1px solid var(--line); }
 
-.picture { margin: 14px 0 0; background: #ffffff; border: 1px solid var(--line); border-radius: 12px; padding: 14px; }
+.pictures { display: flex; flex-wrap: wrap; gap: 14px; }
+.picture { flex: 1 1 auto; max-width: 100%; margin: 0; padding: 14px;
+  background: #ffffff; border: 1px solid var(--line); border-radius: 12px; }
 .picture figcaption { color: #22211f; font-size: .9rem; font-weight: 600; margin-bottom: 8px; }
-.picture img { display: block; max-width: 100%; max-height: 80vh; margin: 0 auto; }
+.picture img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .mistake .prompt { font-size: .93rem; }
 mark { color: inherit; background: none; border-bottom: 3px solid var(--eval); padding-bottom: 1px; }
 mark.right { border-bottom-color: var(--good); }

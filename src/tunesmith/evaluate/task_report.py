@@ -19,7 +19,11 @@ from tunesmith.engine.report_parts import facts as listed
 from tunesmith.engine.report_parts import grid, notes, page, table, tile
 from tunesmith.metrics import pictures
 
-_FIRST = ("accuracy", "exact_match", "f1", "micro_f1", "macro_f1", "auroc", "rmse", "mae", "pearson", "spearman")
+_FIRST = (
+    "accuracy", "micro_f1", "exact_match", "f1", "precision", "recall", "macro_f1", "auroc", "token_accuracy", "rmse", "mae",
+    "pearson",
+)  # fmt: skip
+"""The first three of these that are there stand on top."""
 _FOLDED = 30  # a longer table is folded away
 _ROOM = 1200  # characters of a text that are shown
 _AROUND = 200  # characters on either side of what is marked in a longer text
@@ -92,10 +96,8 @@ def _pictures(figures: Mapping[str, Any]) -> dict[str, tuple[str, bytes]]:
         curves = {name: figures["curves"][name] for name in by_support}
         found["precision-recall"] = "Precision and recall at every threshold", pictures.precision_recall(curves)
     if figures.get("calibration"):
-        found["calibration"] = (
-            "Calibration: how often the model is as right as it is sure",
-            pictures.reliability(figures["calibration"]),
-        )
+        caption = "Calibration: how sure the model is, and how often it is right"
+        found["calibration"] = caption, pictures.reliability(figures["calibration"])
     return found
 
 
@@ -105,7 +107,8 @@ def _head(title: str, command: Any) -> str:
 
 
 def _tiles(figures: Mapping[str, Any]) -> str:
-    shown = [name for name in _FIRST if written.is_number(figures.get(name))][:3]
+    twice = {"micro_f1"} if "accuracy" in figures else set()  # of one class for each row they are the same
+    shown = [name for name in _FIRST if written.is_number(figures.get(name)) and name not in twice][:3]
     baseline = figures.get("baseline")
     tiles = []
     for name in shown:
@@ -143,11 +146,12 @@ def _shown(drawn: Mapping[str, tuple[str, bytes]]) -> str:
     parts = []
     for caption, png in drawn.values():
         data = base64.b64encode(png).decode("ascii")
+        width = int.from_bytes(png[16:20]) // 2  # of its header: drawn for twice the dots of a plain screen
         parts.append(
             f'<figure class="picture"><figcaption>{escape(caption)}</figcaption>'
-            f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>'
+            f'<img alt="{escape(caption)}" width="{width}" src="data:image/png;base64,{data}"></figure>'
         )
-    return f"<section><h2>Pictures</h2>{''.join(parts)}</section>"
+    return f'<section><h2>Pictures</h2><div class="pictures">{"".join(parts)}</div></section>'
 
 
 def _mistakes(mistakes: Sequence[Mapping[str, Any]]) -> str:
@@ -161,8 +165,8 @@ def _mistake(mistake: Mapping[str, Any]) -> str:
     ]
     label = escape(" · ".join([str(mistake.get("where", "")), *measures]))
     spans = {key: mistake.get(key) or [] for key in ("gold_spans", "predicted_spans")}
-    is_marked = any(spans.values())
-    read = ["question"] if is_marked else ["question", "text", "text_pair"]
+    is_typed = any(span.get("type") for both in spans.values() for span in both)
+    read = ["question"] if any(spans.values()) else ["question", "text", "text_pair"]
     above = "".join(f'<div class="text">{escape(_cut(str(mistake[key])))}</div>' for key in read if mistake.get(key))
     columns = []
     for key, own, other, kind in (
@@ -170,11 +174,9 @@ def _mistake(mistake: Mapping[str, Any]) -> str:
         ("prediction", "predicted_spans", "gold_spans", " after"),
     ):
         inner = _value(mistake.get(key))
-        if is_marked:
-            places = {_place(span) for span in spans[other]}
-            marked = _marked(str(mistake.get("text", "")), spans[own], places)
-            # Entities say themselves what they are; an answer is repeated above its place.
-            inner = marked if any(span.get("type") for both in spans.values() for span in both) else f"<b>{inner}</b>\n{marked}"
+        if is_typed or spans[own]:
+            marked = _marked(str(mistake.get("text", "")), spans[own], {_place(span) for span in spans[other]})
+            inner = marked if is_typed else f"<b>{inner}</b>\n{marked}"  # an answer is repeated above its place
         elif key == "prediction" and mistake.get("probabilities"):
             inner += f'\n<span class="soft">{_likely(mistake["probabilities"], mistake.get("gold"))}</span>'
         name = "true" if key == "gold" else "predicted"

@@ -92,8 +92,9 @@ def precision_recall(curves: Mapping[str, Sequence[Sequence[float]] | None]) -> 
     for place, name in enumerate(names):
         recall, precision = zip(*drawn[name])
         dashes = "--" if place >= len(_COLOURS) else "-"
-        # Precision at a recall between two thresholds is not on the straight line between them (Davis and Goadrich 2006).
-        lines += axes.step(recall, precision, dashes, where="pre", color=_COLOURS[place % len(_COLOURS)], linewidth=1.6)
+        # Between two thresholds a recall is only reached by the lower one, with its precision: no straight line between them
+        # (Davis and Goadrich 2006). Recall falls from point to point, so that is the first of the two.
+        lines += axes.step(recall, precision, dashes, where="post", color=_COLOURS[place % len(_COLOURS)], linewidth=1.6)
     left_out = f" ({len(names)} of {len(drawn)} labels)" if len(names) < len(drawn) else ""
     axes.set(xlim=(0, 1.02), ylim=(0, 1.04), xlabel=f"recall{left_out}{_explained(is_numbered)}", ylabel="precision")
     axes.grid(alpha=0.25)

@@ -66,7 +66,8 @@ def score(predictions: Mapping[str, str], golds: Mapping[str, Sequence[str]]) ->
 
 
 def has_answer(golds: Sequence[str]) -> bool:
-    """Whether any answer says something once it is normalised."""
+    """Whether any answer says something once it is normalised; where none does, an empty prediction is right. (The official
+    script asks before normalising, which differs for answers of articles or punctuation alone.)"""
     return _answers(golds) != [""]
 
 

@@ -99,7 +99,7 @@ def score_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     inner = head.base(model)
     mean = pooling(inner.config) == "mean"
     if head.is_plain(model) and "segments" not in batch and not mean:
-        return model(**_own_padding(inner, head.inputs(model, batch))).logits
+        return inner(**_own_padding(inner, head.inputs(model, batch))).logits
     hidden = head.outputs_at(model, batch)
     if mean:
         hidden = _means(hidden, batch["places"])
@@ -109,8 +109,8 @@ def score_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 def token_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """(places, labels) at ``batch["positions"]``."""
-    if head.is_plain(model):
-        return model(**head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
+    if head.is_plain(model):  # of the network itself: peft's forward for questions loses token types
+        return head.base(model)(**head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
     inner, hidden = head.base(model), head.outputs_at(model, batch)
     with _one_by_one(model, batch["places"]):
         return _output(inner)(inner.dropout(hidden))
@@ -119,7 +119,7 @@ def token_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 def span_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """How much speaks for an answer's beginning, and for its end, at each of ``batch["positions"]``: (places,) twice."""
     if head.is_plain(model):
-        found = model(**head.inputs(model, batch))
+        found = head.base(model)(**head.inputs(model, batch))
         return tuple(one.flatten()[batch["positions"]] for one in (found.start_logits, found.end_logits))
     inner, hidden = head.base(model), head.outputs_at(model, batch)
     if isinstance(dropout := getattr(inner, "dropout", None), nn.Module):

@@ -255,6 +255,7 @@ def _full(
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+    newhead.keep_own_names(model, options)
     return newhead.fitted(model)
 
 

@@ -71,6 +71,13 @@ def _renamed(folder: Folder, config: Any, head: str) -> dict[str, str]:
     return {}
 
 
+def keep_own_names(model: Any, options: Mapping[str, Any]) -> None:
+    """Save the body under the name that the class has for it: transformers would write the names that it was read by, which the
+    plain class does not find, and would then fill the body with random numbers."""
+    if renamed := options.get("key_mapping"):
+        model._weight_conversions = [one for one in model._weight_conversions if not set(one.source_patterns) & set(renamed)]
+
+
 def settle(
     model: Any, head: str, report: Mapping[str, Any], missing: Iterable[str], unexpected: Iterable[str]
 ) -> tuple[list[str], list[str]]:

@@ -1,0 +1,285 @@
+"""Tagging: what each word of a sentence names. Learnt at one token of each word, measured by whole entities."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from tunesmith.data import figures, pack, tagging
+from tunesmith.data.rows import Tagged
+from tunesmith.errors import DataError
+from tunesmith.objectives import Batch, Example
+
+Row = tuple[int, int]
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    labels: list[str] | None = Field(None, min_length=2, description="names of the tags, by id; default: found, O first")
+    label_all: bool = Field(False, description="learn at every token of a word, not only at the one that it is read at")
+    stride: int = Field(64, ge=0, description="tokens that the windows of a sentence above max_length share, at most")
+
+
+class Objective:
+    head = "token"
+    rows: tuple[type, ...] = (Tagged,)
+    overlong = "error"  # never met: a long sentence becomes windows
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.facts: dict[str, Any] = {"labels": config.labels}
+        self.notes: list[str] = []
+        self.max_length: int | None = None
+        self._causal = False
+        self._saved: list[str] = []
+        self._ours: dict[str, Any] = {}
+        self._stride = config.stride
+        self._fixed = False
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.facts["labels"] or [])
+
+    @property
+    def scheme(self) -> str | None:
+        """What the tags are written in, None where they are no entities."""
+        from tunesmith.metrics import entities
+
+        return entities.scheme_of(self.labels)
+
+    @property
+    def best(self) -> tuple[str, str]:
+        return ("eval_f1", "max") if self.scheme else ("eval_accuracy", "max")
+
+    # ------------------------------------------------------------------------------------------------ before encoding
+
+    def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+        from tunesmith.models import heads
+
+        self._causal, self.max_length = heads.is_causal(config), max_length
+        self._ours = getattr(config, "tunesmith", None) or {}
+        if self._ours.get("objective") == "tag" or heads.kind_of((config.architectures or [""])[0]) == "token":
+            self._saved = [config.id2label[number] for number in range(config.num_labels)]
+        if tokenizer.pad_token is None:  # only for whoever pads; padding is masked by its place
+            tokenizer.pad_token = tokenizer.eos_token
+        self.facts |= {"causal": self._causal, "max_length": max_length}
+
+    def of_model(self) -> None:
+        """Take tags and windows from the model that was adopted, as it was saved. Raises DataError when it has no tags."""
+        if not self._saved:
+            raise DataError("this model has no head that tags: train one with objective: tag")
+        known = [length for length in (self.max_length, self._ours.get("max_length")) if length]
+        self.max_length, self._stride = min(known, default=None), self._ours.get("stride", self._stride)
+        self.facts |= {"labels": self._saved, "max_length": self.max_length, "stride": self._stride}
+        self._fixed = True
+
+    def survey(self, rows: Iterable[Any]) -> None:
+        """Find the tags, O first, the others by the alphabet; say where they break their scheme."""
+        if self._fixed or self.config.labels:
+            return
+        from tunesmith.metrics import entities
+
+        counts: Counter[str] = Counter()
+        sequences: Counter[tuple[str, ...]] = Counter()
+        for row in rows:
+            if isinstance(row, Tagged) and row.tags:
+                counts.update(row.tags)
+                sequences[row.tags] += 1
+        names = ordered(counts)
+        if len(names) < 2:
+            there = f"only the tag {names[0]!r}" if names else "no tag at all"
+            raise DataError(
+                f"the training rows have {there}: a tagger needs two.\n"
+                "  Look at them with `tunesmith data preview`, or name the column with data.train.0.columns={tags: COLUMN}."
+            )
+        if all(name.lstrip("-").isdecimal() for name in names):
+            raise DataError(
+                f"the tags are numbers without names, such as {names[0]!r}: nobody could read what is predicted.\n"
+                "  Write the names (B-person, O), which the data set's own list has, or give objective.labels=[...] as they are."
+            )
+        scheme = entities.scheme_of(names)
+        if self.config.label_all and scheme in ("BIO", "BIOES"):  # tokens inside a word go on, also where no second word does
+            names = ordered({*names, *map(tagging.continued, names)})
+        if self._saved and set(names) <= set(self._saved):
+            names = self._saved  # a head that knows these tags goes on
+        self.facts["labels"] = names
+        self._remark(counts, sequences, scheme)
+
+    def _remark(self, counts: Counter[str], sequences: Counter[tuple[str, ...]], scheme: str | None) -> None:
+        from tunesmith.metrics import entities
+
+        words, found = counts.total(), Counter[str]()
+        types = {name.partition("-")[2] for name in self.labels} - {""}
+        common, count = counts.most_common(1)[0]
+        said = f"{scheme}, {len(types) or 1} types of entities" if scheme else "no entities, single tags"
+        self.notes.append(
+            f"tags: {len(self.labels)} ({said}); the most frequent is {common!r} ({count / words:.1%} of the words)"
+        )
+        for tags, times in sequences.items():
+            for kind, number in entities.problems(tags, scheme).items():
+                found[kind] += number * times
+        for kind, number in found.items():
+            self.notes.append(f"tags: {number} times {entities.PROBLEMS[kind]}: kept, and read as an entity that begins there")
+
+    def head_config(self) -> dict[str, Any]:
+        names = self.labels
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: number for number, name in enumerate(names)},
+            "tunesmith": {
+                "objective": "tag",
+                "scheme": self.scheme,
+                "word": "last token" if self._causal else "first token",
+                "max_length": self.max_length,
+                "stride": self._stride,
+            },
+        }
+
+    # ------------------------------------------------------------------------------------------------------- examples
+
+    def encode(self, rows: Sequence[Tagged], tokenizer: Any) -> list[list[Example]]:
+        return tagging.encode(
+            rows, tokenizer, self.labels,
+            causal=self._causal, max_length=self.max_length, stride=self._stride, label_all=self.config.label_all,
+        )  # fmt: skip
+
+    def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
+        """``targets`` (places,): the tag at each of ``positions``, -1 = not known; ``words``: of each window, which they are."""
+        import torch
+
+        batch = pack.of_rows(examples, packed, [example["places"] for example in examples])
+        return {
+            **batch,
+            "targets": torch.from_numpy(np.concatenate([example["target"] for example in examples]).astype(np.int64)),
+            "words": [example["words"] for example in examples],
+        }
+
+    # ----------------------------------------------------------------------------------------------------------- loss
+
+    def count(self, batch: Batch) -> Any:
+        """Places whose tag is known."""
+        return (batch["targets"] >= 0).sum()
+
+    def loss(self, model: Any, batch: Batch, reference: Any = None) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+        """Sum over the known places of the cross-entropy of their tag."""
+        from tunesmith.models import heads
+
+        logits = heads.token_logits(model, batch)
+        return _losses(logits, batch["targets"].to(logits.device)).sum(), {}
+
+    def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
+        return loader
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """Of each window: its row, its words, the tag said of each with its probability, the true one, its loss and places."""
+        import torch
+
+        from tunesmith.models import heads
+
+        with torch.no_grad():
+            logits = heads.token_logits(model, batch)
+            scores, said = _exact(logits).softmax(-1).max(-1)
+            targets = batch["targets"].to(logits.device)
+            losses = _losses(logits, targets)
+        values = [one.cpu().numpy() for one in (said, scores.float(), targets, losses.double())]
+        return {"windows": [
+            self._window(row, words, *(value[end - len(words) : end] for value in values))
+            for row, words, end in zip(batch["rows"], batch["words"], np.cumsum([len(words) for words in batch["words"]]))
+        ]}  # fmt: skip
+
+    def _window(
+        self, row: Row, words: np.ndarray, said: np.ndarray, scores: np.ndarray, targets: np.ndarray, losses: np.ndarray
+    ) -> dict[str, Any]:
+        speaks = tagging.chosen(words, self._causal)
+        return {
+            "row": row,
+            "words": np.array(words[speaks]),
+            "said": said[speaks].astype(np.int32),
+            "scores": scores[speaks],
+            "targets": targets[speaks].astype(np.int32),
+            "loss": (float(losses.sum()), int((targets >= 0).sum())),
+        }
+
+    def _joined(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The windows of each row as one, its words in order; the rows in order."""
+        rows: dict[Row, list[dict[str, Any]]] = {}
+        for record in records:
+            for window in record["windows"]:
+                rows.setdefault(window["row"], []).append(window)
+        out = []
+        for row, parts in sorted(rows.items()):
+            order = np.argsort(np.concatenate([part["words"] for part in parts]))
+            whole = {name: np.concatenate([part[name] for part in parts])[order] for name in ("said", "scores", "targets")}
+            sums = [sum(column) for column in zip(*(part["loss"] for part in parts))]
+            out.append({"row": row, **whole, "loss": tuple(sums)})
+        return out
+
+    def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {
+                "row": list(one["row"]),
+                "prediction": [self.labels[number] for number in one["said"]],
+                "scores": [float(score) for score in one["scores"]],
+                "gold": None if (one["targets"] < 0).any() else [self.labels[number] for number in one["targets"]],
+                "loss": one["loss"][0] / one["loss"][1] if one["loss"][1] else None,
+            }
+            for one in self._joined(records)
+        ]
+
+    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """eval_loss, by place; eval_f1, eval_precision and eval_recall of entities; eval_accuracy, the share of right tags."""
+        loss = figures.token_mean([{"rows": [one["loss"] for one in self._joined(records)]}])
+        found = self.details(records)
+        names = {"f1": "f1", "precision": "precision", "recall": "recall", "accuracy": "token_accuracy"}
+        measured = {f"eval_{name}": found[key] for name, key in names.items() if found[key] is not None}
+        return {name: value for name, value in loss.items() if name != "perplexity"} | measured
+
+    def tune(self, records: Sequence[dict[str, Any]]) -> None:
+        """There is nothing to choose."""
+
+    def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """:func:`tunesmith.metrics.entities.score` over the rows whose tags are known."""
+        from tunesmith.metrics import entities
+
+        known = [one for one in self.answers(records) if one["gold"] is not None]
+        return entities.score([one["gold"] for one in known], [one["prediction"] for one in known])
+
+    def present(self, row: Tagged, answer: dict[str, Any]) -> dict[str, Any]:
+        """``entities``: type, start and end in characters, text, score (mean over its words) of each; ``tags`` of all words."""
+        from tunesmith.metrics import entities
+
+        tags, scores = answer["prediction"], answer["scores"]
+        if not self.scheme:
+            return {"tags": tags, "scores": scores}
+        found = []
+        for kind, first, end in entities.spans(tags):
+            start, stop = row.words[first][0], row.words[end - 1][1]
+            score = sum(scores[first:end]) / (end - first)
+            found.append({"type": kind, "start": start, "end": stop, "text": row.text[start:stop], "score": score})
+        return {"entities": found, "tags": tags}
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """O first, the others by the alphabet."""
+    return sorted(set(names), key=lambda name: (name != "O", name))
+
+
+def _exact(logits: Any) -> Any:
+    import torch
+
+    return logits if logits.dtype is torch.float64 else logits.float()
+
+
+def _losses(logits: Any, targets: Any) -> Any:
+    """(places,), 0 where the target is not known."""
+    from torch.nn import functional
+
+    return functional.cross_entropy(_exact(logits), targets, ignore_index=-1, reduction="none")
