@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+WRITES = ("sft", "cpt")
 ROW = "{:<18} {:>5} {:>17} {:>8}  {}"
 
 
@@ -27,8 +28,10 @@ def shortened(path: Path, steps: int, model: str | None) -> list[str]:
     """Overrides that make a recipe short: few steps, few rows to evaluate on, one short sample. All else is as it stands."""
     from tunesmith import recipe
 
-    keys = [f"train.max_steps={steps}", "train.epochs=1", "samples={count: 1, max_new_tokens: 8}"]
-    keys += ["data.eval.limit=8"] if recipe.load(path).data.eval.fraction else []
+    whole = recipe.load(path)
+    keys = [f"train.max_steps={steps}", "train.epochs=1"]
+    keys += ["samples={count: 1, max_new_tokens: 8}"] if whole.resolved()["objective"]["type"] in WRITES else []
+    keys += ["data.eval.limit=8"] if whole.data.eval.fraction else []
     return [*keys, f"model={model}"] if model else keys
 
 
