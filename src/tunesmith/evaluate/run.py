@@ -110,7 +110,7 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
     from tunesmith.evaluate import task_report
 
     worst = sorted((one for one in answers if one["loss"] is not None), key=lambda one: -one["loss"])
-    wrong = [one for one in worst if one["prediction"] != one["gold"]][:MISTAKES] or worst[:MISTAKES]
+    wrong = [one for one in worst if not one.get("right", one["prediction"] == one["gold"])][:MISTAKES] or worst[:MISTAKES]
     texts = _rows_of(source, {one["row"][1] for one in wrong}, chosen.objective.rows)
     mistakes = [{"where": f"{source.label}:{one['row'][1]}", **_words(texts[one["row"][1]]), **one} for one in wrong]
     folder.mkdir(parents=True)
