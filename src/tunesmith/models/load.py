@@ -199,6 +199,7 @@ def merged(model: Any) -> Any:
     tied = last is not None and first.weight is last.weight
     if tied:
         last.weight = torch.nn.Parameter(first.weight.detach().clone())
+    _take_whole_parts(model)
     try:
         plain = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
@@ -211,6 +212,16 @@ def merged(model: Any) -> Any:
         for part in (plain.config, plain.config.get_text_config()):  # peft has written what it saw before they were compared
             part.tie_word_embeddings = same
     return plain
+
+
+def _take_whole_parts(model: Any) -> None:
+    """Put parts that were trained whole in their places, where they are made of several layers: peft takes each for one layer."""
+    core = model.get_base_model()
+    for name, module in list(core.named_modules()):
+        trained = getattr(module, "modules_to_save", None)
+        if trained is not None and not hasattr(module.original_module, "weight"):
+            parent, _, last = name.rpartition(".")
+            setattr(core.get_submodule(parent), last, trained[module.active_adapters[0]])
 
 
 def check_mergeable(config: Any) -> None:
