@@ -82,6 +82,13 @@ def test_what_goes_into_the_first_layer_is_shaken_in_training_only(name, wrapped
     torch.testing.assert_close(shaken_ - calm, expected, atol=1e-5, rtol=0)  # gemma's scale is inside its embedding
 
 
+def test_dropout_drops_nothing_until_it_is_told_of_rows_and_refuses_other_tokens_than_it_was_told_of():
+    x = torch.ones(1, 6, WIDTH)
+    assert RowNoise(0).drop(x, 0.5, 0).equal(x)
+    with pytest.raises(ValueError, match="told of 5 tokens and met 6"):
+        told([3], [5], True).drop(x, 0.5, 0)
+
+
 def test_nothing_is_drawn_for_a_model_that_drops_nothing():
     assert install(tiny_model("llama"), 0) == (None, [])
     assert install(tiny_model("llama"), 0, ALPHA)[0] is not None

@@ -44,10 +44,15 @@ class RowNoise:
 
     def drop(self, x: torch.Tensor, p: float, layer: int) -> torch.Tensor:
         """Inverted dropout of ``x``: packed (1, tokens, width), padded (rows, longest, width), or the part of it that is read."""
+        if not self.rows:  # a trial, before the first step
+            return x
+        tokens = x.shape[:-1].numel()
         number, place = self._places(1 if self.packed else x.shape[1])
-        if self.read is not None and x.shape[:-1].numel() == len(self.read) != len(place):
+        if self.read is not None and tokens == len(self.read) != len(place):
             chosen = self.read.cpu().numpy()
             number, place = number[chosen], place[chosen]
+        if tokens != len(place):
+            raise ValueError(f"dropout was told of {len(place)} tokens and met {tokens}")
         keys = np.array([self._key(row, layer) for row in self.rows], np.int64).reshape(-1, 2)[number]
         out: torch.Tensor = RowDropout.apply(x, torch.from_numpy(keys), torch.from_numpy(place), p)
         return out
