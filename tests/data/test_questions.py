@@ -109,6 +109,19 @@ def test_pieces_cover_all_and_overlap(count, room, overlap):
         assert any(first <= start and start + shared + 1 <= end for first, end in pieces)
 
 
+def test_an_answer_is_whole_in_a_window_wherever_it_stands():
+    """Without a stride, too: windows share what the longest answer needs."""
+    words = [f"{number:02}" for number in range(60)]
+    for longest, always in ((12, True), (1, False)):
+        found = [encode("bert", row_at(words, at), 40, stride=0, longest_answer=longest) for at in range(58)]
+        assert all(any(one["span"][0] > 0 for one in made) for made in found) is always
+
+
+def row_at(words, at):
+    context = " ".join(words)
+    return Question("what?", context, ((" ".join(words[at : at + 3]), context.index(words[at])),))
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "word pieces", "metaspace"])
 def test_a_pair_is_the_tokenizers_own(kind):
     """Windows too: transformers' own cut of the second text, with its overlap."""

@@ -89,7 +89,7 @@ def same_as(expected, objective, network, examples):
     theirs = torch.autograd.grad(expected, trained, allow_unused=True)
     loss, _ = objective.loss(network, objective.collate(examples, packed=False))
     ours = torch.autograd.grad(loss, trained, allow_unused=True)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     for one, other in zip(ours, theirs, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
