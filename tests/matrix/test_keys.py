@@ -52,6 +52,7 @@ WORDS = {
 }
 QLORA = {"adaptation": {"type": "qlora", "r": 4}}
 EVAL = {"data.eval": {"fraction": 0.3}}
+CLASSIFY = {"objective": {"type": "classify"}, "data.train.0.path": "LABELLED", "samples": None}
 TAG = {"objective": {"type": "tag"}, "data.train.0.path": "TAGGED", "samples": None, "train.max_length": 9}
 QA = {"objective": {"type": "qa", "window": 32, "stride": 0}, "data.train.0.path": "QUESTIONS", "samples": None}
 FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
@@ -65,6 +66,10 @@ CASES = [
     Case("objective.expand_turns", True, "data", {"objective": {"type": "sft"}, "data.train.0.path": "CHATS"}),
     Case("objective.overlong", "drop", "error", {"objective": {"type": "sft"}, "train.max_length": 16}),
     Case("objective.overlong", "truncate", "data", {"objective": {"type": "cpt"}, "data.train.0.path": "TEXTS", "train.max_length": 9}),
+    Case("objective.problem_type", "multi_label_classification", "history", CLASSIFY),
+    Case("objective.class_weights", "balanced", "history", CLASSIFY),
+    Case("objective.label_smoothing", 0.2, "history", CLASSIFY),
+    Case("objective.pooling", "mean", "history", CLASSIFY),
     Case("objective.labels", ["O", "B-LOC", "B-PER"], "parameters", TAG),
     Case("objective.label_all", True, "history", TAG),
     Case("objective.stride", 3, "history", TAG),
@@ -196,6 +201,7 @@ def places(tmp_path_factory):
         "CHATS": file("chats", [{"messages": chat(n)} for n in range(12)]),
         "TEXTS": file("texts", [{"text": f"the quick brown fox jumps over the lazy dog {n}"} for n in range(8)]),
         "MARKED": file("marked", [{"text": f"the fox {n}", "labels": "a|b" if n % 2 else "a"} for n in range(12)]),
+        "LABELLED": file("labelled", [{"text": f"the fox {n}", "label": "b" if n % 4 == 0 else "a"} for n in range(12)]),
         "TAGGED": file("tagged", tagged(12)),
         "QUESTIONS": file("questions", questions(12)),
         "OTHER_ROWS": file("others", pairs),
