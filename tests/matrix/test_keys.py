@@ -110,7 +110,7 @@ CASES = [
     Case("data.train.0.streaming", True, "error", {"data.train.0.path": "hub:some/data", "data.cache": True}),
     Case("data.train.0.format", "question_answer", "error"),
     Case("data.train.0.columns", FIELDS["columns"], "data"),
-    Case("data.train.0.separator", "|", "error", {"objective": "classify", "data.train.0.path": "MARKED"}),
+    Case("data.train.0.separator", "|", "error", {"objective": "classify", "data.train.0.path": "MARKED", "samples": None}),
     Case("data.train.0.prompt_template", "Q: {prompt} A:", "weights"),
     Case("data.train.0.weight", 0.5, "steps", {"train.max_steps": None}),
     Case("data.train.0.limit", 6, "data"),
