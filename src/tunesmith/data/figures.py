@@ -23,3 +23,12 @@ def token_mean(records: Sequence[dict[str, Any]]) -> dict[str, float]:
         squares = math.fsum((loss - mean * count) ** 2 for loss, count in rows)
         figures["eval_loss_stderr"] = math.sqrt(len(rows) / (len(rows) - 1) * squares) / targets
     return {**figures, "perplexity": math.exp(mean) if mean < 700 else math.inf}
+
+
+def by_row(records: Sequence[dict[str, Any]]) -> list[tuple[tuple[int, int], list[dict[str, Any]]]]:
+    """(row, its windows) in the order of rows, from records {"windows": [{"row": (source, row of the file), ...}, ...]}."""
+    rows: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for record in records:
+        for window in record["windows"]:
+            rows.setdefault(window["row"], []).append(window)
+    return sorted(rows.items())

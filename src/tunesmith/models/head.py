@@ -137,17 +137,9 @@ def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 SHIFTED = (
-    "roberta",
-    "xlm-roberta",
-    "camembert",
-    "roberta-prelayernorm",
-    "xlm-roberta-xl",
-    "xmod",
-    "data2vec-text",
-    "longformer",
-    "ibert",
+    "roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "data2vec-text", "longformer", "ibert",
     "mpnet",
-)
+)  # fmt: skip
 """Kinds of networks whose first token does not stand at position 0."""
 
 
@@ -202,7 +194,7 @@ def row_losses(model: Any, batch: dict[str, Any]) -> list[tuple[float, int]]:
     else:
         hidden, weight, bias, labels, rows, new = blocked
         weight = weight if rows is None else weight.index_copy(0, rows, new.to(weight.dtype))
-        losses = torch.zeros(len(hidden), dtype=_exact(hidden), device=hidden.device)
+        losses = torch.zeros(len(hidden), dtype=exact_dtype(hidden), device=hidden.device)
         for start in range(0, len(hidden), BLOCK):
             part = slice(start, start + BLOCK)
             _loss_and_gradient(nn.functional.linear(hidden[part], weight, bias), labels[part], losses[part])
@@ -219,10 +211,11 @@ def row_losses(model: Any, batch: dict[str, Any]) -> list[tuple[float, int]]:
 def _plain_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """The loss of each target (targets,), from the model's own logits."""
     logits = model(**inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
-    return nn.functional.cross_entropy(logits.to(_exact(logits)), batch["labels"], reduction="none")
+    return nn.functional.cross_entropy(logits.to(exact_dtype(logits)), batch["labels"], reduction="none")
 
 
-def _exact(tensor: torch.Tensor) -> torch.dtype:
+def exact_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What a loss is computed in: fp32, or fp64 where the network is."""
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
@@ -246,7 +239,7 @@ class BlockedCrossEntropy(torch.autograd.Function):
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         if rows is not None and new is not None:
             weight = weight.index_copy(0, rows, new.to(weight.dtype))
-        losses = torch.zeros(max(targets, 1), dtype=_exact(hidden), device=hidden.device)
+        losses = torch.zeros(max(targets, 1), dtype=exact_dtype(hidden), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = _sum_like(weight) if want_weight else None
         grad_bias = _sum_like(bias) if want_bias and bias is not None else None
@@ -297,7 +290,7 @@ def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, losses: torch
     if kernels.available(logits):
         kernels.call("cross_entropy", logits.dtype, logits, labels, losses, logits.shape[0], logits.shape[1])
         return logits
-    exact = logits.to(_exact(logits))
+    exact = logits.to(exact_dtype(logits))
     normaliser = torch.logsumexp(exact, dim=-1)
     losses.copy_(normaliser - exact.gather(1, labels[:, None])[:, 0])
     gradient = exact.sub_(normaliser[:, None]).exp_()

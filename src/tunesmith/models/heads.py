@@ -3,6 +3,7 @@
 The body runs once, packed or padded; its outputs are gathered at ``batch["positions"]`` and only these go through the model's own
 pooler, dropout and output layer. So nothing depends on padding, and nothing is inferred from a token's identity: transformers'
 own decoder classes look for the last token that is not the padding one, which is another token where padding and end are one.
+Logits come in fp32, or in fp64 where the network is.
 """
 
 from __future__ import annotations
@@ -99,34 +100,39 @@ def score_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     inner = head.base(model)
     mean = pooling(inner.config) == "mean"
     if head.is_plain(model) and "segments" not in batch and not mean:
-        return inner(**_own_padding(inner, head.inputs(model, batch))).logits
+        return _exact(inner(**_own_padding(inner, head.inputs(model, batch))).logits)
     hidden = head.outputs_at(model, batch)
     if mean:
         hidden = _means(hidden, batch["places"])
     with _one_by_one(model, [1] * len(hidden)):
-        return _scores(inner, hidden, mean)
+        return _exact(_scores(inner, hidden, mean))
 
 
 def token_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """(places, labels) at ``batch["positions"]``."""
     if head.is_plain(model):  # of the network itself: peft's forward for questions loses token types
-        return head.base(model)(**head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
+        return _exact(head.base(model)(**head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]])
     inner, hidden = head.base(model), head.outputs_at(model, batch)
     with _one_by_one(model, batch["places"]):
-        return _output(inner)(inner.dropout(hidden))
+        return _exact(_output(inner)(inner.dropout(hidden)))
 
 
 def span_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """How much speaks for an answer's beginning, and for its end, at each of ``batch["positions"]``: (places,) twice."""
     if head.is_plain(model):
         found = head.base(model)(**head.inputs(model, batch))
-        return tuple(one.flatten()[batch["positions"]] for one in (found.start_logits, found.end_logits))
+        places = batch["positions"]
+        return _exact(found.start_logits.flatten()[places]), _exact(found.end_logits.flatten()[places])
     inner, hidden = head.base(model), head.outputs_at(model, batch)
     if isinstance(dropout := getattr(inner, "dropout", None), nn.Module):
         with _one_by_one(model, batch["places"]):
             hidden = dropout(hidden)
     start, end = inner.qa_outputs(hidden).split(1, dim=-1)
-    return start.squeeze(-1), end.squeeze(-1)
+    return _exact(start.squeeze(-1)), _exact(end.squeeze(-1))
+
+
+def _exact(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(head.exact_dtype(logits))
 
 
 def _scores(inner: Any, hidden: torch.Tensor, mean: bool) -> torch.Tensor:
@@ -156,7 +162,7 @@ def _means(hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """(tokens, width) -> (rows, width): the mean over the tokens of each row, summed in fp32."""
     counts = torch.tensor(lengths, device=hidden.device)
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), counts)
-    exact = hidden if hidden.dtype is torch.float64 else hidden.float()
+    exact = hidden.to(head.exact_dtype(hidden))
     sums = exact.new_zeros(len(lengths), hidden.shape[1]).index_add(0, rows, exact)
     return (sums / counts[:, None]).to(hidden.dtype)
 

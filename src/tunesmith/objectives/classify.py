@@ -252,17 +252,16 @@ class Objective:
         import torch
         from torch.nn import functional
 
-        exact = logits if logits.dtype is torch.float64 else logits.float()
-        weights = None if self._weights is None else torch.tensor(self._weights, dtype=exact.dtype, device=exact.device)
+        weights = None if self._weights is None else torch.tensor(self._weights, dtype=logits.dtype, device=logits.device)
         if self.problem == REGRESSION:
-            return (exact[:, 0] - targets[:, 0].to(exact.dtype)).square()
+            return (logits[:, 0] - targets[:, 0].to(logits.dtype)).square()
         if self.problem == MULTI:
             each = functional.binary_cross_entropy_with_logits(
-                exact, targets.to(exact.dtype), pos_weight=weights, reduction="none"
+                logits, targets.to(logits.dtype), pos_weight=weights, reduction="none"
             )
             return each.mean(dim=1)
         return functional.cross_entropy(
-            exact, targets[:, 0].long(), weight=weights, label_smoothing=self.config.label_smoothing, reduction="none"
+            logits, targets[:, 0].long(), weight=weights, label_smoothing=self.config.label_smoothing, reduction="none"
         )
 
     def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
@@ -278,13 +277,12 @@ class Objective:
 
         with torch.no_grad():
             logits = heads.score_logits(model, batch)
-            exact = logits if logits.dtype is torch.float64 else logits.float()
-            targets = batch["targets"].to(exact.device)
+            targets = batch["targets"].to(logits.device)
             known = ~targets.isnan().any(dim=1)
-            losses = torch.full((len(exact),), float("nan"), dtype=exact.dtype, device=exact.device)
+            losses = torch.full((len(logits),), float("nan"), dtype=logits.dtype, device=logits.device)
             if known.any():
-                losses[known] = self._losses(exact[known], targets[known])
-            scores = {SINGLE: lambda: exact.softmax(-1), MULTI: exact.sigmoid, REGRESSION: lambda: exact}[self.problem]()
+                losses[known] = self._losses(logits[known], targets[known])
+            scores = {SINGLE: lambda: logits.softmax(-1), MULTI: logits.sigmoid, REGRESSION: lambda: logits}[self.problem]()
         return {
             "rows": batch["rows"],
             "scores": scores.cpu().numpy(),

@@ -14,8 +14,6 @@ from tunesmith.data.rows import Question
 from tunesmith.errors import DataError
 from tunesmith.objectives import Batch, Example
 
-Row = tuple[int, int]
-
 N_BEST = 20
 """Answers kept for each question; their probabilities sum to 1."""
 
@@ -182,12 +180,8 @@ class Objective:
 
     def _joined(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The windows of each row as one; the rows in order. No answer is what the window says that believes in it least."""
-        rows: dict[Row, list[dict[str, Any]]] = {}
-        for record in records:
-            for window in record["windows"]:
-                rows.setdefault(window["row"], []).append(window)
         out = []
-        for row, parts in sorted(rows.items()):
+        for row, parts in figures.by_row(records):
             best: dict[str, tuple[float, int, int]] = {}
             for score, begin, end, text in sorted(
                 (one for part in parts for one in part["best"]), key=lambda one: (-one[0], one[1])
@@ -310,7 +304,6 @@ def _losses(start: Any, end: Any, batch: Batch) -> Any:
     rows, longest = len(spans), max(batch["places"])
     parts = []
     for logits, target in zip((start, end), spans.T):
-        exact = logits if logits.dtype is torch.float64 else logits.float()
-        table = exact.new_full((rows * longest,), -torch.inf).scatter(0, batch["cells"].to(start.device), exact)
+        table = logits.new_full((rows * longest,), -torch.inf).scatter(0, batch["cells"].to(start.device), logits)
         parts.append(functional.cross_entropy(table.view(rows, longest), target, ignore_index=-1, reduction="none"))
     return (parts[0] + parts[1]) / 2

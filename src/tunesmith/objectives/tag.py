@@ -186,7 +186,7 @@ class Objective:
 
         with torch.no_grad():
             logits = heads.token_logits(model, batch)
-            scores, said = _exact(logits).softmax(-1).max(-1)
+            scores, said = logits.softmax(-1).max(-1)
             targets = batch["targets"].to(logits.device)
             losses = _losses(logits, targets)
         values = [one.cpu().numpy() for one in (said, scores.float(), targets, losses.double())]
@@ -210,12 +210,8 @@ class Objective:
 
     def _joined(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The windows of each row as one, its words in order; the rows in order."""
-        rows: dict[Row, list[dict[str, Any]]] = {}
-        for record in records:
-            for window in record["windows"]:
-                rows.setdefault(window["row"], []).append(window)
         out = []
-        for row, parts in sorted(rows.items()):
+        for row, parts in figures.by_row(records):
             order = np.argsort(np.concatenate([part["words"] for part in parts]))
             whole = {name: np.concatenate([part[name] for part in parts])[order] for name in ("said", "scores", "targets")}
             sums = [sum(column) for column in zip(*(part["loss"] for part in parts))]
@@ -272,14 +268,8 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (name != "O", name))
 
 
-def _exact(logits: Any) -> Any:
-    import torch
-
-    return logits if logits.dtype is torch.float64 else logits.float()
-
-
 def _losses(logits: Any, targets: Any) -> Any:
     """(places,), 0 where the target is not known."""
     from torch.nn import functional
 
-    return functional.cross_entropy(_exact(logits), targets, ignore_index=-1, reduction="none")
+    return functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
