@@ -137,8 +137,8 @@ def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 SHIFTED = (
-    "roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "data2vec-text", "longformer", "ibert",
-    "mpnet",
+    "roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "data2vec-text", "longformer",
+    "ibert", "mpnet",
 )  # fmt: skip
 """Kinds of networks whose first token does not stand at position 0."""
 

@@ -124,7 +124,7 @@ def load_model(
     """Load the weights, strictly, and return the model in eval mode.
 
     ``head``: lm, score, token or span; None = what the folder holds. ``head_config``: entries of the config that say what a new
-    head is (``num_labels``, ``id2label``); the rows of a head that the folder lacks, or that has other labels, are drawn anew.
+    head is (``num_labels``, ``id2label``); a head that the folder lacks, or has in another shape, is drawn anew.
     ``dtype``: default is the checkpoint's own. ``adapter`` says what becomes of an adapter: "attach" returns a peft model,
     "ignore" its base alone, "merge" a plain model with the adapter folded in (in fp32, then cast). ``trainable``: whether
     parameters require gradients (of an attached adapter: the adapter's only). ``load_kwargs`` go to ``from_pretrained``. A base

@@ -47,11 +47,6 @@ def apply(config: Any, head_config: Mapping[str, Any]) -> None:
             config.get_text_config().pad_token_id = value
 
 
-def renames_the_body(folder: Folder, config: Any, head: str) -> bool:
-    """Whether transformers' class for ``head`` would not find the body in ``folder`` under the name it has there."""
-    return bool(_renamed(folder, config, head))
-
-
 def _renamed(folder: Folder, config: Any, head: str) -> dict[str, str]:
     """{pattern: prefix} where the checkpoint has the body under another name than the class does."""
     import torch
