@@ -61,7 +61,9 @@ def traceable(
     place = torch.arange(query.shape[0], device=query.device)
     owner = torch.searchsorted(cu_seq_q.long(), place, right=True)
     distance = place[:, None] - place[None, :]
-    seen = (owner[:, None] == owner[None, :]) & (distance >= 0)
+    seen = owner[:, None] == owner[None, :]
+    if window_size[1] == 0:
+        seen = seen & (distance >= 0)
     if window_size[0] >= 0:
         seen = seen & (distance <= window_size[0])
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
