@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -303,6 +306,17 @@ def test_without_a_cache_nothing_stays(alpaca):
     prepared = run(alpaca, cache=False)
     assert not prepared.report.cached and not cache.store().exists()
     assert prepared.train[0]["input_ids"].size
+
+
+def test_a_scratch_folder_goes_with_its_object_in_silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scratch = cache.Scratch("tunesmith-test-")
+        folder = Path(scratch.name)
+        (folder / "file").write_text("x")
+        del scratch
+        gc.collect()
+    assert not folder.exists()
 
 
 def _prepare_and_report(path, queue):

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import platform
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,7 +69,7 @@ def build(opened: Opened, objective: Any, tokenizer: Any, keep: bool, shared_key
     key = hashlib.sha256(
         json.dumps([sha256, Path(opened.source.path).suffix, options, kinds, opened.gold, shared_key]).encode()
     ).hexdigest()
-    scratch = None if keep else tempfile.TemporaryDirectory(prefix="tunesmith-data-")
+    scratch = None if keep else cache.Scratch("tunesmith-data-")
     folder = (cache.store() if scratch is None else Path(scratch.name)) / key[:32]
     entry = cache.load(folder)
     if entry is not None:

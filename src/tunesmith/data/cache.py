@@ -18,6 +18,7 @@ import re
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,17 @@ ALIGNED = ("input_ids", "supervised", "token_type_ids")
 BLOCK = 1 << 20
 ABANDONED = 2 * 24 * 3600.0
 """Seconds after which an unfinished folder belongs to no living process."""
+
+
+class Scratch:
+    """A folder for what is not to be kept: ``name`` exists for as long as this object does.
+
+    tempfile's ``TemporaryDirectory`` asks for a ``with``, and warns when the end of its object ends it: here that is the way.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.name = tempfile.mkdtemp(prefix=prefix)
+        weakref.finalize(self, shutil.rmtree, self.name, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -171,7 +170,7 @@ def _why_not(ready: setup.Setup, model: Any) -> str | None:
 
 
 def _keep(ready: setup.Setup, built: setup.Built, width: int, dtype: torch.dtype, say: Callable[[str], None]) -> None:
-    scratch = None if ready.recipe.data.cache else tempfile.TemporaryDirectory(prefix="tunesmith-bodies-")
+    scratch = None if ready.recipe.data.cache else cache.Scratch("tunesmith-bodies-")
     root = cache.store() if scratch is None else Path(distributed.same(scratch.name))
     folder = root / f"bodies-{_key(ready, built)[:32]}"
     kept = Outputs(width, dtype, scratch=scratch)
