@@ -21,6 +21,7 @@ _WHERE = {
     "load": "tunesmith.models.load",
     "load_adapters": "tunesmith.models.adapters",
     "generate": "tunesmith.models.generate",
+    "predict": "tunesmith.evaluate.predict",
     "evaluate": "tunesmith.evaluate.run",
     "merge": "tunesmith.merge.run",
 }

@@ -48,6 +48,7 @@ def summary(outcome: Mapping[str, Any]) -> list[Any]:
         f"trained    {outcome['trainable_parameters']:,} of {outcome['total_parameters']:,} parameters "
         f"({outcome['trainable_parameters'] / outcome['total_parameters']:.2%})",
         f"model      {outcome['model_dir']}",
+        f"merged     {outcome['merged_dir']}" if outcome.get("merged_dir") else "",
         f"report     {outcome['report']}",
         *_next(outcome, name),
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tunesmith import __version__
-from tunesmith.engine import distributed, figures, machine, report, setup, tracking, verdict
+from tunesmith.engine import distributed, figures, machine, plain, report, setup, tracking, verdict
 from tunesmith.engine.loop import Job, Progression
 from tunesmith.engine.state import Run
 from tunesmith.models import quantized
@@ -96,6 +96,8 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
         "samples": _before_and_after(run, at),
         "writes": run.setup.objective.head == "lm",
     }
+    if merged := plain.copy(run):
+        result["merged_dir"] = merged
     run.folder.record(result=result, notes=notes(run), finished=datetime.now(UTC).isoformat(timespec="seconds"))
     report.write_report(run.folder.path)
     return result

@@ -106,6 +106,25 @@ def record(model: Any) -> dict[str, Any] | None:
     return {"type": kind, "config": {name: config[name] for name in KEYS if config.get(name) is not None}}
 
 
+def stock_refuses(network: Any, folder: Folder) -> str | None:
+    """Why transformers' own class cannot open an adapter of this ``network`` on the base in ``folder``, or None when it can.
+
+    It loads the base by the base's config and names, and only then the adapter. A mean over all tokens is no class of its own:
+    no copy helps there.
+    """
+    from tunesmith.models import heads, load
+
+    kind = heads.kind_of(type(network).__name__)
+    if kind == "lm" or heads.pooling(network.config) == "mean":
+        return None
+    stored = load.load_config(folder)
+    if _renamed(folder, stored, kind):
+        return f"{type(network).__name__} has the body under another name than the base, and fills it with random numbers"
+    if stored.id2label != network.config.id2label:
+        return "it takes the labels from the base, which has others"
+    return None
+
+
 def answers(model: Any, ids: Any) -> Any:
     """What a model says of one row of ``ids`` (1, tokens): logits (tokens, n), or (1, labels) where a row has one answer."""
     import torch
