@@ -8,7 +8,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 
 import tunesmith
 from tests.runs import labelled, questions, recipe
-from tunesmith.engine import machine
+from tunesmith.engine import plain
 from tunesmith.errors import ModelError
 from tunesmith.merge import run as merging
 
@@ -27,10 +27,10 @@ def test_an_adapter_on_a_renamed_body_has_a_copy_that_answers_the_same(tmp_path)
     found = trained(tmp_path, "llama", "qa", "lora")
     assert found["merged_dir"] == str(tmp_path / "run" / "merged")
     model, tokenizer = tunesmith.load(found["model_dir"])
-    plain = AutoModelForQuestionAnswering.from_pretrained(found["merged_dir"], dtype=torch.float32).eval()
+    stock = AutoModelForQuestionAnswering.from_pretrained(found["merged_dir"], dtype=torch.float32).eval()
     ids = tokenizer(questions(1)[0]["context"], return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        ours, theirs = model.float()(input_ids=ids), plain(input_ids=ids)
+        ours, theirs = model.float()(input_ids=ids), stock(input_ids=ids)
     assert torch.allclose(ours.start_logits, theirs.start_logits, atol=1e-4)
     assert torch.allclose(ours.end_logits, theirs.end_logits, atol=1e-4)
     assert len(notes(tmp_path)) == 1 and "random numbers" in notes(tmp_path)[0] and "merged/" in notes(tmp_path)[0]
@@ -41,10 +41,10 @@ def test_three_labels_are_named_by_a_plain_pipeline(tmp_path, adaptation):
     found = trained(tmp_path, "bert", "classify", adaptation)
     texts = [row["text"] for row in labelled(6)]
     AutoModelForSequenceClassification.from_pretrained(found["merged_dir"])
-    plain = pipeline("text-classification", found["merged_dir"], dtype=torch.float32)
+    stock = pipeline("text-classification", found["merged_dir"], dtype=torch.float32)
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     ours = [one["label"] for one in tunesmith.predict(found["model_dir"], tmp_path / "texts.jsonl")]
-    assert [one["label"] for one in plain(texts)] == ours
+    assert [one["label"] for one in stock(texts)] == ours
     assert AutoTokenizer.from_pretrained(found["merged_dir"]).pad_token is not None
 
 
@@ -68,7 +68,7 @@ def test_an_adapter_that_no_weight_can_stand_for_is_said(tmp_path):
 
 
 def test_too_little_memory_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(plain, "NEEDED", 10**9)
     found = trained(tmp_path, "llama", "qa", "lora")
     assert "merged_dir" not in found and f"tunesmith merge {found['model_dir']}" in notes(tmp_path)[0]
 
