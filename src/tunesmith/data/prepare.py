@@ -133,8 +133,8 @@ def _survey(objective: Any, opened: Sequence[Opened]) -> None:
         for item in opened:
             if item.source.streaming:
                 raise DataError(
-                    f"{item.source.label} is a stream, which is read once, so its labels cannot be found first.\n"
-                    "  Name them: objective.labels=[...], or leave out streaming."
+                    f"{item.source.label} is a stream, which is read once, and what its rows can be must be known first.\n"
+                    "  Leave out streaming; or, for classify and tag, name the labels: objective.labels=[...]."
                 )
             yield from (found[1] for found in item.rows() if isinstance(found, tuple))
 

@@ -112,7 +112,10 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
     worst = sorted((one for one in answers if one["loss"] is not None), key=lambda one: -one["loss"])
     wrong = [one for one in worst if not one.get("right", one["prediction"] == one["gold"])][:MISTAKES] or worst[:MISTAKES]
     texts = _rows_of(source, {one["row"][1] for one in wrong}, chosen.objective.rows)
-    mistakes = [{"where": f"{source.label}:{one['row'][1]}", **_words(texts[one["row"][1]]), **one} for one in wrong]
+    mistakes = [
+        {"where": f"{source.label}:{one['row'][1]}", **_words(texts[one["row"][1]]), **_places(texts[one["row"][1]], one), **one}
+        for one in wrong
+    ]
     folder.mkdir(parents=True)
     (folder / "figures.json").write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in mistakes)
@@ -139,6 +142,26 @@ def _rows_of(source: Any, numbers: set[int], accepted: tuple[type, ...]) -> dict
 
 def _words(row: Any) -> dict[str, str]:
     """What a person reads of a row."""
-    return {
-        name: value for name in ("text", "text_pair", "question", "context") if (value := getattr(row, name, None)) is not None
-    }
+    names = {"text": "text", "text_pair": "text_pair", "question": "question", "context": "text"}
+    return {shown: value for name, shown in names.items() if (value := getattr(row, name, None)) is not None}
+
+
+def _places(row: Any, answer: dict[str, Any]) -> dict[str, Any]:
+    """Where in the text the true and the predicted entities or answers are: ``gold_spans`` and ``predicted_spans``."""
+    from tunesmith.data.rows import Question, Tagged
+    from tunesmith.metrics import entities
+
+    both = {"gold_spans": answer["gold"], "predicted_spans": answer["prediction"]}
+    if isinstance(row, Tagged) and entities.scheme_of([*answer["gold"], *answer["prediction"]]):
+        return {
+            name: [
+                {"type": kind, "start": row.words[first][0], "end": row.words[end - 1][1]}
+                for kind, first, end in entities.spans(tags)
+            ]
+            for name, tags in both.items()
+        }
+    if isinstance(row, Question):
+        said = [] if answer["start"] is None else [{"start": answer["start"], "end": answer["end"]}]
+        gold = [{"start": start, "end": start + len(text)} for text, start in row.answers or ()]
+        return {"gold_spans": gold, "predicted_spans": said}
+    return {}
