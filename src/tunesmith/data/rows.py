@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Message = dict[str, Any]
@@ -69,6 +69,15 @@ Written = Text | Chat | PromptCompletion
 """What a language model learns to write."""
 
 Row = Written | Labelled | Tagged | Question
+
+
+GOLD = ("label", "labels", "tags", "answers")
+"""Fields of a row that say what is to be predicted."""
+
+
+def without_gold(row: Row) -> Row:
+    """``row`` as somebody has it who does not know the answer."""
+    return replace(row, **{name: None for name in GOLD if hasattr(row, name)})
 
 
 def digest(row: Row) -> int:

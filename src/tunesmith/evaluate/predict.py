@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.problems import Record, RowFault, RowProblem
+from tunesmith.data.rows import without_gold
 from tunesmith.errors import ModelError
 
 BLOCK = 512
@@ -84,7 +85,7 @@ def _encoded(item: tuple[Record, Any] | RowProblem, objective: Any, tokenizer: A
         return item
     record, row = item
     try:
-        (examples,) = objective.encode([row], tokenizer)
+        (examples,) = objective.encode([without_gold(row)], tokenizer)
     except RowFault as fault:
         return RowProblem(record.path, record.row, "row", fault.expected, fault.got, fault.fix, record.line)
     return [{**example, "row": np.array([0, record.row])} for example in examples]
