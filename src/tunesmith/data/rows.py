@@ -71,13 +71,13 @@ Written = Text | Chat | PromptCompletion
 Row = Written | Labelled | Tagged | Question
 
 
-GOLD = ("label", "labels", "tags", "answers")
-"""Fields of a row that say what is to be predicted."""
-
-
 def without_gold(row: Row) -> Row:
     """``row`` as somebody has it who does not know the answer."""
-    return replace(row, **{name: None for name in GOLD if hasattr(row, name)})
+    if isinstance(row, Labelled):
+        return replace(row, label=None, labels=None)
+    if isinstance(row, Tagged):
+        return replace(row, tags=None)
+    return replace(row, answers=None) if isinstance(row, Question) else row
 
 
 def digest(row: Row) -> int:

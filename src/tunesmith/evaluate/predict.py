@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith.data.problems import Record, RowFault, RowProblem
-from tunesmith.data.rows import without_gold
+from tunesmith.data.rows import Question, Tagged, without_gold
 from tunesmith.errors import ModelError
 
 BLOCK = 512
@@ -45,16 +46,17 @@ def predict(
     if chosen.objective.head == "lm":
         raise ModelError("this model writes text: use tunesmith generate. predict is for models that classify, tag or answer.")
     rows = open_source(source, chosen.objective.rows, gold=False).rows()
+    longest = max_length or chosen.objective.max_length
     cut = bad = 0
     way = None
     try:
         while block := list(itertools.islice(rows, BLOCK)):
             made = [_encoded(item, chosen.objective, chosen.tokenizer) for item in block]
             examples = [one for item in made if isinstance(item, list) for one in item]
-            cut += sum(_cut(one, max_length or chosen.objective.max_length) for one in examples)
+            cut += sum(_cut(one, longest) for one in examples)
             if examples and way is None:
-                shortest = sorted(examples, key=lambda one: len(one["input_ids"]))[:2]
-                way = chosen.ready(precision, shortest, max_length or chosen.objective.max_length or 0)
+                tried = _tried([item for item, result in zip(block, made) if isinstance(result, list)], chosen, longest)
+                way = chosen.ready(precision, tried, longest or 0)
             answers = _answers(chosen, examples, way, batch_tokens) if examples else {}
             for item, result in zip(block, made):
                 if isinstance(item, RowProblem):
@@ -70,9 +72,7 @@ def predict(
         if way is not None:
             way.leave(chosen.network)
     if cut:
-        note(
-            f"{cut} rows were longer than {max_length or chosen.objective.max_length} tokens; what stands after that was not read"
-        )
+        note(f"{cut} rows were longer than {longest} tokens; what stands after that was not read")
     if bad:
         note(f"{bad} rows could not be read: they have `error` in the place of an answer")
 
@@ -89,6 +89,29 @@ def _encoded(item: tuple[Record, Any] | RowProblem, objective: Any, tokenizer: A
     except RowFault as fault:
         return RowProblem(record.path, record.row, "row", fault.expected, fault.got, fault.fix, record.line)
     return [{**example, "row": np.array([0, record.row])} for example in examples]
+
+
+def _tried(items: list[Any], chosen: Any, longest: int | None) -> list[Any]:
+    """Two short examples to find the route with. It compares losses, and these rows have none: each gets some answer."""
+    known = chosen.objective.head_config()
+    encoded = [chosen.objective.encode([_answered(row, known)], chosen.tokenizer)[0][0] for _, row in items[:16]]
+    shortest = sorted(encoded, key=lambda one: len(one["input_ids"]))[:2]
+    for one in shortest:
+        _cut(one, longest)
+    return shortest
+
+
+def _answered(row: Any, known: dict[str, Any]) -> Any:
+    """``row`` with an answer that the model knows, right or wrong."""
+    name = known["id2label"][0]
+    if isinstance(row, Tagged):
+        return replace(row, tags=(name,) * len(row.words))
+    if isinstance(row, Question):
+        word = row.context.split()[0]
+        return replace(row, answers=((word, row.context.index(word)),))
+    if known["problem_type"] == "multi_label_classification":
+        return replace(row, label=None, labels=(name,))
+    return replace(row, label=0.0 if known["problem_type"] == "regression" else name, labels=None)
 
 
 def _cut(example: dict[str, Any], longest: int | None) -> bool:
