@@ -31,6 +31,8 @@ OBJECTIVES = {
     "cpt": {"overlong"},
     "tag": {"labels", "label_all", "stride"},
     "qa": {"window", "stride", "max_answer_tokens"},
+    "dpo": {"loss_type", "beta", "label_smoothing", "simpo_gamma", "overlong"},
+    "reward": {"margin", "center_rewards_coefficient", "overlong"},
     "classify": {"problem_type", "labels", "class_weights", "label_smoothing", "pooling", "overlong"},
 }
 ADAPTATIONS = {
@@ -75,11 +77,14 @@ EITHER_OR = [
 """Keys that no run can hold together: `recipe.conflicts` refuses the pair."""
 
 WRITES_NOTHING = {"template": "data", "prompts": "samples", "count": "samples", "max_new_tokens": "samples"}
+JUDGED = {"separator": "data.train.0", "max_unlearnable": "data", "neftune_noise_alpha": "train"}
 IDLE = {
     "sft": {"separator": "data.train.0"},
     "cpt": {"separator": "data.train.0", "template": "data"},
     "classify": {**WRITES_NOTHING, "max_unlearnable": "data"},
     "tag": {**WRITES_NOTHING, "max_unlearnable": "data", "separator": "data.train.0"},
+    "dpo": JUDGED,
+    "reward": {**JUDGED, "prompts": "samples", "count": "samples", "max_new_tokens": "samples"},
     "qa": {**WRITES_NOTHING, "max_unlearnable": "data", "separator": "data.train.0"},
 }
 """Keys of a part that an objective refuses, because they would do nothing."""

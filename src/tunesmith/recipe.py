@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tunesmith import adaptations, objectives, recipe_text
 from tunesmith.data.config import DataConfig, Source, idle
-from tunesmith.data.rows import Chat, Labelled
+from tunesmith.data.rows import Chat, Labelled, Ranking
 from tunesmith.data.source import eval_sources
 from tunesmith.engine.config import SampleConfig, TrainConfig
 from tunesmith.errors import RecipeError
@@ -149,12 +149,18 @@ def conflicts(recipe: Recipe) -> list[str]:
     if objectives.module(objective).Objective.head != "lm":
         for key in ("prompts", "count", "max_new_tokens"):
             clash(changed(samples, key), f"samples.{key} does nothing: a model of {objective} writes no text")
+    judged = Ranking in rows
+    clash(
+        changed(data, "max_unlearnable") and (judged or objectives.module(objective).Objective.head != "lm"),
+        f"data.max_unlearnable does nothing: there is something to learn in every row of {objective}",
+    )
+    for part, key in (("adaptation", "lora_dropout"), ("adaptation", "dropout"), ("train", "neftune_noise_alpha")):
         clash(
-            changed(data, "max_unlearnable"),
-            f"data.max_unlearnable does nothing: there is something to learn in every row of {objective}",
+            judged and getattr(getattr(recipe, part), key, 0),
+            f"{part}.{key}: {objective} compares what the weights say, and nothing may be drawn in it. Leave it out",
         )
     clash(
-        data.template and Chat not in rows,
+        data.template and Chat not in rows and not judged,
         f"data.template does nothing: {objective} learns from {', '.join(row.__name__ for row in rows)} rows",
     )
     sources = {f"data.train.{place}": source for place, source in enumerate(data.train)}

@@ -55,6 +55,8 @@ EVAL = {"data.eval": {"fraction": 0.3}}
 CLASSIFY = {"objective": {"type": "classify"}, "data.train.0.path": "LABELLED", "samples": None}
 TAG = {"objective": {"type": "tag"}, "data.train.0.path": "TAGGED", "samples": None, "train.max_length": 9}
 QA = {"objective": {"type": "qa", "window": 32, "stride": 0}, "data.train.0.path": "QUESTIONS", "samples": None}
+DPO = {"objective": {"type": "dpo"}, "data.train.0.path": "PREFERENCES"}
+REWARD = {"objective": {"type": "reward"}, "data.train.0.path": "PREFERENCES", "samples": None}
 FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
 
 CASES = [
@@ -76,6 +78,14 @@ CASES = [
     Case("objective.window", 384, "history", QA),
     Case("objective.stride", 12, "history", {**QA, "objective": {**QA["objective"], "max_answer_tokens": 1}}),
     Case("objective.max_answer_tokens", 2, "history", QA),
+    Case("objective.loss_type", "hinge", "history", DPO),
+    Case("objective.beta", 0.5, "history", DPO),
+    Case("objective.label_smoothing", 0.2, "history", DPO),
+    Case("objective.simpo_gamma", 1.5, "history", {**DPO, "objective": {"type": "dpo", "loss_type": "simpo"}}),
+    Case("objective.overlong", "error", "error", {**DPO, "train.max_length": 12}),
+    Case("objective.margin", True, "error", REWARD),
+    Case("objective.center_rewards_coefficient", 0.1, "history", REWARD),
+    Case("objective.overlong", "error", "error", {**REWARD, "train.max_length": 12}),
     Case("adaptation", "lora", "files"),
     Case("adaptation.r", 2, "parameters", LORA),
     Case("adaptation.lora_alpha", 2, "weights", LORA),

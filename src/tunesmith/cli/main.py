@@ -31,6 +31,7 @@ VERBS = {
     "init": ("tunesmith.cli.init:init", "Write a commented recipe."),
     "evaluate": ("tunesmith.cli.evaluate:evaluate", "Figures of a model on a data file."),
     "predict": ("tunesmith.cli.predict:predict", "Classes, entities or answers for every row of a file."),
+    "score": ("tunesmith.cli.score:score", "Rewards of answers by a reward model, and the order of several."),
     "generate": ("tunesmith.cli.generate:generate", "Answer a prompt, or every prompt of a file."),
     "chat": ("tunesmith.cli.chat:chat", "Talk with a model."),
     "show": ("tunesmith.cli.show:show", "What a model folder is, without loading it."),

@@ -33,6 +33,23 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Classes, entities or answers for every row of a file. A row that cannot be read gets `error` and costs no other row."""
+    predict_into(model, data, out, "predicting", as_json, format, column, limit, max_length, precision, batch_tokens)
+
+
+def predict_into(
+    model: str,
+    data: str,
+    out: Path,
+    doing: str,
+    as_json: bool,
+    format: str | None,
+    column: list[str] | None,
+    limit: int | None,
+    max_length: int | None,
+    precision: str,
+    batch_tokens: int,
+) -> None:
+    """What ``model`` says of every row of ``data`` into the new file ``out``, with progress; then the first few, and where it is."""
     columns = columns_of(column or [])
     if out.exists():
         raise UserError(f"{out} exists already; name a new file with --out, or remove it")
@@ -45,14 +62,14 @@ def predict(
     notes: list[str] = []
     said = engine.predict(
         model, data, format=format, columns=columns, limit=limit, max_length=max_length, precision=precision,
-        batch_tokens=batch_tokens, note=notes.append,
+        batch_tokens=batch_tokens, note=notes.append, rewards=doing == "scoring",
     )  # fmt: skip
     first: list[dict[str, Any]] = []
     rows = errors = 0
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.part")
     show = Progress(
-        SpinnerColumn(), TextColumn("predicting"), MofNCompleteColumn(), TimeElapsedColumn(), console=console(), transient=True
+        SpinnerColumn(), TextColumn(doing), MofNCompleteColumn(), TimeElapsedColumn(), console=console(), transient=True
     )
     with show, beside.open("w", encoding="utf-8") as file:
         task = show.add_task("", total=None)

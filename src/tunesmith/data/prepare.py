@@ -93,6 +93,8 @@ def prepare(
         train, held = _hold_out(everything, config, seed)
     longest = max((int(part.built.entry.length.max(initial=0)) for part in everything), default=0)
     limit = max_length or max(2, min(longest, window or longest))
+    if objective.overlong == "own":  # several answers in one example: each fits, all of them together need not
+        limit = max(2, longest)
     if objective.overlong == "error":
         _check_lengths(train + held, limit, window)
     shared = _shared(train, held) if held else 0
@@ -109,7 +111,7 @@ def prepare(
         eval=eval_report,
         eval_sets=sets,
         template=template,
-        max_length=limit,
+        max_length=(objective.max_length or limit) if objective.overlong == "own" else limit,
         duplicates_train_eval=shared,
         contaminated=contamination(learnt, tested, tokenizer) if tested else None,
         cached=all(made.cached for made in built),
@@ -224,7 +226,7 @@ def _split(parts: Sequence[_Part], policy: Any, limit: int, name: str, allowed: 
         supervised_tokens=int(encoded.supervised.sum()),
         unlearnable=unlearnable,
         unlearnable_first=tuple(first),
-        overlong=_overlong(lengths, parts, fitted, policy, limit),
+        overlong=_own(parts, name) if policy == "own" else _overlong(lengths, parts, fitted, policy, limit),
         duplicates=_duplicates(parts),
         histogram=histogram(lengths),
     )
@@ -252,6 +254,19 @@ def _overlong(lengths: np.ndarray, parts: Sequence[_Part], fitted: Sequence[View
     return {
         "policy": policy, "rows": int(over.sum()), "tokens": int(lengths[over].sum()), "tokens_lost": lost,
         "share_lost": lost / max(1, int(lengths.sum())), "supervised_lost": lost_targets,
+    }  # fmt: skip
+
+
+def _own(parts: Sequence[_Part], name: str) -> dict[str, Any]:
+    """Of an objective that fits its rows itself: what ``cut`` in its examples says, and rows that it made nothing of (where rows
+    are held out, the training split has them)."""
+    cut = np.concatenate([part.built.entry.values["cut"][part.chosen] for part in parts])
+    whole = [part.built.entry for part in parts if name == "training" or len(part.chosen) == len(part.built.entry)]
+    dropped = sum(entry.info["kept"] - len(np.unique(entry.row)) for entry in whole)
+    tokens = sum(int(part.built.entry.length[part.chosen].sum()) for part in parts) + int(cut.sum())
+    return {
+        "policy": "own", "rows": int(np.count_nonzero(cut)) + dropped, "dropped": dropped, "tokens": tokens,
+        "tokens_lost": int(cut.sum()), "share_lost": int(cut.sum()) / max(1, tokens), "supervised_lost": 0,
     }  # fmt: skip
 
 

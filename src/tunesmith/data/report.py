@@ -56,7 +56,12 @@ class SplitReport:
         if self.unlearnable:
             parts.append(f"{self.unlearnable} with nothing to learn dropped")
         if self.overlong["rows"]:
-            parts.append(f"{self.overlong['rows']} over max_length ({self.overlong['policy']})")
+            what = f"{self.overlong['rows']} over max_length"
+            if "dropped" in self.overlong:
+                dropped = self.overlong["dropped"]
+                parts.append(f"{what}: {self.overlong['rows'] - dropped} prompts cut from the left, {dropped} rows left out whole")
+            else:
+                parts.append(f"{what} ({self.overlong['policy']})")
         if self.duplicates:
             parts.append(f"{self.duplicates} duplicates")
         return "; ".join(parts)

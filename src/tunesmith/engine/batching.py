@@ -38,6 +38,13 @@ class Plan:
         order = _order(self, epoch)
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
+    def seen(self) -> np.ndarray:
+        """Indices of the examples that any step takes, each once."""
+        read = np.zeros(len(self.data), np.bool_)
+        for step in range(1, self.steps + 1):
+            read[self.rows(step)] = True
+        return np.flatnonzero(read)
+
     def epoch(self, step: int) -> float:
         """Epochs done after ``step``."""
         return step / self.steps_per_epoch

@@ -142,7 +142,7 @@ def keep(ready: setup.Setup, built: setup.Built, say: Callable[[str], None]) -> 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if hasattr(model, "peft_config") or not trained or head.own_parameters(model) != trained:
         return
-    why = _why_not(ready, model)
+    why = "a row has several answers" if "answers" in ready.data.train[0] else _why_not(ready, model)
     if why is None:
         first, outputs = _batch(ready, built, ready.data.train, [0]), {}
         with torch.no_grad(), torch.random.fork_rng(devices=[ready.device] if ready.device.type == "cuda" else []):
@@ -241,10 +241,7 @@ def _compute(
 
 def _rows_of_run(ready: setup.Setup) -> Iterator[tuple[Encoded, int]]:
     """Every row that a step or an evaluation reads, once."""
-    read = np.zeros(len(ready.data.train), np.bool_)
-    for step in range(1, ready.plan.steps + 1):
-        read[ready.plan.rows(step)] = True
-    yield from ((ready.data.train, int(number)) for number in np.flatnonzero(read))
+    yield from ((ready.data.train, int(number)) for number in ready.plan.seen())
     if ready.data.eval is not None:
         yield from ((ready.data.eval, number) for number in range(len(ready.data.eval)))
 

@@ -47,6 +47,8 @@ class Route:
     """Whether decoder layers are computed again in the backward pass."""
     compiled: bool = False
     """Whether decoder layers go through torch.compile."""
+    shared: bool = False
+    """Whether answers to one prompt share it (of an objective that has several)."""
 
     def leave(self, model: Any) -> None:
         """Give ``model`` its own layers, loss and attention back."""
@@ -62,6 +64,7 @@ class Route:
             "fused": dict(self.fused.kinds),
             "recomputed": self.recomputed,
             "compiled": self.compiled,
+            "shared": self.shared,
             "notes": list(self.notes),
         }
 
@@ -118,6 +121,7 @@ def _chosen(
         return _difference(expected, _loss_and_gradients(model, objective, rows, route.packed, device), model.dtype)
 
     steps: list[tuple[str, Callable[[], None]]] = [
+        *([("answers do not share their prompt", lambda: _part(objective, route))] if route.shared else []),
         ("the fused layers are off", lambda: _switch_off(route)),
         ("the loss is computed from all logits", lambda: head.use_plain_head(model, True)),
         ("rows are padded, not packed", lambda: _unpack(route, inner)),
@@ -131,6 +135,10 @@ def _chosen(
         retreat()
         route.notes.append(f"{said}: on the first rows the fast path differed from the plain one ({difference})")
     return route
+
+
+def _part(objective: Objective, route: Route) -> None:
+    objective.shared = route.shared = False
 
 
 def recompute(model: Any, objective: Objective, examples: Sequence[Example], route: Route, device: torch.device) -> None:
@@ -222,7 +230,7 @@ def _switch_off(route: Route) -> None:
 
 
 def _unpack(route: Route, inner: Any) -> None:
-    route.packed = False
+    route.packed = route.shared = False
     inner.set_attn_implementation(route.attention)
 
 
@@ -239,7 +247,7 @@ def _pack(model: Any, objective: Objective, rows: Sequence[Example], longest: in
         differs = varlen.self_test(kernel, device, model.dtype)
         if differs is None:
             varlen.register(kernel, torch.cuda.get_device_capability(device))
-            why = _cannot_pack(model, objective, rows, longest, device, varlen.NAME)
+            why = _why_not_packed(model, objective, rows, longest, device, varlen.NAME, route)
             if why is None:
                 route.packed, route.packed_attention = True, "varlen"
                 return
@@ -261,13 +269,29 @@ def _by_segments(
     """Pack with attention row by row; where that is not exact, pad. ``reasons``: why a faster attention was not taken."""
     attention.register()
     route.packed_attention = "segments"
-    why = _cannot_pack(model, objective, rows, longest, device, attention.NAME)
+    why = _why_not_packed(model, objective, rows, longest, device, attention.NAME, route)
     route.packed = why is None
     if why is not None:
         route.notes.append(f"rows are padded, not packed, for this model: {why}")
         _unpack(route, head.base(model))
     elif reasons:
         route.notes.append(f"attention is not varlen_attn for this model: {', '.join(reasons)}")
+
+
+def _why_not_packed(
+    model: Any, objective: Objective, rows: Sequence[Example], longest: int, device: torch.device, name: str, route: Route
+) -> str | None:
+    """:func:`_cannot_pack`; where answers cannot share their prompt, of answers that stand apart."""
+    why = _cannot_pack(model, objective, rows, longest, device, name)
+    route.shared = objective.shared and why is None
+    if why is None or not objective.shared:
+        return why
+    objective.shared = False
+    apart = _cannot_pack(model, objective, rows, longest, device, name)
+    if apart is None:
+        route.notes.append(f"answers do not share their prompt: {why}")
+    objective.shared = apart is not None  # another kind of attention may do it
+    return apart
 
 
 def _cannot_pack(

@@ -19,6 +19,7 @@ from tunesmith.engine import (
     loop,
     machine,
     outcome,
+    reference,
     report,
     route,
     samples,
@@ -196,6 +197,8 @@ def _run(
             progress.note(
                 f"micro-batches have at most {job.budget:,} tokens, which fits into memory; the result is the same for any"
             )
+        progress.doing("computing the reference" if ready.objective.reference is not None else None)
+        reference.take(ready, built, job.budget, progress.note)
         progress.doing(None)
     if main:
         outcome.record_start(run, job.budget)

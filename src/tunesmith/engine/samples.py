@@ -27,7 +27,17 @@ def prompts(config: SampleConfig, held_out: Encoded | None, tokenizer: Any) -> l
     if config.prompts is not None:
         return [Prompt(chat.prompt_ids(text, tokenizer), text, None) for text in config.prompts]
     rows = [] if held_out is None else [held_out[row] for row in range(min(config.count, len(held_out)))]
-    return [_beginning(row["input_ids"], row["supervised"], tokenizer) for row in rows]
+    return [_beginning(*_learnt(row), tokenizer) for row in rows]
+
+
+def _learnt(row: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a row and which of them are learnt; of judged answers those of the first better one."""
+    if "answers" not in row:
+        return row["input_ids"], row["supervised"]
+    ends = np.cumsum(row["answers"])
+    best = int(row["pairs"][0])
+    kept = np.r_[0 : ends[0], ends[best] : ends[best + 1]]
+    return row["input_ids"][kept], row["learnt"][kept]
 
 
 def _beginning(ids: np.ndarray, supervised: np.ndarray, tokenizer: Any) -> Prompt:

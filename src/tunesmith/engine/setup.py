@@ -179,6 +179,7 @@ def build(setup: Setup, out: Path) -> Built:
     masters: Trained
     masters = whole = Masters(model, setup.precision.compute)
     precision.cast(model, setup.precision.compute)
+    switched_off = noise.switch_off(model) if setup.objective.deterministic else []
     row_noise, said = noise.install(model, recipe.seed, train.neftune_noise_alpha)
     chosen = route.choose(
         model, setup.objective, _first(setup), _longest(setup.data), train.packing, setup.device, stack=setup.sharding is None
@@ -196,7 +197,7 @@ def build(setup: Setup, out: Path) -> Built:
     schedule = optim.schedule(optimizer, train, setup.plan.steps)
     scale = precision.LossScale() if setup.precision.compute is torch.float16 else None
     update = Update(masters, optimizer, schedule, train.max_grad_norm, recipe.seed, scale)
-    return Built(model, update, row_noise, chosen, [*quantized.lines(model), *said, *chosen.notes])
+    return Built(model, update, row_noise, chosen, [*quantized.lines(model), *switched_off, *said, *chosen.notes])
 
 
 def _first(setup: Setup) -> list[Example]:

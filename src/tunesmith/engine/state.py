@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.engine import checkpoint, distributed, folder, route, samples, setup, tracking
+from tunesmith.engine import checkpoint, distributed, folder, reference, route, samples, setup, tracking
 from tunesmith.engine.hooks import Hooks
 from tunesmith.engine.loop import Progression
 from tunesmith.engine.masters import holding
@@ -70,6 +70,8 @@ def save(run: Run, at: Progression) -> None:
         tensors["random.cpu"] = torch.get_rng_state()
         if run.setup.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(run.setup.device)
+        if run.setup.objective.reference is not None:
+            tensors |= run.setup.objective.reference.tensors()
         state = {
             "progression": asdict(at),
             **run.update.state(),
@@ -113,6 +115,7 @@ def restore(run: Run) -> Progression:
             "the one that the run was started on (another processor, device or library), so going on would not be the same run.\n"
             "  Resume it where it was started, or start another run with --out DIR."
         )
+    reference.require(run.setup.objective, tensors)
     at = Progression(**state["progression"])
     run.update.load(tensors, state)
     torch.set_rng_state(tensors["random.cpu"])

@@ -71,6 +71,11 @@ def open_model(
         is_a, needs = type(head.base(network)).__name__, heads.CLASSES[chosen.head].removeprefix("AutoModel")
         raise ModelError(f"{name} needs a {needs}, and this model is a {is_a}.\n  It goes with: {fitting}.")
     chosen.adopt(config, tokenizer, max_length or window_of(config, virtual.count(network)))
+    if chosen.reference is not None:
+        raise ModelError(
+            f"{name} is measured against the model before its first step, which only a run has: its metrics.jsonl and report hold "
+            "the figures.\n  Here: objective simpo's or orpo's losses need none; or compare rewards with a reward model."
+        )
     if kind != "lm":
         chosen.of_model()
     return Opened(network, tokenizer, name, chosen, not isinstance(model, tuple))

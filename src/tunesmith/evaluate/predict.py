@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.problems import Record, RowFault, RowProblem
-from tunesmith.data.rows import Question, Tagged, without_gold
-from tunesmith.errors import ModelError
+from tunesmith.data.config import Source
+from tunesmith.data.rows import Chat, PromptCompletion, Question, Ranking, Tagged, without_gold
+from tunesmith.data.source import Opened, open_source
+from tunesmith.errors import DataError, ModelError
 
 BLOCK = 512
 """Rows encoded and sorted by length together: enough to fill batches, few enough to hold."""
@@ -29,23 +31,27 @@ def predict(
     split: str = "train",
     name: str | None = None,
     streaming: bool = False,
+    rewards: bool = False,
     note: Callable[[str], None] = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
     """One dict for each row of ``data``, in order: ``row`` (its number) and what the model says of it, or ``error``.
 
     A classifier: label (labels, or value) and probabilities. A tagger: entities (type, start, end, text, score) and tags.
-    A reader: answer, start, end, score and the n best. Gold that a row may have is not looked at. A row that cannot be read gives
+    A reader: answer, start, end, score and the n best. A reward model: reward, or of several answers rewards and ranking. Gold that a row may have is not looked at. A row that cannot be read gives
     ``error`` and costs no other row; one above ``max_length`` is cut and counted. ``note`` is told at the end.
+    ``rewards``: whether anything but a reward model is refused.
     Raises UserError for a model that writes text, and for a file that cannot be opened.
     """
-    from tunesmith.data.source import open_source
     from tunesmith.evaluate import opened
 
     source = opened.source_of(data, format=format, columns=columns, limit=limit, split=split, name=name, streaming=streaming)
     chosen = opened.open_model(model, max_length=max_length)
     if chosen.objective.head == "lm":
-        raise ModelError("this model writes text: use tunesmith generate. predict is for models that classify, tag or answer.")
-    rows = open_source(source, chosen.objective.rows, gold=False).rows()
+        use = "a reward model judges: train one with objective: reward" if rewards else "use tunesmith generate"
+        raise ModelError(f"this model writes text, it has no head that judges: {use}.")
+    if rewards and Ranking not in chosen.objective.rows:
+        raise ModelError(f"this model was trained for {chosen.name}, it gives no rewards: use tunesmith predict.")
+    rows = _opened(source, chosen.objective.rows).rows()
     longest = max_length or chosen.objective.max_length
     cut = bad = 0
     way = None
@@ -77,6 +83,19 @@ def predict(
         note(f"{bad} rows could not be read: they have `error` in the place of an answer")
 
 
+def _opened(source: Source, accepted: tuple[type, ...]) -> Opened:
+    """The rows of a source. To be judged are rankings, and else what a language model might have written."""
+    if Ranking not in accepted:
+        return open_source(source, accepted, gold=False)
+    try:
+        return open_source(source, accepted, gold=False)
+    except DataError as none:
+        try:
+            return open_source(source, (Chat, PromptCompletion))
+        except DataError:
+            raise none from None
+
+
 def _encoded(item: tuple[Record, Any] | RowProblem, objective: Any, tokenizer: Any) -> list[Any] | RowProblem:
     """The examples of a row, each with its number."""
     import numpy as np
@@ -85,20 +104,30 @@ def _encoded(item: tuple[Record, Any] | RowProblem, objective: Any, tokenizer: A
         return item
     record, row = item
     try:
-        (examples,) = objective.encode([without_gold(row)], tokenizer)
+        (examples,) = objective.encode([without_gold(_ranked(row))], tokenizer)
     except RowFault as fault:
         return RowProblem(record.path, record.row, "row", fault.expected, fault.got, fault.fix, record.line)
+    if not examples:
+        fix = "Give --max-length, or shorten the answers."
+        return RowProblem(record.path, record.row, "row", "answers that fit into max_length", "longer ones", fix, record.line)
     return [{**example, "row": np.array([0, record.row])} for example in examples]
 
 
 def _tried(items: list[Any], chosen: Any, longest: int | None) -> list[Any]:
     """Two short examples to find the route with. It compares losses, and these rows have none: each gets some answer."""
     known = chosen.objective.head_config()
-    encoded = [chosen.objective.encode([_answered(row, known)], chosen.tokenizer)[0][0] for _, row in items[:16]]
+    encoded = [chosen.objective.encode([_answered(_ranked(row), known)], chosen.tokenizer)[0][0] for _, row in items[:16]]
     shortest = sorted(encoded, key=lambda one: len(one["input_ids"]))[:2]
     for one in shortest:
         _cut(one, longest)
     return shortest
+
+
+def _ranked(row: Any) -> Any:
+    """What a language model wrote as a ranking of one; any other row as it is."""
+    if isinstance(row, PromptCompletion):
+        return Ranking(row.prompt, (row.completion,), (0,))
+    return Ranking(row.messages[:-1], (row.messages[-1:],), (0,), tools=row.tools) if isinstance(row, Chat) else row
 
 
 def _answered(row: Any, known: dict[str, Any]) -> Any:
@@ -109,6 +138,9 @@ def _answered(row: Any, known: dict[str, Any]) -> Any:
     if isinstance(row, Question):
         word = row.context.split()[0]
         return replace(row, answers=((word, row.context.index(word)),))
+    if isinstance(row, Ranking):
+        other: Any = "-" if isinstance(row.prompt, str) else ({"role": "assistant", "content": "-"},)
+        return replace(row, answers=(row.answers[0], other), ranks=(0, 1), scores=None)
     if known["problem_type"] == "multi_label_classification":
         return replace(row, label=None, labels=(name,))
     return replace(row, label=0.0 if known["problem_type"] == "regression" else name, labels=None)
@@ -118,6 +150,8 @@ def _cut(example: dict[str, Any], longest: int | None) -> bool:
     """Cut an example to ``longest`` tokens, in place. Windows never are longer."""
     from tunesmith.data.cache import ALIGNED
 
+    if "cut" in example:  # its objective has seen to it
+        return bool(example["cut"][0])
     whole = len(example["input_ids"])
     if longest is None or whole <= longest:
         return False

@@ -164,6 +164,17 @@ def install(model: nn.Module, seed: int, neftune_alpha: float | None = None) -> 
     return noise, switched_off
 
 
+def switch_off(model: nn.Module) -> list[str]:
+    """Drop nothing at all in ``model``: for figures that must be facts of its weights. Returns what was switched off."""
+    said = _no_attention_dropout(model)
+    rates = set()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            rates.add(module.p)
+            module.p = 0.0
+    return [*said, *(f"dropout ({rate:g}) is off: log-probabilities and rewards are facts of the weights" for rate in sorted(rates))]
+
+
 @dataclass
 class _Shake:
     noise: RowNoise

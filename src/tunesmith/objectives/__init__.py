@@ -27,13 +27,19 @@ class Objective(Protocol):
     ``head``      "lm" | "score" | "token" | "span": which AutoModel class is loaded.
     ``rows``      the row types it accepts.
     ``best``      (metric, "min" | "max"): which evaluation figure chooses the best model.
-    ``overlong``  "error" | "split" | "drop" | "truncate": what happens to a row above ``max_length``.
+    ``overlong``  "error" | "split" | "drop" | "truncate": what happens to a row above ``max_length``; "own": ``encode`` sees to it.
+    ``deterministic``  whether dropout is off: its figures are facts of the weights, not of a draw.
     """
 
     head: str
     rows: tuple[type, ...]
     best: tuple[str, str]
     overlong: str
+    deterministic: bool
+    shared: bool
+    """Whether a packed batch holds what several answers have in common once. The route switches it off where that is not exact."""
+    reference: Any
+    """What it compares the policy with (``data.judged.Reference``), to be filled before the first step; None = nothing."""
     notes: Sequence[str]
     """What it decided that is not plain from the recipe, to be said once the data are known."""
     max_length: int | None
@@ -68,7 +74,7 @@ class Objective(Protocol):
         """Loss units of the micro-batch (supervised tokens, pairs, rows) as a tensor, known before the forward pass."""
         ...
 
-    def loss(self, model: Any, batch: Batch, reference: Any = None) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
         """(sum of the loss over its units, {metric: (sum, count)}): device tensors, no mean, no ``.item()``."""
         ...
 

@@ -46,6 +46,9 @@ class Config(BaseModel):
 class Objective:
     head = "score"
     rows: tuple[type, ...] = (Labelled,)
+    deterministic = False
+    shared = False
+    reference = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -239,7 +242,7 @@ class Objective:
         """Rows."""
         return batch["targets"].new_tensor(len(batch["targets"]))
 
-    def loss(self, model: Any, batch: Batch, reference: Any = None) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
         """Sum over rows: cross-entropy of the class, mean over labels of the binary cross-entropies, or squared error."""
         from tunesmith.models import heads
 

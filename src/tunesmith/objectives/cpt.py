@@ -26,6 +26,9 @@ class Objective:
     best = ("eval_loss", "min")
     notes: Sequence[str] = ()
     max_length: int | None = None
+    deterministic = False
+    shared = False
+    reference = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -51,7 +54,7 @@ class Objective:
         """Tokens that have one before them in their block."""
         return batch["labels"].new_tensor(batch["labels"].numel())
 
-    def loss(self, model: Any, batch: Batch, reference: Any = None) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
         """sum over tokens of -log p(token | its block so far)."""
         from tunesmith.models.head import lm_loss
 

@@ -31,6 +31,9 @@ class Objective:
     rows: tuple[type, ...] = (Question,)
     best = ("eval_f1", "max")
     overlong = "error"  # never met: a long context becomes windows
+    deterministic = False
+    shared = False
+    reference = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -138,7 +141,7 @@ class Objective:
         """Windows whose answer is known."""
         return (batch["spans"][:, 0] >= 0).sum()
 
-    def loss(self, model: Any, batch: Batch, reference: Any = None) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
         """Sum over windows of the mean of two cross-entropies over all their tokens: of the answer's first, and of its last."""
         from tunesmith.models import heads
 

@@ -37,6 +37,9 @@ class Objective:
     best = ("eval_loss", "min")
     notes: Sequence[str] = ()
     max_length: int | None = None
+    deterministic = False
+    shared = False
+    reference = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -63,7 +66,7 @@ class Objective:
         """Supervised tokens."""
         return batch["labels"].new_tensor(batch["labels"].numel())
 
-    def loss(self, model: Any, batch: Batch, reference: Any = None) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
         """sum over supervised tokens of -log p(token | everything before it in its row)."""
         from tunesmith.models.head import lm_loss
 

@@ -29,6 +29,9 @@ class Objective:
     head = "token"
     rows: tuple[type, ...] = (Tagged,)
     overlong = "error"  # never met: a long sentence becomes windows
+    deterministic = False
+    shared = False
+    reference = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -166,7 +169,7 @@ class Objective:
         """Places whose tag is known."""
         return (batch["targets"] >= 0).sum()
 
-    def loss(self, model: Any, batch: Batch, reference: Any = None) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
         """Sum over the known places of the cross-entropy of their tag."""
         from tunesmith.models import heads
 

@@ -1,0 +1,69 @@
+"""What the policy says of every answer before its first step: the reference that preferences are measured against.
+
+It is computed once, of the rows that the run will see, by the same data path and the same forward pass as training, and is part of
+every checkpoint. So it is the policy at step 0 whatever the adaptation is: adapters that are switched off are something else where
+they began as something else (a continued adapter, PiSSA, a random prefix), and a second copy of the model would cost its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunesmith.data.encoded import Encoded
+from tunesmith.data.pack import to_device
+from tunesmith.engine import batching, distributed, figures, setup
+from tunesmith.errors import RecipeError
+
+
+def take(ready: setup.Setup, built: setup.Built, budget: int, say: Callable[[str], None]) -> None:
+    """Fill the objective's reference with what ``built.model`` says now, unless a checkpoint has filled it already.
+
+    ``budget``: tokens of a micro-batch.
+    """
+    objective: Any = ready.objective
+    if objective.reference is None or objective.reference.taken:
+        return
+    built.model.eval()
+    rows = tokens = 0
+    for data, chosen in _rows_of_run(ready):
+        rows, tokens = rows + len(chosen), tokens + int(data.lengths[chosen].sum())
+        for found in distributed.gather(_measured(built, objective, data, chosen, budget, ready.device)):
+            objective.reference.add(found)
+    objective.reference.taken = True
+    say(f"the reference is the policy before its first step: {rows:,} rows, {figures.count(tokens)} tokens, computed once")
+
+
+def require(objective: Any, tensors: Mapping[str, Any]) -> None:
+    """Take the reference from a checkpoint. Raises RecipeError when it has none: the weights of step 0 are gone by then."""
+    if objective.reference is not None and not objective.reference.load(tensors):
+        raise RecipeError(
+            "the checkpoint lacks the reference that this objective compares with, and the weights have moved since.\n"
+            "  Start another run with --out DIR."
+        )
+
+
+def _rows_of_run(ready: setup.Setup) -> Iterable[tuple[Encoded, np.ndarray]]:
+    """The rows that the steps of the run take, and those that are held out; each once."""
+    yield ready.data.train, ready.plan.seen()
+    if ready.data.eval is not None:
+        yield ready.data.eval, np.arange(len(ready.data.eval))
+
+
+@torch.no_grad()
+def _measured(
+    built: setup.Built, objective: Any, data: Encoded, rows: np.ndarray, budget: int, device: torch.device
+) -> list[dict[int, list[float]]]:
+    """{key of a row: log-probabilities of its answers} of this process's share of ``rows``."""
+    order = rows[np.argsort(-data.lengths[rows], kind="stable")]
+    state = distributed.state()
+    mine = order[state.process_index :: state.num_processes]
+    packed = built.route.packed
+    found = []
+    for group in batching.micro_batches([int(data.lengths[row]) for row in mine], budget, packed):
+        batch = objective.collate([data[int(mine[place])] for place in group], packed)
+        found.append(objective.measure(built.model, to_device(batch, device)))
+    return found

@@ -1,0 +1,259 @@
+"""Preferences straight into the policy: DPO (Rafailov et al. 2023) and the losses of its shape, a table of small functions.
+
+The reference is the policy before its first step. Its log-probabilities of all answers are computed once, kept with the
+checkpoints, and compared with the policy's own. Nothing is dropped at random: a log-probability is a fact of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tunesmith.data import figures, judged, preferences
+from tunesmith.data.rows import Ranking
+from tunesmith.objectives import Batch, Example
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"] = Field(
+        "sigmoid", description="sigmoid = DPO; simpo and orpo need no reference"
+    )
+    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference; of orpo the weight of its ratio")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of pairs taken to be judged the wrong way round; with sigmoid and robust"
+    )
+    simpo_gamma: float = Field(0.5, ge=0, description="with simpo: by how much the better answer is to lead")
+    overlong: Literal["error", "drop", "truncate"] = Field(
+        "truncate", description="truncate = cut the prompt from the left, never an answer; a pair goes whole or not at all"
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> Config:
+        if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
+            raise ValueError(f"label_smoothing goes with sigmoid and robust, and loss_type is {self.loss_type}. Leave it out")
+        if self.simpo_gamma != 0.5 and self.loss_type != "simpo":
+            raise ValueError(f"simpo_gamma goes with simpo, and loss_type is {self.loss_type}. Leave it out")
+        return self
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Log-probabilities (n,) of the better and the worse answer of each pair, the reference's, and how many tokens they have.
+
+    Where a loss needs no reference, its values are 0.
+    """
+
+    better: Any
+    worse: Any
+    better_reference: Any
+    worse_reference: Any
+    better_tokens: Any
+    worse_tokens: Any
+
+    @property
+    def lead(self) -> Any:
+        """log (pi(better) / ref(better)) - log (pi(worse) / ref(worse))."""
+        return (self.better - self.better_reference) - (self.worse - self.worse_reference)
+
+    @property
+    def mean_lead(self) -> Any:
+        """The same by token of each answer."""
+        better = (self.better - self.better_reference) / self.better_tokens
+        return better - (self.worse - self.worse_reference) / self.worse_tokens
+
+
+def _log_sigmoid(x: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.logsigmoid(x)
+
+
+def sigmoid(pairs: Pairs, config: Config) -> Any:
+    """-log sigmoid(beta lead), Rafailov et al. 2023, equation 7; with smoothing the conservative DPO of Mitchell 2023."""
+    lead, flipped = config.beta * pairs.lead, config.label_smoothing
+    return -(1 - flipped) * _log_sigmoid(lead) - flipped * _log_sigmoid(-lead)
+
+
+def ipo(pairs: Pairs, config: Config) -> Any:
+    """(lead - 1 / (2 beta))^2 with the lead by token, Azar et al. 2023, equation 17 (by token: as its authors computed it)."""
+    return (pairs.mean_lead - 1 / (2 * config.beta)) ** 2
+
+
+def hinge(pairs: Pairs, config: Config) -> Any:
+    """max(0, 1 - beta lead), Zhao et al. 2023 (SLiC-HF), with the reference of DPO."""
+    return (1 - config.beta * pairs.lead).clamp(min=0)
+
+
+def robust(pairs: Pairs, config: Config) -> Any:
+    """The unbiased estimate under a share of flipped pairs, Chowdhury et al. 2024, equation 8."""
+    lead, flipped = config.beta * pairs.lead, config.label_smoothing
+    return (-(1 - flipped) * _log_sigmoid(lead) + flipped * _log_sigmoid(-lead)) / (1 - 2 * flipped)
+
+
+def simpo(pairs: Pairs, config: Config) -> Any:
+    """-log sigmoid(beta (mean log p(better) - mean log p(worse)) - gamma), Meng et al. 2024, equation 6."""
+    return -_log_sigmoid(config.beta * pairs.mean_lead - config.simpo_gamma)
+
+
+def orpo(pairs: Pairs, config: Config) -> Any:
+    """-mean log p(better) - beta log sigmoid(log odds ratio) by token, Hong et al. 2024, equations 6 and 7."""
+    import torch
+
+    better, worse = pairs.better / pairs.better_tokens, pairs.worse / pairs.worse_tokens
+    odds = (better - worse) - (torch.log1p(-better.exp()) - torch.log1p(-worse.exp()))
+    return -better - config.beta * _log_sigmoid(odds)
+
+
+LOSSES: dict[str, Callable[[Pairs, Config], Any]] = {
+    "sigmoid": sigmoid,
+    "ipo": ipo,
+    "hinge": hinge,
+    "robust": robust,
+    "simpo": simpo,
+    "orpo": orpo,
+}
+"""(pairs, config) -> the loss of each pair (n,)."""
+
+ALONE = ("simpo", "orpo")
+"""Losses that compare with no reference."""
+
+FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+
+
+class Objective:
+    head = "lm"
+    rows: tuple[type, ...] = (Ranking,)
+    best = ("eval_loss", "min")
+    overlong = "own"
+    deterministic = True
+    max_length: int | None = None
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.facts: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.shared = True
+        self.reference = None if config.loss_type in ALONE else judged.Reference()
+
+    def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+        self.max_length = max_length
+        self.facts |= {"max_length": max_length, "overlong": self.config.overlong}
+
+    def survey(self, rows: Iterable[Any]) -> None:
+        """No row needs to be looked at."""
+
+    def head_config(self) -> dict[str, Any]:
+        return {}
+
+    def encode(self, rows: Sequence[Ranking], tokenizer: Any) -> list[list[Example]]:
+        return preferences.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
+
+    def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
+        return judged.of_targets(examples, packed, self.shared)
+
+    def count(self, batch: Batch) -> Any:
+        """Rows: all pairs of a row together count as one (Ouyang et al. 2022, equation 1)."""
+        return batch["pairs"].new_tensor(len(batch["rows"]))
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+        """Sum over rows of the mean loss of their pairs; the figures that the field watches, likewise."""
+        losses, found = self._pairs(model, batch)
+        weights = batch["weights"].to(losses)
+        count = len(batch["rows"])
+        metrics = {name: ((weights * value.detach()).sum(), count) for name, value in found.items()}
+        return (weights * losses).sum(), metrics
+
+    def _pairs(self, model: Any, batch: Batch) -> tuple[Any, dict[str, Any]]:
+        """Loss and figures of each pair (n,)."""
+        import torch
+
+        policy = self._answers(model, batch)
+        if self.reference is None:
+            reference = torch.zeros_like(policy)
+        elif self.reference.taken:
+            reference = self.reference.of(batch).to(policy)
+        else:  # before its first step the policy is its own reference
+            reference = policy.detach()
+        tokens = batch["tokens"].to(policy).clamp(min=1)
+        better, worse = batch["pairs"].to(policy.device).unbind(1)
+        pairs = Pairs(policy[better], policy[worse], reference[better], reference[worse], tokens[better], tokens[worse])
+        rewards = self.config.beta * (policy - reference) / (tokens if self.config.loss_type == "simpo" else 1.0)
+        figures = {
+            "rewards/chosen": rewards[better],
+            "rewards/rejected": rewards[worse],
+            "rewards/margins": rewards[better] - rewards[worse],
+            "rewards/accuracies": (rewards[better] > rewards[worse]).to(policy),
+            "logps/chosen": pairs.better,
+            "logps/rejected": pairs.worse,
+        }
+        if self.reference is not None:
+            figures["kl"] = ((pairs.better - pairs.better_reference) ** 2 + (pairs.worse - pairs.worse_reference) ** 2) / 4
+        return LOSSES[self.config.loss_type](pairs, self.config), figures
+
+    def _answers(self, model: Any, batch: Batch) -> Any:
+        """log p(answer | prompt), (answers,), summed in fp64: hundreds of terms, and what counts are differences of such sums."""
+        import torch
+
+        from tunesmith.models.log_probs import log_probs
+
+        found = log_probs(model, batch)
+        exact = found if found.device.type == "mps" else found.to(torch.float64)
+        return exact.new_zeros(len(batch["tokens"])).index_add(0, batch["owners"].to(found.device), exact)
+
+    def measure(self, model: Any, batch: Batch) -> dict[int, list[float]]:
+        """Of each row, by its key: log p of its answers. What :class:`judged.Reference` keeps."""
+        import torch
+
+        with torch.no_grad():
+            values = self._answers(model, batch).double().cpu().split(batch["counts"])
+        return {key: some.tolist() for key, some in zip(batch["keys"], values, strict=True)}
+
+    def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
+        return loader
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """Of each row: the means over its pairs of the loss and the figures."""
+        import torch
+
+        with torch.no_grad():
+            losses, found = self._pairs(model, batch)
+            weights = batch["weights"].to(losses)
+            of = torch.tensor(batch["of"], device=losses.device)
+            sums = {
+                name: losses.new_zeros(len(batch["rows"])).index_add(0, of, weights * value).double().cpu().tolist()
+                for name, value in {"loss": losses, **found}.items()
+            }
+        return {"judged": [
+            {"row": row, **{name: values[number] for name, values in sums.items()}} for number, row in enumerate(batch["rows"])
+        ]}  # fmt: skip
+
+    def tune(self, records: Sequence[dict[str, Any]]) -> None:
+        """There is nothing to choose."""
+
+    def of_model(self) -> None:
+        """A language model was told nothing but its words."""
+
+    def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {}
+
+    def present(self, row: Any, answer: dict[str, Any]) -> dict[str, Any]:
+        return answer
+
+    def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return []
+
+    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Means over rows: eval_loss with its standard error, and eval_ before each figure."""
+        rows = [row for record in records for row in record["judged"]]
+        loss = figures.token_mean([{"rows": [(row["loss"], 1) for row in rows]}])
+        names = [name for name in (*FIGURES, "kl") if rows and name in rows[0]]
+        means = {f"eval_{name}": math.fsum(row[name] for row in rows) / len(rows) for name in names}
+        return {name: value for name, value in loss.items() if name != "perplexity"} | means

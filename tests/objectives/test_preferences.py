@@ -1,0 +1,362 @@
+"""Preferences against TRL and against sums by hand, the reference at step 0, and what the numbers must not depend on."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import tunesmith
+from tests.runs import ANSWERS, apart, history, killed_before, model_folder, preferences, recipe, weights
+from tests.tiny import tiny_model, tiny_tokenizer
+from tunesmith.data.rows import Ranking
+from tunesmith.engine import checkpoint, tracking
+from tunesmith.errors import DataError, ModelError, RecipeError
+from tunesmith.models import heads, load
+from tunesmith.models.locate import locate
+from tunesmith.objectives import dpo, reward
+
+ROWS = [Ranking(row["prompt"], (row["chosen"], row["rejected"]), (0, 1)) for row in preferences(5)]
+MANY = Ranking("question:", tuple(f" {answer}" for answer in ANSWERS[:4]), (0, 1, 1, 2))
+
+
+def policy(config=None, rows=ROWS, seed=0, **changes):
+    """(objective whose reference another network gave, examples, network)."""
+    objective = dpo.Objective(dpo.Config(**(config or {})))
+    examples = [one for row in objective.encode(rows, tiny_tokenizer(None)) for one in row]
+    torch.manual_seed(seed)
+    network = tiny_model("llama", **changes)
+    if objective.reference is not None:
+        torch.manual_seed(seed + 1)
+        before = tiny_model("llama", **changes).eval()
+        objective.reference.add(objective.measure(before, objective.collate(examples, packed=False)))
+        objective.reference.taken = True
+        objective.before = before
+    return objective, examples, network
+
+
+def gradients(network):
+    found = {name: one.grad.clone() for name, one in network.named_parameters() if one.grad is not None}
+    network.zero_grad()
+    return found
+
+
+def by_hand(network, example, answer):
+    """Log-probabilities of the learnt tokens of an answer, one row at a time by the network's own logits."""
+    prefix, *lengths = example["answers"].tolist()
+    start = prefix + sum(lengths[:answer])
+    ids = np.concatenate([example["input_ids"][:prefix], example["input_ids"][start : start + lengths[answer]]])
+    learnt = np.concatenate([example["learnt"][:prefix], example["learnt"][start : start + lengths[answer]]])
+    logits = network(input_ids=torch.from_numpy(ids).long()[None]).logits[0].double().log_softmax(-1)
+    return torch.stack([logits[place - 1, ids[place]] for place in np.flatnonzero(learnt) if place])
+
+
+def trl_inputs(examples):
+    """TRL's batch: all better answers, then all worse ones, padded on the right."""
+    rows = []
+    for answer in (0, 1):
+        for example in examples:
+            prefix, *lengths = example["answers"].tolist()
+            start = prefix + sum(lengths[:answer])
+            own = slice(start, start + lengths[answer])
+            rows.append(
+                (
+                    np.concatenate([example["input_ids"][:prefix], example["input_ids"][own]]),
+                    np.concatenate([example["learnt"][:prefix], example["learnt"][own]]),
+                )
+            )
+    longest = max(len(ids) for ids, _ in rows)
+    batch = {name: torch.zeros(len(rows), longest, dtype=torch.long) for name in ("input_ids", "attention_mask", "completion_mask")}
+    for number, (ids, learnt) in enumerate(rows):
+        batch["input_ids"][number, : len(ids)] = torch.from_numpy(ids)
+        batch["attention_mask"][number, : len(ids)] = 1
+        batch["completion_mask"][number, : len(ids)] = torch.from_numpy(learnt)
+    return batch
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"loss_type": "ipo"}, {"loss_type": "hinge", "beta": 0.5}, {"loss_type": "robust", "label_smoothing": 0.2}],
+    ids=lambda config: config.get("loss_type", "sigmoid"),
+)
+def test_loss_and_gradients_are_those_of_trl(config, tmp_path):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    objective, examples, network = policy(config)
+    network.eval()
+    loss, _ = objective.loss(network, objective.collate(examples, packed=False))
+    (loss / len(examples)).backward()
+    ours = gradients(network)
+    rows = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2)
+    trainer = DPOTrainer(
+        model=network, ref_model=objective.before, processing_class=tiny_tokenizer(None), train_dataset=rows,
+        args=DPOConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
+                       **{"loss_type": "sigmoid", "beta": 0.1, **config}),
+    )  # fmt: skip
+    expected = trainer._compute_loss(trainer.model, trl_inputs(examples), False)
+    expected.backward()
+    assert float(loss.detach() / len(examples)) == pytest.approx(float(expected.detach()), abs=1e-5)
+    theirs = gradients(network)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        assert torch.allclose(gradient, theirs[name], atol=1e-5 * max(1.0, float(theirs[name].abs().max()))), name
+
+
+@pytest.mark.parametrize("loss_type", dpo.LOSSES)
+def test_every_loss_is_its_formula(loss_type):
+    config = {"loss_type": loss_type, "beta": 0.3, **({"label_smoothing": 0.1} if loss_type in ("sigmoid", "robust") else {})}
+    objective, examples, network = policy(config, [*ROWS, MANY])
+    network.eval()
+    loss, _ = objective.loss(network, objective.collate(examples, packed=False))
+    expected = 0.0
+    for example in examples:
+        pairs = example["pairs"].reshape(-1, 2).tolist()
+        for better, worse in pairs:
+            won, lost = (by_hand(network, example, one) for one in (better, worse))
+            base = [0.0, 0.0]
+            if objective.reference is not None:
+                base = [float(by_hand(objective.before, example, one).sum()) for one in (better, worse)]
+            expected += hand_loss(loss_type, won, lost, *base) / len(pairs)
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def hand_loss(kind, won, lost, won_before, lost_before, beta=0.3, flipped=0.1, gamma=0.5):
+    won, lost = won.detach().numpy(), lost.detach().numpy()
+    lead = (won.sum() - won_before) - (lost.sum() - lost_before)
+    log_sigmoid = lambda x: -math.log1p(math.exp(-x))  # noqa: E731
+    if kind == "sigmoid":
+        return -0.9 * log_sigmoid(beta * lead) - 0.1 * log_sigmoid(-beta * lead)
+    if kind == "robust":
+        return (-(1 - flipped) * log_sigmoid(beta * lead) + flipped * log_sigmoid(-beta * lead)) / (1 - 2 * flipped)
+    if kind == "hinge":
+        return max(0.0, 1 - beta * lead)
+    if kind == "ipo":
+        return ((won.sum() - won_before) / len(won) - (lost.sum() - lost_before) / len(lost) - 1 / (2 * beta)) ** 2
+    if kind == "simpo":
+        return -log_sigmoid(beta * (won.mean() - lost.mean()) - gamma)
+    odds = math.log(math.exp(won.mean()) / (1 - math.exp(won.mean()))) - math.log(math.exp(lost.mean()) / (1 - math.exp(lost.mean())))
+    return -won.mean() - beta * log_sigmoid(odds)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_prompts_that_are_shared_change_nothing(packed):
+    from tunesmith.models import attention
+
+    attention.register()
+    objective, examples, network = policy(rows=[*ROWS, MANY])
+    network.eval()
+    objective.loss(network, objective.collate(examples, packed=False))[0].backward()
+    expected = gradients(network)
+    network.set_attn_implementation(attention.NAME)
+    objective.shared = packed
+    batch = objective.collate(examples, packed=True)
+    assert ("behind" in batch) is packed
+    objective.loss(network, batch)[0].backward()
+    for name, gradient in gradients(network).items():
+        assert (gradient - expected[name]).abs().max() <= 1e-5 * max(1.0, float(expected[name].abs().max())), name
+
+
+# ------------------------------------------------------------------------------------------------------------ reward
+
+
+def judge(tmp_path, rows=ROWS, **config):
+    folder = locate(model_folder(tmp_path, "llama"))
+    objective = reward.Objective(reward.Config(**config))
+    tokenizer = load.load_tokenizer(folder)
+    objective.adopt(load.load_config(folder), tokenizer, None)
+    torch.manual_seed(0)
+    network = load.load_model(folder, head="score", trainable=True, head_config=objective.head_config())
+    return objective, [one for row in objective.encode(rows, tokenizer) for one in row], network
+
+
+@pytest.mark.parametrize("centre", [0.0, 0.05])
+def test_reward_loss_and_gradients_are_those_of_trl(tmp_path, centre):
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    objective, examples, network = judge(tmp_path, center_rewards_coefficient=centre)
+    network.eval()
+    loss, _ = objective.loss(network, objective.collate(examples, packed=False))
+    (loss / len(examples)).backward()
+    ours = gradients(network)
+    tokenizer = load.load_tokenizer(locate(model_folder(tmp_path, "llama")))
+    objective.adopt(network.config, tokenizer, None)  # a pad token that is not its end
+    assert tokenizer.pad_token_id == network.config.pad_token_id != tokenizer.eos_token_id
+    rows = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2)
+    trainer = RewardTrainer(
+        model=network, processing_class=tokenizer, train_dataset=rows,
+        args=RewardConfig(str(tmp_path / "trl"), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False,
+                          center_rewards_coefficient=centre or None),
+    )  # fmt: skip
+    batch = trl_inputs(examples)
+    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, tokenizer.pad_token_id)
+    expected = trainer.compute_loss(trainer.model, {"input_ids": ids, "attention_mask": batch["attention_mask"]})
+    expected.backward()
+    assert float(loss.detach() / len(examples)) == pytest.approx(float(expected.detach()), abs=1e-5)
+    for name, gradient in gradients(network).items():
+        assert torch.allclose(ours[name], gradient, atol=1e-5), name
+
+
+def test_a_reward_depends_on_its_own_tokens_alone(tmp_path):
+    from tunesmith.models import attention
+
+    attention.register()
+    objective, examples, network = judge(tmp_path, [*ROWS, MANY])
+    network.eval()
+    rewards = {}
+    with torch.no_grad():
+        for name, chosen in {"all": examples, "alone": examples[:1], "others": [examples[3], examples[0]]}.items():
+            batch = objective.collate(chosen, packed=False)
+            found = heads.score_logits(network, batch)[:, 0].split(batch["counts"])
+            rewards[name] = found[1 if name == "others" else 0]
+        network.set_attn_implementation(attention.NAME)
+        batch = objective.collate(examples, packed=True)
+        rewards["packed"] = heads.score_logits(network, batch)[:2, 0]
+        network.set_attn_implementation("eager")
+        for side in ("left", "right"):
+            ids, mask = padded(examples[0], network.config.pad_token_id, side)
+            rewards[side] = network(input_ids=ids, attention_mask=mask).logits[:, 0]
+    for name, found in rewards.items():
+        assert torch.allclose(found, rewards["all"], atol=1e-6), name
+
+
+def padded(example, pad, side, more=7):
+    prefix, *lengths = example["answers"].tolist()
+    ids = torch.full((2, prefix + max(lengths) + more), pad)
+    mask = torch.zeros_like(ids)
+    for number, length in enumerate(lengths):
+        start = prefix + sum(lengths[:number])
+        row = np.concatenate([example["input_ids"][:prefix], example["input_ids"][start : start + length]])
+        where = slice(0, len(row)) if side == "right" else slice(ids.shape[1] - len(row), None)
+        ids[number, where], mask[number, where] = torch.from_numpy(row).long(), 1
+    return ids, mask
+
+
+def test_margins_are_differences_of_scores(tmp_path):
+    rows = [Ranking("a", (" b", " c", " d"), (0, 1, 2), (3.0, 1.0, 0.5))]
+    objective, examples, network = judge(tmp_path, rows, margin=True)
+    batch = objective.collate(examples, packed=False)
+    assert batch["margins"].tolist() == [2.0, 2.5, 0.5] and batch["weights"].tolist() == pytest.approx([1 / 3] * 3)
+    values = heads.score_logits(network.eval(), batch)[:, 0].detach()
+    lead = torch.stack([values[0] - values[1] - 2, values[0] - values[2] - 2.5, values[1] - values[2] - 0.5])
+    assert float(objective.loss(network, batch)[0]) == pytest.approx(float(-torch.nn.functional.logsigmoid(lead).mean()), rel=1e-5)
+
+
+def test_accuracy_is_told_by_length(tmp_path):
+    objective, _, _ = judge(tmp_path)
+    pairs = [{"loss": 1.0, "lead": lead, "weight": 1.0, "longer": longer} for lead, longer in ((1, 5), (2, 9), (-1, -3), (-2, -8))]
+    rows = [{"row": (0, number), "rewards": [0.0, 1.0], "pairs": [pair]} for number, pair in enumerate(pairs)]
+    found = objective.details([{"judged": rows}])
+    assert found["accuracy"] == 0.5 and found["longer_is_better"] == 0.5
+    assert [one["accuracy"] for one in found["by_length"].values()][0] == 0.0 and list(found["by_length"].values())[-1]["accuracy"] == 1.0
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+
+STARTS = {
+    "full": "full",
+    "lora": {"type": "lora", "r": 4},
+    "pissa": {"type": "lora", "r": 4, "init_lora_weights": "pissa"},
+    "qlora": {"type": "qlora", "r": 4},
+    "prefix": {"type": "prefix", "num_virtual_tokens": 3},
+    "bottleneck": {"type": "bottleneck", "bottleneck_size": 4},
+}
+
+
+def first(run):
+    return next(record for record in tracking.read(run / "metrics.jsonl") if record["kind"] == "train")
+
+
+@pytest.mark.parametrize("start", [*STARTS, "continued"])
+def test_at_step_0_the_policy_is_its_own_reference(tmp_path, start):
+    if start == "qlora":
+        pytest.importorskip("bitsandbytes")
+    made = recipe(tmp_path, "llama", "dpo", STARTS.get(start, STARTS["lora"]), max_steps=5, save_steps=1, save_total_limit=9, eval_steps=1)
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
+    made["samples"] = {"count": 1, "max_new_tokens": 3}
+    if start == "continued":
+        before = tunesmith.train(made, out=tmp_path / "before")["model_dir"]
+        made = {**made, "model": before, "adapter": "continue"}
+    tunesmith.train(made, out=tmp_path / "run")
+    records = tracking.read(tmp_path / "run" / "metrics.jsonl")
+    for record, prefix in ((first(tmp_path / "run"), ""), (next(one for one in records if one["kind"] == "eval"), "eval_")):
+        assert record[f"{prefix}loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert record[f"{prefix}rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+    assert records[-1]["eval_loss"] < math.log(2)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    kept = [checkpoint.load_file(checkpoints / f"step-{step}" / "state.safetensors") for step in (1, 5)]
+    names = [name for name in kept[0] if name.startswith("reference.")]
+    assert len(names) == 3 and all(torch.equal(kept[0][name], kept[1][name]) for name in names)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma"])
+def test_any_split_makes_the_same_update(tmp_path, name, objective):
+    made = recipe(tmp_path, name, objective, {"type": "lora", "r": 4}, learning_rate=1e-3, optim_args={"eps": 1e-3})
+    whole = tunesmith.train(made, out=tmp_path / "whole")
+    route = json.loads((tmp_path / "whole" / "manifest.json").read_text())["route"]
+    assert route["shared"] and route["batches"] == "packed"
+    for number, split in enumerate(({"micro_batch_tokens": 1}, {"micro_batch_tokens": 60}, {"packing": "off"})):
+        other = tunesmith.train({**made, "train": {**made["train"], **split}}, out=tmp_path / str(number))
+        assert apart(weights(whole["model_dir"]), weights(other["model_dir"])) <= 1e-6, split
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, objective):
+    made = recipe(tmp_path, "llama", objective, {"type": "lora", "r": 4}, max_steps=6, save_steps=2, eval_steps=3)
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl"), "limit": 4}
+    tunesmith.train(made, out=tmp_path / "straight")
+    killed_before(5, made, tmp_path / "killed")
+    tunesmith.train(made, out=tmp_path / "killed", resume=True)
+    assert history(tmp_path / "killed") == history(tmp_path / "straight")
+    assert apart(weights(tmp_path / "killed" / "model"), weights(tmp_path / "straight" / "model")) == 0
+
+
+def test_a_checkpoint_without_its_reference_is_refused(tmp_path, monkeypatch):
+    made = recipe(tmp_path, "llama", "dpo", max_steps=4, save_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("tunesmith.data.judged.Reference.tensors", lambda self: {})
+        killed_before(3, made, tmp_path / "run")
+    with pytest.raises(RecipeError, match="lacks the reference"):
+        tunesmith.train(made, out=tmp_path / "run", resume=True)
+
+
+def test_eight_preferences_are_memorised(tmp_path):
+    made = recipe(tmp_path, "llama", "dpo", count=8, max_steps=60, batch_size=8, learning_rate=1e-2)
+    tunesmith.train(made, out=tmp_path / "run")
+    last = tracking.read(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["rewards/accuracies"] == 1.0 and last["loss"] < 0.1
+
+
+def test_eight_judgements_are_memorised_and_scored(tmp_path):
+    made = recipe(tmp_path, "llama", "reward", count=8, max_steps=60, batch_size=8, learning_rate=1e-2)
+    found = tunesmith.train(made, out=tmp_path / "run")
+    said = list(tunesmith.predict(found["model_dir"], tmp_path / "rows.jsonl", rewards=True))
+    assert [one["ranking"] for one in said] == [[0, 1]] * 8
+    single = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in preferences(8)]
+    (tmp_path / "single.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
+    alone = list(tunesmith.predict(found["model_dir"], tmp_path / "single.jsonl", rewards=True))
+    assert [one["reward"] for one in alone] == pytest.approx([one["rewards"][0] for one in said], abs=1e-5)
+    plain = AutoModelForSequenceClassification.from_pretrained(found["model_dir"])
+    assert plain.config.num_labels == 1
+
+
+@pytest.mark.parametrize("objective", ["sft", "classify"])
+def test_what_gives_no_reward_is_asked_for_none(tmp_path, objective):
+    found = tunesmith.train(recipe(tmp_path, "llama", objective, max_steps=1), out=tmp_path / "run")
+    with pytest.raises(ModelError, match="reward"):
+        list(tunesmith.predict(found["model_dir"], tmp_path / "rows.jsonl", rewards=True))
+
+
+def test_a_reward_model_writes_nothing(tmp_path):
+    found = tunesmith.train(recipe(tmp_path, "llama", "reward", max_steps=1), out=tmp_path / "run")
+    with pytest.raises(ModelError):
+        tunesmith.generate(found["model_dir"], ["a"])
+
+
+def test_margins_without_scores_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no row has any"):
+        tunesmith.train(recipe(tmp_path, "llama", {"type": "reward", "margin": True}), out=tmp_path / "run")
