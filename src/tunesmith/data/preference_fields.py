@@ -90,14 +90,16 @@ def ranking(values: Values) -> Ranking:
 def _prompt(value: Any, values: Values, plain: bool) -> Prompt:
     """A text to continue, when the answers are ``plain`` too and nothing asks for turns; else the turns before the answers."""
     value = _listed(value)
-    if value is not None and not isinstance(value, str):
-        opening = conversation(value, "prompt")
-    elif DIALOGUE.match(value or "") and value.rstrip().endswith("Assistant:"):
-        opening = dialogue(value.rstrip().removesuffix("Assistant:"), "prompt")
-    elif plain and not optional_text(values.get("system"), "system").strip() and not tool_schemas(values.get("tools")):
-        return text(value, "prompt")
+    if value is None or isinstance(value, str):
+        said = text(value, "prompt")
+        if DIALOGUE.match(said) and said.rstrip().endswith("Assistant:"):
+            opening = dialogue(said.rstrip().removesuffix("Assistant:"), "prompt")
+        elif plain and not optional_text(values.get("system"), "system").strip() and not tool_schemas(values.get("tools")):
+            return said
+        else:
+            opening = [{"role": "user", "content": said}]
     else:
-        opening = [{"role": "user", "content": text(value, "prompt")}]
+        opening = conversation(value, "prompt")
     return _with_system(opening, values)
 
 
@@ -117,9 +119,9 @@ def _of_turns(opening: list[Message] | None, field: str, values: Values) -> Rank
         _check_asked(opening, field)
         return _pair(opening, [_checked(side, name) for side, name in zip(sides, ("chosen", "rejected"))], values)
     if any(begins):
-        got = "an answer alone" if whole or begins[1] else "a whole conversation"
+        odd = ("chosen", "rejected")[begins.index(whole)]
         fix = "Write both as whole conversations, or both as answers with their prompt in a column of its own."
-        raise FieldFault("rejected" if begins[1] is not begins[0] else "chosen", SAME_PROMPT, got, fix)
+        raise FieldFault(odd, SAME_PROMPT, "an answer alone" if whole else "a whole conversation", fix)
     common = _common(*sides)
     prompt, answers = sides[0][:common], [side[common:] for side in sides]
     if not answers[0] and not answers[1]:
@@ -163,19 +165,21 @@ def _checked(answer: list[Message], field: str) -> list[Message]:
 def _side(value: Any, field: str, whole: bool = False) -> list[Message]:
     """An answer, or a ``whole`` conversation, as turns: from a list of them, one of them, a text or a dialogue."""
     value = _listed(value)
+    last = f"{field}[{len(value) - 1}]" if isinstance(value, list | tuple) and value else field
     try:
         if isinstance(value, Mapping):
             return [turn(dict(value), field)]
         if isinstance(value, list | tuple):
             return conversation(value, field)
-        if not whole:
-            return [{"role": "assistant", "content": text(value, field)}]
-        if DIALOGUE.match(text(value, field)):
-            return dialogue(value, field)
+        said = text(value, field)
     except FieldFault as fault:
-        if fault.got in NOTHING:
+        if fault.got in NOTHING and fault.field.startswith(last):
             raise FieldFault(fault.field, EMPTY_SIDE, fault.got, fault.fix) from None
         raise
+    if not whole:
+        return [{"role": "assistant", "content": said}]
+    if DIALOGUE.match(said):
+        return dialogue(said, field)
     fix = "Add the prompt in a column of its own, or name it: columns: {prompt: COLUMN}."
     expected = "a conversation, because the row has no prompt (a list of turns, or '\\n\\nHuman: ... \\n\\nAssistant: ...')"
     raise FieldFault(field, expected, shorten(value), fix)
@@ -197,8 +201,9 @@ def dialogue(value: str, field: str) -> list[Message]:
     messages: list[Message] = []
     for speaker, said in zip(parts[::2], parts[1::2]):
         if not said.strip():
-            fix = f"Fill turn {len(messages) + 1} in or delete the row."
-            raise FieldFault(f"{field}[{len(messages)}]", f"what {speaker} says", "empty text", fix)
+            place, fix = 2 * len(messages), f"Fill turn {len(messages) + 1} in or delete the row."
+            expected = EMPTY_SIDE if place == len(parts) - 2 and speaker == "Assistant" else f"what {speaker} says"
+            raise FieldFault(f"{field}[{len(messages)}]", expected, "empty text", fix)
         messages.append({"role": "user" if speaker == "Human" else "assistant", "content": text(said, field).strip()})
     return messages
 
@@ -248,7 +253,7 @@ def _number(value: Any, field: str) -> float:
             number = float(value)
         except ValueError:
             number = None
-    if not isinstance(number, int | float):
+    if not isinstance(number, int | float) or (isinstance(number, bool) and not field.startswith("labels")):
         raise FieldFault(field, "a number", shorten(value), "Write the number, or delete the row.")
     if not abs(number) <= LARGEST:
         raise FieldFault(field, "a finite number", shorten(value), "Write the number, or delete the row.")
