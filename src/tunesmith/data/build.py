@@ -22,7 +22,7 @@ from tunesmith.data.chat import Renderer, left_out
 from tunesmith.data.config import Source
 from tunesmith.data.problems import Record, RowFault, RowProblem
 from tunesmith.data.read import existing
-from tunesmith.data.rows import Chat, PromptCompletion, Row, Text, digest
+from tunesmith.data.rows import Chat, PromptCompletion, Ranking, Row, Text, digest
 from tunesmith.data.source import Opened
 from tunesmith.data.templates import template_text
 from tunesmith.errors import DataError
@@ -156,6 +156,8 @@ def _characters(row: Row) -> int:
         return len(row.prompt) + len(row.completion)
     if isinstance(row, Chat):
         return sum(len(message["content"]) for message in row.messages)
+    if isinstance(row, Ranking):
+        return sum(map(_characters, row.written()))
     return sum(len(part) for name in TEXTS if isinstance(part := getattr(row, name, None), str))
 
 

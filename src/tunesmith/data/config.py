@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 FORMATS = (
     "alpaca", "input_output", "summary", "question_answer", "sharegpt", "messages", "prompt_completion", "text",
     "labelled", "multilabel", "tokens", "conll", "words", "squad",
+    "preference", "preference_turns", "preference_alpaca", "preference_dialogues", "ranking", "ranking_alpaca",
 )  # fmt: skip
 
 

@@ -1,11 +1,46 @@
-"""Checks of single values: text that a tokenizer can take, JSON that a template can take."""
+"""What a format is made of, and checks of single values: text that a tokenizer can take, JSON that a template can take."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.data.problems import shorten
+from tunesmith.data.rows import Row
+
+Values = Mapping[str, Any]
+"""Field of the format -> value; optional fields that the row lacks are absent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field of a format and the column names it goes by, in any case."""
+
+    name: str
+    columns: tuple[str, ...]
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """``build`` makes the row of the fields' values or raises FieldFault. ``prompt`` and ``answer`` are the fields that a
+    ``prompt_template`` replaces and keeps. ``gold``: the field that rows to be predicted may lack. ``look``: what the values of
+    the first rows say of the whole file; ``build`` gets it among the values."""
+
+    name: str
+    row: type
+    fields: tuple[Field, ...]
+    build: Callable[[Values], Row]
+    prompt: str | None = None
+    answer: str | None = None
+    gold: str | None = None
+    look: Callable[[Sequence[Values]], dict[str, Any]] | None = None
+
+
+TOOLS = Field("tools", ("tools", "functions"), required=False)
+SYSTEM = Field("system", ("system", "system_prompt"), required=False)
 
 
 class FieldFault(Exception):

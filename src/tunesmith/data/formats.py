@@ -8,68 +8,21 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from tunesmith.data import label_fields, squad, word_fields
-from tunesmith.data.fields import FieldFault, optional_text, parsed, text
+from tunesmith.data import label_fields, preference_fields, squad, word_fields
+from tunesmith.data.fields import SYSTEM, TOOLS, Field, FieldFault, Format, Values, optional_text, text
 from tunesmith.data.problems import Record, RowProblem, shorten
-from tunesmith.data.rows import Chat, Labelled, Message, PromptCompletion, Question, Row, Tagged, Text
-from tunesmith.data.turns import chat, conversation, tool_schemas
+from tunesmith.data.rows import Chat, Labelled, PromptCompletion, Question, Ranking, Row, Tagged, Text
+from tunesmith.data.turns import chat, conversation, exchange, opening_of, tool_schemas
 from tunesmith.errors import DataError
 from tunesmith.nearest import did_you_mean
 
-Values = Mapping[str, Any]
-"""Field of the format -> value; optional fields that the row lacks are absent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """A field of a format and the column names it goes by, in any case."""
-
-    name: str
-    columns: tuple[str, ...]
-    required: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """``build`` makes the row of the fields' values or raises FieldFault. ``prompt`` and ``answer`` are the fields that a
-    ``prompt_template`` replaces and keeps. ``gold``: the field that rows to be predicted may lack. ``look``: what the values of
-    the first rows say of the whole file; ``build`` gets it among the values."""
-
-    name: str
-    row: type
-    fields: tuple[Field, ...]
-    build: Callable[[Values], Row]
-    prompt: str | None = None
-    answer: str | None = None
-    gold: str | None = None
-    look: Callable[[Sequence[Values]], dict[str, Any]] | None = None
-
 
 def _alpaca(values: Values) -> Row:
-    question, more = text(values["instruction"], "instruction"), optional_text(values.get("input"), "input")
-    messages: list[Message] = []
-    system = optional_text(values.get("system"), "system")
-    if system.strip():
-        messages.append({"role": "system", "content": system})
-    history = parsed(values.get("history") or [], "history", "a list of pairs")
-    if not isinstance(history, list | tuple):
-        raise FieldFault("history", "a list of pairs", shorten(history), "Write [[question, answer], ...].")
-    for position, pair in enumerate(history):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise FieldFault(
-                f"history[{position}]", "a pair [question, answer]", shorten(pair), "Write both, or delete the pair."
-            )
-        messages += _exchange(text(pair[0], f"history[{position}][0]"), text(pair[1], f"history[{position}][1]"))
-    question = f"{question}\n\n{more}" if more.strip() else question
-    return Chat((*messages, *_exchange(question, text(values["output"], "output"))))
+    return Chat((*opening_of(values), {"role": "assistant", "content": text(values["output"], "output")}))
 
 
 def _pair(question: str, answer: str) -> Callable[[Values], Row]:
-    return lambda values: Chat(_exchange(text(values[question], question), text(values[answer], answer)))
-
-
-def _exchange(question: str, answer: str) -> tuple[Message, Message]:
-    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    return lambda values: Chat(exchange(text(values[question], question), text(values[answer], answer)))
 
 
 def _turns(field: str) -> Callable[[Values], Row]:
@@ -86,9 +39,6 @@ def _prompt_completion(values: Values) -> Row:
     return Chat((*turns[0], *turns[1]), tool_schemas(values.get("tools")))
 
 
-TOOLS = Field("tools", ("tools", "functions"), required=False)
-SYSTEM = Field("system", ("system", "system_prompt"), required=False)
-
 TEXT = Field("text", ("text", "sentence", "document", "review", "content", "comment", "sentence1", "premise", "question1"))
 PAIR = Field("text_pair", ("text_pair", "sentence2", "hypothesis", "question2"), required=False)
 TOKENS, TAGS = Field("tokens", ("tokens", "words")), Field("tags", ("ner_tags", "tags", "pos_tags", "chunk_tags"))
@@ -96,6 +46,7 @@ TOKENS, TAGS = Field("tokens", ("tokens", "words")), Field("tags", ("ner_tags", 
 FORMATS: dict[str, Format] = {
     form.name: form
     for form in (
+        *preference_fields.PAIRS,
         Format("messages", Chat, (Field("messages", ("messages",)), TOOLS, SYSTEM), _turns("messages")),
         Format(
             "sharegpt", Chat, (Field("conversations", ("conversations", "conversation")), TOOLS, SYSTEM), _turns("conversations")
@@ -159,6 +110,7 @@ FORMATS: dict[str, Format] = {
             squad.question,
             gold="answers",
         ),
+        *preference_fields.RANKINGS,
         Format("tokens", Tagged, (TOKENS, TAGS), word_fields.tokens, gold="tags", look=word_fields.spaces),
         Format("conll", Tagged, (TOKENS, TAGS), word_fields.tokens, gold="tags", look=word_fields.spaces),
         Format("words", Tagged, (TEXT, TAGS), word_fields.words, gold="tags"),
@@ -334,7 +286,7 @@ def _giving(accepted: tuple[type, ...]) -> list[Converter]:
 
 def _first(accepted: tuple[type, ...]) -> str:
     """A field that all rows of the objective have."""
-    return {Tagged: "tokens", Question: "context"}.get(accepted[0], "text")
+    return {Tagged: "tokens", Question: "context", Ranking: "chosen"}.get(accepted[0], "text")
 
 
 def _needs(form: Format) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.contamination import rolling
-from tunesmith.data.rows import Row
+from tunesmith.data.rows import Ranking, Row
 from tunesmith.errors import MissingExtra
 
 SHINGLE = 5
@@ -138,5 +138,6 @@ def _strings(value: Any) -> list[str]:
         return [text for item in value for text in _strings(item)]
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value) if field.name not in UNCOMPARED]
+        names = ["prompt", "answers"] if isinstance(value, Ranking) else names
         return [text for name in names for text in _strings(getattr(value, name))]
     return [] if value is None else [str(value)]

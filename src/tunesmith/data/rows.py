@@ -65,10 +65,41 @@ class Question:
     id: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """A prompt and several answers to it, judged. A preference is a ranking of two.
+
+    ``prompt``: the turns before the answer, or a text to continue. ``answers``: of each the turns that follow, or the text.
+    ``ranks``: of each answer, 0 = best; equal = no preference between them. ``scores``: of each answer, higher = better, where
+    they are known. ``tools`` as in Chat."""
+
+    prompt: str | tuple[Message, ...]
+    answers: tuple[str, ...] | tuple[tuple[Message, ...], ...]
+    ranks: tuple[int, ...]
+    scores: tuple[float, ...] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def written(self) -> list[Chat] | list[PromptCompletion]:
+        """Each answer with its prompt before it, as a row that a language model learns to write."""
+        if isinstance(self.prompt, str):
+            return [PromptCompletion(self.prompt, str(answer)) for answer in self.answers]
+        return [Chat((*self.prompt, *turns(answer)), self.tools) for answer in self.answers]
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) of every two answers whose ranks differ, as places in ``answers``."""
+        places = range(len(self.answers))
+        return [(one, other) for one in places for other in places if self.ranks[one] < self.ranks[other]]
+
+
 Written = Text | Chat | PromptCompletion
 """What a language model learns to write."""
 
-Row = Written | Labelled | Tagged | Question
+Row = Written | Labelled | Tagged | Question | Ranking
+
+
+def turns(said: str | tuple[Message, ...]) -> tuple[Message, ...]:
+    """A prompt or an answer as turns; plain text has none."""
+    return () if isinstance(said, str) else said
 
 
 def without_gold(row: Row) -> Row:
@@ -77,6 +108,8 @@ def without_gold(row: Row) -> Row:
         return replace(row, label=None, labels=None)
     if isinstance(row, Tagged):
         return replace(row, tags=None)
+    if isinstance(row, Ranking):
+        return replace(row, ranks=(0,) * len(row.answers), scores=None)
     return replace(row, answers=None) if isinstance(row, Question) else row
 
 

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith.data import formats, hub_set
+from tunesmith.data import formats, hub_set, preference_fields
 from tunesmith.data.config import DataConfig, Source
 from tunesmith.data.formats import Converter, converter
 from tunesmith.data.problems import Record, RowProblem, shorten
 from tunesmith.data.read import READERS, Rows, read
-from tunesmith.data.rows import Chat, Labelled, PromptCompletion, Question, Row, Tagged, Text
+from tunesmith.data.rows import Chat, Labelled, PromptCompletion, Question, Ranking, Row, Tagged, Text
 from tunesmith.errors import DataError
 
-ROW_TYPES: tuple[type, ...] = (Chat, PromptCompletion, Text, Labelled, Tagged, Question)
+ROW_TYPES: tuple[type, ...] = (Chat, PromptCompletion, Text, Labelled, Tagged, Question, Ranking)
 
 SAMPLED = 100
 """Rows looked at to find out the format."""
@@ -25,7 +25,8 @@ SAMPLED = 100
 
 @dataclass(frozen=True)
 class Opened:
-    """A source whose format is known. ``description`` says format and columns; ``kinds``: row types of its first rows.
+    """A source whose format is known. ``description`` says format and columns; ``kinds``: row types of its first rows, with Chat
+    among them where a ranking is of turns, which the chat template renders.
     ``gold``: whether every row must have what is to be learnt."""
 
     source: Source
@@ -106,7 +107,7 @@ def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bo
     convert = replace(convert, facts=facts | {"separator": source.separator} if source.separator else facts)
     described = convert.describe(dict.fromkeys(key for row in keys for key in row))
     if seen is None:
-        kinds = frozenset(type(convert(item)) for item in sample if isinstance(item, Record)) - {RowProblem}
+        kinds = frozenset(kind for item in sample if isinstance(item, Record) for kind in _kinds(convert(item)))
         if source.streaming:
             hub_set.remember(source, question, {"keys": keys, "kinds": sorted(kind.__name__ for kind in kinds), "facts": facts})
     else:
@@ -118,6 +119,12 @@ def _rows(source: Source) -> Rows:
     return hub_set.rows(source) if source.hub else read(source.path, source.format)
 
 
+def _kinds(row: Row | RowProblem) -> tuple[type, ...]:
+    if isinstance(row, RowProblem):
+        return ()
+    return (Ranking, Chat) if isinstance(row, Ranking) and not isinstance(row.prompt, str) else (type(row),)
+
+
 def _conll(source: Source) -> bool:
     return not source.hub and READERS.get(Path(source.path).suffix.lower()) is READERS[".conll"]
 
@@ -126,7 +133,8 @@ def _question(source: Source, accepted: tuple[type, ...], gold: bool) -> str:
     """Hash of all that the format of a source depends on, besides its rows."""
     asked = [source.format, source.columns, source.prompt_template, source.limit, gold, [kind.__name__ for kind in accepted]]
     content = hashlib.sha256(json.dumps(asked).encode())
-    content.update(Path(formats.__file__).read_bytes())
+    for file in (formats.__file__, preference_fields.__file__):
+        content.update(Path(file).read_bytes())
     return content.hexdigest()[:16]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.data.fields import FieldFault, clean_inside, optional_text, parsed
+from tunesmith.data.fields import FieldFault, Values, clean_inside, optional_text, parsed, text
 from tunesmith.data.problems import shorten
 from tunesmith.data.rows import Chat, Message
 from tunesmith.nearest import nearest
@@ -39,7 +39,31 @@ def conversation(turns: Any, field: str) -> list[Message]:
         raise FieldFault(field, "a list of turns", shorten(turns), 'Write [{"role": "user", "content": "..."}, ...].')
     if not turns:
         raise FieldFault(field, "a list of turns", "an empty list", "Add the turns or delete the row.")
-    return [_turn(turn, f"{field}[{position}]") for position, turn in enumerate(turns)]
+    return [turn(item, f"{field}[{position}]") for position, item in enumerate(turns)]
+
+
+def opening_of(values: Values) -> list[Message]:
+    """The turns before an answer: ``system``, ``history``, then ``instruction`` with ``input`` after a blank line."""
+    question, more = text(values["instruction"], "instruction"), optional_text(values.get("input"), "input")
+    messages: list[Message] = []
+    system = optional_text(values.get("system"), "system")
+    if system.strip():
+        messages.append({"role": "system", "content": system})
+    history = parsed(values.get("history") or [], "history", "a list of pairs")
+    if not isinstance(history, list | tuple):
+        raise FieldFault("history", "a list of pairs", shorten(history), "Write [[question, answer], ...].")
+    for position, pair in enumerate(history):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise FieldFault(
+                f"history[{position}]", "a pair [question, answer]", shorten(pair), "Write both, or delete the pair."
+            )
+        messages += exchange(text(pair[0], f"history[{position}][0]"), text(pair[1], f"history[{position}][1]"))
+    return [*messages, {"role": "user", "content": f"{question}\n\n{more}" if more.strip() else question}]
+
+
+def exchange(question: str, answer: str) -> tuple[Message, Message]:
+    """A question and its answer."""
+    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
 
 
 def tool_schemas(tools: Any) -> tuple[dict[str, Any], ...]:
@@ -60,7 +84,8 @@ def tool_schemas(tools: Any) -> tuple[dict[str, Any], ...]:
     return tuple(out)
 
 
-def _turn(turn: Any, place: str) -> Message:
+def turn(turn: Any, place: str) -> Message:
+    """One turn, checked. Raises FieldFault naming what is wrong in it."""
     if not isinstance(turn, dict):
         raise FieldFault(place, "an object with role and content", shorten(turn), 'Write {"role": ..., "content": ...}.')
     message: Message = {RENAMED.get(str(key), str(key)): value for key, value in turn.items() if value is not None}

@@ -1,0 +1,351 @@
+"""What a row says of answers that were compared: one chosen over another, or several in an order, as files write them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+from tunesmith.data.fields import SYSTEM, TOOLS, Field, FieldFault, Format, Values, optional_text, parsed, text
+from tunesmith.data.problems import shorten
+from tunesmith.data.rows import Message, Ranking
+from tunesmith.data.turns import conversation, opening_of, tool_schemas, turn
+
+EMPTY_SIDE = "an answer with something in it"
+SAME_PROMPT = "two answers to the same prompt"
+ANOTHER = "two answers that differ"
+"""What is expected of rows with the faults that ``lint`` counts."""
+
+NOTHING = ("empty text", "only spaces", "nothing (null)", "an empty list")
+
+ASKS = ("user", "tool", "ipython", "document")
+"""Roles after which the assistant may speak."""
+
+LARGEST = 1e30
+"""Scores become float32, and so do their differences."""
+
+DIALOGUE = re.compile(r"\s*Human:")
+SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+"""How the dialogues of hh-rlhf (Bai et al. 2022) name who speaks."""
+
+WORDS = ("answer", "response", "completion", "text")
+GRADES = ("rank", "score", "overall_score")
+"""Keys of answers that are objects, as in {"answer": "...", "rank": 1}."""
+
+Prompt = str | list[Message]
+
+
+def preference(values: Values) -> Ranking:
+    """A prompt, and one answer chosen over another. Strings alone are plain text, as a prompt and its completion are."""
+    sides = _listed(values["chosen"]), _listed(values["rejected"])
+    prompt = _prompt(values["prompt"], values, all(isinstance(side, str) for side in sides))
+    if isinstance(prompt, str):
+        return _pair(prompt, [_text(values["chosen"], "chosen"), _text(values["rejected"], "rejected")], values)
+    return _of_turns(prompt, "prompt", values)
+
+
+def turns(values: Values) -> Ranking:
+    """Turns, and two answers to the last."""
+    opening = conversation(parsed(values["conversations"], "conversations", "a list of turns"), "conversations")
+    return _of_turns(_with_system(opening, values), "conversations", values)
+
+
+def alpaca(values: Values) -> Ranking:
+    """An instruction, what belongs to it, and two answers."""
+    return _of_turns(opening_of(values), "instruction", values)
+
+
+def dialogues(values: Values) -> Ranking:
+    """Two whole conversations, whose common turns are the prompt."""
+    return _of_turns(None, "chosen", values)
+
+
+def ranking(values: Values) -> Ranking:
+    """A prompt and several answers: the best one first, or as ``ranks`` (lower = better), ``scores`` or ``labels`` (higher =
+    better) say."""
+    said, graded = _answers(values["answers"])
+    plain = all(isinstance(_listed(answer), str) for answer in said)
+    prompt = opening_of(values) if "instruction" in values else _prompt(values["prompt"], values, plain)
+    names = [f"answers[{place}]" for place in range(len(said))]
+    answers: list[Any]
+    if isinstance(prompt, str):
+        answers = [_text(answer, name) for answer, name in zip(said, names)]
+    else:
+        _check_asked(prompt, "instruction" if "instruction" in values else "prompt")
+        answers = [_checked(_side(answer, name), name) for answer, name in zip(said, names)]
+    given = {**graded, **{name: values[name] for name in ("ranks", "scores", "labels") if values.get(name) is not None}}
+    numbers = {name: _numbers(listed, name, len(said)) for name, listed in given.items()}
+    scores = numbers.get("scores")
+    if "ranks" in numbers:
+        ranks = _dense(numbers["ranks"], best=min)
+    elif "scores" in numbers or "labels" in numbers:
+        ranks = _dense(numbers["scores" if "scores" in numbers else "labels"], best=max)
+    else:
+        ranks = tuple(range(len(said)))
+    return _row(prompt, answers, ranks, scores, values, names)
+
+
+def _prompt(value: Any, values: Values, plain: bool) -> Prompt:
+    """A text to continue, when the answers are ``plain`` too and nothing asks for turns; else the turns before the answers."""
+    value = _listed(value)
+    if value is None or isinstance(value, str):
+        said = text(value, "prompt")
+        if DIALOGUE.match(said) and said.rstrip().endswith("Assistant:"):
+            opening = dialogue(said.rstrip().removesuffix("Assistant:"), "prompt")
+        elif plain and not optional_text(values.get("system"), "system").strip() and not tool_schemas(values.get("tools")):
+            return said
+        else:
+            opening = [{"role": "user", "content": said}]
+    else:
+        opening = conversation(value, "prompt")
+    return _with_system(opening, values)
+
+
+def _with_system(opening: list[Message], values: Values) -> list[Message]:
+    system = optional_text(values.get("system"), "system")
+    if not system.strip() or opening[0]["role"] == "system":
+        return opening
+    return [{"role": "system", "content": system}, *opening]
+
+
+def _of_turns(opening: list[Message] | None, field: str, values: Values) -> Ranking:
+    """A pair of answers to ``opening``, or of whole conversations (which may begin with it, too)."""
+    whole = opening is None
+    sides = [_side(values[name], name, whole) for name in ("chosen", "rejected")]
+    begins = [side[0]["role"] == "assistant" for side in sides]
+    if opening is not None and all(begins):
+        _check_asked(opening, field)
+        return _pair(opening, [_checked(side, name) for side, name in zip(sides, ("chosen", "rejected"))], values)
+    if any(begins):
+        odd = ("chosen", "rejected")[begins.index(whole)]
+        fix = "Write both as whole conversations, or both as answers with their prompt in a column of its own."
+        raise FieldFault(odd, SAME_PROMPT, "an answer alone" if whole else "a whole conversation", fix)
+    common = _common(*sides)
+    prompt, answers = sides[0][:common], [side[common:] for side in sides]
+    if not answers[0] and not answers[1]:
+        raise _same("rejected", sides[1][-1]["content"])
+    if not prompt or prompt[-1]["role"] not in ASKS or not all(map(_answers_it, answers)):
+        got = f"other turns from the {common + 1}. on: {_shown(answers[0])} and {_shown(answers[1])}"
+        raise FieldFault("rejected", SAME_PROMPT, got, "Give both sides the same turns up to their answers, or delete the row.")
+    if opening is None:
+        return _pair(_with_system(prompt, values), answers, values)
+    last = next((message["content"].strip() for message in reversed(opening) if message["role"] == "user"), "")
+    if last not in [message["content"].strip() for message in prompt]:
+        fix = "Mend it, or say format: preference_dialogues, which reads the prompt from the two sides."
+        raise FieldFault(field, "what is asked in 'chosen' and 'rejected'", shorten(last), fix)
+    kept = opening[:1] if opening[0]["role"] == "system" and prompt[0]["role"] != "system" else []
+    return _pair([*kept, *prompt], answers, values)
+
+
+def _common(one: Sequence[Message], other: Sequence[Message]) -> int:
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other)))
+
+
+def _answers_it(answer: Sequence[Message]) -> bool:
+    """Whether these turns are what the assistant says and what its tools give it: another question would be another prompt."""
+    roles = [message["role"] for message in answer]
+    return bool(roles) and roles[0] == roles[-1] == "assistant" and "user" not in roles and "system" not in roles
+
+
+def _check_asked(opening: Sequence[Message], field: str) -> None:
+    if opening[-1]["role"] not in ASKS:
+        got = f"a turn of {opening[-1]['role']} at the end"
+        raise FieldFault(field, "a prompt that ends with a turn of the user", got, "Take it out: the answers follow the prompt.")
+
+
+def _checked(answer: list[Message], field: str) -> list[Message]:
+    if not _answers_it(answer):
+        got = ", ".join(message["role"] for message in answer)
+        raise FieldFault(field, "an answer: turns of the assistant and its tools", f"turns of {got}", "Write the answer only.")
+    return answer
+
+
+def _side(value: Any, field: str, whole: bool = False) -> list[Message]:
+    """An answer, or a ``whole`` conversation, as turns: from a list of them, one of them, a text or a dialogue."""
+    value = _listed(value)
+    last = f"{field}[{len(value) - 1}]" if isinstance(value, list | tuple) and value else field
+    try:
+        if isinstance(value, Mapping):
+            return [turn(dict(value), field)]
+        if isinstance(value, list | tuple):
+            return conversation(value, field)
+        said = text(value, field)
+    except FieldFault as fault:
+        if fault.got in NOTHING and fault.field.startswith(last):
+            raise FieldFault(fault.field, EMPTY_SIDE, fault.got, fault.fix) from None
+        raise
+    if not whole:
+        return [{"role": "assistant", "content": said}]
+    if DIALOGUE.match(said):
+        return dialogue(said, field)
+    fix = "Add the prompt in a column of its own, or name it: columns: {prompt: COLUMN}."
+    expected = "a conversation, because the row has no prompt (a list of turns, or '\\n\\nHuman: ... \\n\\nAssistant: ...')"
+    raise FieldFault(field, expected, shorten(value), fix)
+
+
+def _text(value: Any, field: str) -> str:
+    try:
+        return text(value, field)
+    except FieldFault as fault:
+        expected = EMPTY_SIDE if fault.got in NOTHING else fault.expected
+        raise FieldFault(field, expected, fault.got, fault.fix) from None
+
+
+def dialogue(value: str, field: str) -> list[Message]:
+    """The turns of ``"\\n\\nHuman: ...\\n\\nAssistant: ..."``. Spaces around what is said are no part of it."""
+    before, *parts = SPEAKER.split(value)
+    if before.strip():
+        raise FieldFault(field, "a dialogue that begins with Human:", shorten(before), "Name who says it.")
+    messages: list[Message] = []
+    for speaker, said in zip(parts[::2], parts[1::2]):
+        if not said.strip():
+            place, fix = 2 * len(messages), f"Fill turn {len(messages) + 1} in or delete the row."
+            expected = EMPTY_SIDE if place == len(parts) - 2 and speaker == "Assistant" else f"what {speaker} says"
+            raise FieldFault(f"{field}[{len(messages)}]", expected, "empty text", fix)
+        messages.append({"role": "user" if speaker == "Human" else "assistant", "content": text(said, field).strip()})
+    return messages
+
+
+def _listed(value: Any) -> Any:
+    """Turns that came as JSON text, as columns of a csv do; all else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        found = json.loads(value)
+    except (RecursionError, ValueError):
+        return value
+    turns = isinstance(found, list) and all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in found)
+    return found if turns else value
+
+
+def _answers(value: Any) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Answers, and what objects say of each besides."""
+    value = parsed(value, "answers", "a list of answers")
+    if not isinstance(value, list | tuple):
+        raise FieldFault("answers", "a list of answers", shorten(value), "Write the answers in a list, the best one first.")
+    if len(value) < 2:
+        raise FieldFault("answers", "two answers or more", str(len(value)), "Add another one, or delete the row.")
+    if not all(isinstance(item, Mapping) and not {"role", "from"} & item.keys() for item in value):
+        return list(value), {}
+    word = next((key for key in WORDS if all(key in item for item in value)), None)
+    if word is None:
+        fix = 'Write texts, turns, or objects such as {"answer": "...", "score": 4.5}.'
+        raise FieldFault("answers", f"objects with one of {', '.join(WORDS)}", shorten(value[0]), fix)
+    grade = next((key for key in GRADES if all(key in item for item in value)), None)
+    grades = {} if grade is None else {"ranks" if grade == "rank" else "scores": [item[grade] for item in value]}
+    return [item[word] for item in value], grades
+
+
+def _numbers(value: Any, field: str, count: int) -> tuple[float, ...]:
+    value = parsed(value, field, "a list of numbers")
+    if not isinstance(value, list | tuple) or len(value) != count:
+        got = f"{len(value)}: {shorten(value)}" if isinstance(value, list | tuple) else shorten(value)
+        raise FieldFault(field, f"a list of {count} numbers, one for each answer", got, "Write as many as there are answers.")
+    return tuple(_number(item, f"{field}[{place}]") for place, item in enumerate(value))
+
+
+def _number(value: Any, field: str) -> float:
+    number = value
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+    if not isinstance(number, int | float) or (isinstance(number, bool) and not field.startswith("labels")):
+        raise FieldFault(field, "a number", shorten(value), "Write the number, or delete the row.")
+    if not abs(number) <= LARGEST:
+        raise FieldFault(field, "a finite number", shorten(value), "Write the number, or delete the row.")
+    return float(number)
+
+
+def _scores(values: Values) -> tuple[float, float] | None:
+    """Of the chosen and the rejected answer; of a margin alone, the margin and 0."""
+    given = {name: values[name] for name in ("chosen_score", "rejected_score") if values.get(name) not in (None, "")}
+    if len(given) == 1:
+        (there,), (missing,) = given, {"chosen_score", "rejected_score"} - given.keys()
+        raise FieldFault(missing, f"a score, as there is a {there}", "nothing", "Write both scores, or none.")
+    if given:
+        return _number(given["chosen_score"], "chosen_score"), _number(given["rejected_score"], "rejected_score")
+    return None if values.get("margin") in (None, "") else (_number(values["margin"], "margin"), 0.0)
+
+
+def _dense(numbers: Sequence[float], best: Callable[..., float]) -> tuple[int, ...]:
+    """0 for the best ones, 1 for the next, ..."""
+    order = sorted(set(numbers), reverse=best is max)
+    return tuple(order.index(number) for number in numbers)
+
+
+def _pair(prompt: Prompt, answers: list[Any], values: Values) -> Ranking:
+    return _row(prompt, answers, (0, 1), _scores(values), values, ("chosen", "rejected"))
+
+
+def _row(
+    prompt: Prompt,
+    answers: list[Any],
+    ranks: tuple[int, ...],
+    scores: tuple[float, ...] | None,
+    values: Values,
+    names: Sequence[str],
+) -> Ranking:
+    bare = [_bare(answer) for answer in answers]
+    for place, one in enumerate(bare):
+        first = bare.index(one)
+        if ranks[first] != ranks[place]:
+            raise _same(names[place], answers[place], names[first])
+    if len(set(ranks)) == 1:
+        fix = "Say which is better, or delete the row: nothing can be learnt of it."
+        raise FieldFault("answers", "an answer that is better than another", "the same rank for all", fix)
+    if isinstance(prompt, str):
+        return Ranking(prompt, tuple(answers), ranks, scores)
+    return Ranking(tuple(prompt), tuple(map(tuple, answers)), ranks, scores, tool_schemas(values.get("tools")))
+
+
+def _bare(answer: str | list[Message]) -> Any:
+    """An answer without the spaces around what it says, which templates strip."""
+    if isinstance(answer, str):
+        return answer.strip()
+    return [{**message, "content": message["content"].strip()} for message in answer]
+
+
+def _same(field: str, answer: Any, other: str = "chosen") -> FieldFault:
+    return FieldFault(field, ANOTHER, f"{_shown(answer)} in {other!r}, too", "Write the other answer, or delete the row.")
+
+
+def _shown(answer: str | list[Message]) -> str:
+    if isinstance(answer, str):
+        return shorten(answer)
+    return shorten(answer[0]["content"]) if answer else "nothing"
+
+
+SCORES = (
+    Field("chosen_score", ("chosen_score", "score_chosen", "chosen_rating", "rating_chosen", "chosen-rating"), required=False),
+    Field(
+        "rejected_score",
+        ("rejected_score", "score_rejected", "rejected_rating", "rating_rejected", "rejected-rating"),
+        required=False,
+    ),
+    Field("margin", ("margin",), required=False),
+)
+SIDES = (Field("chosen", ("chosen",)), Field("rejected", ("rejected",)), TOOLS, SYSTEM, *SCORES)
+GIVEN = (
+    Field("ranks", ("ranks", "rank"), required=False),
+    Field("scores", ("scores", "score", "ratings"), required=False),
+    Field("labels", ("labels",), required=False),
+    TOOLS,
+    SYSTEM,
+)
+MORE = (Field("input", ("input", "context"), required=False), Field("history", ("history",), required=False))
+ANSWERS = Field("answers", ("answers", "responses", "completions"))
+
+PAIRS = (
+    Format("preference", Ranking, (Field("prompt", ("prompt",)), *SIDES), preference),
+    Format("preference_turns", Ranking, (Field("conversations", ("conversations", "conversation", "messages")), *SIDES), turns),
+    Format("preference_alpaca", Ranking, (Field("instruction", ("instruction", "question", "query")), *MORE, *SIDES), alpaca),
+    Format("preference_dialogues", Ranking, SIDES, dialogues),
+)
+RANKINGS = (
+    Format("ranking", Ranking, (Field("prompt", ("prompt",)), ANSWERS, *GIVEN), ranking),
+    Format("ranking_alpaca", Ranking, (Field("instruction", ("instruction",)), ANSWERS, *MORE, *GIVEN), ranking),
+)

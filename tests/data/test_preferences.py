@@ -1,0 +1,177 @@
+"""Rankings as tokens: the prompt once, and with each answer exactly what the answer alone would be encoded to."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.data.tokenizers import KINDS, tokenizer_of
+from tests.data.zoo import ZOO
+from tunesmith.data import chat
+from tunesmith.data.preferences import encode
+from tunesmith.data.problems import RowFault
+from tunesmith.data.rows import Chat, PromptCompletion, Ranking
+from tunesmith.data.templates import apply_template, special_ends
+
+ENDING = [kind for kind in KINDS if tokenizer_of(kind).eos_token]
+"""Tokenizers with an end token: what a row is closed with."""
+
+WORDS = ["fox", "Paris", " quick", "안녕하세요", "\n", "  ", "01234", "naïve", "🦊", "x", "."]
+
+texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map("".join).filter(str.strip)
+ranked = st.integers(2, 5).flatmap(
+    lambda k: st.tuples(
+        st.lists(texts, min_size=k, max_size=k),
+        st.lists(st.integers(0, 3), min_size=k, max_size=k),
+        st.none() | st.lists(st.floats(-9, 9, width=32), min_size=k, max_size=k),
+    )
+)
+
+
+@lru_cache
+def templated(name):
+    """A tokenizer of the zoo, or one of KINDS with the template ``roles``."""
+    if name in ZOO:
+        return ZOO[name].tokenizer()
+    tokenizer = copy.deepcopy(tokenizer_of(name))
+    tokenizer.chat_template = None
+    return apply_template(tokenizer, "roles")[0]
+
+
+def user(text):
+    return ({"role": "user", "content": text},)
+
+
+def said(text):
+    return ({"role": "assistant", "content": text},)
+
+
+def row_of(prompt, judged, plain):
+    answers, ranks, scores = judged
+    answers = tuple(answers) if plain else tuple(map(said, answers))
+    return Ranking(prompt if plain else user(prompt), answers, tuple(ranks), None if scores is None else tuple(scores))
+
+
+def parts(example):
+    """(ids, learnt) of each answer with the prompt before it."""
+    shared, *lengths = example["answers"].tolist()
+    ends = np.cumsum([shared, *lengths])
+    for start, end in itertools.pairwise(ends):
+        yield tuple(np.concatenate([example[name][:shared], example[name][start:end]]) for name in ("input_ids", "learnt"))
+
+
+def alone(row, tokenizer):
+    """What chat.encode gives of each answer as a row of its own, encoded one by one."""
+    for answer in row.answers:
+        plain = isinstance(row.prompt, str)
+        single = PromptCompletion(row.prompt, answer) if plain else Chat((*row.prompt, *answer), row.tools)
+        ((example,),) = chat.encode([single], tokenizer)
+        yield example["input_ids"], example["supervised"]
+
+
+def check(rows, tokenizer):
+    for row, (example,) in zip(rows, encode(rows, tokenizer, max_length=None, overlong="error"), strict=True):
+        wholes = list(alone(row, tokenizer))
+        for (ids, learnt), (its, supervised) in zip(parts(example), wholes, strict=True):
+            assert np.array_equal(ids, its) and np.array_equal(learnt, supervised)
+        shared, *lengths = example["answers"].tolist()
+        assert shared + sum(lengths) == len(example["input_ids"]) == len(example["learnt"]) and min(lengths) >= 1
+        assert not example["learnt"][:shared].any()
+        longer = {
+            tuple(ids[: shared + 1].tolist()) if len(ids) > shared + 1 and not learnt[shared] else None for ids, learnt in wholes
+        }
+        assert len(longer) > 1 or longer == {None}, "the shared prompt could be longer"
+        expected = [(a, b) for a in range(len(row.ranks)) for b in range(len(row.ranks)) if row.ranks[a] < row.ranks[b]]
+        assert example["pairs"].reshape(-1, 2).tolist() == [list(pair) for pair in expected]
+        margins = [row.scores[a] - row.scores[b] if row.scores else 0.0 for a, b in expected]
+        assert np.array_equal(example["margins"], np.array(margins, np.float32)) and example["cut"].tolist() == [0]
+        kinds = {name: str(array.dtype) for name, array in example.items()}
+        assert kinds == {
+            "input_ids": "int32", "answers": "int32", "learnt": "bool", "pairs": "int32", "margins": "float32", "cut": "int32",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENDING)
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(texts, ranked), min_size=1, max_size=3))
+def test_prompt_and_answer_are_what_the_completion_alone_is(kind, drawn):
+    check([row_of(prompt, judged, True) for prompt, judged in drawn], tokenizer_of(kind))
+
+
+@pytest.mark.parametrize("name", [*ENDING, *ZOO])
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(texts, ranked), min_size=1, max_size=3))
+def test_turns_and_answer_are_what_the_conversation_alone_is(name, drawn):
+    check([row_of(prompt, judged, False) for prompt, judged in drawn], templated(name))
+
+
+@pytest.mark.parametrize("kind", ENDING)
+@settings(max_examples=25, deadline=None)
+@given(texts, ranked, st.integers(-3, 40), st.booleans())
+def test_truncation_takes_the_prompt_s_left_and_nothing_else(kind, prompt, judged, more, plain):
+    tokenizer = tokenizer_of(kind) if plain else templated(kind)
+    row = row_of(prompt * 4, judged, plain)
+    ((whole,),) = encode([row], tokenizer, max_length=None, overlong="error")
+    shared, *lengths = whole["answers"].tolist()
+    before = special_ends(tokenizer)[0]
+    assert whole["input_ids"][: len(before)].tolist() == before, "each of these tokenizers begins every row so"
+    limit = max(1, max(lengths) + len(before) + 1 + more)
+    surplus = max(0, shared + max(lengths) - limit)
+    ((made, *rest),) = [group or [None] for group in encode([row], tokenizer, max_length=limit, overlong="truncate")]
+    assert not rest
+    if surplus and shared - len(before) - surplus < 1:
+        assert made is None
+        return
+    assert made["cut"].tolist() == [surplus] and made["answers"].tolist() == [shared - surplus, *lengths]
+    assert max(len(ids) for ids, _ in parts(made)) <= limit
+    for (ids, learnt), (its, supervised) in zip(parts(made), parts(whole), strict=True):
+        kept = [*before, *its[len(before) + surplus :].tolist()]
+        assert ids.tolist() == kept and learnt[len(before) :].tolist() == supervised[len(before) + surplus :].tolist()
+    assert np.array_equal(made["pairs"], whole["pairs"]) and np.array_equal(made["margins"], whole["margins"])
+
+
+def test_the_prompt_stands_once():
+    tokenizer = templated("chatml")
+    ((example,),) = encode(
+        [Ranking(user("q" * 300), (said("yes"), said("no")), (0, 1))],
+        tokenizer,
+        max_length=None,
+        overlong="error",
+    )
+    text = tokenizer.decode(example["input_ids"])
+    assert text.count("q" * 300) == 1 and "assistant\nyes<|im_end|>\nno<|im_end|>\n" in text
+
+
+def test_a_seam_inside_a_token_is_the_answer_s():
+    """Where the last token of the prompt and the first of an answer are one, the prompt's part goes to that answer."""
+    tokenizer = tokenizer_of("bytes")
+    row = Ranking("the quick br", ("own fox", "ick"), (0, 1))
+    ((example,),) = encode([row], tokenizer, max_length=None, overlong="error")
+    whole = tokenizer("the quick br", add_special_tokens=False)["input_ids"]
+    assert example["answers"][0] < len(whole)
+    check([row], tokenizer)
+
+
+def test_too_long_a_row_is_refused_or_dropped_whole():
+    tokenizer = tokenizer_of("bytes")
+    rows = [Ranking("a b", ("c", "d"), (0, 1)), Ranking("a b", ("c " * 50, "d"), (0, 1))]
+    with pytest.raises(RowFault, match="at most 20 tokens") as raised:
+        encode(rows, tokenizer, max_length=20, overlong="error")
+    assert raised.value.index == 1
+    for policy in ("drop", "truncate"):
+        first, second = encode(rows, tokenizer, max_length=20, overlong=policy)
+        assert len(first) == 1 and second == []
+
+
+def test_a_fault_names_the_row_and_the_answer():
+    good = Ranking(user("q"), (said("a"), said("b")), (0, 1))
+    bad = Ranking(user("q"), (said("a"), user("q") + said("b")), (0, 1))  # gemma wants turns to alternate
+    with pytest.raises(RowFault, match=r"answer 2") as raised:
+        encode([good, bad], templated("gemma"), max_length=None, overlong="error")
+    assert raised.value.index == 1
