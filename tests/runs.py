@@ -65,12 +65,23 @@ def questions(count: int = 12) -> list[dict[str, Any]]:
 def preferences(count: int = 12) -> list[dict[str, Any]]:
     """Prompts with two answers, of which the first was preferred."""
     return [
-        {"prompt": f"question {n}:" + " what is the" * (n % 5), "chosen": f" {ANSWERS[n % 8]} {n}", "rejected": f" {ANSWERS[(n + 3) % 8]}"}
+        {
+            "prompt": f"question {n}:" + " what is the" * (n % 5),
+            "chosen": f" {ANSWERS[n % 8]} {n}",
+            "rejected": f" {ANSWERS[(n + 3) % 8]}",
+        }
         for n in range(count)
     ]
 
 
-ROWS = {"dpo": preferences, "reward": preferences, "cpt": lambda count: documents(count // 2), "classify": labelled, "tag": tagged, "qa": questions}
+ROWS = {
+    "dpo": preferences,
+    "reward": preferences,
+    "cpt": lambda count: documents(count // 2),
+    "classify": labelled,
+    "tag": tagged,
+    "qa": questions,
+}
 
 TASKS = ("classify", "tag", "qa", "reward")
 """Objectives of models that write no text."""

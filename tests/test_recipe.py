@@ -262,9 +262,15 @@ def test_fewer_than_60_keys_are_reachable_in_one_run():
     ("objective", "key", "part"), [(name, key, part) for name, idle in recipe_keys.IDLE.items() for key, part in idle.items()]
 )
 def test_a_key_that_would_do_nothing_is_refused(objective, key, part):
-    value = {"template": "chatml", "max_unlearnable": 0.5, "prompts": ["x"], "count": 2, "max_new_tokens": 5, "separator": ";", "neftune_noise_alpha": 5.0}[
-        key
-    ]
+    value = {
+        "template": "chatml",
+        "max_unlearnable": 0.5,
+        "prompts": ["x"],
+        "count": 2,
+        "max_new_tokens": 5,
+        "separator": ";",
+        "neftune_noise_alpha": 5.0,
+    }[key]
     with pytest.raises(RecipeError, match=f"{part}.{key}"):
         recipe.parse({**SMALL, "objective": objective}, [f"{part}.{key}={value}"])
 

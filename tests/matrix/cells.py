@@ -23,7 +23,15 @@ from tunesmith.engine import setup
 from tunesmith.errors import ModelError
 from tunesmith.models import heads, newhead
 
-OBJECTIVES: dict[str, Any] = {"sft": "sft", "cpt": "cpt", "classify": "classify", "tag": "tag", "qa": "qa", "dpo": "dpo", "reward": "reward"}
+OBJECTIVES: dict[str, Any] = {
+    "sft": "sft",
+    "cpt": "cpt",
+    "classify": "classify",
+    "tag": "tag",
+    "qa": "qa",
+    "dpo": "dpo",
+    "reward": "reward",
+}
 HEADS = ("classify", "tag", "qa", "reward")
 """Objectives with a head of their own; the others are a language model's."""
 

@@ -15,7 +15,7 @@ import torch
 
 import tunesmith
 from tests import recipe_keys
-from tests.runs import history, model_folder, questions, recipe, tagged
+from tests.runs import history, model_folder, preferences, questions, recipe, tagged
 from tunesmith.data import hub_set
 from tunesmith.data.config import Source
 from tunesmith.engine import tracking
@@ -214,6 +214,7 @@ def places(tmp_path_factory):
         "LABELLED": file("labelled", [{"text": f"the fox {n}", "label": "b" if n % 4 == 0 else "a"} for n in range(12)]),
         "TAGGED": file("tagged", tagged(12)),
         "QUESTIONS": file("questions", questions(12)),
+        "PREFERENCES": file("preferences", preferences(12)),
         "OTHER_ROWS": file("others", pairs),
         "BAD": file("bad", [*pairs, {"prompt": 3, "completion": None}]),
         "EMPTY": file("empty", [*pairs[:4], *[{"prompt": "a long question " * 9, "completion": " x"} for _ in range(6)]]),

@@ -68,7 +68,9 @@ def trl_inputs(examples):
                 )
             )
     longest = max(len(ids) for ids, _ in rows)
-    batch = {name: torch.zeros(len(rows), longest, dtype=torch.long) for name in ("input_ids", "attention_mask", "completion_mask")}
+    batch = {
+        name: torch.zeros(len(rows), longest, dtype=torch.long) for name in ("input_ids", "attention_mask", "completion_mask")
+    }
     for number, (ids, learnt) in enumerate(rows):
         batch["input_ids"][number, : len(ids)] = torch.from_numpy(ids)
         batch["attention_mask"][number, : len(ids)] = 1
@@ -137,7 +139,9 @@ def hand_loss(kind, won, lost, won_before, lost_before, beta=0.3, flipped=0.1, g
         return ((won.sum() - won_before) / len(won) - (lost.sum() - lost_before) / len(lost) - 1 / (2 * beta)) ** 2
     if kind == "simpo":
         return -log_sigmoid(beta * (won.mean() - lost.mean()) - gamma)
-    odds = math.log(math.exp(won.mean()) / (1 - math.exp(won.mean()))) - math.log(math.exp(lost.mean()) / (1 - math.exp(lost.mean())))
+    odds = math.log(math.exp(won.mean()) / (1 - math.exp(won.mean()))) - math.log(
+        math.exp(lost.mean()) / (1 - math.exp(lost.mean()))
+    )
     return -won.mean() - beta * log_sigmoid(odds)
 
 
@@ -242,16 +246,21 @@ def test_margins_are_differences_of_scores(tmp_path):
     assert batch["margins"].tolist() == [2.0, 2.5, 0.5] and batch["weights"].tolist() == pytest.approx([1 / 3] * 3)
     values = heads.score_logits(network.eval(), batch)[:, 0].detach()
     lead = torch.stack([values[0] - values[1] - 2, values[0] - values[2] - 2.5, values[1] - values[2] - 0.5])
-    assert float(objective.loss(network, batch)[0]) == pytest.approx(float(-torch.nn.functional.logsigmoid(lead).mean()), rel=1e-5)
+    assert float(objective.loss(network, batch)[0]) == pytest.approx(
+        float(-torch.nn.functional.logsigmoid(lead).mean()), rel=1e-5
+    )
 
 
 def test_accuracy_is_told_by_length(tmp_path):
     objective, _, _ = judge(tmp_path)
-    pairs = [{"loss": 1.0, "lead": lead, "weight": 1.0, "longer": longer} for lead, longer in ((1, 5), (2, 9), (-1, -3), (-2, -8))]
+    pairs = [
+        {"loss": 1.0, "lead": lead, "weight": 1.0, "longer": longer} for lead, longer in ((1, 5), (2, 9), (-1, -3), (-2, -8))
+    ]
     rows = [{"row": (0, number), "rewards": [0.0, 1.0], "pairs": [pair]} for number, pair in enumerate(pairs)]
     found = objective.details([{"judged": rows}])
     assert found["accuracy"] == 0.5 and found["longer_is_better"] == 0.5
-    assert [one["accuracy"] for one in found["by_length"].values()][0] == 0.0 and list(found["by_length"].values())[-1]["accuracy"] == 1.0
+    by_length = [one["accuracy"] for one in found["by_length"].values()]
+    assert by_length[0] == 0.0 and by_length[-1] == 1.0
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs
@@ -274,7 +283,9 @@ def first(run):
 def test_at_step_0_the_policy_is_its_own_reference(tmp_path, start):
     if start == "qlora":
         pytest.importorskip("bitsandbytes")
-    made = recipe(tmp_path, "llama", "dpo", STARTS.get(start, STARTS["lora"]), max_steps=5, save_steps=1, save_total_limit=9, eval_steps=1)
+    made = recipe(
+        tmp_path, "llama", "dpo", STARTS.get(start, STARTS["lora"]), max_steps=5, save_steps=1, save_total_limit=9, eval_steps=1
+    )
     made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
     made["samples"] = {"count": 1, "max_new_tokens": 3}
     if start == "continued":

@@ -13,7 +13,9 @@ from tunesmith.errors import UserError
 
 
 def init(
-    objective: Annotated[str, typer.Argument(help="What the loss is: sft, cpt, reward, dpo, classify, tag, qa.", show_default=False)],
+    objective: Annotated[
+        str, typer.Argument(help="What the loss is: sft, cpt, reward, dpo, classify, tag, qa.", show_default=False)
+    ],
     adaptation: Annotated[str, typer.Option(help="Which weights are trained: full, lora, ...")] = "lora",
     model: Annotated[str, typer.Option(help="Model to start from.")] = "smollm2-135m",
     data: Annotated[str, typer.Option(help="File of training rows.")] = "builtin:docstrings",

@@ -49,7 +49,7 @@ def predict_into(
     precision: str,
     batch_tokens: int,
 ) -> None:
-    """What ``model`` says of every row of ``data`` into the new file ``out``, with progress; then the first few, and where it is."""
+    """What ``model`` says of every row of ``data`` into the new file ``out``, with progress; then the first few of them."""
     columns = columns_of(column or [])
     if out.exists():
         raise UserError(f"{out} exists already; name a new file with --out, or remove it")

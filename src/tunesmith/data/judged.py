@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -64,12 +65,12 @@ def _parts(examples: Sequence[Example]) -> list[tuple[Example, slice]]:
     found = []
     for example in examples:
         ends = np.cumsum(example["answers"])
-        found += [(example, slice(int(start), int(end))) for start, end in zip(ends, ends[1:])]
+        found += [(example, slice(int(start), int(end))) for start, end in pairwise(ends)]
     return found
 
 
 def _compared(examples: Sequence[Example]) -> Batch:
-    """pairs (n, 2): better and worse answer; margins, weights (n,): those of one row sum to 1 (Ouyang et al. 2022, equation 1).
+    """pairs (n, 2): better and worse answer; margins, weights (n,): a row's sum to 1 (Ouyang et al. 2022, equation 1).
 
     ``of`` (n,): which of ``rows`` a pair belongs to; ``rows``: (source, row of the file); ``keys``: 63 bits of each row's content;
     ``counts``: answers of each row.

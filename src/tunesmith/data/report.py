@@ -59,7 +59,9 @@ class SplitReport:
             what = f"{self.overlong['rows']} over max_length"
             if "dropped" in self.overlong:
                 dropped = self.overlong["dropped"]
-                parts.append(f"{what}: {self.overlong['rows'] - dropped} prompts cut from the left, {dropped} rows left out whole")
+                parts.append(
+                    f"{what}: {self.overlong['rows'] - dropped} prompts cut from the left, {dropped} rows left out whole"
+                )
             else:
                 parts.append(f"{what} ({self.overlong['policy']})")
         if self.duplicates:

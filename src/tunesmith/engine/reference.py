@@ -1,8 +1,8 @@
 """What the policy says of every answer before its first step: the reference that preferences are measured against.
 
-It is computed once, of the rows that the run will see, by the same data path and the same forward pass as training, and is part of
-every checkpoint. So it is the policy at step 0 whatever the adaptation is: adapters that are switched off are something else where
-they began as something else (a continued adapter, PiSSA, a random prefix), and a second copy of the model would cost its memory.
+It is computed once, of the rows that the run will see, by the same data path and the same forward pass as training, and is part
+of every checkpoint. So it is the policy at step 0 whatever the adaptation is: adapters that are switched off are something else
+where they began as something else (a continued adapter, PiSSA, a random prefix), and a second model would cost its memory.
 """
 
 from __future__ import annotations

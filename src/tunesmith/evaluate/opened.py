@@ -73,8 +73,8 @@ def open_model(
     chosen.adopt(config, tokenizer, max_length or window_of(config, virtual.count(network)))
     if chosen.reference is not None:
         raise ModelError(
-            f"{name} is measured against the model before its first step, which only a run has: its metrics.jsonl and report hold "
-            "the figures.\n  Here: objective simpo's or orpo's losses need none; or compare rewards with a reward model."
+            f"{name} is measured against the model before its first step, which only a run has: its metrics.jsonl and "
+            "report hold the figures.\n  Here: objective simpo's or orpo's losses need none; or compare rewards with a reward model."
         )
     if kind != "lm":
         chosen.of_model()

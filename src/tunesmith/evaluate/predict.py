@@ -37,8 +37,9 @@ def predict(
     """One dict for each row of ``data``, in order: ``row`` (its number) and what the model says of it, or ``error``.
 
     A classifier: label (labels, or value) and probabilities. A tagger: entities (type, start, end, text, score) and tags.
-    A reader: answer, start, end, score and the n best. A reward model: reward, or of several answers rewards and ranking. Gold that a row may have is not looked at. A row that cannot be read gives
-    ``error`` and costs no other row; one above ``max_length`` is cut and counted. ``note`` is told at the end.
+    A reader: answer, start, end, score and the n best. A reward model: reward, or of several answers rewards and ranking. Gold
+    that a row may have is not looked at. A row that cannot be read gives ``error`` and costs no other row; one above
+    ``max_length`` is cut and counted. ``note`` is told at the end.
     ``rewards``: whether anything but a reward model is refused.
     Raises UserError for a model that writes text, and for a file that cannot be opened.
     """
@@ -139,8 +140,9 @@ def _answered(row: Any, known: dict[str, Any]) -> Any:
         word = row.context.split()[0]
         return replace(row, answers=((word, row.context.index(word)),))
     if isinstance(row, Ranking):
-        other: Any = "-" if isinstance(row.prompt, str) else ({"role": "assistant", "content": "-"},)
-        return replace(row, answers=(row.answers[0], other), ranks=(0, 1), scores=None)
+        other = "-" if isinstance(row.prompt, str) else ({"role": "assistant", "content": "-"},)
+        both: Any = (row.answers[0], other)
+        return replace(row, answers=both, ranks=(0, 1), scores=None)
     if known["problem_type"] == "multi_label_classification":
         return replace(row, label=None, labels=(name,))
     return replace(row, label=0.0 if known["problem_type"] == "regression" else name, labels=None)

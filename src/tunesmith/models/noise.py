@@ -172,7 +172,10 @@ def switch_off(model: nn.Module) -> list[str]:
         if isinstance(module, nn.Dropout) and module.p > 0:
             rates.add(module.p)
             module.p = 0.0
-    return [*said, *(f"dropout ({rate:g}) is off: log-probabilities and rewards are facts of the weights" for rate in sorted(rates))]
+    return [
+        *said,
+        *(f"dropout ({rate:g}) is off: log-probabilities and rewards are facts of the weights" for rate in sorted(rates)),
+    ]
 
 
 @dataclass

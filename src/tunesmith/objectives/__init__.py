@@ -27,7 +27,7 @@ class Objective(Protocol):
     ``head``      "lm" | "score" | "token" | "span": which AutoModel class is loaded.
     ``rows``      the row types it accepts.
     ``best``      (metric, "min" | "max"): which evaluation figure chooses the best model.
-    ``overlong``  "error" | "split" | "drop" | "truncate": what happens to a row above ``max_length``; "own": ``encode`` sees to it.
+    ``overlong``  "error" | "split" | "drop" | "truncate": what becomes of a row above ``max_length``; "own" = ``encode`` decides.
     ``deterministic``  whether dropout is off: its figures are facts of the weights, not of a draw.
     """
 
@@ -37,7 +37,7 @@ class Objective(Protocol):
     overlong: str
     deterministic: bool
     shared: bool
-    """Whether a packed batch holds what several answers have in common once. The route switches it off where that is not exact."""
+    """Whether a packed batch holds what several answers begin with once. The route switches it off where that is not exact."""
     reference: Any
     """What it compares the policy with (``data.judged.Reference``), to be filled before the first step; None = nothing."""
     notes: Sequence[str]

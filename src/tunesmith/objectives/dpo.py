@@ -24,7 +24,9 @@ class Config(BaseModel):
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"] = Field(
         "sigmoid", description="sigmoid = DPO; simpo and orpo need no reference"
     )
-    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference; of orpo the weight of its ratio")
+    beta: float = Field(
+        0.1, gt=0, description="how strongly the policy is held to the reference; of orpo the weight of its ratio"
+    )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="share of pairs taken to be judged the wrong way round; with sigmoid and robust"
     )

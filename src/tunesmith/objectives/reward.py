@@ -1,4 +1,4 @@
-"""Reward models: one number for an answer, learnt from which of two people preferred (Bradley and Terry 1952; Ouyang et al. 2022).
+"""Reward models: one number for an answer, learnt from which was preferred (Bradley and Terry 1952; Ouyang et al. 2022).
 
 It is read at the last token of prompt and answer. Only differences between answers to one prompt are learnt; ``center`` holds
 the numbers near zero. Nothing is dropped at random.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.data import figures, judged, preferences, texts
+from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Ranking
 from tunesmith.errors import DataError
 from tunesmith.objectives import Batch, Example
@@ -103,9 +105,13 @@ class Objective:
     # ------------------------------------------------------------------------------------------------------- examples
 
     def encode(self, rows: Sequence[Ranking], tokenizer: Any) -> list[list[Example]]:
-        return preferences.encode(
-            rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong, ends_not_in=self._pad
-        )
+        made = preferences.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
+        for index, examples in enumerate(made):
+            for example in examples:
+                last = example["input_ids"][np.cumsum(example["answers"])[1:] - 1]
+                if self._pad is not None and self._pad in last:
+                    raise RowFault(index, "answers that do not end in the padding token", repr(tokenizer.pad_token), "Remove it.")
+        return made
 
     def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
         return judged.of_ends(examples, packed, self.shared)
@@ -120,9 +126,7 @@ class Objective:
         """Sum over rows of the mean over their pairs of -log sigmoid(r_better - r_worse - margin), equation 1."""
         losses, found = self._pairs(self._rewards(model, batch), batch)
         weights, count = batch["weights"].to(losses), len(batch["rows"])
-        return (weights * losses).sum(), {
-            name: ((weights * value.detach()).sum(), count) for name, value in found.items()
-        }
+        return (weights * losses).sum(), {name: ((weights * value.detach()).sum(), count) for name, value in found.items()}
 
     def _rewards(self, model: Any, batch: Batch) -> Any:
         """The number that each answer gets, (answers,)."""
@@ -153,7 +157,7 @@ class Objective:
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
-        """Of each row: the rewards of its answers; of each of its pairs loss, lead, weight, and how many tokens apart they are."""
+        """Of each row the rewards of its answers; of each of its pairs loss, lead, weight, and how many tokens apart they are."""
         import torch
 
         with torch.no_grad():
@@ -164,7 +168,12 @@ class Objective:
             for row, some in zip(batch["rows"], rewards.double().cpu().split(batch["counts"]), strict=True)
         ]
         longer = batch["tokens"].cpu()[batch["pairs"].cpu()]
-        columns = (losses.double().cpu(), found["rewards/margins"].double().cpu(), batch["weights"].cpu(), longer[:, 0] - longer[:, 1])
+        columns = (
+            losses.double().cpu(),
+            found["rewards/margins"].double().cpu(),
+            batch["weights"].cpu(),
+            longer[:, 0] - longer[:, 1],
+        )
         for number, *values in zip(batch["of"], *(column.tolist() for column in columns), strict=True):
             rows[number]["pairs"].append(dict(zip(("loss", "lead", "weight", "longer"), values, strict=True)))
         return {"judged": rows}
@@ -195,7 +204,7 @@ class Objective:
         bins = classes.calibration(sure, lead > 0)
         edges = np.unique(np.quantile(longer, np.linspace(0, 1, BUCKETS + 1)))
         by_length = {}
-        for number, (low, high) in enumerate(zip(edges, edges[1:])):
+        for number, (low, high) in enumerate(pairwise(edges)):
             inside = (longer >= low) & ((longer < high) | ((number == len(edges) - 2) & (longer <= high)))
             if inside.any():
                 by_length[f"{low:+.0f} to {high:+.0f} tokens"] = {
