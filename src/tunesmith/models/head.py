@@ -126,10 +126,14 @@ def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """
     names = ["input_ids", "position_ids", "attention_mask", "token_type_ids"]
     keywords: dict[str, Any] = {"use_cache": False}
+    behind = batch.get("behind")
+    if behind is not None and max(behind) < 0:
+        behind = None  # nobody shares anything
     if base(model).config._attn_implementation == varlen.NAME and "segments" in batch:
-        keywords |= varlen.boundaries(batch["segments"], batch["input_ids"].device)
+        keywords |= varlen.boundaries(batch["segments"], batch["input_ids"].device, behind)
     else:
         names.append("segments")
+        keywords |= {} if behind is None else {"behind": behind}
     given = {name: batch[name] for name in names if batch.get(name) is not None}
     if "position_ids" in given and (first := first_position(base(model).config)):
         given["position_ids"] = given["position_ids"] + first
