@@ -27,18 +27,20 @@ def varlen_attn(
     num_splits: int | None = None,
 ) -> torch.Tensor:
     """(tokens, heads, dim); what FlashAttention asserts of its input is asserted here too."""
-    assert cu_seq_q.dtype is torch.int32 and cu_seq_k is cu_seq_q and cu_seq_q.is_contiguous()
+    assert cu_seq_k is not None and len(cu_seq_k) == len(cu_seq_q)
+    assert all(ends.dtype is torch.int32 and ends.is_contiguous() for ends in (cu_seq_q, cu_seq_k))
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     assert enable_gqa or query.shape[1] == key.shape[1]
     left, right = window_size
     assert right == 0 or (left, right) == (-1, -1), "causal, or both ways"
     parts = []
-    ends = cu_seq_q.tolist()
-    assert max_q == max_k == max(end - start for start, end in pairwise(ends))
-    for start, end in pairwise(ends):
-        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
-        place = torch.arange(end - start)
-        distance = place[:, None] - place[None, :]
+    spans, spans_k = list(pairwise(cu_seq_q.tolist())), list(pairwise(cu_seq_k.tolist()))
+    assert spans[-1][1] == len(query) and spans_k[-1][1] == len(key) == len(value)
+    assert (max_q, max_k) == tuple(max(end - start for start, end in some) for some in (spans, spans_k))
+    for (start, end), (start_k, end_k) in zip(spans, spans_k, strict=True):
+        q, k, v = (x[part].transpose(0, 1)[None] for x, part in ((query, slice(start, end)), (key, slice(start_k, end_k)), (value, slice(start_k, end_k))))  # fmt: skip
+        ahead = (end_k - start_k) - (end - start)  # the last query stands where the last key stands
+        distance = torch.arange(end - start)[:, None] + ahead - torch.arange(end_k - start_k)[None, :]
         seen = ((distance >= 0) if right == 0 else (distance == distance)) & ((distance <= left) if left >= 0 else True)
         parts.append(scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1))
     return torch.cat(parts)
@@ -58,10 +60,17 @@ def traceable(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """The same with one mask and no number taken from a tensor, so that a compiler can follow it (the real one is opaque to it)."""
-    place = torch.arange(query.shape[0], device=query.device)
-    owner = torch.searchsorted(cu_seq_q.long(), place, right=True)
-    distance = place[:, None] - place[None, :]
-    seen = owner[:, None] == owner[None, :]
+    assert cu_seq_k is not None
+
+    def owner_and_place(tokens: int, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each token its sequence, and how far it is from that one's end."""
+        token, ends = torch.arange(tokens, device=query.device), ends.long()
+        owner = torch.searchsorted(ends, token, right=True)
+        return owner, token - ends[owner]
+
+    (owner, place), (owner_k, place_k) = owner_and_place(query.shape[0], cu_seq_q), owner_and_place(key.shape[0], cu_seq_k)
+    distance = place[:, None] - place_k[None, :]
+    seen = owner[:, None] == owner_k[None, :]
     if window_size[1] == 0:
         seen = seen & (distance >= 0)
     if window_size[0] >= 0:

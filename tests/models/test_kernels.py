@@ -1,9 +1,11 @@
 """The C passes against their formulas in torch."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 
-from tunesmith.models import attention, fused, head, kernels
+from tunesmith.models import attention, fused, head, kernels, pieces
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler on this machine, or the self-test failed")
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -40,23 +42,29 @@ def test_swiglu(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("segments", [(1,), (5,), (3, 1, 7), (300,), (257, 2, 520)])
+@pytest.mark.parametrize(
+    ("segments", "behind"),
+    [((1,), None), ((5,), None), ((3, 1, 7), None), ((300,), None), ((257, 2, 520), None), ((5, 1), (-1, 0)),
+     ((1, 2, 3), (-1, 0, 0)), ((4, 9, 2, 3, 6, 1, 8), (-1, -1, 1, 1, 1, -1, 5)), ((300, 40, 270), (-1, 0, 0))],
+)  # fmt: skip
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_by_segments(dtype, segments, kv_heads):
-    """Also rows longer than one block of the backward pass."""
+def test_attention_by_segments(dtype, segments, behind, kv_heads):
+    """Also rows longer than one block, and answers behind a prefix."""
     torch.manual_seed(0)
     tokens = sum(segments)
     q, k, v = (torch.randn(heads, tokens, 8).to(dtype).requires_grad_() for heads in (4, kv_heads, kv_heads))
     g = torch.randn(tokens, 4, 8).to(dtype)
-    y = attention.CausalSegments.apply(q, k, v, segments, 0.3)
+    y = attention.CausalSegments.apply(q, k, v, pieces.families(segments, behind), 0.3)
     plain = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    parts, start = [], 0
-    for length in segments:
-        one = [t[:, start : start + length] for t in plain]
-        scores = one[0] @ one[1].repeat_interleave(4 // kv_heads, 0).transpose(1, 2) * 0.3
-        scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
-        parts.append((scores.softmax(-1) @ one[2].repeat_interleave(4 // kv_heads, 0)).transpose(0, 1))
-        start += length
+    parts, spans = [], [slice(end - length, end) for end, length in zip(accumulate(segments), segments)]
+    for here, before in zip(spans, behind or (-1,) * len(segments)):
+        ahead = spans[before] if before >= 0 else slice(0, 0)
+        keys, values = (torch.cat([t[:, ahead], t[:, here]], dim=1).repeat_interleave(4 // kv_heads, 0) for t in plain[1:])
+        scores = plain[0][:, here] @ keys.transpose(1, 2) * 0.3
+        scores = scores.masked_fill(
+            torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + ahead.stop - ahead.start), float("-inf")
+        )
+        parts.append((scores.softmax(-1) @ values).transpose(0, 1))
     z = torch.cat(parts)
     close([y, *grads(y, [q, k, v], g)], [z, *grads(z, plain, g.double())], DTYPES[dtype])
 

@@ -8,6 +8,8 @@ caller then pads instead.
 A GPU that ``varlen.py`` serves takes that way; this one is for CPUs, for fp32 on a GPU and for GPUs before Ampere. There it is
 one call of ``scaled_dot_product_attention`` for each segment. The alternative, one call with a block-diagonal mask, would work on
 all pairs of tokens of the row, ten times as many at ten segments, and hold a mask that grows with their square.
+
+With the keyword ``behind`` answers share a prefix, see ``pieces.py``: everything but attention is done once for the prefix.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from tunesmith.models import both_ways, kernels
 from tunesmith.models.layout import Layout
+from tunesmith.models.pieces import Family, Run, families, longest
 
 NAME = "tunesmith_segments"
 ROWS = 256
@@ -110,10 +113,11 @@ def segment_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: tuple[int, ...] | None = None,
+    behind: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention inside each segment: causal, or of an encoder from every token to every other.
+    """Attention inside each segment, and the one that it is ``behind``: causal, or of an encoder from every token to every other.
 
     ``query`` (1, heads, tokens, dim), ``key`` and ``value`` (1, kv_heads, tokens, dim); ``segments`` holds the lengths, which sum
     to tokens. Returns (1, tokens, heads, dim). Where keys are more than queries, each segment has as many virtual ones in front.
@@ -122,6 +126,8 @@ def segment_attention(
     refuse(module, query, attention_mask, segments is not None, dropout, kwargs)
     assert segments is not None
     causal = is_causal(module, kwargs)
+    if behind is not None:
+        refuse_shared(causal, key.shape[2] - query.shape[2])
     if not causal and sliding_window is not None:
         sliding_window //= 2  # to either side
     if key.shape[2] != query.shape[2]:
@@ -132,21 +138,46 @@ def segment_attention(
             module, asked, key, value, None, scaling, sliding_window=sliding_window, **layout.keywords
         )  # the same attention, over segments that are longer
         return layout.text(out), None
-    if sliding_window is not None and sliding_window < max(segments):
-        raise CannotPack(f"its attention slides over {sliding_window} tokens and a row has {max(segments)}")
+    most = longest(segments, behind)
+    if sliding_window is not None and sliding_window < most:
+        raise CannotPack(f"its attention slides over {sliding_window} tokens and a row has {most}")
     saw(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not causal:
         return both_ways.attend(query[0], key[0], value[0], segments, scale).unsqueeze(0), None
+    kinds = families(segments, behind)
     if kernels.available(query) and value.shape[-1] == query.shape[-1]:
-        out = CausalSegments.apply(query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), segments, scale)
+        out = CausalSegments.apply(query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), kinds, scale)
         return out.unsqueeze(0), None
-    parts, start = [], 0
-    for length in segments:
-        q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
-        parts.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]))
-        start += length
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    return plainly(query, key, value, kinds, scale).transpose(1, 2).contiguous(), None
+
+
+def refuse_shared(causal: bool, virtual: int) -> None:
+    """Raise CannotPack for attention in which answers cannot share a prefix. ``virtual``: keys that are no token's."""
+    if not causal:
+        raise CannotPack("answers share a prefix only where attention is causal")
+    if virtual:
+        raise CannotPack("answers cannot share a prefix that stands behind virtual tokens")
+
+
+def plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kinds: tuple[Family, ...], scale: float) -> torch.Tensor:
+    """The same by torch's own attention, one call for each run. (1, heads, tokens, dim)."""
+    exact = torch.promote_types(key.dtype, torch.float32)
+    grouped, parts = query.shape[1] != key.shape[1], []
+    for family in kinds:
+        # what several runs see goes through fp32: there autograd sums what each of them gives back
+        shared = [x[:, :, family.start : family.start + family.runs[-1].ahead].to(exact) for x in (key, value)]
+        for run in family.runs:
+            here = slice(run.start, run.start + run.length)
+            q, k, v = (x[:, :, here] for x in (query, key, value))
+            mask = None
+            if run.ahead:
+                k, v = (torch.cat([ahead.to(x.dtype), x], dim=2) for ahead, x in zip(shared, (k, v), strict=True))
+                mask = torch.ones(run.length, run.keys, dtype=torch.bool, device=q.device).tril(run.ahead)
+            parts.append(
+                scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+            )
+    return torch.cat(parts, dim=2)
 
 
 def with_virtual(query: torch.Tensor, key: torch.Tensor, keywords: dict[str, Any]) -> tuple[torch.Tensor, Layout]:
@@ -158,67 +189,77 @@ def with_virtual(query: torch.Tensor, key: torch.Tensor, keywords: dict[str, Any
     return layout.insert(query, query.new_zeros(1, query.shape[1], ahead, query.shape[3]), dim=2), layout
 
 
-def forward_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float) -> torch.Tensor:
+def forward_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kinds: tuple[Family, ...], scale: float) -> torch.Tensor:
     """(heads, tokens, dim) and twice (kv_heads, tokens, dim) -> (tokens, heads, dim), without a graph."""
     heads, tokens, dim = q.shape
     out = torch.empty(tokens, heads, dim, dtype=q.dtype)
-    start = 0
-    for length in segments:
-        end = start + length
-        part = scaled_dot_product_attention(
-            q[None, :, start:end],
-            k[None, :, start:end],
-            v[None, :, start:end],
-            is_causal=True,
-            scale=scale,
-            enable_gqa=heads != k.shape[0],
-        )
-        out[start:end] = part[0].transpose(0, 1)
-        start = end
+    for family in kinds:
+        for run in family.runs:
+            k_run, v_run = family.keys(k, run), family.keys(v, run)
+            for here, seen in _blocks(run):
+                p = _weights(q, k_run[:, :seen], here, scale)
+                out[here] = torch.bmm(p, v_run[:, :seen]).view(heads, -1, dim).transpose(0, 1)
     return out
 
 
+def _blocks(run: Run) -> Iterator[tuple[slice, int]]:
+    """(some queries of a run, how many of its keys the last of them sees), ``ROWS`` queries at a time."""
+    for first in range(0, run.length, ROWS):
+        last = min(first + ROWS, run.length)
+        yield slice(run.start + first, run.start + last), run.ahead + last
+
+
+def _weights(q: torch.Tensor, k_seen: torch.Tensor, here: slice, scale: float) -> torch.Tensor:
+    """softmax(scale q k^T) of the queries ``here``, the last of which sees all of ``k_seen`` (kv_heads, seen, dim).
+
+    The query heads that share a key head are stacked along the rows: (kv_heads, group * rows, seen).
+    """
+    heads, rows, seen = q.shape[0], here.stop - here.start, k_seen.shape[1]
+    p = torch.bmm(_stacked(q[:, here], len(k_seen)), k_seen.transpose(1, 2))
+    kernels.call("causal_softmax", q.dtype, p, scale, heads, rows, seen)
+    return p
+
+
+def _stacked(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """(heads, rows, dim) -> (kv_heads, group * rows, dim)."""
+    return x.reshape(kv_heads, -1, x.shape[-1])
+
+
 def backward_segments(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kinds: tuple[Family, ...], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`forward_segments` for ``grad`` (tokens, heads, dim), laid out like q, k and v.
 
     With P = causal softmax(scale q k^T): dV = P^T dO; dP = dO V^T; dS = scale P (dP - rowsum(P dP)); dQ = dS K; dK = dS^T Q. P is
     made again from q and k, for ``ROWS`` queries at a time and only the keys they see: torch's flash backward for CPUs takes
-    three to five times as long at a few hundred tokens, and no (length, length) matrix is ever held.
+    three to five times as long at a few hundred tokens, and no (length, length) matrix is ever held. What several blocks give a
+    key is summed in fp32.
     """
     heads, _, dim = q.shape
     kv_heads = k.shape[0]
-    group = heads // kv_heads
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    start = 0
-    for length in segments:
-        end = start + length
-        k_all, v_all = k[:, start:end].contiguous(), v[:, start:end].contiguous()
-        several = length > ROWS
-        dk_sum, dv_sum = (torch.zeros(kv_heads, length, dim, dtype=torch.float32) for _ in range(2)) if several else (None, None)
-        for first in range(0, length, ROWS):
-            last = min(first + ROWS, length)
-            here, rows = slice(start + first, start + last), last - first
-            # the query heads that share a key head are stacked along the rows: (kv_heads, group * rows, dim)
-            q_rows = q[:, here].reshape(kv_heads, group * rows, dim)
-            grad_rows = grad[here].transpose(0, 1).reshape(kv_heads, group * rows, dim)
-            k_part, v_part = k_all[:, :last], v_all[:, :last]
-            p = torch.bmm(q_rows, k_part.transpose(1, 2))
-            kernels.call("causal_softmax", q.dtype, p, scale, heads, rows, last)
-            ds = torch.bmm(grad_rows, v_part.transpose(1, 2))
-            dv_part = torch.bmm(p.transpose(1, 2), grad_rows)
-            kernels.call("causal_softmax_backward", q.dtype, ds, p, scale, heads, rows, last)
-            dq[:, here] = torch.bmm(ds, k_part).view(heads, rows, dim)
-            dk_part = torch.bmm(ds.transpose(1, 2), q_rows)
-            if dk_sum is None or dv_sum is None:
-                dk[:, here], dv[:, here] = dk_part, dv_part
-            else:
-                dk_sum[:, :last] += dk_part
-                dv_sum[:, :last] += dv_part
-        if dk_sum is not None and dv_sum is not None:
-            dk[:, start:end], dv[:, start:end] = dk_sum, dv_sum
-        start = end
+    for family in kinds:
+        whole = slice(family.start, family.start + family.length)
+        several = len(family.runs) > 1 or family.length > ROWS
+        sums = [torch.zeros(kv_heads, family.length, dim, dtype=torch.float32) for _ in range(2 * several)]
+        for run in family.runs:
+            own, k_run, v_run = run.start - family.start, family.keys(k, run), family.keys(v, run)
+            for here, seen in _blocks(run):
+                rows, k_seen = here.stop - here.start, k_run[:, :seen]
+                grad_rows = _stacked(grad[here].transpose(0, 1), kv_heads)
+                p = _weights(q, k_seen, here, scale)
+                ds = torch.bmm(grad_rows, v_run[:, :seen].transpose(1, 2))
+                dv_part = torch.bmm(p.transpose(1, 2), grad_rows)
+                kernels.call("causal_softmax_backward", q.dtype, ds, p, scale, heads, rows, seen)
+                dq[:, here] = torch.bmm(ds, k_seen).view(heads, rows, dim)
+                dk_part = torch.bmm(ds.transpose(1, 2), _stacked(q[:, here], kv_heads))
+                if not several:
+                    dk[:, whole], dv[:, whole] = dk_part, dv_part
+                for total, part in zip(sums, (dk_part, dv_part)):
+                    total[:, : run.ahead] += part[:, : run.ahead]
+                    total[:, own : own + seen - run.ahead] += part[:, run.ahead :]
+        if several:
+            dk[:, whole], dv[:, whole] = sums
     return dq, dk, dv
 
 
@@ -227,13 +268,13 @@ class CausalSegments(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kinds: tuple[Family, ...], scale: float
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.segments, ctx.scale = segments, scale
-        return forward_segments(q, k, v, segments, scale)
+        ctx.kinds, ctx.scale = kinds, scale
+        return forward_segments(q, k, v, kinds, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         q, k, v = ctx.saved_tensors
-        return *backward_segments(grad, q, k, v, ctx.segments, ctx.scale), None, None
+        return *backward_segments(grad, q, k, v, ctx.kinds, ctx.scale), None, None

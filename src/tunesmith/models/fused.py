@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from tunesmith.models import fused_bottleneck, fused_encoder, kernels, products, selfcheck
+from tunesmith.models.pieces import longest
 from tunesmith.models.rotary import rotary_attention
 from tunesmith.models.virtual import Prefix
 
@@ -202,13 +203,15 @@ def _attention(module: Any) -> Callable[..., Any] | None:
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         segments: tuple[int, ...] | None = None,
+        behind: tuple[int, ...] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         window = getattr(module, "sliding_window", None)
         prefix = past_key_values if isinstance(past_key_values, Prefix) else None
-        longest = max(segments or (0,)) + (0 if prefix is None else len(prefix.rows))
+        most = 0 if segments is None else longest(segments, behind) + (0 if prefix is None else len(prefix.rows))
         other = attention_mask is not None or past_key_values is not prefix or hidden_states.shape[0] != 1
-        if other or segments is None or position_embeddings is None or (window is not None and window < longest):
+        other = other or (prefix is not None and behind is not None)
+        if other or segments is None or position_embeddings is None or (window is not None and window < most):
             return type(module).forward(
                 module,
                 hidden_states,
@@ -216,11 +219,12 @@ def _attention(module: Any) -> Callable[..., Any] | None:
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 segments=segments,
+                behind=behind,
                 **kwargs,
             )
         x = hidden_states[0]
         cosine, sine = (table[0].to(x.dtype).contiguous() for table in position_embeddings)
-        mixed = rotary_attention(qkv(x), cosine, sine, heads, kv_heads, segments, scale, prefix)
+        mixed = rotary_attention(qkv(x), cosine, sine, heads, kv_heads, segments, scale, prefix, behind)
         return out(mixed).unsqueeze(0), None
 
     return forward

@@ -87,7 +87,7 @@ def _attention(module: Any) -> Callable[..., Any] | None:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         drops = module.training and module.dropout.p > 0
-        cross = kwargs.get("encoder_hidden_states") is not None
+        cross = kwargs.get("encoder_hidden_states") is not None or kwargs.get("behind") is not None
         other = attention_mask is not None or past_key_values is not None or hidden_states.shape[0] != 1
         if segments is None or other or drops or cross:
             given = kwargs if past_key_values is None else {**kwargs, "past_key_values": past_key_values}

@@ -126,10 +126,14 @@ def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """
     names = ["input_ids", "position_ids", "attention_mask", "token_type_ids"]
     keywords: dict[str, Any] = {"use_cache": False}
+    behind = batch.get("behind")
+    if behind is not None and max(behind) < 0:
+        behind = None  # nobody shares anything
     if base(model).config._attn_implementation == varlen.NAME and "segments" in batch:
-        keywords |= varlen.boundaries(batch["segments"], batch["input_ids"].device)
+        keywords |= varlen.boundaries(batch["segments"], batch["input_ids"].device, behind)
     else:
         names.append("segments")
+        keywords |= {} if behind is None else {"behind": behind}
     given = {name: batch[name] for name in names if batch.get(name) is not None}
     if "position_ids" in given and (first := first_position(base(model).config)):
         given["position_ids"] = given["position_ids"] + first
@@ -153,11 +157,11 @@ def lm_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
     ``batch["positions"]`` (targets,) are the places, in the flattened batch, that predict them.
     """
-    blocked = _blocked(model, batch)
-    return _plain_losses(model, batch).sum() if blocked is None else BlockedCrossEntropy.apply(*blocked)
+    given = blocked(model, batch)
+    return plain_losses(model, batch).sum() if given is None else BlockedCrossEntropy.apply(*given)
 
 
-def _blocked(model: Any, batch: dict[str, Any]) -> tuple[Any, ...] | None:
+def blocked(model: Any, batch: dict[str, Any]) -> tuple[Any, ...] | None:
     """The arguments of ``BlockedCrossEntropy``, when the head is one product."""
     inner = base(model)
     head, rows, new = _head(inner.get_output_embeddings())
@@ -188,16 +192,16 @@ def _head(layer: Any) -> tuple[nn.Linear | None, torch.Tensor | None, torch.Tens
 @torch.no_grad()
 def row_losses(model: Any, batch: dict[str, Any]) -> list[tuple[float, int]]:
     """(sum of the negative log-likelihoods, targets) of each row of ``batch`` that has a target; by the way of ``lm_loss``."""
-    blocked = _blocked(model, batch)
-    if blocked is None:
-        losses = _plain_losses(model, batch)
+    given = blocked(model, batch)
+    if given is None:
+        losses = plain_losses(model, batch)
     else:
-        hidden, weight, bias, labels, rows, new = blocked
-        weight = weight if rows is None else weight.index_copy(0, rows, new.to(weight.dtype))
+        hidden, weight, bias, labels, rows, new = given
+        weight = with_new(weight, rows, new)
         losses = torch.zeros(len(hidden), dtype=exact_dtype(hidden), device=hidden.device)
         for start in range(0, len(hidden), BLOCK):
             part = slice(start, start + BLOCK)
-            _loss_and_gradient(nn.functional.linear(hidden[part], weight, bias), labels[part], losses[part])
+            loss_and_gradient(nn.functional.linear(hidden[part], weight, bias), labels[part], losses[part])
     positions = batch["positions"].cpu().numpy()
     if "segments" in batch:  # a target is never the first token of its row, so the place that predicts it is in the row too
         row_of = np.searchsorted(np.cumsum(batch["segments"]), positions, side="right")
@@ -208,7 +212,7 @@ def row_losses(model: Any, batch: dict[str, Any]) -> list[tuple[float, int]]:
     return [(float(total), int(count)) for total, count in zip(sums, counts) if count]
 
 
-def _plain_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+def plain_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """The loss of each target (targets,), from the model's own logits."""
     logits = model(**inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
     return nn.functional.cross_entropy(logits.to(exact_dtype(logits)), batch["labels"], reduction="none")
@@ -237,29 +241,27 @@ class BlockedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         targets = hidden.shape[0]
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        if rows is not None and new is not None:
-            weight = weight.index_copy(0, rows, new.to(weight.dtype))
+        weight = with_new(weight, rows, new)
         losses = torch.zeros(max(targets, 1), dtype=exact_dtype(hidden), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = _sum_like(weight) if want_weight else None
-        grad_bias = _sum_like(bias) if want_bias and bias is not None else None
-        grad_new = _sum_like(new) if new is not None and ctx.needs_input_grad[5] else None
+        grad_weight = sum_like(weight) if want_weight else None
+        grad_bias = sum_like(bias) if want_bias and bias is not None else None
+        grad_new = sum_like(new) if new is not None and ctx.needs_input_grad[5] else None
         for start in range(0, targets, BLOCK):
             block = hidden[start : start + BLOCK]
             block_labels = labels[start : start + BLOCK]
             logits = torch.nn.functional.linear(block, weight, bias)
-            gradient = _loss_and_gradient(logits, block_labels, losses[start : start + BLOCK])
+            gradient = loss_and_gradient(logits, block_labels, losses[start : start + BLOCK])
             if grad_hidden is not None:
                 torch.mm(gradient, weight, out=grad_hidden[start : start + BLOCK])
             if grad_weight is not None:
-                if grad_weight.dtype is gradient.dtype:
-                    grad_weight.addmm_(gradient.t(), block)
-                else:
-                    grad_weight += gradient.t() @ block
+                add_product(grad_weight, gradient.t(), block)
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=grad_bias.dtype)
             if grad_new is not None:
-                grad_new += (gradient[:, rows].t() @ block).to(grad_new.dtype)
+                add_product(grad_new, gradient[:, rows].t(), block)
+        if grad_weight is not None and rows is not None:
+            grad_weight[rows] = 0  # others stood in their place
         ctx.gradients = (grad_hidden, grad_weight, grad_bias, grad_new)
         ctx.dtypes = tuple(None if one is None else one.dtype for one in (hidden, weight, bias, new))
         return losses.sum(dtype=torch.float32 if hidden.device.type == "mps" else torch.float64)  # thousands of terms
@@ -273,7 +275,20 @@ class BlockedCrossEntropy(torch.autograd.Function):
         return hidden, weight, bias, None, None, new
 
 
-def _sum_like(weight: torch.Tensor) -> torch.Tensor:
+def with_new(weight: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor:
+    """``weight`` (vocabulary, width) with ``new`` (n, width) in the place of its ``rows`` (n,), if there are any."""
+    return weight if rows is None or new is None else weight.index_copy(0, rows, new.to(weight.dtype))
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right; ``total`` may be in a wider format."""
+    if total.dtype is left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def sum_like(weight: torch.Tensor) -> torch.Tensor:
     """Zeros to sum a gradient in. It is not yet divided by anything, so in fp16 it could pass that format's 65504."""
     return torch.zeros_like(weight, dtype=torch.float32 if weight.dtype is torch.float16 else weight.dtype)
 
@@ -285,7 +300,7 @@ def _times(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> 
     return gradient.mul_(factor.to(gradient.dtype)).to(dtype)
 
 
-def _loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+def loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
     """Fill ``losses`` (rows,) and return softmax(logits) - onehot in the logits' dtype; ``logits`` may be overwritten."""
     if kernels.available(logits):
         kernels.call("cross_entropy", logits.dtype, logits, labels, losses, logits.shape[0], logits.shape[1])

@@ -8,6 +8,7 @@ import torch
 
 from tunesmith.models import kernels
 from tunesmith.models.attention import backward_segments, forward_segments
+from tunesmith.models.pieces import Family, families
 from tunesmith.models.virtual import Prefix
 
 
@@ -20,21 +21,22 @@ def rotary_attention(
     segments: tuple[int, ...],
     scale: float,
     prefix: Prefix | None = None,
+    behind: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
     """qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim); ``prefix``: virtual keys and values before each segment.
 
     With a prefix attention is that of longer segments: its rows have no query and are not rotated, and their output is left out.
     """
     if prefix is None or prefix.layout is None:
-        out: torch.Tensor = RotaryAttention.apply(qkv, cosine, sine, heads, kv_heads, segments, scale)
+        out: torch.Tensor = RotaryAttention.apply(qkv, cosine, sine, heads, kv_heads, families(segments, behind), scale)
         return out
     longer = prefix.layout.keywords["segments"]
-    out = RotaryAttention.apply(*prefix.spread(qkv, cosine, sine), heads, kv_heads, longer, scale)
+    out = RotaryAttention.apply(*prefix.spread(qkv, cosine, sine), heads, kv_heads, families(longer), scale)
     return prefix.layout.text(out, dim=0)
 
 
 class RotaryAttention(torch.autograd.Function):
-    """Rotary embedding and causal attention per segment. qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim)."""
+    """Rotary embedding and causal attention. qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim)."""
 
     @staticmethod
     def forward(
@@ -44,7 +46,7 @@ class RotaryAttention(torch.autograd.Function):
         sine: torch.Tensor,
         heads: int,
         kv_heads: int,
-        segments: tuple[int, ...],
+        kinds: tuple[Family, ...],
         scale: float,
     ) -> torch.Tensor:
         tokens, dim = qkv.shape[0], cosine.shape[-1]
@@ -54,14 +56,14 @@ class RotaryAttention(torch.autograd.Function):
         kernels.call("rotary", qkv.dtype, qkv[:, heads * dim :], k, cosine, sine, kv_heads, tokens, dim, qkv.shape[1], 1)
         v.copy_(qkv[:, (heads + kv_heads) * dim :].view(tokens, kv_heads, dim).transpose(0, 1))
         ctx.save_for_backward(q, k, v, cosine, sine)
-        ctx.segments, ctx.scale = segments, scale
-        return forward_segments(q, k, v, segments, scale).view(tokens, heads * dim)
+        ctx.kinds, ctx.scale = kinds, scale
+        return forward_segments(q, k, v, kinds, scale).view(tokens, heads * dim)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, cosine, sine = ctx.saved_tensors
         heads, kv_heads, tokens, dim, width = ctx.shape
-        dq, dk, dv = backward_segments(grad.view(tokens, heads, dim), q, k, v, ctx.segments, ctx.scale)
+        dq, dk, dv = backward_segments(grad.view(tokens, heads, dim), q, k, v, ctx.kinds, ctx.scale)
         out = grad.new_empty(tokens, width)
         kernels.call("rotary", grad.dtype, out, dq, cosine, sine, heads, tokens, dim, width, -1)
         kernels.call("rotary", grad.dtype, out[:, heads * dim :], dk, cosine, sine, kv_heads, tokens, dim, width, -1)

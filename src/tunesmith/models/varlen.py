@@ -4,6 +4,9 @@ Registered with transformers under ``tunesmith_varlen``. Where ``attention.segme
 on the host, this one gets two keywords made once for each batch: ``cu_seqlens`` (segments + 1,), int32 on the device, the places
 where segments begin and end, and ``longest``, tokens of the longest one. So no layer waits for the device, and a compiled layer
 sees a tensor of varying length instead of a tuple that it would be compiled anew for. Sliding windows are exact here.
+
+Where answers share a prefix (``pieces.py``) a run of queries sees more keys than its own: three more keywords say which keys,
+and where they begin and end. The kernel aligns the last query with the last key, as an answer behind a prefix needs.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from transformers import AttentionInterface
 
 from tunesmith.models import attention
 from tunesmith.models.attention import CannotPack
+from tunesmith.models.pieces import families
 
 NAME = "tunesmith_varlen"
 HALVES = (torch.float16, torch.bfloat16)
@@ -52,11 +56,30 @@ def heads_fit(dim: int, value_dim: int, capability: tuple[int, int]) -> bool:
     return dim <= 192 or capability not in ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
-def boundaries(segments: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """The keywords of :func:`attend` for one packed batch; sent to ``device`` without waiting for it."""
-    ends = torch.zeros(len(segments) + 1, dtype=torch.int32, pin_memory=device.type == "cuda")
-    ends[1:] = torch.tensor(segments, dtype=torch.int32).cumsum(0)
-    return {"cu_seqlens": ends.to(device, non_blocking=True), "longest": max(segments)}
+def boundaries(segments: tuple[int, ...], device: torch.device, behind: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """The keywords of :func:`attend` for one packed batch; sent to ``device`` without waiting for it.
+
+    Where an answer is ``behind`` a prefix that another one is behind too: ``key_places`` int64 (keys,), the tokens whose keys the
+    kernel gets, prefixes once for each answer; ``cu_seqlens_k`` and ``longest_k`` of these.
+    """
+    kinds = families(segments, behind)
+    runs = [run for family in kinds for run in family.runs]
+    made = {"cu_seqlens": _sent(_ends([run.length for run in runs]), device), "longest": max(run.length for run in runs)}
+    if any(run.ahead for run in runs):
+        tokens = torch.arange(sum(segments))[None]
+        places = torch.cat([family.keys(tokens, run) for family in kinds for run in family.runs], dim=1)[0]
+        made["key_places"] = _sent(places, device)
+        made["cu_seqlens_k"] = _sent(_ends([run.keys for run in runs]), device)
+        made["longest_k"] = max(run.keys for run in runs)
+    return made
+
+
+def _ends(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def _sent(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 
 @lru_cache
@@ -100,6 +123,9 @@ def attend_with(kernel: Kernel, capability: tuple[int, int]) -> Callable[..., tu
         dropout: float = 0.0,
         cu_seqlens: torch.Tensor | None = None,
         longest: int = 0,
+        cu_seqlens_k: torch.Tensor | None = None,
+        longest_k: int = 0,
+        key_places: torch.Tensor | None = None,
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
@@ -111,6 +137,8 @@ def attend_with(kernel: Kernel, capability: tuple[int, int]) -> Callable[..., tu
         if not causal and sliding_window is not None:
             raise CannotPack("its attention slides to both sides")
         attention.saw(sliding_window)
+        if key_places is not None:
+            attention.refuse_shared(causal, key.shape[2] - query.shape[2])
         layout = None
         if key.shape[2] != query.shape[2]:
             if not causal:
@@ -120,10 +148,20 @@ def attend_with(kernel: Kernel, capability: tuple[int, int]) -> Callable[..., tu
         # a window of w tokens is the token itself and w - 1 before it
         left = -1 if sliding_window is None else sliding_window - 1
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        out = kernel(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(left, 0 if causal else -1))
+        if key_places is None:
+            cu_seqlens_k, longest_k = cu_seqlens, longest
+        else:
+            k, v = gathered(k, key_places), gathered(v, key_places)
+        size = (left, 0 if causal else -1)
+        out = kernel(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest_k, scale=scaling, window_size=size)
         return (out if layout is None else layout.text(out, dim=0)).unsqueeze(0), None
 
     return attend
+
+
+def gathered(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """``x`` (tokens, heads, dim) at ``places``, by way of fp32: the gradients of what several answers see are summed there."""
+    return x.float().index_select(0, places).to(x.dtype)
 
 
 def self_test(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -137,19 +175,24 @@ def self_test(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str |
     q, k, v, grad = (
         torch.randn(tokens, heads, dim, generator=generator).to(device, dtype).requires_grad_() for heads in (4, 2, 2, 4)
     )
-    keywords = boundaries(lengths, device)
-    cuts, longest = keywords["cu_seqlens"], keywords["longest"]
-    for window, causal in ((None, True), (16, True), (None, False)):
+    cases = [(None, True, None), (16, True, None), (None, False, None), (None, True, (-1, 0, 0)), (64, True, (-1, 0, 0))]
+    for window, causal, behind in cases:
         size = (-1 if window is None else window - 1, 0 if causal else -1)
-        ours = kernel(q, k, v, cuts, cuts, longest, longest, scale=0.1, window_size=size)
-        theirs = plain(q.float(), k.float(), v.float(), lengths, 0.1, window, causal)
+        given = boundaries(lengths, device, behind)
+        cuts, longest = given["cu_seqlens"], given["longest"]
+        if behind is None:
+            ours = kernel(q, k, v, cuts, cuts, longest, longest, scale=0.1, window_size=size)
+        else:
+            keys, values = (gathered(x, given["key_places"]) for x in (k, v))
+            ours = kernel(q, keys, values, cuts, given["cu_seqlens_k"], longest, given["longest_k"], scale=0.1, window_size=size)
+        theirs = plain(q.float(), k.float(), v.float(), lengths, 0.1, window, causal, behind)
         pairs = [(ours.detach(), theirs.detach())]
         pairs += zip(*(torch.autograd.grad(out, (q, k, v), grad.to(out.dtype)) for out in (ours, theirs)), strict=True)
         for got, expected in pairs:
             apart = float((got.float() - expected.float()).norm() / expected.float().norm())
             if not apart <= AGREEMENT:
                 which = "with a sliding window" if window else "without a sliding window" if causal else "both ways"
-                return f"by {apart:.1e}, {which}"
+                return f"by {apart:.1e}, {which}{', behind a prefix' if behind else ''}"
     return None
 
 
@@ -161,12 +204,19 @@ def plain(
     scale: float,
     window: int | None,
     causal: bool = True,
+    behind: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
     """The same attention, written out: softmax(scale q k^T + mask) v over (tokens, heads, dim)."""
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
     place = torch.arange(len(owner), device=q.device)
-    distance = place[:, None] - place[None, :]
     seen = owner[:, None] == owner[None, :]
+    if behind is not None:
+        ahead = torch.tensor(behind, device=q.device)[owner]
+        seen |= ahead[:, None] == owner[None, :]
+        begin = torch.cat([place.new_zeros(1), torch.tensor(lengths, device=q.device).cumsum(0)])
+        sizes = torch.tensor([0, *lengths], device=q.device)  # of the piece before each; the answers go on where it ended
+        place = place - begin[owner] + torch.where(ahead < 0, 0, sizes[ahead + 1])
+    distance = place[:, None] - place[None, :]
     if causal:
         seen &= distance >= 0
     if window is not None:

@@ -21,7 +21,9 @@ from transformers.cache_utils import DynamicCache
 
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models import head
+from tunesmith.models.attention import refuse_shared
 from tunesmith.models.layout import Layout, packed, padded
+from tunesmith.models.pieces import shares
 
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"
 WORDS = "Below is a text. It is written with care, and each part of it follows from what stands before. "
@@ -215,6 +217,8 @@ class Ahead:
         run = type(self.body).forward
         if not self.count:
             return run(self.body, input_ids, **keywords)
+        if shares(keywords):
+            refuse_shared(True, self.count)
         if keywords.get("position_ids") is not None:
             keywords["position_ids"] = keywords["position_ids"] + self.count
         if self.kind == PREFIX:
