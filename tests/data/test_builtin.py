@@ -10,9 +10,10 @@ import pytest
 from tunesmith.data import builtin
 from tunesmith.data.build import content_hash
 from tunesmith.data.config import Source
+from tunesmith.data.lint_pairs import characters
 from tunesmith.data.make import docstrings
 from tunesmith.data.read import read
-from tunesmith.data.rows import Chat
+from tunesmith.data.rows import Chat, Ranking
 from tunesmith.data.source import open_source
 from tunesmith.errors import DataError
 
@@ -51,3 +52,12 @@ def test_a_recipe_learns_from_them_as_conversations(name):
 def test_an_unknown_name_is_told_the_nearest():
     with pytest.raises(DataError, match="Did you mean `builtin:instructions-ko`"):
         read("builtin:instruction-ko")
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in builtin.NAMES.items() if kind == "preferences"])
+def test_preferences_are_turns_whose_length_says_nothing(name):
+    opened = open_source(Source(path=name, limit=400), (Ranking,))
+    rows = [row for _, row in opened.rows()]
+    assert len(rows) == 400 and all(isinstance(row, Ranking) and row.prompt[0]["role"] == "user" for row in rows)
+    longer = sum(characters(row.answers[0]) > characters(row.answers[1]) for row in rows)
+    assert 0.4 < longer / len(rows) < 0.6

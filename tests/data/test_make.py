@@ -28,7 +28,7 @@ EVERY = [(kind, lang) for kind in KINDS for lang in LANGUAGES]
 COLUMNS = {
     "docstrings": {"instruction": str, "response": str},
     "instructions": {"instruction": str, "input": str, "output": str},
-    "preferences": {"prompt": str, "chosen": str, "rejected": str},
+    "preferences": {"instruction": str, "chosen": str, "rejected": str},
     "classify": {"text": str, "label": str},
     "multilabel": {"text": str, "labels": list},
     "tag": {"tokens": list, "ner_tags": list},
@@ -296,7 +296,7 @@ def test_chosen_answers_are_true_and_rejected_ones_are_not():
     facts = 0
     for row in rows("preferences"):
         assert row["chosen"] != row["rejected"] and row["chosen"].strip() and row["rejected"].strip()
-        question, _, code = row["prompt"].partition("\n\n")
+        question, _, code = row["instruction"].partition("\n\n")
         if not code:
             continue
         facts += 1
@@ -610,7 +610,7 @@ def test_answers_to_questions_are_true():
 # Korean
 
 
-WRITTEN_BY_US = {"docstrings": "instruction", "instructions": "instruction", "preferences": "prompt", "qa": "question"}
+WRITTEN_BY_US = {"docstrings": "instruction", "instructions": "instruction", "preferences": "instruction", "qa": "question"}
 
 
 @pytest.mark.parametrize("kind", [*WRITTEN_BY_US, "tag"])

@@ -24,6 +24,8 @@ NAMES = {
     "builtin:docstrings-ko": ("docstrings", "ko"),
     "builtin:instructions": ("instructions", "en"),
     "builtin:instructions-ko": ("instructions", "ko"),
+    "builtin:preference": ("preferences", "en"),
+    "builtin:preference-ko": ("preferences", "ko"),
     **{f"builtin:{kind}": (kind, "en") for kind in ("classify", "multilabel", "tag", "qa")},
     **{f"builtin:{kind}-ko": (kind, "ko") for kind in ("classify", "multilabel", "tag", "qa")},
 }

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tunesmith.data.chat import Renderer, left_out, render
+from tunesmith.data.chat import Renderer, TrainOn, left_out, render
 from tunesmith.data.config import Source
+from tunesmith.data.lint_pairs import Pairs
 from tunesmith.data.problems import Record, RowProblem
-from tunesmith.data.rows import Chat, Row, digest
+from tunesmith.data.rows import Chat, Ranking, Row, digest
 from tunesmith.data.source import ROW_TYPES, open_source
 from tunesmith.data.spans import SpanError
 from tunesmith.data.templates import RENDER_ERRORS
@@ -38,13 +39,15 @@ class FileReport:
 
 @dataclass(frozen=True)
 class LintReport:
-    """``problems`` are rows that cannot be used; ``duplicates`` and ``left_out`` (words the template drops) are remarks."""
+    """``problems`` are rows that cannot be used; ``duplicates``, ``left_out`` (words the template drops) and ``pairs`` (of files
+    with preferences or rankings) are remarks."""
 
     files: tuple[FileReport, ...]
     problems: tuple[RowProblem, ...]
     duplicates: tuple[Duplicate, ...]
     leaked: tuple[Duplicate, ...]
     left_out: tuple[str, ...]
+    pairs: tuple[Pairs, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -60,6 +63,7 @@ class LintReport:
             "duplicates": [asdict(item) for item in self.duplicates],
             "leaked": [asdict(item) for item in self.leaked],
             "left_out": list(self.left_out),
+            "pairs": [item.as_dict() for item in self.pairs],
         }
 
 
@@ -77,11 +81,14 @@ def lint(
     duplicates: list[Duplicate] = []
     leaked: list[Duplicate] = []
     dropped: list[str] = []
+    pairs: list[Pairs] = []
+    preferred: dict[bytes, str] = {}  # prompt, better and worse answer -> where they first stand
     seen: dict[int, str] = {}  # digest -> where a training row first said it
     for role, source in [*(("train", item) for item in train), *(("eval", item) for item in evaluation)]:
         inside: dict[int, str] = {}
         kept = rejected = 0
         description = "unknown"
+        compared = Pairs(source.label, role)
         try:
             opened = open_source(source, accepted)
             description = opened.description
@@ -90,8 +97,11 @@ def lint(
                 if bad is not None:
                     problems.append(bad)
                     rejected += 1
+                    compared.refused(bad)
                 elif not isinstance(item, RowProblem):
                     kept += 1
+                    if isinstance(item[1], Ranking):
+                        compared.add(item[1], item[0].row, preferred)
                     mark, where = digest(item[1]), f"{source.label}:{item[0].row}"
                     if role == "eval" and mark in seen:
                         leaked.append(Duplicate(where, seen[mark]))
@@ -100,18 +110,27 @@ def lint(
                     inside.setdefault(mark, where)
         except DataError as error:
             problems.append(RowProblem(source.label, 0, "file", "a file of rows", str(error), "", fatal=True))
+        if compared.rows or any(compared.counts.values()):
+            pairs.append(compared)
         if role == "train":
             seen = {**inside, **seen}
         files.append(FileReport(source.label, role, description, kept + rejected, kept, rejected))
-    return LintReport(tuple(files), tuple(problems), tuple(duplicates), tuple(leaked), tuple(dropped))
+    return LintReport(tuple(files), tuple(problems), tuple(duplicates), tuple(leaked), tuple(dropped), tuple(pairs))
 
 
-def _rendered(record: Record, row: Row, renderer: Renderer | None, dropped: list[str]) -> RowProblem | None:
+def _rendered(
+    record: Record, row: Row, renderer: Renderer | None, dropped: list[str], train_on: TrainOn = "assistant"
+) -> RowProblem | None:
     """What the chat template has against a row. Words that it leaves out are added to ``dropped``."""
+    if isinstance(row, Ranking):
+        lost: list[str] = []
+        found = [_rendered(record, whole, renderer, lost, "completion") for whole in row.written()]
+        dropped += dict.fromkeys(lost)  # answers have their prompt in common
+        return next((problem for problem in found if problem is not None), None)
     if renderer is None or not isinstance(row, Chat):
         return None
     try:
-        render(row, renderer, "assistant")
+        render(row, renderer, train_on)
     except SpanError as error:
         return RowProblem(record.path, record.row, "row", error.expected, error.got, error.fix, record.line)
     except RENDER_ERRORS as error:

@@ -11,8 +11,9 @@ from rich.text import Text as Coloured
 
 from tunesmith.data.cache import Example, targets
 from tunesmith.data.config import Source
+from tunesmith.data.preferences import encode
 from tunesmith.data.problems import RowProblem
-from tunesmith.data.rows import Chat, Labelled, Question, Row, Tagged
+from tunesmith.data.rows import Chat, Labelled, Question, Ranking, Row, Tagged
 from tunesmith.data.source import open_source
 from tunesmith.data.templates import apply_template
 
@@ -95,14 +96,15 @@ def preview(
             continue
         record, row = item
         good += 1
-        if not isinstance(row, tuple(objective.rows)):
-            shown.append(_as_it_is(f"{record.path}:{record.row}", row, tokenizer))
-            if good == rows:
-                break
-            continue
-        for example in objective.encode([row], tokenizer)[0]:
-            pieces = tuple(stretches(example, tokenizer))
-            shown.append(Shown(f"{record.path}:{record.row}", pieces, len(example["input_ids"]), targets(example)))
+        where = f"{record.path}:{record.row}"
+        if isinstance(row, Ranking):
+            shown.append(_ranking(where, row, tokenizer))
+        elif not isinstance(row, tuple(objective.rows)):
+            shown.append(_as_it_is(where, row, tokenizer))
+        else:
+            for example in objective.encode([row], tokenizer)[0]:
+                pieces = tuple(stretches(example, tokenizer))
+                shown.append(Shown(where, pieces, len(example["input_ids"]), targets(example)))
         if good == rows:
             break
     return Preview(source.label, opened.description, said, tuple(shown), tuple(problems))
@@ -136,6 +138,24 @@ def _as_it_is(where: str, row: Row, tokenizer: Any) -> Shown:
     pieces.append((text[at:], False))
     count = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     return Shown(where, tuple(piece for piece in pieces if piece[0]), count, 0, known)
+
+
+def _ranking(where: str, row: Ranking, tokenizer: Any) -> Shown:
+    """The prompt once, then each answer under its rank, as the model sees them."""
+    ((example,),) = encode([row], tokenizer, max_length=None, overlong="error")
+    ids, learnt = example["input_ids"], example["learnt"]
+    edges = np.cumsum(example["answers"]).tolist()
+    pieces = stretches({"input_ids": ids[: edges[0]], "supervised": learnt[: edges[0]]}, tokenizer)
+    for place, (start, end) in enumerate(itertools.pairwise(edges)):
+        score = "" if row.scores is None else f", score {row.scores[place]:g}"
+        pieces.append((f"\n--- answer {place + 1}: rank {row.ranks[place] + 1}{score}\n", False))
+        pieces += stretches({"input_ids": ids[start:end], "supervised": learnt[start:end]}, tokenizer)
+    order = sorted(range(len(row.ranks)), key=lambda place: row.ranks[place])
+    said = f"answer {order[0] + 1}" + "".join(
+        f" {'=' if row.ranks[one] == row.ranks[other] else '>'} {other + 1}" for one, other in itertools.pairwise(order)
+    )
+    count = int(learnt.sum())
+    return Shown(where, tuple(pieces), len(ids), count, f"{said}; {count} of {len(ids)} tokens learnt")
 
 
 def stretches(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

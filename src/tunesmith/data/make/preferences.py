@@ -163,7 +163,7 @@ def _pair(flaw: str, prompt: str, chosen: str, wrong: Sequence[str], item: Defin
     side = pick(there, seed, item.name, flaw, "side")
     near = sorted(sides[side], key=lambda text: (abs(len(text) - len(chosen)), text))[:4]
     rejected = pick(near, seed, item.name, flaw)
-    yield f"{flaw}, {side}", {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    yield f"{flaw}, {side}", {"instruction": prompt, "chosen": chosen, "rejected": rejected}
 
 
 MAKER = Maker(
@@ -175,6 +175,6 @@ MAKER = Maker(
         "questions, the sentences around facts, and every rejected answer: another's docstring, one cut off, a wrong value, list "
         "or exception.",
     },
-    identity=("prompt",),
-    subject=lambda row: definition(row["prompt"]),
+    identity=("instruction",),
+    subject=lambda row: definition(row["instruction"]),
 )
