@@ -73,11 +73,12 @@ EITHER_OR = [
     ("streaming", "cache"),
     ("expand_turns", "train_on"),
     ("separator", "label_smoothing"),
+    ("label_smoothing", "simpo_gamma"),
 ]
 """Keys that no run can hold together: `recipe.conflicts` refuses the pair."""
 
 WRITES_NOTHING = {"template": "data", "prompts": "samples", "count": "samples", "max_new_tokens": "samples"}
-JUDGED = {"separator": "data.train.0", "max_unlearnable": "data", "neftune_noise_alpha": "train"}
+JUDGED = {"separator": "data.train.0", "max_unlearnable": "data", "neftune_noise_alpha": "train", "lora_dropout": "adaptation"}
 IDLE = {
     "sft": {"separator": "data.train.0"},
     "cpt": {"separator": "data.train.0", "template": "data"},

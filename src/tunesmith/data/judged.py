@@ -72,7 +72,7 @@ def _parts(examples: Sequence[Example]) -> list[tuple[Example, slice]]:
 def _compared(examples: Sequence[Example]) -> Batch:
     """pairs (n, 2): better and worse answer; margins, weights (n,): a row's sum to 1 (Ouyang et al. 2022, equation 1).
 
-    ``of`` (n,): which of ``rows`` a pair belongs to; ``rows``: (source, row of the file); ``keys``: 63 bits of each row's content;
+    ``of`` (n,): which of ``rows`` a pair is of; ``rows``: (source, row of the file); ``keys``: 63 bits of each row's content;
     ``counts``: answers of each row.
     """
     import torch

@@ -74,7 +74,7 @@ def open_model(
     if chosen.reference is not None:
         raise ModelError(
             f"{name} is measured against the model before its first step, which only a run has: its metrics.jsonl and "
-            "report hold the figures.\n  Here: objective simpo's or orpo's losses need none; or compare rewards with a reward model."
+            "report hold the figures.\n  Take a reward model to judge answers: tunesmith score."
         )
     if kind != "lm":
         chosen.of_model()

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.problems import Record, RowFault, RowProblem
 from tunesmith.data.config import Source
+from tunesmith.data.problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import Chat, PromptCompletion, Question, Ranking, Tagged, without_gold
 from tunesmith.data.source import Opened, open_source
 from tunesmith.errors import DataError, ModelError

@@ -287,8 +287,14 @@ def _prompt_ids(prompt: Any, tokenizer: Any, system: str | None, plain: bool) ->
 
 
 def _pair(model: Any) -> tuple[Any, Any]:
-    if isinstance(model, tuple):
-        return model
+    from tunesmith.models import head, heads
     from tunesmith.models.load import load
 
-    return load(model)
+    found = model if isinstance(model, tuple) else load(model)
+    kind = type(head.base(found[0])).__name__
+    if heads.kind_of(kind) != "lm":
+        raise ModelError(
+            f"this model is a {kind}: it judges texts and writes none.\n  Use tunesmith predict (score for a reward model)."
+        )
+    pair: tuple[Any, Any] = found
+    return pair
