@@ -1,6 +1,6 @@
 """Reward models: one number for an answer, learnt from which was preferred (Bradley and Terry 1952; Ouyang et al. 2022).
 
-It is read at the last token of prompt and answer. Only differences between answers to one prompt are learnt; ``center`` holds
+It is read at the last token of prompt and answer, of an encoder at the first. Only differences between answers to one prompt are learnt; ``center`` holds
 the numbers near zero. Nothing is dropped at random.
 """
 
@@ -114,7 +114,7 @@ class Objective:
         return made
 
     def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
-        return judged.of_ends(examples, packed, self.shared)
+        return judged.of_ends(examples, packed, self.shared, -1 if self._causal else 0)
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
