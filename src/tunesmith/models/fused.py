@@ -194,7 +194,7 @@ def _attention(module: Any) -> Callable[..., Any] | None:
     qkv = products.linears(parts[:3]) if out is not None else None
     if qkv is None or out is None:
         return None
-    dim, scale = module.head_dim, float(module.scaling)
+    dim, scale, config = module.head_dim, float(module.scaling), getattr(module, "config", None)
     heads, kv_heads = qkv.bases[0].out_features // dim, qkv.bases[1].out_features // dim
 
     def forward(
@@ -206,7 +206,7 @@ def _attention(module: Any) -> Callable[..., Any] | None:
         behind: tuple[int, ...] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        window = getattr(module, "sliding_window", None)
+        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))  # mistral's is the config's alone
         prefix = past_key_values if isinstance(past_key_values, Prefix) else None
         most = 0 if segments is None else longest(segments, behind) + (0 if prefix is None else len(prefix.rows))
         other = attention_mask is not None or past_key_values is not prefix or hidden_states.shape[0] != 1

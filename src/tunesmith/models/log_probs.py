@@ -1,8 +1,8 @@
 """The log-probability of each target, for losses that give each a coefficient of its own, without the logits of a batch.
 
 ``head.lm_loss`` sums over targets, so its gradients can be summed in the forward pass too. Here backward says how much each
-target counts. While only the hidden states want gradients, each target's own is made in the forward, when a block's logits are at
-hand, and multiplied in backward. Where the output layer is trained too, backward makes the logits of each block again.
+target counts. While only the hidden states want gradients, each target's own is made in the forward, when a block's logits are
+at hand, and multiplied in backward. Where the output layer is trained too, backward makes the logits of each block again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,44 @@
+"""Where the tokens of prompts and answers stand in a batch, in each of its three layouts."""
+
+import numpy as np
+import pytest
+
+from tunesmith.data import pairs
+
+ROWS = [
+    {"input_ids": np.array([1, 2, 3, 10, 11, 20], np.int32), "answers": np.array([3, 2, 1], np.int32)},
+    {"input_ids": np.array([4, 30, 31], np.int32), "answers": np.array([1, 2], np.int32)},
+    {"input_ids": np.array([40, 50, 51], np.int32), "answers": np.array([0, 1, 2], np.int32)},  # nothing in common
+]
+WHOLE = [[1, 2, 3, 10, 11], [1, 2, 3, 20], [4, 30, 31], [40], [50, 51]]
+
+
+def test_a_prefix_stands_once_and_its_answers_go_on_behind_it():
+    batch, places = pairs.layout(ROWS, packed=True, shared=True)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 11, 20, 4, 30, 31, 40, 50, 51]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 0, 0, 1]]
+    assert batch["segments"] == (3, 2, 1, 1, 2, 1, 2)
+    assert batch["behind"] == (-1, 0, 0, -1, 3, -1, -1)
+    assert set(batch) == {"input_ids", "position_ids", "segments", "behind"}
+    assert [one.tolist() for one in places] == [[0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7, 8], [9], [10, 11]]
+
+
+def test_separate_answers_are_segments_of_their_own():
+    batch, _ = pairs.layout(ROWS, packed=True, shared=False)
+    assert batch["segments"] == (5, 4, 3, 1, 2) and "behind" not in batch
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 0, 0, 1]]
+
+
+def test_or_padded_rows():
+    batch, _ = pairs.layout(ROWS, packed=False, shared=True)  # padded rows share nothing
+    assert batch["input_ids"].shape == (5, 5) and "behind" not in batch
+    assert batch["attention_mask"].sum(1).tolist() == [5, 4, 3, 1, 2]
+
+
+@pytest.mark.parametrize(("packed", "shared"), [(True, True), (True, False), (False, False)])
+def test_in_every_layout_the_places_of_an_answer_hold_all_of_it(packed, shared):
+    batch, places = pairs.layout(ROWS, packed, shared)
+    ids, positions = (batch[name].numpy().reshape(-1) for name in ("input_ids", "position_ids"))
+    assert [ids[one].tolist() for one in places] == WHOLE
+    assert [positions[one].tolist() for one in places] == [list(range(len(one))) for one in WHOLE]
+    assert ids.dtype == positions.dtype == np.int64
