@@ -172,6 +172,21 @@ def test_what_cannot_be_compared_is_named(value, field, expected, got):
     assert problem.expected.startswith(expected) and got in problem.got and problem.fix
 
 
+def test_a_prompt_template_makes_the_prompt_a_text():
+    template = {"prompt_template": "Q: {ask}\nA: "}
+    row = made({"ask": "why", "chosen": "a", "rejected": "b", "margin": 2}, **template)
+    assert row == Ranking("Q: why\nA: ", ("a", "b"), (0, 1), (2.0, 0.0))
+    row = made({"ask": "why", "responses": ["a", "b"], "scores": [1, 2]}, **template)
+    assert row == Ranking("Q: why\nA: ", ("a", "b"), (1, 0), (1.0, 2.0))
+
+
+def test_columns_are_mapped_and_named_as_the_file_has_them():
+    value = {"ask": "q", "good": "a", "bad": "b"}
+    columns = {"instruction": "ask", "chosen": "good", "rejected": "bad"}
+    assert made(value, columns=columns) == PAIR
+    assert made({**value, "bad": "a"}, columns=columns).where == "f:1:bad"
+
+
 def test_a_missing_side_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     good = {"prompt": "q", "chosen": "a", "rejected": "b"}
