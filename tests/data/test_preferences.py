@@ -168,6 +168,11 @@ def test_too_long_a_row_is_refused_or_dropped_whole():
     with pytest.raises(RowFault, match="at most 20 tokens") as raised:
         encode(rows, tokenizer, max_length=20, overlong="error")
     assert raised.value.index == 1
+    ((whole,),) = encode(rows[1:], tokenizer, max_length=None, overlong="error")
+    exact = max(len(ids) for ids, _ in parts(whole))
+    for policy in ("error", "drop", "truncate"):
+        ((made,),) = encode(rows[1:], tokenizer, max_length=exact, overlong=policy)
+        assert made["cut"].tolist() == [0]
     for policy in ("drop", "truncate"):
         first, second = encode(rows, tokenizer, max_length=20, overlong=policy)
         assert len(first) == 1 and second == []

@@ -134,6 +134,7 @@ REFUSED = [
     ({"chosen": [Q, A], "rejected": [turn("user", "other"), B]}, "rejected", SAME, "from the 1. on: 'q' and 'other'"),
     ({"chosen": [*MORE, B], "rejected": [Q, A, turn("user", "so?"), C]}, "rejected", SAME, "from the 3. on: 'and?' and 'so?'"),
     ({"chosen": [Q, A], "rejected": [*MORE, C]}, "rejected", SAME, "from the 3. on: nothing and 'and?'"),
+    ({"chosen": [Q, A, B], "rejected": [Q, A, C]}, "rejected", SAME, "from the 3. on: 'b' and 'c'"),
     ({"chosen": [*MORE, B], "rejected": [Q, B, turn("user", "and?"), C]}, "rejected", SAME, "from the 2. on"),
     ({"chosen": [turn("system", "s"), Q, A], "rejected": [turn("system", "s"), A]}, "rejected", SAME, "'q' and 'a'"),
     ({"chosen": f"{HH}b", "rejected": "\n\nHuman: x\n\nAssistant: c"}, "rejected", SAME, "from the 1. on"),
