@@ -77,6 +77,11 @@ def test_every_pair_of_a_ranking_counts(tmp_path):
     assert found["duplicates"] == found["contradictions"] == 0
 
 
+def test_a_ranking_with_the_same_answer_twice_repeats_no_other_row(tmp_path):
+    (found,) = said(file(tmp_path, [{"prompt": "q", "answers": ["a", "b", "a"], "scores": [2, 1, 2]}]))
+    assert found["pairs"] == 2 and found["duplicates"] == 0
+
+
 def test_a_ranking_contradicts_a_pair_of_another_file(tmp_path):
     ranking = file(tmp_path, [{"prompt": "q", "answers": ["a", "b", "c"]}], "ranking.jsonl")
     held = file(tmp_path, [pair("q", "c", "a"), pair("q", "b", "c")], "held.jsonl")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tunesmith.data import builtin, minhash
 from tunesmith.data.minhash import SHINGLE, SLOTS, candidates, estimates, recall, shingles, signatures, words
-from tunesmith.data.rows import Chat, PromptCompletion, Text
+from tunesmith.data.rows import Chat, PromptCompletion, Ranking, Text
 from tunesmith.errors import MissingExtra
 
 
@@ -110,6 +110,7 @@ def test_words_are_what_a_row_says_without_system_prompts_and_tools():
     )
     assert words(chat) == 'Add one add {"a": 1}'
     assert words(PromptCompletion("a ", " b")) == "a b" and words(Text("c\td")) == "c d"
+    assert words(Ranking("q", ("a", "b"), (1, 0), (3.0, 4.5))) == "q a b"
 
 
 def test_composed_and_decomposed_hangul_are_the_same():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from functools import lru_cache
 
 import numpy as np
@@ -14,9 +15,12 @@ from hypothesis import strategies as st
 from tests.data.tokenizers import KINDS, tokenizer_of
 from tests.data.zoo import ZOO
 from tunesmith.data import chat
+from tunesmith.data.config import DataConfig, EvalConfig, Source
 from tunesmith.data.preferences import encode
+from tunesmith.data.prepare import prepare
 from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Chat, PromptCompletion, Ranking
+from tunesmith.data.source import open_source
 from tunesmith.data.templates import apply_template, special_ends
 
 ENDING = [kind for kind in KINDS if tokenizer_of(kind).eos_token]
@@ -164,6 +168,11 @@ def test_too_long_a_row_is_refused_or_dropped_whole():
     with pytest.raises(RowFault, match="at most 20 tokens") as raised:
         encode(rows, tokenizer, max_length=20, overlong="error")
     assert raised.value.index == 1
+    ((whole,),) = encode(rows[1:], tokenizer, max_length=None, overlong="error")
+    exact = max(len(ids) for ids, _ in parts(whole))
+    for policy in ("error", "drop", "truncate"):
+        ((made,),) = encode(rows[1:], tokenizer, max_length=exact, overlong=policy)
+        assert made["cut"].tolist() == [0]
     for policy in ("drop", "truncate"):
         first, second = encode(rows, tokenizer, max_length=20, overlong=policy)
         assert len(first) == 1 and second == []
@@ -175,3 +184,31 @@ def test_a_fault_names_the_row_and_the_answer():
     with pytest.raises(RowFault, match=r"answer 2") as raised:
         encode([good, bad], templated("gemma"), max_length=None, overlong="error")
     assert raised.value.index == 1
+
+
+class Comparing:
+    """An objective that learns from rankings, as ``prepare`` needs one."""
+
+    rows = (Ranking,)
+    overlong = "drop"
+
+    def survey(self, rows):
+        pass
+
+    def encode(self, rows, tokenizer):
+        return encode(rows, tokenizer, max_length=None, overlong="error")
+
+
+def test_prepared_rows_are_what_was_encoded(tmp_path):
+    rows = [{"prompt": [*user(f"{n} or?")], "chosen": f"yes {n}", "rejected": "no", "margin": n} for n in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = copy.deepcopy(templated("chatml"))
+    config = DataConfig(train=[Source(path=str(path))], eval=EvalConfig(fraction=0), cache=False)
+    made = prepare(config, Comparing(), tokenizer, max_length=None, window=None, seed=0)
+    assert len(made.train) == 6 and made.report.template == "the model's own chat template"
+    parsed = [row for _, row in open_source(config.train[0], (Ranking,)).rows()]
+    for index, (example,) in enumerate(encode(parsed, tokenizer, max_length=None, overlong="error")):
+        found = made.train[index]
+        assert all(np.array_equal(found[name], example[name]) and found[name].dtype == example[name].dtype for name in example)
+        assert found["margins"].tolist() == [index]

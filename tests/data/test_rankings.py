@@ -134,6 +134,7 @@ REFUSED = [
     ({"chosen": [Q, A], "rejected": [turn("user", "other"), B]}, "rejected", SAME, "from the 1. on: 'q' and 'other'"),
     ({"chosen": [*MORE, B], "rejected": [Q, A, turn("user", "so?"), C]}, "rejected", SAME, "from the 3. on: 'and?' and 'so?'"),
     ({"chosen": [Q, A], "rejected": [*MORE, C]}, "rejected", SAME, "from the 3. on: nothing and 'and?'"),
+    ({"chosen": [Q, A, B], "rejected": [Q, A, C]}, "rejected", SAME, "from the 3. on: 'b' and 'c'"),
     ({"chosen": [*MORE, B], "rejected": [Q, B, turn("user", "and?"), C]}, "rejected", SAME, "from the 2. on"),
     ({"chosen": [turn("system", "s"), Q, A], "rejected": [turn("system", "s"), A]}, "rejected", SAME, "'q' and 'a'"),
     ({"chosen": f"{HH}b", "rejected": "\n\nHuman: x\n\nAssistant: c"}, "rejected", SAME, "from the 1. on"),
@@ -170,6 +171,21 @@ def test_what_cannot_be_compared_is_named(value, field, expected, got):
     problem = made(value)
     assert isinstance(problem, RowProblem) and problem.where == f"f:1:{field}"
     assert problem.expected.startswith(expected) and got in problem.got and problem.fix
+
+
+def test_a_prompt_template_makes_the_prompt_a_text():
+    template = {"prompt_template": "Q: {ask}\nA: "}
+    row = made({"ask": "why", "chosen": "a", "rejected": "b", "margin": 2}, **template)
+    assert row == Ranking("Q: why\nA: ", ("a", "b"), (0, 1), (2.0, 0.0))
+    row = made({"ask": "why", "responses": ["a", "b"], "scores": [1, 2]}, **template)
+    assert row == Ranking("Q: why\nA: ", ("a", "b"), (1, 0), (1.0, 2.0))
+
+
+def test_columns_are_mapped_and_named_as_the_file_has_them():
+    value = {"ask": "q", "good": "a", "bad": "b"}
+    columns = {"instruction": "ask", "chosen": "good", "rejected": "bad"}
+    assert made(value, columns=columns) == PAIR
+    assert made({**value, "bad": "a"}, columns=columns).where == "f:1:bad"
 
 
 def test_a_missing_side_is_named(tmp_path):

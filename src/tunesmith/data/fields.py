@@ -25,16 +25,16 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """``build`` makes the row of the fields' values or raises FieldFault. ``prompt`` and ``answer`` are the fields that a
-    ``prompt_template`` replaces and keeps. ``gold``: the field that rows to be predicted may lack. ``look``: what the values of
-    the first rows say of the whole file; ``build`` gets it among the values."""
+    """``build`` makes the row of the fields' values or raises FieldFault. ``prompt`` is the field that a ``prompt_template``
+    replaces, ``answer`` those that it keeps. ``gold``: the field that rows to be predicted may lack. ``look``: what the values
+    of the first rows say of the whole file; ``build`` gets it among the values."""
 
     name: str
     row: type
     fields: tuple[Field, ...]
     build: Callable[[Values], Row]
     prompt: str | None = None
-    answer: str | None = None
+    answer: tuple[str, ...] = ()
     gold: str | None = None
     look: Callable[[Sequence[Values]], dict[str, Any]] | None = None
 

@@ -63,7 +63,7 @@ FORMATS: dict[str, Format] = {
             ),
             _alpaca,
             prompt="instruction",
-            answer="output",
+            answer=("output",),
         ),
         Format(
             "prompt_completion",
@@ -71,7 +71,7 @@ FORMATS: dict[str, Format] = {
             (Field("prompt", ("prompt",)), Field("completion", ("completion",)), TOOLS),
             _prompt_completion,
             prompt="prompt",
-            answer="completion",
+            answer=("completion",),
         ),
         Format(
             "input_output",
@@ -79,7 +79,7 @@ FORMATS: dict[str, Format] = {
             (Field("input", ("input",)), Field("output", ("output",))),
             _pair("input", "output"),
             prompt="input",
-            answer="output",
+            answer=("output",),
         ),
         Format(
             "summary",
@@ -87,7 +87,7 @@ FORMATS: dict[str, Format] = {
             (Field("text", ("text", "document", "article", "dialogue")), Field("summary", ("summary", "highlights"))),
             _pair("text", "summary"),
             prompt="text",
-            answer="summary",
+            answer=("summary",),
         ),
         Format(
             "question_answer",
@@ -95,7 +95,7 @@ FORMATS: dict[str, Format] = {
             (Field("question", ("question", "q", "query", "prompt")), Field("answer", ("answer", "a", "response"))),
             _pair("question", "answer"),
             prompt="question",
-            answer="answer",
+            answer=("answer",),
         ),
         Format(
             "squad",
@@ -120,7 +120,7 @@ FORMATS: dict[str, Format] = {
             (TEXT, PAIR, Field("label", ("label", "class", "category", "sentiment", "target", "score", "rating", "stars"))),
             label_fields.labelled,
             prompt="text",
-            answer="label",
+            answer=("label",),
             gold="label",
         ),
         Format(
@@ -129,7 +129,7 @@ FORMATS: dict[str, Format] = {
             (TEXT, PAIR, Field("labels", ("labels", "classes", "categories"))),
             label_fields.multilabel,
             prompt="text",
-            answer="labels",
+            answer=("labels",),
             gold="labels",
             look=label_fields.vectors,
         ),
@@ -217,7 +217,7 @@ def _lookup(
     names: dict[str, str] = {}
     missing = None
     for field in form.fields:
-        if templated and field.name != form.answer and field.name not in columns:
+        if templated and field.name not in form.answer and field.name not in columns:
             continue
         wanted = (columns[field.name].strip().casefold(),) if field.name in columns else field.columns
         column = next((folded[name] for name in wanted if name in folded), None)

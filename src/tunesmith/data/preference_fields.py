@@ -339,13 +339,16 @@ GIVEN = (
 MORE = (Field("input", ("input", "context"), required=False), Field("history", ("history",), required=False))
 ANSWERS = Field("answers", ("answers", "responses", "completions"))
 
+COMPARED = ("chosen", "rejected", *(field.name for field in SCORES))
+JUDGED = ("answers", "ranks", "scores", "labels")
+
 PAIRS = (
-    Format("preference", Ranking, (Field("prompt", ("prompt",)), *SIDES), preference),
+    Format("preference", Ranking, (Field("prompt", ("prompt",)), *SIDES), preference, prompt="prompt", answer=COMPARED),
     Format("preference_turns", Ranking, (Field("conversations", ("conversations", "conversation", "messages")), *SIDES), turns),
     Format("preference_alpaca", Ranking, (Field("instruction", ("instruction", "question", "query")), *MORE, *SIDES), alpaca),
     Format("preference_dialogues", Ranking, SIDES, dialogues),
 )
 RANKINGS = (
-    Format("ranking", Ranking, (Field("prompt", ("prompt",)), ANSWERS, *GIVEN), ranking),
+    Format("ranking", Ranking, (Field("prompt", ("prompt",)), ANSWERS, *GIVEN), ranking, prompt="prompt", answer=JUDGED),
     Format("ranking_alpaca", Ranking, (Field("instruction", ("instruction",)), ANSWERS, *MORE, *GIVEN), ranking),
 )
