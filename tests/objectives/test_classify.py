@@ -240,6 +240,13 @@ def test_one_class_is_nothing_to_learn(tmp_path):
         tunesmith.train(made, out=tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["--5", "-", "7" * 5000, "\u00b2"])
+def test_names_that_are_nearly_numbers_are_names(name):
+    objective = classify.Objective(classify.Config())
+    objective.survey([Labelled("t", label="4"), Labelled("u", label=name)])
+    assert objective.labels == (["4", name])
+
+
 def test_weights_of_a_class_that_is_not_there_are_refused(tmp_path):
     made = recipe(tmp_path, "bert", {"type": "classify", "class_weights": {"god": 2.0}}, "full")
     with pytest.raises(RecipeError, match=r"god.*Did you mean `good`"):

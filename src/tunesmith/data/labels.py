@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from tunesmith.nearest import did_you_mean
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 """transformers' names of the three problems."""
+
+WHOLE = re.compile(r"-?\d{1,18}")
 
 MANY = 1000
 """Classes; above that, what stands in the column is hardly a class."""
@@ -63,7 +66,12 @@ def name_of(label: str | float) -> str:
 
 def ordered(names: Iterable[str]) -> list[str]:
     """Whole numbers by size and before words; words by the alphabet."""
-    return sorted(set(names), key=lambda name: (0, int(name), "") if name.lstrip("-").isdecimal() else (1, 0, name))
+    return sorted(set(names), key=lambda name: (0, int(name), name) if is_whole(name) else (1, 0, name))
+
+
+def is_whole(name: str) -> bool:
+    """Whether a name is a whole number of a length that somebody may have meant as one."""
+    return WHOLE.fullmatch(name) is not None
 
 
 def check(names: Sequence[str], problem: str) -> None:

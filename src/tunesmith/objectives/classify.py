@@ -373,4 +373,4 @@ class Objective:
 
 
 def _are_numbers(names: Sequence[str]) -> bool:
-    return bool(names) and all(name.lstrip("-").isdecimal() for name in names)
+    return bool(names) and all(map(labels.is_whole, names))

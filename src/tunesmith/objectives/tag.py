@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.data import figures, pack, tagging
+from tunesmith.data import labels as label_names
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError
 from tunesmith.objectives import Batch, Example
@@ -97,7 +98,7 @@ class Objective:
                 f"the training rows have {there}: a tagger needs two.\n"
                 "  Look at them with `tunesmith data preview`, or name the column with data.train.0.columns={tags: COLUMN}."
             )
-        if all(name.lstrip("-").isdecimal() for name in names):
+        if all(map(label_names.is_whole, names)):
             raise DataError(
                 f"the tags are numbers without names, such as {names[0]!r}: nobody could read what is predicted.\n"
                 "  Write the names (B-person, O), which the data set's own list has, or give objective.labels=[...] as they are."
