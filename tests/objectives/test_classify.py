@@ -15,7 +15,7 @@ from tunesmith.data.rows import Labelled
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load, newhead
 from tunesmith.models.locate import locate
-from tunesmith.objectives import classify
+from tunesmith.objectives import classify, tag
 
 NETWORKS = ["bert", "roberta", "llama", "gpt2", "qwen3"]
 TEXTS = ["Paris is the capital.", "a lazy dog", "x", "def add(a, b): return a, the quick brown fox jumps over"]
@@ -245,6 +245,12 @@ def test_names_that_are_nearly_numbers_are_names(name):
     objective = classify.Objective(classify.Config())
     objective.survey([Labelled("t", label="4"), Labelled("u", label=name)])
     assert objective.labels == (["4", name])
+
+
+@pytest.mark.parametrize("kind", [classify, tag])
+def test_a_label_named_twice_is_refused(kind):
+    with pytest.raises(ValueError, match="'a' 2 times: write each name once"):
+        kind.Config(labels=["a", "b", "a"])
 
 
 def test_weights_of_a_class_that_is_not_there_are_refused(tmp_path):

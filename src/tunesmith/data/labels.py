@@ -74,6 +74,13 @@ def is_whole(name: str) -> bool:
     return WHOLE.fullmatch(name) is not None
 
 
+def distinct(names: Sequence[str] | None) -> None:
+    """Raise ValueError for a list that has a name twice."""
+    for name, count in Counter(names or ()).items():
+        if count > 1:
+            raise ValueError(f"labels has {name!r} {count} times: write each name once, in the order of their ids")
+
+
 def check(names: Sequence[str], problem: str) -> None:
     """Raise DataError for labels that nothing can be learnt from."""
     if problem == SINGLE and len(names) < 2:

@@ -34,6 +34,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        labels.distinct(self.labels)
         if self.problem_type == REGRESSION:
             for key in ("labels", "class_weights", "label_smoothing"):
                 if getattr(self, key):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith.data import figures, pack, tagging
 from tunesmith.data import labels as label_names
@@ -24,6 +24,11 @@ class Config(BaseModel):
     labels: list[str] | None = Field(None, min_length=2, description="names of the tags, by id; default: found, O first")
     label_all: bool = Field(False, description="learn at every token of a word, not only at the one that it is read at")
     stride: int = Field(64, ge=0, description="tokens that the windows of a sentence above max_length share, at most")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        label_names.distinct(self.labels)
+        return self
 
 
 class Objective:
