@@ -233,6 +233,13 @@ def test_an_unknown_label_names_row_and_label(tmp_path):
         tunesmith.evaluate(outcome["model_dir"], tmp_path / "other.jsonl")
 
 
+def test_bad_rows_are_said_where_too_little_is_left_without_them(tmp_path):
+    made = recipe(tmp_path, "bert", "classify", "full")
+    (tmp_path / "rows.jsonl").write_bytes('{"text": "x", "label": "\uae0d\uc815"}\n'.encode("cp949") * 12)
+    with pytest.raises(DataError, match=r"(?s)12 bad rows:.*rows.jsonl:1:label.*UTF-8.* and 2 more\nWithout them the training rows"):
+        tunesmith.train(made, out=tmp_path / "run")
+
+
 def test_one_class_is_nothing_to_learn(tmp_path):
     made = recipe(tmp_path, "bert", "classify", "full")
     (tmp_path / "rows.jsonl").write_text('{"text": "x", "label": "good"}\n' * 4)
