@@ -272,8 +272,8 @@ def test_bad_lines_of_conll(read, content, said):
 BLIND = [
     (Labelled, "a.txt", "one two\n", Labelled("one two")),
     (Labelled, "a.csv", "text,label\nt,\n", Labelled("t")),
-    (Labelled, "a.csv", "text,label\nt,x\n", Labelled("t", label="x")),
-    (Labelled, "a.jsonl", '{"text": "t", "labels": ["a"]}\n', Labelled("t", labels=("a",))),
+    (Labelled, "a.csv", "text,label\nt,x\n", Labelled("t")),
+    (Labelled, "a.jsonl", '{"text": "t", "labels": ["a", 3]}\n', Labelled("t")),
     (Tagged, "a.txt", "one  two\n", Tagged("one  two", ((0, 3), (5, 8)))),
     (Tagged, "a.jsonl", '{"tokens": ["a", "b"], "ner_tags": null}\n', Tagged("a b", ((0, 1), (2, 3)))),
     (Tagged, "a.conll", "one\ntwo\n", Tagged("one two", ((0, 3), (4, 7)))),

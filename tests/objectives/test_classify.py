@@ -229,14 +229,16 @@ def test_a_row_that_cannot_be_read_costs_no_other(tmp_path):
 def test_an_unknown_label_names_row_and_label(tmp_path):
     outcome = tunesmith.train(recipe(tmp_path, "bert", "classify", "full"), out=tmp_path / "run")
     (tmp_path / "other.jsonl").write_text('{"text": "x", "label": "good"}\n{"text": "y", "label": "god"}\n')
-    with pytest.raises(DataError, match=r"other.jsonl:2:.*'god'.*Did you mean `good`"):
+    with pytest.raises(DataError, match=r"other.jsonl:2:label .*'god'.*Did you mean `good`"):
         tunesmith.evaluate(outcome["model_dir"], tmp_path / "other.jsonl")
 
 
 def test_bad_rows_are_said_where_too_little_is_left_without_them(tmp_path):
     made = recipe(tmp_path, "bert", "classify", "full")
     (tmp_path / "rows.jsonl").write_bytes('{"text": "x", "label": "\uae0d\uc815"}\n'.encode("cp949") * 12)
-    with pytest.raises(DataError, match=r"(?s)12 bad rows:.*rows.jsonl:1:label.*UTF-8.* and 2 more\nWithout them the training rows"):
+    with pytest.raises(
+        DataError, match=r"(?s)12 bad rows:.*rows.jsonl:1:label.*UTF-8.* and 2 more\nWithout them the training rows"
+    ):
         tunesmith.train(made, out=tmp_path / "run")
 
 

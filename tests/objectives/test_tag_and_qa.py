@@ -224,13 +224,13 @@ def test_what_stays_frozen_is_saved_as_the_base_has_it(tmp_path):
 def test_bad_rows_are_named(tmp_path):
     outcome = tunesmith.train(recipe(tmp_path, "bert", "tag", "full"), out=tmp_path / "run")
     (tmp_path / "other.jsonl").write_text('{"tokens": ["x"], "ner_tags": ["O"]}\n{"tokens": ["y"], "ner_tags": ["B-LOK"]}\n')
-    with pytest.raises(DataError, match=r"other.jsonl:2:.*'B-LOK' at word 1, 'y'.*Did you mean `B-LOC`"):
+    with pytest.raises(DataError, match=r"other.jsonl:2:ner_tags\[0\] .*'B-LOK' at word 1, 'y'.*Did you mean `B-LOC`"):
         tunesmith.evaluate(outcome["model_dir"], tmp_path / "other.jsonl")
     long = recipe(tmp_path, "bert", {"type": "qa", "window": 32}, "full")
     asked = [*questions(2), {**questions(1)[0], "question": "what is the capital? " * 30, "context": "the answer 0 " * 30}]
     asked[2]["answers"]["answer_start"] = [4]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    with pytest.raises(DataError, match=r"rows.jsonl:3:.*leaves room for 8 tokens of context in 32"):
+    with pytest.raises(DataError, match=r"rows.jsonl:3:question .*leaves room for 8 tokens of context in 32"):
         tunesmith.train(long, out=tmp_path / "long")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.data import label_fields, squad, word_fields
 from tunesmith.data.fields import FieldFault, optional_text, parsed, text
-from tunesmith.data.problems import Record, RowProblem, shorten
+from tunesmith.data.problems import Record, RowFault, RowProblem, shorten
 from tunesmith.data.rows import Chat, Labelled, Message, PromptCompletion, Question, Row, Tagged, Text
 from tunesmith.data.turns import chat, conversation, tool_schemas
 from tunesmith.errors import DataError
@@ -212,16 +212,18 @@ class Converter:
                 values[self.form.prompt] = self._filled(record.value)
             return self.form.build({**values, **(self.facts or {})})
         except FieldFault as fault:
-            head, mark, rest = fault.field.partition("[")  # messages[2].content -> the file's own column name
-            field = names.get(head, self.columns.get(head, head)) + mark + rest
-            return RowProblem(record.path, record.row, field, fault.expected, fault.got, fault.fix, record.line)
+            return self.problem(record, fault)
+
+    def problem(self, record: Record, fault: FieldFault | RowFault) -> RowProblem:
+        """What is wrong with a row, under the file's own column name: messages[2].content -> chat[2].content."""
+        names, _ = _resolve(self, tuple(record.value))
+        head, mark, rest = fault.field.partition("[")
+        field = names.get(head, self.columns.get(head, head)) + mark + rest
+        return RowProblem(record.path, record.row, field, fault.expected, fault.got, fault.fix, record.line)
 
     def _values(self, value: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-        """Field -> value. Where gold is not asked for, an empty one is none."""
-        values = {field: value[column] for field, column in names.items()}
-        if not self.gold and self.form.gold and values.get(self.form.gold) in (None, ""):
-            values.pop(self.form.gold, None)
-        return values
+        """Field -> value. Where gold is not asked for it is not looked at, right or wrong."""
+        return {field: value[column] for field, column in names.items() if self.gold or field != self.form.gold}
 
     def look(self, records: Iterable[Record]) -> dict[str, Any]:
         """What the first rows say of the whole file, for ``facts``."""

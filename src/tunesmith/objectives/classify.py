@@ -178,9 +178,13 @@ class Objective:
         for index, (row, example) in enumerate(zip(rows, made)):
             ids = example["input_ids"]
             if not len(ids):
-                raise RowFault(index, "text that gives a token", repr(row.text[:40]), "Write something, or delete the row.")
+                raise RowFault(
+                    index, "text that gives a token", repr(row.text[:40]), "Write something, or delete the row.", "text"
+                )
             if self._pad is not None and ids[-1] == self._pad:
-                raise RowFault(index, "text that does not end in the padding token", repr(tokenizer.pad_token), "Remove it.")
+                raise RowFault(
+                    index, "text that does not end in the padding token", repr(tokenizer.pad_token), "Remove it.", "text"
+                )
             example["target"] = self._target(row, index)
         return [[example] for example in made]
 
@@ -193,24 +197,28 @@ class Objective:
             held = row.labels if row.labels is not None else (labels.name_of(row.label),)  # type: ignore[arg-type]
             target = np.zeros(len(names), np.float32)
             for name in held:
-                target[self._number(name, index)] = 1.0
+                target[self._number(name, index, "label" if row.labels is None else "labels")] = 1.0
             return target
         if row.labels is not None:
             raise RowFault(
-                index, "one label", f"{len(row.labels)} labels", "Set objective.problem_type=multi_label_classification."
+                index,
+                "one label",
+                f"a list of {len(row.labels)}",
+                "Set objective.problem_type=multi_label_classification.",
+                "labels",
             )
         if row.label is None:
             return np.array([np.nan], np.float32)
         if self.problem == REGRESSION:
             value = labels.as_number(row.label)
             if value is None:
-                raise RowFault(index, "a number", repr(row.label), "Write a number, or delete the row.")
+                raise RowFault(index, "a number", repr(row.label), "Write a number, or delete the row.", "label")
             return np.array([value], np.float32)
-        return np.array([self._number(labels.name_of(row.label), index)], np.float32)
+        return np.array([self._number(labels.name_of(row.label), index, "label")], np.float32)
 
-    def _number(self, name: str, index: int) -> int:
+    def _number(self, name: str, index: int, field: str) -> int:
         if name not in self.labels:
-            raise RowFault(index, *labels.unknown(name, self.labels))
+            raise RowFault(index, *labels.unknown(name, self.labels), field)
         return self.labels.index(name)
 
     def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
