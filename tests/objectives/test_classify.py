@@ -256,6 +256,33 @@ def test_names_that_are_nearly_numbers_are_names(name):
     assert objective.labels == (["4", name])
 
 
+SAID = {
+    "fractions": ([0.5, 1, 2.25], ["from 0.5 to 2.25, which are predicted as such"]),
+    "fractions of a csv": (["0.50", "1", "2.25"], ["3 numbers (from 0.5 to 2.25), taken as names"]),
+    "whole": (["0", "10", "2"], ["3 whole numbers (from 0 to 10), taken as names"]),
+    "case": (["pos", "Pos", "neg"], ["look the same are different classes: 'Pos' and 'pos'"]),
+    "forms": (["caf\u00e9", "cafe\u0301", "a\u00a0b", "a b"], [r"'a b' and 'a\xa0b'", r"'cafe\u0301' and 'caf\xe9'"]),
+    "invisible": (["pos", "pos\u200b"], [r"'pos' and 'pos\u200b'"]),
+    "nothing": (["pos", "neg", "1"], []),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_is_guessed_of_labels_is_said(case):
+    found, said = SAID[case]
+    objective = classify.Objective(classify.Config())
+    objective.survey([Labelled("t", label=label) for label in found])
+    notes = [note for note in objective.notes if not note.startswith("labels: ")]
+    assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes))
+
+
+def test_a_number_that_cannot_be_squared_is_no_target(tmp_path):
+    made = recipe(tmp_path, "bert", "classify", "full")
+    (tmp_path / "rows.jsonl").write_text('{"text": "x", "label": 0.5}\n{"text": "y", "label": 1e30}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl:2:label .*expected a number.*1e\+?30"):
+        tunesmith.train(made, out=tmp_path / "run")
+
+
 @pytest.mark.parametrize("kind", [classify, tag])
 def test_a_label_named_twice_is_refused(kind):
     with pytest.raises(ValueError, match="'a' 2 times: write each name once"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from tunesmith.nearest import did_you_mean
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 """transformers' names of the three problems."""
+
+LARGEST = 1e18
+"""A number to be predicted; errors are squared in fp32."""
 
 WHOLE = re.compile(r"-?\d{1,18}")
 
@@ -104,10 +108,19 @@ def unknown(name: str, names: Sequence[str]) -> tuple[str, str, str]:
     return f"one of the labels {shown}", repr(name), did_you_mean(name, list(names))
 
 
+def alike(names: Iterable[str]) -> list[list[str]]:
+    """Names that a reader may take for one: they differ in case, white space, invisible characters or Unicode's form only."""
+    groups: dict[str, list[str]] = {}
+    for name in ordered(names):
+        plain = "".join(one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) != "Cf")
+        groups.setdefault(" ".join(plain.casefold().split()), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def as_number(label: str | float) -> float | None:
-    """A label as a number, None where it is none."""
+    """A label as a number, None where it is none, or one whose square fp32 cannot hold."""
     try:
         value = float(label)
     except ValueError:
         return None
-    return value if value == value and abs(value) != float("inf") else None
+    return value if abs(value) <= LARGEST else None

@@ -117,11 +117,12 @@ class Objective:
         found = labels.survey(row for row in rows if isinstance(row, Labelled))
         problem = self.config.problem_type or found.problem
         names = [] if problem == REGRESSION else self.config.labels or labels.ordered(found.counts)
-        if problem == SINGLE and not self.config.problem_type and _are_numbers(names):
-            self.notes.append(
-                f"the labels are {len(names)} whole numbers (from {names[0]} to {names[-1]}), taken as "
-                "names of classes; for numbers to be predicted set objective.problem_type=regression"
-            )
+        if not self.config.problem_type:
+            self.notes += _guessed(problem, found)
+        self.notes += [
+            f"labels that look the same are different classes: {' and '.join(map(ascii, group[:5]))}. Are they one? Write them so"
+            for group in labels.alike(names)
+        ]
         if problem != REGRESSION:
             labels.check(names, problem)
         if self._saved and problem == self._saved["problem"] and set(names) == set(self._saved["labels"]):
@@ -212,7 +213,7 @@ class Objective:
         if self.problem == REGRESSION:
             value = labels.as_number(row.label)
             if value is None:
-                raise RowFault(index, "a number", repr(row.label), "Write a number, or delete the row.", "label")
+                raise RowFault(index, "a number", repr(row.label), "Write a number of at most 1e18, or delete the row.", "label")
             return np.array([value], np.float32)
         return np.array([self._number(labels.name_of(row.label), index, "label")], np.float32)
 
@@ -381,5 +382,19 @@ class Objective:
         return self.labels[int(target[0])]
 
 
-def _are_numbers(names: Sequence[str]) -> bool:
-    return bool(names) and all(map(labels.is_whole, names))
+def _guessed(problem: str, found: Survey) -> list[str]:
+    """Said of numbers, which may be classes or not."""
+    names = list(found.counts)
+    numbers = [number for name in names if (number := labels.as_number(name)) is not None]
+    if problem == MULTI or not numbers or len(numbers) < len(names):
+        return []
+    if problem == REGRESSION:
+        return [
+            f"the labels are numbers from {min(numbers):g} to {max(numbers):g}, which are predicted as such (regression); "
+            "for classes set objective.problem_type=single_label_classification"
+        ]
+    kind = "whole numbers" if all(map(labels.is_whole, names)) else "numbers"
+    return [
+        f"the labels are {len(names)} {kind} (from {min(numbers):g} to {max(numbers):g}), taken as "
+        "names of classes; for numbers to be predicted set objective.problem_type=regression"
+    ]
