@@ -117,6 +117,24 @@ def alike(names: Iterable[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+def guessed(problem: str, found: Survey) -> list[str]:
+    """Said of numbers, which may be classes or not."""
+    names = list(found.counts)
+    numbers = [number for name in names if (number := as_number(name)) is not None]
+    if problem == MULTI or not numbers or len(numbers) < len(names):
+        return []
+    if problem == REGRESSION:
+        return [
+            f"the labels are numbers from {min(numbers):g} to {max(numbers):g}, which are predicted as such (regression); "
+            "for classes set objective.problem_type=single_label_classification"
+        ]
+    kind = "whole numbers" if all(map(is_whole, names)) else "numbers"
+    return [
+        f"the labels are {len(names)} {kind} (from {min(numbers):g} to {max(numbers):g}), taken as "
+        "names of classes; for numbers to be predicted set objective.problem_type=regression"
+    ]
+
+
 def as_number(label: str | float) -> float | None:
     """A label as a number, None where it is none, or one whose square fp32 cannot hold."""
     try:

@@ -118,7 +118,7 @@ class Objective:
         problem = self.config.problem_type or found.problem
         names = [] if problem == REGRESSION else self.config.labels or labels.ordered(found.counts)
         if not self.config.problem_type:
-            self.notes += _guessed(problem, found)
+            self.notes += labels.guessed(problem, found)
         self.notes += [
             f"labels that look the same are different classes: {' and '.join(map(ascii, group[:5]))}. Are they one? Write them so"
             for group in labels.alike(names)
@@ -380,21 +380,3 @@ class Objective:
         if self.problem == MULTI:
             return [name for name, held in zip(self.labels, target) if held > 0.5]
         return self.labels[int(target[0])]
-
-
-def _guessed(problem: str, found: Survey) -> list[str]:
-    """Said of numbers, which may be classes or not."""
-    names = list(found.counts)
-    numbers = [number for name in names if (number := labels.as_number(name)) is not None]
-    if problem == MULTI or not numbers or len(numbers) < len(names):
-        return []
-    if problem == REGRESSION:
-        return [
-            f"the labels are numbers from {min(numbers):g} to {max(numbers):g}, which are predicted as such (regression); "
-            "for classes set objective.problem_type=single_label_classification"
-        ]
-    kind = "whole numbers" if all(map(labels.is_whole, names)) else "numbers"
-    return [
-        f"the labels are {len(names)} {kind} (from {min(numbers):g} to {max(numbers):g}), taken as "
-        "names of classes; for numbers to be predicted set objective.problem_type=regression"
-    ]
