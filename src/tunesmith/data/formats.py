@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -186,6 +187,14 @@ FORMATS: dict[str, Format] = {
 }
 """In the order in which they are tried."""
 
+EXAMPLES: dict[type, str] = {
+    Chat: '{"prompt": "...", "completion": "..."}',
+    Labelled: '{"text": "...", "label": "..."}',
+    Tagged: '{"tokens": ["Kim", "left"], "ner_tags": ["B-PER", "O"]}',
+    Question: '{"question": "...", "context": "...", "answers": {"text": ["..."], "answer_start": [0]}}',
+}
+"""A row as a file may have it."""
+
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
@@ -314,13 +323,13 @@ def converter(
         found = fitting[0].form
         raise DataError(
             f"{path}: the format {found.name} gives {found.row.__name__} rows, but the objective learns from {names} rows.\n"
-            f"  Choose another objective, or map a column: columns: {{{_first(accepted)}: {next(iter(keys[0]), 'COLUMN')}}}"
+            f"  Choose another objective, or say which column is what, for example {_mapping(accepted, keys)}"
         )
     there = ", ".join(dict.fromkeys(str(key) for row in keys[:5] for key in row))
     tried = f"the format {format} needs {_needs(FORMATS[format])}" if format else "no known format has these columns"
     raise DataError(
         f"{path}: {tried}. Columns of the file: {there or 'none'}.\n"
-        "  Say which column is what, for example columns: {instruction: ask, output: reply}. Formats:\n"
+        f"  Say which column is what, for example {_mapping(accepted, keys)}. Formats:\n"
         + "\n".join(f"    {maker.form.name}: {_needs(maker.form)}" for maker in _giving(accepted))
     )
 
@@ -334,9 +343,21 @@ def _giving(accepted: tuple[type, ...]) -> list[Converter]:
     return [maker for form in FORMATS.values() if _row_types(maker := Converter(form, {})) & set(accepted)]
 
 
-def _first(accepted: tuple[type, ...]) -> str:
-    """A field that all rows of the objective have."""
-    return {Tagged: "tokens", Question: "context"}.get(accepted[0], "text")
+def _mapping(accepted: tuple[type, ...], keys: Sequence[tuple[str, ...]]) -> str:
+    """``columns: {label: sentiment}``: what the nearest format lacks, with columns of the file that it does not use."""
+    there = list(dict.fromkeys(str(key) for row in keys[:5] for key in row))
+    makers = [Converter(FORMATS["prompt_completion"], {})] if Chat in accepted else _giving(accepted)
+    tries = []
+    for maker in makers:
+        names, _ = _resolve(maker, tuple(there))
+        needed = [field.name for field in maker.form.fields if field.required]
+        lacking = [name for name in needed if name not in names] or needed
+        tries.append((lacking, [column for column in there if column not in names.values()]))
+    lacking, free = min(tries, key=lambda one: len(one[0]))
+    pairs = list(zip(lacking, free if len(free) >= len(lacking) else ["COLUMN"] * len(lacking)))
+    mapped = ", ".join(f"{field}: {column}" for field, column in pairs)
+    typed = " ".join(f"--column {shlex.quote(f'{field}={column}')}" for field, column in pairs)
+    return f"columns: {{{mapped}}} (evaluate and predict: {typed})"
 
 
 def _needs(form: Format) -> str:

@@ -86,7 +86,7 @@ def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bo
         if not sample:
             raise DataError(
                 f"{source.label} has no rows. Expected at least one, such as "
-                '{"prompt": "...", "completion": "..."}. Write some into it, or name another file.'
+                f"{formats.EXAMPLES.get(accepted[0], formats.EXAMPLES[Chat])}. Write some into it, or name another file."
             )
         keys = [tuple(item.value) for item in sample if isinstance(item, Record)]
     else:
