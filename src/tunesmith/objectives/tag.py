@@ -252,7 +252,7 @@ class Objective:
         from tunesmith.metrics import entities
 
         known = [one for one in self.answers(records) if one["gold"] is not None]
-        return entities.score([one["gold"] for one in known], [one["prediction"] for one in known])
+        return entities.score([one["gold"] for one in known], [one["prediction"] for one in known], self.scheme)
 
     def present(self, row: Tagged, answer: dict[str, Any]) -> dict[str, Any]:
         """``entities``: type, start and end in characters, text, score (mean over its words) of each; ``tags`` of all words."""
