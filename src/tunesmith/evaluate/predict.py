@@ -45,13 +45,14 @@ def predict(
     chosen = opened.open_model(model, max_length=max_length)
     if chosen.objective.head == "lm":
         raise ModelError("this model writes text: use tunesmith generate. predict is for models that classify, tag or answer.")
-    rows = open_source(source, chosen.objective.rows, gold=False).rows()
+    opened_source = open_source(source, chosen.objective.rows, gold=False)
+    rows = opened_source.rows()
     longest = max_length or chosen.objective.max_length
     cut = bad = 0
     way = None
     try:
         while block := list(itertools.islice(rows, BLOCK)):
-            made = [_encoded(item, chosen.objective, chosen.tokenizer) for item in block]
+            made = [_encoded(item, opened_source, chosen.objective, chosen.tokenizer) for item in block]
             examples = [one for item in made if isinstance(item, list) for one in item]
             cut += sum(_cut(one, longest) for one in examples)
             if examples and way is None:
@@ -77,7 +78,7 @@ def predict(
         note(f"{bad} rows could not be read: they have `error` in the place of an answer")
 
 
-def _encoded(item: tuple[Record, Any] | RowProblem, objective: Any, tokenizer: Any) -> list[Any] | RowProblem:
+def _encoded(item: tuple[Record, Any] | RowProblem, source: Any, objective: Any, tokenizer: Any) -> list[Any] | RowProblem:
     """The examples of a row, each with its number."""
     import numpy as np
 
@@ -87,7 +88,8 @@ def _encoded(item: tuple[Record, Any] | RowProblem, objective: Any, tokenizer: A
     try:
         (examples,) = objective.encode([without_gold(row)], tokenizer)
     except RowFault as fault:
-        return RowProblem(record.path, record.row, "row", fault.expected, fault.got, fault.fix, record.line)
+        found: RowProblem = source.problem(record, fault)
+        return found
     return [{**example, "row": np.array([0, record.row])} for example in examples]
 
 
