@@ -253,3 +253,21 @@ def test_a_tagger_goes_on_with_its_own_labels(tmp_path):
     more = tunesmith.train(again, out=tmp_path / "more")
     assert load.load_config(locate(more["model_dir"])).id2label == {0: "O", 1: "B-PER", 2: "B-LOC"}
     assert apart(weights(outcome["model_dir"]), weights(more["model_dir"])) < 1e-6
+
+
+@pytest.mark.parametrize(("moved", "opens"), [(0.1, True), (0.3, False)])
+def test_rounding_of_a_head_in_half_precision_does_not_lock_the_model(tmp_path, moved, opens):
+    from tunesmith.errors import ModelError
+    from tunesmith.models import probe
+
+    outcome = tunesmith.train(recipe(tmp_path, "llama", "qa", max_steps=1, precision="bf16"), out=tmp_path / "run")
+    file = tmp_path / "run" / "model" / probe.FILE
+    record = json.loads(file.read_text())
+    record["probe"]["dtype"] = "bfloat16"
+    record["probe"]["answers"][0]["logits"][0] += moved
+    file.write_text(json.dumps(record))
+    if opens:
+        tunesmith.load(outcome["model_dir"])
+    else:
+        with pytest.raises(ModelError, match="does not answer as it did"):
+            tunesmith.load(outcome["model_dir"])
