@@ -129,7 +129,7 @@ def verify_probe(folder: Path, model: Any, tokenizer: Any) -> float | None:
     """The largest difference between the logits now and those written at save time; None when the folder has no probe.
 
     Raises ModelError when a file is not the one saved (:func:`check_files`), when the tokenizer gives other ids, or when a logit
-    differs by more than rounding explains: 0.2% of the largest one where both were fp32, else 5%, of a head that writes no text 20%:
+    differs by more than rounding explains: 0.2% of the largest one where both were fp32, else 5%, of a head for a task 20%:
     its few numbers are small differences of large ones (0.07 of 1 was seen at 30 layers in bf16).
     """
     from tunesmith.models import head as networks
