@@ -40,8 +40,8 @@ LORA = {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": LAYERS}
 
 RT: dict[str, Any] = {"task": "classify", "model": "minilm-l6", "batch_size": 32, "epochs": 2, "learning_rate": 5e-5}
 MANY = {"adaptation": "features", "learning_rate": 1e-3, "epochs": 10}
-MINI_TAG = {"task": "tag", "model": "minilm-l6", "batch_size": 16, "epochs": 4, "learning_rate": 2e-4, "warmup_ratio": 0.1}
-MINI_QA = {"task": "qa", "model": "minilm-l6", "batch_size": 8, "epochs": 4, "learning_rate": 2e-4, "warmup_ratio": 0.1}
+MINI_TAG = {"task": "tag", "model": "minilm-l6", "batch_size": 16, "epochs": 3, "learning_rate": 2e-4, "warmup_ratio": 0.1}
+MINI_QA = {"task": "qa", "model": "minilm-l6", "batch_size": 8, "epochs": 2, "learning_rate": 2e-4, "warmup_ratio": 0.1}
 SMOL = {"model": "smollm2-135m", "adaptation": LORA, "learning_rate": 5e-4}
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "classify features": {**RT, **MANY, "asked": 0.72},
     "multilabel full": {**RT, "task": "multilabel", "epochs": 5, "learning_rate": 1e-4},
     "tag full": {**MINI_TAG, "peer": True, "seeds": 3},
-    "tag lora": {**MINI_TAG, **SMOL, "epochs": 2, "peer": True, "seeds": 2},
+    "tag lora": {**MINI_TAG, **SMOL, "epochs": 1, "peer": True, "seeds": 2},
     "qa full": {**MINI_QA, "peer": True, "seeds": 3},
     "qa lora": {**MINI_QA, **SMOL, "epochs": 1, "peer": True, "seeds": 3},
 }

@@ -114,7 +114,7 @@ def test_wrong_values_are_named(override, words):
         (["objective=cpt", "data.template=alpaca"], "data.template does nothing: cpt learns from Text rows"),
         (["train.early_stopping_threshold=0.1"], "does nothing without train.early_stopping_patience"),
         (["train.early_stopping_patience=2", "train.eval_steps=null"], "early_stopping_patience needs eval_steps"),
-        (["train.max_steps=10", "train.epochs=2"], "train.max_steps or train.epochs, not both"),
+        (["train.max_steps=10", "train.epochs=2"], "train.max_steps or train.epochs, not both; train.epochs=1 beside"),
         (["train.warmup_ratio=0.1", "train.warmup_steps=2"], "warmup_ratio or warmup_steps, not both"),
         (["train.lr_scheduler_type=constant", "train.warmup_steps=2"], "use constant_with_warmup"),
         (["samples.prompts=[hello]", "samples.count=2"], "samples.prompts or samples.count, not both"),

@@ -65,6 +65,7 @@ def test_refused(text, words):
         ("a.b=", {"a": {"b": None}, "l": [{"p": 1}], "objective": "sft"}),
         ("objective.beta=1", {"a": {"b": 1}, "l": [{"p": 1}], "objective": {"type": "sft", "beta": 1}}),
         ("objective.type=cpt", {"a": {"b": 1}, "l": [{"p": 1}], "objective": {"type": "cpt"}}),
+        ("a.b=|", {"a": {"b": "|"}, "l": [{"p": 1}], "objective": "sft"}),
         ("a.b==", {"a": {"b": "="}, "l": [{"p": 1}], "objective": "sft"}),
     ],
 )

@@ -198,7 +198,10 @@ def conflicts(recipe: Recipe) -> list[str]:
         train.early_stopping_threshold and not train.early_stopping_patience,
         "train.early_stopping_threshold does nothing without train.early_stopping_patience",
     )
-    clash(train.max_steps and changed(train, "epochs"), "set train.max_steps or train.epochs, not both")
+    clash(
+        train.max_steps and changed(train, "epochs"),
+        "set train.max_steps or train.epochs, not both; train.epochs=1 beside max_steps takes back what the recipe says",
+    )
     clash(
         train.scheduler_name == "constant" and (train.warmup_ratio or train.warmup_steps),
         "train.lr_scheduler_type: constant has no warm-up; use constant_with_warmup",

@@ -87,6 +87,10 @@ def read(text: str, name: str) -> tuple[Any, Any]:
         raise RecipeError(f"{name}: not valid YAML: {error}") from None
 
 
+BLOCKS = ("|", ">")
+"""With these YAML begins a text on further lines, which a command line has not: there they are themselves."""
+
+
 def apply(raw: dict[str, Any], override: str) -> dict[str, Any]:
     """``raw`` with one dotted key set: ``train.epochs=2``, ``data.train.0.limit=100``, ``data.train='[{path: x.json}]'``.
 
@@ -96,7 +100,7 @@ def apply(raw: dict[str, Any], override: str) -> dict[str, Any]:
     parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):
         raise RecipeError(f"override {override!r}: expected KEY=VALUE, for example train.epochs=2")
-    parsed, _ = read(value, f"override {override!r}")
+    parsed = value.strip() if value.strip() in BLOCKS else read(value, f"override {override!r}")[0]
     done: dict[str, Any] = _set(raw, parts, parsed, override)
     return done
 

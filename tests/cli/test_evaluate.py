@@ -26,11 +26,24 @@ def calls(monkeypatch):
 
 
 def test_options_arrive(calls, capsys):
-    options = ["--column", "prompt=q", "--column", "completion=a", "--limit", "5", "--template", "korean", "--json"]
+    options = [
+        "--column",
+        "prompt=q",
+        "--column",
+        "completion=a",
+        "--limit",
+        "5",
+        "--template",
+        "korean",
+        "--separator",
+        "|",
+        "--json",
+    ]
     assert main(["evaluate", "m", "--data", "x.csv", *options]) == 0
     (args, keys), *_ = calls
     assert args == ("m", "x.csv")
     assert (keys["columns"], keys["limit"], keys["template"]) == ({"prompt": "q", "completion": "a"}, 5, "korean")
+    assert keys["separator"] == "|"
     assert json.loads(capsys.readouterr().out) == FIGURES
 
 

@@ -272,8 +272,8 @@ def test_bad_lines_of_conll(read, content, said):
 BLIND = [
     (Labelled, "a.txt", "one two\n", Labelled("one two")),
     (Labelled, "a.csv", "text,label\nt,\n", Labelled("t")),
-    (Labelled, "a.csv", "text,label\nt,x\n", Labelled("t", label="x")),
-    (Labelled, "a.jsonl", '{"text": "t", "labels": ["a"]}\n', Labelled("t", labels=("a",))),
+    (Labelled, "a.csv", "text,label\nt,x\n", Labelled("t")),
+    (Labelled, "a.jsonl", '{"text": "t", "labels": ["a", 3]}\n', Labelled("t")),
     (Tagged, "a.txt", "one  two\n", Tagged("one  two", ((0, 3), (5, 8)))),
     (Tagged, "a.jsonl", '{"tokens": ["a", "b"], "ner_tags": null}\n', Tagged("a b", ((0, 1), (2, 3)))),
     (Tagged, "a.conll", "one\ntwo\n", Tagged("one two", ((0, 3), (4, 7)))),
@@ -287,10 +287,37 @@ def test_rows_to_predict_may_lack_what_is_asked(read, kind, name, content, row):
     assert read(content, kind, name, gold=False) == [row]
 
 
-@pytest.mark.parametrize(("kind", "field"), [(Labelled, "text"), (Tagged, "tokens"), (Question, "context")])
-def test_a_file_of_other_rows_says_what_to_map(read, kind, field):
-    with pytest.raises(DataError, match=rf"learns from {kind.__name__} rows[\s\S]*columns: {{{field}: question}}"):
-        read([{"question": "q", "answer": "a"}], kind)
+@pytest.mark.parametrize(
+    ("kind", "row", "mapped", "typed"),
+    [
+        (
+            Labelled,
+            {"question": "q", "answer": "a"},
+            "text: question, label: answer",
+            "--column text=question --column label=answer",
+        ),
+        (Tagged, {"text": "q", "my tags": "O"}, "tags: my tags", "--column 'tags=my tags'"),
+        (Question, {"question": "q", "answer": "a"}, "context: COLUMN, answers: COLUMN", "--column context=COLUMN"),
+        (Labelled, {"text": "q", "anger": 1, "joy": 0}, "label: anger", "--column label=anger"),
+        (Labelled, {"내용": "q", "레이블": "a"}, "text: 내용, label: 레이블", "--column 'text=내용'"),
+    ],
+)
+def test_a_file_of_other_rows_says_what_to_map(read, kind, row, mapped, typed):
+    with pytest.raises(DataError) as said:
+        read([row], kind)
+    assert f"columns: {{{mapped}}}" in str(said.value) and typed in str(said.value)
+
+
+@pytest.mark.parametrize(("kind", "example"), [(Labelled, '"label"'), (Tagged, '"ner_tags"'), (Question, '"context"')])
+def test_an_empty_file_is_answered_with_a_row_of_its_kind(read, kind, example):
+    with pytest.raises(DataError, match=f"has no rows.*{example}"):
+        read("", kind)
+
+
+def test_a_header_in_another_encoding_is_said(tmp_path):
+    (tmp_path / "a.csv").write_bytes("내용,레이블\n좋다,긍정\n".encode("cp949"))
+    (problem,) = opened(tmp_path / "a.csv", Labelled)
+    assert problem.fatal and problem.field == "header" and "UTF-8" in problem.fix
 
 
 def test_preview_and_lint_show_them(tmp_path, capsys):

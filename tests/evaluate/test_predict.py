@@ -7,6 +7,11 @@ import pytest
 import tunesmith
 from tests.runs import ROWS, recipe
 
+WRONG = {
+    "classify": {"label": ["a", "list"]},
+    "tag": {"ner_tags": [1]},
+    "qa": {"answers": {"text": ["never said"], "answer_start": [3]}},
+}
 GOLD = {
     "classify": {"label": "never seen"},
     "tag": {"ner_tags": lambda row: ["B-NEVER"] * len(row["tokens"])},
@@ -20,9 +25,10 @@ def test_gold_is_not_looked_at(tmp_path, objective):
     rows = ROWS[objective](6)
     others = [{**row, **{name: to(row) if callable(to) else to for name, to in GOLD[objective].items()}} for row in rows]
     bare = [{name: value for name, value in row.items() if name not in GOLD[objective]} for row in rows]
+    wrong = [{**row, **WRONG[objective]} for row in rows]
     said = []
-    for name, some in (("known", rows), ("other", others), ("bare", bare)):
+    for name, some in (("known", rows), ("other", others), ("bare", bare), ("wrong", wrong)):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
         said.append(list(tunesmith.predict(found["model_dir"], file)))
-    assert said[0] == said[1] == said[2] and len(said[0]) == 6 and not any("error" in one for one in said[0])
+    assert said[0] == said[1] == said[2] == said[3] and len(said[0]) == 6 and not any("error" in one for one in said[0])

@@ -15,7 +15,7 @@ from tunesmith.data.rows import Labelled
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load, newhead
 from tunesmith.models.locate import locate
-from tunesmith.objectives import classify
+from tunesmith.objectives import classify, tag
 
 NETWORKS = ["bert", "roberta", "llama", "gpt2", "qwen3"]
 TEXTS = ["Paris is the capital.", "a lazy dog", "x", "def add(a, b): return a, the quick brown fox jumps over"]
@@ -229,8 +229,17 @@ def test_a_row_that_cannot_be_read_costs_no_other(tmp_path):
 def test_an_unknown_label_names_row_and_label(tmp_path):
     outcome = tunesmith.train(recipe(tmp_path, "bert", "classify", "full"), out=tmp_path / "run")
     (tmp_path / "other.jsonl").write_text('{"text": "x", "label": "good"}\n{"text": "y", "label": "god"}\n')
-    with pytest.raises(DataError, match=r"other.jsonl:2:.*'god'.*Did you mean `good`"):
+    with pytest.raises(DataError, match=r"other.jsonl:2:label .*'god'.*Did you mean `good`"):
         tunesmith.evaluate(outcome["model_dir"], tmp_path / "other.jsonl")
+
+
+def test_bad_rows_are_said_where_too_little_is_left_without_them(tmp_path):
+    made = recipe(tmp_path, "bert", "classify", "full")
+    (tmp_path / "rows.jsonl").write_bytes('{"text": "x", "label": "\uae0d\uc815"}\n'.encode("cp949") * 12)
+    with pytest.raises(
+        DataError, match=r"(?s)12 bad rows:.*rows.jsonl:1:label.*UTF-8.* and 2 more\nWithout them the training rows"
+    ):
+        tunesmith.train(made, out=tmp_path / "run")
 
 
 def test_one_class_is_nothing_to_learn(tmp_path):
@@ -238,6 +247,46 @@ def test_one_class_is_nothing_to_learn(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "x", "label": "good"}\n' * 4)
     with pytest.raises(DataError, match="only the class 'good'"):
         tunesmith.train(made, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["--5", "-", "7" * 5000, "\u00b2"])
+def test_names_that_are_nearly_numbers_are_names(name):
+    objective = classify.Objective(classify.Config())
+    objective.survey([Labelled("t", label="4"), Labelled("u", label=name)])
+    assert objective.labels == (["4", name])
+
+
+SAID = {
+    "fractions": ([0.5, 1, 2.25], ["from 0.5 to 2.25, which are predicted as such"]),
+    "fractions of a csv": (["0.50", "1", "2.25"], ["3 numbers (from 0.5 to 2.25), taken as names"]),
+    "whole": (["0", "10", "2"], ["3 whole numbers (from 0 to 10), taken as names"]),
+    "case": (["pos", "Pos", "neg"], ["look the same are different classes: 'Pos' and 'pos'"]),
+    "forms": (["caf\u00e9", "cafe\u0301", "a\u00a0b", "a b"], [r"'a b' and 'a\xa0b'", r"'cafe\u0301' and 'caf\xe9'"]),
+    "invisible": (["pos", "pos\u200b"], [r"'pos' and 'pos\u200b'"]),
+    "nothing": (["pos", "neg", "1"], []),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_is_guessed_of_labels_is_said(case):
+    found, said = SAID[case]
+    objective = classify.Objective(classify.Config())
+    objective.survey([Labelled("t", label=label) for label in found])
+    notes = [note for note in objective.notes if not note.startswith("labels: ")]
+    assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes))
+
+
+def test_a_number_that_cannot_be_squared_is_no_target(tmp_path):
+    made = recipe(tmp_path, "bert", "classify", "full")
+    (tmp_path / "rows.jsonl").write_text('{"text": "x", "label": 0.5}\n{"text": "y", "label": 1e30}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl:2:label .*expected a number.*1e\+?30"):
+        tunesmith.train(made, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", [classify, tag])
+def test_a_label_named_twice_is_refused(kind):
+    with pytest.raises(ValueError, match="'a' 2 times: write each name once"):
+        kind.Config(labels=["a", "b", "a"])
 
 
 def test_weights_of_a_class_that_is_not_there_are_refused(tmp_path):

@@ -224,14 +224,23 @@ def test_what_stays_frozen_is_saved_as_the_base_has_it(tmp_path):
 def test_bad_rows_are_named(tmp_path):
     outcome = tunesmith.train(recipe(tmp_path, "bert", "tag", "full"), out=tmp_path / "run")
     (tmp_path / "other.jsonl").write_text('{"tokens": ["x"], "ner_tags": ["O"]}\n{"tokens": ["y"], "ner_tags": ["B-LOK"]}\n')
-    with pytest.raises(DataError, match=r"other.jsonl:2:.*'B-LOK' at word 1, 'y'.*Did you mean `B-LOC`"):
+    with pytest.raises(DataError, match=r"other.jsonl:2:ner_tags\[0\] .*'B-LOK' at word 1, 'y'.*Did you mean `B-LOC`"):
         tunesmith.evaluate(outcome["model_dir"], tmp_path / "other.jsonl")
     long = recipe(tmp_path, "bert", {"type": "qa", "window": 32}, "full")
     asked = [*questions(2), {**questions(1)[0], "question": "what is the capital? " * 30, "context": "the answer 0 " * 30}]
     asked[2]["answers"]["answer_start"] = [4]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    with pytest.raises(DataError, match=r"rows.jsonl:3:.*leaves room for 8 tokens of context in 32"):
+    with pytest.raises(DataError, match=r"rows.jsonl:3:question .*leaves room for 8 tokens of context in 32"):
         tunesmith.train(long, out=tmp_path / "long")
+
+
+def test_held_out_rows_without_an_entity_have_an_f1_too(tmp_path):
+    """Where nothing is an entity and the model says so, the best model is still chosen by F1."""
+    made = recipe(tmp_path, "bert", {"type": "tag", "labels": ["O", "B-PER"]}, "full", max_steps=2)
+    rows = [{"tokens": ["one", "two"], "ner_tags": ["O", "O"]}] * 6
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made["data"]["eval"] = {"fraction": 0.3}
+    assert tunesmith.train(made, out=tmp_path / "run")["eval_f1"] == 0.0
 
 
 def test_a_tagger_goes_on_with_its_own_labels(tmp_path):
@@ -244,3 +253,21 @@ def test_a_tagger_goes_on_with_its_own_labels(tmp_path):
     more = tunesmith.train(again, out=tmp_path / "more")
     assert load.load_config(locate(more["model_dir"])).id2label == {0: "O", 1: "B-PER", 2: "B-LOC"}
     assert apart(weights(outcome["model_dir"]), weights(more["model_dir"])) < 1e-6
+
+
+@pytest.mark.parametrize(("moved", "opens"), [(0.1, True), (0.3, False)])
+def test_rounding_of_a_head_in_half_precision_does_not_lock_the_model(tmp_path, moved, opens):
+    from tunesmith.errors import ModelError
+    from tunesmith.models import probe
+
+    outcome = tunesmith.train(recipe(tmp_path, "llama", "qa", max_steps=1, precision="bf16"), out=tmp_path / "run")
+    file = tmp_path / "run" / "model" / probe.FILE
+    record = json.loads(file.read_text())
+    record["probe"]["dtype"] = "bfloat16"
+    record["probe"]["answers"][0]["logits"][0] += moved
+    file.write_text(json.dumps(record))
+    if opens:
+        tunesmith.load(outcome["model_dir"])
+    else:
+        with pytest.raises(ModelError, match="does not answer as it did"):
+            tunesmith.load(outcome["model_dir"])

@@ -28,6 +28,9 @@ def evaluate(
     column: Annotated[
         list[str] | None, typer.Option(help="FIELD=COLUMN, such as prompt=question; may be repeated.", show_default=False)
     ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="What stands between the labels of a cell, such as '|'.", show_default=False)
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="alpaca, chatml, roles, korean or Jinja.", show_default="the model's own")
     ] = None,
@@ -60,6 +63,7 @@ def evaluate(
         objective=objective,
         format=format,
         columns=columns,
+        separator=separator,
         template=template,
         max_length=max_length,
         overlong=overlong,

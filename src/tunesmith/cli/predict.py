@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -66,23 +68,39 @@ def predict_into(
     )  # fmt: skip
     first: list[dict[str, Any]] = []
     rows = errors = 0
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.part")
     show = Progress(
         SpinnerColumn(), TextColumn(doing), MofNCompleteColumn(), TimeElapsedColumn(), console=console(), transient=True
     )
-    with show, beside.open("w", encoding="utf-8") as file:
+    with show, _appearing(out) as file:
         task = show.add_task("", total=None)
         for answer in said:
             file.write(json.dumps(plain(answer), ensure_ascii=False) + "\n")
             rows, errors = rows + 1, errors + ("error" in answer)
             first += [answer] if len(first) < SHOWN else []
             show.advance(task)
-    beside.rename(out)
     for line in notes:
         say(line)
     found = {"model": model, "data": data, "out": str(out), "rows": rows, "errors": errors, "notes": notes, "first": first}
     result(found, as_json, _shown)
+
+
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[TextIO]:
+    """A file that becomes ``out`` when the block ends, and is gone when it fails. Raises UserError where none can be written."""
+    from tunesmith.models import newfolder
+
+    newfolder.make(out.parent)
+    beside = out.with_name(f".{out.name}.part")
+    try:
+        file = beside.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}. Name another file with --out.") from None
+    try:
+        with file:
+            yield file
+        beside.rename(out)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _shown(found: Any) -> str:

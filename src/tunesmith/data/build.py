@@ -97,7 +97,7 @@ def _write(writer: Writer, opened: Opened, objective: Any, tokenizer: Any, on_pr
     fatal = False
     unseen: dict[str, Any] = {"looked_at": 0, "rows": 0, "first": []}
     renderer = Renderer(tokenizer) if tokenizer.chat_template else None
-    for encoded, problems in _ahead(_batches(opened.rows()), objective, tokenizer):
+    for encoded, problems in _ahead(_batches(opened.rows()), opened, objective, tokenizer):
         read += len(encoded) + len(problems)
         for (record, row), examples in encoded:
             writer.add(examples, record.row, digest(row))
@@ -113,12 +113,14 @@ def _write(writer: Writer, opened: Opened, objective: Any, tokenizer: Any, on_pr
     }  # fmt: skip
 
 
-def _ahead(batches: Iterator[tuple[list[Located], list[RowProblem]]], objective: Any, tokenizer: Any) -> Iterator[Encodings]:
+def _ahead(
+    batches: Iterator[tuple[list[Located], list[RowProblem]]], opened: Opened, objective: Any, tokenizer: Any
+) -> Iterator[Encodings]:
     """Encode two batches at a time, in order: one is rendered (Python) while the other is tokenised (outside the GIL)."""
     with ThreadPoolExecutor(THREADS) as pool:
         running: deque[tuple[Future[Encodings], list[RowProblem]]] = deque()
         for batch, problems in batches:
-            running.append((pool.submit(_encode, batch, objective, tokenizer), problems))
+            running.append((pool.submit(_encode, batch, opened, objective, tokenizer), problems))
             if len(running) > THREADS:
                 yield _joined(*running.popleft())
         while running:
@@ -161,7 +163,7 @@ def _characters(row: Row) -> int:
     return sum(len(part) for name in TEXTS if isinstance(part := getattr(row, name, None), str))
 
 
-def _encode(batch: Sequence[Located], objective: Any, tokenizer: Any) -> Encodings:
+def _encode(batch: Sequence[Located], opened: Opened, objective: Any, tokenizer: Any) -> Encodings:
     """Encode a batch in one call; when a row is at fault, each row on its own, so that every fault is found."""
     if not batch:
         return [], []
@@ -169,17 +171,13 @@ def _encode(batch: Sequence[Located], objective: Any, tokenizer: Any) -> Encodin
         return list(zip(batch, objective.encode([row for _, row in batch], tokenizer), strict=True)), []
     except RowFault as fault:
         if len(batch) == 1:
-            return [], [_problem(batch[0][0], fault)]
+            return [], [opened.problem(batch[0][0], fault)]
     encoded, problems = [], []
     for item in batch:
-        done, refused = _encode([item], objective, tokenizer)
+        done, refused = _encode([item], opened, objective, tokenizer)
         encoded += done
         problems += refused
     return encoded, problems
-
-
-def _problem(record: Record, fault: RowFault) -> RowProblem:
-    return RowProblem(record.path, record.row, "row", fault.expected, fault.got, fault.fix, record.line)
 
 
 def _compare(row: Chat, record: Record, renderer: Renderer, unseen: dict[str, Any]) -> None:

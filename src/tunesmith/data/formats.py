@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -10,8 +11,8 @@ from typing import Any
 
 from tunesmith.data import label_fields, preference_fields, squad, word_fields
 from tunesmith.data.fields import SYSTEM, TOOLS, Field, FieldFault, Format, Values, optional_text, text
-from tunesmith.data.problems import Record, RowProblem, shorten
-from tunesmith.data.rows import Chat, Labelled, PromptCompletion, Question, Ranking, Row, Tagged, Text
+from tunesmith.data.problems import Record, RowFault, RowProblem, shorten
+from tunesmith.data.rows import Chat, Labelled, PromptCompletion, Question, Row, Tagged, Text
 from tunesmith.data.turns import chat, conversation, exchange, opening_of, tool_schemas
 from tunesmith.errors import DataError
 from tunesmith.nearest import did_you_mean
@@ -138,6 +139,14 @@ FORMATS: dict[str, Format] = {
 }
 """In the order in which they are tried."""
 
+EXAMPLES: dict[type, str] = {
+    Chat: '{"prompt": "...", "completion": "..."}',
+    Labelled: '{"text": "...", "label": "..."}',
+    Tagged: '{"tokens": ["Kim", "left"], "ner_tags": ["B-PER", "O"]}',
+    Question: '{"question": "...", "context": "...", "answers": {"text": ["..."], "answer_start": [0]}}',
+}
+"""A row as a file may have it."""
+
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
@@ -164,16 +173,18 @@ class Converter:
                 values[self.form.prompt] = self._filled(record.value)
             return self.form.build({**values, **(self.facts or {})})
         except FieldFault as fault:
-            head, mark, rest = fault.field.partition("[")  # messages[2].content -> the file's own column name
-            field = names.get(head, self.columns.get(head, head)) + mark + rest
-            return RowProblem(record.path, record.row, field, fault.expected, fault.got, fault.fix, record.line)
+            return self.problem(record, fault)
+
+    def problem(self, record: Record, fault: FieldFault | RowFault) -> RowProblem:
+        """What is wrong with a row, under the file's own column name: messages[2].content -> chat[2].content."""
+        names, _ = _resolve(self, tuple(record.value))
+        head, mark, rest = fault.field.partition("[")
+        field = names.get(head, self.columns.get(head, head)) + mark + rest
+        return RowProblem(record.path, record.row, field, fault.expected, fault.got, fault.fix, record.line)
 
     def _values(self, value: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-        """Field -> value. Where gold is not asked for, an empty one is none."""
-        values = {field: value[column] for field, column in names.items()}
-        if not self.gold and self.form.gold and values.get(self.form.gold) in (None, ""):
-            values.pop(self.form.gold, None)
-        return values
+        """Field -> value. Where gold is not asked for it is not looked at, right or wrong."""
+        return {field: value[column] for field, column in names.items() if self.gold or field != self.form.gold}
 
     def look(self, records: Iterable[Record]) -> dict[str, Any]:
         """What the first rows say of the whole file, for ``facts``."""
@@ -264,13 +275,13 @@ def converter(
         found = fitting[0].form
         raise DataError(
             f"{path}: the format {found.name} gives {found.row.__name__} rows, but the objective learns from {names} rows.\n"
-            f"  Choose another objective, or map a column: columns: {{{_first(accepted)}: {next(iter(keys[0]), 'COLUMN')}}}"
+            f"  Choose another objective, or say which column is what, for example {_mapping(accepted, keys)}"
         )
     there = ", ".join(dict.fromkeys(str(key) for row in keys[:5] for key in row))
     tried = f"the format {format} needs {_needs(FORMATS[format])}" if format else "no known format has these columns"
     raise DataError(
         f"{path}: {tried}. Columns of the file: {there or 'none'}.\n"
-        "  Say which column is what, for example columns: {instruction: ask, output: reply}. Formats:\n"
+        f"  Say which column is what, for example {_mapping(accepted, keys)}. Formats:\n"
         + "\n".join(f"    {maker.form.name}: {_needs(maker.form)}" for maker in _giving(accepted))
     )
 
@@ -284,9 +295,21 @@ def _giving(accepted: tuple[type, ...]) -> list[Converter]:
     return [maker for form in FORMATS.values() if _row_types(maker := Converter(form, {})) & set(accepted)]
 
 
-def _first(accepted: tuple[type, ...]) -> str:
-    """A field that all rows of the objective have."""
-    return {Tagged: "tokens", Question: "context", Ranking: "chosen"}.get(accepted[0], "text")
+def _mapping(accepted: tuple[type, ...], keys: Sequence[tuple[str, ...]]) -> str:
+    """``columns: {label: sentiment}``: what the nearest format lacks, with columns of the file that it does not use."""
+    there = list(dict.fromkeys(str(key) for row in keys[:5] for key in row))
+    makers = [Converter(FORMATS["prompt_completion"], {})] if Chat in accepted else _giving(accepted)
+    tries = []
+    for maker in makers:
+        names, _ = _resolve(maker, tuple(there))
+        needed = [field.name for field in maker.form.fields if field.required]
+        lacking = [name for name in needed if name not in names] or needed
+        tries.append((lacking, [column for column in there if column not in names.values()]))
+    lacking, free = min(tries, key=lambda one: len(one[0]))
+    pairs = list(zip(lacking, free if len(free) >= len(lacking) else ["COLUMN"] * len(lacking)))
+    mapped = ", ".join(f"{field}: {column}" for field, column in pairs)
+    typed = " ".join(f"--column {shlex.quote(f'{field}={column}')}" for field, column in pairs)
+    return f"columns: {{{mapped}}} (evaluate and predict: {typed})"
 
 
 def _needs(form: Format) -> str:

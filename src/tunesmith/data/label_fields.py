@@ -76,7 +76,9 @@ def _labels(value: Any, separator: str | None, size: int | None) -> tuple[str, .
         elif value.lstrip().startswith("["):
             value = parsed(value, "labels", "a JSON list of labels")
         elif value.strip():
-            fix = "Write a JSON list, or name what stands between labels, such as separator: ','."
+            fix = (
+                "Write a JSON list, or name what stands between labels: separator: ',' in a recipe, --separator ',' to evaluate."
+            )
             raise FieldFault("labels", "a list of labels", shorten(value), fix)
         else:
             value = []

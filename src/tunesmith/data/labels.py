@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,11 @@ from tunesmith.nearest import did_you_mean
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 """transformers' names of the three problems."""
+
+LARGEST = 1e18
+"""A number to be predicted; errors are squared in fp32."""
+
+WHOLE = re.compile(r"-?\d{1,18}")
 
 MANY = 1000
 """Classes; above that, what stands in the column is hardly a class."""
@@ -63,7 +70,19 @@ def name_of(label: str | float) -> str:
 
 def ordered(names: Iterable[str]) -> list[str]:
     """Whole numbers by size and before words; words by the alphabet."""
-    return sorted(set(names), key=lambda name: (0, int(name), "") if name.lstrip("-").isdecimal() else (1, 0, name))
+    return sorted(set(names), key=lambda name: (0, int(name), name) if is_whole(name) else (1, 0, name))
+
+
+def is_whole(name: str) -> bool:
+    """Whether a name is a whole number of a length that somebody may have meant as one."""
+    return WHOLE.fullmatch(name) is not None
+
+
+def distinct(names: Sequence[str] | None) -> None:
+    """Raise ValueError for a list that has a name twice."""
+    for name, count in Counter(names or ()).items():
+        if count > 1:
+            raise ValueError(f"labels has {name!r} {count} times: write each name once, in the order of their ids")
 
 
 def check(names: Sequence[str], problem: str) -> None:
@@ -89,10 +108,37 @@ def unknown(name: str, names: Sequence[str]) -> tuple[str, str, str]:
     return f"one of the labels {shown}", repr(name), did_you_mean(name, list(names))
 
 
+def alike(names: Iterable[str]) -> list[list[str]]:
+    """Names that a reader may take for one: they differ in case, white space, invisible characters or Unicode's form only."""
+    groups: dict[str, list[str]] = {}
+    for name in ordered(names):
+        plain = "".join(one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) != "Cf")
+        groups.setdefault(" ".join(plain.casefold().split()), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def guessed(problem: str, found: Survey) -> list[str]:
+    """Said of numbers, which may be classes or not."""
+    names = list(found.counts)
+    numbers = [number for name in names if (number := as_number(name)) is not None]
+    if problem == MULTI or not numbers or len(numbers) < len(names):
+        return []
+    if problem == REGRESSION:
+        return [
+            f"the labels are numbers from {min(numbers):g} to {max(numbers):g}, which are predicted as such (regression); "
+            "for classes set objective.problem_type=single_label_classification"
+        ]
+    kind = "whole numbers" if all(map(is_whole, names)) else "numbers"
+    return [
+        f"the labels are {len(names)} {kind} (from {min(numbers):g} to {max(numbers):g}), taken as "
+        "names of classes; for numbers to be predicted set objective.problem_type=regression"
+    ]
+
+
 def as_number(label: str | float) -> float | None:
-    """A label as a number, None where it is none."""
+    """A label as a number, None where it is none, or one whose square fp32 cannot hold."""
     try:
         value = float(label)
     except ValueError:
         return None
-    return value if value == value and abs(value) != float("inf") else None
+    return value if abs(value) <= LARGEST else None

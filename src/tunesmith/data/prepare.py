@@ -129,18 +129,32 @@ def _open_set(name: str, source: Source, accepted: tuple[type, ...]) -> Opened:
 
 
 def _survey(objective: Any, opened: Sequence[Opened]) -> None:
-    """Let the objective look at the training rows. What is wrong with one is said when it is encoded."""
+    """Let the objective look at the training rows. What is wrong with one is said when it is encoded, or here, where too little
+    is left without the bad rows."""
+    first: list[RowProblem] = []
+    bad = 0
 
     def rows() -> Iterator[Any]:
+        nonlocal bad
         for item in opened:
             if item.source.streaming:
                 raise DataError(
                     f"{item.source.label} is a stream, which is read once, and what its rows can be must be known first.\n"
                     "  Leave out streaming; or, for classify and tag, name the labels: objective.labels=[...]."
                 )
-            yield from (found[1] for found in item.rows() if isinstance(found, tuple))
+            for found in item.rows():
+                if isinstance(found, tuple):
+                    yield found[1]
+                else:
+                    first.extend([found][: 10 - len(first)])
+                    bad += 1
 
-    objective.survey(rows())
+    try:
+        objective.survey(rows())
+    except DataError as error:
+        if not bad:
+            raise
+        raise refuse(first, bad, f"Without them {error}") from None
 
 
 def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataConfig) -> None:

@@ -54,11 +54,12 @@ class Record:
 
 
 class RowFault(DataError):
-    """A row that cannot be rendered or tokenised. ``index`` is its position in the rows that were given."""
+    """A row that cannot be rendered or tokenised. ``index`` is its position in the rows that were given; ``field``, of its
+    format, is what is wrong with it."""
 
-    def __init__(self, index: int, expected: str, got: str, fix: str) -> None:
+    def __init__(self, index: int, expected: str, got: str, fix: str, field: str = "row") -> None:
         super().__init__(f"row {index}: expected {expected}, got {got}. {fix}")
-        self.index, self.expected, self.got, self.fix = index, expected, got, fix
+        self.index, self.expected, self.got, self.fix, self.field = index, expected, got, fix, field
 
 
 def shorten(value: Any, limit: int = 60) -> str:

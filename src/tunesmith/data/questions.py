@@ -151,15 +151,17 @@ def _windows(
 ) -> list[Example]:
     offsets = _visible(tokens.offsets, row.context)
     if not row.question.strip():
-        raise RowFault(index, "a question", repr(row.question), "Write the question, or delete the row.")
+        raise RowFault(index, "a question", repr(row.question), "Write the question, or delete the row.", "question")
     if not (offsets >= 0).any():
-        raise RowFault(index, "a context with words in it", repr(row.context[:40]), "Write the context, or delete the row.")
+        raise RowFault(
+            index, "a context with words in it", repr(row.context[:40]), "Write the context, or delete the row.", "context"
+        )
     count, others = len(offsets), len(tokens.ids) - len(offsets) + len(closing)
     room = max_length - others
     if count > room < FEWEST:
         got = f"{others} tokens of a question that begins {row.question[:40]!r}"
         fix = f"Shorten it, or set train.max_length and objective.window to at least {others + FEWEST}."
-        raise RowFault(index, f"a question that leaves room for {FEWEST} tokens of context in {max_length}", got, fix)
+        raise RowFault(index, f"a question that leaves room for {FEWEST} tokens of context in {max_length}", got, fix, "question")
     answer = _answer(row, index, offsets)
     golds = b"" if row.answers is None else json.dumps([text for text, _ in row.answers], ensure_ascii=False).encode()
     tail = np.array(closing, np.int32)
@@ -222,5 +224,11 @@ def _answer(row: Question, index: int, offsets: np.ndarray) -> tuple[int, int] |
     begin, end = start + len(text) - len(text.lstrip()), start + len(text.rstrip())
     inside = np.flatnonzero((offsets[:, 0] >= 0) & (offsets[:, 1] > begin) & (offsets[:, 0] < end))
     if not len(inside):
-        raise RowFault(index, "an answer that gives a token", f"{text!r} at {start}", "Write another answer, or delete the row.")
+        raise RowFault(
+            index,
+            "an answer that gives a token",
+            f"{text!r} at {start}",
+            "Write another answer, or delete the row.",
+            "answers[0]",
+        )
     return int(inside[0]), int(inside[-1])

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from tunesmith.data import builtin, class_folder
 from tunesmith.data.conll import read_conll
+from tunesmith.data.fields import FieldFault, clean
 from tunesmith.data.problems import Record, RowProblem, shorten
 from tunesmith.data.read_json import read_json, read_jsonl
 from tunesmith.errors import DataError, MissingExtra
@@ -116,6 +117,11 @@ def _table(handle: TextIO, path: str, delimiter: str | None) -> Rows:
     csv.field_size_limit(max(csv.field_size_limit(), LARGEST_FIELD))
     start, first = next(((number, line) for number, line in enumerate(handle, 1) if line.strip()), (0, ""))
     if not first:
+        return
+    try:
+        clean(first, "header")
+    except FieldFault as fault:
+        yield RowProblem(path, 1, "header", fault.expected, fault.got, fault.fix, start, fatal=True)
         return
     delimiter = delimiter or max(",;\t", key=first.count)
     try:

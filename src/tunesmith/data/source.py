@@ -12,7 +12,7 @@ from pathlib import Path
 from tunesmith.data import formats, hub_set, preference_fields
 from tunesmith.data.config import DataConfig, Source
 from tunesmith.data.formats import Converter, converter
-from tunesmith.data.problems import Record, RowProblem, shorten
+from tunesmith.data.problems import Record, RowFault, RowProblem, shorten
 from tunesmith.data.read import READERS, Rows, read
 from tunesmith.data.rows import Chat, Labelled, PromptCompletion, Question, Ranking, Row, Tagged, Text
 from tunesmith.errors import DataError
@@ -57,6 +57,11 @@ class Opened:
                 fix = "Bring all rows to one form, or choose another objective."
                 yield RowProblem(item.path, item.row, "row", f"a {names} row", f"a {type(row).__name__} row", fix, item.line)
 
+    def problem(self, record: Record, fault: RowFault) -> RowProblem:
+        """What is wrong with a row of this source that could be read, but not be made an example."""
+        assert self.convert is not None
+        return self.convert.problem(record, fault)
+
     def _read(self) -> Rows:
         return itertools.islice(_rows(self.source), self.source.limit)
 
@@ -82,7 +87,7 @@ def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bo
         if not sample:
             raise DataError(
                 f"{source.label} has no rows. Expected at least one, such as "
-                '{"prompt": "...", "completion": "..."}. Write some into it, or name another file.'
+                f"{formats.EXAMPLES.get(accepted[0], formats.EXAMPLES[Chat])}. Write some into it, or name another file."
             )
         keys = [tuple(item.value) for item in sample if isinstance(item, Record)]
     else:

@@ -220,17 +220,17 @@ def _without_excess(sentence: Aligned, room: int | None, causal: bool) -> Aligne
 def _targets(row: Tagged, index: int, numbers: dict[str, int]) -> np.ndarray:
     """int32[words]: the number of each word's tag, -1 where none is known."""
     if not row.words:
-        raise RowFault(index, "at least one word", f"{row.text[:40]!r}", "Write the words, or delete the row.")
+        raise RowFault(index, "at least one word", f"{row.text[:40]!r}", "Write the words, or delete the row.", "tokens")
     if row.tags is None:
         return np.full(len(row.words), -1, np.int32)
     if len(row.tags) != len(row.words):
         got = f"{len(row.tags)} tags for {len(row.words)} words"
-        raise RowFault(index, "a tag for each word", got, "Write as many tags as words; O is the tag of a word outside.")
+        raise RowFault(index, "a tag for each word", got, "Write as many tags as words; O is the tag of a word outside.", "tags")
     for place, tag in enumerate(row.tags):
         if tag not in numbers:
             expected, got, fix = labels.unknown(tag, list(numbers))
             start, end = row.words[place]
-            raise RowFault(index, expected, f"{got} at word {place + 1}, {row.text[start:end]!r}", fix)
+            raise RowFault(index, expected, f"{got} at word {place + 1}, {row.text[start:end]!r}", fix, f"tags[{place}]")
     return np.array([numbers[tag] for tag in row.tags], np.int32)
 
 

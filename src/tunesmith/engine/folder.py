@@ -16,6 +16,7 @@ import yaml
 from tunesmith.engine import checkpoint
 from tunesmith.engine.tracking import replace_file
 from tunesmith.errors import RecipeError, UserError
+from tunesmith.models import newfolder
 
 
 @dataclass
@@ -89,7 +90,7 @@ def check_resumable(path: Path, recipe: dict[str, Any]) -> list[str]:
 
 def take(path: Path, recipe: dict[str, Any]) -> RunFolder:
     """Create or reopen the folder and hold it, so that no second process writes to it. Raises UserError when one does."""
-    path.mkdir(parents=True, exist_ok=True)
+    newfolder.make(path)
     lock = (path / ".lock").open("a+")
     try:
         import fcntl

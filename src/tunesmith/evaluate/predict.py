@@ -52,13 +52,14 @@ def predict(
         raise ModelError(f"this model writes text, it has no head that judges: {use}.")
     if rewards and Ranking not in chosen.objective.rows:
         raise ModelError(f"this model was trained for {chosen.name}, it gives no rewards: use tunesmith predict.")
-    rows = _opened(source, chosen.objective.rows).rows()
+    opened_source = _opened(source, chosen.objective.rows)
+    rows = opened_source.rows()
     longest = max_length or chosen.objective.max_length
     cut = bad = 0
     way = None
     try:
         while block := list(itertools.islice(rows, BLOCK)):
-            made = [_encoded(item, chosen.objective, chosen.tokenizer) for item in block]
+            made = [_encoded(item, opened_source, chosen.objective, chosen.tokenizer) for item in block]
             examples = [one for item in made if isinstance(item, list) for one in item]
             cut += sum(_cut(one, longest) for one in examples)
             if examples and way is None:
@@ -97,7 +98,7 @@ def _opened(source: Source, accepted: tuple[type, ...]) -> Opened:
             raise none from None
 
 
-def _encoded(item: tuple[Record, Any] | RowProblem, objective: Any, tokenizer: Any) -> list[Any] | RowProblem:
+def _encoded(item: tuple[Record, Any] | RowProblem, source: Any, objective: Any, tokenizer: Any) -> list[Any] | RowProblem:
     """The examples of a row, each with its number."""
     import numpy as np
 
@@ -107,7 +108,8 @@ def _encoded(item: tuple[Record, Any] | RowProblem, objective: Any, tokenizer: A
     try:
         (examples,) = objective.encode([without_gold(_ranked(row))], tokenizer)
     except RowFault as fault:
-        return RowProblem(record.path, record.row, "row", fault.expected, fault.got, fault.fix, record.line)
+        found: RowProblem = source.problem(record, fault)
+        return found
     if not examples:
         fix = "Give --max-length, or shorten the answers."
         return RowProblem(record.path, record.row, "row", "answers that fit into max_length", "longer ones", fix, record.line)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import UserError
+from tunesmith.models import newfolder
 
 MISTAKES = 50
 """Rows with the highest loss that a report shows."""
@@ -21,6 +22,7 @@ def evaluate(
     objective: str | None = None,
     format: str | None = None,
     columns: dict[str, str] | None = None,
+    separator: str | None = None,
     prompt_template: str | None = None,
     template: str | None = None,
     max_length: int | None = None,
@@ -56,6 +58,7 @@ def evaluate(
         data,
         format=format,
         columns=columns,
+        separator=separator,
         prompt_template=prompt_template,
         limit=limit,
         split=split,
@@ -103,6 +106,7 @@ def _check_out(folder: Path, head: str) -> None:
         )
     if folder.exists():
         raise UserError(f"{folder} exists already: name a new folder with --out, or remove it")
+    newfolder.make(folder.parent)  # what cannot be written is said before the work
 
 
 def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[dict[str, Any]], source: Any, chosen: Any) -> Path:
@@ -116,7 +120,7 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
         {"where": f"{source.label}:{one['row'][1]}", **_words(texts[one["row"][1]]), **_places(texts[one["row"][1]], one), **one}
         for one in wrong
     ]
-    folder.mkdir(parents=True)
+    newfolder.make(folder)
     (folder / "figures.json").write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in mistakes)
     (folder / "mistakes.jsonl").write_text(lines, encoding="utf-8")

@@ -81,12 +81,13 @@ def problems(tags: Sequence[str], scheme: str | None = "BIO") -> Counter[str]:
     return found
 
 
-def score(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, Any]:
+def score(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], scheme: str | None = None) -> dict[str, Any]:
     """Entity figures over rows of tags, and ``token_accuracy``, the share of words whose tag is right.
 
     Returns precision, recall and f1 (over all entities: micro), support (entities in ``gold``), by_type {type: {precision,
     recall, f1, support}} by seqeval, token_accuracy, words, missing and scheme. An entity is right when its type and both ends
-    are. A figure without anything to divide by is 0; entity figures are None where the tags are no entities (``scheme`` None).
+    are. ``scheme``: what the tags are written in, where these rows may not show it (O alone); None = found in them. A
+    figure without anything to divide by is 0; entity figures are None where the tags are no entities (``scheme`` None).
     A row may have fewer predictions than words: what is missing is wrong, and "O" for the entities. Raises ValueError when there
     are more predictions than words, or other rows.
     """
@@ -97,7 +98,7 @@ def score(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> 
             raise ValueError(f"row {row} has {len(tags)} words, but {len(said)} predictions")
     words = sum(map(len, gold))
     right = sum(tag == other for tags, said in zip(gold, predicted) for tag, other in zip(tags, said))
-    scheme = scheme_of(tag for rows in (gold, predicted) for tags in rows for tag in tags)
+    scheme = scheme or scheme_of(tag for rows in (gold, predicted) for tags in rows for tag in tags)
     return {
         **(_entities(gold, predicted) if scheme else dict.fromkeys(("precision", "recall", "f1", "support", "by_type"))),
         "token_accuracy": right / words if words else 0.0,

@@ -19,10 +19,18 @@ def place(out: str | Path, verb: str) -> Path:
     return target
 
 
+def make(folder: Path) -> None:
+    """Make a folder and those above it, where they are not there. Raises UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be made: {error.strerror}. Name another place with --out.") from None
+
+
 @contextmanager
 def filling(target: Path) -> Iterator[Path]:
     """An empty folder that becomes ``target`` when the block ends, and is gone when it fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make(target.parent)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield made

@@ -129,13 +129,19 @@ def verify_probe(folder: Path, model: Any, tokenizer: Any) -> float | None:
     """The largest difference between the logits now and those written at save time; None when the folder has no probe.
 
     Raises ModelError when a file is not the one saved (:func:`check_files`), when the tokenizer gives other ids, or when a logit
-    differs by more than rounding explains: 0.2% of the largest one where both were fp32, else 5%.
+    differs by more than rounding explains: 0.2% of the largest one where both were fp32, else 5%, of a head for a task 20%:
+    its few numbers are small differences of large ones (0.07 of 1 was seen at 30 layers in bf16).
     """
+    from tunesmith.models import head as networks
+    from tunesmith.models import heads
+
     check_files(folder)
     saved = read(folder).get("probe")
     if not saved:
         return None
     exact = saved["dtype"] == "float32" == str(model.dtype).removeprefix("torch.")
+    writes = heads.kind_of(type(networks.base(model)).__name__) == "lm"
+    allowed = 0.002 if exact else 0.05 if writes else 0.2
     worst = 0.0
     for before, text in zip(saved["answers"], PROMPTS, strict=True):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -148,7 +154,7 @@ def verify_probe(folder: Path, model: Any, tokenizer: Any) -> float | None:
         difference = max(
             abs(float(logits[token]) - value) for token, value in zip(before["tokens"], before["logits"], strict=True)
         )
-        if not difference <= scale * (0.002 if exact else 0.05):
+        if not difference <= scale * allowed:
             raise ModelError(
                 f"{folder} does not answer as it did when it was saved: a logit differs by {difference:.3g} (of {scale:.3g}).\n"
                 "  The weights, the base or a library changed. Its versions then are in tunesmith.json."

@@ -34,6 +34,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        labels.distinct(self.labels)
         if self.problem_type == REGRESSION:
             for key in ("labels", "class_weights", "label_smoothing"):
                 if getattr(self, key):
@@ -119,11 +120,12 @@ class Objective:
         found = labels.survey(row for row in rows if isinstance(row, Labelled))
         problem = self.config.problem_type or found.problem
         names = [] if problem == REGRESSION else self.config.labels or labels.ordered(found.counts)
-        if problem == SINGLE and not self.config.problem_type and _are_numbers(names):
-            self.notes.append(
-                f"the labels are {len(names)} whole numbers (from {names[0]} to {names[-1]}), taken as "
-                "names of classes; for numbers to be predicted set objective.problem_type=regression"
-            )
+        if not self.config.problem_type:
+            self.notes += labels.guessed(problem, found)
+        self.notes += [
+            f"labels that look the same are different classes: {' and '.join(map(ascii, group[:5]))}. Are they one? Write them so"
+            for group in labels.alike(names)
+        ]
         if problem != REGRESSION:
             labels.check(names, problem)
         if self._saved and problem == self._saved["problem"] and set(names) == set(self._saved["labels"]):
@@ -180,9 +182,13 @@ class Objective:
         for index, (row, example) in enumerate(zip(rows, made)):
             ids = example["input_ids"]
             if not len(ids):
-                raise RowFault(index, "text that gives a token", repr(row.text[:40]), "Write something, or delete the row.")
+                raise RowFault(
+                    index, "text that gives a token", repr(row.text[:40]), "Write something, or delete the row.", "text"
+                )
             if self._pad is not None and ids[-1] == self._pad:
-                raise RowFault(index, "text that does not end in the padding token", repr(tokenizer.pad_token), "Remove it.")
+                raise RowFault(
+                    index, "text that does not end in the padding token", repr(tokenizer.pad_token), "Remove it.", "text"
+                )
             example["target"] = self._target(row, index)
         return [[example] for example in made]
 
@@ -195,24 +201,28 @@ class Objective:
             held = row.labels if row.labels is not None else (labels.name_of(row.label),)  # type: ignore[arg-type]
             target = np.zeros(len(names), np.float32)
             for name in held:
-                target[self._number(name, index)] = 1.0
+                target[self._number(name, index, "label" if row.labels is None else "labels")] = 1.0
             return target
         if row.labels is not None:
             raise RowFault(
-                index, "one label", f"{len(row.labels)} labels", "Set objective.problem_type=multi_label_classification."
+                index,
+                "one label",
+                f"a list of {len(row.labels)}",
+                "Set objective.problem_type=multi_label_classification.",
+                "labels",
             )
         if row.label is None:
             return np.array([np.nan], np.float32)
         if self.problem == REGRESSION:
             value = labels.as_number(row.label)
             if value is None:
-                raise RowFault(index, "a number", repr(row.label), "Write a number, or delete the row.")
+                raise RowFault(index, "a number", repr(row.label), "Write a number of at most 1e18, or delete the row.", "label")
             return np.array([value], np.float32)
-        return np.array([self._number(labels.name_of(row.label), index)], np.float32)
+        return np.array([self._number(labels.name_of(row.label), index, "label")], np.float32)
 
-    def _number(self, name: str, index: int) -> int:
+    def _number(self, name: str, index: int, field: str) -> int:
         if name not in self.labels:
-            raise RowFault(index, *labels.unknown(name, self.labels))
+            raise RowFault(index, *labels.unknown(name, self.labels), field)
         return self.labels.index(name)
 
     def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
@@ -373,7 +383,3 @@ class Objective:
         if self.problem == MULTI:
             return [name for name, held in zip(self.labels, target) if held > 0.5]
         return self.labels[int(target[0])]
-
-
-def _are_numbers(names: Sequence[str]) -> bool:
-    return bool(names) and all(name.lstrip("-").isdecimal() for name in names)

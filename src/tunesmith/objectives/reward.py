@@ -1,7 +1,7 @@
 """Reward models: one number for an answer, learnt from which was preferred (Bradley and Terry 1952; Ouyang et al. 2022).
 
-It is read at the last token of prompt and answer, of an encoder at the first. Only differences between answers to one prompt are learnt; ``center`` holds
-the numbers near zero. Nothing is dropped at random.
+It is read at the last token of prompt and answer, of an encoder at the first. Only differences between answers to one prompt are
+learnt; ``center_rewards_coefficient`` holds the numbers near zero. Nothing is dropped at random.
 """
 
 from __future__ import annotations

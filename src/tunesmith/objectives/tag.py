@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith.data import figures, pack, tagging
+from tunesmith.data import labels as label_names
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError
 from tunesmith.objectives import Batch, Example
@@ -23,6 +24,11 @@ class Config(BaseModel):
     labels: list[str] | None = Field(None, min_length=2, description="names of the tags, by id; default: found, O first")
     label_all: bool = Field(False, description="learn at every token of a word, not only at the one that it is read at")
     stride: int = Field(64, ge=0, description="tokens that the windows of a sentence above max_length share, at most")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        label_names.distinct(self.labels)
+        return self
 
 
 class Objective:
@@ -100,7 +106,7 @@ class Objective:
                 f"the training rows have {there}: a tagger needs two.\n"
                 "  Look at them with `tunesmith data preview`, or name the column with data.train.0.columns={tags: COLUMN}."
             )
-        if all(name.lstrip("-").isdecimal() for name in names):
+        if all(map(label_names.is_whole, names)):
             raise DataError(
                 f"the tags are numbers without names, such as {names[0]!r}: nobody could read what is predicted.\n"
                 "  Write the names (B-person, O), which the data set's own list has, or give objective.labels=[...] as they are."
@@ -249,7 +255,7 @@ class Objective:
         from tunesmith.metrics import entities
 
         known = [one for one in self.answers(records) if one["gold"] is not None]
-        return entities.score([one["gold"] for one in known], [one["prediction"] for one in known])
+        return entities.score([one["gold"] for one in known], [one["prediction"] for one in known], self.scheme)
 
     def present(self, row: Tagged, answer: dict[str, Any]) -> dict[str, Any]:
         """``entities``: type, start and end in characters, text, score (mean over its words) of each; ``tags`` of all words."""
