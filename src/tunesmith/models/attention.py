@@ -6,8 +6,9 @@ model wants of attention (a sliding window shorter than a segment, a soft cap, a
 caller then pads instead.
 
 A GPU that ``varlen.py`` serves takes that way; this one is for CPUs, for fp32 on a GPU and for GPUs before Ampere. There it is
-one call of ``scaled_dot_product_attention`` for each segment; on a CPU with ``kernels.py`` both passes are our own. The alternative, one call with a block-diagonal mask, would work on
-all pairs of tokens of the row, ten times as many at ten segments, and hold a mask that grows with their square.
+one call of ``scaled_dot_product_attention`` for each segment; on a CPU with ``kernels.py`` both passes are our own. The
+alternative, one call with a block-diagonal mask, would work on all pairs of tokens of the row, ten times as many at ten
+segments, and hold a mask that grows with their square.
 
 With the keyword ``behind`` answers share a prefix, see ``pieces.py``: everything but attention is done once for the prefix.
 """
