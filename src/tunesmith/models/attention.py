@@ -6,8 +6,9 @@ model wants of attention (a sliding window shorter than a segment, a soft cap, a
 caller then pads instead.
 
 A GPU that ``varlen.py`` serves takes that way; this one is for CPUs, for fp32 on a GPU and for GPUs before Ampere. There it is
-one call of ``scaled_dot_product_attention`` for each segment. The alternative, one call with a block-diagonal mask, would work on
-all pairs of tokens of the row, ten times as many at ten segments, and hold a mask that grows with their square.
+one call of ``scaled_dot_product_attention`` for each segment; on a CPU with ``kernels.py`` both passes are our own. The
+alternative, one call with a block-diagonal mask, would work on all pairs of tokens of the row, ten times as many at ten
+segments, and hold a mask that grows with their square.
 
 With the keyword ``behind`` answers share a prefix, see ``pieces.py``: everything but attention is done once for the prefix.
 """
@@ -190,7 +191,11 @@ def with_virtual(query: torch.Tensor, key: torch.Tensor, keywords: dict[str, Any
 
 
 def forward_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kinds: tuple[Family, ...], scale: float) -> torch.Tensor:
-    """(heads, tokens, dim) and twice (kv_heads, tokens, dim) -> (tokens, heads, dim), without a graph."""
+    """(heads, tokens, dim) and twice (kv_heads, tokens, dim) -> (tokens, heads, dim), without a graph.
+
+    Batched products around one pass of softmax, as in the backward: in bf16 torch's flash attention for CPUs takes three times as
+    long. Scores are rounded to bf16 there, as transformers' eager attention does; SmolLM2-135M is as far from fp32 either way.
+    """
     heads, tokens, dim = q.shape
     out = torch.empty(tokens, heads, dim, dtype=q.dtype)
     for family in kinds:

@@ -99,11 +99,12 @@ void F(causal_softmax)(T *scores, float scale, int64_t heads, int64_t rows, int6
         float top = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : top)
         for (int64_t j = 0; j < n; j++) { float x = GET(row[j]) * scale; top = x > top ? x : top; }
+        float part[n]; /* not rounded yet; an exponential costs more than keeping it */
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < n; j++) sum += fast_exp(GET(row[j]) * scale - top);
+        for (int64_t j = 0; j < n; j++) sum += part[j] = fast_exp(GET(row[j]) * scale - top);
         float inverse = 1.0f / sum;
 #pragma omp simd
-        for (int64_t j = 0; j < n; j++) row[j] = PUT(fast_exp(GET(row[j]) * scale - top) * inverse);
+        for (int64_t j = 0; j < n; j++) row[j] = PUT(part[j] * inverse);
         for (int64_t j = n; j < columns; j++) row[j] = 0;
     }
 }
