@@ -159,19 +159,14 @@ def conflicts(recipe: Recipe) -> list[str]:
             judged and getattr(getattr(recipe, part), key, 0),
             f"{part}.{key}: {objective} compares what the weights say, and nothing may be drawn in it. Leave it out",
         )
-    clash(
-        data.template and Chat not in rows and not judged,
-        f"data.template does nothing: {objective} learns from {', '.join(row.__name__ for row in rows)} rows",
-    )
+    learns = f"{objective} learns from {', '.join(row.__name__ for row in rows)} rows"
+    clash(data.template and Chat not in rows and not judged, f"data.template does nothing: {learns}")
     sources = {f"data.train.{place}": source for place, source in enumerate(data.train)}
     sources |= {f"data.eval.sets.{name}": source for name, source in (data.eval.sets or {}).items()}
     for place, source in sources.items():
         for key in idle(source):
             clash(True, f"{place}.{key} does nothing: {source.path} is no data set of the Hub (path: hub:OWNER/NAME)")
-        clash(
-            source.separator and Labelled not in rows,
-            f"{place}.separator does nothing: {objective} learns from {', '.join(row.__name__ for row in rows)} rows",
-        )
+        clash(source.separator and Labelled not in rows, f"{place}.separator does nothing: {learns}")
         clash(
             source.separator and getattr(recipe.objective, "label_smoothing", 0),
             f"{place}.separator stands between several labels; objective.label_smoothing goes with one. Leave out one of the two",

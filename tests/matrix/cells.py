@@ -92,7 +92,9 @@ def why_not(cell: Cell) -> str | None:
         return None
     if cell.adaptation == "prefix":
         return "prefix tuning is not available"
-    return "would be one of them" if (cell.objective, cell.adaptation) == ("classify", "prompt") else None
+    if cell.adaptation == "prompt" and kind == "score":
+        return "would be one of them"
+    return "is an encoder" if cell.objective == "reward" else None
 
 
 EVERY = [Cell(*names) for names in product(ARCHITECTURES, OBJECTIVES, ADAPTATIONS)]

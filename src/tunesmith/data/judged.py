@@ -42,8 +42,8 @@ def of_targets(examples: Sequence[Example], packed: bool, shared: bool) -> Batch
     }
 
 
-def of_ends(examples: Sequence[Example], packed: bool, shared: bool, end: int = -1) -> Batch:
-    """:func:`pairs.layout` with the last token of each answer, or with ``end`` = 0 the first of its prompt (not ``shared`` then).
+def of_ends(examples: Sequence[Example], packed: bool, shared: bool) -> Batch:
+    """:func:`pairs.layout` with the last token of each answer.
 
     positions (answers,); places: 1 for each answer. ``tokens`` (answers,): how many each has of its own. And what
     :func:`_compared` gives.
@@ -53,7 +53,7 @@ def of_ends(examples: Sequence[Example], packed: bool, shared: bool, end: int = 
     batch, places = pairs.layout(examples, packed, shared)
     return {
         **batch,
-        "positions": torch.tensor([int(where[end]) for where in places]),
+        "positions": torch.tensor([int(where[-1]) for where in places]),
         "places": [1] * len(places),
         "tokens": torch.tensor([part.stop - part.start for _, part in _parts(examples)]),
         **_compared(examples),

@@ -1,7 +1,7 @@
 """Reward models: one number for an answer, learnt from which was preferred (Bradley and Terry 1952; Ouyang et al. 2022).
 
-It is read at the last token of prompt and answer, of an encoder at the first. Only differences between answers to one prompt are
-learnt; ``center_rewards_coefficient`` holds the numbers near zero. Nothing is dropped at random.
+It is read at the last token of prompt and answer. Only differences between answers to one prompt are learnt;
+``center_rewards_coefficient`` holds the numbers near zero. Nothing is dropped at random.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.data import figures, judged, preferences, texts
 from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Ranking
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, ModelError
 from tunesmith.objectives import Batch, Example
 
 BUCKETS = 5
@@ -50,7 +50,6 @@ class Objective:
         self.notes: list[str] = []
         self.max_length: int | None = None
         self.shared = True
-        self._causal = True
         self._pad: int | None = None
         self._saved = False
 
@@ -59,17 +58,19 @@ class Objective:
     def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
         from tunesmith.models import heads
 
-        self._causal = heads.is_causal(config)
-        self.shared = self._causal
+        if not heads.is_causal(config):
+            raise ModelError(
+                f"{config.model_type} is an encoder: it has no turns and no end of an answer, where a reward is read.\n"
+                "  Take a decoder such as smollm2-135m."
+            )
         self.max_length = max_length
         ours = getattr(config, "tunesmith", None) or {}
-        if self._causal:
-            texts.own_padding(tokenizer)
-            self._pad = tokenizer.pad_token_id
+        texts.own_padding(tokenizer)
+        self._pad = tokenizer.pad_token_id
         self._saved = ours.get("objective") == "reward" or (
             heads.kind_of((config.architectures or [""])[0]) == "score" and config.num_labels == 1
         )
-        self.facts |= {"causal": self._causal, "pad": self._pad, "max_length": max_length, "overlong": self.config.overlong}
+        self.facts |= {"pad": self._pad, "max_length": max_length, "overlong": self.config.overlong}
 
     def of_model(self) -> None:
         """Raises DataError for a model without one number to give."""
@@ -114,7 +115,7 @@ class Objective:
         return made
 
     def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
-        return judged.of_ends(examples, packed, self.shared, -1 if self._causal else 0)
+        return judged.of_ends(examples, packed, self.shared)
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
