@@ -57,6 +57,9 @@ TRAINS: dict[str, Callable[[str], bool]] = {
 }
 """Which of a network's parameters an adaptation is to train, by name."""
 
+CANCELS = {"reward": {"transformer.ln_f.bias"}}
+"""Parameters that a difference of two answers does not depend on: a bias right before the reward's own layer."""
+
 MERGES = ("lora", "qlora", "ia3")
 """Adaptations that are a change of weights, so that they can be folded into them."""
 

@@ -14,6 +14,7 @@ from tests.matrix import table
 from tests.matrix.cells import (
     ADAPTATIONS,
     ARCHITECTURES,
+    CANCELS,
     CELLS,
     EVERY,
     HEADS,
@@ -54,7 +55,7 @@ def test_cell(cell, tmp_path):
 
     assert len(ran.losses) == STEPS and all(math.isfinite(loss) for loss in ran.losses)
     assert ran.trained == {name for name in ran.names if trains(cell, name)} != set()
-    assert not ran.still, "was to be trained and did not move"
+    assert ran.still <= CANCELS.get(cell.objective, set()), "was to be trained and did not move"
     assert not ran.touched, "was frozen and moved"
     assert files(ran.base) == untouched
 
