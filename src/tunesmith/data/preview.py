@@ -16,6 +16,9 @@ from tunesmith.data.rows import Chat, Labelled, Question, Row, Tagged
 from tunesmith.data.source import open_source
 from tunesmith.data.templates import apply_template
 
+HEADS = (Labelled, Tagged, Question)
+"""Rows that are shown as they are: what a label's number is, an objective knows once it has seen all rows."""
+
 LEARNT = "bold green"
 CONTEXT = "dim"
 
@@ -95,7 +98,7 @@ def preview(
             continue
         record, row = item
         good += 1
-        if not isinstance(row, tuple(objective.rows)):
+        if isinstance(row, HEADS) or not isinstance(row, tuple(objective.rows)):
             shown.append(_as_it_is(f"{record.path}:{record.row}", row, tokenizer))
             if good == rows:
                 break
