@@ -51,7 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "classify features": {**RT, **MANY, "asked": 0.72},
     "multilabel full": {**RT, "task": "multilabel", "epochs": 5, "learning_rate": 1e-4},
     "tag full": {**MINI_TAG, "peer": True, "seeds": 3},
-    "tag lora": {**MINI_TAG, **SMOL, "epochs": 1, "peer": True, "seeds": 2},
+    "tag lora": {**MINI_TAG, **SMOL, "epochs": 1, "peer": True, "seeds": 3},
     "qa full": {**MINI_QA, "peer": True, "seeds": 3},
     "qa lora": {**MINI_QA, **SMOL, "epochs": 1, "peer": True, "seeds": 3},
 }
@@ -288,6 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["speed", *RUNS], help="speed, a task, or a run such as 'qa lora'")
     parser.add_argument("--seeds", type=int, help="at most so many of each")
+    parser.add_argument("--more", action="store_true", help="keep the runs in the results, add the seeds that they lack")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of speed")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/speed.md")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)  # SETTING FOLDER OUT: one run of ours
@@ -316,9 +317,12 @@ def main() -> None:
         for name, setting in RUNS.items():
             if not {name, setting["task"]} & set(options.only):
                 continue
-            runs: list[dict[str, Any]] = []
+            runs: list[dict[str, Any]] = list(known["runs"].get(name, [])) if options.more else []
+            done = {(run["seed"], run["side"]) for run in runs}
             for seed in range(min(setting.get("seeds", 1), options.seeds or 99)):
                 for side in ("tunesmith", "peer") if setting.get("peer") else ("tunesmith",):
+                    if (seed, side) in done:
+                        continue
                     runs.append(one_run({**setting, "seed": seed}, side, Path(place)))
                     shown = {key: value for key, value in runs[-1].items() if key != "each"}
                     print(f"{name}: {json.dumps(shown)}", file=sys.stderr)

@@ -71,6 +71,20 @@ def test_preview_of_a_recipe(rows, model, tmp_path, capsys):
     assert source["rows"][0]["pieces"][0]["text"] == "### 질문:\n질문?\n\n### 답변:\n"
 
 
+@pytest.mark.parametrize(("objective", "row", "known"), [
+    ("classify", {"text": "good", "label": "pos"}, "label pos"),
+    ("tag", {"tokens": ["in", "Rome"], "ner_tags": ["O", "B-LOC"]}, "Rome/B-LOC"),
+    ("qa", {"question": "Who?", "context": "Ann did.", "answers": {"text": ["Ann"], "answer_start": [0]}}, "'Ann' at 0"),
+])  # fmt: skip
+def test_preview_of_a_recipe_with_a_head(objective, row, known, model, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {model}\nobjective: {objective}\ndata:\n  train: [{{path: {tmp_path / 'rows.jsonl'}}}]\n")
+    assert main(["data", "preview", str(recipe), "--json"]) == 0
+    (source,) = json.loads(capsys.readouterr().out)["sources"]
+    assert source["rows"][0]["known"] == known
+
+
 def test_preview_needs_a_tokenizer(rows, capsys):
     assert main(["data", "preview", str(rows)]) == 2
     assert "--model" in capsys.readouterr().err

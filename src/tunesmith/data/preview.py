@@ -17,6 +17,9 @@ from tunesmith.data.rows import Chat, Labelled, Question, Ranking, Row, Tagged
 from tunesmith.data.source import open_source
 from tunesmith.data.templates import apply_template
 
+HEADS = (Labelled, Tagged, Question)
+"""Rows that are shown as they are: what a label's number is, an objective knows once it has seen all rows."""
+
 LEARNT = "bold green"
 CONTEXT = "dim"
 
@@ -99,7 +102,7 @@ def preview(
         where = f"{record.path}:{record.row}"
         if isinstance(row, Ranking):
             shown.append(_ranking(where, row, tokenizer))
-        elif not isinstance(row, tuple(objective.rows)):
+        elif isinstance(row, HEADS) or not isinstance(row, tuple(objective.rows)):
             shown.append(_as_it_is(where, row, tokenizer))
         else:
             for example in objective.encode([row], tokenizer)[0]:

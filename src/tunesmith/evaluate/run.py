@@ -155,8 +155,8 @@ def _places(row: Any, answer: dict[str, Any]) -> dict[str, Any]:
     from tunesmith.data.rows import Question, Tagged
     from tunesmith.metrics import entities
 
-    both = {"gold_spans": answer["gold"], "predicted_spans": answer["prediction"]}
-    if isinstance(row, Tagged) and entities.scheme_of([*answer["gold"], *answer["prediction"]]):
+    both = {"gold_spans": answer["gold"] or [], "predicted_spans": answer["prediction"]}  # gold is None where a word has no tag
+    if isinstance(row, Tagged) and entities.scheme_of([tag for tags in both.values() for tag in tags]):
         return {
             name: [
                 {"type": kind, "start": row.words[first][0], "end": row.words[end - 1][1]}
