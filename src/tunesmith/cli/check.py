@@ -111,6 +111,8 @@ def _forecast(forecast: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the run will take, as measured."""
     process = f"{size(forecast['needed_memory_bytes'])} of {size(forecast['memory_limit_bytes'])}"
     time = f"training {duration(forecast['train_seconds'])}"
+    if forecast["reference_seconds"]:
+        time += f", the reference {duration(forecast['reference_seconds'])}"
     if forecast["evaluations"]:
         time += f", {forecast['evaluations']} evaluations of {duration(forecast['evaluation_seconds'])}"
     return [

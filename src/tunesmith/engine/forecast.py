@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from tunesmith.data.encoded import Encoded
 from tunesmith.data.pack import to_device
-from tunesmith.engine import batching, distributed, figures, loop, machine, route, samples, setup, state, tracking
+from tunesmith.engine import batching, distributed, figures, loop, machine, reference, route, samples, setup, state, tracking
 from tunesmith.engine.config import TrainConfig
 from tunesmith.engine.folder import RunFolder
 from tunesmith.engine.hooks import Hooks
@@ -228,7 +229,7 @@ def forecast(
 
     Keys: micro_batch_tokens, heaviest_tokens, peak_memory_bytes (above what the process held before the model, as in a run's
     result), needed_memory_bytes and memory_limit_bytes (of the process), fits, remedies, seconds_per_step, tokens_per_second,
-    train_seconds, evaluation_seconds (each), evaluations, saving_seconds (in all), total_seconds.
+    train_seconds, evaluation_seconds (each), evaluations, saving_seconds (in all), reference_seconds, total_seconds.
     """
     before = machine.peak_memory_bytes()
     limit = limit_bytes(ready.device) if limit is None else limit
@@ -257,6 +258,8 @@ def _of_built(
     memory = measure_memory(job, limit)  # again, now that the optimiser has its state
     say("evaluating some rows")
     evaluation = _evaluation_seconds(job, ready, built.route)
+    compared = ready.objective.reference is not None
+    looked_at = sum(_forward_seconds(job, data, rows) for data, rows in reference.rows_of_run(ready)) if compared else 0.0
     peak = int(torch.cuda.max_memory_allocated(ready.device)) if ready.device.type == "cuda" else machine.peak_memory_bytes()
     needed = max(peak, memory.peak)
     in_all = _tokens_of_run(ready.plan)
@@ -288,7 +291,8 @@ def _of_built(
         "evaluation_seconds": evaluation,
         "evaluations": evaluations,
         "saving_seconds": saving,
-        "total_seconds": started + train_seconds + evaluations * evaluation + saving,
+        "reference_seconds": looked_at,
+        "total_seconds": started + looked_at + train_seconds + evaluations * evaluation + saving,
     }
 
 
@@ -355,20 +359,11 @@ def _tokens_of_run(plan: batching.Plan) -> int:
 
 
 def _evaluation_seconds(job: Job, ready: setup.Setup, chosen: route.Route) -> float:
-    """Of one evaluation: some rows of the held-out ones, spread over their lengths, and the fixed prompts."""
+    """Of one evaluation: the held-out rows and the fixed prompts."""
     data = ready.data.eval
     if data is None:
         return 0.0
-    order = np.argsort(data.lengths, kind="stable")
-    rows = [int(row) for row in order[np.linspace(0, len(order) - 1, min(EVALUATED, len(order))).astype(int)]]
-    job.model.eval()
-    started = time.perf_counter()
-    with torch.no_grad():
-        for group in batching.micro_batches([int(data.lengths[row]) for row in rows], job.budget, job.packed):
-            batch = job.objective.collate([data[rows[place]] for place in group], job.packed)
-            job.objective.evaluate(job.model, to_device(batch, job.device))
-    machine.synchronize(job.device)
-    seconds = (time.perf_counter() - started) * float(data.lengths.sum() / data.lengths[rows].sum())
+    seconds = _forward_seconds(job, data, np.arange(len(data)))
     asked = samples.prompts(ready.recipe.samples, data, ready.tokenizer)
     if asked:
         started = time.perf_counter()
@@ -376,3 +371,17 @@ def _evaluation_seconds(job: Job, ready: setup.Setup, chosen: route.Route) -> fl
             samples.answer(job.model, ready.tokenizer, asked, ready.recipe.samples.max_new_tokens)
         seconds += time.perf_counter() - started
     return seconds
+
+
+def _forward_seconds(job: Job, data: Encoded, rows: np.ndarray) -> float:
+    """Of one look at these rows without learning, from some of them, spread over their lengths."""
+    order = rows[np.argsort(data.lengths[rows], kind="stable")]
+    some = order[np.linspace(0, len(order) - 1, min(EVALUATED, len(order))).astype(int)]
+    job.model.eval()
+    started = time.perf_counter()
+    with torch.no_grad():
+        for group in batching.micro_batches([int(data.lengths[row]) for row in some], job.budget, job.packed):
+            batch = job.objective.collate([data[int(some[place])] for place in group], job.packed)
+            job.objective.evaluate(job.model, to_device(batch, job.device))
+    machine.synchronize(job.device)
+    return (time.perf_counter() - started) * float(data.lengths[rows].sum() / data.lengths[some].sum())

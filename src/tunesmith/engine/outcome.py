@@ -81,6 +81,7 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
         **_before_and_kept([name for one in sets for name in figures.measured([first, best], (), f"eval_{one}_")], first, best),
         "tokens_per_second": job.trained_tokens / job.seconds if job.seconds else earlier.get("tokens_per_second"),
         "train_seconds": job.seconds,
+        **({"reference_seconds": seconds} if (seconds := run.folder.manifest().get("reference_seconds")) else {}),
         "peak_memory_bytes": peak,
         "trainable_parameters": run.setup.parameters["trainable"],
         "total_parameters": run.setup.parameters["total"],

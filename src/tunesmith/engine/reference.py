@@ -7,6 +7,7 @@ where they began as something else (a continued adapter, PiSSA, a random prefix)
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,22 +20,24 @@ from tunesmith.engine import batching, distributed, figures, setup
 from tunesmith.errors import RecipeError
 
 
-def take(ready: setup.Setup, built: setup.Built, budget: int, say: Callable[[str], None]) -> None:
+def take(ready: setup.Setup, built: setup.Built, budget: int, say: Callable[[str], None]) -> float:
     """Fill the objective's reference with what ``built.model`` says now, unless a checkpoint has filled it already.
 
-    ``budget``: tokens of a micro-batch.
+    ``budget``: tokens of a micro-batch. Returns the seconds it took, 0 where there was nothing to do.
     """
     objective: Any = ready.objective
     if objective.reference is None or objective.reference.taken:
-        return
+        return 0.0
+    started = time.perf_counter()
     built.model.eval()
     rows = tokens = 0
-    for data, chosen in _rows_of_run(ready):
+    for data, chosen in rows_of_run(ready):
         rows, tokens = rows + len(chosen), tokens + int(data.lengths[chosen].sum())
         for found in distributed.gather(_measured(built, objective, data, chosen, budget, ready.device)):
             objective.reference.add(found)
     objective.reference.taken = True
     say(f"the reference is the policy before its first step: {rows:,} rows, {figures.count(tokens)} tokens, computed once")
+    return time.perf_counter() - started
 
 
 def require(objective: Any, tensors: Mapping[str, Any]) -> None:
@@ -46,7 +49,7 @@ def require(objective: Any, tensors: Mapping[str, Any]) -> None:
         )
 
 
-def _rows_of_run(ready: setup.Setup) -> Iterable[tuple[Encoded, np.ndarray]]:
+def rows_of_run(ready: setup.Setup) -> Iterable[tuple[Encoded, np.ndarray]]:
     """The rows that the steps of the run take, and those that are held out; each once."""
     yield ready.data.train, ready.plan.seen()
     if ready.data.eval is not None:

@@ -57,9 +57,9 @@ def train(
 
     Returns eval_loss_before, eval_loss, perplexity_before, perplexity, tokens_per_second, peak_memory_bytes (above what the
     process held before the model), trainable_parameters, total_parameters, model_dir, run_dir, report, steps, best_step,
-    tokens, train_seconds, samples, stopped and verdict; with ``data.eval.sets`` also eval_sets (their names) and eval_NAME_loss
-    and eval_NAME_perplexity, each with its _before. Of several processes only the main one returns them, the others an empty
-    mapping.
+    tokens, train_seconds, samples, stopped and verdict; with a reference also reference_seconds; with ``data.eval.sets`` also
+    eval_sets (their names) and eval_NAME_loss and eval_NAME_perplexity, each with its _before. Of several processes only the
+    main one returns them, the others an empty mapping.
 
     Raises UserError before weights load, StoppedError (not finite, disk full) and Interrupted with the last checkpoint
     kept, and whatever one of the functions raised.
@@ -189,6 +189,7 @@ def _run(
         device=ready.device, noise=built.noise, log=lambda record: _log(run, record),
         evaluate=lambda now: _evaluate(run, now, job.budget), save=lambda now: _save(run, now), wants=hooks.wants,
     )  # fmt: skip
+    compared = 0.0
     if at.step < ready.plan.steps:
         progress.doing("trying the heaviest micro-batch")
         asked, automatic = job.budget, train_config.micro_batch_tokens == "auto" and not at.micro_batch_tokens
@@ -198,10 +199,12 @@ def _run(
                 f"micro-batches have at most {job.budget:,} tokens, which fits into memory; the result is the same for any"
             )
         progress.doing("computing the reference" if ready.objective.reference is not None else None)
-        reference.take(ready, built, job.budget, progress.note)
+        compared = reference.take(ready, built, job.budget, progress.note)
         progress.doing(None)
     if main:
         outcome.record_start(run, job.budget)
+        if compared:
+            run_folder.record(reference_seconds=compared)
         run.trackers = _trackers(run, resumed)
     progress.start(at.step, ready.plan.steps)
     ending = None

@@ -1,0 +1,316 @@
+#!/usr/bin/env python
+"""DPO and reward models on real pairs, beside TRL: rows a second, peak memory, and what was learnt of held-out pairs.
+
+    python benchmarks/preferences.py --only speed              # the rates, a quarter of an hour on two quiet cores
+    python benchmarks/preferences.py --only quality --seeds 1  # 240 pairs to learn from, 60 held out; an hour a seed
+    python benchmarks/preferences.py --more --write            # what the results lack yet; the tables go into docs/speed.md
+
+Every run is a fresh process: SmolLM2-135M with LoRA, both sides with the same rows, rank, rate, schedule, length and batches of 8.
+``speed`` trains on the same rows in turn and gives the ratio of each pair; of TRL's two settings the faster counts. For DPO both
+sides count their pass of the reference. Rows decide: a row is the same work to either side, however often it reads the prompt.
+``quality``: the saved adapters of both sides are read by one plain scorer (transformers and peft in fp32, row by row). The held-out
+pairs are the last 60 of the file; two of these stand among the first 240 too, so they change places with pairs that do not.
+The peer is run by ``bench/peers.py`` of the shared folder ($TUNESMITH_SHARED, by default the folder ``shared`` beside the checkout).
+Results go to ``benchmarks/results/preferences.json``, run by run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("TUNESMITH_SHARED", ROOT.parent / "shared"))
+RESULTS = ROOT / "benchmarks" / "results" / "preferences.json"
+PAGE = ROOT / "docs" / "speed.md"
+BEGIN, END = "<!-- preferences: begin -->\n", "<!-- preferences: end -->"
+
+TASKS = {"dpo": 5e-5, "reward": 2e-4}
+"""Task and its rate, the one of bench/peers.py."""
+
+ASKED = {"dpo": 3.5, "reward": 2.5}
+"""Times the peer's rows a second that the project asks for."""
+
+LORA = {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+MODEL = "smollm2-135m"
+TRAIN, SEEDS, SPEED_ROWS, ROUNDS = 240, 3, 24, 3
+
+
+# --------------------------------------------------------------------------------------------------------------- the rows
+
+
+def pairs() -> tuple[list[Any], list[Any]]:
+    """240 to learn from and 60 held out, of which none is learnt from."""
+    rows = json.loads((SHARED / "data" / "dpo_en_demo.json").read_text("utf-8"))
+    said = [json.dumps(row, sort_keys=True) for row in rows]
+    train, held_out = list(range(TRAIN)), list(range(TRAIN, len(rows)))
+    leaks = [place for place in held_out if said[place] in said[:TRAIN]]
+    alone = [place for place in reversed(train) if said.count(said[place]) == 1][: len(leaks)]
+    for leak, other in zip(leaks, alone, strict=True):
+        train[train.index(other)], held_out[held_out.index(leak)] = leak, other
+    return [rows[place] for place in train], [rows[place] for place in held_out]
+
+
+def place_rows(folder: Path, seed: int) -> Path:
+    """A file of the pairs to learn from in the order of the seed, the held-out ones behind them."""
+    train, held_out = pairs()
+    random.Random(seed).shuffle(train)
+    path = folder / f"pairs-{seed}.json"
+    path.write_text(json.dumps(train + held_out), "utf-8")
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------------- one run
+
+
+def ours(task: str, data: Path, rows: int, seed: int, out: Path) -> dict[str, Any]:
+    """One run of tunesmith, in this process."""
+    import tunesmith
+
+    recipe = {
+        "model": MODEL,
+        "objective": task,
+        "adaptation": LORA,
+        "data": {"train": [{"path": str(data), "limit": rows}], "eval": {"fraction": 0.0}, "max_length": 1024, "cache": False},
+        "train": {"learning_rate": TASKS[task], "batch_size": 8, "eval_steps": None, "save_steps": None},
+        "samples": {"count": 0},
+        "seed": seed,
+    }
+    started = time.perf_counter()
+    found = tunesmith.train(recipe, out=out)
+    seconds = found["train_seconds"] + found.get("reference_seconds", 0.0)
+    return {
+        "seconds": seconds,
+        "rows_per_second": rows / seconds,
+        "whole_seconds": time.perf_counter() - started,
+        "peak_memory_bytes": found["peak_memory_bytes"],
+        "model": found["model_dir"],
+    }
+
+
+def fresh(*command: str) -> dict[str, Any]:
+    """Run a command and read the JSON of its last line."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def one_run(task: str, side: str, data: Path, rows: int, seed: int, out: Path, setting: str = "tuned-1") -> dict[str, Any]:
+    """A side's run in a fresh process: seconds (of DPO with the reference), rows a second, memory, where the model is."""
+    if side == "tunesmith":
+        return {"side": side, "seed": seed, **fresh(__file__, "--run", task, str(data), str(rows), str(seed), str(out))}
+    from tunesmith.models.load import locate
+
+    found = fresh(
+        str(SHARED / "bench" / "peers.py"), task, "--setting", setting, "--model", str(locate(MODEL).path), "--data", str(data),
+        "--rows", str(rows), "--save", str(out),
+    )  # fmt: skip
+    seconds = found["seconds"] + (found["construct_seconds"] if task == "dpo" else 0.0)
+    return {
+        "side": side,
+        "seed": seed,
+        "setting": setting,
+        "seconds": seconds,
+        "rows_per_second": rows / seconds,
+        "peak_memory_bytes": found["peak_memory_bytes"],
+        "model": str(out),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- held-out pairs
+
+
+def score(task: str, data: Path, adapter: str | None) -> dict[str, Any]:
+    """(better, worse) of each held-out pair, read by plain transformers: log p(answer | prompt) or a reward, and the tokens."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from tunesmith.models.load import locate
+
+    folder = locate(MODEL).path
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if task == "dpo":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    read, tokens = [], []
+    for row in json.loads(data.read_text("utf-8"))[TRAIN:]:
+        turns = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+        prompt = len(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        both = []
+        for name in ("chosen", "rejected"):
+            answer = [*turns, {"role": "assistant", "content": row[name]["value"]}]
+            ids = torch.tensor([tokenizer.apply_chat_template(answer, return_dict=False)])
+            with torch.no_grad():
+                if task == "dpo":
+                    logits = model(input_ids=ids, logits_to_keep=ids.shape[1] - prompt + 1).logits[0, :-1]
+                    both.append(-torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="sum").item())
+                else:
+                    both.append(model(input_ids=ids).logits.item())
+            tokens.append(ids.shape[1] - prompt)
+        read.append(both)
+    return {"read": read, "tokens": [tokens[place : place + 2] for place in range(0, len(tokens), 2)]}
+
+
+def quality(task: str, side: str, seed: int, folder: Path, reference: list[list[float]] | None) -> dict[str, Any]:
+    """A run on the 240 pairs, and the lead of the better answer of each held-out one: of rewards, in DPO beta times log ratios."""
+    data = place_rows(folder, seed)
+    run = one_run(task, side, data, TRAIN, seed, folder / f"{task}-{side}-{seed}")
+    found = fresh(__file__, "--score", task, str(data), run.pop("model"))
+    read = np.array(found["read"])
+    leads = read[:, 0] - read[:, 1] if reference is None else 0.1 * np.subtract(*(read - np.array(reference)).T)
+    return {**run, "leads": leads.tolist(), "tokens": found["tokens"]}
+
+
+def right(leads: Any) -> Any:
+    """1 where the better answer leads, a half in a tie."""
+    leads = np.asarray(leads, float)
+    return np.where(leads == 0, 0.5, leads > 0)
+
+
+def interval(values: Any, draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean over (seeds, pairs) and its 95% interval, pairs drawn with return; means over seeds first."""
+    each = np.mean(values, axis=0)
+    drawn = np.random.default_rng(0).integers(0, len(each), (draws, len(each)))
+    low, high = np.percentile(each[drawn].mean(axis=1), [2.5, 97.5])
+    return float(each.mean()), float(low), float(high)
+
+
+# ------------------------------------------------------------------------------------------------------------ in numbers
+
+
+def speed(task: str, rounds: int, known: dict[str, Any], keep: Any) -> None:
+    """Rows a second in turn on the first rows of the file; TRL's faster setting is found first."""
+    data, rows = SHARED / "data" / "dpo_en_demo.json", SPEED_ROWS
+
+    def run(side: str, setting: str = "tuned-1") -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as place:
+            found = one_run(task, side, data, rows, 0, Path(place) / "out", setting)
+        print(f"{task} {side} {setting}: {found['rows_per_second']:.3f} rows/s", file=sys.stderr)
+        return found
+
+    other = run("trl", "tuned-8")
+    pairs: list[Any] = []
+    for _ in range(rounds):
+        pairs.append([run("tunesmith"), run("trl")])
+        known[task] = {"rows": rows, "other": other, "pairs": pairs}
+        keep()
+
+
+def rates(one: dict[str, Any]) -> list[tuple[float, float]]:
+    """Rows a second of each round: ours, and TRL's in the faster of its settings."""
+    other = one["other"]["rows_per_second"]
+    return [(mine["rows_per_second"], max(theirs["rows_per_second"], other)) for mine, theirs in one["pairs"]]
+
+
+def render(found: dict[str, Any]) -> str:
+    """The tables of the page."""
+    rows = [["task", "rows/s", "TRL's rows/s", "times", "asked", "peak memory", "TRL's peak memory"], ["---"] * 7]
+    for task, one in found.get("speed", {}).items():
+        mine, theirs = (float(np.median(side)) for side in zip(*rates(one), strict=True))
+        ratios = [a / b for a, b in rates(one)]
+        peak = [max(pair[side]["peak_memory_bytes"] for pair in one["pairs"]) / 1e6 for side in (0, 1)]
+        times = f"**{np.median(ratios):.2f}** ({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+        rows.append([task, f"{mine:.3f}", f"{theirs:.3f}", times, f"{ASKED[task]}", f"{peak[0]:,.0f} MB", f"{peak[1]:,.0f} MB"])
+    lines = ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    rows = [["held-out pairs", "seeds", "accuracy", "margin"], ["---"] * 4]
+    for task, runs in found.get("quality", {}).items():
+        leads = {side: [run["leads"] for run in runs if run["side"] == side] for side in ("tunesmith", "trl")}
+        for side, values in leads.items():
+            if values:
+                cells = [_spread(interval(right(values))), _spread(interval(values))]
+                rows.append([f"{task}, {side}", str(len(values)), *cells])
+        both = min(len(values) for values in leads.values())
+        if both:
+            mine, theirs = (np.array(leads[side][:both]) for side in ("tunesmith", "trl"))
+            cells = [_spread(interval(right(mine) - right(theirs))), _spread(interval(mine - theirs))]
+            rows.append([f"{task}, difference", str(both), *cells])
+    if found.get("quality"):
+        tokens = np.array(next(iter(found["quality"].values()))[0]["tokens"])
+        for name, lead in (("longer", tokens[:, 0] - tokens[:, 1]), ("shorter", tokens[:, 1] - tokens[:, 0])):
+            rows.append([f"always the {name} one", "", _spread(interval(right(lead)[None])), ""])
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def _spread(found: tuple[float, float, float]) -> str:
+    mean, low, high = found
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=["speed", "quality"], default=["speed", "quality"])
+    parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of speed")
+    parser.add_argument("--more", action="store_true", help="keep the runs in the results, add what they lack")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/speed.md")
+    parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)  # TASK DATA ROWS SEED OUT: one run of ours
+    parser.add_argument("--score", nargs="+", help=argparse.SUPPRESS)  # TASK DATA [ADAPTER]: of the held-out pairs
+    options = parser.parse_args()
+    if options.run:
+        task, data, rows, seed, out = options.run
+        print(json.dumps(ours(task, Path(data), int(rows), int(seed), Path(out))))
+        return
+    if options.score:
+        task, data, *adapter = options.score
+        print(json.dumps(score(task, Path(data), adapter[0] if adapter else None)))
+        return
+    if not (SHARED / "bench").exists():
+        raise SystemExit(f"nothing in {SHARED}: set TUNESMITH_SHARED to the folder that holds data/ and bench/")
+
+    from tunesmith.engine import machine
+
+    known: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+
+    def keep() -> None:
+        known["machine"] = machine.describe()
+        RESULTS.write_text(json.dumps(known) + "\n", "utf-8")
+
+    for task in options.task if "speed" in options.only else ():
+        of_speed = known.setdefault("speed", {})
+        if not (options.more and len(of_speed.get(task, {}).get("pairs", ())) >= options.rounds):
+            speed(task, options.rounds, of_speed, keep)
+    with tempfile.TemporaryDirectory() as place:
+        reference: list[list[float]] | None = None
+        for seed in range(options.seeds if "quality" in options.only else 0):
+            for task in options.task:
+                of_task = known.setdefault("quality", {}).setdefault(task, [])
+                if seed == 0 and not options.more:
+                    of_task.clear()
+                for side in ("tunesmith", "trl"):
+                    if any((run["seed"], run["side"]) == (seed, side) for run in of_task):
+                        continue
+                    if task == "dpo" and reference is None:
+                        reference = fresh(__file__, "--score", task, str(place_rows(Path(place), seed)))["read"]
+                    of_task.append(quality(task, side, seed, Path(place), reference if task == "dpo" else None))
+                    keep()
+                    done = of_task[-1]
+                    accuracy, margin = float(np.mean(right(done["leads"]))), float(np.mean(done["leads"]))
+                    rate = f"{done['rows_per_second']:.3f} rows/s"
+                    print(f"{task} {side} seed {seed}: accuracy {accuracy:.3f}, margin {margin:.3f}, {rate}", file=sys.stderr)
+    table = render(known)
+    print(table)
+    if options.write:
+        before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
+        PAGE.write_text(before + BEGIN + table + END + rest.partition(END)[2], "utf-8")
+
+
+if __name__ == "__main__":
+    main()
