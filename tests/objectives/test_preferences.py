@@ -355,6 +355,39 @@ def test_eight_judgements_are_memorised_and_scored(tmp_path):
     assert plain.config.num_labels == 1
 
 
+def test_a_report_of_rewards_is_of_lengths_and_shows_what_was_preferred(tmp_path):
+    made = recipe(tmp_path, "llama", "reward", max_steps=2)
+    found = tunesmith.train(made, out=tmp_path / "run")
+    figures = tunesmith.evaluate(found["model_dir"], tmp_path / "rows.jsonl", out=tmp_path / "report")
+    html = (tmp_path / "report" / "report.html").read_text("utf-8")
+    assert (tmp_path / "report" / "by-length.png").exists() and (tmp_path / "report" / "calibration.png").exists()
+    longer = figures["details"]["longer_is_better"]
+    assert f"by always taking the {'longer' if longer >= 0.5 else 'shorter'} one" in html
+    worst = json.loads((tmp_path / "report" / "mistakes.jsonl").read_text("utf-8").splitlines()[0])
+    row = json.loads((tmp_path / "rows.jsonl").read_text("utf-8").splitlines()[worst["row"][1] - 1])
+    assert worst["text"] == row["prompt"] and worst["gold"].endswith(row["chosen"])
+    assert worst["prediction"].endswith(row["rejected"]) == (worst["rewards"][1] > worst["rewards"][0])
+
+
+def test_what_the_reference_takes_is_foretold_and_kept(tmp_path):
+    made = recipe(tmp_path, "llama", "dpo", max_steps=4, save_steps=2)
+    assert tunesmith.check(made, measure=True)["forecast"]["reference_seconds"] > 0
+    killed_before(3, made, tmp_path / "run")
+    assert tunesmith.train(made, out=tmp_path / "run", resume=True)["reference_seconds"] > 0
+
+
+def test_scores_go_to_stdout_without_a_file(tmp_path, capsys):
+    from tunesmith.cli.main import main
+
+    found = tunesmith.train(recipe(tmp_path, "llama", "reward", max_steps=1), out=tmp_path / "run")
+    ask = ["score", found["model_dir"], "--data", str(tmp_path / "rows.jsonl"), "--limit", "3"]
+    assert main(ask) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["row"] for one in said] == [1, 2, 3] and all(len(one["rewards"]) == 2 for one in said)
+    assert main([*ask, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answers"] == said
+
+
 @pytest.mark.parametrize("objective", ["sft", "classify"])
 def test_what_gives_no_reward_is_asked_for_none(tmp_path, objective):
     found = tunesmith.train(recipe(tmp_path, "llama", objective, max_steps=1), out=tmp_path / "run")

@@ -1,9 +1,10 @@
-"""``tunesmith predict MODEL --data FILE --out FILE``: what a model says of every row, as one JSON object a line."""
+"""``tunesmith predict MODEL --data FILE [--out FILE]``: what a model says of every row, as one JSON object a line."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
@@ -23,7 +24,9 @@ def predict(
     data: Annotated[
         str, typer.Option(help="Rows, with or without labels: json, jsonl, csv, tsv, txt, parquet, conll.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(help="New jsonl file: one object for each row, in order.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="New jsonl file: one object for each row, in order.", show_default="stdout")
+    ] = None,
     format: Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")] = None,
     column: Annotated[
         list[str] | None, typer.Option(help="FIELD=COLUMN, such as text=review; may be repeated.", show_default=False)
@@ -41,7 +44,7 @@ def predict(
 def predict_into(
     model: str,
     data: str,
-    out: Path,
+    out: Path | None,
     doing: str,
     as_json: bool,
     format: str | None,
@@ -51,9 +54,12 @@ def predict_into(
     precision: str,
     batch_tokens: int,
 ) -> None:
-    """What ``model`` says of every row of ``data`` into the new file ``out``, with progress; then the first few of them."""
+    """What ``model`` says of every row of ``data`` into the new file ``out``, with progress; then the first few of them.
+
+    Without a file the rows go to stdout as they come; with ``as_json`` as ``answers`` of the one object.
+    """
     columns = columns_of(column or [])
-    if out.exists():
+    if out is not None and out.exists():
         raise UserError(f"{out} exists already; name a new file with --out, or remove it")
 
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -66,22 +72,29 @@ def predict_into(
         model, data, format=format, columns=columns, limit=limit, max_length=max_length, precision=precision,
         batch_tokens=batch_tokens, note=notes.append, rewards=doing == "scoring",
     )  # fmt: skip
-    first: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
+    shown = SHOWN if out is not None else None if as_json else 0
     rows = errors = 0
     show = Progress(
         SpinnerColumn(), TextColumn(doing), MofNCompleteColumn(), TimeElapsedColumn(), console=console(), transient=True
     )
-    with show, _appearing(out) as file:
+    with show, _appearing(out) if out is not None else contextlib.nullcontext(None if as_json else sys.stdout) as file:
         task = show.add_task("", total=None)
         for answer in said:
-            file.write(json.dumps(plain(answer), ensure_ascii=False) + "\n")
+            if file is not None:
+                file.write(json.dumps(plain(answer), ensure_ascii=False) + "\n")
             rows, errors = rows + 1, errors + ("error" in answer)
-            first += [answer] if len(first) < SHOWN else []
+            kept += [answer] if shown is None or len(kept) < shown else []
             show.advance(task)
     for line in notes:
         say(line)
-    found = {"model": model, "data": data, "out": str(out), "rows": rows, "errors": errors, "notes": notes, "first": first}
-    result(found, as_json, _shown)
+    found: dict[str, Any] = {"model": model, "data": data, "rows": rows, "errors": errors, "notes": notes}
+    if out is not None:
+        result({**found, "out": str(out), "first": kept}, as_json, _shown)
+    elif as_json:
+        result({**found, "answers": kept}, as_json, _shown)
+    else:
+        say(f"{rows:,} rows")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""``tunesmith score MODEL --data FILE --out FILE``: what a reward model gives every answer, and the order of several."""
+"""``tunesmith score MODEL --data FILE [--out FILE]``: what a reward model gives every answer, and the order of several."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def score(
         str,
         typer.Option(help="Prompts with one answer, or with several (chosen and rejected, or a list).", show_default=False),
     ],
-    out: Annotated[Path, typer.Option(help="New jsonl file: one object for each row, in order.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="New jsonl file: one object for each row, in order.", show_default="stdout")
+    ] = None,
     format: Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")] = None,
     column: Annotated[
         list[str] | None, typer.Option(help="FIELD=COLUMN, such as chosen=good; may be repeated.", show_default=False)

@@ -116,10 +116,11 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
     worst = sorted((one for one in answers if one["loss"] is not None), key=lambda one: -one["loss"])
     wrong = [one for one in worst if not one.get("right", one["prediction"] == one["gold"])][:MISTAKES] or worst[:MISTAKES]
     texts = _rows_of(source, {one["row"][1] for one in wrong}, chosen.objective.rows)
-    mistakes = [
-        {"where": f"{source.label}:{one['row'][1]}", **_words(texts[one["row"][1]]), **_places(texts[one["row"][1]], one), **one}
-        for one in wrong
-    ]
+    mistakes = []
+    for one in wrong:
+        row = texts[one["row"][1]]
+        shown = {**_words(row), **_places(row, one), **one, **_judged(row, one)}
+        mistakes.append({"where": f"{source.label}:{one['row'][1]}", **shown})
     newfolder.make(folder)
     (folder / "figures.json").write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in mistakes)
@@ -148,6 +149,27 @@ def _words(row: Any) -> dict[str, str]:
     """What a person reads of a row."""
     names = {"text": "text", "text_pair": "text_pair", "question": "question", "context": "text"}
     return {shown: value for name, shown in names.items() if (value := getattr(row, name, None)) is not None}
+
+
+def _judged(row: Any, answer: dict[str, Any]) -> dict[str, Any]:
+    """Of judged answers: the prompt, the best one as ``gold`` and the one with the highest reward as ``prediction``."""
+    from tunesmith.data.rows import Ranking
+
+    if not isinstance(row, Ranking):
+        return {}
+    rewards = answer["prediction"]
+    best, said = row.ranks.index(min(row.ranks)), rewards.index(max(rewards))
+    texts = [f"[{reward:.3f}] {_said(one)}" for reward, one in zip(rewards, row.answers, strict=True)]
+    return {"text": _said(row.prompt), "gold": texts[best], "prediction": texts[said], "rewards": rewards}
+
+
+def _said(turns: Any) -> str:
+    """Turns as a person reads them: of several each under its role."""
+    if isinstance(turns, str):
+        return turns
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def _places(row: Any, answer: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tunesmith.metrics import pictures
 
 _FIRST = (
     "accuracy", "micro_f1", "exact_match", "f1", "precision", "recall", "macro_f1", "auroc", "token_accuracy", "rmse", "mae",
-    "pearson",
+    "pearson", "margin",
 )  # fmt: skip
 """The first three of these that are there stand on top."""
 _FOLDED = 30  # a longer table is folded away
@@ -98,6 +98,9 @@ def _pictures(figures: Mapping[str, Any]) -> dict[str, tuple[str, bytes]]:
     if figures.get("calibration"):
         caption = "Calibration: how sure the model is, and how often it is right"
         found["calibration"] = caption, pictures.reliability(figures["calibration"])
+    if figures.get("by_length"):
+        caption = "Accuracy by how much longer the better answer is: does the model only measure length?"
+        found["by-length"] = caption, pictures.buckets(figures["by_length"], 0.5)
     return found
 
 
@@ -114,6 +117,8 @@ def _tiles(figures: Mapping[str, Any]) -> str:
     for name in shown:
         has_baseline = name in ("accuracy", "micro_f1") and name == shown[0]
         sub = f"{written.number(baseline)} by always saying the same" if has_baseline and written.is_number(baseline) else ""
+        if name == "accuracy" and written.is_number(longer := figures.get("longer_is_better")):
+            sub = f"{written.number(max(longer, 1 - longer))} by always taking the {'longer' if longer >= 0.5 else 'shorter'} one"
         tiles.append(tile(_words(name), written.number(figures[name]), sub))
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 

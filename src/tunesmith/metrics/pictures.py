@@ -128,6 +128,21 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> bytes:
     return _png(figure)
 
 
+def buckets(figures: Mapping[str, Mapping[str, float]], chance: float) -> bytes:
+    """Bars of the accuracy in each bucket {name: {pairs, accuracy}}, in their order, beside what ``chance`` gives."""
+    figure, axes = _empty(8, 1.3 + 0.42 * len(figures))
+    places = range(len(figures))
+    axes.barh(places, [one["accuracy"] for one in figures.values()], height=0.6, color=_BLUE)
+    axes.axvline(chance, linestyle="--", color=_GREY, linewidth=1)
+    labels = [f"{name}  ({one['pairs']:,})" for name, one in figures.items()]
+    axes.set_yticks(places, labels)
+    axes.set(xlim=(0, 1.02), ylim=(len(labels) - 0.5, -0.5), xlabel="accuracy (in brackets: pairs; dashed: by chance)")
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
 def _empty(width: float, height: float) -> tuple[Any, Any]:
     """(figure, axes) of this many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
