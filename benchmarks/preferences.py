@@ -83,7 +83,7 @@ def ours(task: str, data: Path, rows: int, seed: int, out: Path) -> dict[str, An
         "adaptation": LORA,
         "data": {"train": [{"path": str(data), "limit": rows}], "eval": {"fraction": 0.0}, "max_length": 1024, "cache": False},
         "train": {"learning_rate": TASKS[task], "batch_size": 8, "eval_steps": None, "save_steps": None},
-        "samples": {"count": 0},
+        **({"samples": {"count": 0}} if task == "dpo" else {}),
         "seed": seed,
     }
     started = time.perf_counter()

@@ -26,7 +26,7 @@ from tunesmith.nearest import did_you_mean, nearest
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Recipe(Strict):

@@ -39,6 +39,15 @@ def nothing(tmp_path):
     pass
 
 
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+SCORED = PAIR | {"chosen_score": 2.0, "rejected_score": 1.0}
+RANKED = {"prompt": "a", "answers": ["b", "c"]}
+
+
+def preferred(row, before=PAIR):
+    return lambda tmp_path: (tmp_path / "rows.jsonl").write_text(json.dumps(before) + "\n" + json.dumps(row) + "\n")
+
+
 CASES = {
     "unknown key": (nothing, ["train.lerning_rate=1"], ["train.lerning_rate", "learning_rate"]),
     "unknown key at the root": (nothing, ["sede=1"], ["sede", "seed"]),
@@ -95,6 +104,19 @@ CASES = {
     "new tokens under ia3": (nothing, ["add_tokens=[<tool>]", "adaptation=ia3"], ["ia3", "adaptation=lora, which keeps them, or adaptation=full"]),
     "an unknown schedule": (nothing, ["train.lr_scheduler_type=lineer"], ["lineer", "linear"]),
     "longer than the window": (nothing, ["train.max_length=4096"], ["4096", "512"]),
+    "an infinite rate": (nothing, ["train.learning_rate=.inf"], ["train.learning_rate", "finite", "inf"]),
+    "a pair without a side": (preferred({"prompt": "a", "chosen": "b"}), ["objective=dpo"], ["rows.jsonl:2:rejected", "expected"]),
+    "an empty side": (preferred({"prompt": "a", "chosen": "b", "rejected": ""}), ["objective=dpo"], ["rows.jsonl:2:rejected"]),
+    "a ranking of one": (preferred({"prompt": "a", "answers": ["b"]}, RANKED), ["objective=reward", "samples={}"], ["rows.jsonl:2:answers", "two answers or more, got 1"]),
+    "a score that is no number": (
+        preferred({"prompt": "a", "chosen": "b", "rejected": "c", "chosen_score": float("inf"), "rejected_score": 1.0}, SCORED),
+        ["objective=reward", "samples={}"], ["rows.jsonl:2:chosen_score", "finite"],
+    ),
+    "beta 0": (preferred(PAIR), ["objective={type: dpo, beta: 0}"], ["objective.beta", "greater than 0", "got 0"]),
+    "an infinite beta": (preferred(PAIR), ["objective={type: dpo, beta: .inf}"], ["objective.beta", "finite", "got inf"]),
+    "another reference": (preferred(PAIR), ["objective={type: dpo, reference: gpt2}"], ["objective.reference", "unknown key"]),
+    "no loss of dpo": (preferred(PAIR), ["objective={type: dpo, loss_type: sppo}"], ["objective.loss_type", "'ipo'", "got 'sppo'"]),
+    "dropout in a log-probability": (preferred(PAIR), ["objective=dpo", "adaptation={type: lora, lora_dropout: 0.1}"], ["lora_dropout", "dpo"]),
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ SIZE = 64
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     variant: Literal["pfeiffer", "houlsby"] = Field(
         "pfeiffer", description="after the feed-forward of each layer (pfeiffer), or after its attention too (houlsby)"

@@ -21,7 +21,7 @@ DEFAULT_BLOCKS = 2
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     train_last: int | None = Field(
         None,

@@ -22,7 +22,7 @@ ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Adaptation:

@@ -28,7 +28,7 @@ NOT_HERE = {
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     r: int | dict[str, Any] = Field(
         8, description="rank of the update; by the end of a layer's name (peft's rank_pattern): {default: 8, down_proj: 16}"

@@ -12,7 +12,7 @@ PROJECTION_RATIO = 0.01
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     num_virtual_tokens: int = Field(20, gt=0, description="trained keys and values in front of each row, in each layer")
     prefix_projection: bool = Field(False, description="make them by a small network while training (section 4.3 of the paper)")

@@ -14,7 +14,7 @@ VIRTUAL_TOKENS = 20
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     num_virtual_tokens: int | None = Field(
         None, gt=0, description=f"trained embeddings in front of each row (default: those of the text, else {VIRTUAL_TOKENS})"

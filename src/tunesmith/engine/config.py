@@ -13,7 +13,7 @@ OPTIMS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor",
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TrainConfig(Strict):

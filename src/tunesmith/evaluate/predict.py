@@ -48,8 +48,8 @@ def predict(
     source = opened.source_of(data, format=format, columns=columns, limit=limit, split=split, name=name, streaming=streaming)
     chosen = opened.open_model(model, max_length=max_length)
     if chosen.objective.head == "lm":
-        use = "a reward model judges: train one with objective: reward" if rewards else "use tunesmith generate"
-        raise ModelError(f"this model writes text, it has no head that judges: {use}.")
+        use = "a reward model gives rewards, train one with objective: reward" if rewards else "use tunesmith generate"
+        raise ModelError(f"this model writes text: {use}.")
     if rewards and Ranking not in chosen.objective.rows:
         raise ModelError(f"this model was trained for {chosen.name}, it gives no rewards: use tunesmith predict.")
     opened_source = _opened(source, chosen.objective.rows)

@@ -17,7 +17,7 @@ from tunesmith.objectives import Batch, Example
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
         None, description="default: what the labels look like (a list of labels, numbers with fractions, else one class)"

@@ -13,7 +13,7 @@ from tunesmith.objectives import Batch, Example
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     overlong: Literal["split", "error", "drop", "truncate"] = Field(
         "split", description="split = a long document becomes blocks of max_length, none of its tokens lost"

@@ -19,7 +19,7 @@ from tunesmith.objectives import Batch, Example
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"] = Field(
         "sigmoid", description="sigmoid = DPO; simpo and orpo need no reference"

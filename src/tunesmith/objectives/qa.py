@@ -19,7 +19,7 @@ N_BEST = 20
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     window: int = Field(384, ge=16, description="tokens of question and context together; a longer context slides through")
     stride: int = Field(128, ge=0, description="tokens that windows share; more where an answer of max_answer_tokens needs it")

@@ -25,7 +25,7 @@ BUCKETS = 5
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     margin: bool = Field(False, description="the better answer is to lead by the difference of the scores in the data")
     center_rewards_coefficient: float = Field(

@@ -13,7 +13,7 @@ from tunesmith.objectives import Batch, Example
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     train_on: Literal["completion", "assistant", "all"] = Field(
         "completion", description="completion = the last answer; assistant = every answer; all = every token"

@@ -19,7 +19,7 @@ Row = tuple[int, int]
 
 
 class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     labels: list[str] | None = Field(None, min_length=2, description="names of the tags, by id; default: found, O first")
     label_all: bool = Field(False, description="learn at every token of a word, not only at the one that it is read at")
