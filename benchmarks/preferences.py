@@ -81,8 +81,14 @@ def ours(task: str, data: Path, rows: int, seed: int, out: Path) -> dict[str, An
         "model": MODEL,
         "objective": task,
         "adaptation": LORA,
-        "data": {"train": [{"path": str(data), "limit": rows}], "eval": {"fraction": 0.0}, "max_length": 1024, "cache": False},
-        "train": {"learning_rate": TASKS[task], "batch_size": 8, "eval_steps": None, "save_steps": None},
+        "data": {"train": [{"path": str(data), "limit": rows}], "eval": {"fraction": 0.0}, "cache": False},
+        "train": {
+            "learning_rate": TASKS[task],
+            "batch_size": 8,
+            "max_length": 1024,
+            "eval_steps": None,
+            "save_steps": None,
+        },
         **({"samples": {"count": 0}} if task == "dpo" else {}),
         "seed": seed,
     }

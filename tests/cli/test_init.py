@@ -6,6 +6,7 @@ import pytest
 from tunesmith import adaptations, objectives, recipe, recipe_text
 from tunesmith.cli import init
 from tunesmith.cli.main import main
+from tunesmith.data.source import open_source
 
 PAIRS = list(itertools.product(objectives.names(), adaptations.names()))
 
@@ -43,6 +44,14 @@ def test_the_file_passes_the_check_of_a_recipe(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     built = recipe.load(path)
     assert (built.model, built.data.train[0].path) == ("here: there", "a #b.json")
+
+
+@pytest.mark.parametrize("objective", objectives.names())
+def test_without_a_file_it_learns_from_rows_of_its_kind(objective, capsys):
+    assert main(["init", objective]) == 0
+    built = recipe.parse(recipe_text.read(capsys.readouterr().out, "init")[0])
+    opened = open_source(built.data.train[0].model_copy(update={"limit": 3}), objectives.module(objective).Objective.rows)
+    assert len(list(opened.rows())) == 3
 
 
 def test_nothing_is_overwritten(tmp_path):

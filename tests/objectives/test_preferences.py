@@ -355,6 +355,34 @@ def test_eight_judgements_are_memorised_and_scored(tmp_path):
     assert plain.config.num_labels == 1
 
 
+def test_an_evaluation_has_the_loss_of_the_training(tmp_path):
+    made = recipe(tmp_path, "llama", {"type": "reward", "center_rewards_coefficient": 0.5}, max_steps=3, eval_steps=3)
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
+    found = tunesmith.train(made, out=tmp_path / "run")
+    again = tunesmith.evaluate(found["model_dir"], tmp_path / "rows.jsonl", precision="fp32")
+    assert again["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-5)
+
+
+def test_ties_are_half_right_and_calibrated(tmp_path):
+    objective, _, _ = judge(tmp_path)
+    pairs = [{"loss": 1.0, "lead": 0.0, "weight": 1.0, "longer": 0}] * 4
+    rows = [{"row": (0, number), "rewards": [0.0, 0.0], "pairs": [pair]} for number, pair in enumerate(pairs)]
+    found = objective.details([{"judged": rows}])
+    assert found["accuracy"] == 0.5 and found["calibration_error"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "orpo"])
+def test_figures_without_a_reference_are_by_token_like_their_loss(loss_type):
+    rows = [Ranking("a", (" b b b b b b", " c"), (0, 1))]
+    objective, examples, network = policy({"loss_type": loss_type}, rows)
+    batch = objective.collate(examples, packed=False)
+    tokens = batch["tokens"].double()
+    found = objective.loss(network.eval(), batch)[1]
+    expected = 0.1 * objective._answers(network, batch).detach() / tokens
+    for name, place in (("rewards/chosen", 0), ("rewards/rejected", 1)):
+        assert float(found[name][0]) == pytest.approx(float(expected[place]), rel=1e-6)
+
+
 def test_a_report_of_rewards_is_of_lengths_and_shows_what_was_preferred(tmp_path):
     made = recipe(tmp_path, "llama", "reward", max_steps=2)
     found = tunesmith.train(made, out=tmp_path / "run")

@@ -11,6 +11,14 @@ import typer
 from tunesmith.cli.output import result, say
 from tunesmith.errors import UserError
 
+MADE: dict[str, dict[str, Any]] = {
+    "sft": {"path": "builtin:docstrings"},
+    "cpt": {"path": "builtin:docstrings", "format": "text", "columns": {"text": "response"}},
+    "dpo": {"path": "builtin:preference"},
+    "reward": {"path": "builtin:preference"},
+}
+"""Builtin rows of an objective where they are not simply called like it."""
+
 
 def init(
     objective: Annotated[
@@ -18,7 +26,7 @@ def init(
     ],
     adaptation: Annotated[str, typer.Option(help="Which weights are trained: full, lora, ...")] = "lora",
     model: Annotated[str, typer.Option(help="Model to start from.")] = "smollm2-135m",
-    data: Annotated[str, typer.Option(help="File of training rows.")] = "builtin:docstrings",
+    data: Annotated[str | None, typer.Option(help="File of training rows.", show_default="rows made for the objective")] = None,
     out: Annotated[Path | None, typer.Option(help="Write this file.", show_default="print it")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -37,11 +45,15 @@ def init(
         result({"recipe": text, "path": out}, as_json, lambda _: text.rstrip("\n"))
 
 
-def recipe_text(objective: str, adaptation: str, model: str, data: str) -> str:
-    """The recipe as commented YAML: a key with a default stands at its default, one without is commented out."""
+def recipe_text(objective: str, adaptation: str, model: str, data: str | None) -> str:
+    """The recipe as commented YAML: a key with a default stands at its default, one without is commented out.
+
+    ``data``: a file; None = rows made for the objective.
+    """
     from tunesmith import recipe as schema
 
-    start = {"model": model, "objective": objective, "adaptation": adaptation, "data": {"train": [{"path": data}]}}
+    source = {"path": data} if data else MADE.get(objective, {"path": f"builtin:{objective}"})
+    start = {"model": model, "objective": objective, "adaptation": adaptation, "data": {"train": [source]}}
     recipe = schema.parse(start, where="init")
     parts = {"objective": (objective, recipe.objective), "adaptation": (adaptation, recipe.adaptation)}
     lines = [

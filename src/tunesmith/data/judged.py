@@ -84,7 +84,7 @@ def _compared(examples: Sequence[Example]) -> Batch:
     return {
         "pairs": torch.from_numpy(np.concatenate(several).astype(np.int64)),
         "margins": torch.from_numpy(np.concatenate([example["margins"] for example in examples]).astype(np.float32)),
-        "weights": torch.from_numpy(np.repeat([1 / max(n, 1) for n in numbers], numbers)),
+        "weights": torch.from_numpy(np.repeat([1 / max(n, 1) for n in numbers], numbers).astype(np.float32)),
         "of": np.repeat(np.arange(len(examples)), numbers).tolist(),
         "rows": [tuple(int(part) for part in example.get("row", (0, 0))) for example in examples],
         "keys": [key_of(example) for example in examples],

@@ -89,8 +89,10 @@ def measured(evaluations: Sequence[Mapping[str, Any]], sets: Sequence[str], pref
     ]
 
 
-def lower_is_better(name: str) -> bool:
-    """Whether a figure of an evaluation is a loss or an error, and not a share of what is right."""
+def lower_is_better(name: str) -> bool | None:
+    """Whether a figure of an evaluation is a loss or an error, and not a share of what is right; None where neither is better."""
+    if name.endswith(("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")):
+        return None
     return name.endswith(("loss", "perplexity", "mse", "mae", "error"))
 
 

@@ -159,9 +159,11 @@ def _before_after(run: _Run, key: str, name: str) -> str:
     return tile(name, f'<span class="from">{figures.number(before)} →</span> {figures.number(after)}', sub)
 
 
-def _change(change: float, lower_is_better: bool) -> str:
+def _change(change: float, lower_is_better: bool | None) -> str:
     """``-7.2%`` of a loss in green, ``+1.0%`` in red; what rounds to nothing has neither sign nor colour."""
     text = f"{change:+.1%}"
+    if lower_is_better is None:
+        return f"<span>{text}</span>"
     if text in ("+0.0%", "-0.0%"):
         return "<span>0.0%</span>"
     return f'<span class="{"good" if (change < 0) is lower_is_better else "bad"}">{text}</span>'
@@ -172,8 +174,10 @@ def _sets(run: _Run) -> str:
     rows = []
     for name in _set_names(run):
         row: dict[str, Any] = {"set": name, "rows": run.part("data")["eval_sets"][name].get("rows")}
-        for label in ("loss", "perplexity"):
+        for label in (one.removeprefix("eval_") for one in _measured(run)):
             points = dict(run.points(run.evals, f"eval_{name}_{label}"))
+            if not points:
+                continue
             kept = run.figure("best_step") if run.figure("best_step") in points else max(points, default=0)
             row |= {f"{label} before": points.get(0), f"{label} after": points.get(kept or 0)}
         rows.append(row)
@@ -253,13 +257,24 @@ CURVES = 4
 """Figures of an evaluation in one picture."""
 
 
+def _own(run: _Run) -> list[str]:
+    """What the objective itself says of each step, such as accuracy or rewards/margins: names of the records of training."""
+    measured = _measured(run)
+    names = dict.fromkeys(name for record in run.train for name in record if "/" in name or f"eval_{name}" in measured)
+    return [name for name in names if name != "loss"]
+
+
 def _curves(run: _Run) -> str:
     def of(key: str) -> list[curves.Curve]:
         return [curves.Curve("train", run.points(run.train, key))]
 
     loss = curves.chart("Loss", _losses(run))
-    better = [name for name in _measured(run) if not figures.lower_is_better(name)][:CURVES]
+    own = _own(run)
+    better = [name for name in _measured(run) if not figures.lower_is_better(name) and name.removeprefix("eval_") not in own][
+        :CURVES
+    ]
     small = [
+        *(curves.chart(_titled(name), [*of(name), curves.Curve("eval", run.points(run.evals, f"eval_{name}"))]) for name in own),
         curves.chart(
             "Held-out figures",
             [curves.Curve.of_set(name.removeprefix("eval_"), run.points(run.evals, name), n) for n, name in enumerate(better)],

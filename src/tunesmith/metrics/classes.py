@@ -148,12 +148,13 @@ def regression(gold: Any, predicted: Any) -> dict[str, float | None]:
 
 
 def calibration(confidence: Any, right: Any) -> list[dict[str, float]]:
-    """{"confidence", "accuracy", "count"} of each of 15 bins of equal width that holds anything; both arguments are (n,).
+    """{"confidence", "accuracy", "count"} of each of 15 bins of equal width that holds anything; both arguments are (n,), what is
+    right 1, what is wrong 0, a tie a half.
 
     Bin m holds confidences in ((m - 1) / 15, m / 15], and 0 falls into the first (Guo et al. 2017, On Calibration of Modern
     Neural Networks, section 2). What is nan is in no bin.
     """
-    confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=bool)
+    confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     place = np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left")
     found = []
     for one in range(BINS):

@@ -300,7 +300,7 @@ class Objective:
             "rows": batch["rows"],
             "scores": scores.cpu().numpy(),
             "targets": batch["targets"].cpu().numpy(),
-            "losses": losses.double().cpu().numpy(),
+            "losses": losses.cpu().double().numpy(),
         }
 
     def _gathered(self, records: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray, np.ndarray]:

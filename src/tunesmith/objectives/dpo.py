@@ -185,12 +185,14 @@ class Objective:
         tokens = batch["tokens"].to(policy).clamp(min=1)
         better, worse = batch["pairs"].to(policy.device).unbind(1)
         pairs = Pairs(policy[better], policy[worse], reference[better], reference[worse], tokens[better], tokens[worse])
-        rewards = self.config.beta * (policy - reference) / (tokens if self.config.loss_type == "simpo" else 1.0)
+        by_token = tokens if self.config.loss_type in ALONE else 1.0  # as these losses compare
+        rewards = self.config.beta * (policy - reference) / by_token
         figures = {
             "rewards/chosen": rewards[better],
             "rewards/rejected": rewards[worse],
             "rewards/margins": rewards[better] - rewards[worse],
-            "rewards/accuracies": (rewards[better] > rewards[worse]).to(policy),
+            "rewards/accuracies": (rewards[better] > rewards[worse]).to(policy)
+            + (rewards[better] == rewards[worse]).to(policy) / 2,
             "logps/chosen": pairs.better,
             "logps/rejected": pairs.worse,
         }
@@ -213,7 +215,7 @@ class Objective:
         import torch
 
         with torch.no_grad():
-            values = self._answers(model, batch).double().cpu().split(batch["counts"])
+            values = self._answers(model, batch).cpu().double().split(batch["counts"])
         return {key: some.tolist() for key, some in zip(batch["keys"], values, strict=True)}
 
     def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
@@ -230,7 +232,7 @@ class Objective:
             weights = batch["weights"].to(losses)
             of = torch.tensor(batch["of"], device=losses.device)
             sums = {
-                name: losses.new_zeros(len(batch["rows"])).index_add(0, of, weights * value).double().cpu().tolist()
+                name: losses.new_zeros(len(batch["rows"])).index_add(0, of, weights * value).cpu().double().tolist()
                 for name, value in {"loss": losses, **found}.items()
             }
         return {"judged": [

@@ -160,7 +160,7 @@ class Objective:
 
         with torch.no_grad():
             start, end = heads.span_logits(model, batch)
-            losses = _losses(start, end, batch).double().cpu().numpy()
+            losses = _losses(start, end, batch).cpu().double().numpy()
         known = (batch["spans"][:, 0] >= 0).cpu().numpy()
         first, last = start.float().cpu(), end.float().cpu()
         out, at = [], 0

@@ -24,6 +24,10 @@ BUCKETS = 5
 """Of pairs by how much longer the better answer is: accuracy is given for each."""
 
 
+OF_THE_LOSS = ("margin", "center_rewards_coefficient")
+"""Keys that an evaluation of the saved model takes over."""
+
+
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -52,6 +56,7 @@ class Objective:
         self.shared = True
         self._pad: int | None = None
         self._saved = False
+        self._ours: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------------------------ before encoding
 
@@ -64,7 +69,7 @@ class Objective:
                 "  Take a decoder such as smollm2-135m."
             )
         self.max_length = max_length
-        ours = getattr(config, "tunesmith", None) or {}
+        ours = self._ours = getattr(config, "tunesmith", None) or {}
         texts.own_padding(tokenizer)
         self._pad = tokenizer.pad_token_id
         self._saved = ours.get("objective") == "reward" or (
@@ -73,9 +78,10 @@ class Objective:
         self.facts |= {"pad": self._pad, "max_length": max_length, "overlong": self.config.overlong}
 
     def of_model(self) -> None:
-        """Raises DataError for a model without one number to give."""
+        """The loss is that of its training. Raises DataError for a model without one number to give."""
         if not self._saved:
             raise DataError("this model has no head that gives a reward: train one with objective: reward")
+        self.config = self.config.model_copy(update={name: self._ours[name] for name in OF_THE_LOSS if name in self._ours})
 
     def survey(self, rows: Iterable[Any]) -> None:
         """Margins need scores."""
@@ -99,7 +105,7 @@ class Objective:
             "id2label": {0: "LABEL_0"},  # as transformers names a single number
             "label2id": {"LABEL_0": 0},
             "problem_type": "regression",
-            "tunesmith": {"objective": "reward"},
+            "tunesmith": {"objective": "reward", **{name: getattr(self.config, name) for name in OF_THE_LOSS}},
             **pad,
         }
 
@@ -148,8 +154,8 @@ class Objective:
         return losses, {
             "rewards/chosen": better,
             "rewards/rejected": worse,
-            "rewards/margins": lead,
-            "rewards/accuracies": (lead > 0).to(lead),
+            "margin": lead,
+            "accuracy": (lead > 0).to(lead) + (lead == 0).to(lead) / 2,
         }
 
     def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
@@ -166,12 +172,12 @@ class Objective:
             losses, found = self._pairs(rewards, batch)
         rows: list[dict[str, Any]] = [
             {"row": row, "rewards": some.tolist(), "pairs": []}
-            for row, some in zip(batch["rows"], rewards.double().cpu().split(batch["counts"]), strict=True)
+            for row, some in zip(batch["rows"], rewards.cpu().double().split(batch["counts"]), strict=True)
         ]
         longer = batch["tokens"].cpu()[batch["pairs"].cpu()]
         columns = (
-            losses.double().cpu(),
-            found["rewards/margins"].double().cpu(),
+            losses.cpu().double(),
+            found["margin"].cpu().double(),
             batch["weights"].cpu(),
             longer[:, 0] - longer[:, 1],
         )
@@ -202,7 +208,7 @@ class Objective:
         lead, longer = (np.array([pair[name] for pair in pairs], float) for name in ("lead", "longer"))
         right = np.where(lead == 0, 0.5, lead > 0)
         sure = 1 / (1 + np.exp(-np.abs(lead)))
-        bins = classes.calibration(sure, lead > 0)
+        bins = classes.calibration(sure, right)
         edges = np.unique(np.quantile(longer, np.linspace(0, 1, BUCKETS + 1)))
         by_length = {}
         for number, (low, high) in enumerate(pairwise(edges)):

@@ -198,7 +198,7 @@ class Objective:
             scores, said = logits.softmax(-1).max(-1)
             targets = batch["targets"].to(logits.device)
             losses = _losses(logits, targets)
-        values = [one.cpu().numpy() for one in (said, scores.float(), targets, losses.double())]
+        values = [one.cpu().numpy() for one in (said, scores.float(), targets, losses.cpu().double())]
         return {"windows": [
             self._window(row, words, *(value[end - len(words) : end] for value in values))
             for row, words, end in zip(batch["rows"], batch["words"], np.cumsum([len(words) for words in batch["words"]]))
