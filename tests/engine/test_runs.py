@@ -205,3 +205,23 @@ def test_a_run_is_one_line_in_80_columns_and_whole_in_a_pipe(tmp_path, capsys, m
         if width == 80:
             assert "sft-lora-long-name-2" in lines[2] and "3/400" in lines[2] and "memory" not in lines[0]
     assert "memory" in lines[0] and "started" in lines[0]
+
+
+GRADED = [
+    {"kind": "eval", "step": 0, "eval_loss": 0.7, "eval_loss_stderr": 0.1, "eval_accuracy": 0.5, "eval_kl": 0.0},
+    {"kind": "eval", "step": 2, "eval_loss": 0.4, "eval_loss_stderr": 0.1, "eval_accuracy": 0.8125, "eval_kl": 0.1, "best": True},
+]
+
+
+def test_the_figures_of_an_objective_are_listed_shown_and_compared(tmp_path, capsys):
+    one = written(tmp_path / "one", {}, GRADED)
+    result = {"figures": ["eval_loss", "eval_accuracy"], "eval_loss": 0.3, "eval_accuracy_before": 0.5, "eval_accuracy": 0.9}
+    two = written(tmp_path / "two", {"result": result, "finished": "now"})
+    assert runs.read(one).facts()["figures"] == {"eval_accuracy": [0.5, 0.8125], "eval_kl": [0.0, 0.1]}
+    assert "accuracy 0.500 -> 0.812, kl 0.000 -> 0.100" in shown(one, capsys)
+    assert main(["runs", "list", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out
+    assert "accuracy 0.500 -> 0.812" in listed and "accuracy 0.500 -> 0.900" in listed
+    assert main(["runs", "compare", str(one), str(two), "--out", str(tmp_path / "c.png")]) == 0
+    table = capsys.readouterr().out
+    assert "eval_accuracy_before" in table and "0.9" in table and "perplexity" not in table

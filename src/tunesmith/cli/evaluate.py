@@ -18,7 +18,8 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="json, jsonl, csv, tsv, txt or parquet file, builtin:docstrings, or hub:OWNER/NAME.", show_default=False
+            help="json, jsonl, csv, tsv, txt or parquet file, builtin:NAME, or hub:OWNER/NAME.",
+            show_default=False,
         ),
     ],
     objective: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from tunesmith.cli.output import columns, console, result, say
-from tunesmith.engine.figures import duration, is_number, number, size, typed
+from tunesmith.engine.figures import duration, is_number, lower_is_better, number, size, typed
 from tunesmith.errors import NotReproduced, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="List, show, compare and repeat runs.")
@@ -89,7 +89,7 @@ def _listed(found: Mapping[str, Any]) -> Any:
     if not found["runs"]:
         return "no runs"
     rows = [_row(run) for run in found["runs"]]
-    heads = list(rows[0])
+    heads = [head for head in rows[0] if head != "figure" or any(row[head] != "-" for row in rows)]
     # A line for each run: what is told least of leaves a narrow terminal first.
     for least in ("memory", "started", "model", "tokens/s"):
         if sum(max(len(head), *(len(row[head]) for row in rows)) + 2 for head in heads) - 2 <= columns():
@@ -111,6 +111,7 @@ def _row(run: Mapping[str, Any]) -> dict[str, str]:
         "model": Path(str(run["model"] or "-")).name,
         "steps": "-" if run["state"] == "unreadable" else steps,
         "loss": f"{_figure(run['eval_loss_before'], 3)} -> {_figure(run['eval_loss'], 3)}",
+        "figure": next((_change(name, *both) for name, both in run["figures"].items() if lower_is_better(name) is False), "-"),
         "tokens/s": _figure(run["tokens_per_second"], 0),
         "memory": size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-",
         "started": str(run["created"] or "")[5:16].replace("T", " ") or "-",
@@ -142,6 +143,7 @@ def _shown(found: Mapping[str, Any]) -> str:
         ("parameters", f"{parameters.get('trainable', 0):,} trained of {parameters.get('total', 0):,}" if parameters else ""),
         *(("data", f"{one['path']}  {one['rows_kept']:,} rows  sha256 {one['sha256'][:12]}") for one in data.get("sources", ())),
         ("loss", ", ".join(filter(None, losses)) + _told(" (step {})", found["best_step"])),
+        ("figures", ", ".join(_change(name, *both) for name, both in found["figures"].items())),
         ("speed", _told("{} tokens/s", _figure(found["tokens_per_second"], 0, None)) + (f", {duration(taken)}" if taken else "")),
         ("memory", size(found["peak_memory_bytes"]) if found["peak_memory_bytes"] else ""),
         ("machine", ", ".join(filter(None, machine))),
@@ -172,12 +174,22 @@ def _compared(found: Mapping[str, Any], names: list[str]) -> list[Any]:
     for key, values in found["differences"].items():
         table.add_row(key, *map(str, shortened(values)))
     table.add_section()
+    runs = found["runs"]
     for key in ("processes", "sharded"):
-        values = [str(run[key]) for run in found["runs"]]
+        values = [str(run[key]) for run in runs]
         if len(set(values)) > 1:
             table.add_row(key, *values)
-    for key in ("state", "eval_loss_before", "eval_loss", "perplexity", "best_step", "tokens_per_second", "tokens"):
-        table.add_row(key, *(number(run[key]) if is_number(run[key]) else str(run[key] or "-") for run in found["runs"]))
+
+    def shown(key: str, values: Iterable[Any]) -> None:
+        table.add_row(key, *(number(value) if is_number(value) else str(value or "-") for value in values))
+
+    for key in ("state", "eval_loss_before", "eval_loss", *(("perplexity",) if any(run["perplexity"] for run in runs) else ())):
+        shown(key, (run[key] for run in runs))
+    for name in dict.fromkeys(name for run in runs for name in run["figures"]):
+        for place, key in enumerate((f"{name}_before", name)):
+            shown(key, (run["figures"].get(name, (None, None))[place] for run in runs))
+    for key in ("best_step", "tokens_per_second", "tokens"):
+        shown(key, (run[key] for run in runs))
     table.add_row("peak_memory", *(size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-" for run in found["runs"]))
     return [table, *found["cautions"], f"curves      {found['picture']}"]
 
@@ -194,6 +206,11 @@ def _repeated(found: Mapping[str, Any]) -> str:
         lines.append(f"records     all {found['records']} are the same")
     lines.append(f"weights     {'the same' if found['weights_equal'] else 'not the same'}")
     return "\n".join(lines)
+
+
+def _change(name: str, before: Any, after: Any) -> str:
+    """``accuracy 0.512 -> 0.841``."""
+    return f"{name.removeprefix('eval_')} {_figure(before, 3)} -> {_figure(after, 3)}"
 
 
 def _joined(*words: Any) -> str:

@@ -28,7 +28,7 @@ class Source(Strict):
 
     path: str = Field(
         description="json, jsonl, csv, tsv, txt, conll or parquet file, a folder with one of .txt files for each class, "
-        "builtin:docstrings, or hub:OWNER/NAME[@REVISION] of the Hub"
+        "builtin:NAME, or hub:OWNER/NAME[@REVISION] of the Hub"
     )
     split: str = Field("train", description="of a data set of the Hub: which of its splits")
     name: str | None = Field(None, description="of a data set of the Hub that has several configurations: which")

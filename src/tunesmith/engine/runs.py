@@ -14,11 +14,13 @@ from typing import Any
 
 import yaml
 
-from tunesmith.engine import tracking
+from tunesmith.engine import figures, tracking
 from tunesmith.engine.figures import is_number
 from tunesmith.errors import DataError, UserError
 
 RESULTS = ("eval_loss_before", "eval_loss", "perplexity", "tokens_per_second", "peak_memory_bytes", "best_step", "tokens")
+LOSSES = ("eval_loss", "perplexity")
+"""Figures of an evaluation that have a place of their own."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Kept:
             "checkpoint": _last_checkpoint(self.path),
             "planned_steps": self.manifest.get("steps"),
             **{name: result.get(name) for name in RESULTS},
+            "figures": {
+                name: [result.get(f"{name}_before"), result.get(name)] for name in result.get("figures", ()) if name not in LOSSES
+            },
             "verdict": result.get("verdict"),
             "stopped": self.manifest.get("stopped") or result.get("stopped"),
         }
@@ -114,10 +119,14 @@ def _so_far(records: list[dict[str, Any]]) -> dict[str, Any]:
     marked = [one for one in later if one.get("best") is True][-1:]
     best = marked[0] if marked else min(later, key=lambda one: one["eval_loss"], default={})
     last = trained[-1] if trained else {}
+    first = next((one for one in evals if one["step"] == 0), {})
+    sets = [name.removeprefix("eval_").removesuffix("_loss") for name in first if name.endswith("_loss") and name != "eval_loss"]
+    names = figures.measured([first, best], sets)
     peaks = [one["peak_memory_bytes"] for one in trained if is_number(one.get("peak_memory_bytes"))]
     return {
-        "eval_loss_before": next((one.get("eval_loss") for one in evals if one["step"] == 0), None),
-        **{name: best.get(name) for name in ("eval_loss", "perplexity")},
+        "figures": names,
+        **{f"{name}_before": first.get(name) for name in ("eval_loss", *names)},
+        **{name: best.get(name) for name in (*LOSSES, *names)},
         "best_step": best.get("step"),
         **{name: last.get(name) for name in ("tokens_per_second", "tokens")},
         "peak_memory_bytes": max(peaks, default=None),

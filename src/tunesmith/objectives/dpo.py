@@ -125,7 +125,7 @@ LOSSES: dict[str, Callable[[Pairs, Config], Any]] = {
 ALONE = ("simpo", "orpo")
 """Losses that compare with no reference."""
 
-FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+FIGURES = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 
 
 class Objective:
