@@ -6,6 +6,7 @@ import pytest
 
 import tunesmith
 from tests.runs import recipe
+from tunesmith.errors import DataError
 
 
 @pytest.mark.parametrize("objective", ["tag", "qa"])
@@ -24,3 +25,24 @@ def test_mistakes_say_where_the_true_and_the_predicted_are(tmp_path, objective):
             assert true == one["gold"]
             assert [one["text"][span["start"] : span["end"]] for span in one["predicted_spans"]] == [one["prediction"]]
     assert "<mark" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_bad_rows_stop_an_evaluation_or_are_left_out_and_counted(tmp_path):
+    plan = recipe(tmp_path, "bert", "classify", max_steps=1)
+    found = tunesmith.train(plan, out=tmp_path / "run")
+    file = tmp_path / "rows.jsonl"
+    good = len(file.read_text("utf-8").splitlines())
+    file.write_text(file.read_text("utf-8") + '\n{"text": "a", "label": "never seen"}\n', "utf-8")
+    with pytest.raises(DataError, match="--bad-rows skip"):
+        tunesmith.evaluate(found["model_dir"], file)
+    again = tunesmith.evaluate(found["model_dir"], file, bad_rows="skip", out=tmp_path / "report")
+    assert again["rows"] == good and again["bad_rows"] == 1
+    assert "1 bad rows were left out" in (tmp_path / "report" / "report.html").read_text("utf-8")
+
+
+def test_a_model_that_makes_no_mistake_shows_none(tmp_path):
+    plan = recipe(tmp_path, "bert", "classify", count=8, max_steps=60, batch_size=8, learning_rate=1e-2)
+    found = tunesmith.train(plan, out=tmp_path / "run")
+    assert tunesmith.evaluate(found["model_dir"], tmp_path / "rows.jsonl", out=tmp_path / "report")["eval_accuracy"] == 1.0
+    assert (tmp_path / "report" / "mistakes.jsonl").read_text() == ""
+    assert "Worst mistakes" not in (tmp_path / "report" / "report.html").read_text("utf-8")

@@ -39,6 +39,9 @@ def evaluate(
     overlong: Annotated[
         str | None, typer.Option(help="Rows above it: error, drop, truncate or split.", show_default="the objective's own")
     ] = None,
+    bad_rows: Annotated[
+        Literal["error", "skip"], typer.Option(help="Rows that cannot be read: stop, or leave them out and count them.")
+    ] = "error",
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.", show_default=False)] = None,
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the forward pass.")] = "auto",
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")] = 2048,
@@ -68,6 +71,7 @@ def evaluate(
         template=template,
         max_length=max_length,
         overlong=overlong,
+        bad_rows=bad_rows,
         limit=limit,
         precision=precision,
         batch_tokens=batch_tokens,
@@ -81,7 +85,8 @@ def evaluate(
 
 def _shown(found: Mapping[str, Any]) -> Any:
     """What a person sees: the figures, those of each class or type, and where the report is."""
-    read = f"{found['rows']:,} rows, {found['tokens']:,} tokens, {found['supervised_tokens']:,} of them supervised"
+    bad = f", {found['bad_rows']:,} bad rows left out" if "bad_rows" in found else ""
+    read = f"{found['rows']:,} rows, {found['tokens']:,} tokens, {found['supervised_tokens']:,} of them supervised{bad}"
     speed = f"speed       {found['tokens_per_second']:.0f} tokens/s, {found['seconds']:.1f} s"
     if "perplexity" in found:
         return (
@@ -89,14 +94,14 @@ def _shown(found: Mapping[str, Any]) -> Any:
             f"perplexity  {found['perplexity']:.3f}\n"
             f"read        {read}\n{speed}"
         )
-    table = Table("figure", "value", title=f"{found['objective']}, {found['rows']:,} examples", title_justify="left")
+    table = Table("figure", "value", title=f"{found['objective']}, {found['rows']:,} examples{bad}", title_justify="left")
     for name, value in found.items():
         if name.startswith("eval_") and not name.endswith("_stderr"):
             error = _error(found) if name == "eval_loss" else ""
             table.add_row(name.removeprefix("eval_").replace("_", " "), f"{value:.4f}{error}")
     shown: list[Any] = [table]
     details = found.get("details") or {}
-    by_name = details.get("per_class") or details.get("by_type") or {}
+    by_name = details.get("per_class") or details.get("by_type") or details.get("by_length") or {}
     if by_name:
         columns = list(dict.fromkeys(key for figures in by_name.values() for key in figures))
         each = Table("", *(column.replace("_", " ") for column in columns), title="each", title_justify="left")

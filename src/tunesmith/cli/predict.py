@@ -35,10 +35,18 @@ def predict(
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row.", show_default="the model's window")] = None,
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the forward pass.")] = "auto",
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")] = 2048,
+    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "train",
+    name: Annotated[
+        str | None, typer.Option(help="Of a data set of the Hub with several configurations: which.", show_default=False)
+    ] = None,
+    streaming: Annotated[bool, typer.Option(help="Of a data set of the Hub: rows over the network, no file of it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Classes, entities or answers for every row of a file. A row that cannot be read gets `error` and costs no other row."""
-    predict_into(model, data, out, "predicting", as_json, format, column, limit, max_length, precision, batch_tokens)
+    predict_into(
+        model, data, out, "predicting", as_json, column, format=format, limit=limit, max_length=max_length, precision=precision,
+        batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,
+    )  # fmt: skip
 
 
 def predict_into(
@@ -47,15 +55,12 @@ def predict_into(
     out: Path | None,
     doing: str,
     as_json: bool,
-    format: str | None,
     column: list[str] | None,
-    limit: int | None,
-    max_length: int | None,
-    precision: str,
-    batch_tokens: int,
+    **asked: Any,
 ) -> None:
     """What ``model`` says of every row of ``data`` into the new file ``out``, with progress; then the first few of them.
 
+    ``asked``: keywords of ``evaluate.predict.predict``.
     Without a file the rows go to stdout as they come; with ``as_json`` as ``answers`` of the one object.
     """
     columns = columns_of(column or [])
@@ -68,10 +73,7 @@ def predict_into(
 
     say(f"loading {model}")
     notes: list[str] = []
-    said = engine.predict(
-        model, data, format=format, columns=columns, limit=limit, max_length=max_length, precision=precision,
-        batch_tokens=batch_tokens, note=notes.append, rewards=doing == "scoring",
-    )  # fmt: skip
+    said = engine.predict(model, data, columns=columns, note=notes.append, rewards=doing == "scoring", **asked)
     kept: list[dict[str, Any]] = []
     shown = SHOWN if out is not None else None if as_json else 0
     rows = errors = 0

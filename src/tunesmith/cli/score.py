@@ -27,7 +27,15 @@ def score(
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row.", show_default="the model's window")] = None,
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the forward pass.")] = "auto",
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")] = 2048,
+    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "train",
+    name: Annotated[
+        str | None, typer.Option(help="Of a data set of the Hub with several configurations: which.", show_default=False)
+    ] = None,
+    streaming: Annotated[bool, typer.Option(help="Of a data set of the Hub: rows over the network, no file of it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """The reward of every answer; where a row has several, their order, best first. Judgements in the file are not looked at."""
-    predict_into(model, data, out, "scoring", as_json, format, column, limit, max_length, precision, batch_tokens)
+    predict_into(
+        model, data, out, "scoring", as_json, column, format=format, limit=limit, max_length=max_length, precision=precision,
+        batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,
+    )  # fmt: skip

@@ -140,7 +140,7 @@ def _survey(objective: Any, opened: Sequence[Opened]) -> None:
             if item.source.streaming:
                 raise DataError(
                     f"{item.source.label} is a stream, which is read once, and what its rows can be must be known first.\n"
-                    "  Leave out streaming; or, for classify and tag, name the labels: objective.labels=[...]."
+                    "  Leave out streaming; or name the labels: objective.labels=[...], for classify objective.problem_type, too."
                 )
             for found in item.rows():
                 if isinstance(found, tuple):
@@ -171,7 +171,7 @@ def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataCo
     if any(made.entry.info["fatal"] for made in built):
         raise refuse(problems, total, f"{advice}. The rest of the file cannot be read, so nothing is skipped.")
     if total and config.bad_rows == "error":
-        raise refuse(problems, total, f"{advice}, or set data.bad_rows=skip to leave them out.")
+        raise refuse(problems, total, f"{advice}, or set data.bad_rows=skip (evaluate: --bad-rows skip) to leave them out.")
 
 
 def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[list[_Part], list[_Part]]:
@@ -210,7 +210,7 @@ def _check_lengths(parts: Sequence[_Part], limit: int, window: int | None) -> No
     raise DataError(
         "\n".join([
             f"{len(found)} rows are longer than max_length {limit}; they hold {total / tokens:.1%} of all tokens:", *lines,
-            f"{advice}, or choose objective.overlong=drop, truncate or split.",
+            f"{advice}, or choose another objective.overlong, such as drop or truncate.",
         ])
     )  # fmt: skip
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tunesmith.errors import UserError
 from tunesmith.models import newfolder
@@ -27,6 +29,7 @@ def evaluate(
     template: str | None = None,
     max_length: int | None = None,
     overlong: str | None = None,
+    bad_rows: Literal["error", "skip"] = "error",
     limit: int | None = None,
     precision: str = "auto",
     batch_tokens: int = 2048,
@@ -68,9 +71,10 @@ def evaluate(
     chosen = opened.open_model(model, objective, overlong, max_length)
     if out is not None:
         _check_out(Path(out), chosen.objective.head)
-    config = DataConfig(train=[source], eval=EvalConfig(fraction=0.0), template=template)
+    config = DataConfig(train=[source], eval=EvalConfig(fraction=0.0), template=template, bad_rows=bad_rows)
     window = window_of(chosen.network.config, virtual.count(chosen.network))
-    rows = prepare(config, chosen.objective, chosen.tokenizer, max_length=max_length, window=window, seed=0).train
+    prepared = prepare(config, chosen.objective, chosen.tokenizer, max_length=max_length, window=window, seed=0)
+    rows, left_out = prepared.train, sum(one.rows_rejected for one in prepared.report.sources)
 
     order = sorted(range(len(rows)), key=lambda row: rows.lengths[row])
     way = chosen.ready(precision, [rows[row] for row in order[:2]], int(rows.lengths.max()))
@@ -83,6 +87,7 @@ def evaluate(
         **figures,
         "objective": chosen.name,
         "rows": len(rows),
+        **({"bad_rows": left_out} if left_out else {}),
         "tokens": int(rows.lengths.sum()),
         "supervised_tokens": int(rows.supervised.sum()),
         "tokens_per_second": float(rows.lengths.sum()) / seconds,
@@ -114,7 +119,7 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
     from tunesmith.evaluate import task_report
 
     worst = sorted((one for one in answers if one["loss"] is not None), key=lambda one: -one["loss"])
-    wrong = [one for one in worst if not one.get("right", one["prediction"] == one["gold"])][:MISTAKES] or worst[:MISTAKES]
+    wrong = [one for one in worst if not one.get("right", one["prediction"] == one["gold"])][:MISTAKES]
     texts = _rows_of(source, {one["row"][1] for one in wrong}, chosen.objective.rows)
     mistakes = []
     for one in wrong:
@@ -126,6 +131,8 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in mistakes)
     (folder / "mistakes.jsonl").write_text(lines, encoding="utf-8")
     facts = {
+        "command": shlex.join(sys.argv),
+        "notes": [*chosen.objective.notes, *([f"{bad} bad rows were left out"] if (bad := found.get("bad_rows")) else [])],
         "data": source.label,
         "objective": chosen.name,
         **{key: found[key] for key in ("rows", "tokens", "tokens_per_second")},

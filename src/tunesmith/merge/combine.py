@@ -250,7 +250,7 @@ def _check_together(parts: Sequence[Lora]) -> None:
             saved = sorted({*part.rest, *first.rest})[0].removeprefix("base_model.model.")
             raise UserError(
                 f"{first.folder} and {part.folder} hold modules that were trained whole (modules_to_save) and differ: {saved}.\n"
-                "  Train the adapters without adaptation.modules_to_save to sum them."
+                "  Adapters with heads of their own cannot be summed; others can, trained without adaptation.modules_to_save."
             )
         if any(first.layers[name][0].shape[1] != a.shape[1] for name, (a, _, _) in part.layers.items() if name in first.layers):
             raise UserError(f"{first.folder} and {part.folder} have layers of different sizes")

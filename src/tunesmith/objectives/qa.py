@@ -228,6 +228,7 @@ class Objective:
             "n_best": listed,
             "null_minus_best": above,
             "gold": one["golds"],
+            "f1": squad.f1(str(said["text"]), one["golds"]) if one["golds"] is not None else None,
             "right": one["golds"] is not None and squad.exact(str(said["text"]), one["golds"]) == 1.0,
             "loss": one["loss"][0] / one["loss"][1] if one["loss"][1] else None,
         }
