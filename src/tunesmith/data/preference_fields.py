@@ -40,7 +40,7 @@ Prompt = str | list[Message]
 def preference(values: Values) -> Ranking:
     """A prompt, and one answer chosen over another. Strings alone are plain text, as a prompt and its completion are."""
     sides = _listed(values["chosen"]), _listed(values["rejected"])
-    prompt = _prompt(values["prompt"], values, all(isinstance(side, str) for side in sides))
+    prompt = _prompt(values["prompt"], values, all(isinstance(side, str) and not _is_dialogue(side) for side in sides))
     if isinstance(prompt, str):
         return _pair(prompt, [_text(values["chosen"], "chosen"), _text(values["rejected"], "rejected")], values)
     return _of_turns(prompt, "prompt", values)
@@ -66,7 +66,7 @@ def ranking(values: Values) -> Ranking:
     """A prompt and several answers: the best one first, or as ``ranks`` (lower = better), ``scores`` or ``labels`` (higher =
     better) say."""
     said, graded = _answers(values["answers"])
-    plain = all(isinstance(_listed(answer), str) for answer in said)
+    plain = all(isinstance(one, str) and not _is_dialogue(one) for one in map(_listed, said))
     prompt = opening_of(values) if "instruction" in values else _prompt(values["prompt"], values, plain)
     names = [f"answers[{place}]" for place in range(len(said))]
     answers: list[Any]
@@ -176,13 +176,18 @@ def _side(value: Any, field: str, whole: bool = False) -> list[Message]:
         if fault.got in NOTHING and fault.field.startswith(last):
             raise FieldFault(fault.field, EMPTY_SIDE, fault.got, fault.fix) from None
         raise
+    if _is_dialogue(said) or (whole and DIALOGUE.match(said)):
+        return dialogue(said, field)
     if not whole:
         return [{"role": "assistant", "content": said}]
-    if DIALOGUE.match(said):
-        return dialogue(said, field)
     fix = "Add the prompt in a column of its own, or name it: columns: {prompt: COLUMN}."
     expected = "a conversation, because the row has no prompt (a list of turns, or '\\n\\nHuman: ... \\n\\nAssistant: ...')"
     raise FieldFault(field, expected, shorten(value), fix)
+
+
+def _is_dialogue(said: str) -> bool:
+    """Whether a text is a conversation of its own, which has a prompt, and no answer to one."""
+    return bool(DIALOGUE.match(said)) and "\n\nAssistant:" in said
 
 
 def _text(value: Any, field: str) -> str:
