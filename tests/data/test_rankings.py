@@ -98,6 +98,12 @@ SHAPES = [
         {"prompt": "q", "answers": [{"response": "a", "overall_score": 7}, {"response": "b", "overall_score": 8}]},
         Ranking("q", ("a", "b"), (1, 0), (7, 8)),
     ),
+    (
+        {"prompt": "q", "answers": [{"text": "a", "rating": "7", "rank": 1}, {"text": "b", "rating": 8}]},
+        Ranking("q", ("a", "b"), (1, 0), (7, 8)),
+    ),
+    ({"prompt": [Q], "answers": [{**A, "score": 1}, {**B, "score": 2}]}, Ranking((Q,), ((A,), (B,)), (1, 0), (1, 2))),
+    ({"prompt": "q", "answers": [{"text": "a", "id": 7}, {"text": "b", "id": 8}], "ranks": [2, 1]}, Ranking("q", ("a", "b"), (1, 0))),
 ]  # fmt: skip
 
 
@@ -121,6 +127,7 @@ def test_scores_of_a_pair(given, scores, prompt):
     assert made({**prompt, "chosen": "a", "rejected": "b", **given}).scores == scores
 
 
+X, Y, Z = ({"text": text} for text in "abc")
 SAME = "two answers to the same prompt"
 REFUSED = [
     ({"prompt": "q", "chosen": "a", "rejected": ""}, "rejected", "an answer with something in it", "empty text"),
@@ -164,6 +171,11 @@ REFUSED = [
     ({"prompt": "q", "answers": ["a"]}, "answers", "two answers or more", "1"),
     ({"prompt": "q", "answers": []}, "answers", "two answers or more", "0"),
     ({"prompt": "q", "answers": "a"}, "answers", "a list of answers", "'a'"),
+    ({"prompt": "q", "answers": [{**X, "score": 1}, Y, {**Z, "score": 9}]}, "answers[1].score", "a score, as other", "nothing"),
+    ({"prompt": "q", "answers": [X, {**Y, "rank": 1}]}, "answers[0].rank", "a rank, as other answers", "nothing"),
+    ({"prompt": "q", "answers": [{**X, "score": None}, {**Y, "score": 1}]}, "answers[0].score", "a number", "null"),
+    ({"prompt": "q", "answers": [{**X, "stars": 1}, {**Y, "stars": 5}]}, "answers[0].stars", "a grade under rank,", "'stars'"),
+    ({"prompt": "q", "answers": [X, {**Y, "best": True}]}, "answers[1].best", "a grade under rank,", "'best'"),
     ({"prompt": "q", "answers": ["a", ""]}, "answers[1]", "an answer with something in it", "empty text"),
     ({"prompt": "q", "answers": ["a", "b", "a"]}, "answers[2]", "two answers that differ", "'answers[0]', too"),
     ({"prompt": "q", "answers": ["a", "b"], "scores": [1, math.nan]}, "scores[1]", "a finite number", "nan"),

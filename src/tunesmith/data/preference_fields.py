@@ -31,7 +31,7 @@ SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 """How the dialogues of hh-rlhf (Bai et al. 2022) name who speaks."""
 
 WORDS = ("answer", "response", "completion", "text")
-GRADES = ("rank", "score", "overall_score")
+GRADES = ("rank", "score", "overall_score", "rating")
 """Keys of answers that are objects, as in {"answer": "...", "rank": 1}."""
 
 Prompt = str | list[Message]
@@ -65,7 +65,8 @@ def dialogues(values: Values) -> Ranking:
 def ranking(values: Values) -> Ranking:
     """A prompt and several answers: the best one first, or as ``ranks`` (lower = better), ``scores`` or ``labels`` (higher =
     better) say."""
-    said, graded = _answers(values["answers"])
+    judged = {name: values[name] for name in ("ranks", "scores", "labels") if values.get(name) is not None}
+    said, graded = _answers(values["answers"], bool(judged))
     plain = all(isinstance(one, str) and not _is_dialogue(one) for one in map(_listed, said))
     prompt = opening_of(values) if "instruction" in values else _prompt(values["prompt"], values, plain)
     names = [f"answers[{place}]" for place in range(len(said))]
@@ -75,8 +76,7 @@ def ranking(values: Values) -> Ranking:
     else:
         _check_asked(prompt, "instruction" if "instruction" in values else "prompt")
         answers = [_checked(_side(answer, name), name) for answer, name in zip(said, names)]
-    given = {**graded, **{name: values[name] for name in ("ranks", "scores", "labels") if values.get(name) is not None}}
-    numbers = {name: _numbers(listed, name, len(said)) for name, listed in given.items()}
+    numbers = graded | {name: _numbers(listed, name, len(said)) for name, listed in judged.items()}
     scores = numbers.get("scores")
     if "ranks" in numbers:
         ranks = _dense(numbers["ranks"], best=min)
@@ -225,22 +225,42 @@ def _listed(value: Any) -> Any:
     return found if turns else value
 
 
-def _answers(value: Any) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Answers, and what objects say of each besides."""
+def _answers(value: Any, judged: bool) -> tuple[list[Any], dict[str, tuple[float, ...]]]:
+    """Answers, and the ranks or scores that objects say of each. ``judged``: whether a column says them, too."""
     value = parsed(value, "answers", "a list of answers")
     if not isinstance(value, list | tuple):
         raise FieldFault("answers", "a list of answers", shorten(value), "Write the answers in a list, the best one first.")
     if len(value) < 2:
         raise FieldFault("answers", "two answers or more", str(len(value)), "Add another one, or delete the row.")
-    if not all(isinstance(item, Mapping) and not {"role", "from"} & item.keys() for item in value):
+    if not all(isinstance(item, Mapping) for item in value):
         return list(value), {}
+    grades = _grades(value, judged)
+    if any({"role", "from"} & item.keys() for item in value):
+        return [{key: said for key, said in item.items() if key not in GRADES} for item in value], grades
     word = next((key for key in WORDS if all(key in item for item in value)), None)
     if word is None:
         fix = 'Write texts, turns, or objects such as {"answer": "...", "score": 4.5}.'
         raise FieldFault("answers", f"objects with one of {', '.join(WORDS)}", shorten(value[0]), fix)
-    grade = next((key for key in GRADES if all(key in item for item in value)), None)
-    grades = {} if grade is None else {"ranks" if grade == "rank" else "scores": [item[grade] for item in value]}
     return [item[word] for item in value], grades
+
+
+def _grades(answers: Sequence[Mapping[str, Any]], judged: bool) -> dict[str, tuple[float, ...]]:
+    """Ranks or scores. Where answers may be graded under a key that nobody knows, their order in the file says nothing."""
+    there = [key for key in GRADES if any(key in item for item in answers)]
+    grade = next((key for key in there if all(key in item for item in answers)), *there[:1] or [None])
+    if grade is not None:
+        places = [f"answers[{place}].{grade}" for place in range(len(answers))]
+        missing = next((place for place, item in zip(places, answers) if grade not in item), None)
+        if missing is not None:
+            raise FieldFault(missing, f"a {grade}, as other answers have one", "nothing", f"Write it, or take every {grade} out.")
+        numbers = tuple(_number(item[grade], place) for place, item in zip(places, answers))
+        return {"ranks" if grade == "rank" else "scores": numbers}
+    odd = [(place, key) for place, item in enumerate(answers) for key, number in item.items() if isinstance(number, int | float)]
+    if odd and not judged:
+        place, key = odd[0]
+        fix = "Rename it, add a column with the ranks, or take it out: then the best answer stands first."
+        raise FieldFault(f"answers[{place}].{key}", f"a grade under {', '.join(GRADES)}", f"a number under {key!r}", fix)
+    return {}
 
 
 def _numbers(value: Any, field: str, count: int) -> tuple[float, ...]:
