@@ -162,6 +162,26 @@ def test_a_seam_inside_a_token_is_the_answer_s():
     check([row], tokenizer)
 
 
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_all_that_the_assistant_says_in_an_answer_is_learnt(name):
+    """An answer that calls a tool: the call and what is said after it, not what the tool gives, and no earlier turn."""
+
+    def calling(city):
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        spoken = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return (spoken, {"role": "tool", "content": "21 degrees"}, *said(f"Warm in {city}."))
+
+    tokenizer = templated(name)
+    prompt = (*user("hello"), *said("earlier"), *user("how warm is it?"))
+    row = Ranking(prompt, (calling("Paris"), calling("Rome")), (0, 1))
+    ((example,),) = encode([row], tokenizer, max_length=None, overlong="error")
+    for (ids, learnt), city in zip(parts(example), ("Paris", "Rome"), strict=True):
+        text = tokenizer.decode(ids[learnt])
+        assert f'"city": "{city}"' in text and f"Warm in {city}." in text
+        assert "degrees" not in text and "earlier" not in text and "how" not in text
+    assert "weather" not in tokenizer.decode(example["input_ids"][: example["answers"][0]])
+
+
 def test_too_long_a_row_is_refused_or_dropped_whole():
     tokenizer = tokenizer_of("bytes")
     rows = [Ranking("a b", ("c", "d"), (0, 1)), Ranking("a b", ("c " * 50, "d"), (0, 1))]
