@@ -127,6 +127,23 @@ def test_scores_of_a_pair(given, scores, prompt):
     assert made({**prompt, "chosen": "a", "rejected": "b", **given}).scores == scores
 
 
+TO_SCORE = [
+    ({"prompt": "q", "chosen": "a", "rejected": "a "}, Ranking("q", ("a", "a "), (0, 0))),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": math.nan}, Ranking("q", ("a", "b"), (0, 0))),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1}, Ranking("q", ("a", "b"), (0, 0))),
+    ({"chosen": [Q, A], "rejected": [Q, A]}, Ranking((Q,), ((A,), (A,)), (0, 0))),
+    ({"prompt": "q", "answers": ["a", "b", "a"]}, Ranking("q", ("a", "b", "a"), (0, 0, 0))),
+    ({"prompt": "q", "answers": ["a"], "scores": [1, 2]}, Ranking("q", ("a",), (0,))),
+    ({"prompt": "q", "answers": ["a", "b"], "labels": [0, 0]}, Ranking("q", ("a", "b"), (0, 0))),
+    ({"prompt": "q", "answers": [{"text": "a", "score": math.nan}, {"text": "b"}]}, Ranking("q", ("a", "b"), (0, 0))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "row"), TO_SCORE)
+def test_what_a_row_to_be_scored_says_of_its_answers_is_not_looked_at(value, row):
+    assert made(value, gold=False) == row and isinstance(made(value), RowProblem)
+
+
 X, Y, Z = ({"text": text} for text in "abc")
 SAME = "two answers to the same prompt"
 REFUSED = [
@@ -199,6 +216,11 @@ def test_a_prompt_template_makes_the_prompt_a_text():
     assert row == Ranking("Q: why\nA: ", ("a", "b"), (0, 1), (2.0, 0.0))
     row = made({"ask": "why", "responses": ["a", "b"], "scores": [1, 2]}, **template)
     assert row == Ranking("Q: why\nA: ", ("a", "b"), (1, 0), (1.0, 2.0))
+
+
+def test_a_row_to_be_scored_has_an_answer():
+    assert made({"prompt": "q", "answers": []}, gold=False).expected == "an answer or more"
+    assert made({"prompt": "q", "chosen": "a", "rejected": ""}, gold=False).where == "f:1:rejected"
 
 
 def test_columns_are_mapped_and_named_as_the_file_has_them():
