@@ -266,9 +266,9 @@ def _row(
 
 
 def _check_judged(answers: list[Any], ranks: tuple[int, ...], names: Sequence[str]) -> None:
-    bare = [_bare(answer) for answer in answers]
-    for place, one in enumerate(bare):
-        first = bare.index(one)
+    said = [bare(answer) for answer in answers]
+    for place, one in enumerate(said):
+        first = said.index(one)
         if ranks[first] != ranks[place]:
             raise _same(names[place], answers[place], names[first])
     if len(set(ranks)) == 1:
@@ -276,8 +276,8 @@ def _check_judged(answers: list[Any], ranks: tuple[int, ...], names: Sequence[st
         raise FieldFault("answers", "an answer that is better than another", "the same rank for all", fix)
 
 
-def _bare(answer: str | list[Message]) -> Any:
-    """An answer without the spaces around what it says, which templates strip."""
+def bare(answer: str | Sequence[Message]) -> Any:
+    """A prompt or an answer without the spaces around what it says, which templates strip."""
     if isinstance(answer, str):
         return answer.strip()
     return [{**message, "content": message["content"].strip()} for message in answer]
