@@ -209,6 +209,7 @@ def test_a_fault_names_the_row_and_the_answer():
 class Comparing:
     """An objective that learns from rankings, as ``prepare`` needs one."""
 
+    head = "lm"
     rows = (Ranking,)
     overlong = "drop"
 
