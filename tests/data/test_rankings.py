@@ -117,6 +117,10 @@ SCORED = [
     ({"score_chosen": 9, "score_rejected": 4}, (9.0, 4.0)),
     ({"chosen-rating": 5, "rejected-rating": "4.5"}, (5.0, 4.5)),
     ({"margin": 2}, (2.0, 0.0)),
+    ({"scores": [8, 3]}, (8.0, 3.0)),
+    ({"rating": "[8, 3.5]", "margin": 1}, (8.0, 3.5)),
+    ({"ratings": [8, 3], "score_chosen": 9, "score_rejected": 4}, (9.0, 4.0)),
+    ({"scores": None}, None),
     ({"chosen_score": None, "rejected_score": None, "margin": None}, None),
 ]
 
@@ -185,6 +189,9 @@ REFUSED = [
     ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 10**400}, "margin", "a finite number", "1000"),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": True}, "margin", "a number", "true"),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1}, "rejected_score", "a score", "nothing"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "scores": [1, 2, 3]}, "scores", "a list of 2 numbers", "3: a list"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "rating": 4}, "rating", "a list of 2 numbers", "a number 4"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "scores": [1, math.nan]}, "scores[1]", "a finite number", "nan"),
     ({"prompt": "q", "answers": ["a"]}, "answers", "two answers or more", "1"),
     ({"prompt": "q", "answers": []}, "answers", "two answers or more", "0"),
     ({"prompt": "q", "answers": "a"}, "answers", "a list of answers", "'a'"),

@@ -18,7 +18,7 @@ Numbers = tuple[float, ...]
 
 
 def of_pair(values: Values) -> Numbers | None:
-    """Scores of the chosen and the rejected answer; of a margin alone, the margin and 0."""
+    """Scores of the chosen and the rejected answer: each by its name, else a list of both, else a margin and 0."""
     if not values.get("gold", True):
         return None
     given = {name: values[name] for name in ("chosen_score", "rejected_score") if values.get(name) not in (None, "")}
@@ -27,6 +27,8 @@ def of_pair(values: Values) -> Numbers | None:
         raise FieldFault(missing, f"a score, as there is a {there}", "nothing", "Write both scores, or none.")
     if given:
         return _number(given["chosen_score"], "chosen_score"), _number(given["rejected_score"], "rejected_score")
+    if values.get("scores") not in (None, ""):
+        return _numbers(values["scores"], "scores", 2)
     return None if values.get("margin") in (None, "") else (_number(values["margin"], "margin"), 0.0)
 
 

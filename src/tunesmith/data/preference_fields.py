@@ -300,6 +300,7 @@ SCORES = (
         ("rejected_score", "score_rejected", "rejected_rating", "rating_rejected", "rejected-rating"),
         required=False,
     ),
+    Field("scores", ("scores", "ratings", "rating"), required=False),
     Field("margin", ("margin",), required=False),
 )
 SIDES = (Field("chosen", ("chosen",)), Field("rejected", ("rejected",)), TOOLS, SYSTEM, *SCORES)
