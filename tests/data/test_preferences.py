@@ -206,6 +206,18 @@ def test_a_fault_names_the_row_and_the_answer():
     assert raised.value.index == 1
 
 
+def test_what_the_template_leaves_out_of_preferences_is_said(tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, *user("q")]
+    rows = [{"prompt": turns[n % 2 :], "chosen": f"yes {n}", "rejected": "no"} for n in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = DataConfig(train=[Source(path=str(path))], eval=EvalConfig(fraction=0), cache=False)
+    made = prepare(config, Comparing(), templated("llama2"), max_length=None, window=None, seed=0)
+    found = made.report.sources[0].left_out
+    assert (found["looked_at"], found["rows"]) == (6, 3)
+    assert found["first"][:2] == [f"{path}:{row}:messages[0].content: 'Be brief.'" for row in (1, 3)]
+
+
 class Comparing:
     """An objective that learns from rankings, as ``prepare`` needs one."""
 
