@@ -14,6 +14,7 @@ from tests.tiny import tiny_tokenizer
 from tunesmith.data import contamination as module
 from tunesmith.data.contamination import contamination, rolling
 from tunesmith.data.encoded import Encoded, Views
+from tunesmith.objectives import dpo, reward
 
 WORDS = [
     "the",
@@ -197,6 +198,25 @@ def test_rows_whose_answer_was_seen_are_told_from_those_whose_prompt_was(tmp_pat
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     found = run(files[0], eval={"path": files[1]}).report.contaminated
     assert (found.rows, found.answers) == (2, 1) and "1 of them in what is learnt" in found.line()
+
+
+@pytest.mark.parametrize("objective", [dpo.Objective(dpo.Config()), reward.Objective(reward.Config())])
+def test_of_preferences_answers_alone_are_learnt_and_of_rewards_nothing(tmp_path, objective):
+    def pairs(name, numbers, prompt, chosen):
+        rows = [
+            {"prompt": [{"role": "user", "content": f"{n}"}], "chosen": sentence(n), "rejected": sentence(1000 + n)}
+            for n in numbers
+        ]
+        rows[1]["prompt"] = [{"role": "user", "content": f"{prompt} {numbers[1]}"}]
+        rows[2]["chosen"] = f"{chosen} {numbers[2]}"
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    copied = " ".join(reversed(COPIED.split()))
+    train, held = (pairs(name, range(at, at + 30), COPIED, copied) for name, at in (("a.jsonl", 1), ("b.jsonl", 100)))
+    found = run(train, objective, eval={"path": held}).report.contaminated
+    assert found.rows == 2 and found.answers == (1 if objective.head == "lm" else None)
+    assert ("in what is learnt" in found.line()) == (objective.head == "lm")
 
 
 def test_rows_too_short_to_compare_are_counted(tmp_path):

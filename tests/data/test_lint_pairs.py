@@ -89,6 +89,13 @@ def test_a_ranking_contradicts_a_pair_of_another_file(tmp_path):
     assert found["first"] == {"contradictions": [f"{held}:1 and {ranking}:1"], "duplicates": [f"{held}:2 and {ranking}:1"]}
 
 
+def test_spaces_and_the_order_of_keys_hide_nothing(tmp_path):
+    turn, turned = {"role": "user", "content": "q"}, {"content": "q ", "role": "user"}
+    rows = [pair([turn], "a", "b"), pair([turned], " b", "a\n"), pair([turned], "a ", "b"), pair([turn], "a", "c")]
+    (found,) = said(file(tmp_path, rows))
+    assert (found["duplicates"], found["contradictions"]) == (1, 2)
+
+
 def test_only_the_first_are_named(tmp_path):
     (found,) = said(file(tmp_path, [pair("q", "a", "b")] * (FIRST + 5)))
     assert found["duplicates"] == FIRST + 4 and len(found["first"]["duplicates"]) == FIRST

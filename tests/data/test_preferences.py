@@ -162,6 +162,26 @@ def test_a_seam_inside_a_token_is_the_answer_s():
     check([row], tokenizer)
 
 
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_all_that_the_assistant_says_in_an_answer_is_learnt(name):
+    """An answer that calls a tool: the call and what is said after it, not what the tool gives, and no earlier turn."""
+
+    def calling(city):
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        spoken = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return (spoken, {"role": "tool", "content": "21 degrees"}, *said(f"Warm in {city}."))
+
+    tokenizer = templated(name)
+    prompt = (*user("hello"), *said("earlier"), *user("how warm is it?"))
+    row = Ranking(prompt, (calling("Paris"), calling("Rome")), (0, 1))
+    ((example,),) = encode([row], tokenizer, max_length=None, overlong="error")
+    for (ids, learnt), city in zip(parts(example), ("Paris", "Rome"), strict=True):
+        text = tokenizer.decode(ids[learnt])
+        assert f'"city": "{city}"' in text and f"Warm in {city}." in text
+        assert "degrees" not in text and "earlier" not in text and "how" not in text
+    assert "weather" not in tokenizer.decode(example["input_ids"][: example["answers"][0]])
+
+
 def test_too_long_a_row_is_refused_or_dropped_whole():
     tokenizer = tokenizer_of("bytes")
     rows = [Ranking("a b", ("c", "d"), (0, 1)), Ranking("a b", ("c " * 50, "d"), (0, 1))]
@@ -186,9 +206,22 @@ def test_a_fault_names_the_row_and_the_answer():
     assert raised.value.index == 1
 
 
+def test_what_the_template_leaves_out_of_preferences_is_said(tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, *user("q")]
+    rows = [{"prompt": turns[n % 2 :], "chosen": f"yes {n}", "rejected": "no"} for n in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = DataConfig(train=[Source(path=str(path))], eval=EvalConfig(fraction=0), cache=False)
+    made = prepare(config, Comparing(), templated("llama2"), max_length=None, window=None, seed=0)
+    found = made.report.sources[0].left_out
+    assert (found["looked_at"], found["rows"]) == (6, 3)
+    assert found["first"][:2] == [f"{path}:{row}:messages[0].content: 'Be brief.'" for row in (1, 3)]
+
+
 class Comparing:
     """An objective that learns from rankings, as ``prepare`` needs one."""
 
+    head = "lm"
     rows = (Ranking,)
     overlong = "drop"
 

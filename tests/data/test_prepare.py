@@ -28,6 +28,7 @@ from tunesmith.errors import DataError, DiskFullError, UserError
 class Language:
     """The part of an objective that preparation sees."""
 
+    head: str = "lm"
     overlong: str = "error"
     train_on: str = "completion"
     rows: tuple = (Chat, PromptCompletion, Text)

@@ -57,6 +57,11 @@ SHAPES = [
     ({"chosen": json.dumps([Q, A]), "rejected": json.dumps([Q, B])}, PAIR),
     ({"chosen": [human("q"), gpt("a")], "rejected": [human("q"), gpt("b")]}, PAIR),
     ({"chosen": f"{HH}b", "rejected": f"{HH}c "}, Ranking(MORE, ((B,), (C,)), (0, 1))),
+    ({"prompt": HH, "chosen": f"{HH}b", "rejected": f"{HH}c"}, Ranking(MORE, ((B,), (C,)), (0, 1))),
+    ({"prompt": "and?", "chosen": f"{HH}b", "rejected": f"{HH}c"}, Ranking(MORE, ((B,), (C,)), (0, 1))),
+    ({"prompt": MORE, "chosen": f"{HH}b", "rejected": f"{HH}c"}, Ranking(MORE, ((B,), (C,)), (0, 1))),
+    ({"instruction": "and?", "chosen": f"{HH}b", "rejected": f"{HH}c"}, Ranking(MORE, ((B,), (C,)), (0, 1))),
+    ({"prompt": "who?", "chosen": "Human: a", "rejected": "b"}, Ranking("who?", ("Human: a", "b"), (0, 1))),
     ({"conversations": [human("q")], "chosen": gpt("a"), "rejected": gpt("b")}, PAIR),
     ({"conversations": [human("q")], "chosen": [gpt("a")], "rejected": "b"}, PAIR),
     ({"messages": [Q, A], "chosen": [Q, A], "rejected": [Q, B]}, PAIR),
@@ -93,6 +98,12 @@ SHAPES = [
         {"prompt": "q", "answers": [{"response": "a", "overall_score": 7}, {"response": "b", "overall_score": 8}]},
         Ranking("q", ("a", "b"), (1, 0), (7, 8)),
     ),
+    (
+        {"prompt": "q", "answers": [{"text": "a", "rating": "7", "rank": 1}, {"text": "b", "rating": 8}]},
+        Ranking("q", ("a", "b"), (1, 0), (7, 8)),
+    ),
+    ({"prompt": [Q], "answers": [{**A, "score": 1}, {**B, "score": 2}]}, Ranking((Q,), ((A,), (B,)), (1, 0), (1, 2))),
+    ({"prompt": "q", "answers": [{"text": "a", "id": 7}, {"text": "b", "id": 8}], "ranks": [2, 1]}, Ranking("q", ("a", "b"), (1, 0))),
 ]  # fmt: skip
 
 
@@ -106,6 +117,10 @@ SCORED = [
     ({"score_chosen": 9, "score_rejected": 4}, (9.0, 4.0)),
     ({"chosen-rating": 5, "rejected-rating": "4.5"}, (5.0, 4.5)),
     ({"margin": 2}, (2.0, 0.0)),
+    ({"scores": [8, 3]}, (8.0, 3.0)),
+    ({"rating": "[8, 3.5]", "margin": 1}, (8.0, 3.5)),
+    ({"ratings": [8, 3], "score_chosen": 9, "score_rejected": 4}, (9.0, 4.0)),
+    ({"scores": None}, None),
     ({"chosen_score": None, "rejected_score": None, "margin": None}, None),
 ]
 
@@ -116,6 +131,24 @@ def test_scores_of_a_pair(given, scores, prompt):
     assert made({**prompt, "chosen": "a", "rejected": "b", **given}).scores == scores
 
 
+TO_SCORE = [
+    ({"prompt": "q", "chosen": "a", "rejected": "a "}, Ranking("q", ("a", "a "), (0, 0))),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": math.nan}, Ranking("q", ("a", "b"), (0, 0))),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1}, Ranking("q", ("a", "b"), (0, 0))),
+    ({"chosen": [Q, A], "rejected": [Q, A]}, Ranking((Q,), ((A,), (A,)), (0, 0))),
+    ({"prompt": "q", "answers": ["a", "b", "a"]}, Ranking("q", ("a", "b", "a"), (0, 0, 0))),
+    ({"prompt": "q", "answers": ["a"], "scores": [1, 2]}, Ranking("q", ("a",), (0,))),
+    ({"prompt": "q", "answers": ["a", "b"], "labels": [0, 0]}, Ranking("q", ("a", "b"), (0, 0))),
+    ({"prompt": "q", "answers": [{"text": "a", "score": math.nan}, {"text": "b"}]}, Ranking("q", ("a", "b"), (0, 0))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "row"), TO_SCORE)
+def test_what_a_row_to_be_scored_says_of_its_answers_is_not_looked_at(value, row):
+    assert made(value, gold=False) == row and isinstance(made(value), RowProblem)
+
+
+X, Y, Z = ({"text": text} for text in "abc")
 SAME = "two answers to the same prompt"
 REFUSED = [
     ({"prompt": "q", "chosen": "a", "rejected": ""}, "rejected", "an answer with something in it", "empty text"),
@@ -144,6 +177,9 @@ REFUSED = [
     ({"chosen": [A], "rejected": [B]}, "chosen", SAME, "an answer alone"),
     ({"prompt": "q", "chosen": [Q, A], "rejected": [B]}, "chosen", SAME, "a whole conversation"),
     ({"prompt": "other", "chosen": [Q, A], "rejected": [Q, B]}, "prompt", "what is asked in 'chosen' and 'rejected'", "'other'"),
+    ({"prompt": "other", "chosen": f"{HH}b", "rejected": f"{HH}c"}, "prompt", "what is asked in 'chosen'", "'other'"),
+    ({"prompt": HH, "chosen": f"{HH}b", "rejected": "c"}, "chosen", SAME, "a whole conversation"),
+    ({"prompt": HH, "answers": [f"{HH}b", f"{HH}c"]}, "answers[0]", "an answer: turns", "user, assistant, user, assistant"),
     ({"prompt": [Q, A], "chosen": [B], "rejected": [C]}, "prompt", "a prompt that ends with a turn of the user", "assistant"),
     ({"prompt": [turn("system", "s")], "chosen": [B], "rejected": [C]}, "prompt", "a prompt that ends with", "system"),
     ({"prompt": [Q], "chosen": [A, Q], "rejected": [B]}, "chosen", "an answer: turns of the assistant", "assistant, user"),
@@ -153,9 +189,17 @@ REFUSED = [
     ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 10**400}, "margin", "a finite number", "1000"),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": True}, "margin", "a number", "true"),
     ({"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1}, "rejected_score", "a score", "nothing"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "scores": [1, 2, 3]}, "scores", "a list of 2 numbers", "3: a list"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "rating": 4}, "rating", "a list of 2 numbers", "a number 4"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "scores": [1, math.nan]}, "scores[1]", "a finite number", "nan"),
     ({"prompt": "q", "answers": ["a"]}, "answers", "two answers or more", "1"),
     ({"prompt": "q", "answers": []}, "answers", "two answers or more", "0"),
     ({"prompt": "q", "answers": "a"}, "answers", "a list of answers", "'a'"),
+    ({"prompt": "q", "answers": [{**X, "score": 1}, Y, {**Z, "score": 9}]}, "answers[1].score", "a score, as other", "nothing"),
+    ({"prompt": "q", "answers": [X, {**Y, "rank": 1}]}, "answers[0].rank", "a rank, as other answers", "nothing"),
+    ({"prompt": "q", "answers": [{**X, "score": None}, {**Y, "score": 1}]}, "answers[0].score", "a number", "null"),
+    ({"prompt": "q", "answers": [{**X, "stars": 1}, {**Y, "stars": 5}]}, "answers[0].stars", "a grade under rank,", "'stars'"),
+    ({"prompt": "q", "answers": [X, {**Y, "best": True}]}, "answers[1].best", "a grade under rank,", "'best'"),
     ({"prompt": "q", "answers": ["a", ""]}, "answers[1]", "an answer with something in it", "empty text"),
     ({"prompt": "q", "answers": ["a", "b", "a"]}, "answers[2]", "two answers that differ", "'answers[0]', too"),
     ({"prompt": "q", "answers": ["a", "b"], "scores": [1, math.nan]}, "scores[1]", "a finite number", "nan"),
@@ -179,6 +223,11 @@ def test_a_prompt_template_makes_the_prompt_a_text():
     assert row == Ranking("Q: why\nA: ", ("a", "b"), (0, 1), (2.0, 0.0))
     row = made({"ask": "why", "responses": ["a", "b"], "scores": [1, 2]}, **template)
     assert row == Ranking("Q: why\nA: ", ("a", "b"), (1, 0), (1.0, 2.0))
+
+
+def test_a_row_to_be_scored_has_an_answer():
+    assert made({"prompt": "q", "answers": []}, gold=False).expected == "an answer or more"
+    assert made({"prompt": "q", "chosen": "a", "rejected": ""}, gold=False).where == "f:1:rejected"
 
 
 def test_columns_are_mapped_and_named_as_the_file_has_them():

@@ -416,6 +416,21 @@ def test_scores_go_to_stdout_without_a_file(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["answers"] == said
 
 
+def test_a_reward_model_of_another_trainer_is_scored(tmp_path):
+    """One label, and nothing that says what for. Judgements of the rows are not looked at."""
+    network = AutoModelForSequenceClassification.from_pretrained(model_folder(tmp_path, "llama"), num_labels=1).eval()
+    tokenizer = load.load_tokenizer(locate(model_folder(tmp_path, "llama")))
+    network.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a b", "answers": [" c", " d e", " c"], "scores": [1, 1, None]}))
+    (said,) = tunesmith.predict(tmp_path / "theirs", tmp_path / "rows.jsonl", rewards=True, precision="fp32")
+    ids = tokenizer("a b d e", return_tensors="pt")["input_ids"]
+    ended = torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
+    with torch.no_grad():
+        assert said["rewards"][1] == pytest.approx(float(network(input_ids=ended).logits), abs=1e-5)
+    assert said["rewards"][0] == pytest.approx(said["rewards"][2], abs=1e-6)
+
+
 @pytest.mark.parametrize("objective", ["sft", "classify"])
 def test_what_gives_no_reward_is_asked_for_none(tmp_path, objective):
     found = tunesmith.train(recipe(tmp_path, "llama", objective, max_steps=1), out=tmp_path / "run")

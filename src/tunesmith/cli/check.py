@@ -131,8 +131,8 @@ def _forecast(forecast: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _contaminated(found: Mapping[str, Any]) -> list[str]:
     """How many evaluation rows share text with training rows, and the first of them."""
-    said = f"{found['rows']:,} eval rows ({found['share']:.1%}) share {found['ngram']} tokens or more with a training row, "
-    said += f"{found['answers']:,} of them in what is learnt:"
+    said = f"{found['rows']:,} eval rows ({found['share']:.1%}) share {found['ngram']} tokens or more with a training row"
+    said += ":" if found["answers"] is None else f", {found['answers']:,} of them in what is learnt:"
     shown = [f"  {one['where']} and {one['same_as']}: {shorten(one['text'], 80)}" for one in found["first"][:3]]
     return [said, *shown, *(["  ... --json lists more"] if found["rows"] > 3 else [])]
 

@@ -102,7 +102,7 @@ def _write(writer: Writer, opened: Opened, objective: Any, tokenizer: Any, on_pr
         for (record, row), examples in encoded:
             writer.add(examples, record.row, digest(row))
             kept += 1
-            if renderer and isinstance(row, Chat) and len(examples) == 1 and unseen["looked_at"] < LOOKED_AT:
+            if renderer and len(examples) == 1 and unseen["looked_at"] < LOOKED_AT:
                 _compare(row, record, renderer, unseen)
         fatal = fatal or any(problem.fatal for problem in problems)
         first = sorted([*first, *problems], key=lambda problem: problem.row)[:10]
@@ -180,9 +180,12 @@ def _encode(batch: Sequence[Located], opened: Opened, objective: Any, tokenizer:
     return encoded, problems
 
 
-def _compare(row: Chat, record: Record, renderer: Renderer, unseen: dict[str, Any]) -> None:
+def _compare(row: Row, record: Record, renderer: Renderer, unseen: dict[str, Any]) -> None:
+    chats = [one for one in (row.written() if isinstance(row, Ranking) else [row]) if isinstance(one, Chat)]
+    if not chats:
+        return
     unseen["looked_at"] += 1
-    missing = left_out(row, renderer)
+    missing = dict.fromkeys(place for chat in chats for place in left_out(chat, renderer))  # answers share their prompt
     if missing:
         unseen["rows"] += 1
         unseen["first"] += [f"{record.path}:{record.row}:{place}" for place in missing][: 10 - len(unseen["first"])]

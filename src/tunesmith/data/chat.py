@@ -68,13 +68,16 @@ class Renderer:
         ended = bool(self.eos) and text.endswith(self.eos or "")
         return Rendered(text, (Span(start, END),), () if begun else tuple(self.before), () if ended else self.end())
 
-    def chat(self, row: Chat, train_on: TrainOn) -> Rendered:
-        """A conversation with the spans of the turns that ``train_on`` names."""
+    def chat(self, row: Chat, train_on: TrainOn | int) -> Rendered:
+        """A conversation with the spans of the turns that ``train_on`` names, or of those from a message on."""
         turns = assistant_turns(row.messages)
-        if not turns:
+        if isinstance(train_on, int):
+            wanted = [turn for turn in turns if turn >= train_on]
+        else:
+            wanted = turns if train_on == "assistant" else turns[-1:]
+        if not wanted:
             raise SpanError("a turn of the assistant", "none", "Add the answer to learn.")
         full = self(row.messages, row.tools)
-        wanted = turns if train_on == "assistant" else turns[-1:]
         spans = [find_span(self, row, full, turn) for turn in wanted]
         # A conversation that ends with an answer which the template does not close is closed by the end token.
         after = self.end() if turns[-1] == len(row.messages) - 1 and not spans[-1].stopped else ()
@@ -87,9 +90,12 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(sorted({*added, *tokenizer.all_special_tokens}, key=lambda token: (-len(token), token)))
 
 
-def render(row: Written, renderer: Renderer, train_on: TrainOn = "completion", expand_turns: bool = False) -> list[Rendered]:
+def render(
+    row: Written, renderer: Renderer, train_on: TrainOn | int = "completion", expand_turns: bool = False
+) -> list[Rendered]:
     """A row as text with spans: one, or one for each turn of the assistant under ``expand_turns``.
 
+    ``train_on`` as in ``encode``; a number = every turn of the assistant from that message on (and a completion).
     Raises SpanError, or what a template raises (``RENDER_ERRORS``).
     """
     if isinstance(row, Text):
@@ -104,23 +110,29 @@ def render(row: Written, renderer: Renderer, train_on: TrainOn = "completion", e
 
 
 def encode(
-    rows: Sequence[Written], tokenizer: Any, *, train_on: TrainOn = "completion", expand_turns: bool = False
+    rows: Sequence[Written],
+    tokenizer: Any,
+    *,
+    train_on: TrainOn | Sequence[int] = "completion",
+    expand_turns: bool = False,
 ) -> list[list[Example]]:
     """Tokenise rows in one batch: for each row its examples {"input_ids": int32[n], "supervised": bool[n]}.
 
     ``train_on``: ``completion`` = the last turn of the assistant (and the completion of a PromptCompletion), ``assistant`` =
-    every turn of the assistant, ``all`` = every token; Text rows are learnt whole. ``expand_turns``: one example for each
+    every turn of the assistant, ``all`` = every token; Text rows are learnt whole. Numbers, one for each row: every turn of the
+    assistant from that message on (and the completion of a PromptCompletion). ``expand_turns``: one example for each
     turn of the assistant, which sees exactly what generation would see. Nothing is cut.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
     """
     renderer = Renderer(tokenizer)
-    texts = [_render_row(row, index, renderer, train_on, expand_turns) for index, row in enumerate(rows)]
+    wanted = [train_on] * len(rows) if isinstance(train_on, str) else train_on
+    texts = [_render_row(row, index, renderer, wanted[index], expand_turns) for index, row in enumerate(rows)]
     examples = iter(tokenise(list(chain.from_iterable(texts)), tokenizer))
     return [[next(examples) for _ in group] for group in texts]
 
 
-def _render_row(row: Written, index: int, renderer: Renderer, train_on: TrainOn, expand_turns: bool) -> list[Rendered]:
+def _render_row(row: Written, index: int, renderer: Renderer, train_on: TrainOn | int, expand_turns: bool) -> list[Rendered]:
     try:
         return render(row, renderer, train_on, expand_turns)
     except SpanError as error:

@@ -53,27 +53,31 @@ class Contamination:
     """``rows`` held-out rows (``share`` of all) share ``ngram`` tokens or more with a training row; the ``first`` ones.
 
     ``answers``: those of them in which some of the shared tokens are learnt, so that the loss itself is too good; of the others
-    only the prompt was seen. ``short``: rows with no ``ngram`` tokens outside the template; of those only whole duplicates are
-    known. ``ngram`` is the smallest in use: see NGRAM.
+    only the prompt was seen. None where no token is learnt, but a label or a reward of all of them. ``short``: rows with no
+    ``ngram`` tokens outside the template; of those only whole duplicates are known. ``ngram`` is the smallest in use: see NGRAM.
     """
 
     ngram: int
     rows: int
     share: float
     first: tuple[Shared, ...]
-    answers: int
+    answers: int | None
     short: int
 
     def line(self) -> str:
         """The count and the first row, in one line."""
         one = self.first[0]
         said = f"{self.rows} evaluation rows ({self.share:.1%}) share {self.ngram} tokens or more with a training row"
-        said += f", {self.answers} of them in what is learnt"
+        said += "" if self.answers is None else f", {self.answers} of them in what is learnt"
         return f"{said}, for example {one.where} with {one.same_as}: {shorten(one.text)}"
 
 
-def contamination(train: Encoded, held: Encoded, tokenizer: Any, at_least: int = NGRAM) -> Contamination | None:
+def contamination(
+    train: Encoded, held: Encoded, tokenizer: Any, at_least: int = NGRAM, written: bool = True
+) -> Contamination | None:
     """Compare the token sequences of two splits; None when their examples are no single sequences.
+
+    ``written``: whether the model learns to write some of the tokens.
 
     Memory: about 50 bytes for each held-out token; nothing that grows with the training rows but 4 bytes an example.
     """
@@ -105,7 +109,7 @@ def contamination(train: Encoded, held: Encoded, tokenizer: Any, at_least: int =
         rows=len(at),
         share=len(at) / max(1, total),
         first=tuple(first),
-        answers=len(np.unique(found[answer > 0])),
+        answers=len(np.unique(found[answer > 0])) if written else None,
         short=total - len(np.unique(every[long])),
     )
 
@@ -125,7 +129,8 @@ def _hits(train: Encoded, places: np.ndarray, grams: np.ndarray, learnt: np.ndar
 
 def _learnt(example: Example) -> np.ndarray:
     """bool[tokens]: what counts in the loss; the first token of a sequence has nothing before it that could foretell it."""
-    mask = np.array(example["supervised"], np.bool_) if "supervised" in example else np.ones(len(example["input_ids"]), np.bool_)
+    marked = next((example[name] for name in ("supervised", "learnt") if name in example), None)
+    mask = np.ones(len(example["input_ids"]), np.bool_) if marked is None else np.array(marked, np.bool_)
     mask[:1] = False
     return mask
 

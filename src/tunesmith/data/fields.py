@@ -27,7 +27,7 @@ class Field:
 class Format:
     """``build`` makes the row of the fields' values or raises FieldFault. ``prompt`` is the field that a ``prompt_template``
     replaces, ``answer`` those that it keeps. ``gold``: the field that rows to be predicted may lack. ``look``: what the values
-    of the first rows say of the whole file; ``build`` gets it among the values."""
+    of the first rows say of the whole file; ``build`` gets it among the values, and under "gold" whether gold is wanted."""
 
     name: str
     row: type

@@ -171,7 +171,7 @@ class Converter:
             values = self._values(record.value, names)
             if self.prompt_template is not None and self.form.prompt:
                 values[self.form.prompt] = self._filled(record.value)
-            return self.form.build({**values, **(self.facts or {})})
+            return self.form.build({**values, **(self.facts or {}), "gold": self.gold})
         except FieldFault as fault:
             return self.problem(record, fault)
 

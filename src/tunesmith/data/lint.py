@@ -119,12 +119,12 @@ def lint(
 
 
 def _rendered(
-    record: Record, row: Row, renderer: Renderer | None, dropped: list[str], train_on: TrainOn = "assistant"
+    record: Record, row: Row, renderer: Renderer | None, dropped: list[str], train_on: TrainOn | int = "assistant"
 ) -> RowProblem | None:
     """What the chat template has against a row. Words that it leaves out are added to ``dropped``."""
     if isinstance(row, Ranking):
         lost: list[str] = []
-        found = [_rendered(record, whole, renderer, lost, "completion") for whole in row.written()]
+        found = [_rendered(record, whole, renderer, lost, len(row.prompt)) for whole in row.written()]
         dropped += dict.fromkeys(lost)  # answers have their prompt in common
         return next((problem for problem in found if problem is not None), None)
     if renderer is None or not isinstance(row, Chat):

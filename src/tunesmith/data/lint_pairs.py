@@ -4,11 +4,12 @@ another, and whether length alone tells which answer was chosen."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.data.preference_fields import ANOTHER, EMPTY_SIDE, SAME_PROMPT
+from tunesmith.data.preference_fields import ANOTHER, EMPTY_SIDE, SAME_PROMPT, bare
 from tunesmith.data.problems import RowProblem
 from tunesmith.data.rows import Message, Ranking
 
@@ -117,5 +118,7 @@ def characters(answer: str | Sequence[Message]) -> int:
     return len(answer) if isinstance(answer, str) else sum(len(message["content"]) for message in answer)
 
 
-def _digest(said: str | Sequence[Mapping[str, Any]]) -> bytes:
-    return hashlib.blake2b(repr(said).encode("utf-8", "backslashreplace"), digest_size=8).digest()
+def _digest(said: str | Sequence[Message]) -> bytes:
+    """The same for all ways to write the same: the order of a turn's keys and the spaces around its text do not matter."""
+    written = json.dumps(bare(said), sort_keys=True, default=str)
+    return hashlib.blake2b(written.encode(), digest_size=8).digest()

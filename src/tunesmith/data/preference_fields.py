@@ -1,13 +1,17 @@
-"""What a row says of answers that were compared: one chosen over another, or several in an order, as files write them."""
+"""What a row says of answers that were compared: one chosen over another, or several in an order, as files write them.
+
+Where ``values["gold"]`` is False the answers are to be scored: which is better, and whether they differ at all, is not looked at.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
+from tunesmith.data import grades
 from tunesmith.data.fields import SYSTEM, TOOLS, Field, FieldFault, Format, Values, optional_text, parsed, text
 from tunesmith.data.problems import shorten
 from tunesmith.data.rows import Message, Ranking
@@ -23,15 +27,11 @@ NOTHING = ("empty text", "only spaces", "nothing (null)", "an empty list")
 ASKS = ("user", "tool", "ipython", "document")
 """Roles after which the assistant may speak."""
 
-LARGEST = 1e30
-"""Scores become float32, and so do their differences."""
-
 DIALOGUE = re.compile(r"\s*Human:")
 SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 """How the dialogues of hh-rlhf (Bai et al. 2022) name who speaks."""
 
 WORDS = ("answer", "response", "completion", "text")
-GRADES = ("rank", "score", "overall_score")
 """Keys of answers that are objects, as in {"answer": "...", "rank": 1}."""
 
 Prompt = str | list[Message]
@@ -40,7 +40,7 @@ Prompt = str | list[Message]
 def preference(values: Values) -> Ranking:
     """A prompt, and one answer chosen over another. Strings alone are plain text, as a prompt and its completion are."""
     sides = _listed(values["chosen"]), _listed(values["rejected"])
-    prompt = _prompt(values["prompt"], values, all(isinstance(side, str) for side in sides))
+    prompt = _prompt(values["prompt"], values, all(isinstance(side, str) and not _is_dialogue(side) for side in sides))
     if isinstance(prompt, str):
         return _pair(prompt, [_text(values["chosen"], "chosen"), _text(values["rejected"], "rejected")], values)
     return _of_turns(prompt, "prompt", values)
@@ -65,8 +65,9 @@ def dialogues(values: Values) -> Ranking:
 def ranking(values: Values) -> Ranking:
     """A prompt and several answers: the best one first, or as ``ranks`` (lower = better), ``scores`` or ``labels`` (higher =
     better) say."""
-    said, graded = _answers(values["answers"])
-    plain = all(isinstance(_listed(answer), str) for answer in said)
+    graded = _answers(values["answers"], values.get("gold", True))
+    said = _said(graded)
+    plain = all(isinstance(one, str) and not _is_dialogue(one) for one in map(_listed, said))
     prompt = opening_of(values) if "instruction" in values else _prompt(values["prompt"], values, plain)
     names = [f"answers[{place}]" for place in range(len(said))]
     answers: list[Any]
@@ -75,15 +76,7 @@ def ranking(values: Values) -> Ranking:
     else:
         _check_asked(prompt, "instruction" if "instruction" in values else "prompt")
         answers = [_checked(_side(answer, name), name) for answer, name in zip(said, names)]
-    given = {**graded, **{name: values[name] for name in ("ranks", "scores", "labels") if values.get(name) is not None}}
-    numbers = {name: _numbers(listed, name, len(said)) for name, listed in given.items()}
-    scores = numbers.get("scores")
-    if "ranks" in numbers:
-        ranks = _dense(numbers["ranks"], best=min)
-    elif "scores" in numbers or "labels" in numbers:
-        ranks = _dense(numbers["scores" if "scores" in numbers else "labels"], best=max)
-    else:
-        ranks = tuple(range(len(said)))
+    ranks, scores = grades.of_ranking(values, graded)
     return _row(prompt, answers, ranks, scores, values, names)
 
 
@@ -123,9 +116,11 @@ def _of_turns(opening: list[Message] | None, field: str, values: Values) -> Rank
         fix = "Write both as whole conversations, or both as answers with their prompt in a column of its own."
         raise FieldFault(odd, SAME_PROMPT, "an answer alone" if whole else "a whole conversation", fix)
     common = _common(*sides)
+    if common == len(sides[0]) == len(sides[1]):
+        if values.get("gold", True):
+            raise _same("rejected", sides[1][-1]["content"])
+        common = 1 + max((place for place, message in enumerate(sides[0]) if message["role"] in ASKS), default=-1)
     prompt, answers = sides[0][:common], [side[common:] for side in sides]
-    if not answers[0] and not answers[1]:
-        raise _same("rejected", sides[1][-1]["content"])
     if not prompt or prompt[-1]["role"] not in ASKS or not all(map(_answers_it, answers)):
         got = f"other turns from the {common + 1}. on: {_shown(answers[0])} and {_shown(answers[1])}"
         raise FieldFault("rejected", SAME_PROMPT, got, "Give both sides the same turns up to their answers, or delete the row.")
@@ -176,13 +171,18 @@ def _side(value: Any, field: str, whole: bool = False) -> list[Message]:
         if fault.got in NOTHING and fault.field.startswith(last):
             raise FieldFault(fault.field, EMPTY_SIDE, fault.got, fault.fix) from None
         raise
+    if _is_dialogue(said) or (whole and DIALOGUE.match(said)):
+        return dialogue(said, field)
     if not whole:
         return [{"role": "assistant", "content": said}]
-    if DIALOGUE.match(said):
-        return dialogue(said, field)
     fix = "Add the prompt in a column of its own, or name it: columns: {prompt: COLUMN}."
     expected = "a conversation, because the row has no prompt (a list of turns, or '\\n\\nHuman: ... \\n\\nAssistant: ...')"
     raise FieldFault(field, expected, shorten(value), fix)
+
+
+def _is_dialogue(said: str) -> bool:
+    """Whether a text is a conversation of its own, which has a prompt, and no answer to one."""
+    return bool(DIALOGUE.match(said)) and "\n\nAssistant:" in said
 
 
 def _text(value: Any, field: str) -> str:
@@ -220,65 +220,32 @@ def _listed(value: Any) -> Any:
     return found if turns else value
 
 
-def _answers(value: Any) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Answers, and what objects say of each besides."""
+def _answers(value: Any, gold: bool) -> Sequence[Any]:
+    """The answers as the file has them: ``gold`` = so many that one can be better."""
     value = parsed(value, "answers", "a list of answers")
     if not isinstance(value, list | tuple):
         raise FieldFault("answers", "a list of answers", shorten(value), "Write the answers in a list, the best one first.")
-    if len(value) < 2:
-        raise FieldFault("answers", "two answers or more", str(len(value)), "Add another one, or delete the row.")
-    if not all(isinstance(item, Mapping) and not {"role", "from"} & item.keys() for item in value):
-        return list(value), {}
-    word = next((key for key in WORDS if all(key in item for item in value)), None)
+    if len(value) < (2 if gold else 1):
+        expected = "two answers or more" if gold else "an answer or more"
+        raise FieldFault("answers", expected, str(len(value)), "Add another one, or delete the row.")
+    return value
+
+
+def _said(answers: Sequence[Any]) -> Sequence[Any]:
+    """Texts or turns of answers that may be objects with grades."""
+    if not all(isinstance(item, Mapping) for item in answers):
+        return answers
+    if any({"role", "from"} & item.keys() for item in answers):
+        return [{key: said for key, said in item.items() if key not in grades.NAMES} for item in answers]
+    word = next((key for key in WORDS if all(key in item for item in answers)), None)
     if word is None:
         fix = 'Write texts, turns, or objects such as {"answer": "...", "score": 4.5}.'
-        raise FieldFault("answers", f"objects with one of {', '.join(WORDS)}", shorten(value[0]), fix)
-    grade = next((key for key in GRADES if all(key in item for item in value)), None)
-    grades = {} if grade is None else {"ranks" if grade == "rank" else "scores": [item[grade] for item in value]}
-    return [item[word] for item in value], grades
-
-
-def _numbers(value: Any, field: str, count: int) -> tuple[float, ...]:
-    value = parsed(value, field, "a list of numbers")
-    if not isinstance(value, list | tuple) or len(value) != count:
-        got = f"{len(value)}: {shorten(value)}" if isinstance(value, list | tuple) else shorten(value)
-        raise FieldFault(field, f"a list of {count} numbers, one for each answer", got, "Write as many as there are answers.")
-    return tuple(_number(item, f"{field}[{place}]") for place, item in enumerate(value))
-
-
-def _number(value: Any, field: str) -> float:
-    number = value
-    if isinstance(value, str):
-        try:
-            number = float(value)
-        except ValueError:
-            number = None
-    if not isinstance(number, int | float) or (isinstance(number, bool) and not field.startswith("labels")):
-        raise FieldFault(field, "a number", shorten(value), "Write the number, or delete the row.")
-    if not abs(number) <= LARGEST:
-        raise FieldFault(field, "a finite number", shorten(value), "Write the number, or delete the row.")
-    return float(number)
-
-
-def _scores(values: Values) -> tuple[float, float] | None:
-    """Of the chosen and the rejected answer; of a margin alone, the margin and 0."""
-    given = {name: values[name] for name in ("chosen_score", "rejected_score") if values.get(name) not in (None, "")}
-    if len(given) == 1:
-        (there,), (missing,) = given, {"chosen_score", "rejected_score"} - given.keys()
-        raise FieldFault(missing, f"a score, as there is a {there}", "nothing", "Write both scores, or none.")
-    if given:
-        return _number(given["chosen_score"], "chosen_score"), _number(given["rejected_score"], "rejected_score")
-    return None if values.get("margin") in (None, "") else (_number(values["margin"], "margin"), 0.0)
-
-
-def _dense(numbers: Sequence[float], best: Callable[..., float]) -> tuple[int, ...]:
-    """0 for the best ones, 1 for the next, ..."""
-    order = sorted(set(numbers), reverse=best is max)
-    return tuple(order.index(number) for number in numbers)
+        raise FieldFault("answers", f"objects with one of {', '.join(WORDS)}", shorten(answers[0]), fix)
+    return [item[word] for item in answers]
 
 
 def _pair(prompt: Prompt, answers: list[Any], values: Values) -> Ranking:
-    return _row(prompt, answers, (0, 1), _scores(values), values, ("chosen", "rejected"))
+    return _row(prompt, answers, (0, 1), grades.of_pair(values), values, ("chosen", "rejected"))
 
 
 def _row(
@@ -289,21 +256,28 @@ def _row(
     values: Values,
     names: Sequence[str],
 ) -> Ranking:
-    bare = [_bare(answer) for answer in answers]
-    for place, one in enumerate(bare):
-        first = bare.index(one)
-        if ranks[first] != ranks[place]:
-            raise _same(names[place], answers[place], names[first])
-    if len(set(ranks)) == 1:
-        fix = "Say which is better, or delete the row: nothing can be learnt of it."
-        raise FieldFault("answers", "an answer that is better than another", "the same rank for all", fix)
+    if values.get("gold", True):
+        _check_judged(answers, ranks, names)
+    else:
+        ranks = (0,) * len(answers)
     if isinstance(prompt, str):
         return Ranking(prompt, tuple(answers), ranks, scores)
     return Ranking(tuple(prompt), tuple(map(tuple, answers)), ranks, scores, tool_schemas(values.get("tools")))
 
 
-def _bare(answer: str | list[Message]) -> Any:
-    """An answer without the spaces around what it says, which templates strip."""
+def _check_judged(answers: list[Any], ranks: tuple[int, ...], names: Sequence[str]) -> None:
+    said = [bare(answer) for answer in answers]
+    for place, one in enumerate(said):
+        first = said.index(one)
+        if ranks[first] != ranks[place]:
+            raise _same(names[place], answers[place], names[first])
+    if len(set(ranks)) == 1:
+        fix = "Say which is better, or delete the row: nothing can be learnt of it."
+        raise FieldFault("answers", "an answer that is better than another", "the same rank for all", fix)
+
+
+def bare(answer: str | Sequence[Message]) -> Any:
+    """A prompt or an answer without the spaces around what it says, which templates strip."""
     if isinstance(answer, str):
         return answer.strip()
     return [{**message, "content": message["content"].strip()} for message in answer]
@@ -326,6 +300,7 @@ SCORES = (
         ("rejected_score", "score_rejected", "rejected_rating", "rating_rejected", "rejected-rating"),
         required=False,
     ),
+    Field("scores", ("scores", "ratings", "rating"), required=False),
     Field("margin", ("margin",), required=False),
 )
 SIDES = (Field("chosen", ("chosen",)), Field("rejected", ("rejected",)), TOOLS, SYSTEM, *SCORES)

@@ -23,7 +23,8 @@ def encode(rows: Sequence[Ranking], tokenizer: Any, *, max_length: int | None, o
     ``input_ids``  int32[P + A_1 + ... + A_K]: what all answers begin with once, then what each has after it
     ``answers``    int32[K + 1]: P, A_1, ..., A_K. P is as long as may be, without a token that is learnt and so that each A is
                    at least 1; it may be 0
-    ``learnt``     bool, for each token: supervised, as ``chat.encode`` says of the row that ends with this answer
+    ``learnt``     bool, for each token: supervised, as ``chat.encode`` says of all that the assistant says in this answer (of
+                   an answer with calls of tools these too, but not what the tools give)
     ``pairs``      int32[2 n]: better, worse, better, worse, ...: every two answers whose ranks differ, as places from 0
     ``margins``    float32[n]: how much higher the better one's score is, 0 where there are no scores
     ``cut``        int32[1]: tokens that were cut from the prompt's left
@@ -38,7 +39,8 @@ def encode(rows: Sequence[Ranking], tokenizer: Any, *, max_length: int | None, o
     written = [row.written() for row in rows]
     owners = [(index, place) for index, row in enumerate(written) for place in range(len(row))]
     try:
-        encoded = iter(chat.encode(list(chain.from_iterable(written)), tokenizer))
+        answers_begin = [len(row.prompt) for row in rows for _ in row.answers]
+        encoded = iter(chat.encode(list(chain.from_iterable(written)), tokenizer, train_on=answers_begin))
     except RowFault as fault:
         index, place = owners[fault.index]
         raise RowFault(index, fault.expected, f"{fault.got} (answer {place + 1})", fault.fix) from None

@@ -113,7 +113,7 @@ def prepare(
         template=template,
         max_length=(objective.max_length or limit) if objective.overlong == "own" else limit,
         duplicates_train_eval=shared,
-        contaminated=contamination(learnt, tested, tokenizer) if tested else None,
+        contaminated=contamination(learnt, tested, tokenizer, written=objective.head == "lm") if tested else None,
         cached=all(made.cached for made in built),
         seconds=time.perf_counter() - began,
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith.data import formats, hub_set, preference_fields
+from tunesmith.data import formats, grades, hub_set, preference_fields
 from tunesmith.data.config import DataConfig, Source
 from tunesmith.data.formats import Converter, converter
 from tunesmith.data.problems import Record, RowFault, RowProblem, shorten
@@ -138,7 +138,7 @@ def _question(source: Source, accepted: tuple[type, ...], gold: bool) -> str:
     """Hash of all that the format of a source depends on, besides its rows."""
     asked = [source.format, source.columns, source.prompt_template, source.limit, gold, [kind.__name__ for kind in accepted]]
     content = hashlib.sha256(json.dumps(asked).encode())
-    for file in (formats.__file__, preference_fields.__file__):
+    for file in (formats.__file__, preference_fields.__file__, grades.__file__):
         content.update(Path(file).read_bytes())
     return content.hexdigest()[:16]
 

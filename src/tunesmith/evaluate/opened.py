@@ -45,11 +45,16 @@ class Opened:
 
 
 def open_model(
-    model: str | Path | tuple[Any, Any], objective: str | None = None, overlong: str | None = None, max_length: int | None = None
+    model: str | Path | tuple[Any, Any],
+    objective: str | None = None,
+    overlong: str | None = None,
+    max_length: int | None = None,
+    rewards: bool = False,
 ) -> Opened:
     """Load ``model`` (a name, a folder, or a pair (model, tokenizer)) and what judges its rows.
 
-    ``objective``: None = what the model was trained for. Raises UserError for a model that cannot do what is asked.
+    ``objective``: None = what the model was trained for. ``rewards``: whether one number for a row, of a model that does not say
+    what for, is a reward (as TRL saves them) and no value of a text. Raises UserError for a model that cannot do what is asked.
     """
     from tunesmith import objectives
     from tunesmith.engine.setup import window_of
@@ -60,7 +65,8 @@ def open_model(
     network, tokenizer = model if isinstance(model, tuple) else load.load(model)
     kind = heads.kind_of(type(head.base(network)).__name__)
     config = head.base(network).config
-    name = objective or (getattr(config, "tunesmith", None) or {}).get("objective") or OBJECTIVE_OF[kind]
+    guess = "reward" if rewards and kind == "score" and config.num_labels == 1 else OBJECTIVE_OF[kind]
+    name = objective or (getattr(config, "tunesmith", None) or {}).get("objective") or guess
     module = objectives.module(name)
     try:
         chosen = module.Objective(module.Config(**({"overlong": overlong} if overlong else {})))

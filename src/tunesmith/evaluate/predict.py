@@ -46,7 +46,7 @@ def predict(
     from tunesmith.evaluate import opened
 
     source = opened.source_of(data, format=format, columns=columns, limit=limit, split=split, name=name, streaming=streaming)
-    chosen = opened.open_model(model, max_length=max_length)
+    chosen = opened.open_model(model, max_length=max_length, rewards=rewards)
     if chosen.objective.head == "lm":
         use = "a reward model gives rewards, train one with objective: reward" if rewards else "use tunesmith generate"
         raise ModelError(f"this model writes text: {use}.")
