@@ -85,6 +85,16 @@ def test_balanced_weights_have_the_mean_one(tmp_path):
     assert drawn.mean() == pytest.approx(1.0) and objective._weights.tolist() == pytest.approx([8 / 12, 2.0])
 
 
+def test_balanced_rows_with_a_label_count_as_much_as_those_without(tmp_path):
+    rows = [Labelled("x", labels=("a", "c")), *[Labelled("y", labels=("b", "c"))] * 3, *[Labelled("z", labels=("c",))] * 4]
+    objective, _, _, examples = made("bert", rows, tmp_path, class_weights="balanced")
+    assert objective._weights.tolist() == pytest.approx([7.0, 5 / 3, 1 / 8])
+    batch = objective.collate(examples, packed=False)
+    logits = torch.zeros(8, 3, requires_grad=True)
+    objective._losses(logits, batch["targets"]).sum().backward()
+    assert logits.grad.sum(0)[:2].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)  # of a network that does not know anything
+
+
 @pytest.mark.parametrize("pooling", [None, "mean"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_row_is_scored_the_same_whatever_stands_beside_it(name, pooling, tmp_path):

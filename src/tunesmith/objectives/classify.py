@@ -24,7 +24,9 @@ class Config(BaseModel):
     )
     labels: list[str] | None = Field(None, min_length=1, description="names of the classes, by id; default: found")
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
-        None, description="balanced = rare classes count as much as frequent ones; or {label: weight}"
+        None,
+        description="balanced = rare classes count as much as frequent ones (of several labels: rows with one as much as those "
+        "without it); or {label: weight}",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     pooling: Literal["mean"] | None = Field(
@@ -143,7 +145,8 @@ class Objective:
             self.notes.append(f"labels: {len(names)}, {sum(found.counts.values()) / found.rows:.2f} on a row")
 
     def _weigh(self, found: Survey | None) -> None:
-        """Weights of the classes. ``balanced``: rows / (classes * rows of the class), whose mean over the rows is 1."""
+        """Weights of the classes. ``balanced``: rows / (classes * rows of the class), whose mean over the rows is 1; with several
+        labels rows without / rows with the label, which is what torch suggests for ``pos_weight``."""
         chosen, names = self.config.class_weights, self.labels
         if chosen is None:
             return
@@ -151,7 +154,9 @@ class Objective:
             raise RecipeError("objective.class_weights goes with classes, and the labels are numbers. Leave it out.")
         if chosen == "balanced":
             assert found is not None
-            self._weights = np.array([found.rows / (len(names) * max(1, found.counts[name])) for name in names])
+            held = np.array([max(1, found.counts[name]) for name in names])
+            several = self.problem == MULTI
+            self._weights = np.maximum(1, found.rows - held) / held if several else found.rows / (len(names) * held)
             return
         assert isinstance(chosen, dict)
         for name in chosen:
