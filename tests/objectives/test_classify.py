@@ -10,8 +10,10 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import tunesmith
 from tests.runs import LABELS, apart, history, killed_before, labelled, model_folder, recipe, weights
 from tests.tiny import ENCODERS, encoder_tokenizer, tiny_tokenizer
+from tunesmith.data.config import Source
 from tunesmith.data.pack import to_device
 from tunesmith.data.rows import Labelled
+from tunesmith.data.source import open_source
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load, newhead
 from tunesmith.models.locate import locate
@@ -284,6 +286,23 @@ def test_what_is_guessed_of_labels_is_said(case):
     objective.survey([Labelled("t", label=label) for label in found])
     notes = [note for note in objective.notes if not note.startswith("labels: ")]
     assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes))
+
+
+NEVER = {
+    "vectors": ([[1, 0, 0], [0, 0, 1], [1, 0, 1]], ["0", "1", "2"], "1"),
+    "objects": ([{"joy": 0, "fear": 1}, {"joy": 0, "fear": 0}], ["fear", "joy"], "joy"),
+}
+
+
+@pytest.mark.parametrize("how", NEVER)
+def test_a_label_that_never_holds_is_one_and_is_said(how, tmp_path):
+    given, names, never = NEVER[how]
+    rows = "".join(json.dumps({"text": "t", "labels": one}) + "\n" for one in given)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    objective = classify.Objective(classify.Config(class_weights="balanced"))
+    objective.survey(row for _, row in open_source(Source(path=str(tmp_path / "rows.jsonl")), (Labelled,)).rows())
+    assert objective.labels == names and np.isfinite(objective._weights).all()
+    assert [note.rpartition(": ")[2] for note in objective.notes if "no training row has" in note] == [never]
 
 
 def test_a_number_that_cannot_be_squared_is_no_target(tmp_path):

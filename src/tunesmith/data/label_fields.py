@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tunesmith.data.fields import FieldFault, clean, parsed, text
@@ -23,10 +24,13 @@ def labelled(values: Mapping[str, Any]) -> Labelled:
 
 def multilabel(values: Mapping[str, Any]) -> Labelled:
     """A text, maybe a second one, and all labels that hold. ``vectors``: how many 0 and 1 a list has, if it is one."""
-    labels = None
+    labels: tuple[str, ...] | None = None
+    known: tuple[str, ...] = ()
     if "labels" in values:
-        labels = _labels(values["labels"], values.get("separator"), values.get("vectors"))
-    return Labelled(text(values["text"], "text"), _pair(values), labels=labels)
+        given, size = values["labels"], values.get("vectors")
+        labels = _labels(given, values.get("separator"), size)
+        known = tuple(map(str, given)) if isinstance(given, Mapping) else _places(size or 0)
+    return Labelled(text(values["text"], "text"), _pair(values), labels=labels, known=known)
 
 
 def vectors(sample: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -108,6 +112,11 @@ def _labels(value: Any, separator: str | None, size: int | None) -> tuple[str, .
         fix = "Write each number once; a list of 0 and 1 is a vector where most of the first rows are as long."
         raise FieldFault("labels", "numbers of labels, each once", shorten(value), fix)
     return tuple(dict.fromkeys(str(item).strip() for item in value))
+
+
+@lru_cache
+def _places(size: int) -> tuple[str, ...]:
+    return tuple(map(str, range(size)))
 
 
 def _held(value: Sequence[Any], size: int) -> tuple[str, ...]:

@@ -143,6 +143,9 @@ class Objective:
             )
         elif found.rows and problem == MULTI:
             self.notes.append(f"labels: {len(names)}, {sum(found.counts.values()) / found.rows:.2f} on a row")
+        if never := [name for name in names if not found.counts[name]]:
+            more = f" and {len(never) - 10} more" if len(never) > 10 else ""
+            self.notes.append(f"labels that no training row has, of which little is learnt: {', '.join(never[:10])}{more}")
 
     def _weigh(self, found: Survey | None) -> None:
         """Weights of the classes. ``balanced``: rows / (classes * rows of the class), whose mean over the rows is 1; with several
