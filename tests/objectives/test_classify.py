@@ -93,7 +93,7 @@ def test_balanced_rows_with_a_label_count_as_much_as_those_without(tmp_path):
     assert objective._weights.tolist() == pytest.approx([7.0, 5 / 3, 1 / 8])
     batch = objective.collate(examples, packed=False)
     logits = torch.zeros(8, 3, requires_grad=True)
-    objective._losses(logits, batch["targets"]).sum().backward()
+    objective._losses(logits, batch["targets"], objective._weights).sum().backward()
     assert logits.grad.sum(0)[:2].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)  # of a network that does not know anything
 
 

@@ -266,14 +266,15 @@ class Objective:
 
         logits = heads.score_logits(model, batch)
         targets = batch["targets"].to(logits.device).nan_to_num(0.0)  # of rows to be predicted the forward is tried too
-        return self._losses(logits, targets).sum(), {}
+        return self._losses(logits, targets, self._weights, self.config.label_smoothing).sum(), {}
 
-    def _losses(self, logits: Any, targets: Any) -> Any:
-        """(rows,)"""
+    def _losses(self, logits: Any, targets: Any, weights: Any = None, smoothing: float = 0.0) -> Any:
+        """(rows,); the plain loss is without ``weights`` (labels,) of classes and ``smoothing``."""
         import torch
         from torch.nn import functional
 
-        weights = None if self._weights is None else torch.tensor(self._weights, dtype=logits.dtype, device=logits.device)
+        if weights is not None:
+            weights = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
         if self.problem == REGRESSION:
             return (logits[:, 0] - targets[:, 0].to(logits.dtype)).square()
         if self.problem == MULTI:
@@ -281,9 +282,7 @@ class Objective:
                 logits, targets.to(logits.dtype), pos_weight=weights, reduction="none"
             )
             return each.mean(dim=1)
-        return functional.cross_entropy(
-            logits, targets[:, 0].long(), weight=weights, label_smoothing=self.config.label_smoothing, reduction="none"
-        )
+        return functional.cross_entropy(logits, targets[:, 0].long(), weight=weights, label_smoothing=smoothing, reduction="none")
 
     def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
         return loader
@@ -291,7 +290,7 @@ class Objective:
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
-        """Of each row: where it stands, its probabilities (of regression: the number), what is true of it, its loss."""
+        """Of each row: where it stands, its probabilities (of regression: the number), what is true of it, its plain loss."""
         import torch
 
         from tunesmith.models import heads

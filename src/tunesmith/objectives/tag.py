@@ -188,7 +188,7 @@ class Objective:
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
-        """Of each window: its row, its words, the tag said of each with its probability, the true one, its loss and places."""
+        """Of each window: its row, its words, the tag said of each with its probability, the true one, their loss and number."""
         import torch
 
         from tunesmith.models import heads
@@ -214,7 +214,7 @@ class Objective:
             "said": said[speaks].astype(np.int32),
             "scores": scores[speaks],
             "targets": targets[speaks].astype(np.int32),
-            "loss": (float(losses.sum()), int((targets >= 0).sum())),
+            "loss": (float(losses[speaks].sum()), int((targets[speaks] >= 0).sum())),
         }
 
     def _joined(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -240,7 +240,7 @@ class Objective:
         ]
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """eval_loss, by place; eval_f1, eval_precision and eval_recall of entities; eval_accuracy, the share of right tags."""
+        """eval_loss, by word; eval_f1, eval_precision and eval_recall of entities; eval_accuracy, the share of right tags."""
         loss = figures.token_mean([{"rows": [one["loss"] for one in self._joined(records)]}])
         found = self.details(records)
         names = {"f1": "f1", "precision": "precision", "recall": "recall", "accuracy": "token_accuracy"}
