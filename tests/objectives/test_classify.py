@@ -305,6 +305,11 @@ def test_a_label_that_never_holds_is_one_and_is_said(how, tmp_path):
     assert [note.rpartition(": ")[2] for note in objective.notes if "no training row has" in note] == [never]
 
 
+def test_smoothing_of_several_labels_is_refused_whatever_else_is_given():
+    with pytest.raises(ValueError, match="label_smoothing goes with one class of several"):
+        classify.Config(problem_type="multi_label_classification", labels=["a", "b"], label_smoothing=0.1)
+
+
 def test_a_number_that_cannot_be_squared_is_no_target(tmp_path):
     made = recipe(tmp_path, "bert", "classify", "full")
     (tmp_path / "rows.jsonl").write_text('{"text": "x", "label": 0.5}\n{"text": "y", "label": 1e30}\n')

@@ -41,6 +41,8 @@ class Config(BaseModel):
             for key in ("labels", "class_weights", "label_smoothing"):
                 if getattr(self, key):
                     raise ValueError(f"{key} goes with classes, and problem_type is regression. Leave out one of the two")
+        if self.problem_type == MULTI and self.label_smoothing:
+            raise ValueError("label_smoothing goes with one class of several, and problem_type is multi_label_classification")
         if isinstance(self.class_weights, dict) and any(weight <= 0 for weight in self.class_weights.values()):
             raise ValueError("class_weights: expected numbers above 0")
         return self
