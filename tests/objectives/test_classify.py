@@ -305,6 +305,13 @@ def test_a_label_that_never_holds_is_one_and_is_said(how, tmp_path):
     assert [note.rpartition(": ")[2] for note in objective.notes if "no training row has" in note] == [never]
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_mean_is_said_to_be_our_own(name, tmp_path):
+    for pooling, count in (("mean", 1), (None, 0)):
+        objective, *_ = made(name, PROBLEMS["single"], tmp_path, pooling=pooling, labels=list(LABELS))
+        assert sum("pooling: mean is tunesmith's own" in note for note in objective.notes) == count
+
+
 def test_smoothing_of_several_labels_is_refused_whatever_else_is_given():
     with pytest.raises(ValueError, match="label_smoothing goes with one class of several"):
         classify.Config(problem_type="multi_label_classification", labels=["a", "b"], label_smoothing=0.1)

@@ -105,6 +105,11 @@ class Objective:
             self.threshold = float(ours.get("threshold", 0.5))
             self._pooling = self._pooling or ours.get("pooling")
             self._template = ours.get("pair_template", self._template)
+        if self._pooling == "mean":
+            self.notes.append(
+                "pooling: mean is tunesmith's own and saved as such: load, evaluate and predict open it; plain transformers has "
+                "no such class, and would read one token"
+            )
         self.facts |= {"causal": self._causal, "pad": self._pad, "template": self._template}
 
     def of_model(self) -> None:
