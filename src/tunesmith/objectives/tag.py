@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tunesmith.data import figures, pack, tagging
 from tunesmith.data import labels as label_names
 from tunesmith.data.rows import Tagged
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, ReadOnceError
 from tunesmith.objectives import Batch, Example
 
 Row = tuple[int, int]
@@ -88,17 +88,28 @@ class Objective:
         self._fixed = True
 
     def survey(self, rows: Iterable[Any]) -> None:
-        """Find the tags, O first, the others by the alphabet; say where they break their scheme."""
-        if self._fixed or self.config.labels:
+        """Find the tags, O first, the others by the alphabet; say where they break their scheme, given or found."""
+        if self._fixed:
             return
+        sequences: Counter[tuple[str, ...]] = Counter()
+        try:
+            sequences.update(row.tags for row in rows if isinstance(row, Tagged) and row.tags)
+        except ReadOnceError:
+            if self.config.labels:
+                return
+            raise
+        counts: Counter[str] = Counter()
+        for tags, times in sequences.items():
+            counts.update({tag: number * times for tag, number in Counter(tags).items()})
+        if not self.config.labels:
+            self.facts["labels"] = self._found(counts)
+        if counts:
+            self._remark(counts, sequences)
+
+    def _found(self, counts: Counter[str]) -> list[str]:
+        """The tags of the rows, by id. Raises DataError where there is nothing to learn."""
         from tunesmith.metrics import entities
 
-        counts: Counter[str] = Counter()
-        sequences: Counter[tuple[str, ...]] = Counter()
-        for row in rows:
-            if isinstance(row, Tagged) and row.tags:
-                counts.update(row.tags)
-                sequences[row.tags] += 1
         names = ordered(counts)
         if len(names) < 2:
             there = f"only the tag {names[0]!r}" if names else "no tag at all"
@@ -111,18 +122,18 @@ class Objective:
                 f"the tags are numbers without names, such as {names[0]!r}: nobody could read what is predicted.\n"
                 "  Write the names (B-person, O), which the data set's own list has, or give objective.labels=[...] as they are."
             )
-        scheme = entities.scheme_of(names)
-        if self.config.label_all and scheme in ("BIO", "BIOES"):  # tokens inside a word go on, also where no second word does
-            names = ordered({*names, *map(tagging.continued, names)})
+        if self.config.label_all and entities.scheme_of(names) in ("BIO", "BIOES"):
+            names = ordered(
+                {*names, *map(tagging.continued, names)}
+            )  # tokens inside a word go on, also where no second word does
         if self._saved and set(names) <= set(self._saved):
             names = self._saved  # a head that knows these tags goes on
-        self.facts["labels"] = names
-        self._remark(counts, sequences, scheme)
+        return names
 
-    def _remark(self, counts: Counter[str], sequences: Counter[tuple[str, ...]], scheme: str | None) -> None:
+    def _remark(self, counts: Counter[str], sequences: Counter[tuple[str, ...]]) -> None:
         from tunesmith.metrics import entities
 
-        words, found = counts.total(), Counter[str]()
+        words, found, scheme = counts.total(), Counter[str](), self.scheme
         types = {name.partition("-")[2] for name in self.labels} - {""}
         common, count = counts.most_common(1)[0]
         said = f"{scheme}, {len(types) or 1} types of entities" if scheme else "no entities, single tags"
@@ -251,11 +262,13 @@ class Objective:
         """There is nothing to choose."""
 
     def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """:func:`tunesmith.metrics.entities.score` over the rows whose tags are known."""
+        """:func:`tunesmith.metrics.entities.score` over the rows whose tags are known; ``broken_tags``: how often their gold
+        breaks the scheme, in any way."""
         from tunesmith.metrics import entities
 
         known = [one for one in self.answers(records) if one["gold"] is not None]
-        return entities.score([one["gold"] for one in known], [one["prediction"] for one in known], self.scheme)
+        found = entities.score([one["gold"] for one in known], [one["prediction"] for one in known], self.scheme)
+        return {**found, "broken_tags": sum(entities.problems(one["gold"], self.scheme).total() for one in known)}
 
     def present(self, row: Tagged, answer: dict[str, Any]) -> dict[str, Any]:
         """``entities``: type, start and end in characters, text, score (mean over its words) of each; ``tags`` of all words."""
