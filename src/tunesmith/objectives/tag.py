@@ -48,6 +48,7 @@ class Objective:
         self._saved: list[str] = []
         self._ours: dict[str, Any] = {}
         self._stride = config.stride
+        self._characters = False
         self._fixed = False
 
     @property
@@ -74,6 +75,7 @@ class Objective:
         self._ours = getattr(config, "tunesmith", None) or {}
         if self._ours.get("objective") == "tag" or heads.kind_of((config.architectures or [""])[0]) == "token":
             self._saved = [config.id2label[number] for number in range(config.num_labels)]
+            self._characters = bool(self._ours.get("characters"))
         if tokenizer.pad_token is None:  # only for whoever pads; padding is masked by its place
             tokenizer.pad_token = tokenizer.eos_token
         self.facts |= {"causal": self._causal, "max_length": max_length}
@@ -92,12 +94,18 @@ class Objective:
         if self._fixed:
             return
         sequences: Counter[tuple[str, ...]] = Counter()
+        close = several = 0
         try:
-            sequences.update(row.tags for row in rows if isinstance(row, Tagged) and row.tags)
+            for row in rows:
+                if isinstance(row, Tagged) and row.tags:
+                    sequences[row.tags] += 1
+                    several += len(row.words) > 1
+                    close += len(row.words) > 1 and row.words[0][1] == row.words[1][0]
         except ReadOnceError:
             if self.config.labels:
                 return
             raise
+        self._characters = 2 * close > several
         counts: Counter[str] = Counter()
         for tags, times in sequences.items():
             counts.update({tag: number * times for tag, number in Counter(tags).items()})
@@ -158,6 +166,7 @@ class Objective:
                 "word": "last token" if self._causal else "first token",
                 "max_length": self.max_length,
                 "stride": self._stride,
+                **({"characters": True} if self._characters else {}),  # words stand without a space between them
             },
         }
 
