@@ -4,6 +4,7 @@
     +-- UserError                  exit 2: the recipe, the data or the model folder is wrong; nothing was started
     |   +-- RecipeError
     |   +-- DataError
+    |   |   +-- ReadOnceError
     |   +-- ModelError
     |   +-- MissingExtra
     +-- StoppedError               exit 3: training stopped itself; the last good checkpoint is kept
@@ -37,6 +38,10 @@ class RecipeError(UserError):
 
 class DataError(UserError):
     """A file or a row that cannot be read, or data with nothing to learn from."""
+
+
+class ReadOnceError(DataError):
+    """A stream, which cannot be looked at before it is read."""
 
 
 class ModelError(UserError):

@@ -63,8 +63,13 @@ def test_labels(read, value, row):
 def test_lists_of_zero_and_one_of_unlike_length_are_numbers_of_labels(read):
     rows = read([{"text": "t", "labels": [0, 1]}, {"text": "u", "labels": [1]}], Labelled)
     assert [row.labels for row in rows] == [("0", "1"), ("1",)]
-    rows = read([{"text": "t", "labels": [0, 1]}, {"text": "u", "labels": [1, 0, 1]}], Labelled)
-    assert [row.labels for row in rows] == [("0", "1"), ("1", "0")]
+    rows = read([{"text": "t", "labels": given} for given in ([0, 1], [1, 0], [0, 1], [])], Labelled)
+    assert [row.labels for row in rows] == [("0", "1"), ("1", "0"), ("0", "1"), ()]
+
+
+def test_a_list_that_has_a_number_twice_is_bad(read):
+    first, problem = read([{"text": "t", "labels": [27, 3]}, {"text": "u", "labels": [1, 0, 1]}], Labelled)
+    assert first.labels == ("27", "3") and (problem.row, problem.field) == (2, "labels") and "each once" in problem.expected
 
 
 def test_a_separator_is_named(read):
@@ -259,6 +264,17 @@ def test_bad_lists_of_labels(read, labels):
 def test_a_vector_of_another_length_is_bad(read):
     *_, problem = read([{"text": "t", "labels": [0, 1]}] * 100 + [{"text": "t", "labels": [1, 0, 1]}], Labelled)
     assert problem.row == 101 and "2 numbers 0 or 1" in problem.expected
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+@pytest.mark.parametrize("odd", [[0, 1, 0, 0, 0], None, ["a"], [0, 7, 0, 0, 0, 0], 3, "x"])
+def test_a_row_unlike_the_vectors_beside_it_is_bad_wherever_it_stands(read, size, odd):
+    given = [[int(n % size == place) for place in range(size)] for n in range(8)]
+    for at in (0, 3):
+        rows = read([{"text": "t", "labels": one} for one in (*given[:at], odd, *given[at:])], Labelled)
+        problem = rows.pop(at)
+        assert isinstance(problem, RowProblem) and problem.row == at + 1 and problem.field.startswith("labels")
+        assert [row.labels for row in rows] == [(str(n % size),) for n in range(8)]
 
 
 @pytest.mark.parametrize(

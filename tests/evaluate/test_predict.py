@@ -32,3 +32,26 @@ def test_gold_is_not_looked_at(tmp_path, objective):
         file.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
         said.append(list(tunesmith.predict(found["model_dir"], file)))
     assert said[0] == said[1] == said[2] == said[3] and len(said[0]) == 6 and not any("error" in one for one in said[0])
+
+
+SENTENCES = ["Kim met Lee", "I saw Paris", "so Lee left"]
+
+
+@pytest.mark.parametrize("by", ["character", "word"])
+@pytest.mark.parametrize("labels", [None, ["O", "B-P"]])
+def test_plain_text_is_read_in_the_words_that_were_learnt(tmp_path, by, labels):
+    """A tagger of characters reads characters, spaces too, in a file that does not say so."""
+    plan = recipe(tmp_path, "bert", {"type": "tag", "labels": labels}, max_steps=1)
+    lines = []
+    for sentence in SENTENCES:
+        words = list(sentence) if by == "character" else sentence.split()
+        lines += [f"{word}\t{'B-P' if word[0].isupper() else 'O'}\n" for word in words] + ["\n"]
+    (tmp_path / "rows.conll").write_text("".join(lines))
+    plan["data"]["train"] = [{"path": str(tmp_path / "rows.conll")}]
+    found = tunesmith.train(plan, out=tmp_path / "run")
+    (tmp_path / "new.txt").write_text("Lee met  Kim\n")
+    (said,) = tunesmith.predict(found["model_dir"], tmp_path / "new.txt")
+    assert len(said["tags"]) == (12 if by == "character" else 3)
+    (tmp_path / "new.jsonl").write_text('{"tokens": ["Lee", "left"]}\n')
+    (said,) = tunesmith.predict(found["model_dir"], tmp_path / "new.jsonl")
+    assert len(said["tags"]) == 2

@@ -46,3 +46,22 @@ def test_a_model_that_makes_no_mistake_shows_none(tmp_path):
     assert tunesmith.evaluate(found["model_dir"], tmp_path / "rows.jsonl", out=tmp_path / "report")["eval_accuracy"] == 1.0
     assert (tmp_path / "report" / "mistakes.jsonl").read_text() == ""
     assert "Worst mistakes" not in (tmp_path / "report" / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"type": "classify", "class_weights": {"good": 3.0, "bad": 0.2}},
+        {"type": "classify", "label_smoothing": 0.3},
+        {"type": "tag", "label_all": True},
+    ],
+)
+def test_the_loss_is_that_of_the_run_whatever_it_was_trained_by(tmp_path, objective):
+    """Weights, smoothing and further tokens are for learning; they do not go with the saved model."""
+    plan = recipe(tmp_path, "bert", objective, max_steps=2, eval_steps=2)
+    file = plan["data"]["train"][0]["path"]
+    plan["data"]["eval"] = {"path": file}
+    found = tunesmith.train(plan, out=tmp_path / "run")
+    again = tunesmith.evaluate(found["model_dir"], file, precision="fp32")
+    assert again["eval_loss"] == pytest.approx(found["eval_loss"], abs=1e-6)
+    assert again["eval_loss_stderr"] > 0

@@ -10,8 +10,10 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import tunesmith
 from tests.runs import LABELS, apart, history, killed_before, labelled, model_folder, recipe, weights
 from tests.tiny import ENCODERS, encoder_tokenizer, tiny_tokenizer
+from tunesmith.data.config import Source
 from tunesmith.data.pack import to_device
 from tunesmith.data.rows import Labelled
+from tunesmith.data.source import open_source
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import load, newhead
 from tunesmith.models.locate import locate
@@ -83,6 +85,16 @@ def test_balanced_weights_have_the_mean_one(tmp_path):
     objective, _, _, examples = made("bert", rows, tmp_path, class_weights="balanced")
     drawn = objective._weights[[int(one["target"][0]) for one in examples]]
     assert drawn.mean() == pytest.approx(1.0) and objective._weights.tolist() == pytest.approx([8 / 12, 2.0])
+
+
+def test_balanced_rows_with_a_label_count_as_much_as_those_without(tmp_path):
+    rows = [Labelled("x", labels=("a", "c")), *[Labelled("y", labels=("b", "c"))] * 3, *[Labelled("z", labels=("c",))] * 4]
+    objective, _, _, examples = made("bert", rows, tmp_path, class_weights="balanced")
+    assert objective._weights.tolist() == pytest.approx([7.0, 5 / 3, 1 / 8])
+    batch = objective.collate(examples, packed=False)
+    logits = torch.zeros(8, 3, requires_grad=True)
+    objective._losses(logits, batch["targets"], objective._weights).sum().backward()
+    assert logits.grad.sum(0)[:2].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)  # of a network that does not know anything
 
 
 @pytest.mark.parametrize("pooling", [None, "mean"])
@@ -274,6 +286,35 @@ def test_what_is_guessed_of_labels_is_said(case):
     objective.survey([Labelled("t", label=label) for label in found])
     notes = [note for note in objective.notes if not note.startswith("labels: ")]
     assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes))
+
+
+NEVER = {
+    "vectors": ([[1, 0, 0], [0, 0, 1], [1, 0, 1]], ["0", "1", "2"], "1"),
+    "objects": ([{"joy": 0, "fear": 1}, {"joy": 0, "fear": 0}], ["fear", "joy"], "joy"),
+}
+
+
+@pytest.mark.parametrize("how", NEVER)
+def test_a_label_that_never_holds_is_one_and_is_said(how, tmp_path):
+    given, names, never = NEVER[how]
+    rows = "".join(json.dumps({"text": "t", "labels": one}) + "\n" for one in given)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    objective = classify.Objective(classify.Config(class_weights="balanced"))
+    objective.survey(row for _, row in open_source(Source(path=str(tmp_path / "rows.jsonl")), (Labelled,)).rows())
+    assert objective.labels == names and np.isfinite(objective._weights).all()
+    assert [note.rpartition(": ")[2] for note in objective.notes if "no training row has" in note] == [never]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_mean_is_said_to_be_our_own(name, tmp_path):
+    for pooling, count in (("mean", 1), (None, 0)):
+        objective, *_ = made(name, PROBLEMS["single"], tmp_path, pooling=pooling, labels=list(LABELS))
+        assert sum("pooling: mean is tunesmith's own" in note for note in objective.notes) == count
+
+
+def test_smoothing_of_several_labels_is_refused_whatever_else_is_given():
+    with pytest.raises(ValueError, match="label_smoothing goes with one class of several"):
+        classify.Config(problem_type="multi_label_classification", labels=["a", "b"], label_smoothing=0.1)
 
 
 def test_a_number_that_cannot_be_squared_is_no_target(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, pipeline
@@ -10,7 +11,7 @@ import tunesmith
 from tests.runs import apart, history, killed_before, model_folder, questions, recipe, tagged, weights
 from tests.tiny import ENCODERS
 from tunesmith.data.rows import Question, Tagged
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, ReadOnceError
 from tunesmith.evaluate.predict import predict
 from tunesmith.models import load
 from tunesmith.models.locate import locate
@@ -57,6 +58,35 @@ def made(name, objective, rows, tmp_path):
 
 def inputs(example):
     return {key: torch.from_numpy(example[key]).long()[None] for key in ("input_ids", "token_type_ids") if key in example}
+
+
+BROKEN = [
+    Tagged("a b c", ((0, 1), (2, 3), (4, 5)), tags) for tags in (("O", "I-X", "I-X"), ("B-X", "I-X", "O"), ("I-X", "O", "O"))
+]
+
+
+@pytest.mark.parametrize("labels", [None, ["I-X", "B-X", "O"]])
+def test_tags_that_break_their_scheme_are_counted_whether_labels_are_given_or_not(labels):
+    objective = tag.Objective(tag.Config(labels=labels))
+    objective.survey(BROKEN)
+    assert objective.labels == (labels or ["O", "B-X", "I-X"])
+    assert any("2 times an I- with no B- before it" in note for note in objective.notes)
+    windows = [
+        {"row": (0, n), "words": np.arange(3), "said": np.zeros(3, np.int32), "scores": np.zeros(3), "loss": (0.0, 3),
+         "targets": np.array([objective.labels.index(one) for one in row.tags])}
+        for n, row in enumerate(BROKEN)
+    ]  # fmt: skip
+    assert objective.details([{"windows": windows}])["broken_tags"] == 2
+
+
+def test_a_stream_is_not_looked_at_where_its_tags_are_given():
+    def stream():
+        raise ReadOnceError("a stream")
+        yield
+
+    tag.Objective(tag.Config(labels=["O", "B-X"])).survey(stream())
+    with pytest.raises(DataError, match="a stream"):
+        tag.Objective(tag.Config()).survey(stream())
 
 
 @pytest.mark.parametrize("label_all", [False, True])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tunesmith.data.fields import FieldFault, clean, parsed, text
@@ -22,28 +24,38 @@ def labelled(values: Mapping[str, Any]) -> Labelled:
 
 def multilabel(values: Mapping[str, Any]) -> Labelled:
     """A text, maybe a second one, and all labels that hold. ``vectors``: how many 0 and 1 a list has, if it is one."""
-    labels = None
+    labels: tuple[str, ...] | None = None
+    known: tuple[str, ...] = ()
     if "labels" in values:
-        labels = _labels(values["labels"], values.get("separator"), values.get("vectors"))
-    return Labelled(text(values["text"], "text"), _pair(values), labels=labels)
+        given, size = values["labels"], values.get("vectors")
+        labels = _labels(given, values.get("separator"), size)
+        known = tuple(map(str, given)) if isinstance(given, Mapping) else _places(size or 0)
+    return Labelled(text(values["text"], "text"), _pair(values), labels=labels, known=known)
 
 
 def vectors(sample: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether the ``labels`` of the first rows are vectors: lists of 0 and 1, two or more, all as long. [0] and [2] are numbers
-    of labels."""
-    sizes = set()
+    """Whether the ``labels`` of the first rows are vectors: more than half are lists of 0 and 1 of one length, two or more.
+
+    The others are bad rows then. Numbers of labels never repeat; where nothing does, lists of unlike length are numbers: [0, 1]
+    beside [1].
+    """
+    lengths: Counter[int] = Counter()
+    rows = numbers = repeats = 0
     for values in sample:
+        value = values.get("labels")
+        if value is None:
+            continue
+        rows += 1
         try:
-            listed = parsed(values.get("labels"), "labels", "a list")
+            listed = parsed(value, "labels", "a list")
         except FieldFault:
-            return {}
-        if not isinstance(listed, list | tuple) or not all(
-            type(item) in (int, float, bool) and item in (0, 1) for item in listed
-        ):
-            return {}
-        sizes.add(len(listed))
-    size = sizes.pop() if len(sizes) == 1 else 0
-    return {"vectors": size} if size > 1 else {}
+            continue
+        if isinstance(listed, list | tuple) and all(type(one) in (int, float, bool) for one in listed):
+            numbers += 1
+            repeats += len(set(listed)) < len(listed)
+            lengths[len(listed)] += set(listed) <= {0, 1}
+    size, count = lengths.most_common(1)[0] if lengths else (0, 0)
+    return {"vectors": size} if size > 1 and 2 * count > rows and (count == numbers or repeats) else {}
 
 
 def _pair(values: Mapping[str, Any]) -> str | None:
@@ -96,7 +108,15 @@ def _labels(value: Any, separator: str | None, size: int | None) -> tuple[str, .
             raise FieldFault(f"labels[{position}]", "the name of a label", shorten(item), "Write its name, or take it out.")
     if len(kinds) > 1:
         raise FieldFault("labels", "names only or numbers only", shorten(value), "Write all labels in one way.")
+    if kinds == {int} and len(set(value)) < len(value):
+        fix = "Write each number once; a list of 0 and 1 is a vector where most of the first rows are as long."
+        raise FieldFault("labels", "numbers of labels, each once", shorten(value), fix)
     return tuple(dict.fromkeys(str(item).strip() for item in value))
+
+
+@lru_cache
+def _places(size: int) -> tuple[str, ...]:
+    return tuple(map(str, range(size)))
 
 
 def _held(value: Sequence[Any], size: int) -> tuple[str, ...]:

@@ -26,7 +26,8 @@ MANY = 1000
 
 @dataclass
 class Survey:
-    """What rows say of their labels. ``counts``: rows that have each; ``fractions``: rows with a number that is not whole."""
+    """What rows say of their labels. ``counts``: rows that have each, 0 where they only say that it does not hold; ``fractions``:
+    rows with a number that is not whole."""
 
     counts: Counter[str] = field(default_factory=Counter)
     rows: int = 0
@@ -36,6 +37,7 @@ class Survey:
     def add(self, row: Labelled) -> None:
         if row.labels is not None:
             self.several += 1
+            self.counts.update(dict.fromkeys(row.known, 0))
             self.counts.update(dict.fromkeys(row.labels, 1))
         elif row.label is not None:
             name = name_of(row.label)

@@ -20,7 +20,7 @@ from tunesmith.data.report import Report, SourceReport, SplitReport, histogram
 from tunesmith.data.rows import Chat
 from tunesmith.data.source import Opened, eval_sources, open_source
 from tunesmith.data.templates import apply_template
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, ReadOnceError
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _survey(objective: Any, opened: Sequence[Opened]) -> None:
         nonlocal bad
         for item in opened:
             if item.source.streaming:
-                raise DataError(
+                raise ReadOnceError(
                     f"{item.source.label} is a stream, which is read once, and what its rows can be must be known first.\n"
                     "  Leave out streaming; or name the labels: objective.labels=[...], for classify objective.problem_type, too."
                 )

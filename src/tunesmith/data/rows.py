@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Message = dict[str, Any]
@@ -36,12 +36,14 @@ class PromptCompletion:
 @dataclass(frozen=True, slots=True)
 class Labelled:
     """A text, or two, to be classified. What is known of it is one of: ``label``, the name of its class or a number; ``labels``,
-    the names of all that hold (maybe none); or neither, when it is to be predicted."""
+    the names of all that hold (maybe none); or neither, when it is to be predicted. ``known``: all labels that its file speaks
+    of where it writes down which hold and which do not; what the row says is the same without."""
 
     text: str
     text_pair: str | None = None
     label: str | float | None = None
     labels: tuple[str, ...] | None = None
+    known: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

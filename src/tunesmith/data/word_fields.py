@@ -12,6 +12,8 @@ from tunesmith.data.rows import Tagged
 
 WORD = re.compile(r"\S+")
 
+CHARACTER = re.compile(r".", re.DOTALL)
+
 
 def tokens(values: Mapping[str, Any]) -> Tagged:
     """A list of words with their tags. Words are joined by one space; where spaces are words themselves (``spaces``), by none."""
@@ -28,9 +30,11 @@ def tokens(values: Mapping[str, Any]) -> Tagged:
 
 
 def words(values: Mapping[str, Any]) -> Tagged:
-    """A text whose words are what white space separates, with their tags."""
+    """A text whose words are what white space separates, with their tags; where spaces are words themselves (``spaces``), all its
+    characters."""
     said = text(values["text"], "text")
-    places = tuple(match.span() for match in WORD.finditer(said))
+    found = CHARACTER if values.get("spaces") else WORD
+    places = tuple(match.span() for match in found.finditer(said))
     return Tagged(said, places, _tags(values, len(places)))
 
 

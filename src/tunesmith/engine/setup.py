@@ -74,9 +74,8 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     _check_adapter_choice(recipe, folder)
     _name_code(recipe, folder, say)
     config = load.load_config(folder)
-    if recipe.adapter == "continue":
-        newhead.apply(config, probe.head(folder.path).get("config") or {})
     objective = objectives.module(objectives.name_of(recipe.objective)).Objective(recipe.objective)
+    newhead.inherit(config, folder, recipe.adapter, objective.head)
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
     if deepspeed is not None and "quantization_config" in adaptation.load_kwargs():
         raise RecipeError(
@@ -103,7 +102,8 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     for line in [*data.report.lines(), *objective.notes, *_about(new_tokens, data)]:
         say(line)
     if new_head := objective.head_config():  # its size is known now
-        newhead.apply(config, new_head)
+        for line in newhead.change(config, folder, recipe.adapter, objective.head, new_head):
+            say(line)
         parameters, kept = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
     train = recipe.train
     plan = batching.plan(data.train, train.batch_size, recipe.seed, train.shuffle, train.epochs, train.max_steps)

@@ -53,6 +53,8 @@ def predict(
     if rewards and Ranking not in chosen.objective.rows:
         raise ModelError(f"this model was trained for {chosen.name}, it gives no rewards: use tunesmith predict.")
     opened_source = _opened(source, chosen.objective.rows)
+    if chosen.objective.head_config()["tunesmith"].get("characters"):
+        opened_source = _by_character(opened_source)
     rows = opened_source.rows()
     longest = max_length or chosen.objective.max_length
     cut = bad = 0
@@ -96,6 +98,14 @@ def _opened(source: Source, accepted: tuple[type, ...]) -> Opened:
             return open_source(source, (Chat, PromptCompletion))
         except DataError:
             raise none from None
+
+
+def _by_character(opened: Opened) -> Opened:
+    """Plain text for a tagger whose words were characters: each is one here too. Rows that list their words keep them."""
+    convert = opened.convert
+    if convert is None or convert.form.name != "words":
+        return opened
+    return replace(opened, convert=replace(convert, facts={**(convert.facts or {}), "spaces": True}))
 
 
 def _encoded(item: tuple[Record, Any] | RowProblem, source: Any, objective: Any, tokenizer: Any) -> list[Any] | RowProblem:

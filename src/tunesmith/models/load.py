@@ -124,7 +124,7 @@ def load_model(
     """Load the weights, strictly, and return the model in eval mode.
 
     ``head``: lm, score, token or span; None = what the folder holds. ``head_config``: entries of the config that say what a new
-    head is (``num_labels``, ``id2label``); a head that the folder lacks, or has in another shape, is drawn anew.
+    head is (``num_labels``, ``id2label``); a head that the folder lacks, or has for other labels, is drawn anew.
     ``dtype``: default is the checkpoint's own. ``adapter`` says what becomes of an adapter: "attach" returns a peft model,
     "ignore" its base alone, "merge" a plain model with the adapter folded in (in fp32, then cast). ``trainable``: whether
     parameters require gradients (of an attached adapter: the adapter's only). ``load_kwargs`` go to ``from_pretrained``. A base
@@ -252,15 +252,19 @@ def _full(
     path = folder.network
     own = checkpoint_dtype(path) if "quantization_config" in load_kwargs else dtype  # the bits must not depend on what computes
     options = {"dtype": own, **load_kwargs, **_code(folder), "local_files_only": True, "use_safetensors": True}
-    network = heads.auto_class(head)
+    network, anew = heads.auto_class(head), False
     if head != "lm":
-        options |= newhead.options(folder, load_config(folder), head, head_config)
+        config = load_config(folder)
+        anew = newhead.is_other(heads.kind_of((config.architectures or [""])[0]), config, head, head_config)
+        options |= newhead.options(folder, config, head, head_config)
     model, report = _explained(folder, lambda: network.from_pretrained(path, output_loading_info=True, **options))
     unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
     missing = report["missing_keys"]
     if head != "lm":
         missing, unexpected = newhead.settle(model, head, report, missing, unexpected)
     _strict(path, type(model).__name__, missing, unexpected)
+    if anew:
+        newhead.draw(model, head)
     if "quantization_config" in load_kwargs:
         dequantized.compute_in(model, dtype)
         for parameter in model.parameters():

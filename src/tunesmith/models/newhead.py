@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.errors import RecipeError
 from tunesmith.models import headers
 
 if TYPE_CHECKING:
@@ -20,6 +21,14 @@ OTHER_HEADS = (
     "vocab_layer_norm", "discriminator_predictions", "generator_predictions", "generator_lm_head", "embed_out",
 )  # fmt: skip
 """What checkpoints call the layers that stand on a body."""
+
+CALLED = {
+    "lm": "the head of a language model",
+    "score": "a head for rows",
+    "token": "a head for words",
+    "span": "a head for answers",
+}
+"""The kinds of heads, in words."""
 
 KEYS = ("num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "tunesmith")
 """Entries of a config that belong to a head."""
@@ -45,6 +54,74 @@ def apply(config: Any, head_config: Mapping[str, Any]) -> None:
         setattr(config, name, value)
         if name == "pad_token_id" and config.get_text_config() is not config:
             config.get_text_config().pad_token_id = value
+
+
+def inherit(config: Any, folder: Folder, adapter: str | None, head: str) -> None:
+    """Write into ``config`` what an adapter that is kept (``adapter``: continue or merge) says of its head.
+
+    Raises RecipeError for one that is to go on under the objective of another ``head``.
+    """
+    from tunesmith.models import probe
+
+    if adapter not in ("continue", "merge") or not probe.read(folder.path):
+        return  # of an adapter from elsewhere nothing is known
+    saved = probe.head(folder.path)
+    kind = saved.get("type", "lm")
+    if kind == head:
+        apply(config, saved.get("config") or {})
+    elif adapter == "continue":
+        raise RecipeError(
+            f"adapter: continue: this adapter was trained with {CALLED[kind]}, and the objective needs {CALLED[head]}.\n"
+            "  Take its own objective, or start a new adapter with adapter: merge or adapter: new."
+        )
+
+
+def change(config: Any, folder: Folder, adapter: str | None, head: str, head_config: Mapping[str, Any]) -> list[str]:
+    """:func:`apply` where there may be a head already; what is to be said of that one, if it does not go on.
+
+    Raises RecipeError for an adapter that is continued with other labels than it knows.
+    """
+    from tunesmith.models import heads, probe
+
+    kept = adapter in ("continue", "merge")
+    kind = probe.head(folder.path).get("type", "lm") if kept else heads.kind_of((config.architectures or [""])[0])
+    said = []
+    if is_other(kind, config, head, head_config):
+        old, new = (", ".join(map(str, list(names.values())[:10])) for names in (config.id2label, head_config["id2label"]))
+        if adapter == "continue":
+            raise RecipeError(
+                f"adapter: continue: this adapter has a head for the labels {old}, and is to learn {new}.\n"
+                "  Give objective.labels as it has them, or start a new adapter with adapter: merge or adapter: new."
+            )
+        was = f"for the labels {old}" if kind == head else f"another one ({CALLED[kind]})"
+        said.append(f"the head of this model is {was}: a new one is drawn, for {new}")
+    apply(config, head_config)
+    return said
+
+
+def is_other(kind: str, config: Any, head: str, head_config: Mapping[str, Any] | None) -> bool:
+    """Whether a checkpoint that has a head (``kind``, with the labels of ``config``) has another than is wanted: of another kind,
+    or with other labels, by name and order; what stands for a number or for an answer's ends has no names."""
+    if kind == "lm" or head_config is None:
+        return False
+    old, new = config.id2label, {int(number): name for number, name in head_config["id2label"].items()}
+    named = head != "span" and head_config.get("problem_type") != "regression"
+    return kind != head or len(old) != len(new) or (named and old != new)
+
+
+def draw(model: Any, head: str) -> None:
+    """Give the layer that knows the labels its first numbers again: they were loaded, being as many as another head's."""
+    from torch import nn
+
+    from tunesmith.models import heads
+
+    for name in heads.parts(model, head):
+        for layer in model.get_submodule(name).modules():
+            if isinstance(layer, nn.Linear) and layer.out_features == model.config.num_labels:
+                marked: list[Any] = list(layer.parameters())
+                for parameter in marked:
+                    parameter._is_hf_initialized = False  # transformers draws no number of one that was loaded
+                model._init_weights(layer)
 
 
 def _renamed(folder: Folder, config: Any, head: str) -> dict[str, str]:

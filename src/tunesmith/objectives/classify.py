@@ -24,7 +24,9 @@ class Config(BaseModel):
     )
     labels: list[str] | None = Field(None, min_length=1, description="names of the classes, by id; default: found")
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
-        None, description="balanced = rare classes count as much as frequent ones; or {label: weight}"
+        None,
+        description="balanced = rare classes count as much as frequent ones (of several labels: rows with one as much as those "
+        "without it); or {label: weight}",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     pooling: Literal["mean"] | None = Field(
@@ -39,6 +41,8 @@ class Config(BaseModel):
             for key in ("labels", "class_weights", "label_smoothing"):
                 if getattr(self, key):
                     raise ValueError(f"{key} goes with classes, and problem_type is regression. Leave out one of the two")
+        if self.problem_type == MULTI and self.label_smoothing:
+            raise ValueError("label_smoothing goes with one class of several, and problem_type is multi_label_classification")
         if isinstance(self.class_weights, dict) and any(weight <= 0 for weight in self.class_weights.values()):
             raise ValueError("class_weights: expected numbers above 0")
         return self
@@ -101,6 +105,11 @@ class Objective:
             self.threshold = float(ours.get("threshold", 0.5))
             self._pooling = self._pooling or ours.get("pooling")
             self._template = ours.get("pair_template", self._template)
+        if self._pooling == "mean":
+            self.notes.append(
+                "pooling: mean is tunesmith's own and saved as such: load, evaluate and predict open it; plain transformers has "
+                "no such class, and would read one token"
+            )
         self.facts |= {"causal": self._causal, "pad": self._pad, "template": self._template}
 
     def of_model(self) -> None:
@@ -141,9 +150,13 @@ class Objective:
             )
         elif found.rows and problem == MULTI:
             self.notes.append(f"labels: {len(names)}, {sum(found.counts.values()) / found.rows:.2f} on a row")
+        if never := [name for name in names if not found.counts[name]]:
+            more = f" and {len(never) - 10} more" if len(never) > 10 else ""
+            self.notes.append(f"labels that no training row has, of which little is learnt: {', '.join(never[:10])}{more}")
 
     def _weigh(self, found: Survey | None) -> None:
-        """Weights of the classes. ``balanced``: rows / (classes * rows of the class), whose mean over the rows is 1."""
+        """Weights of the classes. ``balanced``: rows / (classes * rows of the class), whose mean over the rows is 1; with several
+        labels rows without / rows with the label, which is what torch suggests for ``pos_weight``."""
         chosen, names = self.config.class_weights, self.labels
         if chosen is None:
             return
@@ -151,7 +164,9 @@ class Objective:
             raise RecipeError("objective.class_weights goes with classes, and the labels are numbers. Leave it out.")
         if chosen == "balanced":
             assert found is not None
-            self._weights = np.array([found.rows / (len(names) * max(1, found.counts[name])) for name in names])
+            held = np.array([max(1, found.counts[name]) for name in names])
+            several = self.problem == MULTI
+            self._weights = np.maximum(1, found.rows - held) / held if several else found.rows / (len(names) * held)
             return
         assert isinstance(chosen, dict)
         for name in chosen:
@@ -258,14 +273,15 @@ class Objective:
 
         logits = heads.score_logits(model, batch)
         targets = batch["targets"].to(logits.device).nan_to_num(0.0)  # of rows to be predicted the forward is tried too
-        return self._losses(logits, targets).sum(), {}
+        return self._losses(logits, targets, self._weights, self.config.label_smoothing).sum(), {}
 
-    def _losses(self, logits: Any, targets: Any) -> Any:
-        """(rows,)"""
+    def _losses(self, logits: Any, targets: Any, weights: Any = None, smoothing: float = 0.0) -> Any:
+        """(rows,); the plain loss is without ``weights`` (labels,) of classes and ``smoothing``."""
         import torch
         from torch.nn import functional
 
-        weights = None if self._weights is None else torch.tensor(self._weights, dtype=logits.dtype, device=logits.device)
+        if weights is not None:
+            weights = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
         if self.problem == REGRESSION:
             return (logits[:, 0] - targets[:, 0].to(logits.dtype)).square()
         if self.problem == MULTI:
@@ -273,9 +289,7 @@ class Objective:
                 logits, targets.to(logits.dtype), pos_weight=weights, reduction="none"
             )
             return each.mean(dim=1)
-        return functional.cross_entropy(
-            logits, targets[:, 0].long(), weight=weights, label_smoothing=self.config.label_smoothing, reduction="none"
-        )
+        return functional.cross_entropy(logits, targets[:, 0].long(), weight=weights, label_smoothing=smoothing, reduction="none")
 
     def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
         return loader
@@ -283,7 +297,7 @@ class Objective:
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
-        """Of each row: where it stands, its probabilities (of regression: the number), what is true of it, its loss."""
+        """Of each row: where it stands, its probabilities (of regression: the number), what is true of it, its plain loss."""
         import torch
 
         from tunesmith.models import heads

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tunesmith.data import figures, pack, tagging
 from tunesmith.data import labels as label_names
 from tunesmith.data.rows import Tagged
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, ReadOnceError
 from tunesmith.objectives import Batch, Example
 
 Row = tuple[int, int]
@@ -48,6 +48,7 @@ class Objective:
         self._saved: list[str] = []
         self._ours: dict[str, Any] = {}
         self._stride = config.stride
+        self._characters = False
         self._fixed = False
 
     @property
@@ -74,6 +75,7 @@ class Objective:
         self._ours = getattr(config, "tunesmith", None) or {}
         if self._ours.get("objective") == "tag" or heads.kind_of((config.architectures or [""])[0]) == "token":
             self._saved = [config.id2label[number] for number in range(config.num_labels)]
+            self._characters = bool(self._ours.get("characters"))
         if tokenizer.pad_token is None:  # only for whoever pads; padding is masked by its place
             tokenizer.pad_token = tokenizer.eos_token
         self.facts |= {"causal": self._causal, "max_length": max_length}
@@ -88,17 +90,34 @@ class Objective:
         self._fixed = True
 
     def survey(self, rows: Iterable[Any]) -> None:
-        """Find the tags, O first, the others by the alphabet; say where they break their scheme."""
-        if self._fixed or self.config.labels:
+        """Find the tags, O first, the others by the alphabet; say where they break their scheme, given or found."""
+        if self._fixed:
             return
+        sequences: Counter[tuple[str, ...]] = Counter()
+        close = several = 0
+        try:
+            for row in rows:
+                if isinstance(row, Tagged) and row.tags:
+                    sequences[row.tags] += 1
+                    several += len(row.words) > 1
+                    close += len(row.words) > 1 and row.words[0][1] == row.words[1][0]
+        except ReadOnceError:
+            if self.config.labels:
+                return
+            raise
+        self._characters = 2 * close > several
+        counts: Counter[str] = Counter()
+        for tags, times in sequences.items():
+            counts.update({tag: number * times for tag, number in Counter(tags).items()})
+        if not self.config.labels:
+            self.facts["labels"] = self._found(counts)
+        if counts:
+            self._remark(counts, sequences)
+
+    def _found(self, counts: Counter[str]) -> list[str]:
+        """The tags of the rows, by id. Raises DataError where there is nothing to learn."""
         from tunesmith.metrics import entities
 
-        counts: Counter[str] = Counter()
-        sequences: Counter[tuple[str, ...]] = Counter()
-        for row in rows:
-            if isinstance(row, Tagged) and row.tags:
-                counts.update(row.tags)
-                sequences[row.tags] += 1
         names = ordered(counts)
         if len(names) < 2:
             there = f"only the tag {names[0]!r}" if names else "no tag at all"
@@ -111,18 +130,18 @@ class Objective:
                 f"the tags are numbers without names, such as {names[0]!r}: nobody could read what is predicted.\n"
                 "  Write the names (B-person, O), which the data set's own list has, or give objective.labels=[...] as they are."
             )
-        scheme = entities.scheme_of(names)
-        if self.config.label_all and scheme in ("BIO", "BIOES"):  # tokens inside a word go on, also where no second word does
-            names = ordered({*names, *map(tagging.continued, names)})
+        if self.config.label_all and entities.scheme_of(names) in ("BIO", "BIOES"):
+            names = ordered(
+                {*names, *map(tagging.continued, names)}
+            )  # tokens inside a word go on, also where no second word does
         if self._saved and set(names) <= set(self._saved):
             names = self._saved  # a head that knows these tags goes on
-        self.facts["labels"] = names
-        self._remark(counts, sequences, scheme)
+        return names
 
-    def _remark(self, counts: Counter[str], sequences: Counter[tuple[str, ...]], scheme: str | None) -> None:
+    def _remark(self, counts: Counter[str], sequences: Counter[tuple[str, ...]]) -> None:
         from tunesmith.metrics import entities
 
-        words, found = counts.total(), Counter[str]()
+        words, found, scheme = counts.total(), Counter[str](), self.scheme
         types = {name.partition("-")[2] for name in self.labels} - {""}
         common, count = counts.most_common(1)[0]
         said = f"{scheme}, {len(types) or 1} types of entities" if scheme else "no entities, single tags"
@@ -147,6 +166,7 @@ class Objective:
                 "word": "last token" if self._causal else "first token",
                 "max_length": self.max_length,
                 "stride": self._stride,
+                **({"characters": True} if self._characters else {}),  # words stand without a space between them
             },
         }
 
@@ -188,7 +208,7 @@ class Objective:
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
-        """Of each window: its row, its words, the tag said of each with its probability, the true one, its loss and places."""
+        """Of each window: its row, its words, the tag said of each with its probability, the true one, their loss and number."""
         import torch
 
         from tunesmith.models import heads
@@ -214,7 +234,7 @@ class Objective:
             "said": said[speaks].astype(np.int32),
             "scores": scores[speaks],
             "targets": targets[speaks].astype(np.int32),
-            "loss": (float(losses.sum()), int((targets >= 0).sum())),
+            "loss": (float(losses[speaks].sum()), int((targets[speaks] >= 0).sum())),
         }
 
     def _joined(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -240,7 +260,7 @@ class Objective:
         ]
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """eval_loss, by place; eval_f1, eval_precision and eval_recall of entities; eval_accuracy, the share of right tags."""
+        """eval_loss, by word; eval_f1, eval_precision and eval_recall of entities; eval_accuracy, the share of right tags."""
         loss = figures.token_mean([{"rows": [one["loss"] for one in self._joined(records)]}])
         found = self.details(records)
         names = {"f1": "f1", "precision": "precision", "recall": "recall", "accuracy": "token_accuracy"}
@@ -251,11 +271,13 @@ class Objective:
         """There is nothing to choose."""
 
     def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """:func:`tunesmith.metrics.entities.score` over the rows whose tags are known."""
+        """:func:`tunesmith.metrics.entities.score` over the rows whose tags are known; ``broken_tags``: how often their gold
+        breaks the scheme, in any way."""
         from tunesmith.metrics import entities
 
         known = [one for one in self.answers(records) if one["gold"] is not None]
-        return entities.score([one["gold"] for one in known], [one["prediction"] for one in known], self.scheme)
+        found = entities.score([one["gold"] for one in known], [one["prediction"] for one in known], self.scheme)
+        return {**found, "broken_tags": sum(entities.problems(one["gold"], self.scheme).total() for one in known)}
 
     def present(self, row: Tagged, answer: dict[str, Any]) -> dict[str, Any]:
         """``entities``: type, start and end in characters, text, score (mean over its words) of each; ``tags`` of all words."""
