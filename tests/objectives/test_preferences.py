@@ -326,6 +326,21 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, objective):
     assert apart(weights(tmp_path / "killed" / "model"), weights(tmp_path / "straight" / "model")) == 0
 
 
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_logged_figures_are_means_over_all_rows_since_the_last_record(tmp_path, objective):
+    made = recipe(tmp_path, "llama", objective, max_steps=3, logging_steps=1, save_steps=1)  # steps of 5, 5 and 2 rows
+    tunesmith.train(made, out=tmp_path / "each")
+    each = [(record, rows) for record, rows in zip(tracking.read(tmp_path / "each" / "metrics.jsonl"), (5, 5, 2), strict=True)]
+    made["train"]["logging_steps"] = 3
+    tunesmith.train(made, out=tmp_path / "together")
+    killed_before(3, made, tmp_path / "killed")
+    tunesmith.train(made, out=tmp_path / "killed", resume=True)
+    (together,) = history(tmp_path / "together")
+    for name in [name for name in each[0][0] if name.startswith(("rewards/", "logps/", "kl"))]:
+        assert together[name] == pytest.approx(sum(record[name] * rows for record, rows in each) / 12, rel=1e-12), name
+    assert history(tmp_path / "killed") == [together]
+
+
 def test_a_checkpoint_without_its_reference_is_refused(tmp_path, monkeypatch):
     made = recipe(tmp_path, "llama", "dpo", max_steps=4, save_steps=2)
     with monkeypatch.context() as patch:

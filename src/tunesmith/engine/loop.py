@@ -34,7 +34,7 @@ TRIM_STEPS = 8
 
 @dataclass
 class Progression:
-    """Where a run stands: all of it is in a checkpoint. ``window`` sums what the next log line will average."""
+    """Where a run stands: all of it is in a checkpoint. ``window`` sums what the next log line will average, ``metrics`` too."""
 
     step: int = 0
     micro_batch_tokens: int = 0
@@ -45,6 +45,8 @@ class Progression:
     best_step: int | None = None
     without_improvement: int = 0
     window: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """Of the same steps: {metric of the objective: [sum, count]}."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     """One optimiser step: forward and backward over its micro-batches, one division, check, clip, update.
 
     Returns loss, units and tokens summed over all processes, grad_norm, learning_rate (and those of groups with their own),
-    update_ratio (norm of the update over norm of the weights), the update's other figures, and the means of the objective's
-    metrics.
+    update_ratio (norm of the update over norm of the weights), the update's other figures, and ``metrics``, the objective's:
+    {name: [sum, count]}.
     """
     job.model.train()
     busy = [one for one in step.micro if not one.idle]
@@ -159,10 +161,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     rates = job.update.learning_rates
     job.update.apply(step.number)
     names = {name for one in everywhere for name in one}
-    metrics = {
-        name: tuple(sum(one.get(name, [0.0, 0.0])[part] for one in everywhere) for part in (0, 1)) for name in sorted(names)
-    }
-    figures = {name: value / count for name, (value, count) in metrics.items() if count}
+    metrics = {name: [sum(one.get(name, [0.0, 0.0])[part] for one in everywhere) for part in (0, 1)] for name in sorted(names)}
     return {
         "loss": loss_sum,
         "units": total,
@@ -171,7 +170,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
         **rates,
         "update_ratio": job.update.ratio.value,
         **job.update.figures(),
-        **figures,
+        "metrics": metrics,
     }
 
 
@@ -301,11 +300,15 @@ def _account(job: Job, at: Progression, record: dict[str, Any], seconds: float) 
     for name in ("loss", "units", "tokens"):
         window[name] = window.get(name, 0.0) + record[name]
     window["seconds"] = window.get("seconds", 0.0) + seconds
+    for name, (value, count) in record["metrics"].items():
+        before = at.metrics.get(name, [0.0, 0.0])
+        at.metrics[name] = [before[0] + value, before[1] + count]
 
 
 def _log(job: Job, at: Progression, record: dict[str, Any]) -> None:
     window, at.window = at.window, {}
-    extra = {k: v for k, v in record.items() if k not in ("loss", "units", "tokens", "grad_norm", "learning_rate")}
+    metrics, at.metrics = at.metrics, {}
+    extra = {k: v for k, v in record.items() if k not in ("loss", "units", "tokens", "grad_norm", "learning_rate", "metrics")}
     job.log(
         {
             "kind": "train",
@@ -315,6 +318,7 @@ def _log(job: Job, at: Progression, record: dict[str, Any]) -> None:
             "learning_rate": record["learning_rate"],
             "grad_norm": record["grad_norm"],
             **extra,
+            **{name: value / count for name, (value, count) in metrics.items() if count},
             "tokens": at.tokens,
             "supervised_tokens": at.supervised,
             "seconds": window["seconds"],
