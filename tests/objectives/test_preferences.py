@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 import tunesmith
 from tests.runs import ANSWERS, apart, history, killed_before, model_folder, preferences, recipe, weights
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import TINY, tiny_model, tiny_tokenizer
 from tunesmith.data.rows import Ranking
 from tunesmith.engine import checkpoint, tracking
 from tunesmith.errors import DataError, ModelError, RecipeError
@@ -301,6 +301,29 @@ def test_at_step_0_the_policy_is_its_own_reference(tmp_path, start):
     kept = [checkpoint.load_file(checkpoints / f"step-{step}" / "state.safetensors") for step in (1, 5)]
     names = [name for name in kept[0] if name.startswith("reference.")]
     assert len(names) == 3 and all(torch.equal(kept[0][name], kept[1][name]) for name in names)
+
+
+def dropping(**changes):
+    """The shape of a network that drops by a function: opt by rates that its layers keep, falcon by those of its config."""
+    return dict(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
+                bos_token_id=1, eos_token_id=2, pad_token_id=0, **changes)  # fmt: skip
+
+
+def test_a_network_that_drops_by_a_function_drops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(TINY, "opt", dropping(word_embed_proj_dim=32, ffn_dim=64))
+    tunesmith.train(recipe(tmp_path, "opt", "dpo", max_steps=1), out=tmp_path / "run")
+    assert first(tmp_path / "run")["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    notes = json.loads((tmp_path / "run" / "manifest.json").read_text())["notes"]
+    assert any("dropout (0.1) is off" in note for note in notes)
+    saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert saved["dropout"] == 0.1  # it is the model's own, for whoever trains it on
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_a_network_with_something_random_in_it_is_refused(tmp_path, objective, monkeypatch):
+    monkeypatch.setitem(TINY, "falcon", dropping(hidden_dropout=0.1))
+    with pytest.raises(ModelError, match="answers otherwise in training than in evaluation"):
+        tunesmith.train(recipe(tmp_path, "falcon", objective), out=tmp_path / "run")
 
 
 @pytest.mark.parametrize("objective", ["dpo", "reward"])
