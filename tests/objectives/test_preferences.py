@@ -12,8 +12,9 @@ import tunesmith
 from tests.runs import ANSWERS, apart, history, killed_before, model_folder, preferences, recipe, weights
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
 from tunesmith.data.rows import Ranking
-from tunesmith.engine import checkpoint, tracking
-from tunesmith.errors import DataError, ModelError, RecipeError
+from tunesmith.engine import checkpoint, setup, tracking
+from tunesmith.errors import DataError, ModelError, OutOfMemoryError, RecipeError
+from tunesmith.evaluate import opened
 from tunesmith.models import heads, load
 from tunesmith.models.locate import locate
 from tunesmith.objectives import dpo, reward
@@ -412,6 +413,75 @@ def test_what_the_reference_takes_is_foretold_and_kept(tmp_path):
     assert tunesmith.check(made, measure=True)["forecast"]["reference_seconds"] > 0
     killed_before(3, made, tmp_path / "run")
     assert tunesmith.train(made, out=tmp_path / "run", resume=True)["reference_seconds"] > 0
+
+
+def four_answers(tmp_path, objective, adaptation="full", **train):
+    """A run on rows of four answers to prompts of some 60 tokens, with held-out ones."""
+    made = recipe(tmp_path, "llama", objective, adaptation, max_steps=2, eval_steps=1, **train)
+    rows = [{"prompt": f"{n}: " + "what is the " * 15, "answers": [f" {a} {n}" for a in ANSWERS[:4]]} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
+    return made
+
+
+def seen(monkeypatch, kind):
+    """Of every batch since the route was found: how many examples it has, how many tokens."""
+    sizes, collate = [], kind.collate
+    for where, name in ((setup, "build"), (opened.Opened, "ready")):
+        found = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, found=found: (found(*args), sizes.clear())[0])
+
+    def watched(self, examples, packed):
+        batch = collate(self, examples, packed)
+        sizes.append((len(examples), batch["input_ids"].numel()))
+        return batch
+
+    monkeypatch.setattr(kind, "collate", watched)
+    return sizes
+
+
+@pytest.mark.parametrize("adaptation", ["full", "prefix"])
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_a_prompt_counts_as_often_as_the_network_sees_it(tmp_path, adaptation, packing, monkeypatch):
+    made = four_answers(tmp_path, "dpo", adaptation, packing=packing, micro_batch_tokens=700)
+    sizes = seen(monkeypatch, dpo.Objective)
+    result = tunesmith.train(made, out=tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert facts["route"]["shared"] == ((adaptation, packing) == ("full", "auto"))
+    assert all(tokens <= 700 for _, tokens in sizes)
+    assert max(tokens for _, tokens in sizes) > 350  # and the budget is made use of
+    lengths = tunesmith.check(made)["data"]["train"]
+    assert result["tokens"] == pytest.approx(lengths["tokens"] * 10 / 12, rel=0.05)  # figures count a prompt once
+
+
+def test_scoring_counts_the_prompt_of_each_padded_answer(tmp_path, monkeypatch):
+    found = tunesmith.train(four_answers(tmp_path, "reward", "prefix", packing="off"), out=tmp_path / "run")
+    sizes = seen(monkeypatch, reward.Objective)
+    list(tunesmith.predict(found["model_dir"], tmp_path / "rows.jsonl", rewards=True, batch_tokens=700))
+    assert sum(count for count, _ in sizes) == 12 and all(tokens <= 700 for _, tokens in sizes)
+
+
+def test_a_reference_that_does_not_fit_is_taken_in_halves(tmp_path, monkeypatch):
+    made, measure = four_answers(tmp_path, "dpo", micro_batch_tokens=2000), dpo.Objective.measure
+    tunesmith.train(made, out=tmp_path / "whole")
+    tried = []
+
+    def small(self, model, batch):
+        tried.append(batch["input_ids"].numel())
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return measure(self, model, batch)
+
+    monkeypatch.setattr(dpo.Objective, "measure", small)
+    most = 500
+    tunesmith.train(made, out=tmp_path / "halved")
+    assert sum(size > most for size in tried) < sum(size <= most for size in tried)
+    for ours, theirs in zip(history(tmp_path / "halved"), history(tmp_path / "whole"), strict=True):
+        name = "eval_loss" if ours["kind"] == "eval" else "loss"
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-6)
+    most = 10
+    with pytest.raises(OutOfMemoryError, match=r"the reference: one row alone \(.*rows\.jsonl:\d+, \d+ tokens\)"):
+        tunesmith.train(made, out=tmp_path / "none")
 
 
 def test_scores_go_to_stdout_without_a_file(tmp_path, capsys):

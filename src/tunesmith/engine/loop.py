@@ -189,8 +189,9 @@ def accumulate(job: Job, step: Step, total: float, backward: Backward | None = N
     """
     while isinstance(outcome := _try_to_accumulate(job, step, total, backward or job.update.backward), int):
         if backward is None and job.update.masters.in_step:
+            most = taken(job, step.rows, step.micro[outcome])
             raise OutOfMemoryError(
-                f"step {step.number}: a micro-batch of {sum(step.micro[outcome].lengths)} tokens needs more memory than is left. "
+                f"step {step.number}: a micro-batch of {most} tokens needs more memory than is left. "
                 "With DeepSpeed it cannot be halved midway, because the other processes wait for it.\n"
                 f"  Set train.micro_batch_tokens below {job.budget}; then go on with --resume."
             )
@@ -233,8 +234,7 @@ def _halved(job: Job, step: Step, number: int) -> Step:
             "then go on with --resume or start again."
         )
     halves = [micro(job, step.rows, part) for part in (places[: len(places) // 2], places[len(places) // 2 :])]
-    longest = [len(half.lengths) * max(half.lengths) if not job.packed else sum(half.lengths) for half in halves]
-    job.budget = min(job.budget, max(longest))
+    job.budget = min(job.budget, max(taken(job, step.rows, half) for half in halves))
     return Step(step.number, step.rows, [*step.micro[:number], *halves, *step.micro[number + 1 :]])
 
 
@@ -250,11 +250,13 @@ def rehearse(job: Job, step: int, places: list[int]) -> None:
 def planned(job: Job, number: int) -> Step:
     """The micro-batches of optimiser step ``number`` that fall to this process."""
     state = distributed.state()
-    groups = batching.split(job.plan, number, job.budget, job.packed, state.process_index, state.num_processes)
+    groups = batching.split(
+        job.plan, number, job.budget, job.packed, state.process_index, state.num_processes, job.objective.shared
+    )
     rows = job.plan.rows(number)
     made = [micro(job, rows, places) for places in groups]
     if job.update.masters.in_step:
-        most = batching.most_micro_batches(job.plan, number, job.budget, job.packed, state.num_processes)
+        most = batching.most_micro_batches(job.plan, number, job.budget, job.packed, state.num_processes, job.objective.shared)
         shortest = int(np.argmin(job.plan.data.lengths[rows]))
         made += [replace(micro(job, rows, [shortest]), idle=True) for _ in range(most - len(made))]
     return Step(number, rows, made)
@@ -264,6 +266,11 @@ def micro(job: Job, rows: np.ndarray, places: list[int]) -> Micro:
     """Some rows of a step as one micro-batch."""
     examples = [job.plan.data[int(rows[place])] for place in places]
     return Micro(places, [int(job.plan.data.lengths[rows[p]]) for p in places], job.objective.collate(examples, job.packed))
+
+
+def taken(job: Job, rows: np.ndarray, micro: Micro) -> int:
+    """Tokens of a micro-batch as the network sees it, padding counted, and a prompt as often as it is there."""
+    return batching.tokens(job.plan.data, rows[micro.places], job.packed, job.objective.shared)
 
 
 def _tell_noise(job: Job, step: int, micro: Micro) -> None:

@@ -16,8 +16,8 @@ import torch
 
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.pack import to_device
-from tunesmith.engine import batching, distributed, figures, setup
-from tunesmith.errors import RecipeError
+from tunesmith.engine import batching, distributed, figures, machine, setup
+from tunesmith.errors import OutOfMemoryError, RecipeError
 
 
 def take(ready: setup.Setup, built: setup.Built, budget: int, say: Callable[[str], None]) -> float:
@@ -56,17 +56,50 @@ def rows_of_run(ready: setup.Setup) -> Iterable[tuple[Encoded, np.ndarray]]:
         yield ready.data.eval, np.arange(len(ready.data.eval))
 
 
-@torch.no_grad()
 def _measured(
     built: setup.Built, objective: Any, data: Encoded, rows: np.ndarray, budget: int, device: torch.device
 ) -> list[dict[int, list[float]]]:
-    """{key of a row: log-probabilities of its answers} of this process's share of ``rows``."""
+    """{key of a row: log-probabilities of its answers} of this process's share of ``rows``.
+
+    Rows that do not fit into memory together are halved, and all later ones are kept as few: more of them go together than a
+    step may have, and held-out rows may be longer than any that was tried. Raises OutOfMemoryError when one alone does not fit.
+    """
     order = rows[np.argsort(-data.lengths[rows], kind="stable")]
     state = distributed.state()
-    mine = order[state.process_index :: state.num_processes]
-    packed = built.route.packed
+    left = order[state.process_index :: state.num_processes]
+    packed, shared = built.route.packed, objective.shared
+    groups = [left[places] for places in batching.cut(data, left, budget, packed, shared)]
     found = []
-    for group in batching.micro_batches([int(data.lengths[row]) for row in mine], budget, packed):
-        batch = objective.collate([data[int(mine[place])] for place in group], packed)
-        found.append(objective.measure(built.model, to_device(batch, device)))
+    while groups:
+        group, *others = groups
+        measured = _of_group(built, objective, data, group, device)
+        if measured is not None:
+            found.append(measured)
+            groups = others
+            continue
+        machine.release_memory(device)
+        if len(group) == 1:
+            raise OutOfMemoryError(
+                f"the reference: one row alone ({data.where(int(group[0]))}, {batching.tokens(data, group, packed, shared)} "
+                "tokens) needs more memory than the machine has left.\n"
+                "  Lower train.max_length, or take a smaller model."
+            )
+        left = np.concatenate(groups)
+        budget = batching.tokens(data, group[: (len(group) + 1) // 2], packed, shared)
+        groups = [left[places] for places in batching.cut(data, left, budget, packed, shared)]
+    return found
+
+
+@torch.no_grad()
+def _of_group(
+    built: setup.Built, objective: Any, data: Encoded, rows: np.ndarray, device: torch.device
+) -> dict[int, list[float]] | None:
+    """Of rows that go through the network together; None where they do not fit (returned: a traceback holds tensors)."""
+    try:
+        batch = objective.collate([data[int(row)] for row in rows], built.route.packed)
+        found: dict[int, list[float]] = objective.measure(built.model, to_device(batch, device))
+    except (RuntimeError, MemoryError) as error:
+        if not machine.is_out_of_memory(error):
+            raise
+        return None
     return found
