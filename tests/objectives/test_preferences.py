@@ -374,6 +374,21 @@ def test_a_checkpoint_without_its_reference_is_refused(tmp_path, monkeypatch):
         tunesmith.train(made, out=tmp_path / "run", resume=True)
 
 
+def test_a_changed_template_is_no_resume(tmp_path):
+    made = recipe(tmp_path, "llama", "dpo", max_steps=4, save_steps=2)
+    rows = [
+        {"prompt": [{"role": "user", "content": row["prompt"]}],
+         **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}}
+        for row in preferences(8)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    killed_before(3, made, tmp_path / "run")
+    template = tmp_path / "model-llama" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>'", "<|im_start|> '"))
+    with pytest.raises(RecipeError, match=r"rows\.jsonl:\d has other tokens than when the run was started"):
+        tunesmith.train(made, out=tmp_path / "run", resume=True)
+
+
 def test_eight_preferences_are_memorised(tmp_path):
     made = recipe(tmp_path, "llama", "dpo", count=8, max_steps=60, batch_size=8, learning_rate=1e-2)
     tunesmith.train(made, out=tmp_path / "run")

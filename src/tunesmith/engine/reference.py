@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tunesmith.data import judged
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.pack import to_device
 from tunesmith.engine import batching, distributed, figures, machine, setup
@@ -47,6 +48,21 @@ def require(objective: Any, tensors: Mapping[str, Any]) -> None:
             "the checkpoint lacks the reference that this objective compares with, and the weights have moved since.\n"
             "  Start another run with --out DIR."
         )
+
+
+def check_known(ready: setup.Setup) -> None:
+    """Raise RecipeError where a row of the run is not among those that the checkpoint's reference was taken of."""
+    objective: Any = ready.objective
+    if objective.reference is None:
+        return
+    for data, chosen in rows_of_run(ready):
+        for number in chosen:
+            if judged.key_of(data[int(number)]) not in objective.reference:
+                raise RecipeError(
+                    f"{data.where(int(number))} has other tokens than when the run was started, so the reference that the "
+                    "checkpoint holds is not its own: the tokenizer, its chat template or the model's window changed.\n"
+                    f"  Put the files of {ready.model_folder.path} back as they were, or start another run with --out DIR."
+                )
 
 
 def rows_of_run(ready: setup.Setup) -> Iterable[tuple[Encoded, np.ndarray]]:
