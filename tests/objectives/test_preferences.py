@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification
 
 import tunesmith
 from tests.runs import ANSWERS, apart, history, killed_before, model_folder, preferences, recipe, weights
-from tests.tiny import TINY, tiny_model, tiny_tokenizer
+from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
+from tunesmith import recipe as recipes
 from tunesmith.data.rows import Ranking
 from tunesmith.engine import checkpoint, setup, tracking
 from tunesmith.errors import DataError, ModelError, OutOfMemoryError, RecipeError
@@ -467,6 +468,18 @@ def test_a_prompt_counts_as_often_as_the_network_sees_it(tmp_path, adaptation, p
     assert max(tokens for _, tokens in sizes) > 350  # and the budget is made use of
     lengths = tunesmith.check(made)["data"]["train"]
     assert result["tokens"] == pytest.approx(lengths["tokens"] * 10 / 12, rel=0.05)  # figures count a prompt once
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_a_sliding_window_must_cover_an_answer_with_its_prompt_and_not_all_answers(tmp_path, objective):
+    made = four_answers(tmp_path, objective)
+    data = setup.read(recipes.parse(made), torch.device("cpu"), lambda line: None).data.train
+    assert data.longest < data.lengths.max()
+    for window, batches in ((data.longest, "packed"), (data.longest - 1, "padded")):
+        made["model"] = str(save_tiny("mistral", tmp_path / f"window-{window}", sliding_window=window))
+        tunesmith.train(made, out=tmp_path / str(window))
+        manifest = json.loads((tmp_path / str(window) / "manifest.json").read_text())
+        assert manifest["route"]["batches"] == batches
 
 
 def test_scoring_counts_the_prompt_of_each_padded_answer(tmp_path, monkeypatch):

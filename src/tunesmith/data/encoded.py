@@ -88,6 +88,11 @@ class Encoded:
             return lengths, np.ones_like(lengths)
         return pairs.sizes(lengths, self.shapes[:, rows], packed, shared)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: of an example, or of one answer with its prompt."""
+        return int(self.sizes(slice(None), False, False)[0].max())
+
     def where(self, index: int) -> str:
         """``file:row`` that example ``index`` was made from."""
         source = int(self.source[index])

@@ -198,7 +198,7 @@ def _first(setup: Setup) -> list[Example]:
 
 
 def _longest(data: Prepared) -> int:
-    return int(max(data.train.lengths.max(), data.eval.lengths.max() if data.eval else 0))
+    return max(data.train.longest, data.eval.longest if data.eval else 0)
 
 
 def window_of(config: Any, ahead: int = 0) -> int | None:

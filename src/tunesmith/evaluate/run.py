@@ -73,7 +73,7 @@ def evaluate(
     rows = prepare(config, chosen.objective, chosen.tokenizer, max_length=max_length, window=window, seed=0).train
 
     order = sorted(range(len(rows)), key=lambda row: rows.lengths[row])
-    way = chosen.ready(precision, [rows[row] for row in order[:2]], int(rows.lengths.max()))
+    way = chosen.ready(precision, [rows[row] for row in order[:2]], rows.longest)
     started = time.perf_counter()
     records = evaluation.records(chosen.network, chosen.objective, rows, way.packed, batch_tokens, chosen.device)
     figures = chosen.objective.summarise(records)
