@@ -12,6 +12,7 @@ import tunesmith
 from tests.runs import ANSWERS, apart, history, killed_before, model_folder, preferences, recipe, weights
 from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 from tunesmith import recipe as recipes
+from tunesmith.adaptations import lora
 from tunesmith.data.rows import Ranking
 from tunesmith.engine import checkpoint, setup, tracking
 from tunesmith.errors import DataError, ModelError, OutOfMemoryError, RecipeError
@@ -239,6 +240,28 @@ def padded(example, pad, side, more=7):
         where = slice(0, len(row)) if side == "right" else slice(ids.shape[1] - len(row), None)
         ids[number, where], mask[number, where] = torch.from_numpy(row).long(), 1
     return ids, mask
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_rewards_of_a_bf16_network_are_not_rounded_to_bf16(tmp_path, adaptation):
+    rows = [Ranking(f"question {n}:", (f" {ANSWERS[n % 8]} {n}", f" {n} no"), (0, 1)) for n in range(24)]
+    objective, examples, network = judge(tmp_path, rows)
+    if adaptation == "lora":
+        network = lora.Adaptation(lora.Config(r=4)).apply(network, "score")
+    batch = objective.collate(examples, packed=False)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        network.to(dtype).eval()
+        loss, _ = objective.loss(network, batch)
+        loss.backward()
+        found[dtype] = heads.score_logits(network, batch)[:, 0].detach(), gradients(network)
+    (exact, expected), (rewards, reached) = found.values()
+    assert rewards.dtype == torch.float32 and len(rewards.unique()) == len(exact.unique()) == 48
+    assert (rewards.bfloat16().float() != rewards).float().mean() > 0.9
+    assert reached.keys() == expected.keys()  # of the body and of the output layer
+    for name, gradient in expected.items():
+        assert reached[name].dtype == torch.bfloat16
+        assert (reached[name].float() - gradient).norm() <= 0.15 * gradient.norm() + 1e-6, name
 
 
 def test_margins_are_differences_of_scores(tmp_path):
