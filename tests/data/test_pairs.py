@@ -42,3 +42,13 @@ def test_in_every_layout_the_places_of_an_answer_hold_all_of_it(packed, shared):
     assert [ids[one].tolist() for one in places] == WHOLE
     assert [positions[one].tolist() for one in places] == [list(range(len(one))) for one in WHOLE]
     assert ids.dtype == positions.dtype == np.int64
+
+
+@pytest.mark.parametrize(("packed", "shared"), [(True, True), (True, False), (False, False)])
+def test_sizes_are_what_a_batch_has(packed, shared):
+    answers, lengths = [row["answers"] for row in ROWS], np.array([len(row["input_ids"]) for row in ROWS])
+    shapes = pairs.shapes(np.concatenate(answers), np.cumsum([0, *map(len, answers)]))
+    tokens, rows = pairs.sizes(lengths, shapes, packed, shared)
+    batch, _ = pairs.layout(ROWS, packed, shared)
+    assert batch["input_ids"].numel() == (tokens.sum() if packed else tokens.max() * rows.sum())
+    assert rows.tolist() == ([1, 1, 1] if packed else [2, 1, 2])

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,7 +169,9 @@ def test_auto_takes_what_fits_and_counts_the_optimiser(tmp_path, monkeypatch):
     job = type("J", (), {})()
     job.budget, job.packed = 2048, True
     job.model, job.update = torch.nn.Linear(4, 4), type("U", (), {"masters": type("M", (), {"size": 20})()})()
-    job.plan = type("P", (), {"data": type("D", (), {"lengths": torch.tensor([300])})()})()
+    sizes = lambda self, rows, packed, shared: (np.array([300]), np.array([1]))  # noqa: E731
+    job.plan = type("P", (), {"data": type("D", (), {"sizes": sizes})()})()
+    job.objective = type("O", (), {"shared": False})()
     job.config = type("C", (), {"gradient_checkpointing": False})()
     job.device = torch.device("cpu")
     monkeypatch.setattr(forecast, "measure_memory", lambda job, limit: line(job.budget, 10.0, 1000))

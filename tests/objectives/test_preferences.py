@@ -10,10 +10,13 @@ from transformers import AutoModelForSequenceClassification
 
 import tunesmith
 from tests.runs import ANSWERS, apart, history, killed_before, model_folder, preferences, recipe, weights
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
+from tunesmith import recipe as recipes
+from tunesmith.adaptations import lora
 from tunesmith.data.rows import Ranking
-from tunesmith.engine import checkpoint, tracking
-from tunesmith.errors import DataError, ModelError, RecipeError
+from tunesmith.engine import checkpoint, setup, tracking
+from tunesmith.errors import DataError, ModelError, OutOfMemoryError, RecipeError
+from tunesmith.evaluate import opened
 from tunesmith.models import heads, load
 from tunesmith.models.locate import locate
 from tunesmith.objectives import dpo, reward
@@ -239,6 +242,28 @@ def padded(example, pad, side, more=7):
     return ids, mask
 
 
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_rewards_of_a_bf16_network_are_not_rounded_to_bf16(tmp_path, adaptation):
+    rows = [Ranking(f"question {n}:", (f" {ANSWERS[n % 8]} {n}", f" {n} no"), (0, 1)) for n in range(24)]
+    objective, examples, network = judge(tmp_path, rows)
+    if adaptation == "lora":
+        network = lora.Adaptation(lora.Config(r=4)).apply(network, "score")
+    batch = objective.collate(examples, packed=False)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        network.to(dtype).eval()
+        loss, _ = objective.loss(network, batch)
+        loss.backward()
+        found[dtype] = heads.score_logits(network, batch)[:, 0].detach(), gradients(network)
+    (exact, expected), (rewards, reached) = found.values()
+    assert rewards.dtype == torch.float32 and len(rewards.unique()) == len(exact.unique()) == 48
+    assert (rewards.bfloat16().float() != rewards).float().mean() > 0.9
+    assert reached.keys() == expected.keys()  # of the body and of the output layer
+    for name, gradient in expected.items():
+        assert reached[name].dtype == torch.bfloat16
+        assert (reached[name].float() - gradient).norm() <= 0.15 * gradient.norm() + 1e-6, name
+
+
 def test_margins_are_differences_of_scores(tmp_path):
     rows = [Ranking("a", (" b", " c", " d"), (0, 1, 2), (3.0, 1.0, 0.5))]
     objective, examples, network = judge(tmp_path, rows, margin=True)
@@ -303,6 +328,29 @@ def test_at_step_0_the_policy_is_its_own_reference(tmp_path, start):
     assert len(names) == 3 and all(torch.equal(kept[0][name], kept[1][name]) for name in names)
 
 
+def dropping(**changes):
+    """The shape of a network that drops by a function: opt by rates that its layers keep, falcon by those of its config."""
+    return dict(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
+                bos_token_id=1, eos_token_id=2, pad_token_id=0, **changes)  # fmt: skip
+
+
+def test_a_network_that_drops_by_a_function_drops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(TINY, "opt", dropping(word_embed_proj_dim=32, ffn_dim=64))
+    tunesmith.train(recipe(tmp_path, "opt", "dpo", max_steps=1), out=tmp_path / "run")
+    assert first(tmp_path / "run")["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    notes = json.loads((tmp_path / "run" / "manifest.json").read_text())["notes"]
+    assert any("dropout (0.1) is off" in note for note in notes)
+    saved = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert saved["dropout"] == 0.1  # it is the model's own, for whoever trains it on
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_a_network_with_something_random_in_it_is_refused(tmp_path, objective, monkeypatch):
+    monkeypatch.setitem(TINY, "falcon", dropping(hidden_dropout=0.1))
+    with pytest.raises(ModelError, match="answers otherwise in training than in evaluation"):
+        tunesmith.train(recipe(tmp_path, "falcon", objective), out=tmp_path / "run")
+
+
 @pytest.mark.parametrize("objective", ["dpo", "reward"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma"])
 def test_any_split_makes_the_same_update(tmp_path, name, objective):
@@ -326,12 +374,42 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, objective):
     assert apart(weights(tmp_path / "killed" / "model"), weights(tmp_path / "straight" / "model")) == 0
 
 
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_logged_figures_are_means_over_all_rows_since_the_last_record(tmp_path, objective):
+    made = recipe(tmp_path, "llama", objective, max_steps=3, logging_steps=1, save_steps=1)  # steps of 5, 5 and 2 rows
+    tunesmith.train(made, out=tmp_path / "each")
+    each = [(record, rows) for record, rows in zip(tracking.read(tmp_path / "each" / "metrics.jsonl"), (5, 5, 2), strict=True)]
+    made["train"]["logging_steps"] = 3
+    tunesmith.train(made, out=tmp_path / "together")
+    killed_before(3, made, tmp_path / "killed")
+    tunesmith.train(made, out=tmp_path / "killed", resume=True)
+    (together,) = history(tmp_path / "together")
+    for name in [name for name in each[0][0] if name.startswith(("rewards/", "logps/", "kl"))]:
+        assert together[name] == pytest.approx(sum(record[name] * rows for record, rows in each) / 12, rel=1e-12), name
+    assert history(tmp_path / "killed") == [together]
+
+
 def test_a_checkpoint_without_its_reference_is_refused(tmp_path, monkeypatch):
     made = recipe(tmp_path, "llama", "dpo", max_steps=4, save_steps=2)
     with monkeypatch.context() as patch:
         patch.setattr("tunesmith.data.judged.Reference.tensors", lambda self: {})
         killed_before(3, made, tmp_path / "run")
     with pytest.raises(RecipeError, match="lacks the reference"):
+        tunesmith.train(made, out=tmp_path / "run", resume=True)
+
+
+def test_a_changed_template_is_no_resume(tmp_path):
+    made = recipe(tmp_path, "llama", "dpo", max_steps=4, save_steps=2)
+    rows = [
+        {"prompt": [{"role": "user", "content": row["prompt"]}],
+         **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}}
+        for row in preferences(8)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    killed_before(3, made, tmp_path / "run")
+    template = tmp_path / "model-llama" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>'", "<|im_start|> '"))
+    with pytest.raises(RecipeError, match=r"rows\.jsonl:\d has other tokens than when the run was started"):
         tunesmith.train(made, out=tmp_path / "run", resume=True)
 
 
@@ -402,6 +480,87 @@ def test_what_the_reference_takes_is_foretold_and_kept(tmp_path):
     assert tunesmith.check(made, measure=True)["forecast"]["reference_seconds"] > 0
     killed_before(3, made, tmp_path / "run")
     assert tunesmith.train(made, out=tmp_path / "run", resume=True)["reference_seconds"] > 0
+
+
+def four_answers(tmp_path, objective, adaptation="full", **train):
+    """A run on rows of four answers to prompts of some 60 tokens, with held-out ones."""
+    made = recipe(tmp_path, "llama", objective, adaptation, max_steps=2, eval_steps=1, **train)
+    rows = [{"prompt": f"{n}: " + "what is the " * 15, "answers": [f" {a} {n}" for a in ANSWERS[:4]]} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
+    return made
+
+
+def seen(monkeypatch, kind):
+    """Of every batch since the route was found: how many examples it has, how many tokens."""
+    sizes, collate = [], kind.collate
+    for where, name in ((setup, "build"), (opened.Opened, "ready")):
+        found = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, found=found: (found(*args), sizes.clear())[0])
+
+    def watched(self, examples, packed):
+        batch = collate(self, examples, packed)
+        sizes.append((len(examples), batch["input_ids"].numel()))
+        return batch
+
+    monkeypatch.setattr(kind, "collate", watched)
+    return sizes
+
+
+@pytest.mark.parametrize("adaptation", ["full", "prefix"])
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_a_prompt_counts_as_often_as_the_network_sees_it(tmp_path, adaptation, packing, monkeypatch):
+    made = four_answers(tmp_path, "dpo", adaptation, packing=packing, micro_batch_tokens=700)
+    sizes = seen(monkeypatch, dpo.Objective)
+    result = tunesmith.train(made, out=tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert facts["route"]["shared"] == ((adaptation, packing) == ("full", "auto"))
+    assert all(tokens <= 700 for _, tokens in sizes)
+    assert max(tokens for _, tokens in sizes) > 350  # and the budget is made use of
+    lengths = tunesmith.check(made)["data"]["train"]
+    assert result["tokens"] == pytest.approx(lengths["tokens"] * 10 / 12, rel=0.05)  # figures count a prompt once
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_a_sliding_window_must_cover_an_answer_with_its_prompt_and_not_all_answers(tmp_path, objective):
+    made = four_answers(tmp_path, objective)
+    data = setup.read(recipes.parse(made), torch.device("cpu"), lambda line: None).data.train
+    assert data.longest < data.lengths.max()
+    for window, batches in ((data.longest, "packed"), (data.longest - 1, "padded")):
+        made["model"] = str(save_tiny("mistral", tmp_path / f"window-{window}", sliding_window=window))
+        tunesmith.train(made, out=tmp_path / str(window))
+        manifest = json.loads((tmp_path / str(window) / "manifest.json").read_text())
+        assert manifest["route"]["batches"] == batches
+
+
+def test_scoring_counts_the_prompt_of_each_padded_answer(tmp_path, monkeypatch):
+    found = tunesmith.train(four_answers(tmp_path, "reward", "prefix", packing="off"), out=tmp_path / "run")
+    sizes = seen(monkeypatch, reward.Objective)
+    list(tunesmith.predict(found["model_dir"], tmp_path / "rows.jsonl", rewards=True, batch_tokens=700))
+    assert sum(count for count, _ in sizes) == 12 and all(tokens <= 700 for _, tokens in sizes)
+
+
+def test_a_reference_that_does_not_fit_is_taken_in_halves(tmp_path, monkeypatch):
+    made, measure = four_answers(tmp_path, "dpo", micro_batch_tokens=2000), dpo.Objective.measure
+    tunesmith.train(made, out=tmp_path / "whole")
+    tried = []
+
+    def small(self, model, batch):
+        tried.append(batch["input_ids"].numel())
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return measure(self, model, batch)
+
+    monkeypatch.setattr(dpo.Objective, "measure", small)
+    most = 500
+    tunesmith.train(made, out=tmp_path / "halved")
+    assert sum(size > most for size in tried) < sum(size <= most for size in tried)
+    for ours, theirs in zip(history(tmp_path / "halved"), history(tmp_path / "whole"), strict=True):
+        name = "eval_loss" if ours["kind"] == "eval" else "loss"
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-6)
+    most = 10
+    with pytest.raises(OutOfMemoryError, match=r"the reference: one row alone \(.*rows\.jsonl:\d+, \d+ tokens\)"):
+        tunesmith.train(made, out=tmp_path / "none")
 
 
 def test_scores_go_to_stdout_without_a_file(tmp_path, capsys):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
+from tunesmith.data import pairs
 from tunesmith.data.cache import Entry, Example
 
 Overlong = Literal["error", "split", "drop", "truncate"]
@@ -64,6 +66,32 @@ class Encoded:
     @property
     def supervised(self) -> np.ndarray:
         return self.views.targets
+
+    @cached_property
+    def shapes(self) -> np.ndarray | None:
+        """int64 (3, n), see ``pairs.shapes``; None where examples are sequences and have no answers."""
+        if not any("answers" in entry.values for entry in self.entries):
+            return None
+        found = np.zeros((3, len(self)), np.int64)
+        for number, entry in enumerate(self.entries):
+            mine = self.source == number
+            if mine.any():
+                of_entry = pairs.shapes(entry.values["answers"], entry.starts["answers"])
+                found[:, mine] = of_entry[:, self.views.example[mine]]
+        return found
+
+    def sizes(self, rows: np.ndarray | slice, packed: bool, shared: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, rows) that examples take in a micro-batch, see ``pairs.sizes``. Their ``lengths`` count a shared prompt once,
+        and so do all reports."""
+        lengths = self.lengths[rows]
+        if self.shapes is None:
+            return lengths, np.ones_like(lengths)
+        return pairs.sizes(lengths, self.shapes[:, rows], packed, shared)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: of an example, or of one answer with its prompt."""
+        return int(self.sizes(slice(None), False, False)[0].max())
 
     def where(self, index: int) -> str:
         """``file:row`` that example ``index`` was made from."""

@@ -59,6 +59,26 @@ def layout(examples: Sequence[Example], packed: bool, shared: bool) -> tuple[dic
     return batch, places
 
 
+def shapes(answers: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """int64 (3, n): tokens of the prefix, tokens of the longest answer with it, number of answers.
+
+    ``answers``: those of n examples end to end; example i has ``answers[starts[i] : starts[i + 1]]``.
+    """
+    first = starts[:-1]
+    prefix, own = answers[first].astype(np.int64), answers.astype(np.int64)
+    own[first] = 0
+    return np.stack([prefix, prefix + np.maximum.reduceat(own, first), np.diff(starts) - 1])
+
+
+def sizes(lengths: np.ndarray, shapes: np.ndarray, packed: bool, shared: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, rows), int64 (n,) each, that examples of so many tokens take in :func:`layout`: packed, what each adds, in 1 row;
+    padded, the tokens of its longest row, of so many rows."""
+    prefix, longest, count = shapes
+    if not packed:
+        return longest, count
+    return lengths + (0 if shared else (count - 1) * prefix), np.ones_like(count)
+
+
 def separate(example: Example) -> list[np.ndarray]:
     """The tokens of each answer with the prefix before it."""
     prefix, *answers = example["answers"].tolist()

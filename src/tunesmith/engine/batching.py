@@ -66,24 +66,44 @@ def plan(data: Encoded, batch_size: int, seed: int, shuffle: bool, epochs: float
     return Plan(data, batch_size, seed, shuffle, per_epoch, steps)
 
 
-def micro_batches(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], budget: int, packed: bool, several: Sequence[int] | None = None) -> list[list[int]]:
     """Cut the rows of a step (given by their lengths) into groups of at most ``budget`` tokens, padding counted.
 
-    A row above the budget is a group of its own. Padded rows are grouped by length; packed rows stay in order.
+    A row above the budget is a group of its own. Padded rows are grouped by length; packed rows stay in order. ``several``: how
+    many padded rows each is (None = one).
     """
     order = range(len(lengths)) if packed else sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     groups: list[list[int]] = []
-    used = longest = 0
+    used = longest = 0  # used: tokens, or padded rows
     for row in order:
         longest_now = max(longest, lengths[row])
-        cost = used + lengths[row] if packed else longest_now * (len(groups[-1]) + 1 if groups else 1)
+        more = lengths[row] if packed else 1 if several is None else several[row]
+        cost = used + more if packed else longest_now * (used + more)
         if groups and cost <= budget:
             groups[-1].append(row)
-            used, longest = used + lengths[row], longest_now
+            used, longest = used + more, longest_now
         else:
             groups.append([row])
-            used = longest = lengths[row]
+            used, longest = more, lengths[row]
     return groups
+
+
+def cut(data: Encoded, rows: np.ndarray, budget: int, packed: bool, shared: bool) -> list[list[int]]:
+    """:func:`micro_batches` of the examples ``rows``, as places in it. ``shared``: whether answers share their prompt."""
+    lengths, several = data.sizes(rows, packed, shared)
+    return micro_batches(lengths.tolist(), budget, packed, several.tolist())
+
+
+def tokens(data: Encoded, rows: np.ndarray, packed: bool, shared: bool) -> int:
+    """That go through the network when the examples ``rows`` are one micro-batch, padding counted."""
+    lengths, several = data.sizes(rows, packed, shared)
+    return int(lengths.sum() if packed else lengths.max() * several.sum())
+
+
+def alone(data: Encoded, packed: bool, shared: bool) -> np.ndarray:
+    """:func:`tokens` of each example as a micro-batch of its own, (n,)."""
+    lengths, several = data.sizes(slice(None), packed, shared)
+    return lengths * several
 
 
 def check_processes(processes: int, rows: int, what: str) -> None:
@@ -95,14 +115,16 @@ def check_processes(processes: int, rows: int, what: str) -> None:
         )
 
 
-def split(plan: Plan, step: int, budget: int, packed: bool, process: int = 0, processes: int = 1) -> list[list[int]]:
+def split(
+    plan: Plan, step: int, budget: int, packed: bool, process: int = 0, processes: int = 1, shared: bool = True
+) -> list[list[int]]:
     """The micro-batches of optimiser step ``step`` for one of ``processes``, as places within ``plan.rows(step)``.
 
     All processes get the same number of them, as far as their rows go: one that needs fewer has smaller ones.
     """
     rows = plan.rows(step)
     shares = [list(range(len(rows)))[number::processes] for number in range(processes)]
-    groups = [micro_batches([int(plan.data.lengths[rows[place]]) for place in share], budget, packed) for share in shares]
+    groups = [cut(plan.data, rows[share], budget, packed, shared) for share in shares]
     return [[shares[process][index] for index in group] for group in _into(groups[process], max(map(len, groups)))]
 
 
@@ -114,12 +136,14 @@ def _into(groups: list[list[int]], number: int) -> list[list[int]]:
     return groups
 
 
-def most_micro_batches(plan: Plan, step: int, budget: int, packed: bool, processes: int) -> int:
+def most_micro_batches(plan: Plan, step: int, budget: int, packed: bool, processes: int, shared: bool = True) -> int:
     """Of optimiser step ``step``, in any of ``processes``."""
-    return max(len(split(plan, step, budget, packed, process, processes)) for process in range(processes))
+    return max(len(split(plan, step, budget, packed, process, processes, shared)) for process in range(processes))
 
 
-def heaviest(plan: Plan, budget: int, packed: bool, process: int = 0, processes: int = 1) -> tuple[int, list[int]]:
+def heaviest(
+    plan: Plan, budget: int, packed: bool, process: int = 0, processes: int = 1, shared: bool = True
+) -> tuple[int, list[int]]:
     """(step, places) of the micro-batch with the most tokens, padding counted. A million steps are not all looked at.
 
     Looked at are the first LOOKED_AT steps and the step that holds the longest row.
@@ -127,16 +151,15 @@ def heaviest(plan: Plan, budget: int, packed: bool, process: int = 0, processes:
     steps = min(plan.steps, plan.steps_per_epoch)
     looked_at = list(range(1, min(steps, LOOKED_AT) + 1))
     if steps > LOOKED_AT:
-        longest = int(np.argmax(plan.data.lengths))
+        longest = int(np.argmax(alone(plan.data, packed, shared)))
         looked_at += [step for step in range(LOOKED_AT + 1, steps + 1) if longest in plan.rows(step)][:1]
     found, most = (1, [0]), 0
     for step in looked_at:
-        lengths = plan.data.lengths[plan.rows(step)]
-        for places in split(plan, step, budget, packed, process, processes):
-            taken = lengths[places]
-            tokens = int(taken.sum() if packed else taken.max() * len(places))
-            if tokens > most:
-                found, most = (step, places), tokens
+        rows = plan.rows(step)
+        for places in split(plan, step, budget, packed, process, processes, shared):
+            taken = tokens(plan.data, rows[places], packed, shared)
+            if taken > most:
+                found, most = (step, places), taken
     return found
 
 

@@ -59,7 +59,7 @@ def _records(
     mine = order[state.process_index :: state.num_processes]
     records = []
     with torch.no_grad():
-        for group in batching.micro_batches([int(data.lengths[row]) for row in mine], budget, packed):
+        for group in batching.cut(data, mine, budget, packed, objective.shared):
             batch = objective.collate([data[int(mine[place])] for place in group], packed)
             records.append(objective.evaluate(model, to_device(batch, device)))
     return distributed.gather(records)

@@ -93,7 +93,8 @@ def measure_memory(job: Job, limit: int) -> Memory:
     mine = list(range(len(rows)))[state.process_index :: state.num_processes] or [0]
     shortest = min(mine, key=lambda place: (job.plan.data.lengths[rows[place]], place))
     small = _pass(job, 1, [shortest])
-    step, places = batching.heaviest(job.plan, job.budget, job.packed, state.process_index, state.num_processes)
+    shared = job.objective.shared
+    step, places = batching.heaviest(job.plan, job.budget, job.packed, state.process_index, state.num_processes, shared)
     masters = job.update.masters
     begun = any(job.update.optimizer.state.values())
     pending = 0 if begun else int(masters.size * masters.share * STATE_BYTES[job.config.optim_name])
@@ -124,8 +125,7 @@ def _part(job: Job, step: int, places: list[int]) -> list[int]:
 
 def _tokens(job: Job, step: int, places: list[int]) -> int:
     """Of these rows as a micro-batch, padding counted."""
-    lengths = [int(job.plan.data.lengths[row]) for row in job.plan.rows(step)[places]]
-    return sum(lengths) if job.packed else max(lengths) * len(lengths)
+    return batching.tokens(job.plan.data, job.plan.rows(step)[places], job.packed, job.objective.shared)
 
 
 def _pass(job: Job, step: int, places: list[int]) -> Pass:
@@ -171,7 +171,7 @@ def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
     """
     limit = limit_bytes(job.device) if limit is None else limit
     memory = measure_memory(job, limit)
-    longest = int(job.plan.data.lengths.max())
+    longest = _longest(job)
     # all processes decide on the same numbers: those of the one that has the least room
     tight = distributed.gather([(memory.peak - SHARE * limit, memory.tokens_within(int(SHARE * limit)), job.budget)])
     over, fitting, job.budget = max(one for one, _, _ in tight), min(one for _, one, _ in tight), min(one for _, _, one in tight)
@@ -183,6 +183,11 @@ def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
     if any(distributed.gather([memory.peak > limit])):
         raise RecipeError(_does_not_fit(job, memory, limit, fitting, longest))
     return memory
+
+
+def _longest(job: Job) -> int:
+    """Tokens of the largest row: no micro-batch can be smaller than it."""
+    return int(batching.alone(job.plan.data, job.packed, job.objective.shared).max())
 
 
 def _rounded(tokens: int) -> int:
@@ -276,7 +281,6 @@ def _of_built(
     model_seconds, checkpoint_seconds = _saving_seconds(job, ready, built)
     saving = max(1, evaluations - 1) * model_seconds + times(train.save_steps) * checkpoint_seconds
     fits = needed <= limit
-    longest = int(ready.data.train.lengths.max())
     return {
         "micro_batch_tokens": job.budget,
         "heaviest_tokens": memory.heaviest.tokens,
@@ -284,7 +288,7 @@ def _of_built(
         "needed_memory_bytes": needed,
         "memory_limit_bytes": limit,
         "fits": fits,
-        "remedies": [] if fits else remedies(job, memory, memory.tokens_within(int(SHARE * limit)), longest),
+        "remedies": [] if fits else remedies(job, memory, memory.tokens_within(int(SHARE * limit)), _longest(job)),
         "seconds_per_step": train_seconds / ready.plan.steps,
         "tokens_per_second": in_all / train_seconds,
         "train_seconds": train_seconds,
@@ -380,7 +384,7 @@ def _forward_seconds(job: Job, data: Encoded, rows: np.ndarray) -> float:
     job.model.eval()
     started = time.perf_counter()
     with torch.no_grad():
-        for group in batching.micro_batches([int(data.lengths[row]) for row in some], job.budget, job.packed):
+        for group in batching.cut(data, some, job.budget, job.packed, job.objective.shared):
             batch = job.objective.collate([data[int(some[place])] for place in group], job.packed)
             job.objective.evaluate(job.model, to_device(batch, job.device))
     machine.synchronize(job.device)

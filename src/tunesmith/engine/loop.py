@@ -34,7 +34,7 @@ TRIM_STEPS = 8
 
 @dataclass
 class Progression:
-    """Where a run stands: all of it is in a checkpoint. ``window`` sums what the next log line will average."""
+    """Where a run stands: all of it is in a checkpoint. ``window`` sums what the next log line will average, ``metrics`` too."""
 
     step: int = 0
     micro_batch_tokens: int = 0
@@ -45,6 +45,8 @@ class Progression:
     best_step: int | None = None
     without_improvement: int = 0
     window: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """Of the same steps: {metric of the objective: [sum, count]}."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     """One optimiser step: forward and backward over its micro-batches, one division, check, clip, update.
 
     Returns loss, units and tokens summed over all processes, grad_norm, learning_rate (and those of groups with their own),
-    update_ratio (norm of the update over norm of the weights), the update's other figures, and the means of the objective's
-    metrics.
+    update_ratio (norm of the update over norm of the weights), the update's other figures, and ``metrics``, the objective's:
+    {name: [sum, count]}.
     """
     job.model.train()
     busy = [one for one in step.micro if not one.idle]
@@ -159,10 +161,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     rates = job.update.learning_rates
     job.update.apply(step.number)
     names = {name for one in everywhere for name in one}
-    metrics = {
-        name: tuple(sum(one.get(name, [0.0, 0.0])[part] for one in everywhere) for part in (0, 1)) for name in sorted(names)
-    }
-    figures = {name: value / count for name, (value, count) in metrics.items() if count}
+    metrics = {name: [sum(one.get(name, [0.0, 0.0])[part] for one in everywhere) for part in (0, 1)] for name in sorted(names)}
     return {
         "loss": loss_sum,
         "units": total,
@@ -171,7 +170,7 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
         **rates,
         "update_ratio": job.update.ratio.value,
         **job.update.figures(),
-        **figures,
+        "metrics": metrics,
     }
 
 
@@ -190,8 +189,9 @@ def accumulate(job: Job, step: Step, total: float, backward: Backward | None = N
     """
     while isinstance(outcome := _try_to_accumulate(job, step, total, backward or job.update.backward), int):
         if backward is None and job.update.masters.in_step:
+            most = taken(job, step.rows, step.micro[outcome])
             raise OutOfMemoryError(
-                f"step {step.number}: a micro-batch of {sum(step.micro[outcome].lengths)} tokens needs more memory than is left. "
+                f"step {step.number}: a micro-batch of {most} tokens needs more memory than is left. "
                 "With DeepSpeed it cannot be halved midway, because the other processes wait for it.\n"
                 f"  Set train.micro_batch_tokens below {job.budget}; then go on with --resume."
             )
@@ -234,8 +234,7 @@ def _halved(job: Job, step: Step, number: int) -> Step:
             "then go on with --resume or start again."
         )
     halves = [micro(job, step.rows, part) for part in (places[: len(places) // 2], places[len(places) // 2 :])]
-    longest = [len(half.lengths) * max(half.lengths) if not job.packed else sum(half.lengths) for half in halves]
-    job.budget = min(job.budget, max(longest))
+    job.budget = min(job.budget, max(taken(job, step.rows, half) for half in halves))
     return Step(step.number, step.rows, [*step.micro[:number], *halves, *step.micro[number + 1 :]])
 
 
@@ -251,11 +250,13 @@ def rehearse(job: Job, step: int, places: list[int]) -> None:
 def planned(job: Job, number: int) -> Step:
     """The micro-batches of optimiser step ``number`` that fall to this process."""
     state = distributed.state()
-    groups = batching.split(job.plan, number, job.budget, job.packed, state.process_index, state.num_processes)
+    groups = batching.split(
+        job.plan, number, job.budget, job.packed, state.process_index, state.num_processes, job.objective.shared
+    )
     rows = job.plan.rows(number)
     made = [micro(job, rows, places) for places in groups]
     if job.update.masters.in_step:
-        most = batching.most_micro_batches(job.plan, number, job.budget, job.packed, state.num_processes)
+        most = batching.most_micro_batches(job.plan, number, job.budget, job.packed, state.num_processes, job.objective.shared)
         shortest = int(np.argmin(job.plan.data.lengths[rows]))
         made += [replace(micro(job, rows, [shortest]), idle=True) for _ in range(most - len(made))]
     return Step(number, rows, made)
@@ -265,6 +266,11 @@ def micro(job: Job, rows: np.ndarray, places: list[int]) -> Micro:
     """Some rows of a step as one micro-batch."""
     examples = [job.plan.data[int(rows[place])] for place in places]
     return Micro(places, [int(job.plan.data.lengths[rows[p]]) for p in places], job.objective.collate(examples, job.packed))
+
+
+def taken(job: Job, rows: np.ndarray, micro: Micro) -> int:
+    """Tokens of a micro-batch as the network sees it, padding counted, and a prompt as often as it is there."""
+    return batching.tokens(job.plan.data, rows[micro.places], job.packed, job.objective.shared)
 
 
 def _tell_noise(job: Job, step: int, micro: Micro) -> None:
@@ -301,11 +307,15 @@ def _account(job: Job, at: Progression, record: dict[str, Any], seconds: float) 
     for name in ("loss", "units", "tokens"):
         window[name] = window.get(name, 0.0) + record[name]
     window["seconds"] = window.get("seconds", 0.0) + seconds
+    for name, (value, count) in record["metrics"].items():
+        before = at.metrics.get(name, [0.0, 0.0])
+        at.metrics[name] = [before[0] + value, before[1] + count]
 
 
 def _log(job: Job, at: Progression, record: dict[str, Any]) -> None:
     window, at.window = at.window, {}
-    extra = {k: v for k, v in record.items() if k not in ("loss", "units", "tokens", "grad_norm", "learning_rate")}
+    metrics, at.metrics = at.metrics, {}
+    extra = {k: v for k, v in record.items() if k not in ("loss", "units", "tokens", "grad_norm", "learning_rate", "metrics")}
     job.log(
         {
             "kind": "train",
@@ -315,6 +325,7 @@ def _log(job: Job, at: Progression, record: dict[str, Any]) -> None:
             "learning_rate": record["learning_rate"],
             "grad_norm": record["grad_norm"],
             **extra,
+            **{name: value / count for name, (value, count) in metrics.items() if count},
             "tokens": at.tokens,
             "supervised_tokens": at.supervised,
             "seconds": window["seconds"],

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from tunesmith.data import judged
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.pack import to_device
-from tunesmith.engine import batching, distributed, figures, setup
-from tunesmith.errors import RecipeError
+from tunesmith.engine import batching, distributed, figures, machine, setup
+from tunesmith.errors import OutOfMemoryError, RecipeError
 
 
 def take(ready: setup.Setup, built: setup.Built, budget: int, say: Callable[[str], None]) -> float:
@@ -49,6 +50,21 @@ def require(objective: Any, tensors: Mapping[str, Any]) -> None:
         )
 
 
+def check_known(ready: setup.Setup) -> None:
+    """Raise RecipeError where a row of the run is not among those that the checkpoint's reference was taken of."""
+    objective: Any = ready.objective
+    if objective.reference is None:
+        return
+    for data, chosen in rows_of_run(ready):
+        for number in chosen:
+            if judged.key_of(data[int(number)]) not in objective.reference:
+                raise RecipeError(
+                    f"{data.where(int(number))} has other tokens than when the run was started, so the reference that the "
+                    "checkpoint holds is not its own: the tokenizer, its chat template or the model's window changed.\n"
+                    f"  Put the files of {ready.model_folder.path} back as they were, or start another run with --out DIR."
+                )
+
+
 def rows_of_run(ready: setup.Setup) -> Iterable[tuple[Encoded, np.ndarray]]:
     """The rows that the steps of the run take, and those that are held out; each once."""
     yield ready.data.train, ready.plan.seen()
@@ -56,17 +72,50 @@ def rows_of_run(ready: setup.Setup) -> Iterable[tuple[Encoded, np.ndarray]]:
         yield ready.data.eval, np.arange(len(ready.data.eval))
 
 
-@torch.no_grad()
 def _measured(
     built: setup.Built, objective: Any, data: Encoded, rows: np.ndarray, budget: int, device: torch.device
 ) -> list[dict[int, list[float]]]:
-    """{key of a row: log-probabilities of its answers} of this process's share of ``rows``."""
+    """{key of a row: log-probabilities of its answers} of this process's share of ``rows``.
+
+    Rows that do not fit into memory together are halved, and all later ones are kept as few: more of them go together than a
+    step may have, and held-out rows may be longer than any that was tried. Raises OutOfMemoryError when one alone does not fit.
+    """
     order = rows[np.argsort(-data.lengths[rows], kind="stable")]
     state = distributed.state()
-    mine = order[state.process_index :: state.num_processes]
-    packed = built.route.packed
+    left = order[state.process_index :: state.num_processes]
+    packed, shared = built.route.packed, objective.shared
+    groups = [left[places] for places in batching.cut(data, left, budget, packed, shared)]
     found = []
-    for group in batching.micro_batches([int(data.lengths[row]) for row in mine], budget, packed):
-        batch = objective.collate([data[int(mine[place])] for place in group], packed)
-        found.append(objective.measure(built.model, to_device(batch, device)))
+    while groups:
+        group, *others = groups
+        measured = _of_group(built, objective, data, group, device)
+        if measured is not None:
+            found.append(measured)
+            groups = others
+            continue
+        machine.release_memory(device)
+        if len(group) == 1:
+            raise OutOfMemoryError(
+                f"the reference: one row alone ({data.where(int(group[0]))}, {batching.tokens(data, group, packed, shared)} "
+                "tokens) needs more memory than the machine has left.\n"
+                "  Lower train.max_length, or take a smaller model."
+            )
+        left = np.concatenate(groups)
+        budget = batching.tokens(data, group[: (len(group) + 1) // 2], packed, shared)
+        groups = [left[places] for places in batching.cut(data, left, budget, packed, shared)]
+    return found
+
+
+@torch.no_grad()
+def _of_group(
+    built: setup.Built, objective: Any, data: Encoded, rows: np.ndarray, device: torch.device
+) -> dict[int, list[float]] | None:
+    """Of rows that go through the network together; None where they do not fit (returned: a traceback holds tensors)."""
+    try:
+        batch = objective.collate([data[int(row)] for row in rows], built.route.packed)
+        found: dict[int, list[float]] = objective.measure(built.model, to_device(batch, device))
+    except (RuntimeError, MemoryError) as error:
+        if not machine.is_out_of_memory(error):
+            raise
+        return None
     return found

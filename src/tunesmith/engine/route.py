@@ -18,6 +18,7 @@ import torch
 
 from tunesmith.data.pack import to_device
 from tunesmith.engine import machine
+from tunesmith.errors import ModelError
 from tunesmith.models import attention, compiled, fused, head, varlen, virtual
 from tunesmith.objectives import Example, Objective
 
@@ -30,6 +31,9 @@ NOT_ZERO = 0.02
 """Standard deviation of what stands for zeros in the trial: as transformers draws weights, and the loss stays what it is."""
 SCALE = {torch.float16: 2.0**10}
 """Of the loss in the trial. Without it much of a gradient is below what fp16 holds: the same paths then differ by 1.6%."""
+
+STILL = 1e-6
+"""Largest difference, relative, between two looks at the same rows by the same layers."""
 
 
 @dataclass
@@ -139,6 +143,26 @@ def _chosen(
 
 def _part(objective: Objective, route: Route) -> None:
     objective.shared = route.shared = False
+
+
+def check_still(model: Any, objective: Objective, examples: Sequence[Example], route: Route, device: torch.device) -> None:
+    """Raise ModelError where the network says something else in training than in evaluation: where something in it is random.
+
+    For an objective whose figures are facts of the weights. The two rows are those of :func:`choose`.
+    """
+    batch = to_device(objective.collate([_shorten(example) for example in list(examples)[:2]], route.packed), device)
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        moving = objective.summarise([objective.evaluate(model, batch)])
+    model.eval()
+    still = objective.summarise([objective.evaluate(model, batch)])
+    apart = [name for name, value in still.items() if not np.isclose(value, moving[name], rtol=STILL, atol=STILL, equal_nan=True)]
+    if apart:
+        raise ModelError(
+            f"{head.base(model).config.model_type} answers otherwise in training than in evaluation ({apart[0]} of the first "
+            f"rows: {moving[apart[0]]:.6g} and {still[apart[0]]:.6g}), so something in it is random beside dropout, "
+            "which is off.\n  Set its rates in the model's config.json to 0, or take another model."
+        )
 
 
 def recompute(model: Any, objective: Objective, examples: Sequence[Example], route: Route, device: torch.device) -> None:

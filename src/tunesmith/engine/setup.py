@@ -111,21 +111,9 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     rate = optim.schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), train, plan.steps)
     del rate  # built once to find a schedule that cannot be, before weights load
     return Setup(
-        recipe,
-        folder,
-        config,
-        tokenizer,
-        new_tokens,
-        objective,
-        adaptation,
-        data,
-        plan,
-        device,
-        numbers,
-        parameters,
-        kept,
-        sharded,
-    )
+        recipe, folder, config, tokenizer, new_tokens, objective, adaptation, data, plan, device, numbers, parameters,
+        kept, sharded,
+    )  # fmt: skip
 
 
 def _rows_read(say: Callable[[str], None]) -> Progress:
@@ -188,6 +176,8 @@ def build(setup: Setup, out: Path) -> Built:
         route.compile_layers(model, setup.objective, _first(setup), chosen, setup.device)
     if train.gradient_checkpointing:
         route.recompute(model, setup.objective, _first(setup), chosen, setup.device)
+    if setup.objective.deterministic:
+        route.check_still(model, setup.objective, _first(setup), chosen, setup.device)
     trained = whole.masters if setup.sharding is None else whole.parameters
     optimizer = optim.build(trained, train, head.own_parameters(model), setup.adaptation.learning_rates(trained))
     if setup.sharding is None:
@@ -208,7 +198,7 @@ def _first(setup: Setup) -> list[Example]:
 
 
 def _longest(data: Prepared) -> int:
-    return int(max(data.train.lengths.max(), data.eval.lengths.max() if data.eval else 0))
+    return max(data.train.longest, data.eval.longest if data.eval else 0)
 
 
 def window_of(config: Any, ahead: int = 0) -> int | None:

@@ -116,6 +116,7 @@ def restore(run: Run) -> Progression:
             "  Resume it where it was started, or start another run with --out DIR."
         )
     reference.require(run.setup.objective, tensors)
+    reference.check_known(run.setup)
     at = Progression(**state["progression"])
     run.update.load(tensors, state)
     torch.set_rng_state(tensors["random.cpu"])

@@ -183,9 +183,25 @@ def _answers(chosen: Any, examples: list[Any], way: Any, budget: int) -> dict[in
     from tunesmith.engine import batching
 
     examples = sorted(examples, key=lambda one: -len(one["input_ids"]))
+    lengths, several = _sizes(examples, way.packed, chosen.objective.shared)
     records = []
     with torch.no_grad():
-        for group in batching.micro_batches([len(one["input_ids"]) for one in examples], budget, way.packed):
+        for group in batching.micro_batches(lengths, budget, way.packed, several):
             batch = chosen.objective.collate([examples[place] for place in group], way.packed)
             records.append(chosen.objective.evaluate(chosen.network, to_device(batch, chosen.device)))
     return {answer["row"][1]: answer for answer in chosen.objective.answers(records)}
+
+
+def _sizes(examples: list[Any], packed: bool, shared: bool) -> tuple[list[int], list[int]]:
+    """Tokens and rows that each example takes in a batch, see ``data.pairs.sizes``."""
+    import numpy as np
+
+    from tunesmith.data import pairs
+
+    lengths = np.array([len(one["input_ids"]) for one in examples])
+    if "answers" not in examples[0]:
+        return lengths.tolist(), [1] * len(examples)
+    starts = np.cumsum([0, *(len(one["answers"]) for one in examples)])
+    shapes = pairs.shapes(np.concatenate([one["answers"] for one in examples]), starts)
+    tokens, several = pairs.sizes(lengths, shapes, packed, shared)
+    return tokens.tolist(), several.tolist()

@@ -77,7 +77,7 @@ def evaluate(
     rows, left_out = prepared.train, sum(one.rows_rejected for one in prepared.report.sources)
 
     order = sorted(range(len(rows)), key=lambda row: rows.lengths[row])
-    way = chosen.ready(precision, [rows[row] for row in order[:2]], int(rows.lengths.max()))
+    way = chosen.ready(precision, [rows[row] for row in order[:2]], rows.longest)
     started = time.perf_counter()
     records = evaluation.records(chosen.network, chosen.objective, rows, way.packed, batch_tokens, chosen.device)
     figures = chosen.objective.summarise(records)

@@ -3,7 +3,7 @@
 The body runs once, packed or padded; its outputs are gathered at ``batch["positions"]`` and only these go through the model's own
 pooler, dropout and output layer. So nothing depends on padding, and nothing is inferred from a token's identity: transformers'
 own decoder classes look for the last token that is not the padding one, which is another token where padding and end are one.
-Logits come in fp32, or in fp64 where the network is.
+Logits come in fp32, or in fp64 where the network is; a single one, such as a reward, is computed in it.
 """
 
 from __future__ import annotations
@@ -146,7 +146,17 @@ def _scores(inner: Any, hidden: torch.Tensor, mean: bool) -> torch.Tensor:
         hidden = pooler(hidden.unsqueeze(1))
     if isinstance(dropout := getattr(inner, "dropout", None), nn.Module):
         hidden = dropout(hidden)
-    return layer(hidden)
+    return _in_full(layer, hidden) if inner.config.num_labels == 1 else layer(hidden)
+
+
+def _in_full(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """``layer`` computed in fp32 whatever it is kept in: a number itself is wanted, and bf16 has 128 of them between
+    1 and 2, so answers of different worth would get the same. Gradients reach its weights as ever."""
+    exact = head.exact_dtype(hidden)
+    if exact == hidden.dtype:
+        return layer(hidden)
+    weights = {name: weight.to(exact) for name, weight in layer.named_parameters()}
+    return torch.func.functional_call(layer, weights, (hidden.to(exact),))
 
 
 def _output(inner: Any) -> Any:

@@ -165,13 +165,20 @@ def install(model: nn.Module, seed: int, neftune_alpha: float | None = None) -> 
 
 
 def switch_off(model: nn.Module) -> list[str]:
-    """Drop nothing at all in ``model``: for figures that must be facts of its weights. Returns what was switched off."""
+    """Drop nothing at all in ``model``: for figures that must be facts of its weights. Returns what was switched off.
+
+    Many architectures (opt, xglm, biogpt, bloom) drop by a function and keep its rate as a number: any with "drop" in its name.
+    """
     said = _no_attention_dropout(model)
     rates = set()
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             rates.add(module.p)
             module.p = 0.0
+        for name, rate in vars(module).items():
+            if "drop" in name and isinstance(rate, float) and rate > 0:
+                rates.add(rate)
+                setattr(module, name, 0.0)
     return [
         *said,
         *(f"dropout ({rate:g}) is off: log-probabilities and rewards are facts of the weights" for rate in sorted(rates)),
