@@ -107,8 +107,8 @@ class Objective:
             self._template = ours.get("pair_template", self._template)
         if self._pooling == "mean":
             self.notes.append(
-                "pooling: mean is tunesmith's own and saved as such: load, evaluate and predict open it; plain transformers has "
-                "no such class, and would read one token"
+                "pooling: mean is tunesmith's own and saved as such: load, evaluate and predict open it; transformers' own class "
+                "reads one token, whose answers are others"
             )
         self.facts |= {"causal": self._causal, "pad": self._pad, "template": self._template}
 
