@@ -13,6 +13,7 @@ from tests.runs import ANSWERS, apart, history, killed_before, model_folder, pre
 from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 from tunesmith import recipe as recipes
 from tunesmith.adaptations import lora
+from tunesmith.cli import check
 from tunesmith.data.rows import Ranking
 from tunesmith.engine import checkpoint, setup, tracking
 from tunesmith.errors import DataError, ModelError, OutOfMemoryError, RecipeError
@@ -480,6 +481,32 @@ def test_what_the_reference_takes_is_foretold_and_kept(tmp_path):
     assert tunesmith.check(made, measure=True)["forecast"]["reference_seconds"] > 0
     killed_before(3, made, tmp_path / "run")
     assert tunesmith.train(made, out=tmp_path / "run", resume=True)["reference_seconds"] > 0
+
+
+def test_what_max_length_does_to_preferences_is_said_as_it_is(tmp_path):
+    """Ten rows: seven fit, of one the prompt is cut, of two an answer alone is too long."""
+    made = recipe(tmp_path, "llama", "dpo", max_length=40)
+    rows = [{"prompt": f"{n}: a b", "chosen": f" good {n}", "rejected": " bad"} for n in range(7)]
+    rows += [{"prompt": "what is the " * 20, "chosen": " yes", "rejected": " no"}]
+    rows += [{"prompt": f"{n}: a b", "chosen": " long" * 60, "rejected": " bad"} for n in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = tunesmith.check(made)
+    overlong = found["data"]["train"]["overlong"]
+    assert found["max_length"] == found["data"]["max_length"] == 40
+    assert (overlong["policy"], overlong["rows"], overlong["dropped"]) == ("truncate", 3, 2) and overlong["tokens_lost"] > 20
+    said = next(line for line in check.lines(found) if "over max_length" in line)
+    assert "3 rows are over max_length (truncate): 2 left out whole, the prompts of 1 cut from the left (" in said
+    made["train"]["max_length"] = 4
+    with pytest.raises(DataError, match=r"no training rows are left: all 10 .* max_length 4\. Raise train.max_length"):
+        tunesmith.check(made)
+
+
+def test_scoring_says_that_prompts_were_cut(tmp_path):
+    found = tunesmith.train(recipe(tmp_path, "llama", "reward", max_steps=1), out=tmp_path / "run")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "what is the " * 20, "chosen": " yes", "rejected": " no"}))
+    said: list[str] = []
+    list(tunesmith.predict(found["model_dir"], tmp_path / "long.jsonl", rewards=True, max_length=40, note=said.append))
+    assert said == ["1 rows were longer than 40 tokens; their prompts were cut from the left"]
 
 
 def four_answers(tmp_path, objective, adaptation="full", **train):

@@ -157,9 +157,11 @@ def _split(split: Mapping[str, Any]) -> list[str]:
     if split["unlearnable"]:
         out.append(f"  {split['unlearnable']:,} rows have nothing to learn, the first: {', '.join(split['unlearnable_first'])}")
     if overlong["rows"]:
-        out.append(
-            f"  {overlong['rows']:,} rows are over max_length ({overlong['policy']}): {overlong['tokens_lost']:,} tokens lost"
-        )
+        lost = f"{overlong['tokens_lost']:,} tokens lost"
+        if "dropped" in overlong:
+            dropped, cut = overlong["dropped"], overlong["rows"] - overlong["dropped"]
+            lost = f"{dropped:,} left out whole, the prompts of {cut:,} cut from the left ({lost})"
+        out.append(f"  {overlong['rows']:,} rows are over max_length ({overlong['policy']}): {lost}")
     if split["duplicates"]:
         out.append(f"  {split['duplicates']:,} rows repeat another")
     return out

@@ -52,7 +52,8 @@ def encode(rows: Sequence[Ranking], tokenizer: Any, *, max_length: int | None, o
         longest = max(len(whole["input_ids"]) for whole in wholes)
         if max_length is not None and longest > max_length:
             if overlong == "error":
-                fix = f"Set train.max_length={longest}, shorten the row, or choose objective.overlong=drop or truncate."
+                fix = f"Shorten it, choose objective.overlong=drop or truncate, or set train.max_length={longest} if the model's "
+                fix += "window is that long."
                 raise RowFault(index, f"at most {max_length} tokens", f"{longest} tokens", fix)
             made = _truncated(made[0], longest - max_length, first) if overlong == "truncate" else []
         out.append(made)

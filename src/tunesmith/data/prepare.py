@@ -98,26 +98,27 @@ def prepare(
     if objective.overlong == "error":
         _check_lengths(train + held, limit, window)
     shared = _shared(train, held) if held else 0
-    learnt, train_report = _split(train, objective.overlong, limit, "training", config.max_unlearnable)
+    learnt, train_report = _split(train, objective, limit, "training", config.max_unlearnable)
     sets = {
-        name: _split([part], objective.overlong, limit, f"data.eval.sets.{name}", config.max_unlearnable)[1]
+        name: _split([part], objective, limit, f"data.eval.sets.{name}", config.max_unlearnable)[1]
         for name, part in (zip(evaluation, held) if config.eval.sets else ())
     }
-    tested, eval_report = _split(held, objective.overlong, limit, "evaluation", config.max_unlearnable) if held else (None, None)
+    tested, eval_report = _split(held, objective, limit, "evaluation", config.max_unlearnable) if held else (None, None)
     roles = ["train"] * len(config.train) + [f"eval {name}".strip() for name in evaluation]
+    most = (objective.max_length or learnt.longest) if objective.overlong == "own" else limit
     report = Report(
         sources=tuple(_source_report(*one) for one in zip(built, opened, roles, seconds)),
         train=train_report,
         eval=eval_report,
         eval_sets=sets,
         template=template,
-        max_length=(objective.max_length or limit) if objective.overlong == "own" else limit,
+        max_length=most,
         duplicates_train_eval=shared,
         contaminated=contamination(learnt, tested, tokenizer, written=objective.head == "lm") if tested else None,
         cached=all(made.cached for made in built),
         seconds=time.perf_counter() - began,
     )
-    return Prepared(learnt, tested, limit, report, tuple(sets))
+    return Prepared(learnt, tested, most, report, tuple(sets))
 
 
 def _open_set(name: str, source: Source, accepted: tuple[type, ...]) -> Opened:
@@ -215,8 +216,9 @@ def _check_lengths(parts: Sequence[_Part], limit: int, window: int | None) -> No
     )  # fmt: skip
 
 
-def _split(parts: Sequence[_Part], policy: Any, limit: int, name: str, allowed: float) -> tuple[Encoded, SplitReport]:
+def _split(parts: Sequence[_Part], objective: Any, limit: int, name: str, allowed: float) -> tuple[Encoded, SplitReport]:
     """Fit the examples of a split to the length, drop those with nothing to learn, and count."""
+    policy = objective.overlong
     fitted = [fit(part.built.entry, part.chosen, policy, limit) for part in parts]
     empty = [view.targets == 0 for view in fitted]
     total, unlearnable = sum(map(len, fitted)), int(sum(mask.sum() for mask in empty))
@@ -226,7 +228,10 @@ def _split(parts: Sequence[_Part], policy: Any, limit: int, name: str, allowed: 
         for position in np.flatnonzero(mask)[:10]
     ][:10]
     if total == 0 or unlearnable == total or unlearnable > allowed * total:
-        raise _nothing(name, total, unlearnable, first, limit, sum(len(part.chosen) for part in parts))
+        examples = sum(len(part.chosen) for part in parts)
+        if policy == "own":  # its rows without examples were too long
+            examples, limit = sum(part.built.entry.info["kept"] for part in parts), objective.max_length or limit
+        raise _nothing(name, total, unlearnable, first, limit, examples)
     views = [view.keep(~mask) if mask.any() else view for view, mask in zip(fitted, empty)]
     encoded = join(
         [part.built.entry for part in parts], [part.opened.source.label for part in parts],
@@ -240,7 +245,9 @@ def _split(parts: Sequence[_Part], policy: Any, limit: int, name: str, allowed: 
         supervised_tokens=int(encoded.supervised.sum()),
         unlearnable=unlearnable,
         unlearnable_first=tuple(first),
-        overlong=_own(parts, name) if policy == "own" else _overlong(lengths, parts, fitted, policy, limit),
+        overlong=_own(parts, name, objective.config.overlong)
+        if policy == "own"
+        else _overlong(lengths, parts, fitted, policy, limit),
         duplicates=_duplicates(parts),
         histogram=histogram(lengths),
     )
@@ -271,15 +278,15 @@ def _overlong(lengths: np.ndarray, parts: Sequence[_Part], fitted: Sequence[View
     }  # fmt: skip
 
 
-def _own(parts: Sequence[_Part], name: str) -> dict[str, Any]:
-    """Of an objective that fits its rows itself: what ``cut`` in its examples says, and rows that it made nothing of (where rows
-    are held out, the training split has them)."""
+def _own(parts: Sequence[_Part], name: str, policy: str) -> dict[str, Any]:
+    """Of an objective that fits its rows itself by ``policy``: what ``cut`` in its examples says, and how many rows it made
+    nothing of (``dropped``; where rows are held out, the training split has them), whose tokens nobody counted."""
     cut = np.concatenate([part.built.entry.values["cut"][part.chosen] for part in parts])
     whole = [part.built.entry for part in parts if name == "training" or len(part.chosen) == len(part.built.entry)]
     dropped = sum(entry.info["kept"] - len(np.unique(entry.row)) for entry in whole)
     tokens = sum(int(part.built.entry.length[part.chosen].sum()) for part in parts) + int(cut.sum())
     return {
-        "policy": "own", "rows": int(np.count_nonzero(cut)) + dropped, "dropped": dropped, "tokens": tokens,
+        "policy": policy, "rows": int(np.count_nonzero(cut)) + dropped, "dropped": dropped, "tokens": tokens,
         "tokens_lost": int(cut.sum()), "share_lost": int(cut.sum()) / max(1, tokens), "supervised_lost": 0,
     }  # fmt: skip
 

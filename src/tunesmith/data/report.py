@@ -37,7 +37,8 @@ class SplitReport:
     """Training or evaluation examples as they will be learnt.
 
     ``unlearnable``: examples dropped because nothing in them is a target. ``overlong``: examples above ``max_length``, with
-    ``tokens`` in them, ``tokens_lost`` by the policy and the share of all tokens that is lost.
+    ``tokens`` in them, ``tokens_lost`` by the policy and the share of all tokens that is lost. Of preferences ``dropped`` counts
+    rows left out whole, and the tokens are those of the others.
     """
 
     rows: int

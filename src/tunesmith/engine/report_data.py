@@ -74,6 +74,8 @@ def _split(split: dict[str, Any]) -> dict[str, str]:
     if isinstance(overlong, dict) and figures.is_number(overlong.get("rows")):
         policy = f" ({escape(str(overlong.get('policy')))})" if overlong["rows"] else ""
         out["above max length"] = figures.number(overlong["rows"]) + policy
+        if figures.is_number(overlong.get("dropped")) and overlong["dropped"]:
+            out["of these left out whole"] = figures.number(overlong["dropped"])
         if figures.is_number(overlong.get("tokens_lost")) and overlong["tokens_lost"]:
             share = overlong.get("share_lost")
             of = f' <span class="soft">({figures.share(share, 1)})</span>' if figures.is_number(share) else ""

@@ -82,7 +82,10 @@ def predict(
         if way is not None:
             way.leave(chosen.network)
     if cut:
-        note(f"{cut} rows were longer than {longest} tokens; what stands after that was not read")
+        lost = (
+            "their prompts were cut from the left" if Ranking in chosen.objective.rows else "what stands after that was not read"
+        )
+        note(f"{cut} rows were longer than {longest} tokens; {lost}")
     if bad:
         note(f"{bad} rows could not be read: they have `error` in the place of an answer")
 
