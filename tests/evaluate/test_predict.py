@@ -32,3 +32,19 @@ def test_gold_is_not_looked_at(tmp_path, objective):
         file.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
         said.append(list(tunesmith.predict(found["model_dir"], file)))
     assert said[0] == said[1] == said[2] == said[3] and len(said[0]) == 6 and not any("error" in one for one in said[0])
+
+
+def test_a_context_whose_first_word_is_no_token_costs_no_row(tmp_path):
+    """Tokenizers of bert drop what cannot be seen. The answer that a row is tried with must not be such a word."""
+    from tokenizers import Tokenizer, normalizers
+
+    made = recipe(tmp_path, "bert", "qa", max_steps=1)
+    file = tmp_path / "model-bert" / "tokenizer.json"
+    backend = Tokenizer.from_file(str(file))
+    backend.normalizer = normalizers.Replace("\u200b", "")
+    backend.save(str(file))
+    found = tunesmith.train(made, out=tmp_path / "run")
+    row = {"question": "which?", "context": "\u200b the answer is here"}
+    (tmp_path / "new.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "context": "Paris"}) + "\n")
+    said = list(tunesmith.predict(found["model_dir"], tmp_path / "new.jsonl"))
+    assert len(said) == 2 and all("answer" in one for one in said)
