@@ -91,7 +91,7 @@ class Objective:
         self._ending = texts.ending(tokenizer)
         ours = getattr(config, "tunesmith", None) or {}
         if self._causal:
-            texts.own_padding(tokenizer)
+            texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
             self._pad = tokenizer.pad_token_id
         if ours.get("objective") == "classify" or heads.kind_of((config.architectures or [""])[0]) == "score":
             self._saved = {
