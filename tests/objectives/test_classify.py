@@ -128,6 +128,7 @@ HOW = {
     "full": ("classify", "full", {}),
     "mean": ({"type": "classify", "pooling": "mean"}, "full", {}),
     "lora": ("classify", {"type": "lora", "r": 4, "lora_dropout": 0.3}, {}),
+    "prompt": ({"type": "classify", "pooling": "mean"}, {"type": "prompt", "num_virtual_tokens": 3}, {}),
     "dropout": ("classify", "full", {"hidden_dropout_prob": 0.2}),
 }
 

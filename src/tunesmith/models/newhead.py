@@ -7,6 +7,7 @@ Here the names are translated, and a tensor of the body that is missing is an er
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,15 @@ def apply(config: Any, head_config: Mapping[str, Any]) -> None:
         setattr(config, name, value)
         if name == "pad_token_id" and config.get_text_config() is not config:
             config.get_text_config().pad_token_id = value
+
+
+def outlined(config: Any, head_config: Mapping[str, Any]) -> Any:
+    """``config`` with what is known of a head before its labels are (its pooling); a copy, for the config says what was saved."""
+    if not head_config:
+        return config
+    outline = copy.deepcopy(config)
+    outline.tunesmith = {**(getattr(config, "tunesmith", None) or {}), **head_config["tunesmith"]}
+    return outline
 
 
 def _renamed(folder: Folder, config: Any, head: str) -> dict[str, str]:
