@@ -61,6 +61,7 @@ class Objective:
         self._ending: tuple[int, ...] = ()
         self._pad: int | None = None
         self._pooling: str | None = config.pooling
+        self._averages = False
         self._template = texts.PAIR_TEMPLATE
         self._weights: np.ndarray | None = None
         self._saved: dict[str, Any] = {}
@@ -101,6 +102,7 @@ class Objective:
             self.threshold = float(ours.get("threshold", 0.5))
             self._pooling = self._pooling or ours.get("pooling")
             self._template = ours.get("pair_template", self._template)
+        self._averages = "mean" in (self._pooling, heads.pooling(config))
         self.facts |= {"causal": self._causal, "pad": self._pad, "template": self._template}
 
     def of_model(self) -> None:
@@ -232,7 +234,7 @@ class Objective:
         if self._ending:
             examples = [self._closed(example) for example in examples]
         lengths = [len(example["input_ids"]) for example in examples]
-        if self._pooling == "mean":
+        if self._averages:
             read = [np.arange(length) for length in lengths]
         else:
             read = [np.array([length - 1 if self._causal else 0]) for length in lengths]
