@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+import tunesmith
 from tests.models.adapters import base_and_adapter
+from tests.runs import TASKS, recipe
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 
@@ -112,6 +114,17 @@ def test_chat_keeps_the_history(model: str, monkeypatch: pytest.MonkeyPatch, cap
     turns = json.loads(capsys.readouterr().out)["messages"]
     assert [(turn["role"], turn["content"]) for turn in turns[::2]] == [("user", "one"), ("user", "two")]
     assert len(turns) == 4
+
+
+@pytest.mark.parametrize("objective", TASKS)
+def test_who_writes_no_text_is_not_talked_with(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tunesmith.train(recipe(tmp_path, "llama", objective, max_steps=1), out=tmp_path / "run")["model_dir"]
+    capsys.readouterr()
+    assert chat(found, monkeypatch, "one\n") == 2
+    assert "this model is a LlamaFor" in (said := capsys.readouterr().err) and "tunesmith predict" in said
+    assert main(["generate", found, "--prompt", "one"]) == 2
 
 
 def test_chat_commands(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

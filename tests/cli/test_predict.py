@@ -41,3 +41,11 @@ def test_nothing_is_left_of_predictions_that_failed(model, tmp_path, capsys):
     (tmp_path / "empty.jsonl").touch()
     assert main(["predict", model, "--data", str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "out" / "said.jsonl")]) == 2
     assert list((tmp_path / "out").iterdir()) == [] and "has no rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["predict", "evaluate"])
+def test_a_length_above_the_window_is_refused(verb, model, tmp_path, capsys):
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"text": "a lazy dog " * 100, "label": "good"}) + "\n")
+    assert main([verb, model, "--data", str(file), "--max-length", "1000"]) == 2
+    assert "max_length 1000 is above the model's window of 128 tokens. Take at most 128." in capsys.readouterr().err

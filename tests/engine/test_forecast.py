@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tunesmith
-from tests.runs import apart, history, recipe, rows, weights
+from tests.runs import TASKS, apart, history, recipe, rows, weights
 from tunesmith.cli.main import main
 from tunesmith.engine import batching, forecast, loop, machine, tracking
 from tunesmith.errors import OutOfMemoryError, RecipeError
@@ -225,6 +225,13 @@ def test_a_measured_check_says_memory_and_time_and_keeps_nothing(tmp_path):
     assert found["total_seconds"] >= found["train_seconds"] + 2 * found["evaluation_seconds"] > 0
     assert found["seconds_per_step"] * 4 == pytest.approx(found["train_seconds"])
     assert 0 <= found["peak_memory_bytes"] < found["needed_memory_bytes"] < found["memory_limit_bytes"]
+
+
+@pytest.mark.parametrize("objective", TASKS)
+def test_a_measured_check_of_a_head_asks_it_to_write_nothing(objective, tmp_path):
+    made = recipe(tmp_path, "llama", objective)
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
+    assert tunesmith.check(made, measure=True)["forecast"]["evaluation_seconds"] > 0
 
 
 def test_a_check_for_a_smaller_machine_fails_with_what_is_missing(tmp_path, capsys):

@@ -55,3 +55,19 @@ def test_plain_text_is_read_in_the_words_that_were_learnt(tmp_path, by, labels):
     (tmp_path / "new.jsonl").write_text('{"tokens": ["Lee", "left"]}\n')
     (said,) = tunesmith.predict(found["model_dir"], tmp_path / "new.jsonl")
     assert len(said["tags"]) == 2
+
+
+def test_a_context_whose_first_word_is_no_token_costs_no_row(tmp_path):
+    """Tokenizers of bert drop what cannot be seen. The answer that a row is tried with must not be such a word."""
+    from tokenizers import Tokenizer, normalizers
+
+    made = recipe(tmp_path, "bert", "qa", max_steps=1)
+    file = tmp_path / "model-bert" / "tokenizer.json"
+    backend = Tokenizer.from_file(str(file))
+    backend.normalizer = normalizers.Replace("\u200b", "")
+    backend.save(str(file))
+    found = tunesmith.train(made, out=tmp_path / "run")
+    row = {"question": "which?", "context": "\u200b the answer is here"}
+    (tmp_path / "new.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "context": "Paris"}) + "\n")
+    said = list(tunesmith.predict(found["model_dir"], tmp_path / "new.jsonl"))
+    assert len(said) == 2 and all("answer" in one for one in said)

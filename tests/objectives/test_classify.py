@@ -131,7 +131,7 @@ def test_the_padding_token_never_ends_a_row(eos_is_pad, tmp_path):
     tokenizer = tiny_tokenizer("chatml", pad_is_eos=eos_is_pad)
     from tunesmith.data import texts
 
-    texts.own_padding(tokenizer)
+    texts.own_padding(tokenizer, len(tokenizer))
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
@@ -140,6 +140,7 @@ HOW = {
     "full": ("classify", "full", {}),
     "mean": ({"type": "classify", "pooling": "mean"}, "full", {}),
     "lora": ("classify", {"type": "lora", "r": 4, "lora_dropout": 0.3}, {}),
+    "prompt": ({"type": "classify", "pooling": "mean"}, {"type": "prompt", "num_virtual_tokens": 3}, {}),
     "dropout": ("classify", "full", {"hidden_dropout_prob": 0.2}),
 }
 

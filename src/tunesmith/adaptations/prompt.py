@@ -71,6 +71,7 @@ class Adaptation:
             task_type=TASK[head],
             modules_to_save=heads.new_parts(model, head) or None,
             num_virtual_tokens=tokens,
+            token_dim=model.get_input_embeddings().weight.shape[1],  # albert's words are narrower than its layers
             prompt_tuning_init=kind,
             prompt_tuning_init_text=text,
         )

@@ -41,6 +41,7 @@ def chat(
     say(f"loading {model}")
     several = load_adapters(model, named) if named else None
     pair = load(model) if several is None else (several.model, several.tokenizer)
+    engine.check_writes(pair[0])
     if not pair[1].chat_template:
         raise UserError(f"{model} has no chat template, so it knows no turns. Use `tunesmith generate {model} --prompt ...`.")
     say(_HELP)

@@ -16,6 +16,9 @@ from tunesmith.errors import ModelError
 PAIR_TEMPLATE = "{text}\n\n{text_pair}"
 """How two texts become one for a network without a separator token."""
 
+NO_TEXT = ("\u00ff", "\u00fe", "\u00f7")
+"""What byte-level vocabularies call the bytes FF, FE and F7, which UTF-8 never has."""
+
 Example = dict[str, np.ndarray]
 
 
@@ -60,23 +63,35 @@ def ending(tokenizer: Any) -> tuple[int, ...]:
     return () if start is None else tuple(whole[start + len(plain) :])
 
 
-def own_padding(tokenizer: Any) -> str:
-    """Give ``tokenizer`` a padding token that never ends a row, and return it.
+def own_padding(tokenizer: Any, rows: int | None) -> str:
+    """Give ``tokenizer`` a padding token that never ends a row, and return it. ``rows``: of the embedding, which must hold it.
 
     transformers' decoder classes take the last token that is not the padding one for a row's end. Where padding is also the
-    end of text, or is missing, another special token stands in: one that this tokenizer writes nowhere by itself.
+    end of text, or is missing, another special token stands in: one that this tokenizer writes nowhere by itself. Where there
+    is none (gpt2's) it is the token of a byte that no text has.
     """
+    from tokenizers import AddedToken
+
     written = {*tokenizer("a")["input_ids"], tokenizer.eos_token_id, tokenizer.bos_token_id}
+    vocabulary = tokenizer.get_vocab()
     specials = [
         tokenizer.pad_token,
         tokenizer.unk_token,
         *(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special),
     ]
     for token in specials:
-        if token is not None and tokenizer.convert_tokens_to_ids(token) not in written:
+        number = vocabulary.get(token)
+        if number is not None and number not in written and (rows is None or number < rows):
             tokenizer.pad_token = token
             return str(token)
+    for token in NO_TEXT:
+        number = vocabulary.get(token)
+        if number is not None and tokenizer.decode([number]) == "\ufffd" and (rows is None or number < rows):
+            # a letter of this name stays text, as in Ha\u00ff: only where it stands alone it is the token
+            tokenizer.add_special_tokens({"pad_token": AddedToken(token, single_word=True, normalized=False, special=True)})
+            return token
     raise ModelError(
-        "the tokenizer has no special token that could be padding: they begin or end a row, where a stock model would take "
-        "it for text.\n  Add one to the recipe: add_tokens: [<pad>], and name it pad_token in the tokenizer's own files."
+        "the tokenizer has no token that could be padding: its special tokens begin or end a row, where a stock model would take "
+        "padding for text, or have no row in the embedding.\n  Take another model, or a copy of this one whose tokenizer has a "
+        "pad_token of its own in the embedding."
     )

@@ -368,7 +368,7 @@ def _evaluation_seconds(job: Job, ready: setup.Setup, chosen: route.Route) -> fl
     if data is None:
         return 0.0
     seconds = _forward_seconds(job, data, np.arange(len(data)))
-    asked = samples.prompts(ready.recipe.samples, data, ready.tokenizer)
+    asked = samples.prompts(ready.recipe.samples, data, ready.tokenizer) if ready.objective.head == "lm" else []
     if asked:
         started = time.perf_counter()
         with route.plain_attention(job.model, chosen):

@@ -87,7 +87,8 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
     _check_compile(recipe.train, device, numbers.compute)
-    parameters, kept = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
+    shape = newhead.outlined(config, objective.head_config())
+    parameters, kept = _parameters(recipe, folder, shape, objective, adaptation, new_tokens, tokenizer)
     window = window_of(config, parameters["virtual_tokens"])
     objective.adopt(config, tokenizer, recipe.train.max_length or window)
     for line in adaptation.notes:

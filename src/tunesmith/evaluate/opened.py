@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from tunesmith.data.config import Source, idle
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import DataError, ModelError, RecipeError
 
 OBJECTIVE_OF = {"lm": "sft", "score": "classify", "token": "tag", "span": "qa"}
 """What a head was trained for, where the model does not say."""
@@ -76,7 +76,10 @@ def open_model(
         fitting = ", ".join(one for one in objectives.names() if objectives.module(one).Objective.head == kind)
         is_a, needs = type(head.base(network)).__name__, heads.CLASSES[chosen.head].removeprefix("AutoModel")
         raise ModelError(f"{name} needs a {needs}, and this model is a {is_a}.\n  It goes with: {fitting}.")
-    chosen.adopt(config, tokenizer, max_length or window_of(config, virtual.count(network)))
+    window = window_of(config, virtual.count(network))
+    if max_length is not None and window is not None and max_length > window:
+        raise DataError(f"max_length {max_length} is above the model's window of {window} tokens. Take at most {window}.")
+    chosen.adopt(config, tokenizer, max_length or window)
     if chosen.reference is not None:
         raise ModelError(
             f"{name} is measured against the model before its first step, which only a run has: its metrics.jsonl and "

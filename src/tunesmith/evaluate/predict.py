@@ -135,6 +135,8 @@ def _tried(items: list[Any], chosen: Any, longest: int | None) -> list[Any]:
     encoded = [chosen.objective.encode([_answered(_ranked(row), known)], chosen.tokenizer)[0][0] for _, row in items[:16]]
     shortest = sorted(encoded, key=lambda one: len(one["input_ids"]))[:2]
     for one in shortest:
+        if "span" in one:  # of a question that there is none: a word of the context need not be a token
+            one["span"] = one["null"].repeat(2)
         _cut(one, longest)
     return shortest
 
@@ -152,8 +154,7 @@ def _answered(row: Any, known: dict[str, Any]) -> Any:
     if isinstance(row, Tagged):
         return replace(row, tags=(name,) * len(row.words))
     if isinstance(row, Question):
-        word = row.context.split()[0]
-        return replace(row, answers=((word, row.context.index(word)),))
+        return without_gold(row)
     if isinstance(row, Ranking):
         other = "-" if isinstance(row.prompt, str) else ({"role": "assistant", "content": "-"},)
         both: Any = (row.answers[0], other)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -121,7 +122,8 @@ def _output(module: Any) -> Callable[..., Any] | None:
 
 def _embeddings(module: Any) -> Callable[..., Any] | None:
     names = ("word_embeddings", "position_embeddings", "token_type_embeddings", "dropout")
-    if not _is_norm(getattr(module, "LayerNorm", None)) or not all(hasattr(module, name) for name in names):
+    known = all(isinstance(getattr(module, name, None), nn.Module) for name in names)  # deberta-v2 has None for some
+    if not _is_norm(getattr(module, "LayerNorm", None)) or not known or "mask" in signature(type(module).forward).parameters:
         return None
 
     def forward(

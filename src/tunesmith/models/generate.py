@@ -286,15 +286,20 @@ def _prompt_ids(prompt: Any, tokenizer: Any, system: str | None, plain: bool) ->
     return prompt_ids(Text(prompt) if plain else prompt, tokenizer, system=system)
 
 
-def _pair(model: Any) -> tuple[Any, Any]:
+def check_writes(model: Any) -> None:
+    """Raise ModelError for a model with another head than that of a language model."""
     from tunesmith.models import head, heads
-    from tunesmith.models.load import load
 
-    found = model if isinstance(model, tuple) else load(model)
-    kind = type(head.base(found[0])).__name__
+    kind = type(head.base(model)).__name__
     if heads.kind_of(kind) != "lm":
         raise ModelError(
             f"this model is a {kind}: it judges texts and writes none.\n  Use tunesmith predict (score for a reward model)."
         )
-    pair: tuple[Any, Any] = found
+
+
+def _pair(model: Any) -> tuple[Any, Any]:
+    from tunesmith.models.load import load
+
+    pair: tuple[Any, Any] = model if isinstance(model, tuple) else load(model)
+    check_writes(pair[0])
     return pair

@@ -29,6 +29,13 @@ CLASSES = {
 ENDS = {"score": "ForSequenceClassification", "token": "ForTokenClassification", "span": "ForQuestionAnswering"}
 
 
+MIXING = {"convbert", "fnet", "funnel", "canine", "nystromformer", "yoso", "mra"}
+"""Encoders in which padding reaches the words beside it."""
+
+KNOWN = {*head.NEW_HEADS, "pre_classifier", "pooler", "head", "dropout", "drop"}
+"""Layers that may stand between a body and the logits."""
+
+
 def auto_class(kind: str) -> Any:
     """transformers' class that loads a network with the head ``kind``."""
     import transformers
@@ -58,11 +65,36 @@ def require_class(config: Any, kind: str) -> None:
             f"{config.model_type} is an encoder: each of its tokens sees those after it, so there is nothing to predict for this "
             "objective.\n  Take a decoder such as smollm2-135m, or objective: classify, tag or qa."
         )
+    if kind != "lm" and getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{config.model_type} is an encoder with a decoder behind it: where a row would be read is not known here.\n"
+            "  Take an encoder such as bert, or a decoder such as smollm2-135m."
+        )
+    mixes = config.model_type in MIXING or (getattr(config, "conv_kernel_size", None) or 0) > 0
+    if kind != "lm" and mixes and not is_causal(config):
+        raise ModelError(
+            f"{config.model_type} reads padding beside a row (a convolution, or sums over all places), so what it says of a row "
+            "would depend on the others of its batch.\n  Take another encoder, such as bert."
+        )
     maps = getattr(config, "auto_map", None) or {}
     if type(config) not in known and CLASSES[kind] not in maps:
         raise ModelError(
             f"transformers has no {CLASSES[kind].removeprefix('AutoModel')} for {config.model_type}, which is needed here.\n"
             "  Take another model."
+        )
+
+
+def check_parts(model: Any) -> None:
+    """Raise ModelError for a head that is made of other layers than those that are known here."""
+    if kind_of(type(model).__name__) == "lm":
+        return
+    body = model.base_model
+    strange = sorted({name for name, child in model.named_children() if child is not body} - KNOWN)
+    if strange or body is model or _output(model) is None:
+        found = f"has {' and '.join(strange)}" if strange else "has no output layer that is known"
+        raise ModelError(
+            f"the head of {type(model).__name__} {found}: what it does is not known here.\n"
+            "  Take another model: bert, roberta, deberta-v2, electra, distilbert, mpnet, albert, modernbert, or a decoder."
         )
 
 
@@ -74,8 +106,9 @@ def is_causal(config: Any) -> bool:
 
 
 def pooling(config: Any) -> str | None:
-    """``mean`` where the outputs of all tokens are averaged, None where one token stands for its row, as transformers does it."""
-    return (getattr(config, "tunesmith", None) or {}).get("pooling")
+    """``mean`` where the outputs of all tokens are averaged (ours, or modernbert's own), None where one stands for its row."""
+    ours = (getattr(config, "tunesmith", None) or {}).get("pooling")
+    return "mean" if "mean" in (ours, getattr(config, "classifier_pooling", None)) else None
 
 
 def parts(model: Any, kind: str) -> list[str]:
@@ -114,7 +147,7 @@ def token_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return _exact(head.base(model)(**head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]])
     inner, hidden = head.base(model), head.outputs_at(model, batch)
     with _one_by_one(model, batch["places"]):
-        return _exact(_output(inner)(inner.dropout(hidden)))
+        return _exact(_output(inner)(_dropped(inner, hidden)))
 
 
 def span_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,10 +157,8 @@ def span_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.
         places = batch["positions"]
         return _exact(found.start_logits.flatten()[places]), _exact(found.end_logits.flatten()[places])
     inner, hidden = head.base(model), head.outputs_at(model, batch)
-    if isinstance(dropout := getattr(inner, "dropout", None), nn.Module):
-        with _one_by_one(model, batch["places"]):
-            hidden = dropout(hidden)
-    start, end = inner.qa_outputs(hidden).split(1, dim=-1)
+    with _one_by_one(model, batch["places"]):
+        start, end = _output(inner)(_dropped(inner, hidden)).split(1, dim=-1)
     return _exact(start.squeeze(-1)), _exact(end.squeeze(-1))
 
 
@@ -142,10 +173,12 @@ def _scores(inner: Any, hidden: torch.Tensor, mean: bool) -> torch.Tensor:
         return layer(hidden.unsqueeze(1))
     if hasattr(inner, "pre_classifier"):  # distilbert
         hidden = torch.relu(inner.pre_classifier(hidden))
-    elif not mean and isinstance(pooler := getattr(inner.base_model, "pooler", None), nn.Module):
-        hidden = pooler(hidden.unsqueeze(1))
-    if isinstance(dropout := getattr(inner, "dropout", None), nn.Module):
-        hidden = dropout(hidden)
+    elif not mean and (pooler := _pooler(inner)) is not None:
+        if _plain_type(pooler) == "Linear":  # albert
+            hidden = inner.base_model.pooler_activation(pooler(hidden))
+        else:
+            hidden = pooler(hidden.unsqueeze(1))
+    hidden = _dropped(inner, hidden)
     return _in_full(layer, hidden) if inner.config.num_labels == 1 else layer(hidden)
 
 
@@ -159,8 +192,21 @@ def _in_full(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     return torch.func.functional_call(layer, weights, (hidden.to(exact),))
 
 
+def _pooler(inner: Any) -> Any:
+    """The body's, or deberta's, which stands beside the body; or None."""
+    return next((one for of in (inner, inner.base_model) if isinstance(one := getattr(of, "pooler", None), nn.Module)), None)
+
+
+def _dropped(inner: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """``hidden`` as the output layer gets it: through modernbert's head, and dropout."""
+    for name in ("head", "drop", "dropout"):
+        if isinstance(layer := getattr(inner, name, None), nn.Module):
+            hidden = layer(hidden)
+    return hidden
+
+
 def _output(inner: Any) -> Any:
-    return next(layer for name in head.NEW_HEADS if isinstance(layer := getattr(inner, name, None), nn.Module))
+    return next((layer for name in head.NEW_HEADS if isinstance(layer := getattr(inner, name, None), nn.Module)), None)
 
 
 def _plain_type(layer: Any) -> str:

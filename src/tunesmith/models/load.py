@@ -334,11 +334,13 @@ def attached(folder: Folder, model: Any, trainable: bool, name: str = "default")
 
 
 def _strict(path: Path, network: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    missing = list(missing)
     parts = [f"{kind}: {_some(sorted(names))}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
     if parts:
         raise ModelError(
             f"the weights in {path} are not those of {network}.\n  " + "\n  ".join(parts) + "\n"
-            "  Nothing was loaded: with tensors missing the model would be another one. Copy or download the folder again."
+            f"  Nothing was loaded: with{' tensors missing' if missing else 'out these'} the model would be another one. "
+            "Copy or download the folder again."
         )
 
 

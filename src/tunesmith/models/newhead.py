@@ -7,6 +7,7 @@ Here the names are translated, and a tensor of the body that is missing is an er
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 OTHER_HEADS = (
     "lm_head", "cls", "predictions", "score", "classifier", "qa_outputs", "pre_classifier", "vocab_transform", "vocab_projector",
     "vocab_layer_norm", "discriminator_predictions", "generator_predictions", "generator_lm_head", "embed_out",
+    "decoder", "head", "lm_predictions", "mask_predictions", "sop_classifier",
 )  # fmt: skip
 """What checkpoints call the layers that stand on a body."""
 
@@ -124,6 +126,15 @@ def draw(model: Any, head: str) -> None:
                 model._init_weights(layer)
 
 
+def outlined(config: Any, head_config: Mapping[str, Any]) -> Any:
+    """``config`` with what is known of a head before its labels are (its pooling); a copy, for the config says what was saved."""
+    if not head_config:
+        return config
+    outline = copy.deepcopy(config)
+    outline.tunesmith = {**(getattr(config, "tunesmith", None) or {}), **head_config["tunesmith"]}
+    return outline
+
+
 def _renamed(folder: Folder, config: Any, head: str) -> dict[str, str]:
     """{pattern: prefix} where the checkpoint has the body under another name than the class does."""
     import torch
@@ -163,11 +174,17 @@ def settle(
 
 
 def fitted(model: Any) -> Any:
-    """``model`` without the pooler where the outputs of all tokens are averaged: nothing reads it then."""
+    """``model`` without the pooler where the outputs of all tokens are averaged: nothing reads it then.
+
+    Raises ModelError for a head that is not known.
+    """
     from tunesmith.models import heads
 
-    if heads.pooling(model.config) == "mean" and getattr(model.base_model, "pooler", None) is not None:
-        model.base_model.pooler = None
+    heads.check_parts(model)
+    if heads.pooling(model.config) == "mean":
+        for owner in (model, model.base_model):
+            if getattr(owner, "pooler", None) is not None:
+                owner.pooler = None
     return model
 
 
@@ -192,7 +209,7 @@ def stock_refuses(network: Any, folder: Folder) -> str | None:
     from tunesmith.models import heads, load
 
     kind = heads.kind_of(type(network).__name__)
-    if kind == "lm" or heads.pooling(network.config) == "mean":
+    if kind == "lm" or (getattr(network.config, "tunesmith", None) or {}).get("pooling") == "mean":
         return None
     stored = load.load_config(folder)
     if _renamed(folder, stored, kind):

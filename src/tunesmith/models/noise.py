@@ -20,6 +20,8 @@ from torch import nn
 
 from tunesmith.models import head, kernels, virtual
 
+QUERIES = {"q", "query", "query_proj", "in_proj"}
+"""Layers by which a module is known for the attention itself: what it drops, but for its outputs, has no tokens of a row."""
 CHUNK = 1 << 22
 """Numbers drawn at a time where there is no C: the hash needs 8 bytes for each."""
 _installed: WeakKeyDictionary[nn.Module, RowNoise] = WeakKeyDictionary()
@@ -217,4 +219,9 @@ def _no_attention_dropout(model: nn.Module) -> list[str]:
         if isinstance(inner, nn.Dropout) and inner.p > 0:
             found.add(inner.p)
             inner.p = 0.0
+        children = dict(module.named_children())
+        for name, child in children.items() if QUERIES & children.keys() else ():
+            if isinstance(child, nn.Dropout) and child.p > 0 and not name.startswith("out"):
+                found.add(child.p)
+                child.p = 0.0
     return [f"the model's dropout of attention probabilities ({rate:g}) is off" for rate in sorted(found)]

@@ -314,10 +314,10 @@ def _shape(config: Any, core: Any) -> list[int]:
     """(virtual, numbers of each) on the network ``core``, whatever the adapter's own config says of layers and widths."""
     text = core.config.get_text_config()
     kind = getattr(config.peft_type, "value", config.peft_type)
-    width = int(text.hidden_size)
+    width = int(core.get_input_embeddings().weight.shape[1])
     if kind == PREFIX:
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        each = getattr(text, "head_dim", None) or width // text.num_attention_heads
+        each = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         width = 2 * text.num_hidden_layers * heads * each
     return [config.num_virtual_tokens, width]
 

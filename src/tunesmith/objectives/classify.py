@@ -65,6 +65,7 @@ class Objective:
         self._ending: tuple[int, ...] = ()
         self._pad: int | None = None
         self._pooling: str | None = config.pooling
+        self._averages = False
         self._template = texts.PAIR_TEMPLATE
         self._weights: np.ndarray | None = None
         self._saved: dict[str, Any] = {}
@@ -95,7 +96,7 @@ class Objective:
         self._ending = texts.ending(tokenizer)
         ours = getattr(config, "tunesmith", None) or {}
         if self._causal:
-            texts.own_padding(tokenizer)
+            texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
             self._pad = tokenizer.pad_token_id
         if ours.get("objective") == "classify" or heads.kind_of((config.architectures or [""])[0]) == "score":
             self._saved = {
@@ -105,6 +106,7 @@ class Objective:
             self.threshold = float(ours.get("threshold", 0.5))
             self._pooling = self._pooling or ours.get("pooling")
             self._template = ours.get("pair_template", self._template)
+        self._averages = "mean" in (self._pooling, heads.pooling(config))
         if self._pooling == "mean":
             self.notes.append(
                 "pooling: mean is tunesmith's own and saved as such: load, evaluate and predict open it; transformers' own class "
@@ -247,7 +249,7 @@ class Objective:
         if self._ending:
             examples = [self._closed(example) for example in examples]
         lengths = [len(example["input_ids"]) for example in examples]
-        if self._pooling == "mean":
+        if self._averages:
             read = [np.arange(length) for length in lengths]
         else:
             read = [np.array([length - 1 if self._causal else 0]) for length in lengths]

@@ -70,7 +70,7 @@ class Objective:
             )
         self.max_length = max_length
         ours = self._ours = getattr(config, "tunesmith", None) or {}
-        texts.own_padding(tokenizer)
+        texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
         self._pad = tokenizer.pad_token_id
         self._saved = ours.get("objective") == "reward" or (
             heads.kind_of((config.architectures or [""])[0]) == "score" and config.num_labels == 1

@@ -1,0 +1,104 @@
+"""Encoders beside bert's family: padded where they cannot be packed, with their own heads, or refused by name before any step."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, pipeline
+
+import tunesmith
+from tests.runs import recipe
+from tests.tiny import ENCODER, encoder_tokenizer
+from tunesmith.cli.main import main
+from tunesmith.data import pack
+from tunesmith.models import heads, noise
+
+SIZES = {name: ENCODER[name] for name in ENCODER if not name.endswith("prob")}  # with dropout, as published
+CONFIGS = {
+    "deberta-v2": {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
+    "deberta": {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "mpnet": {**SIZES, "pad_token_id": 1, "max_position_embeddings": 130, "bos_token_id": 0, "eos_token_id": 2},
+    "albert": {**SIZES, "embedding_size": 16, "attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1},
+    "modernbert": {**SIZES, "attention_dropout": 0.1, "mlp_dropout": 0.1, "classifier_dropout": 0.1, "classifier_pooling": "mean",
+                   "bos_token_id": 3, "eos_token_id": 4, "cls_token_id": 3, "sep_token_id": 4},
+}  # fmt: skip
+REFUSED = {
+    "convbert": {**SIZES, "embedding_size": 32, "head_ratio": 2, "conv_kernel_size": 3},
+    "deberta-v2": {**CONFIGS["deberta-v2"], "conv_kernel_size": 3},
+    "bart": {"vocab_size": 512, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32,
+             "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+    "xlnet": {"vocab_size": 512, "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32},
+}  # fmt: skip
+
+
+def run(tmp_path, name, objective, values, kind=AutoModelForMaskedLM):
+    """A recipe on a model as it is published, with the head that it learnt to read with."""
+    torch.manual_seed(0)
+    folder = tmp_path / f"model-{name}"
+    kind.from_config(AutoConfig.for_model(name, **values)).save_pretrained(folder)
+    encoder_tokenizer("roberta").save_pretrained(folder)
+    return recipe(tmp_path, name, objective, "full", max_steps=2)
+
+
+@pytest.mark.parametrize("objective", ["classify", "tag", "qa"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_they_are_trained(name, objective, tmp_path):
+    made = run(tmp_path, name, objective, CONFIGS[name])
+    whole = tunesmith.train(made, out=tmp_path / "whole")
+    said = list(tunesmith.predict(whole["model_dir"], tmp_path / "rows.jsonl", precision="fp32"))
+    assert len(said) == 12 and not any("error" in one for one in said)
+    if objective == "classify":
+        stock = pipeline("text-classification", model=whole["model_dir"], batch_size=2)
+        texts = [json.loads(line)["text"] for line in Path(tmp_path / "rows.jsonl").read_text().splitlines()]
+        assert [one["score"] for one in stock(texts)] == pytest.approx([one["score"] for one in said], abs=1e-5)
+
+
+def test_virtual_tokens_are_as_wide_as_words(tmp_path):
+    """albert's words are narrower than its layers."""
+    made = {**run(tmp_path, "albert", "tag", CONFIGS["albert"]), "adaptation": {"type": "prompt", "num_virtual_tokens": 2}}
+    found = tunesmith.train(made, out=tmp_path / "run")
+    assert not any("error" in one for one in tunesmith.predict(found["model_dir"], tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("kind", ["score", "token", "span"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_their_heads_say_what_transformers_own_say(name, kind):
+    torch.manual_seed(0)
+    network = heads.auto_class(kind).from_config(AutoConfig.for_model(name, **CONFIGS[name])).eval()
+    rows = [{"input_ids": np.arange(5, 5 + length).astype(np.int32)} for length in (7, 3)]
+    one = kind == "score" and heads.pooling(network.config) is None
+    batch = pack.of_rows(rows, False, [np.array([0]) if one else np.arange(len(row["input_ids"])) for row in rows])
+    with torch.no_grad():
+        expected = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        if kind == "score":
+            pairs = [(heads.score_logits(network, batch), expected.logits)]
+        elif kind == "token":
+            pairs = [(heads.token_logits(network, batch), expected.logits.flatten(0, 1)[batch["positions"]])]
+        else:
+            both = (expected.start_logits, expected.end_logits)
+            pairs = list(zip(heads.span_logits(network, batch), [one.flatten()[batch["positions"]] for one in both], strict=True))
+    assert all(float((ours - theirs).abs().max()) <= 1e-5 for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_attention_drops_is_off_and_the_rest_is_drawn_by_row(name):
+    network = heads.auto_class("token").from_config(AutoConfig.for_model(name, **CONFIGS[name]))
+    drawn, said = noise.install(network, 0)
+    assert drawn.layers and any("attention probabilities (0.1) is off" in line for line in said)
+    drawn.rows, drawn.lengths, drawn.packed = [0, 1], [6, 4], False
+    ids, mask = torch.arange(5, 17).view(2, 6), torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
+    network.train()
+    once, again = (network(input_ids=ids, attention_mask=mask).logits for _ in range(2))
+    assert once.equal(again) and not once.equal(network.eval()(input_ids=ids, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_others_are_refused_by_name(name, tmp_path, capsys):
+    made = run(tmp_path, name, "classify", REFUSED[name], AutoModel)
+    (tmp_path / "r.json").write_text(json.dumps(made))
+    assert main(["train", str(tmp_path / "r.json"), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "not known here" in said or "reads padding" in said
+    assert "XLNetForSequenceClassification" in said or f"{name} " in said
