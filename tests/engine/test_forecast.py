@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,14 +165,18 @@ def line(heaviest, per_token, pending=0):
     return forecast.Memory(forecast.Pass(heaviest, 1.0, 10_000 + int(heaviest * per_token)), per_token, pending)
 
 
+def one_row_of(tokens):
+    """A plan and an objective, as far as a budget wants to know of them."""
+    data = SimpleNamespace(sizes=lambda rows, packed, shared: (np.array([tokens]), np.array([1])))
+    return SimpleNamespace(data=data), SimpleNamespace(shared=False)
+
+
 def test_auto_takes_what_fits_and_counts_the_optimiser(tmp_path, monkeypatch):
     """Measured: 10,000 bytes and 10 a token; 1,000 bytes to come. Of 20,000 bytes nine tenths may be used: 700 tokens."""
     job = type("J", (), {})()
     job.budget, job.packed = 2048, True
     job.model, job.update = torch.nn.Linear(4, 4), type("U", (), {"masters": type("M", (), {"size": 20})()})()
-    sizes = lambda self, rows, packed, shared: (np.array([300]), np.array([1]))  # noqa: E731
-    job.plan = type("P", (), {"data": type("D", (), {"sizes": sizes})()})()
-    job.objective = type("O", (), {"shared": False})()
+    job.plan, job.objective = one_row_of(300)
     job.config = type("C", (), {"gradient_checkpointing": False})()
     job.device = torch.device("cpu")
     monkeypatch.setattr(forecast, "measure_memory", lambda job, limit: line(job.budget, 10.0, 1000))
@@ -206,8 +211,8 @@ def test_processes_agree_on_one_budget(tmp_path, monkeypatch):
         return [*records, records[0] - 7] if not isinstance(records[0], bool) else records
 
     job = type("J", (), {})()
-    job.budget, job.device = 2048, torch.device("cpu")
-    job.plan = type("P", (), {"data": type("D", (), {"lengths": torch.tensor([100])})()})()
+    job.budget, job.device, job.packed = 2048, torch.device("cpu"), True
+    job.plan, job.objective = one_row_of(100)
     monkeypatch.setattr(forecast.distributed, "gather", gather)
     monkeypatch.setattr(forecast, "measure_memory", lambda job, limit: line(job.budget, 10.0))
     forecast.settle(job, automatic=True, limit=10**9)
