@@ -144,3 +144,17 @@ def as_number(label: str | float) -> float | None:
     except ValueError:
         return None
     return value if abs(value) <= LARGEST else None
+
+
+def told(problem: str, names: Sequence[str], found: Survey) -> list[str]:
+    """What is said of the labels before training: how many, the most frequent one, and those that no row has."""
+    said = []
+    if found.rows and problem == SINGLE:
+        common, count = found.counts.most_common(1)[0]
+        said.append(f"labels: {len(names)} classes; the most frequent is {common!r} ({count / found.rows:.1%} of the rows)")
+    elif found.rows and problem == MULTI:
+        said.append(f"labels: {len(names)}, {sum(found.counts.values()) / found.rows:.2f} on a row")
+    if never := [name for name in names if not found.counts[name]]:
+        more = f" and {len(never) - 10} more" if len(never) > 10 else ""
+        said.append(f"labels that no training row has, of which little is learnt: {', '.join(never[:10])}{more}")
+    return said

@@ -53,7 +53,8 @@ class SplitReport:
 
     def line(self) -> str:
         """The figures in one line; what did not happen is not mentioned."""
-        parts = [f"{self.examples} examples of {self.rows} rows, {self.tokens} tokens, {self.supervised_tokens} learnt"]
+        learnt = f", {self.supervised_tokens} learnt" if self.supervised_tokens != self.examples else ""  # else rows are
+        parts = [f"{self.examples} examples of {self.rows} rows, {self.tokens} tokens{learnt}"]
         if self.unlearnable:
             parts.append(f"{self.unlearnable} with nothing to learn dropped")
         if self.overlong["rows"]:

@@ -145,16 +145,7 @@ class Objective:
         if problem != SINGLE and self.config.label_smoothing:
             raise RecipeError(f"objective.label_smoothing goes with one class of several, and this is {problem}. Leave it out.")
         self._weigh(found)
-        if found.rows and problem == SINGLE:
-            common, count = found.counts.most_common(1)[0]
-            self.notes.append(
-                f"labels: {len(names)} classes; the most frequent is {common!r} ({count / found.rows:.1%} of the rows)"
-            )
-        elif found.rows and problem == MULTI:
-            self.notes.append(f"labels: {len(names)}, {sum(found.counts.values()) / found.rows:.2f} on a row")
-        if never := [name for name in names if not found.counts[name]]:
-            more = f" and {len(never) - 10} more" if len(never) > 10 else ""
-            self.notes.append(f"labels that no training row has, of which little is learnt: {', '.join(never[:10])}{more}")
+        self.notes += labels.told(problem, names, found)
 
     def _weigh(self, found: Survey | None) -> None:
         """Weights of the classes. ``balanced``: rows / (classes * rows of the class), whose mean over the rows is 1; with several
