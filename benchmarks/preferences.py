@@ -7,9 +7,10 @@
 
 Every run is a fresh process: SmolLM2-135M with LoRA, both sides with the same rows, rank, rate, schedule, length and batches of 8.
 ``speed`` trains on the same rows in turn and gives the ratio of each pair; TRL runs with one row in a micro-batch (its
-setting of eight rows of like length cannot be had: transformers groups by `input_ids`, which its rows of pairs lack) and leaves out
-rows whose prompt alone is too long, 1 of these 24, which are counted as done. For DPO both
-sides count their pass of the reference. Rows decide: a row is the same work to either side, however often it reads the prompt.
+setting of eight rows of like length cannot be had: transformers groups by `input_ids`, which its rows of pairs lack). For DPO both
+sides count their pass of the reference. Rows decide: a row is the same work to either side, however often it reads the prompt. None of
+the 24 is longer than ``max_length``. Of the 240 of ``quality`` some are: TRL's reward trainer leaves them out, its DPO cuts answers from
+the right; here the prompt is cut from the left.
 ``quality``: the saved adapters of both sides are read by one plain scorer (transformers and peft in fp32, row by row). The held-out
 pairs are the last 60 of the file; two of these stand among the first 240 too, so they change places with pairs that do not.
 The peer is run by ``bench/peers.py`` of the shared folder ($TUNESMITH_SHARED, by default the folder ``shared`` beside the checkout).
@@ -44,7 +45,7 @@ ASKED = {"dpo": 3.5, "reward": 2.5}
 """Times the peer's rows a second that the project asks for."""
 
 LORA = {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-MODEL = "smollm2-135m"
+MODEL, LENGTH = "smollm2-135m", 2048
 TRAIN, SEEDS, SPEED_ROWS, ROUNDS = 240, 3, 24, 3
 
 
@@ -87,7 +88,7 @@ def ours(task: str, data: Path, rows: int, seed: int, out: Path) -> dict[str, An
         "train": {
             "learning_rate": TASKS[task],
             "batch_size": 8,
-            "max_length": 1024,
+            "max_length": LENGTH,
             "eval_steps": None,
             "save_steps": None,
         },
@@ -123,7 +124,7 @@ def one_run(task: str, side: str, data: Path, rows: int, seed: int, out: Path) -
 
     found = fresh(
         str(SHARED / "bench" / "peers.py"), task, "--setting", "tuned-1", "--model", str(locate(MODEL).path), "--data", str(data),
-        "--rows", str(rows), "--save", str(out),
+        "--rows", str(rows), "--max-length", str(LENGTH), "--save", str(out),
     )  # fmt: skip
     seconds = found["seconds"] + (found["construct_seconds"] if task == "dpo" else 0.0)
     return {
