@@ -210,6 +210,7 @@ def speed(task: str, rounds: int, known: dict[str, Any], keep: Any) -> None:
     def run(side: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
             found = one_run(task, side, data, rows, 0, Path(place) / "out")
+        del found["model"]
         print(f"{task} {side}: {found['rows_per_second']:.3f} rows/s, {found['seconds']:.1f} s", file=sys.stderr)
         return found
 

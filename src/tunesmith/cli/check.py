@@ -150,10 +150,9 @@ def _keys(part: Mapping[str, Any]) -> str:
 def _split(split: Mapping[str, Any]) -> list[str]:
     """The counts of the training or held-out rows, and whatever a person should look at."""
     learnt, lengths, overlong = split["supervised_tokens"], split["histogram"], split["overlong"]
-    share = f"{learnt:,} learnt ({learnt / max(1, split['tokens']):.1%})"
-    out = [
-        f"{split['rows']:,} rows, {split['tokens']:,} tokens, {share}; median {lengths['median']:g}, longest {lengths['max']:,}"
-    ]
+    by_row = learnt == split["examples"]  # rows are learnt, not tokens
+    share = "" if by_row else f", {learnt:,} learnt ({learnt / max(1, split['tokens']):.1%})"
+    out = [f"{split['rows']:,} rows, {split['tokens']:,} tokens{share}; median {lengths['median']:g}, longest {lengths['max']:,}"]
     if split["unlearnable"]:
         out.append(f"  {split['unlearnable']:,} rows have nothing to learn, the first: {', '.join(split['unlearnable_first'])}")
     if overlong["rows"]:

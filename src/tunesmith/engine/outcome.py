@@ -95,6 +95,7 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
         "stopped": stopped,
         "verdict": found.as_dict() if found else None,
         "samples": _before_and_after(run, at),
+        "objective": run.setup.recipe.resolved()["objective"]["type"],
         "writes": run.setup.objective.head == "lm",
     }
     if merged := plain.copy(run):

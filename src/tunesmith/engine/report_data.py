@@ -66,6 +66,8 @@ def _split(split: dict[str, Any]) -> dict[str, str]:
     for key, value in split.items():
         if key in ("histogram", "overlong", "unlearnable_first"):
             continue
+        if key == "supervised_tokens" and value == split.get("examples"):
+            continue  # rows are learnt, not tokens
         name = {"supervised_tokens": "tokens learnt", "unlearnable": "nothing to learn"}.get(key, key.replace("_", " "))
         out[name] = shown(key, value)
         if key == "supervised_tokens" and figures.is_number(value) and figures.is_number(split.get("tokens")):

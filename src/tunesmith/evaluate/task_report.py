@@ -184,7 +184,8 @@ def _mistake(mistake: Mapping[str, Any]) -> str:
             inner = marked if is_typed else f"<b>{inner}</b>\n{marked}"  # an answer is repeated above its place
         elif key == "prediction" and mistake.get("probabilities"):
             inner += f'\n<span class="soft">{_likely(mistake["probabilities"], mistake.get("gold"))}</span>'
-        name = "true" if key == "gold" else "predicted"
+        judged = "rewards" in mistake  # the better of several answers, and the one with the highest reward
+        name = ("better" if judged else "true") if key == "gold" else ("preferred" if judged else "predicted")
         columns.append(f'<div class="answer{kind}"><div class="label">{name}</div><div class="text">{inner}</div></div>')
     return (
         f'<div class="card mistake"><div class="prompt"><div class="label">{label}</div>{above}</div>'
