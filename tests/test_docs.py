@@ -98,7 +98,10 @@ def tour(tmp_path, monkeypatch):
     store.install(save_tiny("llama", store.models() / "made"), "smollm2-135m", {"kind": "test"})
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": f"question {n}", "output": f"answer {n}"} for n in range(24)]
-    for name, part in (("my.json", rows[:20]), ("held_out.json", rows[20:])):
+    pairs = [{"prompt": f"question {n}", "chosen": f"answer {n}", "rejected": f"no {n}"} for n in range(20)]
+    labelled = [{"text": f"text {n}", "label": "odd" if n % 2 else "even"} for n in range(20)]
+    files = {"my.json": rows[:20], "held_out.json": rows[20:], "pairs.json": pairs, "labelled.json": labelled}
+    for name, part in files.items():
         Path(name).write_text(json.dumps(part), encoding="utf-8")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return text.partition("## Tour\n")[2].partition("\n## ")[0]
