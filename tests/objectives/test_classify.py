@@ -383,3 +383,14 @@ def test_kept_outputs_are_those_of_the_body(tmp_path):
     )
     rows = bodies.rows_of(to_device(objective.collate([first, second], packed=True), "cpu"))
     assert rows[0].digest != rows[1].digest
+
+
+def test_a_bad_file_of_a_folder_for_each_class_is_named(tmp_path):
+    plan = recipe(tmp_path, "bert", "classify", max_steps=1)
+    for place, text in (("good/a", "fine"), ("good/b", "nice"), ("bad/c", ""), ("bad/d", "awful")):
+        file = tmp_path / "reviews" / f"{place}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    plan["data"]["train"] = [{"path": str(tmp_path / "reviews")}]
+    with pytest.raises(DataError, match=r"reviews/bad/c\.txt:1:text"):
+        tunesmith.train(plan, out=tmp_path / "run")

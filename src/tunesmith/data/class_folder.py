@@ -26,6 +26,11 @@ def rows(path: str) -> Iterator[Record | RowProblem]:
         yield Record(str(file), row, None, {"text": text.rstrip("\r\n"), "label": file.parent.name})
 
 
+def place(path: str, file: str) -> str | None:
+    """Where under the folder ``path`` a file of such a folder stands, whichever copy of it was read; None of other sources."""
+    return str(Path(path, *Path(file).parts[-2:])) if is_one(path) else None
+
+
 def content_hash(path: str) -> str:
     """sha256 of the names and contents of all files, in the order in which they are read."""
     content = hashlib.sha256()

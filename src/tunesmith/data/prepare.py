@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data import hub_set
+from tunesmith.data import class_folder, hub_set
 from tunesmith.data.build import Built, Progress, build, shared_key
 from tunesmith.data.config import DataConfig, Source
 from tunesmith.data.contamination import contamination
@@ -161,7 +161,7 @@ def _survey(objective: Any, opened: Sequence[Opened]) -> None:
 def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataConfig) -> None:
     """Refuse bad rows, unless they are to be skipped and the rest of each file could be read."""
     problems = [
-        RowProblem(**{**problem, "path": item.source.label})
+        RowProblem(**{**problem, "path": class_folder.place(item.source.path, problem["path"]) or item.source.label})
         for made, item in zip(built, opened)
         for problem in made.entry.info["problems"]
     ]
