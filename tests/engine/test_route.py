@@ -8,7 +8,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith.adaptations import bottleneck, lora
 from tunesmith.engine import route
 from tunesmith.models import fused_bottleneck, products
-from tunesmith.objectives import sft
+from tunesmith.objectives import reward, sft
 
 SFT = sft.Objective(sft.Config())
 KINDS = {"lora": lora, "bottleneck": bottleneck}
@@ -80,3 +80,13 @@ def test_a_wrong_product_is_seen_where_nothing_is_trained(without, monkeypatch):
     with without():
         chosen = route.choose(model, SFT, ROWS, 64, "auto", CPU)
     assert "the fused layers are off" in chosen.notes[0]
+
+
+@pytest.mark.parametrize(("dtype", "accepted"), [(torch.bfloat16, True), (torch.float16, False), (torch.float32, False)])
+def test_a_reward_may_be_rounded_further_in_half_precision(dtype, accepted):
+    """Plain bf16 is 11% from fp32 there, so two paths of it may well be 18% apart."""
+    expected, got = (0.7, [torch.tensor([1.0, 0.0])]), (0.7, [torch.tensor([1.0, 0.18])])
+    assert route._difference(expected, got, dtype) is not None
+    judged = reward.Objective(reward.Config())
+    assert (route._difference(expected, got, dtype, route._more(judged)) is None) == accepted
+    assert route._more(sft.Objective(sft.Config())) == 1.0
