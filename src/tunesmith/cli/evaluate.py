@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from tunesmith.cli.options import BatchTokens, Format, Json, Limit, MaxLength, Name, Precision, Split, Streaming
 from tunesmith.cli.output import result
 from tunesmith.errors import UserError
 
@@ -25,7 +26,7 @@ def evaluate(
     objective: Annotated[
         str | None, typer.Option(help="sft = the last answer, cpt = every token, ...", show_default="what it was trained for")
     ] = None,
-    format: Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")] = None,
+    format: Format = None,
     column: Annotated[
         list[str] | None, typer.Option(help="FIELD=COLUMN, such as prompt=question; may be repeated.", show_default=False)
     ] = None,
@@ -35,26 +36,24 @@ def evaluate(
     template: Annotated[
         str | None, typer.Option(help="alpaca, chatml, roles, korean or Jinja.", show_default="the model's own")
     ] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row.", show_default="the model's window")] = None,
+    max_length: MaxLength = None,
     overlong: Annotated[
         str | None, typer.Option(help="Rows above it: error, drop, truncate or split.", show_default="the objective's own")
     ] = None,
     bad_rows: Annotated[
         Literal["error", "skip"], typer.Option(help="Rows that cannot be read: stop, or leave them out and count them.")
     ] = "error",
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.", show_default=False)] = None,
-    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the forward pass.")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")] = 2048,
-    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "train",
-    name: Annotated[
-        str | None, typer.Option(help="Of a data set of the Hub with several configurations: which.", show_default=False)
-    ] = None,
-    streaming: Annotated[bool, typer.Option(help="Of a data set of the Hub: rows over the network, no file of it.")] = False,
+    limit: Limit = None,
+    precision: Precision = "auto",
+    batch_tokens: BatchTokens = 2048,
+    split: Split = "train",
+    name: Name = None,
+    streaming: Streaming = False,
     out: Annotated[
         Path | None,
         typer.Option(help="New folder for a report of a model that classifies, tags or answers.", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Loss and figures of a model on a data file, and how fast it reads."""
     columns = columns_of(column or [])

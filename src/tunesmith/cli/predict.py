@@ -7,11 +7,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from tunesmith.cli.evaluate import columns_of
+from tunesmith.cli.options import BatchTokens, Format, Json, Limit, MaxLength, Name, Precision, Predictions, Split, Streaming
 from tunesmith.cli.output import console, plain, result, say
 from tunesmith.errors import UserError
 
@@ -24,23 +25,19 @@ def predict(
     data: Annotated[
         str, typer.Option(help="Rows, with or without labels: json, jsonl, csv, tsv, txt, parquet, conll.", show_default=False)
     ],
-    out: Annotated[
-        Path | None, typer.Option(help="New jsonl file: one object for each row, in order.", show_default="stdout")
-    ] = None,
-    format: Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")] = None,
+    out: Predictions = None,
+    format: Format = None,
     column: Annotated[
         list[str] | None, typer.Option(help="FIELD=COLUMN, such as text=review; may be repeated.", show_default=False)
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.", show_default=False)] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row.", show_default="the model's window")] = None,
-    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the forward pass.")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")] = 2048,
-    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "train",
-    name: Annotated[
-        str | None, typer.Option(help="Of a data set of the Hub with several configurations: which.", show_default=False)
-    ] = None,
-    streaming: Annotated[bool, typer.Option(help="Of a data set of the Hub: rows over the network, no file of it.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    limit: Limit = None,
+    max_length: MaxLength = None,
+    precision: Precision = "auto",
+    batch_tokens: BatchTokens = 2048,
+    split: Split = "train",
+    name: Name = None,
+    streaming: Streaming = False,
+    as_json: Json = False,
 ) -> None:
     """Classes, entities or answers for every row of a file. A row that cannot be read gets `error` and costs no other row."""
     predict_into(
