@@ -13,6 +13,8 @@ the 24 is longer than ``max_length``. Of the 240 of ``quality`` some are: TRL's 
 the right; here the prompt is cut from the left.
 ``quality``: the saved adapters of both sides are read by one plain scorer (transformers and peft in fp32, row by row). The held-out
 pairs are the last 60 of the file; two of these stand among the first 240 too, so they change places with pairs that do not.
+Both sides compute in bf16, or in fp32 on a processor without fast bf16 (where the peer in bf16 would take a day); a seed begun in
+one of them is finished in it, so that its two sides differ in nothing else.
 The peer is run by ``bench/peers.py`` of the shared folder ($TUNESMITH_SHARED, by default the folder ``shared`` beside the checkout).
 Results go to ``benchmarks/results/preferences.json``, run by run.
 """
@@ -20,6 +22,7 @@ Results go to ``benchmarks/results/preferences.json``, run by run.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -76,7 +79,30 @@ def place_rows(folder: Path, seed: int) -> Path:
 # --------------------------------------------------------------------------------------------------------------- one run
 
 
-def ours(task: str, data: Path, rows: int, seed: int, out: Path) -> dict[str, Any]:
+def own_precision() -> str:
+    """The one that a run gets on this machine."""
+    import torch
+
+    from tunesmith.engine import precision
+
+    return "bf16" if precision.choose("auto", torch.device("cpu")).compute is torch.bfloat16 else "fp32"
+
+
+def peer_in_fp32(arguments: list[str]) -> None:
+    """Run bench/peers.py, whose LoRA has bf16 weights, with weights in fp32."""
+    import runpy
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        read = auto.from_pretrained
+        auto.from_pretrained = lambda *where, read=read, **options: read(*where, **{**options, "dtype": torch.float32})
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def ours(task: str, data: Path, rows: int, seed: int, out: Path, precision: str) -> dict[str, Any]:
     """One run of tunesmith, in this process."""
     import tunesmith
 
@@ -91,6 +117,7 @@ def ours(task: str, data: Path, rows: int, seed: int, out: Path) -> dict[str, An
             "max_length": LENGTH,
             "eval_steps": None,
             "save_steps": None,
+            "precision": precision,
         },
         **({"samples": {"count": 0}} if task == "dpo" else {}),
         "seed": seed,
@@ -116,20 +143,21 @@ def fresh(*command: str) -> dict[str, Any]:
     return found
 
 
-def one_run(task: str, side: str, data: Path, rows: int, seed: int, out: Path) -> dict[str, Any]:
+def one_run(task: str, side: str, data: Path, rows: int, seed: int, out: Path, precision: str) -> dict[str, Any]:
     """A side's run in a fresh process: seconds (of DPO with the reference), rows a second, memory, where the model is."""
+    about = {"side": side, "seed": seed, "precision": precision}
     if side == "tunesmith":
-        return {"side": side, "seed": seed, **fresh(__file__, "--run", task, str(data), str(rows), str(seed), str(out))}
+        return {**about, **fresh(__file__, "--run", task, str(data), str(rows), str(seed), str(out), precision)}
     from tunesmith.models.load import locate
 
     found = fresh(
-        str(SHARED / "bench" / "peers.py"), task, "--setting", "tuned-1", "--model", str(locate(MODEL).path), "--data", str(data),
+        *([__file__, "--peer-in-fp32"] if precision == "fp32" else []), str(SHARED / "bench" / "peers.py"),
+        task, "--setting", "tuned-1", "--model", str(locate(MODEL).path), "--data", str(data),
         "--rows", str(rows), "--max-length", str(LENGTH), "--save", str(out),
     )  # fmt: skip
     seconds = found["seconds"] + (found["construct_seconds"] if task == "dpo" else 0.0)
     return {
-        "side": side,
-        "seed": seed,
+        **about,
         "seconds": seconds,
         "rows_per_second": rows / seconds,
         "peak_memory_bytes": found["peak_memory_bytes"],
@@ -155,31 +183,36 @@ def score(task: str, data: Path, adapter: str | None) -> dict[str, Any]:
     else:
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
         model.config.pad_token_id = tokenizer.pad_token_id
+    body = model.model  # without the layer that reads the vocabulary; adapters go into its modules
     model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     read, tokens = [], []
     for row in json.loads(data.read_text("utf-8"))[TRAIN:]:
         turns = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
-        prompt = len(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         both = []
-        for name in ("chosen", "rejected"):
-            answer = [*turns, {"role": "assistant", "content": row[name]["value"]}]
-            ids = torch.tensor([tokenizer.apply_chat_template(answer, return_dict=False)])
-            with torch.no_grad():
+        with torch.no_grad():
+            # All but the prompt's last token is read once: fp32 is slow, and what both answers are read after is the same.
+            cache = body(input_ids=torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
+            for name in ("chosen", "rejected"):
+                answer = [*turns, {"role": "assistant", "content": row[name]["value"]}]
+                whole = tokenizer.apply_chat_template(answer, return_dict=False)
+                assert whole[: len(prompt)] == prompt
+                ids = torch.tensor([whole[len(prompt) - 1 :]])
+                logits = model(input_ids=ids, past_key_values=copy.deepcopy(cache)).logits
                 if task == "dpo":
-                    logits = model(input_ids=ids, logits_to_keep=ids.shape[1] - prompt + 1).logits[0, :-1]
-                    both.append(-torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="sum").item())
+                    both.append(-torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").item())
                 else:
-                    both.append(model(input_ids=ids).logits.item())
-            tokens.append(ids.shape[1] - prompt)
+                    both.append(logits.item())
+                tokens.append(ids.shape[1] - 1)
         read.append(both)
     return {"read": read, "tokens": [tokens[place : place + 2] for place in range(0, len(tokens), 2)]}
 
 
-def quality(task: str, side: str, seed: int, folder: Path, reference: list[list[float]] | None) -> dict[str, Any]:
+def quality(task: str, side: str, seed: int, folder: Path, reference: list[list[float]] | None, precision: str) -> dict[str, Any]:
     """A run on the 240 pairs, and the lead of the better answer of each held-out one: of rewards, in DPO beta times log ratios."""
     data = place_rows(folder, seed)
-    run = one_run(task, side, data, TRAIN, seed, folder / f"{task}-{side}-{seed}")
+    run = one_run(task, side, data, TRAIN, seed, folder / f"{task}-{side}-{seed}", precision)
     found = fresh(__file__, "--score", task, str(data), run.pop("model"))
     read = np.array(found["read"])
     leads = read[:, 0] - read[:, 1] if reference is None else 0.1 * np.subtract(*(read - np.array(reference)).T)
@@ -205,11 +238,11 @@ def interval(values: Any, draws: int = 10_000) -> tuple[float, float, float]:
 
 def speed(task: str, rounds: int, known: dict[str, Any], keep: Any) -> None:
     """Rows a second in turn on the first rows of the file."""
-    data, rows = SHARED / "data" / "dpo_en_demo.json", SPEED_ROWS
+    data, rows, precision = SHARED / "data" / "dpo_en_demo.json", SPEED_ROWS, own_precision()
 
     def run(side: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
-            found = one_run(task, side, data, rows, 0, Path(place) / "out")
+            found = one_run(task, side, data, rows, 0, Path(place) / "out", precision)
         del found["model"]
         print(f"{task} {side}: {found['rows_per_second']:.3f} rows/s, {found['seconds']:.1f} s", file=sys.stderr)
         return found
@@ -268,12 +301,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of speed")
     parser.add_argument("--more", action="store_true", help="keep the runs in the results, add what they lack")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/speed.md")
-    parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)  # TASK DATA ROWS SEED OUT: one run of ours
+    parser.add_argument("--run", nargs=6, help=argparse.SUPPRESS)  # TASK DATA ROWS SEED OUT PRECISION: one run of ours
     parser.add_argument("--score", nargs="+", help=argparse.SUPPRESS)  # TASK DATA [ADAPTER]: of the held-out pairs
+    parser.add_argument("--peer-in-fp32", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # FILE ARGUMENT...: bench/peers.py
     options = parser.parse_args()
     if options.run:
-        task, data, rows, seed, out = options.run
-        print(json.dumps(ours(task, Path(data), int(rows), int(seed), Path(out))))
+        task, data, rows, seed, out, precision = options.run
+        print(json.dumps(ours(task, Path(data), int(rows), int(seed), Path(out), precision)))
+        return
+    if options.peer_in_fp32:
+        peer_in_fp32(options.peer_in_fp32)
         return
     if options.score:
         task, data, *adapter = options.score
@@ -302,11 +339,16 @@ def main() -> None:
                 if seed == 0 and not options.more:
                     of_task.clear()
                 for side in ("tunesmith", "trl"):
-                    if any((run["seed"], run["side"]) == (seed, side) for run in of_task):
+                    begun = {run["side"]: run["precision"] for run in of_task if run["seed"] == seed}
+                    if side in begun:
+                        continue
+                    precision = next(iter(begun.values()), own_precision())
+                    if precision == "bf16" != own_precision():
+                        print(f"{task} {side} seed {seed}: left out, its other side is in bf16", file=sys.stderr)
                         continue
                     if task == "dpo" and reference is None:
                         reference = fresh(__file__, "--score", task, str(place_rows(Path(place), seed)))["read"]
-                    of_task.append(quality(task, side, seed, Path(place), reference if task == "dpo" else None))
+                    of_task.append(quality(task, side, seed, Path(place), reference if task == "dpo" else None, precision))
                     keep()
                     done = of_task[-1]
                     accuracy, margin = float(np.mean(right(done["leads"]))), float(np.mean(done["leads"]))
