@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tunesmith.data import pairs
+from tunesmith.data import judged, pairs
 
 ROWS = [
     {"input_ids": np.array([1, 2, 3, 10, 11, 20], np.int32), "answers": np.array([3, 2, 1], np.int32)},
@@ -52,3 +54,26 @@ def test_sizes_are_what_a_batch_has(packed, shared):
     batch, _ = pairs.layout(ROWS, packed, shared)
     assert batch["input_ids"].numel() == (tokens.sum() if packed else tokens.max() * rows.sum())
     assert rows.tolist() == ([1, 1, 1] if packed else [2, 1, 2])
+
+
+@given(
+    lengths=st.tuples(st.integers(0, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4)),
+    prefix=st.integers(1, 6),
+    own=st.integers(1, 6),
+    data=st.data(),
+)
+def test_a_shortened_row_keeps_the_end_of_the_prompt_and_the_beginning_of_each_answer(lengths, prefix, own, data):
+    common, answers = lengths
+    count = common + sum(answers)
+    learnt = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+    learnt[:common] = False
+    row = {"input_ids": np.arange(count, dtype=np.int32), "learnt": learnt, "answers": np.array([common, *answers], np.int32)}
+    short = judged.shortened(row, prefix, own)
+    wholes, shorts = pairs.separate(row), pairs.separate(short)
+    cut = max(common - prefix, 0)
+    assert [one.tolist() for one in shorts] == [one[cut : common + own].tolist() for one in wholes]
+    for own_part, at in zip(short["answers"][1:], np.cumsum(short["answers"])[:-1], strict=True):
+        kept = short["learnt"][at : at + own_part]
+        before = learnt[short["input_ids"][at : at + own_part]]
+        assert kept.tolist() == before.tolist() if before.any() else kept.all()
+    assert not short["learnt"][: short["answers"][0]].any() and row["answers"][0] == common

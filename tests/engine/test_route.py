@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from tests.numeric.test_parity import CPU, examples
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import bottleneck, lora
+from tunesmith.data.rows import Ranking
 from tunesmith.engine import route
-from tunesmith.models import fused_bottleneck, products
-from tunesmith.objectives import reward, sft
+from tunesmith.models import fused_bottleneck, load, products
+from tunesmith.models.locate import locate
+from tunesmith.objectives import dpo, reward, sft
 
 SFT = sft.Objective(sft.Config())
 KINDS = {"lora": lora, "bottleneck": bottleneck}
@@ -90,3 +92,23 @@ def test_a_reward_may_be_rounded_further_in_half_precision(dtype, accepted):
     judged = reward.Objective(reward.Config())
     assert (route._difference(expected, got, dtype, route._more(judged)) is None) == accepted
     assert route._more(sft.Objective(sft.Config())) == 1.0
+
+
+@pytest.mark.parametrize("task", [dpo, reward], ids=["dpo", "reward"])
+def test_long_answers_are_tried_in_part(task, tmp_path, monkeypatch):
+    """Two rows of a thousand tokens would take longer than many a step."""
+    objective = task.Objective(task.Config())
+    rows = [Ranking("what is the " * 300, (" a b" * 200, " the" * (200 + n)), (0, 1)) for n in range(2)]
+    long = [one for row in objective.encode(rows, tiny_tokenizer(None)) for one in row]
+    seen, loss = [], task.Objective.loss
+
+    def watched(self, model, batch):
+        seen.append(batch["input_ids"].numel())
+        return loss(self, model, batch)
+
+    monkeypatch.setattr(task.Objective, "loss", watched)
+    folder = locate(save_tiny("llama", tmp_path))
+    network = load.load_model(folder, head=objective.head, trainable=True, head_config=objective.head_config())
+    chosen = route.choose(network, objective, long, 4096, "auto", CPU)
+    assert min(len(one["input_ids"]) for one in long) > 1000 and max(seen) <= 2 * 2 * route.PROBE_TOKENS
+    assert chosen.packed and chosen.shared and not chosen.notes

@@ -18,7 +18,7 @@ from tunesmith.data.rows import Ranking
 from tunesmith.engine import checkpoint, setup, tracking
 from tunesmith.errors import DataError, ModelError, OutOfMemoryError, RecipeError
 from tunesmith.evaluate import opened
-from tunesmith.models import heads, load
+from tunesmith.models import head, heads, load
 from tunesmith.models.locate import locate
 from tunesmith.objectives import dpo, reward
 
@@ -243,12 +243,14 @@ def padded(example, pad, side, more=7):
     return ids, mask
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
-def test_rewards_of_a_bf16_network_are_not_rounded_to_bf16(tmp_path, adaptation):
+def test_rewards_of_a_bf16_network_are_not_rounded_to_bf16(tmp_path, adaptation, plain):
     rows = [Ranking(f"question {n}:", (f" {ANSWERS[n % 8]} {n}", f" {n} no"), (0, 1)) for n in range(24)]
     objective, examples, network = judge(tmp_path, rows)
     if adaptation == "lora":
         network = lora.Adaptation(lora.Config(r=4)).apply(network, "score")
+    head.use_plain_head(network, plain)
     batch = objective.collate(examples, packed=False)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -586,7 +588,7 @@ def test_a_reference_that_does_not_fit_is_taken_in_halves(tmp_path, monkeypatch)
         name = "eval_loss" if ours["kind"] == "eval" else "loss"
         assert ours[name] == pytest.approx(theirs[name], abs=1e-6)
     most = 10
-    with pytest.raises(OutOfMemoryError, match=r"the reference: one row alone \(.*rows\.jsonl:\d+, \d+ tokens\)"):
+    with pytest.raises(OutOfMemoryError, match=r"the reference of .*rows\.jsonl:\d+: this row alone \(\d+ tokens\)"):
         tunesmith.train(made, out=tmp_path / "none")
 
 

@@ -60,6 +60,22 @@ def of_ends(examples: Sequence[Example], packed: bool, shared: bool) -> Batch:
     }
 
 
+def shortened(example: Example, prefix: int, own: int) -> Example:
+    """The last ``prefix`` tokens of what the answers have in common, and the first ``own`` of each; all of these learnt when the
+    cut left none to learn."""
+    common = int(example["answers"][0])
+    parts = [slice(max(common - prefix, 0), common)]
+    parts += [slice(part.start, min(part.stop, part.start + own)) for _, part in _parts([example])]
+    learnt = [example["learnt"][part] for part in parts]
+    learnt[1:] = [part if part.any() else np.ones_like(part) for part in learnt[1:]]
+    return {
+        **example,
+        "input_ids": np.concatenate([example["input_ids"][part] for part in parts]),
+        "learnt": np.concatenate(learnt),
+        "answers": np.array([part.stop - part.start for part in parts], example["answers"].dtype),
+    }
+
+
 def _parts(examples: Sequence[Example]) -> list[tuple[Example, slice]]:
     """Every answer of the batch: its example, and where in ``input_ids`` its own tokens stand."""
     found = []

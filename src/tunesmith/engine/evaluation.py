@@ -10,7 +10,7 @@ import torch
 
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.pack import to_device
-from tunesmith.engine import batching, distributed
+from tunesmith.engine import distributed, fitting
 from tunesmith.objectives import Objective
 
 
@@ -57,9 +57,14 @@ def _records(
     order = rows[np.argsort(-data.lengths[rows], kind="stable")]
     state = distributed.state()
     mine = order[state.process_index :: state.num_processes]
-    records = []
-    with torch.no_grad():
-        for group in batching.cut(data, mine, budget, packed, objective.shared):
-            batch = objective.collate([data[int(mine[place])] for place in group], packed)
-            records.append(objective.evaluate(model, to_device(batch, device)))
-    return distributed.gather(records)
+
+    @torch.no_grad()
+    def run(places: list[int]) -> dict[str, Any]:
+        batch = objective.collate([data[int(row)] for row in mine[places]], packed)
+        return objective.evaluate(model, to_device(batch, device))
+
+    def name(place: int) -> str:
+        return f"evaluation of {data.where(int(mine[place]))}"
+
+    sizes = data.sizes(mine, packed, objective.shared)
+    return distributed.gather(fitting.in_groups(run, sizes, budget, packed, device, name))

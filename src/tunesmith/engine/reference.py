@@ -17,8 +17,8 @@ import torch
 from tunesmith.data import judged
 from tunesmith.data.encoded import Encoded
 from tunesmith.data.pack import to_device
-from tunesmith.engine import batching, distributed, figures, machine, setup
-from tunesmith.errors import OutOfMemoryError, RecipeError
+from tunesmith.engine import distributed, figures, fitting, setup
+from tunesmith.errors import RecipeError
 
 
 def take(ready: setup.Setup, built: setup.Built, budget: int, say: Callable[[str], None]) -> float:
@@ -75,47 +75,19 @@ def rows_of_run(ready: setup.Setup) -> Iterable[tuple[Encoded, np.ndarray]]:
 def _measured(
     built: setup.Built, objective: Any, data: Encoded, rows: np.ndarray, budget: int, device: torch.device
 ) -> list[dict[int, list[float]]]:
-    """{key of a row: log-probabilities of its answers} of this process's share of ``rows``.
-
-    Rows that do not fit into memory together are halved, and all later ones are kept as few: more of them go together than a
-    step may have, and held-out rows may be longer than any that was tried. Raises OutOfMemoryError when one alone does not fit.
-    """
+    """{key of a row: log-probabilities of its answers} of this process's share of ``rows``."""
     order = rows[np.argsort(-data.lengths[rows], kind="stable")]
     state = distributed.state()
-    left = order[state.process_index :: state.num_processes]
-    packed, shared = built.route.packed, objective.shared
-    groups = [left[places] for places in batching.cut(data, left, budget, packed, shared)]
-    found = []
-    while groups:
-        group, *others = groups
-        measured = _of_group(built, objective, data, group, device)
-        if measured is not None:
-            found.append(measured)
-            groups = others
-            continue
-        machine.release_memory(device)
-        if len(group) == 1:
-            raise OutOfMemoryError(
-                f"the reference: one row alone ({data.where(int(group[0]))}, {batching.tokens(data, group, packed, shared)} "
-                "tokens) needs more memory than the machine has left.\n"
-                "  Lower train.max_length, or take a smaller model."
-            )
-        left = np.concatenate(groups)
-        budget = batching.tokens(data, group[: (len(group) + 1) // 2], packed, shared)
-        groups = [left[places] for places in batching.cut(data, left, budget, packed, shared)]
-    return found
+    mine = order[state.process_index :: state.num_processes]
+    packed = built.route.packed
 
-
-@torch.no_grad()
-def _of_group(
-    built: setup.Built, objective: Any, data: Encoded, rows: np.ndarray, device: torch.device
-) -> dict[int, list[float]] | None:
-    """Of rows that go through the network together; None where they do not fit (returned: a traceback holds tensors)."""
-    try:
-        batch = objective.collate([data[int(row)] for row in rows], built.route.packed)
+    @torch.no_grad()
+    def run(places: list[int]) -> dict[int, list[float]]:
+        batch = objective.collate([data[int(row)] for row in mine[places]], packed)
         found: dict[int, list[float]] = objective.measure(built.model, to_device(batch, device))
-    except (RuntimeError, MemoryError) as error:
-        if not machine.is_out_of_memory(error):
-            raise
-        return None
-    return found
+        return found
+
+    def name(place: int) -> str:
+        return f"the reference of {data.where(int(mine[place]))}"
+
+    return fitting.in_groups(run, data.sizes(mine, packed, objective.shared), budget, packed, device, name)

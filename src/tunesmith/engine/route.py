@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tunesmith.data import judged
 from tunesmith.data.pack import to_device
 from tunesmith.engine import machine
 from tunesmith.errors import ModelError
@@ -387,7 +388,10 @@ def _more(objective: Objective) -> float:
 
 
 def _shorten(example: Example) -> Example:
-    """The row's first tokens; all of them learnt when the cut left none to learn. What a head reads as a whole stays whole."""
+    """The row's first tokens; all of them learnt when the cut left none to learn. What a head reads as a whole stays whole, but
+    answers to a prompt."""
+    if "answers" in example:
+        return judged.shortened(example, PROBE_TOKENS // 2, PROBE_TOKENS // 4)
     if "supervised" not in example:
         return example
     short = {name: np.array(values[:PROBE_TOKENS]) for name, values in example.items()}

@@ -184,19 +184,25 @@ def _answers(chosen: Any, examples: list[Any], way: Any, budget: int) -> dict[in
     import torch
 
     from tunesmith.data.pack import to_device
-    from tunesmith.engine import batching
+    from tunesmith.engine import fitting
 
     examples = sorted(examples, key=lambda one: -len(one["input_ids"]))
-    lengths, several = _sizes(examples, way.packed, chosen.objective.shared)
-    records = []
-    with torch.no_grad():
-        for group in batching.micro_batches(lengths, budget, way.packed, several):
-            batch = chosen.objective.collate([examples[place] for place in group], way.packed)
-            records.append(chosen.objective.evaluate(chosen.network, to_device(batch, chosen.device)))
+
+    @torch.no_grad()
+    def run(places: list[int]) -> dict[str, Any]:
+        batch = chosen.objective.collate([examples[place] for place in places], way.packed)
+        found: dict[str, Any] = chosen.objective.evaluate(chosen.network, to_device(batch, chosen.device))
+        return found
+
+    def name(place: int) -> str:
+        return f"row {examples[place]['row'][1]}"
+
+    sizes = _sizes(examples, way.packed, chosen.objective.shared)
+    records = fitting.in_groups(run, sizes, budget, way.packed, chosen.device, name)
     return {answer["row"][1]: answer for answer in chosen.objective.answers(records)}
 
 
-def _sizes(examples: list[Any], packed: bool, shared: bool) -> tuple[list[int], list[int]]:
+def _sizes(examples: list[Any], packed: bool, shared: bool) -> tuple[Any, Any]:
     """Tokens and rows that each example takes in a batch, see ``data.pairs.sizes``."""
     import numpy as np
 
@@ -204,8 +210,7 @@ def _sizes(examples: list[Any], packed: bool, shared: bool) -> tuple[list[int], 
 
     lengths = np.array([len(one["input_ids"]) for one in examples])
     if "answers" not in examples[0]:
-        return lengths.tolist(), [1] * len(examples)
+        return lengths, np.ones_like(lengths)
     starts = np.cumsum([0, *(len(one["answers"]) for one in examples)])
     shapes = pairs.shapes(np.concatenate([one["answers"] for one in examples]), starts)
-    tokens, several = pairs.sizes(lengths, shapes, packed, shared)
-    return tokens.tolist(), several.tolist()
+    return pairs.sizes(lengths, shapes, packed, shared)

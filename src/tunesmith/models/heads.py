@@ -133,7 +133,8 @@ def score_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     inner = head.base(model)
     mean = pooling(inner.config) == "mean"
     if head.is_plain(model) and "segments" not in batch and not mean:
-        return _exact(inner(**_own_padding(inner, head.inputs(model, batch))).logits)
+        with _one_number_in_full(inner):
+            return _exact(inner(**_own_padding(inner, head.inputs(model, batch))).logits)
     hidden = head.outputs_at(model, batch)
     if mean:
         hidden = _means(hidden, batch["places"])
@@ -190,6 +191,25 @@ def _in_full(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
         return layer(hidden)
     weights = {name: weight.to(exact) for name, weight in layer.named_parameters()}
     return torch.func.functional_call(layer, weights, (hidden.to(exact),))
+
+
+@contextmanager
+def _one_number_in_full(inner: Any) -> Iterator[None]:
+    """The model's own forward with :func:`_in_full` where :func:`_scores` has it, so that every route gives the same rewards."""
+    layer = _output(inner)
+    if inner.config.num_labels != 1 or _plain_type(layer).endswith("ClassificationHead"):
+        yield
+        return
+
+    def again(layer: Any, given: tuple[torch.Tensor], rounded: torch.Tensor) -> torch.Tensor:
+        hook.remove()  # it stands on the layer that is called again
+        return _in_full(layer, *given) if rounded.dtype != head.exact_dtype(rounded) else rounded
+
+    hook = layer.register_forward_hook(again)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _pooler(inner: Any) -> Any:
