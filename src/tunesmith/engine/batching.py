@@ -96,7 +96,11 @@ def cut(data: Encoded, rows: np.ndarray, budget: int, packed: bool, shared: bool
 
 def tokens(data: Encoded, rows: np.ndarray, packed: bool, shared: bool) -> int:
     """That go through the network when the examples ``rows`` are one micro-batch, padding counted."""
-    lengths, several = data.sizes(rows, packed, shared)
+    return together(*data.sizes(rows, packed, shared), packed)
+
+
+def together(lengths: np.ndarray, several: np.ndarray, packed: bool) -> int:
+    """:func:`tokens` of examples of such sizes, see ``data.pairs.sizes``."""
     return int(lengths.sum() if packed else lengths.max() * several.sum())
 
 

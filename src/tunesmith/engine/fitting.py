@@ -37,19 +37,17 @@ def in_groups(
             continue
         machine.release_memory(device)
         if len(group) == 1:
+            size = batching.together(lengths[group], several[group], packed)
             raise OutOfMemoryError(
-                f"{name(group[0])}: this row alone ({_tokens(lengths, several, group, packed)} tokens) needs more memory than "
-                "the machine has left.\n  Lower max_length, or take a smaller model."
+                f"{name(group[0])}: this row alone ({size} tokens) needs more memory than the machine has left.\n"
+                "  Lower max_length (train.max_length, or --max-length), or take a smaller model."
             )
-        budget = _tokens(lengths, several, group[: (len(group) + 1) // 2], packed)
+        half = group[: (len(group) + 1) // 2]
+        budget = batching.together(lengths[half], several[half], packed)
         left = [*group, *(place for other in others for place in other)]
         again = batching.micro_batches(lengths[left].tolist(), budget, packed, several[left].tolist())
         groups = [[left[place] for place in places] for places in again]
     return found
-
-
-def _tokens(lengths: np.ndarray, several: np.ndarray, group: list[int], packed: bool) -> int:
-    return int(lengths[group].sum() if packed else lengths[group].max() * several[group].sum())
 
 
 def _tried(run: Callable[[list[int]], dict[Any, Any]], group: list[int]) -> dict[Any, Any] | None:
