@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tunesmith.cli.evaluate import columns_of
 from tunesmith.cli.main import main
 
 FIGURES = {
@@ -56,3 +57,7 @@ def test_figures_for_people(calls, capsys):
 def test_a_column_without_a_name_is_exit_2(calls, capsys):
     assert main(["evaluate", "m", "--data", "x.csv", "--column", "prompt"]) == 2
     assert calls == [] and "FIELD=COLUMN" in capsys.readouterr().err
+
+
+def test_a_field_named_twice_gets_both_columns():
+    assert columns_of(["text=review", "labels=toxic", "labels=a=b"]) == {"text": "review", "labels": ["toxic", "a=b"]}

@@ -111,6 +111,7 @@ REFUSED = [
     (dict(format="sharegpt"), "needs conversations"),
     (dict(columns={"instructon": "ask"}), "Did you mean `instruction`"),
     (dict(columns={"instruction": "ask", "messages": "reply"}), "no format has all"),
+    (dict(columns={"instruction": ["ask", "reply"]}), "one column, got a list .ask, reply.. Several may stand for: labels"),
     (dict(prompt_template="Say something"), "names no column"),
     (dict(prompt_template="Say {asc}"), "Did you mean `ask`"),
     (dict(format="messages", prompt_template="Say {ask}"), "prompts are turns"),

@@ -72,6 +72,28 @@ def test_a_list_that_has_a_number_twice_is_bad(read):
     assert first.labels == ("27", "3") and (problem.row, problem.field) == (2, "labels") and "each once" in problem.expected
 
 
+SEVERAL = {"labels": ["Toxic", "insult"]}
+
+
+def test_a_column_of_zero_and_one_for_each_label(read):
+    rows = read("comment,id,toxic,insult,threat\na,1,1,0,1\nb,2,0,0,1\n", Labelled, "a.csv", columns=SEVERAL)
+    assert rows == [
+        Labelled("a", labels=("Toxic",), known=("Toxic", "insult")),
+        Labelled("b", labels=(), known=("Toxic", "insult")),
+    ]
+
+
+def test_a_bad_mark_is_named_by_its_column(read):
+    (problem,) = read("comment,toxic,insult\na,0,-1\n", Labelled, "a.csv", columns=SEVERAL)
+    assert (problem.row, problem.field, problem.expected) == (1, "insult", "0 or 1")
+
+
+def test_a_row_that_lacks_one_of_the_columns_is_bad(read):
+    rows = [{"text": "a", "toxic": 0, "insult": 1}, {"text": "b", "toxic": 1}]
+    first, problem = read(rows, Labelled, columns=SEVERAL)
+    assert first.labels == ("insult",) and (problem.row, problem.field) == (2, "insult")
+
+
 def test_a_separator_is_named(read):
     content = "text,labels\nt,a|b\nu,\n"
     assert read(content, Labelled, "a.csv", separator="|") == [Labelled("t", labels=("a", "b")), Labelled("u", labels=())]
@@ -315,6 +337,7 @@ def test_rows_to_predict_may_lack_what_is_asked(read, kind, name, content, row):
         (Tagged, {"text": "q", "my tags": "O"}, "tags: my tags", "--column 'tags=my tags'"),
         (Question, {"question": "q", "answer": "a"}, "context: COLUMN, answers: COLUMN", "--column context=COLUMN"),
         (Labelled, {"text": "q", "anger": 1, "joy": 0}, "label: anger", "--column label=anger"),
+        (Labelled, {"text": "q", "anger": 1, "joy": 0}, "label: anger", "{labels: [anger, joy]}"),
         (Labelled, {"내용": "q", "레이블": "a"}, "text: 내용, label: 레이블", "--column 'text=내용'"),
     ],
 )

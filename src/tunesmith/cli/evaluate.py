@@ -28,7 +28,11 @@ def evaluate(
     ] = None,
     format: Format = None,
     column: Annotated[
-        list[str] | None, typer.Option(help="FIELD=COLUMN, such as prompt=question; may be repeated.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="FIELD=COLUMN, such as prompt=question; may be repeated, labels= too, for columns of 0 and 1.",
+            show_default=False,
+        ),
     ] = None,
     separator: Annotated[
         str | None, typer.Option(help="What stands between the labels of a cell, such as '|'.", show_default=False)
@@ -118,12 +122,12 @@ def _error(found: Mapping[str, Any]) -> str:
     return f" ± {found['eval_loss_stderr']:.4f}" if "eval_loss_stderr" in found else ""
 
 
-def columns_of(pairs: list[str]) -> dict[str, str] | None:
-    """``["prompt=question"]`` -> {"prompt": "question"}; None when empty."""
-    columns = {}
+def columns_of(pairs: list[str]) -> dict[str, str | list[str]] | None:
+    """``["prompt=question"]`` -> {"prompt": "question"}; a field named more than once gets a list; None when empty."""
+    columns: dict[str, list[str]] = {}
     for pair in pairs:
         field, equals, name = pair.partition("=")
         if not (field and equals and name):
             raise UserError(f"--column {pair!r}: expected FIELD=COLUMN, for example --column prompt=question")
-        columns[field] = name
-    return columns or None
+        columns.setdefault(field, []).append(name)
+    return {field: names[0] if len(names) == 1 else names for field, names in columns.items()} or None

@@ -28,7 +28,10 @@ def predict(
     out: Predictions = None,
     format: Format = None,
     column: Annotated[
-        list[str] | None, typer.Option(help="FIELD=COLUMN, such as text=review; may be repeated.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="FIELD=COLUMN, such as text=review; may be repeated, labels= too, for columns of 0 and 1.", show_default=False
+        ),
     ] = None,
     limit: Limit = None,
     max_length: MaxLength = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -34,7 +34,11 @@ class Source(Strict):
     name: str | None = Field(None, description="of a data set of the Hub that has several configurations: which")
     streaming: bool = Field(False, description="of a data set of the Hub: read its rows over the network, keep no file of it")
     format: str | None = Field(None, description=f"one of {', '.join(FORMATS)}; detected when absent")
-    columns: dict[str, str] | None = Field(None, description="field of the format -> column of the file, e.g. {prompt: question}")
+    columns: dict[str, str | Annotated[list[str], Field(min_length=1)]] | None = Field(
+        None,
+        description="field of the format -> column of the file, e.g. {prompt: question}; "
+        "of labels also several columns of 0 and 1, e.g. {labels: [toxic, insult]}",
+    )
     separator: str | None = Field(None, min_length=1, description="what stands between the labels of a cell, e.g. '|'")
     prompt_template: str | None = Field(None, description="prompt made from columns, e.g. 'Summarise: {text}'")
     weight: float = Field(1.0, gt=0, description="how often the source is seen per epoch: 2 = twice, 0.5 = a random half")
@@ -44,9 +48,13 @@ class Source(Strict):
     @classmethod
     def _numbered(cls, columns: Any) -> Any:
         """Columns without names go by their number, which YAML reads as one."""
+
+        def name(column: Any) -> Any:
+            return str(column) if type(column) is int else column
+
         if not isinstance(columns, dict):
             return columns
-        return {field: str(column) if type(column) is int else column for field, column in columns.items()}
+        return {field: list(map(name, to)) if isinstance(to, list | tuple) else name(to) for field, to in columns.items()}
 
     @field_validator("path")
     @classmethod

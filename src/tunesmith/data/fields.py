@@ -10,17 +10,21 @@ from typing import Any
 from tunesmith.data.problems import shorten
 from tunesmith.data.rows import Row
 
+Columns = Mapping[str, str | Sequence[str]]
+"""Field of the format -> the column that stands for it, or several (then its value is {column: value})."""
+
 Values = Mapping[str, Any]
 """Field of the format -> value; optional fields that the row lacks are absent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field of a format and the column names it goes by, in any case."""
+    """A field of a format and the column names it goes by, in any case. ``several``: columns of a mark each may stand for it."""
 
     name: str
     columns: tuple[str, ...]
     required: bool = True
+    several: bool = False
 
 
 @dataclass(frozen=True, slots=True)

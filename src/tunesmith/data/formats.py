@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from tunesmith.data import label_fields, preference_fields, squad, word_fields
-from tunesmith.data.fields import SYSTEM, TOOLS, Field, FieldFault, Format, Values, optional_text, text
+from tunesmith.data.fields import SYSTEM, TOOLS, Columns, Field, FieldFault, Format, Values, optional_text, text
 from tunesmith.data.problems import Record, RowFault, RowProblem, shorten
 from tunesmith.data.rows import Chat, Labelled, PromptCompletion, Question, Row, Tagged, Text
 from tunesmith.data.turns import chat, conversation, exchange, opening_of, tool_schemas
@@ -127,7 +127,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "multilabel",
             Labelled,
-            (TEXT, PAIR, Field("labels", ("labels", "classes", "categories"))),
+            (TEXT, PAIR, Field("labels", ("labels", "classes", "categories"), several=True)),
             label_fields.multilabel,
             prompt="text",
             answer=("labels",),
@@ -147,16 +147,19 @@ EXAMPLES: dict[type, str] = {
 }
 """A row as a file may have it."""
 
+Names = str | tuple[str, ...]
+"""The column that stands for a field, or several."""
+
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
 @dataclass(frozen=True)
 class Converter:
-    """Makes rows of a source's records: its format, the column of each field, the prompt's template if there is one, whether a
-    row must have its ``gold``, and what the first rows say of the file (``facts``)."""
+    """Makes rows of a source's records: its format, the column of each field (a tuple of several), the prompt's template if
+    there is one, whether a row must have its ``gold``, and what the first rows say of the file (``facts``)."""
 
     form: Format
-    columns: Mapping[str, str]
+    columns: Mapping[str, Names]
     prompt_template: str | None = None
     gold: bool = True
     facts: Mapping[str, Any] | None = None
@@ -176,15 +179,26 @@ class Converter:
             return self.problem(record, fault)
 
     def problem(self, record: Record, fault: FieldFault | RowFault) -> RowProblem:
-        """What is wrong with a row, under the file's own column name: messages[2].content -> chat[2].content."""
+        """What is wrong with a row, under the file's own column name: messages[2].content -> chat[2].content; of a field of
+        several columns, labels.toxic -> toxic."""
         names, _ = _resolve(self, tuple(record.value))
         head, mark, rest = fault.field.partition("[")
-        field = names.get(head, self.columns.get(head, head)) + mark + rest
+        several, dot, part = head.partition(".")
+        if dot and not isinstance(names.get(several, ""), str):
+            head = part
+        column = names.get(head, self.columns.get(head, head))
+        field = (column if isinstance(column, str) else head) + mark + rest
         return RowProblem(record.path, record.row, field, fault.expected, fault.got, fault.fix, record.line)
 
-    def _values(self, value: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    def _values(self, value: Mapping[str, Any], names: Mapping[str, Names]) -> dict[str, Any]:
         """Field -> value. Where gold is not asked for it is not looked at, right or wrong."""
-        return {field: value[column] for field, column in names.items() if self.gold or field != self.form.gold}
+        return {
+            field: value[column]
+            if isinstance(column, str)
+            else {name: value[of] for name, of in zip(self.columns[field], column)}
+            for field, column in names.items()
+            if self.gold or field != self.form.gold
+        }
 
     def look(self, records: Iterable[Record]) -> dict[str, Any]:
         """What the first rows say of the whole file, for ``facts``."""
@@ -205,37 +219,44 @@ class Converter:
         """``alpaca (instruction, output); not used: id``."""
         columns = list(columns)
         names, _ = _resolve(self, tuple(columns))
-        shown = [column if column == field else f"{field} <- {column}" for field, column in names.items()]
+        said = {field: column if isinstance(column, str) else " + ".join(column) for field, column in names.items()}
+        shown = [column if column == field else f"{field} <- {column}" for field, column in said.items()]
         filled = PLACEHOLDER.findall(self.prompt_template or "")
         if self.prompt_template is not None:
             shown.append(f"{self.form.prompt} <- {self.prompt_template!r}")
-        unused = [column for column in columns if column not in names.values() and column not in filled]
+        used = {*filled, *(name for column in names.values() for name in ([column] if isinstance(column, str) else column))}
+        unused = [column for column in columns if column not in used]
         return f"{self.form.name} ({', '.join(shown)})" + (f"; not used: {', '.join(unused)}" if unused else "")
 
 
-def _resolve(converter: Converter, keys: tuple[str, ...]) -> tuple[dict[str, str], str | None]:
+def _resolve(converter: Converter, keys: tuple[str, ...]) -> tuple[dict[str, Names], str | None]:
     mapped = tuple(sorted(converter.columns.items()))
     return _lookup(converter.form.name, keys, mapped, converter.prompt_template is not None, converter.gold)
 
 
 @lru_cache(maxsize=4096)
 def _lookup(
-    name: str, keys: tuple[str, ...], mapped: tuple[tuple[str, str], ...], templated: bool, gold: bool
-) -> tuple[dict[str, str], str | None]:
+    name: str, keys: tuple[str, ...], mapped: tuple[tuple[str, Names], ...], templated: bool, gold: bool
+) -> tuple[dict[str, Names], str | None]:
     """(field -> column of a row with these keys, the first required column that is missing)."""
     form, columns = FORMATS[name], dict(mapped)
     folded = {str(key).strip().casefold(): key for key in reversed(keys)}
-    names: dict[str, str] = {}
+    names: dict[str, Names] = {}
     missing = None
     for field in form.fields:
         if templated and field.name not in form.answer and field.name not in columns:
             continue
-        wanted = (columns[field.name].strip().casefold(),) if field.name in columns else field.columns
-        column = next((folded[name] for name in wanted if name in folded), None)
-        if column is not None:
-            names[field.name] = column
+        asked = columns.get(field.name)
+        wanted = [asked] if isinstance(asked, str) else asked or field.columns
+        found = [(name, folded.get(name.strip().casefold())) for name in wanted]
+        there = [column for _, column in found if column is not None]
+        lacking = [name for name, column in found if column is None]
+        if isinstance(asked, tuple) and not lacking:
+            names[field.name] = tuple(there)
+        elif there and not isinstance(asked, tuple):
+            names[field.name] = there[0]
         elif (field.required or field.name in columns) and (gold or field.name != form.gold):
-            missing = missing or columns.get(field.name, field.columns[0])
+            missing = missing or lacking[0]
     return names, missing
 
 
@@ -245,7 +266,7 @@ def converter(
     path: str,
     accepted: tuple[type, ...],
     format: str | None = None,
-    columns: Mapping[str, str] | None = None,
+    columns: Columns | None = None,
     prompt_template: str | None = None,
     gold: bool = True,
 ) -> Converter:
@@ -254,16 +275,16 @@ def converter(
     ``accepted``: the row types the objective learns from. ``gold``: False = rows may lack it. Raises DataError when nothing
     fits, saying which columns there are.
     """
-    columns = dict(columns or {})
+    mapped = {name: asked if isinstance(asked, str) else tuple(asked) for name, asked in (columns or {}).items()}
     if format is not None and format not in FORMATS:
         raise DataError(f"{path}: unknown format {format!r}. {did_you_mean(format, FORMATS)}")
     forms = [FORMATS[format]] if format else list(FORMATS.values())
-    _check_mapping(forms, columns, path)
-    forms = [form for form in forms if all(any(field.name == name for field in form.fields) for name in columns)]
+    _check_mapping(forms, mapped, path)
+    forms = [form for form in forms if all(any(field.name == name for field in form.fields) for name in mapped)]
     if prompt_template is not None:
         forms = _templated(forms, prompt_template, keys, path)
     for asked in (True,) if gold else (True, False):  # a file with gold is read with it
-        makers = [Converter(form, columns, prompt_template, asked) for form in forms]
+        makers = [Converter(form, mapped, prompt_template, asked) for form in forms]
         fits = {id(maker): sum(_resolve(maker, row)[1] is None for row in keys) for maker in makers}
         fitting = [maker for maker in makers if fits[id(maker)]]
         wanted = [maker for maker in fitting if _row_types(maker) & set(accepted)]
@@ -309,18 +330,26 @@ def _mapping(accepted: tuple[type, ...], keys: Sequence[tuple[str, ...]]) -> str
     pairs = list(zip(lacking, free if len(free) >= len(lacking) else ["COLUMN"] * len(lacking)))
     mapped = ", ".join(f"{field}: {column}" for field, column in pairs)
     typed = " ".join(f"--column {shlex.quote(f'{field}={column}')}" for field, column in pairs)
-    return f"columns: {{{mapped}}} (evaluate and predict: {typed})"
+    marks = (
+        f"; columns of 0 and 1, one for each label: {{labels: [{', '.join(free)}]}}" if lacking == ["label"] and free[1:] else ""
+    )
+    return f"columns: {{{mapped}}} (evaluate and predict: {typed}){marks}"
 
 
 def _needs(form: Format) -> str:
     return " + ".join("|".join(field.columns) for field in form.fields if field.required)
 
 
-def _check_mapping(forms: Sequence[Format], columns: Mapping[str, str], path: str) -> None:
-    known = {field.name for form in forms for field in form.fields}
-    for name in columns:
+def _check_mapping(forms: Sequence[Format], columns: Columns, path: str) -> None:
+    known = {field.name: field.several for form in forms for field in form.fields}
+    for name, asked in columns.items():
         if name not in known:
             raise DataError(f"{path}: columns: {name!r} is not a field of a format. {did_you_mean(name, known)}")
+        if not isinstance(asked, str) and not known[name]:
+            several = ", ".join(field for field, may in known.items() if may) or "no field of it"
+            raise DataError(
+                f"{path}: columns: {name!r} is one column, got a list ({', '.join(asked)}). Several may stand for: {several}."
+            )
     if not any(all(any(field.name == name for field in form.fields) for name in columns) for form in forms):
         lists = "; ".join(f"{form.name}: {', '.join(field.name for field in form.fields)}" for form in forms)
         raise DataError(f"{path}: columns: no format has all of the fields {', '.join(columns)}. Fields by format: {lists}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.config import Source
+from tunesmith.data.fields import Columns
 from tunesmith.data.problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import Chat, PromptCompletion, Question, Ranking, Tagged, without_gold
 from tunesmith.data.source import Opened, open_source
@@ -23,7 +24,7 @@ def predict(
     data: str | Path,
     *,
     format: str | None = None,
-    columns: dict[str, str] | None = None,
+    columns: Columns | None = None,
     limit: int | None = None,
     max_length: int | None = None,
     precision: str = "auto",

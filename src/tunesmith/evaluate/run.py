@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith.data.fields import Columns
 from tunesmith.errors import UserError
 from tunesmith.models import newfolder
 
@@ -23,7 +24,7 @@ def evaluate(
     *,
     objective: str | None = None,
     format: str | None = None,
-    columns: dict[str, str] | None = None,
+    columns: Columns | None = None,
     separator: str | None = None,
     prompt_template: str | None = None,
     template: str | None = None,
