@@ -60,6 +60,15 @@ def inputs(example):
     return {key: torch.from_numpy(example[key]).long()[None] for key in ("input_ids", "token_type_ids") if key in example}
 
 
+@pytest.mark.parametrize(("slips", "said"), [(["B PER"], True), (["B PER"] * 4, False), ([], False)])
+def test_a_slip_among_tags_of_entities_is_said(slips, said):
+    """One in 41 words; parts of speech, which are a tenth of the words here, are no slip."""
+    tags = ("B-PER", "I-PER", "O", "O") * 10 + tuple(slips)
+    objective = tag.Objective(tag.Config())
+    objective.survey([Tagged("a " * len(tags), tuple((2 * at, 2 * at + 1) for at in range(len(tags))), tags)])
+    assert any("'B PER' (1): no tag of BIO" in note for note in objective.notes) == said
+
+
 BROKEN = [
     Tagged("a b c", ((0, 1), (2, 3), (4, 5)), tags) for tags in (("O", "I-X", "I-X"), ("B-X", "I-X", "O"), ("I-X", "O", "O"))
 ]

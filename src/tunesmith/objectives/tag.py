@@ -148,6 +148,13 @@ class Objective:
         self.notes.append(
             f"tags: {len(self.labels)} ({said}); the most frequent is {common!r} ({count / words:.1%} of the words)"
         )
+        odd = {tag: number for tag, number in counts.items() if tag != "O" and entities.scheme_of([tag]) is None}
+        others = entities.scheme_of(counts.keys() - odd.keys())
+        if others and 0 < sum(odd.values()) < words / 20:  # not parts of speech, but entities and a slip
+            named = ", ".join(f"{tag!r} ({number})" for tag, number in list(odd.items())[:5])
+            self.notes.append(
+                f"tags: {named}: no tag of {others}, so none is read as an entity; for figures of entities mend these"
+            )
         for tags, times in sequences.items():
             for kind, number in entities.problems(tags, scheme).items():
                 found[kind] += number * times
