@@ -15,7 +15,7 @@ from html import escape
 
 import numpy as np
 
-from tunesmith.engine import figures
+from tunesmith.runs import figures
 
 Points = list[tuple[float, float]]
 

@@ -16,10 +16,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tunesmith.engine import curves, figures, report_parts, tracking, verdict
+from tunesmith.engine import curves, report_parts
 from tunesmith.engine.report_data import data_summary
 from tunesmith.engine.report_parts import answers, facts, page, table, tile
 from tunesmith.errors import DataError
+from tunesmith.runs import figures, overfit, tracking
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def _trained_tile(run: _Run) -> str:
 def _notes(run: _Run) -> str:
     said = run.manifest.get("notes")
     notes = [*run.problems, *([str(note) for note in said] if isinstance(said, list) else [])]
-    learnt_by_heart = verdict.overfit([*run.train, *run.evals])
+    learnt_by_heart = overfit.overfit([*run.train, *run.evals])
     if learnt_by_heart is not None:
         notes.insert(0, f"Overfit: {learnt_by_heart.text}.")
     if run.part("result").get("stopped"):

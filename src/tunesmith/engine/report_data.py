@@ -1,12 +1,12 @@
-"""The data part of report.html: what was read, what became of it, how long it is. Shows ``data.report.Report.as_dict()``."""
+"""The data part of report.html: what was read and kept, how long it is. Shows ``data.store.data_report.Report.as_dict()``."""
 
 from __future__ import annotations
 
 from html import escape
 from typing import Any
 
-from tunesmith.engine import figures
 from tunesmith.engine.report_parts import bars, grid, shown, table
+from tunesmith.runs import figures
 
 _SPLITS = ("train", "eval")
 _NAMES = {"duplicates_train_eval": "eval_rows_also_in_train", "cached": "from_the_cache", "seconds": "prepared_in_seconds"}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from tunesmith.engine import figures
 from tunesmith.engine.report_style import CSS
+from tunesmith.runs import figures
 
 _SHARES = ("share", "fraction", "percent")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

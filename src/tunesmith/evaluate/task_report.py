@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import tunesmith
-from tunesmith.engine import figures as written
-from tunesmith.engine import tracking
 from tunesmith.engine.report_parts import facts as listed
 from tunesmith.engine.report_parts import grid, notes, page, table, tile
 from tunesmith.metrics import pictures
+from tunesmith.runs import figures as written
+from tunesmith.runs import tracking
 
 _FIRST = (
     "accuracy", "micro_f1", "exact_match", "f1", "precision", "recall", "macro_f1", "auroc", "token_accuracy", "rmse", "mae",
