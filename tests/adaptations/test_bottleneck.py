@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
-from tests.engine.launching import launched
+from tests.train.launching import launched
 from tests.numeric.test_parity import CPU, PACKED, examples, plain_loss_and_gradients, take_gradients
 from tests.runs import apart, history, killed_before, model_folder, recipe, rows, weights
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import bottleneck
+from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.errors import ModelError, RecipeError, UserError
 from tunesmith.models.find.show import show
 from tunesmith.models.heads import noise
@@ -56,7 +57,7 @@ def loss_and_gradients(model: Any, rows_: Any, packed: bool, drawn: Any = None) 
     if drawn is not None:
         drawn.step, drawn.packed = 3, packed
         drawn.rows, drawn.lengths = range(len(rows_)), [len(row["input_ids"]) for row in rows_]
-    batch = SFT.collate(rows_, packed)
+    batch = SFT.collate(rows_, PACKED if packed else PADDED)
     loss, _ = SFT.loss(model, batch)
     (loss / SFT.count(batch)).backward()
     if drawn is not None:

@@ -13,6 +13,7 @@ from tests.numeric.test_parity import CPU, PACKED, examples, take_gradients
 from tests.runs import apart, history, killed_before, model_folder, recipe, weights
 from tests.tiny import TINY, tiny_config, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import features
+from tunesmith.data.batch.pack import PACKED
 from tunesmith.errors import RecipeError, UserError
 from tunesmith.models.fast import compiled
 from tunesmith.models.find import headers
@@ -151,7 +152,7 @@ def test_the_backward_pass_ends_at_the_first_trained_layer():
     asked = []
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: packed.append(tensor) or tensor, lambda tensor: tensor):
-        loss, _ = SFT.loss(model, SFT.collate(rows, True))
+        loss, _ = SFT.loss(model, SFT.collate(rows, PACKED))
     blocks[3].register_full_backward_hook(lambda *given: asked.append(3))
     blocks[4].register_full_backward_hook(lambda *given: asked.append(4))
     loss.backward()
@@ -174,7 +175,7 @@ def test_gradients_are_those_of_full_training_and_the_same_computed_again(name):
             fast_path.recompute(model, SFT, rows, chosen, CPU)
             assert chosen.recomputed, chosen.notes
         model.train()
-        SFT.loss(model, SFT.collate(rows, chosen.packed))[0].backward()
+        SFT.loss(model, SFT.collate(rows, chosen.layout))[0].backward()
         found.append(take_gradients(model))
     full, plain, recomputed = found
     assert plain.keys() == recomputed.keys() < full.keys()

@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_pefts_own_on_the_same_bits(name, quant_type, twi
     chosen = fast_path.choose(model, objective, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
     assert chosen.notes == [] or name == "mistral"
     assert chosen.fused.kinds and (name == "gpt2" or "mlp" in chosen.fused.kinds or name == "gemma")
-    batch = objective.collate(rows, packed=chosen.packed)
+    batch = objective.collate(rows, chosen.layout)
     total, _ = objective.loss(model, batch)
     (total / int(objective.count(batch))).backward()
     assert total.item() / int(objective.count(batch)) == pytest.approx(loss, rel=limit)

@@ -51,7 +51,7 @@ def test_the_file_passes_the_check_of_a_recipe(tmp_path, capsys):
 def test_without_a_file_it_learns_from_rows_of_its_kind(objective, capsys):
     assert main(["init", objective]) == 0
     built = recipe.parse(recipe_text.read(capsys.readouterr().out, "init")[0])
-    opened = open_source(built.data.train[0].model_copy(update={"limit": 3}), objectives.module(objective).Objective.rows)
+    opened = open_source(built.data.train[0].model_copy(update={"limit": 3}), objectives.module(objective).Objective.traits.rows)
     assert len(list(opened.rows())) == 3
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.data.tokenizers import ENCODERS, KINDS, tokenizer_of
 from tests.models.test_real import pulled
+from tunesmith.data.batch.pack import PACKED
 from tunesmith.data.encode import questions
 from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Question
@@ -51,7 +52,7 @@ def said_of(objective, rows, examples, patch, sure=9.0):
 
     flat = [{**one, "row": np.array([0, number])} for number, group in enumerate(examples) for one in group]
     patch.setattr(task_heads, "span_logits", logits)
-    records = [objective.evaluate(None, objective.collate(flat[at : at + 2], packed=True)) for at in range(0, len(flat), 2)][::-1]
+    records = [objective.evaluate(None, objective.collate(flat[at : at + 2], PACKED)) for at in range(0, len(flat), 2)][::-1]
     return objective.answers(records), records
 
 
@@ -235,7 +236,7 @@ def test_the_threshold_is_tuned():
         window([(1.0, 0, 3, "cat")], 3.0, [], (0, 3)), window([(1.0, 0, 3, "cow")], 4.0, [], (0, 4)),
     ]}]  # fmt: skip
     assert objective.summarise(records)["eval_f1"] == 0.5
-    objective.tune(records)
+    objective.choose_threshold(records)
     assert objective.threshold == 1.0 and objective.summarise(records)["eval_f1"] == 1.0
     assert objective.head_config()["tunesmith"]["null_threshold"] == 1.0
     figures = objective.summarise(records)
@@ -245,9 +246,9 @@ def test_the_threshold_is_tuned():
 def test_only_data_with_silent_questions_teach_silence():
     rows = [Question("what?", "the fox", (("fox", 4),)), Question("what?", "the fox", ())]
     objective = qa.Objective(qa.Config())
-    objective.survey(rows[:1])
+    objective.scan(rows[:1])
     assert objective.threshold is None and "so there always is one" in objective.notes[0]
-    objective.survey(rows)
+    objective.scan(rows)
     assert objective.threshold == 0.0
 
 
@@ -265,8 +266,8 @@ def test_an_oracle_on_xquad_with_the_real_tokenizers(name, shared, monkeypatch):
     ][:300]  # fmt: skip
     for window, stride in ((384, 128), (100, 0)):
         objective = qa.Objective(qa.Config(window=window, stride=stride))
-        objective.adopt(AutoConfig.from_pretrained(pulled(name)), tokenizer, 512)
-        objective.survey(rows)
+        objective.bind(AutoConfig.from_pretrained(pulled(name)), tokenizer, 512)
+        objective.scan(rows)
         examples = objective.encode(rows, tokenizer)
         answers, records = said_of(objective, rows, examples, monkeypatch)
         assert objective.summarise(records)["eval_f1"] > 0.99

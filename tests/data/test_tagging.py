@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.data.tokenizers import ENCODERS, KINDS, tokenizer_of
 from tests.models.test_real import pulled
+from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.data.encode import tagging
 from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.problems import RowFault
@@ -42,7 +43,7 @@ def objective_of(kind, max_length=None, tokenizer=None, **config):
     from transformers import BertConfig, LlamaConfig
 
     network = (BertConfig if kind in ENCODERS else LlamaConfig)(architectures=[name])
-    made.adopt(network, tokenizer or tokenizer_of(kind), max_length)
+    made.bind(network, tokenizer or tokenizer_of(kind), max_length)
     return made
 
 
@@ -61,7 +62,7 @@ def answers_of(objective, rows, examples):
     """What the oracle's tags become, by row; each window in a batch of its own, the last one first."""
     flat = [{**one, "row": np.array([0, number])} for number, group in enumerate(examples) for one in group]
     with oracle():
-        records = [objective.evaluate(None, objective.collate([one], packed=False)) for one in reversed(flat)]
+        records = [objective.evaluate(None, objective.collate([one], PADDED)) for one in reversed(flat)]
     return objective.answers(records), records
 
 
@@ -206,7 +207,7 @@ def test_faults_name_what_is_wrong():
 
 def survey(*tags, **config):
     made = tag.Objective(tag.Config(**config))
-    made.survey([row_of(["x"] * len(one), one) for one in tags])
+    made.scan([row_of(["x"] * len(one), one) for one in tags])
     return made
 
 
@@ -251,15 +252,15 @@ def test_an_oracle_has_an_f1_of_one_with_the_real_tokenizers(name, shared):
     rows.append(row_of(list(korean), ["B-person", *["O"] * (len(korean) - 1)], spaced=False))
     for max_length, stride in ((None, 0), (12, 5)):
         objective = tag.Objective(tag.Config(stride=stride))
-        objective.adopt(AutoConfig.from_pretrained(pulled(name)), tokenizer, max_length)
-        objective.survey(rows)
+        objective.bind(AutoConfig.from_pretrained(pulled(name)), tokenizer, max_length)
+        objective.scan(rows)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(task_heads, "token_logits", lambda model, batch: 9.0 * torch.eye(99)[batch["targets"]])
             flat = [
                 {**one, "row": np.array([0, n])} for n, group in enumerate(objective.encode(rows, tokenizer)) for one in group
             ]
             records = [
-                objective.evaluate(SimpleNamespace(), objective.collate(flat[at : at + 50], packed=True))
+                objective.evaluate(SimpleNamespace(), objective.collate(flat[at : at + 50], PACKED))
                 for at in range(0, len(flat), 50)
             ]
         assert objective.summarise(records)["eval_f1"] == 1.0

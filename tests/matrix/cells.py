@@ -87,7 +87,7 @@ def config_of(architecture: str) -> Any:
 
 def why_not(cell: Cell) -> str | None:
     """What the refusal of a pair that makes no sense says; None for one that works."""
-    kind = objectives.module(cell.objective).Objective.head
+    kind = objectives.module(cell.objective).Objective.traits.head
     try:
         task_heads.require_class(config_of(cell.architecture), kind)
     except ModelError:

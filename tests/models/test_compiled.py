@@ -17,7 +17,7 @@ from tests.numeric.test_parity import CPU, examples, take_gradients, with_gradie
 from tests.runs import apart, model_folder, recipe, weights
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import lora
-from tunesmith.data.batch.pack import to_device
+from tunesmith.data.batch.pack import PACKED, to_device
 from tunesmith.errors import RecipeError
 from tunesmith.models.fast import compiled, kernels, varlen
 from tunesmith.models.heads import lm_head, noise
@@ -52,7 +52,7 @@ def routed(monkeypatch):
 
 def gradients(model, rows):
     model.train()
-    SFT.loss(model, SFT.collate(rows, packed=True))[0].backward()
+    SFT.loss(model, SFT.collate(rows, PACKED))[0].backward()
     return take_gradients(model)
 
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 from tests.tiny import ENCODER, ENCODERS
 from tunesmith.adaptations import lora
 from tunesmith.data.batch import pack
+from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.models.fast import attention, fused, fused_encoder, kernels
 from tunesmith.models.heads import bidirectional, lm_head, noise
 from tunesmith.models.heads import task_heads as heads
@@ -43,7 +44,7 @@ def some_rows(name, lengths=LENGTHS):
 
 
 def packed(rows, read=None):
-    return pack.of_rows(rows, True, [np.arange(len(row["input_ids"])) if read is None else read for row in rows])
+    return pack.of_rows(rows, PACKED, [np.arange(len(row["input_ids"])) if read is None else read for row in rows])
 
 
 def results(model, outputs):
@@ -116,7 +117,7 @@ def test_rows_up_to_the_window():
 def test_the_last_layer_computes_only_what_is_read(name):
     model, rows = network(name), some_rows(name)
     batch = packed(rows, np.zeros(1, np.int64))
-    hidden = lm_head.hidden_states(model, {**pack.layout(rows, False)[0]})
+    hidden = lm_head.hidden_states(model, {**pack.arrange(rows, False)[0]})
     expected = results(model, hidden[:, 0])
     fast(model)
     seen = []
@@ -169,16 +170,16 @@ def test_dropout_is_the_same_packed_padded_fused_and_for_what_is_read_alone(monk
     assert said == ["the model's dropout of attention probabilities (0.1) is off"]
     rows = some_rows("bert")
     first = [np.zeros(1, np.int64)] * len(rows)
-    padded = pack.of_rows(rows, False, first)
+    padded = pack.of_rows(rows, PADDED, first)
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "available", lambda tensor: False)
         expected = drops(model, padded, rows)
     assert float((drops(model.eval(), padded, rows)["outputs"] - expected["outputs"]).norm()) > 0.1
     fast(model.eval())
     model.train()
-    near(drops(model, pack.of_rows(rows, True, first), rows), expected, 5e-6)
+    near(drops(model, pack.of_rows(rows, PACKED, first), rows), expected, 5e-6)
     monkeypatch.setattr(fused_encoder, "reads_early", lambda body: False)
-    near(drops(model, pack.of_rows(rows, True, first), rows), expected, 5e-6)
+    near(drops(model, pack.of_rows(rows, PACKED, first), rows), expected, 5e-6)
 
 
 @NEEDS_C

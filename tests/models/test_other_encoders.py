@@ -13,6 +13,7 @@ from tests.runs import recipe
 from tests.tiny import ENCODER, encoder_tokenizer
 from tunesmith.cli.main import main
 from tunesmith.data.batch import pack
+from tunesmith.data.batch.pack import PADDED
 from tunesmith.models.heads import noise, task_heads
 
 SIZES = {name: ENCODER[name] for name in ENCODER if not name.endswith("prob")}  # with dropout, as published
@@ -69,7 +70,7 @@ def test_their_heads_say_what_transformers_own_say(name, kind):
     network = task_heads.auto_class(kind).from_config(AutoConfig.for_model(name, **CONFIGS[name])).eval()
     rows = [{"input_ids": np.arange(5, 5 + length).astype(np.int32)} for length in (7, 3)]
     one = kind == "score" and task_heads.pooling(network.config) is None
-    batch = pack.of_rows(rows, False, [np.array([0]) if one else np.arange(len(row["input_ids"])) for row in rows])
+    batch = pack.of_rows(rows, PADDED, [np.array([0]) if one else np.arange(len(row["input_ids"])) for row in rows])
     with torch.no_grad():
         expected = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         if kind == "score":

@@ -12,7 +12,7 @@ import torch
 from tests.models import standin
 from tests.numeric.test_parity import examples, take_gradients
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
-from tunesmith.data.batch.pack import pack, pad
+from tunesmith.data.batch.pack import PACKED, PADDED, pack, pad
 from tunesmith.models.fast import attention, kernels, varlen
 from tunesmith.models.heads import lm_head
 from tunesmith.objectives import sft
@@ -139,11 +139,11 @@ def test_packed_logits_are_those_of_rows_alone(name):
 @pytest.mark.parametrize("name", TINY)
 def test_the_trial_takes_it_with_the_gradients_of_the_plain_path(name, served):
     model, rows = tiny_model(name), examples(SFT, tiny_tokenizer())
-    SFT.loss(model, SFT.collate(rows, packed=False))[0].backward()
+    SFT.loss(model, SFT.collate(rows, PADDED))[0].backward()
     expected = take_gradients(model)
     chosen = fast_path.choose(model, SFT, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
     assert chosen.as_dict()["attention"] == "varlen" and chosen.notes == []
-    SFT.loss(model, SFT.collate(rows, packed=True))[0].backward()
+    SFT.loss(model, SFT.collate(rows, PACKED))[0].backward()
     for key, gradient in take_gradients(model).items():
         assert (gradient - expected[key]).abs().max() <= 1e-4 * expected[key].abs().max(), key
 
@@ -156,7 +156,7 @@ def test_boundaries_are_made_once_a_batch_and_segments_stay_on_the_host(served, 
     monkeypatch.setattr(varlen, "boundaries", lambda *given: made.append(given) or real(*given))
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda module, args, keywords: seen.append(keywords), with_kwargs=True)
-    SFT.loss(model, SFT.collate(rows, packed=True))
+    SFT.loss(model, SFT.collate(rows, PACKED))
     assert len(made) == 1 and len(seen) == 2
     assert seen[0]["cu_seqlens"] is seen[1]["cu_seqlens"] and "segments" not in seen[0]
 

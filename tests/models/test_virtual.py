@@ -10,7 +10,7 @@ import torch
 from tests.models import standin
 from tests.models.virtual_tokens import COUNT, KINDS, TOKENIZER, adapted, by_peft, ids_of, rows
 from tests.tiny import TINY, tiny_model
-from tunesmith.data.batch.pack import pack, pad
+from tunesmith.data.batch.pack import PACKED, PADDED, pack, pad
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import attention, kernels, varlen
@@ -219,7 +219,7 @@ def test_dropout_of_a_row_covers_its_virtual_tokens_and_depends_on_nothing_else(
     def loss(places: list[int], packed: bool) -> float:
         model.get_base_model().set_attn_implementation(attention.NAME if packed else "sdpa")
         drawn.packed, drawn.rows, drawn.lengths = packed, places, [len(ROWS[place]["input_ids"]) for place in places]
-        return SFT.loss(model, SFT.collate([ROWS[place] for place in places], packed))[0].item()
+        return SFT.loss(model, SFT.collate([ROWS[place] for place in places], PACKED if packed else PADDED))[0].item()
 
     together = loss([0, 1, 3], packed)
     assert together == pytest.approx(sum(loss([place], False) for place in (0, 1, 3)), rel=1e-5)

@@ -12,6 +12,7 @@ from tests.numeric.test_parity import CPU, PACKED, examples, take_gradients, wit
 from tests.runs import apart, history, model_folder, recipe, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith.adaptations import bottleneck, features, full, ia3, lora, prefix, prompt, qlora
+from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.errors import RecipeError
 from tunesmith.models.heads import lm_head, noise
 from tunesmith.models.load.load import load_model, locate
@@ -59,7 +60,7 @@ def backward(model, row_noise, rows, packed):
         return lambda parameter: fired.__setitem__(name, fired[name] + 1)
 
     hooks = [p.register_post_accumulate_grad_hook(note(name)) for name, p in model.named_parameters() if p.requires_grad]
-    loss, _ = SFT.loss(model, SFT.collate(rows, packed))
+    loss, _ = SFT.loss(model, SFT.collate(rows, PACKED if packed else PADDED))
     loss.backward()
     for hook in hooks:
         hook.remove()
@@ -102,7 +103,7 @@ def test_only_training_computes_layers_again():
     calls = []
     lm_head.base(model).model.layers[0].mlp.register_forward_pre_hook(lambda module, given: calls.append(module.training))
     model.eval()
-    (SFT.loss(model, SFT.collate(rows, True))[0]).backward()
+    (SFT.loss(model, SFT.collate(rows, PACKED))[0]).backward()
     assert calls == [False]
     backward(model, row_noise, rows, True)
     assert calls == [False, True, True]
@@ -114,7 +115,7 @@ def test_frozen_embeddings_are_left_without_a_gradient():
     fast_path.recompute(model, SFT, rows, chosen, CPU)
     seen = []
     lm_head.base(model).get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(out.requires_grad))
-    SFT.loss(model.train(), SFT.collate(rows, True))
+    SFT.loss(model.train(), SFT.collate(rows, PACKED))
     assert seen == [False]
 
 
@@ -185,7 +186,7 @@ before = machine.memory_bytes()
 for recomputed in (True, False):
     if not recomputed:
         model.gradient_checkpointing_disable()
-    loss, _ = objective.loss(model, objective.collate([row] * 20, True))
+    loss, _ = objective.loss(model, objective.collate([row] * 20, PACKED))
     loss.backward()
     print(machine.peak_memory_bytes() - before)
 """

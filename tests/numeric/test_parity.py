@@ -9,6 +9,7 @@ import tunesmith
 from tests.runs import documents, recipe, rows
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import full, lora
+from tunesmith.data.batch.pack import PACKED
 from tunesmith.data.rows import PromptCompletion, Text
 from tunesmith.models.heads import noise
 from tunesmith.objectives import cpt, sft
@@ -80,7 +81,7 @@ def ours_and_theirs(name, objective, adaptation, dtype):
     theirs = plain_loss_and_gradients(model, rows_)
     chosen = fast_path.choose(model, objective, rows_, max(len(row["input_ids"]) for row in rows_), "auto", CPU)
     assert chosen.packed is PACKED[name]
-    batch = objective.collate(rows_, chosen.packed)
+    batch = objective.collate(rows_, chosen.layout)
     loss, _ = objective.loss(model, batch)
     (loss / objective.count(batch)).backward()
     return (loss.item() / int(objective.count(batch)), take_gradients(model)), theirs

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import tiny_model
 from tunesmith.data.batch import pack
+from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.metrics.token_mean import token_mean
 from tunesmith.models.fast import attention
 from tunesmith.models.heads import lm_head
@@ -69,9 +70,9 @@ def test_losses_of_rows_are_those_of_each_row_alone(packed, way, monkeypatch):
     if way == "small blocks":
         monkeypatch.setattr(lm_head, "BLOCK", 3)
     lm_head.use_plain_head(model, way == "plain")
-    together = sft.Objective(sft.Config()).collate(examples(), packed)
+    together = sft.Objective(sft.Config()).collate(examples(), PACKED if packed else PADDED)
     found = lm_head.row_losses(model, together)
-    alone = [pack.pad([one]) for one in examples()]
+    alone = [pack.with_targets([one], PADDED) for one in examples()]
     lm_head.use_plain_head(model, False)
     model.set_attn_implementation("eager")
     wanted = [(float(lm_head.lm_loss(model, one).detach()), len(one["labels"])) for one in alone if len(one["labels"])]

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import tunesmith
 from tests.runs import LABELS, apart, history, killed_before, labelled, model_folder, recipe, weights
 from tests.tiny import ENCODERS, encoder_tokenizer, tiny_tokenizer
-from tunesmith.data.batch.pack import to_device
+from tunesmith.data.batch.pack import PACKED, PADDED, to_device
 from tunesmith.data.config import Source
 from tunesmith.data.read.source import open_source
 from tunesmith.data.rows import Labelled
@@ -34,8 +34,8 @@ def made(name, rows, tmp_path, **config):
     folder = locate(model_folder(tmp_path, name))
     tokenizer = load.load_tokenizer(folder)
     objective = classify.Objective(classify.Config(**config))
-    objective.adopt(load.load_config(folder), tokenizer, 128)
-    objective.survey(rows)
+    objective.bind(load.load_config(folder), tokenizer, 128)
+    objective.scan(rows)
     torch.manual_seed(0)
     network = load.load_model(folder, head="score", trainable=True, head_config=objective.head_config())
     return objective, network, tokenizer, [one for row in objective.encode(rows, tokenizer) for one in row]
@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_transformers(name, problem, tmp_path):
     labels = targets if problem == "multi" else targets[:, 0] if problem == "regression" else targets[:, 0].long()
     expected = network(**stock, labels=labels).loss
     gradients = torch.autograd.grad(expected, [one for one in network.parameters()], allow_unused=True)
-    batch = objective.collate(examples, packed=False)
+    batch = objective.collate(examples, PADDED)
     loss, _ = objective.loss(network, batch)
     ours = torch.autograd.grad(loss / objective.count(batch), [one for one in network.parameters()], allow_unused=True)
     assert float(loss / 4) == pytest.approx(float(expected), abs=1e-6)
@@ -71,7 +71,7 @@ def test_class_weights_and_smoothing_are_torchs(tmp_path):
     objective, network, _, examples = made(
         "bert", PROBLEMS["single"], tmp_path, class_weights={"good": 2.0, "bad": 0.5}, label_smoothing=0.1
     )
-    batch = objective.collate(examples, packed=False)
+    batch = objective.collate(examples, PADDED)
     logits = network(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
     weight = torch.tensor([{"good": 2.0, "bad": 0.5}.get(name, 1.0) for name in objective.labels])
     expected = torch.nn.functional.cross_entropy(
@@ -91,7 +91,7 @@ def test_balanced_rows_with_a_label_count_as_much_as_those_without(tmp_path):
     rows = [Labelled("x", labels=("a", "c")), *[Labelled("y", labels=("b", "c"))] * 3, *[Labelled("z", labels=("c",))] * 4]
     objective, _, _, examples = made("bert", rows, tmp_path, class_weights="balanced")
     assert objective._weights.tolist() == pytest.approx([7.0, 5 / 3, 1 / 8])
-    batch = objective.collate(examples, packed=False)
+    batch = objective.collate(examples, PADDED)
     logits = torch.zeros(8, 3, requires_grad=True)
     objective._losses(logits, batch["targets"], objective._weights).sum().backward()
     assert logits.grad.sum(0)[:2].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)  # of a network that does not know anything
@@ -103,10 +103,8 @@ def test_a_row_is_scored_the_same_whatever_stands_beside_it(name, pooling, tmp_p
     """Packed, padded, alone, on the left and on the right of padding; and by the stock class where it reads one token."""
     objective, network, tokenizer, examples = made(name, PROBLEMS["single"], tmp_path, pooling=pooling)
     with torch.no_grad():
-        alone = np.concatenate(
-            [objective.evaluate(network, objective.collate([one], packed=False))["scores"] for one in examples]
-        )
-        padded = objective.evaluate(network, objective.collate(examples, packed=False))["scores"]
+        alone = np.concatenate([objective.evaluate(network, objective.collate([one], PADDED))["scores"] for one in examples])
+        padded = objective.evaluate(network, objective.collate(examples, PADDED))["scores"]
         assert np.abs(alone - padded).max() <= 1e-6
         if pooling is None:
             for side in ("left", "right") if name not in ENCODERS else ("right",):
@@ -116,7 +114,7 @@ def test_a_row_is_scored_the_same_whatever_stands_beside_it(name, pooling, tmp_p
                 assert np.abs(found.logits.softmax(-1).numpy() - alone).max() <= 2e-6, side
         changed = {**examples[0], "input_ids": examples[0]["input_ids"].copy()}
         changed["input_ids"][-1 if name not in ENCODERS else 1] ^= 1
-        other = objective.evaluate(network, objective.collate([changed, *examples[1:]], packed=False))["scores"]
+        other = objective.evaluate(network, objective.collate([changed, *examples[1:]], PADDED))["scores"]
     assert np.abs(other[0] - alone[0]).max() > 1e-4 and np.abs(other[1:] - alone[1:]).max() <= 1e-6
 
 
@@ -265,7 +263,7 @@ def test_one_class_is_nothing_to_learn(tmp_path):
 @pytest.mark.parametrize("name", ["--5", "-", "7" * 5000, "\u00b2"])
 def test_names_that_are_nearly_numbers_are_names(name):
     objective = classify.Objective(classify.Config())
-    objective.survey([Labelled("t", label="4"), Labelled("u", label=name)])
+    objective.scan([Labelled("t", label="4"), Labelled("u", label=name)])
     assert objective.labels == (["4", name])
 
 
@@ -284,7 +282,7 @@ SAID = {
 def test_what_is_guessed_of_labels_is_said(case):
     found, said = SAID[case]
     objective = classify.Objective(classify.Config())
-    objective.survey([Labelled("t", label=label) for label in found])
+    objective.scan([Labelled("t", label=label) for label in found])
     notes = [note for note in objective.notes if not note.startswith("labels: ")]
     assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes))
 
@@ -301,7 +299,7 @@ def test_a_label_that_never_holds_is_one_and_is_said(how, tmp_path):
     rows = "".join(json.dumps({"text": "t", "labels": one}) + "\n" for one in given)
     (tmp_path / "rows.jsonl").write_text(rows)
     objective = classify.Objective(classify.Config(class_weights="balanced"))
-    objective.survey(row for _, row in open_source(Source(path=str(tmp_path / "rows.jsonl")), (Labelled,)).rows())
+    objective.scan(row for _, row in open_source(Source(path=str(tmp_path / "rows.jsonl")), (Labelled,)).rows())
     assert objective.labels == names and np.isfinite(objective._weights).all()
     assert [note.rpartition(": ")[2] for note in objective.notes if "no training row has" in note] == [never]
 
@@ -340,7 +338,7 @@ def test_weights_of_a_class_that_is_not_there_are_refused(tmp_path):
 def test_a_cut_row_still_ends_in_its_separator(tmp_path):
     objective, _, _, (example, *_) = made("bert", PROBLEMS["single"], tmp_path, overlong="truncate")
     cut = {key: value[:6] if key in ("input_ids", "token_type_ids") else value for key, value in example.items()}
-    ids = objective.collate([cut], packed=True)["input_ids"][0].tolist()
+    ids = objective.collate([cut], PACKED)["input_ids"][0].tolist()
     assert ids[-1] == encoder_tokenizer("bert").sep_token_id and ids[:5] == example["input_ids"][:5].tolist()
 
 
@@ -381,7 +379,7 @@ def test_kept_outputs_are_those_of_the_body(tmp_path):
         }
         for types in ([0, 0, 0, 1, 1], [0, 0, 0, 0, 1])
     )
-    rows = frozen_body_cache.rows_of(to_device(objective.collate([first, second], packed=True), "cpu"))
+    rows = frozen_body_cache.rows_of(to_device(objective.collate([first, second], PACKED), "cpu"))
     assert rows[0].digest != rows[1].digest
 
 

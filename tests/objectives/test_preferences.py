@@ -14,6 +14,7 @@ from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 from tunesmith import recipe as recipes
 from tunesmith.adaptations import lora
 from tunesmith.cli import check
+from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.data.rows import Ranking
 from tunesmith.errors import DataError, ModelError, OutOfMemoryError, RecipeError
 from tunesmith.evaluate import opened
@@ -37,7 +38,7 @@ def policy(config=None, rows=ROWS, seed=0, **changes):
     if objective.reference is not None:
         torch.manual_seed(seed + 1)
         before = tiny_model("llama", **changes).eval()
-        objective.reference.add(objective.measure(before, objective.collate(examples, packed=False)))
+        objective.reference.add(objective.measure(before, objective.collate(examples, PADDED)))
         objective.reference.taken = True
         objective.before = before
     return objective, examples, network
@@ -95,7 +96,7 @@ def test_loss_and_gradients_are_those_of_trl(config, tmp_path):
 
     objective, examples, network = policy(config)
     network.eval()
-    loss, _ = objective.loss(network, objective.collate(examples, packed=False))
+    loss, _ = objective.loss(network, objective.collate(examples, PADDED))
     (loss / len(examples)).backward()
     ours = gradients(network)
     rows = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2)
@@ -118,7 +119,7 @@ def test_every_loss_is_its_formula(loss_type):
     config = {"loss_type": loss_type, "beta": 0.3, **({"label_smoothing": 0.1} if loss_type in ("sigmoid", "robust") else {})}
     objective, examples, network = policy(config, [*ROWS, MANY])
     network.eval()
-    loss, _ = objective.loss(network, objective.collate(examples, packed=False))
+    loss, _ = objective.loss(network, objective.collate(examples, PADDED))
     expected = 0.0
     for example in examples:
         pairs = example["pairs"].reshape(-1, 2).tolist()
@@ -158,11 +159,11 @@ def test_prompts_that_are_shared_change_nothing(packed):
     attention.register()
     objective, examples, network = policy(rows=[*ROWS, MANY])
     network.eval()
-    objective.loss(network, objective.collate(examples, packed=False))[0].backward()
+    objective.loss(network, objective.collate(examples, PADDED))[0].backward()
     expected = gradients(network)
     network.set_attn_implementation(attention.NAME)
     objective.shared = packed
-    batch = objective.collate(examples, packed=True)
+    batch = objective.collate(examples, PACKED)
     assert ("behind" in batch) is packed
     objective.loss(network, batch)[0].backward()
     for name, gradient in gradients(network).items():
@@ -176,7 +177,7 @@ def judge(tmp_path, rows=ROWS, **config):
     folder = locate(model_folder(tmp_path, "llama"))
     objective = reward.Objective(reward.Config(**config))
     tokenizer = load.load_tokenizer(folder)
-    objective.adopt(load.load_config(folder), tokenizer, None)
+    objective.bind(load.load_config(folder), tokenizer, None)
     torch.manual_seed(0)
     network = load.load_model(folder, head="score", trainable=True, head_config=objective.head_config())
     return objective, [one for row in objective.encode(rows, tokenizer) for one in row], network
@@ -189,11 +190,11 @@ def test_reward_loss_and_gradients_are_those_of_trl(tmp_path, centre):
 
     objective, examples, network = judge(tmp_path, center_rewards_coefficient=centre)
     network.eval()
-    loss, _ = objective.loss(network, objective.collate(examples, packed=False))
+    loss, _ = objective.loss(network, objective.collate(examples, PADDED))
     (loss / len(examples)).backward()
     ours = gradients(network)
     tokenizer = load.load_tokenizer(locate(model_folder(tmp_path, "llama")))
-    objective.adopt(network.config, tokenizer, None)  # a pad token that is not its end
+    objective.bind(network.config, tokenizer, None)  # a pad token that is not its end
     assert tokenizer.pad_token_id == network.config.pad_token_id != tokenizer.eos_token_id
     rows = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2)
     trainer = RewardTrainer(
@@ -219,11 +220,11 @@ def test_a_reward_depends_on_its_own_tokens_alone(tmp_path):
     rewards = {}
     with torch.no_grad():
         for name, chosen in {"all": examples, "alone": examples[:1], "others": [examples[3], examples[0]]}.items():
-            batch = objective.collate(chosen, packed=False)
+            batch = objective.collate(chosen, PADDED)
             found = task_heads.score_logits(network, batch)[:, 0].split(batch["counts"])
             rewards[name] = found[1 if name == "others" else 0]
         network.set_attn_implementation(attention.NAME)
-        batch = objective.collate(examples, packed=True)
+        batch = objective.collate(examples, PACKED)
         rewards["packed"] = task_heads.score_logits(network, batch)[:2, 0]
         network.set_attn_implementation("eager")
         for side in ("left", "right"):
@@ -253,7 +254,7 @@ def test_rewards_of_a_bf16_network_are_not_rounded_to_bf16(tmp_path, adaptation,
     if adaptation == "lora":
         network = lora.Adaptation(lora.Config(r=4)).apply(network, "score")
     lm_head.use_plain_head(network, plain)
-    batch = objective.collate(examples, packed=False)
+    batch = objective.collate(examples, PADDED)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         network.to(dtype).eval()
@@ -272,7 +273,7 @@ def test_rewards_of_a_bf16_network_are_not_rounded_to_bf16(tmp_path, adaptation,
 def test_margins_are_differences_of_scores(tmp_path):
     rows = [Ranking("a", (" b", " c", " d"), (0, 1, 2), (3.0, 1.0, 0.5))]
     objective, examples, network = judge(tmp_path, rows, margin=True)
-    batch = objective.collate(examples, packed=False)
+    batch = objective.collate(examples, PADDED)
     assert batch["margins"].tolist() == [2.0, 2.5, 0.5] and batch["weights"].tolist() == pytest.approx([1 / 3] * 3)
     values = task_heads.score_logits(network.eval(), batch)[:, 0].detach()
     lead = torch.stack([values[0] - values[1] - 2, values[0] - values[2] - 2.5, values[1] - values[2] - 0.5])
@@ -458,7 +459,7 @@ def test_ties_are_half_right_and_calibrated(tmp_path):
 def test_figures_without_a_reference_are_by_token_like_their_loss(loss_type):
     rows = [Ranking("a", (" b b b b b b", " c"), (0, 1))]
     objective, examples, network = policy({"loss_type": loss_type}, rows)
-    batch = objective.collate(examples, packed=False)
+    batch = objective.collate(examples, PADDED)
     tokens = batch["tokens"].double()
     found = objective.loss(network.eval(), batch)[1]
     expected = 0.1 * objective._answers(network, batch).detach() / tokens

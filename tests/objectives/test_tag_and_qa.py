@@ -10,6 +10,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, pipeline
 import tunesmith
 from tests.runs import apart, history, killed_before, model_folder, questions, recipe, tagged, weights
 from tests.tiny import ENCODERS
+from tunesmith.data.batch.pack import PADDED
 from tunesmith.data.rows import Question, Tagged
 from tunesmith.errors import DataError, ReadOnceError
 from tunesmith.evaluate.predict import predict
@@ -49,8 +50,8 @@ def made(name, objective, rows, tmp_path):
     """(network, examples): a head on a correctly loaded body."""
     folder = locate(model_folder(tmp_path, name))
     tokenizer = load.load_tokenizer(folder)
-    objective.adopt(load.load_config(folder), tokenizer, 128)
-    objective.survey(rows)
+    objective.bind(load.load_config(folder), tokenizer, 128)
+    objective.scan(rows)
     torch.manual_seed(0)
     network = load.load_model(folder, head=objective.head, trainable=True, head_config=objective.head_config())
     return network, [one for row in objective.encode(rows, tokenizer) for one in row]
@@ -65,7 +66,7 @@ def test_a_slip_among_tags_of_entities_is_said(slips, said):
     """One in 41 words; parts of speech, which are a tenth of the words here, are no slip."""
     tags = ("B-PER", "I-PER", "O", "O") * 10 + tuple(slips)
     objective = tag.Objective(tag.Config())
-    objective.survey([Tagged("a " * len(tags), tuple((2 * at, 2 * at + 1) for at in range(len(tags))), tags)])
+    objective.scan([Tagged("a " * len(tags), tuple((2 * at, 2 * at + 1) for at in range(len(tags))), tags)])
     assert any("'B PER' (1): no tag of BIO" in note for note in objective.notes) == said
 
 
@@ -77,7 +78,7 @@ BROKEN = [
 @pytest.mark.parametrize("labels", [None, ["I-X", "B-X", "O"]])
 def test_tags_that_break_their_scheme_are_counted_whether_labels_are_given_or_not(labels):
     objective = tag.Objective(tag.Config(labels=labels))
-    objective.survey(BROKEN)
+    objective.scan(BROKEN)
     assert objective.labels == (labels or ["O", "B-X", "I-X"])
     assert any("2 times an I- with no B- before it" in note for note in objective.notes)
     windows = [
@@ -93,9 +94,9 @@ def test_a_stream_is_not_looked_at_where_its_tags_are_given():
         raise ReadOnceError("a stream")
         yield
 
-    tag.Objective(tag.Config(labels=["O", "B-X"])).survey(stream())
+    tag.Objective(tag.Config(labels=["O", "B-X"])).scan(stream())
     with pytest.raises(DataError, match="a stream"):
-        tag.Objective(tag.Config()).survey(stream())
+        tag.Objective(tag.Config()).scan(stream())
 
 
 @pytest.mark.parametrize("label_all", [False, True])
@@ -109,7 +110,7 @@ def test_tagging_has_the_loss_and_gradients_of_transformers(name, label_all, tmp
         labels[0, one["places"]] = torch.from_numpy(one["target"]).long()
         expected = expected + network(**inputs(one), labels=labels).loss * len(one["places"])
     same_as(expected, objective, network, examples)
-    assert int(objective.count(objective.collate(examples, packed=False))) == sum(len(one["places"]) for one in examples)
+    assert int(objective.count(objective.collate(examples, PADDED))) == sum(len(one["places"]) for one in examples)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -126,7 +127,7 @@ def test_answers_have_the_loss_and_gradients_of_transformers(name, tmp_path):
 def same_as(expected, objective, network, examples):
     trained = list(network.parameters())
     theirs = torch.autograd.grad(expected, trained, allow_unused=True)
-    loss, _ = objective.loss(network, objective.collate(examples, packed=False))
+    loss, _ = objective.loss(network, objective.collate(examples, PADDED))
     ours = torch.autograd.grad(loss, trained, allow_unused=True)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     for one, other in zip(ours, theirs, strict=True):

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tunesmith
-from tests.engine.launching import launched
+from tests.train.launching import launched
 from tests.runs import apart, history, killed_before, recipe, weights
 from tunesmith.data.batch import pack
+from tunesmith.data.batch.pack import PACKED
 from tunesmith.data.store import cache
 from tunesmith.models.heads import lm_head
 from tunesmith.train import frozen_body_cache, machine
@@ -273,8 +274,8 @@ def output_of(row):
 def test_any_batch_of_known_rows_finds_its_own_outputs(pairs, packed, order, known, tmp_path_factory):
     """Short rows of four words: many are equal, or equal but for their places."""
     folder = tmp_path_factory.mktemp("bodies")
-    collate = pack.pack if packed else pack.pad
-    rows = [rows_of(pack.pack([example(pair)]))[0] for pair in pairs]
+    layout = PACKED if packed else PADDED
+    rows = [rows_of(pack.with_targets([example(pair)], PACKED))[0] for pair in pairs]
     kept = Outputs(2, torch.float32)
     some = list({row.digest: row for row in rows[:known]}.values())
     if some:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tunesmith
-from tests.engine.launching import launched, start
+from tests.train.launching import launched, start
 from tests.runs import apart, killed_before, recipe, weights
 from tunesmith import errors
 from tunesmith.cli.main import main

@@ -12,6 +12,8 @@ from tunesmith.train.update_ratio import Ratio
 
 
 def after(made, move, rate=1.0):
+    if (flags := made.pending()) is not None:
+        made.settle(flags.tolist())
     made.before()
     move()
     made.after(rate)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tunesmith
-from tests.engine.launching import launched
+from tests.train.launching import launched
 from tests.runs import apart, model_folder, recipe, weights
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.runs import tracking

@@ -103,7 +103,7 @@ def lint(
         sources, config, objective, _ = _target(file, keys, None)
         train += sources
         if config is not None:
-            accepted = tuple(objective.rows)
+            accepted = tuple(objective.traits.rows)
             template = template or config.template
             held += eval_sources(config).values()
     tokenizer = apply_template(load_tokenizer(locate(model)), template)[0] if model else None

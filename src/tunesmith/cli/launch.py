@@ -23,7 +23,7 @@ def launch(
 
     checked = load(recipe, overrides or ())  # a wrong recipe starts nothing
 
-    from tunesmith.train.batching import check_processes
+    from tunesmith.train.distributed import check_processes
 
     check_processes(processes, checked.train.batch_size, "train.batch_size is")
 

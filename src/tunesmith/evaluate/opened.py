@@ -60,7 +60,7 @@ def open_model(
     from tunesmith.models.adapters import virtual_tokens
     from tunesmith.models.heads import lm_head, task_heads
     from tunesmith.models.load import load
-    from tunesmith.train.setup import window_of
+    from tunesmith.train.outline import window_of
 
     if objective is not None and objective not in objectives.names():
         raise ModelError(f"unknown objective {objective!r}; expected one of {', '.join(objectives.names())}")
@@ -74,21 +74,21 @@ def open_model(
         chosen = module.Objective(module.Config(**({"overlong": overlong} if overlong else {})))
     except ValidationError as error:
         raise RecipeError(f"overlong: {error.errors()[0]['msg']}, got {overlong!r}") from None
-    if chosen.head != kind:
-        fitting = ", ".join(one for one in objectives.names() if objectives.module(one).Objective.head == kind)
-        is_a, needs = type(lm_head.base(network)).__name__, task_heads.CLASSES[chosen.head].removeprefix("AutoModel")
+    if chosen.traits.head != kind:
+        fitting = ", ".join(one for one in objectives.names() if objectives.module(one).Objective.traits.head == kind)
+        is_a, needs = type(lm_head.base(network)).__name__, task_heads.CLASSES[chosen.traits.head].removeprefix("AutoModel")
         raise ModelError(f"{name} needs a {needs}, and this model is a {is_a}.\n  It goes with: {fitting}.")
     window = window_of(config, virtual_tokens.count(network))
     if max_length is not None and window is not None and max_length > window:
         raise DataError(f"max_length {max_length} is above the model's window of {window} tokens. Take at most {window}.")
-    chosen.adopt(config, tokenizer, max_length or window)
-    if chosen.reference is not None:
+    chosen.bind(config, tokenizer, max_length or window)
+    if chosen.traits.needs_reference:
         raise ModelError(
             f"{name} is measured against the model before its first step, which only a run has: its metrics.jsonl and "
             "report hold the figures.\n  Take a reward model to judge answers: tunesmith score."
         )
     if kind != "lm":
-        chosen.of_model()
+        chosen.restore_labels()
     return Opened(network, tokenizer, name, chosen, not isinstance(model, tuple))
 
 

@@ -48,12 +48,12 @@ def predict(
 
     source = opened.source_of(data, format=format, columns=columns, limit=limit, split=split, name=name, streaming=streaming)
     chosen = opened.open_model(model, max_length=max_length, rewards=rewards)
-    if chosen.objective.head == "lm":
+    if chosen.objective.traits.head == "lm":
         use = "a reward model gives rewards, train one with objective: reward" if rewards else "use tunesmith generate"
         raise ModelError(f"this model writes text: {use}.")
-    if rewards and Ranking not in chosen.objective.rows:
+    if rewards and Ranking not in chosen.objective.traits.rows:
         raise ModelError(f"this model was trained for {chosen.name}, it gives no rewards: use tunesmith predict.")
-    opened_source = _opened(source, chosen.objective.rows)
+    opened_source = _opened(source, chosen.objective.traits.rows)
     if chosen.objective.head_config()["tunesmith"].get("characters"):
         opened_source = _by_character(opened_source)
     rows = opened_source.rows()
@@ -84,7 +84,9 @@ def predict(
             way.leave(chosen.network)
     if cut:
         lost = (
-            "their prompts were cut from the left" if Ranking in chosen.objective.rows else "what stands after that was not read"
+            "their prompts were cut from the left"
+            if Ranking in chosen.objective.traits.rows
+            else "what stands after that was not read"
         )
         note(f"{cut} rows were longer than {longest} tokens; {lost}")
     if bad:
@@ -185,33 +187,21 @@ def _answers(chosen: Any, examples: list[Any], way: Any, budget: int) -> dict[in
     import torch
 
     from tunesmith.data.batch.pack import to_device
+    from tunesmith.data.batch.step import Listed
     from tunesmith.train import fitting
 
     examples = sorted(examples, key=lambda one: -len(one["input_ids"]))
 
     @torch.no_grad()
     def run(places: list[int]) -> dict[str, Any]:
-        batch = chosen.objective.collate([examples[place] for place in places], way.packed)
+        batch = chosen.objective.collate([examples[place] for place in places], way.layout)
         found: dict[str, Any] = chosen.objective.evaluate(chosen.network, to_device(batch, chosen.device))
         return found
 
     def name(place: int) -> str:
         return f"row {examples[place]['row'][1]}"
 
-    sizes = _sizes(examples, way.packed, chosen.objective.shared)
-    records = fitting.in_groups(run, sizes, budget, way.packed, chosen.device, name)
+    rows = Listed(examples, [""] * len(examples))
+    sizes = rows.sizes(slice(None), way.layout)
+    records = [record for _, record in fitting.in_groups(run, sizes, budget, way.layout, chosen.device, name)]
     return {answer["row"][1]: answer for answer in chosen.objective.answers(records)}
-
-
-def _sizes(examples: list[Any], packed: bool, shared: bool) -> tuple[Any, Any]:
-    """Tokens and rows that each example takes in a batch, see ``data.batch.shared_prompts.sizes``."""
-    import numpy as np
-
-    from tunesmith.data.batch import shared_prompts
-
-    lengths = np.array([len(one["input_ids"]) for one in examples])
-    if "answers" not in examples[0]:
-        return lengths, np.ones_like(lengths)
-    starts = np.cumsum([0, *(len(one["answers"]) for one in examples)])
-    shapes = shared_prompts.shapes(np.concatenate([one["answers"] for one in examples]), starts)
-    return shared_prompts.sizes(lengths, shapes, packed, shared)

@@ -56,7 +56,7 @@ def evaluate(
     from tunesmith.evaluate import opened
     from tunesmith.models.adapters import virtual_tokens
     from tunesmith.train import evaluation
-    from tunesmith.train.setup import window_of
+    from tunesmith.train.outline import window_of
 
     source = opened.source_of(
         data,
@@ -71,7 +71,7 @@ def evaluate(
     )
     chosen = opened.open_model(model, objective, overlong, max_length)
     if out is not None:
-        _check_out(Path(out), chosen.objective.head)
+        _check_out(Path(out), chosen.objective.traits.head)
     config = DataConfig(train=[source], eval=EvalConfig(fraction=0.0), template=template, bad_rows=bad_rows)
     window = window_of(chosen.network.config, virtual_tokens.count(chosen.network))
     prepared = prepare(config, chosen.objective, chosen.tokenizer, max_length=max_length, window=window, seed=0)
@@ -80,7 +80,7 @@ def evaluate(
     order = sorted(range(len(rows)), key=lambda row: rows.lengths[row])
     way = chosen.ready(precision, [rows[row] for row in order[:2]], rows.longest)
     started = time.perf_counter()
-    records = evaluation.records(chosen.network, chosen.objective, rows, way.packed, batch_tokens, chosen.device)
+    records = evaluation.records(chosen.network, chosen.objective, rows, way.layout, batch_tokens, chosen.device)
     figures = chosen.objective.summarise(records)
     seconds = time.perf_counter() - started
     way.leave(chosen.network)
@@ -94,7 +94,7 @@ def evaluate(
         "tokens_per_second": float(rows.lengths.sum()) / seconds,
         "seconds": seconds,
     }
-    if chosen.objective.head == "lm":
+    if chosen.objective.traits.head == "lm":
         return found
     answers = chosen.objective.answers(records)
     found["details"] = chosen.objective.details(records)
@@ -121,7 +121,7 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
 
     worst = sorted((one for one in answers if one["loss"] is not None), key=lambda one: -one["loss"])
     wrong = [one for one in worst if not one.get("right", one["prediction"] == one["gold"])][:MISTAKES]
-    texts = _rows_of(source, {one["row"][1] for one in wrong}, chosen.objective.rows)
+    texts = _rows_of(source, {one["row"][1] for one in wrong}, chosen.objective.traits.rows)
     mistakes = []
     for one in wrong:
         row = texts[one["row"][1]]

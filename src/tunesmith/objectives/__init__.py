@@ -1,6 +1,6 @@
 """Objectives: what the loss is. One file each; the file's name is its key in the recipe.
 
-A new objective is one file here with a ``Config`` and an ``Objective`` class that keeps this contract, and one row in
+A new objective is one file here with a ``Config`` and a class ``Objective`` that keeps the contract below, and one row in
 ``tests/matrix``. An objective never knows how the weights are adapted nor which network they belong to.
 """
 
@@ -8,108 +8,163 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-import numpy as np
+from tunesmith.data.batch.pack import Layout
+from tunesmith.data.batch.step import Batch, Example, Source, Step
 
-Example = dict[str, np.ndarray]
-"""One row, ready to learn from: name -> 1-D array. Language models use ``input_ids`` (int32) and ``supervised`` (bool)."""
+__all__ = ["Batch", "Example", "Layout", "Metrics", "Objective", "Session", "Source", "Step", "TaskHead", "Traits"]
 
-Batch = dict[str, Any]
-"""Tensors of one micro-batch, on the device."""
+Metrics = dict[str, tuple[Any, Any]]
+"""Metric name -> (sum, count), device tensors or numbers. An objective gives the same names for every batch."""
 
 
-class Objective(Protocol):
-    """What the engine needs of an objective.
+@dataclass(frozen=True)
+class Traits:
+    """What the rest of the program may ask of an objective without knowing which one it is."""
 
-    ``head``      "lm" | "score" | "token" | "span": which AutoModel class is loaded.
-    ``rows``      the row types it accepts.
-    ``best``      (metric, "min" | "max"): which evaluation figure chooses the best model.
-    ``overlong``  "error" | "split" | "drop" | "truncate": what becomes of a row above ``max_length``; "own" = ``encode`` decides.
-    ``deterministic``  whether dropout is off: its figures are facts of the weights, not of a draw.
-    """
-
-    head: str
     rows: tuple[type, ...]
-    best: tuple[str, str]
-    overlong: str
-    deterministic: bool
-    shared: bool
-    """Whether a packed batch holds what several answers begin with once. The route switches it off where that is not exact."""
-    reference: Any
-    """What it compares the policy with (``preference_batch.Reference``), to be filled before the first step; None = nothing."""
-    notes: Sequence[str]
-    """What it decided that is not plain from the recipe, to be said once the data are known."""
-    max_length: int | None
-    """Tokens that an example may have; None = no limit."""
-    facts: dict[str, Any]
-    """JSON of all that decides what an example is, besides the config: what ``adopt`` and ``survey`` found out."""
+    """Row types that it accepts (``data.rows``)."""
+    head: Literal["lm", "score", "token", "span"] = "lm"
+    """Which AutoModel class is loaded: a language model, or a body with this head."""
+    best: tuple[str, Literal["min", "max"]] = ("eval_loss", "min")
+    """The evaluation figure that chooses the best model."""
+    overlong: Literal["error", "split", "drop", "truncate"] = "error"
+    """Policy for a row above ``max_length``."""
+    fits_rows: bool = False
+    """``encode`` applies that policy itself."""
+    deterministic: bool = False
+    """Dropout is off: log-probabilities and rewards are facts of the weights, not of a draw."""
+    shares_prompts: bool = False
+    """An example holds several answers to one prompt (``data.batch.shared_prompts``)."""
+    needs_reference: bool = False
+    """Examples need ``reference_logps``: what ``reference_logps`` gave for them before the first step."""
+    samples: bool = False
+    """Steps are made of answers that the policy samples, not of the rows of a file alone."""
 
-    def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
-        """Called first, with the network's config and the most tokens that an example may have (None = no limit).
 
-        A saved head's labels and settings are taken from the config.
-        """
+class Session(Protocol):
+    """What an objective may use of a run. ``model`` is there once the weights are loaded, before the first step."""
+
+    model: Any
+    tokenizer: Any
+    device: Any
+    seed: int
+    epochs: Source
+    """Steps made of the recipe's own rows, in the order of seed and epoch."""
+
+    def forward(self, run: Callable[[Any, Batch], Sequence[Any]], step: Step) -> dict[int, Any]:
+        """Call ``run(model, batch)`` without gradients on this process's examples of ``step``, as many at a time as fit
+        into memory; ``run`` returns one value for each example of its batch. Returns {place in the step: value}."""
         ...
 
-    def survey(self, rows: Iterable[Any]) -> None:
-        """Look at all training rows before any is encoded; they are read only as far as they are iterated. Raises DataError."""
+    def all_reduce(self, values: Any) -> Any:
+        """Sum a tensor over all processes; every process must call it."""
         ...
 
-    def head_config(self) -> dict[str, Any]:
-        """Entries of the network's config that its head needs (``id2label``, ``problem_type``); empty for a language model."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0
+    ) -> list[list[int]]:
+        """Sample the token ids of one answer of the policy to each prompt (temperature 0 = greedy); one that stopped ends
+        with its stop token."""
         ...
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a record to the run's metrics."""
+        ...
+
+
+class Objective:
+    """The contract. ``encode``, ``collate``, ``count``, ``loss``, ``evaluate`` and ``summarise`` are written by every
+    objective; all else has a default here."""
+
+    traits: Traits
+    """Of the class; an instance may replace it by what its configuration or its labels decide."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.notes: list[str] = []
+        """Decisions the recipe does not show; printed once after the data are read."""
+        self.facts: dict[str, Any] = {}
+        """JSON of all that decides what an example is, in addition to ``config``: part of the cache's key."""
+        self.max_length: int | None = None
+        """Tokens an example may have; None = no limit."""
+
+    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+        """Take what the objective needs of the network's ``config`` and the tokenizer; called before any row is encoded."""
+        self.max_length = max_length
+
+    def scan(self, rows: Iterable[Any]) -> None:
+        """Look at all training rows before any is encoded (labels, balance); they are read only as far as they are iterated.
+        Raises DataError."""
 
     def encode(self, rows: Sequence[Any], tokenizer: Any) -> list[list[Example]]:
-        """Tokenise rows; one list of examples for each row (several when a conversation is expanded by turn)."""
-        ...
+        """Tokenise rows; a list of examples for each (several when a conversation is expanded by turn, none when dropped)."""
+        raise NotImplementedError
 
-    def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
+    def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
         """One micro-batch: a single packed sequence with segments, or right-padded rows. Pure; needs no model."""
-        ...
+        raise NotImplementedError
 
-    def count(self, batch: Batch) -> Any:
-        """Loss units of the micro-batch (supervised tokens, pairs, rows) as a tensor, known before the forward pass."""
-        ...
+    def count(self, batch: Batch) -> int:
+        """Loss units of the micro-batch (supervised tokens, pairs, rows), known before the forward pass."""
+        raise NotImplementedError
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
-        """(sum of the loss over its units, {metric: (sum, count)}): device tensors, no mean, no ``.item()``."""
-        ...
-
-    def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
-        """The optimiser steps, each with its micro-batches; passes ``loader`` through unless the objective makes its own data."""
-        ...
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
+        """(sum of the loss over its units, metrics): device tensors; no mean, no ``.item()``, no ``float()``."""
+        raise NotImplementedError
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
         """Small records of a batch (sums and counts, ids, spans), never logits."""
-        ...
+        raise NotImplementedError
 
-    def tune(self, records: Sequence[dict[str, Any]]) -> None:
-        """Choose on held-out rows what the saved model needs besides its weights, such as a threshold."""
-        ...
+    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Figures over all records, such as ``eval_loss``."""
+        raise NotImplementedError
 
-    def of_model(self) -> None:
-        """Take what was learnt from the model that was adopted (labels, thresholds). Raises DataError."""
-        ...
+    def reference_logps(self, model: Any, batch: Batch) -> list[Any]:
+        """For each example of the batch, log-probabilities float64 (n,): kept before the first step, and from then on part
+        of the example as ``reference_logps``. Only where ``traits.needs_reference``."""
+        raise NotImplementedError
+
+    def source(self, session: Session) -> Source:
+        """The optimiser steps of the run; by default the recipe's rows."""
+        return session.epochs
+
+
+class TaskHead(Objective):
+    """An objective whose network has a head of its own: labels are found, configured, saved and restored with it."""
+
+    def restore_labels(self) -> None:
+        """Take labels and thresholds from the saved model that was bound. Raises DataError when it has none."""
+        raise NotImplementedError
+
+    def head_config(self) -> dict[str, Any]:
+        """Entries of the network's config that the head needs (``id2label``, ``problem_type``)."""
+        raise NotImplementedError
+
+    def choose_threshold(self, records: Sequence[dict[str, Any]]) -> None:
+        """Choose on held-out rows what the saved model needs in addition to its weights."""
 
     def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """All figures of held-out rows, as JSON: by class, by type, tables and curves."""
-        ...
-
-    def present(self, row: Any, answer: dict[str, Any]) -> dict[str, Any]:
-        """One of ``answers`` as a user reads it, beside the row it is about."""
-        ...
+        raise NotImplementedError
 
     def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What the model said of each row, from the records of ``evaluate``: row, prediction, gold, loss. Empty for a language
-        model, whose answers are generated."""
-        ...
+        """The model's answer to each row: {row, prediction, gold, loss, ...}, in the order of rows."""
+        raise NotImplementedError
 
-    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """Corpus figures from all records, such as ``eval_loss``."""
-        ...
+    def present(self, row: Any, answer: dict[str, Any]) -> dict[str, Any]:
+        """One of ``answers`` as a user reads it, next to its row."""
+        raise NotImplementedError
+
+
+def head_config(objective: Objective) -> dict[str, Any]:
+    """Entries of the network's config for the objective's head; empty for a language model."""
+    return objective.head_config() if isinstance(objective, TaskHead) else {}
 
 
 def names() -> list[str]:

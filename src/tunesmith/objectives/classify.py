@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tunesmith import objectives
 from tunesmith.data.batch import pack
 from tunesmith.data.encode import labels, texts
 from tunesmith.data.encode.labels import MULTI, REGRESSION, SINGLE, Survey
 from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.objectives import Batch, Example
+from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
 
 class Config(BaseModel):
@@ -49,18 +51,13 @@ class Config(BaseModel):
         return self
 
 
-class Objective:
-    head = "score"
-    rows: tuple[type, ...] = (Labelled,)
-    deterministic = False
-    shared = False
-    reference = None
+class Objective(objectives.TaskHead):
+    traits = Traits(rows=(Labelled,), head="score")
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.overlong: str = config.overlong
-        self.facts: dict[str, Any] = {"problem": config.problem_type, "labels": config.labels}
-        self.notes: list[str] = []
+        super().__init__(config)
+        self.facts = {"problem": config.problem_type, "labels": config.labels}
+        self.traits = replace(self.traits, overlong=config.overlong)
         self.threshold = 0.5
         self._causal = False
         self._ending: tuple[int, ...] = ()
@@ -71,13 +68,12 @@ class Objective:
         self._weights: np.ndarray | None = None
         self._saved: dict[str, Any] = {}
         self._fixed = False
-        self.max_length: int | None = None
+        self._choose_best()
 
-    @property
-    def best(self) -> tuple[str, str]:
-        return {
-            SINGLE: ("eval_accuracy", "max"), MULTI: ("eval_micro_f1", "max"), REGRESSION: ("eval_loss", "min")
-        }.get(self.problem, ("eval_loss", "min"))  # fmt: skip
+    def _choose_best(self) -> None:
+        """The figure that chooses the best model is that of the problem."""
+        best: dict[str, tuple[str, Literal["min", "max"]]] = {SINGLE: ("eval_accuracy", "max"), MULTI: ("eval_micro_f1", "max")}
+        self.traits = replace(self.traits, best=best.get(self.problem, ("eval_loss", "min")))
 
     @property
     def problem(self) -> str:
@@ -89,7 +85,7 @@ class Objective:
 
     # ------------------------------------------------------------------------------------------------ before encoding
 
-    def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
         from tunesmith.models.heads import task_heads
 
         self._causal = task_heads.is_causal(config)
@@ -115,14 +111,15 @@ class Objective:
             )
         self.facts |= {"causal": self._causal, "pad": self._pad, "template": self._template}
 
-    def of_model(self) -> None:
+    def restore_labels(self) -> None:
         """Take labels and problem from the model that was adopted, as it was saved. Raises DataError when it has none."""
         if not self._saved:
             raise DataError("this model has no head that classifies: train one with objective: classify")
         self.facts |= self._saved
         self._fixed = True
+        self._choose_best()
 
-    def survey(self, rows: Iterable[Any]) -> None:
+    def scan(self, rows: Iterable[Any]) -> None:
         if self._fixed:
             return
         if self.config.labels and self.config.problem_type and self.config.class_weights != "balanced":
@@ -143,6 +140,7 @@ class Objective:
         if self._saved and problem == self._saved["problem"] and set(names) == set(self._saved["labels"]):
             names = self._saved["labels"]  # a head that knows these labels goes on
         self.facts |= {"problem": problem, "labels": names}
+        self._choose_best()
         if problem != SINGLE and self.config.label_smoothing:
             raise RecipeError(f"objective.label_smoothing goes with one class of several, and this is {problem}. Leave it out.")
         self._weigh(found)
@@ -234,7 +232,7 @@ class Objective:
             raise RowFault(index, *labels.unknown(name, self.labels), field)
         return self.labels.index(name)
 
-    def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
+    def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
         """``targets`` (rows, k) float32; ``positions``: the token that each row is read at, or all of them for their mean."""
         import torch
 
@@ -245,7 +243,7 @@ class Objective:
             read = [np.arange(length) for length in lengths]
         else:
             read = [np.array([length - 1 if self._causal else 0]) for length in lengths]
-        batch = pack.of_rows(examples, packed, read)
+        batch = pack.of_rows(examples, layout, read)
         return {**batch, "targets": torch.from_numpy(np.stack([example["target"] for example in examples]))}
 
     def _closed(self, example: Example) -> Example:
@@ -257,11 +255,11 @@ class Objective:
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
-    def count(self, batch: Batch) -> Any:
+    def count(self, batch: Batch) -> int:
         """Rows."""
-        return batch["targets"].new_tensor(len(batch["targets"]))
+        return len(batch["targets"])
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
         """Sum over rows: cross-entropy of the class, mean over labels of the binary cross-entropies, or squared error."""
         from tunesmith.models.heads import task_heads
 
@@ -284,9 +282,6 @@ class Objective:
             )
             return each.mean(dim=1)
         return functional.cross_entropy(logits, targets[:, 0].long(), weight=weights, label_smoothing=smoothing, reduction="none")
-
-    def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
-        return loader
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
@@ -338,7 +333,7 @@ class Objective:
             return classes.multi(targets > 0.5, scores, self.labels, self.threshold)
         return classes.single(targets[:, 0].astype(int), scores, self.labels)
 
-    def tune(self, records: Sequence[dict[str, Any]]) -> None:
+    def choose_threshold(self, records: Sequence[dict[str, Any]]) -> None:
         """With several labels: the threshold of the highest micro F1."""
         from tunesmith.metrics import classes
 

@@ -7,17 +7,18 @@ checkpoints, and compared with the policy's own. Nothing is dropped at random: a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tunesmith import objectives
 from tunesmith.data.batch import preference_batch
 from tunesmith.data.encode import rankings
 from tunesmith.data.rows import Ranking
 from tunesmith.metrics import token_mean as figures
-from tunesmith.objectives import Batch, Example
+from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
 
 class Config(BaseModel):
@@ -130,42 +131,28 @@ ALONE = ("simpo", "orpo")
 FIGURES = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 
 
-class Objective:
-    head = "lm"
-    rows: tuple[type, ...] = (Ranking,)
-    best = ("eval_loss", "min")
-    overlong = "own"
-    deterministic = True
-    max_length: int | None = None
+class Objective(objectives.Objective):
+    traits = Traits(rows=(Ranking,), fits_rows=True, deterministic=True, shares_prompts=True, needs_reference=True)
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.facts: dict[str, Any] = {}
-        self.notes: list[str] = []
-        self.shared = True
-        self.reference = None if config.loss_type in ALONE else preference_batch.Reference()
+        super().__init__(config)
+        self.traits = replace(self.traits, overlong=config.overlong, needs_reference=config.loss_type not in ALONE)
 
-    def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
-        self.max_length = max_length
+    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+        super().bind(config, tokenizer, max_length)
         self.facts |= {"max_length": max_length, "overlong": self.config.overlong}
-
-    def survey(self, rows: Iterable[Any]) -> None:
-        """No row needs to be looked at."""
-
-    def head_config(self) -> dict[str, Any]:
-        return {}
 
     def encode(self, rows: Sequence[Ranking], tokenizer: Any) -> list[list[Example]]:
         return rankings.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
 
-    def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
-        return preference_batch.of_targets(examples, packed, self.shared)
+    def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
+        return preference_batch.of_targets(examples, layout)
 
-    def count(self, batch: Batch) -> Any:
+    def count(self, batch: Batch) -> int:
         """Rows: all pairs of a row together count as one (Ouyang et al. 2022, equation 1)."""
-        return batch["pairs"].new_tensor(len(batch["rows"]))
+        return len(batch["rows"])
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
         """Sum over rows of the mean loss of their pairs; the figures that the field watches, likewise."""
         losses, found = self._pairs(model, batch)
         weights = batch["weights"].to(losses)
@@ -178,10 +165,10 @@ class Objective:
         import torch
 
         policy = self._answers(model, batch)
-        if self.reference is None:
+        if not self.traits.needs_reference:
             reference = torch.zeros_like(policy)
-        elif self.reference.taken:
-            reference = self.reference.of(batch).to(policy)
+        elif "reference_logps" in batch:
+            reference = batch["reference_logps"].to(policy)
         else:  # before its first step the policy is its own reference
             reference = policy.detach()
         tokens = batch["tokens"].to(policy).clamp(min=1)
@@ -198,7 +185,7 @@ class Objective:
             "logps/chosen": pairs.better,
             "logps/rejected": pairs.worse,
         }
-        if self.reference is not None:
+        if self.traits.needs_reference:
             figures["kl"] = ((pairs.better - pairs.better_reference) ** 2 + (pairs.worse - pairs.worse_reference) ** 2) / 4
         return LOSSES[self.config.loss_type](pairs, self.config), figures
 
@@ -212,16 +199,9 @@ class Objective:
         exact = found if found.device.type == "mps" else found.to(torch.float64)
         return exact.new_zeros(len(batch["tokens"])).index_add(0, batch["owners"].to(found.device), exact)
 
-    def measure(self, model: Any, batch: Batch) -> dict[int, list[float]]:
-        """Of each row, by its key: log p of its answers. What :class:`judged.Reference` keeps."""
-        import torch
-
-        with torch.no_grad():
-            values = self._answers(model, batch).cpu().double().split(batch["counts"])
-        return {key: some.tolist() for key, some in zip(batch["keys"], values, strict=True)}
-
-    def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
-        return loader
+    def reference_logps(self, model: Any, batch: Batch) -> list[Any]:
+        """For each row, log p(answer | prompt) of its answers, float64 (answers,)."""
+        return list(self._answers(model, batch).cpu().double().split(batch["counts"]))
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
@@ -240,21 +220,6 @@ class Objective:
         return {"judged": [
             {"row": row, **{name: values[number] for name, values in sums.items()}} for number, row in enumerate(batch["rows"])
         ]}  # fmt: skip
-
-    def tune(self, records: Sequence[dict[str, Any]]) -> None:
-        """There is nothing to choose."""
-
-    def of_model(self) -> None:
-        """A language model was told nothing but its words."""
-
-    def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {}
-
-    def present(self, row: Any, answer: dict[str, Any]) -> dict[str, Any]:
-        return answer
-
-    def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        return []
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Means over rows: eval_loss with its standard error, and eval_ before each figure."""

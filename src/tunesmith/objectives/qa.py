@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from tunesmith import objectives
 from tunesmith.data.batch import pack
 from tunesmith.data.encode import questions
 from tunesmith.data.rows import Question
 from tunesmith.errors import DataError
 from tunesmith.metrics import token_mean
-from tunesmith.objectives import Batch, Example
+from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
 N_BEST = 20
 """Answers kept for each question; their probabilities sum to 1."""
@@ -28,20 +29,11 @@ class Config(BaseModel):
     max_answer_tokens: int = Field(30, ge=1, description="answers of more tokens are not considered")
 
 
-class Objective:
-    head = "span"
-    rows: tuple[type, ...] = (Question,)
-    best = ("eval_f1", "max")
-    overlong = "error"  # never met: a long context becomes windows
-    deterministic = False
-    shared = False
-    reference = None
+class Objective(objectives.TaskHead):
+    traits = Traits(rows=(Question,), head="span", best=("eval_f1", "max"))
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.facts: dict[str, Any] = {}
-        self.notes: list[str] = []
-        self.max_length: int | None = None
+        super().__init__(config)
         self.threshold: float | None = None
         """No answer is said where its score is more than this above the best answer's; None = there always is one."""
         self._causal = False
@@ -53,7 +45,7 @@ class Objective:
 
     # ------------------------------------------------------------------------------------------------ before encoding
 
-    def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
         from tunesmith.models.heads import task_heads
 
         self._causal = task_heads.is_causal(config)
@@ -67,7 +59,7 @@ class Objective:
         self._limit = max_length
         self._decide()
 
-    def of_model(self) -> None:
+    def restore_labels(self) -> None:
         """Take windows and threshold from the model that was adopted, as it was saved. Raises DataError without such a head."""
         if self._saved is None:
             raise DataError("this model has no head that finds answers: train one with objective: qa")
@@ -79,7 +71,7 @@ class Objective:
         self.max_length = min(self._settings["window"], self._limit or self._settings["window"])
         self.facts |= {**self._settings, "causal": self._causal, "max_length": self.max_length, "template": self._template}
 
-    def survey(self, rows: Iterable[Any]) -> None:
+    def scan(self, rows: Iterable[Any]) -> None:
         """Whether there are questions without an answer: only then the model may say so."""
         if self._fixed:
             return
@@ -120,7 +112,7 @@ class Objective:
             max_length=self.max_length or self._settings["window"], longest_answer=self._settings["max_answer_tokens"],
         )  # fmt: skip
 
-    def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
+    def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
         """All tokens are read. ``spans`` (rows, 2): first and last token of the answer in its window, -1 where it is not known.
 
         ``cells`` (tokens,): where each token's logit goes in a table (rows, longest).
@@ -128,7 +120,7 @@ class Objective:
         import torch
 
         lengths = [len(example["input_ids"]) for example in examples]
-        batch = pack.of_rows(examples, packed, [np.arange(length) for length in lengths])
+        batch = pack.of_rows(examples, layout, [np.arange(length) for length in lengths])
         cells = np.concatenate([row * max(lengths) + np.arange(length) for row, length in enumerate(lengths)])
         return {
             **batch,
@@ -139,18 +131,15 @@ class Objective:
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
-    def count(self, batch: Batch) -> Any:
+    def count(self, batch: Batch) -> int:
         """Windows whose answer is known."""
-        return (batch["spans"][:, 0] >= 0).sum()
+        return int(np.count_nonzero(batch["spans"][:, 0].numpy() >= 0))
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
         """Sum over windows of the mean of two cross-entropies over all their tokens: of the answer's first, and of its last."""
         from tunesmith.models.heads import task_heads
 
         return _losses(*task_heads.span_logits(model, batch), batch).sum(), {}
-
-    def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
-        return loader
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
@@ -245,7 +234,7 @@ class Objective:
             f"eval_{name}": found[name] for name in names
         }
 
-    def tune(self, records: Sequence[dict[str, Any]]) -> None:
+    def choose_threshold(self, records: Sequence[dict[str, Any]]) -> None:
         """Where questions may have no answer: the threshold of the highest F1."""
         from tunesmith.metrics import squad
 

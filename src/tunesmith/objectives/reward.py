@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from tunesmith import objectives
 from tunesmith.data.batch import preference_batch
 from tunesmith.data.encode import rankings, texts
 from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Ranking
 from tunesmith.errors import DataError, ModelError
 from tunesmith.metrics import token_mean
-from tunesmith.objectives import Batch, Example
+from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
 BUCKETS = 5
 """Of pairs by how much longer the better answer is: accuracy is given for each."""
@@ -42,27 +44,19 @@ class Config(BaseModel):
     )
 
 
-class Objective:
-    head = "score"
-    rows: tuple[type, ...] = (Ranking,)
-    best = ("eval_loss", "min")
-    overlong = "own"
-    deterministic = True
-    reference = None
+class Objective(objectives.TaskHead):
+    traits = Traits(rows=(Ranking,), head="score", fits_rows=True, deterministic=True, shares_prompts=True)
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.facts: dict[str, Any] = {}
-        self.notes: list[str] = []
-        self.max_length: int | None = None
-        self.shared = True
+        super().__init__(config)
+        self.traits = replace(self.traits, overlong=config.overlong)
         self._pad: int | None = None
         self._saved = False
         self._ours: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------------------------ before encoding
 
-    def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
         from tunesmith.models.heads import task_heads
 
         if not task_heads.is_causal(config):
@@ -79,13 +73,13 @@ class Objective:
         )
         self.facts |= {"pad": self._pad, "max_length": max_length, "overlong": self.config.overlong}
 
-    def of_model(self) -> None:
+    def restore_labels(self) -> None:
         """The loss is that of its training. Raises DataError for a model without one number to give."""
         if not self._saved:
             raise DataError("this model has no head that gives a reward: train one with objective: reward")
         self.config = self.config.model_copy(update={name: self._ours[name] for name in OF_THE_LOSS if name in self._ours})
 
-    def survey(self, rows: Iterable[Any]) -> None:
+    def scan(self, rows: Iterable[Any]) -> None:
         """Margins need scores."""
         if not self.config.margin:
             return
@@ -122,16 +116,16 @@ class Objective:
                     raise RowFault(index, "answers that do not end in the padding token", repr(tokenizer.pad_token), "Remove it.")
         return made
 
-    def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
-        return preference_batch.of_ends(examples, packed, self.shared)
+    def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
+        return preference_batch.of_ends(examples, layout)
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
-    def count(self, batch: Batch) -> Any:
+    def count(self, batch: Batch) -> int:
         """Rows: all pairs of a row together count as one."""
-        return batch["pairs"].new_tensor(len(batch["rows"]))
+        return len(batch["rows"])
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
         """Sum over rows of the mean over their pairs of -log sigmoid(r_better - r_worse - margin), equation 1."""
         losses, found = self._pairs(self._rewards(model, batch), batch)
         weights, count = batch["weights"].to(losses), len(batch["rows"])
@@ -160,9 +154,6 @@ class Objective:
             "accuracy": (lead > 0).to(lead) + (lead == 0).to(lead) / 2,
         }
 
-    def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
-        return loader
-
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
@@ -186,9 +177,6 @@ class Objective:
         for number, *values in zip(batch["of"], *(column.tolist() for column in columns), strict=True):
             rows[number]["pairs"].append(dict(zip(("loss", "lead", "weight", "longer"), values, strict=True)))
         return {"judged": rows}
-
-    def tune(self, records: Sequence[dict[str, Any]]) -> None:
-        """There is nothing to choose."""
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         """eval_loss with its standard error, by row; eval_accuracy, eval_margin, eval_calibration_error over pairs."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tunesmith import objectives
 from tunesmith.data.batch import pack
 from tunesmith.data.encode import labels as label_names
 from tunesmith.data.encode import tagging
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError, ReadOnceError
 from tunesmith.metrics import token_mean
-from tunesmith.objectives import Batch, Example
+from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
 Row = tuple[int, int]
 
@@ -33,25 +35,19 @@ class Config(BaseModel):
         return self
 
 
-class Objective:
-    head = "token"
-    rows: tuple[type, ...] = (Tagged,)
-    overlong = "error"  # never met: a long sentence becomes windows
-    deterministic = False
-    shared = False
-    reference = None
+class Objective(objectives.TaskHead):
+    traits = Traits(rows=(Tagged,), head="token")
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.facts: dict[str, Any] = {"labels": config.labels}
-        self.notes: list[str] = []
-        self.max_length: int | None = None
+        super().__init__(config)
+        self.facts = {"labels": config.labels}
         self._causal = False
         self._saved: list[str] = []
         self._ours: dict[str, Any] = {}
         self._stride = config.stride
         self._characters = False
         self._fixed = False
+        self._choose_best()
 
     @property
     def labels(self) -> list[str]:
@@ -64,13 +60,13 @@ class Objective:
 
         return entities.scheme_of(self.labels)
 
-    @property
-    def best(self) -> tuple[str, str]:
-        return ("eval_f1", "max") if self.scheme else ("eval_accuracy", "max")
+    def _choose_best(self) -> None:
+        """Entities are judged by F1, other tags by accuracy."""
+        self.traits = replace(self.traits, best=("eval_f1" if self.scheme else "eval_accuracy", "max"))
 
     # ------------------------------------------------------------------------------------------------ before encoding
 
-    def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
         from tunesmith.models.heads import task_heads
 
         self._causal, self.max_length = task_heads.is_causal(config), max_length
@@ -82,7 +78,7 @@ class Objective:
             tokenizer.pad_token = tokenizer.eos_token
         self.facts |= {"causal": self._causal, "max_length": max_length}
 
-    def of_model(self) -> None:
+    def restore_labels(self) -> None:
         """Take tags and windows from the model that was adopted, as it was saved. Raises DataError when it has no tags."""
         if not self._saved:
             raise DataError("this model has no head that tags: train one with objective: tag")
@@ -90,8 +86,9 @@ class Objective:
         self.max_length, self._stride = min(known, default=None), self._ours.get("stride", self._stride)
         self.facts |= {"labels": self._saved, "max_length": self.max_length, "stride": self._stride}
         self._fixed = True
+        self._choose_best()
 
-    def survey(self, rows: Iterable[Any]) -> None:
+    def scan(self, rows: Iterable[Any]) -> None:
         """Find the tags, O first, the others by the alphabet; say where they break their scheme, given or found."""
         if self._fixed:
             return
@@ -113,6 +110,7 @@ class Objective:
             counts.update({tag: number * times for tag, number in Counter(tags).items()})
         if not self.config.labels:
             self.facts["labels"] = self._found(counts)
+            self._choose_best()
         if counts:
             self._remark(counts, sequences)
 
@@ -187,11 +185,11 @@ class Objective:
             causal=self._causal, max_length=self.max_length, stride=self._stride, label_all=self.config.label_all,
         )  # fmt: skip
 
-    def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
+    def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
         """``targets`` (places,): the tag at each of ``positions``, -1 = not known; ``words``: of each window, which they are."""
         import torch
 
-        batch = pack.of_rows(examples, packed, [example["places"] for example in examples])
+        batch = pack.of_rows(examples, layout, [example["places"] for example in examples])
         return {
             **batch,
             "targets": torch.from_numpy(np.concatenate([example["target"] for example in examples]).astype(np.int64)),
@@ -200,19 +198,16 @@ class Objective:
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
-    def count(self, batch: Batch) -> Any:
+    def count(self, batch: Batch) -> int:
         """Places whose tag is known."""
-        return (batch["targets"] >= 0).sum()
+        return int(np.count_nonzero(batch["targets"].numpy() >= 0))
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
         """Sum over the known places of the cross-entropy of their tag."""
         from tunesmith.models.heads import task_heads
 
         logits = task_heads.token_logits(model, batch)
         return _losses(logits, batch["targets"].to(logits.device)).sum(), {}
-
-    def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
-        return loader
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
@@ -275,9 +270,6 @@ class Objective:
         names = {"f1": "f1", "precision": "precision", "recall": "recall", "accuracy": "token_accuracy"}
         measured = {f"eval_{name}": found[key] for name, key in names.items() if found[key] is not None}
         return {name: value for name, value in loss.items() if name != "perplexity"} | measured
-
-    def tune(self, records: Sequence[dict[str, Any]]) -> None:
-        """There is nothing to choose."""
 
     def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """:func:`tunesmith.metrics.entities.score` over the rows whose tags are known; ``broken_tags``: how often their gold

@@ -115,7 +115,7 @@ def conflicts(recipe: Recipe) -> list[str]:
     data, train, samples = recipe.data, recipe.train, recipe.samples
     held_out = bool(eval_sources(data)) or data.eval.fraction > 0
     objective = objectives.name_of(recipe.objective)
-    rows = objectives.module(objective).Objective.rows
+    rows = objectives.module(objective).Objective.traits.rows
     found = []
 
     def clash(condition: Any, message: str) -> None:
@@ -147,12 +147,12 @@ def conflicts(recipe: Recipe) -> list[str]:
         recipe.trust_remote_code and recipe.add_tokens,
         "add_tokens: how the vocabulary of a model with code of its own grows is up to that code. Leave out one of the two",
     )
-    if objectives.module(objective).Objective.head != "lm":
+    if objectives.module(objective).Objective.traits.head != "lm":
         for key in ("prompts", "count", "max_new_tokens"):
             clash(changed(samples, key), f"samples.{key} does nothing: a model of {objective} writes no text")
     judged = Ranking in rows
     clash(
-        changed(data, "max_unlearnable") and (judged or objectives.module(objective).Objective.head != "lm"),
+        changed(data, "max_unlearnable") and (judged or objectives.module(objective).Objective.traits.head != "lm"),
         f"data.max_unlearnable does nothing: there is something to learn in every row of {objective}",
     )
     for part, key in (("adaptation", "lora_dropout"), ("adaptation", "dropout"), ("train", "neftune_noise_alpha")):

@@ -118,3 +118,14 @@ class SampleConfig(Strict):
     prompts: list[str] | None = Field(None, description="default: the prompts of the first held-out rows")
     count: int = Field(3, ge=0, description="how many held-out prompts when none are given; 0 = none")
     max_new_tokens: int = Field(64, gt=0)
+
+
+def due(every: float | str | None, step: int, steps: int, steps_per_epoch: int) -> bool:
+    """Whether something asked for ``every`` N steps, share of the run below 1, or ``epoch``, falls on ``step``."""
+    if every is None:
+        return False
+    if every == "epoch":
+        return step % steps_per_epoch == 0
+    number = float(every)
+    interval = int(number) if number >= 1 else max(1, round(number * steps))
+    return step % interval == 0

@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from tunesmith.errors import ProcessLost
+from tunesmith.errors import ProcessLost, RecipeError
 
 PATIENCE = timedelta(minutes=10)
 """How long a collective waits: the longest micro-batches of one process while another has none."""
@@ -96,13 +96,23 @@ def add_gradients(gradients: list[torch.Tensor]) -> None:
 
 
 def add(*numbers: float) -> tuple[float, ...]:
-    """Each number summed over all processes."""
+    """Each number summed over all processes. They travel between the hosts, so no device is waited for."""
     if state().num_processes == 1:
         return numbers
-    total = torch.tensor(numbers, dtype=torch.float64, device=state().device)
+    total = torch.tensor(numbers, dtype=torch.float64)
+    with together():
+        torch.distributed.all_reduce(total, group=_host_group())
+    return tuple(total.tolist())
+
+
+def add_tensor(values: torch.Tensor) -> torch.Tensor:
+    """The tensor summed over all processes; it stays on its device."""
+    if state().num_processes == 1:
+        return values
+    total = values.clone()
     with together():
         torch.distributed.all_reduce(total)
-    return tuple(total.tolist())
+    return total
 
 
 def gather(records: list[Any]) -> list[Any]:
@@ -125,9 +135,25 @@ def end() -> None:
     """Close the connections. A process that ends while their threads still run may be aborted by them, all its work done."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _patient_group.cache_clear()
+        _host_group.cache_clear()
         torch.distributed.destroy_process_group()
 
 
 @functools.cache
 def _patient_group() -> Any:
     return torch.distributed.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
+
+
+@functools.cache
+def _host_group() -> Any:
+    """Of the processes' hosts; None = the default group, where that is theirs."""
+    return None if state().device.type == "cpu" else torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def check_processes(processes: int, rows: int, what: str) -> None:
+    """The rows of a step are shared out over the processes; one that never has a row would only cost. Raises RecipeError."""
+    if processes > rows:
+        raise RecipeError(
+            f"{processes} processes share the rows of a step, and {what} {rows}: {processes - rows} would never have one.\n"
+            f"  Start at most {rows} processes, or give each step more rows."
+        )

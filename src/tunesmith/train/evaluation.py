@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith.data.batch.pack import to_device
+from tunesmith.data.batch.pack import Layout, to_device
+from tunesmith.data.batch.step import Step
 from tunesmith.data.store.encoded import Encoded
-from tunesmith.objectives import Objective
+from tunesmith.objectives import Objective, TaskHead
 from tunesmith.train import distributed, fitting
 
 
@@ -18,24 +19,24 @@ def evaluate(
     model: Any,
     objective: Objective,
     data: Encoded,
-    packed: bool,
+    layout: Layout,
     budget: int,
     device: torch.device,
     sets: Sequence[str] = (),
-    tune: bool = False,
+    choose_threshold: bool = False,
 ) -> dict[str, float]:
     """The objective's figures over all of ``data``, the same for any ``budget`` and any number of processes.
 
     ``sets``: names of the sources of ``data``. Each has figures of its own too (``eval_loss`` -> ``eval_NAME_loss``), which are
-    those of a run with this set alone: its rows share no micro-batch with another's. ``tune``: let the objective choose on these
-    rows what the saved model needs.
+    those of a run with this set alone: its rows share no micro-batch with another's. ``choose_threshold``: let a task head
+    choose on these rows what the saved model needs.
     """
     model.eval()
     parts = [np.flatnonzero(data.source == index) for index in range(len(sets))] or [np.arange(len(data))]
-    of_parts = [_records(model, objective, data, rows, packed, budget, device) for rows in parts]
+    of_parts = [_records(model, objective, Step(0, data, rows, objective.collate), layout, budget, device) for rows in parts]
     everything = [record for part in of_parts for record in part]
-    if tune:
-        objective.tune(everything)
+    if choose_threshold and isinstance(objective, TaskHead):
+        objective.choose_threshold(everything)
     figures = objective.summarise(everything)
     for name, part in zip(sets, of_parts):
         figures |= {f"eval_{name}_{key.removeprefix('eval_')}": value for key, value in objective.summarise(part).items()}
@@ -43,28 +44,21 @@ def evaluate(
 
 
 def records(
-    model: Any, objective: Objective, data: Encoded, packed: bool, budget: int, device: torch.device
+    model: Any, objective: Objective, data: Encoded, layout: Layout, budget: int, device: torch.device
 ) -> list[dict[str, Any]]:
     """What the objective keeps of each micro-batch of ``data``."""
     model.eval()
-    return _records(model, objective, data, np.arange(len(data)), packed, budget, device)
+    return _records(model, objective, Step(0, data, np.arange(len(data)), objective.collate), layout, budget, device)
 
 
 def _records(
-    model: Any, objective: Objective, data: Encoded, rows: np.ndarray, packed: bool, budget: int, device: torch.device
+    model: Any, objective: Objective, step: Step, layout: Layout, budget: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """What the objective keeps of each micro-batch of ``rows``, from all processes."""
-    order = rows[np.argsort(-data.lengths[rows], kind="stable")]
-    state = distributed.state()
-    mine = order[state.process_index :: state.num_processes]
+    """What the objective keeps of each micro-batch of the examples of ``step``, from all processes."""
 
     @torch.no_grad()
-    def run(places: list[int]) -> dict[str, Any]:
-        batch = objective.collate([data[int(row)] for row in mine[places]], packed)
-        return objective.evaluate(model, to_device(batch, device))
+    def run(places: Sequence[int]) -> dict[str, Any]:
+        return objective.evaluate(model, to_device(step.collate(step.examples(places), layout), device))
 
-    def name(place: int) -> str:
-        return f"evaluation of {data.where(int(mine[place]))}"
-
-    sizes = data.sizes(mine, packed, objective.shared)
-    return distributed.gather(fitting.in_groups(run, sizes, budget, packed, device, name))
+    found = fitting.over_step(run, step, budget, layout, device, "evaluation")
+    return distributed.gather([record for _, record in found])

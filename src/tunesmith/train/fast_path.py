@@ -10,14 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from tunesmith.data.batch import preference_batch
-from tunesmith.data.batch.pack import to_device
+from tunesmith.data.batch.pack import PADDED, Layout, to_device
 from tunesmith.errors import ModelError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import attention, compiled, fused, varlen
@@ -46,7 +46,7 @@ STILL = 1e-6
 class Route:
     """How batches are laid out and which layers are replaced; ``notes`` are said once."""
 
-    packed: bool
+    layout: Layout
     fused: fused.Fused
     attention: str
     """The model's own attention, for whatever is not a packed batch."""
@@ -57,8 +57,10 @@ class Route:
     """Whether decoder layers are computed again in the backward pass."""
     compiled: bool = False
     """Whether decoder layers go through torch.compile."""
-    shared: bool = False
-    """Whether answers to one prompt share it (of an objective that has several)."""
+
+    @property
+    def packed(self) -> bool:
+        return self.layout.packed
 
     def leave(self, model: Any) -> None:
         """Give ``model`` its own layers, loss and attention back."""
@@ -74,7 +76,7 @@ class Route:
             "fused": dict(self.fused.kinds),
             "recomputed": self.recomputed,
             "compiled": self.compiled,
-            "shared": self.shared,
+            "shared": self.layout.shared,
             "notes": list(self.notes),
         }
 
@@ -118,9 +120,9 @@ def _chosen(
 ) -> Route:
     inner = lm_head.base(model)
     rows = [_shorten(example) for example in list(examples)[:2]]
-    route = Route(packed=False, fused=fused.Fused(), attention=inner.config._attn_implementation)
+    route = Route(PADDED, fused=fused.Fused(), attention=inner.config._attn_implementation)
     lm_head.use_plain_head(model, True)
-    expected = _loss_and_gradients(model, objective, rows, False, device)
+    expected = _loss_and_gradients(model, objective, rows, PADDED, device)
 
     if packing != "off":
         _pack(model, objective, rows, longest, device, route)
@@ -128,11 +130,11 @@ def _chosen(
     route.fused = fused.install(model, stack)
 
     def differs() -> str | None:
-        got = _loss_and_gradients(model, objective, rows, route.packed, device)
+        got = _loss_and_gradients(model, objective, rows, route.layout, device)
         return _difference(expected, got, model.dtype, _more(objective))
 
     steps: list[tuple[str, Callable[[], None]]] = [
-        *([("answers do not share their prompt", lambda: _part(objective, route))] if route.shared else []),
+        *([("answers do not share their prompt", lambda: _part(route))] if route.layout.shared else []),
         ("the fused layers are off", lambda: _switch_off(route)),
         ("the loss is computed from all logits", lambda: lm_head.use_plain_head(model, True)),
         ("rows are padded, not packed", lambda: _unpack(route, inner)),
@@ -148,8 +150,8 @@ def _chosen(
     return route
 
 
-def _part(objective: Objective, route: Route) -> None:
-    objective.shared = route.shared = False
+def _part(route: Route) -> None:
+    route.layout = replace(route.layout, shared=False)
 
 
 def check_still(model: Any, objective: Objective, examples: Sequence[Example], route: Route, device: torch.device) -> None:
@@ -157,7 +159,7 @@ def check_still(model: Any, objective: Objective, examples: Sequence[Example], r
 
     For an objective whose figures are facts of the weights. The two rows are those of :func:`choose`.
     """
-    batch = to_device(objective.collate([_shorten(example) for example in list(examples)[:2]], route.packed), device)
+    batch = to_device(objective.collate([_shorten(example) for example in list(examples)[:2]], route.layout), device)
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         moving = objective.summarise([objective.evaluate(model, batch)])
@@ -236,7 +238,7 @@ def _repeatable(
     """Loss and gradients by the route so far, drawing the same random numbers at each call."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _without_zeros(model):
         torch.manual_seed(0)  # some models drop by torch's own stream
-        return _loss_and_gradients(model, objective, rows, route.packed, device)
+        return _loss_and_gradients(model, objective, rows, route.layout, device)
 
 
 @contextmanager
@@ -261,7 +263,7 @@ def _switch_off(route: Route) -> None:
 
 
 def _unpack(route: Route, inner: Any) -> None:
-    route.packed = route.shared = False
+    route.layout = PADDED
     inner.set_attn_implementation(route.attention)
 
 
@@ -280,7 +282,7 @@ def _pack(model: Any, objective: Objective, rows: Sequence[Example], longest: in
             varlen.register(kernel, torch.cuda.get_device_capability(device))
             why = _why_not_packed(model, objective, rows, longest, device, varlen.NAME, route)
             if why is None:
-                route.packed, route.packed_attention = True, "varlen"
+                route.packed_attention = "varlen"
                 return
             reasons.append(why)
         else:
@@ -301,7 +303,6 @@ def _by_segments(
     attention.register()
     route.packed_attention = "segments"
     why = _why_not_packed(model, objective, rows, longest, device, attention.NAME, route)
-    route.packed = why is None
     if why is not None:
         route.notes.append(f"rows are padded, not packed, for this model: {why}")
         _unpack(route, lm_head.base(model))
@@ -313,27 +314,35 @@ def _why_not_packed(
     model: Any, objective: Objective, rows: Sequence[Example], longest: int, device: torch.device, name: str, route: Route
 ) -> str | None:
     """:func:`_cannot_pack`; where answers cannot share their prompt, of answers that stand apart."""
-    why = _cannot_pack(model, objective, rows, longest, device, name)
-    route.shared = objective.shared and why is None
-    if why is None or not objective.shared:
+    best, apart = Layout(packed=True, shared=objective.traits.shares_prompts), Layout(packed=True)
+    why = _cannot_pack(model, objective, rows, longest, device, name, best)
+    if why is None:
+        route.layout = best
+        return None
+    if not best.shared:
         return why
-    objective.shared = False
-    apart = _cannot_pack(model, objective, rows, longest, device, name)
-    if apart is None:
+    still = _cannot_pack(model, objective, rows, longest, device, name, apart)
+    if still is None:
+        route.layout = apart
         route.notes.append(f"answers do not share their prompt: {why}")
-    objective.shared = apart is not None  # another kind of attention may do it
-    return apart
+    return still
 
 
 def _cannot_pack(
-    model: Any, objective: Objective, rows: Sequence[Example], longest: int, device: torch.device, name: str
+    model: Any,
+    objective: Objective,
+    rows: Sequence[Example],
+    longest: int,
+    device: torch.device,
+    name: str,
+    layout: Layout,
 ) -> str | None:
     """Why packed rows would not be exact for this model, or None. Sets the model's attention to ``name``."""
     inner = lm_head.base(model)
     try:
         inner.set_attn_implementation(name)
         with torch.no_grad(), attention.watch() as seen:
-            objective.loss(model, to_device(objective.collate(rows, packed=True), device))
+            objective.loss(model, to_device(objective.collate(rows, layout), device))
     except (attention.CannotPack, ValueError, TypeError) as reason:
         return str(reason)
     if len(seen) != inner.config.num_hidden_layers:
@@ -345,11 +354,12 @@ def _cannot_pack(
 
 
 def _loss_and_gradients(
-    model: Any, objective: Objective, rows: Sequence[Example], packed: bool, device: torch.device
+    model: Any, objective: Objective, rows: Sequence[Example], layout: Layout, device: torch.device
 ) -> tuple[float, list[torch.Tensor]]:
     """Mean loss over the rows' units and its gradients; the plain path takes rows one at a time, so that nothing is padded."""
-    batches = [objective.collate(rows, packed=True)] if packed else [objective.collate([row], packed=False) for row in rows]
-    total = sum(int(objective.count(batch)) for batch in batches)
+    groups = [rows] if layout.packed else [[row] for row in rows]
+    batches = [objective.collate(group, layout) for group in groups]
+    total = sum(objective.count(batch) for batch in batches)
     value = 0.0
     for batch in batches:
         with torch.enable_grad():  # also for a caller without gradients: layers may go another way there for as few tokens
@@ -386,7 +396,7 @@ def _difference(
 
 
 def _more(objective: Objective) -> float:
-    return JUDGED if objective.deterministic and objective.head == "score" else 1.0
+    return JUDGED if objective.traits.deterministic and objective.traits.head == "score" else 1.0
 
 
 def _shorten(example: Example) -> Example:

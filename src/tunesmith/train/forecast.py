@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +18,30 @@ import numpy as np
 import torch
 
 from tunesmith.data.batch.pack import to_device
-from tunesmith.data.store.encoded import Encoded
+from tunesmith.data.batch.step import Source, Step, heaviest, together
 from tunesmith.errors import RecipeError
 from tunesmith.models.fast import kernels
 from tunesmith.runs import figures, tracking
 from tunesmith.runs.run_folder import RunFolder
 from tunesmith.train import (
-    batching,
     distributed,
     fast_path,
     loop,
     machine,
-    reference,
     samples,
     setup,
     state,
 )
-from tunesmith.train.config import TrainConfig
+from tunesmith.train.config import TrainConfig, due
 from tunesmith.train.hooks import Hooks
 from tunesmith.train.loop import Job
 from tunesmith.train.state import Run
 
 LARGEST = {"cpu": 2048, "cuda": 16384}
 """Tokens in one forward pass beyond which a device is no faster (SmolLM2-135M: 2 cores are at their peak from about 1,000)."""
+
+LOOKED_AT = 2000
+"""Steps whose micro-batches are compared to find the heaviest: a tenth of a second."""
 
 SMALLEST = 64
 SHARE = 0.9
@@ -99,18 +100,17 @@ def measure_memory(job: Job, limit: int) -> Memory:
     A CPU's system does not refuse memory, it kills. So there a micro-batch much larger than usual is first tried in part, and
     where that shows that the whole would hold more than ``limit`` bytes, ``heaviest`` is what it would be.
     """
-    rows = job.plan.rows(1)
     state = distributed.state()
-    mine = list(range(len(rows)))[state.process_index :: state.num_processes] or [0]
-    shortest = min(mine, key=lambda place: (job.plan.data.lengths[rows[place]], place))
-    small = _pass(job, 1, [shortest])
-    shared = job.objective.shared
-    step, places = batching.heaviest(job.plan, job.budget, job.packed, state.process_index, state.num_processes, shared)
+    steps = job.source.preview(LOOKED_AT)
+    mine = steps[0].share(state.process_index, state.num_processes) or [0]
+    shortest = min(mine, key=lambda place: (steps[0].lengths[place], place))
+    small = _pass(job, steps[0], [shortest])
+    step, places = heaviest(steps, job.budget, job.layout, state.process_index, state.num_processes)
     masters = job.update.masters
     begun = any(job.update.optimizer.state.values())
     pending = 0 if begun else int(masters.size * masters.share * STATE_BYTES[job.config.optim_name])
-    tokens, part = _tokens(job, step, places), _part(job, step, places)
-    if job.device.type == "cpu" and tokens > 2 * _tokens(job, step, part):
+    tokens, part = step.tokens(places, job.layout), _part(job, step, places)
+    if job.device.type == "cpu" and tokens > 2 * step.tokens(part, job.layout):
         some = _pass(job, step, part)
         per_token = _slope(small, some)
         whole = int(some.peak + (tokens - some.tokens) * per_token)
@@ -126,27 +126,22 @@ def _slope(small: Pass, large: Pass) -> float:
     return max(0.0, (large.peak - small.peak) / apart) if apart > 0 else 0.0
 
 
-def _part(job: Job, step: int, places: list[int]) -> list[int]:
+def _part(job: Job, step: Step, places: list[int]) -> list[int]:
     """The first rows of a micro-batch, up to the tokens that a device is fast with; one row at least."""
     most = 1
-    while most < len(places) and _tokens(job, step, places[: most + 1]) <= LARGEST["cpu"]:
+    while most < len(places) and step.tokens(places[: most + 1], job.layout) <= LARGEST["cpu"]:
         most += 1
     return places[:most]
 
 
-def _tokens(job: Job, step: int, places: list[int]) -> int:
-    """Of these rows as a micro-batch, padding counted."""
-    return batching.tokens(job.plan.data, job.plan.rows(step)[places], job.packed, job.objective.shared)
-
-
-def _pass(job: Job, step: int, places: list[int]) -> Pass:
+def _pass(job: Job, step: Step, places: list[int]) -> Pass:
     kernels.return_freed_memory()
     with machine.PeakWatch(job.device) as watch:
         started = time.perf_counter()
         loop.rehearse(job, step, places)
         machine.synchronize(job.device)
         seconds = time.perf_counter() - started
-    return Pass(_tokens(job, step, places), seconds, watch.peak)
+    return Pass(step.tokens(places, job.layout), seconds, watch.peak)
 
 
 def limit_bytes(device: torch.device) -> int:
@@ -160,11 +155,11 @@ def limit_bytes(device: torch.device) -> int:
 
 def check_weights(ready: setup.Setup, limit: int) -> None:
     """Raise RecipeError when weights, masters and optimiser alone hold more than ``limit`` bytes: before they are loaded."""
-    total, trained = ready.parameters["total"], ready.parameters["trainable"]
+    total, trained = ready.outline.total, ready.outline.trainable
     each = ready.precision.compute.itemsize
     masters = 4 if each < 4 else 0
     sharing = distributed.state().num_processes if ready.sharding else 1
-    weights = (total - ready.quantized.parameters) * each + ready.quantized.bytes
+    weights = (total - ready.outline.quantized.parameters) * each + ready.outline.quantized.bytes
     needed = int(weights + trained * (masters + 4 + STATE_BYTES[ready.recipe.train.optim_name]) / sharing)
     if needed > limit:
         raise RecipeError(
@@ -198,7 +193,12 @@ def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
 
 def _longest(job: Job) -> int:
     """Tokens of the largest row: no micro-batch can be smaller than it."""
-    return int(batching.alone(job.plan.data, job.packed, job.objective.shared).max())
+    return max(
+        together(lengths[[place]], several[[place]], job.layout)
+        for step in job.source.preview(LOOKED_AT)
+        for lengths, several in [step.data.sizes(step.rows, job.layout)]
+        for place in [int(np.argmax(lengths * several))]
+    )
 
 
 def _rounded(tokens: int) -> int:
@@ -261,8 +261,8 @@ def _of_built(
 ) -> dict[str, Any]:
     """``before``: bytes that the process held before it loaded the model."""
     job = Job(
-        model=built.model, objective=ready.objective, update=built.update, plan=ready.plan, config=ready.recipe.train,
-        packed=built.route.packed, budget=first_budget(ready.recipe.train, ready.device), device=ready.device, noise=built.noise,
+        model=built.model, objective=ready.objective, update=built.update, source=ready.source, config=ready.recipe.train,
+        layout=built.route.layout, budget=first_budget(ready.recipe.train, ready.device), device=ready.device, noise=built.noise,
         log=lambda record: None, evaluate=lambda at: None, save=lambda at: None,
     )  # fmt: skip
     automatic = ready.recipe.train.micro_batch_tokens == "auto"
@@ -274,18 +274,18 @@ def _of_built(
     memory = measure_memory(job, limit)  # again, now that the optimiser has its state
     say("evaluating some rows")
     evaluation = _evaluation_seconds(job, ready, built.route)
-    compared = ready.objective.reference is not None
-    looked_at = sum(_forward_seconds(job, data, rows) for data, rows in reference.rows_of_run(ready)) if compared else 0.0
+    looked_at = 0.0 if ready.reference is None else sum(_forward_seconds(job, step) for step in ready.seen())
     peak = int(torch.cuda.max_memory_allocated(ready.device)) if ready.device.type == "cuda" else machine.peak_memory_bytes()
     needed = max(peak, memory.peak)
-    in_all = _tokens_of_run(ready.plan)
-    train_seconds = in_all * seconds / tokens + ready.plan.steps * update + first
-    train, plan = ready.recipe.train, ready.plan
+    plan = ready.source.plan
+    in_all = _tokens_of_run(ready.source)
+    train_seconds = in_all * seconds / tokens + plan.steps * update + first
+    train = ready.recipe.train
 
     def times(every: float | str | None) -> int:
         """How often something falls due, the last step included."""
         steps = range(1, plan.steps + 1)
-        return sum(step == plan.steps or batching.due(every, step, plan.steps, plan.steps_per_epoch) for step in steps)
+        return sum(step == plan.steps or due(every, step, plan.steps, plan.steps_per_epoch) for step in steps)
 
     evaluations = 0 if ready.data.eval is None else 1 + times(train.eval_steps)
     say("saving the model and a checkpoint")
@@ -300,7 +300,7 @@ def _of_built(
         "memory_limit_bytes": limit,
         "fits": fits,
         "remedies": [] if fits else remedies(job, memory, memory.tokens_within(int(SHARE * limit)), _longest(job)),
-        "seconds_per_step": train_seconds / ready.plan.steps,
+        "seconds_per_step": train_seconds / plan.steps,
         "tokens_per_second": in_all / train_seconds,
         "train_seconds": train_seconds,
         "evaluation_seconds": evaluation,
@@ -320,19 +320,21 @@ def _timed_steps(job: Job) -> tuple[float, int, float, float]:
     passes, tokens, first, first_tokens = 0.0, 0, 0.0, 0
     updates: list[float] = []
     begun = time.perf_counter()
-    for number, at in enumerate(_typical(job.plan, 1 + loop.TRIM_STEPS)):
+    for number, step in enumerate(_typical(job.source, 1 + loop.TRIM_STEPS)):
         if len(updates) >= FEWEST_STEPS and time.perf_counter() - begun > STEPPING:
             break
-        step = loop.planned(job, at)
+        state = distributed.state()
+        even = job.update.masters.in_step
+        micro = step.micro_batches(job.budget, job.layout, state.process_index, state.num_processes, even)
         started = time.perf_counter()
         job.model.train()
-        loop.accumulate(job, step, float(sum(int(job.objective.count(one.batch)) for one in step.micro)) or 1.0)
+        loss, _ = loop.accumulate(job, step, micro, float(sum(job.objective.count(one.batch) for one in micro)) or 1.0)
         machine.synchronize(job.device)
         between = time.perf_counter()
-        job.update.norm()
-        job.update.apply(at)
+        job.update.norm(loss.double())
+        job.update.apply(step.number)
         machine.synchronize(job.device)
-        taken = sum(sum(one.lengths) for one in step.micro)
+        taken = sum(sum(one.lengths) for one in micro)
         if number == 0:
             first, first_tokens = time.perf_counter() - started, taken
             continue
@@ -343,11 +345,11 @@ def _timed_steps(job: Job) -> tuple[float, int, float, float]:
     return passes, tokens, update, max(0.0, first - first_tokens * passes / tokens - update)
 
 
-def _typical(plan: batching.Plan, number: int) -> list[int]:
+def _typical(source: Source, number: int) -> list[Step]:
     """So many steps of the first fifty, those nearest to the mean number of tokens; again and again where there are fewer."""
-    first = range(1, min(plan.steps, 50) + 1)
-    mean = _tokens_of_run(plan) / plan.steps
-    nearest = sorted(first, key=lambda step: abs(int(plan.data.lengths[plan.rows(step)].sum()) - mean))[:number]
+    first = source.preview(50)[:50]
+    mean = _tokens_of_run(source) / source.plan.steps
+    nearest = sorted(first, key=lambda step: abs(int(step.lengths.sum()) - mean))[:number]
     return [nearest[place % len(nearest)] for place in range(number)]
 
 
@@ -366,20 +368,20 @@ def _saving_seconds(job: Job, ready: setup.Setup, built: setup.Built) -> tuple[f
     return seconds[0], seconds[1]
 
 
-def _tokens_of_run(plan: batching.Plan) -> int:
-    """Tokens over all steps; of a very long run from the mean of its first steps."""
-    looked_at = min(plan.steps, batching.LOOKED_AT)
-    tokens = sum(int(plan.data.lengths[plan.rows(step)].sum()) for step in range(1, looked_at + 1))
-    return int(tokens * plan.steps / looked_at)
+def _tokens_of_run(source: Source) -> int:
+    """Tokens over all steps, from the mean of the first ones."""
+    looked_at = source.preview(LOOKED_AT)[:LOOKED_AT]
+    tokens = sum(int(step.lengths.sum()) for step in looked_at)
+    return int(tokens * source.plan.steps / len(looked_at))
 
 
 def _evaluation_seconds(job: Job, ready: setup.Setup, chosen: fast_path.Route) -> float:
-    """Of one evaluation: the held-out rows and the fixed prompts."""
+    """Seconds of one evaluation: the held-out rows and the fixed prompts."""
     data = ready.data.eval
     if data is None:
         return 0.0
-    seconds = _forward_seconds(job, data, np.arange(len(data)))
-    asked = samples.prompts(ready.recipe.samples, data, ready.tokenizer) if ready.objective.head == "lm" else []
+    seconds = _forward_seconds(job, Step(0, data, np.arange(len(data)), ready.objective.collate))
+    asked = samples.prompts(ready.recipe.samples, data, ready.tokenizer) if ready.objective.traits.head == "lm" else []
     if asked:
         started = time.perf_counter()
         with fast_path.plain_attention(job.model, chosen):
@@ -388,15 +390,16 @@ def _evaluation_seconds(job: Job, ready: setup.Setup, chosen: fast_path.Route) -
     return seconds
 
 
-def _forward_seconds(job: Job, data: Encoded, rows: np.ndarray) -> float:
-    """Of one look at these rows without learning, from some of them, spread over their lengths."""
-    order = rows[np.argsort(data.lengths[rows], kind="stable")]
-    some = order[np.linspace(0, len(order) - 1, min(EVALUATED, len(order))).astype(int)]
+def _forward_seconds(job: Job, step: Step) -> float:
+    """Seconds of one look at the examples of ``step`` without learning, from some of them, spread over their lengths."""
+    order = np.argsort(step.lengths, kind="stable")
+    chosen = order[np.linspace(0, len(order) - 1, min(EVALUATED, len(order))).astype(int)]
+    some = replace(step, rows=step.rows[chosen])
     job.model.eval()
     started = time.perf_counter()
     with torch.no_grad():
-        for group in batching.cut(data, some, job.budget, job.packed, job.objective.shared):
-            batch = job.objective.collate([data[int(some[place])] for place in group], job.packed)
+        for places in some.split(job.budget, job.layout):
+            batch = some.collate(some.examples(places), job.layout)
             job.objective.evaluate(job.model, to_device(batch, job.device))
     machine.synchronize(job.device)
-    return (time.perf_counter() - started) * float(data.lengths[rows].sum() / data.lengths[some].sum())
+    return (time.perf_counter() - started) * float(step.lengths.sum() / some.lengths.sum())

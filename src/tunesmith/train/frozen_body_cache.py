@@ -16,7 +16,7 @@ import importlib.metadata
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ import torch
 from torch import nn
 
 from tunesmith.data.batch.pack import to_device
+from tunesmith.data.batch.step import Step, groups_under
 from tunesmith.data.store import cache
-from tunesmith.data.store.encoded import Encoded
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads import lm_head
 from tunesmith.models.load import probe
 from tunesmith.runs import figures
-from tunesmith.train import batching, distributed, forecast, machine, setup
+from tunesmith.train import distributed, forecast, machine, setup
 from tunesmith.train.checkpoint import MARGIN
 
 FORWARD = (
@@ -157,9 +157,9 @@ def keep(ready: setup.Setup, built: setup.Built, say: Callable[[str], None]) -> 
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if hasattr(model, "peft_config") or not trained or lm_head.own_parameters(model) != trained:
         return
-    why = "a row has several answers" if "answers" in ready.data.train[0] else _why_not(ready, model)
+    why = "a row has several answers" if ready.objective.traits.shares_prompts else _why_not(ready, model)
     if why is None:
-        first, outputs = _batch(ready, built, ready.data.train, [0]), {}
+        first, outputs = _batch(ready, built, ready.seen()[0], [0]), {}
         with torch.no_grad(), torch.random.fork_rng(devices=[ready.device] if ready.device.type == "cuda" else []):
             for training in (False, True):
                 model.train(training)
@@ -191,13 +191,13 @@ def _keep(ready: setup.Setup, built: setup.Built, width: int, dtype: torch.dtype
     kept = Outputs(width, dtype, scratch=scratch)
     with distributed.main_first():  # what is broken is removed by one
         kept.read(folder)
-    missing: dict[int, tuple[Encoded, int]] = {}
+    missing: dict[int, tuple[Step, int]] = {}
     rows = tokens = places = 0
-    for data, number in _rows_of_run(ready):
-        row = rows_of(_batch(ready, built, data, [number]))[0]
+    for step, place in [(one, place) for one in ready.seen() for place in range(len(one))]:
+        row = rows_of(_batch(ready, built, step, [place]))[0]
         rows += 1
         if row.digest not in missing and kept.find(row) is None:
-            missing[row.digest] = (data, number)
+            missing[row.digest] = (step, place)
             tokens, places = tokens + len(row.ids), places + len(row.places)
     needed = places * (width * dtype.itemsize + 4) + tokens * 4
     free = machine.free_disk_bytes(folder)
@@ -222,7 +222,7 @@ def _keep(ready: setup.Setup, built: setup.Built, width: int, dtype: torch.dtype
 def _compute(
     ready: setup.Setup,
     built: setup.Built,
-    missing: Sequence[tuple[Encoded, int]],
+    missing: Sequence[tuple[Step, int]],
     kept: Outputs,
     folder: Path,
     say: Callable[[str], None],
@@ -230,14 +230,13 @@ def _compute(
     """Send rows through the body and write them, a shard at a time."""
     alone = ready.device.type == "cpu"  # as fast there, and free of neighbours
     budget = 1 if alone else forecast.first_budget(ready.recipe.train, ready.device)
-    lengths = [int(data.lengths[number]) for data, number in missing]
+    lengths = [int(step.lengths[place]) for step, place in missing]
     rows: list[Row] = []
     outputs: list[torch.Tensor] = []
     size, done, said = 0, 0, time.monotonic()
-    for group in batching.micro_batches(lengths, budget, built.route.packed):
-        batch = to_device(
-            ready.objective.collate([missing[place][0][missing[place][1]] for place in group], built.route.packed), ready.device
-        )
+    for group in groups_under(lengths, budget, built.route.layout):
+        examples = [missing[number][0].examples([missing[number][1]])[0] for number in group]
+        batch = to_device(ready.objective.collate(examples, built.route.layout), ready.device)
         with torch.no_grad():
             made = lm_head.outputs_at(built.model, batch)
         of_group = rows_of(batch)
@@ -254,15 +253,8 @@ def _compute(
         kept.write(folder, rows, outputs)
 
 
-def _rows_of_run(ready: setup.Setup) -> Iterator[tuple[Encoded, int]]:
-    """Every row that a step or an evaluation reads, once."""
-    yield from ((ready.data.train, int(number)) for number in ready.plan.seen())
-    if ready.data.eval is not None:
-        yield from ((ready.data.eval, number) for number in range(len(ready.data.eval)))
-
-
-def _batch(ready: setup.Setup, built: setup.Built, data: Encoded, numbers: Sequence[int]) -> dict[str, Any]:
-    return to_device(ready.objective.collate([data[number] for number in numbers], built.route.packed), ready.device)
+def _batch(ready: setup.Setup, built: setup.Built, step: Step, places: Sequence[int]) -> dict[str, Any]:
+    return to_device(ready.objective.collate(step.examples(places), built.route.layout), ready.device)
 
 
 def _key(ready: setup.Setup, built: setup.Built) -> str:

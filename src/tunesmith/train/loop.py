@@ -1,7 +1,7 @@
 """The training loop: the only backward in the codebase.
 
-One optimiser step takes the rows of ``batch_size``, cuts them into micro-batches under ``micro_batch_tokens``, sums losses and
-counts over all of them and over all processes, and divides once. So the update does not depend on the split.
+A source yields optimiser steps. The loop splits each into micro-batches under ``micro_batch_tokens``, sums losses and counts
+over all of them and over all processes, and divides once. So the update does not depend on the split.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 
-from tunesmith.data.batch.pack import to_device
+from tunesmith.data.batch.pack import Layout, to_device
+from tunesmith.data.batch.step import Micro, Source, Step
 from tunesmith.errors import Interrupted, NonFiniteError, OutOfMemoryError
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads.noise import RowNoise
-from tunesmith.objectives import Batch, Objective
-from tunesmith.train import batching, distributed, machine
-from tunesmith.train.batching import Plan
-from tunesmith.train.config import TrainConfig
+from tunesmith.objectives import Objective
+from tunesmith.train import distributed, machine, metric_sums
+from tunesmith.train.config import TrainConfig, due
+from tunesmith.train.metric_sums import MetricSums
 from tunesmith.train.update import Update
 
 TRIM_STEPS = 8
@@ -46,29 +46,7 @@ class Progression:
     without_improvement: int = 0
     window: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    """Of the same steps: {metric of the objective: [sum, count]}."""
-
-
-@dataclass(frozen=True)
-class Micro:
-    """Rows that go through the network together: their ``places`` within the step, their ``lengths`` in tokens, their batch.
-
-    An ``idle`` one counts nothing: its process has no rows left while others have, and they need it in their collectives.
-    """
-
-    places: list[int]
-    lengths: list[int]
-    batch: Batch
-    idle: bool = False
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimiser step of this process; ``rows`` are the examples of all processes."""
-
-    number: int
-    rows: np.ndarray
-    micro: list[Micro]
+    """Of the same steps: {metric of the objective: [sum, count]}, as a checkpoint keeps it; see ``Job.sums``."""
 
 
 @dataclass
@@ -78,9 +56,9 @@ class Job:
     model: Any
     objective: Objective
     update: Update
-    plan: Plan
+    source: Source
     config: TrainConfig
-    packed: bool
+    layout: Layout
     budget: int
     device: torch.device
     noise: RowNoise | None
@@ -89,6 +67,8 @@ class Job:
     save: Callable[[Progression], None]
     wants: Callable[[], tuple[str | None, str | None]] = lambda: (None, None)
     """Asked after each step: (why to end here, why to stop as a signal does); see ``train.hooks``."""
+    sums: MetricSums = field(default_factory=MetricSums)
+    """Metrics of the objective since the last log, on the device."""
     seconds: float = 0.0
     """Time spent in optimiser steps."""
     trained_tokens: int = 0
@@ -100,24 +80,25 @@ def fit(job: Job, at: Progression) -> str | None:
 
     Raises NonFiniteError before an update that is not finite, and Interrupted after a signal, with a checkpoint saved.
     """
-    plan, config = job.plan, job.config
+    plan, config = job.source.plan, job.config
     saved = at.step
-    steps = (planned(job, number) for number in range(at.step + 1, plan.steps + 1))
+    job.sums.load(at.metrics, job.device)
     with signals() as stop:
-        for step in job.objective.batches(job.model, steps):
-            started = time.perf_counter()
-            record = train_step(job, step)
-            job.seconds += time.perf_counter() - started
-            at.step += 1
-            at.micro_batch_tokens = job.budget
-            _account(job, at, record, time.perf_counter() - started)
+        for step in job.source.steps(at.step + 1):
+            job.update.skip(step.number - 1 - at.step)
+            before, at.step = at.step, step.number
+            record = _timed(job, at, step)
             if at.step % TRIM_STEPS == 0:
                 kernels.return_freed_memory()
             last = at.step == plan.steps
-            if batching.due(config.logging_steps, at.step, plan.steps, plan.steps_per_epoch) or last:
+
+            def falls_due(every: float | str | None, before: int = before, now: int = at.step) -> bool:
+                return any(due(every, one, plan.steps, plan.steps_per_epoch) for one in range(before + 1, now + 1))
+
+            if falls_due(config.logging_steps) or last:
                 _log(job, at, record)
             verdict = None
-            evaluated = last or batching.due(config.eval_steps, at.step, plan.steps, plan.steps_per_epoch)
+            evaluated = last or falls_due(config.eval_steps)
             if evaluated:
                 verdict = _judge(job, at, job.evaluate(at))
             ending, failing = job.wants()
@@ -125,8 +106,8 @@ def fit(job: Job, at: Progression) -> str | None:
             if ending and not evaluated:  # so that its model is judged, and kept if it is the best
                 job.evaluate(at)
             verdict = verdict or ending
-            if last or verdict or stopping or batching.due(config.save_steps, at.step, plan.steps, plan.steps_per_epoch):
-                job.save(at)
+            if last or verdict or stopping or falls_due(config.save_steps):
+                _save(job, at)
                 saved = at.step
                 verdict = verdict or distributed.same(job.wants()[0])  # saving may be what the user waited for
             if verdict:
@@ -135,81 +116,91 @@ def fit(job: Job, at: Progression) -> str | None:
                 raise Interrupted(
                     f"stopped by {stopping} after step {at.step}; a checkpoint was saved (step {saved}): go on with --resume"
                 )
+    if at.step < plan.steps:  # the source skipped the rest of its plan
+        at.step = plan.steps
+        verdict = _judge(job, at, job.evaluate(at))
+        _save(job, at)
+        return verdict
     return None
+
+
+def _timed(job: Job, at: Progression, step: Step) -> dict[str, Any]:
+    """Take a step and add it to the open logging window."""
+    started = time.perf_counter()
+    record = train_step(job, step)
+    seconds = time.perf_counter() - started
+    job.seconds += seconds
+    at.micro_batch_tokens = job.budget
+    _account(job, at, record, seconds)
+    return record
 
 
 def train_step(job: Job, step: Step) -> dict[str, Any]:
     """One optimiser step: forward and backward over its micro-batches, one division, check, clip, update.
 
     Returns loss, units and tokens summed over all processes, grad_norm, learning_rate (and those of groups with their own),
-    update_ratio (norm of the update over norm of the weights), the update's other figures, and ``metrics``, the objective's:
-    {name: [sum, count]}.
+    and the update's other figures. The host waits for the device once, for loss and norm; metrics go to ``job.sums``.
     """
     job.model.train()
-    busy = [one for one in step.micro if not one.idle]
-    units, tokens = sum(int(job.objective.count(one.batch)) for one in busy), sum(sum(one.lengths) for one in busy)
+    state, masters = distributed.state(), job.update.masters
+    micro = step.micro_batches(job.budget, job.layout, state.process_index, state.num_processes, even=masters.in_step)
+    busy = [one for one in micro if not one.idle]
+    units, tokens = sum(job.objective.count(one.batch) for one in busy), sum(sum(one.lengths) for one in busy)
     total, tokens_of_all = distributed.add(float(units), float(tokens))
     before = job.budget
-    loss_here, sums = accumulate(job, step, total)
+    loss_here, sums = accumulate(job, step, micro, total)
     if job.budget < before:
         job.log({"kind": "memory", "step": step.number, "micro_batch_tokens": job.budget, "before": before})
-    (loss_sum,) = distributed.add(loss_here)
-    everywhere = distributed.gather([sums])
-    norm = job.update.norm()
+    loss_of_all = job.sums.add(loss_here, sums)
+    loss_sum, norm = job.update.norm(loss_of_all)
     if not job.update.may_go_on(loss_sum, norm):
         _refuse(job, step, loss_sum / total, norm)
     rates = job.update.learning_rates
     job.update.apply(step.number)
-    names = {name for one in everywhere for name in one}
-    metrics = {name: [sum(one.get(name, [0.0, 0.0])[part] for one in everywhere) for part in (0, 1)] for name in sorted(names)}
     return {
         "loss": loss_sum,
         "units": total,
         "tokens": tokens_of_all,
         "grad_norm": norm,
         **rates,
-        "update_ratio": job.update.ratio.value,
         **job.update.figures(),
-        "metrics": metrics,
     }
 
 
-Sums = tuple[float, dict[str, list[float]]]
-"""Sum of the loss, and {metric: [sum, count]}."""
-
+Sums = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""Sum of the loss, and metric -> float64 (2,): [sum, count]; on the device."""
 
 Backward = Callable[[torch.Tensor, bool], None]
 
 
-def accumulate(job: Job, step: Step, total: float, backward: Backward | None = None) -> Sums:
+def accumulate(job: Job, step: Step, micro: list[Micro], total: float, backward: Backward | None = None) -> Sums:
     """Forward and backward of every micro-batch of this process, each loss divided by ``total``. ``backward``: of the update.
 
     A micro-batch that does not fit into memory is halved and the step begun anew, with the same result; all later ones are kept
     as small. Raises OutOfMemoryError when a single row does not fit, or when other processes wait for this backward.
     """
-    while isinstance(outcome := _try_to_accumulate(job, step, total, backward or job.update.backward), int):
+    while isinstance(outcome := _try_to_accumulate(job, step, micro, total, backward or job.update.backward), int):
         if backward is None and job.update.masters.in_step:
-            most = taken(job, step.rows, step.micro[outcome])
             raise OutOfMemoryError(
-                f"step {step.number}: a micro-batch of {most} tokens needs more memory than is left. "
+                f"step {step.number}: a micro-batch of {micro[outcome].tokens} tokens needs more memory than is left. "
                 "With DeepSpeed it cannot be halved midway, because the other processes wait for it.\n"
                 f"  Set train.micro_batch_tokens below {job.budget}; then go on with --resume."
             )
         job.update.drop()
         machine.release_memory(job.device)
-        step = _halved(job, step, outcome)
+        micro = _halved(job, step, micro, outcome)
     return outcome
 
 
-def _try_to_accumulate(job: Job, step: Step, total: float, backward: Backward) -> Sums | int:
+def _try_to_accumulate(job: Job, step: Step, micro: list[Micro], total: float, backward: Backward) -> Sums | int:
     """The sums, or the number of the micro-batch that did not fit (returned, not raised: a traceback holds tensors)."""
     losses: list[torch.Tensor] = []
-    sums: dict[str, list[float]] = {}
-    for number, one in enumerate(step.micro):
+    sums: dict[str, torch.Tensor] = {}
+    for number, one in enumerate(micro):
         try:
             _tell_noise(job, step.number, one)
             loss, metrics = job.objective.loss(job.model, to_device(one.batch, job.device))
-            backward(loss * 0.0 if one.idle else loss / total, number + 1 == len(step.micro))
+            backward(loss * 0.0 if one.idle else loss / total, number + 1 == len(micro))
         except (RuntimeError, MemoryError) as error:
             if not machine.is_out_of_memory(error):
                 raise
@@ -217,65 +208,39 @@ def _try_to_accumulate(job: Job, step: Step, total: float, backward: Backward) -
         if one.idle:
             continue
         losses.append(loss.detach())
-        for name, (value, count) in metrics.items():
-            pair = sums.setdefault(name, [0.0, 0.0])
-            pair[0], pair[1] = pair[0] + float(value), pair[1] + float(count)
-    return float(sum(losses)) if losses else 0.0, sums
+        for name, pair in metrics.items():
+            exact = metric_sums.as_pair(*pair, job.device)
+            sums[name] = sums[name] + exact if name in sums else exact
+    return sum(losses, torch.zeros((), device=job.device)), sums
 
 
-def _halved(job: Job, step: Step, number: int) -> Step:
-    """The step with micro-batch ``number`` in two; from now on no micro-batch is larger than the larger half."""
-    places = step.micro[number].places
+def _halved(job: Job, step: Step, micro: list[Micro], number: int) -> list[Micro]:
+    """The micro-batches with number ``number`` in two; from now on none is larger than the larger half."""
+    places = micro[number].places
     if len(places) == 1:
-        row, length = job.plan.data.where(int(step.rows[places[0]])), step.micro[number].lengths[0]
         raise OutOfMemoryError(
-            f"step {step.number}: one row alone ({row}, {length} tokens) needs more memory than the machine has left.\n"
+            f"step {step.number}: row {step.name(places[0])} alone ({micro[number].lengths[0]} tokens) needs more memory than "
+            "the machine has left.\n"
             "  Set train.gradient_checkpointing=true, lower train.max_length, or take a smaller model; "
             "then go on with --resume or start again."
         )
-    halves = [micro(job, step.rows, part) for part in (places[: len(places) // 2], places[len(places) // 2 :])]
-    job.budget = min(job.budget, max(taken(job, step.rows, half) for half in halves))
-    return Step(step.number, step.rows, [*step.micro[:number], *halves, *step.micro[number + 1 :]])
+    halves = [step.micro(part, job.layout) for part in (places[: len(places) // 2], places[len(places) // 2 :])]
+    job.budget = min(job.budget, max(half.tokens for half in halves))
+    return [*micro[:number], *halves, *micro[number + 1 :]]
 
 
-def rehearse(job: Job, step: int, places: list[int]) -> None:
+def rehearse(job: Job, step: Step, places: list[int]) -> None:
     """Forward and backward of one micro-batch, its gradients forgotten: what does not fit shows before anything is done."""
     job.model.train()
-    rows = job.plan.rows(step)
     with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-        accumulate(job, Step(step, rows, [micro(job, rows, places)]), 1.0, job.update.rehearse)
+        accumulate(job, step, [step.micro(places, job.layout)], 1.0, job.update.rehearse)
     job.update.drop()
-
-
-def planned(job: Job, number: int) -> Step:
-    """The micro-batches of optimiser step ``number`` that fall to this process."""
-    state = distributed.state()
-    groups = batching.split(
-        job.plan, number, job.budget, job.packed, state.process_index, state.num_processes, job.objective.shared
-    )
-    rows = job.plan.rows(number)
-    made = [micro(job, rows, places) for places in groups]
-    if job.update.masters.in_step:
-        most = batching.most_micro_batches(job.plan, number, job.budget, job.packed, state.num_processes, job.objective.shared)
-        shortest = int(np.argmin(job.plan.data.lengths[rows]))
-        made += [replace(micro(job, rows, [shortest]), idle=True) for _ in range(most - len(made))]
-    return Step(number, rows, made)
-
-
-def micro(job: Job, rows: np.ndarray, places: list[int]) -> Micro:
-    """Some rows of a step as one micro-batch."""
-    examples = [job.plan.data[int(rows[place])] for place in places]
-    return Micro(places, [int(job.plan.data.lengths[rows[p]]) for p in places], job.objective.collate(examples, job.packed))
-
-
-def taken(job: Job, rows: np.ndarray, micro: Micro) -> int:
-    """Tokens of a micro-batch as the network sees it, padding counted, and a prompt as often as it is there."""
-    return batching.tokens(job.plan.data, rows[micro.places], job.packed, job.objective.shared)
 
 
 def _tell_noise(job: Job, step: int, micro: Micro) -> None:
     if job.noise is not None:
-        job.noise.step, job.noise.rows, job.noise.lengths, job.noise.packed = step, micro.places, micro.lengths, job.packed
+        job.noise.step, job.noise.rows, job.noise.lengths = step, micro.places, micro.lengths
+        job.noise.packed = job.layout.packed
 
 
 def _refuse(job: Job, step: Step, loss: float, norm: float) -> None:
@@ -283,13 +248,13 @@ def _refuse(job: Job, step: Step, loss: float, norm: float) -> None:
     job.update.drop()
     guilty = []
     with torch.no_grad():
-        for place, row in enumerate(step.rows):
-            one = micro(job, step.rows, [place])
+        for place in range(len(step)):
+            one = step.micro([place], job.layout)
             _tell_noise(job, step.number, one)
             alone, _ = job.objective.loss(job.model, to_device(one.batch, job.device))
             if not math.isfinite(float(alone)):
-                guilty.append(int(row))
-    names = [job.plan.data.where(row) for row in guilty or [int(row) for row in step.rows]]
+                guilty.append(place)
+    names = step.names(guilty or None)
     job.log({"kind": "stop", "step": step.number, "loss": loss, "grad_norm": norm, "rows": names})
     raise NonFiniteError(
         f"step {step.number}: the loss is {loss:.4g} and the norm of the gradient {norm:.4g}; no update was applied.\n"
@@ -307,24 +272,28 @@ def _account(job: Job, at: Progression, record: dict[str, Any], seconds: float) 
     for name in ("loss", "units", "tokens"):
         window[name] = window.get(name, 0.0) + record[name]
     window["seconds"] = window.get("seconds", 0.0) + seconds
-    for name, (value, count) in record["metrics"].items():
-        before = at.metrics.get(name, [0.0, 0.0])
-        at.metrics[name] = [before[0] + value, before[1] + count]
+
+
+def _save(job: Job, at: Progression) -> None:
+    at.metrics = job.sums.plain()
+    job.save(at)
 
 
 def _log(job: Job, at: Progression, record: dict[str, Any]) -> None:
     window, at.window = at.window, {}
-    metrics, at.metrics = at.metrics, {}
-    extra = {k: v for k, v in record.items() if k not in ("loss", "units", "tokens", "grad_norm", "learning_rate", "metrics")}
+    metrics = job.sums.plain()
+    job.sums.clear()
+    extra = {k: v for k, v in record.items() if k not in ("loss", "units", "tokens", "grad_norm", "learning_rate")}
     job.log(
         {
             "kind": "train",
             "step": at.step,
-            "epoch": round(job.plan.epoch(at.step), 6),
+            "epoch": round(job.source.plan.epoch(at.step), 6),
             "loss": window["loss"] / window["units"],
             "learning_rate": record["learning_rate"],
             "grad_norm": record["grad_norm"],
             **extra,
+            "update_ratio": job.update.ratio.value,
             **{name: value / count for name, (value, count) in metrics.items() if count},
             "tokens": at.tokens,
             "supervised_tokens": at.supervised,

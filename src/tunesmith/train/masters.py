@@ -38,11 +38,12 @@ class Trained(Protocol):
     def rehearse(self, loss: torch.Tensor) -> None:
         """The work of a backward, whose gradient nobody wants."""
 
-    def norm(self, max_norm: float, scale: float) -> float:
-        """Sum gradients over processes, divide them by the loss's ``scale``, and shorten them to ``max_norm`` (0 = leave them).
+    def norm(self, scale: float) -> torch.Tensor:
+        """Sum gradients over processes and divide them by the loss's ``scale``. Returns their norm on the device; NaN or
+        infinity where one of them is not finite."""
 
-        Returns their norm before they were shortened; NaN or infinity where one of them is not finite.
-        """
+    def clip(self, norm: float, max_norm: float) -> None:
+        """Shorten gradients of norm ``norm`` to ``max_norm``."""
 
     def step(self, optimizer: torch.optim.Optimizer, seed: int, step: int) -> None:
         """Update the masters and the network's working copies; the rounding of those is a function of ``seed`` and ``step``."""
@@ -84,6 +85,7 @@ class Masters:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.copies = compute is not torch.float32
         self.masters: dict[str, torch.Tensor] = {}
+        self._norm = torch.zeros(())
         for name, parameter in self.parameters.items():
             if not self.copies and parameter.dtype is torch.float32:
                 self.masters[name] = parameter
@@ -113,16 +115,18 @@ class Masters:
         loss.backward()
         self.clear()
 
-    def norm(self, max_norm: float, scale: float) -> float:
+    def norm(self, scale: float) -> torch.Tensor:
         gradients = list(self.gradients().values())
         distributed.add_gradients(gradients)
         if scale != 1.0:  # a power of two: no bit changes but the exponent
             for gradient in gradients:
                 gradient.div_(scale)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if max_norm and not float(norm) + 1e-6 < max_norm:  # to multiply by 1 takes as long; NaN is passed on
-            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), max_norm, norm)
-        return float(norm)
+        self._norm = torch.nn.utils.get_total_norm(gradients)
+        return self._norm
+
+    def clip(self, norm: float, max_norm: float) -> None:
+        if max_norm and not norm + 1e-6 < max_norm:  # to multiply by 1 takes as long; NaN is passed on
+            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), max_norm, self._norm)
 
     def step(self, optimizer: torch.optim.Optimizer, seed: int, step: int) -> None:
         optimizer.step()

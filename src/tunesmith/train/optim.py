@@ -191,6 +191,11 @@ def build(
     return kind.optimizer(ordered, lr=float(config.learning_rate or 0), **kind.fixed, **config.optim_args)
 
 
+def check_schedule(config: TrainConfig, steps: int) -> None:
+    """Raise RecipeError for a schedule that cannot be made over ``steps``: transformers tells only when it is asked for one."""
+    schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), config, steps)
+
+
 def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
     """Any schedule of ``transformers.get_scheduler`` over ``steps`` optimiser steps. Raises RecipeError for an unknown one."""
     from transformers import SchedulerType, get_scheduler

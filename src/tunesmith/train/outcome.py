@@ -20,7 +20,7 @@ from tunesmith.train.state import Run
 
 
 def parameters_line(ready: setup.Setup) -> str:
-    trainable, total = ready.parameters["trainable"], ready.parameters["total"]
+    trainable, total = ready.outline.trainable, ready.outline.total
     return f"parameters: {trainable:,} trained of {total:,} ({100 * trainable / total:.2f}%)"
 
 
@@ -45,9 +45,9 @@ def record_start(run: Run, micro_batch_tokens: int) -> None:
         model={"name": ready.recipe.model, "path": str(ready.model_folder.path), "kind": ready.model_folder.kind},
         objective=ready.recipe.resolved()["objective"],
         adaptation=ready.recipe.resolved()["adaptation"],
-        parameters=ready.parameters,
+        parameters=ready.outline.counts(),
         data=ready.data.report.as_dict(),
-        steps=ready.plan.steps,
+        steps=ready.source.plan.steps,
         micro_batch_tokens=micro_batch_tokens,
         seed=ready.recipe.seed,
         precision=ready.precision.as_dict(),
@@ -85,8 +85,8 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
         "train_seconds": job.seconds,
         **({"reference_seconds": seconds} if (seconds := run.folder.manifest().get("reference_seconds")) else {}),
         "peak_memory_bytes": peak,
-        "trainable_parameters": run.setup.parameters["trainable"],
-        "total_parameters": run.setup.parameters["total"],
+        "trainable_parameters": run.setup.outline.trainable,
+        "total_parameters": run.setup.outline.total,
         **({name: kept[name] for name in ("base_bytes", "base_bytes_before")} if kept else {}),
         "model_dir": str(run.folder.model),
         "run_dir": str(run.folder.path),
@@ -98,7 +98,7 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
         "verdict": found.as_dict() if found else None,
         "samples": _before_and_after(run, at),
         "objective": run.setup.recipe.resolved()["objective"]["type"],
-        "writes": run.setup.objective.head == "lm",
+        "writes": run.setup.objective.traits.head == "lm",
     }
     if merged := plain_copy.copy(run):
         result["merged_dir"] = merged

@@ -36,7 +36,7 @@ def copy(run: Run) -> str | None:
     alone = f"plain transformers cannot open the adapter in {run.folder.model.name}/ ({reason})"
     try:
         load.check_mergeable(load.adapter_config(run.folder.model))
-        numbers = run.setup.parameters["total"]
+        numbers = run.setup.outline.total
         free = machine.available_memory_bytes()
         if NEEDED * numbers > free:
             say(f"{alone}; memory does not suffice to fold it in. Type: tunesmith merge {run.folder.model} --out NEW_FOLDER")

@@ -117,13 +117,13 @@ def check(
         "objective": chosen.resolved()["objective"],
         "adaptation": chosen.resolved()["adaptation"],
         "data": ready.data.report.as_dict(),
-        "steps": ready.plan.steps,
-        "steps_per_epoch": ready.plan.steps_per_epoch,
+        "steps": ready.source.plan.steps,
+        "steps_per_epoch": ready.source.plan.steps_per_epoch,
         "learning_rate": chosen.train.learning_rate,
         "max_length": ready.data.max_length,
-        "trainable_parameters": ready.parameters["trainable"],
-        "total_parameters": ready.parameters["total"],
-        "trainable_percent": 100 * ready.parameters["trainable"] / ready.parameters["total"],
+        "trainable_parameters": ready.outline.trainable,
+        "total_parameters": ready.outline.total,
+        "trainable_percent": 100 * ready.outline.trainable / ready.outline.total,
         "precision": ready.precision.as_dict(),
         "notes": [line for line in said if line not in of_the_data],
     }
@@ -168,13 +168,15 @@ def _run(
         _records(run_folder, "samples.jsonl", main), progress, main, hooks,
     )  # fmt: skip
     run.asked = (
-        samples.prompts(ready.recipe.samples, ready.data.eval, ready.tokenizer) if main and ready.objective.head == "lm" else []
+        samples.prompts(ready.recipe.samples, ready.data.eval, ready.tokenizer)
+        if main and ready.objective.traits.head == "lm"
+        else []
     )
     for line in [*built.notes, outcome.parameters_line(ready), outcome.precision_line(ready)]:
         progress.note(line)
     resumed = run_folder.manifest() != {}
     at = state.restore(run)
-    if at.step >= ready.plan.steps and (kept := run_folder.manifest().get("result")):
+    if at.step >= ready.source.plan.steps and (kept := run_folder.manifest().get("result")):
         progress.note("the run is finished already: nothing is left to train, and what is kept of it stays as it is")
         return kept if main else {}
     if changed:
@@ -184,13 +186,14 @@ def _run(
     frozen_body_cache.keep(ready, built, progress.note)
     train_config = ready.recipe.train
     job = Job(
-        model=built.model, objective=ready.objective, update=built.update, plan=ready.plan, config=train_config,
-        packed=built.route.packed, budget=at.micro_batch_tokens or forecast.first_budget(train_config, ready.device),
+        model=built.model, objective=ready.objective, update=built.update, source=ready.source, config=train_config,
+        layout=built.route.layout, budget=at.micro_batch_tokens or forecast.first_budget(train_config, ready.device),
         device=ready.device, noise=built.noise, log=lambda record: _log(run, record),
         evaluate=lambda now: _evaluate(run, now, job.budget), save=lambda now: _save(run, now), wants=hooks.wants,
     )  # fmt: skip
-    compared = 0.0
-    if at.step < ready.plan.steps:
+    session, compared = ready.session, 0.0
+    session.append = job.log
+    if at.step < ready.source.plan.steps:
         progress.doing("trying the heaviest micro-batch")
         asked, automatic = job.budget, train_config.micro_batch_tokens == "auto" and not at.micro_batch_tokens
         forecast.settle(job, automatic)
@@ -198,15 +201,17 @@ def _run(
             progress.note(
                 f"micro-batches have at most {job.budget:,} tokens, which fits into memory; the result is the same for any"
             )
-        progress.doing("computing the reference" if ready.objective.reference is not None else None)
-        compared = reference.take(ready, built, job.budget, progress.note)
+        session.budget = job.budget
+        if ready.reference is not None:
+            progress.doing("computing the reference")
+            compared = reference.take(ready.reference, ready.objective, session, ready.seen(), progress.note)
         progress.doing(None)
     if main:
         outcome.record_start(run, job.budget)
         if compared:
             run_folder.record(reference_seconds=compared)
         run.trackers = _trackers(run, resumed)
-    progress.start(at.step, ready.plan.steps)
+    progress.start(at.step, ready.source.plan.steps)
     ending = None
     try:
         if at.step == 0:
@@ -287,17 +292,24 @@ def _evaluate(run: Run, at: Progression, budget: int) -> float | None:
     run.progress.doing("evaluating")
     started = time.perf_counter()
     figures = evaluation.evaluate(
-        run.model, ready.objective, ready.data.eval, run.route.packed, budget, ready.device, ready.data.eval_sets, tune=True
+        run.model,
+        ready.objective,
+        ready.data.eval,
+        run.route.layout,
+        budget,
+        ready.device,
+        ready.data.eval_sets,
+        choose_threshold=True,
     )
     seconds = time.perf_counter() - started
-    name, direction = ready.objective.best
+    name, direction = ready.objective.traits.best
     best = at.step > 0 and loop.improved(at, figures[name], direction, ready.recipe.train.early_stopping_threshold)
     if best:
         state.save_model(run)
     record = {
         "kind": "eval",
         "step": at.step,
-        "epoch": round(ready.plan.epoch(at.step), 6),
+        "epoch": round(ready.source.plan.epoch(at.step), 6),
         **figures,
         "best": best,
         "seconds": seconds,

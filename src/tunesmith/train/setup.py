@@ -1,12 +1,13 @@
-"""From a recipe to the objects of a run: data and tokenizer first, the network's shape next, its weights last.
+"""From a recipe to the objects of a run, as a chain: choices, base model, rows, network.
 
-Whatever can be wrong is found before weights load; ``check`` stops there.
+Each link's type says what is known after it. Whatever can be wrong is found before weights load; ``check`` stops there.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,36 +18,61 @@ import torch
 
 from tunesmith import adaptations, objectives
 from tunesmith.adaptations import Adaptation
+from tunesmith.data.batch.step import Source, Step, first_examples
 from tunesmith.data.read.source import eval_sources
 from tunesmith.data.store.build import Progress
+from tunesmith.data.store.epochs import epochs
 from tunesmith.data.store.prepare import Prepared, prepare
 from tunesmith.errors import RecipeError
-from tunesmith.models.adapters import virtual_tokens
-from tunesmith.models.fast import compiled, varlen
+from tunesmith.models.fast import varlen
 from tunesmith.models.find.locate import Folder, code_files, locate
 from tunesmith.models.heads import lm_head, noise
-from tunesmith.models.load import head_loading, load, probe, vocabulary
-from tunesmith.models.load import quantization as quantized
-from tunesmith.objectives import Example, Objective
-from tunesmith.recipe import Recipe, changed
-from tunesmith.train import batching, distributed, optim, placement, precision, zero
-from tunesmith.train import fast_path as route
+from tunesmith.models.load import head_loading, load, probe, quantization, vocabulary
+from tunesmith.objectives import Objective
+from tunesmith.recipe import Recipe
+from tunesmith.train import adapter_choice, distributed, fast_path, optim, placement, precision, zero
 from tunesmith.train.config import TrainConfig
 from tunesmith.train.masters import Masters, Trained
+from tunesmith.train.outline import Outline, outline, window_of
+from tunesmith.train.reference import Reference
+from tunesmith.train.session import RunSession
 from tunesmith.train.update import Update
 
 STREAM_ROWS = 10_000
-"""Rows of a stream between two words about it."""
+"""Report progress of a stream every this many rows."""
 
-BY_LAYER = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
-"""Keys of a recipe that peft keeps in two: what holds for most layers, and what for those named."""
-
-WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx")
+Say = Callable[[str], None]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Choices:
+    """What the recipe and the machine decide alone. ``sharding``: DeepSpeed's configuration, where it is used."""
+
+    recipe: Recipe
+    objective: Objective
+    adaptation: Adaptation
+    device: torch.device
+    precision: precision.Precision
+    sharding: zero.Sharding | None
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model before its weights: its folder, its config with the head it was saved with, the tokenizer with the
+    recipe's new tokens, the network's outline, and the most tokens of a row (``window``, None = no limit)."""
+
+    folder: Folder
+    config: Any
+    tokenizer: Any
+    new_tokens: vocabulary.NewTokens
+    outline: Outline
+    window: int | None
+
+
+@dataclass(frozen=True)
 class Setup:
-    """Everything known before weights load. ``parameters``: trainable and total numbers of them."""
+    """Everything known before weights load: choices, base model with the head that the rows ask for, data, and the source of
+    the run's steps."""
 
     recipe: Recipe
     model_folder: Folder
@@ -56,31 +82,41 @@ class Setup:
     objective: Objective
     adaptation: Adaptation
     data: Prepared
-    plan: batching.Plan
+    source: Source
+    session: RunSession
+    reference: Reference | None
+    """What the policy gives before its first step, where the objective compares with it."""
     device: torch.device
     precision: precision.Precision
-    parameters: dict[str, int]
-    quantized: quantized.Estimate
-    """Of the base, what will be kept in 4 or 8 bits."""
+    outline: Outline
     sharding: zero.Sharding | None = None
-    """DeepSpeed's configuration, where it is used."""
+
+    def seen(self) -> list[Step]:
+        """Every example that a step or an evaluation takes, each once; without those that are sampled."""
+        steps = [self.source.distinct()]
+        if self.data.eval is not None:
+            steps.append(Step(0, self.data.eval, np.arange(len(self.data.eval)), self.objective.collate))
+        return [step for step in steps if step is not None]
 
 
-def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deepspeed: Path | None = None) -> Setup:
-    """Check the model folder, read and encode the data, lay out the steps. ``deepspeed``: a ds_config.json.
+def read(recipe: Recipe, device: torch.device, say: Say, deepspeed: Path | None = None) -> Setup:
+    """Check the recipe and the model folder, read and encode the data, lay out the steps. ``deepspeed``: a ds_config.json.
 
     Raises UserError for anything that cannot work.
     """
     load.quiet()
-    processes = distributed.state().num_processes
-    batching.check_processes(processes, recipe.train.batch_size, "train.batch_size is")
+    choices = choose(recipe, device, deepspeed)
+    base = open_base(choices, say)
+    data = read_rows(choices, base, say)
+    config, shape = with_head(choices, base, say)
+    return lay_out(choices, replace(base, config=config, outline=shape), data)
+
+
+def choose(recipe: Recipe, device: torch.device, deepspeed: Path | None) -> Choices:
+    """Decide on device, number formats and shards. Raises RecipeError for choices that exclude each other."""
+    distributed.check_processes(distributed.state().num_processes, recipe.train.batch_size, "train.batch_size is")
     device = placement.device_of(recipe.device_map, device)
-    folder = locate(recipe.model, recipe.trust_remote_code)
-    _check_adapter_choice(recipe, folder)
-    _name_code(recipe, folder, say)
-    config = load.load_config(folder)
     objective = objectives.module(objectives.name_of(recipe.objective)).Objective(recipe.objective)
-    head_loading.inherit(config, folder, recipe.adapter, objective.head)
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
     if deepspeed is not None and "quantization_config" in adaptation.load_kwargs():
         raise RecipeError(
@@ -88,47 +124,82 @@ def read(recipe: Recipe, device: torch.device, say: Callable[[str], None], deeps
         )
     optim.check(recipe.train)
     numbers = precision.choose(recipe.train.precision, device, recipe.train.optim_name)
-    sharded = None if deepspeed is None else zero.read(deepspeed, recipe.train, numbers.compute)
+    sharding = None if deepspeed is None else zero.read(deepspeed, recipe.train, numbers.compute)
+    _check_compile(recipe.train, device, numbers.compute)
+    return Choices(recipe, objective, adaptation, device, numbers, sharding)
+
+
+def open_base(choices: Choices, say: Say) -> Base:
+    """Find the base model and tell the objective of it. Raises UserError for a model that the recipe cannot train."""
+    recipe, objective, adaptation = choices.recipe, choices.objective, choices.adaptation
+    folder = locate(recipe.model, recipe.trust_remote_code)
+    adapter_choice.check(recipe, folder)
+    _name_code(recipe, folder, say)
+    config = load.load_config(folder)
+    head_loading.inherit(config, folder, recipe.adapter, objective.traits.head)
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
-    _check_compile(recipe.train, device, numbers.compute)
-    shape = head_loading.outlined(config, objective.head_config())
-    parameters, kept = _parameters(recipe, folder, shape, objective, adaptation, new_tokens, tokenizer)
-    window = window_of(config, parameters["virtual_tokens"])
-    objective.adopt(config, tokenizer, recipe.train.max_length or window)
+    sketched = head_loading.outlined(config, objectives.head_config(objective))
+    shape = outline(recipe, folder, sketched, objective.traits.head, adaptation, new_tokens, tokenizer)
+    window = window_of(config, shape.virtual_tokens)
+    objective.bind(config, tokenizer, recipe.train.max_length or window)
     for line in adaptation.notes:
         say(line)
+    return Base(folder, config, tokenizer, new_tokens, shape, window)
+
+
+def read_rows(choices: Choices, base: Base, say: Say) -> Prepared:
+    """Read and encode the recipe's data. Raises DataError."""
+    recipe, objective = choices.recipe, choices.objective
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
     with distributed.main_first() if streamed else nullcontext():  # one process asks the network, the others find the cache
         data = prepare(
-            recipe.data, objective, tokenizer, max_length=recipe.train.max_length, seed=recipe.seed,
-            window=window,
+            recipe.data, objective, base.tokenizer, max_length=recipe.train.max_length, seed=recipe.seed,
+            window=base.window,
             on_progress=_rows_read(say) if streamed else None,
         )  # fmt: skip
-    for line in [*data.report.lines(), *objective.notes, *_about(new_tokens, data)]:
+    for line in [*data.report.lines(), *objective.notes, *_about(base.new_tokens, data)]:
         say(line)
-    if new_head := objective.head_config():  # its size is known now
-        for line in head_loading.change(config, folder, recipe.adapter, objective.head, new_head):
-            say(line)
-        parameters, kept = _parameters(recipe, folder, config, objective, adaptation, new_tokens, tokenizer)
-    train = recipe.train
-    plan = batching.plan(data.train, train.batch_size, recipe.seed, train.shuffle, train.epochs, train.max_steps)
-    batching.check_processes(processes, len(plan.rows(1)), "the rows to learn from are")
-    rate = optim.schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), train, plan.steps)
-    del rate  # built once to find a schedule that cannot be, before weights load
+    return data
+
+
+def with_head(choices: Choices, base: Base, say: Say) -> tuple[Any, Outline]:
+    """(the config with the head that the rows ask for, the network's outline with it): its labels are known now."""
+    recipe, objective = choices.recipe, choices.objective
+    if not (wanted := objectives.head_config(objective)):
+        return base.config, base.outline
+    config = copy.deepcopy(base.config)
+    for line in head_loading.change(config, base.folder, recipe.adapter, objective.traits.head, wanted):
+        say(line)
+    head, adaptation = objective.traits.head, choices.adaptation
+    return config, outline(recipe, base.folder, config, head, adaptation, base.new_tokens, base.tokenizer)
+
+
+def lay_out(choices: Choices, base: Base, data: Prepared) -> Setup:
+    """Make the source of the run's steps. Raises RecipeError for a schedule that does not suit them."""
+    recipe, objective, train = choices.recipe, choices.objective, choices.recipe.train
+    reference = Reference() if objective.traits.needs_reference else None
+    if reference is not None:
+        held_out = None if data.eval is None else data.eval.attaching(reference.attach)
+        data = replace(data, train=data.train.attaching(reference.attach), eval=held_out)
+    rows = epochs(data.train, objective.collate, train.batch_size, recipe.seed, train.shuffle, train.epochs, train.max_steps)
+    session = RunSession(base.tokenizer, choices.device, recipe.seed, rows)
+    source = objective.source(session)
+    distributed.check_processes(distributed.state().num_processes, len(source.preview(1)[0]), "the rows to learn from are")
+    optim.check_schedule(train, source.plan.steps)
     return Setup(
-        recipe, folder, config, tokenizer, new_tokens, objective, adaptation, data, plan, device, numbers, parameters,
-        kept, sharded,
+        recipe, base.folder, base.config, base.tokenizer, base.new_tokens, objective, choices.adaptation, data, source,
+        session, reference, choices.device, choices.precision, base.outline, choices.sharding,
     )  # fmt: skip
 
 
-def _rows_read(say: Callable[[str], None]) -> Progress:
-    """Says how far a stream is, every ten thousand rows: nobody knows how many there will be."""
-    said: dict[str, int] = {}
+def _rows_read(say: Say) -> Progress:
+    """Report how far a stream is: nobody knows how many rows there will be."""
+    reported: dict[str, int] = {}
 
     def count(label: str, rows: int) -> None:
-        if rows // STREAM_ROWS > said.get(label, 0):
-            said[label] = rows // STREAM_ROWS
+        if rows // STREAM_ROWS > reported.get(label, 0):
+            reported[label] = rows // STREAM_ROWS
             say(f"{label}: {rows:,} rows read")
 
     return count
@@ -141,7 +212,7 @@ class Built:
     model: Any
     update: Update
     noise: noise.RowNoise | None
-    route: route.Route
+    route: fast_path.Route
     notes: list[str]
 
 
@@ -150,10 +221,10 @@ def build(setup: Setup, out: Path) -> Built:
     recipe, folder, train = setup.recipe, setup.model_folder, setup.recipe.train
     torch.manual_seed(recipe.seed)  # before adapters are made: their first values are part of the run
     placed: dict[str, Any] = {} if recipe.device_map is None else {"device_map": recipe.device_map}
-    new_head = setup.objective.head_config() or None
+    new_head = objectives.head_config(setup.objective) or None
     if recipe.adapter == "continue":
         model = load.load_model(
-            folder, head=setup.objective.head, adapter="attach", trainable=True, head_config=new_head, **placed
+            folder, head=setup.objective.traits.head, adapter="attach", trainable=True, head_config=new_head, **placed
         )
         probe.verify_probe(folder.path, model, load.load_tokenizer(folder))
     else:
@@ -163,9 +234,9 @@ def build(setup: Setup, out: Path) -> Built:
         elif recipe.adapter == "new" and folder.base is not None:
             folder = replace(folder, path=folder.base, kind="full", base=None)
         options = {**setup.adaptation.load_kwargs(), **placed}
-        loaded = load.load_model(folder, head=setup.objective.head, trainable=True, head_config=new_head, **options)
+        loaded = load.load_model(folder, head=setup.objective.traits.head, trainable=True, head_config=new_head, **options)
         new_rows = vocabulary.grow(loaded, setup.new_tokens)
-        model = setup.adaptation.apply(loaded, setup.objective.head, new_rows, setup.tokenizer)
+        model = setup.adaptation.apply(loaded, setup.objective.traits.head, new_rows, setup.tokenizer)
     if recipe.device_map is None:
         model.to(setup.device)
     else:
@@ -173,111 +244,36 @@ def build(setup: Setup, out: Path) -> Built:
     masters: Trained
     masters = whole = Masters(model, setup.precision.compute)
     precision.cast(model, setup.precision.compute)
-    switched_off = noise.switch_off(model) if setup.objective.deterministic else []
+    switched_off = noise.switch_off(model) if setup.objective.traits.deterministic else []
     row_noise, said = noise.install(model, recipe.seed, train.neftune_noise_alpha)
-    chosen = route.choose(
-        model, setup.objective, _first(setup), _longest(setup.data), train.packing, setup.device, stack=setup.sharding is None
+    first = first_examples(setup.source).examples()
+    chosen = fast_path.choose(
+        model, setup.objective, first, _longest(setup.data), train.packing, setup.device, stack=setup.sharding is None
     )
     if train.torch_compile:
-        route.compile_layers(model, setup.objective, _first(setup), chosen, setup.device)
+        fast_path.compile_layers(model, setup.objective, first, chosen, setup.device)
     if train.gradient_checkpointing:
-        route.recompute(model, setup.objective, _first(setup), chosen, setup.device)
-    if setup.objective.deterministic:
-        route.check_still(model, setup.objective, _first(setup), chosen, setup.device)
+        fast_path.recompute(model, setup.objective, first, chosen, setup.device)
+    if setup.objective.traits.deterministic:
+        fast_path.check_still(model, setup.objective, first, chosen, setup.device)
     trained = whole.masters if setup.sharding is None else whole.parameters
     optimizer = optim.build(trained, train, lm_head.own_parameters(model), setup.adaptation.learning_rates(trained))
     if setup.sharding is None:
         whole.listen()
     else:
         masters = zero.Shards(model, optimizer, whole.masters, setup.sharding.complete)
-    schedule = optim.schedule(optimizer, train, setup.plan.steps)
+    schedule = optim.schedule(optimizer, train, setup.source.plan.steps)
     scale = precision.LossScale() if setup.precision.compute is torch.float16 else None
     update = Update(masters, optimizer, schedule, train.max_grad_norm, recipe.seed, scale)
-    return Built(model, update, row_noise, chosen, [*quantized.lines(model), *switched_off, *said, *chosen.notes])
-
-
-def _first(setup: Setup) -> list[Example]:
-    """The two shortest rows of the first step: the route is tried on them."""
-    lengths = setup.data.train.lengths
-    rows = sorted(setup.plan.rows(1), key=lambda row: (lengths[row], row))
-    return [setup.data.train[int(row)] for row in rows[:2]]
+    setup.session.model, setup.session.route = model, chosen
+    return Built(model, update, row_noise, chosen, [*quantization.lines(model), *switched_off, *said, *chosen.notes])
 
 
 def _longest(data: Prepared) -> int:
     return max(data.train.longest, data.eval.longest if data.eval else 0)
 
 
-def window_of(config: Any, ahead: int = 0) -> int | None:
-    """The most tokens that the network takes in one row, with so many virtual ones ``ahead``; None when it names no limit."""
-    taken = ahead + lm_head.first_position(config)
-    return next((int(value) - taken for name in WINDOWS if (value := getattr(config, name, None))), None)
-
-
-def _check_adapter_choice(recipe: Recipe, folder: Folder) -> None:
-    kind = adaptations.name_of(recipe.adaptation)
-    if folder.kind == "full" and recipe.adapter is not None:
-        raise RecipeError(f"adapter: {recipe.adapter}: the model {recipe.model} is not an adapter. Leave the key out.")
-    if folder.kind == "adapter" and recipe.adapter is None:
-        raise RecipeError(
-            f"the model {recipe.model} is an adapter on {folder.base}. Say what becomes of it:\n"
-            "  adapter: continue (train it on), merge (fold it into its base first), or new (leave it out)."
-        )
-    whole = kind in ("full", "features")
-    if recipe.adapter == "continue" and not whole:
-        saved = load.adapter_config(folder.path)
-        made = load.KINDS.get(str(getattr(saved.peft_type, "value", saved.peft_type)), "of another kind")
-        if made != kind.removeprefix("q"):
-            raise RecipeError(
-                f"adapter: continue: this adapter is {made}, and adaptation: {kind} would learn at another's rate and keys.\n"
-                f"  Take adaptation: {made}, or start a new one with adapter: merge or adapter: new."
-            )
-        recorded = probe.read(folder.path).get("quantization") or {}
-        asked = "quantization_config" in adaptations.module(kind).Adaptation(recipe.adaptation).load_kwargs()
-        if asked != bool(recorded):
-            base = f"in {recorded['quant_type']}" if recorded else "as it is"
-            raise RecipeError(
-                f"adapter: continue: this adapter was trained on its base {base}, and adaptation: {kind} has another.\n"
-                f"  Take adaptation: {'qlora' if recorded else 'lora'}, or start a new one with adapter: merge or adapter: new."
-            )
-        keys = set(type(recipe.adaptation).model_fields) - adaptations.module(kind).Adaptation.keys_of_learning
-        chosen = sorted(key for key in keys if changed(recipe.adaptation, key))  # a run's own recipe.yaml holds every default
-        made_with = keys_that_made(recipe, folder) or {}
-        other = [
-            f"{key} (it has {was})" for key in chosen if (was := _made_otherwise(recipe, key, saved, {**recorded, **made_with}))
-        ]
-        if other:
-            raise RecipeError(
-                f"adapter: continue keeps the adapter as it was made, and adaptation names another {', '.join(other)}.\n"
-                "  Leave out those keys, or start a new one with adapter: merge or adapter: new."
-            )
-    if recipe.adapter == "continue" and whole:
-        raise RecipeError(
-            f"adapter: continue trains the adapter, adaptation: {kind} trains the model's own weights. Use adapter: merge."
-        )
-
-
-def keys_that_made(recipe: Recipe, folder: Folder) -> dict[str, Any] | None:
-    """The adaptation, with its keys, that made what a run of ``recipe`` saves: of an adapter that is continued, its first one.
-
-    peft's config does not always tell: a PiSSA of rank r is saved as a plain LoRA of rank 2 r. None for an adapter without a
-    record.
-    """
-    if recipe.adapter == "continue":
-        return probe.read(folder.path).get("adaptation")
-    return {"type": adaptations.name_of(recipe.adaptation), **recipe.adaptation.model_dump(mode="json")}
-
-
-def _made_otherwise(recipe: Recipe, key: str, saved: Any, recorded: Mapping[str, Any]) -> str | None:
-    """What the ``saved`` adapter has of a key of the recipe, if that is another. What is ``recorded`` of it goes first."""
-    wanted, has = getattr(recipe.adaptation, key), recorded.get(key, getattr(saved, key, None))
-    if key not in recorded and (others := getattr(saved, BY_LAYER.get(key, ""), None)):
-        has = {"default": has, **others}
-    if isinstance(has, set | list):
-        has, wanted = sorted(has), sorted(wanted) if isinstance(wanted, list) else wanted
-    return None if wanted == has or (not wanted and not has) else f"{has}"
-
-
-def _name_code(recipe: Recipe, folder: Folder, say: Callable[[str], None]) -> None:
+def _name_code(recipe: Recipe, folder: Folder, say: Say) -> None:
     """Say which files of the model will be run."""
     if not recipe.trust_remote_code:
         return
@@ -319,60 +315,11 @@ def _check_compile(train: TrainConfig, device: torch.device, dtype: torch.dtype)
             f"train.torch_compile is for GPUs, and this run is on a {device.type} device. On a CPU compiling takes half "
             "a minute, needs padded rows, and gives layers that are as fast as ours at best.\n  Leave train.torch_compile out."
         )
-    if train.packing == "auto" and route.packed_attention(device, dtype) != "varlen":
+    if train.packing == "auto" and fast_path.packed_attention(device, dtype) != "varlen":
         raise RecipeError(
             f"train.torch_compile: packed rows go through attention one by one here ({varlen.why_not(device, dtype)}), so every "
             "packing would be compiled anew.\n  Set train.packing: off, or leave train.torch_compile out."
         )
-
-
-def _parameters(
-    recipe: Recipe,
-    folder: Folder,
-    config: Any,
-    objective: Objective,
-    adaptation: Adaptation,
-    new_tokens: vocabulary.NewTokens,
-    tokenizer: Any,
-) -> tuple[dict[str, int], quantized.Estimate]:
-    """Numbers of parameters from the network's shape alone, which also finds modules that are not there."""
-    recorded = probe.read(folder.path).get("quantization") if recipe.adapter == "continue" else None
-    options = quantized.of_record(recorded) if recorded else adaptation.load_kwargs()
-    if recipe.adapter == "continue":
-        from peft import get_peft_model
-
-        adapter = load.adapter_config(folder.path)
-        adapter.inference_mode = False
-        virtual_tokens.check_continued(adapter)
-        with torch.device("meta"):
-            model = load.empty_model(folder, config, objective.head)
-            kept = quantized.estimate(model, options)
-            vocabulary.fit_to_adapter(model, folder.path)
-            model = get_peft_model(model, adapter)
-            virtual_tokens.install(model)
-    else:
-        with torch.device("meta"):
-            model = load.empty_model(folder, config, objective.head)
-            kept = quantized.estimate(model, options)
-            if recipe.adapter == "merge":
-                load.check_mergeable(load.adapter_config(folder.path))
-                vocabulary.fit_to_adapter(model, folder.path)
-            model = adaptation.apply(model, objective.head, vocabulary.grow(model, new_tokens), tokenizer)
-    if recipe.train.gradient_checkpointing and not lm_head.base(model).supports_gradient_checkpointing:
-        raise RecipeError(
-            f"train.gradient_checkpointing: transformers cannot recompute the layers of {config.model_type}.\n"
-            "  Leave the key out; train.micro_batch_tokens saves memory too."
-        )
-    if recipe.train.torch_compile and (why := compiled.why_not(model)) is not None:
-        raise RecipeError(f"train.torch_compile: {why}, or leave train.torch_compile out.")
-    optim.check_model(recipe.train, model)
-    everything = {id(parameter): parameter for parameter in model.parameters()}.values()
-    counts = {
-        "trainable": sum(parameter.numel() for parameter in everything if parameter.requires_grad),
-        "total": sum(parameter.numel() for parameter in everything),
-        "virtual_tokens": virtual_tokens.count(model),
-    }
-    return counts, kept
 
 
 def _merged_base(setup: Setup, out: Path) -> Folder:

@@ -13,10 +13,11 @@ from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import factors
 from tunesmith.models.heads import lm_head
 from tunesmith.models.load import head_loading, probe
+from tunesmith.objectives import head_config
 from tunesmith.runs import run_folder as folder
 from tunesmith.runs import tracking
 from tunesmith.runs.trackers import Trackers
-from tunesmith.train import checkpoint, distributed, reference, samples, setup
+from tunesmith.train import adapter_choice, checkpoint, distributed, reference, samples, setup
 from tunesmith.train import fast_path as route
 from tunesmith.train.hooks import Hooks
 from tunesmith.train.loop import Progression
@@ -50,8 +51,8 @@ def save_model(run: Run) -> None:
     masters = run.update.masters
     everything = all(parameter.requires_grad for parameter in run.model.parameters())
     weights = masters.whole()
-    head_loading.apply(lm_head.base(run.model).config, run.setup.objective.head_config())  # what evaluation chose is part of it
-    made = setup.keys_that_made(run.setup.recipe, run.setup.model_folder)
+    head_loading.apply(lm_head.base(run.model).config, head_config(run.setup.objective))  # what evaluation chose is part of it
+    made = adapter_choice.keys_that_made(run.setup.recipe, run.setup.model_folder)
 
     def write(target: Path) -> None:
         with run.route.fused.disabled(), route.plain_attention(run.model, run.route):
@@ -75,8 +76,10 @@ def save(run: Run, at: Progression) -> None:
         tensors["random.cpu"] = torch.get_rng_state()
         if run.setup.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(run.setup.device)
-        if run.setup.objective.reference is not None:
-            tensors |= run.setup.objective.reference.tensors()
+        if run.setup.reference is not None:
+            tensors |= run.setup.reference.tensors()
+        of_source, plain = run.setup.source.state()
+        tensors |= {f"source.{name}": tensor for name, tensor in of_source.items()}
         state = {
             "progression": asdict(at),
             **run.update.state(),
@@ -85,6 +88,7 @@ def save(run: Run, at: Progression) -> None:
             "processes": distributed.state().num_processes,
             "compute": run.setup.precision.as_dict()["compute"],
             "starts": factors.sketch(run.model),
+            "source": plain,
         }
         run.metrics.sync()
         run.answers.sync()
@@ -120,8 +124,11 @@ def restore(run: Run) -> Progression:
             "the one that the run was started on (another processor, device or library), so going on would not be the same run.\n"
             "  Resume it where it was started, or start another run with --out DIR."
         )
-    reference.require(run.setup.objective, tensors)
-    reference.check_known(run.setup)
+    if run.setup.reference is not None:
+        run.setup.reference.load(tensors)
+        reference.check_known(run.setup.reference, run.setup.seen(), run.setup.model_folder.path)
+    of_source = {name.removeprefix("source."): value for name, value in tensors.items() if name.startswith("source.")}
+    run.setup.source.load(of_source, state.get("source") or {})
     at = Progression(**state["progression"])
     run.update.load(tensors, state)
     torch.set_rng_state(tensors["random.cpu"])

@@ -71,11 +71,20 @@ class Update:
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self.loss_scale is None else loss * self.loss_scale.scale
 
-    def norm(self) -> float:
-        """Sum the gradients over processes and clip them; their norm before that. ``apply`` only when it ``may_go_on``."""
-        norm = self.masters.norm(self.max_norm, self.loss_scale.scale if self.loss_scale else 1.0)
+    def norm(self, loss: torch.Tensor) -> tuple[float, float]:
+        """Sum the gradients over processes and clip them. Returns (``loss``, the norm before that) as numbers: the one time in
+        a step that the host waits for the device. ``apply`` only when they ``may_go_on``."""
+        on_device = self.masters.norm(self.loss_scale.scale if self.loss_scale else 1.0)
+        pending = self.ratio.pending()
+        message = torch.stack([loss.to(on_device.device), on_device.to(loss.dtype)])
+        if pending is not None:
+            message = torch.cat([message, pending.to(message)])
+        value, norm, *flags = message.tolist()
+        if flags:
+            self.ratio.settle(flags)
+        self.masters.clip(norm, self.max_norm)
         self._overflowed = self.loss_scale is not None and not math.isfinite(norm)
-        return norm
+        return value, norm
 
     def may_go_on(self, loss: float, norm: float) -> bool:
         """Whether a step may end with ``apply``: it is finite, or fp16 overflowed where the loss itself did not."""
@@ -90,7 +99,7 @@ class Update:
         if self.loss_scale is not None:
             self.loss_scale.after(finite=not self._overflowed)
         if self._overflowed:
-            self.ratio.value = 0.0
+            self.ratio.stood_still()
             self.drop()
             self._stop_when_hopeless(step)
             return
@@ -99,6 +108,11 @@ class Update:
         self.ratio.after(self.learning_rates["learning_rate"])
         self.published = step
         if not self.waits_for_metric:
+            self.schedule.step()
+
+    def skip(self, steps: int) -> None:
+        """Move the schedule past steps of the plan that its source leaves out."""
+        for _ in range(0 if self.waits_for_metric else steps):
             self.schedule.step()
 
     def _stop_when_hopeless(self, step: int) -> None:

@@ -184,10 +184,13 @@ class Shards:
     def rehearse(self, loss: torch.Tensor) -> None:
         torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)  # no hook of DeepSpeed's hears of these
 
-    def norm(self, max_norm: float, scale: float) -> float:
+    def norm(self, scale: float) -> torch.Tensor:
         with distributed.together(and_more=True):
             norm = float(self.engine.optimizer.scaled_global_norm())
-        return norm if norm >= 0 else math.nan  # -1 stands for what is not finite; clipping comes with the step
+        return torch.tensor(norm if norm >= 0 else math.nan)  # -1 stands for what is not finite
+
+    def clip(self, norm: float, max_norm: float) -> None:
+        """DeepSpeed clips in its step."""
 
     def step(self, optimizer: torch.optim.Optimizer, seed: int, step: int) -> None:
         with distributed.together(and_more=True):

@@ -7,6 +7,7 @@ Pure functions of numpy arrays. Targets are given as places, so nothing downstre
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,33 @@ import numpy as np
 Example = dict[str, np.ndarray]
 
 
-def pack(examples: Sequence[Example]) -> dict[str, Any]:
-    """:func:`layout` of packed rows, with the targets of a language model: positions, labels (targets,)."""
-    return _with_targets(examples, packed=True)
+@dataclass(frozen=True)
+class Layout:
+    """How examples become a batch: side by side in one sequence (``packed``) or padded on the right; ``shared``: several
+    answers to one prompt have it once in a packed batch (``data.batch.shared_prompts``)."""
+
+    packed: bool
+    shared: bool = False
 
 
-def pad(examples: Sequence[Example]) -> dict[str, Any]:
-    """:func:`layout` of padded rows, with the targets of a language model: positions, labels (targets,)."""
-    return _with_targets(examples, packed=False)
+PACKED, PADDED = Layout(packed=True, shared=True), Layout(packed=False)
 
 
-def layout(examples: Sequence[Example], packed: bool) -> tuple[dict[str, Any], np.ndarray]:
+def with_targets(examples: Sequence[Example], layout: Layout) -> dict[str, Any]:
+    """:func:`arrange`, with the targets of a language model: positions, labels (targets,)."""
+    import torch
+
+    batch, starts = arrange(examples, layout.packed)
+    ids = batch["input_ids"].numpy().reshape(-1)
+    learnt = np.zeros(len(ids), np.bool_)
+    for start, example in zip(starts, examples):
+        learnt[start : start + len(example["supervised"])] = example["supervised"]
+    learnt[starts] = False
+    targets = np.flatnonzero(learnt)
+    return {**batch, "positions": torch.from_numpy(targets - 1), "labels": torch.from_numpy(ids[targets])}
+
+
+def arrange(examples: Sequence[Example], packed: bool) -> tuple[dict[str, Any], np.ndarray]:
     """(batch, where each row begins in its flattened tokens).
 
     Packed, one sequence: input_ids, position_ids (1, tokens); segments (lengths). Padded on the right: input_ids, position_ids,
@@ -55,27 +72,14 @@ def layout(examples: Sequence[Example], packed: bool) -> tuple[dict[str, Any], n
     return batch, np.arange(len(examples)) * shape[1]
 
 
-def _with_targets(examples: Sequence[Example], packed: bool) -> dict[str, Any]:
-    import torch
-
-    batch, starts = layout(examples, packed)
-    ids = batch["input_ids"].numpy().reshape(-1)
-    learnt = np.zeros(len(ids), np.bool_)
-    for start, example in zip(starts, examples):
-        learnt[start : start + len(example["supervised"])] = example["supervised"]
-    learnt[starts] = False
-    targets = np.flatnonzero(learnt)
-    return {**batch, "positions": torch.from_numpy(targets - 1), "labels": torch.from_numpy(ids[targets])}
-
-
-def of_rows(examples: Sequence[Example], packed: bool, read: Sequence[np.ndarray]) -> dict[str, Any]:
-    """:func:`layout`, with the places whose outputs a head reads. ``read``: those of each example, ascending, within its tokens.
+def of_rows(examples: Sequence[Example], layout: Layout, read: Sequence[np.ndarray]) -> dict[str, Any]:
+    """:func:`arrange`, with the places whose outputs a head reads. ``read``: those of each example, ascending, within its tokens.
 
     positions (places,) in the flattened batch; places (how many of each row); rows: (source, row of the file) of each.
     """
     import torch
 
-    batch, starts = layout(examples, packed)
+    batch, starts = arrange(examples, layout.packed)
     positions = np.concatenate([start + places for start, places in zip(starts, read)]).astype(np.int64)
     return {
         **batch,

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from tunesmith.data.batch import shared_prompts
-from tunesmith.data.batch.pack import Example
+from tunesmith.data.batch.pack import Example, Layout
 
 Batch = dict[str, Any]
 
 
-def of_targets(examples: Sequence[Example], packed: bool, shared: bool) -> Batch:
-    """:func:`pairs.layout` with the learnt tokens of all answers.
+def of_targets(examples: Sequence[Example], layout: Layout) -> Batch:
+    """:func:`shared_prompts.arrange` with the learnt tokens of all answers.
 
     positions, labels, owners (targets,): the place that predicts, the token, the answer's number in the batch; ``tokens``
     (answers,): how many of each. And what :func:`_compared` gives.
     """
     import torch
 
-    batch, places = shared_prompts.layout(examples, packed, shared)
+    batch, places = shared_prompts.arrange(examples, layout)
     positions, labels, counts = [], [], []
     for (example, part), where in zip(_parts(examples), places, strict=True):
         ahead = len(where) - (part.stop - part.start)
@@ -42,15 +41,15 @@ def of_targets(examples: Sequence[Example], packed: bool, shared: bool) -> Batch
     }
 
 
-def of_ends(examples: Sequence[Example], packed: bool, shared: bool) -> Batch:
-    """:func:`pairs.layout` with the last token of each answer.
+def of_ends(examples: Sequence[Example], layout: Layout) -> Batch:
+    """:func:`shared_prompts.arrange` with the last token of each answer.
 
     positions (answers,); places: 1 for each answer. ``tokens`` (answers,): how many each has of its own. And what
     :func:`_compared` gives.
     """
     import torch
 
-    batch, places = shared_prompts.layout(examples, packed, shared)
+    batch, places = shared_prompts.arrange(examples, layout)
     return {
         **batch,
         "positions": torch.tensor([int(where[-1]) for where in places]),
@@ -88,8 +87,8 @@ def _parts(examples: Sequence[Example]) -> list[tuple[Example, slice]]:
 def _compared(examples: Sequence[Example]) -> Batch:
     """pairs (n, 2): better and worse answer; margins, weights (n,): a row's sum to 1 (Ouyang et al. 2022, equation 1).
 
-    ``of`` (n,): which of ``rows`` a pair is of; ``rows``: (source, row of the file); ``keys``: 63 bits of each row's content;
-    ``counts``: answers of each row.
+    ``of`` (n,): which of ``rows`` a pair is of; ``rows``: (source, row of the file); ``counts``: answers of each row. And
+    what :func:`reference_logps` gives.
     """
     import torch
 
@@ -103,62 +102,15 @@ def _compared(examples: Sequence[Example]) -> Batch:
         "weights": torch.from_numpy(np.repeat([1 / max(n, 1) for n in numbers], numbers).astype(np.float32)),
         "of": np.repeat(np.arange(len(examples)), numbers).tolist(),
         "rows": [tuple(int(part) for part in example.get("row", (0, 0))) for example in examples],
-        "keys": [key_of(example) for example in examples],
         "counts": counts,
+        **reference_logps(examples),
     }
 
 
-def key_of(example: Example) -> int:
-    """63 bits of what a row says to the network."""
-    content = hashlib.blake2b(np.asarray(example["input_ids"], np.int32).tobytes(), digest_size=8)
-    content.update(np.asarray(example["answers"], np.int32).tobytes())
-    return int.from_bytes(content.digest(), "little") >> 1
+def reference_logps(examples: Sequence[Example]) -> Batch:
+    """``reference_logps`` float64 (answers,) where the examples have them: what the policy gave before its first step."""
+    import torch
 
-
-class Reference:
-    """Log-probabilities of the answers of rows, as the policy gave them before its first step. Empty until it is taken.
-
-    It is known by a row's content, so any order, split and number of processes finds it.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, np.ndarray] = {}
-        self.taken = False
-
-    def __contains__(self, key: int) -> bool:
-        return key in self._known
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def add(self, found: Mapping[int, Sequence[float]]) -> None:
-        self._known |= {key: np.array(values, np.float64) for key, values in found.items()}
-
-    def of(self, batch: Batch) -> Any:
-        """float64 (answers,) of a batch. Raises KeyError for a row that was not there when it was taken."""
-        import torch
-
-        return torch.from_numpy(np.concatenate([self._known[key] for key in batch["keys"]]))
-
-    def tensors(self) -> dict[str, Any]:
-        """Everything, for a checkpoint; nothing where nothing was taken."""
-        import torch
-
-        if not self.taken:
-            return {}
-        keys = sorted(self._known)
-        return {
-            "reference.keys": torch.tensor(keys, dtype=torch.int64),
-            "reference.counts": torch.tensor([len(self._known[key]) for key in keys], dtype=torch.int64),
-            "reference.values": torch.from_numpy(np.concatenate([self._known[key] for key in keys] or [np.zeros(0)])),
-        }
-
-    def load(self, tensors: Mapping[str, Any]) -> bool:
-        """Take it from a checkpoint's tensors; whether it is there."""
-        if "reference.keys" not in tensors:
-            return False
-        counts = tensors["reference.counts"].tolist()
-        values = np.split(tensors["reference.values"].numpy(), np.cumsum(counts)[:-1])
-        self._known = dict(zip(tensors["reference.keys"].tolist(), values, strict=True))
-        self.taken = True
-        return True
+    if any("reference_logps" not in example for example in examples):
+        return {}
+    return {"reference_logps": torch.from_numpy(np.concatenate([example["reference_logps"] for example in examples]))}

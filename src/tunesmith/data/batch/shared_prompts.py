@@ -13,22 +13,23 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.batch import pack
+from tunesmith.data.batch.pack import Layout
 
 Example = dict[str, np.ndarray]
 
 
-def layout(examples: Sequence[Example], packed: bool, shared: bool) -> tuple[dict[str, Any], list[np.ndarray]]:
+def arrange(examples: Sequence[Example], layout: Layout) -> tuple[dict[str, Any], list[np.ndarray]]:
     """(batch, for each answer the places of its tokens, prefix and own, in the flattened batch: int64 (P + A,)).
 
-    ``shared`` (packed only): each prefix once, its answers after it; input_ids, position_ids (1, tokens); segments, the lengths
+    A shared layout: each prefix once, its answers after it; input_ids, position_ids (1, tokens); segments, the lengths
     of these pieces; ``behind``, for each piece the one that it continues, or -1. A prefix of no tokens is no piece. Else each
-    answer is a segment, or a padded row, as ``pack.layout`` makes them.
+    answer is a segment, or a padded row, as ``pack.arrange`` makes them.
     """
     import torch
 
-    if not (packed and shared):
+    if not (layout.packed and layout.shared):
         rows = [row for example in examples for row in separate(example)]
-        batch, starts = pack.layout([{"input_ids": row} for row in rows], packed)
+        batch, starts = pack.arrange([{"input_ids": row} for row in rows], layout.packed)
         return batch, [start + np.arange(len(row)) for start, row in zip(starts, rows)]
     segments: list[int] = []
     behind: list[int] = []
@@ -70,13 +71,13 @@ def shapes(answers: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.stack([prefix, prefix + np.maximum.reduceat(own, first), np.diff(starts) - 1])
 
 
-def sizes(lengths: np.ndarray, shapes: np.ndarray, packed: bool, shared: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, rows), int64 (n,) each, that examples of so many tokens take in :func:`layout`: packed, what each adds, in 1 row;
+def sizes(lengths: np.ndarray, shapes: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, rows), int64 (n,) each, that examples of so many tokens take in :func:`arrange`: packed, what each adds, in 1 row;
     padded, the tokens of its longest row, of so many rows."""
     prefix, longest, count = shapes
-    if not packed:
+    if not layout.packed:
         return longest, count
-    return lengths + (0 if shared else (count - 1) * prefix), np.ones_like(count)
+    return lengths + (0 if layout.shared else (count - 1) * prefix), np.ones_like(count)
 
 
 def separate(example: Example) -> list[np.ndarray]:

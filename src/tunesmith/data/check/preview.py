@@ -86,7 +86,7 @@ def preview(
 
     Raises DataError when the file cannot be read or a row cannot be rendered.
     """
-    opened = open_source(source, accepted or tuple(objective.rows))
+    opened = open_source(source, accepted or tuple(objective.traits.rows))
     said = "none: the rows are plain text"
     if template is not None or Chat in opened.kinds:
         tokenizer, said = apply_template(tokenizer, template)
@@ -102,7 +102,7 @@ def preview(
         where = f"{record.path}:{record.row}"
         if isinstance(row, Ranking):
             shown.append(_ranking(where, row, tokenizer))
-        elif isinstance(row, HEADS) or not isinstance(row, tuple(objective.rows)):
+        elif isinstance(row, HEADS) or not isinstance(row, tuple(objective.traits.rows)):
             shown.append(_as_it_is(where, row, tokenizer))
         else:
             for example in objective.encode([row], tokenizer)[0]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from tunesmith.data.batch import shared_prompts
+from tunesmith.data.batch.pack import Layout
 from tunesmith.data.store.cache import Entry, Example
 
 Overlong = Literal["error", "split", "drop", "truncate"]
@@ -47,6 +48,8 @@ class Encoded:
     views: Views
     scratch: object = None
     """Keeps a temporary folder alive when there is no cache."""
+    attach: tuple[Callable[[Encoded, int, Example], Example], ...] = ()
+    """Functions (this data set, index, example) -> example that add arrays no file has: a reference, another row's answer."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -57,7 +60,13 @@ class Encoded:
         entry, place = self.entries[source], int(views.example[index])
         example = entry.example(place, int(views.start[index]), int(views.length[index]))
         example["row"] = np.array([source, entry.row[place]], np.int64)
+        for add in self.attach:
+            example = add(self, index, example)
         return example
+
+    def attaching(self, add: Callable[[Encoded, int, Example], Example]) -> Encoded:
+        """The same examples with what ``add`` adds to each; see ``attach``."""
+        return replace(self, attach=(*self.attach, add))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -80,18 +89,18 @@ class Encoded:
                 found[:, mine] = of_entry[:, self.views.example[mine]]
         return found
 
-    def sizes(self, rows: np.ndarray | slice, packed: bool, shared: bool) -> tuple[np.ndarray, np.ndarray]:
+    def sizes(self, rows: np.ndarray | slice, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, rows) that examples take in a micro-batch, see ``pairs.sizes``. Their ``lengths`` count a shared prompt once,
         and so do all reports."""
         lengths = self.lengths[rows]
         if self.shapes is None:
             return lengths, np.ones_like(lengths)
-        return shared_prompts.sizes(lengths, self.shapes[:, rows], packed, shared)
+        return shared_prompts.sizes(lengths, self.shapes[:, rows], layout)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence: of an example, or of one answer with its prompt."""
-        return int(self.sizes(slice(None), False, False)[0].max())
+        return int(self.sizes(slice(None), Layout(packed=False))[0].max())
 
     def where(self, index: int) -> str:
         """``file:row`` that example ``index`` was made from."""

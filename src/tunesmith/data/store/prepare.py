@@ -58,7 +58,7 @@ def prepare(
 ) -> Prepared:
     """Encode all sources (or find them in the cache) and apply the recipe's policies.
 
-    ``objective`` gives ``rows``, ``overlong`` and ``encode(rows, tokenizer)``. ``max_length``: tokens; None = the longest
+    ``objective`` gives ``traits`` and ``encode(rows, tokenizer)``. ``max_length``: tokens; None = the longest
     row, at most ``window`` (the model's own limit; None = no limit). The tokenizer gets its chat template here when the
     rows are conversations or the recipe names one.
 
@@ -71,7 +71,7 @@ def prepare(
             f"max_length {max_length} is above the model's window of {window} tokens. Set train.max_length to at most {window}."
         )
     evaluation = eval_sources(config)
-    accepted = tuple(objective.rows)
+    accepted = tuple(objective.traits.rows)
     opened = [open_source(source, accepted) for source in config.train]
     opened += [_open_set(name, source, accepted) for name, source in evaluation.items()]
     template = "none: the rows are plain text"
@@ -93,9 +93,9 @@ def prepare(
         train, held = _hold_out(everything, config, seed)
     longest = max((int(part.built.entry.length.max(initial=0)) for part in everything), default=0)
     limit = max_length or max(2, min(longest, window or longest))
-    if objective.overlong == "own":  # several answers in one example: each fits, all of them together need not
+    if objective.traits.fits_rows:  # several answers in one example: each fits, all of them together need not
         limit = max(2, longest)
-    if objective.overlong == "error":
+    elif objective.traits.overlong == "error":
         _check_lengths(train + held, limit, window)
     shared = _shared(train, held) if held else 0
     learnt, train_report = _split(train, objective, limit, "training", config.max_unlearnable)
@@ -105,7 +105,7 @@ def prepare(
     }
     tested, eval_report = _split(held, objective, limit, "evaluation", config.max_unlearnable) if held else (None, None)
     roles = ["train"] * len(config.train) + [f"eval {name}".strip() for name in evaluation]
-    most = (objective.max_length or learnt.longest) if objective.overlong == "own" else limit
+    most = (objective.max_length or learnt.longest) if objective.traits.fits_rows else limit
     report = Report(
         sources=tuple(_source_report(*one) for one in zip(built, opened, roles, seconds)),
         train=train_report,
@@ -114,7 +114,7 @@ def prepare(
         template=template,
         max_length=most,
         duplicates_train_eval=shared,
-        contaminated=contamination(learnt, tested, tokenizer, written=objective.head == "lm") if tested else None,
+        contaminated=contamination(learnt, tested, tokenizer, written=objective.traits.head == "lm") if tested else None,
         cached=all(made.cached for made in built),
         seconds=time.perf_counter() - began,
     )
@@ -151,7 +151,7 @@ def _survey(objective: Any, opened: Sequence[Opened]) -> None:
                     bad += 1
 
     try:
-        objective.survey(rows())
+        objective.scan(rows())
     except DataError as error:
         if not bad:
             raise
@@ -218,7 +218,7 @@ def _check_lengths(parts: Sequence[_Part], limit: int, window: int | None) -> No
 
 def _split(parts: Sequence[_Part], objective: Any, limit: int, name: str, allowed: float) -> tuple[Encoded, SplitReport]:
     """Fit the examples of a split to the length, drop those with nothing to learn, and count."""
-    policy = objective.overlong
+    policy = objective.traits.overlong
     fitted = [fit(part.built.entry, part.chosen, policy, limit) for part in parts]
     empty = [view.targets == 0 for view in fitted]
     total, unlearnable = sum(map(len, fitted)), int(sum(mask.sum() for mask in empty))
@@ -229,7 +229,7 @@ def _split(parts: Sequence[_Part], objective: Any, limit: int, name: str, allowe
     ][:10]
     if total == 0 or unlearnable == total or unlearnable > allowed * total:
         examples = sum(len(part.chosen) for part in parts)
-        if policy == "own":  # its rows without examples were too long
+        if objective.traits.fits_rows:  # its rows without examples were too long
             examples, limit = sum(part.built.entry.info["kept"] for part in parts), objective.max_length or limit
         raise _nothing(name, total, unlearnable, first, limit, examples)
     views = [view.keep(~mask) if mask.any() else view for view, mask in zip(fitted, empty)]
@@ -245,9 +245,7 @@ def _split(parts: Sequence[_Part], objective: Any, limit: int, name: str, allowe
         supervised_tokens=int(encoded.supervised.sum()),
         unlearnable=unlearnable,
         unlearnable_first=tuple(first),
-        overlong=_own(parts, name, objective.config.overlong)
-        if policy == "own"
-        else _overlong(lengths, parts, fitted, policy, limit),
+        overlong=_own(parts, name, policy) if objective.traits.fits_rows else _overlong(lengths, parts, fitted, policy, limit),
         duplicates=_duplicates(parts),
         histogram=histogram(lengths),
     )

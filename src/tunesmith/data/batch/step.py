@@ -1,0 +1,265 @@
+"""One optimiser step and where steps come from.
+
+A ``Step`` owns its examples: it splits them under a token budget, collates a part of them, and names them in an error. Loop,
+out-of-memory halving, refusal of a loss that is not finite, forecast and fast path speak to the Step alone, so a step may be made
+of rows of a file (``data.store.epochs``) or of answers that were sampled a moment ago (``Listed``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from tunesmith.data.batch import shared_prompts
+from tunesmith.data.batch.pack import Layout
+
+Example = dict[str, np.ndarray]
+"""One row, ready for a loss: name -> 1-D array. Language models use ``input_ids`` (int32) and ``supervised`` (bool)."""
+
+Batch = dict[str, Any]
+"""Tensors of one micro-batch."""
+
+Collate = Callable[[Sequence[Example], Layout], Batch]
+
+
+class Examples(Protocol):
+    """Examples by number: ``data.store.encoded.Encoded`` maps them from a file, ``Listed`` holds them in memory."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int (n,): tokens of each example, a shared prompt counted once."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    def sizes(self, rows: Any, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, rows) that the examples ``rows`` take in a micro-batch, see ``shared_prompts.sizes``."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Name of an example in an error: ``file:row``, ``rollout:prompt:sample``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Examples in memory, with the name of each."""
+
+    examples: Sequence[Example]
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(example["input_ids"]) for example in self.examples], np.int64)
+
+    def sizes(self, rows: Any, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+        lengths = self.lengths[rows]
+        if "answers" not in self.examples[0]:
+            return lengths, np.ones_like(lengths)
+        answers = [example["answers"] for example in self.examples]
+        starts = np.cumsum([0, *(len(one) for one in answers)])
+        shapes = shared_prompts.shapes(np.concatenate(answers), starts)
+        return shared_prompts.sizes(lengths, shapes[:, rows], layout)
+
+    def where(self, index: int) -> str:
+        return self.names[index]
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Examples that go through the network together: their ``places`` within the step, their ``lengths`` in tokens.
+
+    ``tokens``: what the network sees, padding and repeated prompts included. An ``idle`` one counts nothing: its process has
+    no examples left while others have, and they need it in their collectives.
+    """
+
+    places: list[int]
+    lengths: list[int]
+    tokens: int
+    batch: Batch
+    idle: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: its ``number`` in the plan, counted from 1, and the examples ``rows`` (indices into ``data``) of all
+    processes. A place is an index into ``rows``."""
+
+    number: int
+    data: Examples
+    rows: np.ndarray
+    collate: Collate
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int (n,): tokens of each example."""
+        return self.data.lengths[self.rows]
+
+    def examples(self, places: Iterable[int] | None = None) -> list[Example]:
+        """The examples at ``places``; by default all of them, in order."""
+        return [self.data[int(self.rows[place])] for place in (range(len(self)) if places is None else places)]
+
+    def name(self, place: int) -> str:
+        return self.data.where(int(self.rows[place]))
+
+    def names(self, places: Iterable[int] | None = None) -> list[str]:
+        return [self.name(place) for place in (range(len(self)) if places is None else places)]
+
+    def tokens(self, places: Sequence[int], layout: Layout) -> int:
+        """Tokens of these examples as one micro-batch, padding included."""
+        return together(*self.data.sizes(self.rows[list(places)], layout), layout)
+
+    def micro(self, places: Sequence[int], layout: Layout, idle: bool = False) -> Micro:
+        """These examples as one micro-batch."""
+        lengths = [int(length) for length in self.lengths[list(places)]]
+        batch = self.collate(self.examples(places), layout)
+        return Micro(list(places), lengths, self.tokens(places, layout), batch, idle)
+
+    def share(self, process: int, processes: int) -> list[int]:
+        """Places of one process: every ``processes``-th example."""
+        return list(range(len(self)))[process::processes]
+
+    def split(self, budget: int, layout: Layout, process: int = 0, processes: int = 1) -> list[list[int]]:
+        """Places of each micro-batch of at most ``budget`` tokens, for one process.
+
+        All processes get the same number of micro-batches as far as their examples go: one that needs fewer has smaller ones.
+        """
+        shares = [self.share(number, processes) for number in range(processes)]
+        groups = [self._groups(share, budget, layout) for share in shares]
+        return _into(groups[process], max(map(len, groups)))
+
+    def micro_batches(self, budget: int, layout: Layout, process: int = 0, processes: int = 1, even: bool = False) -> list[Micro]:
+        """The micro-batches of one process; ``even``: with idle ones until it has as many as any other process."""
+        made = [self.micro(places, layout) for places in self.split(budget, layout, process, processes)]
+        if even:
+            most = max(len(self.split(budget, layout, number, processes)) for number in range(processes))
+            shortest = int(np.argmin(self.lengths))
+            made += [self.micro([shortest], layout, idle=True) for _ in range(most - len(made))]
+        return made
+
+    def extended(self, arrays: Sequence[Mapping[str, np.ndarray]]) -> Step:
+        """The step with more arrays in each of its examples, in order: figures over the whole step travel so."""
+        examples = [{**example, **more} for example, more in zip(self.examples(), arrays, strict=True)]
+        return replace(self, data=Listed(examples, self.names()), rows=np.arange(len(self)))
+
+    def _groups(self, places: Sequence[int], budget: int, layout: Layout) -> list[list[int]]:
+        if not places:
+            return []
+        lengths, several = self.data.sizes(self.rows[list(places)], layout)
+        groups = groups_under(lengths.tolist(), budget, layout, several.tolist())
+        return [[places[index] for index in group] for group in groups]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps a run has: ``steps`` in all, ``steps_per_epoch`` (the last one of an epoch may be short)."""
+
+    steps: int
+    steps_per_epoch: int
+
+    def epoch(self, step: int) -> float:
+        """Epochs done after ``step``."""
+        return step / self.steps_per_epoch
+
+
+class Source(Protocol):
+    """Where the optimiser steps of a run come from.
+
+    A source may skip steps of its plan (an iteration that stopped early); schedule, resume and end count the plan's steps.
+    """
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def steps(self, start: int) -> Iterator[Step]:
+        """The steps from number ``start`` on, in order. After ``load`` they go on as if nothing had happened."""
+        ...
+
+    def preview(self, most: int) -> Sequence[Step]:
+        """Steps like those to come, at most ``most`` and the one with the longest example: for the forecast of memory and time.
+        Nothing is sampled for them."""
+        ...
+
+    def distinct(self) -> Step | None:
+        """Every example that any step takes, each once, as one large step; None where examples are not known beforehand."""
+        ...
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(tensors by name, JSON): all that ``steps`` needs to go on after the last step that was yielded."""
+        ...
+
+    def load(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+        ...
+
+
+def first_examples(source: Source, most: int = 2) -> Step:
+    """The shortest examples of the first step, for the parity check of the fast path: itself a step of ``most`` examples."""
+    step = source.preview(1)[0]
+    places = sorted(range(len(step)), key=lambda place: (step.lengths[place], step.rows[place]))[:most]
+    return replace(step, rows=step.rows[places])
+
+
+def groups_under(lengths: Sequence[int], budget: int, layout: Layout, several: Sequence[int] | None = None) -> list[list[int]]:
+    """Indices of examples in groups of at most ``budget`` tokens, padding included.
+
+    An example above the budget is a group of its own. Padded rows are grouped by length; packed rows stay in order.
+    ``several``: how many padded rows each example takes (None = one).
+    """
+    packed = layout.packed
+    order = range(len(lengths)) if packed else sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    groups: list[list[int]] = []
+    used = longest = 0  # used: tokens, or padded rows
+    for row in order:
+        longest_now = max(longest, lengths[row])
+        more = lengths[row] if packed else 1 if several is None else several[row]
+        cost = used + more if packed else longest_now * (used + more)
+        if groups and cost <= budget:
+            groups[-1].append(row)
+            used, longest = used + more, longest_now
+        else:
+            groups.append([row])
+            used, longest = more, lengths[row]
+    return groups
+
+
+def together(lengths: np.ndarray, several: np.ndarray, layout: Layout) -> int:
+    """Tokens of examples of such sizes as one micro-batch, padding included; see ``shared_prompts.sizes``."""
+    return int(lengths.sum() if layout.packed else lengths.max() * several.sum())
+
+
+def heaviest(steps: Iterable[Step], budget: int, layout: Layout, process: int = 0, processes: int = 1) -> tuple[Step, list[int]]:
+    """The step and the places of the micro-batch with the most tokens, padding included, among ``steps``."""
+    found: tuple[Step, list[int]] | None = None
+    most = 0
+    for step in steps:
+        found = found or (step, [0])
+        for places in step.split(budget, layout, process, processes):
+            taken = step.tokens(places, layout)
+            if taken > most:
+                found, most = (step, places), taken
+    assert found is not None, "a plan has at least one step"
+    return found
+
+
+def _into(groups: list[list[int]], number: int) -> list[list[int]]:
+    """``groups`` cut in halves, the one of most examples first, until there are ``number`` of them or each is one example."""
+    while len(groups) < number and (most := max(groups, key=len, default=[])) and len(most) > 1:
+        place, half = groups.index(most), len(most) // 2
+        groups = [*groups[:place], most[:half], most[half:], *groups[place + 1 :]]
+    return groups
