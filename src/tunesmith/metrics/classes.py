@@ -1,5 +1,7 @@
 """Figures of classification, of several labels at once, and of numbers: plain dicts that JSON can hold.
 
+scikit-learn and SciPy compute them. Both are imported where they are used: they take a second to load.
+
 Shares run from 0 to 1. What is not defined (the AUROC of a label that every row has, the correlation with a constant) is None.
 A class that is neither true nor predicted anywhere has precision, recall and F1 of 0. ``macro_f1`` follows scikit-learn: of a
 single label, the mean over the classes that are true or predicted at least once; of several labels, the mean over all of them.
@@ -28,21 +30,22 @@ def single(gold: Any, probabilities: Any, names: Sequence[str]) -> dict[str, Any
     confusion (k lists of k counts: a row of it is what is true, a column what is predicted). Of equally probable classes the
     first is predicted. Raises DataError without rows.
     """
+    from sklearn.metrics import f1_score
+
     gold, probabilities = np.asarray(gold), np.asarray(probabilities, dtype=np.float64)
     _check(gold, probabilities, names, (len(probabilities),))
-    predicted, k = probabilities.argmax(axis=1), len(names)
+    predicted = probabilities.argmax(axis=1)
     right = predicted == gold
     bins = calibration(probabilities.max(axis=1), right)
-    confusion = np.bincount(gold * k + predicted, minlength=k * k).reshape(k, k)
-    counts = confusion.diagonal(), confusion.sum(axis=0), confusion.sum(axis=1)
-    seen = counts[1] + counts[2] > 0
+    # scikit-learn's confusion_matrix warns where there is one class alone.
+    confusion = np.bincount(gold * len(names) + predicted, minlength=len(names) ** 2).reshape(len(names), -1)
     return {
         "accuracy": float(right.mean()),
-        "macro_f1": float(_f1(*counts)[seen].mean()),
-        "micro_f1": float(_f1(*(count.sum() for count in counts))),
+        "macro_f1": float(f1_score(gold, predicted, average="macro", zero_division=0)),
+        "micro_f1": float(right.mean()),  # every row has one class and one prediction
         "calibration_error": calibration_error(bins),
-        "baseline": float(counts[2].max() / len(gold)),
-        "per_class": _each(names, *counts),
+        "baseline": float(confusion.sum(axis=1).max() / len(gold)),
+        "per_class": _per_class(names, gold, predicted),
         "confusion": confusion.tolist(),
         "calibration": bins,
     }
@@ -57,6 +60,8 @@ def multi(gold: Any, probabilities: Any, names: Sequence[str], threshold: float 
     support, auroc}} and curves {name: [[recall, precision], ...]}, None where no row has the label. Raises DataError without
     rows.
     """
+    from sklearn.metrics import f1_score
+
     gold, probabilities = np.asarray(gold, dtype=bool), np.asarray(probabilities)
     _check(gold, probabilities, names, probabilities.shape)
     predicted = probabilities >= threshold
@@ -64,11 +69,11 @@ def multi(gold: Any, probabilities: Any, names: Sequence[str], threshold: float 
     defined = [area for area in areas if area is not None]
     bins = calibration(probabilities.reshape(-1), gold.reshape(-1))
     constant = most_frequent(gold)
-    counts = (gold & predicted).sum(axis=0), predicted.sum(axis=0), gold.sum(axis=0)
-    per_class = _each(names, *counts)
+    # scikit-learn takes one column for a question of two classes; next to an empty column it stays a label.
+    per_class = _per_class(names, *(np.pad(labels, ((0, 0), (0, 1))) for labels in (gold, predicted)))
     return {
-        "micro_f1": float(_f1(*(count.sum() for count in counts))),
-        "macro_f1": float(_f1(*counts).mean()),
+        "micro_f1": float(f1_score(gold.reshape(-1), predicted.reshape(-1), zero_division=0)),
+        "macro_f1": float(np.mean([figures["f1"] for figures in per_class.values()])),
         "exact_match": float((predicted == gold).all(axis=1).mean()),
         "auroc": float(np.mean(defined)) if defined else None,
         "calibration_error": calibration_error(bins),
@@ -88,19 +93,17 @@ def best_threshold(gold: Any, probabilities: Any) -> float:
     (the last of them above 0), and of equally good ones nearest to 0.5. 0.5 itself when no other is better, and when a
     probability is nan. It is exact in the probabilities' own dtype, so that a comparison in it or in a wider one agrees.
     """
+    from sklearn.metrics import confusion_matrix_at_thresholds
+
     truth, values = np.asarray(gold, dtype=bool).reshape(-1), np.asarray(probabilities).reshape(-1)
     if not truth.any() or np.isnan(values).any():
         return 0.5
-    order = np.argsort(-values, kind="stable")
-    values, hits = values[order], truth[order].cumsum()
-    last = np.flatnonzero(np.append(values[1:] != values[:-1], True))  # all of equal values stand on one side
+    _, false_positives, false_negatives, hits, above = confusion_matrix_at_thresholds(truth, values)
     # The same fraction of whole numbers is the same float, so equally good thresholds compare as equal.
-    scores = 2 * hits[last] / (last + 1 + hits[-1])
-    at_half = values >= 0.5
-    half = 2 * truth[order][at_half].sum() / (at_half.sum() + hits[-1])
-    if not scores.max() > half:
+    scores = 2 * hits / (2 * hits + false_positives + false_negatives)
+    if not scores.max() > max(scores[above >= 0.5][-1:], default=0):
         return 0.5
-    above, below = values[last], np.append(values[last][1:], values.dtype.type(0))
+    below = np.append(above[1:], above.dtype.type(0))
     middle = below + (above - below) / 2
     middle = np.where(middle > below, middle, above)  # neighbours with no number between them
     best = middle[scores == scores.max()]
@@ -130,11 +133,13 @@ def regression(gold: Any, predicted: Any) -> dict[str, float | None]:
 
     r2 is None where all of gold is one number, the correlations where either is. Raises DataError without rows.
     """
+    from scipy.stats import rankdata
+
     gold, predicted = np.asarray(gold, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     if gold.shape != predicted.shape or gold.ndim != 1:
         raise ValueError(f"gold {gold.shape} and predicted {predicted.shape} must be of one shape (n,)")
     _refuse_nothing(len(gold))
-    errors = predicted - gold
+    errors = predicted - gold  # scikit-learn's errors refuse nan, which a run that diverged predicts
     mse = float(np.square(errors).mean())
     varies = bool(gold.min() < gold.max())
     return {
@@ -143,7 +148,7 @@ def regression(gold: Any, predicted: Any) -> dict[str, float | None]:
         "mae": float(np.abs(errors).mean()),
         "r2": 1 - mse / float(gold.var()) if varies else None,
         "pearson": _correlation(gold, predicted),
-        "spearman": _correlation(_ranks(gold), _ranks(predicted)),
+        "spearman": _correlation(rankdata(gold), rankdata(predicted)),
     }
 
 
@@ -154,6 +159,7 @@ def calibration(confidence: Any, right: Any) -> list[dict[str, float]]:
     Bin m holds confidences in ((m - 1) / 15, m / 15], and 0 falls into the first (Guo et al. 2017, On Calibration of Modern
     Neural Networks, section 2). What is nan is in no bin.
     """
+    # sklearn.calibration.calibration_curve has these bins, but no counts, no ties, and it refuses nan.
     confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     place = np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left")
     found = []
@@ -188,20 +194,14 @@ def _refuse_nothing(rows: int) -> None:
         raise DataError("There is nothing to measure: no row has a label. Give rows whose labels are known.")
 
 
-def _f1(right: Any, predicted: Any, support: Any) -> np.ndarray:
-    """Of counts; 0 where there is neither a prediction nor a true one."""
-    return _share(2 * right, predicted + support)
+def _per_class(names: Sequence[str], gold: np.ndarray, predicted: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Return {name: {precision, recall, f1, support}} of class ids (n,) or of labels (n, k or more)."""
+    from sklearn.metrics import precision_recall_fscore_support
 
-
-def _share(part: Any, whole: Any) -> np.ndarray:
-    return np.asarray(part / np.maximum(whole, 1))
-
-
-def _each(names: Sequence[str], right: np.ndarray, predicted: np.ndarray, support: np.ndarray) -> dict[str, dict[str, Any]]:
-    columns = _share(right, predicted), _share(right, support), _f1(right, predicted, support)
+    columns = precision_recall_fscore_support(gold, predicted, labels=range(len(names)), zero_division=0)
     return {
         name: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(count)}
-        for name, precision, recall, f1, count in zip(names, *columns, support)
+        for name, precision, recall, f1, count in zip(names, *columns)
     }
 
 
@@ -224,13 +224,9 @@ def _curve(gold: np.ndarray, scores: np.ndarray) -> list[list[float]] | None:
     return [[float(recall[place]), float(precision[place])] for place in kept]
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """1 for the lowest; equal values share the mean of their ranks."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[place]
-
-
 def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    from scipy.stats import pearsonr
+
     if a.min() == a.max() or b.min() == b.max():
         return None
-    return float(np.clip(np.corrcoef(a, b)[0, 1], -1, 1))
+    return float(pearsonr(a, b).statistic)

@@ -37,25 +37,14 @@ def scheme_of(tags: Iterable[str]) -> str | None:
 
 
 def spans(tags: Sequence[str]) -> list[Span]:
-    """The entities of one row's tags, in order: the same as seqeval's ``get_entities`` (conlleval's lenient reading).
+    """Return the entities of one row's tags in order, by seqeval in conlleval's lenient reading.
 
-    I- and E- continue an entity of their type that a B- or I- left open; whatever else is not O starts one.
+    I- and E- continue an entity of their type that a B- or I- left open; whatever else is not O starts one. The
+    tags must be of a scheme that :func:`scheme_of` knows: seqeval warns about others.
     """
-    found: list[Span] = []
-    open_type, start = "", -1
-    for place, tag in enumerate(tags):
-        kind, name = _parts(tag)
-        goes_on = start >= 0 and kind in ("I", "E") and name == open_type
-        if start >= 0 and not goes_on:
-            found.append((open_type, start, place))
-        if not goes_on:
-            open_type, start = (name, place) if kind != "O" else ("", -1)
-        if kind in ("E", "S"):
-            found.append((open_type, start, place + 1))
-            open_type, start = "", -1
-    if start >= 0:
-        found.append((open_type, start, len(tags)))
-    return found
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    return [(name, first, last + 1) for name, first, last in get_entities(list(tags))]
 
 
 def problems(tags: Sequence[str], scheme: str | None = "BIO") -> Counter[str]:

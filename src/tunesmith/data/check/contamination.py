@@ -136,26 +136,13 @@ def _learnt(example: Example) -> np.ndarray:
 
 
 def rolling(ids: np.ndarray, n: int) -> np.ndarray:
-    """uint64[len(ids) - n + 1]: a hash of every ``n`` numbers that follow one another (Karp and Rabin 1987), modulo 2**64.
-
-    Made by doubling: the hash of 2w numbers is that of w and that of the next w, so 13 take six passes and not thirteen.
-    """
+    """Return uint64[len(ids) - n + 1]: a hash of every ``n`` consecutive numbers (Karp and Rabin 1987), modulo 2**64."""
     if len(ids) < n:
         return np.empty(0, np.uint64)
-    part = ids.astype(np.uint64) * _MIX  # the hash of each `width` numbers
-    part ^= part >> np.uint64(29)
-    part *= _MIX
-    size, done, width = len(ids) - n + 1, 0, 1
-    out = np.zeros(size, np.uint64)
-    while True:
-        power = np.uint64(pow(_BASE, width, 1 << 64))
-        if n & width:
-            out = out * power + part[done : done + size]
-            done += width
-        if 2 * width > n:
-            return out
-        part = part[:-width] * power + part[width:]
-        width *= 2
+    mixed = ids.astype(np.uint64) * _MIX
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= _MIX
+    return np.convolve(mixed, np.array([pow(_BASE, power, 1 << 64) for power in range(n)], np.uint64), "valid")
 
 
 def _sequences(data: Encoded, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

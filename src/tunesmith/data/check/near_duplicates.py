@@ -255,17 +255,11 @@ def _compared(pairs: np.ndarray, estimates: np.ndarray, texts: dict[int, str], t
 
 def _clusters(leader: np.ndarray, alike: _Pairs) -> list[np.ndarray]:
     """Rows that hang together, each set sorted; the largest set first."""
-    root = list(range(len(leader)))  # of each row a lower one that it hangs together with, or itself
-    for pair in zip(alike.one.tolist(), alike.other.tolist()):
-        roots = []
-        for row in pair:
-            while root[row] != row:
-                root[row] = row = root[root[row]]  # halves the way for the next one
-            roots.append(row)
-        root[max(roots)] = min(roots)
-    for row in range(len(root)):
-        root[row] = root[root[row]]  # the lower ones are done
-    joined = np.array(root, np.int64)[leader]
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    edges = np.ones(len(alike.one), np.int8), (alike.one, alike.other)
+    joined = connected_components(coo_array(edges, (len(leader), len(leader))), directed=False)[1][leader]
     order = np.argsort(joined, kind="stable")
     sets = np.split(order, np.flatnonzero(np.diff(joined[order])) + 1)
     return sorted((rows for rows in sets if len(rows) > 1), key=lambda rows: (-len(rows), rows[0]))
