@@ -1,19 +1,32 @@
-"""The benchmark that needs a GPU: that both sides of it run here on a tiny model, from the same rows to like losses."""
+"""The benchmark that needs a GPU runs here on a tiny model; the one that compares two versions finds what differs."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
-FILE = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+from tests.matrix.cells import ADAPTATIONS, OBJECTIVES
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def gpu():
-    spec = importlib.util.spec_from_file_location("benchmark_gpu", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("gpu")
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setenv("TUNESMITH_HOME", "")  # put back afterwards: the script sets its own
+    return script("recorded")
 
 
 def test_both_sides_learn_the_same_from_the_same_rows(gpu):
@@ -53,3 +66,41 @@ def test_compiling_doubles_the_sides(gpu):
 
     options = argparse.Namespace(compile=True, peer_batch=[8, 32], peer_attention="sdpa", micro_batch_tokens="auto")
     assert [side["compile"] for side in gpu.sides(options)] == [False] * 3 + [True] * 3
+
+
+def test_every_objective_and_every_adaptation_is_recorded(recorded):
+    assert {case[1]["type"] for case in recorded.CASES.values()} == set(OBJECTIVES)
+    assert {case[2]["type"] for case in recorded.CASES.values()} == set(ADAPTATIONS)
+
+
+def test_a_record_repeats_and_its_first_difference_is_named(recorded, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(recorded, "CASES", {"tag-features": recorded.CASES["tag-features"]})
+    for name in ("before", "after"):
+        recorded.record(tmp_path / name)
+    assert recorded.compare(tmp_path / "before", tmp_path / "after")
+    assert capsys.readouterr().out == "tag-features: same\n"
+    file = tmp_path / "after" / "tag-features.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    assert facts["interrupted"] == facts["straight"]
+    loss = facts["interrupted"]["metrics"][2]["loss"]
+    facts["interrupted"]["metrics"][2]["loss"] += 1e-12
+    file.write_text(json.dumps(facts), encoding="utf-8")
+    assert not recorded.compare(tmp_path / "before", tmp_path / "after")
+    said = capsys.readouterr().out
+    assert "keys differ, first interrupted.metrics.2.loss" in said and f"  {loss} -> " in said
+
+
+def test_a_case_that_one_record_lacks_is_a_difference(recorded, tmp_path, capsys):
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+    recorded.write(tmp_path / "before" / "sft.json", {"straight": {"samples": []}})
+    assert not recorded.compare(tmp_path / "before", tmp_path / "after")
+    assert "sft: 1 of 1 keys differ, first straight.samples\n  [] -> absent" in capsys.readouterr().out
+
+
+def test_a_record_goes_into_an_empty_folder(recorded, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="is not empty; expected a new folder"):
+        recorded.record(tmp_path)
+    with pytest.raises(SystemExit, match="no record in"):
+        recorded.compare(tmp_path, tmp_path)
