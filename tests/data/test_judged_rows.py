@@ -15,7 +15,7 @@ from tests.data.tokenizers import KINDS, tokenizer_of
 from tests.data.zoo import ZOO
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
-from tunesmith.data.batch import shared_prompts
+from tunesmith.data.batch import preference_batch, shared_prompts
 from tunesmith.data.check import minhash
 from tunesmith.data.check.balance import Balance, balance
 from tunesmith.data.check.lint import lint
@@ -266,11 +266,17 @@ def test_a_row_without_a_label_is_not_encoded():
 def test_examples_are_laid_out_as_rankings_of_one_are():
     rows = [Judged((Q,), (A,), True), Judged((S, Q), (A,), False)]
     examples = [example for (example,) in encode(rows, templated(ENDING[0]), max_length=None, overlong="error")]
-    for packed in (True, False):
-        batch, places = shared_prompts.layout(examples, packed, False)
+    for packed, shared in ((True, True), (True, False), (False, False)):
+        batch = preference_batch.of_targets(examples, packed, shared)
         flat = batch["input_ids"].reshape(-1).numpy()
-        for example, where in zip(examples, places):
+        _, places = shared_prompts.layout(examples, packed, shared)
+        for number, (example, where) in enumerate(zip(examples, places)):
             assert np.array_equal(flat[where], example["input_ids"])
+            mine = (batch["owners"] == number).numpy()
+            assert np.array_equal(batch["labels"].numpy()[mine], example["input_ids"][example["learnt"]])
+        assert batch["counts"] == [1, 1] and len(set(batch["keys"])) == 2 and not len(batch["pairs"])
+    short = preference_batch.shortened(examples[1], 3, 2)
+    assert short["answers"].tolist() == [3, 2] and short["desirable"].tolist() == [False]
 
 
 # --------------------------------------------------------------------------------------------------------------- around it
@@ -335,6 +341,8 @@ def test_all_rows_of_a_prompt_are_held_out_together(tmp_path, options):
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 40
     assert len(data.train) + len(data.eval) == 120 and len(data.eval) % 3 == 0 and len(data.eval) >= 3
     assert len(data.eval) <= options.get("limit", 60)
+    example = data.train[0]
+    assert example["desirable"].shape == (1,) and not len(example["pairs"]) and data.train.shapes[2].max() == 1
 
 
 def test_rows_of_one_prompt_cannot_be_held_out(tmp_path):

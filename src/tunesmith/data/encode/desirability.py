@@ -25,6 +25,7 @@ def encode(rows: Sequence[Judged], tokenizer: Any, *, max_length: int | None, ov
     ``desirable``  bool[1]
     ``prompt_key`` int64[1]: 63 bits of what the prompt says, see :func:`prompt_key`
     ``cut``        int32[1]: tokens that were cut from the prompt's left
+    ``pairs``, ``margins``  empty: the example is a ranking of one, and ``batch.preference_batch`` takes it
 
     ``max_length`` and ``overlong`` as in ``rankings.encode``: the response is never cut.
 
@@ -39,8 +40,8 @@ def encode(rows: Sequence[Judged], tokenizer: Any, *, max_length: int | None, ov
 
 
 def _example(row: Judged, example: Example) -> Example:
-    kept = {name: example[name] for name in ("input_ids", "answers", "learnt", "cut")}
-    return {**kept, "desirable": np.array([row.desirable], np.bool_), "prompt_key": np.array([prompt_key(row)], np.int64)}
+    label, key = np.array([row.desirable], np.bool_), np.array([prompt_key(row)], np.int64)
+    return {**example, "desirable": label, "prompt_key": key}
 
 
 def prompt_key(row: Judged) -> int:
