@@ -270,6 +270,8 @@ def _lint_lines(report: LintReport) -> list[str]:
     lines += [f"remark: {item.where} repeats {item.same_as}" for item in report.duplicates]
     lines += [f"remark: {place} is left out by the chat template" for place in report.left_out]
     lines += [line for item in report.pairs for line in item.lines()]
+    lines += [line for item in report.judged for line in item.lines()]
+    lines += [f"warning: {text}" for text in report.warnings]
     for file in report.files:
         lines.append(f"{file.path}: {file.format}; {_counted(file.rows, 'row')} = {file.kept} kept + {file.rejected} rejected")
     found = f"{_counted(len(report.problems), 'problem')}, {_counted(len(report.leaked), 'row')} in both train and eval"

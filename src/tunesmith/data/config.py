@@ -11,6 +11,7 @@ FORMATS = (
     "alpaca", "input_output", "summary", "question_answer", "sharegpt", "messages", "prompt_completion", "text",
     "labelled", "multilabel", "tokens", "conll", "words", "squad",
     "preference", "preference_turns", "preference_alpaca", "preference_dialogues", "ranking", "ranking_alpaca",
+    "judged", "judged_turns", "judged_alpaca", "unpaired", "unpaired_turns", "unpaired_alpaca", "unpaired_dialogues",
 )  # fmt: skip
 
 

@@ -93,10 +93,34 @@ class Ranking:
         return [(one, other) for one in places for other in places if self.ranks[one] < self.ranks[other]]
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A prompt, one response, and whether the response is desirable: a row of unpaired preference.
+
+    ``prompt``, ``response`` and ``tools`` as in Ranking, with one answer. ``desirable``: None = not known."""
+
+    prompt: str | tuple[Message, ...]
+    response: str | tuple[Message, ...]
+    desirable: bool | None
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def ranking(self) -> Ranking:
+        """The same response as a ranking of one."""
+        answers: Any = (self.response,)  # a tuple of one text, or of one tuple of turns
+        return Ranking(self.prompt, answers, (0,), tools=self.tools)
+
+    def written(self) -> list[Chat] | list[PromptCompletion]:
+        """The response after its prompt, as a row that a language model learns to write."""
+        return self.ranking().written()
+
+
 Written = Text | Chat | PromptCompletion
 """What a language model learns to write."""
 
-Row = Written | Labelled | Tagged | Question | Ranking
+Answered = Ranking | Judged
+"""A prompt with answers to it; ``written`` gives each answer after the prompt."""
+
+Row = Written | Labelled | Tagged | Question | Answered
 
 
 def turns(said: str | tuple[Message, ...]) -> tuple[Message, ...]:
@@ -112,6 +136,8 @@ def without_gold(row: Row) -> Row:
         return replace(row, tags=None)
     if isinstance(row, Ranking):
         return replace(row, ranks=(0,) * len(row.answers), scores=None)
+    if isinstance(row, Judged):
+        return replace(row, desirable=None)
     return replace(row, answers=None) if isinstance(row, Question) else row
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tunesmith import adaptations, objectives
 from tunesmith.data.config import DataConfig, Source, idle
 from tunesmith.data.read.source import eval_sources
-from tunesmith.data.rows import Chat, Labelled, Ranking
+from tunesmith.data.rows import Chat, Judged, Labelled, Ranking
 from tunesmith.errors import RecipeError
 from tunesmith.nearest import did_you_mean, nearest
 from tunesmith.recipe import text as recipe_text
@@ -150,7 +150,7 @@ def conflicts(recipe: Recipe) -> list[str]:
     if objectives.module(objective).Objective.traits.head != "lm":
         for key in ("prompts", "count", "max_new_tokens"):
             clash(changed(samples, key), f"samples.{key} does nothing: a model of {objective} writes no text")
-    judged = Ranking in rows
+    judged = Ranking in rows or Judged in rows
     clash(
         changed(data, "max_unlearnable") and (judged or objectives.module(objective).Objective.traits.head != "lm"),
         f"data.max_unlearnable does nothing: there is something to learn in every row of {objective}",

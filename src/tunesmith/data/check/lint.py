@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tunesmith.data.check.lint_judgements import Judgements, warnings
 from tunesmith.data.check.lint_pairs import Pairs
 from tunesmith.data.config import Source
 from tunesmith.data.encode.chat import Renderer, TrainOn, left_out, render
@@ -13,7 +14,7 @@ from tunesmith.data.encode.spans import SpanError
 from tunesmith.data.encode.templates import RENDER_ERRORS
 from tunesmith.data.problems import Record, RowProblem
 from tunesmith.data.read.source import ROW_TYPES, open_source
-from tunesmith.data.rows import Chat, Ranking, Row, digest
+from tunesmith.data.rows import Answered, Chat, Judged, Ranking, Row, digest
 from tunesmith.errors import DataError
 
 
@@ -39,8 +40,8 @@ class FileReport:
 
 @dataclass(frozen=True)
 class LintReport:
-    """``problems`` are rows that cannot be used; ``duplicates``, ``left_out`` (words the template drops) and ``pairs`` (of files
-    with preferences or rankings) are remarks."""
+    """``problems`` are rows that cannot be used; ``duplicates``, ``left_out`` (words the template drops), ``pairs`` (of files
+    with preferences or rankings) and ``judged`` (of files with a label for each response) are remarks."""
 
     files: tuple[FileReport, ...]
     problems: tuple[RowProblem, ...]
@@ -48,11 +49,17 @@ class LintReport:
     leaked: tuple[Duplicate, ...]
     left_out: tuple[str, ...]
     pairs: tuple[Pairs, ...] = ()
+    judged: tuple[Judgements, ...] = ()
 
     @property
     def ok(self) -> bool:
         """No row is bad and no evaluation row is trained on."""
         return not self.problems and not self.leaked
+
+    @property
+    def warnings(self) -> list[str]:
+        """What would go wrong in training on all training files together."""
+        return warnings(self.judged)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -64,6 +71,8 @@ class LintReport:
             "leaked": [asdict(item) for item in self.leaked],
             "left_out": list(self.left_out),
             "pairs": [item.as_dict() for item in self.pairs],
+            "judged": [item.as_dict() for item in self.judged],
+            "warnings": self.warnings,
         }
 
 
@@ -82,26 +91,31 @@ def lint(
     leaked: list[Duplicate] = []
     dropped: list[str] = []
     pairs: list[Pairs] = []
+    judged: list[Judgements] = []
     preferred: dict[bytes, str] = {}  # prompt, better and worse answer -> where they first stand
+    labelled: dict[bytes, str] = {}  # prompt, response and label -> the same
     seen: dict[int, str] = {}  # digest -> where a training row first said it
     for role, source in [*(("train", item) for item in train), *(("eval", item) for item in evaluation)]:
         inside: dict[int, str] = {}
         kept = rejected = 0
         description = "unknown"
-        compared = Pairs(source.label, role)
+        compared, labels = Pairs(source.label, role), Judgements(source.label, role)
         try:
             opened = open_source(source, accepted)
             description = opened.description
+            tally = labels if opened.convert is not None and opened.convert.form.row is Judged else compared
             for item in opened.rows():
                 bad = item if isinstance(item, RowProblem) else _rendered(*item, renderer, dropped)
                 if bad is not None:
                     problems.append(bad)
                     rejected += 1
-                    compared.refused(bad)
+                    tally.refused(bad)
                 elif not isinstance(item, RowProblem):
                     kept += 1
                     if isinstance(item[1], Ranking):
                         compared.add(item[1], item[0].row, preferred)
+                    elif isinstance(item[1], Judged):
+                        labels.add(item[1], item[0].row, labelled)
                     mark, where = digest(item[1]), f"{source.label}:{item[0].row}"
                     if role == "eval" and mark in seen:
                         leaked.append(Duplicate(where, seen[mark]))
@@ -112,17 +126,21 @@ def lint(
             problems.append(RowProblem(source.label, 0, "file", "a file of rows", str(error), "", fatal=True))
         if compared.rows or any(compared.counts.values()):
             pairs.append(compared)
+        if labels.rows or any(labels.counts.values()):
+            judged.append(labels)
         if role == "train":
             seen = {**inside, **seen}
         files.append(FileReport(source.label, role, description, kept + rejected, kept, rejected))
-    return LintReport(tuple(files), tuple(problems), tuple(duplicates), tuple(leaked), tuple(dropped), tuple(pairs))
+    return LintReport(
+        tuple(files), tuple(problems), tuple(duplicates), tuple(leaked), tuple(dropped), tuple(pairs), tuple(judged)
+    )
 
 
 def _rendered(
     record: Record, row: Row, renderer: Renderer | None, dropped: list[str], train_on: TrainOn | int = "assistant"
 ) -> RowProblem | None:
     """What the chat template has against a row. Words that it leaves out are added to ``dropped``."""
-    if isinstance(row, Ranking):
+    if isinstance(row, Answered):
         lost: list[str] = []
         found = [_rendered(record, whole, renderer, lost, len(row.prompt)) for whole in row.written()]
         dropped += dict.fromkeys(lost)  # answers have their prompt in common

@@ -56,8 +56,8 @@ class Pairs:
         where = f"{self.path}:{number}"
         self.rows += 1
         lengths = [characters(answer) for answer in row.answers]
-        answers = [_digest(answer) for answer in row.answers]
-        prompt = _digest(row.prompt)
+        answers = [answer_digest(answer) for answer in row.answers]
+        prompt = answer_digest(row.prompt)
         found: dict[str, str] = {}
         for better, worse in row.pairs():
             self.pairs += 1
@@ -118,7 +118,7 @@ def characters(answer: str | Sequence[Message]) -> int:
     return len(answer) if isinstance(answer, str) else sum(len(message["content"]) for message in answer)
 
 
-def _digest(said: str | Sequence[Message]) -> bytes:
+def answer_digest(said: str | Sequence[Message]) -> bytes:
     """The same for all ways to write the same: the order of a turn's keys and the spaces around its text do not matter."""
     written = json.dumps(bare(said), sort_keys=True, default=str)
     return hashlib.blake2b(written.encode(), digest_size=8).digest()

@@ -33,7 +33,7 @@ COMPARED = 64
 """Each row of a band's bucket is compared with so many before it: a phrase that all rows begin with must not cost the square
 of their number. Rows that are alike come as pairs in many buckets, and a cluster needs only a chain of pairs."""
 
-UNCOMPARED = {"tools", "label", "labels", "words", "tags", "answers", "id"}
+UNCOMPARED = {"tools", "label", "labels", "words", "tags", "answers", "id", "desirable"}
 """Fields of rows that are no words of theirs: what many rows have, and what is known of them."""
 
 _PAIRS = 1 << 13

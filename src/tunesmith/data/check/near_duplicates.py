@@ -181,9 +181,11 @@ def near_duplicates(
 
 def kept_rows(train: Sequence[Source], report: NearReport, accepted: tuple[type, ...] = ROW_TYPES) -> Iterator[dict[str, Any]]:
     """The usable training rows that are not surplus, as their files have them."""
+    last: Record | None = None
     for number, (_, record, _) in enumerate(_usable(train, accepted)):
-        if number not in report.surplus:
+        if number not in report.surplus and record is not last:  # of two rows made of one pair either keeps the pair
             yield record.value
+            last = record
 
 
 def _usable(sources: Sequence[Source], accepted: tuple[type, ...]) -> Iterator[tuple[int, Record, Row]]:

@@ -14,7 +14,7 @@ from tunesmith.data.encode.rankings import encode
 from tunesmith.data.encode.templates import apply_template
 from tunesmith.data.problems import RowProblem
 from tunesmith.data.read.source import open_source
-from tunesmith.data.rows import Chat, Labelled, Question, Ranking, Row, Tagged
+from tunesmith.data.rows import Chat, Judged, Labelled, Question, Ranking, Row, Tagged
 from tunesmith.data.store.cache import Example, targets
 
 HEADS = (Labelled, Tagged, Question)
@@ -102,6 +102,8 @@ def preview(
         where = f"{record.path}:{record.row}"
         if isinstance(row, Ranking):
             shown.append(_ranking(where, row, tokenizer))
+        elif isinstance(row, Judged):
+            shown.append(_judged(where, row, tokenizer))
         elif isinstance(row, HEADS) or not isinstance(row, tuple(objective.traits.rows)):
             shown.append(_as_it_is(where, row, tokenizer))
         else:
@@ -159,6 +161,15 @@ def _ranking(where: str, row: Ranking, tokenizer: Any) -> Shown:
     )
     count = int(learnt.sum())
     return Shown(where, tuple(pieces), len(ids), count, f"{said}; {count} of {len(ids)} tokens learnt")
+
+
+def _judged(where: str, row: Judged, tokenizer: Any) -> Shown:
+    """The prompt, then the response, as the model sees them; the head says whether the response is desirable."""
+    ((example,),) = encode([row.ranking()], tokenizer, max_length=None, overlong="error")
+    pieces = stretches({"input_ids": example["input_ids"], "supervised": example["learnt"]}, tokenizer)
+    label = {True: "desirable", False: "undesirable", None: "not labelled"}[row.desirable]
+    count, tokens = int(example["learnt"].sum()), len(example["input_ids"])
+    return Shown(where, tuple(pieces), tokens, count, f"{label}; {count} of {tokens} tokens learnt")
 
 
 def stretches(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

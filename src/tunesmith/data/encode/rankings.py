@@ -43,7 +43,8 @@ def encode(rows: Sequence[Ranking], tokenizer: Any, *, max_length: int | None, o
         encoded = iter(chat.encode(list(chain.from_iterable(written)), tokenizer, train_on=answers_begin))
     except RowFault as fault:
         index, place = owners[fault.index]
-        raise RowFault(index, fault.expected, f"{fault.got} (answer {place + 1})", fault.fix) from None
+        which = f" (answer {place + 1})" if len(written[index]) > 1 else ""
+        raise RowFault(index, fault.expected, fault.got + which, fault.fix) from None
     first = np.array(special_ends(tokenizer)[0], np.int32)
     out: list[list[Example]] = []
     for index, (row, parts) in enumerate(zip(rows, written)):

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from tunesmith.data.formats import label_fields, preference_fields, squad_file, word_fields
+from tunesmith.data.formats import judged_fields, label_fields, preference_fields, squad_file, word_fields
 from tunesmith.data.formats.fields import SYSTEM, TOOLS, Columns, Field, FieldFault, Format, Values, optional_text, text
 from tunesmith.data.formats.turns import chat, conversation, exchange, opening_of, tool_schemas
 from tunesmith.data.problems import Record, RowFault, RowProblem, shorten
-from tunesmith.data.rows import Chat, Labelled, PromptCompletion, Question, Row, Tagged, Text
+from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Question, Row, Tagged, Text
 from tunesmith.errors import DataError
 from tunesmith.nearest import did_you_mean
 
@@ -135,14 +135,17 @@ FORMATS: dict[str, Format] = {
             look=label_fields.vectors,
         ),
         Format("text", Text, (Field("text", ("text",)),), lambda values: Text(text(values["text"], "text")), prompt="text"),
+        *judged_fields.FORMATS,
+        *judged_fields.UNPAIRED,
     )
 }
-"""In the order in which they are tried."""
+"""In the order in which they are tried (those with ``marks`` in a file first)."""
 
 EXAMPLES: dict[type, str] = {
     Chat: '{"prompt": "...", "completion": "..."}',
     Labelled: '{"text": "...", "label": "..."}',
     Tagged: '{"tokens": ["Kim", "left"], "ner_tags": ["B-PER", "O"]}',
+    Judged: '{"prompt": "...", "completion": "...", "label": true}',
     Question: '{"question": "...", "context": "...", "answers": {"text": ["..."], "answer_start": [0]}}',
 }
 """A row as a file may have it."""
@@ -226,7 +229,13 @@ class Converter:
             shown.append(f"{self.form.prompt} <- {self.prompt_template!r}")
         used = {*filled, *(name for column in names.values() for name in ([column] if isinstance(column, str) else column))}
         unused = [column for column in columns if column not in used]
-        return f"{self.form.name} ({', '.join(shown)})" + (f"; not used: {', '.join(unused)}" if unused else "")
+        halved = "; each pair becomes two rows: chosen is desirable, rejected is undesirable" if self.unpairs else ""
+        return f"{self.form.name} ({', '.join(shown)})" + (f"; not used: {', '.join(unused)}" if unused else "") + halved
+
+    @property
+    def unpairs(self) -> bool:
+        """Whether each pair of the file becomes two rows."""
+        return self.form in judged_fields.UNPAIRED
 
 
 def _resolve(converter: Converter, keys: tuple[str, ...]) -> tuple[dict[str, Names], str | None]:
@@ -278,7 +287,7 @@ def converter(
     mapped = {name: asked if isinstance(asked, str) else tuple(asked) for name, asked in (columns or {}).items()}
     if format is not None and format not in FORMATS:
         raise DataError(f"{path}: unknown format {format!r}. {did_you_mean(format, FORMATS)}")
-    forms = [FORMATS[format]] if format else list(FORMATS.values())
+    forms = [FORMATS[format]] if format else _detected(keys)
     _check_mapping(forms, mapped, path)
     forms = [form for form in forms if all(any(field.name == name for field in form.fields) for name in mapped)]
     if prompt_template is not None:
@@ -294,9 +303,14 @@ def converter(
     names = ", ".join(row.__name__ for row in accepted)
     if fitting:
         found = fitting[0].form
+        advice = f"Choose another objective, or say which column is what, for example {_mapping(accepted, keys)}"
+        if Judged in accepted and found in preference_fields.PAIRS:
+            name = judged_fields.unpaired_name(found)
+            advice = "To make two rows of each pair, the chosen answer desirable and the rejected one undesirable, "
+            advice += f"name the format: {name} (on the command line: --format {name}). Or choose another objective."
         raise DataError(
             f"{path}: the format {found.name} gives {found.row.__name__} rows, but the objective learns from {names} rows.\n"
-            f"  Choose another objective, or say which column is what, for example {_mapping(accepted, keys)}"
+            f"  {advice}"
         )
     there = ", ".join(dict.fromkeys(str(key) for row in keys[:5] for key in row))
     tried = f"the format {format} needs {_needs(FORMATS[format])}" if format else "no known format has these columns"
@@ -307,13 +321,21 @@ def converter(
     )
 
 
+def _detected(keys: Sequence[tuple[str, ...]]) -> list[Format]:
+    """The formats that may be detected, in the order in which they are tried on rows with these columns."""
+    there = {str(key).strip().casefold() for row in keys for key in row}
+    forms = [form for form in FORMATS.values() if not form.by_name]
+    return sorted(forms, key=lambda form: there.isdisjoint(form.marks))  # stable: the table's order otherwise
+
+
 def _row_types(maker: Converter) -> set[type]:
     return {maker.form.row, Chat} if maker.form.name == "prompt_completion" else {maker.form.row}
 
 
 def _giving(accepted: tuple[type, ...]) -> list[Converter]:
     """The formats that give such rows."""
-    return [maker for form in FORMATS.values() if _row_types(maker := Converter(form, {})) & set(accepted)]
+    makers = [Converter(form, {}) for form in FORMATS.values() if not form.by_name]
+    return [maker for maker in makers if _row_types(maker) & set(accepted)]
 
 
 def _mapping(accepted: tuple[type, ...], keys: Sequence[tuple[str, ...]]) -> str:

@@ -31,7 +31,10 @@ class Field:
 class Format:
     """``build`` makes the row of the fields' values or raises FieldFault. ``prompt`` is the field that a ``prompt_template``
     replaces, ``answer`` those that it keeps. ``gold``: the field that rows to be predicted may lack. ``look``: what the values
-    of the first rows say of the whole file; ``build`` gets it among the values, and under "gold" whether gold is wanted."""
+    of the first rows say of the whole file; ``build`` gets it among the values, and under "gold" whether gold is wanted.
+
+    ``marks``: columns that no other format has; a file with one of them is tried as this format first. ``by_name``: the
+    format is never detected, the recipe has to name it."""
 
     name: str
     row: type
@@ -41,6 +44,8 @@ class Format:
     answer: tuple[str, ...] = ()
     gold: str | None = None
     look: Callable[[Sequence[Values]], dict[str, Any]] | None = None
+    marks: tuple[str, ...] = ()
+    by_name: bool = False
 
 
 TOOLS = Field("tools", ("tools", "functions"), required=False)

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.data.config import DataConfig, Source
-from tunesmith.data.formats import columns, grades, preference_fields
+from tunesmith.data.formats import columns, grades, judged_fields, preference_fields
 from tunesmith.data.formats.columns import Converter, converter
 from tunesmith.data.problems import Record, RowFault, RowProblem, shorten
 from tunesmith.data.read import hub_set
 from tunesmith.data.read.row_files import READERS, Rows, read
-from tunesmith.data.rows import Chat, Labelled, PromptCompletion, Question, Ranking, Row, Tagged, Text
+from tunesmith.data.rows import Answered, Chat, Judged, Labelled, PromptCompletion, Question, Ranking, Row, Tagged, Text
 from tunesmith.errors import DataError
 
-ROW_TYPES: tuple[type, ...] = (Chat, PromptCompletion, Text, Labelled, Tagged, Question, Ranking)
+ROW_TYPES: tuple[type, ...] = (Chat, PromptCompletion, Text, Labelled, Tagged, Question, Ranking, Judged)
 
 SAMPLED = 100
 """Rows looked at to find out the format."""
@@ -38,7 +38,8 @@ class Opened:
     gold: bool = True
 
     def rows(self) -> Iterator[tuple[Record, Row] | RowProblem]:
-        """Each row with where it came from, or what is wrong with it. At most ``limit`` rows are read."""
+        """Each row with where it came from, or what is wrong with it. At most ``limit`` rows of the file are read; where pairs
+        become two rows each, both come from the same place, one after the other."""
         if self.convert is None:
             yield from (item for item in self._read() if isinstance(item, RowProblem))
             return
@@ -51,6 +52,8 @@ class Opened:
                     row = _mixed(item, row.label, numbers)
             if isinstance(row, RowProblem):
                 yield row
+            elif isinstance(item, Record) and isinstance(row, Ranking) and self.convert.unpairs:
+                yield from ((item, one) for one in judged_fields.unpaired(row))
             elif isinstance(item, Record) and isinstance(row, self.accepted):
                 yield item, row
             elif isinstance(item, Record):
@@ -128,7 +131,7 @@ def _rows(source: Source) -> Rows:
 def _kinds(row: Row | RowProblem) -> tuple[type, ...]:
     if isinstance(row, RowProblem):
         return ()
-    return (Ranking, Chat) if isinstance(row, Ranking) and not isinstance(row.prompt, str) else (type(row),)
+    return (type(row), Chat) if isinstance(row, Answered) and not isinstance(row.prompt, str) else (type(row),)
 
 
 def _conll(source: Source) -> bool:
@@ -139,7 +142,7 @@ def _question(source: Source, accepted: tuple[type, ...], gold: bool) -> str:
     """Hash of all that the format of a source depends on, besides its rows."""
     asked = [source.format, source.columns, source.prompt_template, source.limit, gold, [kind.__name__ for kind in accepted]]
     content = hashlib.sha256(json.dumps(asked).encode())
-    for file in (columns.__file__, preference_fields.__file__, grades.__file__):
+    for file in (columns.__file__, preference_fields.__file__, judged_fields.__file__, grades.__file__):
         content.update(Path(file).read_bytes())
     return content.hexdigest()[:16]
 

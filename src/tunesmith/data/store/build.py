@@ -24,7 +24,7 @@ from tunesmith.data.problems import Record, RowFault, RowProblem
 from tunesmith.data.read import builtin, class_folder, hub_set
 from tunesmith.data.read.row_files import existing
 from tunesmith.data.read.source import Opened
-from tunesmith.data.rows import Chat, PromptCompletion, Ranking, Row, Text, digest
+from tunesmith.data.rows import Answered, Chat, PromptCompletion, Row, Text, digest
 from tunesmith.data.store import cache
 from tunesmith.data.store.cache import Entry, Example, Writer
 from tunesmith.errors import DataError
@@ -33,9 +33,9 @@ ENCODING = (
     "rows", "problems",
     "read.row_files", "read.json_rows", "read.source", "read.class_folder", "read.conll", "read.hub_set",
     "formats.columns", "formats.fields", "formats.turns", "formats.grades", "formats.preference_fields",
-    "formats.label_fields", "formats.word_fields", "formats.squad_file",
+    "formats.judged_fields", "formats.label_fields", "formats.word_fields", "formats.squad_file",
     "encode.chat", "encode.spans", "encode.templates", "encode.texts", "encode.tagging", "encode.questions",
-    "encode.rankings", "encode.labels",
+    "encode.rankings", "encode.desirability", "encode.labels",
     "store.build", "store.cache",
 )  # fmt: skip
 """Modules of tunesmith.data that a stored example depends on: an edit of one of them makes every cache entry anew."""
@@ -105,16 +105,17 @@ def build(opened: Opened, objective: Any, tokenizer: Any, keep: bool, shared_key
 
 def _write(writer: Writer, opened: Opened, objective: Any, tokenizer: Any, on_progress: Progress | None) -> dict[str, Any]:
     """Encode all rows; what was counted on the way."""
-    read = kept = 0
+    read = kept = last = 0
     first: list[RowProblem] = []
     fatal = False
     unseen: dict[str, Any] = {"looked_at": 0, "rows": 0, "first": []}
     renderer = Renderer(tokenizer) if tokenizer.chat_template else None
     for encoded, problems in _ahead(_batches(opened.rows()), opened, objective, tokenizer):
-        read += len(encoded) + len(problems)
+        read += len(problems)
         for (record, row), examples in encoded:
             writer.add(examples, record.row, digest(row))
-            kept += 1
+            if record.row != last:  # a pair that becomes two rows is one row of the file
+                read, kept, last = read + 1, kept + 1, record.row
             if renderer and len(examples) == 1 and unseen["looked_at"] < LOOKED_AT:
                 _compare(row, record, renderer, unseen)
         fatal = fatal or any(problem.fatal for problem in problems)
@@ -171,7 +172,7 @@ def _characters(row: Row) -> int:
         return len(row.prompt) + len(row.completion)
     if isinstance(row, Chat):
         return sum(len(message["content"]) for message in row.messages)
-    if isinstance(row, Ranking):
+    if isinstance(row, Answered):
         return sum(map(_characters, row.written()))
     return sum(len(part) for name in TEXTS if isinstance(part := getattr(row, name, None), str))
 
@@ -194,7 +195,7 @@ def _encode(batch: Sequence[Located], opened: Opened, objective: Any, tokenizer:
 
 
 def _compare(row: Row, record: Record, renderer: Renderer, unseen: dict[str, Any]) -> None:
-    chats = [one for one in (row.written() if isinstance(row, Ranking) else [row]) if isinstance(one, Chat)]
+    chats = [one for one in (row.written() if isinstance(row, Answered) else [row]) if isinstance(one, Chat)]
     if not chats:
         return
     unseen["looked_at"] += 1

@@ -17,9 +17,10 @@ from tunesmith.data.read import class_folder, hub_set
 from tunesmith.data.read.source import Opened, eval_sources, open_source
 from tunesmith.data.rows import Chat
 from tunesmith.data.store.build import Built, Progress, build, shared_key
+from tunesmith.data.store.cache import Entry
 from tunesmith.data.store.data_report import Report, SourceReport, SplitReport, histogram
 from tunesmith.data.store.encoded import Encoded, Views, fit, join
-from tunesmith.data.store.mix import held_out
+from tunesmith.data.store.mix import held_out, held_out_together
 from tunesmith.errors import DataError, ReadOnceError
 
 
@@ -176,17 +177,34 @@ def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataCo
 
 
 def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[list[_Part], list[_Part]]:
-    """Split by row: a row's examples stay together. At least one row is held out of two or more, and one is kept."""
-    draws = [held_out(part.built.entry.row, seed, index) for index, part in enumerate(parts)]
+    """Split by row: a row's examples stay together. At least one row is held out of two or more, and one is kept.
+
+    Where examples have a ``prompt_key``, all rows of a prompt stay together. Then so many prompts are held out that their rows
+    are as many as asked for, or fewer; one prompt at least. Raises DataError when all rows have one prompt.
+    """
+    draws = [_draw(part.built.entry, seed, index) for index, part in enumerate(parts)]
     ranked = np.concatenate([draw[_first_of_row(part)] for part, draw in zip(parts, draws)])  # one draw for each row
     ranked.sort()
     if config.eval.fraction == 0 or len(ranked) < 2:
         return list(parts), []
     count = int(np.clip(np.searchsorted(ranked, config.eval.fraction), 1, len(ranked) - 1))
-    edge = ranked[min(count, config.eval.limit or count) - 1]
+    values, sizes = np.unique(ranked, return_counts=True)
+    if len(values) < 2:
+        raise DataError(
+            f"all {len(ranked)} rows have the same prompt, so no rows of another prompt can be held out.\n"
+            "  Set data.eval.fraction=0, or name a file to evaluate on: data.eval.path."
+        )
+    whole = int(np.searchsorted(np.cumsum(sizes), min(count, config.eval.limit or count), side="right"))
+    edge = values[int(np.clip(whole, 1, len(values) - 1)) - 1]
     train = [_Part(part.built, part.opened, part.chosen[draw > edge]) for part, draw in zip(parts, draws)]
     held = [_Part(part.built, part.opened, part.chosen[draw <= edge]) for part, draw in zip(parts, draws)]
     return train, held
+
+
+def _draw(entry: Entry, seed: int, source: int) -> np.ndarray:
+    """float64[examples]: equal for the examples of a row, or of a prompt; those below the fraction are held out."""
+    keys = entry.values.get("prompt_key")
+    return held_out(entry.row, seed, source) if keys is None else held_out_together(keys, seed)
 
 
 def _check_lengths(parts: Sequence[_Part], limit: int, window: int | None) -> None:
@@ -303,10 +321,14 @@ def _shared(train: Sequence[_Part], held: Sequence[_Part]) -> int:
 
 
 def _row_digests(parts: Sequence[_Part]) -> np.ndarray:
-    """One digest for each row, sorted (a row may have several examples, which stand together)."""
-    digests = np.concatenate([part.built.entry.digest[part.chosen[_first_of_row(part)]] for part in parts])
-    digests.sort()
-    return digests
+    """One digest for each row, sorted (a row may have several examples, which stand together; a pair that became two rows has
+    two)."""
+    found = []
+    for part in parts:
+        digests, first = part.built.entry.digest[part.chosen], _first_of_row(part)
+        first[1:] |= digests[1:] != digests[:-1]
+        found.append(digests[first])
+    return np.sort(np.concatenate(found))
 
 
 def _first_of_row(part: _Part) -> np.ndarray:
