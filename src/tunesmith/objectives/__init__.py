@@ -105,6 +105,10 @@ class Objective:
         """Tokenise rows; a list of examples for each (several when a conversation is expanded by turn, none when dropped)."""
         raise NotImplementedError
 
+    def extend(self, data: Any) -> Any:
+        """The encoded data set with what only all of it can give to an example; see ``Encoded.attaching``."""
+        return data
+
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
         """One micro-batch: a single packed sequence with segments, or right-padded rows. Pure; needs no model."""
         raise NotImplementedError

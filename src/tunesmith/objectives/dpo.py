@@ -164,7 +164,9 @@ class Objective(objectives.Objective):
         """Loss and figures of each pair (n,)."""
         import torch
 
-        policy = self._answers(model, batch)
+        from tunesmith.models.heads.log_probs import answer_logps
+
+        policy = answer_logps(model, batch)
         if not self.traits.needs_reference:
             reference = torch.zeros_like(policy)
         elif "reference_logps" in batch:
@@ -189,19 +191,11 @@ class Objective(objectives.Objective):
             figures["kl"] = ((pairs.better - pairs.better_reference) ** 2 + (pairs.worse - pairs.worse_reference) ** 2) / 4
         return LOSSES[self.config.loss_type](pairs, self.config), figures
 
-    def _answers(self, model: Any, batch: Batch) -> Any:
-        """log p(answer | prompt), (answers,), summed in fp64: hundreds of terms, and what counts are differences of such sums."""
-        import torch
-
-        from tunesmith.models.heads.log_probs import log_probs
-
-        found = log_probs(model, batch)
-        exact = found if found.device.type == "mps" else found.to(torch.float64)
-        return exact.new_zeros(len(batch["tokens"])).index_add(0, batch["owners"].to(found.device), exact)
-
     def reference_logps(self, model: Any, batch: Batch) -> list[Any]:
         """For each row, log p(answer | prompt) of its answers, float64 (answers,)."""
-        return list(self._answers(model, batch).cpu().double().split(batch["counts"]))
+        from tunesmith.models.heads.log_probs import answer_logps
+
+        return list(answer_logps(model, batch).cpu().double().split(batch["counts"]))
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 

@@ -55,13 +55,18 @@ class Encoded:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        """Its arrays, and ``row``: int64 (source, row of the file)."""
+        """Its arrays, and ``row``: int64 (source, row of the file); and what is attached."""
+        example = self.bare(index)
+        for add in self.attach:
+            example = add(self, index, example)
+        return example
+
+    def bare(self, index: int) -> Example:
+        """An example without what is attached to it."""
         views, source = self.views, int(self.source[index])
         entry, place = self.entries[source], int(views.example[index])
         example = entry.example(place, int(views.start[index]), int(views.length[index]))
         example["row"] = np.array([source, entry.row[place]], np.int64)
-        for add in self.attach:
-            example = add(self, index, example)
         return example
 
     def attaching(self, add: Callable[[Encoded, int, Example], Example]) -> Encoded:

@@ -119,7 +119,7 @@ def prepare(
         cached=all(made.cached for made in built),
         seconds=time.perf_counter() - began,
     )
-    return Prepared(learnt, tested, most, report, tuple(sets))
+    return Prepared(objective.extend(learnt), tested and objective.extend(tested), most, report, tuple(sets))
 
 
 def _open_set(name: str, source: Source, accepted: tuple[type, ...]) -> Opened:

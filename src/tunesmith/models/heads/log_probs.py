@@ -24,6 +24,16 @@ def log_probs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return -lm_head.plain_losses(model, batch) if given is None else BlockedLogProbs.apply(*given)
 
 
+def answer_logps(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """log p(answer | prompt) of each answer, (answers,): the sum over its targets, which ``owners`` (targets,) assigns to it.
+
+    Summed in fp64 where the device has it: hundreds of terms, and what a loss compares are differences of such sums.
+    """
+    found = log_probs(model, batch)
+    exact = found if found.device.type == "mps" else found.to(torch.float64)
+    return exact.new_zeros(len(batch["tokens"])).index_add(0, batch["owners"].to(found.device), exact)
+
+
 class BlockedLogProbs(torch.autograd.Function):
     """log softmax(h_i W^T + b)[label_i], (targets,). Arguments are those of ``head.BlockedCrossEntropy``.
 
