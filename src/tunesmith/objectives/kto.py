@@ -86,9 +86,7 @@ class Objective(objectives.Objective):
         """Sum over rows of lambda_y - v(x, y), equation 8. Rewards are given without the baseline."""
         policy = _logps(model, batch)
         log_ratio = policy - self._reference(policy, batch)[:, 0]
-        kl = (
-            batch["kl"].to(policy) if "kl" in batch else policy.new_zeros(())
-        )  # before its first step the policy is its reference
+        kl = batch["kl"].to(policy) if "kl" in batch else policy.new_zeros(())  # at step 0 the policy is its reference
         good = batch["desirable"].to(policy.device)
         rewards, logps = self.config.beta * log_ratio.detach(), policy.detach()
         metrics: Metrics = {
@@ -138,13 +136,13 @@ class Objective(objectives.Objective):
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
         """For each row its log-probability, log ratio, and that of the response to another prompt."""
-        policy = _logps(model, batch)
+        policy = _logps(model, batch).detach()
         log_ratio = policy - self._reference(policy, batch)[:, 0]
         others = self.kl_terms(model, batch) if "other" in batch else [policy.new_zeros(())] * len(policy)
         columns = zip(batch["rows"], policy.tolist(), log_ratio.tolist(), batch["desirable"].tolist(), others, strict=True)
         return {
             "judged": [
-                {"row": row, "logp": logp, "ratio": ratio, "desirable": good, "other": float(other)}
+                {"row": row, "logp": logp, "ratio": ratio, "desirable": good, "other": float(other.detach())}
                 for row, logp, ratio, good, other in columns
             ]
         }

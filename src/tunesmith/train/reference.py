@@ -1,8 +1,9 @@
 """The reference: what the policy gives for every example before its first step, which later steps are compared with.
 
 It is computed once, for the examples that the run will see, by the same data path and the same forward pass as training,
-and is part of every checkpoint. So it is the policy at step 0 whatever the adaptation is: adapters that are switched off are
-something else where they began as something else (a continued adapter, PiSSA, a random prefix), and a second model would cost its memory.
+and is part of every checkpoint. So it is the policy at step 0 whatever the adaptation is: adapters that are switched off
+are something else where they began as something else (a continued adapter, PiSSA, a random prefix), and a second model
+would cost its memory.
 """
 
 from __future__ import annotations
