@@ -127,10 +127,10 @@ def restore(run: Run) -> Progression:
     if run.setup.reference is not None:
         run.setup.reference.load(tensors)
         reference.check_known(run.setup.reference, run.setup.seen(), run.setup.model_folder.path)
-    of_source = {name.removeprefix("source."): value for name, value in tensors.items() if name.startswith("source.")}
-    run.setup.source.load(of_source, state.get("source") or {})
     at = Progression(**state["progression"])
     run.update.load(tensors, state)
+    of_source = {name.removeprefix("source."): value for name, value in tensors.items() if name.startswith("source.")}
+    run.setup.source.load(of_source, state.get("source") or {})
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and run.setup.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], run.setup.device)
