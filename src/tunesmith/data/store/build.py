@@ -33,7 +33,7 @@ ENCODING = (
     "rows", "problems",
     "read.row_files", "read.json_rows", "read.source", "read.class_folder", "read.conll", "read.hub_set",
     "formats.columns", "formats.fields", "formats.turns", "formats.grades", "formats.preference_fields",
-    "formats.judged_fields", "formats.label_fields", "formats.word_fields", "formats.squad_file",
+    "formats.judged_fields", "formats.label_fields", "formats.word_fields", "formats.squad_file", "formats.judged_fields",
     "encode.chat", "encode.spans", "encode.templates", "encode.texts", "encode.tagging", "encode.questions",
     "encode.rankings", "encode.desirability", "encode.labels",
     "store.build", "store.cache",
