@@ -7,11 +7,10 @@ import sys
 
 import pytest
 
-from tunesmith.data import builtin
+from tunesmith.data import builtin, library
 from tunesmith.data.build import content_hash
 from tunesmith.data.config import Source
 from tunesmith.data.lint_pairs import characters
-from tunesmith.data.make import docstrings
 from tunesmith.data.read import read
 from tunesmith.data.rows import Chat, Ranking
 from tunesmith.data.source import open_source
@@ -25,7 +24,7 @@ def test_rows_are_questions_with_answers():
     assert len(rows) > 2000 and len({row["instruction"] for row in rows}) == len(rows)
     for row in rows:
         assert row.keys() == {"instruction", "response"} and row["instruction"].endswith("?")
-        assert docstrings.SHORTEST <= len(row["response"]) <= docstrings.LONGEST and "\n" not in row["response"]
+        assert library.SHORTEST <= len(row["response"]) <= library.LONGEST and "\n" not in row["response"]
     answers = {row["instruction"]: row["response"] for row in rows}
     assert "JSON" in answers["What does the Python function `json.dumps` do?"]
     assert not any("`idlelib." in question or "`test." in question for question in answers)
