@@ -647,6 +647,7 @@ def test_a_sentence_with_a_word_that_may_be_a_name_is_left_out(sentence):
         ("def f(a=unknown):\n    pass", []),
         ("def f(a,\n      b):\n    pass", []),  # goes on behind the line
         ("raise ValueError(5)  # five", []),
+        ("raise ValueError('a'\n    'b')", []),
     ],
 )  # fmt: skip
 def test_names_in_lines_of_code_by_example(source, named):

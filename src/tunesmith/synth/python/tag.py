@@ -156,8 +156,10 @@ def mentions(sentence: str, known: Mapping[str, str]) -> list[Entity]:
 def _in_code(node: ast.AST, line: str, known: Mapping[str, str]) -> list[Entity]:
     """What the names in the first line of a statement are; [] where the tree does not tell it of one of them."""
     named = isinstance(node, ast.ClassDef | Function)
-    if not isinstance(node, ast.stmt) or not line.isascii() or "#" in line or line.endswith(":") != named:
+    if not isinstance(node, ast.stmt) or not line.isascii() or "#" in line:
         return []
+    if not (line.endswith(":") if named else node.lineno == node.end_lineno):
+        return []  # goes on behind the line
     marks = node.decorator_list if isinstance(node, ast.ClassDef | Function) else []
     parts = [one for one in ast.iter_child_nodes(node) if not isinstance(one, ast.stmt) and one not in marks]
     found: list[Entity] = []
