@@ -1,8 +1,8 @@
 """``builtin:NAME``: rows that a recipe can learn from without a file, made from the Python that runs.
 
-Real text that everybody has, so a first run needs no download but the model. Questions about docstrings are made here.
-The other kinds come from ``tunesmith.synth.python``, which is built on this package. So data never imports it: it is
-found by name, as an objective is, when a recipe asks for one of its kinds.
+Real text that everybody has, so a first run needs no download but the model. Questions about docstrings are made
+here. The other kinds come from ``tunesmith.synth.python``, which is built on this package. So data never imports it:
+it is found by name, as an objective is, when a recipe asks for one of its kinds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def makers() -> Makers:
 
 
 def rows(name: str) -> Iterator[dict[str, Any]]:
-    """Rows of a built-in data set, in an order that is always the same. Raises DataError for an unknown name."""
+    """Rows of a built-in data set, in the same order each time. Raises DataError for an unknown name."""
     if name not in NAMES:
         raise DataError(f"unknown built-in data set {name!r}. {did_you_mean(name, NAMES)}")
     kind, lang = NAMES[name]
@@ -50,7 +50,7 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _docstrings(lang: str) -> Iterator[dict[str, str]]:
-    """First the built-in functions, then by module in the order of their names, within a module in the file's."""
+    """First the built-in functions, then the modules by name, each in the order of its file."""
     seen: set[str] = set()
     for name in library.modules():
         for _, row in library.docstrings(library.read_module(name), lang):
@@ -60,7 +60,7 @@ def _docstrings(lang: str) -> Iterator[dict[str, str]]:
 
 
 def digest(name: str) -> str:
-    """Hash of all that the rows are made from: the library's sources, the version of Python, and the makers."""
+    """Hash of all that the rows are made from: the library's sources, Python's version, the makers."""
     content = hashlib.sha256(f"{name} {sys.version}".encode())
     code = [Path(library.__file__), *sorted(Path(makers().__file__).parent.glob("*.py"))]
     for path in [*(path for path in library.modules().values() if path), *code]:

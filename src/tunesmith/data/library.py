@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 SKIPPED = {
     "__phello__", "__pycache__", "_pyrepl", "antigravity.py", "config", "dist-packages", "distutils",
-    "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "this.py", "turtledemo",
+    "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "this.py",
+    "turtledemo",
 }  # fmt: skip
 """Folders and files of the standard library that document nothing a user would ask about."""
 
@@ -157,7 +158,7 @@ def _builtins(module: Module) -> Iterator[Definition]:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The source of a definition, moved left by ``indent``. ``first``: the number of its first line in the file."""
+    """The source of a definition, moved left by ``indent``. ``first``: the number of its first line."""
 
     text: str
     first: int
@@ -178,7 +179,7 @@ class Excerpt:
 
 
 def excerpt(item: Definition) -> Excerpt | None:
-    """The code with its decorators; None when it is too long, is one line, or has a line left of its first one."""
+    """The code with its decorators; None when it is too long, is one line, or a line stands left of it."""
     if isinstance(item.node, ast.Module):
         return None
     indent = item.node.col_offset
@@ -240,7 +241,7 @@ def exceptions(module: Module) -> set[str]:
 def raised(item: Definition) -> list[ast.expr] | None:
     """The names of the exceptions in the ``raise`` statements of a function, one for each statement.
 
-    None when one of the statements does not name it (``raise``, ``raise error``): the list would not be whole.
+    None when one of the statements names none (``raise``, ``raise error``): the list would be incomplete.
     """
     found: list[ast.expr] = []
     known = exceptions(item.module)
@@ -302,7 +303,7 @@ def question(item: Definition, lang: str) -> str:
 
 
 def docstrings(module: Module, lang: str) -> Iterator[tuple[Definition, dict[str, str]]]:
-    """Definitions with rows ``{"instruction": "What is the Python class `dict`?", "response": "dict() -> ..."}``."""
+    """Definitions with rows ``{"instruction": "What is the class ...", "response": ...}``."""
     for item in module.definitions:
         answer = first_paragraph(item.doc)
         if SHORTEST <= len(answer) <= LONGEST:

@@ -1,7 +1,7 @@
 """Rows made from Python's own library, with answers that are known to be true.
 
-In reading order: wording (English and Korean phrases), facts (what the syntax tree says, as questions and answers);
-the kinds of rows: questions, preferences, classify, tag; draw (the table of kinds, and how rows are drawn).
+In reading order: wording (phrases in both languages), facts (what the syntax tree says); the kinds of rows:
+questions, preferences, classify, tag; draw (the table of kinds, and how rows are drawn).
 ``tunesmith.data.library`` reads the library.
 """
 

@@ -1,4 +1,4 @@
-"""Texts with labels: a docstring and its module's topic (classify), a function and its constructs (multilabel)."""
+"""Labelled texts: docstrings and topics (classify), functions and the constructs in them (multilabel)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOPICS = {
     "traceback tracemalloc warnings logging",
     ("user interface", "사용자 인터페이스"): "tkinter turtle curses cmd getpass argparse optparse getopt rlcompleter",
 }
-"""Topic in English and Korean: the modules and packages about it; those that are about several are in none."""
+"""Topic in English and Korean: the modules and packages about it; those about several are in none."""
 
 TOPIC_OF = {module: topic for topic, names in TOPICS.items() for module in names.split()}
 
@@ -49,7 +49,7 @@ CONSTRUCTS: dict[str, tuple[str, tuple[type[ast.AST], ...]]] = {
     "default value": ("기본값", ()),
     "condition": ("조건문", (ast.If, ast.IfExp)),
 }
-"""Construct: its Korean name, and its nodes. The rarer ones first: a row is drawn as one of its first label."""
+"""Construct: its Korean name and its nodes. Rarer ones first: a row is drawn as one of its first label."""
 
 
 def topic(module: str) -> str:
@@ -58,7 +58,7 @@ def topic(module: str) -> str:
 
 
 def classify(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
-    """Real: the text is the first paragraph of a docstring. The label is its module's topic in a fixed table."""
+    """Real: the text is the first paragraph of a docstring. The label is its module's topic in a table."""
     label = TOPIC_OF[module.name.partition(".")[0]][lang == "ko"]
     for item, row in library.docstrings(module, lang):
         if len(row["response"]) <= 400:
@@ -77,7 +77,8 @@ def multilabel(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
                 "string formatting": any(map(_formats, nodes)),
                 "default value": any(one.default for one in all_parameters(item.node)),
             }
-            found = {name for name, (_, kinds) in CONSTRUCTS.items() if any(isinstance(one, kinds) for one in nodes)}
+            types = {type(node) for node in nodes}
+            found = {name for name, (_, kinds) in CONSTRUCTS.items() if types.intersection(kinds)}
             found |= {name for name, occurs in beyond.items() if occurs}
             names = [(name, korean) for name, (korean, _) in CONSTRUCTS.items() if name in found]
             labels = [pair[lang == "ko"] for pair in names]

@@ -1,4 +1,4 @@
-"""Draws rows of a kind: module by module in an order that the seed gives, evenly from the groups, no row twice.
+"""Draws rows of a kind: module by module in an order that the seed gives, evenly from groups, no row twice.
 
 A pure function of kind, language, seed, split and the Python that runs; reads no more modules than rows need.
 """
@@ -25,10 +25,10 @@ from tunesmith.synth.python.wording import Candidate, number
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of rows. ``make(module, lang, seed)`` yields every row of a module, and its docstring says what is real.
+    """A kind of rows. ``make(module, lang, seed)`` yields all rows of a module; its docstring says what is real.
 
-    ``labels``: what the summary counts of a row, None = its group. ``stratum`` of a module's name: modules are read and
-    held out evenly from all strata, "" = not used. Not used by default: the encodings, tables that are all alike.
+    ``labels``: what the summary counts of a row, None = its group. ``stratum`` of a module's name: modules are
+    read and held out evenly from all strata; "" = not used. The encodings, tables that are all alike, are not.
     """
 
     make: Callable[[Module, str, int], Iterator[Candidate]]
@@ -60,6 +60,7 @@ HELD_OUT = 5
 AHEAD = 600
 """Rows held while the modules are read, so that rows of one module do not follow one another."""
 
+Pool = dict[str, list[Candidate]]
 Progress = Callable[[int, int], None]
 """Called with the modules read so far and how many there are."""
 
@@ -84,7 +85,8 @@ def draw(
         most = next(count for count, share in shares if share <= len(none) and count - share <= len(some))
         where = f" in the modules for {split}" if split else ""
         where += f" with --no-answer {no_answer:g}" if none else ""
-        raise UserError(f"{name}: --rows is {rows}, and this Python's library gives {most}{where}. Type --rows {most}, or fewer.")
+        found = f"{name}: --rows is {rows}, but this Python's library gives {most}{where}."
+        raise UserError(f"{found} Type --rows {most}, or fewer.")
     chosen = [*none[:missing], *some[: rows - missing]]
     random.Random(f"{seed}:rows").shuffle(chosen)
     return chosen
@@ -93,7 +95,7 @@ def draw(
 def stream(
     kind: Kind, lang: str, seed: int, split: str | None, on_progress: Progress = lambda done, total: None
 ) -> Iterator[Candidate]:
-    """Every row of a kind, once: each from the group of which the fewest have come, as far as modules were read."""
+    """Every row of a kind, once; each from the group of which fewest have come, of the modules read so far."""
     order = random.Random(f"{seed}:modules")
     seen: set[str] = set()
     if split == "test":  # what also stands in a module to train on is no test
@@ -103,7 +105,7 @@ def stream(
     for names in strata(kind, split):
         order.shuffle(names)
         places += [(place / len(names), name) for place, name in enumerate(names)]
-    pool: dict[str, list[Candidate]] = defaultdict(list)
+    pool: Pool = defaultdict(list)
     drawn: Counter[str] = Counter()
     later: list[Candidate] = []
     for done, (_, name) in enumerate(sorted(places), 1):
@@ -124,7 +126,7 @@ def stream(
     yield from _drawn(pool, drawn, order, 0)
 
 
-def _drawn(pool: dict[str, list[Candidate]], drawn: Counter[str], order: random.Random, left: int) -> Iterator[Candidate]:
+def _drawn(pool: Pool, drawn: Counter[str], order: random.Random, left: int) -> Iterator[Candidate]:
     """Rows out of the pool until ``left`` of them stay."""
     for _ in range(sum(map(len, pool.values())) - left):
         group = min((name for name, rows in pool.items() if rows), key=lambda name: (drawn[name], name))

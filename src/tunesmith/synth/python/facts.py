@@ -1,4 +1,4 @@
-"""Facts that the syntax tree gives about functions and classes: the material of instructions, preferences and qa."""
+"""Facts that the syntax tree gives about functions and classes: material of instructions, preferences, qa."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ VERBATIM = {"signature", "docstring", "quotation"}
 
 
 class Fact(NamedTuple):
-    """``values`` answer the question of ``task`` about ``code``: names or source text; () = there is none to name.
+    """``values`` answer the question of ``task`` about ``code``: names or source text; () = there are none.
 
-    ``parameter``: what else the question names. ``start``: the character of the code where the only value begins;
+    ``parameter``: what else the question names. ``start``: where the only value begins in the code,
     None where there is no such value.
     """
 

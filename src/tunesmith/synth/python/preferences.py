@@ -15,14 +15,14 @@ from tunesmith.synth.python.wording import Candidate, number, pick
 STRANGERS = {
     "default": "None True False 0 1 -1 '' () 'utf-8' 'strict' 'r' 10 1024 'replace' 0.5 'localhost'",
     "parameters": "path value name timeout key encoding flags callback size default x n mode",
-    "exceptions": "ValueError TypeError KeyError OSError RuntimeError AttributeError IndexError ImportError EOFError",
+    "exceptions": "ValueError TypeError KeyError OSError RuntimeError AttributeError IndexError EOFError",
 }
 """By task, what the true answer may be mistaken for."""
 
 
 def preferences(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
-    """Real: the code, the docstrings, every fact of a chosen answer. Made up: the questions, the sentences around facts,
-    and every rejected answer: another's docstring, one cut off, a wrong value, list or exception."""
+    """Real: the code, the docstrings, every fact of a chosen answer. Made up: the questions, the sentences
+    around facts, and every rejected answer: another's docstring, one cut off, a wrong value, list or exception."""
     told = {row["instruction"]: (item, row["response"]) for item, row in docstrings(module, lang)}
     whole = {asked: one for asked, one in told.items() if 40 <= len(one[1]) <= 400 and one[1][-1] in ".!?"}
     for asked, (item, text) in whole.items():
@@ -39,8 +39,8 @@ def preferences(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
 
 
 def judged(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
-    """Real: the code, the docstrings, every fact of a good answer. Made up: the questions, the sentences around facts,
-    and every bad answer: another's docstring, one cut off, a wrong value, list or exception."""
+    """Real: the code, the docstrings, every fact of a good answer. Made up: the questions, the sentences
+    around facts, and every bad answer: another's docstring, one cut off, a wrong value, list or exception."""
     for group, about, row in preferences(module, lang, seed):
         for name, label in ("chosen", True), ("rejected", False):
             judgement = {"prompt": row["instruction"], "completion": row[name], "label": label}
@@ -79,7 +79,9 @@ def _cut(item: Definition, text: str, seed: int) -> list[str]:
     return out
 
 
-def _pair(flaw: str, prompt: str, chosen: str, wrong: Sequence[str], item: Definition, seed: int) -> Iterator[Candidate]:
+def _pair(
+    flaw: str, prompt: str, chosen: str, wrong: Sequence[str], item: Definition, seed: int
+) -> Iterator[Candidate]:  # fmt: skip
     """One of the wrong answers that are longer or of those that are shorter, as the toss of a coin says."""
     sides = {"longer": [text for text in wrong if len(text) > len(chosen)]}
     sides["shorter"] = [text for text in wrong if len(text) < len(chosen)]

@@ -1,4 +1,4 @@
-"""Questions with answers in words (docstrings, instructions) or with a stretch of a text as the answer (qa)."""
+"""Questions with answers in words (docstrings, instructions) or with a stretch of a text as answer (qa)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def docstrings(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
 
 
 def instructions(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
-    """Real: the code, every name in an answer, the docstrings. Made up: the wording of questions and answers."""
+    """Real: the code, every name in an answer, docstrings. Made up: the wording of questions and answers."""
     for item in module.definitions:
         for fact in facts(item):
             asked, said = question(fact, item, lang, seed), answer(fact, fact.values, lang)
@@ -34,13 +34,14 @@ def instructions(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
 
 
 def qa(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
-    """Real: the contexts (source of the library, sentences of its docstrings) and the answers in them. Made up: the
-    questions, and the lists in which sentences of docstrings stand together."""
+    """Real: the contexts (source of the library, sentences of its docstrings) and the answers in them.
+    Made up: the questions, and the lists in which sentences of docstrings stand together."""
     for item in module.definitions:
         for fact in facts(item):
             if fact.task in IN_CODE and (fact.start is not None or not fact.values):
                 yield _row(fact.task, fact.code, question(fact, item, lang, seed), fact.start, *fact.values)
-    said = {item.name.removeprefix(f"{module.name}."): first_sentence(item.doc) for item in module.definitions[1:]}
+    prefix = f"{module.name}."
+    said = {item.name.removeprefix(prefix): first_sentence(item.doc) for item in module.definitions[1:]}
     told = {name: sentence for name, sentence in said.items() if 12 <= len(sentence) <= 200}
     for first in range(0, len(told) - 2, LISTED):
         some = [*told][first : first + LISTED]

@@ -1,4 +1,4 @@
-"""Tokens of sentences and lines of code, and what each of them names (BIO), as the module's syntax tree says."""
+"""Tokens of sentences and lines of code, and what each of them names (BIO), as the syntax tree says."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class UnsureError(Exception):
 
 
 def tag(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
-    """Real: sentences of docstrings and lines of code; the tags are read off the syntax tree of their module. Sentences in
-    which a word may be a name or a mere word are left out. Korean sentences are made up around real names and facts."""
+    """Real: sentences of docstrings and lines of code; the tags are read off the syntax tree of their module.
+    Sentences in which a word may be a name or a mere word are left out. Korean ones are made up around real facts."""
     for text, entities in _korean(module, seed) if lang == "ko" else _english(module):
         shown = [(start, end, KINDS[kind] if lang == "ko" else kind) for start, end, kind in entities]
         tokens, tags = bio(text, shown)
@@ -87,7 +87,8 @@ def bio(text: str, entities: list[Entity]) -> tuple[list[str], list[str]]:
 def _english(module: Module) -> Iterator[tuple[str, list[Entity]]]:
     shared = names(module)
     for item in module.definitions if module.text else ():  # of what is written in C no parameter is known
-        known = {**shared, **{one.name: "?" if one.name in shared else "PARAM" for one in library.parameters(item)}}
+        taken = {one.name for one in library.parameters(item)}
+        known = {**shared, **{name: "?" if name in shared else "PARAM" for name in taken}}
         for sentence in (one for part in library.paragraphs(item.doc) for one in library.sentences(part)):
             if PROSE.fullmatch(sentence) and not re.search(r">>>|\s[-*:+]\s", sentence):
                 try:
@@ -96,7 +97,7 @@ def _english(module: Module) -> Iterator[tuple[str, list[Entity]]]:
                     continue
                 if entities or number(sentence) % 3 == 0:  # most sentences name nothing
                     yield sentence, entities
-    nodes: list[ast.AST] = [node for node in ast.walk(module.tree) if isinstance(node, ast.Import | ast.Raise)]
+    nodes: list[ast.AST] = [one for one in ast.walk(module.tree) if isinstance(one, ast.Import | ast.Raise)]
     nodes += [one.node for one in module.definitions if one.kind in ("class", "function", "method")]
     for node in nodes:
         line = module.lines[node.lineno - 1].strip() if isinstance(node, ast.stmt) else ""
@@ -123,9 +124,9 @@ def names(module: Module) -> dict[str, str]:
 def mentions(sentence: str, known: Mapping[str, str]) -> list[Entity]:
     """The entities of a sentence. Raises UnsureError where the words do not say whether a name is meant.
 
-    A word is a name when it is written as one: in quotes, before parentheses, with a dot, an underscore or a capital
-    letter within it, or next to a word that says what it is (``the socket module``). Methods are called by verbs,
-    which stay words.
+    A word is a name when it is written as one: in quotes, before parentheses, with a dot, an underscore or a
+    capital letter within it, or next to a word that says what it is (``the socket module``). Methods are called
+    by verbs, which stay words.
     """
     found: list[Entity] = []
     for match in WORD.finditer(sentence):
@@ -154,7 +155,7 @@ def mentions(sentence: str, known: Mapping[str, str]) -> list[Entity]:
 
 
 def _in_code(node: ast.AST, line: str, known: Mapping[str, str]) -> list[Entity]:
-    """What the names in the first line of a statement are; [] where the tree does not tell it of one of them."""
+    """What the names in the first line of a statement are; [] where the tree does not say it of each."""
     named = isinstance(node, ast.ClassDef | Function)
     if not isinstance(node, ast.stmt) or not line.isascii() or "#" in line:
         return []

@@ -1,4 +1,4 @@
-"""What rows say, in English and Korean, how one of several phrases is chosen, and what a row is until it is drawn."""
+"""What rows say, in English and Korean, how one of several phrases is chosen, and a row that may be drawn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Choice = TypeVar("Choice")
 
 
 class Candidate(NamedTuple):
-    """A row. Rows are drawn evenly from the groups; a second row about the same comes when nothing else is left."""
+    """A row. Rows are drawn evenly from the groups; a second row about the same comes last."""
 
     group: str
     about: str
@@ -85,7 +85,7 @@ WORDING = {
         method: 메서드
     """),
 }
-"""Questions by task, frames around those about code, answers (``no``: there is nothing to name), and words."""
+"""Questions by task, frames around those about code, answers (``no``: nothing is to be named), and words."""
 
 
 def say(lang: str, *keys: str, seed: object = 0, **slots: object) -> str:
