@@ -53,7 +53,7 @@ def made(name, objective, rows, tmp_path):
     objective.bind(load.load_config(folder), tokenizer, 128)
     objective.scan(rows)
     torch.manual_seed(0)
-    network = load.load_model(folder, head=objective.head, trainable=True, head_config=objective.head_config())
+    network = load.load_model(folder, head=objective.traits.head, trainable=True, head_config=objective.head_config())
     return network, [one for row in objective.encode(rows, tokenizer) for one in row]
 
 

@@ -58,7 +58,7 @@ def test_an_interrupt_before_anything_was_saved_stays_one():
 
 WAITS = """
 import sys, time, pathlib
-from tunesmith.engine import watch
+from tunesmith.train import watch
 watch.begin(pathlib.Path(sys.argv[1]), 0)
 print("begun", flush=True)
 time.sleep(60)

@@ -232,7 +232,7 @@ def test_a_tracker_that_hangs_holds_up_nothing_but_the_end_and_that_for_a_moment
 HANGS = """
 import threading, time
 from tunesmith.cli.main import leave
-from tunesmith.engine import trackers
+from tunesmith.runs import trackers
 threading.Thread(target=time.sleep, args=(60,), name="tunesmith tracker wandb").start()
 print("the result")
 leave(3)
