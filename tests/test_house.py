@@ -23,6 +23,8 @@ FILES = sorted(SRC.rglob("*.py"))
 FORBIDDEN = {
     "errors": {"*"},
     "nearest": {"*"},
+    "files": {"cli", "recipe", "train", "runs", "engine", "evaluate", "merge", "objectives", "adaptations", "models", "data",
+              "metrics", "hub", "peft"},
     "metrics": {"cli", "recipe", "train", "runs", "engine", "evaluate", "merge", "objectives", "adaptations", "models", "data",
                 "hub", "nearest", "peft"},
     "hub": {"cli", "recipe", "train", "runs", "engine", "evaluate", "merge", "objectives", "adaptations", "models", "data",
@@ -34,7 +36,7 @@ FORBIDDEN = {
     "merge": {"cli", "objectives", "data"},
     "evaluate": {"cli", "merge"},
     "train": {"cli"},
-    "runs": {"cli", "evaluate", "merge", "models", "objectives", "adaptations"},
+    "runs": {"cli", "train", "evaluate", "merge", "models", "objectives", "adaptations"},
     "engine": {"cli"},
     "recipe": {"cli", "models", "evaluate", "merge"},
 }  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import DataError, UserError
-from tunesmith.runs import figures, tracking
+from tunesmith.runs import figures, metrics_file
 from tunesmith.runs.figures import is_number
 
 RESULTS = ("eval_loss_before", "eval_loss", "perplexity", "tokens_per_second", "peak_memory_bytes", "best_step", "tokens")
@@ -102,7 +102,7 @@ def _kept(folder: Path) -> Kept:
     try:
         recipe = _mapping(folder / "recipe.yaml", yaml.safe_load)
         manifest = _mapping(folder / "manifest.json", json.loads) if (folder / "manifest.json").exists() else {}
-        records = tracking.read(folder / "metrics.jsonl")
+        records = metrics_file.read(folder / "metrics.jsonl")
     except DataError as error:
         return Kept(folder, recipe, manifest, [], str(error))
     except OSError as error:

@@ -13,10 +13,8 @@ from typing import IO, Any
 
 import yaml
 
-from tunesmith import new_folder
+from tunesmith import files
 from tunesmith.errors import RecipeError, UserError
-from tunesmith.runs.tracking import replace_file
-from tunesmith.train import checkpoint
 
 
 @dataclass
@@ -40,7 +38,7 @@ class RunFolder:
     def record(self, **facts: Any) -> None:
         """Add facts to manifest.json, which is replaced in one piece."""
         content = {**self.manifest(), **facts}
-        replace_file(self.path / "manifest.json", json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())
+        files.replace_file(self.path / "manifest.json", json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())
 
     def close(self) -> None:
         if self.lock is not None:
@@ -90,7 +88,7 @@ def check_resumable(path: Path, recipe: dict[str, Any]) -> list[str]:
 
 def take(path: Path, recipe: dict[str, Any]) -> RunFolder:
     """Create or reopen the folder and hold it, so that no second process writes to it. Raises UserError when one does."""
-    new_folder.make(path)
+    files.make_folder(path)
     lock = (path / ".lock").open("a+")
     try:
         import fcntl
@@ -109,11 +107,11 @@ def take(path: Path, recipe: dict[str, Any]) -> RunFolder:
     file = path / "recipe.yaml"
     content = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
     if not file.exists() or file.read_bytes() != content:
-        replace_file(file, content)
+        files.replace_file(file, content)
     folder = RunFolder(path, lock)
-    checkpoint.recover(folder.model)
+    files.recover(folder.model)
     if folder.checkpoints.exists():
-        checkpoint.recover(folder.checkpoints / "step-0")
+        files.recover(folder.checkpoints / "step-0")
     return folder
 
 

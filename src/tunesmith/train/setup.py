@@ -5,7 +5,6 @@ Whatever can be wrong is found before weights load; ``check`` stops there.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith import adaptations, objectives
+from tunesmith import adaptations, files, objectives
 from tunesmith.adaptations import Adaptation
 from tunesmith.data.read.source import eval_sources
 from tunesmith.data.store.build import Progress
@@ -281,10 +280,10 @@ def _name_code(recipe: Recipe, folder: Folder, say: Callable[[str], None]) -> No
     """Say which files of the model will be run."""
     if not recipe.trust_remote_code:
         return
-    files = code_files(folder)
-    if not files:
+    code = code_files(folder)
+    if not code:
         raise RecipeError("trust_remote_code: true does nothing: this model brings no code of its own. Leave it out.")
-    named = ", ".join(f"{file} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]})" for file in files)
+    named = ", ".join(f"{file} (sha256 {files.sha256(file)[:16]})" for file in code)
     say(f"trust_remote_code: code that came with the model runs with all your rights: {named}")
 
 
@@ -380,7 +379,6 @@ def _merged_base(setup: Setup, out: Path) -> Folder:
     target = out / "base"
     if not target.is_dir():
         from tunesmith.merge import run as merge
-        from tunesmith.train.checkpoint import publish
 
         with torch.random.fork_rng():  # loading draws numbers, and the other processes do not load
             folded = merge.fold(
@@ -390,5 +388,5 @@ def _merged_base(setup: Setup, out: Path) -> Folder:
         def write(folder: Path) -> None:
             merge.write(folded, folder)
 
-        publish(target, write, sum(p.numel() * p.element_size() for p in folded.plain.parameters()))
+        files.publish_folder(target, write, sum(p.numel() * p.element_size() for p in folded.plain.parameters()))
     return locate(target, setup.model_folder.remote_code)
