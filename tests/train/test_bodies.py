@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tunesmith
-from tests.engine.launching import launched
 from tests.runs import apart, history, killed_before, recipe, weights
+from tests.train.launching import launched
 from tunesmith import files
 from tunesmith.data.batch import pack
 from tunesmith.data.store import cache

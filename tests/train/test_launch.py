@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import tunesmith
-from tests.engine.launching import launched, start
 from tests.runs import apart, killed_before, recipe, weights
+from tests.train.launching import launched, start
 from tunesmith import errors
 from tunesmith.cli.main import main
 from tunesmith.runs import metrics_file

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import tunesmith
-from tests.engine.launching import launched
 from tests.runs import apart, model_folder, recipe, weights
+from tests.train.launching import launched
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.runs import metrics_file
 from tunesmith.train import batching, checkpoint, zero

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from tunesmith import files
 from tunesmith.errors import RecipeError, UserError
+from tunesmith.recipe import text as recipe_text
 
 
 @dataclass
@@ -73,7 +72,7 @@ def check_resumable(path: Path, recipe: dict[str, Any]) -> list[str]:
     file = path / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"there is no run to resume in {path} (it has no recipe.yaml). Leave out --resume to start one.")
-    before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    before = recipe_text.read(file.read_text(encoding="utf-8"), str(file))[0]
     found = _changes(before, recipe)
     free = {key for key, _, _ in found for one in FREE if key == one or key.startswith(f"{one}.")}
     changes = [f"{key}: was {old!r}, is {new!r}" for key, old, new in found if key not in free]
@@ -105,7 +104,7 @@ def take(path: Path, recipe: dict[str, Any]) -> RunFolder:
     lock.write(str(os.getpid()))
     lock.flush()
     file = path / "recipe.yaml"
-    content = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
+    content = recipe_text.dump(recipe).encode()
     if not file.exists() or file.read_bytes() != content:
         files.replace_file(file, content)
     folder = RunFolder(path, lock)

@@ -7,11 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tunesmith import files
 from tunesmith import recipe as recipes
 from tunesmith.errors import DataError, UserError
+from tunesmith.recipe import text as recipe_text
 from tunesmith.runs import kept_runs, metrics_file
 from tunesmith.runs.figures import is_number
 from tunesmith.train import launch, run
@@ -62,7 +61,7 @@ def _train_as(before: kept_runs.Kept, chosen: recipes.Recipe, target: Path, cons
         else:
             given = ["--deepspeed", str(file)] if sharded else []
             path = Path(folder) / "recipe.yaml"
-            path.write_text(yaml.safe_dump(chosen.resolved()), encoding="utf-8")
+            path.write_text(recipe_text.dump(chosen.resolved()), encoding="utf-8")
             launch.launch(processes, ["train", str(path), "--out", str(target), *given], quiet=True)
 
 
