@@ -1,8 +1,9 @@
-"""The home folder, files and folders that appear whole or not at all, and their hashes: nothing else here knows them.
+"""The home folder, files and folders that appear whole or not at all, and their hashes: nothing else here
+knows them.
 
-Everything is written under a hidden name in the folder of its target, synced to the disk, and then renamed. So a kill or a
-power cut at any moment leaves the old one or the new one, and what is left of an unfinished one (``.NAME.*.tmp``) is never
-mistaken for either.
+Everything is written under a hidden name in the folder of its target, synced to the disk, and then renamed.
+So a kill or a power cut at any moment leaves the old one or the new one, and what is left of an unfinished
+one (``.NAME.*.tmp``) is never mistaken for either.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def home() -> Path:
-    """Where tunesmith keeps what it downloads and prepares: $TUNESMITH_HOME (``~`` is expanded), else ~/.cache/tunesmith."""
+    """Where tunesmith keeps what it downloads and prepares: $TUNESMITH_HOME (``~`` is expanded), else
+    ~/.cache/tunesmith.
+    """
     return Path(os.environ.get("TUNESMITH_HOME") or "~/.cache/tunesmith").expanduser()
 
 
 def free_disk_bytes(path: str | Path) -> int:
-    """Bytes this user can still write where ``path`` lies. ``path`` need not exist yet: its nearest existing parent counts."""
+    """Bytes this user can still write where ``path`` lies. ``path`` need not exist yet: its nearest existing
+    parent counts.
+    """
     folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -84,7 +89,8 @@ def _error_number(error: Exception) -> int:
 
 @contextmanager
 def publish_file(target: Path) -> Iterator[Path]:
-    """Give a path to write to; the file there replaces ``target`` when the block ends, and is removed when the block fails.
+    """Give a path to write to; the file there replaces ``target`` when the block ends, and is removed when
+    the block fails.
 
     Raises DiskFullError.
     """
@@ -109,7 +115,10 @@ def replace_file(target: Path, content: bytes) -> None:
 
 
 def new_target(out: str | Path, verb: str) -> Path:
-    """The absolute path of ``out``, which the command ``verb`` will make. Raises UserError when something is there."""
+    """The absolute path of ``out``, which the command ``verb`` will make.
+
+    Raises UserError when something is there.
+    """
     target = Path(out).expanduser().resolve()
     if target.exists():
         raise UserError(f"{target} exists already; {verb} writes a new folder. Choose another --out, or remove it.")
@@ -125,7 +134,10 @@ def make_folder(folder: Path) -> None:
 
 
 def temporary_folder(target: Path, mode: int = 0o777) -> Path:
-    """Make an empty hidden folder next to ``target``, to be filled and renamed to it. No two calls make the same one."""
+    """Make an empty hidden folder next to ``target``, to be filled and renamed to it.
+
+    No two calls make the same one.
+    """
     folder = _temporary(target)
     folder.mkdir(mode)
     return folder
@@ -150,7 +162,8 @@ def new_folder(target: Path) -> Iterator[Path]:
 def publish_folder(target: Path, write: Callable[[Path], None], needed_bytes: int) -> None:
     """Make ``target``: ``write`` fills the folder it is given. An old ``target`` is replaced.
 
-    Raises DiskFullError, leaving the old one, when the disk fills up or ``needed_bytes`` and ``MARGIN_BYTES`` are not free.
+    Raises DiskFullError, leaving the old one, when the disk fills up or ``needed_bytes`` and ``MARGIN_BYTES``
+    are not free.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     free = free_disk_bytes(target.parent)
@@ -165,7 +178,10 @@ def publish_folder(target: Path, write: Callable[[Path], None], needed_bytes: in
 
 
 def install_folder(made: Path, target: Path) -> None:
-    """Sync the filled folder ``made``, which lies on the same disk, and rename it to ``target``. An old one is replaced."""
+    """Sync the filled folder ``made``, which lies on the same disk, and rename it to ``target``.
+
+    An old one is replaced.
+    """
     for path in (*sorted(made.rglob("*")), made):
         sync(path)
     replaced = _replaced(target)
@@ -178,7 +194,9 @@ def install_folder(made: Path, target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Finish what a kill between the two renames of ``install_folder`` left, and remove temporary files and folders."""
+    """Finish what a kill between the two renames of ``install_folder`` left, and remove temporary files and
+    folders.
+    """
     replaced = _replaced(target)
     if replaced.exists() and not target.exists():
         replaced.rename(target)
@@ -199,7 +217,9 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_abandoned(folder: Path, pattern: str, seconds: float) -> None:
-    """Remove the folders in ``folder`` that match ``pattern`` and in which nothing was written for ``seconds``."""
+    """Remove the folders in ``folder`` that match ``pattern`` and in which nothing was written for
+    ``seconds``.
+    """
     for old in folder.glob(pattern):
         with suppress(FileNotFoundError):  # another process finished or removed it
             if max(path.lstat().st_mtime for path in (old, *old.rglob("*"))) < time.time() - seconds:

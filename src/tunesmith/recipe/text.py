@@ -1,8 +1,8 @@
 """The text of a recipe -> plain data, and back to the line a key stands on.
 
-YAML is read as version 1.2: only ``true`` and ``false`` are booleans (so that ``packing: off`` is the word), ``2e-4`` is a
-number, and a key given twice is an error. ruamel.yaml parses the text; the data are made here, of its tree. Tags are refused:
-a recipe holds plain values only, and reading one runs no code.
+YAML is read as version 1.2: only ``true`` and ``false`` are booleans (so that ``packing: off`` is the word),
+``2e-4`` is a number, and a key given twice is an error. ruamel.yaml parses the text; the data are made here,
+of its tree. Tags are refused: a recipe holds plain values only, and reading one runs no code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _TAG = "tag:yaml.org,2002:"
 _SCALARS = frozenset(("str", "int", "float", "bool", "null", "timestamp", "value", "merge"))
 
 MAX_VALUES = 10_000
-"""Values that a document may hold, each alias counted as a copy: a few lines of aliases can stand for billions."""
+"""Values that a document may hold, each alias counted as a copy: a few lines of aliases can stand for
+billions.
+"""
 
 MAX_DEPTH = 50
 
@@ -36,14 +38,18 @@ _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
 @dataclass(frozen=True)
 class Text:
-    """Where a recipe came from: ``name`` for messages, its YAML tree (None for plain data) and the overrides put on top."""
+    """Where a recipe came from: ``name`` for messages, its YAML tree (None for plain data) and the overrides
+    put on top.
+    """
 
     name: str
     tree: Any = None
     overrides: tuple[str, ...] = ()
 
     def at(self, loc: Sequence[Any]) -> str:
-        """``sft.yaml, line 7``, or the override that set the key, for the place ``loc`` (keys and list positions)."""
+        """``sft.yaml, line 7``, or the override that set the key, for the place ``loc`` (keys and list
+        positions).
+        """
         dotted = ".".join(map(str, loc))
         for override in reversed(self.overrides):
             key = override.partition("=")[0].strip()
@@ -65,13 +71,16 @@ def read(text: str, name: str) -> tuple[Any, Any]:
 
 
 def dump(value: Any, one_line: bool = False) -> str:
-    """Plain data as YAML. Words that YAML 1.1 takes for something else are quoted, so that every reader agrees."""
+    """Plain data as YAML.
+
+    Words that YAML 1.1 takes for something else are quoted, so that every reader agrees.
+    """
     out = io.StringIO()
     writer = YAML(typ="safe", pure=True)
     writer.Representer = _Representer
     writer.default_flow_style = one_line
     writer.width = 10**6 if one_line else 80
-    writer.sort_base_mapping_type_on_output = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # annotated as None alone
     writer.dump(value, out)
     return out.getvalue().removesuffix("...\n")  # the end of a document that is one scalar
 
@@ -139,7 +148,9 @@ def _mapping(node: Any, name: str, values: Iterator[int], depth: int) -> dict[An
 
 
 def _scalar(kind: str, text: str) -> Any:
-    """A number only where it is written as decimal: 010, 0o7, 2024-01-01 and 1:30 are words, as off and yes are."""
+    """A number only where it is written as decimal: 010, 0o7, 2024-01-01 and 1:30 are words, as off and yes
+    are.
+    """
     if kind in ("bool", "null"):
         return _CONSTANTS.get(text.lower(), text)
     if kind == "int" and _DECIMAL.fullmatch(text):
@@ -154,7 +165,9 @@ BLOCKS = ("|", ">")
 
 
 def apply(raw: dict[str, Any], override: str) -> dict[str, Any]:
-    """``raw`` with one dotted key set: ``train.epochs=2``, ``data.train.0.limit=100``, ``data.train='[{path: x.json}]'``.
+    """``raw`` with one dotted key set.
+
+    For example ``train.epochs=2``, ``data.train.0.limit=100``, ``data.train='[{path: x.json}]'``.
 
     The value is YAML, so lists and mappings work. ``raw`` is not changed.
     """

@@ -1,6 +1,7 @@
 """The progress of a run on the screen: a redrawn line on a terminal, plain lines anywhere else.
 
-The run calls ``start``, then ``log`` and ``evaluation`` with the records that it also appends to ``metrics.jsonl``.
+The run calls ``start``, then ``log`` and ``evaluation`` with the records that it also appends to
+``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ _VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 
 
 class _Field(progress.ProgressColumn):
-    """A column that shows the task's field ``name``, a Text. ``whole``: the other columns give way where width is short."""
+    """A column that shows the task's field ``name``, a Text. ``whole``: the other columns give way where
+    width is short.
+    """
 
     def __init__(self, name: str, whole: bool) -> None:
         super().__init__(Column(no_wrap=whole))
@@ -52,9 +55,9 @@ class _Field(progress.ProgressColumn):
 class Progress:
     """What a person sees while a run goes on.
 
-    On a terminal one line is redrawn in place, with a bar; notes and evaluations stay above it. Anywhere else every log is
-    one plain line without control characters. With ``console=None`` nothing is shown. ``notes`` collects all notes, shown
-    or not, for the run's manifest.
+    On a terminal one line is redrawn in place, with a bar; notes and evaluations stay above it. Anywhere else
+    every log is one plain line without control characters. With ``console=None`` nothing is shown. ``notes``
+    collects all notes, shown or not, for the run's manifest.
 
         with Progress(Console(stderr=True)) as progress:
             progress.start(0, 480)
@@ -115,7 +118,9 @@ class Progress:
             self._redraw(self._bar)
 
     def doing(self, what: str | None) -> None:
-        """Show on the redrawn line what takes the time now, such as ``evaluating``; None when training goes on."""
+        """Show on the redrawn line what takes the time now, such as ``evaluating``; None when training goes
+        on.
+        """
         self._doing = what
         if self._bar is not None:
             self._redraw(self._bar)
@@ -142,8 +147,11 @@ class Progress:
     def _redraw(self, bar: progress.Progress) -> None:
         bar.update(bar.task_ids[0], completed=self._step, refresh=True, **self._fields())
 
-    def _fields(self) -> dict[str, Text]:
-        """The columns of the redrawn line. Of the figures, the last and least important are cut where width is short."""
+    def _fields(self) -> dict[str, Any]:
+        """The columns of the redrawn line, each a Text.
+
+        Of the figures, the last and least important are cut where width is short.
+        """
         shown = Text(no_wrap=True, overflow="ellipsis")
         for number, (name, figure) in enumerate(self._parts):
             shown.append("  " if number else "")
