@@ -20,25 +20,24 @@ SRC = ROOT / "src" / "tunesmith"
 FILES = sorted(SRC.rglob("*.py"))
 
 # cli -> train.run -> {objectives, adaptations, models, data} -> errors: what a part must not import.
-FORBIDDEN = {
-    "errors": {"*"},
-    "nearest": {"*"},
-    "metrics": {"cli", "synth", "recipe", "train", "runs", "engine", "evaluate", "merge", "objectives", "adaptations", "models", "data",
-                "hub", "nearest", "peft"},
-    "hub": {"cli", "synth", "recipe", "train", "runs", "engine", "evaluate", "merge", "objectives", "adaptations", "models", "data",
-            "metrics"},
-    "data": {"cli", "synth", "recipe", "train", "runs", "engine", "evaluate", "merge", "objectives", "adaptations", "models", "metrics"},
-    "models": {"cli", "synth", "recipe", "train", "runs", "engine", "evaluate", "merge", "objectives", "metrics"},
-    "objectives": {"cli", "synth", "recipe", "train", "runs", "engine", "evaluate", "merge", "adaptations"},
-    "adaptations": {"cli", "synth", "recipe", "train", "runs", "engine", "evaluate", "merge", "objectives", "data"},
-    "merge": {"cli", "synth", "objectives", "data"},
-    "evaluate": {"cli", "synth", "merge"},
-    "train": {"cli", "synth"},
-    "runs": {"cli", "synth", "evaluate", "merge", "models", "objectives", "adaptations"},
-    "engine": {"cli", "synth"},
-    "recipe": {"cli", "synth", "models", "evaluate", "merge"},
-    "synth": {"cli", "recipe", "train", "runs", "engine", "evaluate", "merge", "models", "objectives", "adaptations", "metrics"},
+ABOVE = {
+    "errors": "*", "nearest": "*",
+    "files": "cli synth recipe train runs report evaluate merge objectives adaptations models data metrics hub",
+    "metrics": "cli synth recipe train runs report evaluate merge objectives adaptations models data hub nearest peft",
+    "hub": "cli synth recipe train runs report evaluate merge objectives adaptations models data metrics",
+    "data": "cli synth recipe train runs report evaluate merge objectives adaptations models metrics",
+    "models": "cli synth recipe train runs report evaluate merge objectives adaptations metrics",
+    "objectives": "cli synth recipe train runs report evaluate merge adaptations",
+    "adaptations": "cli synth recipe train runs report evaluate merge objectives data",
+    "recipe": "cli synth models runs report evaluate merge",
+    "runs": "cli synth train report evaluate merge models objectives adaptations",
+    "report": "cli synth train evaluate merge models objectives adaptations",
+    "merge": "cli synth objectives data report",
+    "train": "cli synth evaluate",
+    "evaluate": "cli synth merge",
+    "synth": "cli recipe train runs report evaluate merge models objectives adaptations metrics",
 }  # fmt: skip
+FORBIDDEN = {part: set(others.split()) for part, others in ABOVE.items()}
 
 LONG_FILES: set[str] = {
     "train/fast_path.py",
@@ -96,6 +95,12 @@ def passes_trust(node: ast.AST) -> list[int]:
     return [value.lineno for value in given if getattr(value, "value", None) is not False and ast.unparse(value) != TRUSTED]
 
 
+def is_safe_yaml(call: ast.Call) -> bool:
+    """Whether ruamel's ``YAML(...)`` is told to build plain data alone."""
+    typ = next((keyword.value for keyword in call.keywords if keyword.arg == "typ"), None)
+    return not call.args and isinstance(typ, ast.Constant) and typ.value == "safe"
+
+
 def problems_in(path: Path) -> list[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = []
@@ -108,6 +113,8 @@ def problems_in(path: Path) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and dotted(node.func) in FORBIDDEN_CALLS:
             found.append(f"calls {dotted(node.func)} in line {node.lineno}")
+        if isinstance(node, ast.Call) and dotted(node.func).rpartition(".")[2] == "YAML" and not is_safe_yaml(node):
+            found.append(f"reads YAML with tags in line {node.lineno}: expected YAML(typ='safe', ...)")
         if isinstance(node, ast.List | ast.Tuple | ast.Call):
             words = [ast.unparse(part) for part in (node.args if isinstance(node, ast.Call) else node.elts)]
             if "'-m'" in words and "'-P'" not in words[: words.index("'-m'")]:
@@ -177,11 +184,12 @@ def test_the_gate_catches_what_it_is_for(tmp_path):
         "f(**{'trust_remote_code': x})\n"
         "try:\n    f()\nexcept:\n    pass\n"
         "run([sys.executable, '-m', 'x'])\nagent('-m', 'x')\n"
+        "YAML(typ='unsafe')\nruamel.yaml.YAML()\nYAML(typ=x)\n"
     )
-    assert len(problems_in(bad)) == 11
+    assert len(problems_in(bad)) == 14
     good = tmp_path / "good.py"
     good.write_text(
-        "run([sys.executable, '-P', '-m', 'x'])\nmodel.eval()\nyaml.safe_load('x')\nf(trust_remote_code=False)\nfrom __future__ import annotations\n"
+        "run([sys.executable, '-P', '-m', 'x'])\nmodel.eval()\nYAML(typ='safe', pure=True)\nf(trust_remote_code=False)\nfrom __future__ import annotations\n"
     )
     assert problems_in(good) == []
 

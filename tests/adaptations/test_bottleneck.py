@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
-from tests.train.launching import launched
 from tests.numeric.test_parity import CPU, PACKS, examples, plain_loss_and_gradients, take_gradients
 from tests.runs import apart, history, killed_before, model_folder, recipe, rows, weights
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
+from tests.train.launching import launched
 from tunesmith.adaptations import bottleneck
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.errors import ModelError, RecipeError, UserError

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import save_tiny
+from tunesmith import files
 from tunesmith.errors import DiskFullError, MissingExtra, ModelError
 from tunesmith.models.find import catalog, store
 from tunesmith.models.load.load import locate
@@ -153,7 +154,7 @@ def test_offline_users_are_not_sent_to_the_hub(carrier: Path, monkeypatch: pytes
 
 
 def test_a_full_disk_is_told_before_the_download(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
     with pytest.raises(DiskFullError, match="MB free"):
         pull()
 

@@ -12,7 +12,7 @@ from tunesmith.adaptations import full, lora
 from tunesmith.data.rows import PromptCompletion, Text
 from tunesmith.models.heads import noise
 from tunesmith.objectives import cpt, sft
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 from tunesmith.train import fast_path
 
 PACKS = {"llama": True, "qwen3": True, "gemma": True, "gpt2": True, "mistral": False, "gemma3": False}
@@ -146,7 +146,7 @@ def test_twenty_losses_are_those_of_trl(tmp_path, adapted):
     trainer.train()
     theirs = [entry for entry in trainer.state.log_history if "loss" in entry]
     outcome = tunesmith.train(ours, out=tmp_path / "run")
-    found = [record for record in tracking.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"]
+    found = [record for record in metrics_file.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"]
     assert len(found) == len(theirs) == outcome["steps"] == 20
     for our, their in zip(found, theirs):
         assert our["loss"] == pytest.approx(their["loss"], abs=1e-5), our["step"]

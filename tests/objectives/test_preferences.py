@@ -23,7 +23,7 @@ from tunesmith.models.heads import lm_head, task_heads
 from tunesmith.models.heads.log_probs import answer_logps
 from tunesmith.models.load import load
 from tunesmith.objectives import dpo, reward
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 from tunesmith.train import checkpoint, setup
 
 ROWS = [Ranking(row["prompt"], (row["chosen"], row["rejected"]), (0, 1)) for row in preferences(5)]
@@ -41,9 +41,7 @@ def policy(config=None, rows=ROWS, seed=0, **changes):
         before = tiny_model("llama", **changes).eval()
         with torch.no_grad():
             found = objective.reference_logps(before, objective.collate(examples, PADDED))
-        examples = [
-            {**example, "reference_logps": values.numpy()} for example, values in zip(examples, found, strict=True)
-        ]
+        examples = [{**example, "reference_logps": values.numpy()} for example, values in zip(examples, found, strict=True)]
         objective.before = before
     return objective, examples, network
 
@@ -310,7 +308,7 @@ STARTS = {
 
 
 def first(run):
-    return next(record for record in tracking.read(run / "metrics.jsonl") if record["kind"] == "train")
+    return next(record for record in metrics_file.read(run / "metrics.jsonl") if record["kind"] == "train")
 
 
 @pytest.mark.parametrize("start", [*STARTS, "continued"])
@@ -326,7 +324,7 @@ def test_at_step_0_the_policy_is_its_own_reference(tmp_path, start):
         before = tunesmith.train(made, out=tmp_path / "before")["model_dir"]
         made = {**made, "model": before, "adapter": "continue"}
     tunesmith.train(made, out=tmp_path / "run")
-    records = tracking.read(tmp_path / "run" / "metrics.jsonl")
+    records = metrics_file.read(tmp_path / "run" / "metrics.jsonl")
     for record, prefix in ((first(tmp_path / "run"), ""), (next(one for one in records if one["kind"] == "eval"), "eval_")):
         assert record[f"{prefix}loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert record[f"{prefix}rewards/margins"] == pytest.approx(0.0, abs=1e-6)
@@ -387,7 +385,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, objective):
 def test_logged_figures_are_means_over_all_rows_since_the_last_record(tmp_path, objective):
     made = recipe(tmp_path, "llama", objective, max_steps=3, logging_steps=1, save_steps=1)  # steps of 5, 5 and 2 rows
     tunesmith.train(made, out=tmp_path / "each")
-    each = [(record, rows) for record, rows in zip(tracking.read(tmp_path / "each" / "metrics.jsonl"), (5, 5, 2), strict=True)]
+    each = [
+        (record, rows) for record, rows in zip(metrics_file.read(tmp_path / "each" / "metrics.jsonl"), (5, 5, 2), strict=True)
+    ]
     made["train"]["logging_steps"] = 3
     tunesmith.train(made, out=tmp_path / "together")
     killed_before(3, made, tmp_path / "killed")
@@ -425,7 +425,7 @@ def test_a_changed_template_is_no_resume(tmp_path):
 def test_eight_preferences_are_memorised(tmp_path):
     made = recipe(tmp_path, "llama", "dpo", count=8, max_steps=60, batch_size=8, learning_rate=1e-2)
     tunesmith.train(made, out=tmp_path / "run")
-    last = tracking.read(tmp_path / "run" / "metrics.jsonl")[-1]
+    last = metrics_file.read(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["rewards/accuracies"] == 1.0 and last["loss"] < 0.1
 
 

@@ -17,7 +17,7 @@ from tunesmith.data.batch.step import Listed, Step
 from tunesmith.errors import OutOfMemoryError, RecipeError
 from tunesmith.models.heads import lm_head
 from tunesmith.objectives import sft
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 from tunesmith.train import forecast, loop, machine
 
 LOSS = lm_head.lm_loss
@@ -75,7 +75,7 @@ def test_memory_that_runs_out_is_said_and_kept_for_later_steps(tmp_path, monkeyp
     heaviest = 2  # passes of the rehearsal that still fit
     tried = small_machine(monkeypatch, 60, first_steps=heaviest)
     tunesmith.train(made, out=tmp_path / "run")
-    said = [record for record in tracking.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "memory"]
+    said = [record for record in metrics_file.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "memory"]
     assert said and said[0]["before"] == 2048 and said[-1]["micro_batch_tokens"] < 100
     limit = said[-1]["micro_batch_tokens"]
     after = tried[max(place for place, tokens in enumerate(tried) if tokens > limit) + 1 :]

@@ -18,7 +18,7 @@ from tests.runs import apart, history, model_folder, recipe, weights
 from tunesmith.errors import GradientOverflowError, ModelError, NonFiniteError
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads import lm_head
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 from tunesmith.train import loop, optim, precision, setup
 from tunesmith.train.config import TrainConfig
 from tunesmith.train.masters import Masters
@@ -361,6 +361,6 @@ def test_two_processes_leave_out_the_same_steps(tmp_path, monkeypatch):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    skipped = [tracking.read(tmp_path / run / "metrics.jsonl")[-1]["skipped_steps"] for run in ("one", "two")]
+    skipped = [metrics_file.read(tmp_path / run / "metrics.jsonl")[-1]["skipped_steps"] for run in ("one", "two")]
     assert skipped[0] == skipped[1] > 0
     assert apart(weights(alone["model_dir"]), weights(tmp_path / "two" / "model")) <= 2e-4

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tunesmith.engine.report import write_report
-from tunesmith.runs.tracking import Metrics
+from tunesmith.runs.metrics_file import Metrics
 
 ATTACK = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 VOID = {"meta", "img", "br", "path", "link"}

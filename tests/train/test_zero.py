@@ -18,7 +18,7 @@ from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.data.batch.step import Listed, Step
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.objectives import sft
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 from tunesmith.train import checkpoint, zero
 from tunesmith.train.config import TrainConfig
 
@@ -42,7 +42,7 @@ def run_of(tmp_path, adaptation, **train):
 
 
 def records(run, kind, *keys):
-    return [[record[key] for key in keys] for record in tracking.read(run / "metrics.jsonl") if record["kind"] == kind]
+    return [[record[key] for key in keys] for record in metrics_file.read(run / "metrics.jsonl") if record["kind"] == kind]
 
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
@@ -111,12 +111,12 @@ def test_other_parts_go_with_shards(name, tmp_path):
 
     for step in (3, 4):
         shutil.rmtree(run / "checkpoints" / f"step-{step}")
-    before = tracking.read(run / "metrics.jsonl")
+    before = metrics_file.read(run / "metrics.jsonl")
     code, _, err = launched(made, tmp_path, "--resume", *sharded)
     assert code == 0 and "resumed after step 2" in err, err
-    lasting = [{k: v for k, v in one.items() if k not in tracking.TIMING_KEYS} for one in before]
+    lasting = [{k: v for k, v in one.items() if k not in metrics_file.TIMING_KEYS} for one in before]
     assert [
-        {k: v for k, v in one.items() if k not in tracking.TIMING_KEYS} for one in tracking.read(run / "metrics.jsonl")
+        {k: v for k, v in one.items() if k not in metrics_file.TIMING_KEYS} for one in metrics_file.read(run / "metrics.jsonl")
     ] == lasting
 
 

@@ -155,9 +155,9 @@ def build(
     json: Json = False,
 ) -> int:
     """Make rows of one kind from the library of the Python that runs: real text, and answers that are known to be true."""
+    from tunesmith.data.store import row_writer
     from tunesmith.errors import UserError
     from tunesmith.nearest import did_you_mean
-    from tunesmith.data.store import row_writer
     from tunesmith.synth.python import KINDS, SPLITS, WORDING, draw
 
     for option, value, valid in (("KIND", kind, KINDS), ("--lang", lang, WORDING), ("--split", split, SPLITS)):

@@ -103,8 +103,8 @@ def _choices(annotation: Any) -> list[str]:
 
 def _scalar(value: Any) -> str:
     """A value in YAML on one line."""
-    import yaml
+    from tunesmith.recipe.text import dump
 
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
+    return dump(value, one_line=True).strip()

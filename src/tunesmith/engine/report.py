@@ -16,11 +16,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from tunesmith import files
 from tunesmith.engine import curves, report_parts
 from tunesmith.engine.report_data import data_summary
 from tunesmith.engine.report_parts import answers, facts, page, table, tile
 from tunesmith.errors import DataError
-from tunesmith.runs import figures, overfit, tracking
+from tunesmith.runs import figures, metrics_file, overfit
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def write_report(run_dir: str | Path) -> Path:
     run = _read(folder)
     losses = _losses(run)
     if any(curve.finite for curve in losses):
-        tracking.replace_file(folder / "loss.png", curves.png("loss", losses))
+        files.replace_file(folder / "loss.png", curves.png("loss", losses))
     report = folder / "report.html"
-    tracking.replace_file(report, _page(run).encode())
+    files.replace_file(report, _page(run).encode())
     return report
 
 
@@ -81,14 +82,14 @@ def _read(folder: Path) -> _Run:
             return missing
 
     manifest = attempt("manifest.json", lambda path: json.loads(path.read_text(encoding="utf-8")), {})
-    records = attempt("metrics.jsonl", tracking.read, [])
+    records = attempt("metrics.jsonl", metrics_file.read, [])
     return _Run(
         name=folder.resolve().name,
         recipe=attempt("recipe.yaml", lambda path: path.read_text(encoding="utf-8"), ""),
         manifest=manifest if isinstance(manifest, dict) else {},
         train=[one for one in records if one.get("kind") in ("train", "stop")],
         evals=[one for one in records if one.get("kind") == "eval"],
-        samples=attempt("samples.jsonl", tracking.read, []),
+        samples=attempt("samples.jsonl", metrics_file.read, []),
         problems=problems,
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith import new_folder
+from tunesmith import files
 from tunesmith.data.formats.fields import Columns
 from tunesmith.errors import UserError
 
@@ -112,7 +112,7 @@ def _check_out(folder: Path, head: str) -> None:
         )
     if folder.exists():
         raise UserError(f"{folder} exists already: name a new folder with --out, or remove it")
-    new_folder.make(folder.parent)  # what cannot be written is said before the work
+    files.make_folder(folder.parent)  # what cannot be written is said before the work
 
 
 def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[dict[str, Any]], source: Any, chosen: Any) -> Path:
@@ -127,7 +127,7 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
         row = texts[one["row"][1]]
         shown = {**_words(row), **_places(row, one), **one, **_judged(row, one)}
         mistakes.append({"where": f"{source.label}:{one['row'][1]}", **shown})
-    new_folder.make(folder)
+    files.make_folder(folder)
     (folder / "figures.json").write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in mistakes)
     (folder / "mistakes.jsonl").write_text(lines, encoding="utf-8")

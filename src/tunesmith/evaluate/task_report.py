@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import tunesmith
+from tunesmith import files
 from tunesmith.engine.report_parts import facts as listed
 from tunesmith.engine.report_parts import grid, notes, page, table, tile
 from tunesmith.metrics import pictures
 from tunesmith.runs import figures as written
-from tunesmith.runs import tracking
 
 _FIRST = (
     "accuracy", "micro_f1", "exact_match", "f1", "precision", "recall", "macro_f1", "auroc", "token_accuracy", "rmse", "mae",
@@ -59,7 +59,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     drawn = _pictures(figures)
     for name, (_, png) in drawn.items():
-        tracking.replace_file(folder / f"{name}.png", png)
+        files.replace_file(folder / f"{name}.png", png)
     rest = dict(facts or {})
     said = [str(line) for line in rest.pop("notes", None) or ()]
     sections = [
@@ -74,7 +74,7 @@ def write(
         f"<footer>Written by tunesmith {escape(tunesmith.__version__)}</footer>",
     ]
     report = folder / "report.html"
-    tracking.replace_file(report, page(title, sections).encode("utf-8", "replace"))
+    files.replace_file(report, page(title, sections).encode("utf-8", "replace"))
     return report
 
 

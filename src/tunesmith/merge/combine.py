@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import new_folder
+from tunesmith import files
 from tunesmith.errors import UserError
 from tunesmith.models.find import headers
 from tunesmith.models.find.locate import locate
@@ -77,7 +77,7 @@ def combine(
         raise UserError(
             f"weights are {', '.join(f'{share:g}' for share in shares)}; each must be a finite number, such as 0.7,0.3"
         )
-    target = new_folder.place(out, "combine")
+    target = files.new_target(out, "combine")
     parts = [read(adapter) for adapter in adapters]
     _check_together(parts)
     for part in parts:
@@ -102,7 +102,7 @@ def combine(
         "r": widest, "lora_alpha": widest, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_dropout": 0.0,
         "target_modules": sorted(chosen), "layers_to_transform": None, "layers_pattern": None, "init_lora_weights": True,
     }  # fmt: skip
-    with new_folder.filling(target) as folder:
+    with files.new_folder(target) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(
             json.dumps(parts[0].config | plain, indent=2, sort_keys=True), encoding="utf-8"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError
+from tunesmith.files import replace_file, sha256
 from tunesmith.models.find import catalog, headers, store
 from tunesmith.models.load import head_loading, quantization
 
@@ -50,8 +51,7 @@ def files(folder: Path) -> dict[str, str]:
         return {"*.safetensors": fingerprint(folder)}
     found = {}
     for path in headers.weight_files(folder, "adapter_model"):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.name] = sha256(path)
     settings = headers.read_json(config) | {"base_model_name_or_path": None}
     return found | {config.name: hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}
 
@@ -94,11 +94,7 @@ def write_probe(folder: Path, model: Any, tokenizer: Any, made: dict[str, Any] |
         "adaptation": made,
         "probe": {"dtype": str(model.dtype).removeprefix("torch."), "answers": _answers(model, tokenizer)},
     }
-    path = folder / FILE
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    replace_file(folder / FILE, json.dumps(record, indent=1).encode())
 
 
 def check_base(adapter: Path, base: Path) -> None:
