@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,71 @@ def test_imports_go_one_way(path):
             assert part != "recipe" or target != "train" or config, "the recipe takes only its keys from train"
             by_name = target in ("objectives", "adaptations") and rest.split(".")[1:2] and rest.split(".")[1] in CHOICES
             assert part == target or not by_name, f"{part} knows {name} by name: take the one the recipe chose"
+
+
+def module_of(path: Path, root: Path) -> str:
+    """``src/tunesmith/train/run.py`` -> tunesmith.train.run; an ``__init__.py`` is its package."""
+    parts = ("tunesmith", *path.relative_to(root).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(files: Iterable[Path], root: Path) -> dict[str, set[str]]:
+    """Module -> the modules of ours that it imports: at the top, inside functions and under ``if TYPE_CHECKING`` alike."""
+    modules = {module_of(path, root): path for path in files}
+    graph = {}
+    for module, path in modules.items():
+        names = imported(ast.parse(path.read_text(encoding="utf-8")))
+        known = {name if name in modules else name.rpartition(".")[0] for name in names}
+        graph[module] = (known & modules.keys()) - {module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """One shortest circle of each group of modules that all reach each other, from its first module back to itself."""
+    reach = {module: reached(graph, module) for module in graph}
+    found, seen = [], set()
+    for module in sorted(graph):
+        if module in reach[module] and module not in seen:
+            seen |= {other for other in reach[module] if module in reach[other]}
+            found.append(path_back(graph, module))
+    return found
+
+
+def reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    """All modules that ``start`` imports, directly or through others; itself only where there is a circle."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        new = graph[waiting.pop()] - found
+        found |= new
+        waiting += new
+    return found
+
+
+def path_back(graph: dict[str, set[str]], start: str) -> list[str]:
+    """The shortest way along imports from ``start`` back to it."""
+    ways = [[start]]
+    while True:
+        ways = [[*way, name] for way in ways for name in sorted(graph[way[-1]]) if name not in way[1:]]
+        if closed := [way for way in ways if way[-1] == start]:
+            return closed[0]
+
+
+def test_no_module_imports_itself_through_others():
+    found = [" -> ".join(circle) for circle in circles(import_graph(FILES, SRC))]
+    assert not found, "import circles:\n" + "\n".join(found)
+
+
+def test_circles_are_found_wherever_the_import_stands(tmp_path):
+    (tmp_path / "a.py").write_text("import tunesmith.b\n")
+    (tmp_path / "b.py").write_text("def f():\n    from tunesmith.c import x\n")
+    (tmp_path / "c.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tunesmith import a\n")
+    (tmp_path / "d.py").write_text("from tunesmith import a, e\n")
+    (tmp_path / "e.py").write_text("import json\n")
+    graph = import_graph(sorted(tmp_path.glob("*.py")), tmp_path)
+    assert circles(graph) == [["tunesmith.a", "tunesmith.b", "tunesmith.c", "tunesmith.a"]]
+    graph["tunesmith.c"].clear()
+    assert circles(graph) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import linear
+from tunesmith.models.heads import head_types
 from tunesmith.models.load import patterns, vocabulary
 
 NOT_HERE = {
@@ -123,21 +124,18 @@ class Adaptation:
         """
         from peft import LoraConfig, get_peft_model
 
-        from tunesmith.models.heads import task_heads
-        from tunesmith.models.heads.lm_head import TASK
-
         wanted: str | list[str] = self.config.target_modules
         names = [name for name, _ in model.named_modules() if name]
         if wanted != "all-linear":
             patterns.require("target_modules", wanted, names)
         patterns.require("modules_to_save", self.config.modules_to_save or [], names)
-        whole = [*patterns.whole(self.config.modules_to_save or [], names), *task_heads.new_parts(model, head)]
+        whole = [*patterns.whole(self.config.modules_to_save or [], names), *head_types.new_parts(model, head)]
         rows = self._rows_of(model, new_rows)
         begins = self.config.begins
         if self.config.layers_to_transform is not None:
             wanted = _names_in_layers(model, wanted, self.config.layers_to_transform)
         config = LoraConfig(
-            task_type=TASK[head],
+            task_type=head_types.TASK[head],
             r=self.config.rank,
             rank_pattern=self.config.rank_pattern,
             lora_alpha=self.config.alpha,

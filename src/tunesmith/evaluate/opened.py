@@ -58,15 +58,16 @@ def open_model(
     """
     from tunesmith import objectives
     from tunesmith.models.adapters import virtual_tokens
-    from tunesmith.models.heads import lm_head, task_heads
+    from tunesmith.models.heads import head_types
     from tunesmith.models.load import load
+    from tunesmith.models.network import base
     from tunesmith.train.setup import window_of
 
     if objective is not None and objective not in objectives.names():
         raise ModelError(f"unknown objective {objective!r}; expected one of {', '.join(objectives.names())}")
     network, tokenizer = model if isinstance(model, tuple) else load.load(model)
-    kind = task_heads.kind_of(type(lm_head.base(network)).__name__)
-    config = lm_head.base(network).config
+    kind = head_types.kind_of(type(base(network)).__name__)
+    config = base(network).config
     guess = "reward" if rewards and kind == "score" and config.num_labels == 1 else OBJECTIVE_OF[kind]
     name = objective or (getattr(config, "tunesmith", None) or {}).get("objective") or guess
     module = objectives.module(name)
@@ -76,7 +77,7 @@ def open_model(
         raise RecipeError(f"overlong: {error.errors()[0]['msg']}, got {overlong!r}") from None
     if chosen.head != kind:
         fitting = ", ".join(one for one in objectives.names() if objectives.module(one).Objective.head == kind)
-        is_a, needs = type(lm_head.base(network)).__name__, task_heads.CLASSES[chosen.head].removeprefix("AutoModel")
+        is_a, needs = type(base(network)).__name__, head_types.CLASSES[chosen.head].removeprefix("AutoModel")
         raise ModelError(f"{name} needs a {needs}, and this model is a {is_a}.\n  It goes with: {fitting}.")
     window = window_of(config, virtual_tokens.count(network))
     if max_length is not None and window is not None and max_length > window:

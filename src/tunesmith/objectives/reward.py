@@ -20,6 +20,8 @@ from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Ranking
 from tunesmith.errors import DataError, ModelError
 from tunesmith.metrics import token_mean
+from tunesmith.models import network
+from tunesmith.models.heads import head_types
 from tunesmith.objectives import Batch, Example
 
 BUCKETS = 5
@@ -63,9 +65,7 @@ class Objective:
     # ------------------------------------------------------------------------------------------------ before encoding
 
     def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
-        from tunesmith.models.heads import task_heads
-
-        if not task_heads.is_causal(config):
+        if not network.is_causal(config):
             raise ModelError(
                 f"{config.model_type} is an encoder: it has no turns and no end of an answer, where a reward is read.\n"
                 "  Take a decoder such as smollm2-135m."
@@ -75,7 +75,7 @@ class Objective:
         texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
         self._pad = tokenizer.pad_token_id
         self._saved = ours.get("objective") == "reward" or (
-            task_heads.kind_of((config.architectures or [""])[0]) == "score" and config.num_labels == 1
+            head_types.kind_of((config.architectures or [""])[0]) == "score" and config.num_labels == 1
         )
         self.facts |= {"pad": self._pad, "max_length": max_length, "overlong": self.config.overlong}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models.find import headers
+from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.load import load, probe, vocabulary
 
@@ -47,7 +47,7 @@ def _read(path: Path) -> dict[str, Any]:
     files = headers.weight_files(path, "adapter_model")
     if not files:
         raise ModelError(f"{path} has no weights: expected adapter_model.safetensors. Copy the folder again.")
-    base = probe.read(path).get("base") or {}
+    base = record.read(path).get("base") or {}
     run = path.parent if path.name == "model" and (path.parent / "recipe.yaml").is_file() else None
     manifest = headers.read_json(run / "manifest.json") if run and (run / "manifest.json").is_file() else {}
     return {
@@ -129,8 +129,8 @@ def _kind(name: str, folder: Folder, base: Path) -> str:
     """peft's kind of an adapter that may stand beside others on ``base``. Raises UserError, and ModelError for another base."""
     if folder.kind == "full" or folder.base is None:
         raise UserError(f"{name}: {folder.path} is a full model (a merged one, perhaps), no adapter. Name adapter folders.")
-    probe.check_base(folder.path, base)
-    if probe.fingerprint(folder.base) != probe.fingerprint(base):
+    record.check_base(folder.path, base)
+    if record.fingerprint(folder.base) != record.fingerprint(base):
         raise ModelError(f"{name}: {folder.path} stands on {folder.base}, not on {base}. Name adapters of one base.")
     config = headers.read_json(folder.path / "adapter_config.json")
     kind = str(config.get("peft_type", "")).lower()
@@ -141,7 +141,7 @@ def _kind(name: str, folder: Folder, base: Path) -> str:
         why = "brings tokens of its own, so it changes the base's vocabulary"
     elif config.get("bias", "none") != "none":
         why = "trained the base's own biases, which the others would get too"
-    elif probe.read(folder.path).get("quantization"):
+    elif record.read(folder.path).get("quantization"):
         why = "stands on a quantised base, which is another one"
     if why:
         raise UserError(f"{name}: {folder.path} {why}.\n  Load it alone: tunesmith.load, tunesmith chat {folder.path}")
