@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import patterns, vocabulary
@@ -38,6 +39,7 @@ class Config(BaseModel):
 
 
 class Adaptation:
+    traits = Traits("BOTTLENECK", dropout="dropout")
     learning_rate = 5e-4
     keys_of_learning: frozenset[str] = frozenset()
     notes: Sequence[str] = ()

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import patterns as matching
@@ -35,6 +36,7 @@ class Config(BaseModel):
 
 
 class Adaptation:
+    traits = Traits(None)
     learning_rate = 2e-4
     keys_of_learning: frozenset[str] = frozenset()
     notes: Sequence[str] = ()

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import linear
 from tunesmith.models.heads import head_types
@@ -27,6 +28,7 @@ class Config(BaseModel):
 
 
 class Adaptation:
+    traits = Traits("IA3")
     learning_rate = 1e-2
     keys_of_learning: frozenset[str] = frozenset()
     notes: Sequence[str] = ()

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import linear
 from tunesmith.models.heads import head_types
@@ -59,6 +60,14 @@ class Config(BaseModel):
         reason = f"{value} is not offered here: {NOT_HERE[name]}" if name in NOT_HERE else f"unknown start {value!r}"
         raise ValueError(f"{reason}. Expected true, gaussian, pissa, pissa_niter_N (such as pissa_niter_16) or olora")
 
+    @model_validator(mode="after")
+    def _magnitudes_start_at_the_base(self) -> Config:
+        if self.use_dora and self.init_lora_weights is not True:
+            raise ValueError(
+                "use_dora: its magnitudes are measured on a LoRA that starts at zero, so init_lora_weights must be left out"
+            )
+        return self
+
     @field_validator("r", "lora_alpha")
     @classmethod
     def _for_all_or_by_layer(cls, given: Any, info: ValidationInfo) -> Any:
@@ -105,7 +114,14 @@ class Config(BaseModel):
         )
 
 
+PEFT_KEYS = {
+    "rank_pattern": "adaptation.r: {default: 8, PATTERN: 16}",
+    "alpha_pattern": "adaptation.lora_alpha: {default: 16, PATTERN: 32}",
+}
+
+
 class Adaptation:
+    traits = Traits("LORA", dropout="lora_dropout", peft_keys=PEFT_KEYS)
     learning_rate = 2e-4
     keys_of_learning = frozenset({"loraplus_lr_ratio"})
     notes: Sequence[str] = ()

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tunesmith.adaptations import Traits
 from tunesmith.models.heads import head_types
 
 PROJECTION_RATIO = 0.01
@@ -28,6 +29,7 @@ class Config(BaseModel):
 
 
 class Adaptation:
+    traits = Traits("PREFIX_TUNING")
     learning_rate = 1e-2
     keys_of_learning: frozenset[str] = frozenset()
     notes: Sequence[str] = ()

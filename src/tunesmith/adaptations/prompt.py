@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models import network
 from tunesmith.models.heads import head_types
@@ -38,6 +39,7 @@ class Config(BaseModel):
 
 
 class Adaptation:
+    traits = Traits("PROMPT_TUNING")
     learning_rate = 1e-2
     keys_of_learning: frozenset[str] = frozenset()
     notes: Sequence[str] = ()

@@ -159,7 +159,7 @@ def build(
     for name, value, valid in (("KIND", kind, draw.KINDS), ("--lang", lang, LANGUAGES), ("--split", split, draw.SPLITS)):
         if value is not None and value not in valid:
             raise UserError(f"{name}: there is no {value!r}. {did_you_mean(value, valid)}")
-    if no_answer is not None and kind != "qa":
+    if no_answer is not None and not draw.maker(kind).questions:
         raise UserError(f"--no-answer is for the kind qa; the rows of {kind} all have an answer. Leave it out.")
     if json and out == "-":
         raise UserError("--json and --out - both print to stdout. Leave one of them out, or name a file with --out.")
@@ -248,10 +248,10 @@ def _target(
         loaded = recipe.load(target, overrides)
         kind = objectives.module(objectives.name_of(loaded.objective))
         return list(loaded.data.train), loaded.data, kind.Objective(loaded.objective), loaded.model
-    raw = {"model": "-", "data": {"train": [{"path": target, **keys}]}, "objective": "sft"}
+    raw = {"model": "-", "data": {"train": [{"path": target, **keys}]}, "objective": recipe.DEFAULT_OBJECTIVE}
     checked = recipe.parse(raw, overrides, where="data")
-    sft = objectives.module("sft")
-    return list(checked.data.train), None, sft.Objective(checked.objective), None
+    kind = objectives.module(recipe.DEFAULT_OBJECTIVE)
+    return list(checked.data.train), None, kind.Objective(checked.objective), None
 
 
 def _preview_lines(shown: list[Any]) -> list[Any]:

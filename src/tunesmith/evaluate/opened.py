@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from tunesmith import objectives
 from tunesmith.data.config import Source, idle
 from tunesmith.errors import DataError, ModelError, RecipeError
-
-OBJECTIVE_OF = {"lm": "sft", "score": "classify", "token": "tag", "span": "qa"}
-"""What a head was trained for, where the model does not say."""
 
 
 @dataclass
@@ -56,7 +54,6 @@ def open_model(
     ``objective``: None = what the model was trained for. ``rewards``: whether one number for a row, of a model that does not say
     what for, is a reward (as TRL saves them) and no value of a text. Raises UserError for a model that cannot do what is asked.
     """
-    from tunesmith import objectives
     from tunesmith.models.adapters import virtual_tokens
     from tunesmith.models.heads import head_types
     from tunesmith.models.load import load
@@ -68,8 +65,8 @@ def open_model(
     network, tokenizer = model if isinstance(model, tuple) else load.load(model)
     kind = head_types.kind_of(type(base(network)).__name__)
     config = base(network).config
-    guess = "reward" if rewards and kind == "score" and config.num_labels == 1 else OBJECTIVE_OF[kind]
-    name = objective or (getattr(config, "tunesmith", None) or {}).get("objective") or guess
+    said = objective or (getattr(config, "tunesmith", None) or {}).get("objective")
+    name = said or _guessed(kind, rewards and config.num_labels == 1)
     module = objectives.module(name)
     try:
         chosen = module.Objective(module.Config(**({"overlong": overlong} if overlong else {})))
@@ -91,6 +88,13 @@ def open_model(
     if kind != "lm":
         chosen.of_model()
     return Opened(network, tokenizer, name, chosen, not isinstance(model, tuple))
+
+
+def _guessed(head: str, rewards: bool) -> str:
+    """What a model with this ``head`` was trained for, where it does not say; ``rewards``: its one number is to be a reward."""
+    of_head = {name: file.USES for name in objectives.names() if (file := objectives.module(name)).Objective.head == head}
+    meant = [name for name, uses in of_head.items() if uses.rewards] if rewards else []
+    return (meant or [name for name, uses in of_head.items() if uses.assumed])[0]
 
 
 def source_of(data: str | Path, **asked: Any) -> Source:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import new_folder
 from tunesmith.errors import UserError
+from tunesmith.models.adapters import kinds
 from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import locate
 from tunesmith.models.load import load, probe, vocabulary
@@ -133,14 +134,14 @@ def read(adapter: str | Path) -> Lora:
     from safetensors.torch import load_file
 
     folder = locate(adapter)
-    if folder.kind == "full" or folder.base is None:
+    if folder.base is None:
         raise UserError(
             f"{folder.path} is a full model (a merged one, perhaps): there is no adapter in it. Name adapter folders."
         )
     config = headers.read_json(folder.path / "adapter_config.json")
     kind = str(config.get("peft_type", "")).lower()
     why = None
-    if kind != "lora":
+    if not kinds.kind_of(kinds.type_of(config)).summable:
         why = f"is a {kind} adapter: only LoRA adapters can be summed"
     elif config.get("use_dora"):
         why = "has use_dora: its magnitudes are no sum"

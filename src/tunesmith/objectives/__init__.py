@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -19,6 +20,22 @@ Example = dict[str, np.ndarray]
 
 Batch = dict[str, Any]
 """Tensors of one micro-batch, on the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """What the command line asks of an objective's file, its ``USES``, instead of comparing its name.
+
+    ``starter``  training rows that ``tunesmith init`` writes where no file is named: keys of ``data.train``.
+    ``assumed``  a model with this objective's head is taken for one of this objective where it does not say what it is for.
+    ``rewards``  its model gives each answer one number that says how good it is; ``tunesmith score`` prints it.
+    ``single_label_keys``  keys of its ``Config`` that apply to rows with a single label only.
+    """
+
+    starter: Mapping[str, Any]
+    assumed: bool = False
+    rewards: bool = False
+    single_label_keys: tuple[str, ...] = ()
 
 
 class Objective(Protocol):

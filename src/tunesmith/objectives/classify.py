@@ -16,7 +16,9 @@ from tunesmith.data.rows import Labelled
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.models import network
 from tunesmith.models.heads import head_types
-from tunesmith.objectives import Batch, Example
+from tunesmith.objectives import Batch, Example, Uses
+
+USES = Uses({"path": "builtin:classify"}, assumed=True, single_label_keys=("label_smoothing",))
 
 
 class Config(BaseModel):

@@ -17,7 +17,9 @@ from tunesmith.data.batch import preference_batch
 from tunesmith.data.encode import rankings
 from tunesmith.data.rows import Ranking
 from tunesmith.metrics import token_mean as figures
-from tunesmith.objectives import Batch, Example
+from tunesmith.objectives import Batch, Example, Uses
+
+USES = Uses({"path": "builtin:preference"})
 
 
 class Config(BaseModel):

@@ -16,10 +16,13 @@ from tunesmith.errors import DataError
 from tunesmith.metrics import token_mean
 from tunesmith.models import network
 from tunesmith.models.heads import head_types
-from tunesmith.objectives import Batch, Example
+from tunesmith.objectives import Batch, Example, Uses
 
 N_BEST = 20
 """Answers kept for each question; their probabilities sum to 1."""
+
+
+USES = Uses({"path": "builtin:qa"}, assumed=True)
 
 
 class Config(BaseModel):

@@ -22,7 +22,7 @@ from tunesmith.errors import DataError, ModelError
 from tunesmith.metrics import token_mean
 from tunesmith.models import network
 from tunesmith.models.heads import head_types
-from tunesmith.objectives import Batch, Example
+from tunesmith.objectives import Batch, Example, Uses
 
 BUCKETS = 5
 """Of pairs by how much longer the better answer is: accuracy is given for each."""
@@ -30,6 +30,9 @@ BUCKETS = 5
 
 OF_THE_LOSS = ("margin", "center_rewards_coefficient")
 """Keys that an evaluation of the saved model takes over."""
+
+
+USES = Uses({"path": "builtin:preference"}, rewards=True)
 
 
 class Config(BaseModel):

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tunesmith.data.batch import pack
 from tunesmith.data.encode import chat
 from tunesmith.data.rows import Chat, PromptCompletion, Text, Written
-from tunesmith.objectives import Batch, Example
+from tunesmith.objectives import Batch, Example, Uses
+
+USES = Uses({"path": "builtin:docstrings"}, assumed=True)
 
 
 class Config(BaseModel):

@@ -17,9 +17,12 @@ from tunesmith.errors import DataError, ReadOnceError
 from tunesmith.metrics import token_mean
 from tunesmith.models import network
 from tunesmith.models.heads import head_types
-from tunesmith.objectives import Batch, Example
+from tunesmith.objectives import Batch, Example, Uses
 
 Row = tuple[int, int]
+
+
+USES = Uses({"path": "builtin:tag"}, assumed=True)
 
 
 class Config(BaseModel):

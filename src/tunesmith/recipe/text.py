@@ -77,7 +77,7 @@ def read(text: str, name: str) -> tuple[Any, Any]:
     except yaml.constructor.ConstructorError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         problem = str(error.problem)
-        if "tag" in problem:
+        if "for the tag" in problem:
             problem = f"{problem}. A recipe holds plain values only; remove the tag."
         raise RecipeError(f"{name}, line {line}: {problem}") from None
     except yaml.MarkedYAMLError as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.errors import ModelError, UserError
 from tunesmith.hub import ask
+from tunesmith.models.adapters import kinds
 from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.heads import head_types
@@ -33,8 +34,6 @@ _SILENT = {
     "BITSANDBYTES_NOWELCOME": "1",
 }
 _LIBRARIES = r"(transformers|peft|bitsandbytes|accelerate|huggingface_hub|torch)(\.|$)"
-KINDS = {"LORA": "lora", "IA3": "ia3", "BOTTLENECK": "bottleneck", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
-"""peft's names of the adapters that a recipe can make, and ours."""
 _OLD_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Constants that old checkpoints carry and today's classes compute: they hold nothing that was learnt."""
 
@@ -227,11 +226,8 @@ def check_mergeable(config: Any) -> None:
     name = config.peft_type.value.lower()
     if config.is_prompt_learning:
         raise UserError(f"a {name} adapter adds inputs, not weights: there is nothing to merge it into")
-    if name == "bottleneck":
-        raise UserError(
-            "a bottleneck adapter is a layer with a non-linearity: no weight of the base does the same, so it cannot be merged.\n"
-            "  Use the adapter as it is: every verb opens its folder."
-        )
+    if (why := kinds.kind_of(config.peft_type.value).unmergeable) is not None:
+        raise UserError(f"a {name} adapter is {why}")
 
 
 def _unwrapped(layer: Any) -> Any:
