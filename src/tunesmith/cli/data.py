@@ -258,10 +258,10 @@ def _target(
         loaded = recipe.load(target, overrides)
         kind = objectives.module(objectives.name_of(loaded.objective))
         return list(loaded.data.train), loaded.data, kind.Objective(loaded.objective), loaded.model
-    raw = {"model": "-", "data": {"train": [{"path": target, **keys}]}, "objective": "sft"}
+    raw = {"model": "-", "data": {"train": [{"path": target, **keys}]}, "objective": recipe.DEFAULT_OBJECTIVE}
     checked = recipe.parse(raw, overrides, where="data")
-    sft = objectives.module("sft")
-    return list(checked.data.train), None, sft.Objective(checked.objective), None
+    kind = objectives.module(recipe.DEFAULT_OBJECTIVE)
+    return list(checked.data.train), None, kind.Objective(checked.objective), None
 
 
 def _preview_lines(shown: list[Any]) -> list[Any]:

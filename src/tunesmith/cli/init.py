@@ -11,14 +11,6 @@ import typer
 from tunesmith.cli.output import result, say
 from tunesmith.errors import UserError
 
-MADE: dict[str, dict[str, Any]] = {
-    "sft": {"path": "builtin:docstrings"},
-    "cpt": {"path": "builtin:docstrings", "format": "text", "columns": {"text": "response"}},
-    "dpo": {"path": "builtin:preference"},
-    "reward": {"path": "builtin:preference"},
-}
-"""Builtin rows of an objective where they are not simply called like it."""
-
 
 def init(
     objective: Annotated[
@@ -50,9 +42,12 @@ def recipe_text(objective: str, adaptation: str, model: str, data: str | None) -
 
     ``data``: a file; None = rows made for the objective.
     """
+    from tunesmith import objectives
     from tunesmith import recipe as schema
 
-    source = {"path": data} if data else MADE.get(objective, {"path": f"builtin:{objective}"})
+    source = {"path": data or "-"}
+    if not data and objective in objectives.names():  # parse names the nearest to an unknown one
+        source = dict(objectives.module(objective).Objective.traits.starter)
     start = {"model": model, "objective": objective, "adaptation": adaptation, "data": {"train": [source]}}
     recipe = schema.parse(start, where="init")
     parts = {"objective": (objective, recipe.objective), "adaptation": (adaptation, recipe.adaptation)}

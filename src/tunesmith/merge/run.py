@@ -41,7 +41,7 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     target = files.new_target(out, "merge")
-    if folder.kind == "full" or folder.base is None:
+    if folder.base is None:
         raise UserError(f"{folder.path} is a full model: there is no adapter in it, so there is nothing to merge")
     folded = fold(folder, dtype)
     with files.new_folder(target) as made:

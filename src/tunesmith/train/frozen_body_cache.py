@@ -37,6 +37,7 @@ from tunesmith.train import distributed, forecast, setup
 
 FORWARD = (
     "train.frozen_body_cache", "data.store.cache", "data.batch.pack",
+    "models.network", "models.heads.head_types", "models.adapters.kinds",
     "models.heads.lm_head", "models.heads.task_heads", "models.heads.bidirectional", "models.heads.noise",
     "models.load.load", "models.load.quantization", "models.load.dequantized", "models.load.vocabulary",
     "models.adapters.virtual_tokens", "models.adapters.layout", "models.adapters.linear",
