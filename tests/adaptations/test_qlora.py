@@ -158,7 +158,7 @@ def test_a_fresh_process_finds_the_same_answers(tmp_path):
     made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4})
     folder = tunesmith.train(made, out=tmp_path / "run")["model_dir"]
     code = (
-        "import sys; from tunesmith.models import load, probe\n"
+        "import sys; from tunesmith.models.load import load, probe\n"
         "model, tokenizer = load.load(sys.argv[1]); print(probe.verify_probe(load.locate(sys.argv[1]).path, model, tokenizer))"
     )
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
@@ -219,7 +219,7 @@ def test_an_adapter_that_is_continued_is_counted_in_its_own_bits(tmp_path):
     )
     tunesmith.train(made, out=tmp_path / "run")
     first, on = (setup.read(parse(one), CPU, lambda line: None) for one in (made, continued(made, tmp_path / "run", "qlora")))
-    assert on.quantized == first.quantized
+    assert on.outline.quantized == first.outline.quantized
 
 
 def test_an_adapter_of_the_base_as_it_is_is_not_continued_on_bits(tmp_path):
@@ -305,7 +305,7 @@ def test_a_model_that_fits_only_in_four_bits_is_not_refused(wide, tmp_path):
         setup.read(parse({**made, "adaptation": kind}), CPU, lambda line: None)
         for kind in ({"type": "lora", "r": 1}, {"type": "qlora", "r": 1})
     )
-    room = 4 * whole.parameters["total"]
+    room = 4 * whole.outline.total
     with pytest.raises(RecipeError, match="or qlora"):
         forecast.check_weights(whole, room)
     forecast.check_weights(four, room)

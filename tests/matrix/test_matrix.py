@@ -101,13 +101,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(architecture, adaptation, t
 
 FRESH = """
 import sys, torch, tunesmith
-from tunesmith.models import newhead
+from tunesmith.models.load import head_loading
 from safetensors.torch import save_file
 answers = {}
 for place in sys.argv[2:]:
     model, _ = tunesmith.load(place)
     with torch.no_grad():
-        answers[place] = newhead.answers(model, torch.tensor(IDS)).float()
+        answers[place] = head_loading.answers(model, torch.tensor(IDS)).float()
 save_file(answers, sys.argv[1])
 """.replace("IDS", repr(IDS))
 
