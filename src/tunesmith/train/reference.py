@@ -43,9 +43,6 @@ class Reference:
         self._known: dict[int, np.ndarray] = {}
         self.taken = False
 
-    def __contains__(self, key: int) -> bool:
-        return key in self._known
-
     def __len__(self) -> int:
         return len(self._known)
 
@@ -111,9 +108,11 @@ def check_known(reference: Reference, steps: Sequence[Step], folder: Any) -> Non
     """Raise RecipeError where an example of the run is not among those that the checkpoint's reference was taken of."""
     for step in steps:
         for place in range(len(step)):
-            if key_of(step.data[int(step.rows[place])]) not in reference:
+            try:
+                step.examples([place])
+            except KeyError:  # of ``attach``: an example is given its reference as soon as it is read
                 raise RecipeError(
                     f"{step.name(place)} has other tokens than when the run was started, so the reference that the "
                     "checkpoint holds is not its own: the tokenizer, its chat template or the model's window changed.\n"
                     f"  Put the files of {folder} back as they were, or start another run with --out DIR."
-                )
+                ) from None
