@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tunesmith import engine, errors
+from tunesmith import errors
 from tunesmith.cli import main as cli
 
 RECIPE = "model: m\ndata:\n  train: [{path: x.json}]\n"
@@ -22,7 +23,7 @@ def train_raises(monkeypatch, tmp_path):
         def train(recipe, **_):
             raise error
 
-        monkeypatch.setattr(engine, "run", SimpleNamespace(train=train), raising=False)
+        monkeypatch.setattr(importlib.import_module("tunesmith.train"), "run", SimpleNamespace(train=train), raising=False)
         return cli.main(["train", str(path), *options])
 
     return run

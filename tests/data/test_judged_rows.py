@@ -16,6 +16,7 @@ from tests.data.zoo import ZOO
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.data.batch import preference_batch, shared_prompts
+from tunesmith.data.batch.pack import Layout
 from tunesmith.data.check import minhash
 from tunesmith.data.check.balance import Balance, balance
 from tunesmith.data.check.lint import lint
@@ -32,6 +33,7 @@ from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Rankin
 from tunesmith.data.store import mix
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError
+from tunesmith.train.reference import key_of
 
 Q, A, S = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "system", "content": "s"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
@@ -267,14 +269,14 @@ def test_examples_are_laid_out_as_rankings_of_one_are():
     rows = [Judged((Q,), (A,), True), Judged((S, Q), (A,), False)]
     examples = [example for (example,) in encode(rows, templated(ENDING[0]), max_length=None, overlong="error")]
     for packed, shared in ((True, True), (True, False), (False, False)):
-        batch = preference_batch.of_targets(examples, packed, shared)
+        batch = preference_batch.of_targets(examples, Layout(packed, shared))
         flat = batch["input_ids"].reshape(-1).numpy()
-        _, places = shared_prompts.layout(examples, packed, shared)
+        _, places = shared_prompts.arrange(examples, Layout(packed, shared))
         for number, (example, where) in enumerate(zip(examples, places)):
             assert np.array_equal(flat[where], example["input_ids"])
             mine = (batch["owners"] == number).numpy()
             assert np.array_equal(batch["labels"].numpy()[mine], example["input_ids"][example["learnt"]])
-        assert batch["counts"] == [1, 1] and len(set(batch["keys"])) == 2 and not len(batch["pairs"])
+        assert batch["counts"] == [1, 1] and len(set(map(key_of, examples))) == 2 and not len(batch["pairs"])
     short = preference_batch.shortened(examples[1], 3, 2)
     assert short["answers"].tolist() == [3, 2] and short["desirable"].tolist() == [False]
 

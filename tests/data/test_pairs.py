@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.data.batch import preference_batch, shared_prompts
+from tunesmith.data.batch.pack import Layout
 
 ROWS = [
     {"input_ids": np.array([1, 2, 3, 10, 11, 20], np.int32), "answers": np.array([3, 2, 1], np.int32)},
@@ -16,7 +17,7 @@ WHOLE = [[1, 2, 3, 10, 11], [1, 2, 3, 20], [4, 30, 31], [40], [50, 51]]
 
 
 def test_a_prefix_stands_once_and_its_answers_go_on_behind_it():
-    batch, places = shared_prompts.layout(ROWS, packed=True, shared=True)
+    batch, places = shared_prompts.arrange(ROWS, Layout(packed=True, shared=True))
     assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 11, 20, 4, 30, 31, 40, 50, 51]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 0, 0, 1]]
     assert batch["segments"] == (3, 2, 1, 1, 2, 1, 2)
@@ -26,20 +27,20 @@ def test_a_prefix_stands_once_and_its_answers_go_on_behind_it():
 
 
 def test_separate_answers_are_segments_of_their_own():
-    batch, _ = shared_prompts.layout(ROWS, packed=True, shared=False)
+    batch, _ = shared_prompts.arrange(ROWS, Layout(packed=True, shared=False))
     assert batch["segments"] == (5, 4, 3, 1, 2) and "behind" not in batch
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 0, 0, 1]]
 
 
 def test_or_padded_rows():
-    batch, _ = shared_prompts.layout(ROWS, packed=False, shared=True)  # padded rows share nothing
+    batch, _ = shared_prompts.arrange(ROWS, Layout(packed=False, shared=True))  # padded rows share nothing
     assert batch["input_ids"].shape == (5, 5) and "behind" not in batch
     assert batch["attention_mask"].sum(1).tolist() == [5, 4, 3, 1, 2]
 
 
 @pytest.mark.parametrize(("packed", "shared"), [(True, True), (True, False), (False, False)])
 def test_in_every_layout_the_places_of_an_answer_hold_all_of_it(packed, shared):
-    batch, places = shared_prompts.layout(ROWS, packed, shared)
+    batch, places = shared_prompts.arrange(ROWS, Layout(packed, shared))
     ids, positions = (batch[name].numpy().reshape(-1) for name in ("input_ids", "position_ids"))
     assert [ids[one].tolist() for one in places] == WHOLE
     assert [positions[one].tolist() for one in places] == [list(range(len(one))) for one in WHOLE]
@@ -50,8 +51,8 @@ def test_in_every_layout_the_places_of_an_answer_hold_all_of_it(packed, shared):
 def test_sizes_are_what_a_batch_has(packed, shared):
     answers, lengths = [row["answers"] for row in ROWS], np.array([len(row["input_ids"]) for row in ROWS])
     shapes = shared_prompts.shapes(np.concatenate(answers), np.cumsum([0, *map(len, answers)]))
-    tokens, rows = shared_prompts.sizes(lengths, shapes, packed, shared)
-    batch, _ = shared_prompts.layout(ROWS, packed, shared)
+    tokens, rows = shared_prompts.sizes(lengths, shapes, Layout(packed, shared))
+    batch, _ = shared_prompts.arrange(ROWS, Layout(packed, shared))
     assert batch["input_ids"].numel() == (tokens.sum() if packed else tokens.max() * rows.sum())
     assert rows.tolist() == ([1, 1, 1] if packed else [2, 1, 2])
 
