@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tests.data.tokenizers import KINDS, tokenizer_of
 from tests.data.zoo import ZOO
 from tests.tiny import save_tiny
+from tunesmith import objectives
 from tunesmith.cli.main import main
 from tunesmith.data.batch import preference_batch, shared_prompts
 from tunesmith.data.batch.pack import Layout
@@ -33,6 +35,7 @@ from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Rankin
 from tunesmith.data.store import mix
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError
+from tunesmith.objectives import Traits
 from tunesmith.train.reference import key_of
 
 Q, A, S = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "system", "content": "s"}
@@ -304,17 +307,17 @@ def test_a_pair_that_became_two_rows_is_written_once(tmp_path):
     assert list(kept_rows(sources, near_duplicates(sources, accepted=(Judged,)), (Judged,))) == values
 
 
-class Objective:
+class Objective(objectives.Objective):
     """As much of an objective as ``prepare`` asks for."""
 
-    head, rows, overlong = "lm", (Judged,), "own"
+    traits = Traits(rows=(Judged,), fits_rows=True)
 
     def __init__(self, max_length=None, policy="truncate"):
+        super().__init__(SimpleNamespace(overlong=policy))
         self.max_length = max_length
-        self.config = type("Config", (), {"overlong": policy})
         self.seen = Balance(0, 0)
 
-    def survey(self, rows):
+    def scan(self, rows):
         self.seen = balance(rows)
 
     def encode(self, rows, tokenizer):

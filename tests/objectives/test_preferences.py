@@ -25,6 +25,7 @@ from tunesmith.models.load import load
 from tunesmith.objectives import dpo, reward
 from tunesmith.runs import metrics_file
 from tunesmith.train import checkpoint, setup
+from tunesmith.train.reference import Reference
 
 ROWS = [Ranking(row["prompt"], (row["chosen"], row["rejected"]), (0, 1)) for row in preferences(5)]
 MANY = Ranking("question:", tuple(f" {answer}" for answer in ANSWERS[:4]), (0, 1, 1, 2))
@@ -401,7 +402,7 @@ def test_logged_figures_are_means_over_all_rows_since_the_last_record(tmp_path, 
 def test_a_checkpoint_without_its_reference_is_refused(tmp_path, monkeypatch):
     made = recipe(tmp_path, "llama", "dpo", max_steps=4, save_steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr("tunesmith.train.reference.Reference.tensors", lambda self: {})
+        patch.setattr(Reference, "tensors", lambda self: {})
         killed_before(3, made, tmp_path / "run")
     with pytest.raises(RecipeError, match="lacks the reference"):
         tunesmith.train(made, out=tmp_path / "run", resume=True)
