@@ -6,14 +6,13 @@ import gc
 import json
 import multiprocessing
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from tests.tiny import tiny_tokenizer
 from tunesmith.data.config import DataConfig
@@ -23,22 +22,23 @@ from tunesmith.data.store import cache
 from tunesmith.data.store.encoded import blocks
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError, DiskFullError, UserError
+from tunesmith.objectives import Objective, Traits
 
 
-@dataclass
-class Language:
+class Options(BaseModel):
+    train_on: str
+    overlong: str
+
+
+class Language(Objective):
     """The part of an objective that preparation sees."""
 
-    head: str = "lm"
-    overlong: str = "error"
-    train_on: str = "completion"
-    rows: tuple = (Chat, PromptCompletion, Text)
-
-    def survey(self, rows):
-        pass
+    def __init__(self, overlong="error", train_on="completion", rows=(Chat, PromptCompletion, Text)):
+        super().__init__(Options(train_on=train_on, overlong=overlong))
+        self.traits = Traits(rows=rows, overlong=overlong)
 
     def encode(self, rows, tokenizer):
-        return chat.encode(rows, tokenizer, train_on=self.train_on)
+        return chat.encode(rows, tokenizer, train_on=self.config.train_on)
 
 
 @pytest.fixture
@@ -401,7 +401,7 @@ def test_progress_is_told(alpaca):
 
 
 def test_an_objective_that_takes_other_rows_is_named(alpaca):
-    objective = SimpleNamespace(rows=(Text,), overlong="split", encode=None)
+    objective = Language(overlong="split", rows=(Text,))
     with pytest.raises(DataError, match="learns from Text rows"):
         run(alpaca, objective)
 
