@@ -13,7 +13,7 @@ import tunesmith
 from tests.numeric.test_invariance import LAUNCHED
 from tests.runs import recipe
 from tunesmith.engine import tracking
-from tunesmith.engine.report import write_report
+from tunesmith.report.run_page import write_report
 
 NAMES = ("short", "long")
 

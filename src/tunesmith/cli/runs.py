@@ -48,6 +48,7 @@ def compare_runs(
 ) -> None:
     """Curves of several runs over each other, what differs between their recipes, and their results side by side."""
     from tunesmith.engine import compare, runs
+    from tunesmith.report import charts
 
     if len(folders) < 2 or by not in ("step", "tokens"):
         raise UserError("compare takes two or more runs, and --by is step or tokens: tunesmith runs compare runs/a runs/b")
@@ -61,7 +62,7 @@ def compare_runs(
         "picture": str(out),
     }
     try:
-        out.write_bytes(compare.picture(kept, by))
+        out.write_bytes(charts.png(charts.compare(compare.losses(kept, by), by)))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
     result(found, as_json, lambda found: _compared(found, compare.names(kept)))

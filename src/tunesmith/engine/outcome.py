@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from tunesmith import __version__
-from tunesmith.engine import distributed, figures, machine, plain, report, setup, tracking, verdict
+from tunesmith.engine import distributed, figures, machine, plain, setup, tracking, verdict
 from tunesmith.engine.loop import Job, Progression
 from tunesmith.engine.state import Run
 from tunesmith.models import quantized
+from tunesmith.report import run_page
 
 
 def parameters_line(ready: setup.Setup) -> str:
@@ -101,7 +102,7 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
     if merged := plain.copy(run):
         result["merged_dir"] = merged
     run.folder.record(result=result, notes=notes(run), finished=datetime.now(UTC).isoformat(timespec="seconds"))
-    report.write_report(run.folder.path)
+    run_page.write_report(run.folder.path)
     return result
 
 

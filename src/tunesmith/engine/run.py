@@ -20,7 +20,6 @@ from tunesmith.engine import (
     machine,
     outcome,
     reference,
-    report,
     route,
     samples,
     setup,
@@ -34,6 +33,7 @@ from tunesmith.engine.trackers import Trackers, hushed, require, subject
 from tunesmith.errors import GradientOverflowError, Interrupted, NonFiniteError, RecipeError, TunesmithError
 from tunesmith.models import kernels
 from tunesmith.recipe import Recipe
+from tunesmith.report import run_page
 
 
 def train(
@@ -219,7 +219,7 @@ def _run(
         run.trackers.close()
         if main:
             run_folder.record(notes=outcome.notes(run), stopped=f"{type(error).__name__}: {error}")
-            report.write_report(run_folder.path)
+            run_page.write_report(run_folder.path)
         if isinstance(error, NonFiniteError | GradientOverflowError | Interrupted):
             distributed.wait()  # all processes are here: none ends before the report is written
         hooks.again()

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tunesmith.engine.report import write_report
 from tunesmith.engine.tracking import Metrics
+from tunesmith.report.run_page import write_report
 
 ATTACK = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 VOID = {"meta", "img", "br", "path", "link"}
@@ -166,7 +166,7 @@ def test_the_answer_shown_as_after_is_of_the_weights_that_were_kept(run):
 def test_the_data_is_summed_up(run):
     _, seen = page(run)
     text = re.sub(r"\s+", " ", seen.text)
-    for words in ("tokens learnt76,000 (38.0%)", "above max length5 (truncate)", "tokens lost by that600 (0.300%)", "longest742"):
+    for words in ("supervised tokens76,000 (38.0%)", "above max length5 (truncate)", "tokens lost by that600 (0.300%)", "longest742"):
         assert words in text
     assert "eval rows also in train7" in text
     assert "1-1610017-3250033-742300" in text
