@@ -92,5 +92,7 @@ def test_the_value_under_the_pointer_can_be_read():
 
 def test_png_is_a_png():
     points = [(float(x), 1 / (x + 1)) for x in range(20)]
-    picture = charts.png(charts.over_steps("loss", [Curve("train", [*points, (20.0, math.nan)]), Curve("eval", [(0, 1.0), (20, 0.5)])]))
+    picture = charts.png(
+        charts.over_steps("loss", [Curve("train", [*points, (20.0, math.nan)]), Curve("eval", [(0, 1.0), (20, 0.5)])])
+    )
     assert picture.startswith(b"\x89PNG\r\n")

@@ -201,5 +201,11 @@ def test_nothing_from_outside_acts(tmp_path):
     assert "default-src 'none'" in html
 
 
+def test_a_chart_says_in_words_what_it_shows(tmp_path):
+    html = body(tmp_path)
+    assert 'alt="Confusion matrix: counts, coloured by the share of the row. good is predicted as bad 1 times"' in html
+    assert re.search(r'alt="Calibration: [^"]*\. [^"]*right at a confidence of 0\.7', html)
+
+
 def test_half_a_letter_does_not_stop_the_page(tmp_path):
     assert "a ? b" in body(tmp_path, {}, [{"where": "f:1", "text": "a \ud800 b", "gold": "x", "prediction": "y"}])

@@ -1,4 +1,4 @@
-"""Runs over each other: what differs between their recipes, whether their losses may be compared, their losses over steps or tokens."""
+"""Runs over each other: what differs between their recipes, whether their losses may be compared, and those losses."""
 
 from __future__ import annotations
 

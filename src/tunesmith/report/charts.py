@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from tunesmith.engine import figures
-from tunesmith.report.curves import Curve, Points, smooth
+from tunesmith.report.curves import MOST_MARKED, Curve, Points, smooth
 from tunesmith.report.fonts import legible
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def per_class(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     }
     labels = [f"{name}  ({found[key]['support']:,})" for name, key in zip(drawn.shown, ordered)]
     left_out = f"\nthe {len(ordered)} most frequent of {len(found)} classes" if len(ordered) < len(found) else ""
-    figure, axes = _bars(bars, labels, f"share (in brackets: how often it is true){left_out}{drawn.note}", drawn.families)
+    figure = _bars(bars, labels, f"share (in brackets: how often it is true){left_out}{drawn.note}", drawn.families)
     figure.legend(frameon=False, loc="outside upper center", ncols=3)
     return figure
 
@@ -122,8 +122,8 @@ def buckets(found: Mapping[str, Mapping[str, float]], chance: float) -> Figure:
     """Bars of the accuracy in each bucket {name: {pairs, accuracy}}, in their order, with a line at ``chance``."""
     labels = [f"{name}  ({one['pairs']:,})" for name, one in found.items()]
     bars = {"accuracy": ([one["accuracy"] for one in found.values()], BLUE)}
-    figure, axes = _bars(bars, labels, "accuracy (in brackets: pairs; dashed: by chance)")
-    axes.axvline(chance, linestyle="--", color=GREY, linewidth=1)
+    figure = _bars(bars, labels, "accuracy (in brackets: pairs; dashed: by chance)")
+    figure.axes[0].axvline(chance, linestyle="--", color=GREY, linewidth=1)
     return figure
 
 
@@ -181,7 +181,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **grid
     return figure, figure.subplots(rows, columns, **grid)
 
 
-def _open(axes: Axes, along: str = "both") -> None:
+def _open(axes: Axes, along: Literal["both", "x"] = "both") -> None:
     """Grid lines behind the data, no frame above and on the right."""
     axes.grid(axis=along, alpha=0.25)
     axes.set_axisbelow(True)
@@ -204,14 +204,14 @@ def _draw(axes: Axes, curve: Curve, colour: str, line: str) -> Any:
         axes.plot(*_xy(curve.finite), color=colour, alpha=0.25, linewidth=0.9)
     mark, order = ("", 3) if curve.is_training else ("o", 4)
     (handle,) = axes.plot(*_xy(points), mark + line, color=colour, linewidth=1.8, markersize=5, label=curve.name, zorder=order)
-    for step in curve.not_finite[:64]:
+    for step in curve.not_finite[:MOST_MARKED]:
         axes.axvline(step, color=RED, linestyle="--", linewidth=1)
     return handle
 
 
 def _bars(
     bars: Mapping[str, tuple[list[float], str]], labels: list[str], title: str, families: list[str] | None = None
-) -> tuple[Figure, Axes]:
+) -> Figure:
     """Groups of horizontal bars {legend: (shares, colour)}, the first label on top."""
     figure, axes = _figure(8, 1.4 + 0.42 * len(labels))
     places = np.arange(len(labels))
@@ -222,7 +222,7 @@ def _bars(
     axes.set_yticks(places, labels, parse_math=False, **({"fontfamily": families} if families else {}))
     axes.set(xlim=(0, 1.02), ylim=(len(labels) - 0.5, -0.5), xlabel=title)
     _open(axes, "x")
-    return figure, axes
+    return figure
 
 
 def _legend(figure: Figure, handles: list[Any], names: list[str], place: str, room: int) -> None:

@@ -20,6 +20,9 @@ Points = list[tuple[float, float]]
 SETS = 6
 """Evaluation sets that have a colour of their own; the next six are dashed."""
 
+MOST_MARKED = 64
+"""Steps without a finite value that a chart marks."""
+
 _BINS = 1500  # more points than a screen has columns cannot be seen
 _STRIPS = 64
 _FEW = 12  # points below which a smoothed line would claim more than the run shows
@@ -165,7 +168,7 @@ def plot(
         legend=[(curve.classes, curve.name) for curve in drawn if len(drawn) > 1] + ([("broken", named)] if steps else []),
         paths=[("grid", f"M0 {frame.y(y):.1f}H1000") for y in y_ticks]
         + [path for curve in drawn for path in _paths(curve, frame, is_smoothed)]
-        + [("broken", f"M{frame.x(step):.1f} 0V1000") for step in steps[:_STRIPS]],
+        + [("broken", f"M{frame.x(step):.1f} 0V1000") for step in steps[:MOST_MARKED]],
         x_labels=[(round(frame.x(x) / 10, 2), f"{x:,.0f}") for x in ticks(frame.left, frame.right, 6) if x == int(x)],
         y_labels=[(round(frame.y(y) / 10, 2), written(y)) for y in y_ticks],
         strips=_strips(drawn, frame, written, is_smoothed),

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,12 +249,12 @@ def _small_plots(run: _Run) -> list[curves.Plot]:
         curves.Curve.of_set(name.removeprefix("eval_"), run.points(run.evals, name), number)
         for number, name in enumerate(held_out[:MOST_CURVES])
     ]
-    rate = {"form": figures.rate, "from_zero": True, "is_smoothed": False}
+    rate = partial(curves.plot, form=figures.rate, from_zero=True, is_smoothed=False)
     plots = [
         *(curves.plot(titled(name), found) for name, found in both.items()),
         curves.plot("Held-out figures", figures_held_out, is_smoothed=False),
-        curves.plot("Learning rate", train("learning_rate"), **rate),
-        curves.plot("Learning rate of the output layer", train("head_learning_rate"), **rate),
+        rate("Learning rate", train("learning_rate")),
+        rate("Learning rate of the output layer", train("head_learning_rate")),
         curves.plot("Loss scale", train("loss_scale"), figures.count, is_smoothed=False),
         curves.plot("Gradient norm", train("grad_norm"), from_zero=True),
         curves.plot("Update / weights, often about 1e-3", train("update_ratio"), figures.rate, is_log=True),

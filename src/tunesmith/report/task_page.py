@@ -141,9 +141,7 @@ def _pictures(figures: Mapping[str, Any]) -> list[Picture]:
 
 def _confused(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     """The most frequent confusions in words."""
-    pairs = [
-        (count, true, said) for row, true in zip(counts, names) for count, said in zip(row, names) if count and true != said
-    ]
+    pairs = [(count, true, said) for row, true in zip(counts, names) for count, said in zip(row, names) if count and true != said]
     worst = sorted(pairs, key=lambda pair: -pair[0])[:3]
     return "; ".join(f"{true} is predicted as {said} {count} times" for count, true, said in worst) or "No confusions"
 
