@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tunesmith.engine import machine
+from tunesmith.train import machine
 
 MODEL = "smollm2-135m"
 SOURCE = {"path": "builtin:docstrings", "limit": 160}
@@ -44,7 +44,7 @@ SETTINGS = {
 
 def long_documents(folder: Path) -> str:
     """Docstrings joined to documents of a few thousand characters."""
-    from tunesmith.data.builtin import docstrings
+    from tunesmith.data.read.builtin import docstrings
 
     answers = [row["response"] for row, _ in zip(docstrings(), range(800))]
     documents = [{"text": "\n".join(answers[start : start + 40])} for start in range(0, len(answers), 40)]

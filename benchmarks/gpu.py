@@ -92,7 +92,7 @@ def encoded(folder: Path, options: argparse.Namespace, held_out: bool) -> list[d
     import torch
 
     from tunesmith import recipe as recipes
-    from tunesmith.engine import setup
+    from tunesmith.train import setup
 
     made = recipe(folder, options, {"micro_batch_tokens": 2048, "compile": False})
     if held_out:
@@ -146,7 +146,7 @@ def now() -> float:
 def peak() -> int:
     import torch
 
-    from tunesmith.engine import machine
+    from tunesmith.train import machine
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else machine.peak_memory_bytes()
 
@@ -154,7 +154,7 @@ def peak() -> int:
 def ours(folder: Path, options: argparse.Namespace, side: dict[str, Any], save: Path) -> dict[str, Any]:
     """One run of tunesmith."""
     import tunesmith
-    from tunesmith.engine import tracking
+    from tunesmith.runs import tracking
 
     outcome = tunesmith.train(recipe(folder, options, side), out=save)
     steps = [record for record in tracking.read(save / "metrics.jsonl") if record["kind"] == "train"]
@@ -243,7 +243,7 @@ def score(folder: Path, model_folder: str, options: argparse.Namespace) -> float
 
 def one(folder: Path, options: argparse.Namespace, side: dict[str, Any]) -> dict[str, Any]:
     """One side trained and scored, in this process."""
-    from tunesmith.engine import machine
+    from tunesmith.train import machine
 
     save = Path(tempfile.mkdtemp(dir=folder))
     try:
@@ -319,7 +319,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     import torch
     import transformers
 
-    from tunesmith.engine import machine
+    from tunesmith.train import machine
 
     cuda = torch.cuda.is_available()
     if not cuda and not options.tiny:

@@ -188,7 +188,7 @@ def fresh(*command: str) -> dict[str, Any]:
 
 def one_run(setting: dict[str, Any], side: str, folder: Path) -> dict[str, Any]:
     """A side's run of a setting in a fresh process: speed, memory, figures."""
-    from tunesmith.models.load import locate
+    from tunesmith.models.load.load import locate
 
     task = setting["task"]
     files = {part: str(file_of(folder, task, part)) for part in ("train", "test")}
@@ -300,7 +300,7 @@ def main() -> None:
     if not (SHARED / "data").exists():
         raise SystemExit(f"no data in {SHARED}: set TUNESMITH_SHARED to the folder that holds data/")
 
-    from tunesmith.engine import machine
+    from tunesmith.train import machine
 
     known = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"runs": {}}
 

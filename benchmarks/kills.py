@@ -40,7 +40,8 @@ def differences(one: Path, other: Path) -> list[str]:
     import torch
     from safetensors.torch import load_file
 
-    from tunesmith.engine import checkpoint, tracking
+    from tunesmith.runs import tracking
+    from tunesmith.train import checkpoint
 
     def history(run: Path) -> list[dict]:
         return [{k: v for k, v in line.items() if k not in tracking.TIMING_KEYS} for line in tracking.read(run / "metrics.jsonl")]

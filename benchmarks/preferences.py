@@ -76,7 +76,7 @@ def cut_rows(rows: list[Any], most: int) -> list[Any]:
     """The rows with the last turn of each prompt alone, and of it and of both answers the first ``most`` tokens."""
     from transformers import AutoTokenizer
 
-    from tunesmith.models.load import locate
+    from tunesmith.models.load.load import locate
 
     tokenizer = AutoTokenizer.from_pretrained(locate(MODEL).path)
 
@@ -110,7 +110,7 @@ def own_precision() -> str:
     """The one that a run gets on this machine."""
     import torch
 
-    from tunesmith.engine import precision
+    from tunesmith.train import precision
 
     return "bf16" if precision.choose("auto", torch.device("cpu")).compute is torch.bfloat16 else "fp32"
 
@@ -175,7 +175,7 @@ def one_run(task: str, side: str, data: Path, rows: int, seed: int, out: Path, p
     about = {"side": side, "seed": seed, "precision": precision}
     if side == "tunesmith":
         return {**about, **fresh(__file__, "--run", task, str(data), str(rows), str(seed), str(out), precision)}
-    from tunesmith.models.load import locate
+    from tunesmith.models.load.load import locate
 
     found = fresh(
         *([__file__, "--peer-in-fp32"] if precision == "fp32" else []), str(SHARED / "bench" / "peers.py"),
@@ -201,7 +201,7 @@ def score(task: str, data: Path, adapter: str | None) -> dict[str, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from tunesmith.models.load import locate
+    from tunesmith.models.load.load import locate
 
     folder = locate(MODEL).path
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -238,7 +238,7 @@ def score(task: str, data: Path, adapter: str | None) -> dict[str, Any]:
 
 def quality(task: str, side: str, seed: int, data: Path, reference: list[list[float]] | None, precision: str) -> dict[str, Any]:
     """A run on the 240 pairs, and the lead of the better answer of each held-out one: of rewards, in DPO beta times log ratios."""
-    from tunesmith.engine import machine
+    from tunesmith.train import machine
 
     run = one_run(task, side, data, TRAIN, seed, data.parent / f"{task}-{side}-{seed}", precision)
     found = fresh(__file__, "--score", task, str(data), run.pop("model"))
@@ -402,7 +402,7 @@ def main() -> None:
     if not (SHARED / "bench").exists():
         raise SystemExit(f"nothing in {SHARED}: set TUNESMITH_SHARED to the folder that holds data/ and bench/")
 
-    from tunesmith.engine import machine
+    from tunesmith.train import machine
 
     known: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from tunesmith.engine import machine
 from tunesmith.evaluate.run import evaluate
-from tunesmith.models import load, quantized
-from tunesmith.models.locate import locate
+from tunesmith.models.find.locate import locate
+from tunesmith.models.load import load, quantization
+from tunesmith.train import machine
 
 RESULTS = Path(__file__).parent / "results"
 KINDS: dict[str, tuple[str, bool] | None] = {
@@ -42,9 +42,9 @@ def losses(model: str, data: Path, rows: int) -> list[dict[str, Any]]:
         held = Path(room) / "rows.json"
         held.write_text(json.dumps(json.loads(data.read_text(encoding="utf-8"))[-rows:]), encoding="utf-8")
         for name, kind in KINDS.items():
-            kwargs = quantized.load_kwargs(*kind) if kind else {}
+            kwargs = quantization.load_kwargs(*kind) if kind else {}
             network = load.load_model(folder, dtype=torch.bfloat16, **kwargs)
-            figures, kept = evaluate((network, tokenizer), held), quantized.measured(network)
+            figures, kept = evaluate((network, tokenizer), held), quantization.measured(network)
             one = {"base": name, "eval_loss": figures["eval_loss"], "rows": figures["rows"], "bits_per_parameter": 16.0}
             if kept:
                 named = ("bits_per_parameter", "bytes", "parameters", "base_bytes", "base_bytes_before")
@@ -89,7 +89,7 @@ def write_llama(folder: Path) -> None:
 def step(folder: Path, kind: str) -> dict[str, Any]:
     """Two steps of two rows of about 100 tokens in bf16, in this process; run each in a fresh one."""
     import tunesmith
-    from tunesmith.engine import setup
+    from tunesmith.train import setup
 
     loading: list[int] = []
     build = setup.build

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny import ENCODERS, save_tiny, save_tiny_encoder
-from tunesmith.engine import tracking
+from tunesmith.runs import tracking
 
 ANSWERS = [
     "Paris is the capital.",
@@ -140,7 +140,7 @@ class Killed(BaseException):
 def killed_before(step: int, made: dict[str, Any], out: Path) -> None:
     """Train ``made`` into ``out`` until ``step`` would begin."""
     import tunesmith
-    from tunesmith.engine import loop
+    from tunesmith.train import loop
 
     def dies(job: Any, now: Any) -> Any:
         if now.number == step:

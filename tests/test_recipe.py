@@ -5,10 +5,11 @@ import pytest
 import yaml
 
 from tests import recipe_keys
-from tunesmith import adaptations, objectives, recipe, recipe_text
+from tunesmith import adaptations, objectives, recipe
 from tunesmith.data.config import DataConfig, EvalConfig, Source
-from tunesmith.engine.config import SampleConfig, TrainConfig
 from tunesmith.errors import RecipeError
+from tunesmith.recipe import text as recipe_text
+from tunesmith.train.config import SampleConfig, TrainConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 SMALL = {"model": "m", "data": {"train": [{"path": "x.json"}]}}

@@ -1,7 +1,7 @@
 import pytest
 
-from tunesmith import recipe_text
 from tunesmith.errors import RecipeError
+from tunesmith.recipe import text as recipe_text
 
 
 def data(text):

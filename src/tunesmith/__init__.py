@@ -16,11 +16,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "train": "tunesmith.engine.run",
-    "check": "tunesmith.engine.run",
-    "load": "tunesmith.models.load",
-    "load_adapters": "tunesmith.models.adapters",
-    "generate": "tunesmith.models.generate",
+    "train": "tunesmith.train.run",
+    "check": "tunesmith.train.run",
+    "load": "tunesmith.models.load.load",
+    "load_adapters": "tunesmith.models.adapters.adapters",
+    "generate": "tunesmith.models.generate.decode",
     "predict": "tunesmith.evaluate.predict",
     "evaluate": "tunesmith.evaluate.run",
     "merge": "tunesmith.merge.run",

@@ -19,11 +19,11 @@ from tests.numeric.test_parity import CPU, PACKED, examples, plain_loss_and_grad
 from tests.runs import apart, history, killed_before, model_folder, recipe, rows, weights
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import bottleneck
-from tunesmith.engine import route
 from tunesmith.errors import ModelError, RecipeError, UserError
-from tunesmith.models import noise
-from tunesmith.models.show import show
+from tunesmith.models.find.show import show
+from tunesmith.models.heads import noise
 from tunesmith.objectives import sft
+from tunesmith.train import fast_path
 
 SFT = sft.Objective(sft.Config())
 BOTTLENECK = {"type": "bottleneck", "bottleneck_size": 4}
@@ -47,7 +47,7 @@ def routed(name: str, dtype: torch.dtype, packing: str = "auto", **keys: Any) ->
     model = prepared(name, dtype, **keys)
     drawn, _ = noise.install(model, 0)
     rows_ = examples(SFT, tiny_tokenizer())
-    chosen = route.choose(model, SFT, rows_, max(len(row["input_ids"]) for row in rows_), packing, CPU)
+    chosen = fast_path.choose(model, SFT, rows_, max(len(row["input_ids"]) for row in rows_), packing, CPU)
     assert not any("differed" in note for note in chosen.notes), chosen.notes
     return model, rows_, chosen, drawn
 
@@ -99,7 +99,7 @@ def test_packed_equals_padded(name: str, dropout: float) -> None:
 def test_gradients_are_the_same_when_layers_are_computed_again(name: str, dropout: float) -> None:
     model, rows_, chosen, drawn = routed(name, torch.float32, dropout=dropout)
     before = loss_and_gradients(model.train(), rows_, chosen.packed, drawn)
-    route.recompute(model, SFT, rows_, chosen, CPU)
+    fast_path.recompute(model, SFT, rows_, chosen, CPU)
     assert chosen.recomputed, chosen.notes
     after = loss_and_gradients(model.train(), rows_, chosen.packed, drawn)
     assert after[0] == before[0]

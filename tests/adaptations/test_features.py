@@ -13,11 +13,13 @@ from tests.numeric.test_parity import CPU, PACKED, examples, take_gradients
 from tests.runs import apart, history, killed_before, model_folder, recipe, weights
 from tests.tiny import TINY, tiny_config, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import features
-from tunesmith.engine import route
 from tunesmith.errors import RecipeError, UserError
-from tunesmith.models import compiled, headers, load, vocabulary
-from tunesmith.models.show import show
+from tunesmith.models.fast import compiled
+from tunesmith.models.find import headers
+from tunesmith.models.find.show import show
+from tunesmith.models.load import load, vocabulary
 from tunesmith.objectives import sft
+from tunesmith.train import fast_path
 
 SFT = sft.Objective(sft.Config())
 WIDTH, INNER, VOCABULARY = 32, 64, 512
@@ -137,7 +139,7 @@ def tiny_model_on_meta():
 def test_the_backward_pass_ends_at_the_first_trained_layer():
     model = adaptation(train_last=2).apply(tiny_model("llama", num_hidden_layers=6), "lm")
     rows = examples(SFT, tiny_tokenizer())
-    chosen = route.choose(model, SFT, rows, 200, "auto", CPU)
+    chosen = fast_path.choose(model, SFT, rows, 200, "auto", CPU)
     assert chosen.packed and not chosen.notes
     blocks, packed, seen = compiled.layers(model), [], {}
     for number, block in enumerate(blocks):
@@ -166,10 +168,10 @@ def test_gradients_are_those_of_full_training_and_the_same_computed_again(name):
     for keys, again in ((None, False), ({"train_last": 1}, False), ({"train_last": 1}, True)):
         model = tiny_model(name)
         model = model.requires_grad_(True) if keys is None else adaptation(**keys).apply(model, "lm")
-        chosen = route.choose(model, SFT, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
+        chosen = fast_path.choose(model, SFT, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
         assert chosen.packed is PACKED[name]
         if again:
-            route.recompute(model, SFT, rows, chosen, CPU)
+            fast_path.recompute(model, SFT, rows, chosen, CPU)
             assert chosen.recomputed, chosen.notes
         model.train()
         SFT.loss(model, SFT.collate(rows, chosen.packed))[0].backward()
@@ -245,7 +247,7 @@ assert "tunesmith" not in sys.modules
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_a_tied_output_layer_is_trained_apart_and_a_fresh_process_sees_the_same(name, tmp_path, monkeypatch):
-    from tunesmith.engine import setup
+    from tunesmith.train import setup
 
     build, kept = setup.build, []
     monkeypatch.setattr(setup, "build", lambda *given: kept.append(build(*given)) or kept[-1])
@@ -253,7 +255,7 @@ def test_a_tied_output_layer_is_trained_apart_and_a_fresh_process_sees_the_same(
     outcome = tunesmith.train(made, out=tmp_path / "run")
     (built,) = kept
     ids = torch.tensor([[5, 6, 7, 8]])
-    with route.plain_attention(built.model, built.route), torch.no_grad():
+    with fast_path.plain_attention(built.model, built.route), torch.no_grad():
         expected = built.model(input_ids=ids).logits
     done = subprocess.run(
         [sys.executable, "-c", FRESH, outcome["model_dir"], str(tmp_path / "x.safetensors")], capture_output=True, text=True

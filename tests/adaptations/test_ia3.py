@@ -13,7 +13,8 @@ from tests.runs import apart, killed_before, recipe, weights
 from tests.tiny import TINY, tiny_model
 from tunesmith.adaptations import ia3
 from tunesmith.errors import RecipeError
-from tunesmith.models import fused, products, scaled
+from tunesmith.models.adapters import scaled
+from tunesmith.models.fast import fused, products
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 40, 41, 42]])
 
@@ -158,7 +159,7 @@ def test_an_adapter_is_trained_on(tmp_path):
 
 
 def test_show_counts_the_vectors(tmp_path):
-    from tunesmith.models.show import show
+    from tunesmith.models.find.show import show
 
     tunesmith.train(recipe(tmp_path, adaptation="ia3", max_steps=1), out=tmp_path / "run")
     parameters = show(tmp_path / "run")["parameters"]

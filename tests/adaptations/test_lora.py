@@ -14,8 +14,9 @@ from tests.runs import apart, history, killed_before, recipe, weights
 from tests.tiny import TINY, tiny_config, tiny_model
 from tunesmith.adaptations import lora
 from tunesmith.errors import RecipeError
-from tunesmith.models import factors, fused, products, starts
-from tunesmith.models.show import show
+from tunesmith.models.adapters import factors, lora_init
+from tunesmith.models.fast import fused, products
+from tunesmith.models.find.show import show
 
 STARTS = ("pissa", "olora", "pissa_niter_99")
 VARIED = {"use_rslora": True, "r": {"default": 4, "q_proj": 2}, "lora_alpha": {"default": 8, "q_proj": 3.0, "down_proj": 40.0}}
@@ -142,14 +143,14 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(start, precision, tmp_path):
 def test_a_run_goes_on_from_the_start_that_it_had_and_from_no_other(start, tmp_path, monkeypatch):
     made = recipe(tmp_path, adaptation={"type": "lora", "r": 4, "init_lora_weights": start}, save_steps=2)
     killed_before(4, made, tmp_path / "run")
-    real = starts.factors_of
+    real = lora_init.factors_of
     swapped = torch.tensor([1, 0, 2, 3])  # the same product: a decomposition that another machine might find
     others = {"turned": (lambda a, b: (-a, -b)), "swapped": (lambda a, b: (a[swapped], b[:, swapped]))}
     for other in others.values():
-        monkeypatch.setattr(starts, "factors_of", lambda *given, other=other: other(*real(*given)))
+        monkeypatch.setattr(lora_init, "factors_of", lambda *given, other=other: other(*real(*given)))
         with pytest.raises(RecipeError, match=r"layers\.0\.self_attn\.q_proj learns is counted from.*\n  Resume it where"):
             tunesmith.train(made, out=tmp_path / "run", resume=True)
-    monkeypatch.setattr(starts, "factors_of", lambda *given: tuple(one * (1 + 1e-6) for one in real(*given)))  # rounding
+    monkeypatch.setattr(lora_init, "factors_of", lambda *given: tuple(one * (1 + 1e-6) for one in real(*given)))  # rounding
     assert tunesmith.train(made, out=tmp_path / "run", resume=True)["model_dir"]
 
 

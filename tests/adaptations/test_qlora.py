@@ -12,13 +12,14 @@ from tests.numeric.test_parity import examples, plain_loss_and_gradients, take_g
 from tests.runs import apart, history, killed_before, model_folder, recipe, weights
 from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import lora, qlora
-from tunesmith.engine import forecast, precision, route, setup
 from tunesmith.errors import MissingExtra, RecipeError
-from tunesmith.models import dequantized, head, quantized
-from tunesmith.models.load import load_model, locate
-from tunesmith.models.show import show
+from tunesmith.models.find.show import show
+from tunesmith.models.heads import lm_head
+from tunesmith.models.load import dequantized, quantization
+from tunesmith.models.load.load import load_model, locate
 from tunesmith.objectives import cpt, sft
 from tunesmith.recipe import parse
+from tunesmith.train import fast_path, forecast, precision, setup
 
 pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def bits(model):
         f"{name}.{number}": tensor.clone()
         for name, layer in model.named_modules()
         if dequantized.is_layer(layer)
-        for number, tensor in enumerate(quantized._tensors(layer))
+        for number, tensor in enumerate(quantization._tensors(layer))
     }
 
 
@@ -73,7 +74,7 @@ def test_loss_and_gradients_are_pefts_own_on_the_same_bits(name, quant_type, twi
     loss, gradients = plain_loss_and_gradients(model, rows)
 
     precision.cast(model, dtype)
-    chosen = route.choose(model, objective, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
+    chosen = fast_path.choose(model, objective, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
     assert chosen.notes == [] or name == "mistral"
     assert chosen.fused.kinds and (name == "gpt2" or "mlp" in chosen.fused.kinds or name == "gemma")
     batch = objective.collate(rows, packed=chosen.packed)
@@ -168,7 +169,7 @@ def test_a_fresh_process_finds_the_same_answers(tmp_path):
         "use_double_quant": True,
         "blocksize": 64,
         "compute_dtype": "float32",
-        "skipped": list(quantized.OUTPUTS),
+        "skipped": list(quantization.OUTPUTS),
     }
 
 
@@ -205,7 +206,7 @@ def test_an_adapter_is_continued_on_the_base_it_knows(tmp_path):
     losses = [[record["loss"] for record in history(tmp_path / name) if record["kind"] == "train"] for name in ("run", "on")]
     assert losses[1][0] < losses[0][0]
     assert json.loads((tmp_path / "on" / "manifest.json").read_text())["quantization"]["quant_type"] == "fp4"
-    assert quantized.record(tunesmith.load(on["model_dir"])[0])["quant_type"] == "fp4"
+    assert quantization.record(tunesmith.load(on["model_dir"])[0])["quant_type"] == "fp4"
     with pytest.raises(RecipeError, match=r"quant_type \(it has fp4\)"):
         tunesmith.check(continued(first, tmp_path / "run", {"type": "qlora", "quant_type": "int8"}))
     with pytest.raises(RecipeError, match=r"trained on its base in fp4.*\n.*adaptation: qlora"):
@@ -230,7 +231,7 @@ def test_an_adapter_of_the_base_as_it_is_is_not_continued_on_bits(tmp_path):
 
 def test_without_bitsandbytes_the_extra_is_named_before_anything_loads(tmp_path, monkeypatch):
     made = recipe(tmp_path, adaptation="qlora")
-    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     monkeypatch.setattr(setup, "prepare", lambda *given, **keys: pytest.fail("data were read"))
     with pytest.raises(MissingExtra, match=r"adaptation=qlora needs the package 'bitsandbytes'.*\n.*tunesmith\[bnb\]"):
         tunesmith.train(made, out=tmp_path / "run")
@@ -255,7 +256,7 @@ def test_what_cannot_be_is_refused_by_name(keys, said, tmp_path):
 def test_gaussian_starts_are_plain_loras(tmp_path):
     made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4, "init_lora_weights": "gaussian"})
     tunesmith.train(made, out=tmp_path / "run")
-    assert quantized.record(tunesmith.load(tmp_path / "run")[0])
+    assert quantization.record(tunesmith.load(tmp_path / "run")[0])
 
 
 WIDE = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, head_dim=64, vocab_size=512)
@@ -273,7 +274,7 @@ def test_four_bits_take_what_they_promise(wide):
     found = {}
     for twice in (True, False):
         model = load_model(locate(wide), dtype=torch.bfloat16, **adaptation("nf4", twice).load_kwargs())
-        facts = quantized.measured(model)
+        facts = quantization.measured(model)
         tables = facts["layers"] * (64 + (1024 + 4) * twice)
         found[twice] = 8 * (facts["bytes"] - tables) / facts["parameters"]
         assert facts["base_bytes_before"] - facts["base_bytes"] == 2 * facts["parameters"] - facts["bytes"]
@@ -286,8 +287,8 @@ def test_four_bits_take_what_they_promise(wide):
 def test_what_it_will_take_is_known_before(wide, quant_type, twice, keys):
     kwargs = adaptation(quant_type, twice, **keys).load_kwargs()
     with torch.device("meta"):
-        expected = quantized.estimate(_empty(wide), kwargs)
-    facts = quantized.measured(load_model(locate(wide), **kwargs))
+        expected = quantization.estimate(_empty(wide), kwargs)
+    facts = quantization.measured(load_model(locate(wide), **kwargs))
     assert expected.parameters == facts["parameters"]
     assert expected.bytes == pytest.approx(facts["bytes"], rel=0.04)
 
@@ -354,8 +355,8 @@ def test_documents_too(tmp_path):
     model = adapted(model_folder(tmp_path, "llama"), adaptation())
     objective = cpt.Objective(cpt.Config())
     rows = examples(objective, tiny_tokenizer())
-    assert route.choose(model, objective, rows, 200, "auto", CPU).packed
-    assert head.base(model).config.vocab_size == 512
+    assert fast_path.choose(model, objective, rows, 200, "auto", CPU).packed
+    assert lm_head.base(model).config.vocab_size == 512
 
 
 def test_shards_are_refused_before_anything_loads(tmp_path):

@@ -17,8 +17,8 @@ from tests.runs import recipe
 from tests.tiny import tiny_model
 from tunesmith.adaptations import prefix, prompt
 from tunesmith.errors import ModelError, RecipeError, UserError
-from tunesmith.models import virtual
-from tunesmith.models.show import show
+from tunesmith.models.adapters import virtual_tokens
+from tunesmith.models.find.show import show
 
 KEYS = {"llama": 16, "qwen3": 16, "gemma": 16, "gpt2": 32, "mistral": 16, "gemma3": 16}
 """Numbers in the keys of one layer and position: key heads times their size."""
@@ -132,7 +132,7 @@ def test_words_are_repeated_or_cut_to_the_number_asked_for() -> None:
             "llama", "prompt", 0, num_virtual_tokens=count, prompt_tuning_init="TEXT", prompt_tuning_init_text="the fox"
         )
         first, second = model.prompt_encoder["default"].embedding.weight[:2]
-        assert virtual.count(model) == count
+        assert virtual_tokens.count(model) == count
         assert (first == table).all(dim=1).any() and (second == table).all(dim=1).any()
 
 

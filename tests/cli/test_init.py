@@ -3,10 +3,11 @@ import json
 
 import pytest
 
-from tunesmith import adaptations, objectives, recipe, recipe_text
+from tunesmith import adaptations, objectives, recipe
 from tunesmith.cli import init
 from tunesmith.cli.main import main
-from tunesmith.data.source import open_source
+from tunesmith.data.read.source import open_source
+from tunesmith.recipe import text as recipe_text
 
 PAIRS = list(itertools.product(objectives.names(), adaptations.names()))
 

@@ -7,9 +7,10 @@ import pytest
 import tunesmith
 from tests.runs import recipe
 from tunesmith.cli.main import main
-from tunesmith.engine import folder, reproduce, runs, tracking
 from tunesmith.errors import NonFiniteError
-from tunesmith.models import head
+from tunesmith.models.heads import lm_head
+from tunesmith.runs import kept_runs, run_folder, tracking
+from tunesmith.train import reproduce
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +40,16 @@ def test_the_list_says_state_and_result_of_each_run(made, capsys):
 
 
 def test_a_run_that_is_held_is_running_and_one_that_was_killed_says_so(made, tmp_path):
-    assert runs.read(made / "a").state == "done"
-    held = folder.take(tmp_path / "run", {"model": "m"})
-    assert runs.read(tmp_path / "run").state == "running"
+    assert kept_runs.read(made / "a").state == "done"
+    held = run_folder.take(tmp_path / "run", {"model": "m"})
+    assert kept_runs.read(tmp_path / "run").state == "running"
     held.close()
-    assert runs.read(tmp_path / "run").state == "killed"
+    assert kept_runs.read(tmp_path / "run").state == "killed"
 
 
 def test_a_run_that_stopped_itself_shows_why_and_how_to_go_on(tmp_path, monkeypatch, capsys):
-    loss = head.lm_loss
-    monkeypatch.setattr(head, "lm_loss", lambda model, batch: loss(model, batch) * (float("nan") if model.training else 1.0))
+    loss = lm_head.lm_loss
+    monkeypatch.setattr(lm_head, "lm_loss", lambda model, batch: loss(model, batch) * (float("nan") if model.training else 1.0))
     with pytest.raises(NonFiniteError):
         tunesmith.train(recipe(tmp_path), out=tmp_path / "run")
     assert main(["runs", "show", str(tmp_path / "run")]) == 0
@@ -103,14 +104,14 @@ def test_changed_data_is_refused_before_training_with_what_changed(tmp_path, cap
 def test_a_run_that_came_out_otherwise_names_the_first_difference(tmp_path, capsys, monkeypatch):
     one = recipe(tmp_path)
     tunesmith.train(one, out=tmp_path / "run")
-    loss = head.lm_loss
-    monkeypatch.setattr(head, "lm_loss", lambda model, batch: loss(model, batch) * 1.001)
+    loss = lm_head.lm_loss
+    monkeypatch.setattr(lm_head, "lm_loss", lambda model, batch: loss(model, batch) * 1.001)
     assert main(["runs", "reproduce", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 3
     assert "first difference at step 1: loss was" in capsys.readouterr().out
 
 
 def test_an_unfinished_run_cannot_be_reproduced(tmp_path, capsys):
-    folder.take(tmp_path / "run", {"model": "m"}).close()
+    run_folder.take(tmp_path / "run", {"model": "m"}).close()
     assert main(["runs", "reproduce", str(tmp_path / "run")]) == 2
     assert "killed" in capsys.readouterr().err
 

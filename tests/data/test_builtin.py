@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from tunesmith.data import builtin
-from tunesmith.data.build import content_hash
+from tunesmith.data.check.lint_pairs import characters
 from tunesmith.data.config import Source
-from tunesmith.data.lint_pairs import characters
 from tunesmith.data.make import docstrings
-from tunesmith.data.read import read
+from tunesmith.data.read import builtin
+from tunesmith.data.read.row_files import read
+from tunesmith.data.read.source import open_source
 from tunesmith.data.rows import Chat, Ranking
-from tunesmith.data.source import open_source
+from tunesmith.data.store.build import content_hash
 from tunesmith.errors import DataError
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tests.data.test_prepare import Language, run
 from tests.tiny import tiny_tokenizer
-from tunesmith.data import contamination as module
-from tunesmith.data.contamination import contamination, rolling
-from tunesmith.data.encoded import Encoded, Views
+from tunesmith.data.check import contamination as module
+from tunesmith.data.check.contamination import contamination, rolling
+from tunesmith.data.store.encoded import Encoded, Views
 from tunesmith.objectives import dpo, reward
 
 WORDS = [
@@ -93,7 +93,7 @@ def test_a_vocabulary_of_single_bytes_needs_more_tokens(tmp_path):
 
 def sequences(rows):
     """An ``Encoded`` of these token sequences, in the manner of the cache."""
-    from tunesmith.data.cache import Entry
+    from tunesmith.data.store.cache import Entry
 
     lengths = np.array([len(row) for row in rows], np.int32)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.data.formats import FORMATS, converter
+from tunesmith.data.formats.columns import FORMATS, converter
 from tunesmith.data.problems import Record, RowProblem
 from tunesmith.data.rows import Chat, PromptCompletion, Text
 from tunesmith.errors import DataError

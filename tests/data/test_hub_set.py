@@ -18,11 +18,11 @@ from tests.runs import model_folder
 from tests.runs import recipe as tiny_recipe
 from tests.tiny import tiny_tokenizer
 from tunesmith.cli.main import main
-from tunesmith.data import hub_set
-from tunesmith.data.build import content_hash
+from tunesmith.data.check.lint import lint
 from tunesmith.data.config import DataConfig, Source
-from tunesmith.data.lint import lint
-from tunesmith.data.prepare import prepare
+from tunesmith.data.read import hub_set
+from tunesmith.data.store.build import content_hash
+from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError, MissingExtra, RecipeError
 from tunesmith.hub import ask, store
 

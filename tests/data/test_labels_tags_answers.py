@@ -8,12 +8,12 @@ import pytest
 
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
-from tunesmith.data import read_json
-from tunesmith.data.build import content_hash
 from tunesmith.data.config import DataConfig, EvalConfig, Source
 from tunesmith.data.problems import RowProblem
+from tunesmith.data.read import json_rows
+from tunesmith.data.read.source import eval_sources, open_source
 from tunesmith.data.rows import Labelled, Question, Tagged, Text
-from tunesmith.data.source import eval_sources, open_source
+from tunesmith.data.store.build import content_hash
 from tunesmith.errors import DataError
 
 CONTEXT = "Kim met Lee. Lee left."
@@ -174,7 +174,7 @@ def article(*asked, context=CONTEXT):
 
 
 def test_the_nested_files_of_squad(read, monkeypatch):
-    monkeypatch.setattr(read_json, "CHUNK", 200)
+    monkeypatch.setattr(json_rows, "CHUNK", 200)
     kim = {"id": "1", "question": "Who?", "answers": [{"text": "Kim", "answer_start": 0}]}
     none = {"id": "2", "question": "Why?", "is_impossible": True, "plausible_answers": [{"text": "x", "answer_start": 0}]}
     file = {"version": "v2.0", "data": [article(kim, none), {"title": "x"}, article({"question": "Who?"}, kim)]}

@@ -8,8 +8,8 @@ import pytest
 
 from tests.data.broken import BROKEN, GOOD, lines
 from tests.data.zoo import ZOO
+from tunesmith.data.check.lint import lint
 from tunesmith.data.config import Source
-from tunesmith.data.lint import lint
 
 
 def write(folder, name, content):

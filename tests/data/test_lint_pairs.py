@@ -9,9 +9,9 @@ import pytest
 from tests.data.zoo import ZOO
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
+from tunesmith.data.check.lint import lint
+from tunesmith.data.check.lint_pairs import FIRST
 from tunesmith.data.config import Source
-from tunesmith.data.lint import lint
-from tunesmith.data.lint_pairs import FIRST
 
 
 def pair(prompt, chosen, rejected, **more):

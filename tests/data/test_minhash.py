@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data import builtin, minhash
-from tunesmith.data.minhash import SHINGLE, SLOTS, candidates, estimates, recall, shingles, signatures, words
+from tunesmith.data.check import minhash
+from tunesmith.data.check.minhash import SHINGLE, SLOTS, candidates, estimates, recall, shingles, signatures, words
+from tunesmith.data.read import builtin
 from tunesmith.data.rows import Chat, PromptCompletion, Ranking, Text
 from tunesmith.errors import MissingExtra
 

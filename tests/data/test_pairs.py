@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data import judged, pairs
+from tunesmith.data.batch import preference_batch, shared_prompts
 
 ROWS = [
     {"input_ids": np.array([1, 2, 3, 10, 11, 20], np.int32), "answers": np.array([3, 2, 1], np.int32)},
@@ -16,7 +16,7 @@ WHOLE = [[1, 2, 3, 10, 11], [1, 2, 3, 20], [4, 30, 31], [40], [50, 51]]
 
 
 def test_a_prefix_stands_once_and_its_answers_go_on_behind_it():
-    batch, places = pairs.layout(ROWS, packed=True, shared=True)
+    batch, places = shared_prompts.layout(ROWS, packed=True, shared=True)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 11, 20, 4, 30, 31, 40, 50, 51]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 0, 0, 1]]
     assert batch["segments"] == (3, 2, 1, 1, 2, 1, 2)
@@ -26,20 +26,20 @@ def test_a_prefix_stands_once_and_its_answers_go_on_behind_it():
 
 
 def test_separate_answers_are_segments_of_their_own():
-    batch, _ = pairs.layout(ROWS, packed=True, shared=False)
+    batch, _ = shared_prompts.layout(ROWS, packed=True, shared=False)
     assert batch["segments"] == (5, 4, 3, 1, 2) and "behind" not in batch
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 0, 0, 1]]
 
 
 def test_or_padded_rows():
-    batch, _ = pairs.layout(ROWS, packed=False, shared=True)  # padded rows share nothing
+    batch, _ = shared_prompts.layout(ROWS, packed=False, shared=True)  # padded rows share nothing
     assert batch["input_ids"].shape == (5, 5) and "behind" not in batch
     assert batch["attention_mask"].sum(1).tolist() == [5, 4, 3, 1, 2]
 
 
 @pytest.mark.parametrize(("packed", "shared"), [(True, True), (True, False), (False, False)])
 def test_in_every_layout_the_places_of_an_answer_hold_all_of_it(packed, shared):
-    batch, places = pairs.layout(ROWS, packed, shared)
+    batch, places = shared_prompts.layout(ROWS, packed, shared)
     ids, positions = (batch[name].numpy().reshape(-1) for name in ("input_ids", "position_ids"))
     assert [ids[one].tolist() for one in places] == WHOLE
     assert [positions[one].tolist() for one in places] == [list(range(len(one))) for one in WHOLE]
@@ -49,9 +49,9 @@ def test_in_every_layout_the_places_of_an_answer_hold_all_of_it(packed, shared):
 @pytest.mark.parametrize(("packed", "shared"), [(True, True), (True, False), (False, False)])
 def test_sizes_are_what_a_batch_has(packed, shared):
     answers, lengths = [row["answers"] for row in ROWS], np.array([len(row["input_ids"]) for row in ROWS])
-    shapes = pairs.shapes(np.concatenate(answers), np.cumsum([0, *map(len, answers)]))
-    tokens, rows = pairs.sizes(lengths, shapes, packed, shared)
-    batch, _ = pairs.layout(ROWS, packed, shared)
+    shapes = shared_prompts.shapes(np.concatenate(answers), np.cumsum([0, *map(len, answers)]))
+    tokens, rows = shared_prompts.sizes(lengths, shapes, packed, shared)
+    batch, _ = shared_prompts.layout(ROWS, packed, shared)
     assert batch["input_ids"].numel() == (tokens.sum() if packed else tokens.max() * rows.sum())
     assert rows.tolist() == ([1, 1, 1] if packed else [2, 1, 2])
 
@@ -68,8 +68,8 @@ def test_a_shortened_row_keeps_the_end_of_the_prompt_and_the_beginning_of_each_a
     learnt = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     learnt[:common] = False
     row = {"input_ids": np.arange(count, dtype=np.int32), "learnt": learnt, "answers": np.array([common, *answers], np.int32)}
-    short = judged.shortened(row, prefix, own)
-    wholes, shorts = pairs.separate(row), pairs.separate(short)
+    short = preference_batch.shortened(row, prefix, own)
+    wholes, shorts = shared_prompts.separate(row), shared_prompts.separate(short)
     cut = max(common - prefix, 0)
     assert [one.tolist() for one in shorts] == [one[cut : common + own].tolist() for one in wholes]
     for own_part, at in zip(short["answers"][1:], np.cumsum(short["answers"])[:-1], strict=True):

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from tests.data.tokenizers import KINDS, tokenizer_of
 from tests.data.zoo import ZOO
-from tunesmith.data import chat
 from tunesmith.data.config import DataConfig, EvalConfig, Source
-from tunesmith.data.preferences import encode
-from tunesmith.data.prepare import prepare
+from tunesmith.data.encode import chat
+from tunesmith.data.encode.rankings import encode
+from tunesmith.data.encode.templates import apply_template, special_ends
 from tunesmith.data.problems import RowFault
+from tunesmith.data.read.source import open_source
 from tunesmith.data.rows import Chat, PromptCompletion, Ranking
-from tunesmith.data.source import open_source
-from tunesmith.data.templates import apply_template, special_ends
+from tunesmith.data.store.prepare import prepare
 
 ENDING = [kind for kind in KINDS if tokenizer_of(kind).eos_token]
 """Tokenizers with an end token: what a row is closed with."""

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import tiny_tokenizer
-from tunesmith.data import cache, chat
 from tunesmith.data.config import DataConfig
-from tunesmith.data.encoded import blocks
-from tunesmith.data.prepare import prepare
+from tunesmith.data.encode import chat
 from tunesmith.data.rows import Chat, PromptCompletion, Text
+from tunesmith.data.store import cache
+from tunesmith.data.store.encoded import blocks
+from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError, DiskFullError, UserError
 
 
@@ -273,7 +274,7 @@ def test_a_changed_special_token_misses(alpaca):
 
 
 def test_changed_code_misses(alpaca, monkeypatch, tmp_path):
-    from tunesmith.data import build
+    from tunesmith.data.store import build
 
     run(alpaca)
     other = tmp_path / "other.py"

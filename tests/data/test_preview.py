@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import save_tiny, tiny_tokenizer
 from tunesmith.cli.main import main
-from tunesmith.data.preview import stretches
+from tunesmith.data.check.preview import stretches
 
 ROWS = [
     {"instruction": "질문?", "output": "답변 👋."},
@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 def test_stretches_are_the_text_cut_where_learning_begins_and_ends():
     tokenizer = tiny_tokenizer("chatml")
-    from tunesmith.data.chat import encode
+    from tunesmith.data.encode.chat import encode
     from tunesmith.data.rows import Chat
 
     ((example,),) = encode([Chat(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))], tokenizer)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from tests.data.tokenizers import ENCODERS, KINDS, tokenizer_of
 from tests.models.test_real import pulled
-from tunesmith.data import questions
+from tunesmith.data.encode import questions
 from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Question
 from tunesmith.metrics import squad
-from tunesmith.models import heads
+from tunesmith.models.heads import task_heads
 from tunesmith.objectives import qa
 
 SPLIT = [kind for kind in KINDS if kind != "across words"]
@@ -50,7 +50,7 @@ def said_of(objective, rows, examples, patch, sure=9.0):
         return tuple(ends)
 
     flat = [{**one, "row": np.array([0, number])} for number, group in enumerate(examples) for one in group]
-    patch.setattr(heads, "span_logits", logits)
+    patch.setattr(task_heads, "span_logits", logits)
     records = [objective.evaluate(None, objective.collate(flat[at : at + 2], packed=True)) for at in range(0, len(flat), 2)][::-1]
     return objective.answers(records), records
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data import read_json
 from tunesmith.data.problems import Record, RowProblem
-from tunesmith.data.read import READERS, read
+from tunesmith.data.read import json_rows
+from tunesmith.data.read.row_files import READERS, read
 from tunesmith.errors import DataError
 
 ROWS = [{"text": "one"}, {"text": "둘 👋"}, {"text": 'th"r\nee'}]
@@ -71,7 +71,7 @@ def test_a_missing_file_names_the_nearest(tmp_path, name, hint):
 
 
 def test_an_array_is_read_through_a_small_window(tmp_path, monkeypatch):
-    monkeypatch.setattr(read_json, "CHUNK", 64)
+    monkeypatch.setattr(json_rows, "CHUNK", 64)
     rows = [{"n": n, "text": "x" * (n % 97), "deep": {"a": [1, 2.5e3, True, None]}} for n in range(300)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows, indent=1))
@@ -120,11 +120,11 @@ def test_any_bytes_give_records_or_problems(tmp_path_factory, kind, content):
     chunk=st.integers(1, 40),
 )
 def test_whatever_json_writes_is_read_back(rows, indent, chunk):
-    before, read_json.CHUNK = read_json.CHUNK, chunk
+    before, json_rows.CHUNK = json_rows.CHUNK, chunk
     try:
-        items = list(read_json.read_json(io.StringIO(json.dumps(rows, indent=indent)), "a.json"))
+        items = list(json_rows.read_json(io.StringIO(json.dumps(rows, indent=indent)), "a.json"))
     finally:
-        read_json.CHUNK = before
+        json_rows.CHUNK = before
     assert [item.value for item in items] == rows
 
 

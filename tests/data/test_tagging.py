@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from tests.data.tokenizers import ENCODERS, KINDS, tokenizer_of
 from tests.models.test_real import pulled
-from tunesmith.data import tagging
+from tunesmith.data.encode import tagging
+from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Tagged
-from tunesmith.data.templates import special_ends
 from tunesmith.errors import DataError
 from tunesmith.metrics import entities
-from tunesmith.models import heads
+from tunesmith.models.heads import task_heads
 from tunesmith.objectives import tag
 
 WORDS = ["the", "Paris", "quick", "안녕하세요", "날씨가", "capital", "0123456789", "naïve", "🦊", "x", "\u200b", "Übermut"]
@@ -49,12 +49,12 @@ def objective_of(kind, max_length=None, tokenizer=None, **config):
 @contextmanager
 def oracle():
     """A head that says at each place what is true there."""
-    real = heads.token_logits
-    heads.token_logits = lambda model, batch: 9.0 * torch.nn.functional.one_hot(batch["targets"], len(TAGS)).float()
+    real = task_heads.token_logits
+    task_heads.token_logits = lambda model, batch: 9.0 * torch.nn.functional.one_hot(batch["targets"], len(TAGS)).float()
     try:
         yield
     finally:
-        heads.token_logits = real
+        task_heads.token_logits = real
 
 
 def answers_of(objective, rows, examples):
@@ -254,7 +254,7 @@ def test_an_oracle_has_an_f1_of_one_with_the_real_tokenizers(name, shared):
         objective.adopt(AutoConfig.from_pretrained(pulled(name)), tokenizer, max_length)
         objective.survey(rows)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(heads, "token_logits", lambda model, batch: 9.0 * torch.eye(99)[batch["targets"]])
+            patch.setattr(task_heads, "token_logits", lambda model, batch: 9.0 * torch.eye(99)[batch["targets"]])
             flat = [
                 {**one, "row": np.array([0, n])} for n, group in enumerate(objective.encode(rows, tokenizer)) for one in group
             ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.tiny import tiny_tokenizer
-from tunesmith.data.templates import TEMPLATES, apply_template
+from tunesmith.data.encode.templates import TEMPLATES, apply_template
 from tunesmith.errors import DataError
 
 TALK = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import CORPUS, SPECIAL, tiny_tokenizer
-from tunesmith.data.chat import Rendered, tokenise
-from tunesmith.data.spans import END, Span
+from tunesmith.data.encode.chat import Rendered, tokenise
+from tunesmith.data.encode.spans import END, Span
 
 
 def trained(model, trainer, pre, normalizer=None, post=None):

@@ -19,9 +19,10 @@ import tunesmith
 from tests.runs import recipe
 from tests.tiny import ENCODERS, TINY, tiny_config
 from tunesmith import objectives
-from tunesmith.engine import setup
 from tunesmith.errors import ModelError
-from tunesmith.models import heads, newhead
+from tunesmith.models.heads import task_heads
+from tunesmith.models.load import head_loading
+from tunesmith.train import setup
 
 OBJECTIVES: dict[str, Any] = {
     "sft": "sft",
@@ -88,7 +89,7 @@ def why_not(cell: Cell) -> str | None:
     """What the refusal of a pair that makes no sense says; None for one that works."""
     kind = objectives.module(cell.objective).Objective.head
     try:
-        heads.require_class(config_of(cell.architecture), kind)
+        task_heads.require_class(config_of(cell.architecture), kind)
     except ModelError:
         return "is an encoder" if kind == "lm" else "transformers has no"
     if cell.architecture not in ENCODERS:
@@ -187,7 +188,7 @@ IDS = [[5, 6, 7, 300, 41, 9]]
 def logits(model: Any) -> torch.Tensor:
     """(tokens, vocabulary) of a few ids, or (1, labels)."""
     with torch.no_grad():
-        return newhead.answers(model.eval(), torch.tensor(IDS)).float()
+        return head_loading.answers(model.eval(), torch.tensor(IDS)).float()
 
 
 def is_head(name: str) -> bool:
@@ -202,7 +203,7 @@ def trains(cell: Cell, name: str) -> bool:
 
 
 def _plain_logits(built: Any) -> torch.Tensor:
-    from tunesmith.engine import route
+    from tunesmith.train import fast_path
 
-    with built.route.fused.disabled(), route.plain_attention(built.model, built.route):
+    with built.route.fused.disabled(), fast_path.plain_attention(built.model, built.route):
         return logits(built.model)

@@ -16,14 +16,14 @@ import torch
 import tunesmith
 from tests import recipe_keys
 from tests.runs import history, model_folder, preferences, questions, recipe, tagged
-from tunesmith.data import hub_set
 from tunesmith.data.config import Source
-from tunesmith.engine import tracking
+from tunesmith.data.read import hub_set
 from tunesmith.errors import TunesmithError
 from tunesmith.hub import store
-from tunesmith.models import head
+from tunesmith.models.heads import lm_head
+from tunesmith.runs import tracking
 
-LOSS = head.lm_loss
+LOSS = lm_head.lm_loss
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def observe(made: dict[str, Any], folder: Path, datasets: str, monkeypatch: pyte
         kept.append(sum(sizes))
         return value
 
-    monkeypatch.setattr(head, "lm_loss", loss)
+    monkeypatch.setattr(lm_head, "lm_loss", loss)
     run = folder / "run"
     try:
         outcome = tunesmith.train(made, out=run)

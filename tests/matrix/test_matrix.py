@@ -35,8 +35,8 @@ from tests.matrix.cells import (
 from tests.runs import killed_before, model_folder
 from tests.tiny import TINY
 from tunesmith import adaptations, objectives
-from tunesmith.engine import setup
 from tunesmith.errors import UserError
+from tunesmith.train import setup
 
 
 def files(folder):

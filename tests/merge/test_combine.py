@@ -14,7 +14,7 @@ from tests.models.adapters import save_adapter
 from tests.tiny import save_tiny
 from tunesmith.errors import TunesmithError, UserError
 from tunesmith.merge.combine import combine, distance, nearest
-from tunesmith.models import probe
+from tunesmith.models.load import probe
 
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
 

@@ -10,7 +10,7 @@ from tests.tiny import save_tiny, tiny_model
 from tunesmith.errors import ModelError, UserError
 from tunesmith.merge import run
 from tunesmith.merge.combine import combine
-from tunesmith.models import load, quantized
+from tunesmith.models.load import load, quantization
 
 pytest.importorskip("bitsandbytes")
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
@@ -51,11 +51,11 @@ def test_the_merged_model_answers_like_the_adapter_on_its_bits(case, tmp_path):
     assert facts["quantization"] == keys.get("quant_type", "nf4")
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
     plain, _ = tunesmith.load(tmp_path / "out")
-    assert quantized.record(plain) is None
+    assert quantization.record(plain) is None
     assert torch.allclose(plain(IDS).logits, tunesmith.load(adapter)[0](IDS).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("quant_type", quantized.KINDS)
+@pytest.mark.parametrize("quant_type", quantization.KINDS)
 def test_the_unquantised_base_is_flagged(quant_type, tmp_path, monkeypatch):
     """The naive route: the update on the numbers that the bits were made from. It is another model."""
     adapter = trained(tmp_path, quant_type=quant_type)
@@ -99,7 +99,7 @@ def test_a_run_that_starts_from_the_sum_stands_on_it(tmp_path):
     run.merge(tmp_path / "run", tmp_path / "out")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "next" / "base", tmp_path / "out"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert quantized.record(tunesmith.load(outcome["model_dir"])[0])["quant_type"] == "nf4"
+    assert quantization.record(tunesmith.load(outcome["model_dir"])[0])["quant_type"] == "nf4"
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def shelf(tmp_path_factory):
 def test_a_sum_stands_on_the_bits_of_its_parts(shelf, tmp_path):
     combine([shelf / "a", shelf / "b"], tmp_path / "sum", weights=[1, 0])
     (ours, _), (part, _) = tunesmith.load(tmp_path / "sum"), tunesmith.load(shelf / "a")
-    assert quantized.record(ours) == quantized.record(part) is not None
+    assert quantization.record(ours) == quantization.record(part) is not None
     assert torch.allclose(ours(IDS).logits, part(IDS).logits, atol=1e-5)
 
 

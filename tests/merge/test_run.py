@@ -17,12 +17,12 @@ import tunesmith
 from tests.models.adapters import base_and_adapter, save_adapter
 from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model
-from tunesmith.engine import setup
 from tunesmith.errors import ModelError, UserError
 from tunesmith.merge import run
-from tunesmith.models.generate import Settings, generate_ids
-from tunesmith.models.load import load, load_model, locate
-from tunesmith.models.probe import FILE, write_probe
+from tunesmith.models.generate.decode import Settings, generate_ids
+from tunesmith.models.load.load import load, load_model, locate
+from tunesmith.models.load.probe import FILE, write_probe
+from tunesmith.train import setup
 
 IDS = [5, 17, 80, 41, 300, 9]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from tests.tiny import save_tiny
-from tunesmith.models.load import Folder, load_model, load_tokenizer
-from tunesmith.models.probe import write_probe
+from tunesmith.models.load.load import Folder, load_model, load_tokenizer
+from tunesmith.models.load.probe import write_probe
 
 
 def save_adapter(base: Path, folder: Path, seed: int = 1, **lora: Any) -> Any:

@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.tiny import SMALL, TINY, save_tiny, tiny_model
 from tunesmith.errors import RecipeError
-from tunesmith.models import attention, bottleneck, fused, fused_bottleneck, noise
-from tunesmith.models.bottleneck import BottleneckConfig, BottleneckLayer, sublayers
+from tunesmith.models.adapters import bottleneck
+from tunesmith.models.adapters.bottleneck import BottleneckConfig, BottleneckLayer, sublayers
+from tunesmith.models.fast import attention, fused, fused_bottleneck
+from tunesmith.models.heads import noise
 
 ENCODER = dict(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, hidden_dropout_prob=0.0,

@@ -12,8 +12,8 @@ import pytest
 
 from tests.tiny import save_tiny
 from tunesmith.errors import DiskFullError, MissingExtra, ModelError
-from tunesmith.models import catalog, store
-from tunesmith.models.load import locate
+from tunesmith.models.find import catalog, store
+from tunesmith.models.load.load import locate
 
 
 def make_wheel(path: Path, model: Path, prefix: str = "carrier/model") -> str:

@@ -17,11 +17,12 @@ from tests.numeric.test_parity import CPU, examples, take_gradients, with_gradie
 from tests.runs import apart, model_folder, recipe, weights
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import lora
-from tunesmith.data.pack import to_device
-from tunesmith.engine import route, setup
+from tunesmith.data.batch.pack import to_device
 from tunesmith.errors import RecipeError
-from tunesmith.models import compiled, head, kernels, noise, varlen
+from tunesmith.models.fast import compiled, kernels, varlen
+from tunesmith.models.heads import lm_head, noise
 from tunesmith.objectives import sft
+from tunesmith.train import fast_path, setup
 
 SFT = sft.Objective(sft.Config())
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
@@ -41,7 +42,7 @@ def routed(monkeypatch):
     def made(model):
         rows = examples(SFT, tiny_tokenizer())
         noise.install(model, 0, 5.0)
-        chosen = route.choose(model, SFT, rows, 64, "auto", CPU)
+        chosen = fast_path.choose(model, SFT, rows, 64, "auto", CPU)
         assert chosen.packed_attention == "varlen"
         return chosen, rows
 
@@ -70,7 +71,7 @@ def test_compiled_code_has_the_gradients_of_the_plain_path(routed):
     model = tiny_model("llama")
     chosen, rows = routed(model)
     expected = gradients(model, rows[1:])
-    route.compile_layers(model, SFT, rows, chosen, CPU)
+    fast_path.compile_layers(model, SFT, rows, chosen, CPU)
     assert chosen.compiled and chosen.notes == []
     for key, gradient in gradients(model, rows[1:]).items():
         assert (gradient - expected[key]).abs().max() <= 1e-4 * expected[key].abs().max(), key
@@ -84,9 +85,9 @@ def test_lora_compiled_and_recomputed_is_the_same_function_for_every_packing(rou
     chosen, rows = routed(model)
     names, packings = list(model.state_dict()), [rows, rows[1:3], rows[2:]]
     expected = [gradients(model, some) for some in packings]
-    route.compile_layers(model, SFT, rows, chosen, CPU)
+    fast_path.compile_layers(model, SFT, rows, chosen, CPU)
     assert chosen.compiled and chosen.notes == []
-    route.recompute(model, SFT, rows, chosen, CPU)
+    fast_path.recompute(model, SFT, rows, chosen, CPU)
     assert chosen.recomputed and chosen.as_dict()["compiled"]
     so_far = graphs()
     assert so_far >= 1 and not torch._dynamo.utils.counters["graph_break"]
@@ -95,7 +96,7 @@ def test_lora_compiled_and_recomputed_is_the_same_function_for_every_packing(rou
             assert (gradient - truth[key]).abs().max() <= 1e-4 * truth[key].abs().max(), key
     assert graphs() == so_far, "a new packing was compiled anew"
     assert list(model.state_dict()) == names and not any("_orig_mod" in name for name in names)
-    with route.plain_attention(model, chosen):
+    with fast_path.plain_attention(model, chosen):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
     assert graphs() == so_far, "generation was compiled"
     chosen.leave(model)
@@ -116,7 +117,7 @@ def test_torchs_own_kernel_is_traced_without_a_break(name):
     for lengths in ((20, 13), (40, 9, 11), (7,)):
         batch = {"input_ids": torch.zeros(1, sum(lengths), dtype=torch.long), "segments": lengths}
         batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
-        hidden = head.hidden_states(model, to_device(batch, "meta"))
+        hidden = lm_head.hidden_states(model, to_device(batch, "meta"))
         hidden.sum().backward()
         assert hidden.shape == (1, sum(lengths), 32)
         seen.append(graphs())
@@ -153,7 +154,7 @@ def test_code_that_differs_is_switched_off_and_said(routed, monkeypatch):
             layer._compiled_call_impl = lambda *args, _layer=layer, **kwargs: _layer._call_impl(*args, **kwargs) * 1.1
 
     monkeypatch.setattr(compiled, "enable", wrong)
-    route.compile_layers(model, SFT, rows, chosen, CPU)
+    fast_path.compile_layers(model, SFT, rows, chosen, CPU)
     assert not chosen.compiled and not model.training
     assert "torch.compile is off: on the first rows it failed or differed (loss by" in chosen.notes[-1]
     assert not any(layer._compiled_call_impl for layer in compiled.layers(model))
@@ -168,22 +169,22 @@ def test_a_compiler_that_fails_is_said_and_the_run_goes_on(routed, monkeypatch):
         raise RuntimeError("no compiler here\nand a long story")
 
     monkeypatch.setattr(compiled, "enable", lambda model: [layer.compile(backend=fail) for layer in compiled.layers(model)])
-    route.compile_layers(model, SFT, rows, chosen, CPU)
+    fast_path.compile_layers(model, SFT, rows, chosen, CPU)
     assert not chosen.compiled and "no compiler here" in chosen.notes[-1] and "long story" not in chosen.notes[-1]
     assert all(gradient.equal(before[key]) for key, gradient in gradients(model, rows).items())
 
 
 def test_attention_by_segments_is_not_compiled():
     model, rows = tiny_model("llama"), examples(SFT, tiny_tokenizer())
-    chosen = route.choose(model, SFT, rows, 64, "auto", CPU)
-    route.compile_layers(model, SFT, rows, chosen, CPU)
+    chosen = fast_path.choose(model, SFT, rows, 64, "auto", CPU)
+    fast_path.compile_layers(model, SFT, rows, chosen, CPU)
     assert not chosen.compiled and "row by row" in chosen.notes[-1]
 
 
 def test_layers_are_found_under_an_adapter_and_in_other_architectures():
     assert len(compiled.layers(tiny_model("gpt2"))) == 2
     adapted = lora.Adaptation(lora.Config(r=4)).apply(tiny_model("qwen3"), "lm")
-    assert compiled.layers(adapted) == list(head.base(adapted).model.layers)
+    assert compiled.layers(adapted) == list(lm_head.base(adapted).model.layers)
 
 
 @pytest.mark.parametrize(

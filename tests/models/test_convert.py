@@ -16,9 +16,9 @@ import tunesmith
 from tests.tiny import save_tiny, tiny_config
 from tunesmith.cli.main import main
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models import headers, unpickle
-from tunesmith.models.convert import convert
-from tunesmith.models.locate import locate
+from tunesmith.models.find import headers, unpickle
+from tunesmith.models.find.convert import convert
+from tunesmith.models.find.locate import locate
 
 
 def state(folder):
@@ -46,7 +46,7 @@ def digests(folder):
 @pytest.fixture
 def here(monkeypatch):
     """Unpickle in this process: what is written is the same, and a process takes seconds to start."""
-    module = sys.modules["tunesmith.models.convert"]
+    module = sys.modules["tunesmith.models.find.convert"]
     monkeypatch.setattr(module, "_unpickled", lambda pickles, targets, tied, job, say: unpickle.convert(pickles, targets, tied))
 
 

@@ -11,11 +11,11 @@ from tests.models.test_real import pulled
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.errors import ModelError
-from tunesmith.models import catalog, store
-from tunesmith.models.cut import cut
-from tunesmith.models.load import load, load_model
-from tunesmith.models.locate import locate
-from tunesmith.models.show import show
+from tunesmith.models.find import catalog, store
+from tunesmith.models.find.cut import cut
+from tunesmith.models.find.locate import locate
+from tunesmith.models.find.show import show
+from tunesmith.models.load.load import load, load_model
 
 
 def closed_form(config):

@@ -7,8 +7,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoMod
 
 from tests.tiny import ENCODER, ENCODERS
 from tunesmith.adaptations import lora
-from tunesmith.data import pack
-from tunesmith.models import attention, both_ways, fused, fused_encoder, head, heads, kernels, noise
+from tunesmith.data.batch import pack
+from tunesmith.models.fast import attention, fused, fused_encoder, kernels
+from tunesmith.models.heads import bidirectional, lm_head, noise
+from tunesmith.models.heads import task_heads as heads
 
 LENGTHS = (1, 5, 31, 16, 100, 2)
 NEEDS_C = pytest.mark.skipif(kernels.library() is None, reason="no C compiler on this machine, or the self-test failed")
@@ -58,7 +60,7 @@ def plain(model, rows):
     parts = []
     for row in rows:
         keywords = {key: torch.from_numpy(value.astype(np.int64))[None] for key, value in row.items()}
-        parts.append(head.base(model).base_model(**keywords).last_hidden_state[0])
+        parts.append(lm_head.base(model).base_model(**keywords).last_hidden_state[0])
     return results(model, torch.cat(parts))
 
 
@@ -73,7 +75,7 @@ def near(ours, theirs, limit):
 
 def fast(model):
     attention.register()
-    head.base(model).set_attn_implementation(attention.NAME)
+    lm_head.base(model).set_attn_implementation(attention.NAME)
     return fused.install(model)
 
 
@@ -84,7 +86,7 @@ def test_packed_rows_are_rows_alone(name, monkeypatch):
     model, rows = network(name), some_rows(name)
     expected = plain(model, rows)
     assert not fast(model).kinds
-    near(results(model, head.outputs_at(model, packed(rows))), expected, 3e-6)
+    near(results(model, lm_head.outputs_at(model, packed(rows))), expected, 3e-6)
 
 
 @NEEDS_C
@@ -95,9 +97,9 @@ def test_fused_layers_are_the_models_own(name, dtype, limit):
     expected = plain(network(name, dtype).float(), rows)
     record = fast(model)
     assert sum(record.kinds.values()) == KINDS[name]
-    near(results(model, head.outputs_at(model, packed(rows))), expected, limit)
+    near(results(model, lm_head.outputs_at(model, packed(rows))), expected, limit)
     with record.disabled():
-        near(results(model, head.outputs_at(model, packed(rows))), expected, limit)
+        near(results(model, lm_head.outputs_at(model, packed(rows))), expected, limit)
 
 
 @NEEDS_C
@@ -106,7 +108,7 @@ def test_rows_up_to_the_window():
     rows = some_rows("bert", (512, 1, 300, 129, 64, 65))
     expected = plain(model, rows)
     fast(model)
-    near(results(model, head.outputs_at(model, packed(rows))), expected, 5e-6)
+    near(results(model, lm_head.outputs_at(model, packed(rows))), expected, 5e-6)
 
 
 @NEEDS_C
@@ -114,14 +116,14 @@ def test_rows_up_to_the_window():
 def test_the_last_layer_computes_only_what_is_read(name):
     model, rows = network(name), some_rows(name)
     batch = packed(rows, np.zeros(1, np.int64))
-    hidden = head.hidden_states(model, {**pack.layout(rows, False)[0]})
+    hidden = lm_head.hidden_states(model, {**pack.layout(rows, False)[0]})
     expected = results(model, hidden[:, 0])
     fast(model)
     seen = []
-    body = head.base(model).base_model
+    body = lm_head.base(model).base_model
     handle = body.encoder.layer[-1].intermediate.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
-    near(results(model, head.outputs_at(model, batch)), expected, 3e-6)
-    head.outputs_at(model, packed(rows))
+    near(results(model, lm_head.outputs_at(model, batch)), expected, 3e-6)
+    lm_head.outputs_at(model, packed(rows))
     handle.remove()
     assert seen == [len(rows), sum(LENGTHS)]
 
@@ -131,9 +133,9 @@ def test_the_last_layer_computes_only_what_is_read(name):
 def test_layers_computed_again_have_the_same_gradients(read):
     model, batch = network("bert").train(), packed(some_rows("bert"), read)
     fast(model)
-    expected = results(model, head.outputs_at(model, batch))
+    expected = results(model, lm_head.outputs_at(model, batch))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    near(results(model, head.outputs_at(model, batch)), expected, 1e-6)
+    near(results(model, lm_head.outputs_at(model, batch)), expected, 1e-6)
 
 
 @NEEDS_C
@@ -149,7 +151,7 @@ def test_lora_on_the_layers_inside(dropout):
     expected = plain(model, rows)
     kinds = fast(model).kinds
     assert ("encoder attention" in kinds) is (dropout == 0)
-    near(results(model, head.outputs_at(model, packed(rows))), expected, 1e-5)
+    near(results(model, lm_head.outputs_at(model, packed(rows))), expected, 1e-5)
 
 
 def drops(model, batch, rows, read=None):
@@ -208,7 +210,7 @@ def test_attention_both_ways(dtype, limit, segments, heads, kv_heads, dim):
         a, b, c = (x.transpose(0, 1).repeat_interleave(heads // x.shape[1], 0) for x in one)
         parts.append(((a @ b.transpose(1, 2) * 0.3).softmax(-1) @ c).transpose(0, 1).flatten(1))
     theirs = torch.cat(parts)
-    ours = both_ways.BothWays.apply(qkv, heads, kv_heads, segments, 0.3)
+    ours = bidirectional.BothWays.apply(qkv, heads, kv_heads, segments, 0.3)
     pairs = [(ours.detach(), theirs.detach())]
     pairs += [(*torch.autograd.grad(ours, qkv, grad), *torch.autograd.grad(theirs, exact, grad.double()))]
     for got, expected in pairs:
@@ -237,7 +239,7 @@ def test_the_number_of_threads_changes_nothing():
     for threads in (1, 3):
         torch.set_num_threads(threads)
         qkv = torch.randn(sum(LENGTHS), 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        out = both_ways.BothWays.apply(qkv, 4, 4, LENGTHS, 0.3)
+        out = bidirectional.BothWays.apply(qkv, 4, 4, LENGTHS, 0.3)
         found.append((out, *torch.autograd.grad(out.sum(), qkv)))
     torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -11,8 +11,8 @@ import torch
 from tests.models.adapters import base_and_adapter
 from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models.generate import Settings, choose, generate, generate_ids, pieces, stop_ids, stream
-from tunesmith.models.load import load, load_model, locate
+from tunesmith.models.generate.decode import Settings, choose, generate, generate_ids, pieces, stop_ids, stream
+from tunesmith.models.load.load import load, load_model, locate
 
 TOKENIZER = tiny_tokenizer("chatml", pad_is_eos=True)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tunesmith.errors import ModelError
-from tunesmith.models import headers
+from tunesmith.models.find import headers
 
 
 def write(path: Path, header: object, data: bytes = b"") -> Path:

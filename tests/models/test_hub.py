@@ -9,8 +9,8 @@ from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.errors import ModelError
 from tunesmith.hub import ask
-from tunesmith.models import catalog, store
-from tunesmith.models.locate import locate
+from tunesmith.models.find import catalog, store
+from tunesmith.models.find.locate import locate
 
 WEIGHTS = "model.safetensors"
 

@@ -5,7 +5,8 @@ from itertools import accumulate
 import pytest
 import torch
 
-from tunesmith.models import attention, fused, head, kernels, pieces
+from tunesmith.models.fast import attention, fused, kernels, pieces
+from tunesmith.models.heads import lm_head
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler on this machine, or the self-test failed")
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -70,14 +71,14 @@ def test_attention_by_segments(dtype, segments, behind, kv_heads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [0, 1, head.BLOCK, head.BLOCK + 3])
+@pytest.mark.parametrize("rows", [0, 1, lm_head.BLOCK, lm_head.BLOCK + 3])
 def test_blocked_cross_entropy(dtype, rows):
     torch.manual_seed(0)
     h, w, b = torch.randn(rows, 16), torch.randn(50, 16), torch.randn(50)
     labels = torch.randint(0, 50, (rows,))
     ours = [t.to(dtype).requires_grad_() for t in (h, w, b)]
     theirs = [t.detach().double().requires_grad_() for t in ours]
-    y = head.BlockedCrossEntropy.apply(*ours, labels)
+    y = lm_head.BlockedCrossEntropy.apply(*ours, labels)
     z = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1].t() + theirs[2], labels, reduction="sum")
     factor = torch.tensor(1 / 37)
     close([y, *grads(y, ours, factor.double())], [z, *grads(z, theirs, factor.double())], DTYPES[dtype])

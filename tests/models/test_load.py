@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests.models.adapters import base_and_adapter, save_adapter
 from tests.tiny import save_tiny, tiny_model
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models import probe
-from tunesmith.models.load import Folder, load, load_config, load_model, load_tokenizer, locate
+from tunesmith.models.load import probe
+from tunesmith.models.load.load import Folder, load, load_config, load_model, load_tokenizer, locate
 
 IDS = torch.tensor([[5, 17, 80, 41]])
 

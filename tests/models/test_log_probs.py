@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.models.test_kernels import close
 from tests.numeric.test_parity import examples, take_gradients
 from tests.tiny import tiny_model, tiny_tokenizer
-from tunesmith.data.pack import pack
-from tunesmith.models import attention, head, kernels
-from tunesmith.models.log_probs import BlockedLogProbs, log_probs
+from tunesmith.data.batch.pack import pack
+from tunesmith.models.fast import attention, kernels
+from tunesmith.models.heads import lm_head
+from tunesmith.models.heads.log_probs import BlockedLogProbs, log_probs
 from tunesmith.objectives import sft
 
 LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -43,7 +44,7 @@ def passes(request, monkeypatch):
 
 
 @pytest.mark.parametrize("trained", ["hidden", "all", "weight", "bias", "new"])
-@pytest.mark.parametrize("targets", [0, 1, head.BLOCK, head.BLOCK + 3])
+@pytest.mark.parametrize("targets", [0, 1, lm_head.BLOCK, lm_head.BLOCK + 3])
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_each_target_has_a_coefficient_of_its_own(dtype, targets, trained, passes):
     given = operands(dtype, targets, bias=trained in ("all", "bias"), new=trained in ("all", "new"))
@@ -68,7 +69,7 @@ def test_each_target_has_a_coefficient_of_its_own(dtype, targets, trained, passe
 @pytest.mark.parametrize("new", [False, True])
 @pytest.mark.parametrize("head_trained", [False, True])
 def test_gradcheck(head_trained, new, monkeypatch):
-    monkeypatch.setattr(head, "BLOCK", 4)  # so that ten targets are three blocks
+    monkeypatch.setattr(lm_head, "BLOCK", 4)  # so that ten targets are three blocks
     given = operands(torch.float64, 10, bias=True, new=new, vocabulary=20, width=3)
     for place in (1, 2, 5):
         if given[place] is not None:
@@ -98,8 +99,8 @@ def tiny(kind):
         model.lm_head = nn.Linear(32, 512)
     if kind == "not one product":
         model.lm_head = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 512))
-    head.base(model).set_attn_implementation(attention.NAME)
-    head.use_plain_head(model, kind == "plain")
+    lm_head.base(model).set_attn_implementation(attention.NAME)
+    lm_head.use_plain_head(model, kind == "plain")
     return model
 
 
@@ -107,7 +108,7 @@ def tiny(kind):
 def test_of_a_model_they_are_those_of_its_logits(kind):
     model, batch = tiny(kind), pack(examples(sft.Objective(sft.Config()), tiny_tokenizer()))
     coefficients = torch.randn(len(batch["labels"]), generator=torch.Generator().manual_seed(0))
-    logits = model(**head.inputs(model, batch)).logits[0, batch["positions"]]
+    logits = model(**lm_head.inputs(model, batch)).logits[0, batch["positions"]]
     theirs = logits.log_softmax(-1).gather(1, batch["labels"][:, None])[:, 0]
     (theirs * coefficients).sum().backward()
     expected = take_gradients(model)
@@ -116,7 +117,7 @@ def test_of_a_model_they_are_those_of_its_logits(kind):
     found = take_gradients(model)
     assert found.keys() == expected.keys()
     close([ours.detach(), *found.values()], [theirs.detach(), *expected.values()], 1e-5)
-    assert float(head.lm_loss(model, batch).detach() + ours.detach().double().sum()) == pytest.approx(0, abs=1e-3)
+    assert float(lm_head.lm_loss(model, batch).detach() + ours.detach().double().sum()) == pytest.approx(0, abs=1e-3)
 
 
 class Largest(TorchDispatchMode):
@@ -134,7 +135,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("head_trained", [False, True])
 def test_no_logits_are_kept_and_never_more_than_a_block_of_them_made(head_trained):
-    targets, vocabulary, width = 4 * head.BLOCK, 5000, 8
+    targets, vocabulary, width = 4 * lm_head.BLOCK, 5000, 8
     hidden = torch.randn(targets, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=head_trained)
     kept = []
@@ -145,7 +146,7 @@ def test_no_logits_are_kept_and_never_more_than_a_block_of_them_made(head_traine
         out = BlockedLogProbs.apply(hidden, weight, None, torch.arange(targets))
         out.sum().backward()
     assert max(kept) == (vocabulary * width if head_trained else targets * width)
-    assert sizes.most == head.BLOCK * vocabulary  # 4 times as many are those of all targets
+    assert sizes.most == lm_head.BLOCK * vocabulary  # 4 times as many are those of all targets
     assert not any(isinstance(one, torch.Tensor) for one in vars(out.grad_fn).values())
 
 

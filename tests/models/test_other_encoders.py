@@ -12,8 +12,8 @@ import tunesmith
 from tests.runs import recipe
 from tests.tiny import ENCODER, encoder_tokenizer
 from tunesmith.cli.main import main
-from tunesmith.data import pack
-from tunesmith.models import heads, noise
+from tunesmith.data.batch import pack
+from tunesmith.models.heads import noise, task_heads
 
 SIZES = {name: ENCODER[name] for name in ENCODER if not name.endswith("prob")}  # with dropout, as published
 CONFIGS = {
@@ -66,25 +66,27 @@ def test_virtual_tokens_are_as_wide_as_words(tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_their_heads_say_what_transformers_own_say(name, kind):
     torch.manual_seed(0)
-    network = heads.auto_class(kind).from_config(AutoConfig.for_model(name, **CONFIGS[name])).eval()
+    network = task_heads.auto_class(kind).from_config(AutoConfig.for_model(name, **CONFIGS[name])).eval()
     rows = [{"input_ids": np.arange(5, 5 + length).astype(np.int32)} for length in (7, 3)]
-    one = kind == "score" and heads.pooling(network.config) is None
+    one = kind == "score" and task_heads.pooling(network.config) is None
     batch = pack.of_rows(rows, False, [np.array([0]) if one else np.arange(len(row["input_ids"])) for row in rows])
     with torch.no_grad():
         expected = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         if kind == "score":
-            pairs = [(heads.score_logits(network, batch), expected.logits)]
+            pairs = [(task_heads.score_logits(network, batch), expected.logits)]
         elif kind == "token":
-            pairs = [(heads.token_logits(network, batch), expected.logits.flatten(0, 1)[batch["positions"]])]
+            pairs = [(task_heads.token_logits(network, batch), expected.logits.flatten(0, 1)[batch["positions"]])]
         else:
             both = (expected.start_logits, expected.end_logits)
-            pairs = list(zip(heads.span_logits(network, batch), [one.flatten()[batch["positions"]] for one in both], strict=True))
+            pairs = list(
+                zip(task_heads.span_logits(network, batch), [one.flatten()[batch["positions"]] for one in both], strict=True)
+            )
     assert all(float((ours - theirs).abs().max()) <= 1e-5 for ours, theirs in pairs)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_attention_drops_is_off_and_the_rest_is_drawn_by_row(name):
-    network = heads.auto_class("token").from_config(AutoConfig.for_model(name, **CONFIGS[name]))
+    network = task_heads.auto_class("token").from_config(AutoConfig.for_model(name, **CONFIGS[name]))
     drawn, said = noise.install(network, 0)
     assert drawn.layers and any("attention probabilities (0.1) is off" in line for line in said)
     drawn.rows, drawn.lengths, drawn.packed = [0, 1], [6, 4], False

@@ -14,8 +14,8 @@ from tests.models.adapters import base_and_adapter
 from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.errors import ModelError
-from tunesmith.models import probe
-from tunesmith.models.load import load
+from tunesmith.models.load import probe
+from tunesmith.models.load.load import load
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_the_shards(tmp_path: Path) -> None:

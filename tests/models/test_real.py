@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.models import store
-from tunesmith.models.generate import generate
-from tunesmith.models.load import load, load_tokenizer, locate
-from tunesmith.models.show import show
+from tunesmith.models.find import store
+from tunesmith.models.find.show import show
+from tunesmith.models.generate.decode import generate
+from tunesmith.models.load.load import load, load_tokenizer, locate
 
 MODELS = store.models()  # of the user: the tests themselves run with a store of their own
 

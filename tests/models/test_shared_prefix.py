@@ -6,10 +6,11 @@ import torch
 
 from tests.models import standin, virtual_tokens
 from tests.tiny import TINY, save_tiny_encoder, tiny_model
-from tunesmith.data import pairs
-from tunesmith.models import attention, compiled, fused, head, kernels, pieces, varlen
-from tunesmith.models.attention import CannotPack
-from tunesmith.models.log_probs import log_probs
+from tunesmith.data.batch import shared_prompts
+from tunesmith.models.fast import attention, compiled, fused, kernels, pieces, varlen
+from tunesmith.models.fast.attention import CannotPack
+from tunesmith.models.heads import lm_head
+from tunesmith.models.heads.log_probs import log_probs
 
 NAMES = ("llama", "gpt2", "qwen3", "gemma")
 CPU = torch.device("cpu")
@@ -36,8 +37,8 @@ def made(name, dtype=torch.float32, attend=attention.NAME, **changes):
 
 def outputs_and_gradients(model, rows, shared):
     """Of each answer what comes out at its own tokens, and at the prefix's last; then all gradients, each token counting its own."""
-    batch, places = pairs.layout(rows, packed=True, shared=shared)
-    hidden = head.hidden_states(model, batch)[0]
+    batch, places = shared_prompts.layout(rows, packed=True, shared=shared)
+    hidden = lm_head.hidden_states(model, batch)[0]
     counts = [int(count) for row in rows for count in row["answers"][1:]]
     own = [hidden[torch.from_numpy(place[-count - 1 :])] for place, count in zip(places, counts, strict=True)]
     generator = torch.Generator().manual_seed(0)
@@ -118,9 +119,9 @@ def test_a_window_that_does_not_reach_is_refused(fast):
     model = made("mistral", sliding_window=24)
     if fast:
         fused.install(model)
-    batch, _ = pairs.layout([example(10, 15, 3)], True, True)
+    batch, _ = shared_prompts.layout([example(10, 15, 3)], True, True)
     with pytest.raises(CannotPack, match="slides over 24 tokens and a row has 25"):
-        head.hidden_states(model, batch)
+        lm_head.hidden_states(model, batch)
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -134,9 +135,9 @@ def test_an_answer_knows_nothing_of_the_others(fast, attend):
     other["input_ids"][42:51] += 1  # answer 2
     outs = []
     for one in (row, other):
-        batch, places = pairs.layout([one], True, True)
+        batch, places = shared_prompts.layout([one], True, True)
         with torch.no_grad():
-            hidden = head.hidden_states(model, batch)[0]
+            hidden = lm_head.hidden_states(model, batch)[0]
         outs.append([hidden[torch.from_numpy(place[30:])] for place in places])
     assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][2], outs[1][2])
     assert not torch.allclose(outs[0][1], outs[1][1], atol=1e-3)
@@ -144,9 +145,9 @@ def test_an_answer_knows_nothing_of_the_others(fast, attend):
 
 def test_no_gradient_flows_from_an_answer_to_another():
     model = made("qwen3")
-    batch, places = pairs.layout([example(6, 5, 4), example(3, 2, 2)], True, True)
+    batch, places = shared_prompts.layout([example(6, 5, 4), example(3, 2, 2)], True, True)
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-    keywords = head.inputs(model, batch)
+    keywords = lm_head.inputs(model, batch)
     keywords.pop("input_ids")
     hidden = model.model(inputs_embeds=embedded, **keywords).last_hidden_state[0]
     hidden[torch.from_numpy(places[1][6:])].square().sum().backward()
@@ -158,7 +159,7 @@ def test_log_probs_are_those_of_separate_rows():
     model = made("gpt2")
     found = []
     for shared in (True, False):
-        batch, places = pairs.layout(FEW, True, shared)
+        batch, places = shared_prompts.layout(FEW, True, shared)
         counts = [int(count) for row in FEW for count in row["answers"][1:]]
         after = [place[max(len(place) - count, 1) :] for place, count in zip(places, counts, strict=True)]
         before = [place[max(len(place) - count, 1) - 1 : -1] for place, count in zip(places, counts, strict=True)]
@@ -177,10 +178,10 @@ def test_log_probs_are_those_of_separate_rows():
 def test_virtual_tokens_are_refused(kind, attend):
     made("llama")
     model = virtual_tokens.adapted("llama", kind)
-    head.base(model).set_attn_implementation(attend)
-    batch, _ = pairs.layout([example(6, 5, 4)], True, True)
+    lm_head.base(model).set_attn_implementation(attend)
+    batch, _ = shared_prompts.layout([example(6, 5, 4)], True, True)
     with pytest.raises(CannotPack, match="cannot share a prefix that stands behind virtual tokens"):
-        head.hidden_states(model, batch)
+        lm_head.hidden_states(model, batch)
 
 
 @pytest.mark.parametrize("attend", ["segments", "varlen"])
@@ -204,9 +205,9 @@ def test_encoders_are_refused(name, fast, tmp_path):
     model.set_attn_implementation(attention.NAME)
     if fast:
         assert "encoder attention" in fused.install(model).kinds
-    batch, _ = pairs.layout([example(6, 5, 4)], True, True)
+    batch, _ = shared_prompts.layout([example(6, 5, 4)], True, True)
     with pytest.raises(CannotPack, match="only where attention is causal"):
-        head.hidden_states(model, batch)
+        lm_head.hidden_states(model, batch)
 
 
 @pytest.mark.parametrize("attend", [attention.NAME, varlen.NAME])
@@ -236,8 +237,8 @@ def test_pieces_that_are_behind_anything_else_are_refused(behind):
 
 def test_where_nobody_shares_nothing_is_said():
     model = made("llama")
-    batch, _ = pairs.layout([example(0, 3, 4)], True, True)
-    assert "behind" not in head.inputs(model, batch) and head.inputs(model, batch)["segments"] == (3, 4)
+    batch, _ = shared_prompts.layout([example(0, 3, 4)], True, True)
+    assert "behind" not in lm_head.inputs(model, batch) and lm_head.inputs(model, batch)["segments"] == (3, 4)
     model.set_attn_implementation(varlen.NAME)
     assert set(varlen.boundaries((3, 4), CPU, (-1, 0))) == {"cu_seqlens", "longest"}, "one answer needs no other keys"
 

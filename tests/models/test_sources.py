@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.hub import ask
-from tunesmith.models import catalog
+from tunesmith.models.find import catalog
 
 
 def test_pip_fetches_the_named_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

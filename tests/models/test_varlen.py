@@ -12,10 +12,11 @@ import torch
 from tests.models import standin
 from tests.numeric.test_parity import examples, take_gradients
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
-from tunesmith.data.pack import pack, pad
-from tunesmith.engine import route
-from tunesmith.models import attention, head, kernels, varlen
+from tunesmith.data.batch.pack import pack, pad
+from tunesmith.models.fast import attention, kernels, varlen
+from tunesmith.models.heads import lm_head
 from tunesmith.objectives import sft
+from tunesmith.train import fast_path
 
 SFT = sft.Objective(sft.Config())
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -71,7 +72,7 @@ def test_device_dtype_and_capability_choose(device, dtype, capability, hip, expe
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    assert route.packed_attention(torch.device(device), dtype) == expected
+    assert fast_path.packed_attention(torch.device(device), dtype) == expected
 
 
 def test_a_torch_without_flash_attention_goes_by_segments(monkeypatch):
@@ -129,9 +130,9 @@ def test_packed_logits_are_those_of_rows_alone(name):
     model, rows = tiny_model(name), examples(SFT, tiny_tokenizer())
     assert max(len(row["input_ids"]) for row in rows) > 16
     with torch.no_grad():
-        alone = torch.cat([model(**head.inputs(model, pad([row]))).logits[0] for row in rows])
+        alone = torch.cat([model(**lm_head.inputs(model, pad([row]))).logits[0] for row in rows])
         model.set_attn_implementation(varlen.NAME)
-        packed = model(**head.inputs(model, pack(rows))).logits[0]
+        packed = model(**lm_head.inputs(model, pack(rows))).logits[0]
     assert (packed - alone).abs().max() < 1e-4
 
 
@@ -140,7 +141,7 @@ def test_the_trial_takes_it_with_the_gradients_of_the_plain_path(name, served):
     model, rows = tiny_model(name), examples(SFT, tiny_tokenizer())
     SFT.loss(model, SFT.collate(rows, packed=False))[0].backward()
     expected = take_gradients(model)
-    chosen = route.choose(model, SFT, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
+    chosen = fast_path.choose(model, SFT, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
     assert chosen.as_dict()["attention"] == "varlen" and chosen.notes == []
     SFT.loss(model, SFT.collate(rows, packed=True))[0].backward()
     for key, gradient in take_gradients(model).items():
@@ -149,7 +150,7 @@ def test_the_trial_takes_it_with_the_gradients_of_the_plain_path(name, served):
 
 def test_boundaries_are_made_once_a_batch_and_segments_stay_on_the_host(served, monkeypatch):
     model, rows = tiny_model("llama"), examples(SFT, tiny_tokenizer())
-    route.choose(model, SFT, rows, 64, "auto", CPU)
+    fast_path.choose(model, SFT, rows, 64, "auto", CPU)
     made, seen = [], []
     real = varlen.boundaries
     monkeypatch.setattr(varlen, "boundaries", lambda *given: made.append(given) or real(*given))
@@ -171,12 +172,12 @@ def test_nothing_is_read_back_from_the_device(monkeypatch):
 
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, fail)
-    head.hidden_states(model, batch)
+    lm_head.hidden_states(model, batch)
 
 
 def test_heads_of_another_size_go_segment_by_segment_and_it_is_said(served):
     model = tiny_model("llama", head_dim=6)
-    chosen = route.choose(model, SFT, examples(SFT, tiny_tokenizer()), 64, "auto", CPU)
+    chosen = fast_path.choose(model, SFT, examples(SFT, tiny_tokenizer()), 64, "auto", CPU)
     assert chosen.packed and chosen.as_dict()["attention"] == "segments"
     assert chosen.notes == [
         "attention is not varlen_attn for this model: its heads have 6 numbers, which varlen_attn has no kernel for on this GPU"
@@ -185,7 +186,7 @@ def test_heads_of_another_size_go_segment_by_segment_and_it_is_said(served):
 
 def test_a_kernel_that_fails_its_self_test_is_not_taken(served, monkeypatch):
     monkeypatch.setattr(varlen, "torch_kernel", lambda: lambda *args, **kwargs: KERNEL(*args, **kwargs) * 1.1)
-    chosen = route.choose(tiny_model("llama"), SFT, examples(SFT, tiny_tokenizer()), 64, "auto", CPU)
+    chosen = fast_path.choose(tiny_model("llama"), SFT, examples(SFT, tiny_tokenizer()), 64, "auto", CPU)
     assert chosen.packed and chosen.as_dict()["attention"] == "segments"
     assert "on random numbers it differed" in chosen.notes[0]
 
@@ -196,7 +197,7 @@ def test_a_kernel_that_differs_on_the_first_rows_is_given_up(served, monkeypatch
     monkeypatch.setattr(varlen, "torch_kernel", lambda: lambda *args, **kwargs: KERNEL(*args, **kwargs) * 1.1)
     monkeypatch.setattr(varlen, "self_test", lambda *given: None)
     model = tiny_model(name)
-    chosen = route.choose(model, SFT, examples(SFT, tiny_tokenizer()), 64, "auto", CPU)
+    chosen = fast_path.choose(model, SFT, examples(SFT, tiny_tokenizer()), 64, "auto", CPU)
     assert chosen.as_dict()["attention"] == attention_of and chosen.packed is (attention_of == "segments")
     assert any("attention is not varlen_attn: on the first rows" in note for note in chosen.notes)
     assert model.config._attn_implementation == (attention.NAME if chosen.packed else "sdpa")
@@ -232,7 +233,7 @@ def test_one_token_rows_are_a_packing_too():
     model = tiny_model("qwen3")
     row = {"input_ids": np.array([5], np.int32), "supervised": np.array([False])}
     with torch.no_grad():
-        alone = model(**head.inputs(model, pad([row]))).logits[0]
+        alone = model(**lm_head.inputs(model, pad([row]))).logits[0]
         model.set_attn_implementation(varlen.NAME)
-        packed = model(**head.inputs(model, pack([row, row]))).logits[0]
+        packed = model(**lm_head.inputs(model, pack([row, row]))).logits[0]
     assert (packed - torch.cat([alone, alone])).abs().max() < 1e-5

@@ -10,12 +10,14 @@ import torch
 from tests.models import standin
 from tests.models.virtual_tokens import COUNT, KINDS, TOKENIZER, adapted, by_peft, ids_of, rows
 from tests.tiny import TINY, tiny_model
-from tunesmith.data.pack import pack, pad
-from tunesmith.engine import route
+from tunesmith.data.batch.pack import pack, pad
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models import attention, head, kernels, noise, varlen, virtual
-from tunesmith.models.generate import Settings, generate_ids, stream
+from tunesmith.models.adapters import virtual_tokens
+from tunesmith.models.fast import attention, kernels, varlen
+from tunesmith.models.generate.decode import Settings, generate_ids, stream
+from tunesmith.models.heads import lm_head, noise
 from tunesmith.objectives import sft
+from tunesmith.train import fast_path
 
 SFT = sft.Objective(sft.Config())
 CPU = torch.device("cpu")
@@ -26,7 +28,7 @@ WINDOWED = ("mistral", "gemma3")
 
 def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(**head.inputs(model, batch)).logits
+        found: torch.Tensor = model(**lm_head.inputs(model, batch)).logits
     return found
 
 
@@ -58,7 +60,7 @@ def test_rows_alone_padded_and_packed_equal_pefts_own_forward(name: str, kind: s
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_change_to_one_segment_changes_nothing_in_another(kind: str) -> None:
     model = adapted("llama", kind)
-    route.choose(model, SFT, ROWS[:2], 23, "auto", CPU)
+    fast_path.choose(model, SFT, ROWS[:2], 23, "auto", CPU)
     other = [ROWS[0], {**ROWS[1], "input_ids": ROWS[1]["input_ids"] + 7}, *ROWS[2:]]
     before, after = (logits(model, pack(examples))[0].split([7, 23, 1, 9]) for examples in (ROWS, other))
     assert [one.equal(two) for one, two in zip(before, after, strict=True)] == [True, False, True, True]
@@ -86,16 +88,16 @@ def test_padding_on_either_side(name: str, kind: str, side: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_a_route_is_found_and_layers_computed_again_give_the_same_gradients(name: str, kind: str, precision: torch.dtype) -> None:
     model = adapted(name, kind).to(precision)
-    chosen = route.choose(model, SFT, ROWS[:2], 23, "auto", CPU)
+    chosen = fast_path.choose(model, SFT, ROWS[:2], 23, "auto", CPU)
     assert chosen.packed is (name not in WINDOWED)
     assert [note for note in chosen.notes if "padded" not in note] == []
     if kernels.available(model.prompt_encoder["default"].embedding.weight):
         assert chosen.fused.kinds.get("attention", 0) == (2 if name in ("llama", "gemma") else 0)
     model.train()
-    loss, gradients = route._loss_and_gradients(model, SFT, ROWS, chosen.packed, CPU)
-    route.recompute(model, SFT, ROWS[:2], chosen, CPU)
+    loss, gradients = fast_path._loss_and_gradients(model, SFT, ROWS, chosen.packed, CPU)
+    fast_path.recompute(model, SFT, ROWS[:2], chosen, CPU)
     model.train()
-    again, recomputed = route._loss_and_gradients(model, SFT, ROWS, chosen.packed, CPU)
+    again, recomputed = fast_path._loss_and_gradients(model, SFT, ROWS, chosen.packed, CPU)
     assert chosen.recomputed and loss == again
     assert all(one.equal(two) and one.abs().max() > 0 for one, two in zip(gradients, recomputed, strict=True))
 
@@ -108,10 +110,10 @@ def test_the_kernel_of_a_gpu_gets_longer_segments(kind: str, monkeypatch: pytest
     monkeypatch.setattr(kernels, "available", lambda tensor: False)
     for name in ("llama", "mistral"):
         model = adapted(name, kind)
-        expected = route._loss_and_gradients(model, SFT, ROWS, False, CPU)
-        chosen = route.choose(model, SFT, ROWS[:2], 23, "auto", CPU)
+        expected = fast_path._loss_and_gradients(model, SFT, ROWS, False, CPU)
+        chosen = fast_path.choose(model, SFT, ROWS[:2], 23, "auto", CPU)
         assert (chosen.packed_attention, chosen.packed, chosen.notes) == ("varlen", True, [])
-        got = route._loss_and_gradients(model, SFT, ROWS, True, CPU)
+        got = fast_path._loss_and_gradients(model, SFT, ROWS, True, CPU)
         assert abs(expected[0] - got[0]) < 1e-5 and close(got[1][0], expected[1][0], 1e-5)
 
 
@@ -120,8 +122,8 @@ def test_the_kernel_of_a_gpu_gets_longer_segments(kind: str, monkeypatch: pytest
 def test_a_prefix_of_words_is_these_words_before_the_text(name: str, projected: bool) -> None:
     words, text = [11, 12, 13, 14, 15], torch.arange(30, 42)
     model = adapted(name, "prefix", noise=0, prefix_projection=projected)
-    start = virtual.words_as_prefix(tiny_model(name), words)
-    virtual.start_from(model.prompt_encoder["default"], start)
+    start = virtual_tokens.words_as_prefix(tiny_model(name), words)
+    virtual_tokens.start_from(model.prompt_encoder["default"], start)
     with torch.no_grad():
         expected = tiny_model(name)(input_ids=torch.tensor([[*words, *text.tolist()]])).logits[0, len(words) :]
         assert close(model(input_ids=text[None]).logits[0], expected, 2e-6)
@@ -134,7 +136,7 @@ def test_a_prompt_of_words_is_these_words_before_the_text(name: str) -> None:
         name, "prompt", noise=0, num_virtual_tokens=None, prompt_tuning_init="TEXT", prompt_tuning_init_text="the answer is "
     )
     words = TOKENIZER("the answer is ", add_special_tokens=False)["input_ids"]
-    assert virtual.count(model) == len(words)
+    assert virtual_tokens.count(model) == len(words)
     with torch.no_grad():
         expected = tiny_model(name)(input_ids=torch.tensor([[*words, *text.tolist()]])).logits[0, len(words) :]
         assert close(model(input_ids=text[None]).logits[0], expected, 1e-6)
@@ -202,7 +204,7 @@ def test_switched_off_they_leave_the_base(kind: str) -> None:
     with torch.no_grad():
         own, expected = model(input_ids=ids).logits, tiny_model("llama")(input_ids=ids).logits
         with model.disable_adapter():
-            assert model(input_ids=ids).logits.equal(expected) and virtual.count(model) == 0
+            assert model(input_ids=ids).logits.equal(expected) and virtual_tokens.count(model) == 0
         assert model(input_ids=ids).logits.equal(own) and not own.equal(expected)
 
 
@@ -230,7 +232,7 @@ def test_what_is_not_ours_is_refused_by_name() -> None:
 
     other = get_peft_model(tiny_model("llama"), PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ModelError, match="p_tuning is not available"):
-        virtual.install(other)
+        virtual_tokens.install(other)
     with pytest.raises(ModelError, match=r"virtual tokens .* Load it with tunesmith"):
         generate_ids(by_peft("llama", adapted("llama", "prompt")), TOKENIZER, PROMPTS, Settings())
     model = adapted("llama", "prefix")
@@ -242,4 +244,4 @@ def test_a_network_whose_attention_is_not_found_is_refused() -> None:
     model = tiny_model("llama")
     del model.model.layers[1].self_attn.layer_idx
     with pytest.raises(ModelError, match=r"prefix tuning is not available for LlamaForCausalLM: it has 2 layers, and 1 causal"):
-        virtual.attentions(model)
+        virtual_tokens.attentions(model)

@@ -12,11 +12,11 @@ from tests.numeric.test_parity import CPU, PACKED, examples, take_gradients, wit
 from tests.runs import apart, history, model_folder, recipe, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith.adaptations import bottleneck, features, full, ia3, lora, prefix, prompt, qlora
-from tunesmith.engine import route
 from tunesmith.errors import RecipeError
-from tunesmith.models import head, noise
-from tunesmith.models.load import load_model, locate
+from tunesmith.models.heads import lm_head, noise
+from tunesmith.models.load.load import load_model, locate
 from tunesmith.objectives import sft
+from tunesmith.train import fast_path
 
 SFT = sft.Objective(sft.Config())
 ADAPTED = {
@@ -42,7 +42,7 @@ def prepared(name, adaptation, neftune=None, base=None):
     model = with_gradients_everywhere(adaptation.apply(base, "lm", (), tokenizer))
     row_noise, _ = noise.install(model, 0, neftune)
     rows = examples(SFT, tokenizer)
-    chosen = route.choose(model, SFT, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
+    chosen = fast_path.choose(model, SFT, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
     assert chosen.packed is PACKED[name]
     return model, row_noise, rows, chosen
 
@@ -86,7 +86,7 @@ def test_gradients_beside_a_quantised_base_are_the_same_bit_for_bit(name, quant_
 
 def same_computed_again(model, row_noise, rows, chosen):
     loss, gradients, _ = backward(model, row_noise, rows, chosen.packed)
-    route.recompute(model, SFT, rows, chosen, CPU)
+    fast_path.recompute(model, SFT, rows, chosen, CPU)
     assert chosen.recomputed, chosen.notes
     again, recomputed, fired = backward(model, row_noise, rows, chosen.packed)
     assert again == loss
@@ -98,9 +98,9 @@ def same_computed_again(model, row_noise, rows, chosen):
 
 def test_only_training_computes_layers_again():
     model, row_noise, rows, chosen = prepared("llama", ADAPTED["lora"])
-    route.recompute(model, SFT, rows, chosen, CPU)
+    fast_path.recompute(model, SFT, rows, chosen, CPU)
     calls = []
-    head.base(model).model.layers[0].mlp.register_forward_pre_hook(lambda module, given: calls.append(module.training))
+    lm_head.base(model).model.layers[0].mlp.register_forward_pre_hook(lambda module, given: calls.append(module.training))
     model.eval()
     (SFT.loss(model, SFT.collate(rows, True))[0]).backward()
     assert calls == [False]
@@ -111,19 +111,19 @@ def test_only_training_computes_layers_again():
 def test_frozen_embeddings_are_left_without_a_gradient():
     """The reentrant kind needs one, and pays for it with the first layer's whole backward."""
     model, _, rows, chosen = prepared("llama", ADAPTED["lora"])
-    route.recompute(model, SFT, rows, chosen, CPU)
+    fast_path.recompute(model, SFT, rows, chosen, CPU)
     seen = []
-    head.base(model).get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(out.requires_grad))
+    lm_head.base(model).get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(out.requires_grad))
     SFT.loss(model.train(), SFT.collate(rows, True))
     assert seen == [False]
 
 
 def test_a_layer_that_answers_differently_the_second_time_is_not_computed_again():
     model, _, rows, chosen = prepared("llama", ADAPTED["full"])
-    mlp = head.base(model).model.layers[1].mlp
+    mlp = lm_head.base(model).model.layers[1].mlp
     calls = iter(range(1, 1000))
     mlp.register_forward_hook(lambda module, given, out: out * next(calls) if module.training else out)
-    route.recompute(model, SFT, rows, chosen, CPU)
+    fast_path.recompute(model, SFT, rows, chosen, CPU)
     assert not chosen.recomputed
     assert "gradient checkpointing is off" in chosen.notes[-1]
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -171,7 +171,7 @@ import numpy as np, torch
 from tests.tiny import tiny_model
 from tunesmith.engine import machine, route
 from tunesmith.models import head, noise
-from tunesmith.models.load import load_model, locate
+from tunesmith.models.load.load import load_model, locate
 from tunesmith.objectives import sft
 
 torch.set_num_threads(1)

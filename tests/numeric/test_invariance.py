@@ -11,7 +11,7 @@ import pytest
 import tunesmith
 from tests.runs import apart, model_folder, recipe, weights
 from tests.tiny import TINY
-from tunesmith.engine import tracking
+from tunesmith.runs import tracking
 
 SPLITS = [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 60}, {"packing": "off"}, {"packing": "off", "micro_batch_tokens": 90}]
 ADAPTATIONS = {"full": "full", "lora": {"type": "lora", "r": 4}, "lora-dropout": {"type": "lora", "r": 4, "lora_dropout": 0.3}}

@@ -12,11 +12,11 @@ import tunesmith
 from tests.runs import apart, history, killed_before, model_folder, recipe, rows, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith import adaptations, objectives
-from tunesmith.data.build import shared_key
-from tunesmith.engine import setup
+from tunesmith.data.store.build import shared_key
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.models import vocabulary
-from tunesmith.models.load import load_tokenizer, locate
+from tunesmith.models.load import vocabulary
+from tunesmith.models.load.load import load_tokenizer, locate
+from tunesmith.train import setup
 
 TOKENS = ["<tool>", "</tool>"]
 LORA = {"type": "lora", "r": 4}

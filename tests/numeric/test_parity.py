@@ -10,9 +10,10 @@ from tests.runs import documents, recipe, rows
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import full, lora
 from tunesmith.data.rows import PromptCompletion, Text
-from tunesmith.engine import route, tracking
-from tunesmith.models import noise
+from tunesmith.models.heads import noise
 from tunesmith.objectives import cpt, sft
+from tunesmith.runs import tracking
+from tunesmith.train import fast_path
 
 PACKED = {"llama": True, "qwen3": True, "gemma": True, "gpt2": True, "mistral": False, "gemma3": False}
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def ours_and_theirs(name, objective, adaptation, dtype):
     noise.install(model, 0)
     rows_ = examples(objective, tiny_tokenizer())
     theirs = plain_loss_and_gradients(model, rows_)
-    chosen = route.choose(model, objective, rows_, max(len(row["input_ids"]) for row in rows_), "auto", CPU)
+    chosen = fast_path.choose(model, objective, rows_, max(len(row["input_ids"]) for row in rows_), "auto", CPU)
     assert chosen.packed is PACKED[name]
     batch = objective.collate(rows_, chosen.packed)
     loss, _ = objective.loss(model, batch)

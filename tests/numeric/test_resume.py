@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import tunesmith
 from tests.numeric.test_invariance import OTHERS
 from tests.runs import apart, history, killed_before, model_folder, recipe, weights
-from tunesmith.engine import loop, precision, ratio
 from tunesmith.errors import Interrupted, RecipeError
+from tunesmith.train import loop, precision, update_ratio
 
 ADAPTATIONS = {
     "full": "full",
@@ -192,7 +192,7 @@ def test_another_number_format_is_said_and_fp16_keeps_its_scale(tmp_path, monkey
 
 def test_a_tensor_that_stands_still_changes_no_figure_of_a_resumed_run(tmp_path, monkeypatch):
     """It is looked at more closely once, counted from where a process began."""
-    monkeypatch.setattr(ratio, "RUNS", 1)  # the sample misses what moves in the rest
+    monkeypatch.setattr(update_ratio, "RUNS", 1)  # the sample misses what moves in the rest
     made = recipe(tmp_path, save_steps=3, max_steps=9)
     tunesmith.train(made, out=tmp_path / "straight")
     tunesmith.train(made, out=tmp_path / "run", on_save=lambda folder, step: step == 3)

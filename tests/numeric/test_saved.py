@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import tunesmith
 from tests.runs import recipe
-from tunesmith.engine import setup
+from tunesmith.train import setup
 
 CASES = {
     "full-llama": ("llama", "full"),

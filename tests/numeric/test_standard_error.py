@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny import tiny_model
-from tunesmith.data import pack
-from tunesmith.data.figures import token_mean
-from tunesmith.models import attention, head
+from tunesmith.data.batch import pack
+from tunesmith.metrics.token_mean import token_mean
+from tunesmith.models.fast import attention
+from tunesmith.models.heads import lm_head
 from tunesmith.objectives import sft
 
 
@@ -66,13 +67,13 @@ def test_losses_of_rows_are_those_of_each_row_alone(packed, way, monkeypatch):
         attention.register()
         model.set_attn_implementation(attention.NAME)
     if way == "small blocks":
-        monkeypatch.setattr(head, "BLOCK", 3)
-    head.use_plain_head(model, way == "plain")
+        monkeypatch.setattr(lm_head, "BLOCK", 3)
+    lm_head.use_plain_head(model, way == "plain")
     together = sft.Objective(sft.Config()).collate(examples(), packed)
-    found = head.row_losses(model, together)
+    found = lm_head.row_losses(model, together)
     alone = [pack.pad([one]) for one in examples()]
-    head.use_plain_head(model, False)
+    lm_head.use_plain_head(model, False)
     model.set_attn_implementation("eager")
-    wanted = [(float(head.lm_loss(model, one).detach()), len(one["labels"])) for one in alone if len(one["labels"])]
+    wanted = [(float(lm_head.lm_loss(model, one).detach()), len(one["labels"])) for one in alone if len(one["labels"])]
     assert [count for _, count in found] == [count for _, count in wanted]
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in wanted], rel=1e-5)

@@ -10,13 +10,13 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import tunesmith
 from tests.runs import LABELS, apart, history, killed_before, labelled, model_folder, recipe, weights
 from tests.tiny import ENCODERS, encoder_tokenizer, tiny_tokenizer
+from tunesmith.data.batch.pack import to_device
 from tunesmith.data.config import Source
-from tunesmith.data.pack import to_device
+from tunesmith.data.read.source import open_source
 from tunesmith.data.rows import Labelled
-from tunesmith.data.source import open_source
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.models import load, newhead
-from tunesmith.models.locate import locate
+from tunesmith.models.find.locate import locate
+from tunesmith.models.load import head_loading, load
 from tunesmith.objectives import classify, tag
 
 NETWORKS = ["bert", "roberta", "llama", "gpt2", "qwen3"]
@@ -129,7 +129,7 @@ def places(stock, name):
 @pytest.mark.parametrize("eos_is_pad", [False, True])
 def test_the_padding_token_never_ends_a_row(eos_is_pad, tmp_path):
     tokenizer = tiny_tokenizer("chatml", pad_is_eos=eos_is_pad)
-    from tunesmith.data import texts
+    from tunesmith.data.encode import texts
 
     texts.own_padding(tokenizer, len(tokenizer))
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
@@ -365,12 +365,12 @@ def test_an_adapter_knows_its_labels_in_plain_folders_too(tmp_path):
     assert stock.config.id2label == model.config.id2label
     ids = torch.tensor([[5, 6, 7, 300]])
     with torch.no_grad():
-        assert float((stock(ids).logits - newhead.answers(model, ids)).abs().max()) <= 1e-5
+        assert float((stock(ids).logits - head_loading.answers(model, ids)).abs().max()) <= 1e-5
 
 
 def test_kept_outputs_are_those_of_the_body(tmp_path):
     """features trains the head alone; with token types two rows of the same tokens are two rows."""
-    from tunesmith.engine import bodies
+    from tunesmith.train import frozen_body_cache
 
     objective, _, _, _ = made("bert", PROBLEMS["pair"], tmp_path)
     first, second = (
@@ -381,7 +381,7 @@ def test_kept_outputs_are_those_of_the_body(tmp_path):
         }
         for types in ([0, 0, 0, 1, 1], [0, 0, 0, 0, 1])
     )
-    rows = bodies.rows_of(to_device(objective.collate([first, second], packed=True), "cpu"))
+    rows = frozen_body_cache.rows_of(to_device(objective.collate([first, second], packed=True), "cpu"))
     assert rows[0].digest != rows[1].digest
 
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2To
 import tunesmith
 from tests.runs import ROWS, recipe
 from tests.tiny import CORPUS, TINY
-from tunesmith.data import texts
+from tunesmith.data.encode import texts
 from tunesmith.errors import ModelError
 
 END = "<|endoftext|>"

@@ -15,12 +15,14 @@ from tunesmith import recipe as recipes
 from tunesmith.adaptations import lora
 from tunesmith.cli import check
 from tunesmith.data.rows import Ranking
-from tunesmith.engine import checkpoint, setup, tracking
 from tunesmith.errors import DataError, ModelError, OutOfMemoryError, RecipeError
 from tunesmith.evaluate import opened
-from tunesmith.models import head, heads, load
-from tunesmith.models.locate import locate
+from tunesmith.models.find.locate import locate
+from tunesmith.models.heads import lm_head, task_heads
+from tunesmith.models.load import load
 from tunesmith.objectives import dpo, reward
+from tunesmith.runs import tracking
+from tunesmith.train import checkpoint, setup
 
 ROWS = [Ranking(row["prompt"], (row["chosen"], row["rejected"]), (0, 1)) for row in preferences(5)]
 MANY = Ranking("question:", tuple(f" {answer}" for answer in ANSWERS[:4]), (0, 1, 1, 2))
@@ -151,7 +153,7 @@ def hand_loss(kind, won, lost, won_before, lost_before, beta=0.3, flipped=0.1, g
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_prompts_that_are_shared_change_nothing(packed):
-    from tunesmith.models import attention
+    from tunesmith.models.fast import attention
 
     attention.register()
     objective, examples, network = policy(rows=[*ROWS, MANY])
@@ -209,7 +211,7 @@ def test_reward_loss_and_gradients_are_those_of_trl(tmp_path, centre):
 
 
 def test_a_reward_depends_on_its_own_tokens_alone(tmp_path):
-    from tunesmith.models import attention
+    from tunesmith.models.fast import attention
 
     attention.register()
     objective, examples, network = judge(tmp_path, [*ROWS, MANY])
@@ -218,11 +220,11 @@ def test_a_reward_depends_on_its_own_tokens_alone(tmp_path):
     with torch.no_grad():
         for name, chosen in {"all": examples, "alone": examples[:1], "others": [examples[3], examples[0]]}.items():
             batch = objective.collate(chosen, packed=False)
-            found = heads.score_logits(network, batch)[:, 0].split(batch["counts"])
+            found = task_heads.score_logits(network, batch)[:, 0].split(batch["counts"])
             rewards[name] = found[1 if name == "others" else 0]
         network.set_attn_implementation(attention.NAME)
         batch = objective.collate(examples, packed=True)
-        rewards["packed"] = heads.score_logits(network, batch)[:2, 0]
+        rewards["packed"] = task_heads.score_logits(network, batch)[:2, 0]
         network.set_attn_implementation("eager")
         for side in ("left", "right"):
             ids, mask = padded(examples[0], network.config.pad_token_id, side)
@@ -250,14 +252,14 @@ def test_rewards_of_a_bf16_network_are_not_rounded_to_bf16(tmp_path, adaptation,
     objective, examples, network = judge(tmp_path, rows)
     if adaptation == "lora":
         network = lora.Adaptation(lora.Config(r=4)).apply(network, "score")
-    head.use_plain_head(network, plain)
+    lm_head.use_plain_head(network, plain)
     batch = objective.collate(examples, packed=False)
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         network.to(dtype).eval()
         loss, _ = objective.loss(network, batch)
         loss.backward()
-        found[dtype] = heads.score_logits(network, batch)[:, 0].detach(), gradients(network)
+        found[dtype] = task_heads.score_logits(network, batch)[:, 0].detach(), gradients(network)
     (exact, expected), (rewards, reached) = found.values()
     assert rewards.dtype == torch.float32 and len(rewards.unique()) == len(exact.unique()) == 48
     assert (rewards.bfloat16().float() != rewards).float().mean() > 0.9
@@ -272,7 +274,7 @@ def test_margins_are_differences_of_scores(tmp_path):
     objective, examples, network = judge(tmp_path, rows, margin=True)
     batch = objective.collate(examples, packed=False)
     assert batch["margins"].tolist() == [2.0, 2.5, 0.5] and batch["weights"].tolist() == pytest.approx([1 / 3] * 3)
-    values = heads.score_logits(network.eval(), batch)[:, 0].detach()
+    values = task_heads.score_logits(network.eval(), batch)[:, 0].detach()
     lead = torch.stack([values[0] - values[1] - 2, values[0] - values[2] - 2.5, values[1] - values[2] - 0.5])
     assert float(objective.loss(network, batch)[0]) == pytest.approx(
         float(-torch.nn.functional.logsigmoid(lead).mean()), rel=1e-5
@@ -395,7 +397,7 @@ def test_logged_figures_are_means_over_all_rows_since_the_last_record(tmp_path, 
 def test_a_checkpoint_without_its_reference_is_refused(tmp_path, monkeypatch):
     made = recipe(tmp_path, "llama", "dpo", max_steps=4, save_steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr("tunesmith.data.judged.Reference.tensors", lambda self: {})
+        patch.setattr("tunesmith.data.batch.preference_batch.Reference.tensors", lambda self: {})
         killed_before(3, made, tmp_path / "run")
     with pytest.raises(RecipeError, match="lacks the reference"):
         tunesmith.train(made, out=tmp_path / "run", resume=True)

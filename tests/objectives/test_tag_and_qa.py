@@ -13,8 +13,8 @@ from tests.tiny import ENCODERS
 from tunesmith.data.rows import Question, Tagged
 from tunesmith.errors import DataError, ReadOnceError
 from tunesmith.evaluate.predict import predict
-from tunesmith.models import load
-from tunesmith.models.locate import locate
+from tunesmith.models.find.locate import locate
+from tunesmith.models.load import load
 from tunesmith.objectives import qa, tag
 
 NETWORKS = ["bert", "roberta", "llama", "gpt2", "qwen3"]
@@ -297,7 +297,7 @@ def test_a_tagger_goes_on_with_its_own_labels(tmp_path):
 @pytest.mark.parametrize(("moved", "opens"), [(0.1, True), (0.3, False)])
 def test_rounding_of_a_head_in_half_precision_does_not_lock_the_model(tmp_path, moved, opens):
     from tunesmith.errors import ModelError
-    from tunesmith.models import probe
+    from tunesmith.models.load import probe
 
     outcome = tunesmith.train(recipe(tmp_path, "llama", "qa", max_steps=1, precision="bf16"), out=tmp_path / "run")
     file = tmp_path / "run" / "model" / probe.FILE

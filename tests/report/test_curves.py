@@ -3,9 +3,9 @@ import re
 
 import pytest
 
-from tunesmith.engine import figures
 from tunesmith.report import charts, curves, pages
 from tunesmith.report.curves import Curve
+from tunesmith.runs import figures
 
 
 def drawn(title, lines, *args, **options):

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tunesmith.engine.tracking import Metrics
 from tunesmith.report.run_page import write_report
+from tunesmith.runs.tracking import Metrics
 
 ATTACK = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 VOID = {"meta", "img", "br", "path", "link"}
@@ -205,8 +205,8 @@ def test_the_data_is_summed_up(run):
 
 def test_the_report_of_the_data_layer_is_understood(run):
     """Its keys are named here, so that a renamed one is noticed."""
-    from tunesmith.data.contamination import Contamination, Shared
-    from tunesmith.data.report import Report, SourceReport, SplitReport, histogram
+    from tunesmith.data.check.contamination import Contamination, Shared
+    from tunesmith.data.store.data_report import Report, SourceReport, SplitReport, histogram
 
     lengths = np.array([5, 20, 40])
     overlong = {"policy": "drop", "rows": 1, "tokens": 90, "tokens_lost": 90, "share_lost": 0.5, "supervised_lost": 30}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith.errors import RecipeError
-from tunesmith.models import patterns, vocabulary
+from tunesmith.models.load import patterns, vocabulary
 
 SIZE = 64
 
@@ -55,13 +55,14 @@ class Adaptation:
         """
         from peft import get_peft_model
 
-        from tunesmith.models import bottleneck, heads
-        from tunesmith.models.head import TASK
+        from tunesmith.models.adapters import bottleneck
+        from tunesmith.models.heads import task_heads
+        from tunesmith.models.heads.lm_head import TASK
 
         bottleneck.register()
         names = [name for name, _ in model.named_modules() if name]
         patterns.require("modules_to_save", self.config.modules_to_save or [], names)
-        whole = [*patterns.whole(self.config.modules_to_save or [], names), *heads.new_parts(model, head)]
+        whole = [*patterns.whole(self.config.modules_to_save or [], names), *task_heads.new_parts(model, head)]
         targets = bottleneck.sublayers(model, self.config.variant)
         patterns.require_apart("adaptation=bottleneck stands on", targets, whole)
         config = bottleneck.BottleneckConfig(

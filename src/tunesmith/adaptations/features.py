@@ -2,7 +2,7 @@
 
 The oldest way of transfer (Yosinski et al. 2014; of transformers only the last layers: Lee et al. 2019, "What Would Elsa Do?").
 The backward pass ends at the first trained layer, because nothing below it wants a gradient. Where only what stands on top of the
-body is trained, the engine keeps the body's outputs, and each later epoch costs the head alone (``engine.bodies``).
+body is trained, the engine keeps the body's outputs, and each later epoch costs the head alone (``train.frozen_body_cache``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.errors import RecipeError
-from tunesmith.models import patterns as matching
+from tunesmith.models.load import patterns as matching
 
 DEFAULT_BLOCKS = 2
 """What a language model trains when the recipe names nothing; a new head is enough by itself."""
@@ -83,7 +83,7 @@ class Adaptation:
 
     def _last_blocks(self, model: Any, head: str) -> list[list[Any]]:
         """Parameters of the last blocks and of the norm after them, each module's as a list."""
-        from tunesmith.models import compiled
+        from tunesmith.models.fast import compiled
 
         blocks = compiled.layers(model)
         wanted = self.config.train_last
@@ -159,7 +159,7 @@ class Adaptation:
         """
         import torch
 
-        from tunesmith.models import load
+        from tunesmith.models.load import load
 
         base = Path(model.name_or_path)
         originals = _originals(model, base)
@@ -179,9 +179,9 @@ def _norms_after(body: Any, blocks: Sequence[Any]) -> list[Any]:
 
 
 def _new_head(model: Any, head: str) -> list[list[Any]]:
-    from tunesmith.models import heads
+    from tunesmith.models.heads import task_heads
 
-    return [] if head == "lm" else [list(model.get_submodule(name).parameters()) for name in heads.parts(model, head)]
+    return [] if head == "lm" else [list(model.get_submodule(name).parameters()) for name in task_heads.parts(model, head)]
 
 
 def _require_whole_ends(model: Any, trained: set[int], apart: bool) -> None:
@@ -189,7 +189,7 @@ def _require_whole_ends(model: Any, trained: set[int], apart: bool) -> None:
 
     Single rows of a frozen matrix are LoRA's to train. A mask on the gradient would not do: weight decay moves every row.
     """
-    from tunesmith.models import vocabulary
+    from tunesmith.models.load import vocabulary
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     ends = vocabulary.end_names(model)
@@ -210,7 +210,7 @@ def _originals(model: Any, base: Path) -> dict[int, Any]:
     import torch
     from safetensors import safe_open
 
-    from tunesmith.models import headers
+    from tunesmith.models.find import headers
 
     stored = headers.read_tensors(base)
     prefix = f"{model.base_model_prefix}."

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from tunesmith.errors import RecipeError
-from tunesmith.models import linear
+from tunesmith.models.adapters import linear
 
 KEYS_AND_VALUES = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
 """What projects to keys and values inside one attention; a fused projection is scaled whole, its queries too, as in peft."""
@@ -42,8 +42,9 @@ class Adaptation:
         """
         from peft import IA3Config, get_peft_model
 
-        from tunesmith.models import heads, vocabulary
-        from tunesmith.models.head import TASK
+        from tunesmith.models.heads import task_heads
+        from tunesmith.models.heads.lm_head import TASK
+        from tunesmith.models.load import vocabulary
 
         if new_rows:
             raise vocabulary.no_room("ia3")
@@ -52,7 +53,7 @@ class Adaptation:
             task_type=TASK[head],
             target_modules=_pattern([*scaled, *inner]),
             feedforward_modules=_pattern(inner),
-            modules_to_save=heads.new_parts(model, head) or None,
+            modules_to_save=task_heads.new_parts(model, head) or None,
             fan_in_fan_out=linear.stores_transposed(model),
         )
         return get_peft_model(model, config)
@@ -74,7 +75,7 @@ def found(model: Any) -> tuple[list[str], list[str]]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from tunesmith.models import compiled
+    from tunesmith.models.fast import compiled
 
     blocks = compiled.named_layers(model)
     scaled: list[str] = []

@@ -1,6 +1,6 @@
 """LoRA: every chosen linear layer gets a trained update of low rank, W + (alpha / r) B A (Hu et al. 2021). Files are peft's.
 
-Where A and B start from the base's own weights, the base is left as it is all the same: see ``models.factors``.
+Where A and B start from the base's own weights, the base is left as it is all the same: see ``models.adapters.factors``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from tunesmith.errors import RecipeError
-from tunesmith.models import linear, patterns, vocabulary
+from tunesmith.models.adapters import linear
+from tunesmith.models.load import patterns, vocabulary
 
 NOT_HERE = {
     "loftq": "it changes the base to fit its own quantisation, on a GPU; adaptation: qlora trains beside a 4-bit base",
@@ -122,15 +123,15 @@ class Adaptation:
         """
         from peft import LoraConfig, get_peft_model
 
-        from tunesmith.models import heads
-        from tunesmith.models.head import TASK
+        from tunesmith.models.heads import task_heads
+        from tunesmith.models.heads.lm_head import TASK
 
         wanted: str | list[str] = self.config.target_modules
         names = [name for name, _ in model.named_modules() if name]
         if wanted != "all-linear":
             patterns.require("target_modules", wanted, names)
         patterns.require("modules_to_save", self.config.modules_to_save or [], names)
-        whole = [*patterns.whole(self.config.modules_to_save or [], names), *heads.new_parts(model, head)]
+        whole = [*patterns.whole(self.config.modules_to_save or [], names), *task_heads.new_parts(model, head)]
         rows = self._rows_of(model, new_rows)
         begins = self.config.begins
         if self.config.layers_to_transform is not None:
@@ -158,11 +159,11 @@ class Adaptation:
         self._check_patterns(chosen)
         adapted = get_peft_model(model, config)
         if begins:
-            from tunesmith.models import factors, starts
+            from tunesmith.models.adapters import factors, lora_init
 
             for name in chosen:
                 layer = model.get_submodule(name)
-                factors.start(layer, *starts.factors_of(layer, begins))
+                factors.start(layer, *lora_init.factors_of(layer, begins))
         return adapted
 
     def _check_apart(self, model: Any, config: Any, chosen: Mapping[str, Any]) -> None:
@@ -249,11 +250,11 @@ class Adaptation:
 
         A LoRA that started from the base's weights is saved as one of twice the rank on the untouched base.
         """
-        from tunesmith.models import factors, starts
+        from tunesmith.models.adapters import factors, lora_init
 
         model.save_pretrained(folder, save_embedding_layers=False)
         if begun := factors.started(model):
-            starts.write_plain(folder, begun, self.config.use_rslora)
+            lora_init.write_plain(folder, begun, self.config.use_rslora)
 
 
 def _default(given: Any) -> Any:

@@ -40,29 +40,33 @@ class Adaptation:
         """A peft model with only the prefix trainable. Raises RecipeError or ModelError before the model is touched."""
         from peft import PrefixTuningConfig, get_peft_model
 
-        from tunesmith.models import heads, virtual, vocabulary
-        from tunesmith.models.head import TASK
+        from tunesmith.models.adapters import virtual_tokens
+        from tunesmith.models.heads import task_heads
+        from tunesmith.models.heads.lm_head import TASK
+        from tunesmith.models.load import vocabulary
 
         if new_rows:
             raise vocabulary.no_room("prefix")
         tokens = self.config.num_virtual_tokens
-        virtual.check_room(model, tokens)
-        virtual.attentions(model)
-        words = tokenizer(virtual.WORDS, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
+        virtual_tokens.check_room(model, tokens)
+        virtual_tokens.attentions(model)
+        words = tokenizer(virtual_tokens.WORDS, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
         start = None
         if model.device.type != "meta":
-            start = virtual.words_as_prefix(model, [words[place % len(words)] if words else place for place in range(tokens)])
+            start = virtual_tokens.words_as_prefix(
+                model, [words[place % len(words)] if words else place for place in range(tokens)]
+            )
         config = PrefixTuningConfig(
             task_type=TASK[head],
-            modules_to_save=heads.new_parts(model, head) or None,
+            modules_to_save=task_heads.new_parts(model, head) or None,
             num_virtual_tokens=tokens,
             prefix_projection=self.config.prefix_projection,
             encoder_hidden_size=self.config.encoder_hidden_size,
         )
         adapted = get_peft_model(model, config)
         if start is not None:
-            virtual.start_from(adapted.prompt_encoder[adapted.active_adapter], start)
-        virtual.install(adapted)
+            virtual_tokens.start_from(adapted.prompt_encoder[adapted.active_adapter], start)
+        virtual_tokens.install(adapted)
         return adapted
 
     def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:

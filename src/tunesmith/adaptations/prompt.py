@@ -51,12 +51,14 @@ class Adaptation:
         import torch
         from peft import PromptTuningConfig, get_peft_model
 
-        from tunesmith.models import heads, virtual, vocabulary
-        from tunesmith.models.head import TASK
+        from tunesmith.models.adapters import virtual_tokens
+        from tunesmith.models.heads import task_heads
+        from tunesmith.models.heads.lm_head import TASK
+        from tunesmith.models.load import vocabulary
 
         if new_rows:
             raise vocabulary.no_room("prompt")
-        if head == "score" and not heads.is_causal(model.config) and heads.pooling(model.config) is None:
+        if head == "score" and not task_heads.is_causal(model.config) and task_heads.pooling(model.config) is None:
             raise RecipeError(
                 f"adaptation: prompt: {type(model).__name__} reads the first token of a row, and with virtual tokens in front "
                 "that would be one of them.\n  Set objective.pooling=mean, or use adaptation=lora."
@@ -64,12 +66,12 @@ class Adaptation:
         ids = self._text_ids(tokenizer)
         text = self.config.prompt_tuning_init_text
         tokens = self.config.num_virtual_tokens or (len(ids) if text else VIRTUAL_TOKENS)
-        virtual.check_room(model, tokens)
+        virtual_tokens.check_room(model, tokens)
         # the text's embeddings are written here: peft would load a tokenizer by a path of its own, again at every load
         kind = "SAMPLE_VOCAB" if self.config.prompt_tuning_init == "SAMPLE_VOCAB" else "RANDOM"
         config = PromptTuningConfig(
             task_type=TASK[head],
-            modules_to_save=heads.new_parts(model, head) or None,
+            modules_to_save=task_heads.new_parts(model, head) or None,
             num_virtual_tokens=tokens,
             token_dim=model.get_input_embeddings().weight.shape[1],  # albert's words are narrower than its layers
             prompt_tuning_init=kind,
@@ -81,17 +83,19 @@ class Adaptation:
             with torch.no_grad():
                 chosen = torch.tensor([ids[place % len(ids)] for place in range(tokens)], device=weight.device)
                 weight.copy_(model.get_input_embeddings()(chosen))
-        virtual.install(adapted)
+        virtual_tokens.install(adapted)
         return adapted
 
     def _text_ids(self, tokenizer: Any) -> list[int]:
-        from tunesmith.models import virtual
+        from tunesmith.models.adapters import virtual_tokens
 
         if self.config.prompt_tuning_init != "TEXT":
             return []
         if tokenizer is None:
             raise RecipeError("prompt_tuning_init: TEXT needs the tokenizer of the run. Use SAMPLE_VOCAB or RANDOM.")
-        ids: list[int] = tokenizer(self.config.prompt_tuning_init_text or virtual.WORDS, add_special_tokens=False)["input_ids"]
+        ids: list[int] = tokenizer(self.config.prompt_tuning_init_text or virtual_tokens.WORDS, add_special_tokens=False)[
+            "input_ids"
+        ]
         return ids
 
     def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:

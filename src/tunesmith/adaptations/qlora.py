@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tunesmith.adaptations import lora
-from tunesmith.models import quantized
+from tunesmith.models.load import quantization
 
 
 class Config(lora.Config):
@@ -42,13 +42,13 @@ class Adaptation:
 
     def __init__(self, config: Config) -> None:
         """Raises MissingExtra without bitsandbytes."""
-        quantized.require("adaptation=qlora")
+        quantization.require("adaptation=qlora")
         self.config = config
         self.lora = lora.Adaptation(config)
 
     def load_kwargs(self) -> dict[str, Any]:
         """The quantisation. Whatever is trained whole (``modules_to_save``) is left out of it."""
-        return quantized.load_kwargs(self.config.quant_type, self.config.use_double_quant, self.config.modules_to_save or ())
+        return quantization.load_kwargs(self.config.quant_type, self.config.use_double_quant, self.config.modules_to_save or ())
 
     def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
         """As LoRA's own; it is the base that differs."""

@@ -31,9 +31,9 @@ def chat(
     as_json: Annotated[bool, typer.Option("--json", help="Print the conversation as one JSON object at the end.")] = False,
 ) -> None:
     """Talk with a model. Reads lines from the terminal or from a pipe."""
-    from tunesmith.models import generate as engine
-    from tunesmith.models.adapters import load_adapters
-    from tunesmith.models.load import load
+    from tunesmith.models.adapters.adapters import load_adapters
+    from tunesmith.models.generate import decode as engine
+    from tunesmith.models.load.load import load
 
     named = _with_own(model, _named(adapter or []))
     chosen: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -99,7 +99,7 @@ def _named(given: list[str]) -> dict[str, str]:
 
 def _with_own(model: str, named: dict[str, str]) -> dict[str, str]:
     """With the adapter that MODEL itself is, first and under its folder's name, where there are others to switch to."""
-    from tunesmith.models.locate import locate
+    from tunesmith.models.find.locate import locate
 
     if not named:
         return named

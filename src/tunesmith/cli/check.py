@@ -11,8 +11,8 @@ import typer
 from tunesmith.cli.options import Json, Overrides, RecipeFile
 from tunesmith.cli.output import console, result, say
 from tunesmith.data.problems import shorten
-from tunesmith.engine.figures import duration, size
 from tunesmith.errors import UserError
+from tunesmith.runs.figures import duration, size
 
 
 def check(
@@ -31,7 +31,7 @@ def check(
         raise UserError("--memory takes a number of GB above 0 and goes with --measure: tunesmith check --measure --memory 8 ...")
     checked = load(recipe, overrides or ())
 
-    from tunesmith.engine import machine, run
+    from tunesmith.train import machine, run
 
     if not measure:
         result(run.check(checked), as_json, lambda found: "\n".join(lines(found)))
@@ -72,7 +72,7 @@ def _short_of(forecast: Mapping[str, Any]) -> str:
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
-    """What matters of ``engine.run.check``, a line each; ``--json`` has all of it."""
+    """What matters of ``train.run.check``, a line each; ``--json`` has all of it."""
     data, precision = found["data"], found["precision"]
     rows = [("model", found["model"]), ("objective", _keys(found["objective"])), ("adaptation", _keys(found["adaptation"]))]
     for source in data["sources"]:

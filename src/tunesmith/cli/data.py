@@ -11,8 +11,8 @@ import typer
 from tunesmith.cli import output
 
 if TYPE_CHECKING:
+    from tunesmith.data.check.lint import LintReport
     from tunesmith.data.config import DataConfig, Source
-    from tunesmith.data.lint import LintReport
     from tunesmith.data.make.draw import Drawn
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -41,11 +41,11 @@ def preview(
     json: Json = False,
 ) -> int:
     """Show rows as the model will see them, what is learnt in green, with the counts."""
-    from tunesmith.data import preview as previews
-    from tunesmith.data.source import ROW_TYPES
+    from tunesmith.data.check import preview as previews
+    from tunesmith.data.read.source import ROW_TYPES
     from tunesmith.errors import UserError
-    from tunesmith.models.load import load_tokenizer
-    from tunesmith.models.locate import locate
+    from tunesmith.models.find.locate import locate
+    from tunesmith.models.load.load import load_tokenizer
 
     keys = _keys(format, split, name, streaming)
     sources, config, objective, named = _target(target, keys, train_on)
@@ -82,14 +82,14 @@ def lint(
     json: Json = False,
 ) -> int:
     """List every bad row as file:row:field, what was expected, what is there and how to mend it; and duplicates."""
-    from tunesmith.data import lint as linting
-    from tunesmith.data import near
+    from tunesmith.data.check import lint as linting
+    from tunesmith.data.check import near_duplicates as near
+    from tunesmith.data.encode.templates import apply_template
     from tunesmith.data.make import write as writing
-    from tunesmith.data.source import ROW_TYPES, eval_sources
-    from tunesmith.data.templates import apply_template
+    from tunesmith.data.read.source import ROW_TYPES, eval_sources
     from tunesmith.errors import UserError
-    from tunesmith.models.load import load_tokenizer
-    from tunesmith.models.locate import locate
+    from tunesmith.models.find.locate import locate
+    from tunesmith.models.load.load import load_tokenizer
 
     if not near_duplicates and (threshold is not None or write is not None):
         raise UserError("--threshold and --write go with --near-duplicates. Add it, or leave them out.")
@@ -196,8 +196,8 @@ def pull(
     json: Json = False,
 ) -> int:
     """Download a split of a data set of the Hub into the local store, or bring it to the newest commit there."""
-    from tunesmith.data import hub_set
     from tunesmith.data.config import HUB, HUB_NAME
+    from tunesmith.data.read import hub_set
     from tunesmith.errors import UserError
     from tunesmith.hub import store
 

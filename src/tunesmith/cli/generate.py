@@ -44,8 +44,8 @@ def generate(
 
     from rich.progress import Progress
 
-    from tunesmith.models import generate as engine
-    from tunesmith.models.load import load
+    from tunesmith.models.generate import decode as engine
+    from tunesmith.models.load.load import load
 
     chosen: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -85,7 +85,7 @@ def prompts_of(path: str, limit: int | None) -> list[Any]:
     from itertools import islice
 
     from tunesmith.data.problems import RowProblem
-    from tunesmith.data.read import read
+    from tunesmith.data.read.row_files import read
 
     prompts = []
     for item in islice(read(path), limit):
@@ -98,8 +98,8 @@ def prompts_of(path: str, limit: int | None) -> list[Any]:
 
 
 def _prompt_of(row: dict[str, Any], where: str) -> Any:
-    from tunesmith.data.fields import FieldFault, parsed, text
-    from tunesmith.data.turns import conversation
+    from tunesmith.data.formats.fields import FieldFault, parsed, text
+    from tunesmith.data.formats.turns import conversation
 
     named = {key.strip().casefold(): key for key in row}
     column = next((name for name in _COLUMNS if name in named), next(iter(named)) if len(named) == 1 else None)

@@ -23,11 +23,11 @@ def launch(
 
     checked = load(recipe, overrides or ())  # a wrong recipe starts nothing
 
-    from tunesmith.engine.batching import check_processes
+    from tunesmith.train.batching import check_processes
 
     check_processes(processes, checked.train.batch_size, "train.batch_size is")
 
-    from tunesmith.engine.launch import launch as start
+    from tunesmith.train.launch import launch as start
 
     arguments = ["train", str(recipe), *(overrides or ())]
     arguments += ["--out", str(out)] if out else []

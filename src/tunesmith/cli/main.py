@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None, fail: Callable[[BaseException, int, bool
 
 def leave(code: int) -> NoReturn:
     """End the program. A tracker that hangs has handlers of its own that would wait for it: then without them."""
-    trackers = sys.modules.get("tunesmith.engine.trackers")
+    trackers = sys.modules.get("tunesmith.runs.trackers")
     if trackers is not None and trackers.left():
         sys.stdout.flush()
         sys.stderr.flush()

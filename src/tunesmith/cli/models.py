@@ -18,7 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 @app.command("list")
 def list_models(as_json: Json = False) -> None:
     """The models known by name: size, whether they are on this machine, and where."""
-    from tunesmith.models import catalog, store
+    from tunesmith.models.find import catalog, store
 
     result({"store": str(store.models()), "models": catalog.listing()}, as_json, _table)
 
@@ -30,7 +30,7 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Download a model into the local store, or repair it there."""
-    from tunesmith.models import catalog, store
+    from tunesmith.models.find import catalog, store
 
     path = catalog.pull(name, source, say=say)
     listed = store.manifest(path) or {}
@@ -44,7 +44,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a copy of a model with its weights as safetensors. Pickles are opened apart, and only for tensors."""
-    from tunesmith.models.convert import convert as write
+    from tunesmith.models.find.convert import convert as write
 
     result(write(model, out, say), as_json, lambda facts: facts["path"])
 

@@ -102,9 +102,9 @@ def predict_into(
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[TextIO]:
     """A file that becomes ``out`` when the block ends, and is gone when it fails. Raises UserError where none can be written."""
-    from tunesmith.models import newfolder
+    from tunesmith import new_folder
 
-    newfolder.make(out.parent)
+    new_folder.make(out.parent)
     beside = out.with_name(f".{out.name}.part")
     try:
         file = beside.open("w", encoding="utf-8")

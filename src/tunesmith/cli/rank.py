@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from tunesmith.engine import watch
+from tunesmith.train import watch
 
 
 def run(folder: Path, rank: int) -> int:
@@ -25,7 +25,7 @@ def run(folder: Path, rank: int) -> int:
     code = main(job["arguments"], note)
     if code == 0:
         watch.leave(folder, rank, done=True)
-        from tunesmith.engine import distributed
+        from tunesmith.train import distributed
 
         distributed.end()
     return code

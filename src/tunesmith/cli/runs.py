@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 
 from tunesmith.cli.output import columns, console, result, say
-from tunesmith.engine.figures import duration, is_number, lower_is_better, number, size, typed
 from tunesmith.errors import NotReproduced, UserError
+from tunesmith.runs.figures import duration, is_number, lower_is_better, number, size, typed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="List, show, compare and repeat runs.")
 
@@ -25,7 +25,7 @@ def list_runs(
     folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"), as_json: Json = False
 ) -> None:
     """Every run under a folder, the oldest first: state, what it trained, loss before and after, speed, memory."""
-    from tunesmith.engine import runs
+    from tunesmith.runs import kept_runs as runs
 
     result({"runs": [run.facts() for run in runs.find(folder)]}, as_json, _listed)
 
@@ -33,7 +33,7 @@ def list_runs(
 @app.command("show")
 def show(run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)], as_json: Json = False) -> None:
     """All that a run's folder says of it: recipe, data, machine, result."""
-    from tunesmith.engine import runs
+    from tunesmith.runs import kept_runs as runs
 
     kept = runs.read(run)
     result({**kept.facts(), "recipe": kept.recipe, "manifest": kept.manifest}, as_json, _shown)
@@ -47,8 +47,9 @@ def compare_runs(
     as_json: Json = False,
 ) -> None:
     """Curves of several runs over each other, what differs between their recipes, and their results side by side."""
-    from tunesmith.engine import compare, runs
     from tunesmith.report import charts
+    from tunesmith.runs import compare
+    from tunesmith.runs import kept_runs as runs
 
     if len(folders) < 2 or by not in ("step", "tokens"):
         raise UserError("compare takes two or more runs, and --by is step or tokens: tunesmith runs compare runs/a runs/b")
@@ -75,7 +76,7 @@ def reproduce(
     as_json: Json = False,
 ) -> int:
     """Train a finished run again from its own recipe and say whether it came out equal, bit for bit."""
-    from tunesmith.engine.reproduce import reproduce as repeat
+    from tunesmith.train.reproduce import reproduce as repeat
 
     found = repeat(run, out, console())
     result(found, as_json, _repeated)
@@ -165,7 +166,7 @@ def _go_on(run: str, manifest: Mapping[str, Any]) -> str:
 
 
 def _compared(found: Mapping[str, Any], names: list[str]) -> list[Any]:
-    from tunesmith.engine.compare import shortened
+    from tunesmith.runs.compare import shortened
 
     table = Table(title="Recipes: what differs; results", title_justify="left")
     # The key column keeps its width: a key that is cut may look like another.

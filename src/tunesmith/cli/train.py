@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tunesmith.cli.options import DeepSpeed, Json, Out, Overrides, RecipeFile, Resume
 from tunesmith.cli.output import console, result, say
-from tunesmith.engine.figures import size
+from tunesmith.runs.figures import size
 
 
 def train(
@@ -29,7 +29,7 @@ def train(
     checked = load(recipe, overrides or ())
     say(brief(checked))
 
-    from tunesmith.engine import run
+    from tunesmith.train import run
 
     target = out or Path("runs") / recipe.stem
     outcome = run.train(checked, out=target, resume=resume, deepspeed=deepspeed, console=console())

@@ -29,14 +29,14 @@ class Opened:
 
     def ready(self, precision: str, first: Sequence[Any], longest: int) -> Any:
         """Cast and place the network and find its route; ``first``: two short examples. Returns the route, to be left again."""
-        from tunesmith.engine import distributed, route
-        from tunesmith.engine import precision as precisions
+        from tunesmith.train import distributed, fast_path
+        from tunesmith.train import precision as precisions
 
         if self.own:
             device = distributed.state().device
             precisions.cast(self.network, precisions.choose(precision, device).compute)
             self.network.to(device).eval().requires_grad_(False)
-        return route.choose(self.network, self.objective, first, longest, "auto", self.network.device)
+        return fast_path.choose(self.network, self.objective, first, longest, "auto", self.network.device)
 
     @property
     def device(self) -> torch.device:
@@ -57,14 +57,16 @@ def open_model(
     what for, is a reward (as TRL saves them) and no value of a text. Raises UserError for a model that cannot do what is asked.
     """
     from tunesmith import objectives
-    from tunesmith.engine.setup import window_of
-    from tunesmith.models import head, heads, load, virtual
+    from tunesmith.models.adapters import virtual_tokens
+    from tunesmith.models.heads import lm_head, task_heads
+    from tunesmith.models.load import load
+    from tunesmith.train.setup import window_of
 
     if objective is not None and objective not in objectives.names():
         raise ModelError(f"unknown objective {objective!r}; expected one of {', '.join(objectives.names())}")
     network, tokenizer = model if isinstance(model, tuple) else load.load(model)
-    kind = heads.kind_of(type(head.base(network)).__name__)
-    config = head.base(network).config
+    kind = task_heads.kind_of(type(lm_head.base(network)).__name__)
+    config = lm_head.base(network).config
     guess = "reward" if rewards and kind == "score" and config.num_labels == 1 else OBJECTIVE_OF[kind]
     name = objective or (getattr(config, "tunesmith", None) or {}).get("objective") or guess
     module = objectives.module(name)
@@ -74,9 +76,9 @@ def open_model(
         raise RecipeError(f"overlong: {error.errors()[0]['msg']}, got {overlong!r}") from None
     if chosen.head != kind:
         fitting = ", ".join(one for one in objectives.names() if objectives.module(one).Objective.head == kind)
-        is_a, needs = type(head.base(network)).__name__, heads.CLASSES[chosen.head].removeprefix("AutoModel")
+        is_a, needs = type(lm_head.base(network)).__name__, task_heads.CLASSES[chosen.head].removeprefix("AutoModel")
         raise ModelError(f"{name} needs a {needs}, and this model is a {is_a}.\n  It goes with: {fitting}.")
-    window = window_of(config, virtual.count(network))
+    window = window_of(config, virtual_tokens.count(network))
     if max_length is not None and window is not None and max_length > window:
         raise DataError(f"max_length {max_length} is above the model's window of {window} tokens. Take at most {window}.")
     chosen.adopt(config, tokenizer, max_length or window)

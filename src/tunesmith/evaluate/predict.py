@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.config import Source
-from tunesmith.data.fields import Columns
+from tunesmith.data.formats.fields import Columns
 from tunesmith.data.problems import Record, RowFault, RowProblem
+from tunesmith.data.read.source import Opened, open_source
 from tunesmith.data.rows import Chat, PromptCompletion, Question, Ranking, Tagged, without_gold
-from tunesmith.data.source import Opened, open_source
 from tunesmith.errors import DataError, ModelError
 
 BLOCK = 512
@@ -167,7 +167,7 @@ def _answered(row: Any, known: dict[str, Any]) -> Any:
 
 def _cut(example: dict[str, Any], longest: int | None) -> bool:
     """Cut an example to ``longest`` tokens, in place. Windows never are longer."""
-    from tunesmith.data.cache import ALIGNED
+    from tunesmith.data.store.cache import ALIGNED
 
     if "cut" in example:  # its objective has seen to it
         return bool(example["cut"][0])
@@ -184,8 +184,8 @@ def _answers(chosen: Any, examples: list[Any], way: Any, budget: int) -> dict[in
     """Row number -> the objective's answer."""
     import torch
 
-    from tunesmith.data.pack import to_device
-    from tunesmith.engine import fitting
+    from tunesmith.data.batch.pack import to_device
+    from tunesmith.train import fitting
 
     examples = sorted(examples, key=lambda one: -len(one["input_ids"]))
 
@@ -204,14 +204,14 @@ def _answers(chosen: Any, examples: list[Any], way: Any, budget: int) -> dict[in
 
 
 def _sizes(examples: list[Any], packed: bool, shared: bool) -> tuple[Any, Any]:
-    """Tokens and rows that each example takes in a batch, see ``data.pairs.sizes``."""
+    """Tokens and rows that each example takes in a batch, see ``data.batch.shared_prompts.sizes``."""
     import numpy as np
 
-    from tunesmith.data import pairs
+    from tunesmith.data.batch import shared_prompts
 
     lengths = np.array([len(one["input_ids"]) for one in examples])
     if "answers" not in examples[0]:
         return lengths, np.ones_like(lengths)
     starts = np.cumsum([0, *(len(one["answers"]) for one in examples)])
-    shapes = pairs.shapes(np.concatenate([one["answers"] for one in examples]), starts)
-    return pairs.sizes(lengths, shapes, packed, shared)
+    shapes = shared_prompts.shapes(np.concatenate([one["answers"] for one in examples]), starts)
+    return shared_prompts.sizes(lengths, shapes, packed, shared)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.data.fields import Columns
+from tunesmith import new_folder
+from tunesmith.data.formats.fields import Columns
 from tunesmith.errors import UserError
-from tunesmith.models import newfolder
 
 MISTAKES = 50
 """Rows with the highest loss that a report shows."""
@@ -52,11 +52,11 @@ def evaluate(
     Raises UserError for a model or data that cannot be used.
     """
     from tunesmith.data.config import DataConfig, EvalConfig
-    from tunesmith.data.prepare import prepare
-    from tunesmith.engine import evaluation
-    from tunesmith.engine.setup import window_of
+    from tunesmith.data.store.prepare import prepare
     from tunesmith.evaluate import opened
-    from tunesmith.models import virtual
+    from tunesmith.models.adapters import virtual_tokens
+    from tunesmith.train import evaluation
+    from tunesmith.train.setup import window_of
 
     source = opened.source_of(
         data,
@@ -73,7 +73,7 @@ def evaluate(
     if out is not None:
         _check_out(Path(out), chosen.objective.head)
     config = DataConfig(train=[source], eval=EvalConfig(fraction=0.0), template=template, bad_rows=bad_rows)
-    window = window_of(chosen.network.config, virtual.count(chosen.network))
+    window = window_of(chosen.network.config, virtual_tokens.count(chosen.network))
     prepared = prepare(config, chosen.objective, chosen.tokenizer, max_length=max_length, window=window, seed=0)
     rows, left_out = prepared.train, sum(one.rows_rejected for one in prepared.report.sources)
 
@@ -112,7 +112,7 @@ def _check_out(folder: Path, head: str) -> None:
         )
     if folder.exists():
         raise UserError(f"{folder} exists already: name a new folder with --out, or remove it")
-    newfolder.make(folder.parent)  # what cannot be written is said before the work
+    new_folder.make(folder.parent)  # what cannot be written is said before the work
 
 
 def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[dict[str, Any]], source: Any, chosen: Any) -> Path:
@@ -127,7 +127,7 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
         row = texts[one["row"][1]]
         shown = {**_words(row), **_places(row, one), **one, **_judged(row, one)}
         mistakes.append({"where": f"{source.label}:{one['row'][1]}", **shown})
-    newfolder.make(folder)
+    new_folder.make(folder)
     (folder / "figures.json").write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in mistakes)
     (folder / "mistakes.jsonl").write_text(lines, encoding="utf-8")
@@ -144,7 +144,7 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
 
 def _rows_of(source: Any, numbers: set[int], accepted: tuple[type, ...]) -> dict[int, Any]:
     """The rows of a source with these numbers."""
-    from tunesmith.data.source import open_source
+    from tunesmith.data.read.source import open_source
 
     found: dict[int, Any] = {}
     for item in open_source(source, accepted).rows():

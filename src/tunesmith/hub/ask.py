@@ -47,7 +47,7 @@ class Unreached(NoAnswer):
 
 
 def offline_by_user() -> bool:
-    """Whether the user's own environment forbids the Hub (``models.load.quiet`` sets the same variable for another reason)."""
+    """Whether the user's own environment forbids the Hub (``models.load.load.quiet`` sets it for another reason)."""
     said = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _WISHES)
     return _users_offline[0] if _users_offline else said
 

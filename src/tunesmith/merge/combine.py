@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith import new_folder
 from tunesmith.errors import UserError
-from tunesmith.models import headers, load, newfolder, probe, vocabulary
-from tunesmith.models.locate import locate
+from tunesmith.models.find import headers
+from tunesmith.models.find.locate import locate
+from tunesmith.models.load import load, probe, vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +77,7 @@ def combine(
         raise UserError(
             f"weights are {', '.join(f'{share:g}' for share in shares)}; each must be a finite number, such as 0.7,0.3"
         )
-    target = newfolder.place(out, "combine")
+    target = new_folder.place(out, "combine")
     parts = [read(adapter) for adapter in adapters]
     _check_together(parts)
     for part in parts:
@@ -100,7 +102,7 @@ def combine(
         "r": widest, "lora_alpha": widest, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_dropout": 0.0,
         "target_modules": sorted(chosen), "layers_to_transform": None, "layers_pattern": None, "init_lora_weights": True,
     }  # fmt: skip
-    with newfolder.filling(target) as folder:
+    with new_folder.filling(target) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(
             json.dumps(parts[0].config | plain, indent=2, sort_keys=True), encoding="utf-8"

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith import new_folder
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models import load, newfolder, probe, quantized
-from tunesmith.models.locate import Folder, locate
+from tunesmith.models.find.locate import Folder, locate
+from tunesmith.models.load import load, probe
+from tunesmith.models.load import quantization as quantized
 
 LARGEST_DIFFERENCE, LARGEST_KL = 1e-3, 1e-4
 """Of the largest logit; and of KL(adapter || merged) at any token, in nats. Above either the merged model would be another one
@@ -38,11 +40,11 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
     folder = locate(model)
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    target = newfolder.place(out, "merge")
+    target = new_folder.place(out, "merge")
     if folder.kind == "full" or folder.base is None:
         raise UserError(f"{folder.path} is a full model: there is no adapter in it, so there is nothing to merge")
     folded = fold(folder, dtype)
-    with newfolder.filling(target) as made:
+    with new_folder.filling(target) as made:
         reloaded, *saved = write(folded, made)
     ends = reloaded.get_input_embeddings(), reloaded.get_output_embeddings()
     return {

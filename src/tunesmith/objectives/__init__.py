@@ -39,7 +39,7 @@ class Objective(Protocol):
     shared: bool
     """Whether a packed batch holds what several answers begin with once. The route switches it off where that is not exact."""
     reference: Any
-    """What it compares the policy with (``data.judged.Reference``), to be filled before the first step; None = nothing."""
+    """What it compares the policy with (``preference_batch.Reference``), to be filled before the first step; None = nothing."""
     notes: Sequence[str]
     """What it decided that is not plain from the recipe, to be said once the data are known."""
     max_length: int | None

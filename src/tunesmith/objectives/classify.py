@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tunesmith.data import labels, pack, texts
-from tunesmith.data.labels import MULTI, REGRESSION, SINGLE, Survey
+from tunesmith.data.batch import pack
+from tunesmith.data.encode import labels, texts
+from tunesmith.data.encode.labels import MULTI, REGRESSION, SINGLE, Survey
 from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import DataError, RecipeError
@@ -89,16 +90,16 @@ class Objective:
     # ------------------------------------------------------------------------------------------------ before encoding
 
     def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
-        from tunesmith.models import heads
+        from tunesmith.models.heads import task_heads
 
-        self._causal = heads.is_causal(config)
+        self._causal = task_heads.is_causal(config)
         self.max_length = max_length
         self._ending = texts.ending(tokenizer)
         ours = getattr(config, "tunesmith", None) or {}
         if self._causal:
             texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
             self._pad = tokenizer.pad_token_id
-        if ours.get("objective") == "classify" or heads.kind_of((config.architectures or [""])[0]) == "score":
+        if ours.get("objective") == "classify" or task_heads.kind_of((config.architectures or [""])[0]) == "score":
             self._saved = {
                 "problem": config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE),
                 "labels": [config.id2label[number] for number in range(config.num_labels)],
@@ -106,7 +107,7 @@ class Objective:
             self.threshold = float(ours.get("threshold", 0.5))
             self._pooling = self._pooling or ours.get("pooling")
             self._template = ours.get("pair_template", self._template)
-        self._averages = "mean" in (self._pooling, heads.pooling(config))
+        self._averages = "mean" in (self._pooling, task_heads.pooling(config))
         if self._pooling == "mean":
             self.notes.append(
                 "pooling: mean is tunesmith's own and saved as such: load, evaluate and predict open it; transformers' own class "
@@ -262,9 +263,9 @@ class Objective:
 
     def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
         """Sum over rows: cross-entropy of the class, mean over labels of the binary cross-entropies, or squared error."""
-        from tunesmith.models import heads
+        from tunesmith.models.heads import task_heads
 
-        logits = heads.score_logits(model, batch)
+        logits = task_heads.score_logits(model, batch)
         targets = batch["targets"].to(logits.device).nan_to_num(0.0)  # of rows to be predicted the forward is tried too
         return self._losses(logits, targets, self._weights, self.config.label_smoothing).sum(), {}
 
@@ -293,10 +294,10 @@ class Objective:
         """Of each row: where it stands, its probabilities (of regression: the number), what is true of it, its plain loss."""
         import torch
 
-        from tunesmith.models import heads
+        from tunesmith.models.heads import task_heads
 
         with torch.no_grad():
-            logits = heads.score_logits(model, batch)
+            logits = task_heads.score_logits(model, batch)
             targets = batch["targets"].to(logits.device)
             known = ~targets.isnan().any(dim=1)
             losses = torch.full((len(logits),), float("nan"), dtype=logits.dtype, device=logits.device)

@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tunesmith.data import figures, judged, preferences
+from tunesmith.data.batch import preference_batch
+from tunesmith.data.encode import rankings
 from tunesmith.data.rows import Ranking
+from tunesmith.metrics import token_mean as figures
 from tunesmith.objectives import Batch, Example
 
 
@@ -141,7 +143,7 @@ class Objective:
         self.facts: dict[str, Any] = {}
         self.notes: list[str] = []
         self.shared = True
-        self.reference = None if config.loss_type in ALONE else judged.Reference()
+        self.reference = None if config.loss_type in ALONE else preference_batch.Reference()
 
     def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
         self.max_length = max_length
@@ -154,10 +156,10 @@ class Objective:
         return {}
 
     def encode(self, rows: Sequence[Ranking], tokenizer: Any) -> list[list[Example]]:
-        return preferences.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
+        return rankings.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
 
     def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
-        return judged.of_targets(examples, packed, self.shared)
+        return preference_batch.of_targets(examples, packed, self.shared)
 
     def count(self, batch: Batch) -> Any:
         """Rows: all pairs of a row together count as one (Ouyang et al. 2022, equation 1)."""
@@ -204,7 +206,7 @@ class Objective:
         """log p(answer | prompt), (answers,), summed in fp64: hundreds of terms, and what counts are differences of such sums."""
         import torch
 
-        from tunesmith.models.log_probs import log_probs
+        from tunesmith.models.heads.log_probs import log_probs
 
         found = log_probs(model, batch)
         exact = found if found.device.type == "mps" else found.to(torch.float64)

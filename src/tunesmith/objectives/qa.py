@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from tunesmith.data import figures, pack, questions
+from tunesmith.data.batch import pack
+from tunesmith.data.encode import questions
 from tunesmith.data.rows import Question
 from tunesmith.errors import DataError
+from tunesmith.metrics import token_mean
 from tunesmith.objectives import Batch, Example
 
 N_BEST = 20
@@ -52,11 +54,11 @@ class Objective:
     # ------------------------------------------------------------------------------------------------ before encoding
 
     def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
-        from tunesmith.models import heads
+        from tunesmith.models.heads import task_heads
 
-        self._causal = heads.is_causal(config)
+        self._causal = task_heads.is_causal(config)
         ours = getattr(config, "tunesmith", None) or {}
-        if ours.get("objective") == "qa" or heads.kind_of((config.architectures or [""])[0]) == "span":
+        if ours.get("objective") == "qa" or task_heads.kind_of((config.architectures or [""])[0]) == "span":
             self._saved = ours
             self.threshold = ours.get("null_threshold")
             self._template = ours.get("pair_template", self._template)
@@ -143,9 +145,9 @@ class Objective:
 
     def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
         """Sum over windows of the mean of two cross-entropies over all their tokens: of the answer's first, and of its last."""
-        from tunesmith.models import heads
+        from tunesmith.models.heads import task_heads
 
-        return _losses(*heads.span_logits(model, batch), batch).sum(), {}
+        return _losses(*task_heads.span_logits(model, batch), batch).sum(), {}
 
     def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
         return loader
@@ -156,10 +158,10 @@ class Objective:
         """Of each window: its row, the best answers in it, the score of no answer, the true answers, and its loss."""
         import torch
 
-        from tunesmith.models import heads
+        from tunesmith.models.heads import task_heads
 
         with torch.no_grad():
-            start, end = heads.span_logits(model, batch)
+            start, end = task_heads.span_logits(model, batch)
             losses = _losses(start, end, batch).cpu().double().numpy()
         known = (batch["spans"][:, 0] >= 0).cpu().numpy()
         first, last = start.float().cpu(), end.float().cpu()
@@ -184,7 +186,7 @@ class Objective:
     def _joined(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The windows of each row as one; the rows in order. No answer is what the window says that believes in it least."""
         out = []
-        for row, parts in figures.by_row(records):
+        for row, parts in token_mean.by_row(records):
             best: dict[str, tuple[float, int, int]] = {}
             for score, begin, end, text in sorted(
                 (one for part in parts for one in part["best"]), key=lambda one: (-one[0], one[1])
@@ -235,7 +237,7 @@ class Objective:
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         """eval_loss, a mean over windows; SQuAD's eval_exact_match and eval_f1, where some have no answer also of each kind."""
-        loss = figures.token_mean([{"rows": [one["loss"] for one in self._joined(records)]}])
+        loss = token_mean.token_mean([{"rows": [one["loss"] for one in self._joined(records)]}])
         found = self.details(records)
         both = found["has_answer_total"] and found["no_answer_total"]
         names = ["exact_match", "f1", *(["has_answer_f1", "no_answer_f1"] if both else [])]

@@ -14,10 +14,12 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from tunesmith.data import figures, judged, preferences, texts
+from tunesmith.data.batch import preference_batch
+from tunesmith.data.encode import rankings, texts
 from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Ranking
 from tunesmith.errors import DataError, ModelError
+from tunesmith.metrics import token_mean
 from tunesmith.objectives import Batch, Example
 
 BUCKETS = 5
@@ -61,9 +63,9 @@ class Objective:
     # ------------------------------------------------------------------------------------------------ before encoding
 
     def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
-        from tunesmith.models import heads
+        from tunesmith.models.heads import task_heads
 
-        if not heads.is_causal(config):
+        if not task_heads.is_causal(config):
             raise ModelError(
                 f"{config.model_type} is an encoder: it has no turns and no end of an answer, where a reward is read.\n"
                 "  Take a decoder such as smollm2-135m."
@@ -73,7 +75,7 @@ class Objective:
         texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
         self._pad = tokenizer.pad_token_id
         self._saved = ours.get("objective") == "reward" or (
-            heads.kind_of((config.architectures or [""])[0]) == "score" and config.num_labels == 1
+            task_heads.kind_of((config.architectures or [""])[0]) == "score" and config.num_labels == 1
         )
         self.facts |= {"pad": self._pad, "max_length": max_length, "overlong": self.config.overlong}
 
@@ -112,7 +114,7 @@ class Objective:
     # ------------------------------------------------------------------------------------------------------- examples
 
     def encode(self, rows: Sequence[Ranking], tokenizer: Any) -> list[list[Example]]:
-        made = preferences.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
+        made = rankings.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
         for index, examples in enumerate(made):
             for example in examples:
                 last = example["input_ids"][np.cumsum(example["answers"])[1:] - 1]
@@ -121,7 +123,7 @@ class Objective:
         return made
 
     def collate(self, examples: Sequence[Example], packed: bool) -> Batch:
-        return judged.of_ends(examples, packed, self.shared)
+        return preference_batch.of_ends(examples, packed, self.shared)
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
@@ -137,9 +139,9 @@ class Objective:
 
     def _rewards(self, model: Any, batch: Batch) -> Any:
         """The number that each answer gets, (answers,)."""
-        from tunesmith.models import heads
+        from tunesmith.models.heads import task_heads
 
-        return heads.score_logits(model, batch)[:, 0]
+        return task_heads.score_logits(model, batch)[:, 0]
 
     def _pairs(self, rewards: Any, batch: Batch) -> tuple[Any, dict[str, Any]]:
         """Loss and figures of each pair (n,)."""
@@ -191,7 +193,7 @@ class Objective:
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         """eval_loss with its standard error, by row; eval_accuracy, eval_margin, eval_calibration_error over pairs."""
         rows = [row for record in records for row in record["judged"] if row["pairs"]]
-        loss = figures.token_mean([{"rows": [(_mean(row, "loss"), 1) for row in rows]}])
+        loss = token_mean.token_mean([{"rows": [(_mean(row, "loss"), 1) for row in rows]}])
         found = self.details(records)
         means = {f"eval_{name}": found[name] for name in ("accuracy", "margin", "calibration_error") if found[name] is not None}
         return {name: value for name, value in loss.items() if name != "perplexity"} | means

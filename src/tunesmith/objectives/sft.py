@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tunesmith.data import chat, pack
+from tunesmith.data.batch import pack
+from tunesmith.data.encode import chat
 from tunesmith.data.rows import Chat, PromptCompletion, Text, Written
 from tunesmith.objectives import Batch, Example
 
@@ -68,7 +69,7 @@ class Objective:
 
     def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
         """sum over supervised tokens of -log p(token | everything before it in its row)."""
-        from tunesmith.models.head import lm_loss
+        from tunesmith.models.heads.lm_head import lm_loss
 
         return lm_loss(model, batch), {}
 
@@ -76,7 +77,7 @@ class Objective:
         return loader
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
-        from tunesmith.models.head import row_losses
+        from tunesmith.models.heads.lm_head import row_losses
 
         return {"rows": row_losses(model, batch)}
 
@@ -97,6 +98,6 @@ class Objective:
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Mean over all supervised tokens with its standard error, whatever the batches were; perplexity is its exponential."""
-        from tunesmith.data.figures import token_mean
+        from tunesmith.metrics.token_mean import token_mean
 
         return token_mean(records)

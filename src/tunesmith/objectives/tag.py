@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tunesmith.data import figures, pack, tagging
-from tunesmith.data import labels as label_names
+from tunesmith.data.batch import pack
+from tunesmith.data.encode import labels as label_names
+from tunesmith.data.encode import tagging
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError, ReadOnceError
+from tunesmith.metrics import token_mean
 from tunesmith.objectives import Batch, Example
 
 Row = tuple[int, int]
@@ -69,11 +71,11 @@ class Objective:
     # ------------------------------------------------------------------------------------------------ before encoding
 
     def adopt(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
-        from tunesmith.models import heads
+        from tunesmith.models.heads import task_heads
 
-        self._causal, self.max_length = heads.is_causal(config), max_length
+        self._causal, self.max_length = task_heads.is_causal(config), max_length
         self._ours = getattr(config, "tunesmith", None) or {}
-        if self._ours.get("objective") == "tag" or heads.kind_of((config.architectures or [""])[0]) == "token":
+        if self._ours.get("objective") == "tag" or task_heads.kind_of((config.architectures or [""])[0]) == "token":
             self._saved = [config.id2label[number] for number in range(config.num_labels)]
             self._characters = bool(self._ours.get("characters"))
         if tokenizer.pad_token is None:  # only for whoever pads; padding is masked by its place
@@ -204,9 +206,9 @@ class Objective:
 
     def loss(self, model: Any, batch: Batch) -> tuple[Any, dict[str, tuple[Any, Any]]]:
         """Sum over the known places of the cross-entropy of their tag."""
-        from tunesmith.models import heads
+        from tunesmith.models.heads import task_heads
 
-        logits = heads.token_logits(model, batch)
+        logits = task_heads.token_logits(model, batch)
         return _losses(logits, batch["targets"].to(logits.device)).sum(), {}
 
     def batches(self, model: Any, loader: Iterable[Any]) -> Iterable[Any]:
@@ -218,10 +220,10 @@ class Objective:
         """Of each window: its row, its words, the tag said of each with its probability, the true one, their loss and number."""
         import torch
 
-        from tunesmith.models import heads
+        from tunesmith.models.heads import task_heads
 
         with torch.no_grad():
-            logits = heads.token_logits(model, batch)
+            logits = task_heads.token_logits(model, batch)
             scores, said = logits.softmax(-1).max(-1)
             targets = batch["targets"].to(logits.device)
             losses = _losses(logits, targets)
@@ -247,7 +249,7 @@ class Objective:
     def _joined(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The windows of each row as one, its words in order; the rows in order."""
         out = []
-        for row, parts in figures.by_row(records):
+        for row, parts in token_mean.by_row(records):
             order = np.argsort(np.concatenate([part["words"] for part in parts]))
             whole = {name: np.concatenate([part[name] for part in parts])[order] for name in ("said", "scores", "targets")}
             sums = [sum(column) for column in zip(*(part["loss"] for part in parts))]
@@ -268,7 +270,7 @@ class Objective:
 
     def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
         """eval_loss, by word; eval_f1, eval_precision and eval_recall of entities; eval_accuracy, the share of right tags."""
-        loss = figures.token_mean([{"rows": [one["loss"] for one in self._joined(records)]}])
+        loss = token_mean.token_mean([{"rows": [one["loss"] for one in self._joined(records)]}])
         found = self.details(records)
         names = {"f1": "f1", "precision": "precision", "recall": "recall", "accuracy": "token_accuracy"}
         measured = {f"eval_{name}": found[key] for name, key in names.items() if found[key] is not None}

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tunesmith.engine import figures
 from tunesmith.report.curves import MOST_MARKED, Curve, Points, smooth
 from tunesmith.report.fonts import legible
+from tunesmith.runs import figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

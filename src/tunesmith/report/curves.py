@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tunesmith.engine import figures
+from tunesmith.runs import figures
 
 Points = list[tuple[float, float]]
 """(step, value), in step order."""

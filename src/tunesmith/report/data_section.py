@@ -1,6 +1,6 @@
 """The data section of a run's report: what was read and kept, and how long it is.
 
-``data_values`` turns ``data.report.Report.as_dict()``, as the manifest keeps it, into the values of ``data.html``.
+``data_values`` turns ``data.store.data_report.Report.as_dict()``, as the manifest keeps it, into the values of ``data.html``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.engine import figures
+from tunesmith.runs import figures
 
 _SPLITS = ("train", "eval")
 _NAMES = {"duplicates_train_eval": "eval_rows_also_in_train", "cached": "from_the_cache", "seconds": "prepared_in_seconds"}

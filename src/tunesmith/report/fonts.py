@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.engine import figures
+from tunesmith.runs import figures
 
 _LONGEST = 28  # characters of a name
 _FIRST = "DejaVu Sans"  # comes with matplotlib, so figures look the same everywhere

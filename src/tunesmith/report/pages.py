@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tunesmith.engine import figures, tracking
+from tunesmith.runs import figures, tracking
 
 _SHARES = ("share", "fraction", "percent")
 

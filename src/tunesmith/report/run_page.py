@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunesmith.engine import figures, tracking, verdict
 from tunesmith.errors import DataError
 from tunesmith.report import charts, curves, pages
 from tunesmith.report.data_section import data_values
 from tunesmith.report.pages import Tile, titled
+from tunesmith.runs import figures, overfit, tracking
 
 MOST_CURVES = 4
 """Figures of an evaluation in one plot."""
@@ -214,9 +214,9 @@ def _sets(run: _Run) -> list[dict[str, Any]]:
 def _notes(run: _Run) -> list[str]:
     said, result = run.manifest.get("notes"), run.part("result")
     notes = [*run.problems, *(map(str, said) if isinstance(said, list) else ())]
-    overfit = verdict.overfit([*run.train, *run.evals])
-    if overfit is not None:
-        notes.insert(0, f"Overfit: {overfit.text}.")
+    turned = overfit.overfit([*run.train, *run.evals])
+    if turned is not None:
+        notes.insert(0, f"Overfit: {turned.text}.")
     if result.get("stopped"):
         notes.insert(0, f"Stopped early: {result['stopped']}")
     if not result and run.manifest.get("stopped"):

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import tunesmith
-from tunesmith.engine import tracking
-from tunesmith.engine.figures import is_number, number
 from tunesmith.report import charts, pages
 from tunesmith.report.pages import Tile, titled
+from tunesmith.runs import tracking
+from tunesmith.runs.figures import is_number, number
 
 _FIRST = (
     "accuracy", "micro_f1", "exact_match", "f1", "precision", "recall", "macro_f1", "auroc", "token_accuracy", "rmse", "mae",

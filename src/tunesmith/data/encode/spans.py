@@ -1,0 +1,197 @@
+"""Where the assistant speaks in a rendered conversation, by construction, whatever the template.
+
+A turn begins where the template's own generation prompt ends, and ends with the token that stops it. Both are found from
+renderings of parts of the conversation. Where a template rewrites earlier turns (reasoning is stripped, say), the turn is
+rendered once more with two private characters around its content, which show where it went.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+from tunesmith.data.encode.templates import RENDER_ERRORS
+from tunesmith.data.rows import Chat, Message
+
+END = 1 << 62
+"""Past every text."""
+
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+"""Private-use characters that mark a turn's content in a trial rendering."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Characters ``start`` to ``end`` of the rendered text. ``stopped``: a special token closes them."""
+
+    start: int
+    end: int
+    stopped: bool = True
+
+
+class SpanError(Exception):
+    """A turn whose place in the rendering cannot be made out."""
+
+    def __init__(self, expected: str, got: str, fix: str) -> None:
+        super().__init__(f"expected {expected}, got {got}. {fix}")
+        self.expected, self.got, self.fix = expected, got, fix
+
+
+class Render(Protocol):
+    """The chat template over some turns, with the tokenizer's special tokens at hand."""
+
+    eos: str | None
+    specials: tuple[str, ...]
+
+    def __call__(self, messages: Sequence[Message], tools: Sequence[Any], prompt: bool = False) -> str: ...
+
+
+def assistant_turns(messages: Sequence[Message]) -> list[int]:
+    """Positions of the assistant's turns."""
+    return [position for position, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def find_span(render: Render, row: Chat, full: str, turn: int) -> Span:
+    """The span of assistant turn ``turn`` in ``full``, the rendering of the whole row. Raises SpanError."""
+    last = turn == len(row.messages) - 1
+    alone = full if last else render(row.messages[: turn + 1], row.tools)
+    shared = len(full) if last else _common(full, alone)
+    whole = shared == len(alone)  # else the two go apart in this turn or right after it
+    start = _prompt_length(render, row, turn, full, shared)
+    message = row.messages[turn]
+    core = str(message.get("content") or "").strip()
+    if message.get("tool_calls") or not core:
+        if start is None:
+            raise _unclear(turn)
+        moved = 0
+        if not whole and message.get("tool_calls"):
+            there, here, tail = _placed(render, row, turn, full, alone)
+            moved, shared = there - here, here + tail
+        return _closed_at_end(render, alone, start, shared, last, whole, moved, turn)
+    end = None if start is None else _content_end(full, start, shared, core)
+    if end is None:
+        begin, end = _marked(render, row, turn, full)
+        start = begin if start is None else start
+    if start is None or end is None or start > end:
+        raise _unclear(turn)
+    if not whole:
+        _, close = _marked(render, Chat(row.messages[: turn + 1], row.tools), turn, alone)
+        shared = end if close is None else end + _common(alone[close:], full[end:])
+    return _closed_after(render, full, start, end, shared, last, whole)
+
+
+def _prompt_length(render: Render, row: Chat, turn: int, full: str, shared: int) -> int | None:
+    """Length of what generation would be given before this turn, if ``full`` begins with exactly that."""
+    if turn == 0:  # templates do not render an empty conversation
+        return None
+    try:
+        prompt = render(row.messages[:turn], row.tools, prompt=True)
+    except RENDER_ERRORS:  # a template may refuse turns that end with a tool's answer
+        return None
+    return len(prompt) if full.startswith(prompt) and len(prompt) <= shared else None
+
+
+def _content_end(full: str, start: int, shared: int, core: str) -> int | None:
+    """Where the content ends, if there is only one place it can be."""
+    begin = start
+    while begin < len(full) and full[begin].isspace():
+        begin += 1
+    if full.startswith(core, begin):
+        return begin + len(core)
+    first = full.find(core, start, shared)
+    return first + len(core) if first >= 0 and full.find(core, first + 1, shared) < 0 else None
+
+
+def _marked(render: Render, row: Chat, turn: int, full: str) -> tuple[int | None, int | None]:
+    """(start, end) in ``full`` of the turn's content, or of its last call's name; None for a mark that was lost.
+
+    Found by a rendering with marks around it, and believed only if it is ``full`` once they are taken out.
+    """
+    try:
+        text = render([*row.messages[:turn], _with_marks(row.messages[turn]), *row.messages[turn + 1 :]], row.tools)
+    except RENDER_ERRORS:
+        return None, None
+    if OPEN in full or CLOSE in full or text.replace(OPEN, "").replace(CLOSE, "") != full:
+        return None, None
+    if text.count(OPEN) > 1 or text.count(CLOSE) > 1:
+        return None, None
+    start, end = text.find(OPEN), text.find(CLOSE)
+    if 0 <= end < start:  # turned round
+        return None, None
+    return (start if start >= 0 else None), (end - (start >= 0) if end >= 0 else None)
+
+
+def _with_marks(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    if calls:
+        function = {**calls[-1]["function"], "name": OPEN + calls[-1]["function"]["name"] + CLOSE}
+        return {**message, "tool_calls": [*calls[:-1], {**calls[-1], "function": function}]}
+    content = str(message["content"])
+    core = content.strip()
+    lead, trail = content[: content.index(core)], content[content.index(core) + len(core) :]
+    return {**message, "content": lead + OPEN + core + CLOSE + trail}
+
+
+def _placed(render: Render, row: Chat, turn: int, full: str, alone: str) -> tuple[int, int, int]:
+    """(end in ``full``, end in ``alone``, how much they share after it) of a turn's last call. Raises SpanError."""
+    _, end = _marked(render, row, turn, full)
+    _, close = _marked(render, Chat(row.messages[: turn + 1], row.tools), turn, alone)
+    if end is None or close is None:
+        raise _unclear(turn)
+    return end, close, _common(alone[close:], full[end:])
+
+
+def _closed_after(render: Render, full: str, start: int, end: int, shared: int, last: bool, whole: bool) -> Span:
+    """The span that ends with the first special token after the content, or without one where the template writes none."""
+    match = _pattern(render.specials).search(full, end, shared)
+    if match:
+        stop = match.end()
+        while render.eos and match and match.group() != render.eos:  # <|im_end|></s>: the end token is learnt with it
+            match = _pattern(render.specials).match(full, match.end(), shared)
+            stop = match.end() if match and match.group() == render.eos else stop
+        return Span(start, stop)
+    if last:
+        return Span(start, END, stopped=False)
+    return Span(start, shared if whole else end, stopped=False)
+
+
+def _closed_at_end(render: Render, alone: str, start: int, shared: int, last: bool, whole: bool, moved: int, turn: int) -> Span:
+    """The span of a turn that ends with calls (or says nothing): special tokens inside it are no stops, those at its end are.
+
+    ``alone`` is the conversation up to this turn; what it shares with the whole one ends at ``shared`` and lies ``moved``
+    characters further there.
+    """
+    trailing = []
+    edge = len(alone)
+    for match in reversed(list(_pattern(render.specials).finditer(alone, start))):
+        if alone[match.end() : edge].strip():
+            break
+        trailing.append(match)
+        edge = match.start()
+    stops = [match for match in trailing if match.end() <= shared]
+    if stops:
+        closing = next((match for match in stops if match.group() == render.eos), stops[0])
+        return Span(start, closing.end() + moved)
+    if not whole:
+        raise _unclear(turn)
+    return Span(start, END if last else shared, stopped=False)
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the common beginning."""
+    if b.startswith(a) or a.startswith(b):
+        return min(len(a), len(b))
+    return next(position for position, (x, y) in enumerate(zip(a, b)) if x != y)
+
+
+@lru_cache(maxsize=64)
+def _pattern(specials: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+
+def _unclear(turn: int) -> SpanError:
+    fix = "Use train_on: completion, or expand_turns: true, which renders each turn as generation would see it."
+    return SpanError("a template that keeps the assistant's turns", f"messages[{turn}] rewritten beyond recognition", fix)

@@ -1,0 +1,3 @@
+"""What is added to a network: ``adapters`` (saved ones, several at once), ``bottleneck``, ``virtual_tokens`` and ``layout``,
+``lora_init`` and ``factors``, ``scaled`` (IA3), ``linear``.
+"""

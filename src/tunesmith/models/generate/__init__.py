@@ -1,0 +1,1 @@
+"""Answers: ``decode`` (sampling, streaming), ``kv_cache``."""

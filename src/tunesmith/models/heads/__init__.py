@@ -1,0 +1,3 @@
+"""What a loss asks of a network: ``lm_head`` (supervised positions through the vocabulary projection), ``log_probs``,
+``task_heads`` (score, token, span), ``bidirectional`` (encoders), ``noise`` (dropout by row).
+"""

@@ -1,0 +1,307 @@
+"""What fits and what does not: the heaviest micro-batch comes first, memory that runs out changes no result."""
+
+import dataclasses
+import gc
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import tunesmith
+from tests.runs import TASKS, apart, history, recipe, rows, weights
+from tunesmith.cli.main import main
+from tunesmith.errors import OutOfMemoryError, RecipeError
+from tunesmith.models.heads import lm_head
+from tunesmith.runs import tracking
+from tunesmith.train import batching, forecast, loop, machine
+
+LOSS = lm_head.lm_loss
+SUMS = {"optim_args": {"eps": 1e-3}, "learning_rate": 1e-3}
+"""Settings under which another order of sums stays rounding noise."""
+
+
+class TooLarge(torch.autograd.Function):
+    """Runs out of memory in the middle of the backward pass, when some gradients have been made already."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def small_machine(monkeypatch, most, where="forward", first_steps=0):
+    """Batches of more than ``most`` tokens do not fit. Returns the list of sizes that were tried."""
+    tried = []
+
+    def loss(model, batch):
+        tokens = batch["input_ids"].numel()
+        if model.training:
+            tried.append(tokens)
+        if model.training and tokens > most and len(tried) > first_steps:
+            if where == "forward":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            hook = next(module for module in model.modules() if isinstance(module, torch.nn.Embedding))
+            found = hook.register_forward_hook(lambda module, args, out: TooLarge.apply(out))
+            value = LOSS(model, batch)
+            found.remove()
+            return value
+        return LOSS(model, batch)
+
+    monkeypatch.setattr(lm_head, "lm_loss", loss)
+    return tried
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_a_micro_batch_that_does_not_fit_is_halved_and_the_update_stays_the_same(where, packing, tmp_path, monkeypatch):
+    made = recipe(tmp_path, packing=packing, **SUMS)
+    expected = weights(tunesmith.train(made, out=tmp_path / "whole")["model_dir"])
+    tried = small_machine(monkeypatch, 90, where)
+    got = weights(tunesmith.train(made, out=tmp_path / "halved")["model_dir"])
+    assert max(tried) > 90, "nothing ran out"
+    assert apart(got, expected) < 1e-6
+
+
+def test_memory_that_runs_out_is_said_and_kept_for_later_steps(tmp_path, monkeypatch):
+    made = recipe(tmp_path, max_steps=4)
+    heaviest = 2  # passes of the rehearsal that still fit
+    tried = small_machine(monkeypatch, 60, first_steps=heaviest)
+    tunesmith.train(made, out=tmp_path / "run")
+    said = [record for record in tracking.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "memory"]
+    assert said and said[0]["before"] == 2048 and said[-1]["micro_batch_tokens"] < 100
+    limit = said[-1]["micro_batch_tokens"]
+    after = tried[max(place for place, tokens in enumerate(tried) if tokens > limit) + 1 :]
+    assert after, "later steps are cut to what fits from the start"
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert any("memory ran out in step" in note for note in manifest["notes"])
+
+
+def test_a_resumed_run_keeps_the_smaller_micro_batches(tmp_path, monkeypatch):
+    made = recipe(tmp_path, max_steps=6, save_steps=3)
+    small_machine(monkeypatch, 60, first_steps=2)
+    tunesmith.train(made, out=tmp_path / "straight")
+    save = loop.batching.due
+
+    class Killed(BaseException):
+        pass
+
+    def killed(every, step, steps, per_epoch):
+        if step == 4:
+            raise Killed
+        return save(every, step, steps, per_epoch)
+
+    with monkeypatch.context() as patch:
+        small_machine(patch, 60, first_steps=2)
+        patch.setattr(loop.batching, "due", killed)
+        with pytest.raises(Killed):
+            tunesmith.train(made, out=tmp_path / "broken")
+    small_machine(monkeypatch, 60)
+    tunesmith.train(made, out=tmp_path / "broken", resume=True)
+    assert apart(weights(tmp_path / "broken" / "model"), weights(tmp_path / "straight" / "model")) == 0
+    assert history(tmp_path / "broken") == history(tmp_path / "straight")
+
+
+def test_a_single_row_that_does_not_fit_stops_the_run_and_is_named(tmp_path, monkeypatch):
+    made = recipe(tmp_path)
+    small_machine(monkeypatch, 3)
+    with pytest.raises(OutOfMemoryError, match=r"rows\.jsonl:\d+, \d+ tokens.*\n.*gradient_checkpointing") as caught:
+        tunesmith.train(made, out=tmp_path / "run")
+    assert caught.value.exit_code == 3
+
+
+def test_nothing_of_a_failed_pass_is_kept_alive(tmp_path, monkeypatch):
+    """A traceback that is still referred to would hold the very tensors that were too many."""
+    made = recipe(tmp_path, max_steps=1)
+    alive = []
+    released = machine.release_memory
+
+    def look(device):
+        gc.collect()
+        alive.append(sum(1 for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.grad_fn is not None))
+        released(device)
+
+    monkeypatch.setattr(machine, "release_memory", look)
+    small_machine(monkeypatch, 90, "backward")
+    tunesmith.train(made, out=tmp_path / "run")
+    assert alive and alive[0] == 0
+
+
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_the_first_thing_that_is_run_is_the_heaviest_micro_batch(packing, tmp_path, monkeypatch):
+    made = recipe(tmp_path, count=40, batch_size=7, max_steps=None, micro_batch_tokens=120, packing=packing)
+    del made["train"]["max_steps"]
+    made["data"]["eval"] = {"fraction": 0.2}
+    tried = small_machine(monkeypatch, 10**6)
+    tunesmith.train(made, out=tmp_path / "run")
+    assert max(tried) == max(tried[:4]), "the route's trial takes two passes, the shortest row one"
+    assert len(tried) > 8
+
+
+def test_the_heaviest_is_found_in_a_run_too_long_to_be_looked_at_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(batching, "LOOKED_AT", 2)
+    made = recipe(tmp_path, batch_size=1, max_steps=12)
+    long = [*rows(12), {"prompt": "long:" + " fox" * 60, "completion": " x"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, long)))
+    made["train"]["max_steps"] = 13
+    tried = small_machine(monkeypatch, 10**6)
+    tunesmith.train(made, out=tmp_path / "run")
+    assert max(tried) == max(tried[:4])
+
+
+def test_a_run_that_cannot_fit_says_by_how_much_and_what_would(tmp_path, monkeypatch):
+    made = recipe(tmp_path)
+    monkeypatch.setattr(forecast, "limit_bytes", lambda device: 50_000_000)
+    with pytest.raises(RecipeError, match=r"needs about .* and 50\.0 MB are there: .* are missing") as caught:
+        tunesmith.train(made, out=tmp_path / "run")
+    assert "gradient_checkpointing=true" in str(caught.value)
+    assert history(tmp_path / "run") == []
+
+
+def line(heaviest, per_token, pending=0):
+    return forecast.Memory(forecast.Pass(heaviest, 1.0, 10_000 + int(heaviest * per_token)), per_token, pending)
+
+
+def one_row_of(tokens):
+    """A plan and an objective, as far as a budget wants to know of them."""
+    data = SimpleNamespace(sizes=lambda rows, packed, shared: (np.array([tokens]), np.array([1])))
+    return SimpleNamespace(data=data), SimpleNamespace(shared=False)
+
+
+def test_auto_takes_what_fits_and_counts_the_optimiser(tmp_path, monkeypatch):
+    """Measured: 10,000 bytes and 10 a token; 1,000 bytes to come. Of 20,000 bytes nine tenths may be used: 700 tokens."""
+    job = type("J", (), {})()
+    job.budget, job.packed = 2048, True
+    job.model, job.update = torch.nn.Linear(4, 4), type("U", (), {"masters": type("M", (), {"size": 20})()})()
+    job.plan, job.objective = one_row_of(300)
+    job.config = type("C", (), {"gradient_checkpointing": False})()
+    job.device = torch.device("cpu")
+    monkeypatch.setattr(forecast, "measure_memory", lambda job, limit: line(job.budget, 10.0, 1000))
+    forecast.settle(job, automatic=True, limit=20_000)
+    assert job.budget == 640, "700, down to a multiple of 64"
+    job.budget = 2048
+    with pytest.raises(RecipeError, match=r"Would fit, with the same result: train\.micro_batch_tokens=640"):
+        forecast.settle(job, automatic=False, limit=20_000)
+    job.budget = 2048
+    with pytest.raises(RecipeError, match="the longest row has 300 tokens"):
+        forecast.settle(job, automatic=True, limit=12_500)
+
+
+def test_auto_trains_the_same_model_and_the_budget_is_recorded(tmp_path):
+    made = recipe(tmp_path, **SUMS)
+    expected = weights(tunesmith.train(made, out=tmp_path / "plain")["model_dir"])
+    made["train"]["micro_batch_tokens"] = "auto"
+    got = weights(tunesmith.train(made, out=tmp_path / "auto")["model_dir"])
+    assert apart(got, expected) < 1e-6
+    assert json.loads((tmp_path / "auto" / "manifest.json").read_text())["micro_batch_tokens"] == forecast.LARGEST["cpu"]
+
+
+def test_processes_agree_on_one_budget(tmp_path, monkeypatch):
+    """Another process has less room, and halved more: its numbers are everybody's."""
+    heard = []
+
+    def gather(records):
+        heard.append(records[0])
+        if isinstance(records[0], tuple):
+            over, _, budget = records[0]
+            return [*records, (over + 1e12, 256, budget - 50)]
+        return [*records, records[0] - 7] if not isinstance(records[0], bool) else records
+
+    job = type("J", (), {})()
+    job.budget, job.device, job.packed = 2048, torch.device("cpu"), True
+    job.plan, job.objective = one_row_of(100)
+    monkeypatch.setattr(forecast.distributed, "gather", gather)
+    monkeypatch.setattr(forecast, "measure_memory", lambda job, limit: line(job.budget, 10.0))
+    forecast.settle(job, automatic=True, limit=10**9)
+    assert heard[-1] == 256 and job.budget == 249
+
+
+def test_a_measured_check_says_memory_and_time_and_keeps_nothing(tmp_path):
+    made = recipe(tmp_path, count=30)
+    made["data"]["eval"] = {"fraction": 0.2}
+    before = sorted(tmp_path.rglob("*"))
+    found = tunesmith.check(made, measure=True)["forecast"]
+    assert sorted(tmp_path.rglob("*")) == before
+    assert found["fits"] and found["remedies"] == []
+    assert found["evaluations"] == 2
+    assert found["total_seconds"] >= found["train_seconds"] + 2 * found["evaluation_seconds"] > 0
+    assert found["seconds_per_step"] * 4 == pytest.approx(found["train_seconds"])
+    assert 0 <= found["peak_memory_bytes"] < found["needed_memory_bytes"] < found["memory_limit_bytes"]
+
+
+@pytest.mark.parametrize("objective", TASKS)
+def test_a_measured_check_of_a_head_asks_it_to_write_nothing(objective, tmp_path):
+    made = recipe(tmp_path, "llama", objective)
+    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
+    assert tunesmith.check(made, measure=True)["forecast"]["evaluation_seconds"] > 0
+
+
+def test_a_check_for_a_smaller_machine_fails_with_what_is_missing(tmp_path, capsys):
+    made = recipe(tmp_path)
+    file = tmp_path / "r.yaml"
+    file.write_text(json.dumps(made))
+    assert main(["check", str(file), "--measure", "--memory", "0.1"]) == 2
+    shown = capsys.readouterr()
+    assert "are missing" in shown.err and "gradient_checkpointing" in shown.err
+    assert "parameters" in shown.out, "what is known without measuring is told first"
+    assert main(["check", str(file), "--measure", "--memory", "0.1", "--json"]) == 2
+    assert "are missing" in json.loads(capsys.readouterr().out)["error"]["message"], "exactly one object"
+
+
+def test_a_micro_batch_that_would_be_far_too_large_is_not_tried_whole(tmp_path, monkeypatch):
+    """On a CPU the system kills a process that takes too much; what the whole would hold is known from a part of it."""
+    made = recipe(tmp_path, count=64, batch_size=64, micro_batch_tokens=10**6)
+    tried = []
+    real = forecast._pass
+
+    def passes(job, step, places):
+        tried.append(len(places))
+        found = real(job, step, places)
+        return dataclasses.replace(found, peak=10**9 + 10**6 * found.tokens)
+
+    monkeypatch.setattr(forecast, "LARGEST", {"cpu": 200})
+    monkeypatch.setattr(forecast, "_pass", passes)
+    monkeypatch.setattr(forecast, "limit_bytes", lambda device: int(2e9))
+    with pytest.raises(RecipeError, match=r"Would fit, with the same result: train\.micro_batch_tokens=\d+"):
+        tunesmith.train(made, out=tmp_path / "run")
+    assert max(tried) < 20
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast, "limit_bytes", lambda device: 100_000)
+    monkeypatch.setattr(forecast.setup, "build", None)
+    with pytest.raises(RecipeError, match="missing before the first row is read"):
+        tunesmith.train(recipe(tmp_path), out=tmp_path / "run")
+
+
+def test_memory_without_measure_is_refused(tmp_path, capsys):
+    assert main(["check", "x.yaml", "--memory", "8"]) == 2
+    assert "--measure" in capsys.readouterr().err
+
+
+def test_the_watch_sees_a_peak_that_is_over_when_it_is_asked():
+    with machine.PeakWatch(torch.device("cpu")) as watch:
+        start = machine.memory_bytes()
+        block = torch.ones(60_000_000)
+        assert block.sum() > 0
+        del block
+    assert watch.peak >= start + 200_000_000
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("not enough memory of what was learnt"), False),
+    ],
+)
+def test_which_errors_mean_that_memory_ran_out(error, expected):
+    assert machine.is_out_of_memory(error) is expected

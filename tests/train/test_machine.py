@@ -1,0 +1,56 @@
+import json
+import sys
+
+import pytest
+
+from tunesmith.train import machine
+
+MEBIBYTE = 2**20
+
+
+def test_describe_is_plain_json_and_complete():
+    described = machine.describe()
+    assert json.loads(json.dumps(described)) == described
+    assert set(described) == {"cpu", "cores", "threads", "isa", "memory_bytes", "gpu", "os", "python", "versions"}
+    assert described["cpu"]
+    assert described["cores"] >= 1
+    assert described["threads"] >= 1
+    assert described["memory_bytes"] > 100 * MEBIBYTE
+    assert set(described["versions"]) == set(machine.PACKAGES)
+    assert described["versions"]["torch"]
+
+
+def test_a_package_that_is_not_installed_has_no_version():
+    assert machine._version("no-such-package-as-this") is None
+
+
+def test_cpuinfo_of_x86():
+    first = "processor : 0\nmodel name : Some CPU @ 2 GHz\nflags : fpu avx2 amx_bf16\n"
+    text = first + "\nprocessor : 1\nmodel name : other\nflags : fpu\n"
+    assert machine._parse_cpuinfo(text) == ("Some CPU @ 2 GHz", {"fpu", "avx2", "amx_bf16"})
+
+
+def test_cpuinfo_of_arm_has_no_name():
+    name, flags = machine._parse_cpuinfo("processor\t: 0\nFeatures\t: fp asimd bf16\n")
+    assert name
+    assert flags == {"fp", "asimd", "bf16"}
+
+
+def test_memory_follows_what_is_allocated_and_the_peak_stays():
+    before = machine.memory_bytes()
+    block = bytearray(b"x" * 64 * MEBIBYTE)
+    assert machine.memory_bytes() - before > 48 * MEBIBYTE
+    del block
+    assert machine.peak_memory_bytes() >= before + 48 * MEBIBYTE
+    # The kernel counts both lazily, page by page and thread by thread, so they may cross by a little.
+    assert machine.peak_memory_bytes() >= machine.memory_bytes() - MEBIBYTE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="compares two sources that only Linux has")
+def test_the_two_sources_of_the_peak_agree():
+    assert abs(machine._max_rss() * 1024 - machine.peak_memory_bytes()) < 8 * MEBIBYTE
+
+
+def test_free_disk_of_a_folder_that_does_not_exist_yet(tmp_path):
+    assert machine.free_disk_bytes(tmp_path / "runs" / "new") > 0
+    assert machine.free_disk_bytes(str(tmp_path)) > 0
