@@ -69,7 +69,11 @@ def test_what_a_page_names_is_there(page):
     files = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts} | {path.name for path in SRC.rglob("*.c")}
     for span in spans(page.read_text(encoding="utf-8")):
         name = span.partition("(")[0].partition(":")[0].partition("=")[0].strip()
-        if re.fullmatch(rf"({'|'.join(FOLDERS)}|recipe)(\.\w+)+", name) and name not in ("recipe.yaml", "metrics.jsonl"):
+        if re.fullmatch(rf"({'|'.join(FOLDERS)}|recipe)(\.\w+)+", name) and name not in (
+            "recipe.yaml",
+            "metrics.jsonl",
+            "report.html",
+        ):
             assert exists(name) or set(name.split(".")[1:]) <= KEYS or name.endswith(".py"), f"{page.name}: {name}"
         if re.fullmatch(r"[\w/]+\.(py|c)", name):
             assert name.rpartition("/")[2] in files, f"{page.name}: {name}"
