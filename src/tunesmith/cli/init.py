@@ -16,6 +16,7 @@ MADE: dict[str, dict[str, Any]] = {
     "cpt": {"path": "builtin:docstrings", "format": "text", "columns": {"text": "response"}},
     "dpo": {"path": "builtin:preference"},
     "reward": {"path": "builtin:preference"},
+    "kto": {"path": "builtin:preference", "format": "unpaired_alpaca"},
 }
 """Builtin rows of an objective where they are not simply called like it."""
 
