@@ -1,5 +1,6 @@
 """KTO against TRL and against sums by hand; its baseline is of the whole step, and of prompts with responses to other prompts."""
 
+import io
 import json
 import math
 from collections import defaultdict
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import tunesmith
 from tests.runs import ANSWERS, judged, recipe
@@ -306,8 +308,15 @@ def test_a_partner_is_the_nearest_row_before_that_has_another_prompt(chosen):
         assert partner == (others[0] if others else (place - 1) % count)
 
 
-def sources(keys, source):
-    """An ``Encoded`` of nothing but prompts, some rows of each source."""
+class Prompts(SimpleNamespace):
+    """An ``Encoded`` of nothing but prompts."""
+
+    def __len__(self):
+        return len(self.source)
+
+
+def of_sources(keys, source):
+    """Prompts, some of each source."""
     kept = [np.flatnonzero(source == number) for number in range(int(source.max()) + 1)]
     entries = [
         SimpleNamespace(values={"prompt_key": keys[mine]}, starts={"prompt_key": np.arange(len(mine) + 1)}) for mine in kept
@@ -315,19 +324,14 @@ def sources(keys, source):
     example = np.zeros(len(keys), np.int64)
     for mine in kept:
         example[mine] = np.arange(len(mine))
-    return SimpleNamespace(entries=entries, source=source, views=SimpleNamespace(example=example), __len__=lambda: len(keys))
-
-
-class Sources(SimpleNamespace):
-    def __len__(self):
-        return len(self.source)
+    return Prompts(entries=entries, source=source, views=SimpleNamespace(example=example))
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=2, max_size=30))
 @settings(deadline=None)
 def test_a_partner_has_another_prompt_and_the_same_source_where_it_can(rows):
     prompt, source = (np.array(values, np.int64) for values in zip(*rows))
-    partners = other_response.partners_of(Sources(**vars(sources(prompt, source))))
+    partners = other_response.partners_of(of_sources(prompt, source))
     for index, partner in enumerate(partners):
         several = len(set(prompt[source == source[index]])) > 1
         assert prompt[partner] != prompt[index] or len(set(prompt)) == 1
@@ -381,9 +385,9 @@ def test_rows_of_one_kind_are_refused(tmp_path, good, missing):
 def test_an_imbalance_is_reported_with_the_weight_to_set(tmp_path, weight, noted):
     made = recipe(tmp_path, objective={"type": "kto", "desirable_weight": weight}, max_steps=1)
     written(tmp_path, [{**row, "label": n % 5 == 0} for n, row in enumerate(judged(10))])
-    lines = []
-    tunesmith.train(made, out=tmp_path / "run", on_log=lines.append)
-    said = "\n".join(lines)
+    console = Console(file=io.StringIO(), width=1000)
+    tunesmith.train(made, out=tmp_path / "run", console=console)
+    said = console.file.getvalue()
     assert ("2 desirable and 8 undesirable rows" in said) is noted
     assert ("Set desirable_weight between 4 and 5.33" in said) is noted
 
@@ -451,11 +455,15 @@ def test_samples_show_no_undesirable_response_as_the_reference(tmp_path):
     assert [one["reference"] for one in shown[:2]] == [judged(2)[0]["completion"], None]
 
 
-def test_logged_figures_are_means_over_all_rows_of_their_kind_since_the_last_record(tmp_path):
-    made = recipe(tmp_path, objective="kto", max_steps=3, logging_steps=3)
+def test_eight_judgements_are_memorised(tmp_path):
+    """Desirable responses become likely and undesirable ones unlikely, though each prompt has one of both."""
+    made = recipe(tmp_path, objective="kto", count=8, batch_size=8, max_steps=60, logging_steps=1)
     tunesmith.train(made, out=tmp_path / "run")
-    last = tracking.read(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert {"kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"} <= last.keys()
+    records = [one for one in tracking.read(tmp_path / "run" / "metrics.jsonl") if one["kind"] == "train"]
+    first, last = records[0], records[-1]
+    assert last["loss"] < 0.1 < first["loss"]
+    assert last["logps/chosen"] > first["logps/chosen"] / 2 and last["logps/rejected"] < 2 * first["logps/rejected"]
+    assert last["rewards/chosen"] > 1 and last["rewards/rejected"] < -1
 
 
 def test_at_step_0_the_policy_is_its_own_reference(tmp_path):

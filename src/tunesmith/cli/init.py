@@ -23,7 +23,7 @@ MADE: dict[str, dict[str, Any]] = {
 
 def init(
     objective: Annotated[
-        str, typer.Argument(help="What the loss is: sft, cpt, reward, dpo, classify, tag, qa.", show_default=False)
+        str, typer.Argument(help="What the loss is: sft, cpt, dpo, kto, reward, classify, tag, qa.", show_default=False)
     ],
     adaptation: Annotated[str, typer.Option(help="Which weights are trained: full, lora, ...")] = "lora",
     model: Annotated[str, typer.Option(help="Model to start from.")] = "smollm2-135m",
