@@ -44,9 +44,9 @@ SETTINGS = {
 
 def long_documents(folder: Path) -> str:
     """Docstrings joined to documents of a few thousand characters."""
-    from tunesmith.data.read.builtin import docstrings
+    from tunesmith.data.read import builtin
 
-    answers = [row["response"] for row, _ in zip(docstrings(), range(800))]
+    answers = [row["response"] for row, _ in zip(builtin.rows("builtin:docstrings"), range(800))]
     documents = [{"text": "\n".join(answers[start : start + 40])} for start in range(0, len(answers), 40)]
     path = folder / "long.jsonl"
     path.write_text("\n".join(map(json.dumps, documents[:8])), encoding="utf-8")

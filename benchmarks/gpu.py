@@ -154,10 +154,10 @@ def peak() -> int:
 def ours(folder: Path, options: argparse.Namespace, side: dict[str, Any], save: Path) -> dict[str, Any]:
     """One run of tunesmith."""
     import tunesmith
-    from tunesmith.runs import tracking
+    from tunesmith.runs import metrics_file
 
     outcome = tunesmith.train(recipe(folder, options, side), out=save)
-    steps = [record for record in tracking.read(save / "metrics.jsonl") if record["kind"] == "train"]
+    steps = [record for record in metrics_file.read(save / "metrics.jsonl") if record["kind"] == "train"]
     tokens, seconds = steps[-1]["tokens"] - steps[WARM_UP - 1]["tokens"], sum(step["seconds"] for step in steps[WARM_UP:])
     manifest = json.loads((save / "manifest.json").read_text(encoding="utf-8"))
     return {

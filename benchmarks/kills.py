@@ -40,11 +40,14 @@ def differences(one: Path, other: Path) -> list[str]:
     import torch
     from safetensors.torch import load_file
 
-    from tunesmith.runs import tracking
+    from tunesmith.runs import metrics_file
     from tunesmith.train import checkpoint
 
     def history(run: Path) -> list[dict]:
-        return [{k: v for k, v in line.items() if k not in tracking.TIMING_KEYS} for line in tracking.read(run / "metrics.jsonl")]
+        return [
+            {k: v for k, v in line.items() if k not in metrics_file.TIMING_KEYS}
+            for line in metrics_file.read(run / "metrics.jsonl")
+        ]
 
     found = [] if history(one) == history(other) else ["metrics"]
     found += [] if (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text() else ["samples"]

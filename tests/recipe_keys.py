@@ -67,6 +67,7 @@ EITHER_OR = [
     ("device_map", "adapter"),
     ("device_map", "torch_compile"),
     ("torch_compile", "lora_dropout"),
+    ("torch_compile", "dropout"),
     ("use_dora", "init_lora_weights"),
     ("trust_remote_code", "add_tokens"),
     ("path", "sets"),
@@ -76,7 +77,7 @@ EITHER_OR = [
     ("separator", "label_smoothing"),
     ("label_smoothing", "simpo_gamma"),
 ]
-"""Keys that no run can hold together: `recipe.conflicts` refuses the pair."""
+"""Keys that no run can hold together: `recipe.conflicts`, or the part itself, refuses the pair."""
 
 WRITES_NOTHING = {"template": "data", "prompts": "samples", "count": "samples", "max_new_tokens": "samples"}
 JUDGED = {"separator": "data.train.0", "max_unlearnable": "data", "neftune_noise_alpha": "train", "lora_dropout": "adaptation"}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny import ENCODERS, save_tiny, save_tiny_encoder
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 
 ANSWERS = [
     "Paris is the capital.",
@@ -137,7 +137,10 @@ def weights(model_dir: str | Path) -> dict[str, torch.Tensor]:
 
 def history(run: Path) -> list[dict[str, Any]]:
     """The run's records without what may differ between identical runs."""
-    return [{k: v for k, v in record.items() if k not in tracking.TIMING_KEYS} for record in tracking.read(run / "metrics.jsonl")]
+    return [
+        {k: v for k, v in record.items() if k not in metrics_file.TIMING_KEYS}
+        for record in metrics_file.read(run / "metrics.jsonl")
+    ]
 
 
 def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:

@@ -69,7 +69,11 @@ def test_what_a_page_names_is_there(page):
     files = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts} | {path.name for path in SRC.rglob("*.c")}
     for span in spans(page.read_text(encoding="utf-8")):
         name = span.partition("(")[0].partition(":")[0].partition("=")[0].strip()
-        if re.fullmatch(rf"({'|'.join(FOLDERS)}|recipe)(\.\w+)+", name) and name not in ("recipe.yaml", "metrics.jsonl"):
+        if re.fullmatch(rf"({'|'.join(FOLDERS)}|recipe)(\.\w+)+", name) and name not in (
+            "recipe.yaml",
+            "metrics.jsonl",
+            "report.html",
+        ):
             assert exists(name) or set(name.split(".")[1:]) <= KEYS or name.endswith(".py"), f"{page.name}: {name}"
         if re.fullmatch(r"[\w/]+\.(py|c)", name):
             assert name.rpartition("/")[2] in files, f"{page.name}: {name}"
@@ -101,7 +105,13 @@ def tour(tmp_path, monkeypatch):
     pairs = [{"prompt": f"question {n}", "chosen": f"answer {n}", "rejected": f"no {n}"} for n in range(20)]
     labelled = [{"text": f"text {n}", "label": "odd" if n % 2 else "even"} for n in range(20)]
     single = [{"prompt": f"question {n}", "completion": f"answer {n}", "label": n % 2 == 0} for n in range(20)]
-    files = {"my.json": rows[:20], "judged.json": single, "held_out.json": rows[20:], "pairs.json": pairs, "labelled.json": labelled}
+    files = {
+        "my.json": rows[:20],
+        "judged.json": single,
+        "held_out.json": rows[20:],
+        "pairs.json": pairs,
+        "labelled.json": labelled,
+    }
     for name, part in files.items():
         Path(name).write_text(json.dumps(part), encoding="utf-8")
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
-from tests.train.launching import launched
-from tests.numeric.test_parity import CPU, PACKED, examples, plain_loss_and_gradients, take_gradients
+from tests.numeric.test_parity import CPU, PACKS, examples, plain_loss_and_gradients, take_gradients
 from tests.runs import apart, history, killed_before, model_folder, recipe, rows, weights
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
+from tests.train.launching import launched
 from tunesmith.adaptations import bottleneck
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.errors import ModelError, RecipeError, UserError
@@ -76,7 +76,7 @@ def test_the_routed_batch_has_the_loss_and_gradients_of_the_plain_forward(name: 
     model = prepared(name, torch.float64)
     truth = plain_loss_and_gradients(model, examples(SFT, tiny_tokenizer()))
     model, rows_, chosen, _ = routed(name, torch.float32)
-    assert chosen.packed is PACKED[name]
+    assert chosen.packed is PACKS[name]
     loss, gradients = loss_and_gradients(model, rows_, chosen.packed)
     assert loss == pytest.approx(truth[0], rel=1e-6)
     assert all(".bottleneck_" in key for key in gradients)

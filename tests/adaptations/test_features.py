@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
-from tests.numeric.test_parity import CPU, PACKED, examples, take_gradients
+from tests.numeric.test_parity import CPU, PACKS, examples, take_gradients
 from tests.runs import apart, history, killed_before, model_folder, recipe, weights
 from tests.tiny import TINY, tiny_config, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import features
@@ -170,7 +170,7 @@ def test_gradients_are_those_of_full_training_and_the_same_computed_again(name):
         model = tiny_model(name)
         model = model.requires_grad_(True) if keys is None else adaptation(**keys).apply(model, "lm")
         chosen = fast_path.choose(model, SFT, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
-        assert chosen.packed is PACKED[name]
+        assert chosen.packed is PACKS[name]
         if again:
             fast_path.recompute(model, SFT, rows, chosen, CPU)
             assert chosen.recomputed, chosen.notes

@@ -9,7 +9,7 @@ from tests.runs import recipe
 from tunesmith.cli.main import main
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.heads import lm_head
-from tunesmith.runs import kept_runs, run_folder, tracking
+from tunesmith.runs import kept_runs, metrics_file, run_folder
 from tunesmith.train import reproduce
 
 
@@ -87,7 +87,7 @@ def test_bad_comparisons_are_refused(words, made, capsys, monkeypatch):
 def test_a_run_is_reproduced_bit_for_bit(made, tmp_path, capsys):
     found = answered(capsys, "runs", "reproduce", made / "b", "--out", tmp_path / "again")
     assert found["equal"] and found["weights_equal"] and found["difference"] is None
-    assert found["machine"] == {} and found["records"] == len(tracking.read(made / "b" / "metrics.jsonl"))
+    assert found["machine"] == {} and found["records"] == len(metrics_file.read(made / "b" / "metrics.jsonl"))
 
 
 def test_changed_data_is_refused_before_training_with_what_changed(tmp_path, capsys):

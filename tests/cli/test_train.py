@@ -1,10 +1,10 @@
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tunesmith import engine
 from tunesmith.cli.main import main
 
 OUTCOME = {
@@ -35,7 +35,7 @@ def trained(monkeypatch, tmp_path):
     def run(*options, outcome=OUTCOME):
         calls = []
         fake = SimpleNamespace(train=lambda recipe, **keys: calls.append((recipe, keys)) or outcome)
-        monkeypatch.setattr(engine, "run", fake, raising=False)
+        monkeypatch.setattr(importlib.import_module("tunesmith.train"), "run", fake, raising=False)
         return main(["train", str(path), *options]), calls
 
     return run

@@ -9,8 +9,7 @@ import pytest
 
 from tunesmith.data.check.lint_pairs import characters
 from tunesmith.data.config import Source
-from tunesmith.data.make import docstrings
-from tunesmith.data.read import builtin
+from tunesmith.data.read import builtin, library
 from tunesmith.data.read.row_files import read
 from tunesmith.data.read.source import open_source
 from tunesmith.data.rows import Chat, Ranking
@@ -25,7 +24,7 @@ def test_rows_are_questions_with_answers():
     assert len(rows) > 2000 and len({row["instruction"] for row in rows}) == len(rows)
     for row in rows:
         assert row.keys() == {"instruction", "response"} and row["instruction"].endswith("?")
-        assert docstrings.SHORTEST <= len(row["response"]) <= docstrings.LONGEST and "\n" not in row["response"]
+        assert library.SHORTEST <= len(row["response"]) <= library.LONGEST and "\n" not in row["response"]
     answers = {row["instruction"]: row["response"] for row in rows}
     assert "JSON" in answers["What does the Python function `json.dumps` do?"]
     assert not any("`idlelib." in question or "`test." in question for question in answers)

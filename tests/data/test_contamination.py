@@ -215,8 +215,8 @@ def test_of_preferences_answers_alone_are_learnt_and_of_rewards_nothing(tmp_path
     copied = " ".join(reversed(COPIED.split()))
     train, held = (pairs(name, range(at, at + 30), COPIED, copied) for name, at in (("a.jsonl", 1), ("b.jsonl", 100)))
     found = run(train, objective, eval={"path": held}).report.contaminated
-    assert found.rows == 2 and found.answers == (1 if objective.head == "lm" else None)
-    assert ("in what is learnt" in found.line()) == (objective.head == "lm")
+    assert found.rows == 2 and found.answers == (1 if objective.traits.head == "lm" else None)
+    assert ("in what is learnt" in found.line()) == (objective.traits.head == "lm")
 
 
 def test_rows_too_short_to_compare_are_counted(tmp_path):

@@ -17,6 +17,7 @@ from tests.fake_hub import FakeHub
 from tests.runs import model_folder
 from tests.runs import recipe as tiny_recipe
 from tests.tiny import tiny_tokenizer
+from tunesmith import files
 from tunesmith.cli.main import main
 from tunesmith.data.check.lint import lint
 from tunesmith.data.config import DataConfig, Source
@@ -105,7 +106,7 @@ def prepared(**source):
 
 
 def stored():
-    folder = store.home() / "datasets"
+    folder = files.home() / "datasets"
     return sorted(path.name for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
 

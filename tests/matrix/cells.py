@@ -20,7 +20,7 @@ from tests.runs import recipe
 from tests.tiny import ENCODERS, TINY, tiny_config
 from tunesmith import objectives
 from tunesmith.errors import ModelError
-from tunesmith.models.heads import task_heads
+from tunesmith.models.heads import head_types
 from tunesmith.models.load import head_loading
 from tunesmith.train import setup
 
@@ -90,7 +90,7 @@ def why_not(cell: Cell) -> str | None:
     """What the refusal of a pair that makes no sense says; None for one that works."""
     kind = objectives.module(cell.objective).Objective.traits.head
     try:
-        task_heads.require_class(config_of(cell.architecture), kind)
+        head_types.require_class(config_of(cell.architecture), kind)
     except ModelError:
         return "is an encoder" if kind == "lm" else "transformers has no"
     if cell.architecture not in ENCODERS:

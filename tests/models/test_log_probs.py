@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.models.test_kernels import close
 from tests.numeric.test_parity import examples, take_gradients
 from tests.tiny import tiny_model, tiny_tokenizer
-from tunesmith.data.batch.pack import pack
+from tunesmith.data.batch.pack import PACKED, with_targets
 from tunesmith.models.fast import attention, kernels
 from tunesmith.models.heads import lm_head
 from tunesmith.models.heads.log_probs import BlockedLogProbs, log_probs
@@ -106,7 +106,7 @@ def tiny(kind):
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "rows", "untied rows", "head frozen", "bias", "not one product", "plain"])
 def test_of_a_model_they_are_those_of_its_logits(kind):
-    model, batch = tiny(kind), pack(examples(sft.Objective(sft.Config()), tiny_tokenizer()))
+    model, batch = tiny(kind), with_targets(examples(sft.Objective(sft.Config()), tiny_tokenizer()), PACKED)
     coefficients = torch.randn(len(batch["labels"]), generator=torch.Generator().manual_seed(0))
     logits = model(**lm_head.inputs(model, batch)).logits[0, batch["positions"]]
     theirs = logits.log_softmax(-1).gather(1, batch["labels"][:, None])[:, 0]

@@ -14,7 +14,8 @@ from tests.tiny import ENCODER, encoder_tokenizer
 from tunesmith.cli.main import main
 from tunesmith.data.batch import pack
 from tunesmith.data.batch.pack import PADDED
-from tunesmith.models.heads import noise, task_heads
+from tunesmith.models.heads import head_types, noise, task_heads
+from tunesmith.models.network import pooling
 
 SIZES = {name: ENCODER[name] for name in ENCODER if not name.endswith("prob")}  # with dropout, as published
 CONFIGS = {
@@ -67,9 +68,9 @@ def test_virtual_tokens_are_as_wide_as_words(tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_their_heads_say_what_transformers_own_say(name, kind):
     torch.manual_seed(0)
-    network = task_heads.auto_class(kind).from_config(AutoConfig.for_model(name, **CONFIGS[name])).eval()
+    network = head_types.auto_class(kind).from_config(AutoConfig.for_model(name, **CONFIGS[name])).eval()
     rows = [{"input_ids": np.arange(5, 5 + length).astype(np.int32)} for length in (7, 3)]
-    one = kind == "score" and task_heads.pooling(network.config) is None
+    one = kind == "score" and pooling(network.config) is None
     batch = pack.of_rows(rows, PADDED, [np.array([0]) if one else np.arange(len(row["input_ids"])) for row in rows])
     with torch.no_grad():
         expected = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
@@ -87,7 +88,7 @@ def test_their_heads_say_what_transformers_own_say(name, kind):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_attention_drops_is_off_and_the_rest_is_drawn_by_row(name):
-    network = task_heads.auto_class("token").from_config(AutoConfig.for_model(name, **CONFIGS[name]))
+    network = head_types.auto_class("token").from_config(AutoConfig.for_model(name, **CONFIGS[name]))
     drawn, said = noise.install(network, 0)
     assert drawn.layers and any("attention probabilities (0.1) is off" in line for line in said)
     drawn.rows, drawn.lengths, drawn.packed = [0, 1], [6, 4], False

@@ -14,6 +14,7 @@ from tests.models.adapters import base_and_adapter
 from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.errors import ModelError
+from tunesmith.models.find import record as saved_record
 from tunesmith.models.load import probe
 from tunesmith.models.load.load import load
 
@@ -23,11 +24,11 @@ def test_the_fingerprint_is_of_the_weights_not_of_the_shards(tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
-    assert probe.fingerprint(tmp_path / "one") == probe.fingerprint(tmp_path / "many")
+    assert saved_record.fingerprint(tmp_path / "one") == saved_record.fingerprint(tmp_path / "many")
     with torch.no_grad():
         model.model.norm.weight[0] += 1e-3
     model.save_pretrained(tmp_path / "other")
-    assert probe.fingerprint(tmp_path / "one") != probe.fingerprint(tmp_path / "other")
+    assert saved_record.fingerprint(tmp_path / "one") != saved_record.fingerprint(tmp_path / "other")
 
 
 def test_a_saved_model_passes_its_own_probe(tmp_path: Path) -> None:
@@ -54,8 +55,8 @@ def test_other_weights_fail_the_probe(tmp_path: Path) -> None:
 
 def without(folder: Path, *keys: str) -> None:
     """Take ``keys`` out of the folder's tunesmith.json; without ``files`` it is one of an earlier version."""
-    record = json.loads((folder / probe.FILE).read_text())
-    (folder / probe.FILE).write_text(json.dumps({key: record[key] for key in record if key not in keys}))
+    record = json.loads((folder / saved_record.FILE).read_text())
+    (folder / saved_record.FILE).write_text(json.dumps({key: record[key] for key in record if key not in keys}))
 
 
 @pytest.mark.parametrize("kind", ["lora", "qlora", "bottleneck", "ia3", "prefix", "prompt"])
@@ -89,9 +90,9 @@ def test_a_config_that_was_edited_is_named_and_may_be_meant(tmp_path: Path) -> N
 def test_another_tokenizer_fails_the_probe(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     probe.write_probe(tmp_path, tiny_model("llama"), tiny_tokenizer("chatml"))
-    record = json.loads((tmp_path / probe.FILE).read_text())
+    record = json.loads((tmp_path / saved_record.FILE).read_text())
     record["probe"]["answers"][0]["input_ids"][0] += 1
-    (tmp_path / probe.FILE).write_text(json.dumps(record))
+    (tmp_path / saved_record.FILE).write_text(json.dumps(record))
     with pytest.raises(ModelError, match="the tokenizer turns"):
         load(tmp_path)
 

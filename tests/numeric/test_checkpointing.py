@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tunesmith
-from tests.numeric.test_parity import CPU, PACKED, examples, take_gradients, with_gradients_everywhere
+from tests.numeric.test_parity import CPU, PACKS, examples, take_gradients, with_gradients_everywhere
 from tests.runs import apart, history, model_folder, recipe, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith.adaptations import bottleneck, features, full, ia3, lora, prefix, prompt, qlora
@@ -44,7 +44,7 @@ def prepared(name, adaptation, neftune=None, base=None):
     row_noise, _ = noise.install(model, 0, neftune)
     rows = examples(SFT, tokenizer)
     chosen = fast_path.choose(model, SFT, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
-    assert chosen.packed is PACKED[name]
+    assert chosen.packed is PACKS[name]
     return model, row_noise, rows, chosen
 
 
@@ -170,17 +170,16 @@ def test_an_architecture_without_it_is_refused_before_weights_load(tmp_path):
 MEASURED = """
 import numpy as np, torch
 from tests.tiny import tiny_model
-from tunesmith.engine import machine, route
-from tunesmith.models import head, noise
-from tunesmith.models.load.load import load_model, locate
+from tunesmith.data.batch.pack import PACKED
+from tunesmith.train import fast_path, machine
 from tunesmith.objectives import sft
 
 torch.set_num_threads(1)
 objective, cpu = sft.Objective(sft.Config()), torch.device("cpu")
 model = tiny_model("llama", num_hidden_layers=16, hidden_size=64, intermediate_size=256)
 row = {"input_ids": np.arange(250, dtype=np.int32), "supervised": np.arange(250) > 240}
-chosen = route.choose(model, objective, [row, row], 250, "auto", cpu)
-route.recompute(model, objective, [row, row], chosen, cpu)
+chosen = fast_path.choose(model, objective, [row, row], 250, "auto", cpu)
+fast_path.recompute(model, objective, [row, row], chosen, cpu)
 model.train()
 before = machine.memory_bytes()
 for recomputed in (True, False):

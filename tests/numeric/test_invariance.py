@@ -11,7 +11,7 @@ import pytest
 import tunesmith
 from tests.runs import apart, model_folder, recipe, weights
 from tests.tiny import TINY
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 
 SPLITS = [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 60}, {"packing": "off"}, {"packing": "off", "micro_batch_tokens": 90}]
 ADAPTATIONS = {"full": "full", "lora": {"type": "lora", "r": 4}, "lora-dropout": {"type": "lora", "r": 4, "lora_dropout": 0.3}}
@@ -109,7 +109,8 @@ def same_run(one, other):
     assert apart(weights(one / "model"), weights(other / "model")) <= 1e-6, other.name
     for kind, figure in (("eval", "eval_loss"), ("train", "update_ratio")):
         ours, theirs = (
-            [record[figure] for record in tracking.read(run / "metrics.jsonl") if record["kind"] == kind] for run in (one, other)
+            [record[figure] for record in metrics_file.read(run / "metrics.jsonl") if record["kind"] == kind]
+            for run in (one, other)
         )
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), other.name
 

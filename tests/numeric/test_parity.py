@@ -9,14 +9,13 @@ import tunesmith
 from tests.runs import documents, recipe, rows
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import full, lora
-from tunesmith.data.batch.pack import PACKED
 from tunesmith.data.rows import PromptCompletion, Text
 from tunesmith.models.heads import noise
 from tunesmith.objectives import cpt, sft
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 from tunesmith.train import fast_path
 
-PACKED = {"llama": True, "qwen3": True, "gemma": True, "gpt2": True, "mistral": False, "gemma3": False}
+PACKS = {"llama": True, "qwen3": True, "gemma": True, "gpt2": True, "mistral": False, "gemma3": False}
 CPU = torch.device("cpu")
 LORA = lora.Config(r=4, target_modules="all-linear")
 
@@ -80,7 +79,7 @@ def ours_and_theirs(name, objective, adaptation, dtype):
     rows_ = examples(objective, tiny_tokenizer())
     theirs = plain_loss_and_gradients(model, rows_)
     chosen = fast_path.choose(model, objective, rows_, max(len(row["input_ids"]) for row in rows_), "auto", CPU)
-    assert chosen.packed is PACKED[name]
+    assert chosen.packed is PACKS[name]
     batch = objective.collate(rows_, chosen.layout)
     loss, _ = objective.loss(model, batch)
     (loss / objective.count(batch)).backward()
@@ -147,7 +146,7 @@ def test_twenty_losses_are_those_of_trl(tmp_path, adapted):
     trainer.train()
     theirs = [entry for entry in trainer.state.log_history if "loss" in entry]
     outcome = tunesmith.train(ours, out=tmp_path / "run")
-    found = [record for record in tracking.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"]
+    found = [record for record in metrics_file.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"]
     assert len(found) == len(theirs) == outcome["steps"] == 20
     for our, their in zip(found, theirs):
         assert our["loss"] == pytest.approx(their["loss"], abs=1e-5), our["step"]

@@ -125,7 +125,9 @@ def before_it(rows):
     """By brute force: the nearest row before each, cyclically, with another prompt."""
     count = len(rows)
     return [
-        next((place - back) % count for back in range(1, count) if rows[(place - back) % count]["prompt"] != rows[place]["prompt"])
+        next(
+            (place - back) % count for back in range(1, count) if rows[(place - back) % count]["prompt"] != rows[place]["prompt"]
+        )
         for place in range(count)
     ]
 
@@ -342,7 +344,11 @@ def test_a_partner_has_another_prompt_and_the_same_source_where_it_can(rows):
 @pytest.mark.parametrize("max_length", [24, 30, 41])
 def test_a_pair_is_within_max_length_and_keeps_the_response_and_the_first_token(tmp_path, max_length, adds_bos):
     rows = [
-        {"prompt": "question" + " what is the" * (n % 5) + f" {n // 2}", "completion": " " + "x" * (1 + 5 * n % 17), "label": n % 2}
+        {
+            "prompt": "question" + " what is the" * (n % 5) + f" {n // 2}",
+            "completion": " " + "x" * (1 + 5 * n % 17),
+            "label": n % 2,
+        }
         for n in range(16)
     ]
     objective, found = prepared(tmp_path, rows, max_length, adds_bos)
@@ -442,7 +448,9 @@ def test_a_set_keeps_its_figures_beside_other_sets(tmp_path):
         made["data"]["eval"] = {"sets": {name: sets[name] for name in chosen}}
         tunesmith.train(made, out=tmp_path / "-".join(chosen))
         records = tracking.read(tmp_path / "-".join(chosen) / "metrics.jsonl")
-        figures[len(chosen)] = [{k: v for k, v in one.items() if k.startswith("eval_two")} for one in records if one["kind"] == "eval"]
+        figures[len(chosen)] = [
+            {k: v for k, v in one.items() if k.startswith("eval_two")} for one in records if one["kind"] == "eval"
+        ]
     assert figures[1] == figures[2] and "eval_two_kl" in figures[1][0]
 
 

@@ -14,15 +14,16 @@ from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 from tunesmith import recipe as recipes
 from tunesmith.adaptations import lora
 from tunesmith.cli import check
-from tunesmith.data.batch.pack import PACKED, PADDED
+from tunesmith.data.batch.pack import PACKED, PADDED, Layout
 from tunesmith.data.rows import Ranking
 from tunesmith.errors import DataError, ModelError, OutOfMemoryError, RecipeError
 from tunesmith.evaluate import opened
 from tunesmith.models.find.locate import locate
 from tunesmith.models.heads import lm_head, task_heads
+from tunesmith.models.heads.log_probs import answer_logps
 from tunesmith.models.load import load
 from tunesmith.objectives import dpo, reward
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 from tunesmith.train import checkpoint, setup
 
 ROWS = [Ranking(row["prompt"], (row["chosen"], row["rejected"]), (0, 1)) for row in preferences(5)]
@@ -35,11 +36,12 @@ def policy(config=None, rows=ROWS, seed=0, **changes):
     examples = [one for row in objective.encode(rows, tiny_tokenizer(None)) for one in row]
     torch.manual_seed(seed)
     network = tiny_model("llama", **changes)
-    if objective.reference is not None:
+    if objective.traits.needs_reference:
         torch.manual_seed(seed + 1)
         before = tiny_model("llama", **changes).eval()
-        objective.reference.add(objective.measure(before, objective.collate(examples, PADDED)))
-        objective.reference.taken = True
+        with torch.no_grad():
+            found = objective.reference_logps(before, objective.collate(examples, PADDED))
+        examples = [{**example, "reference_logps": values.numpy()} for example, values in zip(examples, found, strict=True)]
         objective.before = before
     return objective, examples, network
 
@@ -126,7 +128,7 @@ def test_every_loss_is_its_formula(loss_type):
         for better, worse in pairs:
             won, lost = (by_hand(network, example, one) for one in (better, worse))
             base = [0.0, 0.0]
-            if objective.reference is not None:
+            if objective.traits.needs_reference:
                 base = [float(by_hand(objective.before, example, one).sum()) for one in (better, worse)]
             expected += hand_loss(loss_type, won, lost, *base) / len(pairs)
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
@@ -152,8 +154,8 @@ def hand_loss(kind, won, lost, won_before, lost_before, beta=0.3, flipped=0.1, g
     return -won.mean() - beta * log_sigmoid(odds)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_prompts_that_are_shared_change_nothing(packed):
+@pytest.mark.parametrize("shared", [True, False])
+def test_prompts_that_are_shared_change_nothing(shared):
     from tunesmith.models.fast import attention
 
     attention.register()
@@ -162,9 +164,8 @@ def test_prompts_that_are_shared_change_nothing(packed):
     objective.loss(network, objective.collate(examples, PADDED))[0].backward()
     expected = gradients(network)
     network.set_attn_implementation(attention.NAME)
-    objective.shared = packed
-    batch = objective.collate(examples, PACKED)
-    assert ("behind" in batch) is packed
+    batch = objective.collate(examples, Layout(packed=True, shared=shared))
+    assert ("behind" in batch) is shared
     objective.loss(network, batch)[0].backward()
     for name, gradient in gradients(network).items():
         assert (gradient - expected[name]).abs().max() <= 1e-5 * max(1.0, float(expected[name].abs().max())), name
@@ -307,7 +308,7 @@ STARTS = {
 
 
 def first(run):
-    return next(record for record in tracking.read(run / "metrics.jsonl") if record["kind"] == "train")
+    return next(record for record in metrics_file.read(run / "metrics.jsonl") if record["kind"] == "train")
 
 
 @pytest.mark.parametrize("start", [*STARTS, "continued"])
@@ -323,7 +324,7 @@ def test_at_step_0_the_policy_is_its_own_reference(tmp_path, start):
         before = tunesmith.train(made, out=tmp_path / "before")["model_dir"]
         made = {**made, "model": before, "adapter": "continue"}
     tunesmith.train(made, out=tmp_path / "run")
-    records = tracking.read(tmp_path / "run" / "metrics.jsonl")
+    records = metrics_file.read(tmp_path / "run" / "metrics.jsonl")
     for record, prefix in ((first(tmp_path / "run"), ""), (next(one for one in records if one["kind"] == "eval"), "eval_")):
         assert record[f"{prefix}loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert record[f"{prefix}rewards/margins"] == pytest.approx(0.0, abs=1e-6)
@@ -384,7 +385,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, objective):
 def test_logged_figures_are_means_over_all_rows_since_the_last_record(tmp_path, objective):
     made = recipe(tmp_path, "llama", objective, max_steps=3, logging_steps=1, save_steps=1)  # steps of 5, 5 and 2 rows
     tunesmith.train(made, out=tmp_path / "each")
-    each = [(record, rows) for record, rows in zip(tracking.read(tmp_path / "each" / "metrics.jsonl"), (5, 5, 2), strict=True)]
+    each = [
+        (record, rows) for record, rows in zip(metrics_file.read(tmp_path / "each" / "metrics.jsonl"), (5, 5, 2), strict=True)
+    ]
     made["train"]["logging_steps"] = 3
     tunesmith.train(made, out=tmp_path / "together")
     killed_before(3, made, tmp_path / "killed")
@@ -398,7 +401,7 @@ def test_logged_figures_are_means_over_all_rows_since_the_last_record(tmp_path, 
 def test_a_checkpoint_without_its_reference_is_refused(tmp_path, monkeypatch):
     made = recipe(tmp_path, "llama", "dpo", max_steps=4, save_steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr("tunesmith.data.batch.preference_batch.Reference.tensors", lambda self: {})
+        patch.setattr("tunesmith.train.reference.Reference.tensors", lambda self: {})
         killed_before(3, made, tmp_path / "run")
     with pytest.raises(RecipeError, match="lacks the reference"):
         tunesmith.train(made, out=tmp_path / "run", resume=True)
@@ -422,7 +425,7 @@ def test_a_changed_template_is_no_resume(tmp_path):
 def test_eight_preferences_are_memorised(tmp_path):
     made = recipe(tmp_path, "llama", "dpo", count=8, max_steps=60, batch_size=8, learning_rate=1e-2)
     tunesmith.train(made, out=tmp_path / "run")
-    last = tracking.read(tmp_path / "run" / "metrics.jsonl")[-1]
+    last = metrics_file.read(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["rewards/accuracies"] == 1.0 and last["loss"] < 0.1
 
 
@@ -462,7 +465,7 @@ def test_figures_without_a_reference_are_by_token_like_their_loss(loss_type):
     batch = objective.collate(examples, PADDED)
     tokens = batch["tokens"].double()
     found = objective.loss(network.eval(), batch)[1]
-    expected = 0.1 * objective._answers(network, batch).detach() / tokens
+    expected = 0.1 * answer_logps(network, batch).detach() / tokens
     for name, place in (("rewards/chosen", 0), ("rewards/rejected", 1)):
         assert float(found[name][0]) == pytest.approx(float(expected[place]), rel=1e-6)
 
@@ -530,8 +533,8 @@ def seen(monkeypatch, kind):
         found = getattr(where, name)
         monkeypatch.setattr(where, name, lambda *args, found=found: (found(*args), sizes.clear())[0])
 
-    def watched(self, examples, packed):
-        batch = collate(self, examples, packed)
+    def watched(self, examples, layout):
+        batch = collate(self, examples, layout)
         sizes.append((len(examples), batch["input_ids"].numel()))
         return batch
 
@@ -573,7 +576,7 @@ def test_scoring_counts_the_prompt_of_each_padded_answer(tmp_path, monkeypatch):
 
 
 def test_a_reference_that_does_not_fit_is_taken_in_halves(tmp_path, monkeypatch):
-    made, measure = four_answers(tmp_path, "dpo", micro_batch_tokens=2000), dpo.Objective.measure
+    made, measure = four_answers(tmp_path, "dpo", micro_batch_tokens=2000), dpo.Objective.reference_logps
     tunesmith.train(made, out=tmp_path / "whole")
     tried = []
 
@@ -583,7 +586,7 @@ def test_a_reference_that_does_not_fit_is_taken_in_halves(tmp_path, monkeypatch)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return measure(self, model, batch)
 
-    monkeypatch.setattr(dpo.Objective, "measure", small)
+    monkeypatch.setattr(dpo.Objective, "reference_logps", small)
     most = 500
     tunesmith.train(made, out=tmp_path / "halved")
     assert sum(size > most for size in tried) < sum(size <= most for size in tried)

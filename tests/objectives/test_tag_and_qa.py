@@ -53,7 +53,7 @@ def made(name, objective, rows, tmp_path):
     objective.bind(load.load_config(folder), tokenizer, 128)
     objective.scan(rows)
     torch.manual_seed(0)
-    network = load.load_model(folder, head=objective.head, trainable=True, head_config=objective.head_config())
+    network = load.load_model(folder, head=objective.traits.head, trainable=True, head_config=objective.head_config())
     return network, [one for row in objective.encode(rows, tokenizer) for one in row]
 
 
@@ -298,10 +298,10 @@ def test_a_tagger_goes_on_with_its_own_labels(tmp_path):
 @pytest.mark.parametrize(("moved", "opens"), [(0.1, True), (0.3, False)])
 def test_rounding_of_a_head_in_half_precision_does_not_lock_the_model(tmp_path, moved, opens):
     from tunesmith.errors import ModelError
-    from tunesmith.models.load import probe
+    from tunesmith.models.find import record as saved_record
 
     outcome = tunesmith.train(recipe(tmp_path, "llama", "qa", max_steps=1, precision="bf16"), out=tmp_path / "run")
-    file = tmp_path / "run" / "model" / probe.FILE
+    file = tmp_path / "run" / "model" / saved_record.FILE
     record = json.loads(file.read_text())
     record["probe"]["dtype"] = "bfloat16"
     record["probe"]["answers"][0]["logits"][0] += moved

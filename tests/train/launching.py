@@ -16,7 +16,7 @@ import os
 if os.environ.get("RANK") == "1":
     import pathlib, signal, sys, time
     from tunesmith import errors
-    from tunesmith.engine import loop
+    from tunesmith.train import loop
     train_step = loop.train_step
 
     def faulty(job, step):

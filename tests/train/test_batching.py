@@ -9,20 +9,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tunesmith.data.batch.pack import PACKED, PADDED
+from tunesmith.data.batch.step import groups_under
+from tunesmith.data.store.epochs import epochs
 from tunesmith.errors import RecipeError
-from tunesmith.train import batching, optim
-from tunesmith.train.config import TrainConfig
+from tunesmith.train import optim
+from tunesmith.train.config import TrainConfig, due
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
-def source(rows):
-    return SimpleNamespace(source=np.zeros(rows, np.int32), weights=np.ones(1))
+def laid_out(rows, batch_size, seed, shuffle, passes):
+    """Steps of so many rows; no example is looked at."""
+    data = SimpleNamespace(source=np.zeros(rows, np.int32), weights=np.ones(1))
+    return epochs(data, None, batch_size, seed, shuffle, passes, None)
 
 
 @given(LENGTHS, st.integers(1, 150), st.booleans())
 def test_every_row_is_in_one_micro_batch_under_the_budget(lengths, budget, packed):
-    groups = batching.micro_batches(lengths, budget, packed)
+    groups = groups_under(lengths, budget, PACKED if packed else PADDED)
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     for group in groups:
         tokens = sum(lengths[r] for r in group) if packed else max(lengths[r] for r in group) * len(group)
@@ -31,18 +36,19 @@ def test_every_row_is_in_one_micro_batch_under_the_budget(lengths, budget, packe
 
 @given(st.integers(1, 50), st.integers(1, 12), st.integers(0, 5), st.booleans())
 def test_each_epoch_sees_every_row_once(rows, batch_size, seed, shuffle):
-    plan = batching.plan(source(rows), batch_size, seed, shuffle, 2, None)
+    run = laid_out(rows, batch_size, seed, shuffle, 2)
+    plan = run.plan
     assert plan.steps == 2 * math.ceil(rows / batch_size)
     for epoch in (0, 1):
         steps = range(epoch * plan.steps_per_epoch + 1, (epoch + 1) * plan.steps_per_epoch + 1)
-        assert sorted(int(row) for step in steps for row in plan.rows(step)) == list(range(rows))
+        assert sorted(int(row) for step in steps for row in run.rows(step)) == list(range(rows))
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    plan, again, other = (batching.plan(source(40), 8, seed, True, 2, None) for seed in (1, 1, 2))
-    assert plan.rows(3).tolist() == again.rows(3).tolist() != other.rows(3).tolist()
-    assert plan.rows(1).tolist() != plan.rows(6).tolist()
-    ordered = batching.plan(source(40), 8, 1, False, 1, None)
+    run, again, other = (laid_out(40, 8, seed, True, 2) for seed in (1, 1, 2))
+    assert run.rows(3).tolist() == again.rows(3).tolist() != other.rows(3).tolist()
+    assert run.rows(1).tolist() != run.rows(6).tolist()
+    ordered = laid_out(40, 8, 1, False, 1)
     assert [row for step in range(1, 6) for row in ordered.rows(step)] == list(range(40))
 
 
@@ -51,7 +57,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     [(1.0, range(1, 21)), (7.0, [7, 14]), (0.25, [5, 10, 15, 20]), (0.001, range(1, 21)), ("epoch", [8, 16]), (None, [])],
 )
 def test_when_things_are_due(every, steps):
-    assert [step for step in range(1, 21) if batching.due(every, step, 20, 8)] == list(steps)
+    assert [step for step in range(1, 21) if due(every, step, 20, 8)] == list(steps)
 
 
 CLOSED_FORMS = {

@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tunesmith
-from tests.train.launching import launched
 from tests.runs import apart, history, killed_before, recipe, weights
+from tests.train.launching import launched
+from tunesmith import files
 from tunesmith.data.batch import pack
-from tunesmith.data.batch.pack import PACKED
+from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.data.store import cache
 from tunesmith.models.heads import lm_head
-from tunesmith.train import frozen_body_cache, machine
+from tunesmith.train import frozen_body_cache
 from tunesmith.train.frozen_body_cache import Outputs, Row, rows_of
 
 HEAD = {"type": "features", "target_modules": ["lm_head"]}
@@ -126,10 +126,10 @@ def test_resumed_bit_for_bit_though_the_cache_is_gone(tmp_path):
     made = made_in(tmp_path, precision="bf16", epochs=3, save_steps=2)
     tunesmith.train(made, out=tmp_path / "straight")
     for folder in cache.store().glob("bodies-*/*"):
-        cache.discard(folder)
+        files.remove_folder(folder)
     killed_before(4, made, tmp_path / "run")
     for folder in cache.store().glob("bodies-*/*"):
-        cache.discard(folder)
+        files.remove_folder(folder)
     tunesmith.train(made, out=tmp_path / "run", resume=True)
     assert history(tmp_path / "run") == history(tmp_path / "straight")
     assert apart(weights(tmp_path / "run" / "model"), weights(tmp_path / "straight" / "model")) == 0
@@ -183,13 +183,14 @@ def test_a_full_disk_is_said_and_the_run_goes_on(tmp_path, monkeypatch):
     made = made_in(tmp_path)
     tunesmith.train(made, out=tmp_path / "kept")
     for folder in cache.store().glob("bodies-*/*"):
-        cache.discard(folder)
+        files.remove_folder(folder)
+    free, little = files.free_disk_bytes, files.MARGIN_BYTES + 1
     with monkeypatch.context() as patch:
-        patch.setattr(frozen_body_cache, "machine", SimpleNamespace(free_disk_bytes=lambda folder: frozen_body_cache.MARGIN + 1))
+        patch.setattr(files, "free_disk_bytes", lambda path: little if "bodies-" in str(path) else free(path))
         tunesmith.train(made, out=tmp_path / "full")
     assert "computed anew at each step" in notes(tmp_path / "full")[0] and "are free there" in notes(tmp_path / "full")[0]
     assert not list(cache.store().glob("bodies-*/*"))
-    assert machine.free_disk_bytes(tmp_path) > frozen_body_cache.MARGIN
+    assert files.free_disk_bytes(tmp_path) > little
     ours, theirs = history(tmp_path / "kept"), history(tmp_path / "full")
     assert all(abs(a["eval_loss"] - b["eval_loss"]) < 1e-5 for a, b in zip(ours, theirs, strict=True) if "eval_loss" in a)
 
@@ -282,7 +283,7 @@ def test_any_batch_of_known_rows_finds_its_own_outputs(pairs, packed, order, kno
         kept.write(folder, some, [output_of(row) for row in some])
     kept.read(folder)
     order.shuffle(pairs)
-    batch = collate([example(pair) for pair in pairs])
+    batch = pack.with_targets([example(pair) for pair in pairs], layout)
     of_batch = rows_of(batch)
     assert [row.ids.tolist() for row in of_batch] == [ids for ids, _ in pairs]
     wanted = [row for row in of_batch if len(row.places)]

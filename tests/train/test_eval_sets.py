@@ -12,8 +12,8 @@ import pytest
 import tunesmith
 from tests.numeric.test_invariance import LAUNCHED
 from tests.runs import recipe
-from tunesmith.engine.report import write_report
-from tunesmith.runs import tracking
+from tunesmith.report.run_page import write_report
+from tunesmith.runs import metrics_file
 
 NAMES = ("short", "long")
 
@@ -34,7 +34,7 @@ def made(tmp_path):
 
 
 def evaluations(run):
-    return [record for record in tracking.read(run / "metrics.jsonl") if record["kind"] == "eval"]
+    return [record for record in metrics_file.read(run / "metrics.jsonl") if record["kind"] == "eval"]
 
 
 def alone(made, name, tmp_path):

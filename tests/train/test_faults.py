@@ -9,10 +9,11 @@ import torch
 
 import tunesmith
 from tests.runs import history, recipe, weights
+from tunesmith import files
 from tunesmith.errors import DiskFullError, NonFiniteError, UserError
 from tunesmith.models.heads import lm_head
-from tunesmith.runs import run_folder, tracking
-from tunesmith.train import checkpoint, evaluation, machine
+from tunesmith.runs import metrics_file, run_folder
+from tunesmith.train import checkpoint, evaluation
 
 LOSS = lm_head.lm_loss
 
@@ -44,7 +45,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(val
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 2, 3]
     tensors, _ = checkpoint.newest(tmp_path / "run" / "checkpoints", print)
     assert all(torch.equal(tensors[f"master.{name}"], value) for name, value in expected.items())
-    last = tracking.read(tmp_path / "run" / "metrics.jsonl")[-1]
+    last = metrics_file.read(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["kind"] == "stop" and not math.isfinite(last["loss"])
 
 
@@ -83,18 +84,18 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
 
 def test_no_room_for_a_checkpoint(tmp_path, monkeypatch):
     made = recipe(tmp_path, max_steps=4, save_steps=1, save_total_limit=9)
-    free = machine.free_disk_bytes
+    free = files.free_disk_bytes
     calls = []
 
     def shrinking(path):
         calls.append(path)
         return 1000 if len(calls) > 2 else free(path)
 
-    monkeypatch.setattr(machine, "free_disk_bytes", shrinking)
+    monkeypatch.setattr(files, "free_disk_bytes", shrinking)
     with pytest.raises(DiskFullError, match=r"needs .* are free"):
         tunesmith.train(made, out=tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 2]
-    monkeypatch.setattr(machine, "free_disk_bytes", free)
+    monkeypatch.setattr(files, "free_disk_bytes", free)
     tunesmith.train(made, out=tmp_path / "run", resume=True)
     tunesmith.train(made, out=tmp_path / "straight")
     assert history(tmp_path / "run") == history(tmp_path / "straight")
@@ -148,10 +149,11 @@ def test_any_damage_is_noticed(name, damage, tmp_path):
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     target = tmp_path / "model"
-    checkpoint.publish(target, lambda path: (path / "a").write_text("old") and None, 0)
+    files.publish_folder(target, lambda path: (path / "a").write_text("old") and None, 0)
     target.rename(tmp_path / ".model.replaced")
     (tmp_path / ".model.77.tmp").mkdir()
-    checkpoint.recover(target)
+    (tmp_path / ".manifest.json.77.tmp").write_text("{")
+    files.recover(target)
     assert (target / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

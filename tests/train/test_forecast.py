@@ -12,10 +12,13 @@ import torch
 import tunesmith
 from tests.runs import TASKS, apart, history, recipe, rows, weights
 from tunesmith.cli.main import main
+from tunesmith.data.batch.pack import PACKED
+from tunesmith.data.batch.step import Listed, Step
 from tunesmith.errors import OutOfMemoryError, RecipeError
 from tunesmith.models.heads import lm_head
-from tunesmith.runs import tracking
-from tunesmith.train import batching, forecast, loop, machine
+from tunesmith.objectives import sft
+from tunesmith.runs import metrics_file
+from tunesmith.train import forecast, loop, machine
 
 LOSS = lm_head.lm_loss
 SUMS = {"optim_args": {"eps": 1e-3}, "learning_rate": 1e-3}
@@ -72,7 +75,7 @@ def test_memory_that_runs_out_is_said_and_kept_for_later_steps(tmp_path, monkeyp
     heaviest = 2  # passes of the rehearsal that still fit
     tried = small_machine(monkeypatch, 60, first_steps=heaviest)
     tunesmith.train(made, out=tmp_path / "run")
-    said = [record for record in tracking.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "memory"]
+    said = [record for record in metrics_file.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "memory"]
     assert said and said[0]["before"] == 2048 and said[-1]["micro_batch_tokens"] < 100
     limit = said[-1]["micro_batch_tokens"]
     after = tried[max(place for place, tokens in enumerate(tried) if tokens > limit) + 1 :]
@@ -85,7 +88,7 @@ def test_a_resumed_run_keeps_the_smaller_micro_batches(tmp_path, monkeypatch):
     made = recipe(tmp_path, max_steps=6, save_steps=3)
     small_machine(monkeypatch, 60, first_steps=2)
     tunesmith.train(made, out=tmp_path / "straight")
-    save = loop.batching.due
+    due = loop.due
 
     class Killed(BaseException):
         pass
@@ -93,11 +96,11 @@ def test_a_resumed_run_keeps_the_smaller_micro_batches(tmp_path, monkeypatch):
     def killed(every, step, steps, per_epoch):
         if step == 4:
             raise Killed
-        return save(every, step, steps, per_epoch)
+        return due(every, step, steps, per_epoch)
 
     with monkeypatch.context() as patch:
         small_machine(patch, 60, first_steps=2)
-        patch.setattr(loop.batching, "due", killed)
+        patch.setattr(loop, "due", killed)
         with pytest.raises(Killed):
             tunesmith.train(made, out=tmp_path / "broken")
     small_machine(monkeypatch, 60)
@@ -143,7 +146,7 @@ def test_the_first_thing_that_is_run_is_the_heaviest_micro_batch(packing, tmp_pa
 
 
 def test_the_heaviest_is_found_in_a_run_too_long_to_be_looked_at_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(batching, "LOOKED_AT", 2)
+    monkeypatch.setattr(forecast, "LOOKED_AT", 2)
     made = recipe(tmp_path, batch_size=1, max_steps=12)
     long = [*rows(12), {"prompt": "long:" + " fox" * 60, "completion": " x"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, long)))
@@ -167,17 +170,18 @@ def line(heaviest, per_token, pending=0):
 
 
 def one_row_of(tokens):
-    """A plan and an objective, as far as a budget wants to know of them."""
-    data = SimpleNamespace(sizes=lambda rows, packed, shared: (np.array([tokens]), np.array([1])))
-    return SimpleNamespace(data=data), SimpleNamespace(shared=False)
+    """A source of one step of one example of so many tokens."""
+    data = Listed([{"input_ids": np.zeros(tokens, np.int32)}], ["the row"])
+    step = Step(1, data, np.arange(1), sft.Objective(sft.Config()).collate)
+    return SimpleNamespace(preview=lambda most: [step])
 
 
 def test_auto_takes_what_fits_and_counts_the_optimiser(tmp_path, monkeypatch):
     """Measured: 10,000 bytes and 10 a token; 1,000 bytes to come. Of 20,000 bytes nine tenths may be used: 700 tokens."""
     job = type("J", (), {})()
-    job.budget, job.packed = 2048, True
+    job.budget, job.layout = 2048, PACKED
     job.model, job.update = torch.nn.Linear(4, 4), type("U", (), {"masters": type("M", (), {"size": 20})()})()
-    job.plan, job.objective = one_row_of(300)
+    job.source = one_row_of(300)
     job.config = type("C", (), {"gradient_checkpointing": False})()
     job.device = torch.device("cpu")
     monkeypatch.setattr(forecast, "measure_memory", lambda job, limit: line(job.budget, 10.0, 1000))
@@ -212,8 +216,8 @@ def test_processes_agree_on_one_budget(tmp_path, monkeypatch):
         return [*records, records[0] - 7] if not isinstance(records[0], bool) else records
 
     job = type("J", (), {})()
-    job.budget, job.device, job.packed = 2048, torch.device("cpu"), True
-    job.plan, job.objective = one_row_of(100)
+    job.budget, job.device, job.layout = 2048, torch.device("cpu"), PACKED
+    job.source = one_row_of(100)
     monkeypatch.setattr(forecast.distributed, "gather", gather)
     monkeypatch.setattr(forecast, "measure_memory", lambda job, limit: line(job.budget, 10.0))
     forecast.settle(job, automatic=True, limit=10**9)

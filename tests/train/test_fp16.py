@@ -18,7 +18,7 @@ from tests.runs import apart, history, model_folder, recipe, weights
 from tunesmith.errors import GradientOverflowError, ModelError, NonFiniteError
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads import lm_head
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 from tunesmith.train import loop, optim, precision, setup
 from tunesmith.train.config import TrainConfig
 from tunesmith.train.masters import Masters
@@ -141,8 +141,9 @@ def one_weight(scale, dtype=torch.float16):
 
 
 def gradient_of(update, model, x):
-    update.backward(model(x).float().sum())
-    update.norm()
+    loss = model(x).float().sum()
+    update.backward(loss)
+    update.norm(loss.detach())
     (gradient,) = (master.grad.clone() for master in update.masters.masters.values())
     update.drop()
     return gradient
@@ -160,8 +161,9 @@ def test_gradients_too_small_for_fp16_are_kept_by_the_scale():
     found = []
     for scale in (None, LossScale(2.0**16)):
         model, update = one_weight(scale)
-        update.backward((model(tiny.half()).float() * 2.0**-10).sum())  # 2^-30: below 2^-24, the smallest of fp16
-        update.norm()
+        loss = (model(tiny.half()).float() * 2.0**-10).sum()
+        update.backward(loss)  # 2^-30: below 2^-24, the smallest of fp16
+        update.norm(loss.detach())
         found.append(next(iter(update.masters.masters.values())).grad)
     assert not found[0].any()
     assert (found[1] == 2.0**-30).all()
@@ -336,7 +338,7 @@ def test_a_loss_that_is_not_finite_still_stops_the_run(tmp_path, monkeypatch):
 
 LAUNCHED = """
 import sys, json, tunesmith
-from tunesmith.engine import setup
+from tunesmith.train import setup
 from tunesmith.train.precision import LossScale
 setup.precision.LossScale = lambda: LossScale(2.0**23)
 recipe, out = json.loads(sys.argv[1]), sys.argv[2]
@@ -359,6 +361,6 @@ def test_two_processes_leave_out_the_same_steps(tmp_path, monkeypatch):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    skipped = [tracking.read(tmp_path / run / "metrics.jsonl")[-1]["skipped_steps"] for run in ("one", "two")]
+    skipped = [metrics_file.read(tmp_path / run / "metrics.jsonl")[-1]["skipped_steps"] for run in ("one", "two")]
     assert skipped[0] == skipped[1] > 0
     assert apart(weights(alone["model_dir"]), weights(tmp_path / "two" / "model")) <= 2e-4

@@ -5,7 +5,7 @@ import pytest
 import tunesmith
 from tests.runs import apart, history, recipe, weights
 from tunesmith.errors import NonFiniteError, RecipeError
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 
 
 def with_evaluation(folder, **train):
@@ -20,7 +20,7 @@ def test_every_record_and_every_checkpoint_is_handed_over(tmp_path):
         with_evaluation(tmp_path), out=tmp_path / "run", on_log=logs.append, on_eval=evaluations.append,
         on_save=lambda *given: saves.append(given),
     )  # fmt: skip
-    written = tracking.read(tmp_path / "run" / "metrics.jsonl")
+    written = metrics_file.read(tmp_path / "run" / "metrics.jsonl")
     assert logs == [one for one in written if one["kind"] == "train"]
     assert evaluations == [one for one in written if one["kind"] == "eval"]
     assert saves == [(tmp_path / "run" / "checkpoints" / f"step-{step}", step) for step in (2, 4, 6)]

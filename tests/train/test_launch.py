@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import tunesmith
-from tests.train.launching import launched, start
 from tests.runs import apart, killed_before, recipe, weights
+from tests.train.launching import launched, start
 from tunesmith import errors
 from tunesmith.cli.main import main
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 from tunesmith.train import distributed, launch, loop, watch
 from tunesmith.train.reproduce import reproduce
 from tunesmith.train.watch import Note
@@ -58,7 +58,7 @@ def test_an_interrupt_before_anything_was_saved_stays_one():
 
 WAITS = """
 import sys, time, pathlib
-from tunesmith.engine import watch
+from tunesmith.train import watch
 watch.begin(pathlib.Path(sys.argv[1]), 0)
 print("begun", flush=True)
 time.sleep(60)
@@ -89,7 +89,7 @@ def shared_run(tmp_path, **train):
 
 
 def evaluations(run):
-    return [record["eval_loss"] for record in tracking.read(run / "metrics.jsonl") if record["kind"] == "eval"]
+    return [record["eval_loss"] for record in metrics_file.read(run / "metrics.jsonl") if record["kind"] == "eval"]
 
 
 def test_a_run_may_go_on_with_another_number_of_processes(tmp_path, monkeypatch):

@@ -49,8 +49,3 @@ def test_memory_follows_what_is_allocated_and_the_peak_stays():
 @pytest.mark.skipif(sys.platform != "linux", reason="compares two sources that only Linux has")
 def test_the_two_sources_of_the_peak_agree():
     assert abs(machine._max_rss() * 1024 - machine.peak_memory_bytes()) < 8 * MEBIBYTE
-
-
-def test_free_disk_of_a_folder_that_does_not_exist_yet(tmp_path):
-    assert machine.free_disk_bytes(tmp_path / "runs" / "new") > 0
-    assert machine.free_disk_bytes(str(tmp_path)) > 0

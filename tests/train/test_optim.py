@@ -110,7 +110,7 @@ def test_an_optimiser_follows_its_formula(name):
     for step in range(1, 41):
         loss = loss_of(model.weight, model.bias)
         update.backward(loss)
-        update.norm()
+        update.norm(loss.detach())
         update.apply(step)
         ours.append(loss.item())
         plain = [p.requires_grad_() for p in plain]

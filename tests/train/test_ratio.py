@@ -6,7 +6,7 @@ import torch
 import tunesmith
 from tests.numeric.test_invariance import OTHERS
 from tests.runs import recipe
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 from tunesmith.train import masters, setup, update_ratio
 from tunesmith.train.update_ratio import Ratio
 
@@ -90,7 +90,9 @@ def test_at_a_small_rate_every_trained_tensor_moves(adaptation, precision, tmp_p
     still = [name for name, master in built.update.masters.masters.items() if master.equal(first[name])]
     assert still == []
     assert not any("did not move" in note for note in built.notes)
-    ratios = [record["update_ratio"] for record in tracking.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"]
+    ratios = [
+        record["update_ratio"] for record in metrics_file.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"
+    ]
     assert len(ratios) == 6
     assert all(1e-7 < one < 1e-3 for one in ratios)
 

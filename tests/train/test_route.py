@@ -109,7 +109,7 @@ def test_long_answers_are_tried_in_part(task, tmp_path, monkeypatch):
 
     monkeypatch.setattr(task.Objective, "loss", watched)
     folder = locate(save_tiny("llama", tmp_path))
-    network = load.load_model(folder, head=objective.head, trainable=True, head_config=objective.head_config())
+    network = load.load_model(folder, head=objective.traits.head, trainable=True, head_config=objective.head_config())
     chosen = fast_path.choose(network, objective, long, 4096, "auto", CPU)
     assert min(len(one["input_ids"]) for one in long) > 1000 and max(seen) <= 2 * 2 * fast_path.PROBE_TOKENS
     assert chosen.packed and chosen.shared and not chosen.notes

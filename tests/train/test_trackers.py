@@ -13,7 +13,7 @@ import pytest
 import tunesmith
 from tests.runs import recipe
 from tunesmith.errors import MissingExtra
-from tunesmith.runs import trackers, tracking
+from tunesmith.runs import metrics_file, trackers
 
 NAMES = list(trackers.OPEN)
 
@@ -40,7 +40,7 @@ def trained(folder, names, resume=False, **train):
 def expected(folder):
     """{figure: [(step, value)]} of metrics.jsonl."""
     points = {}
-    for record in tracking.read(folder / "run-a" / "metrics.jsonl"):
+    for record in metrics_file.read(folder / "run-a" / "metrics.jsonl"):
         for name, value in trackers.sent(record).items():
             points.setdefault(name, []).append((record["step"], value))
     return points
@@ -232,7 +232,7 @@ def test_a_tracker_that_hangs_holds_up_nothing_but_the_end_and_that_for_a_moment
 HANGS = """
 import threading, time
 from tunesmith.cli.main import leave
-from tunesmith.engine import trackers
+from tunesmith.runs import trackers
 threading.Thread(target=time.sleep, args=(60,), name="tunesmith tracker wandb").start()
 print("the result")
 leave(3)

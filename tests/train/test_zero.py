@@ -12,11 +12,14 @@ import pytest
 import torch
 
 import tunesmith
-from tests.train.launching import launched
 from tests.runs import apart, model_folder, recipe, weights
+from tests.train.launching import launched
+from tunesmith.data.batch.pack import PACKED, PADDED
+from tunesmith.data.batch.step import Listed, Step
 from tunesmith.errors import MissingExtra, RecipeError
-from tunesmith.runs import tracking
-from tunesmith.train import batching, checkpoint, zero
+from tunesmith.objectives import sft
+from tunesmith.runs import metrics_file
+from tunesmith.train import checkpoint, zero
 from tunesmith.train.config import TrainConfig
 
 ADAPTATIONS = {"full": "full", "lora": {"type": "lora", "r": 4, "lora_dropout": 0.3}}
@@ -39,7 +42,7 @@ def run_of(tmp_path, adaptation, **train):
 
 
 def records(run, kind, *keys):
-    return [[record[key] for key in keys] for record in tracking.read(run / "metrics.jsonl") if record["kind"] == kind]
+    return [[record[key] for key in keys] for record in metrics_file.read(run / "metrics.jsonl") if record["kind"] == kind]
 
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
@@ -108,12 +111,12 @@ def test_other_parts_go_with_shards(name, tmp_path):
 
     for step in (3, 4):
         shutil.rmtree(run / "checkpoints" / f"step-{step}")
-    before = tracking.read(run / "metrics.jsonl")
+    before = metrics_file.read(run / "metrics.jsonl")
     code, _, err = launched(made, tmp_path, "--resume", *sharded)
     assert code == 0 and "resumed after step 2" in err, err
-    lasting = [{k: v for k, v in one.items() if k not in tracking.TIMING_KEYS} for one in before]
+    lasting = [{k: v for k, v in one.items() if k not in metrics_file.TIMING_KEYS} for one in before]
     assert [
-        {k: v for k, v in one.items() if k not in tracking.TIMING_KEYS} for one in tracking.read(run / "metrics.jsonl")
+        {k: v for k, v in one.items() if k not in metrics_file.TIMING_KEYS} for one in metrics_file.read(run / "metrics.jsonl")
     ] == lasting
 
 
@@ -177,24 +180,15 @@ def test_what_the_file_says_of_communication_is_kept_and_auto_is_filled_in(tmp_p
     assert made["bf16"] == {"enabled": True} and made["gradient_clipping"] == 0.5
 
 
-class Rows:
-    def __init__(self, lengths):
-        self.lengths = np.array(lengths)
-
-    def sizes(self, rows, packed, shared):
-        return self.lengths[rows], np.ones(len(self.lengths[rows]), int)
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_every_process_gets_as_many_micro_batches_while_its_rows_last(packed):
-    data = Rows([9, 1, 9, 1, 9, 1, 2, 1])
-    plan = batching.Plan(data, 8, 0, False, 1, 1)
-    plan_rows = np.arange(8)
-    object.__setattr__(plan, "rows", lambda step: plan_rows)
-    parts = [batching.split(plan, 1, 9, packed, process, 2) for process in (0, 1)]
+@pytest.mark.parametrize("layout", [PACKED, PADDED], ids=["packed", "padded"])
+def test_every_process_gets_as_many_micro_batches_while_its_rows_last(layout):
+    rows = [{"input_ids": np.zeros(length), "supervised": np.ones(length, bool)} for length in (9, 1, 9, 1, 9, 1, 2, 1)]
+    step = Step(1, Listed(rows, list("abcdefgh")), np.arange(8), sft.Objective(sft.Config()).collate)
+    parts = [step.split(9, layout, process, 2) for process in (0, 1)]
     assert [len(groups) for groups in parts] == [4, 4] or [len(groups) for groups in parts] == [3, 3]
     assert sorted(place for groups in parts for group in groups for place in group) == list(range(8))
-    assert batching.most_micro_batches(plan, 1, 9, packed, 2) == len(parts[0])
+    for process in (0, 1):
+        assert len(step.micro_batches(9, layout, process, 2, even=True)) == len(parts[0])
 
 
 def test_a_lock_that_a_killed_compilation_left_is_removed(tmp_path):

@@ -9,9 +9,27 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What the rest of the program asks of an adaptation before there is an object of it, instead of comparing its name.
+
+    ``saved_as``  peft's type of the adapter that it saves (``models.adapters.kinds`` has what follows from it); None = it trains
+    the model's own weights and saves a whole model.
+    ``quantised_base``  the base is kept in 4 or 8 bits.
+    ``dropout``  the key of its ``Config`` that draws at random while training; None = it draws nothing.
+    ``peft_keys``  keys of peft's config that a user may look for -> the recipe's key that says the same, with an example.
+    """
+
+    saved_as: str | None
+    quantised_base: bool = False
+    dropout: str | None = None
+    peft_keys: Mapping[str, str] = field(default_factory=dict)
 
 
 class Adaptation(Protocol):
@@ -23,6 +41,7 @@ class Adaptation(Protocol):
     Merging needs no adaptation object: it works on saved folders (``models.load.load.merged``), whoever trained them.
     """
 
+    traits: Traits
     learning_rate: float
     keys_of_learning: frozenset[str]
     notes: Sequence[str]
@@ -56,6 +75,14 @@ def names() -> list[str]:
 def module(name: str) -> ModuleType:
     """The file of one adaptation, imported when asked for."""
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def makers(saved_as: str, quantised_base: bool | None = None) -> list[str]:
+    """The adaptations that save adapters of peft's type ``saved_as``; only those on such a base, where that is given."""
+    traits = {name: module(name).Adaptation.traits for name in names()}
+    return [
+        name for name, found in traits.items() if found.saved_as == saved_as and quantised_base in (None, found.quantised_base)
+    ]
 
 
 def name_of(config: Any) -> str:

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
+from tunesmith.models.heads import head_types
 from tunesmith.models.load import patterns, vocabulary
 
 SIZE = 64
@@ -37,6 +39,7 @@ class Config(BaseModel):
 
 
 class Adaptation:
+    traits = Traits("BOTTLENECK", dropout="dropout")
     learning_rate = 5e-4
     keys_of_learning: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
@@ -56,17 +59,15 @@ class Adaptation:
         from peft import get_peft_model
 
         from tunesmith.models.adapters import bottleneck
-        from tunesmith.models.heads import task_heads
-        from tunesmith.models.heads.lm_head import TASK
 
         bottleneck.register()
         names = [name for name, _ in model.named_modules() if name]
         patterns.require("modules_to_save", self.config.modules_to_save or [], names)
-        whole = [*patterns.whole(self.config.modules_to_save or [], names), *task_heads.new_parts(model, head)]
+        whole = [*patterns.whole(self.config.modules_to_save or [], names), *head_types.new_parts(model, head)]
         targets = bottleneck.sublayers(model, self.config.variant)
         patterns.require_apart("adaptation=bottleneck stands on", targets, whole)
         config = bottleneck.BottleneckConfig(
-            task_type=TASK[head],
+            task_type=head_types.TASK[head],
             variant=self.config.variant,
             bottleneck_size=self._size(model.config.get_text_config().hidden_size),
             non_linearity=self.config.non_linearity,

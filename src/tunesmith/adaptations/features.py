@@ -13,7 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
+from tunesmith.models.heads import head_types
 from tunesmith.models.load import patterns as matching
 
 DEFAULT_BLOCKS = 2
@@ -34,6 +36,7 @@ class Config(BaseModel):
 
 
 class Adaptation:
+    traits = Traits(None)
     learning_rate = 2e-4
     keys_of_learning: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
@@ -179,9 +182,7 @@ def _norms_after(body: Any, blocks: Sequence[Any]) -> list[Any]:
 
 
 def _new_head(model: Any, head: str) -> list[list[Any]]:
-    from tunesmith.models.heads import task_heads
-
-    return [] if head == "lm" else [list(model.get_submodule(name).parameters()) for name in task_heads.parts(model, head)]
+    return [] if head == "lm" else [list(model.get_submodule(name).parameters()) for name in head_types.parts(model, head)]
 
 
 def _require_whole_ends(model: Any, trained: set[int], apart: bool) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from tunesmith.adaptations import Traits
+
 
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Adaptation:
+    traits = Traits(None)
     learning_rate = 2e-5
     keys_of_learning: frozenset[str] = frozenset()
     notes: Sequence[str] = ()

@@ -12,8 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import linear
+from tunesmith.models.heads import head_types
 
 KEYS_AND_VALUES = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
 """What projects to keys and values inside one attention; a fused projection is scaled whole, its queries too, as in peft."""
@@ -26,6 +28,7 @@ class Config(BaseModel):
 
 
 class Adaptation:
+    traits = Traits("IA3")
     learning_rate = 1e-2
     keys_of_learning: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
@@ -42,18 +45,16 @@ class Adaptation:
         """
         from peft import IA3Config, get_peft_model
 
-        from tunesmith.models.heads import task_heads
-        from tunesmith.models.heads.lm_head import TASK
         from tunesmith.models.load import vocabulary
 
         if new_rows:
             raise vocabulary.no_room("ia3")
         scaled, inner = found(model)
         config = IA3Config(
-            task_type=TASK[head],
+            task_type=head_types.TASK[head],
             target_modules=_pattern([*scaled, *inner]),
             feedforward_modules=_pattern(inner),
-            modules_to_save=task_heads.new_parts(model, head) or None,
+            modules_to_save=head_types.new_parts(model, head) or None,
             fan_in_fan_out=linear.stores_transposed(model),
         )
         return get_peft_model(model, config)

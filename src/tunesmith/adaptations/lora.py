@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import linear
+from tunesmith.models.heads import head_types
 from tunesmith.models.load import patterns, vocabulary
 
 NOT_HERE = {
@@ -57,6 +59,14 @@ class Config(BaseModel):
             return value if value is True else name
         reason = f"{value} is not offered here: {NOT_HERE[name]}" if name in NOT_HERE else f"unknown start {value!r}"
         raise ValueError(f"{reason}. Expected true, gaussian, pissa, pissa_niter_N (such as pissa_niter_16) or olora")
+
+    @model_validator(mode="after")
+    def _magnitudes_start_at_the_base(self) -> Config:
+        if self.use_dora and self.init_lora_weights is not True:
+            raise ValueError(
+                "use_dora: its magnitudes are measured on a LoRA that starts at zero, so init_lora_weights must be left out"
+            )
+        return self
 
     @field_validator("r", "lora_alpha")
     @classmethod
@@ -104,7 +114,14 @@ class Config(BaseModel):
         )
 
 
+PEFT_KEYS = {
+    "rank_pattern": "adaptation.r: {default: 8, PATTERN: 16}",
+    "alpha_pattern": "adaptation.lora_alpha: {default: 16, PATTERN: 32}",
+}
+
+
 class Adaptation:
+    traits = Traits("LORA", dropout="lora_dropout", peft_keys=PEFT_KEYS)
     learning_rate = 2e-4
     keys_of_learning = frozenset({"loraplus_lr_ratio"})
     notes: Sequence[str] = ()
@@ -123,21 +140,18 @@ class Adaptation:
         """
         from peft import LoraConfig, get_peft_model
 
-        from tunesmith.models.heads import task_heads
-        from tunesmith.models.heads.lm_head import TASK
-
         wanted: str | list[str] = self.config.target_modules
         names = [name for name, _ in model.named_modules() if name]
         if wanted != "all-linear":
             patterns.require("target_modules", wanted, names)
         patterns.require("modules_to_save", self.config.modules_to_save or [], names)
-        whole = [*patterns.whole(self.config.modules_to_save or [], names), *task_heads.new_parts(model, head)]
+        whole = [*patterns.whole(self.config.modules_to_save or [], names), *head_types.new_parts(model, head)]
         rows = self._rows_of(model, new_rows)
         begins = self.config.begins
         if self.config.layers_to_transform is not None:
             wanted = _names_in_layers(model, wanted, self.config.layers_to_transform)
         config = LoraConfig(
-            task_type=TASK[head],
+            task_type=head_types.TASK[head],
             r=self.config.rank,
             rank_pattern=self.config.rank_pattern,
             lora_alpha=self.config.alpha,

@@ -8,6 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tunesmith.adaptations import Traits
+from tunesmith.models.heads import head_types
+
 PROJECTION_RATIO = 0.01
 
 
@@ -26,6 +29,7 @@ class Config(BaseModel):
 
 
 class Adaptation:
+    traits = Traits("PREFIX_TUNING")
     learning_rate = 1e-2
     keys_of_learning: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
@@ -41,8 +45,6 @@ class Adaptation:
         from peft import PrefixTuningConfig, get_peft_model
 
         from tunesmith.models.adapters import virtual_tokens
-        from tunesmith.models.heads import task_heads
-        from tunesmith.models.heads.lm_head import TASK
         from tunesmith.models.load import vocabulary
 
         if new_rows:
@@ -57,8 +59,8 @@ class Adaptation:
                 model, [words[place % len(words)] if words else place for place in range(tokens)]
             )
         config = PrefixTuningConfig(
-            task_type=TASK[head],
-            modules_to_save=task_heads.new_parts(model, head) or None,
+            task_type=head_types.TASK[head],
+            modules_to_save=head_types.new_parts(model, head) or None,
             num_virtual_tokens=tokens,
             prefix_projection=self.config.prefix_projection,
             encoder_hidden_size=self.config.encoder_hidden_size,

@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
+from tunesmith.models import network
+from tunesmith.models.heads import head_types
 
 VIRTUAL_TOKENS = 20
 
@@ -36,6 +39,7 @@ class Config(BaseModel):
 
 
 class Adaptation:
+    traits = Traits("PROMPT_TUNING")
     learning_rate = 1e-2
     keys_of_learning: frozenset[str] = frozenset()
     notes: Sequence[str] = ()
@@ -52,13 +56,11 @@ class Adaptation:
         from peft import PromptTuningConfig, get_peft_model
 
         from tunesmith.models.adapters import virtual_tokens
-        from tunesmith.models.heads import task_heads
-        from tunesmith.models.heads.lm_head import TASK
         from tunesmith.models.load import vocabulary
 
         if new_rows:
             raise vocabulary.no_room("prompt")
-        if head == "score" and not task_heads.is_causal(model.config) and task_heads.pooling(model.config) is None:
+        if head == "score" and not network.is_causal(model.config) and network.pooling(model.config) is None:
             raise RecipeError(
                 f"adaptation: prompt: {type(model).__name__} reads the first token of a row, and with virtual tokens in front "
                 "that would be one of them.\n  Set objective.pooling=mean, or use adaptation=lora."
@@ -70,8 +72,8 @@ class Adaptation:
         # the text's embeddings are written here: peft would load a tokenizer by a path of its own, again at every load
         kind = "SAMPLE_VOCAB" if self.config.prompt_tuning_init == "SAMPLE_VOCAB" else "RANDOM"
         config = PromptTuningConfig(
-            task_type=TASK[head],
-            modules_to_save=task_heads.new_parts(model, head) or None,
+            task_type=head_types.TASK[head],
+            modules_to_save=head_types.new_parts(model, head) or None,
             num_virtual_tokens=tokens,
             token_dim=model.get_input_embeddings().weight.shape[1],  # albert's words are narrower than its layers
             prompt_tuning_init=kind,

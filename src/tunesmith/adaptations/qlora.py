@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class Config(lora.Config):
 
 
 class Adaptation:
+    traits = replace(lora.Adaptation.traits, quantised_base=True)
     learning_rate = lora.Adaptation.learning_rate
     keys_of_learning = lora.Adaptation.keys_of_learning
     notes: Sequence[str] = ()

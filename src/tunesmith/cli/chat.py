@@ -104,7 +104,7 @@ def _with_own(model: str, named: dict[str, str]) -> dict[str, str]:
     if not named:
         return named
     folder = locate(model)
-    if folder.kind == "full":
+    if folder.kind != "adapter":
         return named
     name = re.sub(r"\W", "_", (folder.run or folder.path).name)
     while name in (*named, "base"):

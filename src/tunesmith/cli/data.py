@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from tunesmith.cli import output
 if TYPE_CHECKING:
     from tunesmith.data.check.lint import LintReport
     from tunesmith.data.config import DataConfig, Source
-    from tunesmith.data.make.draw import Drawn
+    from tunesmith.synth.python.wording import Candidate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -85,8 +86,8 @@ def lint(
     from tunesmith.data.check import lint as linting
     from tunesmith.data.check import near_duplicates as near
     from tunesmith.data.encode.templates import apply_template
-    from tunesmith.data.make import write as writing
     from tunesmith.data.read.source import ROW_TYPES, eval_sources
+    from tunesmith.data.store import row_writer as writing
     from tunesmith.errors import UserError
     from tunesmith.models.find.locate import locate
     from tunesmith.models.load.load import load_tokenizer
@@ -133,7 +134,10 @@ def lint(
 @app.command("build")
 def build(
     kind: Annotated[
-        str, typer.Argument(help="docstrings, instructions, preferences, classify, multilabel, tag or qa.", show_default=False)
+        str,
+        typer.Argument(
+            help="docstrings, instructions, preferences, judged, classify, multilabel, tag or qa.", show_default=False
+        ),
     ],
     rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows.")] = 1000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed, other rows.")] = 0,
@@ -151,34 +155,41 @@ def build(
     json: Json = False,
 ) -> int:
     """Make rows of one kind from the library of the Python that runs: real text, and answers that are known to be true."""
-    from tunesmith.data.make import draw, write
-    from tunesmith.data.make.maker import LANGUAGES
+    from tunesmith.data.store import row_writer
     from tunesmith.errors import UserError
     from tunesmith.nearest import did_you_mean
+    from tunesmith.synth.python import KINDS, SPLITS, WORDING, draw
 
-    for name, value, valid in (("KIND", kind, draw.KINDS), ("--lang", lang, LANGUAGES), ("--split", split, draw.SPLITS)):
+    for option, value, valid in (("KIND", kind, KINDS), ("--lang", lang, WORDING), ("--split", split, SPLITS)):
         if value is not None and value not in valid:
-            raise UserError(f"{name}: there is no {value!r}. {did_you_mean(value, valid)}")
+            raise UserError(f"{option}: there is no {value!r}. {did_you_mean(value, valid)}")
     if no_answer is not None and kind != "qa":
         raise UserError(f"--no-answer is for the kind qa; the rows of {kind} all have an answer. Leave it out.")
     if json and out == "-":
         raise UserError("--json and --out - both print to stdout. Leave one of them out, or name a file with --out.")
     path = None if out == "-" else Path(out or "-".join(filter(None, [kind, lang, split])) + ".jsonl")
     if path is not None:
-        write.check_free(path)
+        row_writer.check_free(path)
+    share = (0.2 if no_answer is None else no_answer) if kind == "qa" else 0.0
+    read = 0
     with output.console().status(f"{kind}: reading the library") as status:
-        drawn = draw.draw(
-            kind, rows, seed, lang, split, draw.NO_ANSWER_SHARE if no_answer is None else no_answer,
-            lambda done, total: status.update(f"{kind}: {done} of at most {total} modules read"),
-        )  # fmt: skip
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal read
+            read = done
+            status.update(f"{kind}: {done} of at most {total} modules read")
+
+        drawn = draw(kind, rows, seed, lang, split, share, on_progress)
     if path is None:
-        sys.stdout.writelines(line.decode() for line in write.lines(drawn.rows))
-    sha256 = write.write(drawn.rows, path) if path else None
-    output.say(*_built_lines(kind, drawn))
+        sys.stdout.writelines(line.decode() for line in row_writer.lines(one.row for one in drawn))
+    sha256 = row_writer.write((one.row for one in drawn), path) if path else None
+    made = KINDS[kind]
+    counts = Counter(label for one in drawn for label in (made.labels(one.row) if made.labels else [one.group]))
+    facts = {"kind": kind, "path": path, "rows": len(drawn), "counts": dict(sorted(counts.items())), "modules": read}
+    facts |= {"seed": seed, "lang": lang, "split": split, "about": made.about, "sha256": sha256}
+    output.say(*_built_lines(facts, drawn))
     if path is not None:
-        facts = {"kind": kind, "path": path, "rows": len(drawn.rows), "counts": drawn.counts, "modules": drawn.modules}
-        facts |= {"seed": seed, "lang": lang, "split": split, "about": drawn.about, "sha256": sha256}
-        output.result(facts, json, human=lambda _: f"{path}: {len(drawn.rows)} rows, sha256 {sha256}")
+        output.result(facts, json, human=lambda _: f"{path}: {len(drawn)} rows, sha256 {sha256}")
     return 0
 
 
@@ -220,16 +231,15 @@ def pull(
     return 0
 
 
-def _built_lines(kind: str, drawn: Drawn) -> list[str]:
-    from tunesmith.data.make.write import shorten_row
+def _built_lines(facts: dict[str, Any], drawn: list[Candidate]) -> list[str]:
+    from tunesmith.data.store.row_writer import shorten_row
 
-    counts = ", ".join(f"{name} {count}" for name, count in drawn.counts.items())
     lines = [
-        f"{kind}: {_counted(len(drawn.rows), 'row')} from {_counted(drawn.modules, 'module')} of this Python's library",
-        drawn.about,
-        counts,
+        f"{facts['kind']}: {_counted(facts['rows'], 'row')} from {_counted(facts['modules'], 'module')} of this Python's library",
+        facts["about"],
+        ", ".join(f"{name} {count}" for name, count in facts["counts"].items()),
     ]
-    return [*lines, *(f"--- {number}\n{shorten_row(row)}" for number, row in enumerate(drawn.rows[:3], 1))]
+    return [*lines, *(f"--- {number}\n{shorten_row(one.row)}" for number, one in enumerate(drawn[:3], 1))]
 
 
 def _keys(format: str | None, split: str, name: str | None, streaming: bool) -> dict[str, Any]:
@@ -248,10 +258,10 @@ def _target(
         loaded = recipe.load(target, overrides)
         kind = objectives.module(objectives.name_of(loaded.objective))
         return list(loaded.data.train), loaded.data, kind.Objective(loaded.objective), loaded.model
-    raw = {"model": "-", "data": {"train": [{"path": target, **keys}]}, "objective": "sft"}
+    raw = {"model": "-", "data": {"train": [{"path": target, **keys}]}, "objective": recipe.DEFAULT_OBJECTIVE}
     checked = recipe.parse(raw, overrides, where="data")
-    sft = objectives.module("sft")
-    return list(checked.data.train), None, sft.Objective(checked.objective), None
+    kind = objectives.module(recipe.DEFAULT_OBJECTIVE)
+    return list(checked.data.train), None, kind.Objective(checked.objective), None
 
 
 def _preview_lines(shown: list[Any]) -> list[Any]:

@@ -11,15 +11,6 @@ import typer
 from tunesmith.cli.output import result, say
 from tunesmith.errors import UserError
 
-MADE: dict[str, dict[str, Any]] = {
-    "sft": {"path": "builtin:docstrings"},
-    "cpt": {"path": "builtin:docstrings", "format": "text", "columns": {"text": "response"}},
-    "dpo": {"path": "builtin:preference"},
-    "reward": {"path": "builtin:preference"},
-    "kto": {"path": "builtin:preference", "format": "unpaired_alpaca"},
-}
-"""Builtin rows of an objective where they are not simply called like it."""
-
 
 def init(
     objective: Annotated[
@@ -51,9 +42,12 @@ def recipe_text(objective: str, adaptation: str, model: str, data: str | None) -
 
     ``data``: a file; None = rows made for the objective.
     """
+    from tunesmith import objectives
     from tunesmith import recipe as schema
 
-    source = {"path": data} if data else MADE.get(objective, {"path": f"builtin:{objective}"})
+    source = {"path": data or "-"}
+    if not data and objective in objectives.names():  # parse names the nearest to an unknown one
+        source = dict(objectives.module(objective).Objective.traits.starter)
     start = {"model": model, "objective": objective, "adaptation": adaptation, "data": {"train": [source]}}
     recipe = schema.parse(start, where="init")
     parts = {"objective": (objective, recipe.objective), "adaptation": (adaptation, recipe.adaptation)}
@@ -104,8 +98,8 @@ def _choices(annotation: Any) -> list[str]:
 
 def _scalar(value: Any) -> str:
     """A value in YAML on one line."""
-    import yaml
+    from tunesmith.recipe.text import dump
 
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
+    return dump(value, one_line=True).strip()

@@ -30,9 +30,9 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Download a model into the local store, or repair it there."""
-    from tunesmith.models.find import catalog, store
+    from tunesmith.models.find import pull, store
 
-    path = catalog.pull(name, source, say=say)
+    path = pull.pull(name, source, say=say)
     listed = store.manifest(path) or {}
     result({"name": name, "path": str(path), "source": listed.get("source")}, as_json, lambda facts: facts["path"])
 

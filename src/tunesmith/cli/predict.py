@@ -11,6 +11,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from tunesmith import files
 from tunesmith.cli.evaluate import columns_of
 from tunesmith.cli.options import BatchTokens, Format, Json, Limit, MaxLength, Name, Precision, Predictions, Split, Streaming
 from tunesmith.cli.output import console, plain, result, say
@@ -102,20 +103,14 @@ def predict_into(
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[TextIO]:
     """A file that becomes ``out`` when the block ends, and is gone when it fails. Raises UserError where none can be written."""
-    from tunesmith import new_folder
-
-    new_folder.make(out.parent)
-    beside = out.with_name(f".{out.name}.part")
-    try:
-        file = beside.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}. Name another file with --out.") from None
-    try:
+    files.make_folder(out.parent)
+    with files.publish_file(out) as temporary:
+        try:
+            file = temporary.open("w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror}. Name another file with --out.") from None
         with file:
             yield file
-        beside.rename(out)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _shown(found: Any) -> str:

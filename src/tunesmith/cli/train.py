@@ -62,7 +62,9 @@ def _next(outcome: Mapping[str, Any], name: str) -> list[str]:
     """What to type now: models that write are talked to, others judge somebody's rows."""
     if outcome.get("writes", True):
         return [f'next       tunesmith generate {name} --prompt "..."', f"           tunesmith chat {name}"]
-    verb = "score" if outcome.get("objective") == "reward" else "predict"
+    from tunesmith import objectives
+
+    verb = "score" if objectives.module(outcome["objective"]).Objective.traits.rewards else "predict"
     return [f"next       tunesmith evaluate {name} --data FILE", f"           tunesmith {verb} {name} --data FILE --out FILE"]
 
 

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from tunesmith import objectives
 from tunesmith.data.config import Source, idle
 from tunesmith.errors import DataError, ModelError, RecipeError
-
-OBJECTIVE_OF = {"lm": "sft", "score": "classify", "token": "tag", "span": "qa"}
-"""What a head was trained for, where the model does not say."""
 
 
 @dataclass
@@ -56,19 +54,19 @@ def open_model(
     ``objective``: None = what the model was trained for. ``rewards``: whether one number for a row, of a model that does not say
     what for, is a reward (as TRL saves them) and no value of a text. Raises UserError for a model that cannot do what is asked.
     """
-    from tunesmith import objectives
     from tunesmith.models.adapters import virtual_tokens
-    from tunesmith.models.heads import lm_head, task_heads
+    from tunesmith.models.heads import head_types
     from tunesmith.models.load import load
+    from tunesmith.models.network import base
     from tunesmith.train.outline import window_of
 
     if objective is not None and objective not in objectives.names():
         raise ModelError(f"unknown objective {objective!r}; expected one of {', '.join(objectives.names())}")
     network, tokenizer = model if isinstance(model, tuple) else load.load(model)
-    kind = task_heads.kind_of(type(lm_head.base(network)).__name__)
-    config = lm_head.base(network).config
-    guess = "reward" if rewards and kind == "score" and config.num_labels == 1 else OBJECTIVE_OF[kind]
-    name = objective or (getattr(config, "tunesmith", None) or {}).get("objective") or guess
+    kind = head_types.kind_of(type(base(network)).__name__)
+    config = base(network).config
+    said = objective or (getattr(config, "tunesmith", None) or {}).get("objective")
+    name = said or _guessed(kind, rewards and config.num_labels == 1)
     module = objectives.module(name)
     try:
         chosen = module.Objective(module.Config(**({"overlong": overlong} if overlong else {})))
@@ -76,7 +74,7 @@ def open_model(
         raise RecipeError(f"overlong: {error.errors()[0]['msg']}, got {overlong!r}") from None
     if chosen.traits.head != kind:
         fitting = ", ".join(one for one in objectives.names() if objectives.module(one).Objective.traits.head == kind)
-        is_a, needs = type(lm_head.base(network)).__name__, task_heads.CLASSES[chosen.traits.head].removeprefix("AutoModel")
+        is_a, needs = type(base(network)).__name__, head_types.CLASSES[chosen.traits.head].removeprefix("AutoModel")
         raise ModelError(f"{name} needs a {needs}, and this model is a {is_a}.\n  It goes with: {fitting}.")
     window = window_of(config, virtual_tokens.count(network))
     if max_length is not None and window is not None and max_length > window:
@@ -90,6 +88,14 @@ def open_model(
     if kind != "lm":
         chosen.restore_labels()
     return Opened(network, tokenizer, name, chosen, not isinstance(model, tuple))
+
+
+def _guessed(head: str, rewards: bool) -> str:
+    """What a model with this ``head`` was trained for, where it does not say; ``rewards``: its one number is to be a reward."""
+    every = {name: objectives.module(name).Objective.traits for name in objectives.names()}
+    of_head = {name: traits for name, traits in every.items() if traits.head == head}
+    meant = [name for name, traits in of_head.items() if traits.rewards] if rewards else []
+    return (meant or [name for name, traits in of_head.items() if traits.assumed])[0]
 
 
 def source_of(data: str | Path, **asked: Any) -> Source:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith import new_folder
+from tunesmith import files
 from tunesmith.data.formats.fields import Columns
 from tunesmith.errors import UserError
 
@@ -112,12 +112,12 @@ def _check_out(folder: Path, head: str) -> None:
         )
     if folder.exists():
         raise UserError(f"{folder} exists already: name a new folder with --out, or remove it")
-    new_folder.make(folder.parent)  # what cannot be written is said before the work
+    files.make_folder(folder.parent)  # what cannot be written is said before the work
 
 
 def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[dict[str, Any]], source: Any, chosen: Any) -> Path:
     """report.html, figures.json and mistakes.jsonl in ``folder``."""
-    from tunesmith.evaluate import task_report
+    from tunesmith.report import task_page
 
     worst = sorted((one for one in answers if one["loss"] is not None), key=lambda one: -one["loss"])
     wrong = [one for one in worst if not one.get("right", one["prediction"] == one["gold"])][:MISTAKES]
@@ -127,7 +127,7 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
         row = texts[one["row"][1]]
         shown = {**_words(row), **_places(row, one), **one, **_judged(row, one)}
         mistakes.append({"where": f"{source.label}:{one['row'][1]}", **shown})
-    new_folder.make(folder)
+    files.make_folder(folder)
     (folder / "figures.json").write_text(json.dumps(found, ensure_ascii=False, indent=1), encoding="utf-8")
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in mistakes)
     (folder / "mistakes.jsonl").write_text(lines, encoding="utf-8")
@@ -139,7 +139,7 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
         **{key: found[key] for key in ("rows", "tokens", "tokens_per_second")},
     }
     measured = {**found["details"], "loss": found["eval_loss"]}
-    return task_report.write(folder, title, measured, mistakes, facts)
+    return task_page.write(folder, title, measured, mistakes, facts)
 
 
 def _rows_of(source: Any, numbers: set[int], accepted: tuple[type, ...]) -> dict[int, Any]:

@@ -11,11 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from tunesmith import files
 from tunesmith.errors import DiskFullError, UserError
 
 MANIFEST = "manifest.json"
@@ -25,11 +24,6 @@ _FORGOTTEN = 30 * 24 * 3600.0
 
 class Damaged(UserError):
     """What arrived is not what was promised."""
-
-
-def home() -> Path:
-    """Where tunesmith keeps what it downloads and prepares: $TUNESMITH_HOME, else ~/.cache/tunesmith."""
-    return Path(os.environ.get("TUNESMITH_HOME") or Path.home() / ".cache" / "tunesmith").expanduser()
 
 
 def manifest(folder: Path) -> dict[str, Any] | None:
@@ -53,14 +47,9 @@ def problems(folder: Path, deep: bool = False) -> list[str]:
             found.append(f"{name} is missing")
         elif path.stat().st_size != expected["size"]:
             found.append(f"{name} has {path.stat().st_size} bytes, expected {expected['size']}")
-        elif deep and sha256(path) != expected["sha256"]:
+        elif deep and files.sha256(path) != expected["sha256"]:
             found.append(f"{name} has another sha256")
     return found
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_sha1(path: Path) -> str:
@@ -73,7 +62,7 @@ def check(path: Path, expected: str, what: str) -> None:
     """Raise Damaged unless the file ``path`` of ``what`` has the sha256 ``expected``."""
     if not path.is_file():
         raise Damaged(f"{what} does not hold {path.name}")
-    found = sha256(path)
+    found = files.sha256(path)
     if found != expected:
         raise Damaged(f"{what}: {path.name} has sha256 {found}, expected {expected}. It was damaged or changed; pull again.")
 
@@ -85,9 +74,9 @@ def partial(place: Path, revision: str, size: int) -> Path:
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     folder = place.parent / f".part-{place.name}-{revision[:12]}"
+    files.remove_abandoned(place.parent, ".part-*", _FORGOTTEN)
     for old in place.parent.glob(".part-*"):
-        other = old.name.rpartition("-")[0] == folder.name.rpartition("-")[0] and old != folder
-        if other or old.stat().st_mtime < time.time() - _FORGOTTEN:
+        if old.name.rpartition("-")[0] == folder.name.rpartition("-")[0] and old != folder:
             shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     os.utime(folder)
@@ -98,41 +87,20 @@ def partial(place: Path, revision: str, size: int) -> Path:
 
 def install(made: Path, place: Path, name: str, source: dict[str, Any]) -> Path:
     """Move a finished folder into ``place``: hash, manifest, flush, rename. A damaged entry is replaced."""
-    files = {}
+    listed = {}
     for path in sorted(path for path in made.rglob("*") if path.is_file()):
-        files[path.relative_to(made).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        _flush(path)
-    text = json.dumps({"format": 1, "name": name, "source": source, "files": files}, indent=1)
+        listed[path.relative_to(made).as_posix()] = {"size": path.stat().st_size, "sha256": files.sha256(path)}
+    text = json.dumps({"format": 1, "name": name, "source": source, "files": listed}, indent=1)
     (made / MANIFEST).write_text(text, encoding="utf-8")
-    _flush(made / MANIFEST)
-    for directory in [made, *(path for path in made.rglob("*") if path.is_dir())]:
-        _flush(directory)
-    made.chmod(0o755)
-    if place.exists():
-        trash = Path(tempfile.mkdtemp(prefix=".pull-old-", dir=place.parent))
-        place.rename(trash / "old")
-        shutil.rmtree(trash, ignore_errors=True)
-    made.rename(place)
-    _flush(place.parent)
+    files.install_folder(made, place)
     return place
 
 
 def require_space(place: Path, needed: int) -> None:
     """Raise DiskFullError when fewer than ``needed`` bytes are free beside ``place``."""
-    free = shutil.disk_usage(place.parent).free
+    free = files.free_disk_bytes(place.parent)
     if free < needed:
         raise DiskFullError(
             f"{place.parent} has {free / 1e6:.0f} MB free; pulling {place.name} needs {needed / 1e6:.0f} MB.\n"
             "  Free some space, or set TUNESMITH_HOME."
         )
-
-
-def _flush(path: Path) -> None:
-    """fsync a file, or on POSIX a folder, so that a rename after it survives a power cut."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import new_folder
+from tunesmith import files
 from tunesmith.errors import UserError
-from tunesmith.models.find import headers
+from tunesmith.models.adapters import kinds
+from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import locate
 from tunesmith.models.load import load, probe, vocabulary
 
@@ -77,7 +78,7 @@ def combine(
         raise UserError(
             f"weights are {', '.join(f'{share:g}' for share in shares)}; each must be a finite number, such as 0.7,0.3"
         )
-    target = new_folder.place(out, "combine")
+    target = files.new_target(out, "combine")
     parts = [read(adapter) for adapter in adapters]
     _check_together(parts)
     for part in parts:
@@ -102,13 +103,13 @@ def combine(
         "r": widest, "lora_alpha": widest, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_dropout": 0.0,
         "target_modules": sorted(chosen), "layers_to_transform": None, "layers_pattern": None, "init_lora_weights": True,
     }  # fmt: skip
-    with new_folder.filling(target) as folder:
+    with files.new_folder(target) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(
             json.dumps(parts[0].config | plain, indent=2, sort_keys=True), encoding="utf-8"
         )
         stand = {"base": {"path": str(parts[0].base)}, "quantization": parts[0].quantization}
-        (folder / probe.FILE).write_text(json.dumps(stand), encoding="utf-8")  # what the sum is to be loaded on
+        (folder / record.FILE).write_text(json.dumps(stand), encoding="utf-8")  # what the sum is to be loaded on
         tokenizer = load.load_tokenizer(locate(parts[0].folder))
         tokenizer.save_pretrained(folder)
         probe.write_probe(folder, load.load_model(locate(folder)), tokenizer)
@@ -116,8 +117,8 @@ def combine(
             {"path": str(part.folder), "weight": share, "sha256": _digest(part.folder)}
             for part, share in zip(parts, shares, strict=True)
         ]
-        record = probe.read(folder) | {"combined": {"method": method, "distance": found[method], "parts": provenance}}
-        (folder / probe.FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        combined = record.read(folder) | {"combined": {"method": method, "distance": found[method], "parts": provenance}}
+        (folder / record.FILE).write_text(json.dumps(combined, indent=1), encoding="utf-8")
     return {
         "path": str(target),
         "base": str(parts[0].base),
@@ -133,14 +134,14 @@ def read(adapter: str | Path) -> Lora:
     from safetensors.torch import load_file
 
     folder = locate(adapter)
-    if folder.kind == "full" or folder.base is None:
+    if folder.base is None:
         raise UserError(
             f"{folder.path} is a full model (a merged one, perhaps): there is no adapter in it. Name adapter folders."
         )
     config = headers.read_json(folder.path / "adapter_config.json")
     kind = str(config.get("peft_type", "")).lower()
     why = None
-    if kind != "lora":
+    if not kinds.kind_of(kinds.type_of(config)).summable:
         why = f"is a {kind} adapter: only LoRA adapters can be summed"
     elif config.get("use_dora"):
         why = "has use_dora: its magnitudes are no sum"
@@ -150,7 +151,7 @@ def read(adapter: str | Path) -> Lora:
         why = "holds rows of new tokens, and two adapters may have learnt different ones at one place"
     if why:
         raise UserError(f"{folder.path} {why}.\n  Merge it into its base (tunesmith merge), or leave it out.")
-    probe.check_base(folder.path, folder.base)
+    record.check_base(folder.path, folder.base)
     tensors: dict[str, Any] = {}
     for file in headers.weight_files(folder.path, "adapter_model"):
         tensors |= load_file(file)
@@ -170,7 +171,7 @@ def read(adapter: str | Path) -> Lora:
         scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         layers[layer] = (tensors[a].float(), tensors[b].float(), float(scaling))
     rest = {name: value for name, value in tensors.items() if name not in used}
-    return Lora(folder.path, folder.base, config, layers, names, rest, probe.read(folder.path).get("quantization"))
+    return Lora(folder.path, folder.base, config, layers, names, rest, record.read(folder.path).get("quantization"))
 
 
 def nearest(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +236,7 @@ def _check_together(parts: Sequence[Lora]) -> None:
     import torch
 
     first = parts[0]
-    print_of = {base: probe.fingerprint(base) for base in {part.base for part in parts}}
+    print_of = {base: record.fingerprint(base) for base in {part.base for part in parts}}
     for part in parts[1:]:
         if print_of[part.base] != print_of[first.base]:
             raise UserError(

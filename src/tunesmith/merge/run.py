@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith import new_folder
+from tunesmith import files
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.load import load, probe
@@ -40,11 +40,11 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
     folder = locate(model)
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    target = new_folder.place(out, "merge")
-    if folder.kind == "full" or folder.base is None:
+    target = files.new_target(out, "merge")
+    if folder.base is None:
         raise UserError(f"{folder.path} is a full model: there is no adapter in it, so there is nothing to merge")
     folded = fold(folder, dtype)
-    with new_folder.filling(target) as made:
+    with files.new_folder(target) as made:
         reloaded, *saved = write(folded, made)
     ends = reloaded.get_input_embeddings(), reloaded.get_output_embeddings()
     return {

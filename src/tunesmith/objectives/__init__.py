@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
@@ -42,6 +42,14 @@ class Traits:
     """An example holds several answers to one prompt (``data.batch.shared_prompts``)."""
     needs_reference: bool = False
     """Examples need ``reference_logps``: what ``reference_logps`` gave for them before the first step."""
+    starter: Mapping[str, Any] = field(default_factory=lambda: {"path": "builtin:docstrings"})
+    """Training rows that ``tunesmith init`` writes where no file is named: keys of ``data.train``."""
+    assumed: bool = False
+    """A model with this head is taken for one of this objective where it does not say what it was trained for."""
+    rewards: bool = False
+    """Its model gives each answer one number that says how good it is; ``tunesmith score`` prints it."""
+    single_label_keys: tuple[str, ...] = ()
+    """Keys of its ``Config`` that apply to rows with a single label only."""
     samples: bool = False
     """Steps are made of answers that the policy samples, not of the rows of a file alone."""
 

@@ -16,6 +16,8 @@ from tunesmith.data.encode.labels import MULTI, REGRESSION, SINGLE, Survey
 from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import DataError, RecipeError
+from tunesmith.models import network
+from tunesmith.models.heads import head_types
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
 
@@ -52,7 +54,9 @@ class Config(BaseModel):
 
 
 class Objective(objectives.TaskHead):
-    traits = Traits(rows=(Labelled,), head="score")
+    traits = Traits(
+        rows=(Labelled,), head="score", starter={"path": "builtin:classify"}, assumed=True, single_label_keys=("label_smoothing",)
+    )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -86,16 +90,14 @@ class Objective(objectives.TaskHead):
     # ------------------------------------------------------------------------------------------------ before encoding
 
     def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
-        from tunesmith.models.heads import task_heads
-
-        self._causal = task_heads.is_causal(config)
+        self._causal = network.is_causal(config)
         self.max_length = max_length
         self._ending = texts.ending(tokenizer)
         ours = getattr(config, "tunesmith", None) or {}
         if self._causal:
             texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
             self._pad = tokenizer.pad_token_id
-        if ours.get("objective") == "classify" or task_heads.kind_of((config.architectures or [""])[0]) == "score":
+        if ours.get("objective") == "classify" or head_types.kind_of((config.architectures or [""])[0]) == "score":
             self._saved = {
                 "problem": config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE),
                 "labels": [config.id2label[number] for number in range(config.num_labels)],
@@ -103,7 +105,7 @@ class Objective(objectives.TaskHead):
             self.threshold = float(ours.get("threshold", 0.5))
             self._pooling = self._pooling or ours.get("pooling")
             self._template = ours.get("pair_template", self._template)
-        self._averages = "mean" in (self._pooling, task_heads.pooling(config))
+        self._averages = "mean" in (self._pooling, network.pooling(config))
         if self._pooling == "mean":
             self.notes.append(
                 "pooling: mean is tunesmith's own and saved as such: load, evaluate and predict open it; transformers' own class "

@@ -24,7 +24,9 @@ class Config(BaseModel):
 
 
 class Objective(objectives.Objective):
-    traits = Traits(rows=(Text,), overlong="split")
+    traits = Traits(
+        rows=(Text,), overlong="split", starter={"path": "builtin:docstrings", "format": "text", "columns": {"text": "response"}}
+    )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -132,7 +132,14 @@ FIGURES = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/r
 
 
 class Objective(objectives.Objective):
-    traits = Traits(rows=(Ranking,), fits_rows=True, deterministic=True, shares_prompts=True, needs_reference=True)
+    traits = Traits(
+        rows=(Ranking,),
+        fits_rows=True,
+        deterministic=True,
+        shares_prompts=True,
+        needs_reference=True,
+        starter={"path": "builtin:preference"},
+    )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

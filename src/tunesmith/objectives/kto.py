@@ -42,7 +42,14 @@ class Config(BaseModel):
 
 
 class Objective(objectives.Objective):
-    traits = Traits(rows=(Judged,), fits_rows=True, deterministic=True, shares_prompts=True, needs_reference=True)
+    traits = Traits(
+        rows=(Judged,),
+        fits_rows=True,
+        deterministic=True,
+        shares_prompts=True,
+        needs_reference=True,
+        starter={"path": "builtin:judged"},
+    )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

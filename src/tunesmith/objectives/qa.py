@@ -15,6 +15,8 @@ from tunesmith.data.encode import questions
 from tunesmith.data.rows import Question
 from tunesmith.errors import DataError
 from tunesmith.metrics import token_mean
+from tunesmith.models import network
+from tunesmith.models.heads import head_types
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
 N_BEST = 20
@@ -30,7 +32,7 @@ class Config(BaseModel):
 
 
 class Objective(objectives.TaskHead):
-    traits = Traits(rows=(Question,), head="span", best=("eval_f1", "max"))
+    traits = Traits(rows=(Question,), head="span", best=("eval_f1", "max"), starter={"path": "builtin:qa"}, assumed=True)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -46,11 +48,9 @@ class Objective(objectives.TaskHead):
     # ------------------------------------------------------------------------------------------------ before encoding
 
     def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
-        from tunesmith.models.heads import task_heads
-
-        self._causal = task_heads.is_causal(config)
+        self._causal = network.is_causal(config)
         ours = getattr(config, "tunesmith", None) or {}
-        if ours.get("objective") == "qa" or task_heads.kind_of((config.architectures or [""])[0]) == "span":
+        if ours.get("objective") == "qa" or head_types.kind_of((config.architectures or [""])[0]) == "span":
             self._saved = ours
             self.threshold = ours.get("null_threshold")
             self._template = ours.get("pair_template", self._template)

@@ -22,6 +22,8 @@ from tunesmith.data.problems import RowFault
 from tunesmith.data.rows import Ranking
 from tunesmith.errors import DataError, ModelError
 from tunesmith.metrics import token_mean
+from tunesmith.models import network
+from tunesmith.models.heads import head_types
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
 BUCKETS = 5
@@ -45,7 +47,15 @@ class Config(BaseModel):
 
 
 class Objective(objectives.TaskHead):
-    traits = Traits(rows=(Ranking,), head="score", fits_rows=True, deterministic=True, shares_prompts=True)
+    traits = Traits(
+        rows=(Ranking,),
+        head="score",
+        fits_rows=True,
+        deterministic=True,
+        shares_prompts=True,
+        starter={"path": "builtin:preference"},
+        rewards=True,
+    )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -57,9 +67,7 @@ class Objective(objectives.TaskHead):
     # ------------------------------------------------------------------------------------------------ before encoding
 
     def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
-        from tunesmith.models.heads import task_heads
-
-        if not task_heads.is_causal(config):
+        if not network.is_causal(config):
             raise ModelError(
                 f"{config.model_type} is an encoder: it has no turns and no end of an answer, where a reward is read.\n"
                 "  Take a decoder such as smollm2-135m."
@@ -69,7 +77,7 @@ class Objective(objectives.TaskHead):
         texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
         self._pad = tokenizer.pad_token_id
         self._saved = ours.get("objective") == "reward" or (
-            task_heads.kind_of((config.architectures or [""])[0]) == "score" and config.num_labels == 1
+            head_types.kind_of((config.architectures or [""])[0]) == "score" and config.num_labels == 1
         )
         self.facts |= {"pad": self._pad, "max_length": max_length, "overlong": self.config.overlong}
 

@@ -35,7 +35,7 @@ class Config(BaseModel):
 
 
 class Objective(objectives.Objective):
-    traits = Traits(rows=(Chat, PromptCompletion, Text))
+    traits = Traits(rows=(Chat, PromptCompletion, Text), starter={"path": "builtin:docstrings"}, assumed=True)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -17,6 +17,8 @@ from tunesmith.data.encode import tagging
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError, ReadOnceError
 from tunesmith.metrics import token_mean
+from tunesmith.models import network
+from tunesmith.models.heads import head_types
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
 Row = tuple[int, int]
@@ -36,7 +38,7 @@ class Config(BaseModel):
 
 
 class Objective(objectives.TaskHead):
-    traits = Traits(rows=(Tagged,), head="token")
+    traits = Traits(rows=(Tagged,), head="token", starter={"path": "builtin:tag"}, assumed=True)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -67,11 +69,9 @@ class Objective(objectives.TaskHead):
     # ------------------------------------------------------------------------------------------------ before encoding
 
     def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
-        from tunesmith.models.heads import task_heads
-
-        self._causal, self.max_length = task_heads.is_causal(config), max_length
+        self._causal, self.max_length = network.is_causal(config), max_length
         self._ours = getattr(config, "tunesmith", None) or {}
-        if self._ours.get("objective") == "tag" or task_heads.kind_of((config.architectures or [""])[0]) == "token":
+        if self._ours.get("objective") == "tag" or head_types.kind_of((config.architectures or [""])[0]) == "token":
             self._saved = [config.id2label[number] for number in range(config.num_labels)]
             self._characters = bool(self._ours.get("characters"))
         if tokenizer.pad_token is None:  # only for whoever pads; padding is masked by its place

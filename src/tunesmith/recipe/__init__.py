@@ -1,8 +1,11 @@
 """The recipe: what a run is, as YAML, strictly checked.
 
-In reading order: ``schema`` (the keys, and how a file becomes a Recipe), ``text`` (YAML with line numbers, overrides).
+In reading order: ``schema`` (the keys), ``text`` (YAML with line numbers, overrides), ``validation`` (a file
+becomes a Recipe), ``conflicts`` (choices that contradict each other).
 """
 
-from tunesmith.recipe.schema import Recipe, Strict, brief, changed, conflicts, load, parse
+from tunesmith.recipe.conflicts import conflicts
+from tunesmith.recipe.schema import DEFAULT_OBJECTIVE, Recipe, Strict, brief, changed
+from tunesmith.recipe.validation import load, parse
 
-__all__ = ["Recipe", "Strict", "brief", "changed", "conflicts", "load", "parse"]
+__all__ = ["DEFAULT_OBJECTIVE", "Recipe", "Strict", "brief", "changed", "conflicts", "load", "parse"]

@@ -1,64 +1,55 @@
 """The text of a recipe -> plain data, and back to the line a key stands on.
 
-YAML is read as version 1.2 reads it where that saves a user trouble: only ``true`` and ``false`` are booleans (so that
-``packing: off`` is the word), ``2e-4`` is a number, and a key given twice is an error. Tags are refused: a recipe holds
-plain values only, and reading one runs no code.
+YAML is read as version 1.2: only ``true`` and ``false`` are booleans (so that ``packing: off`` is the word),
+``2e-4`` is a number, and a key given twice is an error. ruamel.yaml parses the text; the data are made here,
+of its tree. Tags are refused: a recipe holds plain values only, and reading one runs no code.
 """
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import VersionedResolver
 
 from tunesmith.errors import RecipeError
 
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = frozenset(("str", "int", "float", "bool", "null", "timestamp", "value", "merge"))
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with plain booleans and numbers, and no key twice."""
+MAX_VALUES = 10_000
+"""Values that a document may hold, each alias counted as a copy: a few lines of aliases can stand for
+billions.
+"""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
-        letter: [
-            (tag, pattern)
-            for tag, pattern in pairs
-            if tag.rpartition(":")[2] not in ("bool", "float", "int", "timestamp", "value")
-        ]
-        for letter, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+MAX_DEPTH = 50
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key `{key.value}` is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|false)$"), list("tf"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan)$"),
-    list("-+.0123456789"),
-)
+_CONSTANTS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
 
 @dataclass(frozen=True)
 class Text:
-    """Where a recipe came from: ``name`` for messages, its YAML tree (None for plain data) and the overrides put on top."""
+    """Where a recipe came from: ``name`` for messages, its YAML tree (None for plain data) and the overrides
+    put on top.
+    """
 
     name: str
     tree: Any = None
     overrides: tuple[str, ...] = ()
 
     def at(self, loc: Sequence[Any]) -> str:
-        """``sft.yaml, line 7``, or the override that set the key, for the place ``loc`` (keys and list positions)."""
+        """``sft.yaml, line 7``, or the override that set the key, for the place ``loc`` (keys and list
+        positions).
+        """
         dotted = ".".join(map(str, loc))
         for override in reversed(self.overrides):
             key = override.partition("=")[0].strip()
@@ -71,20 +62,102 @@ class Text:
 def read(text: str, name: str) -> tuple[Any, Any]:
     """(plain data, YAML tree) of a document. Raises RecipeError with the line."""
     try:
-        loader = _Loader(text)
-        tree = loader.get_single_node()
-        return (loader.construct_document(tree) if tree is not None else None), tree
-    except yaml.constructor.ConstructorError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        problem = str(error.problem)
-        if "tag" in problem:
-            problem = f"{problem}. A recipe holds plain values only; remove the tag."
-        raise RecipeError(f"{name}, line {line}: {problem}") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise RecipeError(f"{name}, line {line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+        tree = YAML(typ="safe", pure=True).compose(text)
+    except MarkedYAMLError as error:
+        raise RecipeError(f"{_place(name, error.problem_mark)}: not valid YAML: {error.problem}") from None
+    except (YAMLError, RecursionError) as error:
         raise RecipeError(f"{name}: not valid YAML: {error}") from None
+    return _plain(tree, name, count(1)), tree
+
+
+def dump(value: Any, one_line: bool = False) -> str:
+    """Plain data as YAML.
+
+    Words that YAML 1.1 takes for something else are quoted, so that every reader agrees.
+    """
+    out = io.StringIO()
+    writer = YAML(typ="safe", pure=True)
+    writer.Representer = _Representer
+    writer.default_flow_style = one_line
+    writer.width = 10**6 if one_line else 80
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # annotated as None alone
+    writer.dump(value, out)
+    return out.getvalue().removesuffix("...\n")  # the end of a document that is one scalar
+
+
+class _Representer(SafeRepresenter):
+    """The writer's choice between plain and quoted words."""
+
+    def represent_str(self, data: str) -> Any:
+        kind = VersionedResolver(version="1.1").resolve(ScalarNode, data, (True, False))
+        style = '"' if not data.isprintable() else None if kind == _TAG + "str" else "'"  # only within " can all be escaped
+        return self.represent_scalar(_TAG + "str", data, style=style)
+
+    def represent_float(self, data: float) -> Any:
+        node = super().represent_float(data)
+        if "e" in node.value and "." not in node.value:  # 1e-05 is a word in YAML 1.1
+            node.value = node.value.replace("e", ".0e")
+        return node
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+_Representer.add_representer(float, _Representer.represent_float)
+
+
+def _place(name: str, mark: Any) -> str:
+    return f"{name}, line {mark.line + 1 if mark else '?'}"
+
+
+def _plain(node: Any, name: str, values: Iterator[int], depth: int = 0) -> Any:
+    """The data of a YAML node, made here and by no constructor of the library's: no tag can make an object."""
+    if node is None:
+        return None
+    place = _place(name, node.start_mark)
+    if next(values) > MAX_VALUES or depth > MAX_DEPTH:
+        raise RecipeError(f"{place}: expected at most {MAX_VALUES:,} values, {MAX_DEPTH} levels deep. Remove aliases (*name).")
+    if isinstance(node, SequenceNode) and node.tag == _TAG + "seq":
+        return [_plain(child, name, values, depth + 1) for child in node.value]
+    if isinstance(node, MappingNode) and node.tag == _TAG + "map":
+        return _mapping(node, name, values, depth)
+    kind = str(node.tag).removeprefix(_TAG)
+    if not isinstance(node, ScalarNode) or kind not in _SCALARS:
+        raise RecipeError(f"{place}: the tag {node.tag} is not allowed. A recipe holds plain values only; remove the tag.")
+    return _scalar(kind, node.value)
+
+
+def _mapping(node: Any, name: str, values: Iterator[int], depth: int) -> dict[Any, Any]:
+    given: dict[Any, Any] = {}
+    merged: dict[Any, Any] = {}
+    seen: set[str] = set()
+    for key, child in node.value:
+        place = _place(name, key.start_mark)
+        if not isinstance(key, ScalarNode):
+            raise RecipeError(f"{place}: a key must be a plain word")
+        if key.value in seen:
+            raise RecipeError(f"{place}: the key `{key.value}` is given twice")
+        seen.add(key.value)
+        value = _plain(child, name, values, depth + 1)
+        if key.tag != _TAG + "merge":
+            given[_plain(key, name, values, depth + 1)] = value
+            continue
+        for one in reversed(value if isinstance(value, list) else [value]):
+            if not isinstance(one, dict):
+                raise RecipeError(f"{place}: `<<` takes a mapping or a list of mappings")
+            merged |= one
+    return {**merged, **given}
+
+
+def _scalar(kind: str, text: str) -> Any:
+    """A number only where it is written as decimal: 010, 0o7, 2024-01-01 and 1:30 are words, as off and yes
+    are.
+    """
+    if kind in ("bool", "null"):
+        return _CONSTANTS.get(text.lower(), text)
+    if kind == "int" and _DECIMAL.fullmatch(text):
+        return int(text)
+    if kind == "float" and "_" not in text:
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return text
 
 
 BLOCKS = ("|", ">")
@@ -92,7 +165,9 @@ BLOCKS = ("|", ">")
 
 
 def apply(raw: dict[str, Any], override: str) -> dict[str, Any]:
-    """``raw`` with one dotted key set: ``train.epochs=2``, ``data.train.0.limit=100``, ``data.train='[{path: x.json}]'``.
+    """``raw`` with one dotted key set.
+
+    For example ``train.epochs=2``, ``data.train.0.limit=100``, ``data.train='[{path: x.json}]'``.
 
     The value is YAML, so lists and mappings work. ``raw`` is not changed.
     """
@@ -129,9 +204,9 @@ def _line(tree: Any, loc: Sequence[Any]) -> int | None:
     """The line (from 1) of the deepest key or item of ``loc`` that the tree holds."""
     line = None
     for part in loc:
-        if isinstance(tree, yaml.MappingNode):
+        if isinstance(tree, MappingNode):
             found = next(((key, child) for key, child in tree.value if key.value == part), None)
-        elif isinstance(tree, yaml.SequenceNode) and isinstance(part, int) and part < len(tree.value):
+        elif isinstance(tree, SequenceNode) and isinstance(part, int) and part < len(tree.value):
             found = (tree.value[part], tree.value[part])
         else:
             found = None

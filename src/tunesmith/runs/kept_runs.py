@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tunesmith.errors import DataError, UserError
-from tunesmith.runs import figures, tracking
+from tunesmith.errors import DataError, RecipeError, UserError
+from tunesmith.recipe import text as recipe_text
+from tunesmith.runs import figures, metrics_file
 from tunesmith.runs.figures import is_number
 
 RESULTS = ("eval_loss_before", "eval_loss", "perplexity", "tokens_per_second", "peak_memory_bytes", "best_step", "tokens")
@@ -100,9 +98,9 @@ def _kept(folder: Path) -> Kept:
     recipe: dict[str, Any] = {}
     manifest: dict[str, Any] = {}
     try:
-        recipe = _mapping(folder / "recipe.yaml", yaml.safe_load)
-        manifest = _mapping(folder / "manifest.json", json.loads) if (folder / "manifest.json").exists() else {}
-        records = tracking.read(folder / "metrics.jsonl")
+        recipe = _mapping(folder / "recipe.yaml")
+        manifest = _mapping(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
+        records = metrics_file.read(folder / "metrics.jsonl")
     except DataError as error:
         return Kept(folder, recipe, manifest, [], str(error))
     except OSError as error:
@@ -139,25 +137,21 @@ def _last_checkpoint(folder: Path) -> int | None:
     return max((int(match.group(1)) for match in found if match), default=None)
 
 
-def _mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def _mapping(file: Path) -> dict[str, Any]:
     """What a JSON or YAML file holds. Raises DataError naming file and line when that is no mapping."""
-    line, got = 1, ""
+    advice = "\n  The file was changed by something else than tunesmith; restore it, or train anew into another folder."
+    expected = f"expected one {'JSON object' if file.suffix == '.json' else 'YAML mapping'}"
     try:
-        value = parse(file.read_text(encoding="utf-8"))
+        content = file.read_text(encoding="utf-8")
+        value = json.loads(content) if file.suffix == ".json" else recipe_text.read(content, str(file))[0]
     except json.JSONDecodeError as error:
-        line, got = error.lineno, error.msg
-    except yaml.MarkedYAMLError as error:
-        line, got = error.problem_mark.line + 1 if error.problem_mark else 1, error.problem or "no YAML"
-    except (ValueError, yaml.YAMLError) as error:
-        got = str(error)
-    else:
-        if isinstance(value, dict):
-            return value
-        got = f"got {str(value)[:60]!r}"
-    raise DataError(
-        f"{file}, line {line}: expected one {'JSON object' if file.suffix == '.json' else 'YAML mapping'}: {got}\n"
-        f"  The file was changed by something else than tunesmith; restore it, or train anew into another folder."
-    )
+        raise DataError(f"{file}, line {error.lineno}: {expected}: {error.msg}{advice}") from None
+    except (RecipeError, UnicodeDecodeError) as error:
+        where = "" if isinstance(error, RecipeError) else f"{file}: {expected}: "
+        raise DataError(f"{where}{error}{advice}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{file}, line 1: {expected}, got {str(value)[:60]!r}{advice}")
+    return value
 
 
 def _type(part: Any) -> str | None:

@@ -11,12 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
-from tunesmith import new_folder
+from tunesmith import files
 from tunesmith.errors import RecipeError, UserError
-from tunesmith.runs.tracking import replace_file
-from tunesmith.train import checkpoint
+from tunesmith.recipe import text as recipe_text
 
 
 @dataclass
@@ -40,7 +37,7 @@ class RunFolder:
     def record(self, **facts: Any) -> None:
         """Add facts to manifest.json, which is replaced in one piece."""
         content = {**self.manifest(), **facts}
-        replace_file(self.path / "manifest.json", json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())
+        files.replace_file(self.path / "manifest.json", json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())
 
     def close(self) -> None:
         if self.lock is not None:
@@ -75,7 +72,7 @@ def check_resumable(path: Path, recipe: dict[str, Any]) -> list[str]:
     file = path / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"there is no run to resume in {path} (it has no recipe.yaml). Leave out --resume to start one.")
-    before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    before = recipe_text.read(file.read_text(encoding="utf-8"), str(file))[0]
     found = _changes(before, recipe)
     free = {key for key, _, _ in found for one in FREE if key == one or key.startswith(f"{one}.")}
     changes = [f"{key}: was {old!r}, is {new!r}" for key, old, new in found if key not in free]
@@ -90,7 +87,7 @@ def check_resumable(path: Path, recipe: dict[str, Any]) -> list[str]:
 
 def take(path: Path, recipe: dict[str, Any]) -> RunFolder:
     """Create or reopen the folder and hold it, so that no second process writes to it. Raises UserError when one does."""
-    new_folder.make(path)
+    files.make_folder(path)
     lock = (path / ".lock").open("a+")
     try:
         import fcntl
@@ -107,13 +104,13 @@ def take(path: Path, recipe: dict[str, Any]) -> RunFolder:
     lock.write(str(os.getpid()))
     lock.flush()
     file = path / "recipe.yaml"
-    content = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
+    content = recipe_text.dump(recipe).encode()
     if not file.exists() or file.read_bytes() != content:
-        replace_file(file, content)
+        files.replace_file(file, content)
     folder = RunFolder(path, lock)
-    checkpoint.recover(folder.model)
+    files.recover(folder.model)
     if folder.checkpoints.exists():
-        checkpoint.recover(folder.checkpoints / "step-0")
+        files.recover(folder.checkpoints / "step-0")
     return folder
 
 

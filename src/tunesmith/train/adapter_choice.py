@@ -17,29 +17,31 @@ BY_LAYER = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 def check(recipe: Recipe, folder: Folder) -> None:
     kind = adaptations.name_of(recipe.adaptation)
-    if folder.kind == "full" and recipe.adapter is not None:
+    if folder.kind != "adapter" and recipe.adapter is not None:
         raise RecipeError(f"adapter: {recipe.adapter}: the model {recipe.model} is not an adapter. Leave the key out.")
     if folder.kind == "adapter" and recipe.adapter is None:
         raise RecipeError(
             f"the model {recipe.model} is an adapter on {folder.base}. Say what becomes of it:\n"
             "  adapter: continue (train it on), merge (fold it into its base first), or new (leave it out)."
         )
-    whole = kind in ("full", "features")
-    if recipe.adapter == "continue" and not whole:
+    traits = adaptations.module(kind).Adaptation.traits
+    if recipe.adapter == "continue" and traits.saved_as is not None:
         saved = load.adapter_config(folder.path)
-        made = load.KINDS.get(str(getattr(saved.peft_type, "value", saved.peft_type)), "of another kind")
-        if made != kind.removeprefix("q"):
+        saved_as = str(getattr(saved.peft_type, "value", saved.peft_type))
+        if saved_as != traits.saved_as:
+            made = (adaptations.makers(saved_as, False) or ["of another kind"])[0]
             raise RecipeError(
                 f"adapter: continue: this adapter is {made}, and adaptation: {kind} would learn at another's rate and keys.\n"
                 f"  Take adaptation: {made}, or start a new one with adapter: merge or adapter: new."
             )
         recorded = probe.read(folder.path).get("quantization") or {}
-        asked = "quantization_config" in adaptations.module(kind).Adaptation(recipe.adaptation).load_kwargs()
-        if asked != bool(recorded):
+        if traits.quantised_base != bool(recorded):
             base = f"in {recorded['quant_type']}" if recorded else "as it is"
+            fitting = adaptations.makers(saved_as, bool(recorded))
             raise RecipeError(
                 f"adapter: continue: this adapter was trained on its base {base}, and adaptation: {kind} has another.\n"
-                f"  Take adaptation: {'qlora' if recorded else 'lora'}, or start a new one with adapter: merge or adapter: new."
+                f"  {f'Take adaptation: {fitting[0]}, or start' if fitting else 'Start'} a new one with adapter: merge or "
+                "adapter: new."
             )
         keys = set(type(recipe.adaptation).model_fields) - adaptations.module(kind).Adaptation.keys_of_learning
         chosen = sorted(key for key in keys if changed(recipe.adaptation, key))  # a run's own recipe.yaml holds every default
@@ -52,7 +54,7 @@ def check(recipe: Recipe, folder: Folder) -> None:
                 f"adapter: continue keeps the adapter as it was made, and adaptation names another {', '.join(other)}.\n"
                 "  Leave out those keys, or start a new one with adapter: merge or adapter: new."
             )
-    if recipe.adapter == "continue" and whole:
+    if recipe.adapter == "continue" and traits.saved_as is None:
         raise RecipeError(
             f"adapter: continue trains the adapter, adaptation: {kind} trains the model's own weights. Use adapter: merge."
         )

@@ -7,12 +7,8 @@ then renamed. A folder without a manifest that verifies is no checkpoint.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tunesmith.errors import DiskFullError
-from tunesmith.train import machine
-
-MARGIN = 64 * 2**20  # bytes that must stay free beside what is written
+from tunesmith import files
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
@@ -34,61 +27,14 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[
     def write(temporary: Path) -> None:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in FILES}
-        (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")
+        listed = {name: {"bytes": (temporary / name).stat().st_size, "sha256": files.sha256(temporary / name)} for name in FILES}
+        (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": listed}), encoding="utf-8")
 
-    publish(target, write, needed)
+    files.publish_folder(target, write, needed)
     return target
 
 
 FILES = ("state.safetensors", "state.json")
-
-
-def publish(target: Path, write: Callable[[Path], None], needed: int) -> None:
-    """Make ``target`` as a whole: ``write`` fills a temporary folder, which is synced and renamed. An old ``target`` is replaced.
-
-    ``needed`` bytes must be free (DiskFullError otherwise).
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = machine.free_disk_bytes(target.parent)
-    if free < needed + MARGIN:
-        raise DiskFullError(
-            f"{target} needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free on its disk. "
-            "The last checkpoint is kept.\n"
-            "  Free some space, then type the same command with --resume."
-        )
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        write(temporary)
-        for path in (*sorted(temporary.rglob("*")), temporary):
-            _sync(path)
-        replaced = target.with_name(f".{target.name}.replaced")
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
-        temporary.rename(target)
-        _sync(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFullError(
-                f"writing {target} failed: {error.strerror}. The last checkpoint is kept.\n"
-                "  Free some space, then type the same command with --resume."
-            ) from None
-        raise
-
-
-def recover(target: Path) -> None:
-    """Finish what a kill between the two renames of ``publish`` left, and remove temporary folders."""
-    replaced = target.with_name(f".{target.name}.replaced")
-    if replaced.exists() and not target.exists():
-        replaced.rename(target)
-    for leftover in target.parent.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -105,14 +51,14 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, torch.Te
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
-        files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+        listed = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
         for name in FILES:
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != files[name]["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, expected {files[name]['bytes']}"
-            if _sha256(file) != files[name]["sha256"]:
+            if file.stat().st_size != listed[name]["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, expected {listed[name]['bytes']}"
+            if files.sha256(file) != listed[name]["sha256"]:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
@@ -131,21 +77,4 @@ def rotate(folder: Path, limit: int, pinned: set[int]) -> None:
     """Remove the oldest checkpoints beyond ``limit``; the newest and the ``pinned`` steps always stay."""
     removable = [step for step in steps(folder)[:-1] if step not in pinned]
     for step in removable[: max(0, len(removable) + 1 - limit)]:
-        doomed = folder / f".step-{step}.tmp"
-        (folder / f"step-{step}").rename(doomed)  # renamed first: a half-deleted folder is never taken for a checkpoint
-        shutil.rmtree(doomed)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    if os.name != "posix" and path.is_dir():  # elsewhere a folder cannot be opened to be synced
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        files.remove_folder(folder / f"step-{step}")

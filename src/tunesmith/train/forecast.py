@@ -21,7 +21,8 @@ from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Source, Step, heaviest, together
 from tunesmith.errors import RecipeError
 from tunesmith.models.fast import kernels
-from tunesmith.runs import figures, tracking
+from tunesmith.runs import figures, metrics_file
+from tunesmith.runs.progress import Progress
 from tunesmith.runs.run_folder import RunFolder
 from tunesmith.train import (
     distributed,
@@ -358,8 +359,8 @@ def _saving_seconds(job: Job, ready: setup.Setup, built: setup.Built) -> tuple[f
     runs = Path("runs") if Path("runs").is_dir() else Path()
     beside = runs if os.access(runs, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".tunesmith-", dir=beside) as name:
-        folder, empty = RunFolder(Path(name)), tracking.Metrics(Path(name) / "metrics.jsonl")
-        run = Run(ready, folder, built.model, job.update, built.route, empty, empty, tracking.Progress(None), True, Hooks())
+        folder, empty = RunFolder(Path(name)), metrics_file.Metrics(Path(name) / "metrics.jsonl")
+        run = Run(ready, folder, built.model, job.update, built.route, empty, empty, Progress(None), True, Hooks())
         seconds = []
         for save in (lambda: state.save_model(run), lambda: state.save(run, loop.Progression(step=1))):
             started = time.perf_counter()

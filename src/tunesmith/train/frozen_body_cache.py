@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tunesmith import files
 from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Step, groups_under
 from tunesmith.data.store import cache
@@ -32,11 +33,11 @@ from tunesmith.models.fast import kernels
 from tunesmith.models.heads import lm_head
 from tunesmith.models.load import probe
 from tunesmith.runs import figures
-from tunesmith.train import distributed, forecast, machine, setup
-from tunesmith.train.checkpoint import MARGIN
+from tunesmith.train import distributed, forecast, setup
 
 FORWARD = (
     "train.frozen_body_cache", "data.store.cache", "data.batch.pack",
+    "models.network", "models.heads.head_types", "models.adapters.kinds",
     "models.heads.lm_head", "models.heads.task_heads", "models.heads.bidirectional", "models.heads.noise",
     "models.load.load", "models.load.quantization", "models.load.dequantized", "models.load.vocabulary",
     "models.adapters.virtual_tokens", "models.adapters.layout", "models.adapters.linear",
@@ -127,7 +128,7 @@ class Outputs:
         for shard in sorted(set(folder.glob("[!.]*")) - self.shards):
             entry = cache.load(shard)
             if entry is None:
-                cache.discard(shard)
+                files.remove_folder(shard)
                 continue
             self.shards.add(shard)
             self.index |= {int(digest): (entry, number) for number, digest in enumerate(entry.digest)}
@@ -200,9 +201,9 @@ def _keep(ready: setup.Setup, built: setup.Built, width: int, dtype: torch.dtype
             missing[row.digest] = (step, place)
             tokens, places = tokens + len(row.ids), places + len(row.places)
     needed = places * (width * dtype.itemsize + 4) + tokens * 4
-    free = machine.free_disk_bytes(folder)
+    free = files.free_disk_bytes(folder)
     distributed.wait()  # nobody writes before everybody has seen what is missing
-    if any(distributed.gather([needed + MARGIN > free])):
+    if any(distributed.gather([needed + files.MARGIN_BYTES > free])):
         say(
             f"the body's outputs are computed anew at each step: {figures.size(needed)} of them would be kept in {root}, and "
             f"{figures.size(free)} are free there"

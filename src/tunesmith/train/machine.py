@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import threading
@@ -152,14 +151,6 @@ def release_memory(device: Any) -> None:
         import torch
 
         torch.cuda.empty_cache()
-
-
-def free_disk_bytes(path: str | Path) -> int:
-    """Bytes this user can still write where ``path`` lies. ``path`` need not exist yet: its nearest existing parent counts."""
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def _status_field(status: str, name: str) -> int:

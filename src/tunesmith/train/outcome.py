@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from tunesmith import __version__
-from tunesmith.engine import report
 from tunesmith.models.load import quantization
-from tunesmith.runs import figures, overfit, tracking
+from tunesmith.report import run_page
+from tunesmith.runs import figures, metrics_file, overfit
 from tunesmith.train import distributed, machine, plain_copy, setup
 from tunesmith.train.loop import Job, Progression
 from tunesmith.train.state import Run
@@ -63,7 +63,7 @@ def record_start(run: Run, micro_batch_tokens: int) -> None:
 
 def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str | None) -> dict[str, Any]:
     """The result, also kept in the manifest, and the report."""
-    records = tracking.read(run.metrics.path)
+    records = metrics_file.read(run.metrics.path)
     evaluations = [record for record in records if record["kind"] == "eval"]
     found = overfit.overfit(records)
     first = next((record for record in evaluations if record["step"] == 0), {})
@@ -103,7 +103,7 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
     if merged := plain_copy.copy(run):
         result["merged_dir"] = merged
     run.folder.record(result=result, notes=notes(run), finished=datetime.now(UTC).isoformat(timespec="seconds"))
-    report.write_report(run.folder.path)
+    run_page.write_report(run.folder.path)
     return result
 
 
@@ -113,7 +113,7 @@ def _before_and_kept(names: Sequence[str], first: Mapping[str, Any], best: Mappi
 
 
 def _before_and_after(run: Run, at: Progression) -> list[dict[str, Any]]:
-    answers = tracking.read(run.answers.path)
+    answers = metrics_file.read(run.answers.path)
     after = {record["prompt"]: record["answer"] for record in answers if record["step"] == at.best_step}
     return [
         {"prompt": one["prompt"], "before": one["answer"], "after": after.get(one["prompt"]), "reference": one["reference"]}

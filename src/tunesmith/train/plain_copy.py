@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tunesmith import files
 from tunesmith.errors import TunesmithError
 from tunesmith.merge import run as merging
 from tunesmith.models.find.locate import locate
 from tunesmith.models.heads import lm_head
-from tunesmith.models.load import head_loading, load
-from tunesmith.train import checkpoint, machine
+from tunesmith.models.load import load
+from tunesmith.train import machine
 from tunesmith.train.state import Run
 
 NAME = "merged"
@@ -29,7 +30,7 @@ def copy(run: Run) -> str | None:
     shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt
     if not (run.folder.model / "adapter_config.json").exists():
         return None
-    reason = head_loading.stock_refuses(lm_head.base(run.model), run.setup.model_folder)
+    reason = load.stock_refuses(lm_head.base(run.model), run.setup.model_folder)
     if reason is None:
         return None
     say = run.progress.note
@@ -42,7 +43,7 @@ def copy(run: Run) -> str | None:
             say(f"{alone}; memory does not suffice to fold it in. Type: tunesmith merge {run.folder.model} --out NEW_FOLDER")
             return None
         folded = merging.fold(locate(run.folder.model, run.setup.model_folder.remote_code))
-        checkpoint.publish(target, partial(_fill, folded), 4 * numbers)
+        files.publish_folder(target, partial(_fill, folded), 4 * numbers)
     except TunesmithError as error:
         say(f"{alone}, and there is no merged copy: {str(error).splitlines()[0]} `tunesmith predict` opens it.")
         return None

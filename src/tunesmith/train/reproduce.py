@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tunesmith import files
 from tunesmith import recipe as recipes
 from tunesmith.errors import DataError, UserError
-from tunesmith.runs import kept_runs, tracking
+from tunesmith.recipe import text as recipe_text
+from tunesmith.runs import kept_runs, metrics_file
 from tunesmith.runs.figures import is_number
 from tunesmith.train import launch, run
 
@@ -62,7 +61,7 @@ def _train_as(before: kept_runs.Kept, chosen: recipes.Recipe, target: Path, cons
         else:
             given = ["--deepspeed", str(file)] if sharded else []
             path = Path(folder) / "recipe.yaml"
-            path.write_text(yaml.safe_dump(chosen.resolved()), encoding="utf-8")
+            path.write_text(recipe_text.dump(chosen.resolved()), encoding="utf-8")
             launch.launch(processes, ["train", str(path), "--out", str(target), *given], quiet=True)
 
 
@@ -91,13 +90,12 @@ def first_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) ->
 
 def _lasting(kept: kept_runs.Kept) -> list[dict[str, Any]]:
     """The records without what may differ between two runs of the same recipe."""
-    return [{key: value for key, value in record.items() if key not in tracking.TIMING_KEYS} for record in kept.records]
+    return [{key: value for key, value in record.items() if key not in metrics_file.TIMING_KEYS} for record in kept.records]
 
 
 def _weights(folder: Path) -> dict[str, str]:
     """File name -> sha256 of the model's weights."""
-    files = sorted((folder / "model").glob("*.safetensors"))
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {file.name: files.sha256(file) for file in sorted((folder / "model").glob("*.safetensors"))}
 
 
 def _require_results(before: kept_runs.Kept) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import recipe as recipes
-from tunesmith.engine import report
 from tunesmith.errors import GradientOverflowError, Interrupted, NonFiniteError, RecipeError, TunesmithError
 from tunesmith.models.fast import kernels
 from tunesmith.recipe import Recipe
+from tunesmith.report import run_page
+from tunesmith.runs import metrics_file
 from tunesmith.runs import run_folder as folder
-from tunesmith.runs import tracking
+from tunesmith.runs.progress import Progress
 from tunesmith.runs.trackers import Trackers, hushed, require, subject
 from tunesmith.train import (
     distributed,
@@ -78,7 +79,7 @@ def train(
             raise RecipeError(f"{name}: expected a function, got {function!r}")
     hooks = Hooks(on_log, on_eval, on_save)  # called in the main process; the others only know that there are some
     told = chosen.train.report_to if main else []
-    with tracking.Progress(console if main else None) as progress, hushed(told):
+    with Progress(console if main else None) as progress, hushed(told):
         with distributed.main_first() if chosen.data.cache else contextlib.nullcontext():
             ready = setup.read(chosen, processes.device, progress.note, Path(deepspeed) if deepspeed else None)
         run_folder = folder.take(target, chosen.resolved()) if main else folder.RunFolder(target)
@@ -154,7 +155,7 @@ def _resolve(recipe: Recipe | dict[str, Any] | str | Path, overrides: Sequence[s
 def _run(
     ready: setup.Setup,
     run_folder: folder.RunFolder,
-    progress: tracking.Progress,
+    progress: Progress,
     main: bool,
     hooks: Hooks,
     changed: Sequence[str],
@@ -224,7 +225,7 @@ def _run(
         run.trackers.close()
         if main:
             run_folder.record(notes=outcome.notes(run), stopped=f"{type(error).__name__}: {error}")
-            report.write_report(run_folder.path)
+            run_page.write_report(run_folder.path)
         if isinstance(error, NonFiniteError | GradientOverflowError | Interrupted):
             distributed.wait()  # all processes are here: none ends before the report is written
         hooks.again()
@@ -243,15 +244,15 @@ def _trackers(run: Run, resumed: bool) -> Trackers:
     names = run.setup.recipe.train.report_to
     if not names:
         return run.trackers
-    before = tracking.read(run.metrics.path)
+    before = metrics_file.read(run.metrics.path)
     created = run.folder.manifest()["created"]
     about = subject(run.folder.path, created, run.setup.recipe.resolved(), before, resumed)
     return Trackers(names, about, run.progress.note)
 
 
-def _records(run_folder: folder.RunFolder, name: str, main: bool) -> tracking.Metrics:
+def _records(run_folder: folder.RunFolder, name: str, main: bool) -> metrics_file.Metrics:
     """The file of that name. Only the main process may open it, because that mends a torn last line; the others write nothing."""
-    return tracking.Metrics(run_folder.path / name if main else os.devnull)
+    return metrics_file.Metrics(run_folder.path / name if main else os.devnull)
 
 
 # ------------------------------------------------------------------------------------------- what the loop calls back

@@ -6,7 +6,6 @@ Each link's type says what is known after it. Whatever can be wrong is found bef
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith import adaptations, objectives
+from tunesmith import adaptations, files, objectives
 from tunesmith.adaptations import Adaptation
 from tunesmith.data.batch.step import Source, Step, first_examples
 from tunesmith.data.read.source import eval_sources
@@ -277,10 +276,10 @@ def _name_code(recipe: Recipe, folder: Folder, say: Say) -> None:
     """Say which files of the model will be run."""
     if not recipe.trust_remote_code:
         return
-    files = code_files(folder)
-    if not files:
+    code = code_files(folder)
+    if not code:
         raise RecipeError("trust_remote_code: true does nothing: this model brings no code of its own. Leave it out.")
-    named = ", ".join(f"{file} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]})" for file in files)
+    named = ", ".join(f"{file} (sha256 {files.sha256(file)[:16]})" for file in code)
     say(f"trust_remote_code: code that came with the model runs with all your rights: {named}")
 
 
@@ -327,7 +326,6 @@ def _merged_base(setup: Setup, out: Path) -> Folder:
     target = out / "base"
     if not target.is_dir():
         from tunesmith.merge import run as merge
-        from tunesmith.train.checkpoint import publish
 
         with torch.random.fork_rng():  # loading draws numbers, and the other processes do not load
             folded = merge.fold(
@@ -337,5 +335,5 @@ def _merged_base(setup: Setup, out: Path) -> Folder:
         def write(folder: Path) -> None:
             merge.write(folded, folder)
 
-        publish(target, write, sum(p.numel() * p.element_size() for p in folded.plain.parameters()))
+        files.publish_folder(target, write, sum(p.numel() * p.element_size() for p in folded.plain.parameters()))
     return locate(target, setup.model_folder.remote_code)

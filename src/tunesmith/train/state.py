@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from tunesmith import files
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import factors
 from tunesmith.models.heads import lm_head
 from tunesmith.models.load import head_loading, probe
 from tunesmith.objectives import head_config
+from tunesmith.runs import metrics_file
 from tunesmith.runs import run_folder as folder
-from tunesmith.runs import tracking
+from tunesmith.runs.progress import Progress
 from tunesmith.runs.trackers import Trackers
 from tunesmith.train import adapter_choice, checkpoint, distributed, reference, samples, setup
 from tunesmith.train import fast_path as route
@@ -34,9 +36,9 @@ class Run:
     model: Any
     update: Update
     route: route.Route
-    metrics: tracking.Metrics
-    answers: tracking.Metrics
-    progress: tracking.Progress
+    metrics: metrics_file.Metrics
+    answers: metrics_file.Metrics
+    progress: Progress
     main: bool
     hooks: Hooks
     asked: list[samples.Prompt] = field(default_factory=list)
@@ -65,7 +67,7 @@ def save_model(run: Run) -> None:
                 probe.write_probe(target, run.model, run.setup.tokenizer, made)
 
     if run.main:
-        checkpoint.publish(run.folder.model, write, 4 * masters.size + 8 * 2**20)
+        files.publish_folder(run.folder.model, write, 4 * masters.size + 8 * 2**20)
 
 
 def save(run: Run, at: Progression) -> None:
@@ -127,10 +129,10 @@ def restore(run: Run) -> Progression:
     if run.setup.reference is not None:
         run.setup.reference.load(tensors)
         reference.check_known(run.setup.reference, run.setup.seen(), run.setup.model_folder.path)
-    of_source = {name.removeprefix("source."): value for name, value in tensors.items() if name.startswith("source.")}
-    run.setup.source.load(of_source, state.get("source") or {})
     at = Progression(**state["progression"])
     run.update.load(tensors, state)
+    of_source = {name.removeprefix("source."): value for name, value in tensors.items() if name.startswith("source.")}
+    run.setup.source.load(of_source, state.get("source") or {})
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and run.setup.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], run.setup.device)

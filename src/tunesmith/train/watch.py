@@ -14,6 +14,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tunesmith import files
+
 GRACE = 3.0
 """Seconds between another's end and ours: enough to end in order where that is possible."""
 
@@ -39,9 +41,8 @@ def leave(folder: Path, rank: int, *, done: bool = False, error: BaseException |
     if error is not None:
         message = str(error) or type(error).__name__
         failure = {"type": type(error).__name__, "message": message, "exit_code": exit_code, "time": time.time()}
-    beside = folder / f".process-{rank}"
-    beside.write_text(json.dumps(asdict(Note(os.getpid(), done, failure))), encoding="utf-8")
-    beside.replace(folder / f"process-{rank}.json")
+    note = json.dumps(asdict(Note(os.getpid(), done, failure)))
+    files.replace_file(folder / f"process-{rank}.json", note.encode())
 
 
 def read(folder: Path) -> dict[int, Note]:

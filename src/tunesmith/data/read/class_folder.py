@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from tunesmith import files
 from tunesmith.data.problems import Record, RowProblem
 
 
@@ -36,7 +37,7 @@ def content_hash(path: str) -> str:
     content = hashlib.sha256()
     for file in _files(path):
         content.update(f"{file.parent.name}/{file.name}".encode("utf-8", "surrogateescape") + b"\0")
-        content.update(hashlib.sha256(file.read_bytes()).digest())
+        content.update(bytes.fromhex(files.sha256(file)))
     return content.hexdigest()
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith import files
 from tunesmith.data.config import HUB_NAME, Source
 from tunesmith.data.problems import Record, RowProblem
 from tunesmith.data.read.row_files import READERS, Rows
@@ -41,7 +41,7 @@ def place(source: Source) -> Path:
     """Where the store keeps a split, whether it is there or not."""
     repo, _ = _parts(source)
     key = hashlib.sha256(json.dumps([source.label, source.streaming]).encode()).hexdigest()[:12]
-    return store.home() / "datasets" / f"{repo.replace('/', '--')}-{re.sub('[^A-Za-z0-9]+', '_', source.split)}-{key}"
+    return files.home() / "datasets" / f"{repo.replace('/', '--')}-{re.sub('[^A-Za-z0-9]+', '_', source.split)}-{key}"
 
 
 def command(source: Source) -> str:
@@ -221,7 +221,4 @@ def recall(source: Source, key: str) -> dict[str, Any] | None:
 
 def remember(source: Source, key: str, facts: dict[str, Any]) -> None:
     """Keep what was found out about the rows of a streamed source, so that the next start needs no network for it."""
-    file = place(source) / f"seen-{key}.json"
-    half = file.with_name(f".{file.name}.{os.getpid()}")
-    half.write_text(json.dumps(facts), encoding="utf-8")
-    half.replace(file)
+    files.replace_file(place(source) / f"seen-{key}.json", json.dumps(facts).encode())

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tunesmith import files
 from tunesmith.data.config import Source
 from tunesmith.data.encode.chat import Renderer, left_out
 from tunesmith.data.encode.templates import template_text
@@ -33,7 +34,7 @@ ENCODING = (
     "rows", "problems",
     "read.row_files", "read.json_rows", "read.source", "read.class_folder", "read.conll", "read.hub_set",
     "formats.columns", "formats.fields", "formats.turns", "formats.grades", "formats.preference_fields",
-    "formats.judged_fields", "formats.label_fields", "formats.word_fields", "formats.squad_file",
+    "formats.judged_fields", "formats.label_fields", "formats.word_fields", "formats.squad_file", "formats.judged_fields",
     "encode.chat", "encode.spans", "encode.templates", "encode.texts", "encode.tagging", "encode.questions",
     "encode.rankings", "encode.desirability", "encode.labels",
     "store.build", "store.cache",
@@ -88,7 +89,7 @@ def build(opened: Opened, objective: Any, tokenizer: Any, keep: bool, shared_key
     if entry is not None:
         return Built(entry, sha256, True, scratch)
     if folder.exists():
-        cache.discard(folder)  # what is there is not what was written
+        files.remove_folder(folder)  # what is there is not what was written
     writer = cache.begin(folder)
     try:
         info = _write(writer, opened, objective, tokenizer, on_progress)
@@ -214,11 +215,7 @@ def content_hash(source: Source) -> str:
         return builtin.digest(path)
     if class_folder.is_one(path):
         return class_folder.content_hash(path)
-    content = hashlib.sha256()
-    with existing(path).open("rb") as handle:
-        while block := handle.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()
+    return files.sha256(existing(path))
 
 
 def shared_key(objective: Any, tokenizer: Any) -> str:

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,13 +25,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from tunesmith import files
 from tunesmith.errors import DiskFullError, UserError
 
 VERSION = 2
 Example = dict[str, np.ndarray]
 ALIGNED = ("input_ids", "supervised", "token_type_ids")
 """Arrays with one number for each token: they are cut with the tokens."""
-BLOCK = 1 << 20
 ABANDONED = 2 * 24 * 3600.0
 """Seconds after which an unfinished folder belongs to no living process."""
 
@@ -117,13 +116,13 @@ class Writer:
 
     def close(self, info: dict[str, Any]) -> None:
         """Write the manifest last; everything is on the disk when this returns."""
-        files = {name: file.close() for name, file in self._files.items()}
-        manifest: dict[str, Any] = {"version": VERSION, "arrays": self._dtypes, "files": files, "info": info}
+        closed = {name: file.close() for name, file in self._files.items()}
+        manifest: dict[str, Any] = {"version": VERSION, "arrays": self._dtypes, "files": closed, "info": info}
         with (self.folder / "manifest.json").open("w", encoding="utf-8") as handle:
             json.dump({**manifest, "sha256": _hash_of(manifest)}, handle)
             handle.flush()
             os.fsync(handle.fileno())
-        _sync_folder(self.folder)
+        files.sync(self.folder)
 
     def abandon(self) -> None:
         """Close and remove what was written, unless it was renamed into place."""
@@ -189,19 +188,16 @@ class _File:
 
 
 def store() -> Path:
-    """``$TUNESMITH_HOME/data``, by default ``~/.cache/tunesmith/data``. Anything in it may be deleted at any time."""
-    home = os.environ.get("TUNESMITH_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "tunesmith") / "data"
+    """The folder ``data`` of tunesmith's home. Anything in it may be deleted at any time."""
+    return files.home() / "data"
 
 
 def begin(folder: Path) -> Writer:
     """A writer into a new folder beside ``folder``; ``finish`` puts it there. What a killed process left behind is swept."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for old in folder.parent.glob(".*.*"):
-            if time.time() - old.stat().st_mtime > ABANDONED:
-                shutil.rmtree(old, ignore_errors=True)
-        return Writer(Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)))
+        files.remove_abandoned(folder.parent, ".*.*", ABANDONED)
+        return Writer(files.temporary_folder(folder, 0o700))
     except OSError as error:
         raise disk_error(error, folder.parent) from None
 
@@ -214,18 +210,8 @@ def finish(writer: Writer, folder: Path, info: dict[str, Any]) -> None:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
-        discard(writer.folder)
-    _sync_folder(folder.parent)
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder of the cache: first out of sight, so that no one opens half of it."""
-    if not folder.name.startswith("."):
-        hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)) / "old"
-        with contextlib.suppress(FileNotFoundError):  # another process removed it
-            os.rename(folder, hidden)
-        folder = hidden.parent
-    shutil.rmtree(folder, ignore_errors=True)
+        files.remove_folder(writer.folder)
+    files.sync(folder.parent)
 
 
 def load(folder: Path) -> Entry | None:
@@ -255,16 +241,13 @@ def _hash_of(manifest: dict[str, Any]) -> str:
 
 def _map(path: Path, recorded: dict[str, Any], dtype: str) -> np.ndarray:
     """The file as an array. Raises ValueError when it is not what the manifest says."""
-    content = hashlib.sha256()
-    size = 0
-    with path.open("rb") as handle:  # read, not mapped: pages that are only checked need not stay
-        while block := handle.read(BLOCK):
-            content.update(block)
-            size += len(block)
-        if size != recorded["size"] or content.hexdigest() != recorded["sha256"]:
-            raise ValueError(f"{path} is not what was written")
-        if not size:
-            return np.empty(0, dtype)
+    size = path.stat().st_size
+    # sha256 reads the file and does not map it: pages that are only checked need not stay in memory.
+    if size != recorded["size"] or files.sha256(path) != recorded["sha256"]:
+        raise ValueError(f"{path} is not what was written")
+    if not size:
+        return np.empty(0, dtype)
+    with path.open("rb") as handle:
         return np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), dtype)
 
 
@@ -283,14 +266,6 @@ def disk_error(error: OSError, folder: Path) -> OSError | DiskFullError | UserEr
         return UserError(
             f"processed data cannot be written to {folder}: {error.strerror}. Set TUNESMITH_HOME to a folder that can be written."
         )
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno not in files.FULL:
         return error
     return DiskFullError(f"no room for processed data in {folder}. Free some space, or set TUNESMITH_HOME to another disk.")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models.find import headers
+from tunesmith.models.adapters import kinds
+from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.load import load, probe, vocabulary
 
 BASE = "base"
 """The name of the base alone, with every adapter off."""
-
-BESIDE = ("lora", "ia3", "bottleneck")
-"""Kinds of adapters of which several fit on one base. Virtual tokens work through the body's forward, which has room for one."""
 
 
 def find(folder: str | Path) -> list[dict[str, Any]]:
@@ -47,7 +45,7 @@ def _read(path: Path) -> dict[str, Any]:
     files = headers.weight_files(path, "adapter_model")
     if not files:
         raise ModelError(f"{path} has no weights: expected adapter_model.safetensors. Copy the folder again.")
-    base = probe.read(path).get("base") or {}
+    base = record.read(path).get("base") or {}
     run = path.parent if path.name == "model" and (path.parent / "recipe.yaml").is_file() else None
     manifest = headers.read_json(run / "manifest.json") if run and (run / "manifest.json").is_file() else {}
     return {
@@ -107,9 +105,9 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
     found = {name: locate(folder) for name, folder in adapters.items()}
     if not found:
         raise UserError("no adapter was named: give at least one NAME=FOLDER")
-    kinds = {name: _kind(name, folder, core.path) for name, folder in found.items()}
-    if len(set(kinds.values())) > 1:
-        said = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
+    types = {name: _type(name, folder, core.path) for name, folder in found.items()}
+    if len(set(types.values())) > 1:
+        said = ", ".join(f"{name} is {kind}" for name, kind in types.items())
         raise UserError(f"adapters on one base must be of one kind, and {said}. Load them one by one with tunesmith.load.")
     _check_layers(found)
     model = load.load_model(core)
@@ -125,23 +123,24 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
     return made
 
 
-def _kind(name: str, folder: Folder, base: Path) -> str:
-    """peft's kind of an adapter that may stand beside others on ``base``. Raises UserError, and ModelError for another base."""
-    if folder.kind == "full" or folder.base is None:
+def _type(name: str, folder: Folder, base: Path) -> str:
+    """peft's type of an adapter that may stand beside others on ``base``. Raises UserError, and ModelError for another base."""
+    if folder.base is None:
         raise UserError(f"{name}: {folder.path} is a full model (a merged one, perhaps), no adapter. Name adapter folders.")
-    probe.check_base(folder.path, base)
-    if probe.fingerprint(folder.base) != probe.fingerprint(base):
+    record.check_base(folder.path, base)
+    if record.fingerprint(folder.base) != record.fingerprint(base):
         raise ModelError(f"{name}: {folder.path} stands on {folder.base}, not on {base}. Name adapters of one base.")
     config = headers.read_json(folder.path / "adapter_config.json")
     kind = str(config.get("peft_type", "")).lower()
     why = None
-    if kind not in BESIDE:
-        why = f"is a {kind} adapter, and only {', '.join(BESIDE)} can stand beside others"
+    if not kinds.kind_of(kinds.type_of(config)).switchable:
+        able = ", ".join(name.lower() for name, known in kinds.KINDS.items() if known.switchable)
+        why = f"is a {kind} adapter, and only {able} can stand beside others"
     elif vocabulary.adapter_rows(folder.path):
         why = "brings tokens of its own, so it changes the base's vocabulary"
     elif config.get("bias", "none") != "none":
         why = "trained the base's own biases, which the others would get too"
-    elif probe.read(folder.path).get("quantization"):
+    elif record.read(folder.path).get("quantization"):
         why = "stands on a quantised base, which is another one"
     if why:
         raise UserError(f"{name}: {folder.path} {why}.\n  Load it alone: tunesmith.load, tunesmith chat {folder.path}")
@@ -165,4 +164,5 @@ def _check_layers(found: Mapping[str, Folder]) -> None:
 def _layers(adapter: Path) -> list[str]:
     """The layers of the base that an adapter has factors, vectors or bottlenecks in."""
     names = headers.read_tensors(adapter, "adapter_model")
-    return [match[1] for name in names if (match := re.match(r"base_model\.model\.(.+?)\.(lora|ia3|bottleneck)_", name))]
+    inside = re.compile(rf"base_model\.model\.(.+?)\.(?:{'|'.join(kinds.PREFIXES)})")
+    return [match[1] for name in names if (match := inside.match(name))]

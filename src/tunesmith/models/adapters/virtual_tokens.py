@@ -23,7 +23,7 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.adapters.layout import Layout, packed, padded
 from tunesmith.models.fast.attention import refuse_shared
 from tunesmith.models.fast.pieces import shares
-from tunesmith.models.heads import lm_head as head
+from tunesmith.models.network import base, is_causal
 
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"
 WORDS = "Below is a text. It is written with care, and each part of it follows from what stands before. "
@@ -60,7 +60,7 @@ def install(model: Any, trainable: bool = True) -> None:
 
 def _ahead(model: Any) -> Ahead | None:
     """Our forward of the body of ``model``, where it has virtual tokens."""
-    found = vars(head.base(model).base_model).get("forward")
+    found = vars(base(model).base_model).get("forward")
     return found if isinstance(found, Ahead) else None
 
 
@@ -98,10 +98,8 @@ def _slides(core: Any, tokens: int) -> bool:
 
 def attentions(core: Any) -> list[nn.Module]:
     """The attention of each layer, in order. Raises ModelError when they are not all found: a prefix would miss some."""
-    from tunesmith.models.heads import task_heads as heads
-
     config = core.config.get_text_config()
-    if not heads.is_causal(core.config):
+    if not is_causal(core.config):
         raise ModelError(
             f"prefix tuning is not available for {type(core).__name__}: an encoder's attention has no cache that a prefix could "
             "stand in.\n  Use adaptation=prompt or adaptation=lora."

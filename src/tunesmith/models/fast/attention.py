@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from tunesmith.models.adapters.layout import Layout
 from tunesmith.models.fast import kernels
@@ -63,14 +62,12 @@ class CannotPack(Exception):
 
 
 def register() -> None:
-    """Make ``attn_implementation="tunesmith_segments"`` known to transformers."""
+    """Make ``attn_implementation="tunesmith_segments"`` known to transformers.
+
+    No mask function has this name, and for such names transformers makes no mask: segments replace it. With one that returns
+    None it would first look for packed rows in the positions, and wait for the device to learn what it found.
+    """
     AttentionInterface.register(NAME, segment_attention)
-    AttentionMaskInterface.register(NAME, no_mask)
-
-
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """Segments replace the mask."""
-    return None
 
 
 def refuse(

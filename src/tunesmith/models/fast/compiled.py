@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tunesmith.models.heads import lm_head
+from tunesmith.models.network import base
 
 RECOMPILE_LIMIT = 64
 """Forms of one layer that are kept. Torch's 8 would be passed by kinds of layer times training and evaluation times first layer
@@ -30,7 +30,7 @@ def named_layers(model: Any) -> dict[str, nn.Module]:
 
 def layers(model: Any) -> list[nn.Module]:
     """:func:`named_layers` of the network inside ``model``."""
-    return list(named_layers(lm_head.base(model)).values())
+    return list(named_layers(base(model)).values())
 
 
 def why_not(model: Any) -> str | None:

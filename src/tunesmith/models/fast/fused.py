@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunesmith.models.adapters import kinds
 from tunesmith.models.adapters.virtual_tokens import Prefix
 from tunesmith.models.fast import fused_bottleneck, fused_encoder, kernels, products, self_check
 from tunesmith.models.fast.pieces import longest
@@ -96,14 +97,10 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
     return fused
 
 
-ADAPTERS = ("lora_", "bottleneck_", "ia3_")
-"""In the names of weights that are an adapter's own."""
-
-
 def _trains_its_own(module: nn.Module) -> bool:
     """Whether a weight inside is trained that is no adapter's."""
     named = module.named_parameters()
-    return any(weight.requires_grad for name, weight in named if not any(part in name for part in ADAPTERS))
+    return any(weight.requires_grad for name, weight in named if not any(part in name for part in kinds.PREFIXES))
 
 
 # ------------------------------------------------------------------------------------------------------------ RMSNorm

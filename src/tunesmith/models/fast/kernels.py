@@ -13,11 +13,13 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tunesmith import files
+from tunesmith.errors import DiskFullError
 
 SOURCE = Path(__file__).with_name("kernels.c")
 PART = Path(__file__).with_name("kernels_encoder.c")
@@ -28,7 +30,7 @@ SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("TUNESMITH_HOME", Path.home() / ".cache" / "tunesmith")) / "kernels"
+    return files.home() / "kernels"
 
 
 def _compile() -> Path | None:
@@ -47,8 +49,7 @@ def _compile() -> Path | None:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-            built = Path(temporary) / "kernels.so"
+        with files.publish_file(target) as built:  # two processes may build at once
             flags = (
                 FLAGS
                 if "clang" in compiler
@@ -57,8 +58,7 @@ def _compile() -> Path | None:
                 else FLAGS
             )
             subprocess.run([compiler, *flags, "-o", str(built), str(SOURCE), "-lm"], check=True, capture_output=True, timeout=120)
-            built.replace(target)  # atomic: two processes may build at once
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, DiskFullError, subprocess.SubprocessError):
         return None
     return target
 

@@ -104,8 +104,7 @@ def with_gqa(kernel: Kernel) -> Kernel:
 def register(kernel: Kernel, capability: tuple[int, int]) -> None:
     """Make ``attn_implementation="tunesmith_varlen"`` known to transformers, with this kernel for a GPU of this capability.
 
-    No mask function has this name, and for such names transformers makes no mask. Had we given it one that returns None, it would
-    first look for packed rows in the positions, and wait for the device to learn what it found.
+    Like ``attention.register``, it has no mask function.
     """
     AttentionInterface.register(NAME, attend_with(kernel, capability))
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tunesmith import new_folder
+from tunesmith import files
 from tunesmith.errors import DiskFullError, ModelError, UserError
 from tunesmith.models.find import headers, store
 from tunesmith.models.find.locate import Folder, check_settings, locate
@@ -40,14 +40,14 @@ def convert(model: str | Path, out: str | Path | None = None, say: Callable[[str
     convert or ``out`` exists.
     """
     source = _folder(model)
-    target = new_folder.place(out or source.with_name(f"{source.name}-safetensors"), "convert")
+    target = files.new_target(out or source.with_name(f"{source.name}-safetensors"), "convert")
     check_settings(source)
     pickles = _pickles(source)
     size = sum(path.stat().st_size for path in pickles)
-    if shutil.disk_usage(_existing(target.parent)).free < size:
+    if files.free_disk_bytes(target.parent) < size:
         raise DiskFullError(f"{target.parent} has too little room: the weights take {size / 1e6:,.0f} MB")
     tied, network = _tied(source)
-    with new_folder.filling(target) as made:
+    with files.new_folder(target) as made:
         for path in source.iterdir():
             if path.is_file() and path.suffix in COPIED and not path.name.endswith(".bin.index.json"):
                 shutil.copyfile(path, made / path.name)
@@ -76,10 +76,6 @@ def _folder(model: str | Path) -> Path:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: expected a model folder in the transformers format")
     return path.resolve()
-
-
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() else _existing(folder.parent)
 
 
 def _pickles(folder: Path) -> list[Path]:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.errors import ModelError
-from tunesmith.models.find import catalog, headers, store
-from tunesmith.models.load import probe
+from tunesmith.models.find import catalog, headers, record, store
 
 SETTINGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 
@@ -165,7 +164,7 @@ def _refuse_code(config: Any, file: Path, remote_code: bool, where: str = "") ->
 
 def _base_of(adapter: Path, config: dict[str, Any], remote_code: bool) -> Path:
     """The full model under an adapter: the path in its config, else the name that tunesmith or the Hub has for it."""
-    recorded = probe.read(adapter).get("base") or {}
+    recorded = record.read(adapter).get("base") or {}
     named = config.get("base_model_name_or_path") or ""
     relative = [str(adapter / place) for place in (recorded.get("relative"), named) if place]
     for place in (named, recorded.get("path"), *relative):

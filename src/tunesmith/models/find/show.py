@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tunesmith.models.find import catalog, headers, store
+from tunesmith.models.find import catalog, headers, record, store
 from tunesmith.models.find.locate import Folder, locate
-from tunesmith.models.load import probe, vocabulary
+from tunesmith.models.load import vocabulary
 
 _KINDS = (  # the first pattern found in a tensor's name decides; more telling names come first
     ("norm", r"norm|(^|\.)ln_|layer_?norm"),
@@ -64,7 +64,7 @@ def show(model: str | Path) -> dict[str, Any]:
         "quantization": _quantization(folder, config),
         "chat_template": _template(folder),
         "run": _run(folder),
-        "saved_with": probe.read(folder.path).get("versions"),
+        "saved_with": record.read(folder.path).get("versions"),
     }
     if folder.kind == "adapter":
         out["adapter"] = _adapter(folder.path)
@@ -132,7 +132,7 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 def _quantization(folder: Folder, config: dict[str, Any]) -> str | None:
     """How the weights are kept; of an adapter, how its base was while it was trained."""
-    kept = probe.read(folder.path).get("quantization") if folder.kind == "adapter" else None
+    kept = record.read(folder.path).get("quantization") if folder.kind == "adapter" else None
     if not kept:
         return (config.get("quantization_config") or {}).get("quant_method")
     return f"{kept['quant_type']}{', double quantisation' if kept['use_double_quant'] else ''} (the base, while it was trained)"

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import shutil
 import stat
-import tempfile
-import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tunesmith import files
 from tunesmith.errors import ModelError
 from tunesmith.hub import store
-from tunesmith.hub.store import MANIFEST, home, manifest, problems, sha256
+from tunesmith.hub.store import MANIFEST, manifest, problems
 
 __all__ = [
-    "MANIFEST", "folder_of", "home", "install", "manifest", "models", "names", "partial", "problems", "sha256", "unpack",
-    "workshop",
+    "MANIFEST", "folder_of", "install", "manifest", "models", "names", "partial", "problems", "unpack", "workshop",
 ]  # fmt: skip
 
 _ABANDONED = 3600.0
@@ -30,7 +28,7 @@ _ABANDONED = 3600.0
 
 
 def models() -> Path:
-    return home() / "models"
+    return files.home() / "models"
 
 
 def folder_of(name: str) -> Path:
@@ -49,11 +47,9 @@ def names() -> list[str]:
 def workshop(name: str, needed: int) -> Iterator[Path]:
     """A temporary folder in the store, removed at the end. DiskFullError when fewer than ``needed`` bytes are free."""
     models().mkdir(parents=True, exist_ok=True)
-    for old in models().glob(".pull-*"):
-        if max(path.lstat().st_mtime for path in [old, *old.rglob("*")]) < time.time() - _ABANDONED:
-            shutil.rmtree(old, ignore_errors=True)
+    files.remove_abandoned(models(), ".pull-*", _ABANDONED)
     store.require_space(folder_of(name), needed)
-    folder = Path(tempfile.mkdtemp(prefix=f".pull-{name.replace('/', '--')}-", dir=models()))
+    folder = files.temporary_folder(models() / f"pull-{name.replace('/', '--')}")
     try:
         yield folder
     finally:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import ModelError, UserError
+from tunesmith.models.heads import head_types
+from tunesmith.models.network import base
 
 if TYPE_CHECKING:
     import torch
@@ -288,10 +290,8 @@ def _prompt_ids(prompt: Any, tokenizer: Any, system: str | None, plain: bool) ->
 
 def check_writes(model: Any) -> None:
     """Raise ModelError for a model with another head than that of a language model."""
-    from tunesmith.models.heads import lm_head, task_heads
-
-    kind = type(lm_head.base(model)).__name__
-    if task_heads.kind_of(kind) != "lm":
+    kind = type(base(model)).__name__
+    if head_types.kind_of(kind) != "lm":
         raise ModelError(
             f"this model is a {kind}: it judges texts and writes none.\n  Use tunesmith predict (score for a reward model)."
         )

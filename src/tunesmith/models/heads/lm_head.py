@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from tunesmith.models.fast import kernels, varlen
+from tunesmith.models.adapters import virtual_tokens
+from tunesmith.models.fast import fused_encoder, kernels, varlen
+from tunesmith.models.heads import head_types, noise
+from tunesmith.models.network import base as base
+from tunesmith.models.network import first_position as first_position
 
 BLOCK = 256  # rows of logits at a time: 25 MB in bf16 at 49 thousand words; matrix products are at full speed from here
-NEW_HEADS = ("score", "classifier", "qa_outputs")
-"""What transformers calls the output layer of a network that does not predict tokens."""
-TASK = {"lm": "CAUSAL_LM", "score": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
-"""What peft calls the job of each head."""
 _plain: WeakSet[nn.Module] = WeakSet()
 _kept: WeakKeyDictionary[nn.Module, Callable[[dict[str, Any]], torch.Tensor | None]] = WeakKeyDictionary()
 
@@ -52,21 +52,14 @@ def is_plain(model: Any) -> bool:
     return base(model) in _plain
 
 
-def base(model: Any) -> Any:
-    """The transformers model inside a peft wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
 def own_parameters(model: Any) -> set[str]:
     """Names of the trained parameters of the head that no other layer shares; empty when it is frozen or tied.
 
     Of a language model that is the output layer, of other heads all that stands after the body's outputs.
     """
-    from tunesmith.models.heads import task_heads
-
     inner = base(model)
-    kind = task_heads.kind_of(type(inner).__name__)
-    layers = [inner.get_submodule(name) for name in task_heads.parts(model, kind)]
+    kind = head_types.kind_of(type(inner).__name__)
+    layers = [inner.get_submodule(name) for name in head_types.parts(model, kind)]
     if kind == "lm":
         layers = [inner.get_output_embeddings()]
     prefixes = tuple(name + "." for name, module in model.named_modules() if any(module is layer for layer in layers))
@@ -98,17 +91,12 @@ def outputs_at(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 def _few(model: Any, batch: dict[str, Any]) -> bool:
     """Whether the last layer can leave out most of what it would compute: few places are read, and it knows how."""
-    from tunesmith.models.adapters import virtual_tokens
-    from tunesmith.models.fast import fused_encoder
-
     few = "segments" in batch and 2 * len(batch["positions"]) <= batch["input_ids"].numel()
     return few and not virtual_tokens.count(model) and fused_encoder.reads_early(base(model).base_model)
 
 
 def _read_early(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """:func:`outputs_at` by an encoder whose last layer is told which places are read."""
-    from tunesmith.models.heads import noise
-
     drawn = noise.of(model)
     if drawn is not None:
         drawn.read = batch["positions"]
@@ -139,18 +127,6 @@ def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     if "position_ids" in given and (first := first_position(base(model).config)):
         given["position_ids"] = given["position_ids"] + first
     return given | keywords
-
-
-SHIFTED = (
-    "roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "data2vec-text", "longformer",
-    "ibert", "mpnet",
-)  # fmt: skip
-"""Kinds of networks whose first token does not stand at position 0."""
-
-
-def first_position(config: Any) -> int:
-    """The position of a row's first token: in roberta's family the one after that of padding."""
-    return int(config.pad_token_id) + 1 if config.model_type in SHIFTED else 0
 
 
 def lm_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import kernels
-from tunesmith.models.heads import lm_head
+from tunesmith.models.network import base
 
 QUERIES = {"q", "query", "query_proj", "in_proj"}
 """Layers by which a module is known for the attention itself: what it drops, but for its outputs, has no tokens of a row."""
@@ -142,7 +142,7 @@ def _dropped(x: torch.Tensor, keys: torch.Tensor, place: torch.Tensor, p: float)
 
 def of(model: Any) -> RowNoise | None:
     """What :func:`install` made for ``model``, if it draws anything."""
-    return _installed.get(lm_head.base(model))
+    return _installed.get(base(model))
 
 
 def install(model: nn.Module, seed: int, neftune_alpha: float | None = None) -> tuple[RowNoise | None, list[str]]:
@@ -161,10 +161,10 @@ def install(model: nn.Module, seed: int, neftune_alpha: float | None = None) -> 
             dropout.forward = _RowDropout(module, noise, noise.layers)
             noise.layers += 1
     if neftune_alpha is not None:
-        lm_head.base(model).get_input_embeddings().register_forward_hook(_Shake(noise, neftune_alpha))
+        base(model).get_input_embeddings().register_forward_hook(_Shake(noise, neftune_alpha))
     if not noise.layers and neftune_alpha is None:
         return None, switched_off
-    _installed[lm_head.base(model)] = noise
+    _installed[base(model)] = noise
     return noise, switched_off
 
 

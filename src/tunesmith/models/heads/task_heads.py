@@ -15,122 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.errors import ModelError
 from tunesmith.models.heads import lm_head, noise
-
-CLASSES = {
-    "lm": "AutoModelForCausalLM",
-    "score": "AutoModelForSequenceClassification",
-    "token": "AutoModelForTokenClassification",
-    "span": "AutoModelForQuestionAnswering",
-}
-"""transformers' class of each head."""
-
-ENDS = {"score": "ForSequenceClassification", "token": "ForTokenClassification", "span": "ForQuestionAnswering"}
-
-
-MIXING = {"convbert", "fnet", "funnel", "canine", "nystromformer", "yoso", "mra"}
-"""Encoders in which padding reaches the words beside it."""
-
-KNOWN = {*lm_head.NEW_HEADS, "pre_classifier", "pooler", "head", "dropout", "drop"}
-"""Layers that may stand between a body and the logits."""
-
-
-def auto_class(kind: str) -> Any:
-    """transformers' class that loads a network with the head ``kind``."""
-    import transformers
-
-    if kind not in CLASSES:
-        raise ModelError(f"no model class for the head {kind!r}: expected one of {', '.join(CLASSES)}")
-    return getattr(transformers, CLASSES[kind])
-
-
-def kind_of(architecture: str) -> str:
-    """The head that a class of transformers has, by its name: BertForTokenClassification -> token; ``lm`` for any other."""
-    return next((kind for kind, end in ENDS.items() if architecture.endswith(end)), "lm")
-
-
-def require_class(config: Any, kind: str) -> None:
-    """Raise ModelError for an architecture that transformers gives no such head."""
-    from transformers.models.auto import modeling_auto as auto
-
-    known = {
-        "lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-        "score": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        "token": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-        "span": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    }[kind]
-    if kind == "lm" and not is_causal(config):
-        raise ModelError(
-            f"{config.model_type} is an encoder: each of its tokens sees those after it, so there is nothing to predict for this "
-            "objective.\n  Take a decoder such as smollm2-135m, or objective: classify, tag or qa."
-        )
-    if kind != "lm" and getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{config.model_type} is an encoder with a decoder behind it: where a row would be read is not known here.\n"
-            "  Take an encoder such as bert, or a decoder such as smollm2-135m."
-        )
-    mixes = config.model_type in MIXING or (getattr(config, "conv_kernel_size", None) or 0) > 0
-    if kind != "lm" and mixes and not is_causal(config):
-        raise ModelError(
-            f"{config.model_type} reads padding beside a row (a convolution, or sums over all places), so what it says of a row "
-            "would depend on the others of its batch.\n  Take another encoder, such as bert."
-        )
-    maps = getattr(config, "auto_map", None) or {}
-    if type(config) not in known and CLASSES[kind] not in maps:
-        raise ModelError(
-            f"transformers has no {CLASSES[kind].removeprefix('AutoModel')} for {config.model_type}, which is needed here.\n"
-            "  Take another model."
-        )
-
-
-def check_parts(model: Any) -> None:
-    """Raise ModelError for a head that is made of other layers than those that are known here."""
-    if kind_of(type(model).__name__) == "lm":
-        return
-    body = model.base_model
-    strange = sorted({name for name, child in model.named_children() if child is not body} - KNOWN)
-    if strange or body is model or _output(model) is None:
-        found = f"has {' and '.join(strange)}" if strange else "has no output layer that is known"
-        raise ModelError(
-            f"the head of {type(model).__name__} {found}: what it does is not known here.\n"
-            "  Take another model: bert, roberta, deberta-v2, electra, distilbert, mpnet, albert, modernbert, or a decoder."
-        )
-
-
-def is_causal(config: Any) -> bool:
-    """Whether the network of ``config`` is a decoder, whose tokens see only what stands before them."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
-    return bool(getattr(config, "is_decoder", False)) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-
-
-def pooling(config: Any) -> str | None:
-    """``mean`` where the outputs of all tokens are averaged (ours, or modernbert's own), None where one stands for its row."""
-    ours = (getattr(config, "tunesmith", None) or {}).get("pooling")
-    return "mean" if "mean" in (ours, getattr(config, "classifier_pooling", None)) else None
-
-
-def parts(model: Any, kind: str) -> list[str]:
-    """Names of the modules between the body's last outputs and the logits; of a language model its output layer."""
-    inner = lm_head.base(model)
-    body = inner.base_model
-    if body is inner:  # a body alone has no head
-        return []
-    names = [name for name, child in inner.named_children() if child is not body and any(True for _ in child.parameters())]
-    if kind == "score" and isinstance(getattr(body, "pooler", None), nn.Module):
-        names.append(f"{inner.base_model_prefix}.pooler")
-    return names
-
-
-def new_parts(model: Any, kind: str) -> list[str]:
-    """:func:`parts` of a head that a body gets for a task: trained and saved whole whatever else is; of "lm" none."""
-    return [] if kind == "lm" else parts(model, kind)
+from tunesmith.models.heads.head_types import output_layer
+from tunesmith.models.network import base, pooling
 
 
 def score_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """(rows, labels) of a batch, from the outputs at ``batch["positions"]``: one of each row, or all that are to be averaged."""
-    inner = lm_head.base(model)
+    inner = base(model)
     mean = pooling(inner.config) == "mean"
     if lm_head.is_plain(model) and "segments" not in batch and not mean:
         with _one_number_in_full(inner):
@@ -145,21 +37,21 @@ def score_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 def token_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """(places, labels) at ``batch["positions"]``."""
     if lm_head.is_plain(model):  # of the network itself: peft's forward for questions loses token types
-        return _exact(lm_head.base(model)(**lm_head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]])
-    inner, hidden = lm_head.base(model), lm_head.outputs_at(model, batch)
+        return _exact(base(model)(**lm_head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]])
+    inner, hidden = base(model), lm_head.outputs_at(model, batch)
     with _one_by_one(model, batch["places"]):
-        return _exact(_output(inner)(_dropped(inner, hidden)))
+        return _exact(output_layer(inner)(_dropped(inner, hidden)))
 
 
 def span_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """How much speaks for an answer's beginning, and for its end, at each of ``batch["positions"]``: (places,) twice."""
     if lm_head.is_plain(model):
-        found = lm_head.base(model)(**lm_head.inputs(model, batch))
+        found = base(model)(**lm_head.inputs(model, batch))
         places = batch["positions"]
         return _exact(found.start_logits.flatten()[places]), _exact(found.end_logits.flatten()[places])
-    inner, hidden = lm_head.base(model), lm_head.outputs_at(model, batch)
+    inner, hidden = base(model), lm_head.outputs_at(model, batch)
     with _one_by_one(model, batch["places"]):
-        start, end = _output(inner)(_dropped(inner, hidden)).split(1, dim=-1)
+        start, end = output_layer(inner)(_dropped(inner, hidden)).split(1, dim=-1)
     return _exact(start.squeeze(-1)), _exact(end.squeeze(-1))
 
 
@@ -169,7 +61,7 @@ def _exact(logits: torch.Tensor) -> torch.Tensor:
 
 def _scores(inner: Any, hidden: torch.Tensor, mean: bool) -> torch.Tensor:
     """The model's own way from a row's output (rows, width) to its logits."""
-    layer = _output(inner)
+    layer = output_layer(inner)
     if _plain_type(layer).endswith("ClassificationHead"):  # roberta, electra: takes the first of a sequence
         return layer(hidden.unsqueeze(1))
     if hasattr(inner, "pre_classifier"):  # distilbert
@@ -196,7 +88,7 @@ def _in_full(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _one_number_in_full(inner: Any) -> Iterator[None]:
     """The model's own forward with :func:`_in_full` where :func:`_scores` has it, so that every route gives the same rewards."""
-    layer = _output(inner)
+    layer = output_layer(inner)
     if inner.config.num_labels != 1 or _plain_type(layer).endswith("ClassificationHead"):
         yield
         return
@@ -223,10 +115,6 @@ def _dropped(inner: Any, hidden: torch.Tensor) -> torch.Tensor:
         if isinstance(layer := getattr(inner, name, None), nn.Module):
             hidden = layer(hidden)
     return hidden
-
-
-def _output(inner: Any) -> Any:
-    return next((layer for name in lm_head.NEW_HEADS if isinstance(layer := getattr(inner, name, None), nn.Module)), None)
 
 
 def _plain_type(layer: Any) -> str:

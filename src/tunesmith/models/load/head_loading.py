@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import RecipeError
-from tunesmith.models.find import headers
+from tunesmith.models.find import headers, record
+from tunesmith.models.heads import head_types
+from tunesmith.models.network import base, is_causal, pooling
 
 if TYPE_CHECKING:
     from tunesmith.models.find.locate import Folder
@@ -41,7 +43,7 @@ def options(folder: Folder, config: Any, head: str, head_config: Mapping[str, An
     if head_config is not None:
         apply(config, head_config)
     found: dict[str, Any] = {"config": config, "ignore_mismatched_sizes": True}
-    if renamed := _renamed(folder, config, head):
+    if renamed := renamed_body(folder, config, head):
         found["key_mapping"] = renamed
     return found
 
@@ -63,11 +65,9 @@ def inherit(config: Any, folder: Folder, adapter: str | None, head: str) -> None
 
     Raises RecipeError for one that is to go on under the objective of another ``head``.
     """
-    from tunesmith.models.load import probe
-
-    if adapter not in ("continue", "merge") or not probe.read(folder.path):
+    if adapter not in ("continue", "merge") or not record.read(folder.path):
         return  # of an adapter from elsewhere nothing is known
-    saved = probe.head(folder.path)
+    saved = record.head(folder.path)
     kind = saved.get("type", "lm")
     if kind == head:
         apply(config, saved.get("config") or {})
@@ -83,11 +83,8 @@ def change(config: Any, folder: Folder, adapter: str | None, head: str, head_con
 
     Raises RecipeError for an adapter that is continued with other labels than it knows.
     """
-    from tunesmith.models.heads import task_heads
-    from tunesmith.models.load import probe
-
     kept = adapter in ("continue", "merge")
-    kind = probe.head(folder.path).get("type", "lm") if kept else task_heads.kind_of((config.architectures or [""])[0])
+    kind = record.head(folder.path).get("type", "lm") if kept else head_types.kind_of((config.architectures or [""])[0])
     said = []
     if is_other(kind, config, head, head_config):
         old, new = (", ".join(map(str, list(names.values())[:10])) for names in (config.id2label, head_config["id2label"]))
@@ -116,9 +113,7 @@ def draw(model: Any, head: str) -> None:
     """Give the layer that knows the labels its first numbers again: they were loaded, being as many as another head's."""
     from torch import nn
 
-    from tunesmith.models.heads import task_heads
-
-    for name in task_heads.parts(model, head):
+    for name in head_types.parts(model, head):
         for layer in model.get_submodule(name).modules():
             if isinstance(layer, nn.Linear) and layer.out_features == model.config.num_labels:
                 marked: list[Any] = list(layer.parameters())
@@ -136,14 +131,12 @@ def outlined(config: Any, head_config: Mapping[str, Any]) -> Any:
     return outline
 
 
-def _renamed(folder: Folder, config: Any, head: str) -> dict[str, str]:
+def renamed_body(folder: Folder, config: Any, head: str) -> dict[str, str]:
     """{pattern: prefix} where the checkpoint has the body under another name than the class does."""
     import torch
 
-    from tunesmith.models.heads import task_heads
-
     with torch.device("meta"):
-        network = task_heads.auto_class(head).from_config(config)
+        network = head_types.auto_class(head).from_config(config)
     prefix = f"{network.base_model_prefix}."
     wanted = {name for name in network.state_dict() if name.startswith(prefix)}
     stored = set(headers.read_tensors(folder.network))
@@ -166,9 +159,7 @@ def settle(
     model: Any, head: str, report: Mapping[str, Any], missing: Iterable[str], unexpected: Iterable[str]
 ) -> tuple[list[str], list[str]]:
     """(missing, unexpected) without what a new head explains. Tensors of the body are never explained."""
-    from tunesmith.models.heads import task_heads
-
-    ours = tuple(f"{name}." for name in task_heads.parts(model, head))
+    ours = tuple(f"{name}." for name in head_types.parts(model, head))
     other_shape = [name for name, *_ in report["mismatched_keys"] if not name.startswith(ours)]
     left = [name for name in unexpected if name.partition(".")[0] not in OTHER_HEADS and ".pooler." not in f".{name}"]
     return [name for name in missing if not name.startswith(ours)] + other_shape, left
@@ -179,67 +170,41 @@ def fitted(model: Any) -> Any:
 
     Raises ModelError for a head that is not known.
     """
-    from tunesmith.models.heads import task_heads
-
-    task_heads.check_parts(model)
-    if task_heads.pooling(model.config) == "mean":
+    head_types.check_parts(model)
+    if pooling(model.config) == "mean":
         for owner in (model, model.base_model):
             if getattr(owner, "pooler", None) is not None:
                 owner.pooler = None
     return model
 
 
-def record(model: Any) -> dict[str, Any] | None:
+def head_record(model: Any) -> dict[str, Any] | None:
     """What an adapter's folder must say of its head, as JSON; None of a language model."""
-    from tunesmith.models.heads import lm_head as head
-    from tunesmith.models.heads import task_heads
-
-    inner = head.base(model)
-    kind = task_heads.kind_of(type(inner).__name__)
+    inner = base(model)
+    kind = head_types.kind_of(type(inner).__name__)
     if kind == "lm":
         return None
     config = inner.config.to_dict()
     return {"type": kind, "config": {name: config[name] for name in KEYS if config.get(name) is not None}}
 
 
-def stock_refuses(network: Any, folder: Folder) -> str | None:
-    """Why transformers' own class cannot open an adapter of this ``network`` on the base in ``folder``, or None when it can.
-
-    It loads the base by the base's config and names, and only then the adapter. A mean over all tokens is no class of its own:
-    no copy helps there.
-    """
-    from tunesmith.models.heads import task_heads
-    from tunesmith.models.load import load
-
-    kind = task_heads.kind_of(type(network).__name__)
-    if kind == "lm" or (getattr(network.config, "tunesmith", None) or {}).get("pooling") == "mean":
-        return None
-    stored = load.load_config(folder)
-    if _renamed(folder, stored, kind):
-        return f"{type(network).__name__} has the body under another name than the base, and fills it with random numbers"
-    if stored.id2label != network.config.id2label:
-        return "it takes the labels from the base, which has others"
-    return None
-
-
 def answers(model: Any, ids: Any) -> Any:
     """What a model says of one row of ``ids`` (1, tokens): logits (tokens, n), or (1, labels) where a row has one answer."""
     import torch
 
-    from tunesmith.models.heads import lm_head as head
-    from tunesmith.models.heads import task_heads
-
-    inner = head.base(model)
-    kind = task_heads.kind_of(type(inner).__name__)
+    inner = base(model)
+    kind = head_types.kind_of(type(inner).__name__)
     if kind == "score":
         tokens = ids.shape[1]
-        mean = task_heads.pooling(inner.config) == "mean"
-        read = range(tokens) if mean else [tokens - 1 if task_heads.is_causal(inner.config) else 0]
+        mean = pooling(inner.config) == "mean"
+        read = range(tokens) if mean else [tokens - 1 if is_causal(inner.config) else 0]
         batch = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "positions": torch.tensor(list(read), device=ids.device),
         }
+        from tunesmith.models.heads import task_heads  # imports transformers, which load.quiet must come before
+
         return task_heads.score_logits(model, {**batch, "places": [len(list(read))]})
     found = model(input_ids=ids)
     if kind == "span":

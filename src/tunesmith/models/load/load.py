@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.errors import ModelError, UserError
 from tunesmith.hub import ask
-from tunesmith.models.find import headers
+from tunesmith.models.adapters import kinds
+from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import Folder, locate
+from tunesmith.models.heads import head_types
 from tunesmith.models.load import dequantized, head_loading, probe, quantization, vocabulary
 
 if TYPE_CHECKING:
@@ -32,8 +34,6 @@ _SILENT = {
     "BITSANDBYTES_NOWELCOME": "1",
 }
 _LIBRARIES = r"(transformers|peft|bitsandbytes|accelerate|huggingface_hub|torch)(\.|$)"
-KINDS = {"LORA": "lora", "IA3": "ia3", "BOTTLENECK": "bottleneck", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
-"""peft's names of the adapters that a recipe can make, and ours."""
 _OLD_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Constants that old checkpoints carry and today's classes compute: they hold nothing that was learnt."""
 
@@ -92,20 +92,16 @@ def load_tokenizer(folder: Folder) -> Any:
 
 def empty_model(folder: Folder, config: Any, head: str = "lm") -> Any:
     """The network of ``config`` without weights: the caller is on the meta device. ``folder``: where it comes from."""
-    from tunesmith.models.heads import task_heads
-
-    task_heads.require_class(config, head)
-    return _explained(folder, lambda: head_loading.fitted(task_heads.auto_class(head).from_config(config, **_code(folder))))
+    head_types.require_class(config, head)
+    return _explained(folder, lambda: head_loading.fitted(head_types.auto_class(head).from_config(config, **_code(folder))))
 
 
 def head_of(folder: Folder) -> str:
     """The head of a saved model: lm, score, token or span."""
-    from tunesmith.models.heads import task_heads
-
     if folder.kind == "adapter":
-        return str(probe.head(folder.path).get("type", "lm"))
+        return str(record.head(folder.path).get("type", "lm"))
     named = headers.read_json(folder.path / "config.json").get("architectures") or [""]
-    return task_heads.kind_of(str(named[0]))
+    return head_types.kind_of(str(named[0]))
 
 
 def _code(folder: Folder) -> dict[str, bool]:
@@ -138,12 +134,12 @@ def load_model(
 
     attach = folder.kind == "adapter" and adapter != "ignore"
     if attach:
-        probe.check_base(folder.path, folder.network)
+        record.check_base(folder.path, folder.network)
     wanted = dtype or checkpoint_dtype(folder.network)
     head = head or head_of(folder)
     if attach and head_config is None:
-        head_config = probe.head(folder.path).get("config")
-    kept = probe.read(folder.path).get("quantization") if attach else None
+        head_config = record.head(folder.path).get("config")
+    kept = record.read(folder.path).get("quantization") if attach else None
     if kept and adapter == "attach":
         load_kwargs = {**quantization.of_record(kept), **load_kwargs}
     model = _full(folder, head, torch.float32 if attach and adapter == "merge" else wanted, load_kwargs, head_config)
@@ -230,11 +226,8 @@ def check_mergeable(config: Any) -> None:
     name = config.peft_type.value.lower()
     if config.is_prompt_learning:
         raise UserError(f"a {name} adapter adds inputs, not weights: there is nothing to merge it into")
-    if name == "bottleneck":
-        raise UserError(
-            "a bottleneck adapter is a layer with a non-linearity: no weight of the base does the same, so it cannot be merged.\n"
-            "  Use the adapter as it is: every verb opens its folder."
-        )
+    if (why := kinds.kind_of(config.peft_type.value).unmergeable) is not None:
+        raise UserError(f"a {name} adapter is {why}")
 
 
 def _unwrapped(layer: Any) -> Any:
@@ -247,16 +240,14 @@ def _unwrapped(layer: Any) -> Any:
 def _full(
     folder: Folder, head: str, dtype: torch.dtype, load_kwargs: dict[str, Any], head_config: Mapping[str, Any] | None = None
 ) -> Any:
-    from tunesmith.models.heads import task_heads
-
     quiet()
     path = folder.network
     own = checkpoint_dtype(path) if "quantization_config" in load_kwargs else dtype  # the bits must not depend on what computes
     options = {"dtype": own, **load_kwargs, **_code(folder), "local_files_only": True, "use_safetensors": True}
-    network, anew = task_heads.auto_class(head), False
+    network, anew = head_types.auto_class(head), False
     if head != "lm":
         config = load_config(folder)
-        anew = head_loading.is_other(task_heads.kind_of((config.architectures or [""])[0]), config, head, head_config)
+        anew = head_loading.is_other(head_types.kind_of((config.architectures or [""])[0]), config, head, head_config)
         options |= head_loading.options(folder, config, head, head_config)
     model, report = _explained(folder, lambda: network.from_pretrained(path, output_loading_info=True, **options))
     unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
@@ -273,6 +264,23 @@ def _full(
                 parameter.data = parameter.data.to(dtype)
     head_loading.keep_own_names(model, options)
     return head_loading.fitted(model)
+
+
+def stock_refuses(network: Any, folder: Folder) -> str | None:
+    """Why transformers' own class cannot open an adapter of this ``network`` on the base in ``folder``, or None when it can.
+
+    It loads the base by the base's config and names, and only then the adapter. A mean over all tokens is no class of its own:
+    no copy helps there.
+    """
+    kind = head_types.kind_of(type(network).__name__)
+    if kind == "lm" or (getattr(network.config, "tunesmith", None) or {}).get("pooling") == "mean":
+        return None
+    stored = load_config(folder)
+    if head_loading.renamed_body(folder, stored, kind):
+        return f"{type(network).__name__} has the body under another name than the base, and fills it with random numbers"
+    if stored.id2label != network.config.id2label:
+        return "it takes the labels from the base, which has others"
+    return None
 
 
 def check_weights(path: Path, network: Any, named: Path) -> None:
@@ -300,7 +308,7 @@ def adapter_config(folder: Path) -> Any:
     """The peft config saved in an adapter folder. Raises ModelError for a kind that peft does not know."""
     from peft import PeftConfig
 
-    from tunesmith.models.adapters import bottleneck
+    from tunesmith.models.adapters import bottleneck  # imports peft
 
     bottleneck.register()
     return _explained(Folder(folder, "adapter"), lambda: PeftConfig.from_pretrained(str(folder), local_files_only=True))
@@ -312,7 +320,7 @@ def attached(folder: Folder, model: Any, trainable: bool, name: str = "default")
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    from tunesmith.models.adapters import virtual_tokens
+    from tunesmith.models.adapters import virtual_tokens  # imports transformers
 
     tensors = headers.read_tensors(folder.path, "adapter_model")
     stored, config = set(tensors), adapter_config(folder.path)  # which makes our own kinds known to peft

@@ -1,0 +1,59 @@
+"""Questions with answers in words (docstrings, instructions) or with a stretch of a text as answer (qa)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tunesmith.data.read import library
+from tunesmith.data.read.library import Module, first_sentence
+from tunesmith.synth.python.facts import answer, facts, question
+from tunesmith.synth.python.wording import Candidate, pick, say
+
+NO_ANSWER = "no answer"
+"""The groups of questions that their context does not answer begin with this."""
+
+IN_CODE = {"default", "exceptions", "quotation", "next parameter", "bases"}
+"""Tasks whose answer may be one stretch of the code."""
+
+LISTED = 5
+"""Definitions of a module that are described together."""
+
+
+def docstrings(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
+    """Real: the answer is the first paragraph of the docstring. Made up: the wording of the question."""
+    for item, row in library.docstrings(module, lang):
+        yield Candidate(item.kind, item.name, {**row})
+
+
+def instructions(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
+    """Real: the code, every name in an answer, docstrings. Made up: the wording of questions and answers."""
+    for item in module.definitions:
+        for fact in facts(item):
+            asked, said = question(fact, item, lang, seed), answer(fact, fact.values, lang)
+            yield Candidate(fact.task, item.name, {"instruction": asked, "input": fact.code, "output": said})
+
+
+def qa(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
+    """Real: the contexts (source of the library, sentences of its docstrings) and the answers in them.
+    Made up: the questions, and the lists in which sentences of docstrings stand together."""
+    for item in module.definitions:
+        for fact in facts(item):
+            if fact.task in IN_CODE and (fact.start is not None or not fact.values):
+                yield _row(fact.task, fact.code, question(fact, item, lang, seed), fact.start, *fact.values)
+    prefix = f"{module.name}."
+    said = {item.name.removeprefix(prefix): first_sentence(item.doc) for item in module.definitions[1:]}
+    told = {name: sentence for name, sentence in said.items() if 12 <= len(sentence) <= 200}
+    for first in range(0, len(told) - 2, LISTED):
+        some = [*told][first : first + LISTED]
+        context = say(lang, "listing", name=module.name) + "".join(f"\n{name}: {told[name]}" for name in some)
+        inside, anywhere = pick(some, seed, context), pick([*told], seed, context, "anywhere")
+        start = context.index(f"\n{inside}: ") + len(f"\n{inside}: ")
+        yield _row("described", context, say(lang, "described", name=inside), start, told[inside])
+        if anywhere not in some:
+            yield _row("described", context, say(lang, "described", name=anywhere), None)
+
+
+def _row(task: str, context: str, asked: str, start: int | None, *texts: str) -> Candidate:
+    answers = {"text": [*texts], "answer_start": [] if start is None else [start]}
+    group = task if texts else f"{NO_ANSWER}: {task}"
+    return Candidate(group, context, {"context": context, "question": asked, "answers": answers})

@@ -1,0 +1,110 @@
+"""What rows say, in English and Korean, how one of several phrases is chosen, and a row that may be drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+Choice = TypeVar("Choice")
+
+
+class Candidate(NamedTuple):
+    """A row. Rows are drawn evenly from the groups; a second row about the same comes last."""
+
+    group: str
+    about: str
+    row: dict[str, Any]
+
+
+def table(text: str) -> dict[str, tuple[str, ...]]:
+    """Lines ``key: phrase`` as the phrases of each key."""
+    found: dict[str, tuple[str, ...]] = {}
+    for line in text.strip().split("\n"):
+        key, _, phrase = line.strip().partition(": ")
+        found[key] = (*found.get(key, ()), phrase)
+    return found
+
+
+WORDING = {
+    "en": table("""
+        frame: {question}
+        frame: Read the code. {question}
+        frame: {question} Answer from the code.
+        parameters: Which parameters does the {kind} `{name}` take{self}? Keep their order.
+        required: Which parameters of `{name}` have no default value{self}? Leave out those with a star.
+        default: What is the default value of the parameter `{parameter}` of `{name}`?
+        default: Which value does `{parameter}` have when the {kind} `{name}` is called without it?
+        next parameter: Which parameter of the {kind} `{name}` follows `{parameter}`?
+        exceptions: Which exceptions does the {kind} `{name}` raise with a `raise` statement of its own?
+        exceptions: Which exceptions appear in the `raise` statements of `{name}`?
+        decorators: Which decorators does the {kind} `{name}` carry?
+        bases: Which classes does `{name}` inherit from?
+        bases: What is the base class of `{name}`, or what are its base classes?
+        quotation: What does the {kind} `{name}` do, according to its docstring?
+        quotation: How does the docstring of `{name}` begin?
+        docstring: Write the first sentence of a docstring for the {kind} `{name}`.
+        docstring: What does this {kind} do? Say it in one sentence, as its docstring would.
+        signature: Write the `def` line of a Python {kind} named `{name}`. Its parameters are {parameter}.
+        signature: How does the definition of a Python {kind} `{name}` begin? Its parameters are {parameter}.
+        described: What does `{name}` do?
+        listing: The module `{name}` documents among others:
+        self: , without `{name}`
+        yes: {names}.
+        no: None.
+        no default: `{parameter}` has no default value; it must be given.
+    """),
+    "ko": table("""
+        frame: {question}
+        frame: 코드를 읽고 답하세요. {question}
+        frame: {question} 코드에서 답을 찾으세요.
+        parameters: `{name}` {kind}의 매개변수는 무엇인가요{self}? 선언된 순서대로 답하세요.
+        required: `{name}` {kind}에서 기본값이 없는 매개변수는 무엇인가요{self}? 별표가 붙은 것은 빼세요.
+        default: `{name}` {kind}에서 `{parameter}` 매개변수의 기본값은 무엇인가요?
+        default: `{name}` {kind}를 호출하면서 `{parameter}` 인자를 생략하면 어떤 값이 쓰이나요?
+        next parameter: `{name}` {kind}에서 `{parameter}` 매개변수 다음에 오는 매개변수는 무엇인가요?
+        exceptions: `{name}` {kind}가 자신의 `raise` 문으로 일으키는 예외는 무엇인가요?
+        exceptions: `{name}` {kind}의 `raise` 문에는 어떤 예외가 나오나요?
+        decorators: `{name}` {kind}에 붙은 데코레이터는 무엇인가요?
+        bases: `{name}` 클래스는 어떤 클래스를 상속하나요?
+        bases: `{name}` 클래스의 기반 클래스는 무엇인가요?
+        quotation: 독스트링에 따르면 `{name}` {kind}의 기능은 무엇인가요?
+        quotation: `{name}` {kind}의 독스트링은 어떤 문장으로 시작하나요?
+        docstring: `{name}` {kind}에 넣을 영어 독스트링의 첫 문장을 쓰세요.
+        docstring: 이 {kind}의 기능을 독스트링처럼 영어 한 문장으로 설명하세요.
+        signature: 파이썬 {kind} `{name}`의 `def` 줄을 쓰세요. 매개변수는 다음과 같습니다: {parameter}.
+        signature: 파이썬에서 `{name}` {kind}의 정의는 어떻게 시작하나요? 매개변수는 다음과 같습니다: {parameter}.
+        described: `{name}`의 기능은 무엇인가요?
+        listing: `{name}` 모듈의 문서에는 다음 내용이 있습니다.
+        self:  (`{name}` 제외)
+        yes: {names}입니다.
+        no: 없습니다.
+        no default: `{parameter}` 매개변수에는 기본값이 없습니다. 반드시 넘겨야 합니다.
+        class: 클래스
+        function: 함수
+        method: 메서드
+    """),
+}
+"""Questions by task, frames around those about code, answers (``no``: nothing is to be named), and words."""
+
+
+def say(lang: str, *keys: str, seed: object = 0, **slots: object) -> str:
+    """A phrase of the first of ``keys`` that the language has, chosen by ``seed``, with its slots filled."""
+    key = next(key for key in keys if key in WORDING[lang])
+    return pick(WORDING[lang][key], key, seed).format(**slots)
+
+
+def pick(options: Sequence[Choice], *key: object) -> Choice:
+    """One of ``options``, by a hash of ``key``: the same on every machine."""
+    return options[number(*key) % len(options)]
+
+
+def number(*key: object) -> int:
+    """A number below 2**32 for ``key``, evenly spread."""
+    return int.from_bytes(hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=4).digest())
+
+
+def listed(names: Iterable[str], lang: str) -> str:
+    """``a, b and c``; Korean lists have no last word."""
+    *most, last = names
+    return ", ".join([*most, last]) if lang == "ko" or not most else f"{', '.join(most)} and {last}"
