@@ -104,7 +104,14 @@ def tour(tmp_path, monkeypatch):
     rows = [{"instruction": f"question {n}", "output": f"answer {n}"} for n in range(24)]
     pairs = [{"prompt": f"question {n}", "chosen": f"answer {n}", "rejected": f"no {n}"} for n in range(20)]
     labelled = [{"text": f"text {n}", "label": "odd" if n % 2 else "even"} for n in range(20)]
-    files = {"my.json": rows[:20], "held_out.json": rows[20:], "pairs.json": pairs, "labelled.json": labelled}
+    single = [{"prompt": f"question {n}", "completion": f"answer {n}", "label": n % 2 == 0} for n in range(20)]
+    files = {
+        "my.json": rows[:20],
+        "judged.json": single,
+        "held_out.json": rows[20:],
+        "pairs.json": pairs,
+        "labelled.json": labelled,
+    }
     for name, part in files.items():
         Path(name).write_text(json.dumps(part), encoding="utf-8")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
