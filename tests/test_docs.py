@@ -17,7 +17,7 @@ from tunesmith.models.find import store
 ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src" / "tunesmith"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = sorted(path.name for path in SRC.iterdir() if (path / "__init__.py").is_file() and path.name != "engine")
+FOLDERS = sorted(path.name for path in SRC.iterdir() if (path / "__init__.py").is_file())
 KEYS = recipe_keys.ROOT | recipe_keys.DATA | recipe_keys.SOURCE | recipe_keys.EVAL | recipe_keys.TRAIN | recipe_keys.SAMPLES
 KEYS |= {"type"}.union(*recipe_keys.OBJECTIVES.values(), *recipe_keys.ADAPTATIONS.values())
 

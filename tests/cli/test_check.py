@@ -1,9 +1,9 @@
+import importlib
 import json
 from types import SimpleNamespace
 
 import pytest
 
-from tunesmith import engine
 from tunesmith.cli.main import main
 
 SPLIT = {
@@ -60,7 +60,9 @@ FOUND = {
 
 @pytest.fixture
 def recipe(monkeypatch, tmp_path):
-    monkeypatch.setattr(engine, "run", SimpleNamespace(check=lambda recipe: FOUND), raising=False)
+    monkeypatch.setattr(
+        importlib.import_module("tunesmith.train"), "run", SimpleNamespace(check=lambda recipe: FOUND), raising=False
+    )
     path = tmp_path / "r.yaml"
     path.write_text("model: m\ndata:\n  train: [{path: x.json}]\n")
     return str(path)

@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tunesmith import engine, errors
+from tunesmith import errors
 from tunesmith.cli import main as cli
 
 RECIPE = "model: m\ndata:\n  train: [{path: x.json}]\n"
@@ -14,7 +15,7 @@ RECIPE = "model: m\ndata:\n  train: [{path: x.json}]\n"
 
 @pytest.fixture
 def train_raises(monkeypatch, tmp_path):
-    """Run `tunesmith train` with an engine that raises what is given; returns the exit code."""
+    """Run `tunesmith train` with a training that raises what is given; returns the exit code."""
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE)
 
@@ -22,7 +23,7 @@ def train_raises(monkeypatch, tmp_path):
         def train(recipe, **_):
             raise error
 
-        monkeypatch.setattr(engine, "run", SimpleNamespace(train=train), raising=False)
+        monkeypatch.setattr(importlib.import_module("tunesmith.train"), "run", SimpleNamespace(train=train), raising=False)
         return cli.main(["train", str(path), *options])
 
     return run
