@@ -24,7 +24,7 @@ from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError
 from tunesmith.models.fast import attention
 from tunesmith.objectives import kto
-from tunesmith.runs import tracking
+from tunesmith.runs import metrics_file
 from tunesmith.train import reference as references
 from tunesmith.train.session import RunSession
 
@@ -351,7 +351,7 @@ def test_a_pair_is_within_max_length_and_keeps_the_response_and_the_first_token(
         }
         for n in range(16)
     ]
-    objective, found = prepared(tmp_path, rows, max_length, adds_bos)
+    _, found = prepared(tmp_path, rows, max_length, adds_bos)
     data, cut = found.train, 0
     partners = other_response.partners_of(data)
     for index in range(len(data)):
@@ -371,7 +371,7 @@ def test_a_pair_is_within_max_length_and_keeps_the_response_and_the_first_token(
 
 
 def test_no_pairs_are_made_where_no_baseline_is(tmp_path):
-    objective, found = prepared(tmp_path, loss_type="apo_zero_unpaired")
+    _, found = prepared(tmp_path, loss_type="apo_zero_unpaired")
     assert "other_ids" not in found.train[0]
     assert "kl" not in Run(tmp_path, loss_type="apo_zero_unpaired").loss()[1]
 
@@ -404,7 +404,7 @@ def test_held_out_figures_are_the_same_for_any_batch_budget(tmp_path):
         made = recipe(tmp_path, objective="kto", max_steps=3, eval_steps=3, **split)
         made["data"]["eval"] = {"path": written(tmp_path, judged(9), "held.jsonl")}
         tunesmith.train(made, out=tmp_path / str(number))
-        records = tracking.read(tmp_path / str(number) / "metrics.jsonl")
+        records = metrics_file.read(tmp_path / str(number) / "metrics.jsonl")
         last = [record for record in records if record["kind"] == "eval"][-1]
         found.append({name: value for name, value in last.items() if name.startswith("eval_")})
     names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "kl", "loss")
@@ -447,7 +447,7 @@ def test_a_set_keeps_its_figures_beside_other_sets(tmp_path):
         made = recipe(tmp_path, objective="kto", max_steps=3, eval_steps=3)
         made["data"]["eval"] = {"sets": {name: sets[name] for name in chosen}}
         tunesmith.train(made, out=tmp_path / "-".join(chosen))
-        records = tracking.read(tmp_path / "-".join(chosen) / "metrics.jsonl")
+        records = metrics_file.read(tmp_path / "-".join(chosen) / "metrics.jsonl")
         figures[len(chosen)] = [
             {k: v for k, v in one.items() if k.startswith("eval_two")} for one in records if one["kind"] == "eval"
         ]
@@ -467,7 +467,7 @@ def test_eight_judgements_are_memorised(tmp_path):
     """Desirable responses become likely and undesirable ones unlikely, though each prompt has one of both."""
     made = recipe(tmp_path, objective="kto", count=8, batch_size=8, max_steps=60, logging_steps=1)
     tunesmith.train(made, out=tmp_path / "run")
-    records = [one for one in tracking.read(tmp_path / "run" / "metrics.jsonl") if one["kind"] == "train"]
+    records = [one for one in metrics_file.read(tmp_path / "run" / "metrics.jsonl") if one["kind"] == "train"]
     first, last = records[0], records[-1]
     assert last["loss"] < 0.1 < first["loss"]
     assert last["logps/chosen"] > first["logps/chosen"] / 2 and last["logps/rejected"] < 2 * first["logps/rejected"]
@@ -477,5 +477,5 @@ def test_eight_judgements_are_memorised(tmp_path):
 def test_at_step_0_the_policy_is_its_own_reference(tmp_path):
     made = recipe(tmp_path, objective={"type": "kto", **WEIGHTS}, batch_size=12, max_steps=1)
     tunesmith.train(made, out=tmp_path / "run")
-    (record,) = [one for one in tracking.read(tmp_path / "run" / "metrics.jsonl") if one["kind"] == "train"]
+    (record,) = [one for one in metrics_file.read(tmp_path / "run" / "metrics.jsonl") if one["kind"] == "train"]
     assert record["loss"] == pytest.approx((1.5 + 0.7) / 4, abs=1e-5) and record["kl"] == pytest.approx(0, abs=1e-4)
