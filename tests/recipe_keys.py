@@ -32,6 +32,7 @@ OBJECTIVES = {
     "tag": {"labels", "label_all", "stride"},
     "qa": {"window", "stride", "max_answer_tokens"},
     "dpo": {"loss_type", "beta", "label_smoothing", "simpo_gamma", "overlong"},
+    "kto": {"loss_type", "beta", "desirable_weight", "undesirable_weight", "overlong"},
     "reward": {"margin", "center_rewards_coefficient", "overlong"},
     "classify": {"problem_type", "labels", "class_weights", "label_smoothing", "pooling", "overlong"},
 }
@@ -86,6 +87,7 @@ IDLE = {
     "classify": {**WRITES_NOTHING, "max_unlearnable": "data"},
     "tag": {**WRITES_NOTHING, "max_unlearnable": "data", "separator": "data.train.0"},
     "dpo": JUDGED,
+    "kto": JUDGED,
     "reward": {**JUDGED, "prompts": "samples", "count": "samples", "max_new_tokens": "samples"},
     "qa": {**WRITES_NOTHING, "max_unlearnable": "data", "separator": "data.train.0"},
 }

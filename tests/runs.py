@@ -74,7 +74,20 @@ def preferences(count: int = 12) -> list[dict[str, Any]]:
     ]
 
 
+def judged(count: int = 12) -> list[dict[str, Any]]:
+    """Single responses, every other one desirable; two neighbours answer the same prompt."""
+    return [
+        {
+            "prompt": f"question {n // 2}:" + " what is the" * (n // 2 % 5),
+            "completion": f" {ANSWERS[n % 8]} {n}",
+            "label": n % 2 == 0,
+        }
+        for n in range(count)
+    ]
+
+
 ROWS = {
+    "kto": judged,
     "dpo": preferences,
     "reward": preferences,
     "cpt": lambda count: documents(count // 2),

@@ -17,7 +17,7 @@ from tunesmith.models.find import store
 ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src" / "tunesmith"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = sorted(path.name for path in SRC.iterdir() if (path / "__init__.py").is_file() and path.name != "engine")
+FOLDERS = sorted(path.name for path in SRC.iterdir() if (path / "__init__.py").is_file())
 KEYS = recipe_keys.ROOT | recipe_keys.DATA | recipe_keys.SOURCE | recipe_keys.EVAL | recipe_keys.TRAIN | recipe_keys.SAMPLES
 KEYS |= {"type"}.union(*recipe_keys.OBJECTIVES.values(), *recipe_keys.ADAPTATIONS.values())
 
@@ -69,7 +69,11 @@ def test_what_a_page_names_is_there(page):
     files = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts} | {path.name for path in SRC.rglob("*.c")}
     for span in spans(page.read_text(encoding="utf-8")):
         name = span.partition("(")[0].partition(":")[0].partition("=")[0].strip()
-        if re.fullmatch(rf"({'|'.join(FOLDERS)}|recipe)(\.\w+)+", name) and name not in ("recipe.yaml", "metrics.jsonl"):
+        if re.fullmatch(rf"({'|'.join(FOLDERS)}|recipe)(\.\w+)+", name) and name not in (
+            "recipe.yaml",
+            "metrics.jsonl",
+            "report.html",
+        ):
             assert exists(name) or set(name.split(".")[1:]) <= KEYS or name.endswith(".py"), f"{page.name}: {name}"
         if re.fullmatch(r"[\w/]+\.(py|c)", name):
             assert name.rpartition("/")[2] in files, f"{page.name}: {name}"
@@ -100,7 +104,14 @@ def tour(tmp_path, monkeypatch):
     rows = [{"instruction": f"question {n}", "output": f"answer {n}"} for n in range(24)]
     pairs = [{"prompt": f"question {n}", "chosen": f"answer {n}", "rejected": f"no {n}"} for n in range(20)]
     labelled = [{"text": f"text {n}", "label": "odd" if n % 2 else "even"} for n in range(20)]
-    files = {"my.json": rows[:20], "held_out.json": rows[20:], "pairs.json": pairs, "labelled.json": labelled}
+    single = [{"prompt": f"question {n}", "completion": f"answer {n}", "label": n % 2 == 0} for n in range(20)]
+    files = {
+        "my.json": rows[:20],
+        "judged.json": single,
+        "held_out.json": rows[20:],
+        "pairs.json": pairs,
+        "labelled.json": labelled,
+    }
     for name, part in files.items():
         Path(name).write_text(json.dumps(part), encoding="utf-8")
     text = (ROOT / "README.md").read_text(encoding="utf-8")

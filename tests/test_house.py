@@ -32,7 +32,7 @@ ABOVE = {
     "adaptations": "cli synth recipe train runs report evaluate merge objectives data",
     "recipe": "cli synth models runs report evaluate merge",
     "runs": "cli synth train report evaluate merge models objectives adaptations",
-    "report": "cli synth train evaluate merge models objectives adaptations",
+    "report": "cli synth recipe train evaluate merge models objectives adaptations data hub metrics",
     "merge": "cli synth objectives data report",
     "train": "cli synth evaluate",
     "evaluate": "cli synth merge",
@@ -65,14 +65,14 @@ ASKING = {"startswith", "endswith", "removeprefix", "removesuffix", "module"}
 """Methods that ask a string whether it is such a name, or a package for the part of that name."""
 
 NAMESAKES = {
-    "data/make/draw.py": "kinds of rows that tunesmith makes, which are files of data/make: classify.py, tag.py, qa.py",
+    "synth/python/draw.py": "kinds of rows that tunesmith makes",
     "data/read/builtin.py": "the same kinds, as built-in data sets: builtin:classify",
 }
 """Files in which such a name means something else."""
 
 
 def part_of(path: Path) -> str:
-    """``src/tunesmith/train/run.py`` -> engine."""
+    """``src/tunesmith/train/run.py`` -> train."""
     return path.relative_to(SRC).with_suffix("").parts[0]
 
 
@@ -365,7 +365,13 @@ def test_public_functions_stay_functions_whatever_is_imported():
 
 @pytest.mark.parametrize(
     "statement",
-    ["import tunesmith", "import tunesmith.recipe", "import tunesmith.cli.main", "import tunesmith.data.rows"],
+    [
+        "import tunesmith",
+        "import tunesmith.recipe",
+        "import tunesmith.cli.main",
+        "import tunesmith.data.rows",
+        "import tunesmith.report.run_page, tunesmith.report.task_page",
+    ],
 )
 def test_imported_without_torch(statement):
     code = f"{statement}; import sys; assert not {{'torch', 'transformers', 'peft'}} & set(sys.modules)"

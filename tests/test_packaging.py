@@ -28,6 +28,13 @@ def test_what_make_installs_is_pinned_to_a_version_we_allow():
         assert wanted.specifier.contains(pins()[wanted.name.lower()]), line
 
 
+def test_an_installed_package_has_its_templates_and_sources():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]["*"]
+    for path in (ROOT / "src" / "tunesmith").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            assert any(path.match(pattern) for pattern in patterns), path
+
+
 def test_torch_is_installed_first_and_at_the_pinned_version():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert f"$(PIP) torch=={pins()['torch']}\n" in makefile

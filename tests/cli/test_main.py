@@ -15,7 +15,7 @@ RECIPE = "model: m\ndata:\n  train: [{path: x.json}]\n"
 
 @pytest.fixture
 def train_raises(monkeypatch, tmp_path):
-    """Run `tunesmith train` with an engine that raises what is given; returns the exit code."""
+    """Run `tunesmith train` with a training that raises what is given; returns the exit code."""
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE)
 

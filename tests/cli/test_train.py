@@ -28,7 +28,7 @@ OUTCOME = {
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """Run `tunesmith train` with an engine that gives back OUTCOME; returns (exit code, what the engine was called with)."""
+    """Run `tunesmith train` with a training that gives back OUTCOME; returns (exit code, what it was called with)."""
     path = tmp_path / "r.yaml"
     path.write_text("model: m\ndata:\n  train: [{path: x.json}]\n")
 

@@ -31,6 +31,7 @@ OBJECTIVES: dict[str, Any] = {
     "tag": "tag",
     "qa": "qa",
     "dpo": "dpo",
+    "kto": "kto",
     "reward": "reward",
 }
 HEADS = ("classify", "tag", "qa", "reward")

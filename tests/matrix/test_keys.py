@@ -15,7 +15,7 @@ import torch
 
 import tunesmith
 from tests import recipe_keys
-from tests.runs import history, model_folder, preferences, questions, recipe, tagged
+from tests.runs import history, judged, model_folder, preferences, questions, recipe, tagged
 from tunesmith.data.config import Source
 from tunesmith.data.read import hub_set
 from tunesmith.errors import TunesmithError
@@ -56,6 +56,7 @@ CLASSIFY = {"objective": {"type": "classify"}, "data.train.0.path": "LABELLED", 
 TAG = {"objective": {"type": "tag"}, "data.train.0.path": "TAGGED", "samples": None, "train.max_length": 9}
 QA = {"objective": {"type": "qa", "window": 32, "stride": 0}, "data.train.0.path": "QUESTIONS", "samples": None}
 DPO = {"objective": {"type": "dpo"}, "data.train.0.path": "PREFERENCES"}
+KTO = {"objective": {"type": "kto"}, "data.train.0.path": "JUDGED"}
 REWARD = {"objective": {"type": "reward"}, "data.train.0.path": "PREFERENCES", "samples": None}
 FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
 
@@ -83,6 +84,11 @@ CASES = [
     Case("objective.label_smoothing", 0.2, "history", DPO),
     Case("objective.simpo_gamma", 1.5, "history", {**DPO, "objective": {"type": "dpo", "loss_type": "simpo"}}),
     Case("objective.overlong", "error", "error", {**DPO, "train.max_length": 12}),
+    Case("objective.loss_type", "apo_zero_unpaired", "history", KTO),
+    Case("objective.beta", 0.5, "history", KTO),
+    Case("objective.desirable_weight", 1.5, "history", KTO),
+    Case("objective.undesirable_weight", 1.5, "history", KTO),
+    Case("objective.overlong", "error", "error", {**KTO, "train.max_length": 12}),
     Case("objective.margin", True, "error", REWARD),
     Case("objective.center_rewards_coefficient", 0.1, "history", REWARD),
     Case("objective.overlong", "error", "error", {**REWARD, "train.max_length": 12}),
@@ -215,6 +221,7 @@ def places(tmp_path_factory):
         "TAGGED": file("tagged", tagged(12)),
         "QUESTIONS": file("questions", questions(12)),
         "PREFERENCES": file("preferences", preferences(12)),
+        "JUDGED": file("judged", judged(12)),
         "OTHER_ROWS": file("others", pairs),
         "BAD": file("bad", [*pairs, {"prompt": 3, "completion": None}]),
         "EMPTY": file("empty", [*pairs[:4], *[{"prompt": "a long question " * 9, "completion": " x"} for _ in range(6)]]),

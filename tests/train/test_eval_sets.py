@@ -12,7 +12,7 @@ import pytest
 import tunesmith
 from tests.numeric.test_invariance import LAUNCHED
 from tests.runs import recipe
-from tunesmith.engine.report import write_report
+from tunesmith.report.run_page import write_report
 from tunesmith.runs import metrics_file
 
 NAMES = ("short", "long")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tunesmith.cli.main import main
-from tunesmith.engine import curves
 from tunesmith.errors import UserError
+from tunesmith.report import charts
+from tunesmith.report.curves import Curve
 from tunesmith.runs import compare, kept_runs
 
 RECIPE = "model: m\nobjective: {type: sft}\nadaptation: {type: lora}\n"
@@ -122,15 +123,15 @@ def assert_readable(figure):
 def test_the_pictures_can_be_read(figure):
     steps = [*EVALS, {"kind": "train", "step": 1, "loss": 3.0}, {"kind": "train", "step": 2, "loss": 2.0}]
     kept = [replace(of_recipe(name, files=(name * 99,)), records=steps) for name in "abcde"]
-    compare.picture(kept)
-    curves.png("loss", [curves.Curve("train", [(1, 3.0), (2, 2.0)]), curves.Curve("eval", [(0, 3.5), (2, 2.0)])])
+    charts.png(charts.compare(compare.losses(kept)))
+    charts.png(charts.over_steps("loss", [Curve("train", [(1, 3.0), (2, 2.0)]), Curve("eval", [(0, 3.5), (2, 2.0)])]))
     for one in figure:
         assert_readable(one)
     assert len(figure) == 2
 
 
 def test_a_run_with_evaluations_alone_is_in_the_legend(figure):
-    compare.picture([replace(of_recipe(name), records=EVALS) for name in "ab"])
+    charts.png(charts.compare(compare.losses([replace(of_recipe(name), records=EVALS) for name in "ab"])))
     assert [text.get_text() for text in figure[0].legends[0].get_texts()] == ["a", "b"]
 
 

@@ -163,14 +163,14 @@ def build(
     for option, value, valid in (("KIND", kind, KINDS), ("--lang", lang, WORDING), ("--split", split, SPLITS)):
         if value is not None and value not in valid:
             raise UserError(f"{option}: there is no {value!r}. {did_you_mean(value, valid)}")
-    if no_answer is not None and kind != "qa":
-        raise UserError(f"--no-answer is for the kind qa; the rows of {kind} all have an answer. Leave it out.")
+    if no_answer is not None and not KINDS[kind].unanswerable:
+        raise UserError(f"--no-answer is for questions, kind qa; the rows of {kind} all have an answer. Leave it out.")
     if json and out == "-":
         raise UserError("--json and --out - both print to stdout. Leave one of them out, or name a file with --out.")
     path = None if out == "-" else Path(out or "-".join(filter(None, [kind, lang, split])) + ".jsonl")
     if path is not None:
         row_writer.check_free(path)
-    share = (0.2 if no_answer is None else no_answer) if kind == "qa" else 0.0
+    share = (0.2 if no_answer is None else no_answer) if KINDS[kind].unanswerable else 0.0
     read = 0
     with output.console().status(f"{kind}: reading the library") as status:
 

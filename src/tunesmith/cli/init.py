@@ -14,7 +14,7 @@ from tunesmith.errors import UserError
 
 def init(
     objective: Annotated[
-        str, typer.Argument(help="What the loss is: sft, cpt, reward, dpo, classify, tag, qa.", show_default=False)
+        str, typer.Argument(help="What the loss is: sft, cpt, dpo, kto, reward, classify, tag, qa.", show_default=False)
     ],
     adaptation: Annotated[str, typer.Option(help="Which weights are trained: full, lora, ...")] = "lora",
     model: Annotated[str, typer.Option(help="Model to start from.")] = "smollm2-135m",

@@ -47,6 +47,7 @@ def compare_runs(
     as_json: Json = False,
 ) -> None:
     """Curves of several runs over each other, what differs between their recipes, and their results side by side."""
+    from tunesmith.report import charts
     from tunesmith.runs import compare
     from tunesmith.runs import kept_runs as runs
 
@@ -62,7 +63,7 @@ def compare_runs(
         "picture": str(out),
     }
     try:
-        out.write_bytes(compare.picture(kept, by))
+        out.write_bytes(charts.png(charts.compare(compare.losses(kept, by), by)))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
     result(found, as_json, lambda found: _compared(found, compare.names(kept)))

@@ -117,7 +117,7 @@ def _check_out(folder: Path, head: str) -> None:
 
 def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[dict[str, Any]], source: Any, chosen: Any) -> Path:
     """report.html, figures.json and mistakes.jsonl in ``folder``."""
-    from tunesmith.evaluate import task_report
+    from tunesmith.report import task_page
 
     worst = sorted((one for one in answers if one["loss"] is not None), key=lambda one: -one["loss"])
     wrong = [one for one in worst if not one.get("right", one["prediction"] == one["gold"])][:MISTAKES]
@@ -139,7 +139,7 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
         **{key: found[key] for key in ("rows", "tokens", "tokens_per_second")},
     }
     measured = {**found["details"], "loss": found["eval_loss"]}
-    return task_report.write(folder, title, measured, mistakes, facts)
+    return task_page.write(folder, title, measured, mistakes, facts)
 
 
 def _rows_of(source: Any, numbers: set[int], accepted: tuple[type, ...]) -> dict[int, Any]:

@@ -1,1 +1,1 @@
-"""Figures of predictions against what is true: classes, entities, answers, and pictures of them. Pure functions."""
+"""Figures of predictions against what is true: classes, entities, answers. Pure functions."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith import objectives
@@ -18,6 +19,7 @@ from tunesmith.data.batch import other_response, preference_batch
 from tunesmith.data.batch.pack import to_device
 from tunesmith.data.check import balance
 from tunesmith.data.encode import desirability
+from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.rows import Judged
 from tunesmith.data.store.encoded import Encoded
 from tunesmith.metrics import token_mean
@@ -53,10 +55,13 @@ class Objective(objectives.Objective):
         super().__init__(config)
         self.traits = replace(self.traits, overlong=config.overlong)
         self.estimates_kl = config.loss_type == "kto"
+        self.prefix = np.zeros(0, np.int32)
+        """Tokens that the tokenizer puts before a text; a prompt keeps them when its left is cut."""
 
     def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
         super().bind(config, tokenizer, max_length)
         self.facts |= {"max_length": max_length, "overlong": self.config.overlong}
+        self.prefix = np.array(special_ends(tokenizer)[0], np.int32)
 
     def scan(self, rows: Iterable[Any]) -> None:
         """Count both kinds. Raises DataError when one of them is missing."""
@@ -70,7 +75,7 @@ class Objective(objectives.Objective):
 
     def extend(self, data: Encoded) -> Encoded:
         """Give each example the response to another prompt, from which the KL baseline is estimated."""
-        return other_response.attached(data, self.max_length) if self.estimates_kl else data
+        return other_response.attached(data, self.max_length, self.prefix) if self.estimates_kl else data
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
         """``desirable`` bool (n,); ``kl`` () in a step of the run; before it has a baseline, ``other``: the batch of prompts
@@ -109,9 +114,9 @@ class Objective(objectives.Objective):
         """(n,): desirable lambda_D (1 - sigmoid(beta (r - kl))), undesirable lambda_U (1 - sigmoid(beta (kl - r)))."""
         import torch
 
-        sign = torch.where(good, 1.0, -1.0).to(log_ratio)
-        weight = torch.where(good, self.config.desirable_weight, self.config.undesirable_weight).to(log_ratio)
-        return weight * (1 - torch.sigmoid(self.config.beta * sign * (log_ratio - kl)))
+        chosen = good.to(log_ratio)  # 0 or 1 in the precision of the log-probabilities
+        weight = self.config.desirable_weight * chosen + self.config.undesirable_weight * (1 - chosen)
+        return weight * (1 - torch.sigmoid(self.config.beta * (2 * chosen - 1) * (log_ratio - kl)))
 
     def _reference(self, policy: Any, batch: Batch) -> Any:
         """float64 (n, k): the reference's log p of the response and, where the KL is estimated, of the other one. Before its
@@ -143,14 +148,17 @@ class Objective(objectives.Objective):
 
     def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
         """For each row its log-probability, log ratio, and that of the response to another prompt."""
-        policy = _logps(model, batch).detach()
-        log_ratio = policy - self._reference(policy, batch)[:, 0]
-        others = self.kl_terms(model, batch) if "other" in batch else [policy.new_zeros(())] * len(policy)
-        columns = zip(batch["rows"], policy.tolist(), log_ratio.tolist(), batch["desirable"].tolist(), others, strict=True)
+        import torch
+
+        with torch.no_grad():
+            policy = _logps(model, batch)
+            log_ratio = policy - self._reference(policy, batch)[:, 0]
+            others = torch.stack(self.kl_terms(model, batch)) if "other" in batch else torch.zeros_like(policy)
+        found = [values.tolist() for values in (policy, log_ratio, batch["desirable"], others)]
         return {
             "judged": [
-                {"row": row, "logp": logp, "ratio": ratio, "desirable": good, "other": float(other.detach())}
-                for row, logp, ratio, good, other in columns
+                {"row": row, "logp": logp, "ratio": ratio, "desirable": good, "other": other}
+                for row, logp, ratio, good, other in zip(batch["rows"], *found, strict=True)
             ]
         }
 

@@ -1,9 +1,9 @@
-"""Runs over each other: what differs between their recipes, whether their losses may be compared, their curves in one picture."""
+"""Runs over each other: what differs between their recipes, whether their losses may be compared, and those losses."""
 
 from __future__ import annotations
 
-import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from tunesmith import recipe as recipes
-from tunesmith.engine import curves
 from tunesmith.errors import UserError
-from tunesmith.runs.figures import is_number
+from tunesmith.runs.figures import is_number, shorter
 from tunesmith.runs.kept_runs import Kept
 
-COLOURS = ("#2f6db5", "#d2691e", "#0f8578", "#8a4fbf", "#a87900", "#c2185b", "#5b7d1c", "#6a6f78")
+Points = list[tuple[float, float]]
+"""(step or tokens, value)."""
 _LABEL = 60
 """Characters of a run in the legend, at most."""
-_LEGEND = 120
-"""Characters that the legend has room for in one line."""
 
 
 def differences(runs: Sequence[Kept]) -> dict[str, list[Any]]:
@@ -62,39 +60,12 @@ def cautions(runs: Sequence[Kept]) -> list[str]:
     return [f"the losses are not comparable: {why}" for values, why in checks if unlike(values)]
 
 
-def picture(runs: Sequence[Kept], by: str = "step") -> bytes:
-    """PNG: training loss (smoothed) on the left, held-out loss on the right, one colour for each run; ``by``: step or tokens."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    names, lines = labels(runs), {}
-    for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-        colour, line = COLOURS[number % len(COLOURS)], "-" if number < len(COLOURS) else "--"
-        learnt = _points(run, "train", "loss", by)
-        if len(curves.smooth(learnt)) and len(learnt) >= 12:
-            left.plot(*zip(*learnt, strict=True), color=colour, alpha=0.2, linewidth=0.8)
-        for axes, points, mark in ((right, _points(run, "eval", "eval_loss", by), "o"), (left, curves.smooth(learnt), "")):
-            if points:
-                xs, ys = zip(*points, strict=True)
-                (lines[name],) = axes.plot(xs, ys, mark + line, color=colour, linewidth=1.8, markersize=5)
-    for axes, title in ((left, "training loss"), (right, "held-out loss")):
-        axes.set(xlabel=by, ylabel="loss", title=title)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if not axes.lines:
-            nothing = "no held-out rows" if axes is right else "no records"
-            axes.text(0.5, 0.5, nothing, ha="center", va="center", transform=axes.transAxes, color="#777777")
-    if lines:
-        columns = max(1, min(len(lines), _LEGEND // (max(map(len, lines)) + 6)))
-        figure.legend(lines.values(), lines.keys(), frameon=False, loc="outside lower center", ncols=columns)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+def losses(runs: Sequence[Kept], by: str = "step") -> list[tuple[str, Points, Points]]:
+    """(label, training loss, held-out loss) of each run over ``by``, which is step or tokens."""
+    return [
+        (label, _points(run, "train", "loss", by), _points(run, "eval", "eval_loss", by))
+        for run, label in zip(runs, labels(runs), strict=True)
+    ]
 
 
 def labels(runs: Sequence[Kept]) -> list[str]:
@@ -114,7 +85,7 @@ def labels(runs: Sequence[Kept]) -> list[str]:
     for place, name in enumerate(names(runs)):
         keys = [one[place] for one in told[:3] if one[place]]
         tries = [f"{name} ({', '.join(keys[:count])})" for count in range(len(keys), 0, -1)]
-        found.append(next((one for one in tries if len(one) <= _LABEL), curves.shorter(name, _LABEL)))
+        found.append(next((one for one in tries if len(one) <= _LABEL), shorter(name, _LABEL)))
     return found
 
 
@@ -145,10 +116,10 @@ def _files(runs: Sequence[Kept]) -> list[str]:
     """``data a.jsonl + b.jsonl`` of each run."""
     sources = [[one.get("path") for one in (run.recipe.get("data") or {}).get("train") or ()] for run in runs]
     short = iter(shortened([path for one in sources for path in one]))
-    return [curves.shorter("data " + " + ".join(str(next(short)) for _ in one), 36) for one in sources]
+    return [shorter("data " + " + ".join(str(next(short)) for _ in one), 36) for one in sources]
 
 
-def _points(run: Kept, kind: str, figure: str, by: str) -> curves.Points:
+def _points(run: Kept, kind: str, figure: str, by: str) -> Points:
     """(step or tokens, value) of every finite figure; an evaluation stands at the tokens of the training before it."""
     found, tokens = [], 0
     for record in run.records:
@@ -156,7 +127,7 @@ def _points(run: Kept, kind: str, figure: str, by: str) -> curves.Points:
         at = record.get("step") if by == "step" else tokens
         if record.get("kind") == kind and is_number(record.get(figure)) and is_number(at):
             found.append((float(at), float(record[figure])))
-    return curves.Curve("", found).finite
+    return [(at, value) for at, value in found if math.isfinite(value)]
 
 
 def _flat(tree: Any, key: str = "") -> dict[str, Any]:

@@ -72,6 +72,12 @@ def share(part: float, whole: float) -> str:
     return f"{percent:.0f}%" if percent == 100 or percent == 0 else f"{percent:.{1 if percent >= 1 else 3}f}%"
 
 
+def shorter(text: str, most: int) -> str:
+    """``text`` in at most ``most`` characters, cut in the middle, since names differ at their ends."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"
+
+
 def typed(command: str) -> str:
     """A recorded command the way a person types it: ``tunesmith train ...``, wherever the program lay."""
     return re.sub(r"^(?:\S*[\\/])?tunesmith(?:[\\/]__main__\.py|\.exe)?(?=\s|$)", "tunesmith", command)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from tunesmith import __version__
-from tunesmith.engine import report
 from tunesmith.models.load import quantization
+from tunesmith.report import run_page
 from tunesmith.runs import figures, metrics_file, overfit
 from tunesmith.train import distributed, machine, plain_copy, setup
 from tunesmith.train.loop import Job, Progression
@@ -103,7 +103,7 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
     if merged := plain_copy.copy(run):
         result["merged_dir"] = merged
     run.folder.record(result=result, notes=notes(run), finished=datetime.now(UTC).isoformat(timespec="seconds"))
-    report.write_report(run.folder.path)
+    run_page.write_report(run.folder.path)
     return result
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import recipe as recipes
-from tunesmith.engine import report
 from tunesmith.errors import GradientOverflowError, Interrupted, NonFiniteError, RecipeError, TunesmithError
 from tunesmith.models.fast import kernels
 from tunesmith.recipe import Recipe
+from tunesmith.report import run_page
 from tunesmith.runs import metrics_file
 from tunesmith.runs import run_folder as folder
 from tunesmith.runs.progress import Progress
@@ -225,7 +225,7 @@ def _run(
         run.trackers.close()
         if main:
             run_folder.record(notes=outcome.notes(run), stopped=f"{type(error).__name__}: {error}")
-            report.write_report(run_folder.path)
+            run_page.write_report(run_folder.path)
         if isinstance(error, NonFiniteError | GradientOverflowError | Interrupted):
             distributed.wait()  # all processes are here: none ends before the report is written
         hooks.again()

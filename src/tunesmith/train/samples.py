@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,22 @@ def prompts(config: SampleConfig, held_out: Encoded | None, tokenizer: Any) -> l
     if config.prompts is not None:
         return [Prompt(chat.prompt_ids(text, tokenizer), text, None) for text in config.prompts]
     rows = [] if held_out is None else [held_out[row] for row in range(min(config.count, len(held_out)))]
-    return [_beginning(*_learnt(row), tokenizer) for row in rows]
+    return [_of_row(row, tokenizer) for row in rows]
+
+
+def _of_row(row: dict[str, np.ndarray], tokenizer: Any) -> Prompt:
+    """The beginning of a row. A response that was judged undesirable is no reference."""
+    prompt = _beginning(*_learnt(row), tokenizer)
+    undesirable = "desirable" in row and not row["desirable"][0]
+    return replace(prompt, reference=None) if undesirable else prompt
 
 
 def _learnt(row: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of a row and which of them are learnt; of judged answers those of the first better one."""
+    """The tokens of a row and which of them are learnt; of several answers those of the first better one."""
     if "answers" not in row:
         return row["input_ids"], row["supervised"]
     ends = np.cumsum(row["answers"])
-    best = int(row["pairs"][0])
+    best = int(row["pairs"][0]) if len(row["pairs"]) else 0  # a judged row has one answer and no pairs
     kept = np.r_[0 : ends[0], ends[best] : ends[best + 1]]
     return row["input_ids"][kept], row["learnt"][kept]
 

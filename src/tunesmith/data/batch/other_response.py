@@ -1,5 +1,7 @@
-"""For each example the response to another prompt: a pair that the policy did not choose, whose log-probability estimates how
-far it has moved from the reference (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1).
+"""The response of each example's partner: a mismatched pair whose log-probability estimates the KL divergence.
+
+KTO (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1) compares a reward with the divergence of policy and reference,
+and estimates it from prompts with responses to other prompts.
 """
 
 from __future__ import annotations
@@ -10,43 +12,75 @@ from tunesmith.data.batch.step import Example
 from tunesmith.data.store.encoded import Encoded
 
 
-def attached(data: Encoded, max_length: int | None) -> Encoded:
-    """The same examples with ``other_ids``, ``other_learnt``, ``other_answers``: the prompt with the response of the nearest
-    example before it, cyclically, that has another prompt (by ``prompt_key``). A longer prompt is cut from the left."""
-    partners = _partners(np.array([data[index]["prompt_key"][0] for index in range(len(data))]))
+def attached(data: Encoded, max_length: int | None, prefix: np.ndarray) -> Encoded:
+    """Attach ``other_ids``, ``other_learnt``, ``other_answers`` to each example: its prompt with its partner's response.
+
+    A pair above ``max_length`` tokens (None = any) loses the left of its prompt, but keeps ``prefix``, the tokens that the
+    tokenizer puts first, where the prompt begins with them.
+    """
+    partners = partners_of(data)
 
     def attach(rows: Encoded, index: int, example: Example) -> Example:
         other = rows.bare(int(partners[index]))
-        prompt, theirs = int(example["answers"][0]), int(other["answers"][0])
-        room = prompt if max_length is None else max_length - int(other["answers"][1])
-        first = max(0, prompt - max(1, room))
+        theirs = int(other["answers"][0])
+        response, supervised = other["input_ids"][theirs:], other["learnt"][theirs:]
+        prompt = example["input_ids"][: int(example["answers"][0])]
+        if max_length is not None:
+            prompt = _shortened(prompt, max(0, max_length - len(response)), prefix)
         return {
             **example,
-            "other_ids": np.concatenate([example["input_ids"][first:prompt], other["input_ids"][theirs:]]),
-            "other_learnt": np.concatenate([np.zeros(prompt - first, np.bool_), other["learnt"][theirs:]]),
-            "other_answers": np.array([prompt - first, len(other["input_ids"]) - theirs], np.int32),
+            "other_ids": np.concatenate([prompt, response]),
+            "other_learnt": np.concatenate([np.zeros(len(prompt), np.bool_), supervised]),
+            "other_answers": np.array([len(prompt), len(response)], np.int32),
         }
 
     return data.attaching(attach)
 
 
 def of(example: Example) -> Example:
-    """The example whose response is the other one."""
+    """The example whose response is its partner's."""
     swapped = {name: example[f"other_{name}"] for name in ("learnt", "answers")}
     return {**example, "input_ids": example["other_ids"], **swapped}
 
 
-def _partners(keys: np.ndarray) -> np.ndarray:
-    """For each example the index of the nearest one before it, cyclically, with another key; its neighbour where all are equal.
+def partners_of(data: Encoded) -> np.ndarray:
+    """int (n,): for each example the index of the nearest one before it, cyclically, that has another prompt.
 
-    Examples with equal keys that stand together look past their run, so runs are what is stepped over.
+    The partner is from the same source, so an evaluation set keeps its figures whatever other sets there are. Only where a
+    source has a single prompt is it from another source.
+    """
+    keys = np.zeros(len(data), np.int64)
+    partners = np.zeros(len(data), np.int64)
+    members = [np.flatnonzero(data.source == number) for number in range(len(data.entries))]
+    for entry, mine in zip(data.entries, members, strict=True):
+        if len(mine):
+            keys[mine] = entry.values["prompt_key"][entry.starts["prompt_key"][data.views.example[mine]]]
+    for mine in members:
+        if len(mine):
+            several = (keys[mine] != keys[mine[0]]).any()
+            partners[mine] = mine[_partners(keys[mine])] if several else _partners(keys)[mine]
+    return partners
+
+
+def _shortened(prompt: np.ndarray, room: int, prefix: np.ndarray) -> np.ndarray:
+    """The last ``room`` tokens of a prompt, with ``prefix`` first if the prompt begins so and one more token has room."""
+    if len(prompt) <= room:
+        return prompt
+    kept = len(prefix) if len(prefix) < room and np.array_equal(prompt[: len(prefix)], prefix) else 0
+    return np.concatenate([prompt[:kept], prompt[len(prompt) - (room - kept) :]])
+
+
+def _partners(keys: np.ndarray) -> np.ndarray:
+    """For each place the nearest one before it, cyclically, with another key; its neighbour where all keys are equal.
+
+    A place whose predecessor has the same key takes its predecessor's partner.
     """
     count = len(keys)
     before = (np.arange(count) - 1) % count
     if not (keys != keys[0]).any():
         return before
     partner = before.copy()
-    start = int(np.flatnonzero(keys != keys[before])[0])  # a run begins here: whoever follows may look at its predecessor
+    start = int(np.flatnonzero(keys != keys[before])[0])  # its own partner is known, so the walk begins here
     for index in (np.arange(count) + start) % count:
         if keys[partner[index]] == keys[index]:
             partner[index] = partner[before[index]]

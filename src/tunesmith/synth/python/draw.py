@@ -29,11 +29,13 @@ class Kind:
 
     ``labels``: what the summary counts of a row, None = its group. ``stratum`` of a module's name: modules are
     read and held out evenly from all strata; "" = not used. The encodings, tables that are all alike, are not.
+    ``unanswerable``: some rows are questions without an answer, whose share a user chooses.
     """
 
     make: Callable[[Module, str, int], Iterator[Candidate]]
     labels: Callable[[dict[str, Any]], list[str]] | None = None
     stratum: Callable[[str], str] = lambda module: "" if module.startswith("encodings") else "all"
+    unanswerable: bool = False
 
     @property
     def about(self) -> str:
@@ -49,7 +51,7 @@ KINDS = {
     "classify": Kind(classify, stratum=topic),
     "multilabel": Kind(multilabel, labels=lambda row: row["labels"] or ["none"]),
     "tag": Kind(tag, labels=lambda row: [one[2:] for one in row["ner_tags"] if one[0] == "B"] or ["-"]),
-    "qa": Kind(qa),
+    "qa": Kind(qa, unanswerable=True),
 }
 
 SPLITS = ("train", "test")

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tunesmith.engine.report import write_report
+from tunesmith.report.run_page import write_report
 from tunesmith.runs.metrics_file import Metrics
 
 ATTACK = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -128,6 +128,30 @@ def test_text_from_outside_is_shown_and_never_obeyed(run):
     assert "정답" in seen.text
 
 
+def test_names_of_sets_and_figures_from_outside_are_escaped_too(run):
+    """In legends, alternative texts, headings of tables and tiles."""
+    file = run / "manifest.json"
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    manifest["data"]["eval_sets"] = {ATTACK: {"rows": 3, ATTACK: 1}}
+    manifest["result"]["stopped"] = manifest["tunesmith"] = ATTACK
+    file.write_text(json.dumps(manifest), encoding="utf-8")
+    figures = {f"eval_{ATTACK}_loss": 1.0, f"eval_{ATTACK}": 0.5, "eval_loss": 1.4}
+    for step in (0, 40):
+        Metrics(run / "metrics.jsonl").append({"kind": "eval", "step": step, **figures})
+    Metrics(run / "metrics.jsonl").append({"kind": "train", "step": 41, f"{ATTACK}/own": 1.0})
+    html, seen = page(run)
+    assert "<script" not in html
+    assert {tag for tag, _ in seen.elements}.isdisjoint({"script", "img", "iframe", "object", "a", "link", "form"})
+    assert not [name for _, attributes in seen.elements for name in attributes if name.startswith("on")]
+    labels = [attributes["aria-label"] for _, attributes in seen.elements if "aria-label" in attributes]
+    assert ATTACK in labels[0] and len([label for label in labels if ATTACK in label]) == 3
+
+
+def test_half_a_letter_does_not_stop_the_page(run):
+    (run / "samples.jsonl").write_text('{"step": 0, "prompt": "p", "answer": "a \\ud800 b"}\n')
+    assert "a ? b" in page(run)[1].text
+
+
 def test_the_page_asks_nothing_of_the_outside(run):
     html, seen = page(run)
     assert not re.search(r"https?:|//\w|url\(|@import", html)
@@ -166,7 +190,12 @@ def test_the_answer_shown_as_after_is_of_the_weights_that_were_kept(run):
 def test_the_data_is_summed_up(run):
     _, seen = page(run)
     text = re.sub(r"\s+", " ", seen.text)
-    for words in ("tokens learnt76,000 (38.0%)", "above max length5 (truncate)", "tokens lost by that600 (0.300%)", "longest742"):
+    for words in (
+        "supervised tokens76,000 (38.0%)",
+        "above max length5 (truncate)",
+        "tokens lost by that600 (0.300%)",
+        "longest742",
+    ):
         assert words in text
     assert "eval rows also in train7" in text
     assert "1-1610017-3250033-742300" in text

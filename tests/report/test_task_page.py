@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from tunesmith.evaluate import task_report
 from tunesmith.metrics import classes, entities, squad
+from tunesmith.report import task_page
 
 NAMES = ["bad", "good"]
 SINGLE = classes.single([0, 1, 1], [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], NAMES)
@@ -15,7 +15,7 @@ TEXT = "Ann met Bob Ray in Rome."
 
 
 def body(tmp_path, figures=None, mistakes=(), **facts):
-    report = task_report.write(tmp_path / "out", "a on b", SINGLE if figures is None else figures, mistakes, facts)
+    report = task_page.write(tmp_path / "out", "a on b", SINGLE if figures is None else figures, mistakes, facts)
     assert report == tmp_path / "out" / "report.html"
     return report.read_text(encoding="utf-8").partition("</style>")[2]
 
@@ -85,7 +85,7 @@ def test_facts_notes_and_the_command(tmp_path):
 
 def test_facts_are_not_changed(tmp_path):
     facts = {"notes": ["x"], "command": "y", "rows": 1}
-    task_report.write(tmp_path, "t", {}, (), facts)
+    task_page.write(tmp_path, "t", {}, (), facts)
     assert facts == {"notes": ["x"], "command": "y", "rows": 1}
 
 
@@ -195,10 +195,16 @@ def test_nothing_from_outside_acts(tmp_path):
         {"where": evil, "text": evil, "text_pair": evil, "gold": evil, "prediction": [evil], "probabilities": {evil: 0.5}},
         {"where": evil, "question": evil, "text": evil * 3, "gold_spans": [span], "predicted_spans": [span]},
     ]
-    report = task_report.write(tmp_path, evil, figures, mistakes, {evil: evil, "notes": [evil], "command": evil})
+    report = task_page.write(tmp_path, evil, figures, mistakes, {evil: evil, "notes": [evil], "command": evil})
     html = report.read_text(encoding="utf-8")
     assert "<script" not in html
     assert "default-src 'none'" in html
+
+
+def test_a_chart_says_in_words_what_it_shows(tmp_path):
+    html = body(tmp_path)
+    assert 'alt="Confusion matrix: counts, coloured by the share of the row. good is predicted as bad 1 times"' in html
+    assert re.search(r'alt="Calibration: [^"]*\. [^"]*right at a confidence of 0\.7', html)
 
 
 def test_half_a_letter_does_not_stop_the_page(tmp_path):
