@@ -30,7 +30,8 @@ __all__ = ["__version__", *_WHERE]
 
 
 class _Package(types.ModuleType):
-    """``train``, ``evaluate`` and ``merge`` name a function of the API and the folder that it lives in: the attribute is the function.
+    """``train``, ``evaluate`` and ``merge`` name a function of the API and the folder it lives in:
+    the attribute is the function.
 
     Python would put the folder's module there as soon as anything imports from it.
     """

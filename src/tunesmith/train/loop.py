@@ -84,10 +84,9 @@ def fit(job: Job, at: Progression) -> str | None:
     saved = at.step
     job.sums.load(at.metrics, job.device)
     with signals() as stop:
-        for step in job.source.steps(at.step + 1):
-            job.update.skip(step.number - 1 - at.step)
-            before, at.step = at.step, step.number
-            record = _timed(job, at, step)
+        steps = job.source.steps(at.step + 1)
+        while (taken := _take(job, at, steps)) is not None:
+            before, record = taken
             if at.step % TRIM_STEPS == 0:
                 kernels.return_freed_memory()
             last = at.step == plan.steps
@@ -124,15 +123,22 @@ def fit(job: Job, at: Progression) -> str | None:
     return None
 
 
-def _timed(job: Job, at: Progression, step: Step) -> dict[str, Any]:
-    """Take a step and add it to the open logging window."""
+def _take(job: Job, at: Progression, steps: Iterator[Step]) -> tuple[int, dict[str, Any]] | None:
+    """Take the next step and add it to the open logging window; what the source does for a step is part of its seconds.
+    Returns (the step that ``at`` stood at before, the record), or None at the end."""
     started = time.perf_counter()
+    step = next(steps, None)
+    if step is None:
+        return None
+    before = at.step
+    job.update.skip(step.number - 1 - before)
     record = train_step(job, step)
+    at.step = step.number
     seconds = time.perf_counter() - started
     job.seconds += seconds
     at.micro_batch_tokens = job.budget
     _account(job, at, record, seconds)
-    return record
+    return before, record
 
 
 def train_step(job: Job, step: Step) -> dict[str, Any]:
