@@ -19,9 +19,9 @@ from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model
 from tunesmith.errors import ModelError, UserError
 from tunesmith.merge import run
+from tunesmith.models.find.record import FILE
 from tunesmith.models.generate.decode import Settings, generate_ids
 from tunesmith.models.load.load import load, load_model, locate
-from tunesmith.models.find.record import FILE
 from tunesmith.models.load.probe import write_probe
 from tunesmith.train import setup
 
