@@ -22,6 +22,7 @@ from tunesmith.data.problems import RowFault
 from tunesmith.data.read.source import open_source
 from tunesmith.data.rows import Chat, PromptCompletion, Ranking
 from tunesmith.data.store.prepare import prepare
+from tunesmith.objectives import Objective, Traits
 
 ENDING = [kind for kind in KINDS if tokenizer_of(kind).eos_token]
 """Tokenizers with an end token: what a row is closed with."""
@@ -218,15 +219,13 @@ def test_what_the_template_leaves_out_of_preferences_is_said(tmp_path):
     assert found["first"][:2] == [f"{path}:{row}:messages[0].content: 'Be brief.'" for row in (1, 3)]
 
 
-class Comparing:
+class Comparing(Objective):
     """An objective that learns from rankings, as ``prepare`` needs one."""
 
-    head = "lm"
-    rows = (Ranking,)
-    overlong = "drop"
+    traits = Traits(rows=(Ranking,), overlong="drop")
 
-    def survey(self, rows):
-        pass
+    def __init__(self):
+        super().__init__(None)
 
     def encode(self, rows, tokenizer):
         return encode(rows, tokenizer, max_length=None, overlong="error")

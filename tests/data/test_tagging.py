@@ -213,13 +213,13 @@ def survey(*tags, **config):
 
 def test_tags_are_found_and_their_faults_counted():
     made = survey(["O", "B-b", "I-b"], ["I-a", "O", "B-a"], ["I-b", "B-b", "I-a"])
-    assert made.labels == ["O", "B-a", "B-b", "I-a", "I-b"] and made.scheme == "BIO" and made.best == ("eval_f1", "max")
+    assert made.labels == ["O", "B-a", "B-b", "I-a", "I-b"] and made.scheme == "BIO" and made.traits.best == ("eval_f1", "max")
     assert any("2 times an I- with no B- before it: kept" in note for note in made.notes)
     assert any("1 times an entity whose type changes" in note for note in made.notes)
     assert survey(["O", "B-a"]).labels == ["O", "B-a"]
     assert survey(["O", "B-a"], label_all=True).labels == ["O", "B-a", "I-a"]
     plain = survey(["NOUN", "VERB"])
-    assert plain.scheme is None and plain.best == ("eval_accuracy", "max")
+    assert plain.scheme is None and plain.traits.best == ("eval_accuracy", "max")
 
 
 @pytest.mark.parametrize(
