@@ -5,6 +5,7 @@ import torch
 
 from tests.numeric.test_parity import CPU, examples
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tunesmith import objectives
 from tunesmith.adaptations import bottleneck, lora
 from tunesmith.data.rows import Ranking
 from tunesmith.models.fast import fused_bottleneck, products
@@ -109,7 +110,7 @@ def test_long_answers_are_tried_in_part(task, tmp_path, monkeypatch):
 
     monkeypatch.setattr(task.Objective, "loss", watched)
     folder = locate(save_tiny("llama", tmp_path))
-    network = load.load_model(folder, head=objective.traits.head, trainable=True, head_config=objective.head_config())
+    network = load.load_model(folder, head=objective.traits.head, trainable=True, head_config=objectives.head_config(objective))
     chosen = fast_path.choose(network, objective, long, 4096, "auto", CPU)
     assert min(len(one["input_ids"]) for one in long) > 1000 and max(seen) <= 2 * 2 * fast_path.PROBE_TOKENS
-    assert chosen.packed and chosen.shared and not chosen.notes
+    assert chosen.packed and chosen.layout.shared and not chosen.notes
