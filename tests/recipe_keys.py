@@ -76,6 +76,7 @@ EITHER_OR = [
     ("expand_turns", "train_on"),
     ("separator", "label_smoothing"),
     ("label_smoothing", "simpo_gamma"),
+    ("desirable_weight", "undesirable_weight"),
 ]
 """Keys that no run can hold together: `recipe.conflicts`, or the part itself, refuses the pair."""
 

@@ -184,7 +184,7 @@ def assert_as_trl(run, rows=ALONE, parts=1):
     return theirs
 
 
-WEIGHTS = {"desirable_weight": 1.5, "undesirable_weight": 0.7}
+WEIGHTS = {"undesirable_weight": 0.7}
 KINDS = {
     "kl above 0": {"beta": 0.02},
     "kl below 0": {"beta": 0.02, "swapped": True},

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith import objectives
 from tunesmith.data.batch import other_response, preference_batch
@@ -39,6 +39,15 @@ class Config(BaseModel):
     overlong: Literal["error", "drop", "truncate"] = Field(
         "truncate", description="truncate = cut the prompt from the left, never a response"
     )
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> Config:
+        if self.desirable_weight != 1 and self.undesirable_weight != 1:
+            raise ValueError(
+                "set desirable_weight or undesirable_weight, not both: a factor common to both scales the learning rate alone. "
+                f"For the same balance set desirable_weight to {self.desirable_weight / self.undesirable_weight:g}"
+            )
+        return self
 
 
 class Objective(objectives.Objective):

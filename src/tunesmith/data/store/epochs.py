@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.batch.pack import Layout
+from tunesmith.data.batch.pack import PACKED, PADDED, Layout
 from tunesmith.data.batch.step import Collate, Plan, Step
 from tunesmith.data.store import mix
 from tunesmith.data.store.encoded import Encoded
@@ -47,9 +47,11 @@ class Epochs:
         steps = min(self.plan.steps, self.plan.steps_per_epoch)
         looked_at = list(range(1, min(steps, most) + 1))
         if 1 < most < steps:
-            lengths, several = self.data.sizes(slice(None), Layout(False, False))
-            longest = int(np.argmax(lengths * several))
-            looked_at += [step for step in range(most + 1, steps + 1) if longest in self.rows(step)][:1]
+            for layout in (PADDED, PACKED, Layout(packed=True)):  # nobody knows yet which one the run will take
+                lengths, several = self.data.sizes(slice(None), layout)
+                longest = int(np.argmax(lengths * several))
+                looked_at += [step for step in range(most + 1, steps + 1) if longest in self.rows(step)][:1]
+            looked_at = sorted(set(looked_at))
         return [self.step(number) for number in looked_at]
 
     def distinct(self) -> Step:
