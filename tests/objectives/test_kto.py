@@ -479,3 +479,8 @@ def test_at_step_0_the_policy_is_its_own_reference(tmp_path):
     tunesmith.train(made, out=tmp_path / "run")
     (record,) = [one for one in metrics_file.read(tmp_path / "run" / "metrics.jsonl") if one["kind"] == "train"]
     assert record["loss"] == pytest.approx((1.5 + 0.7) / 4, abs=1e-5) and record["kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_one_of_the_two_weights_is_set():
+    with pytest.raises(ValueError, match="not both.*set desirable_weight to 2"):
+        kto.Config(desirable_weight=1.5, undesirable_weight=0.75)
