@@ -57,6 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "cpt-features": ("llama", {"type": "cpt"}, {"type": "features", "target_modules": ["lm_head"]}, {"optim": "adafactor"}),
     "dpo-lora": ("llama", {"type": "dpo"}, {"type": "lora", "r": 4, "use_dora": True}, {"micro_batch_tokens": 250}),
     "dpo-simpo": ("gemma", {"type": "dpo", "loss_type": "simpo"}, {"type": "full"}, {"optim": "lion", "learning_rate": 1e-4}),
+    "kto-lora": ("llama", {"type": "kto"}, {"type": "lora", "r": 4}, {"micro_batch_tokens": 150}),
     "reward-full": ("qwen3", {"type": "reward"}, {"type": "full"}, {"precision": "auto", "micro_batch_tokens": 250}),
     "classify-full": ("bert", {"type": "classify"}, {"type": "full"}, {"micro_batch_tokens": 100, "head_learning_rate": 2e-3}),
     "classify-bottleneck": ("llama", {"type": "classify"}, {"type": "bottleneck", "bottleneck_size": 4, "dropout": 0.2},
@@ -96,6 +97,7 @@ def rows_of(objective: str, count: int = 13) -> list[dict[str, Any]]:
         made.append({
             "sft": {"prompt": f"question {n}:{filler}", "completion": f" {phrase} {n}"},
             "cpt": {"text": f"document {n}. {phrase}{filler}, {other}" + filler},
+            "kto": {"prompt": f"question {n}:{filler}", "completion": f" {phrase} {n}", "label": n % 2 == 0},
             "dpo": {"prompt": f"question {n}:{filler}", "chosen": f" {phrase} {n}", "rejected": f" {other}"},
             "reward": {"prompt": f"question {n}:{filler}", "chosen": f" {phrase} {n}", "rejected": f" {other}"},
             "classify": {"text": f"{phrase} {n}{filler}", "label": ("good", "bad", "so so")[n % 3]},
@@ -152,7 +154,7 @@ def recipe_of(name: str, folder: Path) -> dict[str, Any]:
         "batch_size": 5, "max_steps": STEPS, "learning_rate": 5e-3, "precision": "fp32", "logging_steps": 1, "eval_steps": 2,
         "save_steps": 4, **{key: value for key, value in train.items() if key != "kill"},
     }  # fmt: skip
-    writes = objective["type"] in ("sft", "cpt", "dpo")
+    writes = objective["type"] in ("sft", "cpt", "dpo", "kto")
     return {
         "model": str(model), "objective": objective, "adaptation": adaptation, "train": settings, "seed": 7,
         "data": {"train": [{"path": str(rows)}], "eval": {"path": str(rows), "limit": 6}, "cache": False},
@@ -240,7 +242,7 @@ def facts_of(run: Path, result: dict[str, Any], recipe: dict[str, Any]) -> dict[
     rows, precision = recipe["data"]["train"][0]["path"], recipe["train"]["precision"]
     model, objective = result["model_dir"], recipe["objective"]["type"]
     evaluated, predicted, merged = {}, [], {}
-    if objective != "dpo":  # evaluate refuses it: its reference is gone
+    if objective not in ("dpo", "kto"):  # evaluate refuses it: its reference is gone
         evaluated = tunesmith.evaluate(model, rows, objective=objective, precision=precision)
     if "samples" not in recipe:
         predicted = list(tunesmith.predict(model, rows, precision=precision))

@@ -244,7 +244,7 @@ def test_a_planted_fault_is_not_trl(tmp_path, fault, monkeypatch):
 
 def test_swapped_weights_are_not_trl(tmp_path):
     run = Run(tmp_path, **KINDS["kl above 0"], **WEIGHTS)
-    losses = kto.Objective(run.objective.config.model_copy(update=dict(zip(WEIGHTS, reversed(WEIGHTS.values())))))._losses
+    losses = kto.Objective(run.objective.config.model_copy(update={"desirable_weight": 0.7, "undesirable_weight": 1.0}))._losses
     run.objective._losses = losses
     with pytest.raises(AssertionError):
         assert_as_trl(run)
@@ -424,7 +424,7 @@ def test_held_out_figures_are_the_formulas(tmp_path):
     with torch.no_grad():
         logps, before = plain_logps(run.policy, own), plain_logps(run.before, own)
     ratios, good = (logps - before).tolist(), [row["label"] for row in rows]
-    value = [1.5 * expit(-0.02 * (r - kl)) if one else 0.7 * expit(0.02 * (r - kl)) for r, one in zip(ratios, good)]
+    value = [expit(-0.02 * (r - kl)) if one else 0.7 * expit(0.02 * (r - kl)) for r, one in zip(ratios, good)]
     chosen = [0.02 * r for r, one in zip(ratios, good) if one]
     rejected = [0.02 * r for r, one in zip(ratios, good) if not one]
     assert figures["eval_loss"] == pytest.approx(np.mean(value), rel=1e-5)
@@ -478,9 +478,9 @@ def test_at_step_0_the_policy_is_its_own_reference(tmp_path):
     made = recipe(tmp_path, objective={"type": "kto", **WEIGHTS}, batch_size=12, max_steps=1)
     tunesmith.train(made, out=tmp_path / "run")
     (record,) = [one for one in metrics_file.read(tmp_path / "run" / "metrics.jsonl") if one["kind"] == "train"]
-    assert record["loss"] == pytest.approx((1.5 + 0.7) / 4, abs=1e-5) and record["kl"] == pytest.approx(0, abs=1e-4)
+    assert record["loss"] == pytest.approx((1.0 + 0.7) / 4, abs=1e-5) and record["kl"] == pytest.approx(0, abs=1e-4)
 
 
 def test_one_of_the_two_weights_is_set():
-    with pytest.raises(ValueError, match="not both.*set desirable_weight to 2"):
+    with pytest.raises(ValueError, match=r"not both.*set desirable_weight to 2"):
         kto.Config(desirable_weight=1.5, undesirable_weight=0.75)

@@ -164,7 +164,7 @@ def build(
         if value is not None and value not in valid:
             raise UserError(f"{option}: there is no {value!r}. {did_you_mean(value, valid)}")
     if no_answer is not None and not KINDS[kind].unanswerable:
-        raise UserError(f"--no-answer is for questions, kind qa; the rows of {kind} all have an answer. Leave it out.")
+        raise UserError(f"--no-answer is for the kind qa; the rows of {kind} all have an answer. Leave it out.")
     if json and out == "-":
         raise UserError("--json and --out - both print to stdout. Leave one of them out, or name a file with --out.")
     path = None if out == "-" else Path(out or "-".join(filter(None, [kind, lang, split])) + ".jsonl")

@@ -225,8 +225,8 @@ def _halved(job: Job, step: Step, micro: list[Micro], number: int) -> list[Micro
     places = micro[number].places
     if len(places) == 1:
         raise OutOfMemoryError(
-            f"step {step.number}: row {step.name(places[0])} alone ({micro[number].lengths[0]} tokens) needs more memory than "
-            "the machine has left.\n"
+            f"step {step.number}: one row alone ({step.name(places[0])}, {micro[number].lengths[0]} tokens) needs more memory "
+            "than the machine has left.\n"
             "  Set train.gradient_checkpointing=true, lower train.max_length, or take a smaller model; "
             "then go on with --resume or start again."
         )
