@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What the rest of the program asks of an adaptation before there is an object of it, instead of comparing its name.
+    """Facts about an adaptation that the rest of the program needs before there is an object of it, instead of its name.
 
     ``saved_as``  peft's type of the adapter that it saves (``models.adapters.kinds`` has what follows from it); None = it trains
     the model's own weights and saves a whole model.

@@ -86,8 +86,8 @@ class Session(Protocol):
 
 
 class Objective:
-    """The contract. ``encode``, ``collate``, ``count``, ``loss``, ``evaluate`` and ``summarise`` are written by every
-    objective; all else has a default here."""
+    """The contract. Every objective writes ``encode``, ``collate``, ``count``, ``loss``, ``evaluate`` and ``summarise``;
+    all else has a default here. A method that raises NotImplementedError has none: a subclass must write it."""
 
     traits: Traits
     """Of the class; an instance may replace it by what its configuration or its labels decide."""
