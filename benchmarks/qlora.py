@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.evaluate.run import evaluate
+from tunesmith.evaluate.evaluate_model import evaluate
 from tunesmith.models.find.locate import locate
 from tunesmith.models.load import load, quantization
 from tunesmith.train import machine

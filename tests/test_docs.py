@@ -12,7 +12,7 @@ import pytest
 from tests import recipe_keys
 from tests.tiny import save_tiny
 from tunesmith.cli import main as program
-from tunesmith.models.find import store
+from tunesmith.models.find import model_store
 
 ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src" / "tunesmith"
@@ -98,8 +98,8 @@ def test_commands_of_a_page_parse(page):
 @pytest.fixture
 def tour(tmp_path, monkeypatch):
     """The text of the README's tour, in a folder with its files and with a tiny model in the place of the real one."""
-    store.models().mkdir(parents=True)
-    store.install(save_tiny("llama", store.models() / "made"), "smollm2-135m", {"kind": "test"})
+    model_store.models().mkdir(parents=True)
+    model_store.install(save_tiny("llama", model_store.models() / "made"), "smollm2-135m", {"kind": "test"})
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": f"question {n}", "output": f"answer {n}"} for n in range(24)]
     pairs = [{"prompt": f"question {n}", "chosen": f"answer {n}", "rejected": f"no {n}"} for n in range(20)]

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from tunesmith import files
-from tunesmith.data.config import Source
+from tunesmith.data.data_config import Source
 from tunesmith.data.read import hub_set
 from tunesmith.data.store import cache
 from tunesmith.errors import DiskFullError, UserError
 from tunesmith.models.fast import kernels
-from tunesmith.models.find import store
+from tunesmith.models.find import model_store
 
 HOMES = {
     "data": cache.store,
-    "models": store.models,
+    "models": model_store.models,
     "kernels": kernels.cache_folder,
     "datasets": lambda: hub_set.place(Source(path="hub:org/name", split="train")).parent,
 }

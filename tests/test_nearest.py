@@ -1,6 +1,6 @@
 import pytest
 
-from tunesmith.nearest import did_you_mean, nearest
+from tunesmith.suggestions import did_you_mean, nearest
 
 KEYS = ["adam_beta1", "adam_beta2", "epochs", "learning_rate", "r", "type", "weight"]
 

@@ -6,10 +6,10 @@ import yaml
 
 from tests import recipe_keys
 from tunesmith import adaptations, objectives, recipe
-from tunesmith.data.config import DataConfig, EvalConfig, Source
+from tunesmith.data.data_config import DataConfig, EvalConfig, Source
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import text as recipe_text
-from tunesmith.train.config import SampleConfig, TrainConfig
+from tunesmith.train.train_config import SampleConfig, TrainConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 SMALL = {"model": "m", "data": {"train": [{"path": "x.json"}]}}

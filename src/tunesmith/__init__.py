@@ -19,11 +19,11 @@ _WHERE = {
     "train": "tunesmith.train.run",
     "check": "tunesmith.train.run",
     "load": "tunesmith.models.load.load",
-    "load_adapters": "tunesmith.models.adapters.adapters",
+    "load_adapters": "tunesmith.models.adapters.adapter_set",
     "generate": "tunesmith.models.generate.decode",
     "predict": "tunesmith.evaluate.predict",
-    "evaluate": "tunesmith.evaluate.run",
-    "merge": "tunesmith.merge.run",
+    "evaluate": "tunesmith.evaluate.evaluate_model",
+    "merge": "tunesmith.merge.merge_adapter",
 }
 
 __all__ = ["__version__", *_WHERE]

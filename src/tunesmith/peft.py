@@ -7,7 +7,7 @@
 The one module whose import does something: it writes one kind into peft's tables, and nothing else.
 """
 
-from tunesmith.models.adapters.bottleneck import BottleneckConfig, BottleneckModel, register
+from tunesmith.models.adapters.bottleneck_tuner import BottleneckConfig, BottleneckModel, register
 
 __all__ = ["BottleneckConfig", "BottleneckModel"]
 

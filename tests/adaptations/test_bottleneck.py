@@ -21,7 +21,7 @@ from tests.train.launching import launched
 from tunesmith.adaptations import bottleneck
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.errors import ModelError, RecipeError, UserError
-from tunesmith.models.find.show import show
+from tunesmith.models.find.folder_summary import show
 from tunesmith.models.heads import noise
 from tunesmith.objectives import sft
 from tunesmith.train import fast_path

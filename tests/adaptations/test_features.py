@@ -15,9 +15,9 @@ from tests.tiny import TINY, tiny_config, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import features
 from tunesmith.data.batch.pack import PACKED
 from tunesmith.errors import RecipeError, UserError
-from tunesmith.models.fast import compiled
+from tunesmith.models.fast import torch_compile
 from tunesmith.models.find import headers
-from tunesmith.models.find.show import show
+from tunesmith.models.find.folder_summary import show
 from tunesmith.models.load import load, vocabulary
 from tunesmith.objectives import sft
 from tunesmith.train import fast_path
@@ -142,7 +142,7 @@ def test_the_backward_pass_ends_at_the_first_trained_layer():
     rows = examples(SFT, tiny_tokenizer())
     chosen = fast_path.choose(model, SFT, rows, 200, "auto", CPU)
     assert chosen.packed and not chosen.notes
-    blocks, packed, seen = compiled.layers(model), [], {}
+    blocks, packed, seen = torch_compile.layers(model), [], {}
     for number, block in enumerate(blocks):
 
         def note(module, given, number=number):

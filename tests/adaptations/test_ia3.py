@@ -13,8 +13,8 @@ from tests.runs import apart, killed_before, recipe, weights
 from tests.tiny import TINY, tiny_model
 from tunesmith.adaptations import ia3
 from tunesmith.errors import RecipeError
-from tunesmith.models.adapters import scaled
-from tunesmith.models.fast import fused, products
+from tunesmith.models.adapters import ia3_layers
+from tunesmith.models.fast import fused_layers, linear_products
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 40, 41, 42]])
 
@@ -105,7 +105,7 @@ def test_peft_opens_what_is_saved_and_merging_gives_the_same(name, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
 def test_the_fused_form_has_pefts_loss_and_gradients(name):
     model = moved(adapted(tiny_model(name)))
-    record = fused.install(model)
+    record = fused_layers.install(model)
     assert record.kinds.get("mlp") == 2
     found = []
     for _ in range(2):
@@ -123,9 +123,9 @@ def test_the_fused_form_has_pefts_loss_and_gradients(name):
 def test_a_product_of_scaled_layers_is_each_layers_own():
     attention = moved(adapted(tiny_model("llama"))).base_model.model.model.layers[0].self_attn
     x = torch.randn(9, 32)
-    both = products.linears([attention.q_proj, attention.k_proj, attention.v_proj])
+    both = linear_products.linears([attention.q_proj, attention.k_proj, attention.v_proj])
     assert torch.allclose(both(x), torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], dim=1), atol=1e-5)
-    assert scaled.read([attention.q_proj, attention.o_proj]).outer == [None, None]
+    assert ia3_layers.read([attention.q_proj, attention.o_proj]).outer == [None, None]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -159,7 +159,7 @@ def test_an_adapter_is_trained_on(tmp_path):
 
 
 def test_show_counts_the_vectors(tmp_path):
-    from tunesmith.models.find.show import show
+    from tunesmith.models.find.folder_summary import show
 
     tunesmith.train(recipe(tmp_path, adaptation="ia3", max_steps=1), out=tmp_path / "run")
     parameters = show(tmp_path / "run")["parameters"]
@@ -176,6 +176,6 @@ def test_an_adapter_is_continued_as_what_it_is(tmp_path):
 
 def test_its_vectors_are_no_weights_that_somebody_else_may_want_to_move():
     """DeepSpeed moves trained weights: layers that stack their own are left then, those under an adapter are not."""
-    kinds = fused.install(adapted(tiny_model("llama")), stack=False).kinds
-    assert kinds == fused.install(adapted(tiny_model("llama"))).kinds and kinds.get("mlp") == 2
-    assert "mlp" not in fused.install(tiny_model("llama"), stack=False).kinds
+    kinds = fused_layers.install(adapted(tiny_model("llama")), stack=False).kinds
+    assert kinds == fused_layers.install(adapted(tiny_model("llama"))).kinds and kinds.get("mlp") == 2
+    assert "mlp" not in fused_layers.install(tiny_model("llama"), stack=False).kinds

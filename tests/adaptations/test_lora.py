@@ -14,9 +14,9 @@ from tests.runs import apart, history, killed_before, recipe, weights
 from tests.tiny import TINY, tiny_config, tiny_model
 from tunesmith.adaptations import lora
 from tunesmith.errors import RecipeError
-from tunesmith.models.adapters import factors, lora_init
-from tunesmith.models.fast import fused, products
-from tunesmith.models.find.show import show
+from tunesmith.models.adapters import lora_factors, lora_init
+from tunesmith.models.fast import fused_layers, linear_products
+from tunesmith.models.find.folder_summary import show
 
 STARTS = ("pissa", "olora", "pissa_niter_99")
 VARIED = {"use_rslora": True, "r": {"default": 4, "q_proj": 2}, "lora_alpha": {"default": 8, "q_proj": 3.0, "down_proj": 40.0}}
@@ -125,7 +125,7 @@ def test_a_small_update_is_not_drowned_in_bf16(fast):
     for parameter in rough.parameters():
         parameter.data = parameter.data.bfloat16()
     rough.base_layer.weight.data.zero_()  # so that only the update is seen
-    forward = products.forward_of(products.linears([rough])) if fast else rough
+    forward = linear_products.forward_of(linear_products.linears([rough])) if fast else rough
     assert (forward(x.bfloat16()).float() - update).norm() < 0.02 * update.norm()
 
 
@@ -197,7 +197,7 @@ def test_the_fused_forms_have_pefts_loss_and_gradients(form):
     model = adapted(tiny_model("llama"), **FORMS[form])
     steps(model, 3)
     model.eval()
-    record = fused.install(model)
+    record = fused_layers.install(model)
     assert record.kinds.get("mlp") or record.kinds.get("lora")
     found = []
     for forward in (model, None):
@@ -228,7 +228,7 @@ def test_a_long_curve_is_that_of_pefts_layers(form, precision, near, length, tmp
     tunesmith.train(made, out=tmp_path / "fused")
     kinds = json.loads((tmp_path / "fused" / "manifest.json").read_text())["route"]["fused"]
     assert kinds["attention"] == kinds["mlp"] == 2
-    monkeypatch.setattr(fused, "install", lambda model, stack=True: fused.Fused())
+    monkeypatch.setattr(fused_layers, "install", lambda model, stack=True: fused_layers.Fused())
     tunesmith.train(made, out=tmp_path / "plain")
     curves = [[one["loss"] for one in history(tmp_path / run) if one["kind"] == "train"] for run in ("fused", "plain")]
     assert curves[0] == pytest.approx(curves[1], abs=near)
@@ -309,9 +309,9 @@ def test_what_cannot_be_adapted_is_refused_before_the_model_is_touched(case):
 
 def test_factors_of_one_lora_are_read_and_others_are_not():
     model = adapted(tiny_model("llama"), target_modules=["q_proj"], lora_dropout=0.5)
-    assert factors.read(model.base_model.model.model.layers[0].self_attn.q_proj) is None
+    assert lora_factors.read(model.base_model.model.model.layers[0].self_attn.q_proj) is None
     model = adapted(tiny_model("llama"), target_modules=["q_proj"], init_lora_weights="olora")
-    found = factors.read(model.base_model.model.model.layers[0].self_attn.q_proj)
+    found = lora_factors.read(model.base_model.model.model.layers[0].self_attn.q_proj)
     assert found.down().shape == (8, 32) and found.up().shape == (32, 8)
 
 

@@ -13,9 +13,9 @@ from tests.runs import apart, history, killed_before, model_folder, recipe, weig
 from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import lora, qlora
 from tunesmith.errors import MissingExtra, RecipeError
-from tunesmith.models.find.show import show
+from tunesmith.models.find.folder_summary import show
 from tunesmith.models.heads import lm_head
-from tunesmith.models.load import dequantized, quantization
+from tunesmith.models.load import dequantized_linear, quantization
 from tunesmith.models.load.load import load_model, locate
 from tunesmith.objectives import cpt, sft
 from tunesmith.recipe import parse
@@ -44,7 +44,7 @@ def bits(model):
     return {
         f"{name}.{number}": tensor.clone()
         for name, layer in model.named_modules()
-        if dequantized.is_layer(layer)
+        if dequantized_linear.is_layer(layer)
         for number, tensor in enumerate(quantization._tensors(layer))
     }
 
@@ -68,7 +68,7 @@ def test_loss_and_gradients_are_pefts_own_on_the_same_bits(name, quant_type, twi
     objective = sft.Objective(sft.Config())
     rows = examples(objective, tiny_tokenizer("chatml"))
     for module in model.modules():
-        if dequantized.is_layer(module):
+        if dequantized_linear.is_layer(module):
             module.__dict__.pop("forward", None)  # int8: bitsandbytes' own product for training
     model.train()
     loss, gradients = plain_loss_and_gradients(model, rows)
@@ -104,8 +104,8 @@ def test_the_product_is_the_one_with_its_numbers_written_out(tmp_path):
     layers = [attention.q_proj, attention.k_proj]
     torch.manual_seed(0)
     x, a, b, bias = (torch.randn(*shape, requires_grad=True) for shape in ((5, 32), (3, 32), (48, 3), (48,)))
-    whole = torch.cat([dequantized.weight(layer, torch.float32) for layer in layers])
-    outputs = dequantized.Product.apply(x, layers, bias, a, b), x @ whole.t() + bias + x @ a.t() @ b.t()
+    whole = torch.cat([dequantized_linear.weight(layer, torch.float32) for layer in layers])
+    outputs = dequantized_linear.Product.apply(x, layers, bias, a, b), x @ whole.t() + bias + x @ a.t() @ b.t()
     found = [torch.autograd.grad(y.square().sum(), (x, a, b, bias)) for y in outputs]
     assert torch.allclose(*outputs, atol=1e-4) and all(torch.allclose(*pair, rtol=1e-4, atol=1e-3) for pair in zip(*found))
 
@@ -116,7 +116,7 @@ def test_a_product_keeps_only_its_input(tmp_path):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda one: (kept.append(one.numel()), one)[1], lambda one: one):
         x, a, b = torch.randn(2, 32, requires_grad=True), torch.randn(4, 32), torch.randn(64, 4)
-        dequantized.Product.apply(x, [base.model.layers[0].mlp.gate_proj], None, a, b)
+        dequantized_linear.Product.apply(x, [base.model.layers[0].mlp.gate_proj], None, a, b)
     assert sum(kept) == 2 * (32 + 4) + a.numel() + b.numel() < 64 * 32
 
 
@@ -344,7 +344,7 @@ def test_loras_own_keys_hold(keys, tmp_path):
     assert len(tokenizer("<tool>", add_special_tokens=False)["input_ids"]) == 1
     for name in keys.get("modules_to_save", []):
         copies = [one for key, one in model.named_modules() if key.endswith(f"{name}.modules_to_save.default")]
-        assert copies and not any(map(dequantized.is_layer, (inner for one in copies for inner in one.modules())))
+        assert copies and not any(map(dequantized_linear.is_layer, (inner for one in copies for inner in one.modules())))
 
 
 def test_lora_and_qlora_share_their_keys():

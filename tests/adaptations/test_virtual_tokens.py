@@ -18,7 +18,7 @@ from tests.tiny import tiny_model
 from tunesmith.adaptations import prefix, prompt
 from tunesmith.errors import ModelError, RecipeError, UserError
 from tunesmith.models.adapters import virtual_tokens
-from tunesmith.models.find.show import show
+from tunesmith.models.find.folder_summary import show
 
 KEYS = {"llama": 16, "qwen3": 16, "gemma": 16, "gpt2": 32, "mistral": 16, "gemma3": 16}
 """Numbers in the keys of one layer and position: key heads times their size."""

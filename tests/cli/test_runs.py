@@ -9,7 +9,7 @@ from tests.runs import recipe
 from tunesmith.cli.main import main
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.heads import lm_head
-from tunesmith.runs import kept_runs, metrics_file, run_folder
+from tunesmith.runs import metrics_file, run_folder, run_list
 from tunesmith.train import reproduce
 
 
@@ -40,11 +40,11 @@ def test_the_list_says_state_and_result_of_each_run(made, capsys):
 
 
 def test_a_run_that_is_held_is_running_and_one_that_was_killed_says_so(made, tmp_path):
-    assert kept_runs.read(made / "a").state == "done"
+    assert run_list.read(made / "a").state == "done"
     held = run_folder.take(tmp_path / "run", {"model": "m"})
-    assert kept_runs.read(tmp_path / "run").state == "running"
+    assert run_list.read(tmp_path / "run").state == "running"
     held.close()
-    assert kept_runs.read(tmp_path / "run").state == "killed"
+    assert run_list.read(tmp_path / "run").state == "killed"
 
 
 def test_a_run_that_stopped_itself_shows_why_and_how_to_go_on(tmp_path, monkeypatch, capsys):

@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from tunesmith.data.check.lint_pairs import characters
-from tunesmith.data.config import Source
+from tunesmith.data.data_config import Source
 from tunesmith.data.read import builtin, library
 from tunesmith.data.read.row_files import read
 from tunesmith.data.read.source import open_source
 from tunesmith.data.rows import Chat, Ranking
-from tunesmith.data.store.build import content_hash
+from tunesmith.data.store.encode_source import content_hash
 from tunesmith.errors import DataError
 
 

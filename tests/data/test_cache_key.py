@@ -6,7 +6,7 @@ import pytest
 
 import tunesmith.data
 from tests.tiny import tiny_tokenizer
-from tunesmith.data.store import build
+from tunesmith.data.store import encode_source
 from tunesmith.objectives import sft
 from tunesmith.train import frozen_body_cache
 
@@ -21,7 +21,7 @@ def key_after_editing(name, monkeypatch):
     edited = DATA / f"{name.replace('.', '/')}.py" if name else None
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", lambda self: read(self) + (b"# edited" if self == edited else b""))
-        return build.shared_key(sft.Objective(sft.Config()), tiny_tokenizer(None))
+        return encode_source.shared_key(sft.Objective(sft.Config()), tiny_tokenizer(None))
 
 
 @pytest.mark.parametrize("name", ["encode.chat", "encode.spans", "encode.templates", "formats.turns", "rows"])
@@ -39,12 +39,12 @@ def test_every_module_that_makes_examples_is_named():
     there = {
         f"{room}.{path.stem}" for room in ("read", "formats", "encode") for path in (DATA / room).glob("[!_]*.py")
     } - MADE_ELSEWHERE
-    named = {name for name in build.ENCODING if name.partition(".")[0] in ("read", "formats", "encode")}
+    named = {name for name in encode_source.ENCODING if name.partition(".")[0] in ("read", "formats", "encode")}
     assert named == there
 
 
 def test_every_module_that_is_named_is_there():
-    for name in build.ENCODING:
+    for name in encode_source.ENCODING:
         assert (DATA / f"{name.replace('.', '/')}.py").is_file(), name
     for name in frozen_body_cache.FORWARD:
         assert (DATA.parent / f"{name.replace('.', '/')}.py").is_file(), name

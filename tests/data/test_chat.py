@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tests.data.zoo import ZOO
 from tests.tiny import tiny_tokenizer
-from tunesmith.data.encode.chat import Renderer, encode, left_out, prompt_ids, stop_ids
+from tunesmith.data.encode.conversations import Renderer, encode, left_out, prompt_ids, stop_ids
 from tunesmith.data.encode.templates import TEMPLATES, apply_template
-from tunesmith.data.problems import RowFault
+from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, PromptCompletion, Text
 from tunesmith.errors import DataError
 

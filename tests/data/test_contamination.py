@@ -13,7 +13,7 @@ from tests.data.test_prepare import Language, run
 from tests.tiny import tiny_tokenizer
 from tunesmith.data.check import contamination as module
 from tunesmith.data.check.contamination import contamination, rolling
-from tunesmith.data.store.encoded import Encoded, Views
+from tunesmith.data.store.encoded_rows import Encoded, Views
 from tunesmith.objectives import dpo, reward
 
 WORDS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tunesmith.data.formats.columns import FORMATS, converter
-from tunesmith.data.problems import Record, RowProblem
+from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.data.rows import Chat, PromptCompletion, Text
 from tunesmith.errors import DataError
 
@@ -142,6 +142,6 @@ def test_the_description_says_what_is_used():
 
 
 def test_the_recipe_s_list_of_formats_is_the_table():
-    from tunesmith.data.config import FORMATS as named
+    from tunesmith.data.data_config import FORMATS as named
 
     assert set(named) == set(FORMATS)

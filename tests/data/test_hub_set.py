@@ -20,12 +20,12 @@ from tests.tiny import tiny_tokenizer
 from tunesmith import files
 from tunesmith.cli.main import main
 from tunesmith.data.check.lint import lint
-from tunesmith.data.config import DataConfig, Source
+from tunesmith.data.data_config import DataConfig, Source
 from tunesmith.data.read import hub_set
-from tunesmith.data.store.build import content_hash
+from tunesmith.data.store.encode_source import content_hash
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError, MissingExtra, RecipeError
-from tunesmith.hub import ask, store
+from tunesmith.hub import ask, local_store
 
 TRAIN = "hub:some/data"
 
@@ -117,7 +117,7 @@ def test_a_split_is_pulled_once_and_read_as_local_files_are(files, hub, monkeypa
     offline(monkeypatch)
     assert prompts(source) == [(n + 1, f"question {n}?") for n in range(9)]
     shards = sorted(name.rpartition("/")[2] for name in files if "train" in name)
-    assert stored() == sorted([store.MANIFEST, *shards])
+    assert stored() == sorted([local_store.MANIFEST, *shards])
     assert hub_set.commit_of(folder) == "a" * 40
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -275,7 +275,7 @@ def test_a_stream_gives_the_rows_of_the_files(files, hub):
 def test_a_second_start_of_a_stream_needs_no_network_and_no_file(hub, monkeypatch):
     first = prepared(streaming=True, limit=7)
     assert len(first.train) == 7 and not first.report.cached
-    assert [name for name in stored() if not name.startswith("seen-")] == [store.MANIFEST]
+    assert [name for name in stored() if not name.startswith("seen-")] == [local_store.MANIFEST]
     hub.add("some/data", TABLES, revision="b" * 40)  # whatever happened there meanwhile
     hub.asked.clear()
     offline(monkeypatch)

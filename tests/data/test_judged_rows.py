@@ -23,16 +23,16 @@ from tunesmith.data.check import minhash
 from tunesmith.data.check.balance import Balance, balance
 from tunesmith.data.check.lint import lint
 from tunesmith.data.check.near_duplicates import kept_rows, near_duplicates
-from tunesmith.data.config import DataConfig, EvalConfig, Source
-from tunesmith.data.encode import chat
-from tunesmith.data.encode.desirability import encode, prompt_key
+from tunesmith.data.data_config import DataConfig, EvalConfig, Source
+from tunesmith.data.encode import conversations
+from tunesmith.data.encode.judgements import encode, prompt_key
 from tunesmith.data.encode.templates import apply_template
 from tunesmith.data.formats.columns import converter
-from tunesmith.data.formats.judged_fields import unpaired
-from tunesmith.data.problems import Record, RowFault, RowProblem
+from tunesmith.data.formats.judgement_fields import unpaired
 from tunesmith.data.read.source import ROW_TYPES, open_source
+from tunesmith.data.row_problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Ranking, Text, digest, without_gold
-from tunesmith.data.store import mix
+from tunesmith.data.store import epoch_order
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError
 from tunesmith.objectives import Traits
@@ -227,7 +227,7 @@ def test_an_example_is_what_the_chat_alone_is_encoded_to(name, prompt, response,
     if not plain:
         row = Judged(({"role": "user", "content": prompt},), ({"role": "assistant", "content": response},), good)
     ((example,),) = encode([row], tokenizer, max_length=None, overlong="error")
-    ((whole,),) = chat.encode(row.written(), tokenizer)
+    ((whole,),) = conversations.encode(row.written(), tokenizer)
     assert np.array_equal(example["input_ids"], whole["input_ids"])
     assert np.array_equal(example["learnt"], whole["supervised"])
     prefix, own = example["answers"].tolist()
@@ -359,8 +359,8 @@ def test_rows_of_one_prompt_cannot_be_held_out(tmp_path):
 
 def test_the_draw_of_a_prompt_is_uniform_and_knows_the_seed_alone():
     keys = np.arange(20000, dtype=np.int64)
-    one, other = mix.held_out_together(keys, 0), mix.held_out_together(keys, 1)
-    assert np.array_equal(one[::-1], mix.held_out_together(keys[::-1], 0)) and not np.array_equal(one, other)
+    one, other = epoch_order.held_out_together(keys, 0), epoch_order.held_out_together(keys, 1)
+    assert np.array_equal(one[::-1], epoch_order.held_out_together(keys[::-1], 0)) and not np.array_equal(one, other)
     assert one.min() >= 0 and one.max() < 1 and abs(np.corrcoef(one, other)[0, 1]) < 0.03
     assert np.abs(np.histogram(one, 10, (0, 1))[0] / 2000 - 1).max() < 0.1
 

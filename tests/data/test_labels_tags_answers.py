@@ -8,12 +8,12 @@ import pytest
 
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
-from tunesmith.data.config import DataConfig, EvalConfig, Source
-from tunesmith.data.problems import RowProblem
+from tunesmith.data.data_config import DataConfig, EvalConfig, Source
 from tunesmith.data.read import json_rows
 from tunesmith.data.read.source import eval_sources, open_source
+from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Labelled, Question, Tagged, Text
-from tunesmith.data.store.build import content_hash
+from tunesmith.data.store.encode_source import content_hash
 from tunesmith.errors import DataError
 
 CONTEXT = "Kim met Lee. Lee left."

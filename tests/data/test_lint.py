@@ -9,7 +9,7 @@ import pytest
 from tests.data.broken import BROKEN, GOOD, lines
 from tests.data.zoo import ZOO
 from tunesmith.data.check.lint import lint
-from tunesmith.data.config import Source
+from tunesmith.data.data_config import Source
 
 
 def write(folder, name, content):

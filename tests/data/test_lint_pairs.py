@@ -11,7 +11,7 @@ from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.data.check.lint import lint
 from tunesmith.data.check.lint_pairs import FIRST
-from tunesmith.data.config import Source
+from tunesmith.data.data_config import Source
 
 
 def pair(prompt, chosen, rejected, **more):

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.store.mix import epoch_order, held_out
+from tunesmith.data.store.epoch_order import epoch_order, held_out
 
 SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=4)
 

@@ -14,7 +14,7 @@ from tests.data.test_minhash import change, exact, real_texts
 from tunesmith.cli.main import main
 from tunesmith.data.check import near_duplicates as near
 from tunesmith.data.check.near_duplicates import kept_rows, near_duplicates
-from tunesmith.data.config import Source
+from tunesmith.data.data_config import Source
 from tunesmith.errors import DataError
 
 

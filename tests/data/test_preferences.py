@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from tests.data.tokenizers import KINDS, tokenizer_of
 from tests.data.zoo import ZOO
-from tunesmith.data.config import DataConfig, EvalConfig, Source
-from tunesmith.data.encode import chat
+from tunesmith.data.data_config import DataConfig, EvalConfig, Source
+from tunesmith.data.encode import conversations
 from tunesmith.data.encode.rankings import encode
 from tunesmith.data.encode.templates import apply_template, special_ends
-from tunesmith.data.problems import RowFault
 from tunesmith.data.read.source import open_source
+from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, PromptCompletion, Ranking
 from tunesmith.data.store.prepare import prepare
 from tunesmith.objectives import Objective, Traits
@@ -76,7 +76,7 @@ def alone(row, tokenizer):
     for answer in row.answers:
         plain = isinstance(row.prompt, str)
         single = PromptCompletion(row.prompt, answer) if plain else Chat((*row.prompt, *answer), row.tools)
-        ((example,),) = chat.encode([single], tokenizer)
+        ((example,),) = conversations.encode([single], tokenizer)
         yield example["input_ids"], example["supervised"]
 
 

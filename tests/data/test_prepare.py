@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from tests.tiny import tiny_tokenizer
-from tunesmith.data.config import DataConfig
-from tunesmith.data.encode import chat
+from tunesmith.data.data_config import DataConfig
+from tunesmith.data.encode import conversations
 from tunesmith.data.rows import Chat, PromptCompletion, Text
 from tunesmith.data.store import cache
-from tunesmith.data.store.encoded import blocks
+from tunesmith.data.store.encoded_rows import blocks
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError, DiskFullError, UserError
 from tunesmith.objectives import Objective, Traits
@@ -38,7 +38,7 @@ class Language(Objective):
         self.traits = Traits(rows=rows, overlong=overlong)
 
     def encode(self, rows, tokenizer):
-        return chat.encode(rows, tokenizer, train_on=self.config.train_on)
+        return conversations.encode(rows, tokenizer, train_on=self.config.train_on)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_examples_are_the_encoded_rows(alpaca):
             {"role": "user", "content": f"Question {index}?"},
             {"role": "assistant", "content": f"Answer {index}." + " More." * (index % 7)},
         )
-        ((expected,),) = chat.encode([Chat(turns)], tokenizer)
+        ((expected,),) = conversations.encode([Chat(turns)], tokenizer)
         got = prepared.train[index]
         assert got.pop("row").tolist() == [0, index + 1]
         assert got.keys() == expected.keys() and all((got[name] == expected[name]).all() for name in got)
@@ -274,13 +274,13 @@ def test_a_changed_special_token_misses(alpaca):
 
 
 def test_changed_code_misses(alpaca, monkeypatch, tmp_path):
-    from tunesmith.data.store import build
+    from tunesmith.data.store import encode_source
 
     run(alpaca)
     other = tmp_path / "other.py"
     other.write_text("# another version\n")
-    code = build._code
-    monkeypatch.setattr(build, "_code", lambda objective: [*code(objective), other])
+    code = encode_source._code
+    monkeypatch.setattr(encode_source, "_code", lambda objective: [*code(objective), other])
     assert not run(alpaca).report.cached
 
 

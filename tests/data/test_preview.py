@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 def test_stretches_are_the_text_cut_where_learning_begins_and_ends():
     tokenizer = tiny_tokenizer("chatml")
-    from tunesmith.data.encode.chat import encode
+    from tunesmith.data.encode.conversations import encode
     from tunesmith.data.rows import Chat
 
     ((example,),) = encode([Chat(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))], tokenizer)

@@ -13,7 +13,7 @@ from tests.data.tokenizers import ENCODERS, KINDS, tokenizer_of
 from tests.models.test_real import pulled
 from tunesmith.data.batch.pack import PACKED
 from tunesmith.data.encode import questions
-from tunesmith.data.problems import RowFault
+from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Question
 from tunesmith.metrics import squad
 from tunesmith.models.heads import task_heads

@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from tunesmith.data.config import Source
+from tunesmith.data.data_config import Source
 from tunesmith.data.formats.columns import converter
-from tunesmith.data.problems import Record, RowProblem
 from tunesmith.data.read.source import ROW_TYPES, open_source
+from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.data.rows import Chat, Labelled, PromptCompletion, Question, Ranking, Tagged, Text, digest, without_gold
 from tunesmith.errors import DataError
 

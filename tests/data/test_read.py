@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.problems import Record, RowProblem
 from tunesmith.data.read import json_rows
 from tunesmith.data.read.row_files import READERS, read
+from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.errors import DataError
 
 ROWS = [{"text": "one"}, {"text": "둘 👋"}, {"text": 'th"r\nee'}]

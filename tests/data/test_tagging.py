@@ -16,7 +16,7 @@ from tests.models.test_real import pulled
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.data.encode import tagging
 from tunesmith.data.encode.templates import special_ends
-from tunesmith.data.problems import RowFault
+from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError
 from tunesmith.metrics import entities

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import CORPUS, SPECIAL, tiny_tokenizer
-from tunesmith.data.encode.chat import Rendered, tokenise
+from tunesmith.data.encode.conversations import Rendered, tokenise
 from tunesmith.data.encode.spans import END, Span
 
 

@@ -16,10 +16,10 @@ import torch
 import tunesmith
 from tests import recipe_keys
 from tests.runs import history, judged, model_folder, preferences, questions, recipe, tagged
-from tunesmith.data.config import Source
+from tunesmith.data.data_config import Source
 from tunesmith.data.read import hub_set
 from tunesmith.errors import TunesmithError
-from tunesmith.hub import store
+from tunesmith.hub import local_store
 from tunesmith.models.heads import lm_head
 from tunesmith.runs import metrics_file
 
@@ -196,9 +196,11 @@ def places(tmp_path_factory):
     def pulled(rows, **keys):
         """A split of a data set of the Hub, as ``data pull`` leaves it."""
         source = Source(path="hub:some/data", **keys)
-        room = store.partial(hub_set.place(source), "a" * 40, 0)
+        room = local_store.partial(hub_set.place(source), "a" * 40, 0)
         (room / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-        store.install(room, hub_set.place(source), source.label, {"revision": "a" * 40, "data_files": ["rows.jsonl"], **keys})
+        local_store.install(
+            room, hub_set.place(source), source.label, {"revision": "a" * 40, "data_files": ["rows.jsonl"], **keys}
+        )
 
     pairs = [{"prompt": f"question {n}: what", "completion": f" answer {n} fox"} for n in range(12)]
     with pytest.MonkeyPatch.context() as patch:

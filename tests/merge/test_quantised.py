@@ -8,7 +8,7 @@ import tunesmith
 from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model
 from tunesmith.errors import ModelError, UserError
-from tunesmith.merge import run
+from tunesmith.merge import merge_adapter
 from tunesmith.merge.combine import combine
 from tunesmith.models.load import load, quantization
 
@@ -46,7 +46,7 @@ CASES = {
 def test_the_merged_model_answers_like_the_adapter_on_its_bits(case, tmp_path):
     name, keys = CASES[case]
     adapter = trained(tmp_path, name, **keys)
-    facts = run.merge(adapter, tmp_path / "out")
+    facts = merge_adapter.merge(adapter, tmp_path / "out")
     assert facts["max_logit_difference"] < 1e-4 and facts["max_logit_difference_saved"] < 1e-4 and facts["max_kl"] < 1e-7
     assert facts["quantization"] == keys.get("quant_type", "nf4")
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
@@ -61,16 +61,16 @@ def test_the_unquantised_base_is_flagged(quant_type, tmp_path, monkeypatch):
     adapter = trained(tmp_path, quant_type=quant_type)
     monkeypatch.setattr(load.quantization, "write_values", lambda plain, base: None)
     with pytest.raises(ModelError, match=r"would change its answers: a logit differs by .* and KL\(adapter \|\| merged\) is"):
-        run.merge(adapter, tmp_path / "out")
+        merge_adapter.merge(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_divergence_alone_is_flagged(tmp_path, monkeypatch):
     adapter = trained(tmp_path)
     monkeypatch.setattr(load.quantization, "write_values", lambda plain, base: None)
-    monkeypatch.setattr(run, "LARGEST_DIFFERENCE", 1e9)
+    monkeypatch.setattr(merge_adapter, "LARGEST_DIFFERENCE", 1e9)
     with pytest.raises(ModelError, match="would change its answers"):
-        run.merge(adapter, tmp_path / "out")
+        merge_adapter.merge(adapter, tmp_path / "out")
 
 
 def test_nothing_is_folded_into_bits(tmp_path):
@@ -84,10 +84,10 @@ def test_a_bf16_base_is_merged_from_its_own_numbers(tmp_path):
     base = save_tiny("llama", tmp_path / "model-llama")
     tiny_model("llama", eos_token_id=4).to(torch.bfloat16).save_pretrained(base)
     adapter = trained(tmp_path)
-    facts = run.merge(adapter, tmp_path / "half")
+    facts = merge_adapter.merge(adapter, tmp_path / "half")
     assert facts["dtype"] == "bfloat16" and facts["max_logit_difference"] < 1e-4 < facts["max_logit_difference_saved"]
     assert 0 < facts["max_kl_saved"] < 1e-2
-    facts = run.merge(adapter, tmp_path / "whole", dtype="float32")
+    facts = merge_adapter.merge(adapter, tmp_path / "whole", dtype="float32")
     assert facts["max_logit_difference_saved"] < 1e-4
 
 
@@ -96,7 +96,7 @@ def test_a_run_that_starts_from_the_sum_stands_on_it(tmp_path):
     made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4})
     tunesmith.train(made, out=tmp_path / "run")
     outcome = tunesmith.train({**made, "model": str(tmp_path / "run"), "adapter": "merge"}, out=tmp_path / "next")
-    run.merge(tmp_path / "run", tmp_path / "out")
+    merge_adapter.merge(tmp_path / "run", tmp_path / "out")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "next" / "base", tmp_path / "out"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert quantization.record(tunesmith.load(outcome["model_dir"])[0])["quant_type"] == "nf4"

@@ -18,7 +18,7 @@ from tests.models.adapters import base_and_adapter, save_adapter
 from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model
 from tunesmith.errors import ModelError, UserError
-from tunesmith.merge import run
+from tunesmith.merge import merge_adapter
 from tunesmith.models.find.record import FILE
 from tunesmith.models.generate.decode import Settings, generate_ids
 from tunesmith.models.load.load import load, load_model, locate
@@ -78,7 +78,7 @@ def test_a_fresh_process_with_plain_libraries_agrees(tmp_path: Path, kind: str) 
     base, adapter = base_and_adapter(tmp_path)
     folder = {"full": base, "adapter": adapter, "merged": tmp_path / "merged"}[kind]
     if kind == "merged":
-        run.merge(adapter, folder)
+        merge_adapter.merge(adapter, folder)
     assert fresh(kind, folder) == ours(folder)
 
 
@@ -89,7 +89,7 @@ def weights_are_one(model: Any) -> bool:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "qwen3"])
 def test_the_merged_model_answers_like_the_adapter(tmp_path: Path, name: str) -> None:
     _, adapter = base_and_adapter(tmp_path, name)
-    facts = run.merge(adapter, tmp_path / "out")
+    facts = merge_adapter.merge(adapter, tmp_path / "out")
     assert facts["max_logit_difference"] < 1e-4 and facts["max_logit_difference_saved"] < 1e-4
     model, tokenizer = load(tmp_path / "out")
     ids = torch.tensor([IDS])
@@ -110,7 +110,7 @@ KINDS = {
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_every_kind_of_lora_is_merged_exactly(tmp_path: Path, name: str, kind: str) -> None:
     base, adapter = base_and_adapter(tmp_path, name, **KINDS[kind])
-    facts = run.merge(adapter, tmp_path / "out", dtype="float32")
+    facts = merge_adapter.merge(adapter, tmp_path / "out", dtype="float32")
     assert facts["max_logit_difference"] < 1e-5 and facts["max_logit_difference_saved"] < 1e-5
     ids = torch.tensor([IDS])
     merged, alone, untouched = (load(folder)[0](ids).logits for folder in (tmp_path / "out", adapter, base))
@@ -133,7 +133,7 @@ def test_tied_embeddings_survive_a_merge(tmp_path: Path, case: str) -> None:
     """Tied where the adapter treats them as one weight; else written as two, and the config says so."""
     lora, still_tied = TIED[case]
     _, adapter = base_and_adapter(tmp_path, **lora)
-    facts = run.merge(adapter, tmp_path / "out")
+    facts = merge_adapter.merge(adapter, tmp_path / "out")
     model = load_model(locate(tmp_path / "out"))
     ids = torch.tensor([IDS])
     assert torch.allclose(model(ids).logits, load(adapter)[0](ids).logits, atol=1e-4)
@@ -144,7 +144,7 @@ def test_the_bases_dtype_is_kept(tmp_path: Path) -> None:
     base = save_tiny("llama", tmp_path / "base")
     tiny_model("llama", eos_token_id=4).to(torch.bfloat16).save_pretrained(base)
     save_adapter(base, tmp_path / "adapter")
-    facts = run.merge(tmp_path / "adapter", tmp_path / "out")
+    facts = merge_adapter.merge(tmp_path / "adapter", tmp_path / "out")
     assert facts["dtype"] == "bfloat16" and load_model(locate(tmp_path / "out")).dtype == torch.bfloat16
     assert facts["max_logit_difference"] < 1e-4 < facts["max_logit_difference_saved"]
 
@@ -153,30 +153,30 @@ def test_a_wider_dtype_keeps_what_rounding_would_lose(tmp_path: Path) -> None:
     base = save_tiny("llama", tmp_path / "base")
     tiny_model("llama", eos_token_id=4).to(torch.bfloat16).save_pretrained(base)
     save_adapter(base, tmp_path / "adapter")
-    facts = run.merge(tmp_path / "adapter", tmp_path / "out", dtype="float32")
+    facts = merge_adapter.merge(tmp_path / "adapter", tmp_path / "out", dtype="float32")
     assert facts["dtype"] == "float32" and facts["max_logit_difference_saved"] < 1e-4
     with pytest.raises(UserError, match="unknown dtype"):
-        run.merge(tmp_path / "adapter", tmp_path / "other", dtype="int8")
+        merge_adapter.merge(tmp_path / "adapter", tmp_path / "other", dtype="int8")
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     _, adapter = base_and_adapter(tmp_path)
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists already"):
-        run.merge(adapter, tmp_path / "out")
+        merge_adapter.merge(adapter, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_full_model_has_nothing_to_merge(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to merge"):
-        run.merge(save_tiny("llama", tmp_path / "m"), tmp_path / "out")
+        merge_adapter.merge(save_tiny("llama", tmp_path / "m"), tmp_path / "out")
 
 
 def test_a_merge_that_changes_answers_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = base_and_adapter(tmp_path)
-    monkeypatch.setattr(run.load, "merged", lambda model: load_model(locate(base)))
+    monkeypatch.setattr(merge_adapter.load, "merged", lambda model: load_model(locate(base)))
     with pytest.raises(ModelError, match="would change its answers"):
-        run.merge(adapter, tmp_path / "out")
+        merge_adapter.merge(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
@@ -192,29 +192,29 @@ def test_a_dtype_that_cannot_hold_the_sum_writes_nothing(tmp_path: Path) -> None
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     save_adapter(base, tmp_path / "adapter", target_modules=["down_proj"])
     with pytest.raises(ModelError, match=r"(?s)in float16 would change its answers: KL.* is nan.*--dtype float32"):
-        run.merge(tmp_path / "adapter", tmp_path / "out", dtype="float16")
+        merge_adapter.merge(tmp_path / "adapter", tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-    assert run.merge(tmp_path / "adapter", tmp_path / "out")["dtype"] == "float32"
+    assert merge_adapter.merge(tmp_path / "adapter", tmp_path / "out")["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_more_than_rounding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     _, adapter = base_and_adapter(tmp_path)
-    facts = run.merge(adapter, tmp_path / "fits", dtype=dtype)
-    assert 0 < facts["max_kl_saved"] < run.LARGEST_ROUNDING[dtype]
-    monkeypatch.setitem(run.LARGEST_ROUNDING, dtype, facts["max_kl_saved"] / 2)
+    facts = merge_adapter.merge(adapter, tmp_path / "fits", dtype=dtype)
+    assert 0 < facts["max_kl_saved"] < merge_adapter.LARGEST_ROUNDING[dtype]
+    monkeypatch.setitem(merge_adapter.LARGEST_ROUNDING, dtype, facts["max_kl_saved"] / 2)
     with pytest.raises(ModelError, match=f"in {dtype} would change its answers"):
-        run.merge(adapter, tmp_path / "out", dtype=dtype)
+        merge_adapter.merge(adapter, tmp_path / "out", dtype=dtype)
 
 
 def test_a_run_starts_from_no_sum_that_answers_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe(tmp_path, adaptation="lora", max_steps=1)
     save_adapter(Path(made["model"]), tmp_path / "adapter")
     made |= {"model": str(tmp_path / "adapter"), "adapter": "merge"}
-    monkeypatch.setitem(run.LARGEST_ROUNDING, "float32", -1.0)
+    monkeypatch.setitem(merge_adapter.LARGEST_ROUNDING, "float32", -1.0)
     with pytest.raises(ModelError, match="in float32 would change its answers"):
         tunesmith.train(made, out=tmp_path / "run")
-    monkeypatch.setattr(run, "LARGEST_DIFFERENCE", -1.0)
+    monkeypatch.setattr(merge_adapter, "LARGEST_DIFFERENCE", -1.0)
     with pytest.raises(ModelError, match="Use the adapter as it is"):
         tunesmith.train(made, out=tmp_path / "other")
     assert not (tmp_path / "run" / "base").exists() and not (tmp_path / "other" / "base").exists()
@@ -230,7 +230,7 @@ def test_a_sum_made_before_training_draws_no_numbers_of_the_run(tmp_path: Path) 
 
 def test_a_merged_model_carries_its_own_probe(tmp_path: Path) -> None:
     _, adapter = base_and_adapter(tmp_path)
-    run.merge(adapter, tmp_path / "out")
+    merge_adapter.merge(adapter, tmp_path / "out")
     model, tokenizer = load(tmp_path / "out")
     assert json.loads((tmp_path / "out" / FILE).read_text())["base"] is None
     write_probe(tmp_path / "out", model, tokenizer)

@@ -15,7 +15,7 @@ from tests.models.adapters import save_adapter
 from tests.runs import recipe
 from tests.tiny import save_tiny
 from tunesmith.errors import TunesmithError, UserError
-from tunesmith.models.adapters.adapters import find, load_adapters
+from tunesmith.models.adapters.adapter_set import find, load_adapters
 
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
 

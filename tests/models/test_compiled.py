@@ -19,7 +19,7 @@ from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import lora
 from tunesmith.data.batch.pack import PACKED, to_device
 from tunesmith.errors import RecipeError
-from tunesmith.models.fast import compiled, kernels, varlen
+from tunesmith.models.fast import kernels, torch_compile, varlen
 from tunesmith.models.heads import lm_head, noise
 from tunesmith.objectives import sft
 from tunesmith.train import fast_path, setup
@@ -63,7 +63,7 @@ def graphs():
 @pytest.fixture
 def traced(monkeypatch):
     """All of the compiler but its last part, which makes C++ or Triton code: that takes most of a minute."""
-    monkeypatch.setattr(compiled, "enable", partial(compiled.enable, backend="aot_eager"))
+    monkeypatch.setattr(torch_compile, "enable", partial(torch_compile.enable, backend="aot_eager"))
 
 
 @needs_compiler
@@ -100,7 +100,7 @@ def test_lora_compiled_and_recomputed_is_the_same_function_for_every_packing(rou
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
     assert graphs() == so_far, "generation was compiled"
     chosen.leave(model)
-    assert not any(layer._compiled_call_impl for layer in compiled.layers(model))
+    assert not any(layer._compiled_call_impl for layer in torch_compile.layers(model))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -112,7 +112,7 @@ def test_torchs_own_kernel_is_traced_without_a_break(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(name, num_hidden_layers=2)).to(torch.bfloat16).train()
     model.set_attn_implementation(varlen.NAME)
-    compiled.enable(model, backend="aot_eager")
+    torch_compile.enable(model, backend="aot_eager")
     seen = []
     for lengths in ((20, 13), (40, 9, 11), (7,)):
         batch = {"input_ids": torch.zeros(1, sum(lengths), dtype=torch.long), "segments": lengths}
@@ -146,18 +146,18 @@ def test_a_run_keeps_clean_names_and_says_how_it_went(routed, traced, tmp_path, 
 def test_code_that_differs_is_switched_off_and_said(routed, monkeypatch):
     model = tiny_model("llama")
     chosen, rows = routed(model)
-    real = compiled.enable
+    real = torch_compile.enable
 
     def wrong(model):
         real(model)
-        for layer in compiled.layers(model):
+        for layer in torch_compile.layers(model):
             layer._compiled_call_impl = lambda *args, _layer=layer, **kwargs: _layer._call_impl(*args, **kwargs) * 1.1
 
-    monkeypatch.setattr(compiled, "enable", wrong)
+    monkeypatch.setattr(torch_compile, "enable", wrong)
     fast_path.compile_layers(model, SFT, rows, chosen, CPU)
     assert not chosen.compiled and not model.training
     assert "torch.compile is off: on the first rows it failed or differed (loss by" in chosen.notes[-1]
-    assert not any(layer._compiled_call_impl for layer in compiled.layers(model))
+    assert not any(layer._compiled_call_impl for layer in torch_compile.layers(model))
 
 
 def test_a_compiler_that_fails_is_said_and_the_run_goes_on(routed, monkeypatch):
@@ -168,7 +168,9 @@ def test_a_compiler_that_fails_is_said_and_the_run_goes_on(routed, monkeypatch):
     def fail(graph, inputs):
         raise RuntimeError("no compiler here\nand a long story")
 
-    monkeypatch.setattr(compiled, "enable", lambda model: [layer.compile(backend=fail) for layer in compiled.layers(model)])
+    monkeypatch.setattr(
+        torch_compile, "enable", lambda model: [layer.compile(backend=fail) for layer in torch_compile.layers(model)]
+    )
     fast_path.compile_layers(model, SFT, rows, chosen, CPU)
     assert not chosen.compiled and "no compiler here" in chosen.notes[-1] and "long story" not in chosen.notes[-1]
     assert all(gradient.equal(before[key]) for key, gradient in gradients(model, rows).items())
@@ -182,9 +184,9 @@ def test_attention_by_segments_is_not_compiled():
 
 
 def test_layers_are_found_under_an_adapter_and_in_other_architectures():
-    assert len(compiled.layers(tiny_model("gpt2"))) == 2
+    assert len(torch_compile.layers(tiny_model("gpt2"))) == 2
     adapted = lora.Adaptation(lora.Config(r=4)).apply(tiny_model("qwen3"), "lm")
-    assert compiled.layers(adapted) == list(lm_head.base(adapted).model.layers)
+    assert torch_compile.layers(adapted) == list(lm_head.base(adapted).model.layers)
 
 
 @pytest.mark.parametrize(
@@ -193,12 +195,12 @@ def test_layers_are_found_under_an_adapter_and_in_other_architectures():
 )  # fmt: skip
 def test_dropout_inside_a_layer_is_refused(name, changes, rate, refused):
     model = lora.Adaptation(lora.Config(r=4, lora_dropout=rate)).apply(tiny_model(name, **changes), "lm")
-    why = compiled.why_not(model)
+    why = torch_compile.why_not(model)
     assert (why is None) if refused is None else f"its layers drop {refused} of" in why
 
 
 def test_a_model_without_marked_layers_is_refused():
-    assert "which modules of this model" in compiled.why_not(tiny_model("llama").model.layers[0].mlp)
+    assert "which modules of this model" in torch_compile.why_not(tiny_model("llama").model.layers[0].mlp)
 
 
 def test_a_cpu_refuses_before_weights_load(tmp_path):

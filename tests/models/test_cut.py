@@ -11,11 +11,11 @@ from tests.models.test_real import pulled
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.errors import ModelError
-from tunesmith.models.find import catalog, store
+from tunesmith.models.find import catalog, model_store
 from tunesmith.models.find import pull as pulling
-from tunesmith.models.find.cut import cut
+from tunesmith.models.find.folder_summary import show
+from tunesmith.models.find.layer_pruning import cut
 from tunesmith.models.find.locate import locate
-from tunesmith.models.find.show import show
 from tunesmith.models.load.load import load, load_model
 
 
@@ -30,8 +30,8 @@ def closed_form(config):
 @pytest.fixture
 def known(tmp_path, monkeypatch):
     """A catalog of a stored model ``base`` of four layers, and ``half``, every second of them."""
-    store.models().mkdir(parents=True)
-    store.install(
+    model_store.models().mkdir(parents=True)
+    model_store.install(
         save_tiny("llama", tmp_path / "made", num_hidden_layers=4), "base", {"kind": "hub", "repo": "a/b", "revision": "c" * 40}
     )
     entries = (
@@ -39,7 +39,7 @@ def known(tmp_path, monkeypatch):
         catalog.Entry("half", "a half", 1, (catalog.Cut("base", (0, 2)),)),
     )
     monkeypatch.setattr(catalog, "CATALOG", {entry.name: entry for entry in entries})
-    return store.folder_of("base")
+    return model_store.folder_of("base")
 
 
 def pull(name):
@@ -63,8 +63,8 @@ def test_the_layers_are_those_of_the_base_and_nothing_is_downloaded(known):
 
 def test_how_it_was_made_is_written_down(known):
     path, _ = pull("half")
-    source = (store.manifest(path) or {})["source"]
-    weights = (store.manifest(known) or {})["files"]["model.safetensors"]["sha256"]
+    source = (model_store.manifest(path) or {})["source"]
+    weights = (model_store.manifest(known) or {})["files"]["model.safetensors"]["sha256"]
     assert source == {
         "kind": "cut", "of": "base", "layers": [0, 2], "of_source": {"kind": "hub", "repo": "a/b", "revision": "c" * 40},
         "of_weights": {"model.safetensors": weights},
@@ -73,9 +73,9 @@ def test_how_it_was_made_is_written_down(known):
 
 def test_it_is_made_the_same_again_and_mended(known):
     path, _ = pull("half")
-    first = store.manifest(path)
+    first = model_store.manifest(path)
     (path / "model.safetensors").write_bytes(b"")
-    assert store.manifest(pull("half")[0]) == first
+    assert model_store.manifest(pull("half")[0]) == first
 
 
 def test_the_base_is_pulled_when_it_is_not_here(known, monkeypatch):

@@ -9,7 +9,7 @@ from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.errors import ModelError
 from tunesmith.hub import ask
-from tunesmith.models.find import catalog, store
+from tunesmith.models.find import catalog, model_store
 from tunesmith.models.find import pull as pulling
 from tunesmith.models.find.locate import locate
 
@@ -49,16 +49,16 @@ def pinned(monkeypatch, sha256, revision="a" * 40):
 
 
 def stored():
-    return sorted(path.name for path in store.models().iterdir()) if store.models().is_dir() else []
+    return sorted(path.name for path in model_store.models().iterdir()) if model_store.models().is_dir() else []
 
 
 def test_a_model_is_pulled_whole_and_without_code(hub, files):
     path, _ = pull()
     assert locate("some/model").path == path.resolve()
-    kept = {path.name for path in path.iterdir()} - {store.MANIFEST}
+    kept = {path.name for path in path.iterdir()} - {model_store.MANIFEST}
     assert kept == {name for name in files if name.endswith((".json", ".safetensors", ".jinja"))}
     assert all((path / name).read_bytes() == files[name] for name in kept)
-    source = (store.manifest(path) or {})["source"]
+    source = (model_store.manifest(path) or {})["source"]
     assert source["revision"] == "a" * 40 and source["weights_checked"] is False
     assert stored() == ["some--model"]
     asked = len(hub.asked)
@@ -79,7 +79,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub, monkeypatch):
     fetched = [(name.rpartition("/")[2], wanted) for _, name, wanted in hub.asked if "/resolve/" in name]
     # what had not begun comes whole; the client writes 10 MiB at a time, so that much of the weights was kept
     assert sorted(fetched) == [("config.json", None), (WEIGHTS, f"bytes={10 * 2**20}-")]
-    assert (store.manifest(path) or {})["source"]["weights_checked"] is True and stored() == ["tiny"]
+    assert (model_store.manifest(path) or {})["source"]["weights_checked"] is True and stored() == ["tiny"]
 
 
 def test_weights_of_another_hash_are_refused_and_not_kept(hub, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_file_that_is_not_what_the_hub_lists_is_refused(hub):
 
 
 def test_a_damaged_half_is_found_by_its_hash_and_the_next_pull_begins_anew(hub, files):
-    room = store.partial("some/model", "a" * 40, 1)
+    room = model_store.partial("some/model", "a" * 40, 1)
     (room / f"{WEIGHTS}.part").write_bytes(b"not the beginning")
     assert "sha256" in refusal()
     path, _ = pull()
@@ -124,7 +124,7 @@ def test_the_hub_comes_before_the_registry(hub, monkeypatch):
     monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "", 1, sources)})
     path, _ = pull("tiny")
     source = {"kind": "hub", "repo": "some/model", "revision": "a" * 40, "weights_checked": False}
-    assert (store.manifest(path) or {})["source"] == source
+    assert (model_store.manifest(path) or {})["source"] == source
 
 
 def test_nothing_is_asked_offline(hub, monkeypatch, capsys):

@@ -5,7 +5,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from tunesmith.models.fast import attention, fused, kernels, pieces
+from tunesmith.models.fast import attention, fused_layers, kernels
 from tunesmith.models.heads import lm_head
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler on this machine, or the self-test failed")
@@ -28,7 +28,7 @@ def test_rms_norm(dtype, shape):
     x, w, g = torch.randn(shape), torch.randn(shape[1]), torch.randn(shape)
     ours = [t.to(dtype).requires_grad_() for t in (x, w)]
     theirs = [t.detach().float().requires_grad_() for t in ours]
-    y = fused.RMSNorm.apply(*ours, 1e-5)
+    y = fused_layers.RMSNorm.apply(*ours, 1e-5)
     z = torch.nn.functional.rms_norm(theirs[0], (shape[1],), theirs[1], 1e-5)
     close([y, *grads(y, ours, g.to(dtype))], [z, *grads(z, theirs, g.to(dtype).float())], DTYPES[dtype])
 
@@ -38,7 +38,7 @@ def test_swiglu(dtype):
     torch.manual_seed(0)
     x, g = (torch.randn(13, 46) * 4).to(dtype).requires_grad_(), torch.randn(13, 23).to(dtype)
     other = x.detach().float().requires_grad_()
-    y, z = fused.SwiGLU.apply(x), torch.nn.functional.silu(other[:, :23]) * other[:, 23:]
+    y, z = fused_layers.SwiGLU.apply(x), torch.nn.functional.silu(other[:, :23]) * other[:, 23:]
     close([y, *grads(y, [x], g)], [z, *grads(z, [other], g.float())], DTYPES[dtype])
 
 
@@ -55,7 +55,7 @@ def test_attention_by_segments(dtype, segments, behind, kv_heads):
     tokens = sum(segments)
     q, k, v = (torch.randn(heads, tokens, 8).to(dtype).requires_grad_() for heads in (4, kv_heads, kv_heads))
     g = torch.randn(tokens, 4, 8).to(dtype)
-    y = attention.CausalSegments.apply(q, k, v, pieces.families(segments, behind), 0.3)
+    y = attention.CausalSegments.apply(q, k, v, segments.families(segments, behind), 0.3)
     plain = [t.detach().double().requires_grad_() for t in (q, k, v)]
     parts, spans = [], [slice(end - length, end) for end, length in zip(accumulate(segments), segments)]
     for here, before in zip(spans, behind or (-1,) * len(segments)):
@@ -124,6 +124,6 @@ def test_the_number_of_threads_changes_nothing():
         torch.set_num_threads(threads)
         logits, losses = x.clone(), torch.empty(37)
         kernels.call("cross_entropy", torch.float32, logits, labels, losses, 37, 64)
-        found.append((logits, losses, fused.RMSNorm.apply(x, w, 1e-5)))
+        found.append((logits, losses, fused_layers.RMSNorm.apply(x, w, 1e-5)))
     torch.set_num_threads(before)
     assert all(torch.equal(one, other) for case in found[1:] for one, other in zip(case, found[0]))

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.models.find import store
-from tunesmith.models.find.show import show
+from tunesmith.models.find import model_store
+from tunesmith.models.find.folder_summary import show
 from tunesmith.models.generate.decode import generate
 from tunesmith.models.load.load import load, load_tokenizer, locate
 
-MODELS = store.models()  # of the user: the tests themselves run with a store of their own
+MODELS = model_store.models()  # of the user: the tests themselves run with a store of their own
 
 
 def pulled(name: str) -> Path:

@@ -8,7 +8,7 @@ from tests.models import standin, virtual_tokens
 from tests.tiny import TINY, save_tiny_encoder, tiny_model
 from tunesmith.data.batch import shared_prompts
 from tunesmith.data.batch.pack import PACKED, Layout
-from tunesmith.models.fast import attention, compiled, fused, kernels, pieces, varlen
+from tunesmith.models.fast import attention, fused_layers, kernels, segments, torch_compile, varlen
 from tunesmith.models.fast.attention import CannotPack
 from tunesmith.models.heads import lm_head
 from tunesmith.models.heads.log_probs import log_probs
@@ -72,7 +72,7 @@ def test_shared_is_what_separate_rows_are(name, way, monkeypatch):
         monkeypatch.setattr(kernels, "available", lambda tensor: False)
     model = made(name)
     if way in ("fused", "recomputed"):
-        fused.install(model)
+        fused_layers.install(model)
     if way == "recomputed":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
@@ -86,7 +86,7 @@ def test_in_bf16_too(name, way, monkeypatch):
         monkeypatch.setattr(kernels, "available", lambda tensor: False)
     model = made(name, torch.bfloat16)
     if way == "fused":
-        fused.install(model)
+        fused_layers.install(model)
     check(model, ROWS[1:4], 2e-2)
 
 
@@ -99,7 +99,7 @@ def test_in_fp64_nothing_is_left(name):
 @pytest.mark.parametrize("answers", [(1,), (3, 8), (260, 1, 5, 40)])
 def test_every_length_of_a_prefix(prefix, answers):
     model = made("llama")
-    fused.install(model)
+    fused_layers.install(model)
     check(model, [example(prefix, *answers), example(4, 3)], 1e-5)
 
 
@@ -111,7 +111,7 @@ def test_one_kernel_call_gives_the_same(name):
 
 def test_a_window_that_reaches_is_no_obstacle():
     model = made("mistral", sliding_window=25)
-    fused.install(model)
+    fused_layers.install(model)
     check(model, [example(10, 15, 3)], 1e-5)
 
 
@@ -119,7 +119,7 @@ def test_a_window_that_reaches_is_no_obstacle():
 def test_a_window_that_does_not_reach_is_refused(fast):
     model = made("mistral", sliding_window=24)
     if fast:
-        fused.install(model)
+        fused_layers.install(model)
     batch, _ = shared_prompts.arrange([example(10, 15, 3)], PACKED)
     with pytest.raises(CannotPack, match="slides over 24 tokens and a row has 25"):
         lm_head.hidden_states(model, batch)
@@ -130,7 +130,7 @@ def test_a_window_that_does_not_reach_is_refused(fast):
 def test_an_answer_knows_nothing_of_the_others(fast, attend):
     model = made("llama", attend=attend)
     if fast and attend == attention.NAME:
-        fused.install(model)
+        fused_layers.install(model)
     row = example(30, 12, 9, 7)
     other = {**row, "input_ids": row["input_ids"].copy()}
     other["input_ids"][42:51] += 1  # answer 2
@@ -205,7 +205,7 @@ def test_encoders_are_refused(name, fast, tmp_path):
     model = AutoModel.from_pretrained(save_tiny_encoder(name, tmp_path)).eval()
     model.set_attn_implementation(attention.NAME)
     if fast:
-        assert "encoder attention" in fused.install(model).kinds
+        assert "encoder attention" in fused_layers.install(model).kinds
     batch, _ = shared_prompts.arrange([example(6, 5, 4)], PACKED)
     with pytest.raises(CannotPack, match="only where attention is causal"):
         lm_head.hidden_states(model, batch)
@@ -222,18 +222,18 @@ def test_a_soft_cap_is_refused(attend):
 
 
 def test_a_prefix_and_its_first_answer_are_one_run():
-    (first, second, third) = pieces.families((3, 2, 4, 5, 6, 7), (-1, 0, 0, -1, -1, 4))
-    assert first.runs == (pieces.Run(0, 5, 0), pieces.Run(5, 4, 3)) and (first.start, first.length) == (0, 9)
-    assert second.runs == (pieces.Run(9, 5, 0),)
-    assert third.runs == (pieces.Run(14, 13, 0),)
-    assert pieces.longest((3, 2, 4, 5, 6, 7), (-1, 0, 0, -1, -1, 4)) == 13
-    assert pieces.families((3, 2), (-1, -1)) == pieces.families((3, 2))
+    (first, second, third) = segments.families((3, 2, 4, 5, 6, 7), (-1, 0, 0, -1, -1, 4))
+    assert first.runs == (segments.Run(0, 5, 0), segments.Run(5, 4, 3)) and (first.start, first.length) == (0, 9)
+    assert second.runs == (segments.Run(9, 5, 0),)
+    assert third.runs == (segments.Run(14, 13, 0),)
+    assert segments.longest((3, 2, 4, 5, 6, 7), (-1, 0, 0, -1, -1, 4)) == 13
+    assert segments.families((3, 2), (-1, -1)) == segments.families((3, 2))
 
 
 @pytest.mark.parametrize("behind", [(0, -1, 0), (-1, 0, 1), (-1, -1, 0), (-1, 2, 0), (-1, 0)])
 def test_pieces_that_are_behind_anything_else_are_refused(behind):
     with pytest.raises(ValueError, match="behind"):
-        pieces.families((2, 3, 4), behind)
+        segments.families((2, 3, 4), behind)
 
 
 def test_where_nobody_shares_nothing_is_said():
@@ -269,7 +269,7 @@ def test_compiled_layers_take_a_shared_prefix():
     model = tiny_model("llama").train()
     model.set_attn_implementation(varlen.NAME)
     expected = [outputs_and_gradients(model, rows, True) for rows in (FEW, FEW[:3])]
-    compiled.enable(model, backend="aot_eager")
+    torch_compile.enable(model, backend="aot_eager")
     for rows, (out, truth) in zip((FEW, FEW[:3]), expected, strict=True):
         found, gradients = outputs_and_gradients(model, rows, True)
         assert apart(found, out) <= 1e-5

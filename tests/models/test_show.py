@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.models.adapters import base_and_adapter
 from tests.tiny import save_tiny, tiny_model
 from tunesmith.models.find import headers
-from tunesmith.models.find.show import show
+from tunesmith.models.find.folder_summary import show
 
 
 def test_a_full_model(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_no_weight_is_read_and_torch_is_not_imported(tmp_path: Path) -> None:
         file.write(head)
         file.truncate(size)
     code = (
-        "import sys; from tunesmith.models.find.show import show; show(sys.argv[1]); assert 'torch' not in sys.modules; "
+        "import sys; from tunesmith.models.find.folder_summary import show; show(sys.argv[1]); assert 'torch' not in sys.modules; "
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

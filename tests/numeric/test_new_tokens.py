@@ -12,7 +12,7 @@ import tunesmith
 from tests.runs import apart, history, killed_before, model_folder, recipe, rows, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith import adaptations, objectives
-from tunesmith.data.store.build import shared_key
+from tunesmith.data.store.encode_source import shared_key
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.load import vocabulary
 from tunesmith.models.load.load import load_tokenizer, locate

@@ -11,7 +11,7 @@ import tunesmith
 from tests.runs import LABELS, apart, history, killed_before, labelled, model_folder, recipe, weights
 from tests.tiny import ENCODERS, encoder_tokenizer, tiny_tokenizer
 from tunesmith.data.batch.pack import PACKED, PADDED, to_device
-from tunesmith.data.config import Source
+from tunesmith.data.data_config import Source
 from tunesmith.data.read.source import open_source
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import DataError, RecipeError

@@ -19,7 +19,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith.data.batch import other_response
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.data.batch.step import Step
-from tunesmith.data.config import DataConfig, EvalConfig, Source
+from tunesmith.data.data_config import DataConfig, EvalConfig, Source
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError
 from tunesmith.models.fast import attention
@@ -286,12 +286,12 @@ def test_every_micro_batch_of_a_step_has_the_same_baseline(tmp_path):
 
 def test_processes_add_their_terms(tmp_path, monkeypatch):
     """Each process has its share of the rows; what they add up to is the baseline of both."""
-    from tunesmith.train import fitting
+    from tunesmith.train import forward_batches
 
     run = Run(tmp_path)
     whole, shares = float(run.baseline()), []
     for process in (0, 1):
-        monkeypatch.setattr(fitting, "share_by_length", lambda step, process=process: step.share(process, 2))
+        monkeypatch.setattr(forward_batches, "share_by_length", lambda step, process=process: step.share(process, 2))
         monkeypatch.setattr(RunSession, "all_reduce", lambda self, value: shares.append(float(value)) or value)
         run.baseline()
     assert math.fsum(shares) / len(ALONE) == pytest.approx(whole, rel=1e-9)

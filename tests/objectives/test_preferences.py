@@ -17,7 +17,7 @@ from tunesmith.cli import check
 from tunesmith.data.batch.pack import PACKED, PADDED, Layout
 from tunesmith.data.rows import Ranking
 from tunesmith.errors import DataError, ModelError, OutOfMemoryError, RecipeError
-from tunesmith.evaluate import opened
+from tunesmith.evaluate import open_model
 from tunesmith.models.find.locate import locate
 from tunesmith.models.heads import lm_head, task_heads
 from tunesmith.models.heads.log_probs import answer_logps
@@ -530,7 +530,7 @@ def four_answers(tmp_path, objective, adaptation="full", **train):
 def seen(monkeypatch, kind):
     """Of every batch since the route was found: how many examples it has, how many tokens."""
     sizes, collate = [], kind.collate
-    for where, name in ((setup, "build"), (opened.Opened, "ready")):
+    for where, name in ((setup, "build"), (open_model.Opened, "ready")):
         found = getattr(where, name)
         monkeypatch.setattr(where, name, lambda *args, found=found: (found(*args), sizes.clear())[0])
 

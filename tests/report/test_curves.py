@@ -5,7 +5,7 @@ import pytest
 
 from tunesmith.report import charts, curves, pages
 from tunesmith.report.curves import Curve
-from tunesmith.runs import figures
+from tunesmith.runs import figure_format
 
 
 def drawn(title, lines, *args, **options):
@@ -61,7 +61,7 @@ def test_what_is_not_finite_is_marked_and_named():
 
 def test_a_log_scale_has_round_values_and_leaves_zero_out():
     points = [(1.0, 0.0), (2.0, 1e-4), (3.0, 1e-3), (4.0, math.nan), (5.0, 1e-2)]
-    html = drawn("Ratio", [Curve("train", points)], figures.rate, is_log=True)
+    html = drawn("Ratio", [Curve("train", points)], figure_format.rate, is_log=True)
     labels = re.findall(r'class="y" style="top:([\d.]+)%">([^<]+)<', html)
     assert [label for _, label in labels] == ["1e-4", "1e-3", "1e-2"]
     heights = {label: float(top) for top, label in labels}

@@ -13,8 +13,8 @@ from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.data.batch.step import groups_under
 from tunesmith.data.store.epochs import epochs
 from tunesmith.errors import RecipeError
-from tunesmith.train import optim
-from tunesmith.train.config import TrainConfig, due
+from tunesmith.train import optimizers
+from tunesmith.train.train_config import TrainConfig, due
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
@@ -72,7 +72,7 @@ CLOSED_FORMS = {
 def test_the_learning_rate_is_its_closed_form(name, steps, warmup):
     config = TrainConfig(lr_scheduler_type="constant_with_warmup" if name == "constant" else name, warmup_steps=warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    schedule = optim.schedule(optimizer, config, steps)
+    schedule = optimizers.schedule(optimizer, config, steps)
     for step in range(steps):
         expected = step / warmup if step < warmup else CLOSED_FORMS[name](step - warmup, steps - warmup)
         assert schedule.get_last_lr()[0] == pytest.approx(0.5 * expected)
@@ -94,7 +94,7 @@ def test_every_schedule_of_transformers_can_be_built():
 
     for kind in SchedulerType:
         config = TrainConfig(lr_scheduler_type={"type": kind.value, **NEEDS.get(kind.value, {})}, warmup_steps=2)
-        optim.schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5), config, 10)
+        optimizers.schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5), config, 10)
 
 
 @pytest.mark.parametrize(
@@ -109,4 +109,4 @@ def test_every_schedule_of_transformers_can_be_built():
 def test_a_schedule_that_cannot_be_is_refused(settings, said):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     with pytest.raises(RecipeError, match=said):
-        optim.schedule(optimizer, TrainConfig(**settings), 10)
+        optimizers.schedule(optimizer, TrainConfig(**settings), 10)

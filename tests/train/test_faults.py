@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(val
 
 
 def _length_of_row(made, row):
-    from tunesmith.data.config import DataConfig
+    from tunesmith.data.data_config import DataConfig
     from tunesmith.data.store.prepare import prepare
     from tunesmith.models.load import load
     from tunesmith.objectives import sft

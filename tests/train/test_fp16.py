@@ -19,10 +19,10 @@ from tunesmith.errors import GradientOverflowError, ModelError, NonFiniteError
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads import lm_head
 from tunesmith.runs import metrics_file
-from tunesmith.train import loop, optim, precision, setup
-from tunesmith.train.config import TrainConfig
-from tunesmith.train.masters import Masters
+from tunesmith.train import loop, optimizers, precision, setup
+from tunesmith.train.master_weights import Masters
 from tunesmith.train.precision import LossScale
+from tunesmith.train.train_config import TrainConfig
 from tunesmith.train.update import Update
 
 # ------------------------------------------------------------------------------------------- rounding
@@ -136,8 +136,8 @@ def one_weight(scale, dtype=torch.float16):
     precision.cast(model, dtype)
     masters.listen()
     config = TrainConfig(learning_rate=1e-3)
-    optimizer = optim.build(masters.masters, config, (), {})
-    return model, Update(masters, optimizer, optim.schedule(optimizer, config, 100), 0.0, 0, scale)
+    optimizer = optimizers.build(masters.masters, config, (), {})
+    return model, Update(masters, optimizer, optimizers.schedule(optimizer, config, 100), 0.0, 0, scale)
 
 
 def gradient_of(update, model, x):

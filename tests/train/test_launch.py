@@ -17,9 +17,9 @@ from tests.train.launching import launched, start
 from tunesmith import errors
 from tunesmith.cli.main import main
 from tunesmith.runs import metrics_file
-from tunesmith.train import distributed, launch, loop, watch
+from tunesmith.train import distributed, launch, loop, process_watch
+from tunesmith.train.process_watch import Note
 from tunesmith.train.reproduce import reproduce
-from tunesmith.train.watch import Note
 
 FAILED = {"type": "DataError", "message": "row 7 is bad", "exit_code": 2, "time": 5.0}
 LOST = {"type": "ProcessLost", "message": "lost another", "exit_code": 3, "time": 4.0}
@@ -42,7 +42,7 @@ def test_a_killed_process_is_named_with_its_signal():
 
 
 def test_one_that_was_given_up_is_not_the_cause():
-    error = launch.cause({0: Note(1), 1: Note(2)}, {0: watch.GIVEN_UP, 1: -11}, {1: "a\nsegments at fault"})
+    error = launch.cause({0: Note(1), 1: Note(2)}, {0: process_watch.GIVEN_UP, 1: -11}, {1: "a\nsegments at fault"})
     assert "process 1 was ended by SIGSEGV" in str(error) and "segments at fault" in str(error)
 
 
@@ -74,7 +74,7 @@ def test_a_process_that_waits_ends_soon_after_another(fate, tmp_path):
     pid = os.getpid() if fate == "failed" else gone.pid
     note = {"pid": pid, "done": False, "failure": FAILED if fate == "failed" else None}
     (tmp_path / "process-1.json").write_text(json.dumps(note))
-    assert waiting.wait(timeout=watch.GRACE + 5) == watch.GIVEN_UP
+    assert waiting.wait(timeout=process_watch.GRACE + 5) == process_watch.GIVEN_UP
 
 
 def shared_run(tmp_path, **train):

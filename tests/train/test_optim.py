@@ -13,9 +13,9 @@ from tests.tiny import tiny_config, tiny_model
 from tunesmith import adaptations
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.models.heads import lm_head
-from tunesmith.train import optim
-from tunesmith.train.config import TrainConfig
-from tunesmith.train.masters import Masters
+from tunesmith.train import optimizers
+from tunesmith.train.master_weights import Masters
+from tunesmith.train.train_config import TrainConfig
 from tunesmith.train.update import Update
 
 BNB = ("adamw_8bit", "lion")
@@ -104,8 +104,8 @@ def test_an_optimiser_follows_its_formula(name):
     model, loss_of = problem()
     plain = [p.detach().clone() for p in (model.weight, model.bias)]
     masters = Masters(model, torch.float32)
-    optimizer = optim.build(masters.masters, config, (), {})
-    update = Update(masters, optimizer, optim.schedule(optimizer, config, 40), 0.0, seed=0)
+    optimizer = optimizers.build(masters.masters, config, (), {})
+    update = Update(masters, optimizer, optimizers.schedule(optimizer, config, 40), 0.0, seed=0)
     ours, theirs, states = [], [], [{}, {}]
     for step in range(1, 41):
         loss = loss_of(model.weight, model.bias)
@@ -203,7 +203,7 @@ def test_lora_plus_makes_the_groups_of_peft(config):
     model = adaptation.apply(tiny_model("gpt2"), "lm")
     masters = Masters(model, torch.float32)
     train = TrainConfig(learning_rate=1e-4, weight_decay=0.1)
-    ours = groups(optim.build(masters.masters, train, (), adaptation.learning_rates(masters.masters)), masters.masters)
+    ours = groups(optimizers.build(masters.masters, train, (), adaptation.learning_rates(masters.masters)), masters.masters)
     peft = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, loraplus_weight_decay=0.1)
     theirs = groups(peft, masters.masters)
     assert {name: rate for name, (rate, _) in ours.items()} == {name: rate for name, (rate, _) in theirs.items()}
@@ -359,4 +359,4 @@ def test_pages_need_a_gpu(name, instead, monkeypatch):
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RecipeError, match=rf"train\.optim={name}: pages are moved by a CUDA device.*\n.*train\.optim={instead},"):
-        optim.check(TrainConfig(optim=name))
+        optimizers.check(TrainConfig(optim=name))

@@ -11,7 +11,7 @@ from tests.runs import apart, recipe, weights
 from tests.tiny import tiny_model
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import parse
-from tunesmith.train import distributed, placement, setup
+from tunesmith.train import device_map, distributed, setup
 
 CUDA = torch.device("cuda")
 
@@ -52,7 +52,7 @@ def test_a_run_with_a_map_is_the_run_without(tmp_path):
 def test_the_named_device_is_the_one_that_batches_go_to(tmp_path):
     given = parse({**recipe(tmp_path), "device_map": {"": "cpu"}})
     assert setup.read(given, CUDA, lambda line: None).device == torch.device("cpu")
-    assert placement.device_of("auto", CUDA) == CUDA
+    assert device_map.device_of("auto", CUDA) == CUDA
 
 
 @pytest.mark.parametrize(
@@ -69,18 +69,18 @@ def test_the_named_device_is_the_one_that_batches_go_to(tmp_path):
 def test_a_map_that_cannot_work_is_refused(device_map, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RecipeError, match=words):
-        placement.device_of(device_map, CUDA)
+        device_map.device_of(device_map, CUDA)
 
 
 def test_layers_that_are_not_where_the_others_are_are_refused():
     model = tiny_model("llama")
-    placement.check(model)
+    device_map.check(model)
     model.model.layers[1].to("meta")
     with pytest.raises(RecipeError, match=r"layers\.1\.self_attn\.q_proj\.weight lent from memory"):
-        placement.check(model)
+        device_map.check(model)
 
 
 def test_several_processes_and_a_map_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "state", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(RecipeError, match="several processes"):
-        placement.device_of("auto", CUDA)
+        device_map.device_of("auto", CUDA)

@@ -9,7 +9,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 import tunesmith
 from tests.runs import labelled, questions, recipe
 from tunesmith.errors import ModelError
-from tunesmith.merge import run as merging
+from tunesmith.merge import merge_adapter as merging
 from tunesmith.train import plain_copy
 
 

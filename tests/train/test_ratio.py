@@ -7,7 +7,7 @@ import tunesmith
 from tests.numeric.test_invariance import OTHERS
 from tests.runs import recipe
 from tunesmith.runs import metrics_file
-from tunesmith.train import masters, setup, update_ratio
+from tunesmith.train import master_weights, setup, update_ratio
 from tunesmith.train.update_ratio import Ratio
 
 
@@ -100,14 +100,14 @@ def test_at_a_small_rate_every_trained_tensor_moves(adaptation, precision, tmp_p
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_a_parameter_that_no_gradient_reaches_is_said(decay, tmp_path, monkeypatch):
     """Its gradient is cut off on purpose: the run goes on, and says that it does not train this tensor, though it may decay."""
-    listen = masters.Masters.listen
+    listen = master_weights.Masters.listen
 
     def cut(self):
         listen(self)
         name = next(name for name in self.parameters if "mlp.down_proj" in name)
         self.parameters[name].register_hook(torch.zeros_like)
 
-    monkeypatch.setattr(masters.Masters, "listen", cut)
+    monkeypatch.setattr(master_weights.Masters, "listen", cut)
     tunesmith.train(recipe(tmp_path, max_steps=7, weight_decay=decay), out=tmp_path / "run")
     manifest = (tmp_path / "run" / "manifest.json").read_text()
     but = ", but for weight decay," if decay else ""

@@ -8,7 +8,7 @@ from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tunesmith import objectives
 from tunesmith.adaptations import bottleneck, lora
 from tunesmith.data.rows import Ranking
-from tunesmith.models.fast import fused_bottleneck, products
+from tunesmith.models.fast import fused_bottleneck, linear_products
 from tunesmith.models.find.locate import locate
 from tunesmith.models.load import load
 from tunesmith.objectives import dpo, reward, sft
@@ -16,7 +16,7 @@ from tunesmith.train import fast_path
 
 SFT = sft.Objective(sft.Config())
 KINDS = {"lora": lora, "bottleneck": bottleneck}
-GIVEN = {"lora": (products.Projection, 3), "bottleneck": (fused_bottleneck.Appended, 1)}
+GIVEN = {"lora": (linear_products.Projection, 3), "bottleneck": (fused_bottleneck.Appended, 1)}
 """The function of the fast path, and which of its gradients is that of A, or of the middle."""
 ROWS = examples(SFT, tiny_tokenizer())
 

@@ -10,7 +10,7 @@ from tunesmith.cli.main import main
 from tunesmith.errors import UserError
 from tunesmith.report import charts
 from tunesmith.report.curves import Curve
-from tunesmith.runs import compare, kept_runs
+from tunesmith.runs import compare, run_list
 
 RECIPE = "model: m\nobjective: {type: sft}\nadaptation: {type: lora}\n"
 EVALS = [{"kind": "eval", "step": 0, "eval_loss": 3.5}]
@@ -46,7 +46,7 @@ def test_one_bad_folder_is_listed_as_unreadable_beside_the_others(tmp_path, caps
     out = capsys.readouterr().out
     assert told in out and out.splitlines()[1].split()[-2:] == ["-", "-"]
     with pytest.raises(UserError, match=rf"{told}[\s\S]*restore it"):
-        kept_runs.read(tmp_path / "bad")
+        run_list.read(tmp_path / "bad")
 
 
 SOURCE = {"split": "train", "weight": 1.0}
@@ -54,7 +54,7 @@ SOURCE = {"split": "train", "weight": 1.0}
 
 def of_recipe(name, files=("rows.jsonl",), folder="somewhere/far/away", **parts):
     data = {"train": [{"path": f"{folder}/{file}", **SOURCE} for file in files]}
-    return kept_runs.Kept(Path(f"runs/{name}"), {"model": "m", "objective": {"type": "sft"}, "data": data, **parts}, {}, [])
+    return run_list.Kept(Path(f"runs/{name}"), {"model": "m", "objective": {"type": "sft"}, "data": data, **parts}, {}, [])
 
 
 def test_a_run_is_labelled_by_its_name_and_short_keys():
@@ -153,7 +153,7 @@ def test_a_killed_run_shows_what_its_records_have(tmp_path, capsys):
     folder = written(tmp_path / "run", {"steps": 400}, PART)
     for step in (1, 2):
         (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)
-    facts = kept_runs.read(folder).facts()
+    facts = run_list.read(folder).facts()
     assert (facts["eval_loss_before"], facts["eval_loss"], facts["best_step"], facts["perplexity"]) == (3.5, 2.5, 2, 12.2)
     assert (facts["tokens_per_second"], facts["tokens"], facts["peak_memory_bytes"]) == (400.0, 120, 10**9)
     out = shown(folder, capsys)
@@ -177,7 +177,7 @@ def test_the_command_is_shown_as_it_is_typed(tmp_path, capsys):
     command = "/opt/lib/tunesmith/__main__.py train r.yaml --out /opt/tunesmith/x"
     out = shown(written(tmp_path / "run", {"command": command}), capsys)
     assert "started     tunesmith train r.yaml --out /opt/tunesmith/x" in out
-    assert kept_runs.read(tmp_path / "run").manifest["command"] == command
+    assert run_list.read(tmp_path / "run").manifest["command"] == command
 
 
 @pytest.mark.parametrize(("records", "told"), [((), "metrics.jsonl has no records"), (PART, "model has no weights")])
@@ -219,7 +219,7 @@ def test_the_figures_of_an_objective_are_listed_shown_and_compared(tmp_path, cap
     one = written(tmp_path / "one", {}, GRADED)
     result = {"figures": ["eval_loss", "eval_accuracy"], "eval_loss": 0.3, "eval_accuracy_before": 0.5, "eval_accuracy": 0.9}
     two = written(tmp_path / "two", {"result": result, "finished": "now"})
-    assert kept_runs.read(one).facts()["figures"] == {"eval_accuracy": [0.5, 0.8125], "eval_kl": [0.0, 0.1]}
+    assert run_list.read(one).facts()["figures"] == {"eval_accuracy": [0.5, 0.8125], "eval_kl": [0.0, 0.1]}
     assert "accuracy 0.500 -> 0.812, kl 0.000 -> 0.100" in shown(one, capsys)
     assert main(["runs", "list", str(tmp_path)]) == 0
     listed = capsys.readouterr().out

@@ -19,8 +19,8 @@ from tunesmith.data.batch.step import Listed, Step
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.objectives import sft
 from tunesmith.runs import metrics_file
-from tunesmith.train import checkpoint, zero
-from tunesmith.train.config import TrainConfig
+from tunesmith.train import checkpoint, deepspeed_zero
+from tunesmith.train.train_config import TrainConfig
 
 ADAPTATIONS = {"full": "full", "lora": {"type": "lora", "r": 4, "lora_dropout": 0.3}}
 
@@ -154,28 +154,28 @@ def test_what_contradicts_the_recipe_or_is_untried_is_refused(name, tmp_path):
     path = tmp_path / "ds_config.json"
     path.write_text(content)
     with pytest.raises(RecipeError, match=told):
-        zero.read(path, TrainConfig(), torch.float32)
+        deepspeed_zero.read(path, TrainConfig(), torch.float32)
 
 
 @pytest.mark.parametrize(("optim", "compute"), [("adafactor", torch.float32), ("adamw", torch.float16)])
 def test_an_optimiser_of_matrices_and_fp16_are_refused(optim, compute, tmp_path):
     with pytest.raises(RecipeError, match="does not go with --deepspeed"):
-        zero.read(configuration(tmp_path), TrainConfig(optim=optim), compute)
+        deepspeed_zero.read(configuration(tmp_path), TrainConfig(optim=optim), compute)
 
 
 def test_its_absence_is_named_with_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"tunesmith\[deepspeed\]"):
-        zero.read(configuration(tmp_path), TrainConfig(), torch.float32)
+        deepspeed_zero.read(configuration(tmp_path), TrainConfig(), torch.float32)
 
 
 def test_what_the_file_says_of_communication_is_kept_and_auto_is_filled_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(zero, "_installed", lambda: None)
+    monkeypatch.setattr(deepspeed_zero, "_installed", lambda: None)
     path = configuration(
         tmp_path,
         {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": "auto"}, "bf16": {"enabled": "auto"}},
     )
-    made = zero.read(path, TrainConfig(max_grad_norm=0.5), torch.bfloat16).complete
+    made = deepspeed_zero.read(path, TrainConfig(max_grad_norm=0.5), torch.bfloat16).complete
     assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
     assert made["bf16"] == {"enabled": True} and made["gradient_clipping"] == 0.5
 
@@ -200,5 +200,5 @@ def test_a_lock_that_a_killed_compilation_left_is_removed(tmp_path):
         lock.parent.mkdir(parents=True)
         lock.touch()
         os.utime(lock, (time.time() - age,) * 2)
-    zero.unlock(tmp_path)
+    deepspeed_zero.unlock(tmp_path)
     assert (left.exists(), held.exists(), other.exists()) == (False, True, True)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 class Traits:
     """Facts about an adaptation that the rest of the program needs before there is an object of it, instead of its name.
 
-    ``saved_as``  peft's type of the adapter that it saves (``models.adapters.kinds`` has what follows from it); None = it trains
+    ``saved_as``  peft's type of the adapter that it saves (``models.adapters.adapter_types`` has what follows from it); None = it trains
     the model's own weights and saves a whole model.
     ``quantised_base``  the base is kept in 4 or 8 bits.
     ``dropout``  the key of its ``Config`` that draws at random while training; None = it draws nothing.

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models.heads import head_types
-from tunesmith.models.load import patterns, vocabulary
+from tunesmith.models.load import module_patterns, vocabulary
 
 SIZE = 64
 
@@ -58,15 +58,15 @@ class Adaptation:
         """
         from peft import get_peft_model
 
-        from tunesmith.models.adapters import bottleneck
+        from tunesmith.models.adapters import bottleneck_tuner
 
-        bottleneck.register()
+        bottleneck_tuner.register()
         names = [name for name, _ in model.named_modules() if name]
-        patterns.require("modules_to_save", self.config.modules_to_save or [], names)
-        whole = [*patterns.whole(self.config.modules_to_save or [], names), *head_types.new_parts(model, head)]
-        targets = bottleneck.sublayers(model, self.config.variant)
-        patterns.require_apart("adaptation=bottleneck stands on", targets, whole)
-        config = bottleneck.BottleneckConfig(
+        module_patterns.require("modules_to_save", self.config.modules_to_save or [], names)
+        whole = [*module_patterns.whole(self.config.modules_to_save or [], names), *head_types.new_parts(model, head)]
+        targets = bottleneck_tuner.sublayers(model, self.config.variant)
+        module_patterns.require_apart("adaptation=bottleneck stands on", targets, whole)
+        config = bottleneck_tuner.BottleneckConfig(
             task_type=head_types.TASK[head],
             variant=self.config.variant,
             bottleneck_size=self._size(model.config.get_text_config().hidden_size),

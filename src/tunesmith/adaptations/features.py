@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models.heads import head_types
-from tunesmith.models.load import patterns as matching
+from tunesmith.models.load import module_patterns as matching
 
 DEFAULT_BLOCKS = 2
 """What a language model trains when the recipe names nothing; a new head is enough by itself."""
@@ -86,9 +86,9 @@ class Adaptation:
 
     def _last_blocks(self, model: Any, head: str) -> list[list[Any]]:
         """Parameters of the last blocks and of the norm after them, each module's as a list."""
-        from tunesmith.models.fast import compiled
+        from tunesmith.models.fast import torch_compile
 
-        blocks = compiled.layers(model)
+        blocks = torch_compile.layers(model)
         wanted = self.config.train_last
         if wanted is None:
             wanted = min(DEFAULT_BLOCKS, len(blocks)) if head == "lm" and self.config.target_modules is None else 0

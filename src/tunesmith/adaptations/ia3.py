@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
-from tunesmith.models.adapters import linear
+from tunesmith.models.adapters import linear_layers
 from tunesmith.models.heads import head_types
 
 KEYS_AND_VALUES = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
@@ -55,7 +55,7 @@ class Adaptation:
             target_modules=_pattern([*scaled, *inner]),
             feedforward_modules=_pattern(inner),
             modules_to_save=head_types.new_parts(model, head) or None,
-            fan_in_fan_out=linear.stores_transposed(model),
+            fan_in_fan_out=linear_layers.stores_transposed(model),
         )
         return get_peft_model(model, config)
 
@@ -76,9 +76,9 @@ def found(model: Any) -> tuple[list[str], list[str]]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from tunesmith.models.fast import compiled
+    from tunesmith.models.fast import torch_compile
 
-    blocks = compiled.named_layers(model)
+    blocks = torch_compile.named_layers(model)
     scaled: list[str] = []
     inner: list[str] = []
     for block, layer in blocks.items():
@@ -106,7 +106,7 @@ def found(model: Any) -> tuple[list[str], list[str]]:
 
 def _narrows(layer: Any) -> bool:
     """Whether a linear layer gives fewer numbers than it takes."""
-    taken, given = linear.widths(layer)
+    taken, given = linear_layers.widths(layer)
     return taken > given
 
 

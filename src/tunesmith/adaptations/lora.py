@@ -1,6 +1,6 @@
 """LoRA: every chosen linear layer gets a trained update of low rank, W + (alpha / r) B A (Hu et al. 2021). Files are peft's.
 
-Where A and B start from the base's own weights, the base is left as it is all the same: see ``models.adapters.factors``.
+Where A and B start from the base's own weights, the base is left as it is all the same: see ``models.adapters.lora_factors``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
-from tunesmith.models.adapters import linear
+from tunesmith.models.adapters import linear_layers
 from tunesmith.models.heads import head_types
-from tunesmith.models.load import patterns, vocabulary
+from tunesmith.models.load import module_patterns, vocabulary
 
 NOT_HERE = {
     "loftq": "it changes the base to fit its own quantisation, on a GPU; adaptation: qlora trains beside a 4-bit base",
@@ -143,9 +143,9 @@ class Adaptation:
         wanted: str | list[str] = self.config.target_modules
         names = [name for name, _ in model.named_modules() if name]
         if wanted != "all-linear":
-            patterns.require("target_modules", wanted, names)
-        patterns.require("modules_to_save", self.config.modules_to_save or [], names)
-        whole = [*patterns.whole(self.config.modules_to_save or [], names), *head_types.new_parts(model, head)]
+            module_patterns.require("target_modules", wanted, names)
+        module_patterns.require("modules_to_save", self.config.modules_to_save or [], names)
+        whole = [*module_patterns.whole(self.config.modules_to_save or [], names), *head_types.new_parts(model, head)]
         rows = self._rows_of(model, new_rows)
         begins = self.config.begins
         if self.config.layers_to_transform is not None:
@@ -165,7 +165,7 @@ class Adaptation:
             bias=self.config.bias,
             modules_to_save=whole or None,
             trainable_token_indices=rows or None,
-            fan_in_fan_out=linear.stores_transposed(model),
+            fan_in_fan_out=linear_layers.stores_transposed(model),
             ensure_weight_tying=bool(self.config.modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False)),
         )
         chosen = _targets(model, config)
@@ -173,11 +173,11 @@ class Adaptation:
         self._check_patterns(chosen)
         adapted = get_peft_model(model, config)
         if begins:
-            from tunesmith.models.adapters import factors, lora_init
+            from tunesmith.models.adapters import lora_factors, lora_init
 
             for name in chosen:
                 layer = model.get_submodule(name)
-                factors.start(layer, *lora_init.factors_of(layer, begins))
+                lora_factors.start(layer, *lora_init.factors_of(layer, begins))
         return adapted
 
     def _check_apart(self, model: Any, config: Any, chosen: Mapping[str, Any]) -> None:
@@ -186,9 +186,9 @@ class Adaptation:
         names = [name for name, _ in model.named_modules() if name]
         whole, wanted = list(config.modules_to_save or []), self.config.target_modules
         for one in [wanted] if isinstance(wanted, str) else wanted:
-            aimed = [name for name in names if patterns.matched(wanted if isinstance(wanted, str) else [one], [name])]
+            aimed = [name for name in names if module_patterns.matched(wanted if isinstance(wanted, str) else [one], [name])]
             if not any(name in chosen for name in aimed):
-                patterns.require_apart("adaptation.target_modules names", aimed, whole)
+                module_patterns.require_apart("adaptation.target_modules names", aimed, whole)
         if not chosen and wanted == "all-linear":
             raise RecipeError(
                 f"adaptation.modules_to_save trains {', '.join(whole)} whole, which leaves no linear layer for a LoRA.\n"
@@ -210,13 +210,13 @@ class Adaptation:
             if idle:
                 ends = sorted({name.rpartition(".")[2] for name in chosen})
                 raise RecipeError(
-                    f"adaptation.{key}.{idle[0]} matches no layer that gets a LoRA{patterns.hint(idle[0], ends)}.\n"
+                    f"adaptation.{key}.{idle[0]} matches no layer that gets a LoRA{module_patterns.hint(idle[0], ends)}.\n"
                     f"  Those that do end in: {', '.join(ends)}"
                 )
         for name, module in chosen.items():
             pattern = _pattern_of(list(self.config.rank_pattern), name)
             rank = self.config.rank if pattern is None else self.config.rank_pattern[pattern]
-            size = linear.widths(module)
+            size = linear_layers.widths(module)
             if rank > min(size):
                 key = "r" if pattern is None else f"r.{pattern}"
                 raise RecipeError(
@@ -239,7 +239,7 @@ class Adaptation:
         aimed = [
             name
             for name in vocabulary.end_names(model, all_ends=True)
-            if targets != "all-linear" and patterns.matched(targets, [name])
+            if targets != "all-linear" and module_patterns.matched(targets, [name])
         ]
         if aimed:
             raise RecipeError(
@@ -264,10 +264,10 @@ class Adaptation:
 
         A LoRA that started from the base's weights is saved as one of twice the rank on the untouched base.
         """
-        from tunesmith.models.adapters import factors, lora_init
+        from tunesmith.models.adapters import lora_factors, lora_init
 
         model.save_pretrained(folder, save_embedding_layers=False)
-        if begun := factors.started(model):
+        if begun := lora_factors.started(model):
             lora_init.write_plain(folder, begun, self.config.use_rslora)
 
 
@@ -293,7 +293,7 @@ def _targets(model: Any, config: Any) -> dict[str, Any]:
     return {
         name: one
         for name, one in model.named_modules()
-        if isinstance(one, nn.Linear | Conv1D) and one is not last and not patterns.within(name, whole)
+        if isinstance(one, nn.Linear | Conv1D) and one is not last and not module_patterns.within(name, whole)
     }
 
 

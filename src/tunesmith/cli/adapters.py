@@ -21,7 +21,7 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """The adapters that lie under folders: kind, rank, base, size, held-out loss. Loads no weights."""
-    from tunesmith.models.adapters.adapters import find
+    from tunesmith.models.adapters.adapter_set import find
 
     found = [one for folder in where or ["runs"] for one in find(folder)]
     result({"adapters": list({one["path"]: one for one in found}.values())}, as_json, _table)

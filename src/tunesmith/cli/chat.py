@@ -31,7 +31,7 @@ def chat(
     as_json: Annotated[bool, typer.Option("--json", help="Print the conversation as one JSON object at the end.")] = False,
 ) -> None:
     """Talk with a model. Reads lines from the terminal or from a pipe."""
-    from tunesmith.models.adapters.adapters import load_adapters
+    from tunesmith.models.adapters.adapter_set import load_adapters
     from tunesmith.models.generate import decode as engine
     from tunesmith.models.load.load import load
 

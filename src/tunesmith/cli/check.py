@@ -10,9 +10,9 @@ import typer
 
 from tunesmith.cli.options import Json, Overrides, RecipeFile
 from tunesmith.cli.output import console, result, say
-from tunesmith.data.problems import shorten
+from tunesmith.data.row_problems import shorten
 from tunesmith.errors import UserError
-from tunesmith.runs.figures import duration, size
+from tunesmith.runs.figure_format import duration, size
 
 
 def check(

@@ -13,7 +13,7 @@ from tunesmith.cli import output
 
 if TYPE_CHECKING:
     from tunesmith.data.check.lint import LintReport
-    from tunesmith.data.config import DataConfig, Source
+    from tunesmith.data.data_config import DataConfig, Source
     from tunesmith.synth.python.wording import Candidate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -157,7 +157,7 @@ def build(
     """Make rows of one kind from the library of the Python that runs: real text, and answers that are known to be true."""
     from tunesmith.data.store import row_writer
     from tunesmith.errors import UserError
-    from tunesmith.nearest import did_you_mean
+    from tunesmith.suggestions import did_you_mean
     from tunesmith.synth.python import KINDS, SPLITS, WORDING, draw
 
     for option, value, valid in (("KIND", kind, KINDS), ("--lang", lang, WORDING), ("--split", split, SPLITS)):
@@ -207,10 +207,10 @@ def pull(
     json: Json = False,
 ) -> int:
     """Download a split of a data set of the Hub into the local store, or bring it to the newest commit there."""
-    from tunesmith.data.config import HUB, HUB_NAME
+    from tunesmith.data.data_config import HUB, HUB_NAME
     from tunesmith.data.read import hub_set
     from tunesmith.errors import UserError
-    from tunesmith.hub import store
+    from tunesmith.hub import local_store
 
     path = repo if repo.startswith(HUB) else f"{HUB}{repo}"
     if not HUB_NAME.fullmatch(path):
@@ -220,7 +220,7 @@ def pull(
         )
     (source,) = _target(path, _keys(None, split, name, streaming), None)[0]
     folder = hub_set.pull(source, output.say, commit)
-    listed = store.manifest(folder) or {}
+    listed = local_store.manifest(folder) or {}
     facts = {
         **listed["source"],
         "source": source.path,

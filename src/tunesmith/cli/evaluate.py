@@ -62,9 +62,9 @@ def evaluate(
     """Loss and figures of a model on a data file, and how fast it reads."""
     columns = columns_of(column or [])
 
-    from tunesmith.evaluate import run
+    from tunesmith.evaluate import evaluate_model
 
-    figures = run.evaluate(
+    figures = evaluate_model.evaluate(
         model,
         data,
         objective=objective,

@@ -84,8 +84,8 @@ def prompts_of(path: str, limit: int | None) -> list[Any]:
     """
     from itertools import islice
 
-    from tunesmith.data.problems import RowProblem
     from tunesmith.data.read.row_files import read
+    from tunesmith.data.row_problems import RowProblem
 
     prompts = []
     for item in islice(read(path), limit):

@@ -16,7 +16,7 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Fold a LoRA into its base; the result is a plain transformers folder, checked against the adapter."""
-    from tunesmith.merge.run import merge as fold
+    from tunesmith.merge.merge_adapter import merge as fold
 
     say(f"merging {model} into its base")
     facts = fold(model, out, dtype=dtype)

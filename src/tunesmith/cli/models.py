@@ -18,9 +18,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 @app.command("list")
 def list_models(as_json: Json = False) -> None:
     """The models known by name: size, whether they are on this machine, and where."""
-    from tunesmith.models.find import catalog, store
+    from tunesmith.models.find import catalog, model_store
 
-    result({"store": str(store.models()), "models": catalog.listing()}, as_json, _table)
+    result({"store": str(model_store.models()), "models": catalog.listing()}, as_json, _table)
 
 
 @app.command("pull")
@@ -30,10 +30,10 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Download a model into the local store, or repair it there."""
-    from tunesmith.models.find import pull, store
+    from tunesmith.models.find import model_store, pull
 
     path = pull.pull(name, source, say=say)
-    listed = store.manifest(path) or {}
+    listed = model_store.manifest(path) or {}
     result({"name": name, "path": str(path), "source": listed.get("source")}, as_json, lambda facts: facts["path"])
 
 

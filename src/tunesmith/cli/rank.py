@@ -7,24 +7,24 @@ import os
 import sys
 from pathlib import Path
 
-from tunesmith.train import watch
+from tunesmith.train import process_watch
 
 
 def run(folder: Path, rank: int) -> int:
     """Do what ``folder/job.json`` says and return the exit code. ``command`` there is what the user typed."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     sys.argv = job["command"]
-    watch.begin(folder, rank)
+    process_watch.begin(folder, rank)
 
     from tunesmith.cli.main import main
 
     def note(error: BaseException, exit_code: int, as_json: bool = False) -> int:
-        watch.leave(folder, rank, error=error, exit_code=exit_code)
+        process_watch.leave(folder, rank, error=error, exit_code=exit_code)
         return exit_code
 
     code = main(job["arguments"], note)
     if code == 0:
-        watch.leave(folder, rank, done=True)
+        process_watch.leave(folder, rank, done=True)
         from tunesmith.train import distributed
 
         distributed.end()

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tunesmith.cli.output import columns, console, result, say
 from tunesmith.errors import NotReproduced, UserError
-from tunesmith.runs.figures import duration, is_number, lower_is_better, number, size, typed
+from tunesmith.runs.figure_format import duration, is_number, lower_is_better, number, size, typed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="List, show, compare and repeat runs.")
 
@@ -25,7 +25,7 @@ def list_runs(
     folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"), as_json: Json = False
 ) -> None:
     """Every run under a folder, the oldest first: state, what it trained, loss before and after, speed, memory."""
-    from tunesmith.runs import kept_runs as runs
+    from tunesmith.runs import run_list as runs
 
     result({"runs": [run.facts() for run in runs.find(folder)]}, as_json, _listed)
 
@@ -33,7 +33,7 @@ def list_runs(
 @app.command("show")
 def show(run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)], as_json: Json = False) -> None:
     """All that a run's folder says of it: recipe, data, machine, result."""
-    from tunesmith.runs import kept_runs as runs
+    from tunesmith.runs import run_list as runs
 
     kept = runs.read(run)
     result({**kept.facts(), "recipe": kept.recipe, "manifest": kept.manifest}, as_json, _shown)
@@ -49,7 +49,7 @@ def compare_runs(
     """Curves of several runs over each other, what differs between their recipes, and their results side by side."""
     from tunesmith.report import charts
     from tunesmith.runs import compare
-    from tunesmith.runs import kept_runs as runs
+    from tunesmith.runs import run_list as runs
 
     if len(folders) < 2 or by not in ("step", "tokens"):
         raise UserError("compare takes two or more runs, and --by is step or tokens: tunesmith runs compare runs/a runs/b")

@@ -15,7 +15,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Tell what a model folder is: architecture, base, adapter, head, parameters, template, run. Loads no weights."""
-    from tunesmith.models.find.show import show as facts
+    from tunesmith.models.find.folder_summary import show as facts
 
     result(facts(model), as_json, _table)
 

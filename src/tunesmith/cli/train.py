@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tunesmith.cli.options import DeepSpeed, Json, Out, Overrides, RecipeFile, Resume
 from tunesmith.cli.output import console, result, say
-from tunesmith.runs.figures import size
+from tunesmith.runs.figure_format import size
 
 
 def train(

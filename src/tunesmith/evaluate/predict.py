@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.config import Source
+from tunesmith.data.data_config import Source
 from tunesmith.data.formats.fields import Columns
-from tunesmith.data.problems import Record, RowFault, RowProblem
 from tunesmith.data.read.source import Opened, open_source
+from tunesmith.data.row_problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import Chat, PromptCompletion, Question, Ranking, Tagged, without_gold
 from tunesmith.errors import DataError, ModelError
 
@@ -44,10 +44,10 @@ def predict(
     ``rewards``: whether anything but a reward model is refused.
     Raises UserError for a model that writes text, and for a file that cannot be opened.
     """
-    from tunesmith.evaluate import opened
+    from tunesmith.evaluate import open_model
 
-    source = opened.source_of(data, format=format, columns=columns, limit=limit, split=split, name=name, streaming=streaming)
-    chosen = opened.open_model(model, max_length=max_length, rewards=rewards)
+    source = open_model.source_of(data, format=format, columns=columns, limit=limit, split=split, name=name, streaming=streaming)
+    chosen = open_model.open_model(model, max_length=max_length, rewards=rewards)
     if chosen.objective.traits.head == "lm":
         use = "a reward model gives rewards, train one with objective: reward" if rewards else "use tunesmith generate"
         raise ModelError(f"this model writes text: {use}.")
@@ -188,7 +188,7 @@ def _answers(chosen: Any, examples: list[Any], way: Any, budget: int) -> dict[in
 
     from tunesmith.data.batch.pack import to_device
     from tunesmith.data.batch.step import Listed
-    from tunesmith.train import fitting
+    from tunesmith.train import forward_batches
 
     examples = sorted(examples, key=lambda one: -len(one["input_ids"]))
 
@@ -203,5 +203,5 @@ def _answers(chosen: Any, examples: list[Any], way: Any, budget: int) -> dict[in
 
     rows = Listed(examples, [""] * len(examples))
     sizes = rows.sizes(slice(None), way.layout)
-    records = [record for _, record in fitting.in_groups(run, sizes, budget, way.layout, chosen.device, name)]
+    records = [record for _, record in forward_batches.in_groups(run, sizes, budget, way.layout, chosen.device, name)]
     return {answer["row"][1]: answer for answer in chosen.objective.answers(records)}

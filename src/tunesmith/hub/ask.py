@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tunesmith.errors import UserError
-from tunesmith.hub import store
+from tunesmith.hub import local_store
 from tunesmith.hub.client import REFUSED
-from tunesmith.hub.store import Damaged
+from tunesmith.hub.local_store import Damaged
 
 CLIENT = "tunesmith.hub.client"
 
@@ -105,7 +105,7 @@ def download(kind: str, repo: str, revision: str, files: dict[str, Any], place: 
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
             raise NoAnswer(f"{repo} on the Hub lists the file {name!r}, a name that leaves the folder it is downloaded into")
-    made = store.partial(place, revision, sum(file["size"] for file in files.values()))
+    made = local_store.partial(place, revision, sum(file["size"] for file in files.values()))
     begun = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
     going_on = f", going on after {begun / 1e6:,.1f} MB" if begun else ""
     say(f"downloading {repo} at {revision} from the Hub{going_on}")
@@ -128,6 +128,6 @@ def _verify(made: Path, files: dict[str, Any], what: str) -> None:
     """Compare what was downloaded with the hashes that the Hub lists."""
     for file, facts in files.items():
         if facts["sha256"]:
-            store.check(made / file, facts["sha256"], what)
-        elif facts["sha1"] and store.git_sha1(made / file) != facts["sha1"]:
+            local_store.check(made / file, facts["sha256"], what)
+        elif facts["sha1"] and local_store.git_sha1(made / file) != facts["sha1"]:
             raise Damaged(f"{what}: {file} is not what the Hub lists. It was damaged on the way; pull again.")

@@ -18,7 +18,7 @@ from datetime import date, time
 from typing import Any
 
 from tunesmith.hub.client import REFUSED, info, one_line, refusal
-from tunesmith.nearest import did_you_mean
+from tunesmith.suggestions import did_you_mean
 
 _HOW_TO_FIND = {"name", "version", "data_dir", "data_files", "description", "features"}
 """Settings of a configuration that say where its rows are, not how to read them."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import files
 from tunesmith.errors import UserError
-from tunesmith.models.adapters import kinds
+from tunesmith.models.adapters import adapter_types
 from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import locate
 from tunesmith.models.load import load, probe, vocabulary
@@ -141,7 +141,7 @@ def read(adapter: str | Path) -> Lora:
     config = headers.read_json(folder.path / "adapter_config.json")
     kind = str(config.get("peft_type", "")).lower()
     why = None
-    if not kinds.kind_of(kinds.type_of(config)).summable:
+    if not adapter_types.kind_of(adapter_types.type_of(config)).summable:
         why = f"is a {kind} adapter: only LoRA adapters can be summed"
     elif config.get("use_dora"):
         why = "has use_dora: its magnitudes are no sum"

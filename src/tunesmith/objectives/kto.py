@@ -18,10 +18,10 @@ from tunesmith import objectives
 from tunesmith.data.batch import other_response, preference_batch
 from tunesmith.data.batch.pack import to_device
 from tunesmith.data.check import balance
-from tunesmith.data.encode import desirability
+from tunesmith.data.encode import judgements
 from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.rows import Judged
-from tunesmith.data.store.encoded import Encoded
+from tunesmith.data.store.encoded_rows import Encoded
 from tunesmith.metrics import token_mean
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Session, Source, Step, Traits
 
@@ -80,7 +80,7 @@ class Objective(objectives.Objective):
             self.notes.append(advice)
 
     def encode(self, rows: Sequence[Judged], tokenizer: Any) -> list[list[Example]]:
-        return desirability.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
+        return judgements.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
 
     def extend(self, data: Encoded) -> Encoded:
         """Give each example the response to another prompt, from which the KL baseline is estimated."""

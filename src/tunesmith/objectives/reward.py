@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith import objectives
 from tunesmith.data.batch import preference_batch
 from tunesmith.data.encode import rankings, texts
-from tunesmith.data.problems import RowFault
+from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Ranking
 from tunesmith.errors import DataError, ModelError
 from tunesmith.metrics import token_mean

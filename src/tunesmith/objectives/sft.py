@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith import objectives
 from tunesmith.data.batch import pack
-from tunesmith.data.encode import chat
+from tunesmith.data.encode import conversations
 from tunesmith.data.rows import Chat, PromptCompletion, Text, Written
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
@@ -42,7 +42,7 @@ class Objective(objectives.Objective):
         self.traits = replace(self.traits, overlong=config.overlong)
 
     def encode(self, rows: Sequence[Written], tokenizer: Any) -> list[list[Example]]:
-        return chat.encode(rows, tokenizer, train_on=self.config.train_on, expand_turns=self.config.expand_turns)
+        return conversations.encode(rows, tokenizer, train_on=self.config.train_on, expand_turns=self.config.expand_turns)
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
         return pack.with_targets(examples, layout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith import adaptations, objectives
-from tunesmith.data.config import idle
+from tunesmith.data.data_config import idle
 from tunesmith.data.read.source import eval_sources
 from tunesmith.data.rows import Chat, Labelled
 from tunesmith.recipe.schema import Recipe, changed

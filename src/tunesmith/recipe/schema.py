@@ -1,6 +1,6 @@
 """The keys of a recipe.
 
-The keys of each part live next to what they configure (``data/config.py``, ``train/config.py``, every objective and adaptation
+The keys of each part live next to what they configure (``data/data_config.py``, ``train/train_config.py``, every objective and adaptation
 file); this module only nests them.
 """
 
@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tunesmith import adaptations, objectives
-from tunesmith.data.config import DataConfig, Source
-from tunesmith.train.config import SampleConfig, TrainConfig
+from tunesmith.data.data_config import DataConfig, Source
+from tunesmith.train.train_config import SampleConfig, TrainConfig
 
 DEFAULT_OBJECTIVE = "sft"
 DEFAULT_ADAPTATION = "lora"

@@ -17,10 +17,10 @@ from pydantic import BaseModel, ValidationError
 
 from tunesmith import adaptations, objectives
 from tunesmith.errors import RecipeError
-from tunesmith.nearest import did_you_mean, nearest
 from tunesmith.recipe import text as recipe_text
 from tunesmith.recipe.conflicts import conflicts
 from tunesmith.recipe.schema import DEFAULT_ADAPTATION, DEFAULT_OBJECTIVE, Recipe
+from tunesmith.suggestions import did_you_mean, nearest
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -14,7 +14,7 @@ import numpy as np
 
 from tunesmith.report.curves import MOST_MARKED, Curve, Points, smooth
 from tunesmith.report.fonts import legible
-from tunesmith.runs import figures
+from tunesmith.runs import figure_format
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -227,7 +227,7 @@ def _bars(
 
 def _legend(figure: Figure, handles: list[Any], names: list[str], place: str, room: int) -> None:
     """A legend outside the axes, so that it lies on no curve. ``room``: characters in one line of it."""
-    names = [figures.shorter(name, room // 2) for name in names]
+    names = [figure_format.shorter(name, room // 2) for name in names]
     columns = max(1, min(len(names), room // (max(map(len, names)) + 6)))
     figure.legend(handles, names, frameon=False, loc=place, ncols=columns)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tunesmith.runs import figures
+from tunesmith.runs import figure_format
 
 Points = list[tuple[float, float]]
 """(step, value), in step order."""
@@ -139,7 +139,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 def plot(
     title: str,
     curves: Sequence[Curve],
-    form: Callable[[float], str] = figures.number,
+    form: Callable[[float], str] = figure_format.number,
     from_zero: bool = False,
     is_smoothed: bool = True,
     is_log: bool = False,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.runs import figures
+from tunesmith.runs import figure_format
 
 _SPLITS = ("train", "eval")
 _NAMES = {"duplicates_train_eval": "eval_rows_also_in_train", "cached": "from_the_cache", "seconds": "prepared_in_seconds"}
@@ -33,8 +33,8 @@ def data_values(report: dict[str, Any]) -> dict[str, Any]:
     contaminated = _mapping(report.get("contaminated"))
     known = (*_SPLITS, "eval_sets", "sources", "contaminated")
     single = {_NAMES.get(key, key): value for key, value in report.items() if key not in known}
-    if figures.is_number(contaminated.get("rows")) and figures.is_number(contaminated.get("share")):
-        share = figures.share(contaminated["share"], 1)
+    if figure_format.is_number(contaminated.get("rows")) and figure_format.is_number(contaminated.get("share")):
+        share = figure_format.share(contaminated["share"], 1)
         single["eval_rows_that_share_text_with_train"] = f"{contaminated['rows']:,} ({share})"
     shared = contaminated.get("first")
     return {
@@ -72,21 +72,21 @@ def _cells(split: dict[str, Any]) -> dict[str, Cell]:
         if key == "supervised_tokens" and value == split.get("examples"):
             continue  # the rows have a label each, not their tokens
         name = {"unlearnable": "nothing to learn"}.get(key, key.replace("_", " "))
-        is_part = key == "supervised_tokens" and figures.is_number(value) and figures.is_number(split.get("tokens"))
-        out[name] = Cell(value, key, figures.share(value, split["tokens"]) if is_part else "")
+        is_part = key == "supervised_tokens" and figure_format.is_number(value) and figure_format.is_number(split.get("tokens"))
+        out[name] = Cell(value, key, figure_format.share(value, split["tokens"]) if is_part else "")
     overlong = _mapping(split.get("overlong"))
-    if figures.is_number(overlong.get("rows")):
+    if figure_format.is_number(overlong.get("rows")):
         policy = f" ({overlong.get('policy')})" if overlong["rows"] else ""
-        out["above max length"] = Cell(figures.number(overlong["rows"]) + policy)
-        if figures.is_number(overlong.get("dropped")) and overlong["dropped"]:
+        out["above max length"] = Cell(figure_format.number(overlong["rows"]) + policy)
+        if figure_format.is_number(overlong.get("dropped")) and overlong["dropped"]:
             out["of these left out whole"] = Cell(overlong["dropped"])
-        if figures.is_number(overlong.get("tokens_lost")) and overlong["tokens_lost"]:
+        if figure_format.is_number(overlong.get("tokens_lost")) and overlong["tokens_lost"]:
             share = overlong.get("share_lost")
             out["tokens lost by that"] = Cell(
-                overlong["tokens_lost"], share=figures.share(share, 1) if figures.is_number(share) else ""
+                overlong["tokens_lost"], share=figure_format.share(share, 1) if figure_format.is_number(share) else ""
             )
     histogram = _mapping(split.get("histogram"))
-    return out | {name: Cell(histogram[key]) for key, name in _LENGTHS.items() if figures.is_number(histogram.get(key))}
+    return out | {name: Cell(histogram[key]) for key, name in _LENGTHS.items() if figure_format.is_number(histogram.get(key))}
 
 
 def _source(source: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +110,6 @@ def _left_out(source: dict[str, Any]) -> str:
 def _length_counts(histogram: dict[str, Any]) -> dict[str, float]:
     """``{"edges": [16, 32, 50], "counts": [...]}`` (counts up to each edge) -> {"1-16": n, "17-32": n, "33-50": n}."""
     edges, counts = histogram.get("edges"), histogram.get("counts")
-    if not isinstance(edges, list) or not isinstance(counts, list) or not all(map(figures.is_number, [*edges, *counts])):
+    if not isinstance(edges, list) or not isinstance(counts, list) or not all(map(figure_format.is_number, [*edges, *counts])):
         return {}
     return {f"{low + 1:,}-{high:,}": count for low, high, count in zip([0, *edges], edges, counts)}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.runs import figures
+from tunesmith.runs import figure_format
 
 _LONGEST = 28  # characters of a name
 _FIRST = "DejaVu Sans"  # comes with matplotlib, so figures look the same everywhere
@@ -33,7 +33,7 @@ def legible(names: Sequence[str], numbers: Sequence[int]) -> Names:
 
 def _one_line(name: str) -> str:
     line = "".join(letter if letter.isprintable() else " " for letter in " ".join(name.split()))
-    return figures.shorter(line, _LONGEST) or "(empty)"
+    return figure_format.shorter(line, _LONGEST) or "(empty)"
 
 
 def fonts_of(letters: Iterable[str]) -> tuple[list[str], set[str]]:

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tunesmith.files import replace_file
-from tunesmith.runs import figures
+from tunesmith.runs import figure_format
 
 _SHARES = ("share", "fraction", "percent")
 
@@ -55,7 +55,13 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"number": figures.number, "typed": figures.typed, "words": words, "unit": unit, "columns": columns}
+    made.filters |= {
+        "number": figure_format.number,
+        "typed": figure_format.typed,
+        "words": words,
+        "unit": unit,
+        "columns": columns,
+    }
     return made
 
 
@@ -73,15 +79,15 @@ def titled(name: str) -> str:
 def unit(value: float, key: str) -> str:
     """A figure in the unit that its key names."""
     if key.endswith("_bytes") or key == "bytes":
-        return figures.size(value)
+        return figure_format.size(value)
     if key.endswith("seconds"):
-        return figures.duration(value)
+        return figure_format.duration(value)
     if any(word in key for word in _SHARES) and 0 <= value <= 1:
-        return figures.share(value, 1)
-    return figures.number(value)
+        return figure_format.share(value, 1)
+    return figure_format.number(value)
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
     """(key, whether its values are figures) of each column: all keys of the rows, in the order they are met."""
     keys = dict.fromkeys(key for row in rows for key in row)
-    return [(key, all(figures.is_number(row.get(key, 0)) for row in rows)) for key in keys]
+    return [(key, all(figure_format.is_number(row.get(key, 0)) for row in rows)) for key in keys]

@@ -20,7 +20,7 @@ from tunesmith.files import replace_file
 from tunesmith.report import charts, curves, pages
 from tunesmith.report.data_section import data_values
 from tunesmith.report.pages import Tile, titled
-from tunesmith.runs import figures, metrics_file, overfit
+from tunesmith.runs import figure_format, metrics_file, overfit
 
 MOST_CURVES = 4
 """Figures of an evaluation in one plot."""
@@ -46,10 +46,10 @@ class _Run:
     def figure(self, key: str) -> float | None:
         """A figure of the result, when there is one."""
         value = self.part("result").get(key)
-        return value if figures.is_number(value) else None
+        return value if figure_format.is_number(value) else None
 
     def points(self, records: list[dict[str, Any]], key: str) -> curves.Points:
-        numeric = (one for one in records if figures.is_number(one.get("step")) and figures.is_number(one.get(key)))
+        numeric = (one for one in records if figure_format.is_number(one.get("step")) and figure_format.is_number(one.get(key)))
         return [(one["step"], one[key]) for one in numeric]
 
     @property
@@ -61,7 +61,7 @@ class _Run:
     @property
     def measured(self) -> list[str]:
         """The names of an evaluation's figures; of several sets those of all rows together."""
-        return [name for name in figures.measured(self.evals, self.sets) if self.points(self.evals, name)]
+        return [name for name in figure_format.measured(self.evals, self.sets) if self.points(self.evals, name)]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -141,7 +141,7 @@ def _type(part: Any) -> str:
 def _tiles(run: _Run) -> list[Tile]:
     last = run.train[-1] if run.train else {}
     steps = _known(run.figure("steps"), max((step for step, _ in run.points(run.train, "step")), default=None))
-    epochs = [f"{last['epoch']:.2f} epochs"] if figures.is_number(last.get("epoch")) else []
+    epochs = [f"{last['epoch']:.2f} epochs"] if figure_format.is_number(last.get("epoch")) else []
     seconds = run.figure("train_seconds")
     rates = [y for _, y in run.points(run.train, "tokens_per_second") if math.isfinite(y)]
     speed = _known(run.figure("tokens_per_second"), sum(rates) / len(rates) if rates else None)
@@ -151,15 +151,21 @@ def _tiles(run: _Run) -> list[Tile]:
     trainable, total = (run.part("parameters").get(key) for key in ("trainable", "total"))
     tiles = [tile for name in run.measured if (tile := _before_after(run, name))]
     if steps is not None:
-        taken = [figures.duration(seconds)] if seconds is not None else []
-        tiles.append(Tile("Steps", figures.number(steps), ", ".join([*epochs, *taken])))
+        taken = [figure_format.duration(seconds)] if seconds is not None else []
+        tiles.append(Tile("Steps", figure_format.number(steps), ", ".join([*epochs, *taken])))
     if speed is not None:
-        tiles.append(Tile("Speed", f"{figures.number(round(speed))} tokens/s", "padding not counted"))
+        tiles.append(Tile("Speed", f"{figure_format.number(round(speed))} tokens/s", "padding not counted"))
     if peak is not None:
-        tiles.append(Tile("Peak memory", figures.size(peak), f"of {figures.size(memory)}" if figures.is_number(memory) else ""))
-    if figures.is_number(trainable) and figures.is_number(total):
-        share = f"{figures.share(trainable, total)} of {figures.count(total)}"
-        tiles.append(Tile("Trained", f"{figures.count(trainable)} parameters", share))
+        tiles.append(
+            Tile(
+                "Peak memory",
+                figure_format.size(peak),
+                f"of {figure_format.size(memory)}" if figure_format.is_number(memory) else "",
+            )
+        )
+    if figure_format.is_number(trainable) and figure_format.is_number(total):
+        share = f"{figure_format.share(trainable, total)} of {figure_format.count(total)}"
+        tiles.append(Tile("Trained", f"{figure_format.count(trainable)} parameters", share))
     return tiles
 
 
@@ -177,13 +183,13 @@ def _before_after(run: _Run, key: str) -> Tile | None:
     if after is None and points and (before is None or len(points) > 1):
         after = points[-1][1]
     if after is None:
-        return Tile(name, figures.number(before), "before training") if before is not None else None
+        return Tile(name, figure_format.number(before), "before training") if before is not None else None
     if before is None:
-        return Tile(name, figures.number(after))
-    shown = {"name": name, "figure": figures.number(after), "before": figures.number(before)}
+        return Tile(name, figure_format.number(after))
+    shown = {"name": name, "figure": figure_format.number(after), "before": figure_format.number(before)}
     if not (before and math.isfinite(before) and math.isfinite(after)):
         return Tile(**shown)
-    change, trend = _change((after - before) / abs(before), figures.lower_is_better(key))
+    change, trend = _change((after - before) / abs(before), figure_format.lower_is_better(key))
     return Tile(**shown, note="on held-out rows", change=change, trend=trend)
 
 
@@ -244,22 +250,22 @@ def _small_plots(run: _Run) -> list[curves.Plot]:
     measured = run.measured
     logged = dict.fromkeys(name for record in run.train for name in record if name != "loss")
     own = [name for name in logged if "/" in name or f"eval_{name}" in measured]
-    held_out = [name for name in measured if not figures.lower_is_better(name) and name.removeprefix("eval_") not in own]
+    held_out = [name for name in measured if not figure_format.lower_is_better(name) and name.removeprefix("eval_") not in own]
     both = {name: [*train(name), curves.Curve("eval", run.points(run.evals, f"eval_{name}"))] for name in own}
     figures_held_out = [
         curves.Curve.of_set(name.removeprefix("eval_"), run.points(run.evals, name), number)
         for number, name in enumerate(held_out[:MOST_CURVES])
     ]
-    rate = partial(curves.plot, form=figures.rate, from_zero=True, is_smoothed=False)
+    rate = partial(curves.plot, form=figure_format.rate, from_zero=True, is_smoothed=False)
     plots = [
         *(curves.plot(titled(name), found) for name, found in both.items()),
         curves.plot("Held-out figures", figures_held_out, is_smoothed=False),
         rate("Learning rate", train("learning_rate")),
         rate("Learning rate of the output layer", train("head_learning_rate")),
-        curves.plot("Loss scale", train("loss_scale"), figures.count, is_smoothed=False),
+        curves.plot("Loss scale", train("loss_scale"), figure_format.count, is_smoothed=False),
         curves.plot("Gradient norm", train("grad_norm"), from_zero=True),
-        curves.plot("Update / weights, often about 1e-3", train("update_ratio"), figures.rate, is_log=True),
-        curves.plot("Tokens per second", train("tokens_per_second"), figures.count, from_zero=True),
+        curves.plot("Update / weights, often about 1e-3", train("update_ratio"), figure_format.rate, is_log=True),
+        curves.plot("Tokens per second", train("tokens_per_second"), figure_format.count, from_zero=True),
     ]
     return [plot for plot in plots if plot is not None]
 
@@ -304,6 +310,6 @@ def _prompt(text: str, given: Sequence[dict[str, Any]], best_step: float | None)
 
 def _answer(kind: str, sample: dict[str, Any]) -> Answer:
     step, text = sample.get("step"), sample.get("answer")
-    at = [f"step {step:,}"] if figures.is_number(step) else []
+    at = [f"step {step:,}"] if figure_format.is_number(step) else []
     label = ", ".join([kind, *at]) if kind != "between" or not at else at[0]
     return Answer(kind, label, "" if text is None else str(text))

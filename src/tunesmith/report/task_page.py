@@ -15,7 +15,7 @@ import tunesmith
 from tunesmith.files import replace_file
 from tunesmith.report import charts, pages
 from tunesmith.report.pages import Tile, titled
-from tunesmith.runs.figures import is_number, number
+from tunesmith.runs.figure_format import is_number, number
 
 _FIRST = (
     "accuracy", "micro_f1", "exact_match", "f1", "precision", "recall", "macro_f1", "auroc", "token_accuracy", "rmse", "mae",

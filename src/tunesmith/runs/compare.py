@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from tunesmith import recipe as recipes
 from tunesmith.errors import UserError
-from tunesmith.runs.figures import is_number, shorter
-from tunesmith.runs.kept_runs import Kept
+from tunesmith.runs.figure_format import is_number, shorter
+from tunesmith.runs.run_list import Kept
 
 Points = list[tuple[float, float]]
 """(step or tokens, value)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.runs import figures
+from tunesmith.runs import figure_format
 
 KNOWS_JITTER = 8
 """Evaluations from which on a curve says how much it jitters: with fewer, a turn is a large part of what is measured."""
@@ -69,8 +69,8 @@ def overfit(records: Sequence[dict[str, Any]]) -> Verdict | None:
     last_step, last, _ = evaluations[-1]
     text = (
         f"validation turned at step {step} while training kept falling: "
-        f"eval loss {figures.number(best)} -> {figures.number(last)}, "
-        f"train loss {figures.number(before)} -> {figures.number(after)}"
+        f"eval loss {figure_format.number(best)} -> {figure_format.number(last)}, "
+        f"train loss {figure_format.number(before)} -> {figure_format.number(after)}"
     )
     if step == 0:
         text += "; on held-out rows no trained model is better than the one it began with"
@@ -97,4 +97,4 @@ def _train_losses(records: Sequence[dict[str, Any]], step: int) -> tuple[float, 
 
 def _is_finite(record: dict[str, Any], key: str) -> bool:
     value = record.get(key)
-    return figures.is_number(value) and math.isfinite(value)
+    return figure_format.is_number(value) and math.isfinite(value)

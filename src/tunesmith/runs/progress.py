@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-from tunesmith.runs import figures
+from tunesmith.runs import figure_format
 from tunesmith.runs.metrics_file import NOT_FINITE, TIMING_KEYS
 
 _RATE_WINDOW = 50
@@ -169,7 +169,7 @@ class Progress:
     def _last(self) -> list[str]:
         if self._doing is not None:
             return [f"{self._doing} ..."]
-        return [f"{figures.duration(self._left)} left"] if self._left is not None else []
+        return [f"{figure_format.duration(self._left)} left"] if self._left is not None else []
 
     def _time_left(self) -> float | None:
         (first, start), (last, step) = self._seen[0], self._seen[-1]
@@ -189,29 +189,29 @@ def _words(part: tuple[str, str]) -> str:
 def _train_parts(record: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, figure) of a train record, the most important first."""
     known = (
-        ("loss", "loss", figures.number),
-        ("tokens_per_second", "", lambda value: f"{figures.number(round(value))} tok/s"),
-        ("learning_rate", "lr", figures.rate),
-        ("head_learning_rate", "head lr", figures.rate),
-        ("grad_norm", "grad", figures.number),
-        ("memory_bytes", "", figures.size),
+        ("loss", "loss", figure_format.number),
+        ("tokens_per_second", "", lambda value: f"{figure_format.number(round(value))} tok/s"),
+        ("learning_rate", "lr", figure_format.rate),
+        ("head_learning_rate", "head lr", figure_format.rate),
+        ("grad_norm", "grad", figure_format.number),
+        ("memory_bytes", "", figure_format.size),
         ("epoch", "epoch", lambda value: f"{value:.2f}"),
     )
-    parts = [(name, form(record[key])) for key, name, form in known if figures.is_number(record.get(key))]
+    parts = [(name, form(record[key])) for key, name, form in known if figure_format.is_number(record.get(key))]
     return parts + _others(record)
 
 
 def _eval_parts(record: dict[str, Any]) -> list[tuple[str, str]]:
     known = (
         ("epoch", "epoch", lambda value: f"{value:.2f}"),
-        ("eval_loss", "loss", figures.number),
-        ("eval_loss_stderr", "±", figures.number),
-        ("perplexity", "perplexity", figures.number),
+        ("eval_loss", "loss", figure_format.number),
+        ("eval_loss_stderr", "±", figure_format.number),
+        ("perplexity", "perplexity", figure_format.number),
     )
-    parts = [(name, form(record[key])) for key, name, form in known if figures.is_number(record.get(key))]
+    parts = [(name, form(record[key])) for key, name, form in known if figure_format.is_number(record.get(key))]
     parts += _others(record)
-    if figures.is_number(record.get("seconds")):
-        parts.append(("in", figures.duration(record["seconds"])))
+    if figure_format.is_number(record.get("seconds")):
+        parts.append(("in", figure_format.duration(record["seconds"])))
     if record.get("best") is True:
         parts.append(("best", "so far"))
     return parts
@@ -220,7 +220,7 @@ def _eval_parts(record: dict[str, Any]) -> list[tuple[str, str]]:
 def _others(record: dict[str, Any]) -> list[tuple[str, str]]:
     """The objective's own figures, such as an accuracy."""
     return [
-        (name, figures.number(value))
+        (name, figure_format.number(value))
         for name, value in record.items()
-        if name not in _SHOWN and name not in TIMING_KEYS and not name.endswith("_stderr") and figures.is_number(value)
+        if name not in _SHOWN and name not in TIMING_KEYS and not name.endswith("_stderr") and figure_format.is_number(value)
     ]

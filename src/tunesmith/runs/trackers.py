@@ -27,7 +27,7 @@ from typing import Any
 
 from tunesmith import __version__
 from tunesmith.errors import MissingExtra
-from tunesmith.runs import figures
+from tunesmith.runs import figure_format
 
 PROJECT = "tunesmith"
 QUEUE = 1000
@@ -90,7 +90,7 @@ def sent(record: dict[str, Any]) -> dict[str, float]:
     return {
         f"{kind}/{key.removeprefix('eval_')}": value
         for key, value in record.items()
-        if kind and key not in _NOT_SENT and figures.is_number(value)
+        if kind and key not in _NOT_SENT and figure_format.is_number(value)
     }
 
 

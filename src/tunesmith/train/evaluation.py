@@ -10,9 +10,9 @@ import torch
 
 from tunesmith.data.batch.pack import Layout, to_device
 from tunesmith.data.batch.step import Step
-from tunesmith.data.store.encoded import Encoded
+from tunesmith.data.store.encoded_rows import Encoded
 from tunesmith.objectives import Objective, TaskHead
-from tunesmith.train import distributed, fitting
+from tunesmith.train import distributed, forward_batches
 
 
 def evaluate(
@@ -60,5 +60,5 @@ def _records(
     def run(places: Sequence[int]) -> dict[str, Any]:
         return objective.evaluate(model, to_device(step.collate(step.examples(places), layout), device))
 
-    found = fitting.over_step(run, step, budget, layout, device, "evaluation")
+    found = forward_batches.over_step(run, step, budget, layout, device, "evaluation")
     return distributed.gather([record for _, record in found])

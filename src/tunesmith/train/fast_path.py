@@ -20,7 +20,7 @@ from tunesmith.data.batch import preference_batch
 from tunesmith.data.batch.pack import PADDED, Layout, to_device
 from tunesmith.errors import ModelError
 from tunesmith.models.adapters import virtual_tokens
-from tunesmith.models.fast import attention, compiled, fused, varlen
+from tunesmith.models.fast import attention, fused_layers, torch_compile, varlen
 from tunesmith.models.heads import lm_head
 from tunesmith.objectives import Example, Objective
 from tunesmith.train import machine
@@ -47,7 +47,7 @@ class Route:
     """How batches are laid out and which layers are replaced; ``notes`` are said once."""
 
     layout: Layout
-    fused: fused.Fused
+    fused: fused_layers.Fused
     attention: str
     """The model's own attention, for whatever is not a packed batch."""
     notes: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Route:
 
     def leave(self, model: Any) -> None:
         """Give ``model`` its own layers, loss and attention back."""
-        compiled.disable(model)
+        torch_compile.disable(model)
         self.fused.disable()
         lm_head.use_plain_head(model, False)
         lm_head.base(model).set_attn_implementation(self.attention)
@@ -89,7 +89,7 @@ def plain_attention(model: Any, route: Route) -> Iterator[None]:
     inner.set_attn_implementation(route.attention)
     model.eval()
     try:
-        with compiled.paused() if route.compiled else nullcontext():
+        with torch_compile.paused() if route.compiled else nullcontext():
             yield
     finally:
         inner.set_attn_implementation(ours)
@@ -120,14 +120,14 @@ def _chosen(
 ) -> Route:
     inner = lm_head.base(model)
     rows = [_shorten(example) for example in list(examples)[:2]]
-    route = Route(PADDED, fused=fused.Fused(), attention=inner.config._attn_implementation)
+    route = Route(PADDED, fused=fused_layers.Fused(), attention=inner.config._attn_implementation)
     lm_head.use_plain_head(model, True)
     expected = _loss_and_gradients(model, objective, rows, PADDED, device)
 
     if packing != "off":
         _pack(model, objective, rows, longest, device, route)
     lm_head.use_plain_head(model, False)
-    route.fused = fused.install(model, stack)
+    route.fused = fused_layers.install(model, stack)
 
     def differs() -> str | None:
         got = _loss_and_gradients(model, objective, rows, route.layout, device)
@@ -213,7 +213,7 @@ def compile_layers(model: Any, objective: Objective, examples: Sequence[Example]
     rows = [_shorten(example) for example in list(examples)[:2]]
     model.train()
     expected = [_repeatable(model, objective, some, route, device) for some in (rows, rows[:1])]
-    compiled.enable(model)
+    torch_compile.enable(model)
     try:
         found = [_repeatable(model, objective, some, route, device) for some in (rows, rows[:1])]
         differences = [_difference(*pair, model.dtype, _more(objective)) for pair in zip(expected, found, strict=True)]
@@ -227,7 +227,7 @@ def compile_layers(model: Any, objective: Objective, examples: Sequence[Example]
     if difference is None:
         route.compiled = True
     else:
-        compiled.disable(model)
+        torch_compile.disable(model)
         route.notes.append(f"torch.compile is off: on the first rows it failed or differed ({difference})")
     model.eval()
 
@@ -259,7 +259,7 @@ def _without_zeros(model: Any) -> Iterator[None]:
 
 def _switch_off(route: Route) -> None:
     route.fused.disable()
-    route.fused = fused.Fused()
+    route.fused = fused_layers.Fused()
 
 
 def _unpack(route: Route, inner: Any) -> None:

@@ -21,7 +21,7 @@ from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Source, Step, heaviest, together
 from tunesmith.errors import RecipeError
 from tunesmith.models.fast import kernels
-from tunesmith.runs import figures, metrics_file
+from tunesmith.runs import figure_format, metrics_file
 from tunesmith.runs.progress import Progress
 from tunesmith.runs.run_folder import RunFolder
 from tunesmith.train import (
@@ -29,14 +29,14 @@ from tunesmith.train import (
     fast_path,
     loop,
     machine,
+    run_state,
     samples,
     setup,
-    state,
 )
-from tunesmith.train.config import TrainConfig, due
-from tunesmith.train.hooks import Hooks
+from tunesmith.train.callbacks import Hooks
 from tunesmith.train.loop import Job
-from tunesmith.train.state import Run
+from tunesmith.train.run_state import Run
+from tunesmith.train.train_config import TrainConfig, due
 
 LARGEST = {"cpu": 2048, "cuda": 16384}
 """Tokens in one forward pass beyond which a device is no faster (SmolLM2-135M: 2 cores are at their peak from about 1,000)."""
@@ -164,8 +164,8 @@ def check_weights(ready: setup.Setup, limit: int) -> None:
     needed = int(weights + trained * (masters + 4 + STATE_BYTES[ready.recipe.train.optim_name]) / sharing)
     if needed > limit:
         raise RecipeError(
-            f"the weights, with gradients and the optimiser's state, take {figures.size(needed)}, and {figures.size(limit)} are "
-            f"there: {figures.size(needed - limit)} are missing before the first row is read.\n"
+            f"the weights, with gradients and the optimiser's state, take {figure_format.size(needed)}, and {figure_format.size(limit)} are "
+            f"there: {figure_format.size(needed - limit)} are missing before the first row is read.\n"
             "  Take adaptation=lora (it trains a hundredth of the weights) or qlora (it keeps the others in 4 bits), "
             "train.optim=adafactor, or a smaller model."
         )
@@ -209,8 +209,8 @@ def _rounded(tokens: int) -> int:
 
 def _does_not_fit(job: Job, memory: Memory, limit: int, fitting: int, longest: int) -> str:
     return (
-        f"this run needs about {figures.size(memory.peak)} at once and {figures.size(limit)} are there: "
-        f"{figures.size(memory.peak - limit)} are missing (its heaviest micro-batch has {memory.heaviest.tokens:,} tokens).\n"
+        f"this run needs about {figure_format.size(memory.peak)} at once and {figure_format.size(limit)} are there: "
+        f"{figure_format.size(memory.peak - limit)} are missing (its heaviest micro-batch has {memory.heaviest.tokens:,} tokens).\n"
         f"  {'; '.join(remedies(job, memory, fitting, longest))}."
     )
 
@@ -362,7 +362,7 @@ def _saving_seconds(job: Job, ready: setup.Setup, built: setup.Built) -> tuple[f
         folder, empty = RunFolder(Path(name)), metrics_file.Metrics(Path(name) / "metrics.jsonl")
         run = Run(ready, folder, built.model, job.update, built.route, empty, empty, Progress(None), True, Hooks())
         seconds = []
-        for save in (lambda: state.save_model(run), lambda: state.save(run, loop.Progression(step=1))):
+        for save in (lambda: run_state.save_model(run), lambda: run_state.save(run, loop.Progression(step=1))):
             started = time.perf_counter()
             save()
             seconds.append(time.perf_counter() - started)

@@ -32,18 +32,18 @@ from tunesmith.data.store import cache
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads import lm_head
 from tunesmith.models.load import probe
-from tunesmith.runs import figures
+from tunesmith.runs import figure_format
 from tunesmith.train import distributed, forecast, setup
 
 FORWARD = (
     "train.frozen_body_cache", "data.store.cache", "data.batch.pack",
-    "models.network", "models.heads.head_types", "models.adapters.kinds",
-    "models.heads.lm_head", "models.heads.task_heads", "models.heads.bidirectional", "models.heads.noise",
-    "models.load.load", "models.load.quantization", "models.load.dequantized", "models.load.vocabulary",
-    "models.adapters.virtual_tokens", "models.adapters.layout", "models.adapters.linear",
-    "models.fast.attention", "models.fast.pieces", "models.fast.varlen", "models.fast.fused", "models.fast.fused_encoder",
-    "models.fast.fused_bottleneck", "models.fast.rotary", "models.fast.products", "models.fast.kernels",
-    "models.fast.compiled",
+    "models.network", "models.heads.head_types", "models.adapters.adapter_types",
+    "models.heads.lm_head", "models.heads.task_heads", "models.heads.bidirectional_attention", "models.heads.noise",
+    "models.load.load", "models.load.quantization", "models.load.dequantized_linear", "models.load.vocabulary",
+    "models.adapters.virtual_tokens", "models.adapters.virtual_token_layout", "models.adapters.linear_layers",
+    "models.fast.attention", "models.fast.segments", "models.fast.varlen", "models.fast.fused_layers", "models.fast.fused_encoder",
+    "models.fast.fused_bottleneck", "models.fast.rotary", "models.fast.linear_products", "models.fast.kernels",
+    "models.fast.torch_compile",
 )  # fmt: skip
 """Modules that a frozen body's outputs depend on: an edit of one of them makes the cache anew."""
 
@@ -205,12 +205,14 @@ def _keep(ready: setup.Setup, built: setup.Built, width: int, dtype: torch.dtype
     distributed.wait()  # nobody writes before everybody has seen what is missing
     if any(distributed.gather([needed + files.MARGIN_BYTES > free])):
         say(
-            f"the body's outputs are computed anew at each step: {figures.size(needed)} of them would be kept in {root}, and "
-            f"{figures.size(free)} are free there"
+            f"the body's outputs are computed anew at each step: {figure_format.size(needed)} of them would be kept in {root}, and "
+            f"{figure_format.size(free)} are free there"
         )
         return
     if any(distributed.gather([bool(missing)])):  # another run may have written since one of us looked
-        say(f"the body's outputs are kept: {len(missing):,} of {rows:,} rows to compute, {figures.size(needed)} in {folder}")
+        say(
+            f"the body's outputs are kept: {len(missing):,} of {rows:,} rows to compute, {figure_format.size(needed)} in {folder}"
+        )
         state = distributed.state()
         _compute(ready, built, list(missing.values())[state.process_index :: state.num_processes], kept, folder, say)
         distributed.wait()

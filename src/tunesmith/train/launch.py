@@ -19,7 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tunesmith import errors
 from tunesmith.errors import ProcessLost, TunesmithError, UserError
-from tunesmith.train import distributed, machine, watch
+from tunesmith.train import distributed, machine, process_watch
 
 UNTIL_SAVED = 24 * 3600
 """Seconds that processes get to finish a step and save after a signal. A second signal ends them at once."""
@@ -66,7 +66,7 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
             codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         except SignalException:
             stopped = True
-        notes = watch.read(folder)
+        notes = process_watch.read(folder)
         if all(rank in notes and notes[rank].done for rank in range(processes)):
             return
         error = cause(notes, codes, _printed(folder))
@@ -94,7 +94,7 @@ def _environment(processes: int) -> Iterator[None]:
         os.environ.update(before)
 
 
-def cause(notes: Mapping[int, watch.Note], codes: Mapping[int, int], printed: Mapping[int, str]) -> BaseException | None:
+def cause(notes: Mapping[int, process_watch.Note], codes: Mapping[int, int], printed: Mapping[int, str]) -> BaseException | None:
     """The error to report: the first that a process noted, unless it is only the loss of another; a kill leaves no note.
 
     ``codes``: exit codes by rank, negative = the signal. ``printed``: what each rank wrote to stderr, where that was kept.
@@ -103,7 +103,7 @@ def cause(notes: Mapping[int, watch.Note], codes: Mapping[int, int], printed: Ma
     first = next((failure for failure in failures if failure["type"] != ProcessLost.__name__), None)
     if first is not None:
         return _raised(str(first["type"]), str(first["message"]))
-    silent = [rank for rank in codes if (rank not in notes or not notes[rank].failure) and codes[rank] != watch.GIVEN_UP]
+    silent = [rank for rank in codes if (rank not in notes or not notes[rank].failure) and codes[rank] != process_watch.GIVEN_UP]
     killed = [rank for rank in silent if codes[rank] < 0 and codes[rank] != -signal.SIGTERM]
     for rank in [*killed, *silent]:
         number = -codes[rank]

@@ -24,8 +24,8 @@ from tunesmith.models.fast import kernels
 from tunesmith.models.heads.noise import RowNoise
 from tunesmith.objectives import Objective
 from tunesmith.train import distributed, machine, metric_sums
-from tunesmith.train.config import TrainConfig, due
 from tunesmith.train.metric_sums import MetricSums
+from tunesmith.train.train_config import TrainConfig, due
 from tunesmith.train.update import Update
 
 TRIM_STEPS = 8
@@ -66,7 +66,7 @@ class Job:
     evaluate: Callable[[Progression], float | None]
     save: Callable[[Progression], None]
     wants: Callable[[], tuple[str | None, str | None]] = lambda: (None, None)
-    """Asked after each step: (why to end here, why to stop as a signal does); see ``train.hooks``."""
+    """Asked after each step: (why to end here, why to stop as a signal does); see ``train.callbacks``."""
     sums: MetricSums = field(default_factory=MetricSums)
     """Metrics of the objective since the last log, on the device."""
     seconds: float = 0.0

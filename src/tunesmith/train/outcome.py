@@ -13,10 +13,10 @@ import torch
 from tunesmith import __version__
 from tunesmith.models.load import quantization
 from tunesmith.report import run_page
-from tunesmith.runs import figures, metrics_file, overfit
+from tunesmith.runs import figure_format, metrics_file, overfit
 from tunesmith.train import distributed, machine, plain_copy, setup
 from tunesmith.train.loop import Job, Progression
-from tunesmith.train.state import Run
+from tunesmith.train.run_state import Run
 
 
 def parameters_line(ready: setup.Setup) -> str:
@@ -75,12 +75,14 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
         peak = machine.peak_memory_bytes() - before_model
     kept = quantization.measured(run.model)
     sets = run.setup.data.eval_sets
-    measured = figures.measured([first, best], sets) or ["eval_loss", "perplexity"]
+    measured = figure_format.measured([first, best], sets) or ["eval_loss", "perplexity"]
     result = {
         "figures": measured,
         **_before_and_kept(measured, first, best),
         **({"eval_sets": list(sets)} if sets else {}),
-        **_before_and_kept([name for one in sets for name in figures.measured([first, best], (), f"eval_{one}_")], first, best),
+        **_before_and_kept(
+            [name for one in sets for name in figure_format.measured([first, best], (), f"eval_{one}_")], first, best
+        ),
         "tokens_per_second": job.trained_tokens / job.seconds if job.seconds else earlier.get("tokens_per_second"),
         "train_seconds": job.seconds,
         **({"reference_seconds": seconds} if (seconds := run.folder.manifest().get("reference_seconds")) else {}),

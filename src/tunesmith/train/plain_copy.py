@@ -9,12 +9,12 @@ from typing import Any
 
 from tunesmith import files
 from tunesmith.errors import TunesmithError
-from tunesmith.merge import run as merging
+from tunesmith.merge import merge_adapter as merging
 from tunesmith.models.find.locate import locate
 from tunesmith.models.heads import lm_head
 from tunesmith.models.load import load
 from tunesmith.train import machine
-from tunesmith.train.state import Run
+from tunesmith.train.run_state import Run
 
 NAME = "merged"
 NEEDED = 12

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.models.load import dequantized
+from tunesmith.models.load import dequantized_linear
 from tunesmith.train import machine
 
 GROWTH_STEPS = 2000
@@ -101,7 +101,7 @@ def cast(model: Any, dtype: torch.dtype) -> None:
 
     Raises ModelError for a weight that fp16 cannot hold.
     """
-    dequantized.compute_in(model, dtype)
+    dequantized_linear.compute_in(model, dtype)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from tunesmith.data.batch.step import Batch, Example, Step
-from tunesmith.data.store.encoded import Encoded
+from tunesmith.data.store.encoded_rows import Encoded
 from tunesmith.errors import RecipeError
 from tunesmith.objectives import Objective, Session
-from tunesmith.runs import figures
+from tunesmith.runs import figure_format
 from tunesmith.train import distributed
 
 NAMES = ("input_ids", "answers", "other_ids")
@@ -100,7 +100,7 @@ def take(
         for part in distributed.gather([mine]):
             reference.add(part)
     reference.taken = True
-    say(f"the reference is the policy before its first step: {rows:,} rows, {figures.count(tokens)} tokens, computed once")
+    say(f"the reference is the policy before its first step: {rows:,} rows, {figure_format.count(tokens)} tokens, computed once")
     return time.perf_counter() - started
 
 

@@ -11,8 +11,8 @@ from tunesmith import files
 from tunesmith import recipe as recipes
 from tunesmith.errors import DataError, UserError
 from tunesmith.recipe import text as recipe_text
-from tunesmith.runs import kept_runs, metrics_file
-from tunesmith.runs.figures import is_number
+from tunesmith.runs import metrics_file, run_list
+from tunesmith.runs.figure_format import is_number
 from tunesmith.train import launch, run
 
 
@@ -25,7 +25,7 @@ def reproduce(path: str | Path, out: str | Path | None = None, console: Any = No
     Raises, before training, DataError when a data file changed since, with what changed, and UserError when the run never came to
     its end or lacks what the repetition would be compared with.
     """
-    before = kept_runs.read(path)
+    before = run_list.read(path)
     if before.state != "done":
         raise UserError(f"{before.path} is {before.state}: only a run that came to its end can be repeated and compared.")
     _require_results(before)
@@ -33,7 +33,7 @@ def reproduce(path: str | Path, out: str | Path | None = None, console: Any = No
     _require_same_data(before, run.check(chosen)["data"])
     target = Path(out) if out else before.path.with_name(f"{before.path.name}-again")
     _train_as(before, chosen, target, console)
-    again = kept_runs.read(target)
+    again = run_list.read(target)
     difference = first_difference(_lasting(before), _lasting(again))
     weights_equal = _weights(before.path) == _weights(target)
     return {
@@ -48,7 +48,7 @@ def reproduce(path: str | Path, out: str | Path | None = None, console: Any = No
     }
 
 
-def _train_as(before: kept_runs.Kept, chosen: recipes.Recipe, target: Path, console: Any) -> None:
+def _train_as(before: run_list.Kept, chosen: recipes.Recipe, target: Path, console: Any) -> None:
     """With the run's own processes, DeepSpeed and micro-batches: other sums round otherwise."""
     processes, sharded = int(before.manifest.get("processes") or 1), before.manifest.get("deepspeed")
     if budget := before.manifest.get("micro_batch_tokens"):  # `auto` might find another now
@@ -88,7 +88,7 @@ def first_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) ->
     return None
 
 
-def _lasting(kept: kept_runs.Kept) -> list[dict[str, Any]]:
+def _lasting(kept: run_list.Kept) -> list[dict[str, Any]]:
     """The records without what may differ between two runs of the same recipe."""
     return [{key: value for key, value in record.items() if key not in metrics_file.TIMING_KEYS} for record in kept.records]
 
@@ -98,7 +98,7 @@ def _weights(folder: Path) -> dict[str, str]:
     return {file.name: files.sha256(file) for file in sorted((folder / "model").glob("*.safetensors"))}
 
 
-def _require_results(before: kept_runs.Kept) -> None:
+def _require_results(before: run_list.Kept) -> None:
     """Raise UserError when the run has no records or no weights: the training would be in vain."""
     lacking = [] if before.records else [f"{before.path / 'metrics.jsonl'} has no records"]
     lacking += [] if _weights(before.path) else [f"{before.path / 'model'} has no weights (*.safetensors)"]
@@ -109,7 +109,7 @@ def _require_results(before: kept_runs.Kept) -> None:
         )
 
 
-def _require_same_data(before: kept_runs.Kept, now: dict[str, Any]) -> None:
+def _require_same_data(before: run_list.Kept, now: dict[str, Any]) -> None:
     """Raise DataError naming each source whose content is not what the run was trained on."""
     recorded = {one["path"]: one for one in (before.manifest.get("data") or {}).get("sources", ())}
     changed = []

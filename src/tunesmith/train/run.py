@@ -28,13 +28,13 @@ from tunesmith.train import (
     machine,
     outcome,
     reference,
+    run_state,
     samples,
     setup,
-    state,
 )
-from tunesmith.train.hooks import Hooks
+from tunesmith.train.callbacks import Hooks
 from tunesmith.train.loop import Job, Progression
-from tunesmith.train.state import Run
+from tunesmith.train.run_state import Run
 
 
 def train(
@@ -52,9 +52,9 @@ def train(
     """Train as ``recipe`` says (a path, a mapping or a Recipe) into the run folder ``out``.
 
     ``overrides``: ``key=value`` strings. ``resume``: go on from the last good checkpoint of ``out``. ``deepspeed``: a
-    ds_config.json, for ZeRO-2 (see ``train.zero``). ``console``: a rich console for progress, None = silent. ``on_log(record)``,
+    ds_config.json, for ZeRO-2 (see ``train.deepspeed_zero``). ``console``: a rich console for progress, None = silent. ``on_log(record)``,
     ``on_eval(record)`` and ``on_save(folder, step)`` are called in the main process for each record and each checkpoint; one that
-    returns True ends the run after this step, one that raises stops it after saving a checkpoint (see ``train.hooks``).
+    returns True ends the run after this step, one that raises stops it after saving a checkpoint (see ``train.callbacks``).
 
     Returns eval_loss_before, eval_loss, perplexity_before, perplexity, tokens_per_second, peak_memory_bytes (above what the
     process held before the model), trainable_parameters, total_parameters, model_dir, run_dir, report, steps, best_step,
@@ -176,7 +176,7 @@ def _run(
     for line in [*built.notes, outcome.parameters_line(ready), outcome.precision_line(ready)]:
         progress.note(line)
     resumed = run_folder.manifest() != {}
-    at = state.restore(run)
+    at = run_state.restore(run)
     if at.step >= ready.source.plan.steps and (kept := run_folder.manifest().get("result")):
         progress.note("the run is finished already: nothing is left to train, and what is kept of it stays as it is")
         return kept if main else {}
@@ -233,7 +233,7 @@ def _run(
     finally:
         run.trackers.close()
     if ready.data.eval is None or at.best_step is None:
-        state.save_model(run)
+        run_state.save_model(run)
     progress.stop()
     result = outcome.finish(run, at, job, before_model, stopped) if main else {}
     hooks.again()
@@ -278,7 +278,7 @@ def _log(run: Run, record: dict[str, Any]) -> None:
 
 
 def _save(run: Run, at: Progression) -> None:
-    state.save(run, at)
+    run_state.save(run, at)
     if run.main:
         run.hooks.call("on_save", run.folder.checkpoints / f"step-{at.step}", at.step)
     if run.hooks.given:
@@ -306,7 +306,7 @@ def _evaluate(run: Run, at: Progression, budget: int) -> float | None:
     name, direction = ready.objective.traits.best
     best = at.step > 0 and loop.improved(at, figures[name], direction, ready.recipe.train.early_stopping_threshold)
     if best:
-        state.save_model(run)
+        run_state.save_model(run)
     record = {
         "kind": "eval",
         "step": at.step,

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.encode import chat
-from tunesmith.data.store.encoded import Encoded
+from tunesmith.data.encode import conversations
+from tunesmith.data.store.encoded_rows import Encoded
 from tunesmith.models.generate import decode
-from tunesmith.train.config import SampleConfig
+from tunesmith.train.train_config import SampleConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Prompt:
 def prompts(config: SampleConfig, held_out: Encoded | None, tokenizer: Any) -> list[Prompt]:
     """The recipe's prompts, or the beginnings of the first held-out rows."""
     if config.prompts is not None:
-        return [Prompt(chat.prompt_ids(text, tokenizer), text, None) for text in config.prompts]
+        return [Prompt(conversations.prompt_ids(text, tokenizer), text, None) for text in config.prompts]
     rows = [] if held_out is None else [held_out[row] for row in range(min(config.count, len(held_out)))]
     return [_of_row(row, tokenizer) for row in rows]
 

@@ -11,7 +11,7 @@ import torch
 from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Batch, Source, Step
 from tunesmith.models.generate import decode
-from tunesmith.train import distributed, fast_path, fitting
+from tunesmith.train import distributed, fast_path, forward_batches
 
 
 @dataclass
@@ -37,7 +37,7 @@ class RunSession:
         def measured(places: Sequence[int]) -> Sequence[Any]:
             return run(self.model, to_device(step.collate(step.examples(places), layout), self.device))
 
-        found = fitting.over_step(measured, step, self.budget, layout, self.device, "the reference")
+        found = forward_batches.over_step(measured, step, self.budget, layout, self.device, "the reference")
         self.model.train(training)
         return {place: value for places, values in found for place, value in zip(places, values, strict=True)}
 

@@ -19,7 +19,7 @@ from tunesmith import adaptations, files, objectives
 from tunesmith.adaptations import Adaptation
 from tunesmith.data.batch.step import Source, Step, first_examples
 from tunesmith.data.read.source import eval_sources
-from tunesmith.data.store.build import Progress
+from tunesmith.data.store.encode_source import Progress
 from tunesmith.data.store.epochs import epochs
 from tunesmith.data.store.prepare import Prepared, prepare
 from tunesmith.errors import RecipeError
@@ -29,12 +29,12 @@ from tunesmith.models.heads import lm_head, noise
 from tunesmith.models.load import head_loading, load, probe, quantization, vocabulary
 from tunesmith.objectives import Objective
 from tunesmith.recipe import Recipe
-from tunesmith.train import adapter_choice, distributed, fast_path, optim, placement, precision, zero
-from tunesmith.train.config import TrainConfig
-from tunesmith.train.masters import Masters, Trained
-from tunesmith.train.outline import Outline, outline, window_of
+from tunesmith.train import adapter_choice, deepspeed_zero, device_map, distributed, fast_path, optimizers, precision
+from tunesmith.train.master_weights import Masters, Trained
+from tunesmith.train.meta_model import Outline, outline, window_of
 from tunesmith.train.reference import Reference
 from tunesmith.train.session import RunSession
+from tunesmith.train.train_config import TrainConfig
 from tunesmith.train.update import Update
 
 STREAM_ROWS = 10_000
@@ -52,7 +52,7 @@ class Choices:
     adaptation: Adaptation
     device: torch.device
     precision: precision.Precision
-    sharding: zero.Sharding | None
+    sharding: deepspeed_zero.Sharding | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Setup:
     device: torch.device
     precision: precision.Precision
     outline: Outline
-    sharding: zero.Sharding | None = None
+    sharding: deepspeed_zero.Sharding | None = None
 
     def seen(self) -> list[Step]:
         """Every example that a step or an evaluation takes, each once; without those that are sampled."""
@@ -114,16 +114,16 @@ def read(recipe: Recipe, device: torch.device, say: Say, deepspeed: Path | None 
 def choose(recipe: Recipe, device: torch.device, deepspeed: Path | None) -> Choices:
     """Decide on device, number formats and shards. Raises RecipeError for choices that exclude each other."""
     distributed.check_processes(distributed.state().num_processes, recipe.train.batch_size, "train.batch_size is")
-    device = placement.device_of(recipe.device_map, device)
+    device = device_map.device_of(recipe.device_map, device)
     objective = objectives.module(objectives.name_of(recipe.objective)).Objective(recipe.objective)
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
     if deepspeed is not None and "quantization_config" in adaptation.load_kwargs():
         raise RecipeError(
             "--deepspeed does not go with a base in 4 or 8 bits, which nothing shows to be right. Leave one of them out."
         )
-    optim.check(recipe.train)
+    optimizers.check(recipe.train)
     numbers = precision.choose(recipe.train.precision, device, recipe.train.optim_name)
-    sharding = None if deepspeed is None else zero.read(deepspeed, recipe.train, numbers.compute)
+    sharding = None if deepspeed is None else deepspeed_zero.read(deepspeed, recipe.train, numbers.compute)
     _check_compile(recipe.train, device, numbers.compute)
     return Choices(recipe, objective, adaptation, device, numbers, sharding)
 
@@ -185,7 +185,7 @@ def lay_out(choices: Choices, base: Base, data: Prepared) -> Setup:
     session = RunSession(base.tokenizer, choices.device, recipe.seed, rows)
     source = objective.source(session)
     distributed.check_processes(distributed.state().num_processes, len(source.preview(1)[0]), "the rows to learn from are")
-    optim.check_schedule(train, source.plan.steps)
+    optimizers.check_schedule(train, source.plan.steps)
     return Setup(
         recipe, base.folder, base.config, base.tokenizer, base.new_tokens, objective, choices.adaptation, data, source,
         session, reference, choices.device, choices.precision, base.outline, choices.sharding,
@@ -239,7 +239,7 @@ def build(setup: Setup, out: Path) -> Built:
     if recipe.device_map is None:
         model.to(setup.device)
     else:
-        placement.check(model)
+        device_map.check(model)
     masters: Trained
     masters = whole = Masters(model, setup.precision.compute)
     precision.cast(model, setup.precision.compute)
@@ -256,12 +256,12 @@ def build(setup: Setup, out: Path) -> Built:
     if setup.objective.traits.deterministic:
         fast_path.check_still(model, setup.objective, first, chosen, setup.device)
     trained = whole.masters if setup.sharding is None else whole.parameters
-    optimizer = optim.build(trained, train, lm_head.own_parameters(model), setup.adaptation.learning_rates(trained))
+    optimizer = optimizers.build(trained, train, lm_head.own_parameters(model), setup.adaptation.learning_rates(trained))
     if setup.sharding is None:
         whole.listen()
     else:
-        masters = zero.Shards(model, optimizer, whole.masters, setup.sharding.complete)
-    schedule = optim.schedule(optimizer, train, setup.source.plan.steps)
+        masters = deepspeed_zero.Shards(model, optimizer, whole.masters, setup.sharding.complete)
+    schedule = optimizers.schedule(optimizer, train, setup.source.plan.steps)
     scale = precision.LossScale() if setup.precision.compute is torch.float16 else None
     update = Update(masters, optimizer, schedule, train.max_grad_norm, recipe.seed, scale)
     setup.session.model, setup.session.route = model, chosen
@@ -325,7 +325,7 @@ def _merged_base(setup: Setup, out: Path) -> Folder:
     """The adapter folded into its base, written beside the run: what a new adapter on it refers to as its base."""
     target = out / "base"
     if not target.is_dir():
-        from tunesmith.merge import run as merge
+        from tunesmith.merge import merge_adapter as merge
 
         with torch.random.fork_rng():  # loading draws numbers, and the other processes do not load
             folded = merge.fold(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tunesmith.errors import GradientOverflowError
-from tunesmith.train.masters import Trained
+from tunesmith.train.master_weights import Trained
 from tunesmith.train.precision import MOST_SKIPPED, LossScale
 from tunesmith.train.update_ratio import Ratio
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from tunesmith.data.batch.step import Example
-from tunesmith.data.store.encoded import Encoded
+from tunesmith.data.store.encoded_rows import Encoded
 
 
 def attached(data: Encoded, max_length: int | None, prefix: np.ndarray) -> Encoded:

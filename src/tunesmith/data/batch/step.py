@@ -27,7 +27,7 @@ Collate = Callable[[Sequence[Example], Layout], Batch]
 
 
 class Examples(Protocol):
-    """Examples by number: ``data.store.encoded.Encoded`` maps them from a file, ``Listed`` holds them in memory."""
+    """Examples by number: ``data.store.encoded_rows.Encoded`` maps them from a file, ``Listed`` holds them in memory."""
 
     @property
     def lengths(self) -> np.ndarray:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.problems import shorten
+from tunesmith.data.row_problems import shorten
 from tunesmith.data.store.cache import Example, forget
-from tunesmith.data.store.encoded import Encoded
+from tunesmith.data.store.encoded_rows import Encoded
 
 NGRAM, BYTES = 13, 55
 """Tokens that must be the same, one after another; twice or four times as many for a held-out row that needs so many to say what

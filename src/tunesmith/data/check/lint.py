@@ -8,12 +8,12 @@ from typing import Any
 
 from tunesmith.data.check.lint_judgements import Judgements, warnings
 from tunesmith.data.check.lint_pairs import Pairs
-from tunesmith.data.config import Source
-from tunesmith.data.encode.chat import Renderer, TrainOn, left_out, render
+from tunesmith.data.data_config import Source
+from tunesmith.data.encode.conversations import Renderer, TrainOn, left_out, render
 from tunesmith.data.encode.spans import SpanError
 from tunesmith.data.encode.templates import RENDER_ERRORS
-from tunesmith.data.problems import Record, RowProblem
 from tunesmith.data.read.source import ROW_TYPES, open_source
+from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.data.rows import Answered, Chat, Judged, Ranking, Row, digest
 from tunesmith.errors import DataError
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from tunesmith.data.check.balance import Balance
 from tunesmith.data.check.lint_pairs import FIRST, answer_digest, characters
-from tunesmith.data.encode.desirability import prompt_key
+from tunesmith.data.encode.judgements import prompt_key
 from tunesmith.data.formats.preference_fields import EMPTY_SIDE
-from tunesmith.data.problems import RowProblem
+from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Judged
 
 KINDS = {

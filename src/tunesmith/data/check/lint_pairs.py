@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.data.formats.preference_fields import ANOTHER, EMPTY_SIDE, SAME_PROMPT, bare
-from tunesmith.data.problems import RowProblem
+from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Message, Ranking
 
 FIRST = 10

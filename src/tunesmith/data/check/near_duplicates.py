@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.check import minhash
-from tunesmith.data.config import Source
-from tunesmith.data.problems import Record, RowProblem, shorten
+from tunesmith.data.data_config import Source
 from tunesmith.data.read.source import ROW_TYPES, open_source
+from tunesmith.data.row_problems import Record, RowProblem, shorten
 from tunesmith.data.rows import Row
 from tunesmith.errors import DataError
 

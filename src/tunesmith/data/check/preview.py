@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from rich.text import Text as Coloured
 
-from tunesmith.data.config import Source
+from tunesmith.data.data_config import Source
 from tunesmith.data.encode.rankings import encode
 from tunesmith.data.encode.templates import apply_template
-from tunesmith.data.problems import RowProblem
 from tunesmith.data.read.source import open_source
+from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Chat, Judged, Labelled, Question, Ranking, Row, Tagged
 from tunesmith.data.store.cache import Example, targets
 

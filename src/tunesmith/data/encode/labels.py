@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import DataError
-from tunesmith.nearest import did_you_mean
+from tunesmith.suggestions import did_you_mean
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 """transformers' names of the three problems."""

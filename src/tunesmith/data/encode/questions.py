@@ -16,7 +16,7 @@ import numpy as np
 
 from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.encode.texts import separates
-from tunesmith.data.problems import RowFault
+from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Question
 from tunesmith.errors import DataError
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tunesmith.data.encode import chat
+from tunesmith.data.encode import conversations
 from tunesmith.data.encode.templates import special_ends
-from tunesmith.data.problems import RowFault
+from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Ranking
 
 Example = dict[str, np.ndarray]
@@ -40,7 +40,7 @@ def encode(rows: Sequence[Ranking], tokenizer: Any, *, max_length: int | None, o
     owners = [(index, place) for index, row in enumerate(written) for place in range(len(row))]
     try:
         answers_begin = [len(row.prompt) for row in rows for _ in row.answers]
-        encoded = iter(chat.encode(list(chain.from_iterable(written)), tokenizer, train_on=answers_begin))
+        encoded = iter(conversations.encode(list(chain.from_iterable(written)), tokenizer, train_on=answers_begin))
     except RowFault as fault:
         index, place = owners[fault.index]
         which = f" (answer {place + 1})" if len(written[index]) > 1 else ""

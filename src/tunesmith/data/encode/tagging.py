@@ -14,7 +14,7 @@ import numpy as np
 
 from tunesmith.data.encode import labels
 from tunesmith.data.encode.templates import special_ends
-from tunesmith.data.problems import RowFault
+from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError
 

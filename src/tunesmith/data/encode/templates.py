@@ -11,7 +11,7 @@ from jinja2 import nodes
 
 from tunesmith.data.rows import Message
 from tunesmith.errors import DataError
-from tunesmith.nearest import did_you_mean
+from tunesmith.suggestions import did_you_mean
 
 RENDER_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from tunesmith.data.formats import judged_fields, label_fields, preference_fields, squad_file, word_fields
+from tunesmith.data.formats import judgement_fields, label_fields, preference_fields, squad_file, word_fields
 from tunesmith.data.formats.fields import SYSTEM, TOOLS, Columns, Field, FieldFault, Format, Values, optional_text, text
 from tunesmith.data.formats.turns import chat, conversation, exchange, opening_of, tool_schemas
-from tunesmith.data.problems import Record, RowFault, RowProblem, shorten
+from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
 from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Question, Row, Tagged, Text
 from tunesmith.errors import DataError
-from tunesmith.nearest import did_you_mean
+from tunesmith.suggestions import did_you_mean
 
 
 def _alpaca(values: Values) -> Row:
@@ -135,8 +135,8 @@ FORMATS: dict[str, Format] = {
             look=label_fields.vectors,
         ),
         Format("text", Text, (Field("text", ("text",)),), lambda values: Text(text(values["text"], "text")), prompt="text"),
-        *judged_fields.FORMATS,
-        *judged_fields.UNPAIRED,
+        *judgement_fields.FORMATS,
+        *judgement_fields.UNPAIRED,
     )
 }
 """In the order in which they are tried (those with ``marks`` in a file first)."""
@@ -235,7 +235,7 @@ class Converter:
     @property
     def unpairs(self) -> bool:
         """Whether each pair of the file becomes two rows."""
-        return self.form in judged_fields.UNPAIRED
+        return self.form in judgement_fields.UNPAIRED
 
 
 def _resolve(converter: Converter, keys: tuple[str, ...]) -> tuple[dict[str, Names], str | None]:
@@ -305,7 +305,7 @@ def converter(
         found = fitting[0].form
         advice = f"Choose another objective, or say which column is what, for example {_mapping(accepted, keys)}"
         if Judged in accepted and found in preference_fields.PAIRS:
-            name = judged_fields.unpaired_name(found)
+            name = judgement_fields.unpaired_name(found)
             advice = "To make two rows of each pair, the chosen answer desirable and the rejected one undesirable, "
             advice += f"name the format: {name} (on the command line: --format {name}). Or choose another objective."
         raise DataError(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.data.problems import shorten
+from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Row
 
 Columns = Mapping[str, str | Sequence[str]]

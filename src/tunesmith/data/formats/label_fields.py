@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from tunesmith.data.formats.fields import FieldFault, clean, parsed, text
-from tunesmith.data.problems import shorten
+from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Labelled
 
 MARKS = {"0": False, "1": True, "false": False, "true": True}

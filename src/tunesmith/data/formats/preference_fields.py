@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from tunesmith.data.formats import grades
+from tunesmith.data.formats import ratings
 from tunesmith.data.formats.fields import SYSTEM, TOOLS, Field, FieldFault, Format, Values, optional_text, parsed, text
 from tunesmith.data.formats.turns import conversation, opening_of, tool_schemas, turn
-from tunesmith.data.problems import shorten
+from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Message, Ranking
 
 EMPTY_SIDE = "an answer with something in it"
@@ -76,7 +76,7 @@ def ranking(values: Values) -> Ranking:
     else:
         _check_asked(prompt, "instruction" if "instruction" in values else "prompt")
         answers = [_checked(_side(answer, name), name) for answer, name in zip(said, names)]
-    ranks, scores = grades.of_ranking(values, graded)
+    ranks, scores = ratings.of_ranking(values, graded)
     return _row(prompt, answers, ranks, scores, values, names)
 
 
@@ -236,7 +236,7 @@ def _said(answers: Sequence[Any]) -> Sequence[Any]:
     if not all(isinstance(item, Mapping) for item in answers):
         return answers
     if any({"role", "from"} & item.keys() for item in answers):
-        return [{key: said for key, said in item.items() if key not in grades.NAMES} for item in answers]
+        return [{key: said for key, said in item.items() if key not in ratings.NAMES} for item in answers]
     word = next((key for key in WORDS if all(key in item for item in answers)), None)
     if word is None:
         fix = 'Write texts, turns, or objects such as {"answer": "...", "score": 4.5}.'
@@ -245,7 +245,7 @@ def _said(answers: Sequence[Any]) -> Sequence[Any]:
 
 
 def _pair(prompt: Prompt, answers: list[Any], values: Values) -> Ranking:
-    return _row(prompt, answers, (0, 1), grades.of_pair(values), values, ("chosen", "rejected"))
+    return _row(prompt, answers, (0, 1), ratings.of_pair(values), values, ("chosen", "rejected"))
 
 
 def _row(

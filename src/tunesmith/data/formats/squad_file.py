@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tunesmith.data.formats.fields import FieldFault, parsed, text
-from tunesmith.data.problems import Record, RowProblem, shorten
+from tunesmith.data.row_problems import Record, RowProblem, shorten
 from tunesmith.data.rows import Question
 
 LISTED = 3

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.data.formats.fields import FieldFault, Values, clean_inside, optional_text, parsed, text
-from tunesmith.data.problems import shorten
+from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Chat, Message
-from tunesmith.nearest import nearest
+from tunesmith.suggestions import nearest
 
 ROLES = {
     "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",

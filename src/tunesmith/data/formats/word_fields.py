@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunesmith.data.formats.fields import FieldFault, clean, parsed, text
-from tunesmith.data.problems import shorten
+from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Tagged
 
 WORD = re.compile(r"\S+")

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from tunesmith.data.read import library
 from tunesmith.errors import DataError
-from tunesmith.nearest import did_you_mean
+from tunesmith.suggestions import did_you_mean
 
 PREFIX = "builtin:"
 MAKERS = "tunesmith.synth.python"

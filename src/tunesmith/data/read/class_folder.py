@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tunesmith import files
-from tunesmith.data.problems import Record, RowProblem
+from tunesmith.data.row_problems import Record, RowProblem
 
 
 def is_one(path: str) -> bool:

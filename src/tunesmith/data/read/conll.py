@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from tunesmith.data.problems import Record, RowProblem, shorten
+from tunesmith.data.row_problems import Record, RowProblem, shorten
 
 DOCUMENT = "-DOCSTART-"
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import files
-from tunesmith.data.config import HUB_NAME, Source
-from tunesmith.data.problems import Record, RowProblem
+from tunesmith.data.data_config import HUB_NAME, Source
 from tunesmith.data.read.row_files import READERS, Rows
+from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.errors import DataError, MissingExtra
-from tunesmith.hub import ask, store
+from tunesmith.hub import ask, local_store
 
 _PLAN_SECONDS = 180
 """How long it may take to find out what is in a data set: with ten thousand files the Hub lists them page by page."""
@@ -66,7 +66,7 @@ def pull(source: Source, say: Callable[[str], None], commit: str | None = None) 
     """
     repo, revision = _parts(source)
     folder = place(source)
-    damage = store.problems(folder, deep=True) if folder.is_dir() else ["not there"]
+    damage = local_store.problems(folder, deep=True) if folder.is_dir() else ["not there"]
     revision = commit or revision
     if not damage and revision == commit_of(folder):
         return folder
@@ -87,13 +87,13 @@ def pull(source: Source, say: Callable[[str], None], commit: str | None = None) 
             "streaming": source.streaming, "data_files": list(about["files"]),
         }  # fmt: skip
         if source.streaming:
-            made = store.partial(folder, about["revision"], 0)
+            made = local_store.partial(folder, about["revision"], 0)
         else:
             _require_readable(source, about)
             made = ask.download("dataset", repo, about["revision"], about["files"], folder, say)
-    except (ask.NoAnswer, store.Damaged) as error:
+    except (ask.NoAnswer, local_store.Damaged) as error:
         raise DataError(f"{source.path}: {error}") from None
-    return store.install(made, folder, source.label, facts)
+    return local_store.install(made, folder, source.label, facts)
 
 
 def _require_readable(source: Source, about: dict[str, Any]) -> None:
@@ -169,30 +169,30 @@ def _streamed(source: Source) -> Rows:
 def content_hash(source: Source) -> str:
     """sha256 of what the rows are made from: the commit, and of pulled files each one's sha256. Raises DataError when damaged."""
     folder = _here(source)
-    found = store.problems(folder, deep=True)
+    found = local_store.problems(folder, deep=True)
     if found:
         raise DataError(f"{source.label} in {folder} is damaged: {'; '.join(found)}.\n  Type: {command(source)}")
-    listed = store.manifest(folder) or {}
+    listed = local_store.manifest(folder) or {}
     return hashlib.sha256(json.dumps([listed["source"], listed["files"]], sort_keys=True).encode()).hexdigest()
 
 
 def commit_of(folder: Path) -> str | None:
     """The commit of a split in the store; None for one that is not there."""
-    return (store.manifest(folder) or {}).get("source", {}).get("revision")
+    return (local_store.manifest(folder) or {}).get("source", {}).get("revision")
 
 
 def _here(source: Source) -> Path:
     """The folder of a split. One that is streamed is noted at first use; one that is not pulled is a DataError."""
     folder = place(source)
-    if store.manifest(folder) is None and source.streaming:
+    if local_store.manifest(folder) is None and source.streaming:
         return pull(source, lambda line: print(line, file=sys.stderr))
-    if store.manifest(folder) is None:
+    if local_store.manifest(folder) is None:
         raise DataError(f"the data set {source.label} is not on this machine yet.\n  Type: {command(source)}")
     return folder
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = (store.manifest(folder) or {})["source"]
+    facts: dict[str, Any] = (local_store.manifest(folder) or {})["source"]
     return facts
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from tunesmith.data.formats import squad_file
-from tunesmith.data.problems import Record, RowProblem, shorten
+from tunesmith.data.row_problems import Record, RowProblem, shorten
 
 CHUNK = 1 << 18
 """Characters read at a time."""

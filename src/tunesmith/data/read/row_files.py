@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tunesmith.data.formats.fields import FieldFault, clean
-from tunesmith.data.problems import Record, RowProblem, shorten
 from tunesmith.data.read import builtin, class_folder
 from tunesmith.data.read.conll import read_conll
 from tunesmith.data.read.json_rows import read_json, read_jsonl
+from tunesmith.data.row_problems import Record, RowProblem, shorten
 from tunesmith.errors import DataError, MissingExtra
-from tunesmith.nearest import mistyped
+from tunesmith.suggestions import mistyped
 
 Rows = Iterator[Record | RowProblem]
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith.data.config import DataConfig, Source
-from tunesmith.data.formats import columns, grades, judged_fields, preference_fields
+from tunesmith.data.data_config import DataConfig, Source
+from tunesmith.data.formats import columns, judgement_fields, preference_fields, ratings
 from tunesmith.data.formats.columns import Converter, converter
-from tunesmith.data.problems import Record, RowFault, RowProblem, shorten
 from tunesmith.data.read import hub_set
 from tunesmith.data.read.row_files import READERS, Rows, read
+from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
 from tunesmith.data.rows import Answered, Chat, Judged, Labelled, PromptCompletion, Question, Ranking, Row, Tagged, Text
 from tunesmith.errors import DataError
 
@@ -53,7 +53,7 @@ class Opened:
             if isinstance(row, RowProblem):
                 yield row
             elif isinstance(item, Record) and isinstance(row, Ranking) and self.convert.unpairs:
-                yield from ((item, one) for one in judged_fields.unpaired(row))
+                yield from ((item, one) for one in judgement_fields.unpaired(row))
             elif isinstance(item, Record) and isinstance(row, self.accepted):
                 yield item, row
             elif isinstance(item, Record):
@@ -142,7 +142,7 @@ def _question(source: Source, accepted: tuple[type, ...], gold: bool) -> str:
     """Hash of all that the format of a source depends on, besides its rows."""
     asked = [source.format, source.columns, source.prompt_template, source.limit, gold, [kind.__name__ for kind in accepted]]
     content = hashlib.sha256(json.dumps(asked).encode())
-    for file in (columns.__file__, preference_fields.__file__, judged_fields.__file__, grades.__file__):
+    for file in (columns.__file__, preference_fields.__file__, judgement_fields.__file__, ratings.__file__):
         content.update(Path(file).read_bytes())
     return content.hexdigest()[:16]
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from tunesmith.data.batch.pack import PACKED, PADDED, Layout
 from tunesmith.data.batch.step import Collate, Plan, Step
-from tunesmith.data.store import mix
-from tunesmith.data.store.encoded import Encoded
+from tunesmith.data.store import epoch_order
+from tunesmith.data.store.encoded_rows import Encoded
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class Epochs:
 
 @lru_cache(maxsize=2)
 def _order(epochs: Epochs, epoch: int) -> np.ndarray:
-    return mix.epoch_order(epochs.data.source, epochs.data.weights, epochs.seed, epoch, epochs.shuffle)
+    return epoch_order.epoch_order(epochs.data.source, epochs.data.weights, epochs.seed, epoch, epochs.shuffle)
 
 
 def epochs(
     data: Encoded, collate: Collate, batch_size: int, seed: int, shuffle: bool, passes: float, max_steps: int | None
 ) -> Epochs:
     """Lay out a run over ``data``: ``passes`` epochs, or ``max_steps`` steps."""
-    rows = len(mix.epoch_order(data.source, data.weights, seed, 0, shuffle))
+    rows = len(epoch_order.epoch_order(data.source, data.weights, seed, 0, shuffle))
     per_epoch = math.ceil(rows / batch_size)
     steps = max_steps or max(1, math.ceil(per_epoch * passes - 1e-9))
     return Epochs(data, collate, batch_size, seed, shuffle, Plan(steps, per_epoch))

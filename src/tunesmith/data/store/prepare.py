@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.check.contamination import contamination
-from tunesmith.data.config import DataConfig, Source
+from tunesmith.data.data_config import DataConfig, Source
 from tunesmith.data.encode.templates import apply_template
-from tunesmith.data.problems import RowProblem, refuse
 from tunesmith.data.read import class_folder, hub_set
 from tunesmith.data.read.source import Opened, eval_sources, open_source
+from tunesmith.data.row_problems import RowProblem, refuse
 from tunesmith.data.rows import Chat
-from tunesmith.data.store.build import Built, Progress, build, shared_key
 from tunesmith.data.store.cache import Entry
 from tunesmith.data.store.data_report import Report, SourceReport, SplitReport, histogram
-from tunesmith.data.store.encoded import Encoded, Views, fit, join
-from tunesmith.data.store.mix import held_out, held_out_together
+from tunesmith.data.store.encode_source import Built, Progress, build, shared_key
+from tunesmith.data.store.encoded_rows import Encoded, Views, fit, join
+from tunesmith.data.store.epoch_order import held_out, held_out_together
 from tunesmith.errors import DataError, ReadOnceError
 
 

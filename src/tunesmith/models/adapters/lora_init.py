@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.models.adapters.factors import ADAPTER, STARTS
+from tunesmith.models.adapters.lora_factors import ADAPTER, STARTS
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def write_plain(folder: Path, layers: Mapping[str, Any], rslora: bool) -> None:
     """Make the adapter just saved in ``folder``, which holds changes of factors, a LoRA of twice the rank on the untouched base.
 
     B A - B0 A0 = dB A + B0 dA = [dB, B0] [A; dA]: no small difference of large numbers, so it may be read in bf16. ``layers``:
-    those of ``models.adapters.factors.started``. lora_alpha is set so that the scaling stays: twice, or with rslora
+    those of ``models.adapters.lora_factors.started``. lora_alpha is set so that the scaling stays: twice, or with rslora
     sqrt(2) times, the old one.
     """
     from safetensors.torch import load_file, save_file

@@ -20,9 +20,9 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.models.adapters.layout import Layout, packed, padded
+from tunesmith.models.adapters.virtual_token_layout import Layout, packed, padded
 from tunesmith.models.fast.attention import refuse_shared
-from tunesmith.models.fast.pieces import shares
+from tunesmith.models.fast.segments import shares
 from tunesmith.models.network import base, is_causal
 
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"

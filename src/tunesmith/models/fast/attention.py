@@ -23,10 +23,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from tunesmith.models.adapters.layout import Layout
+from tunesmith.models.adapters.virtual_token_layout import Layout
 from tunesmith.models.fast import kernels
-from tunesmith.models.fast.pieces import Family, Run, families, longest
-from tunesmith.models.heads import bidirectional
+from tunesmith.models.fast.segments import Family, Run, families, longest
+from tunesmith.models.heads import bidirectional_attention
 
 NAME = "tunesmith_segments"
 ROWS = 256
@@ -143,7 +143,7 @@ def segment_attention(
     saw(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not causal:
-        return bidirectional.attend(query[0], key[0], value[0], segments, scale).unsqueeze(0), None
+        return bidirectional_attention.attend(query[0], key[0], value[0], segments, scale).unsqueeze(0), None
     kinds = families(segments, behind)
     if kernels.available(query) and value.shape[-1] == query.shape[-1]:
         out = CausalSegments.apply(query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), kinds, scale)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.models.fast import kernels, products
-from tunesmith.models.heads.bidirectional import BothWays
+from tunesmith.models.fast import kernels, linear_products
+from tunesmith.models.heads.bidirectional_attention import BothWays
 
 
 class AddNorm(torch.autograd.Function):
@@ -74,8 +74,8 @@ def _attention(module: Any) -> Callable[..., Any] | None:
     if getattr(module, "is_causal", True) or not all(hasattr(module, name) for name in ("scaling", "dropout")):
         return None
     last = getattr(module, "out_lin", None)
-    out = None if last is None else products.output(last)
-    qkv = None if last is not None and out is None else products.linears(parts)
+    out = None if last is None else linear_products.output(last)
+    qkv = None if last is not None and out is None else linear_products.linears(parts)
     if qkv is None or any(base.out_features != heads * dim for base in qkv.bases):
         return None
     scale = float(module.scaling)
@@ -101,7 +101,7 @@ def _attention(module: Any) -> Callable[..., Any] | None:
 
 def _mlp(module: Any) -> Callable[..., Any] | None:
     activation = getattr(module, "intermediate_act_fn", None)
-    up = products.output(module.dense) if callable(activation) and hasattr(module, "dense") else None
+    up = linear_products.output(module.dense) if callable(activation) and hasattr(module, "dense") else None
     if up is None or activation is None:
         return None
     return lambda hidden_states: activation(up(hidden_states))
@@ -110,7 +110,7 @@ def _mlp(module: Any) -> Callable[..., Any] | None:
 def _output(module: Any) -> Callable[..., Any] | None:
     if not _is_norm(getattr(module, "LayerNorm", None)) or not hasattr(module, "dense") or not hasattr(module, "dropout"):
         return None
-    dense = products.output(module.dense)
+    dense = linear_products.output(module.dense)
     if dense is None:
         return None
 

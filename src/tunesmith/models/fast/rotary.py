@@ -9,7 +9,7 @@ import torch
 from tunesmith.models.adapters.virtual_tokens import Prefix
 from tunesmith.models.fast import kernels
 from tunesmith.models.fast.attention import backward_segments, forward_segments
-from tunesmith.models.fast.pieces import Family, families
+from tunesmith.models.fast.segments import Family, families
 
 
 def rotary_attention(

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from tunesmith.models.fast import attention
 from tunesmith.models.fast.attention import CannotPack
-from tunesmith.models.fast.pieces import families
+from tunesmith.models.fast.segments import families
 
 NAME = "tunesmith_varlen"
 HALVES = (torch.float16, torch.bfloat16)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.errors import ModelError
-from tunesmith.models.find import headers, store
-from tunesmith.nearest import did_you_mean
+from tunesmith.models.find import headers, model_store
+from tunesmith.suggestions import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def find(name: str) -> Entry:
 
 def nearest(name: str) -> str:
     """A sentence with the model that ``name`` was probably meant to be, and all names there are."""
-    return did_you_mean(name, [*CATALOG, *store.names()])
+    return did_you_mean(name, [*CATALOG, *model_store.names()])
 
 
 def name_of_repo(repo: str) -> str | None:
@@ -130,10 +130,10 @@ def listing() -> list[dict[str, Any]]:
     words.
     """
     rows = []
-    for name in [*CATALOG, *(name for name in store.names() if name not in CATALOG)]:
-        folder = store.folder_of(name)
-        listed = store.manifest(folder) or {}
-        found = store.problems(folder) if folder.is_dir() else []
+    for name in [*CATALOG, *(name for name in model_store.names() if name not in CATALOG)]:
+        folder = model_store.folder_of(name)
+        listed = model_store.manifest(folder) or {}
+        found = model_store.problems(folder) if folder.is_dir() else []
         entry = CATALOG.get(name) or Entry(name, "a model of the Hub", 0, ())
         size = sum(file["size"] for file in listed.get("files", {}).values()) // 10**6
         here = folder.is_dir() and not found

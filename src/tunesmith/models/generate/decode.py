@@ -114,10 +114,10 @@ def generate_ids(
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """The ids that end an answer: eos of tokenizer and generation config, and the token that closes the template's turn."""
-    from tunesmith.data.encode import chat
+    from tunesmith.data.encode import conversations
 
     eos = model.generation_config.eos_token_id if model.generation_config else None
-    return frozenset([*chat.stop_ids(tokenizer), *([eos] if isinstance(eos, int) else eos or [])])
+    return frozenset([*conversations.stop_ids(tokenizer), *([eos] if isinstance(eos, int) else eos or [])])
 
 
 def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
@@ -280,7 +280,7 @@ def _stop(settings: Settings, model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _prompt_ids(prompt: Any, tokenizer: Any, system: str | None, plain: bool) -> list[int]:
-    from tunesmith.data.encode.chat import prompt_ids
+    from tunesmith.data.encode.conversations import prompt_ids
     from tunesmith.data.rows import Text
 
     if plain and not isinstance(prompt, str):

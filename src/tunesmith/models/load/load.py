@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.errors import ModelError, UserError
 from tunesmith.hub import ask
-from tunesmith.models.adapters import kinds
+from tunesmith.models.adapters import adapter_types
 from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.heads import head_types
-from tunesmith.models.load import dequantized, head_loading, probe, quantization, vocabulary
+from tunesmith.models.load import dequantized_linear, head_loading, probe, quantization, vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -226,7 +226,7 @@ def check_mergeable(config: Any) -> None:
     name = config.peft_type.value.lower()
     if config.is_prompt_learning:
         raise UserError(f"a {name} adapter adds inputs, not weights: there is nothing to merge it into")
-    if (why := kinds.kind_of(config.peft_type.value).unmergeable) is not None:
+    if (why := adapter_types.kind_of(config.peft_type.value).unmergeable) is not None:
         raise UserError(f"a {name} adapter is {why}")
 
 
@@ -258,7 +258,7 @@ def _full(
     if anew:
         head_loading.draw(model, head)
     if "quantization_config" in load_kwargs:
-        dequantized.compute_in(model, dtype)
+        dequantized_linear.compute_in(model, dtype)
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
@@ -308,9 +308,9 @@ def adapter_config(folder: Path) -> Any:
     """The peft config saved in an adapter folder. Raises ModelError for a kind that peft does not know."""
     from peft import PeftConfig
 
-    from tunesmith.models.adapters import bottleneck  # imports peft
+    from tunesmith.models.adapters import bottleneck_tuner  # imports peft
 
-    bottleneck.register()
+    bottleneck_tuner.register()
     return _explained(Folder(folder, "adapter"), lambda: PeftConfig.from_pretrained(str(folder), local_files_only=True))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tunesmith.errors import ModelError
 from tunesmith.files import replace_file
-from tunesmith.models.find import catalog, record, store
+from tunesmith.models.find import catalog, model_store, record
 from tunesmith.models.find.record import fingerprint as fingerprint
 from tunesmith.models.find.record import read as read
 from tunesmith.models.heads.head_types import kind_of
@@ -35,7 +35,7 @@ def write_probe(folder: Path, model: Any, tokenizer: Any, made: dict[str, Any] |
     base = None
     if hasattr(model, "peft_config"):
         path = Path(model.get_base_model().name_or_path)
-        in_store = store.models().resolve() in path.resolve().parents
+        in_store = model_store.models().resolve() in path.resolve().parents
         name = path.name.replace("--", "/") if in_store else catalog.name_of_repo(str(path))
         base = {
             "name": name,

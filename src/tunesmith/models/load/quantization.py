@@ -60,13 +60,13 @@ def of_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def record(model: Any) -> dict[str, Any] | None:
     """How the base of ``model`` was quantised, so that :func:`of_record` does it again; None for one that was not."""
-    from tunesmith.models.load import dequantized
+    from tunesmith.models.load import dequantized_linear
 
     config = getattr(model.config, "quantization_config", None)
-    if config is None or not any(map(dequantized.is_layer, model.modules())):
+    if config is None or not any(map(dequantized_linear.is_layer, model.modules())):
         return None
     four = config.load_in_4bit
-    layer = next(filter(dequantized.is_layer, model.modules()))
+    layer = next(filter(dequantized_linear.is_layer, model.modules()))
     return {
         "quant_type": config.bnb_4bit_quant_type if four else "int8",
         "use_double_quant": config.bnb_4bit_use_double_quant if four else None,
@@ -118,9 +118,9 @@ def measured(model: Any) -> dict[str, Any] | None:
     """
     import torch
 
-    from tunesmith.models.load import dequantized
+    from tunesmith.models.load import dequantized_linear
 
-    layers = [module for module in model.modules() if dequantized.is_layer(module)]
+    layers = [module for module in model.modules() if dequantized_linear.is_layer(module)]
     kept = record(model)
     if kept is None:
         return None
@@ -172,12 +172,12 @@ def write_values(plain: Any, base: Any) -> None:
     """
     import torch
 
-    from tunesmith.models.load import dequantized
+    from tunesmith.models.load import dequantized_linear
 
     layers = dict(plain.named_modules())
     with torch.no_grad():
         for name, module in base.named_modules():
-            if dequantized.is_layer(module):
+            if dequantized_linear.is_layer(module):
                 target = layers[name].weight
-                value = dequantized.weight(module, target.dtype)
+                value = dequantized_linear.weight(module, target.dtype)
                 target.copy_(value.t() if type(layers[name]).__name__ == "Conv1D" else value)  # gpt2 keeps (in, out)

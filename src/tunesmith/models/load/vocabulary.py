@@ -14,7 +14,7 @@ from typing import Any
 
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.find import headers
-from tunesmith.models.load import patterns
+from tunesmith.models.load import module_patterns
 
 PART = 4096
 """Rows summed at a time: a copy of a large vocabulary in double would be larger than the model."""
@@ -144,7 +144,7 @@ def rows_to_train(model: Any, new_rows: Sequence[int], whole: Sequence[str] = ()
         return {}
     last = model.get_output_embeddings()
     own = end_names(model)
-    covered = [name for name in end_names(model, all_ends=True) if patterns.matched(list(whole), [name])]
+    covered = [name for name in end_names(model, all_ends=True) if module_patterns.matched(list(whole), [name])]
     tied = last is not None and len(own) == 1
     left = [] if tied and covered else [name for name in own if name not in covered]
     if not tied and last is not None and last.bias is not None and own[-1] in left:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, UserError
-from tunesmith.models.adapters import kinds
+from tunesmith.models.adapters import adapter_types
 from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.load import load, probe, vocabulary
@@ -133,8 +133,8 @@ def _type(name: str, folder: Folder, base: Path) -> str:
     config = headers.read_json(folder.path / "adapter_config.json")
     kind = str(config.get("peft_type", "")).lower()
     why = None
-    if not kinds.kind_of(kinds.type_of(config)).switchable:
-        able = ", ".join(name.lower() for name, known in kinds.KINDS.items() if known.switchable)
+    if not adapter_types.kind_of(adapter_types.type_of(config)).switchable:
+        able = ", ".join(name.lower() for name, known in adapter_types.KINDS.items() if known.switchable)
         why = f"is a {kind} adapter, and only {able} can stand beside others"
     elif vocabulary.adapter_rows(folder.path):
         why = "brings tokens of its own, so it changes the base's vocabulary"
@@ -164,5 +164,5 @@ def _check_layers(found: Mapping[str, Folder]) -> None:
 def _layers(adapter: Path) -> list[str]:
     """The layers of the base that an adapter has factors, vectors or bottlenecks in."""
     names = headers.read_tensors(adapter, "adapter_model")
-    inside = re.compile(rf"base_model\.model\.(.+?)\.(?:{'|'.join(kinds.PREFIXES)})")
+    inside = re.compile(rf"base_model\.model\.(.+?)\.(?:{'|'.join(adapter_types.PREFIXES)})")
     return [match[1] for name in names if (match := inside.match(name))]

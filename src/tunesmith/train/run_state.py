@@ -11,7 +11,7 @@ import torch
 
 from tunesmith import files
 from tunesmith.errors import RecipeError
-from tunesmith.models.adapters import factors
+from tunesmith.models.adapters import lora_factors
 from tunesmith.models.heads import lm_head
 from tunesmith.models.load import head_loading, probe
 from tunesmith.objectives import head_config
@@ -21,9 +21,9 @@ from tunesmith.runs.progress import Progress
 from tunesmith.runs.trackers import Trackers
 from tunesmith.train import adapter_choice, checkpoint, distributed, reference, samples, setup
 from tunesmith.train import fast_path as route
-from tunesmith.train.hooks import Hooks
+from tunesmith.train.callbacks import Hooks
 from tunesmith.train.loop import Progression
-from tunesmith.train.masters import holding
+from tunesmith.train.master_weights import holding
 from tunesmith.train.update import Update
 
 
@@ -89,7 +89,7 @@ def save(run: Run, at: Progression) -> None:
             "threads": torch.get_num_threads(),
             "processes": distributed.state().num_processes,
             "compute": run.setup.precision.as_dict()["compute"],
-            "starts": factors.sketch(run.model),
+            "starts": lora_factors.sketch(run.model),
             "source": plain,
         }
         run.metrics.sync()
@@ -120,7 +120,7 @@ def restore(run: Run) -> Progression:
                 f"the data file {source['path']} changed since the run was started, so going on would not be the same run.\n"
                 f"  {back}, or start another run with --out DIR."
             )
-    if layer := factors.moved(run.model, state.get("starts") or {}):
+    if layer := lora_factors.moved(run.model, state.get("starts") or {}):
         raise RecipeError(
             f"what {layer} learns is counted from factors of the base's weights, and this machine decomposes them otherwise than "
             "the one that the run was started on (another processor, device or library), so going on would not be the same run.\n"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tunesmith.data.formats.fields import FieldFault, Values, parsed
-from tunesmith.data.problems import shorten
+from tunesmith.data.row_problems import shorten
 
 NAMES = ("rank", "score", "overall_score", "rating")
 """Keys of the grade that stands beside an answer, as in {"answer": "...", "rank": 1}."""

@@ -18,13 +18,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from tunesmith import files
-from tunesmith.data.config import Source
-from tunesmith.data.encode.chat import Renderer, left_out
+from tunesmith.data.data_config import Source
+from tunesmith.data.encode.conversations import Renderer, left_out
 from tunesmith.data.encode.templates import template_text
-from tunesmith.data.problems import Record, RowFault, RowProblem
 from tunesmith.data.read import builtin, class_folder, hub_set
 from tunesmith.data.read.row_files import existing
 from tunesmith.data.read.source import Opened
+from tunesmith.data.row_problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import Answered, Chat, PromptCompletion, Row, Text, digest
 from tunesmith.data.store import cache
 from tunesmith.data.store.cache import Entry, Example, Writer

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tunesmith.models.find import catalog, headers, record, store
+from tunesmith.models.find import catalog, headers, model_store, record
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.load import vocabulary
 
@@ -57,7 +57,7 @@ def show(model: str | Path) -> dict[str, Any]:
         "head": head,
         "tied_embeddings": bool(tied) if head == "lm" else None,
         "layers": text.get("num_hidden_layers") or text.get("n_layer"),
-        "origin": catalog.origin((store.manifest(network) or {}).get("source")),
+        "origin": catalog.origin((model_store.manifest(network) or {}).get("source")),
         "context_window": text.get("max_position_embeddings") or text.get("n_positions"),
         "parameters": parameters,
         "total_parameters": sum(part["count"] for part in parameters.values()),

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.models.adapters import kinds
+from tunesmith.models.adapters import adapter_types
 from tunesmith.models.adapters.virtual_tokens import Prefix
-from tunesmith.models.fast import fused_bottleneck, fused_encoder, kernels, products, self_check
-from tunesmith.models.fast.pieces import longest
+from tunesmith.models.fast import fused_bottleneck, fused_encoder, kernels, linear_products, self_check
 from tunesmith.models.fast.rotary import rotary_attention
+from tunesmith.models.fast.segments import longest
 
 
 @dataclass
@@ -80,10 +80,10 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
         if (
             forward is None
             and module not in inside
-            and products.is_lora(module)
-            and (linear := products.linears([module])) is not None
+            and linear_products.is_lora(module)
+            and (linear := linear_products.linears([module])) is not None
         ):
-            kind, forward = "lora", products.forward_of(linear)
+            kind, forward = "lora", linear_products.forward_of(linear)
         if forward is None and module not in inside and fused_bottleneck.is_bottleneck(module):
             kind, forward = "bottleneck", fused_bottleneck.projection(module)
         if forward is not None:
@@ -100,7 +100,7 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
 def _trains_its_own(module: nn.Module) -> bool:
     """Whether a weight inside is trained that is no adapter's."""
     named = module.named_parameters()
-    return any(weight.requires_grad for name, weight in named if not any(part in name for part in kinds.PREFIXES))
+    return any(weight.requires_grad for name, weight in named if not any(part in name for part in adapter_types.PREFIXES))
 
 
 # ------------------------------------------------------------------------------------------------------------ RMSNorm
@@ -169,8 +169,8 @@ def _mlp(module: nn.Module) -> Callable[..., Any] | None:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if any(part is None for part in parts) or type(getattr(module, "act_fn", None)).__name__ not in ("SiLUActivation", "SiLU"):
         return None
-    down = products.output(parts[2])
-    both = products.linears(parts[:2]) if down is not None else None
+    down = linear_products.output(parts[2])
+    both = linear_products.linears(parts[:2]) if down is not None else None
     if both is None or down is None or both.bases[0].out_features != both.bases[1].out_features:
         return None
 
@@ -187,8 +187,8 @@ def _attention(module: Any) -> Callable[..., Any] | None:
     parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     if any(part is None for part in parts) or hasattr(module, "q_norm") or not hasattr(module, "scaling"):
         return None
-    out = products.output(parts[3])
-    qkv = products.linears(parts[:3]) if out is not None else None
+    out = linear_products.output(parts[3])
+    qkv = linear_products.linears(parts[:3]) if out is not None else None
     if qkv is None or out is None:
         return None
     dim, scale, config = module.head_dim, float(module.scaling), getattr(module, "config", None)

@@ -15,7 +15,7 @@ from tunesmith.train import distributed
 
 class Trained(Protocol):
     """The trained weights as ``train.update.Update`` sees them: whole in every process (:class:`Masters`), or each process
-    with a part of its own (``train.zero.Shards``).
+    with a part of its own (``train.deepspeed_zero.Shards``).
     """
 
     parameters: dict[str, torch.nn.Parameter]

@@ -19,9 +19,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
-from tunesmith.models.adapters import linear
-from tunesmith.models.fast import compiled
-from tunesmith.models.load import patterns
+from tunesmith.models.adapters import linear_layers
+from tunesmith.models.fast import torch_compile
+from tunesmith.models.load import module_patterns
 
 NON_LINEARITIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": nn.functional.relu,
@@ -81,7 +81,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = linear.widths(base_layer)
+        self.in_features, self.out_features = linear_layers.widths(base_layer)
         self.bottleneck_down: Any = nn.ModuleDict()
         self.bottleneck_up: Any = nn.ModuleDict()
         self.bottleneck_dropout: Any = nn.ModuleDict()
@@ -157,7 +157,7 @@ class BottleneckModel(BaseTuner):
         tied = sorted(tied_weight_keys)
         first = self.model.get_input_embeddings()
         embedding = next(name for name, module in self.model.named_modules() if module is first)
-        kept = [name for name in peft_config.modules_to_save if not any(patterns.matched([name], [key]) for key in tied)]
+        kept = [name for name in peft_config.modules_to_save if not any(module_patterns.matched([name], [key]) for key in tied)]
         peft_config.modules_to_tie = tied
         peft_config.modules_to_save = list(dict.fromkeys([*kept, embedding]))
 
@@ -182,7 +182,7 @@ def sublayers(model: Any, variant: str) -> list[str]:
     """
     config = model.config.get_text_config()
     found: list[str] = []
-    layers = compiled.named_layers(model)
+    layers = torch_compile.named_layers(model)
     if len(layers) != config.num_hidden_layers:
         raise _unknown(model, f"{len(layers)} of its {config.num_hidden_layers} layers are layers of transformers")
     for name, layer in layers.items():
@@ -224,7 +224,7 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
         if isinstance(module, BaseTunerLayer):
             wrapped, module = f"{name}.", module.get_base_layer()
         if isinstance(module, nn.Linear | Conv1D):
-            yield name, linear.widths(module)
+            yield name, linear_layers.widths(module)
 
 
 def _unknown(model: Any, why: str) -> RecipeError:

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from tunesmith import objectives
-from tunesmith.data.config import Source, idle
+from tunesmith.data.data_config import Source, idle
 from tunesmith.errors import DataError, ModelError, RecipeError
 
 
@@ -58,7 +58,7 @@ def open_model(
     from tunesmith.models.heads import head_types
     from tunesmith.models.load import load
     from tunesmith.models.network import base
-    from tunesmith.train.outline import window_of
+    from tunesmith.train.meta_model import window_of
 
     if objective is not None and objective not in objectives.names():
         raise ModelError(f"unknown objective {objective!r}; expected one of {', '.join(objectives.names())}")

@@ -10,12 +10,12 @@ import torch
 from tunesmith.adaptations import Adaptation
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import virtual_tokens
-from tunesmith.models.fast import compiled
+from tunesmith.models.fast import torch_compile
 from tunesmith.models.find.locate import Folder
 from tunesmith.models.heads import lm_head
 from tunesmith.models.load import load, probe, quantization, vocabulary
 from tunesmith.recipe import Recipe
-from tunesmith.train import optim
+from tunesmith.train import optimizers
 
 WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx")
 
@@ -71,9 +71,9 @@ def outline(
             f"train.gradient_checkpointing: transformers cannot recompute the layers of {config.model_type}.\n"
             "  Leave the key out; train.micro_batch_tokens saves memory too."
         )
-    if recipe.train.torch_compile and (why := compiled.why_not(model)) is not None:
+    if recipe.train.torch_compile and (why := torch_compile.why_not(model)) is not None:
         raise RecipeError(f"train.torch_compile: {why}, or leave train.torch_compile out.")
-    optim.check_model(recipe.train, model)
+    optimizers.check_model(recipe.train, model)
     everything = {id(parameter): parameter for parameter in model.parameters()}.values()
     trainable = sum(parameter.numel() for parameter in everything if parameter.requires_grad)
     return Outline(trainable, sum(parameter.numel() for parameter in everything), virtual_tokens.count(model), kept)

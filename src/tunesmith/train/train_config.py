@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tunesmith.nearest import did_you_mean
+from tunesmith.suggestions import did_you_mean
 
 Every = float | Literal["epoch"] | None
 OPTIMS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd", "lion")

@@ -51,14 +51,14 @@ def evaluate(
     ``out``: a new folder for report.html, figures.json and the worst mistakes, of models that do not write.
     Raises UserError for a model or data that cannot be used.
     """
-    from tunesmith.data.config import DataConfig, EvalConfig
+    from tunesmith.data.data_config import DataConfig, EvalConfig
     from tunesmith.data.store.prepare import prepare
-    from tunesmith.evaluate import opened
+    from tunesmith.evaluate import open_model
     from tunesmith.models.adapters import virtual_tokens
     from tunesmith.train import evaluation
-    from tunesmith.train.outline import window_of
+    from tunesmith.train.meta_model import window_of
 
-    source = opened.source_of(
+    source = open_model.source_of(
         data,
         format=format,
         columns=columns,
@@ -69,7 +69,7 @@ def evaluate(
         name=name,
         streaming=streaming,
     )
-    chosen = opened.open_model(model, objective, overlong, max_length)
+    chosen = open_model.open_model(model, objective, overlong, max_length)
     if out is not None:
         _check_out(Path(out), chosen.objective.traits.head)
     config = DataConfig(train=[source], eval=EvalConfig(fraction=0.0), template=template, bad_rows=bad_rows)

@@ -11,8 +11,8 @@ import torch
 
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.models.heads import lm_head
-from tunesmith.nearest import did_you_mean
-from tunesmith.train.config import TrainConfig
+from tunesmith.suggestions import did_you_mean
+from tunesmith.train.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

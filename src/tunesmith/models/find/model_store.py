@@ -1,6 +1,6 @@
 """The local model store: names to folders, temporary folders, and what is unpacked into them.
 
-How an entry is made and checked is the same for all stores: ``hub.store``, whose names this module passes on.
+How an entry is made and checked is the same for all stores: ``hub.local_store``, whose names this module passes on.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from tunesmith import files
 from tunesmith.errors import ModelError
-from tunesmith.hub import store
-from tunesmith.hub.store import MANIFEST, manifest, problems
+from tunesmith.hub import local_store
+from tunesmith.hub.local_store import MANIFEST, manifest, problems
 
 __all__ = [
     "MANIFEST", "folder_of", "install", "manifest", "models", "names", "partial", "problems", "unpack", "workshop",
@@ -48,7 +48,7 @@ def workshop(name: str, needed: int) -> Iterator[Path]:
     """A temporary folder in the store, removed at the end. DiskFullError when fewer than ``needed`` bytes are free."""
     models().mkdir(parents=True, exist_ok=True)
     files.remove_abandoned(models(), ".pull-*", _ABANDONED)
-    store.require_space(folder_of(name), needed)
+    local_store.require_space(folder_of(name), needed)
     folder = files.temporary_folder(models() / f"pull-{name.replace('/', '--')}")
     try:
         yield folder
@@ -57,13 +57,13 @@ def workshop(name: str, needed: int) -> Iterator[Path]:
 
 
 def partial(name: str, revision: str, size: int) -> Path:
-    """The folder that a download of ``size`` bytes fills, as ``hub.store.partial`` has it."""
-    return store.partial(folder_of(name), revision, size)
+    """The folder that a download of ``size`` bytes fills, as ``hub.local_store.partial`` has it."""
+    return local_store.partial(folder_of(name), revision, size)
 
 
 def install(made: Path, name: str, source: dict[str, Any]) -> Path:
     """Move a finished folder into the store under ``name``. A damaged entry is replaced."""
-    return store.install(made, folder_of(name), name, source)
+    return local_store.install(made, folder_of(name), name, source)
 
 
 def unpack(archive: Path, member: str, into: Path) -> Path:

@@ -31,7 +31,7 @@ def weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 class Product(torch.autograd.Function):
-    """``models.fast.products.Projection`` over ``layers`` of 4 or 8 bits, rows stacked: x (tokens, in) -> (tokens, sum of out).
+    """``models.fast.linear_products.Projection`` over ``layers`` of 4 or 8 bits, rows stacked: x (tokens, in) -> (tokens, sum of out).
 
     y = x W^T + b + (x A^T) B^T, A (r, in), B (out, r) with its scaling; W, which gets no gradient, is made twice and never kept.
     """

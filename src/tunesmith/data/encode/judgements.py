@@ -12,7 +12,7 @@ import numpy as np
 from tunesmith.data.encode import rankings
 from tunesmith.data.encode.rankings import Example, Overlong
 from tunesmith.data.formats.preference_fields import bare
-from tunesmith.data.problems import RowFault
+from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Judged
 
 

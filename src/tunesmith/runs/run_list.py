@@ -13,8 +13,8 @@ from typing import Any
 
 from tunesmith.errors import DataError, RecipeError, UserError
 from tunesmith.recipe import text as recipe_text
-from tunesmith.runs import figures, metrics_file
-from tunesmith.runs.figures import is_number
+from tunesmith.runs import figure_format, metrics_file
+from tunesmith.runs.figure_format import is_number
 
 RESULTS = ("eval_loss_before", "eval_loss", "perplexity", "tokens_per_second", "peak_memory_bytes", "best_step", "tokens")
 LOSSES = ("eval_loss", "perplexity")
@@ -119,7 +119,7 @@ def _so_far(records: list[dict[str, Any]]) -> dict[str, Any]:
     last = trained[-1] if trained else {}
     first = next((one for one in evals if one["step"] == 0), {})
     sets = [name.removeprefix("eval_").removesuffix("_loss") for name in first if name.endswith("_loss") and name != "eval_loss"]
-    names = figures.measured([first, best], sets)
+    names = figure_format.measured([first, best], sets)
     peaks = [one["peak_memory_bytes"] for one in trained if is_number(one.get("peak_memory_bytes"))]
     return {
         "figures": names,

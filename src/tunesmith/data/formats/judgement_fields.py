@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith.data.formats import preference_fields
 from tunesmith.data.formats.fields import SYSTEM, TOOLS, Field, FieldFault, Format, Values, optional_text, parsed
 from tunesmith.data.formats.turns import conversation
-from tunesmith.data.problems import shorten
+from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Judged, Ranking
 
 DESIRABLE = {"true", "yes", "good", "desirable", "up", "thumbs_up", "chosen", "1"}

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.models.adapters import factors, scaled
+from tunesmith.models.adapters import ia3_layers, lora_factors
 from tunesmith.models.fast import fused_bottleneck, kernels
-from tunesmith.models.load import dequantized
+from tunesmith.models.load import dequantized_linear
 
 
 class Projection(torch.autograd.Function):
@@ -78,9 +78,9 @@ class Linears:
     """One or more linear layers over the same input, plain or with LoRA, read as a single product."""
 
     bases: list[nn.Linear]
-    loras: list[factors.Factors | None]
+    loras: list[lora_factors.Factors | None]
     stacked: torch.Tensor | None  # None for bases of 4 or 8 bits: their numbers are made when they are needed
-    scales: scaled.Scales
+    scales: ia3_layers.Scales
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, in) -> (tokens, sum of out)."""
@@ -96,7 +96,7 @@ class Linears:
             bias = torch.cat([x.new_zeros(base.out_features) if base.bias is None else base.bias for base in self.bases])
         y: torch.Tensor
         if self.stacked is None:
-            y = dequantized.Product.apply(x, self.bases, bias, a, b)
+            y = dequantized_linear.Product.apply(x, self.bases, bias, a, b)
         else:
             y = Projection.apply(x, self.stacked, bias, a, b, *[base.weight for base in self.bases])
         return self.scales.after(y, [base.out_features for base in self.bases])
@@ -117,27 +117,27 @@ def is_lora(module: nn.Module) -> bool:
 def linears(modules: Sequence[Any]) -> Linears | None:
     """The layers as one product, or None when any of them is something else than a linear layer with one plain LoRA or vector."""
     bases: list[nn.Linear] = []
-    loras: list[factors.Factors | None] = []
-    scales = scaled.read(modules)
+    loras: list[lora_factors.Factors | None] = []
+    scales = ia3_layers.read(modules)
     if scales is None:
         return None
     for module in modules:
-        found = module.base_layer if is_lora(module) or scaled.is_scaled(module) else module
-        if type(found) is not nn.Linear and not dequantized.is_layer(found):
+        found = module.base_layer if is_lora(module) or ia3_layers.is_scaled(module) else module
+        if type(found) is not nn.Linear and not dequantized_linear.is_layer(found):
             return None
         bases.append(found)
         if not is_lora(module):
             loras.append(None)
             continue
-        lora = factors.read(module)
+        lora = lora_factors.read(module)
         if lora is None:
             return None
         loras.append(lora)
     same = {(base.in_features, base.weight.dtype, base.weight.device) for base in bases}
     if len(same) != 1:
         return None
-    if len(bases) == 1 or dequantized.is_layer(bases[0]):
-        return Linears(bases, loras, None if dequantized.is_layer(bases[0]) else bases[0].weight.detach(), scales)
+    if len(bases) == 1 or dequantized_linear.is_layer(bases[0]):
+        return Linears(bases, loras, None if dequantized_linear.is_layer(bases[0]) else bases[0].weight.detach(), scales)
     stacked = torch.cat([base.weight.detach() for base in bases])
     for base, rows in zip(bases, stacked.split([base.out_features for base in bases]), strict=True):
         base.weight.data = rows  # the same values, now a view of the stack: optimiser and checkpoints see no difference

@@ -26,8 +26,8 @@ import torch
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.models.fast import kernels
 from tunesmith.train import distributed
-from tunesmith.train.config import TrainConfig
-from tunesmith.train.masters import moments, rounding_seed
+from tunesmith.train.master_weights import moments, rounding_seed
+from tunesmith.train.train_config import TrainConfig
 
 STALE_SECONDS = 300
 """A lock so old belongs to nobody: what it guards is compiled in less than one minute."""
@@ -137,7 +137,7 @@ def unlock(extensions: Path) -> None:
 
 
 class Shards:
-    """What is trained of a network, each process with a part of it: ``train.masters.Trained`` by DeepSpeed's ZeRO-2.
+    """What is trained of a network, each process with a part of it: ``train.master_weights.Trained`` by DeepSpeed's ZeRO-2.
 
     Built when the network is as it will be (adapted, cast, on its route), because DeepSpeed moves the trained parameters into one
     stretch of memory. ``masters``: their values in fp32, by name, which an fp32 checkpoint's full precision reaches.

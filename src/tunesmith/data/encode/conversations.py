@@ -17,7 +17,7 @@ import numpy as np
 
 from tunesmith.data.encode.spans import END, Span, SpanError, assistant_turns, find_span
 from tunesmith.data.encode.templates import RENDER_ERRORS, special_ends
-from tunesmith.data.problems import RowFault
+from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, Message, PromptCompletion, Text, Written
 from tunesmith.errors import DataError
 

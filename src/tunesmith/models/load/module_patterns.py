@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from tunesmith.errors import RecipeError
-from tunesmith.nearest import nearest
+from tunesmith.suggestions import nearest
 
 
 def require(key: str, patterns: str | list[str], names: list[str]) -> None:
