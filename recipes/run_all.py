@@ -30,7 +30,9 @@ def shortened(path: Path, steps: int, model: str | None) -> list[str]:
 
     whole = recipe.load(path)
     keys = [f"train.max_steps={steps}", "train.epochs=1"]
-    keys += ["samples={count: 1, max_new_tokens: 8}"] if whole.resolved()["objective"]["type"] in WRITES else []
+    keys += (
+        ["samples={count: 1, max_new_tokens: 8}"] if whole.resolved()["objective"]["type"] in WRITES else []
+    )
     keys += ["data.eval.limit=8"] if whole.data.eval.fraction else []
     return [*keys, f"model={model}"] if model else keys
 
@@ -43,7 +45,9 @@ def run(path: Path, out: Path, keys: list[str]) -> tuple[dict[str, Any], str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="recipes without .yaml; default: all")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--model", help="instead of each recipe's own")
@@ -57,7 +61,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="tunesmith-recipes-") as folder:
         for name in given.names or there:
             started = time.monotonic()
-            result, said = run(there[name], Path(folder) / name, shortened(there[name], given.steps, given.model))
+            result, said = run(
+                there[name], Path(folder) / name, shortened(there[name], given.steps, given.model)
+            )
             seconds = f"{time.monotonic() - started:.1f}"
             if said:
                 failed += 1

@@ -55,7 +55,9 @@ def sync(path: Path) -> None:
     """Force a file's content, or the names in a folder, onto the disk."""
     if os.name != "posix" and path.is_dir():  # elsewhere a folder cannot be opened to be synced
         return
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)  # Windows syncs only what may be written
+    handle = os.open(
+        path, os.O_RDONLY if os.name == "posix" else os.O_RDWR
+    )  # Windows syncs only what may be written
     try:
         os.fsync(handle)
     finally:
@@ -121,7 +123,9 @@ def new_target(out: str | Path, verb: str) -> Path:
     """
     target = Path(out).expanduser().resolve()
     if target.exists():
-        raise UserError(f"{target} exists already; {verb} writes a new folder. Choose another --out, or remove it.")
+        raise UserError(
+            f"{target} exists already; {verb} writes a new folder. Choose another --out, or remove it."
+        )
     return target
 
 
@@ -130,7 +134,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be made: {error.strerror}. Name another place with --out.") from None
+        raise UserError(
+            f"the folder {folder} cannot be made: {error.strerror}. Name another place with --out."
+        ) from None
 
 
 def temporary_folder(target: Path, mode: int = 0o777) -> Path:

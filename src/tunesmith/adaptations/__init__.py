@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,13 @@ class Adaptation(Protocol):
         """Extra arguments for ``from_pretrained`` (a quantisation config, say)."""
         ...
 
-    def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        head: str,
+        new_rows: Sequence[int] = (),
+        tokenizer: PreTrainedTokenizerBase = None,
+    ) -> Any:
         """Return the model with exactly the right parameters trainable. Raises RecipeError before touching it.
 
         ``new_rows``: rows of embedding and output layer that belong to new tokens; they are trained whatever else is.
@@ -62,7 +71,7 @@ class Adaptation(Protocol):
         """Name -> how many times the run's learning rate it learns at, of the trained ``parameters``; 1 for those left out."""
         ...
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Write what was trained, as safetensors, in the Hub's or peft's own format."""
         ...
 
@@ -81,7 +90,9 @@ def makers(saved_as: str, quantised_base: bool | None = None) -> list[str]:
     """The adaptations that save adapters of peft's type ``saved_as``; only those on such a base, where that is given."""
     traits = {name: module(name).Adaptation.traits for name in names()}
     return [
-        name for name, found in traits.items() if found.saved_as == saved_as and quantised_base in (None, found.quantised_base)
+        name
+        for name, found in traits.items()
+        if found.saved_as == saved_as and quantised_base in (None, found.quantised_base)
     ]
 
 

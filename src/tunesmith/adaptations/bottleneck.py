@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +16,9 @@ from tunesmith.errors import RecipeError
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import module_patterns, vocabulary
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 SIZE = 64
 
 
@@ -23,18 +26,29 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     variant: Literal["pfeiffer", "houlsby"] = Field(
-        "pfeiffer", description="after the feed-forward of each layer (pfeiffer), or after its attention too (houlsby)"
+        "pfeiffer",
+        description="after the feed-forward of each layer (pfeiffer), or after its attention too (houlsby)",
     )
-    bottleneck_size: int | None = Field(None, gt=0, description=f"numbers in the middle of an adapter; default {SIZE}")
-    reduction_factor: int | None = Field(None, gt=0, description="instead of a size: the layer's width divided by this")
-    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="between the two layers of an adapter")
+    bottleneck_size: int | None = Field(
+        None, gt=0, description=f"numbers in the middle of an adapter; default {SIZE}"
+    )
+    reduction_factor: int | None = Field(
+        None, gt=0, description="instead of a size: the layer's width divided by this"
+    )
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = Field(
+        "relu", description="between the two layers of an adapter"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="on the numbers in the middle")
-    modules_to_save: list[str] | None = Field(None, description="modules trained and saved whole, such as [lm_head]")
+    modules_to_save: list[str] | None = Field(
+        None, description="modules trained and saved whole, such as [lm_head]"
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> Config:
         if self.bottleneck_size is not None and self.reduction_factor is not None:
-            raise ValueError("bottleneck_size and reduction_factor both say how large an adapter is. Set one of them")
+            raise ValueError(
+                "bottleneck_size and reduction_factor both say how large an adapter is. Set one of them"
+            )
         return self
 
 
@@ -50,7 +64,13 @@ class Adaptation:
     def load_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        head: str,
+        new_rows: Sequence[int] = (),
+        tokenizer: PreTrainedTokenizerBase = None,
+    ) -> Any:
         """A peft model with exactly the adapters, ``modules_to_save`` and the ``new_rows`` of the vocabulary trainable.
 
         Raises RecipeError, before the model is touched, for a network whose sublayers are not recognised, a size above the
@@ -63,7 +83,10 @@ class Adaptation:
         bottleneck_tuner.register()
         names = [name for name, _ in model.named_modules() if name]
         module_patterns.require("modules_to_save", self.config.modules_to_save or [], names)
-        whole = [*module_patterns.whole(self.config.modules_to_save or [], names), *head_types.new_parts(model, head)]
+        whole = [
+            *module_patterns.whole(self.config.modules_to_save or [], names),
+            *head_types.new_parts(model, head),
+        ]
         targets = bottleneck_tuner.sublayers(model, self.config.variant)
         module_patterns.require_apart("adaptation=bottleneck stands on", targets, whole)
         config = bottleneck_tuner.BottleneckConfig(
@@ -75,7 +98,8 @@ class Adaptation:
             target_modules=targets,
             modules_to_save=whole or None,
             trainable_token_indices=vocabulary.rows_to_train(model, new_rows, whole) or None,
-            ensure_weight_tying=bool(self.config.modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False)),
+            ensure_weight_tying=bool(self.config.modules_to_save)
+            and bool(getattr(model.config, "tie_word_embeddings", False)),
         )
         return get_peft_model(model, config)
 
@@ -97,6 +121,6 @@ class Adaptation:
     def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
         return {}
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors, nothing of the base."""
         model.save_pretrained(folder, save_embedding_layers=False)

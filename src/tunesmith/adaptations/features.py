@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,9 @@ from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import module_patterns as matching
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_BLOCKS = 2
 """What a language model trains when the recipe names nothing; a new head is enough by itself."""
@@ -31,7 +34,8 @@ class Config(BaseModel):
         description="so many of the last blocks, and the final norm; default 2, or 0 beside a new head or target_modules",
     )
     target_modules: str | list[str] | None = Field(
-        None, description="modules or parameters trained besides, such as [lm_head], by the end of their names; or one pattern"
+        None,
+        description="modules or parameters trained besides, such as [lm_head], by the end of their names; or one pattern",
     )
 
 
@@ -47,7 +51,13 @@ class Adaptation:
     def load_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        head: str,
+        new_rows: Sequence[int] = (),
+        tokenizer: PreTrainedTokenizerBase = None,
+    ) -> Any:
         """The model itself, with the chosen parts and any new head trainable and everything else frozen.
 
         An output layer that is named while the embedding it is tied to is not gets weights of its own: the body stays as it was.
@@ -74,7 +84,7 @@ class Adaptation:
             self._still(model)
         return model
 
-    def _still(self, model: Any) -> None:
+    def _still(self, model: PreTrainedModel) -> None:
         """Nothing is dropped in a body of which nothing is learnt: its outputs are features, the same each time."""
         from torch import nn
 
@@ -82,16 +92,20 @@ class Adaptation:
         for module in drops:
             module.p = 0.0
         if drops:
-            self.notes = ["the frozen body drops nothing in training: its outputs are the same in every epoch"]
+            self.notes = [
+                "the frozen body drops nothing in training: its outputs are the same in every epoch"
+            ]
 
-    def _last_blocks(self, model: Any, head: str) -> list[list[Any]]:
+    def _last_blocks(self, model: PreTrainedModel, head: str) -> list[list[Any]]:
         """Parameters of the last blocks and of the norm after them, each module's as a list."""
         from tunesmith.models.fast import torch_compile
 
         blocks = torch_compile.layers(model)
         wanted = self.config.train_last
         if wanted is None:
-            wanted = min(DEFAULT_BLOCKS, len(blocks)) if head == "lm" and self.config.target_modules is None else 0
+            wanted = (
+                min(DEFAULT_BLOCKS, len(blocks)) if head == "lm" and self.config.target_modules is None else 0
+            )
         if wanted > len(blocks):
             raise RecipeError(
                 f"adaptation.train_last={wanted}: this model has {len(blocks)} blocks.\n"
@@ -99,17 +113,27 @@ class Adaptation:
             )
         if wanted == 0:
             return []
-        return [list(module.parameters()) for module in [*blocks[-wanted:], *_norms_after(model.base_model, blocks)]]
+        return [
+            list(module.parameters())
+            for module in [*blocks[-wanted:], *_norms_after(model.base_model, blocks)]
+        ]
 
-    def _named(self, model: Any) -> list[list[Any]]:
+    def _named(self, model: PreTrainedModel) -> list[list[Any]]:
         """Parameters of the modules, and the parameters themselves, that ``target_modules`` names."""
         modules = {name: list(module.parameters()) for name, module in model.named_modules() if name}
         parts = {**modules, **{name: [one] for name, one in model.named_parameters(remove_duplicate=False)}}
         patterns = self._patterns
         matching.compile_check("target_modules", self.config.target_modules or [])
-        unmatched = [one for one in patterns if not any(inside and self._matches(one, name) for name, inside in parts.items())]
+        unmatched = [
+            one
+            for one in patterns
+            if not any(inside and self._matches(one, name) for name, inside in parts.items())
+        ]
         if unmatched:
-            ends = sorted({name.rpartition(".")[2] for name, inside in modules.items() if inside} - set(map(str, range(1000))))
+            ends = sorted(
+                {name.rpartition(".")[2] for name, inside in modules.items() if inside}
+                - set(map(str, range(1000)))
+            )
             hints = [f"`{one}`{matching.hint(one, ends)}" for one in unmatched]
             raise RecipeError(
                 f"adaptation.target_modules matches nothing that can be trained: {'; '.join(hints)}.\n"
@@ -124,9 +148,11 @@ class Adaptation:
 
     def _matches(self, pattern: str, name: str) -> bool:
         """As in peft: a whole name or the end of one; a single string may also be a regular expression."""
-        return bool(matching.matched(pattern if isinstance(self.config.target_modules, str) else [pattern], [name]))
+        return bool(
+            matching.matched(pattern if isinstance(self.config.target_modules, str) else [pattern], [name])
+        )
 
-    def _is_parted(self, model: Any) -> bool:
+    def _is_parted(self, model: PreTrainedModel) -> bool:
         """Whether the output layer is to be trained and the embedding that shares its weights is not."""
         first, last = model.get_input_embeddings(), model.get_output_embeddings()
         if last is None or last.weight is not first.weight:
@@ -139,7 +165,7 @@ class Adaptation:
 
         return named(last) and not named(first)
 
-    def _part(self, model: Any) -> None:
+    def _part(self, model: PreTrainedModel) -> None:
         """Give the output layer weights of its own, equal to the embedding's, and say so in the config, for whoever loads it."""
         import torch
 
@@ -154,7 +180,7 @@ class Adaptation:
     def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
         return {}
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
         """A plain transformers folder: trained tensors as they are now, frozen ones as the base's files hold them, bit for bit.
 
         The config names fp32 (or the base's dtype, where that is wider): what loads it then keeps what was trained, and a bf16
@@ -167,7 +193,10 @@ class Adaptation:
         base = Path(model.name_or_path)
         originals = _originals(model, base)
         names = model.named_parameters(remove_duplicate=False)
-        state = {**model.state_dict(), **{name: originals[id(one)] for name, one in names if id(one) in originals}}
+        state = {
+            **model.state_dict(),
+            **{name: originals[id(one)] for name, one in names if id(one) in originals},
+        }
         model.save_pretrained(folder, state_dict=state)
         model.config.dtype = torch.promote_types(torch.float32, load.checkpoint_dtype(base))
         model.config.save_pretrained(folder)
@@ -181,11 +210,15 @@ def _norms_after(body: Any, blocks: Sequence[Any]) -> list[Any]:
     return [one for one in modules[last:] if one not in inside and type(one).__name__.endswith("Norm")]
 
 
-def _new_head(model: Any, head: str) -> list[list[Any]]:
-    return [] if head == "lm" else [list(model.get_submodule(name).parameters()) for name in head_types.parts(model, head)]
+def _new_head(model: PreTrainedModel, head: str) -> list[list[Any]]:
+    return (
+        []
+        if head == "lm"
+        else [list(model.get_submodule(name).parameters()) for name in head_types.parts(model, head)]
+    )
 
 
-def _require_whole_ends(model: Any, trained: set[int], apart: bool) -> None:
+def _require_whole_ends(model: PreTrainedModel, trained: set[int], apart: bool) -> None:
     """The rows of new tokens stand in the embedding and in the output layer; in a frozen matrix they would stay the mean.
 
     Single rows of a frozen matrix are LoRA's to train. A mask on the gradient would not do: weight decay moves every row.
@@ -203,7 +236,7 @@ def _require_whole_ends(model: Any, trained: set[int], apart: bool) -> None:
         )
 
 
-def _originals(model: Any, base: Path) -> dict[int, Any]:
+def _originals(model: PreTrainedModel, base: Path) -> dict[int, Any]:
     """Of each frozen parameter, by id, the tensor in the files of ``base``: in its own dtype, which the network's may not hold.
 
     One that is not there under its name, or is not what the network computed with, is left out: it is saved as it is.
@@ -219,8 +252,13 @@ def _originals(model: Any, base: Path) -> dict[int, Any]:
     opened: dict[Path, Any] = {}
     found = {}
     for name, parameter in model.named_parameters():
-        bare = name.removeprefix(prefix)  # some files hold the body alone, or under another name than this class
-        key = next((one for one in (name, bare, *(f"{other}.{bare}" for other in sorted(others))) if one in stored), bare)
+        bare = name.removeprefix(
+            prefix
+        )  # some files hold the body alone, or under another name than this class
+        key = next(
+            (one for one in (name, bare, *(f"{other}.{bare}" for other in sorted(others))) if one in stored),
+            bare,
+        )
         if parameter.requires_grad or key not in stored or stored[key].shape != tuple(parameter.shape):
             continue
         file = stored[key].file

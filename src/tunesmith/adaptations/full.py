@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from tunesmith.adaptations import Traits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Config(BaseModel):
@@ -27,14 +30,20 @@ class Adaptation:
     def load_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        head: str,
+        new_rows: Sequence[int] = (),
+        tokenizer: PreTrainedTokenizerBase = None,
+    ) -> Any:
         model.requires_grad_(True)
         return model
 
     def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
         return {}
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
         """A plain transformers folder, in the dtype of the weights as they are now."""
         model.config.dtype = model.dtype
         model.save_pretrained(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,7 +17,17 @@ from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import linear_layers
 from tunesmith.models.heads import head_types
 
-KEYS_AND_VALUES = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",))
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KEYS_AND_VALUES = (
+    ("k_proj", "v_proj"),
+    ("key", "value"),
+    ("k_lin", "v_lin"),
+    ("c_attn",),
+    ("query_key_value",),
+    ("qkv_proj",),
+)
 """What projects to keys and values inside one attention; a fused projection is scaled whole, its queries too, as in peft."""
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -39,7 +49,13 @@ class Adaptation:
     def load_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        head: str,
+        new_rows: Sequence[int] = (),
+        tokenizer: PreTrainedTokenizerBase = None,
+    ) -> Any:
         """A peft model with exactly the vectors trainable; they begin as ones. Raises RecipeError, before the model is touched,
         when it is not clear what to scale, or when there are ``new_rows``.
         """
@@ -62,12 +78,12 @@ class Adaptation:
     def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
         return {}
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors, nothing of the base."""
         model.save_pretrained(folder, save_embedding_layers=False)
 
 
-def found(model: Any) -> tuple[list[str], list[str]]:
+def found(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Names of the layers whose outputs are scaled (keys, values), and of those whose inputs are (out of the feed-forward).
 
     Both are found in every decoder or encoder layer: the attention by its projections to keys and values; the feed-forward's way
@@ -82,7 +98,11 @@ def found(model: Any) -> tuple[list[str], list[str]]:
     scaled: list[str] = []
     inner: list[str] = []
     for block, layer in blocks.items():
-        layers = {f"{block}.{name}": one for name, one in layer.named_modules() if isinstance(one, nn.Linear | Conv1D)}
+        layers = {
+            f"{block}.{name}": one
+            for name, one in layer.named_modules()
+            if isinstance(one, nn.Linear | Conv1D)
+        }
         attention = [name for name in layers if ATTENTION.search(name.removeprefix(block))]
         ends = {name.rpartition(".")[2]: name for name in attention}
         kind = next((kind for kind in KEYS_AND_VALUES if all(end in ends for end in kind)), ())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -17,6 +17,9 @@ from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import linear_layers
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import module_patterns, vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NOT_HERE = {
     "loftq": "it changes the base to fit its own quantisation, on a GPU; adaptation: qlora trains beside a 4-bit base",
@@ -34,31 +37,52 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     r: int | dict[str, Any] = Field(
-        8, description="rank of the update; by the end of a layer's name (peft's rank_pattern): {default: 8, down_proj: 16}"
+        8,
+        description="rank of the update; by the end of a layer's name (peft's rank_pattern): {default: 8, down_proj: 16}",
     )
     lora_alpha: float | dict[str, Any] = Field(
-        16.0, description="the update is scaled by lora_alpha / r; by name (peft's alpha_pattern): {default: 16, down_proj: 32}"
+        16.0,
+        description="the update is scaled by lora_alpha / r; by name (peft's alpha_pattern): {default: 16, down_proj: 32}",
     )
     init_lora_weights: Literal[True] | str = Field(
-        True, description="where A and B start: true (A random, B zero), gaussian, pissa, pissa_niter_N or olora"
+        True,
+        description="where A and B start: true (A random, B zero), gaussian, pissa, pissa_niter_N or olora",
     )
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = Field("all-linear", description="all-linear, or names of modules such as [q_proj, v_proj]")
-    layers_to_transform: int | list[int] | None = Field(None, description="only these decoder layers, counted from 0")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="all-linear, or names of modules such as [q_proj, v_proj]"
+    )
+    layers_to_transform: int | list[int] | None = Field(
+        None, description="only these decoder layers, counted from 0"
+    )
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) (Kalajdzievski 2023)")
     use_dora: bool = Field(False, description="magnitude and direction apart (Liu et al. 2024)")
     bias: Literal["none", "all", "lora_only"] = "none"
-    modules_to_save: list[str] | None = Field(None, description="modules trained and saved whole, such as [lm_head]")
-    loraplus_lr_ratio: float | None = Field(None, ge=1, description="B learns at so many times A's rate (Hayou et al. 2024)")
+    modules_to_save: list[str] | None = Field(
+        None, description="modules trained and saved whole, such as [lm_head]"
+    )
+    loraplus_lr_ratio: float | None = Field(
+        None, ge=1, description="B learns at so many times A's rate (Hayou et al. 2024)"
+    )
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
     def _known_start(cls, value: Any) -> Any:
         name = str(value).lower()
-        if value is True or name in ("gaussian", "olora", "pissa") or re.fullmatch(r"pissa_niter_[1-9]\d*", name):
+        if (
+            value is True
+            or name in ("gaussian", "olora", "pissa")
+            or re.fullmatch(r"pissa_niter_[1-9]\d*", name)
+        ):
             return value if value is True else name
-        reason = f"{value} is not offered here: {NOT_HERE[name]}" if name in NOT_HERE else f"unknown start {value!r}"
-        raise ValueError(f"{reason}. Expected true, gaussian, pissa, pissa_niter_N (such as pissa_niter_16) or olora")
+        reason = (
+            f"{value} is not offered here: {NOT_HERE[name]}"
+            if name in NOT_HERE
+            else f"unknown start {value!r}"
+        )
+        raise ValueError(
+            f"{reason}. Expected true, gaussian, pissa, pissa_niter_N (such as pissa_niter_16) or olora"
+        )
 
     @model_validator(mode="after")
     def _magnitudes_start_at_the_base(self) -> Config:
@@ -80,7 +104,9 @@ class Config(BaseModel):
         if not isinstance(given, dict):
             return given
         if "default" not in given:
-            raise ValueError("the key `default` is missing: expected a number, or a mapping such as {default: 8, down_proj: 16}")
+            raise ValueError(
+                "the key `default` is missing: expected a number, or a mapping such as {default: 8, down_proj: 16}"
+            )
         for name in given:
             try:
                 re.compile(name)
@@ -110,7 +136,9 @@ class Config(BaseModel):
     def begins(self) -> str | None:
         """The start, where it is read off the base's weights."""
         return (
-            self.init_lora_weights if isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian" else None
+            self.init_lora_weights
+            if isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
+            else None
         )
 
 
@@ -132,7 +160,13 @@ class Adaptation:
     def load_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        head: str,
+        new_rows: Sequence[int] = (),
+        tokenizer: PreTrainedTokenizerBase = None,
+    ) -> Any:
         """A peft model with exactly the adapter, ``modules_to_save`` and the ``new_rows`` of the vocabulary trainable.
 
         Raises RecipeError, before the model is touched, when a pattern matches no module, a rank is above the size of its
@@ -145,7 +179,10 @@ class Adaptation:
         if wanted != "all-linear":
             module_patterns.require("target_modules", wanted, names)
         module_patterns.require("modules_to_save", self.config.modules_to_save or [], names)
-        whole = [*module_patterns.whole(self.config.modules_to_save or [], names), *head_types.new_parts(model, head)]
+        whole = [
+            *module_patterns.whole(self.config.modules_to_save or [], names),
+            *head_types.new_parts(model, head),
+        ]
         rows = self._rows_of(model, new_rows)
         begins = self.config.begins
         if self.config.layers_to_transform is not None:
@@ -166,7 +203,8 @@ class Adaptation:
             modules_to_save=whole or None,
             trainable_token_indices=rows or None,
             fan_in_fan_out=linear_layers.stores_transposed(model),
-            ensure_weight_tying=bool(self.config.modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False)),
+            ensure_weight_tying=bool(self.config.modules_to_save)
+            and bool(getattr(model.config, "tie_word_embeddings", False)),
         )
         chosen = _targets(model, config)
         self._check_apart(model, config, chosen)
@@ -180,13 +218,17 @@ class Adaptation:
                 lora_factors.start(layer, *lora_init.factors_of(layer, begins))
         return adapted
 
-    def _check_apart(self, model: Any, config: Any, chosen: Mapping[str, Any]) -> None:
+    def _check_apart(self, model: PreTrainedModel, config: Any, chosen: Mapping[str, Any]) -> None:
         """Raise RecipeError where ``modules_to_save`` leaves no layer to all targets, or to one that is named, or where what is
         named is no layer that can have a LoRA."""
         names = [name for name, _ in model.named_modules() if name]
         whole, wanted = list(config.modules_to_save or []), self.config.target_modules
         for one in [wanted] if isinstance(wanted, str) else wanted:
-            aimed = [name for name in names if module_patterns.matched(wanted if isinstance(wanted, str) else [one], [name])]
+            aimed = [
+                name
+                for name in names
+                if module_patterns.matched(wanted if isinstance(wanted, str) else [one], [name])
+            ]
             if not any(name in chosen for name in aimed):
                 module_patterns.require_apart("adaptation.target_modules names", aimed, whole)
         if not chosen and wanted == "all-linear":
@@ -196,7 +238,13 @@ class Adaptation:
             )
         for name, module in chosen.items():
             if not _takes_lora(module):
-                inside = sorted({key.rpartition(".")[2] for key, one in module.named_modules() if key and _takes_lora(one)})
+                inside = sorted(
+                    {
+                        key.rpartition(".")[2]
+                        for key, one in module.named_modules()
+                        if key and _takes_lora(one)
+                    }
+                )
                 raise RecipeError(
                     f"adaptation.target_modules names {name}, a {type(module).__name__}: a LoRA goes on linear layers and "
                     f"embeddings.\n  {'Name those inside it: ' + ', '.join(inside) if inside else 'Leave it out'}."
@@ -231,7 +279,7 @@ class Adaptation:
                     f"{name} is none.\n  Leave it out of adaptation.target_modules, or leave out init_lora_weights."
                 )
 
-    def _rows_of(self, model: Any, new_rows: Sequence[int]) -> dict[str, list[int]]:
+    def _rows_of(self, model: PreTrainedModel, new_rows: Sequence[int]) -> dict[str, list[int]]:
         """Layer -> rows trained beside the adapter; a layer in ``modules_to_save`` is trained whole, new rows and all."""
         if not new_rows:
             return {}
@@ -257,9 +305,13 @@ class Adaptation:
         if ratio is None:
             return {}
         parts = (".lora_B.", ".lora_embedding_B.")
-        return {name: ratio for name, one in parameters.items() if one.dim() == 1 or any(part in f"{name}." for part in parts)}
+        return {
+            name: ratio
+            for name, one in parameters.items()
+            if one.dim() == 1 or any(part in f"{name}." for part in parts)
+        }
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors, nothing of the base.
 
         A LoRA that started from the base's weights is saved as one of twice the rank on the untouched base.
@@ -277,17 +329,23 @@ def _default(given: Any) -> Any:
 
 def _others(given: Any) -> dict[str, Any]:
     """What a key says of single layers, beside its ``default``."""
-    return {name: value for name, value in given.items() if name != "default"} if isinstance(given, dict) else {}
+    return (
+        {name: value for name, value in given.items() if name != "default"} if isinstance(given, dict) else {}
+    )
 
 
-def _targets(model: Any, config: Any) -> dict[str, Any]:
+def _targets(model: PreTrainedModel, config: Any) -> dict[str, Any]:
     """The modules that peft will give a LoRA under ``config``, by name."""
     from peft.tuners.tuners_utils import check_target_module_exists
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     if config.target_modules != "all-linear":
-        return {name: one for name, one in model.named_modules() if name and check_target_module_exists(config, name)}
+        return {
+            name: one
+            for name, one in model.named_modules()
+            if name and check_target_module_exists(config, name)
+        }
     last = model.get_output_embeddings()
     whole = config.modules_to_save or []
     return {
@@ -309,7 +367,7 @@ def _pattern_of(given: Sequence[str], name: str) -> str | None:
     return next((one for one in given if re.match(rf"(.*\.)?({one})$", name)), None)
 
 
-def _names_in_layers(model: Any, wanted: str | list[str], layers: int | list[int]) -> list[str]:
+def _names_in_layers(model: PreTrainedModel, wanted: str | list[str], layers: int | list[int]) -> list[str]:
     """The target modules as peft takes them beside ``layers_to_transform``: the ends of names. Raises RecipeError."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D

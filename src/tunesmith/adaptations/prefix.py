@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunesmith.adaptations import Traits
 from tunesmith.models.heads import head_types
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROJECTION_RATIO = 0.01
 
@@ -17,14 +20,22 @@ PROJECTION_RATIO = 0.01
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    num_virtual_tokens: int = Field(20, gt=0, description="trained keys and values in front of each row, in each layer")
-    prefix_projection: bool = Field(False, description="make them by a small network while training (section 4.3 of the paper)")
-    encoder_hidden_size: int | None = Field(None, gt=0, description="width of that network; default: that of all key heads")
+    num_virtual_tokens: int = Field(
+        20, gt=0, description="trained keys and values in front of each row, in each layer"
+    )
+    prefix_projection: bool = Field(
+        False, description="make them by a small network while training (section 4.3 of the paper)"
+    )
+    encoder_hidden_size: int | None = Field(
+        None, gt=0, description="width of that network; default: that of all key heads"
+    )
 
     @model_validator(mode="after")
     def _width_of_something(self) -> Config:
         if self.encoder_hidden_size is not None and not self.prefix_projection:
-            raise ValueError("encoder_hidden_size is the width of the network that prefix_projection: true makes: give both")
+            raise ValueError(
+                "encoder_hidden_size is the width of the network that prefix_projection: true makes: give both"
+            )
         return self
 
 
@@ -40,7 +51,13 @@ class Adaptation:
     def load_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        head: str,
+        new_rows: Sequence[int] = (),
+        tokenizer: PreTrainedTokenizerBase = None,
+    ) -> Any:
         """A peft model with only the prefix trainable. Raises RecipeError or ModelError before the model is touched."""
         from peft import PrefixTuningConfig, get_peft_model
 
@@ -52,7 +69,11 @@ class Adaptation:
         tokens = self.config.num_virtual_tokens
         virtual_tokens.check_room(model, tokens)
         virtual_tokens.attentions(model)
-        words = tokenizer(virtual_tokens.WORDS, add_special_tokens=False)["input_ids"] if tokenizer is not None else []
+        words = (
+            tokenizer(virtual_tokens.WORDS, add_special_tokens=False)["input_ids"]
+            if tokenizer is not None
+            else []
+        )
         start = None
         if model.device.type != "meta":
             start = virtual_tokens.words_as_prefix(
@@ -75,6 +96,6 @@ class Adaptation:
         """A projection's weights learn at a hundredth: they are those of a network, where the rate is meant for free numbers."""
         return {name: PROJECTION_RATIO for name in parameters if ".transform." in name}
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors: the keys and values, nothing of the base or of a projection."""
         model.save_pretrained(folder, save_embedding_layers=False)

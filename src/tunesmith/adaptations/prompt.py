@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,6 +13,9 @@ from tunesmith.errors import RecipeError
 from tunesmith.models import network
 from tunesmith.models.heads import head_types
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 VIRTUAL_TOKENS = 20
 
 
@@ -20,10 +23,13 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     num_virtual_tokens: int | None = Field(
-        None, gt=0, description=f"trained embeddings in front of each row (default: those of the text, else {VIRTUAL_TOKENS})"
+        None,
+        gt=0,
+        description=f"trained embeddings in front of each row (default: those of the text, else {VIRTUAL_TOKENS})",
     )
     prompt_tuning_init: Literal["TEXT", "SAMPLE_VOCAB", "RANDOM"] = Field(
-        "TEXT", description="first values: of the text's tokens, of tokens drawn from the vocabulary, or random numbers"
+        "TEXT",
+        description="first values: of the text's tokens, of tokens drawn from the vocabulary, or random numbers",
     )
     prompt_tuning_init_text: str | None = Field(
         None, description='such as "Classify the sentiment: "; default: a neutral sentence'
@@ -32,9 +38,13 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _text_and_kind(self) -> Config:
         if self.prompt_tuning_init != "TEXT" and self.prompt_tuning_init_text is not None:
-            raise ValueError(f"prompt_tuning_init_text does nothing with prompt_tuning_init: {self.prompt_tuning_init}; use TEXT")
+            raise ValueError(
+                f"prompt_tuning_init_text does nothing with prompt_tuning_init: {self.prompt_tuning_init}; use TEXT"
+            )
         if self.prompt_tuning_init_text == "":
-            raise ValueError("prompt_tuning_init_text is empty: leave it out, or write the words to start from")
+            raise ValueError(
+                "prompt_tuning_init_text is empty: leave it out, or write the words to start from"
+            )
         return self
 
 
@@ -50,7 +60,13 @@ class Adaptation:
     def load_kwargs(self) -> dict[str, Any]:
         return {}
 
-    def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        head: str,
+        new_rows: Sequence[int] = (),
+        tokenizer: PreTrainedTokenizerBase = None,
+    ) -> Any:
         """A peft model with only the virtual embeddings trainable. Raises RecipeError before the model is touched."""
         import torch
         from peft import PromptTuningConfig, get_peft_model
@@ -75,7 +91,9 @@ class Adaptation:
             task_type=head_types.TASK[head],
             modules_to_save=head_types.new_parts(model, head) or None,
             num_virtual_tokens=tokens,
-            token_dim=model.get_input_embeddings().weight.shape[1],  # albert's words are narrower than its layers
+            token_dim=model.get_input_embeddings().weight.shape[
+                1
+            ],  # albert's words are narrower than its layers
             prompt_tuning_init=kind,
             prompt_tuning_init_text=text,
         )
@@ -83,26 +101,30 @@ class Adaptation:
         weight = adapted.prompt_encoder[adapted.active_adapter].embedding.weight
         if ids:
             with torch.no_grad():
-                chosen = torch.tensor([ids[place % len(ids)] for place in range(tokens)], device=weight.device)
+                chosen = torch.tensor(
+                    [ids[place % len(ids)] for place in range(tokens)], device=weight.device
+                )
                 weight.copy_(model.get_input_embeddings()(chosen))
         virtual_tokens.install(adapted)
         return adapted
 
-    def _text_ids(self, tokenizer: Any) -> list[int]:
+    def _text_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         from tunesmith.models.adapters import virtual_tokens
 
         if self.config.prompt_tuning_init != "TEXT":
             return []
         if tokenizer is None:
-            raise RecipeError("prompt_tuning_init: TEXT needs the tokenizer of the run. Use SAMPLE_VOCAB or RANDOM.")
-        ids: list[int] = tokenizer(self.config.prompt_tuning_init_text or virtual_tokens.WORDS, add_special_tokens=False)[
-            "input_ids"
-        ]
+            raise RecipeError(
+                "prompt_tuning_init: TEXT needs the tokenizer of the run. Use SAMPLE_VOCAB or RANDOM."
+            )
+        ids: list[int] = tokenizer(
+            self.config.prompt_tuning_init_text or virtual_tokens.WORDS, add_special_tokens=False
+        )["input_ids"]
         return ids
 
     def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
         return {}
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors: the embeddings, nothing of the base."""
         model.save_pretrained(folder, save_embedding_layers=False)

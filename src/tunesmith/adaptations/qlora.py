@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from tunesmith.adaptations import lora
 from tunesmith.models.load import quantization
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 class Config(lora.Config):
     quant_type: Literal["nf4", "fp4", "int8"] = Field(
         "nf4", description="how the base's linear layers are kept: nf4 | fp4 | int8"
     )
-    use_double_quant: bool = Field(True, description="4 bits: the scales of blocks in 8 bits too, 0.37 bit less a parameter")
+    use_double_quant: bool = Field(
+        True, description="4 bits: the scales of blocks in 8 bits too, 0.37 bit less a parameter"
+    )
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -31,8 +36,12 @@ class Config(lora.Config):
 
     @model_validator(mode="after")
     def _no_scales_of_blocks(self) -> Config:
-        if self.quant_type == "int8" and not self.use_double_quant:  # the default does not count: a run's recipe.yaml holds it
-            raise ValueError("use_double_quant does nothing with quant_type: int8, which has a scale for each row. Leave it out")
+        if (
+            self.quant_type == "int8" and not self.use_double_quant
+        ):  # the default does not count: a run's recipe.yaml holds it
+            raise ValueError(
+                "use_double_quant does nothing with quant_type: int8, which has a scale for each row. Leave it out"
+            )
         return self
 
 
@@ -50,15 +59,23 @@ class Adaptation:
 
     def load_kwargs(self) -> dict[str, Any]:
         """The quantisation. Whatever is trained whole (``modules_to_save``) is left out of it."""
-        return quantization.load_kwargs(self.config.quant_type, self.config.use_double_quant, self.config.modules_to_save or ())
+        return quantization.load_kwargs(
+            self.config.quant_type, self.config.use_double_quant, self.config.modules_to_save or ()
+        )
 
-    def apply(self, model: Any, head: str, new_rows: Sequence[int] = (), tokenizer: Any = None) -> Any:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        head: str,
+        new_rows: Sequence[int] = (),
+        tokenizer: PreTrainedTokenizerBase = None,
+    ) -> Any:
         """As LoRA's own; it is the base that differs."""
         return self.lora.apply(model, head, new_rows, tokenizer)
 
     def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
         return self.lora.learning_rates(parameters)
 
-    def save(self, model: Any, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors; how the base was quantised stands in tunesmith.json."""
         self.lora.save(model, folder)

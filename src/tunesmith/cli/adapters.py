@@ -17,7 +17,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.command("list")
 def list_(
-    where: Annotated[list[str] | None, typer.Argument(help="Folders to look in.", show_default="runs")] = None,
+    where: Annotated[
+        list[str] | None, typer.Argument(help="Folders to look in.", show_default="runs")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The adapters that lie under folders: kind, rank, base, size, held-out loss. Loads no weights."""
@@ -29,11 +31,19 @@ def list_(
 
 @app.command()
 def combine(
-    adapters: Annotated[list[str], typer.Argument(help="Two or more LoRA adapter or run folders.", show_default=False)],
+    adapters: Annotated[
+        list[str], typer.Argument(help="Two or more LoRA adapter or run folders.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="New folder for the combined adapter.", show_default=False)],
-    weights: Annotated[str | None, typer.Option(help="One for each, such as 0.7,0.3.", show_default="the mean")] = None,
-    method: Annotated[str, typer.Option(help="cat (the exact sum), svd (its nearest of rank --r) or linear (peft's).")] = "cat",
-    r: Annotated[int | None, typer.Option("--r", help="Rank, for svd.", show_default="the largest of the parts")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One for each, such as 0.7,0.3.", show_default="the mean")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="cat (the exact sum), svd (its nearest of rank --r) or linear (peft's).")
+    ] = "cat",
+    r: Annotated[
+        int | None, typer.Option("--r", help="Rank, for svd.", show_default="the largest of the parts")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The weighted sum of several LoRA adapters of one base, as one LoRA."""
@@ -49,7 +59,9 @@ def _numbers(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--weights: expected numbers with commas between them, such as 0.7,0.3, got {text!r}") from None
+        raise UserError(
+            f"--weights: expected numbers with commas between them, such as 0.7,0.3, got {text!r}"
+        ) from None
 
 
 def _table(facts: Mapping[str, Any]) -> Any:
@@ -58,7 +70,11 @@ def _table(facts: Mapping[str, Any]) -> Any:
     if not facts["adapters"]:
         return "no adapters there"
     whole = [one for one in facts["adapters"] if not one["problem"]]
-    broken = [f"{_short(one['path'])} cannot be read: {one['problem']}" for one in facts["adapters"] if one["problem"]]
+    broken = [
+        f"{_short(one['path'])} cannot be read: {one['problem']}"
+        for one in facts["adapters"]
+        if one["problem"]
+    ]
     table = Table(box=None, padding=(0, 2, 0, 0))
     for head in ("path", "type", "r", "base", "parameters", "kB", "held-out loss"):
         table.add_column(head)

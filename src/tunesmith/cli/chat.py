@@ -12,23 +12,33 @@ import typer
 from tunesmith.cli.output import result, say
 from tunesmith.errors import UserError
 
-_HELP = "Commands: /reset forgets the conversation, /system TEXT sets the system message and forgets, /exit ends."
+_HELP = (
+    "Commands: /reset forgets the conversation, /system TEXT sets the system message and forgets, /exit ends."
+)
 _SWITCH = "/adapter NAME takes another adapter, the conversation stays; there are {names}."
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)
+    ],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FOLDER", help="An adapter to switch to; may be repeated.", show_default=False),
+        typer.Option(
+            metavar="NAME=FOLDER", help="An adapter to switch to; may be repeated.", show_default=False
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 = always the most likely token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this share together.")] = 0.9,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens with this share together.")
+    ] = 0.9,
     top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 = all.")] = 0,
     seed: Annotated[int, typer.Option(help="Same seed and same turns, same answers.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the conversation as one JSON object at the end.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the conversation as one JSON object at the end.")
+    ] = False,
 ) -> None:
     """Talk with a model. Reads lines from the terminal or from a pipe."""
     from tunesmith.models.adapters.adapter_set import load_adapters
@@ -36,14 +46,21 @@ def chat(
     from tunesmith.models.load.load import load
 
     named = _with_own(model, _named(adapter or []))
-    chosen: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    chosen: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+    }
     engine.Settings(**chosen, seed=seed)  # a wrong setting is told before the model is loaded
     say(f"loading {model}")
     several = load_adapters(model, named) if named else None
     pair = load(model) if several is None else (several.model, several.tokenizer)
     engine.check_writes(pair[0])
     if not pair[1].chat_template:
-        raise UserError(f"{model} has no chat template, so it knows no turns. Use `tunesmith generate {model} --prompt ...`.")
+        raise UserError(
+            f"{model} has no chat template, so it knows no turns. Use `tunesmith generate {model} --prompt ...`."
+        )
     say(_HELP)
     if several is not None:
         say(_SWITCH.format(names=", ".join(several.names)), f"adapter: {several.active}")
@@ -92,7 +109,9 @@ def _named(given: list[str]) -> dict[str, str]:
     for one in given:
         name, equals, folder = one.partition("=")
         if not (name.isidentifier() and equals and folder) or name in (*named, "base"):
-            raise UserError(f"--adapter {one}: expected NAME=FOLDER, each name once, of letters and digits, and none called base")
+            raise UserError(
+                f"--adapter {one}: expected NAME=FOLDER, each name once, of letters and digits, and none called base"
+            )
         named[name] = folder
     return named
 

@@ -18,9 +18,12 @@ from tunesmith.runs.figure_format import duration, size
 def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Take a few real steps: forecast memory and time.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take a few real steps: forecast memory and time.")
+    ] = False,
     memory: Annotated[
-        float | None, typer.Option(help="With --measure: GB that the run may use.", show_default="what is free")
+        float | None,
+        typer.Option(help="With --measure: GB that the run may use.", show_default="what is free"),
     ] = None,
     as_json: Json = False,
 ) -> int:
@@ -28,7 +31,9 @@ def check(
     from tunesmith.recipe import load
 
     if memory is not None and (not measure or memory <= 0):
-        raise UserError("--memory takes a number of GB above 0 and goes with --measure: tunesmith check --measure --memory 8 ...")
+        raise UserError(
+            "--memory takes a number of GB above 0 and goes with --measure: tunesmith check --measure --memory 8 ..."
+        )
     checked = load(recipe, overrides or ())
 
     from tunesmith.train import machine, run
@@ -39,8 +44,12 @@ def check(
         return 0
     limit = None if memory is None else int(memory * 1e9)
     with _doing() as doing:
-        known = _nothing if as_json else lambda facts: result(facts, False, lambda found: "\n".join(lines(found)))
-        found = run.check(checked, measure=True, memory_limit_bytes=limit, spent=machine.age(), known=known, say=doing)
+        known = (
+            _nothing if as_json else lambda facts: result(facts, False, lambda found: "\n".join(lines(found)))
+        )
+        found = run.check(
+            checked, measure=True, memory_limit_bytes=limit, spent=machine.age(), known=known, say=doing
+        )
     result(found, as_json, lambda found: "\n".join(_aligned(_forecast(found["forecast"]))))
     if not found["forecast"]["fits"]:
         say(f"error: {_short_of(found['forecast'])}")
@@ -74,10 +83,16 @@ def _short_of(forecast: Mapping[str, Any]) -> str:
 def lines(found: Mapping[str, Any]) -> list[str]:
     """What matters of ``train.run.check``, a line each; ``--json`` has all of it."""
     data, precision = found["data"], found["precision"]
-    rows = [("model", found["model"]), ("objective", _keys(found["objective"])), ("adaptation", _keys(found["adaptation"]))]
+    rows = [
+        ("model", found["model"]),
+        ("objective", _keys(found["objective"])),
+        ("adaptation", _keys(found["adaptation"])),
+    ]
     for source in data["sources"]:
         rejected = f", {source['rows_rejected']:,} rejected" if source["rows_rejected"] else ""
-        rows.append(("source", f"{source['path']}: {source['format']}; {source['rows_kept']:,} rows{rejected}"))
+        rows.append(
+            ("source", f"{source['path']}: {source['format']}; {source['rows_kept']:,} rows{rejected}")
+        )
         rows += [("", str(problem)) for problem in source["problems"]]
         rows += [("", f"the template leaves out {place}") for place in source["left_out"]["first"]]
     for split in ("train", "eval"):
@@ -91,7 +106,10 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     rows += [
         ("template", data["template"]),
         ("max_length", f"{found['max_length']:,} tokens"),
-        ("steps", f"{found['steps']:,}, {found['steps_per_epoch']:,} an epoch; learning rate {found['learning_rate']:g}"),
+        (
+            "steps",
+            f"{found['steps']:,}, {found['steps_per_epoch']:,} an epoch; learning rate {found['learning_rate']:g}",
+        ),
         (
             "parameters",
             f"{found['trainable_parameters']:,} trained of {found['total_parameters']:,} ({found['trainable_percent']:.2f}%)",
@@ -116,12 +134,18 @@ def _forecast(forecast: Mapping[str, Any]) -> list[tuple[str, str]]:
     if forecast["evaluations"]:
         time += f", {forecast['evaluations']} evaluations of {duration(forecast['evaluation_seconds'])}"
     return [
-        ("memory", f"{size(forecast['peak_memory_bytes'])} at most, above the program itself; the whole process {process}"),
+        (
+            "memory",
+            f"{size(forecast['peak_memory_bytes'])} at most, above the program itself; the whole process {process}",
+        ),
         (
             "",
             f"micro-batches of at most {forecast['micro_batch_tokens']:,} tokens, the heaviest {forecast['heaviest_tokens']:,}",
         ),
-        ("speed", f"{forecast['seconds_per_step']:.2f} s a step, {forecast['tokens_per_second']:,.0f} tokens/s"),
+        (
+            "speed",
+            f"{forecast['seconds_per_step']:.2f} s a step, {forecast['tokens_per_second']:,.0f} tokens/s",
+        ),
         (
             "time",
             f"about {duration(forecast['total_seconds'])} to the end: {time}, saving {duration(forecast['saving_seconds'])}",
@@ -133,7 +157,9 @@ def _contaminated(found: Mapping[str, Any]) -> list[str]:
     """How many evaluation rows share text with training rows, and the first of them."""
     said = f"{found['rows']:,} eval rows ({found['share']:.1%}) share {found['ngram']} tokens or more with a training row"
     said += ":" if found["answers"] is None else f", {found['answers']:,} of them in what is learnt:"
-    shown = [f"  {one['where']} and {one['same_as']}: {shorten(one['text'], 80)}" for one in found["first"][:3]]
+    shown = [
+        f"  {one['where']} and {one['same_as']}: {shorten(one['text'], 80)}" for one in found["first"][:3]
+    ]
     return [said, *shown, *(["  ... --json lists more"] if found["rows"] > 3 else [])]
 
 
@@ -152,9 +178,13 @@ def _split(split: Mapping[str, Any]) -> list[str]:
     learnt, lengths, overlong = split["supervised_tokens"], split["histogram"], split["overlong"]
     by_row = learnt == split["examples"]  # rows are learnt, not tokens
     share = "" if by_row else f", {learnt:,} learnt ({learnt / max(1, split['tokens']):.1%})"
-    out = [f"{split['rows']:,} rows, {split['tokens']:,} tokens{share}; median {lengths['median']:g}, longest {lengths['max']:,}"]
+    out = [
+        f"{split['rows']:,} rows, {split['tokens']:,} tokens{share}; median {lengths['median']:g}, longest {lengths['max']:,}"
+    ]
     if split["unlearnable"]:
-        out.append(f"  {split['unlearnable']:,} rows have nothing to learn, the first: {', '.join(split['unlearnable_first'])}")
+        out.append(
+            f"  {split['unlearnable']:,} rows have nothing to learn, the first: {', '.join(split['unlearnable_first'])}"
+        )
     if overlong["rows"]:
         lost = f"{overlong['tokens_lost']:,} tokens lost"
         if "dropped" in overlong:

@@ -22,16 +22,28 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 Format = Annotated[str | None, typer.Option("--format", help="Name the format instead of detecting it.")]
 Split = Annotated[str, typer.Option("--split", help="Of a data set of the Hub.")]
 Name = Annotated[
-    str | None, typer.Option("--name", help="Of a data set of the Hub with several configurations: which.", show_default=False)
+    str | None,
+    typer.Option(
+        "--name", help="Of a data set of the Hub with several configurations: which.", show_default=False
+    ),
 ]
-Streaming = Annotated[bool, typer.Option("--streaming", help="Of a data set of the Hub: rows over the network, no file.")]
-Template = Annotated[str | None, typer.Option("--template", help="alpaca, chatml, roles, korean, or a Jinja string.")]
+Streaming = Annotated[
+    bool, typer.Option("--streaming", help="Of a data set of the Hub: rows over the network, no file.")
+]
+Template = Annotated[
+    str | None, typer.Option("--template", help="alpaca, chatml, roles, korean, or a Jinja string.")
+]
 
 
 @app.command("preview")
 def preview(
-    target: Annotated[str, typer.Argument(metavar="FILE|RECIPE", help="A data file, builtin:docstrings, or a recipe (.yaml).")],
-    model: Annotated[str | None, typer.Option("--model", help="Whose tokenizer; a recipe names its own.")] = None,
+    target: Annotated[
+        str,
+        typer.Argument(metavar="FILE|RECIPE", help="A data file, builtin:docstrings, or a recipe (.yaml)."),
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Whose tokenizer; a recipe names its own.")
+    ] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of each source.")] = 3,
     train_on: Annotated[str | None, typer.Option("--train-on", help="completion, assistant or all.")] = None,
     format: Format = None,
@@ -56,26 +68,38 @@ def preview(
     chosen = template or (config.template if config else None)
     accepted = ROW_TYPES if config is None and train_on is None else ()
     shown = [previews.preview(source, objective, tokenizer, chosen, rows, accepted) for source in sources]
-    output.result({"sources": [item.as_dict() for item in shown]}, json, human=lambda _: _preview_lines(shown))
+    output.result(
+        {"sources": [item.as_dict() for item in shown]}, json, human=lambda _: _preview_lines(shown)
+    )
     return 0
 
 
 @app.command("lint")
 def lint(
-    files: Annotated[list[str], typer.Argument(metavar="FILE|RECIPE...", help="Data files, or one recipe (.yaml).")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE|RECIPE...", help="Data files, or one recipe (.yaml).")
+    ],
     evaluation: Annotated[
         list[str] | None, typer.Option("--eval", help="Held-out files: compared with FILE for duplicates.")
     ] = None,
     format: Format = None,
-    model: Annotated[str | None, typer.Option("--model", help="Render each row with this model's template, too.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Render each row with this model's template, too.")
+    ] = None,
     template: Template = None,
-    near_duplicates: Annotated[bool, typer.Option("--near-duplicates", help="Find rows that are nearly the same, too.")] = False,
+    near_duplicates: Annotated[
+        bool, typer.Option("--near-duplicates", help="Find rows that are nearly the same, too.")
+    ] = False,
     threshold: Annotated[
-        float | None, typer.Option("--threshold", help="How much alike, 0.5 to 1 (Jaccard).", show_default="0.8")
+        float | None,
+        typer.Option("--threshold", help="How much alike, 0.5 to 1 (Jaccard).", show_default="0.8"),
     ] = None,
     write: Annotated[
         str | None,
-        typer.Option("--write", help="A new .jsonl file: FILE's rows without near-duplicates of --eval's and of earlier ones."),
+        typer.Option(
+            "--write",
+            help="A new .jsonl file: FILE's rows without near-duplicates of --eval's and of earlier ones.",
+        ),
     ] = None,
     split: Split = "train",
     name: Name = None,
@@ -136,21 +160,30 @@ def build(
     kind: Annotated[
         str,
         typer.Argument(
-            help="docstrings, instructions, preferences, judged, classify, multilabel, tag or qa.", show_default=False
+            help="docstrings, instructions, preferences, judged, classify, multilabel, tag or qa.",
+            show_default=False,
         ),
     ],
     rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows.")] = 1000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed, other rows.")] = 0,
-    lang: Annotated[str, typer.Option("--lang", help="Language of questions, sentences and label names: en, ko.")] = "en",
+    lang: Annotated[
+        str, typer.Option("--lang", help="Language of questions, sentences and label names: en, ko.")
+    ] = "en",
     split: Annotated[
-        str | None, typer.Option("--split", help="train or test: rows of different modules.", show_default="all modules")
+        str | None,
+        typer.Option("--split", help="train or test: rows of different modules.", show_default="all modules"),
     ] = None,
     no_answer: Annotated[
         float | None,
-        typer.Option("--no-answer", min=0, max=1, help="qa: share of questions without an answer.", show_default="0.2"),
+        typer.Option(
+            "--no-answer", min=0, max=1, help="qa: share of questions without an answer.", show_default="0.2"
+        ),
     ] = None,
     out: Annotated[
-        str | None, typer.Option("--out", help="A new .jsonl file, or - for stdout.", show_default="KIND-LANG.jsonl here")
+        str | None,
+        typer.Option(
+            "--out", help="A new .jsonl file, or - for stdout.", show_default="KIND-LANG.jsonl here"
+        ),
     ] = None,
     json: Json = False,
 ) -> int:
@@ -160,13 +193,21 @@ def build(
     from tunesmith.suggestions import did_you_mean
     from tunesmith.synth.python import KINDS, SPLITS, WORDING, draw
 
-    for option, value, valid in (("KIND", kind, KINDS), ("--lang", lang, WORDING), ("--split", split, SPLITS)):
+    for option, value, valid in (
+        ("KIND", kind, KINDS),
+        ("--lang", lang, WORDING),
+        ("--split", split, SPLITS),
+    ):
         if value is not None and value not in valid:
             raise UserError(f"{option}: there is no {value!r}. {did_you_mean(value, valid)}")
     if no_answer is not None and not KINDS[kind].unanswerable:
-        raise UserError(f"--no-answer is for the kind qa; the rows of {kind} all have an answer. Leave it out.")
+        raise UserError(
+            f"--no-answer is for the kind qa; the rows of {kind} all have an answer. Leave it out."
+        )
     if json and out == "-":
-        raise UserError("--json and --out - both print to stdout. Leave one of them out, or name a file with --out.")
+        raise UserError(
+            "--json and --out - both print to stdout. Leave one of them out, or name a file with --out."
+        )
     path = None if out == "-" else Path(out or "-".join(filter(None, [kind, lang, split])) + ".jsonl")
     if path is not None:
         row_writer.check_free(path)
@@ -184,8 +225,16 @@ def build(
         sys.stdout.writelines(line.decode() for line in row_writer.lines(one.row for one in drawn))
     sha256 = row_writer.write((one.row for one in drawn), path) if path else None
     made = KINDS[kind]
-    counts = Counter(label for one in drawn for label in (made.labels(one.row) if made.labels else [one.group]))
-    facts = {"kind": kind, "path": path, "rows": len(drawn), "counts": dict(sorted(counts.items())), "modules": read}
+    counts = Counter(
+        label for one in drawn for label in (made.labels(one.row) if made.labels else [one.group])
+    )
+    facts = {
+        "kind": kind,
+        "path": path,
+        "rows": len(drawn),
+        "counts": dict(sorted(counts.items())),
+        "modules": read,
+    }
     facts |= {"seed": seed, "lang": lang, "split": split, "about": made.about, "sha256": sha256}
     output.say(*_built_lines(facts, drawn))
     if path is not None:
@@ -195,14 +244,21 @@ def build(
 
 @app.command("pull")
 def pull(
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A data set of the Hub.", show_default=False)],
+    repo: Annotated[
+        str,
+        typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A data set of the Hub.", show_default=False),
+    ],
     name: Name = None,
     split: Split = "train",
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="Note the commit for sources with streaming: true; download nothing.")
+        bool,
+        typer.Option(
+            "--streaming", help="Note the commit for sources with streaming: true; download nothing."
+        ),
     ] = False,
     commit: Annotated[
-        str | None, typer.Option("--commit", help="Take this commit, as an earlier run did.", show_default="the newest")
+        str | None,
+        typer.Option("--commit", help="Take this commit, as an earlier run did.", show_default="the newest"),
     ] = None,
     json: Json = False,
 ) -> int:
@@ -276,14 +332,18 @@ def _preview_lines(shown: list[Any]) -> list[Any]:
 
 def _lint_lines(report: LintReport) -> list[str]:
     lines = [str(problem) for problem in report.problems]
-    lines += [f"{item.where}: also a training row, {item.same_as}. Remove one of them." for item in report.leaked]
+    lines += [
+        f"{item.where}: also a training row, {item.same_as}. Remove one of them." for item in report.leaked
+    ]
     lines += [f"remark: {item.where} repeats {item.same_as}" for item in report.duplicates]
     lines += [f"remark: {place} is left out by the chat template" for place in report.left_out]
     lines += [line for item in report.pairs for line in item.lines()]
     lines += [line for item in report.judged for line in item.lines()]
     lines += [f"warning: {text}" for text in report.warnings]
     for file in report.files:
-        lines.append(f"{file.path}: {file.format}; {_counted(file.rows, 'row')} = {file.kept} kept + {file.rejected} rejected")
+        lines.append(
+            f"{file.path}: {file.format}; {_counted(file.rows, 'row')} = {file.kept} kept + {file.rejected} rejected"
+        )
     found = f"{_counted(len(report.problems), 'problem')}, {_counted(len(report.leaked), 'row')} in both train and eval"
     return [*lines, "no bad rows" if report.ok else found]
 

@@ -9,13 +9,25 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from tunesmith.cli.options import BatchTokens, Format, Json, Limit, MaxLength, Name, Precision, Split, Streaming
+from tunesmith.cli.options import (
+    BatchTokens,
+    Format,
+    Json,
+    Limit,
+    MaxLength,
+    Name,
+    Precision,
+    Split,
+    Streaming,
+)
 from tunesmith.cli.output import result
 from tunesmith.errors import UserError
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -24,7 +36,10 @@ def evaluate(
         ),
     ],
     objective: Annotated[
-        str | None, typer.Option(help="sft = the last answer, cpt = every token, ...", show_default="what it was trained for")
+        str | None,
+        typer.Option(
+            help="sft = the last answer, cpt = every token, ...", show_default="what it was trained for"
+        ),
     ] = None,
     format: Format = None,
     column: Annotated[
@@ -35,17 +50,23 @@ def evaluate(
         ),
     ] = None,
     separator: Annotated[
-        str | None, typer.Option(help="What stands between the labels of a cell, such as '|'.", show_default=False)
+        str | None,
+        typer.Option(help="What stands between the labels of a cell, such as '|'.", show_default=False),
     ] = None,
     template: Annotated[
-        str | None, typer.Option(help="alpaca, chatml, roles, korean or Jinja.", show_default="the model's own")
+        str | None,
+        typer.Option(help="alpaca, chatml, roles, korean or Jinja.", show_default="the model's own"),
     ] = None,
     max_length: MaxLength = None,
     overlong: Annotated[
-        str | None, typer.Option(help="Rows above it: error, drop, truncate or split.", show_default="the objective's own")
+        str | None,
+        typer.Option(
+            help="Rows above it: error, drop, truncate or split.", show_default="the objective's own"
+        ),
     ] = None,
     bad_rows: Annotated[
-        Literal["error", "skip"], typer.Option(help="Rows that cannot be read: stop, or leave them out and count them.")
+        Literal["error", "skip"],
+        typer.Option(help="Rows that cannot be read: stop, or leave them out and count them."),
     ] = "error",
     limit: Limit = None,
     precision: Precision = "auto",
@@ -55,7 +76,9 @@ def evaluate(
     streaming: Streaming = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="New folder for a report of a model that classifies, tags or answers.", show_default=False),
+        typer.Option(
+            help="New folder for a report of a model that classifies, tags or answers.", show_default=False
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -97,7 +120,12 @@ def _shown(found: Mapping[str, Any]) -> Any:
             f"perplexity  {found['perplexity']:.3f}\n"
             f"read        {read}\n{speed}"
         )
-    table = Table("figure", "value", title=f"{found['objective']}, {found['rows']:,} examples{bad}", title_justify="left")
+    table = Table(
+        "figure",
+        "value",
+        title=f"{found['objective']}, {found['rows']:,} examples{bad}",
+        title_justify="left",
+    )
     for name, value in found.items():
         if name.startswith("eval_") and not name.endswith("_stderr"):
             error = _error(found) if name == "eval_loss" else ""
@@ -107,7 +135,9 @@ def _shown(found: Mapping[str, Any]) -> Any:
     by_name = details.get("per_class") or details.get("by_type") or details.get("by_length") or {}
     if by_name:
         columns = list(dict.fromkeys(key for figures in by_name.values() for key in figures))
-        each = Table("", *(column.replace("_", " ") for column in columns), title="each", title_justify="left")
+        each = Table(
+            "", *(column.replace("_", " ") for column in columns), title="each", title_justify="left"
+        )
         for name, figures in by_name.items():
             each.add_row(str(name), *(_cell(figures.get(column)) for column in columns))
         shown.append(each)

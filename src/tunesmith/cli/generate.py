@@ -16,22 +16,30 @@ _COLUMNS = ("messages", "conversations", "prompt", "instruction", "question", "q
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)
+    ],
     prompt: Annotated[str | None, typer.Option(help="What to answer.", show_default=False)] = None,
     data: Annotated[
-        str | None, typer.Option(help="File of prompts: txt (one a line), json, jsonl, csv, tsv.", show_default=False)
+        str | None,
+        typer.Option(help="File of prompts: txt (one a line), json, jsonl, csv, tsv.", show_default=False),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N prompts only.", show_default=False)] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use the first N prompts only.", show_default=False)
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 = always the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this share together.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens with this share together.")
+    ] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 = all.")] = 0,
     seed: Annotated[int, typer.Option(help="Same seed, same answers, whatever the batch.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts answered at once.")] = 8,
     out: Annotated[
-        Path | None, typer.Option(help="Write prompts and answers to this new jsonl file.", show_default=False)
+        Path | None,
+        typer.Option(help="Write prompts and answers to this new jsonl file.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -102,9 +110,13 @@ def _prompt_of(row: dict[str, Any], where: str) -> Any:
     from tunesmith.data.formats.turns import conversation
 
     named = {key.strip().casefold(): key for key in row}
-    column = next((name for name in _COLUMNS if name in named), next(iter(named)) if len(named) == 1 else None)
+    column = next(
+        (name for name in _COLUMNS if name in named), next(iter(named)) if len(named) == 1 else None
+    )
     if column is None:
-        raise DataError(f"{where}: no column is a prompt. Expected one of {', '.join(_COLUMNS)}; the row has {', '.join(row)}")
+        raise DataError(
+            f"{where}: no column is a prompt. Expected one of {', '.join(_COLUMNS)}; the row has {', '.join(row)}"
+        )
     field = named[column]
     value = row[field]
     try:
@@ -118,7 +130,9 @@ def _prompt_of(row: dict[str, Any], where: str) -> Any:
         more = row.get(named.get("input", ""), "") if column == "instruction" else ""
         return text(value, field) + (f"\n\n{more}" if isinstance(more, str) and more.strip() else "")
     except FieldFault as fault:
-        raise DataError(f"{where}:{fault.field}: expected {fault.expected}, got {fault.got}. {fault.fix}") from None
+        raise DataError(
+            f"{where}:{fault.field}: expected {fault.expected}, got {fault.got}. {fault.fix}"
+        ) from None
 
 
 def _shown(rows: list[dict[str, Any]]) -> str:

@@ -14,11 +14,16 @@ from tunesmith.errors import UserError
 
 def init(
     objective: Annotated[
-        str, typer.Argument(help="What the loss is: sft, cpt, dpo, kto, reward, classify, tag, qa.", show_default=False)
+        str,
+        typer.Argument(
+            help="What the loss is: sft, cpt, dpo, kto, reward, classify, tag, qa.", show_default=False
+        ),
     ],
     adaptation: Annotated[str, typer.Option(help="Which weights are trained: full, lora, ...")] = "lora",
     model: Annotated[str, typer.Option(help="Model to start from.")] = "smollm2-135m",
-    data: Annotated[str | None, typer.Option(help="File of training rows.", show_default="rows made for the objective")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="File of training rows.", show_default="rows made for the objective")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write this file.", show_default="print it")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -64,7 +69,11 @@ def recipe_text(objective: str, adaptation: str, model: str, data: str | None) -
 
 
 def _lines(config: Any, indent: str) -> list[str]:
-    return [line for key, field in type(config).model_fields.items() for line in _entry(key, field, getattr(config, key), indent)]
+    return [
+        line
+        for key, field in type(config).model_fields.items()
+        for line in _entry(key, field, getattr(config, key), indent)
+    ]
 
 
 def _entry(key: str, field: Any, value: Any, indent: str) -> list[str]:

@@ -10,7 +10,9 @@ from tunesmith.cli.options import DeepSpeed, Json, Out, Overrides, RecipeFile, R
 
 
 def launch(
-    processes: Annotated[int, typer.Option("--processes", "-n", min=1, help="How many; at most one for each GPU.")],
+    processes: Annotated[
+        int, typer.Option("--processes", "-n", min=1, help="How many; at most one for each GPU.")
+    ],
     recipe: RecipeFile,
     overrides: Overrides = None,
     out: Out = None,

@@ -27,7 +27,10 @@ from tunesmith.errors import TunesmithError
 VERBS = {
     "train": ("tunesmith.cli.train:train", "Train a model as a recipe says."),
     "launch": ("tunesmith.cli.launch:launch", "Train with several processes on this machine."),
-    "check": ("tunesmith.cli.check:check", "Tell all that can be known before training: data, masks, steps, parameters."),
+    "check": (
+        "tunesmith.cli.check:check",
+        "Tell all that can be known before training: data, masks, steps, parameters.",
+    ),
     "init": ("tunesmith.cli.init:init", "Write a commented recipe."),
     "evaluate": ("tunesmith.cli.evaluate:evaluate", "Figures of a model on a data file."),
     "predict": ("tunesmith.cli.predict:predict", "Classes, entities or answers for every row of a file."),
@@ -119,8 +122,12 @@ def _bug(error: Exception, debug: bool) -> Exception:
         where = "above"
         traceback.print_exc()
     else:
-        with tempfile.NamedTemporaryFile("w", prefix="tunesmith-bug-", suffix=".txt", delete=False, encoding="utf-8") as file:
-            file.write(f"tunesmith {__version__}, Python {sys.version}, {sys.platform}\n{sys.argv}\n\n{traceback.format_exc()}")
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="tunesmith-bug-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(
+                f"tunesmith {__version__}, Python {sys.version}, {sys.platform}\n{sys.argv}\n\n{traceback.format_exc()}"
+            )
         where = f"in {file.name}"
     return RuntimeError(
         f"{type(error).__name__}: {error}\n  This is a bug in tunesmith. Please report it with the traceback {where}, "
@@ -138,7 +145,11 @@ def _app() -> typer.Typer:
     )
 
     @app.callback()
-    def root(version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version)] = False) -> None:
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version.", callback=_version)
+        ] = False,
+    ) -> None:
         pass
 
     for verb, (_, help_line) in VERBS.items():

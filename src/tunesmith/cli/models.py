@@ -34,12 +34,18 @@ def pull(
 
     path = pull.pull(name, source, say=say)
     listed = model_store.manifest(path) or {}
-    result({"name": name, "path": str(path), "source": listed.get("source")}, as_json, lambda facts: facts["path"])
+    result(
+        {"name": name, "path": str(path), "source": listed.get("source")},
+        as_json,
+        lambda facts: facts["path"],
+    )
 
 
 @app.command("convert")
 def convert(
-    model: Annotated[str, typer.Argument(help="a folder whose weights are pickles (.bin, .pt), or a name in the store")],
+    model: Annotated[
+        str, typer.Argument(help="a folder whose weights are pickles (.bin, .pt), or a name in the store")
+    ],
     out: Annotated[Path | None, typer.Option(help="new folder", show_default="MODEL-safetensors")] = None,
     as_json: Json = False,
 ) -> None:
@@ -52,7 +58,9 @@ def convert(
 def _table(facts: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table("name", "MB", "parameters", "layers", "here", "what", "from", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        "name", "MB", "parameters", "layers", "here", "what", "from", box=None, padding=(0, 2, 0, 0)
+    )
     for column in table.columns[1:4]:
         column.justify = "right"
     for column in table.columns[-2:]:
@@ -61,7 +69,13 @@ def _table(facts: Mapping[str, Any]) -> Any:
         here = "yes" if row["present"] else f"damaged: {row['problem']}" if row["problem"] else "no"
         parameters = f"{row['parameters'] / 1e6:,.1f} M" if row["parameters"] else ""
         table.add_row(
-            row["name"], str(row["megabytes"]), parameters, str(row["layers"] or ""), here, row["about"], row["origin"] or ""
+            row["name"],
+            str(row["megabytes"]),
+            parameters,
+            str(row["layers"] or ""),
+            here,
+            row["about"],
+            row["origin"] or "",
         )
     table.caption, table.caption_justify = f"in {facts['store']}", "left"
     return table

@@ -40,7 +40,9 @@ def say(*objects: Any) -> None:
     _show(console(), objects)
 
 
-def result(obj: Mapping[str, Any], as_json: bool = False, human: Callable[[Mapping[str, Any]], Any] | None = None) -> None:
+def result(
+    obj: Mapping[str, Any], as_json: bool = False, human: Callable[[Mapping[str, Any]], Any] | None = None
+) -> None:
     """Print the result of a verb to stdout.
 
     With ``as_json``: one JSON object, non-finite numbers as null. Else ``human(obj)``: what it returns (a string or a rich
@@ -61,7 +63,10 @@ def fail(error: BaseException, exit_code: int, as_json: bool = False) -> int:
     message = str(error) or type(error).__name__
     say(f"error: {message}")
     if as_json:
-        result({"error": {"type": type(error).__name__, "message": message, "exit_code": exit_code}}, as_json=True)
+        result(
+            {"error": {"type": type(error).__name__, "message": message, "exit_code": exit_code}},
+            as_json=True,
+        )
     return exit_code
 
 

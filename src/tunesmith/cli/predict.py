@@ -13,7 +13,18 @@ import typer
 
 from tunesmith import files
 from tunesmith.cli.evaluate import columns_of
-from tunesmith.cli.options import BatchTokens, Format, Json, Limit, MaxLength, Name, Precision, Predictions, Split, Streaming
+from tunesmith.cli.options import (
+    BatchTokens,
+    Format,
+    Json,
+    Limit,
+    MaxLength,
+    Name,
+    Precision,
+    Predictions,
+    Split,
+    Streaming,
+)
 from tunesmith.cli.output import console, plain, result, say
 from tunesmith.errors import UserError
 
@@ -22,16 +33,23 @@ SHOWN = 5
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)
+    ],
     data: Annotated[
-        str, typer.Option(help="Rows, with or without labels: json, jsonl, csv, tsv, txt, parquet, conll.", show_default=False)
+        str,
+        typer.Option(
+            help="Rows, with or without labels: json, jsonl, csv, tsv, txt, parquet, conll.",
+            show_default=False,
+        ),
     ],
     out: Predictions = None,
     format: Format = None,
     column: Annotated[
         list[str] | None,
         typer.Option(
-            help="FIELD=COLUMN, such as text=review; may be repeated, labels= too, for columns of 0 and 1.", show_default=False
+            help="FIELD=COLUMN, such as text=review; may be repeated, labels= too, for columns of 0 and 1.",
+            show_default=False,
         ),
     ] = None,
     limit: Limit = None,
@@ -74,14 +92,26 @@ def predict_into(
 
     say(f"loading {model}")
     notes: list[str] = []
-    said = engine.predict(model, data, columns=columns, note=notes.append, rewards=doing == "scoring", **asked)
+    said = engine.predict(
+        model, data, columns=columns, note=notes.append, rewards=doing == "scoring", **asked
+    )
     kept: list[dict[str, Any]] = []
     shown = SHOWN if out is not None else None if as_json else 0
     rows = errors = 0
     show = Progress(
-        SpinnerColumn(), TextColumn(doing), MofNCompleteColumn(), TimeElapsedColumn(), console=console(), transient=True
+        SpinnerColumn(),
+        TextColumn(doing),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console(),
+        transient=True,
     )
-    with show, _appearing(out) if out is not None else contextlib.nullcontext(None if as_json else sys.stdout) as file:
+    with (
+        show,
+        _appearing(out)
+        if out is not None
+        else contextlib.nullcontext(None if as_json else sys.stdout) as file,
+    ):
         task = show.add_task("", total=None)
         for answer in said:
             if file is not None:
@@ -108,7 +138,9 @@ def _appearing(out: Path) -> Iterator[TextIO]:
         try:
             file = temporary.open("w", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror}. Name another file with --out.") from None
+            raise UserError(
+                f"{out} cannot be written: {error.strerror}. Name another file with --out."
+            ) from None
         with file:
             yield file
 
@@ -119,6 +151,10 @@ def _shown(found: Any) -> str:
 
 
 def _line(answer: dict[str, Any]) -> str:
-    said = {name: value for name, value in answer.items() if name not in ("row", "probabilities", "n_best", "tags")}
+    said = {
+        name: value
+        for name, value in answer.items()
+        if name not in ("row", "probabilities", "n_best", "tags")
+    }
     text = json.dumps(plain(said), ensure_ascii=False)
     return f"{answer['row']}: {text if len(text) <= 160 else text[:157] + '...'}"

@@ -22,7 +22,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 
 @app.command("list")
 def list_runs(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"), as_json: Json = False
+    folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"),
+    as_json: Json = False,
 ) -> None:
     """Every run under a folder, the oldest first: state, what it trained, loss before and after, speed, memory."""
     from tunesmith.runs import run_list as runs
@@ -31,7 +32,9 @@ def list_runs(
 
 
 @app.command("show")
-def show(run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)], as_json: Json = False) -> None:
+def show(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)], as_json: Json = False
+) -> None:
     """All that a run's folder says of it: recipe, data, machine, result."""
     from tunesmith.runs import run_list as runs
 
@@ -41,7 +44,9 @@ def show(run: Annotated[Path, typer.Argument(help="Run folder.", show_default=Fa
 
 @app.command("compare")
 def compare_runs(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.", show_default=False)],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="Write the curves into this PNG.")] = Path("compare.png"),
     by: Annotated[str, typer.Option(help="What the curves run over: step or tokens.")] = "step",
     as_json: Json = False,
@@ -52,7 +57,9 @@ def compare_runs(
     from tunesmith.runs import run_list as runs
 
     if len(folders) < 2 or by not in ("step", "tokens"):
-        raise UserError("compare takes two or more runs, and --by is step or tokens: tunesmith runs compare runs/a runs/b")
+        raise UserError(
+            "compare takes two or more runs, and --by is step or tokens: tunesmith runs compare runs/a runs/b"
+        )
     if out.suffix != ".png":
         raise UserError(f"--out {out}: the picture is a PNG; expected a name that ends in .png")
     kept = [runs.read(folder) for folder in folders]
@@ -81,7 +88,9 @@ def reproduce(
     found = repeat(run, out, console())
     result(found, as_json, _repeated)
     if not found["equal"]:
-        say(f"error: {found['again']} is not the same as {found['run']}; the new run is kept, to be compared.")
+        say(
+            f"error: {found['again']} is not the same as {found['run']}; the new run is kept, to be compared."
+        )
         return NotReproduced.exit_code
     say("The same, bit for bit.")
     return 0
@@ -105,7 +114,9 @@ def _listed(found: Mapping[str, Any]) -> Any:
 
 def _row(run: Mapping[str, Any]) -> dict[str, str]:
     """Heading -> what the list says of a run."""
-    steps = str(run["step"]) + (f"/{run['planned_steps']}" if run["planned_steps"] and run["state"] != "done" else "")
+    steps = str(run["step"]) + (
+        f"/{run['planned_steps']}" if run["planned_steps"] and run["state"] != "done" else ""
+    )
     return {
         "run": Path(run["run"]).name,
         "state": run["state"],
@@ -113,7 +124,10 @@ def _row(run: Mapping[str, Any]) -> dict[str, str]:
         "model": Path(str(run["model"] or "-")).name,
         "steps": "-" if run["state"] == "unreadable" else steps,
         "loss": f"{_figure(run['eval_loss_before'], 3)} -> {_figure(run['eval_loss'], 3)}",
-        "figure": next((_change(name, *both) for name, both in run["figures"].items() if lower_is_better(name) is False), "-"),
+        "figure": next(
+            (_change(name, *both) for name, both in run["figures"].items() if lower_is_better(name) is False),
+            "-",
+        ),
         "tokens/s": _figure(run["tokens_per_second"], 0),
         "memory": size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-",
         "started": str(run["created"] or "")[5:16].replace("T", " ") or "-",
@@ -122,16 +136,25 @@ def _row(run: Mapping[str, Any]) -> dict[str, str]:
 
 def _shown(found: Mapping[str, Any]) -> str:
     manifest = found["manifest"]
-    data, parameters, made = manifest.get("data") or {}, manifest.get("parameters") or {}, manifest.get("machine") or {}
+    data, parameters, made = (
+        manifest.get("data") or {},
+        manifest.get("parameters") or {},
+        manifest.get("machine") or {},
+    )
     taken = (manifest.get("result") or {}).get("train_seconds")
     is_unfinished, versions = found["state"] in ("killed", "stopped"), made.get("versions") or {}
     planned = f" of {found['planned_steps']}" if found["planned_steps"] else ""
-    saved = "no checkpoint" if found["checkpoint"] is None else f"last checkpoint at step {found['checkpoint']}"
+    saved = (
+        "no checkpoint" if found["checkpoint"] is None else f"last checkpoint at step {found['checkpoint']}"
+    )
     how = _joined(found["objective"], found["adaptation"] and f"with {found['adaptation']}")
     # Without a result the figures are of the records: as far as the run came.
     losses = (
         _told("{} before", _figure(found["eval_loss_before"], none=None)),
-        _told("{} after" if manifest.get("result") else "{} at best so far", _figure(found["eval_loss"], none=None)),
+        _told(
+            "{} after" if manifest.get("result") else "{} at best so far",
+            _figure(found["eval_loss"], none=None),
+        ),
     )
     machine = (
         _told("{}", made.get("cpu")), _told("{} threads", made.get("threads")), _told("torch {}", versions.get("torch"))
@@ -142,11 +165,23 @@ def _shown(found: Mapping[str, Any]) -> str:
         ("", str(found["stopped"] or "")),
         ("started", "  ".join(filter(None, (found["created"], typed(manifest.get("command") or ""))))),
         ("model", f"{found['model']}  {how}{_told(', seed {}', manifest.get('seed'))}"),
-        ("parameters", f"{parameters.get('trainable', 0):,} trained of {parameters.get('total', 0):,}" if parameters else ""),
-        *(("data", f"{one['path']}  {one['rows_kept']:,} rows  sha256 {one['sha256'][:12]}") for one in data.get("sources", ())),
+        (
+            "parameters",
+            f"{parameters.get('trainable', 0):,} trained of {parameters.get('total', 0):,}"
+            if parameters
+            else "",
+        ),
+        *(
+            ("data", f"{one['path']}  {one['rows_kept']:,} rows  sha256 {one['sha256'][:12]}")
+            for one in data.get("sources", ())
+        ),
         ("loss", ", ".join(filter(None, losses)) + _told(" (step {})", found["best_step"])),
         ("figures", ", ".join(_change(name, *both) for name, both in found["figures"].items())),
-        ("speed", _told("{} tokens/s", _figure(found["tokens_per_second"], 0, None)) + (f", {duration(taken)}" if taken else "")),
+        (
+            "speed",
+            _told("{} tokens/s", _figure(found["tokens_per_second"], 0, None))
+            + (f", {duration(taken)}" if taken else ""),
+        ),
         ("memory", size(found["peak_memory_bytes"]) if found["peak_memory_bytes"] else ""),
         ("machine", ", ".join(filter(None, machine))),
         *(("note", note) for note in manifest.get("notes") or ()),
@@ -170,7 +205,9 @@ def _compared(found: Mapping[str, Any], names: list[str]) -> list[Any]:
 
     table = Table(title="Recipes: what differs; results", title_justify="left")
     # The key column keeps its width: a key that is cut may look like another.
-    table.add_column("", overflow="fold", min_width=min(36, max(map(len, [*found["differences"], "tokens_per_second"]))))
+    table.add_column(
+        "", overflow="fold", min_width=min(36, max(map(len, [*found["differences"], "tokens_per_second"])))
+    )
     for name in names:
         table.add_column(name, overflow="fold")
     for key, values in found["differences"].items():
@@ -185,14 +222,22 @@ def _compared(found: Mapping[str, Any], names: list[str]) -> list[Any]:
     def shown(key: str, values: Iterable[Any]) -> None:
         table.add_row(key, *(number(value) if is_number(value) else str(value or "-") for value in values))
 
-    for key in ("state", "eval_loss_before", "eval_loss", *(("perplexity",) if any(run["perplexity"] for run in runs) else ())):
+    for key in (
+        "state",
+        "eval_loss_before",
+        "eval_loss",
+        *(("perplexity",) if any(run["perplexity"] for run in runs) else ()),
+    ):
         shown(key, (run[key] for run in runs))
     for name in dict.fromkeys(name for run in runs for name in run["figures"]):
         for place, key in enumerate((f"{name}_before", name)):
             shown(key, (run["figures"].get(name, (None, None))[place] for run in runs))
     for key in ("best_step", "tokens_per_second", "tokens"):
         shown(key, (run[key] for run in runs))
-    table.add_row("peak_memory", *(size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-" for run in found["runs"]))
+    table.add_row(
+        "peak_memory",
+        *(size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-" for run in found["runs"]),
+    )
     return [table, *found["cautions"], f"curves      {found['picture']}"]
 
 
@@ -201,9 +246,13 @@ def _repeated(found: Mapping[str, Any]) -> str:
     lines += [f"other now   {key}: was {old}, is {new}" for key, (old, new) in found["machine"].items()]
     if found["difference"]:
         one = found["difference"]
-        lines.append(f"records     first difference at step {one['step']}: {one['figure']} was {one['before']}, is {one['now']}")
+        lines.append(
+            f"records     first difference at step {one['step']}: {one['figure']} was {one['before']}, is {one['now']}"
+        )
         if one := found["furthest"]:
-            lines.append(f"            furthest at step {one['step']}: {one['figure']} was {one['before']}, is {one['now']}")
+            lines.append(
+                f"            furthest at step {one['step']}: {one['figure']} was {one['before']}, is {one['now']}"
+            )
     else:
         lines.append(f"records     all {found['records']} are the same")
     lines.append(f"weights     {'the same' if found['weights_equal'] else 'not the same'}")

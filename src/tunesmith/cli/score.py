@@ -6,20 +6,40 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.options import BatchTokens, Format, Json, Limit, MaxLength, Name, Precision, Predictions, Split, Streaming
+from tunesmith.cli.options import (
+    BatchTokens,
+    Format,
+    Json,
+    Limit,
+    MaxLength,
+    Name,
+    Precision,
+    Predictions,
+    Split,
+    Streaming,
+)
 from tunesmith.cli.predict import predict_into
 
 
 def score(
-    model: Annotated[str, typer.Argument(help="A reward model: catalog name, model, adapter or run folder.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A reward model: catalog name, model, adapter or run folder.", show_default=False
+        ),
+    ],
     data: Annotated[
         str,
-        typer.Option(help="Prompts with one answer, or with several (chosen and rejected, or a list).", show_default=False),
+        typer.Option(
+            help="Prompts with one answer, or with several (chosen and rejected, or a list).",
+            show_default=False,
+        ),
     ],
     out: Predictions = None,
     format: Format = None,
     column: Annotated[
-        list[str] | None, typer.Option(help="FIELD=COLUMN, such as chosen=good; may be repeated.", show_default=False)
+        list[str] | None,
+        typer.Option(help="FIELD=COLUMN, such as chosen=good; may be repeated.", show_default=False),
     ] = None,
     limit: Limit = None,
     max_length: MaxLength = None,

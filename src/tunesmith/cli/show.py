@@ -39,15 +39,22 @@ def _table(facts: Mapping[str, Any]) -> Any:
         if facts[key] is not None:
             table.add_row(key, str(facts[key]))
     if facts["adapter"]:
-        table.add_row("adapter", ", ".join(f"{key}={value}" for key, value in facts["adapter"].items() if value is not None))
+        table.add_row(
+            "adapter",
+            ", ".join(f"{key}={value}" for key, value in facts["adapter"].items() if value is not None),
+        )
     for kind, part in facts["parameters"].items():
         table.add_row(f"parameters: {kind}", f"{part['count']:,} {'/'.join(part['dtypes'])}")
-    table.add_row("parameters: total", f"{facts['total_parameters']:,}" + (" (base)" if facts["adapter"] else ""))
+    table.add_row(
+        "parameters: total", f"{facts['total_parameters']:,}" + (" (base)" if facts["adapter"] else "")
+    )
     template = facts["chat_template"]
     table.add_row("chat template", template["first_line"] if template["present"] else "none")
     table.add_row("stop tokens", " ".join(template["stop_tokens"]) or "none")
     if facts["run"]:
         table.add_row("run", facts["run"]["path"])
     if facts["saved_with"]:
-        table.add_row("saved with", ", ".join(f"{name} {version}" for name, version in facts["saved_with"].items()))
+        table.add_row(
+            "saved with", ", ".join(f"{name} {version}" for name, version in facts["saved_with"].items())
+        )
     return table

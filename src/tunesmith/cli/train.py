@@ -65,7 +65,10 @@ def _next(outcome: Mapping[str, Any], name: str) -> list[str]:
     from tunesmith import objectives
 
     verb = "score" if objectives.module(outcome["objective"]).Objective.traits.rewards else "predict"
-    return [f"next       tunesmith evaluate {name} --data FILE", f"           tunesmith {verb} {name} --data FILE --out FILE"]
+    return [
+        f"next       tunesmith evaluate {name} --data FILE",
+        f"           tunesmith {verb} {name} --data FILE --out FILE",
+    ]
 
 
 def _figures(outcome: Mapping[str, Any]) -> Table:

@@ -67,7 +67,11 @@ def shorten(value: Any, limit: int = 60) -> str:
     kinds = {bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     if value is None:
         return "nothing (null)"
-    text = repr(value[: limit + 1] if isinstance(value, str) else value).encode("utf-8", "backslashreplace").decode()
+    text = (
+        repr(value[: limit + 1] if isinstance(value, str) else value)
+        .encode("utf-8", "backslashreplace")
+        .decode()
+    )
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     kind = kinds.get(type(value))
     return f"{kind} {text}" if kind else text

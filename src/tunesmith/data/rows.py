@@ -143,4 +143,6 @@ def without_gold(row: Row) -> Row:
 
 def digest(row: Row) -> int:
     """64 bits of what a row says; two rows with the same words have the same digest, whatever files they came from."""
-    return int.from_bytes(hashlib.blake2b(repr(row).encode("utf-8", "backslashreplace"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(repr(row).encode("utf-8", "backslashreplace"), digest_size=8).digest(), "little"
+    )

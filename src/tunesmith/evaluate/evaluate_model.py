@@ -74,13 +74,17 @@ def evaluate(
         _check_out(Path(out), chosen.objective.traits.head)
     config = DataConfig(train=[source], eval=EvalConfig(fraction=0.0), template=template, bad_rows=bad_rows)
     window = window_of(chosen.network.config, virtual_tokens.count(chosen.network))
-    prepared = prepare(config, chosen.objective, chosen.tokenizer, max_length=max_length, window=window, seed=0)
+    prepared = prepare(
+        config, chosen.objective, chosen.tokenizer, max_length=max_length, window=window, seed=0
+    )
     rows, left_out = prepared.train, sum(one.rows_rejected for one in prepared.report.sources)
 
     order = sorted(range(len(rows)), key=lambda row: rows.lengths[row])
     way = chosen.ready(precision, [rows[row] for row in order[:2]], rows.longest)
     started = time.perf_counter()
-    records = evaluation.records(chosen.network, chosen.objective, rows, way.layout, batch_tokens, chosen.device)
+    records = evaluation.records(
+        chosen.network, chosen.objective, rows, way.layout, batch_tokens, chosen.device
+    )
     figures = chosen.objective.summarise(records)
     seconds = time.perf_counter() - started
     way.leave(chosen.network)
@@ -100,7 +104,9 @@ def evaluate(
     found["details"] = chosen.objective.details(records)
     if out is not None:
         found["report"] = str(
-            _report(Path(out), str(model) if chosen.own else "a model in memory", found, answers, source, chosen)
+            _report(
+                Path(out), str(model) if chosen.own else "a model in memory", found, answers, source, chosen
+            )
         )
     return found
 
@@ -115,7 +121,14 @@ def _check_out(folder: Path, head: str) -> None:
     files.make_folder(folder.parent)  # what cannot be written is said before the work
 
 
-def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[dict[str, Any]], source: Any, chosen: Any) -> Path:
+def _report(
+    folder: Path,
+    title: str,
+    found: dict[str, Any],
+    answers: Sequence[dict[str, Any]],
+    source: Any,
+    chosen: Any,
+) -> Path:
     """report.html, figures.json and mistakes.jsonl in ``folder``."""
     from tunesmith.report import task_page
 
@@ -133,7 +146,10 @@ def _report(folder: Path, title: str, found: dict[str, Any], answers: Sequence[d
     (folder / "mistakes.jsonl").write_text(lines, encoding="utf-8")
     facts = {
         "command": shlex.join(sys.argv),
-        "notes": [*chosen.objective.notes, *([f"{bad} bad rows were left out"] if (bad := found.get("bad_rows")) else [])],
+        "notes": [
+            *chosen.objective.notes,
+            *([f"{bad} bad rows were left out"] if (bad := found.get("bad_rows")) else []),
+        ],
         "data": source.label,
         "objective": chosen.name,
         **{key: found[key] for key in ("rows", "tokens", "tokens_per_second")},
@@ -185,7 +201,10 @@ def _places(row: Any, answer: dict[str, Any]) -> dict[str, Any]:
     from tunesmith.data.rows import Question, Tagged
     from tunesmith.metrics import entities
 
-    both = {"gold_spans": answer["gold"] or [], "predicted_spans": answer["prediction"]}  # gold is None where a word has no tag
+    both = {
+        "gold_spans": answer["gold"] or [],
+        "predicted_spans": answer["prediction"],
+    }  # gold is None where a word has no tag
     if isinstance(row, Tagged) and entities.scheme_of([tag for tags in both.values() for tag in tags]):
         return {
             name: [

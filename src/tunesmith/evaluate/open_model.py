@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -14,13 +14,16 @@ from tunesmith import objectives
 from tunesmith.data.data_config import Source, idle
 from tunesmith.errors import DataError, ModelError, RecipeError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 @dataclass
 class Opened:
     """``own``: whether it was loaded here; somebody's own model in memory keeps its dtype and its place."""
 
-    network: Any
-    tokenizer: Any
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     name: str
     objective: Any
     own: bool
@@ -73,12 +76,19 @@ def open_model(
     except ValidationError as error:
         raise RecipeError(f"overlong: {error.errors()[0]['msg']}, got {overlong!r}") from None
     if chosen.traits.head != kind:
-        fitting = ", ".join(one for one in objectives.names() if objectives.module(one).Objective.traits.head == kind)
-        is_a, needs = type(base(network)).__name__, head_types.CLASSES[chosen.traits.head].removeprefix("AutoModel")
+        fitting = ", ".join(
+            one for one in objectives.names() if objectives.module(one).Objective.traits.head == kind
+        )
+        is_a, needs = (
+            type(base(network)).__name__,
+            head_types.CLASSES[chosen.traits.head].removeprefix("AutoModel"),
+        )
         raise ModelError(f"{name} needs a {needs}, and this model is a {is_a}.\n  It goes with: {fitting}.")
     window = window_of(config, virtual_tokens.count(network))
     if max_length is not None and window is not None and max_length > window:
-        raise DataError(f"max_length {max_length} is above the model's window of {window} tokens. Take at most {window}.")
+        raise DataError(
+            f"max_length {max_length} is above the model's window of {window} tokens. Take at most {window}."
+        )
     chosen.bind(config, tokenizer, max_length or window)
     if chosen.traits.needs_reference:
         raise ModelError(
@@ -105,5 +115,7 @@ def source_of(data: str | Path, **asked: Any) -> Source:
     except ValidationError as error:
         raise RecipeError(f"data: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
     if keys := idle(source):
-        raise RecipeError(f"{' and '.join(keys)} would do nothing: {data} is no data set of the Hub (hub:OWNER/NAME)")
+        raise RecipeError(
+            f"{' and '.join(keys)} would do nothing: {data} is no data set of the Hub (hub:OWNER/NAME)"
+        )
     return source

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.data_config import Source
 from tunesmith.data.formats.fields import Columns
@@ -14,6 +14,9 @@ from tunesmith.data.read.source import Opened, open_source
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import Chat, PromptCompletion, Question, Ranking, Tagged, without_gold
 from tunesmith.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BLOCK = 512
 """Rows encoded and sorted by length together: enough to fill batches, few enough to hold."""
@@ -46,13 +49,21 @@ def predict(
     """
     from tunesmith.evaluate import open_model
 
-    source = open_model.source_of(data, format=format, columns=columns, limit=limit, split=split, name=name, streaming=streaming)
+    source = open_model.source_of(
+        data, format=format, columns=columns, limit=limit, split=split, name=name, streaming=streaming
+    )
     chosen = open_model.open_model(model, max_length=max_length, rewards=rewards)
     if chosen.objective.traits.head == "lm":
-        use = "a reward model gives rewards, train one with objective: reward" if rewards else "use tunesmith generate"
+        use = (
+            "a reward model gives rewards, train one with objective: reward"
+            if rewards
+            else "use tunesmith generate"
+        )
         raise ModelError(f"this model writes text: {use}.")
     if rewards and Ranking not in chosen.objective.traits.rows:
-        raise ModelError(f"this model was trained for {chosen.name}, it gives no rewards: use tunesmith predict.")
+        raise ModelError(
+            f"this model was trained for {chosen.name}, it gives no rewards: use tunesmith predict."
+        )
     opened_source = _opened(source, chosen.objective.traits.rows)
     if chosen.objective.head_config()["tunesmith"].get("characters"):
         opened_source = _by_character(opened_source)
@@ -66,7 +77,9 @@ def predict(
             examples = [one for item in made if isinstance(item, list) for one in item]
             cut += sum(_cut(one, longest) for one in examples)
             if examples and way is None:
-                tried = _tried([item for item, result in zip(block, made) if isinstance(result, list)], chosen, longest)
+                tried = _tried(
+                    [item for item, result in zip(block, made) if isinstance(result, list)], chosen, longest
+                )
                 way = chosen.ready(precision, tried, longest or 0)
             answers = _answers(chosen, examples, way, batch_tokens) if examples else {}
             for item, result in zip(block, made):
@@ -114,7 +127,9 @@ def _by_character(opened: Opened) -> Opened:
     return replace(opened, convert=replace(convert, facts={**(convert.facts or {}), "spaces": True}))
 
 
-def _encoded(item: tuple[Record, Any] | RowProblem, source: Any, objective: Any, tokenizer: Any) -> list[Any] | RowProblem:
+def _encoded(
+    item: tuple[Record, Any] | RowProblem, source: Any, objective: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[Any] | RowProblem:
     """The examples of a row, each with its number."""
     import numpy as np
 
@@ -128,14 +143,25 @@ def _encoded(item: tuple[Record, Any] | RowProblem, source: Any, objective: Any,
         return found
     if not examples:
         fix = "Give --max-length, or shorten the answers."
-        return RowProblem(record.path, record.row, "row", "answers that fit into max_length", "longer ones", fix, record.line)
+        return RowProblem(
+            record.path,
+            record.row,
+            "row",
+            "answers that fit into max_length",
+            "longer ones",
+            fix,
+            record.line,
+        )
     return [{**example, "row": np.array([0, record.row])} for example in examples]
 
 
 def _tried(items: list[Any], chosen: Any, longest: int | None) -> list[Any]:
     """Two short examples to find the route with. It compares losses, and these rows have none: each gets some answer."""
     known = chosen.objective.head_config()
-    encoded = [chosen.objective.encode([_answered(_ranked(row), known)], chosen.tokenizer)[0][0] for _, row in items[:16]]
+    encoded = [
+        chosen.objective.encode([_answered(_ranked(row), known)], chosen.tokenizer)[0][0]
+        for _, row in items[:16]
+    ]
     shortest = sorted(encoded, key=lambda one: len(one["input_ids"]))[:2]
     for one in shortest:
         if "span" in one:  # of a question that there is none: a word of the context need not be a token
@@ -148,7 +174,11 @@ def _ranked(row: Any) -> Any:
     """What a language model wrote as a ranking of one; any other row as it is."""
     if isinstance(row, PromptCompletion):
         return Ranking(row.prompt, (row.completion,), (0,))
-    return Ranking(row.messages[:-1], (row.messages[-1:],), (0,), tools=row.tools) if isinstance(row, Chat) else row
+    return (
+        Ranking(row.messages[:-1], (row.messages[-1:],), (0,), tools=row.tools)
+        if isinstance(row, Chat)
+        else row
+    )
 
 
 def _answered(row: Any, known: dict[str, Any]) -> Any:
@@ -203,5 +233,7 @@ def _answers(chosen: Any, examples: list[Any], way: Any, budget: int) -> dict[in
 
     rows = Listed(examples, [""] * len(examples))
     sizes = rows.sizes(slice(None), way.layout)
-    records = [record for _, record in forward_batches.in_groups(run, sizes, budget, way.layout, chosen.device, name)]
+    records = [
+        record for _, record in forward_batches.in_groups(run, sizes, budget, way.layout, chosen.device, name)
+    ]
     return {answer["row"][1]: answer for answer in chosen.objective.answers(records)}

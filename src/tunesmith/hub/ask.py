@@ -21,7 +21,13 @@ from tunesmith.hub.local_store import Damaged
 
 CLIENT = "tunesmith.hub.client"
 
-_CLOSED = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"}
+_CLOSED = {
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "TQDM_DISABLE",
+}
 """What this process may have been told, and a process that asks the Hub must not hear."""
 
 _TOLD = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
@@ -66,7 +72,11 @@ def environment() -> dict[str, str]:
 
 
 def ask(
-    *arguments: str, timeout: float | None, program: str = CLIENT, stdin: str = "", private: dict[str, str] | None = None
+    *arguments: str,
+    timeout: float | None,
+    program: str = CLIENT,
+    stdin: str = "",
+    private: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The answer of ``program`` (one JSON object; {} for none). ``private``: variables for it alone. Raises NoAnswer."""
     told = environment() | (private or {})
@@ -96,15 +106,24 @@ def last_line(stderr: str | None) -> str:
     return ((stderr or "see above").strip().splitlines() or ["no reason given"])[-1]
 
 
-def download(kind: str, repo: str, revision: str, files: dict[str, Any], place: Path, say: Callable[[str], None]) -> Path:
+def download(
+    kind: str, repo: str, revision: str, files: dict[str, Any], place: Path, say: Callable[[str], None]
+) -> Path:
     """The folder with all ``files`` (as ``client.info`` has them) of a "model" or "dataset", each of the hash that the Hub lists.
 
     The folder lies beside ``place``, where the caller is to install it; an interrupted download goes on in it. Raises NoAnswer
     (what has arrived is kept), Damaged, DiskFullError.
     """
     for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
-            raise NoAnswer(f"{repo} on the Hub lists the file {name!r}, a name that leaves the folder it is downloaded into")
+        if (
+            PurePosixPath(name).is_absolute()
+            or ".." in PurePosixPath(name).parts
+            or "\\" in name
+            or ":" in name
+        ):
+            raise NoAnswer(
+                f"{repo} on the Hub lists the file {name!r}, a name that leaves the folder it is downloaded into"
+            )
     made = local_store.partial(place, revision, sum(file["size"] for file in files.values()))
     begun = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
     going_on = f", going on after {begun / 1e6:,.1f} MB" if begun else ""

@@ -34,7 +34,11 @@ def info(kind: str, repo: str, revision: str | None) -> dict[str, Any]:
     files = {}
     for file in found.siblings or []:
         sha256 = file.lfs.sha256 if file.lfs else None
-        files[file.rfilename] = {"size": file.size, "sha256": sha256, "sha1": None if sha256 else file.blob_id}
+        files[file.rfilename] = {
+            "size": file.size,
+            "sha256": sha256,
+            "sha1": None if sha256 else file.blob_id,
+        }
     return {"revision": found.sha, "files": files}
 
 

@@ -64,7 +64,9 @@ def check(path: Path, expected: str, what: str) -> None:
         raise Damaged(f"{what} does not hold {path.name}")
     found = files.sha256(path)
     if found != expected:
-        raise Damaged(f"{what}: {path.name} has sha256 {found}, expected {expected}. It was damaged or changed; pull again.")
+        raise Damaged(
+            f"{what}: {path.name} has sha256 {found}, expected {expected}. It was damaged or changed; pull again."
+        )
 
 
 def partial(place: Path, revision: str, size: int) -> Path:
@@ -89,7 +91,10 @@ def install(made: Path, place: Path, name: str, source: dict[str, Any]) -> Path:
     """Move a finished folder into ``place``: hash, manifest, flush, rename. A damaged entry is replaced."""
     listed = {}
     for path in sorted(path for path in made.rglob("*") if path.is_file()):
-        listed[path.relative_to(made).as_posix()] = {"size": path.stat().st_size, "sha256": files.sha256(path)}
+        listed[path.relative_to(made).as_posix()] = {
+            "size": path.stat().st_size,
+            "sha256": files.sha256(path),
+        }
     text = json.dumps({"format": 1, "name": name, "source": source, "files": listed}, indent=1)
     (made / MANIFEST).write_text(text, encoding="utf-8")
     files.install_folder(made, place)

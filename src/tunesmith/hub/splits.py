@@ -40,16 +40,24 @@ def plan(repo: str, revision: str | None, name: str | None, split: str) -> dict[
     paths = [str(path) for path in builder.config.data_files[split]]
     elsewhere = [path for path in paths if not path.startswith(start)]
     if elsewhere:
-        raise Unknown(f"the split {split!r} of {repo} has rows outside the data set, in {elsewhere[0]}; such a one is not read")
+        raise Unknown(
+            f"the split {split!r} of {repo} has rows outside the data set, in {elsewhere[0]}; such a one is not read"
+        )
     names = [path.removeprefix(start) for path in paths]
     plain = type(builder.config)()
     settings = {
         field.name: repr(getattr(builder.config, field.name))
         for field in fields(builder.config)
-        if field.name not in _HOW_TO_FIND and getattr(builder.config, field.name) != getattr(plain, field.name)
+        if field.name not in _HOW_TO_FIND
+        and getattr(builder.config, field.name) != getattr(plain, field.name)
     }
     kind = type(builder).__module__.rpartition(".")[2]
-    return {"revision": commit, "files": {file: listed["files"][file] for file in names}, "kind": kind, "settings": settings}
+    return {
+        "revision": commit,
+        "files": {file: listed["files"][file] for file in names},
+        "kind": kind,
+        "settings": settings,
+    }
 
 
 def _builder(repo: str, commit: str, name: str | None, split: str) -> Any:
@@ -65,8 +73,14 @@ def _builder(repo: str, commit: str, name: str | None, split: str) -> Any:
     except ValueError as error:
         if "Config name is missing" not in str(error):
             raise
-        raise Unknown(f"{repo} has several configurations; say which with `name`. Valid: {', '.join(names)}") from None
-    except (DatasetsError, FileNotFoundError, RuntimeError) as error:  # no file of a known kind; or a script, never run
+        raise Unknown(
+            f"{repo} has several configurations; say which with `name`. Valid: {', '.join(names)}"
+        ) from None
+    except (
+        DatasetsError,
+        FileNotFoundError,
+        RuntimeError,
+    ) as error:  # no file of a known kind; or a script, never run
         raise Unknown(f"{repo} has no rows that can be read: {str(error).splitlines()[0]}") from None
     found = [str(one) for one in builder.config.data_files or ()]
     if split not in found:

@@ -68,12 +68,16 @@ def combine(
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
     if r is not None and (method != "svd" or r < 1):
-        raise UserError("--r is the rank of --method svd, a number above 0; the others have the rank of their parts")
+        raise UserError(
+            "--r is the rank of --method svd, a number above 0; the others have the rank of their parts"
+        )
     if len(adapters) < 2:
         raise UserError("combine takes two adapters or more")
     shares = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(shares) != len(adapters):
-        raise UserError(f"{len(adapters)} adapters and {len(shares)} weights: give one weight for each adapter, such as 0.7,0.3")
+        raise UserError(
+            f"{len(adapters)} adapters and {len(shares)} weights: give one weight for each adapter, such as 0.7,0.3"
+        )
     if not all(math.isfinite(share) for share in shares):
         raise UserError(
             f"weights are {', '.join(f'{share:g}' for share in shares)}; each must be a finite number, such as 0.7,0.3"
@@ -82,10 +86,19 @@ def combine(
     parts = [read(adapter) for adapter in adapters]
     _check_together(parts)
     for part in parts:
-        load.load(part.folder)  # each must answer as it did when it was saved, or the sum is of something else
+        load.load(
+            part.folder
+        )  # each must answer as it did when it was saved, or the sum is of something else
     rank = r or max(a.shape[0] for part in parts for a, _, _ in part.layers.values())
-    exact = {name: _exact(parts, shares, name) for name in dict.fromkeys(name for part in parts for name in part.layers)}
-    made = {"cat": exact, "svd": {name: nearest(*pair, rank) for name, pair in exact.items()}, "linear": _linear(parts, shares)}
+    exact = {
+        name: _exact(parts, shares, name)
+        for name in dict.fromkeys(name for part in parts for name in part.layers)
+    }
+    made = {
+        "cat": exact,
+        "svd": {name: nearest(*pair, rank) for name, pair in exact.items()},
+        "linear": _linear(parts, shares),
+    }
     found = {name: distance(one, exact) for name, one in made.items() if one is not None}
     chosen = made[method]
     if chosen is None:
@@ -109,7 +122,9 @@ def combine(
             json.dumps(parts[0].config | plain, indent=2, sort_keys=True), encoding="utf-8"
         )
         stand = {"base": {"path": str(parts[0].base)}, "quantization": parts[0].quantization}
-        (folder / record.FILE).write_text(json.dumps(stand), encoding="utf-8")  # what the sum is to be loaded on
+        (folder / record.FILE).write_text(
+            json.dumps(stand), encoding="utf-8"
+        )  # what the sum is to be loaded on
         tokenizer = load.load_tokenizer(locate(parts[0].folder))
         tokenizer.save_pretrained(folder)
         probe.write_probe(folder, load.load_model(locate(folder)), tokenizer)
@@ -117,7 +132,9 @@ def combine(
             {"path": str(part.folder), "weight": share, "sha256": _digest(part.folder)}
             for part, share in zip(parts, shares, strict=True)
         ]
-        combined = record.read(folder) | {"combined": {"method": method, "distance": found[method], "parts": provenance}}
+        combined = record.read(folder) | {
+            "combined": {"method": method, "distance": found[method], "parts": provenance}
+        }
         (folder / record.FILE).write_text(json.dumps(combined, indent=1), encoding="utf-8")
     return {
         "path": str(target),
@@ -161,7 +178,9 @@ def read(adapter: str | Path) -> Lora:
             keys.setdefault(match[1], {})[match[3]] = name
     lacking = sorted(name for name, found in keys.items() if set(found) != {"A", "B"})
     if lacking or not keys:
-        raise UserError(f"{folder.path} lacks a factor of {lacking[0] if lacking else 'every layer'}. Copy the folder again.")
+        raise UserError(
+            f"{folder.path} lacks a factor of {lacking[0] if lacking else 'every layer'}. Copy the folder again."
+        )
     names = {layer: (found["A"], found["B"]) for layer, found in keys.items()}
     used = {key for pair in names.values() for key in pair}
     layers = {}
@@ -171,7 +190,9 @@ def read(adapter: str | Path) -> Lora:
         scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         layers[layer] = (tensors[a].float(), tensors[b].float(), float(scaling))
     rest = {name: value for name, value in tensors.items() if name not in used}
-    return Lora(folder.path, folder.base, config, layers, names, rest, record.read(folder.path).get("quantization"))
+    return Lora(
+        folder.path, folder.base, config, layers, names, rest, record.read(folder.path).get("quantization")
+    )
 
 
 def nearest(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,8 +232,12 @@ def _exact(parts: Sequence[Lora], shares: Sequence[float], name: str) -> tuple[A
     """The weighted sum as one LoRA of scaling 1, its factors beside each other; the weight is on A, as in peft."""
     import torch
 
-    having = [(part.layers[name], share) for part, share in zip(parts, shares, strict=True) if name in part.layers]
-    return torch.cat([a * (share * s) for (a, _, s), share in having]), torch.cat([b for (_, b, _), _ in having], dim=1)
+    having = [
+        (part.layers[name], share) for part, share in zip(parts, shares, strict=True) if name in part.layers
+    ]
+    return torch.cat([a * (share * s) for (a, _, s), share in having]), torch.cat(
+        [b for (_, b, _), _ in having], dim=1
+    )
 
 
 def _linear(parts: Sequence[Lora], shares: Sequence[float]) -> dict[str, tuple[Any, Any]] | None:
@@ -224,7 +249,10 @@ def _linear(parts: Sequence[Lora], shares: Sequence[float]) -> dict[str, tuple[A
         return None
     made = {}
     for name in first:
-        scaled = [(part.layers[name][:2], share * part.layers[name][2]) for part, share in zip(parts, shares, strict=True)]
+        scaled = [
+            (part.layers[name][:2], share * part.layers[name][2])
+            for part, share in zip(parts, shares, strict=True)
+        ]
         a = sum(abs(weight) ** 0.5 * (1 if weight >= 0 else -1) * one[0] for one, weight in scaled)
         b = sum(abs(weight) ** 0.5 * one[1] for one, weight in scaled)
         made[name] = (a, b)
@@ -248,26 +276,36 @@ def _check_together(parts: Sequence[Lora]) -> None:
                 f"{first.folder} and {part.folder} were trained on the base quantised in different ways ({_bits(first)}; "
                 f"{_bits(part)}), which are two bases.\n  Only adapters of one base can be summed."
             )
-        same = part.rest.keys() == first.rest.keys() and all(torch.equal(part.rest[key], first.rest[key]) for key in first.rest)
+        same = part.rest.keys() == first.rest.keys() and all(
+            torch.equal(part.rest[key], first.rest[key]) for key in first.rest
+        )
         if not same:
             saved = sorted({*part.rest, *first.rest})[0].removeprefix("base_model.model.")
             raise UserError(
                 f"{first.folder} and {part.folder} hold modules that were trained whole (modules_to_save) and differ: {saved}.\n"
                 "  Adapters with heads of their own cannot be summed; others can, trained without adaptation.modules_to_save."
             )
-        if any(first.layers[name][0].shape[1] != a.shape[1] for name, (a, _, _) in part.layers.items() if name in first.layers):
+        if any(
+            first.layers[name][0].shape[1] != a.shape[1]
+            for name, (a, _, _) in part.layers.items()
+            if name in first.layers
+        ):
             raise UserError(f"{first.folder} and {part.folder} have layers of different sizes")
 
 
 def _bits(part: Lora) -> str:
     """What the bits of an adapter's base depend on; what it computed in is no part of that."""
     kept = part.quantization
-    return ", ".join(f"{key}={kept[key]}" for key in kept if key != "compute_dtype") if kept else "not quantised"
+    return (
+        ", ".join(f"{key}={kept[key]}" for key in kept if key != "compute_dtype") if kept else "not quantised"
+    )
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, layer: str, default: float) -> float:
     """The value of the first pattern that names the layer, as peft reads them."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+    return next(
+        (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), default
+    )
 
 
 def _padded(factor: Any, rank: int, dim: int) -> Any:

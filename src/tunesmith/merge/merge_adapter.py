@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith import files
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.load import load, probe
 from tunesmith.models.load import quantization as quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LARGEST_DIFFERENCE, LARGEST_KL = 1e-3, 1e-4
 """Of the largest logit; and of KL(adapter || merged) at any token, in nats. Above either the merged model would be another one
@@ -42,7 +45,9 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> dict[st
         raise UserError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     target = files.new_target(out, "merge")
     if folder.base is None:
-        raise UserError(f"{folder.path} is a full model: there is no adapter in it, so there is nothing to merge")
+        raise UserError(
+            f"{folder.path} is a full model: there is no adapter in it, so there is nothing to merge"
+        )
     folded = fold(folder, dtype)
     with files.new_folder(target) as made:
         reloaded, *saved = write(folded, made)
@@ -72,7 +77,7 @@ class Folded:
 
     source: Folder
     plain: Any
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
     before: list[Any]
     difference: float
@@ -91,7 +96,11 @@ def fold(folder: Folder, dtype: str = "auto") -> Folded:
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in probe.PROMPTS]
     before = [probe.all_logits(attached, ids) for ids in prompts]
     base = quantized.record(attached)
-    plain = load.merged(attached) if base is None else load.load_model(folder, dtype=torch.float32, adapter="merge")
+    plain = (
+        load.merged(attached)
+        if base is None
+        else load.load_model(folder, dtype=torch.float32, adapter="merge")
+    )
     del attached
     scale = max(1.0, *(float(logits.abs().max()) for logits in before))
     difference, divergence = _apart(plain, prompts, before)
@@ -102,7 +111,14 @@ def fold(folder: Folder, dtype: str = "auto") -> Folded:
             "  Nothing was written. Use the adapter as it is."
         )
     return Folded(
-        folder, plain.to(kept), tokenizer, prompts, before, difference, divergence, base["quant_type"] if base else None
+        folder,
+        plain.to(kept),
+        tokenizer,
+        prompts,
+        before,
+        difference,
+        divergence,
+        base["quant_type"] if base else None,
     )
 
 
@@ -128,12 +144,19 @@ def write(folded: Folded, folder: Path) -> tuple[Any, float, float]:
     return reloaded, difference, divergence
 
 
-def _apart(model: Any, prompts: list[list[int]], before: list[Any]) -> tuple[float, float]:
+def _apart(model: PreTrainedModel, prompts: list[list[int]], before: list[Any]) -> tuple[float, float]:
     """The largest difference of a logit from ``before``, and the largest KL(before || model) at any token, in nats."""
     import torch
 
     after = [probe.all_logits(model, ids) for ids in prompts]
-    pairs = [(one.double().log_softmax(-1), other.double().log_softmax(-1)) for one, other in zip(before, after, strict=True)]
-    difference = torch.stack([(one - other).abs().max() for one, other in zip(before, after, strict=True)]).max()
+    pairs = [
+        (one.double().log_softmax(-1), other.double().log_softmax(-1))
+        for one, other in zip(before, after, strict=True)
+    ]
+    difference = torch.stack(
+        [(one - other).abs().max() for one, other in zip(before, after, strict=True)]
+    ).max()
     divergence = torch.stack([(one.exp() * (one - other)).sum(-1).max() for one, other in pairs]).max()
-    return float(difference), float(divergence.clamp(min=0))  # torch's maximum is nan where one is, Python's may not be
+    return float(difference), float(
+        divergence.clamp(min=0)
+    )  # torch's maximum is nan where one is, Python's may not be

@@ -80,7 +80,9 @@ def multi(gold: Any, probabilities: Any, names: Sequence[str], threshold: float 
         "threshold": float(threshold),
         "baseline": constant["micro_f1"],
         "baseline_labels": [names[label] for label in constant["labels"]],
-        "per_class": {name: {**figures, "auroc": area} for (name, figures), area in zip(per_class.items(), areas)},
+        "per_class": {
+            name: {**figures, "auroc": area} for (name, figures), area in zip(per_class.items(), areas)
+        },
         "curves": {name: _curve(gold[:, label], probabilities[:, label]) for label, name in enumerate(names)},
         "calibration": bins,
     }
@@ -178,12 +180,18 @@ def calibration_error(bins: Sequence[dict[str, float]]) -> float | None:
     """The expected calibration error of :func:`calibration`'s bins: the mean of |accuracy - confidence|, weighted by rows
     (Guo et al. 2017, eq. 3). None without any."""
     total = sum(one["count"] for one in bins)
-    return sum(abs(one["accuracy"] - one["confidence"]) * one["count"] for one in bins) / total if total else None
+    return (
+        sum(abs(one["accuracy"] - one["confidence"]) * one["count"] for one in bins) / total
+        if total
+        else None
+    )
 
 
 def _check(gold: np.ndarray, probabilities: np.ndarray, names: Sequence[str], shape: tuple[int, ...]) -> None:
     if probabilities.ndim != 2 or probabilities.shape[1] != len(names) or gold.shape != shape:
-        raise ValueError(f"gold {gold.shape} and probabilities {probabilities.shape} do not fit {len(names)} names")
+        raise ValueError(
+            f"gold {gold.shape} and probabilities {probabilities.shape} do not fit {len(names)} names"
+        )
     _refuse_nothing(len(gold))
     if gold.ndim == 1 and not (gold.min() >= 0 and gold.max() < len(names)):
         raise ValueError(f"class ids from {gold.min()} to {gold.max()}; expected 0 to {len(names) - 1}")

@@ -70,7 +70,9 @@ def problems(tags: Sequence[str], scheme: str | None = "BIO") -> Counter[str]:
     return found
 
 
-def score(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], scheme: str | None = None) -> dict[str, Any]:
+def score(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], scheme: str | None = None
+) -> dict[str, Any]:
     """Entity figures over rows of tags, and ``token_accuracy``, the share of words whose tag is right.
 
     Returns precision, recall and f1 (over all entities: micro), support (entities in ``gold``), by_type {type: {precision,
@@ -89,7 +91,11 @@ def score(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], sch
     right = sum(tag == other for tags, said in zip(gold, predicted) for tag, other in zip(tags, said))
     scheme = scheme or scheme_of(tag for rows in (gold, predicted) for tags in rows for tag in tags)
     return {
-        **(_entities(gold, predicted) if scheme else dict.fromkeys(("precision", "recall", "f1", "support", "by_type"))),
+        **(
+            _entities(gold, predicted)
+            if scheme
+            else dict.fromkeys(("precision", "recall", "f1", "support", "by_type"))
+        ),
         "token_accuracy": right / words if words else 0.0,
         "words": words,
         "missing": words - sum(map(len, predicted)),
@@ -103,7 +109,9 @@ def _entities(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]])
     truth = [list(tags) for tags in gold]
     said = [[*tags, *["O"] * (len(full) - len(tags))] for full, tags in zip(gold, predicted)]
     types = sorted({name for rows in (truth, said) for tags in rows for name, _, _ in spans(tags)})
-    precision, recall, f1, support = precision_recall_fscore_support(truth, said, average="micro", zero_division=0)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        truth, said, average="micro", zero_division=0
+    )
     columns = precision_recall_fscore_support(truth, said, average=None, zero_division=0)
     return {
         "precision": float(precision),

@@ -49,7 +49,9 @@ def score(predictions: Mapping[str, str], golds: Mapping[str, Sequence[str]]) ->
     leaves those out.) Raises DataError without questions, and for a prediction to a question that is not there.
     """
     if not golds:
-        raise DataError("There is nothing to measure: no question has a known answer. Give questions with answers.")
+        raise DataError(
+            "There is nothing to measure: no question has a known answer. Give questions with answers."
+        )
     if unknown := predictions.keys() - golds.keys():
         raise DataError(f"There is a prediction for the question {min(unknown)!r}, which is not in the data.")
     kinds: dict[str, list[tuple[float, float]]] = {"": [], "has_answer_": [], "no_answer_": []}
@@ -82,7 +84,9 @@ def best_null_threshold(null_minus_best: Any, of_best: Any, answerable: Any) -> 
     scores, gained = np.asarray(null_minus_best, dtype=np.float64), np.asarray(of_best, dtype=np.float64)
     nulls = ~np.asarray(answerable, dtype=bool)
     if not len(scores):
-        raise DataError("There is no question to choose a threshold by. Give questions whose answers are known.")
+        raise DataError(
+            "There is no question to choose a threshold by. Give questions whose answers are known."
+        )
     order = np.argsort(scores, kind="stable")
     scores = scores[order]
     # Answering one more question gains its score and loses what "no answer" would have had: 1 where that is right.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHIFTED = (
     "roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "data2vec-text", "longformer",
@@ -11,9 +14,13 @@ SHIFTED = (
 """Kinds of networks whose first token does not stand at position 0."""
 
 
-def base(model: Any) -> Any:
+def base(model: PreTrainedModel) -> Any:
     """The transformers model inside a peft wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    return (
+        model.get_base_model()
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        else model
+    )
 
 
 def is_causal(config: Any) -> bool:

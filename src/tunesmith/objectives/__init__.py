@@ -11,12 +11,26 @@ import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tunesmith.data.batch.pack import Layout
 from tunesmith.data.batch.step import Batch, Example, Source, Step
 
-__all__ = ["Batch", "Example", "Layout", "Metrics", "Objective", "Session", "Source", "Step", "TaskHead", "Traits"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "Batch",
+    "Example",
+    "Layout",
+    "Metrics",
+    "Objective",
+    "Session",
+    "Source",
+    "Step",
+    "TaskHead",
+    "Traits",
+]
 
 Metrics = dict[str, tuple[Any, Any]]
 """Metric name -> (sum, count), device tensors or numbers. An objective gives the same names for every batch."""
@@ -57,8 +71,8 @@ class Traits:
 class Session(Protocol):
     """What an objective may use of a run. ``model`` is there once the weights are loaded, before the first step."""
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     device: Any
     seed: int
     epochs: Source
@@ -101,7 +115,7 @@ class Objective:
         self.max_length: int | None = None
         """Tokens an example may have; None = no limit."""
 
-    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+    def bind(self, config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         """Take what the objective needs of the network's ``config`` and the tokenizer; called before any row is encoded."""
         self.max_length = max_length
 
@@ -109,7 +123,7 @@ class Objective:
         """Look at all training rows before any is encoded (labels, balance); they are read only as far as they are iterated.
         Raises DataError."""
 
-    def encode(self, rows: Sequence[Any], tokenizer: Any) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
         """Tokenise rows; a list of examples for each (several when a conversation is expanded by turn, none when dropped)."""
         raise NotImplementedError
 
@@ -125,11 +139,11 @@ class Objective:
         """Loss units of the micro-batch (supervised tokens, pairs, rows), known before the forward pass."""
         raise NotImplementedError
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Metrics]:
         """(sum of the loss over its units, metrics): device tensors; no mean, no ``.item()``, no ``float()``."""
         raise NotImplementedError
 
-    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         """Small records of a batch (sums and counts, ids, spans), never logits."""
         raise NotImplementedError
 
@@ -137,7 +151,7 @@ class Objective:
         """Figures over all records, such as ``eval_loss``."""
         raise NotImplementedError
 
-    def reference_logps(self, model: Any, batch: Batch) -> list[Any]:
+    def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[Any]:
         """For each example of the batch, log-probabilities float64 (n,): kept before the first step, and from then on part
         of the example as ``reference_logps``. Only where ``traits.needs_reference``."""
         raise NotImplementedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -20,14 +20,22 @@ from tunesmith.models import network
 from tunesmith.models.heads import head_types
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
-        None, description="default: what the labels look like (a list of labels, numbers with fractions, else one class)"
+    problem_type: (
+        Literal["single_label_classification", "multi_label_classification", "regression"] | None
+    ) = Field(
+        None,
+        description="default: what the labels look like (a list of labels, numbers with fractions, else one class)",
     )
-    labels: list[str] | None = Field(None, min_length=1, description="names of the classes, by id; default: found")
+    labels: list[str] | None = Field(
+        None, min_length=1, description="names of the classes, by id; default: found"
+    )
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
         None,
         description="balanced = rare classes count as much as frequent ones (of several labels: rows with one as much as those "
@@ -35,9 +43,12 @@ class Config(BaseModel):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     pooling: Literal["mean"] | None = Field(
-        None, description="mean = average of all tokens' outputs; default: the first token of an encoder, a decoder's last"
+        None,
+        description="mean = average of all tokens' outputs; default: the first token of an encoder, a decoder's last",
     )
-    overlong: Literal["error", "drop", "truncate"] = Field("error", description="what happens to a row above max_length")
+    overlong: Literal["error", "drop", "truncate"] = Field(
+        "error", description="what happens to a row above max_length"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -45,17 +56,27 @@ class Config(BaseModel):
         if self.problem_type == REGRESSION:
             for key in ("labels", "class_weights", "label_smoothing"):
                 if getattr(self, key):
-                    raise ValueError(f"{key} goes with classes, and problem_type is regression. Leave out one of the two")
+                    raise ValueError(
+                        f"{key} goes with classes, and problem_type is regression. Leave out one of the two"
+                    )
         if self.problem_type == MULTI and self.label_smoothing:
-            raise ValueError("label_smoothing goes with one class of several, and problem_type is multi_label_classification")
-        if isinstance(self.class_weights, dict) and any(weight <= 0 for weight in self.class_weights.values()):
+            raise ValueError(
+                "label_smoothing goes with one class of several, and problem_type is multi_label_classification"
+            )
+        if isinstance(self.class_weights, dict) and any(
+            weight <= 0 for weight in self.class_weights.values()
+        ):
             raise ValueError("class_weights: expected numbers above 0")
         return self
 
 
 class Objective(objectives.TaskHead):
     traits = Traits(
-        rows=(Labelled,), head="score", starter={"path": "builtin:classify"}, assumed=True, single_label_keys=("label_smoothing",)
+        rows=(Labelled,),
+        head="score",
+        starter={"path": "builtin:classify"},
+        assumed=True,
+        single_label_keys=("label_smoothing",),
     )
 
     def __init__(self, config: Config) -> None:
@@ -76,7 +97,10 @@ class Objective(objectives.TaskHead):
 
     def _choose_best(self) -> None:
         """The figure that chooses the best model is that of the problem."""
-        best: dict[str, tuple[str, Literal["min", "max"]]] = {SINGLE: ("eval_accuracy", "max"), MULTI: ("eval_micro_f1", "max")}
+        best: dict[str, tuple[str, Literal["min", "max"]]] = {
+            SINGLE: ("eval_accuracy", "max"),
+            MULTI: ("eval_micro_f1", "max"),
+        }
         self.traits = replace(self.traits, best=best.get(self.problem, ("eval_loss", "min")))
 
     @property
@@ -89,7 +113,7 @@ class Objective(objectives.TaskHead):
 
     # ------------------------------------------------------------------------------------------------ before encoding
 
-    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+    def bind(self, config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         self._causal = network.is_causal(config)
         self.max_length = max_length
         self._ending = texts.ending(tokenizer)
@@ -97,7 +121,10 @@ class Objective(objectives.TaskHead):
         if self._causal:
             texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
             self._pad = tokenizer.pad_token_id
-        if ours.get("objective") == "classify" or head_types.kind_of((config.architectures or [""])[0]) == "score":
+        if (
+            ours.get("objective") == "classify"
+            or head_types.kind_of((config.architectures or [""])[0]) == "score"
+        ):
             self._saved = {
                 "problem": config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE),
                 "labels": [config.id2label[number] for number in range(config.num_labels)],
@@ -144,7 +171,9 @@ class Objective(objectives.TaskHead):
         self.facts |= {"problem": problem, "labels": names}
         self._choose_best()
         if problem != SINGLE and self.config.label_smoothing:
-            raise RecipeError(f"objective.label_smoothing goes with one class of several, and this is {problem}. Leave it out.")
+            raise RecipeError(
+                f"objective.label_smoothing goes with one class of several, and this is {problem}. Leave it out."
+            )
         self._weigh(found)
         self.notes += labels.told(problem, names, found)
 
@@ -155,12 +184,16 @@ class Objective(objectives.TaskHead):
         if chosen is None:
             return
         if self.problem == REGRESSION:
-            raise RecipeError("objective.class_weights goes with classes, and the labels are numbers. Leave it out.")
+            raise RecipeError(
+                "objective.class_weights goes with classes, and the labels are numbers. Leave it out."
+            )
         if chosen == "balanced":
             assert found is not None
             held = np.array([max(1, found.counts[name]) for name in names])
             several = self.problem == MULTI
-            self._weights = np.maximum(1, found.rows - held) / held if several else found.rows / (len(names) * held)
+            self._weights = (
+                np.maximum(1, found.rows - held) / held if several else found.rows / (len(names) * held)
+            )
             return
         assert isinstance(chosen, dict)
         for name in chosen:
@@ -186,17 +219,25 @@ class Objective(objectives.TaskHead):
 
     # ------------------------------------------------------------------------------------------------------- examples
 
-    def encode(self, rows: Sequence[Labelled], tokenizer: Any) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
         made = texts.encode([(row.text, row.text_pair) for row in rows], tokenizer, self._template)
         for index, (row, example) in enumerate(zip(rows, made)):
             ids = example["input_ids"]
             if not len(ids):
                 raise RowFault(
-                    index, "text that gives a token", repr(row.text[:40]), "Write something, or delete the row.", "text"
+                    index,
+                    "text that gives a token",
+                    repr(row.text[:40]),
+                    "Write something, or delete the row.",
+                    "text",
                 )
             if self._pad is not None and ids[-1] == self._pad:
                 raise RowFault(
-                    index, "text that does not end in the padding token", repr(tokenizer.pad_token), "Remove it.", "text"
+                    index,
+                    "text that does not end in the padding token",
+                    repr(tokenizer.pad_token),
+                    "Remove it.",
+                    "text",
                 )
             example["target"] = self._target(row, index)
         return [[example] for example in made]
@@ -225,7 +266,13 @@ class Objective(objectives.TaskHead):
         if self.problem == REGRESSION:
             value = labels.as_number(row.label)
             if value is None:
-                raise RowFault(index, "a number", repr(row.label), "Write a number of at most 1e18, or delete the row.", "label")
+                raise RowFault(
+                    index,
+                    "a number",
+                    repr(row.label),
+                    "Write a number of at most 1e18, or delete the row.",
+                    "label",
+                )
             return np.array([value], np.float32)
         return np.array([self._number(labels.name_of(row.label), index, "label")], np.float32)
 
@@ -261,12 +308,14 @@ class Objective(objectives.TaskHead):
         """Rows."""
         return len(batch["targets"])
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Metrics]:
         """Sum over rows: cross-entropy of the class, mean over labels of the binary cross-entropies, or squared error."""
         from tunesmith.models.heads import task_heads
 
         logits = task_heads.score_logits(model, batch)
-        targets = batch["targets"].to(logits.device).nan_to_num(0.0)  # of rows to be predicted the forward is tried too
+        targets = (
+            batch["targets"].to(logits.device).nan_to_num(0.0)
+        )  # of rows to be predicted the forward is tried too
         return self._losses(logits, targets, self._weights, self.config.label_smoothing).sum(), {}
 
     def _losses(self, logits: Any, targets: Any, weights: Any = None, smoothing: float = 0.0) -> Any:
@@ -283,11 +332,13 @@ class Objective(objectives.TaskHead):
                 logits, targets.to(logits.dtype), pos_weight=weights, reduction="none"
             )
             return each.mean(dim=1)
-        return functional.cross_entropy(logits, targets[:, 0].long(), weight=weights, label_smoothing=smoothing, reduction="none")
+        return functional.cross_entropy(
+            logits, targets[:, 0].long(), weight=weights, label_smoothing=smoothing, reduction="none"
+        )
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         """Of each row: where it stands, its probabilities (of regression: the number), what is true of it, its plain loss."""
         import torch
 
@@ -300,7 +351,9 @@ class Objective(objectives.TaskHead):
             losses = torch.full((len(logits),), float("nan"), dtype=logits.dtype, device=logits.device)
             if known.any():
                 losses[known] = self._losses(logits[known], targets[known])
-            scores = {SINGLE: lambda: logits.softmax(-1), MULTI: logits.sigmoid, REGRESSION: lambda: logits}[self.problem]()
+            scores = {SINGLE: lambda: logits.softmax(-1), MULTI: logits.sigmoid, REGRESSION: lambda: logits}[
+                self.problem
+            ]()
         return {
             "rows": batch["rows"],
             "scores": scores.cpu().numpy(),
@@ -308,11 +361,16 @@ class Objective(objectives.TaskHead):
             "losses": losses.cpu().double().numpy(),
         }
 
-    def _gathered(self, records: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray, np.ndarray]:
+    def _gathered(
+        self, records: Sequence[dict[str, Any]]
+    ) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray, np.ndarray]:
         """(rows, scores, targets, losses) of all records, by row."""
         rows = [row for record in records for row in record["rows"]]
         order = sorted(range(len(rows)), key=lambda place: rows[place])
-        parts = (np.concatenate([record[name] for record in records])[order] for name in ("scores", "targets", "losses"))
+        parts = (
+            np.concatenate([record[name] for record in records])[order]
+            for name in ("scores", "targets", "losses")
+        )
         scores, targets, losses = parts
         return [rows[place] for place in order], scores, targets, losses
 
@@ -323,7 +381,9 @@ class Objective(objectives.TaskHead):
         if len(losses) > 1:
             figures["eval_loss_stderr"] = float(losses.std(ddof=1) / len(losses) ** 0.5)
         found = self.measures(scores, targets).items()
-        return figures | {f"eval_{name}": value for name, value in found if isinstance(value, float) and name != "baseline"}
+        return figures | {
+            f"eval_{name}": value for name, value in found if isinstance(value, float) and name != "baseline"
+        }
 
     def measures(self, scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
         """All figures of scores (rows, k) against targets (rows, k)."""

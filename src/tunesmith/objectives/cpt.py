@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,9 @@ from tunesmith.data.batch import pack
 from tunesmith.data.encode import conversations
 from tunesmith.data.rows import Text, Written
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Config(BaseModel):
@@ -25,14 +28,16 @@ class Config(BaseModel):
 
 class Objective(objectives.Objective):
     traits = Traits(
-        rows=(Text,), overlong="split", starter={"path": "builtin:docstrings", "format": "text", "columns": {"text": "response"}}
+        rows=(Text,),
+        overlong="split",
+        starter={"path": "builtin:docstrings", "format": "text", "columns": {"text": "response"}},
     )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.traits = replace(self.traits, overlong=config.overlong)
 
-    def encode(self, rows: Sequence[Written], tokenizer: Any) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Written], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
         return conversations.encode(rows, tokenizer, train_on="all")
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
@@ -42,13 +47,13 @@ class Objective(objectives.Objective):
         """Tokens that have one before them in their block."""
         return int(batch["labels"].numel())
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Metrics]:
         """sum over tokens of -log p(token | its block so far)."""
         from tunesmith.models.heads.lm_head import lm_loss
 
         return lm_loss(model, batch), {}
 
-    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         from tunesmith.models.heads.lm_head import row_losses
 
         return {"rows": row_losses(model, batch)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,6 +20,9 @@ from tunesmith.data.rows import Ranking
 from tunesmith.metrics import token_mean as figures
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -28,20 +31,28 @@ class Config(BaseModel):
         "sigmoid", description="sigmoid = DPO; simpo and orpo need no reference"
     )
     beta: float = Field(
-        0.1, gt=0, description="how strongly the policy is held to the reference; of orpo the weight of its ratio"
+        0.1,
+        gt=0,
+        description="how strongly the policy is held to the reference; of orpo the weight of its ratio",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="share of pairs taken to be judged the wrong way round; with sigmoid and robust"
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="share of pairs taken to be judged the wrong way round; with sigmoid and robust",
     )
     simpo_gamma: float = Field(0.5, ge=0, description="with simpo: by how much the better answer is to lead")
     overlong: Literal["error", "drop", "truncate"] = Field(
-        "truncate", description="truncate = cut the prompt from the left, never an answer; a pair goes whole or not at all"
+        "truncate",
+        description="truncate = cut the prompt from the left, never an answer; a pair goes whole or not at all",
     )
 
     @model_validator(mode="after")
     def _used(self) -> Config:
         if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
-            raise ValueError(f"label_smoothing goes with sigmoid and robust, and loss_type is {self.loss_type}. Leave it out")
+            raise ValueError(
+                f"label_smoothing goes with sigmoid and robust, and loss_type is {self.loss_type}. Leave it out"
+            )
         if self.simpo_gamma != 0.5 and self.loss_type != "simpo":
             raise ValueError(f"simpo_gamma goes with simpo, and loss_type is {self.loss_type}. Leave it out")
         return self
@@ -128,7 +139,14 @@ LOSSES: dict[str, Callable[[Pairs, Config], Any]] = {
 ALONE = ("simpo", "orpo")
 """Losses that compare with no reference."""
 
-FIGURES = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+FIGURES = (
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 class Objective(objectives.Objective):
@@ -143,13 +161,15 @@ class Objective(objectives.Objective):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.traits = replace(self.traits, overlong=config.overlong, needs_reference=config.loss_type not in ALONE)
+        self.traits = replace(
+            self.traits, overlong=config.overlong, needs_reference=config.loss_type not in ALONE
+        )
 
-    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+    def bind(self, config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         super().bind(config, tokenizer, max_length)
         self.facts |= {"max_length": max_length, "overlong": self.config.overlong}
 
-    def encode(self, rows: Sequence[Ranking], tokenizer: Any) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
         return rankings.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
@@ -159,7 +179,7 @@ class Objective(objectives.Objective):
         """Rows: all pairs of a row together count as one (Ouyang et al. 2022, equation 1)."""
         return len(batch["rows"])
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Metrics]:
         """Sum over rows of the mean loss of their pairs; the figures that the field watches, likewise."""
         losses, found = self._pairs(model, batch)
         weights = batch["weights"].to(losses)
@@ -167,7 +187,7 @@ class Objective(objectives.Objective):
         metrics = {name: ((weights * value.detach()).sum(), count) for name, value in found.items()}
         return (weights * losses).sum(), metrics
 
-    def _pairs(self, model: Any, batch: Batch) -> tuple[Any, dict[str, Any]]:
+    def _pairs(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, dict[str, Any]]:
         """Loss and figures of each pair (n,)."""
         import torch
 
@@ -182,7 +202,9 @@ class Objective(objectives.Objective):
             reference = policy.detach()
         tokens = batch["tokens"].to(policy).clamp(min=1)
         better, worse = batch["pairs"].to(policy.device).unbind(1)
-        pairs = Pairs(policy[better], policy[worse], reference[better], reference[worse], tokens[better], tokens[worse])
+        pairs = Pairs(
+            policy[better], policy[worse], reference[better], reference[worse], tokens[better], tokens[worse]
+        )
         by_token = tokens if self.config.loss_type in ALONE else 1.0  # as these losses compare
         rewards = self.config.beta * (policy - reference) / by_token
         figures = {
@@ -195,10 +217,12 @@ class Objective(objectives.Objective):
             "logps/rejected": pairs.worse,
         }
         if self.traits.needs_reference:
-            figures["kl"] = ((pairs.better - pairs.better_reference) ** 2 + (pairs.worse - pairs.worse_reference) ** 2) / 4
+            figures["kl"] = (
+                (pairs.better - pairs.better_reference) ** 2 + (pairs.worse - pairs.worse_reference) ** 2
+            ) / 4
         return LOSSES[self.config.loss_type](pairs, self.config), figures
 
-    def reference_logps(self, model: Any, batch: Batch) -> list[Any]:
+    def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[Any]:
         """For each row, log p(answer | prompt) of its answers, float64 (answers,)."""
         from tunesmith.models.heads.log_probs import answer_logps
 
@@ -206,7 +230,7 @@ class Objective(objectives.Objective):
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         """Of each row: the means over its pairs of the loss and the figures."""
         import torch
 
@@ -215,7 +239,11 @@ class Objective(objectives.Objective):
             weights = batch["weights"].to(losses)
             of = torch.tensor(batch["of"], device=losses.device)
             sums = {
-                name: losses.new_zeros(len(batch["rows"])).index_add(0, of, weights * value).cpu().double().tolist()
+                name: losses.new_zeros(len(batch["rows"]))
+                .index_add(0, of, weights * value)
+                .cpu()
+                .double()
+                .tolist()
                 for name, value in {"loss": losses, **found}.items()
             }
         return {"judged": [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -24,6 +24,9 @@ from tunesmith.data.rows import Judged
 from tunesmith.data.store.encoded_rows import Encoded
 from tunesmith.metrics import token_mean
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Session, Source, Step, Traits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Config(BaseModel):
@@ -67,7 +70,7 @@ class Objective(objectives.Objective):
         self.prefix = np.zeros(0, np.int32)
         """Tokens that the tokenizer puts before a text; a prompt keeps them when its left is cut."""
 
-    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+    def bind(self, config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         super().bind(config, tokenizer, max_length)
         self.facts |= {"max_length": max_length, "overlong": self.config.overlong}
         self.prefix = np.array(special_ends(tokenizer)[0], np.int32)
@@ -79,7 +82,7 @@ class Objective(objectives.Objective):
         if advice := found.advice(self.config.desirable_weight, self.config.undesirable_weight):
             self.notes.append(advice)
 
-    def encode(self, rows: Sequence[Judged], tokenizer: Any) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Judged], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
         return judgements.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
 
     def extend(self, data: Encoded) -> Encoded:
@@ -96,18 +99,22 @@ class Objective(objectives.Objective):
         if "kl" in examples[0]:
             batch["kl"] = examples[0]["kl"]
         elif self.estimates_kl and "other_ids" in examples[0]:
-            batch["other"] = preference_batch.of_targets([other_response.of(example) for example in examples], layout)
+            batch["other"] = preference_batch.of_targets(
+                [other_response.of(example) for example in examples], layout
+            )
         return batch
 
     def count(self, batch: Batch) -> int:
         """Rows."""
         return len(batch["rows"])
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Metrics]:
         """Sum over rows of lambda_y - v(x, y), equation 8. Rewards are given without the baseline."""
         policy = _logps(model, batch)
         log_ratio = policy - self._reference(policy, batch)[:, 0]
-        kl = batch["kl"].to(policy) if "kl" in batch else policy.new_zeros(())  # at step 0 the policy is its reference
+        kl = (
+            batch["kl"].to(policy) if "kl" in batch else policy.new_zeros(())
+        )  # at step 0 the policy is its reference
         good = batch["desirable"].to(policy.device)
         rewards, logps = self.config.beta * log_ratio.detach(), policy.detach()
         metrics: Metrics = {
@@ -127,14 +134,14 @@ class Objective(objectives.Objective):
         weight = self.config.desirable_weight * chosen + self.config.undesirable_weight * (1 - chosen)
         return weight * (1 - torch.sigmoid(self.config.beta * (2 * chosen - 1) * (log_ratio - kl)))
 
-    def _reference(self, policy: Any, batch: Batch) -> Any:
+    def _reference(self, policy: PreTrainedModel, batch: Batch) -> Any:
         """float64 (n, k): the reference's log p of the response and, where the KL is estimated, of the other one. Before its
         first step the policy is its own reference."""
         if "reference_logps" not in batch:
             return policy.detach()[:, None]
         return batch["reference_logps"].to(policy).view(len(policy), -1)
 
-    def reference_logps(self, model: Any, batch: Batch) -> list[Any]:
+    def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[Any]:
         """For each row float64 (k,): log p of the response and, where the KL is estimated, of the other one."""
         import torch
 
@@ -146,7 +153,7 @@ class Objective(objectives.Objective):
     def source(self, session: Session) -> Source:
         return WithBaseline(session.epochs, session, self) if self.estimates_kl else session.epochs
 
-    def kl_terms(self, model: Any, batch: Batch) -> list[Any]:
+    def kl_terms(self, model: PreTrainedModel, batch: Batch) -> list[Any]:
         """For each row log (policy / reference) of the response to another prompt, on the device."""
         policy = _logps(model, to_device(batch["other"], batch["input_ids"].device))
         if "reference_logps" not in batch:
@@ -155,14 +162,16 @@ class Objective(objectives.Objective):
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         """For each row its log-probability, log ratio, and that of the response to another prompt."""
         import torch
 
         with torch.no_grad():
             policy = _logps(model, batch)
             log_ratio = policy - self._reference(policy, batch)[:, 0]
-            others = torch.stack(self.kl_terms(model, batch)) if "other" in batch else torch.zeros_like(policy)
+            others = (
+                torch.stack(self.kl_terms(model, batch)) if "other" in batch else torch.zeros_like(policy)
+            )
         found = [values.tolist() for values in (policy, log_ratio, batch["desirable"], others)]
         return {
             "judged": [
@@ -178,14 +187,18 @@ class Objective(objectives.Objective):
         rows = [row for record in records for row in record["judged"]]
         kl = max(0.0, math.fsum(row["other"] for row in rows) / max(1, len(rows)))
         ratios = torch.tensor([row["ratio"] for row in rows], dtype=torch.float64)
-        losses = self._losses(ratios, kl, torch.tensor([row["desirable"] for row in rows], dtype=torch.bool)).tolist()
+        losses = self._losses(
+            ratios, kl, torch.tensor([row["desirable"] for row in rows], dtype=torch.bool)
+        ).tolist()
         found = token_mean.token_mean([{"rows": [(loss, 1) for loss in losses]}])
         figures = {name: value for name, value in found.items() if name != "perplexity"}
         means = {}
         for kind, good in (("chosen", True), ("rejected", False)):
             some = [row for row in rows if row["desirable"] is good]
             if some:
-                means[f"eval_rewards/{kind}"] = self.config.beta * math.fsum(row["ratio"] for row in some) / len(some)
+                means[f"eval_rewards/{kind}"] = (
+                    self.config.beta * math.fsum(row["ratio"] for row in some) / len(some)
+                )
                 means[f"eval_logps/{kind}"] = math.fsum(row["logp"] for row in some) / len(some)
         if len(means) == 4:
             means["eval_rewards/margins"] = means["eval_rewards/chosen"] - means["eval_rewards/rejected"]
@@ -214,7 +227,11 @@ class WithBaseline:
         import torch
 
         terms = list(self.session.forward(self.objective.kl_terms, step).values())
-        here = torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64, device=self.session.device)
+        here = (
+            torch.stack(terms).sum()
+            if terms
+            else torch.zeros((), dtype=torch.float64, device=self.session.device)
+        )
         return (self.session.all_reduce(here) / len(step)).clamp(min=0)
 
     def preview(self, most: int) -> Sequence[Step]:
@@ -230,7 +247,7 @@ class WithBaseline:
         self.rows.load(tensors, state)
 
 
-def _logps(model: Any, batch: Batch) -> Any:
+def _logps(model: PreTrainedModel, batch: Batch) -> Any:
     """log p(response | prompt) of each row, float64 (n,)."""
     from tunesmith.models.heads.log_probs import answer_logps
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,6 +19,9 @@ from tunesmith.models import network
 from tunesmith.models.heads import head_types
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 N_BEST = 20
 """Answers kept for each question; their probabilities sum to 1."""
 
@@ -26,20 +29,30 @@ N_BEST = 20
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    window: int = Field(384, ge=16, description="tokens of question and context together; a longer context slides through")
-    stride: int = Field(128, ge=0, description="tokens that windows share; more where an answer of max_answer_tokens needs it")
+    window: int = Field(
+        384, ge=16, description="tokens of question and context together; a longer context slides through"
+    )
+    stride: int = Field(
+        128, ge=0, description="tokens that windows share; more where an answer of max_answer_tokens needs it"
+    )
     max_answer_tokens: int = Field(30, ge=1, description="answers of more tokens are not considered")
 
 
 class Objective(objectives.TaskHead):
-    traits = Traits(rows=(Question,), head="span", best=("eval_f1", "max"), starter={"path": "builtin:qa"}, assumed=True)
+    traits = Traits(
+        rows=(Question,), head="span", best=("eval_f1", "max"), starter={"path": "builtin:qa"}, assumed=True
+    )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.threshold: float | None = None
         """No answer is said where its score is more than this above the best answer's; None = there always is one."""
         self._causal = False
-        self._settings = {"window": config.window, "stride": config.stride, "max_answer_tokens": config.max_answer_tokens}
+        self._settings = {
+            "window": config.window,
+            "stride": config.stride,
+            "max_answer_tokens": config.max_answer_tokens,
+        }
         self._template = questions.TEMPLATE
         self._saved: dict[str, Any] | None = None
         self._limit: int | None = None
@@ -47,7 +60,7 @@ class Objective(objectives.TaskHead):
 
     # ------------------------------------------------------------------------------------------------ before encoding
 
-    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+    def bind(self, config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         self._causal = network.is_causal(config)
         ours = getattr(config, "tunesmith", None) or {}
         if ours.get("objective") == "qa" or head_types.kind_of((config.architectures or [""])[0]) == "span":
@@ -69,7 +82,12 @@ class Objective(objectives.TaskHead):
 
     def _decide(self) -> None:
         self.max_length = min(self._settings["window"], self._limit or self._settings["window"])
-        self.facts |= {**self._settings, "causal": self._causal, "max_length": self.max_length, "template": self._template}
+        self.facts |= {
+            **self._settings,
+            "causal": self._causal,
+            "max_length": self.max_length,
+            "template": self._template,
+        }
 
     def scan(self, rows: Iterable[Any]) -> None:
         """Whether there are questions without an answer: only then the model may say so."""
@@ -91,7 +109,10 @@ class Objective(objectives.TaskHead):
 
     def head_config(self) -> dict[str, Any]:
         ours = {"objective": "qa", "pair_template": self._template, "null_threshold": self.threshold}
-        names = {0: "LABEL_0", 1: "LABEL_1"}  # transformers' span heads have two outputs, and these names for them
+        names = {
+            0: "LABEL_0",
+            1: "LABEL_1",
+        }  # transformers' span heads have two outputs, and these names for them
         return {
             "num_labels": 2,
             "id2label": names,
@@ -106,7 +127,7 @@ class Objective(objectives.TaskHead):
 
     # ------------------------------------------------------------------------------------------------------- examples
 
-    def encode(self, rows: Sequence[Question], tokenizer: Any) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
         return questions.encode(
             rows, tokenizer, template=self._template, causal=self._causal, stride=self._settings["stride"],
             max_length=self.max_length or self._settings["window"], longest_answer=self._settings["max_answer_tokens"],
@@ -126,7 +147,10 @@ class Objective(objectives.TaskHead):
             **batch,
             "cells": torch.from_numpy(cells),
             "spans": torch.from_numpy(np.stack([example["span"] for example in examples]).astype(np.int64)),
-            "windows": [{name: example[name] for name in ("offsets", "null", "context", "golds")} for example in examples],
+            "windows": [
+                {name: example[name] for name in ("offsets", "null", "context", "golds")}
+                for example in examples
+            ],
         }
 
     # ----------------------------------------------------------------------------------------------------------- loss
@@ -135,7 +159,7 @@ class Objective(objectives.TaskHead):
         """Windows whose answer is known."""
         return int(np.count_nonzero(batch["spans"][:, 0].numpy() >= 0))
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Metrics]:
         """Sum over windows of the mean of two cross-entropies over all their tokens: of the answer's first, and of its last."""
         from tunesmith.models.heads import task_heads
 
@@ -143,7 +167,7 @@ class Objective(objectives.TaskHead):
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         """Of each window: its row, the best answers in it, the score of no answer, the true answers, and its loss."""
         import torch
 
@@ -155,14 +179,20 @@ class Objective(objectives.TaskHead):
         known = (batch["spans"][:, 0] >= 0).cpu().numpy()
         first, last = start.float().cpu(), end.float().cpu()
         out, at = [], 0
-        for row, window, length, loss, gold in zip(batch["rows"], batch["windows"], batch["places"], losses, known):
+        for row, window, length, loss, gold in zip(
+            batch["rows"], batch["windows"], batch["places"], losses, known
+        ):
             scores = first[at : at + length], last[at : at + length]
             null = int(window["null"][0])
             out.append(
                 {
                     "row": row,
                     "best": best_spans(
-                        *scores, window["offsets"], window["context"], N_BEST, self._settings["max_answer_tokens"]
+                        *scores,
+                        window["offsets"],
+                        window["context"],
+                        N_BEST,
+                        self._settings["max_answer_tokens"],
                     ),
                     "null": float(scores[0][null] + scores[1][null]),
                     "golds": json.loads(window["golds"].tobytes()) if len(window["golds"]) else None,
@@ -197,7 +227,8 @@ class Objective(objectives.TaskHead):
         from tunesmith.metrics import squad
 
         listed: list[dict[str, Any]] = [
-            {"text": text, "score": score, "start": start, "end": end} for text, score, start, end in one["best"]
+            {"text": text, "score": score, "start": start, "end": end}
+            for text, score, start, end in one["best"]
         ]
         above = one["null"] - listed[0]["score"] if listed else None
         said = listed[0] if listed else {"text": "", "start": None, "end": None}
@@ -238,7 +269,11 @@ class Objective(objectives.TaskHead):
         """Where questions may have no answer: the threshold of the highest F1."""
         from tunesmith.metrics import squad
 
-        known = [one for one in self.answers(records) if one["gold"] is not None and one["null_minus_best"] is not None]
+        known = [
+            one
+            for one in self.answers(records)
+            if one["gold"] is not None and one["null_minus_best"] is not None
+        ]
         if self.threshold is None or all(one["gold"] for one in known):
             return
         texts = [next(answer["text"] for answer in one["n_best"] if answer["text"]) for one in known]
@@ -254,7 +289,10 @@ class Objective(objectives.TaskHead):
 
         known = {str(tuple(one["row"])): one for one in self.answers(records) if one["gold"] is not None}
         golds = {key: one["gold"] for key, one in known.items()}
-        return {**squad.score({key: one["prediction"] for key, one in known.items()}, golds), "null_threshold": self.threshold}
+        return {
+            **squad.score({key: one["prediction"] for key, one in known.items()}, golds),
+            "null_threshold": self.threshold,
+        }
 
     def present(self, row: Question, answer: dict[str, Any]) -> dict[str, Any]:
         """``answer`` ("" = the context does not say), where its characters ``start`` and ``end``, its probability, the n best."""
@@ -278,7 +316,9 @@ def best_spans(
 
     outside = torch.from_numpy(offsets[::2] < 0)
     begins, ends = (values.masked_fill(outside, -torch.inf) for values in (start, end))
-    ahead = torch.cat([ends, ends.new_full((longest - 1,), -torch.inf)]).unfold(0, longest, 1)  # (tokens, longest)
+    ahead = torch.cat([ends, ends.new_full((longest - 1,), -torch.inf)]).unfold(
+        0, longest, 1
+    )  # (tokens, longest)
     scores, places = (begins[:, None] + ahead).flatten().topk(min(count, ahead.numel()))
     out = []
     for score, place in zip(scores.tolist(), places.tolist()):
@@ -299,6 +339,10 @@ def _losses(start: Any, end: Any, batch: Batch) -> Any:
     rows, longest = len(spans), max(batch["places"])
     parts = []
     for logits, target in zip((start, end), spans.T):
-        table = logits.new_full((rows * longest,), -torch.inf).scatter(0, batch["cells"].to(start.device), logits)
-        parts.append(functional.cross_entropy(table.view(rows, longest), target, ignore_index=-1, reduction="none"))
+        table = logits.new_full((rows * longest,), -torch.inf).scatter(
+            0, batch["cells"].to(start.device), logits
+        )
+        parts.append(
+            functional.cross_entropy(table.view(rows, longest), target, ignore_index=-1, reduction="none")
+        )
     return (parts[0] + parts[1]) / 2

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,6 +26,9 @@ from tunesmith.models import network
 from tunesmith.models.heads import head_types
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 BUCKETS = 5
 """Of pairs by how much longer the better answer is: accuracy is given for each."""
 
@@ -37,12 +40,15 @@ OF_THE_LOSS = ("margin", "center_rewards_coefficient")
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    margin: bool = Field(False, description="the better answer is to lead by the difference of the scores in the data")
+    margin: bool = Field(
+        False, description="the better answer is to lead by the difference of the scores in the data"
+    )
     center_rewards_coefficient: float = Field(
         0.0, ge=0, description="weight of (r_chosen + r_rejected)^2, such as 0.01: holds rewards near zero"
     )
     overlong: Literal["error", "drop", "truncate"] = Field(
-        "truncate", description="truncate = cut the prompt from the left, never an answer; a pair goes whole or not at all"
+        "truncate",
+        description="truncate = cut the prompt from the left, never an answer; a pair goes whole or not at all",
     )
 
 
@@ -66,7 +72,7 @@ class Objective(objectives.TaskHead):
 
     # ------------------------------------------------------------------------------------------------ before encoding
 
-    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+    def bind(self, config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         if not network.is_causal(config):
             raise ModelError(
                 f"{config.model_type} is an encoder: it has no turns and no end of an answer, where a reward is read.\n"
@@ -85,7 +91,9 @@ class Objective(objectives.TaskHead):
         """The loss is that of its training. Raises DataError for a model without one number to give."""
         if not self._saved:
             raise DataError("this model has no head that gives a reward: train one with objective: reward")
-        self.config = self.config.model_copy(update={name: self._ours[name] for name in OF_THE_LOSS if name in self._ours})
+        self.config = self.config.model_copy(
+            update={name: self._ours[name] for name in OF_THE_LOSS if name in self._ours}
+        )
 
     def scan(self, rows: Iterable[Any]) -> None:
         """Margins need scores."""
@@ -100,7 +108,9 @@ class Objective(objectives.TaskHead):
                 "objective.margin=true takes the difference of scores, and no row has any.\n"
                 "  Add the columns chosen_score and rejected_score (or scores), or leave margin out."
             )
-        self.notes.append(f"margins: {with_scores} of {several} rows have scores; of the others the margin is 0")
+        self.notes.append(
+            f"margins: {with_scores} of {several} rows have scores; of the others the margin is 0"
+        )
 
     def head_config(self) -> dict[str, Any]:
         pad = {} if self._pad is None else {"pad_token_id": self._pad}
@@ -109,19 +119,27 @@ class Objective(objectives.TaskHead):
             "id2label": {0: "LABEL_0"},  # as transformers names a single number
             "label2id": {"LABEL_0": 0},
             "problem_type": "regression",
-            "tunesmith": {"objective": "reward", **{name: getattr(self.config, name) for name in OF_THE_LOSS}},
+            "tunesmith": {
+                "objective": "reward",
+                **{name: getattr(self.config, name) for name in OF_THE_LOSS},
+            },
             **pad,
         }
 
     # ------------------------------------------------------------------------------------------------------- examples
 
-    def encode(self, rows: Sequence[Ranking], tokenizer: Any) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
         made = rankings.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
         for index, examples in enumerate(made):
             for example in examples:
                 last = example["input_ids"][np.cumsum(example["answers"])[1:] - 1]
                 if self._pad is not None and self._pad in last:
-                    raise RowFault(index, "answers that do not end in the padding token", repr(tokenizer.pad_token), "Remove it.")
+                    raise RowFault(
+                        index,
+                        "answers that do not end in the padding token",
+                        repr(tokenizer.pad_token),
+                        "Remove it.",
+                    )
         return made
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
@@ -133,13 +151,15 @@ class Objective(objectives.TaskHead):
         """Rows: all pairs of a row together count as one."""
         return len(batch["rows"])
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Metrics]:
         """Sum over rows of the mean over their pairs of -log sigmoid(r_better - r_worse - margin), equation 1."""
         losses, found = self._pairs(self._rewards(model, batch), batch)
         weights, count = batch["weights"].to(losses), len(batch["rows"])
-        return (weights * losses).sum(), {name: ((weights * value.detach()).sum(), count) for name, value in found.items()}
+        return (weights * losses).sum(), {
+            name: ((weights * value.detach()).sum(), count) for name, value in found.items()
+        }
 
-    def _rewards(self, model: Any, batch: Batch) -> Any:
+    def _rewards(self, model: PreTrainedModel, batch: Batch) -> Any:
         """The number that each answer gets, (answers,)."""
         from tunesmith.models.heads import task_heads
 
@@ -164,7 +184,7 @@ class Objective(objectives.TaskHead):
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         """Of each row the rewards of its answers; of each of its pairs loss, lead, weight, and how many tokens apart they are."""
         import torch
 
@@ -191,7 +211,11 @@ class Objective(objectives.TaskHead):
         rows = [row for record in records for row in record["judged"] if row["pairs"]]
         loss = token_mean.token_mean([{"rows": [(_mean(row, "loss"), 1) for row in rows]}])
         found = self.details(records)
-        means = {f"eval_{name}": found[name] for name in ("accuracy", "margin", "calibration_error") if found[name] is not None}
+        means = {
+            f"eval_{name}": found[name]
+            for name in ("accuracy", "margin", "calibration_error")
+            if found[name] is not None
+        }
         return {name: value for name, value in loss.items() if name != "perplexity"} | means
 
     def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -202,7 +226,14 @@ class Objective(objectives.TaskHead):
         rows = sorted((row for record in records for row in record["judged"]), key=lambda row: row["row"])
         pairs = [pair for row in rows for pair in row["pairs"]]
         if not pairs:
-            return {"accuracy": None, "margin": None, "calibration_error": None, "calibration": [], "by_length": {}, "pairs": 0}
+            return {
+                "accuracy": None,
+                "margin": None,
+                "calibration_error": None,
+                "calibration": [],
+                "by_length": {},
+                "pairs": 0,
+            }
         lead, longer = (np.array([pair[name] for pair in pairs], float) for name in ("lead", "longer"))
         right = np.where(lead == 0, 0.5, lead > 0)
         sure = 1 / (1 + np.exp(-np.abs(lead)))
@@ -244,7 +275,10 @@ class Objective(objectives.TaskHead):
         rewards = answer["prediction"]
         if len(rewards) == 1:
             return {"reward": rewards[0]}
-        return {"rewards": rewards, "ranking": sorted(range(len(rewards)), key=lambda number: -rewards[number])}
+        return {
+            "rewards": rewards,
+            "ranking": sorted(range(len(rewards)), key=lambda number: -rewards[number]),
+        }
 
 
 def _mean(row: dict[str, Any], name: str) -> float:

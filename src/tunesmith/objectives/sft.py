@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +14,9 @@ from tunesmith.data.encode import conversations
 from tunesmith.data.rows import Chat, PromptCompletion, Text, Written
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -21,8 +24,12 @@ class Config(BaseModel):
     train_on: Literal["completion", "assistant", "all"] = Field(
         "completion", description="completion = the last answer; assistant = every answer; all = every token"
     )
-    expand_turns: bool = Field(False, description="one example per assistant turn, so that training sees what generation sees")
-    overlong: Literal["error", "drop", "truncate"] = Field("error", description="what happens to a row above max_length")
+    expand_turns: bool = Field(
+        False, description="one example per assistant turn, so that training sees what generation sees"
+    )
+    overlong: Literal["error", "drop", "truncate"] = Field(
+        "error", description="what happens to a row above max_length"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -41,8 +48,10 @@ class Objective(objectives.Objective):
         super().__init__(config)
         self.traits = replace(self.traits, overlong=config.overlong)
 
-    def encode(self, rows: Sequence[Written], tokenizer: Any) -> list[list[Example]]:
-        return conversations.encode(rows, tokenizer, train_on=self.config.train_on, expand_turns=self.config.expand_turns)
+    def encode(self, rows: Sequence[Written], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+        return conversations.encode(
+            rows, tokenizer, train_on=self.config.train_on, expand_turns=self.config.expand_turns
+        )
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
         return pack.with_targets(examples, layout)
@@ -51,13 +60,13 @@ class Objective(objectives.Objective):
         """Supervised tokens."""
         return int(batch["labels"].numel())
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Metrics]:
         """sum over supervised tokens of -log p(token | everything before it in its row)."""
         from tunesmith.models.heads.lm_head import lm_loss
 
         return lm_loss(model, batch), {}
 
-    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         from tunesmith.models.heads.lm_head import row_losses
 
         return {"rows": row_losses(model, batch)}

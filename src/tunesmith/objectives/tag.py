@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,15 +21,24 @@ from tunesmith.models import network
 from tunesmith.models.heads import head_types
 from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Row = tuple[int, int]
 
 
 class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    labels: list[str] | None = Field(None, min_length=2, description="names of the tags, by id; default: found, O first")
-    label_all: bool = Field(False, description="learn at every token of a word, not only at the one that it is read at")
-    stride: int = Field(64, ge=0, description="tokens that the windows of a sentence above max_length share, at most")
+    labels: list[str] | None = Field(
+        None, min_length=2, description="names of the tags, by id; default: found, O first"
+    )
+    label_all: bool = Field(
+        False, description="learn at every token of a word, not only at the one that it is read at"
+    )
+    stride: int = Field(
+        64, ge=0, description="tokens that the windows of a sentence above max_length share, at most"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -68,10 +77,13 @@ class Objective(objectives.TaskHead):
 
     # ------------------------------------------------------------------------------------------------ before encoding
 
-    def bind(self, config: Any, tokenizer: Any, max_length: int | None) -> None:
+    def bind(self, config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         self._causal, self.max_length = network.is_causal(config), max_length
         self._ours = getattr(config, "tunesmith", None) or {}
-        if self._ours.get("objective") == "tag" or head_types.kind_of((config.architectures or [""])[0]) == "token":
+        if (
+            self._ours.get("objective") == "tag"
+            or head_types.kind_of((config.architectures or [""])[0]) == "token"
+        ):
             self._saved = [config.id2label[number] for number in range(config.num_labels)]
             self._characters = bool(self._ours.get("characters"))
         if tokenizer.pad_token is None:  # only for whoever pads; padding is masked by its place
@@ -148,7 +160,9 @@ class Objective(objectives.TaskHead):
         self.notes.append(
             f"tags: {len(self.labels)} ({said}); the most frequent is {common!r} ({count / words:.1%} of the words)"
         )
-        odd = {tag: number for tag, number in counts.items() if tag != "O" and entities.scheme_of([tag]) is None}
+        odd = {
+            tag: number for tag, number in counts.items() if tag != "O" and entities.scheme_of([tag]) is None
+        }
         others = entities.scheme_of(counts.keys() - odd.keys())
         if others and 0 < sum(odd.values()) < words / 20:  # not parts of speech, but entities and a slip
             named = ", ".join(f"{tag!r} ({number})" for tag, number in list(odd.items())[:5])
@@ -159,7 +173,9 @@ class Objective(objectives.TaskHead):
             for kind, number in entities.problems(tags, scheme).items():
                 found[kind] += number * times
         for kind, number in found.items():
-            self.notes.append(f"tags: {number} times {entities.PROBLEMS[kind]}: kept, and read as an entity that begins there")
+            self.notes.append(
+                f"tags: {number} times {entities.PROBLEMS[kind]}: kept, and read as an entity that begins there"
+            )
 
     def head_config(self) -> dict[str, Any]:
         names = self.labels
@@ -173,13 +189,15 @@ class Objective(objectives.TaskHead):
                 "word": "last token" if self._causal else "first token",
                 "max_length": self.max_length,
                 "stride": self._stride,
-                **({"characters": True} if self._characters else {}),  # words stand without a space between them
+                **(
+                    {"characters": True} if self._characters else {}
+                ),  # words stand without a space between them
             },
         }
 
     # ------------------------------------------------------------------------------------------------------- examples
 
-    def encode(self, rows: Sequence[Tagged], tokenizer: Any) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Tagged], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
         return tagging.encode(
             rows, tokenizer, self.labels,
             causal=self._causal, max_length=self.max_length, stride=self._stride, label_all=self.config.label_all,
@@ -192,7 +210,9 @@ class Objective(objectives.TaskHead):
         batch = pack.of_rows(examples, layout, [example["places"] for example in examples])
         return {
             **batch,
-            "targets": torch.from_numpy(np.concatenate([example["target"] for example in examples]).astype(np.int64)),
+            "targets": torch.from_numpy(
+                np.concatenate([example["target"] for example in examples]).astype(np.int64)
+            ),
             "words": [example["words"] for example in examples],
         }
 
@@ -202,7 +222,7 @@ class Objective(objectives.TaskHead):
         """Places whose tag is known."""
         return int(np.count_nonzero(batch["targets"].numpy() >= 0))
 
-    def loss(self, model: Any, batch: Batch) -> tuple[Any, Metrics]:
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Metrics]:
         """Sum over the known places of the cross-entropy of their tag."""
         from tunesmith.models.heads import task_heads
 
@@ -211,7 +231,7 @@ class Objective(objectives.TaskHead):
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, model: Any, batch: Batch) -> dict[str, Any]:
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
         """Of each window: its row, its words, the tag said of each with its probability, the true one, their loss and number."""
         import torch
 
@@ -229,7 +249,13 @@ class Objective(objectives.TaskHead):
         ]}  # fmt: skip
 
     def _window(
-        self, row: Row, words: np.ndarray, said: np.ndarray, scores: np.ndarray, targets: np.ndarray, losses: np.ndarray
+        self,
+        row: Row,
+        words: np.ndarray,
+        said: np.ndarray,
+        scores: np.ndarray,
+        targets: np.ndarray,
+        losses: np.ndarray,
     ) -> dict[str, Any]:
         speaks = tagging.chosen(words, self._causal)
         return {
@@ -246,7 +272,10 @@ class Objective(objectives.TaskHead):
         out = []
         for row, parts in token_mean.by_row(records):
             order = np.argsort(np.concatenate([part["words"] for part in parts]))
-            whole = {name: np.concatenate([part[name] for part in parts])[order] for name in ("said", "scores", "targets")}
+            whole = {
+                name: np.concatenate([part[name] for part in parts])[order]
+                for name in ("said", "scores", "targets")
+            }
             sums = [sum(column) for column in zip(*(part["loss"] for part in parts))]
             out.append({"row": row, **whole, "loss": tuple(sums)})
         return out
@@ -257,7 +286,9 @@ class Objective(objectives.TaskHead):
                 "row": list(one["row"]),
                 "prediction": [self.labels[number] for number in one["said"]],
                 "scores": [float(score) for score in one["scores"]],
-                "gold": None if (one["targets"] < 0).any() else [self.labels[number] for number in one["targets"]],
+                "gold": None
+                if (one["targets"] < 0).any()
+                else [self.labels[number] for number in one["targets"]],
                 "loss": one["loss"][0] / one["loss"][1] if one["loss"][1] else None,
             }
             for one in self._joined(records)
@@ -277,8 +308,13 @@ class Objective(objectives.TaskHead):
         from tunesmith.metrics import entities
 
         known = [one for one in self.answers(records) if one["gold"] is not None]
-        found = entities.score([one["gold"] for one in known], [one["prediction"] for one in known], self.scheme)
-        return {**found, "broken_tags": sum(entities.problems(one["gold"], self.scheme).total() for one in known)}
+        found = entities.score(
+            [one["gold"] for one in known], [one["prediction"] for one in known], self.scheme
+        )
+        return {
+            **found,
+            "broken_tags": sum(entities.problems(one["gold"], self.scheme).total() for one in known),
+        }
 
     def present(self, row: Tagged, answer: dict[str, Any]) -> dict[str, Any]:
         """``entities``: type, start and end in characters, text, score (mean over its words) of each; ``tags`` of all words."""
@@ -291,7 +327,9 @@ class Objective(objectives.TaskHead):
         for kind, first, end in entities.spans(tags):
             start, stop = row.words[first][0], row.words[end - 1][1]
             score = sum(scores[first:end]) / (end - first)
-            found.append({"type": kind, "start": start, "end": stop, "text": row.text[start:stop], "score": score})
+            found.append(
+                {"type": kind, "start": start, "end": stop, "text": row.text[start:stop], "score": score}
+            )
         return {"entities": found, "tags": tags}
 
 

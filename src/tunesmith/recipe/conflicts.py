@@ -54,7 +54,10 @@ def conflicts(recipe: Recipe) -> list[str]:
         changed(data, "max_unlearnable") and (loss.fits_rows or loss.head != "lm"),
         f"data.max_unlearnable does nothing: there is something to learn in every row of {objective}",
     )
-    for key, drawn in ((f"adaptation.{traits.dropout}", dropout), ("train.neftune_noise_alpha", train.neftune_noise_alpha)):
+    for key, drawn in (
+        (f"adaptation.{traits.dropout}", dropout),
+        ("train.neftune_noise_alpha", train.neftune_noise_alpha),
+    ):
         clash(
             loss.deterministic and drawn,
             f"{key}: {objective} compares what the weights say, and nothing may be drawn in it. Leave it out",
@@ -65,7 +68,10 @@ def conflicts(recipe: Recipe) -> list[str]:
     sources |= {f"data.eval.sets.{name}": source for name, source in (data.eval.sets or {}).items()}
     for place, source in sources.items():
         for key in idle(source):
-            clash(True, f"{place}.{key} does nothing: {source.path} is no data set of the Hub (path: hub:OWNER/NAME)")
+            clash(
+                True,
+                f"{place}.{key} does nothing: {source.path} is no data set of the Hub (path: hub:OWNER/NAME)",
+            )
         clash(source.separator and Labelled not in rows, f"{place}.separator does nothing: {learns}")
         for key in loss.single_label_keys:
             clash(
@@ -78,10 +84,19 @@ def conflicts(recipe: Recipe) -> list[str]:
     )
     given = [key for key in ("path", "sets", "fraction") if changed(data.eval, key)]
     clash(len(given) > 1, f"set {' or '.join(f'data.eval.{key}' for key in given)}, not both")
-    clash(data.eval.limit and data.eval.sets, "data.eval.limit does nothing beside data.eval.sets: give each set its own limit")
+    clash(
+        data.eval.limit and data.eval.sets,
+        "data.eval.limit does nothing beside data.eval.sets: give each set its own limit",
+    )
     for name, source in (data.eval.sets or {}).items():
-        clash(changed(source, "weight"), f"data.eval.sets.{name}.weight does nothing: every held-out row is read once")
-    clash(data.eval.limit and not held_out, "data.eval.limit does nothing: no row is held out (data.eval.fraction is 0)")
+        clash(
+            changed(source, "weight"),
+            f"data.eval.sets.{name}.weight does nothing: every held-out row is read once",
+        )
+    clash(
+        data.eval.limit and not held_out,
+        "data.eval.limit does nothing: no row is held out (data.eval.fraction is 0)",
+    )
     clash(
         train.early_stopping_patience and not held_out,
         "train.early_stopping_patience needs held-out rows: give data.eval.fraction, data.eval.path or data.eval.sets",

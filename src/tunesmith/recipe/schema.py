@@ -28,13 +28,19 @@ class Recipe(Strict):
 
     model: str = Field(description="catalog name, folder, run folder or adapter folder")
     adapter: Literal["continue", "merge", "new"] | None = Field(
-        None, description="when `model` is an adapter: train it on, fold it into its base first, or leave it and start anew"
+        None,
+        description="when `model` is an adapter: train it on, fold it into its base first, or leave it and start anew",
     )
-    add_tokens: list[str] = Field(default_factory=list, description="new tokens such as [<tool>], one id each")
+    add_tokens: list[str] = Field(
+        default_factory=list, description="new tokens such as [<tool>], one id each"
+    )
     device_map: str | dict[str, int | str] | None = Field(
-        None, description="where transformers puts the layers: auto, cpu, cuda:0 or a mapping; default: all on the run's device"
+        None,
+        description="where transformers puts the layers: auto, cpu, cuda:0 or a mapping; default: all on the run's device",
     )
-    trust_remote_code: bool = Field(False, description="run the Python files that came with the model, in this run only")
+    trust_remote_code: bool = Field(
+        False, description="run the Python files that came with the model, in this run only"
+    )
     objective: Any = Field(description="what the loss is")
     adaptation: Any = Field(description="which weights are trained")
     data: DataConfig
@@ -47,14 +53,24 @@ class Recipe(Strict):
     def _each_token_once(cls, tokens: list[str]) -> list[str]:
         twice = sorted({token for token in tokens if tokens.count(token) > 1})
         if twice or any(not token.strip() for token in tokens):
-            raise ValueError(f"{twice[0]!r} stands there twice" if twice else "a token of spaces, or of nothing, cannot be added")
+            raise ValueError(
+                f"{twice[0]!r} stands there twice"
+                if twice
+                else "a token of spaces, or of nothing, cannot be added"
+            )
         return tokens
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data, every default filled in; ``recipe.yaml`` of the run folder holds this."""
         out = self.model_dump(mode="json")
-        out["objective"] = {"type": objectives.name_of(self.objective), **self.objective.model_dump(mode="json")}
-        out["adaptation"] = {"type": adaptations.name_of(self.adaptation), **self.adaptation.model_dump(mode="json")}
+        out["objective"] = {
+            "type": objectives.name_of(self.objective),
+            **self.objective.model_dump(mode="json"),
+        }
+        out["adaptation"] = {
+            "type": adaptations.name_of(self.adaptation),
+            **self.adaptation.model_dump(mode="json"),
+        }
         return out
 
 
@@ -68,7 +84,9 @@ def brief(recipe: Recipe) -> str:
     parts = {
         "model": [
             recipe.model,
-            *_shown(recipe, ("seed",), hidden=("model", "objective", "adaptation", "data", "train", "samples")),
+            *_shown(
+                recipe, ("seed",), hidden=("model", "objective", "adaptation", "data", "train", "samples")
+            ),
         ],
         "objective": [objective, *_shown(recipe.objective, tuple(type(recipe.objective).model_fields))],
         "adaptation": [adaptation, *_shown(recipe.adaptation, tuple(type(recipe.adaptation).model_fields))],
@@ -88,10 +106,14 @@ def _source(source: Source) -> str:
 
 def _shown(config: BaseModel, always: tuple[str, ...] = (), hidden: tuple[str, ...] = ()) -> list[str]:
     """``["r 8", "lora_alpha 16"]``: the keys of ``always``, then those not at their defaults; empty ones are left out."""
-    keys = dict.fromkeys([*always, *(key for key in type(config).model_fields if key not in hidden and changed(config, key))])
+    keys = dict.fromkeys(
+        [*always, *(key for key in type(config).model_fields if key not in hidden and changed(config, key))]
+    )
     values = {key: getattr(config, key) for key in keys}
     return [
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items() if value is not None
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in values.items()
+        if value is not None
     ]
 
 

@@ -90,7 +90,9 @@ class _Representer(SafeRepresenter):
 
     def represent_str(self, data: str) -> Any:
         kind = VersionedResolver(version="1.1").resolve(ScalarNode, data, (True, False))
-        style = '"' if not data.isprintable() else None if kind == _TAG + "str" else "'"  # only within " can all be escaped
+        style = (
+            '"' if not data.isprintable() else None if kind == _TAG + "str" else "'"
+        )  # only within " can all be escaped
         return self.represent_scalar(_TAG + "str", data, style=style)
 
     def represent_float(self, data: float) -> Any:
@@ -114,14 +116,18 @@ def _plain(node: Any, name: str, values: Iterator[int], depth: int = 0) -> Any:
         return None
     place = _place(name, node.start_mark)
     if next(values) > MAX_VALUES or depth > MAX_DEPTH:
-        raise RecipeError(f"{place}: expected at most {MAX_VALUES:,} values, {MAX_DEPTH} levels deep. Remove aliases (*name).")
+        raise RecipeError(
+            f"{place}: expected at most {MAX_VALUES:,} values, {MAX_DEPTH} levels deep. Remove aliases (*name)."
+        )
     if isinstance(node, SequenceNode) and node.tag == _TAG + "seq":
         return [_plain(child, name, values, depth + 1) for child in node.value]
     if isinstance(node, MappingNode) and node.tag == _TAG + "map":
         return _mapping(node, name, values, depth)
     kind = str(node.tag).removeprefix(_TAG)
     if not isinstance(node, ScalarNode) or kind not in _SCALARS:
-        raise RecipeError(f"{place}: the tag {node.tag} is not allowed. A recipe holds plain values only; remove the tag.")
+        raise RecipeError(
+            f"{place}: the tag {node.tag} is not allowed. A recipe holds plain values only; remove the tag."
+        )
     return _scalar(kind, node.value)
 
 
@@ -187,7 +193,9 @@ def _set(node: Any, parts: list[str], value: Any, override: str, parent: str = "
     here = f"{parent}.{first}" if parent else first
     if isinstance(node, list):
         if not (first.isdigit() and int(first) < len(node)):
-            raise RecipeError(f"override {override!r}: `{parent}` has the positions 0 to {len(node) - 1}, not `{first}`")
+            raise RecipeError(
+                f"override {override!r}: `{parent}` has the positions 0 to {len(node) - 1}, not `{first}`"
+            )
         position = int(first)
         return [*node[:position], _set(node[position], rest, value, override, here), *node[position + 1 :]]
     if isinstance(node, str) and parent in ("objective", "adaptation"):

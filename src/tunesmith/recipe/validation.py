@@ -32,7 +32,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"recipe not found: {path}\n  Type `tunesmith init sft --out {path.name}` to make one.") from None
+        raise RecipeError(
+            f"recipe not found: {path}\n  Type `tunesmith init sft --out {path.name}` to make one."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from None
     raw, tree = recipe_text.read(text, str(path))
@@ -46,11 +48,16 @@ def parse(raw: Any, overrides: Sequence[str] = (), where: str = "recipe") -> Rec
 
 def _check(raw: Any, text: recipe_text.Text) -> Recipe:
     if not isinstance(raw, dict):
-        raise RecipeError(f"{text.name}: expected a mapping of keys such as `model:` and `data:`, got {type(raw).__name__}")
+        raise RecipeError(
+            f"{text.name}: expected a mapping of keys such as `model:` and `data:`, got {type(raw).__name__}"
+        )
     for override in text.overrides:
         raw = recipe_text.apply(raw, override)
     raw, problems = dict(raw), []
-    for part, package, default in (("objective", objectives, DEFAULT_OBJECTIVE), ("adaptation", adaptations, DEFAULT_ADAPTATION)):
+    for part, package, default in (
+        ("objective", objectives, DEFAULT_OBJECTIVE),
+        ("adaptation", adaptations, DEFAULT_ADAPTATION),
+    ):
         try:
             name, keys = _choose(part, raw.get(part, default), package.names(), text)
             raw[part] = _build(package.module(name).Config, keys, text, (part,))
@@ -73,7 +80,9 @@ def _choose(part: str, value: Any, names: list[str], text: recipe_text.Text) -> 
     if isinstance(value, str):
         value = {"type": value}
     if not isinstance(value, dict):
-        raise RecipeError(f"{text.at((part,))}: `{part}`: expected a name or a mapping with `type`, got {value!r}")
+        raise RecipeError(
+            f"{text.at((part,))}: `{part}`: expected a name or a mapping with `type`, got {value!r}"
+        )
     keys = dict(value)
     if "type" not in keys:
         meant = next((str(key) for key in keys if nearest(str(key), ["type"])), None)
@@ -82,11 +91,15 @@ def _choose(part: str, value: Any, names: list[str], text: recipe_text.Text) -> 
         raise RecipeError(f"{text.at((part,))}: the key `{part}.type` is missing. Valid: {', '.join(names)}")
     name = keys.pop("type")
     if name not in names:
-        raise RecipeError(f"{text.at((part, 'type'))}: `{part}`: unknown type {name!r}. {did_you_mean(str(name), names)}")
+        raise RecipeError(
+            f"{text.at((part, 'type'))}: `{part}`: unknown type {name!r}. {did_you_mean(str(name), names)}"
+        )
     return str(name), keys
 
 
-def _build(model: type[BaseModel], values: dict[str, Any], text: recipe_text.Text, prefix: tuple[str, ...] = ()) -> Any:
+def _build(
+    model: type[BaseModel], values: dict[str, Any], text: recipe_text.Text, prefix: tuple[str, ...] = ()
+) -> Any:
     """``values`` as ``model``; nothing is coerced (the text "8" is no number, true is not 1)."""
     try:
         return model.model_validate(values, strict=True)
@@ -94,7 +107,9 @@ def _build(model: type[BaseModel], values: dict[str, Any], text: recipe_text.Tex
         raise RecipeError("\n".join(_explain(model, error.errors(), text, prefix))) from None
 
 
-def _explain(model: type[BaseModel], errors: Sequence[Any], text: recipe_text.Text, prefix: tuple[str, ...]) -> list[str]:
+def _explain(
+    model: type[BaseModel], errors: Sequence[Any], text: recipe_text.Text, prefix: tuple[str, ...]
+) -> list[str]:
     """One line for each key that is wrong."""
     unknown_in = {error["loc"][:-1] for error in errors if error["type"] == "extra_forbidden"}
     lines: list[str] = []
@@ -103,13 +118,18 @@ def _explain(model: type[BaseModel], errors: Sequence[Any], text: recipe_text.Te
         loc = _key_path(model, error["loc"]) if error["type"] != "extra_forbidden" else error["loc"]
         key, where = ".".join(map(str, (*prefix, *loc))), text.at((*prefix, *loc))
         if error["type"] in ("extra_forbidden", "invalid_key"):
-            valid = [*_keys_at(model, error["loc"][:-1]), *(["type"] if prefix and len(error["loc"]) == 1 else [])]
+            valid = [
+                *_keys_at(model, error["loc"][:-1]),
+                *(["type"] if prefix and len(error["loc"]) == 1 else []),
+            ]
             name = str(error["loc"][-1])
             owners = _owners(prefix[0], name) if prefix and len(error["loc"]) == 1 else []
             if owners:
                 kinds = " or ".join(f"`{prefix[0]}.type: {owner}`" for owner in owners)
                 here = ", ".join(sorted(valid))
-                lines.append(f"{where}: `{key}` belongs to {kinds}. Choose that, or leave the key out. Valid here: {here}")
+                lines.append(
+                    f"{where}: `{key}` belongs to {kinds}. Choose that, or leave the key out. Valid here: {here}"
+                )
             else:
                 elsewhere = _given_by(name) or _places(name)
                 lines.append(f"{where}: unknown key `{key}`. {did_you_mean(name, valid, elsewhere)}")
@@ -121,7 +141,10 @@ def _explain(model: type[BaseModel], errors: Sequence[Any], text: recipe_text.Te
         else:
             wanted = error["msg"].removeprefix("Input should be ")
             expected.setdefault((where, key, repr(error["input"])), []).append(wanted)
-    lines += [f"{where}: `{key}`: expected {' or '.join(wanted)}, got {got}" for (where, key, got), wanted in expected.items()]
+    lines += [
+        f"{where}: `{key}`: expected {' or '.join(wanted)}, got {got}"
+        for (where, key, got), wanted in expected.items()
+    ]
     return lines
 
 
@@ -149,7 +172,13 @@ def _places(name: str) -> list[str]:
     for prefix, model in parts:  # grows while it is read
         found += [prefix + name] if name in model.model_fields else []
         for key, field in model.model_fields.items():
-            step = ".NAME." if dict in _origins(field.annotation) else ".0." if list in _origins(field.annotation) else "."
+            step = (
+                ".NAME."
+                if dict in _origins(field.annotation)
+                else ".0."
+                if list in _origins(field.annotation)
+                else "."
+            )
             parts += [(prefix + key + step, inner) for inner in _models_in(field.annotation)]
     return list(dict.fromkeys(found))
 

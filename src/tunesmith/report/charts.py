@@ -32,12 +32,22 @@ MOST_LINES = 2 * len(COLOURS)
 def over_steps(title: str, curves: Sequence[Curve]) -> Figure:
     """The curves of one run."""
     figure, axes = _figure(8, 4.5)
-    colours = {"train": BLUE, "eval": ORANGE} | {f"set{number}": colour for number, colour in enumerate(COLOURS)}
+    colours = {"train": BLUE, "eval": ORANGE} | {
+        f"set{number}": colour for number, colour in enumerate(COLOURS)
+    }
     for curve in curves:
-        _draw(axes, curve, colours[curve.classes.partition(" ")[0]], "--" if "dashed" in curve.classes else "-")
+        _draw(
+            axes, curve, colours[curve.classes.partition(" ")[0]], "--" if "dashed" in curve.classes else "-"
+        )
     _over(axes, "step", title)
     if curves:
-        _legend(figure, axes.get_legend_handles_labels()[0], [curve.name for curve in curves], "outside upper center", 90)
+        _legend(
+            figure,
+            axes.get_legend_handles_labels()[0],
+            [curve.name for curve in curves],
+            "outside upper center",
+            90,
+        )
     return figure
 
 
@@ -51,7 +61,10 @@ def compare(runs: Sequence[tuple[str, Points, Points]], by: str = "step") -> Fig
         for axes, curve in ((right, Curve(name, held_out, "eval")), (left, Curve(name, learnt, "train"))):
             if curve.finite:
                 handles[name] = _draw(axes, curve, colour, line)
-    for axes, title, nothing in ((left, "training loss", "no records"), (right, "held-out loss", "no held-out rows")):
+    for axes, title, nothing in (
+        (left, "training loss", "no records"),
+        (right, "held-out loss", "no held-out rows"),
+    ):
         _over(axes, by, "loss")
         axes.set_title(title)
         if not axes.lines:
@@ -88,8 +101,18 @@ def confusion(counts: Any, names: Sequence[str]) -> Figure:
     ink = 9 if size <= 12 else 7 if size <= 20 else 5.5
     for row, column in zip(*np.nonzero(counts)):
         colour = "white" if shares[row, column] > 0.55 else "#22211f"
-        axes.text(column, row, _short(int(counts[row, column])), ha="center", va="center", fontsize=ink, color=colour)
-    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, drawn.shown)) > 3 else {}
+        axes.text(
+            column,
+            row,
+            _short(int(counts[row, column])),
+            ha="center",
+            va="center",
+            fontsize=ink,
+            color=colour,
+        )
+    turned = (
+        {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, drawn.shown)) > 3 else {}
+    )
     text = {"parse_math": False, "fontfamily": drawn.families, "fontsize": max(ink, 7)}
     axes.set_xticks(range(size), drawn.shown, **text, **turned)
     axes.set_yticks(range(size), drawn.shown, **text)
@@ -109,11 +132,19 @@ def per_class(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     drawn = legible(ordered, [number[name] for name in ordered])
     bars = {
         label: ([found[name][key] for name in ordered], colour)
-        for key, label, colour in (("precision", "precision", BLUE), ("recall", "recall", TEAL), ("f1", "F1", ORANGE))
+        for key, label, colour in (
+            ("precision", "precision", BLUE),
+            ("recall", "recall", TEAL),
+            ("f1", "F1", ORANGE),
+        )
     }
     labels = [f"{name}  ({found[key]['support']:,})" for name, key in zip(drawn.shown, ordered)]
-    left_out = f"\nthe {len(ordered)} most frequent of {len(found)} classes" if len(ordered) < len(found) else ""
-    figure = _bars(bars, labels, f"share (in brackets: how often it is true){left_out}{drawn.note}", drawn.families)
+    left_out = (
+        f"\nthe {len(ordered)} most frequent of {len(found)} classes" if len(ordered) < len(found) else ""
+    )
+    figure = _bars(
+        bars, labels, f"share (in brackets: how often it is true){left_out}{drawn.note}", drawn.families
+    )
     figure.legend(frameon=False, loc="outside upper center", ncols=3)
     return figure
 
@@ -144,8 +175,12 @@ def precision_recall(curves: Mapping[str, Sequence[Sequence[float]] | None]) -> 
     left_out = f" ({len(names)} of {len(drawn)} labels)" if len(names) < len(drawn) else ""
     axes.set(xlim=(0, 1.02), ylim=(0, 1.04), xlabel=f"recall{left_out}{written.note}", ylabel="precision")
     _open(axes)
-    legend = figure.legend(lines, [str(place) for place in range(len(lines))], frameon=False, loc="outside right upper")
-    for text, shown in zip(legend.get_texts(), written.shown):  # set afterwards: a legend leaves out names that begin with "_"
+    legend = figure.legend(
+        lines, [str(place) for place in range(len(lines))], frameon=False, loc="outside right upper"
+    )
+    for text, shown in zip(
+        legend.get_texts(), written.shown
+    ):  # set afterwards: a legend leaves out names that begin with "_"
         text.set(parse_math=False, text=shown, fontfamily=written.families)
     return figure
 
@@ -155,7 +190,9 @@ def calibration(bins: Sequence[Mapping[str, float]]) -> Figure:
     confidence, accuracy, count = ([one[key] for one in bins] for key in ("confidence", "accuracy", "count"))
     figure, (above, below) = _figure(6, 5.4, rows=2, sharex=True, height_ratios=[4, 1])
     above.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfect calibration")
-    above.plot(confidence, accuracy, "o-", color=ORANGE, linewidth=1.6, markersize=5, label="measured", zorder=4)
+    above.plot(
+        confidence, accuracy, "o-", color=ORANGE, linewidth=1.6, markersize=5, label="measured", zorder=4
+    )
     above.vlines(confidence, confidence, accuracy, color=ORANGE, alpha=0.3, linewidth=4)
     above.set(xlim=(0, 1.02), ylim=(0, 1.04), ylabel="accuracy")
     above.legend(frameon=False, loc="upper left")
@@ -203,14 +240,19 @@ def _draw(axes: Axes, curve: Curve, colour: str, line: str) -> Any:
     if points != curve.finite:
         axes.plot(*_xy(curve.finite), color=colour, alpha=0.25, linewidth=0.9)
     mark, order = ("", 3) if curve.is_training else ("o", 4)
-    (handle,) = axes.plot(*_xy(points), mark + line, color=colour, linewidth=1.8, markersize=5, label=curve.name, zorder=order)
+    (handle,) = axes.plot(
+        *_xy(points), mark + line, color=colour, linewidth=1.8, markersize=5, label=curve.name, zorder=order
+    )
     for step in curve.not_finite[:MOST_MARKED]:
         axes.axvline(step, color=RED, linestyle="--", linewidth=1)
     return handle
 
 
 def _bars(
-    bars: Mapping[str, tuple[list[float], str]], labels: list[str], title: str, families: list[str] | None = None
+    bars: Mapping[str, tuple[list[float], str]],
+    labels: list[str],
+    title: str,
+    families: list[str] | None = None,
 ) -> Figure:
     """Groups of horizontal bars {legend: (shares, colour)}, the first label on top."""
     figure, axes = _figure(8, 1.4 + 0.42 * len(labels))

@@ -64,7 +64,9 @@ class Curve:
 
     def logarithm(self) -> Curve:
         """Return the curve of the values' logarithms to the base of ten, without values of zero and below."""
-        return Curve(self.name, [(x, math.log10(y) if math.isfinite(y) else y) for x, y in self.points if not y <= 0])
+        return Curve(
+            self.name, [(x, math.log10(y) if math.isfinite(y) else y) for x, y in self.points if not y <= 0]
+        )
 
 
 @dataclass(frozen=True)
@@ -161,15 +163,20 @@ def plot(
     steps = sorted({step for curve in curves for step in curve.not_finite})
     more = f" and {len(steps) - 3} more" if len(steps) > 3 else ""
     named = f"not finite at step {', '.join(f'{step:,.0f}' for step in steps[:3])}{more}"
-    told = "; ".join(f"{one.name} from {written(one.finite[0][1])} to {written(one.finite[-1][1])}" for one in drawn)
+    told = "; ".join(
+        f"{one.name} from {written(one.finite[0][1])} to {written(one.finite[-1][1])}" for one in drawn
+    )
     return Plot(
         title=title,
         alt=f"{title} by step: {told}",
-        legend=[(curve.classes, curve.name) for curve in drawn if len(drawn) > 1] + ([("broken", named)] if steps else []),
+        legend=[(curve.classes, curve.name) for curve in drawn if len(drawn) > 1]
+        + ([("broken", named)] if steps else []),
         paths=[("grid", f"M0 {frame.y(y):.1f}H1000") for y in y_ticks]
         + [path for curve in drawn for path in _paths(curve, frame, is_smoothed)]
         + [("broken", f"M{frame.x(step):.1f} 0V1000") for step in steps[:MOST_MARKED]],
-        x_labels=[(round(frame.x(x) / 10, 2), f"{x:,.0f}") for x in ticks(frame.left, frame.right, 6) if x == int(x)],
+        x_labels=[
+            (round(frame.x(x) / 10, 2), f"{x:,.0f}") for x in ticks(frame.left, frame.right, 6) if x == int(x)
+        ],
         y_labels=[(round(frame.y(y) / 10, 2), written(y)) for y in y_ticks],
         strips=_strips(drawn, frame, written, is_smoothed),
     )
@@ -186,7 +193,9 @@ class _Frame:
 
     @classmethod
     def around(cls, curves: Sequence[Curve], from_zero: bool) -> _Frame:
-        xs = [x for curve in curves for x, _ in curve.points]  # a step whose value is not finite is on the page too
+        xs = [
+            x for curve in curves for x, _ in curve.points
+        ]  # a step whose value is not finite is on the page too
         ys = [y for curve in curves for _, y in curve.finite]
         low, high = min(ys), max(ys)
         air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
@@ -220,7 +229,9 @@ def _paths(curve: Curve, frame: _Frame, is_smoothed: bool) -> list[tuple[str, st
     return [("train raw", frame.line(_outline(points))), ("train", frame.line(smooth(points)))]
 
 
-def _strips(curves: Sequence[Curve], frame: _Frame, form: Callable[[float], str], is_smoothed: bool) -> list[Strip]:
+def _strips(
+    curves: Sequence[Curve], frame: _Frame, form: Callable[[float], str], is_smoothed: bool
+) -> list[Strip]:
     columns: dict[int, dict[str, tuple[float, float]]] = {}
     for curve in curves:
         for x, y in smooth(curve.finite) if is_smoothed and curve.is_training else curve.finite:
@@ -246,5 +257,8 @@ def _chunks(points: Points) -> list[Points]:
 
 def _outline(points: Points) -> Points:
     """At most 2 * _BINS points that keep every spike: of each group its lowest and its highest, in step order."""
-    ends = [{min(chunk, key=lambda point: point[1]), max(chunk, key=lambda point: point[1])} for chunk in _chunks(points)]
+    ends = [
+        {min(chunk, key=lambda point: point[1]), max(chunk, key=lambda point: point[1])}
+        for chunk in _chunks(points)
+    ]
     return [point for pair in ends for point in sorted(pair)]

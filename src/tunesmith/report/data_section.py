@@ -11,7 +11,11 @@ from typing import Any
 from tunesmith.runs import figure_format
 
 _SPLITS = ("train", "eval")
-_NAMES = {"duplicates_train_eval": "eval_rows_also_in_train", "cached": "from_the_cache", "seconds": "prepared_in_seconds"}
+_NAMES = {
+    "duplicates_train_eval": "eval_rows_also_in_train",
+    "cached": "from_the_cache",
+    "seconds": "prepared_in_seconds",
+}
 _LENGTHS = {"median": "median length", "p95": "95% are at most", "max": "longest"}
 
 
@@ -27,13 +31,19 @@ class Cell:
 def data_values(report: dict[str, Any]) -> dict[str, Any]:
     """Keys that the report has and this function does not know are kept; keys that are absent are left out."""
     splits = {name: report[name] for name in _SPLITS if isinstance(report.get(name), dict)}
-    splits |= {f"eval {name}": one for name, one in _mapping(report.get("eval_sets")).items() if isinstance(one, dict)}
+    splits |= {
+        f"eval {name}": one
+        for name, one in _mapping(report.get("eval_sets")).items()
+        if isinstance(one, dict)
+    }
     cells = {name: _cells(split) for name, split in splits.items()}
     sources = [one for one in report.get("sources") or () if isinstance(one, dict)]
     contaminated = _mapping(report.get("contaminated"))
     known = (*_SPLITS, "eval_sets", "sources", "contaminated")
     single = {_NAMES.get(key, key): value for key, value in report.items() if key not in known}
-    if figure_format.is_number(contaminated.get("rows")) and figure_format.is_number(contaminated.get("share")):
+    if figure_format.is_number(contaminated.get("rows")) and figure_format.is_number(
+        contaminated.get("share")
+    ):
         share = figure_format.share(contaminated["share"], 1)
         single["eval_rows_that_share_text_with_train"] = f"{contaminated['rows']:,} ({share})"
     shared = contaminated.get("first")
@@ -51,7 +61,9 @@ def data_values(report: dict[str, Any]) -> dict[str, Any]:
             "Rows left out": [problem for one in sources for problem in one.get("problems") or ()],
             "Text the template leaves out": [text for text in map(_left_out, sources) if text],
             "Rows with nothing to learn": list(
-                dict.fromkeys(place for split in splits.values() for place in split.get("unlearnable_first") or ())
+                dict.fromkeys(
+                    place for split in splits.values() for place in split.get("unlearnable_first") or ()
+                )
             ),
         },
         "shared_title": f"Text that evaluation and training share, {contaminated.get('ngram')} tokens or more",
@@ -72,7 +84,11 @@ def _cells(split: dict[str, Any]) -> dict[str, Cell]:
         if key == "supervised_tokens" and value == split.get("examples"):
             continue  # the rows have a label each, not their tokens
         name = {"unlearnable": "nothing to learn"}.get(key, key.replace("_", " "))
-        is_part = key == "supervised_tokens" and figure_format.is_number(value) and figure_format.is_number(split.get("tokens"))
+        is_part = (
+            key == "supervised_tokens"
+            and figure_format.is_number(value)
+            and figure_format.is_number(split.get("tokens"))
+        )
         out[name] = Cell(value, key, figure_format.share(value, split["tokens"]) if is_part else "")
     overlong = _mapping(split.get("overlong"))
     if figure_format.is_number(overlong.get("rows")):
@@ -83,10 +99,15 @@ def _cells(split: dict[str, Any]) -> dict[str, Cell]:
         if figure_format.is_number(overlong.get("tokens_lost")) and overlong["tokens_lost"]:
             share = overlong.get("share_lost")
             out["tokens lost by that"] = Cell(
-                overlong["tokens_lost"], share=figure_format.share(share, 1) if figure_format.is_number(share) else ""
+                overlong["tokens_lost"],
+                share=figure_format.share(share, 1) if figure_format.is_number(share) else "",
             )
     histogram = _mapping(split.get("histogram"))
-    return out | {name: Cell(histogram[key]) for key, name in _LENGTHS.items() if figure_format.is_number(histogram.get(key))}
+    return out | {
+        name: Cell(histogram[key])
+        for key, name in _LENGTHS.items()
+        if figure_format.is_number(histogram.get(key))
+    }
 
 
 def _source(source: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +131,10 @@ def _left_out(source: dict[str, Any]) -> str:
 def _length_counts(histogram: dict[str, Any]) -> dict[str, float]:
     """``{"edges": [16, 32, 50], "counts": [...]}`` (counts up to each edge) -> {"1-16": n, "17-32": n, "33-50": n}."""
     edges, counts = histogram.get("edges"), histogram.get("counts")
-    if not isinstance(edges, list) or not isinstance(counts, list) or not all(map(figure_format.is_number, [*edges, *counts])):
+    if (
+        not isinstance(edges, list)
+        or not isinstance(counts, list)
+        or not all(map(figure_format.is_number, [*edges, *counts]))
+    ):
         return {}
     return {f"{low + 1:,}-{high:,}": count for low, high, count in zip([0, *edges], edges, counts)}

@@ -54,7 +54,12 @@ def fonts_of(letters: Iterable[str]) -> tuple[list[str], set[str]]:
 
     def rank(entry: Any) -> tuple[bool, bool, bool, str]:
         is_sans = any(word in entry.name for word in ("Sans", "Gothic", "Hei"))
-        return entry.style != "normal", str(entry.weight) not in ("400", "normal", "regular"), not is_sans, entry.name
+        return (
+            entry.style != "normal",
+            str(entry.weight) not in ("400", "normal", "regular"),
+            not is_sans,
+            entry.name,
+        )
 
     for entry in sorted(font_manager.fontManager.ttflist, key=rank):
         if entry.name in families or entry.name.startswith("Last Resort"):  # which has a box for every letter

@@ -33,7 +33,9 @@ class _Run:
     name: str
     recipe: str
     manifest: dict[str, Any]
-    train: list[dict[str, Any]]  # also the ``stop`` record of a run that became non-finite: its figures belong to the curves
+    train: list[
+        dict[str, Any]
+    ]  # also the ``stop`` record of a run that became non-finite: its figures belong to the curves
     evals: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     problems: list[str] = field(default_factory=list)  # files that could not be read
@@ -49,19 +51,29 @@ class _Run:
         return value if figure_format.is_number(value) else None
 
     def points(self, records: list[dict[str, Any]], key: str) -> curves.Points:
-        numeric = (one for one in records if figure_format.is_number(one.get("step")) and figure_format.is_number(one.get(key)))
+        numeric = (
+            one
+            for one in records
+            if figure_format.is_number(one.get("step")) and figure_format.is_number(one.get(key))
+        )
         return [(one["step"], one[key]) for one in numeric]
 
     @property
     def sets(self) -> list[str]:
         """The names of ``data.eval.sets``, in the order of the recipe."""
         splits = self.part("data").get("eval_sets")
-        return [name for name, split in splits.items() if isinstance(split, dict)] if isinstance(splits, dict) else []
+        return (
+            [name for name, split in splits.items() if isinstance(split, dict)]
+            if isinstance(splits, dict)
+            else []
+        )
 
     @property
     def measured(self) -> list[str]:
         """The names of an evaluation's figures; of several sets those of all rows together."""
-        return [name for name in figure_format.measured(self.evals, self.sets) if self.points(self.evals, name)]
+        return [
+            name for name in figure_format.measured(self.evals, self.sets) if self.points(self.evals, name)
+        ]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -108,12 +120,18 @@ def page_values(run: _Run) -> dict[str, Any]:
     """The values of ``run.html``."""
     model, command = run.manifest.get("model"), run.manifest.get("command")
     heading = model.get("name") or model.get("path") if isinstance(model, dict) else model
-    tags = [_type(run.manifest.get("objective")), _type(run.manifest.get("adaptation")), run.manifest.get("created")]
+    tags = [
+        _type(run.manifest.get("objective")),
+        _type(run.manifest.get("adaptation")),
+        run.manifest.get("created"),
+    ]
     machine = run.manifest.get("machine")
     elsewhere = ("data", "notes", "command", "created", "stopped", "machine")
     rest = {key: value for key, value in run.manifest.items() if key not in elsewhere}
     if run.part("result"):  # samples and verdict have their places above
-        rest["result"] = {key: value for key, value in run.part("result").items() if key not in ("samples", "verdict")}
+        rest["result"] = {
+            key: value for key, value in run.part("result").items() if key not in ("samples", "verdict")
+        }
     return {
         "title": run.name,
         "version": run.manifest.get("tunesmith") or "",
@@ -140,7 +158,9 @@ def _type(part: Any) -> str:
 
 def _tiles(run: _Run) -> list[Tile]:
     last = run.train[-1] if run.train else {}
-    steps = _known(run.figure("steps"), max((step for step, _ in run.points(run.train, "step")), default=None))
+    steps = _known(
+        run.figure("steps"), max((step for step, _ in run.points(run.train, "step")), default=None)
+    )
     epochs = [f"{last['epoch']:.2f} epochs"] if figure_format.is_number(last.get("epoch")) else []
     seconds = run.figure("train_seconds")
     rates = [y for _, y in run.points(run.train, "tokens_per_second") if math.isfinite(y)]
@@ -213,7 +233,10 @@ def _sets(run: _Run) -> list[dict[str, Any]]:
             if not points:
                 continue
             best = run.figure("best_step")
-            row |= {f"{label} before": points.get(0), f"{label} after": points[best if best in points else max(points)]}
+            row |= {
+                f"{label} before": points.get(0),
+                f"{label} after": points[best if best in points else max(points)],
+            }
         rows.append(row)
     return rows
 
@@ -230,12 +253,18 @@ def _notes(run: _Run) -> list[str]:
         notes.insert(0, f"This run stopped. {run.manifest['stopped']}")
     elif not result:
         at = f" Its last record is of step {run.train[-1].get('step')}." if run.train else ""
-        notes.insert(0, f"This run had not finished when the report was written.{at} The figures are as far as it came.")
+        notes.insert(
+            0,
+            f"This run had not finished when the report was written.{at} The figures are as far as it came.",
+        )
     return notes
 
 
 def _losses(run: _Run) -> list[curves.Curve]:
-    found = [curves.Curve("train", run.points(run.train, "loss")), curves.Curve("eval", run.points(run.evals, "eval_loss"))]
+    found = [
+        curves.Curve("train", run.points(run.train, "loss")),
+        curves.Curve("eval", run.points(run.evals, "eval_loss")),
+    ]
     for number, name in enumerate(run.sets):
         found.append(curves.Curve.of_set(f"eval {name}", run.points(run.evals, f"eval_{name}_loss"), number))
     return [curve for curve in found if curve.points]
@@ -250,7 +279,11 @@ def _small_plots(run: _Run) -> list[curves.Plot]:
     measured = run.measured
     logged = dict.fromkeys(name for record in run.train for name in record if name != "loss")
     own = [name for name in logged if "/" in name or f"eval_{name}" in measured]
-    held_out = [name for name in measured if not figure_format.lower_is_better(name) and name.removeprefix("eval_") not in own]
+    held_out = [
+        name
+        for name in measured
+        if not figure_format.lower_is_better(name) and name.removeprefix("eval_") not in own
+    ]
     both = {name: [*train(name), curves.Curve("eval", run.points(run.evals, f"eval_{name}"))] for name in own}
     figures_held_out = [
         curves.Curve.of_set(name.removeprefix("eval_"), run.points(run.evals, name), number)
@@ -264,7 +297,9 @@ def _small_plots(run: _Run) -> list[curves.Plot]:
         rate("Learning rate of the output layer", train("head_learning_rate")),
         curves.plot("Loss scale", train("loss_scale"), figure_format.count, is_smoothed=False),
         curves.plot("Gradient norm", train("grad_norm"), from_zero=True),
-        curves.plot("Update / weights, often about 1e-3", train("update_ratio"), figure_format.rate, is_log=True),
+        curves.plot(
+            "Update / weights, often about 1e-3", train("update_ratio"), figure_format.rate, is_log=True
+        ),
         curves.plot("Tokens per second", train("tokens_per_second"), figure_format.count, from_zero=True),
     ]
     return [plot for plot in plots if plot is not None]
@@ -305,7 +340,9 @@ def _prompt(text: str, given: Sequence[dict[str, Any]], best_step: float | None)
     reference = next((one["reference"] for one in given if one.get("reference")), None)
     if reference is not None:
         compared.append(Answer("reference", "reference, from the data", str(reference)))
-    return Prompt(text, compared, [_answer("between", one) for one in given if one is not first and one is not last])
+    return Prompt(
+        text, compared, [_answer("between", one) for one in given if one is not first and one is not last]
+    )
 
 
 def _answer(kind: str, sample: dict[str, Any]) -> Answer:

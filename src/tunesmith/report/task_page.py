@@ -62,7 +62,10 @@ def write(
         replace_file(folder / f"{picture.name}.png", picture.png)
     rest = dict(facts or {})
     notes, command = rest.pop("notes", None) or (), rest.pop("command", None)
-    classes = [{"#": place, _word(figures): name, **one} for place, (name, one) in enumerate(_by_class(figures).items())]
+    classes = [
+        {"#": place, _word(figures): name, **one}
+        for place, (name, one) in enumerate(_by_class(figures).items())
+    ]
     return pages.save(
         folder / "report.html",
         "task.html",
@@ -71,7 +74,9 @@ def write(
         command=str(command or ""),
         tiles_shown=_tiles(figures),
         notes_shown=[str(line) for line in notes],
-        figures={k: v for k, v in figures.items() if not isinstance(v, Mapping | list) or k == "baseline_labels"},
+        figures={
+            k: v for k, v in figures.items() if not isinstance(v, Mapping | list) or k == "baseline_labels"
+        },
         class_word=_word(figures),
         classes=sorted(classes, key=lambda row: -row["support"]),
         is_folded=len(classes) > _FOLDED,
@@ -104,7 +109,9 @@ class Picture:
 
     @property
     def width(self) -> int:
-        return int.from_bytes(self.png[16:20]) // 2  # of its header: drawn for twice the dots of a plain screen
+        return (
+            int.from_bytes(self.png[16:20]) // 2
+        )  # of its header: drawn for twice the dots of a plain screen
 
     @property
     def source(self) -> str:
@@ -123,14 +130,22 @@ def _pictures(figures: Mapping[str, Any]) -> list[Picture]:
         caption = "Confusion matrix: counts, coloured by the share of the row"
         add("confusion", caption, charts.confusion(counts, names), _confused(counts, names))
     if classes:
-        add("per-class", "Precision, recall and F1", charts.per_class(classes), "The figures are in the table above.")
+        add(
+            "per-class",
+            "Precision, recall and F1",
+            charts.per_class(classes),
+            "The figures are in the table above.",
+        )
     if any((figures.get("curves") or {}).values()):
         by_support = sorted(figures["curves"], key=lambda name: -classes.get(name, {}).get("support", 0))
         curves = {name: figures["curves"][name] for name in by_support}
         add("precision-recall", "Precision and recall at every threshold", charts.precision_recall(curves))
     if bins := figures.get("calibration"):
         caption = "Calibration: how sure the model is, and how often it is right"
-        told = (f"{number(one['accuracy'])} are right at a confidence of {number(one['confidence'])}" for one in bins)
+        told = (
+            f"{number(one['accuracy'])} are right at a confidence of {number(one['confidence'])}"
+            for one in bins
+        )
         add("calibration", caption, charts.calibration(bins), "; ".join(told))
     if buckets := figures.get("by_length"):
         caption = "Accuracy by how much longer the better answer is: does the model only measure length?"
@@ -141,9 +156,17 @@ def _pictures(figures: Mapping[str, Any]) -> list[Picture]:
 
 def _confused(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     """The most frequent confusions in words."""
-    pairs = [(count, true, said) for row, true in zip(counts, names) for count, said in zip(row, names) if count and true != said]
+    pairs = [
+        (count, true, said)
+        for row, true in zip(counts, names)
+        for count, said in zip(row, names)
+        if count and true != said
+    ]
     worst = sorted(pairs, key=lambda pair: -pair[0])[:3]
-    return "; ".join(f"{true} is predicted as {said} {count} times" for count, true, said in worst) or "No confusions"
+    return (
+        "; ".join(f"{true} is predicted as {said} {count} times" for count, true, said in worst)
+        or "No confusions"
+    )
 
 
 def _tiles(figures: Mapping[str, Any]) -> list[Tile]:
@@ -191,12 +214,20 @@ class Mistake:
 
 
 def _mistake(mistake: Mapping[str, Any]) -> Mistake:
-    measures = [f"{name} {number(mistake[key])}" for key, name in _MEASURES.items() if is_number(mistake.get(key))]
+    measures = [
+        f"{name} {number(mistake[key])}" for key, name in _MEASURES.items() if is_number(mistake.get(key))
+    ]
     gold, predicted = mistake.get("gold_spans") or [], mistake.get("predicted_spans") or []
     is_typed = any(span.get("type") for span in [*gold, *predicted])
     names = ("better", "preferred") if "rewards" in mistake else ("true", "predicted")
 
-    def side(name: str, kind: str, value: Any, spans: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> Side:
+    def side(
+        name: str,
+        kind: str,
+        value: Any,
+        spans: Sequence[Mapping[str, Any]],
+        others: Sequence[Mapping[str, Any]],
+    ) -> Side:
         is_marked = is_typed or bool(spans)
         marked = _marked(str(mistake.get("text", "")), spans, set(map(_place, others))) if is_marked else []
         chances = mistake.get("probabilities") if kind and not is_marked else None

@@ -55,7 +55,10 @@ def cautions(runs: Sequence[Kept]) -> list[str]:
         ([(run.recipe.get("objective") or {}) for run in runs], "they have other objectives"),
         (held, "they were not evaluated on the same rows"),
         ([part.get("template") for part in data], "their rows were written by other templates"),
-        ([run.recipe.get("model") for run in runs], "they start from other models (a loss per token depends on the tokenizer)"),
+        (
+            [run.recipe.get("model") for run in runs],
+            "they start from other models (a loss per token depends on the tokenizer)",
+        ),
     )
     return [f"the losses are not comparable: {why}" for values, why in checks if unlike(values)]
 
@@ -76,11 +79,18 @@ def labels(runs: Sequence[Kept]) -> list[str]:
     unlike = differences(runs)
     sources = [key for key in unlike if key.startswith("data.train.")]
     told: list[list[str]] = [_files(runs)] if sources else []
-    scalars_first = sorted(unlike.items(), key=lambda one: any(isinstance(value, list | dict) for value in one[1]))
+    scalars_first = sorted(
+        unlike.items(), key=lambda one: any(isinstance(value, list | dict) for value in one[1])
+    )
     for key, values in scalars_first:
         if key not in sources:
             name = key.rpartition(".")[2]
-            told.append([name if isinstance(value, list | dict) else _told(name, value) for value in shortened(values)])
+            told.append(
+                [
+                    name if isinstance(value, list | dict) else _told(name, value)
+                    for value in shortened(values)
+                ]
+            )
     found = []
     for place, name in enumerate(names(runs)):
         keys = [one[place] for one in told[:3] if one[place]]

@@ -83,7 +83,9 @@ def typed(command: str) -> str:
     return re.sub(r"^(?:\S*[\\/])?tunesmith(?:[\\/]__main__\.py|\.exe)?(?=\s|$)", "tunesmith", command)
 
 
-def measured(evaluations: Sequence[Mapping[str, Any]], sets: Sequence[str], prefix: str = "eval_") -> list[str]:
+def measured(
+    evaluations: Sequence[Mapping[str, Any]], sets: Sequence[str], prefix: str = "eval_"
+) -> list[str]:
     """The names of an evaluation's figures, in its order, without those of single ``sets`` and without standard errors."""
     of_sets = tuple(f"eval_{name}_" for name in sets)
     return [

@@ -17,7 +17,15 @@ from tunesmith import files
 from tunesmith.errors import DataError
 
 TIMING_KEYS = frozenset(
-    ("time", "seconds", "eta_seconds", "tokens_per_second", "rows_per_second", "memory_bytes", "peak_memory_bytes")
+    (
+        "time",
+        "seconds",
+        "eta_seconds",
+        "tokens_per_second",
+        "rows_per_second",
+        "memory_bytes",
+        "peak_memory_bytes",
+    )
 )
 """Keys of a record that may differ between two runs of the same recipe. All others repeat exactly."""
 

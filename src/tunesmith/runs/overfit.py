@@ -48,7 +48,11 @@ def overfit(records: Sequence[dict[str, Any]]) -> Verdict | None:
     before it. (A run that got worse in both has diverged; that is not what this says.)
     """
     evaluations = [
-        (int(one["step"]), one["eval_loss"], one["eval_loss_stderr"] if _is_finite(one, "eval_loss_stderr") else math.nan)
+        (
+            int(one["step"]),
+            one["eval_loss"],
+            one["eval_loss_stderr"] if _is_finite(one, "eval_loss_stderr") else math.nan,
+        )
         for one in records
         if one.get("kind") == "eval" and _is_finite(one, "eval_loss") and _is_finite(one, "step")
     ]
@@ -59,7 +63,10 @@ def overfit(records: Sequence[dict[str, Any]]) -> Verdict | None:
     if len(evaluations) - lowest < 3:
         return None
     margin = max(error for _, _, error in (evaluations[lowest], *evaluations[-2:]))
-    margin = max(margin, (1.5 + math.sqrt(2 * math.log(len(evaluations)))) * _jitter([loss for _, loss, _ in evaluations]))
+    margin = max(
+        margin,
+        (1.5 + math.sqrt(2 * math.log(len(evaluations)))) * _jitter([loss for _, loss, _ in evaluations]),
+    )
     # Written so that a margin that is not a number, of a run without standard errors, says nothing.
     if not all(loss - best > margin for _, loss, _ in evaluations[-2:]):
         return None
@@ -87,12 +94,20 @@ def _jitter(losses: list[float]) -> float:
 
 def _train_losses(records: Sequence[dict[str, Any]], step: int) -> tuple[float, float]:
     """(mean up to ``step``, mean after it) of the training loss, over as many records on both sides; NaN where there is none."""
-    train = [one for one in records if one.get("kind") == "train" and _is_finite(one, "loss") and _is_finite(one, "step")]
+    train = [
+        one
+        for one in records
+        if one.get("kind") == "train" and _is_finite(one, "loss") and _is_finite(one, "step")
+    ]
     after = [one["loss"] for one in train if one["step"] > step]
     before = [one["loss"] for one in train if one["step"] <= step][-len(after) :] if after else []
     if step == 0 and len(after) > 1:  # nothing was trained before: the first half against the second
         before, after = after[: len(after) // 2], after[len(after) // 2 :]
-    return (math.fsum(before) / len(before), math.fsum(after) / len(after)) if before and after else (math.nan, math.nan)
+    return (
+        (math.fsum(before) / len(before), math.fsum(after) / len(after))
+        if before and after
+        else (math.nan, math.nan)
+    )
 
 
 def _is_finite(record: dict[str, Any], key: str) -> bool:

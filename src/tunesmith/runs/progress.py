@@ -30,7 +30,17 @@ _BAR_FROM_WIDTH = 120
 
 _SHOWN = frozenset(
     (
-        *("kind", "step", "epoch", "loss", "learning_rate", "head_learning_rate", "grad_norm", "tokens", "supervised_tokens"),
+        *(
+            "kind",
+            "step",
+            "epoch",
+            "loss",
+            "learning_rate",
+            "head_learning_rate",
+            "grad_norm",
+            "tokens",
+            "supervised_tokens",
+        ),
         *("eval_loss", "eval_loss_stderr", "perplexity"),
     )
 )
@@ -65,7 +75,10 @@ class Progress:
     """
 
     def __init__(
-        self, console: Console | None, total_steps: int | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console | None,
+        total_steps: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.notes: list[str] = []
         self._console = console
@@ -81,7 +94,9 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def start(self, step: int, total: int) -> None:
@@ -90,7 +105,12 @@ class Progress:
         self._seen.clear()
         self._seen.append((self._clock(), step))
         # FORCE_COLOR makes rich take any file for a terminal; redrawing a line needs a real one.
-        if self._bar is None and self._console and self._console.is_interactive and self._console.file.isatty():
+        if (
+            self._bar is None
+            and self._console
+            and self._console.is_interactive
+            and self._console.file.isatty()
+        ):
             bar = [progress.BarColumn()] if self._console.width >= _BAR_FROM_WIDTH else []
             self._bar = progress.Progress(
                 *bar,
@@ -197,7 +217,9 @@ def _train_parts(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory_bytes", "", figure_format.size),
         ("epoch", "epoch", lambda value: f"{value:.2f}"),
     )
-    parts = [(name, form(record[key])) for key, name, form in known if figure_format.is_number(record.get(key))]
+    parts = [
+        (name, form(record[key])) for key, name, form in known if figure_format.is_number(record.get(key))
+    ]
     return parts + _others(record)
 
 
@@ -208,7 +230,9 @@ def _eval_parts(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("eval_loss_stderr", "±", figure_format.number),
         ("perplexity", "perplexity", figure_format.number),
     )
-    parts = [(name, form(record[key])) for key, name, form in known if figure_format.is_number(record.get(key))]
+    parts = [
+        (name, form(record[key])) for key, name, form in known if figure_format.is_number(record.get(key))
+    ]
     parts += _others(record)
     if figure_format.is_number(record.get("seconds")):
         parts.append(("in", figure_format.duration(record["seconds"])))
@@ -222,5 +246,8 @@ def _others(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (name, figure_format.number(value))
         for name, value in record.items()
-        if name not in _SHOWN and name not in TIMING_KEYS and not name.endswith("_stderr") and figure_format.is_number(value)
+        if name not in _SHOWN
+        and name not in TIMING_KEYS
+        and not name.endswith("_stderr")
+        and figure_format.is_number(value)
     ]

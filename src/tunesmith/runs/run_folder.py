@@ -37,7 +37,10 @@ class RunFolder:
     def record(self, **facts: Any) -> None:
         """Add facts to manifest.json, which is replaced in one piece."""
         content = {**self.manifest(), **facts}
-        files.replace_file(self.path / "manifest.json", json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())
+        files.replace_file(
+            self.path / "manifest.json",
+            json.dumps(content, indent=1, ensure_ascii=False, default=str).encode(),
+        )
 
     def close(self) -> None:
         if self.lock is not None:
@@ -50,7 +53,9 @@ def check_free(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; expected a new folder for the run. Choose another with --out.")
     if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"the run folder {path} exists already.\n  Go on with it: --resume. Start another: --out DIR.")
+        raise UserError(
+            f"the run folder {path} exists already.\n  Go on with it: --resume. Start another: --out DIR."
+        )
 
 
 FREE = {
@@ -71,7 +76,9 @@ def check_resumable(path: Path, recipe: dict[str, Any]) -> list[str]:
     """
     file = path / "recipe.yaml"
     if not file.is_file():
-        raise UserError(f"there is no run to resume in {path} (it has no recipe.yaml). Leave out --resume to start one.")
+        raise UserError(
+            f"there is no run to resume in {path} (it has no recipe.yaml). Leave out --resume to start one."
+        )
     before = recipe_text.read(file.read_text(encoding="utf-8"), str(file))[0]
     found = _changes(before, recipe)
     free = {key for key, _, _ in found for one in FREE if key == one or key.startswith(f"{one}.")}

@@ -16,7 +16,15 @@ from tunesmith.recipe import text as recipe_text
 from tunesmith.runs import figure_format, metrics_file
 from tunesmith.runs.figure_format import is_number
 
-RESULTS = ("eval_loss_before", "eval_loss", "perplexity", "tokens_per_second", "peak_memory_bytes", "best_step", "tokens")
+RESULTS = (
+    "eval_loss_before",
+    "eval_loss",
+    "perplexity",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "best_step",
+    "tokens",
+)
 LOSSES = ("eval_loss", "perplexity")
 """Figures of an evaluation that have a place of their own."""
 
@@ -56,12 +64,16 @@ class Kept:
             "created": self.manifest.get("created"),
             "processes": self.manifest.get("processes"),
             "sharded": bool(self.manifest.get("deepspeed")),
-            "step": max((record["step"] for record in self.records if is_number(record.get("step"))), default=0),
+            "step": max(
+                (record["step"] for record in self.records if is_number(record.get("step"))), default=0
+            ),
             "checkpoint": _last_checkpoint(self.path),
             "planned_steps": self.manifest.get("steps"),
             **{name: result.get(name) for name in RESULTS},
             "figures": {
-                name: [result.get(f"{name}_before"), result.get(name)] for name in result.get("figures", ()) if name not in LOSSES
+                name: [result.get(f"{name}_before"), result.get(name)]
+                for name in result.get("figures", ())
+                if name not in LOSSES
             },
             "verdict": result.get("verdict"),
             "stopped": self.manifest.get("stopped") or result.get("stopped"),
@@ -74,7 +86,9 @@ def read(path: str | Path) -> Kept:
     if not (folder / "recipe.yaml").is_file() and (folder.parent / "recipe.yaml").is_file():
         folder = folder.parent
     if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{path} is no run folder: it has no recipe.yaml.\n  `tunesmith runs list` shows the runs under ./runs.")
+        raise UserError(
+            f"{path} is no run folder: it has no recipe.yaml.\n  `tunesmith runs list` shows the runs under ./runs."
+        )
     kept = _kept(folder)
     if kept.problem:
         raise UserError(f"the run folder {folder} cannot be read: {kept.problem}")
@@ -88,7 +102,9 @@ def find(folder: str | Path) -> list[Kept]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}. `tunesmith train` makes ./runs; name another: tunesmith runs list DIR")
+        raise UserError(
+            f"there is no folder {folder}. `tunesmith train` makes ./runs; name another: tunesmith runs list DIR"
+        )
     found = [_kept(path.parent) for path in (*folder.glob("recipe.yaml"), *folder.glob("*/recipe.yaml"))]
     return sorted(found, key=lambda run: (str(run.manifest.get("created")), run.path.name))
 
@@ -118,7 +134,11 @@ def _so_far(records: list[dict[str, Any]]) -> dict[str, Any]:
     best = marked[0] if marked else min(later, key=lambda one: one["eval_loss"], default={})
     last = trained[-1] if trained else {}
     first = next((one for one in evals if one["step"] == 0), {})
-    sets = [name.removeprefix("eval_").removesuffix("_loss") for name in first if name.endswith("_loss") and name != "eval_loss"]
+    sets = [
+        name.removeprefix("eval_").removesuffix("_loss")
+        for name in first
+        if name.endswith("_loss") and name != "eval_loss"
+    ]
     names = figure_format.measured([first, best], sets)
     peaks = [one["peak_memory_bytes"] for one in trained if is_number(one.get("peak_memory_bytes"))]
     return {
@@ -133,7 +153,11 @@ def _so_far(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _last_checkpoint(folder: Path) -> int | None:
     """The step of the last checkpoint that was published, None where there is none."""
-    found = [re.fullmatch(r"step-(\d+)", path.name) for path in (folder / "checkpoints").glob("step-*") if path.is_dir()]
+    found = [
+        re.fullmatch(r"step-(\d+)", path.name)
+        for path in (folder / "checkpoints").glob("step-*")
+        if path.is_dir()
+    ]
     return max((int(match.group(1)) for match in found if match), default=None)
 
 

@@ -66,7 +66,9 @@ def require(names: Sequence[str]) -> None:
             raise MissingExtra(name, "tracking", f"train.report_to: [{name}]")
 
 
-def subject(folder: Path, created: str, recipe: dict[str, Any], before: list[dict[str, Any]], resumed: bool) -> Subject:
+def subject(
+    folder: Path, created: str, recipe: dict[str, Any], before: list[dict[str, Any]], resumed: bool
+) -> Subject:
     """``created`` stays the same when a run is resumed, so that a tracker knows it again."""
     identity = hashlib.sha256(f"{folder}\n{created}".encode()).hexdigest()[:16]
     config = {**flat(recipe), "run_folder": str(folder), "run_id": identity, "tunesmith_version": __version__}
@@ -103,7 +105,10 @@ class Trackers:
     """All trackers of a run. ``say`` gets one line for each that failed, was too slow, or did not end in time."""
 
     def __init__(
-        self, names: Sequence[str] = (), about: Subject | None = None, say: Callable[[str], None] = lambda line: None
+        self,
+        names: Sequence[str] = (),
+        about: Subject | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._say = say
         self._feeds = [_Feed(name, about) for name in dict.fromkeys(names)] if about else []
@@ -127,12 +132,18 @@ class Trackers:
     def _complain(self, at_end: bool = False) -> None:
         for feed in list(self._feeds):
             if feed.problem is not None:
-                self._say(f"{feed.name} gets no more figures: {feed.problem}. Training goes on; metrics.jsonl holds all of them.")
+                self._say(
+                    f"{feed.name} gets no more figures: {feed.problem}. Training goes on; metrics.jsonl holds all of them."
+                )
                 self._feeds.remove(feed)
             elif at_end and feed.thread.is_alive():
-                self._say(f"{feed.name} did not end within {CLOSE_SECONDS:.0f} s and was left; metrics.jsonl holds every figure.")
+                self._say(
+                    f"{feed.name} did not end within {CLOSE_SECONDS:.0f} s and was left; metrics.jsonl holds every figure."
+                )
             elif at_end and feed.dropped:
-                self._say(f"{feed.name} was too slow: {feed.dropped} records were not sent; metrics.jsonl holds all of them.")
+                self._say(
+                    f"{feed.name} was too slow: {feed.dropped} records were not sent; metrics.jsonl holds all of them."
+                )
 
 
 class _Feed:
@@ -186,7 +197,9 @@ def _tensorboard(about: Subject) -> Sink:
     from accelerate.tracking import TensorBoardTracker
     from torch.utils.tensorboard.summary import hparams
 
-    tracker = TensorBoardTracker(about.folder.name, about.folder / "tensorboard", purge_step=0 if about.resumed else None)
+    tracker = TensorBoardTracker(
+        about.folder.name, about.folder / "tensorboard", purge_step=0 if about.resumed else None
+    )
     tracker.start()
     # store_init_configuration() would put the recipe into a run of its own beside this one, a new one at each resume.
     for summary in hparams(about.config, {}):
@@ -218,7 +231,9 @@ def _mlflow(about: Subject) -> Sink:
 
     local = not mlflow.is_tracking_uri_set()
     if local:
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # the database store needs more than mlflow-skinny brings
+        os.environ.setdefault(
+            "MLFLOW_ALLOW_FILE_STORE", "true"
+        )  # the database store needs more than mlflow-skinny brings
         mlflow.set_tracking_uri((about.folder / "mlflow").as_uri())
     known = mlflow.search_runs(
         filter_string=f"tags.tunesmith_run = '{about.id}'", search_all_experiments=True, output_format="list"
@@ -244,7 +259,10 @@ def _trackio(about: Subject) -> Sink:
 
     # Another folder's run may have the same name: then this one is told of from its start, as a run of its own.
     last = SQLiteStorage.get_latest_run_record_by_name(PROJECT, about.folder.name) if about.resumed else None
-    ours = last is not None and (SQLiteStorage.get_run_config(PROJECT, run_id=last["id"]) or {}).get("run_id") == about.id
+    ours = (
+        last is not None
+        and (SQLiteStorage.get_run_config(PROJECT, run_id=last["id"]) or {}).get("run_id") == about.id
+    )
     tracker = TrackioTracker(
         PROJECT, name=about.folder.name, resume="must" if ours else "never", config=about.config, embed=False,
         auto_log_gpu=False, auto_log_cpu=False,

@@ -18,7 +18,9 @@ BY_LAYER = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 def check(recipe: Recipe, folder: Folder) -> None:
     kind = adaptations.name_of(recipe.adaptation)
     if folder.kind != "adapter" and recipe.adapter is not None:
-        raise RecipeError(f"adapter: {recipe.adapter}: the model {recipe.model} is not an adapter. Leave the key out.")
+        raise RecipeError(
+            f"adapter: {recipe.adapter}: the model {recipe.model} is not an adapter. Leave the key out."
+        )
     if folder.kind == "adapter" and recipe.adapter is None:
         raise RecipeError(
             f"the model {recipe.model} is an adapter on {folder.base}. Say what becomes of it:\n"
@@ -43,11 +45,17 @@ def check(recipe: Recipe, folder: Folder) -> None:
                 f"  {f'Take adaptation: {fitting[0]}, or start' if fitting else 'Start'} a new one with adapter: merge or "
                 "adapter: new."
             )
-        keys = set(type(recipe.adaptation).model_fields) - adaptations.module(kind).Adaptation.keys_of_learning
-        chosen = sorted(key for key in keys if changed(recipe.adaptation, key))  # a run's own recipe.yaml holds every default
+        keys = (
+            set(type(recipe.adaptation).model_fields) - adaptations.module(kind).Adaptation.keys_of_learning
+        )
+        chosen = sorted(
+            key for key in keys if changed(recipe.adaptation, key)
+        )  # a run's own recipe.yaml holds every default
         made_with = keys_that_made(recipe, folder) or {}
         other = [
-            f"{key} (it has {was})" for key in chosen if (was := _made_otherwise(recipe, key, saved, {**recorded, **made_with}))
+            f"{key} (it has {was})"
+            for key in chosen
+            if (was := _made_otherwise(recipe, key, saved, {**recorded, **made_with}))
         ]
         if other:
             raise RecipeError(

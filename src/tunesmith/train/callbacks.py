@@ -33,7 +33,9 @@ class Hooks:
             if function(*copy.deepcopy(given)) is True:
                 self.ending = self.ending or f"{name} returned True"
         except Exception as error:  # noqa: BLE001 - the user's own: kept until a checkpoint is saved, then raised
-            error.add_note(f"raised by {name}, which stopped the run after its step; it can go on with resume=True")
+            error.add_note(
+                f"raised by {name}, which stopped the run after its step; it can go on with resume=True"
+            )
             self.failure = error
 
     def wants(self) -> tuple[str | None, str | None]:

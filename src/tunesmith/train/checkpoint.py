@@ -25,10 +25,18 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def write(temporary: Path) -> None:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            temporary / "state.safetensors",
+        )
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        listed = {name: {"bytes": (temporary / name).stat().st_size, "sha256": files.sha256(temporary / name)} for name in FILES}
-        (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": listed}), encoding="utf-8")
+        listed = {
+            name: {"bytes": (temporary / name).stat().st_size, "sha256": files.sha256(temporary / name)}
+            for name in FILES
+        }
+        (temporary / "manifest.json").write_text(
+            json.dumps({"step": step, "files": listed}), encoding="utf-8"
+        )
 
     files.publish_folder(target, write, needed)
     return target
@@ -43,7 +51,9 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, torch.Te
         path = folder / f"step-{step}"
         problem = damage(path)
         if problem is None:
-            return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text(encoding="utf-8"))
+            return load_file(path / "state.safetensors"), json.loads(
+                (path / "state.json").read_text(encoding="utf-8")
+            )
         say(f"the checkpoint {path} is damaged ({problem}); the one before it is used")
     return None
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from tunesmith.models.fast import kernels
 from tunesmith.train import distributed
 from tunesmith.train.master_weights import moments, rounding_seed
 from tunesmith.train.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STALE_SECONDS = 300
 """A lock so old belongs to nobody: what it guards is compiled in less than one minute."""
@@ -52,7 +55,13 @@ SAID_BY = {
 }
 """Keys of DeepSpeed whose place is the recipe."""
 
-UNTRIED = ("offload_optimizer", "offload_param", "zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size")
+UNTRIED = (
+    "offload_optimizer",
+    "offload_param",
+    "zero_quantized_weights",
+    "zero_quantized_gradients",
+    "zero_hpz_partition_size",
+)
 """Of ``zero_optimization``: what is refused, because nothing here shows that it is right."""
 
 
@@ -85,13 +94,19 @@ def read(path: Path, train: TrainConfig, compute: torch.dtype) -> Sharding:
         if isinstance(value, dict) and set(value.values()) <= {"auto", False}:
             value = "auto"
         if value != "auto":
-            raise RecipeError(f'{where}: "{key}" is said by the recipe ({said}). Take it out of the file, or write "auto".')
+            raise RecipeError(
+                f'{where}: "{key}" is said by the recipe ({said}). Take it out of the file, or write "auto".'
+            )
     zero = {key: value for key, value in given["zero_optimization"].items() if value != "auto"}
     if zero.get("stage") != 2:
-        raise RecipeError(f'{where}: "zero_optimization.stage" is {zero.get("stage")!r}; expected 2, the one that is supported.')
+        raise RecipeError(
+            f'{where}: "zero_optimization.stage" is {zero.get("stage")!r}; expected 2, the one that is supported.'
+        )
     for key in UNTRIED:
         if zero.get(key) and zero[key] != {"device": "none"}:
-            raise RecipeError(f'{where}: "zero_optimization.{key}" is not supported. Take it out of the file.')
+            raise RecipeError(
+                f'{where}: "zero_optimization.{key}" is not supported. Take it out of the file.'
+            )
     if train.optim_name not in OPTIMISERS:
         raise RecipeError(
             f"train.optim={train.optim_name} does not go with --deepspeed, which needs one of {', '.join(OPTIMISERS)}."
@@ -146,14 +161,20 @@ class Shards:
     in_step = True
 
     def __init__(
-        self, model: Any, optimizer: torch.optim.Optimizer, masters: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        masters: Mapping[str, torch.Tensor],
+        config: Mapping[str, Any],
     ) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = optimizer
         self.world = distributed.state().num_processes
         self.share = 1 / self.world
         self.copies = config["bf16"]["enabled"]
-        self._group = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._group = {
+            id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]
+        }
         whole = {name: masters[name].detach().clone() for name in self.parameters}
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -165,7 +186,9 @@ class Shards:
             if distributed.state().is_main_process:
                 unlock(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
             distributed.wait()
-            self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config), dist_init_required=False)[0]
+            self.engine = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=dict(config), dist_init_required=False
+            )[0]
         for name, parameter in self.parameters.items():
             self._set(parameter, whole[name])
 
@@ -174,15 +197,21 @@ class Shards:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     def sampled(self) -> dict[str, torch.Tensor]:
-        return {f"group {number}": group["params"][0] for number, group in enumerate(self.optimizer.param_groups)}
+        return {
+            f"group {number}": group["params"][0] for number, group in enumerate(self.optimizer.param_groups)
+        }
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         with distributed.together(and_more=True):
-            self.engine.backward(loss * self.world, scale_wrt_gas=False)  # it takes the mean over processes; we want the sum
+            self.engine.backward(
+                loss * self.world, scale_wrt_gas=False
+            )  # it takes the mean over processes; we want the sum
 
     def rehearse(self, loss: torch.Tensor) -> None:
-        torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)  # no hook of DeepSpeed's hears of these
+        torch.autograd.grad(
+            loss, list(self.parameters.values()), allow_unused=True
+        )  # no hook of DeepSpeed's hears of these
 
     def norm(self, scale: float) -> torch.Tensor:
         with distributed.together(and_more=True):
@@ -205,7 +234,9 @@ class Shards:
         rank = distributed.state().process_index
         for number, parts in enumerate(self.engine.optimizer.parallel_partitioned_bit16_groups):
             master = self.optimizer.param_groups[number]["params"][0]
-            kernels.stochastic_round(master.data, parts[rank], rounding_seed(seed, step, number * self.world + rank))
+            kernels.stochastic_round(
+                master.data, parts[rank], rounding_seed(seed, step, number * self.world + rank)
+            )
             if self.world > 1:
                 with distributed.together():
                     torch.distributed.all_gather(list(parts), parts[rank].clone())
@@ -218,9 +249,15 @@ class Shards:
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
         tensors = {f"master.{name}": value.cpu() for name, value in self.whole().items()}
-        keys = {key for group in self.optimizer.param_groups for key in self.optimizer.state.get(group["params"][0], {})}
+        keys = {
+            key
+            for group in self.optimizer.param_groups
+            for key in self.optimizer.state.get(group["params"][0], {})
+        }
         for key in sorted(keys):
-            found = self._everywhere({name: key for name, p in self.parameters.items() if key in self._state_of(p)})
+            found = self._everywhere(
+                {name: key for name, p in self.parameters.items() if key in self._state_of(p)}
+            )
             tensors |= {f"optimizer.{name}.{key}": value.cpu() for name, value in found.items()}
         return tensors
 
@@ -231,7 +268,9 @@ class Shards:
         found = {}
         for name, key in wanted.items():
             own = self._state_of(self.parameters[name]).get(key) if key else None
-            whole = own.clone() if own is not None and own.dim() == 0 else self._get(self.parameters[name], key)
+            whole = (
+                own.clone() if own is not None and own.dim() == 0 else self._get(self.parameters[name], key)
+            )
             if main:  # elsewhere it is freed at once
                 found[name] = whole
         return found
@@ -276,14 +315,20 @@ class Shards:
         for number, group in enumerate(self.optimizer.param_groups):
             stretch = group["params"][0]
             if stretch in self.optimizer.state:
-                ours = [parameter for parameter in self.parameters.values() if self._group[id(parameter)] == number]
+                ours = [
+                    parameter
+                    for parameter in self.parameters.values()
+                    if self._group[id(parameter)] == number
+                ]
                 lazy_init_hp_params_optimizer_state(ours, stretch, self.optimizer.state)
 
     def _get(self, parameter: torch.Tensor, key: str | None = None) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         with distributed.together():
-            whole = safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
+            whole = (
+                safe_get_full_optimizer_state(parameter, key) if key else safe_get_full_fp32_param(parameter)
+            )
         assert whole is not None, "DeepSpeed lost a parameter"
         return whole.detach()
 

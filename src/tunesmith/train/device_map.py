@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from tunesmith.errors import RecipeError
 from tunesmith.train import distributed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -38,7 +41,7 @@ def device_of(device_map: str | dict[str, int | str] | None, default: torch.devi
     return places[0]
 
 
-def check(model: Any) -> None:
+def check(model: PreTrainedModel) -> None:
     """Raise RecipeError when a layer is where it cannot be trained: left out of the map, or not fitting on the GPUs."""
     kinds: dict[str, str] = {}
     for name, parameter in model.named_parameters():
@@ -58,7 +61,9 @@ def _place(name: int | str) -> torch.device:
         place = torch.device(f"cuda:{name}" if isinstance(name, int) else name)
     except RuntimeError:
         expected = ", ".join(STRATEGIES)
-        raise RecipeError(f"device_map: {name!r} is no device. Expected {expected}, or a device such as cpu or cuda:0") from None
+        raise RecipeError(
+            f"device_map: {name!r} is no device. Expected {expected}, or a device such as cpu or cuda:0"
+        ) from None
     count = torch.cuda.device_count()
     if place.type == "meta" or (place.type == "cuda" and (place.index or 0) >= count):
         raise RecipeError(f"device_map: {name!r}: this machine has {count} GPUs and a cpu")

@@ -147,7 +147,11 @@ def _patient_group() -> Any:
 @functools.cache
 def _host_group() -> Any:
     """Of the processes' hosts; None = the default group, where that is theirs."""
-    return None if state().device.type == "cpu" else torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return (
+        None
+        if state().device.type == "cpu"
+        else torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    )
 
 
 def check_processes(processes: int, rows: int, what: str) -> None:

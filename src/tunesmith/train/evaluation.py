@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,9 +14,12 @@ from tunesmith.data.store.encoded_rows import Encoded
 from tunesmith.objectives import Objective, TaskHead
 from tunesmith.train import distributed, forward_batches
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def evaluate(
-    model: Any,
+    model: PreTrainedModel,
     objective: Objective,
     data: Encoded,
     layout: Layout,
@@ -33,26 +36,44 @@ def evaluate(
     """
     model.eval()
     parts = [np.flatnonzero(data.source == index) for index in range(len(sets))] or [np.arange(len(data))]
-    of_parts = [_records(model, objective, Step(0, data, rows, objective.collate), layout, budget, device) for rows in parts]
+    of_parts = [
+        _records(model, objective, Step(0, data, rows, objective.collate), layout, budget, device)
+        for rows in parts
+    ]
     everything = [record for part in of_parts for record in part]
     if choose_threshold and isinstance(objective, TaskHead):
         objective.choose_threshold(everything)
     figures = objective.summarise(everything)
     for name, part in zip(sets, of_parts):
-        figures |= {f"eval_{name}_{key.removeprefix('eval_')}": value for key, value in objective.summarise(part).items()}
+        figures |= {
+            f"eval_{name}_{key.removeprefix('eval_')}": value
+            for key, value in objective.summarise(part).items()
+        }
     return figures
 
 
 def records(
-    model: Any, objective: Objective, data: Encoded, layout: Layout, budget: int, device: torch.device
+    model: PreTrainedModel,
+    objective: Objective,
+    data: Encoded,
+    layout: Layout,
+    budget: int,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """What the objective keeps of each micro-batch of ``data``."""
     model.eval()
-    return _records(model, objective, Step(0, data, np.arange(len(data)), objective.collate), layout, budget, device)
+    return _records(
+        model, objective, Step(0, data, np.arange(len(data)), objective.collate), layout, budget, device
+    )
 
 
 def _records(
-    model: Any, objective: Objective, step: Step, layout: Layout, budget: int, device: torch.device
+    model: PreTrainedModel,
+    objective: Objective,
+    step: Step,
+    layout: Layout,
+    budget: int,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """What the objective keeps of each micro-batch of the examples of ``step``, from all processes."""
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from tunesmith.models.fast import attention, fused_layers, torch_compile, varlen
 from tunesmith.models.heads import lm_head
 from tunesmith.objectives import Example, Objective
 from tunesmith.train import machine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROBE_TOKENS = 192  # of each row: enough to see every layer at work, few enough to cost a second
 # largest accepted difference: of the loss, relative; of all gradients together, relative to their norm. In bf16 the plain
@@ -62,7 +65,7 @@ class Route:
     def packed(self) -> bool:
         return self.layout.packed
 
-    def leave(self, model: Any) -> None:
+    def leave(self, model: PreTrainedModel) -> None:
         """Give ``model`` its own layers, loss and attention back."""
         torch_compile.disable(model)
         self.fused.disable()
@@ -82,7 +85,7 @@ class Route:
 
 
 @contextmanager
-def plain_attention(model: Any, route: Route) -> Iterator[None]:
+def plain_attention(model: PreTrainedModel, route: Route) -> Iterator[None]:
     """Generation keeps a cache and has no segments: it takes the model's own attention."""
     inner = lm_head.base(model)
     ours = inner.config._attn_implementation
@@ -96,7 +99,7 @@ def plain_attention(model: Any, route: Route) -> Iterator[None]:
 
 
 def choose(
-    model: Any,
+    model: PreTrainedModel,
     objective: Objective,
     examples: Sequence[Example],
     longest: int,
@@ -112,11 +115,19 @@ def choose(
     """
     model.eval()
     with _without_zeros(model):
-        return _chosen(model, objective, examples, longest + virtual_tokens.count(model), packing, device, stack)
+        return _chosen(
+            model, objective, examples, longest + virtual_tokens.count(model), packing, device, stack
+        )
 
 
 def _chosen(
-    model: Any, objective: Objective, examples: Sequence[Example], longest: int, packing: str, device: torch.device, stack: bool
+    model: PreTrainedModel,
+    objective: Objective,
+    examples: Sequence[Example],
+    longest: int,
+    packing: str,
+    device: torch.device,
+    stack: bool,
 ) -> Route:
     inner = lm_head.base(model)
     rows = [_shorten(example) for example in list(examples)[:2]]
@@ -140,13 +151,21 @@ def _chosen(
         ("rows are padded, not packed", lambda: _unpack(route, inner)),
     ]
     if route.packed_attention == "varlen":
-        steps.insert(2, ("attention is not varlen_attn", lambda: _by_segments(model, objective, rows, longest, device, route)))
+        steps.insert(
+            2,
+            (
+                "attention is not varlen_attn",
+                lambda: _by_segments(model, objective, rows, longest, device, route),
+            ),
+        )
     for said, retreat in steps:
         difference = differs()
         if difference is None:
             break
         retreat()
-        route.notes.append(f"{said}: on the first rows the fast path differed from the plain one ({difference})")
+        route.notes.append(
+            f"{said}: on the first rows the fast path differed from the plain one ({difference})"
+        )
     return route
 
 
@@ -154,18 +173,30 @@ def _part(route: Route) -> None:
     route.layout = replace(route.layout, shared=False)
 
 
-def check_still(model: Any, objective: Objective, examples: Sequence[Example], route: Route, device: torch.device) -> None:
+def check_still(
+    model: PreTrainedModel,
+    objective: Objective,
+    examples: Sequence[Example],
+    route: Route,
+    device: torch.device,
+) -> None:
     """Raise ModelError where the network says something else in training than in evaluation: where something in it is random.
 
     For an objective whose figures are facts of the weights. The two rows are those of :func:`choose`.
     """
-    batch = to_device(objective.collate([_shorten(example) for example in list(examples)[:2]], route.layout), device)
+    batch = to_device(
+        objective.collate([_shorten(example) for example in list(examples)[:2]], route.layout), device
+    )
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         moving = objective.summarise([objective.evaluate(model, batch)])
     model.eval()
     still = objective.summarise([objective.evaluate(model, batch)])
-    apart = [name for name, value in still.items() if not np.isclose(value, moving[name], rtol=STILL, atol=STILL, equal_nan=True)]
+    apart = [
+        name
+        for name, value in still.items()
+        if not np.isclose(value, moving[name], rtol=STILL, atol=STILL, equal_nan=True)
+    ]
     if apart:
         raise ModelError(
             f"{lm_head.base(model).config.model_type} answers otherwise in training than in evaluation ({apart[0]} of the first "
@@ -174,7 +205,13 @@ def check_still(model: Any, objective: Objective, examples: Sequence[Example], r
         )
 
 
-def recompute(model: Any, objective: Objective, examples: Sequence[Example], route: Route, device: torch.device) -> None:
+def recompute(
+    model: PreTrainedModel,
+    objective: Objective,
+    examples: Sequence[Example],
+    route: Route,
+    device: torch.device,
+) -> None:
     """From now on keep of each decoder layer what goes into it, and compute the rest again in backward (Chen et al. 2016).
 
     It is transformers' own checkpointing, the kind that is not reentrant: gradients reach adapters in a frozen base, and keywords
@@ -190,25 +227,37 @@ def recompute(model: Any, objective: Objective, examples: Sequence[Example], rou
         warnings.simplefilter("ignore", FutureWarning)  # its name is going; transformers 5.17 knows no other
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inner.disable_input_require_grads()  # only the reentrant kind needs a gradient for the frozen embeddings; it costs time
-    difference = _difference(expected, _repeatable(model, objective, rows, route, device), model.dtype, _more(objective))
+    difference = _difference(
+        expected, _repeatable(model, objective, rows, route, device), model.dtype, _more(objective)
+    )
     if difference is None:
         route.recomputed = True
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             inner.gradient_checkpointing_disable()
-        route.notes.append(f"gradient checkpointing is off: on the first rows the gradients differed with it ({difference})")
+        route.notes.append(
+            f"gradient checkpointing is off: on the first rows the gradients differed with it ({difference})"
+        )
     model.eval()
 
 
-def compile_layers(model: Any, objective: Objective, examples: Sequence[Example], route: Route, device: torch.device) -> None:
+def compile_layers(
+    model: PreTrainedModel,
+    objective: Objective,
+    examples: Sequence[Example],
+    route: Route,
+    device: torch.device,
+) -> None:
     """From now on each decoder layer is compiled by torch.compile, where loss and gradients stay what they are.
 
     They are compared with those of the same route uncompiled, in training mode, for two rows together and for the first alone:
     two packings that one piece of code has to serve. What cannot be compiled, or differs, is switched off and a note says so.
     """
     if route.packed and route.packed_attention == "segments":
-        route.notes.append("torch.compile is off: attention goes row by row here, and would be compiled anew for each packing")
+        route.notes.append(
+            "torch.compile is off: attention goes row by row here, and would be compiled anew for each packing"
+        )
         return
     rows = [_shorten(example) for example in list(examples)[:2]]
     model.train()
@@ -216,9 +265,13 @@ def compile_layers(model: Any, objective: Objective, examples: Sequence[Example]
     torch_compile.enable(model)
     try:
         found = [_repeatable(model, objective, some, route, device) for some in (rows, rows[:1])]
-        differences = [_difference(*pair, model.dtype, _more(objective)) for pair in zip(expected, found, strict=True)]
+        differences = [
+            _difference(*pair, model.dtype, _more(objective)) for pair in zip(expected, found, strict=True)
+        ]
         difference = next((one for one in differences if one is not None), None)
-    except RuntimeError as error:  # no compiler, no Triton, or code that it cannot trace: torch has no one class for these
+    except (
+        RuntimeError
+    ) as error:  # no compiler, no Triton, or code that it cannot trace: torch has no one class for these
         if machine.is_out_of_memory(error):
             raise
         difference = f"{type(error).__name__}: {' '.join(str(error).split(chr(10))[:2])}"
@@ -233,7 +286,7 @@ def compile_layers(model: Any, objective: Objective, examples: Sequence[Example]
 
 
 def _repeatable(
-    model: Any, objective: Objective, rows: Sequence[Example], route: Route, device: torch.device
+    model: PreTrainedModel, objective: Objective, rows: Sequence[Example], route: Route, device: torch.device
 ) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients by the route so far, drawing the same random numbers at each call."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _without_zeros(model):
@@ -242,10 +295,14 @@ def _repeatable(
 
 
 @contextmanager
-def _without_zeros(model: Any) -> Iterator[None]:
+def _without_zeros(model: PreTrainedModel) -> Iterator[None]:
     """Trained tensors that are all zero hold small numbers for as long, always the same ones; no random state moves."""
     generator = torch.Generator().manual_seed(0)
-    zeros = [(one, one.detach().clone()) for one in model.parameters() if one.requires_grad and not one.detach().any()]
+    zeros = [
+        (one, one.detach().clone())
+        for one in model.parameters()
+        if one.requires_grad and not one.detach().any()
+    ]
     with torch.no_grad():
         for parameter, zero in zeros:
             parameter.copy_(torch.randn(zero.shape, generator=generator) * NOT_ZERO)
@@ -272,7 +329,14 @@ def packed_attention(device: torch.device, dtype: torch.dtype) -> str:
     return "varlen" if varlen.why_not(device, dtype) is None else "segments"
 
 
-def _pack(model: Any, objective: Objective, rows: Sequence[Example], longest: int, device: torch.device, route: Route) -> None:
+def _pack(
+    model: PreTrainedModel,
+    objective: Objective,
+    rows: Sequence[Example],
+    longest: int,
+    device: torch.device,
+    route: Route,
+) -> None:
     """Pack, by the best attention that takes this model, or say why not."""
     reasons = []
     if packed_attention(device, model.dtype) == "varlen":
@@ -286,12 +350,14 @@ def _pack(model: Any, objective: Objective, rows: Sequence[Example], longest: in
                 return
             reasons.append(why)
         else:
-            route.notes.append(f"attention is not varlen_attn: on random numbers it differed from plain attention ({differs})")
+            route.notes.append(
+                f"attention is not varlen_attn: on random numbers it differed from plain attention ({differs})"
+            )
     _by_segments(model, objective, rows, longest, device, route, reasons)
 
 
 def _by_segments(
-    model: Any,
+    model: PreTrainedModel,
     objective: Objective,
     rows: Sequence[Example],
     longest: int,
@@ -311,7 +377,13 @@ def _by_segments(
 
 
 def _why_not_packed(
-    model: Any, objective: Objective, rows: Sequence[Example], longest: int, device: torch.device, name: str, route: Route
+    model: PreTrainedModel,
+    objective: Objective,
+    rows: Sequence[Example],
+    longest: int,
+    device: torch.device,
+    name: str,
+    route: Route,
 ) -> str | None:
     """:func:`_cannot_pack`; where answers cannot share their prompt, of answers that stand apart."""
     best, apart = Layout(packed=True, shared=objective.traits.shares_prompts), Layout(packed=True)
@@ -329,7 +401,7 @@ def _why_not_packed(
 
 
 def _cannot_pack(
-    model: Any,
+    model: PreTrainedModel,
     objective: Objective,
     rows: Sequence[Example],
     longest: int,
@@ -354,7 +426,11 @@ def _cannot_pack(
 
 
 def _loss_and_gradients(
-    model: Any, objective: Objective, rows: Sequence[Example], layout: Layout, device: torch.device
+    model: PreTrainedModel,
+    objective: Objective,
+    rows: Sequence[Example],
+    layout: Layout,
+    device: torch.device,
 ) -> tuple[float, list[torch.Tensor]]:
     """Mean loss over the rows' units and its gradients; the plain path takes rows one at a time, so that nothing is padded."""
     groups = [rows] if layout.packed else [[row] for row in rows]
@@ -362,7 +438,9 @@ def _loss_and_gradients(
     total = sum(objective.count(batch) for batch in batches)
     value = 0.0
     for batch in batches:
-        with torch.enable_grad():  # also for a caller without gradients: layers may go another way there for as few tokens
+        with (
+            torch.enable_grad()
+        ):  # also for a caller without gradients: layers may go another way there for as few tokens
             loss, _ = objective.loss(model, to_device(batch, device))
         if loss.requires_grad:  # an evaluation trains nothing: only its loss is compared
             (loss / total * SCALE.get(model.dtype, 1.0)).backward()
@@ -376,7 +454,10 @@ def _loss_and_gradients(
 
 
 def _difference(
-    expected: tuple[float, list[torch.Tensor]], got: tuple[float, list[torch.Tensor]], dtype: torch.dtype, more: float = 1.0
+    expected: tuple[float, list[torch.Tensor]],
+    got: tuple[float, list[torch.Tensor]],
+    dtype: torch.dtype,
+    more: float = 1.0,
 ) -> str | None:
     """What is further apart than the network's ``dtype`` explains, or None. Not finite on both sides is the run's affair.
 
@@ -387,7 +468,10 @@ def _difference(
     if not np.isfinite(expected[0]):
         return None
     loss = abs(expected[0] - got[0]) / max(abs(expected[0]), 1e-6)
-    apart = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(expected[1], got[1], strict=True)) ** 0.5
+    apart = (
+        sum(float((a.float() - b.float()).square().sum()) for a, b in zip(expected[1], got[1], strict=True))
+        ** 0.5
+    )
     norm = sum(float(a.float().square().sum()) for a in expected[1]) ** 0.5
     gradient = apart / norm if norm else apart
     if loss <= loss_limit and gradient <= gradient_limit:

@@ -180,8 +180,14 @@ def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
     memory = measure_memory(job, limit)
     longest = _longest(job)
     # all processes decide on the same numbers: those of the one that has the least room
-    tight = distributed.gather([(memory.peak - SHARE * limit, memory.tokens_within(int(SHARE * limit)), job.budget)])
-    over, fitting, job.budget = max(one for one, _, _ in tight), min(one for _, one, _ in tight), min(one for _, _, one in tight)
+    tight = distributed.gather(
+        [(memory.peak - SHARE * limit, memory.tokens_within(int(SHARE * limit)), job.budget)]
+    )
+    over, fitting, job.budget = (
+        max(one for one, _, _ in tight),
+        min(one for _, one, _ in tight),
+        min(one for _, _, one in tight),
+    )
     if automatic and over > 0 and fitting >= min(longest, job.budget) and fitting >= SMALLEST:
         job.budget = _rounded(fitting)
         memory = measure_memory(job, limit)
@@ -225,7 +231,9 @@ def remedies(job: Job, memory: Memory, fitting: int, longest: int) -> list[str]:
     if not job.config.gradient_checkpointing:
         found.append("train.gradient_checkpointing=true keeps one layer's activations instead of all")
     if fitting < longest:
-        found.append(f"the longest row has {longest:,} tokens: lower train.max_length, with objective.overlong=truncate or drop")
+        found.append(
+            f"the longest row has {longest:,} tokens: lower train.max_length, with objective.overlong=truncate or drop"
+        )
     everything = sum(parameter.numel() for parameter in job.model.parameters())
     if job.update.masters.size > everything / 2:
         found.append("adaptation=lora keeps no optimiser state for the whole network")
@@ -236,7 +244,10 @@ def remedies(job: Job, memory: Memory, fitting: int, longest: int) -> list[str]:
 
 
 def forecast(
-    ready: setup.Setup, loading_from: float, limit: int | None = None, say: Callable[[str], None] = lambda line: None
+    ready: setup.Setup,
+    loading_from: float,
+    limit: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Load the model, take real steps, and say what the run will need. Nothing of it is kept.
 
@@ -252,13 +263,20 @@ def forecast(
     limit = limit_bytes(ready.device) if limit is None else limit
     check_weights(ready, limit)
     say("loading the model")
-    with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:  # a merged base is written there, and read until the end
+    with tempfile.TemporaryDirectory(
+        prefix="tunesmith-"
+    ) as folder:  # a merged base is written there, and read until the end
         built = setup.build(ready, Path(folder))
         return _of_built(ready, built, loading_from, limit, before, say)
 
 
 def _of_built(
-    ready: setup.Setup, built: setup.Built, loading_from: float, limit: int, before: int, say: Callable[[str], None]
+    ready: setup.Setup,
+    built: setup.Built,
+    loading_from: float,
+    limit: int,
+    before: int,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """``before``: bytes that the process held before it loaded the model."""
     job = Job(
@@ -276,7 +294,11 @@ def _of_built(
     say("evaluating some rows")
     evaluation = _evaluation_seconds(job, ready, built.route)
     looked_at = 0.0 if ready.reference is None else sum(_forward_seconds(job, step) for step in ready.seen())
-    peak = int(torch.cuda.max_memory_allocated(ready.device)) if ready.device.type == "cuda" else machine.peak_memory_bytes()
+    peak = (
+        int(torch.cuda.max_memory_allocated(ready.device))
+        if ready.device.type == "cuda"
+        else machine.peak_memory_bytes()
+    )
     needed = max(peak, memory.peak)
     plan = ready.source.plan
     in_all = _tokens_of_run(ready.source)
@@ -300,7 +322,9 @@ def _of_built(
         "needed_memory_bytes": needed,
         "memory_limit_bytes": limit,
         "fits": fits,
-        "remedies": [] if fits else remedies(job, memory, memory.tokens_within(int(SHARE * limit)), _longest(job)),
+        "remedies": []
+        if fits
+        else remedies(job, memory, memory.tokens_within(int(SHARE * limit)), _longest(job)),
         "seconds_per_step": train_seconds / plan.steps,
         "tokens_per_second": in_all / train_seconds,
         "train_seconds": train_seconds,
@@ -329,7 +353,9 @@ def _timed_steps(job: Job) -> tuple[float, int, float, float]:
         micro = step.micro_batches(job.budget, job.layout, state.process_index, state.num_processes, even)
         started = time.perf_counter()
         job.model.train()
-        loss, _ = loop.accumulate(job, step, micro, float(sum(job.objective.count(one.batch) for one in micro)) or 1.0)
+        loss, _ = loop.accumulate(
+            job, step, micro, float(sum(job.objective.count(one.batch) for one in micro)) or 1.0
+        )
         machine.synchronize(job.device)
         between = time.perf_counter()
         job.update.norm(loss.double())
@@ -360,9 +386,14 @@ def _saving_seconds(job: Job, ready: setup.Setup, built: setup.Built) -> tuple[f
     beside = runs if os.access(runs, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".tunesmith-", dir=beside) as name:
         folder, empty = RunFolder(Path(name)), metrics_file.Metrics(Path(name) / "metrics.jsonl")
-        run = Run(ready, folder, built.model, job.update, built.route, empty, empty, Progress(None), True, Hooks())
+        run = Run(
+            ready, folder, built.model, job.update, built.route, empty, empty, Progress(None), True, Hooks()
+        )
         seconds = []
-        for save in (lambda: run_state.save_model(run), lambda: run_state.save(run, loop.Progression(step=1))):
+        for save in (
+            lambda: run_state.save_model(run),
+            lambda: run_state.save(run, loop.Progression(step=1)),
+        ):
             started = time.perf_counter()
             save()
             seconds.append(time.perf_counter() - started)
@@ -382,7 +413,11 @@ def _evaluation_seconds(job: Job, ready: setup.Setup, chosen: fast_path.Route) -
     if data is None:
         return 0.0
     seconds = _forward_seconds(job, Step(0, data, np.arange(len(data)), ready.objective.collate))
-    asked = samples.prompts(ready.recipe.samples, data, ready.tokenizer) if ready.objective.traits.head == "lm" else []
+    asked = (
+        samples.prompts(ready.recipe.samples, data, ready.tokenizer)
+        if ready.objective.traits.head == "lm"
+        else []
+    )
     if asked:
         started = time.perf_counter()
         with fast_path.plain_attention(job.model, chosen):

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from tunesmith.models.heads import lm_head
 from tunesmith.models.load import probe
 from tunesmith.runs import figure_format
 from tunesmith.train import distributed, forecast, setup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORWARD = (
     "train.frozen_body_cache", "data.store.cache", "data.batch.pack",
@@ -83,7 +86,10 @@ def rows_of(batch: dict[str, Any]) -> list[Row]:
     typed = None if kinds is None else kinds.cpu().numpy().reshape(-1).astype(np.int32)
     edges = np.searchsorted(positions, [*starts, flat.size])
     return [
-        Row(_seen(flat, typed, start, start + length), (positions[edges[number] : edges[number + 1]] - start).astype(np.int32))
+        Row(
+            _seen(flat, typed, start, start + length),
+            (positions[edges[number] : edges[number + 1]] - start).astype(np.int32),
+        )
         for number, (start, length) in enumerate(zip(starts, lengths, strict=True))
     ]
 
@@ -112,7 +118,12 @@ class Outputs:
         parts = [part for part in found if part is not None]
         if len(parts) < len(found) or not parts:
             return None
-        return torch.from_numpy(np.concatenate(parts)).view(self.dtype).view(-1, self.width).to(batch["input_ids"].device)
+        return (
+            torch.from_numpy(np.concatenate(parts))
+            .view(self.dtype)
+            .view(-1, self.width)
+            .to(batch["input_ids"].device)
+        )
 
     def find(self, row: Row) -> np.ndarray | None:
         """The bytes of a row's outputs, a view of the file; None when there are none, or only of a row with the same digest."""
@@ -161,7 +172,10 @@ def keep(ready: setup.Setup, built: setup.Built, say: Callable[[str], None]) -> 
     why = "a row has several answers" if ready.objective.traits.shares_prompts else _why_not(ready, model)
     if why is None:
         first, outputs = _batch(ready, built, ready.seen()[0], [0]), {}
-        with torch.no_grad(), torch.random.fork_rng(devices=[ready.device] if ready.device.type == "cuda" else []):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[ready.device] if ready.device.type == "cuda" else []),
+        ):
             for training in (False, True):
                 model.train(training)
                 outputs[training] = lm_head.hidden_states(model, first)
@@ -174,18 +188,22 @@ def keep(ready: setup.Setup, built: setup.Built, say: Callable[[str], None]) -> 
     _keep(ready, built, outputs[False].shape[-1], outputs[False].dtype, say)
 
 
-def _why_not(ready: setup.Setup, model: Any) -> str | None:
+def _why_not(ready: setup.Setup, model: PreTrainedModel) -> str | None:
     """What makes the body's outputs another at each step, or keeps them from being used."""
     if ready.recipe.train.neftune_noise_alpha is not None:
         return "train.neftune_noise_alpha puts noise on the embeddings"
     layers = lm_head.base(model).base_model.modules()
-    drops = {one.p for one in layers if isinstance(one, nn.Dropout) and one.p > 0}  # those of attention are off by now
+    drops = {
+        one.p for one in layers if isinstance(one, nn.Dropout) and one.p > 0
+    }  # those of attention are off by now
     if drops:
         return f"the body drops {', '.join(f'{rate:g}' for rate in sorted(drops))} of its activations in training"
     return None if lm_head.takes_outputs(model) else "the loss is computed from the model's own logits"
 
 
-def _keep(ready: setup.Setup, built: setup.Built, width: int, dtype: torch.dtype, say: Callable[[str], None]) -> None:
+def _keep(
+    ready: setup.Setup, built: setup.Built, width: int, dtype: torch.dtype, say: Callable[[str], None]
+) -> None:
     scratch = None if ready.recipe.data.cache else cache.Scratch("tunesmith-bodies-")
     root = cache.store() if scratch is None else Path(distributed.same(scratch.name))
     folder = root / f"bodies-{_key(ready, built)[:32]}"
@@ -214,7 +232,14 @@ def _keep(ready: setup.Setup, built: setup.Built, width: int, dtype: torch.dtype
             f"the body's outputs are kept: {len(missing):,} of {rows:,} rows to compute, {figure_format.size(needed)} in {folder}"
         )
         state = distributed.state()
-        _compute(ready, built, list(missing.values())[state.process_index :: state.num_processes], kept, folder, say)
+        _compute(
+            ready,
+            built,
+            list(missing.values())[state.process_index :: state.num_processes],
+            kept,
+            folder,
+            say,
+        )
         distributed.wait()
         kept.read(folder)
     else:

@@ -36,10 +36,14 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
     """
     gpus = torch.cuda.device_count()
     if gpus and processes > gpus:
-        raise UserError(f"--processes {processes}: each process takes a GPU, and this machine has {gpus}. Start at most {gpus}.")
+        raise UserError(
+            f"--processes {processes}: each process takes a GPU, and this machine has {gpus}. Start at most {gpus}."
+        )
     with _environment(processes), tempfile.TemporaryDirectory(prefix="tunesmith-launch-") as name:
         folder = Path(name)
-        (folder / "job.json").write_text(json.dumps({"command": sys.argv, "arguments": list(arguments)}), encoding="utf-8")
+        (folder / "job.json").write_text(
+            json.dumps({"command": sys.argv, "arguments": list(arguments)}), encoding="utf-8"
+        )
         os.environ[distributed.MEETING] = str(folder / "processes")
         show = bool(os.environ.get("TUNESMITH_DEBUG"))
         config = LaunchConfig(
@@ -49,12 +53,15 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
             run_id=folder.name,
             rdzv_backend="c10d",
             rdzv_endpoint=str(folder / "agents"),
-            rdzv_configs={"store_type": "file"},  # torch's TCP store listens on every interface, and is asked no password
+            rdzv_configs={
+                "store_type": "file"
+            },  # torch's TCP store listens on every interface, and is asked no password
             local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(
                 name,
-                {0: Std.OUT if quiet else Std.NONE} | {rank: Std.OUT if show else Std.ALL for rank in range(1, processes)},
+                {0: Std.OUT if quiet else Std.NONE}
+                | {rank: Std.OUT if show else Std.ALL for rank in range(1, processes)},
             ),
             shutdown_timeout=UNTIL_SAVED,
         )
@@ -70,7 +77,9 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
         if all(rank in notes and notes[rank].done for rank in range(processes)):
             return
         error = cause(notes, codes, _printed(folder))
-        if error is None or (stopped and isinstance(error, ProcessLost)):  # a signal before a process listened for it
+        if error is None or (
+            stopped and isinstance(error, ProcessLost)
+        ):  # a signal before a process listened for it
             raise KeyboardInterrupt("interrupted")
         raise error
 
@@ -94,20 +103,32 @@ def _environment(processes: int) -> Iterator[None]:
         os.environ.update(before)
 
 
-def cause(notes: Mapping[int, process_watch.Note], codes: Mapping[int, int], printed: Mapping[int, str]) -> BaseException | None:
+def cause(
+    notes: Mapping[int, process_watch.Note], codes: Mapping[int, int], printed: Mapping[int, str]
+) -> BaseException | None:
     """The error to report: the first that a process noted, unless it is only the loss of another; a kill leaves no note.
 
     ``codes``: exit codes by rank, negative = the signal. ``printed``: what each rank wrote to stderr, where that was kept.
     """
-    failures = sorted((note.failure for note in notes.values() if note.failure), key=lambda failure: failure["time"])
+    failures = sorted(
+        (note.failure for note in notes.values() if note.failure), key=lambda failure: failure["time"]
+    )
     first = next((failure for failure in failures if failure["type"] != ProcessLost.__name__), None)
     if first is not None:
         return _raised(str(first["type"]), str(first["message"]))
-    silent = [rank for rank in codes if (rank not in notes or not notes[rank].failure) and codes[rank] != process_watch.GIVEN_UP]
+    silent = [
+        rank
+        for rank in codes
+        if (rank not in notes or not notes[rank].failure) and codes[rank] != process_watch.GIVEN_UP
+    ]
     killed = [rank for rank in silent if codes[rank] < 0 and codes[rank] != -signal.SIGTERM]
     for rank in [*killed, *silent]:
         number = -codes[rank]
-        how = f"was ended by {signal.Signals(number).name}" if number > 0 else f"ended with code {-number} and no message"
+        how = (
+            f"was ended by {signal.Signals(number).name}"
+            if number > 0
+            else f"ended with code {-number} and no message"
+        )
         lines = [] if number == signal.SIGKILL else printed.get(rank, "").strip().splitlines()[-LAST_WORDS:]
         return ProcessLost(
             f"process {rank} {how}; the others were stopped. The last checkpoint is kept: go on with --resume.\n"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from tunesmith.train import distributed, machine, metric_sums
 from tunesmith.train.metric_sums import MetricSums
 from tunesmith.train.train_config import TrainConfig, due
 from tunesmith.train.update import Update
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TRIM_STEPS = 8
 """Steps between two returns of freed memory: rare enough to cost nothing, often enough that holes do not add up."""
@@ -53,7 +56,7 @@ class Progression:
 class Job:
     """What the loop works on. ``save``, ``evaluate`` and ``log`` are given by the run; the loop decides when."""
 
-    model: Any
+    model: PreTrainedModel
     objective: Objective
     update: Update
     source: Source
@@ -92,7 +95,9 @@ def fit(job: Job, at: Progression) -> str | None:
             last = at.step == plan.steps
 
             def falls_due(every: float | str | None, before: int = before, now: int = at.step) -> bool:
-                return any(due(every, one, plan.steps, plan.steps_per_epoch) for one in range(before + 1, now + 1))
+                return any(
+                    due(every, one, plan.steps, plan.steps_per_epoch) for one in range(before + 1, now + 1)
+                )
 
             if falls_due(config.logging_steps) or last:
                 _log(job, at, record)
@@ -108,7 +113,9 @@ def fit(job: Job, at: Progression) -> str | None:
             if last or verdict or stopping or falls_due(config.save_steps):
                 _save(job, at)
                 saved = at.step
-                verdict = verdict or distributed.same(job.wants()[0])  # saving may be what the user waited for
+                verdict = verdict or distributed.same(
+                    job.wants()[0]
+                )  # saving may be what the user waited for
             if verdict:
                 return verdict
             if stopping and not last:
@@ -149,7 +156,9 @@ def train_step(job: Job, step: Step) -> dict[str, Any]:
     """
     job.model.train()
     state, masters = distributed.state(), job.update.masters
-    micro = step.micro_batches(job.budget, job.layout, state.process_index, state.num_processes, even=masters.in_step)
+    micro = step.micro_batches(
+        job.budget, job.layout, state.process_index, state.num_processes, even=masters.in_step
+    )
     busy = [one for one in micro if not one.idle]
     units, tokens = sum(job.objective.count(one.batch) for one in busy), sum(sum(one.lengths) for one in busy)
     total, tokens_of_all = distributed.add(float(units), float(tokens))
@@ -179,13 +188,17 @@ Sums = tuple[torch.Tensor, dict[str, torch.Tensor]]
 Backward = Callable[[torch.Tensor, bool], None]
 
 
-def accumulate(job: Job, step: Step, micro: list[Micro], total: float, backward: Backward | None = None) -> Sums:
+def accumulate(
+    job: Job, step: Step, micro: list[Micro], total: float, backward: Backward | None = None
+) -> Sums:
     """Forward and backward of every micro-batch of this process, each loss divided by ``total``. ``backward``: of the update.
 
     A micro-batch that does not fit into memory is halved and the step begun anew, with the same result; all later ones are kept
     as small. Raises OutOfMemoryError when a single row does not fit, or when other processes wait for this backward.
     """
-    while isinstance(outcome := _try_to_accumulate(job, step, micro, total, backward or job.update.backward), int):
+    while isinstance(
+        outcome := _try_to_accumulate(job, step, micro, total, backward or job.update.backward), int
+    ):
         if backward is None and job.update.masters.in_step:
             raise OutOfMemoryError(
                 f"step {step.number}: a micro-batch of {micro[outcome].tokens} tokens needs more memory than is left. "
@@ -198,7 +211,9 @@ def accumulate(job: Job, step: Step, micro: list[Micro], total: float, backward:
     return outcome
 
 
-def _try_to_accumulate(job: Job, step: Step, micro: list[Micro], total: float, backward: Backward) -> Sums | int:
+def _try_to_accumulate(
+    job: Job, step: Step, micro: list[Micro], total: float, backward: Backward
+) -> Sums | int:
     """The sums, or the number of the micro-batch that did not fit (returned, not raised: a traceback holds tensors)."""
     losses: list[torch.Tensor] = []
     sums: dict[str, torch.Tensor] = {}
@@ -230,7 +245,9 @@ def _halved(job: Job, step: Step, micro: list[Micro], number: int) -> list[Micro
             "  Set train.gradient_checkpointing=true, lower train.max_length, or take a smaller model; "
             "then go on with --resume or start again."
         )
-    halves = [step.micro(part, job.layout) for part in (places[: len(places) // 2], places[len(places) // 2 :])]
+    halves = [
+        step.micro(part, job.layout) for part in (places[: len(places) // 2], places[len(places) // 2 :])
+    ]
     job.budget = min(job.budget, max(half.tokens for half in halves))
     return [*micro[:number], *halves, *micro[number + 1 :]]
 
@@ -289,7 +306,9 @@ def _log(job: Job, at: Progression, record: dict[str, Any]) -> None:
     window, at.window = at.window, {}
     metrics = job.sums.plain()
     job.sums.clear()
-    extra = {k: v for k, v in record.items() if k not in ("loss", "units", "tokens", "grad_norm", "learning_rate")}
+    extra = {
+        k: v for k, v in record.items() if k not in ("loss", "units", "tokens", "grad_norm", "learning_rate")
+    }
     job.log(
         {
             "kind": "train",

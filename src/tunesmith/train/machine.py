@@ -139,7 +139,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     words = str(error).lower()
     refused = "not enough memory" in words or "can't allocate memory" in words
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and refused)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and refused
+    )
 
 
 def release_memory(device: Any) -> None:
@@ -172,7 +174,9 @@ def _cpu() -> tuple[str, set[str]]:
     if sys.platform == "linux":
         return _parse_cpuinfo(Path("/proc/cpuinfo").read_text())
     if sys.platform == "darwin":
-        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        )
         return asked.stdout.strip() or platform.machine(), set()
     return platform.processor() or platform.machine(), set()
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from tunesmith.models.fast import kernels
 from tunesmith.train import distributed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Trained(Protocol):
@@ -81,7 +84,7 @@ class Masters:
     share = 1.0
     in_step = False
 
-    def __init__(self, model: Any, compute: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, compute: torch.dtype) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.copies = compute is not torch.float32
         self.masters: dict[str, torch.Tensor] = {}
@@ -142,7 +145,9 @@ class Masters:
         """
         if self.copies:
             for number, (name, parameter) in enumerate(self.parameters.items()):
-                kernels.stochastic_round(self.masters[name].data, parameter.data, rounding_seed(seed, step, number))
+                kernels.stochastic_round(
+                    self.masters[name].data, parameter.data, rounding_seed(seed, step, number)
+                )
 
     def whole(self) -> dict[str, torch.Tensor]:
         return self.masters
@@ -171,7 +176,11 @@ class Masters:
 
     def numbers(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
         kept = {
-            name: {key: value for key, value in optimizer.state[master].items() if not isinstance(value, torch.Tensor)}
+            name: {
+                key: value
+                for key, value in optimizer.state[master].items()
+                if not isinstance(value, torch.Tensor)
+            }
             for name, master in self.masters.items()
         }
         return {name: values for name, values in kept.items() if values}
@@ -203,7 +212,9 @@ def rounding_seed(seed: int, step: int, number: int) -> int:
 
 
 @contextmanager
-def holding(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def holding(
+    parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
     """For as long, each parameter is the value of its name."""
     working = {name: parameter.data for name, parameter in parameters.items()}
     for name, parameter in parameters.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from tunesmith.models.heads import lm_head
 from tunesmith.models.load import load, probe, quantization, vocabulary
 from tunesmith.recipe import Recipe
 from tunesmith.train import optimizers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx")
 
@@ -41,7 +44,7 @@ def outline(
     head: str,
     adaptation: Adaptation,
     new_tokens: vocabulary.NewTokens,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Outline:
     """Build the adapted network on the meta device, with a ``head`` of that kind, and count. Raises RecipeError."""
     recorded = probe.read(folder.path).get("quantization") if recipe.adapter == "continue" else None
@@ -76,7 +79,9 @@ def outline(
     optimizers.check_model(recipe.train, model)
     everything = {id(parameter): parameter for parameter in model.parameters()}.values()
     trainable = sum(parameter.numel() for parameter in everything if parameter.requires_grad)
-    return Outline(trainable, sum(parameter.numel() for parameter in everything), virtual_tokens.count(model), kept)
+    return Outline(
+        trainable, sum(parameter.numel() for parameter in everything), virtual_tokens.count(model), kept
+    )
 
 
 def window_of(config: Any, ahead: int = 0) -> int | None:

@@ -47,7 +47,9 @@ class MetricSums:
 
     def load(self, plain: Mapping[str, list[float]], device: torch.device) -> None:
         """Go on from ``plain``."""
-        self._sums = {name: torch.tensor(pair, dtype=exact(device)).to(device) for name, pair in plain.items()}
+        self._sums = {
+            name: torch.tensor(pair, dtype=exact(device)).to(device) for name, pair in plain.items()
+        }
 
 
 def as_pair(value: Any, count: Any, device: torch.device) -> torch.Tensor:

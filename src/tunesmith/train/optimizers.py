@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.models.heads import lm_head
 from tunesmith.suggestions import did_you_mean
 from tunesmith.train.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ OWNED = {
     "lr": "use train.learning_rate",
     "weight_decay": "use train.weight_decay",
     "maximize": "it would raise the loss",
-    **dict.fromkeys(("fused", "foreach", "capturable", "differentiable", "args"), "tunesmith chooses how it is computed"),
+    **dict.fromkeys(
+        ("fused", "foreach", "capturable", "differentiable", "args"), "tunesmith chooses how it is computed"
+    ),
 }
 """Arguments that belong to other keys, or to nobody."""
 
@@ -125,15 +130,30 @@ def check(config: TrainConfig) -> None:
     valid = [name for name in kind.signature if kind.why_not(name) is None]
     for name in config.optim_args:
         if name not in kind.signature:
-            raise RecipeError(f"train.optim.{name}: {config.optim_name} has no such argument. {did_you_mean(name, valid)}")
+            raise RecipeError(
+                f"train.optim.{name}: {config.optim_name} has no such argument. {did_you_mean(name, valid)}"
+            )
         if name not in valid:
-            raise RecipeError(f"train.optim.{name} is not given here: {kind.why_not(name)}. Valid: {', '.join(valid)}")
+            raise RecipeError(
+                f"train.optim.{name} is not given here: {kind.why_not(name)}. Valid: {', '.join(valid)}"
+            )
     why = _fault(kind, config.weight_decay, config.optim_args)
     if why is None:
         return
     for name, value in config.optim_args.items():
-        if _fault(kind, config.weight_decay, {key: other for key, other in config.optim_args.items() if key != name}) is None:
-            default = list(kind.signature[name]) if isinstance(kind.signature[name], tuple) else kind.signature[name]
+        if (
+            _fault(
+                kind,
+                config.weight_decay,
+                {key: other for key, other in config.optim_args.items() if key != name},
+            )
+            is None
+        ):
+            default = (
+                list(kind.signature[name])
+                if isinstance(kind.signature[name], tuple)
+                else kind.signature[name]
+            )
             raise RecipeError(
                 f"train.optim.{name}: {config.optim_name} does not take {value!r}: expected a value such as {default!r}, "
                 f"its default ({why})"
@@ -152,11 +172,13 @@ def _fault(kind: Kind, weight_decay: float, arguments: Mapping[str, Any]) -> str
     return None
 
 
-def check_model(config: TrainConfig, model: Any) -> None:
+def check_model(config: TrainConfig, model: PreTrainedModel) -> None:
     """Whether ``model`` (adapted; on the meta device, say) has what the keys speak of. Raises RecipeError."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optim_name.endswith("adamw_8bit"):
-        smallest = config.optim_args.get("min_8bit_size", OPTIMISERS[config.optim_name]().signature["min_8bit_size"])
+        smallest = config.optim_args.get(
+            "min_8bit_size", OPTIMISERS[config.optim_name]().signature["min_8bit_size"]
+        )
         if max(map(torch.Tensor.numel, trained)) < smallest:
             raise RecipeError(
                 f"train.optim={config.optim_name} does nothing: weights below {smallest} numbers keep their moments in 32 bits; "
@@ -171,7 +193,10 @@ def check_model(config: TrainConfig, model: Any) -> None:
 
 
 def build(
-    trained: Mapping[str, torch.Tensor], config: TrainConfig, heads: Collection[str], factors: Mapping[str, float]
+    trained: Mapping[str, torch.Tensor],
+    config: TrainConfig,
+    heads: Collection[str],
+    factors: Mapping[str, float],
 ) -> torch.optim.Optimizer:
     """The optimiser of ``config.optim_name`` over groups of what is ``trained`` (by name) that share a rate and a decay.
 
@@ -182,10 +207,19 @@ def build(
     kind = OPTIMISERS[config.optim_name]()
     groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
     for name, weight in trained.items():
-        own, factor, decays = name in heads and config.head_learning_rate is not None, factors.get(name, 1.0), weight.dim() > 1
+        own, factor, decays = (
+            name in heads and config.head_learning_rate is not None,
+            factors.get(name, 1.0),
+            weight.dim() > 1,
+        )
         rate = (config.head_learning_rate if own else config.learning_rate) or 0.0
         logged = ("head_" if own else "") + "learning_rate" + (f"_x{factor:g}" if factor != 1 else "")
-        made = {"params": [], "lr": rate * factor, "weight_decay": config.weight_decay if decays else 0.0, "logged": logged}
+        made = {
+            "params": [],
+            "lr": rate * factor,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "logged": logged,
+        }
         groups.setdefault((own, factor, decays), made)["params"].append(weight)
     ordered = sorted(groups.values(), key=lambda group: (group["logged"] != "learning_rate", group["logged"]))
     return kind.optimizer(ordered, lr=float(config.learning_rate or 0), **kind.fixed, **config.optim_args)
@@ -202,12 +236,16 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
 
     warmup = config.warmup_steps or int(config.warmup_ratio * steps + 0.5)
     if config.scheduler_name not in (valid := [kind.value for kind in SchedulerType]):
-        raise RecipeError(f"train.lr_scheduler_type: unknown schedule {config.scheduler_name!r}. Valid: {', '.join(valid)}")
+        raise RecipeError(
+            f"train.lr_scheduler_type: unknown schedule {config.scheduler_name!r}. Valid: {', '.join(valid)}"
+        )
     if warmup >= steps > 1:
         raise RecipeError(
             f"the warm-up takes {warmup} steps and the whole run has {steps}. Lower train.warmup_steps or warmup_ratio."
         )
     try:
-        return get_scheduler(config.scheduler_name, optimizer, warmup, steps, scheduler_specific_kwargs=config.scheduler_args)
+        return get_scheduler(
+            config.scheduler_name, optimizer, warmup, steps, scheduler_specific_kwargs=config.scheduler_args
+        )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"train.lr_scheduler_type={config.lr_scheduler_type}: {error}") from None

@@ -42,7 +42,11 @@ def record_start(run: Run, micro_batch_tokens: int) -> None:
         tunesmith=__version__,
         created=created,
         command=shlex.join(sys.argv),
-        model={"name": ready.recipe.model, "path": str(ready.model_folder.path), "kind": ready.model_folder.kind},
+        model={
+            "name": ready.recipe.model,
+            "path": str(ready.model_folder.path),
+            "kind": ready.model_folder.kind,
+        },
         objective=ready.recipe.resolved()["objective"],
         adaptation=ready.recipe.resolved()["adaptation"],
         parameters=ready.outline.counts(),
@@ -81,11 +85,19 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
         **_before_and_kept(measured, first, best),
         **({"eval_sets": list(sets)} if sets else {}),
         **_before_and_kept(
-            [name for one in sets for name in figure_format.measured([first, best], (), f"eval_{one}_")], first, best
+            [name for one in sets for name in figure_format.measured([first, best], (), f"eval_{one}_")],
+            first,
+            best,
         ),
-        "tokens_per_second": job.trained_tokens / job.seconds if job.seconds else earlier.get("tokens_per_second"),
+        "tokens_per_second": job.trained_tokens / job.seconds
+        if job.seconds
+        else earlier.get("tokens_per_second"),
         "train_seconds": job.seconds,
-        **({"reference_seconds": seconds} if (seconds := run.folder.manifest().get("reference_seconds")) else {}),
+        **(
+            {"reference_seconds": seconds}
+            if (seconds := run.folder.manifest().get("reference_seconds"))
+            else {}
+        ),
         "peak_memory_bytes": peak,
         "trainable_parameters": run.setup.outline.trainable,
         "total_parameters": run.setup.outline.total,
@@ -104,21 +116,34 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
     }
     if merged := plain_copy.copy(run):
         result["merged_dir"] = merged
-    run.folder.record(result=result, notes=notes(run), finished=datetime.now(UTC).isoformat(timespec="seconds"))
+    run.folder.record(
+        result=result, notes=notes(run), finished=datetime.now(UTC).isoformat(timespec="seconds")
+    )
     run_page.write_report(run.folder.path)
     return result
 
 
-def _before_and_kept(names: Sequence[str], first: Mapping[str, Any], best: Mapping[str, Any]) -> dict[str, Any]:
+def _before_and_kept(
+    names: Sequence[str], first: Mapping[str, Any], best: Mapping[str, Any]
+) -> dict[str, Any]:
     """Figures before training, and of the model that was kept."""
-    return {key: value for name in names for key, value in ((f"{name}_before", first.get(name)), (name, best.get(name)))}
+    return {
+        key: value
+        for name in names
+        for key, value in ((f"{name}_before", first.get(name)), (name, best.get(name)))
+    }
 
 
 def _before_and_after(run: Run, at: Progression) -> list[dict[str, Any]]:
     answers = metrics_file.read(run.answers.path)
     after = {record["prompt"]: record["answer"] for record in answers if record["step"] == at.best_step}
     return [
-        {"prompt": one["prompt"], "before": one["answer"], "after": after.get(one["prompt"]), "reference": one["reference"]}
+        {
+            "prompt": one["prompt"],
+            "before": one["answer"],
+            "after": after.get(one["prompt"]),
+            "reference": one["reference"],
+        }
         for one in answers
         if one["step"] == 0
     ]

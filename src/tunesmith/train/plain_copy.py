@@ -40,12 +40,16 @@ def copy(run: Run) -> str | None:
         numbers = run.setup.outline.total
         free = machine.available_memory_bytes()
         if NEEDED * numbers > free:
-            say(f"{alone}; memory does not suffice to fold it in. Type: tunesmith merge {run.folder.model} --out NEW_FOLDER")
+            say(
+                f"{alone}; memory does not suffice to fold it in. Type: tunesmith merge {run.folder.model} --out NEW_FOLDER"
+            )
             return None
         folded = merging.fold(locate(run.folder.model, run.setup.model_folder.remote_code))
         files.publish_folder(target, partial(_fill, folded), 4 * numbers)
     except TunesmithError as error:
-        say(f"{alone}, and there is no merged copy: {str(error).splitlines()[0]} `tunesmith predict` opens it.")
+        say(
+            f"{alone}, and there is no merged copy: {str(error).splitlines()[0]} `tunesmith predict` opens it."
+        )
         return None
     say(f"{alone}: a copy with the adapter folded in is in {NAME}/")
     return str(target)

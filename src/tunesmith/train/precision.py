@@ -7,7 +7,7 @@ nothing. The network computes with weights in the compute dtype, cast once per o
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,13 +15,18 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.load import dequantized_linear
 from tunesmith.train import machine
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 GROWTH_STEPS = 2000
 """Good steps after which the loss scale is doubled, as in torch.amp.GradScaler."""
 
 MOST_SKIPPED = 20
 """Steps in a row that may overflow: the scale is then 2^-20 of what it was, so that scaling is not what is wrong."""
 
-STATE = dict.fromkeys(("adamw_8bit", "paged_adamw_8bit"), "8 bits in blocks of 256 (float32 for small weights)")
+STATE = dict.fromkeys(
+    ("adamw_8bit", "paged_adamw_8bit"), "8 bits in blocks of 256 (float32 for small weights)"
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class Precision:
         return {
             **plain,
             "compute": name,
-            "trained_weights": "float32" if self.compute is torch.float32 else f"float32 master, {name} working copy",
+            "trained_weights": "float32"
+            if self.compute is torch.float32
+            else f"float32 master, {name} working copy",
             "frozen_weights": name,
         }
 
@@ -53,7 +60,10 @@ def _compute(wanted: str, device: torch.device) -> Precision:
     if wanted in ("fp32", "fp16"):
         return Precision(torch.float32 if wanted == "fp32" else torch.float16, "asked for")
     if device.type == "cuda":
-        fast, where = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
+        fast, where = (
+            torch.cuda.is_bf16_supported(including_emulation=False),
+            torch.cuda.get_device_name(device),
+        )
     elif device.type == "cpu":
         flags = set(machine.describe()["isa"])
         fast, where = bool(flags & {"amx_bf16", "avx512_bf16"}), "this processor"
@@ -61,7 +71,9 @@ def _compute(wanted: str, device: torch.device) -> Precision:
         fast, where = False, f"a {device.type} device"
     if wanted == "bf16":
         if device.type == "cuda" and not fast:
-            raise RecipeError(f"train.precision=bf16: {where} has no bf16 arithmetic. Use precision=fp32 or auto.")
+            raise RecipeError(
+                f"train.precision=bf16: {where} has no bf16 arithmetic. Use precision=fp32 or auto."
+            )
         return Precision(torch.bfloat16, "asked for")
     if fast:
         return Precision(torch.bfloat16, f"{where} multiplies bf16 faster than fp32")
@@ -95,7 +107,7 @@ class LossScale:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
 
 
-def cast(model: Any, dtype: torch.dtype) -> None:
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Bring every floating-point parameter to ``dtype`` in place. Buffers (rotary frequencies, say) keep theirs; layers of 4 or 8
     bits keep their bits, and compute in ``dtype``.
 

@@ -35,12 +35,19 @@ class Note:
     failure: dict[str, str | int | float] | None = None
 
 
-def leave(folder: Path, rank: int, *, done: bool = False, error: BaseException | None = None, exit_code: int = 0) -> None:
+def leave(
+    folder: Path, rank: int, *, done: bool = False, error: BaseException | None = None, exit_code: int = 0
+) -> None:
     """Put this process's note in place of its last one."""
     failure: dict[str, str | int | float] | None = None
     if error is not None:
         message = str(error) or type(error).__name__
-        failure = {"type": type(error).__name__, "message": message, "exit_code": exit_code, "time": time.time()}
+        failure = {
+            "type": type(error).__name__,
+            "message": message,
+            "exit_code": exit_code,
+            "time": time.time(),
+        }
     note = json.dumps(asdict(Note(os.getpid(), done, failure)))
     files.replace_file(folder / f"process-{rank}.json", note.encode())
 

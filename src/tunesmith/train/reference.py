@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from tunesmith.errors import RecipeError
 from tunesmith.objectives import Objective, Session
 from tunesmith.runs import figure_format
 from tunesmith.train import distributed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAMES = ("input_ids", "answers", "other_ids")
 """Arrays of an example that its log-probabilities depend on, where it has them."""
@@ -61,7 +64,9 @@ class Reference:
         return {
             "reference.keys": torch.tensor(keys, dtype=torch.int64),
             "reference.counts": torch.tensor([len(self._known[key]) for key in keys], dtype=torch.int64),
-            "reference.values": torch.from_numpy(np.concatenate([self._known[key] for key in keys] or [np.zeros(0)])),
+            "reference.values": torch.from_numpy(
+                np.concatenate([self._known[key] for key in keys] or [np.zeros(0)])
+            ),
         }
 
     def load(self, tensors: Mapping[str, Any]) -> None:
@@ -78,7 +83,11 @@ class Reference:
 
 
 def take(
-    reference: Reference, objective: Objective, session: Session, steps: Sequence[Step], say: Callable[[str], None]
+    reference: Reference,
+    objective: Objective,
+    session: Session,
+    steps: Sequence[Step],
+    say: Callable[[str], None],
 ) -> float:
     """Fill the reference with what the model gives now, unless a checkpoint has filled it. Returns the seconds it took.
 
@@ -92,7 +101,7 @@ def take(
     for step in steps:
         rows, tokens = rows + len(step), tokens + int(step.lengths.sum())
 
-        def measured(model: Any, batch: Batch) -> list[Any]:
+        def measured(model: PreTrainedModel, batch: Batch) -> list[Any]:
             return [values.tolist() for values in objective.reference_logps(model, batch)]
 
         found = session.forward(measured, step)
@@ -100,7 +109,9 @@ def take(
         for part in distributed.gather([mine]):
             reference.add(part)
     reference.taken = True
-    say(f"the reference is the policy before its first step: {rows:,} rows, {figure_format.count(tokens)} tokens, computed once")
+    say(
+        f"the reference is the policy before its first step: {rows:,} rows, {figure_format.count(tokens)} tokens, computed once"
+    )
     return time.perf_counter() - started
 
 

@@ -27,7 +27,9 @@ def reproduce(path: str | Path, out: str | Path | None = None, console: Any = No
     """
     before = run_list.read(path)
     if before.state != "done":
-        raise UserError(f"{before.path} is {before.state}: only a run that came to its end can be repeated and compared.")
+        raise UserError(
+            f"{before.path} is {before.state}: only a run that came to its end can be repeated and compared."
+        )
     _require_results(before)
     chosen = recipes.parse(before.recipe, where=str(before.path / "recipe.yaml"))
     _require_same_data(before, run.check(chosen)["data"])
@@ -52,7 +54,9 @@ def _train_as(before: run_list.Kept, chosen: recipes.Recipe, target: Path, conso
     """With the run's own processes, DeepSpeed and micro-batches: other sums round otherwise."""
     processes, sharded = int(before.manifest.get("processes") or 1), before.manifest.get("deepspeed")
     if budget := before.manifest.get("micro_batch_tokens"):  # `auto` might find another now
-        chosen = chosen.model_copy(update={"train": chosen.train.model_copy(update={"micro_batch_tokens": budget})})
+        chosen = chosen.model_copy(
+            update={"train": chosen.train.model_copy(update={"micro_batch_tokens": budget})}
+        )
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         file = Path(folder) / "ds_config.json"
         file.write_text(json.dumps(sharded), encoding="utf-8")
@@ -90,7 +94,10 @@ def first_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) ->
 
 def _lasting(kept: run_list.Kept) -> list[dict[str, Any]]:
     """The records without what may differ between two runs of the same recipe."""
-    return [{key: value for key, value in record.items() if key not in metrics_file.TIMING_KEYS} for record in kept.records]
+    return [
+        {key: value for key, value in record.items() if key not in metrics_file.TIMING_KEYS}
+        for record in kept.records
+    ]
 
 
 def _weights(folder: Path) -> dict[str, str]:
@@ -122,12 +129,21 @@ def _require_same_data(before: run_list.Kept, now: dict[str, Any]) -> None:
                 changed.append(f"  (type `tunesmith data pull` as before, with --commit {old['revision']})")
     if changed:
         raise DataError(
-            f"the data of {before.path} changed since, so it cannot be repeated:\n" + "\n".join(changed) + "\n"
-            "  Put the old files back; or train anew: tunesmith train " + str(before.path / "recipe.yaml") + " --out DIR"
+            f"the data of {before.path} changed since, so it cannot be repeated:\n"
+            + "\n".join(changed)
+            + "\n"
+            "  Put the old files back; or train anew: tunesmith train "
+            + str(before.path / "recipe.yaml")
+            + " --out DIR"
         )
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """What of the machine and the libraries is not as it was: name -> [before, now]."""
-    flat = [{**{k: v for k, v in one.items() if k != "versions"}, **(one.get("versions") or {})} for one in (before, now)]
-    return {key: [flat[0].get(key), flat[1].get(key)] for key in flat[1] if flat[0].get(key) != flat[1].get(key)}
+    flat = [
+        {**{k: v for k, v in one.items() if k != "versions"}, **(one.get("versions") or {})}
+        for one in (before, now)
+    ]
+    return {
+        key: [flat[0].get(key), flat[1].get(key)] for key in flat[1] if flat[0].get(key) != flat[1].get(key)
+    }

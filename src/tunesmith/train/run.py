@@ -67,7 +67,9 @@ def train(
     """
     chosen = _resolve(recipe, overrides)
     require(chosen.train.report_to)
-    target = Path(out or Path("runs") / (Path(recipe).stem if isinstance(recipe, str | Path) else "run")).resolve()
+    target = Path(
+        out or Path("runs") / (Path(recipe).stem if isinstance(recipe, str | Path) else "run")
+    ).resolve()
     processes = distributed.state()
     main = processes.is_main_process
     changed = folder.check_resumable(target, chosen.resolved()) if resume else []
@@ -77,11 +79,15 @@ def train(
     for name, function in (("on_log", on_log), ("on_eval", on_eval), ("on_save", on_save)):
         if function is not None and not callable(function):
             raise RecipeError(f"{name}: expected a function, got {function!r}")
-    hooks = Hooks(on_log, on_eval, on_save)  # called in the main process; the others only know that there are some
+    hooks = Hooks(
+        on_log, on_eval, on_save
+    )  # called in the main process; the others only know that there are some
     told = chosen.train.report_to if main else []
     with Progress(console if main else None) as progress, hushed(told):
         with distributed.main_first() if chosen.data.cache else contextlib.nullcontext():
-            ready = setup.read(chosen, processes.device, progress.note, Path(deepspeed) if deepspeed else None)
+            ready = setup.read(
+                chosen, processes.device, progress.note, Path(deepspeed) if deepspeed else None
+            )
         run_folder = folder.take(target, chosen.resolved()) if main else folder.RunFolder(target)
         try:
             return _run(ready, run_folder, progress, main, hooks, changed)
@@ -178,7 +184,9 @@ def _run(
     resumed = run_folder.manifest() != {}
     at = run_state.restore(run)
     if at.step >= ready.source.plan.steps and (kept := run_folder.manifest().get("result")):
-        progress.note("the run is finished already: nothing is left to train, and what is kept of it stays as it is")
+        progress.note(
+            "the run is finished already: nothing is left to train, and what is kept of it stays as it is"
+        )
         return kept if main else {}
     if changed:
         progress.note(f"changed since the run was started, with the same result: {', '.join(changed)}")
@@ -304,7 +312,9 @@ def _evaluate(run: Run, at: Progression, budget: int) -> float | None:
     )
     seconds = time.perf_counter() - started
     name, direction = ready.objective.traits.best
-    best = at.step > 0 and loop.improved(at, figures[name], direction, ready.recipe.train.early_stopping_threshold)
+    best = at.step > 0 and loop.improved(
+        at, figures[name], direction, ready.recipe.train.early_stopping_threshold
+    )
     if best:
         run_state.save_model(run)
     record = {
@@ -330,6 +340,10 @@ def _evaluate(run: Run, at: Progression, budget: int) -> float | None:
 def _answer(run: Run, step: int) -> None:
     if run.asked:
         with fast_path.plain_attention(run.model, run.route):
-            answers = samples.answer(run.model, run.setup.tokenizer, run.asked, run.setup.recipe.samples.max_new_tokens)
+            answers = samples.answer(
+                run.model, run.setup.tokenizer, run.asked, run.setup.recipe.samples.max_new_tokens
+            )
         for prompt, answer in zip(run.asked, answers, strict=True):
-            run.answers.append({"step": step, "prompt": prompt.text, "answer": answer, "reference": prompt.reference})
+            run.answers.append(
+                {"step": step, "prompt": prompt.text, "answer": answer, "reference": prompt.reference}
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,6 +26,9 @@ from tunesmith.train.loop import Progression
 from tunesmith.train.master_weights import holding
 from tunesmith.train.update import Update
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass
 class Run:
@@ -33,7 +36,7 @@ class Run:
 
     setup: setup.Setup
     folder: folder.RunFolder
-    model: Any
+    model: PreTrainedModel
     update: Update
     route: route.Route
     metrics: metrics_file.Metrics
@@ -53,7 +56,9 @@ def save_model(run: Run) -> None:
     masters = run.update.masters
     everything = all(parameter.requires_grad for parameter in run.model.parameters())
     weights = masters.whole()
-    head_loading.apply(lm_head.base(run.model).config, head_config(run.setup.objective))  # what evaluation chose is part of it
+    head_loading.apply(
+        lm_head.base(run.model).config, head_config(run.setup.objective)
+    )  # what evaluation chose is part of it
     made = adapter_choice.keys_that_made(run.setup.recipe, run.setup.model_folder)
 
     def write(target: Path) -> None:
@@ -115,7 +120,11 @@ def restore(run: Run) -> Progression:
     for source in run.setup.data.report.as_dict()["sources"]:
         if sources.get(source["path"]) != source["sha256"]:
             old = commits.get(source["path"])
-            back = f"Type `tunesmith data pull` as before, with --commit {old}" if old else "Put the old file back"
+            back = (
+                f"Type `tunesmith data pull` as before, with --commit {old}"
+                if old
+                else "Put the old file back"
+            )
             raise RecipeError(
                 f"the data file {source['path']} changed since the run was started, so going on would not be the same run.\n"
                 f"  {back}, or start another run with --out DIR."
@@ -131,18 +140,26 @@ def restore(run: Run) -> Progression:
         reference.check_known(run.setup.reference, run.setup.seen(), run.setup.model_folder.path)
     at = Progression(**state["progression"])
     run.update.load(tensors, state)
-    of_source = {name.removeprefix("source."): value for name, value in tensors.items() if name.startswith("source.")}
+    of_source = {
+        name.removeprefix("source."): value for name, value in tensors.items() if name.startswith("source.")
+    }
     run.setup.source.load(of_source, state.get("source") or {})
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and run.setup.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], run.setup.device)
     now = {"processes": distributed.state().num_processes, "threads": torch.get_num_threads()}
-    changed = [f"{state[key]} {key}, now {value}" for key, value in now.items() if state.get(key, value) != value]
+    changed = [
+        f"{state[key]} {key}, now {value}" for key, value in now.items() if state.get(key, value) != value
+    ]
     if changed:
-        run.progress.note(f"the run used {' and '.join(changed)}: the same update but for the last bits of sums, not bit for bit")
+        run.progress.note(
+            f"the run used {' and '.join(changed)}: the same update but for the last bits of sums, not bit for bit"
+        )
     compute = run.setup.precision.as_dict()["compute"]
     if state.get("compute", compute) != compute:
-        run.progress.note(f"warning: the run computed in {state['compute']} so far, and goes on in {compute}: other roundings")
+        run.progress.note(
+            f"warning: the run computed in {state['compute']} so far, and goes on in {compute}: other roundings"
+        )
     if run.main:
         run.metrics.rewind(at.step)
         run.answers.rewind(at.step)

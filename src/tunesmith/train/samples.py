@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from tunesmith.data.encode import conversations
 from tunesmith.data.store.encoded_rows import Encoded
 from tunesmith.models.generate import decode
 from tunesmith.train.train_config import SampleConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,9 @@ class Prompt:
     reference: str | None
 
 
-def prompts(config: SampleConfig, held_out: Encoded | None, tokenizer: Any) -> list[Prompt]:
+def prompts(
+    config: SampleConfig, held_out: Encoded | None, tokenizer: PreTrainedTokenizerBase
+) -> list[Prompt]:
     """The recipe's prompts, or the beginnings of the first held-out rows."""
     if config.prompts is not None:
         return [Prompt(conversations.prompt_ids(text, tokenizer), text, None) for text in config.prompts]
@@ -30,7 +35,7 @@ def prompts(config: SampleConfig, held_out: Encoded | None, tokenizer: Any) -> l
     return [_of_row(row, tokenizer) for row in rows]
 
 
-def _of_row(row: dict[str, np.ndarray], tokenizer: Any) -> Prompt:
+def _of_row(row: dict[str, np.ndarray], tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """The beginning of a row. A response that was judged undesirable is no reference."""
     prompt = _beginning(*_learnt(row), tokenizer)
     undesirable = "desirable" in row and not row["desirable"][0]
@@ -47,7 +52,7 @@ def _learnt(row: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return row["input_ids"][kept], row["learnt"][kept]
 
 
-def _beginning(ids: np.ndarray, supervised: np.ndarray, tokenizer: Any) -> Prompt:
+def _beginning(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Up to the first learnt token; of a row that is learnt whole, its first tokens."""
     learnt = np.flatnonzero(supervised)
     start = int(learnt[0]) if len(learnt) else len(ids)
@@ -60,7 +65,7 @@ def _beginning(ids: np.ndarray, supervised: np.ndarray, tokenizer: Any) -> Promp
     return Prompt(prompt, _last_turn(prompt, tokenizer), tokenizer.decode(answer, skip_special_tokens=True))
 
 
-def _last_turn(prompt: list[int], tokenizer: Any) -> str:
+def _last_turn(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """What a person reads of a prompt: of a chat the last turn before the answer, without its role; of a text all of it."""
     specials = set(tokenizer.all_special_ids)
     turns: list[list[int]] = [[]]
@@ -76,7 +81,9 @@ def _last_turn(prompt: list[int], tokenizer: Any) -> str:
     return said.strip() if role in ("user", "human") and said.strip() else texts[-2]
 
 
-def answer(model: Any, tokenizer: Any, asked: list[Prompt], max_new_tokens: int) -> list[str]:
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[Prompt], max_new_tokens: int
+) -> list[str]:
     """Greedy answers, so that only the model changes between two evaluations."""
     settings = decode.Settings(max_new_tokens=max_new_tokens)
     found = decode.generate_ids(model, tokenizer, [prompt.ids for prompt in asked], settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,16 +13,19 @@ from tunesmith.data.batch.step import Batch, Source, Step
 from tunesmith.models.generate import decode
 from tunesmith.train import distributed, fast_path, forward_batches
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 @dataclass
 class RunSession:
     """``bind`` completes it once the weights are loaded; a source is made of it before, because its plan is needed earlier."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     device: torch.device
     seed: int
     epochs: Source
-    model: Any = None
+    model: PreTrainedModel = None
     route: fast_path.Route | None = None
     budget: int = 0
     """Tokens of a micro-batch."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,13 +29,24 @@ from tunesmith.models.heads import lm_head, noise
 from tunesmith.models.load import head_loading, load, probe, quantization, vocabulary
 from tunesmith.objectives import Objective
 from tunesmith.recipe import Recipe
-from tunesmith.train import adapter_choice, deepspeed_zero, device_map, distributed, fast_path, optimizers, precision
+from tunesmith.train import (
+    adapter_choice,
+    deepspeed_zero,
+    device_map,
+    distributed,
+    fast_path,
+    optimizers,
+    precision,
+)
 from tunesmith.train.master_weights import Masters, Trained
 from tunesmith.train.meta_model import Outline, outline, window_of
 from tunesmith.train.reference import Reference
 from tunesmith.train.session import RunSession
 from tunesmith.train.train_config import TrainConfig
 from tunesmith.train.update import Update
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STREAM_ROWS = 10_000
 """Report progress of a stream every this many rows."""
@@ -62,7 +73,7 @@ class Base:
 
     folder: Folder
     config: Any
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     new_tokens: vocabulary.NewTokens
     outline: Outline
     window: int | None
@@ -76,7 +87,7 @@ class Setup:
     recipe: Recipe
     model_folder: Folder
     config: Any
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     new_tokens: vocabulary.NewTokens
     objective: Objective
     adaptation: Adaptation
@@ -113,7 +124,9 @@ def read(recipe: Recipe, device: torch.device, say: Say, deepspeed: Path | None 
 
 def choose(recipe: Recipe, device: torch.device, deepspeed: Path | None) -> Choices:
     """Decide on device, number formats and shards. Raises RecipeError for choices that exclude each other."""
-    distributed.check_processes(distributed.state().num_processes, recipe.train.batch_size, "train.batch_size is")
+    distributed.check_processes(
+        distributed.state().num_processes, recipe.train.batch_size, "train.batch_size is"
+    )
     device = device_map.device_of(recipe.device_map, device)
     objective = objectives.module(objectives.name_of(recipe.objective)).Objective(recipe.objective)
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
@@ -151,7 +164,9 @@ def read_rows(choices: Choices, base: Base, say: Say) -> Prepared:
     """Read and encode the recipe's data. Raises DataError."""
     recipe, objective = choices.recipe, choices.objective
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
-    with distributed.main_first() if streamed else nullcontext():  # one process asks the network, the others find the cache
+    with (
+        distributed.main_first() if streamed else nullcontext()
+    ):  # one process asks the network, the others find the cache
         data = prepare(
             recipe.data, objective, base.tokenizer, max_length=recipe.train.max_length, seed=recipe.seed,
             window=base.window,
@@ -181,10 +196,20 @@ def lay_out(choices: Choices, base: Base, data: Prepared) -> Setup:
     if reference is not None:
         held_out = None if data.eval is None else data.eval.attaching(reference.attach)
         data = replace(data, train=data.train.attaching(reference.attach), eval=held_out)
-    rows = epochs(data.train, objective.collate, train.batch_size, recipe.seed, train.shuffle, train.epochs, train.max_steps)
+    rows = epochs(
+        data.train,
+        objective.collate,
+        train.batch_size,
+        recipe.seed,
+        train.shuffle,
+        train.epochs,
+        train.max_steps,
+    )
     session = RunSession(base.tokenizer, choices.device, recipe.seed, rows)
     source = objective.source(session)
-    distributed.check_processes(distributed.state().num_processes, len(source.preview(1)[0]), "the rows to learn from are")
+    distributed.check_processes(
+        distributed.state().num_processes, len(source.preview(1)[0]), "the rows to learn from are"
+    )
     optimizers.check_schedule(train, source.plan.steps)
     return Setup(
         recipe, base.folder, base.config, base.tokenizer, base.new_tokens, objective, choices.adaptation, data, source,
@@ -208,7 +233,7 @@ def _rows_read(say: Say) -> Progress:
 class Built:
     """The network, ready to be trained: adapted, cast, on its device and its route. ``notes`` are to be said once."""
 
-    model: Any
+    model: PreTrainedModel
     update: Update
     noise: noise.RowNoise | None
     route: fast_path.Route
@@ -223,7 +248,12 @@ def build(setup: Setup, out: Path) -> Built:
     new_head = objectives.head_config(setup.objective) or None
     if recipe.adapter == "continue":
         model = load.load_model(
-            folder, head=setup.objective.traits.head, adapter="attach", trainable=True, head_config=new_head, **placed
+            folder,
+            head=setup.objective.traits.head,
+            adapter="attach",
+            trainable=True,
+            head_config=new_head,
+            **placed,
         )
         probe.verify_probe(folder.path, model, load.load_tokenizer(folder))
     else:
@@ -233,7 +263,9 @@ def build(setup: Setup, out: Path) -> Built:
         elif recipe.adapter == "new" and folder.base is not None:
             folder = replace(folder, path=folder.base, kind="full", base=None)
         options = {**setup.adaptation.load_kwargs(), **placed}
-        loaded = load.load_model(folder, head=setup.objective.traits.head, trainable=True, head_config=new_head, **options)
+        loaded = load.load_model(
+            folder, head=setup.objective.traits.head, trainable=True, head_config=new_head, **options
+        )
         new_rows = vocabulary.grow(loaded, setup.new_tokens)
         model = setup.adaptation.apply(loaded, setup.objective.traits.head, new_rows, setup.tokenizer)
     if recipe.device_map is None:
@@ -247,7 +279,13 @@ def build(setup: Setup, out: Path) -> Built:
     row_noise, said = noise.install(model, recipe.seed, train.neftune_noise_alpha)
     first = first_examples(setup.source).examples()
     chosen = fast_path.choose(
-        model, setup.objective, first, _longest(setup.data), train.packing, setup.device, stack=setup.sharding is None
+        model,
+        setup.objective,
+        first,
+        _longest(setup.data),
+        train.packing,
+        setup.device,
+        stack=setup.sharding is None,
     )
     if train.torch_compile:
         fast_path.compile_layers(model, setup.objective, first, chosen, setup.device)
@@ -256,7 +294,9 @@ def build(setup: Setup, out: Path) -> Built:
     if setup.objective.traits.deterministic:
         fast_path.check_still(model, setup.objective, first, chosen, setup.device)
     trained = whole.masters if setup.sharding is None else whole.parameters
-    optimizer = optimizers.build(trained, train, lm_head.own_parameters(model), setup.adaptation.learning_rates(trained))
+    optimizer = optimizers.build(
+        trained, train, lm_head.own_parameters(model), setup.adaptation.learning_rates(trained)
+    )
     if setup.sharding is None:
         whole.listen()
     else:
@@ -265,7 +305,9 @@ def build(setup: Setup, out: Path) -> Built:
     scale = precision.LossScale() if setup.precision.compute is torch.float16 else None
     update = Update(masters, optimizer, schedule, train.max_grad_norm, recipe.seed, scale)
     setup.session.model, setup.session.route = model, chosen
-    return Built(model, update, row_noise, chosen, [*quantization.lines(model), *switched_off, *said, *chosen.notes])
+    return Built(
+        model, update, row_noise, chosen, [*quantization.lines(model), *switched_off, *said, *chosen.notes]
+    )
 
 
 def _longest(data: Prepared) -> int:
@@ -278,7 +320,9 @@ def _name_code(recipe: Recipe, folder: Folder, say: Say) -> None:
         return
     code = code_files(folder)
     if not code:
-        raise RecipeError("trust_remote_code: true does nothing: this model brings no code of its own. Leave it out.")
+        raise RecipeError(
+            "trust_remote_code: true does nothing: this model brings no code of its own. Leave it out."
+        )
     named = ", ".join(f"{file} (sha256 {files.sha256(file)[:16]})" for file in code)
     say(f"trust_remote_code: code that came with the model runs with all your rights: {named}")
 
@@ -335,5 +379,7 @@ def _merged_base(setup: Setup, out: Path) -> Folder:
         def write(folder: Path) -> None:
             merge.write(folded, folder)
 
-        files.publish_folder(target, write, sum(p.numel() * p.element_size() for p in folded.plain.parameters()))
+        files.publish_folder(
+            target, write, sum(p.numel() * p.element_size() for p in folded.plain.parameters())
+        )
     return locate(target, setup.model_folder.remote_code)

@@ -19,26 +19,43 @@ class Strict(BaseModel):
 class TrainConfig(Strict):
     """How the loop runs. ``*_steps`` take a number, a share of the run below 1, or ``epoch``."""
 
-    learning_rate: float | None = Field(None, gt=0, description="default: the adaptation's own (LoRA 2e-4, full 2e-5)")
+    learning_rate: float | None = Field(
+        None, gt=0, description="default: the adaptation's own (LoRA 2e-4, full 2e-5)"
+    )
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, gt=0, description="so many optimiser steps, instead of epochs")
     batch_size: int = Field(8, gt=0, description="rows per optimiser step, over all processes")
     micro_batch_tokens: int | Literal["auto"] = Field(
-        2048, description="memory knob: tokens per forward pass; never changes the result; auto = what fits the machine"
+        2048,
+        description="memory knob: tokens per forward pass; never changes the result; auto = what fits the machine",
     )
-    max_length: int | None = Field(None, gt=1, description="default: the longest row, at most the model's window")
+    max_length: int | None = Field(
+        None, gt=1, description="default: the longest row, at most the model's window"
+    )
     shuffle: bool = True
-    packing: Literal["auto", "off"] = Field("auto", description="auto = rows side by side with no padding where that is exact")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    gradient_checkpointing: bool = Field(False, description="keep no activations of a layer, compute them again: less memory")
-    torch_compile: bool = Field(False, description="compile the decoder layers; on a GPU only, worth its minute in long runs")
-    neftune_noise_alpha: float | None = Field(None, gt=0, description="noise on the embeddings, such as 5 (Jain et al. 2023)")
-    optim: str | dict[str, Any] = Field(
-        "adamw", description=f"{', '.join(OPTIMS)}; with arguments: {{type: adamw, betas: [0.9, 0.95], eps: 1.0e-8}}"
+    packing: Literal["auto", "off"] = Field(
+        "auto", description="auto = rows side by side with no padding where that is exact"
     )
-    head_learning_rate: float | None = Field(None, gt=0, description="of the trained output layer, when it has a rate of its own")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    gradient_checkpointing: bool = Field(
+        False, description="keep no activations of a layer, compute them again: less memory"
+    )
+    torch_compile: bool = Field(
+        False, description="compile the decoder layers; on a GPU only, worth its minute in long runs"
+    )
+    neftune_noise_alpha: float | None = Field(
+        None, gt=0, description="noise on the embeddings, such as 5 (Jain et al. 2023)"
+    )
+    optim: str | dict[str, Any] = Field(
+        "adamw",
+        description=f"{', '.join(OPTIMS)}; with arguments: {{type: adamw, betas: [0.9, 0.95], eps: 1.0e-8}}",
+    )
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="of the trained output layer, when it has a rate of its own"
+    )
     lr_scheduler_type: str | dict[str, Any] = Field(
-        "linear", description="any schedule of transformers; with arguments: {type: cosine_with_restarts, num_cycles: 2}"
+        "linear",
+        description="any schedule of transformers; with arguments: {type: cosine_with_restarts, num_cycles: 2}",
     )
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     warmup_steps: int = Field(0, ge=0)
@@ -48,7 +65,9 @@ class TrainConfig(Strict):
     eval_steps: Every = Field("epoch", description="null = only before and after")
     save_steps: Every = Field("epoch", description="null = only at the end")
     save_total_limit: int = Field(2, gt=0, description="checkpoints kept beside the best and the last")
-    early_stopping_patience: int | None = Field(None, gt=0, description="stop after so many evaluations without improvement")
+    early_stopping_patience: int | None = Field(
+        None, gt=0, description="stop after so many evaluations without improvement"
+    )
     early_stopping_threshold: float = Field(0.0, ge=0)
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default_factory=list, description="trackers that get every figure too; none by default"
@@ -79,7 +98,9 @@ class TrainConfig(Strict):
         if isinstance(chosen, str):
             return chosen
         if not isinstance(chosen.get("type"), str):
-            raise ValueError("the key `type` is missing: expected a name, or a mapping of `type` and its arguments")
+            raise ValueError(
+                "the key `type` is missing: expected a name, or a mapping of `type` and its arguments"
+            )
         return chosen if len(chosen) > 1 else str(chosen["type"])
 
     @field_validator("optim")

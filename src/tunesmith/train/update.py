@@ -32,7 +32,9 @@ class Update:
         loss_scale: LossScale | None = None,
     ) -> None:
         sampled = masters.sampled()
-        assert all(master.dtype is torch.float32 for master in sampled.values()), "what is trained is kept in fp32"
+        assert all(master.dtype is torch.float32 for master in sampled.values()), (
+            "what is trained is kept in fp32"
+        )
         self.masters = masters
         self.optimizer = optimizer
         self.schedule = schedule
@@ -48,7 +50,10 @@ class Update:
     def learning_rates(self) -> dict[str, float]:
         """Of the update that comes next: ``learning_rate``, and one key more for each group that learns at another rate."""
         groups = self.optimizer.param_groups
-        return {"learning_rate": float(groups[0]["lr"]), **{group["logged"]: float(group["lr"]) for group in groups}}
+        return {
+            "learning_rate": float(groups[0]["lr"]),
+            **{group["logged"]: float(group["lr"]) for group in groups},
+        }
 
     @property
     def waits_for_metric(self) -> bool:
@@ -162,9 +167,13 @@ class Update:
         self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
         for group, rate in zip(self.optimizer.param_groups, state["learning_rates"], strict=True):
             group["lr"] = rate
-        if self.loss_scale is not None and state["loss_scale"]:  # which of them there is, is said by what this run computes in
+        if (
+            self.loss_scale is not None and state["loss_scale"]
+        ):  # which of them there is, is said by what this run computes in
             self.loss_scale = LossScale(**state["loss_scale"])
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str | type(None)) or (isinstance(value, list) and all(map(_is_plain, value)))
+    return isinstance(value, bool | int | float | str | type(None)) or (
+        isinstance(value, list) and all(map(_is_plain, value))
+    )

@@ -64,14 +64,18 @@ class Ratio:
 
     def settle(self, flags: list[float]) -> None:
         """Learn which tensors no update has moved, from ``pending``."""
-        self._still = [name for name, moved in zip(self.masters, flags[: len(self.masters)], strict=True) if not moved]
+        self._still = [
+            name for name, moved in zip(self.masters, flags[: len(self.masters)], strict=True) if not moved
+        ]
 
     @torch.no_grad()
     def before(self) -> None:
         """Keep a sample of every tensor, and more of those that are about to be said not to move."""
         self._kept = torch.cat(self._samples())
         if self._watched and self.updates <= PATIENCE:
-            self._closer = {name: _closer(self.masters[name]).clone() for name in self._still if self.updates == PATIENCE}
+            self._closer = {
+                name: _closer(self.masters[name]).clone() for name in self._still if self.updates == PATIENCE
+            }
             gradients = [master.grad for master in self.masters.values()]
             none = self._kept.new_ones((), dtype=torch.bool)  # without a gradient there is nothing to tell
             reached = torch.stack([none if gradient is None else gradient.any() for gradient in gradients])
@@ -99,7 +103,10 @@ class Ratio:
     def _quotient(self, sums: list[float]) -> float:
         samples = self._samples()
         moved_by, sized = sums[: len(samples)], sums[len(samples) :]
-        shares = [master.numel() / max(one.numel(), 1) for master, one in zip(self.masters.values(), samples, strict=True)]
+        shares = [
+            master.numel() / max(one.numel(), 1)
+            for master, one in zip(self.masters.values(), samples, strict=True)
+        ]
         whole = math.fsum(share * one for share, one in zip(shares, sized, strict=True))
         moved_whole = math.fsum(share * one for share, one in zip(shares, moved_by, strict=True))
         if self.shared:
@@ -111,9 +118,14 @@ class Ratio:
         if self.updates <= PATIENCE or not self._watched or self._seen is None:
             return None
         self._watched = False
-        moved, reached = ({name for name, flag in zip(self.masters, row, strict=True) if flag} for row in self._seen.tolist())
+        moved, reached = (
+            {name for name, flag in zip(self.masters, row, strict=True) if flag}
+            for row in self._seen.tolist()
+        )
         if self._closer_moved is not None:
-            moved |= {name for name, flag in zip(self._still, self._closer_moved.tolist(), strict=True) if flag}
+            moved |= {
+                name for name, flag in zip(self._still, self._closer_moved.tolist(), strict=True) if flag
+            }
         still, unreached = self.masters.keys() - moved, self.masters.keys() - reached
         names = [name for name in self.masters if name in still | unreached]
         if not names:
@@ -135,7 +147,9 @@ def _sample(master: torch.Tensor) -> torch.Tensor:
     if flat.numel() <= RUN * RUNS:
         return flat
     step, width = math.ceil(flat.numel() / RUNS), master.shape[-1]
-    if width < flat.numel():  # whole rows and a golden part of one, so that runs do not meet the same columns in every row
+    if (
+        width < flat.numel()
+    ):  # whole rows and a golden part of one, so that runs do not meet the same columns in every row
         step = max(RUN, step // width * width + round(0.618 * width))
     return flat.unfold(0, RUN, step).flatten()
 

@@ -53,10 +53,14 @@ def arrange(examples: Sequence[Example], packed: bool) -> tuple[dict[str, Any], 
     names = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]
     if packed:
         batch: dict[str, Any] = {
-            name: torch.from_numpy(np.concatenate([example[name] for example in examples]).astype(np.int64)[None])
+            name: torch.from_numpy(
+                np.concatenate([example[name] for example in examples]).astype(np.int64)[None]
+            )
             for name in names
         }
-        batch["position_ids"] = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None])
+        batch["position_ids"] = torch.from_numpy(
+            np.concatenate([np.arange(length) for length in lengths])[None]
+        )
         batch["segments"] = tuple(lengths.tolist())
         return batch, np.cumsum(lengths) - lengths
     shape = (len(examples), int(lengths.max()))
@@ -91,4 +95,7 @@ def of_rows(examples: Sequence[Example], layout: Layout, read: Sequence[np.ndarr
 
 def to_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:
     """The batch with its tensors on ``device``; everything else stays as it is."""
-    return {name: value.to(device, non_blocking=True) if hasattr(value, "to") else value for name, value in batch.items()}
+    return {
+        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
+        for name, value in batch.items()
+    }

@@ -98,7 +98,9 @@ def _compared(examples: Sequence[Example]) -> Batch:
     numbers = [len(one) for one in several]
     return {
         "pairs": torch.from_numpy(np.concatenate(several).astype(np.int64)),
-        "margins": torch.from_numpy(np.concatenate([example["margins"] for example in examples]).astype(np.float32)),
+        "margins": torch.from_numpy(
+            np.concatenate([example["margins"] for example in examples]).astype(np.float32)
+        ),
         "weights": torch.from_numpy(np.repeat([1 / max(n, 1) for n in numbers], numbers).astype(np.float32)),
         "of": np.repeat(np.arange(len(examples)), numbers).tolist(),
         "rows": [tuple(int(part) for part in example.get("row", (0, 0))) for example in examples],
@@ -113,4 +115,8 @@ def reference_logps(examples: Sequence[Example]) -> Batch:
 
     if any("reference_logps" not in example for example in examples):
         return {}
-    return {"reference_logps": torch.from_numpy(np.concatenate([example["reference_logps"] for example in examples]))}
+    return {
+        "reference_logps": torch.from_numpy(
+            np.concatenate([example["reference_logps"] for example in examples])
+        )
+    }

@@ -112,7 +112,9 @@ class Step:
 
     def examples(self, places: Iterable[int] | None = None) -> list[Example]:
         """The examples at ``places``; by default all of them, in order."""
-        return [self.data[int(self.rows[place])] for place in (range(len(self)) if places is None else places)]
+        return [
+            self.data[int(self.rows[place])] for place in (range(len(self)) if places is None else places)
+        ]
 
     def name(self, place: int) -> str:
         return self.data.where(int(self.rows[place]))
@@ -143,7 +145,9 @@ class Step:
         groups = [self._groups(share, budget, layout) for share in shares]
         return _into(groups[process], max(map(len, groups)))
 
-    def micro_batches(self, budget: int, layout: Layout, process: int = 0, processes: int = 1, even: bool = False) -> list[Micro]:
+    def micro_batches(
+        self, budget: int, layout: Layout, process: int = 0, processes: int = 1, even: bool = False
+    ) -> list[Micro]:
         """The micro-batches of one process; ``even``: with idle ones until it has as many as any other process."""
         made = [self.micro(places, layout) for places in self.split(budget, layout, process, processes)]
         if even:
@@ -215,14 +219,18 @@ def first_examples(source: Source, most: int = 2) -> Step:
     return replace(step, rows=step.rows[places])
 
 
-def groups_under(lengths: Sequence[int], budget: int, layout: Layout, several: Sequence[int] | None = None) -> list[list[int]]:
+def groups_under(
+    lengths: Sequence[int], budget: int, layout: Layout, several: Sequence[int] | None = None
+) -> list[list[int]]:
     """Indices of examples in groups of at most ``budget`` tokens, padding included.
 
     An example above the budget is a group of its own. Padded rows are grouped by length; packed rows stay in order.
     ``several``: how many padded rows each example takes (None = one).
     """
     packed = layout.packed
-    order = range(len(lengths)) if packed else sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    order = (
+        range(len(lengths)) if packed else sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    )
     groups: list[list[int]] = []
     used = longest = 0  # used: tokens, or padded rows
     for row in order:
@@ -243,7 +251,9 @@ def together(lengths: np.ndarray, several: np.ndarray, layout: Layout) -> int:
     return int(lengths.sum() if layout.packed else lengths.max() * several.sum())
 
 
-def heaviest(steps: Iterable[Step], budget: int, layout: Layout, process: int = 0, processes: int = 1) -> tuple[Step, list[int]]:
+def heaviest(
+    steps: Iterable[Step], budget: int, layout: Layout, process: int = 0, processes: int = 1
+) -> tuple[Step, list[int]]:
     """The step and the places of the micro-batch with the most tokens, padding included, among ``steps``."""
     found: tuple[Step, list[int]] | None = None
     most = 0

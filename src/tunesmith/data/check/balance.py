@@ -53,7 +53,11 @@ class Balance:
         if good < bad:
             name, low, high = "desirable_weight", bad / self.desirable, LARGEST_RATIO * bad / self.desirable
         else:
-            name, low, high = "undesirable_weight", good / self.undesirable / LARGEST_RATIO, good / self.undesirable
+            name, low, high = (
+                "undesirable_weight",
+                good / self.undesirable / LARGEST_RATIO,
+                good / self.undesirable,
+            )
         return (
             f"{self.desirable} desirable and {self.undesirable} undesirable rows, with desirable_weight "
             f"{desirable_weight:g} and undesirable_weight {undesirable_weight:g}: the weighted ratio is "

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.store.cache import Example, forget
 from tunesmith.data.store.encoded_rows import Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NGRAM, BYTES = 13, 55
 """Tokens that must be the same, one after another; twice or four times as many for a held-out row that needs so many to say what
@@ -73,7 +76,11 @@ class Contamination:
 
 
 def contamination(
-    train: Encoded, held: Encoded, tokenizer: Any, at_least: int = NGRAM, written: bool = True
+    train: Encoded,
+    held: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    at_least: int = NGRAM,
+    written: bool = True,
 ) -> Contamination | None:
     """Compare the token sequences of two splits; None when their examples are no single sequences.
 
@@ -102,7 +109,11 @@ def contamination(
     for index in at[:LISTED].tolist():
         where = int(place[index])
         example = int(owner[where])
-        first.append(_shared(held, train, ids, begins, example, where, int(source[index]), int(position[index]), tokenizer))
+        first.append(
+            _shared(
+                held, train, ids, begins, example, where, int(source[index]), int(position[index]), tokenizer
+            )
+        )
     total = len(np.unique(every))
     return Contamination(
         ngram=int(needed.min()) if len(needed) else at_least,
@@ -114,7 +125,9 @@ def contamination(
     )
 
 
-def _hits(train: Encoded, places: np.ndarray, grams: np.ndarray, learnt: np.ndarray, ngram: int) -> np.ndarray:
+def _hits(
+    train: Encoded, places: np.ndarray, grams: np.ndarray, learnt: np.ndarray, ngram: int
+) -> np.ndarray:
     """int64[4, hits]: those of the stretches that training rows have, too, but for the phrases of the task.
 
     Of each: its place in the held-out tokens; the source, and the place in its tokens, where it is first met; whether some of
@@ -142,7 +155,9 @@ def rolling(ids: np.ndarray, n: int) -> np.ndarray:
     mixed = ids.astype(np.uint64) * _MIX
     mixed ^= mixed >> np.uint64(29)
     mixed *= _MIX
-    return np.convolve(mixed, np.array([pow(_BASE, power, 1 << 64) for power in range(n)], np.uint64), "valid")
+    return np.convolve(
+        mixed, np.array([pow(_BASE, power, 1 << 64) for power in range(n)], np.uint64), "valid"
+    )
 
 
 def _sequences(data: Encoded, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -212,8 +227,12 @@ def _blocks(data: Encoded) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, n
         mine = data.source == source
         starts, ids = entry.starts["input_ids"], entry.values["input_ids"]
         ends = np.zeros(len(entry), np.int64)
-        np.maximum.at(ends, data.views.example[mine], data.views.start[mine].astype(np.int64) + data.views.length[mine])
-        ends = np.where(ends > 0, ends + starts[:-1], 0)  # an example that is not in this split ends before it begins
+        np.maximum.at(
+            ends, data.views.example[mine], data.views.start[mine].astype(np.int64) + data.views.length[mine]
+        )
+        ends = np.where(
+            ends > 0, ends + starts[:-1], 0
+        )  # an example that is not in this split ends before it begins
         example = 0
         while example < len(entry):
             past = max(example + 1, int(np.searchsorted(starts, starts[example] + BLOCK, side="right")) - 1)
@@ -252,7 +271,9 @@ def _none_of(marked: np.ndarray, places: np.ndarray, n: int) -> np.ndarray:
     return before[places + n] == before[places]
 
 
-def _needed(ids: np.ndarray, begins: np.ndarray, tokenizer: Any, at_least: int) -> np.ndarray:
+def _needed(
+    ids: np.ndarray, begins: np.ndarray, tokenizer: PreTrainedTokenizerBase, at_least: int
+) -> np.ndarray:
     """int64[sequences]: how many tokens must be the same: ``at_least``, doubled as long as so many hold half of BYTES at most."""
     names, number = np.unique(ids, return_inverse=True)
     size = np.array([_size(int(name), tokenizer) for name in names], np.int64)
@@ -263,7 +284,7 @@ def _needed(ids: np.ndarray, begins: np.ndarray, tokenizer: Any, at_least: int) 
     return at_least << doubled
 
 
-def _size(name: int, tokenizer: Any) -> int:
+def _size(name: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """Bytes of text that a token stands for: what a second one of it adds, as some tokenizers drop the first space."""
     once, twice = (tokenizer.decode([name] * times, skip_special_tokens=True) for times in (1, 2))
     return len(twice.replace("\ufffd", "?").encode()) - len(once.replace("\ufffd", "?").encode())
@@ -280,7 +301,7 @@ def _rows(data: Encoded, examples: np.ndarray) -> np.ndarray:
 
 def _shared(
     held: Encoded, train: Encoded, ids: np.ndarray, begins: np.ndarray, example: int, place: int, source: int, position: int,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Shared:  # fmt: skip
     """The whole stretch that begins at these places."""
     entry = train.entries[source]
@@ -290,4 +311,6 @@ def _shared(
     size = min(len(ours), len(theirs))
     other = np.flatnonzero(ours[:size] != theirs[:size])
     text = tokenizer.decode(ours[: int(other[0]) if len(other) else size].tolist(), skip_special_tokens=True)
-    return Shared(held.where(example), f"{train.paths[source]}:{int(entry.row[row])}", text.strip("\ufffd \n"))
+    return Shared(
+        held.where(example), f"{train.paths[source]}:{int(entry.row[row])}", text.strip("\ufffd \n")
+    )

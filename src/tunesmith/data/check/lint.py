@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.check.lint_judgements import Judgements, warnings
 from tunesmith.data.check.lint_pairs import Pairs
@@ -16,6 +16,9 @@ from tunesmith.data.read.source import ROW_TYPES, open_source
 from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.data.rows import Answered, Chat, Judged, Ranking, Row, digest
 from tunesmith.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,10 @@ class LintReport:
 
 
 def lint(
-    train: Sequence[Source], evaluation: Sequence[Source] = (), accepted: tuple[type, ...] = ROW_TYPES, tokenizer: Any = None
+    train: Sequence[Source],
+    evaluation: Sequence[Source] = (),
+    accepted: tuple[type, ...] = ROW_TYPES,
+    tokenizer: PreTrainedTokenizerBase = None,
 ) -> LintReport:
     """Read every row of every file and list all that is wrong.
 
@@ -132,12 +138,22 @@ def lint(
             seen = {**inside, **seen}
         files.append(FileReport(source.label, role, description, kept + rejected, kept, rejected))
     return LintReport(
-        tuple(files), tuple(problems), tuple(duplicates), tuple(leaked), tuple(dropped), tuple(pairs), tuple(judged)
+        tuple(files),
+        tuple(problems),
+        tuple(duplicates),
+        tuple(leaked),
+        tuple(dropped),
+        tuple(pairs),
+        tuple(judged),
     )
 
 
 def _rendered(
-    record: Record, row: Row, renderer: Renderer | None, dropped: list[str], train_on: TrainOn | int = "assistant"
+    record: Record,
+    row: Row,
+    renderer: Renderer | None,
+    dropped: list[str],
+    train_on: TrainOn | int = "assistant",
 ) -> RowProblem | None:
     """What the chat template has against a row. Words that it leaves out are added to ``dropped``."""
     if isinstance(row, Answered):
@@ -153,6 +169,14 @@ def _rendered(
         return RowProblem(record.path, record.row, "row", error.expected, error.got, error.fix, record.line)
     except RENDER_ERRORS as error:
         fix = "Change the row or the template."
-        return RowProblem(record.path, record.row, "row", "a conversation the chat template takes", str(error), fix, record.line)
+        return RowProblem(
+            record.path,
+            record.row,
+            "row",
+            "a conversation the chat template takes",
+            str(error),
+            fix,
+            record.line,
+        )
     dropped += [f"{record.path}:{record.row}:{place}" for place in left_out(row, renderer)]
     return None

@@ -89,9 +89,7 @@ class Judgements:
     def lines(self) -> list[str]:
         """For people: the counts, then each kind of row that there is."""
         found = self.as_dict()
-        head = (
-            f"{self.path}: {self.desirable} desirable and {found['undesirable']} undesirable rows for {found['prompts']} prompts"
-        )
+        head = f"{self.path}: {self.desirable} desirable and {found['undesirable']} undesirable rows for {found['prompts']} prompts"
         if self.desirable and found["undesirable"]:
             head += (
                 f" (characters on average: desirable {found['characters_desirable']:.0f}, "

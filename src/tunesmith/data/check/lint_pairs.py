@@ -65,7 +65,10 @@ class Pairs:
             self.shorter += lengths[better] < lengths[worse]
             self.better += lengths[better]
             self.worse += lengths[worse]
-            key, reverse = prompt + answers[better] + answers[worse], prompt + answers[worse] + answers[better]
+            key, reverse = (
+                prompt + answers[better] + answers[worse],
+                prompt + answers[worse] + answers[better],
+            )
             for kind, other in (("duplicates", seen.get(key)), ("contradictions", seen.get(reverse))):
                 if other is not None and other != where:
                     found.setdefault(kind, f"{where} and {other}")

@@ -97,7 +97,9 @@ def candidates(slots: np.ndarray, rows: np.ndarray, threshold: float) -> tuple[n
     found = np.empty(0, np.int64)
     lowest = lowest_estimate(threshold)
     for band in range(bands):
-        column = rolling(slots[rows, band * size : (band + 1) * size].reshape(-1), size)[::size]  # one hash a row
+        column = rolling(slots[rows, band * size : (band + 1) * size].reshape(-1), size)[
+            ::size
+        ]  # one hash a row
         order = np.argsort(column, kind="stable")
         ranked, ordered = column[order], rows[order]
         new = []
@@ -116,7 +118,9 @@ def candidates(slots: np.ndarray, rows: np.ndarray, threshold: float) -> tuple[n
 def estimates(slots: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """float64[pairs]: the share of equal slots of two rows each."""
     blocks = [slice(at, at + _PAIRS) for at in range(0, len(one), _PAIRS)]
-    return np.concatenate([np.empty(0), *((slots[one[block]] == slots[other[block]]).mean(1) for block in blocks)])
+    return np.concatenate(
+        [np.empty(0), *((slots[one[block]] == slots[other[block]]).mean(1) for block in blocks)]
+    )
 
 
 def lowest_estimate(threshold: float) -> float:
@@ -134,7 +138,11 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        said = {} if value.get("role") == "system" else {name: item for name, item in value.items() if name != "role"}
+        said = (
+            {}
+            if value.get("role") == "system"
+            else {name: item for name, item in value.items() if name != "role"}
+        )
         return [text for item in said.values() for text in _strings(item)]
     if isinstance(value, list | tuple):
         return [text for item in value for text in _strings(item)]

@@ -87,7 +87,10 @@ class NearReport:
         """JSON-able; of ``surplus`` the number."""
         names = ("threshold", "recall", "rows", "learnt", "near", "same", "eval_near", "seconds")
         said = {name: getattr(self, name) for name in names}
-        return said | {"surplus": len(self.surplus), "clusters": [asdict(cluster) for cluster in self.clusters]}
+        return said | {
+            "surplus": len(self.surplus),
+            "clusters": [asdict(cluster) for cluster in self.clusters],
+        }
 
     def lines(self) -> list[str]:
         """For people: the counts, and the largest clusters."""
@@ -102,8 +105,14 @@ class NearReport:
         for cluster in self.clusters[:LISTED]:
             lines.append(f"cluster of {len(cluster.rows)} rows: {cluster.rows[0]}")
             for one in cluster.like:
-                differ = f": {shorten(one.here)} for {shorten(one.there)}" if one.here or one.there else ": the same words"
-                lines.append(f"  {one.where} is {one.jaccard:.3f} like {one.like} (estimate {one.estimate:.3f}){differ}")
+                differ = (
+                    f": {shorten(one.here)} for {shorten(one.there)}"
+                    if one.here or one.there
+                    else ": the same words"
+                )
+                lines.append(
+                    f"  {one.where} is {one.jaccard:.3f} like {one.like} (estimate {one.estimate:.3f}){differ}"
+                )
             if len(cluster.rows) > len(cluster.like) + 1:
                 lines.append(f"  and {len(cluster.rows) - len(cluster.like) - 1} more")
         if len(self.clusters) > LISTED:
@@ -148,7 +157,9 @@ def near_duplicates(
     MissingExtra without rensa.
     """
     if not LOWEST <= threshold <= 1:
-        raise DataError(f"the threshold of near-duplicates is {threshold}. Expected a similarity of {LOWEST} to 1, such as 0.8.")
+        raise DataError(
+            f"the threshold of near-duplicates is {threshold}. Expected a similarity of {LOWEST} to 1, such as 0.8."
+        )
     began = time.perf_counter()
     sources = [*train, *evaluation]
     read = _read(sources, len(train), accepted, on_progress)
@@ -179,11 +190,15 @@ def near_duplicates(
     )
 
 
-def kept_rows(train: Sequence[Source], report: NearReport, accepted: tuple[type, ...] = ROW_TYPES) -> Iterator[dict[str, Any]]:
+def kept_rows(
+    train: Sequence[Source], report: NearReport, accepted: tuple[type, ...] = ROW_TYPES
+) -> Iterator[dict[str, Any]]:
     """The usable training rows that are not surplus, as their files have them."""
     last: Record | None = None
     for number, (_, record, _) in enumerate(_usable(train, accepted)):
-        if number not in report.surplus and record is not last:  # of two rows made of one pair either keeps the pair
+        if (
+            number not in report.surplus and record is not last
+        ):  # of two rows made of one pair either keeps the pair
             yield record.value
             last = record
 
@@ -226,7 +241,9 @@ def _read(sources: Sequence[Source], train: int, accepted: tuple[type, ...], on_
     return _Read(at[:, 0], at[:, 1], np.array(digests, np.uint64), np.concatenate(slots), learnt)
 
 
-def _texts(sources: Sequence[Source], accepted: tuple[type, ...], wanted: np.ndarray, on_progress: Progress) -> dict[int, str]:
+def _texts(
+    sources: Sequence[Source], accepted: tuple[type, ...], wanted: np.ndarray, on_progress: Progress
+) -> dict[int, str]:
     """The words of some rows, read again; in the order of the rows."""
     found: dict[int, str] = {}
     if not len(wanted):
@@ -237,11 +254,15 @@ def _texts(sources: Sequence[Source], accepted: tuple[type, ...], wanted: np.nda
         if number in numbers:
             found[number] = minhash.words(row)
     if len(found) < len(wanted):
-        raise DataError("a file became shorter while it was read. Expected files that nothing writes to; try again.")
+        raise DataError(
+            "a file became shorter while it was read. Expected files that nothing writes to; try again."
+        )
     return found
 
 
-def _compared(pairs: np.ndarray, estimates: np.ndarray, texts: dict[int, str], threshold: float, on_progress: Progress) -> _Pairs:
+def _compared(
+    pairs: np.ndarray, estimates: np.ndarray, texts: dict[int, str], threshold: float, on_progress: Progress
+) -> _Pairs:
     """The pairs that are as alike as the threshold asks, by their sets of shingles."""
     last, ours = -1, np.empty(0, np.uint64)
     jaccard = np.empty(len(pairs))
@@ -288,13 +309,19 @@ def _surplus(leader: np.ndarray, neighbours: Neighbours, learnt: int) -> frozens
 
 def _neighbours(alike: _Pairs) -> Neighbours:
     found: Neighbours = defaultdict(dict)
-    for one, other, *similarity in zip(*(column.tolist() for column in (alike.one, alike.other, alike.jaccard, alike.estimate))):
+    for one, other, *similarity in zip(
+        *(column.tolist() for column in (alike.one, alike.other, alike.jaccard, alike.estimate))
+    ):
         found[one][other] = found[other][one] = (similarity[0], similarity[1])
     return found
 
 
 def _shown(
-    rows: np.ndarray, leader: np.ndarray, neighbours: Neighbours, texts: dict[int, str], where: Callable[[int], str]
+    rows: np.ndarray,
+    leader: np.ndarray,
+    neighbours: Neighbours,
+    texts: dict[int, str],
+    where: Callable[[int], str],
 ) -> Cluster:
     like = []
     for row in rows[1 : SHOWN + 1].tolist():
@@ -303,7 +330,9 @@ def _shown(
             like.append(Like(where(row), where(first), 1.0, 1.0, "", ""))
             continue
         other = max(neighbours[row], key=lambda one: (neighbours[row][one][0], -one))
-        like.append(Like(where(row), where(other), *neighbours[row][other], *_differ(texts[row], texts[other])))
+        like.append(
+            Like(where(row), where(other), *neighbours[row][other], *_differ(texts[row], texts[other]))
+        )
     return Cluster(tuple(map(where, rows.tolist())), tuple(like))
 
 

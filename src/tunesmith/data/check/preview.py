@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.text import Text as Coloured
@@ -16,6 +16,9 @@ from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Chat, Judged, Labelled, Question, Ranking, Row, Tagged
 from tunesmith.data.store.cache import Example, targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HEADS = (Labelled, Tagged, Question)
 """Rows that are shown as they are: what a label's number is, an objective knows once it has seen all rows."""
@@ -51,9 +54,12 @@ class Shown:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         pieces = [{"text": text, "supervised": learnt} for text, learnt in self.pieces]
-        return {"where": self.where, "tokens": self.tokens, "supervised": self.supervised, "pieces": pieces} | (
-            {} if self.known is None else {"known": self.known}
-        )
+        return {
+            "where": self.where,
+            "tokens": self.tokens,
+            "supervised": self.supervised,
+            "pieces": pieces,
+        } | ({} if self.known is None else {"known": self.known})
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,12 @@ class Preview:
 
 
 def preview(
-    source: Source, objective: Any, tokenizer: Any, template: str | None = None, rows: int = 3, accepted: tuple[type, ...] = ()
+    source: Source,
+    objective: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None = None,
+    rows: int = 3,
+    accepted: tuple[type, ...] = (),
 ) -> Preview:
     """The first ``rows`` good rows of a source as examples, and the bad rows met before them.
 
@@ -115,7 +126,7 @@ def preview(
     return Preview(source.label, opened.description, said, tuple(shown), tuple(problems))
 
 
-def _as_it_is(where: str, row: Row, tokenizer: Any) -> Shown:
+def _as_it_is(where: str, row: Row, tokenizer: PreTrainedTokenizerBase) -> Shown:
     """A row with what is known of it: tagged words and the first answer are coloured."""
     text, marked, known = "", [], "nothing known"
     if isinstance(row, Labelled):
@@ -129,13 +140,19 @@ def _as_it_is(where: str, row: Row, tokenizer: Any) -> Shown:
         tagged = [(place, tag) for place, tag in zip(row.words, row.tags or ()) if tag != "O"]
         marked = [place for place, _ in tagged]
         if row.tags is not None:
-            known = ", ".join(f"{text[start:end]}/{tag}" for (start, end), tag in tagged) or "no word has a tag but O"
+            known = (
+                ", ".join(f"{text[start:end]}/{tag}" for (start, end), tag in tagged)
+                or "no word has a tag but O"
+            )
     elif isinstance(row, Question):
         before = f"{row.question}\n"
         text = before + row.context
         if row.answers is not None:
             known = ", ".join(f"{answer!r} at {start}" for answer, start in row.answers) or "no answer"
-        marked = [(len(before) + start, len(before) + start + len(answer)) for answer, start in (row.answers or ())[:1]]
+        marked = [
+            (len(before) + start, len(before) + start + len(answer))
+            for answer, start in (row.answers or ())[:1]
+        ]
     pieces, at = [], 0
     for start, end in marked:
         pieces += [(text[at:start], False), (text[start:end], True)]
@@ -145,7 +162,7 @@ def _as_it_is(where: str, row: Row, tokenizer: Any) -> Shown:
     return Shown(where, tuple(piece for piece in pieces if piece[0]), count, 0, known)
 
 
-def _ranking(where: str, row: Ranking, tokenizer: Any) -> Shown:
+def _ranking(where: str, row: Ranking, tokenizer: PreTrainedTokenizerBase) -> Shown:
     """The prompt once, then each answer under its rank, as the model sees them."""
     ((example,),) = encode([row], tokenizer, max_length=None, overlong="error")
     ids, learnt = example["input_ids"], example["learnt"]
@@ -157,13 +174,14 @@ def _ranking(where: str, row: Ranking, tokenizer: Any) -> Shown:
         pieces += stretches({"input_ids": ids[start:end], "supervised": learnt[start:end]}, tokenizer)
     order = sorted(range(len(row.ranks)), key=lambda place: row.ranks[place])
     said = f"answer {order[0] + 1}" + "".join(
-        f" {'=' if row.ranks[one] == row.ranks[other] else '>'} {other + 1}" for one, other in itertools.pairwise(order)
+        f" {'=' if row.ranks[one] == row.ranks[other] else '>'} {other + 1}"
+        for one, other in itertools.pairwise(order)
     )
     count = int(learnt.sum())
     return Shown(where, tuple(pieces), len(ids), count, f"{said}; {count} of {len(ids)} tokens learnt")
 
 
-def _judged(where: str, row: Judged, tokenizer: Any) -> Shown:
+def _judged(where: str, row: Judged, tokenizer: PreTrainedTokenizerBase) -> Shown:
     """The prompt, then the response, as the model sees them; the head says whether the response is desirable."""
     ((example,),) = encode([row.ranking()], tokenizer, max_length=None, overlong="error")
     pieces = stretches({"input_ids": example["input_ids"], "supervised": example["learnt"]}, tokenizer)
@@ -172,13 +190,15 @@ def _judged(where: str, row: Judged, tokenizer: Any) -> Shown:
     return Shown(where, tuple(pieces), tokens, count, f"{label}; {count} of {tokens} tokens learnt")
 
 
-def stretches(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+def stretches(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """The text of an example cut where learning begins and ends, decoded from its tokens: (text, learnt)."""
     ids, learnt = example["input_ids"], example["supervised"]
     edges = [0, *(np.flatnonzero(np.diff(learnt.astype(np.int8))) + 1).tolist(), len(ids)]
     return [
         (
-            tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False),
+            tokenizer.decode(
+                ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            ),
             bool(learnt[start]),
         )
         for start, end in itertools.pairwise(edges)

@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from tunesmith.data.encode.templates import RENDER_ERRORS, special_ends
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, Message, PromptCompletion, Text, Written
 from tunesmith.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["completion", "assistant", "all"]
 Example = dict[str, np.ndarray]
@@ -38,7 +41,7 @@ class Rendered:
 class Renderer:
     """What one tokenizer needs for rendering, looked up once for many rows."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"the tokenizer {type(tokenizer).__name__} gives no character offsets, so masks cannot be made. "
@@ -58,7 +61,9 @@ class Renderer:
 
     def end(self) -> tuple[int, ...]:
         if self.tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no end token, so a row cannot be closed. Set eos_token in the model's tokenizer.")
+            raise DataError(
+                "the tokenizer has no end token, so a row cannot be closed. Set eos_token in the model's tokenizer."
+            )
         return (self.tokenizer.eos_token_id,)
 
     def document(self, text: str, start: int) -> Rendered:
@@ -66,7 +71,9 @@ class Renderer:
         bos = self.tokenizer.bos_token
         begun = bool(bos) and text.startswith(bos)
         ended = bool(self.eos) and text.endswith(self.eos or "")
-        return Rendered(text, (Span(start, END),), () if begun else tuple(self.before), () if ended else self.end())
+        return Rendered(
+            text, (Span(start, END),), () if begun else tuple(self.before), () if ended else self.end()
+        )
 
     def chat(self, row: Chat, train_on: TrainOn | int) -> Rendered:
         """A conversation with the spans of the turns that ``train_on`` names, or of those from a message on."""
@@ -84,7 +91,7 @@ class Renderer:
         return Rendered(full, (Span(0, END),) if train_on == "all" else tuple(spans), (), after)
 
 
-def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Texts of the tokens marked special, longest first (a token may begin with another)."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return tuple(sorted({*added, *tokenizer.all_special_tokens}, key=lambda token: (-len(token), token)))
@@ -111,7 +118,7 @@ def render(
 
 def encode(
     rows: Sequence[Written],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     train_on: TrainOn | Sequence[int] = "completion",
     expand_turns: bool = False,
@@ -132,17 +139,21 @@ def encode(
     return [[next(examples) for _ in group] for group in texts]
 
 
-def _render_row(row: Written, index: int, renderer: Renderer, train_on: TrainOn | int, expand_turns: bool) -> list[Rendered]:
+def _render_row(
+    row: Written, index: int, renderer: Renderer, train_on: TrainOn | int, expand_turns: bool
+) -> list[Rendered]:
     try:
         return render(row, renderer, train_on, expand_turns)
     except SpanError as error:
         raise RowFault(index, error.expected, error.got, error.fix) from None
     except RENDER_ERRORS as error:
         got = f"{type(error).__name__}: {error}"
-        raise RowFault(index, "a conversation that the chat template takes", got, "Change the row or data.template.") from None
+        raise RowFault(
+            index, "a conversation that the chat template takes", got, "Change the row or data.template."
+        ) from None
 
 
-def tokenise(texts: Sequence[Rendered], tokenizer: Any) -> list[Example]:
+def tokenise(texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """One tokenizer call for all texts; a token is supervised when it shares a character with a span.
 
     Where the characters of a token lie is asked of the tokenizer for a few tokens only, near the ends of the spans: as lists
@@ -154,7 +165,10 @@ def tokenise(texts: Sequence[Rendered], tokenizer: Any) -> list[Example]:
         [item.text for item in texts], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
         padding=False, truncation=False, verbose=False,
     )  # fmt: skip
-    return [_example(item, ids, encoding) for item, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings)]
+    return [
+        _example(item, ids, encoding)
+        for item, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings)
+    ]
 
 
 def _example(item: Rendered, ids: list[int], encoding: Any) -> Example:
@@ -191,7 +205,11 @@ def _mark(learnt: np.ndarray, encoding: Any, span: Span) -> None:
             break
 
 
-def prompt_ids(prompt: str | Sequence[Message] | Chat | Text, tokenizer: Any, system: str | None = None) -> list[int]:
+def prompt_ids(
+    prompt: str | Sequence[Message] | Chat | Text,
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None = None,
+) -> list[int]:
     """Tokens after which the model is to speak, as training saw them.
 
     A string is the user's turn when the tokenizer has a chat template, else (and as ``Text``) plain text to continue.
@@ -209,7 +227,9 @@ def prompt_ids(prompt: str | Sequence[Message] | Chat | Text, tokenizer: Any, sy
         try:
             text, begun = renderer(messages, row.tools, prompt=True), ()
         except RENDER_ERRORS as error:
-            raise DataError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from None
+            raise DataError(
+                f"the chat template refuses the conversation: {type(error).__name__}: {error}"
+            ) from None
     return [*begun, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
@@ -217,7 +237,7 @@ def _turns(prompt: str | Sequence[Message]) -> tuple[Message, ...]:
     return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
 
 
-def stop_ids(tokenizer: Any) -> list[int]:
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the tokenizer's end token and whatever the chat template closes a turn with."""
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template:

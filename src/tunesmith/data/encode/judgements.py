@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,8 +15,13 @@ from tunesmith.data.formats.preference_fields import bare
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Judged
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def encode(rows: Sequence[Judged], tokenizer: Any, *, max_length: int | None, overlong: Overlong) -> list[list[Example]]:
+
+def encode(
+    rows: Sequence[Judged], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, overlong: Overlong
+) -> list[list[Example]]:
     """Tokenise rows in one batch: for each row one example, or none when it is dropped.
 
     ``input_ids``  int32[P + A]: prompt and response, exactly what ``chat.encode`` gives of them
@@ -35,8 +40,12 @@ def encode(rows: Sequence[Judged], tokenizer: Any, *, max_length: int | None, ov
         if row.desirable is None:
             fix = "Write true or false, or delete the row."
             raise RowFault(index, "a label that says whether the response is desirable", "none", fix, "label")
-    made = rankings.encode([row.ranking() for row in rows], tokenizer, max_length=max_length, overlong=overlong)
-    return [[_example(row, example) for example in examples] for row, examples in zip(rows, made, strict=True)]
+    made = rankings.encode(
+        [row.ranking() for row in rows], tokenizer, max_length=max_length, overlong=overlong
+    )
+    return [
+        [_example(row, example) for example in examples] for row, examples in zip(rows, made, strict=True)
+    ]
 
 
 def _example(row: Judged, example: Example) -> Example:

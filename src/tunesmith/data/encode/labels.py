@@ -84,7 +84,9 @@ def distinct(names: Sequence[str] | None) -> None:
     """Raise ValueError for a list that has a name twice."""
     for name, count in Counter(names or ()).items():
         if count > 1:
-            raise ValueError(f"labels has {name!r} {count} times: write each name once, in the order of their ids")
+            raise ValueError(
+                f"labels has {name!r} {count} times: write each name once, in the order of their ids"
+            )
 
 
 def check(names: Sequence[str], problem: str) -> None:
@@ -96,7 +98,9 @@ def check(names: Sequence[str], problem: str) -> None:
             "  Look at the label column with `tunesmith data preview`, or name another with data.train.0.columns={label: COLUMN}."
         )
     if problem == MULTI and not names:
-        raise DataError("no training row has a label. Name the column with data.train.0.columns={labels: COLUMN}.")
+        raise DataError(
+            "no training row has a label. Name the column with data.train.0.columns={labels: COLUMN}."
+        )
     if len(names) > MANY:
         raise DataError(
             f"the label column has {len(names):,} different values, such as {names[0]!r}: that is hardly a set of classes.\n"
@@ -114,7 +118,9 @@ def alike(names: Iterable[str]) -> list[list[str]]:
     """Names that a reader may take for one: they differ in case, white space, invisible characters or Unicode's form only."""
     groups: dict[str, list[str]] = {}
     for name in ordered(names):
-        plain = "".join(one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) != "Cf")
+        plain = "".join(
+            one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) != "Cf"
+        )
         groups.setdefault(" ".join(plain.casefold().split()), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -151,10 +157,14 @@ def told(problem: str, names: Sequence[str], found: Survey) -> list[str]:
     said = []
     if found.rows and problem == SINGLE:
         common, count = found.counts.most_common(1)[0]
-        said.append(f"labels: {len(names)} classes; the most frequent is {common!r} ({count / found.rows:.1%} of the rows)")
+        said.append(
+            f"labels: {len(names)} classes; the most frequent is {common!r} ({count / found.rows:.1%} of the rows)"
+        )
     elif found.rows and problem == MULTI:
         said.append(f"labels: {len(names)}, {sum(found.counts.values()) / found.rows:.2f} on a row")
     if never := [name for name in names if not found.counts[name]]:
         more = f" and {len(never) - 10} more" if len(never) > 10 else ""
-        said.append(f"labels that no training row has, of which little is learnt: {', '.join(never[:10])}{more}")
+        said.append(
+            f"labels that no training row has, of which little is learnt: {', '.join(never[:10])}{more}"
+        )
     return said

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from tunesmith.data.encode.texts import separates
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Question
 from tunesmith.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEMPLATE = "{question}\n\n{context}"
 """How both become one text. The line breaks share no token with a letter before or after them in any byte-level vocabulary."""
@@ -41,7 +44,14 @@ class _Tokens:
 
 
 def encode(
-    rows: Sequence[Question], tokenizer: Any, *, template: str, causal: bool, max_length: int, stride: int, longest_answer: int
+    rows: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    causal: bool,
+    max_length: int,
+    stride: int,
+    longest_answer: int,
 ) -> list[list[Example]]:
     """For each row its windows of at most ``max_length`` tokens.
 
@@ -61,7 +71,9 @@ def encode(
     closing: tuple[int, ...] = ()
     if causal and not after:
         if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no end token, where 'no answer' is read. Set eos_token in the model's tokenizer.")
+            raise DataError(
+                "the tokenizer has no end token, where 'no answer' is read. Set eos_token in the model's tokenizer."
+            )
         closing = (tokenizer.eos_token_id,)
     found = _pairs(rows, tokenizer) if separates(tokenizer) else _templated(rows, tokenizer, template)
     return [
@@ -76,17 +88,19 @@ def text_of(context: np.ndarray, offsets: np.ndarray, start: int, end: int) -> s
     return context.tobytes().decode()[start - first : end - first]
 
 
-def _pairs(rows: Sequence[Question], tokenizer: Any) -> list[_Tokens]:
+def _pairs(rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> list[_Tokens]:
     encoded = _call(tokenizer, [row.question for row in rows], [row.context for row in rows])
     out = []
     for number, encoding in enumerate(encoded.encodings):
         second = np.array([part == 1 for part in encoding.sequence_ids], np.bool_)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        out.append(_found(encoded["input_ids"][number], encoded.get("token_type_ids"), number, second, offsets))
+        out.append(
+            _found(encoded["input_ids"][number], encoded.get("token_type_ids"), number, second, offsets)
+        )
     return out
 
 
-def _templated(rows: Sequence[Question], tokenizer: Any, template: str) -> list[_Tokens]:
+def _templated(rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase, template: str) -> list[_Tokens]:
     head, _, tail = template.partition("{context}")
     starts = [head.replace("{question}", row.question) for row in rows]
     ends = [tail.replace("{question}", row.question) for row in rows]
@@ -102,7 +116,9 @@ def _templated(rows: Sequence[Question], tokenizer: Any, template: str) -> list[
             continue
         inside = own & (offsets[:, 1] > first) & (offsets[:, 0] < end)
         shifted = np.clip(offsets - first, 0, len(row.context))
-        out.append(_found(encoded["input_ids"][number], encoded.get("token_type_ids"), number, inside, shifted))
+        out.append(
+            _found(encoded["input_ids"][number], encoded.get("token_type_ids"), number, inside, shifted)
+        )
     return out
 
 
@@ -112,10 +128,13 @@ def _fused(text: str, offsets: np.ndarray, seam: int) -> bool:
     return any(text[start:seam].strip() and text[seam:end].strip() for start, end in across)
 
 
-def _in_parts(start: str, context: str, end: str, tokenizer: Any) -> _Tokens:
+def _in_parts(start: str, context: str, end: str, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
     """What stands before the context, the context, and what follows, each tokenised on its own."""
     before, after = special_ends(tokenizer)
-    parts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else [] for text in (start, end)]
+    parts = [
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        for text in (start, end)
+    ]
     encoded = _call(tokenizer, [context], special=False)
     (ids,), (encoding,) = encoded["input_ids"], encoded.encodings
     first = len(before) + len(parts[0])
@@ -124,7 +143,12 @@ def _in_parts(start: str, context: str, end: str, tokenizer: Any) -> _Tokens:
     return _Tokens(whole, types, first, first + len(ids), np.array(encoding.offsets, np.int64).reshape(-1, 2))
 
 
-def _call(tokenizer: Any, first: list[str], second: list[str] | None = None, special: bool = True) -> Any:
+def _call(
+    tokenizer: PreTrainedTokenizerBase,
+    first: list[str],
+    second: list[str] | None = None,
+    special: bool = True,
+) -> Any:
     return tokenizer(
         first, second, add_special_tokens=special, return_attention_mask=False, padding=False, truncation=False, verbose=False,
         return_token_type_ids="token_type_ids" in tokenizer.model_input_names,
@@ -151,19 +175,35 @@ def _windows(
 ) -> list[Example]:
     offsets = _visible(tokens.offsets, row.context)
     if not row.question.strip():
-        raise RowFault(index, "a question", repr(row.question), "Write the question, or delete the row.", "question")
+        raise RowFault(
+            index, "a question", repr(row.question), "Write the question, or delete the row.", "question"
+        )
     if not (offsets >= 0).any():
         raise RowFault(
-            index, "a context with words in it", repr(row.context[:40]), "Write the context, or delete the row.", "context"
+            index,
+            "a context with words in it",
+            repr(row.context[:40]),
+            "Write the context, or delete the row.",
+            "context",
         )
     count, others = len(offsets), len(tokens.ids) - len(offsets) + len(closing)
     room = max_length - others
     if count > room < FEWEST:
         got = f"{others} tokens of a question that begins {row.question[:40]!r}"
         fix = f"Shorten it, or set train.max_length and objective.window to at least {others + FEWEST}."
-        raise RowFault(index, f"a question that leaves room for {FEWEST} tokens of context in {max_length}", got, fix, "question")
+        raise RowFault(
+            index,
+            f"a question that leaves room for {FEWEST} tokens of context in {max_length}",
+            got,
+            fix,
+            "question",
+        )
     answer = _answer(row, index, offsets)
-    golds = b"" if row.answers is None else json.dumps([text for text, _ in row.answers], ensure_ascii=False).encode()
+    golds = (
+        b""
+        if row.answers is None
+        else json.dumps([text for text, _ in row.answers], ensure_ascii=False).encode()
+    )
     tail = np.array(closing, np.int32)
     out: list[Example] = []
     for start, end in stretches(count, room, max(stride, longest_answer - 1)):
@@ -182,7 +222,9 @@ def _windows(
         piece = row.context[seen.min() : seen.max()] if len(seen) else ""
         example: Example = {"input_ids": ids.astype(np.int32)}
         if tokens.types is not None:
-            example["token_type_ids"] = np.concatenate([*(tokens.types[part] for part in parts), np.zeros(len(tail), np.uint8)])
+            example["token_type_ids"] = np.concatenate(
+                [*(tokens.types[part] for part in parts), np.zeros(len(tail), np.uint8)]
+            )
         out.append(
             {
                 **example,
@@ -209,7 +251,9 @@ def _visible(offsets: np.ndarray, context: str) -> np.ndarray:
     """int32[n, 2]: the characters of each token without white space at either end; -1 where nothing is left."""
     blank = np.array([character.isspace() for character in context], np.bool_)
     places = np.arange(len(context))
-    after = np.minimum.accumulate(np.where(blank, len(context), places)[::-1])[::-1]  # the next that is visible
+    after = np.minimum.accumulate(np.where(blank, len(context), places)[::-1])[
+        ::-1
+    ]  # the next that is visible
     before = np.maximum.accumulate(np.where(blank, -1, places))
     start = np.append(after, len(context))[offsets[:, 0]]
     end = np.concatenate([[-1], before])[offsets[:, 1]] + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -13,11 +13,16 @@ from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Ranking
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Example = dict[str, np.ndarray]
 Overlong = Literal["error", "drop", "truncate"]
 
 
-def encode(rows: Sequence[Ranking], tokenizer: Any, *, max_length: int | None, overlong: Overlong) -> list[list[Example]]:
+def encode(
+    rows: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, overlong: Overlong
+) -> list[list[Example]]:
     """Tokenise rankings in one batch: for each row one example, or none when it is dropped.
 
     ``input_ids``  int32[P + A_1 + ... + A_K]: what all answers begin with once, then what each has after it
@@ -40,7 +45,9 @@ def encode(rows: Sequence[Ranking], tokenizer: Any, *, max_length: int | None, o
     owners = [(index, place) for index, row in enumerate(written) for place in range(len(row))]
     try:
         answers_begin = [len(row.prompt) for row in rows for _ in row.answers]
-        encoded = iter(conversations.encode(list(chain.from_iterable(written)), tokenizer, train_on=answers_begin))
+        encoded = iter(
+            conversations.encode(list(chain.from_iterable(written)), tokenizer, train_on=answers_begin)
+        )
     except RowFault as fault:
         index, place = owners[fault.index]
         which = f" (answer {place + 1})" if len(written[index]) > 1 else ""
@@ -67,9 +74,13 @@ def _example(row: Ranking, wholes: Sequence[Example]) -> Example:
     pairs = row.pairs()
     scores = row.scores or (0.0,) * len(row.answers)
     return {
-        "input_ids": np.concatenate([wholes[0]["input_ids"][:shared], *(whole["input_ids"][shared:] for whole in wholes)]),
+        "input_ids": np.concatenate(
+            [wholes[0]["input_ids"][:shared], *(whole["input_ids"][shared:] for whole in wholes)]
+        ),
         "answers": np.array([shared, *(len(whole["input_ids"]) - shared for whole in wholes)], np.int32),
-        "learnt": np.concatenate([wholes[0]["supervised"][:shared], *(whole["supervised"][shared:] for whole in wholes)]),
+        "learnt": np.concatenate(
+            [wholes[0]["supervised"][:shared], *(whole["supervised"][shared:] for whole in wholes)]
+        ),
         "pairs": np.array(pairs, np.int32).reshape(-1),
         "margins": np.array([scores[better] - scores[worse] for better, worse in pairs], np.float32),
         "cut": np.zeros(1, np.int32),
@@ -97,4 +108,6 @@ def _truncated(example: Example, surplus: int, first: np.ndarray) -> list[Exampl
     answers = example["answers"].copy()
     answers[0] -= surplus
     cut = np.array([surplus], np.int32)
-    return [{**example, "input_ids": ids[rest], "learnt": example["learnt"][rest], "answers": answers, "cut": cut}]
+    return [
+        {**example, "input_ids": ids[rest], "learnt": example["learnt"][rest], "answers": answers, "cut": cut}
+    ]

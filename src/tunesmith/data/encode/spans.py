@@ -111,7 +111,9 @@ def _marked(render: Render, row: Chat, turn: int, full: str) -> tuple[int | None
     Found by a rendering with marks around it, and believed only if it is ``full`` once they are taken out.
     """
     try:
-        text = render([*row.messages[:turn], _with_marks(row.messages[turn]), *row.messages[turn + 1 :]], row.tools)
+        text = render(
+            [*row.messages[:turn], _with_marks(row.messages[turn]), *row.messages[turn + 1 :]], row.tools
+        )
     except RENDER_ERRORS:
         return None, None
     if OPEN in full or CLOSE in full or text.replace(OPEN, "").replace(CLOSE, "") != full:
@@ -144,12 +146,16 @@ def _placed(render: Render, row: Chat, turn: int, full: str, alone: str) -> tupl
     return end, close, _common(alone[close:], full[end:])
 
 
-def _closed_after(render: Render, full: str, start: int, end: int, shared: int, last: bool, whole: bool) -> Span:
+def _closed_after(
+    render: Render, full: str, start: int, end: int, shared: int, last: bool, whole: bool
+) -> Span:
     """The span that ends with the first special token after the content, or without one where the template writes none."""
     match = _pattern(render.specials).search(full, end, shared)
     if match:
         stop = match.end()
-        while render.eos and match and match.group() != render.eos:  # <|im_end|></s>: the end token is learnt with it
+        while (
+            render.eos and match and match.group() != render.eos
+        ):  # <|im_end|></s>: the end token is learnt with it
             match = _pattern(render.specials).match(full, match.end(), shared)
             stop = match.end() if match and match.group() == render.eos else stop
         return Span(start, stop)
@@ -158,7 +164,9 @@ def _closed_after(render: Render, full: str, start: int, end: int, shared: int, 
     return Span(start, shared if whole else end, stopped=False)
 
 
-def _closed_at_end(render: Render, alone: str, start: int, shared: int, last: bool, whole: bool, moved: int, turn: int) -> Span:
+def _closed_at_end(
+    render: Render, alone: str, start: int, shared: int, last: bool, whole: bool, moved: int, turn: int
+) -> Span:
     """The span of a turn that ends with calls (or says nothing): special tokens inside it are no stops, those at its end are.
 
     ``alone`` is the conversation up to this turn; what it shares with the whole one ends at ``shared`` and lies ``moved``
@@ -193,5 +201,9 @@ def _pattern(specials: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _unclear(turn: int) -> SpanError:
-    fix = "Use train_on: completion, or expand_turns: true, which renders each turn as generation would see it."
-    return SpanError("a template that keeps the assistant's turns", f"messages[{turn}] rewritten beyond recognition", fix)
+    fix = (
+        "Use train_on: completion, or expand_turns: true, which renders each turn as generation would see it."
+    )
+    return SpanError(
+        "a template that keeps the assistant's turns", f"messages[{turn}] rewritten beyond recognition", fix
+    )

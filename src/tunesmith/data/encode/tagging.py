@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Example = dict[str, np.ndarray]
 
@@ -43,7 +46,7 @@ class Window:
 
 def encode(
     rows: Sequence[Tagged],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
     *,
     causal: bool,
@@ -63,7 +66,9 @@ def encode(
     before, after = special_ends(tokenizer)
     room = None if max_length is None else max_length - len(before) - len(after)
     if room is not None and room < 1:
-        raise DataError(f"max_length {max_length} leaves no room for a word between special tokens. Set train.max_length higher.")
+        raise DataError(
+            f"max_length {max_length} leaves no room for a word between special tokens. Set train.max_length higher."
+        )
     numbers = {name: number for number, name in enumerate(names)}
     targets = [_targets(row, index, numbers) for index, row in enumerate(rows)]
     inside = np.array([numbers.get(continued(name), number) for name, number in numbers.items()], np.int32)
@@ -75,7 +80,10 @@ def encode(
         for window in windows(sentence.word, room, stride, causal):
             ids = np.concatenate([before, sentence.ids[window.start : window.end], after]).astype(np.int32)
             word = sentence.word[window.start : window.end]
-            example: Example = {"input_ids": ids, **({"token_type_ids": np.zeros(len(ids), np.uint8)} if typed else {})}
+            example: Example = {
+                "input_ids": ids,
+                **({"token_type_ids": np.zeros(len(ids), np.uint8)} if typed else {}),
+            }
             spoken = _spoken(word, window.words, target, inside, causal, label_all)
             example |= {**spoken, "places": (spoken["places"] + len(before)).astype(np.int32)}
             examples.append(example)
@@ -88,14 +96,18 @@ def continued(name: str) -> str:
     return "I" + name[1:] if name == "B" or name.startswith("B-") else name
 
 
-def align(rows: Sequence[Tagged], tokenizer: Any) -> list[Aligned]:
+def align(rows: Sequence[Tagged], tokenizer: PreTrainedTokenizerBase) -> list[Aligned]:
     """Tokenise rows in one call. A row some token of which belongs to two words is tokenised again, word by word."""
     found = _tokenised([row.text for row in rows], tokenizer)
     out = []
     for row, (ids, offsets) in zip(rows, found, strict=True):
         places = np.array(row.words, np.int64).reshape(-1, 2)
         word = _words_of(offsets, places)
-        out.append(_complete(*((ids, word) if word is not None else _word_by_word(row, tokenizer)), len(places), tokenizer))
+        out.append(
+            _complete(
+                *((ids, word) if word is not None else _word_by_word(row, tokenizer)), len(places), tokenizer
+            )
+        )
     return out
 
 
@@ -136,7 +148,9 @@ def windows(word: np.ndarray, room: int | None, stride: int, causal: bool) -> li
     return [window for window in made if len(window.words)]
 
 
-def _tokenised(texts: Sequence[str], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+def _tokenised(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids int32[n], offsets int64[n, 2] in characters) of each text, without special tokens."""
     if not texts:
         return []
@@ -157,7 +171,9 @@ def _words_of(offsets: np.ndarray, places: np.ndarray) -> np.ndarray | None:
     if (first < last).any():
         return None
     word = np.where(first == last, first, -1)
-    for token in np.flatnonzero((word < 0) & (offsets[:, 0] == offsets[:, 1])):  # a later piece of a character may have no width
+    for token in np.flatnonzero(
+        (word < 0) & (offsets[:, 0] == offsets[:, 1])
+    ):  # a later piece of a character may have no width
         before = word[token - 1] if token else -1
         if before >= 0 and places[before, 0] < offsets[token, 0] <= places[before, 1]:
             word[token] = before
@@ -165,7 +181,7 @@ def _words_of(offsets: np.ndarray, places: np.ndarray) -> np.ndarray | None:
     return word.astype(np.int32) if (known[1:] >= known[:-1]).all() else None
 
 
-def _word_by_word(row: Tagged, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def _word_by_word(row: Tagged, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """(ids, word) where each word is tokenised with the white space before it, as if the text began there."""
     ends = [0, *(end for _, end in row.words)]
     pieces = [row.text[begin:end] for begin, (_, end) in zip(ends, row.words)]
@@ -177,7 +193,7 @@ def _word_by_word(row: Tagged, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(ids), np.concatenate(word).astype(np.int32)
 
 
-def _complete(ids: np.ndarray, word: np.ndarray, count: int, tokenizer: Any) -> Aligned:
+def _complete(ids: np.ndarray, word: np.ndarray, count: int, tokenizer: PreTrainedTokenizerBase) -> Aligned:
     """With a token for each word: those that the tokenizer makes nothing of get the unknown one, in their place."""
     so_far = np.maximum.accumulate(word) if len(word) else word
     ahead = np.minimum.accumulate(np.where(word < 0, count, word)[::-1])[::-1]
@@ -189,14 +205,16 @@ def _complete(ids: np.ndarray, word: np.ndarray, count: int, tokenizer: Any) -> 
     return Aligned(ids.astype(np.int32), word.astype(np.int32))
 
 
-def unknown_id(tokenizer: Any) -> int:
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token of a word that the tokenizer writes nothing for; without an unknown token it is a space's, or the end token."""
     if tokenizer.unk_token_id is not None:
         return int(tokenizer.unk_token_id)
     space = tokenizer(" ", add_special_tokens=False)["input_ids"]
     found = space[-1] if space else tokenizer.eos_token_id
     if found is None:
-        raise DataError("the tokenizer has no token for what it does not know. Set unk_token in the model's tokenizer.")
+        raise DataError(
+            "the tokenizer has no token for what it does not know. Set unk_token in the model's tokenizer."
+        )
     return int(found)
 
 
@@ -220,17 +238,27 @@ def _without_excess(sentence: Aligned, room: int | None, causal: bool) -> Aligne
 def _targets(row: Tagged, index: int, numbers: dict[str, int]) -> np.ndarray:
     """int32[words]: the number of each word's tag, -1 where none is known."""
     if not row.words:
-        raise RowFault(index, "at least one word", f"{row.text[:40]!r}", "Write the words, or delete the row.", "tokens")
+        raise RowFault(
+            index, "at least one word", f"{row.text[:40]!r}", "Write the words, or delete the row.", "tokens"
+        )
     if row.tags is None:
         return np.full(len(row.words), -1, np.int32)
     if len(row.tags) != len(row.words):
         got = f"{len(row.tags)} tags for {len(row.words)} words"
-        raise RowFault(index, "a tag for each word", got, "Write as many tags as words; O is the tag of a word outside.", "tags")
+        raise RowFault(
+            index,
+            "a tag for each word",
+            got,
+            "Write as many tags as words; O is the tag of a word outside.",
+            "tags",
+        )
     for place, tag in enumerate(row.tags):
         if tag not in numbers:
             expected, got, fix = labels.unknown(tag, list(numbers))
             start, end = row.words[place]
-            raise RowFault(index, expected, f"{got} at word {place + 1}, {row.text[start:end]!r}", fix, f"tags[{place}]")
+            raise RowFault(
+                index, expected, f"{got} at word {place + 1}, {row.text[start:end]!r}", fix, f"tags[{place}]"
+            )
     return np.array([numbers[tag] for tag in row.tags], np.int32)
 
 
@@ -246,4 +274,8 @@ def _spoken(
         gold = np.where(speaks | (gold < 0), gold, inside[gold])
     else:
         places, words, gold = places[speaks], words[speaks], gold[speaks]
-    return {"places": places.astype(np.int32), "words": words.astype(np.int32), "target": gold.astype(np.int32)}
+    return {
+        "places": places.astype(np.int32),
+        "words": words.astype(np.int32),
+        "target": gold.astype(np.int32),
+    }

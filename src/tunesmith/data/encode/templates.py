@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2 import nodes
@@ -12,6 +12,9 @@ from jinja2 import nodes
 from tunesmith.data.rows import Message
 from tunesmith.errors import DataError
 from tunesmith.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RENDER_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
@@ -78,7 +81,7 @@ TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "roles": ROLES, "korean": KOREA
 DEFAULT = "roles"
 
 
-def apply_template(tokenizer: Any, template: str | None) -> tuple[Any, str]:
+def apply_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[Any, str]:
     """Give ``tokenizer`` its chat template and check it on a small conversation.
 
     ``template``: a name of ``TEMPLATES``, a Jinja string, or None for the model's own (``roles`` when it has none). The
@@ -100,7 +103,9 @@ def apply_template(tokenizer: Any, template: str | None) -> tuple[Any, str]:
         tokenizer.chat_template = template
         description = "the recipe's own Jinja template"
     else:
-        raise DataError(f"data.template: {template!r} is neither a Jinja string nor a name. {did_you_mean(template, TEMPLATES)}")
+        raise DataError(
+            f"data.template: {template!r} is neither a Jinja string nor a name. {did_you_mean(template, TEMPLATES)}"
+        )
     own = tokenizer.chat_template
     for text in own.values() if isinstance(own, dict) else [own]:
         _refuse_unsafe(text)
@@ -116,7 +121,7 @@ def apply_template(tokenizer: Any, template: str | None) -> tuple[Any, str]:
     return tokenizer, description
 
 
-def special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """(ids, ids) that the tokenizer itself puts before and after plain text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -126,7 +131,7 @@ def special_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def template_text(tokenizer: Any) -> str:
+def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template as one string, for a cache key."""
     return json.dumps(tokenizer.chat_template, sort_keys=True)
 
@@ -136,14 +141,21 @@ def _refuse_unsafe(template: str) -> None:
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(template))
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+        raise DataError(
+            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
+        ) from None
     for node in tree.find_all((nodes.Getattr, nodes.Getitem, nodes.Filter)):
         name: Any = None
         if isinstance(node, nodes.Getattr):
             name = node.attr
         elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
             name = node.arg.value
-        elif isinstance(node, nodes.Filter) and node.name == "attr" and node.args and isinstance(node.args[0], nodes.Const):
+        elif (
+            isinstance(node, nodes.Filter)
+            and node.name == "attr"
+            and node.args
+            and isinstance(node.args[0], nodes.Const)
+        ):
             name = node.args[0].value
         if isinstance(name, str) and name.startswith("__"):
             raise DataError(

@@ -7,11 +7,14 @@ word of the one and the first of the other could become one token, so a named te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tunesmith.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PAIR_TEMPLATE = "{text}\n\n{text_pair}"
 """How two texts become one for a network without a separator token."""
@@ -22,12 +25,16 @@ NO_TEXT = ("\u00ff", "\u00fe", "\u00f7")
 Example = dict[str, np.ndarray]
 
 
-def separates(tokenizer: Any) -> bool:
+def separates(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer itself puts something between two texts."""
-    return bool(tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False))
+    return bool(
+        tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
+    )
 
 
-def encode(texts: Sequence[tuple[str, str | None]], tokenizer: Any, template: str) -> list[Example]:
+def encode(
+    texts: Sequence[tuple[str, str | None]], tokenizer: PreTrainedTokenizerBase, template: str
+) -> list[Example]:
     """``input_ids`` int32 and, where the tokenizer has them, ``token_type_ids`` uint8 of each text or pair of texts."""
     if not separates(tokenizer):
         texts = [(one if other is None else joined(one, other, template), None) for one, other in texts]
@@ -55,15 +62,17 @@ def joined(text: str, pair: str, template: str) -> str:
     return template.replace("{text_pair}", "\0").replace("{text}", text).replace("\0", pair)
 
 
-def ending(tokenizer: Any) -> tuple[int, ...]:
+def ending(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The special tokens that close every row; a row that was cut is closed by them too."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    start = next((at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain), None)
+    start = next(
+        (at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain), None
+    )
     return () if start is None else tuple(whole[start + len(plain) :])
 
 
-def own_padding(tokenizer: Any, rows: int | None) -> str:
+def own_padding(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> str:
     """Give ``tokenizer`` a padding token that never ends a row, and return it. ``rows``: of the embedding, which must hold it.
 
     transformers' decoder classes take the last token that is not the padding one for a row's end. Where padding is also the
@@ -88,7 +97,9 @@ def own_padding(tokenizer: Any, rows: int | None) -> str:
         number = vocabulary.get(token)
         if number is not None and tokenizer.decode([number]) == "\ufffd" and (rows is None or number < rows):
             # a letter of this name stays text, as in Ha\u00ff: only where it stands alone it is the token
-            tokenizer.add_special_tokens({"pad_token": AddedToken(token, single_word=True, normalized=False, special=True)})
+            tokenizer.add_special_tokens(
+                {"pad_token": AddedToken(token, single_word=True, normalized=False, special=True)}
+            )
             return token
     raise ModelError(
         "the tokenizer has no token that could be padding: its special tokens begin or end a row, where a stock model would take "

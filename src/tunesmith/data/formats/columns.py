@@ -10,7 +10,17 @@ from functools import lru_cache
 from typing import Any
 
 from tunesmith.data.formats import judgement_fields, label_fields, preference_fields, squad_file, word_fields
-from tunesmith.data.formats.fields import SYSTEM, TOOLS, Columns, Field, FieldFault, Format, Values, optional_text, text
+from tunesmith.data.formats.fields import (
+    SYSTEM,
+    TOOLS,
+    Columns,
+    Field,
+    FieldFault,
+    Format,
+    Values,
+    optional_text,
+    text,
+)
 from tunesmith.data.formats.turns import chat, conversation, exchange, opening_of, tool_schemas
 from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
 from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Question, Row, Tagged, Text
@@ -27,7 +37,9 @@ def _pair(question: str, answer: str) -> Callable[[Values], Row]:
 
 
 def _turns(field: str) -> Callable[[Values], Row]:
-    return lambda values: chat(values[field], field, values.get("tools"), optional_text(values.get("system"), "system"))
+    return lambda values: chat(
+        values[field], field, values.get("tools"), optional_text(values.get("system"), "system")
+    )
 
 
 def _prompt_completion(values: Values) -> Row:
@@ -36,13 +48,21 @@ def _prompt_completion(values: Values) -> Row:
         return PromptCompletion(text(prompt, "prompt"), text(completion, "completion"))
     turns = conversation(prompt, "prompt"), conversation(completion, "completion")
     if not any(message["role"] == "assistant" for message in turns[1]):
-        raise FieldFault("completion", "a turn of the assistant", "none", "Add the answer to learn, or delete the row.")
+        raise FieldFault(
+            "completion", "a turn of the assistant", "none", "Add the answer to learn, or delete the row."
+        )
     return Chat((*turns[0], *turns[1]), tool_schemas(values.get("tools")))
 
 
-TEXT = Field("text", ("text", "sentence", "document", "review", "content", "comment", "sentence1", "premise", "question1"))
+TEXT = Field(
+    "text",
+    ("text", "sentence", "document", "review", "content", "comment", "sentence1", "premise", "question1"),
+)
 PAIR = Field("text_pair", ("text_pair", "sentence2", "hypothesis", "question2"), required=False)
-TOKENS, TAGS = Field("tokens", ("tokens", "words")), Field("tags", ("ner_tags", "tags", "pos_tags", "chunk_tags"))
+TOKENS, TAGS = (
+    Field("tokens", ("tokens", "words")),
+    Field("tags", ("ner_tags", "tags", "pos_tags", "chunk_tags")),
+)
 
 FORMATS: dict[str, Format] = {
     form.name: form
@@ -50,7 +70,10 @@ FORMATS: dict[str, Format] = {
         *preference_fields.PAIRS,
         Format("messages", Chat, (Field("messages", ("messages",)), TOOLS, SYSTEM), _turns("messages")),
         Format(
-            "sharegpt", Chat, (Field("conversations", ("conversations", "conversation")), TOOLS, SYSTEM), _turns("conversations")
+            "sharegpt",
+            Chat,
+            (Field("conversations", ("conversations", "conversation")), TOOLS, SYSTEM),
+            _turns("conversations"),
         ),
         Format(
             "alpaca",
@@ -85,7 +108,10 @@ FORMATS: dict[str, Format] = {
         Format(
             "summary",
             Chat,
-            (Field("text", ("text", "document", "article", "dialogue")), Field("summary", ("summary", "highlights"))),
+            (
+                Field("text", ("text", "document", "article", "dialogue")),
+                Field("summary", ("summary", "highlights")),
+            ),
             _pair("text", "summary"),
             prompt="text",
             answer=("summary",),
@@ -93,7 +119,10 @@ FORMATS: dict[str, Format] = {
         Format(
             "question_answer",
             Chat,
-            (Field("question", ("question", "q", "query", "prompt")), Field("answer", ("answer", "a", "response"))),
+            (
+                Field("question", ("question", "q", "query", "prompt")),
+                Field("answer", ("answer", "a", "response")),
+            ),
             _pair("question", "answer"),
             prompt="question",
             answer=("answer",),
@@ -118,7 +147,13 @@ FORMATS: dict[str, Format] = {
         Format(
             "labelled",
             Labelled,
-            (TEXT, PAIR, Field("label", ("label", "class", "category", "sentiment", "target", "score", "rating", "stars"))),
+            (
+                TEXT,
+                PAIR,
+                Field(
+                    "label", ("label", "class", "category", "sentiment", "target", "score", "rating", "stars")
+                ),
+            ),
             label_fields.labelled,
             prompt="text",
             answer=("label",),
@@ -134,7 +169,13 @@ FORMATS: dict[str, Format] = {
             gold="labels",
             look=label_fields.vectors,
         ),
-        Format("text", Text, (Field("text", ("text",)),), lambda values: Text(text(values["text"], "text")), prompt="text"),
+        Format(
+            "text",
+            Text,
+            (Field("text", ("text",)),),
+            lambda values: Text(text(values["text"], "text")),
+            prompt="text",
+        ),
         *judgement_fields.FORMATS,
         *judgement_fields.UNPAIRED,
     )
@@ -213,7 +254,9 @@ class Converter:
     def _filled(self, value: Mapping[str, Any]) -> str:
         def fill(match: re.Match[str]) -> str:
             if match[1] not in value:
-                raise FieldFault(match[1], f"the column {match[1]!r} of the prompt_template", "no such column", "Add it.")
+                raise FieldFault(
+                    match[1], f"the column {match[1]!r} of the prompt_template", "no such column", "Add it."
+                )
             return text(value[match[1]], match[1])
 
         return PLACEHOLDER.sub(fill, self.prompt_template or "")
@@ -222,15 +265,33 @@ class Converter:
         """``alpaca (instruction, output); not used: id``."""
         columns = list(columns)
         names, _ = _resolve(self, tuple(columns))
-        said = {field: column if isinstance(column, str) else " + ".join(column) for field, column in names.items()}
+        said = {
+            field: column if isinstance(column, str) else " + ".join(column)
+            for field, column in names.items()
+        }
         shown = [column if column == field else f"{field} <- {column}" for field, column in said.items()]
         filled = PLACEHOLDER.findall(self.prompt_template or "")
         if self.prompt_template is not None:
             shown.append(f"{self.form.prompt} <- {self.prompt_template!r}")
-        used = {*filled, *(name for column in names.values() for name in ([column] if isinstance(column, str) else column))}
+        used = {
+            *filled,
+            *(
+                name
+                for column in names.values()
+                for name in ([column] if isinstance(column, str) else column)
+            ),
+        }
         unused = [column for column in columns if column not in used]
-        halved = "; each pair becomes two rows: chosen is desirable, rejected is undesirable" if self.unpairs else ""
-        return f"{self.form.name} ({', '.join(shown)})" + (f"; not used: {', '.join(unused)}" if unused else "") + halved
+        halved = (
+            "; each pair becomes two rows: chosen is desirable, rejected is undesirable"
+            if self.unpairs
+            else ""
+        )
+        return (
+            f"{self.form.name} ({', '.join(shown)})"
+            + (f"; not used: {', '.join(unused)}" if unused else "")
+            + halved
+        )
 
     @property
     def unpairs(self) -> bool:
@@ -284,12 +345,16 @@ def converter(
     ``accepted``: the row types the objective learns from. ``gold``: False = rows may lack it. Raises DataError when nothing
     fits, saying which columns there are.
     """
-    mapped = {name: asked if isinstance(asked, str) else tuple(asked) for name, asked in (columns or {}).items()}
+    mapped = {
+        name: asked if isinstance(asked, str) else tuple(asked) for name, asked in (columns or {}).items()
+    }
     if format is not None and format not in FORMATS:
         raise DataError(f"{path}: unknown format {format!r}. {did_you_mean(format, FORMATS)}")
     forms = [FORMATS[format]] if format else _detected(keys)
     _check_mapping(forms, mapped, path)
-    forms = [form for form in forms if all(any(field.name == name for field in form.fields) for name in mapped)]
+    forms = [
+        form for form in forms if all(any(field.name == name for field in form.fields) for name in mapped)
+    ]
     if prompt_template is not None:
         forms = _templated(forms, prompt_template, keys, path)
     for asked in (True,) if gold else (True, False):  # a file with gold is read with it
@@ -303,7 +368,9 @@ def converter(
     names = ", ".join(row.__name__ for row in accepted)
     if fitting:
         found = fitting[0].form
-        advice = f"Choose another objective, or say which column is what, for example {_mapping(accepted, keys)}"
+        advice = (
+            f"Choose another objective, or say which column is what, for example {_mapping(accepted, keys)}"
+        )
         if Judged in accepted and found in preference_fields.PAIRS:
             name = judgement_fields.unpaired_name(found)
             advice = "To make two rows of each pair, the chosen answer desirable and the rejected one undesirable, "
@@ -313,7 +380,11 @@ def converter(
             f"  {advice}"
         )
     there = ", ".join(dict.fromkeys(str(key) for row in keys[:5] for key in row))
-    tried = f"the format {format} needs {_needs(FORMATS[format])}" if format else "no known format has these columns"
+    tried = (
+        f"the format {format} needs {_needs(FORMATS[format])}"
+        if format
+        else "no known format has these columns"
+    )
     raise DataError(
         f"{path}: {tried}. Columns of the file: {there or 'none'}.\n"
         f"  Say which column is what, for example {_mapping(accepted, keys)}. Formats:\n"
@@ -353,7 +424,9 @@ def _mapping(accepted: tuple[type, ...], keys: Sequence[tuple[str, ...]]) -> str
     mapped = ", ".join(f"{field}: {column}" for field, column in pairs)
     typed = " ".join(f"--column {shlex.quote(f'{field}={column}')}" for field, column in pairs)
     marks = (
-        f"; columns of 0 and 1, one for each label: {{labels: [{', '.join(free)}]}}" if lacking == ["label"] and free[1:] else ""
+        f"; columns of 0 and 1, one for each label: {{labels: [{', '.join(free)}]}}"
+        if lacking == ["label"] and free[1:]
+        else ""
     )
     return f"columns: {{{mapped}}} (evaluate and predict: {typed}){marks}"
 
@@ -366,7 +439,9 @@ def _check_mapping(forms: Sequence[Format], columns: Columns, path: str) -> None
     known = {field.name: field.several for form in forms for field in form.fields}
     for name, asked in columns.items():
         if name not in known:
-            raise DataError(f"{path}: columns: {name!r} is not a field of a format. {did_you_mean(name, known)}")
+            raise DataError(
+                f"{path}: columns: {name!r} is not a field of a format. {did_you_mean(name, known)}"
+            )
         if not isinstance(asked, str) and not known[name]:
             several = ", ".join(field for field, may in known.items() if may) or "no field of it"
             raise DataError(
@@ -374,10 +449,14 @@ def _check_mapping(forms: Sequence[Format], columns: Columns, path: str) -> None
             )
     if not any(all(any(field.name == name for field in form.fields) for name in columns) for form in forms):
         lists = "; ".join(f"{form.name}: {', '.join(field.name for field in form.fields)}" for form in forms)
-        raise DataError(f"{path}: columns: no format has all of the fields {', '.join(columns)}. Fields by format: {lists}")
+        raise DataError(
+            f"{path}: columns: no format has all of the fields {', '.join(columns)}. Fields by format: {lists}"
+        )
 
 
-def _templated(forms: Sequence[Format], template: str, keys: Sequence[tuple[str, ...]], path: str) -> list[Format]:
+def _templated(
+    forms: Sequence[Format], template: str, keys: Sequence[tuple[str, ...]], path: str
+) -> list[Format]:
     """The formats whose prompt ``template`` can replace. A column of the template is not the answer."""
     used = PLACEHOLDER.findall(template)
     there = list(dict.fromkeys(key for row in keys for key in row))
@@ -387,11 +466,17 @@ def _templated(forms: Sequence[Format], template: str, keys: Sequence[tuple[str,
         )
     for name in used:
         if there and name not in there:
-            raise DataError(f"{path}: prompt_template: no column {name!r}. {did_you_mean(name, map(str, there))}")
+            raise DataError(
+                f"{path}: prompt_template: no column {name!r}. {did_you_mean(name, map(str, there))}"
+            )
     fitting = [form for form in forms if form.prompt]
     if not fitting:
-        raise DataError(f"{path}: a prompt_template cannot be used with the format {forms[0].name}, whose prompts are turns")
+        raise DataError(
+            f"{path}: a prompt_template cannot be used with the format {forms[0].name}, whose prompts are turns"
+        )
     named = [form for form in fitting if form.answer] if len(fitting) > 1 else fitting
     rest = [tuple(key for key in row if key not in used) for row in keys]
-    good = [form for form in named if any(_resolve(Converter(form, {}, template), row)[1] is None for row in rest)]
+    good = [
+        form for form in named if any(_resolve(Converter(form, {}, template), row)[1] is None for row in rest)
+    ]
     return good or named

@@ -85,7 +85,12 @@ def clean(value: Any, field: str) -> None:
         raise FieldFault(field, "text", shorten(value), "Write it as a string, in quotes.")
     if value.isascii():
         if "\0" in value:
-            raise FieldFault(field, "text without NUL", f"a NUL character after {value.index(chr(0))} characters", "Remove it.")
+            raise FieldFault(
+                field,
+                "text without NUL",
+                f"a NUL character after {value.index(chr(0))} characters",
+                "Remove it.",
+            )
         return
     try:
         value.encode("utf-8")
@@ -93,11 +98,15 @@ def clean(value: Any, field: str) -> None:
         code = ord(value[error.start])
         if 0xDC80 <= code <= 0xDCFF:  # how a byte that is not UTF-8 was kept
             got = f"the byte 0x{code - 0xDC00:02x} after {error.start} characters"
-            raise FieldFault(field, "UTF-8 text", got, "Save the file as UTF-8 (iconv -f CP949 -t UTF-8, say).") from None
+            raise FieldFault(
+                field, "UTF-8 text", got, "Save the file as UTF-8 (iconv -f CP949 -t UTF-8, say)."
+            ) from None
         got = f"half a surrogate pair (\\u{code:04x}) after {error.start} characters"
         raise FieldFault(field, "Unicode text", got, "Write the whole character.") from None
     if "\0" in value:
-        raise FieldFault(field, "text without NUL", f"a NUL character after {value.index(chr(0))} characters", "Remove it.")
+        raise FieldFault(
+            field, "text without NUL", f"a NUL character after {value.index(chr(0))} characters", "Remove it."
+        )
 
 
 def clean_inside(value: Any, field: str) -> None:

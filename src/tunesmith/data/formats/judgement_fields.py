@@ -12,7 +12,16 @@ from dataclasses import replace
 from typing import Any
 
 from tunesmith.data.formats import preference_fields
-from tunesmith.data.formats.fields import SYSTEM, TOOLS, Field, FieldFault, Format, Values, optional_text, parsed
+from tunesmith.data.formats.fields import (
+    SYSTEM,
+    TOOLS,
+    Field,
+    FieldFault,
+    Format,
+    Values,
+    optional_text,
+    parsed,
+)
 from tunesmith.data.formats.turns import conversation
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Judged, Ranking
@@ -39,7 +48,10 @@ def judged_turns(values: Values) -> Judged:
     if end == len(turns):
         got = "a turn of user at the end"
         raise FieldFault(
-            "messages", "the response after the last turn of the user", got, "Add the response that the label is about."
+            "messages",
+            "the response after the last turn of the user",
+            got,
+            "Add the response that the label is about.",
         )
     system = optional_text(values.get("system"), "system")
     if system.strip() and turns[0]["role"] != "system":
@@ -68,7 +80,9 @@ def desirable(value: Any) -> bool:
     if isinstance(said, int | float) and said in (0, 1):
         return bool(said)
     expected = "true or false (also 1 or 0, yes or no, good or bad, thumbs_up or thumbs_down)"
-    fix = "Write whether the response is desirable, or name the column that says it: columns: {label: COLUMN}."
+    fix = (
+        "Write whether the response is desirable, or name the column that says it: columns: {label: COLUMN}."
+    )
     raise FieldFault("label", expected, shorten(value), fix)
 
 
@@ -79,7 +93,8 @@ def unpaired(row: Ranking) -> tuple[Judged, Judged]:
     """
     known = row.ranks[0] != row.ranks[1]
     first, second = (
-        Judged(row.prompt, row.answers[place], row.ranks[place] == 0 if known else None, row.tools) for place in (0, 1)
+        Judged(row.prompt, row.answers[place], row.ranks[place] == 0 if known else None, row.tools)
+        for place in (0, 1)
     )
     return first, second
 
@@ -97,8 +112,12 @@ MARKS = ("kto_tag", "desirable", "thumbs_up")
 ANSWER = ("completion", "label")
 
 
-def _format(name: str, build: Callable[[Values], Judged], *fields: Field, prompt: str | None = None) -> Format:
-    return Format(name, Judged, (*fields, LABEL, TOOLS, SYSTEM), build, prompt, ANSWER, gold="label", marks=MARKS)
+def _format(
+    name: str, build: Callable[[Values], Judged], *fields: Field, prompt: str | None = None
+) -> Format:
+    return Format(
+        name, Judged, (*fields, LABEL, TOOLS, SYSTEM), build, prompt, ANSWER, gold="label", marks=MARKS
+    )
 
 
 FORMATS = (
@@ -113,6 +132,8 @@ FORMATS = (
     ),
 )
 
-UNPAIRED = tuple(replace(form, name=unpaired_name(form), row=Judged, by_name=True) for form in preference_fields.PAIRS)
+UNPAIRED = tuple(
+    replace(form, name=unpaired_name(form), row=Judged, by_name=True) for form in preference_fields.PAIRS
+)
 """Pairs as two rows each. These formats are never detected: in a pair one answer was only preferred to the other, and
 the recipe has to say that this is to mean desirable and undesirable."""

@@ -68,7 +68,9 @@ def _label(value: Any) -> str | float:
         return "true" if value else "false"
     if isinstance(value, int | float):
         if not math.isfinite(value):
-            raise FieldFault("label", "a label or a number", shorten(value), "Write the number, or delete the row.")
+            raise FieldFault(
+                "label", "a label or a number", shorten(value), "Write the number, or delete the row."
+            )
         return value
     if isinstance(value, list | tuple | dict):
         fix = "Map the column to labels, where several may hold: columns: {labels: COLUMN}."
@@ -88,16 +90,21 @@ def _labels(value: Any, separator: str | None, size: int | None) -> tuple[str, .
         elif value.lstrip().startswith("["):
             value = parsed(value, "labels", "a JSON list of labels")
         elif value.strip():
-            fix = (
-                "Write a JSON list, or name what stands between labels: separator: ',' in a recipe, --separator ',' to evaluate."
-            )
+            fix = "Write a JSON list, or name what stands between labels: separator: ',' in a recipe, --separator ',' to evaluate."
             raise FieldFault("labels", "a list of labels", shorten(value), fix)
         else:
             value = []
     if value is None:
-        raise FieldFault("labels", "a list of labels", "nothing (null)", "Write [] where none holds, or delete the row.")
+        raise FieldFault(
+            "labels", "a list of labels", "nothing (null)", "Write [] where none holds, or delete the row."
+        )
     if not isinstance(value, list | tuple):
-        raise FieldFault("labels", "a list of labels", shorten(value), "Write the labels in a list; one label is a list, too.")
+        raise FieldFault(
+            "labels",
+            "a list of labels",
+            shorten(value),
+            "Write the labels in a list; one label is a list, too.",
+        )
     if size is not None:
         return _held(value, size)
     kinds = {str if isinstance(item, str) else int if type(item) is int else None for item in value}
@@ -105,11 +112,17 @@ def _labels(value: Any, separator: str | None, size: int | None) -> tuple[str, .
         if isinstance(item, str):
             text(item, f"labels[{position}]")
         elif type(item) is not int:
-            raise FieldFault(f"labels[{position}]", "the name of a label", shorten(item), "Write its name, or take it out.")
+            raise FieldFault(
+                f"labels[{position}]", "the name of a label", shorten(item), "Write its name, or take it out."
+            )
     if len(kinds) > 1:
-        raise FieldFault("labels", "names only or numbers only", shorten(value), "Write all labels in one way.")
+        raise FieldFault(
+            "labels", "names only or numbers only", shorten(value), "Write all labels in one way."
+        )
     if kinds == {int} and len(set(value)) < len(value):
-        fix = "Write each number once; a list of 0 and 1 is a vector where most of the first rows are as long."
+        fix = (
+            "Write each number once; a list of 0 and 1 is a vector where most of the first rows are as long."
+        )
         raise FieldFault("labels", "numbers of labels, each once", shorten(value), fix)
     return tuple(dict.fromkeys(str(item).strip() for item in value))
 

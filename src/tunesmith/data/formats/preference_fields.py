@@ -12,7 +12,17 @@ from itertools import takewhile
 from typing import Any
 
 from tunesmith.data.formats import ratings
-from tunesmith.data.formats.fields import SYSTEM, TOOLS, Field, FieldFault, Format, Values, optional_text, parsed, text
+from tunesmith.data.formats.fields import (
+    SYSTEM,
+    TOOLS,
+    Field,
+    FieldFault,
+    Format,
+    Values,
+    optional_text,
+    parsed,
+    text,
+)
 from tunesmith.data.formats.turns import conversation, opening_of, tool_schemas, turn
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Message, Ranking
@@ -40,15 +50,21 @@ Prompt = str | list[Message]
 def preference(values: Values) -> Ranking:
     """A prompt, and one answer chosen over another. Strings alone are plain text, as a prompt and its completion are."""
     sides = _listed(values["chosen"]), _listed(values["rejected"])
-    prompt = _prompt(values["prompt"], values, all(isinstance(side, str) and not _is_dialogue(side) for side in sides))
+    prompt = _prompt(
+        values["prompt"], values, all(isinstance(side, str) and not _is_dialogue(side) for side in sides)
+    )
     if isinstance(prompt, str):
-        return _pair(prompt, [_text(values["chosen"], "chosen"), _text(values["rejected"], "rejected")], values)
+        return _pair(
+            prompt, [_text(values["chosen"], "chosen"), _text(values["rejected"], "rejected")], values
+        )
     return _of_turns(prompt, "prompt", values)
 
 
 def turns(values: Values) -> Ranking:
     """Turns, and two answers to the last."""
-    opening = conversation(parsed(values["conversations"], "conversations", "a list of turns"), "conversations")
+    opening = conversation(
+        parsed(values["conversations"], "conversations", "a list of turns"), "conversations"
+    )
     return _of_turns(_with_system(opening, values), "conversations", values)
 
 
@@ -87,7 +103,11 @@ def _prompt(value: Any, values: Values, plain: bool) -> Prompt:
         said = text(value, "prompt")
         if DIALOGUE.match(said) and said.rstrip().endswith("Assistant:"):
             opening = dialogue(said.rstrip().removesuffix("Assistant:"), "prompt")
-        elif plain and not optional_text(values.get("system"), "system").strip() and not tool_schemas(values.get("tools")):
+        elif (
+            plain
+            and not optional_text(values.get("system"), "system").strip()
+            and not tool_schemas(values.get("tools"))
+        ):
             return said
         else:
             opening = [{"role": "user", "content": said}]
@@ -110,23 +130,36 @@ def _of_turns(opening: list[Message] | None, field: str, values: Values) -> Rank
     begins = [side[0]["role"] == "assistant" for side in sides]
     if opening is not None and all(begins):
         _check_asked(opening, field)
-        return _pair(opening, [_checked(side, name) for side, name in zip(sides, ("chosen", "rejected"))], values)
+        return _pair(
+            opening, [_checked(side, name) for side, name in zip(sides, ("chosen", "rejected"))], values
+        )
     if any(begins):
         odd = ("chosen", "rejected")[begins.index(whole)]
-        fix = "Write both as whole conversations, or both as answers with their prompt in a column of its own."
+        fix = (
+            "Write both as whole conversations, or both as answers with their prompt in a column of its own."
+        )
         raise FieldFault(odd, SAME_PROMPT, "an answer alone" if whole else "a whole conversation", fix)
     common = _common(*sides)
     if common == len(sides[0]) == len(sides[1]):
         if values.get("gold", True):
             raise _same("rejected", sides[1][-1]["content"])
-        common = 1 + max((place for place, message in enumerate(sides[0]) if message["role"] in ASKS), default=-1)
+        common = 1 + max(
+            (place for place, message in enumerate(sides[0]) if message["role"] in ASKS), default=-1
+        )
     prompt, answers = sides[0][:common], [side[common:] for side in sides]
     if not prompt or prompt[-1]["role"] not in ASKS or not all(map(_answers_it, answers)):
         got = f"other turns from the {common + 1}. on: {_shown(answers[0])} and {_shown(answers[1])}"
-        raise FieldFault("rejected", SAME_PROMPT, got, "Give both sides the same turns up to their answers, or delete the row.")
+        raise FieldFault(
+            "rejected",
+            SAME_PROMPT,
+            got,
+            "Give both sides the same turns up to their answers, or delete the row.",
+        )
     if opening is None:
         return _pair(_with_system(prompt, values), answers, values)
-    last = next((message["content"].strip() for message in reversed(opening) if message["role"] == "user"), "")
+    last = next(
+        (message["content"].strip() for message in reversed(opening) if message["role"] == "user"), ""
+    )
     if last not in [message["content"].strip() for message in prompt]:
         fix = "Mend it, or say format: preference_dialogues, which reads the prompt from the two sides."
         raise FieldFault(field, "what is asked in 'chosen' and 'rejected'", shorten(last), fix)
@@ -141,19 +174,31 @@ def _common(one: Sequence[Message], other: Sequence[Message]) -> int:
 def _answers_it(answer: Sequence[Message]) -> bool:
     """Whether these turns are what the assistant says and what its tools give it: another question would be another prompt."""
     roles = [message["role"] for message in answer]
-    return bool(roles) and roles[0] == roles[-1] == "assistant" and "user" not in roles and "system" not in roles
+    return (
+        bool(roles) and roles[0] == roles[-1] == "assistant" and "user" not in roles and "system" not in roles
+    )
 
 
 def _check_asked(opening: Sequence[Message], field: str) -> None:
     if opening[-1]["role"] not in ASKS:
         got = f"a turn of {opening[-1]['role']} at the end"
-        raise FieldFault(field, "a prompt that ends with a turn of the user", got, "Take it out: the answers follow the prompt.")
+        raise FieldFault(
+            field,
+            "a prompt that ends with a turn of the user",
+            got,
+            "Take it out: the answers follow the prompt.",
+        )
 
 
 def _checked(answer: list[Message], field: str) -> list[Message]:
     if not _answers_it(answer):
         got = ", ".join(message["role"] for message in answer)
-        raise FieldFault(field, "an answer: turns of the assistant and its tools", f"turns of {got}", "Write the answer only.")
+        raise FieldFault(
+            field,
+            "an answer: turns of the assistant and its tools",
+            f"turns of {got}",
+            "Write the answer only.",
+        )
     return answer
 
 
@@ -202,9 +247,13 @@ def dialogue(value: str, field: str) -> list[Message]:
     for speaker, said in zip(parts[::2], parts[1::2]):
         if not said.strip():
             place, fix = 2 * len(messages), f"Fill turn {len(messages) + 1} in or delete the row."
-            expected = EMPTY_SIDE if place == len(parts) - 2 and speaker == "Assistant" else f"what {speaker} says"
+            expected = (
+                EMPTY_SIDE if place == len(parts) - 2 and speaker == "Assistant" else f"what {speaker} says"
+            )
             raise FieldFault(f"{field}[{len(messages)}]", expected, "empty text", fix)
-        messages.append({"role": "user" if speaker == "Human" else "assistant", "content": text(said, field).strip()})
+        messages.append(
+            {"role": "user" if speaker == "Human" else "assistant", "content": text(said, field).strip()}
+        )
     return messages
 
 
@@ -216,7 +265,9 @@ def _listed(value: Any) -> Any:
         found = json.loads(value)
     except (RecursionError, ValueError):
         return value
-    turns = isinstance(found, list) and all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in found)
+    turns = isinstance(found, list) and all(
+        isinstance(item, dict) and {"role", "from"} & item.keys() for item in found
+    )
     return found if turns else value
 
 
@@ -224,7 +275,9 @@ def _answers(value: Any, gold: bool) -> Sequence[Any]:
     """The answers as the file has them: ``gold`` = so many that one can be better."""
     value = parsed(value, "answers", "a list of answers")
     if not isinstance(value, list | tuple):
-        raise FieldFault("answers", "a list of answers", shorten(value), "Write the answers in a list, the best one first.")
+        raise FieldFault(
+            "answers", "a list of answers", shorten(value), "Write the answers in a list, the best one first."
+        )
     if len(value) < (2 if gold else 1):
         expected = "two answers or more" if gold else "an answer or more"
         raise FieldFault("answers", expected, str(len(value)), "Add another one, or delete the row.")
@@ -262,7 +315,9 @@ def _row(
         ranks = (0,) * len(answers)
     if isinstance(prompt, str):
         return Ranking(prompt, tuple(answers), ranks, scores)
-    return Ranking(tuple(prompt), tuple(map(tuple, answers)), ranks, scores, tool_schemas(values.get("tools")))
+    return Ranking(
+        tuple(prompt), tuple(map(tuple, answers)), ranks, scores, tool_schemas(values.get("tools"))
+    )
 
 
 def _check_judged(answers: list[Any], ranks: tuple[int, ...], names: Sequence[str]) -> None:
@@ -284,7 +339,9 @@ def bare(answer: str | Sequence[Message]) -> Any:
 
 
 def _same(field: str, answer: Any, other: str = "chosen") -> FieldFault:
-    return FieldFault(field, ANOTHER, f"{_shown(answer)} in {other!r}, too", "Write the other answer, or delete the row.")
+    return FieldFault(
+        field, ANOTHER, f"{_shown(answer)} in {other!r}, too", "Write the other answer, or delete the row."
+    )
 
 
 def _shown(answer: str | list[Message]) -> str:
@@ -294,7 +351,11 @@ def _shown(answer: str | list[Message]) -> str:
 
 
 SCORES = (
-    Field("chosen_score", ("chosen_score", "score_chosen", "chosen_rating", "rating_chosen", "chosen-rating"), required=False),
+    Field(
+        "chosen_score",
+        ("chosen_score", "score_chosen", "chosen_rating", "rating_chosen", "chosen-rating"),
+        required=False,
+    ),
     Field(
         "rejected_score",
         ("rejected_score", "score_rejected", "rejected_rating", "rating_rejected", "rejected-rating"),
@@ -318,12 +379,38 @@ COMPARED = ("chosen", "rejected", *(field.name for field in SCORES))
 JUDGED = ("answers", "ranks", "scores", "labels")
 
 PAIRS = (
-    Format("preference", Ranking, (Field("prompt", ("prompt",)), *SIDES), preference, prompt="prompt", answer=COMPARED),
-    Format("preference_turns", Ranking, (Field("conversations", ("conversations", "conversation", "messages")), *SIDES), turns),
-    Format("preference_alpaca", Ranking, (Field("instruction", ("instruction", "question", "query")), *MORE, *SIDES), alpaca),
+    Format(
+        "preference",
+        Ranking,
+        (Field("prompt", ("prompt",)), *SIDES),
+        preference,
+        prompt="prompt",
+        answer=COMPARED,
+    ),
+    Format(
+        "preference_turns",
+        Ranking,
+        (Field("conversations", ("conversations", "conversation", "messages")), *SIDES),
+        turns,
+    ),
+    Format(
+        "preference_alpaca",
+        Ranking,
+        (Field("instruction", ("instruction", "question", "query")), *MORE, *SIDES),
+        alpaca,
+    ),
     Format("preference_dialogues", Ranking, SIDES, dialogues),
 )
 RANKINGS = (
-    Format("ranking", Ranking, (Field("prompt", ("prompt",)), ANSWERS, *GIVEN), ranking, prompt="prompt", answer=JUDGED),
-    Format("ranking_alpaca", Ranking, (Field("instruction", ("instruction",)), ANSWERS, *MORE, *GIVEN), ranking),
+    Format(
+        "ranking",
+        Ranking,
+        (Field("prompt", ("prompt",)), ANSWERS, *GIVEN),
+        ranking,
+        prompt="prompt",
+        answer=JUDGED,
+    ),
+    Format(
+        "ranking_alpaca", Ranking, (Field("instruction", ("instruction",)), ANSWERS, *MORE, *GIVEN), ranking
+    ),
 )

@@ -21,12 +21,18 @@ def of_pair(values: Values) -> Numbers | None:
     """Scores of the chosen and the rejected answer: each by its name, else a list of both, else a margin and 0."""
     if not values.get("gold", True):
         return None
-    given = {name: values[name] for name in ("chosen_score", "rejected_score") if values.get(name) not in (None, "")}
+    given = {
+        name: values[name]
+        for name in ("chosen_score", "rejected_score")
+        if values.get(name) not in (None, "")
+    }
     if len(given) == 1:
         (there,), (missing,) = given, {"chosen_score", "rejected_score"} - given.keys()
         raise FieldFault(missing, f"a score, as there is a {there}", "nothing", "Write both scores, or none.")
     if given:
-        return _number(given["chosen_score"], "chosen_score"), _number(given["rejected_score"], "rejected_score")
+        return _number(given["chosen_score"], "chosen_score"), _number(
+            given["rejected_score"], "rejected_score"
+        )
     if values.get("scores") not in (None, ""):
         return _numbers(values["scores"], "scores", 2)
     return None if values.get("margin") in (None, "") else (_number(values["margin"], "margin"), 0.0)
@@ -57,14 +63,26 @@ def _beside(answers: Sequence[Mapping[str, Any]], judged: bool) -> dict[str, Num
         places = [f"answers[{place}].{grade}" for place in range(len(answers))]
         missing = next((place for place, item in zip(places, answers) if grade not in item), None)
         if missing is not None:
-            raise FieldFault(missing, f"a {grade}, as other answers have one", "nothing", f"Write it, or take every {grade} out.")
+            raise FieldFault(
+                missing,
+                f"a {grade}, as other answers have one",
+                "nothing",
+                f"Write it, or take every {grade} out.",
+            )
         numbers = tuple(_number(item[grade], place) for place, item in zip(places, answers))
         return {"ranks" if grade == "rank" else "scores": numbers}
-    odd = [(place, key) for place, item in enumerate(answers) for key, number in item.items() if isinstance(number, int | float)]
+    odd = [
+        (place, key)
+        for place, item in enumerate(answers)
+        for key, number in item.items()
+        if isinstance(number, int | float)
+    ]
     if odd and not judged:
         place, key = odd[0]
         fix = "Rename it, add a column with the ranks, or take it out: then the best answer stands first."
-        raise FieldFault(f"answers[{place}].{key}", f"a grade under {', '.join(NAMES)}", f"a number under {key!r}", fix)
+        raise FieldFault(
+            f"answers[{place}].{key}", f"a grade under {', '.join(NAMES)}", f"a number under {key!r}", fix
+        )
     return {}
 
 
@@ -72,7 +90,12 @@ def _numbers(value: Any, field: str, count: int) -> Numbers:
     value = parsed(value, field, "a list of numbers")
     if not isinstance(value, list | tuple) or len(value) != count:
         got = f"{len(value)}: {shorten(value)}" if isinstance(value, list | tuple) else shorten(value)
-        raise FieldFault(field, f"a list of {count} numbers, one for each answer", got, "Write as many as there are answers.")
+        raise FieldFault(
+            field,
+            f"a list of {count} numbers, one for each answer",
+            got,
+            "Write as many as there are answers.",
+        )
     return tuple(_number(item, f"{field}[{place}]") for place, item in enumerate(value))
 
 

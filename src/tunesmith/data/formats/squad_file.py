@@ -33,7 +33,12 @@ def _answers(values: Mapping[str, Any], context: str) -> tuple[tuple[str, int], 
     answers = tuple(_checked(answer, context) for answer in _listed(values["answers"], bool(impossible)))
     if impossible and answers:
         fix = "Leave the answers empty (SQuAD 2 keeps such ones under plausible_answers), or write is_impossible: false."
-        raise FieldFault("answers", "none, because is_impossible is true", f"{len(answers)}, such as {answers[0][0]!r}", fix)
+        raise FieldFault(
+            "answers",
+            "none, because is_impossible is true",
+            f"{len(answers)}, such as {answers[0][0]!r}",
+            fix,
+        )
     if impossible is False and given != "" and not answers:
         fix = "Write is_impossible: true where the context does not say, or add the answer."
         raise FieldFault("answers", "an answer, because is_impossible is false", "none", fix)
@@ -45,21 +50,34 @@ def _listed(value: Any, impossible: bool) -> list[tuple[str, Any, Any]]:
     if impossible and not value:
         return []
     if value is None:
-        raise FieldFault("answers", "answers", "nothing (null)", "Write [] where the context does not say, or delete the row.")
+        raise FieldFault(
+            "answers",
+            "answers",
+            "nothing (null)",
+            "Write [] where the context does not say, or delete the row.",
+        )
     value = parsed(value, "answers", "answers as JSON")
     if isinstance(value, Mapping):
         texts, starts = value.get("text"), value.get("answer_start")
         texts, starts = ([item] if isinstance(item, str | int) else item for item in (texts, starts))
-        if not isinstance(texts, list | tuple) or not isinstance(starts, list | tuple) or len(texts) != len(starts):
+        if (
+            not isinstance(texts, list | tuple)
+            or not isinstance(starts, list | tuple)
+            or len(texts) != len(starts)
+        ):
             fix = 'Write {"text": ["..."], "answer_start": [0]}, as many of one as of the other.'
             raise FieldFault("answers", "text and answer_start of each answer", shorten(value), fix)
         return [(f"[{place}]", *pair) for place, pair in enumerate(zip(texts, starts, strict=True))]
     if not isinstance(value, list | tuple):
-        raise FieldFault("answers", "a list of answers", shorten(value), 'Write [{"text": "...", "answer_start": 0}].')
+        raise FieldFault(
+            "answers", "a list of answers", shorten(value), 'Write [{"text": "...", "answer_start": 0}].'
+        )
     for place, answer in enumerate(value):
         if not isinstance(answer, Mapping) or not {"text", "answer_start"} <= answer.keys():
             fix = 'Write {"text": "...", "answer_start": 0}.'
-            raise FieldFault(f"answers[{place}]", "an object with text and answer_start", shorten(answer), fix)
+            raise FieldFault(
+                f"answers[{place}]", "an object with text and answer_start", shorten(answer), fix
+            )
     return [(f"[{place}]", answer["text"], answer["answer_start"]) for place, answer in enumerate(value)]
 
 
@@ -114,9 +132,15 @@ def _questions(article: Any, place: str) -> Iterator[dict[str, Any] | FieldFault
             if isinstance(asked, FieldFault):
                 yield asked
             elif not isinstance(asked, Mapping):
-                yield FieldFault(spot, "an object with a question", shorten(asked), "Write id, question and answers.")
+                yield FieldFault(
+                    spot, "an object with a question", shorten(asked), "Write id, question and answers."
+                )
             else:
-                value = {name: asked[name] for name in ("id", "question", "answers", "is_impossible") if name in asked}
+                value = {
+                    name: asked[name]
+                    for name in ("id", "question", "answers", "is_impossible")
+                    if name in asked
+                }
                 if value.get("is_impossible") is True:
                     value.setdefault("answers", [])
                 if isinstance(paragraph, Mapping) and "context" in paragraph:

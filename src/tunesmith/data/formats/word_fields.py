@@ -19,7 +19,9 @@ def tokens(values: Mapping[str, Any]) -> Tagged:
     """A list of words with their tags. Words are joined by one space; where spaces are words themselves (``spaces``), by none."""
     words = _strings(values["tokens"], "tokens", "a list of words")
     if not words:
-        raise FieldFault("tokens", "at least one word", "an empty list", "Write the words, or delete the row.")
+        raise FieldFault(
+            "tokens", "at least one word", "an empty list", "Write the words, or delete the row."
+        )
     between = "" if values.get("spaces") else " "
     places, end = [], -len(between)
     for word in words:
@@ -57,11 +59,15 @@ def _tags(values: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
     if "tags" not in values:
         return None
     if values["tags"] is None:
-        raise FieldFault("tags", "a list of tags", "nothing (null)", "Write a tag for each word, or delete the row.")
+        raise FieldFault(
+            "tags", "a list of tags", "nothing (null)", "Write a tag for each word, or delete the row."
+        )
     tags = _strings(values["tags"], "tags", "a list of tags")
     if len(tags) != count:
         got = f"{len(tags)} for {count} words"
-        raise FieldFault("tags", "a tag for each word", got, "Write as many tags as words; O is the tag of a word outside.")
+        raise FieldFault(
+            "tags", "a tag for each word", got, "Write as many tags as words; O is the tag of a word outside."
+        )
     return tuple(tag.strip() for tag in tags)
 
 
@@ -78,8 +84,12 @@ def _strings(value: Any, field: str, what: str) -> list[str]:
             fix = "Write the names, such as B-person; only the data set's own list says what a number means."
             raise FieldFault(place, "the name of a tag", shorten(item), fix)
         if item is None:
-            raise FieldFault(place, what.removeprefix("a list of ")[:-1], "nothing (null)", "Fill it in or delete the row.")
+            raise FieldFault(
+                place, what.removeprefix("a list of ")[:-1], "nothing (null)", "Fill it in or delete the row."
+            )
         clean(item, place)
         if not item or (field == "tags" and not item.strip()):
-            raise FieldFault(place, what.removeprefix("a list of ")[:-1], "empty text", "Fill it in or delete the row.")
+            raise FieldFault(
+                place, what.removeprefix("a list of ")[:-1], "empty text", "Fill it in or delete the row."
+            )
     return list(value)

@@ -19,7 +19,9 @@ def rows(path: str) -> Iterator[Record | RowProblem]:
     """``text`` and ``label`` of every file, classes and files by name. Rows are counted over all files; each names its own."""
     for row, file in enumerate(_files(path), 1):
         try:
-            text = file.read_bytes().decode("utf-8-sig", "surrogateescape")  # formats reports bytes that are not UTF-8
+            text = file.read_bytes().decode(
+                "utf-8-sig", "surrogateescape"
+            )  # formats reports bytes that are not UTF-8
         except OSError as error:
             fix = "Make it readable, or take it away."
             yield RowProblem(str(file), row, "file", "a file that can be read", str(error), fix)
@@ -44,4 +46,6 @@ def content_hash(path: str) -> str:
 def _files(path: str) -> Iterator[Path]:
     for folder in sorted(Path(path).expanduser().iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
-            yield from sorted(file for file in folder.iterdir() if file.suffix.lower() == ".txt" and file.is_file())
+            yield from sorted(
+                file for file in folder.iterdir() if file.suffix.lower() == ".txt" and file.is_file()
+            )

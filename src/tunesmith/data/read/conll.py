@@ -63,7 +63,13 @@ def _row(lines: list[Line], columns: int) -> dict[str, Any] | tuple[str, str, st
     for (number, line), found in zip(lines, cells, strict=True):
         if len(found) != expected:
             fix = "Write as many on every line, separated by a tab or by spaces; an empty line stands between sentences."
-            return "columns", _counted(expected), f"{_counted(len(found))} on line {number}: {shorten(line)}", fix, number
+            return (
+                "columns",
+                _counted(expected),
+                f"{_counted(len(found))} on line {number}: {shorten(line)}",
+                fix,
+                number,
+            )
         for place, cell in enumerate(found, 1):
             if not cell:
                 what = "a word" if place == 1 else f"a tag in column {place}"

@@ -33,7 +33,12 @@ _PLAN_SECONDS = 180
 _PROGRAM = "tunesmith.hub.splits"
 _CACHES = ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE")
 
-_READS_ALIKE = {"json": (".json", ".jsonl", ".ndjson"), "csv": (".csv", ".tsv"), "text": (".txt",), "parquet": (".parquet",)}
+_READS_ALIKE = {
+    "json": (".json", ".jsonl", ".ndjson"),
+    "csv": (".csv", ".tsv"),
+    "text": (".txt",),
+    "parquet": (".parquet",),
+}
 """Kinds of ``datasets`` whose files the readers here read, and the names that such files have."""
 
 
@@ -41,7 +46,11 @@ def place(source: Source) -> Path:
     """Where the store keeps a split, whether it is there or not."""
     repo, _ = _parts(source)
     key = hashlib.sha256(json.dumps([source.label, source.streaming]).encode()).hexdigest()[:12]
-    return files.home() / "datasets" / f"{repo.replace('/', '--')}-{re.sub('[^A-Za-z0-9]+', '_', source.split)}-{key}"
+    return (
+        files.home()
+        / "datasets"
+        / f"{repo.replace('/', '--')}-{re.sub('[^A-Za-z0-9]+', '_', source.split)}-{key}"
+    )
 
 
 def command(source: Source) -> str:
@@ -98,7 +107,9 @@ def pull(source: Source, say: Callable[[str], None], commit: str | None = None) 
 
 def _require_readable(source: Source, about: dict[str, Any]) -> None:
     """Refuse files that the readers here do not read as the data set's owner meant them to be."""
-    strange = [name for name in about["files"] if not name.lower().endswith(_READS_ALIKE.get(about["kind"], ()))]
+    strange = [
+        name for name in about["files"] if not name.lower().endswith(_READS_ALIKE.get(about["kind"], ()))
+    ]
     if strange:
         raise DataError(
             f"{source.path}: the split {source.split!r} is made of files such as {strange[0]}, which cannot be read from the "
@@ -139,10 +150,14 @@ def _streamed(source: Source) -> Rows:
         try:
             told = ask.environment() | private | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         except ask.NoAnswer as error:
-            raise DataError(f"{source.label} is to be streamed, and its encoded rows are not in the cache; {error}") from None
+            raise DataError(
+                f"{source.label} is to be streamed, and its encoded rows are not in the cache; {error}"
+            ) from None
         arguments = ["rows", repo, commit, source.name or "", source.split, str(source.limit or "")]
         command_line = [sys.executable, "-P", "-m", _PROGRAM, *arguments]
-        with subprocess.Popen(command_line, env=told, stdout=subprocess.PIPE, stderr=said, text=True) as child:
+        with subprocess.Popen(
+            command_line, env=told, stdout=subprocess.PIPE, stderr=said, text=True
+        ) as child:
             try:
                 for line in child.stdout or ():
                     item = json.loads(line) if line.endswith("\n") else {}
@@ -171,9 +186,13 @@ def content_hash(source: Source) -> str:
     folder = _here(source)
     found = local_store.problems(folder, deep=True)
     if found:
-        raise DataError(f"{source.label} in {folder} is damaged: {'; '.join(found)}.\n  Type: {command(source)}")
+        raise DataError(
+            f"{source.label} in {folder} is damaged: {'; '.join(found)}.\n  Type: {command(source)}"
+        )
     listed = local_store.manifest(folder) or {}
-    return hashlib.sha256(json.dumps([listed["source"], listed["files"]], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([listed["source"], listed["files"]], sort_keys=True).encode()
+    ).hexdigest()
 
 
 def commit_of(folder: Path) -> str | None:

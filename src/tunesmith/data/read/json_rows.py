@@ -71,15 +71,24 @@ def _lines(lines: Iterator[tuple[int, str]], path: str) -> Iterator[Record | Row
             value = json.loads(line)
         except json.JSONDecodeError as error:
             got = f"{error.msg} at line {number}, column {error.colno}"
-            yield RowProblem(path, row, "line", "one JSON object on the line", got, "Mend or delete the line.", number)
-        except (RecursionError, ValueError) as error:  # nested a thousand deep; a number of thousands of digits
-            yield RowProblem(path, row, "line", "one JSON object on the line", str(error), "Delete the line.", number)
+            yield RowProblem(
+                path, row, "line", "one JSON object on the line", got, "Mend or delete the line.", number
+            )
+        except (
+            RecursionError,
+            ValueError,
+        ) as error:  # nested a thousand deep; a number of thousands of digits
+            yield RowProblem(
+                path, row, "line", "one JSON object on the line", str(error), "Delete the line.", number
+            )
         else:
             yield _record(path, row, number, value)
 
 
 def _values(values: Iterator[tuple[int, Any]], path: str) -> Iterator[Record | RowProblem]:
-    return _until_broken((_record(path, row, line, value) for row, (line, value) in enumerate(values, 1)), path)
+    return _until_broken(
+        (_record(path, row, line, value) for row, (line, value) in enumerate(values, 1)), path
+    )
 
 
 def _until_broken(rows: Iterator[Record | RowProblem], path: str) -> Iterator[Record | RowProblem]:
@@ -109,7 +118,11 @@ class Window:
         self.text = ""
         self.at = 0
         self.ended = False
-        self._line, self._counted, self._column = 1, 0, 0  # lines up to _counted; columns of its line before self.text
+        self._line, self._counted, self._column = (
+            1,
+            0,
+            0,
+        )  # lines up to _counted; columns of its line before self.text
 
     def grow(self) -> bool:
         """Forget what was read and fetch as much again as is held; False when the file has no more."""
@@ -181,7 +194,9 @@ class Window:
                 yield line, self.value()
                 mark = self.peek()
                 if mark not in (",", "]"):
-                    raise self.broken("',' or ']' after a row", shorten(mark) if mark else "the end of the file", self.at)
+                    raise self.broken(
+                        "',' or ']' after a row", shorten(mark) if mark else "the end of the file", self.at
+                    )
                 self.at += 1
                 if mark == "]":
                     break

@@ -39,7 +39,11 @@ def read(path: str, format: str | None = None) -> Rows:
     file = existing(path)
     reader = READERS.get(".conll" if format == "conll" else file.suffix.lower())
     if reader is None:
-        kind = f"unknown kind of file {file.suffix!r}" if file.suffix else "its name has no ending that says what it holds"
+        kind = (
+            f"unknown kind of file {file.suffix!r}"
+            if file.suffix
+            else "its name has no ending that says what it holds"
+        )
         raise DataError(
             f"{path}: {kind}. Expected one of {', '.join(READERS)}. Rename it (mv {file.name} {file.stem}.jsonl), or convert it."
         )
@@ -55,8 +59,12 @@ def existing(path: str) -> Path:
     except FileNotFoundError:
         folder = file.parent
         if not folder.is_dir():
-            raise DataError(f"data file not found: {path}. There is no folder {folder}. Check the path.") from None
-        names = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in READERS and entry.is_file())
+            raise DataError(
+                f"data file not found: {path}. There is no folder {folder}. Check the path."
+            ) from None
+        names = sorted(
+            entry.name for entry in folder.iterdir() if entry.suffix.lower() in READERS and entry.is_file()
+        )
         close = mistyped(file.name, names)
         more = ", ..." if len(names) > 8 else ""
         there = (
@@ -88,7 +96,9 @@ def _utf16(file: Path, path: str) -> RowProblem | None:
     return RowProblem(path, 1, "file", "UTF-8 text", "UTF-16 text", fix, 1, fatal=True)
 
 
-def _text_reader(rows: Callable[[TextIO, str], Rows], newline: str | None = None) -> Callable[[Path, str], Rows]:
+def _text_reader(
+    rows: Callable[[TextIO, str], Rows], newline: str | None = None
+) -> Callable[[Path, str], Rows]:
     """A reader of text files out of ``rows(handle, path)``."""
 
     def read_text(file: Path, path: str) -> Rows:
@@ -128,13 +138,27 @@ def _table(handle: TextIO, path: str, delimiter: str | None) -> Rows:
         header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter, strict=True))]
     except csv.Error as error:
         yield RowProblem(
-            path, 1, "header", "column names", f"{shorten(first)} ({error})", "Mend the first line.", start, fatal=True
+            path,
+            1,
+            "header",
+            "column names",
+            f"{shorten(first)} ({error})",
+            "Mend the first line.",
+            start,
+            fatal=True,
         )
         return
     doubled = sorted({name for name in header if header.count(name) > 1})
     if doubled:
         yield RowProblem(
-            path, 1, "header", "different column names", f"{doubled[0]!r} twice", "Rename one of them.", start, fatal=True
+            path,
+            1,
+            "header",
+            "different column names",
+            f"{doubled[0]!r} twice",
+            "Rename one of them.",
+            start,
+            fatal=True,
         )
         return
     yield from _table_rows(csv.reader(handle, delimiter=delimiter, strict=True), header, path, start + 1)
@@ -160,7 +184,15 @@ def _table_rows(reader: Any, header: list[str], path: str, start: int) -> Rows:
         row += 1
         if len(values) != len(header):
             fix = "Quote a field that holds the separator or a line break."
-            yield RowProblem(path, row, "columns", f"{len(header)} columns ({', '.join(header)})", f"{len(values)}", fix, line)
+            yield RowProblem(
+                path,
+                row,
+                "columns",
+                f"{len(header)} columns ({', '.join(header)})",
+                f"{len(values)}",
+                fix,
+                line,
+            )
             continue
         yield Record(path, row, line, dict(zip(header, values, strict=True)))
 

@@ -15,7 +15,18 @@ from tunesmith.data.formats.columns import Converter, converter
 from tunesmith.data.read import hub_set
 from tunesmith.data.read.row_files import READERS, Rows, read
 from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
-from tunesmith.data.rows import Answered, Chat, Judged, Labelled, PromptCompletion, Question, Ranking, Row, Tagged, Text
+from tunesmith.data.rows import (
+    Answered,
+    Chat,
+    Judged,
+    Labelled,
+    PromptCompletion,
+    Question,
+    Ranking,
+    Row,
+    Tagged,
+    Text,
+)
 from tunesmith.errors import DataError
 
 ROW_TYPES: tuple[type, ...] = (Chat, PromptCompletion, Text, Labelled, Tagged, Question, Ranking, Judged)
@@ -59,7 +70,15 @@ class Opened:
             elif isinstance(item, Record):
                 names = " or ".join(kind.__name__ for kind in self.accepted)
                 fix = "Bring all rows to one form, or choose another objective."
-                yield RowProblem(item.path, item.row, "row", f"a {names} row", f"a {type(row).__name__} row", fix, item.line)
+                yield RowProblem(
+                    item.path,
+                    item.row,
+                    "row",
+                    f"a {names} row",
+                    f"a {type(row).__name__} row",
+                    fix,
+                    item.line,
+                )
 
     def problem(self, record: Record, fault: RowFault) -> RowProblem:
         """What is wrong with a row of this source that could be read, but not be made an example."""
@@ -107,7 +126,9 @@ def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bo
         columns=source.columns,
         prompt_template=source.prompt_template,
     )
-    facts = convert.look(item for item in sample if isinstance(item, Record)) if seen is None else seen["facts"]
+    facts = (
+        convert.look(item for item in sample if isinstance(item, Record)) if seen is None else seen["facts"]
+    )
     if source.separator and convert.form.gold != "labels":
         raise DataError(
             f"{source.label}: separator does nothing: the format is {convert.form.name}, which has no list of labels.\n"
@@ -116,9 +137,15 @@ def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bo
     convert = replace(convert, facts=facts | {"separator": source.separator} if source.separator else facts)
     described = convert.describe(dict.fromkeys(key for row in keys for key in row))
     if seen is None:
-        kinds = frozenset(kind for item in sample if isinstance(item, Record) for kind in _kinds(convert(item)))
+        kinds = frozenset(
+            kind for item in sample if isinstance(item, Record) for kind in _kinds(convert(item))
+        )
         if source.streaming:
-            hub_set.remember(source, question, {"keys": keys, "kinds": sorted(kind.__name__ for kind in kinds), "facts": facts})
+            hub_set.remember(
+                source,
+                question,
+                {"keys": keys, "kinds": sorted(kind.__name__ for kind in kinds), "facts": facts},
+            )
     else:
         kinds = frozenset(kind for kind in (*accepted, *ROW_TYPES) if kind.__name__ in seen["kinds"])
     return Opened(source, accepted, convert, described, kinds, gold)
@@ -131,7 +158,9 @@ def _rows(source: Source) -> Rows:
 def _kinds(row: Row | RowProblem) -> tuple[type, ...]:
     if isinstance(row, RowProblem):
         return ()
-    return (type(row), Chat) if isinstance(row, Answered) and not isinstance(row.prompt, str) else (type(row),)
+    return (
+        (type(row), Chat) if isinstance(row, Answered) and not isinstance(row.prompt, str) else (type(row),)
+    )
 
 
 def _conll(source: Source) -> bool:
@@ -140,7 +169,14 @@ def _conll(source: Source) -> bool:
 
 def _question(source: Source, accepted: tuple[type, ...], gold: bool) -> str:
     """Hash of all that the format of a source depends on, besides its rows."""
-    asked = [source.format, source.columns, source.prompt_template, source.limit, gold, [kind.__name__ for kind in accepted]]
+    asked = [
+        source.format,
+        source.columns,
+        source.prompt_template,
+        source.limit,
+        gold,
+        [kind.__name__ for kind in accepted],
+    ]
     content = hashlib.sha256(json.dumps(asked).encode())
     for file in (columns.__file__, preference_fields.__file__, judgement_fields.__file__, ratings.__file__):
         content.update(Path(file).read_bytes())
@@ -155,5 +191,7 @@ def eval_sources(config: DataConfig) -> dict[str, Source]:
     if config.eval.path is None:
         return dict(config.eval.sets or {})
     file = Source(path=config.eval.path, limit=config.eval.limit)
-    asked = {key: getattr(config.train[0], key) for key in ("format", "columns", "separator", "prompt_template")}
+    asked = {
+        key: getattr(config.train[0], key) for key in ("format", "columns", "separator", "prompt_template")
+    }
     return {"": file.model_copy(update=asked)}

@@ -94,7 +94,9 @@ class Writer:
             if not self._ends:
                 self._begin(example)
             if example.keys() != self._ends.keys():
-                raise ValueError(f"an example has the arrays {sorted(example)}, the ones before had {sorted(self._ends)}")
+                raise ValueError(
+                    f"an example has the arrays {sorted(example)}, the ones before had {sorted(self._ends)}"
+                )
             for name, values in example.items():
                 if values.dtype.str != self._dtypes[name]:
                     raise ValueError(f"array {name!r}: {values.dtype} after {np.dtype(self._dtypes[name])}")
@@ -109,7 +111,9 @@ class Writer:
         for name, values in example.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise ValueError(f"array name {name!r} cannot be part of a file name")
-            self._files |= {f"{name}.{part}": _File(self.folder / f"{name}.{part}") for part in ("values", "starts")}
+            self._files |= {
+                f"{name}.{part}": _File(self.folder / f"{name}.{part}") for part in ("values", "starts")
+            }
             self._files[f"{name}.starts"].number(0)
             self._ends[name] = 0
             self._dtypes[name] = values.dtype.str
@@ -268,4 +272,6 @@ def disk_error(error: OSError, folder: Path) -> OSError | DiskFullError | UserEr
         )
     if error.errno not in files.FULL:
         return error
-    return DiskFullError(f"no room for processed data in {folder}. Free some space, or set TUNESMITH_HOME to another disk.")
+    return DiskFullError(
+        f"no room for processed data in {folder}. Free some space, or set TUNESMITH_HOME to another disk."
+    )

@@ -53,7 +53,9 @@ class SplitReport:
 
     def line(self) -> str:
         """The figures in one line; what did not happen is not mentioned."""
-        learnt = f", {self.supervised_tokens} learnt" if self.supervised_tokens != self.examples else ""  # else rows are
+        learnt = (
+            f", {self.supervised_tokens} learnt" if self.supervised_tokens != self.examples else ""
+        )  # else rows are
         parts = [f"{self.examples} examples of {self.rows} rows, {self.tokens} tokens{learnt}"]
         if self.unlearnable:
             parts.append(f"{self.unlearnable} with nothing to learn dropped")
@@ -99,12 +101,18 @@ class Report:
         out = []
         for source in self.sources:
             at = f"; commit {source.revision[:12]}" if source.revision else ""
-            out.append(f"{source.role}: {source.path}: {source.format}; {source.rows_kept} of {source.rows_read} rows kept{at}")
+            out.append(
+                f"{source.role}: {source.path}: {source.format}; {source.rows_kept} of {source.rows_read} rows kept{at}"
+            )
             if source.left_out["rows"]:
                 share = f"{source.left_out['rows']} of {source.left_out['looked_at']} rows looked at"
-                out.append(f"  the template leaves out text of {share}, for example {source.left_out['first'][0]}")
+                out.append(
+                    f"  the template leaves out text of {share}, for example {source.left_out['first'][0]}"
+                )
         out.append(f"template: {self.template}; max_length {self.max_length}")
-        splits = {"train": self.train, "eval": self.eval} | {f"eval {name}": split for name, split in self.eval_sets.items()}
+        splits = {"train": self.train, "eval": self.eval} | {
+            f"eval {name}": split for name, split in self.eval_sets.items()
+        }
         out += [f"{name}: {split.line()}" for name, split in splits.items() if split]
         if self.duplicates_train_eval:
             out.append(f"warning: {self.duplicates_train_eval} evaluation rows are also in the training rows")
@@ -122,4 +130,10 @@ def histogram(lengths: np.ndarray) -> dict[str, Any]:
     ranked = np.sort(lengths)
     counts = np.diff(np.searchsorted(ranked, edges, side="right"), prepend=0)
     median, p95 = np.percentile(ranked, [50, 95], overwrite_input=True)
-    return {"edges": edges, "counts": counts.tolist(), "median": float(median), "p95": float(p95), "max": longest}
+    return {
+        "edges": edges,
+        "counts": counts.tolist(),
+        "median": float(median),
+        "p95": float(p95),
+        "max": longest,
+    }

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -29,6 +29,9 @@ from tunesmith.data.rows import Answered, Chat, PromptCompletion, Row, Text, dig
 from tunesmith.data.store import cache
 from tunesmith.data.store.cache import Entry, Example, Writer
 from tunesmith.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ENCODING = (
     "rows", "problems",
@@ -72,7 +75,14 @@ class Built:
     scratch: object = None
 
 
-def build(opened: Opened, objective: Any, tokenizer: Any, keep: bool, shared_key: str, on_progress: Progress | None) -> Built:
+def build(
+    opened: Opened,
+    objective: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    keep: bool,
+    shared_key: str,
+    on_progress: Progress | None,
+) -> Built:
     """The processed rows of a source: from the cache when nothing changed, else made now.
 
     Raises DataError when a file is unreadable, DiskFullError when there is no room.
@@ -81,7 +91,9 @@ def build(opened: Opened, objective: Any, tokenizer: Any, keep: bool, shared_key
     options = opened.source.model_dump(mode="json", exclude={"path", "weight"})
     kinds = [kind.__name__ for kind in opened.accepted]
     key = hashlib.sha256(
-        json.dumps([sha256, Path(opened.source.path).suffix, options, kinds, opened.gold, shared_key]).encode()
+        json.dumps(
+            [sha256, Path(opened.source.path).suffix, options, kinds, opened.gold, shared_key]
+        ).encode()
     ).hexdigest()
     scratch = None if keep else cache.Scratch("tunesmith-data-")
     folder = (cache.store() if scratch is None else Path(scratch.name)) / key[:32]
@@ -100,11 +112,19 @@ def build(opened: Opened, objective: Any, tokenizer: Any, keep: bool, shared_key
         writer.abandon()
     entry = cache.load(folder)
     if entry is None:
-        raise DataError(f"processed data in {folder} cannot be read back. Check the disk, or set data.cache=false.")
+        raise DataError(
+            f"processed data in {folder} cannot be read back. Check the disk, or set data.cache=false."
+        )
     return Built(entry, sha256, False, scratch)
 
 
-def _write(writer: Writer, opened: Opened, objective: Any, tokenizer: Any, on_progress: Progress | None) -> dict[str, Any]:
+def _write(
+    writer: Writer,
+    opened: Opened,
+    objective: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    on_progress: Progress | None,
+) -> dict[str, Any]:
     """Encode all rows; what was counted on the way."""
     read = kept = last = 0
     first: list[RowProblem] = []
@@ -129,7 +149,10 @@ def _write(writer: Writer, opened: Opened, objective: Any, tokenizer: Any, on_pr
 
 
 def _ahead(
-    batches: Iterator[tuple[list[Located], list[RowProblem]]], opened: Opened, objective: Any, tokenizer: Any
+    batches: Iterator[tuple[list[Located], list[RowProblem]]],
+    opened: Opened,
+    objective: Any,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[Encodings]:
     """Encode two batches at a time, in order: one is rendered (Python) while the other is tokenised (outside the GIL)."""
     with ThreadPoolExecutor(THREADS) as pool:
@@ -178,7 +201,9 @@ def _characters(row: Row) -> int:
     return sum(len(part) for name in TEXTS if isinstance(part := getattr(row, name, None), str))
 
 
-def _encode(batch: Sequence[Located], opened: Opened, objective: Any, tokenizer: Any) -> Encodings:
+def _encode(
+    batch: Sequence[Located], opened: Opened, objective: Any, tokenizer: PreTrainedTokenizerBase
+) -> Encodings:
     """Encode a batch in one call; when a row is at fault, each row on its own, so that every fault is found."""
     if not batch:
         return [], []
@@ -200,10 +225,14 @@ def _compare(row: Row, record: Record, renderer: Renderer, unseen: dict[str, Any
     if not chats:
         return
     unseen["looked_at"] += 1
-    missing = dict.fromkeys(place for chat in chats for place in left_out(chat, renderer))  # answers share their prompt
+    missing = dict.fromkeys(
+        place for chat in chats for place in left_out(chat, renderer)
+    )  # answers share their prompt
     if missing:
         unseen["rows"] += 1
-        unseen["first"] += [f"{record.path}:{record.row}:{place}" for place in missing][: 10 - len(unseen["first"])]
+        unseen["first"] += [f"{record.path}:{record.row}:{place}" for place in missing][
+            : 10 - len(unseen["first"])
+        ]
 
 
 def content_hash(source: Source) -> str:
@@ -218,7 +247,7 @@ def content_hash(source: Source) -> str:
     return files.sha256(existing(path))
 
 
-def shared_key(objective: Any, tokenizer: Any) -> str:
+def shared_key(objective: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of all that shapes examples besides the file: tokenizer, template, options, and the code involved."""
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
@@ -238,13 +267,24 @@ def _options(objective: Any) -> Any:
     """The objective's name and settings, as JSON. The length policy is no part of it: that is a view on what is stored."""
     config = getattr(objective, "config", None)
     settings = (
-        config.model_dump(mode="json") if isinstance(config, BaseModel) else {k: repr(v) for k, v in vars(objective).items()}
+        config.model_dump(mode="json")
+        if isinstance(config, BaseModel)
+        else {k: repr(v) for k, v in vars(objective).items()}
     )
     settings.pop("overlong", None)
-    return [type(objective).__module__, type(objective).__qualname__, settings, getattr(objective, "facts", {})]
+    return [
+        type(objective).__module__,
+        type(objective).__qualname__,
+        settings,
+        getattr(objective, "facts", {}),
+    ]
 
 
 def _code(objective: Any) -> list[Path]:
     """Source files that decide what an example is: the modules of ``ENCODING`` and the objective's own file."""
-    named = [Path(str(spec.origin)) for name in ENCODING if (spec := importlib.util.find_spec(f"tunesmith.data.{name}"))]
+    named = [
+        Path(str(spec.origin))
+        for name in ENCODING
+        if (spec := importlib.util.find_spec(f"tunesmith.data.{name}"))
+    ]
     return [*named, Path(inspect.getfile(type(objective)))]

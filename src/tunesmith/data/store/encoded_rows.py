@@ -129,7 +129,11 @@ def fit(entry: Entry, chosen: np.ndarray, policy: Overlong, max_length: int) -> 
     if policy == "split":
         which, start, length = blocks(lengths, max_length)
     else:
-        which, start, length = np.arange(len(chosen)), np.zeros(len(chosen), np.int64), np.minimum(lengths, max_length)
+        which, start, length = (
+            np.arange(len(chosen)),
+            np.zeros(len(chosen), np.int64),
+            np.minimum(lengths, max_length),
+        )
     example = chosen[which]
     targets = entry.targets[example]
     for position in np.flatnonzero(over[which]):
@@ -149,10 +153,18 @@ def blocks(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray
 
 
 def join(
-    entries: Sequence[Entry], paths: Sequence[str], weights: Sequence[float], views: Sequence[Views], scratch: object = None
+    entries: Sequence[Entry],
+    paths: Sequence[str],
+    weights: Sequence[float],
+    views: Sequence[Views],
+    scratch: object = None,
 ) -> Encoded:
     """One ``Encoded`` of the views of several sources, in order."""
     source = np.repeat(np.arange(len(views), dtype=np.int32), [len(view) for view in views])
     names = ("example", "start", "length", "targets")
-    whole = views[0] if len(views) == 1 else Views(*(np.concatenate([getattr(view, name) for view in views]) for name in names))
+    whole = (
+        views[0]
+        if len(views) == 1
+        else Views(*(np.concatenate([getattr(view, name) for view in views]) for name in names))
+    )
     return Encoded(tuple(entries), tuple(paths), np.asarray(weights, np.float64), source, whole, scratch)

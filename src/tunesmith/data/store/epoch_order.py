@@ -11,7 +11,9 @@ DRAW, SHUFFLE, HOLD_OUT = 1, 2, 3
 """Streams of random numbers that never share any."""
 
 
-def epoch_order(source: np.ndarray, weights: np.ndarray, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+def epoch_order(
+    source: np.ndarray, weights: np.ndarray, seed: int, epoch: int, shuffle: bool = True
+) -> np.ndarray:
     """Example indices of one epoch, int64.
 
     ``source`` int[n]: the source of each example; ``weights`` float[sources]: 2 = every example twice, 0.5 = a random half

@@ -47,7 +47,11 @@ class Epochs:
         steps = min(self.plan.steps, self.plan.steps_per_epoch)
         looked_at = list(range(1, min(steps, most) + 1))
         if 1 < most < steps:
-            for layout in (PADDED, PACKED, Layout(packed=True)):  # nobody knows yet which one the run will take
+            for layout in (
+                PADDED,
+                PACKED,
+                Layout(packed=True),
+            ):  # nobody knows yet which one the run will take
                 lengths, several = self.data.sizes(slice(None), layout)
                 longest = int(np.argmax(lengths * several))
                 looked_at += [step for step in range(most + 1, steps + 1) if longest in self.rows(step)][:1]
@@ -72,11 +76,19 @@ class Epochs:
 
 @lru_cache(maxsize=2)
 def _order(epochs: Epochs, epoch: int) -> np.ndarray:
-    return epoch_order.epoch_order(epochs.data.source, epochs.data.weights, epochs.seed, epoch, epochs.shuffle)
+    return epoch_order.epoch_order(
+        epochs.data.source, epochs.data.weights, epochs.seed, epoch, epochs.shuffle
+    )
 
 
 def epochs(
-    data: Encoded, collate: Collate, batch_size: int, seed: int, shuffle: bool, passes: float, max_steps: int | None
+    data: Encoded,
+    collate: Collate,
+    batch_size: int,
+    seed: int,
+    shuffle: bool,
+    passes: float,
+    max_steps: int | None,
 ) -> Epochs:
     """Lay out a run over ``data``: ``passes`` epochs, or ``max_steps`` steps."""
     rows = len(epoch_order.epoch_order(data.source, data.weights, seed, 0, shuffle))

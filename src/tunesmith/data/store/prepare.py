@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from tunesmith.data.store.encode_source import Built, Progress, build, shared_ke
 from tunesmith.data.store.encoded_rows import Encoded, Views, fit, join
 from tunesmith.data.store.epoch_order import held_out, held_out_together
 from tunesmith.errors import DataError, ReadOnceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class _Part:
 def prepare(
     config: DataConfig,
     objective: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None,
     window: int | None,
@@ -87,7 +90,9 @@ def prepare(
         seconds.append(time.perf_counter() - start)
     _check_rows(built, opened, config)
 
-    everything = [_Part(made, item, np.arange(len(made.entry), dtype=np.int32)) for made, item in zip(built, opened)]
+    everything = [
+        _Part(made, item, np.arange(len(made.entry), dtype=np.int32)) for made, item in zip(built, opened)
+    ]
     if evaluation:
         train, held = everything[: len(config.train)], everything[len(config.train) :]
     else:
@@ -104,7 +109,9 @@ def prepare(
         name: _split([part], objective, limit, f"data.eval.sets.{name}", config.max_unlearnable)[1]
         for name, part in (zip(evaluation, held) if config.eval.sets else ())
     }
-    tested, eval_report = _split(held, objective, limit, "evaluation", config.max_unlearnable) if held else (None, None)
+    tested, eval_report = (
+        _split(held, objective, limit, "evaluation", config.max_unlearnable) if held else (None, None)
+    )
     roles = ["train"] * len(config.train) + [f"eval {name}".strip() for name in evaluation]
     most = (objective.max_length or learnt.longest) if objective.traits.fits_rows else limit
     report = Report(
@@ -115,7 +122,9 @@ def prepare(
         template=template,
         max_length=most,
         duplicates_train_eval=shared,
-        contaminated=contamination(learnt, tested, tokenizer, written=objective.traits.head == "lm") if tested else None,
+        contaminated=contamination(learnt, tested, tokenizer, written=objective.traits.head == "lm")
+        if tested
+        else None,
         cached=all(made.cached for made in built),
         seconds=time.perf_counter() - began,
     )
@@ -162,7 +171,9 @@ def _survey(objective: Any, opened: Sequence[Opened]) -> None:
 def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataConfig) -> None:
     """Refuse bad rows, unless they are to be skipped and the rest of each file could be read."""
     problems = [
-        RowProblem(**{**problem, "path": class_folder.place(item.source.path, problem["path"]) or item.source.label})
+        RowProblem(
+            **{**problem, "path": class_folder.place(item.source.path, problem["path"]) or item.source.label}
+        )
         for made, item in zip(built, opened)
         for problem in made.entry.info["problems"]
     ]
@@ -171,9 +182,15 @@ def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataCo
     files = " ".join(dict.fromkeys(word for source in bad for word in [source.path, *hub_set.flags(source)]))
     advice = f"Type `tunesmith data lint {files}` for all of them"
     if any(made.entry.info["fatal"] for made in built):
-        raise refuse(problems, total, f"{advice}. The rest of the file cannot be read, so nothing is skipped.")
+        raise refuse(
+            problems, total, f"{advice}. The rest of the file cannot be read, so nothing is skipped."
+        )
     if total and config.bad_rows == "error":
-        raise refuse(problems, total, f"{advice}, or set data.bad_rows=skip (evaluate: --bad-rows skip) to leave them out.")
+        raise refuse(
+            problems,
+            total,
+            f"{advice}, or set data.bad_rows=skip (evaluate: --bad-rows skip) to leave them out.",
+        )
 
 
 def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[list[_Part], list[_Part]]:
@@ -183,7 +200,9 @@ def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[li
     are as many as asked for, or fewer; one prompt at least. Raises DataError when all rows have one prompt.
     """
     draws = [_draw(part.built.entry, seed, index) for index, part in enumerate(parts)]
-    ranked = np.concatenate([draw[_first_of_row(part)] for part, draw in zip(parts, draws)])  # one draw for each row
+    ranked = np.concatenate(
+        [draw[_first_of_row(part)] for part, draw in zip(parts, draws)]
+    )  # one draw for each row
     ranked.sort()
     if config.eval.fraction == 0 or len(ranked) < 2:
         return list(parts), []
@@ -234,7 +253,9 @@ def _check_lengths(parts: Sequence[_Part], limit: int, window: int | None) -> No
     )  # fmt: skip
 
 
-def _split(parts: Sequence[_Part], objective: Any, limit: int, name: str, allowed: float) -> tuple[Encoded, SplitReport]:
+def _split(
+    parts: Sequence[_Part], objective: Any, limit: int, name: str, allowed: float
+) -> tuple[Encoded, SplitReport]:
     """Fit the examples of a split to the length, drop those with nothing to learn, and count."""
     policy = objective.traits.overlong
     fitted = [fit(part.built.entry, part.chosen, policy, limit) for part in parts]
@@ -248,7 +269,10 @@ def _split(parts: Sequence[_Part], objective: Any, limit: int, name: str, allowe
     if total == 0 or unlearnable == total or unlearnable > allowed * total:
         examples = sum(len(part.chosen) for part in parts)
         if objective.traits.fits_rows:  # its rows without examples were too long
-            examples, limit = sum(part.built.entry.info["kept"] for part in parts), objective.max_length or limit
+            examples, limit = (
+                sum(part.built.entry.info["kept"] for part in parts),
+                objective.max_length or limit,
+            )
         raise _nothing(name, total, unlearnable, first, limit, examples)
     views = [view.keep(~mask) if mask.any() else view for view, mask in zip(fitted, empty)]
     encoded = join(
@@ -263,17 +287,25 @@ def _split(parts: Sequence[_Part], objective: Any, limit: int, name: str, allowe
         supervised_tokens=int(encoded.supervised.sum()),
         unlearnable=unlearnable,
         unlearnable_first=tuple(first),
-        overlong=_own(parts, name, policy) if objective.traits.fits_rows else _overlong(lengths, parts, fitted, policy, limit),
+        overlong=_own(parts, name, policy)
+        if objective.traits.fits_rows
+        else _overlong(lengths, parts, fitted, policy, limit),
         duplicates=_duplicates(parts),
         histogram=histogram(lengths),
     )
 
 
-def _nothing(name: str, total: int, unlearnable: int, first: Sequence[str], limit: int, examples: int) -> DataError:
+def _nothing(
+    name: str, total: int, unlearnable: int, first: Sequence[str], limit: int, examples: int
+) -> DataError:
     if total == 0 and examples == 0:
-        return DataError(f"no {name} rows: the file has none that can be used. Type `tunesmith data lint FILE` for the reasons.")
+        return DataError(
+            f"no {name} rows: the file has none that can be used. Type `tunesmith data lint FILE` for the reasons."
+        )
     if total == 0:
-        return DataError(f"no {name} rows are left: all {examples} are longer than max_length {limit}. Raise train.max_length.")
+        return DataError(
+            f"no {name} rows are left: all {examples} are longer than max_length {limit}. Raise train.max_length."
+        )
     places = "\n".join(f"  {place}" for place in first)
     return DataError(
         f"{unlearnable} of {total} {name} examples have nothing to learn (no supervised token within max_length {limit}):\n"
@@ -282,7 +314,9 @@ def _nothing(name: str, total: int, unlearnable: int, first: Sequence[str], limi
     )
 
 
-def _overlong(lengths: np.ndarray, parts: Sequence[_Part], fitted: Sequence[Views], policy: str, limit: int) -> dict[str, Any]:
+def _overlong(
+    lengths: np.ndarray, parts: Sequence[_Part], fitted: Sequence[Views], policy: str, limit: int
+) -> dict[str, Any]:
     over = lengths > limit
     kept = 0 if policy == "drop" else limit
     lost = 0 if policy in ("split", "error") else int((lengths[over] - kept).sum())
@@ -298,7 +332,9 @@ def _own(parts: Sequence[_Part], name: str, policy: str) -> dict[str, Any]:
     """Of an objective that fits its rows itself by ``policy``: what ``cut`` in its examples says, and how many rows it made
     nothing of (``dropped``; where rows are held out, the training split has them), whose tokens nobody counted."""
     cut = np.concatenate([part.built.entry.values["cut"][part.chosen] for part in parts])
-    whole = [part.built.entry for part in parts if name == "training" or len(part.chosen) == len(part.built.entry)]
+    whole = [
+        part.built.entry for part in parts if name == "training" or len(part.chosen) == len(part.built.entry)
+    ]
     dropped = sum(entry.info["kept"] - len(np.unique(entry.row)) for entry in whole)
     tokens = sum(int(part.built.entry.length[part.chosen].sum()) for part in parts) + int(cut.sum())
     return {
@@ -349,7 +385,9 @@ def _source_report(built: Built, opened: Opened, role: str, seconds: float) -> S
         rows_read=info["read"],
         rows_kept=info["kept"],
         rows_rejected=info["read"] - info["kept"],
-        problems=tuple(str(RowProblem(**{**problem, "path": opened.source.label})) for problem in info["problems"]),
+        problems=tuple(
+            str(RowProblem(**{**problem, "path": opened.source.label})) for problem in info["problems"]
+        ),
         left_out=info["left_out"],
         weight=opened.source.weight,
         cached=built.cached,

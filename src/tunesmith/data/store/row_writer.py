@@ -21,7 +21,9 @@ def lines(rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
 def check_free(path: Path, option: str = "--out") -> None:
     """Raises UserError when ``path`` cannot become a new .jsonl file: better before the work than after it."""
     if path.suffix != ".jsonl":
-        raise UserError(f"{path} does not end in .jsonl, which is what is written. Say {option} {path.with_suffix('.jsonl')}")
+        raise UserError(
+            f"{path} does not end in .jsonl, which is what is written. Say {option} {path.with_suffix('.jsonl')}"
+        )
     if path.exists():
         raise UserError(f"{path} exists; nothing was written. Give another name with {option}.")
     if not path.parent.is_dir():
@@ -47,6 +49,9 @@ def write(rows: Iterable[dict[str, Any]], path: Path, option: str = "--out") -> 
 
 def shorten_row(row: dict[str, Any], longest: int = 400) -> str:
     """A row to look at: each column under its name, long texts cut."""
-    shown = {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in row.items()}
+    shown = {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in row.items()
+    }
     cut = {key: text if len(text) <= longest else text[:longest] + " ..." for key, text in shown.items()}
     return "\n".join(f"{key}:\n{text}" if "\n" in text else f"{key}: {text}" for key, text in cut.items())

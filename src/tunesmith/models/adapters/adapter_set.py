@@ -7,13 +7,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models.adapters import adapter_types
 from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.load import load, probe, vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BASE = "base"
 """The name of the base alone, with every adapter off."""
@@ -63,7 +66,7 @@ def _read(path: Path) -> dict[str, Any]:
 class Adapters:
     """One base with several adapters beside each other. ``model``: the peft model; ``tokenizer``: that of the adapter in use."""
 
-    model: Any
+    model: PreTrainedModel
     tokenizers: dict[str, Any]
     active: str
     folders: dict[str, Path] = field(default_factory=dict)
@@ -108,7 +111,9 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
     types = {name: _type(name, folder, core.path) for name, folder in found.items()}
     if len(set(types.values())) > 1:
         said = ", ".join(f"{name} is {kind}" for name, kind in types.items())
-        raise UserError(f"adapters on one base must be of one kind, and {said}. Load them one by one with tunesmith.load.")
+        raise UserError(
+            f"adapters on one base must be of one kind, and {said}. Load them one by one with tunesmith.load."
+        )
     _check_layers(found)
     model = load.load_model(core)
     made = Adapters(model, {BASE: load.load_tokenizer(core)}, BASE)
@@ -126,10 +131,14 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
 def _type(name: str, folder: Folder, base: Path) -> str:
     """peft's type of an adapter that may stand beside others on ``base``. Raises UserError, and ModelError for another base."""
     if folder.base is None:
-        raise UserError(f"{name}: {folder.path} is a full model (a merged one, perhaps), no adapter. Name adapter folders.")
+        raise UserError(
+            f"{name}: {folder.path} is a full model (a merged one, perhaps), no adapter. Name adapter folders."
+        )
     record.check_base(folder.path, base)
     if record.fingerprint(folder.base) != record.fingerprint(base):
-        raise ModelError(f"{name}: {folder.path} stands on {folder.base}, not on {base}. Name adapters of one base.")
+        raise ModelError(
+            f"{name}: {folder.path} stands on {folder.base}, not on {base}. Name adapters of one base."
+        )
     config = headers.read_json(folder.path / "adapter_config.json")
     kind = str(config.get("peft_type", "")).lower()
     why = None
@@ -143,7 +152,9 @@ def _type(name: str, folder: Folder, base: Path) -> str:
     elif record.read(folder.path).get("quantization"):
         why = "stands on a quantised base, which is another one"
     if why:
-        raise UserError(f"{name}: {folder.path} {why}.\n  Load it alone: tunesmith.load, tunesmith chat {folder.path}")
+        raise UserError(
+            f"{name}: {folder.path} {why}.\n  Load it alone: tunesmith.load, tunesmith chat {folder.path}"
+        )
     return kind
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft import PeftConfig, mapping
@@ -22,6 +22,9 @@ from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import linear_layers
 from tunesmith.models.fast import torch_compile
 from tunesmith.models.load import module_patterns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NON_LINEARITIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": nn.functional.relu,
@@ -62,7 +65,9 @@ class BottleneckConfig(PeftConfig):
         if self.variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.non_linearity not in NON_LINEARITIES:
-            raise ValueError(f"non_linearity: expected one of {', '.join(NON_LINEARITIES)}, got {self.non_linearity!r}")
+            raise ValueError(
+                f"non_linearity: expected one of {', '.join(NON_LINEARITIES)}, got {self.non_linearity!r}"
+            )
         if self.bottleneck_size < 1:
             raise ValueError(f"bottleneck_size: expected at least 1, got {self.bottleneck_size}")
         if not 0 <= self.dropout < 1:
@@ -134,7 +139,9 @@ class BottleneckModel(BaseTuner):
             peft_config.target_modules = sublayers(model, peft_config.variant)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        if isinstance(config.target_modules, set):  # peft shortens the list to a set, whose order differs from run to run
+        if isinstance(
+            config.target_modules, set
+        ):  # peft shortens the list to a set, whose order differs from run to run
             config.target_modules = sorted(config.target_modules)
 
     def _create_and_replace(
@@ -150,14 +157,20 @@ class BottleneckModel(BaseTuner):
         if isinstance(target, BottleneckLayer):
             target.update_layer(adapter_name, peft_config)
         else:
-            self._replace_module(parent, target_name, BottleneckLayer(target, adapter_name, peft_config), target)
+            self._replace_module(
+                parent, target_name, BottleneckLayer(target, adapter_name, peft_config), target
+            )
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: Any) -> None:
         """A layer that is trained whole and tied stays one with the embedding, as under peft's own LoRA."""
         tied = sorted(tied_weight_keys)
         first = self.model.get_input_embeddings()
         embedding = next(name for name, module in self.model.named_modules() if module is first)
-        kept = [name for name in peft_config.modules_to_save if not any(module_patterns.matched([name], [key]) for key in tied)]
+        kept = [
+            name
+            for name in peft_config.modules_to_save
+            if not any(module_patterns.matched([name], [key]) for key in tied)
+        ]
         peft_config.modules_to_tie = tied
         peft_config.modules_to_save = list(dict.fromkeys([*kept, embedding]))
 
@@ -173,7 +186,7 @@ def register() -> None:
     tables.PEFT_TYPE_TO_PREFIX_MAPPING[Kind.BOTTLENECK] = BottleneckModel.prefix
 
 
-def sublayers(model: Any, variant: str) -> list[str]:
+def sublayers(model: PreTrainedModel, variant: str) -> list[str]:
     """The names of the output projections that ``variant`` adapts, in the order of the network.
 
     They are known by where they stand, not by what they are called. A layer of transformers is a ``GradientCheckpointingLayer``;
@@ -184,17 +197,21 @@ def sublayers(model: Any, variant: str) -> list[str]:
     found: list[str] = []
     layers = torch_compile.named_layers(model)
     if len(layers) != config.num_hidden_layers:
-        raise _unknown(model, f"{len(layers)} of its {config.num_hidden_layers} layers are layers of transformers")
+        raise _unknown(
+            model, f"{len(layers)} of its {config.num_hidden_layers} layers are layers of transformers"
+        )
     for name, layer in layers.items():
         parts = _outputs(model, name, layer, config.hidden_size)
         found += [parts[sublayer] for sublayer in VARIANTS[variant]]
     return found
 
 
-def _outputs(model: Any, prefix: str, layer: nn.Module, width: int) -> dict[str, str]:
+def _outputs(model: PreTrainedModel, prefix: str, layer: nn.Module, width: int) -> dict[str, str]:
     """Sublayer -> name of its output projection, in one layer of the network."""
     attentions = [name for name, part in layer.named_modules() if name and "Attention" in type(part).__name__]
-    attentions = [name for name in attentions if not any(name.startswith(f"{other}.") for other in attentions)]
+    attentions = [
+        name for name in attentions if not any(name.startswith(f"{other}.") for other in attentions)
+    ]
     if len(attentions) != 1:
         raise _unknown(model, f"{prefix} has {len(attentions)} attentions")
     inside = f"{attentions[0]}."
@@ -204,10 +221,14 @@ def _outputs(model: Any, prefix: str, layer: nn.Module, width: int) -> dict[str,
     others = {
         name
         for name, weight in layer.named_parameters()
-        if weight.dim() > 1 and not name.startswith(inside) and not any(name.startswith(f"{linear}.") for linear in linears)
+        if weight.dim() > 1
+        and not name.startswith(inside)
+        and not any(name.startswith(f"{linear}.") for linear in linears)
     }
     if others:
-        raise _unknown(model, f"{prefix} has a weight that is in no linear layer, {min(others)}: experts, say")
+        raise _unknown(
+            model, f"{prefix} has a weight that is in no linear layer, {min(others)}: experts, say"
+        )
     if not attention or len(forward) != 1:
         counts = f"{len(attention)} of its attention and {len(forward)} of its feed-forward"
         raise _unknown(model, f"of the linear layers in {prefix}, {counts} give out {width} numbers")
@@ -227,7 +248,7 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
             yield name, linear_layers.widths(module)
 
 
-def _unknown(model: Any, why: str) -> RecipeError:
+def _unknown(model: PreTrainedModel, why: str) -> RecipeError:
     return RecipeError(
         f"adaptation=bottleneck: the sublayers of {type(model).__name__} are not recognised: {why}.\n"
         "  Use adaptation=lora, which takes any linear layer."

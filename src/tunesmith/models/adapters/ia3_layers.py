@@ -26,7 +26,8 @@ class Scales:
         if all(one is None for one in self.outer):
             return y
         parts = [
-            y.new_ones(width) if one is None else one.flatten().to(y.dtype) for one, width in zip(self.outer, widths, strict=True)
+            y.new_ones(width) if one is None else one.flatten().to(y.dtype)
+            for one, width in zip(self.outer, widths, strict=True)
         ]
         return y * torch.cat(parts)
 

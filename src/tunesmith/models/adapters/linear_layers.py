@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def widths(layer: Any) -> tuple[int, int]:
@@ -12,6 +15,6 @@ def widths(layer: Any) -> tuple[int, int]:
     return int(layer.weight.shape[0]), int(layer.weight.shape[1])
 
 
-def stores_transposed(model: Any) -> bool:
+def stores_transposed(model: PreTrainedModel) -> bool:
     """Whether ``model`` has layers that hold (in, out); peft asks for it as ``fan_in_fan_out``."""
     return any(type(module).__name__ == "Conv1D" for module in model.modules())

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAPTER = "default"
 STARTS = ("start_A", "start_B")
@@ -31,13 +34,17 @@ class Started:
     """
 
     @staticmethod
-    def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         """``result`` + s (B A d(x) - B0 A0 x), where d is dropout: it falls on what is trained alone."""
         change_a, change_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         start_a, start_b = (getattr(module, name).to(change_a.dtype) for name in STARTS)
         dropped = module.lora_dropout[active_adapter](x)
         linear = nn.functional.linear
-        update = linear(linear(dropped, start_a + change_a), change_b) + linear(linear(dropped, change_a), start_b)
+        update = linear(linear(dropped, start_a + change_a), change_b) + linear(
+            linear(dropped, change_a), start_b
+        )
         if dropped is not x:
             update = update + linear(linear(dropped - x, start_a), start_b)
         return result + update * module.scaling[active_adapter]
@@ -53,18 +60,23 @@ def start(module: Any, a: torch.Tensor, b: torch.Tensor) -> None:
         module.lora_B[ADAPTER].weight.zero_()
 
 
-def started(model: Any) -> dict[str, Any]:
+def started(model: PreTrainedModel) -> dict[str, Any]:
     """The layers of ``model`` that :func:`start` was called on, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(getattr(module, "start_A", None), torch.Tensor)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "start_A", None), torch.Tensor)
+    }
 
 
 @torch.no_grad()
-def sketch(model: Any) -> dict[str, list[float]]:
+def sketch(model: PreTrainedModel) -> dict[str, list[float]]:
     """Layer -> a number for each factor that it started from, u^T A v with u and v fixed, and the factor's norm. Nearly the same
     for nearly the same start, another for a start whose vectors are rotated or turned round; empty where nothing was started.
     """
     return {
-        name: [number for part in STARTS for number in _sketch(getattr(layer, part))] for name, layer in started(model).items()
+        name: [number for part in STARTS for number in _sketch(getattr(layer, part))]
+        for name, layer in started(model).items()
     }
 
 
@@ -73,11 +85,13 @@ def _sketch(factor: torch.Tensor) -> tuple[float, float]:
     return float(rows @ factor.float() @ columns), float(factor.float().norm())
 
 
-def moved(model: Any, before: Mapping[str, list[float]]) -> str | None:
+def moved(model: PreTrainedModel, before: Mapping[str, list[float]]) -> str | None:
     """The first layer of ``model`` that did not start where a :func:`sketch` says, or None."""
     for name, now in sketch(model).items():
         then = before.get(name, now)
-        if any(abs(now[place] - then[place]) > APART * max(now[1 + place // 2 * 2], 1e-30) for place in range(4)):
+        if any(
+            abs(now[place] - then[place]) > APART * max(now[1 + place // 2 * 2], 1e-30) for place in range(4)
+        ):
             return name
     return None
 

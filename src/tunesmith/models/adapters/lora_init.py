@@ -31,7 +31,9 @@ def factors_of(layer: Any, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         whole = weight.float()
         b = torch.linalg.qr(whole[:, :rank])[0]  # the first columns of Q need no others
         return (b.t() @ whole).contiguous(), b.contiguous()
-    left, values, right = _largest(weight, rank) if kind == "pissa" else _nearly(weight, rank, int(kind.rpartition("_")[2]))
+    left, values, right = (
+        _largest(weight, rank) if kind == "pissa" else _nearly(weight, rank, int(kind.rpartition("_")[2]))
+    )
     root = (values / scaling).sqrt()
     return (root[:, None] * right).float().contiguous(), (left * root).float().contiguous()
 
@@ -84,5 +86,7 @@ def write_plain(folder: Path, layers: Mapping[str, Any], rslora: bool) -> None:
     grown = 2**0.5 if rslora else 2
     config["r"], config["lora_alpha"] = 2 * config["r"], grown * config["lora_alpha"]
     config["rank_pattern"] = {key: 2 * value for key, value in (config.get("rank_pattern") or {}).items()}
-    config["alpha_pattern"] = {key: grown * value for key, value in (config.get("alpha_pattern") or {}).items()}
+    config["alpha_pattern"] = {
+        key: grown * value for key, value in (config.get("alpha_pattern") or {}).items()
+    }
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

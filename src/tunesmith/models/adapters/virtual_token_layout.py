@@ -70,7 +70,9 @@ def padded(mask: torch.Tensor, ahead: int) -> Layout:
 
 @lru_cache(maxsize=8)
 def _of_segments(segments: tuple[int, ...], ahead: int) -> Layout:
-    return Layout(ahead, segments=segments, keywords={"segments": tuple(length + ahead for length in segments)})
+    return Layout(
+        ahead, segments=segments, keywords={"segments": tuple(length + ahead for length in segments)}
+    )
 
 
 def _of_boundaries(ends: torch.Tensor, longest: int, ahead: int, tokens: int) -> Layout:

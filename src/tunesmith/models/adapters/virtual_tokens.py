@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,12 +25,15 @@ from tunesmith.models.fast.attention import refuse_shared
 from tunesmith.models.fast.segments import shares
 from tunesmith.models.network import base, is_causal
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PREFIX, PROMPT = "PREFIX_TUNING", "PROMPT_TUNING"
 WORDS = "Below is a text. It is written with care, and each part of it follows from what stands before. "
 """What virtual tokens start as, unless told otherwise: numbers drawn at random do harm that takes long to mend."""
 
 
-def install(model: Any, trainable: bool = True) -> None:
+def install(model: PreTrainedModel, trainable: bool = True) -> None:
     """Give the peft model ``model`` our forward for its virtual tokens, in place. Other kinds of adapters are left as they are.
 
     ``trainable``: whether they are to be trained (on).
@@ -44,7 +47,9 @@ def install(model: Any, trainable: bool = True) -> None:
     core = model.get_base_model()
     body = core.base_model
     if kind not in (PREFIX, PROMPT):
-        raise ModelError(f"{kind.lower()} is not available: of virtual tokens, expected prefix_tuning or prompt_tuning")
+        raise ModelError(
+            f"{kind.lower()} is not available: of virtual tokens, expected prefix_tuning or prompt_tuning"
+        )
     if trainable and config.inference_mode:  # it comes from a folder
         check_continued(config)
         config.inference_mode = False
@@ -58,25 +63,25 @@ def install(model: Any, trainable: bool = True) -> None:
         model.generate = core.generate
 
 
-def _ahead(model: Any) -> Ahead | None:
+def _ahead(model: PreTrainedModel) -> Ahead | None:
     """Our forward of the body of ``model``, where it has virtual tokens."""
     found = vars(base(model).base_model).get("forward")
     return found if isinstance(found, Ahead) else None
 
 
-def count(model: Any) -> int:
+def count(model: PreTrainedModel) -> int:
     """How many positions virtual tokens take in front of each row of ``model``: 0 where there are none, or they are off."""
     ahead = _ahead(model)
     return ahead.count if ahead else 0
 
 
-def embedded(model: Any) -> int:
+def embedded(model: PreTrainedModel) -> int:
     """How many of them go through the layers like words: those of prompt tuning do, a prefix is in attention alone."""
     ahead = _ahead(model)
     return ahead.count if ahead and ahead.kind == PROMPT else 0
 
 
-def installed(model: Any) -> bool:
+def installed(model: PreTrainedModel) -> bool:
     """Whether the virtual tokens of the peft model ``model`` are served by ours."""
     return _ahead(model) is not None
 
@@ -87,7 +92,9 @@ def must_go_alone(core: Any, lengths: Sequence[int]) -> bool:
     Padding stands between a prefix and the text. A sliding window would count it, so a row would see less of its prefix.
     """
     ahead = _ahead(core)
-    return bool(ahead and ahead.kind == PREFIX and len(lengths) > 1 and _slides(core, ahead.count + max(lengths)))
+    return bool(
+        ahead and ahead.kind == PREFIX and len(lengths) > 1 and _slides(core, ahead.count + max(lengths))
+    )
 
 
 def _slides(core: Any, tokens: int) -> bool:
@@ -104,7 +111,9 @@ def attentions(core: Any) -> list[nn.Module]:
             f"prefix tuning is not available for {type(core).__name__}: an encoder's attention has no cache that a prefix could "
             "stand in.\n  Use adaptation=prompt or adaptation=lora."
         )
-    found = [module for module in core.modules() if hasattr(module, "is_causal") and hasattr(module, "layer_idx")]
+    found = [
+        module for module in core.modules() if hasattr(module, "is_causal") and hasattr(module, "layer_idx")
+    ]
     if [module.layer_idx for module in found] != list(range(config.num_hidden_layers)):
         raise ModelError(
             f"prefix tuning is not available for {type(core).__name__}: it has {config.num_hidden_layers} layers, and "
@@ -137,7 +146,9 @@ class Prefix:
     heads: int
     layout: Layout | None
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch, heads, tokens, dim) -> the same with the virtual ones in front of every segment, or of every row."""
         pair = _heads(self.rows.to(keys), self.heads)
         joined = []
@@ -173,21 +184,27 @@ def _heads(rows: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
 class _Hook:
     """Before a layer's attention: where no cache brings the prefix (packed rows, layers computed again), it is joined here."""
 
-    model: Any
+    model: PreTrainedModel
     layer: int
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def __call__(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         if self.model._adapters_disabled or kwargs.get("past_key_values") is not None:
             return None
         config = self.model.active_peft_config
         rows = _rows(self.model, self.layer)
         tokens = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[1]
-        prefix = Prefix(rows, config.num_attention_heads, Layout.of(kwargs, config.num_virtual_tokens, tokens))
+        prefix = Prefix(
+            rows, config.num_attention_heads, Layout.of(kwargs, config.num_virtual_tokens, tokens)
+        )
         return args, {**kwargs, "past_key_values": prefix}
 
 
-def _rows(model: Any, layer: int) -> torch.Tensor:
-    return keys_and_values(model.prompt_encoder[model.active_adapter], layer, model.active_peft_config.token_dim)
+def _rows(model: PreTrainedModel, layer: int) -> torch.Tensor:
+    return keys_and_values(
+        model.prompt_encoder[model.active_adapter], layer, model.active_peft_config.token_dim
+    )
 
 
 @dataclass(eq=False)
@@ -198,7 +215,7 @@ class Ahead:
     Positions, the attention mask and ``segments`` are given for the text alone.
     """
 
-    model: Any
+    model: PreTrainedModel
     body: Any
     kind: str
 
@@ -224,7 +241,9 @@ class Ahead:
         cache = keywords.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             if mask is not None:
-                keywords["attention_mask"] = padded(mask, self.count).insert(mask, mask.new_ones(1, self.count))
+                keywords["attention_mask"] = padded(mask, self.count).insert(
+                    mask, mask.new_ones(1, self.count)
+                )
             return run(self.body, input_ids, **keywords)
         return self._prompted(run, input_ids, keywords)
 
@@ -251,14 +270,18 @@ class Ahead:
             for layer in range(self.model.active_peft_config.num_layers):
                 rows = _rows(self.model, layer).to(self.body.dtype)
                 keys, values = _heads(rows, self.model.active_peft_config.num_attention_heads)
-                cache.update(keys.expand(len(given), -1, -1, -1), values.expand(len(given), -1, -1, -1), layer)
+                cache.update(
+                    keys.expand(len(given), -1, -1, -1), values.expand(len(given), -1, -1, -1), layer
+                )
         return run(self.body, input_ids, **keywords)
 
     def _prompted(self, run: Any, input_ids: torch.Tensor | None, keywords: dict[str, Any]) -> Any:
         """With the virtual embeddings put in front of each row, and what comes out of them left out again."""
         embedded = keywords.pop("inputs_embeds", None)
         if embedded is None:
-            embedded = self.body.get_input_embeddings()(input_ids)  # the module scales, where a model scales (gemma)
+            embedded = self.body.get_input_embeddings()(
+                input_ids
+            )  # the module scales, where a model scales (gemma)
         mask, positions = keywords.get("attention_mask"), keywords.get("position_ids")
         layout = Layout.of(keywords, self.count, embedded.shape[1])
         if layout is not None:
@@ -297,10 +320,16 @@ def check_stored(stored: Mapping[str, Sequence[int]], config: Any, core: Any, wh
         return
     wanted = _shape(config, core)
     heads = tuple(f".{name}." for name in config.modules_to_save or ())
-    extra = sorted(name for name in stored if name != "prompt_embeddings" and not any(head in f".{name}" for head in heads))
+    extra = sorted(
+        name
+        for name in stored
+        if name != "prompt_embeddings" and not any(head in f".{name}" for head in heads)
+    )
     if "prompt_embeddings" not in stored or extra:
         what = f"unexpected: {', '.join(extra)}" if extra else "missing: prompt_embeddings"
-        raise ModelError(f"{where}: the weights are not those of {config.num_virtual_tokens} virtual tokens.\n  {what}")
+        raise ModelError(
+            f"{where}: the weights are not those of {config.num_virtual_tokens} virtual tokens.\n  {what}"
+        )
     if list(stored["prompt_embeddings"]) != wanted:
         raise ModelError(
             f"{where}: prompt_embeddings has the shape {tuple(stored['prompt_embeddings'])}; "
@@ -320,11 +349,13 @@ def _shape(config: Any, core: Any) -> list[int]:
     return [config.num_virtual_tokens, width]
 
 
-def check_room(model: Any, tokens: int) -> None:
+def check_room(model: PreTrainedModel, tokens: int) -> None:
     """Raise RecipeError when so many virtual tokens leave no room for text in the network's window."""
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window is not None and tokens >= window:
-        raise RecipeError(f"adaptation.num_virtual_tokens is {tokens}, and the model's window is {window} tokens. Take fewer.")
+        raise RecipeError(
+            f"adaptation.num_virtual_tokens is {tokens}, and the model's window is {window} tokens. Take fewer."
+        )
 
 
 @torch.no_grad()

@@ -146,7 +146,9 @@ def segment_attention(
         return bidirectional_attention.attend(query[0], key[0], value[0], segments, scale).unsqueeze(0), None
     kinds = families(segments, behind)
     if kernels.available(query) and value.shape[-1] == query.shape[-1]:
-        out = CausalSegments.apply(query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), kinds, scale)
+        out = CausalSegments.apply(
+            query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), kinds, scale
+        )
         return out.unsqueeze(0), None
     return plainly(query, key, value, kinds, scale).transpose(1, 2).contiguous(), None
 
@@ -159,27 +161,37 @@ def refuse_shared(causal: bool, virtual: int) -> None:
         raise CannotPack("answers cannot share a prefix that stands behind virtual tokens")
 
 
-def plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kinds: tuple[Family, ...], scale: float) -> torch.Tensor:
+def plainly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kinds: tuple[Family, ...], scale: float
+) -> torch.Tensor:
     """The same by torch's own attention, one call for each run. (1, heads, tokens, dim)."""
     exact = torch.promote_types(key.dtype, torch.float32)
     grouped, parts = query.shape[1] != key.shape[1], []
     for family in kinds:
         # what several runs see goes through fp32: there autograd sums what each of them gives back
-        shared = [x[:, :, family.start : family.start + family.runs[-1].ahead].to(exact) for x in (key, value)]
+        shared = [
+            x[:, :, family.start : family.start + family.runs[-1].ahead].to(exact) for x in (key, value)
+        ]
         for run in family.runs:
             here = slice(run.start, run.start + run.length)
             q, k, v = (x[:, :, here] for x in (query, key, value))
             mask = None
             if run.ahead:
-                k, v = (torch.cat([ahead.to(x.dtype), x], dim=2) for ahead, x in zip(shared, (k, v), strict=True))
+                k, v = (
+                    torch.cat([ahead.to(x.dtype), x], dim=2) for ahead, x in zip(shared, (k, v), strict=True)
+                )
                 mask = torch.ones(run.length, run.keys, dtype=torch.bool, device=q.device).tril(run.ahead)
             parts.append(
-                scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+                scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+                )
             )
     return torch.cat(parts, dim=2)
 
 
-def with_virtual(query: torch.Tensor, key: torch.Tensor, keywords: dict[str, Any]) -> tuple[torch.Tensor, Layout]:
+def with_virtual(
+    query: torch.Tensor, key: torch.Tensor, keywords: dict[str, Any]
+) -> tuple[torch.Tensor, Layout]:
     """``query`` with rows for the virtual keys in front of each segment: zeros, so that attention stays square and causal."""
     tokens, segments = query.shape[2], len(keywords.get("segments") or keywords["cu_seqlens"][1:])
     ahead = (key.shape[2] - tokens) // segments
@@ -188,7 +200,9 @@ def with_virtual(query: torch.Tensor, key: torch.Tensor, keywords: dict[str, Any
     return layout.insert(query, query.new_zeros(1, query.shape[1], ahead, query.shape[3]), dim=2), layout
 
 
-def forward_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kinds: tuple[Family, ...], scale: float) -> torch.Tensor:
+def forward_segments(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kinds: tuple[Family, ...], scale: float
+) -> torch.Tensor:
     """(heads, tokens, dim) and twice (kv_heads, tokens, dim) -> (tokens, heads, dim), without a graph.
 
     Batched products around one pass of softmax, as in the backward: in bf16 torch's flash attention for CPUs takes three times as
@@ -229,7 +243,12 @@ def _stacked(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 
 def backward_segments(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kinds: tuple[Family, ...], scale: float
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kinds: tuple[Family, ...],
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`forward_segments` for ``grad`` (tokens, heads, dim), laid out like q, k and v.
 

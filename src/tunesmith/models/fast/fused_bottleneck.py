@@ -24,7 +24,12 @@ class Appended(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        weight: torch.Tensor,
+        up: torch.Tensor,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(a, weight, up)
         return nn.functional.linear(torch.cat([x, a], dim=1), torch.cat([weight, up], dim=1), bias)
@@ -66,7 +71,9 @@ def projection(layer: Any) -> Callable[..., Any] | None:
         ):
             return type(layer).forward(layer, x)
         down, up = layer.bottleneck_down[names[0]], layer.bottleneck_up[names[0]]
-        weight = base.weight.detach() if type(base) is nn.Linear else base.weight.detach().t()  # gpt2's is (in, out)
+        weight = (
+            base.weight.detach() if type(base) is nn.Linear else base.weight.detach().t()
+        )  # gpt2's is (in, out)
         shift = down.bias if base.bias is None else down.bias + down.weight @ base.bias
         low = layer.activation(names[0])(nn.functional.linear(x, down.weight @ weight, shift))
         low = layer.bottleneck_dropout[names[0]](low)

@@ -28,12 +28,19 @@ class AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, more: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+        ctx: Any,
+        x: torch.Tensor,
+        more: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        epsilon: float,
     ) -> torch.Tensor:
         rows, width = x.shape
         total, y = torch.empty_like(x), torch.empty_like(x)
         mean, inverse = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
-        kernels.call("layer_norm", x.dtype, x, more, weight, bias, total, y, mean, inverse, epsilon, rows, width)
+        kernels.call(
+            "layer_norm", x.dtype, x, more, weight, bias, total, y, mean, inverse, epsilon, rows, width
+        )
         ctx.save_for_backward(total, weight, mean, inverse)
         return y
 
@@ -45,7 +52,9 @@ class AddNorm(torch.autograd.Function):
         kernels.call("layer_norm_backward", total.dtype, total, weight, grad, mean, inverse, dx, rows, width)
         if any(ctx.needs_input_grad[2:4]):
             sums = torch.empty(2, width, dtype=torch.float32)
-            kernels.call("layer_norm_weights", total.dtype, total, grad, mean, inverse, sums[0], sums[1], rows, width)
+            kernels.call(
+                "layer_norm_weights", total.dtype, total, grad, mean, inverse, sums[0], sums[1], rows, width
+            )
             dweight, dbias = sums.to(weight.dtype).unbind()
         return dx, dx, dweight, dbias, None
 
@@ -61,7 +70,12 @@ def add_norm(norm: nn.LayerNorm, x: torch.Tensor, more: torch.Tensor) -> torch.T
 
 
 def _is_norm(norm: Any) -> bool:
-    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and len(norm.normalized_shape) == 1
+    return (
+        type(norm) is nn.LayerNorm
+        and norm.weight is not None
+        and norm.bias is not None
+        and len(norm.normalized_shape) == 1
+    )
 
 
 def _attention(module: Any) -> Callable[..., Any] | None:
@@ -71,7 +85,9 @@ def _attention(module: Any) -> Callable[..., Any] | None:
     dim = getattr(module, "attention_head_size", None)
     if any(part is None for part in parts) or not isinstance(heads, int) or not isinstance(dim, int):
         return None
-    if getattr(module, "is_causal", True) or not all(hasattr(module, name) for name in ("scaling", "dropout")):
+    if getattr(module, "is_causal", True) or not all(
+        hasattr(module, name) for name in ("scaling", "dropout")
+    ):
         return None
     last = getattr(module, "out_lin", None)
     out = None if last is None else linear_products.output(last)
@@ -92,7 +108,9 @@ def _attention(module: Any) -> Callable[..., Any] | None:
         other = attention_mask is not None or past_key_values is not None or hidden_states.shape[0] != 1
         if segments is None or other or drops or cross:
             given = kwargs if past_key_values is None else {**kwargs, "past_key_values": past_key_values}
-            return type(module).forward(module, hidden_states, attention_mask=attention_mask, segments=segments, **given)
+            return type(module).forward(
+                module, hidden_states, attention_mask=attention_mask, segments=segments, **given
+            )
         mixed: torch.Tensor = BothWays.apply(qkv(hidden_states[0]), heads, heads, segments, scale)
         return (mixed if out is None else out(mixed)).unsqueeze(0), None
 
@@ -108,7 +126,11 @@ def _mlp(module: Any) -> Callable[..., Any] | None:
 
 
 def _output(module: Any) -> Callable[..., Any] | None:
-    if not _is_norm(getattr(module, "LayerNorm", None)) or not hasattr(module, "dense") or not hasattr(module, "dropout"):
+    if (
+        not _is_norm(getattr(module, "LayerNorm", None))
+        or not hasattr(module, "dense")
+        or not hasattr(module, "dropout")
+    ):
         return None
     dense = linear_products.output(module.dense)
     if dense is None:
@@ -122,8 +144,14 @@ def _output(module: Any) -> Callable[..., Any] | None:
 
 def _embeddings(module: Any) -> Callable[..., Any] | None:
     names = ("word_embeddings", "position_embeddings", "token_type_embeddings", "dropout")
-    known = all(isinstance(getattr(module, name, None), nn.Module) for name in names)  # deberta-v2 has None for some
-    if not _is_norm(getattr(module, "LayerNorm", None)) or not known or "mask" in signature(type(module).forward).parameters:
+    known = all(
+        isinstance(getattr(module, name, None), nn.Module) for name in names
+    )  # deberta-v2 has None for some
+    if (
+        not _is_norm(getattr(module, "LayerNorm", None))
+        or not known
+        or "mask" in signature(type(module).forward).parameters
+    ):
         return None
 
     def forward(
@@ -158,7 +186,8 @@ def sample(kind: str, module: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...],
     generator = torch.Generator().manual_seed(0)
     if kind == "encoder embeddings":
         sizes = [
-            getattr(module, name).num_embeddings for name in ("word_embeddings", "token_type_embeddings", "position_embeddings")
+            getattr(module, name).num_embeddings
+            for name in ("word_embeddings", "token_type_embeddings", "position_embeddings")
         ]
         drawn = [torch.randint(size, (1, 8), generator=generator) for size in sizes]
         return (), dict(zip(("input_ids", "token_type_ids", "position_ids"), drawn, strict=True))
@@ -180,12 +209,18 @@ class Last:
 
     layer: Any
 
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, read: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+    def __call__(
+        self, hidden_states: torch.Tensor, *args: Any, read: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         layer = self.layer
         run = type(layer).forward
         if read is None:
             return run(layer, hidden_states, *args, **kwargs)
-        if hidden_states.shape[0] != 1 or kwargs.get("segments") is None or (layer.training and layer.gradient_checkpointing):
+        if (
+            hidden_states.shape[0] != 1
+            or kwargs.get("segments") is None
+            or (layer.training and layer.gradient_checkpointing)
+        ):
             return run(layer, hidden_states, *args, **kwargs).flatten(0, 1)[None].index_select(1, read)
         mixed = layer.attention.self(hidden_states, **kwargs)[0]
         middle = layer.attention.output(mixed.index_select(1, read), hidden_states.index_select(1, read))

@@ -65,12 +65,21 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
     for module in list(model.modules()):
         forward: Callable[..., Any] | None = None
         if passes is not None and type(module) not in rejected:
-            for kind, make in {"attention": _attention, "mlp": _mlp, "norm": _norm, **fused_encoder.KINDS}.items():
+            for kind, make in {
+                "attention": _attention,
+                "mlp": _mlp,
+                "norm": _norm,
+                **fused_encoder.KINDS,
+            }.items():
                 if kind != "norm" and not stack and _trains_its_own(module):
                     continue
                 forward = make(module)
                 if forward is not None:
-                    given = fused_encoder.sample(kind, module, passes.dtype) if kind in fused_encoder.KINDS else None
+                    given = (
+                        fused_encoder.sample(kind, module, passes.dtype)
+                        if kind in fused_encoder.KINDS
+                        else None
+                    )
                     if not self_check.equal(kind, module, forward, passes.dtype, given):
                         rejected.add(type(module))
                         forward = None
@@ -100,7 +109,11 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
 def _trains_its_own(module: nn.Module) -> bool:
     """Whether a weight inside is trained that is no adapter's."""
     named = module.named_parameters()
-    return any(weight.requires_grad for name, weight in named if not any(part in name for part in adapter_types.PREFIXES))
+    return any(
+        weight.requires_grad
+        for name, weight in named
+        if not any(part in name for part in adapter_types.PREFIXES)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ RMSNorm
@@ -122,14 +135,22 @@ class RMSNorm(torch.autograd.Function):
         grad = grad.contiguous()
         dx = torch.empty_like(x)
         kernels.call("rms_norm_backward", x.dtype, x, weight, grad, inverse, dx, x.shape[0], x.shape[1])
-        dw = (grad.float() * x.float() * inverse[:, None]).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dw = (
+            (grad.float() * x.float() * inverse[:, None]).sum(0).to(weight.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         return dx, dw, None
 
 
 def _norm(module: nn.Module) -> Callable[..., Any] | None:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float) or not isinstance(weight, nn.Parameter):
+    if (
+        not type(module).__name__.endswith("RMSNorm")
+        or not isinstance(epsilon, float)
+        or not isinstance(weight, nn.Parameter)
+    ):
         return None
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -160,14 +181,26 @@ class SwiGLU(torch.autograd.Function):
         tokens, width = both.shape[0], both.shape[1] // 2
         out = torch.empty_like(both)
         kernels.call(
-            "swiglu_backward", both.dtype, both, both[:, width:], grad.contiguous(), out, out[:, width:], tokens, width, 2 * width
+            "swiglu_backward",
+            both.dtype,
+            both,
+            both[:, width:],
+            grad.contiguous(),
+            out,
+            out[:, width:],
+            tokens,
+            width,
+            2 * width,
         )
         return out
 
 
 def _mlp(module: nn.Module) -> Callable[..., Any] | None:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if any(part is None for part in parts) or type(getattr(module, "act_fn", None)).__name__ not in ("SiLUActivation", "SiLU"):
+    if any(part is None for part in parts) or type(getattr(module, "act_fn", None)).__name__ not in (
+        "SiLUActivation",
+        "SiLU",
+    ):
         return None
     down = linear_products.output(parts[2])
     both = linear_products.linears(parts[:2]) if down is not None else None
@@ -203,9 +236,13 @@ def _attention(module: Any) -> Callable[..., Any] | None:
         behind: tuple[int, ...] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))  # mistral's is the config's alone
+        window = getattr(
+            module, "sliding_window", getattr(config, "sliding_window", None)
+        )  # mistral's is the config's alone
         prefix = past_key_values if isinstance(past_key_values, Prefix) else None
-        most = 0 if segments is None else longest(segments, behind) + (0 if prefix is None else len(prefix.rows))
+        most = (
+            0 if segments is None else longest(segments, behind) + (0 if prefix is None else len(prefix.rows))
+        )
         other = attention_mask is not None or past_key_values is not prefix or hidden_states.shape[0] != 1
         other = other or (prefix is not None and behind is not None)
         if other or segments is None or position_embeddings is None or (window is not None and window < most):

@@ -39,10 +39,23 @@ def _compile() -> Path | None:
     if compiler is None or platform.system() != "Linux":
         return None
     # -march=native output depends on the processor, so its description is part of the key
-    processor = Path("/proc/cpuinfo").read_text().partition("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
-    processor = "\n".join(line for line in processor.splitlines() if line.startswith(("flags", "model name", "Features")))
+    processor = (
+        Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
+    processor = "\n".join(
+        line for line in processor.splitlines() if line.startswith(("flags", "model name", "Features"))
+    )
     key = hashlib.sha256(
-        b"\0".join([SOURCE.read_bytes(), PART.read_bytes(), " ".join([compiler, *FLAGS]).encode(), processor.encode()])
+        b"\0".join(
+            [
+                SOURCE.read_bytes(),
+                PART.read_bytes(),
+                " ".join([compiler, *FLAGS]).encode(),
+                processor.encode(),
+            ]
+        )
     ).hexdigest()[:16]
     target = cache_folder() / f"kernels-{key}.so"
     if target.exists():
@@ -57,7 +70,12 @@ def _compile() -> Path | None:
                 if platform.machine() == "x86_64"
                 else FLAGS
             )
-            subprocess.run([compiler, *flags, "-o", str(built), str(SOURCE), "-lm"], check=True, capture_output=True, timeout=120)
+            subprocess.run(
+                [compiler, *flags, "-o", str(built), str(SOURCE), "-lm"],
+                check=True,
+                capture_output=True,
+                timeout=120,
+            )
     except (OSError, DiskFullError, subprocess.SubprocessError):
         return None
     return target

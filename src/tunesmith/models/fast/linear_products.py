@@ -93,7 +93,9 @@ class Linears:
         biases = [base.bias for base in self.bases]
         bias = None
         if any(one is not None for one in biases):
-            bias = torch.cat([x.new_zeros(base.out_features) if base.bias is None else base.bias for base in self.bases])
+            bias = torch.cat(
+                [x.new_zeros(base.out_features) if base.bias is None else base.bias for base in self.bases]
+            )
         y: torch.Tensor
         if self.stacked is None:
             y = dequantized_linear.Product.apply(x, self.bases, bias, a, b)
@@ -106,7 +108,9 @@ class Linears:
         if len(self.bases) == 1 and self.loras[0] is not None:
             return self.loras[0].up()
         pairs = zip(self.bases, self.loras, strict=True)
-        blocks = [base.weight.new_zeros(base.out_features, 0) if lora is None else lora.up() for base, lora in pairs]
+        blocks = [
+            base.weight.new_zeros(base.out_features, 0) if lora is None else lora.up() for base, lora in pairs
+        ]
         return torch.block_diag(*blocks)
 
 
@@ -137,10 +141,14 @@ def linears(modules: Sequence[Any]) -> Linears | None:
     if len(same) != 1:
         return None
     if len(bases) == 1 or dequantized_linear.is_layer(bases[0]):
-        return Linears(bases, loras, None if dequantized_linear.is_layer(bases[0]) else bases[0].weight.detach(), scales)
+        return Linears(
+            bases, loras, None if dequantized_linear.is_layer(bases[0]) else bases[0].weight.detach(), scales
+        )
     stacked = torch.cat([base.weight.detach() for base in bases])
     for base, rows in zip(bases, stacked.split([base.out_features for base in bases]), strict=True):
-        base.weight.data = rows  # the same values, now a view of the stack: optimiser and checkpoints see no difference
+        base.weight.data = (
+            rows  # the same values, now a view of the stack: optimiser and checkpoints see no difference
+        )
     return Linears(bases, loras, stacked, scales)
 
 

@@ -28,7 +28,9 @@ def rotary_attention(
     With a prefix attention is that of longer segments: its rows have no query and are not rotated, and their output is left out.
     """
     if prefix is None or prefix.layout is None:
-        out: torch.Tensor = RotaryAttention.apply(qkv, cosine, sine, heads, kv_heads, families(segments, behind), scale)
+        out: torch.Tensor = RotaryAttention.apply(
+            qkv, cosine, sine, heads, kv_heads, families(segments, behind), scale
+        )
         return out
     longer = prefix.layout.keywords["segments"]
     out = RotaryAttention.apply(*prefix.spread(qkv, cosine, sine), heads, kv_heads, families(longer), scale)
@@ -53,7 +55,19 @@ class RotaryAttention(torch.autograd.Function):
         ctx.shape = (heads, kv_heads, tokens, dim, qkv.shape[1])
         q, k, v = (qkv.new_empty(n, tokens, dim) for n in (heads, kv_heads, kv_heads))
         kernels.call("rotary", qkv.dtype, qkv, q, cosine, sine, heads, tokens, dim, qkv.shape[1], 1)
-        kernels.call("rotary", qkv.dtype, qkv[:, heads * dim :], k, cosine, sine, kv_heads, tokens, dim, qkv.shape[1], 1)
+        kernels.call(
+            "rotary",
+            qkv.dtype,
+            qkv[:, heads * dim :],
+            k,
+            cosine,
+            sine,
+            kv_heads,
+            tokens,
+            dim,
+            qkv.shape[1],
+            1,
+        )
         v.copy_(qkv[:, (heads + kv_heads) * dim :].view(tokens, kv_heads, dim).transpose(0, 1))
         ctx.save_for_backward(q, k, v, cosine, sine)
         ctx.kinds, ctx.scale = kinds, scale
@@ -66,6 +80,8 @@ class RotaryAttention(torch.autograd.Function):
         dq, dk, dv = backward_segments(grad.view(tokens, heads, dim), q, k, v, ctx.kinds, ctx.scale)
         out = grad.new_empty(tokens, width)
         kernels.call("rotary", grad.dtype, out, dq, cosine, sine, heads, tokens, dim, width, -1)
-        kernels.call("rotary", grad.dtype, out[:, heads * dim :], dk, cosine, sine, kv_heads, tokens, dim, width, -1)
+        kernels.call(
+            "rotary", grad.dtype, out[:, heads * dim :], dk, cosine, sine, kv_heads, tokens, dim, width, -1
+        )
         out[:, (heads + kv_heads) * dim :].view(tokens, kv_heads, dim).copy_(dv.transpose(0, 1))
         return out, None, None, None, None, None, None

@@ -50,7 +50,9 @@ def families(segments: tuple[int, ...], behind: tuple[int, ...] | None = None) -
     if behind is None:
         behind = (-1,) * len(segments)
     if len(behind) != len(segments):
-        raise ValueError(f"behind has {len(behind)} numbers for {len(segments)} pieces; expected one for each")
+        raise ValueError(
+            f"behind has {len(behind)} numbers for {len(segments)} pieces; expected one for each"
+        )
     found: list[tuple[int, list[Run]]] = []
     start, first = 0, -1  # first: the piece that the current family begins with
     for number, (length, before) in enumerate(zip(segments, behind, strict=True)):
@@ -58,14 +60,18 @@ def families(segments: tuple[int, ...], behind: tuple[int, ...] | None = None) -
             found.append((start, [Run(start, length, 0)]))
             first = number
         elif before != first:
-            raise ValueError(f"behind[{number}] is {before}; expected -1, or {first}, the last piece before it that stands alone")
+            raise ValueError(
+                f"behind[{number}] is {before}; expected -1, or {first}, the last piece before it that stands alone"
+            )
         elif number == first + 1:
             begin, runs = found[-1]
             runs[0] = Run(begin, start + length - begin, 0)
         else:
             found[-1][1].append(Run(start, length, segments[first]))
         start += length
-    return tuple(Family(begin, runs[-1].start + runs[-1].length - begin, tuple(runs)) for begin, runs in found)
+    return tuple(
+        Family(begin, runs[-1].start + runs[-1].length - begin, tuple(runs)) for begin, runs in found
+    )
 
 
 def longest(segments: tuple[int, ...], behind: tuple[int, ...] | None = None) -> int:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,26 +14,31 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunesmith.models.network import base
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 RECOMPILE_LIMIT = 64
 """Forms of one layer that are kept. Torch's 8 would be passed by kinds of layer times training and evaluation times first layer
 and the rest, and what is above the limit runs uncompiled with a line in a log that nobody reads."""
 
 
-def named_layers(model: Any) -> dict[str, nn.Module]:
+def named_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The decoder or encoder layers by name, none inside another: what transformers marks as units of gradient checkpointing."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) and not any(name.startswith(f"{other}.") for other in found):
+        if isinstance(module, GradientCheckpointingLayer) and not any(
+            name.startswith(f"{other}.") for other in found
+        ):
             found[name] = module
     return found
 
 
-def layers(model: Any) -> list[nn.Module]:
+def layers(model: PreTrainedModel) -> list[nn.Module]:
     """:func:`named_layers` of the network inside ``model``."""
     return list(named_layers(base(model)).values())
 
 
-def why_not(model: Any) -> str | None:
+def why_not(model: PreTrainedModel) -> str | None:
     """Why ``model``'s layers cannot be compiled, or None. It may be on the meta device, before ``noise.install``."""
     found = layers(model)
     if not found:
@@ -42,7 +47,8 @@ def why_not(model: Any) -> str | None:
         module
         for layer in found
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Dropout) and not name.endswith("attn_dropout")  # that one is switched off in every run
+        if isinstance(module, nn.Dropout)
+        and not name.endswith("attn_dropout")  # that one is switched off in every run
     ]
     rates = {dropout.p for dropout in dropouts if dropout.p > 0}
     if rates:
@@ -53,14 +59,14 @@ def why_not(model: Any) -> str | None:
     return None
 
 
-def enable(model: Any, backend: str = "inductor") -> None:
+def enable(model: PreTrainedModel, backend: str = "inductor") -> None:
     """Compile every decoder layer when it is next called. Lengths are symbols: a new packing needs no new code."""
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     for layer in layers(model):
         layer.compile(dynamic=True, backend=backend)
 
 
-def disable(model: Any) -> None:
+def disable(model: PreTrainedModel) -> None:
     """Give the layers their own call back."""
     for layer in layers(model):
         layer._compiled_call_impl = None

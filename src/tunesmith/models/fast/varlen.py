@@ -43,7 +43,9 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in HALVES:
         return f"it takes fp16 and bf16, not {str(dtype).removeprefix('torch.')}"
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"it needs compute capability 8.0 (Ampere), and this GPU has {major}.{minor}"
+    return (
+        None if major >= 8 else f"it needs compute capability 8.0 (Ampere), and this GPU has {major}.{minor}"
+    )
 
 
 def heads_fit(dim: int, value_dim: int, capability: tuple[int, int]) -> bool:
@@ -56,7 +58,9 @@ def heads_fit(dim: int, value_dim: int, capability: tuple[int, int]) -> bool:
     return dim <= 192 or capability not in ((8, 6), (8, 9), (12, 0), (12, 1))
 
 
-def boundaries(segments: tuple[int, ...], device: torch.device, behind: tuple[int, ...] | None = None) -> dict[str, Any]:
+def boundaries(
+    segments: tuple[int, ...], device: torch.device, behind: tuple[int, ...] | None = None
+) -> dict[str, Any]:
     """The keywords of :func:`attend` for one packed batch; sent to ``device`` without waiting for it.
 
     Where an answer is ``behind`` a prefix that another one is behind too: ``key_places`` int64 (keys,), the tokens whose keys the
@@ -64,7 +68,10 @@ def boundaries(segments: tuple[int, ...], device: torch.device, behind: tuple[in
     """
     kinds = families(segments, behind)
     runs = [run for family in kinds for run in family.runs]
-    made = {"cu_seqlens": _sent(_ends([run.length for run in runs]), device), "longest": max(run.length for run in runs)}
+    made = {
+        "cu_seqlens": _sent(_ends([run.length for run in runs]), device),
+        "longest": max(run.length for run in runs),
+    }
     if any(run.ahead for run in runs):
         tokens = torch.arange(sum(segments))[None]
         places = torch.cat([family.keys(tokens, run) for family in kinds for run in family.runs], dim=1)[0]
@@ -85,7 +92,9 @@ def _sent(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
 @lru_cache
 def torch_kernel() -> Kernel:
     """torch's function, with ``enable_gqa`` where it has that switch: torch 2.11 has none and takes grouped heads as they are."""
-    from torch.nn.attention.varlen import varlen_attn  # it loads the compiler: a second that a CPU need not spend
+    from torch.nn.attention.varlen import (
+        varlen_attn,  # it loads the compiler: a second that a CPU need not spend
+    )
 
     return with_gqa(varlen_attn)
 
@@ -131,7 +140,9 @@ def attend_with(kernel: Kernel, capability: tuple[int, int]) -> Callable[..., tu
         """Attention inside each segment, causal or both ways; shapes are those of ``segment_attention``. Raises CannotPack."""
         attention.refuse(module, query, attention_mask, cu_seqlens is not None, dropout, kwargs)
         if not heads_fit(query.shape[-1], value.shape[-1], capability):
-            raise CannotPack(f"its heads have {query.shape[-1]} numbers, which varlen_attn has no kernel for on this GPU")
+            raise CannotPack(
+                f"its heads have {query.shape[-1]} numbers, which varlen_attn has no kernel for on this GPU"
+            )
         causal = attention.is_causal(module, kwargs)
         if not causal and sliding_window is not None:
             raise CannotPack("its attention slides to both sides")
@@ -172,9 +183,16 @@ def self_test(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str |
     lengths, dim = (37, 5, 90), 64
     tokens = sum(lengths)
     q, k, v, grad = (
-        torch.randn(tokens, heads, dim, generator=generator).to(device, dtype).requires_grad_() for heads in (4, 2, 2, 4)
+        torch.randn(tokens, heads, dim, generator=generator).to(device, dtype).requires_grad_()
+        for heads in (4, 2, 2, 4)
     )
-    cases = [(None, True, None), (16, True, None), (None, False, None), (None, True, (-1, 0, 0)), (64, True, (-1, 0, 0))]
+    cases = [
+        (None, True, None),
+        (16, True, None),
+        (None, False, None),
+        (None, True, (-1, 0, 0)),
+        (64, True, (-1, 0, 0)),
+    ]
     for window, causal, behind in cases:
         size = (-1 if window is None else window - 1, 0 if causal else -1)
         given = boundaries(lengths, device, behind)
@@ -183,14 +201,32 @@ def self_test(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str |
             ours = kernel(q, k, v, cuts, cuts, longest, longest, scale=0.1, window_size=size)
         else:
             keys, values = (gathered(x, given["key_places"]) for x in (k, v))
-            ours = kernel(q, keys, values, cuts, given["cu_seqlens_k"], longest, given["longest_k"], scale=0.1, window_size=size)
+            ours = kernel(
+                q,
+                keys,
+                values,
+                cuts,
+                given["cu_seqlens_k"],
+                longest,
+                given["longest_k"],
+                scale=0.1,
+                window_size=size,
+            )
         theirs = plain(q.float(), k.float(), v.float(), lengths, 0.1, window, causal, behind)
         pairs = [(ours.detach(), theirs.detach())]
-        pairs += zip(*(torch.autograd.grad(out, (q, k, v), grad.to(out.dtype)) for out in (ours, theirs)), strict=True)
+        pairs += zip(
+            *(torch.autograd.grad(out, (q, k, v), grad.to(out.dtype)) for out in (ours, theirs)), strict=True
+        )
         for got, expected in pairs:
             apart = float((got.float() - expected.float()).norm() / expected.float().norm())
             if not apart <= AGREEMENT:
-                which = "with a sliding window" if window else "without a sliding window" if causal else "both ways"
+                which = (
+                    "with a sliding window"
+                    if window
+                    else "without a sliding window"
+                    if causal
+                    else "both ways"
+                )
                 return f"by {apart:.1e}, {which}{', behind a prefix' if behind else ''}"
     return None
 
@@ -213,7 +249,9 @@ def plain(
         ahead = torch.tensor(behind, device=q.device)[owner]
         seen |= ahead[:, None] == owner[None, :]
         begin = torch.cat([place.new_zeros(1), torch.tensor(lengths, device=q.device).cumsum(0)])
-        sizes = torch.tensor([0, *lengths], device=q.device)  # of the piece before each; the answers go on where it ended
+        sizes = torch.tensor(
+            [0, *lengths], device=q.device
+        )  # of the piece before each; the answers go on where it ended
         place = place - begin[owner] + torch.where(ahead < 0, 0, sizes[ahead + 1])
     distance = place[:, None] - place[None, :]
     if causal:

@@ -78,7 +78,9 @@ CATALOG = {
             "smollm2-135m-15l",
             "half of smollm2-135m's layers, 81M parameters: a second size for studies, of no use until it is trained",
             166,
-            (Cut("smollm2-135m", (*range(6), *range(21, 30))),),  # of 15 layers, those with the lowest loss; docs/models.md
+            (
+                Cut("smollm2-135m", (*range(6), *range(21, 30))),
+            ),  # of 15 layers, those with the lowest loss; docs/models.md
         ),
         Entry(
             "minilm-l6",
@@ -138,14 +140,19 @@ def listing() -> list[dict[str, Any]]:
         size = sum(file["size"] for file in listed.get("files", {}).values()) // 10**6
         here = folder.is_dir() and not found
         tensors = headers.read_tensors(folder) if here else {}
-        config = headers.read_json(folder / "config.json") if here and (folder / "config.json").is_file() else {}
+        config = (
+            headers.read_json(folder / "config.json") if here and (folder / "config.json").is_file() else {}
+        )
         rows.append(
             {
                 "name": name,
                 "about": entry.about,
                 "present": here,
                 "megabytes": size or entry.megabytes,
-                "parameters": sum(tensor.count for name, tensor in tensors.items() if not name.endswith("position_ids")) or None,
+                "parameters": sum(
+                    tensor.count for name, tensor in tensors.items() if not name.endswith("position_ids")
+                )
+                or None,
                 "layers": config.get("num_hidden_layers") or config.get("n_layer"),
                 "path": str(folder) if folder.is_dir() else None,
                 "source": listed.get("source"),

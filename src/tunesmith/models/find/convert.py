@@ -29,7 +29,9 @@ OF_A_TRAINER = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.
 """Pickles that lie beside weights and are none."""
 
 
-def convert(model: str | Path, out: str | Path | None = None, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def convert(
+    model: str | Path, out: str | Path | None = None, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Write the model in the folder (or store entry) ``model`` to the new folder ``out`` with its weights as safetensors.
 
     ``out``: default is the folder's name with ``-safetensors``. Dtypes and values are kept; a tensor that the model ties to
@@ -51,7 +53,9 @@ def convert(model: str | Path, out: str | Path | None = None, say: Callable[[str
         for path in source.iterdir():
             if path.is_file() and path.suffix in COPIED and not path.name.endswith(".bin.index.json"):
                 shutil.copyfile(path, made / path.name)
-        written = _unpickled(pickles, [made / name for name in _names(len(pickles))], tied, made / ".job.json", say)
+        written = _unpickled(
+            pickles, [made / name for name in _names(len(pickles))], tied, made / ".job.json", say
+        )
         _finish(made, written)
         say("checking names and shapes against the config")
         load.check_weights(made, network, source)
@@ -88,13 +92,17 @@ def _pickles(folder: Path) -> list[Path]:
         names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
         missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
         if missing or not names:
-            raise ModelError(f"{index} names {missing[0] if missing else 'no file'}, which is not there. Copy the folder again.")
+            raise ModelError(
+                f"{index} names {missing[0] if missing else 'no file'}, which is not there. Copy the folder again."
+            )
         return [folder / name for name in names]
     found = [path for path in headers.pickles(folder) if not OF_A_TRAINER.fullmatch(path.name)]
     whole = [path for path in found if path.name == "pytorch_model.bin"] or found
     if len(whole) != 1:
         listed = ", ".join(path.name for path in whole) or "none"
-        raise ModelError(f"{folder}: expected pytorch_model.bin, its index with shards, or one other weight file; found {listed}")
+        raise ModelError(
+            f"{folder}: expected pytorch_model.bin, its index with shards, or one other weight file; found {listed}"
+        )
     return whole
 
 
@@ -105,14 +113,23 @@ def _names(count: int) -> list[str]:
 
 
 def _unpickled(
-    pickles: list[Path], targets: list[Path], tied: dict[str, list[str]], job: Path, say: Callable[[str], None]
+    pickles: list[Path],
+    targets: list[Path],
+    tied: dict[str, list[str]],
+    job: Path,
+    say: Callable[[str], None],
 ) -> dict[str, list[str]]:
     """File -> tensors, as the other process wrote them."""
-    job.write_text(json.dumps({"pickles": [*map(str, pickles)], "targets": [*map(str, targets)], "tied": tied}), encoding="utf-8")
+    job.write_text(
+        json.dumps({"pickles": [*map(str, pickles)], "targets": [*map(str, targets)], "tied": tied}),
+        encoding="utf-8",
+    )
     command = [sys.executable, "-P", "-m", "tunesmith.models.find.unpickle", str(job)]
     written: dict[str, list[str]] = {}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True
+        ) as process:
             for line in process.stdout or ():
                 answer = json.loads(line)
                 written = answer.get("written", written)
@@ -171,5 +188,8 @@ def _tied(folder: Path) -> tuple[dict[str, list[str]], Any]:
     with torch.device("meta"):
         model = network.from_config(config) if hasattr(network, "from_config") else network(config)
     prefix = f"{model.base_model_prefix}."  # old checkpoints of the body alone have names without it
-    tied = {name: list(dict.fromkeys([kept, kept.removeprefix(prefix)])) for name, kept in model.all_tied_weights_keys.items()}
+    tied = {
+        name: list(dict.fromkeys([kept, kept.removeprefix(prefix)]))
+        for name, kept in model.all_tied_weights_keys.items()
+    }
     return tied, network

@@ -98,17 +98,28 @@ def _parts(tensors: dict[str, headers.Tensor], config: dict[str, Any]) -> dict[s
 
 def _sum(tensors: Any) -> dict[str, Any]:
     tensors = list(tensors)
-    return {"count": sum(tensor.count for tensor in tensors), "dtypes": sorted({tensor.dtype for tensor in tensors})}
+    return {
+        "count": sum(tensor.count for tensor in tensors),
+        "dtypes": sorted({tensor.dtype for tensor in tensors}),
+    }
 
 
 def _head(config: dict[str, Any], parameters: dict[str, Any]) -> str | None:
     """lm, score, token or span, as the architecture's name says; None for a body without a head."""
     architecture = (config.get("architectures") or [""])[0]
-    endings = {"ForSequenceClassification": "score", "ForTokenClassification": "token", "ForQuestionAnswering": "span"}
+    endings = {
+        "ForSequenceClassification": "score",
+        "ForTokenClassification": "token",
+        "ForQuestionAnswering": "span",
+    }
     for ending, head in endings.items():
         if architecture.endswith(ending):
             return head
-    return "lm" if architecture.endswith(("LMHeadModel", "ForCausalLM", "ForMaskedLM")) or "head" in parameters else None
+    return (
+        "lm"
+        if architecture.endswith(("LMHeadModel", "ForCausalLM", "ForMaskedLM")) or "head" in parameters
+        else None
+    )
 
 
 def _adapter(path: Path) -> dict[str, Any]:
@@ -118,8 +129,11 @@ def _adapter(path: Path) -> dict[str, Any]:
         "type": str(config.get("peft_type", "")).lower(),
         "r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
-        "target_modules": sorted({name.rpartition(".")[2] for name in targets}) if isinstance(targets, list) else targets,
-        "modules_to_save": sorted({name.rpartition(".")[2] for name in config.get("modules_to_save") or []}) or None,
+        "target_modules": sorted({name.rpartition(".")[2] for name in targets})
+        if isinstance(targets, list)
+        else targets,
+        "modules_to_save": sorted({name.rpartition(".")[2] for name in config.get("modules_to_save") or []})
+        or None,
         "new_tokens": len(set().union(*rows.values())) if (rows := vocabulary.adapter_rows(path)) else None,
         "use_dora": config.get("use_dora"),
         "use_rslora": config.get("use_rslora"),
@@ -142,7 +156,11 @@ def _template(folder: Folder) -> dict[str, Any]:
     """{"present", "first_line", "stop_tokens"}; from the folder's own tokenizer, else the base's."""
     own = (folder.path / "tokenizer_config.json").is_file() or folder.base is None
     path = folder.path if own else folder.base or folder.path
-    config = headers.read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    config = (
+        headers.read_json(path / "tokenizer_config.json")
+        if (path / "tokenizer_config.json").is_file()
+        else {}
+    )
     file = path / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if isinstance(template, list):  # several named templates
@@ -162,7 +180,11 @@ def _stop_tokens(folder: Folder, tokenizer: Path, config: dict[str, Any]) -> lis
         if place and (place / "generation_config.json").is_file():
             ids = headers.read_json(place / "generation_config.json").get("eos_token_id")
             names = _special(tokenizer)
-            found += [names.get(id, f"id {id}") for id in (ids if isinstance(ids, list) else [ids]) if id is not None]
+            found += [
+                names.get(id, f"id {id}")
+                for id in (ids if isinstance(ids, list) else [ids])
+                if id is not None
+            ]
             break
     return list(dict.fromkeys(token for token in found if token))
 
@@ -170,7 +192,10 @@ def _stop_tokens(folder: Folder, tokenizer: Path, config: dict[str, Any]) -> lis
 def _special(path: Path) -> dict[int, str]:
     if not (path / "tokenizer.json").is_file():
         return {}
-    return {token["id"]: token["content"] for token in headers.read_json(path / "tokenizer.json").get("added_tokens", [])}
+    return {
+        token["id"]: token["content"]
+        for token in headers.read_json(path / "tokenizer.json").get("added_tokens", [])
+    }
 
 
 def _run(folder: Folder) -> dict[str, Any] | None:

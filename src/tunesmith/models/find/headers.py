@@ -46,7 +46,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
-        raise ModelError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
+        raise ModelError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+        ) from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -79,7 +81,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise _broken(path, f"tensor {name} starts at byte {tensor.start}, expected {at}")
         at += tensor.size
     if at != total:
-        raise _broken(path, f"its tensors end at byte {at}, and the file has {total}: it was cut short or written to")
+        raise _broken(
+            path, f"its tensors end at byte {at}, and the file has {total}: it was cut short or written to"
+        )
     return tensors
 
 
@@ -119,7 +123,11 @@ def pickles(folder: Path) -> list[Path]:
 def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sane = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
+        sane = (
+            isinstance(dtype, str)
+            and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            and begin <= end
+        )
     except (TypeError, KeyError, ValueError):
         sane = False
     if not sane:

@@ -45,9 +45,15 @@ def cut(base: Path, layers: Sequence[int], folder: Path) -> Path:
                     tensors[f"{found[1]}{place[int(found[2])]}{found[3]}"] = file.get_tensor(name)
     folder.mkdir()
     for path in base.iterdir():
-        if path.suffix in _COPIED and path.name not in ("manifest.json", "tunesmith.json", "model.safetensors.index.json"):
+        if path.suffix in _COPIED and path.name not in (
+            "manifest.json",
+            "tunesmith.json",
+            "model.safetensors.index.json",
+        ):
             shutil.copyfile(path, folder / path.name)
-    (folder / "config.json").write_text(json.dumps(_config(config, layers, count), indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(_config(config, layers, count), indent=2), encoding="utf-8"
+    )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

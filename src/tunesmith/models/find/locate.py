@@ -46,7 +46,9 @@ def locate(model: str | Path, remote_code: bool = False) -> Folder:
     stored = model_store.folder_of(name)
     if name in catalog.CATALOG or ("/" in name and not Path(name).exists() and stored.is_dir()):
         if not stored.is_dir():
-            raise ModelError(f"the model {name!r} is not on this machine yet.\n  Type: tunesmith models pull {name}")
+            raise ModelError(
+                f"the model {name!r} is not on this machine yet.\n  Type: tunesmith models pull {name}"
+            )
         if found := model_store.problems(stored):
             raise ModelError(
                 f"the model {name!r} in {stored} is damaged: {'; '.join(found)}.\n  Type: tunesmith models pull {name}"
@@ -56,13 +58,17 @@ def locate(model: str | Path, remote_code: bool = False) -> Folder:
     if not path.exists():
         raise ModelError(f"no model called {name!r}, and no folder of that name. {catalog.nearest(name)}")
     if not path.is_dir():
-        raise ModelError(f"{path} is a file; expected a folder with config.json and safetensors weights, or a run folder")
+        raise ModelError(
+            f"{path} is a file; expected a folder with config.json and safetensors weights, or a run folder"
+        )
     path = path.resolve()
     if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         if (path / "model").is_dir():
             return _inspect(path / "model", path, remote_code)
         if (path / "recipe.yaml").is_file():
-            raise ModelError(f"the run {path} has saved no model yet. Let it finish, or resume it with --resume.")
+            raise ModelError(
+                f"the run {path} has saved no model yet. Let it finish, or resume it with --resume."
+            )
     return _inspect(path, _run_of(path), remote_code)
 
 
@@ -137,7 +143,9 @@ def _weights(path: Path, stem: str) -> None:
             f"{path} holds its weights as {', '.join(file.name for file in refused)}. Opening a pickle runs code that "
             f"came with it, so tunesmith does not.\n  Type: tunesmith models convert {path}"
         )
-    raise ModelError(f"{path} has no weights: expected {stem}.safetensors, or {stem}.safetensors.index.json with its shards")
+    raise ModelError(
+        f"{path} has no weights: expected {stem}.safetensors, or {stem}.safetensors.index.json with its shards"
+    )
 
 
 def _refuse_code(config: Any, file: Path, remote_code: bool, where: str = "") -> None:

@@ -40,7 +40,9 @@ def names() -> list[str]:
     """The names of the models in the store, whole or damaged."""
     if not models().is_dir():
         return []
-    return sorted(path.name.replace("--", "/") for path in models().iterdir() if path.is_dir() and path.name[0] != ".")
+    return sorted(
+        path.name.replace("--", "/") for path in models().iterdir() if path.is_dir() and path.name[0] != "."
+    )
 
 
 @contextmanager
@@ -73,11 +75,17 @@ def unpack(archive: Path, member: str, into: Path) -> Path:
     """
     try:
         with zipfile.ZipFile(archive) as opened:
-            found = [info for info in opened.infolist() if info.filename == member or info.filename.startswith(member + "/")]
+            found = [
+                info
+                for info in opened.infolist()
+                if info.filename == member or info.filename.startswith(member + "/")
+            ]
             for info in found:
                 name = PurePosixPath(info.filename)
                 if name.is_absolute() or ".." in name.parts or "\\" in info.filename or ":" in info.filename:
-                    raise ModelError(f"{archive.name} holds {info.filename!r}, a name that leaves the folder it is unpacked into")
+                    raise ModelError(
+                        f"{archive.name} holds {info.filename!r}, a name that leaves the folder it is unpacked into"
+                    )
                 if stat.S_ISLNK(info.external_attr >> 16):
                     raise ModelError(f"{archive.name} holds a link, {info.filename!r}; expected plain files")
                 if info.is_dir():

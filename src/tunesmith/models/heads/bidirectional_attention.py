@@ -22,7 +22,9 @@ SHORT = 128
 """Tokens up to which segments of an encoder are attended to together, padded: single calls cost more than the padding."""
 
 
-def by_length(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float) -> torch.Tensor:
+def by_length(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float
+) -> torch.Tensor:
     """Attention without a causal mask: (heads, tokens, dim) three times -> (tokens, heads, dim).
 
     Short segments of like length go together, padded to the longest of them; what is padding has no weight.
@@ -38,7 +40,11 @@ def by_length(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple
         if len(fitting) == 1:
             here = slice(starts[fitting[0]], starts[fitting[0]] + longest)
             one = scaled_dot_product_attention(
-                q[None, :, here], k[None, :, here], v[None, :, here], scale=scale, enable_gqa=q.shape[0] != k.shape[0]
+                q[None, :, here],
+                k[None, :, here],
+                v[None, :, here],
+                scale=scale,
+                enable_gqa=q.shape[0] != k.shape[0],
             )
             parts.append(one[0].transpose(0, 1))
             places.append(torch.arange(starts[fitting[0]], starts[fitting[0]] + longest, device=q.device))
@@ -48,7 +54,9 @@ def by_length(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple
         inside = torch.arange(longest, device=q.device)[None]
         real = inside < lengths[:, None]
         index = (begin[:, None] + torch.minimum(inside, lengths[:, None] - 1)).reshape(-1)
-        asked, keys, values = (one[:, index].view(one.shape[0], len(fitting), longest, -1).transpose(0, 1) for one in (q, k, v))
+        asked, keys, values = (
+            one[:, index].view(one.shape[0], len(fitting), longest, -1).transpose(0, 1) for one in (q, k, v)
+        )
         hidden = ~real[:, None, None, :]
         parts.append(_padded(asked, keys, values, hidden, scale).transpose(1, 2)[real])
         places.append(index.view(real.shape)[real])
@@ -57,7 +65,9 @@ def by_length(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple
     return out.index_copy(0, torch.cat(places), torch.cat(parts))
 
 
-def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float) -> torch.Tensor:
+def _padded(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float
+) -> torch.Tensor:
     """(rows, heads, tokens, dim) of each; keys that are ``hidden`` (rows, 1, 1, tokens) get no weight."""
     if k.shape[1] != q.shape[1]:
         k, v = (one.repeat_interleave(q.shape[1] // one.shape[1], dim=1) for one in (k, v))
@@ -65,7 +75,9 @@ def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Ten
     return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1) @ v
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: tuple[int, ...], scale: float
+) -> torch.Tensor:
     """(heads, tokens, dim) and twice (kv_heads, tokens, dim) -> (tokens, heads, dim)."""
     if not kernels.available(q) or v.shape[-1] != q.shape[-1]:
         return by_length(q, k, v, segments, scale)
@@ -78,7 +90,9 @@ class BothWays(torch.autograd.Function):
     """qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim). Weights are computed in fp32 and made again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, heads: int, kv_heads: int, segments: tuple[int, ...], scale: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, qkv: torch.Tensor, heads: int, kv_heads: int, segments: tuple[int, ...], scale: float
+    ) -> torch.Tensor:
         qkv = qkv.contiguous()
         dim = qkv.shape[1] // (heads + 2 * kv_heads)
         out = qkv.new_empty(len(qkv), heads * dim)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import ModelError
 from tunesmith.models.network import base, is_causal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NEW_HEADS = ("score", "classifier", "qa_outputs")
 """What transformers calls the output layer of a network that does not predict tokens."""
@@ -19,7 +22,11 @@ CLASSES = {
 }
 """transformers' class of each head."""
 
-ENDS = {"score": "ForSequenceClassification", "token": "ForTokenClassification", "span": "ForQuestionAnswering"}
+ENDS = {
+    "score": "ForSequenceClassification",
+    "token": "ForTokenClassification",
+    "span": "ForQuestionAnswering",
+}
 """How the classes of transformers that have these heads are called."""
 
 MIXING = {"convbert", "fnet", "funnel", "canine", "nystromformer", "yoso", "mra"}
@@ -77,7 +84,7 @@ def require_class(config: Any, kind: str) -> None:
         )
 
 
-def check_parts(model: Any) -> None:
+def check_parts(model: PreTrainedModel) -> None:
     """Raise ModelError for a head that is made of other layers than those that are known here."""
     if kind_of(type(model).__name__) == "lm":
         return
@@ -91,7 +98,7 @@ def check_parts(model: Any) -> None:
         )
 
 
-def parts(model: Any, kind: str) -> list[str]:
+def parts(model: PreTrainedModel, kind: str) -> list[str]:
     """Names of the modules between the body's last outputs and the logits; of a language model its output layer."""
     from torch import nn
 
@@ -99,13 +106,17 @@ def parts(model: Any, kind: str) -> list[str]:
     body = inner.base_model
     if body is inner:  # a body alone has no head
         return []
-    names = [name for name, child in inner.named_children() if child is not body and any(True for _ in child.parameters())]
+    names = [
+        name
+        for name, child in inner.named_children()
+        if child is not body and any(True for _ in child.parameters())
+    ]
     if kind == "score" and isinstance(getattr(body, "pooler", None), nn.Module):
         names.append(f"{inner.base_model_prefix}.pooler")
     return names
 
 
-def new_parts(model: Any, kind: str) -> list[str]:
+def new_parts(model: PreTrainedModel, kind: str) -> list[str]:
     """:func:`parts` of a head that a body gets for a task: trained and saved whole whatever else is; of "lm" none."""
     return [] if kind == "lm" else parts(model, kind)
 
@@ -114,4 +125,6 @@ def output_layer(inner: Any) -> Any:
     """The layer that gives the logits of a head for a task, or None when it is not known."""
     from torch import nn
 
-    return next((layer for name in NEW_HEADS if isinstance(layer := getattr(inner, name, None), nn.Module)), None)
+    return next(
+        (layer for name in NEW_HEADS if isinstance(layer := getattr(inner, name, None), nn.Module)), None
+    )

@@ -8,7 +8,7 @@ linear cross-entropies of Liger and TRL, here for any device, with no recomputat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -20,6 +20,9 @@ from tunesmith.models.fast import fused_encoder, kernels, varlen
 from tunesmith.models.heads import head_types, noise
 from tunesmith.models.network import base as base
 from tunesmith.models.network import first_position as first_position
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK = 256  # rows of logits at a time: 25 MB in bf16 at 49 thousand words; matrix products are at full speed from here
 _plain: WeakSet[nn.Module] = WeakSet()
@@ -40,19 +43,19 @@ def keep_outputs(model: nn.Module, find: Callable[[dict[str, Any]], torch.Tensor
     _kept[base(model)] = find
 
 
-def takes_outputs(model: Any) -> bool:
+def takes_outputs(model: PreTrainedModel) -> bool:
     """Whether the loss is made of the body's outputs, and not of the model's own logits."""
     inner = base(model)
     last = inner.get_output_embeddings()
     return inner not in _plain and (last is None or _head(last)[0] is not None)
 
 
-def is_plain(model: Any) -> bool:
+def is_plain(model: PreTrainedModel) -> bool:
     """Whether the loss is to be made of the model's own logits."""
     return base(model) in _plain
 
 
-def own_parameters(model: Any) -> set[str]:
+def own_parameters(model: PreTrainedModel) -> set[str]:
     """Names of the trained parameters of the head that no other layer shares; empty when it is frozen or tied.
 
     Of a language model that is the output layer, of other heads all that stands after the body's outputs.
@@ -62,7 +65,9 @@ def own_parameters(model: Any) -> set[str]:
     layers = [inner.get_submodule(name) for name in head_types.parts(model, kind)]
     if kind == "lm":
         layers = [inner.get_output_embeddings()]
-    prefixes = tuple(name + "." for name, module in model.named_modules() if any(module is layer for layer in layers))
+    prefixes = tuple(
+        name + "." for name, module in model.named_modules() if any(module is layer for layer in layers)
+    )
     if not prefixes:
         return set()
     names: dict[int, list[str]] = {}
@@ -72,12 +77,12 @@ def own_parameters(model: Any) -> set[str]:
     return {alias[0] for alias in names.values() if all(name.startswith(prefixes) for name in alias)}
 
 
-def hidden_states(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+def hidden_states(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """The body's last hidden states, (batch, seq, hidden)."""
     return base(model).base_model(**inputs(model, batch)).last_hidden_state
 
 
-def outputs_at(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+def outputs_at(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """The body's outputs at ``batch["positions"]`` (places,) of the flattened batch: (places, hidden), kept ones or new ones."""
     find = _kept.get(base(model))
     found = None if find is None else find(batch)
@@ -89,13 +94,13 @@ def outputs_at(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return found
 
 
-def _few(model: Any, batch: dict[str, Any]) -> bool:
+def _few(model: PreTrainedModel, batch: dict[str, Any]) -> bool:
     """Whether the last layer can leave out most of what it would compute: few places are read, and it knows how."""
     few = "segments" in batch and 2 * len(batch["positions"]) <= batch["input_ids"].numel()
     return few and not virtual_tokens.count(model) and fused_encoder.reads_early(base(model).base_model)
 
 
-def _read_early(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+def _read_early(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """:func:`outputs_at` by an encoder whose last layer is told which places are read."""
     drawn = noise.of(model)
     if drawn is not None:
@@ -108,7 +113,7 @@ def _read_early(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return out[0]
 
 
-def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+def inputs(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
     """The keywords of ``model``'s forward for a packed (``segments``) or padded (``attention_mask``) batch.
 
     What its packed attention wants to know of the segments is made here: once for a batch, not once for a layer.
@@ -129,7 +134,7 @@ def inputs(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     return given | keywords
 
 
-def lm_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+def lm_loss(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """Sum of the negative log-likelihoods of ``batch["labels"]`` (targets,), a scalar.
 
     ``batch["positions"]`` (targets,) are the places, in the flattened batch, that predict them.
@@ -138,7 +143,7 @@ def lm_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return plain_losses(model, batch).sum() if given is None else BlockedCrossEntropy.apply(*given)
 
 
-def blocked(model: Any, batch: dict[str, Any]) -> tuple[Any, ...] | None:
+def blocked(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Any, ...] | None:
     """The arguments of ``BlockedCrossEntropy``, when the head is one product."""
     inner = base(model)
     head, rows, new = _head(inner.get_output_embeddings())
@@ -167,7 +172,7 @@ def _head(layer: Any) -> tuple[nn.Linear | None, torch.Tensor | None, torch.Tens
 
 
 @torch.no_grad()
-def row_losses(model: Any, batch: dict[str, Any]) -> list[tuple[float, int]]:
+def row_losses(model: PreTrainedModel, batch: dict[str, Any]) -> list[tuple[float, int]]:
     """(sum of the negative log-likelihoods, targets) of each row of ``batch`` that has a target; by the way of ``lm_loss``."""
     given = blocked(model, batch)
     if given is None:
@@ -180,16 +185,20 @@ def row_losses(model: Any, batch: dict[str, Any]) -> list[tuple[float, int]]:
             part = slice(start, start + BLOCK)
             loss_and_gradient(nn.functional.linear(hidden[part], weight, bias), labels[part], losses[part])
     positions = batch["positions"].cpu().numpy()
-    if "segments" in batch:  # a target is never the first token of its row, so the place that predicts it is in the row too
+    if (
+        "segments" in batch
+    ):  # a target is never the first token of its row, so the place that predicts it is in the row too
         row_of = np.searchsorted(np.cumsum(batch["segments"]), positions, side="right")
     else:
         row_of = positions // batch["input_ids"].shape[1]
     counts = np.bincount(row_of)
-    sums = np.bincount(row_of, weights=losses.cpu().double().numpy())  # in order and in fp64: the same every time
+    sums = np.bincount(
+        row_of, weights=losses.cpu().double().numpy()
+    )  # in order and in fp64: the same every time
     return [(float(total), int(count)) for total, count in zip(sums, counts) if count]
 
 
-def plain_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+def plain_losses(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """The loss of each target (targets,), from the model's own logits."""
     logits = model(**inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
     return nn.functional.cross_entropy(logits.to(exact_dtype(logits)), batch["labels"], reduction="none")
@@ -241,12 +250,15 @@ class BlockedCrossEntropy(torch.autograd.Function):
             grad_weight[rows] = 0  # others stood in their place
         ctx.gradients = (grad_hidden, grad_weight, grad_bias, grad_new)
         ctx.dtypes = tuple(None if one is None else one.dtype for one in (hidden, weight, bias, new))
-        return losses.sum(dtype=torch.float32 if hidden.device.type == "mps" else torch.float64)  # thousands of terms
+        return losses.sum(
+            dtype=torch.float32 if hidden.device.type == "mps" else torch.float64
+        )  # thousands of terms
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         hidden, weight, bias, new = (
-            None if one is None else _times(one, grad, dtype) for one, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+            None if one is None else _times(one, grad, dtype)
+            for one, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         )
         ctx.gradients = (None, None, None, None)
         return hidden, weight, bias, None, None, new

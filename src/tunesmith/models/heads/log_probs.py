@@ -7,15 +7,18 @@ at hand, and multiplied in backward. Where the output layer is trained too, back
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from tunesmith.models.heads import lm_head
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def log_probs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+
+def log_probs(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """log p(label) of each target, (targets,) in fp32, or fp64 where the network is: differentiable.
 
     ``batch`` as in ``head.lm_loss``: ``labels`` (targets,), predicted at ``positions`` (targets,) of the flattened batch.
@@ -24,7 +27,7 @@ def log_probs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return -lm_head.plain_losses(model, batch) if given is None else BlockedLogProbs.apply(*given)
 
 
-def answer_logps(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+def answer_logps(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """log p(answer | prompt) of each answer, (answers,): the sum over its targets, which ``owners`` (targets,) assigns to it.
 
     Summed in fp64 where the device has it: hundreds of terms, and what a loss compares are differences of such sums.
@@ -56,7 +59,9 @@ class BlockedLogProbs(torch.autograd.Function):
         used = lm_head.with_new(weight, rows, new)
         for start in range(0, len(hidden), lm_head.BLOCK):
             here = slice(start, start + lm_head.BLOCK)
-            gradient = lm_head.loss_and_gradient(nn.functional.linear(hidden[here], used, bias), labels[here], losses[here])
+            gradient = lm_head.loss_and_gradient(
+                nn.functional.linear(hidden[here], used, bias), labels[here], losses[here]
+            )
             if by_target is not None:
                 torch.mm(gradient, used, out=by_target[here])
         if ctx.again:
@@ -83,7 +88,9 @@ class BlockedLogProbs(torch.autograd.Function):
         used, unused = lm_head.with_new(weight, rows, new), torch.empty_like(grad)
         for start in range(0, len(hidden), lm_head.BLOCK):
             here = slice(start, start + lm_head.BLOCK)
-            gradient = lm_head.loss_and_gradient(nn.functional.linear(hidden[here], used, bias), labels[here], unused[here])
+            gradient = lm_head.loss_and_gradient(
+                nn.functional.linear(hidden[here], used, bias), labels[here], unused[here]
+            )
             scaled = (hidden[here] * shares[here, None]).to(hidden.dtype)
             if to_hidden is not None:
                 to_hidden[here] = (gradient @ used) * -grad[here, None]
@@ -95,5 +102,8 @@ class BlockedLogProbs(torch.autograd.Function):
                 lm_head.add_product(to_new, gradient[:, rows].t(), scaled)
         if to_weight is not None and rows is not None:
             to_weight[rows] = 0  # others stood in their place
-        ends = [None if total is None else (total * most).to(x.dtype) for total, x in zip(sums, trained, strict=True)]
+        ends = [
+            None if total is None else (total * most).to(x.dtype)
+            for total, x in zip(sums, trained, strict=True)
+        ]
         return to_hidden, ends[0], ends[1], None, None, ends[2]

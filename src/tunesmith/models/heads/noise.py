@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,6 +21,9 @@ from torch import nn
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import kernels
 from tunesmith.models.network import base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 QUERIES = {"q", "query", "query_proj", "in_proj"}
 """Layers by which a module is known for the attention itself: what it drops, but for its outputs, has no tokens of a row."""
@@ -140,12 +143,14 @@ def _dropped(x: torch.Tensor, keys: torch.Tensor, place: torch.Tensor, p: float)
     return torch.cat(parts).view(x.shape) if parts else x
 
 
-def of(model: Any) -> RowNoise | None:
+def of(model: PreTrainedModel) -> RowNoise | None:
     """What :func:`install` made for ``model``, if it draws anything."""
     return _installed.get(base(model))
 
 
-def install(model: nn.Module, seed: int, neftune_alpha: float | None = None) -> tuple[RowNoise | None, list[str]]:
+def install(
+    model: nn.Module, seed: int, neftune_alpha: float | None = None
+) -> tuple[RowNoise | None, list[str]]:
     """Put row-wise dropout in place of every ``nn.Dropout`` of ``model`` and switch dropout of attention probabilities off.
 
     With ``neftune_alpha``, what the input embedding gives out is shaken in training mode: after a scale that is part of that
@@ -185,7 +190,10 @@ def switch_off(model: nn.Module) -> list[str]:
                 setattr(module, name, 0.0)
     return [
         *said,
-        *(f"dropout ({rate:g}) is off: log-probabilities and rewards are facts of the weights" for rate in sorted(rates)),
+        *(
+            f"dropout ({rate:g}) is off: log-probabilities and rewards are facts of the weights"
+            for rate in sorted(rates)
+        ),
     ]
 
 
@@ -216,7 +224,9 @@ def _no_attention_dropout(model: nn.Module) -> list[str]:
         if isinstance(rate, float) and rate > 0:
             module.attention_dropout = 0.0  # type: ignore[assignment]
             found.add(rate)
-        own = "dropout" if hasattr(module, "is_causal") else "attn_dropout"  # bert's attention has it under the first name
+        own = (
+            "dropout" if hasattr(module, "is_causal") else "attn_dropout"
+        )  # bert's attention has it under the first name
         inner = getattr(module, own, getattr(module, "attn_dropout", None))
         if isinstance(inner, nn.Dropout) and inner.p > 0:
             found.add(inner.p)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,8 +19,11 @@ from tunesmith.models.heads import lm_head, noise
 from tunesmith.models.heads.head_types import output_layer
 from tunesmith.models.network import base, pooling
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def score_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+
+def score_logits(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """(rows, labels) of a batch, from the outputs at ``batch["positions"]``: one of each row, or all that are to be averaged."""
     inner = base(model)
     mean = pooling(inner.config) == "mean"
@@ -34,7 +37,7 @@ def score_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return _exact(_scores(inner, hidden, mean))
 
 
-def token_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+def token_logits(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """(places, labels) at ``batch["positions"]``."""
     if lm_head.is_plain(model):  # of the network itself: peft's forward for questions loses token types
         return _exact(base(model)(**lm_head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]])
@@ -43,7 +46,7 @@ def token_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return _exact(output_layer(inner)(_dropped(inner, hidden)))
 
 
-def span_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def span_logits(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """How much speaks for an answer's beginning, and for its end, at each of ``batch["positions"]``: (places,) twice."""
     if lm_head.is_plain(model):
         found = base(model)(**lm_head.inputs(model, batch))
@@ -106,7 +109,14 @@ def _one_number_in_full(inner: Any) -> Iterator[None]:
 
 def _pooler(inner: Any) -> Any:
     """The body's, or deberta's, which stands beside the body; or None."""
-    return next((one for of in (inner, inner.base_model) if isinstance(one := getattr(of, "pooler", None), nn.Module)), None)
+    return next(
+        (
+            one
+            for of in (inner, inner.base_model)
+            if isinstance(one := getattr(of, "pooler", None), nn.Module)
+        ),
+        None,
+    )
 
 
 def _dropped(inner: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -140,7 +150,7 @@ def _own_padding(inner: Any, keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_by_one(model: Any, counts: Sequence[int]) -> Iterator[None]:
+def _one_by_one(model: PreTrainedModel, counts: Sequence[int]) -> Iterator[None]:
     """Dropout between here and the logits is drawn by row, for so many outputs of each."""
     drawn = noise.of(model)
     if drawn is None or not drawn.rows:

@@ -8,9 +8,12 @@ inputs besides, by a rule that looks at all rows of a batch: then a row's result
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def is_layer(module: Any) -> bool:
@@ -79,7 +82,7 @@ def _stacked(layers: Sequence[Any], dtype: torch.dtype, beside: torch.Tensor | N
     return whole
 
 
-def compute_in(model: Any, dtype: torch.dtype) -> None:
+def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """From now on the network's layers of 4 or 8 bits compute in ``dtype``, in training and without gradients alike. No bit of
     what they keep changes.
     """
@@ -90,14 +93,18 @@ def compute_in(model: Any, dtype: torch.dtype) -> None:
         if (state := getattr(module.weight, "quant_state", None)) is not None:
             state.dtype = dtype
             module.compute_type_is_set = True
-            module.support_avx512bf16_for_cpu = False  # else an evaluation repacks the weights, with scales rounded to bf16
+            module.support_avx512bf16_for_cpu = (
+                False  # else an evaluation repacks the weights, with scales rounded to bf16
+            )
         else:
             module.forward = _forward(module)
 
 
 def _forward(layer: Any) -> Callable[..., torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = Product.apply(x.reshape(-1, x.shape[-1]).to(layer.compute_dtype), [layer], layer.bias, None, None)
+        y: torch.Tensor = Product.apply(
+            x.reshape(-1, x.shape[-1]).to(layer.compute_dtype), [layer], layer.bias, None, None
+        )
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
     return forward

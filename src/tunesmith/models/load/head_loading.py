@@ -17,6 +17,8 @@ from tunesmith.models.heads import head_types
 from tunesmith.models.network import base, is_causal, pooling
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from tunesmith.models.find.locate import Folder
 
 OTHER_HEADS = (
@@ -78,16 +80,25 @@ def inherit(config: Any, folder: Folder, adapter: str | None, head: str) -> None
         )
 
 
-def change(config: Any, folder: Folder, adapter: str | None, head: str, head_config: Mapping[str, Any]) -> list[str]:
+def change(
+    config: Any, folder: Folder, adapter: str | None, head: str, head_config: Mapping[str, Any]
+) -> list[str]:
     """:func:`apply` where there may be a head already; what is to be said of that one, if it does not go on.
 
     Raises RecipeError for an adapter that is continued with other labels than it knows.
     """
     kept = adapter in ("continue", "merge")
-    kind = record.head(folder.path).get("type", "lm") if kept else head_types.kind_of((config.architectures or [""])[0])
+    kind = (
+        record.head(folder.path).get("type", "lm")
+        if kept
+        else head_types.kind_of((config.architectures or [""])[0])
+    )
     said = []
     if is_other(kind, config, head, head_config):
-        old, new = (", ".join(map(str, list(names.values())[:10])) for names in (config.id2label, head_config["id2label"]))
+        old, new = (
+            ", ".join(map(str, list(names.values())[:10]))
+            for names in (config.id2label, head_config["id2label"])
+        )
         if adapter == "continue":
             raise RecipeError(
                 f"adapter: continue: this adapter has a head for the labels {old}, and is to learn {new}.\n"
@@ -109,7 +120,7 @@ def is_other(kind: str, config: Any, head: str, head_config: Mapping[str, Any] |
     return kind != head or len(old) != len(new) or (named and old != new)
 
 
-def draw(model: Any, head: str) -> None:
+def draw(model: PreTrainedModel, head: str) -> None:
     """Give the layer that knows the labels its first numbers again: they were loaded, being as many as another head's."""
     from torch import nn
 
@@ -118,7 +129,9 @@ def draw(model: Any, head: str) -> None:
             if isinstance(layer, nn.Linear) and layer.out_features == model.config.num_labels:
                 marked: list[Any] = list(layer.parameters())
                 for parameter in marked:
-                    parameter._is_hf_initialized = False  # transformers draws no number of one that was loaded
+                    parameter._is_hf_initialized = (
+                        False  # transformers draws no number of one that was loaded
+                    )
                 model._init_weights(layer)
 
 
@@ -140,32 +153,48 @@ def renamed_body(folder: Folder, config: Any, head: str) -> dict[str, str]:
     prefix = f"{network.base_model_prefix}."
     wanted = {name for name in network.state_dict() if name.startswith(prefix)}
     stored = set(headers.read_tensors(folder.network))
-    if wanted & stored or {prefix + name for name in stored} & wanted:  # transformers finds a bare body by itself
+    if (
+        wanted & stored or {prefix + name for name in stored} & wanted
+    ):  # transformers finds a bare body by itself
         return {}
     for other in sorted({name.partition(".")[0] for name in stored}):
-        if any(prefix + name.removeprefix(f"{other}.") in wanted for name in stored if name.startswith(f"{other}.")):
+        if any(
+            prefix + name.removeprefix(f"{other}.") in wanted
+            for name in stored
+            if name.startswith(f"{other}.")
+        ):
             return {rf"^{other}\.": prefix}
     return {}
 
 
-def keep_own_names(model: Any, options: Mapping[str, Any]) -> None:
+def keep_own_names(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
     """Save the body under the name that the class has for it: transformers would write the names that it was read by, which the
     plain class does not find, and would then fill the body with random numbers."""
     if renamed := options.get("key_mapping"):
-        model._weight_conversions = [one for one in model._weight_conversions if not set(one.source_patterns) & set(renamed)]
+        model._weight_conversions = [
+            one for one in model._weight_conversions if not set(one.source_patterns) & set(renamed)
+        ]
 
 
 def settle(
-    model: Any, head: str, report: Mapping[str, Any], missing: Iterable[str], unexpected: Iterable[str]
+    model: PreTrainedModel,
+    head: str,
+    report: Mapping[str, Any],
+    missing: Iterable[str],
+    unexpected: Iterable[str],
 ) -> tuple[list[str], list[str]]:
     """(missing, unexpected) without what a new head explains. Tensors of the body are never explained."""
     ours = tuple(f"{name}." for name in head_types.parts(model, head))
     other_shape = [name for name, *_ in report["mismatched_keys"] if not name.startswith(ours)]
-    left = [name for name in unexpected if name.partition(".")[0] not in OTHER_HEADS and ".pooler." not in f".{name}"]
+    left = [
+        name
+        for name in unexpected
+        if name.partition(".")[0] not in OTHER_HEADS and ".pooler." not in f".{name}"
+    ]
     return [name for name in missing if not name.startswith(ours)] + other_shape, left
 
 
-def fitted(model: Any) -> Any:
+def fitted(model: PreTrainedModel) -> Any:
     """``model`` without the pooler where the outputs of all tokens are averaged: nothing reads it then.
 
     Raises ModelError for a head that is not known.
@@ -178,7 +207,7 @@ def fitted(model: Any) -> Any:
     return model
 
 
-def head_record(model: Any) -> dict[str, Any] | None:
+def head_record(model: PreTrainedModel) -> dict[str, Any] | None:
     """What an adapter's folder must say of its head, as JSON; None of a language model."""
     inner = base(model)
     kind = head_types.kind_of(type(inner).__name__)
@@ -188,7 +217,7 @@ def head_record(model: Any) -> dict[str, Any] | None:
     return {"type": kind, "config": {name: config[name] for name in KEYS if config.get(name) is not None}}
 
 
-def answers(model: Any, ids: Any) -> Any:
+def answers(model: PreTrainedModel, ids: Any) -> Any:
     """What a model says of one row of ``ids`` (1, tokens): logits (tokens, n), or (1, labels) where a row has one answer."""
     import torch
 
@@ -203,7 +232,9 @@ def answers(model: Any, ids: Any) -> Any:
             "attention_mask": torch.ones_like(ids),
             "positions": torch.tensor(list(read), device=ids.device),
         }
-        from tunesmith.models.heads import task_heads  # imports transformers, which load.quiet must come before
+        from tunesmith.models.heads import (
+            task_heads,  # imports transformers, which load.quiet must come before
+        )
 
         return task_heads.score_logits(model, {**batch, "places": [len(list(read))]})
     found = model(input_ids=ids)

@@ -25,8 +25,14 @@ from tunesmith.models.load import dequantized_linear, head_loading, probe, quant
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
 _SILENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -34,7 +40,13 @@ _SILENT = {
     "BITSANDBYTES_NOWELCOME": "1",
 }
 _LIBRARIES = r"(transformers|peft|bitsandbytes|accelerate|huggingface_hub|torch)(\.|$)"
-_OLD_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+_OLD_BUFFERS = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
 """Constants that old checkpoints carry and today's classes compute: they hold nothing that was learnt."""
 
 
@@ -51,7 +63,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=_LIBRARIES)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that it has no kernels from the Hub
     if "torch" in sys.modules and not sys.modules["torch"].cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports an installed DeepSpeed, which looks for one aloud
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # transformers imports an installed DeepSpeed, which looks for one aloud
     if "transformers" in sys.modules:
         from transformers.utils import logging as chatter
 
@@ -77,7 +91,9 @@ def load_config(folder: Folder) -> Any:
     quiet()
     from transformers import AutoConfig
 
-    return _explained(folder, lambda: AutoConfig.from_pretrained(folder.network, local_files_only=True, **_code(folder)))
+    return _explained(
+        folder, lambda: AutoConfig.from_pretrained(folder.network, local_files_only=True, **_code(folder))
+    )
 
 
 def load_tokenizer(folder: Folder) -> Any:
@@ -87,13 +103,17 @@ def load_tokenizer(folder: Folder) -> Any:
 
     own = any((folder.path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
     where = folder.path if own else folder.network
-    return _explained(folder, lambda: AutoTokenizer.from_pretrained(where, local_files_only=True, **_code(folder)))
+    return _explained(
+        folder, lambda: AutoTokenizer.from_pretrained(where, local_files_only=True, **_code(folder))
+    )
 
 
 def empty_model(folder: Folder, config: Any, head: str = "lm") -> Any:
     """The network of ``config`` without weights: the caller is on the meta device. ``folder``: where it comes from."""
     head_types.require_class(config, head)
-    return _explained(folder, lambda: head_loading.fitted(head_types.auto_class(head).from_config(config, **_code(folder))))
+    return _explained(
+        folder, lambda: head_loading.fitted(head_types.auto_class(head).from_config(config, **_code(folder)))
+    )
 
 
 def head_of(folder: Folder) -> str:
@@ -142,7 +162,9 @@ def load_model(
     kept = record.read(folder.path).get("quantization") if attach else None
     if kept and adapter == "attach":
         load_kwargs = {**quantization.of_record(kept), **load_kwargs}
-    model = _full(folder, head, torch.float32 if attach and adapter == "merge" else wanted, load_kwargs, head_config)
+    model = _full(
+        folder, head, torch.float32 if attach and adapter == "merge" else wanted, load_kwargs, head_config
+    )
     if kept and adapter == "merge":
         bits = {**load_kwargs, **quantization.of_record(kept)}
         quantization.write_values(model, _full(folder, head, torch.float32, bits, head_config))
@@ -177,7 +199,7 @@ def checkpoint_dtype(path: Path) -> torch.dtype:
     return known.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
 
 
-def merged(model: Any) -> Any:
+def merged(model: PreTrainedModel) -> Any:
     """Fold a peft model's adapter into its base, in place, and return the plain model. Raises UserError where that is impossible.
 
     Tied embeddings: a delta on one of the two tied weights must not reach the other. They are separated before the merge and
@@ -206,12 +228,15 @@ def merged(model: Any) -> Any:
         same = torch.equal(first.weight, last.weight)
         if same:
             last.weight = first.weight
-        for part in (plain.config, plain.config.get_text_config()):  # peft has written what it saw before they were compared
+        for part in (
+            plain.config,
+            plain.config.get_text_config(),
+        ):  # peft has written what it saw before they were compared
             part.tie_word_embeddings = same
     return plain
 
 
-def _take_whole_parts(model: Any) -> None:
+def _take_whole_parts(model: PreTrainedModel) -> None:
     """Put parts that were trained whole in their places, where they are made of several layers: peft takes each for one layer."""
     core = model.get_base_model()
     for name, module in list(core.named_modules()):
@@ -238,18 +263,34 @@ def _unwrapped(layer: Any) -> Any:
 
 
 def _full(
-    folder: Folder, head: str, dtype: torch.dtype, load_kwargs: dict[str, Any], head_config: Mapping[str, Any] | None = None
+    folder: Folder,
+    head: str,
+    dtype: torch.dtype,
+    load_kwargs: dict[str, Any],
+    head_config: Mapping[str, Any] | None = None,
 ) -> Any:
     quiet()
     path = folder.network
-    own = checkpoint_dtype(path) if "quantization_config" in load_kwargs else dtype  # the bits must not depend on what computes
-    options = {"dtype": own, **load_kwargs, **_code(folder), "local_files_only": True, "use_safetensors": True}
+    own = (
+        checkpoint_dtype(path) if "quantization_config" in load_kwargs else dtype
+    )  # the bits must not depend on what computes
+    options = {
+        "dtype": own,
+        **load_kwargs,
+        **_code(folder),
+        "local_files_only": True,
+        "use_safetensors": True,
+    }
     network, anew = head_types.auto_class(head), False
     if head != "lm":
         config = load_config(folder)
-        anew = head_loading.is_other(head_types.kind_of((config.architectures or [""])[0]), config, head, head_config)
+        anew = head_loading.is_other(
+            head_types.kind_of((config.architectures or [""])[0]), config, head, head_config
+        )
         options |= head_loading.options(folder, config, head, head_config)
-    model, report = _explained(folder, lambda: network.from_pretrained(path, output_loading_info=True, **options))
+    model, report = _explained(
+        folder, lambda: network.from_pretrained(path, output_loading_info=True, **options)
+    )
     unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
     missing = report["missing_keys"]
     if head != "lm":
@@ -266,7 +307,7 @@ def _full(
     return head_loading.fitted(model)
 
 
-def stock_refuses(network: Any, folder: Folder) -> str | None:
+def stock_refuses(network: PreTrainedModel, folder: Folder) -> str | None:
     """Why transformers' own class cannot open an adapter of this ``network`` on the base in ``folder``, or None when it can.
 
     It loads the base by the base's config and names, and only then the adapter. A mean over all tokens is no class of its own:
@@ -283,21 +324,30 @@ def stock_refuses(network: Any, folder: Folder) -> str | None:
     return None
 
 
-def check_weights(path: Path, network: Any, named: Path) -> None:
+def check_weights(path: Path, network: PreTrainedModel, named: Path) -> None:
     """Raise ModelError unless the weights in ``path`` are those of the class ``network``, by name and shape; none is read.
 
     ``named``: the folder that the message names.
     """
-    options = {"device_map": "meta", "ignore_mismatched_sizes": True, "local_files_only": True, "use_safetensors": True}
-    _, report = _explained(Folder(named, "full"), lambda: network.from_pretrained(path, output_loading_info=True, **options))
+    options = {
+        "device_map": "meta",
+        "ignore_mismatched_sizes": True,
+        "local_files_only": True,
+        "use_safetensors": True,
+    }
+    _, report = _explained(
+        Folder(named, "full"), lambda: network.from_pretrained(path, output_loading_info=True, **options)
+    )
     if report["mismatched_keys"]:
         name, found, expected = sorted(report["mismatched_keys"])[0]
-        raise ModelError(f"{named}: {name} has the shape {tuple(found)}, and the config makes it {tuple(expected)}")
+        raise ModelError(
+            f"{named}: {name} has the shape {tuple(found)}, and the config makes it {tuple(expected)}"
+        )
     unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
     _strict(named, network.__name__, report["missing_keys"], unexpected)
 
 
-def is_causal(network: Any) -> bool:
+def is_causal(network: PreTrainedModel) -> bool:
     """Whether a class of transformers is one that ``load_model`` opens as a language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -311,10 +361,12 @@ def adapter_config(folder: Path) -> Any:
     from tunesmith.models.adapters import bottleneck_tuner  # imports peft
 
     bottleneck_tuner.register()
-    return _explained(Folder(folder, "adapter"), lambda: PeftConfig.from_pretrained(str(folder), local_files_only=True))
+    return _explained(
+        Folder(folder, "adapter"), lambda: PeftConfig.from_pretrained(str(folder), local_files_only=True)
+    )
 
 
-def attached(folder: Folder, model: Any, trainable: bool, name: str = "default") -> Any:
+def attached(folder: Folder, model: PreTrainedModel, trainable: bool, name: str = "default") -> Any:
     """``model`` with the adapter of ``folder`` on it, strictly; beside those it has, if it is a peft model. ``name``: how peft
     calls it.
     """
@@ -325,7 +377,9 @@ def attached(folder: Folder, model: Any, trainable: bool, name: str = "default")
     tensors = headers.read_tensors(folder.path, "adapter_model")
     stored, config = set(tensors), adapter_config(folder.path)  # which makes our own kinds known to peft
     network = model.get_base_model() if isinstance(model, PeftModel) else model
-    virtual_tokens.check_stored({name: tensor.shape for name, tensor in tensors.items()}, config, network, folder.path)
+    virtual_tokens.check_stored(
+        {name: tensor.shape for name, tensor in tensors.items()}, config, network, folder.path
+    )
     asked = trainable and not config.is_prompt_learning  # peft refuses to load virtual tokens to be trained
     options = {"adapter_name": name, "is_trainable": asked, "local_files_only": True}
     if isinstance(model, PeftModel):
@@ -337,14 +391,20 @@ def attached(folder: Folder, model: Any, trainable: bool, name: str = "default")
         virtual_tokens.install(beside, trainable)
     # save_embedding_layers="auto" would ask the Hub for the base's vocabulary (peft#1452)
     expected = set(get_peft_model_state_dict(beside, adapter_name=name, save_embedding_layers=False))
-    whole_layers = set(beside.state_dict())  # an embedding saved beside the adapter carries the base's own name
+    whole_layers = set(
+        beside.state_dict()
+    )  # an embedding saved beside the adapter carries the base's own name
     _strict(folder.path, type(beside).__name__, expected - stored, stored - expected - whole_layers)
     return beside
 
 
 def _strict(path: Path, network: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     missing = list(missing)
-    parts = [f"{kind}: {_some(sorted(names))}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
+    parts = [
+        f"{kind}: {_some(sorted(names))}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
     if parts:
         raise ModelError(
             f"the weights in {path} are not those of {network}.\n  " + "\n  ".join(parts) + "\n"

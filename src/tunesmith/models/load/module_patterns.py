@@ -13,7 +13,9 @@ def require(key: str, patterns: str | list[str], names: list[str]) -> None:
     """Each pattern must name at least one module; a single string may be a regular expression, and must then be one."""
     compile_check(key, patterns)
     known = matched(patterns, names)
-    unmatched = [pattern for pattern in ([patterns] if isinstance(patterns, str) else patterns) if pattern not in known]
+    unmatched = [
+        pattern for pattern in ([patterns] if isinstance(patterns, str) else patterns) if pattern not in known
+    ]
     if unmatched:
         ends = sorted({name.rpartition(".")[2] for name in names} - {str(number) for number in range(1000)})
         hints = [f"`{pattern}`{hint(pattern, ends)}" for pattern in unmatched]

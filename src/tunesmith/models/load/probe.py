@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import ModelError
 from tunesmith.files import replace_file
@@ -22,11 +22,19 @@ from tunesmith.models.heads.head_types import kind_of
 from tunesmith.models.load import head_loading, quantization
 from tunesmith.models.network import base as network_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 PROMPTS = ("The capital of France is", "def add(a, b):\n    return")
 _TOP = 8
 
 
-def write_probe(folder: Path, model: Any, tokenizer: Any, made: dict[str, Any] | None = None) -> None:
+def write_probe(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    made: dict[str, Any] | None = None,
+) -> None:
     """Write ``tunesmith.json`` into ``folder``, where ``model`` and ``tokenizer`` have just been saved.
 
     ``model``: the transformers or peft model in memory. Its mode is left as it was. For a peft model the base is the folder
@@ -45,7 +53,9 @@ def write_probe(folder: Path, model: Any, tokenizer: Any, made: dict[str, Any] |
         }
     written = {
         "format": 1,
-        "versions": {name: importlib.metadata.version(name) for name in ("tunesmith", "torch", "transformers", "peft")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("tunesmith", "torch", "transformers", "peft")
+        },
         "base": base,
         "quantization": quantization.record(model),
         "head": head_loading.head_record(model) if base else None,
@@ -56,7 +66,7 @@ def write_probe(folder: Path, model: Any, tokenizer: Any, made: dict[str, Any] |
     replace_file(folder / record.FILE, json.dumps(written, indent=1).encode())
 
 
-def verify_probe(folder: Path, model: Any, tokenizer: Any) -> float | None:
+def verify_probe(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float | None:
     """The largest difference between the logits now and those written at save time; None when the folder has no probe.
 
     Raises ModelError when a file is not the one saved (``record.check_files``), when the tokenizer gives other ids, or when a
@@ -80,7 +90,8 @@ def verify_probe(folder: Path, model: Any, tokenizer: Any) -> float | None:
         logits = last_logits(model, ids)
         scale = max(1.0, *(abs(value) for value in before["logits"]))
         difference = max(
-            abs(float(logits[token]) - value) for token, value in zip(before["tokens"], before["logits"], strict=True)
+            abs(float(logits[token]) - value)
+            for token, value in zip(before["tokens"], before["logits"], strict=True)
         )
         if not difference <= scale * allowed:
             raise ModelError(
@@ -91,12 +102,12 @@ def verify_probe(folder: Path, model: Any, tokenizer: Any) -> float | None:
     return worst
 
 
-def last_logits(model: Any, ids: list[int]) -> Any:
+def last_logits(model: PreTrainedModel, ids: list[int]) -> Any:
     """fp32 logits (vocab,) after the last of ``ids``, with dropout off."""
     return all_logits(model, ids)[-1]
 
 
-def all_logits(model: Any, ids: list[int]) -> Any:
+def all_logits(model: PreTrainedModel, ids: list[int]) -> Any:
     """fp32 logits (tokens, vocab) after each of ``ids``, with dropout off; (1, labels) where a row has one answer."""
     import torch
 
@@ -109,7 +120,7 @@ def all_logits(model: Any, ids: list[int]) -> Any:
         model.train(training)
 
 
-def _answers(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     answers = []
     for text in PROMPTS:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

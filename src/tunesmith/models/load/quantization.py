@@ -9,9 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import MissingExtra, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KINDS = ("nf4", "fp4", "int8")
 BLOCK, NESTED_BLOCK = 64, 256
@@ -52,13 +55,15 @@ def require(purpose: str) -> None:
 def of_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """``load_kwargs`` of what :func:`record` wrote."""
     if record.get("quant_type") not in KINDS:
-        raise ModelError(f"tunesmith.json: unknown quantisation {record.get('quant_type')!r}; expected one of {', '.join(KINDS)}")
+        raise ModelError(
+            f"tunesmith.json: unknown quantisation {record.get('quant_type')!r}; expected one of {', '.join(KINDS)}"
+        )
     kwargs = load_kwargs(record["quant_type"], bool(record.get("use_double_quant")))
     kwargs["quantization_config"].llm_int8_skip_modules = record.get("skipped")
     return kwargs
 
 
-def record(model: Any) -> dict[str, Any] | None:
+def record(model: PreTrainedModel) -> dict[str, Any] | None:
     """How the base of ``model`` was quantised, so that :func:`of_record` does it again; None for one that was not."""
     from tunesmith.models.load import dequantized_linear
 
@@ -87,7 +92,7 @@ class Estimate:
     bytes: int
 
 
-def estimate(model: Any, kwargs: Mapping[str, Any]) -> Estimate:
+def estimate(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Estimate:
     """``model``: the network on the meta device, not adapted yet. ``kwargs``: those of :func:`load_kwargs`, or others."""
     config = kwargs.get("quantization_config")
     if config is None:
@@ -110,7 +115,7 @@ def estimate(model: Any, kwargs: Mapping[str, Any]) -> Estimate:
     return Estimate(numbers, int(numbers * (0.5 + scale / BLOCK)))
 
 
-def measured(model: Any) -> dict[str, Any] | None:
+def measured(model: PreTrainedModel) -> dict[str, Any] | None:
     """What a quantised base takes, scales and tables included; None for one that is not quantised.
 
     "parameters": numbers in the quantised layers, "bytes": what they take, "bits_per_parameter"; "base_bytes": everything that is
@@ -140,7 +145,7 @@ def measured(model: Any) -> dict[str, Any] | None:
     }
 
 
-def lines(model: Any) -> list[str]:
+def lines(model: PreTrainedModel) -> list[str]:
     """What is to be said of a quantised base: its bytes, after and before."""
     facts = measured(model)
     if facts is None:
@@ -180,4 +185,6 @@ def write_values(plain: Any, base: Any) -> None:
             if dequantized_linear.is_layer(module):
                 target = layers[name].weight
                 value = dequantized_linear.weight(module, target.dtype)
-                target.copy_(value.t() if type(layers[name]).__name__ == "Conv1D" else value)  # gpt2 keeps (in, out)
+                target.copy_(
+                    value.t() if type(layers[name]).__name__ == "Conv1D" else value
+                )  # gpt2 keeps (in, out)

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.find import headers
 from tunesmith.models.load import module_patterns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PART = 4096
 """Rows summed at a time: a copy of a large vocabulary in double would be larger than the model."""
@@ -32,7 +35,7 @@ class NewTokens:
         return sorted({*self.ids.values(), *range(have, max(self.ids.values()) + 1)}) if self.ids else []
 
 
-def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> NewTokens:
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> NewTokens:
     """Add ``tokens`` to the tokenizer, in place: kept whole wherever they stand, and shown when an answer is decoded.
 
     Raises RecipeError naming a token that is one token already, or that the tokenizer cannot give back as it was written.
@@ -45,7 +48,9 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> NewTokens:
         found = tokenizer.encode(token, add_special_tokens=False)
         if token in vocabulary or (len(found) == 1 and tokenizer.decode(found) == token):
             number = vocabulary.get(token, found[0])
-            raise RecipeError(f"add_tokens: {token!r} is one token of this model already (id {number}). Leave it out.")
+            raise RecipeError(
+                f"add_tokens: {token!r} is one token of this model already (id {number}). Leave it out."
+            )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
     for token, number in ids.items():
@@ -58,7 +63,7 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> NewTokens:
     return NewTokens(ids, known)
 
 
-def grow(model: Any, new: NewTokens) -> list[int]:
+def grow(model: PreTrainedModel, new: NewTokens) -> list[int]:
     """Give ``model`` a row for each new token, in place, as the mean of its known rows. Returns the rows that are new.
 
     Spare rows (many models have more rows than tokens) are used before the matrix grows. Tied layers stay one tensor.
@@ -80,7 +85,7 @@ def grow(model: Any, new: NewTokens) -> list[int]:
     return rows
 
 
-def resize(model: Any, rows: int) -> None:
+def resize(model: PreTrainedModel, rows: int) -> None:
     """Make embedding and output layer ``rows`` long, in place; rows that are new hold zeros."""
     import torch
 
@@ -89,13 +94,15 @@ def resize(model: Any, rows: int) -> None:
         return
     state = torch.get_rng_state()
     model.resize_token_embeddings(rows, mean_resizing=False)
-    torch.set_rng_state(state)  # what it drew for the new rows is not kept, so it is no part of the run either
+    torch.set_rng_state(
+        state
+    )  # what it drew for the new rows is not kept, so it is no part of the run either
     with torch.no_grad():
         for tensor in _ends(model):
             tensor[have:] = 0
 
 
-def fit_to_adapter(model: Any, adapter: Path) -> None:
+def fit_to_adapter(model: PreTrainedModel, adapter: Path) -> None:
     """Grow ``model`` to the vocabulary of the adapter in the folder ``adapter``, in place, where that brings new tokens.
 
     Raises ModelError when the adapter lacks any of the new rows: they would hold nothing.
@@ -107,7 +114,9 @@ def fit_to_adapter(model: Any, adapter: Path) -> None:
     for name in end_names(model):
         key = f"base_model.model.{name}.weight"
         whole = saved[key].shape[0] if key in saved else 0
-        trained = next((rows for layer, rows in own.items() if name == layer or name.endswith(f".{layer}")), [])
+        trained = next(
+            (rows for layer, rows in own.items() if name == layer or name.endswith(f".{layer}")), []
+        )
         needed = max(needed, whole, max(trained, default=-1) + 1)
         lacking.append((name, whole, set(trained)))
     for name, whole, given in lacking:
@@ -126,15 +135,20 @@ def adapter_rows(adapter: Path) -> dict[str, list[int]]:
     return rows if isinstance(rows, dict) else {"embed_tokens": rows}
 
 
-def write_rows(model: Any) -> None:
+def write_rows(model: PreTrainedModel) -> None:
     """Write an attached adapter's rows into its base's layers, in place: no forward pass copies the matrix to put them there."""
-    for layer in (model.get_base_model().get_input_embeddings(), model.get_base_model().get_output_embeddings()):
+    for layer in (
+        model.get_base_model().get_input_embeddings(),
+        model.get_base_model().get_output_embeddings(),
+    ):
         rows = getattr(layer, "token_adapter", None)
         if rows is not None and not rows.merged:
             rows.merge()
 
 
-def rows_to_train(model: Any, new_rows: Sequence[int], whole: Sequence[str] = ()) -> dict[str, list[int]]:
+def rows_to_train(
+    model: PreTrainedModel, new_rows: Sequence[int], whole: Sequence[str] = ()
+) -> dict[str, list[int]]:
     """Layer -> the ``new_rows`` trained beside an adapter, as peft's ``trainable_token_indices`` wants them.
 
     ``whole``: patterns of layers that are trained whole (``modules_to_save``), new rows and all. Tied layers share their rows.
@@ -144,7 +158,9 @@ def rows_to_train(model: Any, new_rows: Sequence[int], whole: Sequence[str] = ()
         return {}
     last = model.get_output_embeddings()
     own = end_names(model)
-    covered = [name for name in end_names(model, all_ends=True) if module_patterns.matched(list(whole), [name])]
+    covered = [
+        name for name in end_names(model, all_ends=True) if module_patterns.matched(list(whole), [name])
+    ]
     tied = last is not None and len(own) == 1
     left = [] if tied and covered else [name for name in own if name not in covered]
     if not tied and last is not None and last.bias is not None and own[-1] in left:
@@ -155,7 +171,7 @@ def rows_to_train(model: Any, new_rows: Sequence[int], whole: Sequence[str] = ()
     return {name: list(new_rows) for name in left}
 
 
-def end_names(model: Any, all_ends: bool = False) -> list[str]:
+def end_names(model: PreTrainedModel, all_ends: bool = False) -> list[str]:
     """The names of the embedding and, when it has weights of its own (or with ``all_ends``), of the output layer."""
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     ends = [first] if last is None or (last.weight is first.weight and not all_ends) else [first, last]
@@ -163,7 +179,7 @@ def end_names(model: Any, all_ends: bool = False) -> list[str]:
     return [names[id(end)] for end in ends]
 
 
-def _ends(model: Any) -> list[Any]:
+def _ends(model: PreTrainedModel) -> list[Any]:
     """The tensors that have one row for each token: embedding, output layer and its bias, each once."""
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     found = [first.weight, *([last.weight, last.bias] if last is not None else [])]

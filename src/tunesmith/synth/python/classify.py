@@ -6,28 +6,62 @@ import ast
 from collections.abc import Iterator, Sequence
 
 from tunesmith.data.read import library
-from tunesmith.data.read.library import Definition, Function, Module, all_parameters, dotted, excerpt, receiver
+from tunesmith.data.read.library import (
+    Definition,
+    Function,
+    Module,
+    all_parameters,
+    dotted,
+    excerpt,
+    receiver,
+)
 from tunesmith.synth.python.wording import Candidate
 
 TOPICS = {
-    ("networking", "네트워크"): "socket ssl socketserver selectors http urllib ftplib imaplib poplib smtplib smtpd nntplib "
+    (
+        "networking",
+        "네트워크",
+    ): "socket ssl socketserver selectors http urllib ftplib imaplib poplib smtplib smtpd nntplib "
     "telnetlib xmlrpc ipaddress asyncore asynchat wsgiref cgi cgitb nturl2path",
     ("mail", "메일"): "email mailbox mailcap",
-    ("text", "텍스트"): "string textwrap re sre_compile sre_parse difflib stringprep shlex locale gettext html reprlib "
+    (
+        "text",
+        "텍스트",
+    ): "string textwrap re sre_compile sre_parse difflib stringprep shlex locale gettext html reprlib "
     "pprint codecs",
-    ("data formats", "데이터 형식"): "json csv xml plistlib configparser tomllib base64 binascii quopri uu netrc struct "
+    (
+        "data formats",
+        "데이터 형식",
+    ): "json csv xml plistlib configparser tomllib base64 binascii quopri uu netrc struct "
     "pickle pickletools xdrlib",
     ("numbers", "숫자"): "decimal fractions statistics random numbers",
-    ("files", "파일"): "os pathlib shutil glob fnmatch tempfile filecmp fileinput stat posixpath ntpath genericpath "
+    (
+        "files",
+        "파일",
+    ): "os pathlib shutil glob fnmatch tempfile filecmp fileinput stat posixpath ntpath genericpath "
     "zipfile tarfile gzip bz2 lzma linecache zipapp",
-    ("concurrency", "동시성"): "asyncio threading multiprocessing concurrent queue sched subprocess contextvars",
-    ("data types", "자료형"): "collections datetime calendar heapq bisect enum dataclasses types weakref copy graphlib "
+    (
+        "concurrency",
+        "동시성",
+    ): "asyncio threading multiprocessing concurrent queue sched subprocess contextvars",
+    (
+        "data types",
+        "자료형",
+    ): "collections datetime calendar heapq bisect enum dataclasses types weakref copy graphlib "
     "zoneinfo uuid array",
-    ("code analysis", "코드 분석"): "ast dis inspect tokenize token symtable importlib pkgutil modulefinder runpy code "
+    (
+        "code analysis",
+        "코드 분석",
+    ): "ast dis inspect tokenize token symtable importlib pkgutil modulefinder runpy code "
     "codeop py_compile compileall pyclbr opcode keyword zipimport",
-    ("testing and debugging", "테스트와 디버깅"): "unittest doctest pdb bdb cProfile profile pstats timeit trace "
-    "traceback tracemalloc warnings logging",
-    ("user interface", "사용자 인터페이스"): "tkinter turtle curses cmd getpass argparse optparse getopt rlcompleter",
+    (
+        "testing and debugging",
+        "테스트와 디버깅",
+    ): "unittest doctest pdb bdb cProfile profile pstats timeit trace traceback tracemalloc warnings logging",
+    (
+        "user interface",
+        "사용자 인터페이스",
+    ): "tkinter turtle curses cmd getpass argparse optparse getopt rlcompleter",
 }
 """Topic in English and Korean: the modules and packages about it; those about several are in none."""
 

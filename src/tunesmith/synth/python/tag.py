@@ -14,7 +14,14 @@ from tunesmith.synth.python.wording import Candidate, number, table
 Entity = tuple[int, int, str]
 """Characters [start, end) of a text, and what they name."""
 
-KINDS = {"EXCEPTION": "예외", "MODULE": "모듈", "CLASS": "클래스", "NUMBER": "숫자", "FUNCTION": "함수", "PARAM": "매개변수"}
+KINDS = {
+    "EXCEPTION": "예외",
+    "MODULE": "모듈",
+    "CLASS": "클래스",
+    "NUMBER": "숫자",
+    "FUNCTION": "함수",
+    "PARAM": "매개변수",
+}
 """With their Korean names. The rarer ones first: a row is drawn as one of its rarest entity."""
 
 SENTENCES = table("""
