@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,11 +42,47 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
+@pytest.fixture(scope="session")
+def new_home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Makes empty home folders that share one folder of compiled kernels: the C compiler runs once in the whole suite."""
+    base = tmp_path_factory.getbasetemp()
+    kernels = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    kernels.mkdir(exist_ok=True)
+
+    def make() -> Path:
+        home = tmp_path_factory.mktemp("home")
+        (home / "kernels").symlink_to(kernels, target_is_directory=True)
+        return home
+
+    return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home_of_the_session(new_home: Callable[[], Path]) -> Iterator[None]:
+    """Fixtures of a module train before any test has a home of its own."""
+    if "TUNESMITH_TEST_HOME" in os.environ:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(new_home()))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def own_home(monkeypatch: pytest.MonkeyPatch, new_home: Callable[[], Path]) -> None:
     """Caches and models of a test never touch the user's own."""
     if "TUNESMITH_TEST_HOME" not in os.environ:
-        monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path_factory.mktemp("home")))
+        monkeypatch.setenv("TUNESMITH_HOME", str(new_home()))
+
+
+BLANK = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg==")
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of a tiny run is matplotlib; outside tests/report a chart is one blank pixel."""
+    if "report" not in request.path.parts:
+        monkeypatch.setattr("tunesmith.report.charts.png", lambda figure: BLANK)
 
 
 @pytest.fixture

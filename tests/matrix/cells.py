@@ -128,13 +128,13 @@ class Ran:
     at_last: torch.Tensor
 
 
-def of(cell: Cell, folder: Path) -> dict[str, Any]:
+def of(cell: Cell, folder: Path, **train: Any) -> dict[str, Any]:
     """The recipe of a cell."""
-    return recipe(folder, cell.architecture, OBJECTIVES[cell.objective], ADAPTATIONS[cell.adaptation], max_steps=STEPS)
+    return recipe(folder, cell.architecture, OBJECTIVES[cell.objective], ADAPTATIONS[cell.adaptation], max_steps=STEPS, **train)
 
 
-def run(cell: Cell, folder: Path) -> Ran:
-    made = of(cell, folder)
+def run(cell: Cell, folder: Path, **train: Any) -> Ran:
+    made = of(cell, folder, **train)
     with watched() as networks:
         outcome = tunesmith.train(made, out=folder / "run")
     ((built, first, before),) = networks

@@ -305,21 +305,29 @@ def _stable(path: Path) -> str:
     return str(path.parent if "tfevents" in path.name else path)
 
 
+@pytest.fixture(scope="module")
+def baselines():
+    """What was observed of a recipe without the key of a case: base -> (folder of the run, observation)."""
+    return {}
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_key_changes_what_it_says(case, places, tmp_path, monkeypatch):
+def test_the_key_changes_what_it_says(case, places, baselines, tmp_path_factory, monkeypatch):
     for package in case.needs:
         pytest.importorskip(package)
-    made = recipe(tmp_path)
-    for key, value in case.base.items():
-        put(made, key, filled(value, places))
+    base = json.dumps(case.base, sort_keys=True)
+    if base not in baselines:
+        folder = tmp_path_factory.mktemp("baseline")
+        made = recipe(folder)
+        for key, value in case.base.items():
+            put(made, key, filled(value, places))
+        with monkeypatch.context() as patch:
+            baselines[base] = made, observe(made, folder / "without", places["DATASETS"], patch)
+    made, without = baselines[base]
     changed = copy.deepcopy(made)
     put(changed, case.key, filled(case.value, places))
-    seen = []
-    for name, one in (("without", made), ("with", changed)):
-        (tmp_path / name).mkdir()
-        with monkeypatch.context() as patch:
-            seen.append(observe(one, tmp_path / name, places["DATASETS"], patch))
-    without, with_key = seen
+    with monkeypatch.context() as patch:
+        with_key = observe(changed, tmp_path_factory.mktemp("with"), places["DATASETS"], patch)
     if case.seen != "error":
         assert not without["error"] and not with_key["error"], (without["error"], with_key["error"])
     assert without.get(case.seen) != with_key.get(case.seen), f"{case.key} changed nothing of {case.seen}"

@@ -37,7 +37,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
         made = made_of(objective, tmp_path / objective, eval_steps=2)
         tunesmith.train(made, out=tmp_path / objective / "one")
         runs[objective] = (made, tmp_path / objective / "two")
-    in_two_processes(list(runs.values()), tmp_path)
+    in_two_processes(list(runs.values()))
     for objective in OBJECTIVES:
         same_run(tmp_path / objective / "one", tmp_path / objective / "two")
 

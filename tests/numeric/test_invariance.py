@@ -2,16 +2,21 @@
 
 import json
 import os
-import subprocess
+import socket
 import sys
 from importlib.util import find_spec
+from itertools import islice
 
 import pytest
+import torch
 
 import tunesmith
+from tests import processes
 from tests.runs import apart, model_folder, recipe, weights
 from tests.tiny import TINY
+from tunesmith.recipe import parse
 from tunesmith.runs import metrics_file
+from tunesmith.train import evaluation, loop, setup
 
 SPLITS = [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 60}, {"packing": "off"}, {"packing": "off", "micro_batch_tokens": 90}]
 ADAPTATIONS = {"full": "full", "lora": {"type": "lora", "r": 4}, "lora-dropout": {"type": "lora", "r": 4, "lora_dropout": 0.3}}
@@ -33,58 +38,91 @@ def needs_bitsandbytes(adaptation):
         pytest.importorskip("bitsandbytes")
 
 
-def train(made, out):
-    return weights(tunesmith.train(made, out=out)["model_dir"])
+def gradients(job, step):
+    """The gradients of a step by name, as one vector each; nothing is updated."""
+    job.model.train()
+    micro = step.micro_batches(job.budget, job.layout)
+    total = float(sum(job.objective.count(one.batch) for one in micro))
+    loop.accumulate(job, step, micro, total)
+    found = {name: gradient.clone() for name, gradient in job.update.masters.gradients().items()}
+    job.update.drop()
+    return found
 
 
-@pytest.mark.parametrize("adaptation", ADAPTATIONS)
-@pytest.mark.parametrize("objective", ["sft", "cpt"])
+def built(made, folder, packing):
+    """A run that is ready for its first step."""
+    ready = setup.read(parse({**made, "train": {**made["train"], "packing": packing}}), torch.device("cpu"), lambda line: None)
+    network = setup.build(ready, folder)
+    return ready, loop.Job(
+        model=network.model, objective=ready.objective, update=network.update, source=ready.source, config=ready.recipe.train,
+        layout=network.route.layout, budget=WHOLE, device=ready.device, noise=network.noise,
+        log=lambda record: None, evaluate=lambda at: None, save=lambda at: None,
+    )  # fmt: skip
+
+
+WHOLE = 10**6
+BUDGETS = (WHOLE, 90, 60, 1)
+
+
+def assert_no_split_matters(made, folder):
+    """Gradients of the first two steps, and the evaluation after them, are those of the undivided packed step under every
+    budget, packed and padded. The second step counts because B of a fresh LoRA is zero in the first, and with it A's gradient."""
+    expected, figures = None, None
+    for packing in ("auto", "off"):
+        ready, job = built(made, folder, packing)
+        found = []
+        for step in islice(job.source.steps(1), 2):
+            for budget in BUDGETS:
+                job.budget = budget
+                found.append((budget, gradients(job, step)))
+            job.budget = WHOLE
+            loop.train_step(job, step)
+        expected = expected or [of_step for budget, of_step in found if budget == WHOLE]
+        for number, (budget, of_step) in enumerate(found):
+            whole = expected[number // len(BUDGETS)]
+            norm = sum(float(value.double().square().sum()) for value in whole.values()) ** 0.5
+            assert of_step.keys() == whole.keys() and norm > 0
+            assert apart(of_step, whole) <= 1e-5 * norm, f"packing {packing}, {budget} tokens, step {1 + number // len(BUDGETS)}"
+        for budget in BUDGETS:
+            of_data = evaluation.evaluate(job.model, job.objective, ready.data.train, job.layout, budget, job.device)
+            figures = figures or of_data
+            assert of_data == pytest.approx(figures, rel=1e-5), f"packing {packing}, {budget} tokens"
+
+
+@pytest.mark.parametrize("adaptation", {**ADAPTATIONS, **OTHERS})
 @pytest.mark.parametrize("name", TINY)
-def test_any_split_makes_the_same_update(name, objective, adaptation, tmp_path):
-    made = recipe(tmp_path, name, objective, ADAPTATIONS[adaptation], learning_rate=1e-3, optim_args={"eps": 1e-3})
-    whole = train(made, tmp_path / "whole")
-    for number, split in enumerate(SPLITS):
-        other = train({**made, "train": {**made["train"], **split}}, tmp_path / str(number))
-        assert apart(whole, other) <= 1e-6, split
-
-
-@pytest.mark.parametrize("adaptation", OTHERS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
-def test_any_split_makes_the_same_update_and_evaluation_of_every_adaptation(name, adaptation, tmp_path):
+def test_any_split_makes_the_same_gradients_and_evaluation(name, adaptation, tmp_path):
     needs_bitsandbytes(adaptation)
-    made = recipe(tmp_path, name, "sft", OTHERS[adaptation], learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2)
-    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
-    runs = [{}, *SPLITS]
-    found = [
-        tunesmith.train({**made, "train": {**made["train"], **split}}, out=tmp_path / str(number))
-        for number, split in enumerate(runs)
-    ]
-    whole = weights(found[0]["model_dir"])
-    for split, outcome in zip(runs, found):
-        assert apart(whole, weights(outcome["model_dir"])) <= 1e-6, split
-        for figure in ("eval_loss_before", "eval_loss"):
-            assert outcome[figure] == pytest.approx(found[0][figure], abs=1e-6), split
-    assert found[0]["eval_loss"] != found[0]["eval_loss_before"]
+    chosen = {**ADAPTATIONS, **OTHERS}[adaptation]
+    assert_no_split_matters(recipe(tmp_path, name, "sft", chosen, learning_rate=1e-3, optim_args={"eps": 1e-3}), tmp_path)
 
 
-def test_model_dropout_makes_the_same_update_for_any_split(tmp_path):
+@pytest.mark.parametrize("name", TINY)
+def test_any_split_of_documents_makes_the_same_gradients_and_evaluation(name, tmp_path):
+    made = recipe(tmp_path, name, "cpt", ADAPTATIONS["lora-dropout"], learning_rate=1e-3, optim_args={"eps": 1e-3})
+    assert_no_split_matters(made, tmp_path)
+
+
+def test_model_dropout_makes_the_same_gradients_for_any_split(tmp_path):
     model_folder(tmp_path, "gpt2", resid_pdrop=0.2, embd_pdrop=0.1, attn_pdrop=0.1)
     made = recipe(tmp_path, "gpt2", learning_rate=1e-3, optim_args={"eps": 1e-3})
-    whole = train(made, tmp_path / "whole")
-    other = train({**made, "train": {**made["train"], "micro_batch_tokens": 1}}, tmp_path / "single")
-    off = train({**made, "seed": 1}, tmp_path / "other-seed")
-    assert apart(whole, other) <= 1e-6 < apart(whole, off)
+    assert_no_split_matters(made, tmp_path)
+    first, second = (
+        gradients(job, next(job.source.steps(1))) for _, job in (built({**made, "seed": seed}, tmp_path, "auto") for seed in (0, 1))
+    )
+    assert apart(first, second) > 1e-3, "nothing was dropped"
 
 
-@pytest.mark.parametrize("objective", ["sft", "cpt"])
-def test_evaluation_is_the_same_for_any_split(objective, tmp_path):
-    made = recipe(tmp_path, objective=objective, count=16, eval_steps=1)
-    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
-    found = []
-    for budget in (1, 50, 100, 4096):
-        outcome = tunesmith.train({**made, "train": {**made["train"], "micro_batch_tokens": budget}}, out=tmp_path / str(budget))
-        found.append((outcome["eval_loss_before"], outcome["eval_loss"]))
-    assert all(one == pytest.approx(found[0], abs=1e-6) for one in found)
+DRAWN_AND_RECOMPUTED = {"neftune_noise_alpha": 5.0, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize("adaptation", ["lora-dropout", "bottleneck", "prefix", "prompt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_noise_on_the_embeddings_and_recomputed_layers_make_the_same_gradients_for_any_split(name, adaptation, tmp_path):
+    model_folder(tmp_path, name, **({"resid_pdrop": 0.2, "embd_pdrop": 0.1} if name == "gpt2" else {}))
+    chosen = {**ADAPTATIONS, **OTHERS}[adaptation]
+    made = recipe(tmp_path, name, "sft", chosen, learning_rate=1e-3, optim_args={"eps": 1e-3}, **DRAWN_AND_RECOMPUTED)
+    assert_no_split_matters(made, tmp_path)
 
 
 LAUNCHED = """
@@ -94,14 +132,14 @@ for recipe, out in json.loads(sys.argv[1]):
 """
 
 
-def in_two_processes(runs, tmp_path):
-    """Train each (recipe, folder), one after the other in one launch: most of its time is taken by imports."""
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    command.append(json.dumps([(made, str(folder)) for made, folder in runs]))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+def in_two_processes(runs):
+    """Train each (recipe, folder), one after the other, in two processes that start once."""
+    command = [sys.executable, "-c", LAUNCHED, json.dumps([(made, str(folder)) for made, folder in runs])]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes.run_together([(command, {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")])
 
 
 def same_run(one, other):
@@ -115,22 +153,6 @@ def same_run(one, other):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), other.name
 
 
-DRAWN_AND_RECOMPUTED = {"neftune_noise_alpha": 5.0, "gradient_checkpointing": True}
-
-
-@pytest.mark.parametrize("adaptation", ["lora-dropout", "bottleneck", "prefix", "prompt"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_noise_on_the_embeddings_and_recomputed_layers_make_the_same_update_for_any_split(name, adaptation, tmp_path):
-    model_folder(tmp_path, name, **({"resid_pdrop": 0.2, "embd_pdrop": 0.1} if name == "gpt2" else {}))
-    chosen = {**ADAPTATIONS, **OTHERS}[adaptation]
-    made = recipe(tmp_path, name, "sft", chosen, learning_rate=1e-3, optim_args={"eps": 1e-3})
-    made["train"] |= DRAWN_AND_RECOMPUTED
-    whole = train(made, tmp_path / "whole")
-    for number, split in enumerate(SPLITS):
-        other = train({**made, "train": {**made["train"], **split}}, tmp_path / str(number))
-        assert apart(whole, other) <= 1e-6, split
-
-
 def test_two_processes_make_the_update_of_one(tmp_path):
     chosen = {"full": ("full", {}), "lora": (ADAPTATIONS["lora-dropout"], DRAWN_AND_RECOMPUTED)}
     chosen |= {name: (adaptation, {}) for name, adaptation in OTHERS.items() if name != "qlora" or find_spec("bitsandbytes")}
@@ -140,7 +162,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
         made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
         tunesmith.train(made, out=tmp_path / name)
         runs[name] = (made, tmp_path / f"{name}-in-two")
-    in_two_processes(list(runs.values()), tmp_path)
+    in_two_processes(list(runs.values()))
     for name, (_, both) in runs.items():
         assert json.loads((both / "manifest.json").read_text())["processes"] == 2
         same_run(tmp_path / name, both)

@@ -1,7 +1,6 @@
 """New tokens are one id each, start as the mean, are learnt under every adaptation, and are still there for anybody else."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
+from tests import processes
 from tests.runs import apart, history, killed_before, model_folder, recipe, rows, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith import adaptations, objectives
@@ -94,7 +94,7 @@ def trained(tmp_path_factory):
             tunesmith.merge(folder / "run", folder / "merged")
             jobs.append((str(folder / "merged"), str(folder / "merged.safetensors")))
     patch.undo()
-    done = subprocess.run([sys.executable, "-c", FRESH, json.dumps(jobs)], capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", FRESH, json.dumps(jobs)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return root
 

@@ -49,14 +49,22 @@ def same_checkpoint(one, other):
     return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("adaptation", ADAPTATIONS)
-@pytest.mark.parametrize(("save_steps", "precision"), [(1, "fp32"), (5, "fp32"), (3, "bf16")])
-def test_stopped_at_any_step_and_resumed(adaptation, save_steps, precision, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("adaptation", "save_steps", "precision", "victims"),
+    [
+        ("lora", 1, "fp32", (1, 4, 9)),
+        ("full", 5, "fp32", (4, 9)),
+        ("full", 3, "bf16", (5,)),
+        ("prefix", 3, "bf16", (4,)),
+        ("prompt", 5, "fp32", (9,)),
+    ],
+)
+def test_stopped_at_any_step_and_resumed(adaptation, save_steps, precision, victims, tmp_path, monkeypatch):
     made = longer(tmp_path, adaptation, save_steps=save_steps, save_total_limit=20, precision=precision)
     straight = tmp_path / "straight"
     expected = tunesmith.train(made, out=straight)
     train_step = loop.train_step
-    for victim in (1, 4, 9):
+    for victim in victims:
         run = tmp_path / f"killed-{victim}"
 
         def dies(job, step, victim=victim):

@@ -1,7 +1,6 @@
 """What was saved is what was trained, for somebody who has transformers (and peft) and has never heard of tunesmith."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
+from tests import processes
 from tests.runs import recipe
 from tunesmith.train import setup
 
@@ -90,7 +90,7 @@ def saved(tmp_path_factory):
         adapter = (folder / "run" / "model" / "adapter_config.json").exists()
         jobs.append((str(folder / "run" / "model"), made["model"] if adapter else None, str(folder / "fresh.safetensors")))
     patch.undo()
-    done = subprocess.run([sys.executable, "-c", ANSWER, json.dumps(jobs)], capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", ANSWER, json.dumps(jobs)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return root
 
