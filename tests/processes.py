@@ -25,7 +25,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELOADED = ("torch", "torch.distributed", "transformers", "peft", "accelerate", "safetensors.torch", "scipy.optimize", "pydantic")
+PRELOADED = (
+    "torch",
+    "torch.distributed",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors.torch",
+    "scipy.optimize",
+    "pydantic",
+)
 
 
 @dataclass
@@ -70,7 +79,12 @@ def start(args: Sequence[str | os.PathLike[str]], env: Mapping[str, str] | None 
     words = [os.fspath(word) for word in args]
     assert words[0] == sys.executable, f"only for Python: {words}"
     folder = tempfile.TemporaryDirectory(prefix="process-")
-    job = {"args": words[1:], "env": dict(os.environ if env is None else env), "cwd": str(cwd or Path.cwd()), "folder": folder.name}
+    job = {
+        "args": words[1:],
+        "env": dict(os.environ if env is None else env),
+        "cwd": str(cwd or Path.cwd()),
+        "folder": folder.name,
+    }
     return Process(words, _ask({"start": job}), folder)
 
 

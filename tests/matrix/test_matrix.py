@@ -115,7 +115,9 @@ def test_cell(cell, tmp_path, fresh):
     if resumed:
         killed_before(2, ran.made, tmp_path / "killed")
         tunesmith.train(ran.made, out=tmp_path / "killed", resume=True)
-        ours, theirs = (load_file(tmp_path / name / "checkpoints" / f"step-{STEPS}" / "state.safetensors") for name in ("killed", "run"))
+        ours, theirs = (
+            load_file(tmp_path / name / "checkpoints" / f"step-{STEPS}" / "state.safetensors") for name in ("killed", "run")
+        )
         assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in theirs)
 
     assert ran.batches == table.parse(table.shown())[cell], "run `python -m tests.matrix.table --write`"

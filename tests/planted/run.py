@@ -82,7 +82,17 @@ def _child(fault: Any, folder: Path, answer: Path) -> None:
     watch, said = FirstFailure(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = pytest.main(
-            ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder / 'tmp'}", *arguments(fault)],
+            [
+                "-x",
+                "-q",
+                "--tb=line",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:xdist",
+                f"--basetemp={folder / 'tmp'}",
+                *arguments(fault),
+            ],
             plugins=[watch],
         )
         used = importlib.import_module("tunesmith").__file__
