@@ -186,7 +186,7 @@ def _become(job: dict[str, Any], path: list[str]) -> None:
     try:
         if words[0] == "-c":
             sys.argv = ["-c", *words[2:]]
-            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102
+            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
         elif words[0] == "-m":
             sys.argv = words[1:]
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
@@ -198,7 +198,7 @@ def _become(job: dict[str, Any], path: list[str]) -> None:
         code = ending.code if isinstance(ending.code, int) else 0 if ending.code is None else 1
         if isinstance(ending.code, str):
             print(ending.code, file=sys.stderr)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever ends a program is printed, as the interpreter does
         traceback.print_exc()
         code = 1
     with contextlib.suppress(Exception):
