@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENCODING = (
-    "rows", "problems",
+    "rows", "row_problems",
     "read.row_files", "read.json_rows", "read.source", "read.class_folder", "read.conll", "read.hub_set",
-    "formats.columns", "formats.fields", "formats.turns", "formats.grades", "formats.preference_fields",
-    "formats.judged_fields", "formats.label_fields", "formats.word_fields", "formats.squad_file", "formats.judged_fields",
-    "encode.chat", "encode.spans", "encode.templates", "encode.texts", "encode.tagging", "encode.questions",
-    "encode.rankings", "encode.desirability", "encode.labels",
-    "store.build", "store.cache",
+    "formats.columns", "formats.fields", "formats.turns", "formats.ratings", "formats.preference_fields",
+    "formats.judgement_fields", "formats.label_fields", "formats.word_fields", "formats.squad_file",
+    "encode.conversations", "encode.spans", "encode.templates", "encode.texts", "encode.tagging", "encode.questions",
+    "encode.rankings", "encode.judgements", "encode.labels",
+    "store.encode_source", "store.cache",
 )  # fmt: skip
 """Modules of tunesmith.data that a stored example depends on: an edit of one of them makes every cache entry anew."""
 
