@@ -14,7 +14,7 @@ from tunesmith.data.data_config import DataConfig, Source
 from tunesmith.data.encode.templates import apply_template
 from tunesmith.data.read import class_folder, hub_set
 from tunesmith.data.read.source import Opened, eval_sources, open_source
-from tunesmith.data.row_problems import RowProblem, refuse
+from tunesmith.data.row_problems import RowProblem, bad_rows_error
 from tunesmith.data.rows import Chat
 from tunesmith.data.store.cache import Entry
 from tunesmith.data.store.data_report import Report, SourceReport, SplitReport, histogram
@@ -165,7 +165,7 @@ def _survey(objective: Any, opened: Sequence[Opened]) -> None:
     except DataError as error:
         if not bad:
             raise
-        raise refuse(first, bad, f"Without them {error}") from None
+        raise bad_rows_error(first, bad, f"Without them {error}") from None
 
 
 def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataConfig) -> None:
@@ -182,11 +182,11 @@ def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataCo
     files = " ".join(dict.fromkeys(word for source in bad for word in [source.path, *hub_set.flags(source)]))
     advice = f"Type `tunesmith data lint {files}` for all of them"
     if any(made.entry.info["fatal"] for made in built):
-        raise refuse(
+        raise bad_rows_error(
             problems, total, f"{advice}. The rest of the file cannot be read, so nothing is skipped."
         )
     if total and config.bad_rows == "error":
-        raise refuse(
+        raise bad_rows_error(
             problems,
             total,
             f"{advice}, or set data.bad_rows=skip (evaluate: --bad-rows skip) to leave them out.",
