@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from tunesmith.json_types import JsonObject
 
 Message = JsonObject
-"""One turn: ``role``, ``content``, and whatever else the chat template reads (``tool_calls``, ``reasoning_content``, ``name``)."""
+"""One turn: ``role``, ``content``, and whatever else the chat template reads (``tool_calls``,
+``reasoning_content``, ``name``)."""
 
 TextOrTurns = str | tuple[Message, ...]
 """A prompt or an answer: plain text without a chat template, or turns."""
@@ -41,9 +42,9 @@ class PromptCompletion:
 class Labelled:
     """A text, or a pair of texts, to classify.
 
-    Single-label rows set ``label`` (the name of a class, or a number). Multi-label rows set ``labels`` (names of all labels
-    that hold, possibly none). Rows to predict set neither. ``known``: every label that the file marks as holding or not
-    holding; it takes no part in comparisons."""
+    Single-label rows set ``label`` (the name of a class, or a number). Multi-label rows set ``labels`` (names
+    of all labels that hold, possibly none). Rows to predict set neither. ``known``: every label that the file
+    marks as holding or not holding; it takes no part in comparisons."""
 
     text: str
     text_pair: str | None = None
@@ -54,8 +55,8 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """A text with one tag per word. ``words``: (start, end) of each word in characters of ``text``, ordered, not overlapping;
-    where spaces have tags, they are words as well. ``tags``: None = to predict."""
+    """A text with one tag per word. ``words``: (start, end) of each word in characters of ``text``, ordered,
+    not overlapping; where spaces have tags, they are words as well. ``tags``: None = to predict."""
 
     text: str
     words: tuple[tuple[int, int], ...]
@@ -64,8 +65,9 @@ class Tagged:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about a text. ``answers``: (text, position of its first character in ``context``), several where annotators
-    differ; empty = the context has no answer; None = to predict. ``id``: the question's name in the data set."""
+    """A question about a text. ``answers``: (text, position of its first character in ``context``), several
+    where annotators differ; empty = the context has no answer; None = to predict. ``id``: the question's name
+    in the data set."""
 
     question: str
     context: str
@@ -77,8 +79,8 @@ class Question:
 class Ranking:
     """A prompt and several ranked answers. A preference pair is a ranking of two.
 
-    Prompt and answers are all turns or all plain text. ``ranks``: rank of each answer, 0 = best, equal = no preference.
-    ``scores``: score of each answer, higher = better, if known. ``tools``: as in Chat."""
+    Prompt and answers are all turns or all plain text. ``ranks``: rank of each answer, 0 = best, equal = no
+    preference. ``scores``: score of each answer, higher = better, if known. ``tools``: as in Chat."""
 
     prompt: TextOrTurns
     answers: tuple[TextOrTurns, ...]
