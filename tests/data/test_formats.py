@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.data.formats.columns import FORMATS, converter
+from tunesmith.data.formats.columns import choose_converter
 from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.data.rows import Chat, PromptCompletion, Text
 from tunesmith.errors import DataError
@@ -15,7 +15,7 @@ WRITTEN = (Chat, PromptCompletion, Text)
 
 def made(value, **options):
     options.setdefault("accepted", WRITTEN)
-    return converter([tuple(value)], path="f", **options)(Record("f", 1, 1, value))
+    return choose_converter([tuple(value)], path="f", **options)(Record("f", 1, 1, value))
 
 
 def asked(question, answer, *before):
@@ -111,7 +111,7 @@ REFUSED = [
     (dict(format="sharegpt"), "needs conversations"),
     (dict(columns={"instructon": "ask"}), "Did you mean `instruction`"),
     (dict(columns={"instruction": "ask", "messages": "reply"}), "no format has all"),
-    (dict(columns={"instruction": ["ask", "reply"]}), "one column, got a list .ask, reply.. Several may stand for: labels"),
+    (dict(columns={"instruction": ["ask", "reply"]}), "one column, got a list .ask, reply.. Fields that take several: labels"),
     (dict(prompt_template="Say something"), "names no column"),
     (dict(prompt_template="Say {asc}"), "Did you mean `ask`"),
     (dict(format="messages", prompt_template="Say {ask}"), "prompts are turns"),
@@ -122,26 +122,20 @@ REFUSED = [
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_what_fits_nothing_is_refused(options, message):
     with pytest.raises(DataError, match=message):
-        converter([("ask", "reply")], path="f", accepted=WRITTEN, **options)
+        choose_converter([("ask", "reply")], path="f", accepted=WRITTEN, **options)
 
 
 def test_the_objective_s_rows_decide():
     with pytest.raises(DataError, match="learns from Text rows"):
-        converter([("question", "answer")], path="f", accepted=(Text,))
-    assert converter([("text", "summary")], path="f", accepted=(Text,)).form.name == "text"
+        choose_converter([("question", "answer")], path="f", accepted=(Text,))
+    assert choose_converter([("text", "summary")], path="f", accepted=(Text,)).form.name == "text"
 
 
 def test_one_odd_row_does_not_change_the_format():
     keys = [("input", "output"), *[("instruction", "input", "output")] * 3]
-    assert converter(keys, path="f", accepted=WRITTEN).form.name == "alpaca"
+    assert choose_converter(keys, path="f", accepted=WRITTEN).form.name == "alpaca"
 
 
 def test_the_description_says_what_is_used():
-    maker = converter([("Q", "A", "label")], path="f", accepted=WRITTEN)
+    maker = choose_converter([("Q", "A", "label")], path="f", accepted=WRITTEN)
     assert maker.describe(("Q", "A", "label")) == "question_answer (question <- Q, answer <- A); not used: label"
-
-
-def test_the_recipe_s_list_of_formats_is_the_table():
-    from tunesmith.data.data_config import FORMATS as named
-
-    assert set(named) == set(FORMATS)

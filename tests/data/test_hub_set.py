@@ -139,11 +139,11 @@ def test_a_commit_that_is_here_is_not_asked_for(hub, monkeypatch):
 def test_an_interrupted_download_goes_on_where_it_stopped(hub):
     rows = bytes(range(256)) * 50_000  # nothing opens it here
     repo = hub.add("some/data", {"train.parquet": rows}, cut={"train.parquet": 11_000_000})
-    assert "What has arrived is kept" in refusal()
+    assert "Files that have arrived are kept" in refusal()
     repo.cut = {}
     hub.asked.clear()
     _, folder, said = pull()
-    assert (folder / "train.parquet").read_bytes() == rows and "going on after 10.5 MB" in said[-1]
+    assert (folder / "train.parquet").read_bytes() == rows and "continuing after 10.5 MB" in said[-1]
     assert [wanted for _, path, wanted in hub.asked if path.endswith(".parquet")] == [f"bytes={10 * 2**20}-"]
 
 
@@ -189,7 +189,7 @@ def test_a_set_without_rows_or_with_a_script_is_refused(files, words, hub):
 
 def test_a_configuration_is_chosen_by_name(hub):
     hub.add("some/data", CONFIGURED)
-    assert "several configurations; say which with `name`. Valid: english, korean" in refusal()
+    assert "several configurations; choose one with `name`. Valid: english, korean" in refusal()
     korean, _, _ = pull(name="korean")
     english, _, _ = pull(name="english")
     assert [len(prompts(source)) for source in (korean, english)] == [4, 3]

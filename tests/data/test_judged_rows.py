@@ -27,11 +27,11 @@ from tunesmith.data.data_config import DataConfig, EvalConfig, Source
 from tunesmith.data.encode import conversations
 from tunesmith.data.encode.judgements import encode, prompt_key
 from tunesmith.data.encode.templates import apply_template
-from tunesmith.data.formats.columns import converter
+from tunesmith.data.formats.columns import choose_converter
 from tunesmith.data.formats.judgement_fields import unpaired
-from tunesmith.data.read.source import ROW_TYPES, open_source
+from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
-from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Ranking, Text, digest, without_gold
+from tunesmith.data.rows import ROW_TYPES, Chat, Judged, Labelled, PromptCompletion, Ranking, Text, digest, without_gold
 from tunesmith.data.store import epoch_order
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError
@@ -47,7 +47,7 @@ texts = texts.map("".join).filter(str.strip)
 
 
 def made(value, accepted=(Judged,), **options):
-    return converter([tuple(value)], path="f", accepted=accepted, **options)(Record("f", 1, 1, value))
+    return choose_converter([tuple(value)], path="f", accepted=accepted, **options)(Record("f", 1, 1, value))
 
 
 def file(folder, rows, name="rows.jsonl"):
@@ -195,7 +195,7 @@ PAIRS = [
 @pytest.mark.parametrize(("format", "value"), PAIRS)
 def test_pairs_become_two_rows_only_where_the_format_is_named(tmp_path, format, value):
     path = file(tmp_path, [value])
-    with pytest.raises(DataError, match=rf"gives Ranking rows.*\n.*format: {format} "):
+    with pytest.raises(DataError, match=rf"makes Ranking rows.*\n.*format: {format} "):
         open_source(Source(path=path), (Judged,))
     opened = open_source(Source(path=path, format=format), (Judged,))
     assert "each pair becomes two rows: chosen is desirable, rejected is undesirable" in opened.description
@@ -207,7 +207,7 @@ def test_pairs_become_two_rows_only_where_the_format_is_named(tmp_path, format, 
 
 def test_a_ranking_of_several_is_no_pair(tmp_path):
     path = file(tmp_path, [{"prompt": "q", "answers": ["a", "b", "c"]}])
-    with pytest.raises(DataError, match="Choose another objective, or say which column"):
+    with pytest.raises(DataError, match="Choose another objective, or map the columns"):
         open_source(Source(path=path), (Judged,))
 
 

@@ -257,10 +257,10 @@ BAD = [
     (Question, {"question": "q", "context": CONTEXT, "answers": None}, "answers", "null"),
     (Question, {"question": "q", "context": " ", "answers": []}, "context", "only spaces"),
     (Question, {**GOOD[Question], "answers": [{"text": "Lee", "answer_start": 7}]}, "answers[0].answer_start", "It begins at 8, 13:"),
-    (Question, {**GOOD[Question], "answers": [{"text": "Park", "answer_start": 0}]}, "answers[0].answer_start", "does not say it so"),
+    (Question, {**GOOD[Question], "answers": [{"text": "Park", "answer_start": 0}]}, "answers[0].answer_start", "does not contain it"),
     (Question, {**GOOD[Question], "answers": [{"text": "left.", "answer_start": -5}]}, "answers[0].answer_start", "outside"),
     (Question, {**GOOD[Question], "answers": [{"text": "Kim", "answer_start": True}]}, "answers[0].answer_start", "whole number"),
-    (Question, {**GOOD[Question], "answers": {"text": ["a", "b"], "answer_start": [0]}}, "answers", "as many of one"),
+    (Question, {**GOOD[Question], "answers": {"text": ["a", "b"], "answer_start": [0]}}, "answers", "lists of the same length"),
     (Question, {**GOOD[Question], "is_impossible": False}, "answers", "is_impossible is false"),
     (
         Question,

@@ -8,15 +8,15 @@ import math
 import pytest
 
 from tunesmith.data.data_config import Source
-from tunesmith.data.formats.columns import converter
-from tunesmith.data.read.source import ROW_TYPES, open_source
+from tunesmith.data.formats.columns import choose_converter
+from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import Record, RowProblem
-from tunesmith.data.rows import Chat, Labelled, PromptCompletion, Question, Ranking, Tagged, Text, digest, without_gold
+from tunesmith.data.rows import ROW_TYPES, Chat, Labelled, PromptCompletion, Question, Ranking, Tagged, Text, digest, without_gold
 from tunesmith.errors import DataError
 
 
 def made(value, accepted=(Ranking,), **options):
-    return converter([tuple(value)], path="f", accepted=accepted, **options)(Record("f", 1, 1, value))
+    return choose_converter([tuple(value)], path="f", accepted=accepted, **options)(Record("f", 1, 1, value))
 
 
 def turn(role, text):
@@ -164,20 +164,20 @@ REFUSED = [
     ({"prompt": "q", "chosen": "a", "rejected": " a\n"}, "rejected", "two answers that differ", "'chosen', too"),
     ({"prompt": [Q], "chosen": [A], "rejected": "a "}, "rejected", "two answers that differ", "'chosen', too"),
     ({"chosen": [Q, A], "rejected": [Q, A]}, "rejected", "two answers that differ", "'chosen', too"),
-    ({"chosen": [Q, A], "rejected": [turn("user", "other"), B]}, "rejected", SAME, "from the 1. on: 'q' and 'other'"),
-    ({"chosen": [*MORE, B], "rejected": [Q, A, turn("user", "so?"), C]}, "rejected", SAME, "from the 3. on: 'and?' and 'so?'"),
-    ({"chosen": [Q, A], "rejected": [*MORE, C]}, "rejected", SAME, "from the 3. on: nothing and 'and?'"),
-    ({"chosen": [Q, A, B], "rejected": [Q, A, C]}, "rejected", SAME, "from the 3. on: 'b' and 'c'"),
-    ({"chosen": [*MORE, B], "rejected": [Q, B, turn("user", "and?"), C]}, "rejected", SAME, "from the 2. on"),
+    ({"chosen": [Q, A], "rejected": [turn("user", "other"), B]}, "rejected", SAME, "from turn 1 on: 'q' and 'other'"),
+    ({"chosen": [*MORE, B], "rejected": [Q, A, turn("user", "so?"), C]}, "rejected", SAME, "from turn 3 on: 'and?' and 'so?'"),
+    ({"chosen": [Q, A], "rejected": [*MORE, C]}, "rejected", SAME, "from turn 3 on: nothing and 'and?'"),
+    ({"chosen": [Q, A, B], "rejected": [Q, A, C]}, "rejected", SAME, "from turn 3 on: 'b' and 'c'"),
+    ({"chosen": [*MORE, B], "rejected": [Q, B, turn("user", "and?"), C]}, "rejected", SAME, "from turn 2 on"),
     ({"chosen": [turn("system", "s"), Q, A], "rejected": [turn("system", "s"), A]}, "rejected", SAME, "'q' and 'a'"),
-    ({"chosen": f"{HH}b", "rejected": "\n\nHuman: x\n\nAssistant: c"}, "rejected", SAME, "from the 1. on"),
+    ({"chosen": f"{HH}b", "rejected": "\n\nHuman: x\n\nAssistant: c"}, "rejected", SAME, "from turn 1 on"),
     ({"chosen": f"{HH}b", "rejected": HH}, "rejected[3]", "an answer with something in it", "empty text"),
     ({"chosen": "\n\nHuman: \n\nAssistant: a", "rejected": f"{HH}b"}, "chosen[0]", "what Human says", "empty text"),
     ({"chosen": "a", "rejected": "b"}, "chosen", "a conversation, because the row has no prompt", "'a'"),
     ({"chosen": [A], "rejected": [B]}, "chosen", SAME, "an answer alone"),
     ({"prompt": "q", "chosen": [Q, A], "rejected": [B]}, "chosen", SAME, "a whole conversation"),
-    ({"prompt": "other", "chosen": [Q, A], "rejected": [Q, B]}, "prompt", "what is asked in 'chosen' and 'rejected'", "'other'"),
-    ({"prompt": "other", "chosen": f"{HH}b", "rejected": f"{HH}c"}, "prompt", "what is asked in 'chosen'", "'other'"),
+    ({"prompt": "other", "chosen": [Q, A], "rejected": [Q, B]}, "prompt", "the question in 'chosen' and 'rejected'", "'other'"),
+    ({"prompt": "other", "chosen": f"{HH}b", "rejected": f"{HH}c"}, "prompt", "the question in 'chosen'", "'other'"),
     ({"prompt": HH, "chosen": f"{HH}b", "rejected": "c"}, "chosen", SAME, "a whole conversation"),
     ({"prompt": HH, "answers": [f"{HH}b", f"{HH}c"]}, "answers[0]", "an answer: turns", "user, assistant, user, assistant"),
     ({"prompt": [Q, A], "chosen": [B], "rejected": [C]}, "prompt", "a prompt that ends with a turn of the user", "assistant"),
@@ -268,9 +268,9 @@ BEFORE = [
 
 @pytest.mark.parametrize(("value", "form", "row"), BEFORE)
 def test_no_format_takes_another_s_rows(value, form, row):
-    assert converter([tuple(value)], path="f", accepted=ROW_TYPES).form.name == form
+    assert choose_converter([tuple(value)], path="f", accepted=ROW_TYPES).form.name == form
     with pytest.raises(DataError):
-        converter([tuple(value)], path="f", accepted=(Ranking,))
+        choose_converter([tuple(value)], path="f", accepted=(Ranking,))
 
 
 @pytest.mark.parametrize("extra", [{"output": "x"}, {"completion": "x"}, {"response": "x"}, {"messages": [Q, A]}, {"text": "t"}])

@@ -70,12 +70,12 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub, monkeypatch):
     weights = bytes(range(256)) * 100_000
     repo = hub.add("some/model", {WEIGHTS: weights, "config.json": b"{}"}, cut={WEIGHTS: 15_000_000})
     pinned(monkeypatch, hashlib.sha256(weights).hexdigest())
-    assert "What has arrived is kept" in refusal("tiny")
+    assert "Files that have arrived are kept" in refusal("tiny")
     assert stored() == [".part-tiny-aaaaaaaaaaaa"]
     repo.cut = {}
     hub.asked.clear()
     path, said = pull("tiny")
-    assert (path / WEIGHTS).read_bytes() == weights and "going on after 10.5 MB" in said[0]
+    assert (path / WEIGHTS).read_bytes() == weights and "continuing after 10.5 MB" in said[0]
     fetched = [(name.rpartition("/")[2], wanted) for _, name, wanted in hub.asked if "/resolve/" in name]
     # what had not begun comes whole; the client writes 10 MiB at a time, so that much of the weights was kept
     assert sorted(fetched) == [("config.json", None), (WEIGHTS, f"bytes={10 * 2**20}-")]

@@ -7,12 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-FORMATS = (
-    "alpaca", "input_output", "summary", "question_answer", "sharegpt", "messages", "prompt_completion", "text",
-    "labelled", "multilabel", "tokens", "conll", "words", "squad",
-    "preference", "preference_turns", "preference_alpaca", "preference_dialogues", "ranking", "ranking_alpaca",
-    "judged", "judged_turns", "judged_alpaca", "unpaired", "unpaired_turns", "unpaired_alpaca", "unpaired_dialogues",
-)  # fmt: skip
+from tunesmith.data.formats.columns import FORMATS
 
 
 class Strict(BaseModel):

@@ -128,6 +128,8 @@ Answered = Ranking | Judged
 
 Row = Written | Labelled | Tagged | Question | Answered
 
+ROW_TYPES: tuple[type, ...] = (Chat, PromptCompletion, Text, Labelled, Tagged, Question, Ranking, Judged)
+
 
 def turns(part: TextOrTurns) -> tuple[Message, ...]:
     """The turns of a prompt or an answer; plain text has none."""

@@ -16,21 +16,8 @@ from tunesmith.data.formats.judgement_fields import split_pair
 from tunesmith.data.read import hub_set
 from tunesmith.data.read.row_files import READERS, Rows, read
 from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
-from tunesmith.data.rows import (
-    Answered,
-    Chat,
-    Judged,
-    Labelled,
-    PromptCompletion,
-    Question,
-    Ranking,
-    Row,
-    Tagged,
-    Text,
-)
+from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Labelled, Ranking, Row
 from tunesmith.errors import DataError
-
-ROW_TYPES: tuple[type, ...] = (Chat, PromptCompletion, Text, Labelled, Tagged, Question, Ranking, Judged)
 
 SAMPLED = 100
 """Rows from which the format is detected."""
@@ -67,7 +54,9 @@ class OpenedSource:
                 is_number = not isinstance(row.label, str)
                 numbers = is_number if numbers is None else numbers
                 if is_number is not numbers:
-                    row = _mixed_labels(item, row.label, numbers)
+                    expected = f"a {'number' if numbers else 'name'}, as in the rows before"
+                    fix = "Write all labels as numbers, or all as text in quotes."
+                    row = item.problem("label", expected, shorten(row.label), fix)
             if isinstance(row, RowProblem):
                 yield row
             elif isinstance(row, Ranking) and self.convert.splits_pairs:
@@ -83,12 +72,6 @@ class OpenedSource:
         """The problem of a row that was read but cannot become an example."""
         assert self.convert is not None
         return self.convert.problem(record, fault)
-
-
-def _mixed_labels(record: Record, label: str | float, numbers: bool) -> RowProblem:
-    expected = "a number, as in the rows before" if numbers else "a name, as in the rows before"
-    fix = "Write all labels as numbers, or all as text in quotes."
-    return record.problem("label", expected, shorten(label), fix)
 
 
 def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bool = True) -> OpenedSource:
