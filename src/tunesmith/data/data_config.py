@@ -26,29 +26,21 @@ class Source(Strict):
     """One source of rows: a file, a folder of classes, a built-in set, or a split of a Hub data set."""
 
     path: str = Field(
-        description="json, jsonl, csv, tsv, txt, conll or parquet file, folder of .txt files in one folder for each class, "
-        "builtin:NAME, or hub:OWNER/NAME[@REVISION]"
+        description="json, jsonl, csv, tsv, txt, conll or parquet file, folder of .txt files by class, builtin:NAME, "
+        "or hub:OWNER/NAME[]"
     )
     split: str = Field("train", description="split of a Hub data set")
     name: str | None = Field(None, description="configuration of a Hub data set that has several")
-    streaming: bool = Field(
-        False, description="read a Hub data set over the network, without storing its files"
-    )
+    streaming: bool = Field(False, description="stream a Hub data set, without storing its files")
     format: str | None = Field(None, description=f"one of {', '.join(FORMATS)}; detected when absent")
     columns: dict[str, str | Annotated[list[str], Field(min_length=1)]] | None = Field(
         None,
         description="field of the format -> column of the file, e.g. {prompt: question}; "
         "labels may also be several columns of 0 and 1, e.g. {labels: [toxic, insult]}",
     )
-    separator: str | None = Field(
-        None, min_length=1, description="separator of the labels in a cell, e.g. '|'"
-    )
-    prompt_template: str | None = Field(
-        None, description="prompt made from columns, e.g. 'Summarise: {text}'"
-    )
-    weight: float = Field(
-        1.0, gt=0, description="passes over the source per epoch: 2 = twice, 0.5 = a random half"
-    )
+    separator: str | None = Field(None, min_length=1, description="separator of labels in a cell, e.g. '|'")
+    prompt_template: str | None = Field(None, description="prompt from columns, e.g. 'Summarise: {text}'")
+    weight: float = Field(1.0, gt=0, description="passes per epoch: 2 = twice, 0.5 = a random half")
     limit: int | None = Field(None, gt=0, description="use the first N rows only")
 
     @field_validator("columns", mode="before")
@@ -93,13 +85,9 @@ class Source(Strict):
 class EvalConfig(Strict):
     """The evaluation set: a share of the training rows, a separate file, or several named files."""
 
-    fraction: float = Field(
-        0.05, ge=0, lt=1, description="share of the training rows held out; 0 = no evaluation"
-    )
+    fraction: float = Field(0.05, ge=0, lt=1, description="share of training rows held out; 0 = none")
     limit: int | None = Field(None, gt=0, description="maximum number of evaluation rows")
-    path: str | None = Field(
-        None, description="a separate file, read with the settings of the first training source"
-    )
+    path: str | None = Field(None, description="separate file, read like the first training source")
     sets: dict[str, Source] | None = Field(
         None,
         description="several files, each with separate metrics: {korean: {path: ko.csv}, code: {path: code.jsonl, limit: 200}}",
@@ -119,7 +107,7 @@ class EvalConfig(Strict):
     def _check_names(cls, sets: dict[str, Source] | None) -> dict[str, Source] | None:
         if sets is not None and not sets:
             raise ValueError(
-                "expected at least one set, such as {korean: {path: ko.csv}}; leave the key out for none"
+                "expected at least one set, as {korean: {path: ko.csv}}; leave the key out for none"
             )
         for name in sets or ():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -135,10 +123,8 @@ class DataConfig(Strict):
     template: str | None = Field(
         None, description="alpaca, chatml, roles, korean, or a Jinja string; default: the model's own"
     )
-    bad_rows: Literal["error", "skip"] = Field(
-        "error", description="skip = leave bad rows out, count and list them"
-    )
+    bad_rows: Literal["error", "skip"] = Field("error", description="skip = count, list and drop them")
     max_unlearnable: float = Field(
-        0.2, ge=0, le=1, description="stop when a larger share of the rows has no supervised token"
+        0.2, ge=0, le=1, description="maximum share of rows without supervised tokens"
     )
     cache: bool = Field(True, description="keep processed rows on disk, keyed by content")

@@ -18,13 +18,12 @@ from tunesmith.data.formats.fields import (
     Format,
     Values,
     optional,
-    optional_text,
     require_text,
     required,
 )
 from tunesmith.data.formats.label_fields import build_labelled, build_multilabel, scan_vectors
 from tunesmith.data.formats.squad_file import build_question
-from tunesmith.data.formats.turns import alpaca_prompt, exchange, parse_chat, parse_tools, parse_turns
+from tunesmith.data.formats.turns import alpaca_prompt, build_chat, exchange, parse_tools, parse_turns
 from tunesmith.data.formats.word_fields import build_tokens, build_words, scan_spaces
 from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
 from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Question, Row, Tagged, Text
@@ -34,20 +33,15 @@ from tunesmith.suggestions import did_you_mean
 
 
 def _build_alpaca(values: Values) -> Chat:
-    output = require_text(values["output"], "output")
-    return Chat((*alpaca_prompt(values), {"role": "assistant", "content": output}))
+    return Chat((*alpaca_prompt(values), {"role": "assistant", "content": values.text("output")}))
 
 
 def _exchange(question: str, answer: str) -> Callable[[Values], Chat]:
-    return lambda values: Chat(
-        exchange(require_text(values[question], question), require_text(values[answer], answer))
-    )
+    return lambda values: Chat(exchange(values.text(question), values.text(answer)))
 
 
-def _chat_builder(turns: str) -> Callable[[Values], Chat]:
-    return lambda values: parse_chat(
-        values[turns], turns, values.get("tools"), optional_text(values.get("system"), "system")
-    )
+def _chat(turns: str) -> Callable[[Values], Chat]:
+    return lambda values: build_chat(values, turns)
 
 
 def _build_prompt_completion(values: Values) -> PromptCompletion | Chat:
@@ -62,7 +56,7 @@ def _build_prompt_completion(values: Values) -> PromptCompletion | Chat:
 
 
 def _build_text(values: Values) -> Text:
-    return Text(require_text(values["text"], "text"))
+    return Text(values.text("text"))
 
 
 CHAT = (TOOLS, SYSTEM)
@@ -86,8 +80,8 @@ SQUAD = (
 
 TABLE = (
     *preference_fields.PAIRS,
-    Format("messages", Chat, (required("messages"), *CHAT), _chat_builder("messages")),
-    Format("sharegpt", Chat, (required("conversations", "conversation"), *CHAT), _chat_builder("conversations")),
+    Format("messages", Chat, (required("messages"), *CHAT), _chat("messages")),
+    Format("sharegpt", Chat, (required("conversations", "conversation"), *CHAT), _chat("conversations")),
     Format("alpaca", Chat, ALPACA, _build_alpaca, "instruction", ("output",)),
     Format("prompt_completion", PromptCompletion, COMPLETION, _build_prompt_completion, "prompt", ("completion",)),
     Format("input_output", Chat, (required("input"), required("output")), _exchange("input", "output"), "input", ("output",)),
@@ -144,7 +138,7 @@ class Converter:
             values = self._values(record.value, names)
             if self.prompt_template is not None and self.form.prompt:
                 values[self.form.prompt] = self._fill_template(record.value)
-            return self.form.build({**values, **self.facts, "gold": self.gold})
+            return self.form.build(Values(values | self.facts | {"gold": self.gold}))
         except FieldFault as fault:
             return self.problem(record, fault)
 
@@ -165,24 +159,25 @@ class Converter:
         place = (column if isinstance(column, str) else head) + bracket + rest
         return record.problem(place, fault.expected, fault.got, fault.fix)
 
-    def _values(self, record: JsonObject, names: Mapping[str, Names]) -> JsonObject:
+    def _values(self, record: JsonObject, names: Mapping[str, Names]) -> Values:
         """Field -> value, without the gold if it is not needed, so that wrong gold is no problem then."""
-        return {
-            name: record[column]
-            if isinstance(column, str)
-            else {asked: record[key] for asked, key in zip(self.columns[name], column)}
-            for name, column in names.items()
-            if self.gold or name != self.form.gold
-        }
+        return Values(
+            {
+                name: record[column]
+                if isinstance(column, str)
+                else {asked: record[key] for asked, key in zip(self.columns[name], column)}
+                for name, column in names.items()
+                if self.gold or name != self.form.gold
+            }
+        )
 
     def scan(self, records: Iterable[Record]) -> JsonObject:
         """Facts about the whole file, from its first rows."""
         if self.form.scan is None:
             return {}
         matches = [(record.value, *self.match(tuple(record.value))) for record in records]
-        return self.form.scan(
-            [self._values(value, names) for value, names, missing in matches if not missing]
-        )
+        sample = [self._values(value, names) for value, names, missing in matches if not missing]
+        return self.form.scan(sample)
 
     def _fill_template(self, record: JsonObject) -> str:
         def fill(match: re.Match[str]) -> str:
@@ -287,9 +282,9 @@ def choose_converter(
             return replace(next(most, wanted[0][1]), gold=gold)
     if fitting:
         raise DataError(f"{path}: {_other_rows(fitting[0][1].form, accepted, keys)}")
-    tried = (
-        f"the format {format} needs {_needs(FORMATS[format])}" if format else "no format has these columns"
-    )
+    tried = "no format has these columns"
+    if format:
+        tried = f"the format {format} needs {_needs(FORMATS[format])}"
     listed = "".join(f"\n    {maker.form.name}: {_needs(maker.form)}" for maker in _makers_of(accepted))
     raise DataError(
         f"{path}: {tried}. Columns of the file: {', '.join(_columns(keys[:5])) or 'none'}.\n"
@@ -358,9 +353,7 @@ def _with_fields(forms: Sequence[Format], columns: Columns, path: str) -> list[F
     known = {part.name: part.several for form in forms for part in form.fields}
     for name, asked in columns.items():
         if name not in known:
-            raise DataError(
-                f"{path}: columns: {name!r} is not a field of a format. {did_you_mean(name, known)}"
-            )
+            raise DataError(f"{path}: columns: no format has a field {name!r}. {did_you_mean(name, known)}")
         if not isinstance(asked, str) and not known[name]:
             several = ", ".join(name for name, takes_several in known.items() if takes_several) or "none"
             raise DataError(

@@ -14,8 +14,24 @@ from tunesmith.json_types import JsonObject
 Columns = Mapping[str, str | Sequence[str]]
 """Field of the format -> column of the file, or several columns (the value is then {column: value})."""
 
-Values = JsonObject
-"""Field of the format -> value. Optional fields that the row lacks are absent."""
+
+class Values(JsonObject):
+    """Field of the format -> value. Optional fields that the row lacks are absent.
+
+    ``scan``'s facts and "gold" (the row must have its gold) are entries next to the fields."""
+
+    def text(self, field: str) -> str:
+        """The field as text that is not blank."""
+        return require_text(self[field], field)
+
+    def optional_text(self, field: str) -> str:
+        """The field as text; the empty string if it is absent or None."""
+        return optional_text(self.get(field), field)
+
+    @property
+    def needs_gold(self) -> bool:
+        return bool(self.get("gold", True))
+
 
 CORRECT_IT = "Correct it, or delete the row."
 
@@ -34,12 +50,12 @@ class Field:
 
 
 def required(name: str, *columns: str, several: bool = False) -> Field:
-    """A field that a row must have. ``name`` is the first of its ``columns`` where they do not list it."""
+    """A required field. Its first column is ``name``, unless ``columns`` lists it elsewhere."""
     return Field(name, columns if name in columns else (name, *columns), several=several)
 
 
 def optional(name: str, *columns: str) -> Field:
-    """A field that a row may lack, in the first of its columns: ``name`` itself."""
+    """A field that a row may lack. Its first column is ``name``."""
     return Field(name, (name, *columns), required=False)
 
 
@@ -47,12 +63,13 @@ def optional(name: str, *columns: str) -> Field:
 class Format:
     """The fields of a row as files write it, and the row type that they become.
 
-    ``build`` makes the row from the values of the fields. It raises FieldFault. Next to the fields it
-    receives the facts of ``scan``, and under "gold" whether the row must have its gold. ``prompt``: the field
-    that a ``prompt_template`` replaces. ``answer``: the fields kept next to such a template. ``gold``: the
-    field that rows to predict may lack. ``scan`` returns facts about the whole file from the values of its
-    first rows. ``marks``: columns of this format alone. A file with one of them is tried as this format
-    first. ``by_name``: the format is never detected; the recipe must name it."""
+    - ``build`` makes the row from the values. It raises FieldFault.
+    - ``prompt``: the field that a ``prompt_template`` replaces. ``answer``: the fields kept next to it.
+    - ``gold``: the field that rows to predict may lack.
+    - ``scan`` returns facts about the whole file from the values of its first rows.
+    - ``marks``: columns of this format alone. A file with one of them is tried as this format first.
+    - ``by_name``: the format is never detected; the recipe must name it.
+    """
 
     name: str
     row: type

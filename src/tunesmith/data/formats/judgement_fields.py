@@ -9,19 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from tunesmith.data.formats.fields import (
-    SYSTEM,
-    TOOLS,
-    Field,
-    FieldFault,
-    Format,
-    Values,
-    optional_text,
-    parse_json,
-    required,
-)
+from tunesmith.data.formats.fields import SYSTEM, TOOLS, Field, FieldFault, Format, Values, required
 from tunesmith.data.formats.preference_fields import ALPACA_CONTEXT, INSTRUCTION, PAIRS, build_ranking
-from tunesmith.data.formats.turns import parse_turns, with_system
+from tunesmith.data.formats.turns import turns_field, with_system
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Judged, Ranking
 
@@ -38,7 +28,7 @@ def build_judged(values: Values) -> Judged:
 def build_judged_turns(values: Values) -> Judged:
     """The row of a whole conversation and a label. The response is everything after the last turn of the
     user."""
-    turns = parse_turns(parse_json(values["messages"], "messages", "a list of turns"), "messages")
+    turns = turns_field(values, "messages")
     users = [index for index, message in enumerate(turns) if message["role"] == "user"]
     if not users:
         raise FieldFault("messages", "a turn of the user", "none", "Add the question, or delete the row.")
@@ -46,19 +36,19 @@ def build_judged_turns(values: Values) -> Judged:
     if not response:
         expected, got = "the response after the last turn of the user", "a turn of user at the end"
         raise FieldFault("messages", expected, got, "Add the response that the label is about.")
-    prompt = with_system(prompt, optional_text(values.get("system"), "system"))
-    return _row({**values, "prompt": prompt, "system": None}, response, "messages")
+    prompt = with_system(prompt, values)
+    return _row(Values(values | {"prompt": prompt, "system": None}), response, "messages")
 
 
 def _row(values: Values, response: object, field: str) -> Judged:
     """The row of ``response``. Its faults are reported under ``field``."""
     try:
-        row = build_ranking({**values, "answers": [response], "gold": False})
+        row = build_ranking(Values(values | {"answers": [response], "gold": False}))
     except FieldFault as fault:
         place, fix = (text.replace("answers[0]", field) for text in (fault.field, fault.fix))
         raise FieldFault(place, fault.expected, fault.got, fix) from None
-    known = values.get("gold", True)
-    return Judged(row.prompt, row.answers[0], parse_judgement(values["label"]) if known else None, row.tools)
+    desirable = parse_judgement(values["label"]) if values.needs_gold else None
+    return Judged(row.prompt, row.answers[0], desirable, row.tools)
 
 
 def parse_judgement(value: object) -> bool:
@@ -70,9 +60,7 @@ def parse_judgement(value: object) -> bool:
         if word in DESIRABLE | UNDESIRABLE:
             return word in DESIRABLE
     expected = "true or false (also 1 or 0, yes or no, good or bad, thumbs_up or thumbs_down)"
-    fix = (
-        "Write whether the response is desirable, or name the column of the label: columns: {label: COLUMN}."
-    )
+    fix = "Write whether it is desirable, or name the column of the label: columns: {label: COLUMN}."
     raise FieldFault("label", expected, shorten(value), fix)
 
 

@@ -17,7 +17,7 @@ def build_labelled(values: Values) -> Labelled:
     """The row of a text, possibly a second text, and a label. Without the field ``label`` it is a row to
     predict."""
     label = _label(values["label"]) if "label" in values else None
-    return Labelled(require_text(values["text"], "text"), _text_pair(values), label=label)
+    return Labelled(values.text("text"), _text_pair(values), label=label)
 
 
 def build_multilabel(values: Values) -> Labelled:
@@ -30,7 +30,7 @@ def build_multilabel(values: Values) -> Labelled:
         given, size = values["labels"], values.get("vectors")
         labels = _labels(given, values.get("separator"), size)
         known = tuple(map(str, given)) if isinstance(given, Mapping) else _indices(size or 0)
-    return Labelled(require_text(values["text"], "text"), _text_pair(values), labels=labels, known=known)
+    return Labelled(values.text("text"), _text_pair(values), labels=labels, known=known)
 
 
 def scan_vectors(sample: Sequence[Values]) -> JsonObject:
@@ -59,7 +59,7 @@ def scan_vectors(sample: Sequence[Values]) -> JsonObject:
 
 
 def _text_pair(values: Values) -> str | None:
-    return require_text(values["text_pair"], "text_pair") if "text_pair" in values else None
+    return values.text("text_pair") if "text_pair" in values else None
 
 
 def _label(value: object) -> str | float:
@@ -91,9 +91,8 @@ def _labels(value: object, separator: str | None, size: int | None) -> tuple[str
         return _label_names(listed)
     if len(listed) != size:
         got = f"{len(listed)}: {shorten(listed)}"
-        raise FieldFault(
-            "labels", f"{size} numbers 0 or 1", got, "Write one per label, as in the first rows."
-        )
+        fix = "Write one per label, as in the first rows."
+        raise FieldFault("labels", f"{size} numbers 0 or 1", got, fix)
     return tuple(str(index) for index, mark in enumerate(listed) if _holds(mark, f"labels[{index}]"))
 
 

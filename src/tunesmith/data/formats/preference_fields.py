@@ -19,13 +19,18 @@ from tunesmith.data.formats.fields import (
     Format,
     Values,
     optional,
-    optional_text,
-    parse_json,
     parse_list,
     require_text,
     required,
 )
-from tunesmith.data.formats.turns import alpaca_prompt, parse_tools, parse_turn, parse_turns, with_system
+from tunesmith.data.formats.turns import (
+    alpaca_prompt,
+    parse_tools,
+    parse_turn,
+    parse_turns,
+    turns_field,
+    with_system,
+)
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Message, Ranking
 
@@ -64,10 +69,8 @@ def build_preference(values: Values) -> Ranking:
 
 def build_preference_turns(values: Values) -> Ranking:
     """The row of turns and two answers to the last of them."""
-    turns = parse_turns(
-        parse_json(values["conversations"], "conversations", "a list of turns"), "conversations"
-    )
-    return _pair_of_turns(with_system(turns, _system(values)), "conversations", values)
+    turns = with_system(turns_field(values, "conversations"), values)
+    return _pair_of_turns(turns, "conversations", values)
 
 
 def build_preference_alpaca(values: Values) -> Ranking:
@@ -83,7 +86,7 @@ def build_preference_dialogues(values: Values) -> Ranking:
 def build_ranking(values: Values) -> Ranking:
     """The row of a prompt and several answers, ordered by their grades; without grades the best answer is the
     first."""
-    graded = _listed_answers(values["answers"], _wants_gold(values))
+    graded = _listed_answers(values["answers"], values.needs_gold)
     bare = _without_grades(graded)
     is_alpaca = "instruction" in values
     prompt = alpaca_prompt(values) if is_alpaca else _prompt(values, _are_plain(bare))
@@ -98,14 +101,6 @@ def build_ranking(values: Values) -> Ranking:
     return _ranking(prompt, answers, ranks, scores, values, names)
 
 
-def _wants_gold(values: Values) -> bool:
-    return bool(values.get("gold", True))
-
-
-def _system(values: Values) -> str:
-    return optional_text(values.get("system"), "system")
-
-
 def _are_plain(answers: Sequence[object]) -> bool:
     """True if every answer is a text, and neither turns as JSON text nor a dialogue."""
     return all(isinstance(answer, str) and not _is_dialogue(answer) for answer in map(_from_json, answers))
@@ -116,15 +111,17 @@ def _prompt(values: Values, plain_answers: bool) -> str | list[Message]:
     and tools."""
     value = _from_json(values["prompt"])
     if value is not None and not isinstance(value, str):
-        return with_system(parse_turns(value, "prompt"), _system(values))
+        return with_system(parse_turns(value, "prompt"), values)
     text = require_text(value, "prompt")
     if DIALOGUE.match(text) and text.rstrip().endswith("Assistant:"):
         turns = parse_dialogue(text.rstrip().removesuffix("Assistant:"), "prompt")
-    elif plain_answers and not _system(values).strip() and not parse_tools(values.get("tools")):
+    elif (
+        plain_answers and not values.optional_text("system").strip() and not parse_tools(values.get("tools"))
+    ):
         return text
     else:
         turns = [{"role": "user", "content": text}]
-    return with_system(turns, _system(values))
+    return with_system(turns, values)
 
 
 def _pair_of_turns(prompt: list[Message] | None, field: str, values: Values) -> Ranking:
@@ -139,9 +136,9 @@ def _pair_of_turns(prompt: list[Message] | None, field: str, values: Values) -> 
         got = "an answer alone" if prompt is None else "a whole conversation"
         fix = "Write both as whole conversations, or both as answers with their prompt in a separate column."
         raise FieldFault(odd, SAME_PROMPT, got, fix)
-    shared, answers = _split_conversations(*sides, _wants_gold(values))
+    shared, answers = _split_conversations(*sides, values.needs_gold)
     if prompt is None:
-        return _pair(with_system(shared, _system(values)), answers, values)
+        return _pair(with_system(shared, values), answers, values)
     questions = [message["content"].strip() for message in prompt if message["role"] == "user"]
     question = questions[-1] if questions else ""
     if question not in [message["content"].strip() for message in shared]:
@@ -165,9 +162,8 @@ def _split_conversations(
     if not shared or shared[-1]["role"] not in BEFORE_ANSWER or not all(map(_is_answer, answers)):
         first, second = map(_first_words, answers)
         fix = "Write the same turns up to the answers on both sides, or delete the row."
-        raise FieldFault(
-            "rejected", SAME_PROMPT, f"different turns from turn {common + 1} on: {first} and {second}", fix
-        )
+        got = f"different turns from turn {common + 1} on: {first} and {second}"
+        raise FieldFault("rejected", SAME_PROMPT, got, fix)
     return shared, answers
 
 
@@ -291,7 +287,7 @@ def _ranking(
     prompt: str | Turns, answers: Sequence[str | Turns], ranks: tuple[int, ...], scores: tuple[float, ...] | None,
     values: Values, names: Sequence[str],
 ) -> Ranking:  # fmt: skip
-    if _wants_gold(values):
+    if values.needs_gold:
         _check_ranks(answers, ranks, names)
     else:
         ranks = (0,) * len(answers)

@@ -21,7 +21,7 @@ Numbers = tuple[float, ...]
 def pair_scores(values: Values) -> Numbers | None:
     """Scores of the chosen and the rejected answer: from two columns, else a list of both, else (margin,
     0)."""
-    if not values.get("gold", True):
+    if not values.needs_gold:
         return None
     names = ("chosen_score", "rejected_score")
     given = [name for name in names if _is_set(values, name)]
@@ -46,7 +46,7 @@ def ranks_and_scores(values: Values, answers: Sequence[object]) -> tuple[tuple[i
 
     ``answers``: as the file has them. Ranks take precedence over scores, and scores over labels."""
     count = len(answers)
-    if not values.get("gold", True):
+    if not values.needs_gold:
         return (0,) * count, None
     columns = [name for name in ("ranks", "scores", "labels") if values.get(name) is not None]
     objects = [item for item in answers if isinstance(item, Mapping)]
@@ -73,9 +73,8 @@ def _grades(answers: Sequence[Mapping[str, object]], has_columns: bool) -> dict[
             if grade not in item:
                 expected, fix = f"a {grade}, as other answers have one", f"Write it, or remove every {grade}."
                 raise FieldFault(f"answers[{index}].{grade}", expected, "nothing", fix)
-        numbers = tuple(
-            _number(item[grade], f"answers[{index}].{grade}") for index, item in enumerate(answers)
-        )
+        places = enumerate(answers)
+        numbers = tuple(_number(item[grade], f"answers[{index}].{grade}") for index, item in places)
         return {"ranks" if grade == "rank" else "scores": numbers}
     for index, item in enumerate(answers):
         for key, number in item.items():

@@ -22,10 +22,7 @@ KEYS = ("id", "question", "answers", "is_impossible")
 def build_question(values: Values) -> Question:
     """The row of a question, its context and its answers. Without the field ``answers`` it is a row to
     predict."""
-    question, context = (
-        require_text(values["question"], "question"),
-        require_text(values["context"], "context"),
-    )
+    question, context = values.text("question"), values.text("context")
     name = values.get("id")
     return Question(question, context, _answers(values, context), None if name is None else str(name))
 
@@ -69,11 +66,10 @@ def _parse_answers(value: object) -> list[tuple[str, object, object]]:
         raise FieldFault("answers", "a list of answers", shorten(value), fix)
     for index, answer in enumerate(value):
         if not isinstance(answer, Mapping) or not {"text", "answer_start"} <= answer.keys():
-            expected, fix = (
-                "an object with text and answer_start",
-                'Write {"text": "...", "answer_start": 0}.',
+            fix = 'Write {"text": "...", "answer_start": 0}.'
+            raise FieldFault(
+                f"answers[{index}]", "an object with text and answer_start", shorten(answer), fix
             )
-            raise FieldFault(f"answers[{index}]", expected, shorten(answer), fix)
     return [
         (f"answers[{index}]", answer["text"], answer["answer_start"]) for index, answer in enumerate(value)
     ]

@@ -32,16 +32,21 @@ RENAMED = {"from": "role", "value": "content"}
 TURNS_FIX = 'Write [{"role": "user", "content": "..."}, ...].'
 
 
-def parse_chat(value: object, field: str, tools: object = None, system: str = "") -> Chat:
+def build_chat(values: Values, field: str) -> Chat:
     """A list of turns with at least one of the assistant. Raises FieldFault naming the turn."""
-    messages = parse_turns(parse_json(value, field, "a list of turns"), field)
+    messages = turns_field(values, field)
     if not any(message["role"] == "system" for message in messages):
-        messages = with_system(messages, system)
+        messages = with_system(messages, values)
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages)
         fix = "Add the answer to learn, or delete the row."
         raise FieldFault(field, "at least one turn of the assistant", f"only {roles}", fix)
-    return Chat(tuple(messages), parse_tools(tools))
+    return Chat(tuple(messages), parse_tools(values.get("tools")))
+
+
+def turns_field(values: Values, field: str) -> list[Message]:
+    """The turns of a field, which may have come as JSON text."""
+    return parse_turns(parse_json(values[field], field, "a list of turns"), field)
 
 
 def parse_turns(value: object, field: str) -> list[Message]:
@@ -52,8 +57,9 @@ def parse_turns(value: object, field: str) -> list[Message]:
     return [parse_turn(turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
 
 
-def with_system(messages: list[Message], system: str) -> list[Message]:
-    """``messages`` after a system turn, unless ``system`` is blank or they begin with such a turn."""
+def with_system(messages: list[Message], values: Values) -> list[Message]:
+    """``messages`` after a turn of the field ``system``, unless it is blank or they begin with such a turn."""
+    system = values.optional_text("system")
     if not system.strip() or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
@@ -62,9 +68,7 @@ def with_system(messages: list[Message], system: str) -> list[Message]:
 def alpaca_prompt(values: Values) -> list[Message]:
     """The turns before an answer: ``system``, ``history``, ``instruction`` with ``input`` after a blank
     line."""
-    instruction = require_text(values["instruction"], "instruction")
-    more = optional_text(values.get("input"), "input")
-    system = optional_text(values.get("system"), "system")
+    instruction, more = values.text("instruction"), values.optional_text("input")
     messages: list[Message] = []
     fix = "Write [[question, answer], ...]."
     history = parse_list(values.get("history") or [], "history", "a list of pairs", fix)
@@ -75,7 +79,7 @@ def alpaca_prompt(values: Values) -> list[Message]:
             raise FieldFault(place, "a pair [question, answer]", shorten(pair), fix)
         messages += exchange(require_text(pair[0], f"{place}[0]"), require_text(pair[1], f"{place}[1]"))
     content = f"{instruction}\n\n{more}" if more.strip() else instruction
-    return with_system([*messages, {"role": "user", "content": content}], system)
+    return with_system([*messages, {"role": "user", "content": content}], values)
 
 
 def exchange(question: str, answer: str) -> tuple[Message, Message]:
@@ -119,10 +123,10 @@ def parse_turn(turn: object, place: str) -> Message:
     if "tool_calls" in message:
         message["tool_calls"] = _parse_calls(message["tool_calls"], f"{place}.tool_calls")
     message["content"] = optional_text(_join_parts(message.get("content"), content_place), content_place)
-    says_something = (
+    is_empty = not (
         message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
     )
-    if not says_something and message["role"] not in MAY_BE_EMPTY:
+    if is_empty and message["role"] not in MAY_BE_EMPTY:
         got = "empty text" if "content" in names else "no such field"
         raise FieldFault(content_place, "text", got, "Fill it in, or delete the turn or the row.")
     check_nested_text({key: value for key, value in message.items() if key != "content"}, place)
@@ -164,21 +168,17 @@ def _parse_calls(value: object, place: str) -> list[JsonObject]:
         spot = f"{place}[{index}]"
         if isinstance(call, dict) and "function" not in call:
             call = {"type": "function", "function": call}
-        function = call.get("function") if isinstance(call, dict) else None
+        function = call["function"] if isinstance(call, dict) else None
         if (
             not isinstance(call, dict)
             or not isinstance(function, dict)
-            or not isinstance(function.get("name"), str)
+            or type(function.get("name")) is not str
         ):
             fix = 'Write {"name": ..., "arguments": {...}}.'
             raise FieldFault(spot, "a call with the name of a function", shorten(call), fix)
-        place_of_arguments = f"{spot}.arguments"
-        arguments = parse_json(
-            function.get("arguments", {}), place_of_arguments, "arguments as a JSON object"
-        )
+        where = f"{spot}.arguments"
+        arguments = parse_json(function.get("arguments", {}), where, "arguments as a JSON object")
         if not isinstance(arguments, dict):
-            raise FieldFault(
-                place_of_arguments, "an object", shorten(arguments), "Write the arguments by name."
-            )
+            raise FieldFault(where, "an object", shorten(arguments), "Write the arguments by name.")
         calls.append({**call, "function": {**function, "arguments": arguments}})
     return calls

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tunesmith.data.formats.fields import FieldFault, Values, check_list, check_text, parse_json, require_text
+from tunesmith.data.formats.fields import FieldFault, Values, check_list, check_text, parse_json
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Tagged
 from tunesmith.json_types import JsonObject
@@ -35,7 +35,7 @@ def build_tokens(values: Values) -> Tagged:
 def build_words(values: Values) -> Tagged:
     """The row of a text, split at white space, with the tags of its words. With the fact ``spaces`` every
     character is a word."""
-    text = require_text(values["text"], "text")
+    text = values.text("text")
     pattern = CHARACTER if values.get("spaces") else WORD
     spans = tuple(match.span() for match in pattern.finditer(text))
     return Tagged(text, spans, _tags(values, len(spans)))
