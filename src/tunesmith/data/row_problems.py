@@ -14,9 +14,8 @@ class RowProblem:
     """A row that cannot be used. With ``row`` 0: a file that cannot be used, and ``got`` is the whole
     message.
 
-    ``row`` counts the rows of the file from 1; blank lines and a csv header are not counted. ``line``: line
-    of the file where the row begins, if the file has lines. ``fatal``: the reader cannot read anything after
-    this row."""
+    ``row`` counts from 1, without blank lines and a csv header. ``line``: where the row begins in the file,
+    if it has lines. ``fatal``: nothing after this row can be read."""
 
     path: str
     row: int
@@ -57,8 +56,7 @@ class Record:
 
 
 class RowFault(DataError):
-    """A row that cannot be rendered or tokenised. ``index``: its position in the rows that were passed.
-    ``field``: the field of its format that is wrong."""
+    """A row that cannot be rendered or tokenised: its ``index`` in the rows passed, and the wrong ``field``."""
 
     def __init__(self, index: int, expected: str, got: str, fix: str, field: str = "row") -> None:
         super().__init__(f"row {index}: expected {expected}, got {got}. {fix}")

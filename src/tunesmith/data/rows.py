@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from tunesmith.json_types import JsonObject
 
 Message = JsonObject
-"""One turn: ``role``, ``content``, and whatever else the chat template reads (``tool_calls``,
-``reasoning_content``, ``name``)."""
+"""One turn: ``role``, ``content``, and what else the template reads (``tool_calls``,
+``reasoning_content``)."""
 
 TextOrTurns = str | tuple[Message, ...]
 """A prompt or an answer: plain text without a chat template, or turns."""
@@ -66,8 +66,7 @@ class Tagged:
 @dataclass(frozen=True, slots=True)
 class Question:
     """A question about a text. ``answers``: (text, position of its first character in ``context``), several
-    where annotators differ; empty = the context has no answer; None = to predict. ``id``: the question's name
-    in the data set."""
+    where annotators differ; empty = the context has none; None = to predict. ``id``: name in the data set."""
 
     question: str
     context: str

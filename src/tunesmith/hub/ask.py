@@ -27,8 +27,7 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 """A user who sets one of these forbids the Hub."""
 
 _REMOVED = {*_OFFLINE, "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"}
-"""Variables that this process may set for itself, and that the process which asks the Hub must not
-inherit."""
+"""Variables that this process may set for itself, and the process that asks the Hub must not inherit."""
 
 _ADDED = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
 
@@ -50,8 +49,7 @@ class HubUnreachable(HubError):
 
 
 def offline_by_user() -> bool:
-    """True if the user's environment forbids the Hub (``models.load.load.quiet`` sets the variables for
-    another reason)."""
+    """True if the user's environment forbids the Hub. ``models.load.load.quiet`` sets the same variables."""
     offline = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _OFFLINE)
     return _users_offline[0] if _users_offline else offline
 
@@ -76,7 +74,7 @@ def ask(
     stdin: str = "",
     private: Mapping[str, str] | None = None,
 ) -> JsonObject:
-    """The answer of ``program``: one JSON object, {} for no output. ``private``: variables for it. Raises
+    """The answer of ``program``: one JSON object; {} for no output. ``private``: its variables. Raises
     HubError."""
     shows_progress = question[0] == "download"  # on stderr
     try:

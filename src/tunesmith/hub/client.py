@@ -55,8 +55,7 @@ def info(kind: str, repo: str, revision: str | None) -> Listing:
 
 
 def download(kind: str, repo: str, revision: str, folder: Path, sizes: dict[str, int]) -> None:
-    """Download the files of ``sizes`` (name -> bytes) into ``folder``. Complete files are left, partial ones
-    continued."""
+    """Download ``sizes`` (name -> bytes) into ``folder``: skip complete files, continue partial ones."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but not in its stubs

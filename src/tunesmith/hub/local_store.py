@@ -36,8 +36,7 @@ def manifest(folder: Path) -> JsonObject | None:
 
 
 def problems(folder: Path, deep: bool = False) -> list[str]:
-    """Problems of an entry: files that are missing or have another size; with ``deep`` also another
-    sha256."""
+    """Files of an entry that are missing or have another size; with ``deep`` also another sha256."""
     listed = manifest(folder)
     if listed is None:
         return [f"{MANIFEST} is missing or unreadable"]
@@ -71,10 +70,9 @@ def check(path: Path, expected: str, owner: str) -> None:
 
 
 def partial(place: Path, revision: str, size: int) -> Path:
-    """The folder next to ``place`` for a download of ``size`` bytes. It outlives an interruption, so that it
-    can continue.
+    """The folder next to ``place`` for a download of ``size`` bytes, which continues after an interruption.
 
-    Removes downloads of other revisions, and those of the store that nobody continued for a month. Raises
+    Removes downloads of other revisions, and downloads that nobody continued for a month. Raises
     DiskFullError."""
     place.parent.mkdir(parents=True, exist_ok=True)
     folder = place.parent / f".part-{place.name}-{revision[:12]}"
@@ -89,8 +87,7 @@ def partial(place: Path, revision: str, size: int) -> Path:
 
 
 def install(made: Path, place: Path, name: str, source: JsonObject) -> Path:
-    """Move a finished folder to ``place``: hash the files, write the manifest, flush, rename. Replaces a
-    damaged entry."""
+    """Move a finished folder to ``place``: hash the files, write the manifest, flush, rename."""
     listed = {
         path.relative_to(made).as_posix(): {"size": path.stat().st_size, "sha256": files.sha256(path)}
         for path in sorted(path for path in made.rglob("*") if path.is_file())

@@ -90,10 +90,9 @@ def _builder(repo: str, commit: str, name: str | None, split: str) -> DatasetBui
 
 
 def print_rows(repo: str, commit: str, name: str | None, split: str, limit: int | None) -> None:
-    """Print the rows of a split, at most ``limit``, without storing its files.
+    """Print at most ``limit`` rows of a split, without storing its files.
 
-    Images and audio are not decoded. Times become ISO text; other values that JSON lacks (bytes) become
-    null."""
+    Images and audio are not decoded. Times become ISO text; other values that JSON lacks become null."""
     from datasets import load_dataset
 
     stream = load_dataset(repo, name, split=split, revision=commit, streaming=True)

@@ -1,5 +1,4 @@
-"""The table of formats: which columns a row may have, and the row type that they become. Chooses the format
-of a file."""
+"""The table of formats: the columns of a row, and the row type. Chooses the format of a file."""
 
 from __future__ import annotations
 
@@ -120,8 +119,8 @@ PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 class Converter:
     """Makes rows of the records of a source.
 
-    ``columns``: field -> columns, as the recipe maps them. ``gold``: rows must have their gold. ``facts``:
-    result of the format's ``scan``."""
+    ``columns``: the recipe's mapping. ``gold``: rows must have their gold. ``facts``: result of
+    ``Format.scan``."""
 
     form: Format
     columns: Mapping[str, Names]
@@ -148,7 +147,7 @@ class Converter:
         return _match(self.form.name, keys, mapped, self.prompt_template is not None, self.gold)
 
     def problem(self, record: Record, fault: FieldFault | RowFault) -> RowProblem:
-        """The problem of a row, under the file's column name: messages[2].content -> chat[2].content; for a
+        """A row's problem under the file's column name: messages[2].content -> chat[2].content, and for a
         field of several columns labels.toxic -> toxic."""
         names, _ = self.match(tuple(record.value))
         head, bracket, rest = fault.field.partition("[")
@@ -324,8 +323,8 @@ def _makers_of(accepted: tuple[type, ...]) -> list[Converter]:
 
 
 def _mapping(accepted: tuple[type, ...], keys: Sequence[tuple[str, ...]]) -> str:
-    """``columns: {label: sentiment}``: the fields that the nearest format lacks, with columns that it does
-    not use."""
+    """``columns: {label: sentiment}``: fields that the nearest format lacks, and columns that it does not
+    use."""
     there = _columns(keys[:5])
     makers = [Converter(FORMATS["prompt_completion"], {})] if Chat in accepted else _makers_of(accepted)
     tries = []
@@ -372,8 +371,7 @@ def _with_fields(forms: Sequence[Format], columns: Columns, path: str) -> list[F
 def _with_prompt(
     forms: Sequence[Format], template: str, keys: Sequence[tuple[str, ...]], path: str
 ) -> list[Format]:
-    """The formats whose prompt ``template`` can replace. The answer is in a column that the template does not
-    use."""
+    """The formats whose prompt ``template`` can replace, with an answer that the template does not use."""
     used, there = PLACEHOLDER.findall(template), _columns(keys)
     if not used:
         raise DataError(

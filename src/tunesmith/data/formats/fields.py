@@ -1,5 +1,4 @@
-"""The parts of a format, and checks of one value: text that a tokenizer accepts, JSON that a template
-accepts."""
+"""The parts of a format, and checks of one value: text for a tokenizer, JSON for a template."""
 
 from __future__ import annotations
 
@@ -38,10 +37,9 @@ CORRECT_IT = "Correct it, or delete the row."
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field of a format. ``columns``: names of the column that may hold it, the first match wins, case is
-    ignored.
+    """A field of a format. Its value is in the first of ``columns`` that the row has; case is ignored.
 
-    ``several``: the recipe may name several columns for it, each a flag."""
+    ``several``: the recipe may map several columns of flags to it."""
 
     name: str
     columns: tuple[str, ...]
@@ -147,8 +145,7 @@ def check_nested_text(value: object, field: str) -> None:
 
 
 def parse_json(value: object, field: str, expected: str) -> object:
-    """Parse a value that came as JSON text (csv columns and OpenAI's ``arguments`` do); others are returned
-    as they are."""
+    """Parse JSON text, as csv columns and OpenAI's ``arguments`` have it; return other values unchanged."""
     if not isinstance(value, str):
         return value
     try:

@@ -26,8 +26,7 @@ def build_judged(values: Values) -> Judged:
 
 
 def build_judged_turns(values: Values) -> Judged:
-    """The row of a whole conversation and a label. The response is everything after the last turn of the
-    user."""
+    """The row of a conversation and a label. The response is everything after the last turn of the user."""
     turns = turns_field(values, "messages")
     users = [index for index, message in enumerate(turns) if message["role"] == "user"]
     if not users:

@@ -14,16 +14,14 @@ from tunesmith.json_types import JsonObject
 
 
 def build_labelled(values: Values) -> Labelled:
-    """The row of a text, possibly a second text, and a label. Without the field ``label`` it is a row to
-    predict."""
+    """The row of a text or a pair, and its label. Without the field ``label`` it is a row to predict."""
     label = _label(values["label"]) if "label" in values else None
     return Labelled(values.text("text"), _text_pair(values), label=label)
 
 
 def build_multilabel(values: Values) -> Labelled:
-    """The row of a text, possibly a second text, and all labels that hold.
-
-    The fact ``vectors`` is the length of the lists of 0 and 1, if labels are written that way."""
+    """The row of a text or a pair, and all labels that hold. ``vectors``: length of lists of 0 and 1, if
+    used."""
     labels: tuple[str, ...] | None = None
     known: tuple[str, ...] = ()
     if "labels" in values:

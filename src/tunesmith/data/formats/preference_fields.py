@@ -1,8 +1,8 @@
-"""Rows of compared answers, in the ways that files write them: one answer chosen over another, or several
-ranked ones.
+"""Rows of compared answers, as files write them: one answer chosen over another, or several ranked ones.
 
-With ``values["gold"]`` False the answers are to be scored: their grades, and whether they differ, are not
-checked."""
+Rows whose answers are to be scored (``needs_gold`` is False) may have no grades, wrong grades or equal
+answers.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +58,7 @@ Turns = Sequence[Message]
 
 
 def build_preference(values: Values) -> Ranking:
-    """The row of a prompt, a chosen and a rejected answer. Three texts are plain text without a chat
-    template."""
+    """The row of a prompt, a chosen and a rejected answer. Three texts are plain text, without a template."""
     sides = [values[name] for name in SIDE_NAMES]
     prompt = _prompt(values, _are_plain(sides))
     if isinstance(prompt, str):
@@ -84,8 +83,7 @@ def build_preference_dialogues(values: Values) -> Ranking:
 
 
 def build_ranking(values: Values) -> Ranking:
-    """The row of a prompt and several answers, ordered by their grades; without grades the best answer is the
-    first."""
+    """The row of a prompt and several answers, ordered by their grades, or as they are: best first."""
     graded = _listed_answers(values["answers"], values.needs_gold)
     bare = _without_grades(graded)
     is_alpaca = "instruction" in values
@@ -107,8 +105,7 @@ def _are_plain(answers: Sequence[object]) -> bool:
 
 
 def _prompt(values: Values, plain_answers: bool) -> str | list[Message]:
-    """The turns before the answers; or a text, if the answers are plain text and the row has no system prompt
-    and tools."""
+    """The turns before the answers; a text if the answers are plain text, without system prompt and tools."""
     value = _from_json(values["prompt"])
     if value is not None and not isinstance(value, str):
         return with_system(parse_turns(value, "prompt"), values)
@@ -189,8 +186,7 @@ def _check_answer(turns: Turns, field: str) -> Turns:
 
 
 def _parse_side(value: object, field: str, whole: bool = False) -> list[Message]:
-    """The turns of an answer, or of a ``whole`` conversation: from a list of turns, one turn, a text or a
-    dialogue."""
+    """The turns of an answer or a ``whole`` conversation, from turns, one turn, a text or a dialogue."""
     value = _from_json(value)
     last = f"{field}[{len(value) - 1}]" if isinstance(value, list | tuple) and value else field
     try:

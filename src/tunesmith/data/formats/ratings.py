@@ -19,8 +19,7 @@ Numbers = tuple[float, ...]
 
 
 def pair_scores(values: Values) -> Numbers | None:
-    """Scores of the chosen and the rejected answer: from two columns, else a list of both, else (margin,
-    0)."""
+    """Scores of chosen and rejected: from two columns, else a list of both, else (margin, 0)."""
     if not values.needs_gold:
         return None
     names = ("chosen_score", "rejected_score")
@@ -62,10 +61,10 @@ def ranks_and_scores(values: Values, answers: Sequence[object]) -> tuple[tuple[i
 
 
 def _grades(answers: Sequence[Mapping[str, object]], has_columns: bool) -> dict[str, Numbers]:
-    """Ranks or scores from keys of the answers; {} where no answer has such a key.
+    """Ranks or scores from keys of the answers; {} without such keys.
 
-    A number under an unknown key may be a grade, so the order of the answers may mean nothing. Without grades
-    in columns such a row is refused."""
+    A number under an unknown key may be a grade. Without grades in columns such a row is refused, because the
+    order of its answers may mean nothing."""
     keys = [key for key in GRADE_KEYS if any(key in item for item in answers)]
     if keys:
         grade = next((key for key in keys if all(key in item for item in answers)), keys[0])

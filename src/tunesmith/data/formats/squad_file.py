@@ -20,7 +20,7 @@ KEYS = ("id", "question", "answers", "is_impossible")
 
 
 def build_question(values: Values) -> Question:
-    """The row of a question, its context and its answers. Without the field ``answers`` it is a row to
+    """The row of a question, its context and answers. Without the field ``answers`` it is a row to
     predict."""
     question, context = values.text("question"), values.text("context")
     name = values.get("id")
@@ -133,8 +133,8 @@ def _flat_row(question: object, paragraph: object, place: str) -> Values | Field
 
 
 def _members(value: object, name: str, place: str) -> Iterator[tuple[str, object]]:
-    """(place, element) for the list under ``name``. An object without the list has one element: the fault. So
-    has a fault."""
+    """(place, element) for the list under ``name``. Without such a list, and for a fault, the one element is
+    a fault."""
     members = value.get(name) if isinstance(value, Mapping) else None
     if isinstance(members, list):
         yield from ((f"{place}.{name}[{index}]", item) for index, item in enumerate(members))

@@ -58,7 +58,8 @@ def parse_turns(value: object, field: str) -> list[Message]:
 
 
 def with_system(messages: list[Message], values: Values) -> list[Message]:
-    """``messages`` after a turn of the field ``system``, unless it is blank or they begin with such a turn."""
+    """``messages`` after a turn of the field ``system``, unless it is blank or they begin with such a
+    turn."""
     system = values.optional_text("system")
     if not system.strip() or messages[0]["role"] == "system":
         return messages
@@ -66,8 +67,7 @@ def with_system(messages: list[Message], values: Values) -> list[Message]:
 
 
 def alpaca_prompt(values: Values) -> list[Message]:
-    """The turns before an answer: ``system``, ``history``, ``instruction`` with ``input`` after a blank
-    line."""
+    """The turns ``system``, ``history``, and ``instruction`` with ``input`` after a blank line."""
     instruction, more = values.text("instruction"), values.optional_text("input")
     messages: list[Message] = []
     fix = "Write [[question, answer], ...]."
@@ -88,8 +88,7 @@ def exchange(question: str, answer: str) -> tuple[Message, Message]:
 
 
 def parse_tools(value: object) -> tuple[JsonObject, ...]:
-    """The function schemas offered to the assistant, each as {"type": "function", "function": ...}; bare ones
-    are wrapped."""
+    """The function schemas, each as {"type": "function", "function": ...}; bare ones are wrapped."""
     if value is None or value == "":
         return ()
     schemas = []
@@ -160,8 +159,7 @@ def _join_parts(content: object, place: str) -> object:
 
 
 def _parse_calls(value: object, place: str) -> list[JsonObject]:
-    """Tool calls, each as {"type": "function", "function": {"name": ..., "arguments": {...}}}; bare ones are
-    wrapped."""
+    """Tool calls, each as {"type": "function", "function": {"name": ..., "arguments": {...}}}."""
     calls = []
     listed = parse_list(value, place, "a list of calls", "Write the calls in a list.")
     for index, call in enumerate(listed):

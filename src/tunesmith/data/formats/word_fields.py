@@ -17,8 +17,7 @@ FILL_IN = "Fill it in or delete the row."
 
 
 def build_tokens(values: Values) -> Tagged:
-    """The row of a list of words with their tags. One space joins the words; with the fact ``spaces``,
-    nothing does."""
+    """The row of a list of words with tags. One space joins them; with the fact ``spaces``, nothing."""
     words = _strings(values["tokens"], "tokens", "word")
     if not words:
         fix = "Write the words, or delete the row."
@@ -33,8 +32,7 @@ def build_tokens(values: Values) -> Tagged:
 
 
 def build_words(values: Values) -> Tagged:
-    """The row of a text, split at white space, with the tags of its words. With the fact ``spaces`` every
-    character is a word."""
+    """The row of a text and the tags of its words; with the fact ``spaces``, of its characters."""
     text = values.text("text")
     pattern = CHARACTER if values.get("spaces") else WORD
     spans = tuple(match.span() for match in pattern.finditer(text))
@@ -42,8 +40,7 @@ def build_words(values: Values) -> Tagged:
 
 
 def scan_spaces(sample: Sequence[Values]) -> JsonObject:
-    """The fact ``spaces`` of text tagged by character: most words of the first rows are one character, some
-    are white space."""
+    """Detect text that is tagged by character: most words are one character, and some are spaces."""
     count = short = blank = 0
     for values in sample:
         try:

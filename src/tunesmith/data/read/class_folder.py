@@ -1,5 +1,4 @@
-"""A folder with one folder for each class: every .txt file is a row, and the name of its folder is the
-label."""
+"""A folder of one folder per class: every .txt file is a row, and its label is the name of its folder."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ def is_class_folder(path: str) -> bool:
 
 
 def rows(path: str) -> Iterator[Record | RowProblem]:
-    """``text`` and ``label`` of every file, sorted by class and name. The row number counts over all
-    files."""
+    """``text`` and ``label`` of every file, sorted by class and name. Rows are counted over all files."""
     for row, file in enumerate(_files(path), 1):
         try:
             content = file.read_bytes()
@@ -31,8 +29,7 @@ def rows(path: str) -> Iterator[Record | RowProblem]:
 
 
 def path_in_folder(path: str, file: str) -> str | None:
-    """The path of a file of the class folder ``path``, even if another copy of the folder was read; else
-    None."""
+    """The path of a file below the class folder ``path``, whichever copy of it was read; else None."""
     return str(Path(path, *Path(file).parts[-2:])) if is_class_folder(path) else None
 
 

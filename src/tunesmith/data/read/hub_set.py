@@ -60,13 +60,11 @@ def split_flags(source: Source) -> list[str]:
 
 
 def pull(source: Source, say: Callable[[str], None], commit: str | None = None) -> Path:
-    """Download the files of the split at the newest commit of the source's revision, as far as the store
-    lacks them.
+    """Download the files of the split at the newest commit of the source's revision, if the store lacks them.
 
-    ``commit``: use this one instead of the newest. If the store has undamaged files of the requested commit,
-    the Hub is not asked. For a stream only the commit is recorded. Raises DataError (no answer from the Hub,
-    no such data set, configuration or split, wrong hashes, files that can only be streamed), MissingExtra,
-    DiskFullError."""
+    ``commit``: use this one instead of the newest. The Hub is not asked if the store has undamaged files of
+    it. For a stream only the commit is recorded. Raises DataError (no answer, no such data set, configuration
+    or split, wrong hashes, files that can only be streamed), MissingExtra, DiskFullError."""
     repo, revision = _repo_and_revision(source)
     folder = store_folder(source)
     damage = local_store.problems(folder, deep=True) if folder.is_dir() else ["not there"]
@@ -115,8 +113,7 @@ def _check_readable(source: Source, plan: JsonObject) -> None:
 
 
 def rows(source: Source) -> Rows:
-    """Every row of the split; row numbers count over all files. Raises DataError if it is not pulled or
-    breaks off."""
+    """The rows of the split, counted over all files. Raises DataError if it is not pulled or breaks off."""
     return _streamed_rows(source) if source.streaming else _stored_rows(source)
 
 
@@ -178,8 +175,7 @@ def _streamed_rows(source: Source) -> Rows:
 
 
 def content_hash(source: Source) -> str:
-    """sha256 of the commit, and of a pulled split also of the sha256 of its files. Raises DataError for
-    damaged files."""
+    """sha256 of the commit and of the files of a pulled split. Raises DataError if one is damaged."""
     folder = _require_folder(source)
     damage = local_store.problems(folder, deep=True)
     if damage:
@@ -201,8 +197,8 @@ def _manifest(folder: Path) -> JsonObject:
 
 
 def _require_folder(source: Source) -> Path:
-    """The folder of a split. The first use of a stream records its commit; a split that is not pulled is a
-    DataError."""
+    """The folder of a split. The first use of a stream records its commit. Raises DataError if it is not
+    pulled."""
     folder = store_folder(source)
     if _manifest(folder):
         return folder
@@ -222,8 +218,7 @@ def _repo_and_revision(source: Source) -> tuple[str, str | None]:
 
 @contextmanager
 def _temporary_caches() -> Iterator[dict[str, str]]:
-    """Variables that send the caches of the Hub's libraries to a temporary folder, so that only the store
-    keeps files."""
+    """Variables that put the caches of the Hub's libraries into a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="tunesmith-hub-") as folder:
         yield {name: str(Path(folder) / name) for name in _CACHES}
 

@@ -37,8 +37,7 @@ class BrokenJson(Exception):
 
 
 def read_json(handle: TextIO, path: str) -> Iterator[Record | RowProblem]:
-    """Rows of a .json file: an array, one object per line, or objects over several lines one after
-    another."""
+    """Rows of a .json file: an array, one object per line, or objects that extend over several lines."""
     window = Window(handle)
     first = window.peek()
     if first == "[":
@@ -114,8 +113,7 @@ class Window:
         self._column = 0  # columns of the first line before ``text``
 
     def grow(self) -> bool:
-        """Drop the text before the position, and read as much again as is left. False at the end of the
-        file."""
+        """Drop the text before the position and read as much as is left. False at the end of the file."""
         if self.ended:
             return False
         self.line(self.at)
@@ -154,7 +152,7 @@ class Window:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                # An error near the end of the window, or in an open string, may mean that the rest is not read yet.
+                # Near the end of the window, or in an open string, the rest may only be unread.
                 unfinished = error.pos >= len(self.text) - 16 or error.msg.startswith("Unterminated string")
                 if unfinished and len(self.text) - self.at < LARGEST_ROW and self.grow():
                     continue

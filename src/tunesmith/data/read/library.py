@@ -178,8 +178,7 @@ class Excerpt:
 
 
 def excerpt(item: Definition) -> Excerpt | None:
-    """The source of a definition with its decorators; None if it is too long, one line, or less indented
-    somewhere."""
+    """The source of a definition with its decorators; None if too long, one line, or less indented inside."""
     if isinstance(item.node, ast.Module):
         return None
     indent = item.node.col_offset
@@ -239,10 +238,7 @@ def exceptions(module: Module) -> set[str]:
 
 
 def raised_exceptions(item: Definition) -> list[ast.expr] | None:
-    """The exception named by each ``raise`` statement of a function.
-
-    None if a statement names no exception (``raise``, ``raise error``), because the list would be
-    incomplete."""
+    """The exception that each ``raise`` of a function names; None if one of them names none."""
     found: list[ast.expr] = []
     known = exceptions(item.module)
     for node in own_nodes(item.node):

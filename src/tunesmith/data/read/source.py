@@ -25,11 +25,11 @@ SAMPLED = 100
 
 @dataclass(frozen=True)
 class OpenedSource:
-    """A source whose format is known. Without ``convert`` none of its first rows could be read.
+    """A source whose format is known; ``convert`` is None if none of its first rows could be read.
 
-    ``accepted``: row types to return. ``description``: format and columns. ``kinds``: row types of the first
-    rows, with Chat among them if answers are turns, which the chat template renders. ``gold``: rows must have
-    their gold."""
+    ``accepted``: row types to return. ``description``: format and columns. ``gold``: rows must have their
+    gold. ``kinds``: types of the first rows, and Chat if their answers are turns, which the template
+    renders."""
 
     source: Source
     accepted: tuple[type, ...]
@@ -151,11 +151,9 @@ def _question(source: Source, accepted: tuple[type, ...], gold: bool) -> str:
 
 
 def eval_sources(config: DataConfig) -> dict[str, Source]:
-    """The evaluation sets of the recipe: ``data.eval.sets``, or ``data.eval.path`` under the empty name, or
-    none.
+    """The evaluation sets of the recipe: ``data.eval.sets``, or ``data.eval.path`` under the empty name.
 
-    ``data.eval.path`` is read with format, columns, separator and prompt_template of the first training
-    source."""
+    The latter is read like the first training source: format, columns, separator and prompt_template."""
     if config.eval.path is None:
         return dict(config.eval.sets or {})
     asked = config.train[0].model_dump(include={"format", "columns", "separator", "prompt_template"})
