@@ -28,7 +28,7 @@ from tunesmith.data.encode import conversations
 from tunesmith.data.encode.judgements import encode, prompt_key
 from tunesmith.data.encode.templates import apply_template
 from tunesmith.data.formats.columns import choose_converter
-from tunesmith.data.formats.judgement_fields import unpaired
+from tunesmith.data.formats.judgement_fields import split_pair
 from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import ROW_TYPES, Chat, Judged, Labelled, PromptCompletion, Ranking, Text, digest, without_gold
@@ -212,8 +212,8 @@ def test_a_ranking_of_several_is_no_pair(tmp_path):
 
 
 def test_a_pair_whose_ranks_say_nothing_has_no_labels():
-    assert [row.desirable for row in unpaired(Ranking("q", ("a", "b"), (0, 0)))] == [None, None]
-    assert [row.desirable for row in unpaired(Ranking("q", ("a", "b"), (1, 0)))] == [False, True]
+    assert [row.desirable for row in split_pair(Ranking("q", ("a", "b"), (0, 0)))] == [None, None]
+    assert [row.desirable for row in split_pair(Ranking("q", ("a", "b"), (1, 0)))] == [False, True]
 
 
 # ---------------------------------------------------------------------------------------------------------- rows to examples
