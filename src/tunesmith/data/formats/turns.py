@@ -34,9 +34,10 @@ TURNS_FIX = 'Write [{"role": "user", "content": "..."}, ...].'
 
 def build_chat(values: Values, field: str) -> Chat:
     """A list of turns with at least one of the assistant. Raises FieldFault naming the turn."""
-    messages = turns_field(values, field)
-    if not any(message["role"] == "system" for message in messages):
-        messages = with_system(messages, values)
+    turns = turns_field(values, field)
+    messages = with_system(turns, values)
+    if any(message["role"] == "system" for message in turns):
+        messages = turns
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages)
         fix = "Add the answer to learn, or delete the row."
