@@ -14,6 +14,7 @@ from pyarrow import parquet
 import tunesmith
 from tests.data.test_prepare import Language
 from tests.fake_hub import FakeHub
+from tests.hub_server import HubServer
 from tests.runs import model_folder
 from tests.runs import recipe as tiny_recipe
 from tests.tiny import tiny_tokenizer
@@ -71,13 +72,35 @@ CONFIGURED = {"README.md": TWO_CARDS, "en.jsonl": jsonl(made(0, 3)), "ko.jsonl":
 ODD = {"README.md": ODD_CARD, "odd.csv": b"prompt;completion\na; b\n"}
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setattr(ask, "offline_by_user", lambda: False)
+@pytest.fixture(scope="module")
+def fake():
     with FakeHub() as fake:
-        monkeypatch.setenv("HF_ENDPOINT", fake.url)
-        fake.add("some/data", SHARDS)
         yield fake
+
+
+@pytest.fixture(scope="module")
+def server(fake):
+    with HubServer(fake.url) as server:
+        yield server.subprocess
+
+
+@pytest.fixture
+def real_hub(fake, monkeypatch):
+    """The Hub, and a real process for each question."""
+    monkeypatch.setattr(ask, "offline_by_user", lambda: False)
+    monkeypatch.setenv("HF_ENDPOINT", fake.url)
+    fake.repos.clear()
+    fake.asked.clear()
+    fake.add("some/data", SHARDS)
+    return fake
+
+
+@pytest.fixture
+def hub(real_hub, server, monkeypatch):
+    """The Hub, and forks of one process for the questions."""
+    for module in (ask, hub_set):
+        monkeypatch.setattr(module, "subprocess", server)
+    return real_hub
 
 
 def offline(monkeypatch):
@@ -285,7 +308,7 @@ def test_a_second_start_of_a_stream_needs_no_network_and_no_file(hub, monkeypatc
     assert again.report.sources[0].revision == "a" * 40 == first.report.sources[0].revision
 
 
-def test_the_libraries_keep_nothing_of_their_own(hub, tmp_path, monkeypatch):
+def test_the_libraries_keep_nothing_of_their_own(real_hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert len(list(hub_set.rows(pull(streaming=True)[0]))) == 9
     pull()
@@ -302,11 +325,11 @@ def test_a_stream_that_breaks_off_says_where_and_leaves_no_half(hub):
     assert len(prepared(streaming=True).train) == 9
 
 
-def test_a_stream_that_nobody_reads_on_is_ended(hub, monkeypatch):
+def test_a_stream_that_nobody_reads_on_is_ended(real_hub, monkeypatch):
     started = []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **keys: started.append(popen(*args, **keys)) or started[-1])
-    hub.add("some/data", {"train.jsonl": jsonl(made(0, 20_000))})
+    real_hub.add("some/data", {"train.jsonl": jsonl(made(0, 20_000))})
     rows = hub_set.rows(pull(streaming=True)[0])
     assert next(rows).row == 1
     rows.close()

@@ -47,11 +47,11 @@ def info(kind: str, repo: str, revision: str | None) -> Listing:
     for file in answer.siblings or []:
         sha256 = file.lfs.sha256 if file.lfs else None
         files[file.rfilename] = {
-            "size": file.size,
+            "size": file.size or 0,
             "sha256": sha256,
             "sha1": None if sha256 else file.blob_id,
         }
-    return {"revision": answer.sha, "files": files}
+    return {"revision": answer.sha or "", "files": files}
 
 
 def download(kind: str, repo: str, revision: str, folder: Path, sizes: dict[str, int]) -> None:

@@ -133,7 +133,7 @@ def _pair_of_turns(prompt: list[Message] | None, field: str, values: Values) -> 
         got = "an answer alone" if prompt is None else "a whole conversation"
         fix = "Write both as whole conversations, or both as answers with their prompt in a separate column."
         raise FieldFault(odd, SAME_PROMPT, got, fix)
-    shared, answers = _split_conversations(*sides, values.needs_gold)
+    shared, answers = _split_conversations(sides, values.needs_gold)
     if prompt is None:
         return _pair(with_system(shared, values), answers, values)
     questions = [message["content"].strip() for message in prompt if message["role"] == "user"]
@@ -145,10 +145,9 @@ def _pair_of_turns(prompt: list[Message] | None, field: str, values: Values) -> 
     return _pair([*prompt[:1], *shared] if keeps_system else shared, answers, values)
 
 
-def _split_conversations(
-    chosen: list[Message], rejected: list[Message], gold: bool
-) -> tuple[list[Message], list[Turns]]:
+def _split_conversations(sides: list[list[Message]], gold: bool) -> tuple[list[Message], list[list[Message]]]:
     """(the turns that both conversations begin with, the answers that follow)."""
+    chosen, rejected = sides
     common = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected)))
     if common == len(chosen) == len(rejected):
         if gold:

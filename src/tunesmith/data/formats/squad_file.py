@@ -11,6 +11,7 @@ from itertools import islice
 from tunesmith.data.formats.fields import FieldFault, Values, flag, parse_json, require_text
 from tunesmith.data.row_problems import Record, RowProblem, shorten
 from tunesmith.data.rows import Question
+from tunesmith.json_types import JsonObject
 
 LISTED = 3
 """Positions of an answer that a message lists."""
@@ -114,13 +115,13 @@ def nested_rows(articles: Iterator[tuple[int, object]], path: str) -> Iterator[R
                 yield Record(path, row, line, item)
 
 
-def _questions(article: object, place: str) -> Iterator[Values | FieldFault]:
+def _questions(article: object, place: str) -> Iterator[JsonObject | FieldFault]:
     for where, paragraph in _members(article, "paragraphs", place):
         for spot, question in _members(paragraph, "qas", where):
             yield question if isinstance(question, FieldFault) else _flat_row(question, paragraph, spot)
 
 
-def _flat_row(question: object, paragraph: object, place: str) -> Values | FieldFault:
+def _flat_row(question: object, paragraph: object, place: str) -> JsonObject | FieldFault:
     if not isinstance(question, Mapping):
         fix = "Write id, question and answers."
         return FieldFault(place, "an object with a question", shorten(question), fix)
