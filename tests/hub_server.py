@@ -20,7 +20,7 @@ from tunesmith.hub import ask
 
 SERVER = """
 import json, os, sys
-import datasets
+import charset_normalizer, datasets, scipy.io
 from tunesmith.hub import client, splits
 for line in sys.stdin:
     question = json.loads(line)
@@ -48,7 +48,7 @@ class HubServer:
 
     def __init__(self, endpoint: str) -> None:
         kept = {name: value for name, value in os.environ.items() if name not in ask._REMOVED}
-        environment = kept | {name: name.lower() for name in CACHES} | {"HF_ENDPOINT": endpoint}
+        environment = kept | {name: name.lower() for name in CACHES} | {"HF_ENDPOINT": endpoint, "USE_TORCH": "0"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER], env=environment, stdin=pipe, stdout=pipe, text=True
