@@ -13,6 +13,7 @@ from tunesmith.data.formats.fields import (
     SYSTEM,
     TOOLS,
     Columns,
+    Field,
     FieldFault,
     Format,
     Values,
@@ -146,6 +147,10 @@ class Converter:
         mapped = tuple(sorted(self.columns.items()))
         return _match(self.form.name, keys, mapped, self.prompt_template is not None, self.gold)
 
+    def count(self, keys: Sequence[tuple[str, ...]]) -> int:
+        """Rows, of those with these columns, that lack no required column."""
+        return sum(self.match(row)[1] is None for row in keys)
+
     def problem(self, record: Record, fault: FieldFault | RowFault) -> RowProblem:
         """A row's problem under the file's column name: messages[2].content -> chat[2].content, and for a
         field of several columns labels.toxic -> toxic."""
@@ -233,18 +238,23 @@ def _match(
     for part in form.fields:
         if templated and part.name not in form.answer and part.name not in columns:
             continue
-        asked = columns.get(part.name)
-        candidates = part.columns if asked is None else _as_tuple(asked)
-        matches = {column: folded.get(column.strip().casefold()) for column in candidates}
-        present = tuple(key for key in matches.values() if key is not None)
-        lacking = [column for column, key in matches.items() if key is None]
-        if isinstance(asked, tuple) and not lacking:
-            names[part.name] = present
-        elif present and not isinstance(asked, tuple):
-            names[part.name] = present[0]
+        column, lacking = _find_columns(part, columns.get(part.name), folded)
+        if column != ():
+            names[part.name] = column
         elif (part.required or part.name in columns) and (gold or part.name != form.gold):
-            missing = missing or lacking[0]
+            missing = missing or lacking
     return names, missing
+
+
+def _find_columns(part: Field, asked: Names | None, folded: Mapping[str, str]) -> tuple[Names, str | None]:
+    """(the column of a field, all that the recipe lists for it, or (); the first name that the row lacks)."""
+    names = _as_tuple(part.columns if asked is None else asked)
+    keys = {name: folded.get(name.strip().casefold()) for name in names}
+    present = tuple(key for key in keys.values() if key is not None)
+    lacking = next((name for name, key in keys.items() if key is None), None)
+    if isinstance(asked, tuple):
+        return present if lacking is None else (), lacking
+    return present[0] if present else (), lacking
 
 
 def choose_converter(
@@ -261,9 +271,7 @@ def choose_converter(
 
     ``accepted``: row types that the objective trains on. ``gold``: False = rows may lack it. Raises
     DataError, which lists the columns of the file, if no format fits."""
-    mapped = {
-        name: asked if isinstance(asked, str) else tuple(asked) for name, asked in (columns or {}).items()
-    }
+    mapped = {name: to if isinstance(to, str) else tuple(to) for name, to in (columns or {}).items()}
     if format is not None and format not in FORMATS:
         raise DataError(f"{path}: unknown format {format!r}. {did_you_mean(format, FORMATS)}")
     forms = _with_fields([FORMATS[format]] if format else _detectable(keys), mapped, path)
@@ -271,22 +279,22 @@ def choose_converter(
         forms = _with_prompt(forms, prompt_template, keys, path)
     for needs_gold in (True,) if gold else (True, False):  # rows that have gold are read with it
         converters = [Converter(form, mapped, prompt_template, needs_gold) for form in forms]
-        counts = [
-            (sum(converter.match(row)[1] is None for row in keys), converter) for converter in converters
-        ]
-        fitting = [(count, converter) for count, converter in counts if count]
+        fitting = [(count, converter) for converter in converters if (count := converter.count(keys))]
         wanted = [(count, converter) for count, converter in fitting if converter.row_types & set(accepted)]
         if wanted:  # the first of the table that fits half of the rows: alpaca rows fit input_output too
             most = (converter for count, converter in wanted if 2 * count >= len(keys))
             return replace(next(most, wanted[0][1]), gold=gold)
     if fitting:
         raise DataError(f"{path}: {_other_rows(fitting[0][1].form, accepted, keys)}")
-    tried = "no format has these columns"
-    if format:
-        tried = f"the format {format} needs {_needs(FORMATS[format])}"
+    raise DataError(f"{path}: {_no_format(format, accepted, keys)}")
+
+
+def _no_format(format: str | None, accepted: tuple[type, ...], keys: Sequence[tuple[str, ...]]) -> str:
+    """The message for a file whose columns fit no format."""
+    tried = f"the format {format} needs {_needs(FORMATS[format])}" if format else "no format fits"
     listed = "".join(f"\n    {maker.form.name}: {_needs(maker.form)}" for maker in _makers_of(accepted))
-    raise DataError(
-        f"{path}: {tried}. Columns of the file: {', '.join(_columns(keys[:5])) or 'none'}.\n"
+    return (
+        f"{tried}. Columns of the file: {', '.join(_columns(keys[:5])) or 'none'}.\n"
         f"  Map the columns, for example {_mapping(accepted, keys)}. Formats:{listed}"
     )
 

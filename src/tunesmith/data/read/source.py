@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,40 +81,42 @@ def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bo
     ``gold``: False = the rows are to be predicted, and may lack their label, tags or answers. Raises
     DataError if the file cannot be opened, has no rows, or no format has its columns."""
     question = _question(source, accepted, gold) if source.streaming else ""
-    seen = hub_set.recall(source, question) if source.streaming else None
-    sample = [] if seen else _sample(source, accepted)
-    records = [item for item in sample if isinstance(item, Record)]
-    keys = [tuple(row) for row in (seen["keys"] if seen else (record.value for record in records))]
+    seen = (hub_set.recall(source, question) if source.streaming else None) or {}
+    records = [] if seen else _first_records(source, accepted)
+    keys = [tuple(row) for row in seen.get("keys") or (record.value for record in records)]
     if not keys:
         return OpenedSource(source, accepted, None, "unknown: no row could be read", gold=gold)
+    convert = _choose_converter(source, accepted, gold, keys)
+    facts = seen["facts"] if seen else convert.scan(records)
+    separator = {"separator": source.separator} if source.separator else {}
+    convert = replace(convert, facts=facts | separator)
+    if not seen:
+        names = {kind.__name__ for record in records for kind in _kinds(convert(record))}
+        seen = {"keys": keys, "kinds": sorted(names), "facts": facts}
+        if source.streaming:
+            hub_set.remember(source, question, seen)
+    kinds = frozenset(kind for kind in (*accepted, *ROW_TYPES) if kind.__name__ in seen["kinds"])
+    description = convert.describe(dict.fromkeys(key for row in keys for key in row))
+    return OpenedSource(source, accepted, convert, description, kinds, gold)
+
+
+def _choose_converter(
+    source: Source, accepted: tuple[type, ...], gold: bool, keys: Sequence[tuple[str, ...]]
+) -> Converter:
+    is_conll = not source.hub and READERS.get(Path(source.path).suffix.lower()) is READERS[".conll"]
     convert = choose_converter(
-        keys,
-        path=source.label,
-        accepted=accepted,
-        format=source.format or ("conll" if _is_conll(source) else None),
-        columns=source.columns,
-        prompt_template=source.prompt_template,
-        gold=gold,
-    )
+        keys, path=source.label, accepted=accepted, format=source.format or ("conll" if is_conll else None),
+        columns=source.columns, prompt_template=source.prompt_template, gold=gold,
+    )  # fmt: skip
     if source.separator and convert.form.gold != "labels":
         raise DataError(
             f"{source.label}: separator does nothing: the format {convert.form.name} has no list of labels.\n"
             "  Leave it out, or name the column: columns: {labels: COLUMN}."
         )
-    facts = seen["facts"] if seen else convert.scan(records)
-    convert = replace(convert, facts=facts | {"separator": source.separator} if source.separator else facts)
-    if seen:
-        kinds = frozenset(kind for kind in (*accepted, *ROW_TYPES) if kind.__name__ in seen["kinds"])
-    else:
-        kinds = frozenset(kind for record in records for kind in _kinds(convert(record)))
-        if source.streaming:
-            names = sorted(kind.__name__ for kind in kinds)
-            hub_set.remember(source, question, {"keys": keys, "kinds": names, "facts": facts})
-    description = convert.describe(dict.fromkeys(key for row in keys for key in row))
-    return OpenedSource(source, accepted, convert, description, kinds, gold)
+    return convert
 
 
-def _sample(source: Source, accepted: tuple[type, ...]) -> list[Record | RowProblem]:
+def _first_records(source: Source, accepted: tuple[type, ...]) -> list[Record]:
     count = min(SAMPLED, source.limit or SAMPLED)
     sample = list(itertools.islice(_rows(source.model_copy(update={"limit": count})), count))
     if not sample:
@@ -122,7 +124,7 @@ def _sample(source: Source, accepted: tuple[type, ...]) -> list[Record | RowProb
         raise DataError(
             f"{source.label} has no rows. Expected at least one, such as {example}. Add rows, or name another file."
         )
-    return sample
+    return [item for item in sample if isinstance(item, Record)]
 
 
 def _rows(source: Source) -> Rows:
@@ -134,10 +136,6 @@ def _kinds(row: Row | RowProblem) -> tuple[type, ...]:
         return ()
     has_turns = isinstance(row, Answered) and not isinstance(row.prompt, str)
     return (type(row), Chat) if has_turns else (type(row),)
-
-
-def _is_conll(source: Source) -> bool:
-    return not source.hub and READERS.get(Path(source.path).suffix.lower()) is READERS[".conll"]
 
 
 def _question(source: Source, accepted: tuple[type, ...], gold: bool) -> str:
