@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.data.broken import BROKEN, GOOD, lines
+from tests.data.broken_files import BROKEN, GOOD, lines
 from tests.data.zoo import ZOO
 from tunesmith.data.check.lint import lint
 from tunesmith.data.data_config import Source

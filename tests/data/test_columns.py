@@ -10,7 +10,7 @@ from tunesmith.data.rows import Chat, PromptCompletion, Text
 from tunesmith.errors import DataError
 
 WRITTEN = (Chat, PromptCompletion, Text)
-"""What an objective learns from that learns to write."""
+"""Row types of supervised fine-tuning."""
 
 
 def made(value, **options):
@@ -101,7 +101,7 @@ def test_a_prompt_template_with_an_empty_column_is_a_problem():
     assert isinstance(problem, RowProblem) and problem.field == "text"
 
 
-def test_problems_name_the_file_s_own_column():
+def test_problems_name_the_column_of_the_file():
     problem = made({"Q": "q", "A": ""})
     assert problem.where == "f:1:A"
 
@@ -120,12 +120,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_what_fits_nothing_is_refused(options, message):
+def test_columns_that_fit_no_format_are_refused(options, message):
     with pytest.raises(DataError, match=message):
         choose_converter([("ask", "reply")], path="f", accepted=WRITTEN, **options)
 
 
-def test_the_objective_s_rows_decide():
+def test_the_row_types_of_the_objective_select_the_format():
     with pytest.raises(DataError, match="learns from Text rows"):
         choose_converter([("question", "answer")], path="f", accepted=(Text,))
     assert choose_converter([("text", "summary")], path="f", accepted=(Text,)).form.name == "text"
@@ -136,6 +136,6 @@ def test_one_odd_row_does_not_change_the_format():
     assert choose_converter(keys, path="f", accepted=WRITTEN).form.name == "alpaca"
 
 
-def test_the_description_says_what_is_used():
+def test_the_description_lists_used_and_unused_columns():
     maker = choose_converter([("Q", "A", "label")], path="f", accepted=WRITTEN)
     assert maker.describe(("Q", "A", "label")) == "question_answer (question <- Q, answer <- A); not used: label"
