@@ -50,12 +50,8 @@ class HubServer:
         kept = {name: value for name, value in os.environ.items() if name not in ask._REMOVED}
         environment = kept | {name: name.lower() for name in CACHES} | {"HF_ENDPOINT": endpoint, "USE_TORCH": "0"}
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], env=environment, stdin=pipe, stdout=pipe, text=True
-        )
-        self.subprocess = SimpleNamespace(
-            run=self.run, Popen=self.popen, PIPE=pipe, TimeoutExpired=subprocess.TimeoutExpired
-        )
+        self.process = subprocess.Popen([sys.executable, "-c", SERVER], env=environment, stdin=pipe, stdout=pipe, text=True)
+        self.subprocess = SimpleNamespace(run=self.run, Popen=self.popen, PIPE=pipe, TimeoutExpired=subprocess.TimeoutExpired)
 
     def __enter__(self) -> HubServer:
         return self
