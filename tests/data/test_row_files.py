@@ -110,7 +110,7 @@ def test_any_bytes_give_records_or_problems(tmp_path_factory, kind, content):
         assert not (isinstance(item, RowProblem) and item.fatal)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     rows=st.lists(
         st.dictionaries(st.text(max_size=5), st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=4)),
