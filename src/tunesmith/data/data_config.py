@@ -112,7 +112,7 @@ class EvalConfig(Strict):
         for name in sets or ():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise ValueError(
-                    f"the name {name!r} must consist of letters, digits, - and _, because metrics are called eval_NAME_loss"
+                    f"the name {name!r} must be made of letters, digits, - and _, because metrics are called eval_NAME_loss"
                 )
         return sets
 

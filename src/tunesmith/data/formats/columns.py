@@ -118,10 +118,7 @@ PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 @dataclass(frozen=True)
 class Converter:
-    """Makes rows of the records of a source.
-
-    ``columns``: the recipe's mapping. ``gold``: rows must have their gold. ``facts``: result of
-    ``Format.scan``."""
+    """Makes rows of records. ``columns``: the recipe's mapping. ``facts``: result of ``Format.scan``."""
 
     form: Format
     columns: Mapping[str, Names]
@@ -152,8 +149,7 @@ class Converter:
         return sum(self.match(row)[1] is None for row in keys)
 
     def problem(self, record: Record, fault: FieldFault | RowFault) -> RowProblem:
-        """A row's problem under the file's column name: messages[2].content -> chat[2].content, and for a
-        field of several columns labels.toxic -> toxic."""
+        """A row's problem under the file's column names: messages[2].content -> chat[2].content."""
         names, _ = self.match(tuple(record.value))
         head, bracket, rest = fault.field.partition("[")
         name, dot, part = head.partition(".")
@@ -164,7 +160,7 @@ class Converter:
         return record.problem(place, fault.expected, fault.got, fault.fix)
 
     def _values(self, record: JsonObject, names: Mapping[str, Names]) -> Values:
-        """Field -> value, without the gold if it is not needed, so that wrong gold is no problem then."""
+        """Field -> value, without gold that is not needed, so that wrong gold is no problem then."""
         return Values(
             {
                 name: record[column]

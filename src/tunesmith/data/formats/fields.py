@@ -32,9 +32,6 @@ class Values(JsonObject):
         return bool(self.get("gold", True))
 
 
-CORRECT_IT = "Correct it, or delete the row."
-
-
 @dataclass(frozen=True, slots=True)
 class Field:
     """A field of a format. Its value is in the first of ``columns`` that the row has; case is ignored.
@@ -88,7 +85,7 @@ SYSTEM = optional("system", "system_prompt")
 class FieldFault(Exception):
     """A field of a row is not what its format needs."""
 
-    def __init__(self, field: str, expected: str, got: str, fix: str = CORRECT_IT) -> None:
+    def __init__(self, field: str, expected: str, got: str, fix: str) -> None:
         super().__init__(f"{field}: expected {expected}, got {got}. {fix}")
         self.field, self.expected, self.got, self.fix = field, expected, got, fix
 
@@ -121,11 +118,8 @@ def check_text(value: object, field: str) -> str:
     except UnicodeEncodeError as error:
         code, after = ord(value[error.start]), f"after {error.start} characters"
         if 0xDC80 <= code <= 0xDCFF:  # the reader keeps a byte that is not UTF-8 as this surrogate
-            got, fix = (
-                f"the byte 0x{code - 0xDC00:02x} {after}",
-                "Save the file as UTF-8 (iconv -f CP949 -t UTF-8, say).",
-            )
-            raise FieldFault(field, "UTF-8 text", got, fix) from None
+            fix = "Save the file as UTF-8 (iconv -f CP949 -t UTF-8, say)."
+            raise FieldFault(field, "UTF-8 text", f"the byte 0x{code - 0xDC00:02x} {after}", fix) from None
         got = f"half a surrogate pair (\\u{code:04x}) {after}"
         raise FieldFault(field, "Unicode text", got, "Write the whole character.") from None
     return value

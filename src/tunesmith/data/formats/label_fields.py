@@ -20,8 +20,7 @@ def build_labelled(values: Values) -> Labelled:
 
 
 def build_multilabel(values: Values) -> Labelled:
-    """The row of a text or a pair, and all labels that hold. ``vectors``: length of lists of 0 and 1, if
-    used."""
+    """The row of a text or a pair, and all labels that hold. ``vectors``: length of lists of 0 and 1."""
     labels: tuple[str, ...] | None = None
     known: tuple[str, ...] = ()
     if "labels" in values:
@@ -32,11 +31,10 @@ def build_multilabel(values: Values) -> Labelled:
 
 
 def scan_vectors(sample: Sequence[Values]) -> JsonObject:
-    """The length of label vectors: more than half of the first rows are lists of 0 and 1 of one length, two
-    or more.
+    """The length of label vectors: most of the first rows are lists of 0 and 1 of one length, two or more.
 
-    Rows that are no such vector are then bad rows. A list of label numbers never repeats a number. So where
-    lists of different length occur and none repeats a number, they are label numbers: [0, 1] next to [1]."""
+    Other rows are then bad rows. A list of label numbers never repeats a number. So where lists of different
+    length occur and none repeats a number, they are label numbers: [0, 1] next to [1]."""
     lengths: Counter[int] = Counter()
     rows = numbers = repeats = 0
     for values in sample:

@@ -40,8 +40,7 @@ def _is_set(values: Values, name: str) -> bool:
 
 
 def ranks_and_scores(values: Values, answers: Sequence[object]) -> tuple[tuple[int, ...], Numbers | None]:
-    """(ranks, 0 = best; scores if given) of the answers: from columns, else from keys of the answers, else
-    their order.
+    """(ranks, 0 = best; scores if given): from columns, else from keys of the answers, else their order.
 
     ``answers``: as the file has them. Ranks take precedence over scores, and scores over labels."""
     count = len(answers)

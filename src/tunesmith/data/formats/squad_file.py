@@ -21,8 +21,7 @@ KEYS = ("id", "question", "answers", "is_impossible")
 
 
 def build_question(values: Values) -> Question:
-    """The row of a question, its context and answers. Without the field ``answers`` it is a row to
-    predict."""
+    """The row of a question, its context and answers. Without ``answers`` it is a row to predict."""
     question, context = values.text("question"), values.text("context")
     name = values.get("id")
     return Question(question, context, _answers(values, context), None if name is None else str(name))
@@ -61,19 +60,20 @@ def _parse_answers(value: object) -> list[tuple[str, object, object]]:
         ):
             fix = 'Write {"text": ["..."], "answer_start": [0]}, with lists of the same length.'
             raise FieldFault("answers", "text and answer_start of each answer", shorten(value), fix)
-        return [(f"answers[{index}]", *pair) for index, pair in enumerate(zip(texts, starts, strict=True))]
+        value = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
     if not isinstance(value, list | tuple):
         fix = 'Write [{"text": "...", "answer_start": 0}].'
         raise FieldFault("answers", "a list of answers", shorten(value), fix)
+    answers = []
     for index, answer in enumerate(value):
         if not isinstance(answer, Mapping) or not {"text", "answer_start"} <= answer.keys():
-            fix = 'Write {"text": "...", "answer_start": 0}.'
-            raise FieldFault(
-                f"answers[{index}]", "an object with text and answer_start", shorten(answer), fix
+            expected, fix = (
+                "an object with text and answer_start",
+                'Write {"text": "...", "answer_start": 0}.',
             )
-    return [
-        (f"answers[{index}]", answer["text"], answer["answer_start"]) for index, answer in enumerate(value)
-    ]
+            raise FieldFault(f"answers[{index}]", expected, shorten(answer), fix)
+        answers.append((f"answers[{index}]", answer["text"], answer["answer_start"]))
+    return answers
 
 
 def _check_answer(place: str, value: object, start: object, context: str) -> tuple[str, int]:
@@ -134,8 +134,7 @@ def _flat_row(question: object, paragraph: object, place: str) -> JsonObject | F
 
 
 def _members(value: object, name: str, place: str) -> Iterator[tuple[str, object]]:
-    """(place, element) for the list under ``name``. Without such a list, and for a fault, the one element is
-    a fault."""
+    """(place, element) for the list under ``name``; a fault if there is no such list, or ``value`` is one."""
     members = value.get(name) if isinstance(value, Mapping) else None
     if isinstance(members, list):
         yield from ((f"{place}.{name}[{index}]", item) for index, item in enumerate(members))
