@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from tunesmith.json_types import JsonObject
 
 Message = JsonObject
-"""One turn: ``role``, ``content``, and what else the template reads (``tool_calls``,
-``reasoning_content``)."""
+"""One turn: ``role``, ``content``, and other keys that the chat template reads, such as ``tool_calls``."""
 
 TextOrTurns = str | tuple[Message, ...]
 """A prompt or an answer: plain text without a chat template, or turns."""

@@ -74,8 +74,7 @@ def ask(
     stdin: str = "",
     private: Mapping[str, str] | None = None,
 ) -> JsonObject:
-    """The answer of ``program``: one JSON object; {} for no output. ``private``: its variables. Raises
-    HubError."""
+    """The answer of ``program``, one JSON object or {}. ``private``: variables for it. Raises HubError."""
     shows_progress = question[0] == "download"  # on stderr
     try:
         done = subprocess.run(

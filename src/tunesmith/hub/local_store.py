@@ -72,7 +72,7 @@ def check(path: Path, expected: str, owner: str) -> None:
 def partial(place: Path, revision: str, size: int) -> Path:
     """The folder next to ``place`` for a download of ``size`` bytes, which continues after an interruption.
 
-    Removes downloads of other revisions, and downloads that nobody continued for a month. Raises
+    Removes downloads of other revisions, and those that nobody continued for a month. Raises
     DiskFullError."""
     place.parent.mkdir(parents=True, exist_ok=True)
     folder = place.parent / f".part-{place.name}-{revision[:12]}"

@@ -327,8 +327,7 @@ def _makers_of(accepted: tuple[type, ...]) -> list[Converter]:
 
 
 def _mapping(accepted: tuple[type, ...], keys: Sequence[tuple[str, ...]]) -> str:
-    """``columns: {label: sentiment}``: fields that the nearest format lacks, and columns that it does not
-    use."""
+    """``columns: {label: sentiment}``: fields that the nearest format lacks, with unused columns."""
     there = _columns(keys[:5])
     makers = [Converter(FORMATS["prompt_completion"], {})] if Chat in accepted else _makers_of(accepted)
     tries = []

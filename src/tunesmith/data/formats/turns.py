@@ -59,8 +59,7 @@ def parse_turns(value: object, field: str) -> list[Message]:
 
 
 def with_system(messages: list[Message], values: Values) -> list[Message]:
-    """``messages`` after a turn of the field ``system``, unless it is blank or they begin with such a
-    turn."""
+    """``messages`` after the field ``system``, unless it is blank or they begin with a system turn."""
     system = values.optional_text("system")
     if not system.strip() or messages[0]["role"] == "system":
         return messages

@@ -197,8 +197,7 @@ def _manifest(folder: Path) -> JsonObject:
 
 
 def _require_folder(source: Source) -> Path:
-    """The folder of a split. The first use of a stream records its commit. Raises DataError if it is not
-    pulled."""
+    """The folder of a split that is pulled, or DataError. The first use of a stream records its commit."""
     folder = store_folder(source)
     if _manifest(folder):
         return folder

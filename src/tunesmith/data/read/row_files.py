@@ -82,8 +82,8 @@ def _hint(missing: Path) -> str:
 
 
 def open_text(file: Path, newline: str | None = None) -> TextIO:
-    """Open UTF-8, with or without a byte order mark. ``formats`` report invalid bytes, lone surrogates
-    here."""
+    """Open UTF-8, with or without a byte order mark. Invalid bytes become surrogates, which ``formats``
+    report."""
     return file.open("r", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 

@@ -27,9 +27,8 @@ SAMPLED = 100
 class OpenedSource:
     """A source whose format is known; ``convert`` is None if none of its first rows could be read.
 
-    ``accepted``: row types to return. ``description``: format and columns. ``gold``: rows must have their
-    gold. ``kinds``: types of the first rows, and Chat if their answers are turns, which the template
-    renders."""
+    ``accepted``: row types to return. ``description``: format and columns. ``gold``: rows must have gold.
+    ``kinds``: types of the first rows, and Chat if answers are turns, which the template renders."""
 
     source: Source
     accepted: tuple[type, ...]
