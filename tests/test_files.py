@@ -18,7 +18,7 @@ HOMES = {
     "data": cache.store,
     "models": model_store.models,
     "kernels": kernels.cache_folder,
-    "datasets": lambda: hub_set.place(Source(path="hub:org/name", split="train")).parent,
+    "datasets": lambda: hub_set.store_folder(Source(path="hub:org/name", split="train")).parent,
 }
 """Folder name -> the function that gives it: all that is kept in the home folder."""
 

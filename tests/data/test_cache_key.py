@@ -24,7 +24,7 @@ def key_after_editing(name, monkeypatch):
         return encode_source.shared_key(sft.Objective(sft.Config()), tiny_tokenizer(None))
 
 
-@pytest.mark.parametrize("name", ["encode.chat", "encode.spans", "encode.templates", "formats.turns", "rows"])
+@pytest.mark.parametrize("name", ["encode.conversations", "encode.spans", "encode.templates", "formats.turns", "rows"])
 def test_editing_an_encoder_makes_every_entry_anew(name, monkeypatch):
     assert key_after_editing(name, monkeypatch) != key_after_editing(None, monkeypatch)
 

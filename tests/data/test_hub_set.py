@@ -1,4 +1,4 @@
-"""Data sets of the Hub as sources: pulled once and checked, or streamed; always at one known commit."""
+"""Hub data sets as sources: pulled once and verified, or streamed; always at one known commit."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pyarrow import parquet
 import tunesmith
 from tests.data.test_prepare import Language
 from tests.fake_hub import FakeHub
+from tests.hub_server import HubServer
 from tests.runs import model_folder
 from tests.runs import recipe as tiny_recipe
 from tests.tiny import tiny_tokenizer
@@ -71,13 +72,35 @@ CONFIGURED = {"README.md": TWO_CARDS, "en.jsonl": jsonl(made(0, 3)), "ko.jsonl":
 ODD = {"README.md": ODD_CARD, "odd.csv": b"prompt;completion\na; b\n"}
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setattr(ask, "offline_by_user", lambda: False)
+@pytest.fixture(scope="module")
+def fake():
     with FakeHub() as fake:
-        monkeypatch.setenv("HF_ENDPOINT", fake.url)
-        fake.add("some/data", SHARDS)
         yield fake
+
+
+@pytest.fixture(scope="module")
+def server(fake):
+    with HubServer(fake.url) as server:
+        yield server.subprocess
+
+
+@pytest.fixture
+def real_hub(fake, monkeypatch):
+    """The Hub, and a real process for each question."""
+    monkeypatch.setattr(ask, "offline_by_user", lambda: False)
+    monkeypatch.setenv("HF_ENDPOINT", fake.url)
+    fake.repos.clear()
+    fake.asked.clear()
+    fake.add("some/data", SHARDS)
+    return fake
+
+
+@pytest.fixture
+def hub(real_hub, server, monkeypatch):
+    """The Hub, and forks of one process for the questions."""
+    for module in (ask, hub_set):
+        monkeypatch.setattr(module, "subprocess", server)
+    return real_hub
 
 
 def offline(monkeypatch):
@@ -111,7 +134,7 @@ def stored():
 
 
 @pytest.mark.parametrize("files", [SHARDS, TABLES], ids=["jsonl", "parquet"])
-def test_a_split_is_pulled_once_and_read_as_local_files_are(files, hub, monkeypatch):
+def test_a_split_is_pulled_once_and_read_like_local_files(files, hub, monkeypatch):
     hub.add("some/data", files)
     source, folder, _ = pull()
     offline(monkeypatch)
@@ -122,32 +145,32 @@ def test_a_split_is_pulled_once_and_read_as_local_files_are(files, hub, monkeypa
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_split_that_is_here_at_the_newest_commit_is_not_downloaded_again(hub):
+def test_a_split_at_the_newest_commit_is_not_downloaded_again(hub):
     pull()
     hub.asked.clear()
     pull()
     assert hub.asked and not [path for _, path, _ in hub.asked if "/resolve/" in path and path.endswith("jsonl")]
 
 
-def test_a_commit_that_is_here_is_not_asked_for(hub, monkeypatch):
+def test_no_request_is_made_for_a_stored_commit(hub, monkeypatch):
     named = f"{TRAIN}@{'a' * 40}"
     pull(named)
     offline(monkeypatch)
     assert len(prompts(pull(named)[0])) == 9
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(hub):
+def test_an_interrupted_download_continues_where_it_stopped(hub):
     rows = bytes(range(256)) * 50_000  # nothing opens it here
     repo = hub.add("some/data", {"train.parquet": rows}, cut={"train.parquet": 11_000_000})
-    assert "What has arrived is kept" in refusal()
+    assert "Files that have arrived are kept" in refusal()
     repo.cut = {}
     hub.asked.clear()
     _, folder, said = pull()
-    assert (folder / "train.parquet").read_bytes() == rows and "going on after 10.5 MB" in said[-1]
+    assert (folder / "train.parquet").read_bytes() == rows and "continuing after 10.5 MB" in said[-1]
     assert [wanted for _, path, wanted in hub.asked if path.endswith(".parquet")] == [f"bytes={10 * 2**20}-"]
 
 
-def test_a_file_that_is_not_what_the_hub_lists_is_refused_and_not_kept(hub):
+def test_a_file_of_another_hash_is_refused_and_removed(hub):
     hub.add("some/data", TABLES, listed={"train-1.parquet": "1" * 64})
     assert "expected 111" in refusal()
     assert stored() == []
@@ -164,11 +187,11 @@ def test_a_file_that_is_not_what_the_hub_lists_is_refused_and_not_kept(hub):
     ids=["repository", "revision", "split", "configuration"],
 )
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_the_hub_does_not_have_is_said(keys, words, streaming, hub):
+def test_the_error_names_what_the_hub_lacks(keys, words, streaming, hub):
     assert words in refusal(streaming=streaming, **keys) and stored() == []
 
 
-def test_a_gated_set_says_what_to_do(hub):
+def test_the_error_for_a_gated_set_names_the_token(hub):
     hub.repos["some/data"].gated = True
     assert "set HF_TOKEN" in refusal()
 
@@ -189,7 +212,7 @@ def test_a_set_without_rows_or_with_a_script_is_refused(files, words, hub):
 
 def test_a_configuration_is_chosen_by_name(hub):
     hub.add("some/data", CONFIGURED)
-    assert "several configurations; say which with `name`. Valid: english, korean" in refusal()
+    assert "several configurations; choose one with `name`. Valid: english, korean" in refusal()
     korean, _, _ = pull(name="korean")
     english, _, _ = pull(name="english")
     assert [len(prompts(source)) for source in (korean, english)] == [4, 3]
@@ -201,19 +224,19 @@ def test_a_configuration_is_chosen_by_name(hub):
     [(ODD, "sep: ';'"), ({"train.jsonl.gz": b"x"}, "train.jsonl.gz")],
     ids=["settings", "compressed"],
 )
-def test_what_only_the_datasets_library_reads_is_not_guessed_at(files, words, hub):
+def test_files_that_only_datasets_can_read_must_be_streamed(files, words, hub):
     hub.add("some/data", files)
     said = refusal()
     assert words in said and "streaming: true" in said and stored() == []
 
 
-def test_settings_of_a_configuration_count_when_it_is_streamed(hub):
+def test_a_stream_uses_the_settings_of_the_configuration(hub):
     hub.add("some/data", ODD)
     (row,) = hub_set.rows(pull(streaming=True)[0])
     assert row.value == {"prompt": "a", "completion": " b"}
 
 
-def test_a_set_that_was_not_pulled_names_the_command_and_asks_nobody(hub):
+def test_the_error_for_a_set_not_pulled_shows_the_command_without_a_request(hub):
     with pytest.raises(DataError, match=r"Type: tunesmith data pull some/data@v1 --name en --split test$"):
         prepared(path="hub:some/data@v1", name="en", split="test")
     assert hub.asked == []
@@ -227,7 +250,7 @@ def test_the_missing_library_is_named_with_its_extra(hub, monkeypatch):
     assert hub.asked == []
 
 
-def test_nothing_is_asked_where_the_user_forbids_it(hub, monkeypatch):
+def test_no_request_is_made_where_the_user_forbids_it(hub, monkeypatch):
     offline(monkeypatch)
     assert "HF_DATASETS_OFFLINE is set" in refusal()
     with pytest.raises(DataError, match="HF_DATASETS_OFFLINE is set"):
@@ -285,14 +308,14 @@ def test_a_second_start_of_a_stream_needs_no_network_and_no_file(hub, monkeypatc
     assert again.report.sources[0].revision == "a" * 40 == first.report.sources[0].revision
 
 
-def test_the_libraries_keep_nothing_of_their_own(hub, tmp_path, monkeypatch):
+def test_the_libraries_leave_no_files(real_hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert len(list(hub_set.rows(pull(streaming=True)[0]))) == 9
     pull()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_stream_that_breaks_off_says_where_and_leaves_no_half(hub):
+def test_a_broken_stream_names_its_last_row_and_leaves_no_cache(hub):
     hub.repos["some/data"].closed = {"data/train-00001-of-00002.jsonl"}
     with pytest.raises(DataError) as error:
         prepared(streaming=True)
@@ -302,25 +325,25 @@ def test_a_stream_that_breaks_off_says_where_and_leaves_no_half(hub):
     assert len(prepared(streaming=True).train) == 9
 
 
-def test_a_stream_that_nobody_reads_on_is_ended(hub, monkeypatch):
+def test_a_stream_that_is_closed_ends_its_process(real_hub, monkeypatch):
     started = []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **keys: started.append(popen(*args, **keys)) or started[-1])
-    hub.add("some/data", {"train.jsonl": jsonl(made(0, 20_000))})
+    real_hub.add("some/data", {"train.jsonl": jsonl(made(0, 20_000))})
     rows = hub_set.rows(pull(streaming=True)[0])
     assert next(rows).row == 1
     rows.close()
     assert started[-1].poll() not in (None, 0)  # it had far more to say than a pipe holds
 
 
-def test_values_without_a_place_in_json_do_not_break_a_stream(hub):
+def test_values_that_json_lacks_do_not_break_a_stream(hub):
     rows = [{"text": "a", "picture": b"\x00", "when": arrow.scalar(0, arrow.timestamp("s")).as_py(), "score": float("nan")}]
     hub.add("some/data", {"train.parquet": table(rows)})
     (row,) = hub_set.rows(pull(streaming=True)[0])
     assert row.value["text"] == "a" and row.value["picture"] is None and row.value["when"] == "1970-01-01T00:00:00"
 
 
-def test_a_run_on_a_set_of_the_hub(hub, tmp_path, monkeypatch, capsys):
+def test_a_run_on_a_pulled_set(hub, tmp_path, monkeypatch, capsys):
     for split in ("train", "test"):
         assert main(["data", "pull", "some/data", "--split", split, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -350,7 +373,7 @@ def test_a_run_on_a_stream(hub, tmp_path):
     assert source["rows_read"] == 6 and source["revision"] == "a" * 40
 
 
-def test_the_verbs_that_look_at_data_take_a_split(hub, tmp_path, capsys):
+def test_lint_preview_and_evaluate_take_a_split(hub, tmp_path, capsys):
     pull(split="test")
     model = str(model_folder(tmp_path, "llama"))
     assert main(["data", "lint", TRAIN, "--split", "test"]) == 0

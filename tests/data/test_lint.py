@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.data.broken import BROKEN, GOOD, lines
+from tests.data.broken_files import BROKEN, GOOD, lines
 from tests.data.zoo import ZOO
 from tunesmith.data.check.lint import lint
 from tunesmith.data.data_config import Source
@@ -58,8 +58,8 @@ def test_a_file_that_is_no_use_is_a_problem_of_the_file(tmp_path, name):
         ("neq.jsonl", None, "data file not found: {path}. Did you mean neg.jsonl?"),
         ("no/rows.json", None, "data file not found: {path}. There is no folder {folder}/no. Check the path."),
         ("empty.json", b"", "{path} has no rows. Expected at least one, such as "),
-        ("noending", b"{}", "{path}: its name has no ending that says what it holds. Expected one of .json, "),
-        ("odd.xyz", b"{}", "{path}: unknown kind of file '.xyz'. Expected one of .json, "),
+        ("noending", b"{}", "{path}: its name has no file type. Expected one of .json, "),
+        ("odd.xyz", b"{}", "{path}: unknown file type '.xyz'. Expected one of .json, "),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_said_once(tmp_path, name, content, said):

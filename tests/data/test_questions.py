@@ -1,4 +1,4 @@
-"""Questions as windows of tokens, and back to the characters of the context."""
+"""Questions as windows of tokens, and answers back to characters of the context."""
 
 import json
 from itertools import pairwise
@@ -20,7 +20,7 @@ from tunesmith.models.heads import task_heads
 from tunesmith.objectives import qa
 
 SPLIT = [kind for kind in KINDS if kind != "across words"]
-"""Tokenizers that cut at white space, so that a word can be told by its tokens."""
+"""Tokenizers that split at white space, so that tokens determine a word."""
 
 WORDS = ["fox", "Paris", "quick", "안녕하세요", "날씨가", "capital", "01234", "naïve", "🦊", "x"]
 
@@ -40,7 +40,7 @@ def objective_of(**config):
 
 
 def said_of(objective, rows, examples, patch, sure=9.0):
-    """What an oracle makes of rows: a head that is ``sure`` of the gold tokens of each window; windows come last one first."""
+    """Answers of an oracle head, ``sure`` of the gold tokens of each window; the windows come in reverse order."""
 
     def logits(model, batch):
         ends = []
@@ -63,7 +63,7 @@ texts = st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from([" ", "  ", "
 @settings(max_examples=40, deadline=None)
 @given(texts, st.integers(0, 39), st.integers(1, 3), st.integers(0, 20), st.integers(0, 30), st.booleans())
 def test_an_oracle_finds_every_answer(kind, words, at, length, more, stride, answerable):
-    """For any window that the answer fits into: exact match and F1 are 1, offsets give the gold text, no answer is told too."""
+    """For any window that the answer fits into, exact match and F1 are 1, with and without an answer."""
     context, places = "", []
     for word, space in words:
         places.append((len(context), len(context) + len(word)))
@@ -110,8 +110,8 @@ def test_pieces_cover_all_and_overlap(count, room, overlap):
         assert any(first <= start and start + shared + 1 <= end for first, end in pieces)
 
 
-def test_an_answer_is_whole_in_a_window_wherever_it_stands():
-    """Without a stride, too: windows share what the longest answer needs."""
+def test_some_window_contains_the_whole_answer():
+    """Even without a stride: windows overlap by the longest answer."""
     words = [f"{number:02}" for number in range(60)]
     for longest, always in ((12, True), (1, False)):
         found = [encode("bert", row_at(words, at), 40, stride=0, longest_answer=longest) for at in range(58)]
@@ -124,8 +124,8 @@ def row_at(words, at):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "word pieces", "metaspace"])
-def test_a_pair_is_the_tokenizers_own(kind):
-    """Windows too: transformers' own cut of the second text, with its overlap."""
+def test_windows_of_a_pair_equal_the_tokenizer_s(kind):
+    """Windows are those of transformers, which truncates the second text with an overlap."""
     row = Question("what is the capital?", "the quick brown fox " * 10, (("fox", 16),))
     tokenizer = tokenizer_of(kind)
     size, stride = 40, 9
@@ -155,7 +155,7 @@ def test_a_decoder_reads_the_template_and_one_end_token():
     assert offsets[offsets >= 0].min() == 0 and offsets.max() == len(row.context)
 
 
-def test_parts_that_a_token_would_join_are_tokenised_apart():
+def test_question_and_context_are_tokenised_separately():
     row = Question("the", "quick {question} fox", (("fox", 17),))
     (made,) = encode("across words", row, template="{question} th{context}")
     tokenizer = tokenizer_of("across words")
@@ -173,7 +173,7 @@ def test_an_answer_begins_with_no_space(kind):
     assert row.context[first:last] == "quick"
 
 
-def test_what_is_not_known_is_said_so():
+def test_unknown_and_impossible_answers_are_encoded():
     (unknown,) = encode("bert", Question("what?", "the fox"))
     (nothing,) = encode("bert", Question("what?", "the fox", ()))
     assert unknown["span"].tolist() == [-1, -1] and len(unknown["golds"]) == 0
@@ -188,13 +188,13 @@ def test_what_is_not_known_is_said_so():
         (Question("what is the capital? " * 9, "the fox " * 99), "leaves room for 8 tokens of context in 40"),
     ],
 )
-def test_faults(row, says):
+def test_questions_that_cannot_be_encoded_are_refused(row, says):
     with pytest.raises(RowFault, match=says):
         encode("bert", row, 40)
 
 
-def test_the_best_spans_are_the_best_of_all():
-    """Against a loop over all pairs of tokens."""
+def test_the_best_spans_equal_a_search_over_all_pairs():
+    """Compared with a loop over all pairs of tokens."""
     (made,) = encode("bert", Question("what?", "the quick brown fox jumps\nover the dog"))
     generator = torch.Generator().manual_seed(0)
     start, end = torch.randn(2, len(made["input_ids"]), generator=generator)
@@ -243,7 +243,7 @@ def test_the_threshold_is_tuned():
     assert figures["eval_has_answer_f1"] == figures["eval_no_answer_f1"] == 1.0
 
 
-def test_only_data_with_silent_questions_teach_silence():
+def test_only_data_with_impossible_questions_set_a_threshold():
     rows = [Question("what?", "the fox", (("fox", 4),)), Question("what?", "the fox", ())]
     objective = qa.Objective(qa.Config())
     objective.scan(rows[:1])
@@ -255,7 +255,7 @@ def test_only_data_with_silent_questions_teach_silence():
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["minilm-l6", "smollm2-135m"])
 def test_an_oracle_on_xquad_with_the_real_tokenizers(name, shared, monkeypatch):
-    """All that is lost is what a token boundary takes: an answer that begins or ends inside a token."""
+    """Only answers that begin or end inside a token are lost."""
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(pulled(name))

@@ -1,305 +1,246 @@
-"""Preferences and rankings in the shapes that files have, and what is refused of them."""
+"""Rankings as tokens: the prompt once, then each answer with the tokens that it has in a row without the others."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
-import math
+from functools import lru_cache
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tunesmith.data.data_config import Source
-from tunesmith.data.formats.columns import converter
-from tunesmith.data.read.source import ROW_TYPES, open_source
-from tunesmith.data.row_problems import Record, RowProblem
-from tunesmith.data.rows import Chat, Labelled, PromptCompletion, Question, Ranking, Tagged, Text, digest, without_gold
-from tunesmith.errors import DataError
+from tests.data.tokenizers import KINDS, tokenizer_of
+from tests.data.zoo import ZOO
+from tunesmith.data.data_config import DataConfig, EvalConfig, Source
+from tunesmith.data.encode import conversations
+from tunesmith.data.encode.rankings import encode
+from tunesmith.data.encode.templates import apply_template, special_ends
+from tunesmith.data.read.source import open_source
+from tunesmith.data.row_problems import RowFault
+from tunesmith.data.rows import Chat, PromptCompletion, Ranking
+from tunesmith.data.store.prepare import prepare
+from tunesmith.objectives import Objective, Traits
 
+ENDING = [kind for kind in KINDS if tokenizer_of(kind).eos_token]
+"""Tokenizers with an end token, which closes a row."""
 
-def made(value, accepted=(Ranking,), **options):
-    return converter([tuple(value)], path="f", accepted=accepted, **options)(Record("f", 1, 1, value))
+WORDS = ["fox", "Paris", " quick", "안녕하세요", "\n", "  ", "01234", "naïve", "🦊", "x", "."]
 
-
-def turn(role, text):
-    return {"role": role, "content": text}
-
-
-def gpt(text):
-    return {"from": "gpt", "value": text}
-
-
-def human(text):
-    return {"from": "human", "value": text}
-
-
-Q, A, B, C = turn("user", "q"), turn("assistant", "a"), turn("assistant", "b"), turn("assistant", "c")
-MORE = (Q, A, turn("user", "and?"))
-PAIR = Ranking((Q,), ((A,), (B,)), (0, 1))
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
-HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: and?\n\nAssistant: "
-
-SHAPES = [
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, Ranking("q", ("a", "b"), (0, 1))),
-    ({"prompt": [Q], "chosen": [A], "rejected": [B]}, PAIR),
-    ({"prompt": [Q], "chosen": "a", "rejected": "b"}, PAIR),
-    ({"prompt": "q", "chosen": [A], "rejected": [B]}, PAIR),
-    ({"prompt": "q", "chosen": A, "rejected": B}, PAIR),
-    ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, B]}, PAIR),
-    ({"prompt": "q", "messages": [Q, A], "chosen": [Q, A], "rejected": [Q, B]}, PAIR),
-    ({"prompt": json.dumps([Q]), "chosen": json.dumps([A]), "rejected": json.dumps([B])}, PAIR),
-    ({"prompt": '[{"a": 1}] is?', "chosen": "JSON", "rejected": "[{]"}, Ranking('[{"a": 1}] is?', ("JSON", "[{]"), (0, 1))),
-    (
-        {"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"},
-        Ranking((turn("system", "s"), Q), ((A,), (B,)), (0, 1)),
-    ),
-    ({"system": "", "prompt": "q", "chosen": "a", "rejected": "b"}, Ranking("q", ("a", "b"), (0, 1))),
-    ({"prompt": HH, "chosen": "b", "rejected": "c"}, Ranking(MORE, ((B,), (C,)), (0, 1))),
-    ({"chosen": [*MORE, B], "rejected": [*MORE, C]}, Ranking(MORE, ((B,), (C,)), (0, 1))),
-    ({"chosen": json.dumps([Q, A]), "rejected": json.dumps([Q, B])}, PAIR),
-    ({"chosen": [human("q"), gpt("a")], "rejected": [human("q"), gpt("b")]}, PAIR),
-    ({"chosen": f"{HH}b", "rejected": f"{HH}c "}, Ranking(MORE, ((B,), (C,)), (0, 1))),
-    ({"prompt": HH, "chosen": f"{HH}b", "rejected": f"{HH}c"}, Ranking(MORE, ((B,), (C,)), (0, 1))),
-    ({"prompt": "and?", "chosen": f"{HH}b", "rejected": f"{HH}c"}, Ranking(MORE, ((B,), (C,)), (0, 1))),
-    ({"prompt": MORE, "chosen": f"{HH}b", "rejected": f"{HH}c"}, Ranking(MORE, ((B,), (C,)), (0, 1))),
-    ({"instruction": "and?", "chosen": f"{HH}b", "rejected": f"{HH}c"}, Ranking(MORE, ((B,), (C,)), (0, 1))),
-    ({"prompt": "who?", "chosen": "Human: a", "rejected": "b"}, Ranking("who?", ("Human: a", "b"), (0, 1))),
-    ({"conversations": [human("q")], "chosen": gpt("a"), "rejected": gpt("b")}, PAIR),
-    ({"conversations": [human("q")], "chosen": [gpt("a")], "rejected": "b"}, PAIR),
-    ({"messages": [Q, A], "chosen": [Q, A], "rejected": [Q, B]}, PAIR),
-    (
-        {"system": "s", "conversations": [human("q")], "chosen": gpt("a"), "rejected": gpt("b")},
-        Ranking((turn("system", "s"), Q), ((A,), (B,)), (0, 1)),
-    ),
-    (
-        {"instruction": "q", "input": "x", "chosen": "a", "rejected": "b"},
-        Ranking((turn("user", "q\n\nx"),), ((A,), (B,)), (0, 1)),
-    ),
-    (
-        {"instruction": "q", "system": "s", "input": "", "history": [["1", "2"]], "chosen": "a", "rejected": "b"},
-        Ranking((turn("system", "s"), turn("user", "1"), turn("assistant", "2"), Q), ((A,), (B,)), (0, 1)),
-    ),
-    ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, Ranking((turn("system", "s"), Q), ((A,), (B,)), (0, 1))),
-    (
-        {"prompt": [Q], "chosen": [CALL, turn("tool", "1"), A], "rejected": [CALL, turn("tool", "1"), B]},
-        Ranking((Q,), ((CALL, turn("tool", "1"), A), (CALL, turn("tool", "1"), B)), (0, 1)),
-    ),
-    ({"prompt": "q", "answers": ["a", "b", "c"]}, Ranking("q", ("a", "b", "c"), (0, 1, 2))),
-    ({"prompt": "q", "responses": ["a", "b"], "ranks": [2, 1]}, Ranking("q", ("a", "b"), (1, 0))),
-    ({"prompt": "q", "completions": ["a", "b", "c"], "scores": [1, 4.5, 1]}, Ranking("q", ("a", "b", "c"), (1, 0, 1), (1, 4.5, 1))),
-    ({"prompt": "q", "answers": ["a", "b", "c"], "labels": [True, False, True]}, Ranking("q", ("a", "b", "c"), (0, 1, 0))),
-    ({"prompt": "q", "answers": '["a", "b"]', "scores": "[1, 2]"}, Ranking("q", ("a", "b"), (1, 0), (1, 2))),
-    ({"prompt": "q", "answers": ["a", "b"], "ranks": [1, 2], "scores": [7, 3]}, Ranking("q", ("a", "b"), (0, 1), (7, 3))),
-    ({"prompt": [Q], "answers": [[A], B, "c"]}, Ranking((Q,), ((A,), (B,), (C,)), (0, 1, 2))),
-    ({"instruction": "q", "responses": ["a", "b"]}, PAIR),
-    (
-        {"prompt": "\n\nHuman: q\n\nAssistant: ", "answers": [{"answer": "a", "rank": 2.0}, {"answer": "b", "rank": 1.0}]},
-        Ranking((Q,), ((A,), (B,)), (1, 0)),
-    ),
-    (
-        {"prompt": "q", "answers": [{"response": "a", "overall_score": 7}, {"response": "b", "overall_score": 8}]},
-        Ranking("q", ("a", "b"), (1, 0), (7, 8)),
-    ),
-    (
-        {"prompt": "q", "answers": [{"text": "a", "rating": "7", "rank": 1}, {"text": "b", "rating": 8}]},
-        Ranking("q", ("a", "b"), (1, 0), (7, 8)),
-    ),
-    ({"prompt": [Q], "answers": [{**A, "score": 1}, {**B, "score": 2}]}, Ranking((Q,), ((A,), (B,)), (1, 0), (1, 2))),
-    ({"prompt": "q", "answers": [{"text": "a", "id": 7}, {"text": "b", "id": 8}], "ranks": [2, 1]}, Ranking("q", ("a", "b"), (1, 0))),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("value", "row"), SHAPES)
-def test_each_shape_is_a_ranking(value, row):
-    assert made(value) == row and made(value, ROW_TYPES) == row
-
-
-SCORED = [
-    ({"chosen_score": 9, "rejected_score": 4}, (9.0, 4.0)),
-    ({"score_chosen": 9, "score_rejected": 4}, (9.0, 4.0)),
-    ({"chosen-rating": 5, "rejected-rating": "4.5"}, (5.0, 4.5)),
-    ({"margin": 2}, (2.0, 0.0)),
-    ({"scores": [8, 3]}, (8.0, 3.0)),
-    ({"rating": "[8, 3.5]", "margin": 1}, (8.0, 3.5)),
-    ({"ratings": [8, 3], "score_chosen": 9, "score_rejected": 4}, (9.0, 4.0)),
-    ({"scores": None}, None),
-    ({"chosen_score": None, "rejected_score": None, "margin": None}, None),
-]
-
-
-@pytest.mark.parametrize(("given", "scores"), SCORED)
-@pytest.mark.parametrize("prompt", [{"prompt": "q"}, {"instruction": "q"}, {"conversations": [human("q")]}])
-def test_scores_of_a_pair(given, scores, prompt):
-    assert made({**prompt, "chosen": "a", "rejected": "b", **given}).scores == scores
-
-
-TO_SCORE = [
-    ({"prompt": "q", "chosen": "a", "rejected": "a "}, Ranking("q", ("a", "a "), (0, 0))),
-    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": math.nan}, Ranking("q", ("a", "b"), (0, 0))),
-    ({"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1}, Ranking("q", ("a", "b"), (0, 0))),
-    ({"chosen": [Q, A], "rejected": [Q, A]}, Ranking((Q,), ((A,), (A,)), (0, 0))),
-    ({"prompt": "q", "answers": ["a", "b", "a"]}, Ranking("q", ("a", "b", "a"), (0, 0, 0))),
-    ({"prompt": "q", "answers": ["a"], "scores": [1, 2]}, Ranking("q", ("a",), (0,))),
-    ({"prompt": "q", "answers": ["a", "b"], "labels": [0, 0]}, Ranking("q", ("a", "b"), (0, 0))),
-    ({"prompt": "q", "answers": [{"text": "a", "score": math.nan}, {"text": "b"}]}, Ranking("q", ("a", "b"), (0, 0))),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("value", "row"), TO_SCORE)
-def test_what_a_row_to_be_scored_says_of_its_answers_is_not_looked_at(value, row):
-    assert made(value, gold=False) == row and isinstance(made(value), RowProblem)
-
-
-X, Y, Z = ({"text": text} for text in "abc")
-SAME = "two answers to the same prompt"
-REFUSED = [
-    ({"prompt": "q", "chosen": "a", "rejected": ""}, "rejected", "an answer with something in it", "empty text"),
-    ({"prompt": "q", "chosen": " \n", "rejected": "b"}, "chosen", "an answer with something in it", "only spaces"),
-    ({"prompt": "q", "chosen": None, "rejected": "b"}, "chosen", "an answer with something in it", "null"),
-    ({"prompt": [Q], "chosen": [], "rejected": [B]}, "chosen", "an answer with something in it", "an empty list"),
-    ({"chosen": [turn("user", ""), A], "rejected": [Q, B]}, "chosen[0].content", "text", "empty text"),
-    ({"prompt": [Q], "chosen": [turn("assistant", "")], "rejected": [B]}, "chosen[0].content", "an answer with", "empty text"),
-    ({"conversations": [human("q")], "chosen": gpt(""), "rejected": gpt("b")}, "chosen.value", "an answer with", "empty text"),
-    ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt", "text", "empty text"),
-    ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt", "text", "null"),
-    ({"prompt": "q", "chosen": 3, "rejected": "b"}, "chosen", "text", "a number 3"),
-    ({"prompt": "q", "chosen": "a", "rejected": " a\n"}, "rejected", "two answers that differ", "'chosen', too"),
-    ({"prompt": [Q], "chosen": [A], "rejected": "a "}, "rejected", "two answers that differ", "'chosen', too"),
-    ({"chosen": [Q, A], "rejected": [Q, A]}, "rejected", "two answers that differ", "'chosen', too"),
-    ({"chosen": [Q, A], "rejected": [turn("user", "other"), B]}, "rejected", SAME, "from the 1. on: 'q' and 'other'"),
-    ({"chosen": [*MORE, B], "rejected": [Q, A, turn("user", "so?"), C]}, "rejected", SAME, "from the 3. on: 'and?' and 'so?'"),
-    ({"chosen": [Q, A], "rejected": [*MORE, C]}, "rejected", SAME, "from the 3. on: nothing and 'and?'"),
-    ({"chosen": [Q, A, B], "rejected": [Q, A, C]}, "rejected", SAME, "from the 3. on: 'b' and 'c'"),
-    ({"chosen": [*MORE, B], "rejected": [Q, B, turn("user", "and?"), C]}, "rejected", SAME, "from the 2. on"),
-    ({"chosen": [turn("system", "s"), Q, A], "rejected": [turn("system", "s"), A]}, "rejected", SAME, "'q' and 'a'"),
-    ({"chosen": f"{HH}b", "rejected": "\n\nHuman: x\n\nAssistant: c"}, "rejected", SAME, "from the 1. on"),
-    ({"chosen": f"{HH}b", "rejected": HH}, "rejected[3]", "an answer with something in it", "empty text"),
-    ({"chosen": "\n\nHuman: \n\nAssistant: a", "rejected": f"{HH}b"}, "chosen[0]", "what Human says", "empty text"),
-    ({"chosen": "a", "rejected": "b"}, "chosen", "a conversation, because the row has no prompt", "'a'"),
-    ({"chosen": [A], "rejected": [B]}, "chosen", SAME, "an answer alone"),
-    ({"prompt": "q", "chosen": [Q, A], "rejected": [B]}, "chosen", SAME, "a whole conversation"),
-    ({"prompt": "other", "chosen": [Q, A], "rejected": [Q, B]}, "prompt", "what is asked in 'chosen' and 'rejected'", "'other'"),
-    ({"prompt": "other", "chosen": f"{HH}b", "rejected": f"{HH}c"}, "prompt", "what is asked in 'chosen'", "'other'"),
-    ({"prompt": HH, "chosen": f"{HH}b", "rejected": "c"}, "chosen", SAME, "a whole conversation"),
-    ({"prompt": HH, "answers": [f"{HH}b", f"{HH}c"]}, "answers[0]", "an answer: turns", "user, assistant, user, assistant"),
-    ({"prompt": [Q, A], "chosen": [B], "rejected": [C]}, "prompt", "a prompt that ends with a turn of the user", "assistant"),
-    ({"prompt": [turn("system", "s")], "chosen": [B], "rejected": [C]}, "prompt", "a prompt that ends with", "system"),
-    ({"prompt": [Q], "chosen": [A, Q], "rejected": [B]}, "chosen", "an answer: turns of the assistant", "assistant, user"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": math.inf}, "margin", "a finite number", "inf"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "nan"}, "margin", "a finite number", "nan"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "much"}, "margin", "a number", "'much'"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 10**400}, "margin", "a finite number", "1000"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": True}, "margin", "a number", "true"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1}, "rejected_score", "a score", "nothing"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b", "scores": [1, 2, 3]}, "scores", "a list of 2 numbers", "3: a list"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b", "rating": 4}, "rating", "a list of 2 numbers", "a number 4"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b", "scores": [1, math.nan]}, "scores[1]", "a finite number", "nan"),
-    ({"prompt": "q", "answers": ["a"]}, "answers", "two answers or more", "1"),
-    ({"prompt": "q", "answers": []}, "answers", "two answers or more", "0"),
-    ({"prompt": "q", "answers": "a"}, "answers", "a list of answers", "'a'"),
-    ({"prompt": "q", "answers": [{**X, "score": 1}, Y, {**Z, "score": 9}]}, "answers[1].score", "a score, as other", "nothing"),
-    ({"prompt": "q", "answers": [X, {**Y, "rank": 1}]}, "answers[0].rank", "a rank, as other answers", "nothing"),
-    ({"prompt": "q", "answers": [{**X, "score": None}, {**Y, "score": 1}]}, "answers[0].score", "a number", "null"),
-    ({"prompt": "q", "answers": [{**X, "stars": 1}, {**Y, "stars": 5}]}, "answers[0].stars", "a grade under rank,", "'stars'"),
-    ({"prompt": "q", "answers": [X, {**Y, "best": True}]}, "answers[1].best", "a grade under rank,", "'best'"),
-    ({"prompt": "q", "answers": ["a", ""]}, "answers[1]", "an answer with something in it", "empty text"),
-    ({"prompt": "q", "answers": ["a", "b", "a"]}, "answers[2]", "two answers that differ", "'answers[0]', too"),
-    ({"prompt": "q", "answers": ["a", "b"], "scores": [1, math.nan]}, "scores[1]", "a finite number", "nan"),
-    ({"prompt": "q", "answers": ["a", "b"], "scores": [1]}, "scores", "a list of 2 numbers", "1: a list"),
-    ({"prompt": "q", "answers": ["a", "b"], "ranks": [1, None]}, "ranks[1]", "a number", "null"),
-    ({"prompt": "q", "answers": ["a", "b"], "scores": [3, 3]}, "answers", "an answer that is better", "the same rank for all"),
-    ({"prompt": "q", "answers": [{"said": "a"}, {"said": "b"}]}, "answers", "objects with one of answer,", "an object"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("value", "field", "expected", "got"), REFUSED)
-def test_what_cannot_be_compared_is_named(value, field, expected, got):
-    problem = made(value)
-    assert isinstance(problem, RowProblem) and problem.where == f"f:1:{field}"
-    assert problem.expected.startswith(expected) and got in problem.got and problem.fix
-
-
-def test_a_prompt_template_makes_the_prompt_a_text():
-    template = {"prompt_template": "Q: {ask}\nA: "}
-    row = made({"ask": "why", "chosen": "a", "rejected": "b", "margin": 2}, **template)
-    assert row == Ranking("Q: why\nA: ", ("a", "b"), (0, 1), (2.0, 0.0))
-    row = made({"ask": "why", "responses": ["a", "b"], "scores": [1, 2]}, **template)
-    assert row == Ranking("Q: why\nA: ", ("a", "b"), (1, 0), (1.0, 2.0))
-
-
-def test_a_row_to_be_scored_has_an_answer():
-    assert made({"prompt": "q", "answers": []}, gold=False).expected == "an answer or more"
-    assert made({"prompt": "q", "chosen": "a", "rejected": ""}, gold=False).where == "f:1:rejected"
-
-
-def test_columns_are_mapped_and_named_as_the_file_has_them():
-    value = {"ask": "q", "good": "a", "bad": "b"}
-    columns = {"instruction": "ask", "chosen": "good", "rejected": "bad"}
-    assert made(value, columns=columns) == PAIR
-    assert made({**value, "bad": "a"}, columns=columns).where == "f:1:bad"
-
-
-def test_a_missing_side_is_named(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    good = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    path.write_text(
-        "\n".join(json.dumps(row) for row in (good, good, {"prompt": "q", "chosen": "a"}, {"chosen": "a", "rejected": "b"}))
+texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map("".join).filter(str.strip)
+ranked = st.integers(2, 5).flatmap(
+    lambda k: st.tuples(
+        st.lists(texts, min_size=k, max_size=k),
+        st.lists(st.integers(0, 3), min_size=k, max_size=k),
+        st.none() | st.lists(st.floats(-9, 9, width=32), min_size=k, max_size=k),
     )
-    *_, one, other = open_source(Source(path=str(path)), (Ranking,)).rows()
-    assert [problem.where for problem in (one, other)] == [f"{path}:3:rejected", f"{path}:4:prompt"]
+)
 
 
-def test_answers_that_are_the_same_may_be_a_tie():
-    assert made({"prompt": "q", "answers": ["a", "b", "a"], "scores": [2, 1, 2]}).ranks == (0, 1, 0)
+@lru_cache
+def templated(name):
+    """A tokenizer of ZOO, or one of KINDS with the template ``roles``."""
+    if name in ZOO:
+        return ZOO[name].tokenizer()
+    tokenizer = copy.deepcopy(tokenizer_of(name))
+    tokenizer.chat_template = None
+    return apply_template(tokenizer, "roles")[0]
 
 
-BEFORE = [
-    ({"conversations": [human("q"), gpt("a")]}, "sharegpt", Chat),
-    ({"messages": [Q, A]}, "messages", Chat),
-    ({"prompt": "q", "completion": "a"}, "prompt_completion", PromptCompletion),
-    ({"prompt": "q", "response": "a"}, "question_answer", Chat),
-    ({"instruction": "q", "output": "a"}, "alpaca", Chat),
-    ({"question": "q", "context": "c a", "answers": [{"text": "a", "answer_start": 2}]}, "squad", Question),
-    ({"text": "t", "labels": ["a"]}, "multilabel", Labelled),
-    ({"text": "t", "label": "a"}, "labelled", Labelled),
-    ({"text": "t", "score": 1}, "labelled", Labelled),
-    ({"tokens": ["a"], "tags": ["O"]}, "tokens", Tagged),
-    ({"text": "t"}, "text", Text),
-]
+def user(text):
+    return ({"role": "user", "content": text},)
 
 
-@pytest.mark.parametrize(("value", "form", "row"), BEFORE)
-def test_no_format_takes_another_s_rows(value, form, row):
-    assert converter([tuple(value)], path="f", accepted=ROW_TYPES).form.name == form
-    with pytest.raises(DataError):
-        converter([tuple(value)], path="f", accepted=(Ranking,))
+def said(text):
+    return ({"role": "assistant", "content": text},)
 
 
-@pytest.mark.parametrize("extra", [{"output": "x"}, {"completion": "x"}, {"response": "x"}, {"messages": [Q, A]}, {"text": "t"}])
-def test_an_objective_that_writes_reads_the_columns_that_it_read(extra):
-    """Sides beside columns of another format: what is accepted decides."""
-    value = {"instruction": "q", "prompt": "q", "chosen": "a", "rejected": "b", **extra}
-    assert not isinstance(made(value, (Chat, PromptCompletion, Text)), Ranking) and isinstance(made(value), Ranking)
+def row_of(prompt, judged, plain):
+    answers, ranks, scores = judged
+    answers = tuple(answers) if plain else tuple(map(said, answers))
+    return Ranking(prompt if plain else user(prompt), answers, tuple(ranks), None if scores is None else tuple(scores))
 
 
-def test_the_published_pairs_are_read(tmp_path):
-    """As dpo_en_demo.json has them, with a system turn and earlier turns."""
-    rows = [
-        {"conversations": [{"from": "system", "value": "s"}, human("q")], "chosen": gpt("a"), "rejected": gpt("b")},
-        {"conversations": [human("q"), gpt("a"), human("and?")], "chosen": gpt("b"), "rejected": gpt("c")},
-    ]
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(rows))
-    opened = open_source(Source(path=str(path)), (Ranking,))
-    assert opened.description == "preference_turns (conversations, chosen, rejected)" and opened.kinds == {Ranking, Chat}
-    first, second = (row for _, row in opened.rows())
-    assert first == Ranking((turn("system", "s"), Q), ((A,), (B,)), (0, 1)) and second == Ranking(MORE, ((B,), (C,)), (0, 1))
+def parts(example):
+    """(ids, learnt) of each answer with the prompt before it."""
+    shared, *lengths = example["answers"].tolist()
+    ends = np.cumsum([shared, *lengths])
+    for start, end in itertools.pairwise(ends):
+        yield tuple(np.concatenate([example[name][:shared], example[name][start:end]]) for name in ("input_ids", "learnt"))
 
 
-def test_plain_rankings_need_no_template(tmp_path):
+def alone(row, tokenizer):
+    """The tokens of each answer in a separate row, by ``conversations.encode``."""
+    for answer in row.answers:
+        plain = isinstance(row.prompt, str)
+        single = PromptCompletion(row.prompt, answer) if plain else Chat((*row.prompt, *answer), row.tools)
+        ((example,),) = conversations.encode([single], tokenizer)
+        yield example["input_ids"], example["supervised"]
+
+
+def check(rows, tokenizer):
+    for row, (example,) in zip(rows, encode(rows, tokenizer, max_length=None, overlong="error"), strict=True):
+        wholes = list(alone(row, tokenizer))
+        for (ids, learnt), (its, supervised) in zip(parts(example), wholes, strict=True):
+            assert np.array_equal(ids, its) and np.array_equal(learnt, supervised)
+        shared, *lengths = example["answers"].tolist()
+        assert shared + sum(lengths) == len(example["input_ids"]) == len(example["learnt"]) and min(lengths) >= 1
+        assert not example["learnt"][:shared].any()
+        longer = {
+            tuple(ids[: shared + 1].tolist()) if len(ids) > shared + 1 and not learnt[shared] else None for ids, learnt in wholes
+        }
+        assert len(longer) > 1 or longer == {None}, "the shared prompt could be longer"
+        expected = [(a, b) for a in range(len(row.ranks)) for b in range(len(row.ranks)) if row.ranks[a] < row.ranks[b]]
+        assert example["pairs"].reshape(-1, 2).tolist() == [list(pair) for pair in expected]
+        margins = [row.scores[a] - row.scores[b] if row.scores else 0.0 for a, b in expected]
+        assert np.array_equal(example["margins"], np.array(margins, np.float32)) and example["cut"].tolist() == [0]
+        kinds = {name: str(array.dtype) for name, array in example.items()}
+        assert kinds == {
+            "input_ids": "int32", "answers": "int32", "learnt": "bool", "pairs": "int32", "margins": "float32", "cut": "int32",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENDING)
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(texts, ranked), min_size=1, max_size=3))
+def test_plain_answers_have_the_tokens_of_their_completions(kind, drawn):
+    check([row_of(prompt, judged, True) for prompt, judged in drawn], tokenizer_of(kind))
+
+
+@pytest.mark.parametrize("name", [*ENDING, *ZOO])
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(texts, ranked), min_size=1, max_size=3))
+def test_answers_of_turns_have_the_tokens_of_their_conversations(name, drawn):
+    check([row_of(prompt, judged, False) for prompt, judged in drawn], templated(name))
+
+
+@pytest.mark.parametrize("kind", ENDING)
+@settings(max_examples=25, deadline=None)
+@given(texts, ranked, st.integers(-3, 40), st.booleans())
+def test_truncation_removes_only_the_beginning_of_the_prompt(kind, prompt, judged, more, plain):
+    tokenizer = tokenizer_of(kind) if plain else templated(kind)
+    row = row_of(prompt * 4, judged, plain)
+    ((whole,),) = encode([row], tokenizer, max_length=None, overlong="error")
+    shared, *lengths = whole["answers"].tolist()
+    before = special_ends(tokenizer)[0]
+    assert whole["input_ids"][: len(before)].tolist() == before, "each of these tokenizers begins every row so"
+    limit = max(1, max(lengths) + len(before) + 1 + more)
+    surplus = max(0, shared + max(lengths) - limit)
+    ((made, *rest),) = [group or [None] for group in encode([row], tokenizer, max_length=limit, overlong="truncate")]
+    assert not rest
+    if surplus and shared - len(before) - surplus < 1:
+        assert made is None
+        return
+    assert made["cut"].tolist() == [surplus] and made["answers"].tolist() == [shared - surplus, *lengths]
+    assert max(len(ids) for ids, _ in parts(made)) <= limit
+    for (ids, learnt), (its, supervised) in zip(parts(made), parts(whole), strict=True):
+        kept = [*before, *its[len(before) + surplus :].tolist()]
+        assert ids.tolist() == kept and learnt[len(before) :].tolist() == supervised[len(before) + surplus :].tolist()
+    assert np.array_equal(made["pairs"], whole["pairs"]) and np.array_equal(made["margins"], whole["margins"])
+
+
+def test_the_prompt_is_encoded_once():
+    tokenizer = templated("chatml")
+    ((example,),) = encode(
+        [Ranking(user("q" * 300), (said("yes"), said("no")), (0, 1))],
+        tokenizer,
+        max_length=None,
+        overlong="error",
+    )
+    text = tokenizer.decode(example["input_ids"])
+    assert text.count("q" * 300) == 1 and "assistant\nyes<|im_end|>\nno<|im_end|>\n" in text
+
+
+def test_a_token_across_prompt_and_answer_belongs_to_the_answer():
+    """If one token covers the end of the prompt and the beginning of an answer, it belongs to that answer."""
+    tokenizer = tokenizer_of("bytes")
+    row = Ranking("the quick br", ("own fox", "ick"), (0, 1))
+    ((example,),) = encode([row], tokenizer, max_length=None, overlong="error")
+    whole = tokenizer("the quick br", add_special_tokens=False)["input_ids"]
+    assert example["answers"][0] < len(whole)
+    check([row], tokenizer)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_all_turns_of_the_assistant_in_an_answer_are_supervised(name):
+    """An answer that calls a tool: the call and the text after it, but neither the result nor earlier turns."""
+
+    def calling(city):
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        spoken = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return (spoken, {"role": "tool", "content": "21 degrees"}, *said(f"Warm in {city}."))
+
+    tokenizer = templated(name)
+    prompt = (*user("hello"), *said("earlier"), *user("how warm is it?"))
+    row = Ranking(prompt, (calling("Paris"), calling("Rome")), (0, 1))
+    ((example,),) = encode([row], tokenizer, max_length=None, overlong="error")
+    for (ids, learnt), city in zip(parts(example), ("Paris", "Rome"), strict=True):
+        text = tokenizer.decode(ids[learnt])
+        assert f'"city": "{city}"' in text and f"Warm in {city}." in text
+        assert "degrees" not in text and "earlier" not in text and "how" not in text
+    assert "weather" not in tokenizer.decode(example["input_ids"][: example["answers"][0]])
+
+
+def test_an_overlong_row_is_refused_or_dropped():
+    tokenizer = tokenizer_of("bytes")
+    rows = [Ranking("a b", ("c", "d"), (0, 1)), Ranking("a b", ("c " * 50, "d"), (0, 1))]
+    with pytest.raises(RowFault, match=r"at most 20 tokens.*if the model's window is that long") as raised:
+        encode(rows, tokenizer, max_length=20, overlong="error")
+    assert raised.value.index == 1
+    ((whole,),) = encode(rows[1:], tokenizer, max_length=None, overlong="error")
+    exact = max(len(ids) for ids, _ in parts(whole))
+    for policy in ("error", "drop", "truncate"):
+        ((made,),) = encode(rows[1:], tokenizer, max_length=exact, overlong=policy)
+        assert made["cut"].tolist() == [0]
+    for policy in ("drop", "truncate"):
+        first, second = encode(rows, tokenizer, max_length=20, overlong=policy)
+        assert len(first) == 1 and second == []
+
+
+def test_a_fault_names_the_row_and_the_answer():
+    good = Ranking(user("q"), (said("a"), said("b")), (0, 1))
+    bad = Ranking(user("q"), (said("a"), user("q") + said("b")), (0, 1))  # gemma wants turns to alternate
+    with pytest.raises(RowFault, match=r"answer 2") as raised:
+        encode([good, bad], templated("gemma"), max_length=None, overlong="error")
+    assert raised.value.index == 1
+
+
+def test_the_report_counts_preferences_that_the_template_shortens(tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, *user("q")]
+    rows = [{"prompt": turns[n % 2 :], "chosen": f"yes {n}", "rejected": "no"} for n in range(6)]
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}))
-    assert open_source(Source(path=str(path)), (Ranking,)).kinds == {Ranking}
+    path.write_text("\n".join(map(json.dumps, rows)))
+    config = DataConfig(train=[Source(path=str(path))], eval=EvalConfig(fraction=0), cache=False)
+    made = prepare(config, Comparing(), templated("llama2"), max_length=None, window=None, seed=0)
+    found = made.report.sources[0].left_out
+    assert (found["looked_at"], found["rows"]) == (6, 3)
+    assert found["first"][:2] == [f"{path}:{row}:messages[0].content: 'Be brief.'" for row in (1, 3)]
 
 
-def test_a_ranking_without_gold_knows_no_order():
-    row = Ranking("q", ("a", "b"), (1, 0), (1.0, 2.0))
-    assert without_gold(row) == Ranking("q", ("a", "b"), (0, 0)) and digest(row) != digest(without_gold(row))
+class Comparing(Objective):
+    """The part of an objective on rankings that ``prepare`` needs."""
+
+    traits = Traits(rows=(Ranking,), overlong="drop")
+
+    def __init__(self):
+        super().__init__(None)
+
+    def encode(self, rows, tokenizer):
+        return encode(rows, tokenizer, max_length=None, overlong="error")
+
+
+def test_prepared_rows_equal_encoded_rows(tmp_path):
+    rows = [{"prompt": [*user(f"{n} or?")], "chosen": f"yes {n}", "rejected": "no", "margin": n} for n in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = copy.deepcopy(templated("chatml"))
+    config = DataConfig(train=[Source(path=str(path))], eval=EvalConfig(fraction=0), cache=False)
+    made = prepare(config, Comparing(), tokenizer, max_length=None, window=None, seed=0)
+    assert len(made.train) == 6 and made.report.template == "the model's own chat template"
+    parsed = [row for _, row in open_source(config.train[0], (Ranking,)).rows()]
+    for index, (example,) in enumerate(encode(parsed, tokenizer, max_length=None, overlong="error")):
+        found = made.train[index]
+        assert all(np.array_equal(found[name], example[name]) and found[name].dtype == example[name].dtype for name in example)
+        assert found["margins"].tolist() == [index]

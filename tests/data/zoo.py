@@ -1,6 +1,6 @@
-"""Chat templates in the manners that models in the field have, each with the tokens it needs.
+"""Chat templates in the styles of real models, each with the tokens that it needs.
 
-``stop``: what ends an answer. ``roles``: what the template can render besides user and assistant.
+``stop``: the token that ends an answer. ``system``, ``tools``: roles that the template renders.
 """
 
 from __future__ import annotations

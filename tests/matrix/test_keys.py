@@ -196,10 +196,10 @@ def places(tmp_path_factory):
     def pulled(rows, **keys):
         """A split of a data set of the Hub, as ``data pull`` leaves it."""
         source = Source(path="hub:some/data", **keys)
-        room = local_store.partial(hub_set.place(source), "a" * 40, 0)
+        room = local_store.partial(hub_set.store_folder(source), "a" * 40, 0)
         (room / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
         local_store.install(
-            room, hub_set.place(source), source.label, {"revision": "a" * 40, "data_files": ["rows.jsonl"], **keys}
+            room, hub_set.store_folder(source), source.label, {"revision": "a" * 40, "data_files": ["rows.jsonl"], **keys}
         )
 
     pairs = [{"prompt": f"question {n}: what", "completion": f" answer {n} fox"} for n in range(12)]

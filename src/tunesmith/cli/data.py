@@ -55,7 +55,7 @@ def preview(
 ) -> int:
     """Show rows as the model will see them, what is learnt in green, with the counts."""
     from tunesmith.data.check import preview as previews
-    from tunesmith.data.read.source import ROW_TYPES
+    from tunesmith.data.rows import ROW_TYPES
     from tunesmith.errors import UserError
     from tunesmith.models.find.locate import locate
     from tunesmith.models.load.load import load_tokenizer
@@ -110,7 +110,8 @@ def lint(
     from tunesmith.data.check import lint as linting
     from tunesmith.data.check import near_duplicates as near
     from tunesmith.data.encode.templates import apply_template
-    from tunesmith.data.read.source import ROW_TYPES, eval_sources
+    from tunesmith.data.read.source import eval_sources
+    from tunesmith.data.rows import ROW_TYPES
     from tunesmith.data.store import row_writer as writing
     from tunesmith.errors import UserError
     from tunesmith.models.find.locate import locate

@@ -106,8 +106,8 @@ def prompts_of(path: str, limit: int | None) -> list[Any]:
 
 
 def _prompt_of(row: dict[str, Any], where: str) -> Any:
-    from tunesmith.data.formats.fields import FieldFault, parsed, text
-    from tunesmith.data.formats.turns import conversation
+    from tunesmith.data.formats.fields import FieldFault, parse_json, require_text
+    from tunesmith.data.formats.turns import parse_turns
 
     named = {key.strip().casefold(): key for key in row}
     column = next(
@@ -121,14 +121,14 @@ def _prompt_of(row: dict[str, Any], where: str) -> Any:
     value = row[field]
     try:
         if isinstance(value, list) or column in ("messages", "conversations"):
-            turns = conversation(parsed(value, field, "a list of turns"), field)
+            turns = parse_turns(parse_json(value, field, "a list of turns"), field)
             while turns and turns[-1]["role"] == "assistant":
                 turns.pop()
             if not turns:
                 raise FieldFault(field, "a turn to answer", "only answers", "Add the question.")
             return turns
         more = row.get(named.get("input", ""), "") if column == "instruction" else ""
-        return text(value, field) + (f"\n\n{more}" if isinstance(more, str) and more.strip() else "")
+        return require_text(value, field) + (f"\n\n{more}" if isinstance(more, str) and more.strip() else "")
     except FieldFault as fault:
         raise DataError(
             f"{where}:{fault.field}: expected {fault.expected}, got {fault.got}. {fault.fix}"

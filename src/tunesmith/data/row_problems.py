@@ -1,21 +1,21 @@
-"""What is wrong with one row, said so that it can be mended."""
+"""A problem of one row: where it is, what was expected, what was found, how to correct it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from tunesmith.errors import DataError
+from tunesmith.json_types import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
 class RowProblem:
-    """A row that cannot be used, or (``row`` 0) a file that cannot: then ``got`` is all that is to be said.
+    """A row that cannot be used. With ``row`` 0: a file that cannot be used, and ``got`` is the whole
+    message.
 
-    ``row`` counts the rows of the file from 1 (blank lines and a csv header are not rows); ``line`` is the line of the file
-    where the row begins, when it has lines. ``fatal``: nothing after this row can be read either.
-    """
+    ``row`` counts from 1, without blank lines and a csv header. ``line``: where the row begins in the file,
+    if it has lines. ``fatal``: nothing after this row can be read."""
 
     path: str
     row: int
@@ -28,10 +28,8 @@ class RowProblem:
 
     @property
     def where(self) -> str:
-        """``file:row:field``; of a whole file, its path."""
-        if not self.row:
-            return self.path
-        return f"{self.path}:{self.row}:{self.field}"
+        """``file:row:field``, or the path alone for a problem of the whole file."""
+        return f"{self.path}:{self.row}:{self.field}" if self.row else self.path
 
     def __str__(self) -> str:
         if not self.row:
@@ -39,46 +37,48 @@ class RowProblem:
         line = "" if self.line is None else f" (line {self.line})"
         return f"{self.where}{line}: expected {self.expected}, got {self.got}. {self.fix}"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         return {"where": self.where, **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row as the file has it: named fields, and where it stands."""
+    """One row as its file has it: column -> value, and the position of the row."""
 
     path: str
     row: int
     line: int | None
-    value: dict[str, Any]
+    value: JsonObject
+
+    def problem(self, field: str, expected: str, got: str, fix: str) -> RowProblem:
+        """A problem of this row."""
+        return RowProblem(self.path, self.row, field, expected, got, fix, self.line)
 
 
 class RowFault(DataError):
-    """A row that cannot be rendered or tokenised. ``index`` is its position in the rows that were given; ``field``, of its
-    format, is what is wrong with it."""
+    """A row that cannot be rendered or tokenised: its ``index`` in the rows passed, and the wrong ``field``."""
 
     def __init__(self, index: int, expected: str, got: str, fix: str, field: str = "row") -> None:
         super().__init__(f"row {index}: expected {expected}, got {got}. {fix}")
         self.index, self.expected, self.got, self.fix, self.field = index, expected, got, fix, field
 
 
-def shorten(value: Any, limit: int = 60) -> str:
-    """``value`` as one short printable line, its kind named when it is not text."""
-    kinds = {bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+KINDS = {bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """``value`` on one line of at most ``limit`` characters, after the name of its type if it is not text."""
     if value is None:
         return "nothing (null)"
-    text = (
-        repr(value[: limit + 1] if isinstance(value, str) else value)
-        .encode("utf-8", "backslashreplace")
-        .decode()
-    )
+    text = repr(value[: limit + 1] if isinstance(value, str) else value)
+    text = text.encode("utf-8", "backslashreplace").decode()
     text = text if len(text) <= limit else text[: limit - 3] + "..."
-    kind = kinds.get(type(value))
+    kind = KINDS.get(type(value))
     return f"{kind} {text}" if kind else text
 
 
-def refuse(problems: Sequence[RowProblem], total: int, advice: str) -> DataError:
-    """One error for ``total`` bad rows, the first ten of them listed."""
+def bad_rows_error(problems: Sequence[RowProblem], total: int, advice: str) -> DataError:
+    """One error for ``total`` bad rows. It lists the first ten of ``problems``."""
     lines = [f"  {problem}" for problem in problems[:10]]
     more = [] if total <= len(lines) else [f"  ... and {total - len(lines)} more"]
     return DataError("\n".join([f"{total} bad {'row' if total == 1 else 'rows'}:", *lines, *more, advice]))

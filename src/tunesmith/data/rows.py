@@ -1,33 +1,37 @@
-"""The row types: what one line of somebody's data means, whatever file it came from."""
+"""The row types: the meaning of one row of data, independent of the file that it came from."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-Message = dict[str, Any]
-"""One turn: ``role`` and ``content``, and what else the chat template reads (``tool_calls``, ``reasoning_content``, ``name``)."""
+from tunesmith.json_types import JsonObject
+
+Message = JsonObject
+"""One turn: ``role``, ``content``, and other keys that the chat template reads, such as ``tool_calls``."""
+
+TextOrTurns = str | tuple[Message, ...]
+"""A prompt or an answer: plain text without a chat template, or turns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A document, learnt whole."""
+    """A document. All of its tokens are supervised."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation that the chat template renders. ``tools`` are the function schemas offered to the assistant."""
+    """A conversation that the chat template renders. ``tools``: function schemas offered to the assistant."""
 
     messages: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[JsonObject, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class PromptCompletion:
-    """Plain strings with no template: the completion follows the prompt directly."""
+    """Two texts without a chat template. The completion follows the prompt directly."""
 
     prompt: str
     completion: str
@@ -35,9 +39,11 @@ class PromptCompletion:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text, or two, to be classified. What is known of it is one of: ``label``, the name of its class or a number; ``labels``,
-    the names of all that hold (maybe none); or neither, when it is to be predicted. ``known``: all labels that its file speaks
-    of where it writes down which hold and which do not; what the row says is the same without."""
+    """A text, or a pair of texts, to classify.
+
+    Single-label rows set ``label`` (the name of a class, or a number). Multi-label rows set ``labels`` (names
+    of all labels that hold, possibly none). Rows to predict set neither. ``known``: every label that the file
+    marks as holding or not holding; it takes no part in comparisons."""
 
     text: str
     text_pair: str | None = None
@@ -48,8 +54,8 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """A text whose words have tags. ``words``: (start, end) of each in characters of ``text``, in order, not overlapping; where
-    spaces are tagged too, they are words. ``tags``: one for each word, None when they are to be predicted."""
+    """A text with one tag per word. ``words``: (start, end) of each word in characters of ``text``, ordered,
+    not overlapping; where spaces have tags, they are words as well. ``tags``: None = to predict."""
 
     text: str
     words: tuple[tuple[int, int], ...]
@@ -58,8 +64,8 @@ class Tagged:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about a text. ``answers``: (text, its first character in ``context``), several when people answered
-    differently; empty = the context does not say; None = to be predicted. ``id``: what the data set calls the question."""
+    """A question about a text. ``answers``: (text, position of its first character in ``context``), several
+    where annotators differ; empty = the context has none; None = to predict. ``id``: name in the data set."""
 
     question: str
     context: str
@@ -69,67 +75,67 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """A prompt and several answers to it, judged. A preference is a ranking of two.
+    """A prompt and several ranked answers. A preference pair is a ranking of two.
 
-    ``prompt``: the turns before the answer, or a text to continue. ``answers``: of each the turns that follow, or the text.
-    ``ranks``: of each answer, 0 = best; equal = no preference between them. ``scores``: of each answer, higher = better, where
-    they are known. ``tools`` as in Chat."""
+    Prompt and answers are all turns or all plain text. ``ranks``: rank of each answer, 0 = best, equal = no
+    preference. ``scores``: score of each answer, higher = better, if known. ``tools``: as in Chat."""
 
-    prompt: str | tuple[Message, ...]
-    answers: tuple[str, ...] | tuple[tuple[Message, ...], ...]
+    prompt: TextOrTurns
+    answers: tuple[TextOrTurns, ...]
     ranks: tuple[int, ...]
     scores: tuple[float, ...] | None = None
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[JsonObject, ...] = ()
 
     def written(self) -> list[Chat] | list[PromptCompletion]:
-        """Each answer with its prompt before it, as a row that a language model learns to write."""
+        """Each answer after the prompt, as a row of supervised fine-tuning."""
         if isinstance(self.prompt, str):
             return [PromptCompletion(self.prompt, str(answer)) for answer in self.answers]
         return [Chat((*self.prompt, *turns(answer)), self.tools) for answer in self.answers]
 
     def pairs(self) -> list[tuple[int, int]]:
-        """(better, worse) of every two answers whose ranks differ, as places in ``answers``."""
-        places = range(len(self.answers))
-        return [(one, other) for one in places for other in places if self.ranks[one] < self.ranks[other]]
+        """(better, worse) for every two answers of different rank, as indices of ``answers``."""
+        indices = range(len(self.answers))
+        return [(a, b) for a in indices for b in indices if self.ranks[a] < self.ranks[b]]
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A prompt, one response, and whether the response is desirable: a row of unpaired preference.
+    """A prompt, one response, and whether the response is desirable: a row of unpaired preference data.
 
-    ``prompt``, ``response`` and ``tools`` as in Ranking, with one answer. ``desirable``: None = not known."""
+    ``desirable``: None = unknown. ``tools``: as in Chat."""
 
-    prompt: str | tuple[Message, ...]
-    response: str | tuple[Message, ...]
+    prompt: TextOrTurns
+    response: TextOrTurns
     desirable: bool | None
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[JsonObject, ...] = ()
 
     def ranking(self) -> Ranking:
-        """The same response as a ranking of one."""
-        answers: Any = (self.response,)  # a tuple of one text, or of one tuple of turns
-        return Ranking(self.prompt, answers, (0,), tools=self.tools)
+        """The response as a ranking of one answer."""
+        return Ranking(self.prompt, (self.response,), (0,), tools=self.tools)
 
     def written(self) -> list[Chat] | list[PromptCompletion]:
-        """The response after its prompt, as a row that a language model learns to write."""
+        """The response after its prompt, as a row of supervised fine-tuning."""
         return self.ranking().written()
 
 
 Written = Text | Chat | PromptCompletion
-"""What a language model learns to write."""
+"""Rows that train a language model to write."""
 
 Answered = Ranking | Judged
-"""A prompt with answers to it; ``written`` gives each answer after the prompt."""
+"""Rows with a prompt and answers to it. ``written`` returns each answer after the prompt."""
 
 Row = Written | Labelled | Tagged | Question | Answered
 
+ROW_TYPES: tuple[type, ...] = (Chat, PromptCompletion, Text, Labelled, Tagged, Question, Ranking, Judged)
 
-def turns(said: str | tuple[Message, ...]) -> tuple[Message, ...]:
-    """A prompt or an answer as turns; plain text has none."""
-    return () if isinstance(said, str) else said
+
+def turns(part: TextOrTurns) -> tuple[Message, ...]:
+    """The turns of a prompt or an answer; plain text has none."""
+    return () if isinstance(part, str) else part
 
 
 def without_gold(row: Row) -> Row:
-    """``row`` as somebody has it who does not know the answer."""
+    """``row`` without its label, tags, answers, ranks or judgement."""
     if isinstance(row, Labelled):
         return replace(row, label=None, labels=None)
     if isinstance(row, Tagged):
@@ -142,7 +148,6 @@ def without_gold(row: Row) -> Row:
 
 
 def digest(row: Row) -> int:
-    """64 bits of what a row says; two rows with the same words have the same digest, whatever files they came from."""
-    return int.from_bytes(
-        hashlib.blake2b(repr(row).encode("utf-8", "backslashreplace"), digest_size=8).digest(), "little"
-    )
+    """A 64-bit hash of a row's content. Equal rows of different files have the same digest."""
+    content = repr(row).encode("utf-8", "backslashreplace")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from tunesmith import objectives
-from tunesmith.data.data_config import Source, idle
+from tunesmith.data.data_config import Source
 from tunesmith.errors import DataError, ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def source_of(data: str | Path, **asked: Any) -> Source:
         source = Source(path=str(data), **asked)
     except ValidationError as error:
         raise RecipeError(f"data: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    if keys := idle(source):
+    if keys := source.unused_keys():
         raise RecipeError(
             f"{' and '.join(keys)} would do nothing: {data} is no data set of the Hub (hub:OWNER/NAME)"
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.data_config import Source
 from tunesmith.data.formats.fields import Columns
-from tunesmith.data.read.source import Opened, open_source
+from tunesmith.data.read.source import OpenedSource, open_source
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import Chat, PromptCompletion, Question, Ranking, Tagged, without_gold
 from tunesmith.errors import DataError, ModelError
@@ -106,7 +106,7 @@ def predict(
         note(f"{bad} rows could not be read: they have `error` in the place of an answer")
 
 
-def _opened(source: Source, accepted: tuple[type, ...]) -> Opened:
+def _opened(source: Source, accepted: tuple[type, ...]) -> OpenedSource:
     """The rows of a source. To be judged are rankings, and else what a language model might have written."""
     if Ranking not in accepted:
         return open_source(source, accepted, gold=False)
@@ -119,7 +119,7 @@ def _opened(source: Source, accepted: tuple[type, ...]) -> Opened:
             raise none from None
 
 
-def _by_character(opened: Opened) -> Opened:
+def _by_character(opened: OpenedSource) -> OpenedSource:
     """Plain text for a tagger whose words were characters: each is one here too. Rows that list their words keep them."""
     convert = opened.convert
     if convert is None or convert.form.name != "words":

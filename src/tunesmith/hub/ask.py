@@ -1,6 +1,6 @@
-"""The one door to the Hub: each question is put by a process of its own, which alone may use the network.
+"""Asks the Hub. Each question runs in a separate process, and only that process may use the network.
 
-Who calls this was asked for it: ``models pull``, ``data pull``, and a source with ``streaming: true``.
+The callers were asked to: ``models pull``, ``data pull``, and a source with ``streaming: true``.
 """
 
 from __future__ import annotations
@@ -10,81 +10,76 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from tunesmith.errors import UserError
 from tunesmith.hub import local_store
-from tunesmith.hub.client import REFUSED
-from tunesmith.hub.local_store import Damaged
+from tunesmith.hub.client import REFUSED, HubFile
+from tunesmith.hub.local_store import DamagedFile
+from tunesmith.json_types import JsonObject
 
 CLIENT = "tunesmith.hub.client"
+SPLITS = "tunesmith.hub.splits"
+"""The programs that answer questions: about repositories, and about splits of data sets."""
 
-_CLOSED = {
-    "HF_HUB_OFFLINE",
-    "TRANSFORMERS_OFFLINE",
-    "HF_DATASETS_OFFLINE",
-    "HF_HUB_DISABLE_PROGRESS_BARS",
-    "TQDM_DISABLE",
-}
-"""What this process may have been told, and a process that asks the Hub must not hear."""
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+"""A user who sets one of these forbids the Hub."""
 
-_TOLD = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+_REMOVED = {*_OFFLINE, "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"}
+"""Variables that this process may set for itself, and the process that asks the Hub must not inherit."""
 
-_WISHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-"""Any of them, set by the user, forbids the Hub."""
+_ADDED = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
 
 _users_offline: list[bool] = []
 
 
-class NoAnswer(UserError):
-    """The Hub could not be asked, did not answer, or said no. What it may have sent so far is kept."""
+class HubError(UserError):
+    """The Hub was not asked, did not answer, or refused. Files that arrived before are kept."""
 
 
-class Unreached(NoAnswer):
-    """The Hub could not be reached. The message says what to do."""
+class HubUnreachable(HubError):
+    """No connection to the Hub. The message says what to do."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(
             f"{reason}\n  Check the connection and type the same command again, or copy the folder from a machine that has it. "
-            "What has arrived is kept, and what was here before stays as it is."
+            "Files that have arrived are kept, and files that were here before are unchanged."
         )
 
 
 def offline_by_user() -> bool:
-    """Whether the user's own environment forbids the Hub (``models.load.load.quiet`` sets it for another reason)."""
-    said = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _WISHES)
-    return _users_offline[0] if _users_offline else said
+    """True if the user's environment forbids the Hub. ``models.load.load.quiet`` sets the same variables."""
+    offline = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in _OFFLINE)
+    return _users_offline[0] if _users_offline else offline
 
 
 def remember_user() -> None:
-    """Note what the user wants, before this process closes itself to the network."""
+    """Store the user's choice before this process switches itself offline."""
     if not _users_offline:
         _users_offline.append(offline_by_user())
 
 
 def environment() -> dict[str, str]:
-    """The environment of a process that may ask the Hub. Raises NoAnswer when the user forbids it."""
+    """The environment of a process that may ask the Hub. Raises HubError if the user forbids it."""
     if offline_by_user():
-        raise NoAnswer(f"the Hub was not asked: {', '.join(_WISHES[:-1])} or {_WISHES[-1]} is set")
-    return {key: value for key, value in os.environ.items() if key not in _CLOSED} | _TOLD
+        raise HubError(f"the Hub was not asked: {', '.join(_OFFLINE[:-1])} or {_OFFLINE[-1]} is set")
+    return {key: value for key, value in os.environ.items() if key not in _REMOVED} | _ADDED
 
 
 def ask(
-    *arguments: str,
+    *question: str,
     timeout: float | None,
     program: str = CLIENT,
     stdin: str = "",
-    private: dict[str, str] | None = None,
-) -> dict[str, Any]:
-    """The answer of ``program`` (one JSON object; {} for none). ``private``: variables for it alone. Raises NoAnswer."""
-    told = environment() | (private or {})
-    shows_progress = arguments[0] == "download"  # the client's progress bars are on stderr
+    private: Mapping[str, str] | None = None,
+) -> JsonObject:
+    """The answer of ``program``, one JSON object or {}. ``private``: variables for it. Raises HubError."""
+    shows_progress = question[0] == "download"  # on stderr
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", program, *arguments],
-            env=told,
+            [sys.executable, "-P", "-m", program, *question],
+            env=environment() | dict(private or {}),
             input=stdin,
             stdout=subprocess.PIPE,
             stderr=None if shows_progress else subprocess.PIPE,
@@ -92,61 +87,57 @@ def ask(
             timeout=timeout,
         )
     except subprocess.TimeoutExpired:
-        raise Unreached(f"the Hub did not answer within {timeout:g} s") from None
+        raise HubUnreachable(f"the Hub did not answer within {timeout:g} s") from None
+    if done.returncode not in (0, REFUSED):
+        raise HubUnreachable(f"the Hub could not be used: {last_line(done.stderr)}")
+    answer: JsonObject = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
     if done.returncode == REFUSED:
-        raise NoAnswer(json.loads(done.stdout.splitlines()[-1])["error"])
-    if done.returncode:
-        raise Unreached(f"the Hub could not be used: {last_line(done.stderr)}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+        raise HubError(answer["error"])
     return answer
 
 
 def last_line(stderr: str | None) -> str:
-    """The reason that a program gave as it ended."""
+    """The last line that a program printed, as the reason why it ended."""
     return ((stderr or "see above").strip().splitlines() or ["no reason given"])[-1]
 
 
 def download(
-    kind: str, repo: str, revision: str, files: dict[str, Any], place: Path, say: Callable[[str], None]
+    kind: str, repo: str, revision: str, files: Mapping[str, HubFile], place: Path, say: Callable[[str], None]
 ) -> Path:
-    """The folder with all ``files`` (as ``client.info`` has them) of a "model" or "dataset", each of the hash that the Hub lists.
+    """Download ``files`` of a "model" or "dataset" into a folder next to ``place``, and check their hashes.
 
-    The folder lies beside ``place``, where the caller is to install it; an interrupted download goes on in it. Raises NoAnswer
-    (what has arrived is kept), Damaged, DiskFullError.
-    """
+    The caller installs the folder at ``place``. A download that was interrupted continues in it. Raises
+    HubError (files that arrived are kept), DamagedFile, DiskFullError."""
     for name in files:
-        if (
-            PurePosixPath(name).is_absolute()
-            or ".." in PurePosixPath(name).parts
-            or "\\" in name
-            or ":" in name
-        ):
-            raise NoAnswer(
-                f"{repo} on the Hub lists the file {name!r}, a name that leaves the folder it is downloaded into"
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or {"\\", ":"} & set(name):
+            raise HubError(
+                f"{repo} on the Hub lists the file {name!r}, a name outside the folder of the download"
             )
     made = local_store.partial(place, revision, sum(file["size"] for file in files.values()))
-    begun = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
-    going_on = f", going on after {begun / 1e6:,.1f} MB" if begun else ""
-    say(f"downloading {repo} at {revision} from the Hub{going_on}")
-    sizes = json.dumps({file: facts["size"] for file, facts in files.items()})
+    arrived = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+    continued = f", continuing after {arrived / 1e6:,.1f} MB" if arrived else ""
+    say(f"downloading {repo} at {revision} from the Hub{continued}")
+    sizes = json.dumps({name: file["size"] for name, file in files.items()})
     try:
         ask("download", kind, repo, revision, str(made), timeout=None, stdin=sizes)
-    except Unreached:
-        raise  # its message says the same
-    except NoAnswer as error:
-        raise NoAnswer(f"{error}.\n  What has arrived is kept; pull again to go on") from None
+    except HubUnreachable:
+        raise
+    except HubError as error:
+        raise HubError(f"{error}.\n  Files that have arrived are kept; pull again to continue") from None
     try:
         _verify(made, files, f"{repo} at {revision}")
-    except Damaged:
+    except DamagedFile:
         shutil.rmtree(made)
         raise
     return made
 
 
-def _verify(made: Path, files: dict[str, Any], what: str) -> None:
-    """Compare what was downloaded with the hashes that the Hub lists."""
-    for file, facts in files.items():
-        if facts["sha256"]:
-            local_store.check(made / file, facts["sha256"], what)
-        elif facts["sha1"] and local_store.git_sha1(made / file) != facts["sha1"]:
-            raise Damaged(f"{what}: {file} is not what the Hub lists. It was damaged on the way; pull again.")
+def _verify(made: Path, files: Mapping[str, HubFile], owner: str) -> None:
+    """Compare the downloaded files with the hashes that the Hub lists."""
+    for name, file in files.items():
+        if file["sha256"]:
+            local_store.check(made / name, file["sha256"], owner)
+        elif file["sha1"] and local_store.git_sha1(made / name) != file["sha1"]:
+            raise DamagedFile(
+                f"{owner}: {name} does not have the sha1 that the Hub lists. It was damaged on the way; pull again."
+            )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith import adaptations, objectives
-from tunesmith.data.data_config import idle
 from tunesmith.data.read.source import eval_sources
 from tunesmith.data.rows import Chat, Labelled
 from tunesmith.recipe.schema import Recipe, changed
@@ -67,7 +66,7 @@ def conflicts(recipe: Recipe) -> list[str]:
     sources = {f"data.train.{place}": source for place, source in enumerate(data.train)}
     sources |= {f"data.eval.sets.{name}": source for name, source in (data.eval.sets or {}).items()}
     for place, source in sources.items():
-        for key in idle(source):
+        for key in source.unused_keys():
             clash(
                 True,
                 f"{place}.{key} does nothing: {source.path} is no data set of the Hub (path: hub:OWNER/NAME)",

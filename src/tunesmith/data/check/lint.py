@@ -12,9 +12,9 @@ from tunesmith.data.data_config import Source
 from tunesmith.data.encode.conversations import Renderer, TrainOn, left_out, render
 from tunesmith.data.encode.spans import SpanError
 from tunesmith.data.encode.templates import RENDER_ERRORS
-from tunesmith.data.read.source import ROW_TYPES, open_source
+from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import Record, RowProblem
-from tunesmith.data.rows import Answered, Chat, Judged, Ranking, Row, digest
+from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Judged, Ranking, Row, digest
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:

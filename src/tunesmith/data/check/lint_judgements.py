@@ -13,7 +13,7 @@ from typing import Any
 from tunesmith.data.check.balance import Balance
 from tunesmith.data.check.lint_pairs import FIRST, answer_digest, characters
 from tunesmith.data.encode.judgements import prompt_key
-from tunesmith.data.formats.preference_fields import EMPTY_SIDE
+from tunesmith.data.formats.preference_fields import NONEMPTY_ANSWER
 from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Judged
 
@@ -45,7 +45,7 @@ class Judgements:
 
     def refused(self, problem: RowProblem) -> None:
         """Count a row that cannot be used, if its response is empty."""
-        if problem.expected == EMPTY_SIDE:
+        if problem.expected == NONEMPTY_ANSWER:
             self._count("empty", f"{self.path}:{problem.row}")
 
     def add(self, row: Judged, number: int, seen: dict[bytes, str]) -> None:

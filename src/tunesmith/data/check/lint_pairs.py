@@ -9,14 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.data.formats.preference_fields import ANOTHER, EMPTY_SIDE, SAME_PROMPT, bare
+from tunesmith.data.formats.preference_fields import (
+    DIFFERENT_ANSWERS,
+    NONEMPTY_ANSWER,
+    SAME_PROMPT,
+    strip_contents,
+)
 from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Message, Ranking
 
 FIRST = 10
 """Rows named of each kind."""
 
-REFUSED = {ANOTHER: "equal", EMPTY_SIDE: "empty", SAME_PROMPT: "prompts_differ"}
+REFUSED = {DIFFERENT_ANSWERS: "equal", NONEMPTY_ANSWER: "empty", SAME_PROMPT: "prompts_differ"}
 """Rows that are problems, by what was expected of them."""
 
 SAID = {
@@ -123,5 +128,5 @@ def characters(answer: str | Sequence[Message]) -> int:
 
 def answer_digest(said: str | Sequence[Message]) -> bytes:
     """The same for all ways to write the same: the order of a turn's keys and the spaces around its text do not matter."""
-    written = json.dumps(bare(said), sort_keys=True, default=str)
+    written = json.dumps(strip_contents(said), sort_keys=True, default=str)
     return hashlib.blake2b(written.encode(), digest_size=8).digest()

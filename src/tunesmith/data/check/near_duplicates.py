@@ -17,9 +17,9 @@ import numpy as np
 
 from tunesmith.data.check import minhash
 from tunesmith.data.data_config import Source
-from tunesmith.data.read.source import ROW_TYPES, open_source
+from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import Record, RowProblem, shorten
-from tunesmith.data.rows import Row
+from tunesmith.data.rows import ROW_TYPES, Row
 from tunesmith.errors import DataError
 
 Progress = Callable[[str], None]

@@ -11,7 +11,7 @@ import numpy as np
 
 from tunesmith.data.encode import rankings
 from tunesmith.data.encode.rankings import Example, Overlong
-from tunesmith.data.formats.preference_fields import bare
+from tunesmith.data.formats.preference_fields import strip_contents
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Judged
 
@@ -55,5 +55,5 @@ def _example(row: Judged, example: Example) -> Example:
 
 def prompt_key(row: Judged) -> int:
     """Return 63 bits of what the prompt says. Spaces around its turns and the order of their keys do not matter."""
-    said = json.dumps([bare(row.prompt), row.tools], sort_keys=True, default=str)
+    said = json.dumps([strip_contents(row.prompt), row.tools], sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little") >> 1

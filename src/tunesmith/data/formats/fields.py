@@ -1,25 +1,42 @@
-"""What a format is made of, and checks of single values: text that a tokenizer can take, JSON that a template can take."""
+"""The parts of a format, and checks of one value: text for a tokenizer, JSON for a template."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Row
+from tunesmith.json_types import JsonObject
 
 Columns = Mapping[str, str | Sequence[str]]
-"""Field of the format -> the column that stands for it, or several (then its value is {column: value})."""
+"""Field of the format -> column of the file, or several columns (the value is then {column: value})."""
 
-Values = Mapping[str, Any]
-"""Field of the format -> value; optional fields that the row lacks are absent."""
+
+class Values(JsonObject):
+    """Field of the format -> value. Optional fields that the row lacks are absent.
+
+    ``scan``'s facts and "gold" (the row must have its gold) are entries next to the fields."""
+
+    def text(self, field: str) -> str:
+        """The field as text that is not blank."""
+        return require_text(self[field], field)
+
+    def optional_text(self, field: str) -> str:
+        """The field as text; the empty string if it is absent or None."""
+        return optional_text(self.get(field), field)
+
+    @property
+    def needs_gold(self) -> bool:
+        return bool(self.get("gold", True))
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field of a format and the column names it goes by, in any case. ``several``: columns of a mark each may stand for it."""
+    """A field of a format. Its value is in the first of ``columns`` that the row has; case is ignored.
+
+    ``several``: the recipe may map several columns of flags to it."""
 
     name: str
     columns: tuple[str, ...]
@@ -27,14 +44,27 @@ class Field:
     several: bool = False
 
 
+def required(name: str, *columns: str, several: bool = False) -> Field:
+    """A required field. Its first column is ``name``, unless ``columns`` lists it elsewhere."""
+    return Field(name, columns if name in columns else (name, *columns), several=several)
+
+
+def optional(name: str, *columns: str) -> Field:
+    """A field that a row may lack. Its first column is ``name``."""
+    return Field(name, (name, *columns), required=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
-    """``build`` makes the row of the fields' values or raises FieldFault. ``prompt`` is the field that a ``prompt_template``
-    replaces, ``answer`` those that it keeps. ``gold``: the field that rows to be predicted may lack. ``look``: what the values
-    of the first rows say of the whole file; ``build`` gets it among the values, and under "gold" whether gold is wanted.
+    """The fields of a row as files write it, and the row type that they become.
 
-    ``marks``: columns that no other format has; a file with one of them is tried as this format first. ``by_name``: the
-    format is never detected, the recipe has to name it."""
+    - ``build`` makes the row from the values. It raises FieldFault.
+    - ``prompt``: the field that a ``prompt_template`` replaces. ``answer``: the fields kept next to it.
+    - ``gold``: the field that rows to predict may lack.
+    - ``scan`` returns facts about the whole file from the values of its first rows.
+    - ``marks``: columns of this format alone. A file with one of them is tried as this format first.
+    - ``by_name``: the format is never detected; the recipe must name it.
+    """
 
     name: str
     row: type
@@ -43,13 +73,13 @@ class Format:
     prompt: str | None = None
     answer: tuple[str, ...] = ()
     gold: str | None = None
-    look: Callable[[Sequence[Values]], dict[str, Any]] | None = None
+    scan: Callable[[Sequence[Values]], JsonObject] | None = None
     marks: tuple[str, ...] = ()
     by_name: bool = False
 
 
-TOOLS = Field("tools", ("tools", "functions"), required=False)
-SYSTEM = Field("system", ("system", "system_prompt"), required=False)
+TOOLS = optional("tools", "functions")
+SYSTEM = optional("system", "system_prompt")
 
 
 class FieldFault(Exception):
@@ -60,73 +90,80 @@ class FieldFault(Exception):
         self.field, self.expected, self.got, self.fix = field, expected, got, fix
 
 
-def text(value: Any, field: str) -> str:
-    """Text with something in it."""
+def require_text(value: object, field: str) -> str:
+    """``value`` as text that is not blank."""
+    fix = f"Fill {field!r} in or delete the row."
     if value is None:
-        raise FieldFault(field, "text", "nothing (null)", f"Fill {field!r} in or delete the row.")
-    clean(value, field)
+        raise FieldFault(field, "text", "nothing (null)", fix)
+    value = check_text(value, field)
     if not value.strip():
-        got = "empty text" if not value else "only spaces"
-        raise FieldFault(field, "text", got, f"Fill {field!r} in or delete the row.")
-    return str(value)
+        raise FieldFault(field, "text", "only spaces" if value else "empty text", fix)
+    return value
 
 
-def optional_text(value: Any, field: str) -> str:
-    """Text, or nothing: a missing value is the empty string."""
-    if value is None:
-        return ""
-    clean(value, field)
-    return str(value)
+def optional_text(value: object, field: str) -> str:
+    """``value`` as text; the empty string for None."""
+    return "" if value is None else check_text(value, field)
 
 
-def clean(value: Any, field: str) -> None:
-    """Refuse what is not a string of whole Unicode characters without NUL."""
+def check_text(value: object, field: str) -> str:
+    """Return ``value`` if it is a string of whole Unicode characters without NUL."""
     if not isinstance(value, str):
         raise FieldFault(field, "text", shorten(value), "Write it as a string, in quotes.")
-    if value.isascii():
-        if "\0" in value:
-            raise FieldFault(
-                field,
-                "text without NUL",
-                f"a NUL character after {value.index(chr(0))} characters",
-                "Remove it.",
-            )
-        return
+    if "\0" in value:
+        got = f"a NUL character after {value.index(chr(0))} characters"
+        raise FieldFault(field, "text without NUL", got, "Remove it.")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        if 0xDC80 <= code <= 0xDCFF:  # how a byte that is not UTF-8 was kept
-            got = f"the byte 0x{code - 0xDC00:02x} after {error.start} characters"
-            raise FieldFault(
-                field, "UTF-8 text", got, "Save the file as UTF-8 (iconv -f CP949 -t UTF-8, say)."
-            ) from None
-        got = f"half a surrogate pair (\\u{code:04x}) after {error.start} characters"
+        code, after = ord(value[error.start]), f"after {error.start} characters"
+        if 0xDC80 <= code <= 0xDCFF:  # the reader keeps a byte that is not UTF-8 as this surrogate
+            fix = "Save the file as UTF-8 (iconv -f CP949 -t UTF-8, say)."
+            raise FieldFault(field, "UTF-8 text", f"the byte 0x{code - 0xDC00:02x} {after}", fix) from None
+        got = f"half a surrogate pair (\\u{code:04x}) {after}"
         raise FieldFault(field, "Unicode text", got, "Write the whole character.") from None
-    if "\0" in value:
-        raise FieldFault(
-            field, "text without NUL", f"a NUL character after {value.index(chr(0))} characters", "Remove it."
-        )
+    return value
 
 
-def clean_inside(value: Any, field: str) -> None:
-    """``clean`` for every string in nested lists and objects."""
+def check_nested_text(value: object, field: str) -> None:
+    """Apply ``check_text`` to every string in nested lists and objects."""
     if isinstance(value, str):
-        clean(value, field)
+        check_text(value, field)
     elif isinstance(value, dict):
         for key, item in value.items():
-            clean(key, field)
-            clean_inside(item, f"{field}.{key}")
+            check_text(key, field)
+            check_nested_text(item, f"{field}.{key}")
     elif isinstance(value, list | tuple):
-        for position, item in enumerate(value):
-            clean_inside(item, f"{field}[{position}]")
+        for index, item in enumerate(value):
+            check_nested_text(item, f"{field}[{index}]")
 
 
-def parsed(value: Any, field: str, what: str) -> Any:
-    """A value that may have come as JSON text (csv columns and OpenAI's ``arguments`` do)."""
+def parse_json(value: object, field: str, expected: str) -> object:
+    """Parse JSON text, as csv columns and OpenAI's ``arguments`` have it; return other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (RecursionError, ValueError) as error:
-        raise FieldFault(field, what, f"{shorten(value)} ({error})", "Write valid JSON.") from None
+        raise FieldFault(field, expected, f"{shorten(value)} ({error})", "Write valid JSON.") from None
+
+
+def check_list(value: object, field: str, expected: str, fix: str) -> Sequence[object]:
+    """Return ``value`` if it is a list."""
+    if not isinstance(value, list | tuple):
+        raise FieldFault(field, expected, shorten(value), fix)
+    return value
+
+
+def parse_list(value: object, field: str, expected: str, fix: str) -> Sequence[object]:
+    """``value`` as a list; it may have come as JSON text."""
+    return check_list(parse_json(value, field, expected), field, expected, fix)
+
+
+FLAGS = {"0": False, "1": True, "false": False, "true": True}
+"""True and False as files write them in text, in lower case."""
+
+
+def flag(value: object) -> bool | None:
+    """The meaning of a value that says yes or no; None for any other value."""
+    return FLAGS.get(str(value).strip().lower())

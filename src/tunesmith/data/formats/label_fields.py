@@ -1,4 +1,4 @@
-"""What a row says of its classes: one label, or the labels that hold, in the ways files write them."""
+"""Rows with labels, in the ways that files write them: one label, or the list of labels that hold."""
 
 from __future__ import annotations
 
@@ -6,39 +6,35 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 
-from tunesmith.data.formats.fields import FieldFault, clean, parsed, text
+from tunesmith.data.formats.fields import FieldFault, Values, check_text, flag, parse_json, require_text
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Labelled
-
-MARKS = {"0": False, "1": True, "false": False, "true": True}
-"""What may stand in a column that says whether a label holds."""
+from tunesmith.json_types import JsonObject
 
 
-def labelled(values: Mapping[str, Any]) -> Labelled:
-    """A text, maybe a second one, and its label; without the field ``label`` it is to be predicted."""
+def build_labelled(values: Values) -> Labelled:
+    """The row of a text or a pair, and its label. Without the field ``label`` it is a row to predict."""
     label = _label(values["label"]) if "label" in values else None
-    return Labelled(text(values["text"], "text"), _pair(values), label=label)
+    return Labelled(values.text("text"), _text_pair(values), label=label)
 
 
-def multilabel(values: Mapping[str, Any]) -> Labelled:
-    """A text, maybe a second one, and all labels that hold. ``vectors``: how many 0 and 1 a list has, if it is one."""
+def build_multilabel(values: Values) -> Labelled:
+    """The row of a text or a pair, and all labels that hold. ``vectors``: length of lists of 0 and 1."""
     labels: tuple[str, ...] | None = None
     known: tuple[str, ...] = ()
     if "labels" in values:
         given, size = values["labels"], values.get("vectors")
         labels = _labels(given, values.get("separator"), size)
-        known = tuple(map(str, given)) if isinstance(given, Mapping) else _places(size or 0)
-    return Labelled(text(values["text"], "text"), _pair(values), labels=labels, known=known)
+        known = tuple(map(str, given)) if isinstance(given, Mapping) else _indices(size or 0)
+    return Labelled(values.text("text"), _text_pair(values), labels=labels, known=known)
 
 
-def vectors(sample: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether the ``labels`` of the first rows are vectors: more than half are lists of 0 and 1 of one length, two or more.
+def scan_vectors(sample: Sequence[Values]) -> JsonObject:
+    """The length of label vectors: most of the first rows are lists of 0 and 1 of one length, two or more.
 
-    The others are bad rows then. Numbers of labels never repeat; where nothing does, lists of unlike length are numbers: [0, 1]
-    beside [1].
-    """
+    Other rows are then bad rows. A list of label numbers never repeats a number. So where lists of different
+    length occur and none repeats a number, they are label numbers: [0, 1] next to [1]."""
     lengths: Counter[int] = Counter()
     rows = numbers = repeats = 0
     for values in sample:
@@ -47,10 +43,10 @@ def vectors(sample: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             continue
         rows += 1
         try:
-            listed = parsed(value, "labels", "a list")
+            listed = parse_json(value, "labels", "a list")
         except FieldFault:
             continue
-        if isinstance(listed, list | tuple) and all(type(one) in (int, float, bool) for one in listed):
+        if isinstance(listed, list | tuple) and all(type(item) in (int, float, bool) for item in listed):
             numbers += 1
             repeats += len(set(listed)) < len(listed)
             lengths[len(listed)] += set(listed) <= {0, 1}
@@ -58,92 +54,84 @@ def vectors(sample: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"vectors": size} if size > 1 and 2 * count > rows and (count == numbers or repeats) else {}
 
 
-def _pair(values: Mapping[str, Any]) -> str | None:
-    return text(values["text_pair"], "text_pair") if "text_pair" in values else None
+def _text_pair(values: Values) -> str | None:
+    return values.text("text_pair") if "text_pair" in values else None
 
 
-def _label(value: Any) -> str | float:
-    """A name, or the number as it is."""
+def _label(value: object) -> str | float:
+    """The name of a class, or a number unchanged."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
         if not math.isfinite(value):
-            raise FieldFault(
-                "label", "a label or a number", shorten(value), "Write the number, or delete the row."
-            )
+            fix = "Write the number, or delete the row."
+            raise FieldFault("label", "a label or a number", shorten(value), fix)
         return value
     if isinstance(value, list | tuple | dict):
-        fix = "Map the column to labels, where several may hold: columns: {labels: COLUMN}."
+        fix = "For rows with several labels map the column to labels: columns: {labels: COLUMN}."
         raise FieldFault("label", "one label", shorten(value), fix)
     if value is None:
-        raise FieldFault("label", "a label", "nothing (null)", "Fill 'label' in or delete the row.")
-    return text(value, "label").strip()
+        raise FieldFault("label", "a label", shorten(value), "Fill 'label' in or delete the row.")
+    return require_text(value, "label").strip()
 
 
-def _labels(value: Any, separator: str | None, size: int | None) -> tuple[str, ...]:
+def _labels(value: object, separator: str | None, size: int | None) -> tuple[str, ...]:
     if isinstance(value, Mapping):
         return tuple(str(name) for name, mark in value.items() if _holds(mark, f"labels.{name}"))
-    if isinstance(value, str):
-        clean(value, "labels")
-        if separator is not None:
-            value = [name.strip() for name in value.split(separator) if name.strip()]
-        elif value.lstrip().startswith("["):
-            value = parsed(value, "labels", "a JSON list of labels")
-        elif value.strip():
-            fix = "Write a JSON list, or name what stands between labels: separator: ',' in a recipe, --separator ',' to evaluate."
-            raise FieldFault("labels", "a list of labels", shorten(value), fix)
-        else:
-            value = []
-    if value is None:
-        raise FieldFault(
-            "labels", "a list of labels", "nothing (null)", "Write [] where none holds, or delete the row."
-        )
-    if not isinstance(value, list | tuple):
-        raise FieldFault(
-            "labels",
-            "a list of labels",
-            shorten(value),
-            "Write the labels in a list; one label is a list, too.",
-        )
-    if size is not None:
-        return _held(value, size)
-    kinds = {str if isinstance(item, str) else int if type(item) is int else None for item in value}
-    for position, item in enumerate(value):
+    listed = _split_labels(value, separator) if isinstance(value, str) else value
+    if not isinstance(listed, list | tuple):
+        none = "Write [] for no label, or delete the row."
+        fix = none if listed is None else "Write the labels in a list, also a single label."
+        raise FieldFault("labels", "a list of labels", shorten(listed), fix)
+    if size is None:
+        return _label_names(listed)
+    if len(listed) != size:
+        got = f"{len(listed)}: {shorten(listed)}"
+        fix = "Write one per label, as in the first rows."
+        raise FieldFault("labels", f"{size} numbers 0 or 1", got, fix)
+    return tuple(str(index) for index, mark in enumerate(listed) if _holds(mark, f"labels[{index}]"))
+
+
+def _split_labels(value: str, separator: str | None) -> object:
+    """The labels of a cell: separated by ``separator``, a JSON list, or none."""
+    check_text(value, "labels")
+    if separator is not None:
+        return [name.strip() for name in value.split(separator) if name.strip()]
+    if value.lstrip().startswith("["):
+        return parse_json(value, "labels", "a JSON list of labels")
+    if value.strip():
+        fix = "Write a JSON list, or set the separator: separator: ',' in a recipe, --separator ',' to evaluate."
+        raise FieldFault("labels", "a list of labels", shorten(value), fix)
+    return []
+
+
+def _label_names(listed: Sequence[object]) -> tuple[str, ...]:
+    """The labels of a list of names, or of a list of label numbers."""
+    for index, item in enumerate(listed):
         if isinstance(item, str):
-            text(item, f"labels[{position}]")
+            require_text(item, f"labels[{index}]")
         elif type(item) is not int:
-            raise FieldFault(
-                f"labels[{position}]", "the name of a label", shorten(item), "Write its name, or take it out."
-            )
-    if len(kinds) > 1:
-        raise FieldFault(
-            "labels", "names only or numbers only", shorten(value), "Write all labels in one way."
-        )
-    if kinds == {int} and len(set(value)) < len(value):
-        fix = (
-            "Write each number once; a list of 0 and 1 is a vector where most of the first rows are as long."
-        )
-        raise FieldFault("labels", "numbers of labels, each once", shorten(value), fix)
-    return tuple(dict.fromkeys(str(item).strip() for item in value))
+            fix = "Write its name, or remove it."
+            raise FieldFault(f"labels[{index}]", "the name of a label", shorten(item), fix)
+    types = set(map(type, listed))
+    if len(types) > 1:
+        fix = "Write all labels as names, or all as numbers."
+        raise FieldFault("labels", "names only or numbers only", shorten(listed), fix)
+    if types == {int} and len(set(listed)) < len(listed):
+        fix = "Write each number once. A list of 0 and 1 is a vector only if most of the first rows have its length."
+        raise FieldFault("labels", "numbers of labels, each once", shorten(listed), fix)
+    return tuple(dict.fromkeys(str(item).strip() for item in listed))
 
 
 @lru_cache
-def _places(size: int) -> tuple[str, ...]:
+def _indices(size: int) -> tuple[str, ...]:
     return tuple(map(str, range(size)))
 
 
-def _held(value: Sequence[Any], size: int) -> tuple[str, ...]:
-    """The places of the ones in a vector of 0 and 1."""
-    if len(value) != size:
-        fix = "Write one for each label, as in the first rows."
-        raise FieldFault("labels", f"{size} numbers 0 or 1", f"{len(value)}: {shorten(value)}", fix)
-    return tuple(str(place) for place, mark in enumerate(value) if _holds(mark, f"labels[{place}]"))
-
-
-def _holds(mark: Any, field: str) -> bool:
-    if mark in (0, 1) and isinstance(mark, int | float):
+def _holds(mark: object, field: str) -> bool:
+    if isinstance(mark, int | float) and mark in (0, 1):
         return bool(mark)
-    said = MARKS.get(str(mark).strip().lower())
-    if said is None:
-        raise FieldFault(field, "0 or 1", shorten(mark), "Write 1 where the label holds, else 0.")
-    return said
+    holds = flag(mark)
+    if holds is None:
+        raise FieldFault(field, "0 or 1", shorten(mark), "Write 1 if the label holds, else 0.")
+    return holds

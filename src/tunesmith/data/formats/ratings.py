@@ -1,105 +1,98 @@
-"""What numbers say of answers that were compared: ranks, scores and margins, in columns or beside each answer."""
+"""Grades of compared answers: ranks, scores and margins, in columns of the row or as keys of each answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from tunesmith.data.formats.fields import FieldFault, Values, parsed
+from tunesmith.data.formats.fields import FieldFault, Values, parse_json
 from tunesmith.data.row_problems import shorten
 
-NAMES = ("rank", "score", "overall_score", "rating")
-"""Keys of the grade that stands beside an answer, as in {"answer": "...", "rank": 1}."""
+GRADE_KEYS = ("rank", "score", "overall_score", "rating")
+"""Keys of the grade of an answer, as in {"answer": "...", "rank": 1}."""
 
 LARGEST = 1e30
-"""Scores become float32, and so do their differences."""
+"""Scores and their differences are stored as float32."""
+
+NUMBER_FIX = "Write the number, or delete the row."
 
 Numbers = tuple[float, ...]
 
 
-def of_pair(values: Values) -> Numbers | None:
-    """Scores of the chosen and the rejected answer: each by its name, else a list of both, else a margin and 0."""
-    if not values.get("gold", True):
+def pair_scores(values: Values) -> Numbers | None:
+    """Scores of chosen and rejected: from two columns, else a list of both, else (margin, 0)."""
+    if not values.needs_gold:
         return None
-    given = {
-        name: values[name]
-        for name in ("chosen_score", "rejected_score")
-        if values.get(name) not in (None, "")
-    }
+    names = ("chosen_score", "rejected_score")
+    given = [name for name in names if _is_set(values, name)]
     if len(given) == 1:
-        (there,), (missing,) = given, {"chosen_score", "rejected_score"} - given.keys()
-        raise FieldFault(missing, f"a score, as there is a {there}", "nothing", "Write both scores, or none.")
+        (missing,) = set(names) - set(given)
+        expected = f"a score, as there is a {given[0]}"
+        raise FieldFault(missing, expected, "nothing", "Write both scores, or none.")
     if given:
-        return _number(given["chosen_score"], "chosen_score"), _number(
-            given["rejected_score"], "rejected_score"
-        )
-    if values.get("scores") not in (None, ""):
+        return tuple(_number(values[name], name) for name in names)
+    if _is_set(values, "scores"):
         return _numbers(values["scores"], "scores", 2)
-    return None if values.get("margin") in (None, "") else (_number(values["margin"], "margin"), 0.0)
+    return (_number(values["margin"], "margin"), 0.0) if _is_set(values, "margin") else None
 
 
-def of_ranking(values: Values, answers: Sequence[Any]) -> tuple[tuple[int, ...], Numbers | None]:
-    """(ranks from 0 = best, scores if there are any) of answers as the file has them: as columns say, or keys beside each answer,
-    or their order."""
+def _is_set(values: Values, name: str) -> bool:
+    return values.get(name) not in (None, "")
+
+
+def ranks_and_scores(values: Values, answers: Sequence[object]) -> tuple[tuple[int, ...], Numbers | None]:
+    """(ranks, 0 = best; scores if given): from columns, else from keys of the answers, else their order.
+
+    ``answers``: as the file has them. Ranks take precedence over scores, and scores over labels."""
     count = len(answers)
-    if not values.get("gold", True):
+    if not values.needs_gold:
         return (0,) * count, None
-    judged = [name for name in ("ranks", "scores", "labels") if values.get(name) is not None]
-    numbers = _beside(answers, bool(judged)) if all(isinstance(item, Mapping) for item in answers) else {}
-    numbers |= {name: _numbers(values[name], name, count) for name in judged}
+    columns = [name for name in ("ranks", "scores", "labels") if values.get(name) is not None]
+    objects = [item for item in answers if isinstance(item, Mapping)]
+    numbers = _grades(objects, bool(columns)) if len(objects) == count else {}
+    numbers |= {name: _numbers(values[name], name, count) for name in columns}
     scores = numbers.get("scores")
     if "ranks" in numbers:
-        return _dense(numbers["ranks"], best=min), scores
-    if scores is not None or "labels" in numbers:
-        return _dense(numbers["labels"] if scores is None else scores, best=max), scores
+        return _dense_ranks(numbers["ranks"]), scores
+    higher_is_better = scores if scores is not None else numbers.get("labels")
+    if higher_is_better is not None:
+        return _dense_ranks(tuple(-number for number in higher_is_better)), scores
     return tuple(range(count)), None
 
 
-def _beside(answers: Sequence[Mapping[str, Any]], judged: bool) -> dict[str, Numbers]:
-    """Ranks or scores. Where answers may be graded under a key that nobody knows, their order in the file says nothing."""
-    there = [key for key in NAMES if any(key in item for item in answers)]
-    if there:
-        grade = next((key for key in there if all(key in item for item in answers)), there[0])
-        places = [f"answers[{place}].{grade}" for place in range(len(answers))]
-        missing = next((place for place, item in zip(places, answers) if grade not in item), None)
-        if missing is not None:
-            raise FieldFault(
-                missing,
-                f"a {grade}, as other answers have one",
-                "nothing",
-                f"Write it, or take every {grade} out.",
-            )
-        numbers = tuple(_number(item[grade], place) for place, item in zip(places, answers))
+def _grades(answers: Sequence[Mapping[str, object]], has_columns: bool) -> dict[str, Numbers]:
+    """Ranks or scores from keys of the answers; {} without such keys.
+
+    A number under an unknown key may be a grade. Without grades in columns such a row is refused, because the
+    order of its answers may mean nothing."""
+    keys = [key for key in GRADE_KEYS if any(key in item for item in answers)]
+    if keys:
+        grade = next((key for key in keys if all(key in item for item in answers)), keys[0])
+        for index, item in enumerate(answers):
+            if grade not in item:
+                expected, fix = f"a {grade}, as other answers have one", f"Write it, or remove every {grade}."
+                raise FieldFault(f"answers[{index}].{grade}", expected, "nothing", fix)
+        places = enumerate(answers)
+        numbers = tuple(_number(item[grade], f"answers[{index}].{grade}") for index, item in places)
         return {"ranks" if grade == "rank" else "scores": numbers}
-    odd = [
-        (place, key)
-        for place, item in enumerate(answers)
-        for key, number in item.items()
-        if isinstance(number, int | float)
-    ]
-    if odd and not judged:
-        place, key = odd[0]
-        fix = "Rename it, add a column with the ranks, or take it out: then the best answer stands first."
-        raise FieldFault(
-            f"answers[{place}].{key}", f"a grade under {', '.join(NAMES)}", f"a number under {key!r}", fix
-        )
+    for index, item in enumerate(answers):
+        for key, number in item.items():
+            if isinstance(number, int | float) and not has_columns:
+                fix = "Rename it, add a column of ranks, or remove it and write the best answer first."
+                expected = f"a grade under {', '.join(GRADE_KEYS)}"
+                raise FieldFault(f"answers[{index}].{key}", expected, f"a number under {key!r}", fix)
     return {}
 
 
-def _numbers(value: Any, field: str, count: int) -> Numbers:
-    value = parsed(value, field, "a list of numbers")
+def _numbers(value: object, field: str, count: int) -> Numbers:
+    value = parse_json(value, field, "a list of numbers")
     if not isinstance(value, list | tuple) or len(value) != count:
         got = f"{len(value)}: {shorten(value)}" if isinstance(value, list | tuple) else shorten(value)
-        raise FieldFault(
-            field,
-            f"a list of {count} numbers, one for each answer",
-            got,
-            "Write as many as there are answers.",
-        )
-    return tuple(_number(item, f"{field}[{place}]") for place, item in enumerate(value))
+        expected = f"a list of {count} numbers, one for each answer"
+        raise FieldFault(field, expected, got, "Write one number for each answer.")
+    return tuple(_number(item, f"{field}[{index}]") for index, item in enumerate(value))
 
 
-def _number(value: Any, field: str) -> float:
+def _number(value: object, field: str) -> float:
     number = value
     if isinstance(value, str):
         try:
@@ -107,13 +100,13 @@ def _number(value: Any, field: str) -> float:
         except ValueError:
             number = None
     if not isinstance(number, int | float) or (isinstance(number, bool) and not field.startswith("labels")):
-        raise FieldFault(field, "a number", shorten(value), "Write the number, or delete the row.")
+        raise FieldFault(field, "a number", shorten(value), NUMBER_FIX)
     if not abs(number) <= LARGEST:
-        raise FieldFault(field, "a finite number", shorten(value), "Write the number, or delete the row.")
+        raise FieldFault(field, "a finite number", shorten(value), NUMBER_FIX)
     return float(number)
 
 
-def _dense(numbers: Sequence[float], best: Callable[..., float]) -> tuple[int, ...]:
-    """0 for the best ones, 1 for the next, ..."""
-    order = sorted(set(numbers), reverse=best is max)
+def _dense_ranks(numbers: Numbers) -> tuple[int, ...]:
+    """0 for the lowest numbers, 1 for the next, ..."""
+    order = sorted(set(numbers))
     return tuple(order.index(number) for number in numbers)

@@ -1,95 +1,88 @@
-"""What a row says of its words: tokens with a tag each, in the ways files write them."""
+"""Rows of words with one tag each, in the ways that files write them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from tunesmith.data.formats.fields import FieldFault, clean, parsed, text
+from tunesmith.data.formats.fields import FieldFault, Values, check_list, check_text, parse_json
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Tagged
+from tunesmith.json_types import JsonObject
 
 WORD = re.compile(r"\S+")
-
 CHARACTER = re.compile(r".", re.DOTALL)
 
+FILL_IN = "Fill it in or delete the row."
 
-def tokens(values: Mapping[str, Any]) -> Tagged:
-    """A list of words with their tags. Words are joined by one space; where spaces are words themselves (``spaces``), by none."""
-    words = _strings(values["tokens"], "tokens", "a list of words")
+
+def build_tokens(values: Values) -> Tagged:
+    """The row of a list of words with tags. One space joins them; with the fact ``spaces``, nothing."""
+    words = _strings(values["tokens"], "tokens", "word")
     if not words:
-        raise FieldFault(
-            "tokens", "at least one word", "an empty list", "Write the words, or delete the row."
-        )
-    between = "" if values.get("spaces") else " "
-    places, end = [], -len(between)
+        fix = "Write the words, or delete the row."
+        raise FieldFault("tokens", "at least one word", "an empty list", fix)
+    joint = "" if values.get("spaces") else " "
+    spans, end = [], -len(joint)
     for word in words:
-        start = end + len(between)
+        start = end + len(joint)
         end = start + len(word)
-        places.append((start, end))
-    return Tagged(between.join(words), tuple(places), _tags(values, len(words)))
+        spans.append((start, end))
+    return Tagged(joint.join(words), tuple(spans), _tags(values, len(words)))
 
 
-def words(values: Mapping[str, Any]) -> Tagged:
-    """A text whose words are what white space separates, with their tags; where spaces are words themselves (``spaces``), all its
-    characters."""
-    said = text(values["text"], "text")
-    found = CHARACTER if values.get("spaces") else WORD
-    places = tuple(match.span() for match in found.finditer(said))
-    return Tagged(said, places, _tags(values, len(places)))
+def build_words(values: Values) -> Tagged:
+    """The row of a text and the tags of its words; with the fact ``spaces``, of its characters."""
+    text = values.text("text")
+    pattern = CHARACTER if values.get("spaces") else WORD
+    spans = tuple(match.span() for match in pattern.finditer(text))
+    return Tagged(text, spans, _tags(values, len(spans)))
 
 
-def spaces(sample: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether spaces are words of their own, as in text that is tagged character by character: some of the words in the first
-    rows are white space, and most are one character."""
-    seen = short = blank = 0
+def scan_spaces(sample: Sequence[Values]) -> JsonObject:
+    """Detect text that is tagged by character: most words are one character, and some are spaces."""
+    count = short = blank = 0
     for values in sample:
         try:
-            listed = _strings(values["tokens"], "tokens", "a list of words")
+            words = _strings(values["tokens"], "tokens", "word")
         except (FieldFault, KeyError):
             continue
-        seen += len(listed)
-        short += sum(len(word) == 1 for word in listed)
-        blank += sum(word.isspace() for word in listed)
-    return {"spaces": True} if blank and 2 * short > seen else {}
+        count += len(words)
+        short += sum(len(word) == 1 for word in words)
+        blank += sum(word.isspace() for word in words)
+    return {"spaces": True} if blank and 2 * short > count else {}
 
 
-def _tags(values: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
+def _tags(values: Values, count: int) -> tuple[str, ...] | None:
     if "tags" not in values:
         return None
     if values["tags"] is None:
-        raise FieldFault(
-            "tags", "a list of tags", "nothing (null)", "Write a tag for each word, or delete the row."
-        )
-    tags = _strings(values["tags"], "tags", "a list of tags")
+        fix = "Write a tag for each word, or delete the row."
+        raise FieldFault("tags", "a list of tags", shorten(None), fix)
+    tags = _strings(values["tags"], "tags", "tag")
     if len(tags) != count:
-        got = f"{len(tags)} for {count} words"
-        raise FieldFault(
-            "tags", "a tag for each word", got, "Write as many tags as words; O is the tag of a word outside."
-        )
+        fix = "Write as many tags as words; O is the tag of a word outside."
+        raise FieldFault("tags", "a tag for each word", f"{len(tags)} for {count} words", fix)
     return tuple(tag.strip() for tag in tags)
 
 
-def _strings(value: Any, field: str, what: str) -> list[str]:
-    """A list of strings with something in them: a list, a JSON list, or what white space separates."""
+def _strings(value: object, field: str, item_name: str) -> list[str]:
+    """A list of strings that are not empty: a list, a JSON list, or a text split at white space."""
+    expected = f"a list of {item_name}s"
     if isinstance(value, str):
-        clean(value, field)
-        value = parsed(value, field, what) if value.lstrip().startswith(('["', "['", "[]")) else value.split()
-    if not isinstance(value, list | tuple):
-        raise FieldFault(field, what, shorten(value), "Write a list, one for each word.")
-    for position, item in enumerate(value):
-        place = f"{field}[{position}]"
+        check_text(value, field)
+        is_json = value.lstrip().startswith(('["', "['", "[]"))
+        value = parse_json(value, field, expected) if is_json else value.split()
+    strings = []
+    for index, item in enumerate(check_list(value, field, expected, "Write a list, one for each word.")):
+        place = f"{field}[{index}]"
         if field == "tags" and isinstance(item, int) and not isinstance(item, bool):
-            fix = "Write the names, such as B-person; only the data set's own list says what a number means."
+            fix = "Write the names, such as B-person; only the data set's own list defines the numbers."
             raise FieldFault(place, "the name of a tag", shorten(item), fix)
         if item is None:
-            raise FieldFault(
-                place, what.removeprefix("a list of ")[:-1], "nothing (null)", "Fill it in or delete the row."
-            )
-        clean(item, place)
-        if not item or (field == "tags" and not item.strip()):
-            raise FieldFault(
-                place, what.removeprefix("a list of ")[:-1], "empty text", "Fill it in or delete the row."
-            )
-    return list(value)
+            raise FieldFault(place, f"a {item_name}", shorten(None), FILL_IN)
+        string = check_text(item, place)
+        if not string or (field == "tags" and not string.strip()):
+            raise FieldFault(place, f"a {item_name}", "empty text", FILL_IN)
+        strings.append(string)
+    return strings

@@ -1,38 +1,37 @@
-"""CoNLL files: a word a line with its tags in columns, a line without words between sentences.
+"""CoNLL files: one word per line with its tags in columns, and a blank line between sentences.
 
-Tjong Kim Sang and De Meulder 2003 (W03-0419). A sentence is a row: ``tokens``, the first column; ``tags``, the last; and where
-there are more, each column under its number ("2", "3", ...).
+Tjong Kim Sang and De Meulder 2003 (W03-0419). A sentence is a row: ``tokens`` is the first column, ``tags``
+the last. Where there are more columns, each has its number as a name ("2", "3", ...).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import TextIO
 
 from tunesmith.data.row_problems import Record, RowProblem, shorten
 
 DOCUMENT = "-DOCSTART-"
 
 Line = tuple[int, str]
+"""(line number, text)."""
 
 
 def read_conll(handle: TextIO, path: str) -> Iterator[Record | RowProblem]:
-    """The sentences of a file. ``line`` of a row is where its sentence begins."""
+    """The sentences of a file. The line of a row is the first of its sentence."""
     row = columns = 0
     tabs = False
     for lines in _sentences(handle):
         tabs = tabs or any("\t" in line for _, line in lines)
-        if tabs:  # then a line with none is no word: a comment of CoNLL-U
-            lines = [item for item in lines if "\t" in item[1] or not item[1].startswith("# ")]
+        if tabs:  # then a line without a tab is a comment of CoNLL-U
+            lines = [(number, line) for number, line in lines if "\t" in line or not line.startswith("# ")]
         if not lines:
             continue
         row += 1
-        made = _row(lines, columns)
-        if isinstance(made, dict):
+        item = _row(lines, columns or len(_cells(lines[0][1])), path, row)
+        if isinstance(item, Record):
             columns = columns or len(_cells(lines[0][1]))
-            yield Record(path, row, lines[0][0], made)
-        else:
-            yield RowProblem(path, row, *made)
+        yield item
 
 
 def _sentences(handle: TextIO) -> Iterator[list[Line]]:
@@ -49,38 +48,34 @@ def _sentences(handle: TextIO) -> Iterator[list[Line]]:
 
 
 def _cells(line: str) -> list[str]:
-    """The columns of a line. A word may be a space where tabs separate."""
+    """The columns of a line. Where tabs separate them, a word may be a space."""
     if "\t" in line:
         first, *rest = line.rstrip("\r").split("\t")
         return [first.strip(" ") or first, *(cell.strip() for cell in rest)]
     return [cell for cell in line.strip(" \r").split(" ") if cell]
 
 
-def _row(lines: list[Line], columns: int) -> dict[str, Any] | tuple[str, str, str, str, int]:
-    """The row of a sentence, or what is wrong with it: (field, expected, got, fix, line)."""
-    cells = [_cells(line) for _, line in lines]
-    expected = columns or len(cells[0])
-    for (number, line), found in zip(lines, cells, strict=True):
-        if len(found) != expected:
-            fix = "Write as many on every line, separated by a tab or by spaces; an empty line stands between sentences."
-            return (
-                "columns",
-                _counted(expected),
-                f"{_counted(len(found))} on line {number}: {shorten(line)}",
-                fix,
-                number,
-            )
-        for place, cell in enumerate(found, 1):
-            if not cell:
-                what = "a word" if place == 1 else f"a tag in column {place}"
-                return "columns", what, f"nothing on line {number}: {shorten(line)}", "Fill it in.", number
-    table = [list(column) for column in zip(*cells, strict=True)]
-    value = {"tokens": table[0]}
-    if expected > 2:
-        value |= {str(place): column for place, column in enumerate(table[1:], 2)}
-    if expected > 1:
-        value["tags"] = table[-1]
-    return value
+def _row(lines: list[Line], count: int, path: str, row: int) -> Record | RowProblem:
+    """The row of a sentence, whose lines must have ``count`` columns."""
+    table = [_cells(line) for _, line in lines]
+    for (number, line), cells in zip(lines, table, strict=True):
+        where = f"on line {number}: {shorten(line)}"
+        if len(cells) != count:
+            fix = "Write the same number of columns on every line, separated by a tab or by spaces, "
+            fix += "and a blank line between sentences."
+            got = f"{_counted(len(cells))} {where}"
+            return RowProblem(path, row, "columns", _counted(count), got, fix, number)
+        if "" in cells:
+            column = cells.index("") + 1
+            expected = "a word" if column == 1 else f"a tag in column {column}"
+            return RowProblem(path, row, "columns", expected, f"nothing {where}", "Fill it in.", number)
+    tokens, *tags = map(list, zip(*table, strict=True))
+    value = {"tokens": tokens}
+    if count > 2:
+        value |= {str(column): cells for column, cells in enumerate(tags, 2)}
+    if count > 1:
+        value["tags"] = tags[-1]
+    return Record(path, row, lines[0][0], value)
 
 
 def _counted(number: int) -> str:

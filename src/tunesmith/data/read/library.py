@@ -1,7 +1,7 @@
-"""Python's own library as data: its modules, what they define, and what is true of each definition.
+"""Python's standard library as data: its modules, their definitions, and facts about each definition.
 
-``builtin:docstrings`` asks what the docstrings answer; ``synth.python`` makes rows of all that the code says.
-Sources are read with ``ast``; nothing is imported or run. Private modules and names are left out.
+``builtin:docstrings`` asks questions that docstrings answer; ``synth.python`` makes rows from the code.
+Sources are parsed with ``ast``; nothing is imported or run. Private modules and names are left out.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SKIPPED = {
     "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "this.py",
     "turtledemo",
 }  # fmt: skip
-"""Folders and files of the standard library that document nothing a user would ask about."""
+"""Folders and files that document nothing a user would ask about."""
 
 PROPERTIES = {
     "property", "cached_property", "abstractproperty", "DynamicClassAttribute", "getter", "setter", "deleter",
 }  # fmt: skip
-"""Decorators, by their last names, that make an attribute of a function: it is read, never called."""
+"""Last names of decorators that turn a method into an attribute."""
 
 QUESTIONS = {
     "en": {
@@ -50,7 +50,7 @@ SHORTEST, LONGEST = 25, 700
 """Characters of an answer."""
 
 CHARACTERS = 1000
-"""The longest source text that is shown."""
+"""Maximum length of the source text of an excerpt."""
 
 ABBREVIATION = re.compile(r"(?:\be\.g|\bi\.e|\betc|\bvs|\bcf|\bresp|\b[A-Z])\.$")
 SIGNATURE = re.compile(r"^[\w.]+\(.*\)( -+> .*)?$")
@@ -63,7 +63,7 @@ EXCEPTIONS = {name for name, value in TYPES.items() if issubclass(value, BaseExc
 
 @cache
 def modules() -> dict[str, Path | None]:
-    """Public modules and their files, in the order of the paths; first ``builtins``, which has no file."""
+    """Public module -> file, ordered by path; first ``builtins``, which has no file."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = {".".join(path.relative_to(root).with_suffix("").parts): path for path in _files(root)}
     return {"builtins": None, **{name.removesuffix(".__init__"): path for name, path in found.items()}}
@@ -82,10 +82,9 @@ def _files(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Definition:
-    """A public module, class, method, property or function. ``name`` is dotted, from the module on.
+    """A public module, class, method, property or function. ``name``: dotted_name, beginning with the module.
 
-    ``node`` is the module's own where the definition is written in C.
-    """
+    ``node``: its syntax tree; that of the module if the definition is written in C."""
 
     module: Module
     name: str
@@ -101,7 +100,7 @@ class Definition:
 
 @dataclass(frozen=True)
 class Module:
-    """One file of the library, or ``builtins``: documented, but without source."""
+    """One file of the library, or ``builtins``, which has docstrings but no source."""
 
     name: str
     text: str
@@ -119,7 +118,7 @@ class Module:
 
 
 def read_module(name: str) -> Module:
-    """The module; an empty one when its file was written for another Python."""
+    """Parse a module. A file that this Python cannot parse is an empty module."""
     path = modules()[name]
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n") if path else ""
@@ -137,8 +136,8 @@ def _walk(module: Module, node: Documented, name: str, kind: str) -> Iterator[De
 
 
 def _kind(node: ast.ClassDef | Function, inside: bool) -> str:
-    """What a definition is; ``inside``: it belongs to a class."""
-    marks = {dotted(mark).rpartition(".")[2] for mark in node.decorator_list}
+    """The kind of a definition. ``inside``: it belongs to a class."""
+    marks = {dotted_name(mark).rpartition(".")[2] for mark in node.decorator_list}
     in_class = "property" if marks & PROPERTIES else "method"
     return "class" if isinstance(node, ast.ClassDef) else in_class if inside else "function"
 
@@ -158,14 +157,14 @@ def _builtins(module: Module) -> Iterator[Definition]:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The source of a definition, moved left by ``indent``. ``first``: the number of its first line."""
+    """The source of a definition, dedented by ``indent``. ``first``: number of its first line in the file."""
 
     text: str
     first: int
     indent: int
 
     def span(self, node: ast.expr | ast.stmt | ast.arg) -> tuple[int, int]:
-        """Characters [start, end) of ``text`` that a node was parsed from."""
+        """[start, end) of a node, in characters of ``text``."""
         end = self._at(node.end_lineno or node.lineno, node.end_col_offset or 0)
         return self._at(node.lineno, node.col_offset), end
 
@@ -174,12 +173,12 @@ class Excerpt:
         return sum(len(one) + 1 for one in before) + len(last.encode()[: column - self.indent].decode())
 
     def source(self, node: ast.expr) -> str:
-        """The text of a node as it was written."""
+        """The source text of a node."""
         return self.text[slice(*self.span(node))]
 
 
 def excerpt(item: Definition) -> Excerpt | None:
-    """The code with its decorators; None when it is too long, is one line, or a line stands left of it."""
+    """The source of a definition with its decorators; None if too long, one line, or less indented inside."""
     if isinstance(item.node, ast.Module):
         return None
     indent = item.node.col_offset
@@ -191,7 +190,7 @@ def excerpt(item: Definition) -> Excerpt | None:
 
 
 class Parameter(NamedTuple):
-    """``shown`` is the name with its stars. ``default`` is None where there is none."""
+    """A parameter. ``shown``: its name with stars. ``default``: None if it has none."""
 
     node: ast.arg
     shown: str
@@ -203,7 +202,7 @@ class Parameter(NamedTuple):
 
 
 def all_parameters(node: Function) -> list[Parameter]:
-    """Every parameter, in the order of the ``def`` line."""
+    """All parameters, in the order of the ``def`` line."""
     args = node.args
     plain = [*args.posonlyargs, *args.args]
     absent: list[ast.expr | None] = [None] * (len(plain) - len(args.defaults))
@@ -215,40 +214,37 @@ def all_parameters(node: Function) -> list[Parameter]:
 
 
 def parameters(item: Definition) -> list[Parameter]:
-    """The parameters of a function in order; of a method without the one that takes the object or class."""
+    """The parameters of a function in order, without the ``self`` or ``cls`` of a method."""
     found = all_parameters(item.node) if isinstance(item.node, Function) else []
     return found[1:] if receiver(item) else found
 
 
 def receiver(item: Definition) -> str:
-    """``self`` or ``cls`` of a method or property; "" for a function and a static method."""
+    """The name of ``self`` or ``cls`` in a method or property; "" for functions and static methods."""
     if item.kind not in ("method", "property") or not isinstance(item.node, Function):
         return ""
     taken = [*item.node.args.posonlyargs, *item.node.args.args]
-    return taken[0].arg if taken and "staticmethod" not in map(dotted, item.node.decorator_list) else ""
+    return taken[0].arg if taken and "staticmethod" not in map(dotted_name, item.node.decorator_list) else ""
 
 
 @lru_cache(maxsize=1)
 def exceptions(module: Module) -> set[str]:
-    """Names of exceptions: the built-in ones, and classes of the module whose base is one."""
+    """Names of the built-in exceptions, and of the module's classes that derive from one."""
     known = set(EXCEPTIONS)
     for node in ast.walk(module.tree):
-        if isinstance(node, ast.ClassDef) and known & {*map(dotted, node.bases)}:
+        if isinstance(node, ast.ClassDef) and known & {*map(dotted_name, node.bases)}:
             known.add(node.name)
     return known
 
 
-def raised(item: Definition) -> list[ast.expr] | None:
-    """The names of the exceptions in the ``raise`` statements of a function, one for each statement.
-
-    None when one of the statements names none (``raise``, ``raise error``): the list would be incomplete.
-    """
+def raised_exceptions(item: Definition) -> list[ast.expr] | None:
+    """The exception that each ``raise`` of a function names; None if one of them names none."""
     found: list[ast.expr] = []
     known = exceptions(item.module)
-    for node in own(item.node):
+    for node in own_nodes(item.node):
         if isinstance(node, ast.Raise):
             name = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-            last = dotted(name).rpartition(".")[2]
+            last = dotted_name(name).rpartition(".")[2]
             if last not in known and not re.fullmatch(r"[A-Z]\w*(Error|Exception|Warning)", last):
                 return None
             assert name is not None
@@ -256,54 +252,54 @@ def raised(item: Definition) -> list[ast.expr] | None:
     return found
 
 
-def own(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes in a body without those of functions and classes within it, in the order of the file."""
+def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a body in the order of the file, without those of nested functions and classes."""
     for child in ast.iter_child_nodes(node):
         yield child
         if not isinstance(child, SCOPES):
-            yield from own(child)
+            yield from own_nodes(child)
 
 
-def dotted(node: ast.AST | None) -> str:
-    """``os.path.join`` of a name or an attribute of names; "" for anything else."""
+def dotted_name(node: ast.AST | None) -> str:
+    """The dotted name of a name or attribute (``os.path.join``); "" for anything else."""
     if isinstance(node, ast.Attribute):
-        inner = dotted(node.value)
+        inner = dotted_name(node.value)
         return f"{inner}.{node.attr}" if inner else ""
     return node.id if isinstance(node, ast.Name) else ""
 
 
 def paragraphs(doc: str) -> list[str]:
-    """Each paragraph on one line; lines that are only a signature (``split(sep=None)``) are left out."""
+    """The paragraphs, each on one line, without those that are only a signature (``split(sep=None)``)."""
     parts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", inspect.cleandoc(doc).strip())]
     return [part for part in parts if part and not SIGNATURE.match(part)]
 
 
 def first_paragraph(doc: str) -> str:
-    """The first paragraph where it describes something, else ""."""
+    """The first paragraph if it is a description, else ""."""
     text = next(iter(paragraphs(doc)), "")
     return "" if text.startswith((">>>", "$", "Copyright", "#")) else text
 
 
 def sentences(paragraph: str) -> list[str]:
-    """A paragraph cut behind ``.``, ``!`` or ``?`` where a new sentence begins."""
+    """Split a paragraph after ``.``, ``!`` or ``?`` where a new sentence begins."""
     ends = [match.end() for match in re.finditer(r"[.!?]['\")]?\s+(?=[A-Z`'\"(])", paragraph)]
     cuts = [0, *(end for end in ends if not ABBREVIATION.search(paragraph[:end].rstrip())), len(paragraph)]
     return [text for start, end in pairwise(cuts) if (text := paragraph[start:end].strip())]
 
 
 def first_sentence(doc: str) -> str:
-    """The first sentence of a docstring when it is a whole one (capital letter, full stop), else ""."""
+    """The first sentence of a docstring if it is complete (capital letter, full stop), else ""."""
     sentence = next(iter(sentences(first_paragraph(doc))), "")
     return sentence if re.fullmatch(r"[A-Z].*\w['\")`]*\.", sentence) else ""
 
 
 def question(item: Definition, lang: str) -> str:
-    """Asks what a definition is or does; its first paragraph is the answer."""
+    """The question that the first paragraph of a definition's docstring answers."""
     return QUESTIONS[lang][item.kind].format(item.name)
 
 
 def docstrings(module: Module, lang: str) -> Iterator[tuple[Definition, dict[str, str]]]:
-    """Definitions with rows ``{"instruction": "What is the class ...", "response": ...}``."""
+    """Each definition with its row ``{"instruction": "What is the class ...", "response": ...}``."""
     for item in module.definitions:
         answer = first_paragraph(item.doc)
         if SHORTEST <= len(answer) <= LONGEST:

@@ -1,6 +1,6 @@
 """Reads data files row by row, in memory that does not grow with the file.
 
-What cannot be read is a ``RowProblem``, never an exception: only a file that cannot be opened at all raises.
+A row that cannot be read is a ``RowProblem``. Only a file that cannot be opened raises.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import codecs
 import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from tunesmith.data.formats.fields import FieldFault, clean
+from tunesmith.data.formats.fields import FieldFault, check_text
 from tunesmith.data.read import builtin, class_folder
 from tunesmith.data.read.conll import read_conll
 from tunesmith.data.read.json_rows import read_json, read_jsonl
@@ -22,89 +22,85 @@ from tunesmith.suggestions import mistyped
 Rows = Iterator[Record | RowProblem]
 
 LARGEST_FIELD = 1 << 27
-"""Characters in one csv field; a quote that is never closed ends here."""
+"""Characters of one csv field; the reader gives up on an unclosed quote after that many."""
+
+LISTED = 8
+"""Names of data files that a message lists."""
 
 
 def read(path: str, format: str | None = None) -> Rows:
-    """Every row of a json, jsonl, csv, tsv, txt, conll or parquet file, of a folder with one of texts for each class, or of a
-    built-in data set (``builtin:docstrings``). With the ``format`` conll a file of any name is read as one.
+    """Every row of a data file, a class folder or a built-in set. With the ``format`` conll the name does not
+    matter.
 
-    Raises DataError when the file is missing (naming the nearest files), is another folder, or is of an unknown kind, and
-    MissingExtra for parquet without pyarrow.
-    """
+    Raises DataError if the file is missing (with the nearest names), another folder, or of an unknown type,
+    and MissingExtra for parquet without pyarrow."""
     if path.startswith(builtin.PREFIX):
         return (Record(path, row, None, value) for row, value in enumerate(builtin.rows(path), 1))
-    if class_folder.is_one(path):
+    if class_folder.is_class_folder(path):
         return class_folder.rows(path)
     file = existing(path)
     reader = READERS.get(".conll" if format == "conll" else file.suffix.lower())
     if reader is None:
-        kind = (
-            f"unknown kind of file {file.suffix!r}"
-            if file.suffix
-            else "its name has no ending that says what it holds"
-        )
+        kind = f"unknown file type {file.suffix!r}" if file.suffix else "its name has no file type"
         raise DataError(
-            f"{path}: {kind}. Expected one of {', '.join(READERS)}. Rename it (mv {file.name} {file.stem}.jsonl), or convert it."
+            f"{path}: {kind}. Expected one of {', '.join(READERS)}. "
+            f"Rename it (mv {file.name} {file.stem}.jsonl), or convert it."
         )
     return reader(file, path)
 
 
 def existing(path: str) -> Path:
-    """``path`` as a file that is there and can be opened, or DataError."""
+    """``path`` as a file that can be opened, or DataError."""
     file = Path(path).expanduser()
     try:
         with file.open("rb"):
             return file
     except FileNotFoundError:
-        folder = file.parent
-        if not folder.is_dir():
-            raise DataError(
-                f"data file not found: {path}. There is no folder {folder}. Check the path."
-            ) from None
-        names = sorted(
-            entry.name for entry in folder.iterdir() if entry.suffix.lower() in READERS and entry.is_file()
-        )
-        close = mistyped(file.name, names)
-        more = ", ..." if len(names) > 8 else ""
-        there = (
-            f"Data files in {folder.resolve()}: {', '.join(names[:8])}{more}"
-            if names
-            else f"No data file is in {folder.resolve()}"
-        )
-        hint = f"Did you mean {' or '.join(close)}?" if close else f"{there}. Check the name and the folder."
-        raise DataError(f"data file not found: {path}. {hint}") from None
+        raise DataError(f"data file not found: {path}. {_hint(file)}") from None
     except IsADirectoryError:
         raise DataError(
-            f"{path} is a folder without a folder of .txt files for each class; name a file in it, one source for each file"
+            f"{path} is a folder, and has no folder of .txt files for each class. Name a file in it, one source for each file."
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path!r} cannot be opened: {error}") from None
 
 
+def _hint(missing: Path) -> str:
+    """What may have been meant by a file that does not exist."""
+    folder = missing.parent
+    if not folder.is_dir():
+        return f"There is no folder {folder}. Check the path."
+    names = sorted(
+        entry.name for entry in folder.iterdir() if entry.suffix.lower() in READERS and entry.is_file()
+    )
+    if close := mistyped(missing.name, names):
+        return f"Did you mean {' or '.join(close)}?"
+    more = ", ..." if len(names) > LISTED else ""
+    listed = f"Data files in {folder.resolve()}: {', '.join(names[:LISTED])}{more}"
+    none = f"No data file is in {folder.resolve()}"
+    return f"{listed if names else none}. Check the name and the folder."
+
+
 def open_text(file: Path, newline: str | None = None) -> TextIO:
-    """UTF-8 with or without a byte order mark. Bytes that are not UTF-8 become lone surrogates, which ``formats`` reports."""
+    """Open UTF-8, with or without a byte order mark. Invalid bytes become surrogates, which ``formats``
+    report."""
     return file.open("r", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _utf16(file: Path, path: str) -> RowProblem | None:
+def _is_utf16(file: Path) -> bool:
     with file.open("rb") as handle:
-        start = handle.read(2)
-    if start not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return None
-    fix = f"Convert it: iconv -f UTF-16 -t UTF-8 {file.name} > fixed{file.suffix}"
-    return RowProblem(path, 1, "file", "UTF-8 text", "UTF-16 text", fix, 1, fatal=True)
+        return handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def _text_reader(
     rows: Callable[[TextIO, str], Rows], newline: str | None = None
 ) -> Callable[[Path, str], Rows]:
-    """A reader of text files out of ``rows(handle, path)``."""
+    """A reader of UTF-8 files from a reader of ``rows(handle, path)``."""
 
     def read_text(file: Path, path: str) -> Rows:
-        problem = _utf16(file, path)
-        if problem:
-            yield problem
+        if _is_utf16(file):
+            fix = f"Convert it: iconv -f UTF-16 -t UTF-8 {file.name} > fixed{file.suffix}"
+            yield RowProblem(path, 1, "file", "UTF-8 text", "UTF-16 text", fix, 1, fatal=True)
             return
         with open_text(file, newline) as handle:
             yield from rows(handle, path)
@@ -114,87 +110,62 @@ def _text_reader(
 
 def _documents(handle: TextIO, path: str) -> Rows:
     """One document per line that is not blank."""
-    row = 0
-    for number, line in enumerate(handle, 1):
-        text = line.rstrip("\n")
-        if text.strip():
-            row += 1
-            yield Record(path, row, number, {"text": text})
+    lines = ((number, line.rstrip("\n")) for number, line in enumerate(handle, 1) if line.strip())
+    for row, (number, text) in enumerate(lines, 1):
+        yield Record(path, row, number, {"text": text})
 
 
 def _table(handle: TextIO, path: str, delimiter: str | None) -> Rows:
-    """A header line, then one row per record; quoted fields may hold line breaks."""
+    """A header line, then one row per record; quoted fields may contain line breaks."""
     csv.field_size_limit(max(csv.field_size_limit(), LARGEST_FIELD))
     start, first = next(((number, line) for number, line in enumerate(handle, 1) if line.strip()), (0, ""))
     if not first:
         return
+    delimiter = delimiter or max(",;\t", key=first.count)
     try:
-        clean(first, "header")
+        header = _header(first, delimiter)
     except FieldFault as fault:
         yield RowProblem(path, 1, "header", fault.expected, fault.got, fault.fix, start, fatal=True)
         return
-    delimiter = delimiter or max(",;\t", key=first.count)
-    try:
-        header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter, strict=True))]
-    except csv.Error as error:
-        yield RowProblem(
-            path,
-            1,
-            "header",
-            "column names",
-            f"{shorten(first)} ({error})",
-            "Mend the first line.",
-            start,
-            fatal=True,
-        )
-        return
-    doubled = sorted({name for name in header if header.count(name) > 1})
-    if doubled:
-        yield RowProblem(
-            path,
-            1,
-            "header",
-            "different column names",
-            f"{doubled[0]!r} twice",
-            "Rename one of them.",
-            start,
-            fatal=True,
-        )
-        return
-    yield from _table_rows(csv.reader(handle, delimiter=delimiter, strict=True), header, path, start + 1)
-
-
-def _table_rows(reader: Any, header: list[str], path: str, start: int) -> Rows:
+    reader = csv.reader(handle, delimiter=delimiter, strict=True)
     row = 0
     while True:
-        line = start + reader.line_num
+        line = start + 1 + reader.line_num
         try:
             values = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             row += 1
-            open_quote = "end of data" in str(error) or "field limit" in str(error)
-            got = "a quote that is never closed" if open_quote else str(error)
+            unclosed = "end of data" in str(error) or "field limit" in str(error)
+            got = "a quote that is never closed" if unclosed else str(error)
             fix = 'Close the quote; a quote inside a quoted field is written twice ("").'
-            yield RowProblem(path, row, "line", "a csv record", got, fix, line, fatal=open_quote)
+            yield RowProblem(path, row, "line", "a csv record", got, fix, line, fatal=unclosed)
             continue
         if not values:
             continue
         row += 1
-        if len(values) != len(header):
-            fix = "Quote a field that holds the separator or a line break."
-            yield RowProblem(
-                path,
-                row,
-                "columns",
-                f"{len(header)} columns ({', '.join(header)})",
-                f"{len(values)}",
-                fix,
-                line,
-            )
-            continue
-        yield Record(path, row, line, dict(zip(header, values, strict=True)))
+        if len(values) == len(header):
+            yield Record(path, row, line, dict(zip(header, values, strict=True)))
+        else:
+            expected = f"{len(header)} columns ({', '.join(header)})"
+            fix = "Quote a field that contains the separator or a line break."
+            yield RowProblem(path, row, "columns", expected, f"{len(values)}", fix, line)
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    """The column names of a csv file. Raises FieldFault."""
+    check_text(line, "header")
+    try:
+        header = [name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True))]
+    except csv.Error as error:
+        got = f"{shorten(line)} ({error})"
+        raise FieldFault("header", "column names", got, "Correct the first line.") from None
+    doubled = sorted({name for name in header if header.count(name) > 1})
+    if doubled:
+        got = f"{doubled[0]!r} twice"
+        raise FieldFault("header", "different column names", got, "Rename one of them.")
+    return header
 
 
 def _read_parquet(file: Path, path: str) -> Rows:

@@ -23,7 +23,7 @@ from tunesmith.data.encode.conversations import Renderer, left_out
 from tunesmith.data.encode.templates import template_text
 from tunesmith.data.read import builtin, class_folder, hub_set
 from tunesmith.data.read.row_files import existing
-from tunesmith.data.read.source import Opened
+from tunesmith.data.read.source import OpenedSource
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import Answered, Chat, PromptCompletion, Row, Text, digest
 from tunesmith.data.store import cache
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENCODING = (
-    "rows", "problems",
+    "rows", "row_problems",
     "read.row_files", "read.json_rows", "read.source", "read.class_folder", "read.conll", "read.hub_set",
-    "formats.columns", "formats.fields", "formats.turns", "formats.grades", "formats.preference_fields",
-    "formats.judged_fields", "formats.label_fields", "formats.word_fields", "formats.squad_file", "formats.judged_fields",
-    "encode.chat", "encode.spans", "encode.templates", "encode.texts", "encode.tagging", "encode.questions",
-    "encode.rankings", "encode.desirability", "encode.labels",
-    "store.build", "store.cache",
+    "formats.columns", "formats.fields", "formats.turns", "formats.ratings", "formats.preference_fields",
+    "formats.judgement_fields", "formats.label_fields", "formats.word_fields", "formats.squad_file",
+    "encode.conversations", "encode.spans", "encode.templates", "encode.texts", "encode.tagging", "encode.questions",
+    "encode.rankings", "encode.judgements", "encode.labels",
+    "store.encode_source", "store.cache",
 )  # fmt: skip
 """Modules of tunesmith.data that a stored example depends on: an edit of one of them makes every cache entry anew."""
 
@@ -76,7 +76,7 @@ class Built:
 
 
 def build(
-    opened: Opened,
+    opened: OpenedSource,
     objective: Any,
     tokenizer: PreTrainedTokenizerBase,
     keep: bool,
@@ -120,7 +120,7 @@ def build(
 
 def _write(
     writer: Writer,
-    opened: Opened,
+    opened: OpenedSource,
     objective: Any,
     tokenizer: PreTrainedTokenizerBase,
     on_progress: Progress | None,
@@ -150,7 +150,7 @@ def _write(
 
 def _ahead(
     batches: Iterator[tuple[list[Located], list[RowProblem]]],
-    opened: Opened,
+    opened: OpenedSource,
     objective: Any,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[Encodings]:
@@ -202,7 +202,7 @@ def _characters(row: Row) -> int:
 
 
 def _encode(
-    batch: Sequence[Located], opened: Opened, objective: Any, tokenizer: PreTrainedTokenizerBase
+    batch: Sequence[Located], opened: OpenedSource, objective: Any, tokenizer: PreTrainedTokenizerBase
 ) -> Encodings:
     """Encode a batch in one call; when a row is at fault, each row on its own, so that every fault is found."""
     if not batch:
@@ -241,8 +241,8 @@ def content_hash(source: Source) -> str:
     if source.hub:
         return hub_set.content_hash(source)
     if path.startswith(builtin.PREFIX):
-        return builtin.digest(path)
-    if class_folder.is_one(path):
+        return builtin.content_hash(path)
+    if class_folder.is_class_folder(path):
         return class_folder.content_hash(path)
     return files.sha256(existing(path))
 

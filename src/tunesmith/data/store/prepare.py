@@ -13,8 +13,8 @@ from tunesmith.data.check.contamination import contamination
 from tunesmith.data.data_config import DataConfig, Source
 from tunesmith.data.encode.templates import apply_template
 from tunesmith.data.read import class_folder, hub_set
-from tunesmith.data.read.source import Opened, eval_sources, open_source
-from tunesmith.data.row_problems import RowProblem, refuse
+from tunesmith.data.read.source import OpenedSource, eval_sources, open_source
+from tunesmith.data.row_problems import RowProblem, bad_rows_error
 from tunesmith.data.rows import Chat
 from tunesmith.data.store.cache import Entry
 from tunesmith.data.store.data_report import Report, SourceReport, SplitReport, histogram
@@ -46,7 +46,7 @@ class _Part:
     """A source with the examples of it that belong to one split."""
 
     built: Built
-    opened: Opened
+    opened: OpenedSource
     chosen: np.ndarray
 
 
@@ -131,7 +131,7 @@ def prepare(
     return Prepared(objective.extend(learnt), tested and objective.extend(tested), most, report, tuple(sets))
 
 
-def _open_set(name: str, source: Source, accepted: tuple[type, ...]) -> Opened:
+def _open_set(name: str, source: Source, accepted: tuple[type, ...]) -> OpenedSource:
     """An evaluation file, opened. What is wrong with it is said with the name of its set."""
     try:
         return open_source(source, accepted)
@@ -139,7 +139,7 @@ def _open_set(name: str, source: Source, accepted: tuple[type, ...]) -> Opened:
         raise DataError(f"data.eval.{f'sets.{name}' if name else 'path'}: {error}") from None
 
 
-def _survey(objective: Any, opened: Sequence[Opened]) -> None:
+def _survey(objective: Any, opened: Sequence[OpenedSource]) -> None:
     """Let the objective look at the training rows. What is wrong with one is said when it is encoded, or here, where too little
     is left without the bad rows."""
     first: list[RowProblem] = []
@@ -165,28 +165,33 @@ def _survey(objective: Any, opened: Sequence[Opened]) -> None:
     except DataError as error:
         if not bad:
             raise
-        raise refuse(first, bad, f"Without them {error}") from None
+        raise bad_rows_error(first, bad, f"Without them {error}") from None
 
 
-def _check_rows(built: Sequence[Built], opened: Sequence[Opened], config: DataConfig) -> None:
+def _check_rows(built: Sequence[Built], opened: Sequence[OpenedSource], config: DataConfig) -> None:
     """Refuse bad rows, unless they are to be skipped and the rest of each file could be read."""
     problems = [
         RowProblem(
-            **{**problem, "path": class_folder.place(item.source.path, problem["path"]) or item.source.label}
+            **{
+                **problem,
+                "path": class_folder.path_in_folder(item.source.path, problem["path"]) or item.source.label,
+            }
         )
         for made, item in zip(built, opened)
         for problem in made.entry.info["problems"]
     ]
     total = sum(made.entry.info["read"] - made.entry.info["kept"] for made in built)
     bad = [item.source for made, item in zip(built, opened) if made.entry.info["problems"]]
-    files = " ".join(dict.fromkeys(word for source in bad for word in [source.path, *hub_set.flags(source)]))
+    files = " ".join(
+        dict.fromkeys(word for source in bad for word in [source.path, *hub_set.split_flags(source)])
+    )
     advice = f"Type `tunesmith data lint {files}` for all of them"
     if any(made.entry.info["fatal"] for made in built):
-        raise refuse(
+        raise bad_rows_error(
             problems, total, f"{advice}. The rest of the file cannot be read, so nothing is skipped."
         )
     if total and config.bad_rows == "error":
-        raise refuse(
+        raise bad_rows_error(
             problems,
             total,
             f"{advice}, or set data.bad_rows=skip (evaluate: --bad-rows skip) to leave them out.",
@@ -375,7 +380,7 @@ def _first_of_row(part: _Part) -> np.ndarray:
     return first
 
 
-def _source_report(built: Built, opened: Opened, role: str, seconds: float) -> SourceReport:
+def _source_report(built: Built, opened: OpenedSource, role: str, seconds: float) -> SourceReport:
     info = built.entry.info
     return SourceReport(
         path=opened.source.label,
@@ -392,5 +397,5 @@ def _source_report(built: Built, opened: Opened, role: str, seconds: float) -> S
         weight=opened.source.weight,
         cached=built.cached,
         seconds=seconds,
-        revision=hub_set.commit_of(hub_set.place(opened.source)) if opened.source.hub else None,
+        revision=hub_set.commit_of(hub_set.store_folder(opened.source)) if opened.source.hub else None,
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 from tunesmith.errors import MissingExtra, ModelError
 from tunesmith.hub import ask
-from tunesmith.hub.local_store import Damaged, check
+from tunesmith.hub.local_store import DamagedFile, check
 from tunesmith.models.find import catalog, layer_pruning, model_store
 from tunesmith.models.find.catalog import Cut, Entry, Hub, Wheel
 from tunesmith.models.find.locate import locate
@@ -86,9 +86,9 @@ def _from_hub(place: Hub, name: str, say: Callable[[str], None]) -> tuple[Path, 
                 f"{place.repo} on the Hub has no safetensors weights; other formats are not pulled"
             )
         made = ask.download("model", place.repo, revision, files, model_store.folder_of(name), say)
-    except ask.NoAnswer as error:
+    except ask.HubError as error:
         raise Unreachable(str(error)) from None
-    except Damaged as error:
+    except DamagedFile as error:
         raise ModelError(str(error)) from None
     if place.weights_sha256:
         try:
@@ -203,7 +203,7 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
 def _check(path: Path, expected: str, what: str) -> None:
     try:
         check(path, expected, what)
-    except Damaged as error:
+    except DamagedFile as error:
         raise ModelError(str(error)) from None
 
 

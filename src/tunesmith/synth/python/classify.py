@@ -11,7 +11,7 @@ from tunesmith.data.read.library import (
     Function,
     Module,
     all_parameters,
-    dotted,
+    dotted_name,
     excerpt,
     receiver,
 )
@@ -124,7 +124,7 @@ def _recursive(item: Definition, nodes: Sequence[ast.AST]) -> bool:
     itself = item.short if item.kind == "function" else f"{receiver(item)}.{item.short}"
     inner = [(node, node.name) for node in nodes if isinstance(node, Function)]
     return any(
-        isinstance(call, ast.Call) and dotted(call.func) == name
+        isinstance(call, ast.Call) and dotted_name(call.func) == name
         for node, name in [(item.node, itself), *inner]
         for call in ast.walk(node)
     )

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from tunesmith.data.read import library
-from tunesmith.data.read.library import Definition, Excerpt, Function, dotted, parameters, receiver
+from tunesmith.data.read.library import Definition, Excerpt, Function, dotted_name, parameters, receiver
 from tunesmith.synth.python.wording import listed, number, pick, say
 
 VERBATIM = {"signature", "docstring", "quotation"}
@@ -38,7 +38,7 @@ def facts(item: Definition) -> Iterator[Fact]:
             yield from _of_parameters(item, code)
             yield from _of_body(item, item.node, code)
     elif isinstance(item.node, ast.ClassDef) and code and not item.node.keywords:
-        bases = tuple(map(dotted, item.node.bases))
+        bases = tuple(map(dotted_name, item.node.bases))
         if all(bases):
             start = code.span(item.node.bases[0])[0] if len(bases) == 1 else None
             yield Fact("bases", code.text, bases, start=start)
@@ -79,9 +79,9 @@ def _of_parameters(item: Definition, code: Excerpt) -> Iterator[Fact]:
 
 
 def _of_body(item: Definition, node: Function, code: Excerpt) -> Iterator[Fact]:
-    text, found = code.text, library.raised(item)
+    text, found = code.text, library.raised_exceptions(item)
     if found:
-        names = tuple(dict.fromkeys(map(dotted, found)))
+        names = tuple(dict.fromkeys(map(dotted_name, found)))
         every = sum(isinstance(one, ast.Raise) for one in ast.walk(node))  # with those of functions within it
         single = len(names) == 1 and len(found) == every
         yield Fact("exceptions", text, names, start=code.span(found[0])[0] if single else None)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from tunesmith.data.read import library
-from tunesmith.data.read.library import Definition, Function, Module, dotted, exceptions
+from tunesmith.data.read.library import Definition, Function, Module, dotted_name, exceptions
 from tunesmith.synth.python.wording import Candidate, number, table
 
 Entity = tuple[int, int, str]
@@ -231,7 +231,7 @@ def _slots(item: Definition) -> tuple[str, dict[str, str]]:
         "REQUIRED": [one.name for one in plain if one.default is None],
         "NUMERIC": [name for name, _ in numeric],
         "NUMBER": [value for _, value in numeric],
-        "EXCEPTION": [*map(dotted, library.raised(item) or ())],
+        "EXCEPTION": [*map(dotted_name, library.raised_exceptions(item) or ())],
     }
     slots = {place: some[0] for place, some in found.items() if some}
     return own, {own: item.short, "MODULE": item.module.name, **slots}

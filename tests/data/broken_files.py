@@ -1,8 +1,8 @@
-"""Forty files that are wrong in one way each.
+"""Files with one fault each.
 
 ``BROKEN``: (name, bytes, rows, problems as (row, part of the field, part of the text)).
 
-``rows`` counts what a reader can tell apart, good and bad.
+``rows`` counts good and bad rows.
 """
 
 from __future__ import annotations

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from tunesmith.data.formats.columns import FORMATS, converter
+from tunesmith.data.formats.columns import choose_converter
 from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.data.rows import Chat, PromptCompletion, Text
 from tunesmith.errors import DataError
 
 WRITTEN = (Chat, PromptCompletion, Text)
-"""What an objective learns from that learns to write."""
+"""Row types of supervised fine-tuning."""
 
 
 def made(value, **options):
     options.setdefault("accepted", WRITTEN)
-    return converter([tuple(value)], path="f", **options)(Record("f", 1, 1, value))
+    return choose_converter([tuple(value)], path="f", **options)(Record("f", 1, 1, value))
 
 
 def asked(question, answer, *before):
@@ -101,7 +101,7 @@ def test_a_prompt_template_with_an_empty_column_is_a_problem():
     assert isinstance(problem, RowProblem) and problem.field == "text"
 
 
-def test_problems_name_the_file_s_own_column():
+def test_problems_name_the_column_of_the_file():
     problem = made({"Q": "q", "A": ""})
     assert problem.where == "f:1:A"
 
@@ -111,7 +111,7 @@ REFUSED = [
     (dict(format="sharegpt"), "needs conversations"),
     (dict(columns={"instructon": "ask"}), "Did you mean `instruction`"),
     (dict(columns={"instruction": "ask", "messages": "reply"}), "no format has all"),
-    (dict(columns={"instruction": ["ask", "reply"]}), "one column, got a list .ask, reply.. Several may stand for: labels"),
+    (dict(columns={"instruction": ["ask", "reply"]}), "one column, got a list .ask, reply.. Fields that take several: labels"),
     (dict(prompt_template="Say something"), "names no column"),
     (dict(prompt_template="Say {asc}"), "Did you mean `ask`"),
     (dict(format="messages", prompt_template="Say {ask}"), "prompts are turns"),
@@ -120,28 +120,22 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_what_fits_nothing_is_refused(options, message):
+def test_columns_that_fit_no_format_are_refused(options, message):
     with pytest.raises(DataError, match=message):
-        converter([("ask", "reply")], path="f", accepted=WRITTEN, **options)
+        choose_converter([("ask", "reply")], path="f", accepted=WRITTEN, **options)
 
 
-def test_the_objective_s_rows_decide():
+def test_the_row_types_of_the_objective_select_the_format():
     with pytest.raises(DataError, match="learns from Text rows"):
-        converter([("question", "answer")], path="f", accepted=(Text,))
-    assert converter([("text", "summary")], path="f", accepted=(Text,)).form.name == "text"
+        choose_converter([("question", "answer")], path="f", accepted=(Text,))
+    assert choose_converter([("text", "summary")], path="f", accepted=(Text,)).form.name == "text"
 
 
 def test_one_odd_row_does_not_change_the_format():
     keys = [("input", "output"), *[("instruction", "input", "output")] * 3]
-    assert converter(keys, path="f", accepted=WRITTEN).form.name == "alpaca"
+    assert choose_converter(keys, path="f", accepted=WRITTEN).form.name == "alpaca"
 
 
-def test_the_description_says_what_is_used():
-    maker = converter([("Q", "A", "label")], path="f", accepted=WRITTEN)
+def test_the_description_lists_used_and_unused_columns():
+    maker = choose_converter([("Q", "A", "label")], path="f", accepted=WRITTEN)
     assert maker.describe(("Q", "A", "label")) == "question_answer (question <- Q, answer <- A); not used: label"
-
-
-def test_the_recipe_s_list_of_formats_is_the_table():
-    from tunesmith.data.data_config import FORMATS as named
-
-    assert set(named) == set(FORMATS)

@@ -1,4 +1,4 @@
-"""Rows of classification, tagging and question answering: from every file that can say them, and what is refused."""
+"""Rows of classification, tagging and question answering: the ways that files write them, and the errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def opened(path, accepted, gold=True, **keys):
 
 @pytest.fixture
 def read(tmp_path):
-    """Rows of a file with this content."""
+    """A function that returns the rows of a file with this content."""
 
     def of(content, accepted, name="a.jsonl", **keys):
         path = tmp_path / name
@@ -60,7 +60,7 @@ def test_labels(read, value, row):
     assert read([value], Labelled) == [row]
 
 
-def test_lists_of_zero_and_one_of_unlike_length_are_numbers_of_labels(read):
+def test_lists_of_zero_and_one_of_different_length_are_label_numbers(read):
     rows = read([{"text": "t", "labels": [0, 1]}, {"text": "u", "labels": [1]}], Labelled)
     assert [row.labels for row in rows] == [("0", "1"), ("1",)]
     rows = read([{"text": "t", "labels": given} for given in ([0, 1], [1, 0], [0, 1], [])], Labelled)
@@ -103,7 +103,7 @@ def test_a_separator_is_named(read):
         read("text,label\nt,a\n", Labelled, "a.csv", separator="|")
 
 
-def test_a_csv_s_numbers_stay_as_written_and_columns_are_mapped(read):
+def test_numbers_of_a_csv_stay_text_and_columns_are_mapped(read):
     assert read("Q,A,label\nq,a,01\n", Labelled, "a.csv", columns={"text": "Q"}) == [Labelled("q", label="01")]
 
 
@@ -142,12 +142,12 @@ def test_comments_between_sentences_are_no_sentence(read):
     assert [row.text for row in read("Kim\tB-P\n\n# newdoc\n\nLee\tB-P\n", Tagged, "a.conll")] == ["Kim", "Lee"]
 
 
-def test_an_evaluation_file_is_split_at_the_same_separator():
+def test_an_evaluation_file_has_the_separator_of_the_training_file():
     config = DataConfig(train=[Source(path="a.csv", separator="|")], eval=EvalConfig(path="b.csv"))
     assert eval_sources(config)[""].separator == "|"
 
 
-def test_characters_are_joined_as_they_are_in_every_row(read):
+def test_characters_are_joined_without_spaces(read):
     rows = read("나\tB\n는\tO\n \tO\n너\tB\n\n안\tO\n녕\tO\n", Tagged, "a.conll")
     assert rows[0] == Tagged("나는 너", ((0, 1), (1, 2), (2, 3), (3, 4)), ("B", "O", "O", "B"))
     assert rows[1].text == "안녕"
@@ -184,13 +184,13 @@ def test_the_nested_files_of_squad(read, monkeypatch):
         assert [(row.row, row.field) for row in rows[2:4]] == [(3, "data[1].paragraphs"), (4, "answers")] and rows[4] == rows[0]
 
 
-def test_a_nested_file_cut_short_is_said(read):
+def test_a_truncated_nested_file_is_a_fatal_problem(read):
     text = json.dumps({"data": [article({"question": "Who?", "answers": []}), article()]})
     first, problem = read(text[:-40], Question, "a.json")
     assert first.answers == () and problem.fatal and problem.row == 2
 
 
-def test_other_objects_with_data_are_rows_as_before(read):
+def test_flat_rows_with_a_column_data_are_no_squad_file(read):
     assert read([{"data": [{"text": "x"}], "text": "t"}] * 2, Text, "a.json") == [Text("t")] * 2
 
 
@@ -203,7 +203,7 @@ def reviews(tmp_path):
     return tmp_path / "reviews"
 
 
-def test_a_folder_for_each_class(reviews):
+def test_a_class_folder_has_a_row_for_each_file(reviews):
     rows = opened(reviews, Labelled)
     assert rows == [Labelled("bad", label="neg"), Labelled("fine\nthen", label="pos"), Labelled("good", label="pos")]
     assert opened(reviews, Text)[0] == Text("bad")
@@ -211,7 +211,7 @@ def test_a_folder_for_each_class(reviews):
     assert str(opened(reviews, Labelled)[2]).startswith(f"{reviews}/pos/b.txt:3:text: expected text, got empty text")
 
 
-def test_the_hash_of_a_folder_is_of_names_classes_and_contents(reviews):
+def test_the_hash_of_a_class_folder_covers_names_classes_and_contents(reviews):
     source = Source(path=str(reviews))
     seen = {content_hash(source)}
     (reviews / "neg" / "d.md").write_text("left alone")
@@ -227,7 +227,7 @@ def test_the_hash_of_a_folder_is_of_names_classes_and_contents(reviews):
     assert len(seen) == 5
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_another_folder_is_refused(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(DataError, match=r"folder of \.txt files for each class"):
         opened(tmp_path, Labelled)
@@ -257,10 +257,10 @@ BAD = [
     (Question, {"question": "q", "context": CONTEXT, "answers": None}, "answers", "null"),
     (Question, {"question": "q", "context": " ", "answers": []}, "context", "only spaces"),
     (Question, {**GOOD[Question], "answers": [{"text": "Lee", "answer_start": 7}]}, "answers[0].answer_start", "It begins at 8, 13:"),
-    (Question, {**GOOD[Question], "answers": [{"text": "Park", "answer_start": 0}]}, "answers[0].answer_start", "does not say it so"),
+    (Question, {**GOOD[Question], "answers": [{"text": "Park", "answer_start": 0}]}, "answers[0].answer_start", "does not contain it"),
     (Question, {**GOOD[Question], "answers": [{"text": "left.", "answer_start": -5}]}, "answers[0].answer_start", "outside"),
     (Question, {**GOOD[Question], "answers": [{"text": "Kim", "answer_start": True}]}, "answers[0].answer_start", "whole number"),
-    (Question, {**GOOD[Question], "answers": {"text": ["a", "b"], "answer_start": [0]}}, "answers", "as many of one"),
+    (Question, {**GOOD[Question], "answers": {"text": ["a", "b"], "answer_start": [0]}}, "answers", "lists of the same length"),
     (Question, {**GOOD[Question], "is_impossible": False}, "answers", "is_impossible is false"),
     (
         Question,
@@ -290,7 +290,7 @@ def test_a_vector_of_another_length_is_bad(read):
 
 @pytest.mark.parametrize("size", [2, 3, 6])
 @pytest.mark.parametrize("odd", [[0, 1, 0, 0, 0], None, ["a"], [0, 7, 0, 0, 0, 0], 3, "x"])
-def test_a_row_unlike_the_vectors_beside_it_is_bad_wherever_it_stands(read, size, odd):
+def test_a_row_that_is_no_vector_among_vectors_is_bad_at_any_position(read, size, odd):
     given = [[int(n % size == place) for place in range(size)] for n in range(8)]
     for at in (0, 3):
         rows = read([{"text": "t", "labels": one} for one in (*given[:at], odd, *given[at:])], Labelled)
@@ -321,7 +321,7 @@ BLIND = [
 
 
 @pytest.mark.parametrize(("kind", "name", "content", "row"), BLIND)
-def test_rows_to_predict_may_lack_what_is_asked(read, kind, name, content, row):
+def test_rows_to_predict_may_lack_their_gold(read, kind, name, content, row):
     assert read(content, kind, name, gold=False) == [row]
 
 
@@ -341,25 +341,25 @@ def test_rows_to_predict_may_lack_what_is_asked(read, kind, name, content, row):
         (Labelled, {"내용": "q", "레이블": "a"}, "text: 내용, label: 레이블", "--column 'text=내용'"),
     ],
 )
-def test_a_file_of_other_rows_says_what_to_map(read, kind, row, mapped, typed):
+def test_the_error_for_other_columns_suggests_a_mapping(read, kind, row, mapped, typed):
     with pytest.raises(DataError) as said:
         read([row], kind)
     assert f"columns: {{{mapped}}}" in str(said.value) and typed in str(said.value)
 
 
 @pytest.mark.parametrize(("kind", "example"), [(Labelled, '"label"'), (Tagged, '"ner_tags"'), (Question, '"context"')])
-def test_an_empty_file_is_answered_with_a_row_of_its_kind(read, kind, example):
+def test_the_error_for_an_empty_file_shows_a_row(read, kind, example):
     with pytest.raises(DataError, match=f"has no rows.*{example}"):
         read("", kind)
 
 
-def test_a_header_in_another_encoding_is_said(tmp_path):
+def test_a_header_in_another_encoding_is_a_fatal_problem(tmp_path):
     (tmp_path / "a.csv").write_bytes("내용,레이블\n좋다,긍정\n".encode("cp949"))
     (problem,) = opened(tmp_path / "a.csv", Labelled)
     assert problem.fatal and problem.field == "header" and "UTF-8" in problem.fix
 
 
-def test_preview_and_lint_show_them(tmp_path, capsys):
+def test_preview_and_lint_show_gold(tmp_path, capsys):
     model = save_tiny("llama", tmp_path / "model")
     shows = [
         ("a.jsonl", json.dumps(GOOD[Labelled]), "label a", []),

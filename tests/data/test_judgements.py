@@ -1,4 +1,4 @@
-"""Unpaired preference: files become rows with a label, rows become examples, and everything around treats them as it does others."""
+"""Unpaired preference: files become rows with a label, rows become examples; lint, preview and hold-out support them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tunesmith.data.data_config import DataConfig, EvalConfig, Source
 from tunesmith.data.encode import conversations
 from tunesmith.data.encode.judgements import encode, prompt_key
 from tunesmith.data.encode.templates import apply_template
-from tunesmith.data.formats.columns import converter
-from tunesmith.data.formats.judgement_fields import unpaired
-from tunesmith.data.read.source import ROW_TYPES, open_source
+from tunesmith.data.formats.columns import choose_converter
+from tunesmith.data.formats.judgement_fields import split_pair
+from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
-from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Ranking, Text, digest, without_gold
+from tunesmith.data.rows import ROW_TYPES, Chat, Judged, Labelled, PromptCompletion, Ranking, Text, digest, without_gold
 from tunesmith.data.store import epoch_order
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError
@@ -47,7 +47,7 @@ texts = texts.map("".join).filter(str.strip)
 
 
 def made(value, accepted=(Judged,), **options):
-    return converter([tuple(value)], path="f", accepted=accepted, **options)(Record("f", 1, 1, value))
+    return choose_converter([tuple(value)], path="f", accepted=accepted, **options)(Record("f", 1, 1, value))
 
 
 def file(folder, rows, name="rows.jsonl"):
@@ -58,7 +58,7 @@ def file(folder, rows, name="rows.jsonl"):
 
 @lru_cache
 def templated(name):
-    """A tokenizer of the zoo, or one of KINDS with the template ``roles``."""
+    """A tokenizer of ZOO, or one of KINDS with the template ``roles``."""
     if name in ZOO:
         return ZOO[name].tokenizer()
     tokenizer = copy.deepcopy(tokenizer_of(name))
@@ -113,7 +113,7 @@ SAID = {
 
 
 @pytest.mark.parametrize(("label", "good"), [(label, good) for good, labels in SAID.items() for label in labels])
-def test_labels_in_the_ways_files_write_them(label, good):
+def test_labels_are_read_in_every_spelling(label, good):
     assert made({"prompt": "q", "completion": "a", "label": label}).desirable is good
 
 
@@ -137,7 +137,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("value", "field", "expected", "got"), REFUSED)
-def test_what_is_wrong_is_named_under_the_file_s_own_column(value, field, expected, got):
+def test_problems_name_the_column_of_the_file(value, field, expected, got):
     problem = made(value)
     assert isinstance(problem, RowProblem) and problem.field == field
     assert expected in problem.expected and got in problem.got and "answers[" not in str(problem)
@@ -195,7 +195,7 @@ PAIRS = [
 @pytest.mark.parametrize(("format", "value"), PAIRS)
 def test_pairs_become_two_rows_only_where_the_format_is_named(tmp_path, format, value):
     path = file(tmp_path, [value])
-    with pytest.raises(DataError, match=rf"gives Ranking rows.*\n.*format: {format} "):
+    with pytest.raises(DataError, match=rf"makes Ranking rows.*\n.*format: {format} "):
         open_source(Source(path=path), (Judged,))
     opened = open_source(Source(path=path, format=format), (Judged,))
     assert "each pair becomes two rows: chosen is desirable, rejected is undesirable" in opened.description
@@ -207,13 +207,13 @@ def test_pairs_become_two_rows_only_where_the_format_is_named(tmp_path, format, 
 
 def test_a_ranking_of_several_is_no_pair(tmp_path):
     path = file(tmp_path, [{"prompt": "q", "answers": ["a", "b", "c"]}])
-    with pytest.raises(DataError, match="Choose another objective, or say which column"):
+    with pytest.raises(DataError, match="Choose another objective, or map the columns"):
         open_source(Source(path=path), (Judged,))
 
 
-def test_a_pair_whose_ranks_say_nothing_has_no_labels():
-    assert [row.desirable for row in unpaired(Ranking("q", ("a", "b"), (0, 0)))] == [None, None]
-    assert [row.desirable for row in unpaired(Ranking("q", ("a", "b"), (1, 0)))] == [False, True]
+def test_a_pair_of_equal_ranks_has_no_labels():
+    assert [row.desirable for row in split_pair(Ranking("q", ("a", "b"), (0, 0)))] == [None, None]
+    assert [row.desirable for row in split_pair(Ranking("q", ("a", "b"), (1, 0)))] == [False, True]
 
 
 # ---------------------------------------------------------------------------------------------------------- rows to examples
@@ -221,7 +221,7 @@ def test_a_pair_whose_ranks_say_nothing_has_no_labels():
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(sorted(ZOO)) | st.sampled_from(ENDING), texts, texts, st.booleans(), st.booleans())
-def test_an_example_is_what_the_chat_alone_is_encoded_to(name, prompt, response, good, plain):
+def test_an_example_has_the_tokens_of_its_chat(name, prompt, response, good, plain):
     tokenizer = templated(name)
     row = Judged(prompt, response, good)
     if not plain:
@@ -287,13 +287,13 @@ def test_examples_are_laid_out_as_rankings_of_one_are():
 # --------------------------------------------------------------------------------------------------------------- around it
 
 
-def test_a_row_without_its_gold_says_nothing_of_the_label():
+def test_a_row_without_gold_does_not_reveal_the_label():
     row = Judged("q", "a", True)
     assert without_gold(row) == Judged("q", "a", None) == without_gold(Judged("q", "a", False))
     assert len({digest(row), digest(Judged("q", "a", False)), digest(Judged("q", "b", True))}) == 3
 
 
-def test_near_duplicates_compare_what_is_said_and_not_the_label():
+def test_near_duplicates_compare_texts_and_not_labels():
     assert minhash.words(Judged((S, Q), (A,), True, ({"name": "tool"},))) == "q a"
 
 
@@ -308,7 +308,7 @@ def test_a_pair_that_became_two_rows_is_written_once(tmp_path):
 
 
 class Objective(objectives.Objective):
-    """As much of an objective as ``prepare`` asks for."""
+    """The part of an objective that ``prepare`` needs."""
 
     traits = Traits(rows=(Judged,), fits_rows=True)
 
@@ -406,7 +406,7 @@ def test_contamination_of_a_held_out_response_is_found(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- balance, lint
 
 
-def test_the_weights_advised_bring_the_ratio_into_the_paper_s_interval():
+def test_advised_weights_bring_the_ratio_into_the_paper_s_interval():
     for counts in (Balance(100, 700), Balance(700, 100)):
         for weights in ((1.0, 1.0), (0.5, 2.0), (3.0, 1.0)):
             advice = counts.advice(*weights)
@@ -421,7 +421,7 @@ def test_the_weights_advised_bring_the_ratio_into_the_paper_s_interval():
     assert Balance(10, 10).advice() is Balance(12, 10).advice() is Balance(10, 12).advice() is None
 
 
-def test_rows_of_one_kind_are_an_error_that_says_what_to_do():
+def test_rows_of_one_label_are_an_error_with_a_remedy():
     Balance(1, 1).check()
     Balance(0, 0).check()
     with pytest.raises(DataError, match=r"all 5 training rows are desirable\. KTO needs undesirable rows(.|\n)*objective: sft"):
@@ -470,7 +470,7 @@ def model(tmp_path_factory):
     return save_tiny("llama", tmp_path_factory.mktemp("model"))
 
 
-def test_the_verbs_show_it(tmp_path, capsys, model):
+def test_lint_and_preview_show_judgements(tmp_path, capsys, model):
     path = file(tmp_path, [{"prompt": [Q], "completion": [A], "kto_tag": number == 0} for number in range(5)])
     assert main(["data", "lint", path]) == 0
     out = capsys.readouterr().out
@@ -482,7 +482,7 @@ def test_the_verbs_show_it(tmp_path, capsys, model):
     assert [piece["text"] for piece in first["pieces"] if piece["supervised"]] == ["a<|im_end|>"]
 
 
-def test_the_verbs_take_pairs_when_the_format_is_named(tmp_path, capsys, model):
+def test_lint_and_preview_split_pairs_if_the_format_is_named(tmp_path, capsys, model):
     path = file(tmp_path, [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": ""}])
     assert main(["data", "lint", path, "--format", "unpaired", "--json"]) == 2
     found = json.loads(capsys.readouterr().out)
