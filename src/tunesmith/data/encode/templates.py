@@ -1,10 +1,10 @@
-"""Chat templates for models that have none, and the guard every template passes before data is read."""
+"""Chat templates for models that have none, and the checks of every template before data is read."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jinja2
 from jinja2 import nodes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RENDER_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
 )  # fmt: skip
-"""What a template can raise over data that it was not written for."""
+"""Errors that a template can raise on data that it was not written for."""
 
 PROBE: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -76,26 +76,25 @@ KOREAN = (
 )
 
 TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "roles": ROLES, "korean": KOREAN}
-"""Each closes every assistant turn with the model's own end token, so that generation stops wherever the model is loaded."""
+"""Each closes every assistant turn with the model's end token, so generation stops in any program that loads the model."""
 
 DEFAULT = "roles"
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[Any, str]:
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> tuple[PreTrainedTokenizerBase, str]:
     """Give ``tokenizer`` its chat template and check it on a small conversation.
 
-    ``template``: a name of ``TEMPLATES``, a Jinja string, or None for the model's own (``roles`` when it has none). The
-    tokenizer is changed and returned, with a sentence that says what was chosen. Raises DataError (exit code 2) when the
-    name is unknown, the template does not compile, or it reaches outside the sandbox.
+    ``template``: a name of ``TEMPLATES``, a Jinja string, or None for the model's own (``roles`` if it has none). The
+    tokenizer is changed and returned, with a sentence that names the choice. Raises DataError (exit code 2) when the name is
+    unknown, the template does not compile, or it reaches outside the sandbox.
     """
     if template is None and tokenizer.chat_template:
         description = "the model's own chat template"
     elif template is None or template in TEMPLATES:
         name = template or DEFAULT
-        if not tokenizer.eos_token:
-            raise DataError(
-                f"the template {name} needs an end token, and the tokenizer has none. Set eos_token in the model's tokenizer."
-            )
+        end_id(tokenizer, f"which the template {name} needs")
         begins = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in special_ends(tokenizer)[0]
         tokenizer.chat_template = ("{{- bos_token }}" if begins else "") + TEMPLATES[name]
         description = f"the template {name}" + ("" if template else ", because the model has none of its own")
@@ -106,28 +105,35 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> 
         raise DataError(
             f"data.template: {template!r} is neither a Jinja string nor a name. {did_you_mean(template, TEMPLATES)}"
         )
-    own = tokenizer.chat_template
-    for text in own.values() if isinstance(own, dict) else [own]:
+    chosen = tokenizer.chat_template
+    for text in chosen.values() if isinstance(chosen, dict) else [chosen]:
         _refuse_unsafe(text)
     try:
         rendered = tokenizer.apply_chat_template(PROBE, tokenize=False)
     except RENDER_ERRORS as error:
-        fix = f"Mend data.template, or use one of: {', '.join(TEMPLATES)}"
+        fix = f"Correct data.template, or use one of: {', '.join(TEMPLATES)}"
         raise DataError(f"the chat template fails on a question and an answer: {error}. {fix}") from None
     if "Hello" not in rendered:
         raise DataError(
-            "the chat template does not write what the assistant says. Mend data.template: it must write message.content"
+            "the chat template does not write the assistant's answer. Correct data.template: it must write message.content"
         )
     return tokenizer, description
 
 
+def end_id(tokenizer: PreTrainedTokenizerBase, purpose: str) -> int:
+    """The id of the end token. Raises DataError without one; ``purpose``: "which ...", why it is needed."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"the tokenizer has no end token, {purpose}. Set eos_token in the model's tokenizer.")
+    return int(tokenizer.eos_token_id)
+
+
 def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """(ids, ids) that the tokenizer itself puts before and after plain text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    """The ids that the tokenizer itself puts before and after a text without a template."""
+    text = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return list(full[:start]), list(full[start + len(plain) :])
+    for start in range(len(full) - len(text) + 1):
+        if full[start : start + len(text)] == text:
+            return list(full[:start]), list(full[start + len(text) :])
     return [], []
 
 
@@ -137,26 +143,22 @@ def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _refuse_unsafe(template: str) -> None:
-    """The sandbox refuses when such code runs; this refuses when it is only there, on a branch no probe takes."""
+    """Raise DataError for access to a name like ``__class__``.
+
+    The sandbox refuses such code only when it runs. It may be on a branch that the probe does not take.
+    """
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(template))
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(
-            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
-        ) from None
+        raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
     for node in tree.find_all((nodes.Getattr, nodes.Getitem, nodes.Filter)):
-        name: Any = None
+        name: object = None
         if isinstance(node, nodes.Getattr):
             name = node.attr
-        elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
-            name = node.arg.value
-        elif (
-            isinstance(node, nodes.Filter)
-            and node.name == "attr"
-            and node.args
-            and isinstance(node.args[0], nodes.Const)
-        ):
-            name = node.args[0].value
+        elif isinstance(node, nodes.Getitem):
+            name = node.arg.value if isinstance(node.arg, nodes.Const) else None
+        elif isinstance(node, nodes.Filter) and node.name == "attr" and node.args:
+            name = node.args[0].value if isinstance(node.args[0], nodes.Const) else None
         if isinstance(name, str) and name.startswith("__"):
             raise DataError(
                 f"the chat template reaches outside its sandbox: line {node.lineno}: {name!r}. A template may only read data."
@@ -164,6 +166,6 @@ def _refuse_unsafe(template: str) -> None:
 
 
 def _without_generation(template: str) -> str:
-    """transformers' own ``{% generation %}`` tag as a tag plain Jinja knows."""
+    """Replace transformers' ``{% generation %}`` tag by a tag of Jinja itself."""
     template = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", template)
     return re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
