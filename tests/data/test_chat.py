@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.data.zoo import ZOO
 from tests.tiny import tiny_tokenizer
-from tunesmith.data.encode.conversations import Renderer, encode, left_out, prompt_ids, stop_ids
+from tunesmith.data.encode.conversations import Renderer, encode, find_omitted_text, prompt_ids, stop_ids
 from tunesmith.data.encode.templates import TEMPLATES, apply_template
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, PromptCompletion, Text
@@ -134,7 +134,7 @@ def test_reasoning_of_earlier_turns_is_gone_and_that_is_said():
     first, last = learnt(one(row, tokenizer, train_on="assistant"), tokenizer)
     assert first == messages[1]["content"] + "<|im_end|>"
     assert last == f"<think>\n{messages[3]['reasoning_content']}\n</think>\n\n{messages[3]['content']}<|im_end|>"
-    assert left_out(row, Renderer(tokenizer)) == [f"messages[1].reasoning_content: {messages[1]['reasoning_content']!r}"]
+    assert find_omitted_text(row, Renderer(tokenizer)) == [f"messages[1].reasoning_content: {messages[1]['reasoning_content']!r}"]
 
 
 def test_a_template_without_a_place_for_tools_leaves_them_out_and_that_is_said():
@@ -142,8 +142,8 @@ def test_a_template_without_a_place_for_tools_leaves_them_out_and_that_is_said()
     row = Chat(({"role": "user", "content": "1+1?"}, CALL, {"role": "assistant", "content": "2"}), (tool,))
     plain = tiny_tokenizer(template="chatml")
     plain.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    assert left_out(row, Renderer(plain)) == ["messages[1].tool_calls: 'add'", "tools: all 1 of them"]
-    assert left_out(row, Renderer(TOKENIZERS["qwen3"])) == []
+    assert find_omitted_text(row, Renderer(plain)) == ["messages[1].tool_calls: 'add'", "tools: all 1 of them"]
+    assert find_omitted_text(row, Renderer(TOKENIZERS["qwen3"])) == []
 
 
 def test_reasoning_inside_the_content_of_an_earlier_turn():

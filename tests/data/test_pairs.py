@@ -69,7 +69,7 @@ def test_a_shortened_row_keeps_the_end_of_the_prompt_and_the_beginning_of_each_a
     learnt = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     learnt[:common] = False
     row = {"input_ids": np.arange(count, dtype=np.int32), "learnt": learnt, "answers": np.array([common, *answers], np.int32)}
-    short = preference_batch.shortened(row, prefix, own)
+    short = preference_batch.shorten(row, prefix, own)
     wholes, shorts = shared_prompts.separate(row), shared_prompts.separate(short)
     cut = max(common - prefix, 0)
     assert [one.tolist() for one in shorts] == [one[cut : common + own].tolist() for one in wholes]

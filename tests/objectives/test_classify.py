@@ -129,7 +129,7 @@ def test_the_padding_token_never_ends_a_row(eos_is_pad, tmp_path):
     tokenizer = tiny_tokenizer("chatml", pad_is_eos=eos_is_pad)
     from tunesmith.data.encode import texts
 
-    texts.own_padding(tokenizer, len(tokenizer))
+    texts.set_padding_token(tokenizer, len(tokenizer))
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 

@@ -58,7 +58,9 @@ def find_partners(data: Encoded) -> np.ndarray:
     for mine in members:
         if len(mine):
             several = (keys[mine] != keys[mine[0]]).any()
-            partners[mine] = mine[_nearest_other_key(keys[mine])] if several else _nearest_other_key(keys)[mine]
+            partners[mine] = (
+                mine[_nearest_other_key(keys[mine])] if several else _nearest_other_key(keys)[mine]
+            )
     return partners
 
 
@@ -80,7 +82,9 @@ def _nearest_other_key(keys: np.ndarray) -> np.ndarray:
     if not (keys != keys[0]).any():
         return before
     partner = before.copy()
-    start = int(np.flatnonzero(keys != keys[before])[0])  # its partner is its neighbour, so the walk begins here
+    start = int(
+        np.flatnonzero(keys != keys[before])[0]
+    )  # its partner is its neighbour, so the walk begins here
     for index in (np.arange(count) + start) % count:
         if keys[partner[index]] == keys[index]:
             partner[index] = partner[before[index]]

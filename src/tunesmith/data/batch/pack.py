@@ -49,7 +49,9 @@ def arrange(examples: Sequence[Example], packed: bool) -> tuple[Batch, np.ndarra
     """
     lengths = np.array([len(example["input_ids"]) for example in examples])
     names = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]
-    arrays = {name: np.concatenate([example[name] for example in examples]).astype(np.int64) for name in names}
+    arrays = {
+        name: np.concatenate([example[name] for example in examples]).astype(np.int64) for name in names
+    }
     if packed:
         arrays["position_ids"] = np.concatenate([np.arange(length) for length in lengths])
         batch = tensors(**{name: array[None] for name, array in arrays.items()})
@@ -84,7 +86,12 @@ def with_positions(examples: Sequence[Example], layout: Layout, read: Sequence[n
     """
     batch, starts = arrange(examples, layout.packed)
     positions = np.concatenate([start + tokens for start, tokens in zip(starts, read)]).astype(np.int64)
-    return {**batch, **tensors(positions=positions), "places": [len(tokens) for tokens in read], "rows": file_rows(examples)}
+    return {
+        **batch,
+        **tensors(positions=positions),
+        "places": [len(tokens) for tokens in read],
+        "rows": file_rows(examples),
+    }
 
 
 def file_rows(examples: Sequence[Example]) -> list[tuple[int, ...]]:

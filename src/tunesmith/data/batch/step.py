@@ -154,7 +154,7 @@ class Step:
             made += [self.micro([shortest], layout, idle=True) for _ in range(most - len(made))]
         return made
 
-    def extended(self, arrays: Sequence[Mapping[str, np.ndarray]]) -> Step:
+    def with_arrays(self, arrays: Sequence[Mapping[str, np.ndarray]]) -> Step:
         """Return the step with more arrays in each of its examples, in order: so they carry numbers of the whole step."""
         examples = [{**example, **more} for example, more in zip(self.examples(), arrays, strict=True)]
         return replace(self, data=Listed(examples, self.names()), rows=np.arange(len(self)))

@@ -82,7 +82,9 @@ def refuse_repeats(names: Sequence[str] | None) -> None:
     """Raise ValueError for a list that has a name twice."""
     for name, count in Counter(names or ()).items():
         if count > 1:
-            raise ValueError(f"labels has {name!r} {count} times: write each name once, in the order of their ids")
+            raise ValueError(
+                f"labels has {name!r} {count} times: write each name once, in the order of their ids"
+            )
 
 
 def check_names(names: Sequence[str], problem: str) -> None:
@@ -94,7 +96,9 @@ def check_names(names: Sequence[str], problem: str) -> None:
             "  Look at the label column with `tunesmith data preview`, or name another with data.train.0.columns={label: COLUMN}."
         )
     if problem == MULTI and not names:
-        raise DataError("no training row has a label. Name the column with data.train.0.columns={labels: COLUMN}.")
+        raise DataError(
+            "no training row has a label. Name the column with data.train.0.columns={labels: COLUMN}."
+        )
     if len(names) > MOST_CLASSES:
         raise DataError(
             f"the label column has {len(names):,} different values, such as {names[0]!r}, and at most {MOST_CLASSES:,} can be "
@@ -157,5 +161,7 @@ def label_notes(problem: str, names: Sequence[str], found: Survey) -> list[str]:
         notes.append(f"labels: {len(names)}, {sum(found.counts.values()) / found.rows:.2f} on a row")
     if never := [name for name in names if not found.counts[name]]:
         more = f" and {len(never) - 10} more" if len(never) > 10 else ""
-        notes.append(f"labels that no training row has, so the model cannot learn them: {', '.join(never[:10])}{more}")
+        notes.append(
+            f"labels that no training row has, so the model cannot learn them: {', '.join(never[:10])}{more}"
+        )
     return notes

@@ -122,6 +122,7 @@ def _in_parts(start: str, context: str, end: str, tokenizer: PreTrainedTokenizer
     before, after = special_ends(tokenizer)
     encoded = tokenize(tokenizer, [start, context, end])
     head, ids, tail = encoded["input_ids"]
+    head, tail = head if start else [], tail if end else []  # metaspace makes a token of an empty text
     whole = np.array([*before, *head, *ids, *tail, *after], np.int32)
     types = np.zeros(len(whole), np.uint8) if has_token_types(tokenizer) else None
     first = len(before) + len(head)
@@ -166,7 +167,9 @@ def _windows(
     count, others = len(offsets), len(tokens.ids) - len(offsets) + len(closing)
     room = max_length - others
     if count > room < FEWEST_CONTEXT_TOKENS:
-        expected = f"a question that leaves room for {FEWEST_CONTEXT_TOKENS} tokens of context in {max_length}"
+        expected = (
+            f"a question that leaves room for {FEWEST_CONTEXT_TOKENS} tokens of context in {max_length}"
+        )
         got = f"{others} tokens of a question that begins {row.question[:40]!r}"
         least = others + FEWEST_CONTEXT_TOKENS
         fix = f"Shorten it, or set train.max_length and objective.window to at least {least}."
@@ -174,11 +177,12 @@ def _windows(
     answer = _answer(row, index, offsets)
     texts = None if row.answers is None else [text for text, _ in row.answers]
     golds = b"" if texts is None else json.dumps(texts, ensure_ascii=False).encode()
+    tail = np.array(closing, np.int32)
     out: list[Example] = []
     for start, end in stretches(count, room, overlap):
         left, right = tokens.first + start, tokens.first + end
         parts = (slice(0, tokens.first), slice(left, right), slice(tokens.end, None))
-        ids = np.concatenate([*(tokens.ids[part] for part in parts), closing]).astype(np.int32)
+        ids = np.concatenate([*(tokens.ids[part] for part in parts), tail])
         null = len(ids) - 1 if causal else 0
         span = [null, null]
         if answer is None:
@@ -191,7 +195,7 @@ def _windows(
         context = row.context[seen.min() : seen.max()] if len(seen) else ""
         example: Example = {"input_ids": ids}
         if tokens.types is not None:
-            types = [*(tokens.types[part] for part in parts), np.zeros(len(closing), np.uint8)]
+            types = [*(tokens.types[part] for part in parts), np.zeros(len(tail), np.uint8)]
             example["token_type_ids"] = np.concatenate(types)
         example |= {
             "offsets": places.reshape(-1),

@@ -104,4 +104,6 @@ def _truncate(example: Example, surplus: int, first: np.ndarray) -> list[Example
     rest = np.r_[0:kept, kept + surplus : len(ids)]
     answers, cut = example["answers"].copy(), np.array([surplus], np.int32)
     answers[0] -= surplus
-    return [{**example, "input_ids": ids[rest], "learnt": example["learnt"][rest], "answers": answers, "cut": cut}]
+    return [
+        {**example, "input_ids": ids[rest], "learnt": example["learnt"][rest], "answers": answers, "cut": cut}
+    ]

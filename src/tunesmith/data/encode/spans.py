@@ -147,7 +147,9 @@ def _closed_after(
     match = _pattern(render.specials).search(full, end, shared)
     if match:
         stop = match.end()
-        while render.eos and match and match.group() != render.eos:  # <|im_end|></s>: the end token is supervised too
+        while (
+            render.eos and match and match.group() != render.eos
+        ):  # <|im_end|></s>: the end token is supervised too
             match = _pattern(render.specials).match(full, match.end(), shared)
             stop = match.end() if match and match.group() == render.eos else stop
         return Span(start, stop)
@@ -194,5 +196,7 @@ def _pattern(specials: tuple[str, ...]) -> re.Pattern[str]:
 
 def _unclear(turn: int) -> SpanError:
     got = f"messages[{turn}], which the template rewrites so that it cannot be found"
-    fix = "Use train_on: completion, or expand_turns: true, which renders each turn as generation would see it."
+    fix = (
+        "Use train_on: completion, or expand_turns: true, which renders each turn as generation would see it."
+    )
     return SpanError("a template that keeps the assistant's turns", got, fix)

@@ -209,7 +209,9 @@ def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
     space = tokenizer(" ", add_special_tokens=False)["input_ids"]
     token = space[-1] if space else tokenizer.eos_token_id
     if token is None:
-        raise DataError("the tokenizer has no token for an unknown word. Set unk_token in the model's tokenizer.")
+        raise DataError(
+            "the tokenizer has no token for an unknown word. Set unk_token in the model's tokenizer."
+        )
     return int(token)
 
 

@@ -150,7 +150,9 @@ def _refuse_unsafe(template: str) -> None:
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(template))
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+        raise DataError(
+            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
+        ) from None
     for node in tree.find_all((nodes.Getattr, nodes.Getitem, nodes.Filter)):
         name: object = None
         if isinstance(node, nodes.Getattr):

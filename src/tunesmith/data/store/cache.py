@@ -1,9 +1,9 @@
 """Processed rows on disk, keyed by content and memory-mapped: one folder for each source, written once, never changed.
 
-A folder holds, for every array name of the examples, its values end to end (``input_ids.values``) and where each example
-begins (``input_ids.starts``, int64[n + 1]); one number for each example (``row``, ``targets``, ``length``, ``digest``); and
-``manifest.json`` with the size and sha256 of each. It is written under another name and renamed when complete, so two
-processes may write the same one, and what a crash leaves is never mistaken for it.
+For every array name of the examples, a folder holds the values end to end (``input_ids.values``) and where each example
+begins (``input_ids.starts``, int64[n + 1]). ``row``, ``targets``, ``length`` and ``digest`` have one number for each example.
+``manifest.json`` has the size and sha256 of each file. A folder is written under another name and renamed when complete. So
+two processes may write the same one, and what a crash leaves is never mistaken for it.
 """
 
 from __future__ import annotations
@@ -16,30 +16,44 @@ import mmap
 import os
 import re
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TypedDict
 
 import numpy as np
 
 from tunesmith import files
+from tunesmith.data.batch.pack import Example
 from tunesmith.errors import DiskFullError, UserError
+from tunesmith.json_types import JsonObject
 
 VERSION = 2
-Example = dict[str, np.ndarray]
 ALIGNED = ("input_ids", "supervised", "token_type_ids")
-"""Arrays with one number for each token: they are cut with the tokens."""
-ABANDONED = 2 * 24 * 3600.0
-"""Seconds after which an unfinished folder belongs to no living process."""
+"""Arrays with one number for each token: a length policy cuts them with the tokens."""
+ABANDONED_SECONDS = 2 * 24 * 3600.0
+"""An unfinished folder of this age belongs to no living process."""
+NUMBERS = {"row": "<i4", "targets": "<i4", "length": "<i4", "digest": "<u8"}
+"""Numbers kept for each example, and their types."""
+SIZES = {name: np.dtype(kind).itemsize for name, kind in NUMBERS.items()}
+BUFFER_BYTES = 1 << 16
+"""Gathered before they are hashed and written: most pieces are a few bytes long."""
+
+
+class FileRecord(TypedDict):
+    """A file as the manifest records it; ``size`` in bytes."""
+
+    size: int
+    sha256: str
 
 
 class Scratch:
-    """A folder for what is not to be kept: ``name`` exists for as long as this object does.
+    """A temporary folder, ``name``, that is removed with this object.
 
-    tempfile's ``TemporaryDirectory`` asks for a ``with``, and warns when the end of its object ends it: here that is the way.
+    tempfile's ``TemporaryDirectory`` needs a ``with`` block: it warns when the end of its object removes the folder.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -51,9 +65,9 @@ class Scratch:
 class Entry:
     """One processed source, mapped read-only.
 
-    ``values[name]`` and ``starts[name]`` (int64[n + 1]) hold the examples; ``row`` (1-based row of the file), ``targets``
-    (loss units), ``length`` and ``digest`` (of the row's content) have one number for each example. ``info``: what was
-    counted when it was written.
+    ``values[name]`` and ``starts[name]`` (int64[n + 1]) hold the examples. ``row`` (row of the file, from 1), ``targets``
+    (loss units), ``length`` and ``digest`` (of the row's content) have one number for each example. ``info``: the counts of
+    when it was written.
     """
 
     values: dict[str, np.ndarray]
@@ -62,13 +76,13 @@ class Entry:
     targets: np.ndarray
     length: np.ndarray
     digest: np.ndarray
-    info: dict[str, Any]
+    info: JsonObject
 
     def __len__(self) -> int:
         return len(self.row)
 
     def example(self, index: int, start: int, length: int) -> Example:
-        """Example ``index``, or the stretch of it that a length policy kept. Views of the file, no copy."""
+        """Example ``index``, or the part of it that a length policy kept. Views of the file, no copy."""
         whole = int(self.length[index])
         out = {}
         for name, values in self.values.items():
@@ -80,7 +94,7 @@ class Entry:
 
 
 class Writer:
-    """Streams examples into a folder; of each file at most ``BUFFER`` bytes are held in memory."""
+    """Streams examples into a folder; holds at most ``BUFFER_BYTES`` of each file in memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -89,7 +103,7 @@ class Writer:
         self._dtypes: dict[str, str] = {}
 
     def add(self, examples: Iterable[Example], row: int, digest: int) -> None:
-        """The examples made of one row."""
+        """Append the examples of one row."""
         for example in examples:
             if not self._ends:
                 self._begin(example)
@@ -111,17 +125,16 @@ class Writer:
         for name, values in example.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise ValueError(f"array name {name!r} cannot be part of a file name")
-            self._files |= {
-                f"{name}.{part}": _File(self.folder / f"{name}.{part}") for part in ("values", "starts")
-            }
+            for part in ("values", "starts"):
+                self._files[f"{name}.{part}"] = _File(self.folder / f"{name}.{part}")
             self._files[f"{name}.starts"].number(0)
             self._ends[name] = 0
             self._dtypes[name] = values.dtype.str
 
-    def close(self, info: dict[str, Any]) -> None:
-        """Write the manifest last; everything is on the disk when this returns."""
+    def close(self, info: JsonObject) -> None:
+        """Write the manifest last; when this returns, everything is on the disk."""
         closed = {name: file.close() for name, file in self._files.items()}
-        manifest: dict[str, Any] = {"version": VERSION, "arrays": self._dtypes, "files": closed, "info": info}
+        manifest: JsonObject = {"version": VERSION, "arrays": self._dtypes, "files": closed, "info": info}
         with (self.folder / "manifest.json").open("w", encoding="utf-8") as handle:
             json.dump({**manifest, "sha256": _hash_of(manifest)}, handle)
             handle.flush()
@@ -129,23 +142,15 @@ class Writer:
         files.sync(self.folder)
 
     def abandon(self) -> None:
-        """Close and remove what was written, unless it was renamed into place."""
+        """Close the files and remove the folder, unless it was renamed to its target."""
         for file in self._files.values():
             file.abandon()
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
 
-NUMBERS = {"row": "<i4", "targets": "<i4", "length": "<i4", "digest": "<u8"}
-"""Numbers kept for each example, and their types."""
-
-SIZES = {name: np.dtype(kind).itemsize for name, kind in NUMBERS.items()}
-BUFFER = 1 << 16
-"""Bytes gathered before they are hashed and written: most pieces are a few bytes long."""
-
-
 def targets(example: Example) -> int:
-    """Loss units: supervised tokens but the first (nothing stands before it), words that have a tag, else 1."""
+    """Loss units: supervised tokens but the first (no token predicts it), words that have a tag, else 1."""
     if "supervised" in example:
         return int(np.count_nonzero(example["supervised"][1:]))
     return len(example["places"]) if "places" in example and "input_ids" in example else 1
@@ -160,30 +165,30 @@ class _File:
     """A file whose size and hash are known when it is closed."""
 
     def __init__(self, path: Path) -> None:
-        self._handle: BinaryIO = path.open("wb")
+        self._handle = path.open("wb")
         self._hash = hashlib.sha256()
         self._size = 0
-        self._pending = bytearray()
+        self._buffer = bytearray()
 
     def write(self, data: bytes) -> None:
-        self._pending += data
-        if len(self._pending) >= BUFFER:
+        self._buffer += data
+        if len(self._buffer) >= BUFFER_BYTES:
             self._flush()
 
     def _flush(self) -> None:
-        self._hash.update(self._pending)
-        self._size += self._handle.write(self._pending)
-        self._pending.clear()
+        self._hash.update(self._buffer)
+        self._size += self._handle.write(self._buffer)
+        self._buffer.clear()
 
     def number(self, value: int, size: int = 8) -> None:
-        """A number that is not negative."""
+        """Write a number that is not negative."""
         self.write(value.to_bytes(size, "little"))
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):  # a full disk takes no last buffer either
             self._handle.close()
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> FileRecord:
         with self._handle as handle:
             self._flush()
             handle.flush()
@@ -197,17 +202,17 @@ def store() -> Path:
 
 
 def begin(folder: Path) -> Writer:
-    """A writer into a new folder beside ``folder``; ``finish`` puts it there. What a killed process left behind is swept."""
+    """Return a writer into a new folder next to ``folder``; ``finish`` renames it. Removes what killed processes left."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        files.remove_abandoned(folder.parent, ".*.*", ABANDONED)
+        files.remove_abandoned(folder.parent, ".*.*", ABANDONED_SECONDS)
         return Writer(files.temporary_folder(folder, 0o700))
     except OSError as error:
         raise disk_error(error, folder.parent) from None
 
 
-def finish(writer: Writer, folder: Path, info: dict[str, Any]) -> None:
-    """Complete the writer's folder and rename it to ``folder``. When another process was first, its work is kept."""
+def finish(writer: Writer, folder: Path, info: JsonObject) -> None:
+    """Complete the writer's folder and rename it to ``folder``. If another process was first, its folder is kept."""
     writer.close(info)
     try:
         os.rename(writer.folder, folder)
@@ -219,7 +224,7 @@ def finish(writer: Writer, folder: Path, info: dict[str, Any]) -> None:
 
 
 def load(folder: Path) -> Entry | None:
-    """The entry at ``folder``, or None when there is none or it is not exactly what was written (size or hash differ)."""
+    """The entry at ``folder``; None without one, or where its files are not what was written (size or hash differ)."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest.pop("sha256") != _hash_of(manifest) or manifest["version"] != VERSION:
@@ -231,20 +236,16 @@ def load(folder: Path) -> Entry | None:
         mapped = {name: _map(folder / name, manifest["files"][name], dtype) for name, dtype in kinds.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Entry(
-        {name: mapped[f"{name}.values"] for name in arrays},
-        {name: mapped[f"{name}.starts"] for name in arrays},
-        **{name: mapped[name] for name in NUMBERS},
-        info=manifest["info"],
-    )
+    values, starts = ({name: mapped[f"{name}.{part}"] for name in arrays} for part in ("values", "starts"))
+    return Entry(values, starts, **{name: mapped[name] for name in NUMBERS}, info=manifest["info"])
 
 
-def _hash_of(manifest: dict[str, Any]) -> str:
+def _hash_of(manifest: JsonObject) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _map(path: Path, recorded: dict[str, Any], dtype: str) -> np.ndarray:
-    """The file as an array. Raises ValueError when it is not what the manifest says."""
+def _map(path: Path, recorded: FileRecord, dtype: str) -> np.ndarray:
+    """Map the file as an array. Raises ValueError when it is not what the manifest records."""
     size = path.stat().st_size
     # sha256 reads the file and does not map it: pages that are only checked need not stay in memory.
     if size != recorded["size"] or files.sha256(path) != recorded["sha256"]:
@@ -256,16 +257,16 @@ def _map(path: Path, recorded: dict[str, Any], dtype: str) -> np.ndarray:
 
 
 def forget(values: np.ndarray) -> None:
-    """Take the pages of a mapped array out of this process's memory; they are read again where they are wanted."""
+    """Remove the pages of a mapped array from this process's memory; the next access reads them again."""
     held = values.base
     while held is not None and not isinstance(held, mmap.mmap):
         held = held.obj if isinstance(held, memoryview) else held.base
-    if held is not None and hasattr(held, "madvise"):  # not on Windows
+    if held is not None and sys.platform != "win32":
         held.madvise(mmap.MADV_DONTNEED)
 
 
 def disk_error(error: OSError, folder: Path) -> OSError | DiskFullError | UserError:
-    """The error to raise for one met while writing under ``folder``: full disks and closed folders have their own messages."""
+    """The error to raise for one met while writing under ``folder``: full disks and read-only folders have their messages."""
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
         return UserError(
             f"processed data cannot be written to {folder}: {error.strerror}. Set TUNESMITH_HOME to a folder that can be written."
