@@ -32,7 +32,6 @@ class Examples(Protocol):
     @property
     def lengths(self) -> np.ndarray:
         """int (n,): tokens of each example, a shared prompt counted once."""
-        ...
 
     def __len__(self) -> int: ...
 
@@ -40,11 +39,9 @@ class Examples(Protocol):
 
     def sizes(self, rows: np.ndarray | slice, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, rows) that the examples ``rows`` take in a micro-batch, see ``shared_prompts.sizes``."""
-        ...
 
     def where(self, index: int) -> str:
         """Name of an example in an error: ``file:row``, ``rollout:prompt:sample``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -190,24 +187,19 @@ class Source(Protocol):
 
     def steps(self, start: int) -> Iterator[Step]:
         """Yield the steps from number ``start`` on, in order. After ``load`` they are those of an uninterrupted run."""
-        ...
 
     def preview(self, most: int) -> Sequence[Step]:
         """Steps like those to come, for the forecast of memory and time: at most ``most``, and the one with the longest
         example. Nothing is sampled for them."""
-        ...
 
     def distinct(self) -> Step | None:
         """Every example that any step takes, each once, as one large step; None where examples are not known beforehand."""
-        ...
 
     def state(self) -> tuple[dict[str, torch.Tensor], JsonObject]:
         """(tensors by name, JSON): all that ``steps`` needs to continue after the last step that was yielded."""
-        ...
 
     def load(self, tensors: Mapping[str, torch.Tensor], state: JsonObject) -> None:
         """Continue from a ``state``."""
-        ...
 
 
 def first_examples(source: Source, most: int = 2) -> Step:

@@ -17,7 +17,7 @@ import numpy as np
 
 from tunesmith.data.batch.pack import Example
 from tunesmith.data.encode.spans import END, Span, SpanError, assistant_turns, find_span
-from tunesmith.data.encode.templates import RENDER_ERRORS, end_id, special_ends
+from tunesmith.data.encode.templates import PROBE, RENDER_ERRORS, end_id, special_ends
 from tunesmith.data.encode.texts import tokenize
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, Message, PromptCompletion, Text, Written
@@ -209,28 +209,25 @@ def prompt_ids(
         text = prompt.text if isinstance(prompt, Text) else f"{system}\n\n{prompt}" if system else prompt
         begun = renderer.document(text, 0).before
     else:
-        row = prompt if isinstance(prompt, Chat) else Chat(_turns(prompt))
-        messages = list(row.messages)
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        messages = list(prompt.messages if isinstance(prompt, Chat) else prompt)
+        tools = prompt.tools if isinstance(prompt, Chat) else ()
         if system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
         try:
-            text, begun = renderer(messages, row.tools, prompt=True), ()
+            text, begun = renderer(messages, tools, prompt=True), ()
         except RENDER_ERRORS as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"the chat template refuses the conversation: {reason}") from None
     return [*begun, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def _turns(prompt: str | Sequence[Message]) -> tuple[Message, ...]:
-    return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
-
-
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the tokenizer's end token, and the special token with which the template closes a turn."""
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template:
-        probe: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        (example,) = encode([Chat(tuple(probe))], tokenizer)[0]
+        (example,) = encode([Chat(tuple(PROBE))], tokenizer)[0]
         last = int(example["input_ids"][np.flatnonzero(example["supervised"])[-1]])
         special = tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer)))
         ids += [last] if last in special and last not in ids else []

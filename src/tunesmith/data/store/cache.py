@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 
@@ -40,7 +40,7 @@ NUMBERS = {"row": "<i4", "targets": "<i4", "length": "<i4", "digest": "<u8"}
 """Numbers kept for each example, and their types."""
 SIZES = {name: np.dtype(kind).itemsize for name, kind in NUMBERS.items()}
 BUFFER_BYTES = 1 << 16
-"""Gathered before they are hashed and written: most pieces are a few bytes long."""
+"""Held in memory of each file that is being written."""
 
 
 class FileRecord(TypedDict):
@@ -94,11 +94,13 @@ class Entry:
 
 
 class Writer:
-    """Streams examples into a folder; holds at most ``BUFFER_BYTES`` of each file in memory."""
+    """Streams examples into a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = {name: _File(folder / name) for name in NUMBERS}
+        self._files: dict[str, BinaryIO] = {
+            name: (folder / name).open("wb", BUFFER_BYTES) for name in NUMBERS
+        }
         self._ends: dict[str, int] = {}
         self._dtypes: dict[str, str] = {}
 
@@ -116,24 +118,33 @@ class Writer:
                     raise ValueError(f"array {name!r}: {values.dtype} after {np.dtype(self._dtypes[name])}")
                 self._files[f"{name}.values"].write(np.ascontiguousarray(values).tobytes())
                 self._ends[name] += len(values)
-                self._files[f"{name}.starts"].number(self._ends[name])
+                self._write_number(f"{name}.starts", self._ends[name])
             numbers = {"row": row, "digest": digest, "targets": targets(example), "length": length(example)}
             for name, number in numbers.items():
-                self._files[name].number(number, SIZES[name])
+                self._write_number(name, number)
 
     def _begin(self, example: Example) -> None:
         for name, values in example.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise ValueError(f"array name {name!r} cannot be part of a file name")
-            for part in ("values", "starts"):
-                self._files[f"{name}.{part}"] = _File(self.folder / f"{name}.{part}")
-            self._files[f"{name}.starts"].number(0)
+            for part in (f"{name}.values", f"{name}.starts"):
+                self._files[part] = (self.folder / part).open("wb", BUFFER_BYTES)
+            self._write_number(f"{name}.starts", 0)
             self._ends[name] = 0
             self._dtypes[name] = values.dtype.str
 
+    def _write_number(self, file: str, number: int) -> None:
+        self._files[file].write(number.to_bytes(SIZES.get(file, 8), "little"))
+
     def close(self, info: JsonObject) -> None:
         """Write the manifest last; when this returns, everything is on the disk."""
-        closed = {name: file.close() for name, file in self._files.items()}
+        closed: dict[str, FileRecord] = {}
+        for name, file in self._files.items():
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
+            path = self.folder / name
+            closed[name] = {"size": path.stat().st_size, "sha256": files.sha256(path)}
         manifest: JsonObject = {"version": VERSION, "arrays": self._dtypes, "files": closed, "info": info}
         with (self.folder / "manifest.json").open("w", encoding="utf-8") as handle:
             json.dump({**manifest, "sha256": _hash_of(manifest)}, handle)
@@ -144,7 +155,8 @@ class Writer:
     def abandon(self) -> None:
         """Close the files and remove the folder, unless it was renamed to its target."""
         for file in self._files.values():
-            file.abandon()
+            with contextlib.suppress(OSError):  # a full disk takes no last buffer either
+                file.close()
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
@@ -159,41 +171,6 @@ def targets(example: Example) -> int:
 def length(example: Example) -> int:
     """Tokens of an example: of ``input_ids``, else of its longest array."""
     return len(example["input_ids"]) if "input_ids" in example else max(map(len, example.values()))
-
-
-class _File:
-    """A file whose size and hash are known when it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        self._handle = path.open("wb")
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self._buffer = bytearray()
-
-    def write(self, data: bytes) -> None:
-        self._buffer += data
-        if len(self._buffer) >= BUFFER_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._hash.update(self._buffer)
-        self._size += self._handle.write(self._buffer)
-        self._buffer.clear()
-
-    def number(self, value: int, size: int = 8) -> None:
-        """Write a number that is not negative."""
-        self.write(value.to_bytes(size, "little"))
-
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk takes no last buffer either
-            self._handle.close()
-
-    def close(self) -> FileRecord:
-        with self._handle as handle:
-            self._flush()
-            handle.flush()
-            os.fsync(handle.fileno())
-        return {"size": self._size, "sha256": self._hash.hexdigest()}
 
 
 def store() -> Path:

@@ -83,12 +83,13 @@ class ObjectiveTraits(Protocol):
 class Objective(Protocol):
     """What preparation uses of an ``objectives.Objective``, which data must not import."""
 
+    @property
     def traits(self) -> ObjectiveTraits: ...
-
+    @property
     def config(self) -> BaseModel: ...
-
+    @property
     def facts(self) -> JsonObject: ...
-
+    @property
     def max_length(self) -> int | None: ...
     def scan(self, rows: Iterable[Row]) -> None: ...
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]: ...
@@ -131,7 +132,7 @@ def build(
         files.remove_folder(folder)  # it is damaged
     writer = cache.begin(folder)
     try:
-        info = _write(writer, opened, objective, tokenizer, on_progress)
+        info = _SourceEncoder(opened, objective, tokenizer).write(writer, on_progress)
         cache.finish(writer, folder, info)
     except OSError as error:
         raise cache.disk_error(error, folder.parent) from None
@@ -145,67 +146,76 @@ def build(
     return Built(entry, sha256, False, scratch)
 
 
-def _write(
-    writer: Writer,
-    opened: Opened,
-    objective: Objective,
-    tokenizer: PreTrainedTokenizerBase,
-    on_progress: Progress | None,
-) -> JsonObject:
-    """Encode all rows and return their counts."""
-    read = kept = last = 0
-    first: list[RowProblem] = []
-    fatal = False
-    omitted: JsonObject = {"looked_at": 0, "rows": 0, "first": []}
-    renderer = Renderer(tokenizer) if tokenizer.chat_template else None
-    for encoded, problems in _encode_ahead(_batches(opened.rows()), opened, objective, tokenizer):
-        read += len(problems)
-        for (record, row), examples in encoded:
-            writer.add(examples, record.row, digest(row))
-            if record.row != last:  # a pair that becomes two rows is one row of the file
-                read, kept, last = read + 1, kept + 1, record.row
-            if renderer and len(examples) == 1 and omitted["looked_at"] < COMPARED_ROWS:
-                _count_omitted(row, record, renderer, omitted)
-        fatal = fatal or any(problem.fatal for problem in problems)
-        first = sorted([*first, *problems], key=lambda problem: problem.row)[:10]
-        if on_progress:
-            on_progress(opened.source.label, read)
-    listed = [asdict(problem) for problem in first]
-    return {"read": read, "kept": kept, "problems": listed, "fatal": fatal, "left_out": omitted}
+@dataclass(frozen=True)
+class _SourceEncoder:
+    """Encodes the rows of one source."""
 
+    opened: Opened
+    objective: Objective
+    tokenizer: PreTrainedTokenizerBase
 
-def _encode_ahead(
-    batches: Iterator[tuple[list[Located], list[RowProblem]]],
-    opened: Opened,
-    objective: Objective,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Iterator[Encodings]:
-    """Encode two batches at a time, in order: one is rendered (Python) while the other is tokenised (outside the GIL)."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        running: deque[Future[Encodings]] = deque()
-        for batch, problems in batches:
-            running.append(pool.submit(_encode, batch, problems, opened, objective, tokenizer))
-            if len(running) > THREADS:
+    def write(self, writer: Writer, on_progress: Progress | None) -> JsonObject:
+        """Encode all rows into ``writer`` and return their counts."""
+        read = kept = last = 0
+        first: list[RowProblem] = []
+        fatal = False
+        omitted: JsonObject = {"looked_at": 0, "rows": 0, "first": []}
+        renderer = Renderer(self.tokenizer) if self.tokenizer.chat_template else None
+        for encoded, problems in self._encode_ahead():
+            read += len(problems)
+            for (record, row), examples in encoded:
+                writer.add(examples, record.row, digest(row))
+                if record.row != last:  # a pair that becomes two rows is one row of the file
+                    read, kept, last = read + 1, kept + 1, record.row
+                if renderer and len(examples) == 1 and omitted["looked_at"] < COMPARED_ROWS:
+                    _count_omitted(row, record, renderer, omitted)
+            fatal = fatal or any(problem.fatal for problem in problems)
+            first = sorted([*first, *problems], key=lambda problem: problem.row)[:10]
+            if on_progress:
+                on_progress(self.opened.source.label, read)
+        listed = [asdict(problem) for problem in first]
+        return {"read": read, "kept": kept, "problems": listed, "fatal": fatal, "left_out": omitted}
+
+    def _encode_ahead(self) -> Iterator[Encodings]:
+        """Encode two batches at a time, in order: one is rendered (Python) while the other is tokenised (outside the GIL)."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            running: deque[Future[Encodings]] = deque()
+            for batch, problems in self._batches():
+                running.append(pool.submit(self._encode, batch, problems))
+                if len(running) > THREADS:
+                    yield running.popleft().result()
+            while running:
                 yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
 
-
-def _batches(rows: Iterator[Located | RowProblem]) -> Iterator[tuple[list[Located], list[RowProblem]]]:
-    batch: list[Located] = []
-    problems: list[RowProblem] = []
-    size = 0
-    for item in rows:
-        if isinstance(item, RowProblem):
-            problems.append(item)
-        else:
-            batch.append(item)
-            size += _characters(item[1])
-        if len(batch) + len(problems) >= BATCH_ROWS or size >= BATCH_CHARACTERS:
+    def _batches(self) -> Iterator[tuple[list[Located], list[RowProblem]]]:
+        batch: list[Located] = []
+        problems: list[RowProblem] = []
+        size = 0
+        for item in self.opened.rows():
+            if isinstance(item, RowProblem):
+                problems.append(item)
+            else:
+                batch.append(item)
+                size += _characters(item[1])
+            if len(batch) + len(problems) >= BATCH_ROWS or size >= BATCH_CHARACTERS:
+                yield batch, problems
+                batch, problems, size = [], [], 0
+        if batch or problems:
             yield batch, problems
-            batch, problems, size = [], [], 0
-    if batch or problems:
-        yield batch, problems
+
+    def _encode(self, batch: Sequence[Located], problems: list[RowProblem]) -> Encodings:
+        """Encode a batch in one call; when a row is at fault, each row alone, so that every fault is found."""
+        if not batch:
+            return [], problems
+        try:
+            encoded = self.objective.encode([row for _, row in batch], self.tokenizer)
+            return list(zip(batch, encoded, strict=True)), problems
+        except RowFault as fault:
+            if len(batch) == 1:
+                return [], [*problems, self.opened.problem(batch[0][0], fault)]
+        parts = [self._encode([item], []) for item in batch]
+        refused = [problem for _, faults in parts for problem in faults]
+        return [one for done, _ in parts for one in done], problems + refused
 
 
 def _characters(row: Row) -> int:
@@ -220,26 +230,6 @@ def _characters(row: Row) -> int:
         case Chat(messages):
             return sum(len(message["content"]) for message in messages)
     return sum(map(_characters, row.written()))
-
-
-def _encode(
-    batch: Sequence[Located],
-    problems: list[RowProblem],
-    opened: Opened,
-    objective: Objective,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Encodings:
-    """Encode a batch in one call; when a row is at fault, each row alone, so that every fault is found."""
-    if not batch:
-        return [], problems
-    try:
-        return list(zip(batch, objective.encode([row for _, row in batch], tokenizer), strict=True)), problems
-    except RowFault as fault:
-        if len(batch) == 1:
-            return [], [*problems, opened.problem(batch[0][0], fault)]
-    parts = [_encode([item], [], opened, objective, tokenizer) for item in batch]
-    encoded = [one for done, _ in parts for one in done]
-    return encoded, problems + [problem for _, refused in parts for problem in refused]
 
 
 def _count_omitted(row: Row, record: Record, renderer: Renderer, omitted: JsonObject) -> None:
