@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from tests.data.tokenizers import KINDS, tokenizer_of
 from tests.data.zoo import ZOO
@@ -225,7 +226,7 @@ class Comparing(Objective):
     traits = Traits(rows=(Ranking,), overlong="drop")
 
     def __init__(self):
-        super().__init__(None)
+        super().__init__(BaseModel())
 
     def encode(self, rows, tokenizer):
         return encode(rows, tokenizer, max_length=None, overlong="error")

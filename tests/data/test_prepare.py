@@ -279,8 +279,8 @@ def test_changed_code_misses(alpaca, monkeypatch, tmp_path):
     run(alpaca)
     other = tmp_path / "other.py"
     other.write_text("# another version\n")
-    code = encode_source._code
-    monkeypatch.setattr(encode_source, "_code", lambda objective: [*code(objective), other])
+    code = encode_source.code_files
+    monkeypatch.setattr(encode_source, "code_files", lambda objective: [*code(objective), other])
     assert not run(alpaca).report.cached
 
 
@@ -376,10 +376,10 @@ def test_a_store_that_cannot_be_written_is_said(alpaca, monkeypatch, tmp_path):
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(alpaca, monkeypatch):
-    def full(self, data):
+    def full(self, file, number):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache._File, "write", full)
+    monkeypatch.setattr(cache.Writer, "_write_number", full)
     with pytest.raises(DiskFullError, match="no room for processed data"):
         run(alpaca)
     assert list(cache.store().iterdir()) == []

@@ -70,7 +70,7 @@ BAD = [
     ("{{ messages | attr('__class__') }}", "sandbox"),
     ("{% for m in messages %}{{ m.content }}", "not valid Jinja: line 1"),
     ("{{ messages[5].content.x }}", "fails on a question"),
-    ("{{ 'nothing' }}", "does not write what the assistant says"),
+    ("{{ 'nothing' }}", "does not write the assistant's answer"),
     ("chatlm", "Did you mean `chatml`"),
     ("no such template", "neither a Jinja string nor a name"),
 ]

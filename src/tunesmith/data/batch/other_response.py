@@ -1,7 +1,8 @@
-"""Mismatched pairs: each example's prompt with another example's response. Their log-probability estimates the KL divergence.
+"""Mismatched pairs: each example's prompt with another example's response. Their log-probability estimates
+the KL divergence.
 
-KTO (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1) compares a reward with the divergence of policy and reference,
-and estimates it from prompts with responses to other prompts.
+KTO (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1) compares a reward with the divergence of policy
+and reference, and estimates it from prompts with responses to other prompts.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from tunesmith.data.store.encoded_rows import Encoded
 
 
 def attach_other_response(data: Encoded, max_length: int | None, prefix: np.ndarray) -> Encoded:
-    """Attach ``other_ids``, ``other_learnt``, ``other_answers`` to each example: its prompt with its partner's response.
+    """Attach ``other_ids``, ``other_learnt``, ``other_answers`` to each example: its prompt with its
+    partner's response.
 
-    A pair above ``max_length`` tokens (None = any) loses tokens from the left of its prompt, but keeps ``prefix``, the
-    tokens that the tokenizer puts first, if the prompt begins with them.
+    A pair above ``max_length`` tokens (None = any) loses tokens from the left of its prompt, but keeps
+    ``prefix``, the tokens that the tokenizer puts first, if the prompt begins with them.
     """
     partners = find_partners(data)
 
@@ -46,8 +48,8 @@ def mismatched_pair(example: Example) -> Example:
 def find_partners(data: Encoded) -> np.ndarray:
     """int (n,): for each example the index of the nearest one before it, cyclically, that has another prompt.
 
-    The partner is from the same source, so the metrics of an evaluation set do not depend on the other sets. Only where a
-    source has a single prompt is it from another source.
+    The partner is from the same source, so the metrics of an evaluation set do not depend on the other sets.
+    Only where a source has a single prompt is it from another source.
     """
     keys = np.zeros(len(data), np.int64)
     partners = np.zeros(len(data), np.int64)
@@ -65,7 +67,8 @@ def find_partners(data: Encoded) -> np.ndarray:
 
 
 def _shorten_prompt(prompt: np.ndarray, room: int, prefix: np.ndarray) -> np.ndarray:
-    """The last ``room`` tokens of a prompt; ``prefix`` is kept if the prompt begins with it and one more token has room."""
+    """The last ``room`` tokens of a prompt; ``prefix`` is kept if the prompt begins with it and one more
+    token has room."""
     if len(prompt) <= room:
         return prompt
     kept = len(prefix) if len(prefix) < room and np.array_equal(prompt[: len(prefix)], prefix) else 0
@@ -73,7 +76,8 @@ def _shorten_prompt(prompt: np.ndarray, room: int, prefix: np.ndarray) -> np.nda
 
 
 def _nearest_other_key(keys: np.ndarray) -> np.ndarray:
-    """For each index the nearest one before it, cyclically, with another key; its neighbour where all keys are equal.
+    """For each index the nearest one before it, cyclically, with another key; its neighbour where all keys
+    are equal.
 
     An index whose predecessor has the same key takes its predecessor's partner.
     """

@@ -1,7 +1,8 @@
 """Examples to one micro-batch: packed into one sequence without padding, or padded on the right.
 
-Functions of numpy arrays. Targets are positions, so no later code looks at a token's identity: position ``positions[i]`` of
-the flattened batch predicts ``labels[i]``. The first token of a row follows no token and is never a target.
+Functions of numpy arrays. Targets are positions, so no later code looks at a token's identity: position
+``positions[i]`` of the flattened batch predicts ``labels[i]``. The first token of a row follows no token and
+is never a target.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ if TYPE_CHECKING:
     import torch
 
 Example: TypeAlias = dict[str, np.ndarray]
-"""One row, ready for a loss: name -> 1-D array. Language models use ``input_ids`` (int32) and ``supervised`` (bool)."""
+"""One row, ready for a loss: name -> 1-D array. Language models use ``input_ids`` (int32) and ``supervised``
+(bool)."""
 
 Batch: TypeAlias = dict[str, Any]
-"""One micro-batch: tensors by name. Row lengths and row numbers stay on the host, as lists and tuples of int."""
+"""One micro-batch: tensors by name. Row lengths and row numbers stay on the host, as lists and tuples of
+int."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How examples become a batch: ``packed`` into one sequence, or padded on the right. ``shared``: a packed batch holds a
-    prompt with several responses once (``data.batch.shared_prompts``)."""
+    """How examples become a batch: ``packed`` into one sequence, or padded on the right. ``shared``: a packed
+    batch holds a prompt with several responses once (``data.batch.shared_prompts``)."""
 
     packed: bool
     shared: bool = False
@@ -35,7 +38,8 @@ PACKED, PADDED = Layout(packed=True, shared=True), Layout(packed=False)
 
 
 def tensors(**arrays: np.ndarray) -> Batch:
-    """Wrap arrays as tensors that share their memory. torch is imported here alone: preparing data does not need it."""
+    """Wrap arrays as tensors that share their memory. torch is imported here alone: preparing data does not
+    need it."""
     import torch
 
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -44,8 +48,9 @@ def tensors(**arrays: np.ndarray) -> Batch:
 def arrange(examples: Sequence[Example], packed: bool) -> tuple[Batch, np.ndarray]:
     """Return the batch, and where each row begins in its flattened tokens.
 
-    Packed: input_ids and position_ids (1, tokens), and ``segments``, the length of each row. Padded on the right: input_ids,
-    position_ids and attention_mask (rows, longest row). Both have token_type_ids if the examples do.
+    Packed: input_ids and position_ids (1, tokens), and ``segments``, the length of each row. Padded on the
+    right: input_ids, position_ids and attention_mask (rows, longest row). Both have token_type_ids if the
+    examples do.
     """
     lengths = np.array([len(example["input_ids"]) for example in examples])
     names = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]
@@ -81,8 +86,8 @@ def with_targets(examples: Sequence[Example], layout: Layout) -> Batch:
 def with_positions(examples: Sequence[Example], layout: Layout, read: Sequence[np.ndarray]) -> Batch:
     """:func:`arrange`, with the positions whose hidden states a head reads.
 
-    ``read``: for each example, ascending token indices. The batch gets positions (read tokens,), indices into the flattened
-    batch; ``places``, how many of them each row has; and ``rows``, see :func:`file_rows`.
+    ``read``: for each example, ascending token indices. The batch gets positions (read tokens,), indices into
+    the flattened batch; ``places``, how many of them each row has; and ``rows``, see :func:`file_rows`.
     """
     batch, starts = arrange(examples, layout.packed)
     positions = np.concatenate([start + tokens for start, tokens in zip(starts, read)]).astype(np.int64)

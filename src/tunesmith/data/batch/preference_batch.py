@@ -1,4 +1,5 @@
-"""Ranked or labelled responses as one micro-batch: which tokens are read, and which responses are compared."""
+"""Ranked or labelled responses as one micro-batch: which tokens are read, and which responses are
+compared."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from tunesmith.data.batch.pack import Batch, Example, Layout, file_rows, tensors
 def with_targets(examples: Sequence[Example], layout: Layout) -> Batch:
     """:func:`shared_prompts.arrange`, with the supervised tokens of all responses.
 
-    positions, labels, owners (targets,): the position that predicts the token, the token, and the response's number in the
-    batch; ``tokens`` (responses,): supervised tokens of each response. :func:`_comparisons` adds the rest.
+    positions, labels, owners (targets,): the position that predicts the token, the token, and the response's
+    number in the batch; ``tokens`` (responses,): supervised tokens of each response. :func:`_comparisons`
+    adds the rest.
     """
     batch, places = shared_prompts.arrange(examples, layout)
     positions, labels, counts = [], [], []
@@ -36,8 +38,8 @@ def with_targets(examples: Sequence[Example], layout: Layout) -> Batch:
 def with_last_tokens(examples: Sequence[Example], layout: Layout) -> Batch:
     """:func:`shared_prompts.arrange`, with the last token of each response.
 
-    positions (responses,); ``places``: 1 for each response; ``tokens`` (responses,): tokens that each does not share with
-    the others. :func:`_comparisons` adds the rest.
+    positions (responses,); ``places``: 1 for each response; ``tokens`` (responses,): tokens that each does
+    not share with the others. :func:`_comparisons` adds the rest.
     """
     batch, places = shared_prompts.arrange(examples, layout)
     ends = tensors(
@@ -77,9 +79,9 @@ def _responses(examples: Sequence[Example]) -> list[tuple[Example, slice]]:
 def _comparisons(examples: Sequence[Example]) -> Batch:
     """Which responses are compared, and the reference log-probabilities (:func:`reference_logps`).
 
-    pairs (n, 2): the better and the worse response; margins, weights (n,): the weights of a row's pairs sum to 1 (Ouyang et
-    al. 2022, equation 1); ``of`` (n,): index into ``rows`` of each pair; ``rows``: see ``pack.file_rows``; ``counts``:
-    responses of each row.
+    pairs (n, 2): the better and the worse response; margins, weights (n,): the weights of a row's pairs sum
+    to 1 (Ouyang et al. 2022, equation 1); ``of`` (n,): index into ``rows`` of each pair; ``rows``: see
+    ``pack.file_rows``; ``counts``: responses of each row.
     """
     counts = [len(example["answers"]) - 1 for example in examples]
     first = np.cumsum(counts) - counts
@@ -95,7 +97,8 @@ def _comparisons(examples: Sequence[Example]) -> Batch:
 
 
 def reference_logps(examples: Sequence[Example]) -> Batch:
-    """``reference_logps`` float64 (responses,): log-probabilities under the policy before its first step; empty without them."""
+    """``reference_logps`` float64 (responses,): log-probabilities under the policy before its first step;
+    empty without them."""
     if any("reference_logps" not in example for example in examples):
         return {}
     return tensors(reference_logps=np.concatenate([example["reference_logps"] for example in examples]))

@@ -1,7 +1,7 @@
 """Several responses to one prompt in a batch: each prompt once, or once for each response.
 
-An example holds the common prefix once, then the rest of each response: ``input_ids`` (P + A_1 + ... + A_K,) and ``answers``
-(P, A_1, ..., A_K). Responses are numbered through the whole batch, in order.
+An example holds the common prefix once, then the rest of each response: ``input_ids`` (P + A_1 + ... + A_K,)
+and ``answers`` (P, A_1, ..., A_K). Responses are numbered through the whole batch, in order.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from tunesmith.data.batch.pack import Batch, Example, Layout
 
 
 def arrange(examples: Sequence[Example], layout: Layout) -> tuple[Batch, list[np.ndarray]]:
-    """Return the batch, and for each response the positions of its tokens, prefix first, in the flattened batch: int64 (P + A,).
+    """Return the batch, and for each response the positions of its tokens, prefix first, in the flattened
+    batch: int64 (P + A,).
 
-    A shared layout holds each prefix once, then its responses: input_ids, position_ids (1, tokens); ``segments``, the
-    lengths of these parts; ``behind``, for each part the index of the prefix that it continues, or -1. An empty prefix is no
-    part. In any other layout each response with its prefix is one row of ``pack.arrange``.
+    A shared layout holds each prefix once, then its responses: input_ids, position_ids (1, tokens);
+    ``segments``, the lengths of these parts; ``behind``, for each part the index of the prefix that it
+    continues, or -1. An empty prefix is no part. In any other layout each response with its prefix is one row
+    of ``pack.arrange``.
     """
     if not (layout.packed and layout.shared):
         rows = [row for example in examples for row in separate(example)]
@@ -52,7 +54,8 @@ def arrange(examples: Sequence[Example], layout: Layout) -> tuple[Batch, list[np
 
 
 def shapes(answers: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """int64 (3, n): tokens of the prefix, tokens of the longest response with its prefix, number of responses.
+    """int64 (3, n): tokens of the prefix, tokens of the longest response with its prefix, number of
+    responses.
 
     ``answers``: those of n examples end to end; example i has ``answers[starts[i] : starts[i + 1]]``.
     """
@@ -65,8 +68,8 @@ def shapes(answers: np.ndarray, starts: np.ndarray) -> np.ndarray:
 def sizes(lengths: np.ndarray, shapes: np.ndarray | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, rows), int64 (n,) each, that examples take in a batch.
 
-    Packed: the tokens that each example adds, in one row. Padded: the tokens of its longest row, and how many rows it has.
-    ``shapes``: see :func:`shapes`; None where each example is a single sequence.
+    Packed: the tokens that each example adds, in one row. Padded: the tokens of its longest row, and how many
+    rows it has. ``shapes``: see :func:`shapes`; None where each example is a single sequence.
     """
     if shapes is None:
         return lengths, np.ones_like(lengths)

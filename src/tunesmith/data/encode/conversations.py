@@ -1,8 +1,8 @@
 """Conversations and plain text to tokens and loss mask: the one module that renders and tokenises them.
 
-Training, evaluation and generation all use it, so a model is served the text that it was trained on. The rendered text is
-tokenised once. Supervised parts are spans of its characters (``spans``): they depend neither on the identity of a token nor
-on the length of a prompt tokenised alone.
+Training, evaluation and generation all use it, so a model is served the text that it was trained on. The
+rendered text is tokenised once. Supervised parts are spans of its characters (``spans``): they depend neither
+on the identity of a token nor on the length of a prompt tokenised alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ TrainOn = Literal["completion", "assistant", "all"]
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A row as text, with its supervised ``spans``. ``before`` and ``after``: token ids that are not in the text itself."""
+    """A row as text, with its supervised ``spans``. ``before`` and ``after``: token ids that are not in the
+    text itself."""
 
     text: str
     spans: tuple[Span, ...]
@@ -66,8 +67,8 @@ class Renderer:
         return (end_id(self.tokenizer, "which closes each row"),)
 
     def document(self, text: str, start: int) -> Rendered:
-        """A text without template, supervised from character ``start``. It gets the tokenizer's first tokens and one end
-        token, unless the text has them itself."""
+        """A text without template, supervised from character ``start``. It gets the tokenizer's first tokens
+        and one end token, unless the text has them itself."""
         bos = self.tokenizer.bos_token
         begun = bool(bos) and text.startswith(bos)
         ended = bool(self.eos) and text.endswith(self.eos or "")
@@ -100,7 +101,8 @@ def render(
 ) -> list[Rendered]:
     """Render a row: once, or once for each assistant turn under ``expand_turns``.
 
-    ``train_on`` as in :func:`encode`, for one row. Raises SpanError, or an error of the template (``RENDER_ERRORS``).
+    ``train_on`` as in :func:`encode`, for one row. Raises SpanError, or an error of the template
+    (``RENDER_ERRORS``).
     """
     if isinstance(row, Text):
         return [renderer.document(row.text, 0)]
@@ -122,10 +124,11 @@ def encode(
 ) -> list[list[Example]]:
     """Tokenise rows in one batch: for each row its examples {"input_ids": int32[n], "supervised": bool[n]}.
 
-    ``train_on``: ``completion`` = the last assistant turn (and the completion of a PromptCompletion), ``assistant`` = every
-    assistant turn, ``all`` = every token; all of a Text is supervised. Or one number for each row: every assistant turn from
-    that message on (and the completion of a PromptCompletion). ``expand_turns``: one example for each assistant turn, with
-    the same context as in generation. Nothing is cut.
+    ``train_on``: ``completion`` = the last assistant turn (and the completion of a PromptCompletion),
+    ``assistant`` = every assistant turn, ``all`` = every token; all of a Text is supervised. Or one number
+    for each row: every assistant turn from that message on (and the completion of a PromptCompletion).
+    ``expand_turns``: one example for each assistant turn, with the same context as in generation. Nothing is
+    cut.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
     """
@@ -151,8 +154,8 @@ def _render_row(
 def tokenise(texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Tokenise all texts in one call; a token is supervised when it shares a character with a span.
 
-    Only a few tokens near the ends of spans are asked for their characters: converting the offsets of all tokens to Python
-    lists would take a fifth of the time of tokenisation.
+    Only a few tokens near the ends of spans are asked for their characters: converting the offsets of all
+    tokens to Python lists would take a fifth of the time of tokenisation.
     """
     if not texts:
         return []
@@ -178,9 +181,10 @@ def _example(item: Rendered, ids: list[int], encoding: Encoding) -> Example:
 def _mark(supervised: np.ndarray, encoding: Encoding, span: Span) -> None:
     """Set ``supervised`` (bool[tokens]) where a token shares a character with ``span``.
 
-    Ends of tokens never decrease, so two bisections find the tokens that end inside the span. Starts may decrease: a
-    byte-level tokenizer that puts a space before the first word gives that space no width, and a start after the first piece
-    of a character in pieces. So the tokens that end at the span's end or later are checked one by one.
+    Ends of tokens never decrease, so two bisections find the tokens that end inside the span. Starts may
+    decrease: a byte-level tokenizer that puts a space before the first word gives that space no width, and a
+    start after the first piece of a character in pieces. So the tokens that end at the span's end or later
+    are checked one by one.
     """
     length = len(supervised)
     first = bisect_right(range(length), span.start, key=lambda token: encoding.token_to_chars(token)[1])
@@ -201,8 +205,9 @@ def prompt_ids(
 ) -> list[int]:
     """The tokens before a generated answer, as training used them.
 
-    A string is the user's turn if the tokenizer has a chat template, else (and as ``Text``) a text to continue. ``system``
-    is put before turns that have none. Raises DataError when the template refuses the turns.
+    A string is the user's turn if the tokenizer has a chat template, else (and as ``Text``) a text to
+    continue. ``system`` is put before turns that have none. Raises DataError when the template refuses the
+    turns.
     """
     renderer = Renderer(tokenizer)
     if isinstance(prompt, Text) or (isinstance(prompt, str) and not tokenizer.chat_template):
@@ -224,7 +229,8 @@ def prompt_ids(
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end token, and the special token with which the template closes a turn."""
+    """Tokens that end an answer: the tokenizer's end token, and the special token with which the template
+    closes a turn."""
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template:
         (example,) = encode([Chat(tuple(PROBE))], tokenizer)[0]
@@ -248,13 +254,10 @@ def find_omitted_text(row: Chat, renderer: Renderer) -> list[str]:
                 missing.append(f"messages[{index}].{field}: {text[:60]!r}")
         called = [str(call.get("function", call).get("name")) for call in message.get("tool_calls") or ()]
         missing += [f"messages[{index}].tool_calls: {name!r}" for name in called if name not in rendered]
-    if row.tools and _same_without_tools(row, renderer, rendered):
+    try:
+        without_tools = renderer(row.messages, ()) if row.tools else None
+    except RENDER_ERRORS:  # the template requires tools, so it reads them
+        without_tools = None
+    if without_tools == rendered:
         missing.append(f"tools: all {len(row.tools)} of them")
     return missing
-
-
-def _same_without_tools(row: Chat, renderer: Renderer, rendered: str) -> bool:
-    try:
-        return renderer(row.messages, ()) == rendered
-    except RENDER_ERRORS:  # the template requires tools, so it reads them
-        return False

@@ -25,9 +25,9 @@ def encode(
 ) -> list[list[Example]]:
     """Tokenise rows in one batch: for each row one example, or none when it is dropped.
 
-    An example is ``rankings.encode`` of a ranking of one, with the same policies: ``input_ids`` int32[P + A], ``answers``
-    int32[2] = P, A, ``learnt`` bool[P + A], ``cut`` int32[1], and empty ``pairs`` and ``margins``. The first supervised token
-    is the first of the A. In addition:
+    An example is ``rankings.encode`` of a ranking of one, with the same policies: ``input_ids`` int32[P + A],
+    ``answers`` int32[2] = P, A, ``learnt`` bool[P + A], ``cut`` int32[1], and empty ``pairs`` and
+    ``margins``. The first supervised token is the first of the A. In addition:
 
     ``desirable``  bool[1]
     ``prompt_key`` int64[1]: see :func:`prompt_key`
@@ -49,6 +49,7 @@ def encode(
 
 
 def prompt_key(row: Judged) -> int:
-    """Return a 63-bit hash of the prompt. Spaces around its turns and the order of their keys do not change it."""
+    """Return a 63-bit hash of the prompt. Spaces around its turns and the order of their keys do not change
+    it."""
     content = json.dumps([bare(row.prompt), row.tools], sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") >> 1

@@ -1,4 +1,5 @@
-"""Class names: collected from the rows, in an order that depends on the names alone, and the problem type they imply."""
+"""Class names: collected from the rows, in an order that depends on the names alone, and the problem type
+they imply."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ MOST_CLASSES = 1000
 
 @dataclass
 class Survey:
-    """Labels of all training rows. ``counts``: rows that have each label (0 where rows only deny it); ``several``: rows with a
-    list of labels; ``fractions``: rows with a number that is not whole."""
+    """Labels of all training rows. ``counts``: rows that have each label (0 where rows only deny it);
+    ``several``: rows with a list of labels; ``fractions``: rows with a number that is not whole."""
 
     counts: Counter[str] = field(default_factory=Counter)
     rows: int = 0
@@ -114,7 +115,8 @@ def unknown_label(name: str, names: Sequence[str]) -> tuple[str, str, str]:
 
 
 def similar_names(names: Iterable[str]) -> list[list[str]]:
-    """Groups of names that look the same: they differ only in case, white space, invisible characters or Unicode form."""
+    """Groups of names that look the same: they differ only in case, white space, invisible characters or
+    Unicode form."""
     groups: dict[str, list[str]] = {}
     for name in sort_names(names):
         visible = (one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) != "Cf")
@@ -151,7 +153,8 @@ def as_number(label: str | float) -> float | None:
 
 
 def label_notes(problem: str, names: Sequence[str], found: Survey) -> list[str]:
-    """Printed before training: the number of labels, the most frequent one, and those that no training row has."""
+    """Printed before training: the number of labels, the most frequent one, and those that no training row
+    has."""
     notes = []
     if found.rows and problem == SINGLE:
         common, count = found.counts.most_common(1)[0]

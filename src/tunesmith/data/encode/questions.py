@@ -1,8 +1,8 @@
 """A question about a context to windows of tokens, and tokens back to characters of the context.
 
-An encoder gets question and context as its tokenizer joins a pair; where the tokenizer has no separator, both are put into a
-template. The question is in every window, the context slides (Devlin et al. 2019, section 4.2; "no answer" as in 4.3).
-Answers are found by characters, never by a search for their tokens.
+An encoder gets question and context as its tokenizer joins a pair; where the tokenizer has no separator, both
+are put into a template. The question is in every window, the context slides (Devlin et al. 2019, section 4.2;
+"no answer" as in 4.3). Answers are found by characters, never by a search for their tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 TEMPLATE = "{question}\n\n{context}"
-"""How both become one text. In every byte-level vocabulary, no token holds both a line break and a letter next to it."""
+"""How both become one text. In every byte-level vocabulary, no token holds both a line break and a letter
+next to it."""
 
 FEWEST_CONTEXT_TOKENS = 8
 """Tokens of context that must have room next to the question, unless all of them do."""
@@ -32,7 +33,8 @@ FEWEST_CONTEXT_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """``ids`` and ``types`` of a whole row; its context is at ``first`` to ``end``, with ``offsets`` int64[end - first, 2]."""
+    """``ids`` and ``types`` of a whole row; its context is at ``first`` to ``end``, with ``offsets``
+    int64[end - first, 2]."""
 
     ids: np.ndarray
     types: np.ndarray | None
@@ -62,8 +64,8 @@ def encode(
     ``context``        uint8: UTF-8 of this window's context, from the first character that ``offsets`` names
     ``golds``          uint8: JSON of all answers' texts, in the first window of a row; empty if they are unknown
 
-    Windows overlap by ``stride`` tokens, and by as many as keep an answer of ``longest_answer`` tokens whole in one of them,
-    both as far as the question leaves room.
+    Windows overlap by ``stride`` tokens, and by as many as keep an answer of ``longest_answer`` tokens whole
+    in one of them, both as far as the question leaves room.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
     """
@@ -79,7 +81,8 @@ def encode(
 
 
 def answer_text(context: np.ndarray, offsets: np.ndarray, start: int, end: int) -> str:
-    """Characters ``start`` to ``end`` of the whole context, from the part of it that a window holds (see :func:`encode`)."""
+    """Characters ``start`` to ``end`` of the whole context, from the part of it that a window holds (see
+    :func:`encode`)."""
     first = int(offsets[offsets >= 0].min())
     return context.tobytes().decode()[start - first : end - first]
 
@@ -209,8 +212,8 @@ def _windows(
 
 
 def stretches(count: int, room: int, overlap: int) -> list[tuple[int, int]]:
-    """(start, end) of stretches of at most ``room`` that cover ``count`` and overlap by ``overlap``, but by three quarters at
-    most."""
+    """(start, end) of stretches of at most ``room`` that cover ``count`` and overlap by ``overlap``, but by
+    three quarters at most."""
     if count <= room:
         return [(0, count)]
     step = max(1, room // 4, room - overlap)
@@ -230,7 +233,8 @@ def _visible(offsets: np.ndarray, context: str) -> np.ndarray:
 
 
 def _answer(row: Question, index: int, offsets: np.ndarray) -> tuple[int, int] | tuple[()] | None:
-    """First and last token of the context that share a character with the first answer; () for no answer, None for unknown."""
+    """First and last token of the context that share a character with the first answer; () for no answer,
+    None for unknown."""
     if not row.answers:
         return None if row.answers is None else ()
     text, start = row.answers[0]

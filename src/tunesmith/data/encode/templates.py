@@ -76,7 +76,8 @@ KOREAN = (
 )
 
 TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "roles": ROLES, "korean": KOREAN}
-"""Each closes every assistant turn with the model's end token, so generation stops in any program that loads the model."""
+"""Each closes every assistant turn with the model's end token, so generation stops in any program that loads
+the model."""
 
 DEFAULT = "roles"
 
@@ -86,9 +87,9 @@ def apply_template(
 ) -> tuple[PreTrainedTokenizerBase, str]:
     """Give ``tokenizer`` its chat template and check it on a small conversation.
 
-    ``template``: a name of ``TEMPLATES``, a Jinja string, or None for the model's own (``roles`` if it has none). The
-    tokenizer is changed and returned, with a sentence that names the choice. Raises DataError (exit code 2) when the name is
-    unknown, the template does not compile, or it reaches outside the sandbox.
+    ``template``: a name of ``TEMPLATES``, a Jinja string, or None for the model's own (``roles`` if it has
+    none). The tokenizer is changed and returned, with a sentence that names the choice. Raises DataError
+    (exit code 2) when the name is unknown, the template does not compile, or it reaches outside the sandbox.
     """
     if template is None and tokenizer.chat_template:
         description = "the model's own chat template"

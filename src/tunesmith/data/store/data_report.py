@@ -14,7 +14,8 @@ from tunesmith.json_types import JsonObject
 class SourceReport:
     """One file. ``rows_read`` = ``rows_kept`` + ``rows_rejected``; ``problems``: the first ten, as text.
 
-    ``left_out``: conversations whose text the template omits. ``revision``: the commit of a data set of the Hub.
+    ``left_out``: conversations whose text the template omits. ``revision``: the commit of a data set of the
+    Hub.
     """
 
     path: str
@@ -36,9 +37,9 @@ class SourceReport:
 class SplitReport:
     """Training or evaluation examples after all policies.
 
-    ``unlearnable``: examples dropped because no token of theirs is a target. ``overlong``: examples above ``max_length``, with
-    ``tokens`` in them, ``tokens_lost`` by the policy and their share of all tokens. For preferences, ``dropped`` counts rows
-    left out whole, and the tokens are those of the other rows.
+    ``unlearnable``: examples dropped because no token of theirs is a target. ``overlong``: examples above
+    ``max_length``, with ``tokens`` in them, ``tokens_lost`` by the policy and their share of all tokens. For
+    preferences, ``dropped`` counts rows left out whole, and the tokens are those of the other rows.
     """
 
     rows: int
@@ -73,8 +74,8 @@ class SplitReport:
 class Report:
     """``eval``: all held-out rows; ``eval_sets``: those of each set of ``data.eval.sets``, by name.
 
-    ``cached``: every source came from the cache. ``duplicates_train_eval``: evaluation rows that equal a training row.
-    ``contaminated``: evaluation rows that share a long stretch of tokens with a training row.
+    ``cached``: every source came from the cache. ``duplicates_train_eval``: evaluation rows that equal a
+    training row. ``contaminated``: evaluation rows that share a long stretch of tokens with a training row.
     """
 
     sources: tuple[SourceReport, ...]

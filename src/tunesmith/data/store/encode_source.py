@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tunesmith import files
 from tunesmith.data.batch.pack import Example
@@ -36,12 +36,11 @@ from tunesmith.data.rows import (
 )
 from tunesmith.data.store import cache
 from tunesmith.data.store.cache import Entry, Writer
-from tunesmith.data.store.encoded_rows import Encoded, Overlong
+from tunesmith.data.store.encoded_rows import Encoded
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
     from transformers import PreTrainedTokenizerBase
 
 DATA = Path(__file__).parent.parent
@@ -67,30 +66,14 @@ Progress = Callable[[str, int], None]
 """Called with a source's path and the rows read of it so far."""
 
 
-class ObjectiveTraits(Protocol):
-    """What preparation reads of ``objectives.Traits``."""
-
-    @property
-    def rows(self) -> tuple[type, ...]: ...
-    @property
-    def head(self) -> str: ...
-    @property
-    def overlong(self) -> Overlong: ...
-    @property
-    def fits_rows(self) -> bool: ...
-
-
 class Objective(Protocol):
     """What preparation uses of an ``objectives.Objective``, which data must not import."""
 
-    @property
-    def traits(self) -> ObjectiveTraits: ...
-    @property
-    def config(self) -> BaseModel: ...
-    @property
-    def facts(self) -> JsonObject: ...
-    @property
-    def max_length(self) -> int | None: ...
+    traits: Any  # objectives.Traits
+    config: Any  # the Config of its file, a pydantic model
+    facts: JsonObject
+    max_length: int | None
+
     def scan(self, rows: Iterable[Row]) -> None: ...
     def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]: ...
     def extend(self, data: Encoded) -> Encoded: ...
@@ -177,7 +160,8 @@ class _SourceEncoder:
         return {"read": read, "kept": kept, "problems": listed, "fatal": fatal, "left_out": omitted}
 
     def _encode_ahead(self) -> Iterator[Encodings]:
-        """Encode two batches at a time, in order: one is rendered (Python) while the other is tokenised (outside the GIL)."""
+        """Encode two batches at a time, in order: one is rendered (Python) while the other is tokenised
+        (outside the GIL)."""
         with ThreadPoolExecutor(THREADS) as pool:
             running: deque[Future[Encodings]] = deque()
             for batch, problems in self._batches():
@@ -204,7 +188,8 @@ class _SourceEncoder:
             yield batch, problems
 
     def _encode(self, batch: Sequence[Located], problems: list[RowProblem]) -> Encodings:
-        """Encode a batch in one call; when a row is at fault, each row alone, so that every fault is found."""
+        """Encode a batch in one call; when a row is at fault, each row alone, so that every fault is
+        found."""
         if not batch:
             return [], problems
         try:

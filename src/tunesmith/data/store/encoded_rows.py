@@ -1,4 +1,5 @@
-"""Examples as training reads them: views of processed sources, after the length policy and the split into held-out rows."""
+"""Examples as training reads them: views of processed sources, after the length policy and the split into
+held-out rows."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Overlong = Literal["error", "split", "drop", "truncate"]
 
 @dataclass(frozen=True)
 class Views:
-    """Parts of examples: ``example`` index, ``start`` and ``length`` in tokens, ``targets`` = loss units; all int32[n]."""
+    """Parts of examples: ``example`` index, ``start`` and ``length`` in tokens, ``targets`` = loss units; all
+    int32[n]."""
 
     example: np.ndarray
     start: np.ndarray
@@ -34,7 +36,8 @@ class Views:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples ready for an objective's ``collate``; ``encoded[i]`` maps array names to arrays (views of the file).
+    """Examples ready for an objective's ``collate``; ``encoded[i]`` maps array names to arrays (views of the
+    file).
 
     ``source``   int32[n]: index into ``entries`` of each example
     ``weights``  float64[sources]: how often an epoch visits each source
@@ -48,13 +51,15 @@ class Encoded:
     scratch: object = None
     """Keeps a temporary folder alive when there is no cache."""
     attached: tuple[Callable[[Encoded, int, Example], Example], ...] = ()
-    """Functions (this data set, index, example) -> example that add arrays no file has: see :meth:`attach`."""
+    """Functions (this data set, index, example) -> example that add arrays no file has: see
+    :meth:`attach`."""
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        """The arrays of an example, ``row`` int64 (source, row of the file), and what the ``attached`` functions add."""
+        """The arrays of an example, ``row`` int64 (source, row of the file), and what the ``attached``
+        functions add."""
         example = self.stored(index)
         for add in self.attached:
             example = add(self, index, example)
@@ -74,7 +79,8 @@ class Encoded:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int32[n]: tokens of each example; a prompt that several responses share counts once, also in reports."""
+        """int32[n]: tokens of each example; a prompt that several responses share counts once, also in
+        reports."""
         return self.views.length
 
     @property
@@ -114,9 +120,9 @@ class Encoded:
 def fit(entry: Entry, chosen: np.ndarray, policy: Overlong, max_length: int) -> Views:
     """Apply a length policy to the examples ``chosen`` (indices) of ``entry``.
 
-    ``split`` makes blocks that overlap by one token. The first token of a block is context only, so each token but an
-    example's first is a target exactly once. ``truncate`` keeps the beginning. ``drop`` and ``error`` keep the examples that
-    fit (under ``error`` the caller has checked that all do).
+    ``split`` makes blocks that overlap by one token. The first token of a block is context only, so each
+    token but an example's first is a target exactly once. ``truncate`` keeps the beginning. ``drop`` and
+    ``error`` keep the examples that fit (under ``error`` the caller has checked that all do).
     """
     lengths = entry.length[chosen]
     if policy in ("drop", "error") and (lengths > max_length).any():

@@ -1,7 +1,8 @@
-"""Steps made of the rows of a data set. Which rows make up a step is a pure function of the recipe and the seed.
+"""Steps made of the rows of a data set. Which rows make up a step is a pure function of the recipe and the
+seed.
 
-A user thinks in ``batch_size`` rows a step. The order depends neither on the number of processes nor on where a run was
-interrupted, so a checkpoint need not keep it.
+A user thinks in ``batch_size`` rows a step. The order depends neither on the number of processes nor on where
+a run was interrupted, so a checkpoint need not keep it.
 """
 
 from __future__ import annotations
