@@ -1,5 +1,4 @@
-"""Mismatched pairs: each example's prompt with another example's response. Their log-probability estimates
-the KL divergence.
+"""Mismatched pairs: each example's prompt with another example's response, for an estimate of the KL.
 
 KTO (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1) compares a reward with the divergence of policy
 and reference, and estimates it from prompts with responses to other prompts.
@@ -14,8 +13,7 @@ from tunesmith.data.store.encoded_rows import Encoded
 
 
 def attach_other_response(data: Encoded, max_length: int | None, prefix: np.ndarray) -> Encoded:
-    """Attach ``other_ids``, ``other_learnt``, ``other_answers`` to each example: its prompt with its
-    partner's response.
+    """Attach ``other_ids``, ``other_learnt``, ``other_answers``: its prompt with its partner's response.
 
     A pair above ``max_length`` tokens (None = any) loses tokens from the left of its prompt, but keeps
     ``prefix``, the tokens that the tokenizer puts first, if the prompt begins with them.
@@ -67,8 +65,7 @@ def find_partners(data: Encoded) -> np.ndarray:
 
 
 def _shorten_prompt(prompt: np.ndarray, room: int, prefix: np.ndarray) -> np.ndarray:
-    """The last ``room`` tokens of a prompt; ``prefix`` is kept if the prompt begins with it and one more
-    token has room."""
+    """The last ``room`` tokens of a prompt; it keeps ``prefix`` if one more token has room."""
     if len(prompt) <= room:
         return prompt
     kept = len(prefix) if len(prefix) < room and np.array_equal(prompt[: len(prefix)], prefix) else 0
@@ -76,8 +73,7 @@ def _shorten_prompt(prompt: np.ndarray, room: int, prefix: np.ndarray) -> np.nda
 
 
 def _nearest_other_key(keys: np.ndarray) -> np.ndarray:
-    """For each index the nearest one before it, cyclically, with another key; its neighbour where all keys
-    are equal.
+    """For each index the nearest one before it, cyclically, with another key; its neighbour if all are equal.
 
     An index whose predecessor has the same key takes its predecessor's partner.
     """

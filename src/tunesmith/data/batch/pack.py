@@ -1,8 +1,7 @@
 """Examples to one micro-batch: packed into one sequence without padding, or padded on the right.
 
 Functions of numpy arrays. Targets are positions, so no later code looks at a token's identity: position
-``positions[i]`` of the flattened batch predicts ``labels[i]``. The first token of a row follows no token and
-is never a target.
+``positions[i]`` of the flattened batch predicts ``labels[i]``. The first token of a row is never a target.
 """
 
 from __future__ import annotations
@@ -17,12 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 Example: TypeAlias = dict[str, np.ndarray]
-"""One row, ready for a loss: name -> 1-D array. Language models use ``input_ids`` (int32) and ``supervised``
-(bool)."""
+"""One row, ready for a loss: name -> 1-D array. Language models: ``input_ids`` int32, ``supervised`` bool."""
 
 Batch: TypeAlias = dict[str, Any]
-"""One micro-batch: tensors by name. Row lengths and row numbers stay on the host, as lists and tuples of
-int."""
+"""One micro-batch: tensors by name. Row lengths and numbers are lists and tuples of int."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,7 @@ PACKED, PADDED = Layout(packed=True, shared=True), Layout(packed=False)
 
 
 def tensors(**arrays: np.ndarray) -> Batch:
-    """Wrap arrays as tensors that share their memory. torch is imported here alone: preparing data does not
-    need it."""
+    """Wrap arrays as tensors that share their memory. Imports torch, which preparation does not need."""
     import torch
 
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -49,8 +45,8 @@ def arrange(examples: Sequence[Example], packed: bool) -> tuple[Batch, np.ndarra
     """Return the batch, and where each row begins in its flattened tokens.
 
     Packed: input_ids and position_ids (1, tokens), and ``segments``, the length of each row. Padded on the
-    right: input_ids, position_ids and attention_mask (rows, longest row). Both have token_type_ids if the
-    examples do.
+    right: input_ids, position_ids and attention_mask (rows, longest row). Plus token_type_ids if there are
+    any.
     """
     lengths = np.array([len(example["input_ids"]) for example in examples])
     names = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]

@@ -1,5 +1,4 @@
-"""Ranked or labelled responses as one micro-batch: which tokens are read, and which responses are
-compared."""
+"""Ranked or labelled responses as one micro-batch: tokens to read, and responses to compare."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ def with_targets(examples: Sequence[Example], layout: Layout) -> Batch:
     """:func:`shared_prompts.arrange`, with the supervised tokens of all responses.
 
     positions, labels, owners (targets,): the position that predicts the token, the token, and the response's
-    number in the batch; ``tokens`` (responses,): supervised tokens of each response. :func:`_comparisons`
-    adds the rest.
+    number in the batch; ``tokens`` (responses,): how many each has. :func:`_comparisons` adds the rest.
     """
     batch, places = shared_prompts.arrange(examples, layout)
     positions, labels, counts = [], [], []
@@ -97,8 +95,7 @@ def _comparisons(examples: Sequence[Example]) -> Batch:
 
 
 def reference_logps(examples: Sequence[Example]) -> Batch:
-    """``reference_logps`` float64 (responses,): log-probabilities under the policy before its first step;
-    empty without them."""
+    """``reference_logps`` float64 (responses,): the policy's before its first step; empty without them."""
     if any("reference_logps" not in example for example in examples):
         return {}
     return tensors(reference_logps=np.concatenate([example["reference_logps"] for example in examples]))

@@ -16,13 +16,11 @@ from tunesmith.data.batch.pack import Batch, Example, Layout
 
 
 def arrange(examples: Sequence[Example], layout: Layout) -> tuple[Batch, list[np.ndarray]]:
-    """Return the batch, and for each response the positions of its tokens, prefix first, in the flattened
-    batch: int64 (P + A,).
+    """Return the batch, and for each response with its prefix its positions when flattened: int64 (P + A,).
 
     A shared layout holds each prefix once, then its responses: input_ids, position_ids (1, tokens);
     ``segments``, the lengths of these parts; ``behind``, for each part the index of the prefix that it
-    continues, or -1. An empty prefix is no part. In any other layout each response with its prefix is one row
-    of ``pack.arrange``.
+    continues, or -1. An empty prefix is no part. Else each response with its prefix is a row.
     """
     if not (layout.packed and layout.shared):
         rows = [row for example in examples for row in separate(example)]
@@ -54,8 +52,7 @@ def arrange(examples: Sequence[Example], layout: Layout) -> tuple[Batch, list[np
 
 
 def shapes(answers: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """int64 (3, n): tokens of the prefix, tokens of the longest response with its prefix, number of
-    responses.
+    """int64 (3, n): tokens of the prefix, of the longest response with its prefix, number of responses.
 
     ``answers``: those of n examples end to end; example i has ``answers[starts[i] : starts[i + 1]]``.
     """

@@ -2,8 +2,7 @@
 
 A ``Step`` owns its examples: it splits them under a token budget, collates a part of them, and names them in
 an error. The loop, the out-of-memory retry, the check for a finite loss, the forecast and the fast path use
-the Step alone. So a step can hold rows of a file (``data.store.epochs``) or responses that the policy has
-just sampled (``Listed``).
+the Step alone. So a step can hold rows of a file (``data.store.epochs``) or sampled responses (``Listed``).
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ Collate = Callable[[Sequence[Example], Layout], Batch]
 
 
 class Examples(Protocol):
-    """Examples by number: ``data.store.encoded_rows.Encoded`` maps them from a file, ``Listed`` holds them in
-    memory."""
+    """Examples by number: mapped from a file (``data.store.encoded_rows``) or in memory (``Listed``)."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -77,8 +75,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class Micro:
-    """Examples that go through the network together: their ``places`` within the step, their ``lengths`` in
-    tokens.
+    """Examples that go through the network together: ``places`` within the step, ``lengths`` in tokens.
 
     ``tokens``: what the network sees, padding and repeated prompts included. An ``idle`` one counts nothing:
     its process has no examples left, but the other processes need it in their collectives.
@@ -136,8 +133,7 @@ class Step:
     def split(self, budget: int, layout: Layout, process: int = 0, processes: int = 1) -> list[list[int]]:
         """Places of each micro-batch of at most ``budget`` tokens, for one process.
 
-        All processes get the same number of micro-batches as long as their examples last: a process that
-        needs fewer splits its own further.
+        A process that needs fewer micro-batches than another splits its own further, while it can.
         """
         shares = [self.share(number, processes) for number in range(processes)]
         groups = [self._groups(share, budget, layout) for share in shares]
@@ -146,8 +142,7 @@ class Step:
     def micro_batches(
         self, budget: int, layout: Layout, process: int = 0, processes: int = 1, even: bool = False
     ) -> list[Micro]:
-        """The micro-batches of one process. ``even``: idle ones are added until it has as many as any other
-        process."""
+        """The micro-batches of one process. ``even``: idle ones until it has as many as any other."""
         made = [self.micro(places, layout) for places in self.split(budget, layout, process, processes)]
         if even:
             most = max(len(self.split(budget, layout, number, processes)) for number in range(processes))
@@ -156,8 +151,7 @@ class Step:
         return made
 
     def with_arrays(self, arrays: Sequence[Mapping[str, np.ndarray]]) -> Step:
-        """Return the step with more arrays in each of its examples, in order: so they carry numbers of the
-        whole step."""
+        """Return the step with more arrays in each example, in order: numbers of the whole step travel so."""
         examples = [{**example, **more} for example, more in zip(self.examples(), arrays, strict=True)]
         return replace(self, data=Listed(examples, self.names()), rows=np.arange(len(self)))
 
@@ -171,8 +165,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps a run has: ``steps`` in all, ``steps_per_epoch`` (the last one of an epoch may be
-    short)."""
+    """Steps of a run: ``steps`` in all, ``steps_per_epoch`` (the last one of an epoch may be short)."""
 
     steps: int
     steps_per_epoch: int
@@ -185,28 +178,24 @@ class Plan:
 class Source(Protocol):
     """The optimiser steps of a run.
 
-    A source may skip steps of its plan (an iteration that stopped early); schedule, resume and end count the
-    plan's steps.
+    A source may skip steps (an iteration that stopped early); schedule, resume and end count the plan's.
     """
 
     @property
     def plan(self) -> Plan: ...
 
     def steps(self, start: int) -> Iterator[Step]:
-        """Yield the steps from number ``start`` on, in order. After ``load`` they are those of an
-        uninterrupted run."""
+        """Yield the steps from number ``start`` on; after ``load`` those of an uninterrupted run."""
 
     def preview(self, most: int) -> Sequence[Step]:
         """Steps like those to come, for the forecast of memory and time: at most ``most``, and the one with
         the longest example. Nothing is sampled for them."""
 
     def distinct(self) -> Step | None:
-        """Every example that any step takes, each once, as one large step; None where examples are not known
-        beforehand."""
+        """Every example of any step, each once, as one large step; None if they are not known beforehand."""
 
     def state(self) -> tuple[dict[str, torch.Tensor], JsonObject]:
-        """(tensors by name, JSON): all that ``steps`` needs to continue after the last step that was
-        yielded."""
+        """(tensors by name, JSON): all that ``steps`` needs to continue after the last yielded step."""
 
     def load(self, tensors: Mapping[str, torch.Tensor], state: JsonObject) -> None:
         """Continue from a ``state``."""
@@ -245,8 +234,7 @@ def groups_under(
 
 
 def batch_tokens(tokens: np.ndarray, rows: np.ndarray, layout: Layout) -> int:
-    """Tokens of examples of these sizes as one micro-batch, padding included; see
-    ``shared_prompts.sizes``."""
+    """Tokens of a micro-batch, padding included, from its ``shared_prompts.sizes``."""
     return int(tokens.sum() if layout.packed else tokens.max() * rows.sum())
 
 

@@ -33,8 +33,7 @@ TrainOn = Literal["completion", "assistant", "all"]
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A row as text, with its supervised ``spans``. ``before`` and ``after``: token ids that are not in the
-    text itself."""
+    """A row as text, with its supervised ``spans``. ``before`` and ``after``: ids that the text lacks."""
 
     text: str
     spans: tuple[Span, ...]
@@ -101,8 +100,7 @@ def render(
 ) -> list[Rendered]:
     """Render a row: once, or once for each assistant turn under ``expand_turns``.
 
-    ``train_on`` as in :func:`encode`, for one row. Raises SpanError, or an error of the template
-    (``RENDER_ERRORS``).
+    ``train_on`` as in :func:`encode`, for one row. Raises SpanError or one of ``RENDER_ERRORS``.
     """
     if isinstance(row, Text):
         return [renderer.document(row.text, 0)]
@@ -127,8 +125,7 @@ def encode(
     ``train_on``: ``completion`` = the last assistant turn (and the completion of a PromptCompletion),
     ``assistant`` = every assistant turn, ``all`` = every token; all of a Text is supervised. Or one number
     for each row: every assistant turn from that message on (and the completion of a PromptCompletion).
-    ``expand_turns``: one example for each assistant turn, with the same context as in generation. Nothing is
-    cut.
+    ``expand_turns``: one example for each assistant turn, with the context of generation. Nothing is cut.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
     """
@@ -183,8 +180,7 @@ def _mark(supervised: np.ndarray, encoding: Encoding, span: Span) -> None:
 
     Ends of tokens never decrease, so two bisections find the tokens that end inside the span. Starts may
     decrease: a byte-level tokenizer that puts a space before the first word gives that space no width, and a
-    start after the first piece of a character in pieces. So the tokens that end at the span's end or later
-    are checked one by one.
+    start after the first piece of a character in pieces. So the tokens that end later are checked one by one.
     """
     length = len(supervised)
     first = bisect_right(range(length), span.start, key=lambda token: encoding.token_to_chars(token)[1])
@@ -206,8 +202,7 @@ def prompt_ids(
     """The tokens before a generated answer, as training used them.
 
     A string is the user's turn if the tokenizer has a chat template, else (and as ``Text``) a text to
-    continue. ``system`` is put before turns that have none. Raises DataError when the template refuses the
-    turns.
+    continue. ``system`` is put before turns that have none. Raises DataError if the template fails.
     """
     renderer = Renderer(tokenizer)
     if isinstance(prompt, Text) or (isinstance(prompt, str) and not tokenizer.chat_template):
@@ -229,8 +224,7 @@ def prompt_ids(
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end token, and the special token with which the template
-    closes a turn."""
+    """Tokens that end an answer: the end token, and the special token that closes a turn in the template."""
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template:
         (example,) = encode([Chat(tuple(PROBE))], tokenizer)[0]

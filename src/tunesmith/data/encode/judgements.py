@@ -49,7 +49,6 @@ def encode(
 
 
 def prompt_key(row: Judged) -> int:
-    """Return a 63-bit hash of the prompt. Spaces around its turns and the order of their keys do not change
-    it."""
+    """Return a 63-bit hash of the prompt. It ignores spaces around turns and the order of keys."""
     content = json.dumps([bare(row.prompt), row.tools], sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") >> 1

@@ -1,5 +1,4 @@
-"""Class names: collected from the rows, in an order that depends on the names alone, and the problem type
-they imply."""
+"""Class names, in an order that depends on the names alone, and the problem type that the labels imply."""
 
 from __future__ import annotations
 
@@ -115,8 +114,7 @@ def unknown_label(name: str, names: Sequence[str]) -> tuple[str, str, str]:
 
 
 def similar_names(names: Iterable[str]) -> list[list[str]]:
-    """Groups of names that look the same: they differ only in case, white space, invisible characters or
-    Unicode form."""
+    """Groups of names that differ only in case, white space, invisible characters or Unicode form."""
     groups: dict[str, list[str]] = {}
     for name in sort_names(names):
         visible = (one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) != "Cf")
@@ -153,8 +151,7 @@ def as_number(label: str | float) -> float | None:
 
 
 def label_notes(problem: str, names: Sequence[str], found: Survey) -> list[str]:
-    """Printed before training: the number of labels, the most frequent one, and those that no training row
-    has."""
+    """Notes before training: how many labels, the most frequent one, and those that no training row has."""
     notes = []
     if found.rows and problem == SINGLE:
         common, count = found.counts.most_common(1)[0]

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 TEMPLATE = "{question}\n\n{context}"
-"""How both become one text. In every byte-level vocabulary, no token holds both a line break and a letter
-next to it."""
+"""How both become one text. No byte-level vocabulary has a token of a line break and a letter next to it."""
 
 FEWEST_CONTEXT_TOKENS = 8
 """Tokens of context that must have room next to the question, unless all of them do."""
@@ -33,8 +32,7 @@ FEWEST_CONTEXT_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """``ids`` and ``types`` of a whole row; its context is at ``first`` to ``end``, with ``offsets``
-    int64[end - first, 2]."""
+    """A whole row; its context is at ``first`` to ``end``, with ``offsets`` int64[end - first, 2]."""
 
     ids: np.ndarray
     types: np.ndarray | None
@@ -56,7 +54,7 @@ def encode(
     """For each row its windows of at most ``max_length`` tokens.
 
     ``input_ids``      int32[n], and ``token_type_ids`` uint8[n] if the tokenizer has them
-    ``offsets``        int32[2n]: start and end of each token in characters of the whole context, without white space at its
+        ``offsets`` int32[2n]: start and end of each token in characters of the whole context, without white space at its
                        ends; -1 for all other tokens
     ``span``           int32[2]: first and last token of the first answer; the null position twice where this window does
                        not hold all of it; -1 if the answer is unknown
@@ -81,8 +79,7 @@ def encode(
 
 
 def answer_text(context: np.ndarray, offsets: np.ndarray, start: int, end: int) -> str:
-    """Characters ``start`` to ``end`` of the whole context, from the part of it that a window holds (see
-    :func:`encode`)."""
+    """Characters ``start`` to ``end`` of the whole context, from ``context`` and ``offsets`` of a window."""
     first = int(offsets[offsets >= 0].min())
     return context.tobytes().decode()[start - first : end - first]
 
@@ -212,8 +209,7 @@ def _windows(
 
 
 def stretches(count: int, room: int, overlap: int) -> list[tuple[int, int]]:
-    """(start, end) of stretches of at most ``room`` that cover ``count`` and overlap by ``overlap``, but by
-    three quarters at most."""
+    """(start, end) of stretches of ``room`` that cover ``count``; they overlap by at most three quarters."""
     if count <= room:
         return [(0, count)]
     step = max(1, room // 4, room - overlap)
@@ -233,8 +229,7 @@ def _visible(offsets: np.ndarray, context: str) -> np.ndarray:
 
 
 def _answer(row: Question, index: int, offsets: np.ndarray) -> tuple[int, int] | tuple[()] | None:
-    """First and last token of the context that share a character with the first answer; () for no answer,
-    None for unknown."""
+    """First and last token of the context with a character of the first answer; () = none, None = unknown."""
     if not row.answers:
         return None if row.answers is None else ()
     text, start = row.answers[0]

@@ -37,8 +37,7 @@ def encode(
     P and A_k end to end equal ``conversations.encode`` of the prompt with response k. ``max_length`` (None =
     any) limits each of these sequences. For a longer row, ``error`` raises and ``drop`` leaves it out.
     ``truncate`` cuts the prompt's left, after the tokens that the tokenizer puts first, until the longest
-    sequence fits; it drops a row whose prompt would lose all its tokens. Responses are never cut, and none is
-    left out.
+    sequence fits; it drops a row whose prompt would lose all its tokens. Responses are never cut.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
     """
@@ -87,8 +86,7 @@ def _example(row: Ranking, sequences: Sequence[Example]) -> Example:
 
 
 def _shared_length(sequences: Sequence[Example]) -> int:
-    """Length of the common prefix: none of its tokens is supervised, and one or more tokens of each sequence
-    follow it."""
+    """Length of the common prefix without supervised tokens; it leaves a token or more of each sequence."""
     end = min(len(sequence["input_ids"]) - 1 for sequence in sequences)
     for sequence in sequences:
         supervised = np.flatnonzero(sequence["supervised"][:end])
@@ -98,8 +96,7 @@ def _shared_length(sequences: Sequence[Example]) -> int:
 
 
 def _truncate(example: Example, surplus: int, first: np.ndarray) -> list[Example]:
-    """Cut ``surplus`` tokens from the prompt's left, after ``first`` if it begins so; no example where none
-    would be left."""
+    """Cut ``surplus`` tokens from the prompt's left, but not ``first``; no example if none would be left."""
     ids, shared = example["input_ids"], int(example["answers"][0])
     kept = len(first) if np.array_equal(ids[: len(first)], first) else 0
     if shared - kept - surplus < 1:

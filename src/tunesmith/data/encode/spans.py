@@ -2,8 +2,7 @@
 
 A turn begins where the template's own generation prompt ends, and ends with the token that stops it. Both are
 found by rendering parts of the conversation. Where a template rewrites earlier turns (it strips reasoning,
-for example), the turn is rendered once more with two private characters around its content, and their
-positions show where the content went.
+for example), the turn is rendered again with two private characters around its content.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ OPEN, CLOSE = "\ue0f0", "\ue0f1"
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Characters ``start`` to ``end`` of the rendered text. ``stopped``: the last of them are a special
-    token."""
+    """Characters ``start`` to ``end`` of the rendered text. ``stopped``: they end with a special token."""
 
     start: int
     end: int
@@ -92,8 +90,7 @@ def find_span(render: Render, row: Chat, full: str, turn: int) -> Span:
 
 
 def _prompt_length(render: Render, row: Chat, turn: int, full: str, shared: int) -> int | None:
-    """Length of the generation prompt before this turn; None if ``full`` does not begin with exactly that
-    prompt."""
+    """Length of the generation prompt before this turn; None if ``full`` does not begin with it."""
     if turn == 0:  # templates do not render an empty conversation
         return None
     try:
@@ -115,11 +112,9 @@ def _content_end(full: str, start: int, shared: int, core: str) -> int | None:
 
 
 def _marked(render: Render, row: Chat, turn: int, full: str) -> tuple[int | None, int | None]:
-    """(start, end) in ``full`` of the turn's content, or of its last call's name; None for a mark that was
-    lost.
+    """(start, end) in ``full`` of the turn's content, or of its last call's name; None for a lost mark.
 
-    Renders the row with marks around it. The result counts only if it equals ``full`` once the marks are
-    removed.
+    Renders the row with marks around it. The result counts only if it equals ``full`` without the marks.
     """
     messages = [*row.messages[:turn], _with_marks(row.messages[turn]), *row.messages[turn + 1 :]]
     try:
@@ -148,8 +143,7 @@ def _with_marks(message: Message) -> Message:
 def _closed_after(
     render: Render, full: str, start: int, end: int, shared: int, last: bool, whole: bool
 ) -> Span:
-    """The span that ends with the first special token after the content, or without one if the template
-    writes none."""
+    """The span that ends with the first special token after the content, if there is one."""
     match = _pattern(render.specials).search(full, end, shared)
     if match:
         stop = match.end()
@@ -167,8 +161,7 @@ def _closed_after(
 def _closed_at_end(
     render: Render, alone: str, start: int, shared: int, last: bool, whole: bool, moved: int, turn: int
 ) -> Span:
-    """The span of a turn that ends with calls (or is empty): special tokens inside it are no stops, those at
-    its end are.
+    """The span of a turn that ends with calls or is empty: only special tokens at its end are stops.
 
     ``alone``: the rendering up to this turn. It agrees with the whole rendering up to ``shared``, where the
     same text comes ``moved`` characters later.

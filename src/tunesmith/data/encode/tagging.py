@@ -1,8 +1,7 @@
 """Tagged words to windows of tokens: which token represents which word, and which window a word belongs to.
 
 A word's tag is trained at one of its tokens and predicted there. So every word gets a token, whatever the
-tokenizer makes of it, and belongs to exactly one window. Gold tags are never cut with the text (Devlin et al.
-2019, section 5.3, cut theirs).
+tokenizer makes of it, and belongs to exactly one window. Gold tags are never cut with the text.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
-    """A sentence without special tokens: ``ids`` int32[n], and ``word`` int32[n], the word of each token,
-    never decreasing; -1 = none."""
+    """A sentence without special tokens. ``word``: the word of each token, never decreasing; -1 = none."""
 
     ids: np.ndarray
     word: np.ndarray
@@ -37,8 +35,7 @@ class Aligned:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Tokens ``start`` to ``end`` of a sentence. ``words``: the words that are trained and predicted in this
-    window; its other words are context."""
+    """Tokens ``start`` to ``end`` of a sentence. ``words``: those predicted in it; the others are context."""
 
     start: int
     end: int
@@ -60,8 +57,7 @@ def encode(
     ``input_ids`` int32[n] and, if the tokenizer has them, ``token_type_ids`` uint8[n]; ``places`` int32[m]:
     the tokens that represent a word, ascending; ``words`` int32[m]: which word of the row; ``target``
     int32[m]: its tag, -1 if unknown. A word is represented by its first token; in a ``causal`` network by its
-    last, which sees all of the word. With ``label_all`` its other tokens are included; there a B- tag becomes
-    I-.
+    last, which sees all of the word. ``label_all`` includes its other tokens; there a B- tag becomes I-.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
     """
@@ -104,8 +100,7 @@ def inside_tag(name: str) -> str:
 
 
 def align(rows: Sequence[Tagged], tokenizer: PreTrainedTokenizerBase) -> list[Aligned]:
-    """Tokenise rows in one call. A row with a token that belongs to two words is tokenised again, word by
-    word."""
+    """Tokenise rows in one call; again word by word if a token belongs to two words."""
     out = []
     for row, (ids, offsets) in zip(rows, _tokenised([row.text for row in rows], tokenizer), strict=True):
         places = np.array(row.words, np.int64).reshape(-1, 2)
@@ -117,20 +112,18 @@ def align(rows: Sequence[Tagged], tokenizer: PreTrainedTokenizerBase) -> list[Al
 
 
 def representing_tokens(words: np.ndarray, causal: bool) -> np.ndarray:
-    """bool[m]: which tokens of a window represent their word; ``words``: int[m], the word of each token,
-    never decreasing."""
+    """bool[m]: which tokens of a window represent their word; ``words``: int[m], the word of each token."""
     last = np.ones(len(words), np.bool_)
     last[:-1] = words[1:] != words[:-1]
     return last if causal else np.concatenate([last[-1:], last[:-1]])
 
 
 def windows(word: np.ndarray, room: int | None, stride: int, causal: bool) -> list[Window]:
-    """The windows of a sentence whose tokens belong to ``word`` (as in :class:`Aligned`; no word has more
-    than ``room``).
+    """The windows of a sentence; ``word`` as in :class:`Aligned`, at most ``room`` tokens of each word.
 
     They overlap by at most ``stride`` tokens and begin and end between words. A word belongs to the window
-    that has most context on the side where it has less (in a ``causal`` network: before it); an end of the
-    sentence counts as full context.
+    that has most context on the side where it has less (``causal``: before it); an end of the sentence is
+    full context.
     """
     count = len(word)
     first = np.flatnonzero(np.concatenate([[True], word[1:] != word[:-1]]) & (word >= 0))
@@ -169,8 +162,7 @@ def _tokenised(
 
 
 def _words_of(offsets: np.ndarray, places: np.ndarray) -> np.ndarray | None:
-    """int32[n]: the word that each token shares a character with, -1 for none; None if a token shares some
-    with two words."""
+    """int32[n]: the word that each token shares a character with, -1 = none; None if one has two words."""
     first = np.searchsorted(places[:, 1], offsets[:, 0], side="right")
     last = np.searchsorted(places[:, 0], offsets[:, 1], side="left") - 1
     if (first < last).any():
@@ -210,8 +202,7 @@ def _complete(ids: np.ndarray, word: np.ndarray, count: int, tokenizer: PreTrain
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token of a word that the tokenizer writes nothing for: the unknown token, else that of a space,
-    else the end token."""
+    """The token of a word that the tokenizer drops: the unknown, else a space's, else the end token."""
     if tokenizer.unk_token_id is not None:
         return int(tokenizer.unk_token_id)
     space = tokenizer(" ", add_special_tokens=False)["input_ids"]

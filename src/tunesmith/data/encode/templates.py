@@ -76,8 +76,7 @@ KOREAN = (
 )
 
 TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "roles": ROLES, "korean": KOREAN}
-"""Each closes every assistant turn with the model's end token, so generation stops in any program that loads
-the model."""
+"""Each closes every assistant turn with the model's end token, so that generation stops in any program."""
 
 DEFAULT = "roles"
 

@@ -1,8 +1,7 @@
 """Tokenizer calls, texts for classification, and their padding token.
 
 An encoder's tokenizer joins two texts by its separator and tells them apart by token types. A decoder's has
-neither: joined directly, the last word of one text and the first of the other could become one token. So a
-template separates them.
+neither: joined directly, words of the two texts could become one token. So a template separates them.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ def has_separator(tokenizer: PreTrainedTokenizerBase) -> bool:
 def encode(
     texts: Sequence[tuple[str, str | None]], tokenizer: PreTrainedTokenizerBase, template: str
 ) -> list[Example]:
-    """``input_ids`` int32 and, if the tokenizer has them, ``token_type_ids`` uint8 of each text or pair of
-    texts."""
+    """``input_ids`` int32 and, if the tokenizer has them, ``token_type_ids`` uint8 of each text or pair."""
     if not has_separator(tokenizer):
         texts = [(text if pair is None else join_pair(text, pair, template), None) for text, pair in texts]
     out: list[Example] = [{} for _ in texts]
@@ -79,8 +77,7 @@ def join_pair(text: str, pair: str, template: str) -> str:
 
 
 def set_padding_token(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> str:
-    """Give ``tokenizer`` a padding token that never ends a row, and return it. It must be one of the
-    embedding's ``rows``.
+    """Give ``tokenizer`` a padding token that never ends a row and return it; it is one of ``rows`` tokens.
 
     transformers' decoder classes read the last token that is not padding. So if the padding token is missing,
     or is the end token, another special token takes over: one that the tokenizer does not write by itself. A

@@ -1,11 +1,9 @@
-"""Processed rows on disk, keyed by content and memory-mapped: one folder for each source, written once, never
-changed.
+"""Processed rows on disk, keyed by content and memory-mapped: a folder for each source, written once.
 
 For every array name of the examples, a folder holds the values end to end (``input_ids.values``) and where
 each example begins (``input_ids.starts``, int64[n + 1]). ``row``, ``targets``, ``length`` and ``digest`` have
 one number for each example. ``manifest.json`` has the size and sha256 of each file. A folder is written under
-another name and renamed when complete. So two processes may write the same one, and what a crash leaves is
-never mistaken for it.
+another name and renamed when complete. So two processes may write the same one, and a crash leaves none.
 """
 
 from __future__ import annotations
@@ -55,8 +53,7 @@ class FileRecord(TypedDict):
 class Scratch:
     """A temporary folder, ``name``, that is removed with this object.
 
-    tempfile's ``TemporaryDirectory`` needs a ``with`` block: it warns when the end of its object removes the
-    folder.
+    tempfile's ``TemporaryDirectory`` needs a ``with`` block: it warns when its object ends without one.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -182,8 +179,7 @@ def store() -> Path:
 
 
 def begin(folder: Path) -> Writer:
-    """Return a writer into a new folder next to ``folder``; ``finish`` renames it. Removes what killed
-    processes left."""
+    """Return a writer into a new folder next to ``folder``; ``finish`` renames it. Removes abandoned ones."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         files.remove_abandoned(folder.parent, ".*.*", ABANDONED_SECONDS)
@@ -193,8 +189,7 @@ def begin(folder: Path) -> Writer:
 
 
 def finish(writer: Writer, folder: Path, info: JsonObject) -> None:
-    """Complete the writer's folder and rename it to ``folder``. If another process was first, its folder is
-    kept."""
+    """Complete the writer's folder and rename it to ``folder``. Keeps another process's."""
     writer.close(info)
     try:
         os.rename(writer.folder, folder)
@@ -206,8 +201,7 @@ def finish(writer: Writer, folder: Path, info: JsonObject) -> None:
 
 
 def load(folder: Path) -> Entry | None:
-    """The entry at ``folder``; None without one, or where its files are not what was written (size or hash
-    differ)."""
+    """The entry at ``folder``; None without one, or if the size or hash of a file differs."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest.pop("sha256") != _hash_of(manifest) or manifest["version"] != VERSION:
@@ -249,8 +243,7 @@ def forget(values: np.ndarray) -> None:
 
 
 def disk_error(error: OSError, folder: Path) -> OSError | DiskFullError | UserError:
-    """The error to raise for one met while writing under ``folder``: full disks and read-only folders have
-    their messages."""
+    """The error to raise for one met while writing under ``folder``: full disk, closed folder, or itself."""
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
         return UserError(
             f"processed data cannot be written to {folder}: {error.strerror}. Set TUNESMITH_HOME to a folder that can be written."

@@ -14,8 +14,7 @@ from tunesmith.json_types import JsonObject
 class SourceReport:
     """One file. ``rows_read`` = ``rows_kept`` + ``rows_rejected``; ``problems``: the first ten, as text.
 
-    ``left_out``: conversations whose text the template omits. ``revision``: the commit of a data set of the
-    Hub.
+    ``left_out``: text that the template omits. ``revision``: the commit of a data set of the Hub.
     """
 
     path: str

@@ -160,8 +160,7 @@ class _SourceEncoder:
         return {"read": read, "kept": kept, "problems": listed, "fatal": fatal, "left_out": omitted}
 
     def _encode_ahead(self) -> Iterator[Encodings]:
-        """Encode two batches at a time, in order: one is rendered (Python) while the other is tokenised
-        (outside the GIL)."""
+        """Encode two batches at a time, in order: one is rendered, the other tokenised without the GIL."""
         with ThreadPoolExecutor(THREADS) as pool:
             running: deque[Future[Encodings]] = deque()
             for batch, problems in self._batches():
@@ -188,8 +187,7 @@ class _SourceEncoder:
             yield batch, problems
 
     def _encode(self, batch: Sequence[Located], problems: list[RowProblem]) -> Encodings:
-        """Encode a batch in one call; when a row is at fault, each row alone, so that every fault is
-        found."""
+        """Encode a batch in one call; if a row is at fault, each row alone, to find every fault."""
         if not batch:
             return [], problems
         try:

@@ -1,5 +1,4 @@
-"""Examples as training reads them: views of processed sources, after the length policy and the split into
-held-out rows."""
+"""Examples as training reads them: views of processed sources, without held-out rows, fit to a length."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ Overlong = Literal["error", "split", "drop", "truncate"]
 
 @dataclass(frozen=True)
 class Views:
-    """Parts of examples: ``example`` index, ``start`` and ``length`` in tokens, ``targets`` = loss units; all
-    int32[n]."""
+    """Parts of examples, int32[n]: ``example`` index, ``start``, ``length`` in tokens, loss units
+    ``targets``."""
 
     example: np.ndarray
     start: np.ndarray
@@ -36,11 +35,11 @@ class Views:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples ready for an objective's ``collate``; ``encoded[i]`` maps array names to arrays (views of the
-    file).
+    """Examples ready for an objective's ``collate``; ``encoded[i]``: views of the file.
 
     ``source``   int32[n]: index into ``entries`` of each example
     ``weights``  float64[sources]: how often an epoch visits each source
+
     """
 
     entries: tuple[Entry, ...]
@@ -51,15 +50,13 @@ class Encoded:
     scratch: object = None
     """Keeps a temporary folder alive when there is no cache."""
     attached: tuple[Callable[[Encoded, int, Example], Example], ...] = ()
-    """Functions (this data set, index, example) -> example that add arrays no file has: see
-    :meth:`attach`."""
+    """Functions (this data set, index, example) -> example with more arrays: see :meth:`attach`."""
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        """The arrays of an example, ``row`` int64 (source, row of the file), and what the ``attached``
-        functions add."""
+        """The arrays of an example, ``row`` int64 (source, row of the file), and attached arrays."""
         example = self.stored(index)
         for add in self.attached:
             example = add(self, index, example)
@@ -79,8 +76,7 @@ class Encoded:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int32[n]: tokens of each example; a prompt that several responses share counts once, also in
-        reports."""
+        """int32[n]: tokens of each example, a shared prompt counted once, also in reports."""
         return self.views.length
 
     @property

@@ -18,8 +18,7 @@ def epoch_order(
 
     ``source`` int[n]: the source of each example; ``weights`` float[sources]: 2 = every example twice, 0.5 =
     a random half of them, drawn anew each epoch (at least one); 1.5 = all once and a random half again. Every
-    epoch has the same number of examples. Without ``shuffle``: in the order of the files, one pass after
-    another.
+    epoch has the same number of examples. Without ``shuffle``: in the order of the files.
     """
     source, weights = np.asarray(source), np.asarray(weights, np.float64)
     if np.all(weights == 1):

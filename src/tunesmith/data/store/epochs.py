@@ -1,5 +1,4 @@
-"""Steps made of the rows of a data set. Which rows make up a step is a pure function of the recipe and the
-seed.
+"""Steps made of rows of a data set. The rows of a step are a pure function of the recipe and the seed.
 
 A user thinks in ``batch_size`` rows a step. The order depends neither on the number of processes nor on where
 a run was interrupted, so a checkpoint need not keep it.

@@ -35,8 +35,7 @@ LISTED = 10
 class Prepared:
     """Training and evaluation examples, the length that they fit in, and a report on every row.
 
-    ``eval_sets``: the names of ``data.eval.sets`` (none without); example ``i`` of ``eval`` belongs to set
-    ``eval.source[i]``.
+    ``eval_sets``: the names of ``data.eval.sets``; example ``i`` of ``eval`` belongs to ``eval.source[i]``.
     """
 
     train: Encoded
@@ -86,12 +85,10 @@ def prepare(
     """Encode all sources (or find them in the cache) and apply the recipe's policies.
 
     ``max_length``: tokens; None = the longest row, at most ``window`` (the model's own limit; None = no
-    limit). The tokenizer gets its chat template here if the rows are conversations or the recipe names a
-    template.
+    limit). The tokenizer gets its chat template if the rows are conversations or the recipe names one.
 
     Raises DataError when rows are bad under ``bad_rows: error``, too long under the policy ``error``, or
-    without supervised tokens (all, or more than ``max_unlearnable``); each lists the first rows by
-    ``file:row``.
+    without supervised tokens (all, or more than ``max_unlearnable``), with the first rows by ``file:row``.
     """
     began = time.perf_counter()
     if max_length is not None and window is not None and max_length > window:
@@ -164,8 +161,7 @@ def _open_set(name: str, source: Source, accepted: tuple[type, ...]) -> Opened:
 def _scan(objective: Objective, opened: Sequence[Opened]) -> None:
     """Let the objective scan the training rows.
 
-    Bad rows are reported when they are encoded, or here if the objective refuses the rows that are left
-    without them.
+    Bad rows are reported when they are encoded, or here if the objective refuses the others.
     """
     first: list[RowProblem] = []
     bad = 0
@@ -217,12 +213,10 @@ def _problems(part: _Part) -> list[RowProblem]:
 
 
 def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[list[_Part], list[_Part]]:
-    """Split by row: a row's examples stay together. At least one row is held out of two or more, and one is
-    kept.
+    """Split by row: a row's examples stay together. Of two rows or more, at least one is held out, one kept.
 
     Where examples have a ``prompt_key``, all rows of a prompt stay together: the held-out prompts have at
-    most as many rows as the recipe asks for, but at least one prompt is held out. Raises DataError when all
-    rows have one prompt.
+    most as many rows as the recipe asks for, but at least one prompt is held out. Raises DataError.
     """
     draws = [_draw(part.entry, seed, index) for index, part in enumerate(parts)]
     ranked = np.sort(np.concatenate([draw[part.first_of_row()] for part, draw in zip(parts, draws)]))
@@ -243,8 +237,7 @@ def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[li
 
 
 def _draw(entry: Entry, seed: int, source: int) -> np.ndarray:
-    """float64[examples]: equal for the examples of a row, or of a prompt; those below the fraction are held
-    out."""
+    """float64[examples], equal within a row or a prompt; those below the fraction are held out."""
     keys = entry.values.get("prompt_key")
     return hold_out_draws(entry.row, seed, source) if keys is None else hold_out_draws_by_key(keys, seed)
 
@@ -343,11 +336,9 @@ def _overlong(
 
 
 def _cut_rows(parts: Sequence[_Part], name: str, policy: str) -> JsonObject:
-    """The same counts for an objective that applies the policy itself: ``cut`` of its examples counts the
-    tokens lost.
+    """The same counts for an objective that applies the policy itself: ``cut`` counts the tokens lost.
 
-    ``dropped``: rows without an example, whose tokens are not known. Where rows are held out, the training
-    split counts them.
+    ``dropped``: rows without an example, whose tokens are not known. The training split counts them.
     """
     cut = np.concatenate([part.entry.values["cut"][part.chosen] for part in parts])
     whole = [part.entry for part in parts if name == "training" or len(part.chosen) == len(part.entry)]
@@ -369,8 +360,7 @@ def _duplicates_across(train: Sequence[_Part], held: Sequence[_Part]) -> int:
 
 
 def _row_digests(parts: Sequence[_Part]) -> np.ndarray:
-    """One digest for each row, sorted; two for a pair that became two rows. A row's examples are
-    neighbours."""
+    """One digest for each row, sorted; two for a pair that became two rows."""
     found = []
     for part in parts:
         digests, first = part.entry.digest[part.chosen], part.first_of_row()

@@ -19,8 +19,7 @@ def lines(rows: Iterable[JsonObject]) -> Iterator[bytes]:
 
 
 def check_free(path: Path, option: str = "--out") -> None:
-    """Raise UserError when ``path`` cannot become a new .jsonl file: call it before the work that makes the
-    rows."""
+    """Raise UserError if ``path`` cannot become a new .jsonl file: call it before making the rows."""
     if path.suffix != ".jsonl":
         raise UserError(
             f"{path} must end in .jsonl, the format of the file. Type {option} {path.with_suffix('.jsonl')}"
