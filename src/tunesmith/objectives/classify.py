@@ -117,7 +117,7 @@ class Objective(objectives.TaskHead):
     def bind(self, config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         self._causal = network.is_causal(config)
         self.max_length = max_length
-        self._ending = special_ends(tokenizer)[1]
+        self._ending = tuple(special_ends(tokenizer)[1])
         ours = getattr(config, "tunesmith", None) or {}
         if self._causal:
             texts.set_padding_token(tokenizer, getattr(config.get_text_config(), "vocab_size", None))

@@ -45,12 +45,12 @@ def arrange(examples: Sequence[Example], packed: bool) -> tuple[Batch, np.ndarra
     """Return the batch, and where each row begins in its flattened tokens.
 
     Packed: input_ids and position_ids (1, tokens), and ``segments``, the length of each row. Padded on the
-    right: input_ids, position_ids and attention_mask (rows, longest row). Plus token_type_ids if there are
-    any.
+    right: input_ids, position_ids and attention_mask (rows, longest row). Plus any token_type_ids.
+
     """
     lengths = np.array([len(example["input_ids"]) for example in examples])
     names = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         name: np.concatenate([example[name] for example in examples]).astype(np.int64) for name in names
     }
     if packed:

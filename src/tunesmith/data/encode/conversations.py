@@ -8,10 +8,10 @@ on the identity of a token nor on the length of a prompt tokenised alone.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["completion", "assistant", "all"]
+Characters = Callable[[int], tuple[int, int]]
+"""Token of a text -> its first character and the one after its last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,15 +169,16 @@ def _example(item: Rendered, ids: list[int], encoding: Encoding) -> Example:
     input_ids = np.array([*item.before, *ids, *item.after], np.int32)
     supervised = np.zeros(len(input_ids), np.bool_)
     start, end = len(item.before), len(item.before) + len(ids)
+    characters = cast(Characters, encoding.token_to_chars)
     for span in item.spans:
-        _mark(supervised[start:end], encoding, span)
+        _mark(supervised[start:end], characters, span)
     supervised[end:] = True
     if item.spans and item.spans[0].start == 0:
         supervised[:start] = True
     return {"input_ids": input_ids, "supervised": supervised}
 
 
-def _mark(supervised: np.ndarray, encoding: Encoding, span: Span) -> None:
+def _mark(supervised: np.ndarray, characters: Characters, span: Span) -> None:
     """Set ``supervised`` (bool[tokens]) where a token shares a character with ``span``.
 
     Ends of tokens never decrease, so two bisections find the tokens that end inside the span. Starts may
@@ -183,11 +186,11 @@ def _mark(supervised: np.ndarray, encoding: Encoding, span: Span) -> None:
     start after the first piece of a character in pieces. So the tokens that end later are checked one by one.
     """
     length = len(supervised)
-    first = bisect_right(range(length), span.start, key=lambda token: encoding.token_to_chars(token)[1])
-    past = bisect_left(range(length), span.end, lo=first, key=lambda token: encoding.token_to_chars(token)[1])
+    first = bisect_right(range(length), span.start, key=lambda token: characters(token)[1])
+    past = bisect_left(range(length), span.end, lo=first, key=lambda token: characters(token)[1])
     supervised[first:past] = True
     for token in range(past, length):
-        start, end = encoding.token_to_chars(token)
+        start, end = characters(token)
         if start < span.end:
             supervised[token] = True
         elif start < end:

@@ -67,7 +67,7 @@ class Epochs:
     def state(self) -> tuple[dict[str, torch.Tensor], JsonObject]:
         return {}, {}
 
-    def load(self, tensors: Mapping[str, torch.Tensor], state: JsonObject) -> None:
+    def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, object]) -> None:
         """Do nothing: the number of the next step determines its rows."""
 
 
