@@ -135,8 +135,7 @@ class Step:
 
         A process that needs fewer micro-batches than another splits its own further, while it can.
         """
-        shares = [self.share(number, processes) for number in range(processes)]
-        groups = [self._groups(share, budget, layout) for share in shares]
+        groups = [self._groups(self.share(rank, processes), budget, layout) for rank in range(processes)]
         return _split_until(groups[process], max(map(len, groups)))
 
     def micro_batches(

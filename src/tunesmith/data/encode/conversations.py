@@ -133,21 +133,20 @@ def encode(
     """
     renderer = Renderer(tokenizer)
     wanted = [train_on] * len(rows) if isinstance(train_on, str) else train_on
-    texts = [_render_row(row, index, renderer, wanted[index], expand_turns) for index, row in enumerate(rows)]
+    texts = []
+    for index, row in enumerate(rows):
+        try:
+            texts.append(render(row, renderer, wanted[index], expand_turns))
+        except SpanError as error:
+            raise RowFault(index, error.expected, error.got, error.fix) from None
+        except RENDER_ERRORS as error:
+            expected, fix = (
+                "a conversation that the chat template accepts",
+                "Change the row or data.template.",
+            )
+            raise RowFault(index, expected, f"{type(error).__name__}: {error}", fix) from None
     examples = iter(tokenise(list(chain.from_iterable(texts)), tokenizer))
     return [[next(examples) for _ in group] for group in texts]
-
-
-def _render_row(
-    row: Written, index: int, renderer: Renderer, train_on: TrainOn | int, expand_turns: bool
-) -> list[Rendered]:
-    try:
-        return render(row, renderer, train_on, expand_turns)
-    except SpanError as error:
-        raise RowFault(index, error.expected, error.got, error.fix) from None
-    except RENDER_ERRORS as error:
-        expected, fix = "a conversation that the chat template accepts", "Change the row or data.template."
-        raise RowFault(index, expected, f"{type(error).__name__}: {error}", fix) from None
 
 
 def tokenise(texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[Example]:

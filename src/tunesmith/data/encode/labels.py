@@ -34,18 +34,6 @@ class Survey:
     several: int = 0
     fractions: int = 0
 
-    def add(self, row: Labelled) -> None:
-        if row.labels is not None:
-            self.several += 1
-            self.counts.update(dict.fromkeys(row.known, 0))
-            self.counts.update(dict.fromkeys(row.labels, 1))
-        elif row.label is not None:
-            self.counts[name_of(row.label)] += 1
-            self.fractions += isinstance(row.label, float) and not row.label.is_integer()
-        else:
-            return
-        self.rows += 1
-
     @property
     def problem(self) -> str:
         """The problem type that these labels imply."""
@@ -57,7 +45,14 @@ class Survey:
 def survey(rows: Iterable[Labelled]) -> Survey:
     made = Survey()
     for row in rows:
-        made.add(row)
+        if row.labels is not None:
+            made.several += 1
+            made.counts.update(dict.fromkeys(row.known, 0))
+            made.counts.update(dict.fromkeys(row.labels, 1))
+        elif row.label is not None:
+            made.counts[name_of(row.label)] += 1
+            made.fractions += isinstance(row.label, float) and not row.label.is_integer()
+        made.rows += row.labels is not None or row.label is not None
     return made
 
 

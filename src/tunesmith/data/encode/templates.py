@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING
 
@@ -78,8 +77,6 @@ KOREAN = (
 TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "roles": ROLES, "korean": KOREAN}
 """Each closes every assistant turn with the model's end token, so that generation stops in any program."""
 
-DEFAULT = "roles"
-
 
 def apply_template(
     tokenizer: PreTrainedTokenizerBase, template: str | None
@@ -93,7 +90,7 @@ def apply_template(
     if template is None and tokenizer.chat_template:
         description = "the model's own chat template"
     elif template is None or template in TEMPLATES:
-        name = template or DEFAULT
+        name = template or "roles"
         end_id(tokenizer, f"which the template {name} needs")
         begins = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in special_ends(tokenizer)[0]
         tokenizer.chat_template = ("{{- bos_token }}" if begins else "") + TEMPLATES[name]
@@ -137,18 +134,19 @@ def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     return [], []
 
 
-def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template as one string, for a cache key."""
-    return json.dumps(tokenizer.chat_template, sort_keys=True)
-
-
 def _refuse_unsafe(template: str) -> None:
     """Raise DataError for access to a name like ``__class__``.
 
     The sandbox refuses such code only when it runs. It may be on a branch that the probe does not take.
     """
+
+    def plain_tag(found: re.Match[str]) -> str:
+        return found[1] + ("endif" if found[2] else "if true") + found[3]
+
+    # transformers' ``{% generation %}`` tag is unknown to Jinja
+    template = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", plain_tag, template)
     try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(template))
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
@@ -165,9 +163,3 @@ def _refuse_unsafe(template: str) -> None:
             raise DataError(
                 f"the chat template reaches outside its sandbox: line {node.lineno}: {name!r}. A template may only read data."
             )
-
-
-def _without_generation(template: str) -> str:
-    """Replace transformers' ``{% generation %}`` tag by a tag of Jinja itself."""
-    template = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", template)
-    return re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)

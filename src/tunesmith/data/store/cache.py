@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import BinaryIO
 
 import numpy as np
 
@@ -41,13 +41,6 @@ NUMBERS = {"row": "<i4", "targets": "<i4", "length": "<i4", "digest": "<u8"}
 SIZES = {name: np.dtype(kind).itemsize for name, kind in NUMBERS.items()}
 BUFFER_BYTES = 1 << 16
 """Held in memory of each file that is being written."""
-
-
-class FileRecord(TypedDict):
-    """A file as the manifest records it; ``size`` in bytes."""
-
-    size: int
-    sha256: str
 
 
 class Scratch:
@@ -138,7 +131,7 @@ class Writer:
 
     def close(self, info: JsonObject) -> None:
         """Write the manifest last; when this returns, everything is on the disk."""
-        closed: dict[str, FileRecord] = {}
+        closed = {}
         for name, file in self._files.items():
             with file:
                 file.flush()
@@ -221,7 +214,7 @@ def _hash_of(manifest: JsonObject) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _map(path: Path, recorded: FileRecord, dtype: str) -> np.ndarray:
+def _map(path: Path, recorded: JsonObject, dtype: str) -> np.ndarray:
     """Map the file as an array. Raises ValueError when it is not what the manifest records."""
     size = path.stat().st_size
     # sha256 reads the file and does not map it: pages that are only checked need not stay in memory.

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import platform
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,6 @@ from tunesmith import files
 from tunesmith.data.batch.pack import Example
 from tunesmith.data.data_config import Source
 from tunesmith.data.encode.conversations import Renderer, find_omitted_text
-from tunesmith.data.encode.templates import template_text
 from tunesmith.data.read import builtin, class_folder, hub_set
 from tunesmith.data.read.row_files import existing
 from tunesmith.data.read.source import Opened
@@ -86,6 +86,7 @@ class Built:
     entry: Entry
     sha256: str
     cached: bool
+    seconds: float
     scratch: object = None
 
 
@@ -101,6 +102,7 @@ def build(
 
     Raises DataError when a file is unreadable, DiskFullError when there is no room.
     """
+    began = time.perf_counter()
     sha256 = content_hash(opened.source)
     options = opened.source.model_dump(mode="json", exclude={"path", "weight"})
     kinds = [kind.__name__ for kind in opened.accepted]
@@ -110,7 +112,7 @@ def build(
     folder = (cache.store() if scratch is None else Path(scratch.name)) / key[:32]
     entry = cache.load(folder)
     if entry is not None:
-        return Built(entry, sha256, True, scratch)
+        return Built(entry, sha256, True, time.perf_counter() - began, scratch)
     if folder.exists():
         files.remove_folder(folder)  # it is damaged
     writer = cache.begin(folder)
@@ -126,7 +128,7 @@ def build(
         raise DataError(
             f"processed data in {folder} cannot be read back. Check the disk, or set data.cache=false."
         )
-    return Built(entry, sha256, False, scratch)
+    return Built(entry, sha256, False, time.perf_counter() - began, scratch)
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def shared_key(objective: Objective, tokenizer: PreTrainedTokenizerBase) -> str:
     kind = type(objective)
     settings = objective.config.model_dump(mode="json", exclude={"overlong"})
     facts = [
-        template_text(tokenizer), {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        tokenizer.chat_template, {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         [kind.__module__, kind.__qualname__, settings, objective.facts],
         version("tokenizers"), version("transformers"), version("jinja2"), platform.python_version(),
     ]  # fmt: skip

@@ -30,6 +30,8 @@ class Views:
         return len(self.example)
 
     def keep(self, mask: np.ndarray) -> Views:
+        if mask.all():  # no copies: there may be millions of rows
+            return self
         return Views(self.example[mask], self.start[mask], self.length[mask], self.targets[mask])
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunesmith.data.check.contamination import contamination
-from tunesmith.data.data_config import DataConfig, Source
+from tunesmith.data.data_config import DataConfig
 from tunesmith.data.encode.templates import apply_template
 from tunesmith.data.read import class_folder, hub_set
 from tunesmith.data.read.source import Opened, eval_sources, open_source
@@ -47,10 +47,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Part:
-    """The examples ``chosen`` (indices) of a source that belong to one split."""
+    """The examples ``chosen`` (indices) of a source that belong to one split.
 
-    built: Built
+    ``role``: "train", "eval", or "eval NAME" with a name of ``data.eval.sets``.
+    """
+
+    role: str
     opened: Opened
+    built: Built
     chosen: np.ndarray
 
     @property
@@ -95,53 +99,39 @@ def prepare(
         raise DataError(
             f"max_length {max_length} is above the model's window of {window} tokens. Set train.max_length to at most {window}."
         )
-    evaluation, sources = eval_sources(config), len(config.train)
-    accepted = tuple(objective.traits.rows)
-    opened = [open_source(source, accepted) for source in config.train]
-    opened += [_open_set(name, source, accepted) for name, source in evaluation.items()]
+    opened = _open_sources(config, tuple(objective.traits.rows))
     template = "none: the rows are plain text"
-    if config.template is not None or any(Chat in item.kinds for item in opened):
+    if config.template is not None or any(Chat in item.kinds for _, item in opened):
         tokenizer, template = apply_template(tokenizer, config.template)
-    _scan(objective, opened[:sources])
-    traits = objective.traits
+    _scan(objective, [item for role, item in opened if role == "train"])
     key = shared_key(objective, tokenizer)
-    parts, seconds = [], []
-    for item in opened:
-        start = time.perf_counter()
+    parts = []
+    for role, item in opened:
         built = build(item, objective, tokenizer, config.cache, key, on_progress)
-        parts.append(_Part(built, item, np.arange(len(built.entry), dtype=np.int32)))
-        seconds.append(time.perf_counter() - start)
+        parts.append(_Part(role, item, built, np.arange(len(built.entry), dtype=np.int32)))
     _check_rows(parts, config)
-
-    train, held = (parts[:sources], parts[sources:]) if evaluation else _hold_out(parts, config, seed)
-    longest = max((int(part.entry.length.max(initial=0)) for part in parts), default=0)
-    limit = max_length or max(2, min(longest, window or longest))
-    if traits.fits_rows:  # several responses in one example: each fits, all of them together need not
-        limit = max(2, longest)
-    elif traits.overlong == "error":
-        _check_lengths(train + held, limit, window)
-    duplicates = _duplicates_across(train, held) if held else 0
+    train, held = _hold_out(parts, config, seed)
+    limit = _limit(train + held, objective, max_length, window)
 
     def split(members: Sequence[_Part], name: str) -> tuple[Encoded, SplitReport]:
         return _split(members, objective, limit, name, config.max_unlearnable)
 
     train_data, train_report = split(train, "training")
-    named = zip(evaluation, held) if config.eval.sets else ()
-    sets = {name: split([part], f"data.eval.sets.{name}")[1] for name, part in named}
+    named = {part.role.removeprefix("eval "): part for part in held if config.eval.sets}
+    sets = {name: split([part], f"data.eval.sets.{name}")[1] for name, part in named.items()}
     eval_data, eval_report = split(held, "evaluation") if held else (None, None)
     shared = None
     if eval_data:
-        shared = contamination(train_data, eval_data, tokenizer, written=traits.head == "lm")
-    roles = ["train"] * sources + [f"eval {name}".strip() for name in evaluation]
-    most = (objective.max_length or train_data.longest) if traits.fits_rows else limit
+        shared = contamination(train_data, eval_data, tokenizer, written=objective.traits.head == "lm")
+    most = (objective.max_length or train_data.longest) if objective.traits.fits_rows else limit
     report = Report(
-        sources=tuple(map(_source_report, parts, roles, seconds)),
+        sources=tuple(map(_source_report, parts)),
         train=train_report,
         eval=eval_report,
         eval_sets=sets,
         template=template,
         max_length=most,
-        duplicates_train_eval=duplicates,
+        duplicates_train_eval=_duplicates_across(train, held) if held else 0,
         contaminated=shared,
         cached=all(part.built.cached for part in parts),
         seconds=time.perf_counter() - began,
@@ -150,12 +140,15 @@ def prepare(
     return Prepared(train_data, eval_data, most, report, tuple(sets))
 
 
-def _open_set(name: str, source: Source, accepted: tuple[type, ...]) -> Opened:
-    """Open an evaluation file; an error names its set."""
-    try:
-        return open_source(source, accepted)
-    except DataError as error:
-        raise DataError(f"data.eval.{f'sets.{name}' if name else 'path'}: {error}") from None
+def _open_sources(config: DataConfig, accepted: tuple[type, ...]) -> list[tuple[str, Opened]]:
+    """Open all sources, each with its role (see :class:`_Part`). An error names the evaluation set."""
+    opened = [("train", open_source(source, accepted)) for source in config.train]
+    for name, source in eval_sources(config).items():
+        try:
+            opened.append((f"eval {name}".strip(), open_source(source, accepted)))
+        except DataError as error:
+            raise DataError(f"data.eval.{f'sets.{name}' if name else 'path'}: {error}") from None
+    return opened
 
 
 def _scan(objective: Objective, opened: Sequence[Opened]) -> None:
@@ -213,12 +206,20 @@ def _problems(part: _Part) -> list[RowProblem]:
 
 
 def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[list[_Part], list[_Part]]:
-    """Split by row: a row's examples stay together. Of two rows or more, at least one is held out, one kept.
+    """Split by role; without sources for evaluation, by row: a row's examples stay together.
+
+    Of two rows or more, at least one is held out and one kept.
 
     Where examples have a ``prompt_key``, all rows of a prompt stay together: the held-out prompts have at
     most as many rows as the recipe asks for, but at least one prompt is held out. Raises DataError.
     """
-    draws = [_draw(part.entry, seed, index) for index, part in enumerate(parts)]
+    held = [part for part in parts if part.role != "train"]
+    if held:
+        return [part for part in parts if part.role == "train"], held
+    draws = []  # float64[examples], equal within a row or a prompt; those below the fraction are held out
+    for index, part in enumerate(parts):
+        keys, rows = part.entry.values.get("prompt_key"), part.entry.row
+        draws.append(hold_out_draws(rows, seed, index) if keys is None else hold_out_draws_by_key(keys, seed))
     ranked = np.sort(np.concatenate([draw[part.first_of_row()] for part, draw in zip(parts, draws)]))
     if config.eval.fraction == 0 or len(ranked) < 2:
         return list(parts), []
@@ -236,14 +237,20 @@ def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[li
     return train, held
 
 
-def _draw(entry: Entry, seed: int, source: int) -> np.ndarray:
-    """float64[examples], equal within a row or a prompt; those below the fraction are held out."""
-    keys = entry.values.get("prompt_key")
-    return hold_out_draws(entry.row, seed, source) if keys is None else hold_out_draws_by_key(keys, seed)
+def _limit(parts: Sequence[_Part], objective: Objective, max_length: int | None, window: int | None) -> int:
+    """The length that examples must fit, in tokens. Raises DataError if one is longer and the policy is ``error``."""
+    longest = max(int(part.entry.length.max(initial=0)) for part in parts)
+    if (
+        objective.traits.fits_rows
+    ):  # several responses in one example: each fits, all of them together need not
+        return max(2, longest)
+    limit = max_length or max(2, min(longest, window or longest))
+    if objective.traits.overlong == "error":
+        _check_lengths(parts, limit, window)
+    return limit
 
 
 def _check_lengths(parts: Sequence[_Part], limit: int, window: int | None) -> None:
-    """Raise DataError if an example is longer than ``limit``."""
     found = [(part, int(index)) for part in parts for index in part.chosen[part.lengths > limit]]
     if not found:
         return
@@ -269,25 +276,8 @@ def _split(
     """Fit the examples of a split to the length, drop those without supervised tokens, and count."""
     policy, fits_rows = objective.traits.overlong, objective.traits.fits_rows
     fitted = [fit(part.entry, part.chosen, policy, limit) for part in parts]
-    empty = [view.targets == 0 for view in fitted]
-    total, unlearnable = sum(map(len, fitted)), int(sum(mask.sum() for mask in empty))
-    first = [
-        part.where(view.example[position])
-        for part, view, mask in zip(parts, fitted, empty)
-        for position in np.flatnonzero(mask)[:LISTED]
-    ][:LISTED]
-    if total == 0 and fits_rows:  # rows that the objective dropped were too long
-        raise _no_rows(name, sum(part.entry.info["kept"] for part in parts), objective.max_length or limit)
-    if total == 0:
-        raise _no_rows(name, sum(len(part.chosen) for part in parts), limit)
-    if unlearnable == total or unlearnable > allowed * total:
-        lines = "\n".join(f"  {place}" for place in first)
-        raise DataError(
-            f"{unlearnable} of {total} {name} examples have nothing to learn (no supervised token within max_length {limit}):\n"
-            f"{lines}\n"
-            "Raise train.max_length, look at `tunesmith data preview`, or raise data.max_unlearnable if this is meant."
-        )
-    views = [view.keep(~mask) if mask.any() else view for view, mask in zip(fitted, empty)]
+    unlearnable, first = _check_supervised(parts, fitted, objective, limit, name, allowed)
+    views = [view.keep(view.targets > 0) for view in fitted]
     sources = [part.opened.source for part in parts]
     encoded = join(
         [part.entry for part in parts], [source.label for source in sources], [source.weight for source in sources],
@@ -310,13 +300,44 @@ def _split(
     )
 
 
-def _no_rows(name: str, examples: int, limit: int) -> DataError:
-    if examples == 0:
-        return DataError(
-            f"no {name} rows: the file has none that can be used. Type `tunesmith data lint FILE` for the reasons."
+def _check_supervised(
+    parts: Sequence[_Part],
+    fitted: Sequence[Views],
+    objective: Objective,
+    limit: int,
+    name: str,
+    allowed: float,
+) -> tuple[int, list[str]]:
+    """Count the examples without supervised tokens and name the first. Raises DataError if they are too
+    many."""
+    empty = [view.targets == 0 for view in fitted]
+    total, unlearnable = sum(map(len, fitted)), int(sum(mask.sum() for mask in empty))
+    first = [
+        part.where(view.example[position])
+        for part, view, mask in zip(parts, fitted, empty)
+        for position in np.flatnonzero(mask)[:LISTED]
+    ][:LISTED]
+    if total == 0:
+        raise _no_rows(parts, objective, limit, name)
+    if unlearnable == total or unlearnable > allowed * total:
+        lines = "".join(f"  {place}\n" for place in first)
+        raise DataError(
+            f"{unlearnable} of {total} {name} examples have nothing to learn (no supervised token within max_length {limit}):\n"
+            f"{lines}Raise train.max_length, look at `tunesmith data preview`, or raise data.max_unlearnable if this is meant."
         )
+    return unlearnable, first
+
+
+def _no_rows(parts: Sequence[_Part], objective: Objective, limit: int, name: str) -> DataError:
+    """The error for a split without examples: no row was usable, or all were too long."""
+    examples = sum(len(part.chosen) for part in parts)
+    if objective.traits.fits_rows:  # it dropped rows before they became examples
+        examples, limit = sum(part.entry.info["kept"] for part in parts), objective.max_length or limit
+    if examples:
+        reason = f"are left: all {examples} are longer than max_length {limit}. Raise train.max_length."
+        return DataError(f"no {name} rows {reason}")
     return DataError(
-        f"no {name} rows are left: all {examples} are longer than max_length {limit}. Raise train.max_length."
+        f"no {name} rows: the file has none that can be used. Type `tunesmith data lint FILE` for the reasons."
     )
 
 
@@ -369,11 +390,11 @@ def _row_digests(parts: Sequence[_Part]) -> np.ndarray:
     return np.sort(np.concatenate(found))
 
 
-def _source_report(part: _Part, role: str, seconds: float) -> SourceReport:
+def _source_report(part: _Part) -> SourceReport:
     info, source = part.entry.info, part.opened.source
     return SourceReport(
         path=source.label,
-        role=role,
+        role=part.role,
         sha256=part.built.sha256,
         format=part.opened.description,
         rows_read=info["read"],
@@ -383,6 +404,6 @@ def _source_report(part: _Part, role: str, seconds: float) -> SourceReport:
         left_out=info["left_out"],
         weight=source.weight,
         cached=part.built.cached,
-        seconds=seconds,
+        seconds=part.built.seconds,
         revision=hub_set.commit_of(hub_set.place(source)) if source.hub else None,
     )
