@@ -152,7 +152,7 @@ def test_policies_fit_and_are_counted(alpaca, policy):
     assert all(prepared.train[i]["input_ids"].shape == prepared.train[i]["supervised"].shape for i in range(len(prepared.train)))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(2, 20))
 def test_blocks_lose_and_double_nothing(lengths, max_length):
     which, start, length = blocks(np.array(lengths), max_length)

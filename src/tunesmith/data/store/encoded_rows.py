@@ -151,17 +151,12 @@ def blocks(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray
     return which, start, np.minimum(max_length, lengths[which] - start)
 
 
-def join(
-    entries: Sequence[Entry],
-    paths: Sequence[str],
-    weights: Sequence[float],
-    views: Sequence[Views],
-    scratch: object = None,
-) -> Encoded:
-    """One ``Encoded`` of the views of several sources, in order."""
+def join(sources: Sequence[tuple[Entry, str, float, object]], views: Sequence[Views]) -> Encoded:
+    """One ``Encoded`` of the views of several sources (entry, path, weight, scratch), in order."""
     source = np.repeat(np.arange(len(views), dtype=np.int32), [len(view) for view in views])
     whole = views[0]
     if len(views) > 1:
         arrays = zip(*((view.example, view.start, view.length, view.targets) for view in views))
         whole = Views(*map(np.concatenate, arrays))
-    return Encoded(tuple(entries), tuple(paths), np.asarray(weights, np.float64), source, whole, scratch)
+    entries, paths, weights, scratch = zip(*sources)
+    return Encoded(entries, paths, np.array(weights, np.float64), source, whole, scratch)

@@ -27,8 +27,7 @@ from tunesmith.json_types import JsonObject
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LISTED = 10
-"""Rows that an error or a report names."""
+LISTED = 10  # rows that an error or a report names
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,9 @@ class _Part:
     def where(self, index: int) -> str:
         return f"{self.opened.source.label}:{self.entry.row[index]}"
 
+    def problems(self) -> list[RowProblem]:
+        return [RowProblem(**problem) for problem in self.entry.info["problems"]]
+
     def first_of_row(self) -> np.ndarray:
         """bool[n]: which examples are the first of their row. Examples of one row are neighbours."""
         rows = self.entry.row[self.chosen]
@@ -99,7 +101,7 @@ def prepare(
         raise DataError(
             f"max_length {max_length} is above the model's window of {window} tokens. Set train.max_length to at most {window}."
         )
-    opened = _open_sources(config, tuple(objective.traits.rows))
+    opened = _open_sources(config, objective.traits.rows)
     template = "none: the rows are plain text"
     if config.template is not None or any(Chat in item.kinds for _, item in opened):
         tokenizer, template = apply_template(tokenizer, config.template)
@@ -120,9 +122,8 @@ def prepare(
     named = {part.role.removeprefix("eval "): part for part in held if config.eval.sets}
     sets = {name: split([part], f"data.eval.sets.{name}")[1] for name, part in named.items()}
     eval_data, eval_report = split(held, "evaluation") if held else (None, None)
-    shared = None
-    if eval_data:
-        shared = contamination(train_data, eval_data, tokenizer, written=objective.traits.head == "lm")
+    written = objective.traits.head == "lm"
+    shared = contamination(train_data, eval_data, tokenizer, written=written) if eval_data else None
     most = (objective.max_length or train_data.longest) if objective.traits.fits_rows else limit
     report = Report(
         sources=tuple(map(_source_report, parts)),
@@ -136,8 +137,8 @@ def prepare(
         cached=all(part.built.cached for part in parts),
         seconds=time.perf_counter() - began,
     )
-    train_data, eval_data = objective.extend(train_data), eval_data and objective.extend(eval_data)
-    return Prepared(train_data, eval_data, most, report, tuple(sets))
+    extended = eval_data and objective.extend(eval_data)
+    return Prepared(objective.extend(train_data), extended, most, report, tuple(sets))
 
 
 def _open_sources(config: DataConfig, accepted: tuple[type, ...]) -> list[tuple[str, Opened]]:
@@ -185,13 +186,14 @@ def _scan(objective: Objective, opened: Sequence[Opened]) -> None:
 def _check_rows(parts: Sequence[_Part], config: DataConfig) -> None:
     """Refuse bad rows, unless they are to be skipped and the rest of each file could be read."""
     bad = [part for part in parts if part.entry.info["problems"]]
-    problems = []
+    problems, words = [], []
     for part in bad:
-        for problem in _problems(part):
-            path = class_folder.place(part.opened.source.path, problem.path) or part.opened.source.label
+        source = part.opened.source
+        words += [source.path, *hub_set.flags(source)]
+        for problem in part.problems():
+            path = class_folder.place(source.path, problem.path) or source.label
             problems.append(replace(problem, path=path))
     total = sum(part.entry.info["read"] - part.entry.info["kept"] for part in parts)
-    words = [word for part in bad for word in (part.opened.source.path, *hub_set.flags(part.opened.source))]
     advice = f"Type `tunesmith data lint {' '.join(dict.fromkeys(words))}` for all of them"
     if any(part.entry.info["fatal"] for part in parts):
         advice += ". The rest of the file cannot be read, so nothing is skipped."
@@ -201,17 +203,12 @@ def _check_rows(parts: Sequence[_Part], config: DataConfig) -> None:
         raise refuse(problems, total, advice)
 
 
-def _problems(part: _Part) -> list[RowProblem]:
-    return [RowProblem(**problem) for problem in part.entry.info["problems"]]
-
-
 def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[list[_Part], list[_Part]]:
     """Split by role; without sources for evaluation, by row: a row's examples stay together.
 
-    Of two rows or more, at least one is held out and one kept.
-
-    Where examples have a ``prompt_key``, all rows of a prompt stay together: the held-out prompts have at
-    most as many rows as the recipe asks for, but at least one prompt is held out. Raises DataError.
+    Of two rows or more, at least one is held out and one kept. Where examples have a ``prompt_key``, all rows
+    of a prompt stay together: the held-out prompts have at most as many rows as the recipe asks for, but at
+    least one prompt is held out. Raises DataError.
     """
     held = [part for part in parts if part.role != "train"]
     if held:
@@ -238,11 +235,10 @@ def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[li
 
 
 def _limit(parts: Sequence[_Part], objective: Objective, max_length: int | None, window: int | None) -> int:
-    """The length that examples must fit, in tokens. Raises DataError if one is longer and the policy is ``error``."""
+    """The length that examples must fit, in tokens. Raises DataError if one is longer and the policy is
+    ``error``."""
     longest = max(int(part.entry.length.max(initial=0)) for part in parts)
-    if (
-        objective.traits.fits_rows
-    ):  # several responses in one example: each fits, all of them together need not
+    if objective.traits.fits_rows:  # each response of an example fits, all of them together need not
         return max(2, longest)
     limit = max_length or max(2, min(longest, window or longest))
     if objective.traits.overlong == "error":
@@ -263,28 +259,28 @@ def _check_lengths(parts: Sequence[_Part], limit: int, window: int | None) -> No
     needed = max(lengths)
     fits = window is None or needed <= window
     advice = f"Set train.max_length={needed}" if fits else f"The model's window is {window}: shorten the rows"
-    raise DataError(
-        f"{len(found)} rows are longer than max_length {limit}; they hold {share:.1%} of all tokens:\n"
-        + "\n".join(lines)
-        + f"\n{advice}, or choose another objective.overlong, such as drop or truncate."
-    )
+    head = f"{len(found)} rows are longer than max_length {limit}; they hold {share:.1%} of all tokens:"
+    advice += ", or choose another objective.overlong, such as drop or truncate."
+    raise DataError("\n".join([head, *lines, advice]))
 
 
 def _split(
     parts: Sequence[_Part], objective: Objective, limit: int, name: str, allowed: float
 ) -> tuple[Encoded, SplitReport]:
     """Fit the examples of a split to the length, drop those without supervised tokens, and count."""
-    policy, fits_rows = objective.traits.overlong, objective.traits.fits_rows
+    policy = objective.traits.overlong
     fitted = [fit(part.entry, part.chosen, policy, limit) for part in parts]
-    unlearnable, first = _check_supervised(parts, fitted, objective, limit, name, allowed)
+    if not any(map(len, fitted)):
+        raise _no_rows(parts, objective, limit, name)
+    unlearnable, first = _check_supervised(parts, fitted, limit, name, allowed)
     views = [view.keep(view.targets > 0) for view in fitted]
-    sources = [part.opened.source for part in parts]
-    encoded = join(
-        [part.entry for part in parts], [source.label for source in sources], [source.weight for source in sources],
-        views, [part.built.scratch for part in parts],
-    )  # fmt: skip
+    sources = [(part.opened.source.label, part.opened.source.weight, part.built) for part in parts]
+    encoded = join([(built.entry, label, weight, built.scratch) for label, weight, built in sources], views)
     lengths = np.concatenate([part.lengths for part in parts])
     digests = _row_digests(parts)
+    overlong = _overlong(lengths, parts, fitted, policy, limit)
+    if objective.traits.fits_rows:
+        overlong = _cut_rows(parts, name, policy)
     return encoded, SplitReport(
         rows=sum(int(part.first_of_row().sum()) for part in parts),
         examples=len(encoded),
@@ -292,33 +288,23 @@ def _split(
         supervised_tokens=int(encoded.supervised.sum()),
         unlearnable=unlearnable,
         unlearnable_first=tuple(first),
-        overlong=_cut_rows(parts, name, policy)
-        if fits_rows
-        else _overlong(lengths, parts, fitted, policy, limit),
+        overlong=overlong,
         duplicates=int(np.count_nonzero(digests[1:] == digests[:-1])),
         histogram=histogram(lengths),
     )
 
 
 def _check_supervised(
-    parts: Sequence[_Part],
-    fitted: Sequence[Views],
-    objective: Objective,
-    limit: int,
-    name: str,
-    allowed: float,
+    parts: Sequence[_Part], fitted: Sequence[Views], limit: int, name: str, allowed: float
 ) -> tuple[int, list[str]]:
-    """Count the examples without supervised tokens and name the first. Raises DataError if they are too
-    many."""
-    empty = [view.targets == 0 for view in fitted]
-    total, unlearnable = sum(map(len, fitted)), int(sum(mask.sum() for mask in empty))
+    """Count the examples without supervised tokens, and name the first ones. Raises DataError for too many."""
+    empty = [np.flatnonzero(view.targets == 0) for view in fitted]
+    total, unlearnable = sum(map(len, fitted)), sum(map(len, empty))
     first = [
-        part.where(view.example[position])
-        for part, view, mask in zip(parts, fitted, empty)
-        for position in np.flatnonzero(mask)[:LISTED]
+        part.where(view.example[index])
+        for part, view, indices in zip(parts, fitted, empty)
+        for index in indices[:LISTED]
     ][:LISTED]
-    if total == 0:
-        raise _no_rows(parts, objective, limit, name)
     if unlearnable == total or unlearnable > allowed * total:
         lines = "".join(f"  {place}\n" for place in first)
         raise DataError(
@@ -400,7 +386,7 @@ def _source_report(part: _Part) -> SourceReport:
         rows_read=info["read"],
         rows_kept=info["kept"],
         rows_rejected=info["read"] - info["kept"],
-        problems=tuple(str(replace(problem, path=source.label)) for problem in _problems(part)),
+        problems=tuple(str(replace(problem, path=source.label)) for problem in part.problems()),
         left_out=info["left_out"],
         weight=source.weight,
         cached=part.built.cached,

@@ -279,7 +279,7 @@ def test_a_token_of_the_text_keeps_no_other_from_being_learnt():
     assert (one(row, plain)["supervised"] == one(row, same)["supervised"]).all()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     name=st.sampled_from(sorted(set(ZOO) - {"qwen3", "deepseek"})),
     contents=st.lists(
