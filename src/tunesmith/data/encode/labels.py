@@ -15,13 +15,9 @@ from tunesmith.suggestions import did_you_mean
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 """Values of transformers' ``problem_type``."""
 
-LARGEST_TARGET = 1e18
-"""Largest regression target: errors are squared in fp32."""
-
+LARGEST_TARGET = 1e18  # largest regression target: errors are squared in fp32
 WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
-
-MOST_CLASSES = 1000
-"""A column with more different values hardly holds classes."""
+MOST_CLASSES = 1000  # a column with more different values hardly holds classes
 
 
 @dataclass

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 TEMPLATE = "{question}\n\n{context}"
 """How both become one text. No byte-level vocabulary has a token of a line break and a letter next to it."""
 
-FEWEST_CONTEXT_TOKENS = 8
-"""Tokens of context that must have room next to the question, unless all of them do."""
+FEWEST_CONTEXT_TOKENS = 8  # tokens of context that must have room next to the question, unless all of them do
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,8 @@ from tunesmith.data.encode.templates import RENDER_ERRORS
 from tunesmith.data.rows import Chat, Message
 from tunesmith.json_types import JsonObject
 
-END = 1 << 62
-"""An end after the end of any text."""
-
-OPEN, CLOSE = "\ue0f0", "\ue0f1"
-"""Private-use characters that mark a turn's content in a second rendering."""
+END = 1 << 62  # an end after the end of any text
+OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that mark a turn's content in a second rendering
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,7 @@ from tunesmith.errors import ModelError
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-PAIR_TEMPLATE = "{text}\n\n{text_pair}"
-"""How two texts become one for a tokenizer without a separator."""
-
+PAIR_TEMPLATE = "{text}\n\n{text_pair}"  # how two texts become one for a tokenizer without a separator
 BYTES_OF_NO_TEXT = ("\u00ff", "\u00fe", "\u00f7")
 """Tokens of the bytes FF, FE and F7 in byte-level vocabularies. UTF-8 never has these bytes."""
 

@@ -34,13 +34,11 @@ from tunesmith.json_types import JsonObject
 VERSION = 2
 ALIGNED = ("input_ids", "supervised", "token_type_ids")
 """Arrays with one number for each token: a length policy cuts them with the tokens."""
-ABANDONED_SECONDS = 2 * 24 * 3600.0
-"""An unfinished folder of this age belongs to no living process."""
+ABANDONED_SECONDS = 2 * 24 * 3600.0  # an unfinished folder of this age belongs to no living process
 NUMBERS = {"row": "<i4", "targets": "<i4", "length": "<i4", "digest": "<u8"}
 """Numbers kept for each example, and their types."""
 SIZES = {name: np.dtype(kind).itemsize for name, kind in NUMBERS.items()}
-BUFFER_BYTES = 1 << 16
-"""Held in memory of each file that is being written."""
+BUFFER_BYTES = 1 << 16  # held in memory of each file that is being written
 
 
 class Scratch:

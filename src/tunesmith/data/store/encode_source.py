@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tunesmith import files
+from tunesmith.data import rows
 from tunesmith.data.batch.pack import Example
 from tunesmith.data.data_config import Source
 from tunesmith.data.encode.conversations import Renderer, find_omitted_text
@@ -23,17 +24,6 @@ from tunesmith.data.read import builtin, class_folder, hub_set
 from tunesmith.data.read.row_files import existing
 from tunesmith.data.read.source import Opened
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
-from tunesmith.data.rows import (
-    Answered,
-    Chat,
-    Labelled,
-    PromptCompletion,
-    Question,
-    Row,
-    Tagged,
-    Text,
-    digest,
-)
 from tunesmith.data.store import cache
 from tunesmith.data.store.cache import Entry, Writer
 from tunesmith.data.store.encoded_rows import Encoded
@@ -48,22 +38,17 @@ ENCODING_FOLDERS = ("read", "formats", "encode")
 ENCODING_FILES = ("rows.py", "row_problems.py", "store/encode_source.py", "store/cache.py")
 """Code in ``tunesmith.data`` that a stored example depends on: an edit of it makes every cache entry anew."""
 
-BATCH_ROWS = 128
-"""Rows tokenised in one call."""
-
+BATCH_ROWS = 128  # rows tokenised in one call
 BATCH_CHARACTERS = 1 << 18
 """Characters tokenised in one call: each token has its offsets, so long documents would take much memory."""
 
-COMPARED_ROWS = 200
-"""Conversations compared with their rendering, to report what a template omits."""
-
+COMPARED_ROWS = 200  # conversations compared with their rendering, to report what a template omits
 THREADS = 2
 
-Located = tuple[Record, Row]
+Located = tuple[Record, rows.Row]
 Encodings = tuple[list[tuple[Located, list[Example]]], list[RowProblem]]
 
-Progress = Callable[[str, int], None]
-"""Called with a source's path and the rows read of it so far."""
+Progress = Callable[[str, int], None]  # called with a source's path and the rows read of it so far
 
 
 class Objective(Protocol):
@@ -74,8 +59,8 @@ class Objective(Protocol):
     facts: JsonObject
     max_length: int | None
 
-    def scan(self, rows: Iterable[Row]) -> None: ...
-    def encode(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]: ...
+    def scan(self, rows: Iterable[rows.Row]) -> None: ...
+    def encode(self, rows: Sequence[rows.Row], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]: ...
     def extend(self, data: Encoded) -> Encoded: ...
 
 
@@ -149,7 +134,7 @@ class _SourceEncoder:
         for encoded, problems in self._encode_ahead():
             read += len(problems)
             for (record, row), examples in encoded:
-                writer.add(examples, record.row, digest(row))
+                writer.add(examples, record.row, rows.digest(row))
                 if record.row != last:  # a pair that becomes two rows is one row of the file
                     read, kept, last = read + 1, kept + 1, record.row
                 if renderer and len(examples) == 1 and omitted["looked_at"] < COMPARED_ROWS:
@@ -203,22 +188,23 @@ class _SourceEncoder:
         return [one for done, _ in parts for one in done], problems + refused
 
 
-def _characters(row: Row) -> int:
+def _characters(row: rows.Row) -> int:
     """Characters of a row that are tokenised."""
     match row:
-        case Text(text) | Tagged(text):
+        case rows.Text(text) | rows.Tagged(text):
             return len(text)
-        case PromptCompletion(first, second) | Question(first, second):
+        case rows.PromptCompletion(first, second) | rows.Question(first, second):
             return len(first) + len(second)
-        case Labelled(text, pair):
+        case rows.Labelled(text, pair):
             return len(text) + len(pair or "")
-        case Chat(messages):
+        case rows.Chat(messages):
             return sum(len(message["content"]) for message in messages)
     return sum(map(_characters, row.written()))
 
 
-def _count_omitted(row: Row, record: Record, renderer: Renderer, omitted: JsonObject) -> None:
-    chats = [one for one in (row.written() if isinstance(row, Answered) else [row]) if isinstance(one, Chat)]
+def _count_omitted(row: rows.Row, record: Record, renderer: Renderer, omitted: JsonObject) -> None:
+    written = row.written() if isinstance(row, rows.Answered) else [row]
+    chats = [one for one in written if isinstance(one, rows.Chat)]
     if not chats:
         return
     omitted["looked_at"] += 1

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-DRAW, SHUFFLE, HOLD_OUT = 1, 2, 3
-"""Purposes whose random streams are independent."""
+DRAW, SHUFFLE, HOLD_OUT = 1, 2, 3  # purposes whose random streams are independent
 
 
 def epoch_order(
