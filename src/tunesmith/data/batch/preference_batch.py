@@ -95,7 +95,7 @@ def _comparisons(examples: Sequence[Example]) -> Batch:
 
 
 def reference_logps(examples: Sequence[Example]) -> Batch:
-    """``reference_logps`` float64 (responses,): the policy's before its first step; empty without them."""
+    """``reference_logps`` float64 (responses,), computed before the first step; empty without them."""
     if any("reference_logps" not in example for example in examples):
         return {}
     return tensors(reference_logps=np.concatenate([example["reference_logps"] for example in examples]))

@@ -16,7 +16,7 @@ from tunesmith.data.batch.pack import Batch, Example, Layout
 
 
 def arrange(examples: Sequence[Example], layout: Layout) -> tuple[Batch, list[np.ndarray]]:
-    """Return the batch, and for each response with its prefix its positions when flattened: int64 (P + A,).
+    """Return the batch, and the positions of each response with its prefix in the flattened batch, (P + A,).
 
     A shared layout holds each prefix once, then its responses: input_ids, position_ids (1, tokens);
     ``segments``, the lengths of these parts; ``behind``, for each part the index of the prefix that it

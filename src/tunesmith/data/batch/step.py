@@ -150,7 +150,7 @@ class Step:
         return made
 
     def with_arrays(self, arrays: Sequence[Mapping[str, np.ndarray]]) -> Step:
-        """Return the step with more arrays in each example, in order: numbers of the whole step travel so."""
+        """Return the step with more arrays in each of its examples, in order."""
         examples = [{**example, **more} for example, more in zip(self.examples(), arrays, strict=True)]
         return replace(self, data=Listed(examples, self.names()), rows=np.arange(len(self)))
 

@@ -23,7 +23,7 @@ OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that mark a turn's co
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Characters ``start`` to ``end`` of the rendered text. ``stopped``: they end with a special token."""
+    """Characters ``start`` to ``end`` of the rendered text. ``stopped``: a special token ends them."""
 
     start: int
     end: int
@@ -50,7 +50,6 @@ class Render(Protocol):
 
 
 def assistant_turns(messages: Sequence[Message]) -> list[int]:
-    """Indices of the assistant's turns."""
     return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
 
 

@@ -162,7 +162,7 @@ def _tokenised(
 
 
 def _words_of(offsets: np.ndarray, places: np.ndarray) -> np.ndarray | None:
-    """int32[n]: the word that each token shares a character with, -1 = none; None if one has two words."""
+    """int32[n]: the word that each token shares a character with, or -1; None if a token shares with two."""
     first = np.searchsorted(places[:, 1], offsets[:, 0], side="right")
     last = np.searchsorted(places[:, 0], offsets[:, 1], side="left") - 1
     if (first < last).any():
@@ -202,7 +202,7 @@ def _complete(ids: np.ndarray, word: np.ndarray, count: int, tokenizer: PreTrain
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token of a word that the tokenizer drops: the unknown, else a space's, else the end token."""
+    """The token of a word that the tokenizer drops: the unknown token, that of a space, or the end token."""
     if tokenizer.unk_token_id is not None:
         return int(tokenizer.unk_token_id)
     space = tokenizer(" ", add_special_tokens=False)["input_ids"]

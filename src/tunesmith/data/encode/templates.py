@@ -151,15 +151,13 @@ def _refuse_unsafe(template: str) -> None:
         raise DataError(
             f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
         ) from None
-    for node in tree.find_all((nodes.Getattr, nodes.Getitem, nodes.Filter)):
-        name: object = None
-        if isinstance(node, nodes.Getattr):
-            name = node.attr
-        elif isinstance(node, nodes.Getitem):
-            name = node.arg.value if isinstance(node.arg, nodes.Const) else None
-        elif isinstance(node, nodes.Filter) and node.name == "attr" and node.args:
-            name = node.args[0].value if isinstance(node.args[0], nodes.Const) else None
-        if isinstance(name, str) and name.startswith("__"):
-            raise DataError(
-                f"the chat template reaches outside its sandbox: line {node.lineno}: {name!r}. A template may only read data."
-            )
+    for node in tree.find_all(nodes.Expr):
+        match node:
+            case (
+                nodes.Getattr(attr=str(name))
+                | nodes.Getitem(arg=nodes.Const(value=str(name)))
+                | nodes.Filter(name="attr", args=[nodes.Const(value=str(name)), *_])
+            ) if name.startswith("__"):
+                raise DataError(
+                    f"the chat template reaches outside its sandbox: line {node.lineno}: {name!r}. A template may only read data."
+                )

@@ -170,7 +170,7 @@ def store() -> Path:
 
 
 def begin(folder: Path) -> Writer:
-    """Return a writer into a new folder next to ``folder``; ``finish`` renames it. Removes abandoned ones."""
+    """Return a writer into a new folder next to ``folder``, and remove abandoned folders there."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         files.remove_abandoned(folder.parent, ".*.*", ABANDONED_SECONDS)
@@ -180,7 +180,7 @@ def begin(folder: Path) -> Writer:
 
 
 def finish(writer: Writer, folder: Path, info: JsonObject) -> None:
-    """Complete the writer's folder and rename it to ``folder``. Keeps another process's."""
+    """Complete the writer's folder and rename it to ``folder``, unless another process was first."""
     writer.close(info)
     try:
         os.rename(writer.folder, folder)
@@ -234,7 +234,7 @@ def forget(values: np.ndarray) -> None:
 
 
 def disk_error(error: OSError, folder: Path) -> OSError | DiskFullError | UserError:
-    """The error to raise for one met while writing under ``folder``: full disk, closed folder, or itself."""
+    """Return the error to raise for ``error``, which was met while writing under ``folder``."""
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
         return UserError(
             f"processed data cannot be written to {folder}: {error.strerror}. Set TUNESMITH_HOME to a folder that can be written."

@@ -89,7 +89,6 @@ class Report:
     seconds: float
 
     def as_dict(self) -> JsonObject:
-        """JSON-able."""
         return asdict(self)
 
     def lines(self) -> list[str]:
