@@ -18,7 +18,7 @@ import numpy as np
 from tunesmith.data.batch.pack import Example
 from tunesmith.data.encode.spans import END, Span, SpanError, assistant_turns, find_span
 from tunesmith.data.encode.templates import PROBE, RENDER_ERRORS, end_id, special_ends
-from tunesmith.data.encode.texts import tokenize
+from tunesmith.data.encode.texts import call_tokenizer
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, Message, PromptCompletion, Text, Written
 from tunesmith.errors import DataError
@@ -140,11 +140,8 @@ def encode(
         except SpanError as error:
             raise RowFault(index, error.expected, error.got, error.fix) from None
         except RENDER_ERRORS as error:
-            expected, fix = (
-                "a conversation that the chat template accepts",
-                "Change the row or data.template.",
-            )
-            raise RowFault(index, expected, f"{type(error).__name__}: {error}", fix) from None
+            got, fix = f"{type(error).__name__}: {error}", "Change the row or data.template."
+            raise RowFault(index, "a conversation that the chat template accepts", got, fix) from None
     examples = iter(tokenise(list(chain.from_iterable(texts)), tokenizer))
     return [[next(examples) for _ in group] for group in texts]
 
@@ -157,7 +154,7 @@ def tokenise(texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> l
     """
     if not texts:
         return []
-    encoded = tokenize(tokenizer, [item.text for item in texts])
+    encoded = call_tokenizer(tokenizer, [item.text for item in texts])
     return [
         _example(item, ids, encoding)
         for item, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings)

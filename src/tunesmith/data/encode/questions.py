@@ -16,7 +16,7 @@ import numpy as np
 
 from tunesmith.data.batch.pack import Example
 from tunesmith.data.encode.templates import end_id, special_ends
-from tunesmith.data.encode.texts import has_separator, has_token_types, tokenize
+from tunesmith.data.encode.texts import call_tokenizer, has_separator, has_token_types
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Question
 
@@ -52,14 +52,13 @@ def encode(
 ) -> list[list[Example]]:
     """For each row its windows of at most ``max_length`` tokens.
 
-    ``input_ids``      int32[n], and ``token_type_ids`` uint8[n] if the tokenizer has them
-        ``offsets`` int32[2n]: start and end of each token in characters of the whole context, without white space at its
-                       ends; -1 for all other tokens
-    ``span``           int32[2]: first and last token of the first answer; the null position twice where this window does
-                       not hold all of it; -1 if the answer is unknown
-    ``null``           int32[1]: the position of "no answer": the first token; in a ``causal`` network the last, which sees all
-    ``context``        uint8: UTF-8 of this window's context, from the first character that ``offsets`` names
-    ``golds``          uint8: JSON of all answers' texts, in the first window of a row; empty if they are unknown
+    ``input_ids`` int32[n], and ``token_type_ids`` uint8[n] if the tokenizer has them; ``offsets`` int32[2n]:
+    start and end of each token in characters of the whole context, without white space at its ends, -1 for
+    all other tokens; ``span`` int32[2]: first and last token of the first answer, the null position twice
+    where this window does not hold all of it, -1 if the answer is unknown; ``null`` int32[1]: the position of
+    "no answer", the first token, in a ``causal`` network the last, which sees all; ``context`` uint8: UTF-8
+    of this window's context, from the first character that ``offsets`` names; ``golds`` uint8: JSON of all
+    answers' texts, in the first window of a row, empty if they are unknown.
 
     Windows overlap by ``stride`` tokens, and by as many as keep an answer of ``longest_answer`` tokens whole
     in one of them, both as far as the question leaves room.
@@ -85,7 +84,7 @@ def answer_text(context: np.ndarray, offsets: np.ndarray, start: int, end: int) 
 
 def _pairs(rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> list[_Tokens]:
     questions, contexts = [row.question for row in rows], [row.context for row in rows]
-    encoded = tokenize(tokenizer, questions, contexts, special_tokens=True)
+    encoded = call_tokenizer(tokenizer, questions, contexts, special_tokens=True)
     return [
         _tokens(encoded, number, _part(encoded, number, 1), _offsets(encoded, number))
         for number in range(len(rows))
@@ -97,7 +96,7 @@ def _templated(rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase, tem
     starts = [head.replace("{question}", row.question) for row in rows]
     ends = [tail.replace("{question}", row.question) for row in rows]
     texts = [start + row.context + end for start, row, end in zip(starts, rows, ends)]
-    encoded = tokenize(tokenizer, texts, special_tokens=True)
+    encoded = call_tokenizer(tokenizer, texts, special_tokens=True)
     out = []
     for number, (row, text) in enumerate(zip(rows, texts)):
         first, end = len(starts[number]), len(starts[number]) + len(row.context)
@@ -119,9 +118,9 @@ def _crosses(text: str, offsets: np.ndarray, seam: int) -> bool:
 def _in_parts(start: str, context: str, end: str, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
     """The text before the context, the context, and the text after it, each tokenised alone."""
     before, after = special_ends(tokenizer)
-    encoded = tokenize(tokenizer, [start, context, end])
+    encoded = call_tokenizer(tokenizer, [start, context, end])
     head, ids, tail = encoded["input_ids"]
-    head, tail = head if start else [], tail if end else []  # metaspace makes a token of an empty text
+    head, tail = head if start else [], tail if end else []  # whatever it makes of an empty text
     whole = np.array([*before, *head, *ids, *tail, *after], np.int32)
     types = np.zeros(len(whole), np.uint8) if has_token_types(tokenizer) else None
     first = len(before) + len(head)

@@ -26,11 +26,11 @@ def encode(
     """Tokenise rankings in one batch: for each row one example, or none when it is dropped.
 
     ``input_ids``  int32[P + A_1 + ... + A_K]: the common prefix once, then the rest of each response
-    ``answers``    int32[K + 1]: P, A_1, ..., A_K. P is the longest prefix without a supervised token that leaves each A at
-                   least 1; it may be 0
-    ``learnt``     bool, for each token: supervised, as ``conversations.encode`` marks every assistant turn of this response
+    ``answers``    int32[K + 1]: P, A_1, ..., A_K; P is the longest prefix without a supervised token that
+                   leaves each A at least 1; it may be 0
+    ``learnt``     bool, for each token: supervised, as ``conversations.encode`` marks every assistant turn
                    (tool calls included, what the tools return not)
-    ``pairs``      int32[2 n]: better, worse, better, worse, ...: every two responses whose ranks differ, numbered from 0
+    ``pairs``      int32[2 n]: better, worse, better, worse, ...: every two responses whose ranks differ
     ``margins``    float32[n]: score of the better response minus that of the worse; 0 without scores
     ``cut``        int32[1]: tokens that were cut from the prompt's left
 

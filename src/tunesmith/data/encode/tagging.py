@@ -16,7 +16,7 @@ from tunesmith.data.batch.pack import Example
 from tunesmith.data.encode.labels import unknown_label
 from tunesmith.data.encode.spans import END
 from tunesmith.data.encode.templates import special_ends
-from tunesmith.data.encode.texts import has_token_types, tokenize
+from tunesmith.data.encode.texts import call_tokenizer, has_token_types
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError
@@ -154,7 +154,7 @@ def _tokenised(
     """(ids int32[n], offsets int64[n, 2] in characters) of each text, without special tokens."""
     if not texts:
         return []
-    encoded = tokenize(tokenizer, texts)
+    encoded = call_tokenizer(tokenizer, texts)
     return [
         (np.array(ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2))
         for ids, encoding in zip(encoded["input_ids"], encoded.encodings, strict=True)

@@ -22,7 +22,7 @@ BYTES_OF_NO_TEXT = ("\u00ff", "\u00fe", "\u00f7")
 """Tokens of the bytes FF, FE and F7 in byte-level vocabularies. UTF-8 never has these bytes."""
 
 
-def tokenize(
+def call_tokenizer(
     tokenizer: PreTrainedTokenizerBase,
     first: Sequence[str],
     second: Sequence[str] | None = None,
@@ -62,7 +62,9 @@ def encode(
         if not chosen:
             continue
         second = [pair for index in chosen if (pair := texts[index][1]) is not None] if paired else None
-        encoded = tokenize(tokenizer, [texts[index][0] for index in chosen], second, special_tokens=True)
+        encoded = call_tokenizer(
+            tokenizer, [texts[index][0] for index in chosen], second, special_tokens=True
+        )
         for name, dtype in (("input_ids", np.int32), ("token_type_ids", np.uint8)):
             for index, values in zip(chosen, encoded.get(name, ())):
                 out[index][name] = np.array(values, dtype)
@@ -75,7 +77,7 @@ def join_pair(text: str, pair: str, template: str) -> str:
 
 
 def set_padding_token(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> str:
-    """Give ``tokenizer`` a padding token that never ends a row and return it; it is one of ``rows`` tokens.
+    """Give ``tokenizer`` a padding token below ``rows`` (of the embedding) that never ends a row; return it.
 
     transformers' decoder classes read the last token that is not padding. So if the padding token is missing,
     or is the end token, another special token takes over: one that the tokenizer does not write by itself. A
