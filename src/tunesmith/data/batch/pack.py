@@ -87,12 +87,8 @@ def with_positions(examples: Sequence[Example], layout: Layout, read: Sequence[n
     """
     batch, starts = arrange(examples, layout.packed)
     positions = np.concatenate([start + tokens for start, tokens in zip(starts, read)]).astype(np.int64)
-    return {
-        **batch,
-        **tensors(positions=positions),
-        "places": [len(tokens) for tokens in read],
-        "rows": file_rows(examples),
-    }
+    batch |= tensors(positions=positions)
+    return {**batch, "places": [len(tokens) for tokens in read], "rows": file_rows(examples)}
 
 
 def file_rows(examples: Sequence[Example]) -> list[tuple[int, ...]]:

@@ -118,8 +118,6 @@ def build(
 
 @dataclass(frozen=True)
 class _SourceEncoder:
-    """Encodes the rows of one source."""
-
     opened: Opened
     objective: Objective
     tokenizer: PreTrainedTokenizerBase

@@ -18,8 +18,7 @@ Overlong = Literal["error", "split", "drop", "truncate"]
 
 @dataclass(frozen=True)
 class Views:
-    """Parts of examples, int32[n]: ``example`` index, ``start``, ``length`` in tokens, loss units
-    ``targets``."""
+    """Parts of examples, int32[n]: index of the example, first token, tokens, loss units."""
 
     example: np.ndarray
     start: np.ndarray
@@ -41,7 +40,6 @@ class Encoded:
 
     ``source``   int32[n]: index into ``entries`` of each example
     ``weights``  float64[sources]: how often an epoch visits each source
-
     """
 
     entries: tuple[Entry, ...]
