@@ -75,27 +75,23 @@ def _responses(examples: Sequence[Example]) -> list[tuple[Example, slice]]:
 
 
 def _comparisons(examples: Sequence[Example]) -> Batch:
-    """Which responses are compared, and the reference log-probabilities (:func:`reference_logps`).
+    """Which responses are compared.
 
     pairs (n, 2): the better and the worse response; margins, weights (n,): the weights of a row's pairs sum
     to 1 (Ouyang et al. 2022, equation 1); ``of`` (n,): index into ``rows`` of each pair; ``rows``: see
-    ``pack.file_rows``; ``counts``: responses of each row.
+    ``pack.file_rows``; ``counts``: responses of each row; reference_logps float64 (responses,), computed
+    before the first step, if the examples have them.
     """
     counts = [len(example["answers"]) - 1 for example in examples]
     first = np.cumsum(counts) - counts
     pairs = [example["pairs"].reshape(-1, 2) + start for example, start in zip(examples, first)]
     numbers = [len(row) for row in pairs]
-    arrays = tensors(
-        pairs=np.concatenate(pairs).astype(np.int64),
-        margins=np.concatenate([example["margins"] for example in examples]).astype(np.float32),
-        weights=np.repeat([1 / max(number, 1) for number in numbers], numbers).astype(np.float32),
-    )
+    arrays = {
+        "pairs": np.concatenate(pairs).astype(np.int64),
+        "margins": np.concatenate([example["margins"] for example in examples]).astype(np.float32),
+        "weights": np.repeat([1 / max(number, 1) for number in numbers], numbers).astype(np.float32),
+    }
+    if all("reference_logps" in example for example in examples):
+        arrays["reference_logps"] = np.concatenate([example["reference_logps"] for example in examples])
     of = np.repeat(np.arange(len(examples)), numbers).tolist()
-    return {**arrays, "of": of, "rows": file_rows(examples), "counts": counts, **reference_logps(examples)}
-
-
-def reference_logps(examples: Sequence[Example]) -> Batch:
-    """``reference_logps`` float64 (responses,), computed before the first step; empty without them."""
-    if any("reference_logps" not in example for example in examples):
-        return {}
-    return tensors(reference_logps=np.concatenate([example["reference_logps"] for example in examples]))
+    return {**tensors(**arrays), "of": of, "rows": file_rows(examples), "counts": counts}

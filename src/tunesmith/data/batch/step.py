@@ -155,8 +155,6 @@ class Step:
         return replace(self, data=Listed(examples, self.names()), rows=np.arange(len(self)))
 
     def _groups(self, places: Sequence[int], budget: int, layout: Layout) -> list[list[int]]:
-        if not places:
-            return []
         tokens, rows = self.data.sizes(self.rows[list(places)], layout)
         groups = groups_under(tokens.tolist(), budget, layout, rows.tolist())
         return [[places[index] for index in group] for group in groups]
