@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tests.data.zoo import ZOO
 from tests.tiny import tiny_tokenizer
-from tunesmith.data.encode.conversations import Renderer, encode, find_omitted_text, prompt_ids, stop_ids
-from tunesmith.data.encode.templates import TEMPLATES, apply_template
+from tunesmith.data.encode.conversations import encode, find_omitted_text, prompt_ids, stop_ids
+from tunesmith.data.encode.templates import TEMPLATES, Renderer, apply_template
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, PromptCompletion, Text
 from tunesmith.errors import DataError

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.data.check.lint_judgements import Judgements, warnings
 from tunesmith.data.check.lint_pairs import Pairs
 from tunesmith.data.data_config import Source
-from tunesmith.data.encode.conversations import Renderer, TrainOn, find_omitted_text, render
+from tunesmith.data.encode.conversations import TrainOn, find_omitted_text, render
 from tunesmith.data.encode.spans import SpanError
-from tunesmith.data.encode.templates import RENDER_ERRORS
+from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
 from tunesmith.data.read.source import ROW_TYPES, open_source
 from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.data.rows import Answered, Chat, Judged, Ranking, Row, digest

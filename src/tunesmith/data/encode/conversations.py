@@ -17,12 +17,11 @@ import numpy as np
 
 from tunesmith.data.batch.pack import Example
 from tunesmith.data.encode.spans import END, Span, SpanError, assistant_turns, find_span
-from tunesmith.data.encode.templates import PROBE, RENDER_ERRORS, end_id, special_ends
+from tunesmith.data.encode.templates import PROBE, RENDER_ERRORS, Renderer, end_id, special_tokens
 from tunesmith.data.encode.texts import call_tokenizer
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, Message, PromptCompletion, Text, Written
 from tunesmith.errors import DataError
-from tunesmith.json_types import JsonObject
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -43,60 +42,6 @@ class Rendered:
     after: tuple[int, ...] = ()
 
 
-class Renderer:
-    """Renders rows for one tokenizer, whose special tokens it looks up once."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.is_fast:
-            raise DataError(
-                f"the tokenizer {type(tokenizer).__name__} returns no character offsets, so masks cannot be made. "
-                "Use a model with a tokenizer.json (a fast tokenizer)."
-            )
-        self.tokenizer = tokenizer
-        self.eos: str | None = tokenizer.eos_token
-        self.specials = special_tokens(tokenizer)
-        self.before = tuple(special_ends(tokenizer)[0])
-
-    def __call__(self, messages: Sequence[Message], tools: Sequence[JsonObject], prompt: bool = False) -> str:
-        """Render turns by the chat template. ``prompt``: add its generation prompt."""
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
-        )
-        return str(text)
-
-    def end(self) -> tuple[int, ...]:
-        return (end_id(self.tokenizer, "which closes each row"),)
-
-    def document(self, text: str, start: int) -> Rendered:
-        """A text without template, supervised from character ``start``. It gets the tokenizer's first tokens
-        and one end token, unless the text has them itself."""
-        bos = self.tokenizer.bos_token
-        begun = bool(bos) and text.startswith(bos)
-        ended = bool(self.eos) and text.endswith(self.eos or "")
-        return Rendered(text, (Span(start, END),), () if begun else self.before, () if ended else self.end())
-
-    def chat(self, row: Chat, train_on: TrainOn | int) -> Rendered:
-        """A conversation with the spans of the turns that ``train_on`` names, as in :func:`encode`."""
-        turns = assistant_turns(row.messages)
-        if isinstance(train_on, int):
-            wanted = [turn for turn in turns if turn >= train_on]
-        else:
-            wanted = turns if train_on == "assistant" else turns[-1:]
-        if not wanted:
-            raise SpanError("a turn of the assistant", "none", "Add the assistant's answer.")
-        full = self(row.messages, row.tools)
-        spans = [find_span(self, row, full, turn) for turn in wanted]
-        # Where the template does not close a final answer, the end token does.
-        after = self.end() if turns[-1] == len(row.messages) - 1 and not spans[-1].stopped else ()
-        return Rendered(full, (Span(0, END),) if train_on == "all" else tuple(spans), (), after)
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Texts of the special tokens, longest first (a token may begin with another)."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(sorted({*added, *tokenizer.all_special_tokens}, key=lambda token: (-len(token), token)))
-
-
 def render(
     row: Written, renderer: Renderer, train_on: TrainOn | int = "completion", expand_turns: bool = False
 ) -> list[Rendered]:
@@ -105,14 +50,45 @@ def render(
     ``train_on`` as in :func:`encode`, for one row. Raises SpanError or one of ``RENDER_ERRORS``.
     """
     if isinstance(row, Text):
-        return [renderer.document(row.text, 0)]
+        return [_document(renderer, row.text, 0)]
     if isinstance(row, PromptCompletion):
         start = 0 if train_on == "all" else len(row.prompt)
-        return [renderer.document(row.prompt + row.completion, start)]
+        return [_document(renderer, row.prompt + row.completion, start)]
     if not expand_turns:
-        return [renderer.chat(row, train_on)]
+        return [_chat(renderer, row, train_on)]
     parts = [Chat(row.messages[: turn + 1], row.tools) for turn in assistant_turns(row.messages)]
-    return [renderer.chat(part, "completion") for part in parts]
+    return [_chat(renderer, part, "completion") for part in parts]
+
+
+def _document(renderer: Renderer, text: str, start: int) -> Rendered:
+    """A text without template, supervised from character ``start``. It gets the tokenizer's first tokens
+    and one end token, unless the text has them itself."""
+    bos = renderer.tokenizer.bos_token
+    begun = bool(bos) and text.startswith(bos)
+    ended = bool(renderer.eos) and text.endswith(renderer.eos or "")
+    return Rendered(
+        text, (Span(start, END),), () if begun else renderer.before, () if ended else _end(renderer)
+    )
+
+
+def _chat(renderer: Renderer, row: Chat, train_on: TrainOn | int) -> Rendered:
+    """A conversation with the spans of the turns that ``train_on`` names, as in :func:`encode`."""
+    turns = assistant_turns(row.messages)
+    if isinstance(train_on, int):
+        wanted = [turn for turn in turns if turn >= train_on]
+    else:
+        wanted = turns if train_on == "assistant" else turns[-1:]
+    if not wanted:
+        raise SpanError("a turn of the assistant", "none", "Add the assistant's answer.")
+    full = renderer(row.messages, row.tools)
+    spans = [find_span(renderer, row, full, turn) for turn in wanted]
+    # Where the template does not close a final answer, the end token does.
+    after = _end(renderer) if turns[-1] == len(row.messages) - 1 and not spans[-1].stopped else ()
+    return Rendered(full, (Span(0, END),) if train_on == "all" else tuple(spans), (), after)
+
+
+def _end(renderer: Renderer) -> tuple[int, ...]:
+    return (end_id(renderer.tokenizer, "which closes each row"),)
 
 
 def encode(
@@ -206,7 +182,7 @@ def prompt_ids(
     renderer = Renderer(tokenizer)
     if isinstance(prompt, Text) or (isinstance(prompt, str) and not tokenizer.chat_template):
         text = prompt.text if isinstance(prompt, Text) else f"{system}\n\n{prompt}" if system else prompt
-        begun = renderer.document(text, 0).before
+        begun = _document(renderer, text, 0).before
     else:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]

@@ -11,11 +11,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
-from tunesmith.data.encode.templates import RENDER_ERRORS
+from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
 from tunesmith.data.rows import Chat, Message
-from tunesmith.json_types import JsonObject
 
 END = 1 << 62  # an end after the end of any text
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that mark a turn's content in a second rendering
@@ -38,22 +36,11 @@ class SpanError(Exception):
         self.expected, self.got, self.fix = expected, got, fix
 
 
-class Render(Protocol):
-    """The chat template over some turns, with the tokenizer's special tokens at hand."""
-
-    eos: str | None
-    specials: tuple[str, ...]
-
-    def __call__(
-        self, messages: Sequence[Message], tools: Sequence[JsonObject], prompt: bool = False
-    ) -> str: ...
-
-
 def assistant_turns(messages: Sequence[Message]) -> list[int]:
     return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def find_span(render: Render, row: Chat, full: str, turn: int) -> Span:
+def find_span(render: Renderer, row: Chat, full: str, turn: int) -> Span:
     """The span of assistant turn ``turn`` in ``full``, the rendering of the whole row. Raises SpanError."""
     last = turn == len(row.messages) - 1
     alone = full if last else render(row.messages[: turn + 1], row.tools)
@@ -85,7 +72,7 @@ def find_span(render: Render, row: Chat, full: str, turn: int) -> Span:
     return _closed_after(render, full, start, end, shared, last, whole)
 
 
-def _prompt_length(render: Render, row: Chat, turn: int, full: str, shared: int) -> int | None:
+def _prompt_length(render: Renderer, row: Chat, turn: int, full: str, shared: int) -> int | None:
     """Length of the generation prompt before this turn; None if ``full`` does not begin with it."""
     if turn == 0:  # templates do not render an empty conversation
         return None
@@ -107,7 +94,7 @@ def _content_end(full: str, start: int, shared: int, core: str) -> int | None:
     return first + len(core) if first >= 0 and full.find(core, first + 1, shared) < 0 else None
 
 
-def _marked(render: Render, row: Chat, turn: int, full: str) -> tuple[int | None, int | None]:
+def _marked(render: Renderer, row: Chat, turn: int, full: str) -> tuple[int | None, int | None]:
     """(start, end) in ``full`` of the turn's content, or of its last call's name; None for a lost mark.
 
     Renders the row with marks around it. The result counts only if it equals ``full`` without the marks.
@@ -137,7 +124,7 @@ def _with_marks(message: Message) -> Message:
 
 
 def _closed_after(
-    render: Render, full: str, start: int, end: int, shared: int, last: bool, whole: bool
+    render: Renderer, full: str, start: int, end: int, shared: int, last: bool, whole: bool
 ) -> Span:
     """The span that ends with the first special token after the content, if there is one."""
     match = _pattern(render.specials).search(full, end, shared)
@@ -155,7 +142,7 @@ def _closed_after(
 
 
 def _closed_at_end(
-    render: Render, alone: str, start: int, shared: int, last: bool, whole: bool, moved: int, turn: int
+    render: Renderer, alone: str, start: int, shared: int, last: bool, whole: bool, moved: int, turn: int
 ) -> Span:
     """The span of a turn that ends with calls or is empty: only special tokens at its end are stops.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -10,6 +11,7 @@ from jinja2 import nodes
 
 from tunesmith.data.rows import Message
 from tunesmith.errors import DataError
+from tunesmith.json_types import JsonObject
 from tunesmith.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -161,3 +163,31 @@ def _refuse_unsafe(template: str) -> None:
                 raise DataError(
                     f"the chat template reaches outside its sandbox: line {node.lineno}: {name!r}. A template may only read data."
                 )
+
+
+class Renderer:
+    """The chat template of one tokenizer, whose special tokens are looked up once for many rows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"the tokenizer {type(tokenizer).__name__} returns no character offsets, so masks cannot be made. "
+                "Use a model with a tokenizer.json (a fast tokenizer)."
+            )
+        self.tokenizer = tokenizer
+        self.eos: str | None = tokenizer.eos_token
+        self.specials = special_tokens(tokenizer)
+        self.before = tuple(special_ends(tokenizer)[0])
+
+    def __call__(self, messages: Sequence[Message], tools: Sequence[JsonObject], prompt: bool = False) -> str:
+        """Render turns by the chat template. ``prompt``: add its generation prompt."""
+        text = self.tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
+        )
+        return str(text)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Texts of the special tokens, longest first (a token may begin with another)."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(sorted({*added, *tokenizer.all_special_tokens}, key=lambda token: (-len(token), token)))

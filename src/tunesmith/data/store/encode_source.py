@@ -19,7 +19,8 @@ from tunesmith import files
 from tunesmith.data import rows
 from tunesmith.data.batch.pack import Example
 from tunesmith.data.data_config import Source
-from tunesmith.data.encode.conversations import Renderer, find_omitted_text
+from tunesmith.data.encode.conversations import find_omitted_text
+from tunesmith.data.encode.templates import Renderer
 from tunesmith.data.read import builtin, class_folder, hub_set
 from tunesmith.data.read.row_files import existing
 from tunesmith.data.read.source import Opened
