@@ -263,7 +263,7 @@ def test_a_long_prompt_is_cut_from_the_left_and_the_response_never():
 
 def test_a_row_without_a_label_is_not_encoded():
     rows = [Judged("q", "a", True), Judged("q", "a", None)]
-    with pytest.raises(RowFault, match="a label that says") as fault:
+    with pytest.raises(RowFault, match="a label, true if") as fault:
         encode(rows, templated(ENDING[0]), max_length=None, overlong="error")
     assert (fault.value.index, fault.value.field) == (1, "label")
 

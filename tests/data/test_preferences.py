@@ -220,13 +220,17 @@ def test_what_the_template_leaves_out_of_preferences_is_said(tmp_path):
     assert found["first"][:2] == [f"{path}:{row}:messages[0].content: 'Be brief.'" for row in (1, 3)]
 
 
+class Config(BaseModel):
+    """No settings."""
+
+
 class Comparing(Objective):
     """An objective that learns from rankings, as ``prepare`` needs one."""
 
     traits = Traits(rows=(Ranking,), overlong="drop")
 
     def __init__(self):
-        super().__init__(BaseModel())
+        super().__init__(Config())
 
     def encode(self, rows, tokenizer):
         return encode(rows, tokenizer, max_length=None, overlong="error")
