@@ -122,8 +122,8 @@ def windows(word: np.ndarray, room: int | None, stride: int, causal: bool) -> li
     """The windows of a sentence; ``word`` as in :class:`Aligned`, at most ``room`` tokens of each word.
 
     They overlap by at most ``stride`` tokens and begin and end between words. A word belongs to the window
-    that has most context on the side where it has less (``causal``: before it); an end of the sentence is
-    full context.
+    that has most context on the side where it has less (``causal``: before it); the ends of a sentence count
+    as full.
     """
     count = len(word)
     first = np.flatnonzero(np.concatenate([[True], word[1:] != word[:-1]]) & (word >= 0))

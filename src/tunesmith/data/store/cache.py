@@ -3,8 +3,8 @@
 For every array name of the examples, a folder holds the values end to end (``input_ids.values``) and where
 each example begins (``input_ids.starts``, int64[n + 1]). ``row``, ``targets``, ``length`` and ``digest`` have
 one number for each example. ``manifest.json`` has the size and sha256 of each file. A folder is written under
-another name and renamed when complete. So two processes may write the same one, and a crash leaves no
-incomplete folder of that name.
+another name and renamed when complete. So two processes may write the same one, and a crash cannot leave half
+of it.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -114,10 +115,7 @@ def prepare(
     _check_rows(parts, config)
     train, held = _hold_out(parts, config, seed)
     limit = _limit(train + held, objective, max_length, window)
-
-    def split(members: Sequence[_Part], name: str) -> tuple[Encoded, SplitReport]:
-        return _split(members, objective, limit, name, config.max_unlearnable)
-
+    split = partial(_split, objective=objective, limit=limit, allowed=config.max_unlearnable)
     train_data, train_report = split(train, "training")
     named = {part.role.removeprefix("eval "): part for part in held if config.eval.sets}
     sets = {name: split([part], f"data.eval.sets.{name}")[1] for name, part in named.items()}
@@ -235,8 +233,7 @@ def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[li
 
 
 def _limit(parts: Sequence[_Part], objective: Objective, max_length: int | None, window: int | None) -> int:
-    """The length that examples must fit, in tokens. Raises DataError if one is longer and the policy is
-    ``error``."""
+    """The length that examples must fit, in tokens. Raises DataError under the policy ``error``."""
     longest = max(int(part.entry.length.max(initial=0)) for part in parts)
     if objective.traits.fits_rows:  # each response of an example fits, all of them together need not
         return max(2, longest)
@@ -265,7 +262,7 @@ def _check_lengths(parts: Sequence[_Part], limit: int, window: int | None) -> No
 
 
 def _split(
-    parts: Sequence[_Part], objective: Objective, limit: int, name: str, allowed: float
+    parts: Sequence[_Part], name: str, objective: Objective, limit: int, allowed: float
 ) -> tuple[Encoded, SplitReport]:
     """Fit the examples of a split to the length, drop those without supervised tokens, and count."""
     policy = objective.traits.overlong
@@ -297,7 +294,8 @@ def _split(
 def _check_supervised(
     parts: Sequence[_Part], fitted: Sequence[Views], limit: int, name: str, allowed: float
 ) -> tuple[int, list[str]]:
-    """Count the examples without supervised tokens, and name the first ones. Raises DataError for too many."""
+    """Count the examples without supervised tokens, and name the first ones. Raises DataError for too
+    many."""
     empty = [np.flatnonzero(view.targets == 0) for view in fitted]
     total, unlearnable = sum(map(len, fitted)), sum(map(len, empty))
     first = [
