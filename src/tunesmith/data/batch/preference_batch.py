@@ -86,7 +86,7 @@ def _comparisons(examples: Sequence[Example]) -> Batch:
     first = np.cumsum(counts) - counts
     pairs = [example["pairs"].reshape(-1, 2) + start for example, start in zip(examples, first)]
     numbers = [len(row) for row in pairs]
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "pairs": np.concatenate(pairs).astype(np.int64),
         "margins": np.concatenate([example["margins"] for example in examples]).astype(np.float32),
         "weights": np.repeat([1 / max(number, 1) for number in numbers], numbers).astype(np.float32),
