@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import json
 from functools import lru_cache
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from tests.data.tokenizers import KINDS, tokenizer_of
 from tests.data.zoo import ZOO
@@ -263,7 +263,7 @@ def test_a_long_prompt_is_cut_from_the_left_and_the_response_never():
 
 def test_a_row_without_a_label_is_not_encoded():
     rows = [Judged("q", "a", True), Judged("q", "a", None)]
-    with pytest.raises(RowFault, match="a label that says") as fault:
+    with pytest.raises(RowFault, match="a label, true if") as fault:
         encode(rows, templated(ENDING[0]), max_length=None, overlong="error")
     assert (fault.value.index, fault.value.field) == (1, "label")
 
@@ -272,7 +272,7 @@ def test_examples_are_laid_out_as_rankings_of_one_are():
     rows = [Judged((Q,), (A,), True), Judged((S, Q), (A,), False)]
     examples = [example for (example,) in encode(rows, templated(ENDING[0]), max_length=None, overlong="error")]
     for packed, shared in ((True, True), (True, False), (False, False)):
-        batch = preference_batch.of_targets(examples, Layout(packed, shared))
+        batch = preference_batch.with_targets(examples, Layout(packed, shared))
         flat = batch["input_ids"].reshape(-1).numpy()
         _, places = shared_prompts.arrange(examples, Layout(packed, shared))
         for number, (example, where) in enumerate(zip(examples, places)):
@@ -280,7 +280,7 @@ def test_examples_are_laid_out_as_rankings_of_one_are():
             mine = (batch["owners"] == number).numpy()
             assert np.array_equal(batch["labels"].numpy()[mine], example["input_ids"][example["learnt"]])
         assert batch["counts"] == [1, 1] and len(set(map(key_of, examples))) == 2 and not len(batch["pairs"])
-    short = preference_batch.shortened(examples[1], 3, 2)
+    short = preference_batch.shorten(examples[1], 3, 2)
     assert short["answers"].tolist() == [3, 2] and short["desirable"].tolist() == [False]
 
 
@@ -307,13 +307,17 @@ def test_a_pair_that_became_two_rows_is_written_once(tmp_path):
     assert list(kept_rows(sources, near_duplicates(sources, accepted=(Judged,)), (Judged,))) == values
 
 
+class Config(BaseModel):
+    overlong: str
+
+
 class Objective(objectives.Objective):
     """The part of an objective that ``prepare`` needs."""
 
     traits = Traits(rows=(Judged,), fits_rows=True)
 
     def __init__(self, max_length=None, policy="truncate"):
-        super().__init__(SimpleNamespace(overlong=policy))
+        super().__init__(Config(overlong=policy))
         self.max_length = max_length
         self.seen = Balance(0, 0)
 
@@ -359,8 +363,8 @@ def test_rows_of_one_prompt_cannot_be_held_out(tmp_path):
 
 def test_the_draw_of_a_prompt_is_uniform_and_knows_the_seed_alone():
     keys = np.arange(20000, dtype=np.int64)
-    one, other = epoch_order.held_out_together(keys, 0), epoch_order.held_out_together(keys, 1)
-    assert np.array_equal(one[::-1], epoch_order.held_out_together(keys[::-1], 0)) and not np.array_equal(one, other)
+    one, other = epoch_order.hold_out_draws_by_key(keys, 0), epoch_order.hold_out_draws_by_key(keys, 1)
+    assert np.array_equal(one[::-1], epoch_order.hold_out_draws_by_key(keys[::-1], 0)) and not np.array_equal(one, other)
     assert one.min() >= 0 and one.max() < 1 and abs(np.corrcoef(one, other)[0, 1]) < 0.03
     assert np.abs(np.histogram(one, 10, (0, 1))[0] / 2000 - 1).max() < 0.1
 

@@ -31,7 +31,7 @@ class Options(BaseModel):
 
 
 class Language(Objective):
-    """The part of an objective that preparation sees."""
+    """The part of an objective that preparation uses."""
 
     def __init__(self, overlong="error", train_on="completion", rows=(Chat, PromptCompletion, Text)):
         super().__init__(Options(train_on=train_on, overlong=overlong))
@@ -109,7 +109,7 @@ def test_at_least_one_row_is_held_out_of_two(tmp_path, rows, held):
     assert len(prepared.train) == rows - held and (len(prepared.eval) if prepared.eval else 0) == held
 
 
-def test_an_evaluation_file_of_its_own_and_what_it_shares(alpaca, tmp_path):
+def test_rows_of_an_evaluation_file_that_equal_training_rows_are_counted(alpaca, tmp_path):
     held = tmp_path / "held.csv"
     held.write_text("question,answer\nQuestion 0?,Answer 0.\nWhat else?,This.\n")
     prepared = run(alpaca, eval={"path": str(held)})
@@ -133,7 +133,7 @@ def test_rows_that_are_too_long_are_listed_with_their_share(alpaca):
         run(alpaca, max_length=30)
 
 
-def test_nothing_is_cut_without_being_asked(alpaca):
+def test_rows_above_the_window_are_refused_unless_a_policy_cuts_them(alpaca):
     assert run(alpaca, window=None).max_length == run(alpaca, window=100_000).max_length
     with pytest.raises(DataError, match="The model's window is 20"):
         run(alpaca, window=20)
@@ -152,7 +152,7 @@ def test_policies_fit_and_are_counted(alpaca, policy):
     assert all(prepared.train[i]["input_ids"].shape == prepared.train[i]["supervised"].shape for i in range(len(prepared.train)))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(2, 20))
 def test_blocks_lose_and_double_nothing(lengths, max_length):
     which, start, length = blocks(np.array(lengths), max_length)
@@ -178,7 +178,7 @@ def test_documents_become_blocks_that_hold_every_token_once(tmp_path):
     assert prepared.report.train.supervised_tokens == len(text) - len(documents)
 
 
-def test_rows_with_nothing_to_learn_are_dropped_and_counted(alpaca, tmp_path):
+def test_rows_without_supervised_tokens_are_dropped_and_counted(alpaca, tmp_path):
     path = tmp_path / "mixed.jsonl"
     rows = [{"prompt": "long " * (30 if n == 3 else 1), "completion": "yes"} for n in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -207,7 +207,7 @@ def test_a_file_that_cannot_be_read_to_its_end_is_never_skipped_over(tmp_path):
         run(path, bad_rows="skip")
 
 
-def test_what_the_template_refuses_is_a_bad_row(tmp_path):
+def test_a_row_that_the_template_refuses_is_a_bad_row(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [{"instruction": "q", "output": "a"}, {"instruction": "q", "output": "a", "system": "s"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -279,8 +279,8 @@ def test_changed_code_misses(alpaca, monkeypatch, tmp_path):
     run(alpaca)
     other = tmp_path / "other.py"
     other.write_text("# another version\n")
-    code = encode_source._code
-    monkeypatch.setattr(encode_source, "_code", lambda objective: [*code(objective), other])
+    code = encode_source.code_files
+    monkeypatch.setattr(encode_source, "code_files", lambda objective: [*code(objective), other])
     assert not run(alpaca).report.cached
 
 
@@ -368,24 +368,24 @@ def test_examples_may_hold_any_arrays(tmp_path):
         assert all((got[name] == example[name]).all() and got[name].dtype == example[name].dtype for name in example)
 
 
-def test_a_store_that_cannot_be_written_is_said(alpaca, monkeypatch, tmp_path):
+def test_a_store_that_cannot_be_written_is_reported(alpaca, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TUNESMITH_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="Set TUNESMITH_HOME"):
         run(alpaca)
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(alpaca, monkeypatch):
-    def full(self, data):
+def test_a_full_disk_is_reported_and_leaves_nothing(alpaca, monkeypatch):
+    def full(self, file, number):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache._File, "write", full)
+    monkeypatch.setattr(cache.Writer, "_write_number", full)
     with pytest.raises(DiskFullError, match="no room for processed data"):
         run(alpaca)
     assert list(cache.store().iterdir()) == []
 
 
-def test_progress_is_told(alpaca):
+def test_progress_counts_the_rows_read(alpaca):
     seen = []
     config = DataConfig.model_validate({"train": [{"path": str(alpaca)}]})
     prepare(

@@ -75,14 +75,14 @@ def test_an_oracle_finds_every_answer(kind, words, at, length, more, stride, ans
     (whole,) = encode(kind, row, 10_000)
     size = int(whole["span"][1] - whole["span"][0]) + 1
     others = len(whole["input_ids"]) - np.count_nonzero(token_of_context(kind, whole))
-    max_length = others + max(questions.FEWEST, -(-4 * size // 3)) + more
+    max_length = others + max(questions.FEWEST_CONTEXT_TOKENS, -(-4 * size // 3)) + more
     made = encode(kind, row, max_length, stride, size)
     assert all(len(one["input_ids"]) <= max_length for one in made) and [len(one["golds"]) > 0 for one in made].count(True) == 1
     for one in made:
         if answerable and one["span"][0] != one["null"][0]:
             offsets = one["offsets"].reshape(-1, 2)
             first, last = offsets[one["span"][0], 0], offsets[one["span"][1], 1]
-            assert (first, last) == (start, end) and questions.text_of(one["context"], one["offsets"], first, last) == gold
+            assert (first, last) == (start, end) and questions.answer_text(one["context"], one["offsets"], first, last) == gold
     objective = objective_of(max_answer_tokens=100)
     with pytest.MonkeyPatch.context() as patch:
         ((answer,), records) = said_of(objective, [row], [made], patch)

@@ -70,7 +70,7 @@ sentences = st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from(TAGS)), m
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(sentences, min_size=1, max_size=3),
     st.booleans(),
@@ -140,7 +140,7 @@ def test_a_word_without_a_token_gets_the_unknown_one(kind):
     assert made["input_ids"][made["places"][1]] == tokenizer.unk_token_id and made["words"].tolist() == [0, 1, 2]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 5), st.integers(0, 2)), min_size=1, max_size=12),
     st.integers(5, 16),

@@ -1,4 +1,4 @@
-"""Named templates, Jinja strings, and the guard before them."""
+"""Named templates, Jinja strings, and the checks before they are used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_model_s_own_template_stays():
     assert apply_template(tokenizer, None) == (tokenizer, "the model's own chat template") and tokenizer.chat_template == before
 
 
-def test_a_model_without_one_gets_roles_and_that_is_said():
+def test_a_model_without_a_template_gets_roles_and_the_description_names_it():
     tokenizer, description = apply_template(tiny_tokenizer(), None)
     assert "roles" in description and "none of its own" in description and tokenizer.chat_template
 
@@ -49,7 +49,7 @@ def test_alpaca_without_a_system_turn_has_its_well_known_beginning():
     assert rendered("alpaca", TALK[1:]).startswith("Below is an instruction that describes a task.")
 
 
-def test_chatml_has_a_place_for_tools_and_the_others_say_that_they_have_none():
+def test_chatml_renders_tools_and_the_other_templates_refuse_them():
     tool = {"type": "function", "function": {"name": "add"}}
     assert '"name": "add"' in rendered("chatml", TALK, tools=[tool])
     assert rendered("chatml", TALK, tools=[tool]).count("<|im_start|>system") == 1
@@ -58,7 +58,7 @@ def test_chatml_has_a_place_for_tools_and_the_others_say_that_they_have_none():
             rendered(name, TALK, tools=[tool])
 
 
-def test_a_jinja_string_is_taken():
+def test_a_jinja_string_is_used_as_it_is():
     tokenizer, description = apply_template(tiny_tokenizer("chatml"), "{% for m in messages %}[{{ m.content }}]{% endfor %}")
     assert tokenizer.apply_chat_template(TALK, tokenize=False) == "[S][Q][A]" and "Jinja" in description
 
@@ -70,7 +70,7 @@ BAD = [
     ("{{ messages | attr('__class__') }}", "sandbox"),
     ("{% for m in messages %}{{ m.content }}", "not valid Jinja: line 1"),
     ("{{ messages[5].content.x }}", "fails on a question"),
-    ("{{ 'nothing' }}", "does not write what the assistant says"),
+    ("{{ 'nothing' }}", "does not write the assistant's answer"),
     ("chatlm", "Did you mean `chatml`"),
     ("no such template", "neither a Jinja string nor a name"),
 ]

@@ -44,7 +44,7 @@ def some_rows(name, lengths=LENGTHS):
 
 
 def packed(rows, read=None):
-    return pack.of_rows(rows, PACKED, [np.arange(len(row["input_ids"])) if read is None else read for row in rows])
+    return pack.with_positions(rows, PACKED, [np.arange(len(row["input_ids"])) if read is None else read for row in rows])
 
 
 def results(model, outputs):
@@ -170,16 +170,16 @@ def test_dropout_is_the_same_packed_padded_fused_and_for_what_is_read_alone(monk
     assert said == ["the model's dropout of attention probabilities (0.1) is off"]
     rows = some_rows("bert")
     first = [np.zeros(1, np.int64)] * len(rows)
-    padded = pack.of_rows(rows, PADDED, first)
+    padded = pack.with_positions(rows, PADDED, first)
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "available", lambda tensor: False)
         expected = drops(model, padded, rows)
     assert float((drops(model.eval(), padded, rows)["outputs"] - expected["outputs"]).norm()) > 0.1
     fast(model.eval())
     model.train()
-    near(drops(model, pack.of_rows(rows, PACKED, first), rows), expected, 5e-6)
+    near(drops(model, pack.with_positions(rows, PACKED, first), rows), expected, 5e-6)
     monkeypatch.setattr(fused_encoder, "reads_early", lambda body: False)
-    near(drops(model, pack.of_rows(rows, PACKED, first), rows), expected, 5e-6)
+    near(drops(model, pack.with_positions(rows, PACKED, first), rows), expected, 5e-6)
 
 
 @NEEDS_C

@@ -71,7 +71,7 @@ def test_their_heads_say_what_transformers_own_say(name, kind):
     network = head_types.auto_class(kind).from_config(AutoConfig.for_model(name, **CONFIGS[name])).eval()
     rows = [{"input_ids": np.arange(5, 5 + length).astype(np.int32)} for length in (7, 3)]
     one = kind == "score" and pooling(network.config) is None
-    batch = pack.of_rows(rows, PADDED, [np.array([0]) if one else np.arange(len(row["input_ids"])) for row in rows])
+    batch = pack.with_positions(rows, PADDED, [np.array([0]) if one else np.arange(len(row["input_ids"])) for row in rows])
     with torch.no_grad():
         expected = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         if kind == "score":

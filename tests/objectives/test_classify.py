@@ -129,7 +129,7 @@ def test_the_padding_token_never_ends_a_row(eos_is_pad, tmp_path):
     tokenizer = tiny_tokenizer("chatml", pad_is_eos=eos_is_pad)
     from tunesmith.data.encode import texts
 
-    texts.own_padding(tokenizer, len(tokenizer))
+    texts.set_padding_token(tokenizer, len(tokenizer))
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
@@ -268,9 +268,9 @@ def test_names_that_are_nearly_numbers_are_names(name):
 
 
 SAID = {
-    "fractions": ([0.5, 1, 2.25], ["from 0.5 to 2.25, which are predicted as such"]),
-    "fractions of a csv": (["0.50", "1", "2.25"], ["3 numbers (from 0.5 to 2.25), taken as names"]),
-    "whole": (["0", "10", "2"], ["3 whole numbers (from 0 to 10), taken as names"]),
+    "fractions": ([0.5, 1, 2.25], ["from 0.5 to 2.25: regression targets"]),
+    "fractions of a csv": (["0.50", "1", "2.25"], ["3 numbers (from 0.5 to 2.25): class names"]),
+    "whole": (["0", "10", "2"], ["3 whole numbers (from 0 to 10): class names"]),
     "case": (["pos", "Pos", "neg"], ["look the same are different classes: 'Pos' and 'pos'"]),
     "forms": (["caf\u00e9", "cafe\u0301", "a\u00a0b", "a b"], [r"'a b' and 'a\xa0b'", r"'cafe\u0301' and 'caf\xe9'"]),
     "invisible": (["pos", "pos\u200b"], [r"'pos' and 'pos\u200b'"]),

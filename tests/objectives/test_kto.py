@@ -62,7 +62,7 @@ class Run:
                 network.set_attn_implementation(attention.NAME)
         self.layout, known = layout, references.Reference()
         self.examples = [found.train[index] for index in range(len(found.train))]
-        data = found.train.attaching(known.attach)
+        data = found.train.attach(known.attach)
         self.step = Step(1, data, np.arange(len(data)), self.objective.collate)
         self.session = RunSession(None, torch.device("cpu"), 0, None, self.before, SimpleNamespace(layout=layout), budget)
         references.take(known, self.objective, self.session, [self.step], lambda line: None)
@@ -304,7 +304,7 @@ keys = st.lists(st.integers(0, 4), min_size=1, max_size=40)
 @settings(deadline=None)
 def test_a_partner_is_the_nearest_row_before_that_has_another_prompt(chosen):
     count = len(chosen)
-    found = other_response._partners(np.array(chosen, np.int64)).tolist()
+    found = other_response._nearest_other_key(np.array(chosen, np.int64)).tolist()
     for place, partner in enumerate(found):
         others = [(place - back) % count for back in range(1, count) if chosen[(place - back) % count] != chosen[place]]
         assert partner == (others[0] if others else (place - 1) % count)
@@ -333,7 +333,7 @@ def of_sources(keys, source):
 @settings(deadline=None)
 def test_a_partner_has_another_prompt_and_the_same_source_where_it_can(rows):
     prompt, source = (np.array(values, np.int64) for values in zip(*rows))
-    partners = other_response.partners_of(of_sources(prompt, source))
+    partners = other_response.find_partners(of_sources(prompt, source))
     for index, partner in enumerate(partners):
         several = len(set(prompt[source == source[index]])) > 1
         assert prompt[partner] != prompt[index] or len(set(prompt)) == 1
@@ -353,10 +353,10 @@ def test_a_pair_is_within_max_length_and_keeps_the_response_and_the_first_token(
     ]
     _, found = prepared(tmp_path, rows, max_length, adds_bos)
     data, cut = found.train, 0
-    partners = other_response.partners_of(data)
+    partners = other_response.find_partners(data)
     for index in range(len(data)):
-        example, other = data[index], data.bare(int(partners[index]))
-        pair = other_response.of(example)
+        example, other = data[index], data.stored(int(partners[index]))
+        pair = other_response.mismatched_pair(example)
         prompt, response = pair["answers"].tolist()
         own, theirs = (int(one["answers"][0]) for one in (example, other))
         assert len(pair["input_ids"]) == len(pair["learnt"]) == prompt + response <= max_length

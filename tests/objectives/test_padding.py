@@ -68,7 +68,7 @@ def test_an_adapter_on_gpt2_needs_no_new_row(tmp_path):
 def test_a_letter_that_names_the_padding_stays_text(tmp_path):
     tokenizer = pieces()
     before = tokenizer("Ha\u00ff, \u00ff\u00ff")["input_ids"]
-    assert texts.own_padding(tokenizer, len(tokenizer)) == "\u00ff"
+    assert texts.set_padding_token(tokenizer, len(tokenizer)) == "\u00ff"
     tokenizer.save_pretrained(tmp_path)
     for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         assert one("Ha\u00ff, \u00ff\u00ff")["input_ids"] == before and one.pad_token_id not in before
@@ -77,4 +77,4 @@ def test_a_letter_that_names_the_padding_stays_text(tmp_path):
 def test_without_any_padding_the_model_is_refused():
     tokenizer = pieces(alphabet=[])
     with pytest.raises(ModelError, match="no token that could be padding"):
-        texts.own_padding(tokenizer, len(tokenizer))
+        texts.set_padding_token(tokenizer, len(tokenizer))

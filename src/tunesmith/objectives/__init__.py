@@ -128,7 +128,7 @@ class Objective:
         raise NotImplementedError
 
     def extend(self, data: Any) -> Any:
-        """The encoded data set with what only all of it can give to an example; see ``Encoded.attaching``."""
+        """The encoded data set with what only all of it can give to an example; see ``Encoded.attach``."""
         return data
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:

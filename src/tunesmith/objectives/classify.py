@@ -13,6 +13,7 @@ from tunesmith import objectives
 from tunesmith.data.batch import pack
 from tunesmith.data.encode import labels, texts
 from tunesmith.data.encode.labels import MULTI, REGRESSION, SINGLE, Survey
+from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import DataError, RecipeError
@@ -52,7 +53,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        labels.distinct(self.labels)
+        labels.refuse_repeats(self.labels)
         if self.problem_type == REGRESSION:
             for key in ("labels", "class_weights", "label_smoothing"):
                 if getattr(self, key):
@@ -116,10 +117,10 @@ class Objective(objectives.TaskHead):
     def bind(self, config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         self._causal = network.is_causal(config)
         self.max_length = max_length
-        self._ending = texts.ending(tokenizer)
+        self._ending = tuple(special_ends(tokenizer)[1])
         ours = getattr(config, "tunesmith", None) or {}
         if self._causal:
-            texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
+            texts.set_padding_token(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
             self._pad = tokenizer.pad_token_id
         if (
             ours.get("objective") == "classify"
@@ -152,20 +153,20 @@ class Objective(objectives.TaskHead):
         if self._fixed:
             return
         if self.config.labels and self.config.problem_type and self.config.class_weights != "balanced":
-            labels.check(self.labels, self.problem)
+            labels.check_names(self.labels, self.problem)
             self._weigh(None)
             return
         found = labels.survey(row for row in rows if isinstance(row, Labelled))
         problem = self.config.problem_type or found.problem
-        names = [] if problem == REGRESSION else self.config.labels or labels.ordered(found.counts)
+        names = [] if problem == REGRESSION else self.config.labels or labels.sort_names(found.counts)
         if not self.config.problem_type:
-            self.notes += labels.guessed(problem, found)
+            self.notes += labels.numeric_label_notes(problem, found)
         self.notes += [
             f"labels that look the same are different classes: {' and '.join(map(ascii, group[:5]))}. Are they one? Write them so"
-            for group in labels.alike(names)
+            for group in labels.similar_names(names)
         ]
         if problem != REGRESSION:
-            labels.check(names, problem)
+            labels.check_names(names, problem)
         if self._saved and problem == self._saved["problem"] and set(names) == set(self._saved["labels"]):
             names = self._saved["labels"]  # a head that knows these labels goes on
         self.facts |= {"problem": problem, "labels": names}
@@ -175,7 +176,7 @@ class Objective(objectives.TaskHead):
                 f"objective.label_smoothing goes with one class of several, and this is {problem}. Leave it out."
             )
         self._weigh(found)
-        self.notes += labels.told(problem, names, found)
+        self.notes += labels.label_notes(problem, names, found)
 
     def _weigh(self, found: Survey | None) -> None:
         """Weights of the classes. ``balanced``: rows / (classes * rows of the class), whose mean over the rows is 1; with several
@@ -198,7 +199,7 @@ class Objective(objectives.TaskHead):
         assert isinstance(chosen, dict)
         for name in chosen:
             if name not in names:
-                expected, _, fix = labels.unknown(name, names)
+                expected, _, fix = labels.unknown_label(name, names)
                 raise RecipeError(f"objective.class_weights.{name}: expected {expected}. {fix}")
         self._weights = np.array([chosen.get(name, 1.0) for name in names])
 
@@ -278,7 +279,7 @@ class Objective(objectives.TaskHead):
 
     def _number(self, name: str, index: int, field: str) -> int:
         if name not in self.labels:
-            raise RowFault(index, *labels.unknown(name, self.labels), field)
+            raise RowFault(index, *labels.unknown_label(name, self.labels), field)
         return self.labels.index(name)
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
@@ -292,7 +293,7 @@ class Objective(objectives.TaskHead):
             read = [np.arange(length) for length in lengths]
         else:
             read = [np.array([length - 1 if self._causal else 0]) for length in lengths]
-        batch = pack.of_rows(examples, layout, read)
+        batch = pack.with_positions(examples, layout, read)
         return {**batch, "targets": torch.from_numpy(np.stack([example["target"] for example in examples]))}
 
     def _closed(self, example: Example) -> Example:

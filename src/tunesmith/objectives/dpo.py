@@ -173,7 +173,7 @@ class Objective(objectives.Objective):
         return rankings.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        return preference_batch.of_targets(examples, layout)
+        return preference_batch.with_targets(examples, layout)
 
     def count(self, batch: Batch) -> int:
         """Rows: all pairs of a row together count as one (Ouyang et al. 2022, equation 1)."""

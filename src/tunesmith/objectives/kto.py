@@ -87,20 +87,24 @@ class Objective(objectives.Objective):
 
     def extend(self, data: Encoded) -> Encoded:
         """Give each example the response to another prompt, from which the KL baseline is estimated."""
-        return other_response.attached(data, self.max_length, self.prefix) if self.estimates_kl else data
+        return (
+            other_response.attach_other_response(data, self.max_length, self.prefix)
+            if self.estimates_kl
+            else data
+        )
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
         """``desirable`` bool (n,); ``kl`` () in a step of the run; before it has a baseline, ``other``: the batch of prompts
         with responses to other prompts."""
         import torch
 
-        batch = preference_batch.of_targets(examples, layout)
+        batch = preference_batch.with_targets(examples, layout)
         batch["desirable"] = torch.tensor([bool(example["desirable"][0]) for example in examples])
         if "kl" in examples[0]:
             batch["kl"] = examples[0]["kl"]
         elif self.estimates_kl and "other_ids" in examples[0]:
-            batch["other"] = preference_batch.of_targets(
-                [other_response.of(example) for example in examples], layout
+            batch["other"] = preference_batch.with_targets(
+                [other_response.mismatched_pair(example) for example in examples], layout
             )
         return batch
 
@@ -220,7 +224,7 @@ class WithBaseline:
 
     def steps(self, start: int) -> Iterator[Step]:
         for step in self.rows.steps(start):
-            yield step.extended([{"kl": self.baseline(step)}] * len(step))
+            yield step.with_arrays([{"kl": self.baseline(step)}] * len(step))
 
     def baseline(self, step: Step) -> Any:
         """() on the device: the estimate over all rows of the step and all processes."""

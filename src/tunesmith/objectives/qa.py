@@ -141,7 +141,7 @@ class Objective(objectives.TaskHead):
         import torch
 
         lengths = [len(example["input_ids"]) for example in examples]
-        batch = pack.of_rows(examples, layout, [np.arange(length) for length in lengths])
+        batch = pack.with_positions(examples, layout, [np.arange(length) for length in lengths])
         cells = np.concatenate([row * max(lengths) + np.arange(length) for row, length in enumerate(lengths)])
         return {
             **batch,
@@ -326,7 +326,7 @@ def best_spans(
             break
         token, more = divmod(place, longest)
         first, last = int(offsets[2 * token]), int(offsets[2 * (token + more) + 1])
-        out.append((score, first, last, questions.text_of(context, offsets, first, last)))
+        out.append((score, first, last, questions.answer_text(context, offsets, first, last)))
     return out
 
 

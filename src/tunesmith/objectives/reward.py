@@ -80,7 +80,7 @@ class Objective(objectives.TaskHead):
             )
         self.max_length = max_length
         ours = self._ours = getattr(config, "tunesmith", None) or {}
-        texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
+        texts.set_padding_token(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
         self._pad = tokenizer.pad_token_id
         self._saved = ours.get("objective") == "reward" or (
             head_types.kind_of((config.architectures or [""])[0]) == "score" and config.num_labels == 1
@@ -143,7 +143,7 @@ class Objective(objectives.TaskHead):
         return made
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        return preference_batch.of_ends(examples, layout)
+        return preference_batch.with_last_tokens(examples, layout)
 
     # ----------------------------------------------------------------------------------------------------------- loss
 

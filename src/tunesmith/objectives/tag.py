@@ -42,7 +42,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        label_names.distinct(self.labels)
+        label_names.refuse_repeats(self.labels)
         return self
 
 
@@ -144,7 +144,7 @@ class Objective(objectives.TaskHead):
             )
         if self.config.label_all and entities.scheme_of(names) in ("BIO", "BIOES"):
             names = ordered(
-                {*names, *map(tagging.continued, names)}
+                {*names, *map(tagging.inside_tag, names)}
             )  # tokens inside a word go on, also where no second word does
         if self._saved and set(names) <= set(self._saved):
             names = self._saved  # a head that knows these tags goes on
@@ -207,7 +207,7 @@ class Objective(objectives.TaskHead):
         """``targets`` (places,): the tag at each of ``positions``, -1 = not known; ``words``: of each window, which they are."""
         import torch
 
-        batch = pack.of_rows(examples, layout, [example["places"] for example in examples])
+        batch = pack.with_positions(examples, layout, [example["places"] for example in examples])
         return {
             **batch,
             "targets": torch.from_numpy(
@@ -257,7 +257,7 @@ class Objective(objectives.TaskHead):
         targets: np.ndarray,
         losses: np.ndarray,
     ) -> dict[str, Any]:
-        speaks = tagging.chosen(words, self._causal)
+        speaks = tagging.representing_tokens(words, self._causal)
         return {
             "row": row,
             "words": np.array(words[speaks]),

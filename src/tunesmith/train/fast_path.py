@@ -487,7 +487,7 @@ def _shorten(example: Example) -> Example:
     """The row's first tokens; all of them learnt when the cut left none to learn. What a head reads as a whole stays whole, but
     answers to a prompt."""
     if "answers" in example:
-        return preference_batch.shortened(example, PROBE_TOKENS // 2, PROBE_TOKENS // 4)
+        return preference_batch.shorten(example, PROBE_TOKENS // 2, PROBE_TOKENS // 4)
     if "supervised" not in example:
         return example
     short = {name: np.array(values[:PROBE_TOKENS]) for name, values in example.items()}

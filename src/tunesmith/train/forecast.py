@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tunesmith.data.batch.pack import to_device
-from tunesmith.data.batch.step import Source, Step, heaviest, together
+from tunesmith.data.batch.step import Source, Step, batch_tokens, heaviest_micro_batch
 from tunesmith.errors import RecipeError
 from tunesmith.models.fast import kernels
 from tunesmith.runs import figure_format, metrics_file
@@ -106,7 +106,9 @@ def measure_memory(job: Job, limit: int) -> Memory:
     mine = steps[0].share(state.process_index, state.num_processes) or [0]
     shortest = min(mine, key=lambda place: (steps[0].lengths[place], place))
     small = _pass(job, steps[0], [shortest])
-    step, places = heaviest(steps, job.budget, job.layout, state.process_index, state.num_processes)
+    step, places = heaviest_micro_batch(
+        steps, job.budget, job.layout, state.process_index, state.num_processes
+    )
     masters = job.update.masters
     begun = any(job.update.optimizer.state.values())
     pending = 0 if begun else int(masters.size * masters.share * STATE_BYTES[job.config.optim_name])
@@ -201,7 +203,7 @@ def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
 def _longest(job: Job) -> int:
     """Tokens of the largest row: no micro-batch can be smaller than it."""
     return max(
-        together(lengths[[place]], several[[place]], job.layout)
+        batch_tokens(lengths[[place]], several[[place]], job.layout)
         for step in job.source.preview(LOOKED_AT)
         for lengths, several in [step.data.sizes(step.rows, job.layout)]
         for place in [int(np.argmax(lengths * several))]

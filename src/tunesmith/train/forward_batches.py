@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tunesmith.data.batch.pack import Layout
-from tunesmith.data.batch.step import Step, groups_under, together
+from tunesmith.data.batch.step import Step, batch_tokens, groups_under
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.train import distributed, machine
 
@@ -48,13 +48,13 @@ def in_groups(
             continue
         machine.release_memory(device)
         if len(group) == 1:
-            size = together(lengths[group], several[group], layout)
+            size = batch_tokens(lengths[group], several[group], layout)
             raise OutOfMemoryError(
                 f"{name(group[0])}: this row alone ({size} tokens) needs more memory than the machine has left.\n"
                 "  Lower max_length (train.max_length, or --max-length), or take a smaller model."
             )
         half = group[: (len(group) + 1) // 2]
-        budget = together(lengths[half], several[half], layout)
+        budget = batch_tokens(lengths[half], several[half], layout)
         left = [*group, *(place for other in others for place in other)]
         again = groups_under(lengths[left].tolist(), budget, layout, several[left].tolist())
         groups = [[left[place] for place in places] for places in again]

@@ -194,8 +194,8 @@ def lay_out(choices: Choices, base: Base, data: Prepared) -> Setup:
     recipe, objective, train = choices.recipe, choices.objective, choices.recipe.train
     reference = Reference() if objective.traits.needs_reference else None
     if reference is not None:
-        held_out = None if data.eval is None else data.eval.attaching(reference.attach)
-        data = replace(data, train=data.train.attaching(reference.attach), eval=held_out)
+        held_out = None if data.eval is None else data.eval.attach(reference.attach)
+        data = replace(data, train=data.train.attach(reference.attach), eval=held_out)
     rows = epochs(
         data.train,
         objective.collate,

@@ -1,3 +1,2 @@
-"""Examples to tensors: ``step`` (a step, its examples, where steps come from), ``pack`` (packed or padded rows),
-``shared_prompts`` (answers to one prompt), ``preference_batch`` (which answers are compared), ``other_response`` (KTO's pairs).
-"""
+"""Examples to tensors: ``pack`` (packed or padded rows), ``shared_prompts`` (responses to one prompt),
+``preference_batch`` (which responses are compared), ``other_response`` (KTO's mismatched pairs), ``step``."""

@@ -1,32 +1,32 @@
-"""The response of each example's partner: a mismatched pair whose log-probability estimates the KL divergence.
+"""Mismatched pairs: each example's prompt with another example's response, for an estimate of the KL.
 
-KTO (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1) compares a reward with the divergence of policy and reference,
-and estimates it from prompts with responses to other prompts.
+KTO (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1) compares a reward with the divergence of policy
+and reference, and estimates it from prompts with responses to other prompts.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tunesmith.data.batch.step import Example
+from tunesmith.data.batch.pack import Example
 from tunesmith.data.store.encoded_rows import Encoded
 
 
-def attached(data: Encoded, max_length: int | None, prefix: np.ndarray) -> Encoded:
-    """Attach ``other_ids``, ``other_learnt``, ``other_answers`` to each example: its prompt with its partner's response.
+def attach_other_response(data: Encoded, max_length: int | None, prefix: np.ndarray) -> Encoded:
+    """Attach ``other_ids``, ``other_learnt``, ``other_answers``: its prompt with its partner's response.
 
-    A pair above ``max_length`` tokens (None = any) loses the left of its prompt, but keeps ``prefix``, the tokens that the
-    tokenizer puts first, where the prompt begins with them.
+    A pair above ``max_length`` tokens (None = any) loses tokens from the left of its prompt, but keeps
+    ``prefix``, the tokens that the tokenizer puts first, if the prompt begins with them.
     """
-    partners = partners_of(data)
+    partners = find_partners(data)
 
     def attach(rows: Encoded, index: int, example: Example) -> Example:
-        other = rows.bare(int(partners[index]))
-        theirs = int(other["answers"][0])
-        response, supervised = other["input_ids"][theirs:], other["learnt"][theirs:]
+        other = rows.stored(int(partners[index]))
+        start = int(other["answers"][0])
+        response, supervised = other["input_ids"][start:], other["learnt"][start:]
         prompt = example["input_ids"][: int(example["answers"][0])]
         if max_length is not None:
-            prompt = _shortened(prompt, max(0, max_length - len(response)), prefix)
+            prompt = _shorten_prompt(prompt, max(0, max_length - len(response)), prefix)
         return {
             **example,
             "other_ids": np.concatenate([prompt, response]),
@@ -34,20 +34,20 @@ def attached(data: Encoded, max_length: int | None, prefix: np.ndarray) -> Encod
             "other_answers": np.array([len(prompt), len(response)], np.int32),
         }
 
-    return data.attaching(attach)
+    return data.attach(attach)
 
 
-def of(example: Example) -> Example:
-    """The example whose response is its partner's."""
-    swapped = {name: example[f"other_{name}"] for name in ("learnt", "answers")}
-    return {**example, "input_ids": example["other_ids"], **swapped}
+def mismatched_pair(example: Example) -> Example:
+    """The example with its partner's response in place of its own."""
+    arrays = {name: example[f"other_{name}"] for name in ("learnt", "answers")}
+    return {**example, "input_ids": example["other_ids"], **arrays}
 
 
-def partners_of(data: Encoded) -> np.ndarray:
+def find_partners(data: Encoded) -> np.ndarray:
     """int (n,): for each example the index of the nearest one before it, cyclically, that has another prompt.
 
-    The partner is from the same source, so an evaluation set keeps its figures whatever other sets there are. Only where a
-    source has a single prompt is it from another source.
+    The partner is from the same source, so the metrics of an evaluation set do not depend on the other sets.
+    Only where a source has a single prompt is it from another source.
     """
     keys = np.zeros(len(data), np.int64)
     partners = np.zeros(len(data), np.int64)
@@ -58,29 +58,33 @@ def partners_of(data: Encoded) -> np.ndarray:
     for mine in members:
         if len(mine):
             several = (keys[mine] != keys[mine[0]]).any()
-            partners[mine] = mine[_partners(keys[mine])] if several else _partners(keys)[mine]
+            partners[mine] = (
+                mine[_nearest_other_key(keys[mine])] if several else _nearest_other_key(keys)[mine]
+            )
     return partners
 
 
-def _shortened(prompt: np.ndarray, room: int, prefix: np.ndarray) -> np.ndarray:
-    """The last ``room`` tokens of a prompt, with ``prefix`` first if the prompt begins so and one more token has room."""
+def _shorten_prompt(prompt: np.ndarray, room: int, prefix: np.ndarray) -> np.ndarray:
+    """The last ``room`` tokens of a prompt; it keeps ``prefix`` if one more token has room."""
     if len(prompt) <= room:
         return prompt
     kept = len(prefix) if len(prefix) < room and np.array_equal(prompt[: len(prefix)], prefix) else 0
     return np.concatenate([prompt[:kept], prompt[len(prompt) - (room - kept) :]])
 
 
-def _partners(keys: np.ndarray) -> np.ndarray:
-    """For each place the nearest one before it, cyclically, with another key; its neighbour where all keys are equal.
+def _nearest_other_key(keys: np.ndarray) -> np.ndarray:
+    """For each index the nearest one before it, cyclically, with another key; its neighbour if all are equal.
 
-    A place whose predecessor has the same key takes its predecessor's partner.
+    An index whose predecessor has the same key takes its predecessor's partner.
     """
     count = len(keys)
     before = (np.arange(count) - 1) % count
     if not (keys != keys[0]).any():
         return before
     partner = before.copy()
-    start = int(np.flatnonzero(keys != keys[before])[0])  # its own partner is known, so the walk begins here
+    start = int(
+        np.flatnonzero(keys != keys[before])[0]
+    )  # its partner is its neighbour, so the walk begins here
     for index in (np.arange(count) + start) % count:
         if keys[partner[index]] == keys[index]:
             partner[index] = partner[before[index]]

@@ -1,24 +1,31 @@
-"""From examples to one micro-batch: side by side without padding, or padded on the right.
+"""Examples to one micro-batch: packed into one sequence without padding, or padded on the right.
 
-Pure functions of numpy arrays. Targets are given as places, so nothing downstream ever looks at a token's identity: position
-``positions[i]`` of the flattened batch predicts ``labels[i]``. The first token of a row has nothing before it and is no target.
+Functions of numpy arrays. Targets are positions, so no later code looks at a token's identity: position
+``positions[i]`` of the flattened batch predicts ``labels[i]``. The first token of a row is never a target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-Example = dict[str, np.ndarray]
+if TYPE_CHECKING:
+    import torch
+
+Example: TypeAlias = dict[str, np.ndarray]
+"""One row, ready for a loss: name -> 1-D array. Language models: ``input_ids`` int32, ``supervised`` bool."""
+
+Batch: TypeAlias = dict[str, Any]
+"""One micro-batch: tensors by name. Row lengths and numbers are lists and tuples of int."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How examples become a batch: side by side in one sequence (``packed``) or padded on the right; ``shared``: several
-    answers to one prompt have it once in a packed batch (``data.batch.shared_prompts``)."""
+    """How examples become a batch: ``packed`` into one sequence, or padded on the right. ``shared``: a packed
+    batch holds a prompt with several responses once (``data.batch.shared_prompts``)."""
 
     packed: bool
     shared: bool = False
@@ -27,75 +34,73 @@ class Layout:
 PACKED, PADDED = Layout(packed=True, shared=True), Layout(packed=False)
 
 
-def with_targets(examples: Sequence[Example], layout: Layout) -> dict[str, Any]:
-    """:func:`arrange`, with the targets of a language model: positions, labels (targets,)."""
+def tensors(**arrays: np.ndarray) -> Batch:
+    """Wrap arrays as tensors that share their memory. Imports torch, which preparation does not need."""
     import torch
 
-    batch, starts = arrange(examples, layout.packed)
-    ids = batch["input_ids"].numpy().reshape(-1)
-    learnt = np.zeros(len(ids), np.bool_)
-    for start, example in zip(starts, examples):
-        learnt[start : start + len(example["supervised"])] = example["supervised"]
-    learnt[starts] = False
-    targets = np.flatnonzero(learnt)
-    return {**batch, "positions": torch.from_numpy(targets - 1), "labels": torch.from_numpy(ids[targets])}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def arrange(examples: Sequence[Example], packed: bool) -> tuple[dict[str, Any], np.ndarray]:
-    """(batch, where each row begins in its flattened tokens).
+def arrange(examples: Sequence[Example], packed: bool) -> tuple[Batch, np.ndarray]:
+    """Return the batch, and where each row begins in its flattened tokens.
 
-    Packed, one sequence: input_ids, position_ids (1, tokens); segments (lengths). Padded on the right: input_ids, position_ids,
-    attention_mask (rows, longest). With token_type_ids where the examples have some.
+    Packed: input_ids and position_ids (1, tokens), and ``segments``, the length of each row. Padded on the
+    right: input_ids, position_ids and attention_mask (rows, longest row). Plus any token_type_ids.
+
     """
-    import torch
-
     lengths = np.array([len(example["input_ids"]) for example in examples])
     names = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]
+    arrays: dict[str, np.ndarray] = {
+        name: np.concatenate([example[name] for example in examples]).astype(np.int64) for name in names
+    }
     if packed:
-        batch: dict[str, Any] = {
-            name: torch.from_numpy(
-                np.concatenate([example[name] for example in examples]).astype(np.int64)[None]
-            )
-            for name in names
-        }
-        batch["position_ids"] = torch.from_numpy(
-            np.concatenate([np.arange(length) for length in lengths])[None]
-        )
-        batch["segments"] = tuple(lengths.tolist())
-        return batch, np.cumsum(lengths) - lengths
+        arrays["position_ids"] = np.concatenate([np.arange(length) for length in lengths])
+        batch = tensors(**{name: array[None] for name, array in arrays.items()})
+        return {**batch, "segments": tuple(lengths.tolist())}, np.cumsum(lengths) - lengths
     shape = (len(examples), int(lengths.max()))
-    batch = {}
-    for name in names:
-        filled = np.zeros(shape, np.int64)
-        for row, example in enumerate(examples):
-            filled[row, : lengths[row]] = example[name]
-        batch[name] = torch.from_numpy(filled)
-    places = np.broadcast_to(np.arange(shape[1]), shape)
-    batch["position_ids"] = torch.from_numpy(np.minimum(places, lengths[:, None] - 1))
-    batch["attention_mask"] = torch.from_numpy((places < lengths[:, None]).astype(np.int64))
-    return batch, np.arange(len(examples)) * shape[1]
+    columns = np.broadcast_to(np.arange(shape[1]), shape)
+    inside = columns < lengths[:, None]
+    for name, tokens in arrays.items():
+        arrays[name] = np.zeros(shape, np.int64)
+        arrays[name][inside] = tokens
+    arrays["position_ids"] = np.minimum(columns, lengths[:, None] - 1)
+    return tensors(**arrays, attention_mask=inside.astype(np.int64)), np.arange(len(examples)) * shape[1]
 
 
-def of_rows(examples: Sequence[Example], layout: Layout, read: Sequence[np.ndarray]) -> dict[str, Any]:
-    """:func:`arrange`, with the places whose outputs a head reads. ``read``: those of each example, ascending, within its tokens.
+def with_targets(examples: Sequence[Example], layout: Layout) -> Batch:
+    """:func:`arrange`, with the targets of a language model: positions, labels (targets,)."""
+    batch, starts = arrange(examples, layout.packed)
+    ids = batch["input_ids"].numpy().reshape(-1)
+    supervised = np.zeros(len(ids), np.bool_)
+    for start, example in zip(starts, examples):
+        supervised[start : start + len(example["supervised"])] = example["supervised"]
+    supervised[starts] = False
+    targets = np.flatnonzero(supervised)
+    return {**batch, **tensors(positions=targets - 1, labels=ids[targets])}
 
-    positions (places,) in the flattened batch; places (how many of each row); rows: (source, row of the file) of each.
+
+def with_positions(examples: Sequence[Example], layout: Layout, read: Sequence[np.ndarray]) -> Batch:
+    """:func:`arrange`, with the positions whose hidden states a head reads.
+
+    ``read``: for each example, ascending token indices. The batch gets positions (read tokens,), indices into
+    the flattened batch; ``places``, how many of them each row has; and ``rows``, see :func:`file_rows`.
     """
+    batch, starts = arrange(examples, layout.packed)
+    positions = np.concatenate([start + tokens for start, tokens in zip(starts, read)]).astype(np.int64)
+    batch |= tensors(positions=positions)
+    return {**batch, "places": [len(tokens) for tokens in read], "rows": file_rows(examples)}
+
+
+def file_rows(examples: Sequence[Example]) -> list[tuple[int, ...]]:
+    """(source, row of its file) of each example; (0, 0) for an example that no file holds."""
+    return [tuple(int(number) for number in example.get("row", (0, 0))) for example in examples]
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """Copy the tensors of a batch to ``device``; everything else stays as it is."""
     import torch
 
-    batch, starts = arrange(examples, layout.packed)
-    positions = np.concatenate([start + places for start, places in zip(starts, read)]).astype(np.int64)
     return {
-        **batch,
-        "positions": torch.from_numpy(positions),
-        "places": [len(places) for places in read],
-        "rows": [tuple(int(part) for part in example.get("row", (0, 0))) for example in examples],
-    }
-
-
-def to_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:
-    """The batch with its tensors on ``device``; everything else stays as it is."""
-    return {
-        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
     }

@@ -1,32 +1,27 @@
-"""Several answers to one prompt in a batch: each prompt once, or once for each answer.
+"""Several responses to one prompt in a batch: each prompt once, or once for each response.
 
-An example holds a common prefix once, then what each answer has after it: ``input_ids`` (P + A_1 + ... + A_K,) and ``answers``
-(P, A_1, ..., A_K). Answers are numbered through the whole batch, in order.
+An example holds the common prefix once, then the rest of each response: ``input_ids`` (P + A_1 + ... + A_K,)
+and ``answers`` (P, A_1, ..., A_K). Responses are numbered through the whole batch, in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from tunesmith.data.batch import pack
-from tunesmith.data.batch.pack import Layout
-
-Example = dict[str, np.ndarray]
+from tunesmith.data.batch.pack import Batch, Example, Layout
 
 
-def arrange(examples: Sequence[Example], layout: Layout) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """(batch, for each answer the places of its tokens, prefix and own, in the flattened batch: int64 (P + A,)).
+def arrange(examples: Sequence[Example], layout: Layout) -> tuple[Batch, list[np.ndarray]]:
+    """Return the batch, and the positions of each response with its prefix in the flattened batch, (P + A,).
 
-    A shared layout: each prefix once, its answers after it; input_ids, position_ids (1, tokens); segments, the lengths
-    of these pieces; ``behind``, for each piece the one that it continues, or -1. A prefix of no tokens is no piece. Else each
-    answer is a segment, or a padded row, as ``pack.arrange`` makes them.
+    A shared layout holds each prefix once, then its responses: input_ids, position_ids (1, tokens);
+    ``segments``, the lengths of these parts; ``behind``, for each part the index of the prefix that it
+    continues, or -1. An empty prefix is no part. Else each response with its prefix is a row.
     """
-    import torch
-
     if not (layout.packed and layout.shared):
         rows = [row for example in examples for row in separate(example)]
         batch, starts = pack.arrange([{"input_ids": row} for row in rows], layout.packed)
@@ -35,33 +30,29 @@ def arrange(examples: Sequence[Example], layout: Layout) -> tuple[dict[str, Any]
     behind: list[int] = []
     positions, places, start = [], [], 0
     for example in examples:
-        prefix, *answers = example["answers"].tolist()
-        ahead = start + np.arange(prefix)
-        before = len(segments) if prefix else -1
+        prefix, *responses = example["answers"].tolist()
+        prompt = start + np.arange(prefix)
+        prompt_segment = len(segments) if prefix else -1
         if prefix:
             segments.append(prefix)
             behind.append(-1)
             positions.append(np.arange(prefix))
             start += prefix
-        for length in answers:
+        for length in responses:
             segments.append(length)
-            behind.append(before)
+            behind.append(prompt_segment)
             positions.append(prefix + np.arange(length))
-            places.append(np.concatenate([ahead, start + np.arange(length)]))
+            places.append(np.concatenate([prompt, start + np.arange(length)]))
             start += length
-    ids = np.concatenate([example["input_ids"] for example in examples]).astype(np.int64)
-    shape = (1, len(ids))
-    batch = {
-        "input_ids": torch.from_numpy(ids.reshape(shape)),
-        "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64).reshape(shape)),
-        "segments": tuple(segments),
-        "behind": tuple(behind),
-    }
-    return batch, places
+    ids = np.concatenate([example["input_ids"] for example in examples])
+    batch = pack.tensors(
+        input_ids=ids.astype(np.int64)[None], position_ids=np.concatenate(positions).astype(np.int64)[None]
+    )
+    return {**batch, "segments": tuple(segments), "behind": tuple(behind)}, places
 
 
 def shapes(answers: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """int64 (3, n): tokens of the prefix, tokens of the longest answer with it, number of answers.
+    """int64 (3, n): tokens of the prefix, of the longest response with its prefix, number of responses.
 
     ``answers``: those of n examples end to end; example i has ``answers[starts[i] : starts[i + 1]]``.
     """
@@ -71,9 +62,14 @@ def shapes(answers: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.stack([prefix, prefix + np.maximum.reduceat(own, first), np.diff(starts) - 1])
 
 
-def sizes(lengths: np.ndarray, shapes: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, rows), int64 (n,) each, that examples of so many tokens take in :func:`arrange`: packed, what each adds, in 1 row;
-    padded, the tokens of its longest row, of so many rows."""
+def sizes(lengths: np.ndarray, shapes: np.ndarray | None, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, rows), int64 (n,) each, that examples take in a batch.
+
+    Packed: the tokens that each example adds, in one row. Padded: the tokens of its longest row, and how many
+    rows it has. ``shapes``: see :func:`shapes`; None where each example is a single sequence.
+    """
+    if shapes is None:
+        return lengths, np.ones_like(lengths)
     prefix, longest, count = shapes
     if not layout.packed:
         return longest, count
@@ -81,8 +77,8 @@ def sizes(lengths: np.ndarray, shapes: np.ndarray, layout: Layout) -> tuple[np.n
 
 
 def separate(example: Example) -> list[np.ndarray]:
-    """The tokens of each answer with the prefix before it."""
-    prefix, *answers = example["answers"].tolist()
+    """The tokens of each response with the prefix before it."""
+    prefix, *responses = example["answers"].tolist()
     ids = example["input_ids"]
-    ends = list(accumulate(answers, initial=prefix))
-    return [np.concatenate([ids[:prefix], ids[end - length : end]]) for end, length in zip(ends[1:], answers)]
+    bounds = pairwise(accumulate(responses, initial=prefix))
+    return [np.concatenate([ids[:prefix], ids[start:end]]) for start, end in bounds]

@@ -1,8 +1,8 @@
-"""One optimiser step and where steps come from.
+"""One optimiser step, and the source that steps come from.
 
-A ``Step`` owns its examples: it splits them under a token budget, collates a part of them, and names them in an error. Loop,
-out-of-memory halving, refusal of a loss that is not finite, forecast and fast path speak to the Step alone, so a step may be made
-of rows of a file (``data.store.epochs``) or of answers that were sampled a moment ago (``Listed``).
+A ``Step`` owns its examples: it splits them under a token budget, collates a part of them, and names them in
+an error. The loop, the out-of-memory retry, the check for a finite loss, the forecast and the fast path use
+the Step alone. So a step can hold rows of a file (``data.store.epochs``) or sampled responses (``Listed``).
 """
 
 from __future__ import annotations
@@ -10,41 +10,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from tunesmith.data.batch import shared_prompts
+from tunesmith.data.batch.pack import Batch as Batch
+from tunesmith.data.batch.pack import Example as Example
 from tunesmith.data.batch.pack import Layout
+from tunesmith.json_types import JsonObject
 
-Example = dict[str, np.ndarray]
-"""One row, ready for a loss: name -> 1-D array. Language models use ``input_ids`` (int32) and ``supervised`` (bool)."""
-
-Batch = dict[str, Any]
-"""Tensors of one micro-batch."""
+if TYPE_CHECKING:
+    import torch
 
 Collate = Callable[[Sequence[Example], Layout], Batch]
 
 
 class Examples(Protocol):
-    """Examples by number: ``data.store.encoded_rows.Encoded`` maps them from a file, ``Listed`` holds them in memory."""
+    """Examples by number: mapped from a file (``data.store.encoded_rows``) or in memory (``Listed``)."""
 
     @property
     def lengths(self) -> np.ndarray:
         """int (n,): tokens of each example, a shared prompt counted once."""
-        ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
-    def sizes(self, rows: Any, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    def sizes(self, rows: np.ndarray | slice, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, rows) that the examples ``rows`` take in a micro-batch, see ``shared_prompts.sizes``."""
-        ...
 
     def where(self, index: int) -> str:
         """Name of an example in an error: ``file:row``, ``rollout:prompt:sample``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -64,14 +61,13 @@ class Listed:
     def lengths(self) -> np.ndarray:
         return np.array([len(example["input_ids"]) for example in self.examples], np.int64)
 
-    def sizes(self, rows: Any, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-        lengths = self.lengths[rows]
-        if "answers" not in self.examples[0]:
-            return lengths, np.ones_like(lengths)
-        answers = [example["answers"] for example in self.examples]
-        starts = np.cumsum([0, *(len(one) for one in answers)])
-        shapes = shared_prompts.shapes(np.concatenate(answers), starts)
-        return shared_prompts.sizes(lengths, shapes[:, rows], layout)
+    def sizes(self, rows: np.ndarray | slice, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+        shapes = None
+        if "answers" in self.examples[0]:
+            answers = [example["answers"] for example in self.examples]
+            starts = np.cumsum([0, *map(len, answers)])
+            shapes = shared_prompts.shapes(np.concatenate(answers), starts)[:, rows]
+        return shared_prompts.sizes(self.lengths[rows], shapes, layout)
 
     def where(self, index: int) -> str:
         return self.names[index]
@@ -79,10 +75,10 @@ class Listed:
 
 @dataclass(frozen=True)
 class Micro:
-    """Examples that go through the network together: their ``places`` within the step, their ``lengths`` in tokens.
+    """Examples that go through the network together: ``places`` within the step, ``lengths`` in tokens.
 
-    ``tokens``: what the network sees, padding and repeated prompts included. An ``idle`` one counts nothing: its process has
-    no examples left while others have, and they need it in their collectives.
+    ``tokens``: what the network sees, padding and repeated prompts included. An ``idle`` one counts nothing:
+    its process has no examples left, but the other processes need it in their collectives.
     """
 
     places: list[int]
@@ -94,8 +90,8 @@ class Micro:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: its ``number`` in the plan, counted from 1, and the examples ``rows`` (indices into ``data``) of all
-    processes. A place is an index into ``rows``."""
+    """One optimiser step: its ``number`` in the plan, counted from 1, and the examples ``rows`` (indices into
+    ``data``) of all processes. A place is an index into ``rows``."""
 
     number: int
     data: Examples
@@ -112,9 +108,7 @@ class Step:
 
     def examples(self, places: Iterable[int] | None = None) -> list[Example]:
         """The examples at ``places``; by default all of them, in order."""
-        return [
-            self.data[int(self.rows[place])] for place in (range(len(self)) if places is None else places)
-        ]
+        return [self.data[int(row)] for row in (self.rows if places is None else self.rows[list(places)])]
 
     def name(self, place: int) -> str:
         return self.data.where(int(self.rows[place]))
@@ -124,10 +118,10 @@ class Step:
 
     def tokens(self, places: Sequence[int], layout: Layout) -> int:
         """Tokens of these examples as one micro-batch, padding included."""
-        return together(*self.data.sizes(self.rows[list(places)], layout), layout)
+        return batch_tokens(*self.data.sizes(self.rows[list(places)], layout), layout)
 
     def micro(self, places: Sequence[int], layout: Layout, idle: bool = False) -> Micro:
-        """These examples as one micro-batch."""
+        """Collate these examples as one micro-batch."""
         lengths = [int(length) for length in self.lengths[list(places)]]
         batch = self.collate(self.examples(places), layout)
         return Micro(list(places), lengths, self.tokens(places, layout), batch, idle)
@@ -139,16 +133,15 @@ class Step:
     def split(self, budget: int, layout: Layout, process: int = 0, processes: int = 1) -> list[list[int]]:
         """Places of each micro-batch of at most ``budget`` tokens, for one process.
 
-        All processes get the same number of micro-batches as far as their examples go: one that needs fewer has smaller ones.
+        A process that needs fewer micro-batches than another splits its own further, while it can.
         """
-        shares = [self.share(number, processes) for number in range(processes)]
-        groups = [self._groups(share, budget, layout) for share in shares]
-        return _into(groups[process], max(map(len, groups)))
+        groups = [self._groups(self.share(rank, processes), budget, layout) for rank in range(processes)]
+        return _split_until(groups[process], max(map(len, groups)))
 
     def micro_batches(
         self, budget: int, layout: Layout, process: int = 0, processes: int = 1, even: bool = False
     ) -> list[Micro]:
-        """The micro-batches of one process; ``even``: with idle ones until it has as many as any other process."""
+        """The micro-batches of one process. ``even``: idle ones until it has as many as any other."""
         made = [self.micro(places, layout) for places in self.split(budget, layout, process, processes)]
         if even:
             most = max(len(self.split(budget, layout, number, processes)) for number in range(processes))
@@ -156,22 +149,20 @@ class Step:
             made += [self.micro([shortest], layout, idle=True) for _ in range(most - len(made))]
         return made
 
-    def extended(self, arrays: Sequence[Mapping[str, np.ndarray]]) -> Step:
-        """The step with more arrays in each of its examples, in order: figures over the whole step travel so."""
+    def with_arrays(self, arrays: Sequence[Mapping[str, np.ndarray]]) -> Step:
+        """Return the step with more arrays in each of its examples, in order."""
         examples = [{**example, **more} for example, more in zip(self.examples(), arrays, strict=True)]
         return replace(self, data=Listed(examples, self.names()), rows=np.arange(len(self)))
 
     def _groups(self, places: Sequence[int], budget: int, layout: Layout) -> list[list[int]]:
-        if not places:
-            return []
-        lengths, several = self.data.sizes(self.rows[list(places)], layout)
-        groups = groups_under(lengths.tolist(), budget, layout, several.tolist())
+        tokens, rows = self.data.sizes(self.rows[list(places)], layout)
+        groups = groups_under(tokens.tolist(), budget, layout, rows.tolist())
         return [[places[index] for index in group] for group in groups]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps a run has: ``steps`` in all, ``steps_per_epoch`` (the last one of an epoch may be short)."""
+    """Steps of a run: ``steps`` in all, ``steps_per_epoch`` (the last one of an epoch may be short)."""
 
     steps: int
     steps_per_epoch: int
@@ -182,60 +173,53 @@ class Plan:
 
 
 class Source(Protocol):
-    """Where the optimiser steps of a run come from.
+    """The optimiser steps of a run.
 
-    A source may skip steps of its plan (an iteration that stopped early); schedule, resume and end count the plan's steps.
+    A source may skip steps (an iteration that stopped early); schedule, resume and end count the plan's.
     """
 
     @property
     def plan(self) -> Plan: ...
 
     def steps(self, start: int) -> Iterator[Step]:
-        """The steps from number ``start`` on, in order. After ``load`` they go on as if nothing had happened."""
-        ...
+        """Yield the steps from number ``start`` on; after ``load`` those of an uninterrupted run."""
 
     def preview(self, most: int) -> Sequence[Step]:
-        """Steps like those to come, at most ``most`` and the one with the longest example: for the forecast of memory and time.
-        Nothing is sampled for them."""
-        ...
+        """Steps like those to come, for the forecast of memory and time: at most ``most``, and the one with
+        the longest example. Nothing is sampled for them."""
 
     def distinct(self) -> Step | None:
-        """Every example that any step takes, each once, as one large step; None where examples are not known beforehand."""
-        ...
+        """Every example of any step, each once, as one large step; None if they are not known beforehand."""
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(tensors by name, JSON): all that ``steps`` needs to go on after the last step that was yielded."""
-        ...
+    def state(self) -> tuple[dict[str, torch.Tensor], JsonObject]:
+        """(tensors by name, JSON): all that ``steps`` needs to continue after the last yielded step."""
 
-    def load(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken."""
-        ...
+    def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, object]) -> None:
+        """Continue from a ``state``."""
 
 
-def first_examples(source: Source, most: int = 2) -> Step:
-    """The shortest examples of the first step, for the parity check of the fast path: itself a step of ``most`` examples."""
+def first_examples(source: Source) -> Step:
+    """The two shortest examples of the first step, as a step: for the parity check of the fast path."""
     step = source.preview(1)[0]
-    places = sorted(range(len(step)), key=lambda place: (step.lengths[place], step.rows[place]))[:most]
+    places = sorted(range(len(step)), key=lambda place: (step.lengths[place], step.rows[place]))[:2]
     return replace(step, rows=step.rows[places])
 
 
 def groups_under(
-    lengths: Sequence[int], budget: int, layout: Layout, several: Sequence[int] | None = None
+    lengths: Sequence[int], budget: int, layout: Layout, rows_each: Sequence[int] | None = None
 ) -> list[list[int]]:
     """Indices of examples in groups of at most ``budget`` tokens, padding included.
 
-    An example above the budget is a group of its own. Padded rows are grouped by length; packed rows stay in order.
-    ``several``: how many padded rows each example takes (None = one).
+    An example above the budget is a group by itself. Padded rows are grouped by length; packed rows stay in
+    order. ``rows_each``: how many padded rows each example takes (None = one).
     """
     packed = layout.packed
-    order = (
-        range(len(lengths)) if packed else sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    )
+    order = range(len(lengths)) if packed else np.argsort(-np.asarray(lengths), kind="stable").tolist()
     groups: list[list[int]] = []
     used = longest = 0  # used: tokens, or padded rows
     for row in order:
         longest_now = max(longest, lengths[row])
-        more = lengths[row] if packed else 1 if several is None else several[row]
+        more = lengths[row] if packed else 1 if rows_each is None else rows_each[row]
         cost = used + more if packed else longest_now * (used + more)
         if groups and cost <= budget:
             groups[-1].append(row)
@@ -246,12 +230,12 @@ def groups_under(
     return groups
 
 
-def together(lengths: np.ndarray, several: np.ndarray, layout: Layout) -> int:
-    """Tokens of examples of such sizes as one micro-batch, padding included; see ``shared_prompts.sizes``."""
-    return int(lengths.sum() if layout.packed else lengths.max() * several.sum())
+def batch_tokens(tokens: np.ndarray, rows: np.ndarray, layout: Layout) -> int:
+    """Tokens of a micro-batch, padding included, from its ``shared_prompts.sizes``."""
+    return int(tokens.sum() if layout.packed else tokens.max() * rows.sum())
 
 
-def heaviest(
+def heaviest_micro_batch(
     steps: Iterable[Step], budget: int, layout: Layout, process: int = 0, processes: int = 1
 ) -> tuple[Step, list[int]]:
     """The step and the places of the micro-batch with the most tokens, padding included, among ``steps``."""
@@ -260,15 +244,14 @@ def heaviest(
     for step in steps:
         found = found or (step, [0])
         for places in step.split(budget, layout, process, processes):
-            taken = step.tokens(places, layout)
-            if taken > most:
-                found, most = (step, places), taken
+            if (tokens := step.tokens(places, layout)) > most:
+                found, most = (step, places), tokens
     assert found is not None, "a plan has at least one step"
     return found
 
 
-def _into(groups: list[list[int]], number: int) -> list[list[int]]:
-    """``groups`` cut in halves, the one of most examples first, until there are ``number`` of them or each is one example."""
+def _split_until(groups: list[list[int]], number: int) -> list[list[int]]:
+    """Halve the group of most examples until there are ``number`` groups, or each has one example."""
     while len(groups) < number and (most := max(groups, key=len, default=[])) and len(most) > 1:
         place, half = groups.index(most), len(most) // 2
         groups = [*groups[:place], most[:half], most[half:], *groups[place + 1 :]]

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tunesmith.data.batch.pack import Example
 from tunesmith.data.row_problems import shorten
-from tunesmith.data.store.cache import Example, forget
+from tunesmith.data.store.cache import forget
 from tunesmith.data.store.encoded_rows import Encoded
 
 if TYPE_CHECKING:

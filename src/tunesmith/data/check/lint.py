@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.data.check.lint_judgements import Judgements, warnings
 from tunesmith.data.check.lint_pairs import Pairs
 from tunesmith.data.data_config import Source
-from tunesmith.data.encode.conversations import Renderer, TrainOn, left_out, render
+from tunesmith.data.encode.conversations import TrainOn, find_omitted_text, render
 from tunesmith.data.encode.spans import SpanError
 from tunesmith.data.encode.templates import RENDER_ERRORS
 from tunesmith.data.read.source import open_source
@@ -178,5 +178,5 @@ def _rendered(
             fix,
             record.line,
         )
-    dropped += [f"{record.path}:{record.row}:{place}" for place in left_out(row, renderer)]
+    dropped += [f"{record.path}:{record.row}:{place}" for place in find_omitted_text(row, renderer)]
     return None

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text as Coloured
 
+from tunesmith.data.batch.pack import Example
 from tunesmith.data.data_config import Source
 from tunesmith.data.encode.rankings import encode
 from tunesmith.data.encode.templates import apply_template
 from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Chat, Judged, Labelled, Question, Ranking, Row, Tagged
-from tunesmith.data.store.cache import Example, targets
+from tunesmith.data.store.cache import targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

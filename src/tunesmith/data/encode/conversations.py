@@ -1,36 +1,40 @@
-"""From a row to tokens and a mask: the one place where conversations are rendered and tokenised.
+"""Conversations and plain text to tokens and loss mask: the one module that renders and tokenises them.
 
-Training, evaluation and generation all come through here, so that the model is served what it was trained on. The
-rendered text is tokenised once; what is learnt is found as stretches of characters in it (``spans``), never by the
-identity of a token nor by the length of a prompt tokenised on its own.
+Training, evaluation and generation all use it, so a model is served the text that it was trained on. The
+rendered text is tokenised once. Supervised parts are spans of its characters (``spans``): they depend neither
+on the identity of a token nor on the length of a prompt tokenised alone.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
+from tunesmith.data.batch.pack import Example
 from tunesmith.data.encode.spans import END, Span, SpanError, assistant_turns, find_span
-from tunesmith.data.encode.templates import RENDER_ERRORS, special_ends
+from tunesmith.data.encode.templates import PROBE, RENDER_ERRORS, Renderer, end_id, special_tokens
+from tunesmith.data.encode.texts import call_tokenizer
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, Message, PromptCompletion, Text, Written
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["completion", "assistant", "all"]
-Example = dict[str, np.ndarray]
+Characters = Callable[[int], tuple[int, int]]
+"""Token of a text -> its first character and the one after its last."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A row as text. ``spans``: the characters to learn. ``before`` and ``after``: ids the text does not write itself."""
+    """A row as text, with its supervised ``spans``. ``before`` and ``after``: ids that the text lacks."""
 
     text: str
     spans: tuple[Span, ...]
@@ -38,82 +42,53 @@ class Rendered:
     after: tuple[int, ...] = ()
 
 
-class Renderer:
-    """What one tokenizer needs for rendering, looked up once for many rows."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise DataError(
-                f"the tokenizer {type(tokenizer).__name__} gives no character offsets, so masks cannot be made. "
-                "Use a model with a tokenizer.json (a fast tokenizer)."
-            )
-        self.tokenizer = tokenizer
-        self.eos: str | None = tokenizer.eos_token
-        self.specials = special_tokens(tokenizer)
-        self.before, _ = special_ends(tokenizer)
-
-    def __call__(self, messages: Sequence[Message], tools: Sequence[Any], prompt: bool = False) -> str:
-        """The chat template's own text. ``prompt``: end where the assistant begins to speak."""
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
-        )
-        return str(text)
-
-    def end(self) -> tuple[int, ...]:
-        if self.tokenizer.eos_token_id is None:
-            raise DataError(
-                "the tokenizer has no end token, so a row cannot be closed. Set eos_token in the model's tokenizer."
-            )
-        return (self.tokenizer.eos_token_id,)
-
-    def document(self, text: str, start: int) -> Rendered:
-        """Plain text, learnt from character ``start``: the tokenizer's own beginning, and one end token, neither doubled."""
-        bos = self.tokenizer.bos_token
-        begun = bool(bos) and text.startswith(bos)
-        ended = bool(self.eos) and text.endswith(self.eos or "")
-        return Rendered(
-            text, (Span(start, END),), () if begun else tuple(self.before), () if ended else self.end()
-        )
-
-    def chat(self, row: Chat, train_on: TrainOn | int) -> Rendered:
-        """A conversation with the spans of the turns that ``train_on`` names, or of those from a message on."""
-        turns = assistant_turns(row.messages)
-        if isinstance(train_on, int):
-            wanted = [turn for turn in turns if turn >= train_on]
-        else:
-            wanted = turns if train_on == "assistant" else turns[-1:]
-        if not wanted:
-            raise SpanError("a turn of the assistant", "none", "Add the answer to learn.")
-        full = self(row.messages, row.tools)
-        spans = [find_span(self, row, full, turn) for turn in wanted]
-        # A conversation that ends with an answer which the template does not close is closed by the end token.
-        after = self.end() if turns[-1] == len(row.messages) - 1 and not spans[-1].stopped else ()
-        return Rendered(full, (Span(0, END),) if train_on == "all" else tuple(spans), (), after)
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Texts of the tokens marked special, longest first (a token may begin with another)."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(sorted({*added, *tokenizer.all_special_tokens}, key=lambda token: (-len(token), token)))
-
-
 def render(
     row: Written, renderer: Renderer, train_on: TrainOn | int = "completion", expand_turns: bool = False
 ) -> list[Rendered]:
-    """A row as text with spans: one, or one for each turn of the assistant under ``expand_turns``.
+    """Render a row: once, or once for each assistant turn under ``expand_turns``.
 
-    ``train_on`` as in ``encode``; a number = every turn of the assistant from that message on (and a completion).
-    Raises SpanError, or what a template raises (``RENDER_ERRORS``).
+    ``train_on`` as in :func:`encode`, for one row. Raises SpanError or one of ``RENDER_ERRORS``.
     """
     if isinstance(row, Text):
-        return [renderer.document(row.text, 0)]
+        return [_document(renderer, row.text, 0)]
     if isinstance(row, PromptCompletion):
         start = 0 if train_on == "all" else len(row.prompt)
-        return [renderer.document(row.prompt + row.completion, start)]
+        return [_document(renderer, row.prompt + row.completion, start)]
     if not expand_turns:
-        return [renderer.chat(row, train_on)]
+        return [_chat(renderer, row, train_on)]
     parts = [Chat(row.messages[: turn + 1], row.tools) for turn in assistant_turns(row.messages)]
-    return [renderer.chat(part, "completion") for part in parts]
+    return [_chat(renderer, part, "completion") for part in parts]
+
+
+def _document(renderer: Renderer, text: str, start: int) -> Rendered:
+    """A text without template, supervised from character ``start``. It gets the tokenizer's first tokens
+    and one end token, unless the text has them itself."""
+    bos = renderer.tokenizer.bos_token
+    begun = bool(bos) and text.startswith(bos)
+    ended = bool(renderer.eos) and text.endswith(renderer.eos or "")
+    return Rendered(
+        text, (Span(start, END),), () if begun else renderer.before, () if ended else _end(renderer)
+    )
+
+
+def _chat(renderer: Renderer, row: Chat, train_on: TrainOn | int) -> Rendered:
+    """A conversation with the spans of the turns that ``train_on`` names, as in :func:`encode`."""
+    turns = assistant_turns(row.messages)
+    if isinstance(train_on, int):
+        wanted = [turn for turn in turns if turn >= train_on]
+    else:
+        wanted = turns if train_on == "assistant" else turns[-1:]
+    if not wanted:
+        raise SpanError("a turn of the assistant", "none", "Add the assistant's answer.")
+    full = renderer(row.messages, row.tools)
+    spans = [find_span(renderer, row, full, turn) for turn in wanted]
+    # Where the template does not close a final answer, the end token does.
+    after = _end(renderer) if turns[-1] == len(row.messages) - 1 and not spans[-1].stopped else ()
+    return Rendered(full, (Span(0, END),) if train_on == "all" else tuple(spans), (), after)
+
+
+def _end(renderer: Renderer) -> tuple[int, ...]:
+    return (end_id(renderer.tokenizer, "which closes each row"),)
 
 
 def encode(
@@ -125,82 +100,71 @@ def encode(
 ) -> list[list[Example]]:
     """Tokenise rows in one batch: for each row its examples {"input_ids": int32[n], "supervised": bool[n]}.
 
-    ``train_on``: ``completion`` = the last turn of the assistant (and the completion of a PromptCompletion), ``assistant`` =
-    every turn of the assistant, ``all`` = every token; Text rows are learnt whole. Numbers, one for each row: every turn of the
-    assistant from that message on (and the completion of a PromptCompletion). ``expand_turns``: one example for each
-    turn of the assistant, which sees exactly what generation would see. Nothing is cut.
+    ``train_on``: ``completion`` = the last assistant turn (and the completion of a PromptCompletion),
+    ``assistant`` = every assistant turn, ``all`` = every token; all of a Text is supervised. Or one number
+    for each row: every assistant turn from that message on (and the completion of a PromptCompletion).
+    ``expand_turns``: one example for each assistant turn, with the context of generation. Nothing is cut.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
     """
     renderer = Renderer(tokenizer)
     wanted = [train_on] * len(rows) if isinstance(train_on, str) else train_on
-    texts = [_render_row(row, index, renderer, wanted[index], expand_turns) for index, row in enumerate(rows)]
+    texts = []
+    for index, row in enumerate(rows):
+        try:
+            texts.append(render(row, renderer, wanted[index], expand_turns))
+        except SpanError as error:
+            raise RowFault(index, error.expected, error.got, error.fix) from None
+        except RENDER_ERRORS as error:
+            got, fix = f"{type(error).__name__}: {error}", "Change the row or data.template."
+            raise RowFault(index, "a conversation that the chat template accepts", got, fix) from None
     examples = iter(tokenise(list(chain.from_iterable(texts)), tokenizer))
     return [[next(examples) for _ in group] for group in texts]
 
 
-def _render_row(
-    row: Written, index: int, renderer: Renderer, train_on: TrainOn | int, expand_turns: bool
-) -> list[Rendered]:
-    try:
-        return render(row, renderer, train_on, expand_turns)
-    except SpanError as error:
-        raise RowFault(index, error.expected, error.got, error.fix) from None
-    except RENDER_ERRORS as error:
-        got = f"{type(error).__name__}: {error}"
-        raise RowFault(
-            index, "a conversation that the chat template takes", got, "Change the row or data.template."
-        ) from None
-
-
 def tokenise(texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """One tokenizer call for all texts; a token is supervised when it shares a character with a span.
+    """Tokenise all texts in one call; a token is supervised when it shares a character with a span.
 
-    Where the characters of a token lie is asked of the tokenizer for a few tokens only, near the ends of the spans: as lists
-    for Python, the offsets of all tokens would cost a fifth of the time that tokenising takes.
+    Only a few tokens near the ends of spans are asked for their characters: converting the offsets of all
+    tokens to Python lists would take a fifth of the time of tokenisation.
     """
     if not texts:
         return []
-    encoded = tokenizer(
-        [item.text for item in texts], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-        padding=False, truncation=False, verbose=False,
-    )  # fmt: skip
+    encoded = call_tokenizer(tokenizer, [item.text for item in texts])
     return [
         _example(item, ids, encoding)
         for item, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings)
     ]
 
 
-def _example(item: Rendered, ids: list[int], encoding: Any) -> Example:
-    before, length = len(item.before), len(ids)
-    input_ids = np.empty(before + length + len(item.after), np.int32)
-    input_ids[:before] = item.before
-    input_ids[before : before + length] = ids
-    input_ids[before + length :] = item.after
+def _example(item: Rendered, ids: list[int], encoding: Encoding) -> Example:
+    input_ids = np.array([*item.before, *ids, *item.after], np.int32)
     supervised = np.zeros(len(input_ids), np.bool_)
+    start, end = len(item.before), len(item.before) + len(ids)
+    characters = cast(Characters, encoding.token_to_chars)
     for span in item.spans:
-        _mark(supervised[before : before + length], encoding, span)
-    supervised[before + length :] = True
+        _mark(supervised[start:end], characters, span)
+    supervised[end:] = True
     if item.spans and item.spans[0].start == 0:
-        supervised[:before] = True
+        supervised[:start] = True
     return {"input_ids": input_ids, "supervised": supervised}
 
 
-def _mark(learnt: np.ndarray, encoding: Any, span: Span) -> None:
-    """Set ``learnt`` (bool[tokens]) where a token of ``encoding`` (a ``tokenizers.Encoding``) shares a character with ``span``.
+def _mark(supervised: np.ndarray, characters: Characters, span: Span) -> None:
+    """Set ``supervised`` (bool[tokens]) where a token shares a character with ``span``.
 
-    Tokens stand in the order of the text and their ends never decrease, so two bisections find those that end inside the
-    span. Starts may: a byte-level tokenizer that puts a space before the first word gives it no width, and a place behind the
-    first piece of a character in pieces. So what begins inside the span and ends at its end or later is looked at one by one.
+    Ends of tokens never decrease, so two bisections find the tokens that end inside the span. Starts may
+    decrease: a byte-level tokenizer that puts a space before the first word gives that space no width, and a
+    start after the first piece of a character in pieces. So the tokens that end later are checked one by one.
     """
-    length = len(learnt)
-    first = bisect_right(range(length), span.start, key=lambda token: encoding.token_to_chars(token)[1])
-    past = bisect_left(range(length), span.end, lo=first, key=lambda token: encoding.token_to_chars(token)[1])
-    learnt[first:past] = True
+    length = len(supervised)
+    first = bisect_right(range(length), span.start, key=lambda token: characters(token)[1])
+    past = bisect_left(range(length), span.end, lo=first, key=lambda token: characters(token)[1])
+    supervised[first:past] = True
     for token in range(past, length):
-        start, end = encoding.token_to_chars(token)
+        start, end = characters(token)
         if start < span.end:
-            learnt[token] = True
+            supervised[token] = True
         elif start < end:
             break
 
@@ -210,66 +174,59 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     system: str | None = None,
 ) -> list[int]:
-    """Tokens after which the model is to speak, as training saw them.
+    """The tokens before a generated answer, as training used them.
 
-    A string is the user's turn when the tokenizer has a chat template, else (and as ``Text``) plain text to continue.
-    ``system`` is put before turns that have none. Raises DataError when the template refuses the turns.
+    A string is the user's turn if the tokenizer has a chat template, else (and as ``Text``) a text to
+    continue. ``system`` is put before turns that have none. Raises DataError if the template fails.
     """
     renderer = Renderer(tokenizer)
     if isinstance(prompt, Text) or (isinstance(prompt, str) and not tokenizer.chat_template):
         text = prompt.text if isinstance(prompt, Text) else f"{system}\n\n{prompt}" if system else prompt
-        begun = renderer.document(text, 0).before
+        begun = _document(renderer, text, 0).before
     else:
-        row = prompt if isinstance(prompt, Chat) else Chat(_turns(prompt))
-        messages = list(row.messages)
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        messages = list(prompt.messages if isinstance(prompt, Chat) else prompt)
+        tools = prompt.tools if isinstance(prompt, Chat) else ()
         if system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
         try:
-            text, begun = renderer(messages, row.tools, prompt=True), ()
+            text, begun = renderer(messages, tools, prompt=True), ()
         except RENDER_ERRORS as error:
-            raise DataError(
-                f"the chat template refuses the conversation: {type(error).__name__}: {error}"
-            ) from None
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"the chat template refuses the conversation: {reason}") from None
     return [*begun, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def _turns(prompt: str | Sequence[Message]) -> tuple[Message, ...]:
-    return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
-
-
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end token and whatever the chat template closes a turn with."""
+    """Tokens that end an answer: the end token, and the special token that closes a turn in the template."""
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template:
-        probe: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        (example,) = encode([Chat(tuple(probe))], tokenizer)[0]
+        (example,) = encode([Chat(tuple(PROBE))], tokenizer)[0]
         last = int(example["input_ids"][np.flatnonzero(example["supervised"])[-1]])
         special = tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer)))
         ids += [last] if last in special and last not in ids else []
     return ids
 
 
-def left_out(row: Chat, renderer: Renderer) -> list[str]:
-    """What the row says that the rendered text does not have: ``messages[1].content: 'the first words ...'``.
+def find_omitted_text(row: Chat, renderer: Renderer) -> list[str]:
+    """Text of the row that its rendering lacks: ``messages[1].content: 'the first words ...'``.
 
-    Templates that strip the reasoning of earlier turns, or have no place for a system turn or for tools, leave such traces.
+    Templates that strip the reasoning of earlier turns, or cannot render a system turn or tools, omit text.
     """
-    text = renderer(row.messages, row.tools)
+    rendered = renderer(row.messages, row.tools)
     missing = []
-    for position, message in enumerate(row.messages):
+    for index, message in enumerate(row.messages):
         for field in ("content", "reasoning_content"):
-            said = str(message.get(field) or "").strip()
-            if said and said not in text:
-                missing.append(f"messages[{position}].{field}: {said[:60]!r}")
+            text = str(message.get(field) or "").strip()
+            if text and text not in rendered:
+                missing.append(f"messages[{index}].{field}: {text[:60]!r}")
         called = [str(call.get("function", call).get("name")) for call in message.get("tool_calls") or ()]
-        missing += [f"messages[{position}].tool_calls: {name!r}" for name in called if name not in text]
-    if row.tools and _same_without_tools(row, renderer, text):
+        missing += [f"messages[{index}].tool_calls: {name!r}" for name in called if name not in rendered]
+    try:
+        without_tools = renderer(row.messages, ()) if row.tools else None
+    except RENDER_ERRORS:  # the template requires tools, so it reads them
+        without_tools = None
+    if without_tools == rendered:
         missing.append(f"tools: all {len(row.tools)} of them")
     return missing
-
-
-def _same_without_tools(row: Chat, renderer: Renderer, text: str) -> bool:
-    try:
-        return renderer(row.messages, ()) == text
-    except RENDER_ERRORS:  # the template asks for them, so it reads them
-        return False

@@ -1,8 +1,8 @@
-"""Where the assistant speaks in a rendered conversation, by construction, whatever the template.
+"""Where the assistant's turns are in a rendered conversation, whatever the template.
 
-A turn begins where the template's own generation prompt ends, and ends with the token that stops it. Both are found from
-renderings of parts of the conversation. Where a template rewrites earlier turns (reasoning is stripped, say), the turn is
-rendered once more with two private characters around its content, which show where it went.
+A turn begins where the template's own generation prompt ends, and ends with the token that stops it. Both are
+found by rendering parts of the conversation. Where a template rewrites earlier turns (it strips reasoning,
+for example), the turn is rendered again with two private characters around its content.
 """
 
 from __future__ import annotations
@@ -11,21 +11,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
 
-from tunesmith.data.encode.templates import RENDER_ERRORS
+from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
 from tunesmith.data.rows import Chat, Message
 
-END = 1 << 62
-"""Past every text."""
-
-OPEN, CLOSE = "\ue0f0", "\ue0f1"
-"""Private-use characters that mark a turn's content in a trial rendering."""
+END = 1 << 62  # an end after the end of any text
+OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that mark a turn's content in a second rendering
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Characters ``start`` to ``end`` of the rendered text. ``stopped``: a special token closes them."""
+    """Characters ``start`` to ``end`` of the rendered text. ``stopped``: a special token ends them."""
 
     start: int
     end: int
@@ -33,33 +29,23 @@ class Span:
 
 
 class SpanError(Exception):
-    """A turn whose place in the rendering cannot be made out."""
+    """A turn that cannot be found in the rendering."""
 
     def __init__(self, expected: str, got: str, fix: str) -> None:
         super().__init__(f"expected {expected}, got {got}. {fix}")
         self.expected, self.got, self.fix = expected, got, fix
 
 
-class Render(Protocol):
-    """The chat template over some turns, with the tokenizer's special tokens at hand."""
-
-    eos: str | None
-    specials: tuple[str, ...]
-
-    def __call__(self, messages: Sequence[Message], tools: Sequence[Any], prompt: bool = False) -> str: ...
-
-
 def assistant_turns(messages: Sequence[Message]) -> list[int]:
-    """Positions of the assistant's turns."""
-    return [position for position, message in enumerate(messages) if message["role"] == "assistant"]
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def find_span(render: Render, row: Chat, full: str, turn: int) -> Span:
+def find_span(render: Renderer, row: Chat, full: str, turn: int) -> Span:
     """The span of assistant turn ``turn`` in ``full``, the rendering of the whole row. Raises SpanError."""
     last = turn == len(row.messages) - 1
     alone = full if last else render(row.messages[: turn + 1], row.tools)
     shared = len(full) if last else _common(full, alone)
-    whole = shared == len(alone)  # else the two go apart in this turn or right after it
+    whole = shared == len(alone)  # else the two renderings differ in this turn or right after it
     start = _prompt_length(render, row, turn, full, shared)
     message = row.messages[turn]
     core = str(message.get("content") or "").strip()
@@ -68,8 +54,11 @@ def find_span(render: Render, row: Chat, full: str, turn: int) -> Span:
             raise _unclear(turn)
         moved = 0
         if not whole and message.get("tool_calls"):
-            there, here, tail = _placed(render, row, turn, full, alone)
-            moved, shared = there - here, here + tail
+            _, end = _marked(render, row, turn, full)
+            _, close = _marked(render, Chat(row.messages[: turn + 1], row.tools), turn, alone)
+            if end is None or close is None:
+                raise _unclear(turn)
+            moved, shared = end - close, close + _common(alone[close:], full[end:])
         return _closed_at_end(render, alone, start, shared, last, whole, moved, turn)
     end = None if start is None else _content_end(full, start, shared, core)
     if end is None:
@@ -83,8 +72,8 @@ def find_span(render: Render, row: Chat, full: str, turn: int) -> Span:
     return _closed_after(render, full, start, end, shared, last, whole)
 
 
-def _prompt_length(render: Render, row: Chat, turn: int, full: str, shared: int) -> int | None:
-    """Length of what generation would be given before this turn, if ``full`` begins with exactly that."""
+def _prompt_length(render: Renderer, row: Chat, turn: int, full: str, shared: int) -> int | None:
+    """Length of the generation prompt before this turn; None if ``full`` does not begin with it."""
     if turn == 0:  # templates do not render an empty conversation
         return None
     try:
@@ -95,7 +84,7 @@ def _prompt_length(render: Render, row: Chat, turn: int, full: str, shared: int)
 
 
 def _content_end(full: str, start: int, shared: int, core: str) -> int | None:
-    """Where the content ends, if there is only one place it can be."""
+    """Where the content ends; None if it is not there, or there more than once."""
     begin = start
     while begin < len(full) and full[begin].isspace():
         begin += 1
@@ -105,23 +94,20 @@ def _content_end(full: str, start: int, shared: int, core: str) -> int | None:
     return first + len(core) if first >= 0 and full.find(core, first + 1, shared) < 0 else None
 
 
-def _marked(render: Render, row: Chat, turn: int, full: str) -> tuple[int | None, int | None]:
-    """(start, end) in ``full`` of the turn's content, or of its last call's name; None for a mark that was lost.
+def _marked(render: Renderer, row: Chat, turn: int, full: str) -> tuple[int | None, int | None]:
+    """(start, end) in ``full`` of the turn's content, or of its last call's name; None for a lost mark.
 
-    Found by a rendering with marks around it, and believed only if it is ``full`` once they are taken out.
+    Renders the row with marks around it. The result counts only if it equals ``full`` without the marks.
     """
+    messages = [*row.messages[:turn], _with_marks(row.messages[turn]), *row.messages[turn + 1 :]]
     try:
-        text = render(
-            [*row.messages[:turn], _with_marks(row.messages[turn]), *row.messages[turn + 1 :]], row.tools
-        )
+        text = render(messages, row.tools)
     except RENDER_ERRORS:
         return None, None
-    if OPEN in full or CLOSE in full or text.replace(OPEN, "").replace(CLOSE, "") != full:
-        return None, None
-    if text.count(OPEN) > 1 or text.count(CLOSE) > 1:
-        return None, None
     start, end = text.find(OPEN), text.find(CLOSE)
-    if 0 <= end < start:  # turned round
+    ambiguous = OPEN in full or CLOSE in full or text.count(OPEN) > 1 or text.count(CLOSE) > 1
+    reversed_marks = 0 <= end < start
+    if ambiguous or reversed_marks or text.replace(OPEN, "").replace(CLOSE, "") != full:
         return None, None
     return (start if start >= 0 else None), (end - (start >= 0) if end >= 0 else None)
 
@@ -133,29 +119,20 @@ def _with_marks(message: Message) -> Message:
         return {**message, "tool_calls": [*calls[:-1], {**calls[-1], "function": function}]}
     content = str(message["content"])
     core = content.strip()
-    lead, trail = content[: content.index(core)], content[content.index(core) + len(core) :]
+    lead, _, trail = content.partition(core)
     return {**message, "content": lead + OPEN + core + CLOSE + trail}
 
 
-def _placed(render: Render, row: Chat, turn: int, full: str, alone: str) -> tuple[int, int, int]:
-    """(end in ``full``, end in ``alone``, how much they share after it) of a turn's last call. Raises SpanError."""
-    _, end = _marked(render, row, turn, full)
-    _, close = _marked(render, Chat(row.messages[: turn + 1], row.tools), turn, alone)
-    if end is None or close is None:
-        raise _unclear(turn)
-    return end, close, _common(alone[close:], full[end:])
-
-
 def _closed_after(
-    render: Render, full: str, start: int, end: int, shared: int, last: bool, whole: bool
+    render: Renderer, full: str, start: int, end: int, shared: int, last: bool, whole: bool
 ) -> Span:
-    """The span that ends with the first special token after the content, or without one where the template writes none."""
+    """The span that ends with the first special token after the content, if there is one."""
     match = _pattern(render.specials).search(full, end, shared)
     if match:
         stop = match.end()
         while (
             render.eos and match and match.group() != render.eos
-        ):  # <|im_end|></s>: the end token is learnt with it
+        ):  # <|im_end|></s>: the end token is supervised too
             match = _pattern(render.specials).match(full, match.end(), shared)
             stop = match.end() if match and match.group() == render.eos else stop
         return Span(start, stop)
@@ -165,12 +142,12 @@ def _closed_after(
 
 
 def _closed_at_end(
-    render: Render, alone: str, start: int, shared: int, last: bool, whole: bool, moved: int, turn: int
+    render: Renderer, alone: str, start: int, shared: int, last: bool, whole: bool, moved: int, turn: int
 ) -> Span:
-    """The span of a turn that ends with calls (or says nothing): special tokens inside it are no stops, those at its end are.
+    """The span of a turn that ends with calls or is empty: only special tokens at its end are stops.
 
-    ``alone`` is the conversation up to this turn; what it shares with the whole one ends at ``shared`` and lies ``moved``
-    characters further there.
+    ``alone``: the rendering up to this turn. It agrees with the whole rendering up to ``shared``, where the
+    same text comes ``moved`` characters later.
     """
     trailing = []
     edge = len(alone)
@@ -189,7 +166,7 @@ def _closed_at_end(
 
 
 def _common(a: str, b: str) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     if b.startswith(a) or a.startswith(b):
         return min(len(a), len(b))
     return next(position for position, (x, y) in enumerate(zip(a, b)) if x != y)
@@ -201,9 +178,8 @@ def _pattern(specials: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _unclear(turn: int) -> SpanError:
+    got = f"messages[{turn}], which the template rewrites so that it cannot be found"
     fix = (
         "Use train_on: completion, or expand_turns: true, which renders each turn as generation would see it."
     )
-    return SpanError(
-        "a template that keeps the assistant's turns", f"messages[{turn}] rewritten beyond recognition", fix
-    )
+    return SpanError("a template that keeps the assistant's turns", got, fix)

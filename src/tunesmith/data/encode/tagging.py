@@ -1,7 +1,7 @@
-"""From tagged words to windows of tokens: which sub-word speaks for which word, and which window for which part of a sentence.
+"""Tagged words to windows of tokens: which token represents which word, and which window a word belongs to.
 
-A word's tag is learnt at one of its tokens and read there again, so every word has a token, whatever the tokenizer makes of it,
-and belongs to exactly one window. Gold tags are never cut with the text (Devlin et al. 2019, section 5.3, cut theirs).
+A word's tag is trained at one of its tokens and predicted there. So every word gets a token, whatever the
+tokenizer makes of it, and belongs to exactly one window. Gold tags are never cut with the text.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tunesmith.data.encode import labels
+from tunesmith.data.batch.pack import Example
+from tunesmith.data.encode.labels import unknown_label
+from tunesmith.data.encode.spans import END
 from tunesmith.data.encode.templates import special_ends
+from tunesmith.data.encode.texts import call_tokenizer, has_token_types
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError
@@ -21,15 +24,10 @@ from tunesmith.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Example = dict[str, np.ndarray]
-
-END = 1 << 62
-"""Past every text."""
-
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
-    """A sentence without special tokens: ``ids`` int32[n], and ``word`` int32[n], that of each token, rising; -1 = none."""
+    """A sentence without special tokens. ``word``: the word of each token, never decreasing; -1 = none."""
 
     ids: np.ndarray
     word: np.ndarray
@@ -37,7 +35,7 @@ class Aligned:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Tokens ``start`` to ``end`` of a sentence, and the words that are learnt and read here; they may see more of it."""
+    """Tokens ``start`` to ``end`` of a sentence. ``words``: those predicted in it; the others are context."""
 
     start: int
     end: int
@@ -56,10 +54,10 @@ def encode(
 ) -> list[list[Example]]:
     """For each row its windows of at most ``max_length`` tokens; ``names``: the tags, by id.
 
-    ``input_ids`` int32[n] and, where the tokenizer has them, ``token_type_ids`` uint8[n]; ``places`` int32[m]: the tokens that
-    speak for a word, rising; ``words`` int32[m]: which word of the row; ``target`` int32[m]: its tag, -1 where it is not known.
-    A word speaks through its first token, in a ``causal`` network through its last, which has seen all of the word. With
-    ``label_all`` its other tokens are there too; there a B- is an I-.
+    ``input_ids`` int32[n] and, if the tokenizer has them, ``token_type_ids`` uint8[n]; ``places`` int32[m]:
+    the tokens that represent a word, ascending; ``words`` int32[m]: which word of the row; ``target``
+    int32[m]: its tag, -1 if unknown. A word is represented by its first token; in a ``causal`` network by its
+    last, which sees all of the word. ``label_all`` includes its other tokens; there a B- tag becomes I-.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
     """
@@ -71,58 +69,61 @@ def encode(
         )
     numbers = {name: number for number, name in enumerate(names)}
     targets = [_targets(row, index, numbers) for index, row in enumerate(rows)]
-    inside = np.array([numbers.get(continued(name), number) for name, number in numbers.items()], np.int32)
-    typed = "token_type_ids" in tokenizer.model_input_names
+    inside = np.array([numbers.get(inside_tag(name), number) for name, number in numbers.items()], np.int32)
+    typed = has_token_types(tokenizer)
     out = []
     for sentence, target in zip(align(rows, tokenizer), targets, strict=True):
-        sentence = _without_excess(sentence, room, causal)
+        sentence = _shorten_words(sentence, room, causal)
         examples = []
         for window in windows(sentence.word, room, stride, causal):
-            ids = np.concatenate([before, sentence.ids[window.start : window.end], after]).astype(np.int32)
-            word = sentence.word[window.start : window.end]
-            example: Example = {
-                "input_ids": ids,
-                **({"token_type_ids": np.zeros(len(ids), np.uint8)} if typed else {}),
-            }
-            spoken = _spoken(word, window.words, target, inside, causal, label_all)
-            example |= {**spoken, "places": (spoken["places"] + len(before)).astype(np.int32)}
-            examples.append(example)
+            tokens = slice(window.start, window.end)
+            example = {"input_ids": np.concatenate([before, sentence.ids[tokens], after]).astype(np.int32)}
+            if typed:
+                example["token_type_ids"] = np.zeros(len(example["input_ids"]), np.uint8)
+            word = sentence.word[tokens]
+            places = np.flatnonzero(np.isin(word, window.words))
+            words = word[places]
+            represents, gold = representing_tokens(words, causal), target[words]
+            if label_all:
+                gold = np.where(represents | (gold < 0), gold, inside[gold])
+            else:
+                places, words, gold = places[represents], words[represents], gold[represents]
+            arrays = {"places": places + len(before), "words": words, "target": gold}
+            examples.append(example | {name: array.astype(np.int32) for name, array in arrays.items()})
         out.append(examples)
     return out
 
 
-def continued(name: str) -> str:
-    """The tag of a further token of a word with the tag ``name``: I-X after B-X, else the same."""
+def inside_tag(name: str) -> str:
+    """The tag of the further tokens of a word with the tag ``name``: I-X for B-X, else the same."""
     return "I" + name[1:] if name == "B" or name.startswith("B-") else name
 
 
 def align(rows: Sequence[Tagged], tokenizer: PreTrainedTokenizerBase) -> list[Aligned]:
-    """Tokenise rows in one call. A row some token of which belongs to two words is tokenised again, word by word."""
-    found = _tokenised([row.text for row in rows], tokenizer)
+    """Tokenise rows in one call; again word by word if a token belongs to two words."""
     out = []
-    for row, (ids, offsets) in zip(rows, found, strict=True):
+    for row, (ids, offsets) in zip(rows, _tokenised([row.text for row in rows], tokenizer), strict=True):
         places = np.array(row.words, np.int64).reshape(-1, 2)
         word = _words_of(offsets, places)
-        out.append(
-            _complete(
-                *((ids, word) if word is not None else _word_by_word(row, tokenizer)), len(places), tokenizer
-            )
-        )
+        if word is None:
+            ids, word = _word_by_word(row, tokenizer)
+        out.append(_complete(ids, word, len(places), tokenizer))
     return out
 
 
-def chosen(words: np.ndarray, causal: bool) -> np.ndarray:
-    """bool[m]: which of the places of a window are those that a word is read at; ``words``: int[m], rising."""
+def representing_tokens(words: np.ndarray, causal: bool) -> np.ndarray:
+    """bool[m]: which tokens of a window represent their word; ``words``: int[m], the word of each token."""
     last = np.ones(len(words), np.bool_)
     last[:-1] = words[1:] != words[:-1]
     return last if causal else np.concatenate([last[-1:], last[:-1]])
 
 
 def windows(word: np.ndarray, room: int | None, stride: int, causal: bool) -> list[Window]:
-    """The windows of a sentence whose tokens belong to ``word`` (as in :class:`Aligned`; no word has more than ``room``).
+    """The windows of a sentence; ``word`` as in :class:`Aligned`, at most ``room`` tokens of each word.
 
-    They overlap by ``stride`` tokens at most and begin and end between words. A word belongs to the window that has most
-    context on the side where it has less (in a ``causal`` network: before it); the ends of the sentence count as plenty.
+    They overlap by at most ``stride`` tokens and begin and end between words. A word belongs to the window
+    that has most context on the side where it has less (``causal``: before it); the ends of a sentence count
+    as full.
     """
     count = len(word)
     first = np.flatnonzero(np.concatenate([[True], word[1:] != word[:-1]]) & (word >= 0))
@@ -131,14 +132,13 @@ def windows(word: np.ndarray, room: int | None, stride: int, causal: bool) -> li
         return [Window(0, count, word[first])]
     cuts = np.concatenate([[0], np.flatnonzero((word[1:] != word[:-1]) | (word[1:] < 0)) + 1, [count]])
     spans = []
-    start = 0
-    while True:
+    start = end = 0
+    while end < count:
         end = int(cuts[np.searchsorted(cuts, start + room, side="right") - 1])
         spans.append((start, end))
-        if end == count:
-            break
-        following = int(cuts[np.searchsorted(cuts, end, side="right")])
-        start = int(cuts[np.searchsorted(cuts, max(start + 1, end - stride, following - room))])
+        if end < count:
+            following = int(cuts[np.searchsorted(cuts, end, side="right")])
+            start = int(cuts[np.searchsorted(cuts, max(start + 1, end - stride, following - room))])
     begins, ends = np.array(spans).T[:, :, None]
     left = np.where(begins == 0, count, first - begins)
     right = np.where(ends == count, count, ends - 1 - last)
@@ -154,10 +154,7 @@ def _tokenised(
     """(ids int32[n], offsets int64[n, 2] in characters) of each text, without special tokens."""
     if not texts:
         return []
-    encoded = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-        padding=False, truncation=False, verbose=False,
-    )  # fmt: skip
+    encoded = call_tokenizer(tokenizer, texts)
     return [
         (np.array(ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2))
         for ids, encoding in zip(encoded["input_ids"], encoded.encodings, strict=True)
@@ -165,15 +162,14 @@ def _tokenised(
 
 
 def _words_of(offsets: np.ndarray, places: np.ndarray) -> np.ndarray | None:
-    """int32[n]: the word that each token shares a character with, -1 for none; None when one shares some with two."""
+    """int32[n]: the word that each token shares a character with, or -1; None if a token shares with two."""
     first = np.searchsorted(places[:, 1], offsets[:, 0], side="right")
     last = np.searchsorted(places[:, 0], offsets[:, 1], side="left") - 1
     if (first < last).any():
         return None
     word = np.where(first == last, first, -1)
-    for token in np.flatnonzero(
-        (word < 0) & (offsets[:, 0] == offsets[:, 1])
-    ):  # a later piece of a character may have no width
+    # a later piece of a character may have no width
+    for token in np.flatnonzero((word < 0) & (offsets[:, 0] == offsets[:, 1])):
         before = word[token - 1] if token else -1
         if before >= 0 and places[before, 0] < offsets[token, 0] <= places[before, 1]:
             word[token] = before
@@ -185,19 +181,19 @@ def _word_by_word(row: Tagged, tokenizer: PreTrainedTokenizerBase) -> tuple[np.n
     """(ids, word) where each word is tokenised with the white space before it, as if the text began there."""
     ends = [0, *(end for _, end in row.words)]
     pieces = [row.text[begin:end] for begin, (_, end) in zip(ends, row.words)]
-    ids, word = [], []
-    for number, (found, offsets) in enumerate(_tokenised([*pieces, row.text[ends[-1] :]], tokenizer)):
+    all_ids, word = [], []
+    for number, (ids, offsets) in enumerate(_tokenised([*pieces, row.text[ends[-1] :]], tokenizer)):
         gap = row.words[number][0] - ends[number] if number < len(pieces) else END
-        ids.append(found)
+        all_ids.append(ids)
         word.append(np.where((offsets[:, 1] > gap) | (gap == 0), number, -1))
-    return np.concatenate(ids), np.concatenate(word).astype(np.int32)
+    return np.concatenate(all_ids), np.concatenate(word).astype(np.int32)
 
 
 def _complete(ids: np.ndarray, word: np.ndarray, count: int, tokenizer: PreTrainedTokenizerBase) -> Aligned:
-    """With a token for each word: those that the tokenizer makes nothing of get the unknown one, in their place."""
+    """Insert the unknown token for each word that has no token."""
     so_far = np.maximum.accumulate(word) if len(word) else word
     ahead = np.minimum.accumulate(np.where(word < 0, count, word)[::-1])[::-1]
-    word = np.where(so_far == ahead, so_far, word)  # nothing lies between the tokens of one word
+    word = np.where(so_far == ahead, so_far, word)  # a token between two of one word belongs to that word
     missing = np.setdiff1d(np.arange(count), word)
     if len(missing):
         at = np.searchsorted(so_far, missing, side="right")
@@ -206,20 +202,20 @@ def _complete(ids: np.ndarray, word: np.ndarray, count: int, tokenizer: PreTrain
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token of a word that the tokenizer writes nothing for; without an unknown token it is a space's, or the end token."""
+    """The token of a word that the tokenizer drops: the unknown token, that of a space, or the end token."""
     if tokenizer.unk_token_id is not None:
         return int(tokenizer.unk_token_id)
     space = tokenizer(" ", add_special_tokens=False)["input_ids"]
-    found = space[-1] if space else tokenizer.eos_token_id
-    if found is None:
+    token = space[-1] if space else tokenizer.eos_token_id
+    if token is None:
         raise DataError(
-            "the tokenizer has no token for what it does not know. Set unk_token in the model's tokenizer."
+            "the tokenizer has no token for an unknown word. Set unk_token in the model's tokenizer."
         )
-    return int(found)
+    return int(token)
 
 
-def _without_excess(sentence: Aligned, room: int | None, causal: bool) -> Aligned:
-    """A word of more than ``room`` tokens keeps those around the one that speaks for it: its first, or its last."""
+def _shorten_words(sentence: Aligned, room: int | None, causal: bool) -> Aligned:
+    """Keep ``room`` tokens of a longer word: its first ones, in a ``causal`` network its last ones."""
     word = sentence.word
     if room is None or len(word) <= room:
         return sentence
@@ -236,46 +232,19 @@ def _without_excess(sentence: Aligned, room: int | None, causal: bool) -> Aligne
 
 
 def _targets(row: Tagged, index: int, numbers: dict[str, int]) -> np.ndarray:
-    """int32[words]: the number of each word's tag, -1 where none is known."""
+    """int32[words]: the number of each word's tag, -1 where it is unknown."""
     if not row.words:
-        raise RowFault(
-            index, "at least one word", f"{row.text[:40]!r}", "Write the words, or delete the row.", "tokens"
-        )
+        fix = "Write the words, or delete the row."
+        raise RowFault(index, "at least one word", repr(row.text[:40]), fix, "tokens")
     if row.tags is None:
         return np.full(len(row.words), -1, np.int32)
     if len(row.tags) != len(row.words):
         got = f"{len(row.tags)} tags for {len(row.words)} words"
-        raise RowFault(
-            index,
-            "a tag for each word",
-            got,
-            "Write as many tags as words; O is the tag of a word outside.",
-            "tags",
-        )
+        fix = "Write as many tags as words; O is the tag of a word outside."
+        raise RowFault(index, "a tag for each word", got, fix, "tags")
     for place, tag in enumerate(row.tags):
         if tag not in numbers:
-            expected, got, fix = labels.unknown(tag, list(numbers))
-            start, end = row.words[place]
-            raise RowFault(
-                index, expected, f"{got} at word {place + 1}, {row.text[start:end]!r}", fix, f"tags[{place}]"
-            )
+            expected, got, fix = unknown_label(tag, list(numbers))
+            got += f" at word {place + 1}, {row.text[slice(*row.words[place])]!r}"
+            raise RowFault(index, expected, got, fix, f"tags[{place}]")
     return np.array([numbers[tag] for tag in row.tags], np.int32)
-
-
-def _spoken(
-    word: np.ndarray, owned: np.ndarray, target: np.ndarray, inside: np.ndarray, causal: bool, label_all: bool
-) -> dict[str, np.ndarray]:
-    """``places``, ``words`` and ``target`` of a window whose tokens belong to ``word``."""
-    places = np.flatnonzero(np.isin(word, owned))
-    words = word[places]
-    speaks = chosen(words, causal)
-    gold = target[words]
-    if label_all:
-        gold = np.where(speaks | (gold < 0), gold, inside[gold])
-    else:
-        places, words, gold = places[speaks], words[speaks], gold[speaks]
-    return {
-        "places": places.astype(np.int32),
-        "words": words.astype(np.int32),
-        "target": gold.astype(np.int32),
-    }

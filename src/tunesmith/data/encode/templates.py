@@ -1,16 +1,17 @@
-"""Chat templates for models that have none, and the guard every template passes before data is read."""
+"""Chat templates for models that have none, and the checks of every template before data is read."""
 
 from __future__ import annotations
 
-import json
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jinja2
 from jinja2 import nodes
 
 from tunesmith.data.rows import Message
 from tunesmith.errors import DataError
+from tunesmith.json_types import JsonObject
 from tunesmith.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 RENDER_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
 )  # fmt: skip
-"""What a template can raise over data that it was not written for."""
+"""Errors that a template can raise on data that it was not written for."""
 
 PROBE: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -76,26 +77,23 @@ KOREAN = (
 )
 
 TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "roles": ROLES, "korean": KOREAN}
-"""Each closes every assistant turn with the model's own end token, so that generation stops wherever the model is loaded."""
-
-DEFAULT = "roles"
+"""Each closes every assistant turn with the model's end token, so that generation stops in any program."""
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[Any, str]:
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> tuple[PreTrainedTokenizerBase, str]:
     """Give ``tokenizer`` its chat template and check it on a small conversation.
 
-    ``template``: a name of ``TEMPLATES``, a Jinja string, or None for the model's own (``roles`` when it has none). The
-    tokenizer is changed and returned, with a sentence that says what was chosen. Raises DataError (exit code 2) when the
-    name is unknown, the template does not compile, or it reaches outside the sandbox.
+    ``template``: a name of ``TEMPLATES``, a Jinja string, or None for the model's own (``roles`` if it has
+    none). The tokenizer is changed and returned, with a sentence that names the choice. Raises DataError
+    (exit code 2) when the name is unknown, the template does not compile, or it reaches outside the sandbox.
     """
     if template is None and tokenizer.chat_template:
         description = "the model's own chat template"
     elif template is None or template in TEMPLATES:
-        name = template or DEFAULT
-        if not tokenizer.eos_token:
-            raise DataError(
-                f"the template {name} needs an end token, and the tokenizer has none. Set eos_token in the model's tokenizer."
-            )
+        name = template or "roles"
+        end_id(tokenizer, f"which the template {name} needs")
         begins = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in special_ends(tokenizer)[0]
         tokenizer.chat_template = ("{{- bos_token }}" if begins else "") + TEMPLATES[name]
         description = f"the template {name}" + ("" if template else ", because the model has none of its own")
@@ -106,64 +104,90 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> 
         raise DataError(
             f"data.template: {template!r} is neither a Jinja string nor a name. {did_you_mean(template, TEMPLATES)}"
         )
-    own = tokenizer.chat_template
-    for text in own.values() if isinstance(own, dict) else [own]:
+    chosen = tokenizer.chat_template
+    for text in chosen.values() if isinstance(chosen, dict) else [chosen]:
         _refuse_unsafe(text)
     try:
         rendered = tokenizer.apply_chat_template(PROBE, tokenize=False)
     except RENDER_ERRORS as error:
-        fix = f"Mend data.template, or use one of: {', '.join(TEMPLATES)}"
+        fix = f"Correct data.template, or use one of: {', '.join(TEMPLATES)}"
         raise DataError(f"the chat template fails on a question and an answer: {error}. {fix}") from None
     if "Hello" not in rendered:
         raise DataError(
-            "the chat template does not write what the assistant says. Mend data.template: it must write message.content"
+            "the chat template does not write the assistant's answer. Correct data.template: it must write message.content"
         )
     return tokenizer, description
 
 
+def end_id(tokenizer: PreTrainedTokenizerBase, purpose: str) -> int:
+    """The id of the end token. Raises DataError without one; ``purpose``: "which ...", why it is needed."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"the tokenizer has no end token, {purpose}. Set eos_token in the model's tokenizer.")
+    return int(tokenizer.eos_token_id)
+
+
 def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """(ids, ids) that the tokenizer itself puts before and after plain text."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    """The ids that the tokenizer itself puts before and after a text without a template."""
+    text = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return list(full[:start]), list(full[start + len(plain) :])
+    for start in range(len(full) - len(text) + 1):
+        if full[start : start + len(text)] == text:
+            return list(full[:start]), list(full[start + len(text) :])
     return [], []
 
 
-def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template as one string, for a cache key."""
-    return json.dumps(tokenizer.chat_template, sort_keys=True)
-
-
 def _refuse_unsafe(template: str) -> None:
-    """The sandbox refuses when such code runs; this refuses when it is only there, on a branch no probe takes."""
+    """Raise DataError for access to a name like ``__class__``.
+
+    The sandbox refuses such code only when it runs. It may be on a branch that the probe does not take.
+    """
+
+    def plain_tag(found: re.Match[str]) -> str:
+        return found[1] + ("endif" if found[2] else "if true") + found[3]
+
+    # transformers' ``{% generation %}`` tag is unknown to Jinja
+    template = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", plain_tag, template)
     try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(template))
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
         ) from None
-    for node in tree.find_all((nodes.Getattr, nodes.Getitem, nodes.Filter)):
-        name: Any = None
-        if isinstance(node, nodes.Getattr):
-            name = node.attr
-        elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
-            name = node.arg.value
-        elif (
-            isinstance(node, nodes.Filter)
-            and node.name == "attr"
-            and node.args
-            and isinstance(node.args[0], nodes.Const)
-        ):
-            name = node.args[0].value
-        if isinstance(name, str) and name.startswith("__"):
+    for node in tree.find_all(nodes.Expr):
+        match node:
+            case (
+                nodes.Getattr(attr=str(name))
+                | nodes.Getitem(arg=nodes.Const(value=str(name)))
+                | nodes.Filter(name="attr", args=[nodes.Const(value=str(name)), *_])
+            ) if name.startswith("__"):
+                raise DataError(
+                    f"the chat template reaches outside its sandbox: line {node.lineno}: {name!r}. A template may only read data."
+                )
+
+
+class Renderer:
+    """The chat template of one tokenizer, whose special tokens are looked up once for many rows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
             raise DataError(
-                f"the chat template reaches outside its sandbox: line {node.lineno}: {name!r}. A template may only read data."
+                f"the tokenizer {type(tokenizer).__name__} returns no character offsets, so masks cannot be made. "
+                "Use a model with a tokenizer.json (a fast tokenizer)."
             )
+        self.tokenizer = tokenizer
+        self.eos: str | None = tokenizer.eos_token
+        self.specials = special_tokens(tokenizer)
+        self.before = tuple(special_ends(tokenizer)[0])
+
+    def __call__(self, messages: Sequence[Message], tools: Sequence[JsonObject], prompt: bool = False) -> str:
+        """Render turns by the chat template. ``prompt``: add its generation prompt."""
+        text = self.tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
+        )
+        return str(text)
 
 
-def _without_generation(template: str) -> str:
-    """transformers' own ``{% generation %}`` tag as a tag plain Jinja knows."""
-    template = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", template)
-    return re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Texts of the special tokens, longest first (a token may begin with another)."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(sorted({*added, *tokenizer.all_special_tokens}, key=lambda token: (-len(token), token)))

@@ -1,4 +1,3 @@
-"""Examples on disk: ``prepare`` (a recipe's data, ready), ``build`` (one source encoded), ``cache`` (memory-mapped entries),
-``encoded`` (examples as training sees them), ``epochs`` and ``mix`` (steps, and the order of rows), ``row_writer`` (rows to a
-file), ``data_report`` (counts for people).
-"""
+"""Examples on disk: ``prepare`` (all data of a recipe), ``encode_source`` (one source encoded), ``cache``
+(memory-mapped entries), ``encoded_rows`` (examples as training reads them), ``epochs`` and ``epoch_order``
+(steps, and the order of rows), ``data_report`` (counts), ``row_writer`` (rows to a file)."""

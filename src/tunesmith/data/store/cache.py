@@ -1,9 +1,10 @@
-"""Processed rows on disk, keyed by content and memory-mapped: one folder for each source, written once, never changed.
+"""Processed rows on disk, keyed by content and memory-mapped: a folder for each source, written once.
 
-A folder holds, for every array name of the examples, its values end to end (``input_ids.values``) and where each example
-begins (``input_ids.starts``, int64[n + 1]); one number for each example (``row``, ``targets``, ``length``, ``digest``); and
-``manifest.json`` with the size and sha256 of each. It is written under another name and renamed when complete, so two
-processes may write the same one, and what a crash leaves is never mistaken for it.
+For every array name of the examples, a folder holds the values end to end (``input_ids.values``) and where
+each example begins (``input_ids.starts``, int64[n + 1]). ``row``, ``targets``, ``length`` and ``digest`` have
+one number for each example. ``manifest.json`` has the size and sha256 of each file. A folder is written under
+another name and renamed when complete. So two processes may write the same one, and a crash cannot leave half
+of it.
 """
 
 from __future__ import annotations
@@ -16,30 +17,35 @@ import mmap
 import os
 import re
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from tunesmith import files
+from tunesmith.data.batch.pack import Example
 from tunesmith.errors import DiskFullError, UserError
+from tunesmith.json_types import JsonObject
 
 VERSION = 2
-Example = dict[str, np.ndarray]
 ALIGNED = ("input_ids", "supervised", "token_type_ids")
-"""Arrays with one number for each token: they are cut with the tokens."""
-ABANDONED = 2 * 24 * 3600.0
-"""Seconds after which an unfinished folder belongs to no living process."""
+"""Arrays with one number for each token: a length policy cuts them with the tokens."""
+ABANDONED_SECONDS = 2 * 24 * 3600.0  # an unfinished folder of this age belongs to no living process
+NUMBERS = {"row": "<i4", "targets": "<i4", "length": "<i4", "digest": "<u8"}
+"""Numbers kept for each example, and their types."""
+SIZES = {name: np.dtype(kind).itemsize for name, kind in NUMBERS.items()}
+BUFFER_BYTES = 1 << 16  # held in memory of each file that is being written
 
 
 class Scratch:
-    """A folder for what is not to be kept: ``name`` exists for as long as this object does.
+    """A temporary folder, ``name``, that is removed with this object.
 
-    tempfile's ``TemporaryDirectory`` asks for a ``with``, and warns when the end of its object ends it: here that is the way.
+    tempfile's ``TemporaryDirectory`` needs a ``with`` block: it warns when its object ends without one.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -51,9 +57,9 @@ class Scratch:
 class Entry:
     """One processed source, mapped read-only.
 
-    ``values[name]`` and ``starts[name]`` (int64[n + 1]) hold the examples; ``row`` (1-based row of the file), ``targets``
-    (loss units), ``length`` and ``digest`` (of the row's content) have one number for each example. ``info``: what was
-    counted when it was written.
+    ``values[name]`` and ``starts[name]`` (int64[n + 1]) hold the examples. ``row`` (row of the file, from 1),
+    ``targets`` (loss units), ``length`` and ``digest`` (of the row's content) have one number for each
+    example. ``info``: the counts of when it was written.
     """
 
     values: dict[str, np.ndarray]
@@ -62,13 +68,13 @@ class Entry:
     targets: np.ndarray
     length: np.ndarray
     digest: np.ndarray
-    info: dict[str, Any]
+    info: JsonObject
 
     def __len__(self) -> int:
         return len(self.row)
 
     def example(self, index: int, start: int, length: int) -> Example:
-        """Example ``index``, or the stretch of it that a length policy kept. Views of the file, no copy."""
+        """Example ``index``, or the part of it that a length policy kept. Views of the file, no copy."""
         whole = int(self.length[index])
         out = {}
         for name, values in self.values.items():
@@ -80,16 +86,16 @@ class Entry:
 
 
 class Writer:
-    """Streams examples into a folder; of each file at most ``BUFFER`` bytes are held in memory."""
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = {name: _File(folder / name) for name in NUMBERS}
+        self._files: dict[str, BinaryIO] = {
+            name: (folder / name).open("wb", BUFFER_BYTES) for name in NUMBERS
+        }
         self._ends: dict[str, int] = {}
         self._dtypes: dict[str, str] = {}
 
     def add(self, examples: Iterable[Example], row: int, digest: int) -> None:
-        """The examples made of one row."""
+        """Append the examples of one row."""
         for example in examples:
             if not self._ends:
                 self._begin(example)
@@ -102,26 +108,34 @@ class Writer:
                     raise ValueError(f"array {name!r}: {values.dtype} after {np.dtype(self._dtypes[name])}")
                 self._files[f"{name}.values"].write(np.ascontiguousarray(values).tobytes())
                 self._ends[name] += len(values)
-                self._files[f"{name}.starts"].number(self._ends[name])
+                self._write_number(f"{name}.starts", self._ends[name])
             numbers = {"row": row, "digest": digest, "targets": targets(example), "length": length(example)}
             for name, number in numbers.items():
-                self._files[name].number(number, SIZES[name])
+                self._write_number(name, number)
 
     def _begin(self, example: Example) -> None:
         for name, values in example.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise ValueError(f"array name {name!r} cannot be part of a file name")
-            self._files |= {
-                f"{name}.{part}": _File(self.folder / f"{name}.{part}") for part in ("values", "starts")
-            }
-            self._files[f"{name}.starts"].number(0)
+            for part in (f"{name}.values", f"{name}.starts"):
+                self._files[part] = (self.folder / part).open("wb", BUFFER_BYTES)
+            self._write_number(f"{name}.starts", 0)
             self._ends[name] = 0
             self._dtypes[name] = values.dtype.str
 
-    def close(self, info: dict[str, Any]) -> None:
-        """Write the manifest last; everything is on the disk when this returns."""
-        closed = {name: file.close() for name, file in self._files.items()}
-        manifest: dict[str, Any] = {"version": VERSION, "arrays": self._dtypes, "files": closed, "info": info}
+    def _write_number(self, file: str, number: int) -> None:
+        self._files[file].write(number.to_bytes(SIZES.get(file, 8), "little"))
+
+    def close(self, info: JsonObject) -> None:
+        """Write the manifest last; when this returns, everything is on the disk."""
+        closed = {}
+        for name, file in self._files.items():
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
+            path = self.folder / name
+            closed[name] = {"size": path.stat().st_size, "sha256": files.sha256(path)}
+        manifest: JsonObject = {"version": VERSION, "arrays": self._dtypes, "files": closed, "info": info}
         with (self.folder / "manifest.json").open("w", encoding="utf-8") as handle:
             json.dump({**manifest, "sha256": _hash_of(manifest)}, handle)
             handle.flush()
@@ -129,23 +143,16 @@ class Writer:
         files.sync(self.folder)
 
     def abandon(self) -> None:
-        """Close and remove what was written, unless it was renamed into place."""
+        """Close the files and remove the folder, unless it was renamed to its target."""
         for file in self._files.values():
-            file.abandon()
+            with contextlib.suppress(OSError):  # a full disk takes no last buffer either
+                file.close()
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
 
-NUMBERS = {"row": "<i4", "targets": "<i4", "length": "<i4", "digest": "<u8"}
-"""Numbers kept for each example, and their types."""
-
-SIZES = {name: np.dtype(kind).itemsize for name, kind in NUMBERS.items()}
-BUFFER = 1 << 16
-"""Bytes gathered before they are hashed and written: most pieces are a few bytes long."""
-
-
 def targets(example: Example) -> int:
-    """Loss units: supervised tokens but the first (nothing stands before it), words that have a tag, else 1."""
+    """Loss units: supervised tokens but the first (no token predicts it), words that have a tag, else 1."""
     if "supervised" in example:
         return int(np.count_nonzero(example["supervised"][1:]))
     return len(example["places"]) if "places" in example and "input_ids" in example else 1
@@ -156,58 +163,23 @@ def length(example: Example) -> int:
     return len(example["input_ids"]) if "input_ids" in example else max(map(len, example.values()))
 
 
-class _File:
-    """A file whose size and hash are known when it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        self._handle: BinaryIO = path.open("wb")
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self._pending = bytearray()
-
-    def write(self, data: bytes) -> None:
-        self._pending += data
-        if len(self._pending) >= BUFFER:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._hash.update(self._pending)
-        self._size += self._handle.write(self._pending)
-        self._pending.clear()
-
-    def number(self, value: int, size: int = 8) -> None:
-        """A number that is not negative."""
-        self.write(value.to_bytes(size, "little"))
-
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk takes no last buffer either
-            self._handle.close()
-
-    def close(self) -> dict[str, Any]:
-        with self._handle as handle:
-            self._flush()
-            handle.flush()
-            os.fsync(handle.fileno())
-        return {"size": self._size, "sha256": self._hash.hexdigest()}
-
-
 def store() -> Path:
     """The folder ``data`` of tunesmith's home. Anything in it may be deleted at any time."""
     return files.home() / "data"
 
 
 def begin(folder: Path) -> Writer:
-    """A writer into a new folder beside ``folder``; ``finish`` puts it there. What a killed process left behind is swept."""
+    """Return a writer into a new folder next to ``folder``, and remove abandoned folders there."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        files.remove_abandoned(folder.parent, ".*.*", ABANDONED)
+        files.remove_abandoned(folder.parent, ".*.*", ABANDONED_SECONDS)
         return Writer(files.temporary_folder(folder, 0o700))
     except OSError as error:
         raise disk_error(error, folder.parent) from None
 
 
-def finish(writer: Writer, folder: Path, info: dict[str, Any]) -> None:
-    """Complete the writer's folder and rename it to ``folder``. When another process was first, its work is kept."""
+def finish(writer: Writer, folder: Path, info: JsonObject) -> None:
+    """Complete the writer's folder and rename it to ``folder``, unless another process was first."""
     writer.close(info)
     try:
         os.rename(writer.folder, folder)
@@ -219,7 +191,7 @@ def finish(writer: Writer, folder: Path, info: dict[str, Any]) -> None:
 
 
 def load(folder: Path) -> Entry | None:
-    """The entry at ``folder``, or None when there is none or it is not exactly what was written (size or hash differ)."""
+    """The entry at ``folder``; None without one, or if the size or hash of a file differs."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest.pop("sha256") != _hash_of(manifest) or manifest["version"] != VERSION:
@@ -231,20 +203,16 @@ def load(folder: Path) -> Entry | None:
         mapped = {name: _map(folder / name, manifest["files"][name], dtype) for name, dtype in kinds.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Entry(
-        {name: mapped[f"{name}.values"] for name in arrays},
-        {name: mapped[f"{name}.starts"] for name in arrays},
-        **{name: mapped[name] for name in NUMBERS},
-        info=manifest["info"],
-    )
+    values, starts = ({name: mapped[f"{name}.{part}"] for name in arrays} for part in ("values", "starts"))
+    return Entry(values, starts, **{name: mapped[name] for name in NUMBERS}, info=manifest["info"])
 
 
-def _hash_of(manifest: dict[str, Any]) -> str:
+def _hash_of(manifest: JsonObject) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _map(path: Path, recorded: dict[str, Any], dtype: str) -> np.ndarray:
-    """The file as an array. Raises ValueError when it is not what the manifest says."""
+def _map(path: Path, recorded: JsonObject, dtype: str) -> np.ndarray:
+    """Map the file as an array. Raises ValueError when it is not what the manifest records."""
     size = path.stat().st_size
     # sha256 reads the file and does not map it: pages that are only checked need not stay in memory.
     if size != recorded["size"] or files.sha256(path) != recorded["sha256"]:
@@ -256,16 +224,16 @@ def _map(path: Path, recorded: dict[str, Any], dtype: str) -> np.ndarray:
 
 
 def forget(values: np.ndarray) -> None:
-    """Take the pages of a mapped array out of this process's memory; they are read again where they are wanted."""
+    """Remove the pages of a mapped array from this process's memory; the next access reads them again."""
     held = values.base
     while held is not None and not isinstance(held, mmap.mmap):
         held = held.obj if isinstance(held, memoryview) else held.base
-    if held is not None and hasattr(held, "madvise"):  # not on Windows
+    if held is not None and sys.platform != "win32":
         held.madvise(mmap.MADV_DONTNEED)
 
 
 def disk_error(error: OSError, folder: Path) -> OSError | DiskFullError | UserError:
-    """The error to raise for one met while writing under ``folder``: full disks and closed folders have their own messages."""
+    """Return the error to raise for ``error``, which was met while writing under ``folder``."""
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
         return UserError(
             f"processed data cannot be written to {folder}: {error.strerror}. Set TUNESMITH_HOME to a folder that can be written."

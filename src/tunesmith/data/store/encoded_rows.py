@@ -1,4 +1,4 @@
-"""Examples as training sees them: views on processed sources, with the length policy and the held-out share applied."""
+"""Examples as training reads them: views of processed sources, without held-out rows, fit to a length."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Literal
 import numpy as np
 
 from tunesmith.data.batch import shared_prompts
-from tunesmith.data.batch.pack import Layout
-from tunesmith.data.store.cache import Entry, Example
+from tunesmith.data.batch.pack import PADDED, Example, Layout
+from tunesmith.data.store.cache import Entry, targets
 
 Overlong = Literal["error", "split", "drop", "truncate"]
 
 
 @dataclass(frozen=True)
 class Views:
-    """Stretches of examples: ``example`` index, ``start`` and ``length`` in tokens, ``targets`` = loss units in it; all int32."""
+    """Parts of examples, int32[n]: index of the example, first token, tokens, loss units."""
 
     example: np.ndarray
     start: np.ndarray
@@ -29,16 +29,17 @@ class Views:
         return len(self.example)
 
     def keep(self, mask: np.ndarray) -> Views:
+        if mask.all():  # no copies: there may be millions of rows
+            return self
         return Views(self.example[mask], self.start[mask], self.length[mask], self.targets[mask])
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples ready for an objective's ``collate``; ``encoded[i]`` maps the array's names to arrays (views of the file).
+    """Examples ready for an objective's ``collate``; ``encoded[i]``: views of the file.
 
-    ``lengths``, ``supervised``   int32[n]: tokens, and loss units (supervised tokens that are targets), of each example
-    ``source``                    int32[n]: which source it came from
-    ``weights``                   float64[sources]: how often each source is seen per epoch
+    ``source``   int32[n]: index into ``entries`` of each example
+    ``weights``  float64[sources]: how often an epoch visits each source
     """
 
     entries: tuple[Entry, ...]
@@ -48,64 +49,63 @@ class Encoded:
     views: Views
     scratch: object = None
     """Keeps a temporary folder alive when there is no cache."""
-    attach: tuple[Callable[[Encoded, int, Example], Example], ...] = ()
-    """Functions (this data set, index, example) -> example that add arrays no file has: a reference, another row's answer."""
+    attached: tuple[Callable[[Encoded, int, Example], Example], ...] = ()
+    """Functions (this data set, index, example) -> example with more arrays: see :meth:`attach`."""
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        """Its arrays, and ``row``: int64 (source, row of the file); and what is attached."""
-        example = self.bare(index)
-        for add in self.attach:
+        """The arrays of an example, ``row`` int64 (source, row of the file), and attached arrays."""
+        example = self.stored(index)
+        for add in self.attached:
             example = add(self, index, example)
         return example
 
-    def bare(self, index: int) -> Example:
-        """An example without what is attached to it."""
+    def stored(self, index: int) -> Example:
+        """An example without attached arrays."""
         views, source = self.views, int(self.source[index])
         entry, place = self.entries[source], int(views.example[index])
         example = entry.example(place, int(views.start[index]), int(views.length[index]))
         example["row"] = np.array([source, entry.row[place]], np.int64)
         return example
 
-    def attaching(self, add: Callable[[Encoded, int, Example], Example]) -> Encoded:
-        """The same examples with what ``add`` adds to each; see ``attach``."""
-        return replace(self, attach=(*self.attach, add))
+    def attach(self, add: Callable[[Encoded, int, Example], Example]) -> Encoded:
+        """Add arrays to each example when it is read: reference log-probabilities, another row's response."""
+        return replace(self, attached=(*self.attached, add))
 
     @property
     def lengths(self) -> np.ndarray:
+        """int32[n]: tokens of each example, a shared prompt counted once, also in reports."""
         return self.views.length
 
     @property
     def supervised(self) -> np.ndarray:
+        """int32[n]: loss units of each example (supervised tokens that are targets)."""
         return self.views.targets
 
     @cached_property
     def shapes(self) -> np.ndarray | None:
-        """int64 (3, n), see ``pairs.shapes``; None where examples are sequences and have no answers."""
+        """int64 (3, n), see ``shared_prompts.shapes``; None where each example is a single sequence."""
         if not any("answers" in entry.values for entry in self.entries):
             return None
-        found = np.zeros((3, len(self)), np.int64)
+        out = np.zeros((3, len(self)), np.int64)
         for number, entry in enumerate(self.entries):
             mine = self.source == number
             if mine.any():
                 of_entry = shared_prompts.shapes(entry.values["answers"], entry.starts["answers"])
-                found[:, mine] = of_entry[:, self.views.example[mine]]
-        return found
+                out[:, mine] = of_entry[:, self.views.example[mine]]
+        return out
 
     def sizes(self, rows: np.ndarray | slice, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, rows) that examples take in a micro-batch, see ``pairs.sizes``. Their ``lengths`` count a shared prompt once,
-        and so do all reports."""
-        lengths = self.lengths[rows]
-        if self.shapes is None:
-            return lengths, np.ones_like(lengths)
-        return shared_prompts.sizes(lengths, self.shapes[:, rows], layout)
+        """(tokens, rows) that examples take in a micro-batch, see ``shared_prompts.sizes``."""
+        shapes = None if self.shapes is None else self.shapes[:, rows]
+        return shared_prompts.sizes(self.lengths[rows], shapes, layout)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence: of an example, or of one answer with its prompt."""
-        return int(self.sizes(slice(None), Layout(packed=False))[0].max())
+        """Tokens of the longest sequence: of an example, or of one response with its prompt."""
+        return int(self.sizes(slice(None), PADDED)[0].max())
 
     def where(self, index: int) -> str:
         """``file:row`` that example ``index`` was made from."""
@@ -114,32 +114,29 @@ class Encoded:
 
 
 def fit(entry: Entry, chosen: np.ndarray, policy: Overlong, max_length: int) -> Views:
-    """The examples ``chosen`` (indices) of ``entry`` under a length policy.
+    """Apply a length policy to the examples ``chosen`` (indices) of ``entry``.
 
-    ``split``: blocks that overlap by one token, the first of which is context only, so that each token but an example's
-    first is a target exactly once. ``truncate`` keeps the beginning, ``drop`` and ``error`` keep only what fits (under
-    ``error`` the caller has made sure that all does).
+    ``split`` makes blocks that overlap by one token. The first token of a block is context only, so each
+    token but an example's first is a target exactly once. ``truncate`` keeps the beginning. ``drop`` and
+    ``error`` keep the examples that fit (under ``error`` the caller has checked that all do).
     """
     lengths = entry.length[chosen]
+    if policy in ("drop", "error") and (lengths > max_length).any():
+        chosen, lengths = chosen[lengths <= max_length], lengths[lengths <= max_length]
     over = lengths > max_length
-    if policy in ("drop", "error") and over.any():
-        chosen, lengths, over = chosen[~over], lengths[~over], np.zeros(0, np.bool_)
-    if not over.any():  # no copies of what may be millions of rows
+    if not over.any():  # no copies: there may be millions of rows
         return Views(chosen, np.zeros(len(chosen), np.int32), lengths, entry.targets[chosen])
     if policy == "split":
         which, start, length = blocks(lengths, max_length)
     else:
-        which, start, length = (
-            np.arange(len(chosen)),
-            np.zeros(len(chosen), np.int64),
-            np.minimum(lengths, max_length),
-        )
+        which, start = np.arange(len(chosen)), np.zeros(len(chosen), np.int64)
+        length = np.minimum(lengths, max_length)
     example = chosen[which]
-    targets = entry.targets[example]
+    units = entry.targets[example]
     for position in np.flatnonzero(over[which]):
         part = entry.example(int(example[position]), int(start[position]), int(length[position]))
-        targets[position] = np.count_nonzero(part["supervised"][1:]) if "supervised" in part else 1
-    return Views(example, start.astype(np.int32), length.astype(np.int32), targets)
+        units[position] = targets(part) if "supervised" in part else 1
+    return Views(example, start.astype(np.int32), length.astype(np.int32), units)
 
 
 def blocks(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -152,19 +149,12 @@ def blocks(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray
     return which, start, np.minimum(max_length, lengths[which] - start)
 
 
-def join(
-    entries: Sequence[Entry],
-    paths: Sequence[str],
-    weights: Sequence[float],
-    views: Sequence[Views],
-    scratch: object = None,
-) -> Encoded:
-    """One ``Encoded`` of the views of several sources, in order."""
+def join(sources: Sequence[tuple[Entry, str, float, object]], views: Sequence[Views]) -> Encoded:
+    """One ``Encoded`` of the views of several sources (entry, path, weight, scratch), in order."""
     source = np.repeat(np.arange(len(views), dtype=np.int32), [len(view) for view in views])
-    names = ("example", "start", "length", "targets")
-    whole = (
-        views[0]
-        if len(views) == 1
-        else Views(*(np.concatenate([getattr(view, name) for view in views]) for name in names))
-    )
-    return Encoded(tuple(entries), tuple(paths), np.asarray(weights, np.float64), source, whole, scratch)
+    whole = views[0]
+    if len(views) > 1:
+        arrays = zip(*((view.example, view.start, view.length, view.targets) for view in views))
+        whole = Views(*map(np.concatenate, arrays))
+    entries, paths, weights, scratch = zip(*sources)
+    return Encoded(entries, paths, np.array(weights, np.float64), source, whole, scratch)

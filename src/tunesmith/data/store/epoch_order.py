@@ -1,14 +1,13 @@
 """The order of an epoch: which examples, how often, in which order. A pure function of seed and epoch.
 
-Nothing is remembered between epochs, so a resumed run sees the rows an undisturbed one would have seen.
+No state is kept between epochs, so a resumed run reads the rows that an uninterrupted run would read.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-DRAW, SHUFFLE, HOLD_OUT = 1, 2, 3
-"""Streams of random numbers that never share any."""
+DRAW, SHUFFLE, HOLD_OUT = 1, 2, 3  # purposes whose random streams are independent
 
 
 def epoch_order(
@@ -16,20 +15,20 @@ def epoch_order(
 ) -> np.ndarray:
     """Example indices of one epoch, int64.
 
-    ``source`` int[n]: the source of each example; ``weights`` float[sources]: 2 = every example twice, 0.5 = a random half
-    of them, drawn anew each epoch (at least one); 1.5 = all once and a random half again. The number of examples is the
-    same in every epoch. Without ``shuffle``: in the order of the files, one pass after another.
+    ``source`` int[n]: the source of each example; ``weights`` float[sources]: 2 = every example twice, 0.5 =
+    a random half of them, drawn anew each epoch (at least one); 1.5 = all once and a random half again. Every
+    epoch has the same number of examples. Without ``shuffle``: in the order of the files.
     """
     source, weights = np.asarray(source), np.asarray(weights, np.float64)
     if np.all(weights == 1):
         order = np.arange(len(source), dtype=np.int64)
     else:
         order = np.concatenate([*_passes(source, weights, seed, epoch), np.empty(0, np.int64)])
-    return stream(SHUFFLE, seed, epoch).permutation(order) if shuffle else order
+    return random_stream(SHUFFLE, seed, epoch).permutation(order) if shuffle else order
 
 
 def _passes(source: np.ndarray, weights: np.ndarray, seed: int, epoch: int) -> list[np.ndarray]:
-    """Pass k holds the sources seen more than k times; a source's last pass may hold a drawn part of it."""
+    """Pass k holds the sources of weight above k; a source's last pass may hold a random part of it."""
     passes = []
     for number in range(int(np.ceil(weights.max(initial=0)))):
         parts = []
@@ -40,33 +39,34 @@ def _passes(source: np.ndarray, weights: np.ndarray, seed: int, epoch: int) -> l
                 continue
             if share < 1:
                 size = max(round(share * len(members)), 1 if number == 0 else 0)
-                members = np.sort(stream(DRAW, seed, epoch, index).choice(members, size, replace=False))
+                draws = random_stream(DRAW, seed, epoch, index)
+                members = np.sort(draws.choice(members, size, replace=False))
             parts.append(members)
         passes.append(np.sort(np.concatenate(parts)) if parts else np.empty(0, np.int64))
     return passes
 
 
-def held_out(rows: np.ndarray, seed: int, source: int) -> np.ndarray:
-    """A uniform number in [0, 1) for each row number of a source: those below the fraction are held out.
+def hold_out_draws(rows: np.ndarray, seed: int, source: int) -> np.ndarray:
+    """A uniform number in [0, 1) for each row number of a source: rows below the fraction are held out.
 
     A row keeps its number whatever other rows the file has.
     """
-    return stream(HOLD_OUT, seed, source).random(int(rows.max(initial=0)) + 1)[rows]
+    return random_stream(HOLD_OUT, seed, source).random(int(rows.max(initial=0)) + 1)[rows]
 
 
-def held_out_together(keys: np.ndarray, seed: int) -> np.ndarray:
-    """A uniform number in [0, 1) for each key (int64, 63 bits): rows with the same key, of any source, get the same one.
+def hold_out_draws_by_key(keys: np.ndarray, seed: int) -> np.ndarray:
+    """A uniform number in [0, 1) for each key (int64, 63 bits), the same for the same key in any source.
 
     SplitMix64 (Steele, Lea and Flood 2014) of the key, started at a number drawn from the seed.
     """
-    start = stream(HOLD_OUT, seed).integers(0, 1 << 63, dtype=np.uint64)
+    start = random_stream(HOLD_OUT, seed).integers(0, 1 << 63, dtype=np.uint64)
     bits = keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
-def stream(purpose: int, seed: int, *place: int) -> np.random.Generator:
+def random_stream(purpose: int, seed: int, *indices: int) -> np.random.Generator:
     """Random numbers that depend on these numbers only (Philox: Salmon et al., 2011)."""
-    key = np.random.SeedSequence((seed, purpose, *place)).generate_state(2, np.uint64)
+    key = np.random.SeedSequence((seed, purpose, *indices)).generate_state(2, np.uint64)
     return np.random.Generator(np.random.Philox(key=key))

@@ -1,7 +1,7 @@
-"""Steps made of the rows of a data set. Which rows make up which step is a pure function of the recipe and the seed.
+"""Steps made of rows of a data set. The rows of a step are a pure function of the recipe and the seed.
 
-A user thinks in ``batch_size`` rows a step. The order depends neither on how many processes there are nor on where a run was
-interrupted, so nothing needs to be kept in a checkpoint.
+A user thinks in ``batch_size`` rows a step. The order depends neither on the number of processes nor on where
+a run was interrupted, so a checkpoint need not keep it.
 """
 
 from __future__ import annotations
@@ -10,19 +10,24 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tunesmith.data.batch.pack import PACKED, PADDED, Layout
 from tunesmith.data.batch.step import Collate, Plan, Step
-from tunesmith.data.store import epoch_order
 from tunesmith.data.store.encoded_rows import Encoded
+from tunesmith.data.store.epoch_order import epoch_order
+from tunesmith.json_types import JsonObject
+
+if TYPE_CHECKING:
+    import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Epochs:
-    """The ``data.batch.step.Source`` of rows; ``rows(step)`` are the indices of a step's examples."""
+    """The ``data.batch.step.Source`` of rows."""
 
     data: Encoded
     collate: Collate
@@ -34,8 +39,7 @@ class Epochs:
     def rows(self, step: int) -> np.ndarray:
         """Indices of the examples of step ``step``, counted from 1."""
         epoch, place = divmod(step - 1, self.plan.steps_per_epoch)
-        order = _order(self, epoch)
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
+        return _order(self, epoch)[place * self.batch_size : (place + 1) * self.batch_size]
 
     def step(self, number: int) -> Step:
         return Step(number, self.data, self.rows(number), self.collate)
@@ -45,18 +49,14 @@ class Epochs:
 
     def preview(self, most: int) -> Sequence[Step]:
         steps = min(self.plan.steps, self.plan.steps_per_epoch)
-        looked_at = list(range(1, min(steps, most) + 1))
+        chosen = set(range(1, min(steps, most) + 1))
         if 1 < most < steps:
-            for layout in (
-                PADDED,
-                PACKED,
-                Layout(packed=True),
-            ):  # nobody knows yet which one the run will take
-                lengths, several = self.data.sizes(slice(None), layout)
-                longest = int(np.argmax(lengths * several))
-                looked_at += [step for step in range(most + 1, steps + 1) if longest in self.rows(step)][:1]
-            looked_at = sorted(set(looked_at))
-        return [self.step(number) for number in looked_at]
+            for layout in (PADDED, PACKED, Layout(packed=True)):  # the run's layout is not known yet
+                tokens, rows = self.data.sizes(slice(None), layout)
+                longest = int(np.argmax(tokens * rows))
+                holds_it = (step for step in range(most + 1, steps + 1) if longest in self.rows(step))
+                chosen.update(islice(holds_it, 1))
+        return [self.step(number) for number in sorted(chosen)]
 
     def distinct(self) -> Step:
         read = np.zeros(len(self.data), np.bool_)
@@ -64,21 +64,16 @@ class Epochs:
             read[self.rows(step)] = True
         return Step(0, self.data, np.flatnonzero(read), self.collate)
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, torch.Tensor], JsonObject]:
         return {}, {}
 
-    def load(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """The number of the next step says everything."""
-
-    def __hash__(self) -> int:
-        return id(self.data)
+    def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, object]) -> None:
+        """Do nothing: the number of the next step determines its rows."""
 
 
 @lru_cache(maxsize=2)
-def _order(epochs: Epochs, epoch: int) -> np.ndarray:
-    return epoch_order.epoch_order(
-        epochs.data.source, epochs.data.weights, epochs.seed, epoch, epochs.shuffle
-    )
+def _order(source: Epochs, epoch: int) -> np.ndarray:
+    return epoch_order(source.data.source, source.data.weights, source.seed, epoch, source.shuffle)
 
 
 def epochs(
@@ -90,8 +85,8 @@ def epochs(
     passes: float,
     max_steps: int | None,
 ) -> Epochs:
-    """Lay out a run over ``data``: ``passes`` epochs, or ``max_steps`` steps."""
-    rows = len(epoch_order.epoch_order(data.source, data.weights, seed, 0, shuffle))
+    """Plan a run over ``data``: ``passes`` epochs, or ``max_steps`` steps."""
+    rows = len(epoch_order(data.source, data.weights, seed, 0, shuffle))
     per_epoch = math.ceil(rows / batch_size)
     steps = max_steps or max(1, math.ceil(per_epoch * passes - 1e-9))
     return Epochs(data, collate, batch_size, seed, shuffle, Plan(steps, per_epoch))

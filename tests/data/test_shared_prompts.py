@@ -1,4 +1,4 @@
-"""Where the tokens of prompts and answers stand in a batch, in each of its three layouts."""
+"""Positions of prompts and responses in a batch, in each of its three layouts."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ ROWS = [
 WHOLE = [[1, 2, 3, 10, 11], [1, 2, 3, 20], [4, 30, 31], [40], [50, 51]]
 
 
-def test_a_prefix_stands_once_and_its_answers_go_on_behind_it():
+def test_a_packed_batch_holds_a_prefix_once_and_its_responses_continue_it():
     batch, places = shared_prompts.arrange(ROWS, Layout(packed=True, shared=True))
     assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 11, 20, 4, 30, 31, 40, 50, 51]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2, 0, 0, 1]]
@@ -26,20 +26,20 @@ def test_a_prefix_stands_once_and_its_answers_go_on_behind_it():
     assert [one.tolist() for one in places] == [[0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7, 8], [9], [10, 11]]
 
 
-def test_separate_answers_are_segments_of_their_own():
+def test_without_sharing_each_response_is_a_segment_with_its_prefix():
     batch, _ = shared_prompts.arrange(ROWS, Layout(packed=True, shared=False))
     assert batch["segments"] == (5, 4, 3, 1, 2) and "behind" not in batch
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 0, 0, 1]]
 
 
-def test_or_padded_rows():
+def test_padded_rows_share_no_prompt():
     batch, _ = shared_prompts.arrange(ROWS, Layout(packed=False, shared=True))  # padded rows share nothing
     assert batch["input_ids"].shape == (5, 5) and "behind" not in batch
     assert batch["attention_mask"].sum(1).tolist() == [5, 4, 3, 1, 2]
 
 
 @pytest.mark.parametrize(("packed", "shared"), [(True, True), (True, False), (False, False)])
-def test_in_every_layout_the_places_of_an_answer_hold_all_of_it(packed, shared):
+def test_in_every_layout_the_positions_of_a_response_hold_its_prefix_and_its_tokens(packed, shared):
     batch, places = shared_prompts.arrange(ROWS, Layout(packed, shared))
     ids, positions = (batch[name].numpy().reshape(-1) for name in ("input_ids", "position_ids"))
     assert [ids[one].tolist() for one in places] == WHOLE
@@ -48,7 +48,7 @@ def test_in_every_layout_the_places_of_an_answer_hold_all_of_it(packed, shared):
 
 
 @pytest.mark.parametrize(("packed", "shared"), [(True, True), (True, False), (False, False)])
-def test_sizes_are_what_a_batch_has(packed, shared):
+def test_sizes_predict_the_tokens_and_rows_of_a_batch(packed, shared):
     answers, lengths = [row["answers"] for row in ROWS], np.array([len(row["input_ids"]) for row in ROWS])
     shapes = shared_prompts.shapes(np.concatenate(answers), np.cumsum([0, *map(len, answers)]))
     tokens, rows = shared_prompts.sizes(lengths, shapes, Layout(packed, shared))
@@ -69,7 +69,7 @@ def test_a_shortened_row_keeps_the_end_of_the_prompt_and_the_beginning_of_each_a
     learnt = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     learnt[:common] = False
     row = {"input_ids": np.arange(count, dtype=np.int32), "learnt": learnt, "answers": np.array([common, *answers], np.int32)}
-    short = preference_batch.shortened(row, prefix, own)
+    short = preference_batch.shorten(row, prefix, own)
     wholes, shorts = shared_prompts.separate(row), shared_prompts.separate(short)
     cut = max(common - prefix, 0)
     assert [one.tolist() for one in shorts] == [one[cut : common + own].tolist() for one in wholes]

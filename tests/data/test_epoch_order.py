@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.store.epoch_order import epoch_order, held_out
+from tunesmith.data.store.epoch_order import epoch_order, hold_out_draws
 
 SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=4)
 
@@ -50,6 +50,6 @@ def test_in_order_means_in_order():
 
 
 def test_a_row_is_held_out_or_not_whatever_other_rows_there_are():
-    some, more = held_out(np.array([1, 5, 9]), 3, 0), held_out(np.arange(1, 500), 3, 0)
+    some, more = hold_out_draws(np.array([1, 5, 9]), 3, 0), hold_out_draws(np.arange(1, 500), 3, 0)
     assert some.tolist() == more[[0, 4, 8]].tolist()
-    assert (held_out(np.arange(1, 500), 3, 1) != more).any() and (held_out(np.arange(1, 500), 4, 0) != more).any()
+    assert (hold_out_draws(np.arange(1, 500), 3, 1) != more).any() and (hold_out_draws(np.arange(1, 500), 4, 0) != more).any()
