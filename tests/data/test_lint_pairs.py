@@ -118,7 +118,7 @@ def test_the_verb_says_it(tmp_path, capsys):
 
 def test_pairs_alone_are_no_fault(tmp_path, capsys):
     assert main(["data", "lint", file(tmp_path, ROWS[:4])]) == 0
-    assert "4 pairs in 4 rows; of two answers the longer one is the better in 25.0%" in capsys.readouterr().out
+    assert "4 pairs in 4 rows; where lengths differ, the longer answer is the better one in 25.0%" in capsys.readouterr().out
 
 
 def test_what_the_template_refuses_or_drops_is_named_once(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import save_tiny, tiny_tokenizer
 from tunesmith.cli.main import main
-from tunesmith.data.check.preview import stretches
+from tunesmith.data.check.preview import split_by_supervision
 
 ROWS = [
     {"instruction": "질문?", "output": "답변 👋."},
@@ -35,7 +35,7 @@ def test_stretches_are_the_text_cut_where_learning_begins_and_ends():
     from tunesmith.data.rows import Chat
 
     ((example,),) = encode([Chat(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))], tokenizer)
-    assert stretches(example, tokenizer) == [
+    assert split_by_supervision(example, tokenizer) == [
         ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", False),
         ("b<|im_end|>", True),
         ("\n", False),
@@ -60,7 +60,7 @@ def test_preview_can_learn_everything(rows, model, capsys):
 def test_preview_for_people(rows, model, capsys):
     assert main(["data", "preview", str(rows), "--model", str(model)]) == 0
     out = capsys.readouterr().out
-    assert "tokens learnt" in out and "답변" in out and "rows.json:2:output" in out
+    assert "tokens supervised" in out and "답변" in out and "rows.json:2:output" in out
 
 
 def test_preview_of_a_recipe(rows, model, tmp_path, capsys):

@@ -1,8 +1,10 @@
-"""Contamination: held-out rows that share a long stretch of tokens with a training row, so that their loss flatters.
+"""Contamination: held-out rows that share a long stretch of tokens with a training row, so that their loss
+flatters.
 
-As in GPT-3's own analysis (Brown et al. 2020, appendix C) a stretch is 13 tokens. What stands in many training rows is the
-chat template or a phrase of the task, and is no leak; only what a few training rows hold counts. The training tokens are read
-once, in the encoded files, by a rolling hash; the cost is about that of adding them up a few times.
+As in GPT-3's own analysis (Brown et al. 2020, appendix C) a stretch is 13 tokens. What stands in many
+training rows is the chat template or a phrase of the task, and is no leak; only what a few training rows hold
+counts. The training tokens are read once, in the encoded files, by a rolling hash; the cost is about that of
+adding them up a few times.
 """
 
 from __future__ import annotations
@@ -21,16 +23,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NGRAM, BYTES = 13, 55
-"""Tokens that must be the same, one after another; twice or four times as many for a held-out row that needs so many to say what
-13 tokens say in English: a vocabulary made for English cuts Korean into single bytes, and 13 of those are four characters, which
-mean nothing. Each row by itself: one evaluation set may be English and the next one Korean."""
+"""Tokens that must be the same, one after another; twice or four times as many for a held-out row that needs
+so many to say what 13 tokens say in English: a vocabulary made for English cuts Korean into single bytes, and
+13 of those are four characters, which mean nothing. Each row by itself: one evaluation set may be English and
+the next one Korean."""
 
 COMMON_ROWS = 10
 """A stretch of more training rows than this (of few rows: than half of them) is a phrase of the task."""
 
 PIECE, PIECE_SHARE, SAMPLED = 5, 0.1, 2000
-"""So many tokens that stand in so large a share of (at most so many) training rows belong to the template. Of a row
-that needs more tokens, as many times more: five single bytes are an ending that half of all Korean sentences have."""
+"""So many tokens that stand in so large a share of (at most so many) training rows belong to the template. Of
+a row that needs more tokens, as many times more: five single bytes are an ending that half of all Korean
+sentences have."""
 
 LISTED = 10
 BLOCK = 1 << 18
@@ -53,11 +57,13 @@ class Shared:
 
 @dataclass(frozen=True)
 class Contamination:
-    """``rows`` held-out rows (``share`` of all) share ``ngram`` tokens or more with a training row; the ``first`` ones.
+    """``rows`` held-out rows (``share`` of all) share ``ngram`` tokens or more with a training row; the
+    ``first`` ones.
 
-    ``answers``: those of them in which some of the shared tokens are learnt, so that the loss itself is too good; of the others
-    only the prompt was seen. None where no token is learnt, but a label or a reward of all of them. ``short``: rows with no
-    ``ngram`` tokens outside the template; of those only whole duplicates are known. ``ngram`` is the smallest in use: see NGRAM.
+    ``answers``: those of them in which some of the shared tokens are learnt, so that the loss itself is too
+    good; of the others only the prompt was seen. None where no token is learnt, but a label or a reward of
+    all of them. ``short``: rows with no ``ngram`` tokens outside the template; of those only whole duplicates
+    are known. ``ngram`` is the smallest in use: see NGRAM.
     """
 
     ngram: int
@@ -86,7 +92,8 @@ def contamination(
 
     ``written``: whether the model learns to write some of the tokens.
 
-    Memory: about 50 bytes for each held-out token; nothing that grows with the training rows but 4 bytes an example.
+    Memory: about 50 bytes for each held-out token; nothing that grows with the training rows but 4 bytes an
+    example.
     """
     if not all("input_ids" in entry.values for entry in (*train.entries, *held.entries)):
         return None
@@ -130,8 +137,8 @@ def _hits(
 ) -> np.ndarray:
     """int64[4, hits]: those of the stretches that training rows have, too, but for the phrases of the task.
 
-    Of each: its place in the held-out tokens; the source, and the place in its tokens, where it is first met; whether some of
-    it is ``learnt``.
+    Of each: its place in the held-out tokens; the source, and the place in its tokens, where it is first met;
+    whether some of it is ``learnt``.
     """
     known, number = np.unique(grams, return_inverse=True)
     counts, first = _look_up(train, known, ngram)
@@ -219,7 +226,8 @@ def _look_up(train: Encoded, known: np.ndarray, n: int) -> tuple[np.ndarray, np.
 
 
 def _blocks(data: Encoded) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """(source, first token, tokens, and of each example of the source: start, end of what is used, row), block by block.
+    """(source, first token, tokens, and of each example of the source: start, end of what is used, row),
+    block by block.
 
     A block ends where an example ends, so a row lies in two blocks only when its examples do.
     """

@@ -1,9 +1,11 @@
-"""Which rows may be much alike: their shingles, MinHash signatures (by rensa), and bands of them that are equal.
+"""Which rows may be much alike: their shingles, MinHash signatures (by rensa), and bands of them that are
+equal.
 
-The similarity of two rows is the Jaccard index of their sets of shingles: how many both have, of all that one of them has. A
-slot of two MinHash signatures is equal with just that probability (Broder 1997). Signatures are cut into bands of r slots, and
-rows that agree in one of the b bands are candidates: 1 - (1 - s^r)^b of the pairs with similarity s (Leskovec, Rajaraman and
-Ullman, Mining of Massive Datasets, section 3.4). A candidate is a suspicion; `near.py` compares the rows themselves.
+The similarity of two rows is the Jaccard index of their sets of shingles: how many both have, of all that one
+of them has. A slot of two MinHash signatures is equal with just that probability (Broder 1997). Signatures
+are cut into bands of r slots, and rows that agree in one of the b bands are candidates: 1 - (1 - s^r)^b of
+the pairs with similarity s (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4). A
+candidate is a suspicion; `near.py` compares the rows themselves.
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ from tunesmith.data.rows import Ranking, Row
 from tunesmith.errors import MissingExtra
 
 SHINGLE = 5
-"""Characters, not words: five words are a whole Korean sentence and most of a short row, and code has no words. Of five
-characters two unrelated rows share little (a tenth, in English). Hangul is taken apart into its letters, so that five of them
-say about as much as five of another alphabet, and a changed particle in a short row does not hide what is the same."""
+"""Characters, not words: five words are a whole Korean sentence and most of a short row, and code has no
+words. Of five characters two unrelated rows share little (a tenth, in English). Hangul is taken apart into
+its letters, so that five of them say about as much as five of another alphabet, and a changed particle in a
+short row does not hide what is the same."""
 
 SLOTS, SEED = 128, 42
 RECALL = 0.999
 """Bands are as long as they may be for so large a share of the pairs just at the threshold to become candidates."""
 
 COMPARED = 64
-"""Each row of a band's bucket is compared with so many before it: a phrase that all rows begin with must not cost the square
-of their number. Rows that are alike come as pairs in many buckets, and a cluster needs only a chain of pairs."""
+"""Each row of a band's bucket is compared with so many before it: a phrase that all rows begin with must not
+cost the square of their number. Rows that are alike come as pairs in many buckets, and a cluster needs only a
+chain of pairs."""
 
 UNCOMPARED = {"tools", "label", "labels", "words", "tags", "answers", "id", "desirable"}
 """Fields of rows that are no words of theirs: what many rows have, and what is known of them."""
@@ -46,7 +50,8 @@ def words(row: Row) -> str:
 
 
 def shingles(said: str) -> np.ndarray:
-    """uint64[k]: a hash of every five letters in a row, not sorted, repeats and all. A shorter text is one shingle.
+    """uint64[k]: a hash of every five letters in a row, not sorted, repeats and all. A shorter text is one
+    shingle.
 
     Capital letters do not matter. Two different shingles have one hash by a chance of 2**-64.
     """
@@ -86,10 +91,11 @@ def recall(similarity: float, bands: int, size: int) -> float:
 
 
 def candidates(slots: np.ndarray, rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """(int64[pairs, 2] of ``rows``, float64[pairs] estimates) that agree in a band and are estimated near the threshold.
+    """(int64[pairs, 2] of ``rows``, float64[pairs] estimates) that agree in a band and are estimated near the
+    threshold.
 
-    ``rows``: ascending indices into the signatures ``slots``. Each pair once, the lower row first, sorted. Most pairs of a band
-    are unlike in the rest of their slots; they go before any text is read.
+    ``rows``: ascending indices into the signatures ``slots``. Each pair once, the lower row first, sorted.
+    Most pairs of a band are unlike in the rest of their slots; they go before any text is read.
     """
     # Not rensa's RMinHashLSH: its queries return whole buckets, so rows that share a phrase cost the square of
     # their number (26 s for 10,000 of them, 0.4 s here). Its bands must also divide SLOTS.

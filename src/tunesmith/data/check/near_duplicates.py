@@ -1,7 +1,9 @@
-"""Rows that are nearly the same, within files and across them: what `tunesmith data lint --near-duplicates` says.
+"""Rows that are nearly the same, within files and across them: what `tunesmith data lint --near-duplicates`
+says.
 
-The files are read twice: first for the signature of every row, then for the words of those alone that may be alike. So memory
-holds half a kilobyte a row, and the text of no row that resembles none. What is reported was compared exactly.
+The files are read twice: first for the signature of every row, then for the words of those alone that may be
+alike. So memory holds half a kilobyte a row, and the text of no row that resembles none. What is reported was
+compared exactly.
 """
 
 from __future__ import annotations
@@ -41,9 +43,11 @@ AROUND = 20
 
 @dataclass(frozen=True)
 class Like:
-    """The row ``where`` resembles the row ``like``: ``jaccard`` of their shingles, and MinHash's ``estimate`` of it.
+    """The row ``where`` resembles the row ``like``: ``jaccard`` of their shingles, and MinHash's ``estimate``
+    of it.
 
-    ``here`` and ``there``: what each says where they first differ; empty when they say the same but for capitals and spaces.
+    ``here`` and ``there``: what each says where they first differ; empty when they say the same but for
+    capitals and spaces.
     """
 
     where: str
@@ -66,10 +70,10 @@ class Cluster:
 class NearReport:
     """``near`` of ``rows`` rows resemble another one; ``same`` of them say just what an earlier one says.
 
-    ``learnt``: how many are training rows. ``eval_near``: evaluation rows that resemble one of those. ``recall``: the share that
-    is expected to be found of the pairs just at ``threshold`` (of closer ones, more). ``clusters``: the largest first.
-    ``surplus``: training rows, counted from 0 over all files, each of which resembles an evaluation row or an earlier training
-    row that is not surplus.
+    ``learnt``: how many are training rows. ``eval_near``: evaluation rows that resemble one of those.
+    ``recall``: the share that is expected to be found of the pairs just at ``threshold`` (of closer ones,
+    more). ``clusters``: the largest first. ``surplus``: training rows, counted from 0 over all files, each of
+    which resembles an evaluation row or an earlier training row that is not surplus.
     """
 
     threshold: float
@@ -151,10 +155,11 @@ def near_duplicates(
     accepted: tuple[type, ...] = ROW_TYPES,
     on_progress: Progress = lambda _: None,
 ) -> NearReport:
-    """Compare all rows of all files. Rows that cannot be used, and files that cannot be opened, are passed over.
+    """Compare all rows of all files. Rows that cannot be used, and files that cannot be opened, are passed
+    over.
 
-    ``threshold``: a Jaccard similarity of LOWEST to 1. Raises DataError for another one, and when a file changes meanwhile;
-    MissingExtra without rensa.
+    ``threshold``: a Jaccard similarity of LOWEST to 1. Raises DataError for another one, and when a file
+    changes meanwhile; MissingExtra without rensa.
     """
     if not LOWEST <= threshold <= 1:
         raise DataError(
