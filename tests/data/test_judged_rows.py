@@ -294,7 +294,7 @@ def test_a_row_without_its_gold_says_nothing_of_the_label():
 
 
 def test_near_duplicates_compare_what_is_said_and_not_the_label():
-    assert minhash.words(Judged((S, Q), (A,), True, ({"name": "tool"},))) == "q a"
+    assert minhash.row_text(Judged((S, Q), (A,), True, ({"name": "tool"},))) == "q a"
 
 
 def test_a_pair_that_became_two_rows_is_written_once(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.data.check import minhash
-from tunesmith.data.check.minhash import SHINGLE, SLOTS, candidates, estimates, recall, shingles, signatures, words
+from tunesmith.data.check.minhash import SHINGLE, SLOTS, candidates, estimates, recall, row_text, shingles, signatures
 from tunesmith.data.read import builtin
 from tunesmith.data.rows import Chat, PromptCompletion, Ranking, Text
 from tunesmith.errors import MissingExtra
@@ -72,7 +72,7 @@ def test_signatures_are_the_same_on_every_machine_and_in_any_order():
 
 @pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
 def test_bands_find_what_is_promised_and_are_as_long_as_may_be(threshold):
-    bands, size = minhash.banding(threshold)
+    bands, size = minhash.choose_bands(threshold)
     assert bands * size <= SLOTS and recall(threshold, bands, size) >= minhash.RECALL
     assert size == SLOTS or recall(threshold, SLOTS // (size + 1), size + 1) < minhash.RECALL
 
@@ -86,7 +86,7 @@ def test_the_share_found_follows_the_formula(monkeypatch):
     slots = np.concatenate([one, other])
     monkeypatch.setattr(minhash, "lowest_estimate", lambda threshold: 0)
     found, _ = candidates(slots, np.arange(len(slots)), 0.8)
-    share = recall(similarity, *minhash.banding(0.8))
+    share = recall(similarity, *minhash.choose_bands(0.8))
     assert 0.5 < share < 0.95 and abs(len(found) / pairs - share) < 0.03
     assert (found[:, 1] == found[:, 0] + pairs).all()
 
@@ -109,14 +109,14 @@ def test_words_are_what_a_row_says_without_system_prompts_and_tools():
     chat = Chat(
         ({"role": "system", "content": "Be brief."}, {"role": "user", "content": " Add\n\n one "}, call), ({"name": "t"},)
     )
-    assert words(chat) == 'Add one add {"a": 1}'
-    assert words(PromptCompletion("a ", " b")) == "a b" and words(Text("c\td")) == "c d"
-    assert words(Ranking("q", ("a", "b"), (1, 0), (3.0, 4.5))) == "q a b"
+    assert row_text(chat) == 'Add one add {"a": 1}'
+    assert row_text(PromptCompletion("a ", " b")) == "a b" and row_text(Text("c\td")) == "c d"
+    assert row_text(Ranking("q", ("a", "b"), (1, 0), (3.0, 4.5))) == "q a b"
 
 
 def test_composed_and_decomposed_hangul_are_the_same():
     text = "하루가 또 가네요"
-    assert words(Text(unicodedata.normalize("NFD", text))) == text
+    assert row_text(Text(unicodedata.normalize("NFD", text))) == text
 
 
 def test_without_rensa_the_extra_is_named(monkeypatch):

@@ -40,7 +40,8 @@ class Balance:
     def advice(self, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> str | None:
         """Return which weight to set, and to what, when the weighted ratio is outside [3/4, 4/3].
 
-        Equation 8 asks for [1, 4/3]; slightly more undesirable rows than desirable ones are no reason to warn.
+        Equation 8 asks for [1, 4/3]; slightly more undesirable rows than desirable ones are no reason to
+        warn.
         """
         good, bad = desirable_weight * self.desirable, undesirable_weight * self.undesirable
         if not good or not bad or 1 / LARGEST_RATIO <= good / bad <= LARGEST_RATIO:
