@@ -13,7 +13,7 @@ import tunesmith
 from tests.models.adapters import save_adapter
 from tests.tiny import save_tiny
 from tunesmith.errors import TunesmithError, UserError
-from tunesmith.merge.combine import combine, distance, nearest
+from tunesmith.merge.combine import combine, nearest_factors, relative_distance
 from tunesmith.models.find import record as saved_record
 
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
@@ -73,9 +73,9 @@ def test_the_nearest_of_a_rank_is_that_of_a_whole_decomposition():
     torch.manual_seed(0)
     a, b = torch.randn(6, 20), torch.randn(15, 6)
     u, s, v = torch.linalg.svd(b @ a, full_matrices=False)
-    low, high = nearest(a, b, 2)
+    low, high = nearest_factors(a, b, 2)
     assert torch.allclose(high @ low, (u[:, :2] * s[:2]) @ v[:2], atol=1e-4)
-    apart = distance({"x": (low, high)}, {"x": (a, b)})
+    apart = relative_distance({"x": (low, high)}, {"x": (a, b)})
     assert apart == pytest.approx(float(s[2:].square().sum().sqrt() / s.square().sum().sqrt()), rel=1e-4)
 
 
