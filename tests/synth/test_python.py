@@ -26,7 +26,7 @@ from tunesmith.errors import UserError
 from tunesmith.synth.python import classify, tag
 from tunesmith.synth.python.draw import KINDS, Kind, strata, stream
 from tunesmith.synth.python.questions import NO_ANSWER
-from tunesmith.synth.python.wording import WORDING, Candidate, listed
+from tunesmith.synth.python.wording import WORDING, Candidate, join_names
 
 drawing = importlib.import_module("tunesmith.synth.python.draw")
 ROWS = 200
@@ -146,7 +146,7 @@ def test_a_topic_has_modules_for_training_and_for_testing():
     for split in drawing.SPLITS:
         half = strata(KINDS["classify"], split)
         assert len(half) == len(classify.TOPICS) and all(half)
-        assert {classify.topic(names[0]) for names in half} == {english for english, _ in classify.TOPICS}
+        assert {classify.topic(names[0]) for names in half} == {key.partition("|")[0] for key in classify.TOPICS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -655,7 +655,7 @@ def test_a_sentence_with_a_word_that_may_be_a_name_is_left_out(sentence):
 def test_names_in_lines_of_code_by_example(source, named):
     module = parsed("m", source)
     line = source.split("\n")[0]
-    found = tag._in_code(module.tree.body[0], line, tag.names(module))
+    found = tag._code_entities(module.tree.body[0], line, tag.names(module))
     assert [(kind, line[start:end]) for start, end, kind in found] == named
 
 
@@ -746,7 +746,7 @@ def test_particles_after_korean_nouns_fit_their_last_sound():
 
 
 def test_lists_read_as_their_language_wants():
-    assert listed(["a", "b", "c"], "en") == "a, b and c" and listed(["a", "b", "c"], "ko") == "a, b, c"
+    assert join_names(["a", "b", "c"], "en") == "a, b and c" and join_names(["a", "b", "c"], "ko") == "a, b, c"
 
 
 # The command
