@@ -87,11 +87,10 @@ def evaluate(
     route = opened.prepare(precision, [rows[row] for row in shortest], rows.longest)
     started = time.perf_counter()
     records = evaluation.records(network, chosen, rows, route.layout, batch_tokens, opened.device)
-    metrics = chosen.summarise(records)
+    metrics: JsonObject = {**chosen.summarise(records)}
     seconds = time.perf_counter() - started
     route.leave(network)
-    metrics = {
-        **metrics,
+    metrics |= {
         "objective": opened.name,
         "rows": len(rows),
         **({"bad_rows": rejected} if rejected else {}),
@@ -168,13 +167,11 @@ def _mistake(row: Row, answer: JsonObject) -> JsonObject:
         pair = {} if row.text_pair is None else {"text_pair": row.text_pair}
         return {"text": row.text, **pair, **answer}
     if isinstance(row, Tagged):
-        tags = {
-            "gold_spans": answer["gold"] or [],
-            "predicted_spans": answer["prediction"],
-        }  # gold None = untagged
+        gold_tags = answer["gold"] or []  # None = untagged
+        tags = {"gold_spans": gold_tags, "predicted_spans": answer["prediction"]}
         if not entities.scheme_of(tag for names in tags.values() for tag in names):
             return {"text": row.text, **answer}
-        spans = {
+        spans: JsonObject = {
             key: [
                 {"type": kind, "start": row.words[first][0], "end": row.words[end - 1][1]}
                 for kind, first, end in entities.spans(names)
@@ -184,17 +181,16 @@ def _mistake(row: Row, answer: JsonObject) -> JsonObject:
         return {"text": row.text, **spans, **answer}
     if isinstance(row, Question):
         predicted = [] if answer["start"] is None else [{"start": answer["start"], "end": answer["end"]}]
-        gold = [{"start": start, "end": start + len(text)} for text, start in row.answers or ()]
-        spans = {"gold_spans": gold, "predicted_spans": predicted}
-        return {"question": row.question, "text": row.context, **spans, **answer}
+        true = [{"start": start, "end": start + len(text)} for text, start in row.answers or ()]
+        shown = {"question": row.question, "text": row.context}
+        return {**shown, "gold_spans": true, "predicted_spans": predicted, **answer}
     assert isinstance(row, Ranking)
     rewards = answer["prediction"]
     best, preferred = row.ranks.index(min(row.ranks)), rewards.index(max(rewards))
-    texts = [
-        f"[{reward:.3f}] {_turns_text(turns)}" for reward, turns in zip(rewards, row.answers, strict=True)
-    ]
-    shown = {"text": _turns_text(row.prompt), "gold": texts[best], "prediction": texts[preferred]}
-    return {**answer, **shown, "rewards": rewards}
+    texts = [_turns_text(turns) for turns in row.answers]
+    gold, prediction = (f"[{rewards[place]:.3f}] {texts[place]}" for place in (best, preferred))
+    text = _turns_text(row.prompt)
+    return {**answer, "text": text, "gold": gold, "prediction": prediction, "rewards": rewards}
 
 
 def _turns_text(turns: str | Sequence[Message]) -> str:

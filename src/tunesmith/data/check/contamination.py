@@ -133,14 +133,13 @@ def contamination(
     hits = hits[:, np.argsort(hits[0], kind="stable")]
     rows, all_rows = _row_ids(held, tokens.owner[hits[0]]), _row_ids(held, examples)
     first = np.sort(np.unique(rows, return_index=True)[1])
+    listed = hits[:3, first[:LISTED]].T.tolist()
     total = len(np.unique(all_rows))
     return Contamination(
         ngram=int(needed.min()) if len(needed) else at_least,
         rows=len(first),
         share=len(first) / max(1, total),
-        first=tuple(
-            _shared_text(held, train, tokens, *hits[:3, hit].tolist(), tokenizer) for hit in first[:LISTED]
-        ),
+        first=tuple(_shared_text(held, train, tokens, hit, tokenizer) for hit in listed),
         answers=len(np.unique(rows[hits[3] > 0])) if written else None,
         short=total - len(np.unique(all_rows[long])),
     )
@@ -305,16 +304,10 @@ def _row_ids(data: Encoded, examples: np.ndarray) -> np.ndarray:
 
 
 def _shared_text(
-    held: Encoded,
-    train: Encoded,
-    tokens: _Tokens,
-    here: int,
-    source: int,
-    there: int,
-    tokenizer: PreTrainedTokenizerBase,
+    held: Encoded, train: Encoded, tokens: _Tokens, hit: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> SharedText:
-    """Return the longest common run from position ``here`` of the held-out and ``there`` of the training
-    tokens."""
+    """Return the longest common run from a hit on: position in ``tokens``; source, and position in its tokens."""
+    here, source, there = hit
     entry = train.entries[source]
     match = int(np.searchsorted(entry.starts["input_ids"], there, side="right")) - 1
     ours = tokens.ids[here : tokens.begins[np.searchsorted(tokens.begins, here, side="right")]]
