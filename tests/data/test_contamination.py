@@ -114,7 +114,7 @@ class Numbers:
 rows_of_few_words = st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(rows_of_few_words, rows_of_few_words, st.integers(1, 4))
 def test_the_hashes_find_what_comparing_finds(train, held, n):
     def grams(row, size):
@@ -140,6 +140,7 @@ def test_the_hashes_find_what_comparing_finds(train, held, n):
         assert found.rows == expected and len(found.first) == expected
 
 
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 17))
 def test_a_rolling_hash_depends_on_its_numbers_only(ids, n):
     ids = np.array(ids, np.int32)

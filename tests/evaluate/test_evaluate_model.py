@@ -10,10 +10,8 @@ from tunesmith.errors import DataError
 
 
 @pytest.mark.parametrize("objective", ["tag", "qa"])
-def test_mistakes_say_where_the_true_and_the_predicted_are(tmp_path, objective):
-    plan = recipe(tmp_path, "bert", objective, max_steps=1)
-    found = tunesmith.train(plan, out=tmp_path / "run")
-    tunesmith.evaluate(found["model_dir"], plan["data"]["train"][0]["path"], out=tmp_path / "report")
+def test_mistakes_say_where_the_true_and_the_predicted_are(tmp_path, objective, trained):
+    tunesmith.evaluate(*trained(objective), out=tmp_path / "report")
     mistakes = [json.loads(line) for line in (tmp_path / "report" / "mistakes.jsonl").read_text().splitlines()]
     assert mistakes
     for one in mistakes:
@@ -27,15 +25,14 @@ def test_mistakes_say_where_the_true_and_the_predicted_are(tmp_path, objective):
     assert "<mark" in (tmp_path / "report" / "report.html").read_text()
 
 
-def test_bad_rows_stop_an_evaluation_or_are_left_out_and_counted(tmp_path):
-    plan = recipe(tmp_path, "bert", "classify", max_steps=1)
-    found = tunesmith.train(plan, out=tmp_path / "run")
+def test_bad_rows_stop_an_evaluation_or_are_left_out_and_counted(tmp_path, trained):
+    model, rows = trained("classify")
     file = tmp_path / "rows.jsonl"
-    good = len(file.read_text("utf-8").splitlines())
-    file.write_text(file.read_text("utf-8") + '\n{"text": "a", "label": "never seen"}\n', "utf-8")
+    good = len(rows.read_text("utf-8").splitlines())
+    file.write_text(rows.read_text("utf-8") + '\n{"text": "a", "label": "never seen"}\n', "utf-8")
     with pytest.raises(DataError, match="--bad-rows skip"):
-        tunesmith.evaluate(found["model_dir"], file)
-    again = tunesmith.evaluate(found["model_dir"], file, bad_rows="skip", out=tmp_path / "report")
+        tunesmith.evaluate(model, file)
+    again = tunesmith.evaluate(model, file, bad_rows="skip", out=tmp_path / "report")
     assert again["rows"] == good and again["bad_rows"] == 1
     assert "1 bad rows were left out" in (tmp_path / "report" / "report.html").read_text("utf-8")
 

@@ -20,8 +20,8 @@ GOLD = {
 
 
 @pytest.mark.parametrize("objective", GOLD)
-def test_gold_is_not_looked_at(tmp_path, objective):
-    found = tunesmith.train(recipe(tmp_path, "bert", objective, max_steps=1), out=tmp_path / "run")
+def test_gold_is_not_looked_at(tmp_path, objective, trained):
+    model, _ = trained(objective)
     rows = ROWS[objective](6)
     others = [{**row, **{name: to(row) if callable(to) else to for name, to in GOLD[objective].items()}} for row in rows]
     bare = [{name: value for name, value in row.items() if name not in GOLD[objective]} for row in rows]
@@ -30,7 +30,7 @@ def test_gold_is_not_looked_at(tmp_path, objective):
     for name, some in (("known", rows), ("other", others), ("bare", bare), ("wrong", wrong)):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
-        said.append(list(tunesmith.predict(found["model_dir"], file)))
+        said.append(list(tunesmith.predict(model, file)))
     assert said[0] == said[1] == said[2] == said[3] and len(said[0]) == 6 and not any("error" in one for one in said[0])
 
 

@@ -154,6 +154,9 @@ def test_what_is_no_sum_is_refused_by_name(make, shelf, tmp_path):
 def test_wrong_arguments(shelf, tmp_path, keys, said):
     with pytest.raises(TunesmithError, match=said):
         combine([shelf / "a", shelf / "b"], tmp_path / "sum", **keys)
+
+
+def test_adapters_that_cannot_be_combined_are_refused(shelf, tmp_path):
     with pytest.raises(UserError, match="two adapters"):
         combine([shelf / "a"], tmp_path / "sum")
     with pytest.raises(UserError, match="exists already"):

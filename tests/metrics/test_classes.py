@@ -70,6 +70,7 @@ def test_a_class_that_is_only_predicted_counts_in_the_macro_mean():
     assert found["baseline"] == 1.0
 
 
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
 def test_single_agrees_with_the_definitions(pairs):
     gold, predicted = map(np.array, zip(*pairs))
@@ -261,7 +262,7 @@ chances = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), st.floats(0, 1
 cases = st.lists(st.tuples(st.booleans(), chances), min_size=1, max_size=12)
 
 
-@settings(max_examples=300)
+@settings(max_examples=80)
 @given(cases, st.sampled_from([np.float32, np.float64]))
 def test_no_threshold_is_better(pairs, dtype):
     gold = np.array([[held for held, _ in pairs]])
@@ -282,6 +283,7 @@ def test_neighbours_with_no_number_between_them_are_still_parted():
 # ------------------------------------------------------------------------------------------------------------- baseline
 
 
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=8))
 def test_no_constant_is_better_than_the_most_frequent(rows):
     gold = np.array(rows)
@@ -315,6 +317,7 @@ def test_numbers_by_hand():
     assert found["pearson"] == pytest.approx(np.corrcoef([1, 2, 3, 4], [1, 2, 3, 8])[0, 1])
 
 
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=12))
 def test_correlations_agree_with_the_definitions(pairs):
     columns = gold, said = np.array(pairs).T

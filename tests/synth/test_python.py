@@ -62,6 +62,35 @@ def groups(kind, lang="en"):
     return Counter(one.group for one in drawn(kind, lang))
 
 
+read_module = functools.cache(library.read_module)
+
+
+@pytest.fixture(autouse=True)
+def few_modules_are_read_and_each_is_parsed_once(monkeypatch):
+    monkeypatch.setattr(drawing, "read_module", read_module)
+    monkeypatch.setattr(drawing, "AHEAD", 100)
+
+
+@functools.cache
+def library_texts():
+    return {name: path.read_text(encoding="utf-8") for name, path in library.modules().items() if path}
+
+
+@functools.cache
+def words_of(name):
+    return " ".join(library_texts()[name].split())
+
+
+@functools.cache
+def defined_names():
+    """{"def" or "class": every name that the library defines so}."""
+    found = {"def": set(), "class": set()}
+    for source in library_texts().values():
+        for kind, name in re.findall(r"^\s*(?:async )?(def|class)\s+(\w+)", source, re.M):
+            found[kind].add(name)
+    return found
+
+
 def parsed(name, source):
     return library.Module(name, source, ast.parse(source))
 
@@ -122,7 +151,7 @@ def small_library(monkeypatch):
 
 def noted(read, name):
     read.append(name)
-    return library.read_module(name)
+    return read_module(name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -396,9 +425,9 @@ def test_labels_are_the_topics_of_the_modules_and_as_even_as_can_be():
 
 def test_a_text_stands_in_a_module_of_its_topic():
     for row in rows("classify")[::10]:
-        files = [path for name, path in library.modules().items() if path and classify.topic(name) == row["label"]]
+        names = [name for name in library_texts() if classify.topic(name) == row["label"]]
         beginning = " ".join(row["text"].split()[:3])
-        assert any(beginning in " ".join(path.read_text(encoding="utf-8").split()) for path in files), row
+        assert any(beginning in words_of(name) for name in names), row
 
 
 def test_no_module_has_two_topics():
@@ -557,11 +586,7 @@ def entities(row):
 
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_what_is_named_is_in_the_library(lang):
-    text = {path: path.read_text(encoding="utf-8") for path in library.modules().values() if path}
-    defined = {kind: set() for kind in ("def", "class")}
-    for source in text.values():
-        for kind, name in re.findall(r"^\s*(?:async )?(def|class)\s+(\w+)", source, re.M):
-            defined[kind].add(name)
+    defined = defined_names()
     in_c = {one.short for one in library.read_module("builtins").definitions}
     english = {shown: kind for kind, shown in tag.KINDS.items()} if lang == "ko" else {}
     for row in rows("tag", lang):
@@ -576,7 +601,7 @@ def test_what_is_named_is_in_the_library(lang):
                 assert last in defined["class"] | library.EXCEPTIONS or re.search(r"(Error|Exception|Warning)$", last), row
             elif kind == "MODULE":
                 assert name in {*library.modules(), *sys.stdlib_module_names} or any(
-                    re.search(rf"^\s*import .*\b{name}\b", one, re.M) for one in text.values()
+                    re.search(rf"^\s*import .*\b{name}\b", one, re.M) for one in library_texts().values()
                 )
             elif kind == "NUMBER":
                 assert re.fullmatch(r"0[xo][\da-fA-F]+|[\d.]+", name), row

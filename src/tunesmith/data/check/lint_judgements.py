@@ -36,10 +36,7 @@ class JudgementFindings:
     desirable: int = 0
     characters: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
     prompts: set[int] = field(default_factory=set)
-    kinds: RowKinds = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.kinds = RowKinds(self.path, KINDS)
+    kinds: RowKinds = field(default_factory=lambda: RowKinds(KINDS))
 
     def count_refused(self, problem: RowProblem) -> None:
         """Count an unusable row if its response is empty."""
@@ -83,7 +80,7 @@ class JudgementFindings:
         if good and bad:
             means = self.characters[True] / good, self.characters[False] / bad
             head += f" (mean characters: desirable {means[0]:.0f}, undesirable {means[1]:.0f})"
-        return [head, *self.kinds.lines()]
+        return [head, *self.kinds.lines(self.path)]
 
 
 def balance_warnings(files: Sequence[JudgementFindings]) -> list[str]:

@@ -30,10 +30,10 @@ KINDS = {
 
 
 class RowKinds:
-    """Counts of one file's rows by the keys of ``kinds``, and where the first FIRST rows of each kind are."""
+    """Counts of rows by the keys of ``kinds``, and where the first FIRST rows of each kind are."""
 
-    def __init__(self, path: str, kinds: Mapping[str, str]) -> None:
-        self.path, self.kinds = path, kinds
+    def __init__(self, kinds: Mapping[str, str]) -> None:
+        self.kinds = kinds
         self.counts = dict.fromkeys(kinds, 0)
         self.first: dict[str, list[str]] = {kind: [] for kind in kinds}
 
@@ -45,12 +45,12 @@ class RowKinds:
     def as_dict(self) -> JsonObject:
         return {**self.counts, "first": {kind: places for kind, places in self.first.items() if places}}
 
-    def lines(self) -> list[str]:
-        """Return one line for each kind that occurs."""
+    def lines(self, path: str) -> list[str]:
+        """Return one line for each kind that occurs in the file ``path``."""
         lines = []
         for kind, count in self.counts.items():
             if count:
-                places = "; ".join(place.replace(f"{self.path}:", "row ") for place in self.first[kind])
+                places = "; ".join(place.replace(f"{path}:", "row ") for place in self.first[kind])
                 more = "; ..." if count > FIRST else ""
                 rows = "row" if count == 1 else "rows"
                 lines.append(f"  {count} {rows} {self.kinds[kind]}: {places}{more}")
@@ -74,10 +74,7 @@ class PairFindings:
     shorter: int = 0
     better: int = 0
     worse: int = 0
-    kinds: RowKinds = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.kinds = RowKinds(self.path, KINDS)
+    kinds: RowKinds = field(default_factory=lambda: RowKinds(KINDS))
 
     def count_refused(self, problem: RowProblem) -> None:
         """Count an unusable row if it is of one of the kinds in REFUSED."""
@@ -132,7 +129,7 @@ class PairFindings:
                 f"; where lengths differ, the longer answer is the better one in {self.longer / unequal:.1%} (mean "
                 f"characters: better {self.better / self.pairs:.0f}, worse {self.worse / self.pairs:.0f})"
             )
-        return [head, *self.kinds.lines()]
+        return [head, *self.kinds.lines(self.path)]
 
 
 def characters(answer: str | Sequence[Message]) -> int:

@@ -7,6 +7,7 @@ So memory holds half a kilobyte a row and little text. Every reported pair was c
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -115,16 +116,6 @@ class NearReport:
         return lines
 
 
-@dataclass(frozen=True)
-class _Signatures:
-    """All usable rows: ``source`` and ``row`` number of each, a digest of its text, its signature."""
-
-    source: np.ndarray
-    row: np.ndarray
-    digest: np.ndarray
-    slots: np.ndarray
-
-
 def near_duplicates(
     train: Sequence[Source],
     evaluation: Sequence[Source] = (),
@@ -143,19 +134,20 @@ def near_duplicates(
         )
     began = time.perf_counter()
     sources = [*train, *evaluation]
-    read = _read_signatures(sources, accepted, on_progress)
-    training_rows = int(np.count_nonzero(read.source < len(train)))
-    _, first, group = np.unique(read.digest, return_index=True, return_inverse=True)
+    places, digests, slots = _read_signatures(sources, accepted, on_progress)
+    training_rows = int(np.count_nonzero(places[:, 0] < len(train)))
+    _, first, group = np.unique(digests, return_index=True, return_inverse=True)
     leader = first[group]  # for each row the first row with its text
     distinct = np.unique(leader)
     on_progress("looking for candidate pairs")
-    pairs, estimates = minhash.candidates(read.slots, distinct, threshold)
+    pairs, estimates = minhash.candidates(slots, distinct, threshold)
     texts = _read_texts(sources, accepted, np.unique(pairs), on_progress)
     neighbours = _compare(pairs, estimates, texts, threshold, on_progress)
     clusters = _clusters(leader, neighbours)
 
     def where(row: int) -> str:
-        return f"{sources[read.source[row]].path}:{read.row[row]}"
+        source, number = places[row].tolist()
+        return f"{sources[source].path}:{number}"
 
     return NearReport(
         threshold=threshold,
@@ -196,29 +188,22 @@ def _usable_rows(sources: Sequence[Source], accepted: tuple[type, ...]) -> Itera
 
 def _read_signatures(
     sources: Sequence[Source], accepted: tuple[type, ...], on_progress: Progress
-) -> _Signatures:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (source and row number int32[rows, 2], digest of the text uint64[rows], signature) of all usable rows."""
     places: list[tuple[int, int]] = []
     digests: list[int] = []
     slots: list[np.ndarray] = [np.empty((0, minhash.SLOTS), np.uint32)]
-    texts: list[str] = []
-
-    def sign() -> None:
+    rows = _usable_rows(sources, accepted)
+    while batch := list(itertools.islice(rows, BATCH)):
+        texts = [minhash.row_text(row) for _, _, row in batch]
         slots.append(minhash.signatures(texts))
-        texts.clear()
+        places += [(source, record.row) for source, record, _ in batch]
+        for text in texts:
+            letters = minhash.decompose(text).encode("utf-8", "surrogatepass")
+            digests.append(int.from_bytes(hashlib.blake2b(letters, digest_size=8).digest(), "little"))
         on_progress(f"signatures of {len(places)} rows made")
-
-    for source, record, row in _usable_rows(sources, accepted):
-        text = minhash.row_text(row)
-        places.append((source, record.row))
-        letters = minhash.decompose(text).encode("utf-8", "surrogatepass")
-        digests.append(int.from_bytes(hashlib.blake2b(letters, digest_size=8).digest(), "little"))
-        texts.append(text)
-        if len(texts) == BATCH:
-            sign()
-    if texts:
-        sign()
     at = np.array(places, np.int32).reshape(-1, 2)
-    return _Signatures(at[:, 0], at[:, 1], np.array(digests, np.uint64), np.concatenate(slots))
+    return at, np.array(digests, np.uint64), np.concatenate(slots)
 
 
 def _read_texts(
