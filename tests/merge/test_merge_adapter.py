@@ -115,8 +115,8 @@ def test_the_merged_model_answers_like_the_adapter(tmp_path: Path, name: str) ->
 
 
 KINDS = {
-    "dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "biases": {"bias": "all"}, "dora with biases": {"use_dora": True, "bias": "lora_only"},
-    "patterns": {"rank_pattern": {"q_proj": 2, "c_fc": 2}, "alpha_pattern": {"v_proj": 3, "c_proj": 3}}, "one layer": {"target_modules": ["down_proj", "c_fc"], "layers_to_transform": [1]},
+    "biases": {"bias": "all"}, "dora with biases": {"use_dora": True, "bias": "lora_only"},
+    "rslora with patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 2, "c_fc": 2}, "alpha_pattern": {"v_proj": 3, "c_proj": 3}}, "one layer": {"target_modules": ["down_proj", "c_fc"], "layers_to_transform": [1]},
 }  # fmt: skip
 
 

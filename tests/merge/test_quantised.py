@@ -25,8 +25,6 @@ def saved(folder, name="llama", base=None, quant_type="nf4", use_double_quant=Tr
 
 
 CASES = {
-    "llama": ("llama", {}),
-    "gpt2": ("gpt2", {}),
     "gemma": ("gemma", {"quant_type": "fp4", "use_double_quant": False}),
     "int8 gpt2": ("gpt2", {"quant_type": "int8"}),
     "dora": ("llama", {"use_dora": True}),

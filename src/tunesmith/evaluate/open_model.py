@@ -30,8 +30,7 @@ ModelArgument = str | Path | tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 @dataclass
 class OpenedModel:
-    """``name``: the objective's. ``loaded_here``: False for a model in memory, which keeps its dtype and
-    device."""
+    """``name``: the objective's. A model in memory (not ``loaded_here``) keeps its dtype and device."""
 
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -40,10 +39,9 @@ class OpenedModel:
     loaded_here: bool
 
     def prepare(self, dtype: str, examples: Sequence[Example], longest: int) -> fast_path.Route:
-        """Cast and move the network, and choose its route by two short ``examples``; the caller must leave
-        the route.
+        """Cast and move the network, and choose its route by two short ``examples``.
 
-        ``dtype``: ``precision`` of a recipe. ``longest``: tokens of the longest row.
+        ``dtype``: ``precision`` of a recipe. ``longest``: tokens of the longest row. The caller leaves the route.
         """
         if self.loaded_here:
             device = distributed.state().device
@@ -88,7 +86,7 @@ def open_model(
         matching = ", ".join(key for key in names if objectives.module(key).Objective.traits.head == head)
         needed = head_types.CLASSES[chosen.traits.head].removeprefix("AutoModel")
         raise ModelError(
-            f"{name} needs a {needed}, and this model is a {architecture}.\n  It supports: {matching}."
+            f"{name} needs a {needed}, and this model is a {architecture}.\n  Objectives for it: {matching}."
         )
     window = window_of(config, virtual_tokens.count(network))
     if max_length is not None and window is not None and max_length > window:
@@ -115,8 +113,7 @@ def _assumed(head: str, rewards: bool) -> str:
 
 
 def make_source(data: str | Path, **keys: object) -> Source:
-    """Return the source ``data`` with these keys. Raises RecipeError for keys that are invalid or have no
-    effect."""
+    """Return the source ``data``. Raises RecipeError for keys that are invalid or would do nothing."""
     try:
         source = Source.model_validate({"path": str(data), **keys})
     except ValidationError as error:

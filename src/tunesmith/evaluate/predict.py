@@ -1,5 +1,4 @@
-"""The answers of a model to unlabelled rows, in the order of the file: classes, entities, answers,
-rewards."""
+"""Classes, entities, answers or rewards of a model for unlabelled rows, in the order of the file."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ from tunesmith.data.store.cache import ALIGNED
 from tunesmith.errors import DataError, ModelError
 from tunesmith.evaluate.open_model import ModelArgument, OpenedModel, make_source, open_model
 from tunesmith.json_types import JsonObject
-from tunesmith.objectives import Example, Layout, TaskHead
-from tunesmith.train import forward_batches
+from tunesmith.objectives import Example, TaskHead
+from tunesmith.train import fast_path, forward_batches
 
 BLOCK = 512
 """Rows that are encoded and sorted by length together: enough to fill batches, few enough to hold."""
@@ -56,8 +55,7 @@ def predict(
     rewards: bool = False,
     note: Callable[[str], None] = lambda line: None,
 ) -> Iterator[JsonObject]:
-    """Yield one dict for each row of ``data``, in order: ``row`` (its number) and the model's answer, or
-    ``error``.
+    """Yield a dict for each row of ``data``, in order: ``row`` (its number) and an answer, or ``error``.
 
     A classifier gives label (labels, or value) and probabilities; a tagger entities (type, start, end, text,
     score) and tags; question answering answer, start, end, score and n_best; a reward model reward, or
@@ -75,42 +73,50 @@ def predict(
         raise ModelError(f"this model writes text: {use}.")
     ranks = Ranking in objective.traits.rows
     if rewards and not ranks:
-        raise ModelError(
-            f"this model was trained for {opened.name} and gives no rewards: use tunesmith predict."
-        )
+        raise ModelError(f"this model was trained for {opened.name}, not rewards: use tunesmith predict.")
     reader = _open_rows(source, objective)
-    rows = reader.rows()
     longest = max_length or objective.max_length
     cut = bad = 0
-    route = None
-    try:
-        while block := list(itertools.islice(rows, BLOCK)):
-            encoded = [_encode(item, reader, opened, objective) for item in block]
-            examples = [example for result in encoded if isinstance(result, list) for example in result]
-            cut += sum(_cut(example, longest) for example in examples)
-            answers: dict[int, JsonObject] = {}
-            if examples:
-                if route is None:
-                    pairs = [pair for pair in zip(block, encoded) if not isinstance(pair[1], RowProblem)]
-                    rows_read = [item[1] for item, _ in pairs[:16] if isinstance(item, tuple)]
-                    shortest = _trial_examples(rows_read, opened, objective, longest)
-                    route = opened.prepare(precision, shortest, longest or 0)
-                answers = _answers(opened, objective, examples, route.layout, batch_tokens)
-            for item, result in zip(block, encoded):
-                if isinstance(result, RowProblem):
-                    bad += 1
-                    yield {"row": result.row, "error": str(result)}
-                elif isinstance(item, tuple):
-                    record, row = item
-                    yield {"row": record.row, **objective.present(row, answers[record.row])}
-    finally:
-        if route is not None:
-            route.leave(opened.network)
+    for answer, lost_tokens in _predict_rows(opened, objective, reader, longest, precision, batch_tokens):
+        cut += lost_tokens
+        bad += "error" in answer
+        yield answer
     if cut:
         lost = "their prompts were cut from the left" if ranks else "the model did not read their ends"
         note(f"{cut} rows were longer than {longest} tokens; {lost}")
     if bad:
         note(f"{bad} rows could not be read: they have `error` in place of an answer")
+
+
+def _predict_rows(
+    opened: OpenedModel, objective: TaskHead, reader: Opened, longest: int | None, precision: str, budget: int
+) -> Iterator[tuple[JsonObject, int]]:
+    """Yield each row's dict, and how many of its examples were cut."""
+    rows = reader.rows()
+    route = None
+    try:
+        while block := list(itertools.islice(rows, BLOCK)):
+            encoded = [_encode(item, reader, opened, objective) for item in block]
+            examples = [example for result in encoded if isinstance(result, list) for example in result]
+            if examples and route is None:
+                pairs = [pair for pair in zip(block, encoded) if isinstance(pair[1], list)]
+                readable = [item[1] for item, _ in pairs[:16] if isinstance(item, tuple)]
+                shortest = _trial_examples(readable, opened, objective, longest)
+                route = opened.prepare(precision, shortest, longest or 0)
+            cut = [
+                sum(_cut(one, longest) for one in result) if isinstance(result, list) else 0
+                for result in encoded
+            ]
+            answers = _answers(opened, objective, examples, route, budget) if route else {}
+            for item, result, lost in zip(block, encoded, cut):
+                if isinstance(result, RowProblem):
+                    yield {"row": result.row, "error": str(result)}, 0
+                elif isinstance(item, tuple):
+                    record, row = item
+                    yield {"row": record.row, **objective.present(row, answers[record.row])}, lost
+    finally:
+        if route is not None:
+            route.leave(opened.network)
 
 
 def _open_rows(source: Source, objective: TaskHead) -> Opened:
@@ -129,7 +135,7 @@ def _open_rows(source: Source, objective: TaskHead) -> Opened:
     by_character = objective.head_config()["tunesmith"].get("characters")
     if not by_character or convert is None or convert.form.name != "words":
         return reader
-    # The tagger's words were characters, so those of plain text are, too. Rows that list their words keep them.
+    # The tagger's words were characters, so those of plain text are, too. Listed words stay as they are.
     return replace(reader, convert=replace(convert, facts={**(convert.facts or {}), "spaces": True}))
 
 
@@ -155,9 +161,8 @@ def _trial_examples(
 ) -> list[Example]:
     """Return two short examples to choose the route by. It compares losses, so each gets some gold."""
     known = objective.head_config()
-    encoded = [
-        objective.encode([_with_any_gold(_as_ranking(row), known)], opened.tokenizer)[0][0] for row in rows
-    ]
+    with_gold = [_with_any_gold(_as_ranking(row), known) for row in rows]
+    encoded = [objective.encode([row], opened.tokenizer)[0][0] for row in with_gold]
     shortest = sorted(encoded, key=lambda example: len(example["input_ids"]))[:2]
     for example in shortest:
         if "span" in example:  # "no answer": a word of the context need not be a token
@@ -176,8 +181,7 @@ def _as_ranking(row: Row) -> Row:
 
 
 def _with_any_gold(row: Row, known: JsonObject) -> Row:
-    """Return ``row`` with some answer that the model knows, right or wrong. ``known``: the config of its
-    head."""
+    """Return ``row`` with some gold, right or wrong. ``known``: the config of the model's head."""
     label = known["id2label"][0]
     if isinstance(row, Tagged):
         return replace(row, tags=(label,) * len(row.words))
@@ -195,8 +199,7 @@ def _with_any_gold(row: Row, known: JsonObject) -> Row:
 
 
 def _cut(example: Example, longest: int | None) -> bool:
-    """Cut an example to ``longest`` tokens, in place; return whether any were lost. Windows are never
-    longer."""
+    """Cut an example to ``longest`` tokens in place; return whether any were lost."""
     if "cut" in example:  # its objective has cut it
         return bool(example["cut"][0])
     if longest is None or len(example["input_ids"]) <= longest:
@@ -208,9 +211,12 @@ def _cut(example: Example, longest: int | None) -> bool:
 
 
 def _answers(
-    opened: OpenedModel, objective: TaskHead, examples: list[Example], layout: Layout, budget: int
+    opened: OpenedModel, objective: TaskHead, examples: list[Example], route: fast_path.Route, budget: int
 ) -> dict[int, JsonObject]:
     """Return row number -> the objective's answer."""
+    if not examples:
+        return {}
+    layout = route.layout
     examples = sorted(examples, key=lambda example: -len(example["input_ids"]))
 
     @torch.no_grad()

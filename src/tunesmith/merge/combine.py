@@ -64,8 +64,7 @@ def combine(
     method: str = "cat",
     r: int | None = None,
 ) -> JsonObject:
-    """Write the weighted sum of LoRA ``adapters`` of one base to the new folder ``out``: a LoRA with
-    tokenizer and probe.
+    """Write the weighted sum of LoRA ``adapters`` of one base, with tokenizer and probe, to ``out``.
 
     ``weights``: one for each adapter; default: the mean. ``method``: ``cat`` is the exact sum, whose rank is
     the sum of the ranks; ``svd`` is the nearest LoRA of rank ``r`` (default: the largest rank of the
@@ -75,21 +74,7 @@ def combine(
     Returns {"path", "base", "method", "r", "parts", "distances"}: the distance of each possible method from
     the exact sum, relative to the norm of that sum. Raises UserError that names what cannot be summed.
     """
-    if method not in METHODS:
-        raise UserError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    if r is not None and (method != "svd" or r < 1):
-        raise UserError(
-            "--r is the rank for --method svd, at least 1; the ranks of the other methods follow from the adapters"
-        )
-    if len(adapters) < 2:
-        raise UserError("combine takes two adapters or more")
-    shares = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
-    if len(shares) != len(adapters):
-        counts = f"{len(adapters)} adapters and {len(shares)} weights"
-        raise UserError(f"{counts}: give one weight for each adapter, such as 0.7,0.3")
-    if not all(map(math.isfinite, shares)):
-        listed = ", ".join(f"{share:g}" for share in shares)
-        raise UserError(f"weights are {listed}; each must be a finite number, such as 0.7,0.3")
+    shares = _check_arguments(adapters, weights, method, r)
     target = files.new_target(out, "combine")
     parts = [read_lora(adapter) for adapter in adapters]
     _check_compatible(parts)
@@ -107,35 +92,62 @@ def combine(
             "ranks or the layers differ.\n  Use --method cat, the exact sum, or --method svd."
         )
     distances = {name: relative_distance(factors, exact) for name, factors in sums.items()}
-    widest = max(a.shape[0] for a, _ in sums[method].values())
-    names = {layer: keys for part in parts for layer, keys in part.names.items()}
-    tensors = dict(parts[0].rest)
-    for layer, (a, b) in sums[method].items():
-        lacking = widest - a.shape[0]  # peft's config has one rank for all layers
-        name_a, name_b = names[layer]
-        tensors[name_a] = torch.cat([a, a.new_zeros(lacking, a.shape[1])]).contiguous()
-        tensors[name_b] = torch.cat([b, b.new_zeros(b.shape[0], lacking)], dim=1).contiguous()
-    config = parts[0].config | {
-        "r": widest, "lora_alpha": widest, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_dropout": 0.0,
-        "target_modules": sorted(layers), "layers_to_transform": None, "layers_pattern": None, "init_lora_weights": True,
-    }  # fmt: skip
-    provenance = [
+    chosen = sums[method]
+    parts_record = [
         {"path": str(part.folder), "weight": share, "sha256": _digest(part.folder)}
         for part, share in zip(parts, shares, strict=True)
     ]
-    base = str(parts[0].base)
+    combined = {"method": method, "distance": distances[method], "parts": parts_record}
     with files.new_folder(target) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        _write_json(folder / "adapter_config.json", config, indent=2, sort_keys=True)
-        # ``load_model`` below reads the base and its quantisation from the record.
-        _write_json(folder / record.FILE, {"base": {"path": base}, "quantization": parts[0].quantization})
-        tokenizer = load.load_tokenizer(locate(parts[0].folder))
-        tokenizer.save_pretrained(folder)
-        probe.write_probe(folder, load.load_model(locate(folder)), tokenizer)
-        combined = {"method": method, "distance": distances[method], "parts": provenance}
+        rank = _write_adapter(folder, parts, chosen)
         _write_json(folder / record.FILE, record.read(folder) | {"combined": combined}, indent=1)
-    facts = {"path": str(target), "base": base, "method": method, "r": widest}
-    return {**facts, "parts": provenance, "distances": distances}
+    facts = {"path": str(target), "base": str(parts[0].base), "method": method, "r": rank}
+    return {**facts, "parts": parts_record, "distances": distances}
+
+
+def _check_arguments(
+    adapters: Sequence[str | Path], weights: Sequence[float] | None, method: str, r: int | None
+) -> list[float]:
+    """Return the weight of each adapter. Raises UserError."""
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    if r is not None and (method != "svd" or r < 1):
+        raise UserError(
+            "--r is the rank for --method svd, at least 1; other methods take the ranks of the adapters"
+        )
+    if len(adapters) < 2:
+        raise UserError("combine takes two adapters or more")
+    shares = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
+    if len(shares) != len(adapters):
+        counts = f"{len(adapters)} adapters and {len(shares)} weights"
+        raise UserError(f"{counts}: give one weight for each adapter, such as 0.7,0.3")
+    if not all(map(math.isfinite, shares)):
+        listed = ", ".join(f"{share:g}" for share in shares)
+        raise UserError(f"weights are {listed}; each must be a finite number, such as 0.7,0.3")
+    return shares
+
+
+def _write_adapter(folder: Path, parts: Sequence[Lora], layers: Mapping[str, Factors]) -> int:
+    """Write adapter, tokenizer and probe; return the rank, one for all layers as peft's config wants it."""
+    first, rank = parts[0], max(a.shape[0] for a, _ in layers.values())
+    names = {layer: keys for part in parts for layer, keys in part.names.items()}
+    tensors = dict(first.rest)
+    for layer, (a, b) in layers.items():
+        name_a, name_b = names[layer]
+        tensors[name_a] = torch.cat([a, a.new_zeros(rank - a.shape[0], a.shape[1])])
+        tensors[name_b] = torch.cat([b, b.new_zeros(b.shape[0], rank - a.shape[0])], dim=1)
+    config = first.config | {
+        "r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_dropout": 0.0,
+        "target_modules": sorted(layers), "layers_to_transform": None, "layers_pattern": None, "init_lora_weights": True,
+    }  # fmt: skip
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "adapter_config.json", config, indent=2, sort_keys=True)
+    # ``load_model`` below reads the base and its quantisation from the record.
+    _write_json(folder / record.FILE, {"base": {"path": str(first.base)}, "quantization": first.quantization})
+    tokenizer = load.load_tokenizer(locate(first.folder))
+    tokenizer.save_pretrained(folder)
+    probe.write_probe(folder, load.load_model(locate(folder)), tokenizer)
+    return rank
 
 
 def _write_json(path: Path, content: JsonObject, indent: int | None = None, sort_keys: bool = False) -> None:
@@ -185,9 +197,8 @@ def _scaling(config: JsonObject, layer: str) -> float:
     """Return alpha / r of a layer. The first pattern that names the layer decides, as in peft."""
 
     def value(patterns: str, default: str) -> float:
-        matching = (
-            v for key, v in (config.get(patterns) or {}).items() if re.match(rf"(.*\.)?({key})$", layer)
-        )
+        values = (config.get(patterns) or {}).items()
+        matching = (value for key, value in values if re.match(rf"(.*\.)?({key})$", layer))
         return float(next(matching, config[default]))
 
     rank = value("rank_pattern", "r")
@@ -225,8 +236,7 @@ def _squared_norm(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _exact_sum(parts: Sequence[Lora], shares: Sequence[float], layer: str) -> Factors:
-    """Return the weighted sum as one LoRA of scaling 1, its factors concatenated; the weight is on A, as in
-    peft."""
+    """Return the weighted sum with scaling 1: concatenated factors, the weight on A as in peft."""
     having = [(part, share) for part, share in zip(parts, shares, strict=True) if layer in part.layers]
     low = torch.cat([part.layers[layer][0] * (share * part.scalings[layer]) for part, share in having])
     return low, torch.cat([part.layers[layer][1] for part, _ in having], dim=1)

@@ -145,8 +145,7 @@ def write(folded: FoldedAdapter, folder: Path) -> tuple[PreTrainedModel, float, 
 def _compare(
     model: PreTrainedModel, prompts: list[list[int]], before: list[torch.Tensor]
 ) -> tuple[float, float]:
-    """Return the largest difference of a logit from ``before``, and the largest KL(before || model) in
-    nats."""
+    """Return the largest difference of a logit, and the largest KL(before || model) in nats."""
     differences, divergences = [], []
     for ids, old in zip(prompts, before, strict=True):
         new = probe.all_logits(model, ids)

@@ -207,9 +207,7 @@ def _check(gold: np.ndarray, probabilities: np.ndarray, names: Sequence[str], sh
 
 def _require_rows(rows: int) -> None:
     if not rows:
-        raise DataError(
-            "no row has a label, so there is nothing to evaluate. Give rows whose labels are known."
-        )
+        raise DataError("no row has a label: nothing to evaluate. Give rows whose labels are known.")
 
 
 def _per_class(names: Sequence[str], gold: np.ndarray, predicted: np.ndarray) -> dict[str, JsonObject]:

@@ -52,17 +52,14 @@ def score(predictions: Mapping[str, str], golds: Mapping[str, Sequence[str]]) ->
     those out.) Raises DataError without questions, and for a prediction to an unknown question.
     """
     if not golds:
-        raise DataError(
-            "no question has a known answer, so there is nothing to evaluate. Give questions with answers."
-        )
+        raise DataError("no question has a known answer: nothing to evaluate. Give questions with answers.")
     if unknown := predictions.keys() - golds.keys():
         raise DataError(f"there is a prediction for the question {min(unknown)!r}, which is not in the data")
     kinds: dict[str, list[tuple[float, float]]] = {"": [], "has_answer_": [], "no_answer_": []}
     for key, answers in golds.items():
-        prediction = predictions.get(key)
-        pair = (
-            (0.0, 0.0) if prediction is None else (exact_match(prediction, answers), f1(prediction, answers))
-        )
+        pair = (0.0, 0.0)
+        if key in predictions:
+            pair = exact_match(predictions[key], answers), f1(predictions[key], answers)
         kinds[""].append(pair)
         kinds["has_answer_" if has_answer(answers) else "no_answer_"].append(pair)
     metrics: dict[str, float | None] = {}
@@ -95,7 +92,7 @@ def best_null_threshold(
     nulls = ~np.asarray(answerable, dtype=bool)
     if not len(scores):
         raise DataError(
-            "no question has a known answer, so no threshold can be chosen. Give questions with answers."
+            "no question has a known answer: no threshold to choose. Give questions with answers."
         )
     order = np.argsort(scores, kind="stable")
     scores = scores[order]

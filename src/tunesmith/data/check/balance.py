@@ -1,5 +1,4 @@
-"""The balance of desirable and undesirable rows in unpaired preference (KTO, Ethayarajh et al. 2024,
-arXiv:2402.01306)."""
+"""The balance of desirable and undesirable rows (KTO, Ethayarajh et al. 2024, arXiv:2402.01306)."""
 
 from __future__ import annotations
 

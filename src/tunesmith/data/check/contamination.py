@@ -80,8 +80,7 @@ class Contamination:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Examples joined into one array: ``ids``, where each example begins (one more: the end), each token's
-    example."""
+    """Joined examples: token ids, where each example begins (and the end), the example of each token."""
 
     ids: np.ndarray
     begins: np.ndarray
@@ -158,9 +157,8 @@ def _hits(
     common = max(1, min(COMMON_ROWS, len(train) // 2))
     phrases = _mark(len(supervised), positions[counts[number] > common], ngram)
     hit = (counts[number] > 0) & _none_marked(phrases, positions, ngram)
-    return np.stack(
-        [positions[hit], *first[:, number[hit]], ~_none_marked(supervised, positions[hit], ngram)]
-    )
+    answered = ~_none_marked(supervised, positions[hit], ngram)
+    return np.stack([positions[hit], *first[:, number[hit]], answered])
 
 
 def _supervised(example: Example) -> np.ndarray:
@@ -172,8 +170,7 @@ def _supervised(example: Example) -> np.ndarray:
 
 
 def rolling_hashes(ids: np.ndarray, n: int) -> np.ndarray:
-    """Return uint64[len(ids) - n + 1]: a hash of every ``n`` consecutive numbers (Karp and Rabin 1987),
-    modulo 2**64."""
+    """Return uint64[len(ids) - n + 1]: a hash of every ``n`` consecutive numbers (Karp and Rabin 1987)."""
     if len(ids) < n:
         return np.empty(0, np.uint64)
     mixed = ids.astype(np.uint64) * _MIX
@@ -184,8 +181,7 @@ def rolling_hashes(ids: np.ndarray, n: int) -> np.ndarray:
 
 
 def _read(data: Encoded, examples: np.ndarray, take: Callable[[Example], np.ndarray]) -> list[np.ndarray]:
-    """Copy ``take(example)`` of each example. Scattered rows load most of the mapped files, so they are
-    released."""
+    """Copy ``take(example)`` of each example, and release the mapped files that scattered rows load."""
     parts = []
     for number, index in enumerate(examples.tolist(), 1):
         parts.append(np.array(take(data[index])))
@@ -197,8 +193,7 @@ def _read(data: Encoded, examples: np.ndarray, take: Callable[[Example], np.ndar
 
 
 def _find_in_training(train: Encoded, known: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many training rows hold each of the ``known`` hashes, and the source and position of the
-    first match."""
+    """Return the number of training rows with each hash, and source and position of the first match."""
     counts = np.zeros(len(known), np.int64)
     first = np.full((2, len(known)), -1, np.int64)
     if not len(known):
@@ -306,16 +301,14 @@ def _row_ids(data: Encoded, examples: np.ndarray) -> np.ndarray:
 def _shared_text(
     held: Encoded, train: Encoded, tokens: _Tokens, hit: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> SharedText:
-    """Return the longest common run from a hit on: position in ``tokens``; source, and position in its tokens."""
+    """Return the longest common run at a hit: position in ``tokens``; source, and position in its tokens."""
     here, source, there = hit
     entry = train.entries[source]
     match = int(np.searchsorted(entry.starts["input_ids"], there, side="right")) - 1
     ours = tokens.ids[here : tokens.begins[np.searchsorted(tokens.begins, here, side="right")]]
     theirs = entry.values["input_ids"][there : entry.starts["input_ids"][match + 1]]
     size = min(len(ours), len(theirs))
-    differ = np.flatnonzero(ours[:size] != theirs[:size])
-    text = tokenizer.decode(
-        ours[: int(differ[0]) if len(differ) else size].tolist(), skip_special_tokens=True
-    )
+    end = int(np.argmin(np.append(ours[:size] == theirs[:size], False)))
+    text = tokenizer.decode(ours[:end].tolist(), skip_special_tokens=True)
     where, same_as = held.where(int(tokens.owner[here])), f"{train.paths[source]}:{int(entry.row[match])}"
     return SharedText(where, same_as, text.strip("\ufffd \n"))

@@ -44,8 +44,7 @@ class JudgementFindings:
             self.kinds.count("empty", f"{self.path}:{problem.row}")
 
     def add(self, row: Judged, number: int, seen: dict[bytes, str]) -> None:
-        """Count row ``number``. ``seen``: (prompt, response, label) -> where it was first read, in any
-        file."""
+        """Count row ``number``. ``seen``: (prompt, response, label) -> its first place in any file."""
         where, prompt = f"{self.path}:{number}", prompt_key(row)
         desirable = bool(row.desirable)
         self.rows += 1

@@ -82,7 +82,7 @@ class PairFindings:
             self.kinds.count(REFUSED[problem.expected], f"{self.path}:{problem.row}")
 
     def add(self, row: Ranking, number: int, seen: dict[bytes, str]) -> None:
-        """Count row ``number``. ``seen``: (prompt, better, worse) -> where it was first read, in any file."""
+        """Count row ``number``. ``seen``: (prompt, better, worse) -> its first place in any file."""
         where = f"{self.path}:{number}"
         self.rows += 1
         lengths = [characters(answer) for answer in row.answers]

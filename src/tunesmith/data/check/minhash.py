@@ -44,8 +44,7 @@ _PAIRS = 1 << 13
 
 
 def row_text(row: Row) -> str:
-    """Return all turns of a row on one line, without system prompts and tools, which are the same in many
-    rows."""
+    """Return all turns on one line, without system prompts and tools, which many rows have in common."""
     fields = [field.name for field in dataclasses.fields(row) if field.name not in UNCOMPARED]
     names = ["prompt", "answers"] if isinstance(row, Ranking) else fields
     texts = [text for name in names for text in _strings(getattr(row, name))]
@@ -100,8 +99,8 @@ def candidates(slots: np.ndarray, rows: np.ndarray, threshold: float) -> tuple[n
     ``rows``: ascending indices into the signatures ``slots``. Each pair occurs once, the lower row first,
     sorted. The estimate removes most pairs of a band before any text is read.
     """
-    # Not rensa's RMinHashLSH: its queries return whole buckets, so rows that share a phrase cost the square of
-    # their number (26 s for 10,000 of them, 0.4 s here). Its bands must also divide SLOTS.
+    # Not rensa's RMinHashLSH: its queries return whole buckets, so rows that share a phrase cost the square
+    # of their number (26 s for 10,000 of them, 0.4 s here). Its bands must also divide SLOTS.
     bands, size = choose_bands(threshold)
     codes = np.empty(0, np.int64)  # lower row * len(slots) + higher row
     lowest = lowest_estimate(threshold)
@@ -131,8 +130,7 @@ def estimates(slots: np.ndarray, lower: np.ndarray, higher: np.ndarray) -> np.nd
 
 
 def lowest_estimate(threshold: float) -> float:
-    """Return the estimate that all but one in three million pairs at the threshold reach (five standard
-    deviations)."""
+    """Return the estimate that all but one in three million pairs at the threshold reach (5 sigma)."""
     return threshold - 5 * math.sqrt(threshold * (1 - threshold) / SLOTS)
 
 
@@ -146,10 +144,8 @@ def _strings(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        items = (
-            [] if value.get("role") == "system" else [item for key, item in value.items() if key != "role"]
-        )
-        return [text for item in items for text in _strings(item)]
+        is_system = value.get("role") == "system"
+        value = [] if is_system else [item for key, item in value.items() if key != "role"]
     if isinstance(value, list | tuple):
         return [text for item in value for text in _strings(item)]
     return [] if value is None else [str(value)]

@@ -42,8 +42,7 @@ AROUND = 20
 
 @dataclass(frozen=True)
 class Resemblance:
-    """The row ``where`` resembles the row ``like``: their ``jaccard`` similarity and MinHash's ``estimate``
-    of it.
+    """The row ``where`` resembles the row ``like``: ``jaccard`` is their similarity, ``estimate`` MinHash's.
 
     ``here`` and ``there``: excerpts around the first difference, empty when only capitals and spaces differ.
     """
@@ -96,19 +95,15 @@ class NearReport:
             f"row, in {len(self.clusters)} clusters; {self.same} have the same text as an earlier row"
         ]
         if held := self.rows - self.learnt:
-            lines.append(
-                f"near-duplicates: {self.eval_near} of {held} evaluation rows resemble a training row"
-            )
+            near = f"{self.eval_near} of {held} evaluation rows"
+            lines.append(f"near-duplicates: {near} resemble a training row")
         for cluster in self.clusters[:LISTED]:
             lines.append(f"cluster of {len(cluster.rows)} rows: {cluster.rows[0]}")
             for row in cluster.like:
                 similarity = f"similarity {row.jaccard:.3f} with {row.like} (estimate {row.estimate:.3f})"
-                differ = (
-                    f"{shorten(row.here)} for {shorten(row.there)}"
-                    if row.here or row.there
-                    else "the same text"
-                )
-                lines.append(f"  {row.where}: {similarity}: {differ}")
+                excerpts = f"{shorten(row.here)} for {shorten(row.there)}"
+                same = "" == row.here == row.there
+                lines.append(f"  {row.where}: {similarity}: {'the same text' if same else excerpts}")
             if more := len(cluster.rows) - len(cluster.like) - 1:
                 lines.append(f"  and {more} more")
         if len(self.clusters) > LISTED:
@@ -189,7 +184,7 @@ def _usable_rows(sources: Sequence[Source], accepted: tuple[type, ...]) -> Itera
 def _read_signatures(
     sources: Sequence[Source], accepted: tuple[type, ...], on_progress: Progress
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (source and row number int32[rows, 2], digest of the text uint64[rows], signature) of all usable rows."""
+    """Return source and row number int32[rows, 2], digest uint64[rows] and signature of all usable rows."""
     places: list[tuple[int, int]] = []
     digests: list[int] = []
     slots: list[np.ndarray] = [np.empty((0, minhash.SLOTS), np.uint32)]
@@ -257,8 +252,7 @@ def _clusters(leader: np.ndarray, neighbours: Neighbours) -> list[np.ndarray]:
 
 
 def _count_eval_near(leader: np.ndarray, neighbours: Neighbours, training_rows: int) -> int:
-    """Count the evaluation rows that resemble a training row. Training rows come first, so theirs are low
-    numbers."""
+    """Count the evaluation rows that resemble a training row; training rows have the lowest numbers."""
     return sum(
         first < training_rows or any(other < training_rows for other in neighbours.get(first, ()))
         for first in leader[training_rows:].tolist()

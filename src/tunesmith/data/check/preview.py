@@ -33,8 +33,7 @@ Piece = tuple[str, bool]
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """One example. ``known``: label, tags, answers or ranks in words; None where the row is text to be
-    written."""
+    """One example. ``known``: label, tags, answers or ranks in words; None for text to be written."""
 
     where: str
     pieces: tuple[Piece, ...]

@@ -72,20 +72,18 @@ def multilabel(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
         if code and isinstance(item.node, Function):
             nodes = [*ast.walk(item.node)][1:]
             types = {type(node) for node in nodes}
-            occurs = {name: bool(types.intersection(kinds)) for name, (_, kinds) in CONSTRUCTS.items()}
+            occurs = {name: not types.isdisjoint(kinds) for name, (_, kinds) in CONSTRUCTS.items()}
             occurs["recursion"] = _is_recursive(item, nodes)
             occurs["decorator"] = bool(item.node.decorator_list)
             occurs["string formatting"] |= any(map(_formats_string, nodes))
             occurs["default value"] = any(one.default for one in library.all_parameters(item.node))
-            labels = [
-                (name, korean)[lang == "ko"] for name, (korean, _) in CONSTRUCTS.items() if occurs[name]
-            ]
+            names = [name for name in CONSTRUCTS if occurs[name]]
+            labels = [CONSTRUCTS[name][0] for name in names] if lang == "ko" else names
             yield Candidate(next(iter(labels), "none"), item.name, {"text": code.text, "labels": labels})
 
 
 def _is_recursive(item: Definition, nodes: Sequence[ast.AST]) -> bool:
-    """Return whether the function, or one inside it, calls itself by name; a method through its own
-    object."""
+    """Return whether the function, or one inside it, calls itself; a method through its own object."""
     itself = item.short if item.kind == "function" else f"{receiver(item)}.{item.short}"
     inner = [(node, node.name) for node in nodes if isinstance(node, Function)]
     return any(

@@ -100,8 +100,7 @@ def draw(
 def stream(
     kind: Kind, lang: str, seed: int, split: str | None, on_progress: Progress = lambda done, total: None
 ) -> Iterator[Candidate]:
-    """Yield every row of a kind once; each from the group with the fewest rows so far, of the modules read so
-    far."""
+    """Yield every row of a kind once, from the group with the fewest rows so far among the modules read."""
     order = random.Random(f"{seed}:modules")
     seen: set[str] = set()
     if split == "test":  # a row that a training module also gives is no test
@@ -120,9 +119,7 @@ def stream(
             if _key(row) not in seen:
                 seen.add(_key(row))
                 subjects[row.about].append(row)
-        for (
-            candidates
-        ) in subjects.values():  # one row of each subject for now: of the group with the fewest rows
+        for candidates in subjects.values():  # for now one of each subject: of the group with the fewest rows
             candidates.sort(key=lambda row: (drawn[row.group] + len(pool[row.group]), row.group))
             first, *others = candidates
             pool[first.group].append(first)

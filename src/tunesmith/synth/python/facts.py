@@ -1,5 +1,4 @@
-"""Facts that the syntax tree gives about functions and classes: material of instructions, preferences and
-qa."""
+"""Facts of functions and classes from the syntax tree: material of instructions, preferences, qa."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ class Fact(NamedTuple):
 
 
 def facts(item: Definition) -> Iterator[Fact]:
-    """Yield the facts of a definition. Absence (no parameters, no docstring) is a fact of a few definitions
-    only."""
+    """Yield the facts of a definition; that something is absent, for a few definitions only."""
     code = library.excerpt(item)
     if isinstance(item.node, Function) and item.kind != "property":
         yield from _signature_facts(item, item.node)
@@ -98,10 +96,8 @@ def _body_facts(item: Definition, node: Function, code: Excerpt) -> Iterator[Fac
         place = text.find(sentence, *code.span(first))
         if place >= 0 and item.doc.startswith(sentence):
             yield Fact("quotation", text, (sentence,), start=place)
-        acts = any(
-            not isinstance(line, ast.Pass | ast.Raise) for line in rest
-        )  # else the code does not show it
-        if acts and first.lineno > node.lineno:
+        shows_it = any(not isinstance(line, ast.Pass | ast.Raise) for line in rest)
+        if shows_it and first.lineno > node.lineno:
             lines = text.split("\n")
             del lines[first.lineno - code.first : (first.end_lineno or 0) - code.first + 1]
             yield Fact("docstring", "\n".join(lines), (sentence,))

@@ -1,5 +1,4 @@
-"""Questions with answers in words (docstrings, instructions), or with a span of the context as answer
-(qa)."""
+"""Questions answered in words (docstrings, instructions) or by a span of the context (qa)."""
 
 from __future__ import annotations
 

@@ -84,8 +84,7 @@ def tag(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
 
 
 def bio(text: str, entities: list[Entity]) -> tuple[list[str], list[str]]:
-    """Return the tokens of a text and a tag for each: B- where an entity begins, I- inside it, O
-    elsewhere."""
+    """Return the tokens of a text and their tags: B- where an entity begins, I- inside it, O elsewhere."""
     tokens, tags = [], []
     for match in TOKEN.finditer(text):
         inside = next(((start, kind) for start, end, kind in entities if start <= match.start() < end), None)
@@ -107,11 +106,9 @@ def _english(module: Module) -> Iterator[tuple[str, list[Entity]]]:
                     continue
                 if entities or number(sentence) % 3 == 0:  # most sentences name nothing
                     yield sentence, entities
-    nodes: list[ast.AST] = [
-        node for node in ast.walk(module.tree) if isinstance(node, ast.Import | ast.Raise)
-    ]
-    nodes += [one.node for one in module.definitions if one.kind in ("class", "function", "method")]
-    for node in nodes:
+    statements = [node for node in ast.walk(module.tree) if isinstance(node, ast.Import | ast.Raise)]
+    defined = [one.node for one in module.definitions if one.kind in ("class", "function", "method")]
+    for node in [*statements, *defined]:
         line = module.lines[node.lineno - 1].strip() if isinstance(node, ast.stmt) else ""
         if number(line) % 3 == 0 and (entities := _code_entities(node, line, shared)):
             yield line, entities
@@ -161,9 +158,8 @@ def _is_name(word: str, kind: str, before: str, after: str) -> bool:
         sure, doubtful = False, written
     else:
         capital = kind in ("CLASS", "EXCEPTION") and word[0].isupper() and before and word not in PRODUCTS
-        next_to_kind = (
-            KIND_BEHIND.match(after) and kind != "MODULE" and (kind == "PARAM" or not word.islower())
-        )
+        may_follow = kind == "PARAM" or (kind != "MODULE" and not word.islower())
+        next_to_kind = may_follow and KIND_BEHIND.match(after)
         of_module = kind == "MODULE" and before.lower().endswith("the ") and after.startswith(" module")
         sure = bool(written or capital or next_to_kind or of_module)
         hyphenated = not written and "-" in (before[-1:], after[:1])
@@ -175,8 +171,7 @@ def _is_name(word: str, kind: str, before: str, after: str) -> bool:
 
 
 def _code_entities(node: ast.AST, line: str, known: Mapping[str, str]) -> list[Entity]:
-    """Return the entities in the first line of a statement; [] unless the tree tells the kind of every
-    name."""
+    """Return the entities in a statement's first line; [] unless the tree tells the kind of every name."""
     if not isinstance(node, ast.stmt) or not line.isascii() or "#" in line:
         return []
     entities: list[Entity] = []
@@ -190,10 +185,8 @@ def _code_entities(node: ast.AST, line: str, known: Mapping[str, str]) -> list[E
         whole = node.lineno == node.end_lineno
     if not whole:  # the statement continues on another line
         return []
-    parts = [
-        part for part in ast.iter_child_nodes(node) if not isinstance(part, ast.stmt) and part not in marks
-    ]
-    for one in (inner for part in parts for inner in ast.walk(part)):
+    parts = (part for part in ast.iter_child_nodes(node) if not isinstance(part, ast.stmt))
+    for one in (inner for part in parts if part not in marks for inner in ast.walk(part)):
         match one:
             case ast.arg(arg=name):
                 kind = "PARAM"

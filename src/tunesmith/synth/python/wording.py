@@ -12,8 +12,7 @@ Choice = TypeVar("Choice")
 
 
 class Candidate(NamedTuple):
-    """A row that may be drawn. Rows are drawn evenly from the groups; a second row about a subject comes
-    last."""
+    """A row that may be drawn: evenly from the groups, a second row about a subject last."""
 
     group: str
     about: str
@@ -88,8 +87,7 @@ WORDING = {
         method: 메서드
     """),
 }
-"""Questions by task, frames for questions about code, answers (``no``: there is nothing to name), and
-words."""
+"""Questions by task, frames for questions about code, answers (``no``: nothing to name), words."""
 
 
 def phrase(lang: str, key: str, seed: object = 0, **slots: object) -> str:
