@@ -1,5 +1,4 @@
-"""Contamination: held-out rows that share a long run of tokens with a training row, which makes their loss
-too low.
+"""Contamination: held-out rows share a long run of tokens with training rows, so their loss is too low.
 
 As in GPT-3's own analysis (Brown et al. 2020, appendix C) the run is 13 tokens. A run in many training rows
 is the chat template or a phrase of the task and is ignored. The training tokens are read once, in the encoded
@@ -23,9 +22,8 @@ if TYPE_CHECKING:
 
 NGRAM, BYTES = 13, 55
 """Consecutive tokens that must match. The number is doubled until that many tokens of the held-out row hold
-more than half of BYTES: a vocabulary made for English splits Korean into single bytes, and 13 bytes are four
-characters, which mean nothing. Each row has its own number, because one evaluation set may be English and the
-next one Korean."""
+more than half of BYTES: a vocabulary made for English splits Korean into single bytes, and 13 bytes are only
+four characters. Each row has its own number, because one evaluation set may be English and the next Korean."""
 
 COMMON_ROWS = 10
 """A run in more training rows than this (in few rows: than half of them) is a phrase of the task."""

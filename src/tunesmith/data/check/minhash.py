@@ -1,5 +1,4 @@
-"""Candidate pairs of near-duplicates: shingles of each row, their MinHash signatures (by rensa), and equal
-bands.
+"""Candidate pairs of near-duplicates, by shingles, MinHash signatures (rensa) and bands of them.
 
 The similarity of two rows is the Jaccard index of their sets of shingles: |intersection| / |union|. A slot of
 two MinHash signatures is equal with exactly that probability (Broder 1997). A signature is cut into b bands
