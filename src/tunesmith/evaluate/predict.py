@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,21 +100,17 @@ def _predict_rows(
             encoded = [_encode(item, reader, opened, objective) for item in block]
             examples = [example for result in encoded if isinstance(result, list) for example in result]
             if examples and route is None:
-                pairs = [pair for pair in zip(block, encoded) if isinstance(pair[1], list)]
-                readable = [item[1] for item, _ in pairs[:16] if isinstance(item, tuple)]
-                shortest = _trial_examples(readable, opened, objective, longest)
+                readable = [item for item, result in zip(block, encoded) if isinstance(result, list)]
+                shortest = _trial_examples(readable[:16], opened, objective, longest)
                 route = opened.prepare(precision, shortest, longest or 0)
-            cut = [
-                sum(_cut(one, longest) for one in result) if isinstance(result, list) else 0
-                for result in encoded
-            ]
+            cut = Counter(int(example["row"][1]) for example in examples if _cut(example, longest))
             answers = _answers(opened, objective, examples, route, budget) if route else {}
-            for item, result, lost in zip(block, encoded, cut):
+            for item, result in zip(block, encoded):
                 if isinstance(result, RowProblem):
                     yield {"row": result.row, "error": str(result)}, 0
                 elif isinstance(item, tuple):
                     record, row = item
-                    yield {"row": record.row, **objective.present(row, answers[record.row])}, lost
+                    yield {"row": record.row, **objective.present(row, answers[record.row])}, cut[record.row]
     finally:
         if route is not None:
             route.leave(opened.network)
@@ -157,11 +154,14 @@ def _encode(
 
 
 def _trial_examples(
-    rows: Sequence[Row], opened: OpenedModel, objective: TaskHead, longest: int | None
+    items: Sequence[tuple[Record, Row] | RowProblem],
+    opened: OpenedModel,
+    objective: TaskHead,
+    longest: int | None,
 ) -> list[Example]:
     """Return two short examples to choose the route by. It compares losses, so each gets some gold."""
     known = objective.head_config()
-    with_gold = [_with_any_gold(_as_ranking(row), known) for row in rows]
+    with_gold = [_with_any_gold(_as_ranking(item[1]), known) for item in items if isinstance(item, tuple)]
     encoded = [objective.encode([row], opened.tokenizer)[0][0] for row in with_gold]
     shortest = sorted(encoded, key=lambda example: len(example["input_ids"]))[:2]
     for example in shortest:

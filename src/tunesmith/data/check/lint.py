@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from tunesmith.data.data_config import Source
 from tunesmith.data.encode.conversations import Renderer, TrainOn, left_out, render
 from tunesmith.data.encode.spans import SpanError
 from tunesmith.data.encode.templates import RENDER_ERRORS
-from tunesmith.data.read.source import ROW_TYPES, open_source
+from tunesmith.data.read.source import ROW_TYPES, Opened, open_source
 from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.data.rows import Answered, Chat, Judged, Ranking, Row, digest
 from tunesmith.errors import DataError
@@ -107,19 +107,7 @@ def lint(
             opened = open_source(source, accepted)
             file.format = opened.description
             labelled = opened.convert is not None and opened.convert.form.row is Judged
-            for item in opened.rows():
-                file.rows += 1
-                if isinstance(item, RowProblem):
-                    problem: RowProblem | None = item
-                else:
-                    record, row = item
-                    problem = _problem(record, row, renderer, report.left_out)
-                if problem is not None:
-                    report.problems.append(problem)
-                    file.rejected += 1
-                    (judged if labelled else pairs).count_refused(problem)
-                    continue
-                file.kept += 1
+            for record, row in _usable_rows(opened, file, judged if labelled else pairs, report, renderer):
                 if isinstance(row, Ranking):
                     pairs.add(row, record.row, first_pairs)
                 elif isinstance(row, Judged):
@@ -141,6 +129,26 @@ def lint(
             first_trained = first_in_file | first_trained
         report.files.append(file)
     return report
+
+
+def _usable_rows(
+    opened: Opened,
+    file: FileReport,
+    findings: PairFindings | JudgementFindings,
+    report: LintReport,
+    renderer: Renderer | None,
+) -> Iterator[tuple[Record, Row]]:
+    """Yield the usable rows of a file, and count and report the others."""
+    for item in opened.rows():
+        problem = item if isinstance(item, RowProblem) else _problem(*item, renderer, report.left_out)
+        file.rows += 1
+        file.rejected += problem is not None
+        file.kept += problem is None
+        if problem is not None:
+            report.problems.append(problem)
+            findings.count_refused(problem)
+        elif isinstance(item, tuple):
+            yield item
 
 
 def _problem(

@@ -118,8 +118,11 @@ def preview(
     return Preview(source.label, opened.description, template_name, tuple(shown), tuple(problems))
 
 
-def _task_row(where: str, row: Row, tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
-    """Show a row with its gold: tagged words and the first answer are coloured."""
+def _gold(row: Row) -> tuple[str, list[tuple[int, int]], str]:
+    """Return a row's text, the characters to colour (tagged words, the first answer), and its gold in
+    words."""
+    text: str
+    coloured: list[tuple[int, int]]
     text, coloured, known = "", [], "nothing known"
     if isinstance(row, Labelled):
         text = row.text if row.text_pair is None else f"{row.text}\n{row.text_pair}"
@@ -141,6 +144,12 @@ def _task_row(where: str, row: Row, tokenizer: PreTrainedTokenizerBase) -> Previ
             known = ", ".join(f"{answer!r} at {start}" for answer, start in row.answers) or "no answer"
         for answer, start in (row.answers or ())[:1]:
             coloured = [(len(question) + start, len(question) + start + len(answer))]
+    return text, coloured, known
+
+
+def _task_row(where: str, row: Row, tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
+    """Show a row with its gold."""
+    text, coloured, known = _gold(row)
     pieces: list[Piece] = []
     end = 0
     for start, next_end in coloured:

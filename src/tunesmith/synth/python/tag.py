@@ -95,6 +95,17 @@ def bio(text: str, entities: list[Entity]) -> tuple[list[str], list[str]]:
 
 def _english(module: Module) -> Iterator[tuple[str, list[Entity]]]:
     shared = names(module)
+    yield from _sentences(module, shared)
+    statements = [node for node in ast.walk(module.tree) if isinstance(node, ast.Import | ast.Raise)]
+    defined = [one.node for one in module.definitions if one.kind in ("class", "function", "method")]
+    for node in [*statements, *defined]:
+        line = module.lines[node.lineno - 1].strip() if isinstance(node, ast.stmt) else ""
+        if number(line) % 3 == 0 and (entities := _code_entities(node, line, shared)):
+            yield line, entities
+
+
+def _sentences(module: Module, shared: Mapping[str, str]) -> Iterator[tuple[str, list[Entity]]]:
+    """Yield the sentences of docstrings in which every word surely is or is not a name."""
     for item in module.definitions if module.text else ():  # modules in C have no known parameters
         taken = {one.name for one in library.parameters(item)}
         known = {**shared, **{name: "?" if name in shared else "PARAM" for name in taken}}
@@ -106,12 +117,6 @@ def _english(module: Module) -> Iterator[tuple[str, list[Entity]]]:
                     continue
                 if entities or number(sentence) % 3 == 0:  # most sentences name nothing
                     yield sentence, entities
-    statements = [node for node in ast.walk(module.tree) if isinstance(node, ast.Import | ast.Raise)]
-    defined = [one.node for one in module.definitions if one.kind in ("class", "function", "method")]
-    for node in [*statements, *defined]:
-        line = module.lines[node.lineno - 1].strip() if isinstance(node, ast.stmt) else ""
-        if number(line) % 3 == 0 and (entities := _code_entities(node, line, shared)):
-            yield line, entities
 
 
 def names(module: Module) -> dict[str, str]:
@@ -142,16 +147,13 @@ def mentions(sentence: str, known: Mapping[str, str]) -> list[Entity]:
 
 
 def _is_name(word: str, kind: str, before: str, after: str) -> bool:
-    """Return whether a word between ``before`` and ``after`` is a name; raises UnsureError when that is
+    """Return whether a word between ``before`` and ``after`` is a name. Raises UnsureError when that is
     unclear.
 
-    A word is a name when it is in quotes, before parentheses, next to its kind (``the socket module``), or
-    has a dot, an underscore or a capital letter inside. Methods are often named by verbs, which stay ordinary
-    words.
+    A word is a name when it is written as one, or next to its kind (``the socket module``). Methods are often
+    named by verbs, which stay ordinary words.
     """
-    quoted = before[-1:] in QUOTES and after[:1] in QUOTES and before != "" and after != ""
-    inner = re.search(r"_|\.|[a-z][A-Z]|[A-Z]{2}[a-z]", word)
-    written = bool(quoted or inner or re.match(r"\((?!e?s\))", after))
+    written = _is_written_as_name(word, before, after)
     if kind == "NUMBER":
         sure, doubtful = True, bool(NUMBER_IN_NAME.search(before))
     elif kind in ("", "PROPERTY"):
@@ -168,6 +170,13 @@ def _is_name(word: str, kind: str, before: str, after: str) -> bool:
     if doubtful:
         raise UnsureError
     return sure
+
+
+def _is_written_as_name(word: str, before: str, after: str) -> bool:
+    """Return whether a word is in quotes, before parentheses, or has a dot, underscore or capital inside."""
+    if before and after and before[-1] in QUOTES and after[0] in QUOTES:
+        return True
+    return bool(re.search(r"_|\.|[a-z][A-Z]|[A-Z]{2}[a-z]", word) or re.match(r"\((?!e?s\))", after))
 
 
 def _code_entities(node: ast.AST, line: str, known: Mapping[str, str]) -> list[Entity]:
@@ -187,24 +196,33 @@ def _code_entities(node: ast.AST, line: str, known: Mapping[str, str]) -> list[E
         return []
     parts = (part for part in ast.iter_child_nodes(node) if not isinstance(part, ast.stmt))
     for one in (inner for part in parts if part not in marks for inner in ast.walk(part)):
-        match one:
-            case ast.arg(arg=name):
-                kind = "PARAM"
-            case ast.alias(name=name, asname=None):
-                kind = "MODULE"
-            case ast.Name(id=name):
-                kind = known[name] if known.get(name) in ("CLASS", "EXCEPTION") else ""
-            case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
-                name, kind = repr(value), "NUMBER"
-            case ast.Constant() | ast.Call() | ast.arguments() | ast.expr_context():
-                continue
-            case _:
-                return []
+        named = _name_and_kind(one, known)
+        if named is None:
+            continue
+        name, kind = named
+        if not kind or not isinstance(one, ast.expr | ast.arg | ast.alias):
+            return []
         start = one.col_offset - node.col_offset
         if one.lineno != node.lineno or line[start : start + len(name)] != name:
             return []
         entities.append((start, start + len(name), kind))
     return sorted(entities) if all(kind in KINDS for *_, kind in entities) else []
+
+
+def _name_and_kind(node: ast.AST, known: Mapping[str, str]) -> tuple[str, str]:
+    """Return the name in a node, and its kind: TEXT = no name (a string, None); "" = the tree does not
+    tell."""
+    match node:
+        case ast.arg(arg=name):
+            return name, "PARAM"
+        case ast.alias(name=name, asname=None):
+            return name, "MODULE"
+        case ast.Name(id=name) if known.get(name) in ("CLASS", "EXCEPTION"):
+            return name, known[name]
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            return repr(value), "NUMBER"
+    nameless = isinstance(node, ast.Constant | ast.Call | ast.arguments | ast.expr_context)
+    return None if nameless else ("", "")
 
 
 def _korean(module: Module, seed: int) -> Iterator[tuple[str, list[Entity]]]:
@@ -232,18 +250,24 @@ def _slots(item: Definition) -> tuple[str, dict[str, str]]:
     errors = exceptions(item.module)
     own = "FAULT" if item.kind == "class" and item.short in errors else item.kind.upper()
     owner = item.name.split(".")[-2:-1] if item.kind == "method" else []
+    names = {
+        "CLASS": [name for name in owner if name not in errors],
+        **_parameter_names(item),
+        "EXCEPTION": [*map(dotted, library.raised(item) or ())],
+    }
+    first = {slot: some[0] for slot, some in names.items() if some}
+    return own, {own: item.short, "MODULE": item.module.name, **first}
+
+
+def _parameter_names(item: Definition) -> dict[str, list[str]]:
     taken = library.parameters(item)
     plain = [one for one in taken if one.shown == one.name]
     constant = [(one.name, one.default.value) for one in plain if isinstance(one.default, ast.Constant)]
     numeric = [(name, repr(value)) for name, value in constant if type(value) in (int, float)]
-    names = {
-        "CLASS": [name for name in owner if name not in errors],
+    return {
         "PARAM": [one.name for one in taken[:1] if one in plain],
         "NEXT": [one.name for one in taken[1:2] if one in plain],
         "REQUIRED": [one.name for one in plain if one.default is None],
         "NUMERIC": [name for name, _ in numeric],
         "NUMBER": [value for _, value in numeric],
-        "EXCEPTION": [*map(dotted, library.raised(item) or ())],
     }
-    first = {slot: some[0] for slot, some in names.items() if some}
-    return own, {own: item.short, "MODULE": item.module.name, **first}
