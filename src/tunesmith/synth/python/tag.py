@@ -183,17 +183,15 @@ def _code_entities(node: ast.AST, line: str, known: Mapping[str, str]) -> list[E
     """Return the entities in a statement's first line; [] unless the tree tells the kind of every name."""
     if not isinstance(node, ast.stmt) or not line.isascii() or "#" in line:
         return []
+    defines = isinstance(node, ast.ClassDef | Function)
+    if not (line.endswith(":") if defines else node.lineno == node.end_lineno):
+        return []  # the statement continues on another line
     entities: list[Entity] = []
     marks: list[ast.expr] = []
     if isinstance(node, ast.ClassDef | Function):
-        marks, whole = node.decorator_list, line.endswith(":")
-        start = line.index(f" {node.name}") + 1
+        marks, start = node.decorator_list, line.index(f" {node.name}") + 1
         kind = "FUNCTION" if isinstance(node, Function) else known[node.name]
         entities.append((start, start + len(node.name), kind))
-    else:
-        whole = node.lineno == node.end_lineno
-    if not whole:  # the statement continues on another line
-        return []
     parts = (part for part in ast.iter_child_nodes(node) if not isinstance(part, ast.stmt))
     for one in (inner for part in parts if part not in marks for inner in ast.walk(part)):
         named = _name_and_kind(one, known)
@@ -209,9 +207,8 @@ def _code_entities(node: ast.AST, line: str, known: Mapping[str, str]) -> list[E
     return sorted(entities) if all(kind in KINDS for *_, kind in entities) else []
 
 
-def _name_and_kind(node: ast.AST, known: Mapping[str, str]) -> tuple[str, str]:
-    """Return the name in a node, and its kind: TEXT = no name (a string, None); "" = the tree does not
-    tell."""
+def _name_and_kind(node: ast.AST, known: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return the name in a node and its kind ("" = the tree does not tell); None where there is no name."""
     match node:
         case ast.arg(arg=name):
             return name, "PARAM"
