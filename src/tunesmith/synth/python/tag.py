@@ -96,10 +96,12 @@ def bio(text: str, entities: list[Entity]) -> tuple[list[str], list[str]]:
 def _english(module: Module) -> Iterator[tuple[str, list[Entity]]]:
     shared = names(module)
     yield from _sentences(module, shared)
-    statements = [node for node in ast.walk(module.tree) if isinstance(node, ast.Import | ast.Raise)]
-    defined = [one.node for one in module.definitions if one.kind in ("class", "function", "method")]
-    for node in [*statements, *defined]:
-        line = module.lines[node.lineno - 1].strip() if isinstance(node, ast.stmt) else ""
+    nodes: list[ast.AST] = [
+        node for node in ast.walk(module.tree) if isinstance(node, ast.Import | ast.Raise)
+    ]
+    nodes += [item.node for item in module.definitions if item.kind in ("class", "function", "method")]
+    for node in (node for node in nodes if isinstance(node, ast.stmt)):  # definitions in C have no statement
+        line = module.lines[node.lineno - 1].strip()
         if number(line) % 3 == 0 and (entities := _code_entities(node, line, shared)):
             yield line, entities
 
@@ -179,9 +181,9 @@ def _is_written_as_name(word: str, before: str, after: str) -> bool:
     return bool(re.search(r"_|\.|[a-z][A-Z]|[A-Z]{2}[a-z]", word) or re.match(r"\((?!e?s\))", after))
 
 
-def _code_entities(node: ast.AST, line: str, known: Mapping[str, str]) -> list[Entity]:
+def _code_entities(node: ast.stmt, line: str, known: Mapping[str, str]) -> list[Entity]:
     """Return the entities in a statement's first line; [] unless the tree tells the kind of every name."""
-    if not isinstance(node, ast.stmt) or not line.isascii() or "#" in line:
+    if not line.isascii() or "#" in line:
         return []
     defines = isinstance(node, ast.ClassDef | Function)
     if not (line.endswith(":") if defines else node.lineno == node.end_lineno):
