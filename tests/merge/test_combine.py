@@ -32,23 +32,31 @@ def shelf(tmp_path_factory):
     return folder
 
 
-def peft_sum(shelf, names, weights, method, rank=None):
-    model = AutoPeftModelForCausalLM.from_pretrained(shelf / names[0], adapter_name=names[0])
-    for name in names[1:]:
+@pytest.fixture(scope="module")
+def peft_model(shelf):
+    model = AutoPeftModelForCausalLM.from_pretrained(shelf / "a", adapter_name="a")
+    for name in "bc":
         model.load_adapter(shelf / name, name)
+    return model.eval()
+
+
+def peft_sum(model, names, weights, method, rank=None):
     model.add_weighted_adapter(list(names), list(weights), "sum", combination_type=method, svd_rank=rank)
     model.set_adapter("sum")
-    return model.eval()(IDS).logits
+    logits = model(IDS).logits
+    model.set_adapter("a")
+    model.delete_adapter("sum")
+    return logits
 
 
 @pytest.mark.parametrize(("names", "weights", "method", "rank"), [
     ("ab", (0.7, 0.3), "cat", None), ("ab", (0.7, 0.3), "linear", None), ("ab", (0.7, -0.3), "linear", None),
     ("ab", (0.7, 0.3), "svd", 3), ("abc", (0.5, 1.5, -1.0), "cat", None), ("abc", (0.5, 1.5, -1.0), "svd", 5),
 ])  # fmt: skip
-def test_it_is_what_peft_makes(shelf, tmp_path, names, weights, method, rank):
+def test_it_is_what_peft_makes(shelf, peft_model, tmp_path, names, weights, method, rank):
     facts = combine([shelf / name for name in names], tmp_path / "sum", weights=weights, method=method, r=rank)
     ours, _ = tunesmith.load(tmp_path / "sum")
-    assert torch.allclose(ours(IDS).logits, peft_sum(shelf, names, weights, method, rank), atol=2e-5)
+    assert torch.allclose(ours(IDS).logits, peft_sum(peft_model, names, weights, method, rank), atol=2e-5)
     assert facts["r"] == json.loads((tmp_path / "sum" / "adapter_config.json").read_text())["r"]
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NGRAM, BYTES = 13, 55
 """Consecutive tokens that must match. The number is doubled until that many tokens of the held-out row hold
 more than half of BYTES: a vocabulary made for English splits Korean into single bytes, and 13 bytes are only
-four characters. Each row has its own number, because one evaluation set may be English and the next Korean."""
+four characters. Each row has its own number: one evaluation set may be English, the next one Korean."""
 
 COMMON_ROWS = 10
 """A run in more training rows than this (in few rows: than half of them) is a phrase of the task."""

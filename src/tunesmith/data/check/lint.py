@@ -21,6 +21,8 @@ from tunesmith.json_types import JsonObject
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Findings = PairFindings | JudgementFindings
+
 
 @dataclass(frozen=True)
 class Duplicate:
@@ -44,11 +46,10 @@ class FileReport:
 
 @dataclass
 class LintReport:
-    """``problems``: unusable rows. ``leaked``: evaluation rows that are also training rows. The others are
-    remarks.
+    """``problems``: unusable rows. ``leaked``: evaluation rows also in training. The rest are remarks.
 
-    ``left_out``: texts that the chat template drops. ``pairs``: findings of each file with preferences or
-    rankings. ``judged``: findings of each file with one label for each response.
+    ``left_out``: texts that the chat template drops. ``pairs``, ``judged``: findings of each file with
+    preferences or rankings, and of each file with one label for each response.
     """
 
     files: list[FileReport] = field(default_factory=list)
@@ -132,11 +133,7 @@ def lint(
 
 
 def _usable_rows(
-    opened: Opened,
-    file: FileReport,
-    findings: PairFindings | JudgementFindings,
-    report: LintReport,
-    renderer: Renderer | None,
+    opened: Opened, file: FileReport, findings: Findings, report: LintReport, renderer: Renderer | None
 ) -> Iterator[tuple[Record, Row]]:
     """Yield the usable rows of a file, and count and report the others."""
     for item in opened.rows():

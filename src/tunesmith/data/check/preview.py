@@ -27,6 +27,8 @@ TASK_ROWS = (Labelled, Tagged, Question)
 SUPERVISED, CONTEXT = "bold green underline", "dim"
 """Styles; the underline is for readers who cannot tell the colours apart."""
 
+UNKNOWN = "nothing known"
+
 Piece = tuple[str, bool]
 """A stretch of text, and whether it is supervised."""
 
@@ -119,32 +121,25 @@ def preview(
 
 
 def _gold(row: Row) -> tuple[str, list[tuple[int, int]], str]:
-    """Return a row's text, the characters to colour (tagged words, the first answer), and its gold in
-    words."""
-    text: str
-    coloured: list[tuple[int, int]]
-    text, coloured, known = "", [], "nothing known"
+    """Return a row's text, its coloured characters (tagged words, first answer), and its gold in words."""
     if isinstance(row, Labelled):
         text = row.text if row.text_pair is None else f"{row.text}\n{row.text_pair}"
         if row.labels is not None:
-            known = f"labels {', '.join(row.labels) or 'none'}"
-        elif row.label is not None:
-            known = f"label {row.label}"
-    elif isinstance(row, Tagged):
-        text = row.text
+            return text, [], f"labels {', '.join(row.labels) or 'none'}"
+        return text, [], UNKNOWN if row.label is None else f"label {row.label}"
+    if isinstance(row, Tagged):
         tagged = [(word, tag) for word, tag in zip(row.words, row.tags or ()) if tag != "O"]
-        coloured = [word for word, _ in tagged]
-        if row.tags is not None:
-            words = [f"{text[start:end]}/{tag}" for (start, end), tag in tagged]
-            known = ", ".join(words) or "no word has a tag but O"
-    elif isinstance(row, Question):
-        question = f"{row.question}\n"
-        text = question + row.context
-        if row.answers is not None:
-            known = ", ".join(f"{answer!r} at {start}" for answer, start in row.answers) or "no answer"
-        for answer, start in (row.answers or ())[:1]:
-            coloured = [(len(question) + start, len(question) + start + len(answer))]
-    return text, coloured, known
+        known = ", ".join(f"{row.text[start:end]}/{tag}" for (start, end), tag in tagged)
+        known = UNKNOWN if row.tags is None else known or "no word has a tag but O"
+        return row.text, [word for word, _ in tagged], known
+    if isinstance(row, Question):
+        question, answers = f"{row.question}\n", row.answers or ()
+        known = ", ".join(f"{answer!r} at {start}" for answer, start in answers) or "no answer"
+        spans = [
+            (len(question) + start, len(question) + start + len(answer)) for answer, start in answers[:1]
+        ]
+        return question + row.context, spans, UNKNOWN if row.answers is None else known
+    return "", [], UNKNOWN
 
 
 def _task_row(where: str, row: Row, tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
