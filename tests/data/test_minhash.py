@@ -1,4 +1,4 @@
-"""Signatures by rensa, held against exact Jaccard and the arithmetic of bands."""
+"""Signatures by rensa, compared with exact Jaccard and the arithmetic of bands."""
 
 from __future__ import annotations
 

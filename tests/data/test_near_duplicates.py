@@ -1,4 +1,4 @@
-"""Rows that are nearly the same: all that were planted are found, and nothing that is not alike."""
+"""Near-duplicates: every planted pair is found, and no dissimilar pair."""
 
 from __future__ import annotations
 

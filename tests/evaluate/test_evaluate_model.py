@@ -1,4 +1,4 @@
-"""The report of ``tunesmith evaluate``: the worst rows are shown with what is true and what was said in its place."""
+"""The report of ``tunesmith evaluate``: the wrong rows with the highest loss, with gold and prediction."""
 
 import json
 

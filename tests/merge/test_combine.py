@@ -1,4 +1,4 @@
-"""Several LoRA adapters as one: the arithmetic is peft's, the exact sum is exact, and what is no sum is refused by name."""
+"""Several LoRA adapters as one: the arithmetic is peft's, the exact sum is exact, and adapters that cannot be summed are refused by name."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def peft_sum(model, names, weights, method, rank=None):
     ("ab", (0.7, 0.3), "cat", None), ("ab", (0.7, 0.3), "linear", None), ("ab", (0.7, -0.3), "linear", None),
     ("ab", (0.7, 0.3), "svd", 3), ("abc", (0.5, 1.5, -1.0), "cat", None), ("abc", (0.5, 1.5, -1.0), "svd", 5),
 ])  # fmt: skip
-def test_it_is_what_peft_makes(shelf, peft_model, tmp_path, names, weights, method, rank):
+def test_the_sum_is_that_of_peft(shelf, peft_model, tmp_path, names, weights, method, rank):
     facts = combine([shelf / name for name in names], tmp_path / "sum", weights=weights, method=method, r=rank)
     ours, _ = tunesmith.load(tmp_path / "sum")
     assert torch.allclose(ours(IDS).logits, peft_sum(peft_model, names, weights, method, rank), atol=2e-5)
@@ -87,7 +87,7 @@ def test_the_nearest_of_a_rank_is_that_of_a_whole_decomposition():
     assert apart == pytest.approx(float(s[2:].square().sum().sqrt() / s.square().sum().sqrt()), rel=1e-4)
 
 
-def test_where_the_parts_came_from_is_kept(shelf, tmp_path):
+def test_the_sources_of_a_sum_are_recorded(shelf, tmp_path):
     combine([shelf / "a", shelf / "b"], tmp_path / "sum")
     record = saved_record.read(tmp_path / "sum")
     assert [(part["path"], part["weight"]) for part in record["combined"]["parts"]] == [
@@ -148,7 +148,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
-def test_what_is_no_sum_is_refused_by_name(make, shelf, tmp_path):
+def test_adapters_that_are_no_plain_lora_are_refused_by_name(make, shelf, tmp_path):
     make(shelf, tmp_path)
     with pytest.raises(UserError, match=REFUSED[make]):
         combine([shelf / "a", tmp_path / "x"], tmp_path / "sum")

@@ -1,4 +1,4 @@
-"""An adapter that is not as it was saved is built upon by nothing, least of all under a fresh probe."""
+"""Every command that builds on an adapter refuses one that changed after it was saved."""
 
 from __future__ import annotations
 
