@@ -10,7 +10,7 @@ from tunesmith.errors import DataError
 
 
 @pytest.mark.parametrize("objective", ["tag", "qa"])
-def test_mistakes_say_where_the_true_and_the_predicted_are(tmp_path, objective, trained):
+def test_mistakes_hold_the_characters_of_gold_and_prediction(tmp_path, objective, trained):
     tunesmith.evaluate(*trained(objective), out=tmp_path / "report")
     mistakes = [json.loads(line) for line in (tmp_path / "report" / "mistakes.jsonl").read_text().splitlines()]
     assert mistakes
@@ -37,7 +37,7 @@ def test_bad_rows_stop_an_evaluation_or_are_left_out_and_counted(tmp_path, train
     assert "1 bad rows were left out" in (tmp_path / "report" / "report.html").read_text("utf-8")
 
 
-def test_a_model_that_makes_no_mistake_shows_none(tmp_path, trained):
+def test_a_report_without_mistakes_shows_none(tmp_path, trained):
     """Rows with the labels that the model predicts: it is right about all of them."""
     model, rows = trained("classify")
     texts = [json.loads(line)["text"] for line in rows.read_text("utf-8").splitlines()]
@@ -57,7 +57,7 @@ def test_a_model_that_makes_no_mistake_shows_none(tmp_path, trained):
         {"type": "tag", "label_all": True},
     ],
 )
-def test_the_loss_is_that_of_the_run_whatever_it_was_trained_by(tmp_path, objective):
+def test_the_loss_equals_that_of_the_run_for_every_training_loss(tmp_path, objective):
     """Weights, smoothing and further tokens are for learning; they do not go with the saved model."""
     plan = recipe(tmp_path, "bert", objective, max_steps=2, eval_steps=2)
     file = plan["data"]["train"][0]["path"]

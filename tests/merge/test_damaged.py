@@ -38,7 +38,7 @@ def damaged(tmp_path_factory):
 
 
 @pytest.mark.parametrize("use", USES)
-def test_it_is_refused(use, damaged):
+def test_a_changed_adapter_is_refused(use, damaged):
     made, folder = damaged
     before = {path.name for path in folder.parent.iterdir()}
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors changed"):
