@@ -50,6 +50,12 @@ class OpenedModel:
         return fast_path.choose(self.network, self.objective, examples, longest, "auto", self.device)
 
     @property
+    def task(self) -> TaskHead:
+        """Return the objective of a model that does not write text."""
+        assert isinstance(self.objective, TaskHead)
+        return self.objective
+
+    @property
     def device(self) -> torch.device:
         device: torch.device = self.network.device
         return device

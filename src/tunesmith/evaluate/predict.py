@@ -36,6 +36,9 @@ from tunesmith.json_types import JsonObject
 from tunesmith.objectives import Example, TaskHead
 from tunesmith.train import fast_path, forward_batches
 
+Item = tuple[Record, Row] | RowProblem
+"""What a source gives for each row."""
+
 BLOCK = 512
 """Rows that are encoded and sorted by length together: enough to fill batches, few enough to hold."""
 
@@ -68,17 +71,16 @@ def predict(
     hub = {"split": split, "name": name, "streaming": streaming}
     source = make_source(data, format=format, columns=columns, limit=limit, **hub)
     opened = open_model(model, max_length=max_length, rewards=rewards)
-    objective = opened.objective
-    if not isinstance(objective, TaskHead):
+    if not isinstance(opened.objective, TaskHead):
         use = "train a reward model with objective: reward" if rewards else "use tunesmith generate"
         raise ModelError(f"this model writes text: {use}.")
-    ranks = Ranking in objective.traits.rows
+    ranks = Ranking in opened.objective.traits.rows
     if rewards and not ranks:
         raise ModelError(f"this model was trained for {opened.name}, not rewards: use tunesmith predict.")
-    reader = _open_rows(source, objective)
-    longest = max_length or objective.max_length
+    reader = _open_rows(source, opened)
+    longest = max_length or opened.objective.max_length
     cut = bad = 0
-    for answer, lost_tokens in _predict_rows(opened, objective, reader, longest, precision, batch_tokens):
+    for answer, lost_tokens in _predict_rows(opened, reader, longest, precision, batch_tokens):
         cut += lost_tokens
         bad += "error" in answer
         yield answer
@@ -90,35 +92,36 @@ def predict(
 
 
 def _predict_rows(
-    opened: OpenedModel, objective: TaskHead, reader: Opened, longest: int | None, precision: str, budget: int
+    opened: OpenedModel, reader: Opened, longest: int | None, precision: str, budget: int
 ) -> Iterator[tuple[JsonObject, int]]:
     """Yield each row's dict, and how many of its examples were cut."""
     rows = reader.rows()
     route = None
     try:
         while block := list(itertools.islice(rows, BLOCK)):
-            encoded = [_encode(item, reader, opened, objective) for item in block]
+            encoded = [_encode(item, reader, opened) for item in block]
             examples = [example for result in encoded if isinstance(result, list) for example in result]
             if examples and route is None:
                 readable = [item for item, result in zip(block, encoded) if isinstance(result, list)]
-                shortest = _trial_examples(readable[:16], opened, objective, longest)
+                shortest = _trial_examples(readable[:16], opened, longest)
                 route = opened.prepare(precision, shortest, longest or 0)
             cut = Counter(int(example["row"][1]) for example in examples if _cut(example, longest))
-            answers = _answers(opened, objective, examples, route, budget) if route else {}
+            answers = _answers(opened, examples, route, budget) if route else {}
             for item, result in zip(block, encoded):
                 if isinstance(result, RowProblem):
                     yield {"row": result.row, "error": str(result)}, 0
                 elif isinstance(item, tuple):
                     record, row = item
-                    yield {"row": record.row, **objective.present(row, answers[record.row])}, cut[record.row]
+                    answer = opened.task.present(row, answers[record.row])
+                    yield {"row": record.row, **answer}, cut[record.row]
     finally:
         if route is not None:
             route.leave(opened.network)
 
 
-def _open_rows(source: Source, objective: TaskHead) -> Opened:
+def _open_rows(source: Source, opened: OpenedModel) -> Opened:
     """Open a source without gold. A reward model also takes what a language model might have written."""
-    accepted = objective.traits.rows
+    accepted = opened.objective.traits.rows
     try:
         reader = open_source(source, accepted, gold=False)
     except DataError as unranked:
@@ -129,22 +132,20 @@ def _open_rows(source: Source, objective: TaskHead) -> Opened:
         except DataError:
             raise unranked from None
     convert = reader.convert
-    by_character = objective.head_config()["tunesmith"].get("characters")
+    by_character = opened.task.head_config()["tunesmith"].get("characters")
     if not by_character or convert is None or convert.form.name != "words":
         return reader
     # The tagger's words were characters, so those of plain text are, too. Listed words stay as they are.
     return replace(reader, convert=replace(convert, facts={**(convert.facts or {}), "spaces": True}))
 
 
-def _encode(
-    item: tuple[Record, Row] | RowProblem, reader: Opened, opened: OpenedModel, objective: TaskHead
-) -> list[Example] | RowProblem:
+def _encode(item: Item, reader: Opened, opened: OpenedModel) -> list[Example] | RowProblem:
     """Return the examples of a row, each with the number of its row."""
     if isinstance(item, RowProblem):
         return item
     record, row = item
     try:
-        (examples,) = objective.encode([without_gold(_as_ranking(row))], opened.tokenizer)
+        (examples,) = opened.objective.encode([without_gold(_as_ranking(row))], opened.tokenizer)
     except RowFault as fault:
         return reader.problem(record, fault)
     if examples:
@@ -153,16 +154,11 @@ def _encode(
     return RowProblem(record.path, record.row, "row", expected, "longer ones", fix, record.line)
 
 
-def _trial_examples(
-    items: Sequence[tuple[Record, Row] | RowProblem],
-    opened: OpenedModel,
-    objective: TaskHead,
-    longest: int | None,
-) -> list[Example]:
+def _trial_examples(items: Sequence[Item], opened: OpenedModel, longest: int | None) -> list[Example]:
     """Return two short examples to choose the route by. It compares losses, so each gets some gold."""
-    known = objective.head_config()
+    known = opened.task.head_config()
     with_gold = [_with_any_gold(_as_ranking(item[1]), known) for item in items if isinstance(item, tuple)]
-    encoded = [objective.encode([row], opened.tokenizer)[0][0] for row in with_gold]
+    encoded = [opened.objective.encode([row], opened.tokenizer)[0][0] for row in with_gold]
     shortest = sorted(encoded, key=lambda example: len(example["input_ids"]))[:2]
     for example in shortest:
         if "span" in example:  # "no answer": a word of the context need not be a token
@@ -211,7 +207,7 @@ def _cut(example: Example, longest: int | None) -> bool:
 
 
 def _answers(
-    opened: OpenedModel, objective: TaskHead, examples: list[Example], route: fast_path.Route, budget: int
+    opened: OpenedModel, examples: list[Example], route: fast_path.Route, budget: int
 ) -> dict[int, JsonObject]:
     """Return row number -> the objective's answer."""
     if not examples:
@@ -221,12 +217,12 @@ def _answers(
 
     @torch.no_grad()
     def run(places: list[int]) -> JsonObject:
-        batch = objective.collate([examples[place] for place in places], layout)
-        return objective.evaluate(opened.network, to_device(batch, opened.device))
+        batch = opened.objective.collate([examples[place] for place in places], layout)
+        return opened.objective.evaluate(opened.network, to_device(batch, opened.device))
 
     def name(place: int) -> str:
         return f"row {examples[place]['row'][1]}"
 
     sizes = Listed(examples, [""] * len(examples)).sizes(slice(None), layout)
     groups = forward_batches.in_groups(run, sizes, budget, layout, opened.device, name)
-    return {answer["row"][1]: answer for answer in objective.answers([record for _, record in groups])}
+    return {answer["row"][1]: answer for answer in opened.task.answers([record for _, record in groups])}
