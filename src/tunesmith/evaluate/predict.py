@@ -37,7 +37,7 @@ from tunesmith.objectives import Example, TaskHead
 from tunesmith.train import fast_path, forward_batches
 
 Item = tuple[Record, Row] | RowProblem
-"""What a source gives for each row."""
+"""A row with its record, or why there is none."""
 
 BLOCK = 512
 """Rows that are encoded and sorted by length together: enough to fill batches, few enough to hold."""

@@ -1,5 +1,4 @@
-"""Metrics of classification (one class or several labels for each row) and of regression, as dicts that JSON
-can hold.
+"""Metrics of classification (one class or several labels a row) and of regression, as dicts for JSON.
 
 Shares run from 0 to 1. An undefined metric is None: the AUROC of a label that every row has, the correlation
 with a constant. A class that is neither true nor predicted has precision, recall and F1 of 0. ``macro_f1``
@@ -98,8 +97,7 @@ def multi_label_metrics(
 
 
 def best_threshold(gold: ArrayLike, probabilities: ArrayLike) -> float:
-    """Return the threshold with the highest micro F1 of ``probabilities >= threshold`` against ``gold``, both
-    (n, k).
+    """Return the threshold with the highest micro F1 of ``probabilities >= threshold``; both arguments (n, k).
 
     The search tries every split of the probabilities, in O(n k log(n k)). A threshold is the midpoint of two
     neighbouring probabilities (or of the lowest one and 0); among equally good thresholds the one nearest to

@@ -17,7 +17,7 @@ FIRST = 10
 """Rows listed of each kind."""
 
 REFUSED = {ANOTHER: "equal", EMPTY_SIDE: "empty", SAME_PROMPT: "prompts_differ"}
-"""What a refused row was expected to have -> its kind."""
+"""``expected`` of a refused row -> its kind."""
 
 KINDS = {
     "equal": "with equal answers",

@@ -1,4 +1,4 @@
-"""Draws rows of one kind: module by module in a seeded order, evenly over the groups, no row twice.
+"""Draw rows of one kind: module by module in a seeded order, evenly over the groups, no row twice.
 
 The rows are a pure function of kind, language, seed, split and the running Python. No more modules are read
 than needed.

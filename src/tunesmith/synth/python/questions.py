@@ -10,7 +10,7 @@ from tunesmith.synth.python.facts import answer, facts, question
 from tunesmith.synth.python.wording import Candidate, phrase, pick
 
 NO_ANSWER = "no answer"
-"""How the groups of unanswerable questions begin."""
+"""Beginning of the group names of unanswerable questions."""
 
 IN_CODE = {"default", "exceptions", "quotation", "next parameter", "bases"}
 """Tasks whose answer may be one span of the code."""

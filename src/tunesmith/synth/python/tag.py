@@ -149,8 +149,7 @@ def mentions(sentence: str, known: Mapping[str, str]) -> list[Entity]:
 
 
 def _is_name(word: str, kind: str, before: str, after: str) -> bool:
-    """Return whether a word between ``before`` and ``after`` is a name. Raises UnsureError when that is
-    unclear.
+    """Return whether a word between two texts is a name. Raises UnsureError when that is unclear.
 
     A word is a name when it is written as one, or next to its kind (``the socket module``). Methods are often
     named by verbs, which stay ordinary words.
