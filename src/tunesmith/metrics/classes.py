@@ -97,7 +97,8 @@ def multi_label_metrics(
 
 
 def best_threshold(gold: ArrayLike, probabilities: ArrayLike) -> float:
-    """Return the threshold with the highest micro F1 of ``probabilities >= threshold``; both arguments (n, k).
+    """Return the threshold with the highest micro F1 of ``probabilities >= threshold``; both arguments (n,
+    k).
 
     The search tries every split of the probabilities, in O(n k log(n k)). A threshold is the midpoint of two
     neighbouring probabilities (or of the lowest one and 0); among equally good thresholds the one nearest to

@@ -20,8 +20,7 @@ PROBLEMS = {
 
 
 def scheme_of(tags: Iterable[str]) -> str | None:
-    """Return the scheme of a set of tags: "BIO" (IOB2), "BIOES" (IOBES) or "IO"; None where the tags are no
-    entities.
+    """Return the scheme of a set of tags: "BIO" (IOB2), "BIOES" (IOBES) or "IO"; None for other tags.
 
     ``B-PER`` has the type PER; a bare ``B``, ``I``, ``E`` or ``S`` has the type "_". Parts of speech, BILOU
     and O alone are no entities. One tag of another form is enough for None.
@@ -49,10 +48,10 @@ def spans(tags: Sequence[str]) -> list[Span]:
 
 
 def problems(tags: Sequence[str], scheme: str | None = "BIO") -> Counter[str]:
-    """Count by the kinds of PROBLEMS how often one row's tags break their scheme; :func:`spans` still reads
-    them.
+    """Count by the kinds of PROBLEMS how often one row's tags break their scheme.
 
-    Only BIOES has ``no_end``. IO and plain tags (None) have nothing to break.
+    :func:`spans` still reads such tags. Only BIOES has ``no_end``. IO and plain tags (None) have nothing to
+    break.
     """
     counts: Counter[str] = Counter()
     if scheme not in ("BIO", "BIOES"):

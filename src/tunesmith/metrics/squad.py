@@ -80,8 +80,7 @@ def has_answer(golds: Sequence[str]) -> bool:
 def best_null_threshold(
     null_minus_best: ArrayLike, best_metric: ArrayLike, answerable: ArrayLike
 ) -> tuple[float, float]:
-    """Return (threshold, mean metric there). A question is answered when its score difference is at most the
-    threshold.
+    """Return (threshold, mean metric) of answering the questions whose score difference is at most this.
 
     All arguments have shape (n,): the score of "no answer" minus the score of the best answer, the exact
     match or F1 of the best answer, and whether the question has an answer. This is the official script's

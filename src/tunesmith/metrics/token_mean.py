@@ -9,9 +9,9 @@ from tunesmith.json_types import JsonObject
 
 
 def token_mean(records: Sequence[JsonObject]) -> dict[str, float]:
-    """Return eval_loss, eval_loss_stderr and perplexity of records {"rows": [(sum of losses, tokens) of each
-    row]}.
+    """Return eval_loss, eval_loss_stderr and perplexity.
 
+    The records are {"rows": [(sum of losses, tokens) of each row]}.
     ``eval_loss`` is the mean over all tokens, nan when there are none. Its standard error is that of a ratio
     of two sums over rows, because rows are independent of each other and the tokens of one row are not
     (Cochran, Sampling Techniques, 1977, eq. 6.10): sqrt(m / (m - 1) * sum_i (loss_i - eval_loss *

@@ -219,8 +219,7 @@ def _find_in_training(train: Encoded, known: np.ndarray, n: int) -> tuple[np.nda
 
 
 def _blocks(data: Encoded) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield (source, first token, tokens, and for each example of the source: start, end of the used part,
-    row).
+    """Yield (source, first token, tokens; start, end of the used part and row of the source's examples).
 
     A block ends where an example ends, so a row is in two blocks only when its examples are.
     """

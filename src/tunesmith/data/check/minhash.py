@@ -65,10 +65,9 @@ def decompose(text: str) -> str:
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
-    """Return uint32[texts, SLOTS]: R-MinHash (rensa; Dahlgaard, Knudsen and Thorup 2017), equal on every
-    machine.
+    """Return uint32[texts, SLOTS]: R-MinHash (rensa; Dahlgaard, Knudsen and Thorup 2017).
 
-    Raises MissingExtra without rensa.
+    It is the same on every machine. Raises MissingExtra without rensa.
     """
     try:
         from rensa import RMinHash
@@ -92,8 +91,7 @@ def recall(similarity: float, bands: int, size: int) -> float:
 
 
 def candidates(slots: np.ndarray, rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return (int64[pairs, 2] of ``rows``, float64[pairs] estimates) that agree in a band and may reach the
-    threshold.
+    """Return pairs of ``rows`` (int64[pairs, 2]) that agree in a band, and their estimates (float64[pairs]).
 
     ``rows``: ascending indices into the signatures ``slots``. Each pair occurs once, the lower row first,
     sorted. The estimate removes most pairs of a band before any text is read.
