@@ -160,7 +160,7 @@ def score(task: str, gold: list[Any], said: list[Any]) -> dict[str, Any]:
         overall = entities.score(gold, said)
         return {name: overall[name] for name in ("precision", "recall", "f1")}
     if task == "qa":
-        each = [(squad.f1(answer, golds), squad.exact(answer, golds)) for answer, golds in zip(said, gold, strict=True)]
+        each = [(squad.f1(answer, golds), squad.exact_match(answer, golds)) for answer, golds in zip(said, gold, strict=True)]
         return {
             "f1": float(np.mean([one[0] for one in each])),
             "exact_match": float(np.mean([one[1] for one in each])),
@@ -169,11 +169,13 @@ def score(task: str, gold: list[Any], said: list[Any]) -> dict[str, Any]:
     if task == "multilabel":
         names = sorted({name for row in gold for name in row})
         truth, answer = (np.array([[name in row for name in names] for row in rows], float) for rows in (gold, said))
-        found = classes.multi(truth, answer, names)
-        usual = classes.most_frequent(truth)
+        found = classes.multi_label_metrics(truth, answer, names)
+        usual = classes.most_frequent_labels(truth)
         return {"micro_f1": found["micro_f1"], "exact_match": found["exact_match"], "baseline": usual["micro_f1"]}
     names = sorted(set(gold))
-    found = classes.single([names.index(one) for one in gold], np.eye(len(names))[[names.index(one) for one in said]], names)
+    found = classes.single_label_metrics(
+        [names.index(one) for one in gold], np.eye(len(names))[[names.index(one) for one in said]], names
+    )
     return {name: found[name] for name in ("accuracy", "macro_f1")}
 
 

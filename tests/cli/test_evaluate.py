@@ -22,7 +22,7 @@ FIGURES = {
 def calls(monkeypatch):
     seen = []
     fake = SimpleNamespace(evaluate=lambda *args, **keys: seen.append((args, keys)) or FIGURES)
-    monkeypatch.setattr(importlib.import_module("tunesmith.evaluate"), "run", fake, raising=False)
+    monkeypatch.setattr(importlib.import_module("tunesmith.evaluate"), "evaluate_model", fake, raising=False)
     return seen
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.data.test_prepare import Language, run
 from tests.tiny import tiny_tokenizer
 from tunesmith.data.check import contamination as module
-from tunesmith.data.check.contamination import contamination, rolling
+from tunesmith.data.check.contamination import contamination, rolling_hashes
 from tunesmith.data.store.encoded_rows import Encoded, Views
 from tunesmith.objectives import dpo, reward
 
@@ -114,7 +114,7 @@ class Numbers:
 rows_of_few_words = st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(rows_of_few_words, rows_of_few_words, st.integers(1, 4))
 def test_the_hashes_find_what_comparing_finds(train, held, n):
     def grams(row, size):
@@ -140,13 +140,14 @@ def test_the_hashes_find_what_comparing_finds(train, held, n):
         assert found.rows == expected and len(found.first) == expected
 
 
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 17))
 def test_a_rolling_hash_depends_on_its_numbers_only(ids, n):
     ids = np.array(ids, np.int32)
-    hashed = rolling(ids, n)
+    hashed = rolling_hashes(ids, n)
     assert len(hashed) == max(0, len(ids) - n + 1)
     for place, value in enumerate(hashed):
-        assert rolling(ids[place : place + n], n) == value
+        assert rolling_hashes(ids[place : place + n], n) == value
 
 
 def test_blocks_change_nothing(tmp_path, monkeypatch):
@@ -197,7 +198,7 @@ def test_rows_whose_answer_was_seen_are_told_from_those_whose_prompt_was(tmp_pat
     asked[1]["output"] = f"{COPIED}."
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     found = run(files[0], eval={"path": files[1]}).report.contaminated
-    assert (found.rows, found.answers) == (2, 1) and "1 of them in what is learnt" in found.line()
+    assert (found.rows, found.answers) == (2, 1) and "1 of them in supervised tokens" in found.line()
 
 
 @pytest.mark.parametrize("objective", [dpo.Objective(dpo.Config()), reward.Objective(reward.Config())])
@@ -216,7 +217,7 @@ def test_of_preferences_answers_alone_are_learnt_and_of_rewards_nothing(tmp_path
     train, held = (pairs(name, range(at, at + 30), COPIED, copied) for name, at in (("a.jsonl", 1), ("b.jsonl", 100)))
     found = run(train, objective, eval={"path": held}).report.contaminated
     assert found.rows == 2 and found.answers == (1 if objective.traits.head == "lm" else None)
-    assert ("in what is learnt" in found.line()) == (objective.traits.head == "lm")
+    assert ("in supervised tokens" in found.line()) == (objective.traits.head == "lm")
 
 
 def test_rows_too_short_to_compare_are_counted(tmp_path):

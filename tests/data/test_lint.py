@@ -43,7 +43,7 @@ def test_a_report_is_json(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.json", "empty.jsonl", "odd.xyz", "columns.csv"])
-def test_a_file_that_is_no_use_is_a_problem_of_the_file(tmp_path, name):
+def test_an_unusable_file_is_one_problem(tmp_path, name):
     if name != "missing.json":
         write(tmp_path, name, {"empty.jsonl": b"\n\n", "columns.csv": b"foo,bar\n1,2\n"}.get(name, b"x"))
     (problem,) = lint([Source(path=str(tmp_path / name))]).problems
@@ -62,7 +62,7 @@ def test_a_file_that_is_no_use_is_a_problem_of_the_file(tmp_path, name):
         ("odd.xyz", b"{}", "{path}: unknown file type '.xyz'. Expected one of .json, "),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_file_is_said_once(tmp_path, name, content, said):
+def test_the_problem_of_a_file_is_reported_once(tmp_path, name, content, said):
     write(tmp_path, "neg.jsonl", lines(GOOD))
     write(tmp_path, "notes.md", b"")
     if content is not None:

@@ -1,4 +1,4 @@
-"""What lint says of compared answers."""
+"""The findings of lint in files of preferences and rankings."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_files_without_comparisons_are_not_mentioned(tmp_path):
     assert said(file(tmp_path, [{"instruction": "q", "output": "a"}, {"instruction": "q", "output": ""}])) == []
 
 
-def test_the_verb_says_it(tmp_path, capsys):
+def test_the_command_lists_the_findings(tmp_path, capsys):
     path = file(tmp_path, ROWS)
     assert main(["data", "lint", path]) == 2
     lines = capsys.readouterr().out.splitlines()
@@ -116,9 +116,9 @@ def test_the_verb_says_it(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["pairs"][0]["contradictions"] == 2
 
 
-def test_pairs_alone_are_no_fault(tmp_path, capsys):
+def test_remarks_on_pairs_keep_exit_code_0(tmp_path, capsys):
     assert main(["data", "lint", file(tmp_path, ROWS[:4])]) == 0
-    assert "4 pairs in 4 rows; of two answers the longer one is the better in 25.0%" in capsys.readouterr().out
+    assert "4 pairs in 4 rows; where lengths differ, the longer answer is the better one in 25.0%" in capsys.readouterr().out
 
 
 def test_what_the_template_refuses_or_drops_is_named_once(tmp_path):

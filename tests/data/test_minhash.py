@@ -1,4 +1,4 @@
-"""Signatures by rensa, held against exact Jaccard and the arithmetic of bands."""
+"""Signatures by rensa, compared with exact Jaccard and the arithmetic of bands."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.check import minhash
-from tunesmith.data.check.minhash import SHINGLE, SLOTS, candidates, estimates, recall, shingles, signatures, words
+from tunesmith.data.check.minhash import SHINGLE, SLOTS, candidates, estimates, recall, row_text, shingles, signatures
 from tunesmith.data.read import builtin
 from tunesmith.data.rows import Chat, PromptCompletion, Ranking, Text
 from tunesmith.errors import MissingExtra
@@ -31,6 +31,7 @@ def exact(one, other):
     return len(pieces(one) & pieces(other)) / len(pieces(one) | pieces(other))
 
 
+@settings(max_examples=40)
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_the_hashed_similarity_is_that_of_the_strings(one, other):
     hashed = minhash.jaccard(np.unique(shingles(one)), np.unique(shingles(other)))
@@ -39,7 +40,7 @@ def test_the_hashed_similarity_is_that_of_the_strings(one, other):
 
 def test_estimates_are_those_of_minhash():
     rng = np.random.default_rng(0)
-    texts = real_texts(300)
+    texts = real_texts(150)
     changed = [change(text, rng, share) for text, share in zip(texts, rng.uniform(0, 0.4, len(texts)))]
     slots = signatures([*texts, *changed])
     number = np.arange(len(texts))
@@ -52,9 +53,11 @@ def test_estimates_are_those_of_minhash():
     assert off.min() > -5 * expected  # what lowest_estimate relies on
 
 
+@cache
 def real_texts(count):
-    rows = [f"{row['instruction']} {row['response']}" for row in itertools.islice(builtin.rows("builtin:docstrings"), 1000)]
-    return [text for text in rows if len(text) > 80][:count]
+    """Questions and answers about Python's library, each longer than 80 characters."""
+    texts = (f"{row['instruction']} {row['response']}" for row in builtin.rows("builtin:docstrings"))
+    return list(itertools.islice((text for text in texts if len(text) > 80), count))
 
 
 def change(text, rng, share):
@@ -72,7 +75,7 @@ def test_signatures_are_the_same_on_every_machine_and_in_any_order():
 
 @pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
 def test_bands_find_what_is_promised_and_are_as_long_as_may_be(threshold):
-    bands, size = minhash.banding(threshold)
+    bands, size = minhash.choose_bands(threshold)
     assert bands * size <= SLOTS and recall(threshold, bands, size) >= minhash.RECALL
     assert size == SLOTS or recall(threshold, SLOTS // (size + 1), size + 1) < minhash.RECALL
 
@@ -86,16 +89,16 @@ def test_the_share_found_follows_the_formula(monkeypatch):
     slots = np.concatenate([one, other])
     monkeypatch.setattr(minhash, "lowest_estimate", lambda threshold: 0)
     found, _ = candidates(slots, np.arange(len(slots)), 0.8)
-    share = recall(similarity, *minhash.banding(0.8))
+    share = recall(similarity, *minhash.choose_bands(0.8))
     assert 0.5 < share < 0.95 and abs(len(found) / pairs - share) < 0.03
     assert (found[:, 1] == found[:, 0] + pairs).all()
 
 
 def test_a_bucket_of_many_rows_does_not_cost_its_square():
-    slots = np.random.default_rng(2).integers(0, 2**32, (1, SLOTS), dtype=np.uint32).repeat(1000, 0)
-    found, similar = candidates(slots, np.arange(1000), 0.8)
-    assert 999 <= len(found) <= minhash.COMPARED * 1000 and (similar == 1).all()
-    assert set(map(tuple, found.tolist())) >= {(row, row + 1) for row in range(999)}  # a chain that joins them all
+    slots = np.random.default_rng(2).integers(0, 2**32, (1, SLOTS), dtype=np.uint32).repeat(300, 0)
+    found, similar = candidates(slots, np.arange(300), 0.8)
+    assert 299 <= len(found) <= minhash.COMPARED * 300 and (similar == 1).all()
+    assert set(map(tuple, found.tolist())) >= {(row, row + 1) for row in range(299)}  # a chain that joins them all
 
 
 def test_of_nothing_there_are_no_candidates():
@@ -109,14 +112,14 @@ def test_words_are_what_a_row_says_without_system_prompts_and_tools():
     chat = Chat(
         ({"role": "system", "content": "Be brief."}, {"role": "user", "content": " Add\n\n one "}, call), ({"name": "t"},)
     )
-    assert words(chat) == 'Add one add {"a": 1}'
-    assert words(PromptCompletion("a ", " b")) == "a b" and words(Text("c\td")) == "c d"
-    assert words(Ranking("q", ("a", "b"), (1, 0), (3.0, 4.5))) == "q a b"
+    assert row_text(chat) == 'Add one add {"a": 1}'
+    assert row_text(PromptCompletion("a ", " b")) == "a b" and row_text(Text("c\td")) == "c d"
+    assert row_text(Ranking("q", ("a", "b"), (1, 0), (3.0, 4.5))) == "q a b"
 
 
 def test_composed_and_decomposed_hangul_are_the_same():
     text = "하루가 또 가네요"
-    assert words(Text(unicodedata.normalize("NFD", text))) == text
+    assert row_text(Text(unicodedata.normalize("NFD", text))) == text
 
 
 def test_without_rensa_the_extra_is_named(monkeypatch):

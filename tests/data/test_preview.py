@@ -1,4 +1,4 @@
-"""What `tunesmith data preview` and `data lint` show."""
+"""The output of `tunesmith data preview` and `data lint`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import save_tiny, tiny_tokenizer
 from tunesmith.cli.main import main
-from tunesmith.data.check.preview import stretches
+from tunesmith.data.check.preview import split_by_supervision
 
 ROWS = [
     {"instruction": "질문?", "output": "답변 👋."},
@@ -35,14 +35,14 @@ def test_stretches_are_the_text_cut_where_learning_begins_and_ends():
     from tunesmith.data.rows import Chat
 
     ((example,),) = encode([Chat(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))], tokenizer)
-    assert stretches(example, tokenizer) == [
+    assert split_by_supervision(example, tokenizer) == [
         ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", False),
         ("b<|im_end|>", True),
         ("\n", False),
     ]
 
 
-def test_preview_shows_the_answer_as_learnt(rows, model, capsys):
+def test_preview_shows_the_answer_as_supervised(rows, model, capsys):
     assert main(["data", "preview", str(rows), "--model", str(model), "--json"]) == 0
     (source,) = json.loads(capsys.readouterr().out)["sources"]
     first, second = source["rows"]
@@ -51,7 +51,7 @@ def test_preview_shows_the_answer_as_learnt(rows, model, capsys):
     assert source["format"].startswith("alpaca") and first["supervised"] < first["tokens"]
 
 
-def test_preview_can_learn_everything(rows, model, capsys):
+def test_preview_can_supervise_every_token(rows, model, capsys):
     assert main(["data", "preview", str(rows), "--model", str(model), "--rows", "1", "--train-on", "all", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["sources"][0]["rows"]
     assert [piece["supervised"] for piece in row["pieces"]] == [True]
@@ -60,7 +60,7 @@ def test_preview_can_learn_everything(rows, model, capsys):
 def test_preview_for_people(rows, model, capsys):
     assert main(["data", "preview", str(rows), "--model", str(model)]) == 0
     out = capsys.readouterr().out
-    assert "tokens learnt" in out and "답변" in out and "rows.json:2:output" in out
+    assert "tokens supervised" in out and "답변" in out and "rows.json:2:output" in out
 
 
 def test_preview_of_a_recipe(rows, model, tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_lint_exits_with_two_when_something_is_bad(rows, capsys):
     assert report["problems"][0]["where"] == f"{rows}:2:output" and report["files"][0]["kept"] == 2
 
 
-def test_lint_says_that_all_is_well(rows, tmp_path, capsys):
+def test_lint_reports_that_no_row_is_bad(rows, tmp_path, capsys):
     good = tmp_path / "good.jsonl"
     good.write_text(json.dumps(ROWS[0]) + "\n")
     assert main(["data", "lint", str(good)]) == 0

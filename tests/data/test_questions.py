@@ -271,5 +271,7 @@ def test_an_oracle_on_xquad_with_the_real_tokenizers(name, shared, monkeypatch):
         examples = objective.encode(rows, tokenizer)
         answers, records = said_of(objective, rows, examples, monkeypatch)
         assert objective.summarise(records)["eval_f1"] > 0.99
-        aligned = [place for place, row in enumerate(rows) if squad.exact(answers[place]["prediction"], [row.answers[0][0]])]
+        aligned = [
+            place for place, row in enumerate(rows) if squad.exact_match(answers[place]["prediction"], [row.answers[0][0]])
+        ]
         assert len(aligned) > 0.97 * len(rows)

@@ -1,4 +1,4 @@
-"""Several LoRA adapters as one: the arithmetic is peft's, the exact sum is exact, and what is no sum is refused by name."""
+"""Several LoRA adapters as one: the arithmetic is peft's, the exact sum is exact, and adapters that cannot be summed are refused by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tunesmith
 from tests.models.adapters import save_adapter
 from tests.tiny import save_tiny
 from tunesmith.errors import TunesmithError, UserError
-from tunesmith.merge.combine import combine, distance, nearest
+from tunesmith.merge.combine import combine, nearest_factors, relative_distance
 from tunesmith.models.find import record as saved_record
 
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
@@ -32,23 +32,31 @@ def shelf(tmp_path_factory):
     return folder
 
 
-def peft_sum(shelf, names, weights, method, rank=None):
-    model = AutoPeftModelForCausalLM.from_pretrained(shelf / names[0], adapter_name=names[0])
-    for name in names[1:]:
+@pytest.fixture(scope="module")
+def peft_model(shelf):
+    model = AutoPeftModelForCausalLM.from_pretrained(shelf / "a", adapter_name="a")
+    for name in "bc":
         model.load_adapter(shelf / name, name)
+    return model.eval()
+
+
+def peft_sum(model, names, weights, method, rank=None):
     model.add_weighted_adapter(list(names), list(weights), "sum", combination_type=method, svd_rank=rank)
     model.set_adapter("sum")
-    return model.eval()(IDS).logits
+    logits = model(IDS).logits
+    model.set_adapter("a")
+    model.delete_adapter("sum")
+    return logits
 
 
 @pytest.mark.parametrize(("names", "weights", "method", "rank"), [
     ("ab", (0.7, 0.3), "cat", None), ("ab", (0.7, 0.3), "linear", None), ("ab", (0.7, -0.3), "linear", None),
     ("ab", (0.7, 0.3), "svd", 3), ("abc", (0.5, 1.5, -1.0), "cat", None), ("abc", (0.5, 1.5, -1.0), "svd", 5),
 ])  # fmt: skip
-def test_it_is_what_peft_makes(shelf, tmp_path, names, weights, method, rank):
+def test_the_sum_is_that_of_peft(shelf, peft_model, tmp_path, names, weights, method, rank):
     facts = combine([shelf / name for name in names], tmp_path / "sum", weights=weights, method=method, r=rank)
     ours, _ = tunesmith.load(tmp_path / "sum")
-    assert torch.allclose(ours(IDS).logits, peft_sum(shelf, names, weights, method, rank), atol=2e-5)
+    assert torch.allclose(ours(IDS).logits, peft_sum(peft_model, names, weights, method, rank), atol=2e-5)
     assert facts["r"] == json.loads((tmp_path / "sum" / "adapter_config.json").read_text())["r"]
 
 
@@ -73,13 +81,13 @@ def test_the_nearest_of_a_rank_is_that_of_a_whole_decomposition():
     torch.manual_seed(0)
     a, b = torch.randn(6, 20), torch.randn(15, 6)
     u, s, v = torch.linalg.svd(b @ a, full_matrices=False)
-    low, high = nearest(a, b, 2)
+    low, high = nearest_factors(a, b, 2)
     assert torch.allclose(high @ low, (u[:, :2] * s[:2]) @ v[:2], atol=1e-4)
-    apart = distance({"x": (low, high)}, {"x": (a, b)})
+    apart = relative_distance({"x": (low, high)}, {"x": (a, b)})
     assert apart == pytest.approx(float(s[2:].square().sum().sqrt() / s.square().sum().sqrt()), rel=1e-4)
 
 
-def test_where_the_parts_came_from_is_kept(shelf, tmp_path):
+def test_the_sources_of_a_sum_are_recorded(shelf, tmp_path):
     combine([shelf / "a", shelf / "b"], tmp_path / "sum")
     record = saved_record.read(tmp_path / "sum")
     assert [(part["path"], part["weight"]) for part in record["combined"]["parts"]] == [
@@ -140,7 +148,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
-def test_what_is_no_sum_is_refused_by_name(make, shelf, tmp_path):
+def test_adapters_that_are_no_plain_lora_are_refused_by_name(make, shelf, tmp_path):
     make(shelf, tmp_path)
     with pytest.raises(UserError, match=REFUSED[make]):
         combine([shelf / "a", tmp_path / "x"], tmp_path / "sum")
@@ -154,6 +162,9 @@ def test_what_is_no_sum_is_refused_by_name(make, shelf, tmp_path):
 def test_wrong_arguments(shelf, tmp_path, keys, said):
     with pytest.raises(TunesmithError, match=said):
         combine([shelf / "a", shelf / "b"], tmp_path / "sum", **keys)
+
+
+def test_adapters_that_cannot_be_combined_are_refused(shelf, tmp_path):
     with pytest.raises(UserError, match="two adapters"):
         combine([shelf / "a"], tmp_path / "sum")
     with pytest.raises(UserError, match="exists already"):

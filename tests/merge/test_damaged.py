@@ -1,4 +1,4 @@
-"""An adapter that is not as it was saved is built upon by nothing, least of all under a fresh probe."""
+"""Every command that builds on an adapter refuses one that changed after it was saved."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def damaged(tmp_path_factory):
 
 
 @pytest.mark.parametrize("use", USES)
-def test_it_is_refused(use, damaged):
+def test_a_changed_adapter_is_refused(use, damaged):
     made, folder = damaged
     before = {path.name for path in folder.parent.iterdir()}
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors changed"):

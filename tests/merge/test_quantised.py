@@ -1,10 +1,11 @@
-"""An adapter that was trained beside 4 or 8 bits is merged onto the numbers which those stand for, and onto no others."""
+"""An adapter that was trained on a 4-bit or 8-bit base is merged onto the de-quantised base, and onto no other numbers."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import tunesmith
+from tests.models.adapters import save_adapter
 from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model
 from tunesmith.errors import ModelError, UserError
@@ -16,74 +17,77 @@ pytest.importorskip("bitsandbytes")
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
 
 
-def trained(folder, name="llama", **keys):
-    made = recipe(folder, name, adaptation={"type": "qlora", "r": 4, **keys})
-    if keys.get("add"):
-        made["adaptation"].pop("add")
-        made["add_tokens"] = ["<tool>"]
-    tunesmith.train(made, out=folder / "run")
-    return folder / "run"
+def saved(folder, name="llama", base=None, quant_type="nf4", use_double_quant=True, **lora):
+    """An adapter with random values on a quantised tiny base."""
+    load_kwargs = quantization.load_kwargs(quant_type, use_double_quant)
+    save_adapter(base or save_tiny(name, folder / "base"), folder / "adapter", load_kwargs=load_kwargs, **lora)
+    return folder / "adapter"
 
 
 CASES = {
-    "llama": ("llama", {}),
-    "gpt2": ("gpt2", {}),
     "gemma": ("gemma", {"quant_type": "fp4", "use_double_quant": False}),
-    "int8": ("llama", {"quant_type": "int8"}),
     "int8 gpt2": ("gpt2", {"quant_type": "int8"}),
     "dora": ("llama", {"use_dora": True}),
     "dora int8": ("llama", {"use_dora": True, "quant_type": "int8"}),
     "rslora": ("qwen3", {"use_rslora": True}),
     "bias": ("gpt2", {"bias": "all"}),
     "lora's bias": ("gpt2", {"bias": "lora_only"}),
-    "patterns": ("llama", {"r": {"default": 4, "q_proj": 2}, "lora_alpha": {"default": 8.0, "k_proj": 3.0}}),
+    "patterns": ("llama", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3}}),
     "a head": ("llama", {"modules_to_save": ["lm_head"]}),
-    "new tokens": ("llama", {"add": True}),
 }
+
+
+def check_merged(adapter, out, quant_type):
+    facts = merge_adapter.merge(adapter, out)
+    assert facts["max_logit_difference"] < 1e-4 and facts["max_logit_difference_saved"] < 1e-4 and facts["max_kl"] < 1e-7
+    assert facts["quantization"] == quant_type
+    assert "quantization_config" not in (out / "config.json").read_text()
+    plain, _ = tunesmith.load(out)
+    assert quantization.record(plain) is None
+    assert torch.allclose(plain(IDS).logits, tunesmith.load(adapter)[0](IDS).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_merged_model_answers_like_the_adapter_on_its_bits(case, tmp_path):
     name, keys = CASES[case]
-    adapter = trained(tmp_path, name, **keys)
-    facts = merge_adapter.merge(adapter, tmp_path / "out")
-    assert facts["max_logit_difference"] < 1e-4 and facts["max_logit_difference_saved"] < 1e-4 and facts["max_kl"] < 1e-7
-    assert facts["quantization"] == keys.get("quant_type", "nf4")
-    assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
-    plain, _ = tunesmith.load(tmp_path / "out")
-    assert quantization.record(plain) is None
-    assert torch.allclose(plain(IDS).logits, tunesmith.load(adapter)[0](IDS).logits, atol=1e-4)
+    check_merged(saved(tmp_path, name, **keys), tmp_path / "out", keys.get("quant_type", "nf4"))
+
+
+@pytest.mark.parametrize("keys", [{"add_tokens": ["<tool>"]}, {"adaptation": {"type": "qlora", "r": 4, "quant_type": "int8"}}])
+def test_the_adapter_of_a_run_is_merged_like_any_other(keys, tmp_path):
+    made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4}, max_steps=2) | keys
+    tunesmith.train(made, out=tmp_path / "run")
+    check_merged(tmp_path / "run", tmp_path / "out", made["adaptation"].get("quant_type", "nf4"))
 
 
 @pytest.mark.parametrize("quant_type", quantization.KINDS)
 def test_the_unquantised_base_is_flagged(quant_type, tmp_path, monkeypatch):
-    """The naive route: the update on the numbers that the bits were made from. It is another model."""
-    adapter = trained(tmp_path, quant_type=quant_type)
+    """The naive merge onto the numbers that were quantised is another model."""
+    adapter = saved(tmp_path, quant_type=quant_type)
     monkeypatch.setattr(load.quantization, "write_values", lambda plain, base: None)
     with pytest.raises(ModelError, match=r"would change its answers: a logit differs by .* and KL\(adapter \|\| merged\) is"):
         merge_adapter.merge(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_divergence_alone_is_flagged(tmp_path, monkeypatch):
-    adapter = trained(tmp_path)
+def test_divergence_alone_is_flagged(shelf, tmp_path, monkeypatch):
     monkeypatch.setattr(load.quantization, "write_values", lambda plain, base: None)
     monkeypatch.setattr(merge_adapter, "LARGEST_DIFFERENCE", 1e9)
     with pytest.raises(ModelError, match="would change its answers"):
-        merge_adapter.merge(adapter, tmp_path / "out")
+        merge_adapter.merge(shelf / "a", tmp_path / "out")
 
 
-def test_nothing_is_folded_into_bits(tmp_path):
-    model, _ = tunesmith.load(trained(tmp_path))
+def test_nothing_is_folded_into_bits(shelf):
+    model, _ = tunesmith.load(shelf / "a")
     with pytest.raises(UserError, match="cannot be folded into 4 or 8 bits"):
         load.merged(model)
 
 
 def test_a_bf16_base_is_merged_from_its_own_numbers(tmp_path):
-    """The bits come from bf16 numbers; what they stand for is kept in fp32 when asked for."""
-    base = save_tiny("llama", tmp_path / "model-llama")
+    """The bits come from bf16 numbers; the de-quantised numbers are kept in fp32 when asked for."""
+    base = save_tiny("llama", tmp_path / "base")
     tiny_model("llama", eos_token_id=4).to(torch.bfloat16).save_pretrained(base)
-    adapter = trained(tmp_path)
+    adapter = saved(tmp_path, base=base)
     facts = merge_adapter.merge(adapter, tmp_path / "half")
     assert facts["dtype"] == "bfloat16" and facts["max_logit_difference"] < 1e-4 < facts["max_logit_difference_saved"]
     assert 0 < facts["max_kl_saved"] < 1e-2
@@ -93,10 +97,10 @@ def test_a_bf16_base_is_merged_from_its_own_numbers(tmp_path):
 
 def test_a_run_that_starts_from_the_sum_stands_on_it(tmp_path):
     """``adapter: merge``: the base of the new adapter is the sum, quantised anew."""
-    made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4})
-    tunesmith.train(made, out=tmp_path / "run")
-    outcome = tunesmith.train({**made, "model": str(tmp_path / "run"), "adapter": "merge"}, out=tmp_path / "next")
-    merge_adapter.merge(tmp_path / "run", tmp_path / "out")
+    made = recipe(tmp_path, adaptation={"type": "qlora", "r": 4}, max_steps=1)
+    adapter = saved(tmp_path)
+    outcome = tunesmith.train({**made, "model": str(adapter), "adapter": "merge"}, out=tmp_path / "next")
+    merge_adapter.merge(adapter, tmp_path / "out")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "next" / "base", tmp_path / "out"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert quantization.record(tunesmith.load(outcome["model_dir"])[0])["quant_type"] == "nf4"
@@ -104,12 +108,12 @@ def test_a_run_that_starts_from_the_sum_stands_on_it(tmp_path):
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """Adapters of one base: two beside its nf4 bits, ``int8`` beside others, ``plain`` beside none."""
+    """Adapters of one base: two on its nf4 bits, ``int8`` on others, ``plain`` on the base itself."""
     folder = tmp_path_factory.mktemp("shelf")
-    made = recipe(folder)
-    kinds = {"a": {}, "b": {"r": 2}, "int8": {"quant_type": "int8"}, "plain": {"type": "lora"}}
-    for name, keys in kinds.items():
-        tunesmith.train({**made, "adaptation": {"type": "qlora", "r": 4, **keys}}, out=folder / name)
+    base = save_tiny("llama", folder / "base")
+    for name, quant_type, r in ("a", "nf4", 4), ("b", "nf4", 2), ("int8", "int8", 4):
+        save_adapter(base, folder / name, load_kwargs=quantization.load_kwargs(quant_type, True), r=r)
+    save_adapter(base, folder / "plain")
     return folder
 
 

@@ -3,7 +3,7 @@
 import warnings
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.metrics import entities
@@ -114,6 +114,7 @@ def test_a_score_by_hand():
     assert found["token_accuracy"] == 4 / 6 and found["words"] == 6 and found["missing"] == 0 and found["scheme"] == "BIO"
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.lists(st.tuples(st.sampled_from(TAGS), st.sampled_from(TAGS)), min_size=1, max_size=6), min_size=1, max_size=4)
 )
@@ -135,6 +136,7 @@ def test_scores_count_entities_with_the_same_type_and_ends(pairs):
         assert by_type == figures(*({span for span in spans if span[1] == kind} for spans in (truth, claimed)))
 
 
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.sampled_from(TAGS), min_size=1, max_size=6), min_size=1, max_size=4))
 def test_gold_against_itself_is_perfect(gold):
     found = entities.score(gold, gold)

@@ -530,7 +530,7 @@ def four_answers(tmp_path, objective, adaptation="full", **train):
 def seen(monkeypatch, kind):
     """Of every batch since the route was found: how many examples it has, how many tokens."""
     sizes, collate = [], kind.collate
-    for where, name in ((setup, "build"), (open_model.Opened, "ready")):
+    for where, name in ((setup, "build"), (open_model.OpenedModel, "prepare")):
         found = getattr(where, name)
         monkeypatch.setattr(where, name, lambda *args, found=found: (found(*args), sizes.clear())[0])
 

@@ -29,7 +29,7 @@ def drawn(figure):
 def figures_of(counts):
     """per_class of class ids 0, 1, ... that stand as often as ``counts`` says, all predicted right."""
     gold = np.repeat(np.arange(len(counts)), counts)
-    return classes.single(gold, np.eye(len(counts))[gold], [f"c{number}" for number in range(len(counts))])
+    return classes.single_label_metrics(gold, np.eye(len(counts))[gold], [f"c{number}" for number in range(len(counts))])
 
 
 def labels(ticks):
@@ -38,7 +38,7 @@ def labels(ticks):
 
 def test_each_is_a_png():
     found = figures_of([3, 2])
-    curve = classes.multi([[1], [0]], [[0.9], [0.1]], ["a"])["curves"]
+    curve = classes.multi_label_metrics([[1], [0]], [[0.9], [0.1]], ["a"])["curves"]
     for figure in (
         charts.confusion(found["confusion"], ["a", "b"]),
         charts.per_class(found["per_class"]),

@@ -205,7 +205,7 @@ def test_the_data_is_summed_up(run):
 
 def test_the_report_of_the_data_layer_is_understood(run):
     """Its keys are named here, so that a renamed one is noticed."""
-    from tunesmith.data.check.contamination import Contamination, Shared
+    from tunesmith.data.check.contamination import Contamination, SharedText
     from tunesmith.data.store.data_report import Report, SourceReport, SplitReport, histogram
 
     lengths = np.array([5, 20, 40])
@@ -213,7 +213,7 @@ def test_the_report_of_the_data_layer_is_understood(run):
     split = SplitReport(3, 3, 65, 30, 1, ("a.json:9",), overlong, 2, histogram(lengths))
     left_out = {"rows": 2, "looked_at": 64, "first": ["a.json:4: reasoning"]}
     source = SourceReport("a.json", "train", "ab" * 32, "alpaca", 5, 4, 1, ("a.json:2: empty",), left_out, 1.0, False, 0.1)
-    shared = Contamination(13, 1, 0.5, (Shared("e.json:3", "a.json:4", "the same words"),), 1, 0)
+    shared = Contamination(13, 1, 0.5, (SharedText("e.json:3", "a.json:4", "the same words"),), 1, 0)
     report = Report((source,), split, None, {}, "its own", 64, 0, shared, False, 0.2)
     manifest = {"data": json.loads(json.dumps(report.as_dict()))}
     (run / "manifest.json").write_text(json.dumps(manifest))

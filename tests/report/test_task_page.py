@@ -10,7 +10,7 @@ from tunesmith.metrics import classes, entities, squad
 from tunesmith.report import task_page
 
 NAMES = ["bad", "good"]
-SINGLE = classes.single([0, 1, 1], [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], NAMES)
+SINGLE = classes.single_label_metrics([0, 1, 1], [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], NAMES)
 TEXT = "Ann met Bob Ray in Rome."
 
 
@@ -41,7 +41,7 @@ def test_a_page_of_classes(tmp_path):
 
 
 def test_pictures_are_in_the_page_and_beside_it(tmp_path):
-    html = body(tmp_path, classes.multi([[1], [0]], [[0.9], [0.2]], ["x"]))
+    html = body(tmp_path, classes.multi_label_metrics([[1], [0]], [[0.9], [0.2]], ["x"]))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "report.html", "per-class.png", "precision-recall.png", "calibration.png",
     }  # fmt: skip
@@ -53,8 +53,8 @@ def test_pictures_are_in_the_page_and_beside_it(tmp_path):
 @pytest.mark.parametrize(
     ("figures", "expected"),
     [
-        (classes.multi([[1], [0]], [[0.9], [0.2]], ["x"]), ["Micro F1", "Exact match", "Macro F1"]),
-        (classes.regression([1, 2, 3], [1, 2, 4]), ["RMSE", "MAE", "Pearson"]),
+        (classes.multi_label_metrics([[1], [0]], [[0.9], [0.2]], ["x"]), ["Micro F1", "Exact match", "Macro F1"]),
+        (classes.regression_metrics([1, 2, 3], [1, 2, 4]), ["RMSE", "MAE", "Pearson"]),
         (entities.score([["B-X", "O"]], [["B-X", "O"]]), ["F1", "Precision", "Recall"]),
         (entities.score([["NN", "VB"]], [["NN", "NN"]]), ["Token accuracy"]),
         (squad.score({"1": "x"}, {"1": ["x"]}), ["Exact match", "F1"]),
@@ -71,7 +71,7 @@ def test_figures_from_a_file_make_the_same_page(tmp_path):
 
 def test_many_classes_are_folded(tmp_path):
     gold = np.arange(31)
-    html = body(tmp_path, classes.single(gold, np.eye(31), [f"c{number}" for number in gold]))
+    html = body(tmp_path, classes.single_label_metrics(gold, np.eye(31), [f"c{number}" for number in gold]))
     assert "<details><summary>31, the most frequent first" in html
     assert "<details>" not in body(tmp_path)
 
@@ -190,7 +190,7 @@ def test_marks_that_overlap_are_written_once(tmp_path):
 def test_nothing_from_outside_acts(tmp_path):
     evil = "<script>x</script>\"'"
     span = {"start": len(evil), "end": 2 * len(evil), "type": evil}
-    figures = classes.multi([[1], [0]], [[0.9], [0.2]], [evil])
+    figures = classes.multi_label_metrics([[1], [0]], [[0.9], [0.2]], [evil])
     mistakes = [
         {"where": evil, "text": evil, "text_pair": evil, "gold": evil, "prediction": [evil], "probabilities": {evil: 0.5}},
         {"where": evil, "question": evil, "text": evil * 3, "gold_spans": [span], "predicted_spans": [span]},

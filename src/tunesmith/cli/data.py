@@ -325,8 +325,8 @@ def _preview_lines(shown: list[Any]) -> list[Any]:
     lines: list[Any] = []
     for item in shown:
         lines.append(f"{item.path}: {item.format}\ntemplate: {item.template}")
-        for row in item.shown:
-            lines += [f"--- {row.head()}", row.coloured()]
+        for row in item.rows:
+            lines += [f"--- {row.head()}", row.styled_text()]
         lines += [f"bad row: {problem}" for problem in item.problems]
     return lines
 

@@ -1,11 +1,11 @@
-"""A saved model with the objective that it was trained for, ready to read rows by the same path as a run's own evaluation."""
+"""A saved model with the objective it was trained for, ready to read rows as the evaluation of a run does."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError
@@ -13,31 +13,47 @@ from pydantic import ValidationError
 from tunesmith import objectives
 from tunesmith.data.data_config import Source
 from tunesmith.errors import DataError, ModelError, RecipeError
+from tunesmith.models.adapters import virtual_tokens
+from tunesmith.models.heads import head_types
+from tunesmith.models.load import load
+from tunesmith.models.network import base
+from tunesmith.objectives import Example, Objective, TaskHead
+from tunesmith.train import distributed, fast_path, precision
+from tunesmith.train.meta_model import window_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ModelArgument = str | Path | tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
+"""A catalog name, a folder, or a pair (model, tokenizer) in memory."""
+
 
 @dataclass
-class Opened:
-    """``own``: whether it was loaded here; somebody's own model in memory keeps its dtype and its place."""
+class OpenedModel:
+    """``name``: the objective's. A model in memory (not ``loaded_here``) keeps its dtype and device."""
 
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
-    objective: Any
-    own: bool
+    objective: Objective
+    loaded_here: bool
 
-    def ready(self, precision: str, first: Sequence[Any], longest: int) -> Any:
-        """Cast and place the network and find its route; ``first``: two short examples. Returns the route, to be left again."""
-        from tunesmith.train import distributed, fast_path
-        from tunesmith.train import precision as precisions
+    def prepare(self, dtype: str, examples: Sequence[Example], longest: int) -> fast_path.Route:
+        """Cast and move the network, and choose its route by two short ``examples``.
 
-        if self.own:
+        ``dtype``: ``precision`` of a recipe. ``longest``: tokens of the longest row. The caller leaves the route.
+        """
+        if self.loaded_here:
             device = distributed.state().device
-            precisions.cast(self.network, precisions.choose(precision, device).compute)
+            precision.cast(self.network, precision.choose(dtype, device).compute)
             self.network.to(device).eval().requires_grad_(False)
-        return fast_path.choose(self.network, self.objective, first, longest, "auto", self.network.device)
+        return fast_path.choose(self.network, self.objective, examples, longest, "auto", self.device)
+
+    @property
+    def task(self) -> TaskHead:
+        """Return the objective of a model that does not write text."""
+        assert isinstance(self.objective, TaskHead)
+        return self.objective
 
     @property
     def device(self) -> torch.device:
@@ -46,44 +62,38 @@ class Opened:
 
 
 def open_model(
-    model: str | Path | tuple[Any, Any],
+    model: ModelArgument,
     objective: str | None = None,
     overlong: str | None = None,
     max_length: int | None = None,
     rewards: bool = False,
-) -> Opened:
-    """Load ``model`` (a name, a folder, or a pair (model, tokenizer)) and what judges its rows.
+) -> OpenedModel:
+    """Load ``model`` and the objective that evaluates its rows.
 
-    ``objective``: None = what the model was trained for. ``rewards``: whether one number for a row, of a model that does not say
-    what for, is a reward (as TRL saves them) and no value of a text. Raises UserError for a model that cannot do what is asked.
+    ``objective``: None = the one it was trained for. ``rewards``: read a single number of a model that does
+    not name its objective as a reward (as TRL saves them), not as a regression value. Raises UserError for a
+    model that cannot do what is asked.
     """
-    from tunesmith.models.adapters import virtual_tokens
-    from tunesmith.models.heads import head_types
-    from tunesmith.models.load import load
-    from tunesmith.models.network import base
-    from tunesmith.train.meta_model import window_of
-
-    if objective is not None and objective not in objectives.names():
-        raise ModelError(f"unknown objective {objective!r}; expected one of {', '.join(objectives.names())}")
+    names = objectives.names()
+    if objective is not None and objective not in names:
+        raise ModelError(f"unknown objective {objective!r}; expected one of {', '.join(names)}")
     network, tokenizer = model if isinstance(model, tuple) else load.load(model)
-    kind = head_types.kind_of(type(base(network)).__name__)
+    architecture = type(base(network)).__name__
+    head = head_types.kind_of(architecture)
     config = base(network).config
-    said = objective or (getattr(config, "tunesmith", None) or {}).get("objective")
-    name = said or _guessed(kind, rewards and config.num_labels == 1)
+    saved = getattr(config, "tunesmith", None) or {}
+    name = objective or saved.get("objective") or _assumed(head, rewards and config.num_labels == 1)
     module = objectives.module(name)
     try:
-        chosen = module.Objective(module.Config(**({"overlong": overlong} if overlong else {})))
+        chosen: Objective = module.Objective(module.Config(**({"overlong": overlong} if overlong else {})))
     except ValidationError as error:
         raise RecipeError(f"overlong: {error.errors()[0]['msg']}, got {overlong!r}") from None
-    if chosen.traits.head != kind:
-        fitting = ", ".join(
-            one for one in objectives.names() if objectives.module(one).Objective.traits.head == kind
+    if chosen.traits.head != head:
+        matching = ", ".join(key for key in names if objectives.module(key).Objective.traits.head == head)
+        needed = head_types.CLASSES[chosen.traits.head].removeprefix("AutoModel")
+        raise ModelError(
+            f"{name} needs a {needed}, and this model is a {architecture}.\n  Objectives for it: {matching}."
         )
-        is_a, needs = (
-            type(base(network)).__name__,
-            head_types.CLASSES[chosen.traits.head].removeprefix("AutoModel"),
-        )
-        raise ModelError(f"{name} needs a {needs}, and this model is a {is_a}.\n  It goes with: {fitting}.")
     window = window_of(config, virtual_tokens.count(network))
     if max_length is not None and window is not None and max_length > window:
         raise DataError(
@@ -92,30 +102,30 @@ def open_model(
     chosen.bind(config, tokenizer, max_length or window)
     if chosen.traits.needs_reference:
         raise ModelError(
-            f"{name} is measured against the model before its first step, which only a run has: its metrics.jsonl and "
-            "report hold the figures.\n  Take a reward model to judge answers: tunesmith score."
+            f"{name} is evaluated against the reference policy, which only a run has: see its metrics.jsonl and report.\n"
+            "  To evaluate answers, use a reward model: tunesmith score."
         )
-    if kind != "lm":
+    if isinstance(chosen, TaskHead):
         chosen.restore_labels()
-    return Opened(network, tokenizer, name, chosen, not isinstance(model, tuple))
+    return OpenedModel(network, tokenizer, name, chosen, not isinstance(model, tuple))
 
 
-def _guessed(head: str, rewards: bool) -> str:
-    """What a model with this ``head`` was trained for, where it does not say; ``rewards``: its one number is to be a reward."""
-    every = {name: objectives.module(name).Objective.traits for name in objectives.names()}
-    of_head = {name: traits for name, traits in every.items() if traits.head == head}
-    meant = [name for name, traits in of_head.items() if traits.rewards] if rewards else []
-    return (meant or [name for name, traits in of_head.items() if traits.assumed])[0]
+def _assumed(head: str, rewards: bool) -> str:
+    """Return the objective to assume for a model with this ``head`` that names none."""
+    traits = {name: objectives.module(name).Objective.traits for name in objectives.names()}
+    matching = {name: trait for name, trait in traits.items() if trait.head == head}
+    rewarding = [name for name, trait in matching.items() if trait.rewards] if rewards else []
+    return (rewarding or [name for name, trait in matching.items() if trait.assumed])[0]
 
 
-def source_of(data: str | Path, **asked: Any) -> Source:
-    """The source that ``data`` names. Raises RecipeError for keys that cannot be, or would do nothing."""
+def make_source(data: str | Path, **keys: object) -> Source:
+    """Return the source ``data``. Raises RecipeError for keys that are invalid or would do nothing."""
     try:
-        source = Source(path=str(data), **asked)
+        source = Source.model_validate({"path": str(data), **keys})
     except ValidationError as error:
         raise RecipeError(f"data: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    if keys := source.unused_keys():
+    if unused := idle(source):
         raise RecipeError(
-            f"{' and '.join(keys)} would do nothing: {data} is no data set of the Hub (hub:OWNER/NAME)"
+            f"{' and '.join(unused)} would do nothing: {data} is not a data set of the Hub (hub:OWNER/NAME)"
         )
     return source

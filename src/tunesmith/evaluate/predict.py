@@ -1,29 +1,50 @@
-"""What a model says of rows that nobody has labelled: classes with probabilities, entities, answers; in the order of the file."""
+"""Classes, entities, answers or rewards of a model for unlabelled rows, in the order of the file."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
+from tunesmith.data.batch.pack import to_device
+from tunesmith.data.batch.step import Listed
 from tunesmith.data.data_config import Source
 from tunesmith.data.formats.fields import Columns
 from tunesmith.data.read.source import OpenedSource, open_source
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
-from tunesmith.data.rows import Chat, PromptCompletion, Question, Ranking, Tagged, without_gold
+from tunesmith.data.rows import (
+    Chat,
+    Labelled,
+    Message,
+    PromptCompletion,
+    Question,
+    Ranking,
+    Row,
+    Tagged,
+    turns,
+    without_gold,
+)
+from tunesmith.data.store.cache import ALIGNED
 from tunesmith.errors import DataError, ModelError
+from tunesmith.evaluate.open_model import ModelArgument, OpenedModel, make_source, open_model
+from tunesmith.json_types import JsonObject
+from tunesmith.objectives import Example, TaskHead
+from tunesmith.train import fast_path, forward_batches
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+Item = tuple[Record, Row] | RowProblem
+"""A row with its record, or why there is none."""
 
 BLOCK = 512
-"""Rows encoded and sorted by length together: enough to fill batches, few enough to hold."""
+"""Rows that are encoded and sorted by length together: enough to fill batches, few enough to hold."""
 
 
 def predict(
-    model: str | Path | tuple[Any, Any],
+    model: ModelArgument,
     data: str | Path,
     *,
     format: str | None = None,
@@ -37,174 +58,147 @@ def predict(
     streaming: bool = False,
     rewards: bool = False,
     note: Callable[[str], None] = lambda line: None,
-) -> Iterator[dict[str, Any]]:
-    """One dict for each row of ``data``, in order: ``row`` (its number) and what the model says of it, or ``error``.
+) -> Iterator[JsonObject]:
+    """Yield a dict for each row of ``data``, in order: ``row`` (its number) and an answer, or ``error``.
 
-    A classifier: label (labels, or value) and probabilities. A tagger: entities (type, start, end, text, score) and tags.
-    A reader: answer, start, end, score and the n best. A reward model: reward, or of several answers rewards and ranking. Gold
-    that a row may have is not looked at. A row that cannot be read gives ``error`` and costs no other row; one above
-    ``max_length`` is cut and counted. ``note`` is told at the end.
-    ``rewards``: whether anything but a reward model is refused.
-    Raises UserError for a model that writes text, and for a file that cannot be opened.
+    A classifier gives label (labels, or value) and probabilities; a tagger entities (type, start, end, text,
+    score) and tags; question answering answer, start, end, score and n_best; a reward model reward, or
+    rewards and ranking of several answers. Gold in the rows is ignored. An unreadable row gets ``error`` and
+    affects no other row. A row above ``max_length`` is cut; ``note`` receives the counts of both at the end.
+    ``rewards``: accept reward models only. Raises UserError for a model that writes text, and for a file that
+    cannot be opened.
     """
-    from tunesmith.evaluate import open_model
-
-    source = open_model.source_of(
-        data, format=format, columns=columns, limit=limit, split=split, name=name, streaming=streaming
-    )
-    chosen = open_model.open_model(model, max_length=max_length, rewards=rewards)
-    if chosen.objective.traits.head == "lm":
-        use = (
-            "a reward model gives rewards, train one with objective: reward"
-            if rewards
-            else "use tunesmith generate"
-        )
+    hub = {"split": split, "name": name, "streaming": streaming}
+    source = make_source(data, format=format, columns=columns, limit=limit, **hub)
+    opened = open_model(model, max_length=max_length, rewards=rewards)
+    if not isinstance(opened.objective, TaskHead):
+        use = "train a reward model with objective: reward" if rewards else "use tunesmith generate"
         raise ModelError(f"this model writes text: {use}.")
-    if rewards and Ranking not in chosen.objective.traits.rows:
-        raise ModelError(
-            f"this model was trained for {chosen.name}, it gives no rewards: use tunesmith predict."
-        )
-    opened_source = _opened(source, chosen.objective.traits.rows)
-    if chosen.objective.head_config()["tunesmith"].get("characters"):
-        opened_source = _by_character(opened_source)
-    rows = opened_source.rows()
-    longest = max_length or chosen.objective.max_length
+    ranks = Ranking in opened.objective.traits.rows
+    if rewards and not ranks:
+        raise ModelError(f"this model was trained for {opened.name}, not rewards: use tunesmith predict.")
+    reader = _open_rows(source, opened)
+    longest = max_length or opened.objective.max_length
     cut = bad = 0
-    way = None
-    try:
-        while block := list(itertools.islice(rows, BLOCK)):
-            made = [_encoded(item, opened_source, chosen.objective, chosen.tokenizer) for item in block]
-            examples = [one for item in made if isinstance(item, list) for one in item]
-            cut += sum(_cut(one, longest) for one in examples)
-            if examples and way is None:
-                tried = _tried(
-                    [item for item, result in zip(block, made) if isinstance(result, list)], chosen, longest
-                )
-                way = chosen.ready(precision, tried, longest or 0)
-            answers = _answers(chosen, examples, way, batch_tokens) if examples else {}
-            for item, result in zip(block, made):
-                if isinstance(item, RowProblem):
-                    bad += 1
-                    yield {"row": item.row, "error": str(item)}
-                elif isinstance(result, RowProblem):
-                    bad += 1
-                    yield {"row": result.row, "error": str(result)}
-                else:
-                    record, row = item
-                    yield {"row": record.row, **chosen.objective.present(row, answers[record.row])}
-    finally:
-        if way is not None:
-            way.leave(chosen.network)
+    for answer, lost_tokens in _predict_rows(opened, reader, longest, precision, batch_tokens):
+        cut += lost_tokens
+        bad += "error" in answer
+        yield answer
     if cut:
-        lost = (
-            "their prompts were cut from the left"
-            if Ranking in chosen.objective.traits.rows
-            else "what stands after that was not read"
-        )
+        lost = "their prompts were cut from the left" if ranks else "the model did not read their ends"
         note(f"{cut} rows were longer than {longest} tokens; {lost}")
     if bad:
-        note(f"{bad} rows could not be read: they have `error` in the place of an answer")
+        note(f"{bad} rows could not be read: they have `error` in place of an answer")
 
 
-def _opened(source: Source, accepted: tuple[type, ...]) -> OpenedSource:
-    """The rows of a source. To be judged are rankings, and else what a language model might have written."""
-    if Ranking not in accepted:
-        return open_source(source, accepted, gold=False)
+def _predict_rows(
+    opened: OpenedModel, reader: Opened, longest: int | None, precision: str, budget: int
+) -> Iterator[tuple[JsonObject, int]]:
+    """Yield each row's dict, and how many of its examples were cut."""
+    rows = reader.rows()
+    route = None
     try:
-        return open_source(source, accepted, gold=False)
-    except DataError as none:
+        while block := list(itertools.islice(rows, BLOCK)):
+            encoded = [_encode(item, reader, opened) for item in block]
+            examples = [example for result in encoded if isinstance(result, list) for example in result]
+            if examples and route is None:
+                readable = [item for item, result in zip(block, encoded) if isinstance(result, list)]
+                shortest = _trial_examples(readable[:16], opened, longest)
+                route = opened.prepare(precision, shortest, longest or 0)
+            cut = Counter(int(example["row"][1]) for example in examples if _cut(example, longest))
+            answers = _answers(opened, examples, route, budget) if route else {}
+            for item, result in zip(block, encoded):
+                if isinstance(result, RowProblem):
+                    yield {"row": result.row, "error": str(result)}, 0
+                elif isinstance(item, tuple):
+                    record, row = item
+                    answer = opened.task.present(row, answers[record.row])
+                    yield {"row": record.row, **answer}, cut[record.row]
+    finally:
+        if route is not None:
+            route.leave(opened.network)
+
+
+def _open_rows(source: Source, opened: OpenedModel) -> Opened:
+    """Open a source without gold. A reward model also takes what a language model might have written."""
+    accepted = opened.objective.traits.rows
+    try:
+        reader = open_source(source, accepted, gold=False)
+    except DataError as unranked:
+        if Ranking not in accepted:
+            raise
         try:
-            return open_source(source, (Chat, PromptCompletion))
+            reader = open_source(source, (Chat, PromptCompletion))
         except DataError:
-            raise none from None
+            raise unranked from None
+    convert = reader.convert
+    by_character = opened.task.head_config()["tunesmith"].get("characters")
+    if not by_character or convert is None or convert.form.name != "words":
+        return reader
+    # The tagger's words were characters, so those of plain text are, too. Listed words stay as they are.
+    return replace(reader, convert=replace(convert, facts={**(convert.facts or {}), "spaces": True}))
 
 
-def _by_character(opened: OpenedSource) -> OpenedSource:
-    """Plain text for a tagger whose words were characters: each is one here too. Rows that list their words keep them."""
-    convert = opened.convert
-    if convert is None or convert.form.name != "words":
-        return opened
-    return replace(opened, convert=replace(convert, facts={**(convert.facts or {}), "spaces": True}))
-
-
-def _encoded(
-    item: tuple[Record, Any] | RowProblem, source: Any, objective: Any, tokenizer: PreTrainedTokenizerBase
-) -> list[Any] | RowProblem:
-    """The examples of a row, each with its number."""
-    import numpy as np
-
+def _encode(item: Item, reader: Opened, opened: OpenedModel) -> list[Example] | RowProblem:
+    """Return the examples of a row, each with the number of its row."""
     if isinstance(item, RowProblem):
         return item
     record, row = item
     try:
-        (examples,) = objective.encode([without_gold(_ranked(row))], tokenizer)
+        (examples,) = opened.objective.encode([without_gold(_as_ranking(row))], opened.tokenizer)
     except RowFault as fault:
-        found: RowProblem = source.problem(record, fault)
-        return found
-    if not examples:
-        fix = "Give --max-length, or shorten the answers."
-        return RowProblem(
-            record.path,
-            record.row,
-            "row",
-            "answers that fit into max_length",
-            "longer ones",
-            fix,
-            record.line,
-        )
-    return [{**example, "row": np.array([0, record.row])} for example in examples]
+        return reader.problem(record, fault)
+    if examples:
+        return [{**example, "row": np.array([0, record.row])} for example in examples]
+    expected, fix = "answers within max_length", "Give --max-length, or shorten the answers."
+    return RowProblem(record.path, record.row, "row", expected, "longer ones", fix, record.line)
 
 
-def _tried(items: list[Any], chosen: Any, longest: int | None) -> list[Any]:
-    """Two short examples to find the route with. It compares losses, and these rows have none: each gets some answer."""
-    known = chosen.objective.head_config()
-    encoded = [
-        chosen.objective.encode([_answered(_ranked(row), known)], chosen.tokenizer)[0][0]
-        for _, row in items[:16]
-    ]
-    shortest = sorted(encoded, key=lambda one: len(one["input_ids"]))[:2]
-    for one in shortest:
-        if "span" in one:  # of a question that there is none: a word of the context need not be a token
-            one["span"] = one["null"].repeat(2)
-        _cut(one, longest)
+def _trial_examples(items: Sequence[Item], opened: OpenedModel, longest: int | None) -> list[Example]:
+    """Return two short examples to choose the route by. It compares losses, so each gets some gold."""
+    known = opened.task.head_config()
+    with_gold = [_with_any_gold(_as_ranking(item[1]), known) for item in items if isinstance(item, tuple)]
+    encoded = [opened.objective.encode([row], opened.tokenizer)[0][0] for row in with_gold]
+    shortest = sorted(encoded, key=lambda example: len(example["input_ids"]))[:2]
+    for example in shortest:
+        if "span" in example:  # "no answer": a word of the context need not be a token
+            example["span"] = example["null"].repeat(2)
+        _cut(example, longest)
     return shortest
 
 
-def _ranked(row: Any) -> Any:
-    """What a language model wrote as a ranking of one; any other row as it is."""
+def _as_ranking(row: Row) -> Row:
+    """Return a language model's text as a ranking of one answer, and any other row unchanged."""
     if isinstance(row, PromptCompletion):
         return Ranking(row.prompt, (row.completion,), (0,))
-    return (
-        Ranking(row.messages[:-1], (row.messages[-1:],), (0,), tools=row.tools)
-        if isinstance(row, Chat)
-        else row
-    )
+    if isinstance(row, Chat):
+        return Ranking(row.messages[:-1], (row.messages[-1:],), (0,), tools=row.tools)
+    return row
 
 
-def _answered(row: Any, known: dict[str, Any]) -> Any:
-    """``row`` with an answer that the model knows, right or wrong."""
-    name = known["id2label"][0]
+def _with_any_gold(row: Row, known: JsonObject) -> Row:
+    """Return ``row`` with some gold, right or wrong. ``known``: the config of the model's head."""
+    label = known["id2label"][0]
     if isinstance(row, Tagged):
-        return replace(row, tags=(name,) * len(row.words))
+        return replace(row, tags=(label,) * len(row.words))
     if isinstance(row, Question):
         return without_gold(row)
     if isinstance(row, Ranking):
-        other = "-" if isinstance(row.prompt, str) else ({"role": "assistant", "content": "-"},)
-        both: Any = (row.answers[0], other)
-        return replace(row, answers=both, ranks=(0, 1), scores=None)
+        answers: tuple[str, ...] | tuple[tuple[Message, ...], ...] = (str(row.answers[0]), "-")
+        if not isinstance(row.prompt, str):
+            answers = (turns(row.answers[0]), ({"role": "assistant", "content": "-"},))
+        return replace(row, answers=answers, ranks=(0, 1), scores=None)
+    assert isinstance(row, Labelled)
     if known["problem_type"] == "multi_label_classification":
-        return replace(row, label=None, labels=(name,))
-    return replace(row, label=0.0 if known["problem_type"] == "regression" else name, labels=None)
+        return replace(row, label=None, labels=(label,))
+    return replace(row, label=0.0 if known["problem_type"] == "regression" else label, labels=None)
 
 
-def _cut(example: dict[str, Any], longest: int | None) -> bool:
-    """Cut an example to ``longest`` tokens, in place. Windows never are longer."""
-    from tunesmith.data.store.cache import ALIGNED
-
-    if "cut" in example:  # its objective has seen to it
+def _cut(example: Example, longest: int | None) -> bool:
+    """Cut an example to ``longest`` tokens in place; return whether any were lost."""
+    if "cut" in example:  # its objective has cut it
         return bool(example["cut"][0])
-    whole = len(example["input_ids"])
-    if longest is None or whole <= longest:
+    if longest is None or len(example["input_ids"]) <= longest:
         return False
     for key in ALIGNED:
         if key in example:
@@ -212,28 +206,23 @@ def _cut(example: dict[str, Any], longest: int | None) -> bool:
     return True
 
 
-def _answers(chosen: Any, examples: list[Any], way: Any, budget: int) -> dict[int, dict[str, Any]]:
-    """Row number -> the objective's answer."""
-    import torch
-
-    from tunesmith.data.batch.pack import to_device
-    from tunesmith.data.batch.step import Listed
-    from tunesmith.train import forward_batches
-
-    examples = sorted(examples, key=lambda one: -len(one["input_ids"]))
+def _answers(
+    opened: OpenedModel, examples: list[Example], route: fast_path.Route, budget: int
+) -> dict[int, JsonObject]:
+    """Return row number -> the objective's answer."""
+    if not examples:
+        return {}
+    layout = route.layout
+    examples = sorted(examples, key=lambda example: -len(example["input_ids"]))
 
     @torch.no_grad()
-    def run(places: list[int]) -> dict[str, Any]:
-        batch = chosen.objective.collate([examples[place] for place in places], way.layout)
-        found: dict[str, Any] = chosen.objective.evaluate(chosen.network, to_device(batch, chosen.device))
-        return found
+    def run(places: list[int]) -> JsonObject:
+        batch = opened.objective.collate([examples[place] for place in places], layout)
+        return opened.objective.evaluate(opened.network, to_device(batch, opened.device))
 
     def name(place: int) -> str:
         return f"row {examples[place]['row'][1]}"
 
-    rows = Listed(examples, [""] * len(examples))
-    sizes = rows.sizes(slice(None), way.layout)
-    records = [
-        record for _, record in forward_batches.in_groups(run, sizes, budget, way.layout, chosen.device, name)
-    ]
-    return {answer["row"][1]: answer for answer in chosen.objective.answers(records)}
+    sizes = Listed(examples, [""] * len(examples)).sizes(slice(None), layout)
+    groups = forward_batches.in_groups(run, sizes, budget, layout, opened.device, name)
+    return {answer["row"][1]: answer for answer in opened.task.answers([record for _, record in groups])}

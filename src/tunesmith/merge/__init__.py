@@ -1,0 +1,1 @@
+"""``merge_adapter`` folds an adapter into its base; ``combine`` sums several LoRA adapters."""

@@ -1,1 +1,1 @@
-"""Figures of predictions against what is true: classes, entities, answers. Pure functions."""
+"""Metrics of predictions against gold: classes, entities, answers, token means. Pure functions."""

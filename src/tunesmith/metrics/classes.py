@@ -1,48 +1,53 @@
-"""Figures of classification, of several labels at once, and of numbers: plain dicts that JSON can hold.
+"""Metrics of classification (one class or several labels a row) and of regression, as dicts for JSON.
 
-scikit-learn and SciPy compute them. Both are imported where they are used: they take a second to load.
+Shares run from 0 to 1. An undefined metric is None: the AUROC of a label that every row has, the correlation
+with a constant. A class that is neither true nor predicted has precision, recall and F1 of 0. ``macro_f1``
+follows scikit-learn: with one class for each row it is the mean over the classes that are true or predicted
+at least once; with several labels, the mean over all labels.
 
-Shares run from 0 to 1. What is not defined (the AUROC of a label that every row has, the correlation with a constant) is None.
-A class that is neither true nor predicted anywhere has precision, recall and F1 of 0. ``macro_f1`` follows scikit-learn: of a
-single label, the mean over the classes that are true or predicted at least once; of several labels, the mean over all of them.
+scikit-learn and SciPy are imported inside the functions, because they take a second to load.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tunesmith.errors import DataError
+from tunesmith.json_types import JsonObject
 
 BINS = 15
-"""Equal widths of confidence, as in Guo et al. 2017."""
+"""Confidence bins of equal width (Guo et al. 2017)."""
 POINTS = 100
-"""At most so many points of a curve: more cannot be seen."""
+"""Most points of a precision-recall curve; a chart cannot show more."""
 
 
-def single(gold: Any, probabilities: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Figures of one class for each row: ``gold`` (n,) class ids, ``probabilities`` (n, k), ``names`` of the k classes.
+def single_label_metrics(gold: ArrayLike, probabilities: ArrayLike, names: Sequence[str]) -> JsonObject:
+    """Return the metrics of one class for each row.
 
-    Returns accuracy, macro_f1, micro_f1, calibration_error, calibration (see :func:`calibration`; the confidence is the highest
-    probability), baseline (the share of the most frequent class), per_class {name: {precision, recall, f1, support}} and
-    confusion (k lists of k counts: a row of it is what is true, a column what is predicted). Of equally probable classes the
-    first is predicted. Raises DataError without rows.
+    ``gold`` (n,) holds class ids, ``probabilities`` (n, k) those of the k classes ``names``. Of equally
+    probable classes the first is predicted.
+
+    Returns accuracy, macro_f1, micro_f1, calibration_error and calibration (the confidence is the highest
+    probability), baseline (share of the most frequent class), per_class {name: {precision, recall, f1,
+    support}} and confusion (k lists of k counts; rows are true classes, columns predicted ones). Raises
+    DataError without rows.
     """
     from sklearn.metrics import f1_score
 
     gold, probabilities = np.asarray(gold), np.asarray(probabilities, dtype=np.float64)
     _check(gold, probabilities, names, (len(probabilities),))
     predicted = probabilities.argmax(axis=1)
-    right = predicted == gold
-    bins = calibration(probabilities.max(axis=1), right)
-    # scikit-learn's confusion_matrix warns where there is one class alone.
+    correct = predicted == gold
+    bins = calibration(probabilities.max(axis=1), correct)
+    # scikit-learn's confusion_matrix warns when there is only one class.
     confusion = np.bincount(gold * len(names) + predicted, minlength=len(names) ** 2).reshape(len(names), -1)
     return {
-        "accuracy": float(right.mean()),
+        "accuracy": float(correct.mean()),
         "macro_f1": float(f1_score(gold, predicted, average="macro", zero_division=0)),
-        "micro_f1": float(right.mean()),  # every row has one class and one prediction
+        "micro_f1": float(correct.mean()),  # every row has one class and one prediction
         "calibration_error": calibration_error(bins),
         "baseline": float(confusion.sum(axis=1).max() / len(gold)),
         "per_class": _per_class(names, gold, predicted),
@@ -51,49 +56,54 @@ def single(gold: Any, probabilities: Any, names: Sequence[str]) -> dict[str, Any
     }
 
 
-def multi(gold: Any, probabilities: Any, names: Sequence[str], threshold: float = 0.5) -> dict[str, Any]:
-    """Figures of any number of labels for each row: ``gold`` (n, k) of bools, ``probabilities`` (n, k) of each label alone.
+def multi_label_metrics(
+    gold: ArrayLike, probabilities: ArrayLike, names: Sequence[str], threshold: float = 0.5
+) -> JsonObject:
+    """Return the metrics of any number of labels for each row.
 
-    A label is predicted from ``threshold`` on. Returns micro_f1, macro_f1, exact_match (rows with all labels right), auroc (mean
-    over the labels that some rows have and others have not), calibration_error and calibration (each label of each row is one
-    forecast), threshold, baseline and baseline_labels (see :func:`most_frequent`), per_class {name: {precision, recall, f1,
-    support, auroc}} and curves {name: [[recall, precision], ...]}, None where no row has the label. Raises DataError without
-    rows.
+    ``gold`` (n, k) holds bools, ``probabilities`` (n, k) the probability of each label. A label is predicted
+    when its probability is at least ``threshold``.
+
+    Returns micro_f1, macro_f1, exact_match (share of rows with all labels correct), auroc (mean over the
+    labels that some rows have and others lack), calibration_error and calibration (each label of each row is
+    one forecast), threshold, baseline and baseline_labels (see :func:`most_frequent_labels`), per_class
+    {name: {precision, recall, f1, support, auroc}} and curves {name: [[recall, precision], ...]}, None where
+    no row has the label. Raises DataError without rows.
     """
     from sklearn.metrics import f1_score
 
     gold, probabilities = np.asarray(gold, dtype=bool), np.asarray(probabilities)
     _check(gold, probabilities, names, probabilities.shape)
     predicted = probabilities >= threshold
-    areas = [_auroc(gold[:, label], probabilities[:, label]) for label in range(len(names))]
-    defined = [area for area in areas if area is not None]
+    aurocs = [_auroc(*columns) for columns in zip(gold.T, probabilities.T)]
+    defined = [auroc for auroc in aurocs if auroc is not None]
     bins = calibration(probabilities.reshape(-1), gold.reshape(-1))
-    constant = most_frequent(gold)
-    # scikit-learn takes one column for a question of two classes; next to an empty column it stays a label.
+    constant = most_frequent_labels(gold)
+    # scikit-learn reads a single column as two classes; next to an empty column it stays one label.
     per_class = _per_class(names, *(np.pad(labels, ((0, 0), (0, 1))) for labels in (gold, predicted)))
     return {
         "micro_f1": float(f1_score(gold.reshape(-1), predicted.reshape(-1), zero_division=0)),
-        "macro_f1": float(np.mean([figures["f1"] for figures in per_class.values()])),
+        "macro_f1": float(np.mean([metrics["f1"] for metrics in per_class.values()])),
         "exact_match": float((predicted == gold).all(axis=1).mean()),
         "auroc": float(np.mean(defined)) if defined else None,
         "calibration_error": calibration_error(bins),
         "threshold": float(threshold),
         "baseline": constant["micro_f1"],
         "baseline_labels": [names[label] for label in constant["labels"]],
-        "per_class": {
-            name: {**figures, "auroc": area} for (name, figures), area in zip(per_class.items(), areas)
-        },
-        "curves": {name: _curve(gold[:, label], probabilities[:, label]) for label, name in enumerate(names)},
+        "per_class": {name: {**per_class[name], "auroc": auroc} for name, auroc in zip(names, aurocs)},
+        "curves": {name: _curve(*columns) for name, *columns in zip(names, gold.T, probabilities.T)},
         "calibration": bins,
     }
 
 
-def best_threshold(gold: Any, probabilities: Any) -> float:
-    """The threshold of the highest micro F1 of ``probabilities >= threshold`` against ``gold``, both (n, k).
+def best_threshold(gold: ArrayLike, probabilities: ArrayLike) -> float:
+    """Return the threshold with the highest micro F1 of ``probabilities >= threshold``; both arguments (n,
+    k).
 
-    Every way to part the probabilities is tried, in O(n k log(n k)); the threshold lies in the middle between two neighbours
-    (the last of them above 0), and of equally good ones nearest to 0.5. 0.5 itself when no other is better, and when a
-    probability is nan. It is exact in the probabilities' own dtype, so that a comparison in it or in a wider one agrees.
+    The search tries every split of the probabilities, in O(n k log(n k)). A threshold is the midpoint of two
+    neighbouring probabilities (or of the lowest one and 0); among equally good thresholds the one nearest to
+    0.5 wins. Returns 0.5 when no threshold is better, and when a probability is nan. The threshold is exact
+    in the dtype of ``probabilities``, so a comparison in that dtype or a wider one agrees.
     """
     from sklearn.metrics import confusion_matrix_at_thresholds
 
@@ -112,12 +122,12 @@ def best_threshold(gold: Any, probabilities: Any) -> float:
     return float(best[np.abs(best - 0.5).argmin()])
 
 
-def most_frequent(gold: Any) -> dict[str, Any]:
-    """The best that can be said without reading: {"micro_f1", "labels"} of the labels which, predicted for every row, have the
-    highest micro F1 against ``gold`` (n, k) of bools. ``labels`` are ids, the most frequent first.
+def most_frequent_labels(gold: ArrayLike) -> JsonObject:
+    """Return {"micro_f1", "labels"} of the best constant prediction for ``gold`` (n, k) of bools.
 
-    Of all sets of m labels the m most frequent ones are best, so only k sets are tried; of equally good ones the smallest is
-    kept.
+    ``labels`` are the ids of the labels which, predicted for every row, have the highest micro F1; the most
+    frequent comes first. The best set of m labels holds the m most frequent ones, so only k sets are tried.
+    Among equally good sets the smallest wins.
     """
     gold = np.asarray(gold, dtype=bool)
     counts = gold.sum(axis=0)
@@ -130,18 +140,19 @@ def most_frequent(gold: Any) -> dict[str, Any]:
     return {"micro_f1": float(scores[best]), "labels": order[: best + 1].tolist()}
 
 
-def regression(gold: Any, predicted: Any) -> dict[str, float | None]:
-    """mse, rmse, mae, r2 (1 - mse / variance of gold), pearson and spearman (of equal values their mean rank) of two (n,).
+def regression_metrics(gold: ArrayLike, predicted: ArrayLike) -> dict[str, float | None]:
+    """Return mse, rmse, mae, r2, pearson and spearman of two arrays (n,).
 
-    r2 is None where all of gold is one number, the correlations where either is. Raises DataError without rows.
+    r2 is 1 - mse / variance of gold, None where gold is constant. The correlations are None where either
+    array is constant. Raises DataError without rows.
     """
     from scipy.stats import rankdata
 
     gold, predicted = np.asarray(gold, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     if gold.shape != predicted.shape or gold.ndim != 1:
-        raise ValueError(f"gold {gold.shape} and predicted {predicted.shape} must be of one shape (n,)")
-    _refuse_nothing(len(gold))
-    errors = predicted - gold  # scikit-learn's errors refuse nan, which a run that diverged predicts
+        raise ValueError(f"gold {gold.shape} and predicted {predicted.shape}: expected one shape (n,)")
+    _require_rows(len(gold))
+    errors = predicted - gold  # scikit-learn refuses nan, which a diverged run predicts
     mse = float(np.square(errors).mean())
     varies = bool(gold.min() < gold.max())
     return {
@@ -154,55 +165,51 @@ def regression(gold: Any, predicted: Any) -> dict[str, float | None]:
     }
 
 
-def calibration(confidence: Any, right: Any) -> list[dict[str, float]]:
-    """{"confidence", "accuracy", "count"} of each of 15 bins of equal width that holds anything; both arguments are (n,), what is
-    right 1, what is wrong 0, a tie a half.
+def calibration(confidence: ArrayLike, correct: ArrayLike) -> list[dict[str, float]]:
+    """Return {"confidence", "accuracy", "count"} of each of the 15 bins that holds at least one forecast.
 
-    Bin m holds confidences in ((m - 1) / 15, m / 15], and 0 falls into the first (Guo et al. 2017, On Calibration of Modern
-    Neural Networks, section 2). What is nan is in no bin.
+    Both arguments have shape (n,). ``correct`` is 1 for a correct prediction, 0 for a wrong one, 0.5 for a
+    tie. Bin m holds the confidences in ((m - 1) / 15, m / 15], and 0 falls into the first bin (Guo et al.
+    2017, On Calibration of Modern Neural Networks, section 2). A nan falls into no bin.
     """
-    # sklearn.calibration.calibration_curve has these bins, but no counts, no ties, and it refuses nan.
-    confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
-    place = np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left")
-    found = []
-    for one in range(BINS):
-        held = (place == one) & ~np.isnan(confidence)
-        if held.any():
-            found.append({
-                "confidence": float(confidence[held].mean()),
-                "accuracy": float(right[held].mean()),
-                "count": int(held.sum()),
-            })  # fmt: skip
-    return found
+    # sklearn.calibration.calibration_curve has these bins, but no counts and no ties, and it refuses nan.
+    confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    bin_of = np.searchsorted(np.arange(1, BINS) / BINS, confidence, side="left")
+    bins = []
+    for number in range(BINS):
+        members = (bin_of == number) & ~np.isnan(confidence)
+        if count := int(members.sum()):
+            means = float(confidence[members].mean()), float(correct[members].mean())
+            bins.append({"confidence": means[0], "accuracy": means[1], "count": count})
+    return bins
 
 
 def calibration_error(bins: Sequence[dict[str, float]]) -> float | None:
-    """The expected calibration error of :func:`calibration`'s bins: the mean of |accuracy - confidence|, weighted by rows
-    (Guo et al. 2017, eq. 3). None without any."""
-    total = sum(one["count"] for one in bins)
-    return (
-        sum(abs(one["accuracy"] - one["confidence"]) * one["count"] for one in bins) / total
-        if total
-        else None
-    )
+    """Return the expected calibration error of :func:`calibration`'s bins, None without bins.
+
+    It is the mean of |accuracy - confidence|, weighted by rows (Guo et al. 2017, eq. 3).
+    """
+    if not bins:
+        return None
+    gaps = sum(abs(one["accuracy"] - one["confidence"]) * one["count"] for one in bins)
+    return gaps / sum(one["count"] for one in bins)
 
 
 def _check(gold: np.ndarray, probabilities: np.ndarray, names: Sequence[str], shape: tuple[int, ...]) -> None:
     if probabilities.ndim != 2 or probabilities.shape[1] != len(names) or gold.shape != shape:
-        raise ValueError(
-            f"gold {gold.shape} and probabilities {probabilities.shape} do not fit {len(names)} names"
-        )
-    _refuse_nothing(len(gold))
+        shapes = f"gold {gold.shape} and probabilities {probabilities.shape}"
+        raise ValueError(f"{shapes} do not match {len(names)} names")
+    _require_rows(len(gold))
     if gold.ndim == 1 and not (gold.min() >= 0 and gold.max() < len(names)):
         raise ValueError(f"class ids from {gold.min()} to {gold.max()}; expected 0 to {len(names) - 1}")
 
 
-def _refuse_nothing(rows: int) -> None:
+def _require_rows(rows: int) -> None:
     if not rows:
-        raise DataError("There is nothing to measure: no row has a label. Give rows whose labels are known.")
+        raise DataError("no row has a label: nothing to evaluate. Give rows whose labels are known.")
 
 
-def _per_class(names: Sequence[str], gold: np.ndarray, predicted: np.ndarray) -> dict[str, dict[str, Any]]:
+def _per_class(names: Sequence[str], gold: np.ndarray, predicted: np.ndarray) -> dict[str, JsonObject]:
     """Return {name: {precision, recall, f1, support}} of class ids (n,) or of labels (n, k or more)."""
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -222,14 +229,14 @@ def _auroc(gold: np.ndarray, scores: np.ndarray) -> float | None:
 
 
 def _curve(gold: np.ndarray, scores: np.ndarray) -> list[list[float]] | None:
-    """[recall, precision] from the lowest threshold to the highest, both ends kept."""
+    """Return [recall, precision] from the lowest threshold to the highest; both ends are kept."""
     from sklearn.metrics import precision_recall_curve
 
     if not gold.any() or np.isnan(scores).any():
         return None
     precision, recall, _ = precision_recall_curve(gold, scores, drop_intermediate=True)
     kept = np.unique(np.linspace(0, len(recall) - 1, POINTS).round().astype(int))
-    return [[float(recall[place]), float(precision[place])] for place in kept]
+    return np.stack([recall[kept], precision[kept]], axis=1).astype(float).tolist()
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:

@@ -1,10 +1,11 @@
-"""Figures of tagged words: entities, as seqeval counts them, and the share of right tags."""
+"""Metrics of tagged words: entities as seqeval counts them, and the share of correct tags."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+
+from tunesmith.json_types import JsonObject
 
 Span = tuple[str, int, int]
 """(type, first word, last word + 1)."""
@@ -19,11 +20,10 @@ PROBLEMS = {
 
 
 def scheme_of(tags: Iterable[str]) -> str | None:
-    """What a set of tags is written in: "BIO" (IOB2), "BIOES" (IOBES) or "IO"; None where tags are no entities (parts of speech,
-    BILOU, O alone), so that only single tags can be right or wrong.
+    """Return the scheme of a set of tags: "BIO" (IOB2), "BIOES" (IOBES) or "IO"; None for other tags.
 
-    ``B-PER`` and the like have a type; plain ``B``, ``I``, ``E``, ``S`` are entities of the type "_". One tag of another kind
-    makes all of them plain tags.
+    ``B-PER`` has the type PER; a bare ``B``, ``I``, ``E`` or ``S`` has the type "_". Parts of speech, BILOU
+    and O alone are no entities. One tag of another form is enough for None.
     """
     kinds = set()
     for tag in set(tags):
@@ -39,8 +39,8 @@ def scheme_of(tags: Iterable[str]) -> str | None:
 def spans(tags: Sequence[str]) -> list[Span]:
     """Return the entities of one row's tags in order, by seqeval in conlleval's lenient reading.
 
-    I- and E- continue an entity of their type that a B- or I- left open; whatever else is not O starts one. The
-    tags must be of a scheme that :func:`scheme_of` knows: seqeval warns about others.
+    An I- or E- continues an entity of its type that a B- or I- left open; any other tag but O starts an
+    entity. The tags must be of a scheme that :func:`scheme_of` knows: seqeval warns about others.
     """
     from seqeval.metrics.sequence_labeling import get_entities
 
@@ -48,84 +48,70 @@ def spans(tags: Sequence[str]) -> list[Span]:
 
 
 def problems(tags: Sequence[str], scheme: str | None = "BIO") -> Counter[str]:
-    """How often one row's tags break their scheme, by the kinds of PROBLEMS; :func:`spans` reads such tags all the same.
+    """Count by the kinds of PROBLEMS how often one row's tags break their scheme.
 
-    ``no_end`` is for BIOES alone; IO and plain tags (None) have nothing to break.
+    :func:`spans` still reads such tags. Only BIOES has ``no_end``. IO and plain tags (None) have nothing to
+    break.
     """
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     if scheme not in ("BIO", "BIOES"):
-        return found
+        return counts
     open_type: str | None = None
     for tag in [*tags, "O"]:
-        kind, name = _parts(tag)
-        goes_on = open_type is not None and kind in ("I", "E") and name == open_type
-        if kind in ("I", "E") and not goes_on:
-            if open_type is not None:
-                found["type_change"] += 1
-            else:
-                found["inside_without_begin" if kind == "I" else "end_without_begin"] += 1
+        kind, _, name = tag.partition("-")
+        name = name or "_"
+        if kind in ("I", "E") and name != open_type:
+            without_begin = "inside_without_begin" if kind == "I" else "end_without_begin"
+            counts[without_begin if open_type is None else "type_change"] += 1
         elif open_type is not None and kind not in ("I", "E") and scheme == "BIOES":
-            found["no_end"] += 1
+            counts["no_end"] += 1
         open_type = name if kind in ("B", "I") else None
-    return found
+    return counts
 
 
 def score(
     gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], scheme: str | None = None
-) -> dict[str, Any]:
-    """Entity figures over rows of tags, and ``token_accuracy``, the share of words whose tag is right.
+) -> JsonObject:
+    """Return entity metrics over rows of tags.
 
-    Returns precision, recall and f1 (over all entities: micro), support (entities in ``gold``), by_type {type: {precision,
-    recall, f1, support}} by seqeval, token_accuracy, words, missing and scheme. An entity is right when its type and both ends
-    are. ``scheme``: what the tags are written in, where these rows may not show it (O alone); None = found in them. A
-    figure without anything to divide by is 0; entity figures are None where the tags are no entities (``scheme`` None).
-    A row may have fewer predictions than words: what is missing is wrong, and "O" for the entities. Raises ValueError when there
-    are more predictions than words, or other rows.
+    Keys: precision, recall and f1 (micro, over all entities), support (entities in ``gold``), by_type {type:
+    {precision, recall, f1, support}}, token_accuracy (share of words whose tag is correct), words, missing,
+    scheme. An entity is correct when its type and both ends are. A metric with nothing to divide by is 0. The
+    entity metrics are None where the tags are no entities.
+
+    ``scheme``: the scheme of the tags, for rows that may not show it (O alone); None = :func:`scheme_of`
+    these rows. A row may have fewer predictions than words: a missing one is wrong, and counts as "O" for the
+    entities. Raises ValueError when a row has more predictions than words, or the numbers of rows differ.
     """
     if len(gold) != len(predicted):
         raise ValueError(f"{len(gold)} rows of tags, but {len(predicted)} rows of predictions")
-    for row, (tags, said) in enumerate(zip(gold, predicted)):
-        if len(said) > len(tags):
-            raise ValueError(f"row {row} has {len(tags)} words, but {len(said)} predictions")
+    for row, (tags, answers) in enumerate(zip(gold, predicted)):
+        if len(answers) > len(tags):
+            raise ValueError(f"row {row} has {len(tags)} words, but {len(answers)} predictions")
     words = sum(map(len, gold))
-    right = sum(tag == other for tags, said in zip(gold, predicted) for tag, other in zip(tags, said))
+    correct = sum(tag == answer for rows in zip(gold, predicted) for tag, answer in zip(*rows))
     scheme = scheme or scheme_of(tag for rows in (gold, predicted) for tags in rows for tag in tags)
+    none = dict.fromkeys(("precision", "recall", "f1", "support", "by_type"))
     return {
-        **(
-            _entities(gold, predicted)
-            if scheme
-            else dict.fromkeys(("precision", "recall", "f1", "support", "by_type"))
-        ),
-        "token_accuracy": right / words if words else 0.0,
+        **(_entity_metrics(gold, predicted) if scheme else none),
+        "token_accuracy": correct / words if words else 0.0,
         "words": words,
         "missing": words - sum(map(len, predicted)),
         "scheme": scheme,
     }
 
 
-def _entities(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, Any]:
+def _entity_metrics(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> JsonObject:
     from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
     truth = [list(tags) for tags in gold]
-    said = [[*tags, *["O"] * (len(full) - len(tags))] for full, tags in zip(gold, predicted)]
-    types = sorted({name for rows in (truth, said) for tags in rows for name, _, _ in spans(tags)})
-    precision, recall, f1, support = precision_recall_fscore_support(
-        truth, said, average="micro", zero_division=0
-    )
-    columns = precision_recall_fscore_support(truth, said, average=None, zero_division=0)
-    return {
-        "precision": float(precision),
-        "recall": float(recall),
-        "f1": float(f1),
-        "support": int(support),
-        "by_type": {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(s)}
-            for name, p, r, f, s in zip(types, *columns, strict=True)
-        },
-    }
+    padded = [[*answers, *["O"] * (len(tags) - len(answers))] for tags, answers in zip(gold, predicted)]
+    types = sorted({name for rows in (truth, padded) for tags in rows for name, _, _ in spans(tags)})
+    overall = precision_recall_fscore_support(truth, padded, average="micro", zero_division=0)
+    by_type = precision_recall_fscore_support(truth, padded, average=None, zero_division=0)
+    rows = zip(types, *by_type, strict=True)
+    return {**_named(*overall), "by_type": {name: _named(*metrics) for name, *metrics in rows}}
 
 
-def _parts(tag: str) -> tuple[str, str]:
-    """``B-PER`` -> (B, PER); ``B`` -> (B, _)."""
-    kind, _, name = tag.partition("-")
-    return kind, name or "_"
+def _named(precision: float, recall: float, f1: float, support: int) -> dict[str, float]:
+    return {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(support)}

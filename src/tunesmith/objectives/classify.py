@@ -391,10 +391,10 @@ class Objective(objectives.TaskHead):
         from tunesmith.metrics import classes
 
         if self.problem == REGRESSION:
-            return classes.regression(targets[:, 0], scores[:, 0])
+            return classes.regression_metrics(targets[:, 0], scores[:, 0])
         if self.problem == MULTI:
-            return classes.multi(targets > 0.5, scores, self.labels, self.threshold)
-        return classes.single(targets[:, 0].astype(int), scores, self.labels)
+            return classes.multi_label_metrics(targets > 0.5, scores, self.labels, self.threshold)
+        return classes.single_label_metrics(targets[:, 0].astype(int), scores, self.labels)
 
     def choose_threshold(self, records: Sequence[dict[str, Any]]) -> None:
         """With several labels: the threshold of the highest micro F1."""

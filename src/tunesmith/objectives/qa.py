@@ -205,7 +205,7 @@ class Objective(objectives.TaskHead):
     def _joined(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The windows of each row as one; the rows in order. No answer is what the window says that believes in it least."""
         out = []
-        for row, parts in token_mean.by_row(records):
+        for row, parts in token_mean.windows_by_row(records):
             best: dict[str, tuple[float, int, int]] = {}
             for score, begin, end, text in sorted(
                 (one for part in parts for one in part["best"]), key=lambda one: (-one[0], one[1])
@@ -251,7 +251,7 @@ class Objective(objectives.TaskHead):
             "null_minus_best": above,
             "gold": one["golds"],
             "f1": squad.f1(str(said["text"]), one["golds"]) if one["golds"] is not None else None,
-            "right": one["golds"] is not None and squad.exact(str(said["text"]), one["golds"]) == 1.0,
+            "right": one["golds"] is not None and squad.exact_match(str(said["text"]), one["golds"]) == 1.0,
             "loss": one["loss"][0] / one["loss"][1] if one["loss"][1] else None,
         }
 

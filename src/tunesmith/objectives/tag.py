@@ -270,7 +270,7 @@ class Objective(objectives.TaskHead):
     def _joined(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The windows of each row as one, its words in order; the rows in order."""
         out = []
-        for row, parts in token_mean.by_row(records):
+        for row, parts in token_mean.windows_by_row(records):
             order = np.argsort(np.concatenate([part["words"] for part in parts]))
             whole = {
                 name: np.concatenate([part[name] for part in parts])[order]

@@ -38,8 +38,8 @@ def write(
 ) -> Path:
     """Write report.html, and each chart as a PNG, into ``folder`` (made if need be); return the report's path.
 
-    ``title``: what was measured, text. ``figures``: what ``tunesmith.metrics`` returns (of ``classes.single``, ``multi``,
-    ``regression``, ``entities.score``, ``squad.score``), with single figures of any name added. ``confusion``, ``curves``,
+    ``title``: what was measured, text. ``figures``: what ``tunesmith.metrics`` returns (``classes``, ``entities.score``,
+    ``squad.score``), with single figures of any name added. ``confusion``, ``curves``,
     ``calibration`` and ``per_class`` or ``by_type`` are drawn where they are there. ``facts``: model, data, rows ... as a list;
     ``notes`` in it are lines for the top of the page, ``command`` is shown as typed.
 

@@ -1,1 +1,1 @@
-"""Data that tunesmith makes: python (rows with true answers from Python's own library)."""
+"""Generated data: ``python`` makes rows with true answers from Python's own library."""

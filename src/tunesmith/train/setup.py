@@ -380,6 +380,6 @@ def _merged_base(setup: Setup, out: Path) -> Folder:
             merge.write(folded, folder)
 
         files.publish_folder(
-            target, write, sum(p.numel() * p.element_size() for p in folded.plain.parameters())
+            target, write, sum(p.numel() * p.element_size() for p in folded.model.parameters())
         )
     return locate(target, setup.model_folder.remote_code)

@@ -1,4 +1,4 @@
-"""What is wrong with data before it is trained on: ``lint``, ``lint_pairs``, ``lint_judgements`` and ``balance``
-(unpaired preference), ``near_duplicates`` and ``minhash``,
-``contamination`` (training rows among evaluation rows), ``preview`` (the loss mask, shown).
+"""Checks of data before training: ``lint`` with ``lint_pairs``, ``lint_judgements`` and ``balance`` (unpaired
+preference), ``near_duplicates`` with ``minhash``, ``contamination`` (training rows among evaluation rows),
+``preview`` (the loss mask).
 """

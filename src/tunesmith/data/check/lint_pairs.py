@@ -1,13 +1,12 @@
-"""What `tunesmith data lint` says of answers that were compared: sides that are no use, pairs that repeat or contradict one
-another, and whether length alone tells which answer was chosen."""
+"""Findings of ``tunesmith data lint`` in files of preference pairs and rankings: unusable, repeated and
+contradicting pairs, and how often the longer answer is the preferred one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from tunesmith.data.formats.preference_fields import (
     DIFFERENT_ANSWERS,
@@ -17,28 +16,60 @@ from tunesmith.data.formats.preference_fields import (
 )
 from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Message, Ranking
+from tunesmith.json_types import JsonObject
 
 FIRST = 10
-"""Rows named of each kind."""
+"""Rows listed of each kind."""
 
-REFUSED = {DIFFERENT_ANSWERS: "equal", NONEMPTY_ANSWER: "empty", SAME_PROMPT: "prompts_differ"}
-"""Rows that are problems, by what was expected of them."""
+REFUSED = {ANOTHER: "equal", EMPTY_SIDE: "empty", SAME_PROMPT: "prompts_differ"}
+"""``expected`` of a refused row -> its kind."""
 
-SAID = {
+KINDS = {
     "equal": "with equal answers",
     "empty": "with an empty answer",
     "prompts_differ": "whose sides differ in their prompt",
     "duplicates": "that repeat an earlier pair",
     "contradictions": "that prefer what an earlier row rejects",
-    "against_scores": "whose scores say the contrary",
+    "against_scores": "whose scores contradict the preference",
 }
 
 
+class RowKinds:
+    """Counts of rows by the keys of ``kinds``, and where the first FIRST rows of each kind are."""
+
+    def __init__(self, kinds: Mapping[str, str]) -> None:
+        self.kinds = kinds
+        self.counts = dict.fromkeys(kinds, 0)
+        self.first: dict[str, list[str]] = {kind: [] for kind in kinds}
+
+    def count(self, kind: str, where: str) -> None:
+        self.counts[kind] += 1
+        if len(self.first[kind]) < FIRST:
+            self.first[kind].append(where)
+
+    def as_dict(self) -> JsonObject:
+        return {**self.counts, "first": {kind: places for kind, places in self.first.items() if places}}
+
+    def lines(self, path: str) -> list[str]:
+        """Return one line for each kind that occurs in the file ``path``."""
+        lines = []
+        for kind, count in self.counts.items():
+            if count:
+                places = "; ".join(place.replace(f"{path}:", "row ") for place in self.first[kind])
+                more = "; ..." if count > FIRST else ""
+                rows = "row" if count == 1 else "rows"
+                lines.append(f"  {count} {rows} {self.kinds[kind]}: {places}{more}")
+        return lines
+
+
 @dataclass
-class Pairs:
-    """Of one file. ``rows``: rankings that can be used; ``pairs``: two answers of one of them whose ranks differ. ``longer`` and
-    ``shorter``: pairs whose better answer is the longer or shorter one, in characters; ``better`` and ``worse``: characters of
-    all. ``counts``: rows of each kind in SAID; ``first``: where the first of them stand, and the row they are like."""
+class PairFindings:
+    """Counts of one file. A pair is two answers of one ranking whose ranks differ.
+
+    ``rows``             usable rankings
+    ``longer, shorter``  pairs whose better answer is the longer or the shorter one, in characters
+    ``better, worse``    characters of all better and all worse answers
+    """
 
     path: str
     role: str
@@ -48,56 +79,47 @@ class Pairs:
     shorter: int = 0
     better: int = 0
     worse: int = 0
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SAID, 0))
-    first: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in SAID})
+    kinds: RowKinds = field(default_factory=lambda: RowKinds(KINDS))
 
-    def refused(self, problem: RowProblem) -> None:
-        """Count a row that cannot be used, if it is one of the kinds in REFUSED."""
+    def count_refused(self, problem: RowProblem) -> None:
+        """Count an unusable row if it is of one of the kinds in REFUSED."""
         if problem.expected in REFUSED:
-            self._count(REFUSED[problem.expected], f"{self.path}:{problem.row}")
+            self.kinds.count(REFUSED[problem.expected], f"{self.path}:{problem.row}")
 
     def add(self, row: Ranking, number: int, seen: dict[bytes, str]) -> None:
-        """Count row ``number``. ``seen``: where each (prompt, better, worse) was read first, in this file and in others."""
+        """Count row ``number``. ``seen``: (prompt, better, worse) -> its first place in any file."""
         where = f"{self.path}:{number}"
         self.rows += 1
         lengths = [characters(answer) for answer in row.answers]
         answers = [answer_digest(answer) for answer in row.answers]
         prompt = answer_digest(row.prompt)
-        found: dict[str, str] = {}
+        kinds: dict[str, str] = {}
         for better, worse in row.pairs():
             self.pairs += 1
             self.longer += lengths[better] > lengths[worse]
             self.shorter += lengths[better] < lengths[worse]
             self.better += lengths[better]
             self.worse += lengths[worse]
-            key, reverse = (
-                prompt + answers[better] + answers[worse],
-                prompt + answers[worse] + answers[better],
-            )
-            for kind, other in (("duplicates", seen.get(key)), ("contradictions", seen.get(reverse))):
-                if other is not None and other != where:
-                    found.setdefault(kind, f"{where} and {other}")
+            key = prompt + answers[better] + answers[worse]
+            reverse = prompt + answers[worse] + answers[better]
+            for kind, earlier in ("duplicates", seen.get(key)), ("contradictions", seen.get(reverse)):
+                if earlier is not None and earlier != where:
+                    kinds.setdefault(kind, f"{where} and {earlier}")
             if row.scores is not None and row.scores[better] < row.scores[worse]:
-                found.setdefault("against_scores", where)
+                kinds.setdefault("against_scores", where)
             seen.setdefault(key, where)
-        for kind, place in found.items():
-            self._count(kind, place)
+        for kind, place in kinds.items():
+            self.kinds.count(kind, place)
 
-    def _count(self, kind: str, where: str) -> None:
-        self.counts[kind] += 1
-        if len(self.first[kind]) < FIRST:
-            self.first[kind].append(where)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able; shares and means are None where there is no pair."""
+    def as_dict(self) -> JsonObject:
+        """Return the counts as JSON; shares and means are None where there is no pair."""
         unequal = self.longer + self.shorter
         return {
             "path": self.path,
             "role": self.role,
             "rows": self.rows,
             "pairs": self.pairs,
-            **self.counts,
-            "first": {kind: places for kind, places in self.first.items() if places},
+            **self.kinds.as_dict(),
             "longer_chosen": self.longer / unequal if unequal else None,
             "as_long": self.pairs - unequal,
             "characters_chosen": self.better / self.pairs if self.pairs else None,
@@ -105,28 +127,22 @@ class Pairs:
         }
 
     def lines(self) -> list[str]:
-        """For people: how the lengths are, then each kind of row that there is."""
-        said = self.as_dict()
-        out = [f"{self.path}: {self.pairs} pairs in {self.rows} rows"]
-        if said["longer_chosen"] is not None:
-            out[0] += (
-                f"; of two answers the longer one is the better in {said['longer_chosen']:.1%} "
-                f"(characters on average: better {said['characters_chosen']:.0f}, worse {said['characters_rejected']:.0f})"
+        """Return the lengths, then one line for each kind of row that occurs."""
+        head = f"{self.path}: {self.pairs} pairs in {self.rows} rows"
+        if unequal := self.longer + self.shorter:
+            head += (
+                f"; where lengths differ, the longer answer is the better one in {self.longer / unequal:.1%} (mean "
+                f"characters: better {self.better / self.pairs:.0f}, worse {self.worse / self.pairs:.0f})"
             )
-        for kind, count in self.counts.items():
-            if count:
-                places = "; ".join(place.replace(f"{self.path}:", "row ") for place in self.first[kind])
-                places += "; ..." if count > FIRST else ""
-                out.append(f"  {count} {'row' if count == 1 else 'rows'} {SAID[kind]}: {places}")
-        return out
+        return [head, *self.kinds.lines(self.path)]
 
 
 def characters(answer: str | Sequence[Message]) -> int:
-    """How long an answer is: the characters of all that it says."""
+    """Return the number of characters of all turns of an answer."""
     return len(answer) if isinstance(answer, str) else sum(len(message["content"]) for message in answer)
 
 
-def answer_digest(said: str | Sequence[Message]) -> bytes:
-    """The same for all ways to write the same: the order of a turn's keys and the spaces around its text do not matter."""
-    written = json.dumps(strip_contents(said), sort_keys=True, default=str)
+def answer_digest(answer: str | Sequence[Message]) -> bytes:
+    """Return a digest that ignores the order of a turn's keys and the spaces around its text."""
+    written = json.dumps(bare(answer), sort_keys=True, default=str)
     return hashlib.blake2b(written.encode(), digest_size=8).digest()

@@ -6,66 +6,32 @@ import ast
 from collections.abc import Iterator, Sequence
 
 from tunesmith.data.read import library
-from tunesmith.data.read.library import (
-    Definition,
-    Function,
-    Module,
-    all_parameters,
-    dotted_name,
-    excerpt,
-    receiver,
-)
-from tunesmith.synth.python.wording import Candidate
+from tunesmith.data.read.library import Definition, Function, Module, dotted, excerpt, receiver
+from tunesmith.synth.python.wording import Candidate, table
 
-TOPICS = {
-    (
-        "networking",
-        "네트워크",
-    ): "socket ssl socketserver selectors http urllib ftplib imaplib poplib smtplib smtpd nntplib "
-    "telnetlib xmlrpc ipaddress asyncore asynchat wsgiref cgi cgitb nturl2path",
-    ("mail", "메일"): "email mailbox mailcap",
-    (
-        "text",
-        "텍스트",
-    ): "string textwrap re sre_compile sre_parse difflib stringprep shlex locale gettext html reprlib "
-    "pprint codecs",
-    (
-        "data formats",
-        "데이터 형식",
-    ): "json csv xml plistlib configparser tomllib base64 binascii quopri uu netrc struct "
-    "pickle pickletools xdrlib",
-    ("numbers", "숫자"): "decimal fractions statistics random numbers",
-    (
-        "files",
-        "파일",
-    ): "os pathlib shutil glob fnmatch tempfile filecmp fileinput stat posixpath ntpath genericpath "
-    "zipfile tarfile gzip bz2 lzma linecache zipapp",
-    (
-        "concurrency",
-        "동시성",
-    ): "asyncio threading multiprocessing concurrent queue sched subprocess contextvars",
-    (
-        "data types",
-        "자료형",
-    ): "collections datetime calendar heapq bisect enum dataclasses types weakref copy graphlib "
-    "zoneinfo uuid array",
-    (
-        "code analysis",
-        "코드 분석",
-    ): "ast dis inspect tokenize token symtable importlib pkgutil modulefinder runpy code "
-    "codeop py_compile compileall pyclbr opcode keyword zipimport",
-    (
-        "testing and debugging",
-        "테스트와 디버깅",
-    ): "unittest doctest pdb bdb cProfile profile pstats timeit trace traceback tracemalloc warnings logging",
-    (
-        "user interface",
-        "사용자 인터페이스",
-    ): "tkinter turtle curses cmd getpass argparse optparse getopt rlcompleter",
-}
-"""Topic in English and Korean: the modules and packages about it; those about several are in none."""
+TOPICS = table("""
+    networking|네트워크: socket ssl socketserver selectors http urllib ftplib imaplib poplib smtplib smtpd nntplib telnetlib
+    networking|네트워크: xmlrpc ipaddress asyncore asynchat wsgiref cgi cgitb nturl2path
+    mail|메일: email mailbox mailcap
+    text|텍스트: string textwrap re sre_compile sre_parse difflib stringprep shlex locale gettext html reprlib pprint codecs
+    data formats|데이터 형식: json csv xml plistlib configparser tomllib base64 binascii quopri uu netrc struct pickle
+    data formats|데이터 형식: pickletools xdrlib
+    numbers|숫자: decimal fractions statistics random numbers
+    files|파일: os pathlib shutil glob fnmatch tempfile filecmp fileinput stat posixpath ntpath genericpath zipfile tarfile
+    files|파일: gzip bz2 lzma linecache zipapp
+    concurrency|동시성: asyncio threading multiprocessing concurrent queue sched subprocess contextvars
+    data types|자료형: collections datetime calendar heapq bisect enum dataclasses types weakref copy graphlib zoneinfo
+    data types|자료형: uuid array
+    code analysis|코드 분석: ast dis inspect tokenize token symtable importlib pkgutil modulefinder runpy code codeop
+    code analysis|코드 분석: py_compile compileall pyclbr opcode keyword zipimport
+    testing and debugging|테스트와 디버깅: unittest doctest pdb bdb cProfile profile pstats timeit trace traceback
+    testing and debugging|테스트와 디버깅: tracemalloc warnings logging
+    user interface|사용자 인터페이스: tkinter turtle curses cmd getpass argparse optparse getopt rlcompleter
+""")
+"""Topic in English|Korean -> modules and packages about it. A module about several topics is in none."""
 
-TOPIC_OF = {module: topic for topic, names in TOPICS.items() for module in names.split()}
+TOPIC_OF = {module: key.split("|") for key, lines in TOPICS.items() for module in " ".join(lines).split()}
+"""Module or package -> its topic in English and Korean."""
 
 CONSTRUCTS: dict[str, tuple[str, tuple[type[ast.AST], ...]]] = {
     "recursion": ("재귀", ()),
@@ -83,12 +49,12 @@ CONSTRUCTS: dict[str, tuple[str, tuple[type[ast.AST], ...]]] = {
     "default value": ("기본값", ()),
     "condition": ("조건문", (ast.If, ast.IfExp)),
 }
-"""Construct: its Korean name and its nodes. Rarer ones first: a row is drawn as one of its first label."""
+"""Construct -> its Korean name and its nodes. Rarer ones first: the first construct of a row is its group."""
 
 
 def topic(module: str) -> str:
-    """The English topic of a module: that of its package; "" where the table does not have it."""
-    return TOPIC_OF.get(module.partition(".")[0], ("",))[0]
+    """Return the English topic of a module, by its package; "" where the table lacks it."""
+    return TOPIC_OF.get(module.partition(".")[0], [""])[0]
 
 
 def classify(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
@@ -100,27 +66,24 @@ def classify(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
 
 
 def multilabel(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
-    """Real: the text is a function of the library; its labels are read off its syntax tree."""
+    """Real: the text is a function of the library; the labels are the constructs in its syntax tree."""
     for item in module.definitions:
         code = excerpt(item)
         if code and isinstance(item.node, Function):
             nodes = [*ast.walk(item.node)][1:]
-            beyond = {
-                "recursion": _recursive(item, nodes),
-                "decorator": bool(item.node.decorator_list),
-                "string formatting": any(map(_formats, nodes)),
-                "default value": any(one.default for one in all_parameters(item.node)),
-            }
             types = {type(node) for node in nodes}
-            found = {name for name, (_, kinds) in CONSTRUCTS.items() if types.intersection(kinds)}
-            found |= {name for name, occurs in beyond.items() if occurs}
-            names = [(name, korean) for name, (korean, _) in CONSTRUCTS.items() if name in found]
-            labels = [pair[lang == "ko"] for pair in names]
+            occurs = {name: not types.isdisjoint(kinds) for name, (_, kinds) in CONSTRUCTS.items()}
+            occurs["recursion"] = _is_recursive(item, nodes)
+            occurs["decorator"] = bool(item.node.decorator_list)
+            occurs["string formatting"] |= any(map(_formats_string, nodes))
+            occurs["default value"] = any(one.default for one in library.all_parameters(item.node))
+            names = [name for name in CONSTRUCTS if occurs[name]]
+            labels = [CONSTRUCTS[name][0] for name in names] if lang == "ko" else names
             yield Candidate(next(iter(labels), "none"), item.name, {"text": code.text, "labels": labels})
 
 
-def _recursive(item: Definition, nodes: Sequence[ast.AST]) -> bool:
-    """Whether the function, or one within it, calls itself by its name; a method through its own object."""
+def _is_recursive(item: Definition, nodes: Sequence[ast.AST]) -> bool:
+    """Return whether the function, or one inside it, calls itself; a method through its own object."""
     itself = item.short if item.kind == "function" else f"{receiver(item)}.{item.short}"
     inner = [(node, node.name) for node in nodes if isinstance(node, Function)]
     return any(
@@ -130,8 +93,8 @@ def _recursive(item: Definition, nodes: Sequence[ast.AST]) -> bool:
     )
 
 
-def _formats(node: ast.AST) -> bool:
-    """``"...".format`` or ``"..." % ...``."""
+def _formats_string(node: ast.AST) -> bool:
+    """Return whether the node is ``"...".format`` or ``"..." % ...``."""
     if isinstance(node, ast.BinOp):
         text = node.left if isinstance(node.op, ast.Mod) else None
     else:

@@ -1,6 +1,7 @@
-"""Draws rows of a kind: module by module in an order that the seed gives, evenly from groups, no row twice.
+"""Draw rows of one kind: module by module in a seeded order, evenly over the groups, no row twice.
 
-A pure function of kind, language, seed, split and the Python that runs; reads no more modules than rows need.
+The rows are a pure function of kind, language, seed, split and the running Python. No more modules are read
+than needed.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from tunesmith.data.read.library import Module, modules, read_module
 from tunesmith.errors import UserError
+from tunesmith.json_types import JsonObject
 from tunesmith.synth.python.classify import classify, multilabel, topic
 from tunesmith.synth.python.preferences import judged, preferences
 from tunesmith.synth.python.questions import NO_ANSWER, docstrings, instructions, qa
@@ -25,21 +26,21 @@ from tunesmith.synth.python.wording import Candidate, number
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of rows. ``make(module, lang, seed)`` yields all rows of a module; its docstring says what is real.
+    """A kind of rows. ``make(module, lang, seed)`` yields all rows of a module.
 
-    ``labels``: what the summary counts of a row, None = its group. ``stratum`` of a module's name: modules are
-    read and held out evenly from all strata; "" = not used. The encodings, tables that are all alike, are not.
-    ``unanswerable``: some rows are questions without an answer, whose share a user chooses.
+    ``labels``: the labels of a row that the summary counts; None = its group. ``stratum(name of a module)``:
+    modules are read and held out evenly from all strata; "" = not used (``encodings`` holds tables that are
+    all alike). ``unanswerable``: some rows are questions without an answer, whose share the user sets.
     """
 
     make: Callable[[Module, str, int], Iterator[Candidate]]
-    labels: Callable[[dict[str, Any]], list[str]] | None = None
+    labels: Callable[[JsonObject], list[str]] | None = None
     stratum: Callable[[str], str] = lambda module: "" if module.startswith("encodings") else "all"
     unanswerable: bool = False
 
     @property
     def about(self) -> str:
-        """What of a row is real and what is made up."""
+        """Return which parts of a row are real and which are made up: the docstring of ``make``."""
         return inspect.getdoc(self.make) or ""
 
 
@@ -50,59 +51,61 @@ KINDS = {
     "judged": Kind(judged),
     "classify": Kind(classify, stratum=topic),
     "multilabel": Kind(multilabel, labels=lambda row: row["labels"] or ["none"]),
-    "tag": Kind(tag, labels=lambda row: [one[2:] for one in row["ner_tags"] if one[0] == "B"] or ["-"]),
+    "tag": Kind(tag, labels=lambda row: [name[2:] for name in row["ner_tags"] if name[0] == "B"] or ["-"]),
     "qa": Kind(qa, unanswerable=True),
 }
 
 SPLITS = ("train", "test")
 
 HELD_OUT = 5
-"""One module in so many is for testing."""
+"""One module in this many is for testing."""
 
 AHEAD = 600
-"""Rows held while the modules are read, so that rows of one module do not follow one another."""
+"""Rows held back while modules are read, so that rows of one module are spread."""
 
 Pool = dict[str, list[Candidate]]
 Progress = Callable[[int, int], None]
-"""Called with the modules read so far and how many there are."""
+"""Called with the modules read so far and their total number."""
 
 
 def draw(
     name: str, rows: int, seed: int, lang: str, split: str | None, no_answer: float, on_progress: Progress
 ) -> list[Candidate]:
-    """``rows`` rows of a kind, in an order that the seed gives. Raises UserError when fewer exist.
+    """Return ``rows`` rows of a kind in a seeded order. Raises UserError when fewer exist.
 
-    ``split``: "train" or "test", whose modules are never the same and share no row; None = all modules.
+    ``split``: "train" or "test", which share no module and no row; None = all modules.
     ``no_answer``: the share of questions that their context does not answer.
     """
-    missing = round(rows * no_answer)
-    none: list[Candidate] = []
-    some: list[Candidate] = []
-    for one in stream(KINDS[name], lang, seed, split, on_progress):
-        (none if one.group.startswith(NO_ANSWER) else some).append(one)
-        if len(none) >= missing and len(some) >= rows - missing:
+    wanted = round(rows * no_answer)
+    unanswerable: list[Candidate] = []
+    answerable: list[Candidate] = []
+    for row in stream(KINDS[name], lang, seed, split, on_progress):
+        (unanswerable if row.group.startswith(NO_ANSWER) else answerable).append(row)
+        if len(unanswerable) >= wanted and len(answerable) >= rows - wanted:
             break
     else:
-        shares = ((count, round(count * no_answer)) for count in range(len(none) + len(some), -1, -1))
-        most = next(count for count, share in shares if share <= len(none) and count - share <= len(some))
+        counts = range(len(unanswerable) + len(answerable), -1, -1)
+        shares = ((count, round(count * no_answer)) for count in counts)
+        most = next(n for n, none in shares if none <= len(unanswerable) and n - none <= len(answerable))
         where = f" in the modules for {split}" if split else ""
-        where += f" with --no-answer {no_answer:g}" if none else ""
-        found = f"{name}: --rows is {rows}, but this Python's library gives {most}{where}."
-        raise UserError(f"{found} Type --rows {most}, or fewer.")
-    chosen = [*none[:missing], *some[: rows - missing]]
-    random.Random(f"{seed}:rows").shuffle(chosen)
-    return chosen
+        where += f" with --no-answer {no_answer:g}" if unanswerable else ""
+        raise UserError(
+            f"{name}: --rows is {rows}, but this Python's library gives {most}{where}. Type --rows {most}, or fewer."
+        )
+    drawn = [*unanswerable[:wanted], *answerable[: rows - wanted]]
+    random.Random(f"{seed}:rows").shuffle(drawn)
+    return drawn
 
 
 def stream(
     kind: Kind, lang: str, seed: int, split: str | None, on_progress: Progress = lambda done, total: None
 ) -> Iterator[Candidate]:
-    """Every row of a kind, once; each from the group of which fewest have come, of the modules read so far."""
+    """Yield every row of a kind once, from the group with the fewest rows so far among the modules read."""
     order = random.Random(f"{seed}:modules")
     seen: set[str] = set()
-    if split == "test":  # what also stands in a module to train on is no test
+    if split == "test":  # a row that a training module also gives is no test
         training = map(read_module, chain(*strata(kind, "train")))
-        seen = {_key(one) for module in training for one in kind.make(module, lang, seed)}
+        seen = {_key(row) for module in training for row in kind.make(module, lang, seed)}
     places: list[tuple[float, str]] = []  # a random order that runs through each stratum at an even pace
     for names in strata(kind, split):
         order.shuffle(names)
@@ -112,40 +115,40 @@ def stream(
     later: list[Candidate] = []
     for done, (_, name) in enumerate(sorted(places), 1):
         subjects: dict[str, list[Candidate]] = defaultdict(list)
-        for one in kind.make(read_module(name), lang, seed):
-            if _key(one) not in seen:
-                seen.add(_key(one))
-                subjects[one.about].append(one)
-        for some in subjects.values():  # one of each for now: of the group that has the fewest
-            some.sort(key=lambda one: (drawn[one.group] + len(pool[one.group]), one.group))
-            first, *others = some
+        for row in kind.make(read_module(name), lang, seed):
+            if _key(row) not in seen:
+                seen.add(_key(row))
+                subjects[row.about].append(row)
+        for candidates in subjects.values():  # for now one of each subject: of the group with the fewest rows
+            candidates.sort(key=lambda row: (drawn[row.group] + len(pool[row.group]), row.group))
+            first, *others = candidates
             pool[first.group].append(first)
             later += others
         on_progress(done, len(places))
-        yield from _drawn(pool, drawn, order, AHEAD)
-    for one in later:
-        pool[one.group].append(one)
-    yield from _drawn(pool, drawn, order, 0)
+        yield from _draw_from_pool(pool, drawn, order, AHEAD)
+    for row in later:
+        pool[row.group].append(row)
+    yield from _draw_from_pool(pool, drawn, order, 0)
 
 
-def _drawn(pool: Pool, drawn: Counter[str], order: random.Random, left: int) -> Iterator[Candidate]:
-    """Rows out of the pool until ``left`` of them stay."""
+def _draw_from_pool(pool: Pool, drawn: Counter[str], order: random.Random, left: int) -> Iterator[Candidate]:
+    """Draw rows until ``left`` of them remain."""
     for _ in range(sum(map(len, pool.values())) - left):
         group = min((name for name, rows in pool.items() if rows), key=lambda name: (drawn[name], name))
         drawn[group] += 1
         yield pool[group].pop(order.randrange(len(pool[group])))
 
 
-def _key(one: Candidate) -> str:
-    """What may not come twice: all columns but the last, which is the answer."""
-    return json.dumps([*one.row.values()][:-1])
+def _key(row: Candidate) -> str:
+    """Return what may not occur twice: all columns but the last, which is the answer."""
+    return json.dumps([*row.row.values()][:-1])
 
 
 def strata(kind: Kind, split: str | None) -> list[list[str]]:
-    """The modules of a split by stratum. Which are held out depends on the names of the modules alone."""
-    found: dict[str, list[str]] = defaultdict(list)
+    """Return the modules of a split by stratum. The names of the modules alone decide which are held out."""
+    strata: dict[str, list[str]] = defaultdict(list)
     for name in sorted(modules(), key=lambda name: (number(name), name)):
-        found[kind.stratum(name)].append(name)
-    unused = {"train": {HELD_OUT - 1}, "test": {*range(HELD_OUT - 1)}, None: set[int]()}[split]
-    used = [found[stratum] for stratum in sorted(found) if stratum]
-    return [[name for place, name in enumerate(names) if place % HELD_OUT not in unused] for names in used]
+        strata[kind.stratum(name)].append(name)
+    excluded = {"train": {HELD_OUT - 1}, "test": {*range(HELD_OUT - 1)}, None: set[int]()}[split]
+    used = [strata[stratum] for stratum in sorted(strata) if stratum]
+    return [[name for place, name in enumerate(names) if place % HELD_OUT not in excluded] for names in used]

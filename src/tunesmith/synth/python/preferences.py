@@ -1,6 +1,6 @@
-"""A prompt with a true answer and a wrong one, as pairs (preferences) or one by one (judged).
+"""Prompts with a true and a wrong answer, as pairs (preferences) or one by one (judged).
 
-Which of the two is longer says nothing about which is true.
+The length of an answer does not tell whether it is true.
 """
 
 from __future__ import annotations
@@ -17,77 +17,79 @@ STRANGERS = {
     "parameters": "path value name timeout key encoding flags callback size default x n mode",
     "exceptions": "ValueError TypeError KeyError OSError RuntimeError AttributeError IndexError EOFError",
 }
-"""By task, what the true answer may be mistaken for."""
+"""Task -> plausible wrong names."""
 
 
 def preferences(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
     """Real: the code, the docstrings, every fact of a chosen answer. Made up: the questions, the sentences
-    around facts, and every rejected answer: another's docstring, one cut off, a wrong value, list or exception."""
-    told = {row["instruction"]: (item, row["response"]) for item, row in docstrings(module, lang)}
-    whole = {asked: one for asked, one in told.items() if 40 <= len(one[1]) <= 400 and one[1][-1] in ".!?"}
+    around facts, and every rejected answer: another's docstring, one cut off, a wrong value, list or
+    exception."""
+    rows = {row["instruction"]: (item, row["response"]) for item, row in docstrings(module, lang)}
+    whole = {asked: row for asked, row in rows.items() if 40 <= len(row[1]) <= 400 and row[1][-1] in ".!?"}
     for asked, (item, text) in whole.items():
         others = [other for one, other in whole.values() if one.kind == item.kind and _differ(text, other)]
-        flaws = {"another's docstring": others, "cut off": _cut(item, text, seed)}
+        flaws = {"another's docstring": others, "cut off": _cut_off(item, text, seed)}
         flaw = pick([name for name, wrong in flaws.items() if wrong] or ["cut off"], seed, item.name)
         yield from _pair(flaw, asked, text, flaws[flaw], item, seed)
     for item in module.definitions:
         for fact in facts(item):
             if fact.task in STRANGERS and fact.values:
-                false = [answer(fact, values, lang) for values in _wrong(fact, item, seed)]
+                wrong = [answer(fact, values, lang) for values in _wrong_values(fact, item, seed)]
                 asked = f"{question(fact, item, lang, seed)}\n\n{fact.code}"
-                yield from _pair(fact.task, asked, answer(fact, fact.values, lang), false, item, seed)
+                yield from _pair(fact.task, asked, answer(fact, fact.values, lang), wrong, item, seed)
 
 
 def judged(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
     """Real: the code, the docstrings, every fact of a good answer. Made up: the questions, the sentences
     around facts, and every bad answer: another's docstring, one cut off, a wrong value, list or exception."""
     for group, about, row in preferences(module, lang, seed):
-        for name, label in ("chosen", True), ("rejected", False):
+        for name, label, word in ("chosen", True, "good"), ("rejected", False, "bad"):
             judgement = {"prompt": row["instruction"], "completion": row[name], "label": label}
-            yield Candidate(f"{group}, {'good' if label else 'bad'}", about, judgement)
+            yield Candidate(f"{group}, {word}", about, judgement)
 
 
-def _wrong(fact: Fact, item: Definition, seed: int) -> list[tuple[str, ...]]:
-    """Other defaults; lists with a name too many, of another name or left out."""
+def _wrong_values(fact: Fact, item: Definition, seed: int) -> list[tuple[str, ...]]:
+    """Return other defaults; or lists with one name added, replaced or left out."""
     strange = [name for name in STRANGERS[fact.task].split() if name not in fact.values]
     if fact.task == "default":
         value = ast.parse(fact.values[0], mode="eval").body
-        known = isinstance(value, ast.Constant)  # what a name stands for may be the same value
-        return [(name,) for name in strange if known and ast.literal_eval(name) != ast.literal_eval(value)]
+        if not isinstance(value, ast.Constant):  # a name may stand for an equal value
+            return []
+        return [(name,) for name in strange if ast.literal_eval(name) != ast.literal_eval(value)]
     place = number(seed, item.name, "place") % len(fact.values)
     before, after = fact.values[:place], fact.values[place:]
-    some = strange[number(seed, item.name) % 4 :: 4]
-    out = [(*before, some[0], *after), *((*before, name, *after[1:]) for name in some)]
-    return [*out, (*before, *after[1:])] if len(fact.values) > 1 else out
+    names = strange[number(seed, item.name) % 4 :: 4]
+    wrong = [(*before, names[0], *after), *((*before, name, *after[1:]) for name in names)]
+    return [*wrong, (*before, *after[1:])] if len(fact.values) > 1 else wrong
 
 
 def _differ(text: str, other: str) -> bool:
-    """Whether two docstrings say different things: they share less than half of their words."""
-    one, two = set(text.lower().split()), set(other.lower().split())
-    return 2 * len(one & two) < min(len(one), len(two))
+    """Return whether two docstrings share less than half of their words."""
+    a, b = set(text.lower().split()), set(other.lower().split())
+    return 2 * len(a & b) < min(len(a), len(b))
 
 
-def _cut(item: Definition, text: str, seed: int) -> list[str]:
-    """The docstring cut off within a sentence: within its first paragraph, and within a later one."""
+def _cut_off(item: Definition, text: str, seed: int) -> list[str]:
+    """Return the docstring cut off within a sentence: in its first paragraph, and in a later one."""
     whole = " ".join(paragraphs(item.doc))
-    out = []
-    further = min(len(whole) - 12, 3 * len(text))
-    for shortest, longest in ((len(text) // 3, len(text) - 12), (len(text) + 20, further)):
+    cut = []
+    longest_later = min(len(whole) - 12, 3 * len(text))
+    for shortest, longest in (len(text) // 3, len(text) - 12), (len(text) + 20, longest_later):
         places = [n for n in range(shortest, longest) if whole[n] == " " and whole[n - 1].isalpha()]
         if places:
-            out.append(whole[: pick(places, seed, item.name, shortest)])
-    return out
+            cut.append(whole[: pick(places, seed, item.name, shortest)])
+    return cut
 
 
 def _pair(
     flaw: str, prompt: str, chosen: str, wrong: Sequence[str], item: Definition, seed: int
 ) -> Iterator[Candidate]:  # fmt: skip
-    """One of the wrong answers that are longer or of those that are shorter, as the toss of a coin says."""
+    """Yield a pair with one of the longer or one of the shorter wrong answers, as a coin decides."""
     sides = {"longer": [text for text in wrong if len(text) > len(chosen)]}
     sides["shorter"] = [text for text in wrong if len(text) < len(chosen)]
-    there = [side for side, texts in sides.items() if texts]
-    if there:
-        side = pick(there, seed, item.name, flaw, "side")
+    possible = [side for side, texts in sides.items() if texts]
+    if possible:
+        side = pick(possible, seed, item.name, flaw, "side")
         near = sorted(sides[side], key=lambda text: (abs(len(text) - len(chosen)), text))[:4]
         row = {"instruction": prompt, "chosen": chosen, "rejected": pick(near, seed, item.name, flaw)}
         yield Candidate(f"{flaw}, {side}", item.name, row)

@@ -1,4 +1,4 @@
-"""Tokens of sentences and lines of code, and what each of them names (BIO), as the syntax tree says."""
+"""Tokens of sentences and lines of code, with BIO tags for the code names in them (from the syntax tree)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tunesmith.data.read.library import Definition, Function, Module, dotted_nam
 from tunesmith.synth.python.wording import Candidate, number, table
 
 Entity = tuple[int, int, str]
-"""Characters [start, end) of a text, and what they name."""
+"""(start, end, kind): the characters [start, end) of a text name something of this kind."""
 
 KINDS = {
     "EXCEPTION": "예외",
@@ -22,7 +22,7 @@ KINDS = {
     "FUNCTION": "함수",
     "PARAM": "매개변수",
 }
-"""With their Korean names. The rarer ones first: a row is drawn as one of its rarest entity."""
+"""Kind -> its Korean name. The rarer ones first: the rarest entity of a row is its group."""
 
 SENTENCES = table("""
     ko: {MODULE} 모듈의 {FUNCTION} 함수는 {PARAM} 매개변수를 받습니다.
@@ -45,7 +45,7 @@ SENTENCES = table("""
     ko: {FAULT} 예외는 {MODULE} 모듈에 정의되어 있습니다.
     ko: {MODULE} 모듈을 쓸 때는 {FAULT} 예외에 대비하세요.
 """)["ko"]
-"""Every name stands before a Korean noun or a space, so that no particle depends on how it is read aloud."""
+"""A Korean noun or a space follows every name, so that no particle depends on how the name is read aloud."""
 
 QUOTES = "`'\"*"
 SLOTS = {"METHOD": "FUNCTION", "FAULT": "EXCEPTION", "REQUIRED": "PARAM", "NEXT": "PARAM", "NUMERIC": "PARAM"}
@@ -53,7 +53,7 @@ SLOTS = {"METHOD": "FUNCTION", "FAULT": "EXCEPTION", "REQUIRED": "PARAM", "NEXT"
 PROSE = re.compile(r"[A-Z`'\"*][^|#@]*[.!?]")
 TOKEN = re.compile(r"\d+\.\d+|\w+|[^\w\s]")
 PRODUCTS = ("Tk", "Tix")
-"""Classes that share their name with what they belong to."""
+"""Classes with the name of the product that they belong to."""
 
 NUMBER = r"(?<![\w.\-/:])(?:0x[0-9a-fA-F]+|\d+(?:\.\d+)?)(?![\w\-/:]|\.\d)"
 WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*|" + NUMBER)
@@ -65,24 +65,26 @@ NUMBER_IN_NAME = re.compile(
 
 
 class UnsureError(Exception):
-    """A word of a sentence may be a name or a mere word, so that its tag would be a guess."""
+    """A word of a sentence may be a name or an ordinary word, so that its tag would be a guess."""
 
 
 def tag(module: Module, lang: str, seed: int) -> Iterator[Candidate]:
-    """Real: sentences of docstrings and lines of code; the tags are read off the syntax tree of their module.
-    Sentences in which a word may be a name or a mere word are left out. Korean ones are made up around real facts."""
+    """Real: sentences of docstrings and lines of code; the tags come from the syntax tree of their module.
+    Sentences with a word that may be a name or an ordinary word are left out. Korean sentences are made up
+    around real facts."""
     for text, entities in _korean(module, seed) if lang == "ko" else _english(module):
-        shown = [(start, end, KINDS[kind] if lang == "ko" else kind) for start, end, kind in entities]
-        tokens, tags = bio(text, shown)
-        rarest = [kind for kind in KINDS if any(kind == one for *_, one in entities)]
+        named = [(start, end, KINDS[kind] if lang == "ko" else kind) for start, end, kind in entities]
+        tokens, tags = bio(text, named)
+        present = {kind for *_, kind in entities}
         if 3 <= len(tokens) <= 45:
-            of_code = lang == "en" and text[0].islower()  # sentences begin with a capital letter
-            group = "line of code" if of_code else next(iter(rarest), "nothing named")
+            is_code = lang == "en" and text[0].islower()  # sentences begin with a capital letter
+            rarest = next((kind for kind in KINDS if kind in present), "nothing named")
+            group = "line of code" if is_code else rarest
             yield Candidate(group, text, {"tokens": tokens, "ner_tags": tags})
 
 
 def bio(text: str, entities: list[Entity]) -> tuple[list[str], list[str]]:
-    """Tokens of a text and a tag for each: B- where an entity begins, I- within it, O elsewhere."""
+    """Return the tokens of a text and their tags: B- where an entity begins, I- inside it, O elsewhere."""
     tokens, tags = [], []
     for match in TOKEN.finditer(text):
         inside = next(((start, kind) for start, end, kind in entities if start <= match.start() < end), None)
@@ -93,10 +95,23 @@ def bio(text: str, entities: list[Entity]) -> tuple[list[str], list[str]]:
 
 def _english(module: Module) -> Iterator[tuple[str, list[Entity]]]:
     shared = names(module)
-    for item in module.definitions if module.text else ():  # of what is written in C no parameter is known
+    yield from _sentences(module, shared)
+    nodes: list[ast.AST] = [
+        node for node in ast.walk(module.tree) if isinstance(node, ast.Import | ast.Raise)
+    ]
+    nodes += [item.node for item in module.definitions if item.kind in ("class", "function", "method")]
+    for node in (node for node in nodes if isinstance(node, ast.stmt)):  # definitions in C have no statement
+        line = module.lines[node.lineno - 1].strip()
+        if number(line) % 3 == 0 and (entities := _code_entities(node, line, shared)):
+            yield line, entities
+
+
+def _sentences(module: Module, shared: Mapping[str, str]) -> Iterator[tuple[str, list[Entity]]]:
+    """Yield the sentences of docstrings in which every word surely is or is not a name."""
+    for item in module.definitions if module.text else ():  # modules in C have no known parameters
         taken = {one.name for one in library.parameters(item)}
         known = {**shared, **{name: "?" if name in shared else "PARAM" for name in taken}}
-        for sentence in (one for part in library.paragraphs(item.doc) for one in library.sentences(part)):
+        for sentence in (text for part in library.paragraphs(item.doc) for text in library.sentences(part)):
             if PROSE.fullmatch(sentence) and not re.search(r">>>|\s[-*:+]\s", sentence):
                 try:
                     entities = mentions(sentence, known)
@@ -104,16 +119,10 @@ def _english(module: Module) -> Iterator[tuple[str, list[Entity]]]:
                     continue
                 if entities or number(sentence) % 3 == 0:  # most sentences name nothing
                     yield sentence, entities
-    nodes: list[ast.AST] = [one for one in ast.walk(module.tree) if isinstance(one, ast.Import | ast.Raise)]
-    nodes += [one.node for one in module.definitions if one.kind in ("class", "function", "method")]
-    for node in nodes:
-        line = module.lines[node.lineno - 1].strip() if isinstance(node, ast.stmt) else ""
-        if number(line) % 3 == 0 and (entities := _in_code(node, line, shared)):
-            yield line, entities
 
 
 def names(module: Module) -> dict[str, str]:
-    """What each name is in the documentation of a module; "?" where it is two things."""
+    """Return what each name means in the documentation of a module; "?" where it has two meanings."""
     known = dict.fromkeys([*library.modules(), *sys.stdlib_module_names], "MODULE")
     errors = exceptions(module)
     found = [(name, "EXCEPTION") for name in errors]
@@ -129,109 +138,134 @@ def names(module: Module) -> dict[str, str]:
 
 
 def mentions(sentence: str, known: Mapping[str, str]) -> list[Entity]:
-    """The entities of a sentence. Raises UnsureError where the words do not say whether a name is meant.
-
-    A word is a name when it is written as one: in quotes, before parentheses, with a dot, an underscore or a
-    capital letter within it, or next to a word that says what it is (``the socket module``). Methods are called
-    by verbs, which stay words.
-    """
-    found: list[Entity] = []
+    """Return the entities of a sentence. Raises UnsureError when a word may or may not be a name."""
+    entities: list[Entity] = []
     for match in WORD.finditer(sentence):
         word, before, after = match.group(), sentence[: match.start()], sentence[match.end() :]
         kind = "NUMBER" if word[0].isdigit() else known.get(word, "")
-        quoted = before[-1:] in QUOTES and after[:1] in QUOTES and before != "" and after != ""
-        inner = re.search(r"_|\.|[a-z][A-Z]|[A-Z]{2}[a-z]", word)
-        written = quoted or inner or re.match(r"\((?!e?s\))", after)
-        if kind == "NUMBER":
-            sure, doubtful = True, bool(NUMBER_IN_NAME.search(before))
-        elif kind in ("", "PROPERTY"):
-            sure, doubtful = False, bool(written)
-        else:
-            capital = kind in ("CLASS", "EXCEPTION") and word[0].isupper() and before and word not in PRODUCTS
-            beside = KIND_BEHIND.match(after) and kind != "MODULE" and (kind == "PARAM" or not word.islower())
-            of_module = kind == "MODULE" and before.lower().endswith("the ") and after.startswith(" module")
-            sure = bool(written or capital or beside or of_module)
-            part = not written and "-" in (before[-1:], after[:1])
-            other = NO_CODE_BEHIND.match(after) is not None
-            doubtful = kind == "?" or part or other or (not sure and kind != "METHOD")
-        if doubtful:
-            raise UnsureError
-        if sure:
-            found.append((*match.span(), "FUNCTION" if kind == "METHOD" else kind))
-    return found
+        if _is_name(word, kind, before, after):
+            entities.append((*match.span(), "FUNCTION" if kind == "METHOD" else kind))
+    return entities
 
 
-def _in_code(node: ast.AST, line: str, known: Mapping[str, str]) -> list[Entity]:
-    """What the names in the first line of a statement are; [] where the tree does not say it of each."""
-    named = isinstance(node, ast.ClassDef | Function)
-    if not isinstance(node, ast.stmt) or not line.isascii() or "#" in line:
+def _is_name(word: str, kind: str, before: str, after: str) -> bool:
+    """Return whether a word between two texts is a name. Raises UnsureError when that is unclear.
+
+    A word is a name when it is written as one, or next to its kind (``the socket module``). Methods are often
+    named by verbs, which stay ordinary words.
+    """
+    written = _is_written_as_name(word, before, after)
+    if kind == "NUMBER":
+        sure, doubtful = True, bool(NUMBER_IN_NAME.search(before))
+    elif kind in ("", "PROPERTY"):
+        sure, doubtful = False, written
+    else:
+        capital = kind in ("CLASS", "EXCEPTION") and word[0].isupper() and before and word not in PRODUCTS
+        may_follow = kind == "PARAM" or (kind != "MODULE" and not word.islower())
+        next_to_kind = may_follow and KIND_BEHIND.match(after)
+        of_module = kind == "MODULE" and before.lower().endswith("the ") and after.startswith(" module")
+        sure = bool(written or capital or next_to_kind or of_module)
+        hyphenated = not written and "-" in (before[-1:], after[:1])
+        no_code = NO_CODE_BEHIND.match(after) is not None
+        doubtful = kind == "?" or hyphenated or no_code or (not sure and kind != "METHOD")
+    if doubtful:
+        raise UnsureError
+    return sure
+
+
+def _is_written_as_name(word: str, before: str, after: str) -> bool:
+    """Return whether a word is in quotes, before parentheses, or has a dot, underscore or capital inside."""
+    if before and after and before[-1] in QUOTES and after[0] in QUOTES:
+        return True
+    return bool(re.search(r"_|\.|[a-z][A-Z]|[A-Z]{2}[a-z]", word) or re.match(r"\((?!e?s\))", after))
+
+
+def _code_entities(node: ast.stmt, line: str, known: Mapping[str, str]) -> list[Entity]:
+    """Return the entities in a statement's first line; [] unless the tree tells the kind of every name."""
+    if not line.isascii() or "#" in line:
         return []
-    if not (line.endswith(":") if named else node.lineno == node.end_lineno):
-        return []  # goes on behind the line
-    marks = node.decorator_list if isinstance(node, ast.ClassDef | Function) else []
-    parts = [one for one in ast.iter_child_nodes(node) if not isinstance(one, ast.stmt) and one not in marks]
-    found: list[Entity] = []
+    defines = isinstance(node, ast.ClassDef | Function)
+    if not (line.endswith(":") if defines else node.lineno == node.end_lineno):
+        return []  # the statement continues on another line
+    entities: list[Entity] = []
+    marks: list[ast.expr] = []
     if isinstance(node, ast.ClassDef | Function):
-        start = line.index(f" {node.name}") + 1
+        marks, start = node.decorator_list, line.index(f" {node.name}") + 1
         kind = "FUNCTION" if isinstance(node, Function) else known[node.name]
-        found.append((start, start + len(node.name), kind))
-    for one in (inner for part in parts for inner in ast.walk(part)):
-        match one:
-            case ast.arg(arg=name):
-                kind = "PARAM"
-            case ast.alias(name=name, asname=None):
-                kind = "MODULE"
-            case ast.Name(id=name):
-                kind = known[name] if known.get(name) in ("CLASS", "EXCEPTION") else ""
-            case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
-                name, kind = repr(value), "NUMBER"
-            case ast.Constant() | ast.Call() | ast.arguments() | ast.expr_context():
-                continue
-            case _:
-                return []
+        entities.append((start, start + len(node.name), kind))
+    parts = (part for part in ast.iter_child_nodes(node) if not isinstance(part, ast.stmt))
+    for one in (inner for part in parts if part not in marks for inner in ast.walk(part)):
+        named = _name_and_kind(one, known)
+        if named is None:
+            continue
+        name, kind = named
+        if not kind or not isinstance(one, ast.expr | ast.arg | ast.alias):
+            return []
         start = one.col_offset - node.col_offset
         if one.lineno != node.lineno or line[start : start + len(name)] != name:
             return []
-        found.append((start, start + len(name), kind))
-    return sorted(found) if all(kind in KINDS for *_, kind in found) else []
+        entities.append((start, start + len(name), kind))
+    return sorted(entities) if all(kind in KINDS for *_, kind in entities) else []
+
+
+def _name_and_kind(node: ast.AST, known: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return the name in a node and its kind ("" = the tree does not tell); None where there is no name."""
+    match node:
+        case ast.arg(arg=name):
+            return name, "PARAM"
+        case ast.alias(name=name, asname=None):
+            return name, "MODULE"
+        case ast.Name(id=name) if known.get(name) in ("CLASS", "EXCEPTION"):
+            return name, known[name]
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            return repr(value), "NUMBER"
+    nameless = isinstance(node, ast.Constant | ast.Call | ast.arguments | ast.expr_context)
+    return None if nameless else ("", "")
 
 
 def _korean(module: Module, seed: int) -> Iterator[tuple[str, list[Entity]]]:
-    """Two sentences for each public name of a module that is no property."""
+    """Yield two sentences for each public name of a module that is not a property."""
+    needed = {text: set(re.findall(r"{(\w+)}", text)) for text in SENTENCES}
     for item in module.definitions[1:]:
         own, slots = _slots(item)
-        places = [(text, set(re.findall(r"{(\w+)}", text))) for text in SENTENCES]
-        fitting = [text for text, needed in places if own in needed and needed <= slots.keys()]
+        fitting = [text for text, names in needed.items() if own in names and names <= slots.keys()]
         for text in sorted(fitting, key=lambda text: number(seed, item.name, text))[:2]:
             quoted = number(seed, text, item.name) % 2
-            out, entities = "", []
+            sentence, entities = "", []
             for piece in re.split(r"({\w+})", text):
-                shown = slots[piece[1:-1]] if piece.startswith("{") else piece
-                quote = "`" if shown != piece and quoted and piece != "{NUMBER}" else ""
-                out += quote
-                if shown != piece:
-                    entities.append((len(out), len(out) + len(shown), SLOTS.get(piece[1:-1], piece[1:-1])))
-                out += shown + quote
-            yield out, entities
+                if not piece.startswith("{"):
+                    sentence += piece
+                    continue
+                slot, quote = piece[1:-1], "`" if quoted and piece != "{NUMBER}" else ""
+                start = len(sentence) + len(quote)
+                entities.append((start, start + len(slots[slot]), SLOTS.get(slot, slot)))
+                sentence += f"{quote}{slots[slot]}{quote}"
+            yield sentence, entities
 
 
 def _slots(item: Definition) -> tuple[str, dict[str, str]]:
-    """The place in a sentence for a definition itself, and what may be said of it by place."""
+    """Return the slot of a definition itself, and the names that fill each slot."""
     errors = exceptions(item.module)
     own = "FAULT" if item.kind == "class" and item.short in errors else item.kind.upper()
     owner = item.name.split(".")[-2:-1] if item.kind == "method" else []
+    names = {
+        "CLASS": [name for name in owner if name not in errors],
+        **_parameter_names(item),
+        "EXCEPTION": [*map(dotted, library.raised(item) or ())],
+    }
+    first = {slot: some[0] for slot, some in names.items() if some}
+    return own, {own: item.short, "MODULE": item.module.name, **first}
+
+
+def _parameter_names(item: Definition) -> dict[str, list[str]]:
     taken = library.parameters(item)
     plain = [one for one in taken if one.shown == one.name]
     constant = [(one.name, one.default.value) for one in plain if isinstance(one.default, ast.Constant)]
     numeric = [(name, repr(value)) for name, value in constant if type(value) in (int, float)]
-    found = {
-        "CLASS": [name for name in owner if name not in errors],
+    return {
         "PARAM": [one.name for one in taken[:1] if one in plain],
         "NEXT": [one.name for one in taken[1:2] if one in plain],
         "REQUIRED": [one.name for one in plain if one.default is None],
         "NUMERIC": [name for name, _ in numeric],
         "NUMBER": [value for _, value in numeric],
-        "EXCEPTION": [*map(dotted_name, library.raised_exceptions(item) or ())],
     }
-    slots = {place: some[0] for place, some in found.items() if some}
-    return own, {own: item.short, "MODULE": item.module.name, **slots}

@@ -1,29 +1,31 @@
-"""What rows say, in English and Korean, how one of several phrases is chosen, and a row that may be drawn."""
+"""Phrases in English and Korean, the choice of one of several phrases, and a row that may be drawn."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
+
+from tunesmith.json_types import JsonObject
 
 Choice = TypeVar("Choice")
 
 
 class Candidate(NamedTuple):
-    """A row. Rows are drawn evenly from the groups; a second row about the same comes last."""
+    """A row that may be drawn: evenly from the groups, a second row about a subject last."""
 
     group: str
     about: str
-    row: dict[str, Any]
+    row: JsonObject
 
 
 def table(text: str) -> dict[str, tuple[str, ...]]:
-    """Lines ``key: phrase`` as the phrases of each key."""
-    found: dict[str, tuple[str, ...]] = {}
+    """Read lines ``key: phrase`` into key -> its phrases."""
+    phrases: dict[str, tuple[str, ...]] = {}
     for line in text.strip().split("\n"):
         key, _, phrase = line.strip().partition(": ")
-        found[key] = (*found.get(key, ()), phrase)
-    return found
+        phrases[key] = (*phrases.get(key, ()), phrase)
+    return phrases
 
 
 WORDING = {
@@ -85,26 +87,25 @@ WORDING = {
         method: 메서드
     """),
 }
-"""Questions by task, frames around those about code, answers (``no``: nothing is to be named), and words."""
+"""Questions by task, frames for questions about code, answers (``no``: nothing to name), words."""
 
 
-def say(lang: str, *keys: str, seed: object = 0, **slots: object) -> str:
-    """A phrase of the first of ``keys`` that the language has, chosen by ``seed``, with its slots filled."""
-    key = next(key for key in keys if key in WORDING[lang])
+def phrase(lang: str, key: str, seed: object = 0, **slots: object) -> str:
+    """Return a phrase for ``key``, chosen by ``seed``, with its slots filled."""
     return pick(WORDING[lang][key], key, seed).format(**slots)
 
 
 def pick(options: Sequence[Choice], *key: object) -> Choice:
-    """One of ``options``, by a hash of ``key``: the same on every machine."""
+    """Return one of ``options`` by a hash of ``key``, the same on every machine."""
     return options[number(*key) % len(options)]
 
 
 def number(*key: object) -> int:
-    """A number below 2**32 for ``key``, evenly spread."""
+    """Return a hash of ``key`` below 2**32, the same on every machine."""
     return int.from_bytes(hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=4).digest())
 
 
-def listed(names: Iterable[str], lang: str) -> str:
-    """``a, b and c``; Korean lists have no last word."""
+def join_names(names: Iterable[str], lang: str) -> str:
+    """Return ``a, b and c``; in Korean ``a, b, c``."""
     *most, last = names
     return ", ".join([*most, last]) if lang == "ko" or not most else f"{', '.join(most)} and {last}"

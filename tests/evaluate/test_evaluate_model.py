@@ -1,4 +1,4 @@
-"""The report of ``tunesmith evaluate``: the worst rows are shown with what is true and what was said in its place."""
+"""The report of ``tunesmith evaluate``: the wrong rows with the highest loss, with gold and prediction."""
 
 import json
 
@@ -10,10 +10,8 @@ from tunesmith.errors import DataError
 
 
 @pytest.mark.parametrize("objective", ["tag", "qa"])
-def test_mistakes_say_where_the_true_and_the_predicted_are(tmp_path, objective):
-    plan = recipe(tmp_path, "bert", objective, max_steps=1)
-    found = tunesmith.train(plan, out=tmp_path / "run")
-    tunesmith.evaluate(found["model_dir"], plan["data"]["train"][0]["path"], out=tmp_path / "report")
+def test_mistakes_hold_the_characters_of_gold_and_prediction(tmp_path, objective, trained):
+    tunesmith.evaluate(*trained(objective), out=tmp_path / "report")
     mistakes = [json.loads(line) for line in (tmp_path / "report" / "mistakes.jsonl").read_text().splitlines()]
     assert mistakes
     for one in mistakes:
@@ -27,23 +25,26 @@ def test_mistakes_say_where_the_true_and_the_predicted_are(tmp_path, objective):
     assert "<mark" in (tmp_path / "report" / "report.html").read_text()
 
 
-def test_bad_rows_stop_an_evaluation_or_are_left_out_and_counted(tmp_path):
-    plan = recipe(tmp_path, "bert", "classify", max_steps=1)
-    found = tunesmith.train(plan, out=tmp_path / "run")
+def test_bad_rows_stop_an_evaluation_or_are_left_out_and_counted(tmp_path, trained):
+    model, rows = trained("classify")
     file = tmp_path / "rows.jsonl"
-    good = len(file.read_text("utf-8").splitlines())
-    file.write_text(file.read_text("utf-8") + '\n{"text": "a", "label": "never seen"}\n', "utf-8")
+    good = len(rows.read_text("utf-8").splitlines())
+    file.write_text(rows.read_text("utf-8") + '\n{"text": "a", "label": "never seen"}\n', "utf-8")
     with pytest.raises(DataError, match="--bad-rows skip"):
-        tunesmith.evaluate(found["model_dir"], file)
-    again = tunesmith.evaluate(found["model_dir"], file, bad_rows="skip", out=tmp_path / "report")
+        tunesmith.evaluate(model, file)
+    again = tunesmith.evaluate(model, file, bad_rows="skip", out=tmp_path / "report")
     assert again["rows"] == good and again["bad_rows"] == 1
     assert "1 bad rows were left out" in (tmp_path / "report" / "report.html").read_text("utf-8")
 
 
-def test_a_model_that_makes_no_mistake_shows_none(tmp_path):
-    plan = recipe(tmp_path, "bert", "classify", count=8, max_steps=60, batch_size=8, learning_rate=1e-2)
-    found = tunesmith.train(plan, out=tmp_path / "run")
-    assert tunesmith.evaluate(found["model_dir"], tmp_path / "rows.jsonl", out=tmp_path / "report")["eval_accuracy"] == 1.0
+def test_a_report_without_mistakes_shows_none(tmp_path, trained):
+    """Rows with the labels that the model predicts: it is right about all of them."""
+    model, rows = trained("classify")
+    texts = [json.loads(line)["text"] for line in rows.read_text("utf-8").splitlines()]
+    answers = tunesmith.predict(model, rows)
+    content = [{"text": text, "label": answer["label"]} for text, answer in zip(texts, answers, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, content)), "utf-8")
+    assert tunesmith.evaluate(model, tmp_path / "rows.jsonl", out=tmp_path / "report")["eval_accuracy"] == 1.0
     assert (tmp_path / "report" / "mistakes.jsonl").read_text() == ""
     assert "Worst mistakes" not in (tmp_path / "report" / "report.html").read_text("utf-8")
 
@@ -56,7 +57,7 @@ def test_a_model_that_makes_no_mistake_shows_none(tmp_path):
         {"type": "tag", "label_all": True},
     ],
 )
-def test_the_loss_is_that_of_the_run_whatever_it_was_trained_by(tmp_path, objective):
+def test_the_loss_equals_that_of_the_run_for_every_training_loss(tmp_path, objective):
     """Weights, smoothing and further tokens are for learning; they do not go with the saved model."""
     plan = recipe(tmp_path, "bert", objective, max_steps=2, eval_steps=2)
     file = plan["data"]["train"][0]["path"]

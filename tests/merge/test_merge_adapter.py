@@ -31,31 +31,32 @@ FRESH = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-kind, folder, ids = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-if kind == "adapter":
-    from peft import AutoPeftModelForCausalLM
-    model = AutoPeftModelForCausalLM.from_pretrained(folder)
-else:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+from peft import AutoPeftModelForCausalLM
+
+ids = torch.tensor([json.loads(sys.argv[1])])
+made = {}
+for folder in sys.argv[2:]:
+    kind = AutoPeftModelForCausalLM if folder.endswith("adapter") else AutoModelForCausalLM
+    model, tokenizer = kind.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    logits = model(input_ids=ids).logits[0, -1].tolist()
+    new = model.generate(input_ids=ids, max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    made[folder] = {"logits": logits, "new": new[0, ids.shape[1]:].tolist(), "chat": chat}
 assert not any(name.partition(".")[0] == "tunesmith" for name in sys.modules)
-ids = torch.tensor([ids])
-logits = model(input_ids=ids).logits[0, -1].tolist()
-new = model.generate(input_ids=ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
-chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
-print(json.dumps({"logits": logits, "new": new[0, ids.shape[1]:].tolist(), "chat": chat}))
+print(json.dumps(made))
 """
 
 
-def fresh(kind: str, folder: Path) -> dict[str, Any]:
-    """What a process that knows nothing of tunesmith makes of a folder."""
-    done = subprocess.run([sys.executable, "-c", FRESH, kind, str(folder), json.dumps(IDS)], capture_output=True, text=True)
+def fresh(*folders: Path) -> dict[str, Any]:
+    """Open the folders in a process that knows nothing of tunesmith."""
+    command = [sys.executable, "-c", FRESH, json.dumps(IDS), *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def ours(folder: Path) -> dict[str, Any]:
-    """The same of tunesmith: 64 greedy tokens, the end tokens forbidden as ``min_new_tokens`` forbids them."""
+    """Open a folder with tunesmith: 16 greedy tokens, the end tokens forbidden as ``min_new_tokens`` forbids them."""
     model, tokenizer = load(folder)
     core = model.get_base_model() if hasattr(model, "peft_config") else model
     head = core.get_output_embeddings()
@@ -67,19 +68,32 @@ def ours(folder: Path) -> dict[str, Any]:
         return output
 
     hook = head.register_forward_hook(no_end)
-    new = generate_ids(model, tokenizer, [IDS], Settings(max_new_tokens=64, stop=frozenset()))[0]
+    new = generate_ids(model, tokenizer, [IDS], Settings(max_new_tokens=16, stop=frozenset()))[0]
     hook.remove()
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     return {"logits": logits, "new": new, "chat": chat}
 
 
-@pytest.mark.parametrize("kind", ["full", "adapter", "merged"])
-def test_a_fresh_process_with_plain_libraries_agrees(tmp_path: Path, kind: str) -> None:
+def test_a_fresh_process_with_plain_libraries_agrees(tmp_path: Path) -> None:
     base, adapter = base_and_adapter(tmp_path)
-    folder = {"full": base, "adapter": adapter, "merged": tmp_path / "merged"}[kind]
-    if kind == "merged":
-        merge_adapter.merge(adapter, folder)
-    assert fresh(kind, folder) == ours(folder)
+    merge_adapter.merge(adapter, tmp_path / "merged")
+    folders = (base, adapter, tmp_path / "merged")
+    assert fresh(*folders) == {str(folder): ours(folder) for folder in folders}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base and an adapter that tests only read."""
+    return base_and_adapter(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def bf16_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bf16")
+    base = save_tiny("llama", folder / "base")
+    tiny_model("llama", eos_token_id=4).to(torch.bfloat16).save_pretrained(base)
+    save_adapter(base, folder / "adapter")
+    return folder / "adapter"
 
 
 def weights_are_one(model: Any) -> bool:
@@ -101,8 +115,8 @@ def test_the_merged_model_answers_like_the_adapter(tmp_path: Path, name: str) ->
 
 
 KINDS = {
-    "dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "biases": {"bias": "all"}, "dora with biases": {"use_dora": True, "bias": "lora_only"},
-    "patterns": {"rank_pattern": {"q_proj": 2, "c_fc": 2}, "alpha_pattern": {"v_proj": 3, "c_proj": 3}}, "one layer": {"target_modules": ["down_proj", "c_fc"], "layers_to_transform": [1]},
+    "biases": {"bias": "all"}, "dora with biases": {"use_dora": True, "bias": "lora_only"},
+    "rslora with patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 2, "c_fc": 2}, "alpha_pattern": {"v_proj": 3, "c_proj": 3}}, "one layer": {"target_modules": ["down_proj", "c_fc"], "layers_to_transform": [1]},
 }  # fmt: skip
 
 
@@ -140,27 +154,21 @@ def test_tied_embeddings_survive_a_merge(tmp_path: Path, case: str) -> None:
     assert facts["tied_embeddings"] is still_tied is weights_are_one(model) is model.config.tie_word_embeddings
 
 
-def test_the_bases_dtype_is_kept(tmp_path: Path) -> None:
-    base = save_tiny("llama", tmp_path / "base")
-    tiny_model("llama", eos_token_id=4).to(torch.bfloat16).save_pretrained(base)
-    save_adapter(base, tmp_path / "adapter")
-    facts = merge_adapter.merge(tmp_path / "adapter", tmp_path / "out")
+def test_the_bases_dtype_is_kept(tmp_path: Path, bf16_adapter: Path) -> None:
+    facts = merge_adapter.merge(bf16_adapter, tmp_path / "out")
     assert facts["dtype"] == "bfloat16" and load_model(locate(tmp_path / "out")).dtype == torch.bfloat16
     assert facts["max_logit_difference"] < 1e-4 < facts["max_logit_difference_saved"]
 
 
-def test_a_wider_dtype_keeps_what_rounding_would_lose(tmp_path: Path) -> None:
-    base = save_tiny("llama", tmp_path / "base")
-    tiny_model("llama", eos_token_id=4).to(torch.bfloat16).save_pretrained(base)
-    save_adapter(base, tmp_path / "adapter")
-    facts = merge_adapter.merge(tmp_path / "adapter", tmp_path / "out", dtype="float32")
+def test_a_wider_dtype_keeps_what_rounding_would_lose(tmp_path: Path, bf16_adapter: Path) -> None:
+    facts = merge_adapter.merge(bf16_adapter, tmp_path / "out", dtype="float32")
     assert facts["dtype"] == "float32" and facts["max_logit_difference_saved"] < 1e-4
     with pytest.raises(UserError, match="unknown dtype"):
-        merge_adapter.merge(tmp_path / "adapter", tmp_path / "other", dtype="int8")
+        merge_adapter.merge(bf16_adapter, tmp_path / "other", dtype="int8")
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    _, adapter = base_and_adapter(tmp_path)
+def test_nothing_is_overwritten(tmp_path: Path, llama: tuple[Path, Path]) -> None:
+    _, adapter = llama
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists already"):
         merge_adapter.merge(adapter, tmp_path / "out")
@@ -172,8 +180,10 @@ def test_a_full_model_has_nothing_to_merge(tmp_path: Path) -> None:
         merge_adapter.merge(save_tiny("llama", tmp_path / "m"), tmp_path / "out")
 
 
-def test_a_merge_that_changes_answers_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, adapter = base_and_adapter(tmp_path)
+def test_a_merge_that_changes_answers_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: tuple[Path, Path]
+) -> None:
+    base, adapter = llama
     monkeypatch.setattr(merge_adapter.load, "merged", lambda model: load_model(locate(base)))
     with pytest.raises(ModelError, match="would change its answers"):
         merge_adapter.merge(adapter, tmp_path / "out")
@@ -198,8 +208,10 @@ def test_a_dtype_that_cannot_hold_the_sum_writes_nothing(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_more_than_rounding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    _, adapter = base_and_adapter(tmp_path)
+def test_more_than_rounding_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: tuple[Path, Path], dtype: str
+) -> None:
+    _, adapter = llama
     facts = merge_adapter.merge(adapter, tmp_path / "fits", dtype=dtype)
     assert 0 < facts["max_kl_saved"] < merge_adapter.LARGEST_ROUNDING[dtype]
     monkeypatch.setitem(merge_adapter.LARGEST_ROUNDING, dtype, facts["max_kl_saved"] / 2)
@@ -220,16 +232,16 @@ def test_a_run_starts_from_no_sum_that_answers_otherwise(tmp_path: Path, monkeyp
     assert not (tmp_path / "run" / "base").exists() and not (tmp_path / "other" / "base").exists()
 
 
-def test_a_sum_made_before_training_draws_no_numbers_of_the_run(tmp_path: Path) -> None:
+def test_a_sum_made_before_training_draws_no_numbers_of_the_run(tmp_path: Path, llama: tuple[Path, Path]) -> None:
     """One process makes it, and only once: the first values of the new adapter must be those of the others, and of a resumed run."""
-    _, adapter = base_and_adapter(tmp_path)
+    _, adapter = llama
     before = torch.get_rng_state()
     made = setup._merged_base(SimpleNamespace(model_folder=locate(adapter)), tmp_path / "run")  # type: ignore[arg-type]
     assert made.path == tmp_path / "run" / "base" and torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_merged_model_carries_its_own_probe(tmp_path: Path) -> None:
-    _, adapter = base_and_adapter(tmp_path)
+def test_a_merged_model_carries_its_own_probe(tmp_path: Path, llama: tuple[Path, Path]) -> None:
+    _, adapter = llama
     merge_adapter.merge(adapter, tmp_path / "out")
     model, tokenizer = load(tmp_path / "out")
     assert json.loads((tmp_path / "out" / FILE).read_text())["base"] is None
