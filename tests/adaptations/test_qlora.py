@@ -14,9 +14,9 @@ from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import lora, qlora
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.models.find.folder_summary import show
-from tunesmith.models.heads import lm_head
 from tunesmith.models.load import dequantized_linear, quantization
 from tunesmith.models.load.load import load_model, locate
+from tunesmith.models.network import base
 from tunesmith.objectives import cpt, sft
 from tunesmith.recipe import parse
 from tunesmith.train import fast_path, forecast, precision, setup
@@ -356,7 +356,7 @@ def test_documents_too(tmp_path):
     objective = cpt.Objective(cpt.Config())
     rows = examples(objective, tiny_tokenizer())
     assert fast_path.choose(model, objective, rows, 200, "auto", CPU).packed
-    assert lm_head.base(model).config.vocab_size == 512
+    assert base(model).config.vocab_size == 512
 
 
 def test_shards_are_refused_before_anything_loads(tmp_path):

@@ -1,7 +1,7 @@
 """Facts about networks, layers and configs of transformers, peft and bitsandbytes.
 
-Only this module asks such an object whether it has an attribute. Every part of ``models`` may import it, and it
-imports none of them.
+Only this module asks such an object whether it has an attribute. Every part of ``models`` may import it,
+and it imports none of them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def trained_copies(module: nn.Module) -> Any:
 
 
 def trained_rows(layer: nn.Module) -> Any:
-    """Return peft's trained vocabulary rows on an embedding or output layer (``trainable_token_indices``), or None."""
+    """Return peft's trained rows of an embedding or output layer (``trainable_token_indices``), or None."""
     return attribute(layer, "token_adapter")
 
 
@@ -87,7 +87,7 @@ def is_causal(config: PretrainedConfig) -> bool:
 
 
 def tunesmith_settings(config: PretrainedConfig) -> JsonObject:
-    """Return what tunesmith added to the config when it saved the model (objective, pooling, ...); else {}."""
+    """Return the entries that tunesmith added to a saved config (objective, pooling, ...), else {}."""
     return attribute(config, "tunesmith") or {}
 
 
