@@ -22,9 +22,9 @@ FILES = sorted(SRC.rglob("*.py"))
 
 # cli -> train.run -> {objectives, adaptations, models, data} -> errors: what a part must not import.
 ABOVE = {
-    "errors": "*", "nearest": "*",
+    "errors": "*", "suggestions": "*",
     "files": "cli synth recipe train runs report evaluate merge objectives adaptations models data metrics hub",
-    "metrics": "cli synth recipe train runs report evaluate merge objectives adaptations models data hub nearest peft",
+    "metrics": "cli synth recipe train runs report evaluate merge objectives adaptations models data hub suggestions peft",
     "hub": "cli synth recipe train runs report evaluate merge objectives adaptations models data metrics",
     "data": "cli synth recipe train runs report evaluate merge objectives adaptations models metrics",
     "models": "cli synth recipe train runs report evaluate merge objectives adaptations metrics",

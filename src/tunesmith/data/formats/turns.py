@@ -7,7 +7,7 @@ from typing import Any
 from tunesmith.data.formats.fields import FieldFault, Values, clean_inside, optional_text, parsed, text
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Chat, Message
-from tunesmith.suggestions import nearest
+from tunesmith.suggestions import closest
 
 ROLES = {
     "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
@@ -110,7 +110,7 @@ def turn(turn: Any, place: str) -> Message:
     names = {RENAMED.get(key, key): key for key in turn}
     said = message.get("role")
     if not isinstance(said, str) or said.strip().lower() not in ROLES:
-        close = nearest(said, ROLES) if isinstance(said, str) else []
+        close = closest(said, ROLES) if isinstance(said, str) else []
         fix = f"Did you mean {close[0]!r}?" if close else "Write the speaker of the turn."
         got = "no such field" if "role" not in message else shorten(said)
         raise FieldFault(

@@ -17,7 +17,7 @@ from tunesmith.data.read.conll import read_conll
 from tunesmith.data.read.json_rows import read_json, read_jsonl
 from tunesmith.data.row_problems import Record, RowProblem, shorten
 from tunesmith.errors import DataError, MissingExtra
-from tunesmith.suggestions import mistyped
+from tunesmith.suggestions import typo_matches
 
 Rows = Iterator[Record | RowProblem]
 
@@ -65,7 +65,7 @@ def existing(path: str) -> Path:
         names = sorted(
             entry.name for entry in folder.iterdir() if entry.suffix.lower() in READERS and entry.is_file()
         )
-        close = mistyped(file.name, names)
+        close = typo_matches(file.name, names)
         more = ", ..." if len(names) > 8 else ""
         there = (
             f"Data files in {folder.resolve()}: {', '.join(names[:8])}{more}"
