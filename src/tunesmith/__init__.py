@@ -5,7 +5,8 @@
     model, tokenizer = tunesmith.load(result["model_dir"])
     print(tunesmith.generate(result["model_dir"], ["What is a generator?"]))
 
-Importing this package loads neither torch nor transformers; each function imports what it needs when it is called.
+Importing this package loads neither torch nor transformers; each function imports what it needs when it is
+called.
 """
 
 import os
@@ -42,8 +43,8 @@ class _Package(types.ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-# By default an OpenMP thread that waits spins for milliseconds: next to another busy program, a training step takes
-# ten times as long. torch reads this when it is imported; a value that the user has set is kept.
+# By default an OpenMP thread that waits spins for milliseconds: next to another busy program, a training step
+# takes ten times as long. torch reads this when it is imported; a value that the user has set is kept.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # oneDNN caches compiled code for 1024 shapes by default, and packed rows have a new shape in each step.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")

@@ -26,7 +26,8 @@ def typo_matches(name: str, valid: Iterable[str]) -> list[str]:
 def did_you_mean(name: str, valid: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
     """Return ``Did you mean `epochs`? Valid: batch_size, epochs, ...``
 
-    ``elsewhere``: names to suggest when ``name`` is not a typo of a valid name, because it is valid in another part.
+    ``elsewhere``: names to suggest when ``name`` is not a typo of a valid name, because it is valid in
+    another part.
     """
     names = sorted(set(valid))
     matches = typo_matches(name, names) or list(elsewhere) or closest(name, names)

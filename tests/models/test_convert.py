@@ -47,7 +47,7 @@ def digests(folder):
 def here(monkeypatch):
     """Unpickle in this process: what is written is the same, and a process takes seconds to start."""
     module = sys.modules["tunesmith.models.find.convert"]
-    monkeypatch.setattr(module, "_unpickled", lambda pickles, targets, tied, job, say: unpickle.convert(pickles, targets, tied))
+    monkeypatch.setattr(module, "_unpickle", lambda pickles, targets, tied, job, say: unpickle.convert(pickles, targets, tied))
 
 
 def logits(folder):
@@ -70,7 +70,7 @@ def test_the_copy_is_the_model_and_the_original_is_untouched(architecture, name,
     done = convert(folder)
     assert digests(folder) == before and done["from"] == [name] and done["dtypes"] == ["F32"]
     assert torch.equal(logits(done["path"]), logits(original))
-    assert headers.pickles(locate(done["path"]).path) == []
+    assert headers.pickle_files(locate(done["path"]).path) == []
     assert headers.read_tensors(locate(done["path"]).path).keys() == headers.read_tensors(original).keys()
 
 
@@ -210,7 +210,7 @@ def test_what_is_no_checkpoint_comes_with_what_to_do(tmp_path):
     folder, _ = pickled(tmp_path)
     (folder / "pytorch_model.bin").write_bytes(b"hello, this is no model\n")
     with pytest.raises(
-        ModelError, match=r"(?s)is no PyTorch checkpoint: .*Nothing of it was run\.\n.*get the model as safetensors"
+        ModelError, match=r"(?s)is no PyTorch checkpoint: .*None of its code ran\.\n.*get the model as safetensors"
     ):
         convert(folder)
 

@@ -81,7 +81,7 @@ def test_a_config_that_was_edited_is_named_and_may_be_meant(tmp_path: Path) -> N
     (adapter / "README.md").write_text("an adapter")
     load(adapter)
     config.write_text(json.dumps(settings | {"lora_dropout": 0.5}))  # changes no answer
-    with pytest.raises(ModelError, match=r"(?s)adapter_config.json changed .* take `files` and `probe` out of tunesmith.json"):
+    with pytest.raises(ModelError, match=r"(?s)adapter_config.json changed .* remove `files` and `probe` from tunesmith.json"):
         load(adapter)
     without(adapter, "files", "probe")
     load(adapter)

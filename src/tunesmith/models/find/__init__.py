@@ -3,7 +3,7 @@
 - ``locate``: the folder that MODEL means, checked before a weight is read
 - ``catalog``, ``model_store``, ``pull``: models known by name, where they are kept, how they are downloaded
 - ``headers``: safetensors headers and JSON files
-- ``record``: ``tunesmith.json``, saved next to weights: hashes, and the fingerprint of an adapter's base model
+- ``record``: ``tunesmith.json``, saved next to weights: hashes, and an adapter's base model
 - ``folder_summary``: facts about a model folder, for ``tunesmith show``
 - ``convert``, ``unpickle``: pickled weights to safetensors
 - ``layer_pruning``: a model made of some layers of another
