@@ -107,7 +107,7 @@ answers = {}
 for place in sys.argv[2:]:
     model, _ = tunesmith.load(place)
     with torch.no_grad():
-        answers[place] = head_loading.answers(model, torch.tensor(IDS)).float()
+        answers[place] = head_loading.row_logits(model, torch.tensor(IDS)).float()
 save_file(answers, sys.argv[1])
 """.replace("IDS", repr(IDS))
 

@@ -75,8 +75,8 @@ def test_divergence_alone_is_flagged(tmp_path, monkeypatch):
 
 def test_nothing_is_folded_into_bits(tmp_path):
     model, _ = tunesmith.load(trained(tmp_path))
-    with pytest.raises(UserError, match="cannot be folded into 4 or 8 bits"):
-        load.merged(model)
+    with pytest.raises(UserError, match="cannot be merged into 4 or 8 bits"):
+        load.merge_into_base(model)
 
 
 def test_a_bf16_base_is_merged_from_its_own_numbers(tmp_path):

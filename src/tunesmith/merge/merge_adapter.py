@@ -97,7 +97,7 @@ def fold(folder: Folder, dtype: str = "auto") -> Folded:
     before = [probe.all_logits(attached, ids) for ids in prompts]
     base = quantized.record(attached)
     plain = (
-        load.merged(attached)
+        load.merge_into_base(attached)
         if base is None
         else load.load_model(folder, dtype=torch.float32, adapter="merge")
     )

@@ -30,7 +30,7 @@ def copy(run: Run) -> str | None:
     shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt
     if not (run.folder.model / "adapter_config.json").exists():
         return None
-    reason = load.stock_refuses(base(run.model), run.setup.model_folder)
+    reason = load.stock_class_problem(base(run.model), run.setup.model_folder)
     if reason is None:
         return None
     say = run.progress.note

@@ -56,7 +56,7 @@ def save_model(run: Run) -> None:
     masters = run.update.masters
     everything = all(parameter.requires_grad for parameter in run.model.parameters())
     weights = masters.whole()
-    head_loading.apply(
+    head_loading.apply_head_config(
         base(run.model).config, head_config(run.setup.objective)
     )  # what evaluation chose is part of it
     made = adapter_choice.keys_that_made(run.setup.recipe, run.setup.model_folder)
