@@ -12,7 +12,6 @@ called.
 import os
 import sys
 import types
-from typing import Any
 
 __version__ = "0.1.0"
 
@@ -50,7 +49,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> types.FunctionType:
     if name not in _MODULES:
         raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
     import importlib

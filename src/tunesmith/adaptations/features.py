@@ -149,7 +149,9 @@ class Adaptation:
     def _matches(self, pattern: str, name: str) -> bool:
         """As in peft: a whole name or the end of one; a single string may also be a regular expression."""
         return bool(
-            matching.matching_patterns(pattern if isinstance(self.config.target_modules, str) else [pattern], [name])
+            matching.matching_patterns(
+                pattern if isinstance(self.config.target_modules, str) else [pattern], [name]
+            )
         )
 
     def _is_parted(self, model: PreTrainedModel) -> bool:

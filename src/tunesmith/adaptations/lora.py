@@ -351,7 +351,9 @@ def _targets(model: PreTrainedModel, config: Any) -> dict[str, Any]:
     return {
         name: one
         for name, one in model.named_modules()
-        if isinstance(one, nn.Linear | Conv1D) and one is not last and not module_patterns.is_inside(name, whole)
+        if isinstance(one, nn.Linear | Conv1D)
+        and one is not last
+        and not module_patterns.is_inside(name, whole)
     }
 
 

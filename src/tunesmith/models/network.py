@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.json_types import JsonObject
 
 if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -57,22 +59,22 @@ def without_adapter(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def trained_copies(module: nn.Module) -> Any:
+def trained_copies(module: nn.Module) -> nn.ModuleDict | None:
     """Return peft's trained copies of ``module`` by adapter name (``modules_to_save``), or None."""
     return submodule(module, "modules_to_save")
 
 
-def trained_rows(layer: nn.Module) -> Any:
+def trained_rows(layer: nn.Module) -> TrainableTokensLayer | None:
     """Return peft's trained rows of an embedding or output layer (``trainable_token_indices``), or None."""
     return attribute(layer, "token_adapter")
 
 
-def quant_state(weight: object) -> Any:
+def quant_state(weight: object) -> QuantState | None:
     """Return the scales of a 4-bit weight of bitsandbytes; None for any other weight."""
     return attribute(weight, "quant_state")
 
 
-def transformers_class(name: str) -> Any:
+def transformers_class(name: str) -> type[PreTrainedModel] | None:
     """Return the class ``name`` of transformers, or None."""
     import transformers
 

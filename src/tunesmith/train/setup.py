@@ -183,7 +183,9 @@ def with_head(choices: Choices, base: Base, say: Say) -> tuple[Any, Outline]:
     if not (wanted := objectives.head_config(objective)):
         return base.config, base.outline
     config = copy.deepcopy(base.config)
-    for line in head_loading.replace_head_config(config, base.folder, recipe.adapter, objective.traits.head, wanted):
+    for line in head_loading.replace_head_config(
+        config, base.folder, recipe.adapter, objective.traits.head, wanted
+    ):
         say(line)
     head, adaptation = objective.traits.head, choices.adaptation
     return config, outline(recipe, base.folder, config, head, adaptation, base.new_tokens, base.tokenizer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
@@ -132,9 +132,8 @@ def reset_output_layer(model: PreTrainedModel, head: str) -> None:
     for name in head_types.parts(model, head):
         for layer in model.get_submodule(name).modules():
             if isinstance(layer, nn.Linear) and layer.out_features == model.config.num_labels:
-                parameters: list[Any] = list(layer.parameters())
-                for parameter in parameters:
-                    parameter._is_hf_initialized = False  # else transformers keeps what it loaded
+                for parameter in layer.parameters():  # else transformers keeps what it loaded
+                    parameter._is_hf_initialized = False  # type: ignore[attr-defined]
                 model._init_weights(layer)
 
 

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from tunesmith.errors import ModelError, UserError
 from tunesmith.hub import ask
@@ -132,7 +132,7 @@ def load_model(
     adapter: Literal["attach", "ignore", "merge"] = "attach",
     trainable: bool = False,
     head_config: JsonObject | None = None,
-    **load_kwargs: Any,
+    **load_kwargs: object,
 ) -> PreTrainedModel:
     """Load the weights, strictly, and return the model in eval mode.
 
@@ -148,13 +148,9 @@ def load_model(
     another shape, and when the base is not the model that the adapter was trained on.
     """
     quiet()
-    import torch
-
-    attach = folder.kind == "adapter" and adapter == "attach"
-    merge = folder.kind == "adapter" and adapter == "merge"
     wanted = dtype or checkpoint_dtype(folder.network)
     head = head or head_of(folder)
-    if not attach and not merge:
+    if folder.kind == "full" or adapter == "ignore":
         model = _load_full(folder, head, wanted, load_kwargs, head_config)
         for parameter in model.parameters():
             parameter.requires_grad_(trainable and parameter.is_floating_point())
@@ -164,19 +160,33 @@ def load_model(
         head_config = record.head(folder.path).get("config")
     recorded = record.read(folder.path).get("quantization")
     quantized = quantization.kwargs_from_record(recorded) if recorded else {}
-    if attach:
-        model = _load_full(folder, head, wanted, {**quantized, **load_kwargs}, head_config)
-        model = attach_adapter(folder, model, trainable)
-        if not trainable:
-            vocabulary.write_rows(model)
-        return model.eval()
+    if adapter == "merge":
+        merged = _load_merged(folder, head, quantized, load_kwargs, head_config)
+        return merged.to(wanted).requires_grad_(trainable).eval()
+    model = _load_full(folder, head, wanted, {**quantized, **load_kwargs}, head_config)
+    model = attach_adapter(folder, model, trainable)
+    if not trainable:
+        vocabulary.write_rows(model)
+    return model.eval()
+
+
+def _load_merged(
+    folder: Folder,
+    head: str,
+    quantized: dict[str, object],
+    load_kwargs: dict[str, object],
+    head_config: JsonObject | None,
+) -> PreTrainedModel:
+    """Merge the adapter into its base model in fp32. ``quantized``: arguments that quantise the base."""
+    import torch
+
     model = _load_full(folder, head, torch.float32, load_kwargs, head_config)
     if quantized:
         base = _load_full(folder, head, torch.float32, {**load_kwargs, **quantized}, head_config)
         quantization.write_dequantized(model, base)
     model = attach_adapter(folder, model, trainable=False)
     vocabulary.write_rows(model)
-    return merge_into_base(model).to(wanted).requires_grad_(trainable).eval()
+    return merge_into_base(model)
 
 
 def checkpoint_dtype(path: Path) -> torch.dtype:
@@ -249,7 +259,11 @@ def check_mergeable(config: PeftConfig) -> None:
 
 
 def _load_full(
-    folder: Folder, head: str, dtype: torch.dtype, load_kwargs: dict[str, Any], head_config: JsonObject | None
+    folder: Folder,
+    head: str,
+    dtype: torch.dtype,
+    load_kwargs: dict[str, object],
+    head_config: JsonObject | None,
 ) -> PreTrainedModel:
     quiet()
     path = folder.network
@@ -358,8 +372,8 @@ def attach_adapter(
 
 
 def _from_pretrained(
-    network: type[PreTrainedModel], path: Path, named: Path, options: dict[str, Any]
-) -> tuple[PreTrainedModel, list[str], list[str], list[tuple[str, Any, Any]]]:
+    network: type[PreTrainedModel], path: Path, named: Path, options: dict[str, object]
+) -> tuple[PreTrainedModel, list[str], list[str], list[tuple[str, torch.Size, torch.Size]]]:
     """Return (model, missing, unexpected, mismatched): names of tensors, the last with both shapes."""
     strict = {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
     model, report = _call(named, network.from_pretrained, path, **options, **strict)
@@ -382,7 +396,7 @@ def _first_names(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _call(path: Path, loader: Callable[..., T], *arguments: object, **options: Any) -> T:
+def _call(path: Path, loader: Callable[..., T], *arguments: object, **options: object) -> T:
     """Call a library's loader. Raises ModelError naming ``path`` when the loader fails."""
     from safetensors import SafetensorError
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from tunesmith.errors import MissingExtra, ModelError
 from tunesmith.json_types import JsonObject
@@ -20,7 +20,11 @@ from tunesmith.models.network import attribute, quant_state
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+    from tunesmith.models.load.dequantized_linear import QuantizedLinear
+
+LoadKwargs: TypeAlias = "dict[str, BitsAndBytesConfig]"
 
 KINDS = ("nf4", "fp4", "int8")
 BLOCK, NESTED_BLOCK = 64, 256
@@ -30,7 +34,7 @@ OUTPUTS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "pre_cla
 """Patterns of the output layers, which are not quantised."""
 
 
-def load_kwargs(quant_type: str, use_double_quant: bool, skip: Iterable[str] = ()) -> dict[str, Any]:
+def load_kwargs(quant_type: str, use_double_quant: bool, skip: Iterable[str] = ()) -> LoadKwargs:
     """Return the arguments of ``from_pretrained`` that quantise a base model.
 
     ``skip``: modules, by the end of their names, that are not quantised. Raises MissingExtra without
@@ -40,7 +44,7 @@ def load_kwargs(quant_type: str, use_double_quant: bool, skip: Iterable[str] = (
     from transformers import BitsAndBytesConfig
 
     if quant_type == "int8":
-        options: dict[str, Any] = {"load_in_8bit": True}
+        options: dict[str, object] = {"load_in_8bit": True}
     else:
         options = {
             "load_in_4bit": True,
@@ -57,7 +61,7 @@ def require(purpose: str) -> None:
         raise MissingExtra("bitsandbytes", "bnb", purpose)
 
 
-def kwargs_from_record(record: JsonObject) -> dict[str, Any]:
+def kwargs_from_record(record: JsonObject) -> LoadKwargs:
     """Return the ``load_kwargs`` that quantise a base model as :func:`record` found it."""
     quant_type = record.get("quant_type")
     if quant_type not in KINDS:
@@ -94,7 +98,7 @@ class Estimate:
     bytes: int
 
 
-def estimate(model: PreTrainedModel, kwargs: dict[str, Any]) -> Estimate:
+def estimate(model: PreTrainedModel, kwargs: LoadKwargs) -> Estimate:
     """``model``: the network on the meta device, without adapter. ``kwargs``: of ``from_pretrained``."""
     config = kwargs.get("quantization_config")
     if config is None:
@@ -154,13 +158,13 @@ def lines(model: PreTrainedModel) -> list[str]:
     return [f"the base takes {after:,.1f} MiB ({before:,.1f} MiB unquantised): {layers} at {bits}"]
 
 
-def _quantized_layers(model: PreTrainedModel) -> list[Any]:
+def _quantized_layers(model: PreTrainedModel) -> list[QuantizedLinear]:
     from tunesmith.models.load import dequantized_linear  # imports torch
 
     return [module for module in model.modules() if dequantized_linear.is_layer(module)]
 
 
-def _weight_tensors(layer: Any) -> list[torch.Tensor]:
+def _weight_tensors(layer: QuantizedLinear) -> list[torch.Tensor]:
     """Return the tensors that a layer's weight is stored in."""
     weight, state = layer.weight, quant_state(layer.weight)
     if state is None:
@@ -170,7 +174,7 @@ def _weight_tensors(layer: Any) -> list[torch.Tensor]:
 
 
 def write_dequantized(plain: nn.Module, base: nn.Module) -> None:
-    """Write the de-quantised weights of ``base`` into ``plain``, the same network in fp32. Nothing is rounded."""
+    """Write the de-quantised weights of ``base`` into ``plain``, the same network in fp32, unrounded."""
     import torch
 
     from tunesmith.models.load import dequantized_linear

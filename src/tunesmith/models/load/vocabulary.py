@@ -34,7 +34,7 @@ class NewTokens:
     known: int
 
     def rows(self, have: int) -> list[int]:
-        """Return the rows to fill in an embedding of ``have`` rows: those of new ids, and gaps before them."""
+        """Return the rows to fill in an embedding of ``have`` rows: new ids and the gaps below."""
         return sorted({*self.ids.values(), *range(have, max(self.ids.values()) + 1)}) if self.ids else []
 
 
@@ -89,7 +89,7 @@ def grow(model: PreTrainedModel, new: NewTokens) -> list[int]:
 
 
 def resize(model: PreTrainedModel, rows: int) -> None:
-    """Grow embedding and output layer to ``rows`` rows of zeros, in place, without using up random numbers."""
+    """Grow embedding and output layer by rows of zeros, in place. No random number is used up."""
     import torch
 
     have = _row_count(model)
@@ -121,8 +121,8 @@ def fit_to_adapter(model: PreTrainedModel, adapter: Path) -> None:
         for row in range(have, needed):
             if row not in rows:
                 raise ModelError(
-                    f"{adapter} has a vocabulary of {needed} tokens, its base has {have}, and the adapter lacks "
-                    f"row {row} of {name}.\n  It was saved without its new tokens; save or train it again."
+                    f"{adapter} has a vocabulary of {needed} tokens, its base has {have}, "
+                    f"and the adapter lacks row {row} of {name}.\n  It was saved without its new tokens; save or train it again."
                 )
     resize(model, needed)
 
