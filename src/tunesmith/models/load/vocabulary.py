@@ -117,12 +117,13 @@ def fit_to_adapter(model: PreTrainedModel, adapter: Path) -> None:
         rows = next((rows for layer, rows in trained.items() if f".{name}".endswith(f".{layer}")), [])
         held[name] = {*rows, *range(saved[key].shape[0] if key in saved else 0)}
     needed = max(have, *(max(rows, default=-1) + 1 for rows in held.values()))
-    for name, rows in held.items():
+    for name, held_rows in held.items():
         for row in range(have, needed):
-            if row not in rows:
+            if row not in held_rows:
                 raise ModelError(
                     f"{adapter} has a vocabulary of {needed} tokens, its base has {have}, "
-                    f"and the adapter lacks row {row} of {name}.\n  It was saved without its new tokens; save or train it again."
+                    f"and the adapter lacks row {row} of {name}.\n"
+                    "  It was saved without its new tokens; save or train it again."
                 )
     resize(model, needed)
 
