@@ -1,7 +1,6 @@
 """Facts about networks, layers and configs of transformers, peft and bitsandbytes.
 
-Only this module asks such an object whether it has an attribute. Every part of ``models`` may import it,
-and it imports none of them.
+Only this module asks such an object for an attribute that it may lack. It imports no part of ``models``.
 """
 
 from __future__ import annotations
@@ -59,11 +58,6 @@ def without_adapter(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def trained_copies(module: nn.Module) -> nn.ModuleDict | None:
-    """Return peft's trained copies of ``module`` by adapter name (``modules_to_save``), or None."""
-    return submodule(module, "modules_to_save")
-
-
 def trained_rows(layer: nn.Module) -> TrainableTokensLayer | None:
     """Return peft's trained rows of an embedding or output layer (``trainable_token_indices``), or None."""
     return attribute(layer, "token_adapter")
@@ -112,16 +106,6 @@ def context_window(config: PretrainedConfig) -> int | None:
 def sliding_window(config: PretrainedConfig) -> int | None:
     """Return the tokens that each token attends to, or None when it attends to all before it."""
     return attribute(config.get_text_config(), "sliding_window")
-
-
-def vocab_size(config: PretrainedConfig) -> int | None:
-    """Return the rows of the embedding matrix, or None when the config does not name them."""
-    return attribute(config.get_text_config(), "vocab_size")
-
-
-def ties_embeddings(config: PretrainedConfig) -> bool:
-    """Return whether embedding and output layer share one tensor."""
-    return bool(attribute(config, "tie_word_embeddings"))
 
 
 def peft_type(config: object) -> str:

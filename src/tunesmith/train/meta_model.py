@@ -49,7 +49,7 @@ def outline(
 ) -> Outline:
     """Build the adapted network on the meta device, with a ``head`` of that kind, and count. Raises RecipeError."""
     recorded = record.read(folder.path).get("quantization") if recipe.adapter == "continue" else None
-    options = quantization.kwargs_from_record(recorded) if recorded else adaptation.load_kwargs()
+    options = quantization.kwargs_from_record(recorded) or adaptation.load_kwargs()
     if recipe.adapter == "continue":
         from peft import get_peft_model
 

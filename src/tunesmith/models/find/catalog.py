@@ -109,8 +109,7 @@ def listing() -> list[JsonObject]:
     """Return facts about each model of the catalog and of the local store, for ``tunesmith models list``.
 
     Keys: name, about, present, megabytes, parameters, layers, path, source (from the store's manifest),
-    origin (``source`` as text), problem. ``parameters`` and ``layers`` are None for a model that is not in
-    the store.
+    origin (``source`` as text), problem. A model that is not stored has no parameters and layers.
     """
     names = [*CATALOG, *(name for name in model_store.names() if name not in CATALOG)]
     return [_facts(CATALOG.get(name) or _hub_entry(name)) for name in names]

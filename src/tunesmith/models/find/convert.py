@@ -1,5 +1,4 @@
-"""``models convert``: write a model whose weights are pickles as safetensors, and check them against its
-config.
+"""``models convert``: pickled weights to safetensors, checked against the model's config.
 
 Opening a pickle may run code. So another process (``unpickle.py``) does it, which extracts tensors and
 refuses anything else. This process reads only the safetensors that the other one wrote.

@@ -49,12 +49,10 @@ class Part(TypedDict):
 
 
 def show(model: str | Path) -> JsonObject:
-    """Return facts about a model: folder, architecture, base, adapter, head, parameters, template, window and
-    run.
+    """Return facts about a model folder. A key that does not apply is None.
 
     ``parameters`` maps each kind of tensor (embedding, attention, mlp, norm, head, other, adapter) to a
-    :class:`Part`, and so do an adapter's own kinds ("adapter: lora_A"). A key that does not apply is None.
-    Raises ModelError as ``locate`` does.
+    :class:`Part`, and an adapter's own kinds too ("adapter: lora_A"). Raises ModelError as ``locate`` does.
     """
     folder = locate(model)
     network = folder.network

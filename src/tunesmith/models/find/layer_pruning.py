@@ -1,5 +1,4 @@
-"""Make a smaller model of some layers of another: the same embeddings, head, tokenizer and shapes, fewer
-layers.
+"""Make a smaller model of some layers of another: same embeddings, head, tokenizer and shapes.
 
 Nothing is computed, so the same base model always gives the same weights. The result answers nothing useful
 until it is trained; it is for studies that compare sizes.
@@ -22,8 +21,7 @@ _NOT_COPIED = ("manifest.json", "tunesmith.json", "model.safetensors.index.json"
 
 
 def copy_layers(base: Path, layers: Sequence[int], folder: Path) -> Path:
-    """Write the model in ``base`` with only its ``layers``, given by number and in order, into the new folder
-    ``folder``.
+    """Write the model in ``base`` with only ``layers``, by number and in order, into the new ``folder``.
 
     Dtypes and values are kept. Raises ModelError when ``base`` lacks one of the layers.
     """

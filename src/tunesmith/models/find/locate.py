@@ -20,8 +20,7 @@ SETTINGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A model on disk. ``base``: the full model under an adapter. ``run``: the run folder that wrote the
-    model.
+    """A model on disk. ``base``: the full model under an adapter. ``run``: the run that wrote the model.
 
     ``remote_code``: whether Python files that came with the model may run (the recipe's
     ``trust_remote_code``).
@@ -43,8 +42,7 @@ def locate(model: str | Path, remote_code: bool = False) -> Folder:
     """Find and check a model: a catalog name, a model folder, an adapter folder or a run folder.
 
     ``remote_code``: accept a model that brings Python code. Raises ModelError for an unknown name, a model
-    that is not pulled, a folder without weights or with pickles only, invalid JSON or safetensors headers,
-    and a model that asks to run code.
+    not pulled, missing or pickled weights, invalid JSON or safetensors headers, and a model with code.
     """
     name = str(model)
     stored = model_store.folder_of(name)

@@ -1,5 +1,4 @@
-"""The local model store: the folder of each model by name, temporary folders for pulling, and safe unpacking
-of archives.
+"""The local model store: a folder for each model, temporary folders for pulling, unpacking of archives.
 
 ``hub.local_store`` makes and checks the entries of every store; this module passes its names on.
 """
@@ -71,8 +70,7 @@ def install(made: Path, name: str, source: JsonObject) -> Path:
 
 
 def unpack(archive: Path, member: str, into: Path) -> Path:
-    """Extract one file, or one folder with its content, from a zip archive such as a wheel. Returns its path
-    under ``into``.
+    """Extract a file or folder from a zip archive, such as a wheel. Returns its path under ``into``.
 
     Raises ModelError for a damaged archive, for links, and for names that lead outside ``into``.
     """

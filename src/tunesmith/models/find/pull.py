@@ -1,8 +1,7 @@
 """``pull``: download a model of the catalog, or any model on the Hub, into the local store.
 
-The sources of a catalog entry are tried in order, and each download is checked against its pin. For
-``org/name``, which has no pin, the store's manifest keeps the commit. No other module of ``models`` uses the
-network.
+The sources of a catalog entry are tried in order, and each download is checked against its pin. The manifest
+of ``org/name``, which has no pin, keeps the commit. No other module of ``models`` uses the network.
 """
 
 from __future__ import annotations
@@ -170,8 +169,7 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
     values = loaded.config.to_dict()
     values.pop("quantization_config", None)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    # The loaded model keeps a quantiser that save_pretrained refuses; a model built from the config alone has
-    # none.
+    # The loaded model keeps a quantiser that save_pretrained refuses; one made from the config has none.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in loaded.state_dict().items()})
     model.generation_config = loaded.generation_config

@@ -1,5 +1,4 @@
-"""``tunesmith.json``, the record next to saved weights: their base model, a hash of each file, the head. No
-network is loaded.
+"""``tunesmith.json``, the record next to saved weights: their base model, a hash of each file, the head.
 
 ``models.load.probe`` writes it, because it also records logits, which need the model in memory.
 """
@@ -23,8 +22,7 @@ _SAMPLE_BYTES = 4096
 def fingerprint(folder: Path) -> str:
     """Return a hash of a full model that does not depend on its sharding.
 
-    It covers the name, dtype, shape and three samples of every tensor: about 12 kB of each, so it takes
-    milliseconds.
+    It covers name, dtype, shape and three samples of every tensor, 12 kB of each: it takes milliseconds.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(headers.read_tensors(folder).items()):
@@ -38,8 +36,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the fingerprint of a full model; of an adapter, the sha256 of each weight file and of its
-    config.
+    """Return a full model's fingerprint, or the sha256 of an adapter's weight files and config.
 
     The config is hashed as JSON, so spaces do not count; nor does the base model's path, which may move.
     """

@@ -22,12 +22,10 @@ LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 
 
 def convert(pickles: list[Path], targets: list[Path], tied: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Write the tensors of each pickle into the safetensors file in ``targets``. Returns file name -> tensor
-    names.
+    """Write each pickle's tensors into the file of ``targets``. Returns file name -> tensor names.
 
-    ``tied``: name -> names under which the model keeps the same tensor. A tied tensor is left out where an
-    equal one exists under another name, and renamed where there is none. Every other tensor keeps its name,
-    dtype and values.
+    ``tied``: name -> names under which the model keeps the same tensor. It is left out where an equal tensor
+    exists under another name, and renamed where none exists. Other tensors keep name, dtype and values.
     """
     loaded = []
     for path in pickles:

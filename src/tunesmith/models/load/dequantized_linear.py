@@ -1,5 +1,4 @@
-"""Linear layers that bitsandbytes keeps in 4 or 8 bits, computed as plain products of their de-quantised
-weights.
+"""Linear layers that bitsandbytes keeps in 4 or 8 bits, computed with their de-quantised weights.
 
 Each product de-quantises the weight and drops it, in forward and again in backward; only the input is kept
 between them. LLM.int8() (Dettmers et al. 2022) is not used for 8-bit layers: it also rounds the inputs, by a

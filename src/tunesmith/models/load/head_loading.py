@@ -1,5 +1,4 @@
-"""Load a task head onto a body that was saved without it: names of the body, config entries, tensors that may
-be missing.
+"""Load a task head onto a body that was saved without it: names, config entries, missing tensors.
 
 Some classes of transformers name the body otherwise than checkpoints do: ``LlamaForQuestionAnswering`` calls
 it ``transformer``, every llama checkpoint ``model``. transformers alone would fill that body with random
@@ -66,8 +65,7 @@ def apply_head_config(config: PretrainedConfig, head_config: JsonObject) -> None
 
 
 def inherit_head_config(config: PretrainedConfig, folder: Folder, adapter: str | None, head: str) -> None:
-    """Write the head of an adapter that is continued or merged into ``config``. ``adapter``: the recipe's
-    key.
+    """Write the head of a continued or merged adapter into ``config``. ``adapter``: the recipe's key.
 
     Raises RecipeError for an adapter that is continued with an objective of another ``head``.
     """
@@ -115,8 +113,7 @@ def replace_head_config(
 def is_other_head(kind: str, config: PretrainedConfig, head: str, head_config: JsonObject | None) -> bool:
     """Return whether a checkpoint's head differs from the wanted one: by type, or by labels and their order.
 
-    ``kind``, ``config``: of the checkpoint. The outputs of a regression or of a span have no label names to
-    compare.
+    ``kind``, ``config``: of the checkpoint. The labels of a regression or of a span have no names.
     """
     if kind == "lm" or head_config is None:
         return False
@@ -170,8 +167,7 @@ def save_under_class_names(model: PreTrainedModel, renamed: dict[str, str]) -> N
     """Let ``save_pretrained`` write the body under the class's name, not under the name that it was read
     from.
 
-    ``renamed``: of :func:`renamed_body`. The class alone does not find the other name: it would load random
-    numbers.
+    ``renamed``: of :func:`renamed_body`. The class does not find a body under the other name.
     """
     if renamed:
         conversions = model._weight_conversions
@@ -187,8 +183,7 @@ def unexplained_keys(
     unexpected: Iterable[str],
     mismatched: Iterable[str],
 ) -> tuple[list[str], list[str]]:
-    """Return (missing, unexpected) without the tensors that another head explains. ``mismatched``: of another
-    shape.
+    """Return (missing, unexpected) without what another head explains. ``mismatched``: of another shape.
 
     A tensor of the body is never explained.
     """

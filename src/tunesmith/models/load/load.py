@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -23,7 +24,7 @@ from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import dequantized_linear, head_loading, probe, quantization, vocabulary
-from tunesmith.models.network import has_attributes, trained_copies, tunesmith_settings, without_adapter
+from tunesmith.models.network import has_attributes, submodule, tunesmith_settings, without_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +51,7 @@ def quiet() -> None:
     """Keep this process off the network and library messages off the screen. Call it before loading a model.
 
     The Hub's client reads these variables when it is imported. bitsandbytes, which peft imports when it is
-    installed, asks the Hub for kernels unless it is offline. Where transformers is already imported, its own
-    switches are used.
+    installed, asks the Hub for kernels unless it is offline. An imported transformers needs its own switches.
     """
     ask.remember_user()
     os.environ.update(_OFFLINE)
@@ -148,45 +148,33 @@ def load_model(
     another shape, and when the base is not the model that the adapter was trained on.
     """
     quiet()
+    import torch
+
     wanted = dtype or checkpoint_dtype(folder.network)
     head = head or head_of(folder)
     if folder.kind == "full" or adapter == "ignore":
-        model = _load_full(folder, head, wanted, load_kwargs, head_config)
+        model = _load_full(folder, head, head_config, wanted, load_kwargs)
         for parameter in model.parameters():
             parameter.requires_grad_(trainable and parameter.is_floating_point())
         return model.eval()
     record.check_base(folder.path, folder.network)
     if head_config is None:
         head_config = record.head(folder.path).get("config")
-    recorded = record.read(folder.path).get("quantization")
-    quantized = quantization.kwargs_from_record(recorded) if recorded else {}
+    load_base = partial(_load_full, folder, head, head_config)
+    quantized = quantization.kwargs_from_record(record.read(folder.path).get("quantization"))
     if adapter == "merge":
-        merged = _load_merged(folder, head, quantized, load_kwargs, head_config)
-        return merged.to(wanted).requires_grad_(trainable).eval()
-    model = _load_full(folder, head, wanted, {**quantized, **load_kwargs}, head_config)
-    model = attach_adapter(folder, model, trainable)
-    if not trainable:
+        model = load_base(torch.float32, load_kwargs)
+        if quantized:
+            quantization.write_dequantized(model, load_base(torch.float32, load_kwargs | quantized))
+    else:
+        model = load_base(wanted, quantized | load_kwargs)
+    training = trainable and adapter == "attach"
+    model = attach_adapter(folder, model, training)
+    if not training:
         vocabulary.write_rows(model)
+    if adapter == "merge":
+        model = merge_into_base(model).to(wanted).requires_grad_(trainable)
     return model.eval()
-
-
-def _load_merged(
-    folder: Folder,
-    head: str,
-    quantized: dict[str, object],
-    load_kwargs: dict[str, object],
-    head_config: JsonObject | None,
-) -> PreTrainedModel:
-    """Merge the adapter into its base model in fp32. ``quantized``: arguments that quantise the base."""
-    import torch
-
-    model = _load_full(folder, head, torch.float32, load_kwargs, head_config)
-    if quantized:
-        base = _load_full(folder, head, torch.float32, {**load_kwargs, **quantized}, head_config)
-        quantization.write_dequantized(model, base)
-    model = attach_adapter(folder, model, trainable=False)
-    vocabulary.write_rows(model)
-    return merge_into_base(model)
 
 
 def checkpoint_dtype(path: Path) -> torch.dtype:
@@ -244,7 +232,7 @@ def merge_into_base(model: PreTrainedModel) -> PreTrainedModel:
 def _install_trained_copies(core: PreTrainedModel) -> None:
     """Replace modules that have several layers with their trained copies: peft takes each for one layer."""
     for name, module in list(core.named_modules()):
-        copies = trained_copies(module)
+        copies = submodule(module, "modules_to_save")
         if copies is not None and not has_attributes(module.original_module, "weight"):
             core.set_submodule(name, copies[module.active_adapters[0]])
 

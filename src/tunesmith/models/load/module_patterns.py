@@ -63,8 +63,7 @@ def is_inside(name: str, modules: Iterable[str]) -> bool:
 
 
 def require_disjoint(subject: str, targets: Iterable[str], saved: list[str]) -> None:
-    """Raise RecipeError where one of ``targets`` is inside a module of ``modules_to_save``: peft would
-    silently skip it.
+    """Raise RecipeError for a target inside a module of ``modules_to_save``: peft would silently skip it.
 
     ``subject``: the start of the message, as in "adaptation.target_modules names". ``saved``: full names.
     """

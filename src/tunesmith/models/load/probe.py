@@ -2,8 +2,7 @@
 
 The record has an adapter's base model, hashes of the files, and a few logits. Loading compares all three, so
 an adapter on the wrong base, a changed file, or weights that a library reads otherwise than they were written
-are errors. Logits alone would not do: in bf16 those of a small update lie within rounding, and an adapter of
-zeros would pass.
+are errors. Logits alone would not do: in bf16 an adapter of zeros is within rounding and would pass.
 """
 
 from __future__ import annotations
@@ -66,13 +65,11 @@ def write_probe(
 
 
 def verify_probe(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float | None:
-    """Return the largest difference between the logits now and those recorded, None when the folder has no
-    record.
+    """Return the largest difference of a logit from the recorded one, None for a folder without record.
 
     Raises ModelError when a file has changed, when the tokenizer returns other ids, or when a logit differs
     by more than rounding explains: 0.2% of the largest one where both are fp32, else 5%. A task head may
-    differ by 20%, because its few numbers are small differences of large ones (0.07 of 1 was measured at 30
-    layers in bf16).
+    differ by 20%: its few numbers are small differences of large ones (7% was measured, 30 layers in bf16).
     """
     record.check_files(folder)
     saved = record.read(folder).get("probe")

@@ -1,8 +1,6 @@
-"""A base model whose linear layers are kept in 4 or 8 bits (Dettmers et al. 2023): load, record, measure,
-de-quantise.
+"""Quantise, record, measure and de-quantise a base model in 4 or 8 bits (Dettmers et al. 2023).
 
-bitsandbytes rounds, and transformers calls it while loading. Embeddings, norms and output layers keep their
-format.
+bitsandbytes rounds its linear layers while transformers loads them; embeddings, norms and output layers stay.
 """
 
 from __future__ import annotations
@@ -37,21 +35,14 @@ OUTPUTS = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "pre_cla
 def load_kwargs(quant_type: str, use_double_quant: bool, skip: Iterable[str] = ()) -> LoadKwargs:
     """Return the arguments of ``from_pretrained`` that quantise a base model.
 
-    ``skip``: modules, by the end of their names, that are not quantised. Raises MissingExtra without
-    bitsandbytes.
+    ``skip``: the ends of names of modules to leave out. Raises MissingExtra without bitsandbytes.
     """
     require(f"a base in {quant_type}")
     from transformers import BitsAndBytesConfig
 
-    if quant_type == "int8":
-        options: dict[str, object] = {"load_in_8bit": True}
-    else:
-        options = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": quant_type,
-            "bnb_4bit_use_double_quant": use_double_quant,
-        }
     skipped = [*OUTPUTS, *(rf"(?:.*\.)?{re.escape(name)}" for name in skip)]
+    four_bits = {"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": use_double_quant}
+    options = {"load_in_8bit": True} if quant_type == "int8" else {"load_in_4bit": True, **four_bits}
     return {"quantization_config": BitsAndBytesConfig(**options, llm_int8_skip_modules=skipped)}
 
 
@@ -61,8 +52,10 @@ def require(purpose: str) -> None:
         raise MissingExtra("bitsandbytes", "bnb", purpose)
 
 
-def kwargs_from_record(record: JsonObject) -> LoadKwargs:
-    """Return the ``load_kwargs`` that quantise a base model as :func:`record` found it."""
+def kwargs_from_record(record: JsonObject | None) -> LoadKwargs:
+    """Return the ``load_kwargs`` that quantise a base model as :func:`record` found it; {} for None."""
+    if not record:
+        return {}
     quant_type = record.get("quant_type")
     if quant_type not in KINDS:
         raise ModelError(
@@ -124,9 +117,8 @@ def estimate(model: PreTrainedModel, kwargs: LoadKwargs) -> Estimate:
 def measure(model: PreTrainedModel) -> JsonObject | None:
     """Return :func:`record` and the memory of a quantised base model, None for one that is not quantised.
 
-    "parameters": numbers in the quantised layers. "bytes", "bits_per_parameter": what they take, with scales
-    and tables. "base_bytes": everything frozen. "base_bytes_before": the same, had the layers the format of
-    the rest.
+    "parameters": numbers in the quantised layers. "bytes", "bits_per_parameter": their size with scales and
+    tables. "base_bytes": everything frozen. "base_bytes_before": the same without quantisation.
     """
     recorded, layers = record(model), _quantized_layers(model)
     if recorded is None:
@@ -165,7 +157,6 @@ def _quantized_layers(model: PreTrainedModel) -> list[QuantizedLinear]:
 
 
 def _weight_tensors(layer: QuantizedLinear) -> list[torch.Tensor]:
-    """Return the tensors that a layer's weight is stored in."""
     weight, state = layer.weight, quant_state(layer.weight)
     if state is None:
         return [weight.data, layer.state.SCB if layer.state.SCB is not None else weight.SCB]
@@ -185,6 +176,5 @@ def write_dequantized(plain: nn.Module, base: nn.Module) -> None:
             if dequantized_linear.is_layer(module):
                 target = targets[name]
                 value = dequantized_linear.dequantize(module, target.weight.dtype)
-                target.weight.copy_(
-                    value.t() if type(target).__name__ == "Conv1D" else value
-                )  # gpt2 keeps (in, out)
+                transposed = type(target).__name__ == "Conv1D"  # gpt2 keeps (in, out)
+                target.weight.copy_(value.t() if transposed else value)

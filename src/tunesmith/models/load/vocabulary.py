@@ -1,9 +1,7 @@
 """New tokens: an id for each in the tokenizer, a row for each in the embedding and in the output layer.
 
-A new row starts as the mean of the known rows (Hewitt 2021,
-https://nlp.stanford.edu/~johnhew/vocab-expansion.html): the model then gives a new token about the
-probability of an average one, and the probabilities of the others hardly change. ``resize_token_embeddings``
-would draw around that mean; the mean itself needs no random number.
+A new row is the mean of the known rows (Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html), so a
+new token is about as probable as an average one. ``resize_token_embeddings`` would draw around that mean.
 """
 
 from __future__ import annotations
@@ -41,8 +39,7 @@ class NewTokens:
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> NewTokens:
     """Add ``tokens`` to the tokenizer, in place. They are never split, and decoding an answer keeps them.
 
-    Raises RecipeError for a token that the vocabulary has already, or that the tokenizer does not decode to
-    the same text.
+    Raises RecipeError for a token that the vocabulary has, or that does not decode to the same text.
     """
     from tokenizers import AddedToken
 
@@ -53,7 +50,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> New
         if token in vocabulary or (len(ids) == 1 and tokenizer.decode(ids) == token):
             number = vocabulary.get(token, ids[0])
             raise RecipeError(
-                f"add_tokens: {token!r} is one token of this model already (id {number}). Leave it out."
+                f"add_tokens: {token!r} is already one token of this model (id {number}). Remove it."
             )
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
     new = NewTokens({token: tokenizer.convert_tokens_to_ids(token) for token in tokens}, known)
@@ -70,8 +67,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> New
 def grow(model: PreTrainedModel, new: NewTokens) -> list[int]:
     """Give ``model`` a row for each new token, in place, as the mean of its known rows. Returns the new rows.
 
-    Spare rows (many models have more rows than tokens) are used before the matrix grows. Tied layers stay one
-    tensor.
+    Spare rows, which many models have, are used before the matrix grows. Tied layers stay one tensor.
     """
     import torch
 
