@@ -185,7 +185,7 @@ def test_the_tokenizer_keeps_a_new_token_whole_and_shows_it():
 
 
 @pytest.mark.parametrize(
-    ("token", "words"), [("<|im_end|>", "'<|im_end|>' is one token"), ("the", "'the' is one token"), ("<é>", "'<é>' would not")]
+    ("token", "words"), [("<|im_end|>", "'<|im_end|>' is one token"), ("the", "'the' is one token"), ("<é>", "decodes '<é>' to")]
 )
 def test_a_token_that_is_there_or_does_not_come_back_is_refused_by_name(token, words):
     with pytest.raises(RecipeError) as error:

@@ -96,13 +96,10 @@ def suggest(name: str) -> str:
 
 def name_of_repo(repo: str) -> str | None:
     """Return the catalog name of a Hub repository, or None."""
-    hubs = [
-        (source, entry.name)
-        for entry in CATALOG.values()
-        for source in entry.sources
-        if isinstance(source, Hub)
-    ]
-    return next((name for source, name in hubs if source.repo == repo), None)
+    for entry in CATALOG.values():
+        if any(isinstance(source, Hub) and source.repo == repo for source in entry.sources):
+            return entry.name
+    return None
 
 
 def listing() -> list[JsonObject]:

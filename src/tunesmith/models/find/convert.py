@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from subprocess import DEVNULL, PIPE, Popen
+from typing import TYPE_CHECKING, TypeAlias
 
 from tunesmith import files
 from tunesmith.errors import DiskFullError, ModelError, UserError
@@ -25,6 +25,8 @@ from tunesmith.models.network import has_attributes, transformers_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Names: TypeAlias = dict[str, list[str]]
 
 _TRAINER_FILES = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|adapter_model)\.\w+")
 """Pickles next to a model's weights that do not hold them."""
@@ -98,30 +100,22 @@ def _weight_pickles(folder: Path) -> list[Path]:
     pickles = [path for path in headers.pickle_files(folder) if not _TRAINER_FILES.fullmatch(path.name)]
     weights = [path for path in pickles if path.name == "pytorch_model.bin"] or pickles
     if len(weights) != 1:
-        names_found = ", ".join(path.name for path in weights) or "none"
-        raise ModelError(
-            f"{folder}: expected pytorch_model.bin, its index with shards, or one other weight file; "
-            f"found {names_found}"
-        )
+        found = ", ".join(path.name for path in weights) or "none"
+        expected = "expected pytorch_model.bin, its index with shards, or one other weight file"
+        raise ModelError(f"{folder}: {expected}; found {found}")
     return weights
 
 
 def _unpickle(
-    pickles: list[Path],
-    targets: list[Path],
-    tied: dict[str, list[str]],
-    job: Path,
-    say: Callable[[str], None],
-) -> dict[str, list[str]]:
+    pickles: list[Path], targets: list[Path], tied: Names, job: Path, say: Callable[[str], None]
+) -> Names:
     """Run ``unpickle.py``. Returns each written file's name and tensor names."""
     arguments = {"pickles": [*map(str, pickles)], "targets": [*map(str, targets)], "tied": tied}
     job.write_text(json.dumps(arguments), encoding="utf-8")
     command = [sys.executable, "-P", "-m", "tunesmith.models.find.unpickle", str(job)]
-    written: dict[str, list[str]] = {}
+    written: Names = {}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True
-        ) as process:
+        with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=errors, text=True) as process:
             for line in process.stdout or ():
                 message = json.loads(line)
                 written = message.get("written", written)
@@ -141,8 +135,8 @@ def _unpickle_error(pickles: list[Path], stderr: str) -> ModelError:
     code = re.search(r"(?:GLOBAL|global:?) (?:GLOBAL )?([\w.]+)", stderr)
     if "UnpicklingError" in stderr and code:
         return ModelError(
-            f"{pickles[0].parent}: {names} asks for {code.group(1)} when it is opened. Weights need no code, so "
-            "the file was refused; none of its code ran.\n  Get the model from somebody you trust, as safetensors."
+            f"{pickles[0].parent}: {names} asks for {code.group(1)} when it is opened. Weights need no code: "
+            "none of it ran.\n  Get the model from somebody you trust, as safetensors."
         )
     lines = [line for line in stderr.splitlines() if line and not line.startswith("Check the documentation")]
     reason = lines[-1].rstrip(".") if lines else "the process gave no reason"
@@ -152,7 +146,7 @@ def _unpickle_error(pickles: list[Path], stderr: str) -> ModelError:
     )
 
 
-def _name_or_index(made: Path, written: dict[str, list[str]]) -> None:
+def _name_or_index(made: Path, written: Names) -> None:
     """Name a single file model.safetensors; write the index of several."""
     if len(written) == 1:
         (name,) = written
@@ -164,7 +158,7 @@ def _name_or_index(made: Path, written: dict[str, list[str]]) -> None:
     (made / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
 
-def _tied_names(folder: Path) -> tuple[dict[str, list[str]], type[PreTrainedModel]]:
+def _tied_names(folder: Path) -> tuple[Names, type[PreTrainedModel]]:
     """Return the other names that a checkpoint may give each tied tensor, and the architecture's class."""
     load.quiet()
     import torch
@@ -178,10 +172,8 @@ def _tied_names(folder: Path) -> tuple[dict[str, list[str]], type[PreTrainedMode
     with torch.device("meta"):
         model = network.from_config(config) if has_attributes(network, "from_config") else network(config)
     prefix = f"{model.base_model_prefix}."  # old checkpoints of the body alone have names without it
-    kept_names = model.all_tied_weights_keys.items()
-    return {
-        name: list(dict.fromkeys([kept, kept.removeprefix(prefix)])) for name, kept in kept_names
-    }, network
+    tied = model.all_tied_weights_keys.items()
+    return {name: list({kept: 0, kept.removeprefix(prefix): 0}) for name, kept in tied}, network
 
 
 def _is_language_model(network: type[PreTrainedModel]) -> bool:

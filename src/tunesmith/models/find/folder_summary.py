@@ -34,11 +34,8 @@ _ADAPTER_KINDS = (  # peft's names
 )
 _ADAPTER_KEYS = ("use_dora", "use_rslora", "variant", "bottleneck_size", "non_linearity")
 _VIRTUAL_TOKEN_KEYS = (
-    "num_virtual_tokens",
-    "prefix_projection",
-    "prompt_tuning_init",
-    "prompt_tuning_init_text",
-)
+    "num_virtual_tokens", "prefix_projection", "prompt_tuning_init", "prompt_tuning_init_text",
+)  # fmt: skip
 
 
 class Part(TypedDict):

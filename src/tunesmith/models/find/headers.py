@@ -43,9 +43,8 @@ def read_json(path: Path) -> JsonObject:
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
-        raise ModelError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-        ) from None
+        where = f"{path}, line {error.lineno}, column {error.colno}"
+        raise ModelError(f"{where}: not valid JSON: {error.msg}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -65,16 +64,14 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{path} is not a whole safetensors file: {error}.\n  Copy or download it again."
-        ) from None
+        advice = "Copy or download it again."
+        raise ModelError(f"{path} is not a whole safetensors file: {error}.\n  {advice}") from None
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
-        tensors[name] = TensorHeader(
-            entry["dtype"], tuple(entry["shape"]), path, 8 + length + begin, end - begin
-        )
+        shape, start = tuple(entry["shape"]), 8 + length + begin
+        tensors[name] = TensorHeader(entry["dtype"], shape, path, start, end - begin)
     return tensors
 
 

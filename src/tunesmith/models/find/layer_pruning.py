@@ -31,9 +31,8 @@ def copy_layers(base: Path, layers: Sequence[int], folder: Path) -> Path:
     config = headers.read_json(base / "config.json")
     count = next((int(config[key]) for key in _COUNTS if key in config), 0)
     if not all(0 <= layer < count for layer in layers):
-        raise ModelError(
-            f"{base} has {count} layers, and the layers {', '.join(map(str, layers))} were requested"
-        )
+        requested = ", ".join(map(str, layers))
+        raise ModelError(f"{base} has {count} layers, and the layers {requested} were requested")
     new_number = {old: new for new, old in enumerate(layers)}
     tensors = {}
     for path in headers.weight_files(base):

@@ -64,7 +64,7 @@ def locate(model: str | Path, remote_code: bool = False) -> Folder:
             return _check_folder(path / "model", path, remote_code)
         if (path / "recipe.yaml").is_file():
             raise ModelError(
-                f"the run {path} has saved no model yet. Wait until it ends, or resume it with --resume."
+                f"the run {path} has saved no model yet. Let it end, or continue it with --resume."
             )
     in_run = path.name == "model" and (path.parent / "recipe.yaml").is_file()
     return _check_folder(path, path.parent if in_run else None, remote_code)
@@ -80,10 +80,7 @@ def _check_folder(path: Path, run: Path | None, remote_code: bool) -> Folder:
         _check_full_model(base, remote_code)
         return Folder(path, "adapter", base, run, remote_code)
     if not (path / "config.json").is_file():
-        raise ModelError(
-            f"{path} has no config.json: expected a model folder in the transformers format, an adapter "
-            "or a run folder"
-        )
+        raise ModelError(f"{path} has no config.json: expected a model, adapter or run folder")
     _check_full_model(path, remote_code)
     return Folder(path, "full", None, run, remote_code)
 
@@ -110,8 +107,7 @@ def code_files(folder: Folder) -> list[Path]:
             file = place / f"{reference.rpartition('.')[0].replace('.', '/')}.py"
             if "--" in reference or not file.is_file():
                 raise ModelError(
-                    f"{place / name} asks for the code {reference!r}, which is not in that folder. "
-                    "tunesmith downloads no code.\n"
+                    f"{place / name} asks for the code {reference!r}, which is not in that folder.\n"
                     "  Copy the model with its .py files, and with `auto_map` naming them."
                 )
             files |= dict.fromkeys([file, *sorted(file.parent.rglob("*.py"))])
@@ -163,9 +159,7 @@ def _refuse_code(config: JsonObject, file: Path, remote_code: bool) -> None:
             )
         kernel = "attn_implementation" in key or "experts_implementation" in key
         if kernel and any("/" in str(name) for name in _values(value)):
-            raise ModelError(
-                f"{file}: `{path}` names a kernel to download from the Hub, {value!r}. Remove the key."
-            )
+            raise ModelError(f"{file}: `{path}` names a kernel of the Hub, {value!r}. Remove the key.")
 
 
 def _find_base(adapter: Path, config: JsonObject) -> Path:

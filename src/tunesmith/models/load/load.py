@@ -247,19 +247,14 @@ def check_mergeable(config: PeftConfig) -> None:
 
 
 def _load_full(
-    folder: Folder,
-    head: str,
-    dtype: torch.dtype,
-    load_kwargs: dict[str, object],
-    head_config: JsonObject | None,
+    folder: Folder, head: str, head_config: JsonObject | None, dtype: torch.dtype, kwargs: dict[str, object]
 ) -> PreTrainedModel:
     quiet()
     path = folder.network
-    quantized = "quantization_config" in load_kwargs
-    stored_dtype = (
-        checkpoint_dtype(path) if quantized else dtype
-    )  # the bits must not depend on the compute dtype
-    options = {"dtype": stored_dtype, **load_kwargs, **_trust(folder)}
+    quantized = "quantization_config" in kwargs
+    if quantized:  # from the same numbers whatever the compute dtype
+        kwargs = {"dtype": checkpoint_dtype(path), **kwargs}
+    options = {"dtype": dtype, **kwargs, **_trust(folder)}
     network, replaced, renamed = head_types.auto_class(head), False, {}
     if head != "lm":
         config = load_config(folder)

@@ -82,8 +82,7 @@ def verify_probe(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
         ids, expected = tokenizer(text, add_special_tokens=False)["input_ids"], recorded["input_ids"]
         if ids != expected:
             raise ModelError(
-                f"{folder}: the tokenizer turns {text!r} into {ids}; when the model was saved, "
-                f"into {expected}.\n"
+                f"{folder}: the tokenizer turns {text!r} into {ids}; the saved one, into {expected}.\n"
                 "  Copy the folder again."
             )
         logits = all_logits(model, ids)[-1]

@@ -49,9 +49,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> New
         ids = tokenizer.encode(token, add_special_tokens=False)
         if token in vocabulary or (len(ids) == 1 and tokenizer.decode(ids) == token):
             number = vocabulary.get(token, ids[0])
-            raise RecipeError(
-                f"add_tokens: {token!r} is already one token of this model (id {number}). Remove it."
-            )
+            raise RecipeError(f"add_tokens: {token!r} is one token of this model (id {number}). Remove it.")
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
     new = NewTokens({token: tokenizer.convert_tokens_to_ids(token) for token in tokens}, known)
     for token, number in new.ids.items():
