@@ -50,7 +50,7 @@ def submodule(module: nn.Module, name: str) -> Any:
     return child if isinstance(child, nn.Module) else None
 
 
-def without_adapter(layer: nn.Module) -> nn.Module:
+def without_adapter(layer: nn.Module) -> Any:
     """Return the layer of the base model inside peft's wrappers: an adapter's, and that of a trained copy."""
     for wrapped in ("base_layer", "original_module"):
         inner = submodule(layer, wrapped)

@@ -18,6 +18,7 @@ from pathlib import Path
 from tunesmith.errors import MissingExtra, ModelError
 from tunesmith.hub import ask
 from tunesmith.hub.local_store import Damaged, check
+from tunesmith.json_types import JsonObject
 from tunesmith.models.find import catalog, headers, layer_pruning, model_store
 from tunesmith.models.find.catalog import Entry, Hub, LayerSubset, Wheel
 from tunesmith.models.find.locate import locate
@@ -102,7 +103,7 @@ def _from_base(source: LayerSubset, entry: Entry, say: Callable[[str], None]) ->
     with model_store.working_folder(entry.name, needed=entry.megabytes * 10**6) as folder:
         made = layer_pruning.copy_layers(base, source.layers, folder / "model")
         load.load_model(locate(made))
-        facts = {"kind": "cut", "of": source.base, "layers": list(source.layers)}
+        facts: JsonObject = {"kind": "cut", "of": source.base, "layers": list(source.layers)}
         facts["of_source"] = manifest.get("source")
         facts["of_weights"] = {name: hash for name, hash in hashes.items() if name.endswith(".safetensors")}
         return model_store.install(made, entry.name, facts)

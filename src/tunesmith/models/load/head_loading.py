@@ -213,6 +213,6 @@ def row_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
     config, tokens = base(model).config, ids.shape[1]
     read = list(range(tokens)) if pooling(config) == "mean" else [tokens - 1 if is_causal(config) else 0]
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batch |= {"positions": torch.tensor(read, device=ids.device), "places": [len(read)]}
-    return task_heads.score_logits(model, batch)
+    positions = torch.tensor(read, device=ids.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "positions": positions}
+    return task_heads.score_logits(model, {**batch, "places": [len(read)]})
