@@ -59,7 +59,7 @@ def test_the_merged_model_answers_like_the_adapter_on_its_bits(case, tmp_path):
 def test_the_unquantised_base_is_flagged(quant_type, tmp_path, monkeypatch):
     """The naive route: the update on the numbers that the bits were made from. It is another model."""
     adapter = trained(tmp_path, quant_type=quant_type)
-    monkeypatch.setattr(load.quantization, "write_values", lambda plain, base: None)
+    monkeypatch.setattr(load.quantization, "write_dequantized", lambda plain, base: None)
     with pytest.raises(ModelError, match=r"would change its answers: a logit differs by .* and KL\(adapter \|\| merged\) is"):
         merge_adapter.merge(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -67,7 +67,7 @@ def test_the_unquantised_base_is_flagged(quant_type, tmp_path, monkeypatch):
 
 def test_divergence_alone_is_flagged(tmp_path, monkeypatch):
     adapter = trained(tmp_path)
-    monkeypatch.setattr(load.quantization, "write_values", lambda plain, base: None)
+    monkeypatch.setattr(load.quantization, "write_dequantized", lambda plain, base: None)
     monkeypatch.setattr(merge_adapter, "LARGEST_DIFFERENCE", 1e9)
     with pytest.raises(ModelError, match="would change its answers"):
         merge_adapter.merge(adapter, tmp_path / "out")

@@ -174,7 +174,7 @@ def test_a_full_model_has_nothing_to_merge(tmp_path: Path) -> None:
 
 def test_a_merge_that_changes_answers_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = base_and_adapter(tmp_path)
-    monkeypatch.setattr(merge_adapter.load, "merged", lambda model: load_model(locate(base)))
+    monkeypatch.setattr(merge_adapter.load, "merge_into_base", lambda model: load_model(locate(base)))
     with pytest.raises(ModelError, match="would change its answers"):
         merge_adapter.merge(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
