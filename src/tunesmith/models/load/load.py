@@ -152,7 +152,7 @@ def load_model(
 
     wanted = dtype or checkpoint_dtype(folder.network)
     head = head or head_of(folder)
-    if folder.kind == "full" or adapter == "ignore":
+    if folder.kind != "adapter" or adapter == "ignore":
         model = _load_full(folder, head, head_config, wanted, load_kwargs)
         for parameter in model.parameters():
             parameter.requires_grad_(trainable and parameter.is_floating_point())
