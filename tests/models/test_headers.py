@@ -84,7 +84,7 @@ def test_refuses_a_truncated_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(100)}, path)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    with pytest.raises(ModelError, match="cut short"):
         headers.read_header(path)
 
 

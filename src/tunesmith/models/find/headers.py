@@ -64,8 +64,9 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (OSError, SafetensorError) as error:
+        reason = f"it was cut short, changed or unreadable ({error})"
         advice = "Copy or download it again."
-        raise ModelError(f"{path} is not a whole safetensors file: {error}.\n  {advice}") from None
+        raise ModelError(f"{path} is not a whole safetensors file: {reason}.\n  {advice}") from None
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

@@ -39,7 +39,7 @@ def check_regex(key: str, patterns: str | list[str]) -> None:
         re.compile(patterns if isinstance(patterns, str) else "")
     except re.error as error:
         raise RecipeError(
-            f"adaptation.{key}: {patterns!r} is neither a module's name nor a regular expression: {error}.\n"
+            f"adaptation.{key}: {patterns!r} is no module name and no regular expression: {error}.\n"
             "  Write the end of a module's name, a list as in [q_proj, v_proj], or a pattern as in '.*_proj'."
         ) from None
 
@@ -72,7 +72,7 @@ def require_disjoint(subject: str, targets: Iterable[str], saved: list[str]) -> 
             if is_inside(target, [module]):
                 raise RecipeError(
                     f"{subject} {target}, and adaptation.modules_to_save trains {module} whole: "
-                    "both cannot train one layer.\n"
+                    "only one can train a layer.\n"
                     "  Remove it from one of the two keys."
                 )
 
