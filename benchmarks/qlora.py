@@ -44,7 +44,7 @@ def losses(model: str, data: Path, rows: int) -> list[dict[str, Any]]:
         for name, kind in KINDS.items():
             kwargs = quantization.load_kwargs(*kind) if kind else {}
             network = load.load_model(folder, dtype=torch.bfloat16, **kwargs)
-            figures, kept = evaluate((network, tokenizer), held), quantization.measured(network)
+            figures, kept = evaluate((network, tokenizer), held), quantization.measure(network)
             one = {"base": name, "eval_loss": figures["eval_loss"], "rows": figures["rows"], "bits_per_parameter": 16.0}
             if kept:
                 named = ("bits_per_parameter", "bytes", "parameters", "base_bytes", "base_bytes_before")

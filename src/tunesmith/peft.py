@@ -1,10 +1,10 @@
-"""``import tunesmith.peft``: from then on plain peft opens tunesmith's bottleneck adapters.
+"""Register tunesmith's bottleneck adapters with peft. Importing this module is enough:
 
     import tunesmith.peft
     from peft import AutoPeftModelForCausalLM
     model = AutoPeftModelForCausalLM.from_pretrained("runs/a/model")
 
-The one module whose import does something: it writes one kind into peft's tables, and nothing else.
+It is the one module of tunesmith that is imported for its effect.
 """
 
 from tunesmith.models.adapters.bottleneck_tuner import BottleneckConfig, BottleneckModel, register

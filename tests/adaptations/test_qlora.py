@@ -14,9 +14,9 @@ from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import lora, qlora
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.models.find.folder_summary import show
-from tunesmith.models.heads import lm_head
 from tunesmith.models.load import dequantized_linear, quantization
 from tunesmith.models.load.load import load_model, locate
+from tunesmith.models.network import base
 from tunesmith.objectives import cpt, sft
 from tunesmith.recipe import parse
 from tunesmith.train import fast_path, forecast, precision, setup
@@ -45,7 +45,7 @@ def bits(model):
         f"{name}.{number}": tensor.clone()
         for name, layer in model.named_modules()
         if dequantized_linear.is_layer(layer)
-        for number, tensor in enumerate(quantization._tensors(layer))
+        for number, tensor in enumerate(quantization._weight_tensors(layer))
     }
 
 
@@ -104,7 +104,7 @@ def test_the_product_is_the_one_with_its_numbers_written_out(tmp_path):
     layers = [attention.q_proj, attention.k_proj]
     torch.manual_seed(0)
     x, a, b, bias = (torch.randn(*shape, requires_grad=True) for shape in ((5, 32), (3, 32), (48, 3), (48,)))
-    whole = torch.cat([dequantized_linear.weight(layer, torch.float32) for layer in layers])
+    whole = torch.cat([dequantized_linear.dequantize(layer, torch.float32) for layer in layers])
     outputs = dequantized_linear.Product.apply(x, layers, bias, a, b), x @ whole.t() + bias + x @ a.t() @ b.t()
     found = [torch.autograd.grad(y.square().sum(), (x, a, b, bias)) for y in outputs]
     assert torch.allclose(*outputs, atol=1e-4) and all(torch.allclose(*pair, rtol=1e-4, atol=1e-3) for pair in zip(*found))
@@ -274,7 +274,7 @@ def test_four_bits_take_what_they_promise(wide):
     found = {}
     for twice in (True, False):
         model = load_model(locate(wide), dtype=torch.bfloat16, **adaptation("nf4", twice).load_kwargs())
-        facts = quantization.measured(model)
+        facts = quantization.measure(model)
         tables = facts["layers"] * (64 + (1024 + 4) * twice)
         found[twice] = 8 * (facts["bytes"] - tables) / facts["parameters"]
         assert facts["base_bytes_before"] - facts["base_bytes"] == 2 * facts["parameters"] - facts["bytes"]
@@ -288,7 +288,7 @@ def test_what_it_will_take_is_known_before(wide, quant_type, twice, keys):
     kwargs = adaptation(quant_type, twice, **keys).load_kwargs()
     with torch.device("meta"):
         expected = quantization.estimate(_empty(wide), kwargs)
-    facts = quantization.measured(load_model(locate(wide), **kwargs))
+    facts = quantization.measure(load_model(locate(wide), **kwargs))
     assert expected.parameters == facts["parameters"]
     assert expected.bytes == pytest.approx(facts["bytes"], rel=0.04)
 
@@ -356,7 +356,7 @@ def test_documents_too(tmp_path):
     objective = cpt.Objective(cpt.Config())
     rows = examples(objective, tiny_tokenizer())
     assert fast_path.choose(model, objective, rows, 200, "auto", CPU).packed
-    assert lm_head.base(model).config.vocab_size == 512
+    assert base(model).config.vocab_size == 512
 
 
 def test_shards_are_refused_before_anything_loads(tmp_path):

@@ -225,7 +225,7 @@ class Comparing(Objective):
     traits = Traits(rows=(Ranking,), overlong="drop")
 
     def __init__(self):
-        super().__init__(None)
+        super().__init__(Config())
 
     def encode(self, rows, tokenizer):
         return encode(rows, tokenizer, max_length=None, overlong="error")

@@ -189,7 +189,7 @@ IDS = [[5, 6, 7, 300, 41, 9]]
 def logits(model: Any) -> torch.Tensor:
     """(tokens, vocabulary) of a few ids, or (1, labels)."""
     with torch.no_grad():
-        return head_loading.answers(model.eval(), torch.tensor(IDS)).float()
+        return head_loading.row_logits(model.eval(), torch.tensor(IDS)).float()
 
 
 def is_head(name: str) -> bool:

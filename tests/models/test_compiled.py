@@ -21,6 +21,7 @@ from tunesmith.data.batch.pack import PACKED, to_device
 from tunesmith.errors import RecipeError
 from tunesmith.models.fast import kernels, torch_compile, varlen
 from tunesmith.models.heads import lm_head, noise
+from tunesmith.models.network import base
 from tunesmith.objectives import sft
 from tunesmith.train import fast_path, setup
 
@@ -186,7 +187,7 @@ def test_attention_by_segments_is_not_compiled():
 def test_layers_are_found_under_an_adapter_and_in_other_architectures():
     assert len(torch_compile.layers(tiny_model("gpt2"))) == 2
     adapted = lora.Adaptation(lora.Config(r=4)).apply(tiny_model("qwen3"), "lm")
-    assert torch_compile.layers(adapted) == list(lm_head.base(adapted).model.layers)
+    assert torch_compile.layers(adapted) == list(base(adapted).model.layers)
 
 
 @pytest.mark.parametrize(

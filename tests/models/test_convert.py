@@ -5,7 +5,9 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
+import traceback
 import zipfile
 
 import pytest
@@ -21,33 +23,63 @@ from tunesmith.models.find.convert import convert
 from tunesmith.models.find.locate import locate
 
 
-def state(folder):
-    """The weights of a model folder, tied ones under both names as older libraries wrote them."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    return dict(model.state_dict())
+@pytest.fixture(scope="module")
+def original_of(tmp_path_factory):
+    """A function that returns (folder, weights) of a tiny model; each is made once."""
+    originals = {}
+
+    def made(architecture="llama", **changes):
+        key = (architecture, *sorted(changes.items()))
+        if key not in originals:
+            folder = save_tiny(architecture, tmp_path_factory.mktemp("original"), **changes)
+            originals[key] = folder, dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+        return originals[key]
+
+    return made
 
 
-def pickled(tmp_path, architecture="llama", name="pytorch_model.bin", dtype=torch.float32, **changes):
-    """A model folder as it was before safetensors. Returns it with the original."""
-    original = save_tiny(architecture, tmp_path / "original", **changes)
-    folder = tmp_path / "old"
-    folder.mkdir()
-    for file in original.iterdir():
-        if file.suffix != ".safetensors":
-            (folder / file.name).write_bytes(file.read_bytes())
-    torch.save({key: value.to(dtype) for key, value in state(original).items()}, folder / name)
-    return folder, original
+@pytest.fixture
+def pickled(original_of, tmp_path):
+    """Make a model folder as it was before safetensors, tied weights under both names. Returns it, the original, its weights."""
+
+    def made(architecture="llama", name="pytorch_model.bin", dtype=torch.float32, **changes):
+        original, weights = original_of(architecture, **changes)
+        folder = tmp_path / "old"
+        shutil.copytree(original, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.save({key: value.to(dtype) for key, value in weights.items()}, folder / name)
+        return folder, original, dict(weights)
+
+    return made
 
 
 def digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
+MODULE = sys.modules["tunesmith.models.find.convert"]
+IN_A_PROCESS = MODULE._unpickle
+
+
+@pytest.fixture(autouse=True)
+def unpickled_here(monkeypatch):
+    """Unpickle in this process, which gives the same files and errors: another one takes seconds to start."""
+
+    def unpickled(pickles, targets, tied, job, say):
+        monkeypatch.setattr(unpickle, "_report", say)
+        try:
+            return unpickle.convert(pickles, targets, tied)
+        except SystemExit as error:
+            raise MODULE._unpickle_error(pickles, str(error)) from None
+        except pickle.UnpicklingError as error:
+            raise MODULE._unpickle_error(pickles, "".join(traceback.format_exception(error))) from None
+
+    monkeypatch.setattr(MODULE, "_unpickle", unpickled)
+
+
 @pytest.fixture
-def here(monkeypatch):
-    """Unpickle in this process: what is written is the same, and a process takes seconds to start."""
-    module = sys.modules["tunesmith.models.find.convert"]
-    monkeypatch.setattr(module, "_unpickled", lambda pickles, targets, tied, job, say: unpickle.convert(pickles, targets, tied))
+def in_a_process(unpickled_here, monkeypatch):
+    """The program itself."""
+    monkeypatch.setattr(MODULE, "_unpickle", IN_A_PROCESS)
 
 
 def logits(folder):
@@ -64,44 +96,42 @@ def logits(folder):
         ("gpt2", "consolidated.pth", {}),
     ],
 )
-def test_the_copy_is_the_model_and_the_original_is_untouched(architecture, name, changes, tmp_path, here):
-    folder, original = pickled(tmp_path, architecture, name, **changes)
+def test_the_copy_is_the_model_and_the_original_is_untouched(architecture, name, changes, pickled):
+    folder, original, _ = pickled(architecture, name, **changes)
     before = digests(folder)
     done = convert(folder)
     assert digests(folder) == before and done["from"] == [name] and done["dtypes"] == ["F32"]
     assert torch.equal(logits(done["path"]), logits(original))
-    assert headers.pickles(locate(done["path"]).path) == []
+    assert headers.pickle_files(locate(done["path"]).path) == []
     assert headers.read_tensors(locate(done["path"]).path).keys() == headers.read_tensors(original).keys()
 
 
-def test_tied_tensors_are_written_once_and_the_dtype_stays(tmp_path, here):
-    folder, _ = pickled(tmp_path, dtype=torch.bfloat16)
+def test_tied_tensors_are_written_once_and_the_dtype_stays(tmp_path, pickled):
+    folder, _, _ = pickled(dtype=torch.bfloat16)
     done = convert(folder, tmp_path / "new")
     tensors = headers.read_tensors(tmp_path / "new")
     assert "lm_head.weight" not in tensors and done["dtypes"] == ["BF16"]
 
 
-def test_a_tensor_known_only_by_its_tied_name_is_kept(tmp_path, here):
-    folder, original = pickled(tmp_path)
-    weights = state(original)
+def test_a_tensor_known_only_by_its_tied_name_is_kept(pickled):
+    folder, original, weights = pickled()
     del weights["model.embed_tokens.weight"]
     torch.save(weights, folder / "pytorch_model.bin")
     assert torch.equal(logits(convert(folder)["path"]), logits(original))
 
 
-def test_tensors_that_share_memory_are_written_apart(tmp_path, here):
-    folder, original = pickled(tmp_path)
-    weights = state(original)
+def test_tensors_that_share_memory_are_written_apart(pickled):
+    folder, original, weights = pickled()
     both = torch.stack([weights[f"model.layers.{layer}.input_layernorm.weight"] for layer in (0, 1)])
     weights |= {f"model.layers.{layer}.input_layernorm.weight": both[layer] for layer in (0, 1)}
     torch.save({"state_dict": weights, "epoch": 3}, folder / "pytorch_model.bin")
     assert torch.equal(logits(convert(folder)["path"]), logits(original))
 
 
-def test_shards_keep_their_number_and_the_tie_across_them(tmp_path):
-    folder, original = pickled(tmp_path)
-    weights = list(state(original).items())
-    parts = {"pytorch_model-00001-of-00002.bin": dict(weights[:7]), "pytorch_model-00002-of-00002.bin": dict(weights[7:])}
+def test_shards_keep_their_number_and_the_tie_across_them(in_a_process, pickled):
+    folder, original, weights = pickled()
+    items = list(weights.items())
+    parts = {"pytorch_model-00001-of-00002.bin": dict(items[:7]), "pytorch_model-00002-of-00002.bin": dict(items[7:])}
     for name, part in parts.items():
         torch.save({key: value.clone() for key, value in part.items()}, folder / name)
     (folder / "pytorch_model.bin").unlink()
@@ -115,9 +145,9 @@ def test_shards_keep_their_number_and_the_tie_across_them(tmp_path):
     assert [line.split(",")[0] for line in said[:2]] == [f"reading {name}" for name in parts]
 
 
-def test_the_old_format_without_a_zip_is_read(tmp_path, here):
-    folder, original = pickled(tmp_path)
-    torch.save(state(original), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+def test_the_old_format_without_a_zip_is_read(pickled):
+    folder, original, weights = pickled()
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(folder / "pytorch_model.bin")
     assert torch.equal(logits(convert(folder)["path"]), logits(original))
 
@@ -133,15 +163,17 @@ class Bomb:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_runs_code_is_refused_and_runs_none(zipped, tmp_path):
-    folder, original = pickled(tmp_path)
-    loaded = {**state(original), "model.bomb": Bomb(tmp_path / "ran")}
+def test_a_pickle_that_runs_code_is_refused_and_runs_none(zipped, tmp_path, request, pickled):
+    if zipped:
+        request.getfixturevalue("in_a_process")
+    folder, _, weights = pickled()
+    loaded = {**weights, "model.bomb": Bomb(tmp_path / "ran")}
     torch.save(loaded, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     before = digests(folder)
     with pytest.raises(ModelError, match=r"asks for (posix|os)\.mkdir when it is opened"):
         convert(folder)
     assert not (tmp_path / "ran").exists() and digests(folder) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "original"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
     pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))
     assert (tmp_path / "ran").exists()  # the bomb is one
 
@@ -154,12 +186,12 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_none(zipped, tmp_path):
         (lambda weights: {**weights, "model.extra.weight": torch.ones(3)}, "unexpected: model.extra.weight"),
     ],
 )
-def test_weights_that_are_not_those_of_the_config_are_refused(content, words, tmp_path, here):
-    folder, original = pickled(tmp_path)
-    torch.save(content(state(original)), folder / "pytorch_model.bin")
+def test_weights_that_are_not_those_of_the_config_are_refused(content, words, tmp_path, pickled):
+    folder, _, weights = pickled()
+    torch.save(content(weights), folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=words):
         convert(folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "original"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 3}, {}])
@@ -169,8 +201,8 @@ def test_what_holds_no_weights_is_refused(content, tmp_path):
         unpickle.convert([tmp_path / "x.bin"], [tmp_path / "x.safetensors"], {})
 
 
-def test_a_damaged_pickle_is_a_model_error(tmp_path):
-    folder, _ = pickled(tmp_path)
+def test_a_damaged_pickle_is_a_model_error(pickled):
+    folder, _, _ = pickled()
     whole = (folder / "pytorch_model.bin").read_bytes()
     (folder / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match="cannot be read as weights"):
@@ -206,17 +238,17 @@ def test_what_is_no_checkpoint_is_said_and_not_opened(content, words, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_is_no_checkpoint_comes_with_what_to_do(tmp_path):
-    folder, _ = pickled(tmp_path)
+def test_what_is_no_checkpoint_comes_with_what_to_do(pickled):
+    folder, _, _ = pickled()
     (folder / "pytorch_model.bin").write_bytes(b"hello, this is no model\n")
     with pytest.raises(
-        ModelError, match=r"(?s)is no PyTorch checkpoint: .*Nothing of it was run\.\n.*get the model as safetensors"
+        ModelError, match=r"(?s)is no PyTorch checkpoint: .*None of its code ran\.\n.*get the model as safetensors"
     ):
         convert(folder)
 
 
-def test_what_is_no_work_is_refused(tmp_path):
-    folder, original = pickled(tmp_path)
+def test_what_is_no_work_is_refused(pickled):
+    folder, original, _ = pickled()
     with pytest.raises(UserError, match="nothing to convert"):
         convert(original)
     with pytest.raises(UserError, match="exists already"):
@@ -228,8 +260,8 @@ def test_what_is_no_work_is_refused(tmp_path):
         convert("nobody/knows")
 
 
-def test_the_error_names_the_verb_and_the_verb_works(tmp_path, capsys):
-    folder, _ = pickled(tmp_path)
+def test_the_error_names_the_verb_and_the_verb_works(capsys, pickled):
+    folder, _, _ = pickled()
     with pytest.raises(ModelError) as error:
         locate(folder)
     command = str(error.value).partition("Type: tunesmith ")[2].split()
@@ -239,7 +271,7 @@ def test_the_error_names_the_verb_and_the_verb_works(tmp_path, capsys):
     assert locate(answer["path"]).kind == "full" and "reading pytorch_model.bin" in captured.err
 
 
-def test_a_config_of_another_kind_of_model_is_checked_too(tmp_path, here):
+def test_a_config_of_another_kind_of_model_is_checked_too(tmp_path):
     config = tiny_config("llama", vocab_size=64)
     from transformers import LlamaForSequenceClassification
 

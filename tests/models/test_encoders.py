@@ -12,6 +12,7 @@ from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.models.fast import attention, fused_encoder, fused_layers, kernels
 from tunesmith.models.heads import bidirectional_attention, lm_head, noise
 from tunesmith.models.heads import task_heads as heads
+from tunesmith.models.network import base
 
 LENGTHS = (1, 5, 31, 16, 100, 2)
 NEEDS_C = pytest.mark.skipif(kernels.library() is None, reason="no C compiler on this machine, or the self-test failed")
@@ -61,7 +62,7 @@ def plain(model, rows):
     parts = []
     for row in rows:
         keywords = {key: torch.from_numpy(value.astype(np.int64))[None] for key, value in row.items()}
-        parts.append(lm_head.base(model).base_model(**keywords).last_hidden_state[0])
+        parts.append(base(model).base_model(**keywords).last_hidden_state[0])
     return results(model, torch.cat(parts))
 
 
@@ -76,7 +77,7 @@ def near(ours, theirs, limit):
 
 def fast(model):
     attention.register()
-    lm_head.base(model).set_attn_implementation(attention.NAME)
+    base(model).set_attn_implementation(attention.NAME)
     return fused_layers.install(model)
 
 
@@ -121,7 +122,7 @@ def test_the_last_layer_computes_only_what_is_read(name):
     expected = results(model, hidden[:, 0])
     fast(model)
     seen = []
-    body = lm_head.base(model).base_model
+    body = base(model).base_model
     handle = body.encoder.layer[-1].intermediate.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
     near(results(model, lm_head.outputs_at(model, batch)), expected, 3e-6)
     lm_head.outputs_at(model, packed(rows))

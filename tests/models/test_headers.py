@@ -36,7 +36,7 @@ def test_reads_shards_through_the_index(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert set(headers.read_tensors(tmp_path)) == {"a", "b"}
     (tmp_path / "two.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"two\.safetensors, which is not there"):
+    with pytest.raises(ModelError, match=r"two\.safetensors, which is missing"):
         headers.read_tensors(tmp_path)
 
 

@@ -20,6 +20,24 @@ from tunesmith.models.load.load import Folder, load, load_config, load_model, lo
 IDS = torch.tensor([[5, 17, 80, 41]])
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, to be copied."""
+    return save_tiny("llama", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base model and an adapter on it, not to be changed."""
+    return base_and_adapter(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def adapter(pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the adapter, on the same base."""
+    return Path(shutil.copytree(pair[1], tmp_path / "adapter"))
+
+
 def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -74,8 +92,8 @@ def test_an_adapter_is_found_with_its_base_and_answers_as_before(tmp_path: Path)
     assert names and all("lora_" in name for name in names)
 
 
-def test_an_adapter_can_be_ignored_or_merged(tmp_path: Path) -> None:
-    base, adapter = base_and_adapter(tmp_path)
+def test_an_adapter_can_be_ignored_or_merged(pair: tuple[Path, Path]) -> None:
+    base, adapter = pair
     plain = load_model(locate(adapter), adapter="ignore")
     assert torch.equal(plain(IDS).logits, load(base)[0](IDS).logits)
     merged = load_model(locate(adapter), adapter="merge", trainable=True)
@@ -104,8 +122,8 @@ PICKLES = ["pytorch_model.bin", "model.pt", "model.pth", "consolidated.00.pth", 
 
 
 @pytest.mark.parametrize("name", PICKLES)
-def test_pickled_weights_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    save_tiny("llama", tmp_path)
+def test_pickled_weights_are_refused_by_name(tmp_path: Path, name: str, tiny: Path) -> None:
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
     with pytest.raises(ModelError, match=rf"{name}.*runs code"):
@@ -113,23 +131,22 @@ def test_pickled_weights_are_refused_by_name(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
-    _, adapter = base_and_adapter(tmp_path)
+def test_a_pickled_adapter_is_refused(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"adapter_model\.bin.*runs code"):
         locate(adapter)
 
 
-def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path)
+def test_a_folder_without_weights_is_refused(tmp_path: Path, tiny: Path) -> None:
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="has no weights"):
         locate(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_that_comes_with_a_model_is_refused(tmp_path: Path, file: str) -> None:
-    save_tiny("llama", tmp_path)
+def test_code_that_comes_with_a_model_is_refused(tmp_path: Path, file: str, tiny: Path) -> None:
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     edit(tmp_path / file, auto_map={"AutoModelForCausalLM": "evil.Evil"})
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(ModelError, match="auto_map"):
@@ -146,15 +163,15 @@ KERNELS = [
 
 
 @pytest.mark.parametrize("key", KERNELS, ids=str)
-def test_kernels_of_the_hub_are_refused(tmp_path: Path, key: dict[str, object]) -> None:
-    save_tiny("llama", tmp_path)
+def test_kernels_of_the_hub_are_refused(tmp_path: Path, key: dict[str, object], tiny: Path) -> None:
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     edit(tmp_path / "config.json", **key)
     with pytest.raises(ModelError, match="kernel"):
         locate(tmp_path)
 
 
-def test_an_unknown_architecture_is_a_model_error(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path)
+def test_an_unknown_architecture_is_a_model_error(tmp_path: Path, tiny: Path) -> None:
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     edit(tmp_path / "config.json", model_type="martian")
     with pytest.raises(ModelError, match=r"cannot be loaded.*martian"):
         load_config(locate(tmp_path))
@@ -170,22 +187,22 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
         locate(tmp_path)
 
 
-def test_a_missing_tensor_of_a_full_model_is_named(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path)
+def test_a_missing_tensor_of_a_full_model_is_named(tmp_path: Path, tiny: Path) -> None:
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     change_weights(tmp_path / "model.safetensors", lambda weights: [weights.pop("model.layers.1.mlp.up_proj.weight")])
     with pytest.raises(ModelError, match=r"missing: model\.layers\.1\.mlp\.up_proj\.weight"):
         load(tmp_path)
 
 
-def test_an_unexpected_tensor_of_a_full_model_is_named(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path)
+def test_an_unexpected_tensor_of_a_full_model_is_named(tmp_path: Path, tiny: Path) -> None:
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     change_weights(tmp_path / "model.safetensors", lambda weights: weights.update({"model.extra.weight": torch.zeros(2)}))
     with pytest.raises(ModelError, match=r"unexpected: model\.extra\.weight"):
         load(tmp_path)
 
 
-def test_a_tensor_of_another_shape_is_a_model_error(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path)
+def test_a_tensor_of_another_shape_is_a_model_error(tmp_path: Path, tiny: Path) -> None:
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     change_weights(tmp_path / "model.safetensors", lambda weights: weights.update({"model.norm.weight": torch.zeros(3)}))
     with pytest.raises(ModelError, match="cannot be loaded"):
         load(tmp_path)
@@ -194,16 +211,14 @@ def test_a_tensor_of_another_shape_is_a_model_error(tmp_path: Path) -> None:
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
 
-def test_a_dropped_adapter_key_is_named(tmp_path: Path) -> None:
-    _, adapter = base_and_adapter(tmp_path)
+def test_a_dropped_adapter_key_is_named(adapter: Path) -> None:
     change_weights(adapter / "adapter_model.safetensors", lambda weights: [weights.pop(KEY)])
     with pytest.raises(ModelError, match=f"missing: {KEY}"):
         load(adapter)
 
 
 @pytest.mark.parametrize("renamed", [KEY.replace("q_proj", "q_prj"), KEY.replace(".weight", ".default.weight")])
-def test_a_renamed_adapter_key_is_named(tmp_path: Path, renamed: str) -> None:
-    _, adapter = base_and_adapter(tmp_path)
+def test_a_renamed_adapter_key_is_named(renamed: str, adapter: Path) -> None:
     change_weights(adapter / "adapter_model.safetensors", lambda weights: weights.update({renamed: weights.pop(KEY)}))
     with pytest.raises(ModelError, match=f"missing: {KEY}"):
         load(adapter)
@@ -232,8 +247,7 @@ def test_prompt_tuning_cannot_be_merged(tmp_path: Path) -> None:
         load_model(locate(tmp_path / "a"), adapter="merge")
 
 
-def test_the_tokenizer_of_the_base_serves_an_adapter_without_one(tmp_path: Path) -> None:
-    _, adapter = base_and_adapter(tmp_path)
+def test_the_tokenizer_of_the_base_serves_an_adapter_without_one(adapter: Path) -> None:
     for file in adapter.glob("*token*"):
         file.unlink()
     (adapter / "chat_template.jinja").unlink(missing_ok=True)

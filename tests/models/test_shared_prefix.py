@@ -12,6 +12,7 @@ from tunesmith.models.fast import attention, fused_layers, kernels, segments, to
 from tunesmith.models.fast.attention import CannotPack
 from tunesmith.models.heads import lm_head
 from tunesmith.models.heads.log_probs import log_probs
+from tunesmith.models.network import base
 
 NAMES = ("llama", "gpt2", "qwen3", "gemma")
 CPU = torch.device("cpu")
@@ -179,7 +180,7 @@ def test_log_probs_are_those_of_separate_rows():
 def test_virtual_tokens_are_refused(kind, attend):
     made("llama")
     model = virtual_tokens.adapted("llama", kind)
-    lm_head.base(model).set_attn_implementation(attend)
+    base(model).set_attn_implementation(attend)
     batch, _ = shared_prompts.arrange([example(6, 5, 4)], PACKED)
     with pytest.raises(CannotPack, match="cannot share a prefix that stands behind virtual tokens"):
         lm_head.hidden_states(model, batch)

@@ -14,8 +14,9 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tunesmith.adaptations import bottleneck, features, full, ia3, lora, prefix, prompt, qlora
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.errors import RecipeError
-from tunesmith.models.heads import lm_head, noise
+from tunesmith.models.heads import noise
 from tunesmith.models.load.load import load_model, locate
+from tunesmith.models.network import base
 from tunesmith.objectives import sft
 from tunesmith.train import fast_path
 
@@ -101,7 +102,7 @@ def test_only_training_computes_layers_again():
     model, row_noise, rows, chosen = prepared("llama", ADAPTED["lora"])
     fast_path.recompute(model, SFT, rows, chosen, CPU)
     calls = []
-    lm_head.base(model).model.layers[0].mlp.register_forward_pre_hook(lambda module, given: calls.append(module.training))
+    base(model).model.layers[0].mlp.register_forward_pre_hook(lambda module, given: calls.append(module.training))
     model.eval()
     (SFT.loss(model, SFT.collate(rows, PACKED))[0]).backward()
     assert calls == [False]
@@ -114,14 +115,14 @@ def test_frozen_embeddings_are_left_without_a_gradient():
     model, _, rows, chosen = prepared("llama", ADAPTED["lora"])
     fast_path.recompute(model, SFT, rows, chosen, CPU)
     seen = []
-    lm_head.base(model).get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(out.requires_grad))
+    base(model).get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(out.requires_grad))
     SFT.loss(model.train(), SFT.collate(rows, PACKED))
     assert seen == [False]
 
 
 def test_a_layer_that_answers_differently_the_second_time_is_not_computed_again():
     model, _, rows, chosen = prepared("llama", ADAPTED["full"])
-    mlp = lm_head.base(model).model.layers[1].mlp
+    mlp = base(model).model.layers[1].mlp
     calls = iter(range(1, 1000))
     mlp.register_forward_hook(lambda module, given, out: out * next(calls) if module.training else out)
     fast_path.recompute(model, SFT, rows, chosen, CPU)

@@ -185,7 +185,7 @@ def test_the_tokenizer_keeps_a_new_token_whole_and_shows_it():
 
 
 @pytest.mark.parametrize(
-    ("token", "words"), [("<|im_end|>", "'<|im_end|>' is one token"), ("the", "'the' is one token"), ("<é>", "'<é>' would not")]
+    ("token", "words"), [("<|im_end|>", "'<|im_end|>' is one token"), ("the", "'the' is one token"), ("<é>", "decodes '<é>' to")]
 )
 def test_a_token_that_is_there_or_does_not_come_back_is_refused_by_name(token, words):
     with pytest.raises(RecipeError) as error:
@@ -259,5 +259,5 @@ def test_an_adapter_that_lacks_a_new_row_is_refused(trained, tmp_path):
     config["trainable_token_indices"] = {name: ids[1:] for name, ids in config["trainable_token_indices"].items()}
     config["base_model_name_or_path"] = str(trained / "lora-tied-llama" / "model-llama")
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ModelError, match=f"no row {KNOWN} of model.embed_tokens"):
+    with pytest.raises(ModelError, match=f"lacks row {KNOWN} of model.embed_tokens"):
         tunesmith.load(folder)

@@ -18,6 +18,7 @@ from tunesmith.data.batch import pack
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.data.store import cache
 from tunesmith.models.heads import lm_head
+from tunesmith.models.network import base
 from tunesmith.train import frozen_body_cache
 from tunesmith.train.frozen_body_cache import Outputs, Row, rows_of
 
@@ -215,7 +216,7 @@ def test_what_is_random_is_never_kept_and_the_reason_is_said(case, tmp_path, mon
 
         def shaken(*given):
             built = build(*given)
-            layer = lm_head.base(built.model).model.layers[0].mlp
+            layer = base(built.model).model.layers[0].mlp
             layer.register_forward_hook(lambda module, given, out: out + torch.rand(1) * module.training)
             return built
 

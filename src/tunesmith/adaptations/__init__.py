@@ -41,7 +41,7 @@ class Adaptation(Protocol):
     ``keys_of_learning``: keys of its ``Config`` that say how it learns, not what it is; they hold for one that is continued too.
     ``notes``: what ``apply`` decided that is not plain from the recipe, to be said once.
 
-    Merging needs no adaptation object: it works on saved folders (``models.load.load.merged``), whoever trained them.
+    Merging needs no adaptation object: it works on saved folders (``models.load.load.merge_into_base``), whoever trained them.
     """
 
     traits: Traits

@@ -82,13 +82,13 @@ class Adaptation:
 
         bottleneck_tuner.register()
         names = [name for name, _ in model.named_modules() if name]
-        module_patterns.require("modules_to_save", self.config.modules_to_save or [], names)
+        module_patterns.require_matches("modules_to_save", self.config.modules_to_save or [], names)
         whole = [
-            *module_patterns.whole(self.config.modules_to_save or [], names),
+            *module_patterns.matching_modules(self.config.modules_to_save or [], names),
             *head_types.new_parts(model, head),
         ]
         targets = bottleneck_tuner.sublayers(model, self.config.variant)
-        module_patterns.require_apart("adaptation=bottleneck stands on", targets, whole)
+        module_patterns.require_disjoint("adaptation=bottleneck stands on", targets, whole)
         config = bottleneck_tuner.BottleneckConfig(
             task_type=head_types.TASK[head],
             variant=self.config.variant,

@@ -123,7 +123,7 @@ class Adaptation:
         modules = {name: list(module.parameters()) for name, module in model.named_modules() if name}
         parts = {**modules, **{name: [one] for name, one in model.named_parameters(remove_duplicate=False)}}
         patterns = self._patterns
-        matching.compile_check("target_modules", self.config.target_modules or [])
+        matching.check_regex("target_modules", self.config.target_modules or [])
         unmatched = [
             one
             for one in patterns
@@ -149,7 +149,9 @@ class Adaptation:
     def _matches(self, pattern: str, name: str) -> bool:
         """As in peft: a whole name or the end of one; a single string may also be a regular expression."""
         return bool(
-            matching.matched(pattern if isinstance(self.config.target_modules, str) else [pattern], [name])
+            matching.matching_patterns(
+                pattern if isinstance(self.config.target_modules, str) else [pattern], [name]
+            )
         )
 
     def _is_parted(self, model: PreTrainedModel) -> bool:

@@ -177,10 +177,10 @@ class Adaptation:
         wanted: str | list[str] = self.config.target_modules
         names = [name for name, _ in model.named_modules() if name]
         if wanted != "all-linear":
-            module_patterns.require("target_modules", wanted, names)
-        module_patterns.require("modules_to_save", self.config.modules_to_save or [], names)
+            module_patterns.require_matches("target_modules", wanted, names)
+        module_patterns.require_matches("modules_to_save", self.config.modules_to_save or [], names)
         whole = [
-            *module_patterns.whole(self.config.modules_to_save or [], names),
+            *module_patterns.matching_modules(self.config.modules_to_save or [], names),
             *head_types.new_parts(model, head),
         ]
         rows = self._rows_of(model, new_rows)
@@ -227,10 +227,10 @@ class Adaptation:
             aimed = [
                 name
                 for name in names
-                if module_patterns.matched(wanted if isinstance(wanted, str) else [one], [name])
+                if module_patterns.matching_patterns(wanted if isinstance(wanted, str) else [one], [name])
             ]
             if not any(name in chosen for name in aimed):
-                module_patterns.require_apart("adaptation.target_modules names", aimed, whole)
+                module_patterns.require_disjoint("adaptation.target_modules names", aimed, whole)
         if not chosen and wanted == "all-linear":
             raise RecipeError(
                 f"adaptation.modules_to_save trains {', '.join(whole)} whole, which leaves no linear layer for a LoRA.\n"
@@ -287,7 +287,7 @@ class Adaptation:
         aimed = [
             name
             for name in vocabulary.end_names(model, all_ends=True)
-            if targets != "all-linear" and module_patterns.matched(targets, [name])
+            if targets != "all-linear" and module_patterns.matching_patterns(targets, [name])
         ]
         if aimed:
             raise RecipeError(
@@ -351,7 +351,9 @@ def _targets(model: PreTrainedModel, config: Any) -> dict[str, Any]:
     return {
         name: one
         for name, one in model.named_modules()
-        if isinstance(one, nn.Linear | Conv1D) and one is not last and not module_patterns.within(name, whole)
+        if isinstance(one, nn.Linear | Conv1D)
+        and one is not last
+        and not module_patterns.is_inside(name, whole)
     }
 
 

@@ -1,6 +1,10 @@
-"""Networks: found, loaded, adapted, made fast.
+"""Find, load, adapt and run networks. In reading order:
 
-In reading order: ``network`` (facts about a network or its config), ``find`` (names to folders),
-``load`` (folders to networks), ``heads`` (logits and log-probabilities),
-``adapters`` (what is added to a network), ``fast`` (attention and fused layers), ``generate`` (answers).
+- ``network``: facts about a network, a layer or a config
+- ``find``: a model's name to its folder
+- ``load``: a folder to a network
+- ``heads``: logits and log-probabilities
+- ``adapters``: what peft adds to a network
+- ``fast``: packed attention and fused layers
+- ``generate``: answers
 """

@@ -1,41 +1,114 @@
-"""Facts about a network in memory or its config; every part of ``models`` may ask them, and this module imports none of them."""
+"""Facts about networks, layers and configs of transformers, peft and bitsandbytes.
+
+Only this module asks such an object for an attribute that it may lack. It imports no part of ``models``.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.json_types import JsonObject
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from bitsandbytes.functional import QuantState
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
 
-SHIFTED = (
-    "roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "data2vec-text", "longformer",
-    "ibert", "mpnet",
+ROBERTA_FAMILY = (
+    "roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "data2vec-text",
+    "longformer", "ibert", "mpnet",
 )  # fmt: skip
-"""Kinds of networks whose first token does not stand at position 0."""
+"""The ``model_type`` of networks that number positions from ``pad_token_id + 1``."""
 
 
-def base(model: PreTrainedModel) -> Any:
-    """The transformers model inside a peft wrapper, or the model itself."""
-    return (
-        model.get_base_model()
-        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-        else model
-    )
+def attribute(owner: object, *names: str) -> Any:
+    """Return the first of the attributes ``names`` that ``owner`` has, or None."""
+    return next((getattr(owner, name) for name in names if hasattr(owner, name)), None)
 
 
-def is_causal(config: Any) -> bool:
-    """Whether the network of ``config`` is a decoder, whose tokens see only what stands before them."""
+def has_attributes(owner: object, *names: str) -> bool:
+    """Return whether ``owner`` has every one of the attributes ``names``."""
+    return all(hasattr(owner, name) for name in names)
+
+
+def is_peft(model: PreTrainedModel) -> bool:
+    """Return whether ``model`` is a peft wrapper around a transformers model."""
+    return has_attributes(model, "peft_config", "get_base_model")
+
+
+def base(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the transformers model inside a peft wrapper, or ``model`` itself."""
+    return model.get_base_model() if is_peft(model) else model
+
+
+def submodule(module: nn.Module, name: str) -> Any:
+    """Return the child module ``name``; None when ``module`` has no module of that name."""
+    from torch import nn
+
+    child = attribute(module, name)
+    return child if isinstance(child, nn.Module) else None
+
+
+def without_adapter(layer: nn.Module) -> Any:
+    """Return the layer of the base model inside peft's wrappers: an adapter's, and that of a trained copy."""
+    for wrapped in ("base_layer", "original_module"):
+        inner = submodule(layer, wrapped)
+        layer = layer if inner is None else inner
+    return layer
+
+
+def trained_rows(layer: nn.Module) -> TrainableTokensLayer | None:
+    """Return peft's trained rows of an embedding or output layer (``trainable_token_indices``), or None."""
+    return attribute(layer, "token_adapter")
+
+
+def quant_state(weight: object) -> QuantState | None:
+    """Return the scales of a 4-bit weight of bitsandbytes; None for any other weight."""
+    return attribute(weight, "quant_state")
+
+
+def transformers_class(name: str) -> type[PreTrainedModel] | None:
+    """Return the class ``name`` of transformers, or None."""
+    import transformers
+
+    return attribute(transformers, name)
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Return whether the network of ``config`` is a decoder: a token attends only to those before it."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-    return bool(getattr(config, "is_decoder", False)) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    return bool(attribute(config, "is_decoder")) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING
 
 
-def pooling(config: Any) -> str | None:
-    """``mean`` where the outputs of all tokens are averaged (ours, or modernbert's own), None where one stands for its row."""
-    ours = (getattr(config, "tunesmith", None) or {}).get("pooling")
-    return "mean" if "mean" in (ours, getattr(config, "classifier_pooling", None)) else None
+def tunesmith_settings(config: PretrainedConfig) -> JsonObject:
+    """Return the entries that tunesmith added to a saved config (objective, pooling, ...), else {}."""
+    return attribute(config, "tunesmith") or {}
 
 
-def first_position(config: Any) -> int:
-    """The position of a row's first token: in roberta's family the one after that of padding."""
-    return int(config.pad_token_id) + 1 if config.model_type in SHIFTED else 0
+def pooling(config: PretrainedConfig) -> str | None:
+    """Return ``mean`` where the head reads the mean over all tokens, None where it reads one token."""
+    modernbert = attribute(config, "classifier_pooling")
+    return "mean" if "mean" in (tunesmith_settings(config).get("pooling"), modernbert) else None
+
+
+def first_position(config: PretrainedConfig) -> int:
+    """Return the position id of a row's first token: ``pad_token_id + 1`` in roberta's family, else 0."""
+    return int(config.pad_token_id) + 1 if config.model_type in ROBERTA_FAMILY else 0
+
+
+def context_window(config: PretrainedConfig) -> int | None:
+    """Return the most tokens that a row may have, or None when the config names no limit."""
+    return attribute(config.get_text_config(), "max_position_embeddings")
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """Return the tokens that each token attends to, or None when it attends to all before it."""
+    return attribute(config.get_text_config(), "sliding_window")
+
+
+def peft_type(config: object) -> str:
+    """Return the type in a peft config (``LORA``, ``PREFIX_TUNING``, ...), which is an enum or text."""
+    kind = attribute(config, "peft_type")
+    return str(attribute(kind, "value") or kind)

@@ -20,7 +20,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.recipe import text as recipe_text
 from tunesmith.recipe.conflicts import conflicts
 from tunesmith.recipe.schema import DEFAULT_ADAPTATION, DEFAULT_OBJECTIVE, Recipe
-from tunesmith.suggestions import did_you_mean, nearest
+from tunesmith.suggestions import closest, did_you_mean
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -85,7 +85,7 @@ def _choose(part: str, value: Any, names: list[str], text: recipe_text.Text) -> 
         )
     keys = dict(value)
     if "type" not in keys:
-        meant = next((str(key) for key in keys if nearest(str(key), ["type"])), None)
+        meant = next((str(key) for key in keys if closest(str(key), ["type"])), None)
         if meant is not None:
             raise RecipeError(f"{text.at((part, meant))}: unknown key `{part}.{meant}`. Did you mean `type`?")
         raise RecipeError(f"{text.at((part,))}: the key `{part}.type` is missing. Valid: {', '.join(names)}")

@@ -7,8 +7,9 @@ from typing import Any
 
 from tunesmith import adaptations
 from tunesmith.errors import RecipeError
+from tunesmith.models.find import record
 from tunesmith.models.find.locate import Folder
-from tunesmith.models.load import load, probe
+from tunesmith.models.load import load
 from tunesmith.recipe import Recipe, changed
 
 BY_LAYER = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
@@ -36,7 +37,7 @@ def check(recipe: Recipe, folder: Folder) -> None:
                 f"adapter: continue: this adapter is {made}, and adaptation: {kind} would learn at another's rate and keys.\n"
                 f"  Take adaptation: {made}, or start a new one with adapter: merge or adapter: new."
             )
-        recorded = probe.read(folder.path).get("quantization") or {}
+        recorded = record.read(folder.path).get("quantization") or {}
         if traits.quantised_base != bool(recorded):
             base = f"in {recorded['quant_type']}" if recorded else "as it is"
             fitting = adaptations.makers(saved_as, bool(recorded))
@@ -75,7 +76,7 @@ def keys_that_made(recipe: Recipe, folder: Folder) -> dict[str, Any] | None:
     record.
     """
     if recipe.adapter == "continue":
-        return probe.read(folder.path).get("adaptation")
+        return record.read(folder.path).get("adaptation")
     return {"type": adaptations.name_of(recipe.adaptation), **recipe.adaptation.model_dump(mode="json")}
 
 

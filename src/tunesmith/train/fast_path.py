@@ -22,6 +22,7 @@ from tunesmith.errors import ModelError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import attention, fused_layers, torch_compile, varlen
 from tunesmith.models.heads import lm_head
+from tunesmith.models.network import base
 from tunesmith.objectives import Example, Objective
 from tunesmith.train import machine
 
@@ -70,7 +71,7 @@ class Route:
         torch_compile.disable(model)
         self.fused.disable()
         lm_head.use_plain_head(model, False)
-        lm_head.base(model).set_attn_implementation(self.attention)
+        base(model).set_attn_implementation(self.attention)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -87,7 +88,7 @@ class Route:
 @contextmanager
 def plain_attention(model: PreTrainedModel, route: Route) -> Iterator[None]:
     """Generation keeps a cache and has no segments: it takes the model's own attention."""
-    inner = lm_head.base(model)
+    inner = base(model)
     ours = inner.config._attn_implementation
     inner.set_attn_implementation(route.attention)
     model.eval()
@@ -129,7 +130,7 @@ def _chosen(
     device: torch.device,
     stack: bool,
 ) -> Route:
-    inner = lm_head.base(model)
+    inner = base(model)
     rows = [_shorten(example) for example in list(examples)[:2]]
     route = Route(PADDED, fused=fused_layers.Fused(), attention=inner.config._attn_implementation)
     lm_head.use_plain_head(model, True)
@@ -199,7 +200,7 @@ def check_still(
     ]
     if apart:
         raise ModelError(
-            f"{lm_head.base(model).config.model_type} answers otherwise in training than in evaluation ({apart[0]} of the first "
+            f"{base(model).config.model_type} answers otherwise in training than in evaluation ({apart[0]} of the first "
             f"rows: {moving[apart[0]]:.6g} and {still[apart[0]]:.6g}), so something in it is random beside dropout, "
             "which is off.\n  Set its rates in the model's config.json to 0, or take another model."
         )
@@ -218,7 +219,7 @@ def recompute(
     such as the segments reach the second forward. Only training mode does it. It is tried on the rows of :func:`choose`, in
     training mode, drawing the same random numbers; where the gradients differ it is switched off again and a note says so.
     """
-    inner = lm_head.base(model)
+    inner = base(model)
     rows = [_shorten(example) for example in list(examples)[:2]]
 
     model.train()
@@ -371,7 +372,7 @@ def _by_segments(
     why = _why_not_packed(model, objective, rows, longest, device, attention.NAME, route)
     if why is not None:
         route.notes.append(f"rows are padded, not packed, for this model: {why}")
-        _unpack(route, lm_head.base(model))
+        _unpack(route, base(model))
     elif reasons:
         route.notes.append(f"attention is not varlen_attn for this model: {', '.join(reasons)}")
 
@@ -410,7 +411,7 @@ def _cannot_pack(
     layout: Layout,
 ) -> str | None:
     """Why packed rows would not be exact for this model, or None. Sets the model's attention to ``name``."""
-    inner = lm_head.base(model)
+    inner = base(model)
     try:
         inner.set_attn_implementation(name)
         with torch.no_grad(), attention.watch() as seen:

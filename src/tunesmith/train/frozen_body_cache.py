@@ -30,8 +30,9 @@ from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Step, groups_under
 from tunesmith.data.store import cache
 from tunesmith.models.fast import kernels
+from tunesmith.models.find import record
 from tunesmith.models.heads import lm_head
-from tunesmith.models.load import probe
+from tunesmith.models.network import base
 from tunesmith.runs import figure_format
 from tunesmith.train import distributed, forecast, setup
 
@@ -192,7 +193,7 @@ def _why_not(ready: setup.Setup, model: PreTrainedModel) -> str | None:
     """What makes the body's outputs another at each step, or keeps them from being used."""
     if ready.recipe.train.neftune_noise_alpha is not None:
         return "train.neftune_noise_alpha puts noise on the embeddings"
-    layers = lm_head.base(model).base_model.modules()
+    layers = base(model).base_model.modules()
     drops = {
         one.p for one in layers if isinstance(one, nn.Dropout) and one.p > 0
     }  # those of attention are off by now
@@ -289,7 +290,7 @@ def _key(ready: setup.Setup, built: setup.Built) -> str:
     """Of everything that an output depends on besides its row."""
     path = built.route.as_dict()
     facts = [
-        probe.fingerprint(Path(lm_head.base(built.model).name_or_path)), ready.precision.as_dict()["compute"], ready.device.type,
+        record.fingerprint(Path(base(built.model).name_or_path)), ready.precision.as_dict()["compute"], ready.device.type,
         {name: path[name] for name in ("batches", "attention", "fused", "compiled")},
         {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     ]  # fmt: skip

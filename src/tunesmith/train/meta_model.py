@@ -11,9 +11,10 @@ from tunesmith.adaptations import Adaptation
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import torch_compile
+from tunesmith.models.find import record
 from tunesmith.models.find.locate import Folder
-from tunesmith.models.heads import lm_head
-from tunesmith.models.load import load, probe, quantization, vocabulary
+from tunesmith.models.load import load, quantization, vocabulary
+from tunesmith.models.network import base, first_position
 from tunesmith.recipe import Recipe
 from tunesmith.train import optimizers
 
@@ -47,8 +48,8 @@ def outline(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Outline:
     """Build the adapted network on the meta device, with a ``head`` of that kind, and count. Raises RecipeError."""
-    recorded = probe.read(folder.path).get("quantization") if recipe.adapter == "continue" else None
-    options = quantization.of_record(recorded) if recorded else adaptation.load_kwargs()
+    recorded = record.read(folder.path).get("quantization") if recipe.adapter == "continue" else None
+    options = quantization.kwargs_from_record(recorded) or adaptation.load_kwargs()
     if recipe.adapter == "continue":
         from peft import get_peft_model
 
@@ -69,7 +70,7 @@ def outline(
                 load.check_mergeable(load.adapter_config(folder.path))
                 vocabulary.fit_to_adapter(model, folder.path)
             model = adaptation.apply(model, head, vocabulary.grow(model, new_tokens), tokenizer)
-    if recipe.train.gradient_checkpointing and not lm_head.base(model).supports_gradient_checkpointing:
+    if recipe.train.gradient_checkpointing and not base(model).supports_gradient_checkpointing:
         raise RecipeError(
             f"train.gradient_checkpointing: transformers cannot recompute the layers of {config.model_type}.\n"
             "  Leave the key out; train.micro_batch_tokens saves memory too."
@@ -86,5 +87,5 @@ def outline(
 
 def window_of(config: Any, ahead: int = 0) -> int | None:
     """The most tokens that the network takes in one row, with so many virtual ones ``ahead``; None when it names no limit."""
-    taken = ahead + lm_head.first_position(config)
+    taken = ahead + first_position(config)
     return next((int(value) - taken for name in WINDOWS if (value := getattr(config, name, None))), None)

@@ -55,7 +55,7 @@ def record_start(run: Run, micro_batch_tokens: int) -> None:
         micro_batch_tokens=micro_batch_tokens,
         seed=ready.recipe.seed,
         precision=ready.precision.as_dict(),
-        quantization=quantization.measured(run.model),
+        quantization=quantization.measure(run.model),
         deepspeed=ready.sharding.given if ready.sharding else None,
         route=run.route.as_dict(),
         machine=machine.describe(),
@@ -77,7 +77,7 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
         peak = torch.cuda.max_memory_allocated(run.setup.device)
     else:
         peak = machine.peak_memory_bytes() - before_model
-    kept = quantization.measured(run.model)
+    kept = quantization.measure(run.model)
     sets = run.setup.data.eval_sets
     measured = figure_format.measured([first, best], sets) or ["eval_loss", "perplexity"]
     result = {

@@ -11,8 +11,8 @@ from tunesmith import files
 from tunesmith.errors import TunesmithError
 from tunesmith.merge import merge_adapter as merging
 from tunesmith.models.find.locate import locate
-from tunesmith.models.heads import lm_head
 from tunesmith.models.load import load
+from tunesmith.models.network import base
 from tunesmith.train import machine
 from tunesmith.train.run_state import Run
 
@@ -30,7 +30,7 @@ def copy(run: Run) -> str | None:
     shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt
     if not (run.folder.model / "adapter_config.json").exists():
         return None
-    reason = load.stock_refuses(lm_head.base(run.model), run.setup.model_folder)
+    reason = load.stock_class_problem(base(run.model), run.setup.model_folder)
     if reason is None:
         return None
     say = run.progress.note

@@ -12,8 +12,8 @@ import torch
 from tunesmith import files
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import lora_factors
-from tunesmith.models.heads import lm_head
 from tunesmith.models.load import head_loading, probe
+from tunesmith.models.network import base
 from tunesmith.objectives import head_config
 from tunesmith.runs import metrics_file
 from tunesmith.runs import run_folder as folder
@@ -56,8 +56,8 @@ def save_model(run: Run) -> None:
     masters = run.update.masters
     everything = all(parameter.requires_grad for parameter in run.model.parameters())
     weights = masters.whole()
-    head_loading.apply(
-        lm_head.base(run.model).config, head_config(run.setup.objective)
+    head_loading.apply_head_config(
+        base(run.model).config, head_config(run.setup.objective)
     )  # what evaluation chose is part of it
     made = adapter_choice.keys_that_made(run.setup.recipe, run.setup.model_folder)
 

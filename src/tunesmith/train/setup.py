@@ -148,10 +148,10 @@ def open_base(choices: Choices, say: Say) -> Base:
     adapter_choice.check(recipe, folder)
     _name_code(recipe, folder, say)
     config = load.load_config(folder)
-    head_loading.inherit(config, folder, recipe.adapter, objective.traits.head)
+    head_loading.inherit_head_config(config, folder, recipe.adapter, objective.traits.head)
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
-    sketched = head_loading.outlined(config, objectives.head_config(objective))
+    sketched = head_loading.with_head_settings(config, objectives.head_config(objective))
     shape = outline(recipe, folder, sketched, objective.traits.head, adaptation, new_tokens, tokenizer)
     window = window_of(config, shape.virtual_tokens)
     objective.bind(config, tokenizer, recipe.train.max_length or window)
@@ -183,7 +183,9 @@ def with_head(choices: Choices, base: Base, say: Say) -> tuple[Any, Outline]:
     if not (wanted := objectives.head_config(objective)):
         return base.config, base.outline
     config = copy.deepcopy(base.config)
-    for line in head_loading.change(config, base.folder, recipe.adapter, objective.traits.head, wanted):
+    for line in head_loading.replace_head_config(
+        config, base.folder, recipe.adapter, objective.traits.head, wanted
+    ):
         say(line)
     head, adaptation = objective.traits.head, choices.adaptation
     return config, outline(recipe, base.folder, config, head, adaptation, base.new_tokens, base.tokenizer)

@@ -118,7 +118,7 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
     model = load.load_model(core)
     made = Adapters(model, {BASE: load.load_tokenizer(core)}, BASE)
     for name, folder in found.items():
-        made.model = load.attached(folder, made.model, False, name)
+        made.model = load.attach_adapter(folder, made.model, False, name)
         made.folders[name] = folder.path
         made.tokenizers[name] = load.load_tokenizer(folder)
     made.model.eval()

@@ -169,7 +169,7 @@ class BottleneckModel(BaseTuner):
         kept = [
             name
             for name in peft_config.modules_to_save
-            if not any(module_patterns.matched([name], [key]) for key in tied)
+            if not any(module_patterns.matching_patterns([name], [key]) for key in tied)
         ]
         peft_config.modules_to_tie = tied
         peft_config.modules_to_save = list(dict.fromkeys([*kept, embedding]))

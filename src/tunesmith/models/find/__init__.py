@@ -1,4 +1,10 @@
-"""Names to folders: ``catalog`` (models known by name), ``store`` (the local store), ``pull`` (from the Hub or a registry),
-``locate`` (any MODEL to a folder), ``record`` (``tunesmith.json``: hashes, fingerprint of the base),
-``headers`` (weights read without loading), ``convert`` and ``unpickle`` (old weight files), ``cut`` (fewer layers), ``show``.
+"""A model's name to its folder, without a network in memory. In reading order:
+
+- ``locate``: the folder that MODEL means, checked before a weight is read
+- ``catalog``, ``model_store``, ``pull``: models known by name, where they are kept, how they are downloaded
+- ``headers``: safetensors headers and JSON files
+- ``record``: ``tunesmith.json``, saved next to weights: hashes, and an adapter's base model
+- ``folder_summary``: facts about a model folder, for ``tunesmith show``
+- ``convert``, ``unpickle``: pickled weights to safetensors
+- ``layer_pruning``: a model made of some layers of another
 """

@@ -1,32 +1,29 @@
-"""What a model folder says about itself without a weight being read: its JSON files and the headers of its safetensors.
+"""Read the JSON files of a model folder and the headers of its safetensors files. No weight is read.
 
-A safetensors file is an 8-byte little-endian length, a JSON header of that length, then the tensors side by side. Everything
-here is checked against the size of the file, so a truncated or forged one is refused before any library opens it.
-Format: https://github.com/huggingface/safetensors#format
+A safetensors file is an 8-byte little-endian length, a JSON header of that length, then the tensors one after
+the other: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
 
 import json
-import struct
+import shutil
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from tunesmith.errors import ModelError
+from tunesmith.json_types import JsonObject
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
-_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
-_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}
-_LONGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library itself."""
+SETTINGS_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+"""Configs, vocabularies (``.txt``, ``.model``) and chat templates; no pickles and no Python files."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
-    """One tensor of a safetensors file. ``start`` is its offset in ``file`` in bytes, ``size`` its length in bytes."""
+class TensorHeader:
+    """One tensor of a safetensors file. ``start`` (its offset in ``file``) and ``size`` are in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,56 +36,48 @@ class Tensor:
         return prod(self.shape)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder. Raises ModelError naming file, line and column."""
+def read_json(path: Path) -> JsonObject:
+    """Read a JSON object. Raises ModelError naming file, line and column."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
-        raise ModelError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-        ) from None
+        where = f"{path}, line {error.lineno}, column {error.colno}"
+        raise ModelError(f"{where}: not valid JSON: {error.msg}") from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
-    """Name -> Tensor of one safetensors file, in file order. Raises ModelError when header and file do not agree."""
+def read_json_if_present(path: Path) -> JsonObject:
+    """Read a JSON object, {} when there is no such file. Raises ModelError as ``read_json`` does."""
+    return read_json(path) if path.is_file() else {}
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """Return a safetensors file's tensors by name, in file order. Raises ModelError for a corrupt file."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with path.open("rb") as file:
-            total = path.stat().st_size
-            first = file.read(8)
-            length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
-            if not 0 < length <= min(_LONGEST_HEADER, total - 8):
-                raise _broken(path, f"its header should be {length} bytes long, and the file has {total}")
-            raw = file.read(length)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
-    try:
-        header = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _broken(path, f"its header is not JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise _broken(path, "its header is not a JSON object")
+        with safe_open(path, framework="np"), path.open("rb") as file:  # compares the header with the file
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (OSError, SafetensorError) as error:
+        reason = f"it was cut short, changed or unreadable ({error})"
+        advice = "Copy or download it again."
+        raise ModelError(f"{path} is not a whole safetensors file: {reason}.\n  {advice}") from None
     header.pop("__metadata__", None)
-    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
-    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size)))
-    at = 8 + length
-    for name, tensor in tensors.items():
-        if tensor.start != at:
-            raise _broken(path, f"tensor {name} starts at byte {tensor.start}, expected {at}")
-        at += tensor.size
-    if at != total:
-        raise _broken(
-            path, f"its tensors end at byte {at}, and the file has {total}: it was cut short or written to"
-        )
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        shape, start = tuple(entry["shape"]), 8 + length + begin
+        tensors[name] = TensorHeader(entry["dtype"], shape, path, start, end - begin)
     return tensors
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
-    """The safetensors files of a folder: ``stem.safetensors``, or the shards its index names. Empty when there are none."""
+    """Return ``stem.safetensors``, or the shards that its index names; [] when the folder has neither."""
     single = folder / f"{stem}.safetensors"
     if single.is_file():
         return [single]
@@ -103,39 +92,22 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ModelError(f"{index} names {shard!r}; expected a .safetensors file of the same folder")
         if not (folder / shard).is_file():
-            raise ModelError(f"{index} names {shard}, which is not there. Copy or download the folder again.")
+            raise ModelError(f"{index} names {shard}, which is missing. Copy or download the folder again.")
     return [folder / shard for shard in shards]
 
 
-def read_tensors(folder: Path, stem: str = "model") -> dict[str, Tensor]:
-    """Every tensor of a folder's safetensors, by name, whatever the number of shards."""
-    out: dict[str, Tensor] = {}
-    for path in weight_files(folder, stem):
-        out |= read_header(path)
-    return out
+def read_tensors(folder: Path, stem: str = "model") -> dict[str, TensorHeader]:
+    """Return every tensor of a folder's safetensors files by name."""
+    return {name: tensor for path in weight_files(folder, stem) for name, tensor in read_header(path).items()}
 
 
-def pickles(folder: Path) -> list[Path]:
-    """Weight files of the folder in a format that runs code when it is opened."""
+def pickle_files(folder: Path) -> list[Path]:
+    """Return the files whose format runs code when it is opened."""
     return sorted(path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
 
 
-def _tensor(path: Path, name: str, entry: Any, data: int) -> Tensor:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sane = (
-            isinstance(dtype, str)
-            and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-            and begin <= end
-        )
-    except (TypeError, KeyError, ValueError):
-        sane = False
-    if not sane:
-        raise _broken(path, f"the entry of tensor {name} is not understood")
-    if dtype in _BYTES and end - begin != prod(shape) * _BYTES[dtype]:
-        raise _broken(path, f"tensor {name} has {end - begin} bytes, expected {prod(shape) * _BYTES[dtype]}")
-    return Tensor(dtype, shape, path, data + begin, end - begin)
-
-
-def _broken(path: Path, reason: str) -> ModelError:
-    return ModelError(f"{path} is not a whole safetensors file: {reason}.\n  Copy or download it again.")
+def copy_settings(source: Path, target: Path, skip: tuple[str, ...]) -> None:
+    """Copy config, tokenizer and template files, but none whose name ends in one of ``skip``."""
+    for path in source.iterdir():
+        if path.is_file() and path.suffix in SETTINGS_SUFFIXES and not path.name.endswith(skip):
+            shutil.copyfile(path, target / path.name)

@@ -18,8 +18,7 @@ from torch import nn
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import fused_encoder, kernels, varlen
 from tunesmith.models.heads import head_types, noise
-from tunesmith.models.network import base as base
-from tunesmith.models.network import first_position as first_position
+from tunesmith.models.network import base, first_position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

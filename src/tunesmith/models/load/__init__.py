@@ -1,3 +1,9 @@
-"""Folders to networks: ``load``, ``head_loading`` (a task head on a body), ``probe`` (does it answer as it was saved?),
-``vocabulary`` (new tokens), ``quantization`` and ``dequantized`` (4 and 8 bits), ``patterns`` (modules by name).
+"""A model folder to a network in memory. In reading order:
+
+- ``load``: full models and adapters, strictly
+- ``head_loading``: a task head on a body that was saved without it
+- ``probe``: compare a loaded model's logits with those recorded when it was saved
+- ``vocabulary``: new tokens
+- ``module_patterns``: modules named by a recipe
+- ``quantization``, ``dequantized_linear``: a base model in 4 or 8 bits
 """

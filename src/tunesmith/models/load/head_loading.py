@@ -1,118 +1,115 @@
-"""A head on a body that was trained without it: which tensors may be missing, which may be left over, and what is kept of it.
+"""Load a task head onto a body that was saved without it: names, config entries, missing tensors.
 
-Some classes of transformers keep the body under another name than the checkpoint does (``LlamaForQuestionAnswering`` under
-``transformer``, while every llama has it under ``model``): loaded plainly, all of it would be random numbers, with a warning.
-Here the names are translated, and a tensor of the body that is missing is an error as everywhere.
+Some classes of transformers name the body otherwise than checkpoints do: ``LlamaForQuestionAnswering`` calls
+it ``transformer``, every llama checkpoint ``model``. transformers alone would fill that body with random
+numbers and only warn. Here the names are translated, and a missing tensor of the body is an error.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import RecipeError
+from tunesmith.json_types import JsonObject
 from tunesmith.models.find import headers, record
 from tunesmith.models.heads import head_types
-from tunesmith.models.network import base, is_causal, pooling
+from tunesmith.models.network import attribute, base, is_causal, pooling, tunesmith_settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from tunesmith.models.find.locate import Folder
 
-OTHER_HEADS = (
-    "lm_head", "cls", "predictions", "score", "classifier", "qa_outputs", "pre_classifier", "vocab_transform", "vocab_projector",
-    "vocab_layer_norm", "discriminator_predictions", "generator_predictions", "generator_lm_head", "embed_out",
-    "decoder", "head", "lm_predictions", "mask_predictions", "sop_classifier",
+HEAD_MODULES = (
+    "lm_head", "cls", "predictions", "score", "classifier", "qa_outputs", "pre_classifier", "vocab_transform",
+    "vocab_projector", "vocab_layer_norm", "discriminator_predictions", "generator_predictions",
+    "generator_lm_head", "embed_out", "decoder", "head", "lm_predictions", "mask_predictions",
+    "sop_classifier",
 )  # fmt: skip
-"""What checkpoints call the layers that stand on a body."""
+"""Names of head layers in checkpoints."""
 
-CALLED = {
-    "lm": "the head of a language model",
-    "score": "a head for rows",
-    "token": "a head for words",
-    "span": "a head for answers",
+DESCRIPTIONS = {
+    "lm": "a language-model head",
+    "score": "a sequence-classification head",
+    "token": "a token-classification head",
+    "span": "a question-answering head",
 }
-"""The kinds of heads, in words."""
 
-KEYS = ("num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "tunesmith")
+CONFIG_KEYS = ("num_labels", "id2label", "label2id", "problem_type", "pad_token_id", "tunesmith")
 """Entries of a config that belong to a head."""
 
 
-def options(folder: Folder, config: Any, head: str, head_config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for a network with another head than the checkpoint may have."""
-    if head_config is not None:
-        apply(config, head_config)
-    found: dict[str, Any] = {"config": config, "ignore_mismatched_sizes": True}
-    if renamed := renamed_body(folder, config, head):
-        found["key_mapping"] = renamed
-    return found
+def head_of_config(config: PretrainedConfig) -> str:
+    """Return the head (lm, score, token or span) of the checkpoint that ``config`` was saved with."""
+    return head_types.kind_of((config.architectures or [""])[0])
 
 
-def apply(config: Any, head_config: Mapping[str, Any]) -> None:
-    """Write the entries of a head into a network's config."""
-    for name, value in head_config.items():
-        if name == "num_labels":
-            continue  # follows from id2label
-        if name == "id2label":
-            value = {int(number): label for number, label in value.items()}
-        setattr(config, name, value)
-        if name == "pad_token_id" and config.get_text_config() is not config:
-            config.get_text_config().pad_token_id = value
+def head_of_network(model: PreTrainedModel) -> str:
+    """Return the head (lm, score, token or span) of a network in memory."""
+    return head_types.kind_of(type(base(model)).__name__)
 
 
-def inherit(config: Any, folder: Folder, adapter: str | None, head: str) -> None:
-    """Write into ``config`` what an adapter that is kept (``adapter``: continue or merge) says of its head.
+def apply_head_config(config: PretrainedConfig, head_config: JsonObject) -> None:
+    """Write the entries of a head into a network's config, in place. ``id2label`` implies ``num_labels``."""
+    values = {name: value for name, value in head_config.items() if name != "num_labels"}
+    if "id2label" in values:
+        values["id2label"] = {int(number): label for number, label in values["id2label"].items()}
+    config.update(values)
+    if "pad_token_id" in values:
+        config.get_text_config().pad_token_id = values["pad_token_id"]
 
-    Raises RecipeError for one that is to go on under the objective of another ``head``.
+
+def inherit_head_config(config: PretrainedConfig, folder: Folder, adapter: str | None, head: str) -> None:
+    """Write the head of a continued or merged adapter into ``config``. ``adapter``: the recipe's key.
+
+    Raises RecipeError for an adapter that is continued with an objective of another ``head``.
     """
     if adapter not in ("continue", "merge") or not record.read(folder.path):
-        return  # of an adapter from elsewhere nothing is known
+        return  # an adapter that tunesmith did not write has no record of its head
     saved = record.head(folder.path)
     kind = saved.get("type", "lm")
     if kind == head:
-        apply(config, saved.get("config") or {})
+        apply_head_config(config, saved.get("config") or {})
     elif adapter == "continue":
         raise RecipeError(
-            f"adapter: continue: this adapter was trained with {CALLED[kind]}, and the objective needs {CALLED[head]}.\n"
-            "  Take its own objective, or start a new adapter with adapter: merge or adapter: new."
+            f"adapter: continue: this adapter was trained with {DESCRIPTIONS[kind]}, and the objective needs "
+            f"{DESCRIPTIONS[head]}.\n"
+            "  Use the adapter's objective, or start a new adapter with adapter: merge or adapter: new."
         )
 
 
-def change(
-    config: Any, folder: Folder, adapter: str | None, head: str, head_config: Mapping[str, Any]
+def replace_head_config(
+    config: PretrainedConfig, folder: Folder, adapter: str | None, head: str, head_config: JsonObject
 ) -> list[str]:
-    """:func:`apply` where there may be a head already; what is to be said of that one, if it does not go on.
+    """Write a head into ``config``, which may have one already. Returns a note when that one is not kept.
 
-    Raises RecipeError for an adapter that is continued with other labels than it knows.
+    Raises RecipeError for an adapter that is continued with other labels than its own.
     """
     kept = adapter in ("continue", "merge")
-    kind = (
-        record.head(folder.path).get("type", "lm")
-        if kept
-        else head_types.kind_of((config.architectures or [""])[0])
-    )
-    said = []
-    if is_other(kind, config, head, head_config):
-        old, new = (
-            ", ".join(map(str, list(names.values())[:10]))
-            for names in (config.id2label, head_config["id2label"])
-        )
+    kind = record.head(folder.path).get("type", "lm") if kept else head_of_config(config)
+    notes = []
+    if is_other_head(kind, config, head, head_config):
+        labels = [list(one.values())[:10] for one in (config.id2label, head_config["id2label"])]
+        old, new = (", ".join(map(str, names)) for names in labels)
         if adapter == "continue":
             raise RecipeError(
-                f"adapter: continue: this adapter has a head for the labels {old}, and is to learn {new}.\n"
-                "  Give objective.labels as it has them, or start a new adapter with adapter: merge or adapter: new."
+                f"adapter: continue: this adapter has a head for the labels {old}, and "
+                f"the data have the labels {new}.\n"
+                "  Set objective.labels to the adapter's, or use adapter: merge or adapter: new."
             )
-        was = f"for the labels {old}" if kind == head else f"another one ({CALLED[kind]})"
-        said.append(f"the head of this model is {was}: a new one is drawn, for {new}")
-    apply(config, head_config)
-    return said
+        current = f"a head for the labels {old}" if kind == head else DESCRIPTIONS[kind]
+        notes.append(f"this model has {current}: an untrained head for the labels {new} replaces it")
+    apply_head_config(config, head_config)
+    return notes
 
 
-def is_other(kind: str, config: Any, head: str, head_config: Mapping[str, Any] | None) -> bool:
-    """Whether a checkpoint that has a head (``kind``, with the labels of ``config``) has another than is wanted: of another kind,
-    or with other labels, by name and order; what stands for a number or for an answer's ends has no names."""
+def is_other_head(kind: str, config: PretrainedConfig, head: str, head_config: JsonObject | None) -> bool:
+    """Return whether a checkpoint's head differs from the wanted one: by type, or by labels and their order.
+
+    ``kind``, ``config``: of the checkpoint. The labels of a regression or of a span have no names.
+    """
     if kind == "lm" or head_config is None:
         return False
     old, new = config.id2label, {int(number): name for number, name in head_config["id2label"].items()}
@@ -120,32 +117,29 @@ def is_other(kind: str, config: Any, head: str, head_config: Mapping[str, Any] |
     return kind != head or len(old) != len(new) or (named and old != new)
 
 
-def draw(model: PreTrainedModel, head: str) -> None:
-    """Give the layer that knows the labels its first numbers again: they were loaded, being as many as another head's."""
+def reset_output_layer(model: PreTrainedModel, head: str) -> None:
+    """Draw new initial weights for the layer with one output per label: it has another head's weights."""
     from torch import nn
 
     for name in head_types.parts(model, head):
         for layer in model.get_submodule(name).modules():
             if isinstance(layer, nn.Linear) and layer.out_features == model.config.num_labels:
-                marked: list[Any] = list(layer.parameters())
-                for parameter in marked:
-                    parameter._is_hf_initialized = (
-                        False  # transformers draws no number of one that was loaded
-                    )
+                for parameter in layer.parameters():  # else transformers keeps what it loaded
+                    parameter._is_hf_initialized = False  # type: ignore[attr-defined]
                 model._init_weights(layer)
 
 
-def outlined(config: Any, head_config: Mapping[str, Any]) -> Any:
-    """``config`` with what is known of a head before its labels are (its pooling); a copy, for the config says what was saved."""
+def with_head_settings(config: PretrainedConfig, head_config: JsonObject) -> PretrainedConfig:
+    """Return a copy of ``config`` with the head settings that do not need the labels, such as pooling."""
     if not head_config:
         return config
     outline = copy.deepcopy(config)
-    outline.tunesmith = {**(getattr(config, "tunesmith", None) or {}), **head_config["tunesmith"]}
+    outline.tunesmith = {**tunesmith_settings(config), **head_config["tunesmith"]}
     return outline
 
 
-def renamed_body(folder: Folder, config: Any, head: str) -> dict[str, str]:
-    """{pattern: prefix} where the checkpoint has the body under another name than the class does."""
+def renamed_body(folder: Folder, config: PretrainedConfig, head: str) -> dict[str, str]:
+    """Return {pattern: prefix} where the checkpoint names the body otherwise than the class, else {}."""
     import torch
 
     with torch.device("meta"):
@@ -153,91 +147,72 @@ def renamed_body(folder: Folder, config: Any, head: str) -> dict[str, str]:
     prefix = f"{network.base_model_prefix}."
     wanted = {name for name in network.state_dict() if name.startswith(prefix)}
     stored = set(headers.read_tensors(folder.network))
-    if (
-        wanted & stored or {prefix + name for name in stored} & wanted
-    ):  # transformers finds a bare body by itself
+    without_prefix = {prefix + name for name in stored}  # which transformers itself finds
+    if wanted & stored or wanted & without_prefix:
         return {}
     for other in sorted({name.partition(".")[0] for name in stored}):
-        if any(
-            prefix + name.removeprefix(f"{other}.") in wanted
-            for name in stored
-            if name.startswith(f"{other}.")
-        ):
+        names = [name.removeprefix(f"{other}.") for name in stored if name.startswith(f"{other}.")]
+        if any(prefix + name in wanted for name in names):
             return {rf"^{other}\.": prefix}
     return {}
 
 
-def keep_own_names(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
-    """Save the body under the name that the class has for it: transformers would write the names that it was read by, which the
-    plain class does not find, and would then fill the body with random numbers."""
-    if renamed := options.get("key_mapping"):
-        model._weight_conversions = [
-            one for one in model._weight_conversions if not set(one.source_patterns) & set(renamed)
-        ]
+def save_under_class_names(model: PreTrainedModel, renamed: dict[str, str]) -> None:
+    """Let ``save_pretrained`` write the body under the class's name, not under the name it was read by.
 
-
-def settle(
-    model: PreTrainedModel,
-    head: str,
-    report: Mapping[str, Any],
-    missing: Iterable[str],
-    unexpected: Iterable[str],
-) -> tuple[list[str], list[str]]:
-    """(missing, unexpected) without what a new head explains. Tensors of the body are never explained."""
-    ours = tuple(f"{name}." for name in head_types.parts(model, head))
-    other_shape = [name for name, *_ in report["mismatched_keys"] if not name.startswith(ours)]
-    left = [
-        name
-        for name in unexpected
-        if name.partition(".")[0] not in OTHER_HEADS and ".pooler." not in f".{name}"
-    ]
-    return [name for name in missing if not name.startswith(ours)] + other_shape, left
-
-
-def fitted(model: PreTrainedModel) -> Any:
-    """``model`` without the pooler where the outputs of all tokens are averaged: nothing reads it then.
-
-    Raises ModelError for a head that is not known.
+    ``renamed``: of :func:`renamed_body`. The class does not find a body under the other name.
     """
+    if renamed:
+        kept = [one for one in model._weight_conversions if not set(one.source_patterns) & set(renamed)]
+        model._weight_conversions = kept
+
+
+def unexplained_keys(
+    model: PreTrainedModel, head: str, missing: list[str], unexpected: list[str], mismatched: list[str]
+) -> tuple[list[str], list[str]]:
+    """Return (missing, unexpected) without what another head explains. ``mismatched``: of another shape.
+
+    A tensor of the body is never explained.
+    """
+    own = tuple(f"{name}." for name in head_types.parts(model, head))
+    lacking = [name for name in (*missing, *mismatched) if not name.startswith(own)]
+    body = [name for name in unexpected if name.partition(".")[0] not in HEAD_MODULES]
+    return lacking, [name for name in body if ".pooler." not in f".{name}"]
+
+
+def without_unused_pooler(model: PreTrainedModel) -> PreTrainedModel:
+    """Remove the pooler, in place, where the head reads a mean. Raises ModelError for an unknown head."""
     head_types.check_parts(model)
     if pooling(model.config) == "mean":
         for owner in (model, model.base_model):
-            if getattr(owner, "pooler", None) is not None:
+            if attribute(owner, "pooler") is not None:
                 owner.pooler = None
     return model
 
 
-def head_record(model: PreTrainedModel) -> dict[str, Any] | None:
-    """What an adapter's folder must say of its head, as JSON; None of a language model."""
-    inner = base(model)
-    kind = head_types.kind_of(type(inner).__name__)
+def head_record(model: PreTrainedModel) -> JsonObject | None:
+    """Return the entry ``head`` of an adapter's record, None for a language model."""
+    kind = head_of_network(model)
     if kind == "lm":
         return None
-    config = inner.config.to_dict()
-    return {"type": kind, "config": {name: config[name] for name in KEYS if config.get(name) is not None}}
+    config = base(model).config.to_dict()
+    kept = {name: config[name] for name in CONFIG_KEYS if config.get(name) is not None}
+    return {"type": kind, "config": kept}
 
 
-def answers(model: PreTrainedModel, ids: Any) -> Any:
-    """What a model says of one row of ``ids`` (1, tokens): logits (tokens, n), or (1, labels) where a row has one answer."""
+def row_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Return a row's logits, ``ids`` (1, tokens): (tokens, n), or (1, labels) of a head for whole rows."""
     import torch
 
-    inner = base(model)
-    kind = head_types.kind_of(type(inner).__name__)
-    if kind == "score":
-        tokens = ids.shape[1]
-        mean = pooling(inner.config) == "mean"
-        read = range(tokens) if mean else [tokens - 1 if is_causal(inner.config) else 0]
-        batch = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "positions": torch.tensor(list(read), device=ids.device),
-        }
-        from tunesmith.models.heads import (
-            task_heads,  # imports transformers, which load.quiet must come before
-        )
+    kind = head_of_network(model)
+    if kind != "score":
+        out = model(input_ids=ids)
+        ends = [out.start_logits[0], out.end_logits[0]] if kind == "span" else None
+        return torch.stack(ends, dim=-1) if ends else out.logits[0]
+    from tunesmith.models.heads import task_heads  # imports transformers, so load.quiet must run first
 
-        return task_heads.score_logits(model, {**batch, "places": [len(list(read))]})
-    found = model(input_ids=ids)
-    if kind == "span":
-        return torch.stack([found.start_logits[0], found.end_logits[0]], dim=-1)
-    return found.logits[0]
+    config, tokens = base(model).config, ids.shape[1]
+    read = list(range(tokens)) if pooling(config) == "mean" else [tokens - 1 if is_causal(config) else 0]
+    positions = torch.tensor(read, device=ids.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "positions": positions}
+    return task_heads.score_logits(model, {**batch, "places": [len(read)]})

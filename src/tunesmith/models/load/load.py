@@ -1,8 +1,8 @@
 """From a model folder to a model in memory, strictly.
 
-Nothing here reaches the network, runs code that came with a model, or opens a pickle. Loading is strict both ways: a tensor
-that the folder lacks, or that the model has no place for, is an error that names it. ``from_pretrained`` only warns, and a
-renamed adapter key would otherwise leave the untrained model standing.
+A tensor that the folder lacks, or that the model has no parameter for, is an error that names it.
+``from_pretrained`` only warns, and a renamed adapter key would leave the untrained model. Nothing here uses
+the network, runs code that came with a model, or opens a pickle.
 """
 
 from __future__ import annotations
@@ -11,50 +11,47 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from tunesmith.errors import ModelError, UserError
 from tunesmith.hub import ask
+from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import adapter_types
 from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import dequantized_linear, head_loading, probe, quantization, vocabulary
+from tunesmith.models.network import has_attributes, submodule, tunesmith_settings, without_adapter
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from peft import PeftConfig
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 _OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-}
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1",
+}  # fmt: skip
 _SILENT = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
     "BITSANDBYTES_NOWELCOME": "1",
-}
+}  # fmt: skip
 _LIBRARIES = r"(transformers|peft|bitsandbytes|accelerate|huggingface_hub|torch)(\.|$)"
 _OLD_BUFFERS = (
-    ".rotary_emb.inv_freq",
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.bias",
-    ".attention.masked_bias",
-)
-"""Constants that old checkpoints carry and today's classes compute: they hold nothing that was learnt."""
+    ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias",
+)  # fmt: skip
+"""Constants that old checkpoints hold and today's classes compute."""
 
 
 def quiet() -> None:
-    """Keep this process off the network and library chatter off the screen. Entry points call it before they load a model.
+    """Keep this process off the network and library messages off the screen. Call it before loading a model.
 
-    The Hub's client reads these variables when it is imported, and bitsandbytes (which peft imports when it is installed)
-    asks the Hub for kernels unless it is offline. Where transformers is already imported, its own switches are used.
+    The Hub's client reads these variables when it is imported. bitsandbytes, which peft imports when it is
+    installed, asks the Hub for kernels unless it is offline. An imported transformers needs its own switches.
     """
     ask.remember_user()
     os.environ.update(_OFFLINE)
@@ -63,21 +60,23 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=_LIBRARIES)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that it has no kernels from the Hub
     if "torch" in sys.modules and not sys.modules["torch"].cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # transformers imports an installed DeepSpeed, which looks for one aloud
+        # transformers imports an installed DeepSpeed, which otherwise prints that it looks for an accelerator
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "transformers" in sys.modules:
-        from transformers.utils import logging as chatter
+        from transformers.utils import logging as transformers_logging
 
-        chatter.set_verbosity_error()
-        chatter.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
-def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """The model in eval mode and its tokenizer, offline. ``model``: catalog name, model, adapter or run folder.
+def load(
+    model: str | Path, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model in eval mode and its tokenizer, offline.
 
-    ``dtype``: default is the checkpoint's own. An adapter comes back attached to its base, as a peft model. What tunesmith
-    saved is compared with the logits written when it was saved. Raises ModelError.
+    ``model``: catalog name, model folder, adapter folder or run folder. ``dtype``: default is the
+    checkpoint's. An adapter is returned on its base, as a peft model. The logits of a model that tunesmith
+    saved are compared with those recorded when it was saved. Raises ModelError.
     """
     folder = locate(model)
     tokenizer = load_tokenizer(folder)
@@ -86,46 +85,43 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]
     return loaded, tokenizer
 
 
-def load_config(folder: Folder) -> Any:
-    """The transformers config of the network (for an adapter: of its base)."""
+def load_config(folder: Folder) -> PretrainedConfig:
+    """Return the transformers config of the network; of an adapter, of its base model."""
     quiet()
     from transformers import AutoConfig
 
-    return _explained(
-        folder, lambda: AutoConfig.from_pretrained(folder.network, local_files_only=True, **_code(folder))
-    )
+    load_saved = AutoConfig.from_pretrained
+    return _call(folder.path, load_saved, folder.network, local_files_only=True, **_trust(folder))
 
 
-def load_tokenizer(folder: Folder) -> Any:
-    """The tokenizer saved with the model; an adapter without one uses its base's."""
+def load_tokenizer(folder: Folder) -> PreTrainedTokenizerBase:
+    """Return the tokenizer saved with the model; of an adapter without one, its base model's."""
     quiet()
     from transformers import AutoTokenizer
 
     own = any((folder.path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-    where = folder.path if own else folder.network
-    return _explained(
-        folder, lambda: AutoTokenizer.from_pretrained(where, local_files_only=True, **_code(folder))
-    )
+    source = folder.path if own else folder.network
+    load_saved = AutoTokenizer.from_pretrained
+    return _call(folder.path, load_saved, source, local_files_only=True, **_trust(folder))
 
 
-def empty_model(folder: Folder, config: Any, head: str = "lm") -> Any:
-    """The network of ``config`` without weights: the caller is on the meta device. ``folder``: where it comes from."""
+def empty_model(folder: Folder, config: PretrainedConfig, head: str = "lm") -> PreTrainedModel:
+    """Return the network of ``config``, from ``folder``, without weights. Call it on the meta device."""
     head_types.require_class(config, head)
-    return _explained(
-        folder, lambda: head_loading.fitted(head_types.auto_class(head).from_config(config, **_code(folder)))
-    )
+    model = _call(folder.path, head_types.auto_class(head).from_config, config, **_trust(folder))
+    return head_loading.without_unused_pooler(model)
 
 
 def head_of(folder: Folder) -> str:
-    """The head of a saved model: lm, score, token or span."""
+    """Return the head of a saved model: lm, score, token or span."""
     if folder.kind == "adapter":
         return str(record.head(folder.path).get("type", "lm"))
-    named = headers.read_json(folder.path / "config.json").get("architectures") or [""]
-    return head_types.kind_of(str(named[0]))
+    architectures = headers.read_json(folder.path / "config.json").get("architectures") or [""]
+    return head_types.kind_of(str(architectures[0]))
 
 
-def _code(folder: Folder) -> dict[str, bool]:
-    """Whether transformers may run Python files of the folder: the one place where a recipe's ``trust_remote_code`` arrives."""
+def _trust(folder: Folder) -> dict[str, bool]:
+    """Return transformers' option to run Python files of the folder, as the recipe chose."""
     return dict(trust_remote_code=folder.remote_code)
 
 
@@ -135,56 +131,56 @@ def load_model(
     dtype: torch.dtype | None = None,
     adapter: Literal["attach", "ignore", "merge"] = "attach",
     trainable: bool = False,
-    head_config: Mapping[str, Any] | None = None,
-    **load_kwargs: Any,
-) -> Any:
+    head_config: JsonObject | None = None,
+    **load_kwargs: object,
+) -> PreTrainedModel:
     """Load the weights, strictly, and return the model in eval mode.
 
-    ``head``: lm, score, token or span; None = what the folder holds. ``head_config``: entries of the config that say what a new
-    head is (``num_labels``, ``id2label``); a head that the folder lacks, or has for other labels, is drawn anew.
-    ``dtype``: default is the checkpoint's own. ``adapter`` says what becomes of an adapter: "attach" returns a peft model,
-    "ignore" its base alone, "merge" a plain model with the adapter folded in (in fp32, then cast). ``trainable``: whether
-    parameters require gradients (of an attached adapter: the adapter's only). ``load_kwargs`` go to ``from_pretrained``. A base
-    that was quantised is quantised again as it was, from the checkpoint's own numbers; merged, it is what its bits stand for.
-    Raises ModelError naming every tensor that is missing, unexpected or of another shape, and when an adapter's base is
-    not the model it was trained on.
+    ``head``: lm, score, token or span; None = the head that was saved. ``head_config``: the config entries of
+    an untrained head (``num_labels``, ``id2label``), which replaces one that is missing or has other labels.
+    ``dtype``: default is the checkpoint's. ``adapter``: "attach" returns a peft model, "ignore" its base
+    model, "merge" a plain model with the adapter merged in fp32 and then cast. ``trainable``: parameters
+    require gradients (of an attached adapter: only the adapter's). ``load_kwargs`` are passed to
+    ``from_pretrained``.
+
+    A base model that was quantised while the adapter was trained is quantised again; an adapter is merged
+    into its de-quantised weights. Raises ModelError naming every tensor that is missing, unexpected or of
+    another shape, and when the base is not the model that the adapter was trained on.
     """
     quiet()
     import torch
 
-    attach = folder.kind == "adapter" and adapter != "ignore"
-    if attach:
-        record.check_base(folder.path, folder.network)
     wanted = dtype or checkpoint_dtype(folder.network)
     head = head or head_of(folder)
-    if attach and head_config is None:
-        head_config = record.head(folder.path).get("config")
-    kept = record.read(folder.path).get("quantization") if attach else None
-    if kept and adapter == "attach":
-        load_kwargs = {**quantization.of_record(kept), **load_kwargs}
-    model = _full(
-        folder, head, torch.float32 if attach and adapter == "merge" else wanted, load_kwargs, head_config
-    )
-    if kept and adapter == "merge":
-        bits = {**load_kwargs, **quantization.of_record(kept)}
-        quantization.write_values(model, _full(folder, head, torch.float32, bits, head_config))
-    if attach:
-        training = trainable and adapter == "attach"
-        model = attached(folder, model, training)
-        if not training:
-            vocabulary.write_rows(model)
-    else:
+    if folder.kind != "adapter" or adapter == "ignore":
+        model = _load_full(folder, head, head_config, wanted, load_kwargs)
         for parameter in model.parameters():
             parameter.requires_grad_(trainable and parameter.is_floating_point())
-    if attach and adapter == "merge":
-        model = merged(model).to(wanted).requires_grad_(trainable)
+        return model.eval()
+    record.check_base(folder.path, folder.network)
+    if head_config is None:
+        head_config = record.head(folder.path).get("config")
+    load_base = partial(_load_full, folder, head, head_config)
+    quantized = quantization.kwargs_from_record(record.read(folder.path).get("quantization"))
+    if adapter == "merge":
+        model = load_base(torch.float32, load_kwargs)
+        if quantized:
+            quantization.write_dequantized(model, load_base(torch.float32, load_kwargs | quantized))
+    else:
+        model = load_base(wanted, quantized | load_kwargs)
+    training = trainable and adapter == "attach"
+    model = attach_adapter(folder, model, training)
+    if not training:
+        vocabulary.write_rows(model)
+    if adapter == "merge":
+        model = merge_into_base(model).to(wanted).requires_grad_(trainable)
     return model.eval()
 
 
 def checkpoint_dtype(path: Path) -> torch.dtype:
-    """The dtype that the config names, where any weight is stored in it; else the one that holds most numbers.
+    """Return the dtype that the config names, if a weight is stored in it; else the dtype of most numbers.
 
-    The first is what transformers takes too, and what keeps the few tensors that were trained in fp32 on a bf16 body as they are.
+    transformers takes the first too. It keeps a bf16 body as it is where a few trained tensors are fp32.
     """
     import torch
 
@@ -193,235 +189,201 @@ def checkpoint_dtype(path: Path) -> torch.dtype:
     for tensor in headers.read_tensors(path).values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.count
     config = headers.read_json(path / "config.json")
-    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), None)
-    if isinstance(named, torch.dtype) and named in [known.get(name) for name in counts]:
-        return named
+    named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    stored = {str(known[name]).removeprefix("torch."): known[name] for name in counts if name in known}
+    if named in stored:
+        return stored[named]
     return known.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
 
 
-def merged(model: PreTrainedModel) -> Any:
-    """Fold a peft model's adapter into its base, in place, and return the plain model. Raises UserError where that is impossible.
+def merge_into_base(model: PreTrainedModel) -> PreTrainedModel:
+    """Merge a peft model's adapter into its base, in place, and return the plain model. Raises UserError.
 
-    Tied embeddings: a delta on one of the two tied weights must not reach the other. They are separated before the merge and
-    tied again if they come out equal; else the config says that they are no longer tied, so that a reload keeps both.
+    Tied embeddings are separated first, so that a delta of one does not reach the other. They are tied again
+    if they come out equal; else the config says that they are not tied, so that a reload keeps both.
     """
     import torch
 
     if quantization.record(model) is not None:
-        raise UserError(
-            'an adapter cannot be folded into 4 or 8 bits: load it with adapter="merge", onto what the bits stand for'
-        )
+        raise UserError('an adapter cannot be merged into 4 or 8 bits: load it with adapter="merge"')
     for config in model.peft_config.values():
         check_mergeable(config)
     core = model.get_base_model()
-    first, last = (_unwrapped(end) for end in (core.get_input_embeddings(), core.get_output_embeddings()))
-    tied = last is not None and first.weight is last.weight
+    embedding, output = core.get_input_embeddings(), core.get_output_embeddings()
+    embedding, output = without_adapter(embedding), without_adapter(output)
+    tied = output is not None and embedding.weight is output.weight
     if tied:
-        last.weight = torch.nn.Parameter(first.weight.detach().clone())
-    _take_whole_parts(model)
+        output.weight = torch.nn.Parameter(embedding.weight.detach().clone())
+    _install_trained_copies(core)
     try:
         plain = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"this adapter cannot be merged: {error}") from None
     if tied:
-        first, last = plain.get_input_embeddings(), plain.get_output_embeddings()
-        same = torch.equal(first.weight, last.weight)
-        if same:
-            last.weight = first.weight
-        for part in (
-            plain.config,
-            plain.config.get_text_config(),
-        ):  # peft has written what it saw before they were compared
-            part.tie_word_embeddings = same
+        embedding, output = plain.get_input_embeddings(), plain.get_output_embeddings()
+        equal = torch.equal(embedding.weight, output.weight)
+        if equal:
+            output.weight = embedding.weight
+        for config in (plain.config, plain.config.get_text_config()):  # peft wrote them before the comparison
+            config.tie_word_embeddings = equal
     return plain
 
 
-def _take_whole_parts(model: PreTrainedModel) -> None:
-    """Put parts that were trained whole in their places, where they are made of several layers: peft takes each for one layer."""
-    core = model.get_base_model()
+def _install_trained_copies(core: PreTrainedModel) -> None:
+    """Replace modules that have several layers with their trained copies: peft takes each for one layer."""
     for name, module in list(core.named_modules()):
-        trained = getattr(module, "modules_to_save", None)
-        if trained is not None and not hasattr(module.original_module, "weight"):
-            parent, _, last = name.rpartition(".")
-            setattr(core.get_submodule(parent), last, trained[module.active_adapters[0]])
+        copies = submodule(module, "modules_to_save")
+        if copies is not None and not has_attributes(module.original_module, "weight"):
+            core.set_submodule(name, copies[module.active_adapters[0]])
 
 
-def check_mergeable(config: Any) -> None:
-    """Raise UserError for an adapter that no weight can stand for. ``config``: its peft config."""
+def check_mergeable(config: PeftConfig) -> None:
+    """Raise UserError for a type of adapter that no change of weights can replace."""
     name = config.peft_type.value.lower()
     if config.is_prompt_learning:
         raise UserError(f"a {name} adapter adds inputs, not weights: there is nothing to merge it into")
-    if (why := adapter_types.kind_of(config.peft_type.value).unmergeable) is not None:
-        raise UserError(f"a {name} adapter is {why}")
+    if (reason := adapter_types.kind_of(config.peft_type.value).unmergeable) is not None:
+        raise UserError(f"a {name} adapter is {reason}")
 
 
-def _unwrapped(layer: Any) -> Any:
-    """The layer of the base that peft has put an adapter around, or a trained copy beside."""
-    for inner in ("base_layer", "original_module"):
-        layer = getattr(layer, inner, layer)
-    return layer
-
-
-def _full(
-    folder: Folder,
-    head: str,
-    dtype: torch.dtype,
-    load_kwargs: dict[str, Any],
-    head_config: Mapping[str, Any] | None = None,
-) -> Any:
+def _load_full(
+    folder: Folder, head: str, head_config: JsonObject | None, dtype: torch.dtype, kwargs: dict[str, object]
+) -> PreTrainedModel:
     quiet()
     path = folder.network
-    own = (
-        checkpoint_dtype(path) if "quantization_config" in load_kwargs else dtype
-    )  # the bits must not depend on what computes
-    options = {
-        "dtype": own,
-        **load_kwargs,
-        **_code(folder),
-        "local_files_only": True,
-        "use_safetensors": True,
-    }
-    network, anew = head_types.auto_class(head), False
+    quantized = "quantization_config" in kwargs
+    if quantized:  # from the same numbers whatever the compute dtype
+        kwargs = {"dtype": checkpoint_dtype(path), **kwargs}
+    options = {"dtype": dtype, **kwargs, **_trust(folder)}
+    network, replaced, renamed = head_types.auto_class(head), False, {}
     if head != "lm":
         config = load_config(folder)
-        anew = head_loading.is_other(
-            head_types.kind_of((config.architectures or [""])[0]), config, head, head_config
-        )
-        options |= head_loading.options(folder, config, head, head_config)
-    model, report = _explained(
-        folder, lambda: network.from_pretrained(path, output_loading_info=True, **options)
-    )
-    unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
-    missing = report["missing_keys"]
+        saved = head_loading.head_of_config(config)
+        replaced = head_loading.is_other_head(saved, config, head, head_config)
+        if head_config is not None:
+            head_loading.apply_head_config(config, head_config)
+        renamed = head_loading.renamed_body(folder, config, head)
+        options |= {"config": config, "ignore_mismatched_sizes": True, "key_mapping": renamed or None}
+    model, missing, unexpected, mismatched = _from_pretrained(network, path, folder.path, options)
     if head != "lm":
-        missing, unexpected = head_loading.settle(model, head, report, missing, unexpected)
-    _strict(path, type(model).__name__, missing, unexpected)
-    if anew:
-        head_loading.draw(model, head)
-    if "quantization_config" in load_kwargs:
+        names = [name for name, *_ in mismatched]
+        missing, unexpected = head_loading.unexplained_keys(model, head, missing, unexpected, names)
+    _require_match(path, type(model).__name__, missing, unexpected)
+    if replaced:
+        head_loading.reset_output_layer(model, head)
+    if quantized:
         dequantized_linear.compute_in(model, dtype)
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
-    head_loading.keep_own_names(model, options)
-    return head_loading.fitted(model)
+    head_loading.save_under_class_names(model, renamed)
+    return head_loading.without_unused_pooler(model)
 
 
-def stock_refuses(network: PreTrainedModel, folder: Folder) -> str | None:
-    """Why transformers' own class cannot open an adapter of this ``network`` on the base in ``folder``, or None when it can.
+def stock_class_problem(network: PreTrainedModel, folder: Folder) -> str | None:
+    """Return why transformers' class cannot open an adapter of ``network`` on the base ``folder``, or None.
 
-    It loads the base by the base's config and names, and only then the adapter. A mean over all tokens is no class of its own:
-    no copy helps there.
+    The class loads the base by the base's config and names, and only then the adapter. For a mean over all
+    tokens there is no class, so a merged copy would not help either.
     """
-    kind = head_types.kind_of(type(network).__name__)
-    if kind == "lm" or (getattr(network.config, "tunesmith", None) or {}).get("pooling") == "mean":
+    kind = head_loading.head_of_network(network)
+    if kind == "lm" or tunesmith_settings(network.config).get("pooling") == "mean":
         return None
     stored = load_config(folder)
     if head_loading.renamed_body(folder, stored, kind):
-        return f"{type(network).__name__} has the body under another name than the base, and fills it with random numbers"
+        name = type(network).__name__
+        return f"{name} names the body otherwise than the base, and fills it with random numbers"
     if stored.id2label != network.config.id2label:
         return "it takes the labels from the base, which has others"
     return None
 
 
-def check_weights(path: Path, network: PreTrainedModel, named: Path) -> None:
-    """Raise ModelError unless the weights in ``path`` are those of the class ``network``, by name and shape; none is read.
+def check_weights(path: Path, network: type[PreTrainedModel], named: Path) -> None:
+    """Raise ModelError unless the weights in ``path`` match the class ``network`` by name and shape.
 
-    ``named``: the folder that the message names.
+    No weight is read. ``named``: the folder that the message names.
     """
-    options = {
-        "device_map": "meta",
-        "ignore_mismatched_sizes": True,
-        "local_files_only": True,
-        "use_safetensors": True,
-    }
-    _, report = _explained(
-        Folder(named, "full"), lambda: network.from_pretrained(path, output_loading_info=True, **options)
-    )
-    if report["mismatched_keys"]:
-        name, found, expected = sorted(report["mismatched_keys"])[0]
-        raise ModelError(
-            f"{named}: {name} has the shape {tuple(found)}, and the config makes it {tuple(expected)}"
-        )
-    unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
-    _strict(named, network.__name__, report["missing_keys"], unexpected)
+    options = {"device_map": "meta", "ignore_mismatched_sizes": True}
+    _, missing, unexpected, mismatched = _from_pretrained(network, path, named, options)
+    if mismatched:
+        name, found, expected = min(mismatched)
+        shapes = f"the shape {tuple(found)}, and the config makes it {tuple(expected)}"
+        raise ModelError(f"{named}: {name} has {shapes}")
+    _require_match(named, network.__name__, missing, unexpected)
 
 
-def is_causal(network: PreTrainedModel) -> bool:
-    """Whether a class of transformers is one that ``load_model`` opens as a language model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return network.__name__ in {"AutoModelForCausalLM", *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
-
-
-def adapter_config(folder: Path) -> Any:
-    """The peft config saved in an adapter folder. Raises ModelError for a kind that peft does not know."""
+def adapter_config(folder: Path) -> PeftConfig:
+    """Return the peft config of an adapter folder. Raises ModelError for a type that peft does not know."""
     from peft import PeftConfig
 
     from tunesmith.models.adapters import bottleneck_tuner  # imports peft
 
     bottleneck_tuner.register()
-    return _explained(
-        Folder(folder, "adapter"), lambda: PeftConfig.from_pretrained(str(folder), local_files_only=True)
-    )
+    return _call(folder, PeftConfig.from_pretrained, str(folder), local_files_only=True)
 
 
-def attached(folder: Folder, model: PreTrainedModel, trainable: bool, name: str = "default") -> Any:
-    """``model`` with the adapter of ``folder`` on it, strictly; beside those it has, if it is a peft model. ``name``: how peft
-    calls it.
+def attach_adapter(
+    folder: Folder, model: PreTrainedModel, trainable: bool, name: str = "default"
+) -> PreTrainedModel:
+    """Return ``model``, plain or a peft model, with the adapter of ``folder`` added, loaded strictly.
+
+    ``name``: peft's name of the adapter.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
     from tunesmith.models.adapters import virtual_tokens  # imports transformers
 
     tensors = headers.read_tensors(folder.path, "adapter_model")
-    stored, config = set(tensors), adapter_config(folder.path)  # which makes our own kinds known to peft
+    stored, config = set(tensors), adapter_config(folder.path)
     network = model.get_base_model() if isinstance(model, PeftModel) else model
-    virtual_tokens.check_stored(
-        {name: tensor.shape for name, tensor in tensors.items()}, config, network, folder.path
-    )
-    asked = trainable and not config.is_prompt_learning  # peft refuses to load virtual tokens to be trained
-    options = {"adapter_name": name, "is_trainable": asked, "local_files_only": True}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    virtual_tokens.check_stored(shapes, config, network, folder.path)
+    train = trainable and not config.is_prompt_learning  # peft refuses to load virtual tokens for training
+    options = {"adapter_name": name, "is_trainable": train, "local_files_only": True}
     if isinstance(model, PeftModel):
-        _explained(folder, lambda: model.load_adapter(str(folder.path), **options))
-        beside = model
+        _call(folder.path, model.load_adapter, str(folder.path), **options)
+        adapted = model
     else:
         vocabulary.fit_to_adapter(model, folder.path)
-        beside = _explained(folder, lambda: PeftModel.from_pretrained(model, str(folder.path), **options))
-        virtual_tokens.install(beside, trainable)
+        adapted = _call(folder.path, PeftModel.from_pretrained, model, str(folder.path), **options)
+        virtual_tokens.install(adapted, trainable)
     # save_embedding_layers="auto" would ask the Hub for the base's vocabulary (peft#1452)
-    expected = set(get_peft_model_state_dict(beside, adapter_name=name, save_embedding_layers=False))
-    whole_layers = set(
-        beside.state_dict()
-    )  # an embedding saved beside the adapter carries the base's own name
-    _strict(folder.path, type(beside).__name__, expected - stored, stored - expected - whole_layers)
-    return beside
+    expected = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
+    unexpected = stored - expected - set(adapted.state_dict())  # an embedding is saved under the base's name
+    _require_match(folder.path, type(adapted).__name__, expected - stored, unexpected)
+    return adapted
 
 
-def _strict(path: Path, network: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    missing = list(missing)
-    parts = [
-        f"{kind}: {_some(sorted(names))}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected))
-        if names
-    ]
-    if parts:
+def _from_pretrained(
+    network: type[PreTrainedModel], path: Path, named: Path, options: dict[str, object]
+) -> tuple[PreTrainedModel, list[str], list[str], list[tuple[str, torch.Size, torch.Size]]]:
+    """Return (model, missing, unexpected, mismatched): names of tensors, the last with both shapes."""
+    strict = {"output_loading_info": True, "local_files_only": True, "use_safetensors": True}
+    model, report = _call(named, network.from_pretrained, path, **options, **strict)
+    unexpected = [name for name in report["unexpected_keys"] if not name.endswith(_OLD_BUFFERS)]
+    return model, report["missing_keys"], unexpected, report["mismatched_keys"]
+
+
+def _require_match(path: Path, network: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise ModelError naming the tensors that are ``missing`` or ``unexpected``."""
+    differences = {"missing": sorted(missing), "unexpected": sorted(unexpected)}
+    lines = [f"\n  {kind}: {_first_names(names)}" for kind, names in differences.items() if names]
+    if lines:
         raise ModelError(
-            f"the weights in {path} are not those of {network}.\n  " + "\n  ".join(parts) + "\n"
-            f"  Nothing was loaded: with{' tensors missing' if missing else 'out these'} the model would be another one. "
-            "Copy or download the folder again."
+            f"the weights in {path} do not match {network}.{''.join(lines)}\n"
+            "  Nothing was loaded, since it would be another model. Copy or download the folder again."
         )
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _explained(folder: Folder, action: Any) -> Any:
-    """Run a library's loader; its refusal becomes a ModelError that names the folder."""
+def _call(path: Path, loader: Callable[..., T], *arguments: object, **options: object) -> T:
+    """Call a library's loader. Raises ModelError naming ``path`` when the loader fails."""
     from safetensors import SafetensorError
 
     try:
-        return action()
+        return loader(*arguments, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{folder.path} cannot be loaded: {error}") from error
+        raise ModelError(f"{path} cannot be loaded: {error}") from error

@@ -1,4 +1,4 @@
-"""Which modules of a network a pattern of the recipe names, as peft reads it; one that names none is an error."""
+"""Modules that a pattern of the recipe names, by peft's rules. A pattern that names no module is an error."""
 
 from __future__ import annotations
 
@@ -6,78 +6,82 @@ import re
 from collections.abc import Iterable
 
 from tunesmith.errors import RecipeError
-from tunesmith.suggestions import nearest
+from tunesmith.suggestions import closest
 
 
-def require(key: str, patterns: str | list[str], names: list[str]) -> None:
-    """Each pattern must name at least one module; a single string may be a regular expression, and must then be one."""
-    compile_check(key, patterns)
-    known = matched(patterns, names)
-    unmatched = [
-        pattern for pattern in ([patterns] if isinstance(patterns, str) else patterns) if pattern not in known
-    ]
+def require_matches(key: str, patterns: str | list[str], names: list[str]) -> None:
+    """Raise RecipeError for a pattern that names no module. ``key``: of ``adaptation`` in the recipe."""
+    check_regex(key, patterns)
+    matched = matching_patterns(patterns, names)
+    unmatched = [pattern for pattern in _as_list(patterns) if pattern not in matched]
     if unmatched:
         ends = sorted({name.rpartition(".")[2] for name in names} - {str(number) for number in range(1000)})
-        hints = [f"`{pattern}`{hint(pattern, ends)}" for pattern in unmatched]
+        listed = "; ".join(f"`{pattern}`{hint(pattern, ends)}" for pattern in unmatched)
+        modules = ", ".join(ends)
         raise RecipeError(
-            f"adaptation.{key} matches no module of this model: {'; '.join(hints)}.\n  Its modules are: {', '.join(ends)}"
+            f"adaptation.{key} matches no module of this model: {listed}.\n  Its modules are: {modules}"
         )
 
 
-def matched(patterns: str | list[str], names: list[str]) -> list[str]:
-    """The patterns that name a module: its whole name, the end of it, or (a single string) a regular expression."""
-    listed = [patterns] if isinstance(patterns, str) else patterns
-    return [
-        pattern
-        for pattern in listed
-        if any(name == pattern or name.endswith("." + pattern) for name in names)
-        or (isinstance(patterns, str) and any(re.fullmatch(pattern, name) for name in names))
-    ]
+def matching_patterns(patterns: str | list[str], names: list[str]) -> list[str]:
+    """Return the patterns that name a module: by its full name, its end, or (a string) as a regex."""
+    regex = isinstance(patterns, str)
+
+    def matches(pattern: str, name: str) -> bool:
+        return f".{name}".endswith(f".{pattern}") or (regex and re.fullmatch(pattern, name) is not None)
+
+    return [pattern for pattern in _as_list(patterns) if any(matches(pattern, name) for name in names)]
 
 
-def compile_check(key: str, patterns: str | list[str]) -> None:
+def check_regex(key: str, patterns: str | list[str]) -> None:
     """Raise RecipeError for a single string that is no regular expression."""
     try:
         re.compile(patterns if isinstance(patterns, str) else "")
     except re.error as error:
         raise RecipeError(
-            f"adaptation.{key}: {patterns!r} is no name of a module and no regular expression: {error}.\n"
-            "  Give the end of a module's name, a list such as [q_proj, v_proj], or one pattern such as '.*_proj'."
+            f"adaptation.{key}: {patterns!r} is no module name and no regular expression: {error}.\n"
+            "  Write the end of a module's name, a list as in [q_proj, v_proj], or a pattern as in '.*_proj'."
         ) from None
 
 
-def whole(patterns: list[str], names: Iterable[str]) -> list[str]:
-    """The full names of the modules that ``patterns`` name (``modules_to_save``), without those inside another of them.
+def matching_modules(patterns: list[str], names: Iterable[str]) -> list[str]:
+    """Return the full names of the modules that ``patterns`` name, without those inside another of them.
 
-    peft is given these: it would take any name that ends in the letters of a pattern, ``input_layernorm`` for ``norm``.
+    peft gets full names (``modules_to_save``), because it matches the last letters alone: ``norm`` would also
+    match ``input_layernorm``.
     """
-    found: list[str] = []
-    for name in sorted(names):  # what is around a module comes before it
-        if matched(patterns, [name]) and not within(name, found):
-            found.append(name)
-    return found
+    outermost: list[str] = []
+    for name in sorted(names):  # a module sorts before those inside it
+        if matching_patterns(patterns, [name]) and not is_inside(name, outermost):
+            outermost.append(name)
+    return outermost
 
 
-def within(name: str, whole: Iterable[str]) -> bool:
-    """Whether a module is one of those ``whole``, or inside one."""
-    return any(name == one or name.startswith(f"{one}.") for one in whole)
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Return whether a module is one of ``modules`` or inside one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
-def require_apart(what: str, targets: Iterable[str], whole: list[str]) -> None:
-    """Raise RecipeError where one of ``targets`` lies in a module that is trained ``whole``: peft would leave it out in silence.
+def require_disjoint(subject: str, targets: Iterable[str], saved: list[str]) -> None:
+    """Raise RecipeError for a target inside a module of ``modules_to_save``: peft would silently skip it.
 
-    ``what``: who wants the targets, as in "adaptation.target_modules names".
+    ``subject``: the start of the message, as in "adaptation.target_modules names". ``saved``: full names.
     """
-    lost = next((name for name in targets if within(name, whole)), None)
-    if lost is not None:
-        around = next(one for one in whole if within(lost, [one]))
-        raise RecipeError(
-            f"{what} {lost}, and adaptation.modules_to_save trains {around} whole: a layer takes only one of both.\n"
-            "  Leave it out of one of them."
-        )
+    for target in targets:
+        for module in saved:
+            if is_inside(target, [module]):
+                raise RecipeError(
+                    f"{subject} {target}, and adaptation.modules_to_save trains {module} whole: "
+                    "only one can train a layer.\n"
+                    "  Remove it from one of the two keys."
+                )
 
 
 def hint(name: str, valid: list[str]) -> str:
-    """`` (nearest: `q_proj`)``, or nothing when none is near."""
-    close = nearest(name, valid)
-    return f" (nearest: `{close[0]}`)" if close else ""
+    """Return `` (nearest: `q_proj`)``, or "" when no valid name is close."""
+    names = closest(name, valid)
+    return f" (nearest: `{names[0]}`)" if names else ""
+
+
+def _as_list(patterns: str | list[str]) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else patterns

@@ -1,6 +1,8 @@
+"""Suggestions for mistyped names."""
+
 import pytest
 
-from tunesmith.suggestions import did_you_mean, nearest
+from tunesmith.suggestions import closest, did_you_mean
 
 KEYS = ["adam_beta1", "adam_beta2", "epochs", "learning_rate", "r", "type", "weight"]
 
@@ -19,13 +21,13 @@ KEYS = ["adam_beta1", "adam_beta2", "epochs", "learning_rate", "r", "type", "wei
         ("", ["r"]),
     ],
 )
-def test_nearest(typed, meant):
-    assert nearest(typed, KEYS) == meant
+def test_a_typo_finds_the_closest_names(typed, meant):
+    assert closest(typed, KEYS) == meant
 
 
-def test_a_name_that_shares_most_letters_is_near():
-    assert nearest("batch", ["batch_size", "epochs"]) == ["batch_size"]
+def test_a_name_that_shares_most_letters_is_close():
+    assert closest("batch", ["batch_size", "epochs"]) == ["batch_size"]
 
 
-def test_nothing_valid_nothing_near():
+def test_nothing_is_suggested_where_nothing_is_valid():
     assert did_you_mean("x", []) == "Valid: "

@@ -14,7 +14,7 @@ from tunesmith.errors import ModelError
 from tunesmith.models.find import catalog, model_store
 from tunesmith.models.find import pull as pulling
 from tunesmith.models.find.folder_summary import show
-from tunesmith.models.find.layer_pruning import cut
+from tunesmith.models.find.layer_pruning import copy_layers
 from tunesmith.models.find.locate import locate
 from tunesmith.models.load.load import load, load_model
 
@@ -36,7 +36,7 @@ def known(tmp_path, monkeypatch):
     )
     entries = (
         catalog.Entry("base", "", 1, (catalog.Hub("a/b"),)),
-        catalog.Entry("half", "a half", 1, (catalog.Cut("base", (0, 2)),)),
+        catalog.Entry("half", "a half", 1, (catalog.LayerSubset("base", (0, 2)),)),
     )
     monkeypatch.setattr(catalog, "CATALOG", {entry.name: entry for entry in entries})
     return model_store.folder_of("base")
@@ -96,13 +96,13 @@ def test_list_and_show_say_what_it_is(known, capsys):
 
 def test_layers_in_a_row_are_told_as_one():
     source = {"kind": "cut", "of": "base", "layers": [0, 1, 2, 5, 7, 8]}
-    assert catalog.origin(source) == "layers 0-2, 5, 7-8 of base"
+    assert catalog.describe_source(source) == "layers 0-2, 5, 7-8 of base"
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma3", "qwen3"])
 def test_other_architectures_and_what_their_configs_say_of_each_layer(architecture, tmp_path):
     base = save_tiny(architecture, tmp_path / "base")
-    load_model(locate(cut(base, [1], tmp_path / "cut")))
+    load_model(locate(copy_layers(base, [1], tmp_path / "cut")))
     config = json.loads((tmp_path / "cut" / "config.json").read_text())
     assert config.get("layer_types") in (None, ["full_attention"])
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "base"))
@@ -116,7 +116,7 @@ def test_other_architectures_and_what_their_configs_say_of_each_layer(architectu
 
 def test_a_layer_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ModelError, match="has 2 layers"):
-        cut(save_tiny("llama", tmp_path / "base"), [0, 2], tmp_path / "cut")
+        copy_layers(save_tiny("llama", tmp_path / "base"), [0, 2], tmp_path / "cut")
 
 
 @pytest.mark.real
