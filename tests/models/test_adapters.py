@@ -66,7 +66,7 @@ def test_other_kinds_too(kind, tmp_path):
 def test_virtual_tokens_stand_alone(kind, tmp_path):
     made = recipe(tmp_path, adaptation=kind, max_steps=1)
     folder = tunesmith.train(made, out=tmp_path / "run")["model_dir"]
-    with pytest.raises(UserError, match=f"is a {kind}_tuning adapter, and only lora, ia3, bottleneck can stand"):
+    with pytest.raises(UserError, match=f"is a {kind}_tuning adapter; only lora, ia3, bottleneck adapters can be loaded"):
         load_adapters(made["model"], {"a": folder})
 
 
@@ -79,7 +79,7 @@ def test_what_cannot_stand_beside_others_is_refused(shelf, tmp_path):
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, tmp_path / "short" / "adapter_model.safetensors", metadata={"format": "pt"})
     tunesmith.merge(shelf / "one", tmp_path / "merged")
-    refused = {"stranger": "another model", "rows": "tokens of its own", "short": "missing", "merged": "is a full model"}
+    refused = {"stranger": "another model", "rows": "adds tokens", "short": "missing", "merged": "is a full model"}
     for name, said in refused.items():
         with pytest.raises(TunesmithError, match=said) as error:
             load_adapters(shelf / "base", {"one": shelf / "one", "x": tmp_path / name})
@@ -93,7 +93,7 @@ def test_what_cannot_stand_beside_others_is_refused(shelf, tmp_path):
 def test_a_layer_is_trained_whole_or_has_factors(module, layer, order, shelf, tmp_path):
     save_adapter(shelf / "base", tmp_path / "whole", target_modules=["q_proj"], modules_to_save=[module])
     save_adapter(shelf / "base", tmp_path / "factors", target_modules=[layer, "q_proj"])
-    with pytest.raises(UserError, match=rf"^whole trained model\.\S*{layer} whole .* factors has its own"):
+    with pytest.raises(UserError, match=rf"^whole trained the whole layer model\.\S*{layer} .* factors has parameters"):
         load_adapters(shelf / "base", {name: tmp_path / name for name in order})
 
 

@@ -21,7 +21,7 @@ def told(rows, lengths, packed, seed=1, step=7):
 def shaken(rows, lengths, packed, **changes):
     """What is added to embeddings of zero, one (length, width) for each row, and what is added to padding."""
     shape = (1, sum(lengths)) if packed else (len(rows), max(lengths))
-    noise = told(rows, lengths, packed, **changes).shake(torch.zeros(*shape, WIDTH), ALPHA)
+    noise = told(rows, lengths, packed, **changes).add_noise(torch.zeros(*shape, WIDTH), ALPHA)
     if packed:
         return list(noise[0].split(lengths)), torch.zeros(0)
     return [noise[n, :length] for n, length in enumerate(lengths)], torch.cat(
@@ -78,14 +78,14 @@ def test_what_goes_into_the_first_layer_is_shaken_in_training_only(name, wrapped
     model.eval()(ids)
     model.train()(ids)
     calm, shaken_ = entered
-    expected = RowNoise(0, 0, [0], [6], True).shake(torch.zeros(1, 6, WIDTH), ALPHA)
+    expected = RowNoise(0, 0, [0], [6], True).add_noise(torch.zeros(1, 6, WIDTH), ALPHA)
     torch.testing.assert_close(shaken_ - calm, expected, atol=1e-5, rtol=0)  # gemma's scale is inside its embedding
 
 
 def test_dropout_drops_nothing_until_it_is_told_of_rows_and_refuses_other_tokens_than_it_was_told_of():
     x = torch.ones(1, 6, WIDTH)
     assert RowNoise(0).drop(x, 0.5, 0).equal(x)
-    with pytest.raises(ValueError, match="told of 5 tokens and met 6"):
+    with pytest.raises(ValueError, match="expects 5 tokens and got 6"):
         told([3], [5], True).drop(x, 0.5, 0)
 
 

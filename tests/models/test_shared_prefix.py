@@ -182,7 +182,7 @@ def test_virtual_tokens_are_refused(kind, attend):
     model = virtual_tokens.adapted("llama", kind)
     base(model).set_attn_implementation(attend)
     batch, _ = shared_prompts.arrange([example(6, 5, 4)], PACKED)
-    with pytest.raises(CannotPack, match="cannot share a prefix that stands behind virtual tokens"):
+    with pytest.raises(CannotPack, match="cannot share a prefix that follows virtual tokens"):
         lm_head.hidden_states(model, batch)
 
 
@@ -227,7 +227,7 @@ def test_a_prefix_and_its_first_answer_are_one_run():
     assert first.runs == (segments.Run(0, 5, 0), segments.Run(5, 4, 3)) and (first.start, first.length) == (0, 9)
     assert second.runs == (segments.Run(9, 5, 0),)
     assert third.runs == (segments.Run(14, 13, 0),)
-    assert segments.longest((3, 2, 4, 5, 6, 7), (-1, 0, 0, -1, -1, 4)) == 13
+    assert segments.most_keys((3, 2, 4, 5, 6, 7), (-1, 0, 0, -1, -1, 4)) == 13
     assert segments.families((3, 2), (-1, -1)) == segments.families((3, 2))
 
 

@@ -1,4 +1,4 @@
-"""Saved adapters under a folder, described from file headers alone; and several adapters on one base, to switch between."""
+"""Saved adapters under a folder, described from file headers; several adapters on one base in memory."""
 
 from __future__ import annotations
 
@@ -37,11 +37,7 @@ class AdapterFacts(TypedDict):
 
 
 def find(folder: str | Path) -> list[AdapterFacts]:
-    """Return the adapters under ``folder`` or in it, sorted by path, without those in checkpoints of runs; no
-    weight is read.
-
-    Raises UserError when there is no such folder.
-    """
+    """Return the adapters in or under ``folder``, sorted by path. Raises UserError when there is no folder."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"no folder called {folder}: name a folder with adapters in it, such as runs")
@@ -50,21 +46,18 @@ def find(folder: str | Path) -> list[AdapterFacts]:
 
 def _facts(path: Path) -> AdapterFacts:
     facts: AdapterFacts = {
-        "path": str(path), "type": None, "r": None, "base": None, "parameters": None, "bytes": None, "run": None,
-        "eval_loss": None, "problem": None,
+        "path": str(path), "type": None, "r": None, "base": None, "parameters": None, "bytes": None,
+        "run": None, "eval_loss": None, "problem": None,
     }  # fmt: skip
     try:
         config = headers.read_json(path / "adapter_config.json")
         files = headers.weight_files(path, "adapter_model")
         if not files:
-            raise ModelError(
-                f"{path} has no weights: expected adapter_model.safetensors. Copy the folder again."
-            )
+            raise ModelError(f"{path} has no weights: expected adapter_model.safetensors. Copy it again.")
         base = record.read(path).get("base") or {}
         run = path.parent if path.name == "model" and (path.parent / "recipe.yaml").is_file() else None
-        manifest = (
-            headers.read_json(run / "manifest.json") if run and (run / "manifest.json").is_file() else {}
-        )
+        finished = run and (run / "manifest.json").is_file()
+        manifest = headers.read_json(run / "manifest.json") if run and finished else {}
         tensors = headers.read_tensors(path, "adapter_model").values()
     except ModelError as error:  # the other folders are still listed
         return {**facts, "problem": str(error)}
@@ -82,7 +75,7 @@ def _facts(path: Path) -> AdapterFacts:
 
 @dataclass
 class Adapters:
-    """One base with several adapters. ``model``: the peft model; ``tokenizer``: that of the adapter in use."""
+    """One base with several adapters. ``model``: the peft model; ``active``: the adapter in use."""
 
     model: PreTrainedModel
     tokenizers: dict[str, PreTrainedTokenizerBase]
@@ -99,7 +92,7 @@ class Adapters:
         return [*self.folders, BASE]
 
     def switch(self, name: str) -> float:
-        """Use the adapter ``name``, or ``base`` for none; no weight is loaded. Returns the seconds it took. Raises UserError."""
+        """Use the adapter ``name``, or ``base`` for none. Returns the seconds it took. Raises UserError."""
         if name not in self.names:
             raise UserError(f"no adapter called {name!r}: expected one of {', '.join(self.names)}")
         begun = time.perf_counter()
@@ -130,7 +123,7 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
     if len(set(types.values())) > 1:
         listed = ", ".join(f"{name} is {kind}" for name, kind in types.items())
         raise UserError(
-            f"adapters loaded together must have the same type; {listed}. Load them one by one with tunesmith.load."
+            f"adapters loaded together must have the same type; {listed}. Load each alone with tunesmith.load."
         )
     _check_layers(folders)
     several = Adapters(load.load_model(core), {BASE: load.load_tokenizer(core)}, BASE)
@@ -146,24 +139,18 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
 
 
 def _switchable_type(name: str, folder: Folder, base: Path) -> str:
-    """Return peft's type of an adapter of ``base`` that others may be loaded with. Raises UserError, ModelError."""
+    """Return the type of an adapter of ``base``. Raises UserError, ModelError unless others can be loaded with it."""
     if folder.base is None:
-        raise UserError(
-            f"{name}: {folder.path} is a full model (merged, perhaps), not an adapter. Name adapter folders."
-        )
+        raise UserError(f"{name}: {folder.path} is a full model, not an adapter. Name adapter folders.")
     record.check_base(folder.path, base)
     if record.fingerprint(folder.base) != record.fingerprint(base):
-        raise ModelError(
-            f"{name}: the base of {folder.path} is {folder.base}, not {base}. Name adapters of one base."
-        )
+        raise ModelError(f"{name}: {folder.path} has the base {folder.base}, not {base}. Name others.")
     config = headers.read_json(folder.path / "adapter_config.json")
     kind = adapter_types.type_of(config)
     why = None
     if not adapter_types.kind_of(kind).switchable:
-        switchable = ", ".join(
-            name.lower() for name, known in adapter_types.KINDS.items() if known.switchable
-        )
-        why = f"is a {kind.lower()} adapter; only {switchable} adapters can be loaded with others"
+        able = [name.lower() for name, known in adapter_types.KINDS.items() if known.switchable]
+        why = f"is a {kind.lower()} adapter; only {', '.join(able)} adapters can be loaded with others"
     elif vocabulary.adapter_rows(folder.path):
         why = "adds tokens, so it changes the base's vocabulary"
     elif config.get("bias", "none") != "none":
@@ -171,25 +158,22 @@ def _switchable_type(name: str, folder: Folder, base: Path) -> str:
     elif record.read(folder.path).get("quantization"):
         why = "was trained on a quantised base, which has other weights"
     if why:
-        raise UserError(
-            f"{name}: {folder.path} {why}.\n  Load it alone: tunesmith.load, tunesmith chat {folder.path}"
-        )
+        raise UserError(f"{name}: {folder.path} {why}.\n  Load it alone: tunesmith chat {folder.path}")
     return kind.lower()
 
 
 def _check_layers(folders: Mapping[str, Folder]) -> None:
-    """Raise UserError where one adapter trained a whole layer in which another has parameters: peft allows one of the two."""
+    """Raise UserError where one adapter trained a whole layer in which another has parameters: peft has no room."""
+    layers = {name: _layers(folder.path) for name, folder in folders.items()}
     for name, folder in folders.items():
-        whole = headers.read_json(folder.path / "adapter_config.json").get("modules_to_save") or []
-        ends = tuple(f".{module}." for module in whole)
-        for other, other_folder in folders.items():
-            inside = [
-                layer for layer in _layers(other_folder.path) if any(end in f".{layer}." for end in ends)
-            ]
+        saved = headers.read_json(folder.path / "adapter_config.json").get("modules_to_save") or []
+        whole = [f".{module}." for module in saved]
+        for other, names in layers.items():
+            inside = [layer for layer in names if any(module in f".{layer}." for module in whole)]
             if other != name and inside:
                 raise UserError(
-                    f"{name} trained the whole layer {inside[0]} (modules_to_save), in which {other} has parameters: the two "
-                    "cannot be loaded together.\n  Load them one by one with tunesmith.load."
+                    f"{name} trained the whole layer {inside[0]} (modules_to_save), in which {other} has parameters: "
+                    "the two cannot be loaded together.\n  Load them one by one with tunesmith.load."
                 )
 
 

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """``switchable``: several can be on one base in memory, one in use at a time. Virtual tokens are not:
-    there is one forward of the body. ``summable``: the weighted sum of several is an adapter of the same
-    type. ``unmergeable``: why no weight of the base can replace it; None = it can be merged. ``prefix``: how
-    the names of its parameters in a layer begin; None = it has none there.
-    """
+    """Properties of a type of adapter."""
 
     switchable: bool = False
+    """Several can be on one base in memory, one in use. Virtual tokens cannot: the body has one forward."""
     summable: bool = False
+    """The weighted sum of several is an adapter of the same type."""
     unmergeable: str | None = None
+    """Why no weight of the base can replace it; None = it can be merged."""
     prefix: str | None = None
+    """How the names of its parameters in a layer begin; None = it has none there."""
 
 
 KINDS = {
@@ -36,7 +36,7 @@ KINDS = {
     "PREFIX_TUNING": Kind(),
     "PROMPT_TUNING": Kind(),
 }
-"""The types that our adaptations save. peft's config itself tells whether a type consists of virtual tokens."""
+"""The types that our adaptations save. Whether a type has virtual tokens is in peft's config."""
 
 PREFIXES = tuple(kind.prefix for kind in KINDS.values() if kind.prefix)
 """How the names of an adapter's parameters in a layer begin."""
@@ -48,5 +48,5 @@ def type_of(config: Mapping[str, object]) -> str:
 
 
 def kind_of(peft_type: str) -> Kind:
-    """Return the properties of a type; for a type that is not ours only that peft may be able to merge it."""
+    """Return the properties of a type. For a type that is not ours: peft may be able to merge it, no more."""
     return KINDS.get(peft_type, Kind())

@@ -38,7 +38,7 @@ VARIANTS = {"houlsby": ("attention", "feed-forward"), "pfeiffer": ("feed-forward
 
 
 class BottleneckType(enum.StrEnum):
-    """peft's enum of types cannot be extended. A member of this one equals its name, which is what a config holds."""
+    """peft's enum of types cannot be extended. A member of this one equals its name, which a config holds."""
 
     BOTTLENECK = "BOTTLENECK"
 

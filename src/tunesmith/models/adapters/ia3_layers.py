@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scales:
-    """The vector that scales the input of a product, (in,) or None, and those that scale each layer's output, (out,) or None."""
+    """The vectors that scale the input of a product (in,) and the output of each layer (out,), or None."""
 
     inner: nn.Parameter | None
     outer: list[nn.Parameter | None]

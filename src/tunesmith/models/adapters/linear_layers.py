@@ -11,12 +11,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def widths(layer: nn.Module) -> tuple[int, int]:
-    """Return (in, out) of a linear layer, also where 4-bit weights have another shape; of an embedding (rows, out)."""
+def widths(layer: nn.Linear) -> tuple[int, int]:
+    """Return (in, out) of a linear layer, also with a 4-bit weight; of an embedding (rows, out)."""
     if has_attributes(layer, "in_features"):
-        return layer.in_features, layer.out_features  # type: ignore[return-value]
-    rows, columns = layer.weight.shape  # type: ignore[misc, union-attr]
-    return int(rows), int(columns)
+        return layer.in_features, layer.out_features
+    return int(layer.weight.shape[0]), int(layer.weight.shape[1])
 
 
 def stores_transposed(model: PreTrainedModel) -> bool:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 
 TOLERANCE = 1e-3
-"""Share of a factor's norm: more than rounding changes a start, less than another choice of its vectors or their signs."""
+"""Share of a factor's norm: more than rounding changes a start, less than rotated or negated vectors do."""
 
 
 class OffsetLora:
@@ -40,7 +40,7 @@ class OffsetLora:
     def forward(
         module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: object
     ) -> Tensor:
-        """Return ``result`` + s (B A d(x) - B0 A0 x), where d is dropout: it applies to the trained part alone."""
+        """Return ``result`` + s (B A d(x) - B0 A0 x). The dropout d applies to the trained part alone."""
         change_a, change_b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         start_a, start_b = module.start_A.to(change_a.dtype), module.start_B.to(change_a.dtype)
         dropped = module.lora_dropout[active_adapter](x)
@@ -53,7 +53,7 @@ class OffsetLora:
 
 
 def set_start(module: LoraLayer, a: Tensor, b: Tensor) -> None:
-    """Make the LoRA layer ``module`` start at the factors ``a`` (r, in) and ``b`` (out, r), in place; its update is then zero."""
+    """Make the LoRA layer ``module`` start at ``a`` (r, in) and ``b`` (out, r), with an update of zero."""
     module.register_buffer("start_A", a, persistent=False)
     module.register_buffer("start_B", b, persistent=False)
     module.lora_variant[ADAPTER] = OffsetLora()
@@ -96,7 +96,7 @@ def changed_start(model: PreTrainedModel, before: Mapping[str, list[float]]) -> 
 
 @dataclass(frozen=True)
 class Factors:
-    """The LoRA of a linear layer: its parameters ``a`` (r, in), ``b`` (out, r); with ``start`` they are changes of that."""
+    """The LoRA of a linear layer: parameters ``a`` (r, in), ``b`` (out, r), which are changes of any ``start``."""
 
     a: nn.Parameter
     b: nn.Parameter
@@ -115,7 +115,7 @@ class Factors:
 
 
 def read(module: LoraLayer) -> Factors | None:
-    """Return the LoRA of a layer; None where it is not one active pair of factors (dropout, a bias, DoRA, several adapters)."""
+    """Return the LoRA of a layer; None unless it is one active pair of factors without dropout, bias or DoRA."""
     names = list(module.active_adapters)
     if len(names) != 1 or module.merged or names[0] not in module.lora_A or module.disable_adapters:
         return None

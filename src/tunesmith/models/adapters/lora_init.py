@@ -1,4 +1,4 @@
-"""Start values of LoRA factors computed from the base's weights, and saving what grew from them as a plain LoRA."""
+"""Start values of LoRA factors, computed from the base, and how such a LoRA is saved as a plain one."""
 
 from __future__ import annotations
 

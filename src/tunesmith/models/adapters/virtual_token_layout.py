@@ -1,4 +1,4 @@
-"""Positions of virtual tokens among those of the text: in front of each segment of a packed row, or each row of a batch."""
+"""Positions of virtual tokens: before each segment of a packed row, or each row of a batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Layout:
 
     @staticmethod
     def of(keywords: Keywords, ahead: int, tokens: int) -> Layout | None:
-        """Return the layout of a packed row of ``tokens``, from the keywords of its attention; None for a padded batch."""
+        """Return the layout of a packed row of ``tokens``, by keywords of attention; None for a padded batch."""
         if keywords.get("segments") is not None:
             return _from_segments(keywords["segments"], ahead)
         if keywords.get("cu_seqlens") is not None:
@@ -41,7 +41,7 @@ class Layout:
         return None
 
     def insert(self, text: Tensor, virtual: Tensor, dim: int = 1) -> Tensor:
-        """Put ``virtual`` (``ahead`` long in ``dim``) in front of each segment or row of ``text`` (tokens along ``dim``)."""
+        """Put ``virtual`` (``ahead`` tokens along ``dim``) before each segment or row of ``text``."""
         if self.segments is not None:  # split and cat, not an index, whose gradient is a slow sum on a CPU
             segments = text.split(self.segments, dim=dim)
             return torch.cat([part for segment in segments for part in (virtual, segment)], dim=dim)
@@ -67,7 +67,7 @@ def packed(keywords: Keywords) -> bool:
 
 
 def padded(mask: Tensor, ahead: int) -> Layout:
-    """Return the layout of a batch padded on either side: virtual tokens before the first 1 of ``mask`` (batch, tokens)."""
+    """Return the layout of a padded batch: virtual tokens before the first 1 of ``mask`` (batch, tokens)."""
     first = mask.argmax(dim=1, keepdim=True)
     token = torch.arange(mask.shape[1], device=mask.device)[None]
     column = torch.arange(mask.shape[1] + ahead, device=mask.device)[None]

@@ -1,10 +1,8 @@
-"""Virtual tokens in front of every row: trained embeddings (prompt tuning), or trained keys and values
-(prefix tuning).
+"""Virtual tokens before every row: trained embeddings (prompt tuning), trained keys and values (prefix tuning).
 
-peft stores the numbers and the files, but its forward takes one row at a time and refuses packed rows and
-checkpointing. Here every packed segment and every padded row has its own virtual tokens, so that each row
-equals what peft computes for it alone: text positions follow the virtual tokens, attention sees them, and the
-output has the shape of the text.
+peft stores them and their files, but its forward takes one row at a time and refuses packed rows and
+checkpointing. Here every packed segment and every padded row has its own virtual tokens, and equals what peft
+computes for it alone: text positions follow the virtual tokens, and the output has the shape of the text.
 
 ``install`` works on the loaded instance: a :class:`VirtualTokenForward` replaces the body's ``forward``, and
 with a prefix each attention has a hook. Training, evaluation, generation and the probe all go through the
@@ -23,18 +21,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.models import network
 from tunesmith.models.adapters.virtual_token_layout import Keywords, Layout, packed, padded
 from tunesmith.models.fast.attention import check_shared_prefix
 from tunesmith.models.fast.segments import shares_prefix
-from tunesmith.models.network import (
-    attribute,
-    base,
-    context_window,
-    has_attributes,
-    is_causal,
-    peft_type,
-    sliding_window,
-)
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel, PrefixEncoder
@@ -54,7 +44,7 @@ def install(model: PeftModel, trainable: bool = True) -> None:
     config = model.active_peft_config
     if not config.is_prompt_learning:
         return
-    kind, core = peft_type(config), model.get_base_model()
+    kind, core = network.peft_type(config), model.get_base_model()
     if kind not in (PREFIX, PROMPT):
         raise ModelError(f"{kind.lower()} is not available: expected prefix_tuning or prompt_tuning")
     if trainable and config.inference_mode:  # it comes from a folder
@@ -66,24 +56,24 @@ def install(model: PeftModel, trainable: bool = True) -> None:
             module.register_forward_pre_hook(_PrefixHook(model, layer), with_kwargs=True)
     core.base_model.forward = VirtualTokenForward(model, core.base_model, kind)
     model.forward = core.__call__  # peft's own would insert them a second time
-    if has_attributes(core, "generate"):
+    if network.has_attributes(core, "generate"):
         model.generate = core.generate
 
 
 def _forward_of(model: PreTrainedModel) -> VirtualTokenForward | None:
     """Return our forward of the body of ``model``, where it has virtual tokens."""
-    forward = vars(base(model).base_model).get("forward")
+    forward = vars(network.base(model).base_model).get("forward")
     return forward if isinstance(forward, VirtualTokenForward) else None
 
 
 def count(model: PreTrainedModel) -> int:
-    """Return the positions that virtual tokens take in front of each row: 0 where there are none, or they are off."""
+    """Return the positions that virtual tokens take before each row; 0 where there are none, or they are off."""
     forward = _forward_of(model)
     return forward.count if forward else 0
 
 
 def count_embedded(model: PreTrainedModel) -> int:
-    """Return the virtual tokens that go through the layers: those of prompt tuning. A prefix exists in attention alone."""
+    """Return the number of virtual tokens that go through the layers. A prefix exists in attention alone."""
     forward = _forward_of(model)
     return forward.count if forward and forward.kind == PROMPT else 0
 
@@ -96,8 +86,7 @@ def is_installed(model: PreTrainedModel) -> bool:
 def needs_single_rows(core: PreTrainedModel, lengths: Sequence[int]) -> bool:
     """Return whether rows that grow to ``lengths`` tokens cannot be generated as one padded batch.
 
-    Padding lies between a prefix and the text. A sliding window would count it, so a row would see less of
-    its prefix.
+    Padding lies between a prefix and the text: a sliding window would count it, and see less of the prefix.
     """
     forward = _forward_of(core)
     if forward is None or forward.kind != PREFIX or len(lengths) < 2:
@@ -107,23 +96,24 @@ def needs_single_rows(core: PreTrainedModel, lengths: Sequence[int]) -> bool:
 
 def _slides(core: PreTrainedModel, tokens: int) -> bool:
     """Whether a sliding window of the network is shorter than ``tokens``."""
-    window = sliding_window(core.config)
+    window = network.sliding_window(core.config)
     return window is not None and window < tokens
 
 
 def attentions(core: PreTrainedModel) -> list[nn.Module]:
-    """Return the attention of each layer, in order. Raises ModelError when some are not found: a prefix would miss them."""
+    """Return the attention of each layer, in order. Raises ModelError when some are not found."""
     layers = core.config.get_text_config().num_hidden_layers
-    if not is_causal(core.config):
+    if not network.is_causal(core.config):
         raise ModelError(
-            f"prefix tuning is not available for {type(core).__name__}: the attention of an encoder has no cache, which a prefix "
-            "needs.\n  Use adaptation=prompt or adaptation=lora."
+            f"prefix tuning is not available for {type(core).__name__}: it needs the cache of a decoder's attention.\n"
+            "  Use adaptation=prompt or adaptation=lora."
         )
-    modules = [module for module in core.modules() if has_attributes(module, "is_causal", "layer_idx")]
+    known = ("is_causal", "layer_idx")
+    modules = [module for module in core.modules() if network.has_attributes(module, *known)]
     if [module.layer_idx for module in modules] != list(range(layers)):
         raise ModelError(
-            f"prefix tuning is not available for {type(core).__name__}: it has {layers} layers, and "
-            f"{len(modules)} causal attentions with the number of their layer.\n  Use adaptation=prompt or adaptation=lora."
+            f"prefix tuning is not available for {type(core).__name__}: it has {layers} layers, and {len(modules)} "
+            "causal attentions with the number of their layer.\n  Use adaptation=prompt or adaptation=lora."
         )
     return modules
 
@@ -135,7 +125,7 @@ def keys_and_values(encoder: PrefixEncoder, layer: int, width: int) -> Tensor:
     """
     part = slice(2 * layer * width, (2 * layer + 2) * width)
     weight: Tensor = encoder.embedding.weight
-    if not has_attributes(encoder, "transform"):
+    if not network.has_attributes(encoder, "transform"):
         return weight[:, part]
     first, activation, last = encoder.transform
     return nn.functional.linear(activation(first(weight)), last.weight[part], last.bias[part])
@@ -145,8 +135,7 @@ def keys_and_values(encoder: PrefixEncoder, layer: int, width: int) -> Tensor:
 class PrefixCache:
     """Acts as the cache of one attention: it joins the virtual keys and values to those of the text.
 
-    ``rows`` (virtual, 2 width). ``layout``: where segments of a packed row start, None where each row of the
-    batch is one.
+    ``rows`` (virtual, 2 width). ``layout``: that of a packed row, None for a batch.
     """
 
     rows: Tensor
@@ -154,7 +143,7 @@ class PrefixCache:
     layout: Layout | None
 
     def update(self, keys: Tensor, values: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """(batch, heads, tokens, dim) -> the same with the virtual ones in front of every segment, or of every row."""
+        """(batch, heads, tokens, dim) -> the same with the virtual ones before every segment or row."""
         virtual_keys, virtual_values = _heads(self.rows.to(keys), self.heads)
         return self._join(keys, virtual_keys), self._join(values, virtual_values)
 
@@ -164,7 +153,7 @@ class PrefixCache:
         return self.layout.insert(text, virtual, dim=2)
 
     def extend(self, qkv: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Insert rows for the virtual tokens into (tokens, width of q, k and v) and its rotations: no query, not rotated."""
+        """Insert rows into (tokens, width of q, k and v) and its rotations: a zero query, and no rotation."""
         assert self.layout is not None
         rows = self.rows.to(qkv)
         rows = torch.cat([rows.new_zeros(len(rows), qkv.shape[1] - rows.shape[1]), rows], dim=1)
@@ -182,7 +171,7 @@ def _heads(rows: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(eq=False)
 class _PrefixHook:
-    """Before a layer's attention: joins the prefix where no cache brings it (packed rows, recomputed layers)."""
+    """Joins the prefix in a layer's attention where no cache holds it (packed rows, recomputed layers)."""
 
     model: PeftModel
     layer: int
@@ -206,11 +195,10 @@ def _rows(model: PeftModel, layer: int) -> Tensor:
 
 @dataclass(eq=False)
 class VirtualTokenForward:
-    """The ``forward`` of a body with ``count`` virtual tokens in front of each row; 0 while peft's adapter is
-    off.
+    """The ``forward`` of a body with ``count`` virtual tokens before each row; 0 while peft's adapter is off.
 
-    Keywords are those of the body's own forward. Positions, the attention mask and ``segments`` are those of
-    the text alone. A cache that is not empty already holds the virtual tokens.
+    Positions, attention mask and ``segments`` are those of the text alone. A cache that is not empty already
+    holds the virtual tokens.
     """
 
     model: PeftModel
@@ -225,8 +213,7 @@ class VirtualTokenForward:
         mask = keywords.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise ModelError(
-                f"virtual tokens need an attention mask of (batch, tokens), got one with {mask.dim()} dimensions: "
-                "it cannot be extended"
+                f"virtual tokens need an attention mask of (batch, tokens), and this one has {mask.dim()} dimensions"
             )
         if not self.count:
             return self._run(input_ids, **keywords)
@@ -249,7 +236,7 @@ class VirtualTokenForward:
         return type(self.body).forward(self.body, *args, **keywords)
 
     def _with_prefix(self, input_ids: Tensor | None, keywords: Keywords) -> BaseModelOutput:
-        """Run with a cache that holds the prefix: transformers takes the length of its mask from the cache."""
+        """Run with a cache that holds the prefix, from which transformers takes the length of its mask."""
         if packed(keywords):
             return self._run(input_ids, **keywords)
         text = keywords["inputs_embeds"] if input_ids is None else input_ids
@@ -257,18 +244,17 @@ class VirtualTokenForward:
         if mask is not None:
             if _slides(self.body, mask.shape[1] + self.count) and not mask[:, 0].all():
                 raise ModelError(
-                    "rows padded on the left cannot have a prefix where the model's sliding window is shorter than they are: "
-                    "padding would push the prefix out of the window.\n  Pass one row at a time, or use tunesmith.generate."
+                    "rows padded on the left cannot have a prefix where they are longer than the model's sliding "
+                    "window: padding would push the prefix out of it.\n"
+                    "  Pass one row at a time, or use tunesmith.generate."
                 )
             keywords["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1)
         config = self.model.active_peft_config
-        cache = keywords.get("past_key_values")
-        if cache is None:
-            use_cache = keywords.get("use_cache")
-            use_cache = self.body.config.use_cache if use_cache is None else use_cache
-            cache = keywords["past_key_values"] = (
-                DynamicCache(config=self.body.config) if use_cache else DynamicCache()
-            )
+        if keywords.get("past_key_values") is None:
+            kept = keywords.get("use_cache")
+            kept = self.body.config.use_cache if kept is None else kept
+            keywords["past_key_values"] = DynamicCache(config=self.body.config) if kept else DynamicCache()
+        cache = keywords["past_key_values"]
         if not cache.get_seq_length():
             for layer in range(config.num_layers):
                 pair = _heads(_rows(self.model, layer).to(self.body.dtype), config.num_attention_heads)
@@ -276,7 +262,7 @@ class VirtualTokenForward:
         return self._run(input_ids, **keywords)
 
     def _with_embeddings(self, input_ids: Tensor | None, keywords: Keywords) -> BaseModelOutput:
-        """Run with the virtual embeddings in front of each row, and drop their hidden states from the output."""
+        """Run with the virtual embeddings before each row, and drop their hidden states from the output."""
         embedded = keywords.pop("inputs_embeds", None)
         if embedded is None:  # by the module itself, which scales in some models (gemma)
             embedded = self.body.get_input_embeddings()(input_ids)
@@ -298,33 +284,30 @@ class VirtualTokenForward:
             keywords["position_ids"] = layout.insert(positions.expand(embedded.shape[:2]), first)
         out = self._run(**keywords)
         out.last_hidden_state = layout.text(out.last_hidden_state)
-        if attribute(out, "hidden_states") is not None:
+        if network.attribute(out, "hidden_states") is not None:
             out.hidden_states = tuple(layout.text(states) for states in out.hidden_states)
         return out
 
 
 def check_continued(config: PeftConfig) -> None:
-    """Raise RecipeError for virtual tokens that cannot be trained further. ``config``: peft's, of the saved adapter."""
-    if config.is_prompt_learning and attribute(config, "prefix_projection"):
+    """Raise RecipeError for saved virtual tokens that cannot be trained further."""
+    if config.is_prompt_learning and network.attribute(config, "prefix_projection"):
         raise RecipeError(
-            "adapter: continue: this prefix was trained with prefix_projection, and its files hold the prefix without\n"
-            "  the network that computed it. Train a new one with adapter: new; or without prefix_projection, which can be continued."
+            "adapter: continue: this prefix was trained with prefix_projection, and its files lack the projection.\n"
+            "  Use adapter: new. A prefix trained without prefix_projection can be continued."
         )
 
 
 def check_stored(
     stored: Mapping[str, Sequence[int]], config: PeftConfig, core: PreTrainedModel, path: Path
 ) -> None:
-    """Raise ModelError unless ``stored`` (name -> shape) is what the files in ``path`` must hold for ``core``."""
+    """Raise ModelError unless ``stored`` (name -> shape) are the tensors of virtual tokens for ``core``."""
     if not config.is_prompt_learning:
         return
     tokens, expected = config.num_virtual_tokens, _shape(config, core)
     heads = tuple(f".{name}." for name in config.modules_to_save or ())
-    extra = [
-        name
-        for name in stored
-        if name != "prompt_embeddings" and not any(head in f".{name}" for head in heads)
-    ]
+    others = [name for name in stored if name != "prompt_embeddings"]
+    extra = [name for name in others if not any(head in f".{name}" for head in heads)]
     if "prompt_embeddings" not in stored or extra:
         found = f"unexpected: {', '.join(sorted(extra))}" if extra else "missing: prompt_embeddings"
         raise ModelError(f"{path}: the weights are not those of {tokens} virtual tokens.\n  {found}")
@@ -336,19 +319,19 @@ def check_stored(
 
 
 def _shape(config: PeftConfig, core: PreTrainedModel) -> list[int]:
-    """[virtual, numbers of each] for the network ``core``, whatever the adapter's config holds for layers and widths."""
+    """[virtual, numbers of each], by the network ``core`` and not by the widths in the adapter's config."""
     text = core.config.get_text_config()
     width = int(core.get_input_embeddings().weight.shape[1])
-    if peft_type(config) == PREFIX:
-        heads = attribute(text, "num_key_value_heads") or text.num_attention_heads
-        dim = attribute(text, "head_dim") or text.hidden_size // text.num_attention_heads
+    if network.peft_type(config) == PREFIX:
+        heads = network.attribute(text, "num_key_value_heads") or text.num_attention_heads
+        dim = network.attribute(text, "head_dim") or text.hidden_size // text.num_attention_heads
         width = 2 * text.num_hidden_layers * heads * dim
     return [config.num_virtual_tokens, width]
 
 
 def check_room(model: PreTrainedModel, tokens: int) -> None:
     """Raise RecipeError when ``tokens`` virtual tokens leave no room for text in the network's window."""
-    window = context_window(model.config)
+    window = network.context_window(model.config)
     if window is not None and tokens >= window:
         raise RecipeError(
             f"adaptation.num_virtual_tokens is {tokens}, and the model's window is {window} tokens. Take fewer."
@@ -357,7 +340,7 @@ def check_room(model: PreTrainedModel, tokens: int) -> None:
 
 @torch.no_grad()
 def words_as_prefix(core: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """Return the keys and values that the network computes for ``ids``, in peft's layout: (virtual, 2 layers width)."""
+    """Return the keys and values that the network computes for ``ids``, (virtual, 2 layers width)."""
     training = core.training
     cache = core.eval().base_model(
         input_ids=torch.tensor([ids], device=core.device), past_key_values=DynamicCache(), use_cache=True
@@ -371,11 +354,10 @@ def words_as_prefix(core: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 def start_from(encoder: PrefixEncoder, start: Tensor) -> None:
     """Set the values of peft's ``encoder`` so that it computes ``start`` (virtual, 2 layers width).
 
-    The last layer of a projection is solved for: exactly, while there are no more virtual tokens than inputs
-    of that layer.
+    With a projection its last layer is solved for: exactly, if it has no fewer inputs than there are tokens.
     """
     weight = encoder.embedding.weight
-    if not has_attributes(encoder, "transform"):
+    if not network.has_attributes(encoder, "transform"):
         weight.copy_(start)
         return
     first, activation, last = encoder.transform

@@ -34,8 +34,8 @@ NAME = "tunesmith_segments"
 ROWS = 256
 """Queries whose attention weights exist at the same time."""
 HARMLESS = {
-    "position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal", "past_key_values",
-    "read",
+    "position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal",
+    "past_key_values", "read",
 }  # fmt: skip
 """Keywords of transformers that do not change what packed attention computes."""
 
@@ -79,7 +79,7 @@ def check_arguments(
     dropout: float,
     others: Mapping[str, object],
 ) -> None:
-    """Raise CannotPack for arguments that packed attention does not support. ``others``: the remaining keywords."""
+    """Raise CannotPack for arguments that packed attention does not support, and other keywords (``others``)."""
     unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
     if unknown:
         raise CannotPack(f"its attention uses {', '.join(unknown)}")
@@ -90,7 +90,7 @@ def check_arguments(
 
 
 def check_shared_prefix(causal: bool, virtual: int) -> None:
-    """Raise CannotPack for attention in which answers cannot share a prefix. ``virtual``: the number of virtual keys."""
+    """Raise CannotPack where answers cannot share a prefix. ``virtual``: the number of virtual keys."""
     if not causal:
         raise CannotPack("answers share a prefix only where attention is causal")
     if virtual:
@@ -178,7 +178,7 @@ def attend_by_torch(
 def insert_virtual_queries(
     query: Tensor, key: Tensor, causal: bool, keywords: Keywords
 ) -> tuple[Tensor, Layout]:
-    """Insert zero queries for the virtual keys in front of each segment, so that attention stays square and causal."""
+    """Insert zero queries for the virtual keys of each segment, so that attention stays square and causal."""
     if not causal:
         raise CannotPack("virtual keys need causal attention")
     tokens, segments = query.shape[2], len(keywords.get("segments") or keywords["cu_seqlens"][1:])
@@ -207,7 +207,7 @@ def forward_segments(q: Tensor, k: Tensor, v: Tensor, grouped: tuple[Family, ...
 
 
 def _blocks(run: Run) -> Iterator[tuple[slice, int]]:
-    """Yield blocks of ``ROWS`` queries of a run, each with the number of the run's keys that its last query sees."""
+    """Yield blocks of ``ROWS`` queries of a run, each with the number of keys that its last query sees."""
     for first in range(0, run.length, ROWS):
         last = min(first + ROWS, run.length)
         yield slice(run.start + first, run.start + last), run.ahead + last
@@ -269,22 +269,21 @@ def backward_segments(
     return dq, dk, dv
 
 
+Kept = tuple[tuple[Family, ...], float]
+
+
 class CausalSegments(torch.autograd.Function):
     """:func:`forward_segments` with :func:`backward_segments`."""
 
     @staticmethod
     def forward(
-        ctx: Context[tuple[tuple[Family, ...], float]],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grouped: tuple[Family, ...],
-        scale: float,
+        ctx: Context[Kept], q: Tensor, k: Tensor, v: Tensor, grouped: tuple[Family, ...], scale: float
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.kept = grouped, scale
         return forward_segments(q, k, v, grouped, scale)
 
     @staticmethod
-    def backward(ctx: Context[tuple[tuple[Family, ...], float]], grad: Tensor) -> Gradients:
-        return *backward_segments(grad, *ctx.saved_tensors, *ctx.kept), None, None
+    def backward(ctx: Context[Kept], grad: Tensor) -> Gradients:
+        q, k, v = ctx.saved_tensors
+        return *backward_segments(grad, q, k, v, *ctx.kept), None, None

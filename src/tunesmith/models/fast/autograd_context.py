@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Context(Protocol[T]):
-    """What torch passes to ``forward`` and ``backward`` of an autograd function. ``kept``: values that are not saved tensors."""
+    """The ``ctx`` of ``forward`` and ``backward``. ``kept``: what is not saved as a tensor."""
 
     kept: T
     needs_input_grad: tuple[bool, ...]

@@ -22,11 +22,11 @@ QUERY_BLOCK = 64
 """Queries at a time, as in kernels_encoder.c."""
 
 SHORT = 128
-"""Tokens up to which segments are padded and computed together: separate calls would cost more than the padding."""
+"""Tokens up to which segments are padded and computed together: separate calls cost more than padding."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...], scale: float) -> Tensor:
-    """Return attention, (tokens, heads, dim), of ``q`` (heads, tokens, dim) to ``k`` and ``v`` (kv_heads, tokens, dim)."""
+    """(heads, tokens, dim) and twice (kv_heads, tokens, dim) -> (tokens, heads, dim)."""
     if not kernels.available(q) or v.shape[-1] != q.shape[-1]:
         return attend_by_length(q, k, v, segments, scale)
     qkv = torch.cat([x.transpose(0, 1).flatten(1) for x in (q, k, v)], dim=1)
@@ -40,31 +40,26 @@ def attend_by_length(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...],
     Short segments of similar length are padded to the longest of them and computed together; padding has no
     weight.
     """
-    starts = [0, *accumulate(segments)]
-    order = sorted(range(len(segments)), key=lambda segment: -segments[segment])
+    spans = sorted(zip(accumulate(segments, initial=0), segments), key=lambda span: -span[1])
+    grouped = q.shape[0] != k.shape[0]
     parts, positions = [], []
-    while order:
-        longest = segments[order[0]]
-        similar = (
-            [segment for segment in order if 2 * segments[segment] > longest]
-            if longest <= SHORT
-            else order[:1]
-        )
-        order = order[len(similar) :]
+    while spans:
+        start, longest = spans[0]
+        similar = [span for span in spans if 2 * span[1] > longest] if longest <= SHORT else spans[:1]
+        spans = spans[len(similar) :]
         if len(similar) == 1:
-            start = starts[similar[0]]
-            qkv = (x[None, :, start : start + longest] for x in (q, k, v))
-            part = scaled_dot_product_attention(*qkv, scale=scale, enable_gqa=q.shape[0] != k.shape[0])
+            one = [x[None, :, start : start + longest] for x in (q, k, v)]
+            part = scaled_dot_product_attention(one[0], one[1], one[2], scale=scale, enable_gqa=grouped)
             parts.append(part[0].transpose(0, 1))
             positions.append(torch.arange(start, start + longest, device=q.device))
             continue
-        lengths = torch.tensor([segments[segment] for segment in similar], device=q.device)[:, None]
-        begin = torch.tensor([starts[segment] for segment in similar], device=q.device)[:, None]
+        begin, lengths = torch.tensor(similar, device=q.device).T[:, :, None]  # (segments, 1) each
         column = torch.arange(longest, device=q.device)[None]
         real = column < lengths  # (segments, longest)
         index = (begin + torch.minimum(column, lengths - 1)).reshape(-1)
-        padded = (x[:, index].view(len(x), len(similar), longest, -1).transpose(0, 1) for x in (q, k, v))
-        parts.append(_attend_padded(*padded, ~real[:, None, None, :], scale).transpose(1, 2)[real])
+        padded = [x[:, index].view(len(x), len(similar), longest, -1).transpose(0, 1) for x in (q, k, v)]
+        part = _attend_padded(padded, ~real[:, None, None, :], scale)
+        parts.append(part.transpose(1, 2)[real])
         positions.append(index.view(real.shape)[real])
     if len(segments) == 1:
         return parts[0]
@@ -72,8 +67,9 @@ def attend_by_length(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...],
     return out.index_copy(0, torch.cat(positions), torch.cat(parts))
 
 
-def _attend_padded(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, scale: float) -> Tensor:
+def _attend_padded(qkv: list[Tensor], padding: Tensor, scale: float) -> Tensor:
     """Attention over (rows, heads, tokens, dim); keys at ``padding`` (rows, 1, 1, tokens) have no weight."""
+    q, k, v = qkv
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.transpose(-1, -2)) * scale
@@ -84,7 +80,7 @@ SharedArguments = tuple[Tensor | float, ...]
 
 
 class BidirectionalAttention(torch.autograd.Function):
-    """qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim). The weights are computed in fp32, in backward once more."""
+    """qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim). Backward computes the weights again."""
 
     @staticmethod
     def forward(
@@ -114,7 +110,7 @@ class BidirectionalAttention(torch.autograd.Function):
 def _shared_arguments(
     segments: tuple[int, ...], heads: int, kv_heads: int, dim: int, scale: float
 ) -> SharedArguments:
-    """The arguments that both passes share. The second is scratch memory, divided among threads as kernels_encoder.c does."""
+    """The arguments that both passes share; the second is scratch memory, ``room`` floats a thread."""
     padded, wide = (-(-size // 16) * 16 for size in (max(segments), dim))
     room = 7 * padded * wide + 2 * QUERY_BLOCK * padded + QUERY_BLOCK * wide
     threads = torch.get_num_threads()

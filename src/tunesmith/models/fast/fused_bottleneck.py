@@ -26,7 +26,7 @@ FEW = 256
 
 
 class Appended(torch.autograd.Function):
-    """y = [x, a] [W, U]^T + b for x (tokens, in), a (tokens, size), W (out, in) frozen, U (out, size), b (out,) or None."""
+    """y = [x, a] [W, U]^T + b: x (tokens, in), a (tokens, size), frozen W (out, in), U (out, size), b (out,)."""
 
     @staticmethod
     def forward(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class AddNorm(torch.autograd.Function):
-    """Layer norm of x + more, both (tokens, width) (Ba et al. 2016). As in torch, the sum is rounded to their dtype."""
+    """Layer norm (Ba et al. 2016) of x + more, both (tokens, width), with the sum rounded to their dtype."""
 
     @staticmethod
     def forward(
@@ -67,7 +67,7 @@ def add_norm(norm: nn.LayerNorm, x: Tensor, more: Tensor) -> Tensor:
 
 
 class NormedSum(Protocol):
-    """A module that adds and normalises: bert's embeddings (with three tables), and its output layers (with ``dense``)."""
+    """A module that adds and normalises: bert's embeddings, and its output layers (with ``dense``)."""
 
     LayerNorm: nn.LayerNorm
     dropout: nn.Dropout

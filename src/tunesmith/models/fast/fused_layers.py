@@ -34,7 +34,7 @@ from tunesmith.models.network import attribute, has_attributes
 
 @dataclass
 class Fused:
-    """The replaced forwards: ``kinds`` counts them by name; ``disable`` and ``enable`` switch between old and new."""
+    """The replaced forwards; ``kinds`` counts them. ``disable`` and ``enable`` switch between old and new."""
 
     replaced: list[tuple[nn.Module, Forward]] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
@@ -92,7 +92,7 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
 def _fused_forward(
     module: nn.Module, dtype: torch.dtype, stack: bool, rejected: set[type]
 ) -> tuple[str, Forward] | None:
-    """Return kind and forward of a module by the C passes; a class whose forward differs is added to ``rejected``."""
+    """Return kind and forward of a module by the C passes; ``rejected`` gets a class whose forward differs."""
     for kind, (make, arguments) in (KINDS | fused_encoder.KINDS).items():
         if kind != "norm" and not stack and _trains_base_weights(module):
             continue
@@ -123,7 +123,7 @@ def _trains_base_weights(module: nn.Module) -> bool:
     return any(not any(part in name for part in adapter_types.PREFIXES) for name in trained)
 
 
-# ------------------------------------------------------------------------------------------------------------ RMSNorm
+# ---------------------------------------------------------------------------------------------------- RMSNorm
 
 
 class RMSNorm(torch.autograd.Function):
@@ -162,7 +162,7 @@ def _norm(module: nn.Module) -> Forward | None:
     return forward
 
 
-# -------------------------------------------------------------------------------------------------------------- SwiGLU
+# ----------------------------------------------------------------------------------------------------- SwiGLU
 
 
 class SwiGLU(torch.autograd.Function):
@@ -202,7 +202,7 @@ def _mlp(module: nn.Module) -> Forward | None:
     return forward
 
 
-# ----------------------------------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------------------------- attention
 
 
 def _attention(module: nn.Module) -> Forward | None:

@@ -64,7 +64,7 @@ def _compile() -> Path | None:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the loaded library, or None. torch's OpenMP runtime (libgomp.so.1) is already loaded and serves it."""
+    """Return the loaded library, or None. It uses torch's OpenMP runtime (libgomp.so.1), already loaded."""
     path = None if os.environ.get("TUNESMITH_KERNELS") == "0" else _compile()
     if path is None:
         return None
@@ -80,14 +80,16 @@ def available(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in SUFFIX and library() is not None
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | float, lib: ctypes.CDLL | None = None) -> None:
-    """Call a C function with tensors as pointers, ints as int64 and floats as float.
-
-    Nothing is checked: tensors must have the layout it expects.
-    """
-    loaded = lib or library()
+def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float) -> None:
+    """Call the C function ``name`` for ``dtype``, or for no dtype. Tensors must have the layout it expects."""
+    loaded = library()
     assert loaded is not None, "callers ask available() first"
-    loaded[f"{name}_{SUFFIX[dtype]}"](*map(_to_c, arguments))
+    _call(loaded, name if dtype is None else f"{name}_{SUFFIX[dtype]}", *arguments)
+
+
+def _call(lib: ctypes.CDLL, name: str, *arguments: Tensor | float) -> None:
+    """Pass tensors as pointers, ints as int64 and floats as float."""
+    lib[name](*[_to_c(argument) for argument in arguments])
 
 
 def _to_c(argument: Tensor | float) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64:
@@ -97,24 +99,20 @@ def _to_c(argument: Tensor | float) -> ctypes.c_void_p | ctypes.c_float | ctypes
 
 
 def _agrees_with_torch(lib: ctypes.CDLL) -> bool:
-    """Whether functions of ``lib`` compute their formulas on a small input: a miscompiled library is never used."""
-
-    def run(name: str, *arguments: Tensor | float) -> None:
-        call(name, torch.float32, *arguments, lib=lib)
-
+    """Whether ``lib`` computes its formulas on a small input: a miscompiled library is never used."""
     generator = torch.Generator().manual_seed(0)
     x, other = torch.randn(2, 8, 64, generator=generator).unbind(0)
     wide, label = torch.randn(8, 128, generator=generator), torch.arange(8)
     logits, losses = x.clone(), torch.empty(8)
-    run("cross_entropy", logits, label, losses, 8, 64)
+    _call(lib, "cross_entropy_f32", logits, label, losses, 8, 64)
     gradient = torch.softmax(x, -1) - torch.nn.functional.one_hot(label, 64)
     scores = x.reshape(8, 8, 8).clone()
-    run("causal_softmax", scores, 0.5, 8, 8, 8)
+    _call(lib, "causal_softmax_f32", scores, 0.5, 8, 8, 8)
     masked = (x.reshape(8, 8, 8) * 0.5).masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), float("-inf"))
     product = torch.empty(8, 64)
-    run("swiglu", wide, wide[:, 64:], product, 8, 64, 128)
+    _call(lib, "swiglu_f32", wide, wide[:, 64:], product, 8, 64, 128)
     normed, inverse = torch.empty(8, 64), torch.empty(8)
-    run("rms_norm", x, other[0].contiguous(), normed, inverse, 1e-5, 8, 64)
+    _call(lib, "rms_norm_f32", x, other[0].contiguous(), normed, inverse, 1e-5, 8, 64)
     pairs = [
         (losses, torch.nn.functional.cross_entropy(x, label, reduction="none")),
         (logits, gradient),
@@ -126,7 +124,7 @@ def _agrees_with_torch(lib: ctypes.CDLL) -> bool:
 
 
 def mix_bits(h: Tensor) -> Tensor:
-    """The finaliser of the hash MurmurHash3, for 32-bit numbers in int64; kernels.c has the same, bit for bit."""
+    """The finaliser of MurmurHash3, for 32-bit numbers in int64. kernels.c has the same, bit for bit."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
     return h
@@ -141,10 +139,7 @@ def stochastic_round(x: Tensor, out: Tensor, seed: int) -> None:
     """
     seed &= 0xFFFFFFFF
     if available(out) and x.is_contiguous() and out.is_contiguous():
-        loaded = library()
-        assert loaded is not None  # see available()
-        loaded.stochastic_round(*map(_to_c, (x, out, x.numel(), seed)))
-        return
+        return call("stochastic_round", None, x, out, x.numel(), seed)
     rounded = torch.empty(x.numel(), dtype=out.dtype, device=x.device)
     to_neighbour = _to_bf16 if out.dtype is torch.bfloat16 else _to_fp16
     for start in range(0, x.numel(), CHUNK):
@@ -156,7 +151,7 @@ def stochastic_round(x: Tensor, out: Tensor, seed: int) -> None:
 
 
 def _to_bf16(bits: Tensor, h: Tensor) -> Tensor:
-    """Round fp32 ``bits`` (int64) with 32 random bits ``h``. bf16 is the upper half of fp32: a carry from below rounds up."""
+    """Round fp32 ``bits`` (int64) by random bits ``h``. bf16 is the upper half of fp32: a carry rounds up."""
     finite = (bits & 0x7F800000) != 0x7F800000
     upper = ((bits + torch.where(finite, h & 0xFFFF, 0)) >> 16) & 0xFFFF
     return torch.where(upper > 0x7FFF, upper - 0x10000, upper).to(torch.int16).view(torch.bfloat16)
@@ -195,6 +190,6 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return memory that :func:`keep_freed_memory` made glibc keep: rows of ever new lengths leave holes that add up."""
+    """Return memory that glibc keeps since :func:`keep_freed_memory`: rows of many lengths leave holes."""
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

@@ -36,7 +36,7 @@ class Projection(torch.autograd.Function):
     ) -> Tensor:
         ctx.kept = x.shape[1], [weight.shape[0] for weight in weights]
         if a is not None and b is not None:
-            # one product over (x, x A^T): added to a y that is rounded to bf16, most of a small update would be lost
+            # one product over (x, x A^T): added to a y rounded to bf16, most of a small update would be lost
             x, stacked_b = torch.cat([x, x @ a.t()], dim=1), torch.cat([stacked, b], dim=1)
             y = nn.functional.linear(x, stacked_b, bias)
         else:
@@ -128,7 +128,7 @@ def is_lora(module: nn.Module) -> bool:
 
 
 def stack_linears(modules: Sequence[nn.Module]) -> StackedLinears | None:
-    """Return the layers as one product; None unless each is a linear layer, plain or with one plain LoRA or vector."""
+    """Return the layers as one product; None unless each is linear, plain or with one LoRA or vector."""
     bases: list[nn.Linear] = []
     loras: list[lora_factors.Factors | None] = []
     scales = ia3_layers.read(modules)
@@ -156,7 +156,7 @@ def stack_linears(modules: Sequence[nn.Module]) -> StackedLinears | None:
 
 
 def output_forward(module: nn.Module) -> Forward | None:
-    """Return a forward of a sublayer's last linear layer, plain, with LoRA or with a bottleneck adapter; else None."""
+    """Return a forward of a linear layer, plain or with a LoRA or bottleneck adapter; None for other layers."""
     if fused_bottleneck.is_bottleneck(module):
         return fused_bottleneck.projection(module)
     linear = stack_linears([module])

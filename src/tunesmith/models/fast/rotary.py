@@ -1,4 +1,4 @@
-"""Rotary embedding and causal attention over packed rows in one autograd function, for CPUs; fused attention calls it."""
+"""Rotary embedding and causal attention over packed rows in one autograd function, for CPUs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rotary_attention(
 
 
 class RotaryAttention(torch.autograd.Function):
-    """Rotary embedding and causal attention. qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim)."""
+    """Rotary embedding and causal attention: (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim)."""
 
     @staticmethod
     def forward(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """``length`` queries from ``start``. Each sees ``ahead`` keys of the prefix, and causally those from ``start``."""
+    """``length`` queries from ``start``; each sees ``ahead`` keys of the prefix, then causally its own."""
 
     start: int
     length: int
@@ -34,14 +34,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """``length`` tokens from ``start`` that see only each other. A prefix, if there is one, begins at ``start``."""
+    """``length`` tokens from ``start`` that see only each other; a prefix, if any, begins at ``start``."""
 
     start: int
     length: int
     runs: tuple[Run, ...]
 
     def keys(self, x: Tensor, run: Run) -> Tensor:
-        """Return the keys or values that ``run`` sees: ``x`` (heads, tokens, dim) -> (heads, run.keys, dim)."""
+        """Return the keys or values that ``run`` sees: (heads, tokens, dim) -> (heads, run.keys, dim)."""
         own = x[:, run.start : run.start + run.length]
         return torch.cat([x[:, self.start : self.start + run.ahead], own], dim=1) if run.ahead else own
 
@@ -87,5 +87,5 @@ def most_keys(segments: tuple[int, ...], behind: tuple[int, ...] | None = None) 
 
 
 def shares_prefix(keywords: Mapping[str, object]) -> bool:
-    """Return whether answers share a prefix, by the keywords of a forward (``key_places`` with ``varlen``)."""
+    """Return whether answers share a prefix, by the keywords of a forward (``key_places`` for ``varlen``)."""
     return keywords.get("behind") is not None or keywords.get("key_places") is not None

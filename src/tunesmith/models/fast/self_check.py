@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tunesmith.models.network import has_attributes
+from tunesmith.models.network import attribute
 
 Forward: TypeAlias = Callable[..., Any]
 """The forward of a layer: it returns a tensor, or a tuple whose first element is one."""
@@ -17,7 +17,7 @@ Arguments: TypeAlias = tuple[tuple[Tensor, ...], dict[str, object]]
 LayerKind: TypeAlias = tuple[
     Callable[[nn.Module], Forward | None], Callable[[nn.Module, torch.dtype], Arguments]
 ]
-"""The function that makes the forward of a layer (None for a module of another kind), and arguments to check it with."""
+"""The function that makes a layer's forward (None for another kind), and arguments to check it with."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest difference, as a share of the output's norm."""
 
@@ -30,8 +30,10 @@ def random_input(
     module: nn.Module, dtype: torch.dtype, generator: torch.Generator | None = None
 ) -> Arguments:
     """Return hidden states (1, 8, width) for a module, whose first linear layer or weight has the width."""
-    linear = next((layer for layer in module.modules() if has_attributes(layer, "in_features")), None)
-    width = module.weight.shape[-1] if linear is None else linear.in_features
+    widths = (attribute(layer, "in_features") for layer in module.modules())
+    width = (
+        next((width for width in widths if width is not None), None) or attribute(module, "weight").shape[-1]
+    )
     return (torch.randn(1, 8, width, generator=generator or seeded()).to(dtype),), {}
 
 

@@ -40,7 +40,7 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def why_not(model: PreTrainedModel) -> str | None:
-    """Return why ``model``'s layers cannot be compiled, or None. Also for the meta device, before ``noise.install``."""
+    """Return why ``model``'s layers cannot be compiled, or None. Works on the meta device."""
     found = layers(model)
     if not found:
         return "transformers does not mark which modules of this model are its layers"
@@ -61,7 +61,7 @@ def why_not(model: PreTrainedModel) -> str | None:
 
 
 def enable(model: PreTrainedModel, backend: str = "inductor") -> None:
-    """Compile every layer when it is next called. Lengths are symbolic: a new packing is not compiled again."""
+    """Compile every layer at its next call. Lengths are symbolic: a new packing is not compiled again."""
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     for layer in layers(model):
         layer.compile(dynamic=True, backend=backend)

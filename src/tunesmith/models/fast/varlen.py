@@ -38,7 +38,7 @@ Kernel: TypeAlias = Callable[..., Tensor]
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why the kernel cannot serve ``dtype`` on ``device``, or None: its own requirements (Ampere, half types)."""
+    """Return why the kernel cannot serve ``dtype`` on ``device``, or None."""
     if device.type != "cuda":
         return f"it is for NVIDIA GPUs, not for a {device.type} device"
     if torch.version.hip is not None:
@@ -101,7 +101,7 @@ def torch_kernel() -> Kernel:
 
 
 def with_gqa(kernel: Kernel) -> Kernel:
-    """Return ``kernel`` for fewer key heads than query heads; torch 2.11 has no ``enable_gqa`` and takes them anyway."""
+    """Return ``kernel`` for fewer key heads than query heads; torch 2.11 needs no ``enable_gqa`` for them."""
     has_switch = "enable_gqa" in inspect.signature(kernel).parameters
     return partial(kernel, enable_gqa=True) if has_switch else kernel
 
@@ -134,7 +134,7 @@ def attend_with(kernel: Kernel, capability: tuple[int, int]) -> Callable[..., tu
         sliding_window: int | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
-        """Return attention inside each segment; shapes are those of ``segment_attention``. Raises CannotPack."""
+        """Return attention inside each segment, in the shapes of ``segment_attention``. Raises CannotPack."""
         attention.check_arguments(query, attention_mask, cu_seqlens is not None, dropout, kwargs)
         if not heads_fit(query.shape[-1], value.shape[-1], capability):
             raise CannotPack(
@@ -164,12 +164,12 @@ def attend_with(kernel: Kernel, capability: tuple[int, int]) -> Callable[..., tu
 
 
 def _window_size(window: int | None, causal: bool) -> tuple[int, int]:
-    """Tokens to the left and right that the kernel sees: a window of w is the token itself and w - 1 before it."""
+    """(left, right) for the kernel; a window of w tokens is the token itself and w - 1 before it."""
     return -1 if window is None else window - 1, 0 if causal else -1
 
 
 def gather_keys(x: Tensor, places: Tensor) -> Tensor:
-    """``x`` (tokens, heads, dim) at ``places``, through fp32, in which the gradients of shared keys are then summed."""
+    """``x`` (tokens, heads, dim) at ``places``, through fp32, in which gradients of shared keys are summed."""
     return x.float().index_select(0, places).to(x.dtype)
 
 

@@ -77,10 +77,9 @@ def generate(
 ) -> list[str]:
     """Return one answer for each prompt, in order.
 
-    ``model``: a name or folder, or a pair (model, tokenizer). ``plain``: string prompts are text to continue,
-    whatever the tokenizer has. ``on_answer(row, answer)`` is called for each answer as it ends. ``settings``:
-    the fields of ``Settings``. Raises ModelError, and UserError for a prompt that is empty or fills the
-    model's window.
+    ``model``: a name or folder, or a pair (model, tokenizer). ``plain``: prompts are text to continue even if
+    there is a chat template. ``on_answer(row, answer)`` is called for each answer. ``settings``: the fields of
+    ``Settings``. Raises ModelError, and UserError for a prompt that is empty or fills the model's window.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; expected at least 1")
@@ -89,9 +88,7 @@ def generate(
     prompts = [prompts] if isinstance(prompts, str) else prompts
     ids = [_prompt_ids(prompt, tokenizer, system, plain) for prompt in prompts]
     answers = [""] * len(ids)
-    by_length = sorted(
-        range(len(ids)), key=lambda row: len(ids[row])
-    )  # similar lengths together need little padding
+    by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # similar lengths need little padding
     for start in range(0, len(ids), batch_size):
         rows = by_length[start : start + batch_size]
         generated = generate_ids(network, tokenizer, [ids[row] for row in rows], chosen, rows=rows)
@@ -123,28 +120,22 @@ def generate_ids(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     settings: Settings,
-    on_token: Callable[[int, int], None] | None = None,
     rows: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Return the new token ids of each prompt, as one batch. An answer that stopped ends with its stop token.
 
-    ``model``: a transformers causal model or a peft model on one; its training mode is restored.
-    ``on_token(row, id)`` is called for each token. ``rows``: the numbers that seed each prompt's sampling
+    The training mode of ``model`` is restored. ``rows``: the numbers that seed each prompt's sampling
     (default: its index).
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    if not prompts:
-        return answers
-    for step in _steps(model, tokenizer, prompts, settings, rows or range(len(prompts))):
+    for step in _steps(model, tokenizer, prompts, settings, rows or range(len(prompts))) if prompts else ():
         for row, token in step:
             answers[row].append(token)
-            if on_token:
-                on_token(row, token)
     return answers
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end an answer: eos of tokenizer and generation config, and the template's end of a turn."""
+    """Return the ids that end an answer: those of tokenizer, generation config and chat template."""
     eos = model.generation_config.eos_token_id if model.generation_config else None
     return frozenset([*conversations.stop_ids(tokenizer), *([eos] if isinstance(eos, int) else eos or [])])
 
@@ -180,7 +171,7 @@ def _steps(
     settings: Settings,
     rows: Sequence[int],
 ) -> Iterator[Step]:
-    """Yield the steps of all prompts: as one batch, or one prompt after the other where a batch would change answers."""
+    """Yield the steps of all prompts: in one batch, or prompt by prompt where a batch would change answers."""
     core = _core(model)
     stop = stop_ids(core, tokenizer) if settings.stop is None else settings.stop
     limits = _limits(core, prompts, settings.max_new_tokens)
@@ -211,9 +202,7 @@ def _decode(
     device, longest = core.device, max(map(len, prompts))
     accepted = inspect.signature(core.forward).parameters
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    ids = torch.zeros(
-        len(prompts), longest, dtype=torch.long, device=device
-    )  # 0 where padded: the mask hides it
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)  # the mask hides the padding
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
     positions = torch.arange(longest, device=device) - (longest - lengths)[:, None]
@@ -227,16 +216,15 @@ def _decode(
         if "position_ids" in accepted:
             inputs["position_ids"] = positions
         if "logits_to_keep" in accepted:
-            # an index, not a count: for a slice, which is not contiguous, torch copies the vocabulary weights for each row
+            # an index, not a count: for a slice torch copies the vocabulary weights once for each row
             inputs["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=device)
         logits = core(**inputs).logits[:, -1].float()  # (running, vocab)
         draws = None if uniform is None else uniform[running, step].to(device)
         chosen = choose(logits, settings, draws)
         tokens = chosen.tolist()
         yield list(zip(running, tokens))
-        left = [
-            index for index, row in enumerate(running) if tokens[index] not in stop and step + 1 < limits[row]
-        ]
+        pairs = enumerate(zip(running, tokens))
+        left = [index for index, (row, token) in pairs if token not in stop and step + 1 < limits[row]]
         if not left:
             return
         if len(left) < len(running):
@@ -250,10 +238,9 @@ def _decode(
 
 
 def choose(logits: Tensor, settings: Settings, uniform: Tensor | None) -> Tensor:
-    """Choose one token for each row. ``logits`` (rows, vocab) fp32; ``uniform`` (rows,) in [0, 1), or None
-    for greedy.
+    """Choose a token for each row of ``logits`` (rows, vocab); ``uniform`` (rows,) in [0, 1), None for greedy.
 
-    Filters are applied in transformers' order: temperature, top_k, top_p (Holtzman et al., arXiv:1904.09751).
+    Filters in transformers' order: temperature, top_k, top_p (Holtzman et al., arXiv:1904.09751).
     """
     if uniform is None:
         return logits.argmax(dim=-1)
@@ -271,7 +258,7 @@ def choose(logits: Tensor, settings: Settings, uniform: Tensor | None) -> Tensor
 
 
 def _uniform(settings: Settings, rows: Sequence[int], count: int) -> Tensor | None:
-    """Return (rows, count) numbers in [0, 1) in fp64, each row a function of (seed, row); None when greedy."""
+    """(rows, count) numbers in [0, 1) in fp64, each row a function of (seed, row); None when greedy."""
     if settings.temperature == 0:
         return None
     drawn = []
@@ -285,9 +272,7 @@ def _core(model: PreTrainedModel) -> PreTrainedModel:
     """Return the transformers model that computes logits; a LoRA is inside it."""
     virtual = is_peft(model) and model.active_peft_config.is_prompt_learning
     if virtual and not virtual_tokens.is_installed(model):
-        raise ModelError(
-            "this adapter adds virtual tokens (prefix or prompt tuning). Load it with tunesmith.load, or from a folder."
-        )
+        raise ModelError("this adapter adds virtual tokens. Load it with tunesmith.load, or from a folder.")
     return base(model)
 
 
@@ -299,9 +284,9 @@ def _limits(core: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tok
         if not prompt:
             raise UserError(f"prompt {number} is empty: there is no token to continue")
         if len(prompt) >= window:
-            virtual = f" ({ahead} more are taken by virtual tokens)" if ahead else ""
+            size = f"{window} ({ahead} more are taken by virtual tokens)" if ahead else window
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens and the model's window is {window}{virtual}. Shorten it."
+                f"prompt {number} has {len(prompt)} tokens; the model's window is {size}. Shorten it."
             )
     return [min(max_new_tokens, window - len(prompt)) for prompt in prompts]
 
@@ -309,11 +294,9 @@ def _limits(core: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tok
 def _prompt_ids(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, system: str | None, plain: bool
 ) -> list[int]:
-    if not plain:
-        return conversations.prompt_ids(prompt, tokenizer, system=system)
-    if not isinstance(prompt, str):
+    if plain and not isinstance(prompt, str):
         raise UserError("a plain prompt is a string, without turns; leave out `plain` for a list of messages")
-    return conversations.prompt_ids(Text(prompt), tokenizer, system=system)
+    return conversations.prompt_ids(Text(prompt) if plain else prompt, tokenizer, system=system)
 
 
 def check_writes(model: PreTrainedModel) -> None:
@@ -321,8 +304,7 @@ def check_writes(model: PreTrainedModel) -> None:
     name = type(base(model)).__name__
     if head_types.kind_of(name) != "lm":
         raise ModelError(
-            f"this model is a {name}, which scores or labels texts and generates none.\n"
-            "  Use tunesmith predict (score for a reward model)."
+            f"this model is a {name}, which generates no text. Use tunesmith predict (score for a reward model)."
         )
 
 

@@ -260,7 +260,7 @@ class BlockedCrossEntropy(torch.autograd.Function):
 
 
 def with_new(weight: Tensor, rows: Tensor | None, new: Tensor | None) -> Tensor:
-    """Return ``weight`` (vocabulary, width) with ``new`` (n, width) in its ``rows`` (n,), if there are any."""
+    """Return ``weight`` (vocabulary, width) with ``new`` (n, width) in its ``rows`` (n,), if given."""
     return weight if rows is None or new is None else weight.index_copy(0, rows, new.to(weight.dtype))
 
 
@@ -295,7 +295,7 @@ def gradient_blocks(
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
-    """Fill ``losses`` (rows,) and return softmax(logits) - onehot in their dtype; may overwrite ``logits``."""
+    """Fill ``losses`` (rows,) and return softmax(logits) - onehot; may overwrite ``logits``."""
     if kernels.available(logits):
         kernels.call("cross_entropy", logits.dtype, logits, labels, losses, logits.shape[0], logits.shape[1])
         return logits

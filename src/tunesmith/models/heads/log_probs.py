@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def log_probs(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return log p(label) of each target, (targets,), differentiable. ``batch`` is that of ``lm_head.lm_loss``."""
+    """Return log p(label) of each target, (targets,), differentiable. ``batch``: see ``lm_head.lm_loss``."""
     given = lm_head.blocked(model, batch)
     return -lm_head.plain_losses(model, batch) if given is None else BlockedLogProbs.apply(*given)
 
 
 def answer_logps(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return log p(answer | prompt), (answers,): sums over the targets that ``owners`` (targets,) assigns to each.
+    """Return log p(answer | prompt), (answers,): sums over targets, by the answer in ``owners`` (targets,).
 
     In fp64 where the device has it: sums have hundreds of terms, and losses compare their differences.
     """

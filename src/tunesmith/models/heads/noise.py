@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -52,7 +53,7 @@ class RowNoise:
     read: Tensor | None = None
 
     def drop(self, x: Tensor, p: float, layer: int) -> Tensor:
-        """Inverted dropout of ``x``: packed (1, tokens, width), padded (rows, longest, width), or ``read``."""
+        """Inverted dropout of ``x``: (1, tokens, width) packed, (rows, longest, width) padded, or ``read``."""
         if not self.rows:  # the parity check, before the first step
             return x
         tokens = x.shape[:-1].numel()
@@ -175,10 +176,10 @@ def install(
     noise = RowNoise(seed, ahead=virtual_tokens.count_embedded(model))
     for module in model.modules():
         if type(module) is nn.Dropout and module.p > 0:
-            module.forward = _DropoutForward(module, noise, noise.layers)  # type: ignore[method-assign]
+            module.forward = partial(_drop, noise, module, noise.layers)
             noise.layers += 1
     if neftune_alpha is not None:
-        base(model).get_input_embeddings().register_forward_hook(_NeftuneHook(noise, neftune_alpha))
+        base(model).get_input_embeddings().register_forward_hook(partial(_add_noise, noise, neftune_alpha))
     if not noise.layers and neftune_alpha is None:
         return None, switched_off
     _installed[base(model)] = noise
@@ -186,7 +187,7 @@ def install(
 
 
 def switch_off(model: PreTrainedModel) -> list[str]:
-    """Switch all dropout of ``model`` off, for losses that need exact log-probabilities. Returns lines to print.
+    """Switch all dropout of ``model`` off, for losses that need exact log-probs. Returns lines to print.
 
     Many architectures (opt, xglm, biogpt, bloom) call a function and keep its rate as a number: any with
     "drop" in its name.
@@ -205,23 +206,12 @@ def switch_off(model: PreTrainedModel) -> list[str]:
     return lines + [f"dropout ({rate:g}) is off: {why}" for rate in sorted(rates)]
 
 
-@dataclass
-class _NeftuneHook:
-    noise: RowNoise
-    alpha: float
-
-    def __call__(self, module: nn.Module, arguments: tuple[object, ...], embedded: Tensor) -> Tensor:
-        return self.noise.add_noise(embedded, self.alpha) if module.training else embedded
+def _add_noise(noise: RowNoise, alpha: float, module: nn.Module, given: object, embedded: Tensor) -> Tensor:
+    return noise.add_noise(embedded, alpha) if module.training else embedded
 
 
-@dataclass
-class _DropoutForward:
-    module: nn.Dropout
-    noise: RowNoise
-    layer: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.noise.drop(x, self.module.p, self.layer) if self.module.training else x
+def _drop(noise: RowNoise, module: nn.Dropout, layer: int, x: Tensor) -> Tensor:
+    return noise.drop(x, module.p, layer) if module.training else x
 
 
 def _switch_off_attention_dropout(model: PreTrainedModel) -> list[str]:

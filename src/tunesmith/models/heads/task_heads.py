@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def score_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return (rows, labels) from the hidden states at ``batch["positions"]``: one of each row, or all to average."""
+    """Return (rows, labels) from the hidden states at ``batch["positions"]``: one of each row, or all."""
     inner = base(model)
     mean = pooling(inner.config) == "mean"
     if lm_head.is_plain(model) and "segments" not in batch and not mean:
@@ -49,7 +49,7 @@ def token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def span_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the logits of an answer's start and end at each of ``batch["positions"]``: (positions,) twice."""
+    """Return the logits of an answer's start and end at ``batch["positions"]``: (positions,) twice."""
     if not lm_head.is_plain(model):
         start, end = token_logits(model, batch).split(1, dim=-1)
         return start.squeeze(-1), end.squeeze(-1)
@@ -92,7 +92,7 @@ def _apply_exact(layer: nn.Module, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def _exact_single_logit(inner: PreTrainedModel) -> Iterator[None]:
-    """Let the model's own forward use :func:`_apply_exact` as :func:`_row_logits` does: rewards are the same."""
+    """Let the model's own forward use :func:`_apply_exact`, as :func:`_row_logits` does."""
     layer = output_layer(inner)
     if inner.config.num_labels != 1 or _is_classification_head(layer):
         yield
@@ -110,7 +110,7 @@ def _exact_single_logit(inner: PreTrainedModel) -> Iterator[None]:
 
 
 def _is_classification_head(layer: nn.Module) -> bool:
-    """Whether the output layer is a small network that reads the first token of a sequence (roberta, electra)."""
+    """Whether the output layer is a network that reads the first token of a sequence (roberta, electra)."""
     return type(without_adapter(layer)).__name__.endswith("ClassificationHead")
 
 
