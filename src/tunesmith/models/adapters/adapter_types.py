@@ -1,7 +1,6 @@
-"""Properties of the types of saved adapters: the names that peft writes as ``peft_type`` into
-adapter_config.json.
+"""Properties of the types of saved adapters (``peft_type`` in adapter_config.json).
 
-Which adaptation saves which type is not known here: see ``adaptations.Traits.saved_as``.
+``adaptations.Traits.saved_as`` tells which adaptation saves which type.
 """
 
 from __future__ import annotations

@@ -29,11 +29,10 @@ TOLERANCE = 1e-3
 
 
 class OffsetLora:
-    """The forward of a LoRA layer whose ``lora_A`` and ``lora_B`` are changes of ``start_A`` (r, in) and
-    ``start_B`` (out, r).
+    """The forward of a LoRA layer, as a variant of peft's, whose factors are changes of ``start_A``, ``start_B``.
 
-    peft calls it as a layer's variant, as it does DoRA. The starts are fp32 buffers that no checkpoint holds:
-    they are computed from the base again, and checked by their :func:`start_sketch`.
+    The starts are fp32 buffers, (r, in) and (out, r), that no checkpoint holds: a resumed run computes them
+    from the base again and checks their :func:`start_sketch`.
     """
 
     @staticmethod
@@ -70,10 +69,9 @@ def started_layers(model: PreTrainedModel) -> dict[str, LoraLayer]:
 
 @torch.no_grad()
 def start_sketch(model: PreTrainedModel) -> dict[str, list[float]]:
-    """Return for each layer with a start two numbers of each start factor: u^T A v, with u and v fixed, and
-    its norm.
+    """Return u^T A v, with u and v fixed, and the norm of A, of each layer's start A; the same of its B.
 
-    Equal starts have equal numbers up to rounding; starts whose vectors are rotated or negated have others.
+    They are equal up to rounding for equal starts, and differ for rotated or negated vectors.
     """
     layers = started_layers(model).items()
     return {name: [*_sketch(layer.start_A), *_sketch(layer.start_B)] for name, layer in layers}

@@ -18,13 +18,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def factors_of(layer: LoraLayer, kind: str) -> tuple[Tensor, Tensor]:
-    """Return the start (A, B) of a LoRA layer, (r, in) and (out, r) in fp32; s B A is a part of the layer's
-    own W.
+    """Return the start (A, B) of a LoRA layer, (r, in) and (out, r) in fp32; s B A is a part of its W.
 
     ``kind``: ``pissa`` (Meng et al. 2024: the r largest singular values, shared evenly by A and B),
     ``pissa_niter_N`` (the same from N rounds of a randomised decomposition, Halko et al. 2011: much faster on
-    large layers), ``olora`` (Buyukakyildiz 2024: the first r columns of Q and rows of R). On the meta device
-    the factors have shapes alone.
+    large layers), ``olora`` (Buyukakyildiz 2024: the first r columns of Q and rows of R).
     """
     rank, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
     weight = layer.get_base_layer().weight.detach()
@@ -45,12 +43,10 @@ def factors_of(layer: LoraLayer, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _exact_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``rank`` largest singular values of W (out, in) with their vectors, (out, r), (r,), (r, in), in
-    fp64.
+    """The ``rank`` largest singular values of W (out, in) with their vectors, (out, r), (r,), (r, in).
 
-    From the eigenvectors of the smaller of W W^T and W^T W, in fp64: exact enough in fp32 that another
-    machine or number of threads computes the same start. The sign of each pair of vectors is fixed for the
-    same reason.
+    From the eigenvectors of the smaller of W W^T and W^T W, in fp64 and with fixed signs: in fp32 another
+    machine or number of threads computes the same start.
     """
     exact = weight.double()
     tall = exact.shape[0] > exact.shape[1]
@@ -72,12 +68,11 @@ def _randomised_svd(weight: Tensor, rank: int, rounds: int) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def write_plain(folder: Path, layers: Mapping[str, LoraLayer], rslora: bool) -> None:
-    """Convert the adapter saved in ``folder``, which holds changes of factors, to a plain LoRA of twice the
-    rank.
+    """Convert the changes of factors saved in ``folder`` to a plain LoRA of twice the rank.
 
     B A - B0 A0 = dB A + B0 dA = [dB, B0] [A; dA]: no small difference of large numbers, so bf16 may be used
-    to load it. ``layers``: those of ``lora_factors.started_layers``. lora_alpha grows with the rank, so that
-    the scaling does not change: twice, or with rslora sqrt(2) times.
+    to load it. ``layers``: those of ``lora_factors.started_layers``. lora_alpha grows by the factor that keeps
+    the scaling: 2, or with rslora sqrt(2).
     """
     from safetensors.torch import load_file, save_file
 

@@ -15,13 +15,11 @@ Keywords: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """``ahead`` virtual tokens in front of each segment or row. The text with its virtual tokens is called
-    extended.
+    """``ahead`` virtual tokens before each segment or row; the text with its virtual tokens is called extended.
 
-    Segments are given by their lengths on the host, or by two index tensors on the device. ``source``: for
+    Either ``segments`` are lengths on the host, or there are two index tensors on the device. ``source``: for
     each extended position an index into the virtual tokens followed by the text. ``place``: the extended
-    position of each text token. For a packed row they are (extended,) and (tokens,), for a padded batch
-    (batch, extended) and (batch, tokens).
+    position of each text token. They are (extended,) and (tokens,), with a batch dimension for padded rows.
     """
 
     ahead: int

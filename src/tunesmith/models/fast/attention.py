@@ -1,17 +1,13 @@
 """Attention over packed rows: several sequences side by side in one row, each seeing only itself.
 
-Registered with transformers' ``AttentionInterface`` under ``tunesmith_segments``, without a mask function. A
-model calls it once per layer; the segment lengths arrive as the keyword ``segments`` that its forward passes
-through. It refuses whatever else a model passes to attention (a sliding window shorter than a segment, a soft
-cap, a position bias): the caller then pads.
+A model calls it once per layer through transformers' ``AttentionInterface``; the segment lengths arrive as the
+keyword ``segments`` of its forward. It refuses whatever else a model passes to attention (a sliding window
+shorter than a segment, a soft cap, a position bias): the caller then pads. With the keyword ``behind``
+answers share a prefix (``segments.py``).
 
 It serves CPUs, fp32 on a GPU, and GPUs before Ampere; ``varlen.py`` serves other GPUs. On a CPU with
 ``kernels.py`` both passes are our own, elsewhere there is one ``scaled_dot_product_attention`` call for each
-segment. One call with a block-diagonal mask would compute all pairs of tokens of the row, ten times as many
-at ten segments, and hold a mask that grows with their square.
-
-With the keyword ``behind`` answers share a prefix (``segments.py``): everything but attention is computed
-once for it.
+segment: one call with a block-diagonal mask would compute all pairs of tokens of the row.
 """
 
 from __future__ import annotations
@@ -66,8 +62,7 @@ class CannotPack(Exception):
 def register() -> None:
     """Make ``attn_implementation="tunesmith_segments"`` known to transformers.
 
-    transformers makes no mask for a name without a mask function. With a function that returns None it would
-    first look for packed rows in the positions, and wait for the device to find out.
+    Without a mask function: with one that returns None, transformers would wait for the device on every call.
     """
     AttentionInterface.register(NAME, segment_attention)
 
@@ -117,12 +112,11 @@ def segment_attention(
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Return attention inside each segment, and to the one it is ``behind``; causal, or bidirectional in an
-    encoder.
+    """Return attention inside each segment, and to the one it is ``behind``, (1, tokens, heads, dim).
 
     ``query`` (1, heads, tokens, dim), ``key`` and ``value`` (1, kv_heads, tokens, dim); the lengths in
-    ``segments`` sum to tokens. Returns (1, tokens, heads, dim). Where there are more keys than queries, each
-    segment has equally many virtual keys in front. Raises CannotPack for arguments that it does not support.
+    ``segments`` sum to tokens. Where there are more keys than queries, each segment has equally many virtual
+    keys in front. Raises CannotPack for arguments that it does not support.
     """
     check_arguments(query, attention_mask, segments is not None, dropout, kwargs)
     assert segments is not None
@@ -191,9 +185,8 @@ def insert_virtual_queries(
 def forward_segments(q: Tensor, k: Tensor, v: Tensor, grouped: tuple[Family, ...], scale: float) -> Tensor:
     """(heads, tokens, dim) and twice (kv_heads, tokens, dim) -> (tokens, heads, dim), without a graph.
 
-    Batched products around one softmax pass, as in backward: in bf16 torch's flash attention for CPUs takes
-    three times as long. Scores are rounded to bf16, as in transformers' eager attention; SmolLM2-135M differs
-    from fp32 by the same amount either way.
+    Batched products around one softmax pass: in bf16 torch's flash attention for CPUs takes three times as
+    long. Scores are rounded to bf16, as in transformers' eager attention.
     """
     heads, tokens, dim = q.shape
     out = torch.empty(tokens, heads, dim, dtype=q.dtype)
@@ -214,8 +207,7 @@ def _blocks(run: Run) -> Iterator[tuple[slice, int]]:
 
 
 def _weights(q: Tensor, k_seen: Tensor, here: slice, scale: float) -> Tensor:
-    """softmax(scale q k^T) of the queries ``here``, the last of which sees all of ``k_seen`` (kv_heads, seen,
-    dim).
+    """softmax(scale q k^T) of the queries ``here``; the last of them sees all of ``k_seen`` (kv_heads, seen, dim).
 
     The query heads that share a key head are stacked along the rows: (kv_heads, group * rows, seen).
     """
@@ -233,13 +225,11 @@ def _stacked(x: Tensor, kv_heads: int) -> Tensor:
 def backward_segments(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, grouped: tuple[Family, ...], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of :func:`forward_segments` for ``grad`` (tokens, heads, dim), laid out like q, k
-    and v.
+    """Return the gradients of :func:`forward_segments` by q, k and v for ``grad`` (tokens, heads, dim).
 
-    With P = causal softmax(scale q k^T): dV = P^T dO; dP = dO V^T; dS = scale P (dP - rowsum(P dP)); dQ = dS
-    K; dK = dS^T Q. P is computed again, for ``ROWS`` queries at a time and only the keys they see: torch's
-    flash backward for CPUs takes three to five times as long at a few hundred tokens. No (length, length)
-    matrix ever exists. Contributions of several blocks to a key are summed in fp32.
+    With P = causal softmax(scale q k^T): dV = P^T dO; dP = dO V^T; dS = scale P (dP - rowsum(P dP));
+    dQ = dS K; dK = dS^T Q. P is computed again, for ``ROWS`` queries at a time and the keys they see: torch's
+    flash backward for CPUs takes three to five times as long. Sums over blocks are in fp32.
     """
     heads, _, dim = q.shape
     kv_heads = k.shape[0]

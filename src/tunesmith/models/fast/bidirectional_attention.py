@@ -1,10 +1,8 @@
-"""Attention of encoders over packed rows: no causal mask, each token attends to every token of its own
-segment.
+"""Attention of encoders over packed rows: each token attends to every token of its own segment.
 
-On a CPU with kernels_encoder.c one call computes all segments, forward or backward. Encoder rows are short:
-one torch call for each row, or products over a padded block, cost several times the arithmetic. At 384 tokens
-our pass still takes half as long as torch's. On other devices short segments are padded and computed
-together.
+On a CPU with kernels_encoder.c one call computes all segments, forward or backward. Encoder rows are short: a
+torch call for each, or products over a padded block, cost several times the arithmetic; at 384 tokens our
+pass still takes half as long as torch's. On other devices short segments are padded and computed together.
 """
 
 from __future__ import annotations

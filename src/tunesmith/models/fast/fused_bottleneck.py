@@ -1,9 +1,9 @@
 """An output projection and its bottleneck adapter as one matrix product, without rounding between the two.
 
 y = W x + b and y + U act(D y + d) + u equal [W, U] [x; act((D W) x + D b + d)] + b + u: the adapter is
-computed from x, and the product itself sums its update. bf16 would lose an update below half a unit in the
-last place of a rounded y at every step; U starts at zero, so at first the whole update would be lost. D W
-costs as much as a few hundred tokens, and autograd computes the gradients of D through it.
+computed from x, and the product itself sums its update. Added to a y rounded to bf16, an update below half a
+unit in the last place would be lost; U starts at zero, so at first all of it. D W costs as much as a few
+hundred tokens, and autograd computes the gradients of D through it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,7 @@ def is_bottleneck(module: nn.Module) -> bool:
 
 
 def projection(layer: BottleneckLayer) -> Forward | None:
-    """Return a forward of ``layer``, (..., in) -> (..., out); None unless its base is a plain frozen linear
-    layer.
+    """Return a forward of ``layer``, (..., in) -> (..., out), or None where its base is not linear or not frozen.
 
     Each call looks up which adapter is active, if any.
     """

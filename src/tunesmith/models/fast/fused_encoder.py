@@ -1,13 +1,11 @@
 """Faster layers of encoders on CPUs (bert, roberta, electra, distilbert), which ``fused_layers`` installs:
 
 * attention: q, k and v as one product over stacked weights, and all segments of the row in one pass;
-* mlp: the product as one function, since it may have a LoRA; GELU is torch's own, which our pass did not
-  beat;
+* mlp: the product as one function, since it may have a LoRA; our pass for GELU was no faster than torch's;
 * output: the product, then residual and layer norm as one pass, with the module's own dropout between them;
 * embeddings: the sum's last term and layer norm as one pass.
 
-The last layer has another forward: where a head reads few hidden states (the first of each row), everything
-after attention is computed for these alone.
+The last layer has a forward that computes only the hidden states that a head reads (the first of each row).
 """
 
 from __future__ import annotations
@@ -195,9 +193,9 @@ KINDS: dict[str, self_check.LayerKind] = {
 
 @dataclass(eq=False)
 class LastLayerForward:
-    """The forward of an encoder's last layer. With ``read`` (n,) it returns the hidden states at these
-    positions of its flattened tokens alone, (1, n, width), and computes everything after attention for them
-    alone.
+    """The forward of an encoder's last layer, which can be restricted to the positions ``read`` (n,).
+
+    It then returns (1, n, width), and computes everything after attention for these positions alone.
     """
 
     layer: BertLayer

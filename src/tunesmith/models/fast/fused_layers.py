@@ -1,16 +1,13 @@
 """Faster forwards for a model's layers, put on the loaded instances; each is checked before it is used.
 
-* every linear layer with a plain LoRA: one autograd function that saves only x and x A^T (peft saves more and
-  casts);
+* every linear layer with a plain LoRA: one autograd function that saves only x and x A^T;
 * a linear layer with a bottleneck adapter: one product for both (fused_bottleneck.py);
 * on a CPU the layers of encoders (fused_encoder.py);
-* on a CPU with the C passes of kernels.py: RMSNorm, SwiGLU, and attention with rotary embedding, with q/k/v
-  and gate/up each as one matrix product over stacked weights. The parameters become views of the stack, with
-  the same names and values.
+* on a CPU with kernels.py: RMSNorm, SwiGLU, and attention with rotary embedding, with q/k/v and gate/up each
+  as one product over stacked weights. The parameters become views of the stack: same names, same values.
 
 ``install`` replaces ``forward`` on module instances, never on a class, and returns a ``Fused`` that can
 switch back. A module of another structure, or whose output differs on a random input, keeps its own forward.
-``train.fast_path`` compares loss and gradients of the whole model.
 """
 
 from __future__ import annotations

@@ -158,11 +158,10 @@ def _to_bf16(bits: Tensor, h: Tensor) -> Tensor:
 
 
 def _to_fp16(bits: Tensor, h: Tensor) -> Tensor:
-    """Round fp32 ``bits`` (int64) with 32 random bits ``h``. fp16 is no part of fp32's bits: its exponent is
-    shorter.
+    """Round fp32 ``bits`` (int64) by random bits ``h``. fp16 is no part of fp32's bits: its exponent is shorter.
 
-    Below 2^-14 neighbouring fp16 numbers are 2^-24 apart, so how many bits are lost depends on the number.
-    Hence the distance of two neighbours is computed first; all else is exact.
+    Below 2^-14 fp16 numbers are 2^-24 apart, so the number of lost bits varies: the distance of two
+    neighbours is computed first, all else is exact.
     """
     exponent = ((bits >> 23) & 0xFF) - 127
     spacing = ((exponent.clamp_min(-14) - 10 + 127) << 23).to(torch.int32).view(torch.float32)

@@ -17,11 +17,9 @@ from tunesmith.models.network import attribute, has_attributes
 
 
 class Projection(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) B^T for x (tokens, in), W (out, in), A (r, in), B (out, r); B includes the LoRA
-    scaling.
+    """y = x W^T + b + (x A^T) B^T (Hu et al. 2021, equation 3): x (tokens, in), W (out, in), A (r, in), B (out, r).
 
-    Hu et al. 2021, equation 3. ``weights`` are the parameters whose stacked rows are W; each gets its part of
-    W's gradient.
+    B includes the scaling. ``weights``: the parameters whose stacked rows are W; each gets its part of W's gradient.
     """
 
     @staticmethod

@@ -25,11 +25,9 @@ def rotary_attention(
     prefix: PrefixCache | None = None,
     behind: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim); ``prefix``: virtual tokens before each
-    segment.
+    """qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim).
 
-    With a prefix the segments are longer: its rows have no query and no rotation, and their output is
-    dropped.
+    With a ``prefix`` before each segment, the segments are longer and the output of its rows is dropped.
     """
     layout = None if prefix is None else prefix.layout
     if prefix is None or layout is None:

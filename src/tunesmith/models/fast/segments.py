@@ -2,11 +2,8 @@
 
 A row consists of segments of ``segments`` tokens. ``behind`` holds for each the index of the segment that it
 continues, or -1: prefix, answer 1, answer 2 are (-1, 0, 0). An answer sees its prefix and, causally, itself,
-but no other answer. So each equals what it would be in a row ``prefix + answer``, and the prefix is computed
-once.
-
-A prefix and its first answer are one causal stretch, like a single segment. Only the further answers have
-keys that are not right before their queries.
+as in a row ``prefix + answer``, but no other answer. A prefix and its first answer are one causal run, like a
+single segment; the keys of further answers are not right before their queries.
 """
 
 from __future__ import annotations

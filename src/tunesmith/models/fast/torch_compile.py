@@ -1,5 +1,4 @@
-"""Layers compiled one by one (``torch.compile``): equal layers share one compiled form, whatever the length
-of a batch.
+"""Layers compiled one by one (``torch.compile``): equal layers share one compiled form for batches of any length.
 
 ``nn.Module.compile`` replaces how an instance is called and wraps nothing, so parameters keep their names.
 """
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
 
 RECOMPILE_LIMIT = 64
 """Compiled forms of one layer. torch's limit of 8 is less than the kinds of layers, times training and
-evaluation, times first layer and the rest. Above the limit torch runs uncompiled, with a line in a log that
-nobody reads."""
+evaluation, times first layer and the rest; above the limit torch silently runs uncompiled."""
 
 
 def named_layers(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -1,15 +1,12 @@
-"""Packed attention on a GPU: one kernel call for all segments of a row (torch's ``varlen_attn``:
-FlashAttention 2).
+"""Packed attention on a GPU: one call of torch's ``varlen_attn`` (FlashAttention 2) for all segments of a row.
 
-Registered with transformers under ``tunesmith_varlen``. ``attention.segment_attention`` takes the segment
-lengths as a tuple on the host. This function takes two keywords made once for each batch: ``cu_seqlens``
-(segments + 1,), int32 on the device, the boundaries of the segments, and ``longest``, the tokens of the
-longest one. So no layer waits for the device, and a compiled layer sees a tensor of varying length, not a
-tuple for which it would be compiled again. Sliding windows are exact here.
+Registered with transformers under ``tunesmith_varlen``. It takes two keywords made once for each batch:
+``cu_seqlens`` (segments + 1,), int32 on the device, the boundaries of the segments, and ``longest``, the
+tokens of the longest one. So no layer waits for the device, and a compiled layer sees a tensor of varying
+length, not a tuple for which it would be compiled again. Sliding windows are exact here.
 
-Where answers share a prefix (``segments.py``) a run of queries sees more keys than its own: three more
-keywords hold these keys and their boundaries. The kernel aligns the last query with the last key, as an
-answer after a prefix needs.
+Where answers share a prefix (``segments.py``) three more keywords hold the keys of all runs and their
+boundaries. The kernel aligns the last query with the last key, as an answer after a prefix needs.
 """
 
 from __future__ import annotations
@@ -54,11 +51,9 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def heads_fit(dim: int, value_dim: int, capability: tuple[int, int]) -> bool:
-    """Return whether the kernel takes heads of ``dim`` numbers: multiples of 8 up to 256, equally many in the
-    values.
+    """Return whether the kernel takes heads of ``dim`` numbers: multiples of 8 up to 256, as in the values.
 
-    Above 192 its backward needs more shared memory than some GPUs have (8.6, 8.9, 12.0), where torch refuses
-    them too.
+    Above 192 its backward needs more shared memory than some GPUs have (8.6, 8.9, 12.0).
     """
     if dim != value_dim or dim % 8 or dim > 256:
         return False
@@ -107,11 +102,7 @@ def with_gqa(kernel: Kernel) -> Kernel:
 
 
 def register(kernel: Kernel, capability: tuple[int, int]) -> None:
-    """Make ``attn_implementation="tunesmith_varlen"`` known to transformers, for a GPU of this compute
-    capability.
-
-    Like ``attention.register``, without a mask function.
-    """
+    """Make ``attn_implementation="tunesmith_varlen"`` known to transformers, like ``attention.register``."""
     AttentionInterface.register(NAME, attend_with(kernel, capability))
 
 
@@ -174,11 +165,9 @@ def gather_keys(x: Tensor, places: Tensor) -> Tensor:
 
 
 def self_test(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return how the kernel differs from plain attention on a small random input, gradients included, or
-    None.
+    """Return how the kernel and its gradients differ from plain attention on a small random input, or None.
 
-    The parity check of ``train.fast_path`` sees at most 192 tokens of a row, fewer than a window of
-    thousands.
+    The parity check of ``train.fast_path`` sees at most 192 tokens of a row, fewer than most windows.
     """
     generator = torch.Generator().manual_seed(0)
     lengths, dim = (37, 5, 90), 64

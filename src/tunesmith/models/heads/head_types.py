@@ -56,25 +56,20 @@ def require_class(config: PretrainedConfig, kind: str) -> None:
     name, causal = config.model_type, is_causal(config)
     if kind == "lm" and not causal:
         raise ModelError(
-            f"{name} is an encoder, in which a token attends to those after it; this objective predicts the next token.\n"
+            f"{name} is an encoder, and this objective, which predicts the next token, needs a decoder.\n"
             "  Take a decoder such as smollm2-135m, or objective: classify, tag or qa."
         )
     if kind != "lm" and attribute(config, "is_encoder_decoder"):
-        raise ModelError(
-            f"{name} is an encoder-decoder; expected an encoder or a decoder for this objective.\n"
-            "  Take an encoder such as bert, or a decoder such as smollm2-135m."
-        )
+        raise ModelError(f"{name} is an encoder-decoder. Take an encoder such as bert, or a decoder.")
     convolves = (attribute(config, "conv_kernel_size") or 0) > 0
     if kind != "lm" and not causal and (name in MIXES_PADDING or convolves):
         raise ModelError(
-            f"{name} mixes padding into the hidden states, so the prediction for a row would depend on the other rows "
-            "of its batch.\n  Take another encoder, such as bert."
+            f"{name} mixes padding into the hidden states, so predictions would depend on the other rows of a "
+            "batch.\n  Take another encoder, such as bert."
         )
     if type(config) not in mapping and CLASSES[kind] not in (attribute(config, "auto_map") or {}):
         needed = CLASSES[kind].removeprefix("AutoModel")
-        raise ModelError(
-            f"transformers has no {needed} for {name}, which this objective needs.\n  Take another model."
-        )
+        raise ModelError(f"transformers has no {needed} for {name}. Take another model.")
 
 
 def check_parts(model: PreTrainedModel) -> None:
@@ -86,8 +81,8 @@ def check_parts(model: PreTrainedModel) -> None:
     if unknown or body is model or all(submodule(model, name) is None for name in NEW_HEADS):
         reason = f"has {' and '.join(unknown)}" if unknown else "has no known output layer"
         raise ModelError(
-            f"the head of {type(model).__name__} {reason}: tunesmith cannot run such a head.\n"
-            "  Take another model: bert, roberta, deberta-v2, electra, distilbert, mpnet, albert, modernbert, or a decoder."
+            f"the head of {type(model).__name__} {reason}: tunesmith cannot run such a head.\n  Take another model: "
+            "bert, roberta, deberta-v2, electra, distilbert, mpnet, albert, modernbert, or a decoder."
         )
 
 

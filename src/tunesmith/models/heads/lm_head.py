@@ -94,23 +94,13 @@ def outputs_at(model: PreTrainedModel, batch: Batch) -> Tensor:
     cached = None if find is None else find(batch)
     if cached is not None:
         return cached
-    if _can_read_early(model, batch):
-        return _read_early(model, batch)
+    read, body = batch["positions"], base(model).base_model
+    few = "segments" in batch and 2 * len(read) <= batch["input_ids"].numel()
+    if few and not virtual_tokens.count(model) and fused_encoder.reads_early(body):
+        with noise.override(model, read=read):  # the last layer computes these positions alone
+            return body(**inputs(model, batch), read=read).last_hidden_state[0]
     hidden = hidden_states(model, batch).flatten(0, 1)
-    return hidden[batch["positions"].to(hidden.device)]
-
-
-def _can_read_early(model: PreTrainedModel, batch: Batch) -> bool:
-    """Whether few positions are read, and the last layer can compute them alone."""
-    few = "segments" in batch and 2 * len(batch["positions"]) <= batch["input_ids"].numel()
-    return few and not virtual_tokens.count(model) and fused_encoder.reads_early(base(model).base_model)
-
-
-def _read_early(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """:func:`outputs_at` by an encoder whose last layer gets the positions that are read."""
-    read = batch["positions"]
-    with noise.override(model, read=read):
-        return base(model).base_model(**inputs(model, batch), read=read).last_hidden_state[0]
+    return hidden[read.to(hidden.device)]
 
 
 def inputs(model: PreTrainedModel, batch: Batch) -> Batch:

@@ -100,11 +100,9 @@ class RowNoise:
 
 
 def random_bits(keys: Tensor, position: Tensor, width: int) -> Tensor:
-    """(rows, width) of 24 random bits, int64: element j of row i is a hash of ``keys[i]`` and ``position[i]``
-    * width + j.
+    """(rows, width) of 24 random bits: element j of row i hashes ``keys[i]`` and ``position[i]`` * width + j.
 
-    ``keys`` (rows, 2). The hash is the finaliser of MurmurHash3, twice; kernels_encoder.c has the same, bit
-    for bit.
+    ``keys`` (rows, 2), all int64. kernels_encoder.c has the same, bit for bit.
     """
     at = position[:, None] * width + torch.arange(width, device=position.device)
     h = kernels.mix_bits((at * 0x9E3779B1 + keys[:, :1]) & 0xFFFFFFFF)
@@ -187,18 +185,14 @@ def install(
 
 
 def switch_off(model: PreTrainedModel) -> list[str]:
-    """Switch all dropout of ``model`` off, for losses that need exact log-probs. Returns lines to print.
-
-    Many architectures (opt, xglm, biogpt, bloom) call a function and keep its rate as a number: any with
-    "drop" in its name.
-    """
+    """Switch all dropout of ``model`` off, for losses that need exact log-probs. Returns lines to print."""
     lines = _switch_off_attention_dropout(model)
     rates = set()
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             rates.add(module.p)
             module.p = 0.0
-        for name, rate in vars(module).items():
+        for name, rate in vars(module).items():  # opt, xglm, biogpt, bloom drop by a function
             if "drop" in name and isinstance(rate, float) and rate > 0:
                 rates.add(rate)
                 setattr(module, name, 0.0)
