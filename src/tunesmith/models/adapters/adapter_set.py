@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models.adapters import adapter_types
@@ -37,7 +37,7 @@ class AdapterFacts(TypedDict):
 
 
 def find(folder: str | Path) -> list[AdapterFacts]:
-    """Return the adapters in or under ``folder``, sorted by path. Raises UserError when there is no folder."""
+    """Return the adapters in or under ``folder``, sorted by path. Raises UserError if it does not exist."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"no folder called {folder}: name a folder with adapters in it, such as runs")
@@ -45,10 +45,7 @@ def find(folder: str | Path) -> list[AdapterFacts]:
 
 
 def _facts(path: Path) -> AdapterFacts:
-    facts: AdapterFacts = {
-        "path": str(path), "type": None, "r": None, "base": None, "parameters": None, "bytes": None,
-        "run": None, "eval_loss": None, "problem": None,
-    }  # fmt: skip
+    facts = cast(AdapterFacts, dict.fromkeys(AdapterFacts.__annotations__) | {"path": str(path)})
     try:
         config = headers.read_json(path / "adapter_config.json")
         files = headers.weight_files(path, "adapter_model")
@@ -122,9 +119,7 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
     types = {name: _switchable_type(name, folder, core.path) for name, folder in folders.items()}
     if len(set(types.values())) > 1:
         listed = ", ".join(f"{name} is {kind}" for name, kind in types.items())
-        raise UserError(
-            f"adapters loaded together must have the same type; {listed}. Load each alone with tunesmith.load."
-        )
+        raise UserError(f"adapters loaded together must have the same type; {listed}. Load each one alone.")
     _check_layers(folders)
     several = Adapters(load.load_model(core), {BASE: load.load_tokenizer(core)}, BASE)
     for name, folder in folders.items():
@@ -139,7 +134,7 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
 
 
 def _switchable_type(name: str, folder: Folder, base: Path) -> str:
-    """Return the type of an adapter of ``base``. Raises UserError, ModelError unless others can be loaded with it."""
+    """Return the type of an adapter of ``base``. Raises UserError, ModelError if it must be loaded alone."""
     if folder.base is None:
         raise UserError(f"{name}: {folder.path} is a full model, not an adapter. Name adapter folders.")
     record.check_base(folder.path, base)
@@ -163,7 +158,7 @@ def _switchable_type(name: str, folder: Folder, base: Path) -> str:
 
 
 def _check_layers(folders: Mapping[str, Folder]) -> None:
-    """Raise UserError where one adapter trained a whole layer in which another has parameters: peft has no room."""
+    """Raise UserError where one adapter trained a whole layer in which another has parameters."""
     layers = {name: _layers(folder.path) for name, folder in folders.items()}
     for name, folder in folders.items():
         saved = headers.read_json(folder.path / "adapter_config.json").get("modules_to_save") or []
@@ -172,8 +167,8 @@ def _check_layers(folders: Mapping[str, Folder]) -> None:
             inside = [layer for layer in names if any(module in f".{layer}." for module in whole)]
             if other != name and inside:
                 raise UserError(
-                    f"{name} trained the whole layer {inside[0]} (modules_to_save), in which {other} has parameters: "
-                    "the two cannot be loaded together.\n  Load them one by one with tunesmith.load."
+                    f"{name} trained the whole layer {inside[0]} (modules_to_save), and {other} has parameters in "
+                    "it: peft cannot load the two together.\n  Load them one by one with tunesmith.load."
                 )
 
 

@@ -29,7 +29,7 @@ TOLERANCE = 1e-3
 
 
 class OffsetLora:
-    """The forward of a LoRA layer, as a variant of peft's, whose factors are changes of ``start_A``, ``start_B``.
+    """A variant of peft's LoRA forward, for factors that are changes of ``start_A`` and ``start_B``.
 
     The starts are fp32 buffers, (r, in) and (out, r), that no checkpoint holds: a resumed run computes them
     from the base again and checks their :func:`start_sketch`.
@@ -94,7 +94,7 @@ def changed_start(model: PreTrainedModel, before: Mapping[str, list[float]]) -> 
 
 @dataclass(frozen=True)
 class Factors:
-    """The LoRA of a linear layer: parameters ``a`` (r, in), ``b`` (out, r), which are changes of any ``start``."""
+    """The LoRA of a linear layer, ``a`` (r, in) and ``b`` (out, r). With ``start`` they are changes of it."""
 
     a: nn.Parameter
     b: nn.Parameter
@@ -113,7 +113,7 @@ class Factors:
 
 
 def read(module: LoraLayer) -> Factors | None:
-    """Return the LoRA of a layer; None unless it is one active pair of factors without dropout, bias or DoRA."""
+    """Return the LoRA of a layer; None unless it is one active pair of factors, no dropout, bias or DoRA."""
     names = list(module.active_adapters)
     if len(names) != 1 or module.merged or names[0] not in module.lora_A or module.disable_adapters:
         return None

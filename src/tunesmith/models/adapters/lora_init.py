@@ -71,8 +71,8 @@ def write_plain(folder: Path, layers: Mapping[str, LoraLayer], rslora: bool) -> 
     """Convert the changes of factors saved in ``folder`` to a plain LoRA of twice the rank.
 
     B A - B0 A0 = dB A + B0 dA = [dB, B0] [A; dA]: no small difference of large numbers, so bf16 may be used
-    to load it. ``layers``: those of ``lora_factors.started_layers``. lora_alpha grows by the factor that keeps
-    the scaling: 2, or with rslora sqrt(2).
+    to load it. ``layers``: those of ``lora_factors.started_layers``. lora_alpha grows by the factor that
+    keeps the scaling: 2, or with rslora sqrt(2).
     """
     from safetensors.torch import load_file, save_file
 

@@ -15,7 +15,7 @@ Keywords: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """``ahead`` virtual tokens before each segment or row; the text with its virtual tokens is called extended.
+    """``ahead`` virtual tokens before each segment or row. The text with virtual tokens is called extended.
 
     Either ``segments`` are lengths on the host, or there are two index tensors on the device. ``source``: for
     each extended position an index into the virtual tokens followed by the text. ``place``: the extended
@@ -31,7 +31,7 @@ class Layout:
 
     @staticmethod
     def of(keywords: Keywords, ahead: int, tokens: int) -> Layout | None:
-        """Return the layout of a packed row of ``tokens``, by keywords of attention; None for a padded batch."""
+        """Return the layout of a packed row, by the keywords of its attention; None for a padded batch."""
         if keywords.get("segments") is not None:
             return _from_segments(keywords["segments"], ahead)
         if keywords.get("cu_seqlens") is not None:

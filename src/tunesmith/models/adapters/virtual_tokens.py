@@ -1,4 +1,4 @@
-"""Virtual tokens before every row: trained embeddings (prompt tuning), trained keys and values (prefix tuning).
+"""Virtual tokens before every row: trained embeddings (prompt tuning) or keys and values (prefix tuning).
 
 peft stores them and their files, but its forward takes one row at a time and refuses packed rows and
 checkpointing. Here every packed segment and every padded row has its own virtual tokens, and equals what peft
@@ -67,7 +67,7 @@ def _forward_of(model: PreTrainedModel) -> VirtualTokenForward | None:
 
 
 def count(model: PreTrainedModel) -> int:
-    """Return the positions that virtual tokens take before each row; 0 where there are none, or they are off."""
+    """Return the positions that virtual tokens take before each row; 0 if there are none, or they are off."""
     forward = _forward_of(model)
     return forward.count if forward else 0
 
@@ -213,7 +213,7 @@ class VirtualTokenForward:
         mask = keywords.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise ModelError(
-                f"virtual tokens need an attention mask of (batch, tokens), and this one has {mask.dim()} dimensions"
+                f"virtual tokens need an attention mask of (batch, tokens), got {mask.dim()} dimensions"
             )
         if not self.count:
             return self._run(input_ids, **keywords)

@@ -1,9 +1,9 @@
 """Attention over packed rows: several sequences side by side in one row, each seeing only itself.
 
-A model calls it once per layer through transformers' ``AttentionInterface``; the segment lengths arrive as the
-keyword ``segments`` of its forward. It refuses whatever else a model passes to attention (a sliding window
-shorter than a segment, a soft cap, a position bias): the caller then pads. With the keyword ``behind``
-answers share a prefix (``segments.py``).
+A model calls it once per layer through transformers' ``AttentionInterface``; the segment lengths arrive as
+the keyword ``segments`` of its forward. It refuses whatever else a model passes to attention (a sliding
+window shorter than a segment, a soft cap, a position bias): the caller then pads. With the keyword
+``behind`` answers share a prefix (``segments.py``).
 
 It serves CPUs, fp32 on a GPU, and GPUs before Ampere; ``varlen.py`` serves other GPUs. On a CPU with
 ``kernels.py`` both passes are our own, elsewhere there is one ``scaled_dot_product_attention`` call for each
@@ -74,7 +74,7 @@ def check_arguments(
     dropout: float,
     others: Mapping[str, object],
 ) -> None:
-    """Raise CannotPack for arguments that packed attention does not support, and other keywords (``others``)."""
+    """Raise CannotPack for arguments and ``others`` (keywords) that packed attention does not support."""
     unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
     if unknown:
         raise CannotPack(f"its attention uses {', '.join(unknown)}")
@@ -207,7 +207,7 @@ def _blocks(run: Run) -> Iterator[tuple[slice, int]]:
 
 
 def _weights(q: Tensor, k_seen: Tensor, here: slice, scale: float) -> Tensor:
-    """softmax(scale q k^T) of the queries ``here``; the last of them sees all of ``k_seen`` (kv_heads, seen, dim).
+    """softmax(scale q k^T) of the queries ``here``; the last sees all of ``k_seen`` (kv_heads, seen, dim).
 
     The query heads that share a key head are stacked along the rows: (kv_heads, group * rows, seen).
     """

@@ -26,7 +26,8 @@ FEW = 256
 
 
 class Appended(torch.autograd.Function):
-    """y = [x, a] [W, U]^T + b: x (tokens, in), a (tokens, size), frozen W (out, in), U (out, size), b (out,)."""
+    """y = [x, a] [W, U]^T + b: x (tokens, in), a (tokens, size), frozen W (out, in), U (out, size), b (out,)
+    or None."""
 
     @staticmethod
     def forward(
@@ -53,7 +54,7 @@ def is_bottleneck(module: nn.Module) -> bool:
 
 
 def projection(layer: BottleneckLayer) -> Forward | None:
-    """Return a forward of ``layer``, (..., in) -> (..., out), or None where its base is not linear or not frozen.
+    """Return a forward of ``layer``, (..., in) -> (..., out); None unless its base is linear and frozen.
 
     Each call looks up which adapter is active, if any.
     """

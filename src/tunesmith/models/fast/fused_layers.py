@@ -89,7 +89,7 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
 def _fused_forward(
     module: nn.Module, dtype: torch.dtype, stack: bool, rejected: set[type]
 ) -> tuple[str, Forward] | None:
-    """Return kind and forward of a module by the C passes; ``rejected`` gets a class whose forward differs."""
+    """Return kind and forward of a module by the C passes; add a class that differs to ``rejected``."""
     for kind, (make, arguments) in (KINDS | fused_encoder.KINDS).items():
         if kind != "norm" and not stack and _trains_base_weights(module):
             continue
@@ -228,11 +228,9 @@ def _attention(module: nn.Module) -> Forward | None:
         prefix = past_key_values if isinstance(past_key_values, PrefixCache) else None
         other = attention_mask is not None or past_key_values is not prefix or hidden_states.shape[0] != 1
         other = other or position_embeddings is None or (prefix is not None and behind is not None)
-        window = attribute(windowed, "sliding_window")
+        window, virtual = attribute(windowed, "sliding_window"), 0 if prefix is None else len(prefix.rows)
         if segments is not None and window is not None:
-            other = other or window < most_keys(segments, behind) + (
-                0 if prefix is None else len(prefix.rows)
-            )
+            other = other or window < most_keys(segments, behind) + virtual
         if other or segments is None or position_embeddings is None:
             kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
             kwargs |= {"position_embeddings": position_embeddings, "segments": segments, "behind": behind}

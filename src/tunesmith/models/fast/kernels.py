@@ -81,7 +81,7 @@ def available(tensor: Tensor) -> bool:
 
 
 def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float) -> None:
-    """Call the C function ``name`` for ``dtype``, or for no dtype. Tensors must have the layout it expects."""
+    """Call the C function ``name`` for ``dtype`` (None: it has one form). Nothing checks the tensors' layout."""
     loaded = library()
     assert loaded is not None, "callers ask available() first"
     _call(loaded, name if dtype is None else f"{name}_{SUFFIX[dtype]}", *arguments)
@@ -158,7 +158,7 @@ def _to_bf16(bits: Tensor, h: Tensor) -> Tensor:
 
 
 def _to_fp16(bits: Tensor, h: Tensor) -> Tensor:
-    """Round fp32 ``bits`` (int64) by random bits ``h``. fp16 is no part of fp32's bits: its exponent is shorter.
+    """Round fp32 ``bits`` (int64) by random bits ``h``. fp16 has a shorter exponent than fp32.
 
     Below 2^-14 fp16 numbers are 2^-24 apart, so the number of lost bits varies: the distance of two
     neighbours is computed first, all else is exact.

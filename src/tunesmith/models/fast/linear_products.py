@@ -17,9 +17,9 @@ from tunesmith.models.network import attribute, has_attributes
 
 
 class Projection(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) B^T (Hu et al. 2021, equation 3): x (tokens, in), W (out, in), A (r, in), B (out, r).
+    """y = x W^T + b + (x A^T) B^T: x (tokens, in), W (out, in), A (r, in), B (out, r) with the LoRA scaling.
 
-    B includes the scaling. ``weights``: the parameters whose stacked rows are W; each gets its part of W's gradient.
+    Hu et al. 2021, equation 3. ``weights`` are the parameters whose rows, stacked, are W.
     """
 
     @staticmethod
@@ -154,7 +154,7 @@ def stack_linears(modules: Sequence[nn.Module]) -> StackedLinears | None:
 
 
 def output_forward(module: nn.Module) -> Forward | None:
-    """Return a forward of a linear layer, plain or with a LoRA or bottleneck adapter; None for other layers."""
+    """Return a forward of a linear layer, plain or with a LoRA or bottleneck; None for other layers."""
     if fused_bottleneck.is_bottleneck(module):
         return fused_bottleneck.projection(module)
     linear = stack_linears([module])

@@ -1,4 +1,4 @@
-"""Layers compiled one by one (``torch.compile``): equal layers share one compiled form for batches of any length.
+"""Layers compiled one by one (``torch.compile``): equal layers share one form for batches of any length.
 
 ``nn.Module.compile`` replaces how an instance is called and wraps nothing, so parameters keep their names.
 """

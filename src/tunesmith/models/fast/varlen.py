@@ -1,4 +1,4 @@
-"""Packed attention on a GPU: one call of torch's ``varlen_attn`` (FlashAttention 2) for all segments of a row.
+"""Packed attention on a GPU: one call of torch's ``varlen_attn`` (FlashAttention 2) for all segments.
 
 Registered with transformers under ``tunesmith_varlen``. It takes two keywords made once for each batch:
 ``cu_seqlens`` (segments + 1,), int32 on the device, the boundaries of the segments, and ``longest``, the
@@ -160,7 +160,7 @@ def _window_size(window: int | None, causal: bool) -> tuple[int, int]:
 
 
 def gather_keys(x: Tensor, places: Tensor) -> Tensor:
-    """``x`` (tokens, heads, dim) at ``places``, through fp32, in which gradients of shared keys are summed."""
+    """``x`` (tokens, heads, dim) at ``places``, through fp32: gradients of shared keys are summed in it."""
     return x.float().index_select(0, places).to(x.dtype)
 
 

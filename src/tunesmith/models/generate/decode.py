@@ -78,7 +78,7 @@ def generate(
     """Return one answer for each prompt, in order.
 
     ``model``: a name or folder, or a pair (model, tokenizer). ``plain``: prompts are text to continue even if
-    there is a chat template. ``on_answer(row, answer)`` is called for each answer. ``settings``: the fields of
+    there is a chat template. ``on_answer(row, answer)`` is called for each answer. ``settings``: fields of
     ``Settings``. Raises ModelError, and UserError for a prompt that is empty or fills the model's window.
     """
     if batch_size < 1:
@@ -171,7 +171,7 @@ def _steps(
     settings: Settings,
     rows: Sequence[int],
 ) -> Iterator[Step]:
-    """Yield the steps of all prompts: in one batch, or prompt by prompt where a batch would change answers."""
+    """Yield the steps of all prompts: in one batch, or one by one where a batch would change answers."""
     core = _core(model)
     stop = stop_ids(core, tokenizer) if settings.stop is None else settings.stop
     limits = _limits(core, prompts, settings.max_new_tokens)
@@ -238,7 +238,7 @@ def _decode(
 
 
 def choose(logits: Tensor, settings: Settings, uniform: Tensor | None) -> Tensor:
-    """Choose a token for each row of ``logits`` (rows, vocab); ``uniform`` (rows,) in [0, 1), None for greedy.
+    """Choose a token for each row of ``logits`` (rows, vocab). ``uniform`` (rows,) in [0, 1); None = greedy.
 
     Filters in transformers' order: temperature, top_k, top_p (Holtzman et al., arXiv:1904.09751).
     """
@@ -303,9 +303,7 @@ def check_writes(model: PreTrainedModel) -> None:
     """Raise ModelError for a model with another head than that of a language model."""
     name = type(base(model)).__name__
     if head_types.kind_of(name) != "lm":
-        raise ModelError(
-            f"this model is a {name}, which generates no text. Use tunesmith predict (score for a reward model)."
-        )
+        raise ModelError(f"this model is a {name}, which generates no text. Use tunesmith predict or score.")
 
 
 def _load(model: str | Path | Loaded) -> Loaded:

@@ -53,7 +53,7 @@ class RowNoise:
     read: Tensor | None = None
 
     def drop(self, x: Tensor, p: float, layer: int) -> Tensor:
-        """Inverted dropout of ``x``: (1, tokens, width) packed, (rows, longest, width) padded, or ``read``."""
+        """Inverted dropout of ``x``: packed (1, tokens, width), padded (rows, longest, width) or ``read``."""
         if not self.rows:  # the parity check, before the first step
             return x
         tokens = x.shape[:-1].numel()
