@@ -95,7 +95,7 @@ def test_nothing_is_drawn_for_a_model_that_drops_nothing():
 
 
 def test_neftune_changes_training_and_leaves_no_trace_in_the_saved_model(tmp_path):
-    made = recipe(tmp_path)
+    made = recipe(tmp_path, max_steps=1, count=5)
     plain = tunesmith.train(made, out=tmp_path / "plain")
     made["train"]["neftune_noise_alpha"] = ALPHA
     noisy = tunesmith.train(made, out=tmp_path / "noisy")
@@ -105,9 +105,9 @@ def test_neftune_changes_training_and_leaves_no_trace_in_the_saved_model(tmp_pat
 
 
 def test_a_resumed_run_draws_what_the_undisturbed_one_drew(tmp_path, monkeypatch):
-    made = recipe(tmp_path, neftune_noise_alpha=ALPHA, gradient_checkpointing=True, save_steps=2)
+    made = recipe(tmp_path, neftune_noise_alpha=ALPHA, gradient_checkpointing=True, save_steps=1, max_steps=2, count=6)
     straight = tunesmith.train(made, out=tmp_path / "straight")
-    killed_before(4, made, tmp_path / "killed")
+    killed_before(2, made, tmp_path / "killed")
     resumed = tunesmith.train(made, out=tmp_path / "killed", resume=True)
     assert history(tmp_path / "killed") == history(tmp_path / "straight")
     assert apart(weights(straight["model_dir"]), weights(resumed["model_dir"])) == 0

@@ -28,7 +28,7 @@ KINDS = {
     "IA3": Kind(switchable=True, prefix="ia3_"),
     "BOTTLENECK": Kind(
         switchable=True,
-        unmergeable="a non-linearity in a layer, which no weight can replace, so it cannot be merged.\n"
+        unmergeable="a layer with a non-linearity, which no weight can replace, so it cannot be merged.\n"
         "  Use the adapter as it is: every verb opens its folder.",
         prefix="bottleneck_",
     ),

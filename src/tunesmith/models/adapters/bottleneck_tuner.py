@@ -188,10 +188,9 @@ def register() -> None:
 def sublayers(model: PreTrainedModel, variant: str) -> list[str]:
     """Return the names of the output projections that ``variant`` adapts, in the order of the network.
 
-    They are found by structure, not by name. A layer of transformers is a ``GradientCheckpointingLayer``. The
-    module of an ``...Attention`` class in it is its attention, the rest its feed-forward. The output
-    projection is the linear layer that returns to the hidden width. Raises RecipeError for a network with a
-    layer of another structure.
+    They are found by structure: a layer is a ``GradientCheckpointingLayer``, the module of an ``...Attention``
+    class in it is its attention, the rest its feed-forward, and the output projection is the linear layer that
+    returns to the hidden width. Raises RecipeError for a network with a layer of another structure.
     """
     config = model.config.get_text_config()
     layers = torch_compile.named_layers(model)
@@ -211,23 +210,18 @@ def _output_projections(model: PreTrainedModel, prefix: str, layer: nn.Module, w
     attentions = [name for name in named if not any(name.startswith(f"{other}.") for other in named)]
     if len(attentions) != 1:
         raise _unrecognised(model, f"{prefix} has {len(attentions)} attentions")
-    inside = f"{attentions[0]}."
-    linears = dict(_linears(layer))
-    attention = [name for name in linears if name.startswith(inside) and linears[name][1] == width]
-    forward = [name for name in linears if not name.startswith(inside) and linears[name][1] == width]
+    inside, linears = f"{attentions[0]}.", dict(_linears(layer))
     known = (inside, *(f"{linear}." for linear in linears))
-    others = [
-        name for name, weight in layer.named_parameters() if weight.dim() > 1 and not name.startswith(known)
-    ]
+    matrices = [name for name, weight in layer.named_parameters() if weight.dim() > 1]
+    others = [name for name in matrices if not name.startswith(known)]
     if others:
-        raise _unrecognised(
-            model, f"{prefix} has the weight {min(others)}, which is in no linear layer (experts?)"
-        )
+        raise _unrecognised(model, f"{prefix} has a weight in no linear layer (experts?): {min(others)}")
+    outputs = [name for name, (_, out) in linears.items() if out == width]
+    attention = [name for name in outputs if name.startswith(inside)]
+    forward = [name for name in outputs if not name.startswith(inside)]
     if not attention or len(forward) != 1:
         found = f"{len(attention)} linear layers of its attention and {len(forward)} of its feed-forward"
-        raise _unrecognised(
-            model, f"in {prefix} {found} have {width} outputs, expected at least 1 and exactly 1"
-        )
+        raise _unrecognised(model, f"in {prefix} {found} have {width} outputs, expected at least 1 and 1")
     # queries, keys and values may have the hidden width too; the output projection is defined after them
     return {"attention": f"{prefix}.{attention[-1]}", "feed-forward": f"{prefix}.{forward[0]}"}
 
