@@ -267,7 +267,7 @@ def test_the_self_test_sees_a_kernel_that_aligns_the_first_query_with_the_first_
 def test_compiled_layers_take_a_shared_prefix():
     torch._dynamo.reset()
     varlen.register(varlen.with_gqa(standin.traceable), (9, 0))
-    model = tiny_model("llama").train()
+    model = tiny_model("llama", num_hidden_layers=1).train()
     model.set_attn_implementation(varlen.NAME)
     expected = [outputs_and_gradients(model, rows, True) for rows in (FEW, FEW[:3])]
     torch_compile.enable(model, backend="aot_eager")

@@ -30,10 +30,8 @@ def random_input(
     module: nn.Module, dtype: torch.dtype, generator: torch.Generator | None = None
 ) -> Arguments:
     """Return hidden states (1, 8, width) for a module, whose first linear layer or weight has the width."""
-    widths = (attribute(layer, "in_features") for layer in module.modules())
-    width = (
-        next((width for width in widths if width is not None), None) or attribute(module, "weight").shape[-1]
-    )
+    widths = [attribute(layer, "in_features") for layer in module.modules()]
+    width = next((width for width in widths if width), None) or attribute(module, "weight").shape[-1]
     return (torch.randn(1, 8, width, generator=generator or seeded()).to(dtype),), {}
 
 

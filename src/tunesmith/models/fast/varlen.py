@@ -27,6 +27,7 @@ from tunesmith.models.fast.segments import families
 
 NAME = "tunesmith_varlen"
 HALVES = (torch.float16, torch.bfloat16)
+TEST_SCALE = 0.1
 TOLERANCE = 2e-2
 """Largest difference from plain attention in the self-test, as a share of the norm. bf16 has 8 bits: 4e-3."""
 
@@ -164,6 +165,10 @@ def gather_keys(x: Tensor, places: Tensor) -> Tensor:
     return x.float().index_select(0, places).to(x.dtype)
 
 
+Case: TypeAlias = tuple[int | None, bool, tuple[int, ...] | None]
+"""Sliding window, whether attention is causal, and ``behind``."""
+
+
 def self_test(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return how the kernel and its gradients differ from plain attention on a small random input, or None.
 
@@ -175,22 +180,17 @@ def self_test(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str |
         torch.randn(sum(lengths), heads, dim, generator=generator).to(device, dtype).requires_grad_()
         for heads in (4, 2, 2, 4)
     )
-    shared = (-1, 0, 0)
-    cases = [
-        (None, True, None),
-        (16, True, None),
-        (None, False, None),
-        (None, True, shared),
-        (64, True, shared),
-    ]
-    for window, causal, behind in cases:
+    cases: list[Case] = [(None, True, None), (16, True, None), (None, False, None)]
+    cases += [(window, True, (-1, 0, 0)) for window in (None, 64)]
+    for case in cases:
+        window, causal, behind = case
         given = boundaries(lengths, device, behind)
         cuts, longest, keys, values = given["cu_seqlens"], given["longest"], k, v
         if behind is not None:
             keys, values = (gather_keys(x, given["key_places"]) for x in (k, v))
         ends = cuts, given.get("cu_seqlens_k", cuts), longest, given.get("longest_k", longest)
-        ours = kernel(q, keys, values, *ends, scale=0.1, window_size=_window_size(window, causal))
-        theirs = plain_attention(q.float(), k.float(), v.float(), lengths, 0.1, window, causal, behind)
+        ours = kernel(q, keys, values, *ends, scale=TEST_SCALE, window_size=_window_size(window, causal))
+        theirs = plain_attention([x.float() for x in (q, k, v)], lengths, case)
         gradients = (torch.autograd.grad(out, (q, k, v), grad.to(out.dtype)) for out in (ours, theirs))
         for got, expected in [(ours.detach(), theirs.detach()), *zip(*gradients, strict=True)]:
             difference = float((got.float() - expected.float()).norm() / expected.float().norm())
@@ -201,32 +201,18 @@ def self_test(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str |
     return None
 
 
-def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: tuple[int, ...],
-    scale: float,
-    window: int | None,
-    causal: bool = True,
-    behind: tuple[int, ...] | None = None,
-) -> Tensor:
+def plain_attention(qkv: list[Tensor], lengths: tuple[int, ...], case: Case) -> Tensor:
     """Return the same attention by its formula, softmax(scale q k^T + mask) v, over (tokens, heads, dim)."""
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
-    place = torch.arange(len(owner), device=q.device)
-    seen = owner[:, None] == owner[None, :]
-    if behind is not None:
-        ahead = torch.tensor(behind, device=q.device)[owner]
-        seen |= ahead[:, None] == owner[None, :]
-        # answers continue where their prefix ended
-        sizes = torch.tensor([0, *lengths], device=q.device)
-        place = place - sizes.cumsum(0)[owner] + torch.where(ahead < 0, 0, sizes[ahead + 1])
-    distance = place[:, None] - place[None, :]
-    if causal:
-        seen &= distance >= 0
-    if window is not None:
-        seen &= distance < window
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
-    scores = (q.transpose(0, 1) @ k.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(0, 1)
+    window, causal, behind = case
+    q, k, v = (x.transpose(0, 1) for x in qkv)
+    group = len(q) // len(k)
+    parts = []
+    for family in families(lengths, behind):
+        for run in family.runs:
+            keys, values = (family.keys(x, run).repeat_interleave(group, dim=0) for x in (k, v))
+            query = torch.arange(run.length, device=q.device)[:, None] + run.ahead
+            distance = query - torch.arange(run.keys, device=q.device)[None]
+            unseen = ((distance < 0) & causal) | (window is not None and distance >= window)
+            scores = q[:, run.start : run.start + run.length] @ keys.transpose(1, 2) * TEST_SCALE
+            parts.append(scores.masked_fill(unseen, float("-inf")).softmax(-1) @ values)
+    return torch.cat(parts, dim=1).transpose(0, 1)
