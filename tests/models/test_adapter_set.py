@@ -1,4 +1,4 @@
-"""Which adapters lie under a folder, and several on one base."""
+"""Adapters found under a folder, and several adapters on one base."""
 
 from __future__ import annotations
 

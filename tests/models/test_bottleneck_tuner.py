@@ -1,4 +1,4 @@
-"""Bottleneck adapters as a tuner of peft: where they stand, what they compute, and that peft's own verbs hold for them."""
+"""Bottleneck adapters as a tuner of peft: which layers have one, what they compute, and that peft's own functions work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoders beside bert's family: padded where they cannot be packed, with their own heads, or refused by name before any step."""
+"""Encoders besides the bert family: padded where they cannot be packed, run with their own heads, or refused by name."""
 
 import json
 from pathlib import Path

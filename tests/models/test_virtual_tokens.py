@@ -1,4 +1,4 @@
-"""Virtual tokens: each packed segment, each padded row and each generated answer is what peft makes of that row alone."""
+"""Virtual tokens: each packed segment, padded row and generated answer equals what peft computes for that row alone."""
 
 from __future__ import annotations
 

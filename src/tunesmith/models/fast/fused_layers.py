@@ -61,8 +61,7 @@ class Fused:
 def install(model: nn.Module, stack: bool = True) -> Fused:
     """Replace the forwards of ``model`` that have a faster form, and return the record of them, enabled.
 
-    ``stack``: whether the memory of trained weights may be rearranged. If not, layers that would do so keep
-    their forward.
+    ``stack``: whether the memory of trained weights may be rearranged; if not, such layers keep their forward.
     """
     fused = Fused()
     rejected: set[type] = set()
@@ -90,7 +89,7 @@ def _fused_forward(
     module: nn.Module, dtype: torch.dtype, stack: bool, rejected: set[type]
 ) -> tuple[str, Forward] | None:
     """Return kind and forward of a module by the C passes; add a class that differs to ``rejected``."""
-    for kind, (make, arguments) in (KINDS | fused_encoder.KINDS).items():
+    for kind, (make, arguments) in KINDS.items():
         if kind != "norm" and not stack and _trains_base_weights(module):
             continue
         forward = make(module)
@@ -104,14 +103,10 @@ def _fused_forward(
 
 def _linear_forward(module: nn.Module) -> tuple[str, Forward] | None:
     """Return kind and forward of a linear layer with a LoRA or a bottleneck adapter."""
-    if linear_products.is_lora(module) and (linear := linear_products.stack_linears([module])) is not None:
-        return "lora", linear.forward
-    if (
-        fused_bottleneck.is_bottleneck(module)
-        and (forward := fused_bottleneck.projection(module)) is not None
-    ):
-        return "bottleneck", forward
-    return None
+    kinds = {"lora": linear_products.is_lora, "bottleneck": fused_bottleneck.is_bottleneck}
+    kind = next((kind for kind, recognises in kinds.items() if recognises(module)), None)
+    forward = None if kind is None else linear_products.output_forward(module)
+    return None if kind is None or forward is None else (kind, forward)
 
 
 def _trains_base_weights(module: nn.Module) -> bool:
@@ -256,4 +251,5 @@ KINDS: dict[str, self_check.LayerKind] = {
     "attention": (_attention, _attention_input),
     "mlp": (_mlp, self_check.random_input),
     "norm": (_norm, self_check.random_input),
+    **fused_encoder.KINDS,
 }
