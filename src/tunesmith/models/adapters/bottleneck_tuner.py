@@ -206,8 +206,7 @@ def sublayers(model: PreTrainedModel, variant: str) -> list[str]:
 
 def _output_projections(model: PreTrainedModel, prefix: str, layer: nn.Module, width: int) -> dict[str, str]:
     """Return sublayer -> name of its output projection, in one layer of the network."""
-    named = [name for name, part in layer.named_modules() if name and "Attention" in type(part).__name__]
-    attentions = [name for name in named if not any(name.startswith(f"{other}.") for other in named)]
+    attentions = _attentions(layer)
     if len(attentions) != 1:
         raise _unrecognised(model, f"{prefix} has {len(attentions)} attentions")
     inside, linears = f"{attentions[0]}.", dict(_linears(layer))
@@ -224,6 +223,12 @@ def _output_projections(model: PreTrainedModel, prefix: str, layer: nn.Module, w
         raise _unrecognised(model, f"in {prefix} {found} have {width} outputs, expected at least 1 and 1")
     # queries, keys and values may have the hidden width too; the output projection is defined after them
     return {"attention": f"{prefix}.{attention[-1]}", "feed-forward": f"{prefix}.{forward[0]}"}
+
+
+def _attentions(layer: nn.Module) -> list[str]:
+    """Return the names of the attentions in a layer, none inside another."""
+    named = [name for name, part in layer.named_modules() if name and "Attention" in type(part).__name__]
+    return [name for name in named if not any(name.startswith(f"{outer}.") for outer in named)]
 
 
 def _linears(layer: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:

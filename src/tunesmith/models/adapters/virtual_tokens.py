@@ -118,11 +118,12 @@ def attentions(core: PreTrainedModel) -> list[nn.Module]:
     return modules
 
 
-def keys_and_values(encoder: PrefixEncoder, layer: int, width: int) -> Tensor:
+def _layer_rows(model: PeftModel, layer: int) -> Tensor:
     """Return (virtual, 2 width): a layer's keys, then its values, of all key heads side by side.
 
     With a projection (Li and Liang 2021, section 4.3) only this layer's part of it is computed.
     """
+    encoder, width = model.prompt_encoder[model.active_adapter], model.active_peft_config.token_dim
     part = slice(2 * layer * width, (2 * layer + 2) * width)
     weight: Tensor = encoder.embedding.weight
     if not network.has_attributes(encoder, "transform"):
@@ -182,15 +183,10 @@ class _PrefixHook:
         if self.model._adapters_disabled or kwargs.get("past_key_values") is not None:
             return None
         config = self.model.active_peft_config
-        rows = _rows(self.model, self.layer)
+        rows = _layer_rows(self.model, self.layer)
         tokens = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[1]
         layout = Layout.of(kwargs, config.num_virtual_tokens, tokens)
         return args, {**kwargs, "past_key_values": PrefixCache(rows, config.num_attention_heads, layout)}
-
-
-def _rows(model: PeftModel, layer: int) -> Tensor:
-    encoder = model.prompt_encoder[model.active_adapter]
-    return keys_and_values(encoder, layer, model.active_peft_config.token_dim)
 
 
 @dataclass(eq=False)
@@ -257,7 +253,8 @@ class VirtualTokenForward:
         cache = keywords["past_key_values"]
         if not cache.get_seq_length():
             for layer in range(config.num_layers):
-                pair = _heads(_rows(self.model, layer).to(self.body.dtype), config.num_attention_heads)
+                rows = _layer_rows(self.model, layer).to(self.body.dtype)
+                pair = _heads(rows, config.num_attention_heads)
                 cache.update(*(x.expand(len(text), -1, -1, -1) for x in pair), layer)
         return self._run(input_ids, **keywords)
 

@@ -8,7 +8,7 @@ hundred tokens, and autograd computes the gradients of D through it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Appended(torch.autograd.Function):
         )
 
 
-def is_bottleneck(module: nn.Module) -> bool:
+def is_bottleneck(module: nn.Module) -> TypeGuard[BottleneckLayer]:
     return has_attributes(module, "bottleneck_up", "base_layer")
 
 

@@ -133,7 +133,8 @@ def stack_linears(modules: Sequence[nn.Module]) -> StackedLinears | None:
     if scales is None:
         return None
     for module in modules:
-        base = module.base_layer if is_lora(module) or ia3_layers.is_scaled(module) else module
+        adapted = is_lora(module) or ia3_layers.is_scaled(module)
+        base = attribute(module, "base_layer") if adapted else module
         lora = lora_factors.read(module) if is_lora(module) else None
         if is_lora(module) and lora is None:
             return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -33,9 +34,15 @@ class Run:
 class Family:
     """``length`` tokens from ``start`` that see only each other; a prefix, if any, begins at ``start``."""
 
-    start: int
-    length: int
     runs: tuple[Run, ...]
+
+    @property
+    def start(self) -> int:
+        return self.runs[0].start
+
+    @property
+    def length(self) -> int:
+        return self.runs[-1].start + self.runs[-1].length - self.start
 
     def keys(self, x: Tensor, run: Run) -> Tensor:
         """Return the keys or values that ``run`` sees: (heads, tokens, dim) -> (heads, run.keys, dim)."""
@@ -52,30 +59,23 @@ def families(segments: tuple[int, ...], behind: tuple[int, ...] | None = None) -
     if behind is None:
         behind = (-1,) * len(segments)
     if len(behind) != len(segments):
-        raise ValueError(
-            f"behind has {len(behind)} numbers for {len(segments)} segments; expected one for each"
-        )
+        raise ValueError(f"behind has {len(behind)} numbers; expected {len(segments)}, one for each segment")
     grouped: list[list[Run]] = []
-    start, first = 0, -1  # first: the segment with which the current family begins
-    for number, (length, before) in enumerate(zip(segments, behind, strict=True)):
+    first = -1  # the segment with which the current family begins
+    for number, (start, length, before) in enumerate(zip(accumulate(segments, initial=0), segments, behind)):
         if before < 0:
             grouped.append([Run(start, length, 0)])
             first = number
         elif before != first:
             raise ValueError(
-                f"behind[{number}] is {before}; expected -1, or {first}, the last segment with -1"
+                f"behind[{number}] is {before}; expected -1 or {first}, the last segment with -1"
             )
         elif number == first + 1:
             begin = grouped[-1][0].start
             grouped[-1] = [Run(begin, start + length - begin, 0)]
         else:
             grouped[-1].append(Run(start, length, segments[first]))
-        start += length
-    ends = [runs[-1].start + runs[-1].length for runs in grouped]
-    return tuple(
-        Family(runs[0].start, end - runs[0].start, tuple(runs))
-        for runs, end in zip(grouped, ends, strict=True)
-    )
+    return tuple(Family(tuple(runs)) for runs in grouped)
 
 
 def most_keys(segments: tuple[int, ...], behind: tuple[int, ...] | None = None) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ TEST_SCALE = 0.1
 TOLERANCE = 2e-2
 """Largest difference from plain attention in the self-test, as a share of the norm. bf16 has 8 bits: 4e-3."""
 
-Kernel: TypeAlias = Callable[..., Tensor]
+Kernel: TypeAlias = Callable[..., Any]
 """A function with the signature of torch's ``varlen_attn``; by default it returns (tokens, heads, dim)."""
 
 

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -36,6 +36,15 @@ Prompt: TypeAlias = str | Sequence[Message] | Chat
 """A string is a user turn when the tokenizer has a chat template, else text to continue."""
 Step: TypeAlias = list[tuple[int, int]]
 """(prompt index, new token) of each prompt that has not stopped."""
+
+
+class SettingsFields(TypedDict, total=False):
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: frozenset[int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +82,7 @@ def generate(
     plain: bool = False,
     batch_size: int = 8,
     on_answer: Callable[[int, str], None] | None = None,
-    **settings: Any,
+    **settings: Unpack[SettingsFields],
 ) -> list[str]:
     """Return one answer for each prompt, in order.
 
@@ -105,7 +114,7 @@ def stream(
     *,
     system: str | None = None,
     plain: bool = False,
-    **settings: Any,
+    **settings: Unpack[SettingsFields],
 ) -> Iterator[str]:
     """Yield the answer to one prompt in pieces, each character when all its tokens are there."""
     chosen = Settings(**settings)
@@ -294,9 +303,11 @@ def _limits(core: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tok
 def _prompt_ids(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, system: str | None, plain: bool
 ) -> list[int]:
-    if plain and not isinstance(prompt, str):
+    if not plain:
+        return conversations.prompt_ids(prompt, tokenizer, system=system)
+    if not isinstance(prompt, str):
         raise UserError("a plain prompt is a string, without turns; leave out `plain` for a list of messages")
-    return conversations.prompt_ids(Text(prompt) if plain else prompt, tokenizer, system=system)
+    return conversations.prompt_ids(Text(prompt), tokenizer, system=system)
 
 
 def check_writes(model: PreTrainedModel) -> None:

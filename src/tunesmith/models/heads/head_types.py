@@ -34,7 +34,9 @@ def auto_class(kind: str) -> type[PreTrainedModel]:
     """Return transformers' class that loads a network with the head ``kind``."""
     if kind not in CLASSES:
         raise ModelError(f"no model class for the head {kind!r}: expected one of {', '.join(CLASSES)}")
-    return transformers_class(CLASSES[kind])
+    found = transformers_class(CLASSES[kind])
+    assert found is not None, "all of them exist in every transformers that we support"
+    return found
 
 
 def kind_of(architecture: str) -> str:

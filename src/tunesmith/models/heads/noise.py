@@ -120,7 +120,8 @@ class RowDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context[float], grad: Tensor) -> Gradients:
-        return _dropped(grad, *ctx.saved_tensors, ctx.kept), None, None, None
+        keys, position = ctx.saved_tensors
+        return _dropped(grad, keys, position, ctx.kept), None, None, None
 
 
 def _dropped(x: Tensor, keys: Tensor, position: Tensor, p: float) -> Tensor:
@@ -174,7 +175,7 @@ def install(
     noise = RowNoise(seed, ahead=virtual_tokens.count_embedded(model))
     for module in model.modules():
         if type(module) is nn.Dropout and module.p > 0:
-            module.forward = partial(_drop, noise, module, noise.layers)
+            module.forward = partial(_drop, noise, module, noise.layers)  # type: ignore[method-assign]
             noise.layers += 1
     if neftune_alpha is not None:
         base(model).get_input_embeddings().register_forward_hook(partial(_add_noise, noise, neftune_alpha))
