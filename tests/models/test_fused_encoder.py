@@ -212,7 +212,7 @@ def test_bidirectional_attention(dtype, limit, segments, heads, kv_heads, dim):
         a, b, c = (x.transpose(0, 1).repeat_interleave(heads // x.shape[1], 0) for x in one)
         parts.append(((a @ b.transpose(1, 2) * 0.3).softmax(-1) @ c).transpose(0, 1).flatten(1))
     theirs = torch.cat(parts)
-    ours = bidirectional_attention.BidirectionalAttention.apply(qkv, heads, kv_heads, segments, 0.3)
+    ours = bidirectional_attention.BidirectionalAttention.apply(qkv, (heads, kv_heads, segments, 0.3))
     pairs = [(ours.detach(), theirs.detach())]
     pairs += [(*torch.autograd.grad(ours, qkv, grad), *torch.autograd.grad(theirs, exact, grad.double()))]
     for got, expected in pairs:
@@ -241,7 +241,7 @@ def test_the_number_of_threads_changes_nothing():
     for threads in (1, 3):
         torch.set_num_threads(threads)
         qkv = torch.randn(sum(LENGTHS), 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        out = bidirectional_attention.BidirectionalAttention.apply(qkv, 4, 4, LENGTHS, 0.3)
+        out = bidirectional_attention.BidirectionalAttention.apply(qkv, (4, 4, LENGTHS, 0.3))
         found.append((out, *torch.autograd.grad(out.sum(), qkv)))
     torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

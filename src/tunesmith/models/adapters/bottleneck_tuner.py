@@ -226,7 +226,6 @@ def _output_projections(model: PreTrainedModel, prefix: str, layer: nn.Module, w
 
 
 def _attentions(layer: nn.Module) -> list[str]:
-    """Return the names of the attentions in a layer, none inside another."""
     named = [name for name, part in layer.named_modules() if name and "Attention" in type(part).__name__]
     return [name for name in named if not any(name.startswith(f"{outer}.") for outer in named)]
 

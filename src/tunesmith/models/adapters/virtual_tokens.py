@@ -61,7 +61,6 @@ def install(model: PeftModel, trainable: bool = True) -> None:
 
 
 def _forward_of(model: PreTrainedModel) -> VirtualTokenForward | None:
-    """Return our forward of the body of ``model``, where it has virtual tokens."""
     forward = vars(network.base(model).base_model).get("forward")
     return forward if isinstance(forward, VirtualTokenForward) else None
 
@@ -95,7 +94,6 @@ def needs_single_rows(core: PreTrainedModel, lengths: Sequence[int]) -> bool:
 
 
 def _slides(core: PreTrainedModel, tokens: int) -> bool:
-    """Whether a sliding window of the network is shorter than ``tokens``."""
     window = network.sliding_window(core.config)
     return window is not None and window < tokens
 
@@ -228,7 +226,6 @@ class VirtualTokenForward:
         return self._with_embeddings(input_ids, keywords)
 
     def _run(self, *args: Tensor | None, **keywords: Any) -> BaseModelOutput:
-        """The body's own forward."""
         return type(self.body).forward(self.body, *args, **keywords)
 
     def _with_prefix(self, input_ids: Tensor | None, keywords: Keywords) -> BaseModelOutput:

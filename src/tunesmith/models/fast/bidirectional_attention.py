@@ -28,7 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...], scale: fl
     if not kernels.available(q) or v.shape[-1] != q.shape[-1]:
         return attend_by_length(q, k, v, segments, scale)
     qkv = torch.cat([x.transpose(0, 1).flatten(1) for x in (q, k, v)], dim=1)
-    out: Tensor = BidirectionalAttention.apply(qkv, q.shape[0], k.shape[0], segments, scale)
+    out: Tensor = BidirectionalAttention.apply(qkv, (q.shape[0], k.shape[0], segments, scale))
     return out.view(q.shape[1], q.shape[0], -1)
 
 
@@ -74,43 +74,36 @@ def _attend_padded(qkv: list[Tensor], padding: Tensor, scale: float) -> Tensor:
     return scores.masked_fill(padding, torch.finfo(scores.dtype).min).softmax(-1) @ v
 
 
-SharedArguments = tuple[Tensor | float, ...]
+Settings = tuple[int, int, tuple[int, ...], float]
+"""Heads, key heads, segments and scale."""
 
 
 class BidirectionalAttention(torch.autograd.Function):
     """qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim). Backward computes the weights again."""
 
     @staticmethod
-    def forward(
-        ctx: Context[SharedArguments],
-        qkv: Tensor,
-        heads: int,
-        kv_heads: int,
-        segments: tuple[int, ...],
-        scale: float,
-    ) -> Tensor:
+    def forward(ctx: Context[Settings], qkv: Tensor, settings: Settings) -> Tensor:
+        heads, kv_heads, _, _ = ctx.kept = settings
         qkv = qkv.contiguous()
-        dim = qkv.shape[1] // (heads + 2 * kv_heads)
-        out = qkv.new_empty(len(qkv), heads * dim)
-        ctx.kept = _shared_arguments(segments, heads, kv_heads, dim, scale)
+        out = qkv.new_empty(len(qkv), heads * (qkv.shape[1] // (heads + 2 * kv_heads)))
         ctx.save_for_backward(qkv)
-        kernels.call("bidirectional_attention", qkv.dtype, qkv, out, *ctx.kept)
+        _call("bidirectional_attention", settings, qkv, out)
         return out
 
     @staticmethod
-    def backward(ctx: Context[SharedArguments], grad: Tensor) -> Gradients:
+    def backward(ctx: Context[Settings], grad: Tensor) -> Gradients:
         (qkv,) = ctx.saved_tensors
         out = torch.empty_like(qkv)
-        kernels.call("bidirectional_attention_backward", qkv.dtype, qkv, grad.contiguous(), out, *ctx.kept)
-        return out, None, None, None, None
+        _call("bidirectional_attention_backward", ctx.kept, qkv, grad.contiguous(), out)
+        return out, None
 
 
-def _shared_arguments(
-    segments: tuple[int, ...], heads: int, kv_heads: int, dim: int, scale: float
-) -> SharedArguments:
-    """The arguments that both passes share; the second is scratch memory, ``room`` floats a thread."""
+def _call(name: str, settings: Settings, qkv: Tensor, *others: Tensor) -> None:
+    """Call a C pass with scratch memory for each thread, as kernels_encoder.c divides it."""
+    heads, kv_heads, segments, scale = settings
+    dim, threads = qkv.shape[1] // (heads + 2 * kv_heads), torch.get_num_threads()
     padded, wide = (-(-size // 16) * 16 for size in (max(segments), dim))
     room = 7 * padded * wide + 2 * QUERY_BLOCK * padded + QUERY_BLOCK * wide
-    threads = torch.get_num_threads()
-    edges = torch.tensor([0, *accumulate(segments)])
-    return edges, torch.empty(threads * room), scale, len(segments), heads, kv_heads, dim, room, threads
+    edges, scratch = torch.tensor([0, *accumulate(segments)]), torch.empty(threads * room)
+    shared = (edges, scratch, scale, len(segments), heads, kv_heads, dim, room, threads)
+    kernels.call(name, qkv.dtype, qkv, *others, *shared)

@@ -118,7 +118,7 @@ def _attention(module: nn.Module) -> Forward | None:
             return type(module).forward(
                 module, hidden_states, attention_mask=attention_mask, segments=segments, **given
             )
-        mixed: Tensor = BidirectionalAttention.apply(qkv(hidden_states[0]), heads, heads, segments, scale)
+        mixed: Tensor = BidirectionalAttention.apply(qkv(hidden_states[0]), (heads, heads, segments, scale))
         return (mixed if out is None else out(mixed)).unsqueeze(0), None
 
     return forward

@@ -12,6 +12,7 @@ from tunesmith.models.fast.autograd_context import Context, Gradients
 from tunesmith.models.fast.segments import Family, families
 
 Kept = tuple[int, int, tuple[Family, ...], float]
+"""Heads, key heads, families and scale."""
 
 
 def rotary_attention(
@@ -31,35 +32,25 @@ def rotary_attention(
     """
     layout = None if prefix is None else prefix.layout
     if prefix is None or layout is None:
-        grouped = families(segments, behind)
-        out: Tensor = RotaryAttention.apply(qkv, cosine, sine, heads, kv_heads, grouped, scale)
+        settings = heads, kv_heads, families(segments, behind), scale
+        out: Tensor = RotaryAttention.apply(qkv, cosine, sine, settings)
         return out
-    grouped = families(layout.keywords["segments"])
-    out = RotaryAttention.apply(*prefix.extend(qkv, cosine, sine), heads, kv_heads, grouped, scale)
-    return layout.text(out, dim=0)
+    settings = heads, kv_heads, families(layout.keywords["segments"]), scale
+    return layout.text(RotaryAttention.apply(*prefix.extend(qkv, cosine, sine), settings), dim=0)
 
 
 class RotaryAttention(torch.autograd.Function):
     """Rotary embedding and causal attention: (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim)."""
 
     @staticmethod
-    def forward(
-        ctx: Context[Kept],
-        qkv: Tensor,
-        cosine: Tensor,
-        sine: Tensor,
-        heads: int,
-        kv_heads: int,
-        grouped: tuple[Family, ...],
-        scale: float,
-    ) -> Tensor:
+    def forward(ctx: Context[Kept], qkv: Tensor, cosine: Tensor, sine: Tensor, settings: Kept) -> Tensor:
+        heads, kv_heads, grouped, scale = ctx.kept = settings
         (tokens, width), dim = qkv.shape, cosine.shape[-1]
         q, k, v = (qkv.new_empty(n, tokens, dim) for n in (heads, kv_heads, kv_heads))
         for source, target, count in ((qkv, q, heads), (qkv[:, heads * dim :], k, kv_heads)):
             kernels.call("rotary", qkv.dtype, source, target, cosine, sine, count, tokens, dim, width, 1)
         v.copy_(qkv[:, (heads + kv_heads) * dim :].view(tokens, kv_heads, dim).transpose(0, 1))
         ctx.save_for_backward(q, k, v, cosine, sine)
-        ctx.kept = heads, kv_heads, grouped, scale
         return forward_segments(q, k, v, grouped, scale).view(tokens, heads * dim)
 
     @staticmethod
@@ -73,4 +64,4 @@ class RotaryAttention(torch.autograd.Function):
         for target, source, count in ((out, dq, heads), (out[:, heads * dim :], dk, kv_heads)):
             kernels.call("rotary", grad.dtype, target, source, cosine, sine, count, tokens, dim, width, -1)
         out[:, (heads + kv_heads) * dim :].view(tokens, kv_heads, dim).copy_(dv.transpose(0, 1))
-        return out, None, None, None, None, None, None
+        return out, None, None, None
