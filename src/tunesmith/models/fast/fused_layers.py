@@ -103,10 +103,11 @@ def _fused_forward(
 
 def _linear_forward(module: nn.Module) -> tuple[str, Forward] | None:
     """Return kind and forward of a linear layer with a LoRA or a bottleneck adapter."""
-    kinds = {"lora": linear_products.is_lora, "bottleneck": fused_bottleneck.is_bottleneck}
-    kind = next((kind for kind, recognises in kinds.items() if recognises(module)), None)
-    forward = None if kind is None else linear_products.output_forward(module)
-    return None if kind is None or forward is None else (kind, forward)
+    is_lora = linear_products.is_lora(module)
+    if not is_lora and not fused_bottleneck.is_bottleneck(module):
+        return None
+    forward = linear_products.output_forward(module)
+    return None if forward is None else ("lora" if is_lora else "bottleneck", forward)
 
 
 def _trains_base_weights(module: nn.Module) -> bool:
