@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def stack_linears(modules: Sequence[nn.Module]) -> StackedLinears | None:
         return None
     for module in modules:
         adapted = is_lora(module) or ia3_layers.is_scaled(module)
-        base = attribute(module, "base_layer") if adapted else module
+        base = attribute(module, "base_layer") if adapted else cast(nn.Linear, module)
         lora = lora_factors.read(module) if is_lora(module) else None
         if is_lora(module) and lora is None:
             return None
