@@ -89,7 +89,7 @@ def test_virtual_tokens_are_loaded_alone(kind, shelf, tmp_path):
         load_adapters(shelf / "base", {"a": tmp_path})
 
 
-def test_what_cannot_stand_beside_others_is_refused(shelf, tmp_path):
+def test_adapters_that_must_be_loaded_alone_are_refused(shelf, tmp_path):
     other = save_tiny("llama", tmp_path / "other", intermediate_size=48)
     save_adapter(other, tmp_path / "stranger")
     save_adapter(shelf / "base", tmp_path / "rows", trainable_token_indices=[3])
@@ -99,8 +99,8 @@ def test_what_cannot_stand_beside_others_is_refused(shelf, tmp_path):
     save_file(tensors, tmp_path / "short" / "adapter_model.safetensors", metadata={"format": "pt"})
     tunesmith.merge(shelf / "one", tmp_path / "merged")
     refused = {"stranger": "another model", "rows": "adds tokens", "short": "missing", "merged": "is a full model"}
-    for name, said in refused.items():
-        with pytest.raises(TunesmithError, match=said) as error:
+    for name, message in refused.items():
+        with pytest.raises(TunesmithError, match=message) as error:
             load_adapters(shelf / "base", {"one": shelf / "one", "x": tmp_path / name})
         assert error.value.exit_code == 2
     with pytest.raises(TunesmithError, match="no adapter called 'three'"):

@@ -104,7 +104,7 @@ def test_the_number_of_parameters_is_the_papers(name: str, variant: str) -> None
         ("distilbert", "transformer.layer.1.attention.out_lin", "transformer.layer.1.ffn.lin2"),
     ],
 )
-def test_adapters_stand_on_the_output_projections(name: str, attention: str, forward: str) -> None:
+def test_adapters_are_on_the_output_projections(name: str, attention: str, forward: str) -> None:
     with torch.device("meta"):
         model = network(name)
     assert sublayers(model, "houlsby")[-2:] == [attention, forward]
@@ -274,7 +274,7 @@ def test_a_small_update_survives_bf16() -> None:
     assert apart < 0.75
 
 
-def test_the_fused_passes_stay_in_force_around_the_adapters() -> None:
+def test_fused_passes_are_used_around_the_adapters() -> None:
     attention.register()
     model = adapted(tiny_model("llama"), variant="houlsby")
     model.get_base_model().set_attn_implementation(attention.NAME)

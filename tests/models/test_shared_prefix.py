@@ -68,7 +68,7 @@ def check_shared_equals_separate(model, rows, limit):
 
 @pytest.mark.parametrize("way", ["plain", "fused", "torch alone", "recomputed"])
 @pytest.mark.parametrize("name", NAMES)
-def test_shared_is_what_separate_rows_are(name, way, monkeypatch):
+def test_shared_rows_equal_separate_rows(name, way, monkeypatch):
     if way == "torch alone":
         monkeypatch.setattr(kernels, "available", lambda tensor: False)
     model = packed_model(name)
@@ -114,14 +114,14 @@ def test_one_kernel_call_gives_the_same(name):
     )
 
 
-def test_a_window_that_reaches_is_no_obstacle():
+def test_a_window_as_long_as_the_row_is_accepted():
     model = packed_model("mistral", sliding_window=25)
     fused_layers.install(model)
     check_shared_equals_separate(model, [example(10, 15, 3)], 1e-5)
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_a_window_that_does_not_reach_is_refused(fast):
+def test_a_window_shorter_than_the_row_is_refused(fast):
     model = packed_model("mistral", sliding_window=24)
     if fast:
         fused_layers.install(model)
@@ -241,7 +241,7 @@ def test_pieces_that_are_behind_anything_else_are_refused(behind):
         segments.families((2, 3, 4), behind)
 
 
-def test_where_nobody_shares_nothing_is_said():
+def test_without_shared_prefixes_there_are_no_such_keywords():
     model = packed_model("llama")
     batch, _ = shared_prompts.arrange([example(0, 3, 4)], PACKED)
     assert "behind" not in lm_head.inputs(model, batch) and lm_head.inputs(model, batch)["segments"] == (3, 4)

@@ -132,7 +132,7 @@ def test_torchs_own_kernel_is_traced_without_a_break():
     torch._dynamo.reset()
 
 
-def test_a_run_keeps_clean_names_and_says_how_it_went(choose_route, without_codegen, tmp_path, monkeypatch):
+def test_a_run_keeps_clean_names_and_records_whether_it_compiled(choose_route, without_codegen, tmp_path, monkeypatch):
     model_folder(tmp_path, "llama", num_hidden_layers=1)
     made = recipe(tmp_path, "llama", max_steps=1, count=5)
     plain = tunesmith.train(made, out=tmp_path / "plain")
@@ -147,7 +147,7 @@ def test_a_run_keeps_clean_names_and_says_how_it_went(choose_route, without_code
     assert not any("_orig_mod" in name for name in model.state_dict())
 
 
-def test_code_that_differs_is_switched_off_and_said(choose_route, monkeypatch):
+def test_code_that_differs_is_switched_off_and_reported(choose_route, monkeypatch):
     model = tiny_model("llama")
     chosen, rows = choose_route(model)
     real = torch_compile.enable
@@ -164,7 +164,7 @@ def test_code_that_differs_is_switched_off_and_said(choose_route, monkeypatch):
     assert not any(layer._compiled_call_impl for layer in torch_compile.layers(model))
 
 
-def test_a_compiler_that_fails_is_said_and_the_run_goes_on(choose_route, monkeypatch):
+def test_a_compiler_that_fails_is_reported_and_the_run_goes_on(choose_route, monkeypatch):
     model = tiny_model("llama")
     chosen, rows = choose_route(model)
     before = gradients(model, rows)

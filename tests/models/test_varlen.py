@@ -175,7 +175,7 @@ def test_nothing_is_read_back_from_the_device(monkeypatch):
     lm_head.hidden_states(model, batch)
 
 
-def test_heads_of_another_size_go_segment_by_segment_and_it_is_said(kernel_serves):
+def test_heads_of_another_size_go_segment_by_segment_and_it_is_reported(kernel_serves):
     model = tiny_model("llama", head_dim=6)
     chosen = fast_path.choose(model, SFT, examples(SFT, tiny_tokenizer()), 64, "auto", CPU)
     assert chosen.packed and chosen.as_dict()["attention"] == "segments"

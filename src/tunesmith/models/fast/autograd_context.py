@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Context(Protocol[T]):
-    """The ``ctx`` of ``forward`` and ``backward``. ``kept``: what is not saved as a tensor."""
+    """The ``ctx`` of ``forward`` and ``backward``. ``kept``: values that are not saved as tensors."""
 
     kept: T
     needs_input_grad: tuple[bool, ...]
