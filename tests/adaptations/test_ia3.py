@@ -123,7 +123,7 @@ def test_the_fused_form_has_pefts_loss_and_gradients(name):
 def test_a_product_of_scaled_layers_is_each_layers_own():
     attention = moved(adapted(tiny_model("llama"))).base_model.model.model.layers[0].self_attn
     x = torch.randn(9, 32)
-    both = linear_products.linears([attention.q_proj, attention.k_proj, attention.v_proj])
+    both = linear_products.stack_linears([attention.q_proj, attention.k_proj, attention.v_proj])
     assert torch.allclose(both(x), torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], dim=1), atol=1e-5)
     assert ia3_layers.read([attention.q_proj, attention.o_proj]).outer == [None, None]
 

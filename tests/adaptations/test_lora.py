@@ -125,7 +125,7 @@ def test_a_small_update_is_not_drowned_in_bf16(fast):
     for parameter in rough.parameters():
         parameter.data = parameter.data.bfloat16()
     rough.base_layer.weight.data.zero_()  # so that only the update is seen
-    forward = linear_products.forward_of(linear_products.linears([rough])) if fast else rough
+    forward = linear_products.stack_linears([rough]).forward if fast else rough
     assert (forward(x.bfloat16()).float() - update).norm() < 0.02 * update.norm()
 
 

@@ -1,4 +1,4 @@
-"""torch's ``varlen_attn`` in plain torch: the same signature, any device and dtype, one attention call for each segment."""
+"""torch's ``varlen_attn`` in plain torch: same signature, any device and dtype, one attention call for each segment."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def traceable(
     assert cu_seq_k is not None
 
     def owner_and_place(tokens: int, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each token its sequence, and how far it is from that one's end."""
+        """Return the sequence of each token, and its distance from the end of that sequence."""
         token, ends = torch.arange(tokens, device=query.device), ends.long()
         owner = torch.searchsorted(ends, token, right=True)
         return owner, token - ends[owner]

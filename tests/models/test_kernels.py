@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tunesmith.models.fast import attention, fused_layers, kernels
+from tunesmith.models.fast.segments import families
 from tunesmith.models.heads import lm_head
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler on this machine, or the self-test failed")
@@ -55,7 +56,7 @@ def test_attention_by_segments(dtype, segments, behind, kv_heads):
     tokens = sum(segments)
     q, k, v = (torch.randn(heads, tokens, 8).to(dtype).requires_grad_() for heads in (4, kv_heads, kv_heads))
     g = torch.randn(tokens, 4, 8).to(dtype)
-    y = attention.CausalSegments.apply(q, k, v, segments.families(segments, behind), 0.3)
+    y = attention.CausalSegments.apply(q, k, v, families(segments, behind), 0.3)
     plain = [t.detach().double().requires_grad_() for t in (q, k, v)]
     parts, spans = [], [slice(end - length, end) for end, length in zip(accumulate(segments), segments)]
     for here, before in zip(spans, behind or (-1,) * len(segments)):

@@ -33,7 +33,7 @@ def operands(dtype, targets, bias, new, vocabulary=50, width=16):
             ROWS if new else None, drawn(len(ROWS), width) if new else None]  # fmt: skip
 
 
-def plainly(hidden, weight, bias, labels, rows=None, new=None):
+def log_softmax_of_labels(hidden, weight, bias, labels, rows=None, new=None):
     used = weight if rows is None else weight.index_copy(0, rows, new)
     return nn.functional.linear(hidden, used, bias).log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
@@ -57,7 +57,7 @@ def test_each_target_has_a_coefficient_of_its_own(dtype, targets, trained, passe
     for place in wanted:
         exact[place].requires_grad_()
     coefficients = torch.randn(targets, generator=torch.Generator().manual_seed(1))
-    ours, theirs = BlockedLogProbs.apply(*given), plainly(*exact)
+    ours, theirs = BlockedLogProbs.apply(*given), log_softmax_of_labels(*exact)
     assert ours.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     gradients = [
         torch.autograd.grad((y * coefficients).sum(), [some[place] for place in wanted])

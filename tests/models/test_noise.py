@@ -1,4 +1,4 @@
-"""What is drawn for a row depends on seed, step and row, and on nothing beside it."""
+"""Dropout and NEFTune noise of a row depend on the seed, the step and the row alone."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ ALPHA = 5.0
 WIDTH = 32
 
 
-def told(rows, lengths, packed, seed=1, step=7):
+def row_noise(rows, lengths, packed, seed=1, step=7):
     return RowNoise(seed, step, rows, lengths, packed)
 
 
-def shaken(rows, lengths, packed, **changes):
+def added_noise(rows, lengths, packed, **changes):
     """What is added to embeddings of zero, one (length, width) for each row, and what is added to padding."""
     shape = (1, sum(lengths)) if packed else (len(rows), max(lengths))
-    noise = told(rows, lengths, packed, **changes).shake(torch.zeros(*shape, WIDTH), ALPHA)
+    noise = row_noise(rows, lengths, packed, **changes).add_noise(torch.zeros(*shape, WIDTH), ALPHA)
     if packed:
         return list(noise[0].split(lengths)), torch.zeros(0)
     return [noise[n, :length] for n, length in enumerate(lengths)], torch.cat(
@@ -29,11 +29,11 @@ def shaken(rows, lengths, packed, **changes):
     )
 
 
-def test_a_row_gets_noise_of_its_own_length_wherever_it_stands():
-    together, _ = shaken([4, 9, 2], [5, 80, 20], True)
-    padded, padding = shaken([4, 9, 2], [5, 80, 20], False)
-    other_order, _ = shaken([2, 4], [20, 5], True)
-    (alone,), _ = shaken([9], [80], False)
+def test_the_noise_of_a_row_depends_on_its_length_not_on_its_position():
+    together, _ = added_noise([4, 9, 2], [5, 80, 20], True)
+    padded, padding = added_noise([4, 9, 2], [5, 80, 20], False)
+    other_order, _ = added_noise([2, 4], [20, 5], True)
+    (alone,), _ = added_noise([9], [80], False)
     assert all(one.equal(other) for one, other in zip(together, padded))
     assert together[1].equal(alone)
     assert together[2].equal(other_order[0])
@@ -41,7 +41,7 @@ def test_a_row_gets_noise_of_its_own_length_wherever_it_stands():
 
 
 def test_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_width():
-    (drawn,), _ = shaken([0], [400], True)
+    (drawn,), _ = added_noise([0], [400], True)
     bound = ALPHA / (400 * WIDTH) ** 0.5
     assert drawn.abs().max() <= bound
     assert drawn.abs().max() > 0.999 * bound
@@ -51,8 +51,8 @@ def test_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_width():
 
 @pytest.mark.parametrize("changes", [{"seed": 2}, {"step": 8}])
 def test_another_seed_or_step_draws_other_noise(changes):
-    (one,), _ = shaken([3], [6], True)
-    (other,), _ = shaken([3], [6], True, **changes)
+    (one,), _ = added_noise([3], [6], True)
+    (other,), _ = added_noise([3], [6], True, **changes)
     assert not one.equal(other)
 
 
@@ -65,7 +65,7 @@ EMBEDDINGS = {
 
 @pytest.mark.parametrize("wrapped", EMBEDDINGS)
 @pytest.mark.parametrize("name", ["llama", "gemma"])
-def test_what_goes_into_the_first_layer_is_shaken_in_training_only(name, wrapped):
+def test_noise_reaches_the_first_layer_in_training_only(name, wrapped):
     model = tiny_model(name)
     if EMBEDDINGS[wrapped] is not None:
         model = lora.Adaptation(EMBEDDINGS[wrapped]).apply(model, "lm")
@@ -77,16 +77,16 @@ def test_what_goes_into_the_first_layer_is_shaken_in_training_only(name, wrapped
     ids = torch.arange(6)[None] + 5
     model.eval()(ids)
     model.train()(ids)
-    calm, shaken_ = entered
-    expected = RowNoise(0, 0, [0], [6], True).shake(torch.zeros(1, 6, WIDTH), ALPHA)
-    torch.testing.assert_close(shaken_ - calm, expected, atol=1e-5, rtol=0)  # gemma's scale is inside its embedding
+    without, with_noise = entered
+    expected = RowNoise(0, 0, [0], [6], True).add_noise(torch.zeros(1, 6, WIDTH), ALPHA)
+    torch.testing.assert_close(with_noise - without, expected, atol=1e-5, rtol=0)  # gemma's scale is inside its embedding
 
 
-def test_dropout_drops_nothing_until_it_is_told_of_rows_and_refuses_other_tokens_than_it_was_told_of():
+def test_dropout_drops_nothing_before_rows_are_set_and_refuses_other_tokens():
     x = torch.ones(1, 6, WIDTH)
     assert RowNoise(0).drop(x, 0.5, 0).equal(x)
-    with pytest.raises(ValueError, match="told of 5 tokens and met 6"):
-        told([3], [5], True).drop(x, 0.5, 0)
+    with pytest.raises(ValueError, match="expects 5 tokens and got 6"):
+        row_noise([3], [5], True).drop(x, 0.5, 0)
 
 
 def test_nothing_is_drawn_for_a_model_that_drops_nothing():
@@ -95,7 +95,7 @@ def test_nothing_is_drawn_for_a_model_that_drops_nothing():
 
 
 def test_neftune_changes_training_and_leaves_no_trace_in_the_saved_model(tmp_path):
-    made = recipe(tmp_path)
+    made = recipe(tmp_path, max_steps=1, count=5)
     plain = tunesmith.train(made, out=tmp_path / "plain")
     made["train"]["neftune_noise_alpha"] = ALPHA
     noisy = tunesmith.train(made, out=tmp_path / "noisy")
@@ -105,9 +105,9 @@ def test_neftune_changes_training_and_leaves_no_trace_in_the_saved_model(tmp_pat
 
 
 def test_a_resumed_run_draws_what_the_undisturbed_one_drew(tmp_path, monkeypatch):
-    made = recipe(tmp_path, neftune_noise_alpha=ALPHA, gradient_checkpointing=True, save_steps=2)
+    made = recipe(tmp_path, neftune_noise_alpha=ALPHA, gradient_checkpointing=True, save_steps=1, max_steps=2, count=6)
     straight = tunesmith.train(made, out=tmp_path / "straight")
-    killed_before(4, made, tmp_path / "killed")
+    killed_before(2, made, tmp_path / "killed")
     resumed = tunesmith.train(made, out=tmp_path / "killed", resume=True)
     assert history(tmp_path / "killed") == history(tmp_path / "straight")
     assert apart(weights(straight["model_dir"]), weights(resumed["model_dir"])) == 0

@@ -1,4 +1,4 @@
-"""Answers that share a prefix are what they would be in rows of their own: outputs, gradients, and nothing of each other."""
+"""Answers that share a prefix equal answers in rows of their own: outputs, gradients, and no influence on each other."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ ROWS = [example(7, 3), example(500, 20, 31), example(1, 2, 3, 4, 270), example(0
 FEW = [example(9, 3, 5), example(0, 4, 2), example(1, 6), example(12, 2, 7, 1, 3)]
 
 
-def made(name, dtype=torch.float32, attend=attention.NAME, **changes):
+def packed_model(name, dtype=torch.float32, attend=attention.NAME, **changes):
     attention.register()
     varlen.register(varlen.with_gqa(standin.varlen_attn), (9, 0))
     model = tiny_model(name, **{**LONG[name], **changes}).to(dtype)
@@ -51,33 +51,33 @@ def outputs_and_gradients(model, rows, shared):
     return torch.cat(own).detach(), gradients
 
 
-def apart(ours, theirs):
+def relative_error(ours, theirs):
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-def check(model, rows, limit):
+def check_shared_equals_separate(model, rows, limit):
     """Each gradient; in bf16, where one whose parts cancel is half noise on any path, all of them together."""
     (out, gradients), (expected, truth) = (outputs_and_gradients(model, rows, shared) for shared in (True, False))
-    assert apart(out, expected) <= limit
+    assert relative_error(out, expected) <= limit
     assert gradients.keys() == truth.keys() and len(truth) > 10
     if model.dtype is torch.bfloat16:
         gradients, truth = ({"all": torch.cat([one.flatten() for one in some.values()])} for some in (gradients, truth))
     for name, gradient in gradients.items():
-        assert apart(gradient, truth[name]) <= limit, name
+        assert relative_error(gradient, truth[name]) <= limit, name
 
 
 @pytest.mark.parametrize("way", ["plain", "fused", "torch alone", "recomputed"])
 @pytest.mark.parametrize("name", NAMES)
-def test_shared_is_what_separate_rows_are(name, way, monkeypatch):
+def test_shared_rows_equal_separate_rows(name, way, monkeypatch):
     if way == "torch alone":
         monkeypatch.setattr(kernels, "available", lambda tensor: False)
-    model = made(name)
+    model = packed_model(name)
     if way in ("fused", "recomputed"):
         fused_layers.install(model)
     if way == "recomputed":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-    check(model, ROWS, 1e-5)
+    check_shared_equals_separate(model, ROWS, 1e-5)
 
 
 @pytest.mark.parametrize("way", ["plain", "fused", "torch alone"])
@@ -85,40 +85,44 @@ def test_shared_is_what_separate_rows_are(name, way, monkeypatch):
 def test_in_bf16_too(name, way, monkeypatch):
     if way == "torch alone":
         monkeypatch.setattr(kernels, "available", lambda tensor: False)
-    model = made(name, torch.bfloat16)
+    model = packed_model(name, torch.bfloat16)
     if way == "fused":
         fused_layers.install(model)
-    check(model, ROWS[1:4], 2e-2)
+    check_shared_equals_separate(model, ROWS[1:4], 2e-2)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_fp64_nothing_is_left(name):
-    check(made(name, torch.float64), FEW, 1e-12 if name == "gpt2" else 1e-6)  # the norm of the others rounds to fp32 inside
+    check_shared_equals_separate(
+        packed_model(name, torch.float64), FEW, 1e-12 if name == "gpt2" else 1e-6
+    )  # the norm of the others rounds to fp32 inside
 
 
 @pytest.mark.parametrize("prefix", [1, 2, 255, 256, 257, 500])
 @pytest.mark.parametrize("answers", [(1,), (3, 8), (260, 1, 5, 40)])
 def test_every_length_of_a_prefix(prefix, answers):
-    model = made("llama")
+    model = packed_model("llama")
     fused_layers.install(model)
-    check(model, [example(prefix, *answers), example(4, 3)], 1e-5)
+    check_shared_equals_separate(model, [example(prefix, *answers), example(4, 3)], 1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma3"])
 def test_one_kernel_call_gives_the_same(name):
     """The sliding window of the last two is 16 tokens: shorter than a prefix and its answer. It stays exact there."""
-    check(made(name, attend=varlen.NAME), ROWS[2:5] if name in NAMES else [example(30, 9, 20), example(2, 5, 1, 40)], 1e-5)
+    check_shared_equals_separate(
+        packed_model(name, attend=varlen.NAME), ROWS[2:5] if name in NAMES else [example(30, 9, 20), example(2, 5, 1, 40)], 1e-5
+    )
 
 
-def test_a_window_that_reaches_is_no_obstacle():
-    model = made("mistral", sliding_window=25)
+def test_a_window_as_long_as_the_row_is_accepted():
+    model = packed_model("mistral", sliding_window=25)
     fused_layers.install(model)
-    check(model, [example(10, 15, 3)], 1e-5)
+    check_shared_equals_separate(model, [example(10, 15, 3)], 1e-5)
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_a_window_that_does_not_reach_is_refused(fast):
-    model = made("mistral", sliding_window=24)
+def test_a_window_shorter_than_the_row_is_refused(fast):
+    model = packed_model("mistral", sliding_window=24)
     if fast:
         fused_layers.install(model)
     batch, _ = shared_prompts.arrange([example(10, 15, 3)], PACKED)
@@ -129,7 +133,7 @@ def test_a_window_that_does_not_reach_is_refused(fast):
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("attend", [attention.NAME, varlen.NAME])
 def test_an_answer_knows_nothing_of_the_others(fast, attend):
-    model = made("llama", attend=attend)
+    model = packed_model("llama", attend=attend)
     if fast and attend == attention.NAME:
         fused_layers.install(model)
     row = example(30, 12, 9, 7)
@@ -146,7 +150,7 @@ def test_an_answer_knows_nothing_of_the_others(fast, attend):
 
 
 def test_no_gradient_flows_from_an_answer_to_another():
-    model = made("qwen3")
+    model = packed_model("qwen3")
     batch, places = shared_prompts.arrange([example(6, 5, 4), example(3, 2, 2)], PACKED)
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     keywords = lm_head.inputs(model, batch)
@@ -158,7 +162,7 @@ def test_no_gradient_flows_from_an_answer_to_another():
 
 
 def test_log_probs_are_those_of_separate_rows():
-    model = made("gpt2")
+    model = packed_model("gpt2")
     found = []
     for shared in (True, False):
         batch, places = shared_prompts.arrange(FEW, Layout(packed=True, shared=shared))
@@ -171,18 +175,18 @@ def test_log_probs_are_those_of_separate_rows():
         (out * torch.linspace(-1, 2, len(out))).sum().backward()
         found.append((out.detach(), {name: one.grad for name, one in model.named_parameters()}))
         model.zero_grad()
-    assert apart(*(one[0] for one in found)) <= 1e-6
-    assert all(apart(gradient, found[1][1][name]) <= 1e-5 for name, gradient in found[0][1].items())
+    assert relative_error(*(one[0] for one in found)) <= 1e-6
+    assert all(relative_error(gradient, found[1][1][name]) <= 1e-5 for name, gradient in found[0][1].items())
 
 
 @pytest.mark.parametrize("kind", virtual_tokens.KINDS)
 @pytest.mark.parametrize("attend", [attention.NAME, varlen.NAME])
 def test_virtual_tokens_are_refused(kind, attend):
-    made("llama")
+    packed_model("llama")
     model = virtual_tokens.adapted("llama", kind)
     base(model).set_attn_implementation(attend)
     batch, _ = shared_prompts.arrange([example(6, 5, 4)], PACKED)
-    with pytest.raises(CannotPack, match="cannot share a prefix that stands behind virtual tokens"):
+    with pytest.raises(CannotPack, match="cannot share a prefix that follows virtual tokens"):
         lm_head.hidden_states(model, batch)
 
 
@@ -227,7 +231,7 @@ def test_a_prefix_and_its_first_answer_are_one_run():
     assert first.runs == (segments.Run(0, 5, 0), segments.Run(5, 4, 3)) and (first.start, first.length) == (0, 9)
     assert second.runs == (segments.Run(9, 5, 0),)
     assert third.runs == (segments.Run(14, 13, 0),)
-    assert segments.longest((3, 2, 4, 5, 6, 7), (-1, 0, 0, -1, -1, 4)) == 13
+    assert segments.most_keys((3, 2, 4, 5, 6, 7), (-1, 0, 0, -1, -1, 4)) == 13
     assert segments.families((3, 2), (-1, -1)) == segments.families((3, 2))
 
 
@@ -237,8 +241,8 @@ def test_pieces_that_are_behind_anything_else_are_refused(behind):
         segments.families((2, 3, 4), behind)
 
 
-def test_where_nobody_shares_nothing_is_said():
-    model = made("llama")
+def test_without_shared_prefixes_there_are_no_such_keywords():
+    model = packed_model("llama")
     batch, _ = shared_prompts.arrange([example(0, 3, 4)], PACKED)
     assert "behind" not in lm_head.inputs(model, batch) and lm_head.inputs(model, batch)["segments"] == (3, 4)
     model.set_attn_implementation(varlen.NAME)
@@ -267,13 +271,13 @@ def test_the_self_test_sees_a_kernel_that_aligns_the_first_query_with_the_first_
 def test_compiled_layers_take_a_shared_prefix():
     torch._dynamo.reset()
     varlen.register(varlen.with_gqa(standin.traceable), (9, 0))
-    model = tiny_model("llama").train()
+    model = tiny_model("llama", num_hidden_layers=1).train()
     model.set_attn_implementation(varlen.NAME)
     expected = [outputs_and_gradients(model, rows, True) for rows in (FEW, FEW[:3])]
     torch_compile.enable(model, backend="aot_eager")
     for rows, (out, truth) in zip((FEW, FEW[:3]), expected, strict=True):
         found, gradients = outputs_and_gradients(model, rows, True)
-        assert apart(found, out) <= 1e-5
-        assert all(apart(gradient, truth[name]) <= 1e-5 for name, gradient in gradients.items())
+        assert relative_error(found, out) <= 1e-5
+        assert all(relative_error(gradient, truth[name]) <= 1e-5 for name, gradient in gradients.items())
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Packed attention by one kernel call: when it is chosen, what it is asked for, and that packed rows equal rows alone.
+"""Packed attention by one kernel call: when it is chosen, its arguments, and that packed rows equal rows alone.
 
 No test here has a GPU: the kernel is a stand-in whose signature is that of torch's.
 """
@@ -24,7 +24,7 @@ KERNEL = varlen.with_gqa(standin.varlen_attn)
 
 
 @pytest.fixture
-def served(monkeypatch):
+def kernel_serves(monkeypatch):
     """A machine on which the kernel serves fp32 on the CPU, as an H100 would."""
     monkeypatch.setattr(varlen, "why_not", lambda device, dtype: None)
     monkeypatch.setattr(varlen, "torch_kernel", lambda: KERNEL)
@@ -42,7 +42,7 @@ def test_the_stand_in_has_torchs_signature():
 
 
 def test_torchs_function_is_taken_with_its_gqa_switch():
-    called = inspect.getclosurevars(varlen.torch_kernel()).nonlocals["kernel"]
+    called = varlen.torch_kernel().func
     assert called.__module__ == "torch.nn.attention.varlen"
 
 
@@ -120,7 +120,7 @@ def test_the_self_test_sees_a_kernel_that_is_always_causal():
     def causal(*args, window_size, **kwargs):
         return KERNEL(*args, window_size=(window_size[0], 0), **kwargs)
 
-    assert "both ways" in varlen.self_test(causal, CPU, torch.float32)
+    assert "bidirectional" in varlen.self_test(causal, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -137,7 +137,7 @@ def test_packed_logits_are_those_of_rows_alone(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_trial_takes_it_with_the_gradients_of_the_plain_path(name, served):
+def test_the_trial_takes_it_with_the_gradients_of_the_plain_path(name, kernel_serves):
     model, rows = tiny_model(name), examples(SFT, tiny_tokenizer())
     SFT.loss(model, SFT.collate(rows, PADDED))[0].backward()
     expected = take_gradients(model)
@@ -148,7 +148,7 @@ def test_the_trial_takes_it_with_the_gradients_of_the_plain_path(name, served):
         assert (gradient - expected[key]).abs().max() <= 1e-4 * expected[key].abs().max(), key
 
 
-def test_boundaries_are_made_once_a_batch_and_segments_stay_on_the_host(served, monkeypatch):
+def test_boundaries_are_made_once_a_batch_and_segments_stay_on_the_host(kernel_serves, monkeypatch):
     model, rows = tiny_model("llama"), examples(SFT, tiny_tokenizer())
     fast_path.choose(model, SFT, rows, 64, "auto", CPU)
     made, seen = [], []
@@ -175,7 +175,7 @@ def test_nothing_is_read_back_from_the_device(monkeypatch):
     lm_head.hidden_states(model, batch)
 
 
-def test_heads_of_another_size_go_segment_by_segment_and_it_is_said(served):
+def test_heads_of_another_size_go_segment_by_segment_and_it_is_reported(kernel_serves):
     model = tiny_model("llama", head_dim=6)
     chosen = fast_path.choose(model, SFT, examples(SFT, tiny_tokenizer()), 64, "auto", CPU)
     assert chosen.packed and chosen.as_dict()["attention"] == "segments"
@@ -184,7 +184,7 @@ def test_heads_of_another_size_go_segment_by_segment_and_it_is_said(served):
     ]
 
 
-def test_a_kernel_that_fails_its_self_test_is_not_taken(served, monkeypatch):
+def test_a_kernel_that_fails_its_self_test_is_not_taken(kernel_serves, monkeypatch):
     monkeypatch.setattr(varlen, "torch_kernel", lambda: lambda *args, **kwargs: KERNEL(*args, **kwargs) * 1.1)
     chosen = fast_path.choose(tiny_model("llama"), SFT, examples(SFT, tiny_tokenizer()), 64, "auto", CPU)
     assert chosen.packed and chosen.as_dict()["attention"] == "segments"
@@ -192,7 +192,7 @@ def test_a_kernel_that_fails_its_self_test_is_not_taken(served, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "attention_of"), [("llama", "segments"), ("mistral", "sdpa")])
-def test_a_kernel_that_differs_on_the_first_rows_is_given_up(served, monkeypatch, name, attention_of):
+def test_a_kernel_that_differs_on_the_first_rows_is_given_up(kernel_serves, monkeypatch, name, attention_of):
     """A window shorter than the rows cannot go segment by segment: those rows are padded."""
     monkeypatch.setattr(varlen, "torch_kernel", lambda: lambda *args, **kwargs: KERNEL(*args, **kwargs) * 1.1)
     monkeypatch.setattr(varlen, "self_test", lambda *given: None)

@@ -1,4 +1,4 @@
-"""Tiny models with virtual tokens, and the same ones as peft alone runs them."""
+"""Tiny models with virtual tokens, and the same models run by peft alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def by_peft(name: str, model: Any) -> Any:
 
 
 def rows(*lengths: int, seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """Examples of random tokens, all learnt."""
+    """Examples of random tokens, all supervised."""
     drawn = np.random.default_rng(seed)
     return [{"input_ids": drawn.integers(5, 300, n).astype(np.int32), "supervised": np.ones(n, np.bool_)} for n in lengths]
 

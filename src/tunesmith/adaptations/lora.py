@@ -215,7 +215,7 @@ class Adaptation:
 
             for name in chosen:
                 layer = model.get_submodule(name)
-                lora_factors.start(layer, *lora_init.factors_of(layer, begins))
+                lora_factors.set_start(layer, *lora_init.factors_of(layer, begins))
         return adapted
 
     def _check_apart(self, model: PreTrainedModel, config: Any, chosen: Mapping[str, Any]) -> None:
@@ -319,7 +319,7 @@ class Adaptation:
         from tunesmith.models.adapters import lora_factors, lora_init
 
         model.save_pretrained(folder, save_embedding_layers=False)
-        if begun := lora_factors.started(model):
+        if begun := lora_factors.started_layers(model):
             lora_init.write_plain(folder, begun, self.config.use_rslora)
 
 

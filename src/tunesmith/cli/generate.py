@@ -48,7 +48,7 @@ def generate(
         raise UserError("give one of --prompt TEXT and --data FILE")
     if out is not None and out.exists():
         raise UserError(f"{out} exists already; name a new file with --out, or remove it")
-    prompts = [prompt] if data is None else prompts_of(data, limit)
+    prompts: list[Any] = [prompt] if data is None else prompts_of(data, limit)
 
     from rich.progress import Progress
 

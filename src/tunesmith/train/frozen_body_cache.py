@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 FORWARD = (
     "train.frozen_body_cache", "data.store.cache", "data.batch.pack",
     "models.network", "models.heads.head_types", "models.adapters.adapter_types",
-    "models.heads.lm_head", "models.heads.task_heads", "models.heads.bidirectional_attention", "models.heads.noise",
+    "models.heads.lm_head", "models.heads.task_heads", "models.heads.noise", "models.fast.bidirectional_attention",
     "models.load.load", "models.load.quantization", "models.load.dequantized_linear", "models.load.vocabulary",
     "models.adapters.virtual_tokens", "models.adapters.virtual_token_layout", "models.adapters.linear_layers",
     "models.fast.attention", "models.fast.segments", "models.fast.varlen", "models.fast.fused_layers", "models.fast.fused_encoder",
@@ -299,6 +299,6 @@ def _key(ready: setup.Setup, built: setup.Built) -> str:
         spec = importlib.util.find_spec(f"tunesmith.{name}")
         assert spec is not None and spec.origin is not None
         content.update(Path(spec.origin).read_bytes())
-    for source in (kernels.SOURCE, kernels.PART):
+    for source in (kernels.SOURCE, kernels.ENCODER_SOURCE):
         content.update(source.read_bytes())
     return content.hexdigest()

@@ -94,7 +94,7 @@ def save(run: Run, at: Progression) -> None:
             "threads": torch.get_num_threads(),
             "processes": distributed.state().num_processes,
             "compute": run.setup.precision.as_dict()["compute"],
-            "starts": lora_factors.sketch(run.model),
+            "starts": lora_factors.start_sketch(run.model),
             "source": plain,
         }
         run.metrics.sync()
@@ -129,7 +129,7 @@ def restore(run: Run) -> Progression:
                 f"the data file {source['path']} changed since the run was started, so going on would not be the same run.\n"
                 f"  {back}, or start another run with --out DIR."
             )
-    if layer := lora_factors.moved(run.model, state.get("starts") or {}):
+    if layer := lora_factors.changed_start(run.model, state.get("starts") or {}):
         raise RecipeError(
             f"what {layer} learns is counted from factors of the base's weights, and this machine decomposes them otherwise than "
             "the one that the run was started on (another processor, device or library), so going on would not be the same run.\n"

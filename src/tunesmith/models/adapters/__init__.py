@@ -1,4 +1,4 @@
-"""What is added to a network: ``kinds`` (what follows from an adapter's type), ``adapters`` (saved ones,
-several at once), ``bottleneck``, ``virtual_tokens`` and ``layout``,
-``lora_init`` and ``factors``, ``scaled`` (IA3), ``linear``.
+"""Adapters on a network: ``adapter_types`` (what follows from an adapter's type), ``adapter_set`` (saved
+adapters, several on one base), ``bottleneck_tuner``, ``virtual_tokens`` and ``virtual_token_layout``,
+``lora_init`` and ``lora_factors``, ``ia3_layers``, ``linear_layers``.
 """

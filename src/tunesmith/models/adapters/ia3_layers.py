@@ -1,44 +1,49 @@
-"""Linear layers with the vectors of (IA)^3 around them, read so that several can be served as one product."""
+"""Linear layers with (IA)^3 vectors, read so that one product can compute several of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from tunesmith.models.network import has_attributes
+
+if TYPE_CHECKING:
+    from peft.tuners.ia3 import IA3Layer
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What the input of a product is multiplied by, (in,) or None, and what each layer's output is, (its out,) or None."""
+    """The vectors that scale the input of a product (in,) and the output of each layer (out,), or None."""
 
     inner: nn.Parameter | None
     outer: list[nn.Parameter | None]
 
-    def before(self, x: torch.Tensor) -> torch.Tensor:
-        """x (tokens, in), scaled."""
+    def before(self, x: Tensor) -> Tensor:
+        """Scale the input x (tokens, in)."""
         return x if self.inner is None else x * self.inner.flatten().to(x.dtype)
 
-    def after(self, y: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
-        """y (tokens, sum of ``widths``), each layer's part scaled."""
-        if all(one is None for one in self.outer):
+    def after(self, y: Tensor, widths: Sequence[int]) -> Tensor:
+        """Scale each layer's part of the output y (tokens, sum of ``widths``)."""
+        if all(vector is None for vector in self.outer):
             return y
         parts = [
-            y.new_ones(width) if one is None else one.flatten().to(y.dtype)
-            for one, width in zip(self.outer, widths, strict=True)
+            y.new_ones(width) if vector is None else vector.flatten().to(y.dtype)
+            for vector, width in zip(self.outer, widths, strict=True)
         ]
         return y * torch.cat(parts)
 
 
-def is_scaled(module: Any) -> bool:
-    """Whether peft has put a vector of (IA)^3 on this layer."""
-    return hasattr(module, "ia3_l") and hasattr(module, "base_layer")
+def is_scaled(module: nn.Module) -> bool:
+    """Return whether peft has put an (IA)^3 vector on this layer."""
+    return has_attributes(module, "ia3_l", "base_layer")
 
 
-def read(modules: Sequence[Any]) -> Scales | None:
-    """The vectors of layers over one input, or None where one of them is not read with certainty."""
+def read(modules: Sequence[IA3Layer]) -> Scales | None:
+    """Return the vectors of layers over one input, or None where they cannot be read with certainty."""
     inner: nn.Parameter | None = None
     outer: list[nn.Parameter | None] = []
     for module in modules:

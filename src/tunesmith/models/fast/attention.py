@@ -1,198 +1,180 @@
-"""Attention over packed rows: several sequences side by side in one, each seeing only itself.
+"""Attention over packed rows: several sequences side by side in one row, each seeing only itself.
 
-Registered with transformers' ``AttentionInterface`` under ``tunesmith_segments``, with a mask function that builds no mask. A
-model calls it once per layer; the boundaries arrive as the keyword ``segments`` that its forward passes through. Whatever else a
-model wants of attention (a sliding window shorter than a segment, a soft cap, a position bias) is refused, never ignored: the
-caller then pads instead.
+A model calls it once per layer through transformers' ``AttentionInterface``; the segment lengths arrive as
+the keyword ``segments`` of its forward. It refuses whatever else a model passes to attention (a sliding
+window shorter than a segment, a soft cap, a position bias): the caller then pads. With the keyword
+``behind`` answers share a prefix (``segments.py``).
 
-A GPU that ``varlen.py`` serves takes that way; this one is for CPUs, for fp32 on a GPU and for GPUs before Ampere. There it is
-one call of ``scaled_dot_product_attention`` for each segment; on a CPU with ``kernels.py`` both passes are our own. The
-alternative, one call with a block-diagonal mask, would work on all pairs of tokens of the row, ten times as many at ten
-segments, and hold a mask that grows with their square.
-
-With the keyword ``behind`` answers share a prefix, see ``pieces.py``: everything but attention is done once for the prefix.
+It serves CPUs, fp32 on a GPU, and GPUs before Ampere; ``varlen.py`` serves other GPUs. On a CPU with
+``kernels.py`` both passes are our own, elsewhere there is one ``scaled_dot_product_attention`` call for each
+segment: one call with a block-diagonal mask would compute all pairs of tokens of the row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from tunesmith.models.adapters.virtual_token_layout import Layout
-from tunesmith.models.fast import kernels
-from tunesmith.models.fast.segments import Family, Run, families, longest
-from tunesmith.models.heads import bidirectional_attention
+from tunesmith.models.adapters.virtual_token_layout import Keywords, Layout
+from tunesmith.models.fast import bidirectional_attention, kernels
+from tunesmith.models.fast.autograd_context import Context, Gradients
+from tunesmith.models.fast.segments import Family, Run, families, most_keys
+from tunesmith.models.network import attribute
 
 NAME = "tunesmith_segments"
 ROWS = 256
-"""Queries whose attention weights are made again together in the backward pass."""
+"""Queries whose attention weights exist at the same time."""
 HARMLESS = {
-    "position_ids",
-    "use_cache",
-    "output_attentions",
-    "cache_position",
-    "layer_idx",
-    "is_causal",
-    "past_key_values",
-    "read",
-}
-
+    "position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal",
+    "past_key_values", "read",
+}  # fmt: skip
+"""Keywords of transformers that do not change what packed attention computes."""
 
 _watchers: list[list[int | None]] = []
 
 
 @contextmanager
 def watch() -> Iterator[list[int | None]]:
-    """The list that is yielded gets one entry for each call of packed attention: its sliding window, or None."""
-    seen: list[int | None] = []
-    _watchers.append(seen)
+    """Yield a list that gets one entry for each call of packed attention: its sliding window, or None."""
+    calls: list[int | None] = []
+    _watchers.append(calls)
     try:
-        yield seen
+        yield calls
     finally:
-        _watchers.remove(seen)
+        _watchers.remove(calls)
+
+
+def report_call(sliding_window: int | None) -> None:
+    """Append to the list of every :func:`watch`."""
+    for calls in _watchers:
+        calls.append(sliding_window)
 
 
 class CannotPack(Exception):
-    """The model asks attention for something that packed rows cannot give exactly."""
+    """The model's attention needs something that packed rows cannot compute exactly."""
 
 
 def register() -> None:
     """Make ``attn_implementation="tunesmith_segments"`` known to transformers.
 
-    No mask function has this name, and for such names transformers makes no mask: segments replace it. With one that returns
-    None it would first look for packed rows in the positions, and wait for the device to learn what it found.
+    Without a mask function: with one that returns None, transformers would wait for the device on every call.
     """
     AttentionInterface.register(NAME, segment_attention)
 
 
-def refuse(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    told: bool,
+def check_arguments(
+    query: Tensor,
+    attention_mask: Tensor | None,
+    has_segments: bool,
     dropout: float,
-    others: dict[str, Any],
+    others: Mapping[str, object],
 ) -> None:
-    """Raise CannotPack for whatever packed attention would not do exactly.
-
-    ``told``: whether the segments arrived; ``others``: the keywords that the caller does not know by name.
-    """
-    unknown = [name for name, given in others.items() if given is not None and name not in HARMLESS]
+    """Raise CannotPack for arguments and ``others`` (keywords) that packed attention does not support."""
+    unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
     if unknown:
         raise CannotPack(f"its attention uses {', '.join(unknown)}")
-    if not told or attention_mask is not None or query.shape[0] != 1:
+    if not has_segments or attention_mask is not None or query.shape[0] != 1:
         raise CannotPack("its forward does not pass the segments on to attention")
     if dropout:
         raise CannotPack("its attention drops probabilities at random")
 
 
-def is_causal(module: torch.nn.Module, others: dict[str, Any]) -> bool:
-    """Whether a token sees only what stands before it: what the call says (in ``others``), else what the module says."""
-    said = others.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if said is None else said)
+def check_shared_prefix(causal: bool, virtual: int) -> None:
+    """Raise CannotPack where answers cannot share a prefix. ``virtual``: the number of virtual keys."""
+    if not causal:
+        raise CannotPack("answers share a prefix only where attention is causal")
+    if virtual:
+        raise CannotPack("answers cannot share a prefix that follows virtual tokens")
 
 
-def saw(sliding_window: int | None) -> None:
-    """Tell whoever watches that attention was called."""
-    for seen in _watchers:
-        seen.append(sliding_window)
+def is_causal(module: torch.nn.Module, others: Mapping[str, object]) -> bool:
+    """Return whether attention is causal, by the call's keywords ``others``, else by the module."""
+    causal = others.get("is_causal")
+    causal = attribute(module, "is_causal") if causal is None else causal
+    return causal is None or bool(causal)
 
 
 def segment_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: tuple[int, ...] | None = None,
     behind: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention inside each segment, and the one that it is ``behind``: causal, or of an encoder from every token to every other.
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Return attention inside each segment, and to the one it is ``behind``, (1, tokens, heads, dim).
 
-    ``query`` (1, heads, tokens, dim), ``key`` and ``value`` (1, kv_heads, tokens, dim); ``segments`` holds the lengths, which sum
-    to tokens. Returns (1, tokens, heads, dim). Where keys are more than queries, each segment has as many virtual ones in front.
-    Raises CannotPack for anything it does not understand.
+    ``query`` (1, heads, tokens, dim), ``key`` and ``value`` (1, kv_heads, tokens, dim); the lengths in
+    ``segments`` sum to tokens. Where there are more keys than queries, each segment has equally many virtual
+    keys in front. Raises CannotPack for arguments that it does not support.
     """
-    refuse(module, query, attention_mask, segments is not None, dropout, kwargs)
+    check_arguments(query, attention_mask, segments is not None, dropout, kwargs)
     assert segments is not None
     causal = is_causal(module, kwargs)
     if behind is not None:
-        refuse_shared(causal, key.shape[2] - query.shape[2])
+        check_shared_prefix(causal, key.shape[2] - query.shape[2])
     if not causal and sliding_window is not None:
         sliding_window //= 2  # to either side
-    if key.shape[2] != query.shape[2]:
-        if not causal:
-            raise CannotPack("virtual keys go with causal attention only")
-        asked, layout = with_virtual(query, key, {"segments": segments})
-        out, _ = segment_attention(
-            module, asked, key, value, None, scaling, sliding_window=sliding_window, **layout.keywords
-        )  # the same attention, over segments that are longer
-        return layout.text(out), None
-    most = longest(segments, behind)
+    if key.shape[2] != query.shape[2]:  # virtual keys: the same attention over longer segments
+        query, layout = insert_virtual_queries(query, key, causal, {"segments": segments})
+        longer = {"scaling": scaling, "sliding_window": sliding_window, **layout.keywords}
+        return layout.text(segment_attention(module, query, key, value, None, **longer)[0]), None
+    most = most_keys(segments, behind)
     if sliding_window is not None and sliding_window < most:
         raise CannotPack(f"its attention slides over {sliding_window} tokens and a row has {most}")
-    saw(sliding_window)
+    report_call(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not causal:
         return bidirectional_attention.attend(query[0], key[0], value[0], segments, scale).unsqueeze(0), None
-    kinds = families(segments, behind)
+    grouped = families(segments, behind)
     if kernels.available(query) and value.shape[-1] == query.shape[-1]:
-        out = CausalSegments.apply(
-            query[0].contiguous(), key[0].contiguous(), value[0].contiguous(), kinds, scale
-        )
-        return out.unsqueeze(0), None
-    return plainly(query, key, value, kinds, scale).transpose(1, 2).contiguous(), None
+        qkv = (x[0].contiguous() for x in (query, key, value))
+        return CausalSegments.apply(*qkv, grouped, scale).unsqueeze(0), None
+    return attend_by_torch(query, key, value, grouped, scale).transpose(1, 2).contiguous(), None
 
 
-def refuse_shared(causal: bool, virtual: int) -> None:
-    """Raise CannotPack for attention in which answers cannot share a prefix. ``virtual``: keys that are no token's."""
-    if not causal:
-        raise CannotPack("answers share a prefix only where attention is causal")
-    if virtual:
-        raise CannotPack("answers cannot share a prefix that stands behind virtual tokens")
-
-
-def plainly(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kinds: tuple[Family, ...], scale: float
-) -> torch.Tensor:
-    """The same by torch's own attention, one call for each run. (1, heads, tokens, dim)."""
+def attend_by_torch(
+    query: Tensor, key: Tensor, value: Tensor, grouped: tuple[Family, ...], scale: float
+) -> Tensor:
+    """Return causal attention by torch's own function, one call for each run. (1, heads, tokens, dim)."""
     exact = torch.promote_types(key.dtype, torch.float32)
-    grouped, parts = query.shape[1] != key.shape[1], []
-    for family in kinds:
-        # what several runs see goes through fp32: there autograd sums what each of them gives back
-        shared = [
-            x[:, :, family.start : family.start + family.runs[-1].ahead].to(exact) for x in (key, value)
-        ]
+    enable_gqa, parts = query.shape[1] != key.shape[1], []
+    for family in grouped:
+        # what several runs see goes through fp32, in which autograd then sums the gradients of the runs
+        prefix = slice(family.start, family.start + family.runs[-1].ahead)
+        shared = [x[:, :, prefix].to(exact) for x in (key, value)]
         for run in family.runs:
             here = slice(run.start, run.start + run.length)
             q, k, v = (x[:, :, here] for x in (query, key, value))
             mask = None
             if run.ahead:
-                k, v = (
-                    torch.cat([ahead.to(x.dtype), x], dim=2) for ahead, x in zip(shared, (k, v), strict=True)
-                )
+                pairs = zip(shared, (k, v), strict=True)
+                k, v = (torch.cat([ahead.to(x.dtype), x], dim=2) for ahead, x in pairs)
                 mask = torch.ones(run.length, run.keys, dtype=torch.bool, device=q.device).tril(run.ahead)
             parts.append(
                 scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=enable_gqa
                 )
             )
     return torch.cat(parts, dim=2)
 
 
-def with_virtual(
-    query: torch.Tensor, key: torch.Tensor, keywords: dict[str, Any]
-) -> tuple[torch.Tensor, Layout]:
-    """``query`` with rows for the virtual keys in front of each segment: zeros, so that attention stays square and causal."""
+def insert_virtual_queries(
+    query: Tensor, key: Tensor, causal: bool, keywords: Keywords
+) -> tuple[Tensor, Layout]:
+    """Insert zero queries for the virtual keys of each segment, so that attention stays square and causal."""
+    if not causal:
+        raise CannotPack("virtual keys need causal attention")
     tokens, segments = query.shape[2], len(keywords.get("segments") or keywords["cu_seqlens"][1:])
     ahead = (key.shape[2] - tokens) // segments
     layout = Layout.of(keywords, ahead, tokens)
@@ -200,17 +182,15 @@ def with_virtual(
     return layout.insert(query, query.new_zeros(1, query.shape[1], ahead, query.shape[3]), dim=2), layout
 
 
-def forward_segments(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kinds: tuple[Family, ...], scale: float
-) -> torch.Tensor:
+def forward_segments(q: Tensor, k: Tensor, v: Tensor, grouped: tuple[Family, ...], scale: float) -> Tensor:
     """(heads, tokens, dim) and twice (kv_heads, tokens, dim) -> (tokens, heads, dim), without a graph.
 
-    Batched products around one pass of softmax, as in the backward: in bf16 torch's flash attention for CPUs takes three times as
-    long. Scores are rounded to bf16 there, as transformers' eager attention does; SmolLM2-135M is as far from fp32 either way.
+    Batched products around one softmax pass: in bf16 torch's flash attention for CPUs takes three times as
+    long. Scores are rounded to bf16, as in transformers' eager attention.
     """
     heads, tokens, dim = q.shape
     out = torch.empty(tokens, heads, dim, dtype=q.dtype)
-    for family in kinds:
+    for family in grouped:
         for run in family.runs:
             k_run, v_run = family.keys(k, run), family.keys(v, run)
             for here, seen in _blocks(run):
@@ -220,14 +200,14 @@ def forward_segments(
 
 
 def _blocks(run: Run) -> Iterator[tuple[slice, int]]:
-    """(some queries of a run, how many of its keys the last of them sees), ``ROWS`` queries at a time."""
+    """Yield blocks of ``ROWS`` queries of a run, each with the number of keys that its last query sees."""
     for first in range(0, run.length, ROWS):
         last = min(first + ROWS, run.length)
         yield slice(run.start + first, run.start + last), run.ahead + last
 
 
-def _weights(q: torch.Tensor, k_seen: torch.Tensor, here: slice, scale: float) -> torch.Tensor:
-    """softmax(scale q k^T) of the queries ``here``, the last of which sees all of ``k_seen`` (kv_heads, seen, dim).
+def _weights(q: Tensor, k_seen: Tensor, here: slice, scale: float) -> Tensor:
+    """softmax(scale q k^T) of the queries ``here``; the last sees all of ``k_seen`` (kv_heads, seen, dim).
 
     The query heads that share a key head are stacked along the rows: (kv_heads, group * rows, seen).
     """
@@ -237,30 +217,24 @@ def _weights(q: torch.Tensor, k_seen: torch.Tensor, here: slice, scale: float) -
     return p
 
 
-def _stacked(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+def _stacked(x: Tensor, kv_heads: int) -> Tensor:
     """(heads, rows, dim) -> (kv_heads, group * rows, dim)."""
     return x.reshape(kv_heads, -1, x.shape[-1])
 
 
 def backward_segments(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kinds: tuple[Family, ...],
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of :func:`forward_segments` for ``grad`` (tokens, heads, dim), laid out like q, k and v.
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, grouped: tuple[Family, ...], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of :func:`forward_segments` by q, k and v for ``grad`` (tokens, heads, dim).
 
-    With P = causal softmax(scale q k^T): dV = P^T dO; dP = dO V^T; dS = scale P (dP - rowsum(P dP)); dQ = dS K; dK = dS^T Q. P is
-    made again from q and k, for ``ROWS`` queries at a time and only the keys they see: torch's flash backward for CPUs takes
-    three to five times as long at a few hundred tokens, and no (length, length) matrix is ever held. What several blocks give a
-    key is summed in fp32.
+    With P = causal softmax(scale q k^T): dV = P^T dO; dP = dO V^T; dS = scale P (dP - rowsum(P dP));
+    dQ = dS K; dK = dS^T Q. P is computed again, for ``ROWS`` queries at a time and the keys they see: torch's
+    flash backward for CPUs takes three to five times as long. Sums over blocks are in fp32.
     """
     heads, _, dim = q.shape
     kv_heads = k.shape[0]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for family in kinds:
+    for family in grouped:
         whole = slice(family.start, family.start + family.length)
         several = len(family.runs) > 1 or family.length > ROWS
         sums = [torch.zeros(kv_heads, family.length, dim, dtype=torch.float32) for _ in range(2 * several)]
@@ -285,18 +259,21 @@ def backward_segments(
     return dq, dk, dv
 
 
+Kept = tuple[tuple[Family, ...], float]
+
+
 class CausalSegments(torch.autograd.Function):
     """:func:`forward_segments` with :func:`backward_segments`."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kinds: tuple[Family, ...], scale: float
-    ) -> torch.Tensor:
+        ctx: Context[Kept], q: Tensor, k: Tensor, v: Tensor, grouped: tuple[Family, ...], scale: float
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.kinds, ctx.scale = kinds, scale
-        return forward_segments(q, k, v, kinds, scale)
+        ctx.kept = grouped, scale
+        return forward_segments(q, k, v, grouped, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context[Kept], grad: Tensor) -> Gradients:
         q, k, v = ctx.saved_tensors
-        return *backward_segments(grad, q, k, v, ctx.kinds, ctx.scale), None, None
+        return *backward_segments(grad, q, k, v, *ctx.kept), None, None

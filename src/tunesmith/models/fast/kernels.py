@@ -1,7 +1,7 @@
-"""The fused element-wise passes of ``kernels.c`` for CPUs, compiled once with the machine's C compiler and kept in a cache.
+"""The C passes of ``kernels.c`` for CPUs, compiled once with the machine's C compiler and cached on disk.
 
-Everything here has a plain twin in torch and nothing depends on it: where there is no compiler, where the self-test disagrees
-with torch, or where tensors are on another device, ``available`` says no and the callers take the plain path.
+Each has a counterpart in torch. Where there is no compiler, the self-test disagrees with torch, or tensors
+are on another device, ``available`` returns False and the callers use torch.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from tunesmith import files
 from tunesmith.errors import DiskFullError
 
 SOURCE = Path(__file__).with_name("kernels.c")
-PART = Path(__file__).with_name("kernels_encoder.c")
+ENCODER_SOURCE = Path(__file__).with_name("kernels_encoder.c")
 """Included by the other."""
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
-CHUNK = 1 << 22  # elements rounded at a time where there is no C: the hash needs 8 bytes for each
+CHUNK = 1 << 22
+"""Elements rounded at a time where there is no C: the hash needs 8 bytes for each."""
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -34,56 +35,36 @@ def cache_folder() -> Path:
 
 
 def _compile() -> Path | None:
-    """The shared library for this source, compiler and processor; None where it cannot be built."""
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    """Return the shared library for this source, compiler and processor; None where it cannot be built."""
+    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if compiler is None or platform.system() != "Linux":
         return None
-    # -march=native output depends on the processor, so its description is part of the key
-    processor = (
-        Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-        if Path("/proc/cpuinfo").exists()
-        else platform.processor()
-    )
-    processor = "\n".join(
-        line for line in processor.splitlines() if line.startswith(("flags", "model name", "Features"))
-    )
-    key = hashlib.sha256(
-        b"\0".join(
-            [
-                SOURCE.read_bytes(),
-                PART.read_bytes(),
-                " ".join([compiler, *FLAGS]).encode(),
-                processor.encode(),
-            ]
-        )
-    ).hexdigest()[:16]
+    # the output of -march=native depends on the processor, so its description is part of the key
+    info = Path("/proc/cpuinfo")
+    processor = info.read_text().partition("\n\n")[0] if info.exists() else platform.processor()
+    described = ("flags", "model name", "Features")
+    processor = "\n".join(line for line in processor.splitlines() if line.startswith(described))
+    command = " ".join([compiler, *FLAGS])
+    parts = [SOURCE.read_bytes(), ENCODER_SOURCE.read_bytes(), command.encode(), processor.encode()]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     target = cache_folder() / f"kernels-{key}.so"
     if target.exists():
         return target
+    wide = platform.machine() == "x86_64" and "clang" not in compiler
+    flags = [*FLAGS, "-mprefer-vector-width=512"] if wide else FLAGS
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with files.publish_file(target) as built:  # two processes may build at once
-            flags = (
-                FLAGS
-                if "clang" in compiler
-                else [*FLAGS, "-mprefer-vector-width=512"]
-                if platform.machine() == "x86_64"
-                else FLAGS
-            )
-            subprocess.run(
-                [compiler, *flags, "-o", str(built), str(SOURCE), "-lm"],
-                check=True,
-                capture_output=True,
-                timeout=120,
-            )
+            command_line = [compiler, *flags, "-o", str(built), str(SOURCE), "-lm"]
+            subprocess.run(command_line, check=True, capture_output=True, timeout=120)
     except (OSError, DiskFullError, subprocess.SubprocessError):
         return None
     return target
 
 
 @functools.cache
-def library() -> Any | None:
-    """The loaded library, or None. torch's own OpenMP runtime (libgomp.so.1) is already loaded and serves it."""
+def library() -> ctypes.CDLL | None:
+    """Return the loaded library, or None. It uses torch's OpenMP runtime (libgomp.so.1), already loaded."""
     path = None if os.environ.get("TUNESMITH_KERNELS") == "0" else _compile()
     if path is None:
         return None
@@ -94,39 +75,44 @@ def library() -> Any | None:
     return loaded if _agrees_with_torch(loaded) else None
 
 
-def available(tensor: torch.Tensor) -> bool:
-    """Whether the fused passes can serve this tensor."""
+def available(tensor: Tensor) -> bool:
+    """Return whether the C passes can serve this tensor."""
     return tensor.device.type == "cpu" and tensor.dtype in SUFFIX and library() is not None
 
 
-def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | float, lib: Any = None) -> None:
-    """Call one C function: tensors go as pointers, ints as int64, floats as float. Tensors must have the layout it expects."""
-    converted: list[Any] = []
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            converted.append(ctypes.c_void_p(argument.data_ptr()))
-        elif isinstance(argument, float):
-            converted.append(ctypes.c_float(argument))
-        else:
-            converted.append(ctypes.c_int64(argument))
-    getattr(lib or library(), f"{name}_{SUFFIX[dtype]}")(*converted)
+def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float) -> None:
+    """Call the C function ``name`` for ``dtype`` (None: it has one form). Nothing checks the tensors' layout."""
+    loaded = library()
+    assert loaded is not None, "callers ask available() first"
+    _call(loaded, name if dtype is None else f"{name}_{SUFFIX[dtype]}", *arguments)
 
 
-def _agrees_with_torch(lib: Any) -> bool:
-    """Each function on a small input against its formula, so that a miscompiled library is never used."""
+def _call(lib: ctypes.CDLL, name: str, *arguments: Tensor | float) -> None:
+    """Pass tensors as pointers, ints as int64 and floats as float."""
+    lib[name](*[_to_c(argument) for argument in arguments])
+
+
+def _to_c(argument: Tensor | float) -> ctypes.c_void_p | ctypes.c_float | ctypes.c_int64:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+
+
+def _agrees_with_torch(lib: ctypes.CDLL) -> bool:
+    """Whether ``lib`` computes its formulas on a small input: a miscompiled library is never used."""
     generator = torch.Generator().manual_seed(0)
     x, other = torch.randn(2, 8, 64, generator=generator).unbind(0)
     wide, label = torch.randn(8, 128, generator=generator), torch.arange(8)
     logits, losses = x.clone(), torch.empty(8)
-    call("cross_entropy", torch.float32, logits, label, losses, 8, 64, lib=lib)
+    _call(lib, "cross_entropy_f32", logits, label, losses, 8, 64)
     gradient = torch.softmax(x, -1) - torch.nn.functional.one_hot(label, 64)
     scores = x.reshape(8, 8, 8).clone()
-    call("causal_softmax", torch.float32, scores, 0.5, 8, 8, 8, lib=lib)
+    _call(lib, "causal_softmax_f32", scores, 0.5, 8, 8, 8)
     masked = (x.reshape(8, 8, 8) * 0.5).masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), float("-inf"))
     product = torch.empty(8, 64)
-    call("swiglu", torch.float32, wide, wide[:, 64:], product, 8, 64, 128, lib=lib)
+    _call(lib, "swiglu_f32", wide, wide[:, 64:], product, 8, 64, 128)
     normed, inverse = torch.empty(8, 64), torch.empty(8)
-    call("rms_norm", torch.float32, x, other[0].contiguous(), normed, inverse, 1e-5, 8, 64, lib=lib)
+    _call(lib, "rms_norm_f32", x, other[0].contiguous(), normed, inverse, 1e-5, 8, 64)
     pairs = [
         (losses, torch.nn.functional.cross_entropy(x, label, reduction="none")),
         (logits, gradient),
@@ -137,40 +123,45 @@ def _agrees_with_torch(lib: Any) -> bool:
     return all(torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6) for ours, theirs in pairs)
 
 
-def stochastic_round(x: torch.Tensor, out: torch.Tensor, seed: int) -> None:
-    """Round fp32 ``x`` to bf16 or fp16 ``out``, up or down at random so that the mean over seeds is ``x`` (Gupta et al. 2015).
+def mix_bits(h: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3, for 32-bit numbers in int64. kernels.c has the same, bit for bit."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+    return h
 
-    Rounding to nearest loses an update below half a unit in the last place every time; this keeps it in expectation. What is
-    drawn depends on ``seed`` and the place in the tensor alone.
+
+def stochastic_round(x: Tensor, out: Tensor, seed: int) -> None:
+    """Round fp32 ``x`` to bf16 or fp16 ``out``, up or down at random so that the mean over seeds is ``x``
+    (Gupta et al. 2015).
+
+    Rounding to nearest loses an update below half a unit in the last place every time; this keeps it in
+    expectation. The draws depend on ``seed`` and the index in the tensor alone.
     """
     seed &= 0xFFFFFFFF
     if available(out) and x.is_contiguous() and out.is_contiguous():
-        loaded = library()
-        assert loaded is not None  # available() said so
-        pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()))
-        loaded.stochastic_round(*pointers, ctypes.c_int64(x.numel()), ctypes.c_int64(seed))
-        return
+        return call("stochastic_round", None, x, out, x.numel(), seed)
     rounded = torch.empty(x.numel(), dtype=out.dtype, device=x.device)
-    to_nearby = _to_bf16 if out.dtype is torch.bfloat16 else _to_fp16
+    to_neighbour = _to_bf16 if out.dtype is torch.bfloat16 else _to_fp16
     for start in range(0, x.numel(), CHUNK):
         bits = x.reshape(-1)[start : start + CHUNK].view(torch.int32).long() & 0xFFFFFFFF
-        h = (torch.arange(start, start + len(bits), device=x.device) * 0x9E3779B1 + seed) & 0xFFFFFFFF
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-            h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
-        rounded[start : start + CHUNK] = to_nearby(bits, h)
+        index = torch.arange(start, start + len(bits), device=x.device)
+        h = mix_bits((index * 0x9E3779B1 + seed) & 0xFFFFFFFF)
+        rounded[start : start + CHUNK] = to_neighbour(bits, h)
     out.copy_(rounded.view(out.shape))
 
 
-def _to_bf16(bits: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """fp32 ``bits`` with random ``h`` (int64, 32 bits used): bf16 is the upper half of fp32, so a carry from below rounds up."""
+def _to_bf16(bits: Tensor, h: Tensor) -> Tensor:
+    """Round fp32 ``bits`` (int64) by random bits ``h``. bf16 is the upper half of fp32: a carry rounds up."""
     finite = (bits & 0x7F800000) != 0x7F800000
     upper = ((bits + torch.where(finite, h & 0xFFFF, 0)) >> 16) & 0xFFFF
     return torch.where(upper > 0x7FFF, upper - 0x10000, upper).to(torch.int16).view(torch.bfloat16)
 
 
-def _to_fp16(bits: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """The same for fp16, which is no part of fp32's bits: its exponent is shorter, and below 2^-14 its numbers lie 2^-24 apart,
-    so how many bits fall away depends on the number. Hence the distance of two neighbours is found first; all else is exact.
+def _to_fp16(bits: Tensor, h: Tensor) -> Tensor:
+    """Round fp32 ``bits`` (int64) by random bits ``h``. fp16 has a shorter exponent than fp32.
+
+    Below 2^-14 fp16 numbers are 2^-24 apart, so the number of lost bits varies: the distance of two
+    neighbours is computed first, all else is exact.
     """
     exponent = ((bits >> 23) & 0xFF) - 127
     spacing = ((exponent.clamp_min(-14) - 10 + 127) << 23).to(torch.int32).view(torch.float32)
@@ -179,15 +170,16 @@ def _to_fp16(bits: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     below = steps.floor()
     carry = (((steps - below) * 2.0**24).to(torch.int64) + (h >> 8)) >> 24
     magnitude = ((below + carry) * spacing).clamp_max(65504.0)
-    # what no fp16 number is near (65520 and more, nan) goes as torch casts it: to infinity, nan
+    # beyond the fp16 numbers (65520 and more, nan) torch's cast applies: infinity, nan
     return torch.where(value.abs() < 65520.0, magnitude.copysign(value), value).to(torch.float16)
 
 
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed blocks instead of returning each to the kernel.
 
-    A training step frees and takes the same megabyte-sized blocks thousands of times; by default each is mapped, zeroed page by
-    page and unmapped anew, which costs more than the arithmetic on it (attention at 200 tokens: 2.7 ms against 0.8 ms).
+    A training step frees and takes the same megabyte-sized blocks thousands of times. By default the kernel
+    maps, zeroes and unmaps each anew, which costs more than the arithmetic on it (attention at 200 tokens:
+    2.7 ms against 0.8 ms).
     """
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -197,6 +189,6 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give back what :func:`keep_freed_memory` has kept: rows of ever new lengths leave holes that add up over a long run."""
+    """Return memory that glibc keeps since :func:`keep_freed_memory`: rows of many lengths leave holes."""
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

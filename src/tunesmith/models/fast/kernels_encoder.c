@@ -1,21 +1,24 @@
-/* The passes of encoders: attention of short segments both ways, layer norm, dropout by row. Part of kernels.c. */
+/* The passes of encoders: bidirectional attention of short segments, layer norm, dropout by row. Part of
+ * kernels.c. */
 #ifndef T
 #include <omp.h>
 
 /* 16 floats that the compiler keeps in one register, or in as many as the processor needs. */
 typedef float lanes __attribute__((vector_size(64)));
 static inline lanes load_lanes(const float *x) { lanes y; memcpy(&y, x, 64); return y; }
+static inline i64 round_up_16(i64 n) { return (n + 15) / 16 * 16; }
 
-/* C = A B, or C += A B, in float: A (m, n) at a[i * ai + j * aj], B (n, w) with rows of `w` floats, C (m, w) likewise. m is read and
- * written in eights, w is a multiple of 16; what is padding costs time and is never looked at. */
+/* C = A B, or C += A B, in float: A (m, n) at a[i * ai + j * aj], B (n, w) with rows of `w` floats, C (m,
+ * w) likewise. m is read and written in eights, w is a multiple of 16; padding costs time and is never
+ * used. */
 static inline void small_product(
-    const float *a, int64_t ai, int64_t aj, const float *b, float *c, int64_t m, int64_t n, int64_t w, int add) {
-    for (int64_t i = 0; i < m; i += 8)
-        for (int64_t l = 0; l < w; l += 16) {
+    const float *a, i64 ai, i64 aj, const float *b, float *c, i64 m, i64 n, i64 w, int add) {
+    for (i64 i = 0; i < m; i += 8)
+        for (i64 l = 0; l < w; l += 16) {
             lanes sum[8];
 #pragma GCC unroll 8
             for (int r = 0; r < 8; r++) sum[r] = add ? load_lanes(c + (i + r) * w + l) : (lanes){0};
-            for (int64_t j = 0; j < n; j++) {
+            EACH(j, n) {
                 lanes row = load_lanes(b + j * w + l);
 #pragma GCC unroll 8
                 for (int r = 0; r < 8; r++) sum[r] += a[(i + r) * ai + j * aj] * row;
@@ -25,74 +28,64 @@ static inline void small_product(
         }
 }
 
-/* 32 random bits for element `at` of what (low, high) name: the finaliser of MurmurHash3 twice. noise.py has the same in torch. */
+/* 32 random bits for element `at` under the key (low, high); noise.py has the same in torch, bit for bit. */
 static inline uint32_t drawn(uint32_t at, uint32_t low, uint32_t high) {
-    uint32_t h = at * 0x9E3779B1u + low;
-    h ^= h >> 16; h *= 0x85EBCA6Bu; h ^= h >> 13; h *= 0xC2B2AE35u; h ^= h >> 16;
-    h ^= high;
-    h ^= h >> 16; h *= 0x85EBCA6Bu; h ^= h >> 13; h *= 0xC2B2AE35u; h ^= h >> 16;
-    return h;
+    return mix_bits(mix_bits(at * 0x9E3779B1u + low) ^ high);
 }
 #else
 
-/* y = (h - mean) / deviation * weight + bias with h = x + more, rounded to T and kept in `sum`; without `more` (sum == x) h is x. */
+/* y = (h - mean) / deviation * weight + bias, where h = x + more, rounded to T and kept in `sum`. With
+ * sum == x there is no `more`, and h is x. */
 void F(layer_norm)(
-    const T *x, const T *more, const T *weight, const T *bias, T *sum, T *y, float *mean, float *inverse, float epsilon, int64_t rows,
-    int64_t width) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
+    const T *x, const T *more, const T *weight, const T *bias, T *sum, T *y, float *mean, float *inverse,
+    float epsilon, i64 rows, i64 width) {
+    PARALLEL EACH(i, rows) {
         const T *in = x + i * width, *other = more + i * width;
         T *h = sum + i * width, *out = y + i * width;
         float total = 0.0f, square = 0.0f;
         if (sum != x) {
-#pragma omp simd
-            for (int64_t j = 0; j < width; j++) h[j] = PUT(GET(in[j]) + GET(other[j]));
+            SIMD EACH(j, width) h[j] = PUT(GET(in[j]) + GET(other[j]));
         }
-#pragma omp simd reduction(+ : total)
-        for (int64_t j = 0; j < width; j++) total += GET(h[j]);
+        SIMD_SUM(total) EACH(j, width) total += GET(h[j]);
         float middle = total / (float)width;
-#pragma omp simd reduction(+ : square)
-        for (int64_t j = 0; j < width; j++) { float v = GET(h[j]) - middle; square += v * v; }
+        SIMD_SUM(square) EACH(j, width) { float v = GET(h[j]) - middle; square += v * v; }
         float r = 1.0f / sqrtf(square / (float)width + epsilon);
         mean[i] = middle;
         inverse[i] = r;
-#pragma omp simd
-        for (int64_t j = 0; j < width; j++) out[j] = PUT((GET(h[j]) - middle) * r * GET(weight[j]) + GET(bias[j]));
+        SIMD EACH(j, width) out[j] = PUT((GET(h[j]) - middle) * r * GET(weight[j]) + GET(bias[j]));
     }
 }
 
 void F(layer_norm_backward)(
-    const T *h, const T *weight, const T *grad, const float *mean, const float *inverse, T *dh, int64_t rows, int64_t width) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
+    const T *h, const T *weight, const T *grad, const float *mean, const float *inverse, T *dh,
+    i64 rows, i64 width) {
+    PARALLEL EACH(i, rows) {
         const T *in = h + i * width, *g = grad + i * width;
         T *out = dh + i * width;
         float m = mean[i], r = inverse[i], plain = 0.0f, dot = 0.0f;
-#pragma omp simd reduction(+ : plain, dot)
-        for (int64_t j = 0; j < width; j++) {
+        PRAGMA(omp simd reduction(+ : plain, dot))
+        EACH(j, width) {
             float v = GET(g[j]) * GET(weight[j]);
             plain += v;
             dot += v * (GET(in[j]) - m) * r;
         }
         plain /= (float)width;
         dot /= (float)width;
-#pragma omp simd
-        for (int64_t j = 0; j < width; j++)
+        SIMD EACH(j, width)
             out[j] = PUT(r * (GET(g[j]) * GET(weight[j]) - plain - (GET(in[j]) - m) * r * dot));
     }
 }
 
-/* Gradients of weight and bias: sums over rows, a block of columns by one thread. */
+/* Gradients of weight and bias: sums over rows, one thread for a block of columns. */
 void F(layer_norm_weights)(
-    const T *h, const T *grad, const float *mean, const float *inverse, float *dweight, float *dbias, int64_t rows, int64_t width) {
-#pragma omp parallel for schedule(static)
-    for (int64_t first = 0; first < width; first += 64) {
-        int64_t last = first + 64 < width ? first + 64 : width;
-        for (int64_t j = first; j < last; j++) dweight[j] = dbias[j] = 0.0f;
-        for (int64_t i = 0; i < rows; i++) {
+    const T *h, const T *grad, const float *mean, const float *inverse, float *dweight, float *dbias,
+    i64 rows, i64 width) {
+    PARALLEL for (i64 first = 0; first < width; first += 64) {
+        i64 last = first + 64 < width ? first + 64 : width;
+        RANGE(j, first, last) dweight[j] = dbias[j] = 0.0f;
+        EACH(i, rows) {
             float m = mean[i], r = inverse[i];
-#pragma omp simd
-            for (int64_t j = first; j < last; j++) {
+            SIMD RANGE(j, first, last) {
                 float g = GET(grad[i * width + j]);
                 dweight[j] += g * (GET(h[i * width + j]) - m) * r;
                 dbias[j] += g;
@@ -101,152 +94,144 @@ void F(layer_norm_weights)(
     }
 }
 
-/* Sums over rows of x (rows, width): what a bias gets of a gradient. */
-void F(column_sums)(const T *x, float *sums, int64_t rows, int64_t width) {
-#pragma omp parallel for schedule(static)
-    for (int64_t first = 0; first < width; first += 64) {
-        int64_t last = first + 64 < width ? first + 64 : width;
-        for (int64_t j = first; j < last; j++) sums[j] = 0.0f;
-        for (int64_t i = 0; i < rows; i++) {
-#pragma omp simd
-            for (int64_t j = first; j < last; j++) sums[j] += GET(x[i * width + j]);
+/* Sums over the rows of x (rows, width): the gradient of a bias. */
+void F(column_sums)(const T *x, float *sums, i64 rows, i64 width) {
+    PARALLEL for (i64 first = 0; first < width; first += 64) {
+        i64 last = first + 64 < width ? first + 64 : width;
+        RANGE(j, first, last) sums[j] = 0.0f;
+        EACH(i, rows) {
+            SIMD RANGE(j, first, last) sums[j] += GET(x[i * width + j]);
         }
     }
 }
 
-/* Inverted dropout: element j of row i stays, times `scale`, where the upper 24 bits drawn for its place (place[i] * width + j of what
- * keys[2 i], keys[2 i + 1] name) are `least` or more. A row with place < 0 is copied. */
+/* Inverted dropout: element j of row i is kept, times `scale`, where the upper 24 bits of its draw are
+ * `least` or more. The draw is that of element place[i] * width + j under the key
+ * (keys[2 i], keys[2 i + 1]). Rows with place < 0 are copied. */
 void F(row_dropout)(
-    const T *x, T *y, const int64_t *keys, const int64_t *place, float scale, int64_t least, int64_t rows, int64_t width) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
+    const T *x, T *y, const i64 *keys, const i64 *place, float scale, i64 least, i64 rows, i64 width) {
+    PARALLEL EACH(i, rows) {
         const T *in = x + i * width;
         T *out = y + i * width;
-        uint32_t low = (uint32_t)keys[2 * i], high = (uint32_t)keys[2 * i + 1], first = (uint32_t)(place[i] * width);
-        uint32_t limit = place[i] < 0 ? 0u : (uint32_t)least;
+        uint32_t low = (uint32_t)keys[2 * i], high = (uint32_t)keys[2 * i + 1];
+        uint32_t first = (uint32_t)(place[i] * width), limit = place[i] < 0 ? 0u : (uint32_t)least;
         float factor = place[i] < 0 ? 1.0f : scale;
-#pragma omp simd
-        for (int64_t j = 0; j < width; j++) {
+        SIMD EACH(j, width) {
             uint32_t h = drawn(first + (uint32_t)j, low, high) >> 8;
             out[j] = PUT(h >= limit ? GET(in[j]) * factor : 0.0f);
         }
     }
 }
 
-/* Attention of every token of a segment to every other, in float, nothing of it kept. `qkv` holds rows of `stride` elements: heads of
- * queries, then kv_heads of keys, then of values, `dim` numbers each; `edges` (segments + 1) says where segments begin. One thread
- * does a segment and a key head with all query heads that share it. `scratch` has `room` floats for each of `threads`. Queries go
- * through in blocks of 64. */
-#define BLOCK 64
-static inline void F(read_heads)(const T *x, int64_t stride, float *y, int64_t rows, int64_t padded, int64_t dim, int64_t wide) {
-    for (int64_t i = 0; i < padded; i++) {
-#pragma omp simd
-        for (int64_t j = 0; j < wide; j++) y[i * wide + j] = i < rows && j < dim ? GET(x[i * stride + j]) : 0.0f;
+/* Attention of every token of a segment to every other, in float; no weights are kept. `qkv` holds rows
+ * of `stride` elements: heads of queries, then kv_heads of keys, then of values, `dim` numbers each.
+ * `edges` (segments + 1) are the starts of the segments. One thread computes a segment and a key head
+ * with all query heads that share it. `scratch` has `room` floats for each of `threads`. */
+#define BLOCK 64 /* queries at a time */
+#define PARALLEL_SEGMENTS PRAGMA(omp parallel for schedule(dynamic) num_threads(threads))
+static inline void F(read_heads)(const T *x, i64 stride, float *y, i64 rows, i64 padded, i64 dim, i64 wide) {
+    EACH(i, padded) {
+        SIMD EACH(j, wide) y[i * wide + j] = i < rows && j < dim ? GET(x[i * stride + j]) : 0.0f;
     }
 }
-static inline void F(turn)(const float *x, float *y, int64_t rows, int64_t columns, int64_t wide) {
-    for (int64_t j = 0; j < columns; j++)
-        for (int64_t i = 0; i < rows; i++) y[j * rows + i] = x[i * wide + j];
+static inline void F(transpose)(const float *x, float *y, i64 rows, i64 columns, i64 wide) {
+    EACH(j, columns)
+        EACH(i, rows) y[j * rows + i] = x[i * wide + j];
 }
-static inline void F(soften)(float *scores, float scale, int64_t rows, int64_t n, int64_t padded) {
-    for (int64_t i = 0; i < rows; i++) {
+static inline void F(softmax)(float *scores, float scale, i64 rows, i64 n, i64 padded) {
+    EACH(i, rows) {
         float *row = scores + i * padded, top = -INFINITY, sum = 0.0f;
-#pragma omp simd reduction(max : top)
-        for (int64_t j = 0; j < n; j++) { row[j] *= scale; top = row[j] > top ? row[j] : top; }
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < n; j++) { row[j] = fast_exp(row[j] - top); sum += row[j]; }
+        SIMD_MAX(top) EACH(j, n) { row[j] *= scale; top = row[j] > top ? row[j] : top; }
+        SIMD_SUM(sum) EACH(j, n) { row[j] = fast_exp(row[j] - top); sum += row[j]; }
         float inverse = 1.0f / sum;
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++) row[j] *= inverse;
-        for (int64_t j = n; j < padded; j++) row[j] = 0.0f;
+        SIMD EACH(j, n) row[j] *= inverse;
+        RANGE(j, n, padded) row[j] = 0.0f;
     }
 }
 
-void F(attend_both_ways)(
-    const T *qkv, T *out, const int64_t *edges, float *scratch, float scale, int64_t segments, int64_t heads, int64_t kv_heads,
-    int64_t dim, int64_t room, int64_t threads) {
-    int64_t stride = (heads + 2 * kv_heads) * dim, group = heads / kv_heads, wide = (dim + 15) / 16 * 16;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t item = 0; item < segments * kv_heads; item++) {
-        int64_t start = edges[item / kv_heads], n = edges[item / kv_heads + 1] - start, padded = (n + 15) / 16 * 16;
+void F(bidirectional_attention)(
+    const T *qkv, T *out, const i64 *edges, float *scratch, float scale, i64 segments, i64 heads,
+    i64 kv_heads, i64 dim, i64 room, i64 threads) {
+    i64 stride = (heads + 2 * kv_heads) * dim, group = heads / kv_heads, wide = round_up_16(dim);
+    PARALLEL_SEGMENTS EACH(item, segments * kv_heads) {
+        i64 start = edges[item / kv_heads], n = edges[item / kv_heads + 1] - start, padded = round_up_16(n);
+        i64 block = padded * wide;
         const T *q = qkv + start * stride, *k = q + (heads + item % kv_heads) * dim, *v = k + kv_heads * dim;
-        float *own = scratch + omp_get_thread_num() * room, *other = own + padded * wide, *keys = other + padded * wide;
-        float *values = keys + padded * wide, *scores = values + padded * wide, *mixed = scores + BLOCK * padded;
+        float *own = scratch + omp_get_thread_num() * room, *keys = own + block, *values = keys + block;
+        float *scores = values + block, *mixed = scores + BLOCK * padded;
         F(read_heads)(k, stride, own, n, padded, dim, wide);
-        F(turn)(own, keys, padded, dim, wide);
+        F(transpose)(own, keys, padded, dim, wide);
         F(read_heads)(v, stride, values, n, padded, dim, wide);
-        for (int64_t g = 0; g < group; g++) {
-            int64_t head = item % kv_heads * group + g;
+        EACH(g, group) {
+            i64 head = item % kv_heads * group + g;
             F(read_heads)(q + head * dim, stride, own, n, padded, dim, wide);
-            for (int64_t first = 0; first < n; first += BLOCK) {
-                int64_t rows = n - first < BLOCK ? n - first : BLOCK;
+            for (i64 first = 0; first < n; first += BLOCK) {
+                i64 rows = n - first < BLOCK ? n - first : BLOCK;
                 small_product(own + first * wide, wide, 1, keys, scores, rows, dim, padded, 0);
-                F(soften)(scores, scale, rows, n, padded);
+                F(softmax)(scores, scale, rows, n, padded);
                 small_product(scores, padded, 1, values, mixed, rows, n, wide, 0);
-                for (int64_t i = 0; i < rows; i++) {
+                EACH(i, rows) {
                     T *to = out + ((start + first + i) * heads + head) * dim;
-#pragma omp simd
-                    for (int64_t j = 0; j < dim; j++) to[j] = PUT(mixed[i * wide + j]);
+                    SIMD EACH(j, dim) to[j] = PUT(mixed[i * wide + j]);
                 }
             }
         }
     }
 }
 
-/* Its gradients, laid out like qkv. With P = softmax(scale q k^T), made again: dV = P^T dO, dP = dO V^T,
+/* Its gradients, laid out like qkv. With P = softmax(scale q k^T), computed again: dV = P^T dO, dP = dO V^T,
  * dS = scale P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q. */
-void F(attend_both_ways_backward)(
-    const T *qkv, const T *grad, T *dqkv, const int64_t *edges, float *scratch, float scale, int64_t segments, int64_t heads,
-    int64_t kv_heads, int64_t dim, int64_t room, int64_t threads) {
-    int64_t stride = (heads + 2 * kv_heads) * dim, group = heads / kv_heads, wide = (dim + 15) / 16 * 16;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t item = 0; item < segments * kv_heads; item++) {
-        int64_t start = edges[item / kv_heads], n = edges[item / kv_heads + 1] - start, padded = (n + 15) / 16 * 16;
-        int64_t block = padded * wide, key = (heads + item % kv_heads) * dim, value = key + kv_heads * dim;
+void F(bidirectional_attention_backward)(
+    const T *qkv, const T *grad, T *dqkv, const i64 *edges, float *scratch, float scale, i64 segments,
+    i64 heads, i64 kv_heads, i64 dim, i64 room, i64 threads) {
+    i64 stride = (heads + 2 * kv_heads) * dim, group = heads / kv_heads, wide = round_up_16(dim);
+    PARALLEL_SEGMENTS EACH(item, segments * kv_heads) {
+        i64 start = edges[item / kv_heads], n = edges[item / kv_heads + 1] - start, padded = round_up_16(n);
+        i64 block = padded * wide, key = (heads + item % kv_heads) * dim, value = key + kv_heads * dim;
         const T *from = qkv + start * stride;
         T *to = dqkv + start * stride;
         float *q = scratch + omp_get_thread_num() * room, *k = q + block, *up = k + block, *keys = up + block;
         float *values = keys + block, *dk = values + block, *dv = dk + block, *p = dv + block;
         float *ds = p + BLOCK * padded, *dq = ds + BLOCK * padded;
         F(read_heads)(from + value, stride, k, n, padded, dim, wide);
-        F(turn)(k, values, padded, dim, wide);
+        F(transpose)(k, values, padded, dim, wide);
         F(read_heads)(from + key, stride, k, n, padded, dim, wide);
-        F(turn)(k, keys, padded, dim, wide);
+        F(transpose)(k, keys, padded, dim, wide);
         memset(dk, 0, 2 * block * sizeof(float));
-        for (int64_t g = 0; g < group; g++) {
-            int64_t head = item % kv_heads * group + g;
+        EACH(g, group) {
+            i64 head = item % kv_heads * group + g;
             F(read_heads)(from + head * dim, stride, q, n, padded, dim, wide);
             F(read_heads)(grad + (start * heads + head) * dim, heads * dim, up, n, padded, dim, wide);
-            for (int64_t first = 0; first < n; first += BLOCK) {
-                int64_t rows = n - first < BLOCK ? n - first : BLOCK;
-                const float *asked = q + first * wide, *over = up + first * wide;
-                small_product(asked, wide, 1, keys, p, rows, dim, padded, 0);
-                F(soften)(p, scale, rows, n, padded);
-                small_product(p, 1, padded, over, dv, padded, rows, wide, 1);
-                small_product(over, wide, 1, values, ds, rows, dim, padded, 0);
-                for (int64_t i = 0; i < rows; i++) {
+            for (i64 first = 0; first < n; first += BLOCK) {
+                i64 rows = n - first < BLOCK ? n - first : BLOCK;
+                const float *queries = q + first * wide, *above = up + first * wide;
+                small_product(queries, wide, 1, keys, p, rows, dim, padded, 0);
+                F(softmax)(p, scale, rows, n, padded);
+                small_product(p, 1, padded, above, dv, padded, rows, wide, 1);
+                small_product(above, wide, 1, values, ds, rows, dim, padded, 0);
+                EACH(i, rows) {
                     float *d = ds + i * padded, dot = 0.0f;
                     const float *w = p + i * padded;
-#pragma omp simd reduction(+ : dot)
-                    for (int64_t j = 0; j < padded; j++) dot += w[j] * d[j];
-#pragma omp simd
-                    for (int64_t j = 0; j < padded; j++) d[j] = scale * w[j] * (d[j] - dot);
+                    SIMD_SUM(dot) EACH(j, padded) dot += w[j] * d[j];
+                    SIMD EACH(j, padded) d[j] = scale * w[j] * (d[j] - dot);
                 }
                 small_product(ds, padded, 1, k, dq, rows, n, wide, 0);
-                small_product(ds, 1, padded, asked, dk, padded, rows, wide, 1);
-                for (int64_t i = 0; i < rows; i++) {
+                small_product(ds, 1, padded, queries, dk, padded, rows, wide, 1);
+                EACH(i, rows) {
                     T *row = to + (first + i) * stride + head * dim;
-#pragma omp simd
-                    for (int64_t j = 0; j < dim; j++) row[j] = PUT(dq[i * wide + j]);
+                    SIMD EACH(j, dim) row[j] = PUT(dq[i * wide + j]);
                 }
             }
         }
-        for (int64_t i = 0; i < n; i++) {
+        EACH(i, n) {
             T *row = to + i * stride;
-#pragma omp simd
-            for (int64_t j = 0; j < dim; j++) { row[key + j] = PUT(dk[i * wide + j]); row[value + j] = PUT(dv[i * wide + j]); }
+            SIMD EACH(j, dim) {
+                row[key + j] = PUT(dk[i * wide + j]);
+                row[value + j] = PUT(dv[i * wide + j]);
+            }
         }
     }
 }
 #undef BLOCK
+#undef PARALLEL_SEGMENTS
 #endif

@@ -1,87 +1,67 @@
-"""Rotary embedding and causal attention over packed rows in one autograd function, for CPUs: what fused attention layers call."""
+"""Rotary embedding and causal attention over packed rows in one autograd function, for CPUs."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch import Tensor
 
-from tunesmith.models.adapters.virtual_tokens import Prefix
+from tunesmith.models.adapters.virtual_tokens import PrefixCache
 from tunesmith.models.fast import kernels
 from tunesmith.models.fast.attention import backward_segments, forward_segments
+from tunesmith.models.fast.autograd_context import Context, Gradients
 from tunesmith.models.fast.segments import Family, families
+
+Kept = tuple[int, int, tuple[Family, ...], float]
+"""Heads, key heads, families and scale."""
 
 
 def rotary_attention(
-    qkv: torch.Tensor,
-    cosine: torch.Tensor,
-    sine: torch.Tensor,
+    qkv: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
     heads: int,
     kv_heads: int,
     segments: tuple[int, ...],
     scale: float,
-    prefix: Prefix | None = None,
+    prefix: PrefixCache | None = None,
     behind: tuple[int, ...] | None = None,
-) -> torch.Tensor:
-    """qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim); ``prefix``: virtual keys and values before each segment.
+) -> Tensor:
+    """qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim).
 
-    With a prefix attention is that of longer segments: its rows have no query and are not rotated, and their output is left out.
+    With a ``prefix`` before each segment, the segments are longer and the output of its rows is dropped.
     """
-    if prefix is None or prefix.layout is None:
-        out: torch.Tensor = RotaryAttention.apply(
-            qkv, cosine, sine, heads, kv_heads, families(segments, behind), scale
-        )
+    layout = None if prefix is None else prefix.layout
+    if prefix is None or layout is None:
+        settings = heads, kv_heads, families(segments, behind), scale
+        out: Tensor = RotaryAttention.apply(qkv, cosine, sine, settings)
         return out
-    longer = prefix.layout.keywords["segments"]
-    out = RotaryAttention.apply(*prefix.spread(qkv, cosine, sine), heads, kv_heads, families(longer), scale)
-    return prefix.layout.text(out, dim=0)
+    settings = heads, kv_heads, families(layout.keywords["segments"]), scale
+    return layout.text(RotaryAttention.apply(*prefix.extend(qkv, cosine, sine), settings), dim=0)
 
 
 class RotaryAttention(torch.autograd.Function):
-    """Rotary embedding and causal attention. qkv (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim)."""
+    """Rotary embedding and causal attention: (tokens, (heads + 2 kv_heads) dim) -> (tokens, heads dim)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: torch.Tensor,
-        cosine: torch.Tensor,
-        sine: torch.Tensor,
-        heads: int,
-        kv_heads: int,
-        kinds: tuple[Family, ...],
-        scale: float,
-    ) -> torch.Tensor:
-        tokens, dim = qkv.shape[0], cosine.shape[-1]
-        ctx.shape = (heads, kv_heads, tokens, dim, qkv.shape[1])
+    def forward(ctx: Context[Kept], qkv: Tensor, cosine: Tensor, sine: Tensor, settings: Kept) -> Tensor:
+        heads, kv_heads, grouped, scale = ctx.kept = settings
+        (tokens, width), dim = qkv.shape, cosine.shape[-1]
         q, k, v = (qkv.new_empty(n, tokens, dim) for n in (heads, kv_heads, kv_heads))
-        kernels.call("rotary", qkv.dtype, qkv, q, cosine, sine, heads, tokens, dim, qkv.shape[1], 1)
-        kernels.call(
-            "rotary",
-            qkv.dtype,
-            qkv[:, heads * dim :],
-            k,
-            cosine,
-            sine,
-            kv_heads,
-            tokens,
-            dim,
-            qkv.shape[1],
-            1,
-        )
+        for source, target, count in ((qkv, q, heads), (qkv[:, heads * dim :], k, kv_heads)):
+            kernels.call("rotary", qkv.dtype, source, target, cosine, sine, count, tokens, dim, width, 1)
         v.copy_(qkv[:, (heads + kv_heads) * dim :].view(tokens, kv_heads, dim).transpose(0, 1))
         ctx.save_for_backward(q, k, v, cosine, sine)
-        ctx.kinds, ctx.scale = kinds, scale
-        return forward_segments(q, k, v, kinds, scale).view(tokens, heads * dim)
+        return forward_segments(q, k, v, grouped, scale).view(tokens, heads * dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context[Kept], grad: Tensor) -> Gradients:
         q, k, v, cosine, sine = ctx.saved_tensors
-        heads, kv_heads, tokens, dim, width = ctx.shape
-        dq, dk, dv = backward_segments(grad.view(tokens, heads, dim), q, k, v, ctx.kinds, ctx.scale)
+        heads, kv_heads, grouped, scale = ctx.kept
+        tokens, dim = q.shape[1:]
+        dq, dk, dv = backward_segments(grad.view(tokens, heads, dim), q, k, v, grouped, scale)
+        width = (heads + 2 * kv_heads) * dim
         out = grad.new_empty(tokens, width)
-        kernels.call("rotary", grad.dtype, out, dq, cosine, sine, heads, tokens, dim, width, -1)
-        kernels.call(
-            "rotary", grad.dtype, out[:, heads * dim :], dk, cosine, sine, kv_heads, tokens, dim, width, -1
-        )
+        for target, source, count in ((out, dq, heads), (out[:, heads * dim :], dk, kv_heads)):
+            kernels.call("rotary", grad.dtype, target, source, cosine, sine, count, tokens, dim, width, -1)
         out[:, (heads + kv_heads) * dim :].view(tokens, kv_heads, dim).copy_(dv.transpose(0, 1))
-        return out, None, None, None, None, None, None
+        return out, None, None, None

@@ -1,49 +1,45 @@
-"""Whether a replaced forward gives what the module's own gives: tried on a small random input before it is used."""
+"""Compare a replaced forward with the module's own on a small random input, before it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor, nn
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the output's norm
+from tunesmith.models.network import attribute
+
+Forward: TypeAlias = Callable[..., Any]
+"""The forward of a layer: it returns a tensor, or a tuple whose first element is one."""
+Arguments: TypeAlias = tuple[tuple[Tensor, ...], dict[str, object]]
+"""Positional and keyword arguments of a forward."""
+LayerKind: TypeAlias = tuple[
+    Callable[[nn.Module], Forward | None], Callable[[nn.Module, torch.dtype], Arguments]
+]
+"""The function that makes a layer's forward (None for another kind), and arguments to check it with."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""Largest difference, as a share of the output's norm."""
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def random_input(
+    module: nn.Module, dtype: torch.dtype, generator: torch.Generator | None = None
+) -> Arguments:
+    """Return hidden states (1, 8, width) for a module, whose first linear layer or weight has the width."""
+    widths = [attribute(layer, "in_features") for layer in module.modules()]
+    width = next((width for width in widths if width), None) or attribute(module, "weight").shape[-1]
+    return (torch.randn(1, 8, width, generator=generator or seeded()).to(dtype),), {}
 
 
 @torch.no_grad()
-def equal(
-    kind: str,
-    module: Any,
-    forward: Callable[..., Any],
-    dtype: torch.dtype,
-    given: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
-) -> bool:
-    """Whether the new forward gives what the module's own gives, on ``given`` arguments or a small random input of ``dtype``."""
-    if given is not None:
-        arguments, named = given
-        ours, theirs = (
-            one[0] if isinstance(one, tuple) else one
-            for one in (forward(*arguments, **named), type(module).forward(module, *arguments, **named))
-        )
-        return _near(ours, theirs, dtype)
-    linear = next((one for one in module.modules() if hasattr(one, "in_features")), None)
-    width = module.weight.shape[-1] if linear is None else linear.in_features
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 8, width, generator=generator).to(dtype)
-    if kind == "attention":
-        angle = torch.randn(1, 8, module.head_dim // 2, generator=generator)
-        table = torch.cat([angle, angle], dim=-1)
-        keywords: dict[str, Any] = {
-            "position_embeddings": (table.cos().to(dtype), table.sin().to(dtype)),
-            "attention_mask": None,
-            "segments": (5, 3),
-        }
-        ours, theirs = forward(x, **keywords)[0], type(module).forward(module, x, **keywords)[0]
-    else:
-        ours, theirs = forward(x), type(module).forward(module, x)
-    return _near(ours, theirs, dtype)
-
-
-def _near(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> bool:
-    difference = (ours.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-6)
+def equal(module: nn.Module, forward: Forward, arguments: Arguments, dtype: torch.dtype) -> bool:
+    """Return whether ``forward`` and the forward of the module's class agree within ``TOLERANCE``."""
+    positional, named = arguments
+    outs = forward(*positional, **named), type(module).forward(module, *positional, **named)
+    ours, theirs = ((out[0] if isinstance(out, tuple) else out).float() for out in outs)
+    difference = (ours - theirs).norm() / theirs.norm().clamp_min(1e-6)
     return bool((difference <= TOLERANCE[dtype]).item())

@@ -1,1 +1,1 @@
-"""Answers: ``decode`` (sampling, streaming), ``kv_cache``."""
+"""Generation: ``decode`` (prompts to answers, sampling, streaming), ``kv_cache`` (a cache of fixed size)."""

@@ -1,8 +1,9 @@
 """Generation: prompts in, tokens out, the same whatever the batch.
 
-A batch is left-padded with position ids that start at each row's first token; the key-value cache is allocated once; a row
-that has stopped leaves the batch. Sampling draws one uniform number for each token from a generator seeded by (seed, row) and
-looks it up in the cumulative distribution, so neighbours in the batch and the order of rows do not matter.
+A batch is padded on the left, with position ids that start at each row's first token. The key-value cache is
+allocated once, and a row that has stopped leaves the batch. Sampling draws one uniform number for each token
+from a generator seeded by (seed, row) and looks it up in the cumulative distribution, so neither the other
+rows of a batch nor their order matter.
 """
 
 from __future__ import annotations
@@ -11,22 +12,47 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, Unpack
 
+import torch
+from torch import Tensor
+
+from tunesmith.data.encode import conversations
+from tunesmith.data.rows import Chat, Message, Text
 from tunesmith.errors import ModelError, UserError
+from tunesmith.models.adapters import virtual_tokens
+from tunesmith.models.generate.kv_cache import preallocated_cache
 from tunesmith.models.heads import head_types
-from tunesmith.models.network import base
+from tunesmith.models.load.load import load
+from tunesmith.models.network import base, context_window, is_peft
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+Prompt: TypeAlias = str | Sequence[Message] | Chat
+"""A string is a user turn when the tokenizer has a chat template, else text to continue."""
+Step: TypeAlias = list[tuple[int, int]]
+"""(prompt index, new token) of each prompt that has not stopped."""
+
+
+class SettingsFields(TypedDict, total=False):
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: frozenset[int] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How tokens are chosen. ``temperature`` 0 is greedy; ``top_p`` 1 and ``top_k`` 0 filter nothing.
 
-    ``stop``: token ids that end an answer; None = those of the tokenizer, the generation config and the chat template.
+    ``stop``: token ids that end an answer; None = those of the tokenizer, the generation config and the chat
+    template.
     """
 
     max_new_tokens: int = 256
@@ -37,51 +63,45 @@ class Settings:
     stop: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
-        wrong = [
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
+        checks = [
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
         ]
-        for name, fine, expected in wrong:
-            if not fine:
-                raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
+        for name, value, valid, expected in checks:
+            if not valid:
+                raise UserError(f"{name} is {value}; expected {expected}")
 
 
 def generate(
-    model: PreTrainedModel,
-    prompts: Sequence[Any] | str,
+    model: str | Path | Loaded,
+    prompts: Sequence[Prompt] | str,
     *,
     system: str | None = None,
     plain: bool = False,
     batch_size: int = 8,
     on_answer: Callable[[int, str], None] | None = None,
-    **settings: Any,
+    **settings: Unpack[SettingsFields],
 ) -> list[str]:
-    """Answers, one for each prompt, in order.
+    """Return one answer for each prompt, in order.
 
-    ``model``: a name or folder, or a pair (model, tokenizer). ``prompts``: strings or message lists; a string is a user turn
-    when the tokenizer has a chat template, else (and with ``plain``) text to be continued. ``on_answer(row, answer)`` is called
-    as answers come. ``settings``: the fields of ``Settings``.
-    Raises ModelError, and UserError for a prompt that is empty or fills the model's window.
+    ``model``: a name or folder, or a pair (model, tokenizer). ``plain``: prompts are text to continue even if
+    there is a chat template. ``on_answer(row, answer)`` is called for each answer. ``settings``: fields of
+    ``Settings``. Raises ModelError, and UserError for a prompt that is empty or fills the model's window.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; expected at least 1")
     chosen = Settings(**settings)
-    loaded, tokenizer = _pair(model)
-    ids = [
-        _prompt_ids(prompt, tokenizer, system, plain)
-        for prompt in ([prompts] if isinstance(prompts, str) else prompts)
-    ]
+    network, tokenizer = _load(model)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    ids = [_prompt_ids(prompt, tokenizer, system, plain) for prompt in prompts]
     answers = [""] * len(ids)
-    by_length = sorted(
-        range(len(ids)), key=lambda row: len(ids[row])
-    )  # like lengths together: little padding
+    by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # similar lengths need little padding
     for start in range(0, len(ids), batch_size):
         rows = by_length[start : start + batch_size]
-        for row, answer in zip(
-            rows, generate_ids(loaded, tokenizer, [ids[row] for row in rows], chosen, rows=rows)
-        ):
+        generated = generate_ids(network, tokenizer, [ids[row] for row in rows], chosen, rows=rows)
+        for row, answer in zip(rows, generated, strict=True):
             answers[row] = tokenizer.decode(answer, skip_special_tokens=True)
             if on_answer:
                 on_answer(row, answers[row])
@@ -89,14 +109,18 @@ def generate(
 
 
 def stream(
-    model: PreTrainedModel, prompt: Any, *, system: str | None = None, plain: bool = False, **settings: Any
+    model: str | Path | Loaded,
+    prompt: Prompt,
+    *,
+    system: str | None = None,
+    plain: bool = False,
+    **settings: Unpack[SettingsFields],
 ) -> Iterator[str]:
-    """The answer to one prompt in pieces, as they come. A character of several tokens is yielded when it is whole."""
+    """Yield the answer to one prompt in pieces, each character when all its tokens are there."""
     chosen = Settings(**settings)
-    loaded, tokenizer = _pair(model)
-    steps = _steps(
-        loaded, [_prompt_ids(prompt, tokenizer, system, plain)], chosen, _stop(chosen, loaded, tokenizer), [0]
-    )
+    network, tokenizer = _load(model)
+    ids = _prompt_ids(prompt, tokenizer, system, plain)
+    steps = _steps(network, tokenizer, [ids], chosen, [0])
     yield from pieces(tokenizer, (token for step in steps for _, token in step))
 
 
@@ -105,111 +129,94 @@ def generate_ids(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     settings: Settings,
-    on_token: Callable[[int, int], None] | None = None,
     rows: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """The new token ids of each prompt, as one batch. An answer that stopped ends with its stop token.
+    """Return the new token ids of each prompt, as one batch. An answer that stopped ends with its stop token.
 
-    ``model``: a transformers causal model or a peft model on one; its training mode is put back afterwards. ``on_token(row,
-    id)`` is called as tokens come. ``rows``: the numbers that seed each prompt's sampling (default: its place in ``prompts``).
+    The training mode of ``model`` is restored. ``rows``: the numbers that seed each prompt's sampling
+    (default: its index).
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    if not prompts:
-        return answers
-    for step in _steps(
-        model, prompts, settings, _stop(settings, model, tokenizer), rows or range(len(prompts))
-    ):
+    for step in _steps(model, tokenizer, prompts, settings, rows or range(len(prompts))) if prompts else ():
         for row, token in step:
             answers[row].append(token)
-            if on_token:
-                on_token(row, token)
     return answers
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end an answer: eos of tokenizer and generation config, and the token that closes the template's turn."""
-    from tunesmith.data.encode import conversations
-
+    """Return the ids that end an answer: those of tokenizer, generation config and chat template."""
     eos = model.generation_config.eos_token_id if model.generation_config else None
     return frozenset([*conversations.stop_ids(tokenizer), *([eos] if isinstance(eos, int) else eos or [])])
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
-    """Text of a token stream, piece by piece; joined, the pieces are the text of all tokens.
+    """Yield the text of a token stream in pieces; joined, they are the text of all tokens.
 
-    Tokens are decoded together with the few before them, so that spaces and multi-byte characters come out right.
+    Tokens are decoded after the few before them, so that spaces and multi-byte characters come out right.
     """
     ids: list[int] = []
-    start = shown = 0  # ids[start:shown] has been yielded and gives the next piece its context
-    for token in tokens:
-        ids.append(token)
+    start = shown = 0  # ids[start:shown] has been yielded and is the context of the next piece
+
+    def new_text() -> str:
         before, now = (
             tokenizer.decode(part, skip_special_tokens=True) for part in (ids[start:shown], ids[start:])
         )
-        if len(now) > len(before) and not now.endswith("\ufffd"):
-            yield now[len(before) :]
+        return now[len(before) :]
+
+    for token in tokens:
+        ids.append(token)
+        text = new_text()
+        if text and not text.endswith("\ufffd"):
+            yield text
             start, shown = shown, len(ids)
-    before, now = (
-        tokenizer.decode(part, skip_special_tokens=True) for part in (ids[start:shown], ids[start:])
-    )
-    if len(now) > len(before):
-        yield now[len(before) :]
+    if text := new_text():
+        yield text
 
 
 def _steps(
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     settings: Settings,
-    stop: frozenset[int],
     rows: Sequence[int],
-) -> Iterator[list[tuple[int, int]]]:
-    """Each step's (prompt index, new token) of the prompts that still run."""
-    import torch
-
-    from tunesmith.models.adapters import virtual_tokens
-
+) -> Iterator[Step]:
+    """Yield the steps of all prompts: in one batch, or one by one where a batch would change answers."""
     core = _core(model)
+    stop = stop_ids(core, tokenizer) if settings.stop is None else settings.stop
     limits = _limits(core, prompts, settings.max_new_tokens)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            if virtual_tokens.must_go_alone(
-                core, [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
-            ):
-                for place, one in enumerate(prompts):
-                    for step in _decode(core, [one], [limits[place]], settings, stop, [rows[place]]):
-                        yield [(place, token) for _, token in step]
-            else:
+            lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+            if not virtual_tokens.needs_single_rows(core, lengths):
                 yield from _decode(core, prompts, limits, settings, stop, rows)
+                return
+            for index, (prompt, limit, row) in enumerate(zip(prompts, limits, rows, strict=True)):
+                for step in _decode(core, [prompt], [limit], settings, stop, [row]):
+                    yield [(index, token) for _, token in step]
     finally:
         model.train(training)
 
 
 def _decode(
-    core: Any,
+    core: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     limits: list[int],
     settings: Settings,
     stop: frozenset[int],
     rows: Sequence[int],
-) -> Iterator[list[tuple[int, int]]]:
-    import torch
-
-    from tunesmith.models.adapters import virtual_tokens
-    from tunesmith.models.generate.kv_cache import preallocated_cache
-
+) -> Iterator[Step]:
+    """Yield the steps of one batch, of at most ``limits`` tokens for each prompt."""
     device, longest = core.device, max(map(len, prompts))
     accepted = inspect.signature(core.forward).parameters
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    ids = torch.zeros(
-        len(prompts), longest, dtype=torch.long, device=device
-    )  # (batch, longest); the padding id is never seen
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)  # the mask hides the padding
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-    columns = torch.arange(longest, device=device)
-    mask = (columns >= (longest - lengths)[:, None]).long() if int(lengths.min()) < longest else None
-    positions = (columns - (longest - lengths)[:, None]).clamp(min=0)
+    positions = torch.arange(longest, device=device) - (longest - lengths)[:, None]
+    mask = (positions >= 0).long() if int(lengths.min()) < longest else None
+    positions = positions.clamp(min=0)
     cache = preallocated_cache(core.config, virtual_tokens.count(core) + longest + max(limits))
     uniform = _uniform(settings, rows, max(limits))
     running = list(range(len(prompts)))
@@ -218,56 +225,49 @@ def _decode(
         if "position_ids" in accepted:
             inputs["position_ids"] = positions
         if "logits_to_keep" in accepted:
-            # an index, not a count: a slice is not contiguous, and torch then copies the vocabulary weights once for each row
+            # an index, not a count: for a slice torch copies the vocabulary weights once for each row
             inputs["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=device)
         logits = core(**inputs).logits[:, -1].float()  # (running, vocab)
         draws = None if uniform is None else uniform[running, step].to(device)
         chosen = choose(logits, settings, draws)
         tokens = chosen.tolist()
         yield list(zip(running, tokens))
-        left = [
-            place for place, row in enumerate(running) if tokens[place] not in stop and step + 1 < limits[row]
-        ]
+        pairs = enumerate(zip(running, tokens))
+        left = [index for index, (row, token) in pairs if token not in stop and step + 1 < limits[row]]
         if not left:
             return
         if len(left) < len(running):
             keep = torch.tensor(left, device=device)
             cache.batch_select_indices(keep)
             chosen, positions, mask = chosen[keep], positions[keep], mask[keep] if mask is not None else None
-            running = [running[place] for place in left]
+            running = [running[index] for index in left]
         ids, positions = chosen[:, None], positions[:, -1:] + 1
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
 
 
-def choose(logits: torch.Tensor, settings: Settings, uniform: torch.Tensor | None) -> torch.Tensor:
-    """One token for each row. ``logits`` (rows, vocab) fp32; ``uniform`` (rows,) in [0, 1), or None for the most likely token.
+def choose(logits: Tensor, settings: Settings, uniform: Tensor | None) -> Tensor:
+    """Choose a token for each row of ``logits`` (rows, vocab). ``uniform`` (rows,) in [0, 1); None = greedy.
 
-    Filters come in the order of transformers: temperature, top_k, top_p (Holtzman et al., arXiv:1904.09751).
+    Filters in transformers' order: temperature, top_k, top_p (Holtzman et al., arXiv:1904.09751).
     """
-    import torch
-
     if uniform is None:
         return logits.argmax(dim=-1)
     logits = logits / settings.temperature
     if 0 < settings.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[:, -1:], float("-inf"))
-    chances = logits.softmax(dim=-1).double()
+    probabilities = logits.softmax(dim=-1).double()
     if settings.top_p < 1:
-        ordered, order = chances.sort(descending=True, dim=-1)
-        beyond = (
-            ordered.cumsum(dim=-1) - ordered >= settings.top_p
-        )  # the likeliest tokens before this one already reach top_p
-        chances = chances.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
-    cumulative = chances.cumsum(dim=-1)
+        ordered, order = probabilities.sort(descending=True, dim=-1)
+        beyond = ordered.cumsum(dim=-1) - ordered >= settings.top_p  # the likelier tokens already reach top_p
+        probabilities = probabilities.scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+    cumulative = probabilities.cumsum(dim=-1)
     chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return chosen.clamp(max=logits.shape[-1] - 1)
 
 
-def _uniform(settings: Settings, rows: Sequence[int], count: int) -> torch.Tensor | None:
+def _uniform(settings: Settings, rows: Sequence[int], count: int) -> Tensor | None:
     """(rows, count) numbers in [0, 1) in fp64, each row a function of (seed, row); None when greedy."""
-    import torch
-
     if settings.temperature == 0:
         return None
     drawn = []
@@ -277,63 +277,47 @@ def _uniform(settings: Settings, rows: Sequence[int], count: int) -> torch.Tenso
     return torch.stack(drawn)
 
 
-def _core(model: PreTrainedModel) -> Any:
-    """The transformers model that computes logits; an attached LoRA lives inside it."""
-    from tunesmith.models.adapters import virtual_tokens
-
-    if not hasattr(model, "peft_config"):
-        return model
-    if model.active_peft_config.is_prompt_learning and not virtual_tokens.installed(model):
-        raise ModelError(
-            "this adapter adds virtual tokens (prefix or prompt tuning). Load it with tunesmith.load, or from a folder."
-        )
-    return model.get_base_model()
+def _core(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the transformers model that computes logits; a LoRA is inside it."""
+    virtual = is_peft(model) and model.active_peft_config.is_prompt_learning
+    if virtual and not virtual_tokens.is_installed(model):
+        raise ModelError("this adapter adds virtual tokens. Load it with tunesmith.load, or from a folder.")
+    return base(model)
 
 
-def _limits(core: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
-    """How many tokens each prompt may get before the model's window is full."""
-    from tunesmith.models.adapters import virtual_tokens
-
-    window = getattr(core.config.get_text_config(), "max_position_embeddings", None) or 10**9
+def _limits(core: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """Return how many tokens each prompt may get before the model's window is full."""
     ahead = virtual_tokens.count(core)
-    window, besides = window - ahead, f" ({ahead} more are taken by virtual tokens)" if ahead else ""
+    window = (context_window(core.config) or 10**9) - ahead
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {number} is empty: there is no token to continue")
         if len(prompt) >= window:
+            size = f"{window} ({ahead} more are taken by virtual tokens)" if ahead else window
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens and the model's window is {window}{besides}. Shorten it."
+                f"prompt {number} has {len(prompt)} tokens; the model's window is {size}. Shorten it."
             )
     return [min(max_new_tokens, window - len(prompt)) for prompt in prompts]
 
 
-def _stop(settings: Settings, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    return stop_ids(_core(model), tokenizer) if settings.stop is None else settings.stop
-
-
 def _prompt_ids(
-    prompt: Any, tokenizer: PreTrainedTokenizerBase, system: str | None, plain: bool
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, system: str | None, plain: bool
 ) -> list[int]:
-    from tunesmith.data.encode.conversations import prompt_ids
-    from tunesmith.data.rows import Text
-
-    if plain and not isinstance(prompt, str):
+    if not plain:
+        return conversations.prompt_ids(prompt, tokenizer, system=system)
+    if not isinstance(prompt, str):
         raise UserError("a plain prompt is a string, without turns; leave out `plain` for a list of messages")
-    return prompt_ids(Text(prompt) if plain else prompt, tokenizer, system=system)
+    return conversations.prompt_ids(Text(prompt), tokenizer, system=system)
 
 
 def check_writes(model: PreTrainedModel) -> None:
     """Raise ModelError for a model with another head than that of a language model."""
-    kind = type(base(model)).__name__
-    if head_types.kind_of(kind) != "lm":
-        raise ModelError(
-            f"this model is a {kind}: it judges texts and writes none.\n  Use tunesmith predict (score for a reward model)."
-        )
+    name = type(base(model)).__name__
+    if head_types.kind_of(name) != "lm":
+        raise ModelError(f"this model is a {name}, which generates no text. Use tunesmith predict or score.")
 
 
-def _pair(model: PreTrainedModel) -> tuple[Any, Any]:
-    from tunesmith.models.load.load import load
-
-    pair: tuple[Any, Any] = model if isinstance(model, tuple) else load(model)
-    check_writes(pair[0])
-    return pair
+def _load(model: str | Path | Loaded) -> Loaded:
+    network, tokenizer = model if isinstance(model, tuple) else load(model)
+    check_writes(network)
+    return network, tokenizer

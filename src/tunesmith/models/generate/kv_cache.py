@@ -1,17 +1,20 @@
-"""A key-value cache that is allocated once, where the model's own kind of cache copies all of it at every token."""
+"""A key-value cache that is allocated once; transformers' own copies all of it at every token."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-class Preallocated(DynamicLayer):
+
+class PreallocatedLayer(DynamicLayer):
     """Keys and values of one full-attention layer, (batch, heads, capacity, head_dim), filled from the left.
 
-    ``update`` returns views of the filled part, so attention never reads what is not there yet.
+    ``update`` returns views of the filled part, so attention never reads the rest.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -20,8 +23,8 @@ class Preallocated(DynamicLayer):
         self.length = 0
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = (
@@ -38,13 +41,14 @@ class Preallocated(DynamicLayer):
         return self.length
 
 
-def preallocated_cache(config: Any, capacity: int) -> DynamicCache:
-    """The cache that a model with ``config`` uses, its plain full-attention layers with room for ``capacity`` tokens.
+def preallocated_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
+    """Return the cache of a model with ``config``, its full-attention layers with room for ``capacity``
+    tokens.
 
-    Sliding-window, recurrent and other layers stay the model's own.
+    Layers of other kinds (sliding-window, recurrent) are transformers' own.
     """
     cache = DynamicCache(config=config)
     cache.layers = [
-        Preallocated(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
+        PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
     return cache

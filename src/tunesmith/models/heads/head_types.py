@@ -1,130 +1,111 @@
-"""The heads that a network can have (lm, score, token, span): transformers' class of each, and the layers that it consists of."""
+"""The heads of a network (lm, score, token, span): transformers' class for each, and the layers of each."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import ModelError
-from tunesmith.models.network import base, is_causal
+from tunesmith.models.network import attribute, base, is_causal, submodule, transformers_class
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
 
 NEW_HEADS = ("score", "classifier", "qa_outputs")
-"""What transformers calls the output layer of a network that does not predict tokens."""
+"""Names that transformers gives the output layer of a task head."""
 TASK = {"lm": "CAUSAL_LM", "score": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
-"""What peft calls the job of each head."""
+"""peft's ``task_type`` for each head."""
 CLASSES = {
     "lm": "AutoModelForCausalLM",
     "score": "AutoModelForSequenceClassification",
     "token": "AutoModelForTokenClassification",
     "span": "AutoModelForQuestionAnswering",
 }
-"""transformers' class of each head."""
+"""transformers' class for each head."""
 
-ENDS = {
-    "score": "ForSequenceClassification",
-    "token": "ForTokenClassification",
-    "span": "ForQuestionAnswering",
-}
-"""How the classes of transformers that have these heads are called."""
+MIXES_PADDING = {"convbert", "fnet", "funnel", "canine", "nystromformer", "yoso", "mra"}
+"""The ``model_type`` of encoders in which padding changes the hidden states of a row."""
 
-MIXING = {"convbert", "fnet", "funnel", "canine", "nystromformer", "yoso", "mra"}
-"""Encoders in which padding reaches the words beside it."""
-
-KNOWN = {*NEW_HEADS, "pre_classifier", "pooler", "head", "dropout", "drop"}
-"""Layers that may stand between a body and the logits."""
+KNOWN_LAYERS = {*NEW_HEADS, "pre_classifier", "pooler", "head", "dropout", "drop"}
+"""Names of layers after the body that ``task_heads`` can run."""
 
 
-def auto_class(kind: str) -> Any:
-    """transformers' class that loads a network with the head ``kind``."""
-    import transformers
-
+def auto_class(kind: str) -> type[PreTrainedModel]:
+    """Return transformers' class that loads a network with the head ``kind``."""
     if kind not in CLASSES:
         raise ModelError(f"no model class for the head {kind!r}: expected one of {', '.join(CLASSES)}")
-    return getattr(transformers, CLASSES[kind])
+    found = transformers_class(CLASSES[kind])
+    assert found is not None, "all of them exist in every transformers that we support"
+    return found
 
 
 def kind_of(architecture: str) -> str:
-    """The head that a class of transformers has, by its name: BertForTokenClassification -> token; ``lm`` for any other."""
-    return next((kind for kind, end in ENDS.items() if architecture.endswith(end)), "lm")
+    """Return the head of a transformers class: BertForTokenClassification -> token; ``lm`` for any other."""
+    ends = {kind: name.removeprefix("AutoModel") for kind, name in CLASSES.items() if kind != "lm"}
+    return next((kind for kind, end in ends.items() if architecture.endswith(end)), "lm")
 
 
-def require_class(config: Any, kind: str) -> None:
-    """Raise ModelError for an architecture that transformers gives no such head."""
+def require_class(config: PretrainedConfig, kind: str) -> None:
+    """Raise ModelError for an architecture that cannot have the head ``kind``."""
     from transformers.models.auto import modeling_auto as auto
 
-    known = {
+    mapping = {
         "lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING,
         "score": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         "token": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
         "span": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     }[kind]
-    if kind == "lm" and not is_causal(config):
+    name, causal = config.model_type, is_causal(config)
+    if kind == "lm" and not causal:
         raise ModelError(
-            f"{config.model_type} is an encoder: each of its tokens sees those after it, so there is nothing to predict for this "
-            "objective.\n  Take a decoder such as smollm2-135m, or objective: classify, tag or qa."
+            f"{name} is an encoder, and this objective, which predicts the next token, needs a decoder.\n"
+            "  Take a decoder such as smollm2-135m, or objective: classify, tag or qa."
         )
-    if kind != "lm" and getattr(config, "is_encoder_decoder", False):
+    if kind != "lm" and attribute(config, "is_encoder_decoder"):
+        raise ModelError(f"{name} is an encoder-decoder. Take an encoder such as bert, or a decoder.")
+    convolves = (attribute(config, "conv_kernel_size") or 0) > 0
+    if kind != "lm" and not causal and (name in MIXES_PADDING or convolves):
         raise ModelError(
-            f"{config.model_type} is an encoder with a decoder behind it: where a row would be read is not known here.\n"
-            "  Take an encoder such as bert, or a decoder such as smollm2-135m."
+            f"{name} mixes padding into the hidden states, so predictions would depend on the other rows of a "
+            "batch.\n  Take another encoder, such as bert."
         )
-    mixes = config.model_type in MIXING or (getattr(config, "conv_kernel_size", None) or 0) > 0
-    if kind != "lm" and mixes and not is_causal(config):
-        raise ModelError(
-            f"{config.model_type} reads padding beside a row (a convolution, or sums over all places), so what it says of a row "
-            "would depend on the others of its batch.\n  Take another encoder, such as bert."
-        )
-    maps = getattr(config, "auto_map", None) or {}
-    if type(config) not in known and CLASSES[kind] not in maps:
-        raise ModelError(
-            f"transformers has no {CLASSES[kind].removeprefix('AutoModel')} for {config.model_type}, which is needed here.\n"
-            "  Take another model."
-        )
+    if type(config) not in mapping and CLASSES[kind] not in (attribute(config, "auto_map") or {}):
+        needed = CLASSES[kind].removeprefix("AutoModel")
+        raise ModelError(f"transformers has no {needed} for {name}. Take another model.")
 
 
 def check_parts(model: PreTrainedModel) -> None:
-    """Raise ModelError for a head that is made of other layers than those that are known here."""
+    """Raise ModelError for a task head with layers that are not in ``KNOWN_LAYERS``."""
     if kind_of(type(model).__name__) == "lm":
         return
     body = model.base_model
-    strange = sorted({name for name, child in model.named_children() if child is not body} - KNOWN)
-    if strange or body is model or output_layer(model) is None:
-        found = f"has {' and '.join(strange)}" if strange else "has no output layer that is known"
+    unknown = sorted({name for name, child in model.named_children() if child is not body} - KNOWN_LAYERS)
+    if unknown or body is model or all(submodule(model, name) is None for name in NEW_HEADS):
+        reason = f"has {' and '.join(unknown)}" if unknown else "has no known output layer"
         raise ModelError(
-            f"the head of {type(model).__name__} {found}: what it does is not known here.\n"
-            "  Take another model: bert, roberta, deberta-v2, electra, distilbert, mpnet, albert, modernbert, or a decoder."
+            f"the head of {type(model).__name__} {reason}: tunesmith cannot run such a head.\n  Take another model: "
+            "bert, roberta, deberta-v2, electra, distilbert, mpnet, albert, modernbert, or a decoder."
         )
 
 
 def parts(model: PreTrainedModel, kind: str) -> list[str]:
-    """Names of the modules between the body's last outputs and the logits; of a language model its output layer."""
-    from torch import nn
-
+    """Return the names of the modules from the body's last hidden states to the logits."""
     inner = base(model)
     body = inner.base_model
     if body is inner:  # a body alone has no head
         return []
-    names = [
-        name
-        for name, child in inner.named_children()
-        if child is not body and any(True for _ in child.parameters())
-    ]
-    if kind == "score" and isinstance(getattr(body, "pooler", None), nn.Module):
+    children = inner.named_children()
+    names = [name for name, child in children if child is not body and any(True for _ in child.parameters())]
+    if kind == "score" and submodule(body, "pooler") is not None:
         names.append(f"{inner.base_model_prefix}.pooler")
     return names
 
 
 def new_parts(model: PreTrainedModel, kind: str) -> list[str]:
-    """:func:`parts` of a head that a body gets for a task: trained and saved whole whatever else is; of "lm" none."""
+    """Return :func:`parts` of a task head, which every adaptation trains and saves whole; none for ``lm``."""
     return [] if kind == "lm" else parts(model, kind)
 
 
-def output_layer(inner: Any) -> Any:
-    """The layer that gives the logits of a head for a task, or None when it is not known."""
-    from torch import nn
-
-    return next(
-        (layer for name in NEW_HEADS if isinstance(layer := getattr(inner, name, None), nn.Module)), None
-    )
+def output_layer(inner: PreTrainedModel) -> nn.Module:
+    """Return the layer that computes the logits of a task head."""
+    return next(layer for name in NEW_HEADS if (layer := submodule(inner, name)) is not None)

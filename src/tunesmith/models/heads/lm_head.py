@@ -1,72 +1,79 @@
-"""The language-model head and its loss, without ever holding the logits of a batch.
+"""The language-model head and its loss. The logits of a whole batch never exist at once.
 
-Only positions that have a target go through the vocabulary projection, in blocks; the gradient of the loss is made in the
-forward pass while a block's logits are at hand, so backward is a multiplication by one number. (The idea is that of the fused
-linear cross-entropies of Liger and TRL, here for any device, with no recomputation.)
+Only positions that have a target go through the vocabulary projection, in blocks. The gradient of the loss is
+computed in the forward pass, while a block's logits exist, so backward multiplies it by one number. (The idea
+is that of the fused linear cross-entropies of Liger and TRL, here for any device, without recomputation.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import fused_encoder, kernels, varlen
+from tunesmith.models.fast.autograd_context import Context, Gradients
 from tunesmith.models.heads import head_types, noise
-from tunesmith.models.network import base, first_position
+from tunesmith.models.network import base, first_position, trained_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BLOCK = 256  # rows of logits at a time: 25 MB in bf16 at 49 thousand words; matrix products are at full speed from here
-_plain: WeakSet[nn.Module] = WeakSet()
-_kept: WeakKeyDictionary[nn.Module, Callable[[dict[str, Any]], torch.Tensor | None]] = WeakKeyDictionary()
+Batch = dict[str, Any]
+"""A collated batch: tensors, and per-row values on the host such as ``segments``."""
+
+BLOCK = 256
+"""Rows of logits at a time: 25 MB in bf16 at a vocabulary of 49 thousand. Smaller blocks are slower."""
+
+_own_logits: WeakSet[nn.Module] = WeakSet()
+_cached: WeakKeyDictionary[nn.Module, Callable[[Batch], Tensor | None]] = WeakKeyDictionary()
 
 
-def use_plain_head(model: nn.Module, plain: bool) -> None:
-    """Whether to compute ``model``'s loss from its own logits (chosen where the blocked head was shown not to be equal)."""
+def use_plain_head(model: PreTrainedModel, plain: bool) -> None:
+    """Compute the loss of ``model`` from its own logits; with ``plain`` False by the blocked head again."""
     if plain:
-        _plain.add(base(model))
+        _own_logits.add(base(model))
     else:
-        _plain.discard(base(model))
+        _own_logits.discard(base(model))
 
 
-def keep_outputs(model: nn.Module, find: Callable[[dict[str, Any]], torch.Tensor | None]) -> None:
-    """From now on ``find(batch)`` stands for the outputs of ``model``'s body at ``batch["positions"]``; where it is None they are
-    computed. It must not hold on to the model."""
-    _kept[base(model)] = find
+def keep_outputs(model: PreTrainedModel, find: Callable[[Batch], Tensor | None]) -> None:
+    """Take the body's hidden states at ``batch["positions"]`` from ``find(batch)``, unless that is None.
+
+    ``find`` must hold no reference to the model.
+    """
+    _cached[base(model)] = find
 
 
 def takes_outputs(model: PreTrainedModel) -> bool:
-    """Whether the loss is made of the body's outputs, and not of the model's own logits."""
+    """Return whether the loss is computed from the body's hidden states, not from the model's own logits."""
     inner = base(model)
     last = inner.get_output_embeddings()
-    return inner not in _plain and (last is None or _head(last)[0] is not None)
+    return inner not in _own_logits and (last is None or _linear_head(last)[0] is not None)
 
 
 def is_plain(model: PreTrainedModel) -> bool:
-    """Whether the loss is to be made of the model's own logits."""
-    return base(model) in _plain
+    """Return whether the loss is computed from the model's own logits."""
+    return base(model) in _own_logits
 
 
 def own_parameters(model: PreTrainedModel) -> set[str]:
-    """Names of the trained parameters of the head that no other layer shares; empty when it is frozen or tied.
+    """Return the names of the head's trained parameters that no other layer shares (none if frozen or tied).
 
-    Of a language model that is the output layer, of other heads all that stands after the body's outputs.
+    The head is the output layer of a language model, or every layer after the body of a task model.
     """
     inner = base(model)
     kind = head_types.kind_of(type(inner).__name__)
     layers = [inner.get_submodule(name) for name in head_types.parts(model, kind)]
     if kind == "lm":
         layers = [inner.get_output_embeddings()]
-    prefixes = tuple(
-        name + "." for name, module in model.named_modules() if any(module is layer for layer in layers)
-    )
+    modules = model.named_modules()
+    prefixes = tuple(f"{name}." for name, module in modules if any(module is layer for layer in layers))
     if not prefixes:
         return set()
     names: dict[int, list[str]] = {}
@@ -76,52 +83,36 @@ def own_parameters(model: PreTrainedModel) -> set[str]:
     return {alias[0] for alias in names.values() if all(name.startswith(prefixes) for name in alias)}
 
 
-def hidden_states(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    """The body's last hidden states, (batch, seq, hidden)."""
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the body's last hidden states, (batch, seq, hidden)."""
     return base(model).base_model(**inputs(model, batch)).last_hidden_state
 
 
-def outputs_at(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    """The body's outputs at ``batch["positions"]`` (places,) of the flattened batch: (places, hidden), kept ones or new ones."""
-    find = _kept.get(base(model))
-    found = None if find is None else find(batch)
-    if found is None and _few(model, batch):
-        return _read_early(model, batch)
-    if found is None:
-        hidden = hidden_states(model, batch).flatten(0, 1)
-        found = hidden[batch["positions"].to(hidden.device)]
-    return found
+def outputs_at(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the body's hidden states at ``batch["positions"]`` (n,) of the flattened batch, (n, hidden)."""
+    find = _cached.get(base(model))
+    cached = None if find is None else find(batch)
+    if cached is not None:
+        return cached
+    read, body = batch["positions"], base(model).base_model
+    few = "segments" in batch and 2 * len(read) <= batch["input_ids"].numel()
+    if few and not virtual_tokens.count(model) and fused_encoder.reads_early(body):
+        with noise.override(model, read=read):  # the last layer computes these positions alone
+            return body(**inputs(model, batch), read=read).last_hidden_state[0]
+    hidden = hidden_states(model, batch).flatten(0, 1)
+    return hidden[read.to(hidden.device)]
 
 
-def _few(model: PreTrainedModel, batch: dict[str, Any]) -> bool:
-    """Whether the last layer can leave out most of what it would compute: few places are read, and it knows how."""
-    few = "segments" in batch and 2 * len(batch["positions"]) <= batch["input_ids"].numel()
-    return few and not virtual_tokens.count(model) and fused_encoder.reads_early(base(model).base_model)
+def inputs(model: PreTrainedModel, batch: Batch) -> Batch:
+    """Return the keywords of a forward for a packed (``segments``) or padded (``attention_mask``) batch.
 
-
-def _read_early(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    """:func:`outputs_at` by an encoder whose last layer is told which places are read."""
-    drawn = noise.of(model)
-    if drawn is not None:
-        drawn.read = batch["positions"]
-    try:
-        out = base(model).base_model(**inputs(model, batch), read=batch["positions"]).last_hidden_state
-    finally:
-        if drawn is not None:
-            drawn.read = None
-    return out[0]
-
-
-def inputs(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of ``model``'s forward for a packed (``segments``) or padded (``attention_mask``) batch.
-
-    What its packed attention wants to know of the segments is made here: once for a batch, not once for a layer.
+    The arguments of packed attention are made here: once for a batch, not once for a layer.
     """
     names = ["input_ids", "position_ids", "attention_mask", "token_type_ids"]
-    keywords: dict[str, Any] = {"use_cache": False}
+    keywords: Batch = {"use_cache": False}
     behind = batch.get("behind")
     if behind is not None and max(behind) < 0:
-        behind = None  # nobody shares anything
+        behind = None  # no two answers share a prompt
     if base(model).config._attn_implementation == varlen.NAME and "segments" in batch:
         keywords |= varlen.boundaries(batch["segments"], batch["input_ids"].device, behind)
     else:
@@ -133,32 +124,35 @@ def inputs(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
     return given | keywords
 
 
-def lm_loss(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    """Sum of the negative log-likelihoods of ``batch["labels"]`` (targets,), a scalar.
+def lm_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the sum of the negative log-likelihoods of ``batch["labels"]`` (targets,), a scalar.
 
-    ``batch["positions"]`` (targets,) are the places, in the flattened batch, that predict them.
+    ``batch["positions"]`` (targets,) are the positions of the flattened batch that predict them.
     """
     given = blocked(model, batch)
     return plain_losses(model, batch).sum() if given is None else BlockedCrossEntropy.apply(*given)
 
 
-def blocked(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Any, ...] | None:
-    """The arguments of ``BlockedCrossEntropy``, when the head is one product."""
+BlockedArguments = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
+
+
+def blocked(model: PreTrainedModel, batch: Batch) -> BlockedArguments | None:
+    """Return the arguments of ``BlockedCrossEntropy``, or None when the head is not one matrix product."""
     inner = base(model)
-    head, rows, new = _head(inner.get_output_embeddings())
-    if inner in _plain or head is None:
+    head, rows, new = _linear_head(inner.get_output_embeddings())
+    if inner in _own_logits or head is None:
         return None
-    here = head.weight.device  # with a device_map the last layer and the head need not be where the batch is
+    here = head.weight.device  # with a device_map not always that of the batch, or of the last layer
     hidden = outputs_at(model, batch).to(here)
     return hidden, head.weight, head.bias, batch["labels"].to(here), rows, new
 
 
-def _head(layer: Any) -> tuple[nn.Linear | None, torch.Tensor | None, torch.Tensor | None]:
-    """(linear layer, rows, what stands in them): the head as one product, None when it is something else.
+def _linear_head(layer: nn.Module) -> tuple[nn.Linear | None, Tensor | None, Tensor | None]:
+    """Return (linear layer, rows, new values of these rows); None for a head that is not one product.
 
-    peft keeps the trained rows of a vocabulary beside a frozen layer; of a bias it knows nothing.
+    peft keeps trained rows of the vocabulary next to a frozen layer, and supports no bias there.
     """
-    trained = getattr(layer, "token_adapter", None)
+    trained = trained_rows(layer)
     if trained is None:
         return (layer if type(layer) is nn.Linear else None), None, None
     inner, names = trained.base_layer, trained.active_adapters
@@ -171,104 +165,96 @@ def _head(layer: Any) -> tuple[nn.Linear | None, torch.Tensor | None, torch.Tens
 
 
 @torch.no_grad()
-def row_losses(model: PreTrainedModel, batch: dict[str, Any]) -> list[tuple[float, int]]:
-    """(sum of the negative log-likelihoods, targets) of each row of ``batch`` that has a target; by the way of ``lm_loss``."""
+def row_losses(model: PreTrainedModel, batch: Batch) -> list[tuple[float, int]]:
+    """Return (sum of negative log-likelihoods, targets) of each row that has a target, as in ``lm_loss``."""
     given = blocked(model, batch)
     if given is None:
         losses = plain_losses(model, batch)
     else:
         hidden, weight, bias, labels, rows, new = given
-        weight = with_new(weight, rows, new)
         losses = torch.zeros(len(hidden), dtype=exact_dtype(hidden), device=hidden.device)
-        for start in range(0, len(hidden), BLOCK):
-            part = slice(start, start + BLOCK)
-            loss_and_gradient(nn.functional.linear(hidden[part], weight, bias), labels[part], losses[part])
+        for _ in gradient_blocks(hidden, with_new(weight, rows, new), bias, labels, losses):
+            pass
     positions = batch["positions"].cpu().numpy()
-    if (
-        "segments" in batch
-    ):  # a target is never the first token of its row, so the place that predicts it is in the row too
+    if "segments" in batch:  # no target is the first token of its row, so the row also holds its position
         row_of = np.searchsorted(np.cumsum(batch["segments"]), positions, side="right")
     else:
         row_of = positions // batch["input_ids"].shape[1]
     counts = np.bincount(row_of)
-    sums = np.bincount(
-        row_of, weights=losses.cpu().double().numpy()
-    )  # in order and in fp64: the same every time
+    sums = np.bincount(row_of, weights=losses.cpu().double().numpy())  # in order and in fp64: reproducible
     return [(float(total), int(count)) for total, count in zip(sums, counts) if count]
 
 
-def plain_losses(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    """The loss of each target (targets,), from the model's own logits."""
+def plain_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the loss of each target, (targets,), from the model's own logits."""
     logits = model(**inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
     return nn.functional.cross_entropy(logits.to(exact_dtype(logits)), batch["labels"], reduction="none")
 
 
-def exact_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """What a loss is computed in: fp32, or fp64 where the network is."""
+def exact_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which losses are computed: fp32, or fp64 where the network is in fp64."""
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+
+
+LossGradients = tuple[tuple[Tensor | None, ...], tuple[torch.dtype | None, ...]]
 
 
 class BlockedCrossEntropy(torch.autograd.Function):
     """sum_i -log softmax(h_i W^T + b)[label_i]. ``hidden`` (targets, width), ``weight`` (vocabulary, width).
 
-    ``new`` (n, width) stands in the place of the ``rows`` (n,) of W, and gets a gradient of its own: n rows, not the vocabulary.
+    ``new`` (n, width) replaces the ``rows`` (n,) of W and has its own gradient: n rows, not the vocabulary.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        rows: torch.Tensor | None = None,
-        new: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        targets = hidden.shape[0]
+        ctx: Context[LossGradients],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        rows: Tensor | None = None,
+        new: Tensor | None = None,
+    ) -> Tensor:
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         weight = with_new(weight, rows, new)
-        losses = torch.zeros(max(targets, 1), dtype=exact_dtype(hidden), device=hidden.device)
+        losses = torch.zeros(max(len(hidden), 1), dtype=exact_dtype(hidden), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = sum_like(weight) if want_weight else None
         grad_bias = sum_like(bias) if want_bias and bias is not None else None
         grad_new = sum_like(new) if new is not None and ctx.needs_input_grad[5] else None
-        for start in range(0, targets, BLOCK):
-            block = hidden[start : start + BLOCK]
-            block_labels = labels[start : start + BLOCK]
-            logits = torch.nn.functional.linear(block, weight, bias)
-            gradient = loss_and_gradient(logits, block_labels, losses[start : start + BLOCK])
+        for here, gradient in gradient_blocks(hidden, weight, bias, labels, losses):
             if grad_hidden is not None:
-                torch.mm(gradient, weight, out=grad_hidden[start : start + BLOCK])
+                torch.mm(gradient, weight, out=grad_hidden[here])
             if grad_weight is not None:
-                add_product(grad_weight, gradient.t(), block)
+                add_product(grad_weight, gradient.t(), hidden[here])
             if grad_bias is not None:
                 grad_bias += gradient.sum(0, dtype=grad_bias.dtype)
             if grad_new is not None:
-                add_product(grad_new, gradient[:, rows].t(), block)
+                add_product(grad_new, gradient[:, rows].t(), hidden[here])
         if grad_weight is not None and rows is not None:
-            grad_weight[rows] = 0  # others stood in their place
-        ctx.gradients = (grad_hidden, grad_weight, grad_bias, grad_new)
-        ctx.dtypes = tuple(None if one is None else one.dtype for one in (hidden, weight, bias, new))
-        return losses.sum(
-            dtype=torch.float32 if hidden.device.type == "mps" else torch.float64
-        )  # thousands of terms
+            grad_weight[rows] = 0  # ``new`` replaced them
+        dtypes = tuple(None if x is None else x.dtype for x in (hidden, weight, bias, new))
+        ctx.kept = (grad_hidden, grad_weight, grad_bias, grad_new), dtypes
+        # fp64, since a sum may have thousands of terms; mps has none
+        return losses.sum(dtype=torch.float32 if hidden.device.type == "mps" else torch.float64)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context[LossGradients], grad: Tensor) -> Gradients:
+        gradients, dtypes = ctx.kept
         hidden, weight, bias, new = (
-            None if one is None else _times(one, grad, dtype)
-            for one, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+            None if x is None or dtype is None else _times(x, grad, dtype)
+            for x, dtype in zip(gradients, dtypes, strict=True)
         )
-        ctx.gradients = (None, None, None, None)
+        ctx.kept = (), ()
         return hidden, weight, bias, None, None, new
 
 
-def with_new(weight: torch.Tensor, rows: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor:
-    """``weight`` (vocabulary, width) with ``new`` (n, width) in the place of its ``rows`` (n,), if there are any."""
+def with_new(weight: Tensor, rows: Tensor | None, new: Tensor | None) -> Tensor:
+    """Return ``weight`` (vocabulary, width) with ``new`` (n, width) in its ``rows`` (n,), if given."""
     return weight if rows is None or new is None else weight.index_copy(0, rows, new.to(weight.dtype))
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right; ``total`` may be in a wider format."""
     if total.dtype is left.dtype:
         total.addmm_(left, right)
@@ -276,20 +262,30 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         total += left @ right
 
 
-def sum_like(weight: torch.Tensor) -> torch.Tensor:
-    """Zeros to sum a gradient in. It is not yet divided by anything, so in fp16 it could pass that format's 65504."""
+def sum_like(weight: Tensor) -> Tensor:
+    """Return zeros to sum a gradient in, fp32 for fp16: the sum is not yet divided and could exceed 65504."""
     return torch.zeros_like(weight, dtype=torch.float32 if weight.dtype is torch.float16 else weight.dtype)
 
 
-def _times(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``gradient`` times the number ``factor``, in ``dtype``. A loss scale of 65536 is itself above what fp16 holds."""
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``gradient`` times a scalar, in ``dtype``. A loss scale of 65536 alone overflows fp16."""
     if dtype is torch.float16:
         return gradient.float().mul_(factor.float()).to(dtype)
     return gradient.mul_(factor.to(gradient.dtype)).to(dtype)
 
 
-def loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
-    """Fill ``losses`` (rows,) and return softmax(logits) - onehot in the logits' dtype; ``logits`` may be overwritten."""
+def gradient_blocks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, losses: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the gradient by the logits of each block of targets, and fill ``losses`` (targets,)."""
+    for start in range(0, len(hidden), BLOCK):
+        here = slice(start, start + BLOCK)
+        logits = nn.functional.linear(hidden[here], weight, bias)
+        yield here, loss_and_gradient(logits, labels[here], losses[here])
+
+
+def loss_and_gradient(logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
+    """Fill ``losses`` (rows,) and return softmax(logits) - onehot; may overwrite ``logits``."""
     if kernels.available(logits):
         kernels.call("cross_entropy", logits.dtype, logits, labels, losses, logits.shape[0], logits.shape[1])
         return logits

@@ -1,96 +1,87 @@
-"""The log-probability of each target, for losses that give each a coefficient of its own, without the logits of a batch.
+"""The log-probability of each target, for losses with a coefficient for each target.
 
-``head.lm_loss`` sums over targets, so its gradients can be summed in the forward pass too. Here backward says how much each
-target counts. While only the hidden states want gradients, each target's own is made in the forward, when a block's logits are
-at hand, and multiplied in backward. Where the output layer is trained too, backward makes the logits of each block again.
+``lm_head.lm_loss`` sums over targets, so its forward pass can sum the gradients too. Here the coefficients
+come with backward. While only the hidden states need gradients, forward computes the gradient of each target
+from a block's logits, and backward multiplies it. Where the output layer is trained too, backward computes
+the logits of each block again.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tunesmith.models.fast.autograd_context import Context, Gradients
 from tunesmith.models.heads import lm_head
+from tunesmith.models.heads.lm_head import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def log_probs(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    """log p(label) of each target, (targets,) in fp32, or fp64 where the network is: differentiable.
-
-    ``batch`` as in ``head.lm_loss``: ``labels`` (targets,), predicted at ``positions`` (targets,) of the flattened batch.
-    """
+def log_probs(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return log p(label) of each target, (targets,), differentiable. ``batch``: see ``lm_head.lm_loss``."""
     given = lm_head.blocked(model, batch)
     return -lm_head.plain_losses(model, batch) if given is None else BlockedLogProbs.apply(*given)
 
 
-def answer_logps(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    """log p(answer | prompt) of each answer, (answers,): the sum over its targets, which ``owners`` (targets,) assigns to it.
+def answer_logps(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return log p(answer | prompt), (answers,): sums over targets, by the answer in ``owners`` (targets,).
 
-    Summed in fp64 where the device has it: hundreds of terms, and what a loss compares are differences of such sums.
+    In fp64 where the device has it: sums have hundreds of terms, and losses compare their differences.
     """
-    found = log_probs(model, batch)
-    exact = found if found.device.type == "mps" else found.to(torch.float64)
-    return exact.new_zeros(len(batch["tokens"])).index_add(0, batch["owners"].to(found.device), exact)
+    logps = log_probs(model, batch)
+    exact = logps if logps.device.type == "mps" else logps.to(torch.float64)
+    return exact.new_zeros(len(batch["tokens"])).index_add(0, batch["owners"].to(logps.device), exact)
 
 
 class BlockedLogProbs(torch.autograd.Function):
-    """log softmax(h_i W^T + b)[label_i], (targets,). Arguments are those of ``head.BlockedCrossEntropy``.
+    """log softmax(h_i W^T + b)[label_i], (targets,). Arguments are those of ``lm_head.BlockedCrossEntropy``.
 
-    Kept for backward: a gradient like ``hidden``; or ``hidden`` itself, where the output layer wants gradients. No logits.
+    Saved for backward: a gradient like ``hidden``, or ``hidden`` itself where the output layer needs
+    gradients; no logits.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        rows: torch.Tensor | None = None,
-        new: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        ctx.again = any(ctx.needs_input_grad[1:])
+        ctx: Context[bool],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        rows: Tensor | None = None,
+        new: Tensor | None = None,
+    ) -> Tensor:
+        ctx.kept = recompute = any(ctx.needs_input_grad[1:])
         losses = torch.zeros(len(hidden), dtype=lm_head.exact_dtype(hidden), device=hidden.device)
-        by_target = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not ctx.again else None
+        by_target = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not recompute else None
         used = lm_head.with_new(weight, rows, new)
-        for start in range(0, len(hidden), lm_head.BLOCK):
-            here = slice(start, start + lm_head.BLOCK)
-            gradient = lm_head.loss_and_gradient(
-                nn.functional.linear(hidden[here], used, bias), labels[here], losses[here]
-            )
+        for here, gradient in lm_head.gradient_blocks(hidden, used, bias, labels, losses):
             if by_target is not None:
                 torch.mm(gradient, used, out=by_target[here])
-        if ctx.again:
-            ctx.save_for_backward(hidden, weight, bias, labels, rows, new)
-        else:
-            ctx.save_for_backward(by_target)
+        saved = (hidden, weight, bias, labels, rows, new) if recompute else (by_target,)
+        ctx.save_for_backward(*saved)
         return losses.neg_()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        if not ctx.again:
+    def backward(ctx: Context[bool], grad: Tensor) -> Gradients:
+        if not ctx.kept:
             (by_target,) = ctx.saved_tensors
             return (by_target * -grad[:, None]).to(by_target.dtype), None, None, None, None, None
         hidden, weight, bias, labels, rows, new = ctx.saved_tensors
-        # shares of at most 1 while sums are made: in fp16 those of a scaled loss would pass what it holds
+        # coefficients of at most 1 while sums are made: those of a scaled loss could exceed what fp16 holds
         most = nn.functional.pad(grad.abs(), (0, 1), value=torch.finfo(grad.dtype).tiny).amax()
         shares = -grad / most
         trained = (weight, bias, new)
         to_weight, to_bias, to_new = sums = [
-            lm_head.sum_like(x) if x is not None and ctx.needs_input_grad[place] else None
-            for place, x in zip((1, 2, 5), trained, strict=True)
+            lm_head.sum_like(x) if x is not None and ctx.needs_input_grad[argument] else None
+            for argument, x in zip((1, 2, 5), trained, strict=True)
         ]
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         used, unused = lm_head.with_new(weight, rows, new), torch.empty_like(grad)
-        for start in range(0, len(hidden), lm_head.BLOCK):
-            here = slice(start, start + lm_head.BLOCK)
-            gradient = lm_head.loss_and_gradient(
-                nn.functional.linear(hidden[here], used, bias), labels[here], unused[here]
-            )
+        for here, gradient in lm_head.gradient_blocks(hidden, used, bias, labels, unused):
             scaled = (hidden[here] * shares[here, None]).to(hidden.dtype)
             if to_hidden is not None:
                 to_hidden[here] = (gradient @ used) * -grad[here, None]
@@ -101,9 +92,7 @@ class BlockedLogProbs(torch.autograd.Function):
             if to_new is not None:
                 lm_head.add_product(to_new, gradient[:, rows].t(), scaled)
         if to_weight is not None and rows is not None:
-            to_weight[rows] = 0  # others stood in their place
-        ends = [
-            None if total is None else (total * most).to(x.dtype)
-            for total, x in zip(sums, trained, strict=True)
-        ]
+            to_weight[rows] = 0  # ``new`` replaced them
+        pairs = zip(sums, trained, strict=True)
+        ends = [None if total is None else (total * most).to(x.dtype) for total, x in pairs]
         return to_hidden, ends[0], ends[1], None, None, ends[2]

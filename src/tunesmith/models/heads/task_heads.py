@@ -1,86 +1,88 @@
-"""Heads beside the language model's: a score for each row, a label for each word, where an answer begins and ends.
+"""Task heads: a score for each row, a label for each word, the start and end of an answer.
 
-The body runs once, packed or padded; its outputs are gathered at ``batch["positions"]`` and only these go through the model's own
-pooler, dropout and output layer. So nothing depends on padding, and nothing is inferred from a token's identity: transformers'
-own decoder classes look for the last token that is not the padding one, which is another token where padding and end are one.
-Logits come in fp32, or in fp64 where the network is; a single one, such as a reward, is computed in it.
+The body runs once, packed or padded. Its hidden states at ``batch["positions"]`` alone go through the model's
+pooler, dropout and output layer, so nothing depends on padding. (transformers' decoder classes read the last
+token that is not the padding token: the wrong one where padding and end are the same token.) Logits are in
+fp32 or fp64; a single logit for a row, such as a reward, is also computed in that dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.models.heads import lm_head, noise
 from tunesmith.models.heads.head_types import output_layer
-from tunesmith.models.network import base, pooling
+from tunesmith.models.heads.lm_head import Batch
+from tunesmith.models.network import base, pooling, submodule, without_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def score_logits(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    """(rows, labels) of a batch, from the outputs at ``batch["positions"]``: one of each row, or all that are to be averaged."""
+def score_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return (rows, labels) from the hidden states at ``batch["positions"]``: one of each row, or all."""
     inner = base(model)
     mean = pooling(inner.config) == "mean"
     if lm_head.is_plain(model) and "segments" not in batch and not mean:
-        with _one_number_in_full(inner):
-            return _exact(inner(**_own_padding(inner, lm_head.inputs(model, batch))).logits)
+        with _exact_single_logit(inner):
+            return _exact(inner(**_with_pad_tokens(inner, lm_head.inputs(model, batch))).logits)
     hidden = lm_head.outputs_at(model, batch)
     if mean:
         hidden = _means(hidden, batch["places"])
-    with _one_by_one(model, [1] * len(hidden)):
-        return _exact(_scores(inner, hidden, mean))
+    with noise.override(model, lengths=[1] * len(hidden), packed=True, ahead=0):
+        return _exact(_row_logits(inner, hidden, mean))
 
 
-def token_logits(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    """(places, labels) at ``batch["positions"]``."""
-    if lm_head.is_plain(model):  # of the network itself: peft's forward for questions loses token types
-        return _exact(base(model)(**lm_head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]])
-    inner, hidden = base(model), lm_head.outputs_at(model, batch)
-    with _one_by_one(model, batch["places"]):
-        return _exact(output_layer(inner)(_dropped(inner, hidden)))
-
-
-def span_logits(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much speaks for an answer's beginning, and for its end, at each of ``batch["positions"]``: (places,) twice."""
+def token_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return (positions, labels) at ``batch["positions"]``."""
+    inner = base(model)  # also for its own logits: peft's forward of question answering drops token types
     if lm_head.is_plain(model):
-        found = base(model)(**lm_head.inputs(model, batch))
-        places = batch["positions"]
-        return _exact(found.start_logits.flatten()[places]), _exact(found.end_logits.flatten()[places])
-    inner, hidden = base(model), lm_head.outputs_at(model, batch)
-    with _one_by_one(model, batch["places"]):
-        start, end = output_layer(inner)(_dropped(inner, hidden)).split(1, dim=-1)
-    return _exact(start.squeeze(-1)), _exact(end.squeeze(-1))
+        return _exact(inner(**lm_head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]])
+    hidden = lm_head.outputs_at(model, batch)
+    with noise.override(model, lengths=batch["places"], packed=True, ahead=0):
+        return _exact(output_layer(inner)(_before_output_layer(inner, hidden)))
 
 
-def _exact(logits: torch.Tensor) -> torch.Tensor:
+def span_logits(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the logits of an answer's start and end at ``batch["positions"]``: (positions,) twice."""
+    if not lm_head.is_plain(model):
+        start, end = token_logits(model, batch).split(1, dim=-1)
+        return start.squeeze(-1), end.squeeze(-1)
+    out = base(model)(**lm_head.inputs(model, batch))
+    start, end = (logits.flatten()[batch["positions"]] for logits in (out.start_logits, out.end_logits))
+    return _exact(start), _exact(end)
+
+
+def _exact(logits: Tensor) -> Tensor:
     return logits.to(lm_head.exact_dtype(logits))
 
 
-def _scores(inner: Any, hidden: torch.Tensor, mean: bool) -> torch.Tensor:
-    """The model's own way from a row's output (rows, width) to its logits."""
+def _row_logits(inner: PreTrainedModel, hidden: Tensor, mean: bool) -> Tensor:
+    """Return the logits of ``hidden`` (rows, width), by the layers of the model's own forward."""
     layer = output_layer(inner)
-    if _plain_type(layer).endswith("ClassificationHead"):  # roberta, electra: takes the first of a sequence
+    if _is_classification_head(layer):
         return layer(hidden.unsqueeze(1))
-    if hasattr(inner, "pre_classifier"):  # distilbert
-        hidden = torch.relu(inner.pre_classifier(hidden))
-    elif not mean and (pooler := _pooler(inner)) is not None:
-        if _plain_type(pooler) == "Linear":  # albert
+    if (pre_classifier := submodule(inner, "pre_classifier")) is not None:  # distilbert
+        hidden = torch.relu(pre_classifier(hidden))
+    elif not mean and (pooler := submodule(inner, "pooler") or submodule(inner.base_model, "pooler")):
+        if type(without_adapter(pooler)) is nn.Linear:  # albert
             hidden = inner.base_model.pooler_activation(pooler(hidden))
         else:
             hidden = pooler(hidden.unsqueeze(1))
-    hidden = _dropped(inner, hidden)
-    return _in_full(layer, hidden) if inner.config.num_labels == 1 else layer(hidden)
+    hidden = _before_output_layer(inner, hidden)
+    return _apply_exact(layer, hidden) if inner.config.num_labels == 1 else layer(hidden)
 
 
-def _in_full(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """``layer`` computed in fp32 whatever it is kept in: a number itself is wanted, and bf16 has 128 of them between
-    1 and 2, so answers of different worth would get the same. Gradients reach its weights as ever."""
+def _apply_exact(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """Return ``layer(hidden)`` computed in fp32 whatever its dtype; gradients reach its weights as usual.
+
+    bf16 has 128 numbers between 1 and 2, so it would give answers of different quality the same reward.
+    """
     exact = lm_head.exact_dtype(hidden)
     if exact == hidden.dtype:
         return layer(hidden)
@@ -89,76 +91,49 @@ def _in_full(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _one_number_in_full(inner: Any) -> Iterator[None]:
-    """The model's own forward with :func:`_in_full` where :func:`_scores` has it, so that every route gives the same rewards."""
+def _exact_single_logit(inner: PreTrainedModel) -> Iterator[None]:
+    """Let the model's own forward use :func:`_apply_exact`, as :func:`_row_logits` does."""
     layer = output_layer(inner)
-    if inner.config.num_labels != 1 or _plain_type(layer).endswith("ClassificationHead"):
+    if inner.config.num_labels != 1 or _is_classification_head(layer):
         yield
         return
 
-    def again(layer: Any, given: tuple[torch.Tensor], rounded: torch.Tensor) -> torch.Tensor:
-        hook.remove()  # it stands on the layer that is called again
-        return _in_full(layer, *given) if rounded.dtype != lm_head.exact_dtype(rounded) else rounded
+    def recompute(layer: nn.Module, given: tuple[Tensor], rounded: Tensor) -> Tensor:
+        hook.remove()  # else the call below would run it again
+        return _apply_exact(layer, *given) if rounded.dtype != lm_head.exact_dtype(rounded) else rounded
 
-    hook = layer.register_forward_hook(again)
+    hook = layer.register_forward_hook(recompute)
     try:
         yield
     finally:
         hook.remove()
 
 
-def _pooler(inner: Any) -> Any:
-    """The body's, or deberta's, which stands beside the body; or None."""
-    return next(
-        (
-            one
-            for of in (inner, inner.base_model)
-            if isinstance(one := getattr(of, "pooler", None), nn.Module)
-        ),
-        None,
-    )
+def _is_classification_head(layer: nn.Module) -> bool:
+    """Whether the output layer is a network that reads the first token of a sequence (roberta, electra)."""
+    return type(without_adapter(layer)).__name__.endswith("ClassificationHead")
 
 
-def _dropped(inner: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """``hidden`` as the output layer gets it: through modernbert's head, and dropout."""
+def _before_output_layer(inner: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Return ``hidden`` as the output layer takes it: after modernbert's head, and dropout."""
     for name in ("head", "drop", "dropout"):
-        if isinstance(layer := getattr(inner, name, None), nn.Module):
+        if (layer := submodule(inner, name)) is not None:
             hidden = layer(hidden)
     return hidden
 
 
-def _plain_type(layer: Any) -> str:
-    """The class of a layer, or of what peft has put a trained copy beside."""
-    return type(getattr(layer, "original_module", layer)).__name__
-
-
-def _means(hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+def _means(hidden: Tensor, lengths: Sequence[int]) -> Tensor:
     """(tokens, width) -> (rows, width): the mean over the tokens of each row, summed in fp32."""
     counts = torch.tensor(lengths, device=hidden.device)
     rows = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), counts)
-    exact = hidden.to(lm_head.exact_dtype(hidden))
+    exact = _exact(hidden)
     sums = exact.new_zeros(len(lengths), hidden.shape[1]).index_add(0, rows, exact)
     return (sums / counts[:, None]).to(hidden.dtype)
 
 
-def _own_padding(inner: Any, keywords: dict[str, Any]) -> dict[str, Any]:
-    """The batch padded with the model's own padding token, which is how the stock decoder classes find a row's end."""
+def _with_pad_tokens(inner: PreTrainedModel, keywords: Batch) -> Batch:
+    """Pad with the model's padding token, by which transformers' decoder classes find the end of a row."""
     mask, pad = keywords.get("attention_mask"), inner.config.get_text_config().pad_token_id
     if mask is not None and pad is not None:
         keywords = {**keywords, "input_ids": keywords["input_ids"].masked_fill(mask == 0, pad)}
     return keywords
-
-
-@contextmanager
-def _one_by_one(model: PreTrainedModel, counts: Sequence[int]) -> Iterator[None]:
-    """Dropout between here and the logits is drawn by row, for so many outputs of each."""
-    drawn = noise.of(model)
-    if drawn is None or not drawn.rows:
-        yield
-        return
-    kept = drawn.lengths, drawn.packed, drawn.ahead
-    drawn.lengths, drawn.packed, drawn.ahead = counts, True, 0
-    try:
-        yield
-    finally:
-        drawn.lengths, drawn.packed, drawn.ahead = kept

@@ -28,24 +28,24 @@ def alone(model: Any, rows: list[list[int]], settings: Settings) -> list[list[in
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_padded_batch_equals_plain_transformers_one_by_one(name: str) -> None:
-    model, rows = tiny_model(name), prompts(3, 30, 7, 1, 18)  # longer than the sliding window of mistral and gemma3
+    model, rows = tiny_model(name), prompts(3, 30, 1)  # longer than the sliding window of mistral and gemma3
     plain = [
-        model.generate(torch.tensor([row]), max_new_tokens=40, do_sample=False, eos_token_id=[2, 4], pad_token_id=0)[
+        model.generate(torch.tensor([row]), max_new_tokens=20, do_sample=False, eos_token_id=[2, 4], pad_token_id=0)[
             0, len(row) :
         ].tolist()
         for row in rows
     ]
-    settings = Settings(max_new_tokens=40)
+    settings = Settings(max_new_tokens=20)
     assert generate_ids(model, TOKENIZER, rows, settings) == plain == alone(model, rows, settings)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_sampling_does_not_depend_on_the_batch(name: str) -> None:
-    model, rows = tiny_model(name), prompts(3, 30, 7, 1)
-    settings = Settings(max_new_tokens=30, temperature=1.0, top_p=0.95, top_k=100, seed=3)
+    model, rows = tiny_model(name), prompts(3, 20, 1)
+    settings = Settings(max_new_tokens=12, temperature=1.0, top_p=0.95, top_k=100, seed=3)
     batch = generate_ids(model, TOKENIZER, rows, settings)
     assert batch == alone(model, rows, settings) == generate_ids(model, TOKENIZER, rows, settings)
-    assert batch != generate_ids(model, TOKENIZER, rows, Settings(max_new_tokens=30, temperature=1.0, seed=4))
+    assert batch != generate_ids(model, TOKENIZER, rows, Settings(max_new_tokens=12, temperature=1.0, seed=4))
 
 
 def test_rows_stop_exactly_at_their_stop_token_and_leave_the_batch() -> None:
@@ -70,14 +70,6 @@ def test_the_training_mode_is_put_back_and_dropout_is_off() -> None:
     settings = Settings(max_new_tokens=5)
     first = generate_ids(model, TOKENIZER, prompts(4), settings)
     assert model.training and first == generate_ids(model, TOKENIZER, prompts(4), settings)
-
-
-def test_tokens_are_reported_as_they_come() -> None:
-    seen: list[tuple[int, int]] = []
-    answers = generate_ids(
-        tiny_model("llama"), TOKENIZER, prompts(3, 5), Settings(max_new_tokens=4), lambda *pair: seen.append(pair)
-    )
-    assert [token for row, token in seen if row == 1] == answers[1] and len(seen) == sum(map(len, answers))
 
 
 def test_an_attached_adapter_takes_part(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which adapters lie under a folder, and several on one base."""
+"""Adapters found under a folder, and several adapters on one base."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import IA3Config
 from safetensors.torch import load_file, save_file
 
 import tunesmith
+from tests.models import virtual_tokens
 from tests.models.adapters import save_adapter
 from tests.runs import recipe
 from tests.tiny import save_tiny
 from tunesmith.errors import TunesmithError, UserError
+from tunesmith.models.adapters import bottleneck_tuner
 from tunesmith.models.adapters.adapter_set import find, load_adapters
 
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
@@ -44,17 +47,31 @@ def test_the_base_of_an_adapter_will_do(shelf):
     assert load_adapters(shelf / "two", {"x": shelf / "one"}).active == "x"
 
 
-@pytest.mark.parametrize("kind", ["ia3", "bottleneck"])
-def test_other_kinds_too(kind, tmp_path):
-    adaptation = {"type": kind, "dropout": 0.1, "variant": "houlsby"} if kind == "bottleneck" else kind
-    made = recipe(tmp_path, adaptation=adaptation, max_steps=2)
-    small = {"type": kind, "bottleneck_size": 8} if kind == "bottleneck" else kind
-    folders = {
-        "a": tunesmith.train(made, out=tmp_path / "a")["model_dir"],
-        "b": tunesmith.train({**made, "adaptation": small, "seed": 1}, out=tmp_path / "b")["model_dir"],
-    }
-    alone = {name: tunesmith.load(folder)[0](IDS).logits for name, folder in {**folders, "base": made["model"]}.items()}
-    several = load_adapters(made["model"], folders)
+def ia3(**keys):
+    return IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **keys
+    )
+
+
+def bottleneck(**keys):
+    bottleneck_tuner.register()
+    return bottleneck_tuner.BottleneckConfig(task_type="CAUSAL_LM", **keys)
+
+
+CONFIGS = {
+    "ia3": (ia3, {}, {"exclude_modules": ["v_proj"]}),
+    "bottleneck": (bottleneck, {"variant": "houlsby", "dropout": 0.1}, {"bottleneck_size": 8}),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_other_kinds_too(kind, shelf, tmp_path):
+    make, *variants = CONFIGS[kind]
+    folders = {"a": tmp_path / "a", "b": tmp_path / "b"}
+    for seed, (folder, keys) in enumerate(zip(folders.values(), variants, strict=True)):
+        save_adapter(shelf / "base", folder, seed, make(**keys))
+    alone = {name: tunesmith.load(folder)[0](IDS).logits for name, folder in {**folders, "base": shelf / "base"}.items()}
+    several = load_adapters(shelf / "base", folders)
     for name in ("a", "b", "base", "b", "a"):
         several.switch(name)
         assert torch.equal(several.model(IDS).logits, alone[name]), name
@@ -62,15 +79,17 @@ def test_other_kinds_too(kind, tmp_path):
     assert not any(parameter.requires_grad for parameter in several.model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["prefix", "prompt"])
-def test_virtual_tokens_stand_alone(kind, tmp_path):
-    made = recipe(tmp_path, adaptation=kind, max_steps=1)
-    folder = tunesmith.train(made, out=tmp_path / "run")["model_dir"]
-    with pytest.raises(UserError, match=f"is a {kind}_tuning adapter, and only lora, ia3, bottleneck can stand"):
-        load_adapters(made["model"], {"a": folder})
+@pytest.mark.parametrize("kind", virtual_tokens.KINDS)
+def test_virtual_tokens_are_loaded_alone(kind, shelf, tmp_path):
+    model = virtual_tokens.adapted("llama", kind)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(shelf / "base")}))
+    with pytest.raises(UserError, match=f"is a {kind}_tuning adapter; only lora, ia3, bottleneck adapters can be loaded"):
+        load_adapters(shelf / "base", {"a": tmp_path})
 
 
-def test_what_cannot_stand_beside_others_is_refused(shelf, tmp_path):
+def test_adapters_that_must_be_loaded_alone_are_refused(shelf, tmp_path):
     other = save_tiny("llama", tmp_path / "other", intermediate_size=48)
     save_adapter(other, tmp_path / "stranger")
     save_adapter(shelf / "base", tmp_path / "rows", trainable_token_indices=[3])
@@ -79,9 +98,9 @@ def test_what_cannot_stand_beside_others_is_refused(shelf, tmp_path):
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, tmp_path / "short" / "adapter_model.safetensors", metadata={"format": "pt"})
     tunesmith.merge(shelf / "one", tmp_path / "merged")
-    refused = {"stranger": "another model", "rows": "tokens of its own", "short": "missing", "merged": "is a full model"}
-    for name, said in refused.items():
-        with pytest.raises(TunesmithError, match=said) as error:
+    refused = {"stranger": "another model", "rows": "adds tokens", "short": "missing", "merged": "is a full model"}
+    for name, message in refused.items():
+        with pytest.raises(TunesmithError, match=message) as error:
             load_adapters(shelf / "base", {"one": shelf / "one", "x": tmp_path / name})
         assert error.value.exit_code == 2
     with pytest.raises(TunesmithError, match="no adapter called 'three'"):
@@ -93,12 +112,12 @@ def test_what_cannot_stand_beside_others_is_refused(shelf, tmp_path):
 def test_a_layer_is_trained_whole_or_has_factors(module, layer, order, shelf, tmp_path):
     save_adapter(shelf / "base", tmp_path / "whole", target_modules=["q_proj"], modules_to_save=[module])
     save_adapter(shelf / "base", tmp_path / "factors", target_modules=[layer, "q_proj"])
-    with pytest.raises(UserError, match=rf"^whole trained model\.\S*{layer} whole .* factors has its own"):
+    with pytest.raises(UserError, match=rf"^whole trained the whole layer model\.\S*{layer} .* factors has parameters"):
         load_adapters(shelf / "base", {name: tmp_path / name for name in order})
 
 
 def test_adapters_are_found_with_their_runs(tmp_path):
-    made = recipe(tmp_path, adaptation={"type": "lora", "r": 3}, save_steps=2)
+    made = recipe(tmp_path, adaptation={"type": "lora", "r": 3}, save_steps=1, max_steps=1, count=6)
     made["data"]["eval"] = {"fraction": 0.3}
     outcome = tunesmith.train(made, out=tmp_path / "runs" / "first")
     save_adapter(save_tiny("llama", tmp_path / "base"), tmp_path / "runs" / "deep" / "other")

@@ -1,4 +1,4 @@
-"""Packed and fused encoders are transformers' own, row by row: outputs and gradients, in fp32 and bf16."""
+"""Packed and fused encoders equal transformers' own, row by row: outputs and gradients, in fp32 and bf16."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from tests.tiny import ENCODER, ENCODERS
 from tunesmith.adaptations import lora
 from tunesmith.data.batch import pack
 from tunesmith.data.batch.pack import PACKED, PADDED
-from tunesmith.models.fast import attention, fused_encoder, fused_layers, kernels
-from tunesmith.models.heads import bidirectional_attention, lm_head, noise
+from tunesmith.models.fast import attention, bidirectional_attention, fused_encoder, fused_layers, kernels
+from tunesmith.models.heads import lm_head, noise
 from tunesmith.models.heads import task_heads as heads
 from tunesmith.models.network import base
 
@@ -57,7 +57,7 @@ def results(model, outputs):
     return {"outputs": outputs.detach().double(), **found}
 
 
-def plain(model, rows):
+def row_by_row(model, rows):
     """transformers' own forward of each row alone, positions and all (roberta's from the tokens)."""
     parts = []
     for row in rows:
@@ -66,7 +66,7 @@ def plain(model, rows):
     return results(model, torch.cat(parts))
 
 
-def near(ours, theirs, limit):
+def assert_near(ours, theirs, limit):
     """A gradient that is zero but for rounding (that of a key's bias) is held against the largest one."""
     assert ours.keys() == theirs.keys()
     scale = max(float(one.norm()) for name, one in theirs.items() if name != "outputs")
@@ -75,7 +75,7 @@ def near(ours, theirs, limit):
         assert apart <= limit * max(float(expected.norm()), 1e-2 * scale), (name, apart, float(expected.norm()))
 
 
-def fast(model):
+def install_fast(model):
     attention.register()
     base(model).set_attn_implementation(attention.NAME)
     return fused_layers.install(model)
@@ -86,9 +86,9 @@ def test_packed_rows_are_rows_alone(name, monkeypatch):
     """Without C: short rows go together, padded."""
     monkeypatch.setattr(kernels, "available", lambda tensor: False)
     model, rows = network(name), some_rows(name)
-    expected = plain(model, rows)
-    assert not fast(model).kinds
-    near(results(model, lm_head.outputs_at(model, packed(rows))), expected, 3e-6)
+    expected = row_by_row(model, rows)
+    assert not install_fast(model).kinds
+    assert_near(results(model, lm_head.outputs_at(model, packed(rows))), expected, 3e-6)
 
 
 @NEEDS_C
@@ -96,21 +96,21 @@ def test_packed_rows_are_rows_alone(name, monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fused_layers_are_the_models_own(name, dtype, limit):
     model, rows = network(name, dtype), some_rows(name)
-    expected = plain(network(name, dtype).float(), rows)
-    record = fast(model)
+    expected = row_by_row(network(name, dtype).float(), rows)
+    record = install_fast(model)
     assert sum(record.kinds.values()) == KINDS[name]
-    near(results(model, lm_head.outputs_at(model, packed(rows))), expected, limit)
+    assert_near(results(model, lm_head.outputs_at(model, packed(rows))), expected, limit)
     with record.disabled():
-        near(results(model, lm_head.outputs_at(model, packed(rows))), expected, limit)
+        assert_near(results(model, lm_head.outputs_at(model, packed(rows))), expected, limit)
 
 
 @NEEDS_C
 def test_rows_up_to_the_window():
     model = network("bert", max_position_embeddings=512)
     rows = some_rows("bert", (512, 1, 300, 129, 64, 65))
-    expected = plain(model, rows)
-    fast(model)
-    near(results(model, lm_head.outputs_at(model, packed(rows))), expected, 5e-6)
+    expected = row_by_row(model, rows)
+    install_fast(model)
+    assert_near(results(model, lm_head.outputs_at(model, packed(rows))), expected, 5e-6)
 
 
 @NEEDS_C
@@ -120,11 +120,11 @@ def test_the_last_layer_computes_only_what_is_read(name):
     batch = packed(rows, np.zeros(1, np.int64))
     hidden = lm_head.hidden_states(model, {**pack.arrange(rows, False)[0]})
     expected = results(model, hidden[:, 0])
-    fast(model)
+    install_fast(model)
     seen = []
     body = base(model).base_model
     handle = body.encoder.layer[-1].intermediate.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
-    near(results(model, lm_head.outputs_at(model, batch)), expected, 3e-6)
+    assert_near(results(model, lm_head.outputs_at(model, batch)), expected, 3e-6)
     lm_head.outputs_at(model, packed(rows))
     handle.remove()
     assert seen == [len(rows), sum(LENGTHS)]
@@ -134,10 +134,10 @@ def test_the_last_layer_computes_only_what_is_read(name):
 @pytest.mark.parametrize("read", [None, np.zeros(1, np.int64)], ids=["all", "first"])
 def test_layers_computed_again_have_the_same_gradients(read):
     model, batch = network("bert").train(), packed(some_rows("bert"), read)
-    fast(model)
+    install_fast(model)
     expected = results(model, lm_head.outputs_at(model, batch))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    near(results(model, lm_head.outputs_at(model, batch)), expected, 1e-6)
+    assert_near(results(model, lm_head.outputs_at(model, batch)), expected, 1e-6)
 
 
 @NEEDS_C
@@ -150,13 +150,13 @@ def test_lora_on_the_layers_inside(dropout):
             if "lora_B" in name:
                 parameter.normal_()
     rows = some_rows("bert")
-    expected = plain(model, rows)
-    kinds = fast(model).kinds
+    expected = row_by_row(model, rows)
+    kinds = install_fast(model).kinds
     assert ("encoder attention" in kinds) is (dropout == 0)
-    near(results(model, lm_head.outputs_at(model, packed(rows))), expected, 1e-5)
+    assert_near(results(model, lm_head.outputs_at(model, packed(rows))), expected, 1e-5)
 
 
-def drops(model, batch, rows, read=None):
+def with_dropout(model, batch, rows, read=None):
     drawn = noise.of(model)
     drawn.rows, drawn.packed = list(range(len(rows))), "segments" in batch
     drawn.lengths = [len(row["input_ids"]) for row in rows]
@@ -174,13 +174,13 @@ def test_dropout_is_the_same_packed_padded_fused_and_for_what_is_read_alone(monk
     padded = pack.with_positions(rows, PADDED, first)
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "available", lambda tensor: False)
-        expected = drops(model, padded, rows)
-    assert float((drops(model.eval(), padded, rows)["outputs"] - expected["outputs"]).norm()) > 0.1
-    fast(model.eval())
+        expected = with_dropout(model, padded, rows)
+    assert float((with_dropout(model.eval(), padded, rows)["outputs"] - expected["outputs"]).norm()) > 0.1
+    install_fast(model.eval())
     model.train()
-    near(drops(model, pack.with_positions(rows, PACKED, first), rows), expected, 5e-6)
+    assert_near(with_dropout(model, pack.of_rows(rows, PACKED, first), rows), expected, 5e-6)
     monkeypatch.setattr(fused_encoder, "reads_early", lambda body: False)
-    near(drops(model, pack.with_positions(rows, PACKED, first), rows), expected, 5e-6)
+    assert_near(with_dropout(model, pack.of_rows(rows, PACKED, first), rows), expected, 5e-6)
 
 
 @NEEDS_C
@@ -188,11 +188,11 @@ def test_dropout_is_the_same_packed_padded_fused_and_for_what_is_read_alone(monk
 def test_dropout_is_the_same_in_c_and_torch(dtype, monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(1, 40, 33).to(dtype).requires_grad_()
-    told = noise.RowNoise(1, 2, [4, 9], [30, 10])
-    ours = told.drop(x, 0.3, 5)
+    drawn = noise.RowNoise(1, 2, [4, 9], [30, 10])
+    ours = drawn.drop(x, 0.3, 5)
     (grad,) = torch.autograd.grad(ours.sum(), x)
     monkeypatch.setattr(kernels, "available", lambda tensor: False)
-    assert torch.equal(ours, told.drop(x, 0.3, 5))
+    assert torch.equal(ours, drawn.drop(x, 0.3, 5))
     kept = ours != 0
     assert torch.equal(grad, kept * torch.tensor(1 / 0.7).to(dtype)) and 0.67 < kept.float().mean() < 0.73
 
@@ -201,7 +201,7 @@ def test_dropout_is_the_same_in_c_and_torch(dtype, monkeypatch):
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=str)
 @pytest.mark.parametrize("segments", [(1,), (3, 1, 17), (64, 65, 300)])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 8), (4, 2, 20), (2, 1, 64)])
-def test_attention_both_ways(dtype, limit, segments, heads, kv_heads, dim):
+def test_bidirectional_attention(dtype, limit, segments, heads, kv_heads, dim):
     torch.manual_seed(0)
     qkv = torch.randn(sum(segments), (heads + 2 * kv_heads) * dim).to(dtype).requires_grad_()
     grad = torch.randn(sum(segments), heads * dim).to(dtype)
@@ -212,7 +212,7 @@ def test_attention_both_ways(dtype, limit, segments, heads, kv_heads, dim):
         a, b, c = (x.transpose(0, 1).repeat_interleave(heads // x.shape[1], 0) for x in one)
         parts.append(((a @ b.transpose(1, 2) * 0.3).softmax(-1) @ c).transpose(0, 1).flatten(1))
     theirs = torch.cat(parts)
-    ours = bidirectional_attention.BothWays.apply(qkv, heads, kv_heads, segments, 0.3)
+    ours = bidirectional_attention.BidirectionalAttention.apply(qkv, (heads, kv_heads, segments, 0.3))
     pairs = [(ours.detach(), theirs.detach())]
     pairs += [(*torch.autograd.grad(ours, qkv, grad), *torch.autograd.grad(theirs, exact, grad.double()))]
     for got, expected in pairs:
@@ -241,7 +241,7 @@ def test_the_number_of_threads_changes_nothing():
     for threads in (1, 3):
         torch.set_num_threads(threads)
         qkv = torch.randn(sum(LENGTHS), 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        out = bidirectional_attention.BothWays.apply(qkv, 4, 4, LENGTHS, 0.3)
+        out = bidirectional_attention.BidirectionalAttention.apply(qkv, (4, 4, LENGTHS, 0.3))
         found.append((out, *torch.autograd.grad(out.sum(), qkv)))
     torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
