@@ -1,7 +1,8 @@
 """Objectives: what the loss is. One file each; the file's name is its key in the recipe.
 
-A new objective is one file here with a ``Config`` and a class ``Objective`` that keeps the contract below, and one row in
-``tests/matrix``. An objective never knows how the weights are adapted nor which network they belong to.
+A new objective is one file here with a ``Config`` and a class ``Objective`` that keeps the contract below,
+and one row in ``tests/matrix``. An objective never knows how the weights are adapted nor which network they
+belong to.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Traits:
     shares_prompts: bool = False
     """An example holds several answers to one prompt (``data.batch.shared_prompts``)."""
     needs_reference: bool = False
-    """Examples need ``reference_logps``, which :meth:`Objective.reference_logps` returned before the first step."""
+    """Examples need ``reference_logps``, which :meth:`Objective.reference_logps` returned before the first
+    step."""
     starter: Mapping[str, object] = field(default_factory=lambda: {"path": "builtin:docstrings"})
     """Training rows that ``tunesmith init`` writes when no file is named: keys of ``data.train``."""
     assumed: bool = False
@@ -92,7 +94,8 @@ class Traits:
 
 
 class Session(Protocol):
-    """The parts of a run that an objective may use. ``model`` is set once the weights are loaded, before the first step."""
+    """The parts of a run that an objective may use. ``model`` is set once the weights are loaded, before the
+    first step."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -102,8 +105,9 @@ class Session(Protocol):
     """Steps made of the recipe's own rows, in the order of seed and epoch."""
 
     def forward(self, run: Callable[[PreTrainedModel, Batch], Sequence[T]], step: Step) -> dict[int, T]:
-        """Call ``run(model, batch)`` without gradients on this process's examples of ``step``, in micro-batches that fit into
-        memory. ``run`` returns one value for each example of its batch. Returns {index of the example in the step: value}."""
+        """Call ``run(model, batch)`` without gradients on this process's examples of ``step``, in
+        micro-batches that fit into memory. ``run`` returns one value for each example of its batch. Returns
+        {index of the example in the step: value}."""
         ...
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
@@ -113,8 +117,8 @@ class Session(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0
     ) -> list[list[int]]:
-        """Sample the token ids of one answer of the policy to each prompt (temperature 0 = greedy). An answer that stopped
-        ends with its stop token."""
+        """Sample the token ids of one answer of the policy to each prompt (temperature 0 = greedy). An answer
+        that stopped ends with its stop token."""
         ...
 
     def log(self, record: JsonObject) -> None:
@@ -123,8 +127,9 @@ class Session(Protocol):
 
 
 class Objective:
-    """The contract. Every objective writes ``encode``, ``collate``, ``loss``, ``evaluate`` and ``summarise``; the other methods
-    have a default. A method that raises NotImplementedError must be written by a subclass."""
+    """The contract. Every objective writes ``encode``, ``collate``, ``loss``, ``evaluate`` and ``summarise``;
+    the other methods have a default. A method that raises NotImplementedError must be written by a
+    subclass."""
 
     config: Config
     traits: Traits
@@ -143,18 +148,19 @@ class Objective:
     def bind(
         self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None
     ) -> None:
-        """Read what the objective needs of the network's ``config`` and the tokenizer; called before any row is encoded."""
+        """Read what the objective needs of the network's ``config`` and the tokenizer; called before any row
+        is encoded."""
         self.max_length = max_length
         if self.traits.fits_rows:
             self.facts |= {"max_length": max_length, "overlong": self.traits.overlong}
 
     def scan(self, rows: Iterable[object]) -> None:
-        """Look at all training rows before any is encoded (labels, balance); they are read only as far as they are iterated.
-        Raises DataError."""
+        """Look at all training rows before any is encoded (labels, balance); they are read only as far as
+        they are iterated. Raises DataError."""
 
     def encode(self, rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
-        """Tokenise rows of the types ``traits.rows``. Returns a list of examples for each row: several when a conversation is
-        expanded by turn, none when the row is dropped. Raises RowFault."""
+        """Tokenise rows of the types ``traits.rows``. Returns a list of examples for each row: several when a
+        conversation is expanded by turn, none when the row is dropped. Raises RowFault."""
         raise NotImplementedError
 
     def extend(self, data: Encoded) -> Encoded:
@@ -162,15 +168,18 @@ class Objective:
         return data
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """Make one micro-batch: a single packed sequence with segments, or right-padded rows. Pure; needs no model."""
+        """Make one micro-batch: a single packed sequence with segments, or right-padded rows. Pure; needs no
+        model."""
         raise NotImplementedError
 
     def count(self, batch: Batch) -> int:
-        """Loss units of the micro-batch, known before the forward pass: its rows, unless an objective counts otherwise."""
+        """Loss units of the micro-batch, known before the forward pass: its rows, unless an objective counts
+        otherwise."""
         return len(batch["rows"])
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, Metrics]:
-        """(sum of the loss over its units, metrics): device tensors; no mean, no ``.item()``, no ``float()``."""
+        """(sum of the loss over its units, metrics): device tensors; no mean, no ``.item()``, no
+        ``float()``."""
         raise NotImplementedError
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
@@ -182,8 +191,8 @@ class Objective:
         raise NotImplementedError
 
     def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
-        """Log-probabilities float64 (n,) of each example of the batch. With ``traits.needs_reference`` they are computed before
-        the first step and become part of the example as ``reference_logps``."""
+        """Log-probabilities float64 (n,) of each example of the batch. With ``traits.needs_reference`` they
+        are computed before the first step and become part of the example as ``reference_logps``."""
         raise NotImplementedError
 
     def source(self, session: Session) -> Source:
@@ -214,12 +223,14 @@ class LanguageModel(Objective):
         return {"rows": row_losses(model, batch)}
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """Mean over all supervised tokens with its standard error, whatever the batches were; perplexity is its exponential."""
+        """Mean over all supervised tokens with its standard error, whatever the batches were; perplexity is
+        its exponential."""
         return token_mean(records)
 
 
 class TaskHead(Objective):
-    """An objective whose network has a task head: labels are found, configured, saved and restored with it."""
+    """An objective whose network has a task head: labels are found, configured, saved and restored with
+    it."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -245,7 +256,7 @@ class TaskHead(Objective):
         if tokenizer.pad_token is None:  # for other libraries that pad; tunesmith masks padding by position
             tokenizer.pad_token = tokenizer.eos_token
         if self.causal and self.traits.head == "score":
-            # transformers' *ForSequenceClassification reads a row of a decoder at its last token that is not padding
+            # transformers reads the score of a decoder at the last token that is not padding
             texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
             self.pad = tokenizer.pad_token_id
 
@@ -263,8 +274,8 @@ class TaskHead(Objective):
         raise NotImplementedError
 
     def label_config(self, names: Sequence[str], saved: JsonObject, **entries: object) -> JsonObject:
-        """``head_config`` of these label names. ``saved``: what :attr:`saved` holds when the model is opened again; ``entries``:
-        further keys of the network's config."""
+        """``head_config`` of these label names. ``saved``: what :attr:`saved` holds when the model is opened
+        again; ``entries``: further keys of the network's config."""
         pad = {} if self.pad is None else {"pad_token_id": self.pad}
         return {
             "num_labels": len(names),
@@ -294,7 +305,8 @@ class TaskHead(Objective):
 def sum_over_pairs(
     losses: torch.Tensor, figures: Mapping[str, torch.Tensor], batch: Batch
 ) -> tuple[torch.Tensor, Metrics]:
-    """Sum over rows of the mean over their pairs (Ouyang et al. 2022, equation 1), of the loss and of each figure.
+    """Sum over rows of the mean over their pairs (Ouyang et al. 2022, equation 1), of the loss and of each
+    figure.
 
     ``losses`` and ``figures``: (pairs,), in the order of ``batch["pairs"]``."""
     weights, rows = batch["weights"].to(losses), len(batch["rows"])
@@ -303,7 +315,8 @@ def sum_over_pairs(
 
 
 def mean_loss(losses: Sequence[tuple[float, int]]) -> dict[str, float]:
-    """``eval_loss`` with its standard error, from (sum of losses, units) of each row; see :func:`token_mean`."""
+    """``eval_loss`` with its standard error, from (sum of losses, units) of each row; see
+    :func:`token_mean`."""
     figures = token_mean([{"rows": losses}])
     return {name: value for name, value in figures.items() if name != "perplexity"}
 

@@ -1,4 +1,5 @@
-"""Classification of a text or a pair of texts: one class of several, any number of labels, or a number (regression)."""
+"""Classification of a text or a pair of texts: one class of several, any number of labels, or a number
+(regression)."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class Config(objectives.Config):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     pooling: Literal["mean"] | None = Field(
-        None, description="mean = average over all tokens; default: an encoder's first token, a decoder's last"
+        None,
+        description="mean = average over all tokens; default: an encoder's first token, a decoder's last",
     )
     overlong: Literal["error", "drop", "truncate"] = Field(
         "error", description="what happens to a row above max_length"
@@ -104,8 +106,6 @@ class Objective(objectives.TaskHead):
     def labels(self) -> list[str]:
         return list(self.facts["labels"] or [])
 
-    # ------------------------------------------------------------------------------------------------ before encoding
-
     def bind(
         self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None
     ) -> None:
@@ -162,8 +162,9 @@ class Objective(objectives.TaskHead):
         self.notes += labels.told(problem, names, survey)
 
     def _weigh_classes(self, survey: Survey | None) -> None:
-        """Set the class weights. ``balanced``: rows / (classes * rows of the class), whose mean over the rows is 1; with several
-        labels rows without / rows with the label, which is what torch suggests for ``pos_weight``."""
+        """Set the class weights. ``balanced``: rows / (classes * rows of the class), whose mean over the rows
+        is 1; with several labels rows without / rows with the label, which is what torch suggests for
+        ``pos_weight``."""
         chosen, names = self.config.class_weights, self.labels
         if chosen is None:
             return
@@ -191,8 +192,6 @@ class Objective(objectives.TaskHead):
             saved["pooling"] = self._pooling
         return self.label_config(self.labels or ["LABEL_0"], saved, problem_type=self.problem)
 
-    # ------------------------------------------------------------------------------------------------------- examples
-
     def encode(self, rows: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
         examples = texts.encode([(row.text, row.text_pair) for row in rows], tokenizer, self._template)
         for index, (row, example) in enumerate(zip(rows, examples)):
@@ -207,7 +206,8 @@ class Objective(objectives.TaskHead):
         return [[example] for example in examples]
 
     def _target(self, row: Labelled, index: int) -> np.ndarray:
-        """float32: the class id or the number itself (1,), or 0 and 1 for each label; NaN where the row has no label."""
+        """float32: the class id or the number itself (1,), or 0 and 1 for each label; NaN where the row has
+        no label."""
         names = self.labels
         if row.labels is None and row.label is None:
             return np.full(len(names) if self.problem == MULTI else 1, np.nan, np.float32)
@@ -235,7 +235,8 @@ class Objective(objectives.TaskHead):
         return self.labels.index(name)
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """``targets`` (rows, k) float32; ``positions``: the token that stands for each row, or all tokens with mean pooling."""
+        """``targets`` (rows, k) float32; ``positions``: the token that stands for each row, or all tokens
+        with mean pooling."""
         import torch
 
         if self._closing_tokens:
@@ -255,10 +256,9 @@ class Objective(objectives.TaskHead):
             return example
         return {**example, "input_ids": np.concatenate([ids[: -len(closing)], closing])}
 
-    # ----------------------------------------------------------------------------------------------------------- loss
-
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Sum over rows: cross-entropy of the class, mean over labels of the binary cross-entropies, or squared error."""
+        """Sum over rows: cross-entropy of the class, mean over labels of the binary cross-entropies, or
+        squared error."""
         from tunesmith.models.heads import task_heads
 
         logits = task_heads.score_logits(model, batch)
@@ -269,11 +269,14 @@ class Objective(objectives.TaskHead):
     def _losses(
         self, logits: Tensor, targets: Tensor, weights: np.ndarray | None = None, smoothing: float = 0.0
     ) -> Tensor:
-        """(rows,); class ``weights`` (labels,) and label ``smoothing`` apply in training, not in ``eval_loss``."""
+        """(rows,); class ``weights`` (labels,) and label ``smoothing`` apply in training, not in
+        ``eval_loss``."""
         import torch
         from torch.nn import functional
 
-        by_class = None if weights is None else torch.tensor(weights, dtype=logits.dtype, device=logits.device)
+        by_class = (
+            None if weights is None else torch.tensor(weights, dtype=logits.dtype, device=logits.device)
+        )
         if self.problem == REGRESSION:
             return (logits[:, 0] - targets[:, 0].to(logits.dtype)).square()
         if self.problem == MULTI:
@@ -285,11 +288,9 @@ class Objective(objectives.TaskHead):
             logits, targets[:, 0].long(), weight=by_class, label_smoothing=smoothing, reduction="none"
         )
 
-    # ----------------------------------------------------------------------------------------------------- evaluation
-
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
-        """For each row: its place in the data, its probabilities (regression: the number), its target, and its unweighted
-        loss, NaN where the target is not known."""
+        """For each row: its place in the data, its probabilities (regression: the number), its target, and
+        its unweighted loss, NaN where the target is not known."""
         import torch
 
         from tunesmith.models.heads import task_heads
@@ -301,10 +302,10 @@ class Objective(objectives.TaskHead):
             losses = torch.full((len(logits),), float("nan"), dtype=logits.dtype, device=logits.device)
             if known.any():
                 losses[known] = self._losses(logits[known], targets[known])
-            if self.problem == REGRESSION:
-                scores = logits
+            if self.problem == MULTI:
+                scores = logits.sigmoid()
             else:
-                scores = logits.softmax(-1) if self.problem == SINGLE else logits.sigmoid()
+                scores = logits.softmax(-1) if self.problem == SINGLE else logits
         return {
             "rows": batch["rows"],
             "scores": scores.cpu().numpy(),
@@ -325,13 +326,18 @@ class Objective(objectives.TaskHead):
         return [rows[index] for index in order], scores, targets, losses
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """The mean loss of a row with its standard error, and the figures of :mod:`tunesmith.metrics.classes`."""
+        """The mean loss of a row with its standard error, and the figures of
+        :mod:`tunesmith.metrics.classes`."""
         _, scores, targets, losses = self._joined(records)
         figures = {"eval_loss": float(losses.mean())}
         if len(losses) > 1:
             figures["eval_loss_stderr"] = float(losses.std(ddof=1) / len(losses) ** 0.5)
-        measured = {name: value for name, value in self.measure(scores, targets).items() if name != "baseline"}
-        return figures | {f"eval_{name}": value for name, value in measured.items() if isinstance(value, float)}
+        measured = {
+            name: value for name, value in self.measure(scores, targets).items() if name != "baseline"
+        }
+        return figures | {
+            f"eval_{name}": value for name, value in measured.items() if isinstance(value, float)
+        }
 
     def measure(self, scores: np.ndarray, targets: np.ndarray) -> JsonObject:
         """All figures of ``scores`` (rows, k) against ``targets`` (rows, k)."""
@@ -377,7 +383,9 @@ class Objective(objectives.TaskHead):
             return {"prediction": float(scores[0])}
         probabilities = {name: float(score) for name, score in zip(self.labels, scores)}
         if self.problem == MULTI:
-            prediction = [name for name, probability in probabilities.items() if probability >= self.threshold]
+            prediction = [
+                name for name, probability in probabilities.items() if probability >= self.threshold
+            ]
             return {"prediction": prediction, "probabilities": probabilities}
         return {"prediction": self.labels[int(scores.argmax())], "probabilities": probabilities}
 

@@ -1,4 +1,5 @@
-"""Continued pre-training: learn whole documents, each closed by the end-of-text token (Gururangan et al. 2020)."""
+"""Continued pre-training: learn whole documents, each closed by the end-of-text token (Gururangan et al.
+2020)."""
 
 from __future__ import annotations
 

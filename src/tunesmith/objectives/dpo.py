@@ -1,7 +1,9 @@
-"""Preference optimisation without a reward model: DPO (Rafailov et al. 2023) and related losses, a table of small functions.
+"""Preference optimisation without a reward model: DPO (Rafailov et al. 2023) and related losses, a table of
+small functions.
 
-The reference is the policy before its first step. Its log-probabilities of all answers are computed once, kept with the
-checkpoints, and compared with the policy's. Dropout is off: a log-probability must depend on the weights alone.
+The reference is the policy before its first step. Its log-probabilities of all answers are computed once,
+kept with the checkpoints, and compared with the policy's. Dropout is off: a log-probability must depend on
+the weights alone.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ class Config(objectives.Config):
         "sigmoid", description="sigmoid = DPO; simpo and orpo need no reference"
     )
     beta: float = Field(
-        0.1, gt=0, description="how closely the policy is kept to the reference; for orpo the weight of the odds ratio"
+        0.1,
+        gt=0,
+        description="how closely the policy is kept to the reference; for orpo the weight of the odds ratio",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="assumed share of pairs with swapped labels; sigmoid and robust only"
@@ -55,8 +59,8 @@ class Config(objectives.Config):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Log-probabilities (n,) of the chosen and the rejected answer of each pair under policy and reference, and the number of
-    tokens of each answer. For a loss without a reference, the reference's are 0."""
+    """Log-probabilities (n,) of the chosen and the rejected answer of each pair under policy and reference,
+    and the number of tokens of each answer. For a loss without a reference, the reference's are 0."""
 
     chosen: Tensor
     rejected: Tensor
@@ -84,13 +88,15 @@ def _log_sigmoid(x: Tensor) -> Tensor:
 
 
 def sigmoid(pairs: Pairs, config: Config) -> Tensor:
-    """-log sigmoid(beta margin), Rafailov et al. 2023, equation 7; with smoothing the conservative DPO of Mitchell 2023."""
+    """-log sigmoid(beta margin), Rafailov et al. 2023, equation 7; with smoothing the conservative DPO of
+    Mitchell 2023."""
     margin, flipped = config.beta * pairs.margin, config.label_smoothing
     return -(1 - flipped) * _log_sigmoid(margin) - flipped * _log_sigmoid(-margin)
 
 
 def ipo(pairs: Pairs, config: Config) -> Tensor:
-    """(margin - 1 / (2 beta))^2 with the mean margin, Azar et al. 2023, equation 17 (its authors' code divides by tokens)."""
+    """(margin - 1 / (2 beta))^2 with the mean margin, Azar et al. 2023, equation 17 (its authors' code
+    divides by tokens)."""
     return (pairs.mean_margin - 1 / (2 * config.beta)) ** 2
 
 
@@ -106,12 +112,14 @@ def robust(pairs: Pairs, config: Config) -> Tensor:
 
 
 def simpo(pairs: Pairs, config: Config) -> Tensor:
-    """-log sigmoid(beta (mean log p(chosen) - mean log p(rejected)) - gamma), Meng et al. 2024, equation 6."""
+    """-log sigmoid(beta (mean log p(chosen) - mean log p(rejected)) - gamma), Meng et al. 2024, equation
+    6."""
     return -_log_sigmoid(config.beta * pairs.mean_margin - config.simpo_gamma)
 
 
 def orpo(pairs: Pairs, config: Config) -> Tensor:
-    """-mean log p(chosen) - beta log sigmoid(log odds ratio), with means over tokens, Hong et al. 2024, equations 6 and 7."""
+    """-mean log p(chosen) - beta log sigmoid(log odds ratio), with means over tokens, Hong et al. 2024,
+    equations 6 and 7."""
     import torch
 
     chosen, rejected = pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
@@ -183,7 +191,9 @@ class Objective(objectives.Objective):
             reference = policy.detach()
         tokens = batch["tokens"].to(policy).clamp(min=1)
         chosen, rejected = batch["pairs"].to(policy.device).unbind(1)
-        pairs = Pairs(*(values[side] for values in (policy, reference, tokens) for side in (chosen, rejected)))
+        pairs = Pairs(
+            *(values[side] for values in (policy, reference, tokens) for side in (chosen, rejected))
+        )
         divisor = 1.0 if self.traits.needs_reference else tokens  # simpo and orpo compare means over tokens
         rewards = self.config.beta * (policy - reference) / divisor
         better, worse = rewards[chosen], rewards[rejected]
@@ -196,7 +206,10 @@ class Objective(objectives.Objective):
             "logps/rejected": pairs.rejected,
         }
         if self.traits.needs_reference:
-            chosen_kl, rejected_kl = pairs.chosen - pairs.reference_chosen, pairs.rejected - pairs.reference_rejected
+            chosen_kl, rejected_kl = (
+                pairs.chosen - pairs.reference_chosen,
+                pairs.rejected - pairs.reference_rejected,
+            )
             figures["kl"] = (chosen_kl**2 + rejected_kl**2) / 4
         return LOSSES[self.config.loss_type](pairs, self.config), figures
 
@@ -220,10 +233,15 @@ class Objective(objectives.Objective):
                 for name, value in {"loss": losses, **figures}.items()
             }
         columns = dict(means, row=batch["rows"])
-        return {"rows": [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]}
+        return {
+            "rows": [
+                dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+            ]
+        }
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """Means over rows: ``eval_loss`` with its standard error, and each figure with the prefix ``eval_``."""
+        """Means over rows: ``eval_loss`` with its standard error, and each figure with the prefix
+        ``eval_``."""
         rows = [row for record in records for row in record["rows"]]
         names = [name for name in FIGURES if rows and name in rows[0]]
         means = {f"eval_{name}": math.fsum(row[name] for row in rows) / len(rows) for name in names}

@@ -1,7 +1,9 @@
-"""KTO: learn from single responses labelled desirable or undesirable (Ethayarajh et al. 2024, arXiv:2402.01306).
+"""KTO: learn from single responses labelled desirable or undesirable (Ethayarajh et al. 2024,
+arXiv:2402.01306).
 
-A response's reward is beta times log (policy / reference). It is compared with a baseline z_0, the KL divergence of policy and
-reference, estimated once a step from responses to other prompts, over all rows of the step and all processes.
+A response's reward is beta times log (policy / reference). It is compared with a baseline z_0, the KL
+divergence of policy and reference, estimated once a step from responses to other prompts, over all rows of
+the step and all processes.
 """
 
 from __future__ import annotations
@@ -91,8 +93,8 @@ class Objective(objectives.Objective):
         return other_response.attached(data, self.max_length, self.prefix) if self.estimates_kl else data
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """``desirable`` bool (n,); ``kl`` () in a step of the run; in a batch from which the baseline is still to be computed,
-        ``other``: the batch of prompts with responses to other prompts."""
+        """``desirable`` bool (n,); ``kl`` () in a step of the run; in a batch from which the baseline is
+        still to be computed, ``other``: the batch of prompts with responses to other prompts."""
         import torch
 
         batch = preference_batch.of_targets(examples, layout)
@@ -105,7 +107,8 @@ class Objective(objectives.Objective):
         return batch
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Sum over rows of lambda_y - v(x, y), equation 8. The reported rewards do not include the baseline."""
+        """Sum over rows of lambda_y - v(x, y), equation 8. The reported rewards do not include the
+        baseline."""
         policy = _response_logps(model, batch)
         log_ratio = policy - self._reference(policy, batch)[:, 0]
         # without a baseline this is step 0, where the policy is its reference
@@ -122,7 +125,8 @@ class Objective(objectives.Objective):
         return self._losses(log_ratio, kl, desirable).sum(), metrics
 
     def _losses(self, log_ratio: Tensor, kl: Tensor | float, desirable: Tensor) -> Tensor:
-        """(n,): desirable lambda_D (1 - sigmoid(beta (r - kl))), undesirable lambda_U (1 - sigmoid(beta (kl - r)))."""
+        """(n,): desirable lambda_D (1 - sigmoid(beta (r - kl))), undesirable lambda_U (1 - sigmoid(beta (kl -
+        r)))."""
         import torch
 
         chosen = desirable.to(log_ratio)  # 0 or 1 in the precision of the log-probabilities
@@ -130,15 +134,16 @@ class Objective(objectives.Objective):
         return weight * (1 - torch.sigmoid(self.config.beta * (2 * chosen - 1) * (log_ratio - kl)))
 
     def _reference(self, policy: Tensor, batch: Batch) -> Tensor:
-        """float64 (n, k): the reference's log p of the response and, where the KL is estimated, of the other response. Before
-        the first step the policy is its own reference."""
+        """float64 (n, k): the reference's log p of the response and, where the KL is estimated, of the other
+        response. Before the first step the policy is its own reference."""
         if "reference_logps" not in batch:
             return policy.detach()[:, None]
         reference: Tensor = batch["reference_logps"].to(policy)
         return reference.view(len(policy), -1)
 
     def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[Tensor]:
-        """For each row float64 (k,): log p of the response and, where the KL is estimated, of the other response."""
+        """For each row float64 (k,): log p of the response and, where the KL is estimated, of the other
+        response."""
         import torch
 
         logps = [_response_logps(model, batch)]
@@ -156,20 +161,23 @@ class Objective(objectives.Objective):
         return list((policy - reference).unbind())
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
-        """For each row its log-probability, its log ratio, and the log ratio of the response to another prompt."""
+        """For each row its log-probability, its log ratio, and the log ratio of the response to another
+        prompt."""
         import torch
 
         with torch.no_grad():
             policy = _response_logps(model, batch)
             log_ratio = policy - self._reference(policy, batch)[:, 0]
-            others = torch.stack(self.kl_terms(model, batch)) if "other" in batch else torch.zeros_like(policy)
+            others = (
+                torch.stack(self.kl_terms(model, batch)) if "other" in batch else torch.zeros_like(policy)
+            )
         columns = [values.tolist() for values in (policy, log_ratio, batch["desirable"], others)]
         names = ("row", "logp", "ratio", "desirable", "other")
         return {"rows": [dict(zip(names, values)) for values in zip(batch["rows"], *columns, strict=True)]}
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """``eval_loss`` with its standard error, the baseline over all rows as ``eval_kl``, and means of rewards and
-        log-probabilities."""
+        """``eval_loss`` with its standard error, the baseline over all rows as ``eval_kl``, and means of
+        rewards and log-probabilities."""
         import torch
 
         rows = [row for record in records for row in record["rows"]]
@@ -190,8 +198,9 @@ class Objective(objectives.Objective):
 
 @dataclass(frozen=True)
 class BaselineSource:
-    """The recipe's rows in their order, with the KL baseline of each step in its examples: z_0 = max(0, mean of log (policy /
-    reference) over responses to other prompts), below equation 8. Computed without gradients before the step."""
+    """The recipe's rows in their order, with the KL baseline of each step in its examples: z_0 = max(0, mean
+    of log (policy / reference) over responses to other prompts), below equation 8. Computed without gradients
+    before the step."""
 
     rows: Source
     session: Session
@@ -203,7 +212,8 @@ class BaselineSource:
 
     def steps(self, start: int) -> Iterator[Step]:
         for step in self.rows.steps(start):
-            yield step.extended([{"kl": self.baseline(step)}] * len(step))  # type: ignore[dict-item]  # stays on the device
+            shared = [{"kl": self.baseline(step)}] * len(step)
+            yield step.extended(shared)  # type: ignore[arg-type]  # a tensor, so that it stays on the device
 
     def baseline(self, step: Step) -> Tensor:
         """() on the device: the estimate over all rows of the step and all processes."""

@@ -1,4 +1,5 @@
-"""Tagging: a tag for each word of a sentence. Trained at one token of each word; entities are measured as whole spans."""
+"""Tagging: a tag for each word of a sentence. Trained at one token of each word; entities are measured as
+whole spans."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 class Config(objectives.Config):
     labels: list[str] | None = Field(
-        None, min_length=2, description="names of the tags, by id; default: those of the training rows, O first"
+        None,
+        min_length=2,
+        description="names of the tags, by id; default: those of the training rows, O first",
     )
     label_all: bool = Field(
         False, description="train on every token of a word, not only on the one that predicts its tag"
@@ -63,11 +66,10 @@ class Objective(objectives.TaskHead):
         return entities.scheme_of(self.labels)
 
     def _set_labels(self, names: list[str] | None) -> None:
-        """Set the tags, and with them the figure that chooses the best model: F1 of entities, else accuracy."""
+        """Set the tags, and with them the figure that chooses the best model: F1 of entities, else
+        accuracy."""
         self.facts |= {"labels": names}
         self.traits = replace(self.traits, best=("eval_f1" if self.scheme else "eval_accuracy", "max"))
-
-    # ------------------------------------------------------------------------------------------------ before encoding
 
     def bind(
         self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None
@@ -112,7 +114,8 @@ class Objective(objectives.TaskHead):
             self._note_tags(counts, sequences)
 
     def _choose_labels(self, counts: Counter[str]) -> list[str]:
-        """The tags of the rows, by id: O first, the others in alphabetical order. Raises DataError without two named tags."""
+        """The tags of the rows, by id: O first, the others in alphabetical order. Raises DataError without
+        two named tags."""
         names = _sort_tags(counts)
         if len(names) < 2:
             found = f"only the tag {names[0]!r}" if names else "no tag at all"
@@ -140,9 +143,13 @@ class Objective(objectives.TaskHead):
         self.notes.append(
             f"tags: {len(self.labels)} ({kind}); the most frequent is {common!r} ({count / words:.1%} of the words)"
         )
-        odd = {tag: times for tag, times in counts.items() if tag != "O" and entities.scheme_of([tag]) is None}
+        odd = {
+            tag: times for tag, times in counts.items() if tag != "O" and entities.scheme_of([tag]) is None
+        }
         scheme_of_others = entities.scheme_of(counts.keys() - odd.keys())
-        if scheme_of_others and 0 < sum(odd.values()) < words / 20:  # a slip in entity tags, not parts of speech
+        if (
+            scheme_of_others and 0 < sum(odd.values()) < words / 20
+        ):  # a slip in entity tags, not parts of speech
             named = ", ".join(f"{tag!r} ({times})" for tag, times in list(odd.items())[:5])
             self.notes.append(
                 f"tags: {named} do not follow {scheme_of_others}, so no tag is read as an entity; correct them to measure entities"
@@ -165,8 +172,6 @@ class Objective(objectives.TaskHead):
         }
         return self.label_config(self.labels, saved | ({"characters": True} if self._words_touch else {}))
 
-    # ------------------------------------------------------------------------------------------------------- examples
-
     def encode(self, rows: Sequence[Tagged], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
         return tagging.encode(
             rows, tokenizer, self.labels,
@@ -174,15 +179,17 @@ class Objective(objectives.TaskHead):
         )  # fmt: skip
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """``targets`` (places,): the tag id at each of ``positions``, -1 = not known; ``words``: for each window its word
-        indices."""
+        """``targets`` (places,): the tag id at each of ``positions``, -1 = not known; ``words``: for each
+        window its word indices."""
         import torch
 
         batch = pack.of_rows(examples, layout, [example["places"] for example in examples])
         targets = np.concatenate([example["target"] for example in examples]).astype(np.int64)
-        return {**batch, "targets": torch.from_numpy(targets), "words": [example["words"] for example in examples]}
-
-    # ----------------------------------------------------------------------------------------------------------- loss
+        return {
+            **batch,
+            "targets": torch.from_numpy(targets),
+            "words": [example["words"] for example in examples],
+        }
 
     def count(self, batch: Batch) -> int:
         """Tokens whose tag is known."""
@@ -195,11 +202,9 @@ class Objective(objectives.TaskHead):
         logits = task_heads.token_logits(model, batch)
         return _losses(logits, batch["targets"].to(logits.device)).sum(), {}
 
-    # ----------------------------------------------------------------------------------------------------- evaluation
-
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
-        """For each window: its row, its words, the predicted tag of each with its probability, the true tag, and (sum of losses,
-        number of known tags)."""
+        """For each window: its row, its words, the predicted tag of each with its probability, the true tag,
+        and (sum of losses, number of known tags)."""
         import torch
 
         from tunesmith.models.heads import task_heads
@@ -209,7 +214,9 @@ class Objective(objectives.TaskHead):
             scores, predicted = logits.softmax(-1).max(-1)
             targets = batch["targets"].to(logits.device)
             losses = _losses(logits, targets)
-        columns = [value.cpu().numpy() for value in (predicted, scores.float(), targets, losses.cpu().double())]
+        columns = [
+            value.cpu().numpy() for value in (predicted, scores.float(), targets, losses.cpu().double())
+        ]
         windows, start = [], 0
         for row, words in zip(batch["rows"], batch["words"]):
             spoken = tagging.chosen(words, self.causal)
@@ -254,22 +261,24 @@ class Objective(objectives.TaskHead):
         ]
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """eval_loss, by word; eval_f1, eval_precision and eval_recall of entities; eval_accuracy, the share of correct tags."""
+        """eval_loss, by word; eval_f1, eval_precision and eval_recall of entities; eval_accuracy, the share
+        of correct tags."""
         loss = objectives.mean_loss([row["loss"] for row in self._join_windows(records)])
         details = self.details(records)
         keys = {"f1": "f1", "precision": "precision", "recall": "recall", "accuracy": "token_accuracy"}
         return loss | {f"eval_{name}": details[key] for name, key in keys.items() if details[key] is not None}
 
     def details(self, records: Sequence[JsonObject]) -> JsonObject:
-        """:func:`tunesmith.metrics.entities.score` over the rows whose tags are known; ``broken_tags``: how often their gold tags
-        break the scheme."""
+        """:func:`tunesmith.metrics.entities.score` over the rows whose tags are known; ``broken_tags``: how
+        often their gold tags break the scheme."""
         known = [answer for answer in self.answers(records) if answer["gold"] is not None]
         golds = [answer["gold"] for answer in known]
         found = entities.score(golds, [answer["prediction"] for answer in known], self.scheme)
         return {**found, "broken_tags": sum(entities.problems(gold, self.scheme).total() for gold in golds)}
 
     def present(self, row: Tagged, answer: JsonObject) -> JsonObject:
-        """``entities``: type, start and end in characters, text, score (mean over its words) of each; ``tags`` of all words."""
+        """``entities``: type, start and end in characters, text, score (mean over its words) of each;
+        ``tags`` of all words."""
         tags, scores = answer["prediction"], answer["scores"]
         if not self.scheme:
             return {"tags": tags, "scores": scores}
