@@ -1,7 +1,8 @@
-"""Adaptations: which weights are trained, and how they are saved. One file each; the file's name is its key in the recipe.
+"""Adaptations: which weights are trained, and how they are saved. One file each; the file's name is its key
+in the recipe.
 
-An adaptation never knows what the loss is. A new one is one file here with a ``Config`` and an ``Adaptation`` class that
-keeps this contract, and one row in ``tests/matrix``.
+An adaptation never knows what the loss is. A new one is one file here with a ``Config`` and an ``Adaptation``
+class that keeps this contract, and one row in ``tests/matrix``.
 """
 
 from __future__ import annotations
@@ -33,20 +34,23 @@ class Traits:
     """Facts about an adaptation that other code may ask for without knowing which adaptation it is."""
 
     saved_as: str | None
-    """peft's type of the saved adapter (``models.adapters.adapter_types`` lists its consequences); None = the model's own
-    weights are trained and a whole model is saved."""
+    """peft's type of the saved adapter (``models.adapters.adapter_types`` lists its consequences); None = the
+    model's own weights are trained and a whole model is saved."""
     quantised_base: bool = False
     """The base model is loaded in 4 or 8 bits."""
     dropout: str | None = None
     """The key of its ``Config`` for a dropout rate; None = it has no dropout."""
     peft_keys: Mapping[str, str] = field(default_factory=dict)
-    """Keys of peft's config that a user may try -> the recipe's key with the same meaning, with an example."""
+    """Keys of peft's config that a user may try -> the recipe's key with the same meaning, with an
+    example."""
 
 
 class Adaptation:
-    """The contract. Every adaptation writes ``apply``; the other methods have a default for an adapter in peft's format.
+    """The contract. Every adaptation writes ``apply``; the other methods have a default for an adapter in
+    peft's format.
 
     Merging works on saved folders (``models.load.load.merged``) and needs no adaptation object.
+    
     """
 
     config: Config
@@ -54,7 +58,8 @@ class Adaptation:
     learning_rate: float
     """Default learning rate."""
     keys_of_learning: frozenset[str] = frozenset()
-    """Keys of its ``Config`` that affect the optimiser only; they also apply when a saved adapter is trained further."""
+    """Keys of its ``Config`` that affect the optimiser only; they also apply when a saved adapter is trained
+    further."""
     notes: Sequence[str] = ()
     """Decisions of ``apply`` that the recipe does not show; printed once."""
 
@@ -68,10 +73,11 @@ class Adaptation:
     def apply(
         self, model: PreTrainedModel, head: str, new_rows: Sequence[int] = (), tokenizer: Tokenizer = None
     ) -> PreTrainedModel:
-        """Return the model with exactly the right parameters trainable. Raises RecipeError before changing the model.
+        """Return the model with exactly the right parameters trainable. Raises RecipeError before changing
+        the model.
 
-        ``new_rows``: rows of embedding and output layer that belong to new tokens, which every adaptation must train.
-        ``tokenizer``: that of the run, for an adaptation whose initial values come from words.
+        ``new_rows``: rows of embedding and output layer that belong to new tokens, which every adaptation
+        must train. ``tokenizer``: that of the run, for an adaptation whose initial values come from words.
         """
         raise NotImplementedError
 
@@ -95,14 +101,18 @@ def module(name: str) -> ModuleType:
 
 
 def makers(saved_as: str, quantised_base: bool | None = None) -> list[str]:
-    """The adaptations that save adapters of peft's type ``saved_as``; with ``quantised_base``, only those on such a base."""
+    """The adaptations that save adapters of peft's type ``saved_as``; with ``quantised_base``, only those on
+    such a base."""
     traits: dict[str, Traits] = {name: module(name).Adaptation.traits for name in names()}
     bases = (True, False) if quantised_base is None else (quantised_base,)
-    return [name for name, kept in traits.items() if kept.saved_as == saved_as and kept.quantised_base in bases]
+    return [
+        name for name, kept in traits.items() if kept.saved_as == saved_as and kept.quantised_base in bases
+    ]
 
 
 def keeps_weights_tied(model: PreTrainedModel, modules_to_save: Sequence[str]) -> bool:
-    """peft's ``ensure_weight_tying``: a module trained whole may be the embedding that the output layer shares."""
+    """peft's ``ensure_weight_tying``: a module trained whole may be the embedding that the output layer
+    shares."""
     return bool(modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False))
 
 

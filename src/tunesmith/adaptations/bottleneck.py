@@ -1,6 +1,8 @@
-"""Bottleneck adapters: small layers with a non-linearity, after the sublayers of a frozen network. Files are in peft's format.
+"""Bottleneck adapters: small layers with a non-linearity, after the sublayers of a frozen network. Files are
+in peft's format.
 
-Houlsby et al. 2019: one after attention and one after the feed-forward. Pfeiffer et al. 2021: after the feed-forward only.
+Houlsby et al. 2019: one after attention and one after the feed-forward. Pfeiffer et al. 2021: after the
+feed-forward only.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ SIZE = 64
 
 class Config(adaptations.Config):
     variant: Literal["pfeiffer", "houlsby"] = Field(
-        "pfeiffer", description="after the feed-forward of each layer (pfeiffer), or after its attention too (houlsby)"
+        "pfeiffer",
+        description="after the feed-forward of each layer (pfeiffer), or after its attention too (houlsby)",
     )
     bottleneck_size: int | None = Field(
         None, gt=0, description=f"width between the two layers of an adapter; default {SIZE}"
@@ -57,10 +60,12 @@ class Adaptation(adaptations.Adaptation):
     def apply(
         self, model: PreTrainedModel, head: str, new_rows: Sequence[int] = (), tokenizer: Tokenizer = None
     ) -> PreTrainedModel:
-        """Return a peft model with exactly the adapters, ``modules_to_save`` and the ``new_rows`` of the vocabulary trainable.
+        """Return a peft model with exactly the adapters, ``modules_to_save`` and the ``new_rows`` of the
+        vocabulary trainable.
 
-        Raises RecipeError, before the model is changed, for a network whose sublayers are not recognised, a size above the
-        layers' width, a pattern that matches no module, and new rows that cannot be trained.
+        Raises RecipeError, before the model is changed, for a network whose sublayers are not recognised, a
+        size above the layers' width, a pattern that matches no module, and new rows that cannot be
+        trained.
         """
         from peft import get_peft_model
 
@@ -72,7 +77,7 @@ class Adaptation(adaptations.Adaptation):
         module_patterns.require("modules_to_save", modules_to_save, names)
         whole = [*module_patterns.whole(modules_to_save, names), *head_types.new_parts(model, head)]
         targets = bottleneck_tuner.sublayers(model, self.config.variant)
-        module_patterns.require_apart("adaptation=bottleneck stands on", targets, whole)
+        module_patterns.require_apart("adaptation=bottleneck adds an adapter to", targets, whole)
         config = bottleneck_tuner.BottleneckConfig(
             task_type=head_types.TASK[head],
             variant=self.config.variant,

@@ -1,6 +1,8 @@
-"""(IA)^3: keys, values and the feed-forward's inner activation are each multiplied by a trained vector (Liu et al. 2022).
+"""(IA)^3: keys, values and the feed-forward's inner activation are each multiplied by a trained vector (Liu
+et al. 2022).
 
-Files are in peft's format. peft finds the layers by a table of model types; this module recognises them by name and shape.
+Files are in peft's format. peft finds the layers by a table of model types; this module recognises them by
+name and shape.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ KEYS_AND_VALUES = (
     ("query_key_value",),
     ("qkv_proj",),
 )
-"""Names of the projections to keys and values. A fused projection is scaled as a whole, queries included, as in peft."""
+"""Names of the projections to keys and values. A fused projection is scaled as a whole, queries included, as
+in peft."""
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -44,8 +47,8 @@ class Adaptation(adaptations.Adaptation):
     def apply(
         self, model: PreTrainedModel, head: str, new_rows: Sequence[int] = (), tokenizer: Tokenizer = None
     ) -> PreTrainedModel:
-        """Return a peft model with exactly the vectors trainable; they start at one. Raises RecipeError, before the model is
-        changed, when the layers are not recognised or when there are ``new_rows``."""
+        """Return a peft model with exactly the vectors trainable; they start at one. Raises RecipeError,
+        before the model is changed, when the layers are not recognised or when there are ``new_rows``."""
         from peft import IA3Config, get_peft_model
 
         from tunesmith.models.load import vocabulary
@@ -64,11 +67,12 @@ class Adaptation(adaptations.Adaptation):
 
 
 def find_layers(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the layers whose outputs are scaled (keys, values), and of those whose inputs are scaled (the feed-forward's
-    output projection).
+    """Names of the layers whose outputs are scaled (keys, values), and of those whose inputs are scaled (the
+    feed-forward's output projection).
 
-    Both must be found in every decoder or encoder layer: the attention by its projections to keys and values, the feed-forward's
-    output projection as the only linear layer outside the attention with fewer outputs than inputs. Raises RecipeError.
+    Both must be found in every decoder or encoder layer: the attention by its projections to keys and values,
+    the feed-forward's output projection as the only linear layer outside the attention with fewer outputs
+    than inputs. Raises RecipeError.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D

@@ -1,4 +1,5 @@
-"""Prefix tuning: trained keys and values before every row, in every layer (Li and Liang 2021). Files are in peft's format."""
+"""Prefix tuning: trained keys and values before every row, in every layer (Li and Liang 2021). Files are in
+peft's format."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 PROJECTION_RATIO = 0.01
-"""Learning rate of the projection's weights: the default rate suits free numbers and is too high for a network."""
+"""Learning rate of the projection's weights: the default rate suits free numbers and is too high for a
+network."""
 
 
 class Config(adaptations.Config):
@@ -48,7 +50,8 @@ class Adaptation(adaptations.Adaptation):
     def apply(
         self, model: PreTrainedModel, head: str, new_rows: Sequence[int] = (), tokenizer: Tokenizer = None
     ) -> PreTrainedModel:
-        """Return a peft model with only the prefix trainable. Raises RecipeError or ModelError before the model is changed."""
+        """Return a peft model with only the prefix trainable. Raises RecipeError or ModelError before the
+        model is changed."""
         from peft import PrefixTuningConfig, get_peft_model
 
         from tunesmith.models.adapters import virtual_tokens

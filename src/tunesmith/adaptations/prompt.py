@@ -1,4 +1,5 @@
-"""Prompt tuning: trained embeddings before every row, the network frozen (Lester et al. 2021). Files are in peft's format."""
+"""Prompt tuning: trained embeddings before every row, the network frozen (Lester et al. 2021). Files are in
+peft's format."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class Adaptation(adaptations.Adaptation):
     def apply(
         self, model: PreTrainedModel, head: str, new_rows: Sequence[int] = (), tokenizer: Tokenizer = None
     ) -> PreTrainedModel:
-        """Return a peft model with only the virtual embeddings trainable. Raises RecipeError before the model is changed."""
+        """Return a peft model with only the virtual embeddings trainable. Raises RecipeError before the model
+        is changed."""
         import torch
         from peft import PromptTuningConfig, get_peft_model
 
@@ -77,8 +79,10 @@ class Adaptation(adaptations.Adaptation):
             modules_to_save=head_types.new_parts(model, head) or None,
             num_virtual_tokens=count,
             token_dim=embedding.weight.shape[1],  # albert's embedding is narrower than its layers
-            # with TEXT peft would load a tokenizer by its path at every load, so the embeddings are written below
-            prompt_tuning_init="SAMPLE_VOCAB" if self.config.prompt_tuning_init == "SAMPLE_VOCAB" else "RANDOM",
+            # with TEXT peft would load a tokenizer at every load; the embeddings are written below instead
+            prompt_tuning_init="SAMPLE_VOCAB"
+            if self.config.prompt_tuning_init == "SAMPLE_VOCAB"
+            else "RANDOM",
             prompt_tuning_init_text=text,
         )
         adapted = get_peft_model(model, config)
