@@ -50,7 +50,6 @@ class Adaptation:
     peft's format.
 
     Merging works on saved folders (``models.load.load.merged``) and needs no adaptation object.
-    
     """
 
     config: Config

@@ -16,6 +16,7 @@ from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import linear_layers
 from tunesmith.models.heads import head_types
+from tunesmith.models.load import vocabulary
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,8 +51,6 @@ class Adaptation(adaptations.Adaptation):
         """Return a peft model with exactly the vectors trainable; they start at one. Raises RecipeError,
         before the model is changed, when the layers are not recognised or when there are ``new_rows``."""
         from peft import IA3Config, get_peft_model
-
-        from tunesmith.models.load import vocabulary
 
         if new_rows:
             raise vocabulary.no_room("ia3")

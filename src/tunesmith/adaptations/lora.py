@@ -58,9 +58,7 @@ class Config(adaptations.Config):
     target_modules: str | list[str] = Field(
         "all-linear", description="all-linear, or names of modules such as [q_proj, v_proj]"
     )
-    layers_to_transform: int | list[int] | None = Field(
-        None, description="only these decoder layers, counted from 0"
-    )
+    layers_to_transform: int | list[int] | None = Field(None, description="only these layers, counted from 0")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) (Kalajdzievski 2023)")
     use_dora: bool = Field(False, description="train magnitude and direction separately (Liu et al. 2024)")
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -117,22 +115,17 @@ class Config(adaptations.Config):
         return given if len(given) > 1 else number(given["default"])
 
     @property
-    def rank(self) -> int:
-        """Rank of the layers that no pattern names."""
-        return int(_default(self.r))
+    def ranks(self) -> tuple[int, dict[str, int]]:
+        """(rank of the layers that no pattern names, peft's ``rank_pattern``: ranks by the ends of layers'
+        names)."""
+        default, by_pattern = _split_default(self.r)
+        return int(default), by_pattern
 
     @property
-    def rank_pattern(self) -> dict[str, int]:
-        """peft's ``rank_pattern``: other ranks, by patterns for the ends of layers' names."""
-        return _by_pattern(self.r)
-
-    @property
-    def alpha(self) -> float:
-        return float(_default(self.lora_alpha))
-
-    @property
-    def alpha_pattern(self) -> dict[str, float]:
-        return {name: float(value) for name, value in _by_pattern(self.lora_alpha).items()}
+    def alphas(self) -> tuple[float, dict[str, float]]:
+        """As :attr:`ranks`: (alpha, peft's ``alpha_pattern``)."""
+        default, by_pattern = _split_default(self.lora_alpha)
+        return float(default), {name: float(value) for name, value in by_pattern.items()}
 
     @property
     def init_from_base(self) -> str | None:
@@ -164,6 +157,7 @@ class Adaptation(adaptations.Adaptation):
         from peft import LoraConfig, get_peft_model
 
         keys = self.config
+        (rank, rank_pattern), (alpha, alpha_pattern) = keys.ranks, keys.alphas
         names = [name for name, _ in model.named_modules() if name]
         modules_to_save = keys.modules_to_save or []
         if keys.target_modules != "all-linear":
@@ -176,10 +170,10 @@ class Adaptation(adaptations.Adaptation):
             targets = _names_in_layers(model, targets, keys.layers_to_transform)
         config = LoraConfig(
             task_type=head_types.TASK[head],
-            r=keys.rank,
-            rank_pattern=keys.rank_pattern,
-            lora_alpha=keys.alpha,
-            alpha_pattern=keys.alpha_pattern,
+            r=rank,
+            rank_pattern=rank_pattern,
+            lora_alpha=alpha,
+            alpha_pattern=alpha_pattern,
             init_lora_weights=True if keys.init_from_base else keys.init_lora_weights,
             lora_dropout=keys.lora_dropout,
             target_modules=targets,
@@ -234,7 +228,7 @@ class Adaptation(adaptations.Adaptation):
     def _check_patterns(self, chosen: Iterable[str]) -> None:
         """Raise RecipeError for a pattern of ``r`` or ``lora_alpha`` that names none of the ``chosen``
         layers."""
-        for key, given in (("r", self.config.rank_pattern), ("lora_alpha", self.config.alpha_pattern)):
+        for key, (_, given) in (("r", self.config.ranks), ("lora_alpha", self.config.alphas)):
             unused = [
                 pattern for pattern in given if not any(_first_match([pattern], name) for name in chosen)
             ]
@@ -250,16 +244,17 @@ class Adaptation(adaptations.Adaptation):
         have."""
         from torch import nn
 
+        default, by_pattern = self.config.ranks
         for name, module in chosen.items():
-            pattern = _first_match(self.config.rank_pattern, name)
-            rank = self.config.rank if pattern is None else self.config.rank_pattern[pattern]
+            pattern = _first_match(by_pattern, name)
+            rank = default if pattern is None else by_pattern[pattern]
             size = linear_layers.widths(module)
             if rank > min(size):
                 key = "r" if pattern is None else f"r.{pattern}"
                 raise RecipeError(
                     f"adaptation.{key}: the rank {rank} is above the size of {name}, which is {size[0]} x {size[1]}: "
                     f"its update has at most rank {min(size)}.\n"
-                    f"  Choose a smaller rank, or another one for this layer: {{r: {{default: {self.config.rank}, "
+                    f"  Choose a smaller rank, or another one for this layer: {{r: {{default: {default}, "
                     f"{name.rpartition('.')[2]}: {min(size)}}}}}"
                 )
             if self.config.init_from_base and isinstance(module, nn.Embedding):
@@ -287,7 +282,6 @@ class Adaptation(adaptations.Adaptation):
         authors' code.
 
         peft trains B of an embedding at a fixed rate of 1e-6; here it has the rate of any other B.
-        
         """
         ratio = self.config.loraplus_lr_ratio
         if ratio is None:
@@ -309,14 +303,10 @@ class Adaptation(adaptations.Adaptation):
             lora_init.write_plain(folder, started, self.config.use_rslora)
 
 
-def _default(given: float | JsonObject) -> float:
-    return given["default"] if isinstance(given, dict) else given
-
-
-def _by_pattern(given: float | JsonObject) -> JsonObject| JsonObject) -> dict[str, Any]:
-    return (
-        {name: value for name, value in given.items() if name != "default"} if isinstance(given, dict) else {}
-    )
+def _split_default(given: float | JsonObject) -> tuple[float, JsonObject]:
+    """(the number for all other layers, the numbers by pattern)."""
+    by_pattern = dict(given) if isinstance(given, dict) else {"default": given}
+    return by_pattern.pop("default"), by_pattern
 
 
 def _target_layers(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Module]:

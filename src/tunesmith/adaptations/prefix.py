@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from tunesmith import adaptations
 from tunesmith.adaptations import Traits
 from tunesmith.models.heads import head_types
+from tunesmith.models.load import vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,6 @@ class Adaptation(adaptations.Adaptation):
         from peft import PrefixTuningConfig, get_peft_model
 
         from tunesmith.models.adapters import virtual_tokens
-        from tunesmith.models.load import vocabulary
 
         if new_rows:
             raise vocabulary.no_room("prefix")

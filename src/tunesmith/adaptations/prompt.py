@@ -13,6 +13,7 @@ from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models import network
 from tunesmith.models.heads import head_types
+from tunesmith.models.load import vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +61,6 @@ class Adaptation(adaptations.Adaptation):
         from peft import PromptTuningConfig, get_peft_model
 
         from tunesmith.models.adapters import virtual_tokens
-        from tunesmith.models.load import vocabulary
 
         if new_rows:
             raise vocabulary.no_room("prompt")

@@ -28,28 +28,21 @@ from tunesmith.models.heads import head_types
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from tunesmith.data.store.encoded_rows import Encoded
 
 __all__ = [
-    "Batch",
-    "Config",
-    "Example",
-    "JsonObject",
-    "LanguageModel",
-    "Layout",
-    "Metrics",
-    "Objective",
-    "Session",
-    "Source",
-    "Step",
-    "TaskHead",
-    "Traits",
-]
+    "Batch", "Config", "Example", "JsonObject", "LanguageModel", "Layout", "Metrics", "Objective", "Overlong", "Session",
+    "Source", "Step", "TaskHead", "Traits",
+]  # fmt: skip
 
 Metrics: TypeAlias = "dict[str, tuple[torch.Tensor, torch.Tensor | int]]"
 """Metric name -> (sum, count), on the device. An objective returns the same names for every batch."""
+
+Overlong = Literal["error", "drop", "truncate"]
+"""Policies for a row above ``max_length`` that most objectives offer."""
 
 T = TypeVar("T")
 
@@ -98,7 +91,7 @@ class Session(Protocol):
     first step."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     device: torch.device
     seed: int
     epochs: Source
@@ -145,9 +138,7 @@ class Objective:
         self.max_length: int | None = None
         """Tokens an example may have; None = no limit."""
 
-    def bind(
-        self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-    ) -> None:
+    def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
         """Read what the objective needs of the network's ``config`` and the tokenizer; called before any row
         is encoded."""
         self.max_length = max_length
@@ -158,7 +149,7 @@ class Objective:
         """Look at all training rows before any is encoded (labels, balance); they are read only as far as
         they are iterated. Raises DataError."""
 
-    def encode(self, rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Any], tokenizer: Tokenizer) -> list[list[Example]]:
         """Tokenise rows of the types ``traits.rows``. Returns a list of examples for each row: several when a
         conversation is expanded by turn, none when the row is dropped. Raises RowFault."""
         raise NotImplementedError
@@ -245,9 +236,7 @@ class TaskHead(Objective):
         self.pad: int | None = None
         """Id of the padding token of a decoder with a score head: a token that never ends a row."""
 
-    def bind(
-        self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-    ) -> None:
+    def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
         super().bind(config, tokenizer, max_length)
         self.causal = network.is_causal(config)
         self.saved = getattr(config, "tunesmith", None) or {}

@@ -19,11 +19,12 @@ from tunesmith.data.rows import Labelled
 from tunesmith.errors import RecipeError
 from tunesmith.metrics import classes
 from tunesmith.models import network
-from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Traits
+from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
@@ -46,9 +47,7 @@ class Config(objectives.Config):
         None,
         description="mean = average over all tokens; default: an encoder's first token, a decoder's last",
     )
-    overlong: Literal["error", "drop", "truncate"] = Field(
-        "error", description="what happens to a row above max_length"
-    )
+    overlong: Overlong = Field("error", description="what happens to a row above max_length")
 
     @model_validator(mode="after")
     def _check_problem(self) -> Config:
@@ -106,9 +105,7 @@ class Objective(objectives.TaskHead):
     def labels(self) -> list[str]:
         return list(self.facts["labels"] or [])
 
-    def bind(
-        self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-    ) -> None:
+    def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
         super().bind(config, tokenizer, max_length)
         self._closing_tokens = texts.ending(tokenizer)
         if self.has_head:
@@ -192,7 +189,7 @@ class Objective(objectives.TaskHead):
             saved["pooling"] = self._pooling
         return self.label_config(self.labels or ["LABEL_0"], saved, problem_type=self.problem)
 
-    def encode(self, rows: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Labelled], tokenizer: Tokenizer) -> list[list[Example]]:
         examples = texts.encode([(row.text, row.text_pair) for row in rows], tokenizer, self._template)
         for index, (row, example) in enumerate(zip(rows, examples)):
             ids = example["input_ids"]

@@ -14,7 +14,7 @@ from tunesmith.data.rows import Text, Written
 from tunesmith.objectives import Example, Traits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 class Config(objectives.Config):
@@ -31,5 +31,5 @@ class Objective(objectives.LanguageModel):
         starter={"path": "builtin:docstrings", "format": "text", "columns": {"text": "response"}},
     )
 
-    def encode(self, rows: Sequence[Written], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Written], tokenizer: Tokenizer) -> list[list[Example]]:
         return conversations.encode(rows, tokenizer, train_on="all")

@@ -19,11 +19,12 @@ from tunesmith import objectives
 from tunesmith.data.batch import preference_batch
 from tunesmith.data.encode import rankings
 from tunesmith.data.rows import Ranking
-from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Traits
+from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 class Config(objectives.Config):
@@ -39,7 +40,7 @@ class Config(objectives.Config):
         0.0, ge=0, lt=0.5, description="assumed share of pairs with swapped labels; sigmoid and robust only"
     )
     simpo_gamma: float = Field(0.5, ge=0, description="target margin between the two answers; simpo only")
-    overlong: Literal["error", "drop", "truncate"] = Field(
+    overlong: Overlong = Field(
         "truncate",
         description="truncate = cut the prompt from the left, never an answer; a pair is dropped when an answer is too long",
     )
@@ -128,27 +129,11 @@ def orpo(pairs: Pairs, config: Config) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Pairs, Config], Tensor]] = {
-    "sigmoid": sigmoid,
-    "ipo": ipo,
-    "hinge": hinge,
-    "robust": robust,
-    "simpo": simpo,
-    "orpo": orpo,
+    loss.__name__: loss for loss in (sigmoid, ipo, hinge, robust, simpo, orpo)
 }
 """(pairs, config) -> the loss of each pair (n,)."""
 
 REFERENCE_FREE = ("simpo", "orpo")
-
-FIGURES = (
-    "rewards/accuracies",
-    "rewards/margins",
-    "rewards/chosen",
-    "rewards/rejected",
-    "logps/chosen",
-    "logps/rejected",
-    "kl",
-)
-"""In the order of the summary; ``kl`` only where there is a reference."""
 
 
 class Objective(objectives.Objective):
@@ -166,7 +151,7 @@ class Objective(objectives.Objective):
         super().__init__(config)
         self.traits = replace(self.traits, needs_reference=config.loss_type not in REFERENCE_FREE)
 
-    def encode(self, rows: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Ranking], tokenizer: Tokenizer) -> list[list[Example]]:
         return rankings.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
@@ -198,10 +183,10 @@ class Objective(objectives.Objective):
         rewards = self.config.beta * (policy - reference) / divisor
         better, worse = rewards[chosen], rewards[rejected]
         figures = {
+            "rewards/accuracies": (better > worse).to(policy) + (better == worse).to(policy) / 2,
+            "rewards/margins": better - worse,
             "rewards/chosen": better,
             "rewards/rejected": worse,
-            "rewards/margins": better - worse,
-            "rewards/accuracies": (better > worse).to(policy) + (better == worse).to(policy) / 2,
             "logps/chosen": pairs.chosen,
             "logps/rejected": pairs.rejected,
         }
@@ -243,6 +228,6 @@ class Objective(objectives.Objective):
         """Means over rows: ``eval_loss`` with its standard error, and each figure with the prefix
         ``eval_``."""
         rows = [row for record in records for row in record["rows"]]
-        names = [name for name in FIGURES if rows and name in rows[0]]
+        names = [name for name in (rows[0] if rows else ()) if name not in ("row", "loss")]
         means = {f"eval_{name}": math.fsum(row[name] for row in rows) / len(rows) for name in names}
         return objectives.mean_loss([(row["loss"], 1) for row in rows]) | means

@@ -23,11 +23,23 @@ from tunesmith.data.check import balance
 from tunesmith.data.encode import judgements
 from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.rows import Judged
-from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Session, Source, Step, Traits
+from tunesmith.objectives import (
+    Batch,
+    Example,
+    JsonObject,
+    Layout,
+    Metrics,
+    Overlong,
+    Session,
+    Source,
+    Step,
+    Traits,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from tunesmith.data.batch.step import Plan
     from tunesmith.data.store.encoded_rows import Encoded
@@ -41,9 +53,7 @@ class Config(objectives.Config):
     beta: float = Field(0.1, gt=0, description="how closely the policy is kept to the reference")
     desirable_weight: float = Field(1.0, gt=0, description="weight of the loss of desirable responses")
     undesirable_weight: float = Field(1.0, gt=0, description="weight of the loss of undesirable responses")
-    overlong: Literal["error", "drop", "truncate"] = Field(
-        "truncate", description="truncate = cut the prompt from the left, never a response"
-    )
+    overlong: Overlong = Field("truncate", description="truncate = cut the prompt's left, never a response")
 
     @model_validator(mode="after")
     def _check_weights(self) -> Config:
@@ -72,9 +82,7 @@ class Objective(objectives.Objective):
         self.prefix = np.zeros(0, np.int32)
         """Tokens that the tokenizer puts before a text; a prompt keeps them when its left is cut."""
 
-    def bind(
-        self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-    ) -> None:
+    def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
         super().bind(config, tokenizer, max_length)
         self.prefix = np.array(special_ends(tokenizer)[0], np.int32)
 
@@ -85,7 +93,7 @@ class Objective(objectives.Objective):
         if advice := counts.advice(self.config.desirable_weight, self.config.undesirable_weight):
             self.notes.append(advice)
 
-    def encode(self, rows: Sequence[Judged], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Judged], tokenizer: Tokenizer) -> list[list[Example]]:
         return judgements.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
 
     def extend(self, data: Encoded) -> Encoded:

@@ -20,7 +20,8 @@ from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Tr
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 N_BEST = 20
 """Answers kept for each question; their probabilities sum to 1."""
@@ -53,9 +54,7 @@ class Objective(objectives.TaskHead):
         self._template = questions.TEMPLATE
         self._limit: int | None = None
 
-    def bind(
-        self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-    ) -> None:
+    def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
         super().bind(config, tokenizer, max_length)
         if self.has_head:
             self.threshold = self.saved.get("null_threshold")
@@ -103,7 +102,7 @@ class Objective(objectives.TaskHead):
         }
         return self.label_config(["LABEL_0", "LABEL_1"], saved)  # transformers' names for start and end
 
-    def encode(self, rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Question], tokenizer: Tokenizer) -> list[list[Example]]:
         return questions.encode(
             rows, tokenizer, template=self._template, causal=self.causal, stride=self._settings["stride"],
             max_length=self.max_length or self._settings["window"], longest_answer=self._settings["max_answer_tokens"],
@@ -114,7 +113,6 @@ class Objective(objectives.TaskHead):
         where it is not known.
 
         ``cells`` (tokens,): the index of each token's logit in a table (rows, longest), flattened.
-        
         """
         import torch
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
@@ -23,11 +23,12 @@ from tunesmith.data.rows import Ranking
 from tunesmith.errors import DataError, ModelError
 from tunesmith.metrics import classes
 from tunesmith.models import network
-from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Traits
+from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 LENGTH_BUCKETS = 5
 """Accuracy is reported for this many groups of pairs, by how much longer the chosen answer is."""
@@ -43,7 +44,7 @@ class Config(objectives.Config):
     center_rewards_coefficient: float = Field(
         0.0, ge=0, description="weight of (r_chosen + r_rejected)^2, such as 0.01: keeps rewards near zero"
     )
-    overlong: Literal["error", "drop", "truncate"] = Field(
+    overlong: Overlong = Field(
         "truncate",
         description="truncate = cut the prompt from the left, never an answer; a pair is dropped when an answer is too long",
     )
@@ -61,9 +62,7 @@ class Objective(objectives.TaskHead):
         rewards=True,
     )
 
-    def bind(
-        self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-    ) -> None:
+    def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
         if not network.is_causal(config):
             raise ModelError(
                 f"objective: reward needs a decoder, which reads an answer to its end; {config.model_type} is an encoder.\n"
@@ -101,7 +100,7 @@ class Objective(objectives.TaskHead):
             ["LABEL_0"], saved, problem_type="regression"
         )  # transformers' name for a number
 
-    def encode(self, rows: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Ranking], tokenizer: Tokenizer) -> list[list[Example]]:
         encoded = rankings.encode(rows, tokenizer, max_length=self.max_length, overlong=self.config.overlong)
         for index, examples in enumerate(encoded):
             for example in examples:

@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 from tunesmith import objectives
 from tunesmith.data.encode import conversations
 from tunesmith.data.rows import Chat, PromptCompletion, Text, Written
-from tunesmith.objectives import Example, Traits
+from tunesmith.objectives import Example, Overlong, Traits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 class Config(objectives.Config):
@@ -23,9 +23,7 @@ class Config(objectives.Config):
     expand_turns: bool = Field(
         False, description="one example per assistant turn, so that training sees what generation sees"
     )
-    overlong: Literal["error", "drop", "truncate"] = Field(
-        "error", description="what happens to a row above max_length"
-    )
+    overlong: Overlong = Field("error", description="what happens to a row above max_length")
 
     @model_validator(mode="after")
     def _check_expanded_turns(self) -> Config:
@@ -41,6 +39,6 @@ class Objective(objectives.LanguageModel):
     config: Config
     traits = Traits(rows=(Chat, PromptCompletion, Text), starter={"path": "builtin:docstrings"}, assumed=True)
 
-    def encode(self, rows: Sequence[Written], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Written], tokenizer: Tokenizer) -> list[list[Example]]:
         train_on, expand_turns = self.config.train_on, self.config.expand_turns
         return conversations.encode(rows, tokenizer, train_on=train_on, expand_turns=expand_turns)

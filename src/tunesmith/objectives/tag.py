@@ -22,7 +22,8 @@ from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Tr
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 class Config(objectives.Config):
@@ -71,9 +72,7 @@ class Objective(objectives.TaskHead):
         self.facts |= {"labels": names}
         self.traits = replace(self.traits, best=("eval_f1" if self.scheme else "eval_accuracy", "max"))
 
-    def bind(
-        self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-    ) -> None:
+    def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
         super().bind(config, tokenizer, max_length)
         if self.has_head:
             self._saved_labels = [config.id2label[number] for number in range(config.num_labels)]
@@ -172,7 +171,7 @@ class Objective(objectives.TaskHead):
         }
         return self.label_config(self.labels, saved | ({"characters": True} if self._words_touch else {}))
 
-    def encode(self, rows: Sequence[Tagged], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Tagged], tokenizer: Tokenizer) -> list[list[Example]]:
         return tagging.encode(
             rows, tokenizer, self.labels,
             causal=self.causal, max_length=self.max_length, stride=self._stride, label_all=self.config.label_all,
