@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from functools import lru_cache
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -307,13 +306,17 @@ def test_a_pair_that_became_two_rows_is_written_once(tmp_path):
     assert list(kept_rows(sources, near_duplicates(sources, accepted=(Judged,)), (Judged,))) == values
 
 
+class Options(objectives.Config):
+    overlong: str
+
+
 class Objective(objectives.Objective):
     """As much of an objective as ``prepare`` asks for."""
 
     traits = Traits(rows=(Judged,), fits_rows=True)
 
     def __init__(self, max_length=None, policy="truncate"):
-        super().__init__(SimpleNamespace(overlong=policy))
+        super().__init__(Options(overlong=policy))
         self.max_length = max_length
         self.seen = Balance(0, 0)
 

@@ -256,7 +256,7 @@ def _original_tensors(model: PreTrainedModel, base: Path) -> dict[int, Tensor]:
         file = stored[keys[0]].file
         if file not in files:
             files[file] = safe_open(file, framework="pt")
-        original = files[file].get_tensor(keys[0])
+        original = files[file].get_tensor(keys[0])  # type: ignore[no-untyped-call]
         if torch.equal(original.to(parameter.device, parameter.dtype), parameter):
             originals[id(parameter)] = original
     return originals

@@ -200,9 +200,11 @@ class Objective(objectives.Objective):
 
     def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[Tensor]:
         """log p(answer | prompt) of the answers of each row, float64 (answers,)."""
+        import torch
+
         from tunesmith.models.heads.log_probs import answer_logps
 
-        return list(answer_logps(model, batch).cpu().double().split(batch["counts"]))
+        return list(torch.split(answer_logps(model, batch).cpu().double(), batch["counts"]))
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
         """For each row, the means over its pairs of the loss and the figures."""

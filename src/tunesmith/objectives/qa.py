@@ -150,7 +150,7 @@ class Objective(objectives.TaskHead):
             start, end = task_heads.span_logits(model, batch)
             losses = _losses(start, end, batch).cpu().double().tolist()
         known = (batch["spans"][:, 0] >= 0).tolist()
-        starts, ends = (logits.float().cpu().split(batch["places"]) for logits in (start, end))
+        starts, ends = (torch.split(logits.float().cpu(), batch["places"]) for logits in (start, end))
         longest = self._settings["max_answer_tokens"]
         windows = []
         for number, (row, window) in enumerate(zip(batch["rows"], batch["windows"], strict=True)):

@@ -145,7 +145,9 @@ class Objective(objectives.TaskHead):
             losses, figures = self._compare(rewards, batch)
         rows: list[JsonObject] = [
             {"row": row, "rewards": of_row.tolist(), "pairs": []}
-            for row, of_row in zip(batch["rows"], rewards.cpu().double().split(batch["counts"]), strict=True)
+            for row, of_row in zip(
+                batch["rows"], torch.split(rewards.cpu().double(), batch["counts"]), strict=True
+            )
         ]
         chosen_tokens, rejected_tokens = batch["tokens"].cpu()[batch["pairs"].cpu()].unbind(1)
         columns = {
