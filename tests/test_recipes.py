@@ -25,17 +25,17 @@ def run_all():
     return module
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("model") / "tiny")
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_runs_with_no_file_but_the_model(path, run_all, tmp_path, monkeypatch):
+def test_every_recipe_runs_with_no_file_but_the_model(path, run_all, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = save_tiny("llama", tmp_path / "tiny")
-    keys = run_all.shortened(path, 2, str(model))
-    result = tunesmith.train(
-        path,
-        out="run",
-        overrides=[*keys, "data.train.0.limit=40", "train.max_length=400", *quick(path)],
-    )
-    assert result["steps"] == 2 and result["eval_loss"] > 0
+    keys = [*run_all.shortened(path, 1, str(model)), "data.train.0.limit=24", "train.max_length=200", *quick(path)]
+    result = tunesmith.train(path, out="run", overrides=keys)
+    assert result["steps"] == 1 and result["eval_loss"] > 0
 
 
 def quick(path):

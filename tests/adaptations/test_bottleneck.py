@@ -186,20 +186,20 @@ import json, sys, torch
 import tunesmith.peft
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
-folder, out = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-ids = torch.tensor([tokenizer.encode("the <tool> fox", add_special_tokens=False)])
-new = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-torch.set_printoptions(precision=9)
-print(json.dumps({"logits": model(input_ids=ids).logits[0, -1].tolist(), "new": new[0].tolist()}))
+for folder in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([tokenizer.encode("the <tool> fox", add_special_tokens=False)])
+    new = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    print(json.dumps({"logits": model(input_ids=ids).logits[0, -1].tolist(), "new": new[0].tolist()}))
 """
 
 
-def fresh(folder: Path) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", FRESH, str(folder), "x"], capture_output=True, text=True)
+def fresh(folders: list[Path]) -> list[dict[str, Any]]:
+    """The last logits and a generation of each model folder, by plain peft in one new process."""
+    done = subprocess.run([sys.executable, "-c", FRESH, *map(str, folders)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(folders) :]]
 
 
 def here(folder: Path) -> dict[str, Any]:
@@ -207,10 +207,6 @@ def here(folder: Path) -> dict[str, Any]:
     ids = torch.tensor([tokenizer.encode("the <tool> fox", add_special_tokens=False)])
     new = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
     return {"logits": model(input_ids=ids).logits[0, -1].tolist(), "new": new[0].tolist()}
-
-
-def test_plain_peft_in_a_fresh_process_gives_the_same(trained: Path) -> None:
-    assert fresh(trained / "run" / "model") == here(trained / "run")
 
 
 def test_it_generates(trained: Path) -> None:
@@ -248,10 +244,9 @@ def test_it_is_trained_on(trained: Path, tmp_path: Path) -> None:
     assert first["loss"] < next(record for record in history(trained / "run") if record["kind"] == "train")["loss"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_killed_and_resumed_is_the_undisturbed_run(precision: str, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_the_undisturbed_run(tmp_path: Path) -> None:
     made = recipe(
-        tmp_path, adaptation=DROPOUT, count=14, max_steps=5, save_steps=2, precision=precision, gradient_checkpointing=True
+        tmp_path, adaptation=DROPOUT, count=14, max_steps=5, save_steps=2, precision="bf16", gradient_checkpointing=True
     )
     straight = tunesmith.train(made, out=tmp_path / "straight")
     killed_before(4, made, tmp_path / "killed")
@@ -286,24 +281,38 @@ GROWN = {
 }
 
 
-@pytest.mark.parametrize("case", GROWN)
-def test_new_tokens_are_trained_saved_and_opened_by_peft(case: str, tmp_path: Path) -> None:
+def grow(case: str, folder: Path) -> Path:
+    """Train a case with new tokens in its rows; returns the run folder."""
     name, adaptation, changes = GROWN[case]
-    known = len(tiny_tokenizer("chatml"))
-    model_folder(tmp_path, name, vocab_size=known, **changes)
-    made = {**recipe(tmp_path, name, adaptation=adaptation), "add_tokens": TOKENS}
+    folder.mkdir()
+    model_folder(folder, name, vocab_size=len(tiny_tokenizer("chatml")), **changes)
+    made = {**recipe(folder, name, adaptation=adaptation, max_steps=2), "add_tokens": TOKENS}
     data = [{**row, "completion": f" <tool>{row['completion']}</tool>"} for row in rows()]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in data), encoding="utf-8")
-    tunesmith.train(made, out=tmp_path / "run")
-    beside = {key.removeprefix("base_model.model.") for key in weights(tmp_path / "run" / "model") if ".bottleneck_" not in key}
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in data), encoding="utf-8")
+    tunesmith.train(made, out=folder / "run")
+    return folder / "run"
+
+
+def test_plain_peft_in_a_fresh_process_opens_what_is_saved_new_tokens_included(trained: Path, tmp_path: Path) -> None:
+    runs = {"none": trained / "run", **{case: grow(case, tmp_path / case) for case in GROWN}}
+    found = fresh([run / "model" for run in runs.values()])
+    for (case, run), theirs in zip(runs.items(), found, strict=True):
+        ours = here(run)
+        assert torch.tensor(ours["logits"]).allclose(torch.tensor(theirs["logits"]), atol=1e-5), case
+        assert ours["new"] == theirs["new"], case
+        if case != "none":
+            check_saved_tokens(case, run)
+
+
+def check_saved_tokens(case: str, run: Path) -> None:
+    name, _, changes = GROWN[case]
+    beside = {key.removeprefix("base_model.model.") for key in weights(run / "model") if ".bottleneck_" not in key}
     ends = {"llama": ("model.embed_tokens", "lm_head"), "gpt2": ("transformer.wte", "lm_head")}[name]
     if "whole" not in case:
         tied = changes.get("tie_word_embeddings", True)
         assert beside == {f"{end}.token_adapter.trainable_tokens_delta" for end in (ends[:1] if tied else ends)}
-    _, tokenizer = tunesmith.load(tmp_path / "run")
+    _, tokenizer = tunesmith.load(run)
     assert set(TOKENS) <= set(tokenizer.get_vocab())
-    ours, theirs = here(tmp_path / "run"), fresh(tmp_path / "run" / "model")
-    assert torch.tensor(ours["logits"]).allclose(torch.tensor(theirs["logits"]), atol=1e-5) and ours["new"] == theirs["new"]
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

@@ -67,7 +67,7 @@ def test_a_slip_among_tags_of_entities_is_said(slips, said):
     tags = ("B-PER", "I-PER", "O", "O") * 10 + tuple(slips)
     objective = tag.Objective(tag.Config())
     objective.scan([Tagged("a " * len(tags), tuple((2 * at, 2 * at + 1) for at in range(len(tags))), tags)])
-    assert any("'B PER' (1): no tag of BIO" in note for note in objective.notes) == said
+    assert any("'B PER' (1) do not follow BIO" in note for note in objective.notes) == said
 
 
 BROKEN = [
@@ -82,7 +82,7 @@ def test_tags_that_break_their_scheme_are_counted_whether_labels_are_given_or_no
     assert objective.labels == (labels or ["O", "B-X", "I-X"])
     assert any("2 times an I- with no B- before it" in note for note in objective.notes)
     windows = [
-        {"row": (0, n), "words": np.arange(3), "said": np.zeros(3, np.int32), "scores": np.zeros(3), "loss": (0.0, 3),
+        {"row": (0, n), "words": np.arange(3), "predicted": np.zeros(3, np.int32), "scores": np.zeros(3), "loss": (0.0, 3),
          "targets": np.array([objective.labels.index(one) for one in row.tags])}
         for n, row in enumerate(BROKEN)
     ]  # fmt: skip
@@ -136,11 +136,10 @@ def same_as(expected, objective, network, examples):
             assert float((one - other).abs().max()) <= 2e-6 * max(1.0, float(other.abs().max()))
 
 
-SPLITS = [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 40}, {"packing": "off"}, {"packing": "off", "micro_batch_tokens": 50}]
+SPLITS = [{"micro_batch_tokens": 1}, {"packing": "off", "micro_batch_tokens": 50}]
 
 
-@pytest.mark.parametrize("what", WINDOWED)
-@pytest.mark.parametrize("name", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize(("name", "what"), [("bert", "tag"), ("llama", "label_all"), ("roberta", "qa")])
 def test_any_split_makes_the_same_update_and_figures(name, what, tmp_path):
     objective, settings = WINDOWED[what]
     model_folder(tmp_path, name, **({"hidden_dropout_prob": 0.2} if name in ENCODERS else {}))
@@ -159,7 +158,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     from tests.numeric.test_invariance import in_two_processes, same_run
 
     runs = {}
-    for what, (objective, settings) in WINDOWED.items():
+    for what, (objective, settings) in {**WINDOWED, "classify": ("classify", {})}.items():
         run = recipe(tmp_path, "bert", objective, "full", learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2, **settings)
         rows = (tmp_path / "rows.jsonl").rename(tmp_path / f"{what}.jsonl")
         run["data"] |= {"train": [{"path": str(rows)}], "eval": {"path": str(rows)}}
@@ -170,12 +169,11 @@ def test_two_processes_make_the_update_of_one(tmp_path):
         same_run(tmp_path / what, both)
 
 
-@pytest.mark.parametrize("what", ["tag", "qa"])
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize(("name", "what"), [("bert", "tag"), ("llama", "qa")])
 def test_killed_and_resumed_it_is_the_same_run(name, what, tmp_path):
     objective, settings = WINDOWED[what]
     model_folder(tmp_path, name, **({"hidden_dropout_prob": 0.2} if name in ENCODERS else {}))
-    run = recipe(tmp_path, name, objective, "full", count=14, **{"max_steps": 6, "eval_steps": 2, "save_steps": 1, **settings})
+    run = recipe(tmp_path, name, objective, "full", count=14, **{"max_steps": 5, "eval_steps": 2, "save_steps": 1, **settings})
     run["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl"), "limit": 5}
     straight = tunesmith.train(run, out=tmp_path / "straight")
     killed_before(4, run, tmp_path / "killed")
@@ -185,8 +183,7 @@ def test_killed_and_resumed_it_is_the_same_run(name, what, tmp_path):
     assert all(ours[key].equal(theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("what", WINDOWED)
-@pytest.mark.parametrize("name", ["bert", "roberta", "llama", "gpt2"])
+@pytest.mark.parametrize(("name", "what"), [("bert", "qa"), ("roberta", "tag"), ("llama", "label_all"), ("gpt2", "qa")])
 def test_eight_rows_are_learnt_by_heart(name, what, tmp_path):
     objective, settings = WINDOWED[what]
     run = recipe(
