@@ -41,8 +41,7 @@ class Traits:
     dropout: str | None = None
     """The key of its ``Config`` for a dropout rate; None = it has no dropout."""
     peft_keys: Mapping[str, str] = field(default_factory=dict)
-    """Keys of peft's config that a user may try -> the recipe's key with the same meaning, with an
-    example."""
+    """Keys of peft that a user may try -> the recipe's key with the same meaning, with an example."""
 
 
 class Adaptation:
@@ -57,8 +56,7 @@ class Adaptation:
     learning_rate: float
     """Default learning rate."""
     keys_of_learning: frozenset[str] = frozenset()
-    """Keys of its ``Config`` that affect the optimiser only; they also apply when a saved adapter is trained
-    further."""
+    """Keys of its ``Config`` for the optimiser alone; they also apply to an adapter that is continued."""
     notes: Sequence[str] = ()
     """Decisions of ``apply`` that the recipe does not show; printed once."""
 
@@ -100,8 +98,7 @@ def module(name: str) -> ModuleType:
 
 
 def makers(saved_as: str, quantised_base: bool | None = None) -> list[str]:
-    """The adaptations that save adapters of peft's type ``saved_as``; with ``quantised_base``, only those on
-    such a base."""
+    """The adaptations that save adapters of peft's type ``saved_as``, by default on any base model."""
     traits: dict[str, Traits] = {name: module(name).Adaptation.traits for name in names()}
     bases = (True, False) if quantised_base is None else (quantised_base,)
     return [
@@ -110,8 +107,7 @@ def makers(saved_as: str, quantised_base: bool | None = None) -> list[str]:
 
 
 def keeps_weights_tied(model: PreTrainedModel, modules_to_save: Sequence[str]) -> bool:
-    """peft's ``ensure_weight_tying``: a module trained whole may be the embedding that the output layer
-    shares."""
+    """peft's ``ensure_weight_tying``: a module trained whole may share its weights."""
     return bool(modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False))
 
 

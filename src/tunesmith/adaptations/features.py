@@ -78,8 +78,7 @@ class Adaptation(adaptations.Adaptation):
         return model
 
     def _disable_dropout(self, model: PreTrainedModel) -> None:
-        """In a body that is frozen as a whole: its hidden states are then the same in every epoch and can be
-        cached."""
+        """Switch off dropout in a frozen body: its hidden states can then be cached for all epochs."""
         from torch import nn
 
         dropouts = [
@@ -112,30 +111,23 @@ class Adaptation(adaptations.Adaptation):
         return [parameter for module in modules for parameter in module.parameters()]
 
     def _named_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
-        """The parameters that ``target_modules`` names, by their own name or by that of a module around
-        them."""
+        """Parameters that ``target_modules`` names, themselves or by a module around them."""
         modules = {name: list(module.parameters()) for name, module in model.named_modules() if name}
         parts = modules | {name: [one] for name, one in model.named_parameters(remove_duplicate=False)}
         module_patterns.compile_check("target_modules", self.config.target_modules or [])
-        unmatched = [
-            pattern
+        named = {
+            pattern: [name for name, inside in parts.items() if inside and self._matches(pattern, name)]
             for pattern in self._patterns
-            if not any(parameters and self._matches(pattern, name) for name, parameters in parts.items())
-        ]
-        if unmatched:
-            ends = {name.rpartition(".")[2] for name, parameters in modules.items() if parameters}
+        }
+        if unmatched := [pattern for pattern, names in named.items() if not names]:
+            ends = {name.rpartition(".")[2] for name, inside in modules.items() if inside}
             valid = sorted(end for end in ends if not end.isdecimal())
             hints = [f"`{pattern}`{module_patterns.hint(pattern, valid)}" for pattern in unmatched]
             raise RecipeError(
                 f"adaptation.target_modules matches nothing that can be trained: {'; '.join(hints)}.\n"
                 f"  Modules of this model with weights: {', '.join(valid)}"
             )
-        return [
-            parameter
-            for name, parameters in parts.items()
-            if any(self._matches(pattern, name) for pattern in self._patterns)
-            for parameter in parameters
-        ]
+        return [parameter for names in named.values() for name in names for parameter in parts[name]]
 
     @property
     def _patterns(self) -> list[str]:
@@ -148,8 +140,7 @@ class Adaptation(adaptations.Adaptation):
         return bool(module_patterns.matched(pattern if single else [pattern], [name]))
 
     def _unties_output_layer(self, model: PreTrainedModel) -> bool:
-        """Return whether the output layer is to be trained and the embedding that shares its weights is
-        not."""
+        """Return whether the output layer is trained and the embedding tied to it is not."""
         embedding, output_layer = model.get_input_embeddings(), model.get_output_embeddings()
         if output_layer is None or output_layer.weight is not embedding.weight:
             return False
@@ -162,8 +153,7 @@ class Adaptation(adaptations.Adaptation):
         return is_named(output_layer) and not is_named(embedding)
 
     def _untie_output_layer(self, model: PreTrainedModel) -> None:
-        """Give the output layer a copy of the embedding's weights, and record that in the config for later
-        loads."""
+        """Give the output layer a copy of the embedding's weights, also for later loads (config)."""
         import torch
 
         output_layer = model.get_output_embeddings()

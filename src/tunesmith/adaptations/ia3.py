@@ -24,15 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 KEYS_AND_VALUES = (
-    ("k_proj", "v_proj"),
-    ("key", "value"),
-    ("k_lin", "v_lin"),
-    ("c_attn",),
-    ("query_key_value",),
-    ("qkv_proj",),
-)
-"""Names of the projections to keys and values. A fused projection is scaled as a whole, queries included, as
-in peft."""
+    ("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("c_attn",), ("query_key_value",), ("qkv_proj",),
+)  # fmt: skip
+"""Projections to keys and values. A fused projection is scaled whole, queries included, as in peft."""
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -73,9 +67,6 @@ def find_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     the feed-forward's output projection as the only linear layer outside the attention with fewer outputs
     than inputs. Raises RecipeError.
     """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
     from tunesmith.models.fast import torch_compile
 
     blocks = torch_compile.named_layers(model)
@@ -87,8 +78,7 @@ def find_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     outer: list[str] = []
     inner: list[str] = []
     for block, layer in blocks.items():
-        modules = {f"{block}.{name}": module for name, module in layer.named_modules()}
-        linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+        linear = _linear_layers(block, layer)
         attention = [name for name in linear if ATTENTION.search(name.removeprefix(block))]
         by_end = {name.rpartition(".")[2]: name for name in attention}
         projections = next((ends for ends in KEYS_AND_VALUES if all(end in by_end for end in ends)), ())
@@ -104,6 +94,14 @@ def find_layers(model: nn.Module) -> tuple[list[str], list[str]]:
         outer += [by_end[end] for end in projections]
         inner += outputs
     return outer, inner
+
+
+def _linear_layers(block: str, layer: nn.Module) -> dict[str, nn.Module]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    modules = {f"{block}.{name}": module for name, module in layer.named_modules()}
+    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def _narrows(layer: nn.Module) -> bool:

@@ -94,8 +94,7 @@ class Config(adaptations.Config):
     @field_validator("r", "lora_alpha")
     @classmethod
     def _check_number_or_mapping(cls, given: float | JsonObject, info: ValidationInfo) -> float | JsonObject:
-        """A mapping has a ``default`` for the layers it does not name; a mapping of only that is the
-        number."""
+        """A mapping has a ``default`` for the layers it does not name; alone, that is the number."""
         number, wanted = (int, "a whole number") if info.field_name == "r" else (float, "a number")
         for name, value in given.items() if isinstance(given, dict) else [(None, given)]:
             if type(value) not in (int, number) or not value > 0:
@@ -116,8 +115,7 @@ class Config(adaptations.Config):
 
     @property
     def ranks(self) -> tuple[int, dict[str, int]]:
-        """(rank of the layers that no pattern names, peft's ``rank_pattern``: ranks by the ends of layers'
-        names)."""
+        """(rank of the layers that no pattern names, peft's ``rank_pattern``)."""
         default, by_pattern = _split_default(self.r)
         return int(default), by_pattern
 
@@ -202,8 +200,7 @@ class Adaptation(adaptations.Adaptation):
     def _check_targets(
         self, names: Sequence[str], chosen: Mapping[str, nn.Module], whole: Sequence[str]
     ) -> None:
-        """Raise RecipeError where ``modules_to_save`` leaves no layer for a target, or a target cannot have a
-        LoRA."""
+        """Raise RecipeError for targets inside ``modules_to_save`` or of a wrong type."""
         targets = self.config.target_modules
         for pattern in [targets] if isinstance(targets, str) else targets:
             named = _matching(targets if isinstance(targets, str) else [pattern], names)
@@ -226,8 +223,7 @@ class Adaptation(adaptations.Adaptation):
                 )
 
     def _check_patterns(self, chosen: Iterable[str]) -> None:
-        """Raise RecipeError for a pattern of ``r`` or ``lora_alpha`` that names none of the ``chosen``
-        layers."""
+        """Raise RecipeError for a pattern of ``r`` or ``lora_alpha`` that names no ``chosen`` layer."""
         for key, (_, given) in (("r", self.config.ranks), ("lora_alpha", self.config.alphas)):
             unused = [
                 pattern for pattern in given if not any(_first_match([pattern], name) for name in chosen)
@@ -240,8 +236,7 @@ class Adaptation(adaptations.Adaptation):
                 )
 
     def _check_ranks(self, chosen: Mapping[str, nn.Module]) -> None:
-        """Raise RecipeError for a rank above a layer's size, or for an initialisation that a layer cannot
-        have."""
+        """Raise RecipeError for a rank or an initialisation that a layer cannot have."""
         from torch import nn
 
         default, by_pattern = self.config.ranks
@@ -264,8 +259,7 @@ class Adaptation(adaptations.Adaptation):
                 )
 
     def _new_token_rows(self, model: PreTrainedModel, new_rows: Sequence[int]) -> dict[str, list[int]]:
-        """Layer -> rows trained in addition to the adapter; a layer in ``modules_to_save`` is trained whole
-        anyway."""
+        """Layer -> rows trained with the adapter; ``modules_to_save`` are trained whole anyway."""
         if not new_rows:
             return {}
         targets = self.config.target_modules
@@ -345,8 +339,7 @@ def _first_match(patterns: Iterable[str], name: str) -> str | None:
 
 
 def _names_in_layers(model: PreTrainedModel, targets: str | list[str], layers: int | list[int]) -> list[str]:
-    """The target modules in the form that peft needs with ``layers_to_transform``: ends of names. Raises
-    RecipeError."""
+    """The ends of names that peft needs with ``layers_to_transform``. Raises RecipeError."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

@@ -1,5 +1,4 @@
-"""Prefix tuning: trained keys and values before every row, in every layer (Li and Liang 2021). Files are in
-peft's format."""
+"""Prefix tuning: trained keys and values before every row, in every layer (Li and Liang 2021)."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 PROJECTION_RATIO = 0.01
-"""Learning rate of the projection's weights: the default rate suits free numbers and is too high for a
-network."""
+"""Factor on the learning rate for the projection: weights of a network need smaller steps than a prefix."""
 
 
 class Config(adaptations.Config):
@@ -51,8 +49,7 @@ class Adaptation(adaptations.Adaptation):
     def apply(
         self, model: PreTrainedModel, head: str, new_rows: Sequence[int] = (), tokenizer: Tokenizer = None
     ) -> PreTrainedModel:
-        """Return a peft model with only the prefix trainable. Raises RecipeError or ModelError before the
-        model is changed."""
+        """Return a peft model with only the prefix trainable. Raises RecipeError or ModelError."""
         from peft import PrefixTuningConfig, get_peft_model
 
         from tunesmith.models.adapters import virtual_tokens

@@ -1,5 +1,4 @@
-"""Prompt tuning: trained embeddings before every row, the network frozen (Lester et al. 2021). Files are in
-peft's format."""
+"""Prompt tuning: trained embeddings before every row, the network frozen (Lester et al. 2021)."""
 
 from __future__ import annotations
 
@@ -55,8 +54,7 @@ class Adaptation(adaptations.Adaptation):
     def apply(
         self, model: PreTrainedModel, head: str, new_rows: Sequence[int] = (), tokenizer: Tokenizer = None
     ) -> PreTrainedModel:
-        """Return a peft model with only the virtual embeddings trainable. Raises RecipeError before the model
-        is changed."""
+        """Return a peft model with only the virtual embeddings trainable. Raises RecipeError."""
         import torch
         from peft import PromptTuningConfig, get_peft_model
 

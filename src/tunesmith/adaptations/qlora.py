@@ -1,5 +1,4 @@
-"""QLoRA: LoRA on a frozen base model in 4 or 8 bits (Dettmers et al. 2023). Files are in peft's format, as
-LoRA's are."""
+"""QLoRA: LoRA on a frozen base model in 4 or 8 bits (Dettmers et al. 2023). Files are those of LoRA."""
 
 from __future__ import annotations
 

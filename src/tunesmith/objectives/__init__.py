@@ -72,8 +72,7 @@ class Traits:
     shares_prompts: bool = False
     """An example holds several answers to one prompt (``data.batch.shared_prompts``)."""
     needs_reference: bool = False
-    """Examples need ``reference_logps``, which :meth:`Objective.reference_logps` returned before the first
-    step."""
+    """Examples need the ``reference_logps`` that :meth:`Objective.reference_logps` returned before step 1."""
     starter: Mapping[str, object] = field(default_factory=lambda: {"path": "builtin:docstrings"})
     """Training rows that ``tunesmith init`` writes when no file is named: keys of ``data.train``."""
     assumed: bool = False
@@ -87,8 +86,7 @@ class Traits:
 
 
 class Session(Protocol):
-    """The parts of a run that an objective may use. ``model`` is set once the weights are loaded, before the
-    first step."""
+    """The parts of a run that an objective may use. ``model`` is set once its weights are loaded."""
 
     model: PreTrainedModel
     tokenizer: Tokenizer
@@ -139,8 +137,7 @@ class Objective:
         """Tokens an example may have; None = no limit."""
 
     def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
-        """Read what the objective needs of the network's ``config`` and the tokenizer; called before any row
-        is encoded."""
+        """Read what is needed of the network's ``config`` and tokenizer, before any row is encoded."""
         self.max_length = max_length
         if self.traits.fits_rows:
             self.facts |= {"max_length": max_length, "overlong": self.traits.overlong}
@@ -159,18 +156,15 @@ class Objective:
         return data
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """Make one micro-batch: a single packed sequence with segments, or right-padded rows. Pure; needs no
-        model."""
+        """One micro-batch: a packed sequence with segments, or right-padded rows. Needs no model."""
         raise NotImplementedError
 
     def count(self, batch: Batch) -> int:
-        """Loss units of the micro-batch, known before the forward pass: its rows, unless an objective counts
-        otherwise."""
+        """Loss units of the micro-batch, known before the forward pass: by default its rows."""
         return len(batch["rows"])
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, Metrics]:
-        """(sum of the loss over its units, metrics): device tensors; no mean, no ``.item()``, no
-        ``float()``."""
+        """(sum of the loss over its units, metrics), on the device: no mean, ``.item()`` or ``float()``."""
         raise NotImplementedError
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
@@ -214,14 +208,12 @@ class LanguageModel(Objective):
         return {"rows": row_losses(model, batch)}
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """Mean over all supervised tokens with its standard error, whatever the batches were; perplexity is
-        its exponential."""
+        """Mean over all supervised tokens, for any batching, its standard error, and its exponential."""
         return token_mean(records)
 
 
 class TaskHead(Objective):
-    """An objective whose network has a task head: labels are found, configured, saved and restored with
-    it."""
+    """An objective whose network has a task head: it finds, configures and restores the labels."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -304,8 +296,7 @@ def sum_over_pairs(
 
 
 def mean_loss(losses: Sequence[tuple[float, int]]) -> dict[str, float]:
-    """``eval_loss`` with its standard error, from (sum of losses, units) of each row; see
-    :func:`token_mean`."""
+    """``eval_loss`` with its standard error, from (sum of losses, units) of each row."""
     figures = token_mean([{"rows": losses}])
     return {name: value for name, value in figures.items() if name != "perplexity"}
 

@@ -1,5 +1,4 @@
-"""Classification of a text or a pair of texts: one class of several, any number of labels, or a number
-(regression)."""
+"""Classification of a text or a pair of texts: one class of several, any number of labels, or a number."""
 
 from __future__ import annotations
 
@@ -203,8 +202,7 @@ class Objective(objectives.TaskHead):
         return [[example] for example in examples]
 
     def _target(self, row: Labelled, index: int) -> np.ndarray:
-        """float32: the class id or the number itself (1,), or 0 and 1 for each label; NaN where the row has
-        no label."""
+        """float32: class id or number (1,), or 0 and 1 for each label; NaN where the row has none."""
         names = self.labels
         if row.labels is None and row.label is None:
             return np.full(len(names) if self.problem == MULTI else 1, np.nan, np.float32)
@@ -232,8 +230,7 @@ class Objective(objectives.TaskHead):
         return self.labels.index(name)
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """``targets`` (rows, k) float32; ``positions``: the token that stands for each row, or all tokens
-        with mean pooling."""
+        """``targets`` (rows, k) float32; ``positions``: the token read in each row, or all of them."""
         import torch
 
         if self._closing_tokens:
@@ -254,8 +251,7 @@ class Objective(objectives.TaskHead):
         return {**example, "input_ids": np.concatenate([ids[: -len(closing)], closing])}
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Sum over rows: cross-entropy of the class, mean over labels of the binary cross-entropies, or
-        squared error."""
+        """Sum over rows: cross-entropy, mean over labels of binary cross-entropies, or squared error."""
         from tunesmith.models.heads import task_heads
 
         logits = task_heads.score_logits(model, batch)
@@ -266,8 +262,7 @@ class Objective(objectives.TaskHead):
     def _losses(
         self, logits: Tensor, targets: Tensor, weights: np.ndarray | None = None, smoothing: float = 0.0
     ) -> Tensor:
-        """(rows,); class ``weights`` (labels,) and label ``smoothing`` apply in training, not in
-        ``eval_loss``."""
+        """(rows,). ``weights`` of classes and ``smoothing`` apply in training, not in ``eval_loss``."""
         import torch
         from torch.nn import functional
 
@@ -299,10 +294,9 @@ class Objective(objectives.TaskHead):
             losses = torch.full((len(logits),), float("nan"), dtype=logits.dtype, device=logits.device)
             if known.any():
                 losses[known] = self._losses(logits[known], targets[known])
-            if self.problem == MULTI:
-                scores = logits.sigmoid()
-            else:
-                scores = logits.softmax(-1) if self.problem == SINGLE else logits
+            scores = logits
+            if self.problem != REGRESSION:
+                scores = logits.softmax(-1) if self.problem == SINGLE else logits.sigmoid()
         return {
             "rows": batch["rows"],
             "scores": scores.cpu().numpy(),
@@ -323,8 +317,7 @@ class Objective(objectives.TaskHead):
         return [rows[index] for index in order], scores, targets, losses
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """The mean loss of a row with its standard error, and the figures of
-        :mod:`tunesmith.metrics.classes`."""
+        """Mean loss of a row with its standard error, and :mod:`tunesmith.metrics.classes`."""
         _, scores, targets, losses = self._joined(records)
         figures = {"eval_loss": float(losses.mean())}
         if len(losses) > 1:

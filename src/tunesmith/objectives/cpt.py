@@ -1,5 +1,4 @@
-"""Continued pre-training: learn whole documents, each closed by the end-of-text token (Gururangan et al.
-2020)."""
+"""Continued pre-training: whole documents, each closed by the end-of-text token (Gururangan et al. 2020)."""
 
 from __future__ import annotations
 

@@ -89,15 +89,13 @@ def _log_sigmoid(x: Tensor) -> Tensor:
 
 
 def sigmoid(pairs: Pairs, config: Config) -> Tensor:
-    """-log sigmoid(beta margin), Rafailov et al. 2023, equation 7; with smoothing the conservative DPO of
-    Mitchell 2023."""
+    """-log sigmoid(beta margin), Rafailov et al. 2023, eq. 7; smoothed: conservative DPO, Mitchell 2023."""
     margin, flipped = config.beta * pairs.margin, config.label_smoothing
     return -(1 - flipped) * _log_sigmoid(margin) - flipped * _log_sigmoid(-margin)
 
 
 def ipo(pairs: Pairs, config: Config) -> Tensor:
-    """(margin - 1 / (2 beta))^2 with the mean margin, Azar et al. 2023, equation 17 (its authors' code
-    divides by tokens)."""
+    """(mean margin - 1 / (2 beta))^2, Azar et al. 2023, eq. 17 (divided by tokens in their code)."""
     return (pairs.mean_margin - 1 / (2 * config.beta)) ** 2
 
 
@@ -113,14 +111,12 @@ def robust(pairs: Pairs, config: Config) -> Tensor:
 
 
 def simpo(pairs: Pairs, config: Config) -> Tensor:
-    """-log sigmoid(beta (mean log p(chosen) - mean log p(rejected)) - gamma), Meng et al. 2024, equation
-    6."""
+    """-log sigmoid(beta (mean log p(chosen) - mean log p(rejected)) - gamma), Meng et al. 2024, eq. 6."""
     return -_log_sigmoid(config.beta * pairs.mean_margin - config.simpo_gamma)
 
 
 def orpo(pairs: Pairs, config: Config) -> Tensor:
-    """-mean log p(chosen) - beta log sigmoid(log odds ratio), with means over tokens, Hong et al. 2024,
-    equations 6 and 7."""
+    """-mean log p(chosen) - beta log sigmoid(log odds ratio), Hong et al. 2024, eq. 6 and 7."""
     import torch
 
     chosen, rejected = pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
@@ -227,8 +223,7 @@ class Objective(objectives.Objective):
         }
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """Means over rows: ``eval_loss`` with its standard error, and each figure with the prefix
-        ``eval_``."""
+        """Means over rows: ``eval_loss`` with its standard error, and ``eval_`` before each figure."""
         rows = [row for record in records for row in record["rows"]]
         names = [name for name in (rows[0] if rows else ()) if name not in ("row", "loss")]
         means = {f"eval_{name}": math.fsum(row[name] for row in rows) / len(rows) for name in names}

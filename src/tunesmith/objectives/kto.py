@@ -115,8 +115,7 @@ class Objective(objectives.Objective):
         return batch
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Sum over rows of lambda_y - v(x, y), equation 8. The reported rewards do not include the
-        baseline."""
+        """Sum over rows of lambda_y - v(x, y), equation 8. The reported rewards exclude the baseline."""
         policy = _response_logps(model, batch)
         log_ratio = policy - self._reference(policy, batch)[:, 0]
         # without a baseline this is step 0, where the policy is its reference
@@ -133,8 +132,7 @@ class Objective(objectives.Objective):
         return self._losses(log_ratio, kl, desirable).sum(), metrics
 
     def _losses(self, log_ratio: Tensor, kl: Tensor | float, desirable: Tensor) -> Tensor:
-        """(n,): desirable lambda_D (1 - sigmoid(beta (r - kl))), undesirable lambda_U (1 - sigmoid(beta (kl -
-        r)))."""
+        """(n,): lambda_D (1 - sigmoid(beta (r - kl))) or lambda_U (1 - sigmoid(beta (kl - r)))."""
         import torch
 
         chosen = desirable.to(log_ratio)  # 0 or 1 in the precision of the log-probabilities
@@ -150,8 +148,7 @@ class Objective(objectives.Objective):
         return reference.view(len(policy), -1)
 
     def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[Tensor]:
-        """For each row float64 (k,): log p of the response and, where the KL is estimated, of the other
-        response."""
+        """float64 (k,) of each row: log p of the response and, to estimate the KL, of the other one."""
         import torch
 
         logps = [_response_logps(model, batch)]
@@ -169,8 +166,7 @@ class Objective(objectives.Objective):
         return list((policy - reference).unbind())
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
-        """For each row its log-probability, its log ratio, and the log ratio of the response to another
-        prompt."""
+        """For each row its log p, its log ratio, and the log ratio of the response to another prompt."""
         import torch
 
         with torch.no_grad():
@@ -184,8 +180,7 @@ class Objective(objectives.Objective):
         return {"rows": [dict(zip(names, values)) for values in zip(batch["rows"], *columns, strict=True)]}
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """``eval_loss`` with its standard error, the baseline over all rows as ``eval_kl``, and means of
-        rewards and log-probabilities."""
+        """``eval_loss`` with its standard error, ``eval_kl``, and means of rewards and log p."""
         import torch
 
         rows = [row for record in records for row in record["rows"]]

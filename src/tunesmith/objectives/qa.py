@@ -1,5 +1,4 @@
-"""Extractive question answering: find the span of a text that answers a question, or that the text has no
-answer."""
+"""Extractive question answering: find the span of a text that answers a question, or that there is none."""
 
 from __future__ import annotations
 
@@ -48,8 +47,7 @@ class Objective(objectives.TaskHead):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.threshold: float | None = None
-        """The answer is empty when the score of "no answer" exceeds the best span's by more than this; None =
-        never."""
+        """The answer is empty when "no answer" scores higher than the best span by more; None = never."""
         self._settings = config.model_dump()
         self._template = questions.TEMPLATE
         self._limit: int | None = None
@@ -133,15 +131,13 @@ class Objective(objectives.TaskHead):
         return int(np.count_nonzero(batch["spans"][:, 0].numpy() >= 0))
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Sum over windows of the mean of two cross-entropies over the window's tokens: of the answer's first
-        and last token."""
+        """Sum over windows of the mean cross-entropy of the answer's first and last token."""
         from tunesmith.models.heads import task_heads
 
         return _losses(*task_heads.span_logits(model, batch), batch).sum(), {}
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
-        """For each window: its row, its best spans, the score of "no answer", the gold answers, and (loss, 1
-        if known)."""
+        """For each window: row, best spans, score of "no answer", gold answers, (loss, 1 if known)."""
         import torch
 
         from tunesmith.models.heads import task_heads
@@ -165,8 +161,7 @@ class Objective(objectives.TaskHead):
         return {"windows": windows}
 
     def _join_windows(self, records: Sequence[JsonObject]) -> list[JsonObject]:
-        """The windows of each row as one; the rows in order. "No answer" gets its lowest score in any
-        window."""
+        """The windows of each row as one, in order; "no answer" has its lowest score in any window."""
         rows = []
         for row, windows in token_mean.by_row(records):
             best: dict[str, tuple[float, int, int]] = {}
@@ -219,8 +214,7 @@ class Objective(objectives.TaskHead):
         }
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """eval_loss, a mean over windows; SQuAD's eval_exact_match and eval_f1; F1 of each kind where some
-        have no answer."""
+        """eval_loss by window; SQuAD's exact match and F1, also by kind where some have no answer."""
         loss = objectives.mean_loss([row["loss"] for row in self._join_windows(records)])
         details = self.details(records)
         both_kinds = details["has_answer_total"] and details["no_answer_total"]
@@ -244,8 +238,7 @@ class Objective(objectives.TaskHead):
         )
 
     def details(self, records: Sequence[JsonObject]) -> JsonObject:
-        """:func:`tunesmith.metrics.squad.score` over the questions whose answers are known, and the
-        threshold."""
+        """:func:`tunesmith.metrics.squad.score` over questions with known answers, and the threshold."""
         known = {
             str(tuple(answer["row"])): answer
             for answer in self.answers(records)
@@ -256,8 +249,7 @@ class Objective(objectives.TaskHead):
         return {**figures, "null_threshold": self.threshold}
 
     def present(self, row: Question, answer: JsonObject) -> JsonObject:
-        """``answer`` ("" = the context has none), its ``start`` and ``end`` in characters, its probability,
-        the n best."""
+        """``answer`` ("" = none), its ``start`` and ``end`` in characters, its probability, the n best."""
         shown = {name: answer[name] for name in ("start", "end", "score", "n_best")}
         return {**({} if row.id is None else {"id": row.id}), "answer": answer["prediction"], **shown}
 
@@ -288,8 +280,7 @@ def best_spans(
 
 
 def _losses(start: Tensor, end: Tensor, batch: Batch) -> Tensor:
-    """(windows,): mean of the cross-entropies of the answer's first and last token; 0 where the answer is not
-    known."""
+    """(windows,): mean cross-entropy of the answer's first and last token; 0 where it is not known."""
     import torch
     from torch.nn import functional
 

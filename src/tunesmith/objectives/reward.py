@@ -73,15 +73,13 @@ class Objective(objectives.TaskHead):
         self.facts |= {"pad": self.pad}
 
     def restore_labels(self) -> None:
-        """Take the keys of the loss from the bound model. Raises DataError when it has no head with a single
-        output."""
+        """Take the keys of the loss from the model. Raises DataError without a head of one output."""
         super().restore_labels()
         saved = {name: value for name, value in self.saved.items() if name in LOSS_KEYS}
         self.config = self.config.model_copy(update=saved)
 
     def scan(self, rows: Iterable[object]) -> None:
-        """Count the rows with scores, from which margins are computed. Raises DataError when no row has
-        any."""
+        """Count the rows with scores, which margins need. Raises DataError when there are none."""
         if not self.config.margin:
             return
         scored = [isinstance(row, Ranking) and row.scores is not None for row in rows]
@@ -114,8 +112,7 @@ class Objective(objectives.TaskHead):
         return preference_batch.of_ends(examples, layout)
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Sum over rows of the mean over their pairs of -log sigmoid(r_chosen - r_rejected - margin),
-        equation 1."""
+        """Sum over rows of the mean over pairs of -log sigmoid(r_chosen - r_rejected - margin), eq. 1."""
         return objectives.sum_over_pairs(*self._compare(_rewards(model, batch), batch), batch)
 
     def _compare(self, rewards: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -161,8 +158,7 @@ class Objective(objectives.TaskHead):
         return {"rows": rows}
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """eval_loss with its standard error, by row; eval_accuracy, eval_margin, eval_calibration_error over
-        pairs."""
+        """eval_loss by row, with its standard error; accuracy, margin, calibration error over pairs."""
         losses = [(_mean_loss(row), 1) for record in records for row in record["rows"] if row["pairs"]]
         details = self.details(records)
         names = [name for name in ("accuracy", "margin", "calibration_error") if details[name] is not None]
@@ -213,8 +209,7 @@ class Objective(objectives.TaskHead):
         ]
 
     def present(self, row: Ranking, answer: JsonObject) -> JsonObject:
-        """``reward`` of a single answer; for several ``rewards`` in their order and ``ranking``, indices from
-        0, best first."""
+        """``reward`` of one answer; of several ``rewards``, and ``ranking``: indices, best first."""
         rewards = answer["prediction"]
         if len(rewards) == 1:
             return {"reward": rewards[0]}

@@ -1,5 +1,4 @@
-"""Tagging: a tag for each word of a sentence. Trained at one token of each word; entities are measured as
-whole spans."""
+"""Tagging: a tag for each word, trained at one of its tokens; entities are measured as whole spans."""
 
 from __future__ import annotations
 
@@ -67,8 +66,7 @@ class Objective(objectives.TaskHead):
         return entities.scheme_of(self.labels)
 
     def _set_labels(self, names: list[str] | None) -> None:
-        """Set the tags, and with them the figure that chooses the best model: F1 of entities, else
-        accuracy."""
+        """Set the tags; entities choose the best model by F1, other tags by accuracy."""
         self.facts |= {"labels": names}
         self.traits = replace(self.traits, best=("eval_f1" if self.scheme else "eval_accuracy", "max"))
 
@@ -113,8 +111,7 @@ class Objective(objectives.TaskHead):
             self._note_tags(counts, sequences)
 
     def _choose_labels(self, counts: Counter[str]) -> list[str]:
-        """The tags of the rows, by id: O first, the others in alphabetical order. Raises DataError without
-        two named tags."""
+        """The tags of the rows, by id, O first. Raises DataError without two named tags."""
         names = _sort_tags(counts)
         if len(names) < 2:
             found = f"only the tag {names[0]!r}" if names else "no tag at all"
@@ -125,7 +122,7 @@ class Objective(objectives.TaskHead):
         if all(map(label_names.is_whole, names)):
             raise DataError(
                 f"the tags are numbers without names, such as {names[0]!r}, so predictions would be unreadable.\n"
-                "  Write the names (B-person, O), which the data set's own list has, or set objective.labels=[...] to these numbers."
+                "  Write the names (B-person, O) from the data set's description, or set objective.labels=[...] to these numbers."
             )
         if self.config.label_all and entities.scheme_of(names) in ("BIO", "BIOES"):
             # the further tokens of a word have I- tags, even where no row has an entity of two words
@@ -151,7 +148,7 @@ class Objective(objectives.TaskHead):
         ):  # a slip in entity tags, not parts of speech
             named = ", ".join(f"{tag!r} ({times})" for tag, times in list(odd.items())[:5])
             self.notes.append(
-                f"tags: {named} do not follow {scheme_of_others}, so no tag is read as an entity; correct them to measure entities"
+                f"tags: {named} do not follow {scheme_of_others}, so no tag is read as an entity; correct them for entity figures"
             )
         problems = Counter[str]()
         for tags, times in sequences.items():
@@ -178,8 +175,7 @@ class Objective(objectives.TaskHead):
         )  # fmt: skip
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """``targets`` (places,): the tag id at each of ``positions``, -1 = not known; ``words``: for each
-        window its word indices."""
+        """``targets`` (places,): tag ids at ``positions``, -1 = not known; ``words``: by window, indices."""
         import torch
 
         batch = pack.of_rows(examples, layout, [example["places"] for example in examples])
@@ -260,8 +256,7 @@ class Objective(objectives.TaskHead):
         ]
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """eval_loss, by word; eval_f1, eval_precision and eval_recall of entities; eval_accuracy, the share
-        of correct tags."""
+        """eval_loss by word; F1, precision and recall of entities; accuracy of tags."""
         loss = objectives.mean_loss([row["loss"] for row in self._join_windows(records)])
         details = self.details(records)
         keys = {"f1": "f1", "precision": "precision", "recall": "recall", "accuracy": "token_accuracy"}
@@ -276,8 +271,7 @@ class Objective(objectives.TaskHead):
         return {**found, "broken_tags": sum(entities.problems(gold, self.scheme).total() for gold in golds)}
 
     def present(self, row: Tagged, answer: JsonObject) -> JsonObject:
-        """``entities``: type, start and end in characters, text, score (mean over its words) of each;
-        ``tags`` of all words."""
+        """``entities``: type, characters, text, mean score over its words; ``tags`` of all words."""
         tags, scores = answer["prediction"], answer["scores"]
         if not self.scheme:
             return {"tags": tags, "scores": scores}

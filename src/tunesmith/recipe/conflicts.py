@@ -1,5 +1,4 @@
-"""Choices of a recipe that contradict each other, and keys that would do nothing next to the others: tables
-of rules."""
+"""Choices of a recipe that contradict each other, and keys that would do nothing: tables of rules."""
 
 from __future__ import annotations
 

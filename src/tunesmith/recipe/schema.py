@@ -60,36 +60,27 @@ class Recipe(BaseModel):
     def resolved(self) -> JsonObject:
         """The recipe as plain data, every default filled in; ``recipe.yaml`` of the run folder holds this."""
         out = self.model_dump(mode="json")
-        parts = {
-            "objective": (objectives.name_of(self.objective), self.objective),
-            "adaptation": (adaptations.name_of(self.adaptation), self.adaptation),
-        }
-        return out | {
-            part: {"type": name, **keys.model_dump(mode="json")} for part, (name, keys) in parts.items()
-        }
+        for part, package in (("objective", objectives), ("adaptation", adaptations)):
+            keys = dict(self)[part]
+            out[part] = {"type": package.name_of(keys), **keys.model_dump(mode="json")}
+        return out
 
 
 def brief(recipe: Recipe) -> str:
-    """A line for each part of the run: the keys that matter in every run, and all that are not at their
-    default."""
+    """A line for each part of the run: keys that matter in every run, and those not at their default."""
     objective, adaptation = objectives.name_of(recipe.objective), adaptations.name_of(recipe.adaptation)
     rate = recipe.train.learning_rate or adaptations.module(adaptation).Adaptation.learning_rate
     length = "max_steps" if recipe.train.max_steps else "epochs"
     held_out = recipe.data.eval
     sets = [f"{name}: {_source(source)}" for name, source in (held_out.sets or {}).items()]
     own_lines = ("model", "objective", "adaptation", "data", "train", "samples")
+    data_keys = _settings(recipe.data, hidden=("train", "eval"))
     train_keys = _settings(recipe.train, (length, "batch_size", "lr_scheduler_type"), ("learning_rate",))
     parts = {
         "model": [recipe.model, *_settings(recipe, ("seed",), hidden=own_lines)],
-        "objective": [objective, *_settings(recipe.objective, tuple(type(recipe.objective).model_fields))],
-        "adaptation": [
-            adaptation,
-            *_settings(recipe.adaptation, tuple(type(recipe.adaptation).model_fields)),
-        ],
-        "data": [
-            ", ".join(map(_source, recipe.data.train)),
-            *_settings(recipe.data, hidden=("train", "eval")),
-        ],
+        "objective": [objective, *_settings(recipe.objective, tuple(dict(recipe.objective)))],
+        "adaptation": [adaptation, *_settings(recipe.adaptation, tuple(dict(recipe.adaptation)))],
+        "data": [", ".join(map(_source, recipe.data.train)), *data_keys],
         "eval": sets or _settings(held_out, ("path" if held_out.path else "fraction",)),
         "train": [f"learning_rate {rate:g}", *train_keys],
     }
@@ -101,8 +92,7 @@ def _source(source: Source) -> str:
 
 
 def _settings(config: BaseModel, always: tuple[str, ...] = (), hidden: tuple[str, ...] = ()) -> list[str]:
-    """``["r 8", "lora_alpha 16"]``: the keys of ``always``, then those not at their defaults; without the
-    null ones."""
+    """``["r 8", "lora_alpha 16"]``: the keys of ``always`` and those not at their defaults; no nulls."""
     values, fields = dict(config), type(config).model_fields
     keys = [*always, *(key for key in fields if key not in hidden and changed(config, key))]
     return [

@@ -28,8 +28,7 @@ _TAG = "tag:yaml.org,2002:"
 _SCALARS = frozenset(("str", "int", "float", "bool", "null", "timestamp", "value", "merge"))
 
 MAX_VALUES = 10_000
-"""Values that a document may hold, each alias counted as a copy: a few lines of aliases can expand to
-billions."""
+"""Values that a document may hold, aliases expanded: a few lines of them can stand for billions."""
 
 MAX_DEPTH = 50
 
@@ -39,8 +38,7 @@ _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
 @dataclass(frozen=True)
 class Text:
-    """Where a recipe came from: ``name`` for messages, its YAML tree (None for plain data) and the overrides
-    on top of it."""
+    """Source of a recipe: ``name`` for messages, YAML tree (None for plain data), overrides on top."""
 
     name: str
     tree: Node | None = None
@@ -69,8 +67,7 @@ def read(text: str, name: str) -> tuple[Any, Node | None]:
 
 
 def dump(value: object, one_line: bool = False) -> str:
-    """Write plain data as YAML. Words that YAML 1.1 reads as another type are quoted, so that every reader
-    agrees."""
+    """Write plain data as YAML; words that YAML 1.1 reads as another type are quoted."""
     out = io.StringIO()
     writer = YAML(typ="safe", pure=True)
     writer.Representer = _Representer
@@ -150,8 +147,7 @@ def _mapping(node: MappingNode, name: str, values: Iterator[int], depth: int) ->
 
 
 def _scalar(kind: str, text: str) -> object:
-    """A number only where it is written as decimal: 010, 0o7, 2024-01-01 and 1:30 are text, and so are off
-    and yes."""
+    """A number only if it is decimal: 010, 0o7, 2024-01-01 and 1:30 are text, as are off and yes."""
     if kind in ("bool", "null"):
         return _CONSTANTS.get(text.lower(), text)
     if kind == "int" and _DECIMAL.fullmatch(text):
@@ -162,8 +158,7 @@ def _scalar(kind: str, text: str) -> object:
 
 
 BLOCK_MARKS = ("|", ">")
-"""In a file these begin a text on the following lines. An override has one line, so there they are plain
-text."""
+"""These begin a text on the following lines; an override has one line, so there they are text."""
 
 
 def apply(raw: JsonObject, override: str) -> JsonObject:

@@ -145,8 +145,7 @@ def _explain(
 def _explain_unknown(
     model: type[BaseModel], key: str, path: Sequence[str | int], prefix: tuple[str, ...]
 ) -> str:
-    """``unknown key `train.epoch`. Did you mean ...``, or the types of objective or adaptation that have this
-    key."""
+    """``unknown key `train.epoch`. Did you mean ...``, or the types that have this key."""
     name, valid = str(path[-1]), _names_of(_models_at(model, path[:-1])[0])
     if prefix and len(path) == 1:
         part, valid = prefix[0], [*valid, "type"]
@@ -195,8 +194,7 @@ def _names_of(models: Sequence[type[BaseModel]]) -> list[str]:
 
 
 def _models_at(model: type[BaseModel], path: Sequence[str | int]) -> tuple[list[type[BaseModel]], bool]:
-    """(the models that may be at ``path``; whether the next key is a name of the user's, as in
-    ``data.eval.sets``)."""
+    """(the models that may be at ``path``; whether the user chooses the next key, as a set's name)."""
     candidates: list[type[BaseModel]] = [model]
     is_name = False
     for part in path:
