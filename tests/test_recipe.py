@@ -38,7 +38,7 @@ def test_paths_may_be_path_objects():
     assert recipe.parse({"model": Path("m"), "data": {"train": ({"path": Path("x.json")},)}}) == recipe.parse(SMALL)
 
 
-def test_a_missing_recipe_says_how_to_make_one(tmp_path):
+def test_the_error_for_a_missing_recipe_shows_how_to_make_one(tmp_path):
     with pytest.raises(RecipeError, match="tunesmith init"):
         recipe.load(tmp_path / "none.yaml")
 
@@ -132,7 +132,7 @@ def test_choices_that_contradict_or_do_nothing_are_refused(overrides, words):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (
             ["adaptation.type=full", "adaptation.loraplus_lr_ratio=16"],
@@ -141,8 +141,8 @@ def test_choices_that_contradict_or_do_nothing_are_refused(overrides, words):
         (["objective={type: cpt, train_on: all}"], "`objective.train_on` belongs to `objective.type: sft`"),
     ],
 )
-def test_a_key_of_another_type_is_said_to_belong_to_it(overrides, said):
-    assert said in refused(*overrides) and "Did you mean" not in refused(*overrides)
+def test_the_error_for_a_key_of_another_type_names_that_type(overrides, expected):
+    assert expected in refused(*overrides) and "Did you mean" not in refused(*overrides)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_evaluation_sets_are_shown_and_kept():
     assert recipe.parse(loaded.resolved()) == loaded
 
 
-def test_all_mistakes_are_told_at_once():
+def test_one_message_lists_all_mistakes():
     message = refused("objective=x", "adaptation.rr=1", "train.epoch=2", "seed=x")
     assert len(message.splitlines()) == 4
 
@@ -290,7 +290,7 @@ def fewest_that_touch(pairs):
     return 1 + min(fewest_that_touch([pair for pair in pairs if key not in pair]) for key in pairs[0])
 
 
-def test_a_key_that_stands_in_two_pairs_is_left_out_once():
+def test_a_key_in_two_pairs_is_left_out_once():
     assert fewest_that_touch([("a", "b"), ("b", "c")]) == 1
     assert fewest_that_touch([("a", "b"), ("b", "c"), ("a", "c"), ("d", "e")]) == 3
 

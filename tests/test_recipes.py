@@ -54,7 +54,7 @@ def test_a_recipe_is_shortened_in_nothing_but_its_length(run_all):
         assert whole["data"]["train"] == short["data"]["train"]
 
 
-def test_a_recipe_that_fails_fails_the_whole_and_says_why(tmp_path):
+def test_a_failing_recipe_fails_the_script_and_prints_the_reason(tmp_path):
     command = [sys.executable, str(FOLDER / "run_all.py"), "sft-lora", "--steps", "1", "--model", str(tmp_path / "no-model")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done
@@ -62,7 +62,7 @@ def test_a_recipe_that_fails_fails_the_whole_and_says_why(tmp_path):
     assert line.endswith("FAILED") and "no-model" in done.stdout and "1 of 1 recipes failed" in done.stdout
 
 
-def test_an_unknown_recipe_is_told_which_there_are(run_all, monkeypatch, capsys):
+def test_an_unknown_recipe_is_an_error_that_lists_the_recipes(run_all, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run_all.py", "sft-nothing"])
     with pytest.raises(SystemExit):
         run_all.main()

@@ -143,7 +143,7 @@ def test_only_the_adapters_are_trained_and_saved(trained: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_it_is_loaded_as_it_was_and_its_base_is_under_it(trained: Path) -> None:
+def test_a_loaded_adapter_can_be_disabled(trained: Path) -> None:
     model, tokenizer = tunesmith.load(trained / "run")
     ids = tokenizer("the quick brown fox", return_tensors="pt").input_ids
     base, _ = tunesmith.load(trained / "model-llama")
@@ -160,7 +160,7 @@ def copied(source: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         (lambda stored: stored.pop(min(stored)), "missing: base_model.*bottleneck_down.bias"),
         (
@@ -172,12 +172,12 @@ def copied(source: Path, target: Path) -> Path:
     ],
     ids=["missing", "unexpected", "shape", "values"],
 )
-def test_loading_is_strict(change: Any, said: str, trained: Path, tmp_path: Path) -> None:
+def test_loading_is_strict(change: Any, expected: str, trained: Path, tmp_path: Path) -> None:
     folder = copied(trained / "run" / "model", tmp_path / "changed")
     stored = load_file(folder / "adapter_model.safetensors")
     change(stored)
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=expected):
         tunesmith.load(folder)
 
 
@@ -214,7 +214,7 @@ def test_it_generates(trained: Path) -> None:
     assert isinstance(answer, str)
 
 
-def test_show_tells_it(trained: Path) -> None:
+def test_show_describes_the_adapter(trained: Path) -> None:
     adapter = show(trained / "run")["adapter"]
     assert {key: value for key, value in adapter.items() if value is not None} == {
         "type": "bottleneck",
@@ -226,7 +226,7 @@ def test_show_tells_it(trained: Path) -> None:
     assert show(trained / "run")["parameters"]["adapter"]["count"] == 2 * 2 * (2 * 4 * 32 + 32 + 4)
 
 
-def test_merging_says_why_it_cannot(trained: Path, tmp_path: Path) -> None:
+def test_merging_is_refused_with_the_reason(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"non-linearity.*cannot be merged"):
         tunesmith.merge(trained / "run", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -235,7 +235,7 @@ def test_merging_says_why_it_cannot(trained: Path, tmp_path: Path) -> None:
         tunesmith.check(made)
 
 
-def test_it_is_trained_on(trained: Path, tmp_path: Path) -> None:
+def test_a_saved_adapter_is_trained_further(trained: Path, tmp_path: Path) -> None:
     made = {**recipe(tmp_path, adaptation={"type": "bottleneck"}), "model": str(trained / "run"), "adapter": "continue"}
     tunesmith.train(made, out=tmp_path / "more")
     before, after = weights(trained / "run" / "model"), weights(tmp_path / "more" / "model")
@@ -319,7 +319,7 @@ def check_saved_tokens(case: str, run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "expected"),
     [
         ({"bottleneck_size": 0}, "adaptation.bottleneck_size.*greater than 0.*got 0"),
         ({"bottleneck_size": 33}, "adaptation.bottleneck_size=33: the layers of this model are 32 wide"),
@@ -332,8 +332,8 @@ def check_saved_tokens(case: str, run: Path) -> None:
     ],
     ids=str,
 )
-def test_one_message_names_the_key(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=said) as caught:
+def test_one_message_names_the_key(keys: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=expected) as caught:
         tunesmith.check(recipe(tmp_path, adaptation={"type": "bottleneck", **keys}))
     assert str(caught.value).count("adaptation") <= 2
 

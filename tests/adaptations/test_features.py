@@ -62,7 +62,7 @@ def test_the_number_of_trained_parameters_in_closed_form(name, blocks):
     assert count(model) == WIDTH * VOCABULARY
 
 
-def test_without_a_word_the_last_two_blocks_and_the_norm_after_them():
+def test_the_default_is_the_last_two_blocks_and_the_final_norm():
     model = adaptation().apply(tiny_model("llama", num_hidden_layers=5), "lm")
     assert {name.rpartition(".layers.")[2].partition(".")[0] for name in trained_names(model) if "layers" in name} == {"3", "4"}
     assert {name for name in trained_names(model) if "layers" not in name} == {"model.norm.weight"}
@@ -93,7 +93,7 @@ def test_a_new_head_is_always_trained_and_enough(head):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_blocks_of_encoders_are_found_by_what_they_are(kind):
+def test_blocks_of_encoders_are_found_by_class(kind):
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.for_model(
@@ -122,7 +122,7 @@ def test_blocks_of_encoders_are_found_by_what_they_are(kind):
         ({"target_modules": r".*layers\.9\..*"}, "target_modules matches nothing"),
     ],
 )
-def test_bad_input_is_named_before_the_model_is_touched(keys, words):
+def test_bad_input_is_named_before_the_model_is_changed(keys, words):
     with torch.device("meta"):
         model = tiny_model_on_meta()
     before = trained_names(model)

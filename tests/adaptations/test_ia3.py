@@ -69,7 +69,7 @@ def test_bodies_of_encoders(kind):
     assert not [name for name, p in model.named_parameters() if p.requires_grad and "attention.output" in name]
 
 
-def test_what_it_does_not_know_is_refused_by_name():
+def test_an_unknown_layer_is_refused_by_name():
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.self_attn.odd_proj = layer.self_attn.k_proj
@@ -142,7 +142,7 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path):
     assert apart(weights(whole["model_dir"]), weights(resumed["model_dir"])) == 0
 
 
-def test_steps_smaller_than_bf16s_near_one_are_learnt_in_bf16(tmp_path):
+def test_updates_smaller_than_the_spacing_of_bf16_are_kept(tmp_path):
     """2^-8 is half a step of bf16 above one: the masters take them, and what is saved are the masters."""
     found = []
     for precision in ("fp32", "bf16"):
@@ -174,7 +174,7 @@ def test_show_counts_the_vectors(trained):
     assert parameters["adapter: ia3 vectors"] == parameters["adapter"] == {"count": 192, "dtypes": ["F32"]}
 
 
-def test_its_vectors_are_no_weights_that_somebody_else_may_want_to_move():
+def test_fused_layers_stay_under_deepspeed():
     """DeepSpeed moves trained weights: layers that stack their own are left then, those under an adapter are not."""
     kinds = fused_layers.install(adapted(tiny_model("llama")), stack=False).kinds
     assert kinds == fused_layers.install(adapted(tiny_model("llama"))).kinds and kinds.get("mlp") == 2

@@ -106,7 +106,7 @@ def test_an_update_starts_at_zero_exactly(start):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_small_update_is_not_drowned_in_bf16(fast):
+def test_a_small_update_is_not_lost_in_bf16(fast):
     """Its factors are rounded like those of any LoRA; of a difference of two large products nothing would be left."""
     exact, rough = (
         adapted(tiny_model("llama"), init_lora_weights="pissa", target_modules=["o_proj"])
@@ -294,7 +294,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_adapted_is_refused_before_the_model_is_touched(case):
+def test_what_cannot_be_adapted_is_refused_before_the_model_is_changed(case):
     keys, said = REFUSED[case]
     model = tiny_model("llama")
     before = [name for name, _ in model.named_modules()]

@@ -127,7 +127,7 @@ def test_a_product_keeps_only_its_input(tmp_path):
 
 
 @pytest.mark.parametrize(("quant_type", "twice"), [("nf4", True), ("fp4", False), ("int8", None)])
-def test_no_bit_of_the_base_changes_and_loading_makes_them_again(quant_type, twice, tmp_path, monkeypatch):
+def test_the_quantised_base_never_changes_and_loading_restores_it(quant_type, twice, tmp_path, monkeypatch):
     """After steps, evaluations and saves; then by ``tunesmith.load``, in the checkpoint's dtype or another."""
     built = []
     monkeypatch.setattr(setup, "build", lambda *given, build=setup.build: built.append(build(*given)) or built[0])
@@ -221,7 +221,7 @@ def test_an_adapter_is_continued_on_the_base_it_knows(tmp_path):
         tunesmith.check(continued(first, tmp_path / "run", "lora"))
 
 
-def test_an_adapter_that_is_continued_is_counted_in_its_own_bits(tmp_path):
+def test_the_forecast_of_a_continued_adapter_counts_its_quantisation(tmp_path):
     made = recipe(
         tmp_path, adaptation={"type": "qlora", "r": 4, "quant_type": "int8", "modules_to_save": ["down_proj"]}, max_steps=1
     )
@@ -230,7 +230,7 @@ def test_an_adapter_that_is_continued_is_counted_in_its_own_bits(tmp_path):
     assert on.outline.quantized == first.outline.quantized
 
 
-def test_an_adapter_of_the_base_as_it_is_is_not_continued_on_bits(tmp_path):
+def test_an_adapter_of_an_unquantised_base_is_not_continued_on_a_quantised_one(tmp_path):
     made = recipe(tmp_path, adaptation={"type": "lora", "r": 4})
     tunesmith.train(made, out=tmp_path / "run")
     with pytest.raises(RecipeError, match=r"trained on its base as it is.*\n.*adaptation: lora"):
@@ -246,7 +246,7 @@ def test_without_bitsandbytes_the_extra_is_named_before_anything_loads(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "expected"),
     [
         ({"init_lora_weights": "pissa"}, "pissa decomposes the base model's weights"),
         ({"init_lora_weights": "olora"}, "olora decomposes the base model's weights"),
@@ -255,10 +255,10 @@ def test_without_bitsandbytes_the_extra_is_named_before_anything_loads(tmp_path,
         ({"quant_type": "int4"}, "`adaptation.quant_type`: expected 'nf4', 'fp4' or 'int8', got 'int4'"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(keys, said, tmp_path):
+def test_contradictory_keys_are_refused_by_name(keys, expected, tmp_path):
     with pytest.raises(RecipeError) as raised:
         parse(recipe(tmp_path, adaptation={"type": "qlora", **keys}))
-    assert said in str(raised.value)
+    assert expected in str(raised.value)
 
 
 def test_gaussian_starts_are_plain_loras(tmp_path):
@@ -275,7 +275,7 @@ def wide(tmp_path_factory):
     return save_tiny("llama", tmp_path_factory.mktemp("wide") / "model", **WIDE)
 
 
-def test_four_bits_take_what_they_promise(wide):
+def test_four_bits_have_the_documented_size(wide):
     """0.5 byte a number and a scale for 64; double quantisation makes a scale 1 byte: 32/64 - (8/64 + 32/(64 * 256)) = 0.373 bit.
     The tables (64 B and 1 kB a layer) are 0.1 bit here and nothing in a real layer, so they are left out of the comparison.
     """
@@ -292,7 +292,7 @@ def test_four_bits_take_what_they_promise(wide):
 
 @pytest.mark.parametrize(("quant_type", "twice"), KINDS)
 @pytest.mark.parametrize("keys", [{}, {"modules_to_save": ["lm_head", "down_proj"]}], ids=["all", "some left out"])
-def test_what_it_will_take_is_known_before(wide, quant_type, twice, keys):
+def test_the_quantised_size_is_known_before_loading(wide, quant_type, twice, keys):
     kwargs = adaptation(quant_type, twice, **keys).load_kwargs()
     with torch.device("meta"):
         expected = quantization.estimate(_empty(wide), kwargs)
@@ -321,7 +321,7 @@ def test_a_model_that_fits_only_in_four_bits_is_not_refused(wide, tmp_path):
         forecast.check_weights(four, room // 16)
 
 
-def test_the_bases_memory_is_said_and_kept(tmp_path):
+def test_the_base_models_memory_is_printed_and_recorded(tmp_path):
     outcome = tunesmith.train(recipe(tmp_path, adaptation={"type": "qlora", "r": 4}), out=tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     (line,) = [note for note in manifest["notes"] if note.startswith("the base takes")]

@@ -66,7 +66,7 @@ def run(request: Any, tmp_path_factory: Any) -> Run:
     return train(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def test_the_files_are_pefts_and_show_tells_what_they_are(run: Run) -> None:
+def test_the_files_are_in_pefts_format_and_show_describes_them(run: Run) -> None:
     kind, outcome, folder = run.kind, run.outcome, run.folder
     stored = load_file(folder / "adapter_model.safetensors")
     assert set(stored) == {"prompt_embeddings"} and stored["prompt_embeddings"].dtype is torch.float32
@@ -76,7 +76,7 @@ def test_the_files_are_pefts_and_show_tells_what_they_are(run: Run) -> None:
     assert facts["parameters"]["adapter"]["count"] == stored["prompt_embeddings"].numel() == outcome["trainable_parameters"]
 
 
-def test_it_is_trained_on_from_where_it_stood(run: Run, tmp_path: Path) -> None:
+def test_training_further_starts_from_the_saved_values(run: Run, tmp_path: Path) -> None:
     first, data = run.outcome, {**run.made["data"], "eval": {"path": str(run.rows)}}
     further = {"model": str(run.folder), "adapter": "continue", "adaptation": {"type": run.kind}, "data": data}
     again = tunesmith.train({**run.made, **further}, out=tmp_path / "on")
@@ -85,25 +85,25 @@ def test_it_is_trained_on_from_where_it_stood(run: Run, tmp_path: Path) -> None:
     assert again["eval_loss"] < again["eval_loss_before"] and again["trainable_parameters"] == first["trainable_parameters"]
 
 
-def test_a_prefix_whose_projection_is_gone_is_not_trained_on(tmp_path: Path) -> None:
+def test_a_prefix_with_a_projection_is_not_continued(tmp_path: Path) -> None:
     first = train(tmp_path, "prefix", prefix_projection=True)
     made = {**first.made, "model": str(first.folder), "adapter": "continue", "adaptation": {"type": "prefix"}}
     with pytest.raises(RecipeError, match=r"adapter: continue: this prefix was trained with prefix_projection"):
         tunesmith.check(made)
 
 
-def test_a_file_that_is_not_whole_is_an_error_that_names_the_tensor(run: Run, tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error_that_names_the_tensor(run: Run, tmp_path: Path) -> None:
     folder = run.copy(tmp_path)
     file = folder / "adapter_model.safetensors"
     rows = load_file(file)["prompt_embeddings"]
-    for tensors, said in (
+    for tensors, expected in (
         ({"prompt_embedding": rows}, "unexpected: prompt_embedding"),
         ({"prompt_embeddings": rows, "more": rows.clone()}, "unexpected: more"),
         ({"prompt_embeddings": rows[:-1]}, rf"prompt_embeddings has the shape \(4, {rows.shape[1]}\); 5 virtual tokens of Llama"),
         ({"prompt_embeddings": rows[:, :-2].contiguous()}, "prompt_embeddings has the shape"),
     ):
         save_file(tensors, file)
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=expected):
             tunesmith.load(folder)
 
 
@@ -152,7 +152,7 @@ def test_words_are_repeated_or_cut_to_the_number_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "keys", "said"),
+    ("config", "keys", "expected"),
     [
         (prompt.Config, {"prompt_tuning_init_text": ""}, "is empty"),
         (prompt.Config, {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": "x"}, "does nothing with .* RANDOM"),
@@ -161,6 +161,6 @@ def test_words_are_repeated_or_cut_to_the_number_asked_for() -> None:
         (prefix.Config, {"num_virtual_tokens": -1}, "greater than 0"),
     ],
 )
-def test_keys_that_say_nothing_are_refused(config: Any, keys: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_keys_without_effect_are_refused(config: Any, keys: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
         config(**keys)

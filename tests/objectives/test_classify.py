@@ -99,7 +99,7 @@ def test_balanced_rows_with_a_label_count_as_much_as_those_without(tmp_path):
 
 @pytest.mark.parametrize("pooling", [None, "mean"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_row_is_scored_the_same_whatever_stands_beside_it(name, pooling, tmp_path):
+def test_a_row_has_the_same_scores_in_any_batch(name, pooling, tmp_path):
     """Packed, padded, alone, on the left and on the right of padding; and by the stock class where it reads one token."""
     objective, network, tokenizer, examples = made(name, PROBLEMS["single"], tmp_path, pooling=pooling)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_killed_and_resumed_it_is_the_same_run(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "problem"), [("bert", "multi"), ("llama", "single"), ("gpt2", "regression")])
-def test_eight_rows_are_learnt_by_heart(name, problem, tmp_path):
+def test_eight_rows_are_memorised(name, problem, tmp_path):
     rows = [{"text": row["text"]} for row in labelled(8)]
     for number, row in enumerate(rows):
         row |= {
@@ -204,7 +204,7 @@ def predictions(model, file, **options):
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_a_plain_pipeline_says_what_predict_says(name, tmp_path):
+def test_a_transformers_pipeline_predicts_the_same(name, tmp_path):
     outcome = tunesmith.train(recipe(tmp_path, name, "classify", "full"), out=tmp_path / "run")
     said = list(predictions(outcome["model_dir"], tmp_path / "rows.jsonl", precision="fp32"))
     stock = pipeline("text-classification", model=outcome["model_dir"], batch_size=4, top_k=None)
@@ -217,7 +217,7 @@ def test_a_plain_pipeline_says_what_predict_says(name, tmp_path):
     )
 
 
-def test_a_row_that_cannot_be_read_costs_no_other(bert_run, tmp_path):
+def test_an_unreadable_row_does_not_stop_the_prediction_of_others(bert_run, tmp_path):
     (tmp_path / "new.jsonl").write_text('{"text": "a lazy dog"}\n{"text": ""}\n{"text": "Paris ' + "is the " * 200 + '"}\n')
     notes = []
     said = list(predictions(bert_run, tmp_path / "new.jsonl", note=notes.append))
@@ -231,7 +231,7 @@ def test_an_unknown_label_names_row_and_label(bert_run, tmp_path):
         tunesmith.evaluate(bert_run, tmp_path / "other.jsonl")
 
 
-def test_bad_rows_are_said_where_too_little_is_left_without_them(tmp_path):
+def test_bad_rows_are_listed_when_too_few_rows_are_left(tmp_path):
     made = recipe(tmp_path, "bert", "classify", "full")
     (tmp_path / "rows.jsonl").write_bytes('{"text": "x", "label": "\uae0d\uc815"}\n'.encode("cp949") * 12)
     with pytest.raises(
@@ -248,7 +248,7 @@ def test_one_class_is_nothing_to_learn(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["--5", "-", "7" * 5000, "\u00b2"])
-def test_names_that_are_nearly_numbers_are_names(name):
+def test_labels_that_look_almost_like_numbers_are_names(name):
     objective = classify.Objective(classify.Config())
     objective.scan([Labelled("t", label="4"), Labelled("u", label=name)])
     assert objective.labels == (["4", name])
@@ -266,7 +266,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("case", SAID)
-def test_what_is_guessed_of_labels_is_said(case):
+def test_guesses_about_labels_are_noted(case):
     found, said = SAID[case]
     objective = classify.Objective(classify.Config())
     objective.scan([Labelled("t", label=label) for label in found])
@@ -281,7 +281,7 @@ NEVER = {
 
 
 @pytest.mark.parametrize("how", NEVER)
-def test_a_label_that_never_holds_is_one_and_is_said(how, tmp_path):
+def test_a_label_that_no_row_has_is_kept_and_noted(how, tmp_path):
     given, names, never = NEVER[how]
     rows = "".join(json.dumps({"text": "t", "labels": one}) + "\n" for one in given)
     (tmp_path / "rows.jsonl").write_text(rows)
@@ -292,13 +292,13 @@ def test_a_label_that_never_holds_is_one_and_is_said(how, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_a_mean_is_said_to_be_our_own(name, tmp_path):
+def test_mean_pooling_is_noted_as_a_feature_of_tunesmith(name, tmp_path):
     for pooling, count in (("mean", 1), (None, 0)):
         objective, *_ = made(name, PROBLEMS["single"], tmp_path, pooling=pooling, labels=list(LABELS))
         assert sum("pooling: mean is a feature of tunesmith" in note for note in objective.notes) == count
 
 
-def test_smoothing_of_several_labels_is_refused_whatever_else_is_given():
+def test_smoothing_is_refused_with_several_labels():
     with pytest.raises(ValueError, match="label_smoothing applies to single-label classification only"):
         classify.Config(problem_type="multi_label_classification", labels=["a", "b"], label_smoothing=0.1)
 
@@ -353,7 +353,7 @@ def test_an_adapter_knows_its_labels_in_plain_folders_too(tmp_path):
         assert float((stock(ids).logits - head_loading.answers(model, ids)).abs().max()) <= 1e-5
 
 
-def test_kept_outputs_are_those_of_the_body(tmp_path):
+def test_the_body_cache_tells_rows_apart_by_token_types(tmp_path):
     """features trains the head alone; with token types two rows of the same tokens are two rows."""
     from tunesmith.train import frozen_body_cache
 

@@ -284,7 +284,7 @@ def test_margins_are_differences_of_scores(tmp_path):
     )
 
 
-def test_accuracy_is_told_by_length(tmp_path):
+def test_accuracy_is_reported_by_length_difference(tmp_path):
     objective, _, _ = judge(tmp_path)
     pairs = [
         {"loss": 1.0, "lead": lead, "weight": 1.0, "longer": longer} for lead, longer in ((1, 5), (2, 9), (-1, -3), (-2, -8))
@@ -342,7 +342,7 @@ def dropping(**changes):
                 bos_token_id=1, eos_token_id=2, pad_token_id=0, **changes)  # fmt: skip
 
 
-def test_a_network_that_drops_by_a_function_drops_nothing(tmp_path, monkeypatch):
+def test_functional_dropout_is_switched_off(tmp_path, monkeypatch):
     monkeypatch.setitem(TINY, "opt", dropping(word_embed_proj_dim=32, ffn_dim=64))
     tunesmith.train(recipe(tmp_path, "opt", "dpo", max_steps=1), out=tmp_path / "run")
     assert first(tmp_path / "run")["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -479,14 +479,14 @@ def test_a_report_of_rewards_is_of_lengths_and_shows_what_was_preferred(reward_r
     assert worst["prediction"].endswith(row["rejected"]) == (worst["rewards"][1] > worst["rewards"][0])
 
 
-def test_what_the_reference_takes_is_foretold_and_kept(tmp_path):
+def test_the_time_of_the_reference_is_forecast_and_recorded(tmp_path):
     made = recipe(tmp_path, "llama", "dpo", max_steps=4, save_steps=2)
     assert tunesmith.check(made, measure=True)["forecast"]["reference_seconds"] > 0
     killed_before(3, made, tmp_path / "run")
     assert tunesmith.train(made, out=tmp_path / "run", resume=True)["reference_seconds"] > 0
 
 
-def test_what_max_length_does_to_preferences_is_said_as_it_is(tmp_path):
+def test_rows_above_max_length_are_counted_by_what_was_done(tmp_path):
     """Ten rows: seven fit, of one the prompt is cut, of two an answer alone is too long."""
     made = recipe(tmp_path, "llama", "dpo", max_length=40)
     rows = [{"prompt": f"{n}: a b", "chosen": f" good {n}", "rejected": " bad"} for n in range(7)]
@@ -504,7 +504,7 @@ def test_what_max_length_does_to_preferences_is_said_as_it_is(tmp_path):
         tunesmith.check(made)
 
 
-def test_scoring_says_that_prompts_were_cut(reward_run, tmp_path):
+def test_scoring_reports_cut_prompts(reward_run, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "what is the " * 20, "chosen": " yes", "rejected": " no"}))
     said: list[str] = []
     list(tunesmith.predict(reward_run[0], tmp_path / "long.jsonl", rewards=True, max_length=40, note=said.append))
@@ -619,7 +619,7 @@ def test_a_reward_model_of_another_trainer_is_scored(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["sft", "classify"])
-def test_what_gives_no_reward_is_asked_for_none(tmp_path, objective):
+def test_a_model_without_a_reward_head_cannot_score(tmp_path, objective):
     found = tunesmith.train(recipe(tmp_path, "llama", objective, max_steps=1), out=tmp_path / "run")
     with pytest.raises(ModelError, match="reward"):
         list(tunesmith.predict(found["model_dir"], tmp_path / "rows.jsonl", rewards=True))

@@ -367,7 +367,7 @@ def test_a_pair_is_within_max_length_and_keeps_the_response_and_the_first_token(
     assert cut, "some prompt was cut"
 
 
-def test_no_pairs_are_made_where_no_baseline_is(tmp_path):
+def test_no_mismatched_pairs_are_made_without_a_baseline(tmp_path):
     _, found = prepared(tmp_path, loss_type="apo_zero_unpaired")
     assert "other_ids" not in found.train[0]
     assert "kl" not in Run(tmp_path, loss_type="apo_zero_unpaired").loss()[1]
@@ -432,7 +432,7 @@ def expit(x):
     return 1 / (1 + math.exp(-x))
 
 
-def test_a_set_keeps_its_figures_beside_other_sets(tmp_path):
+def test_a_set_keeps_its_figures_next_to_other_sets(tmp_path):
     """Its pairs are made of its own rows."""
     sets = {name: {"path": written(tmp_path, rows, f"{name}.jsonl")} for name, rows in (("one", ALONE), ("two", judged(9)))}
     figures = {}

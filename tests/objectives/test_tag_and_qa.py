@@ -62,7 +62,7 @@ def inputs(example):
 
 
 @pytest.mark.parametrize(("slips", "said"), [(["B PER"], True), (["B PER"] * 4, False), ([], False)])
-def test_a_slip_among_tags_of_entities_is_said(slips, said):
+def test_a_misspelt_entity_tag_is_noted(slips, said):
     """One in 41 words; parts of speech, which are a tenth of the words here, are no slip."""
     tags = ("B-PER", "I-PER", "O", "O") * 10 + tuple(slips)
     objective = tag.Objective(tag.Config())
@@ -89,7 +89,7 @@ def test_tags_that_break_their_scheme_are_counted_whether_labels_are_given_or_no
     assert objective.details([{"windows": windows}])["broken_tags"] == 2
 
 
-def test_a_stream_is_not_looked_at_where_its_tags_are_given():
+def test_a_stream_is_not_read_where_its_tags_are_given():
     def stream():
         raise ReadOnceError("a stream")
         yield
@@ -158,7 +158,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
     from tests.numeric.test_invariance import in_two_processes, same_run
 
     runs = {}
-    for what, (objective, settings) in {**WINDOWED, "classify": ("classify", {})}.items():
+    for what, (objective, settings) in {"qa": WINDOWED["qa"], "classify": ("classify", {})}.items():
         run = recipe(tmp_path, "bert", objective, "full", learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2, **settings)
         rows = (tmp_path / "rows.jsonl").rename(tmp_path / f"{what}.jsonl")
         run["data"] |= {"train": [{"path": str(rows)}], "eval": {"path": str(rows)}}
@@ -184,7 +184,7 @@ def test_killed_and_resumed_it_is_the_same_run(name, what, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "what"), [("bert", "qa"), ("roberta", "tag"), ("llama", "label_all"), ("gpt2", "qa")])
-def test_eight_rows_are_learnt_by_heart(name, what, tmp_path):
+def test_eight_rows_are_memorised(name, what, tmp_path):
     objective, settings = WINDOWED[what]
     run = recipe(
         tmp_path, name, objective, "full", count=8, **{"max_steps": 150, "learning_rate": 5e-3, "batch_size": 64, **settings}
@@ -280,7 +280,7 @@ def test_held_out_rows_without_an_entity_have_an_f1_too(tmp_path):
     assert tunesmith.train(made, out=tmp_path / "run")["eval_f1"] == 0.0
 
 
-def test_a_tagger_goes_on_with_its_own_labels(tmp_path):
+def test_a_tagger_that_is_trained_further_keeps_its_labels(tmp_path):
     """Trained further on rows with fewer kinds of tags, the head stays as it is."""
     outcome = tunesmith.train(
         recipe(tmp_path, "bert", {"type": "tag", "labels": ["O", "B-PER", "B-LOC"]}, "full"), out=tmp_path / "run"
