@@ -1,5 +1,4 @@
-"""KTO: learn from single responses labelled desirable or undesirable (Ethayarajh et al. 2024,
-arXiv:2402.01306).
+"""KTO: learn from single responses labelled desirable or not (Ethayarajh et al. 2024, arXiv:2402.01306).
 
 A response's reward is beta times log (policy / reference). It is compared with a baseline z_0, the KL
 divergence of policy and reference, estimated once a step from responses to other prompts, over all rows of

@@ -1,5 +1,4 @@
-"""Reward models: a number for an answer, learnt from preferences (Bradley and Terry 1952; Ouyang et al.
-2022).
+"""Reward models: score an answer; trained on preferences (Bradley and Terry 1952; Ouyang et al. 2022).
 
 The reward is read at the last token of prompt and answer. Only differences between answers to one prompt are
 trained; ``center_rewards_coefficient`` keeps the rewards near zero. Dropout is off.
