@@ -17,7 +17,6 @@ import tunesmith
 from tests.numeric.test_parity import CPU, PACKS, examples, plain_loss_and_gradients, take_gradients
 from tests.runs import apart, history, killed_before, model_folder, recipe, rows, weights
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
-from tests.train.launching import launched
 from tunesmith.adaptations import bottleneck
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.errors import ModelError, RecipeError, UserError
@@ -261,14 +260,6 @@ def test_a_run_does_not_depend_on_how_a_step_is_split(tmp_path: Path) -> None:
         made = recipe(tmp_path, adaptation=DROPOUT, micro_batch_tokens=budget)
         outcomes.append(weights(tunesmith.train(made, out=tmp_path / str(number))["model_dir"]))
     assert apart(*outcomes) < 1e-5
-
-
-def test_two_processes_make_the_run_of_one(tmp_path: Path) -> None:
-    made = recipe(tmp_path, adaptation=DROPOUT, max_steps=3)
-    alone = tunesmith.train(made, out=tmp_path / "alone")
-    code, _, err = launched(made, tmp_path, "--json")
-    assert code == 0, err
-    assert apart(weights(alone["model_dir"]), weights(tmp_path / "run" / "model")) <= 1e-6
 
 
 TOKENS = ["<tool>", "</tool>"]

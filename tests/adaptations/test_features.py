@@ -243,39 +243,38 @@ FRESH = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 from safetensors.torch import save_file
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-save_file({"logits": model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.detach().contiguous()}, sys.argv[2])
+ids, *folders = torch.tensor([[5, 6, 7, 8]]), *sys.argv[2:]
+models = {folder: AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders}
+save_file({folder: model(input_ids=ids).logits.detach().contiguous() for folder, model in models.items()}, sys.argv[1])
 assert "tunesmith" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
-def test_a_tied_output_layer_is_trained_apart_and_a_fresh_process_sees_the_same(name, tmp_path, monkeypatch):
+def test_a_tied_output_layer_is_trained_apart_and_a_fresh_process_sees_the_same(tmp_path, monkeypatch):
     from tunesmith.train import setup
 
-    build, kept = setup.build, []
-    monkeypatch.setattr(setup, "build", lambda *given: kept.append(build(*given)) or kept[-1])
-    made = recipe(tmp_path, name, "sft", {"type": "features", "target_modules": ["lm_head"]})
-    outcome = tunesmith.train(made, out=tmp_path / "run")
-    (built,) = kept
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with fast_path.plain_attention(built.model, built.route), torch.no_grad():
-        expected = built.model(input_ids=ids).logits
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH, outcome["model_dir"], str(tmp_path / "x.safetensors")], capture_output=True, text=True
-    )
+    build, built = setup.build, []
+    monkeypatch.setattr(setup, "build", lambda *given: built.append(build(*given)) or built[-1])
+    ids, expected = torch.tensor([[5, 6, 7, 8]]), {}
+    for name in ("gpt2", "gemma3"):
+        made = recipe(tmp_path, name, "sft", {"type": "features", "target_modules": ["lm_head"]})
+        folder = tunesmith.train(made, out=tmp_path / name)["model_dir"]
+        with fast_path.plain_attention(built[-1].model, built[-1].route), torch.no_grad():
+            expected[folder] = built[-1].model(input_ids=ids).logits
+        config = json.loads((tmp_path / name / "model" / "config.json").read_text())
+        assert config["tie_word_embeddings"] is False and config["dtype"] == "float32"
+        notes = json.loads((tmp_path / name / "manifest.json").read_text())["notes"]
+        for said in (notes, tunesmith.check(made)["notes"]):
+            assert any("shared its weights with the embedding" in note for note in said)
+        base, _ = tunesmith.load(made["model"])
+        after, _ = tunesmith.load(tmp_path / name)
+        assert after.get_input_embeddings().weight.equal(base.get_input_embeddings().weight)
+        assert not after.get_output_embeddings().weight.equal(base.get_output_embeddings().weight)
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "logits.safetensors"), *expected]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    got = load_file(tmp_path / "x.safetensors")["logits"]
-    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
-    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert config["tie_word_embeddings"] is False and config["dtype"] == "float32"
-    notes = json.loads((tmp_path / "run" / "manifest.json").read_text())["notes"]
-    assert any("shared its weights with the embedding" in note for note in notes)
-    assert any("shared its weights with the embedding" in note for note in tunesmith.check(made)["notes"])
-    base, _ = tunesmith.load(made["model"])
-    after, _ = tunesmith.load(tmp_path / "run")
-    assert after.get_input_embeddings().weight.equal(base.get_input_embeddings().weight)
-    assert not after.get_output_embeddings().weight.equal(base.get_output_embeddings().weight)
+    for folder, logits in load_file(tmp_path / "logits.safetensors").items():
+        assert float((logits - expected[folder]).abs().max()) <= 1e-5 * float(expected[folder].abs().max()), folder
 
 
 def test_an_embedding_that_is_named_stays_tied():

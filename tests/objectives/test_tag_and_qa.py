@@ -157,9 +157,13 @@ def test_any_split_makes_the_same_update_and_figures(name, what, tmp_path):
 def test_two_processes_make_the_update_of_one(tmp_path):
     from tests.numeric.test_invariance import in_two_processes, same_run
 
+    """Windows of a row on different processes, and the dropout of bottleneck adapters."""
+    bottleneck = {"type": "bottleneck", "bottleneck_size": 4, "variant": "houlsby", "dropout": 0.3}
     runs = {}
-    for what, (objective, settings) in {"qa": WINDOWED["qa"], "classify": ("classify", {})}.items():
-        run = recipe(tmp_path, "bert", objective, "full", learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2, **settings)
+    for what, (objective, settings), adaptation in (("qa", WINDOWED["qa"], "full"), ("classify", ("classify", {}), bottleneck)):
+        run = recipe(
+            tmp_path, "bert", objective, adaptation, learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2, **settings
+        )
         rows = (tmp_path / "rows.jsonl").rename(tmp_path / f"{what}.jsonl")
         run["data"] |= {"train": [{"path": str(rows)}], "eval": {"path": str(rows)}}
         tunesmith.train(run, out=tmp_path / what)
