@@ -86,7 +86,7 @@ def test_refused(text, words):
     assert all(word in str(error.value) for word in ["r.yaml", *words])
 
 
-def test_aliases_that_stand_for_billions_are_refused_at_once():
+def test_aliases_that_expand_to_billions_are_refused_at_once():
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     with pytest.raises(RecipeError, match=r"r\.yaml, line \d+: expected at most 10,000 values"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,17 +24,17 @@ def run_all():
     return module
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("model") / "tiny")
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_runs_with_no_file_but_the_model(path, run_all, tmp_path, monkeypatch):
+def test_every_recipe_runs_with_no_file_but_the_model(path, run_all, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = save_tiny("llama", tmp_path / "tiny")
-    keys = run_all.shortened(path, 2, str(model))
-    result = tunesmith.train(
-        path,
-        out="run",
-        overrides=[*keys, "data.train.0.limit=40", "train.max_length=400", *quick(path)],
-    )
-    assert result["steps"] == 2 and result["eval_loss"] > 0
+    keys = [*run_all.shortened(path, 1, str(model)), "data.train.0.limit=24", "train.max_length=400", *quick(path)]
+    result = tunesmith.train(path, out="run", overrides=keys)
+    assert result["steps"] == 1 and result["eval_loss"] > 0
 
 
 def quick(path):
@@ -54,15 +53,15 @@ def test_a_recipe_is_shortened_in_nothing_but_its_length(run_all):
         assert whole["data"]["train"] == short["data"]["train"]
 
 
-def test_a_recipe_that_fails_fails_the_whole_and_says_why(tmp_path):
-    command = [sys.executable, str(FOLDER / "run_all.py"), "sft-lora", "--steps", "1", "--model", str(tmp_path / "no-model")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1, done
-    line = next(line for line in done.stdout.splitlines() if line.startswith("sft-lora"))
-    assert line.endswith("FAILED") and "no-model" in done.stdout and "1 of 1 recipes failed" in done.stdout
+def test_a_failing_recipe_fails_the_script_and_prints_the_reason(run_all, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "sft-lora", "--steps", "1", "--model", str(tmp_path / "no-model")])
+    assert run_all.main() == 1
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("sft-lora"))
+    assert line.endswith("FAILED") and "no-model" in printed and "1 of 1 recipes failed" in printed
 
 
-def test_an_unknown_recipe_is_told_which_there_are(run_all, monkeypatch, capsys):
+def test_an_unknown_recipe_is_an_error_that_lists_the_recipes(run_all, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run_all.py", "sft-nothing"])
     with pytest.raises(SystemExit):
         run_all.main()

@@ -17,7 +17,6 @@ import tunesmith
 from tests.numeric.test_parity import CPU, PACKS, examples, plain_loss_and_gradients, take_gradients
 from tests.runs import apart, history, killed_before, model_folder, recipe, rows, weights
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
-from tests.train.launching import launched
 from tunesmith.adaptations import bottleneck
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.errors import ModelError, RecipeError, UserError
@@ -143,7 +142,7 @@ def test_only_the_adapters_are_trained_and_saved(trained: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_it_is_loaded_as_it_was_and_its_base_is_under_it(trained: Path) -> None:
+def test_a_loaded_adapter_can_be_disabled(trained: Path) -> None:
     model, tokenizer = tunesmith.load(trained / "run")
     ids = tokenizer("the quick brown fox", return_tensors="pt").input_ids
     base, _ = tunesmith.load(trained / "model-llama")
@@ -160,7 +159,7 @@ def copied(source: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         (lambda stored: stored.pop(min(stored)), "missing: base_model.*bottleneck_down.bias"),
         (
@@ -172,12 +171,12 @@ def copied(source: Path, target: Path) -> Path:
     ],
     ids=["missing", "unexpected", "shape", "values"],
 )
-def test_loading_is_strict(change: Any, said: str, trained: Path, tmp_path: Path) -> None:
+def test_loading_is_strict(change: Any, expected: str, trained: Path, tmp_path: Path) -> None:
     folder = copied(trained / "run" / "model", tmp_path / "changed")
     stored = load_file(folder / "adapter_model.safetensors")
     change(stored)
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=expected):
         tunesmith.load(folder)
 
 
@@ -186,20 +185,20 @@ import json, sys, torch
 import tunesmith.peft
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
-folder, out = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-ids = torch.tensor([tokenizer.encode("the <tool> fox", add_special_tokens=False)])
-new = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-torch.set_printoptions(precision=9)
-print(json.dumps({"logits": model(input_ids=ids).logits[0, -1].tolist(), "new": new[0].tolist()}))
+for folder in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([tokenizer.encode("the <tool> fox", add_special_tokens=False)])
+    new = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    print(json.dumps({"logits": model(input_ids=ids).logits[0, -1].tolist(), "new": new[0].tolist()}))
 """
 
 
-def fresh(folder: Path) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", FRESH, str(folder), "x"], capture_output=True, text=True)
+def fresh(folders: list[Path]) -> list[dict[str, Any]]:
+    """The last logits and a generation of each model folder, by plain peft in one new process."""
+    done = subprocess.run([sys.executable, "-c", FRESH, *map(str, folders)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(folders) :]]
 
 
 def here(folder: Path) -> dict[str, Any]:
@@ -209,16 +208,12 @@ def here(folder: Path) -> dict[str, Any]:
     return {"logits": model(input_ids=ids).logits[0, -1].tolist(), "new": new[0].tolist()}
 
 
-def test_plain_peft_in_a_fresh_process_gives_the_same(trained: Path) -> None:
-    assert fresh(trained / "run" / "model") == here(trained / "run")
-
-
 def test_it_generates(trained: Path) -> None:
     (answer,) = tunesmith.generate(trained / "run", ["question 1:"], max_new_tokens=4)
     assert isinstance(answer, str)
 
 
-def test_show_tells_it(trained: Path) -> None:
+def test_show_describes_the_adapter(trained: Path) -> None:
     adapter = show(trained / "run")["adapter"]
     assert {key: value for key, value in adapter.items() if value is not None} == {
         "type": "bottleneck",
@@ -230,7 +225,7 @@ def test_show_tells_it(trained: Path) -> None:
     assert show(trained / "run")["parameters"]["adapter"]["count"] == 2 * 2 * (2 * 4 * 32 + 32 + 4)
 
 
-def test_merging_says_why_it_cannot(trained: Path, tmp_path: Path) -> None:
+def test_merging_is_refused_with_the_reason(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"non-linearity.*cannot be merged"):
         tunesmith.merge(trained / "run", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -239,7 +234,7 @@ def test_merging_says_why_it_cannot(trained: Path, tmp_path: Path) -> None:
         tunesmith.check(made)
 
 
-def test_it_is_trained_on(trained: Path, tmp_path: Path) -> None:
+def test_a_saved_adapter_is_trained_further(trained: Path, tmp_path: Path) -> None:
     made = {**recipe(tmp_path, adaptation={"type": "bottleneck"}), "model": str(trained / "run"), "adapter": "continue"}
     tunesmith.train(made, out=tmp_path / "more")
     before, after = weights(trained / "run" / "model"), weights(tmp_path / "more" / "model")
@@ -248,10 +243,9 @@ def test_it_is_trained_on(trained: Path, tmp_path: Path) -> None:
     assert first["loss"] < next(record for record in history(trained / "run") if record["kind"] == "train")["loss"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_killed_and_resumed_is_the_undisturbed_run(precision: str, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_the_undisturbed_run(tmp_path: Path) -> None:
     made = recipe(
-        tmp_path, adaptation=DROPOUT, count=14, max_steps=5, save_steps=2, precision=precision, gradient_checkpointing=True
+        tmp_path, adaptation=DROPOUT, count=14, max_steps=5, save_steps=2, precision="bf16", gradient_checkpointing=True
     )
     straight = tunesmith.train(made, out=tmp_path / "straight")
     killed_before(4, made, tmp_path / "killed")
@@ -268,14 +262,6 @@ def test_a_run_does_not_depend_on_how_a_step_is_split(tmp_path: Path) -> None:
     assert apart(*outcomes) < 1e-5
 
 
-def test_two_processes_make_the_run_of_one(tmp_path: Path) -> None:
-    made = recipe(tmp_path, adaptation=DROPOUT, max_steps=3)
-    alone = tunesmith.train(made, out=tmp_path / "alone")
-    code, _, err = launched(made, tmp_path, "--json")
-    assert code == 0, err
-    assert apart(weights(alone["model_dir"]), weights(tmp_path / "run" / "model")) <= 1e-6
-
-
 TOKENS = ["<tool>", "</tool>"]
 GROWN = {
     "tied": ("llama", BOTTLENECK, {}),
@@ -286,31 +272,45 @@ GROWN = {
 }
 
 
-@pytest.mark.parametrize("case", GROWN)
-def test_new_tokens_are_trained_saved_and_opened_by_peft(case: str, tmp_path: Path) -> None:
+def grow(case: str, folder: Path) -> Path:
+    """Train a case with new tokens in its rows; returns the run folder."""
     name, adaptation, changes = GROWN[case]
-    known = len(tiny_tokenizer("chatml"))
-    model_folder(tmp_path, name, vocab_size=known, **changes)
-    made = {**recipe(tmp_path, name, adaptation=adaptation), "add_tokens": TOKENS}
+    folder.mkdir()
+    model_folder(folder, name, vocab_size=len(tiny_tokenizer("chatml")), **changes)
+    made = {**recipe(folder, name, adaptation=adaptation, max_steps=2), "add_tokens": TOKENS}
     data = [{**row, "completion": f" <tool>{row['completion']}</tool>"} for row in rows()]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in data), encoding="utf-8")
-    tunesmith.train(made, out=tmp_path / "run")
-    beside = {key.removeprefix("base_model.model.") for key in weights(tmp_path / "run" / "model") if ".bottleneck_" not in key}
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in data), encoding="utf-8")
+    tunesmith.train(made, out=folder / "run")
+    return folder / "run"
+
+
+def test_plain_peft_in_a_fresh_process_opens_what_is_saved_new_tokens_included(trained: Path, tmp_path: Path) -> None:
+    runs = {"none": trained / "run", **{case: grow(case, tmp_path / case) for case in GROWN}}
+    found = fresh([run / "model" for run in runs.values()])
+    for (case, run), theirs in zip(runs.items(), found, strict=True):
+        ours = here(run)
+        assert torch.tensor(ours["logits"]).allclose(torch.tensor(theirs["logits"]), atol=1e-5), case
+        assert ours["new"] == theirs["new"], case
+        if case != "none":
+            check_saved_tokens(case, run)
+
+
+def check_saved_tokens(case: str, run: Path) -> None:
+    name, _, changes = GROWN[case]
+    beside = {key.removeprefix("base_model.model.") for key in weights(run / "model") if ".bottleneck_" not in key}
     ends = {"llama": ("model.embed_tokens", "lm_head"), "gpt2": ("transformer.wte", "lm_head")}[name]
     if "whole" not in case:
         tied = changes.get("tie_word_embeddings", True)
         assert beside == {f"{end}.token_adapter.trainable_tokens_delta" for end in (ends[:1] if tied else ends)}
-    _, tokenizer = tunesmith.load(tmp_path / "run")
+    _, tokenizer = tunesmith.load(run)
     assert set(TOKENS) <= set(tokenizer.get_vocab())
-    ours, theirs = here(tmp_path / "run"), fresh(tmp_path / "run" / "model")
-    assert torch.tensor(ours["logits"]).allclose(torch.tensor(theirs["logits"]), atol=1e-5) and ours["new"] == theirs["new"]
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "expected"),
     [
         ({"bottleneck_size": 0}, "adaptation.bottleneck_size.*greater than 0.*got 0"),
         ({"bottleneck_size": 33}, "adaptation.bottleneck_size=33: the layers of this model are 32 wide"),
@@ -323,8 +323,8 @@ def test_new_tokens_are_trained_saved_and_opened_by_peft(case: str, tmp_path: Pa
     ],
     ids=str,
 )
-def test_one_message_names_the_key(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=said) as caught:
+def test_one_message_names_the_key(keys: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=expected) as caught:
         tunesmith.check(recipe(tmp_path, adaptation={"type": "bottleneck", **keys}))
     assert str(caught.value).count("adaptation") <= 2
 

@@ -33,7 +33,7 @@ def moved(model, seed=1):
     return model.eval()
 
 
-def trained(model):
+def count(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -46,7 +46,7 @@ def test_keys_values_and_the_inner_activation_are_scaled(name):
         expected = 2 * (3 * c["n_embd"] + 4 * c["n_embd"])  # the fused projection whole
     else:
         expected = 2 * (2 * c["num_key_value_heads"] * 8 + c["intermediate_size"])
-    assert trained(model) == expected
+    assert count(model) == expected
     assert all(".ia3_l." in name for name, p in model.named_parameters() if p.requires_grad)
 
 
@@ -65,11 +65,11 @@ def test_bodies_of_encoders(kind):
     )
     with torch.device("meta"):
         model = ia3.Adaptation(ia3.Config()).apply(AutoModel.from_config(config), "token")
-    assert trained(model) == 12 * (2 * 32 + 64)  # and not the attention's own output.dense
+    assert count(model) == 12 * (2 * 32 + 64)  # and not the attention's own output.dense
     assert not [name for name, p in model.named_parameters() if p.requires_grad and "attention.output" in name]
 
 
-def test_what_it_does_not_know_is_refused_by_name():
+def test_an_unknown_layer_is_refused_by_name():
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.self_attn.odd_proj = layer.self_attn.k_proj
@@ -78,7 +78,7 @@ def test_what_it_does_not_know_is_refused_by_name():
         adapted(model)
     assert "keys and values" in str(refused.value) and "adaptation: lora" in str(refused.value)
     with pytest.raises(RecipeError, match="which modules"):
-        ia3.found(nn.Sequential(nn.Linear(4, 2)))
+        ia3.find_layers(nn.Sequential(nn.Linear(4, 2)))
 
 
 def test_new_tokens_are_refused_and_the_others_named():
@@ -86,14 +86,20 @@ def test_new_tokens_are_refused_and_the_others_named():
         ia3.Adaptation(ia3.Config()).apply(tiny_model("llama"), "lm", new_rows=[512])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_peft_opens_what_is_saved_and_merging_gives_the_same(name, tmp_path):
-    made = recipe(tmp_path, name, adaptation="ia3")
-    outcome = tunesmith.train(made, out=tmp_path / "run")
-    ours, _ = tunesmith.load(outcome["model_dir"])
-    theirs = AutoPeftModelForCausalLM.from_pretrained(outcome["model_dir"]).eval()
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def trained(request, tmp_path_factory):
+    """(recipe, model folder) of a run of four steps."""
+    root = tmp_path_factory.mktemp(request.param)
+    made = recipe(root, request.param, adaptation="ia3")
+    return made, tunesmith.train(made, out=root / "run")["model_dir"]
+
+
+def test_peft_opens_what_is_saved_and_merging_gives_the_same(trained, tmp_path):
+    made, folder = trained
+    ours, _ = tunesmith.load(folder)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
     assert torch.allclose(ours(IDS).logits, theirs(IDS).logits, atol=1e-5)
-    tunesmith.merge(outcome["model_dir"], tmp_path / "merged")
+    tunesmith.merge(folder, tmp_path / "merged")
     merged, _ = tunesmith.load(tmp_path / "merged")
     assert torch.allclose(merged(IDS).logits, ours(IDS).logits, atol=1e-5)
     base, _ = tunesmith.load(made["model"])
@@ -128,16 +134,15 @@ def test_a_product_of_scaled_layers_is_each_layers_own():
     assert ia3_layers.read([attention.q_proj, attention.o_proj]).outer == [None, None]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_that_is_killed_goes_on_bit_for_bit(precision, tmp_path):
-    made = recipe(tmp_path, adaptation="ia3", save_steps=2, precision=precision)
+def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path):
+    made = recipe(tmp_path, adaptation="ia3", save_steps=2, precision="bf16")
     whole = tunesmith.train(made, out=tmp_path / "whole")
     killed_before(4, made, tmp_path / "cut")
     resumed = tunesmith.train(made, out=tmp_path / "cut", resume=True)
     assert apart(weights(whole["model_dir"]), weights(resumed["model_dir"])) == 0
 
 
-def test_steps_smaller_than_bf16s_near_one_are_learnt_in_bf16(tmp_path):
+def test_updates_smaller_than_the_spacing_of_bf16_are_kept(tmp_path):
     """2^-8 is half a step of bf16 above one: the masters take them, and what is saved are the masters."""
     found = []
     for precision in ("fp32", "bf16"):
@@ -149,32 +154,27 @@ def test_steps_smaller_than_bf16s_near_one_are_learnt_in_bf16(tmp_path):
     assert (rough - change).norm() < 0.3 * change.norm()
 
 
-def test_an_adapter_is_trained_on(tmp_path):
-    made = recipe(tmp_path, adaptation="ia3")
-    first = tunesmith.train(made, out=tmp_path / "first")
-    second = tunesmith.train({**made, "model": first["model_dir"], "adapter": "continue"}, out=tmp_path / "second")
-    assert apart(weights(first["model_dir"]), weights(second["model_dir"])) > 1e-4
+@pytest.mark.parametrize("trained", ["llama"], indirect=True)
+def test_an_adapter_is_trained_on_as_ia3_alone(trained, tmp_path):
+    made, folder = trained
+    further = {**made, "model": folder, "adapter": "continue"}
+    with pytest.raises(RecipeError, match="this adapter is ia3, and adaptation: lora"):
+        tunesmith.check({**further, "adaptation": "lora"})
+    second = tunesmith.train(further, out=tmp_path / "second")
+    assert apart(weights(folder), weights(second["model_dir"])) > 1e-4
     config = json.loads((tmp_path / "second" / "model" / "adapter_config.json").read_text())
     assert config["peft_type"] == "IA3"
 
 
-def test_show_counts_the_vectors(tmp_path):
+@pytest.mark.parametrize("trained", ["llama"], indirect=True)
+def test_show_counts_the_vectors(trained):
     from tunesmith.models.find.folder_summary import show
 
-    tunesmith.train(recipe(tmp_path, adaptation="ia3", max_steps=1), out=tmp_path / "run")
-    parameters = show(tmp_path / "run")["parameters"]
+    parameters = show(trained[1])["parameters"]
     assert parameters["adapter: ia3 vectors"] == parameters["adapter"] == {"count": 192, "dtypes": ["F32"]}
 
 
-def test_an_adapter_is_continued_as_what_it_is(tmp_path):
-    made = recipe(tmp_path, adaptation="ia3", max_steps=1)
-    first = tunesmith.train(made, out=tmp_path / "first")
-    further = {**made, "model": first["model_dir"], "adapter": "continue", "adaptation": "lora"}
-    with pytest.raises(RecipeError, match="this adapter is ia3, and adaptation: lora"):
-        tunesmith.check(further)
-
-
-def test_its_vectors_are_no_weights_that_somebody_else_may_want_to_move():
+def test_fused_layers_stay_under_deepspeed():
     """DeepSpeed moves trained weights: layers that stack their own are left then, those under an adapter are not."""
     kinds = fused_layers.install(adapted(tiny_model("llama")), stack=False).kinds
     assert kinds == fused_layers.install(adapted(tiny_model("llama"))).kinds and kinds.get("mlp") == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,34 @@ def test_trained_parameters_are_those_of_the_closed_form(name: str) -> None:
     assert trained(adapted(name, "prompt")) == COUNT * 32
 
 
-def run(folder: Path, kind: str, name: str = "llama", **keys: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    made = recipe(folder, name, "sft", {"type": kind, "num_virtual_tokens": COUNT, **keys}, max_steps=3)
-    return made, tunesmith.train(made, out=folder / "run")
+@dataclass(frozen=True)
+class Run:
+    """A run of two steps on ``rows``: its recipe, its outcome, its model folder."""
+
+    kind: str
+    made: dict[str, Any]
+    outcome: dict[str, Any]
+    folder: Path
+    rows: Path
+
+    def copy(self, target: Path) -> Path:
+        """A copy of the model folder, to be damaged."""
+        return Path(shutil.copytree(self.folder, target / "model"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_files_are_pefts_and_show_tells_what_they_are(kind: str, tmp_path: Path) -> None:
-    _, outcome = run(tmp_path, kind)
-    folder = Path(outcome["model_dir"])
+def train(folder: Path, kind: str, **keys: Any) -> Run:
+    made = recipe(folder, "llama", "sft", {"type": kind, "num_virtual_tokens": COUNT, **keys}, max_steps=2)
+    outcome = tunesmith.train(made, out=folder / "run")
+    return Run(kind, made, outcome, Path(outcome["model_dir"]), folder / "rows.jsonl")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request: Any, tmp_path_factory: Any) -> Run:
+    return train(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def test_the_files_are_in_pefts_format_and_show_describes_them(run: Run) -> None:
+    kind, outcome, folder = run.kind, run.outcome, run.folder
     stored = load_file(folder / "adapter_model.safetensors")
     assert set(stored) == {"prompt_embeddings"} and stored["prompt_embeddings"].dtype is torch.float32
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == f"{kind.upper()}_TUNING"
@@ -55,50 +76,46 @@ def test_the_files_are_pefts_and_show_tells_what_they_are(kind: str, tmp_path: P
     assert facts["parameters"]["adapter"]["count"] == stored["prompt_embeddings"].numel() == outcome["trainable_parameters"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_is_trained_on_from_where_it_stood(kind: str, tmp_path: Path) -> None:
-    made, first = run(tmp_path, kind)
-    made |= {"model": first["model_dir"], "adapter": "continue", "adaptation": {"type": kind}}
-    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
-    again = tunesmith.train(made, out=tmp_path / "on")
-    figures = tunesmith.evaluate(first["model_dir"], tmp_path / "rows.jsonl", precision="fp32")
+def test_training_further_starts_from_the_saved_values(run: Run, tmp_path: Path) -> None:
+    first, data = run.outcome, {**run.made["data"], "eval": {"path": str(run.rows)}}
+    further = {"model": str(run.folder), "adapter": "continue", "adaptation": {"type": run.kind}, "data": data}
+    again = tunesmith.train({**run.made, **further}, out=tmp_path / "on")
+    figures = tunesmith.evaluate(run.folder, run.rows, precision="fp32")
     assert again["eval_loss_before"] == pytest.approx(figures["eval_loss"], rel=1e-6)
     assert again["eval_loss"] < again["eval_loss_before"] and again["trainable_parameters"] == first["trainable_parameters"]
 
 
-def test_a_prefix_whose_projection_is_gone_is_not_trained_on(tmp_path: Path) -> None:
-    made, first = run(tmp_path, "prefix", prefix_projection=True)
-    made |= {"model": first["model_dir"], "adapter": "continue", "adaptation": {"type": "prefix"}}
+def test_a_prefix_with_a_projection_is_not_continued(tmp_path: Path) -> None:
+    first = train(tmp_path, "prefix", prefix_projection=True)
+    made = {**first.made, "model": str(first.folder), "adapter": "continue", "adaptation": {"type": "prefix"}}
     with pytest.raises(RecipeError, match=r"adapter: continue: this prefix was trained with prefix_projection"):
         tunesmith.check(made)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_that_is_not_whole_is_an_error_that_names_the_tensor(kind: str, tmp_path: Path) -> None:
-    _, outcome = run(tmp_path, kind)
-    file = Path(outcome["model_dir"]) / "adapter_model.safetensors"
+def test_a_damaged_file_is_an_error_that_names_the_tensor(run: Run, tmp_path: Path) -> None:
+    folder = run.copy(tmp_path)
+    file = folder / "adapter_model.safetensors"
     rows = load_file(file)["prompt_embeddings"]
-    for tensors, said in (
+    for tensors, expected in (
         ({"prompt_embedding": rows}, "unexpected: prompt_embedding"),
         ({"prompt_embeddings": rows, "more": rows.clone()}, "unexpected: more"),
         ({"prompt_embeddings": rows[:-1]}, rf"prompt_embeddings has the shape \(4, {rows.shape[1]}\); 5 virtual tokens of Llama"),
         ({"prompt_embeddings": rows[:, :-2].contiguous()}, "prompt_embeddings has the shape"),
     ):
         save_file(tensors, file)
-        with pytest.raises(ModelError, match=said):
-            tunesmith.load(outcome["model_dir"])
+        with pytest.raises(ModelError, match=expected):
+            tunesmith.load(folder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_probe_notices_other_numbers(kind: str, tmp_path: Path) -> None:
-    _, outcome = run(tmp_path, kind)
-    tunesmith.load(outcome["model_dir"])
-    file = Path(outcome["model_dir"]) / "adapter_model.safetensors"
+def test_the_probe_notices_other_numbers(run: Run, tmp_path: Path) -> None:
+    folder = run.copy(tmp_path)
+    tunesmith.load(folder)
+    file = folder / "adapter_model.safetensors"
     save_file({"prompt_embeddings": load_file(file)["prompt_embeddings"].roll(1, 0) * 2}, file)
     record = file.with_name("tunesmith.json")
     record.write_text(json.dumps({**json.loads(record.read_text()), "files": None}))  # the logits alone are to tell
     with pytest.raises(ModelError, match="does not answer as it did"):
-        tunesmith.load(outcome["model_dir"])
+        tunesmith.load(folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,11 +135,9 @@ def test_rows_leave_room_for_virtual_tokens(kind: str, tmp_path: Path) -> None:
     assert tunesmith.train(made, out=tmp_path / "run")["steps"] == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_there_is_nothing_to_merge(kind: str, tmp_path: Path) -> None:
-    _, outcome = run(tmp_path, kind)
-    with pytest.raises(UserError, match=f"a {kind}_tuning adapter adds inputs, not weights"):
-        tunesmith.merge(outcome["model_dir"], tmp_path / "merged")
+def test_there_is_nothing_to_merge(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"a {run.kind}_tuning adapter adds inputs, not weights"):
+        tunesmith.merge(run.folder, tmp_path / "merged")
 
 
 def test_words_are_repeated_or_cut_to_the_number_asked_for() -> None:
@@ -137,7 +152,7 @@ def test_words_are_repeated_or_cut_to_the_number_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "keys", "said"),
+    ("config", "keys", "expected"),
     [
         (prompt.Config, {"prompt_tuning_init_text": ""}, "is empty"),
         (prompt.Config, {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": "x"}, "does nothing with .* RANDOM"),
@@ -146,6 +161,6 @@ def test_words_are_repeated_or_cut_to_the_number_asked_for() -> None:
         (prefix.Config, {"num_virtual_tokens": -1}, "greater than 0"),
     ],
 )
-def test_keys_that_say_nothing_are_refused(config: Any, keys: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_keys_without_effect_are_refused(config: Any, keys: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
         config(**keys)

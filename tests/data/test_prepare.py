@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from tests.tiny import tiny_tokenizer
 from tunesmith.data.data_config import DataConfig
@@ -22,16 +21,18 @@ from tunesmith.data.store import cache
 from tunesmith.data.store.encoded_rows import blocks
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError, DiskFullError, UserError
-from tunesmith.objectives import Objective, Traits
+from tunesmith.objectives import Config, Objective, Traits
 
 
-class Options(BaseModel):
+class Options(Config):
     train_on: str
     overlong: str
 
 
 class Language(Objective):
     """The part of an objective that preparation uses."""
+
+    traits = Traits(rows=())
 
     def __init__(self, overlong="error", train_on="completion", rows=(Chat, PromptCompletion, Text)):
         super().__init__(Options(train_on=train_on, overlong=overlong))

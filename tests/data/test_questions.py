@@ -247,7 +247,7 @@ def test_only_data_with_impossible_questions_set_a_threshold():
     rows = [Question("what?", "the fox", (("fox", 4),)), Question("what?", "the fox", ())]
     objective = qa.Objective(qa.Config())
     objective.scan(rows[:1])
-    assert objective.threshold is None and "so there always is one" in objective.notes[0]
+    assert objective.threshold is None and "the model always predicts one" in objective.notes[0]
     objective.scan(rows)
     assert objective.threshold == 0.0
 

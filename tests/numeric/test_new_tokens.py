@@ -196,8 +196,8 @@ def test_a_token_that_is_there_or_does_not_come_back_is_refused_by_name(token, w
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"add_tokens": ["<a>", " "]}, "a token of spaces"),
-        ({"add_tokens": ["<a>", "<a>"]}, "'<a>' stands there twice"),
+        ({"add_tokens": ["<a>", " "]}, "only spaces"),
+        ({"add_tokens": ["<a>", "<a>"]}, "'<a>' is listed twice"),
         ({"add_tokens": ["<a>"], "adapter": "continue"}, "adapter: merge"),
         ({"adaptation": {**LORA, "target_modules": ["q_proj", "embed_tokens"]}}, "modules_to_save instead"),
     ],

@@ -38,9 +38,8 @@ def gpt2(folder, pad=None):
     return folder
 
 
-@pytest.mark.parametrize("pad", [None, END, "<pad>"])
-@pytest.mark.parametrize("objective", ["classify", "reward"])
-def test_gpt2_is_trained_and_a_plain_pipeline_says_what_we_say(objective, pad, tmp_path):
+@pytest.mark.parametrize(("objective", "pad"), [("classify", None), ("classify", "<pad>"), ("reward", END)])
+def test_gpt2_is_trained_and_a_transformers_pipeline_predicts_the_same(objective, pad, tmp_path):
     made = {**recipe(tmp_path, "gpt2", objective), "model": str(gpt2(tmp_path / "gpt2", pad))}
     found = tunesmith.train(made, out=tmp_path / "run")["model_dir"]
     rows = ROWS[objective](6)

@@ -62,12 +62,12 @@ def inputs(example):
 
 
 @pytest.mark.parametrize(("slips", "said"), [(["B PER"], True), (["B PER"] * 4, False), ([], False)])
-def test_a_slip_among_tags_of_entities_is_said(slips, said):
+def test_a_misspelt_entity_tag_is_noted(slips, said):
     """One in 41 words; parts of speech, which are a tenth of the words here, are no slip."""
     tags = ("B-PER", "I-PER", "O", "O") * 10 + tuple(slips)
     objective = tag.Objective(tag.Config())
     objective.scan([Tagged("a " * len(tags), tuple((2 * at, 2 * at + 1) for at in range(len(tags))), tags)])
-    assert any("'B PER' (1): no tag of BIO" in note for note in objective.notes) == said
+    assert any("'B PER' (1) do not follow BIO" in note for note in objective.notes) == said
 
 
 BROKEN = [
@@ -82,14 +82,14 @@ def test_tags_that_break_their_scheme_are_counted_whether_labels_are_given_or_no
     assert objective.labels == (labels or ["O", "B-X", "I-X"])
     assert any("2 times an I- with no B- before it" in note for note in objective.notes)
     windows = [
-        {"row": (0, n), "words": np.arange(3), "said": np.zeros(3, np.int32), "scores": np.zeros(3), "loss": (0.0, 3),
+        {"row": (0, n), "words": np.arange(3), "predicted": np.zeros(3, np.int32), "scores": np.zeros(3), "loss": (0.0, 3),
          "targets": np.array([objective.labels.index(one) for one in row.tags])}
         for n, row in enumerate(BROKEN)
     ]  # fmt: skip
     assert objective.details([{"windows": windows}])["broken_tags"] == 2
 
 
-def test_a_stream_is_not_looked_at_where_its_tags_are_given():
+def test_a_stream_is_not_read_where_its_tags_are_given():
     def stream():
         raise ReadOnceError("a stream")
         yield
@@ -136,11 +136,10 @@ def same_as(expected, objective, network, examples):
             assert float((one - other).abs().max()) <= 2e-6 * max(1.0, float(other.abs().max()))
 
 
-SPLITS = [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 40}, {"packing": "off"}, {"packing": "off", "micro_batch_tokens": 50}]
+SPLITS = [{"micro_batch_tokens": 1}, {"packing": "off", "micro_batch_tokens": 50}]
 
 
-@pytest.mark.parametrize("what", WINDOWED)
-@pytest.mark.parametrize("name", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize(("name", "what"), [("bert", "tag"), ("llama", "label_all"), ("roberta", "qa")])
 def test_any_split_makes_the_same_update_and_figures(name, what, tmp_path):
     objective, settings = WINDOWED[what]
     model_folder(tmp_path, name, **({"hidden_dropout_prob": 0.2} if name in ENCODERS else {}))
@@ -158,9 +157,13 @@ def test_any_split_makes_the_same_update_and_figures(name, what, tmp_path):
 def test_two_processes_make_the_update_of_one(tmp_path):
     from tests.numeric.test_invariance import in_two_processes, same_run
 
+    """Windows of a row on different processes, and the dropout of bottleneck adapters."""
+    bottleneck = {"type": "bottleneck", "bottleneck_size": 4, "variant": "houlsby", "dropout": 0.3}
     runs = {}
-    for what, (objective, settings) in WINDOWED.items():
-        run = recipe(tmp_path, "bert", objective, "full", learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2, **settings)
+    for what, (objective, settings), adaptation in (("qa", WINDOWED["qa"], "full"), ("classify", ("classify", {}), bottleneck)):
+        run = recipe(
+            tmp_path, "bert", objective, adaptation, learning_rate=1e-3, optim_args={"eps": 1e-3}, eval_steps=2, **settings
+        )
         rows = (tmp_path / "rows.jsonl").rename(tmp_path / f"{what}.jsonl")
         run["data"] |= {"train": [{"path": str(rows)}], "eval": {"path": str(rows)}}
         tunesmith.train(run, out=tmp_path / what)
@@ -170,12 +173,11 @@ def test_two_processes_make_the_update_of_one(tmp_path):
         same_run(tmp_path / what, both)
 
 
-@pytest.mark.parametrize("what", ["tag", "qa"])
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize(("name", "what"), [("bert", "tag"), ("llama", "qa")])
 def test_killed_and_resumed_it_is_the_same_run(name, what, tmp_path):
     objective, settings = WINDOWED[what]
     model_folder(tmp_path, name, **({"hidden_dropout_prob": 0.2} if name in ENCODERS else {}))
-    run = recipe(tmp_path, name, objective, "full", count=14, **{"max_steps": 6, "eval_steps": 2, "save_steps": 1, **settings})
+    run = recipe(tmp_path, name, objective, "full", count=14, **{"max_steps": 5, "eval_steps": 2, "save_steps": 1, **settings})
     run["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl"), "limit": 5}
     straight = tunesmith.train(run, out=tmp_path / "straight")
     killed_before(4, run, tmp_path / "killed")
@@ -185,9 +187,8 @@ def test_killed_and_resumed_it_is_the_same_run(name, what, tmp_path):
     assert all(ours[key].equal(theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("what", WINDOWED)
-@pytest.mark.parametrize("name", ["bert", "roberta", "llama", "gpt2"])
-def test_eight_rows_are_learnt_by_heart(name, what, tmp_path):
+@pytest.mark.parametrize(("name", "what"), [("bert", "qa"), ("roberta", "tag"), ("llama", "label_all"), ("gpt2", "qa")])
+def test_eight_rows_are_memorised(name, what, tmp_path):
     objective, settings = WINDOWED[what]
     run = recipe(
         tmp_path, name, objective, "full", count=8, **{"max_steps": 150, "learning_rate": 5e-3, "batch_size": 64, **settings}
@@ -283,7 +284,7 @@ def test_held_out_rows_without_an_entity_have_an_f1_too(tmp_path):
     assert tunesmith.train(made, out=tmp_path / "run")["eval_f1"] == 0.0
 
 
-def test_a_tagger_goes_on_with_its_own_labels(tmp_path):
+def test_a_tagger_that_is_trained_further_keeps_its_labels(tmp_path):
     """Trained further on rows with fewer kinds of tags, the head stays as it is."""
     outcome = tunesmith.train(
         recipe(tmp_path, "bert", {"type": "tag", "labels": ["O", "B-PER", "B-LOC"]}, "full"), out=tmp_path / "run"

@@ -1,7 +1,8 @@
-"""Adaptations: which weights are trained, and how they are kept. One file each; the file's name is its key in the recipe.
+"""Adaptations: which weights are trained, and how they are saved. One file each; the file's name is its key
+in the recipe.
 
-An adaptation never knows what the loss is. A new one is one file here with a ``Config`` and an ``Adaptation`` class that
-keeps this contract, and one row in ``tests/matrix``.
+An adaptation never knows what the loss is. A new one is one file here with a ``Config`` and an ``Adaptation``
+class that keeps this contract, and one row in ``tests/matrix``.
 """
 
 from __future__ import annotations
@@ -12,68 +13,78 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+class Config(BaseModel):
+    """Base of the keys of an adaptation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """Facts about an adaptation that the rest of the program needs before there is an object of it, instead of its name.
-
-    ``saved_as``  peft's type of the adapter that it saves (``models.adapters.adapter_types`` has what follows from it); None = it trains
-    the model's own weights and saves a whole model.
-    ``quantised_base``  the base is kept in 4 or 8 bits.
-    ``dropout``  the key of its ``Config`` that draws at random while training; None = it draws nothing.
-    ``peft_keys``  keys of peft's config that a user may look for -> the recipe's key that says the same, with an example.
-    """
+    """Facts about an adaptation that other code may ask for without knowing which adaptation it is."""
 
     saved_as: str | None
+    """peft's type of the saved adapter (``models.adapters.adapter_types`` lists its consequences); None = the
+    model's own weights are trained and a whole model is saved."""
     quantised_base: bool = False
+    """The base model is loaded in 4 or 8 bits."""
     dropout: str | None = None
+    """The key of its ``Config`` for a dropout rate; None = it has no dropout."""
     peft_keys: Mapping[str, str] = field(default_factory=dict)
+    """Keys of peft that a user may try -> the recipe's key with the same meaning, with an example."""
 
 
-class Adaptation(Protocol):
-    """What the engine needs of an adaptation. ``learning_rate`` is its default rate.
+class Adaptation:
+    """The contract. Every adaptation writes ``apply``; the other methods have a default for an adapter in
+    peft's format.
 
-    ``keys_of_learning``: keys of its ``Config`` that say how it learns, not what it is; they hold for one that is continued too.
-    ``notes``: what ``apply`` decided that is not plain from the recipe, to be said once.
-
-    Merging needs no adaptation object: it works on saved folders (``models.load.load.merge_into_base``), whoever trained them.
+    Merging works on saved folders (``models.load.load.merged``) and needs no adaptation object.
     """
 
+    config: Config
     traits: Traits
     learning_rate: float
-    keys_of_learning: frozenset[str]
-    notes: Sequence[str]
+    """Default learning rate."""
+    keys_of_learning: frozenset[str] = frozenset()
+    """Keys of its ``Config`` for the optimiser alone; they also apply to an adapter that is continued."""
+    notes: Sequence[str] = ()
+    """Decisions of ``apply`` that the recipe does not show; printed once."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
 
     def load_kwargs(self) -> dict[str, Any]:
-        """Extra arguments for ``from_pretrained`` (a quantisation config, say)."""
-        ...
+        """Extra arguments for ``from_pretrained``, such as a quantisation config."""
+        return {}
 
     def apply(
-        self,
-        model: PreTrainedModel,
-        head: str,
-        new_rows: Sequence[int] = (),
-        tokenizer: PreTrainedTokenizerBase = None,
-    ) -> Any:
-        """Return the model with exactly the right parameters trainable. Raises RecipeError before touching it.
+        self, model: PreTrainedModel, head: str, new_rows: Sequence[int] = (), tokenizer: Tokenizer = None
+    ) -> PreTrainedModel:
+        """Return the model with exactly the right parameters trainable. Raises RecipeError before changing
+        the model.
 
-        ``new_rows``: rows of embedding and output layer that belong to new tokens; they are trained whatever else is.
-        ``tokenizer``: the run's own, for an adaptation whose first values are words.
+        ``new_rows``: rows of embedding and output layer that belong to new tokens, which every adaptation
+        must train. ``tokenizer``: that of the run, for an adaptation whose initial values come from words.
         """
-        ...
+        raise NotImplementedError
 
-    def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
-        """Name -> how many times the run's learning rate it learns at, of the trained ``parameters``; 1 for those left out."""
-        ...
+    def learning_rates(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Name -> factor on the run's learning rate, for the trained ``parameters`` whose factor is not 1."""
+        return {}
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
-        """Write what was trained, as safetensors, in the Hub's or peft's own format."""
-        ...
+        """Write adapter_config.json and adapter_model.safetensors; nothing of the base model."""
+        model.save_pretrained(folder, save_embedding_layers=False)
 
 
 def names() -> list[str]:
@@ -82,20 +93,24 @@ def names() -> list[str]:
 
 
 def module(name: str) -> ModuleType:
-    """The file of one adaptation, imported when asked for."""
+    """Import the file of one adaptation."""
     return importlib.import_module(f"{__name__}.{name}")
 
 
 def makers(saved_as: str, quantised_base: bool | None = None) -> list[str]:
-    """The adaptations that save adapters of peft's type ``saved_as``; only those on such a base, where that is given."""
-    traits = {name: module(name).Adaptation.traits for name in names()}
+    """The adaptations that save adapters of peft's type ``saved_as``, by default on any base model."""
+    traits: dict[str, Traits] = {name: module(name).Adaptation.traits for name in names()}
+    bases = (True, False) if quantised_base is None else (quantised_base,)
     return [
-        name
-        for name, found in traits.items()
-        if found.saved_as == saved_as and quantised_base in (None, found.quantised_base)
+        name for name, kept in traits.items() if kept.saved_as == saved_as and kept.quantised_base in bases
     ]
 
 
-def name_of(config: Any) -> str:
+def keeps_weights_tied(model: PreTrainedModel, modules_to_save: Sequence[str]) -> bool:
+    """peft's ``ensure_weight_tying``: a module trained whole may share its weights."""
+    return bool(modules_to_save) and bool(getattr(model.config, "tie_word_embeddings", False))
+
+
+def name_of(config: Config) -> str:
     """The key of the file that ``config`` belongs to."""
     return type(config).__module__.rpartition(".")[2]

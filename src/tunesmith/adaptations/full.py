@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
+from tunesmith import adaptations
 from tunesmith.adaptations import Traits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class Config(adaptations.Config):
+    pass
 
 
-class Adaptation:
+class Adaptation(adaptations.Adaptation):
     traits = Traits(None)
     learning_rate = 2e-5
-    keys_of_learning: frozenset[str] = frozenset()
-    notes: Sequence[str] = ()
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def load_kwargs(self) -> dict[str, Any]:
-        return {}
 
     def apply(
-        self,
-        model: PreTrainedModel,
-        head: str,
-        new_rows: Sequence[int] = (),
-        tokenizer: PreTrainedTokenizerBase = None,
-    ) -> Any:
+        self, model: PreTrainedModel, head: str, new_rows: Sequence[int] = (), tokenizer: Tokenizer = None
+    ) -> PreTrainedModel:
         model.requires_grad_(True)
         return model
 
-    def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
-        return {}
-
     def save(self, model: PreTrainedModel, folder: Path) -> None:
-        """A plain transformers folder, in the dtype of the weights as they are now."""
+        """Write a plain transformers folder, in the dtype that the weights have now."""
         model.config.dtype = model.dtype
         model.save_pretrained(folder)

@@ -1,101 +1,100 @@
-"""LoRA: every chosen linear layer gets a trained update of low rank, W + (alpha / r) B A (Hu et al. 2021). Files are peft's.
+"""LoRA: every chosen linear layer gets a trained update of low rank, W + (alpha / r) B A (Hu et al. 2021).
+Files are in peft's format.
 
-Where A and B start from the base's own weights, the base is left as it is all the same: see ``models.adapters.lora_factors``.
+Where A and B start from the base model's weights, those weights still stay unchanged: see
+``models.adapters.lora_factors``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from tunesmith import adaptations
 from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
+from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import linear_layers
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import module_patterns, vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from peft import LoraConfig
+    from torch import nn
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
-NOT_HERE = {
-    "loftq": "it changes the base to fit its own quantisation, on a GPU; adaptation: qlora trains beside a 4-bit base",
+UNSUPPORTED_INITS = {
+    "loftq": "it changes the base model to fit its own quantisation, on a GPU; adaptation: qlora trains on a 4-bit base model",
     "eva": "it reads the training rows before the first step",
     "corda": "it reads the training rows before the first step",
     "lora_ga": "it reads the training rows before the first step",
-    "mica": "it freezes B, so it is no LoRA that others could train on",
-    "orthogonal": "its update starts at zero too, and peft alone knows it",
-    "false": "it makes an update of random numbers, for peft's own tests",
+    "mica": "it freezes B, so others could not train the adapter further as a LoRA",
+    "orthogonal": "its update also starts at zero, and only peft has it",
+    "false": "its update starts as random numbers, for peft's own tests",
 }
-"""First values of peft's that are refused, and why."""
+"""Values of peft's ``init_lora_weights`` that are refused, with the reason."""
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    r: int | dict[str, Any] = Field(
+class Config(adaptations.Config):
+    r: int | JsonObject = Field(
         8,
         description="rank of the update; by the end of a layer's name (peft's rank_pattern): {default: 8, down_proj: 16}",
     )
-    lora_alpha: float | dict[str, Any] = Field(
+    lora_alpha: float | JsonObject = Field(
         16.0,
         description="the update is scaled by lora_alpha / r; by name (peft's alpha_pattern): {default: 16, down_proj: 32}",
     )
     init_lora_weights: Literal[True] | str = Field(
         True,
-        description="where A and B start: true (A random, B zero), gaussian, pissa, pissa_niter_N or olora",
+        description="initial A and B: true (A random, B zero), gaussian, pissa, pissa_niter_N or olora",
     )
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = Field(
         "all-linear", description="all-linear, or names of modules such as [q_proj, v_proj]"
     )
-    layers_to_transform: int | list[int] | None = Field(
-        None, description="only these decoder layers, counted from 0"
-    )
+    layers_to_transform: int | list[int] | None = Field(None, description="only these layers, counted from 0")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) (Kalajdzievski 2023)")
-    use_dora: bool = Field(False, description="magnitude and direction apart (Liu et al. 2024)")
+    use_dora: bool = Field(False, description="train magnitude and direction separately (Liu et al. 2024)")
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = Field(
         None, description="modules trained and saved whole, such as [lm_head]"
     )
     loraplus_lr_ratio: float | None = Field(
-        None, ge=1, description="B learns at so many times A's rate (Hayou et al. 2024)"
+        None, ge=1, description="learning rate of B as a multiple of A's (Hayou et al. 2024)"
     )
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
-    def _known_start(cls, value: Any) -> Any:
+    def _check_init(cls, value: object) -> object:
         name = str(value).lower()
-        if (
-            value is True
-            or name in ("gaussian", "olora", "pissa")
-            or re.fullmatch(r"pissa_niter_[1-9]\d*", name)
-        ):
-            return value if value is True else name
-        reason = (
-            f"{value} is not offered here: {NOT_HERE[name]}"
-            if name in NOT_HERE
-            else f"unknown start {value!r}"
-        )
+        if value is True:
+            return value
+        if name in ("gaussian", "olora", "pissa") or re.fullmatch(r"pissa_niter_[1-9]\d*", name):
+            return name
+        reason = UNSUPPORTED_INITS.get(name)
+        problem = f"{value} is not supported: {reason}" if reason else f"unknown initialisation {value!r}"
         raise ValueError(
-            f"{reason}. Expected true, gaussian, pissa, pissa_niter_N (such as pissa_niter_16) or olora"
+            f"{problem}. Expected true, gaussian, pissa, pissa_niter_N (such as pissa_niter_16) or olora"
         )
 
     @model_validator(mode="after")
-    def _magnitudes_start_at_the_base(self) -> Config:
+    def _check_dora(self) -> Config:
         if self.use_dora and self.init_lora_weights is not True:
             raise ValueError(
-                "use_dora: its magnitudes are measured on a LoRA that starts at zero, so init_lora_weights must be left out"
+                "use_dora measures its magnitudes on an update that starts at zero: leave out init_lora_weights"
             )
         return self
 
     @field_validator("r", "lora_alpha")
     @classmethod
-    def _for_all_or_by_layer(cls, given: Any, info: ValidationInfo) -> Any:
-        """A mapping says what holds for all other layers; one that says nothing more is that number."""
+    def _check_number_or_mapping(cls, given: float | JsonObject, info: ValidationInfo) -> float | JsonObject:
+        """A mapping has a ``default`` for the layers it does not name; alone, that is the number."""
         number, wanted = (int, "a whole number") if info.field_name == "r" else (float, "a number")
         for name, value in given.items() if isinstance(given, dict) else [(None, given)]:
             if type(value) not in (int, number) or not value > 0:
@@ -115,31 +114,21 @@ class Config(BaseModel):
         return given if len(given) > 1 else number(given["default"])
 
     @property
-    def rank(self) -> int:
-        """Of the layers that no pattern names."""
-        return int(_default(self.r))
+    def ranks(self) -> tuple[int, dict[str, int]]:
+        """(rank of the layers that no pattern names, peft's ``rank_pattern``)."""
+        default, by_pattern = _split_default(self.r)
+        return int(default), by_pattern
 
     @property
-    def rank_pattern(self) -> dict[str, int]:
-        """Other ranks, by patterns for the ends of layers' names, as peft takes them."""
-        return _others(self.r)
+    def alphas(self) -> tuple[float, dict[str, float]]:
+        """As :attr:`ranks`: (alpha, peft's ``alpha_pattern``)."""
+        default, by_pattern = _split_default(self.lora_alpha)
+        return float(default), {name: float(value) for name, value in by_pattern.items()}
 
     @property
-    def alpha(self) -> float:
-        return float(_default(self.lora_alpha))
-
-    @property
-    def alpha_pattern(self) -> dict[str, float]:
-        return {name: float(value) for name, value in _others(self.lora_alpha).items()}
-
-    @property
-    def begins(self) -> str | None:
-        """The start, where it is read off the base's weights."""
-        return (
-            self.init_lora_weights
-            if isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
-            else None
-        )
+    def init_from_base(self) -> str | None:
+        """The initialisation, where it is computed from the base model's weights."""
+        return None if self.init_lora_weights in (True, "gaussian") else str(self.init_lora_weights)
 
 
 PEFT_KEYS = {
@@ -148,244 +137,225 @@ PEFT_KEYS = {
 }
 
 
-class Adaptation:
+class Adaptation(adaptations.Adaptation):
+    config: Config
     traits = Traits("LORA", dropout="lora_dropout", peft_keys=PEFT_KEYS)
     learning_rate = 2e-4
     keys_of_learning = frozenset({"loraplus_lr_ratio"})
-    notes: Sequence[str] = ()
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def load_kwargs(self) -> dict[str, Any]:
-        return {}
 
     def apply(
-        self,
-        model: PreTrainedModel,
-        head: str,
-        new_rows: Sequence[int] = (),
-        tokenizer: PreTrainedTokenizerBase = None,
-    ) -> Any:
-        """A peft model with exactly the adapter, ``modules_to_save`` and the ``new_rows`` of the vocabulary trainable.
+        self, model: PreTrainedModel, head: str, new_rows: Sequence[int] = (), tokenizer: Tokenizer = None
+    ) -> PreTrainedModel:
+        """Return a peft model with exactly the adapter, ``modules_to_save`` and the ``new_rows`` of the
+        vocabulary trainable.
 
-        Raises RecipeError, before the model is touched, when a pattern matches no module, a rank is above the size of its
-        layer, or new rows cannot be trained.
+        Raises RecipeError, before the model is changed, when a pattern matches no module, a rank is above the
+        size of its layer, or new rows cannot be trained.
         """
         from peft import LoraConfig, get_peft_model
 
-        wanted: str | list[str] = self.config.target_modules
+        keys = self.config
+        (rank, rank_pattern), (alpha, alpha_pattern) = keys.ranks, keys.alphas
         names = [name for name, _ in model.named_modules() if name]
-        if wanted != "all-linear":
-            module_patterns.require_matches("target_modules", wanted, names)
-        module_patterns.require_matches("modules_to_save", self.config.modules_to_save or [], names)
-        whole = [
-            *module_patterns.matching_modules(self.config.modules_to_save or [], names),
-            *head_types.new_parts(model, head),
-        ]
-        rows = self._rows_of(model, new_rows)
-        begins = self.config.begins
-        if self.config.layers_to_transform is not None:
-            wanted = _names_in_layers(model, wanted, self.config.layers_to_transform)
+        modules_to_save = keys.modules_to_save or []
+        if keys.target_modules != "all-linear":
+            module_patterns.require("target_modules", keys.target_modules, names)
+        module_patterns.require("modules_to_save", modules_to_save, names)
+        whole = [*module_patterns.whole(modules_to_save, names), *head_types.new_parts(model, head)]
+        new_token_rows = self._new_token_rows(model, new_rows)
+        targets = keys.target_modules
+        if keys.layers_to_transform is not None:
+            targets = _names_in_layers(model, targets, keys.layers_to_transform)
         config = LoraConfig(
             task_type=head_types.TASK[head],
-            r=self.config.rank,
-            rank_pattern=self.config.rank_pattern,
-            lora_alpha=self.config.alpha,
-            alpha_pattern=self.config.alpha_pattern,
-            init_lora_weights=True if begins else self.config.init_lora_weights,
-            lora_dropout=self.config.lora_dropout,
-            target_modules=wanted,
-            layers_to_transform=self.config.layers_to_transform,
-            use_rslora=self.config.use_rslora,
-            use_dora=self.config.use_dora,
-            bias=self.config.bias,
+            r=rank,
+            rank_pattern=rank_pattern,
+            lora_alpha=alpha,
+            alpha_pattern=alpha_pattern,
+            init_lora_weights=True if keys.init_from_base else keys.init_lora_weights,
+            lora_dropout=keys.lora_dropout,
+            target_modules=targets,
+            layers_to_transform=keys.layers_to_transform,
+            use_rslora=keys.use_rslora,
+            use_dora=keys.use_dora,
+            bias=keys.bias,
             modules_to_save=whole or None,
-            trainable_token_indices=rows or None,
+            trainable_token_indices=new_token_rows or None,
             fan_in_fan_out=linear_layers.stores_transposed(model),
-            ensure_weight_tying=bool(self.config.modules_to_save)
-            and bool(getattr(model.config, "tie_word_embeddings", False)),
+            ensure_weight_tying=adaptations.keeps_weights_tied(model, modules_to_save),
         )
-        chosen = _targets(model, config)
-        self._check_apart(model, config, chosen)
+        chosen = _target_layers(model, config)
+        self._check_targets(names, chosen, whole)
         self._check_patterns(chosen)
+        self._check_ranks(chosen)
         adapted = get_peft_model(model, config)
-        if begins:
+        if keys.init_from_base:
             from tunesmith.models.adapters import lora_factors, lora_init
 
             for name in chosen:
                 layer = model.get_submodule(name)
-                lora_factors.set_start(layer, *lora_init.factors_of(layer, begins))
+                lora_factors.start(layer, *lora_init.factors_of(layer, keys.init_from_base))
         return adapted
 
-    def _check_apart(self, model: PreTrainedModel, config: Any, chosen: Mapping[str, Any]) -> None:
-        """Raise RecipeError where ``modules_to_save`` leaves no layer to all targets, or to one that is named, or where what is
-        named is no layer that can have a LoRA."""
-        names = [name for name, _ in model.named_modules() if name]
-        whole, wanted = list(config.modules_to_save or []), self.config.target_modules
-        for one in [wanted] if isinstance(wanted, str) else wanted:
-            aimed = [
-                name
-                for name in names
-                if module_patterns.matching_patterns(wanted if isinstance(wanted, str) else [one], [name])
-            ]
-            if not any(name in chosen for name in aimed):
-                module_patterns.require_disjoint("adaptation.target_modules names", aimed, whole)
-        if not chosen and wanted == "all-linear":
+    def _check_targets(
+        self, names: Sequence[str], chosen: Mapping[str, nn.Module], whole: Sequence[str]
+    ) -> None:
+        """Raise RecipeError for targets inside ``modules_to_save`` or of a wrong type."""
+        targets = self.config.target_modules
+        for pattern in [targets] if isinstance(targets, str) else targets:
+            named = _matching(targets if isinstance(targets, str) else [pattern], names)
+            if not any(name in chosen for name in named):
+                module_patterns.require_apart("adaptation.target_modules names", named, list(whole))
+        if not chosen and targets == "all-linear":
             raise RecipeError(
                 f"adaptation.modules_to_save trains {', '.join(whole)} whole, which leaves no linear layer for a LoRA.\n"
                 "  Leave it out, or use adaptation: full."
             )
         for name, module in chosen.items():
             if not _takes_lora(module):
-                inside = sorted(
-                    {
-                        key.rpartition(".")[2]
-                        for key, one in module.named_modules()
-                        if key and _takes_lora(one)
-                    }
-                )
+                inside = {
+                    key.rpartition(".")[2] for key, one in module.named_modules() if key and _takes_lora(one)
+                }
+                fix = f"Name the layers inside it: {', '.join(sorted(inside))}" if inside else "Leave it out"
                 raise RecipeError(
-                    f"adaptation.target_modules names {name}, a {type(module).__name__}: a LoRA goes on linear layers and "
-                    f"embeddings.\n  {'Name those inside it: ' + ', '.join(inside) if inside else 'Leave it out'}."
+                    f"adaptation.target_modules names {name}, a {type(module).__name__}: only linear layers and embeddings can "
+                    f"have a LoRA.\n  {fix}."
                 )
 
-    def _check_patterns(self, chosen: Mapping[str, Any]) -> None:
-        """Raise RecipeError for a pattern that names none of the ``chosen`` layers, a rank above a layer's size, or a start that
-        a layer cannot have."""
-        for key, given in (("r", self.config.rank_pattern), ("lora_alpha", self.config.alpha_pattern)):
-            idle = [pattern for pattern in given if not any(_pattern_of([pattern], name) for name in chosen)]
-            if idle:
+    def _check_patterns(self, chosen: Iterable[str]) -> None:
+        """Raise RecipeError for a pattern of ``r`` or ``lora_alpha`` that names no ``chosen`` layer."""
+        for key, (_, given) in (("r", self.config.ranks), ("lora_alpha", self.config.alphas)):
+            unused = [
+                pattern for pattern in given if not any(_first_match([pattern], name) for name in chosen)
+            ]
+            if unused:
                 ends = sorted({name.rpartition(".")[2] for name in chosen})
                 raise RecipeError(
-                    f"adaptation.{key}.{idle[0]} matches no layer that gets a LoRA{module_patterns.hint(idle[0], ends)}.\n"
-                    f"  Those that do end in: {', '.join(ends)}"
+                    f"adaptation.{key}.{unused[0]} matches no layer that gets a LoRA{module_patterns.hint(unused[0], ends)}.\n"
+                    f"  Those layers end in: {', '.join(ends)}"
                 )
+
+    def _check_ranks(self, chosen: Mapping[str, nn.Module]) -> None:
+        """Raise RecipeError for a rank or an initialisation that a layer cannot have."""
+        from torch import nn
+
+        default, by_pattern = self.config.ranks
         for name, module in chosen.items():
-            pattern = _pattern_of(list(self.config.rank_pattern), name)
-            rank = self.config.rank if pattern is None else self.config.rank_pattern[pattern]
+            pattern = _first_match(by_pattern, name)
+            rank = default if pattern is None else by_pattern[pattern]
             size = linear_layers.widths(module)
             if rank > min(size):
                 key = "r" if pattern is None else f"r.{pattern}"
                 raise RecipeError(
                     f"adaptation.{key}: the rank {rank} is above the size of {name}, which is {size[0]} x {size[1]}: "
-                    f"an update of it has at most rank {min(size)}.\n"
-                    f"  Take a smaller rank, or give this layer its own: {{r: {{default: {self.config.rank}, "
+                    f"its update has at most rank {min(size)}.\n"
+                    f"  Choose a smaller rank, or another one for this layer: {{r: {{default: {default}, "
                     f"{name.rpartition('.')[2]}: {min(size)}}}}}"
                 )
-            if self.config.begins and not hasattr(module, "bias"):
+            if self.config.init_from_base and isinstance(module, nn.Embedding):
                 raise RecipeError(
-                    f"adaptation.init_lora_weights={self.config.begins} starts from the weights of linear layers, and "
-                    f"{name} is none.\n  Leave it out of adaptation.target_modules, or leave out init_lora_weights."
+                    f"adaptation.init_lora_weights={self.config.init_from_base} starts from the weights of linear layers, and "
+                    f"{name} is an embedding.\n  Leave it out of adaptation.target_modules, or leave out init_lora_weights."
                 )
 
-    def _rows_of(self, model: PreTrainedModel, new_rows: Sequence[int]) -> dict[str, list[int]]:
-        """Layer -> rows trained beside the adapter; a layer in ``modules_to_save`` is trained whole, new rows and all."""
+    def _new_token_rows(self, model: PreTrainedModel, new_rows: Sequence[int]) -> dict[str, list[int]]:
+        """Layer -> rows trained with the adapter; ``modules_to_save`` are trained whole anyway."""
         if not new_rows:
             return {}
         targets = self.config.target_modules
-        aimed = [
-            name
-            for name in vocabulary.end_names(model, all_ends=True)
-            if targets != "all-linear" and module_patterns.matching_patterns(targets, [name])
-        ]
-        if aimed:
+        ends = vocabulary.end_names(model, all_ends=True)
+        if targets != "all-linear" and (named := _matching(targets, ends)):
             raise RecipeError(
-                f"add_tokens trains rows of {aimed[0]}, which adaptation.target_modules names too: a layer takes only one."
+                f"add_tokens trains rows of {named[0]}, which adaptation.target_modules names too: a layer takes only one."
                 "\n  Put it under adaptation.modules_to_save instead, or leave it out."
             )
         return vocabulary.rows_to_train(model, new_rows, self.config.modules_to_save or [])
 
-    def learning_rates(self, parameters: Mapping[str, Any]) -> dict[str, float]:
-        """LoRA+: B learns at a multiple of A's rate. So do vectors (biases, DoRA's magnitudes), as in peft and the authors' code.
+    def learning_rates(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """LoRA+: B has a multiple of A's rate. So do vectors (biases, DoRA's magnitudes), as in peft and the
+        authors' code.
 
-        Where peft gives a LoRA on the embedding a fixed rate of 1e-6, here its B learns like any other B.
+        peft trains B of an embedding at a fixed rate of 1e-6; here it has the rate of any other B.
         """
         ratio = self.config.loraplus_lr_ratio
         if ratio is None:
             return {}
-        parts = (".lora_B.", ".lora_embedding_B.")
+        factors = (".lora_B.", ".lora_embedding_B.")
         return {
             name: ratio
-            for name, one in parameters.items()
-            if one.dim() == 1 or any(part in f"{name}." for part in parts)
+            for name, parameter in parameters.items()
+            if parameter.dim() == 1 or any(factor in f"{name}." for factor in factors)
         }
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
-        """adapter_config.json and adapter_model.safetensors, nothing of the base.
-
-        A LoRA that started from the base's weights is saved as one of twice the rank on the untouched base.
-        """
+        """Write adapter_config.json and adapter_model.safetensors. A LoRA that started from the base model's
+        weights is saved as a LoRA of twice the rank on the unchanged base model."""
         from tunesmith.models.adapters import lora_factors, lora_init
 
-        model.save_pretrained(folder, save_embedding_layers=False)
-        if begun := lora_factors.started_layers(model):
-            lora_init.write_plain(folder, begun, self.config.use_rslora)
+        super().save(model, folder)
+        if started := lora_factors.started(model):
+            lora_init.write_plain(folder, started, self.config.use_rslora)
 
 
-def _default(given: Any) -> Any:
-    return given["default"] if isinstance(given, dict) else given
+def _split_default(given: float | JsonObject) -> tuple[float, JsonObject]:
+    """(the number for all other layers, the numbers by pattern)."""
+    by_pattern = dict(given) if isinstance(given, dict) else {"default": given}
+    return by_pattern.pop("default"), by_pattern
 
 
-def _others(given: Any) -> dict[str, Any]:
-    """What a key says of single layers, beside its ``default``."""
-    return (
-        {name: value for name, value in given.items() if name != "default"} if isinstance(given, dict) else {}
-    )
-
-
-def _targets(model: PreTrainedModel, config: Any) -> dict[str, Any]:
-    """The modules that peft will give a LoRA under ``config``, by name."""
+def _target_layers(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules to which peft will add a LoRA under ``config``, by name."""
     from peft.tuners.tuners_utils import check_target_module_exists
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    modules = {name: module for name, module in model.named_modules() if name}
     if config.target_modules != "all-linear":
-        return {
-            name: one
-            for name, one in model.named_modules()
-            if name and check_target_module_exists(config, name)
-        }
-    last = model.get_output_embeddings()
-    whole = config.modules_to_save or []
+        return {name: module for name, module in modules.items() if check_target_module_exists(config, name)}
+    output_layer, whole = model.get_output_embeddings(), config.modules_to_save or []
     return {
-        name: one
-        for name, one in model.named_modules()
-        if isinstance(one, nn.Linear | Conv1D)
-        and one is not last
-        and not module_patterns.is_inside(name, whole)
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not output_layer
+        and not module_patterns.within(name, whole)
     }
 
 
-def _takes_lora(module: Any) -> bool:
+def _takes_lora(module: nn.Module) -> bool:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
 
 
-def _pattern_of(given: Sequence[str], name: str) -> str | None:
-    """The first of ``given`` that names a layer, in peft's meaning: a regular expression for the end of the name."""
-    return next((one for one in given if re.match(rf"(.*\.)?({one})$", name)), None)
+def _matching(patterns: str | list[str], names: Iterable[str]) -> list[str]:
+    return [name for name in names if module_patterns.matched(patterns, [name])]
 
 
-def _names_in_layers(model: PreTrainedModel, wanted: str | list[str], layers: int | list[int]) -> list[str]:
-    """The target modules as peft takes them beside ``layers_to_transform``: the ends of names. Raises RecipeError."""
+def _first_match(patterns: Iterable[str], name: str) -> str | None:
+    """The first pattern that names a layer as in peft: a regular expression for the end of the name."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
+
+
+def _names_in_layers(model: PreTrainedModel, targets: str | list[str], layers: int | list[int]) -> list[str]:
+    """The ends of names that peft needs with ``layers_to_transform``. Raises RecipeError."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(wanted, str) and wanted != "all-linear":
+    if isinstance(targets, str) and targets != "all-linear":
         raise RecipeError(
-            f"adaptation.layers_to_transform goes with a list of names, not with the pattern {wanted!r}.\n"
+            f"adaptation.layers_to_transform needs a list of target_modules, not the pattern {targets!r}.\n"
             "  Put the layers into the pattern, or give target_modules as a list such as [q_proj, v_proj]."
         )
-    linear = {name for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D)}
-    found = {name: int(match[1]) for name in linear if (match := re.match(r".*?\.[^.]*\.(\d+)\.", name))}
-    there = sorted(set(found.values()))
-    missing = sorted(set([layers] if isinstance(layers, int) else layers) - set(there))
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    layer_of = {name: int(match[1]) for name in linear if (match := re.match(r".*?\.[^.]*\.(\d+)\.", name))}
+    valid = sorted(set(layer_of.values()))
+    missing = sorted(set([layers] if isinstance(layers, int) else layers) - set(valid))
     if missing or layers == []:
-        span = f"layers {there[0]} to {there[-1]}" if there else "no numbered layers"
-        raise RecipeError(
-            f"adaptation.layers_to_transform: there is no layer {missing[0] if missing else 'named'}; this model has {span}."
-        )
-    return sorted({name.rpartition(".")[2] for name in found}) if wanted == "all-linear" else list(wanted)
+        span = f"layers {valid[0]} to {valid[-1]}" if valid else "no numbered layers"
+        problem = f"there is no layer {missing[0]}" if missing else "the list is empty"
+        raise RecipeError(f"adaptation.layers_to_transform: {problem}; this model has {span}.")
+    return (
+        sorted({name.rpartition(".")[2] for name in layer_of}) if targets == "all-linear" else list(targets)
+    )

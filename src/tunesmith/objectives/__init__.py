@@ -1,7 +1,8 @@
 """Objectives: what the loss is. One file each; the file's name is its key in the recipe.
 
-A new objective is one file here with a ``Config`` and a class ``Objective`` that keeps the contract below, and one row in
-``tests/matrix``. An objective never knows how the weights are adapted nor which network they belong to.
+A new objective is one file here with a ``Config`` and a class ``Objective`` that keeps the contract below,
+and one row in ``tests/matrix``. An objective never knows how the weights are adapted nor which network they
+belong to.
 """
 
 from __future__ import annotations
@@ -9,41 +10,57 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
+from pydantic import BaseModel, ConfigDict
+
+from tunesmith.data.batch import pack
 from tunesmith.data.batch.pack import Layout
 from tunesmith.data.batch.step import Batch, Example, Source, Step
+from tunesmith.data.encode import texts
+from tunesmith.errors import DataError
+from tunesmith.json_types import JsonObject
+from tunesmith.metrics.token_mean import token_mean
+from tunesmith.models import network
+from tunesmith.models.heads import head_types
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from tunesmith.data.store.encoded_rows import Encoded
 
 __all__ = [
-    "Batch",
-    "Example",
-    "Layout",
-    "Metrics",
-    "Objective",
-    "Session",
-    "Source",
-    "Step",
-    "TaskHead",
-    "Traits",
-]
+    "Batch", "Config", "Example", "JsonObject", "LanguageModel", "Layout", "Metrics", "Objective", "Overlong", "Session",
+    "Source", "Step", "TaskHead", "Traits",
+]  # fmt: skip
 
-Metrics = dict[str, tuple[Any, Any]]
-"""Metric name -> (sum, count), device tensors or numbers. An objective gives the same names for every batch."""
+Metrics: TypeAlias = "dict[str, tuple[torch.Tensor, torch.Tensor | int]]"
+"""Metric name -> (sum, count), on the device. An objective returns the same names for every batch."""
+
+Overlong = Literal["error", "drop", "truncate"]
+"""Policies for a row above ``max_length`` that most objectives offer."""
+
+T = TypeVar("T")
+
+
+class Config(BaseModel):
+    """Base of the keys of an objective."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What the rest of the program may ask of an objective without knowing which one it is."""
+    """Facts about an objective that other code may ask for without knowing which objective it is."""
 
     rows: tuple[type, ...]
     """Row types that it accepts (``data.rows``)."""
     head: Literal["lm", "score", "token", "span"] = "lm"
-    """Which AutoModel class is loaded: a language model, or a body with this head."""
+    """The AutoModel class to load: a language model, or a body with this head."""
     best: tuple[str, Literal["min", "max"]] = ("eval_loss", "min")
     """The evaluation figure that chooses the best model."""
     overlong: Literal["error", "split", "drop", "truncate"] = "error"
@@ -51,109 +68,116 @@ class Traits:
     fits_rows: bool = False
     """``encode`` applies that policy itself."""
     deterministic: bool = False
-    """Dropout is off: log-probabilities and rewards are facts of the weights, not of a draw."""
+    """Dropout is off, because log-probabilities and rewards must depend on the weights alone."""
     shares_prompts: bool = False
     """An example holds several answers to one prompt (``data.batch.shared_prompts``)."""
     needs_reference: bool = False
-    """Examples need ``reference_logps``: what ``reference_logps`` gave for them before the first step."""
-    starter: Mapping[str, Any] = field(default_factory=lambda: {"path": "builtin:docstrings"})
-    """Training rows that ``tunesmith init`` writes where no file is named: keys of ``data.train``."""
+    """Examples need the ``reference_logps`` that :meth:`Objective.reference_logps` returned before step 1."""
+    starter: Mapping[str, object] = field(default_factory=lambda: {"path": "builtin:docstrings"})
+    """Training rows that ``tunesmith init`` writes when no file is named: keys of ``data.train``."""
     assumed: bool = False
-    """A model with this head is taken for one of this objective where it does not say what it was trained for."""
+    """A saved model with this head that names no objective is taken for one of this objective."""
     rewards: bool = False
-    """Its model gives each answer one number that says how good it is; ``tunesmith score`` prints it."""
+    """Its model scores each answer with one number; ``tunesmith score`` prints it."""
     single_label_keys: tuple[str, ...] = ()
     """Keys of its ``Config`` that apply to rows with a single label only."""
     samples: bool = False
-    """Steps are made of answers that the policy samples, not of the rows of a file alone."""
+    """Steps are made of answers that the policy samples, in addition to the rows of a file."""
 
 
 class Session(Protocol):
-    """What an objective may use of a run. ``model`` is there once the weights are loaded, before the first step."""
+    """The parts of a run that an objective may use. ``model`` is set once its weights are loaded."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    device: Any
+    tokenizer: Tokenizer
+    device: torch.device
     seed: int
     epochs: Source
     """Steps made of the recipe's own rows, in the order of seed and epoch."""
 
-    def forward(self, run: Callable[[Any, Batch], Sequence[Any]], step: Step) -> dict[int, Any]:
-        """Call ``run(model, batch)`` without gradients on this process's examples of ``step``, as many at a time as fit
-        into memory; ``run`` returns one value for each example of its batch. Returns {place in the step: value}."""
+    def forward(self, run: Callable[[PreTrainedModel, Batch], Sequence[T]], step: Step) -> dict[int, T]:
+        """Call ``run(model, batch)`` without gradients on this process's examples of ``step``, in
+        micro-batches that fit into memory. ``run`` returns one value for each example of its batch. Returns
+        {index of the example in the step: value}."""
         ...
 
-    def all_reduce(self, values: Any) -> Any:
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes; every process must call it."""
         ...
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0
     ) -> list[list[int]]:
-        """Sample the token ids of one answer of the policy to each prompt (temperature 0 = greedy); one that stopped ends
-        with its stop token."""
+        """Sample the token ids of one answer of the policy to each prompt (temperature 0 = greedy). An answer
+        that stopped ends with its stop token."""
         ...
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: JsonObject) -> None:
         """Append a record to the run's metrics."""
         ...
 
 
 class Objective:
-    """The contract. Every objective writes ``encode``, ``collate``, ``count``, ``loss``, ``evaluate`` and ``summarise``;
-    all else has a default here. A method that raises NotImplementedError has none: a subclass must write it."""
+    """The contract. Every objective writes ``encode``, ``collate``, ``loss``, ``evaluate`` and ``summarise``;
+    the other methods have a default. A method that raises NotImplementedError must be written by a
+    subclass."""
 
+    config: Config
     traits: Traits
-    """Of the class; an instance may replace it by what its configuration or its labels decide."""
+    """Set on the class; an instance may replace it by what its configuration or its labels decide."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
+        self.traits = replace(self.traits, **config.model_dump(include={"overlong"}))
         self.notes: list[str] = []
         """Decisions the recipe does not show; printed once after the data are read."""
-        self.facts: dict[str, Any] = {}
-        """JSON of all that decides what an example is, in addition to ``config``: part of the cache's key."""
+        self.facts: JsonObject = {}
+        """All that decides what an example is, in addition to ``config``: part of the cache's key."""
         self.max_length: int | None = None
         """Tokens an example may have; None = no limit."""
 
-    def bind(self, config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
-        """Take what the objective needs of the network's ``config`` and the tokenizer; called before any row is encoded."""
+    def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
+        """Read what is needed of the network's ``config`` and tokenizer, before any row is encoded."""
         self.max_length = max_length
+        if self.traits.fits_rows:
+            self.facts |= {"max_length": max_length, "overlong": self.traits.overlong}
 
-    def scan(self, rows: Iterable[Any]) -> None:
-        """Look at all training rows before any is encoded (labels, balance); they are read only as far as they are iterated.
-        Raises DataError."""
+    def scan(self, rows: Iterable[object]) -> None:
+        """Look at all training rows before any is encoded (labels, balance); they are read only as far as
+        they are iterated. Raises DataError."""
 
-    def encode(self, rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
-        """Tokenise rows; a list of examples for each (several when a conversation is expanded by turn, none when dropped)."""
+    def encode(self, rows: Sequence[Any], tokenizer: Tokenizer) -> list[list[Example]]:
+        """Tokenise rows of the types ``traits.rows``. Returns a list of examples for each row: several when a
+        conversation is expanded by turn, none when the row is dropped. Raises RowFault."""
         raise NotImplementedError
 
-    def extend(self, data: Any) -> Any:
-        """The encoded data set with what only all of it can give to an example; see ``Encoded.attach``."""
+    def extend(self, data: Encoded) -> Encoded:
+        """Add arrays to the examples that only the whole data set can provide; see ``Encoded.attaching``."""
         return data
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """One micro-batch: a single packed sequence with segments, or right-padded rows. Pure; needs no model."""
+        """One micro-batch: a packed sequence with segments, or right-padded rows. Needs no model."""
         raise NotImplementedError
 
     def count(self, batch: Batch) -> int:
-        """Loss units of the micro-batch (supervised tokens, pairs, rows), known before the forward pass."""
+        """Loss units of the micro-batch, known before the forward pass: by default its rows."""
+        return len(batch["rows"])
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, Metrics]:
+        """(sum of the loss over its units, metrics), on the device: no mean, ``.item()`` or ``float()``."""
         raise NotImplementedError
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Metrics]:
-        """(sum of the loss over its units, metrics): device tensors; no mean, no ``.item()``, no ``float()``."""
-        raise NotImplementedError
-
-    def evaluate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
         """Small records of a batch (sums and counts, ids, spans), never logits."""
         raise NotImplementedError
 
-    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
         """Figures over all records, such as ``eval_loss``."""
         raise NotImplementedError
 
-    def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[Any]:
-        """For each example of the batch, log-probabilities float64 (n,): kept before the first step, and from then on part
-        of the example as ``reference_logps``. Only where ``traits.needs_reference``."""
+    def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
+        """Log-probabilities float64 (n,) of each example of the batch. With ``traits.needs_reference`` they
+        are computed before the first step and become part of the example as ``reference_logps``."""
         raise NotImplementedError
 
     def source(self, session: Session) -> Source:
@@ -161,34 +185,123 @@ class Objective:
         return session.epochs
 
 
+class LanguageModel(Objective):
+    """An objective that predicts the supervised tokens of each row from the tokens before them."""
+
+    def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
+        return pack.with_targets(examples, layout)
+
+    def count(self, batch: Batch) -> int:
+        """Supervised tokens; the first token of a row has nothing before it and is none."""
+        return int(batch["labels"].numel())
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, Metrics]:
+        """Sum over supervised tokens of -log p(token | everything before it in its row)."""
+        from tunesmith.models.heads.lm_head import lm_loss
+
+        return lm_loss(model, batch), {}
+
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
+        """(sum of losses, supervised tokens) of each row."""
+        from tunesmith.models.heads.lm_head import row_losses
+
+        return {"rows": row_losses(model, batch)}
+
+    def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
+        """Mean over all supervised tokens, for any batching, its standard error, and its exponential."""
+        return token_mean(records)
+
+
 class TaskHead(Objective):
-    """An objective whose network has a head of its own: labels are found, configured, saved and restored with it."""
+    """An objective whose network has a task head: it finds, configures and restores the labels."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.causal = False
+        """The bound network is a decoder."""
+        self.saved: JsonObject = {}
+        """What an earlier training wrote about its head into the config of the bound model."""
+        self.has_head = False
+        """The bound model has a trained head for this objective."""
+        self.restored = False
+        """Labels come from the saved model, so training rows do not change them."""
+        self.pad: int | None = None
+        """Id of the padding token of a decoder with a score head: a token that never ends a row."""
+
+    def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
+        super().bind(config, tokenizer, max_length)
+        self.causal = network.is_causal(config)
+        self.saved = getattr(config, "tunesmith", None) or {}
+        kind = head_types.kind_of((config.architectures or [""])[0])
+        self.has_head = self.saved.get("objective") == name_of(self) or kind == self.traits.head
+        if tokenizer.pad_token is None:  # for other libraries that pad; tunesmith masks padding by position
+            tokenizer.pad_token = tokenizer.eos_token
+        if self.causal and self.traits.head == "score":
+            # transformers reads the score of a decoder at the last token that is not padding
+            texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
+            self.pad = tokenizer.pad_token_id
 
     def restore_labels(self) -> None:
-        """Take labels and thresholds from the saved model that was bound. Raises DataError when it has none."""
-        raise NotImplementedError
+        """Take labels and thresholds from the bound model. Raises DataError when it has no trained head."""
+        if not self.has_head:
+            name = name_of(self)
+            raise DataError(
+                f"this model has no trained head for objective: {name}.\n  Train one, or name a model that has one."
+            )
+        self.restored = True
 
-    def head_config(self) -> dict[str, Any]:
+    def head_config(self) -> JsonObject:
         """Entries of the network's config that the head needs (``id2label``, ``problem_type``)."""
         raise NotImplementedError
 
-    def choose_threshold(self, records: Sequence[dict[str, Any]]) -> None:
+    def label_config(self, names: Sequence[str], saved: JsonObject, **entries: object) -> JsonObject:
+        """``head_config`` of these label names. ``saved``: what :attr:`saved` holds when the model is opened
+        again; ``entries``: further keys of the network's config."""
+        pad = {} if self.pad is None else {"pad_token_id": self.pad}
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: number for number, name in enumerate(names)},
+            **entries,
+            "tunesmith": {"objective": name_of(self), **saved},
+            **pad,
+        }
+
+    def choose_threshold(self, records: Sequence[JsonObject]) -> None:
         """Choose on held-out rows what the saved model needs in addition to its weights."""
 
-    def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def details(self, records: Sequence[JsonObject]) -> JsonObject:
         """All figures of held-out rows, as JSON: by class, by type, tables and curves."""
         raise NotImplementedError
 
-    def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def answers(self, records: Sequence[JsonObject]) -> list[JsonObject]:
         """The model's answer to each row: {row, prediction, gold, loss, ...}, in the order of rows."""
         raise NotImplementedError
 
-    def present(self, row: Any, answer: dict[str, Any]) -> dict[str, Any]:
-        """One of ``answers`` as a user reads it, next to its row."""
+    def present(self, row: Any, answer: JsonObject) -> JsonObject:
+        """Format one of ``answers`` for the user, next to its row."""
         raise NotImplementedError
 
 
-def head_config(objective: Objective) -> dict[str, Any]:
+def sum_over_pairs(
+    losses: torch.Tensor, figures: Mapping[str, torch.Tensor], batch: Batch
+) -> tuple[torch.Tensor, Metrics]:
+    """Sum over rows of the mean over their pairs (Ouyang et al. 2022, equation 1), of the loss and of each
+    figure.
+
+    ``losses`` and ``figures``: (pairs,), in the order of ``batch["pairs"]``."""
+    weights, rows = batch["weights"].to(losses), len(batch["rows"])
+    metrics: Metrics = {name: ((weights * value.detach()).sum(), rows) for name, value in figures.items()}
+    return (weights * losses).sum(), metrics
+
+
+def mean_loss(losses: Sequence[tuple[float, int]]) -> dict[str, float]:
+    """``eval_loss`` with its standard error, from (sum of losses, units) of each row."""
+    figures = token_mean([{"rows": losses}])
+    return {name: value for name, value in figures.items() if name != "perplexity"}
+
+
+def head_config(objective: Objective) -> JsonObject:
     """Entries of the network's config for the objective's head; empty for a language model."""
     return objective.head_config() if isinstance(objective, TaskHead) else {}
 
@@ -199,10 +312,10 @@ def names() -> list[str]:
 
 
 def module(name: str) -> ModuleType:
-    """The file of one objective, imported when asked for."""
+    """Import the file of one objective."""
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def name_of(config: Any) -> str:
-    """The key of the file that ``config`` belongs to."""
-    return type(config).__module__.rpartition(".")[2]
+def name_of(part: object) -> str:
+    """The key of the file that a ``Config`` or an ``Objective`` belongs to."""
+    return type(part).__module__.rpartition(".")[2]

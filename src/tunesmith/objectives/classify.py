@@ -1,13 +1,13 @@
-"""Classification: one class of several, any number of labels, or a number, for a text or a pair of texts."""
+"""Classification of a text or a pair of texts: one class of several, any number of labels, or a number."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from tunesmith import objectives
 from tunesmith.data.batch import pack
@@ -16,62 +16,59 @@ from tunesmith.data.encode.labels import MULTI, REGRESSION, SINGLE, Survey
 from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Labelled
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import RecipeError
+from tunesmith.metrics import classes
 from tunesmith.models import network
-from tunesmith.models.heads import head_types
-from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
+from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    problem_type: (
-        Literal["single_label_classification", "multi_label_classification", "regression"] | None
-    ) = Field(
+class Config(objectives.Config):
+    problem_type: Problem | None = Field(
         None,
-        description="default: what the labels look like (a list of labels, numbers with fractions, else one class)",
+        description="default: from the labels (lists of labels, numbers with fractions, else one class a row)",
     )
     labels: list[str] | None = Field(
-        None, min_length=1, description="names of the classes, by id; default: found"
+        None, min_length=1, description="names of the classes, by id; default: those of the training rows"
     )
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
         None,
-        description="balanced = rare classes count as much as frequent ones (of several labels: rows with one as much as those "
+        description="balanced = every class has the same total weight (with several labels: rows with a label as much as rows "
         "without it); or {label: weight}",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     pooling: Literal["mean"] | None = Field(
         None,
-        description="mean = average of all tokens' outputs; default: the first token of an encoder, a decoder's last",
+        description="mean = average over all tokens; default: an encoder's first token, a decoder's last",
     )
-    overlong: Literal["error", "drop", "truncate"] = Field(
-        "error", description="what happens to a row above max_length"
-    )
+    overlong: Overlong = Field("error", description="what happens to a row above max_length")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        labels.refuse_repeats(self.labels)
+    def _check_problem(self) -> Config:
+        labels.distinct(self.labels)
         if self.problem_type == REGRESSION:
             for key in ("labels", "class_weights", "label_smoothing"):
-                if getattr(self, key):
+                if dict(self)[key]:
                     raise ValueError(
-                        f"{key} goes with classes, and problem_type is regression. Leave out one of the two"
+                        f"{key} applies to classes only, and problem_type is regression. Leave out one of the two"
                     )
         if self.problem_type == MULTI and self.label_smoothing:
             raise ValueError(
-                "label_smoothing goes with one class of several, and problem_type is multi_label_classification"
+                "label_smoothing applies to single-label classification only, and problem_type is multi_label_classification"
             )
-        if isinstance(self.class_weights, dict) and any(
-            weight <= 0 for weight in self.class_weights.values()
-        ):
+        if isinstance(self.class_weights, dict) and min(self.class_weights.values(), default=1) <= 0:
             raise ValueError("class_weights: expected numbers above 0")
         return self
 
 
 class Objective(objectives.TaskHead):
+    config: Config
     traits = Traits(
         rows=(Labelled,),
         head="score",
@@ -82,22 +79,18 @@ class Objective(objectives.TaskHead):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.facts = {"problem": config.problem_type, "labels": config.labels}
-        self.traits = replace(self.traits, overlong=config.overlong)
         self.threshold = 0.5
-        self._causal = False
-        self._ending: tuple[int, ...] = ()
-        self._pad: int | None = None
+        """With several labels: the probability from which a label is predicted."""
+        self._closing_tokens: tuple[int, ...] = ()
         self._pooling: str | None = config.pooling
-        self._averages = False
+        self._reads_all_tokens = False
         self._template = texts.PAIR_TEMPLATE
         self._weights: np.ndarray | None = None
-        self._saved: dict[str, Any] = {}
-        self._fixed = False
-        self._choose_best()
+        self._set_labels(config.problem_type, config.labels)
 
-    def _choose_best(self) -> None:
-        """The figure that chooses the best model is that of the problem."""
+    def _set_labels(self, problem: str | None, names: list[str] | None) -> None:
+        """Set problem and labels, and with them the figure that chooses the best model."""
+        self.facts |= {"problem": problem, "labels": names}
         best: dict[str, tuple[str, Literal["min", "max"]]] = {
             SINGLE: ("eval_accuracy", "max"),
             MULTI: ("eval_micro_f1", "max"),
@@ -112,235 +105,185 @@ class Objective(objectives.TaskHead):
     def labels(self) -> list[str]:
         return list(self.facts["labels"] or [])
 
-    # ------------------------------------------------------------------------------------------------ before encoding
-
-    def bind(self, config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
-        self._causal = network.is_causal(config)
-        self.max_length = max_length
-        self._ending = tuple(special_ends(tokenizer)[1])
-        ours = getattr(config, "tunesmith", None) or {}
-        if self._causal:
-            texts.set_padding_token(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
-            self._pad = tokenizer.pad_token_id
-        if (
-            ours.get("objective") == "classify"
-            or head_types.kind_of((config.architectures or [""])[0]) == "score"
-        ):
-            self._saved = {
+    def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
+        super().bind(config, tokenizer, max_length)
+        self._closing_tokens = texts.ending(tokenizer)
+        if self.has_head:
+            self.saved = {
                 "problem": config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE),
                 "labels": [config.id2label[number] for number in range(config.num_labels)],
+                **self.saved,
             }
-            self.threshold = float(ours.get("threshold", 0.5))
-            self._pooling = self._pooling or ours.get("pooling")
-            self._template = ours.get("pair_template", self._template)
-        self._averages = "mean" in (self._pooling, network.pooling(config))
+            self.threshold = float(self.saved.get("threshold", 0.5))
+            self._pooling = self._pooling or self.saved.get("pooling")
+            self._template = self.saved.get("pair_template", self._template)
+        self._reads_all_tokens = "mean" in (self._pooling, network.pooling(config))
         if self._pooling == "mean":
             self.notes.append(
-                "pooling: mean is tunesmith's own and saved as such: load, evaluate and predict open it; transformers' own class "
-                "reads one token, whose answers are others"
+                "pooling: mean is a feature of tunesmith: tunesmith's load, evaluate and predict apply it; transformers' own "
+                "class reads one token, so its answers differ"
             )
-        self.facts |= {"causal": self._causal, "pad": self._pad, "template": self._template}
+        self.facts |= {"causal": self.causal, "pad": self.pad, "template": self._template}
 
     def restore_labels(self) -> None:
-        """Take labels and problem from the model that was adopted, as it was saved. Raises DataError when it has none."""
-        if not self._saved:
-            raise DataError("this model has no head that classifies: train one with objective: classify")
-        self.facts |= self._saved
-        self._fixed = True
-        self._choose_best()
+        super().restore_labels()
+        self._set_labels(self.saved["problem"], self.saved["labels"])
 
-    def scan(self, rows: Iterable[Any]) -> None:
-        if self._fixed:
+    def scan(self, rows: Iterable[object]) -> None:
+        if self.restored:
             return
         if self.config.labels and self.config.problem_type and self.config.class_weights != "balanced":
-            labels.check_names(self.labels, self.problem)
-            self._weigh(None)
+            labels.check(self.labels, self.problem)
+            self._weigh_classes(None)
             return
-        found = labels.survey(row for row in rows if isinstance(row, Labelled))
-        problem = self.config.problem_type or found.problem
-        names = [] if problem == REGRESSION else self.config.labels or labels.sort_names(found.counts)
+        survey = labels.survey(row for row in rows if isinstance(row, Labelled))
+        problem = self.config.problem_type or survey.problem
+        names = [] if problem == REGRESSION else self.config.labels or labels.ordered(survey.counts)
         if not self.config.problem_type:
-            self.notes += labels.numeric_label_notes(problem, found)
+            self.notes += labels.guessed(problem, survey)
         self.notes += [
-            f"labels that look the same are different classes: {' and '.join(map(ascii, group[:5]))}. Are they one? Write them so"
-            for group in labels.similar_names(names)
+            f"{' and '.join(map(ascii, group[:5]))} look the same but are different classes. If they are one class, write them "
+            "the same way"
+            for group in labels.alike(names)
         ]
         if problem != REGRESSION:
-            labels.check_names(names, problem)
-        if self._saved and problem == self._saved["problem"] and set(names) == set(self._saved["labels"]):
-            names = self._saved["labels"]  # a head that knows these labels goes on
-        self.facts |= {"problem": problem, "labels": names}
-        self._choose_best()
+            labels.check(names, problem)
+        if self.has_head and problem == self.saved["problem"] and set(names) == set(self.saved["labels"]):
+            names = self.saved["labels"]  # the trained head is used further, so its ids stay
+        self._set_labels(problem, names)
         if problem != SINGLE and self.config.label_smoothing:
             raise RecipeError(
-                f"objective.label_smoothing goes with one class of several, and this is {problem}. Leave it out."
+                f"objective.label_smoothing applies to single-label classification only, and this is {problem}. Leave it out."
             )
-        self._weigh(found)
-        self.notes += labels.label_notes(problem, names, found)
+        self._weigh_classes(survey)
+        self.notes += labels.told(problem, names, survey)
 
-    def _weigh(self, found: Survey | None) -> None:
-        """Weights of the classes. ``balanced``: rows / (classes * rows of the class), whose mean over the rows is 1; with several
-        labels rows without / rows with the label, which is what torch suggests for ``pos_weight``."""
+    def _weigh_classes(self, survey: Survey | None) -> None:
+        """Set the class weights. ``balanced``: rows / (classes * rows of the class), whose mean over the rows
+        is 1; with several labels rows without / rows with the label, which is what torch suggests for
+        ``pos_weight``."""
         chosen, names = self.config.class_weights, self.labels
         if chosen is None:
             return
         if self.problem == REGRESSION:
             raise RecipeError(
-                "objective.class_weights goes with classes, and the labels are numbers. Leave it out."
+                "objective.class_weights applies to classes only, and the labels are numbers. Leave it out."
             )
-        if chosen == "balanced":
-            assert found is not None
-            held = np.array([max(1, found.counts[name]) for name in names])
-            several = self.problem == MULTI
-            self._weights = (
-                np.maximum(1, found.rows - held) / held if several else found.rows / (len(names) * held)
-            )
+        if isinstance(chosen, dict):
+            for name in chosen:
+                if name not in names:
+                    expected, _, fix = labels.unknown(name, names)
+                    raise RecipeError(f"objective.class_weights.{name}: expected {expected}. {fix}")
+            self._weights = np.array([chosen.get(name, 1.0) for name in names])
             return
-        assert isinstance(chosen, dict)
-        for name in chosen:
-            if name not in names:
-                expected, _, fix = labels.unknown_label(name, names)
-                raise RecipeError(f"objective.class_weights.{name}: expected {expected}. {fix}")
-        self._weights = np.array([chosen.get(name, 1.0) for name in names])
+        assert survey is not None
+        with_label = np.array([max(1, survey.counts[name]) for name in names])
+        if self.problem == MULTI:
+            self._weights = np.maximum(1, survey.rows - with_label) / with_label
+        else:
+            self._weights = survey.rows / (len(names) * with_label)
 
-    def head_config(self) -> dict[str, Any]:
-        names = self.labels or ["LABEL_0"]
-        ours = {"objective": "classify", "pair_template": self._template, "threshold": self.threshold}
+    def head_config(self) -> JsonObject:
+        saved = {"pair_template": self._template, "threshold": self.threshold}
         if self._pooling:
-            ours["pooling"] = self._pooling
-        pad = {} if self._pad is None else {"pad_token_id": self._pad}
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: number for number, name in enumerate(names)},
-            "problem_type": self.problem,
-            "tunesmith": ours,
-            **pad,
-        }
+            saved["pooling"] = self._pooling
+        return self.label_config(self.labels or ["LABEL_0"], saved, problem_type=self.problem)
 
-    # ------------------------------------------------------------------------------------------------------- examples
-
-    def encode(self, rows: Sequence[Labelled], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
-        made = texts.encode([(row.text, row.text_pair) for row in rows], tokenizer, self._template)
-        for index, (row, example) in enumerate(zip(rows, made)):
+    def encode(self, rows: Sequence[Labelled], tokenizer: Tokenizer) -> list[list[Example]]:
+        examples = texts.encode([(row.text, row.text_pair) for row in rows], tokenizer, self._template)
+        for index, (row, example) in enumerate(zip(rows, examples)):
             ids = example["input_ids"]
             if not len(ids):
-                raise RowFault(
-                    index,
-                    "text that gives a token",
-                    repr(row.text[:40]),
-                    "Write something, or delete the row.",
-                    "text",
-                )
-            if self._pad is not None and ids[-1] == self._pad:
-                raise RowFault(
-                    index,
-                    "text that does not end in the padding token",
-                    repr(tokenizer.pad_token),
-                    "Remove it.",
-                    "text",
-                )
+                fix = "Write something, or delete the row."
+                raise RowFault(index, "a text with at least one token", repr(row.text[:40]), fix, "text")
+            if self.pad is not None and ids[-1] == self.pad:
+                expected = "text that does not end in the padding token"
+                raise RowFault(index, expected, repr(tokenizer.pad_token), "Remove it.", "text")
             example["target"] = self._target(row, index)
-        return [[example] for example in made]
+        return [[example] for example in examples]
 
     def _target(self, row: Labelled, index: int) -> np.ndarray:
-        """float32: the number of the class or the number itself (1,), or 0 and 1 for each label; NaN where nothing is known."""
+        """float32: class id or number (1,), or 0 and 1 for each label; NaN where the row has none."""
         names = self.labels
+        if row.labels is None and row.label is None:
+            return np.full(len(names) if self.problem == MULTI else 1, np.nan, np.float32)
         if self.problem == MULTI:
-            if row.labels is None and row.label is None:
-                return np.full(len(names), np.nan, np.float32)
-            held = row.labels if row.labels is not None else (labels.name_of(row.label),)  # type: ignore[arg-type]
+            single = () if row.label is None else (labels.name_of(row.label),)
+            field = "label" if single else "labels"
             target = np.zeros(len(names), np.float32)
-            for name in held:
-                target[self._number(name, index, "label" if row.labels is None else "labels")] = 1.0
+            for name in single or row.labels or ():
+                target[self._label_id(name, index, field)] = 1.0
             return target
-        if row.labels is not None:
-            raise RowFault(
-                index,
-                "one label",
-                f"a list of {len(row.labels)}",
-                "Set objective.problem_type=multi_label_classification.",
-                "labels",
-            )
         if row.label is None:
-            return np.array([np.nan], np.float32)
+            fix = "Set objective.problem_type=multi_label_classification."
+            raise RowFault(index, "one label", f"a list of {len(row.labels or ())}", fix, "labels")
         if self.problem == REGRESSION:
             value = labels.as_number(row.label)
             if value is None:
-                raise RowFault(
-                    index,
-                    "a number",
-                    repr(row.label),
-                    "Write a number of at most 1e18, or delete the row.",
-                    "label",
-                )
+                fix = "Write a number of at most 1e18, or delete the row."
+                raise RowFault(index, "a number", repr(row.label), fix, "label")
             return np.array([value], np.float32)
-        return np.array([self._number(labels.name_of(row.label), index, "label")], np.float32)
+        return np.array([self._label_id(labels.name_of(row.label), index, "label")], np.float32)
 
-    def _number(self, name: str, index: int, field: str) -> int:
+    def _label_id(self, name: str, index: int, field: str) -> int:
         if name not in self.labels:
             raise RowFault(index, *labels.unknown_label(name, self.labels), field)
         return self.labels.index(name)
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """``targets`` (rows, k) float32; ``positions``: the token that each row is read at, or all of them for their mean."""
+        """``targets`` (rows, k) float32; ``positions``: the token read in each row, or all of them."""
         import torch
 
-        if self._ending:
-            examples = [self._closed(example) for example in examples]
+        if self._closing_tokens:
+            examples = [self._close(example) for example in examples]
         lengths = [len(example["input_ids"]) for example in examples]
-        if self._averages:
+        if self._reads_all_tokens:
             read = [np.arange(length) for length in lengths]
         else:
-            read = [np.array([length - 1 if self._causal else 0]) for length in lengths]
-        batch = pack.with_positions(examples, layout, read)
+            read = [np.array([length - 1 if self.causal else 0]) for length in lengths]
+        batch = pack.of_rows(examples, layout, read)
         return {**batch, "targets": torch.from_numpy(np.stack([example["target"] for example in examples]))}
 
-    def _closed(self, example: Example) -> Example:
-        """Ending in the special tokens that end every row: of a row that was cut they take the last places."""
-        ids, end = example["input_ids"], np.array(self._ending, np.int32)
-        if len(ids) <= len(end) or np.array_equal(ids[-len(end) :], end):
+    def _close(self, example: Example) -> Example:
+        """Put the closing special tokens in the last positions of a row that was cut."""
+        ids, closing = example["input_ids"], np.array(self._closing_tokens, np.int32)
+        if len(ids) <= len(closing) or np.array_equal(ids[-len(closing) :], closing):
             return example
-        return {**example, "input_ids": np.concatenate([ids[: -len(end)], end])}
+        return {**example, "input_ids": np.concatenate([ids[: -len(closing)], closing])}
 
-    # ----------------------------------------------------------------------------------------------------------- loss
-
-    def count(self, batch: Batch) -> int:
-        """Rows."""
-        return len(batch["targets"])
-
-    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Metrics]:
-        """Sum over rows: cross-entropy of the class, mean over labels of the binary cross-entropies, or squared error."""
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Sum over rows: cross-entropy, mean over labels of binary cross-entropies, or squared error."""
         from tunesmith.models.heads import task_heads
 
         logits = task_heads.score_logits(model, batch)
-        targets = (
-            batch["targets"].to(logits.device).nan_to_num(0.0)
-        )  # of rows to be predicted the forward is tried too
+        # rows without a label go through the parity check of the fast path before a prediction
+        targets = batch["targets"].to(logits.device).nan_to_num(0.0)
         return self._losses(logits, targets, self._weights, self.config.label_smoothing).sum(), {}
 
-    def _losses(self, logits: Any, targets: Any, weights: Any = None, smoothing: float = 0.0) -> Any:
-        """(rows,); the plain loss is without ``weights`` (labels,) of classes and ``smoothing``."""
+    def _losses(
+        self, logits: Tensor, targets: Tensor, weights: np.ndarray | None = None, smoothing: float = 0.0
+    ) -> Tensor:
+        """(rows,). ``weights`` of classes and ``smoothing`` apply in training, not in ``eval_loss``."""
         import torch
         from torch.nn import functional
 
-        if weights is not None:
-            weights = torch.tensor(weights, dtype=logits.dtype, device=logits.device)
+        by_class = (
+            None if weights is None else torch.tensor(weights, dtype=logits.dtype, device=logits.device)
+        )
         if self.problem == REGRESSION:
             return (logits[:, 0] - targets[:, 0].to(logits.dtype)).square()
         if self.problem == MULTI:
             each = functional.binary_cross_entropy_with_logits(
-                logits, targets.to(logits.dtype), pos_weight=weights, reduction="none"
+                logits, targets.to(logits.dtype), pos_weight=by_class, reduction="none"
             )
             return each.mean(dim=1)
         return functional.cross_entropy(
-            logits, targets[:, 0].long(), weight=weights, label_smoothing=smoothing, reduction="none"
+            logits, targets[:, 0].long(), weight=by_class, label_smoothing=smoothing, reduction="none"
         )
 
-    # ----------------------------------------------------------------------------------------------------- evaluation
-
-    def evaluate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-        """Of each row: where it stands, its probabilities (of regression: the number), what is true of it, its plain loss."""
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
+        """For each row: its place in the data, its probabilities (regression: the number), its target, and
+        its unweighted loss, NaN where the target is not known."""
         import torch
 
         from tunesmith.models.heads import task_heads
@@ -352,9 +295,9 @@ class Objective(objectives.TaskHead):
             losses = torch.full((len(logits),), float("nan"), dtype=logits.dtype, device=logits.device)
             if known.any():
                 losses[known] = self._losses(logits[known], targets[known])
-            scores = {SINGLE: lambda: logits.softmax(-1), MULTI: logits.sigmoid, REGRESSION: lambda: logits}[
-                self.problem
-            ]()
+            scores = logits
+            if self.problem != REGRESSION:
+                scores = logits.softmax(-1) if self.problem == SINGLE else logits.sigmoid()
         return {
             "rows": batch["rows"],
             "scores": scores.cpu().numpy(),
@@ -362,90 +305,86 @@ class Objective(objectives.TaskHead):
             "losses": losses.cpu().double().numpy(),
         }
 
-    def _gathered(
-        self, records: Sequence[dict[str, Any]]
+    def _joined(
+        self, records: Sequence[JsonObject]
     ) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray, np.ndarray]:
-        """(rows, scores, targets, losses) of all records, by row."""
+        """(rows, scores, targets, losses) of all records, in the order of rows."""
         rows = [row for record in records for row in record["rows"]]
-        order = sorted(range(len(rows)), key=lambda place: rows[place])
-        parts = (
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        scores, targets, losses = (
             np.concatenate([record[name] for record in records])[order]
             for name in ("scores", "targets", "losses")
         )
-        scores, targets, losses = parts
-        return [rows[place] for place in order], scores, targets, losses
+        return [rows[index] for index in order], scores, targets, losses
 
-    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """The mean loss of a row with its standard error, and the figures of :mod:`tunesmith.metrics.classes`."""
-        _, scores, targets, losses = self._gathered(records)
+    def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
+        """Mean loss of a row with its standard error, and :mod:`tunesmith.metrics.classes`."""
+        _, scores, targets, losses = self._joined(records)
         figures = {"eval_loss": float(losses.mean())}
         if len(losses) > 1:
             figures["eval_loss_stderr"] = float(losses.std(ddof=1) / len(losses) ** 0.5)
-        found = self.measures(scores, targets).items()
+        measured = {
+            name: value for name, value in self.measure(scores, targets).items() if name != "baseline"
+        }
         return figures | {
-            f"eval_{name}": value for name, value in found if isinstance(value, float) and name != "baseline"
+            f"eval_{name}": value for name, value in measured.items() if isinstance(value, float)
         }
 
-    def measures(self, scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-        """All figures of scores (rows, k) against targets (rows, k)."""
-        from tunesmith.metrics import classes
-
+    def measure(self, scores: np.ndarray, targets: np.ndarray) -> JsonObject:
+        """All figures of ``scores`` (rows, k) against ``targets`` (rows, k)."""
         if self.problem == REGRESSION:
             return classes.regression_metrics(targets[:, 0], scores[:, 0])
         if self.problem == MULTI:
             return classes.multi_label_metrics(targets > 0.5, scores, self.labels, self.threshold)
         return classes.single_label_metrics(targets[:, 0].astype(int), scores, self.labels)
 
-    def choose_threshold(self, records: Sequence[dict[str, Any]]) -> None:
-        """With several labels: the threshold of the highest micro F1."""
-        from tunesmith.metrics import classes
-
+    def choose_threshold(self, records: Sequence[JsonObject]) -> None:
+        """With several labels: choose the threshold with the highest micro F1."""
         if self.problem == MULTI:
-            _, scores, targets, _ = self._gathered(records)
+            _, scores, targets, _ = self._joined(records)
             self.threshold = classes.best_threshold(targets > 0.5, scores)
 
-    def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        _, scores, targets, _ = self._gathered(records)
-        return self.measures(scores, targets)
+    def details(self, records: Sequence[JsonObject]) -> JsonObject:
+        _, scores, targets, _ = self._joined(records)
+        return self.measure(scores, targets)
 
-    def present(self, row: Labelled, answer: dict[str, Any]) -> dict[str, Any]:
-        """label, labels or value, with the probability of each label."""
+    def present(self, row: Labelled, answer: JsonObject) -> JsonObject:
+        """label, labels or value; for classes with the probability of each."""
         name = {SINGLE: "label", MULTI: "labels", REGRESSION: "value"}[self.problem]
-        said = {name: answer["prediction"]}
+        shown = {name: answer["prediction"]}
         if "probabilities" not in answer:
-            return said
+            return shown
         if self.problem == SINGLE:
-            said["score"] = answer["probabilities"][answer["prediction"]]
-        return {**said, "probabilities": answer["probabilities"]}
+            shown["score"] = answer["probabilities"][answer["prediction"]]
+        return {**shown, "probabilities": answer["probabilities"]}
 
-    def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        rows, scores, targets, losses = self._gathered(records)
+    def answers(self, records: Sequence[JsonObject]) -> list[JsonObject]:
         return [
             {
                 "row": list(row),
-                **self._said(scores[place]),
-                "gold": self._gold(targets[place]),
-                "loss": None if np.isnan(losses[place]) else float(losses[place]),
+                **self._predict(scores),
+                "gold": self._gold(target),
+                "loss": None if np.isnan(loss) else float(loss),
             }
-            for place, row in enumerate(rows)
+            for row, scores, target, loss in zip(*self._joined(records), strict=True)
         ]
 
-    def _said(self, scores: np.ndarray) -> dict[str, Any]:
+    def _predict(self, scores: np.ndarray) -> JsonObject:
         if self.problem == REGRESSION:
             return {"prediction": float(scores[0])}
-        chances = {name: float(chance) for name, chance in zip(self.labels, scores)}
+        probabilities = {name: float(score) for name, score in zip(self.labels, scores)}
         if self.problem == MULTI:
-            return {
-                "prediction": [name for name, chance in chances.items() if chance >= self.threshold],
-                "probabilities": chances,
-            }
-        return {"prediction": self.labels[int(scores.argmax())], "probabilities": chances}
+            prediction = [
+                name for name, probability in probabilities.items() if probability >= self.threshold
+            ]
+            return {"prediction": prediction, "probabilities": probabilities}
+        return {"prediction": self.labels[int(scores.argmax())], "probabilities": probabilities}
 
-    def _gold(self, target: np.ndarray) -> Any:
+    def _gold(self, target: np.ndarray) -> object:
         if np.isnan(target).any():
             return None
         if self.problem == REGRESSION:
             return float(target[0])
         if self.problem == MULTI:
-            return [name for name, held in zip(self.labels, target) if held > 0.5]
+            return [name for name, value in zip(self.labels, target) if value > 0.5]
         return self.labels[int(target[0])]

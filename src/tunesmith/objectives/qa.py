@@ -1,44 +1,45 @@
-"""Extractive question answering: where in a text the answer begins and ends, or that the text does not say."""
+"""Extractive question answering: find the span of a text that answers a question, or that there is none."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from tunesmith import objectives
 from tunesmith.data.batch import pack
 from tunesmith.data.encode import questions
 from tunesmith.data.rows import Question
 from tunesmith.errors import DataError
-from tunesmith.metrics import token_mean
-from tunesmith.models import network
-from tunesmith.models.heads import head_types
-from tunesmith.objectives import Batch, Example, Layout, Metrics, Traits
+from tunesmith.metrics import squad, token_mean
+from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Traits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 N_BEST = 20
 """Answers kept for each question; their probabilities sum to 1."""
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+class Config(objectives.Config):
     window: int = Field(
-        384, ge=16, description="tokens of question and context together; a longer context slides through"
+        384,
+        ge=16,
+        description="tokens of question and context together; a longer context is split into windows",
     )
     stride: int = Field(
         128, ge=0, description="tokens that windows share; more where an answer of max_answer_tokens needs it"
     )
-    max_answer_tokens: int = Field(30, ge=1, description="answers of more tokens are not considered")
+    max_answer_tokens: int = Field(30, ge=1, description="longer spans are never predicted")
 
 
 class Objective(objectives.TaskHead):
+    config: Config
     traits = Traits(
         rows=(Question,), head="span", best=("eval_f1", "max"), starter={"path": "builtin:qa"}, assumed=True
     )
@@ -46,303 +47,248 @@ class Objective(objectives.TaskHead):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.threshold: float | None = None
-        """No answer is said where its score is more than this above the best answer's; None = there always is one."""
-        self._causal = False
-        self._settings = {
-            "window": config.window,
-            "stride": config.stride,
-            "max_answer_tokens": config.max_answer_tokens,
-        }
+        """The answer is empty when "no answer" scores higher than the best span by more; None = never."""
+        self._settings = config.model_dump()
         self._template = questions.TEMPLATE
-        self._saved: dict[str, Any] | None = None
         self._limit: int | None = None
-        self._fixed = False
 
-    # ------------------------------------------------------------------------------------------------ before encoding
-
-    def bind(self, config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
-        self._causal = network.is_causal(config)
-        ours = getattr(config, "tunesmith", None) or {}
-        if ours.get("objective") == "qa" or head_types.kind_of((config.architectures or [""])[0]) == "span":
-            self._saved = ours
-            self.threshold = ours.get("null_threshold")
-            self._template = ours.get("pair_template", self._template)
-        if tokenizer.pad_token is None:  # only for whoever pads; padding is masked by its place
-            tokenizer.pad_token = tokenizer.eos_token
+    def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
+        super().bind(config, tokenizer, max_length)
+        if self.has_head:
+            self.threshold = self.saved.get("null_threshold")
+            self._template = self.saved.get("pair_template", self._template)
         self._limit = max_length
-        self._decide()
+        self._set_windows(self._settings)
 
     def restore_labels(self) -> None:
-        """Take windows and threshold from the model that was adopted, as it was saved. Raises DataError without such a head."""
-        if self._saved is None:
-            raise DataError("this model has no head that finds answers: train one with objective: qa")
-        self._settings |= {name: self._saved[name] for name in self._settings if name in self._saved}
-        self._decide()
-        self._fixed = True
+        """Take windows and threshold from the bound model. Raises DataError when it has no trained head."""
+        super().restore_labels()
+        self._set_windows({name: self.saved.get(name, value) for name, value in self._settings.items()})
 
-    def _decide(self) -> None:
-        self.max_length = min(self._settings["window"], self._limit or self._settings["window"])
+    def _set_windows(self, settings: dict[str, int]) -> None:
+        self._settings = settings
+        self.max_length = min(settings["window"], self._limit or settings["window"])
         self.facts |= {
-            **self._settings,
-            "causal": self._causal,
+            **settings,
+            "causal": self.causal,
             "max_length": self.max_length,
             "template": self._template,
         }
 
-    def scan(self, rows: Iterable[Any]) -> None:
-        """Whether there are questions without an answer: only then the model may say so."""
-        if self._fixed:
+    def scan(self, rows: Iterable[object]) -> None:
+        """Predict "no answer" only if some training question has none. Raises DataError when none has one."""
+        if self.restored:
             return
-        asked = silent = 0
-        for row in rows:
-            if isinstance(row, Question) and row.answers is not None:
-                asked += 1
-                silent += not row.answers
-        if asked and asked == silent:
+        counts = [len(row.answers) for row in rows if isinstance(row, Question) and row.answers is not None]
+        unanswered = counts.count(0)
+        if counts and unanswered == len(counts):
             raise DataError(
-                f"none of the {asked} questions has an answer: there is nothing to find.\n"
-                "  Give the answers, or name their column with data.train.0.columns={answers: COLUMN}."
+                f"none of the {len(counts)} questions has an answer: there is nothing to learn.\n"
+                "  Add the answers, or name their column with data.train.0.columns={answers: COLUMN}."
             )
-        self.threshold = (self.threshold or 0.0) if silent else None
-        says = "the model may say that there is none" if silent else "so there always is one"
-        self.notes.append(f"questions: {asked}, {silent} of them without an answer: {says}")
+        self.threshold = (self.threshold or 0.0) if unanswered else None
+        effect = "the model may predict that there is none" if unanswered else "the model always predicts one"
+        self.notes.append(f"questions: {len(counts)}, {unanswered} of them without an answer: {effect}")
 
-    def head_config(self) -> dict[str, Any]:
-        ours = {"objective": "qa", "pair_template": self._template, "null_threshold": self.threshold}
-        names = {
-            0: "LABEL_0",
-            1: "LABEL_1",
-        }  # transformers' span heads have two outputs, and these names for them
-        return {
-            "num_labels": 2,
-            "id2label": names,
-            "label2id": {name: number for number, name in names.items()},
-            "tunesmith": {
-                **ours,
-                **self._settings,
-                "window": self.max_length,
-                "null": "last token" if self._causal else "first token",
-            },
+    def head_config(self) -> JsonObject:
+        saved = {
+            "pair_template": self._template,
+            "null_threshold": self.threshold,
+            **self._settings,
+            "window": self.max_length,
+            "null": "last token" if self.causal else "first token",
         }
+        return self.label_config(["LABEL_0", "LABEL_1"], saved)  # transformers' names for start and end
 
-    # ------------------------------------------------------------------------------------------------------- examples
-
-    def encode(self, rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
+    def encode(self, rows: Sequence[Question], tokenizer: Tokenizer) -> list[list[Example]]:
         return questions.encode(
-            rows, tokenizer, template=self._template, causal=self._causal, stride=self._settings["stride"],
+            rows, tokenizer, template=self._template, causal=self.causal, stride=self._settings["stride"],
             max_length=self.max_length or self._settings["window"], longest_answer=self._settings["max_answer_tokens"],
         )  # fmt: skip
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """All tokens are read. ``spans`` (rows, 2): first and last token of the answer in its window, -1 where it is not known.
+        """Every token is read. ``spans`` (rows, 2): first and last token of the answer in its window, -1
+        where it is not known.
 
-        ``cells`` (tokens,): where each token's logit goes in a table (rows, longest).
+        ``cells`` (tokens,): the index of each token's logit in a table (rows, longest), flattened.
         """
         import torch
 
         lengths = [len(example["input_ids"]) for example in examples]
-        batch = pack.with_positions(examples, layout, [np.arange(length) for length in lengths])
-        cells = np.concatenate([row * max(lengths) + np.arange(length) for row, length in enumerate(lengths)])
+        positions = [np.arange(length) for length in lengths]
+        cells = np.concatenate([row * max(lengths) + tokens for row, tokens in enumerate(positions)])
+        spans = np.stack([example["span"] for example in examples]).astype(np.int64)
+        kept = ("offsets", "null", "context", "golds")
         return {
-            **batch,
+            **pack.of_rows(examples, layout, positions),
             "cells": torch.from_numpy(cells),
-            "spans": torch.from_numpy(np.stack([example["span"] for example in examples]).astype(np.int64)),
-            "windows": [
-                {name: example[name] for name in ("offsets", "null", "context", "golds")}
-                for example in examples
-            ],
+            "spans": torch.from_numpy(spans),
+            "windows": [{name: example[name] for name in kept} for example in examples],
         }
-
-    # ----------------------------------------------------------------------------------------------------------- loss
 
     def count(self, batch: Batch) -> int:
         """Windows whose answer is known."""
         return int(np.count_nonzero(batch["spans"][:, 0].numpy() >= 0))
 
-    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Metrics]:
-        """Sum over windows of the mean of two cross-entropies over all their tokens: of the answer's first, and of its last."""
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Sum over windows of the mean cross-entropy of the answer's first and last token."""
         from tunesmith.models.heads import task_heads
 
         return _losses(*task_heads.span_logits(model, batch), batch).sum(), {}
 
-    # ----------------------------------------------------------------------------------------------------- evaluation
-
-    def evaluate(self, model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-        """Of each window: its row, the best answers in it, the score of no answer, the true answers, and its loss."""
+    def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
+        """For each window: row, best spans, score of "no answer", gold answers, (loss, 1 if known)."""
         import torch
 
         from tunesmith.models.heads import task_heads
 
         with torch.no_grad():
             start, end = task_heads.span_logits(model, batch)
-            losses = _losses(start, end, batch).cpu().double().numpy()
-        known = (batch["spans"][:, 0] >= 0).cpu().numpy()
-        first, last = start.float().cpu(), end.float().cpu()
-        out, at = [], 0
-        for row, window, length, loss, gold in zip(
-            batch["rows"], batch["windows"], batch["places"], losses, known
-        ):
-            scores = first[at : at + length], last[at : at + length]
-            null = int(window["null"][0])
-            out.append(
-                {
-                    "row": row,
-                    "best": best_spans(
-                        *scores,
-                        window["offsets"],
-                        window["context"],
-                        N_BEST,
-                        self._settings["max_answer_tokens"],
-                    ),
-                    "null": float(scores[0][null] + scores[1][null]),
-                    "golds": json.loads(window["golds"].tobytes()) if len(window["golds"]) else None,
-                    "loss": (float(loss), int(gold)),
-                }
-            )
-            at += length
-        return {"windows": out}
-
-    def _joined(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The windows of each row as one; the rows in order. No answer is what the window says that believes in it least."""
-        out = []
-        for row, parts in token_mean.windows_by_row(records):
-            best: dict[str, tuple[float, int, int]] = {}
-            for score, begin, end, text in sorted(
-                (one for part in parts for one in part["best"]), key=lambda one: (-one[0], one[1])
-            ):
-                best.setdefault(text, (score, begin, end))
-            out.append({
+            losses = _losses(start, end, batch).cpu().double().tolist()
+        known = (batch["spans"][:, 0] >= 0).tolist()
+        starts, ends = (torch.split(logits.float().cpu(), batch["places"]) for logits in (start, end))
+        longest = self._settings["max_answer_tokens"]
+        windows = []
+        for number, (row, window) in enumerate(zip(batch["rows"], batch["windows"], strict=True)):
+            first, last, null = starts[number], ends[number], int(window["null"][0])
+            windows.append({
                 "row": row,
-                "best": [(text, *place) for text, place in best.items()][: N_BEST],
-                "null": min(part["null"] for part in parts),
-                "golds": next((part["golds"] for part in parts if part["golds"] is not None), None),
-                "loss": tuple(sum(column) for column in zip(*(part["loss"] for part in parts))),
+                "best": best_spans(first, last, window["offsets"], window["context"], N_BEST, longest),
+                "null": float(first[null] + last[null]),
+                "golds": json.loads(window["golds"].tobytes()) if len(window["golds"]) else None,
+                "loss": (losses[number], int(known[number])),
             })  # fmt: skip
-        return out
+        return {"windows": windows}
 
-    def answers(self, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [self._answer(one) for one in self._joined(records)]
+    def _join_windows(self, records: Sequence[JsonObject]) -> list[JsonObject]:
+        """The windows of each row as one, in order; "no answer" has its lowest score in any window."""
+        rows = []
+        for row, windows in token_mean.by_row(records):
+            best: dict[str, tuple[float, int, int]] = {}
+            spans = (span for window in windows for span in window["best"])
+            for score, start, end, text in sorted(spans, key=lambda span: (-span[0], span[1])):
+                best.setdefault(text, (score, start, end))
+            rows.append({
+                "row": row,
+                "best": [(text, *span) for text, span in best.items()][:N_BEST],
+                "null": min(window["null"] for window in windows),
+                "golds": next((window["golds"] for window in windows if window["golds"] is not None), None),
+                "loss": tuple(sum(column) for column in zip(*(window["loss"] for window in windows))),
+            })  # fmt: skip
+        return rows
 
-    def _answer(self, one: dict[str, Any]) -> dict[str, Any]:
-        from tunesmith.metrics import squad
+    def answers(self, records: Sequence[JsonObject]) -> list[JsonObject]:
+        return [self._answer(row) for row in self._join_windows(records)]
 
-        listed: list[dict[str, Any]] = [
+    def _answer(self, row: JsonObject) -> JsonObject:
+        candidates: list[JsonObject] = [
             {"text": text, "score": score, "start": start, "end": end}
-            for text, score, start, end in one["best"]
+            for text, score, start, end in row["best"]
         ]
-        above = one["null"] - listed[0]["score"] if listed else None
-        said = listed[0] if listed else {"text": "", "start": None, "end": None}
+        null_minus_best = row["null"] - candidates[0]["score"] if candidates else None
+        empty: JsonObject = {"text": "", "score": row["null"], "start": None, "end": None}
+        answer = candidates[0] if candidates else {**empty, "score": 0.0}
         if self.threshold is not None:
-            silence = {"text": "", "score": one["null"], "start": None, "end": None}
-            if above is not None and above > self.threshold:
-                said = silence
-            listed = sorted([*listed, silence], key=lambda answer: -answer["score"])
-        if listed:
-            powers = np.exp(np.array([answer["score"] for answer in listed]) - listed[0]["score"])
-            for answer, chance in zip(listed, powers / powers.sum()):
-                answer["score"] = float(chance)
+            if null_minus_best is not None and null_minus_best > self.threshold:
+                answer = empty
+            candidates = sorted([*candidates, empty], key=lambda candidate: -candidate["score"])
+        if candidates:
+            powers = np.exp(
+                np.array([candidate["score"] for candidate in candidates]) - candidates[0]["score"]
+            )
+            for candidate, probability in zip(candidates, powers / powers.sum()):
+                candidate["score"] = float(probability)
+        text, golds, (loss, known) = str(answer["text"]), row["golds"], row["loss"]
         return {
-            "row": list(one["row"]),
-            "prediction": said["text"],
-            "start": said["start"],
-            "end": said["end"],
-            "score": said.get("score", 0.0),
-            "n_best": listed,
-            "null_minus_best": above,
-            "gold": one["golds"],
-            "f1": squad.f1(str(said["text"]), one["golds"]) if one["golds"] is not None else None,
-            "right": one["golds"] is not None and squad.exact_match(str(said["text"]), one["golds"]) == 1.0,
-            "loss": one["loss"][0] / one["loss"][1] if one["loss"][1] else None,
+            "row": list(row["row"]),
+            "prediction": answer["text"],
+            "start": answer["start"],
+            "end": answer["end"],
+            "score": answer["score"],
+            "n_best": candidates,
+            "null_minus_best": null_minus_best,
+            "gold": golds,
+            "f1": None if golds is None else squad.f1(text, golds),
+            "right": golds is not None and squad.exact(text, golds) == 1.0,
+            "loss": loss / known if known else None,
         }
 
-    def summarise(self, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """eval_loss, a mean over windows; SQuAD's eval_exact_match and eval_f1, where some have no answer also of each kind."""
-        loss = token_mean.token_mean([{"rows": [one["loss"] for one in self._joined(records)]}])
-        found = self.details(records)
-        both = found["has_answer_total"] and found["no_answer_total"]
-        names = ["exact_match", "f1", *(["has_answer_f1", "no_answer_f1"] if both else [])]
-        return {name: value for name, value in loss.items() if name != "perplexity"} | {
-            f"eval_{name}": found[name] for name in names
-        }
+    def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
+        """eval_loss by window; SQuAD's exact match and F1, also by kind where some have no answer."""
+        loss = objectives.mean_loss([row["loss"] for row in self._join_windows(records)])
+        details = self.details(records)
+        both_kinds = details["has_answer_total"] and details["no_answer_total"]
+        names = ["exact_match", "f1", *(["has_answer_f1", "no_answer_f1"] if both_kinds else [])]
+        return loss | {f"eval_{name}": details[name] for name in names}
 
-    def choose_threshold(self, records: Sequence[dict[str, Any]]) -> None:
-        """Where questions may have no answer: the threshold of the highest F1."""
-        from tunesmith.metrics import squad
-
+    def choose_threshold(self, records: Sequence[JsonObject]) -> None:
+        """Where questions may have no answer: choose the threshold with the highest F1."""
         known = [
-            one
-            for one in self.answers(records)
-            if one["gold"] is not None and one["null_minus_best"] is not None
+            answer
+            for answer in self.answers(records)
+            if answer["gold"] is not None and answer["null_minus_best"] is not None
         ]
-        if self.threshold is None or all(one["gold"] for one in known):
+        if self.threshold is None or all(answer["gold"] for answer in known):
             return
-        texts = [next(answer["text"] for answer in one["n_best"] if answer["text"]) for one in known]
+        spans = [next(span["text"] for span in answer["n_best"] if span["text"]) for answer in known]
         self.threshold, _ = squad.best_null_threshold(
-            [one["null_minus_best"] for one in known],
-            [squad.f1(text, one["gold"]) for text, one in zip(texts, known)],
-            [squad.has_answer(one["gold"]) for one in known],
+            [answer["null_minus_best"] for answer in known],
+            [squad.f1(span, answer["gold"]) for span, answer in zip(spans, known)],
+            [squad.has_answer(answer["gold"]) for answer in known],
         )
 
-    def details(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """:func:`tunesmith.metrics.squad.score` over the questions whose answers are known, and the threshold."""
-        from tunesmith.metrics import squad
-
-        known = {str(tuple(one["row"])): one for one in self.answers(records) if one["gold"] is not None}
-        golds = {key: one["gold"] for key, one in known.items()}
-        return {
-            **squad.score({key: one["prediction"] for key, one in known.items()}, golds),
-            "null_threshold": self.threshold,
+    def details(self, records: Sequence[JsonObject]) -> JsonObject:
+        """:func:`tunesmith.metrics.squad.score` over questions with known answers, and the threshold."""
+        known = {
+            str(tuple(answer["row"])): answer
+            for answer in self.answers(records)
+            if answer["gold"] is not None
         }
+        predictions = {key: answer["prediction"] for key, answer in known.items()}
+        figures = squad.score(predictions, {key: answer["gold"] for key, answer in known.items()})
+        return {**figures, "null_threshold": self.threshold}
 
-    def present(self, row: Question, answer: dict[str, Any]) -> dict[str, Any]:
-        """``answer`` ("" = the context does not say), where its characters ``start`` and ``end``, its probability, the n best."""
-        called = {} if row.id is None else {"id": row.id}
-        return {
-            **called,
-            "answer": answer["prediction"],
-            **{name: answer[name] for name in ("start", "end", "score", "n_best")},
-        }
+    def present(self, row: Question, answer: JsonObject) -> JsonObject:
+        """``answer`` ("" = none), its ``start`` and ``end`` in characters, its probability, the n best."""
+        shown = {name: answer[name] for name in ("start", "end", "score", "n_best")}
+        return {**({} if row.id is None else {"id": row.id}), "answer": answer["prediction"], **shown}
 
 
 def best_spans(
-    start: Any, end: Any, offsets: np.ndarray, context: np.ndarray, count: int, longest: int
+    start: Tensor, end: Tensor, offsets: np.ndarray, context: np.ndarray, count: int, longest: int
 ) -> list[tuple[float, int, int, str]]:
-    """(score, first character, last + 1, text) of a window's ``count`` best answers, the best first.
+    """(score, first character, last + 1, text) of a window's ``count`` best spans, the best first.
 
-    ``start`` and ``end``: (tokens,) on the CPU. An answer begins and ends at tokens of the context and has at most ``longest``;
-    all of them are compared: score = start + end.
+    ``start`` and ``end``: (tokens,) on the CPU. A span begins and ends at tokens of the context and has at
+    most ``longest`` tokens; all such spans are compared, with score = start + end.
     """
     import torch
 
     outside = torch.from_numpy(offsets[::2] < 0)
-    begins, ends = (values.masked_fill(outside, -torch.inf) for values in (start, end))
-    ahead = torch.cat([ends, ends.new_full((longest - 1,), -torch.inf)]).unfold(
-        0, longest, 1
-    )  # (tokens, longest)
-    scores, places = (begins[:, None] + ahead).flatten().topk(min(count, ahead.numel()))
-    out = []
-    for score, place in zip(scores.tolist(), places.tolist()):
+    starts, ends = (values.masked_fill(outside, -torch.inf) for values in (start, end))
+    padded = torch.cat([ends, ends.new_full((longest - 1,), -torch.inf)])
+    ends_ahead = padded.unfold(0, longest, 1)  # (tokens, longest)
+    scores, indices = (starts[:, None] + ends_ahead).flatten().topk(min(count, ends_ahead.numel()))
+    spans = []
+    for score, index in zip(scores.tolist(), indices.tolist()):
         if score == -np.inf:
             break
-        token, more = divmod(place, longest)
+        token, more = divmod(index, longest)
         first, last = int(offsets[2 * token]), int(offsets[2 * (token + more) + 1])
-        out.append((score, first, last, questions.answer_text(context, offsets, first, last)))
-    return out
+        spans.append((score, first, last, questions.text_of(context, offsets, first, last)))
+    return spans
 
 
-def _losses(start: Any, end: Any, batch: Batch) -> Any:
-    """(windows,): 0 where the answer is not known."""
+def _losses(start: Tensor, end: Tensor, batch: Batch) -> Tensor:
+    """(windows,): mean cross-entropy of the answer's first and last token; 0 where it is not known."""
     import torch
     from torch.nn import functional
 
-    spans = batch["spans"].to(start.device)
+    spans, cells = batch["spans"].to(start.device), batch["cells"].to(start.device)
     rows, longest = len(spans), max(batch["places"])
-    parts = []
-    for logits, target in zip((start, end), spans.T):
-        table = logits.new_full((rows * longest,), -torch.inf).scatter(
-            0, batch["cells"].to(start.device), logits
-        )
-        parts.append(
-            functional.cross_entropy(table.view(rows, longest), target, ignore_index=-1, reduction="none")
-        )
-    return (parts[0] + parts[1]) / 2
+
+    def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+        table = logits.new_full((rows * longest,), -torch.inf).scatter(0, cells, logits).view(rows, longest)
+        return functional.cross_entropy(table, target, ignore_index=-1, reduction="none")
+
+    return (cross_entropy(start, spans[:, 0]) + cross_entropy(end, spans[:, 1])) / 2

@@ -1,11 +1,11 @@
 """The recipe: what a run is, as YAML, strictly checked.
 
-In reading order: ``schema`` (the keys), ``text`` (YAML with line numbers, overrides), ``validation`` (a file
-becomes a Recipe), ``conflicts`` (choices that contradict each other).
+In reading order: ``schema`` (the keys), ``text`` (YAML with line numbers, overrides), ``validation`` (from a
+file to a Recipe), ``conflicts`` (choices that contradict each other).
 """
 
 from tunesmith.recipe.conflicts import conflicts
-from tunesmith.recipe.schema import DEFAULT_OBJECTIVE, Recipe, Strict, brief, changed
+from tunesmith.recipe.schema import DEFAULT_OBJECTIVE, Recipe, brief, changed
 from tunesmith.recipe.validation import load, parse
 
-__all__ = ["DEFAULT_OBJECTIVE", "Recipe", "Strict", "brief", "changed", "conflicts", "load", "parse"]
+__all__ = ["DEFAULT_OBJECTIVE", "Recipe", "brief", "changed", "conflicts", "load", "parse"]

@@ -1,129 +1,125 @@
-"""Choices of a recipe that contradict each other, and keys that would do nothing next to the others."""
+"""Choices of a recipe that contradict each other, and keys that would do nothing: tables of rules."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from tunesmith import adaptations, objectives
+from tunesmith.data.data_config import DataConfig, Source, idle
 from tunesmith.data.read.source import eval_sources
 from tunesmith.data.rows import Chat, Labelled
 from tunesmith.recipe.schema import Recipe, changed
+from tunesmith.train.train_config import SampleConfig, TrainConfig
+
+Rule = tuple[object, str]
+"""(condition of the conflict, message)."""
 
 
 def conflicts(recipe: Recipe) -> list[str]:
-    """Choices that contradict each other, and keys that would do nothing beside the others. Default values never count."""
-    data, train, samples = recipe.data, recipe.train, recipe.samples
-    held_out = bool(eval_sources(data)) or data.eval.fraction > 0
-    objective = objectives.name_of(recipe.objective)
-    loss = objectives.module(objective).Objective.traits
-    traits = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation.traits
-    rows = loss.rows
-    found = []
-
-    def clash(condition: Any, message: str) -> None:
-        if condition:
-            found.append(message)
-
-    clash(
-        recipe.add_tokens and recipe.adapter == "continue",
-        "add_tokens: adapter: continue keeps the adapter's own vocabulary. Use adapter: merge, which makes room for new tokens",
-    )
-    clash(
-        recipe.device_map is not None and recipe.adapter,
-        "device_map: peft places the layers anew when it attaches an adapter. Fold it in first: tunesmith merge",
-    )
-    clash(
-        recipe.device_map is not None and train.torch_compile,
-        "device_map: the hooks that bring batches to its layers cannot be compiled. Leave out one of the two",
-    )
-    dropout = traits.dropout and getattr(recipe.adaptation, traits.dropout)
-    clash(
-        train.torch_compile and dropout,
-        f"adaptation.{traits.dropout}: it is drawn on the host for each row, and a layer compiled by train.torch_compile cannot "
-        "ask the host. Leave out one of the two",
-    )
-    clash(
-        recipe.trust_remote_code and recipe.add_tokens,
-        "add_tokens: how the vocabulary of a model with code of its own grows is up to that code. Leave out one of the two",
-    )
-    if loss.head != "lm":
-        for key in ("prompts", "count", "max_new_tokens"):
-            clash(changed(samples, key), f"samples.{key} does nothing: a model of {objective} writes no text")
-    clash(
-        changed(data, "max_unlearnable") and (loss.fits_rows or loss.head != "lm"),
-        f"data.max_unlearnable does nothing: there is something to learn in every row of {objective}",
-    )
-    for key, drawn in (
-        (f"adaptation.{traits.dropout}", dropout),
-        ("train.neftune_noise_alpha", train.neftune_noise_alpha),
-    ):
-        clash(
-            loss.deterministic and drawn,
-            f"{key}: {objective} compares what the weights say, and nothing may be drawn in it. Leave it out",
-        )
-    learns = f"{objective} learns from {', '.join(row.__name__ for row in rows)} rows"
-    clash(data.template and Chat not in rows and not loss.fits_rows, f"data.template does nothing: {learns}")
-    sources = {f"data.train.{place}": source for place, source in enumerate(data.train)}
+    """Messages of all conflicts in the recipe. A key at its default value never conflicts."""
+    data = recipe.data
+    sources = {f"data.train.{index}": source for index, source in enumerate(data.train)}
     sources |= {f"data.eval.sets.{name}": source for name, source in (data.eval.sets or {}).items()}
-    for place, source in sources.items():
-        for key in source.unused_keys():
-            clash(
-                True,
-                f"{place}.{key} does nothing: {source.path} is no data set of the Hub (path: hub:OWNER/NAME)",
-            )
-        clash(source.separator and Labelled not in rows, f"{place}.separator does nothing: {learns}")
-        for key in loss.single_label_keys:
-            clash(
-                source.separator and getattr(recipe.objective, key),
-                f"{place}.separator stands between several labels; objective.{key} goes with one. Leave out one of the two",
-            )
-    clash(
-        not data.cache and any(source.streaming for source in sources.values()),
-        "data.cache=false: a stream is read once and kept encoded, so that a run can be resumed. Leave out one of the two",
-    )
-    given = [key for key in ("path", "sets", "fraction") if changed(data.eval, key)]
-    clash(len(given) > 1, f"set {' or '.join(f'data.eval.{key}' for key in given)}, not both")
-    clash(
-        data.eval.limit and data.eval.sets,
-        "data.eval.limit does nothing beside data.eval.sets: give each set its own limit",
-    )
-    for name, source in (data.eval.sets or {}).items():
-        clash(
-            changed(source, "weight"),
-            f"data.eval.sets.{name}.weight does nothing: every held-out row is read once",
-        )
-    clash(
-        data.eval.limit and not held_out,
-        "data.eval.limit does nothing: no row is held out (data.eval.fraction is 0)",
-    )
-    clash(
-        train.early_stopping_patience and not held_out,
-        "train.early_stopping_patience needs held-out rows: give data.eval.fraction, data.eval.path or data.eval.sets",
-    )
-    clash(
-        train.eval_steps not in (None, "epoch") and not held_out,
-        "train.eval_steps does nothing: no row is held out (data.eval.fraction is 0)",
-    )
-    clash(
-        train.early_stopping_threshold and not train.early_stopping_patience,
-        "train.early_stopping_threshold does nothing without train.early_stopping_patience",
-    )
-    clash(
-        train.max_steps and changed(train, "epochs"),
-        "set train.max_steps or train.epochs, not both; train.epochs=1 beside max_steps takes back what the recipe says",
-    )
-    clash(
-        train.scheduler_name == "constant" and (train.warmup_ratio or train.warmup_steps),
-        "train.lr_scheduler_type: constant has no warm-up; use constant_with_warmup",
-    )
-    for key in ("dampening", "nesterov"):
-        clash(
-            train.optim_name == "sgd" and train.optim_args.get(key) and not train.optim_args.get("momentum"),
-            f"train.optim.{key} does nothing without train.optim.momentum",
-        )
-    clash(samples.prompts and changed(samples, "count"), "set samples.prompts or samples.count, not both")
-    clash(
-        samples.count == 0 and not samples.prompts and changed(samples, "max_new_tokens"),
-        "samples.max_new_tokens does nothing: samples.count is 0",
-    )
-    return found
+    holds_out = bool(eval_sources(data)) or data.eval.fraction > 0
+    rules = [
+        *_model_rules(recipe),
+        *_objective_rules(recipe, sources),
+        *_data_rules(data, sources, holds_out),
+        *_train_rules(recipe.train, holds_out),
+        *_sample_rules(recipe.samples),
+    ]
+    return [message for broken, message in rules if broken]
+
+
+def _dropout(recipe: Recipe) -> tuple[str, object]:
+    """(key of the adaptation's dropout, its value)."""
+    key = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation.traits.dropout
+    return f"adaptation.{key}", dict(recipe.adaptation).get(key)
+
+
+# fmt: off
+def _model_rules(recipe: Recipe) -> list[Rule]:
+    (dropout_key, dropout), compiled = _dropout(recipe), recipe.train.torch_compile
+    return [
+        (recipe.add_tokens and recipe.adapter == "continue",
+         "add_tokens: adapter: continue keeps the adapter's vocabulary. Use adapter: merge, which can add new tokens"),
+        (recipe.device_map is not None and recipe.adapter,
+         "device_map: peft moves the layers when it attaches an adapter. Merge the adapter first: tunesmith merge"),
+        (recipe.device_map is not None and compiled,
+         "device_map: the hooks that move batches to its layers cannot be compiled. Leave out one of the two"),
+        (compiled and dropout,
+         f"{dropout_key}: the host draws it for each row, which is impossible in a layer compiled by train.torch_compile. "
+         "Leave out one of the two"),
+        (recipe.trust_remote_code and recipe.add_tokens,
+         "add_tokens: only the model's own code knows how its vocabulary grows (trust_remote_code). Leave out one of the two"),
+    ]
+
+
+def _objective_rules(recipe: Recipe, sources: Mapping[str, Source]) -> list[Rule]:
+    name = objectives.name_of(recipe.objective)
+    traits: objectives.Traits = objectives.module(name).Objective.traits
+    writes_text = traits.head == "lm"
+    learns = f"{name} learns from {', '.join(row.__name__ for row in traits.rows)} rows"
+    random_keys = (_dropout(recipe), ("train.neftune_noise_alpha", recipe.train.neftune_noise_alpha))
+    return [
+        *((changed(recipe.samples, key) and not writes_text,
+           f"samples.{key} does nothing: a model of {name} writes no text")
+          for key in ("prompts", "count", "max_new_tokens")),
+        (changed(recipe.data, "max_unlearnable") and (traits.fits_rows or not writes_text),
+         f"data.max_unlearnable does nothing: every row of {name} has something to learn"),
+        *((traits.deterministic and value,
+           f"{key}: {name} compares log-probabilities or rewards, which must depend on the weights alone. Leave it out")
+          for key, value in random_keys),
+        (recipe.data.template and Chat not in traits.rows and not traits.fits_rows,
+         f"data.template does nothing: {learns}"),
+        *((source.separator and Labelled not in traits.rows, f"{place}.separator does nothing: {learns}")
+          for place, source in sources.items()),
+        *((source.separator and dict(recipe.objective)[key],
+           f"{place}.separator separates several labels, and objective.{key} applies to one. Leave out one of the two")
+          for place, source in sources.items() for key in traits.single_label_keys),
+    ]
+
+
+def _data_rules(data: DataConfig, sources: Mapping[str, Source], holds_out: bool) -> list[Rule]:
+    held_out = data.eval
+    given = [f"data.eval.{key}" for key in ("path", "sets", "fraction") if changed(held_out, key)]
+    return [
+        *((True, f"{place}.{key} does nothing: {source.path} is no data set of the Hub (path: hub:OWNER/NAME)")
+          for place, source in sources.items() for key in idle(source)),
+        (not data.cache and any(source.streaming for source in sources.values()),
+         "data.cache=false: a stream is read once and kept encoded, so that a run can be resumed. Leave out one of the two"),
+        (len(given) > 1, f"set {' or '.join(given)}, not both"),
+        (held_out.limit and held_out.sets,
+         "data.eval.limit does nothing next to data.eval.sets: give each set its own limit"),
+        *((changed(source, "weight"), f"data.eval.sets.{name}.weight does nothing: every held-out row is read once")
+          for name, source in (held_out.sets or {}).items()),
+        (held_out.limit and not holds_out,
+         "data.eval.limit does nothing: no row is held out (data.eval.fraction is 0)"),
+    ]
+
+
+def _train_rules(train: TrainConfig, holds_out: bool) -> list[Rule]:
+    has_momentum = train.optim_name != "sgd" or train.optim_args.get("momentum")
+    return [
+        (train.early_stopping_patience and not holds_out,
+         "train.early_stopping_patience needs held-out rows: give data.eval.fraction, data.eval.path or data.eval.sets"),
+        (train.eval_steps not in (None, "epoch") and not holds_out,
+         "train.eval_steps does nothing: no row is held out (data.eval.fraction is 0)"),
+        (train.early_stopping_threshold and not train.early_stopping_patience,
+         "train.early_stopping_threshold does nothing without train.early_stopping_patience"),
+        (train.max_steps and changed(train, "epochs"),
+         "set train.max_steps or train.epochs, not both; with max_steps, train.epochs=1 cancels the epochs of the recipe"),
+        (train.scheduler_name == "constant" and (train.warmup_ratio or train.warmup_steps),
+         "train.lr_scheduler_type: constant has no warm-up; use constant_with_warmup"),
+        *((train.optim_args.get(key) and not has_momentum, f"train.optim.{key} does nothing without train.optim.momentum")
+          for key in ("dampening", "nesterov")),
+    ]
+
+
+def _sample_rules(samples: SampleConfig) -> list[Rule]:
+    return [
+        (samples.prompts and changed(samples, "count"), "set samples.prompts or samples.count, not both"),
+        (samples.count == 0 and not samples.prompts and changed(samples, "max_new_tokens"),
+         "samples.max_new_tokens does nothing: samples.count is 0"),
+    ]
+# fmt: on

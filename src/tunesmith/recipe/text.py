@@ -1,8 +1,9 @@
-"""The text of a recipe -> plain data, and back to the line a key stands on.
+"""From the text of a recipe to plain data, and from a key back to its line.
 
-YAML is read as version 1.2: only ``true`` and ``false`` are booleans (so that ``packing: off`` is the word),
-``2e-4`` is a number, and a key given twice is an error. ruamel.yaml parses the text; the data are made here,
-of its tree. Tags are refused: a recipe holds plain values only, and reading one runs no code.
+YAML is read as version 1.2: only ``true`` and ``false`` are booleans (so ``packing: off`` is the text "off"),
+``2e-4`` is a number, and a key given twice is an error. ruamel.yaml parses the text into a tree; this module
+builds the data from the tree. Tags are refused: a recipe holds plain values only, and reading one runs no
+code.
 """
 
 from __future__ import annotations
@@ -15,20 +16,19 @@ from itertools import count
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+from ruamel.yaml.error import MarkedYAMLError, StreamMark, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
 
 from tunesmith.errors import RecipeError
+from tunesmith.json_types import JsonObject
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = frozenset(("str", "int", "float", "bool", "null", "timestamp", "value", "merge"))
 
 MAX_VALUES = 10_000
-"""Values that a document may hold, each alias counted as a copy: a few lines of aliases can stand for
-billions.
-"""
+"""Values that a document may hold, aliases expanded: a few lines of them can stand for billions."""
 
 MAX_DEPTH = 50
 
@@ -38,31 +38,27 @@ _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
 @dataclass(frozen=True)
 class Text:
-    """Where a recipe came from: ``name`` for messages, its YAML tree (None for plain data) and the overrides
-    put on top.
-    """
+    """Source of a recipe: ``name`` for messages, YAML tree (None for plain data), overrides on top."""
 
     name: str
-    tree: Any = None
+    tree: Node | None = None
     overrides: tuple[str, ...] = ()
 
-    def at(self, loc: Sequence[Any]) -> str:
-        """``sft.yaml, line 7``, or the override that set the key, for the place ``loc`` (keys and list
-        positions).
-        """
-        dotted = ".".join(map(str, loc))
+    def at(self, path: Sequence[str | int]) -> str:
+        """``sft.yaml, line 7``, or the override that set the key at ``path``."""
+        dotted = ".".join(map(str, path))
         for override in reversed(self.overrides):
             key = override.partition("=")[0].strip()
             if dotted == key or dotted.startswith(key + "."):
                 return f"override {override!r}"
-        line = _line(self.tree, loc)
+        line = _line(self.tree, path)
         return f"{self.name}, line {line}" if line else self.name
 
 
-def read(text: str, name: str) -> tuple[Any, Any]:
+def read(text: str, name: str) -> tuple[Any, Node | None]:
     """(plain data, YAML tree) of a document. Raises RecipeError with the line."""
     try:
-        tree = YAML(typ="safe", pure=True).compose(text)
+        tree: Node | None = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         raise RecipeError(f"{_place(name, error.problem_mark)}: not valid YAML: {error.problem}") from None
     except (YAMLError, RecursionError) as error:
@@ -70,11 +66,8 @@ def read(text: str, name: str) -> tuple[Any, Any]:
     return _plain(tree, name, count(1)), tree
 
 
-def dump(value: Any, one_line: bool = False) -> str:
-    """Plain data as YAML.
-
-    Words that YAML 1.1 takes for something else are quoted, so that every reader agrees.
-    """
+def dump(value: object, one_line: bool = False) -> str:
+    """Write plain data as YAML; words that YAML 1.1 reads as another type are quoted."""
     out = io.StringIO()
     writer = YAML(typ="safe", pure=True)
     writer.Representer = _Representer
@@ -82,22 +75,22 @@ def dump(value: Any, one_line: bool = False) -> str:
     writer.width = 10**6 if one_line else 80
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # annotated as None alone
     writer.dump(value, out)
-    return out.getvalue().removesuffix("...\n")  # the end of a document that is one scalar
+    return out.getvalue().removesuffix("...\n")  # YAML's end mark after a document of one scalar
 
 
 class _Representer(SafeRepresenter):
     """The writer's choice between plain and quoted words."""
 
-    def represent_str(self, data: str) -> Any:
+    def represent_str(self, data: str) -> ScalarNode:
         kind = VersionedResolver(version="1.1").resolve(ScalarNode, data, (True, False))
-        style = (
-            '"' if not data.isprintable() else None if kind == _TAG + "str" else "'"
-        )  # only within " can all be escaped
+        style = None if kind == _TAG + "str" else "'"
+        if not data.isprintable():
+            style = '"'  # the only style in which every character can be escaped
         return self.represent_scalar(_TAG + "str", data, style=style)
 
-    def represent_float(self, data: float) -> Any:
+    def represent_float(self, data: float) -> ScalarNode:
         node = super().represent_float(data)
-        if "e" in node.value and "." not in node.value:  # 1e-05 is a word in YAML 1.1
+        if "e" in node.value and "." not in node.value:  # YAML 1.1 reads 1e-05 as text
             node.value = node.value.replace("e", ".0e")
         return node
 
@@ -106,12 +99,12 @@ _Representer.add_representer(str, _Representer.represent_str)
 _Representer.add_representer(float, _Representer.represent_float)
 
 
-def _place(name: str, mark: Any) -> str:
+def _place(name: str, mark: StreamMark | None) -> str:
     return f"{name}, line {mark.line + 1 if mark else '?'}"
 
 
-def _plain(node: Any, name: str, values: Iterator[int], depth: int = 0) -> Any:
-    """The data of a YAML node, made here and by no constructor of the library's: no tag can make an object."""
+def _plain(node: Node | None, name: str, values: Iterator[int], depth: int = 0) -> object:
+    """The data of a YAML node, built without ruamel's constructors, so that no tag can create an object."""
     if node is None:
         return None
     place = _place(name, node.start_mark)
@@ -131,9 +124,9 @@ def _plain(node: Any, name: str, values: Iterator[int], depth: int = 0) -> Any:
     return _scalar(kind, node.value)
 
 
-def _mapping(node: Any, name: str, values: Iterator[int], depth: int) -> dict[Any, Any]:
-    given: dict[Any, Any] = {}
-    merged: dict[Any, Any] = {}
+def _mapping(node: MappingNode, name: str, values: Iterator[int], depth: int) -> dict[object, object]:
+    given: dict[object, object] = {}
+    merged: dict[object, object] = {}
     seen: set[str] = set()
     for key, child in node.value:
         place = _place(name, key.start_mark)
@@ -146,17 +139,15 @@ def _mapping(node: Any, name: str, values: Iterator[int], depth: int) -> dict[An
         if key.tag != _TAG + "merge":
             given[_plain(key, name, values, depth + 1)] = value
             continue
-        for one in reversed(value if isinstance(value, list) else [value]):
-            if not isinstance(one, dict):
+        for mapping in reversed(value if isinstance(value, list) else [value]):
+            if not isinstance(mapping, dict):
                 raise RecipeError(f"{place}: `<<` takes a mapping or a list of mappings")
-            merged |= one
+            merged |= mapping
     return {**merged, **given}
 
 
-def _scalar(kind: str, text: str) -> Any:
-    """A number only where it is written as decimal: 010, 0o7, 2024-01-01 and 1:30 are words, as off and yes
-    are.
-    """
+def _scalar(kind: str, text: str) -> object:
+    """A number only if it is decimal: 010, 0o7, 2024-01-01 and 1:30 are text, as are off and yes."""
     if kind in ("bool", "null"):
         return _CONSTANTS.get(text.lower(), text)
     if kind == "int" and _DECIMAL.fullmatch(text):
@@ -166,38 +157,39 @@ def _scalar(kind: str, text: str) -> Any:
     return text
 
 
-BLOCKS = ("|", ">")
-"""With these YAML begins a text on further lines, which a command line has not: there they are themselves."""
+BLOCK_MARKS = ("|", ">")
+"""These begin a text on the following lines; an override has one line, so there they are text."""
 
 
-def apply(raw: dict[str, Any], override: str) -> dict[str, Any]:
-    """``raw`` with one dotted key set.
+def apply(raw: JsonObject, override: str) -> JsonObject:
+    """Return a copy of ``raw`` with one dotted key set.
 
-    For example ``train.epochs=2``, ``data.train.0.limit=100``, ``data.train='[{path: x.json}]'``.
-
-    The value is YAML, so lists and mappings work. ``raw`` is not changed.
+    For example ``train.epochs=2``, ``data.train.0.limit=100``, ``data.train='[{path: x.json}]'``: the value
+    is YAML.
     """
     key, equals, value = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):
         raise RecipeError(f"override {override!r}: expected KEY=VALUE, for example train.epochs=2")
-    parsed = value.strip() if value.strip() in BLOCKS else read(value, f"override {override!r}")[0]
-    done: dict[str, Any] = _set(raw, parts, parsed, override)
-    return done
+    parsed = value.strip() if value.strip() in BLOCK_MARKS else read(value, f"override {override!r}")[0]
+    first, *rest = parts
+    return {**raw, first: _set(raw.get(first), rest, parsed, override, first)}
 
 
-def _set(node: Any, parts: list[str], value: Any, override: str, parent: str = "") -> Any:
+def _set(node: object, parts: Sequence[str], value: object, override: str, parent: str) -> object:
+    """``node``, found at the key ``parent``, with ``value`` at the keys ``parts`` below it."""
     if not parts:
         return value
     first, *rest = parts
-    here = f"{parent}.{first}" if parent else first
+    here = f"{parent}.{first}"
     if isinstance(node, list):
         if not (first.isdigit() and int(first) < len(node)):
             raise RecipeError(
                 f"override {override!r}: `{parent}` has the positions 0 to {len(node) - 1}, not `{first}`"
             )
-        position = int(first)
-        return [*node[:position], _set(node[position], rest, value, override, here), *node[position + 1 :]]
+        items = list(node)
+        items[int(first)] = _set(node[int(first)], rest, value, override, here)
+        return items
     if isinstance(node, str) and parent in ("objective", "adaptation"):
         node = {"type": node}
     if node is not None and not isinstance(node, dict):
@@ -208,17 +200,17 @@ def _set(node: Any, parts: list[str], value: Any, override: str, parent: str = "
     return {**node, first: _set(node.get(first), rest, value, override, here)}
 
 
-def _line(tree: Any, loc: Sequence[Any]) -> int | None:
-    """The line (from 1) of the deepest key or item of ``loc`` that the tree holds."""
+def _line(tree: Node | None, path: Sequence[str | int]) -> int | None:
+    """The line (from 1) of the deepest key or item of ``path`` that the tree holds."""
     line = None
-    for part in loc:
+    for part in path:
         if isinstance(tree, MappingNode):
-            found = next(((key, child) for key, child in tree.value if key.value == part), None)
+            pair = next(((key, child) for key, child in tree.value if key.value == part), None)
         elif isinstance(tree, SequenceNode) and isinstance(part, int) and part < len(tree.value):
-            found = (tree.value[part], tree.value[part])
+            pair = (tree.value[part], tree.value[part])
         else:
-            found = None
-        if found is None:
+            pair = None
+        if pair is None:
             return line
-        line, tree = found[0].start_mark.line + 1, found[1]
+        line, tree = pair[0].start_mark.line + 1, pair[1]
     return line

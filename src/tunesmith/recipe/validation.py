@@ -1,7 +1,7 @@
 """From YAML, or plain data, to a checked ``Recipe``.
 
-An unknown key is refused with the nearest valid one, a value of another type is never converted, and ``conflicts`` has the last
-word. Errors name file, line and key.
+An unknown key is refused with the nearest valid one, a value of another type is never converted, and
+``conflicts`` is checked last. Errors name file, line and key.
 """
 
 from __future__ import annotations
@@ -11,16 +11,24 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from tunesmith import adaptations, objectives
 from tunesmith.errors import RecipeError
+from tunesmith.json_types import JsonObject
 from tunesmith.recipe import text as recipe_text
 from tunesmith.recipe.conflicts import conflicts
 from tunesmith.recipe.schema import DEFAULT_ADAPTATION, DEFAULT_OBJECTIVE, Recipe
 from tunesmith.suggestions import closest, did_you_mean
+
+if typing.TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+PARTS = {"objective": objectives, "adaptation": adaptations}
+"""Keys of a recipe whose own keys depend on their ``type``."""
+
+Model = typing.TypeVar("Model", bound=BaseModel)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -41,31 +49,28 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _check(raw, recipe_text.Text(str(path), tree, tuple(overrides)))
 
 
-def parse(raw: Any, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
-    """Check plain data (a dict as YAML would give it; paths may be ``Path``). ``raw`` is not changed."""
+def parse(raw: object, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """Check plain data (a dict as YAML would return it; paths may be ``Path``). ``raw`` is not changed."""
     return _check(_without_paths(raw), recipe_text.Text(where, None, tuple(overrides)))
 
 
-def _check(raw: Any, text: recipe_text.Text) -> Recipe:
+def _check(raw: object, text: recipe_text.Text) -> Recipe:
     if not isinstance(raw, dict):
         raise RecipeError(
             f"{text.name}: expected a mapping of keys such as `model:` and `data:`, got {type(raw).__name__}"
         )
     for override in text.overrides:
         raw = recipe_text.apply(raw, override)
-    raw, problems = dict(raw), []
-    for part, package, default in (
-        ("objective", objectives, DEFAULT_OBJECTIVE),
-        ("adaptation", adaptations, DEFAULT_ADAPTATION),
-    ):
+    values, problems = dict(raw), []
+    for part, default in (("objective", DEFAULT_OBJECTIVE), ("adaptation", DEFAULT_ADAPTATION)):
         try:
-            name, keys = _choose(part, raw.get(part, default), package.names(), text)
-            raw[part] = _build(package.module(name).Config, keys, text, (part,))
+            name, keys = _choose(part, values.get(part, default), text)
+            values[part] = _build(PARTS[part].module(name).Config, keys, text, (part,))
         except RecipeError as error:
             problems.append(str(error))
-            raw[part] = None
+            values[part] = None
     try:
-        recipe: Recipe = _build(Recipe, raw, text)
+        recipe = _build(Recipe, values, text)
     except RecipeError as error:
         problems.append(str(error))
     if not problems:
@@ -75,8 +80,9 @@ def _check(raw: Any, text: recipe_text.Text) -> Recipe:
     return recipe
 
 
-def _choose(part: str, value: Any, names: list[str], text: recipe_text.Text) -> tuple[str, dict[str, Any]]:
+def _choose(part: str, value: object, text: recipe_text.Text) -> tuple[str, JsonObject]:
     """``lora`` or ``{type: lora, r: 8}`` -> ("lora", {"r": 8})."""
+    names = PARTS[part].names()
     if isinstance(value, str):
         value = {"type": value}
     if not isinstance(value, dict):
@@ -85,9 +91,9 @@ def _choose(part: str, value: Any, names: list[str], text: recipe_text.Text) -> 
         )
     keys = dict(value)
     if "type" not in keys:
-        meant = next((str(key) for key in keys if closest(str(key), ["type"])), None)
-        if meant is not None:
-            raise RecipeError(f"{text.at((part, meant))}: unknown key `{part}.{meant}`. Did you mean `type`?")
+        slip = next((str(key) for key in keys if nearest(str(key), ["type"])), None)
+        if slip is not None:
+            raise RecipeError(f"{text.at((part, slip))}: unknown key `{part}.{slip}`. Did you mean `type`?")
         raise RecipeError(f"{text.at((part,))}: the key `{part}.type` is missing. Valid: {', '.join(names)}")
     name = keys.pop("type")
     if name not in names:
@@ -98,9 +104,9 @@ def _choose(part: str, value: Any, names: list[str], text: recipe_text.Text) -> 
 
 
 def _build(
-    model: type[BaseModel], values: dict[str, Any], text: recipe_text.Text, prefix: tuple[str, ...] = ()
-) -> Any:
-    """``values`` as ``model``; nothing is coerced (the text "8" is no number, true is not 1)."""
+    model: type[Model], values: JsonObject, text: recipe_text.Text, prefix: tuple[str, ...] = ()
+) -> Model:
+    """Make a ``model`` of ``values`` without converting any (the text "8" is no number, true is not 1)."""
     try:
         return model.model_validate(values, strict=True)
     except ValidationError as error:
@@ -108,33 +114,21 @@ def _build(
 
 
 def _explain(
-    model: type[BaseModel], errors: Sequence[Any], text: recipe_text.Text, prefix: tuple[str, ...]
+    model: type[BaseModel], errors: Sequence[ErrorDetails], text: recipe_text.Text, prefix: tuple[str, ...]
 ) -> list[str]:
-    """One line for each key that is wrong."""
+    """A line for each key that is wrong."""
     unknown_in = {error["loc"][:-1] for error in errors if error["type"] == "extra_forbidden"}
     lines: list[str] = []
     expected: dict[tuple[str, str, str], list[str]] = {}
     for error in errors:
-        loc = _key_path(model, error["loc"]) if error["type"] != "extra_forbidden" else error["loc"]
-        key, where = ".".join(map(str, (*prefix, *loc))), text.at((*prefix, *loc))
+        path = error["loc"] if error["type"] == "extra_forbidden" else _key_path(model, error["loc"])
+        key, where = ".".join(map(str, (*prefix, *path))), text.at((*prefix, *path))
         if error["type"] in ("extra_forbidden", "invalid_key"):
-            valid = [
-                *_keys_at(model, error["loc"][:-1]),
-                *(["type"] if prefix and len(error["loc"]) == 1 else []),
-            ]
-            name = str(error["loc"][-1])
-            owners = _owners(prefix[0], name) if prefix and len(error["loc"]) == 1 else []
-            if owners:
-                kinds = " or ".join(f"`{prefix[0]}.type: {owner}`" for owner in owners)
-                here = ", ".join(sorted(valid))
-                lines.append(
-                    f"{where}: `{key}` belongs to {kinds}. Choose that, or leave the key out. Valid here: {here}"
-                )
-            else:
-                elsewhere = _given_by(name) or _places(name)
-                lines.append(f"{where}: unknown key `{key}`. {did_you_mean(name, valid, elsewhere)}")
+            lines.append(f"{where}: {_explain_unknown(model, key, error['loc'], prefix)}")
         elif error["type"] == "missing":
-            if error["loc"][:-1] not in unknown_in:  # else the unknown key is the missing one, mistyped
+            if (
+                error["loc"][:-1] not in unknown_in
+            ):  # else the unknown key is probably the missing one, mistyped
                 lines.append(f"{where}: the key `{key}` is missing")
         elif error["type"] == "value_error":
             lines.append(f"{where}: {key}{': ' if key else ''}{error['msg'].removeprefix('Value error, ')}")
@@ -148,80 +142,78 @@ def _explain(
     return lines
 
 
-PARTS = {"objective": objectives, "adaptation": adaptations}
-"""Keys of a recipe whose own keys depend on their ``type``."""
+def _explain_unknown(
+    model: type[BaseModel], key: str, path: Sequence[str | int], prefix: tuple[str, ...]
+) -> str:
+    """``unknown key `train.epoch`. Did you mean ...``, or the types that have this key."""
+    name, valid = str(path[-1]), _names_of(_models_at(model, path[:-1])[0])
+    if prefix and len(path) == 1:
+        part, valid = prefix[0], [*valid, "type"]
+        if owners := [kind for kind, keys in _configs(part).items() if name in keys.model_fields]:
+            kinds = " or ".join(f"`{part}.type: {owner}`" for owner in owners)
+            return f"`{key}` belongs to {kinds}. Choose that, or leave the key out. Valid here: {', '.join(sorted(valid))}"
+    return f"unknown key `{key}`. {did_you_mean(name, valid, _from_peft(name) or _places(name))}"
 
 
-def _owners(part: str, name: str) -> list[str]:
-    """The types of "objective" or "adaptation" that have a key of this name: ("adaptation", "r") -> ["lora"]."""
-    return [kind for kind in PARTS[part].names() if name in PARTS[part].module(kind).Config.model_fields]
+def _configs(part: str) -> dict[str, type[BaseModel]]:
+    """The ``Config`` of each type of "objective" or "adaptation"."""
+    return {kind: PARTS[part].module(kind).Config for kind in PARTS[part].names()}
 
 
-def _given_by(name: str) -> list[str]:
-    """The key that says here what peft's key ``name`` says there, with an example."""
+def _from_peft(name: str) -> list[str]:
+    """The recipe's key with the meaning of peft's key ``name``, with an example."""
     known = [adaptations.module(choice).Adaptation.traits.peft_keys for choice in adaptations.names()]
     return list(dict.fromkeys(keys[name] for keys in known if name in keys))
 
 
 def _places(name: str) -> list[str]:
-    """Where a key of this name may stand in a recipe: ``max_length`` -> ``train.max_length``."""
-    parts: list[tuple[str, type[BaseModel]]] = [("", Recipe)]
-    for part, package in PARTS.items():
-        parts += [(f"{part}.", package.module(choice).Config) for choice in package.names()]
-    found = []
-    for prefix, model in parts:  # grows while it is read
-        found += [prefix + name] if name in model.model_fields else []
+    """Every valid position of a key of this name in a recipe: ``max_length`` -> ``train.max_length``."""
+    models: list[tuple[str, type[BaseModel]]] = [("", Recipe)]
+    models += [(f"{part}.", config) for part in PARTS for config in _configs(part).values()]
+    places = []
+    for prefix, model in models:  # grows in the loop
+        places += [prefix + name] if name in model.model_fields else []
         for key, field in model.model_fields.items():
-            step = (
-                ".NAME."
-                if dict in _origins(field.annotation)
-                else ".0."
-                if list in _origins(field.annotation)
-                else "."
-            )
-            parts += [(prefix + key + step, inner) for inner in _models_in(field.annotation)]
-    return list(dict.fromkeys(found))
+            origins = _origins(field.annotation)
+            step = ".NAME." if dict in origins else ".0." if list in origins else "."
+            models += [(prefix + key + step, inner) for inner in _models_in(field.annotation)]
+    return list(dict.fromkeys(places))
 
 
-def _key_path(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``loc`` without the names that pydantic adds for the branches of a union."""
-    for length in range(1, len(loc) + 1):
-        candidates, own_name = _inside(model, loc[: length - 1])
-        if isinstance(loc[length - 1], str) and not own_name and loc[length - 1] not in _names_of(candidates):
-            return loc[: length - 1]
-    return loc
-
-
-def _keys_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """The field names valid at ``loc`` inside ``model``."""
-    return _names_of(_inside(model, loc)[0])
+def _key_path(model: type[BaseModel], path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """``path`` without the names that pydantic adds for the branches of a union."""
+    for length, part in enumerate(path):
+        candidates, is_name = _models_at(model, path[:length])
+        if isinstance(part, str) and not is_name and part not in _names_of(candidates):
+            return path[:length]
+    return path
 
 
 def _names_of(models: Sequence[type[BaseModel]]) -> list[str]:
     return [name for model in models for name in model.model_fields]
 
 
-def _inside(model: type[BaseModel], loc: tuple[Any, ...]) -> tuple[list[type[BaseModel]], bool]:
-    """(the models that ``loc`` may hold; whether a name of the user's comes next, as in ``data.eval.sets``)."""
+def _models_at(model: type[BaseModel], path: Sequence[str | int]) -> tuple[list[type[BaseModel]], bool]:
+    """(the models that may be at ``path``; whether the user chooses the next key, as a set's name)."""
     candidates: list[type[BaseModel]] = [model]
-    own_name = False
-    for part in loc:
-        if isinstance(part, int) or own_name:  # a position, or a name that the user chose
-            own_name = False
+    is_name = False
+    for part in path:
+        if isinstance(part, int) or is_name:  # a list position, or a name that the user chose
+            is_name = False
             continue
         fields = [candidate.model_fields[part] for candidate in candidates if part in candidate.model_fields]
         candidates = [inner for field in fields for inner in _models_in(field.annotation)]
-        own_name = bool(candidates) and any(dict in _origins(field.annotation) for field in fields)
-    return candidates, own_name
+        is_name = bool(candidates) and any(dict in _origins(field.annotation) for field in fields)
+    return candidates, is_name
 
 
-def _origins(annotation: Any) -> list[Any]:
-    """What an annotation is made of: ``dict[str, Source] | None`` -> [union, dict, None]."""
+def _origins(annotation: object) -> list[object]:
+    """The parts of an annotation: ``dict[str, Source] | None`` -> [union, dict, None]."""
     return [typing.get_origin(part) for part in (annotation, *typing.get_args(annotation))]
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models that an annotation such as ``list[Source] | None`` may hold."""
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    """The pydantic models in an annotation such as ``list[Source] | None``."""
     if isinstance(annotation, type) and not typing.get_args(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
     if typing.get_origin(annotation) in (types.UnionType, typing.Union, list, tuple, dict, typing.Annotated):
@@ -229,8 +221,8 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _without_paths(value: Any) -> Any:
-    """``Path`` objects as the strings that YAML would hold."""
+def _without_paths(value: object) -> object:
+    """Replace ``Path`` objects by the strings that YAML would hold."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -284,13 +284,13 @@ def test_margins_are_differences_of_scores(tmp_path):
     )
 
 
-def test_accuracy_is_told_by_length(tmp_path):
+def test_accuracy_is_reported_by_length_difference(tmp_path):
     objective, _, _ = judge(tmp_path)
     pairs = [
         {"loss": 1.0, "lead": lead, "weight": 1.0, "longer": longer} for lead, longer in ((1, 5), (2, 9), (-1, -3), (-2, -8))
     ]
     rows = [{"row": (0, number), "rewards": [0.0, 1.0], "pairs": [pair]} for number, pair in enumerate(pairs)]
-    found = objective.details([{"judged": rows}])
+    found = objective.details([{"rows": rows}])
     assert found["accuracy"] == 0.5 and found["longer_is_better"] == 0.5
     by_length = [one["accuracy"] for one in found["by_length"].values()]
     assert by_length[0] == 0.0 and by_length[-1] == 1.0
@@ -317,7 +317,7 @@ def test_at_step_0_the_policy_is_its_own_reference(tmp_path, start):
     if start == "qlora":
         pytest.importorskip("bitsandbytes")
     made = recipe(
-        tmp_path, "llama", "dpo", STARTS.get(start, STARTS["lora"]), max_steps=5, save_steps=1, save_total_limit=9, eval_steps=1
+        tmp_path, "llama", "dpo", STARTS.get(start, STARTS["lora"]), max_steps=3, save_steps=1, save_total_limit=9, eval_steps=1
     )
     made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
     made["samples"] = {"count": 1, "max_new_tokens": 3}
@@ -331,7 +331,7 @@ def test_at_step_0_the_policy_is_its_own_reference(tmp_path, start):
         assert record[f"{prefix}rewards/margins"] == pytest.approx(0.0, abs=1e-6)
     assert records[-1]["eval_loss"] < math.log(2)
     checkpoints = tmp_path / "run" / "checkpoints"
-    kept = [checkpoint.load_file(checkpoints / f"step-{step}" / "state.safetensors") for step in (1, 5)]
+    kept = [checkpoint.load_file(checkpoints / f"step-{step}" / "state.safetensors") for step in (1, 3)]
     names = [name for name in kept[0] if name.startswith("reference.")]
     assert len(names) == 3 and all(torch.equal(kept[0][name], kept[1][name]) for name in names)
 
@@ -342,7 +342,7 @@ def dropping(**changes):
                 bos_token_id=1, eos_token_id=2, pad_token_id=0, **changes)  # fmt: skip
 
 
-def test_a_network_that_drops_by_a_function_drops_nothing(tmp_path, monkeypatch):
+def test_functional_dropout_is_switched_off(tmp_path, monkeypatch):
     monkeypatch.setitem(TINY, "opt", dropping(word_embed_proj_dim=32, ffn_dim=64))
     tunesmith.train(recipe(tmp_path, "opt", "dpo", max_steps=1), out=tmp_path / "run")
     assert first(tmp_path / "run")["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -359,32 +359,19 @@ def test_a_network_with_something_random_in_it_is_refused(tmp_path, objective, m
         tunesmith.train(recipe(tmp_path, "falcon", objective), out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("objective", ["dpo", "reward"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma"])
+@pytest.mark.parametrize(("name", "objective"), [("gpt2", "dpo"), ("qwen3", "reward"), ("gemma", "dpo")])
 def test_any_split_makes_the_same_update(tmp_path, name, objective):
     made = recipe(tmp_path, name, objective, {"type": "lora", "r": 4}, learning_rate=1e-3, optim_args={"eps": 1e-3})
     whole = tunesmith.train(made, out=tmp_path / "whole")
     route = json.loads((tmp_path / "whole" / "manifest.json").read_text())["route"]
     assert route["shared"] and route["batches"] == "packed"
-    for number, split in enumerate(({"micro_batch_tokens": 1}, {"micro_batch_tokens": 60}, {"packing": "off"})):
+    for number, split in enumerate(({"micro_batch_tokens": 60}, {"packing": "off"})):
         other = tunesmith.train({**made, "train": {**made["train"], **split}}, out=tmp_path / str(number))
         assert apart(weights(whole["model_dir"]), weights(other["model_dir"])) <= 1e-6, split
 
 
-@pytest.mark.parametrize("objective", ["dpo", "reward"])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, objective):
-    made = recipe(tmp_path, "llama", objective, {"type": "lora", "r": 4}, max_steps=6, save_steps=2, eval_steps=3)
-    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl"), "limit": 4}
-    tunesmith.train(made, out=tmp_path / "straight")
-    killed_before(5, made, tmp_path / "killed")
-    tunesmith.train(made, out=tmp_path / "killed", resume=True)
-    assert history(tmp_path / "killed") == history(tmp_path / "straight")
-    assert apart(weights(tmp_path / "killed" / "model"), weights(tmp_path / "straight" / "model")) == 0
-
-
-@pytest.mark.parametrize("objective", ["dpo", "reward"])
-def test_logged_figures_are_means_over_all_rows_since_the_last_record(tmp_path, objective):
-    made = recipe(tmp_path, "llama", objective, max_steps=3, logging_steps=1, save_steps=1)  # steps of 5, 5 and 2 rows
+def test_logged_figures_are_means_over_all_rows_since_the_last_record(tmp_path):
+    made = recipe(tmp_path, "llama", "dpo", max_steps=3, logging_steps=1, save_steps=1)  # steps of 5, 5 and 2 rows
     tunesmith.train(made, out=tmp_path / "each")
     each = [
         (record, rows) for record, rows in zip(metrics_file.read(tmp_path / "each" / "metrics.jsonl"), (5, 5, 2), strict=True)
@@ -455,7 +442,7 @@ def test_ties_are_half_right_and_calibrated(tmp_path):
     objective, _, _ = judge(tmp_path)
     pairs = [{"loss": 1.0, "lead": 0.0, "weight": 1.0, "longer": 0}] * 4
     rows = [{"row": (0, number), "rewards": [0.0, 0.0], "pairs": [pair]} for number, pair in enumerate(pairs)]
-    found = objective.details([{"judged": rows}])
+    found = objective.details([{"rows": rows}])
     assert found["accuracy"] == 0.5 and found["calibration_error"] == pytest.approx(0.0)
 
 
@@ -471,28 +458,35 @@ def test_figures_without_a_reference_are_by_token_like_their_loss(loss_type):
         assert float(found[name][0]) == pytest.approx(float(expected[place]), rel=1e-6)
 
 
-def test_a_report_of_rewards_is_of_lengths_and_shows_what_was_preferred(tmp_path):
-    made = recipe(tmp_path, "llama", "reward", max_steps=2)
-    found = tunesmith.train(made, out=tmp_path / "run")
-    figures = tunesmith.evaluate(found["model_dir"], tmp_path / "rows.jsonl", out=tmp_path / "report")
+@pytest.fixture(scope="module")
+def reward_run(tmp_path_factory):
+    """(model folder, its training rows) of a reward model."""
+    root = tmp_path_factory.mktemp("reward")
+    outcome = tunesmith.train(recipe(root, "llama", "reward", max_steps=2), out=root / "run")
+    return outcome["model_dir"], root / "rows.jsonl"
+
+
+def test_a_report_of_rewards_is_of_lengths_and_shows_what_was_preferred(reward_run, tmp_path):
+    model, rows = reward_run
+    figures = tunesmith.evaluate(model, rows, out=tmp_path / "report")
     html = (tmp_path / "report" / "report.html").read_text("utf-8")
     assert (tmp_path / "report" / "by-length.png").exists() and (tmp_path / "report" / "calibration.png").exists()
     longer = figures["details"]["longer_is_better"]
     assert f"by always taking the {'longer' if longer >= 0.5 else 'shorter'} one" in html
     worst = json.loads((tmp_path / "report" / "mistakes.jsonl").read_text("utf-8").splitlines()[0])
-    row = json.loads((tmp_path / "rows.jsonl").read_text("utf-8").splitlines()[worst["row"][1] - 1])
+    row = json.loads(rows.read_text("utf-8").splitlines()[worst["row"][1] - 1])
     assert worst["text"] == row["prompt"] and worst["gold"].endswith(row["chosen"])
     assert worst["prediction"].endswith(row["rejected"]) == (worst["rewards"][1] > worst["rewards"][0])
 
 
-def test_what_the_reference_takes_is_foretold_and_kept(tmp_path):
+def test_the_time_of_the_reference_is_forecast_and_recorded(tmp_path):
     made = recipe(tmp_path, "llama", "dpo", max_steps=4, save_steps=2)
     assert tunesmith.check(made, measure=True)["forecast"]["reference_seconds"] > 0
     killed_before(3, made, tmp_path / "run")
     assert tunesmith.train(made, out=tmp_path / "run", resume=True)["reference_seconds"] > 0
 
 
-def test_what_max_length_does_to_preferences_is_said_as_it_is(tmp_path):
+def test_rows_above_max_length_are_counted_by_what_was_done(tmp_path):
     """Ten rows: seven fit, of one the prompt is cut, of two an answer alone is too long."""
     made = recipe(tmp_path, "llama", "dpo", max_length=40)
     rows = [{"prompt": f"{n}: a b", "chosen": f" good {n}", "rejected": " bad"} for n in range(7)]
@@ -510,11 +504,10 @@ def test_what_max_length_does_to_preferences_is_said_as_it_is(tmp_path):
         tunesmith.check(made)
 
 
-def test_scoring_says_that_prompts_were_cut(tmp_path):
-    found = tunesmith.train(recipe(tmp_path, "llama", "reward", max_steps=1), out=tmp_path / "run")
+def test_scoring_reports_cut_prompts(reward_run, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "what is the " * 20, "chosen": " yes", "rejected": " no"}))
     said: list[str] = []
-    list(tunesmith.predict(found["model_dir"], tmp_path / "long.jsonl", rewards=True, max_length=40, note=said.append))
+    list(tunesmith.predict(reward_run[0], tmp_path / "long.jsonl", rewards=True, max_length=40, note=said.append))
     assert said == ["1 rows were longer than 40 tokens; their prompts were cut from the left"]
 
 
@@ -543,8 +536,7 @@ def seen(monkeypatch, kind):
     return sizes
 
 
-@pytest.mark.parametrize("adaptation", ["full", "prefix"])
-@pytest.mark.parametrize("packing", ["auto", "off"])
+@pytest.mark.parametrize(("adaptation", "packing"), [("full", "auto"), ("full", "off"), ("prefix", "auto")])
 def test_a_prompt_counts_as_often_as_the_network_sees_it(tmp_path, adaptation, packing, monkeypatch):
     made = four_answers(tmp_path, "dpo", adaptation, packing=packing, micro_batch_tokens=700)
     sizes = seen(monkeypatch, dpo.Objective)
@@ -599,11 +591,11 @@ def test_a_reference_that_does_not_fit_is_taken_in_halves(tmp_path, monkeypatch)
         tunesmith.train(made, out=tmp_path / "none")
 
 
-def test_scores_go_to_stdout_without_a_file(tmp_path, capsys):
+def test_scores_go_to_stdout_without_a_file(reward_run, capsys):
     from tunesmith.cli.main import main
 
-    found = tunesmith.train(recipe(tmp_path, "llama", "reward", max_steps=1), out=tmp_path / "run")
-    ask = ["score", found["model_dir"], "--data", str(tmp_path / "rows.jsonl"), "--limit", "3"]
+    model, rows = reward_run
+    ask = ["score", model, "--data", str(rows), "--limit", "3"]
     assert main(ask) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["row"] for one in said] == [1, 2, 3] and all(len(one["rewards"]) == 2 for one in said)
@@ -627,18 +619,17 @@ def test_a_reward_model_of_another_trainer_is_scored(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["sft", "classify"])
-def test_what_gives_no_reward_is_asked_for_none(tmp_path, objective):
+def test_a_model_without_a_reward_head_cannot_score(tmp_path, objective):
     found = tunesmith.train(recipe(tmp_path, "llama", objective, max_steps=1), out=tmp_path / "run")
     with pytest.raises(ModelError, match="reward"):
         list(tunesmith.predict(found["model_dir"], tmp_path / "rows.jsonl", rewards=True))
 
 
-def test_a_reward_model_writes_nothing(tmp_path):
-    found = tunesmith.train(recipe(tmp_path, "llama", "reward", max_steps=1), out=tmp_path / "run")
+def test_a_reward_model_writes_nothing(reward_run):
     with pytest.raises(ModelError):
-        tunesmith.generate(found["model_dir"], ["a"])
+        tunesmith.generate(reward_run[0], ["a"])
 
 
-def test_margins_without_scores_are_refused(tmp_path):
+def test_margins_without_scores_are_refused():
     with pytest.raises(DataError, match="no row has any"):
-        tunesmith.train(recipe(tmp_path, "llama", {"type": "reward", "margin": True}), out=tmp_path / "run")
+        reward.Objective(reward.Config(margin=True)).scan(ROWS)
