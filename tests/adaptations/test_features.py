@@ -256,7 +256,7 @@ def test_a_tied_output_layer_is_trained_apart_and_a_fresh_process_sees_the_same(
     outcome = tunesmith.train(made, out=tmp_path / "run")
     (built,) = kept
     ids = torch.tensor([[5, 6, 7, 8]])
-    with fast_path.plain_attention(built.model, built.route), torch.no_grad():
+    with fast_path.plain_attention(built.model, built.fast_path), torch.no_grad():
         expected = built.model(input_ids=ids).logits
     done = subprocess.run(
         [sys.executable, "-c", FRESH, outcome["model_dir"], str(tmp_path / "x.safetensors")], capture_output=True, text=True

@@ -55,7 +55,7 @@ def test_every_row_comes_once(lengths, most, budget, packed):
             raise refused()
         return {"places": places}
 
-    found = forward_batches.in_groups(run, (sizes, np.ones_like(sizes)), budget, PACKED if packed else PADDED, CPU, str)
+    found = forward_batches.run_groups(run, (sizes, np.ones_like(sizes)), budget, PACKED if packed else PADDED, CPU, str)
     assert all(places == result["places"] for places, result in found)
     assert sorted(place for places, _ in found for place in places) == list(range(len(lengths)))
     assert failed == sorted(set(failed), reverse=True)  # each attempt is smaller than all that did not fit
@@ -66,7 +66,7 @@ def test_another_error_is_not_taken_for_memory():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1"):
-        forward_batches.in_groups(run, (np.array([3]), np.array([1])), 10, PACKED, CPU, str)
+        forward_batches.run_groups(run, (np.array([3]), np.array([1])), 10, PACKED, CPU, str)
 
 
 def test_an_evaluation_that_does_not_fit_is_done_in_halves(tmp_path, monkeypatch):

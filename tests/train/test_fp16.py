@@ -100,7 +100,7 @@ def test_the_plan_is_what_there_is(adaptation, tmp_path, monkeypatch):
     assert {p.dtype for p in built["it"].model.parameters()} == {torch.float16}
     assert {master.dtype for master in update.masters.masters.values()} == {torch.float32}
     assert {value.dtype for state in update.optimizer.state.values() for value in state.values()} == {torch.float32}
-    assert not any(kind != "lora" for kind in built["it"].route.fused.kinds)  # the C passes know fp32 and bf16 alone
+    assert not any(kind != "lora" for kind in built["it"].fast_path.fused.kinds)  # the C passes know fp32 and bf16 alone
 
 
 def test_fp16_learns_what_fp32_learns(tmp_path):
@@ -134,7 +134,7 @@ def one_weight(scale, dtype=torch.float16):
     torch.nn.init.constant_(model.weight, 0.5)
     masters = Masters(model, dtype)
     precision.cast(model, dtype)
-    masters.listen()
+    masters.install_hooks()
     config = TrainConfig(learning_rate=1e-3)
     optimizer = optimizers.build(masters.masters, config, (), {})
     return model, Update(masters, optimizer, optimizers.schedule(optimizer, config, 100), 0.0, 0, scale)
@@ -145,7 +145,7 @@ def gradient_of(update, model, x):
     update.backward(loss)
     update.norm(loss.detach())
     (gradient,) = (master.grad.clone() for master in update.masters.masters.values())
-    update.drop()
+    update.clear_gradients()
     return gradient
 
 
@@ -196,13 +196,13 @@ def test_a_sum_over_many_targets_does_not_overflow_before_it_is_divided():
 def test_the_scale_falls_with_each_overflow_and_doubles_after_2000_good_steps():
     scale = LossScale()
     assert scale.scale == 65536
-    scale.after(finite=False)
-    scale.after(finite=False)
+    scale.update(finite=False)
+    scale.update(finite=False)
     assert (scale.scale, scale.skipped, scale.in_a_row) == (16384, 2, 2)
     for _ in range(1999):
-        scale.after(finite=True)
+        scale.update(finite=True)
     assert (scale.scale, scale.in_a_row) == (16384, 0)
-    scale.after(finite=True)
+    scale.update(finite=True)
     assert (scale.scale, scale.good, scale.skipped) == (32768, 0, 2)
 
 

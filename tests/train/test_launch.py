@@ -27,32 +27,32 @@ LOST = {"type": "ProcessLost", "message": "lost another", "exit_code": 3, "time"
 
 def test_the_first_failure_is_told_with_its_own_class():
     later = {**FAILED, "message": "later", "time": 6.0}
-    error = launch.cause({0: Note(1, failure=later), 1: Note(2, failure=FAILED)}, {0: 2, 1: 2}, {})
+    error = launch.find_cause({0: Note(1, failure=later), 1: Note(2, failure=FAILED)}, {0: 2, 1: 2}, {})
     assert type(error) is errors.DataError and str(error) == "row 7 is bad" and error.exit_code == 2
 
 
 def test_the_loss_of_another_is_never_the_cause():
-    error = launch.cause({0: Note(1, failure=LOST), 1: Note(2, failure=FAILED)}, {0: 3, 1: 2}, {})
+    error = launch.find_cause({0: Note(1, failure=LOST), 1: Note(2, failure=FAILED)}, {0: 3, 1: 2}, {})
     assert str(error) == "row 7 is bad"
 
 
 def test_a_killed_process_is_named_with_its_signal():
-    error = launch.cause({0: Note(1, failure=LOST), 1: Note(2)}, {0: 3, 1: -9}, {1: "brief"})
+    error = launch.find_cause({0: Note(1, failure=LOST), 1: Note(2)}, {0: 3, 1: -9}, {1: "brief"})
     assert type(error) is errors.ProcessLost and "process 1 was ended by SIGKILL" in str(error) and "brief" not in str(error)
 
 
 def test_one_that_was_given_up_is_not_the_cause():
-    error = launch.cause({0: Note(1), 1: Note(2)}, {0: process_watch.GIVEN_UP, 1: -11}, {1: "a\nsegments at fault"})
+    error = launch.find_cause({0: Note(1), 1: Note(2)}, {0: process_watch.GIVEN_UP, 1: -11}, {1: "a\nsegments at fault"})
     assert "process 1 was ended by SIGSEGV" in str(error) and "segments at fault" in str(error)
 
 
 def test_a_missing_extra_of_another_process_keeps_its_message():
-    error = launch.cause({0: Note(1, failure={**FAILED, "type": "MissingExtra"})}, {0: 2}, {})
+    error = launch.find_cause({0: Note(1, failure={**FAILED, "type": "MissingExtra"})}, {0: 2}, {})
     assert type(error) is errors.MissingExtra and str(error) == "row 7 is bad"
 
 
 def test_an_interrupt_before_anything_was_saved_stays_one():
-    error = launch.cause({0: Note(1, failure={**FAILED, "type": "KeyboardInterrupt", "exit_code": 130})}, {0: 130}, {})
+    error = launch.find_cause({0: Note(1, failure={**FAILED, "type": "KeyboardInterrupt", "exit_code": 130})}, {0: 130}, {})
     assert type(error) is KeyboardInterrupt
 
 
@@ -180,7 +180,7 @@ def listening():
 
 
 def test_two_signals_end_at_once_whatever_they_are(listening):
-    with loop.signals() as received:
+    with loop.catch_signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == ["SIGTERM"]
         with pytest.raises(KeyboardInterrupt):

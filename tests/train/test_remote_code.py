@@ -78,5 +78,5 @@ def test_code_of_another_place_is_refused(made, tmp_path):
 def test_trust_in_a_model_that_brings_no_code_is_refused(tmp_path):
     import tunesmith
 
-    with pytest.raises(RecipeError, match="brings no code"):
+    with pytest.raises(RecipeError, match="contains no Python code"):
         tunesmith.check({**recipe(tmp_path), "trust_remote_code": True})

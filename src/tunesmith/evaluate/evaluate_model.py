@@ -87,7 +87,7 @@ def evaluate(
     )
     figures = chosen.objective.summarise(records)
     seconds = time.perf_counter() - started
-    way.leave(chosen.network)
+    way.disable(chosen.network)
     found = {
         **figures,
         "objective": chosen.name,

@@ -94,7 +94,7 @@ def predict(
                     yield {"row": record.row, **chosen.objective.present(row, answers[record.row])}
     finally:
         if way is not None:
-            way.leave(chosen.network)
+            way.disable(chosen.network)
     if cut:
         lost = (
             "their prompts were cut from the left"
@@ -234,6 +234,6 @@ def _answers(chosen: Any, examples: list[Any], way: Any, budget: int) -> dict[in
     rows = Listed(examples, [""] * len(examples))
     sizes = rows.sizes(slice(None), way.layout)
     records = [
-        record for _, record in forward_batches.in_groups(run, sizes, budget, way.layout, chosen.device, name)
+        record for _, record in forward_batches.run_groups(run, sizes, budget, way.layout, chosen.device, name)
     ]
     return {answer["row"][1]: answer for answer in chosen.objective.answers(records)}

@@ -11,6 +11,7 @@ DeepSpeed.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -20,7 +21,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,7 +103,7 @@ def read(path: Path, train: TrainConfig, compute: torch.dtype) -> Sharding:
         )
     if compute is torch.float16:
         raise RecipeError("train.precision: fp16 conflicts with --deepspeed. Use bf16 or fp32.")
-    if find_spec("deepspeed") is None:
+    if importlib.util.find_spec("deepspeed") is None:
         raise MissingExtra("deepspeed", "deepspeed", "--deepspeed")
     rest = {key: value for key, value in given.items() if value != "auto" and key not in RECIPE_KEYS}
     complete = {
@@ -310,7 +310,9 @@ class Shards:
         return masters
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.optimizer.state.get(self._masters(self._group[id(parameter)]), {})
+        masters = self._masters(self._group[id(parameter)])
+        state: dict[str, torch.Tensor] = self.optimizer.state.get(masters, {})
+        return state
 
     def _link_state(self) -> None:
         """Tell DeepSpeed where the optimiser's state is: it looks only once, after the first update of the

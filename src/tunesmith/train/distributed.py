@@ -146,15 +146,17 @@ def close() -> None:
 
 @functools.cache
 def _unlimited_group() -> torch.distributed.ProcessGroup:
-    return torch.distributed.new_group(backend="gloo", timeout=UNLIMITED)
+    group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo", timeout=UNLIMITED)
+    return group
 
 
 @functools.cache
 def _host_group() -> torch.distributed.ProcessGroup | None:
     """Return a group of the processes' hosts; None = the default group, which is one already on CPUs."""
-    if state().device.type == "cpu":
-        return None
-    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    group: torch.distributed.ProcessGroup | None = None
+    if state().device.type != "cpu":
+        group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return group
 
 
 def check_processes(processes: int, rows: int, what: str) -> None:

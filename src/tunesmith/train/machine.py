@@ -127,7 +127,7 @@ def synchronize(device: torch.device) -> None:
 
 def age() -> float:
     """Return the seconds since this process began, imports included."""
-    return time.time() - psutil.Process().create_time()
+    return time.time() - float(psutil.Process().create_time())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

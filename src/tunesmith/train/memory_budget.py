@@ -136,7 +136,8 @@ def limit_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device))
-    return machine.memory_bytes() + machine.available_memory_bytes() // distributed.state().num_processes
+    processes = int(distributed.state().num_processes)
+    return machine.memory_bytes() + machine.available_memory_bytes() // processes
 
 
 def check_weights(ready: setup.Setup, limit: int) -> None:

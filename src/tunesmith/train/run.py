@@ -174,7 +174,7 @@ def _run(
 ) -> JsonObject:
     """Train and return the result. ``changed_keys``: recipe keys that differ from those the run started with."""
     memory_before_model = machine.peak_memory_bytes()
-    memory_budget.check_weights(ready, forecast.limit_bytes(ready.device))
+    memory_budget.check_weights(ready, memory_budget.limit_bytes(ready.device))
     built = setup.build(ready, run_folder.path)
     metrics, answers = (_records(run_folder, name, main) for name in ("metrics.jsonl", "samples.jsonl"))
     run = Run(

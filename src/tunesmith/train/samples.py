@@ -77,7 +77,7 @@ def _last_turn(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
             turns.append([])
         else:
             turns[-1].append(token)
-    texts = [text for turn in turns if (text := tokenizer.decode(turn).strip())]
+    texts: list[str] = [text for turn in turns if (text := tokenizer.decode(turn).strip())]
     if len(texts) < 2 or not tokenizer.chat_template:
         return "\n".join(texts)
     role, _, content = texts[-2].partition("\n")  # the last text is the header of the answer to come

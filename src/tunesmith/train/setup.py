@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -276,7 +276,7 @@ def build(setup: Setup, out: Path) -> Built:
 def _load_network(setup: Setup, out: Path) -> PreTrainedModel:
     """Load the weights, adapt them, move them to the device."""
     recipe, folder, head = setup.recipe, setup.model_folder, setup.objective.traits.head
-    options = {} if recipe.device_map is None else {"device_map": recipe.device_map}
+    options: dict[str, Any] = {} if recipe.device_map is None else {"device_map": recipe.device_map}
     new_head = objectives.head_config(setup.objective) or None
     if recipe.adapter == "continue":
         model = load.load_model(
