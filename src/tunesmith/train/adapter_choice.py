@@ -21,8 +21,7 @@ PATTERN_KEYS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 def check(recipe: Recipe, folder: Folder) -> None:
-    """Raise RecipeError where ``adapter`` does not fit the model in ``folder`` or the adaptation; loads no
-    weights."""
+    """Raise RecipeError where ``adapter`` does not fit the model in ``folder`` or the adaptation."""
     kind = adaptations.name_of(recipe.adaptation)
     if folder.kind != "adapter" and recipe.adapter is not None:
         raise RecipeError(
@@ -90,7 +89,7 @@ def recorded_adaptation(recipe: Recipe, folder: Folder) -> JsonObject | None:
 def _made_with_other(
     recipe: Recipe, key: str, saved: PeftConfig, recorded: Mapping[str, object]
 ) -> str | None:
-    """Return the adapter's value of a key of the recipe, if it differs. ``recorded`` has precedence over
+    """Return the adapter's value of a recipe key, if it differs; ``recorded`` has precedence over
     ``saved``."""
     wanted: object = dict(recipe.adaptation)[key]
     has = recorded.get(key, vars(saved).get(key))

@@ -40,8 +40,7 @@ class Callbacks:
             self.failure = error
 
     def stop_requests(self) -> tuple[str | None, str | None]:
-        """Return (why the run is to end normally, why it is to stop with an error); None where there is no
-        reason."""
+        """Return (why to end the run normally, why to stop it with an error), each None without a reason."""
         failed = self.failure
         return self.ending, None if failed is None else f"{type(failed).__name__} in a callback"
 

@@ -23,8 +23,7 @@ FILES = ("state.safetensors", "state.json")
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: JsonObject) -> Path:
-    """Write ``folder/step-N``. Raises DiskFullError; earlier checkpoints stay and no partial folder is
-    left."""
+    """Write ``folder/step-N``. Raises DiskFullError, and leaves no partial folder."""
     target = folder / f"step-{step}"
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 

@@ -1,11 +1,9 @@
-"""DeepSpeed ZeRO-2 (Rajbhandari et al. 2020): each process keeps a part of masters, gradients and optimiser
-state.
+"""DeepSpeed ZeRO-2 (Rajbhandari et al. 2020): each process keeps a part of masters and optimiser state.
 
 The result equals that of one process, except for the last bits of sums and, in bf16, the random bits of
 rounding. The user's ``ds_config.json`` sets bucket sizes and communication. Keys that the recipe sets
 (optimiser, rates, batch size, clipping, number format) must be ``"auto"`` there or left out. Checkpoints hold
-whole tensors by name, as without DeepSpeed, so a run can continue with another number of processes or without
-DeepSpeed.
+whole tensors, so a run can continue with another number of processes or without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -40,8 +38,7 @@ STALE_SECONDS = 300
 """Age of a lock that no process holds any more: compiling takes less than one minute."""
 
 OPTIMIZERS = ("adamw", "sgd")
-"""Optimisers that treat every element alike, with 32-bit state: a process has a range of elements, not
-matrices."""
+"""Optimisers that treat every element alike: a process has a range of elements, not matrices."""
 
 RECIPE_KEYS = {
     "train_batch_size": "train.batch_size",
@@ -79,8 +76,7 @@ class Sharding:
 
 
 def read(path: Path, train: TrainConfig, compute: torch.dtype) -> Sharding:
-    """Read the file of ``--deepspeed``, check it against the recipe and complete it, without importing
-    DeepSpeed.
+    """Read the file of ``--deepspeed``, check it against the recipe and complete it.
 
     Raises RecipeError naming file and key, and MissingExtra when DeepSpeed is not installed.
     """
@@ -143,28 +139,24 @@ def _check_keys(where: str, given: JsonObject, zero: JsonObject) -> None:
 
 @contextmanager
 def silence_stdout() -> Iterator[None]:
-    """Discard what DeepSpeed prints: its whole configuration, on the standard output that belongs to the
-    result."""
+    """Discard DeepSpeed's output: it would print its configuration in front of the result."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 def remove_stale_locks(extensions: Path) -> None:
-    """Remove locks of a killed compilation of DeepSpeed's code under ``extensions``: the next one would wait
-    forever."""
+    """Remove locks of a killed compilation under ``extensions``: the next one would wait forever."""
     for lock in extensions.glob("**/deepspeed_*/lock"):
         if time.time() - lock.stat().st_mtime > STALE_SECONDS:
             lock.unlink(missing_ok=True)
 
 
 class Shards:
-    """The trained weights, a part in each process: ``train.master_weights.TrainedWeights`` by DeepSpeed's
-    ZeRO-2.
+    """The ``train.master_weights.TrainedWeights`` of DeepSpeed's ZeRO-2, a part in each process.
 
-    Made when the network is complete (adapted, cast, on its fast path), because DeepSpeed moves the trained
-    parameters into one range of memory. ``masters``: their values in fp32 by name, with the full precision of
-    the checkpoint.
+    Made when the network is complete (adapted, cast, on its fast path), because DeepSpeed moves its
+    parameters. ``masters``: their values in fp32 by name, with the full precision of the checkpoint.
     """
 
     in_step = True
@@ -236,8 +228,7 @@ class Shards:
 
     @torch.no_grad()
     def _round(self, seed: int, step: int) -> None:
-        """Round the masters into the bf16 copies stochastically (see ``Masters.publish``); DeepSpeed rounds
-        to nearest."""
+        """Round the masters into the bf16 copies as ``Masters.publish`` does; DeepSpeed rounds to nearest."""
         if not self.copies:
             return
         rank = distributed.state().process_index
@@ -265,8 +256,7 @@ class Shards:
         return tensors
 
     def _collect(self, wanted: Mapping[str, str | None]) -> dict[str, torch.Tensor]:
-        """Return whole tensors by name in the main process; ``wanted``: key of the optimiser's state, None =
-        master."""
+        """Return whole tensors by name in the main process; ``wanted``: key of the state, None = master."""
         self._link_state()
         main = distributed.state().is_main_process
         tensors = {}
@@ -315,8 +305,7 @@ class Shards:
         return state
 
     def _link_state(self) -> None:
-        """Tell DeepSpeed where the optimiser's state is: it looks only once, after the first update of the
-        first group."""
+        """Tell DeepSpeed where the optimiser's state is: it looks only once, after the first update."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         for number in range(len(self.optimizer.param_groups)):

@@ -16,7 +16,7 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def device_of(device_map: str | dict[str, int | str] | None, default: torch.device) -> torch.device:
-    """Return the device of a run's batches: the first of the map, or ``default`` where accelerate spreads the
+    """Return the device of the batches: the first of the map, or ``default`` if accelerate spreads the
     layers.
 
     Raises RecipeError for a map without a device of this machine, for a mixture on which nothing can be
@@ -44,7 +44,7 @@ def device_of(device_map: str | dict[str, int | str] | None, default: torch.devi
 
 
 def check(model: PreTrainedModel) -> None:
-    """Raise RecipeError when a layer cannot be trained where it is: missing in the map, or too large for the
+    """Raise RecipeError when a layer is where it cannot be trained: not in the map, or too large for the
     GPUs."""
     examples: dict[str, str] = {}
     for name, parameter in model.named_parameters():

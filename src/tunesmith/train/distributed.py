@@ -35,8 +35,7 @@ LOST = ("gloo", "nccl", "connection", "timed out")
 UNLIMITED = timedelta(days=30)
 
 MEETING = "TUNESMITH_MEETING"
-"""Environment variable: the file in which the processes of a launch find each other; without it, as with
-torchrun."""
+"""Environment variable: the file in which the processes of a launch find each other."""
 
 
 def state() -> PartialState:
@@ -50,8 +49,7 @@ def state() -> PartialState:
 
 @contextmanager
 def collective(other_work: bool = False) -> Iterator[None]:
-    """Wrap what all processes must do at the same time; raise ProcessLost where one of them no longer does
-    it.
+    """Wrap what all processes do at the same time; raise ProcessLost if one of them no longer does.
 
     ``other_work``: the block does other work too, so only an error with one of the words of ``LOST`` counts.
     """
@@ -136,8 +134,7 @@ def broadcast(value: T) -> T:
 
 
 def close() -> None:
-    """Close the connections: their threads may abort a process that ends while they run, with all its work
-    done."""
+    """Close the connections: their threads may abort a process that ends while they run."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _unlimited_group.cache_clear()
         _host_group.cache_clear()
@@ -160,8 +157,7 @@ def _host_group() -> torch.distributed.ProcessGroup | None:
 
 
 def check_processes(processes: int, rows: int, what: str) -> None:
-    """Raise RecipeError if a process would never get a row of a step. ``what``: the subject, such as "the
-    rows are"."""
+    """Raise RecipeError if a process would never get a row. ``what``: such as "train.batch_size is"."""
     if processes > rows:
         raise RecipeError(
             f"{processes} processes share the rows of a step, and {what} {rows}: {processes - rows} would never get one.\n"

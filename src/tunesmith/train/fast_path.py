@@ -168,8 +168,7 @@ def _pack(check: ParityCheck, longest: int, chosen: FastPath) -> None:
 def _pack_by_segments(
     check: ParityCheck, longest: int, chosen: FastPath, no_varlen: str | None = None
 ) -> None:
-    """Pack with attention row by row; pad where that is not exact. ``no_varlen``: why varlen_attn is not
-    used."""
+    """Pack with attention row by row, or pad. ``no_varlen``: why varlen_attn is not used."""
     attention.register()
     chosen.packed_attention = "segments"
     why = _why_not_packed(check, longest, attention.NAME, chosen)
@@ -204,8 +203,7 @@ def check_deterministic(
 ) -> None:
     """Raise ModelError where the network computes another result in training mode than in eval mode.
 
-    For an objective whose log-probabilities or rewards must depend on the weights alone. Uses the rows of
-    :func:`choose`.
+    For an objective whose figures must depend on the weights alone. Uses the rows of :func:`choose`.
     """
     rows = ParityCheck.of_first_rows(model, objective, examples, device).rows
     batch = to_device(objective.collate(rows, chosen.layout), device)
@@ -232,8 +230,7 @@ def recompute(
     chosen: FastPath,
     device: torch.device,
 ) -> None:
-    """Turn on gradient checkpointing: keep the input of each decoder layer, compute the rest again in
-    backward.
+    """Keep the input of each decoder layer and compute the rest again in backward (gradient checkpointing).
 
     Chen et al. 2016. It is transformers' own, in the non-reentrant form: gradients reach adapters in a frozen
     base, and keywords such as the segments reach the second forward. Only training mode does it. The
@@ -304,6 +301,5 @@ def compile_layers(
 
 
 def packed_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """Return ``varlen`` on a GPU since Ampere in fp16 or bf16, else ``segments``; heads may still not fit
-    varlen."""
+    """Return ``varlen`` on a GPU since Ampere in fp16 or bf16, else ``segments``."""
     return "varlen" if varlen.why_not(device, dtype) is None else "segments"

@@ -125,8 +125,7 @@ def _measure_run(
 
 @dataclass(frozen=True)
 class StepTiming:
-    """Seconds of forward and backward ``per_token``, of an ``update``, and those that the first step takes
-    more."""
+    """Seconds per token of forward and backward, of an update, and extra ones of the first step."""
 
     per_token: float
     update: float
@@ -167,8 +166,7 @@ def _time_steps(job: Job) -> StepTiming:
 
 
 def _typical_steps(source: Source, number: int) -> list[Step]:
-    """Return ``number`` of the first fifty steps, nearest to the mean number of tokens; repeated if there are
-    fewer."""
+    """Return ``number`` of the first fifty steps, nearest to the mean number of tokens, with repetition."""
     first = source.preview(50)[:50]
     mean = _tokens_of_run(source) / source.plan.steps
     nearest = sorted(first, key=lambda step: abs(int(step.lengths.sum()) - mean))[:number]
@@ -176,8 +174,7 @@ def _typical_steps(source: Source, number: int) -> list[Step]:
 
 
 def _saving_seconds(job: Job, ready: setup.Setup, built: setup.Built) -> tuple[float, float]:
-    """Save the model and a checkpoint; return the seconds of each. Raises what would keep a run from
-    saving."""
+    """Save the model and a checkpoint; return the seconds of each."""
     runs = Path("runs") if Path("runs").is_dir() else Path()
     parent = runs if os.access(runs, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".tunesmith-", dir=parent) as name:

@@ -1,5 +1,4 @@
-"""Forward passes without gradients (reference, evaluation, predictions), as many examples at a time as fit
-into memory."""
+"""Forward passes without gradients (reference, evaluation, predictions) that adapt to the free memory."""
 
 from __future__ import annotations
 
@@ -86,8 +85,7 @@ def run_step(
 
 
 def _try(run: Callable[[list[int]], Result], group: list[int]) -> tuple[Result] | None:
-    """Return the result, or None where the group does not fit; not raised, because a traceback keeps tensors
-    alive."""
+    """Return the result, or None if memory runs out; a raised error would keep tensors alive."""
     try:
         return (run(group),)
     except (RuntimeError, MemoryError) as error:

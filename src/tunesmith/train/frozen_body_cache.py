@@ -1,5 +1,4 @@
-"""The frozen body cache: hidden states of a frozen body for the rows of a run, computed once and kept on
-disk.
+"""Hidden states of a frozen body for the rows of a run, computed once and kept on disk.
 
 Where only the head is trained, the body's hidden states are the same in every epoch, so each row costs one
 forward pass. Only those that a loss reads are kept, at a batch's ``positions``. They are stored next to the
@@ -109,8 +108,7 @@ class CachedStates:
     """The shards that were read."""
 
     def __call__(self, batch: Batch) -> torch.Tensor | None:
-        """Return the hidden states at the positions of ``batch`` (positions, width); None if a row is
-        missing."""
+        """Return the hidden states at the batch's positions (positions, width); None if a row is missing."""
         parts = [self.find(row) for row in rows_of(batch) if len(row.places)]
         known = [part for part in parts if part is not None]
         if len(known) < len(parts) or not known:
@@ -139,8 +137,7 @@ class CachedStates:
             self.index |= {int(digest): (entry, number) for number, digest in enumerate(entry.digest)}
 
     def write(self, folder: Path, rows: Sequence[Row], states: Sequence[torch.Tensor]) -> None:
-        """Write a shard of rows into ``folder``. Raises DiskFullError or UserError where that is
-        impossible."""
+        """Write a shard of rows into ``folder``. Raises DiskFullError or UserError."""
         name = hashlib.sha256(np.array([row.digest for row in rows], np.uint64).tobytes()).hexdigest()[:32]
         writer = cache.begin(folder / name)
         try:

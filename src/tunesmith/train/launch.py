@@ -1,5 +1,4 @@
-"""Start several processes of one run on this machine with torchrun's agent, and report the error that ended
-them."""
+"""Start several processes of a run with torchrun's agent, and report the error that ended them."""
 
 from __future__ import annotations
 
@@ -79,11 +78,7 @@ def _launch_config(processes: int, folder: Path, quiet: bool) -> LaunchConfig:
 
 @contextmanager
 def _environment(processes: int) -> Iterator[None]:
-    """Set environment variables for the processes: shared threads, no traffic outside this machine, no
-    messages.
-
-    Variables that the user has set stay.
-    """
+    """Share the cores, keep traffic on this machine, silence the agent; variables that the user has set stay."""
     before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -103,11 +98,9 @@ def _environment(processes: int) -> Iterator[None]:
 def find_cause(
     notes: Mapping[int, process_watch.Note], codes: Mapping[int, int], printed: Mapping[int, str]
 ) -> BaseException | None:
-    """Return the error to report: the first that a process noted, unless it is only the loss of another
-    process.
+    """Return the error to report: the first that a process noted, except the loss of another process.
 
-    A killed process leaves no note. ``codes``: exit codes by rank, negative = the signal. ``printed``: stderr
-    by rank.
+    A killed process leaves no note. ``codes``: exit codes by rank, negative = signal. ``printed``: stderr.
     """
     failures = sorted((note.failure for note in notes.values() if note.failure), key=lambda one: one["time"])
     for failure in failures:

@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRIM_STEPS = 8
-"""Steps between two returns of freed memory: rare enough to cost nothing, often enough to keep the heap
-compact."""
+"""Steps between two returns of freed memory: rare enough to cost nothing."""
 
 
 @dataclass
@@ -53,8 +52,7 @@ class Progression:
     window: dict[str, float] = field(default_factory=dict)
     """Sums since the last log."""
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    """{metric of the objective: [sum, count]} since the last log; read from ``Job.sums`` for each
-    checkpoint."""
+    """{metric: [sum, count]} since the last log; read from ``Job.sums`` for each checkpoint."""
 
 
 @dataclass
@@ -75,8 +73,7 @@ class Job:
     evaluate: Callable[[Progression], float | None]
     save: Callable[[Progression], None]
     stop_requests: Callable[[], tuple[str | None, str | None]] = lambda: (None, None)
-    """Called after each step; returns (why to end here, why to stop as after a signal). See
-    ``train.callbacks``."""
+    """Called after each step; see ``train.callbacks``."""
     sums: MetricSums = field(default_factory=MetricSums)
     """Metrics of the objective since the last log, on the device."""
     seconds: float = 0.0
@@ -88,8 +85,7 @@ class Job:
 def fit(job: Job, position: Progression) -> str | None:
     """Train from ``position.step`` to the end of the plan. Returns why training stopped early, or None.
 
-    Raises NonFiniteError before an update that is not finite, and Interrupted after a signal, with a
-    checkpoint saved.
+    Raises NonFiniteError before an update that is not finite, and Interrupted after a signal and a save.
     """
     plan = job.source.plan
     saved = position.step
@@ -138,8 +134,7 @@ def fit(job: Job, position: Progression) -> str | None:
 
 
 def _due(job: Job, before: int, now: int) -> list[bool]:
-    """Return whether a log, an evaluation and a checkpoint are due in the steps after ``before`` up to
-    ``now``."""
+    """Return whether (a log, an evaluation, a checkpoint) is due after step ``before``, up to ``now``."""
     config, plan = job.config, job.source.plan
     passed = range(before + 1, now + 1)  # a source may skip steps of its plan
     return [
@@ -279,8 +274,7 @@ def _halve(job: Job, step: Step, micro: list[Micro], number: int) -> list[Micro]
 
 
 def rehearse(job: Job, step: Step, places: list[int]) -> None:
-    """Run forward and backward of one micro-batch and discard its gradients, to find out whether it fits into
-    memory."""
+    """Run forward and backward of one micro-batch and discard its gradients, to see whether it fits."""
     job.model.train()
     with machine.fork_rng(job.device):
         accumulate(job, step, [step.micro(places, job.layout)], 1.0, job.update.rehearse)
@@ -288,8 +282,7 @@ def rehearse(job: Job, step: Step, places: list[int]) -> None:
 
 
 def _raise_non_finite(job: Job, step: Step, loss: float, norm: float) -> None:
-    """Raise NonFiniteError with the rows whose own loss is not finite; all rows of the step if there are
-    none."""
+    """Raise NonFiniteError with the rows whose own loss is not finite, or all rows of the step."""
     job.update.clear_gradients()
     rows = []
     with torch.no_grad():

@@ -70,18 +70,14 @@ def peak_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Return the memory that this process may still take: available bytes of machine or cgroup, and free
-    swap."""
+    """Return the bytes that this process may still take, of machine or cgroup, swap included."""
     free = int(psutil.virtual_memory().available + psutil.swap_memory().free)
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, max(0, int(text) - int(used.read_text())))
-    return free
+    limit, used = _cgroup_bytes("max"), _cgroup_bytes("current")
+    return free if limit is None or used is None else min(free, max(0, limit - used))
 
 
 class PeakWatch:
-    """Measures the most memory held while a block runs, in bytes: allocations of a CUDA device, or the
-    resident set.
+    """Measures the most bytes held while a block runs: allocations of a CUDA device, or the resident set.
 
     A thread reads the resident set every few milliseconds: the kernel's own high-water mark covers the whole
     run, and cannot be reset everywhere.
@@ -131,8 +127,7 @@ def age() -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed, on a CUDA device or on a CPU (where most systems kill the process
-    instead)."""
+    """Return whether an allocation failed, on a CUDA device or on a CPU."""
     words = str(error).lower()
     refused = "not enough memory" in words or "can't allocate memory" in words
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
@@ -189,12 +184,15 @@ def cores() -> int:
 
 
 def _total_memory() -> int:
-    if sys.platform != "linux":
-        return int(psutil.virtual_memory().total)
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(total, int(text)) if text.isdigit() else total
+    total, limit = int(psutil.virtual_memory().total), _cgroup_bytes("max")
+    return total if limit is None else min(total, limit)
+
+
+def _cgroup_bytes(name: str) -> int | None:
+    """Read a number of the process's cgroup; None where there is no cgroup or no limit."""
+    file = Path(f"/sys/fs/cgroup/memory.{name}")
+    text = file.read_text().strip() if file.exists() else ""
+    return int(text) if text.isdigit() else None
 
 
 def _gpus() -> list[dict[str, str | int | None]]:

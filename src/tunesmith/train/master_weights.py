@@ -29,8 +29,7 @@ class TrainedWeights(Protocol):
     share: float
     """The part of the optimiser's state that this process keeps."""
     in_step: bool
-    """Whether backward is a collective: all processes call it equally often, and none can start a step
-    again."""
+    """Whether backward is a collective, which all processes must call equally often."""
 
     @property
     def size(self) -> int:
@@ -54,18 +53,16 @@ class TrainedWeights(Protocol):
         """Scale gradients of norm ``norm`` down to ``max_norm``."""
 
     def step(self, optimizer: torch.optim.Optimizer, seed: int, step: int) -> None:
-        """Update the masters and round them into the network; ``seed`` and ``step`` determine the
-        rounding."""
+        """Update the masters and round them into the network, by ``seed`` and ``step``."""
 
     def clear(self) -> None:
         """Discard the gradients."""
 
     def whole(self) -> dict[str, torch.Tensor]:
-        """The masters in fp32 by name. All processes call it; only the main one uses the result."""
+        """The masters in fp32 by name. All processes call it."""
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-        """``master.NAME`` and ``optimizer.NAME.KEY``, whole. All processes call it; only the main one uses
-        the result."""
+        """``master.NAME`` and ``optimizer.NAME.KEY``, whole, for a checkpoint. All processes call it."""
 
     def numbers(self, optimizer: torch.optim.Optimizer) -> dict[str, JsonObject]:
         """The optimiser's state that is not a tensor, by name."""
@@ -77,8 +74,7 @@ class TrainedWeights(Protocol):
         numbers: Mapping[str, JsonObject],
         rounding: tuple[int, int] | None,
     ) -> None:
-        """Restore what ``tensors`` and ``numbers`` returned. ``rounding``: seed and step of the working
-        copies."""
+        """Restore a checkpoint. ``rounding``: seed and step of the working copies."""
 
 
 class Masters:

@@ -72,15 +72,13 @@ class Memory:
 
 
 def first_budget(config: TrainConfig, device: torch.device) -> int:
-    """Return the tokens of a micro-batch before the measurement: the recipe's, or as many as make the device
-    fast."""
+    """Return the budget before the measurement: the recipe's, or the tokens that make the device fast."""
     wanted = config.micro_batch_tokens
     return wanted if isinstance(wanted, int) else LARGEST.get(device.type, LARGEST["cpu"])
 
 
 def measure_memory(job: Job, limit: int) -> Memory:
-    """Try one short row, then the heaviest micro-batch of the run under ``job.budget``; lower it if memory
-    runs out.
+    """Try one short row, then the heaviest micro-batch of the run under ``job.budget``.
 
     The system of a CPU does not refuse memory, it kills the process. So on a CPU the first rows of a large
     micro-batch are tried before all of them; where they show that the whole would exceed ``limit`` bytes,
@@ -141,8 +139,7 @@ def limit_bytes(device: torch.device) -> int:
 
 
 def check_weights(ready: setup.Setup, limit: int) -> None:
-    """Raise RecipeError when weights, masters and optimiser alone exceed ``limit`` bytes, before they are
-    loaded."""
+    """Raise RecipeError, before weights load, when they and the optimiser alone exceed ``limit`` bytes."""
     total, trained, quantized = ready.outline.total, ready.outline.trainable, ready.outline.quantized
     item = ready.precision.compute.itemsize
     masters = 4 if item < 4 else 0
@@ -162,8 +159,7 @@ def check_weights(ready: setup.Setup, limit: int) -> None:
 def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
     """Try the heaviest micro-batch; with ``automatic`` choose ``job.budget`` so that it fits ``limit`` bytes.
 
-    Raises RecipeError before the first step when the run does not fit, with the missing bytes and the
-    remedies.
+    Raises RecipeError with the missing bytes and the remedies when the run does not fit.
     """
     limit = limit_bytes(job.device) if limit is None else limit
     memory = measure_memory(job, limit)

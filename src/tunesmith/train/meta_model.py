@@ -1,5 +1,4 @@
-"""The network on the meta device, without weights: counts of parameters, and modules that the recipe names
-wrongly."""
+"""The network on the meta device, without weights: counts of parameters, checks of the recipe's names."""
 
 from __future__ import annotations
 
@@ -83,7 +82,6 @@ def build_outline(
 
 
 def window_of(config: PretrainedConfig, virtual: int = 0) -> int | None:
-    """Return the most tokens of a row, with ``virtual`` tokens in front of it; None when the config names no
-    limit."""
+    """Return the most tokens of a row behind ``virtual`` tokens; None when the config names no limit."""
     taken = virtual + lm_head.first_position(config)
     return next((int(value) - taken for name in WINDOWS if (value := getattr(config, name, None))), None)

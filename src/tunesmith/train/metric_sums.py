@@ -1,5 +1,4 @@
-"""Sums of the objective's metrics between two logs; they stay on the device and are the same in every
-process."""
+"""Sums of the objective's metrics between two logs, on the device and equal in every process."""
 
 from __future__ import annotations
 
@@ -11,11 +10,9 @@ from tunesmith.train import distributed
 
 
 class MetricSums:
-    """Sums since the last log. One message per step adds those of all processes; the host reads them to log
-    or save.
+    """One message per step adds the sums of all processes; the host reads them to log or save.
 
-    An objective returns the same metrics for every batch, so the processes agree on the names in the first
-    step only.
+    An objective returns the same metrics for every batch, so the names are exchanged in the first step only.
     """
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +33,7 @@ RESERVED = {
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """An optimiser's class, the arguments it always gets, and those a recipe may not give it, with the
-    reason."""
+    """An optimiser's class, its fixed arguments, and those that a recipe may not set, with the reason."""
 
     optimizer: Callable[..., torch.optim.Optimizer]
     fixed: dict[str, bool] = field(default_factory=dict)
@@ -65,20 +65,10 @@ def _adamw_8bit() -> OptimizerKind:
     return OptimizerKind(_bitsandbytes("adamw_8bit").AdamW8bit, refused=refused)
 
 
-def _paged_adamw() -> OptimizerKind:
-    return _paged("paged_adamw", "adamw", "PagedAdamW32bit")
-
-
-def _paged_adamw_8bit() -> OptimizerKind:
-    return _paged("paged_adamw_8bit", "adamw_8bit", "PagedAdamW8bit")
-
-
 def _paged(name: str, unpaged: str, class_name: str) -> OptimizerKind:
-    """AdamW whose state moves from a full GPU to the machine's memory, page by page (Dettmers et al. 2023,
-    section 3).
+    """AdamW whose state moves from a full GPU to the host, page by page (Dettmers et al. 2023, section 3).
 
-    Weights below 100,000 elements keep their state on the GPU, and so does a resumed run. Raises RecipeError
-    without CUDA.
+    Weights below 100,000 elements and resumed runs keep it on the GPU. Raises RecipeError without CUDA.
     """
     optim = _bitsandbytes(name)
     if not torch.cuda.is_available():
@@ -102,10 +92,6 @@ def _adafactor() -> OptimizerKind:
     return OptimizerKind(Adafactor, fixed, {"warmup_init": "use train.warmup_steps"})
 
 
-def _sgd() -> OptimizerKind:
-    return OptimizerKind(torch.optim.SGD)
-
-
 def _lion() -> OptimizerKind:
     """Chen et al. 2023: the sign of a mean of gradients. It needs a rate three to ten times below AdamW's."""
     refused = dict.fromkeys(("optim_bits", "min_8bit_size", "is_paged"), "its state has 32 bits")
@@ -123,17 +109,16 @@ def _bitsandbytes(name: str) -> Any:
 OPTIMIZERS: dict[str, Callable[[], OptimizerKind]] = {
     "adamw": _adamw,
     "adamw_8bit": _adamw_8bit,
-    "paged_adamw": _paged_adamw,
-    "paged_adamw_8bit": _paged_adamw_8bit,
+    "paged_adamw": partial(_paged, "paged_adamw", "adamw", "PagedAdamW32bit"),
+    "paged_adamw_8bit": partial(_paged, "paged_adamw_8bit", "adamw_8bit", "PagedAdamW8bit"),
     "adafactor": _adafactor,
-    "sgd": _sgd,
+    "sgd": partial(OptimizerKind, torch.optim.SGD),
     "lion": _lion,
 }
 
 
 def check(config: TrainConfig) -> None:
-    """Try the optimiser on four numbers. Raises RecipeError for bad arguments, MissingExtra without its
-    package."""
+    """Try the optimiser on four numbers. Raises RecipeError or MissingExtra."""
     kind = OPTIMIZERS[config.optim_name]()
     defaults, arguments = kind.defaults, config.optim_args
     valid = [name for name in defaults if kind.why_not(name) is None]
@@ -222,8 +207,7 @@ def check_schedule(config: TrainConfig, steps: int) -> None:
 def schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Make the schedule over ``steps`` optimiser steps by ``transformers.get_scheduler``. Raises
-    RecipeError."""
+    """Make the schedule with ``transformers.get_scheduler``. Raises RecipeError."""
     from transformers import SchedulerType, get_scheduler
 
     warmup = config.warmup_steps or int(config.warmup_ratio * steps + 0.5)

@@ -37,8 +37,7 @@ REWARD_TOLERANCE = 3.0
 two answers cancels in the gradient, and its rounding does not. In bf16 the plain path itself is 11% from fp32
 (SmolLM2-135M), its loss up to 1.5%."""
 ZERO_STD = 0.02
-"""Standard deviation of the numbers that replace zeros: as transformers initialises weights; the loss hardly
-changes."""
+"""Standard deviation of the numbers that replace zeros: that of transformers' initialisation."""
 LOSS_SCALE = {torch.float16: 2.0**10}
 """Factor on the loss. Without it much of the gradient underflows in fp16, and equal paths differ by 1.6%."""
 
@@ -101,8 +100,7 @@ class ParityCheck:
         return difference(expected, found, dtype, REWARD_TOLERANCE if reward else 1.0)
 
     def why_not_packed(self, name: str, layout: Layout, longest: int) -> str | None:
-        """Set the model's attention to ``name``; return why packed rows would not be exact with it, or
-        None."""
+        """Set the model's attention to ``name``; return why packing is not exact with it, or None."""
         inner = lm_head.base(self.model)
         try:
             inner.set_attn_implementation(name)
@@ -140,8 +138,7 @@ def difference(
 
 @contextmanager
 def without_zeros(model: PreTrainedModel) -> Iterator[None]:
-    """Fill trained tensors that are all zero with small numbers, always the same, without moving a random
-    state."""
+    """Fill trained tensors that are all zero with small fixed numbers inside the block."""
     generator = torch.Generator().manual_seed(0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     zeros = [(parameter, parameter.detach().clone()) for parameter in trained if not parameter.detach().any()]
@@ -157,8 +154,7 @@ def without_zeros(model: PreTrainedModel) -> Iterator[None]:
 
 
 def shorten(example: Example) -> Example:
-    """Return the row's first tokens, all of them supervised if none is. A row that a task head reads stays
-    whole."""
+    """Return the row's first tokens, supervised if none of them is; rows of task heads stay whole."""
     if "answers" in example:
         return preference_batch.shortened(example, CHECK_TOKENS // 2, CHECK_TOKENS // 4)
     if "supervised" not in example:

@@ -1,5 +1,4 @@
-"""``merged/``: a copy of the model with the adapter merged, where transformers' own class cannot open the
-adapter."""
+"""``merged/``: the model with its adapter merged, where transformers' class cannot open the adapter."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ BYTES_PER_PARAMETER = 12
 def copy(run: Run) -> str | None:
     """Write ``merged/`` into the run folder and return its path.
 
-    Returns None where transformers can open the adapter, and where the copy cannot be made; the run prints
-    why.
+    Returns None where it is not needed, and where it cannot be made, with a note.
     """
     target = run.folder.path / NAME
     shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt

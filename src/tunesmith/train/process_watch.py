@@ -66,8 +66,7 @@ def read(folder: Path) -> dict[int, Note]:
 
 
 def start(folder: Path, rank: int) -> None:
-    """Write the first note and start the watch, which ends this process when another process or the launcher
-    is gone."""
+    """Write the first note and start the watch, which ends this process when another one is gone."""
     write_note(folder, rank)
     threading.Thread(target=_watch, args=(folder, rank, os.getppid()), daemon=True).start()
 

@@ -1,5 +1,4 @@
-"""The reference: log-probabilities of every example under the policy at step 0, which later steps compare
-with.
+"""The reference: log-probabilities of every example under the policy at step 0.
 
 It is computed once for all examples of the run, by the same data path and forward pass as training, and is
 part of every checkpoint. So it is the policy at step 0 for every adaptation. A network with its adapters
@@ -71,8 +70,7 @@ class Reference:
         }
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Load from a checkpoint. Raises RecipeError if it is not there: the weights of step 0 are gone by
-        then."""
+        """Load from a checkpoint. Raises RecipeError if it contains no reference."""
         if "reference.keys" not in tensors:
             raise RecipeError(
                 "the checkpoint lacks the reference (reference.keys) that this objective compares with, and the weights of "
@@ -94,8 +92,7 @@ def compute(
 ) -> float:
     """Fill the reference with the log-probabilities of the current model, unless a checkpoint has filled it.
 
-    ``steps``: every example of the run, each once (``Source.distinct``), and the held-out ones. Returns
-    seconds.
+    ``steps``: every training example once (``Source.distinct``), and the held-out ones. Returns seconds.
     """
     if reference.complete:
         return 0.0

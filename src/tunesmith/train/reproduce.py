@@ -87,8 +87,7 @@ def furthest(before: list[JsonObject], now: list[JsonObject]) -> JsonObject | No
 
 
 def first_difference(before: list[JsonObject], now: list[JsonObject]) -> JsonObject | None:
-    """Return step, figure and both values of the first difference between the records; None when they are
-    equal."""
+    """Return step, figure, before and now of the first difference; None when the records are equal."""
     for old, new in zip(before, now, strict=False):
         for key in dict.fromkeys([*old, *new]):
             if repr(old.get(key)) != repr(new.get(key)):  # repr, because NaN does not equal itself

@@ -172,7 +172,8 @@ def _run(
     callbacks: Callbacks,
     changed_keys: Sequence[str],
 ) -> JsonObject:
-    """Train and return the result. ``changed_keys``: recipe keys that differ from those the run started with."""
+    """Train and return the result. ``changed_keys``: recipe keys that differ from those the run started
+    with."""
     memory_before_model = machine.peak_memory_bytes()
     memory_budget.check_weights(ready, memory_budget.limit_bytes(ready.device))
     built = setup.build(ready, run_folder.path)
@@ -284,8 +285,7 @@ def _trackers(run: Run, resumed: bool) -> Trackers:
 
 
 def _records(run_folder: folder.RunFolder, name: str, main: bool) -> metrics_file.Metrics:
-    """Open the file of that name. Opening repairs a torn last line, so the other processes get the null
-    device."""
+    """Open the file of that name. Opening repairs a torn last line, so only the main process does it."""
     return metrics_file.Metrics(run_folder.path / name if main else os.devnull)
 
 
@@ -320,8 +320,7 @@ def _save(run: Run, position: Progression) -> None:
 
 
 def _evaluate(run: Run, position: Progression, budget: int) -> float | None:
-    """Evaluate, save the model if it is the best so far, answer the sample prompts. Returns the deciding
-    figure."""
+    """Evaluate, save the best model, answer the sample prompts. Returns the deciding figure."""
     ready = run.setup
     if ready.data.eval is None:
         return None

@@ -79,8 +79,7 @@ def save_model(run: Run) -> None:
 
 
 def save(run: Run, position: Progression) -> None:
-    """Save a checkpoint from which the run continues bit for bit. All processes call it; the main one
-    writes."""
+    """Save a checkpoint. All processes call it; the main one writes."""
     tensors = run.update.tensors()
     if run.main:
         run.progress.doing("saving")
@@ -114,8 +113,7 @@ def save(run: Run, position: Progression) -> None:
 def restore(run: Run) -> Progression:
     """Load the newest good checkpoint and drop the records written after it. Returns the position of the run.
 
-    Raises RecipeError when the run would not continue as the same run: other data, other initial factors of a
-    LoRA, another reference.
+    Raises RecipeError when data, initial LoRA factors or reference are not those of the run.
     """
     loaded = checkpoint.newest(run.folder.checkpoints, run.progress.note)
     if loaded is None:

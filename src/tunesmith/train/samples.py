@@ -55,8 +55,7 @@ def _supervised(row: Example) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Split a row at its first supervised token; a row that is supervised from its start, after some
-    tokens."""
+    """Split a row at its first supervised token, or after some tokens if that is its start."""
     targets = np.flatnonzero(supervised)
     start = int(targets[0]) if len(targets) else len(ids)
     if start <= 1:

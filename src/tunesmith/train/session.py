@@ -23,8 +23,7 @@ Value = TypeVar("Value")
 
 @dataclass
 class RunSession:
-    """``model`` and ``fast_path`` are set once the weights are loaded. A source needs the session earlier,
-    for its plan."""
+    """``model`` and ``fast_path`` are set once the weights are loaded; a source is made earlier."""
 
     tokenizer: PreTrainedTokenizerBase
     device: torch.device

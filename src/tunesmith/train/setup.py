@@ -1,7 +1,6 @@
 """From a recipe to the objects of a run, as a chain: choices, base model, rows, steps, network.
 
-The type that each function returns says what is known after it. Everything that can be wrong is found before
-weights load; ``check`` stops there.
+Each function returns what is known after it. Errors are found before weights load; ``check`` stops there.
 """
 
 from __future__ import annotations
@@ -71,12 +70,12 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Base:
-    """The base model before its weights load."""
+class Base(Choices):
+    """The choices, and the base model before its weights load."""
 
-    folder: Folder
+    model_folder: Folder
     config: PretrainedConfig
-    """With the head that the folder was saved with."""
+    """With the head that the folder was saved with, or, once the rows are read, the head that they need."""
     tokenizer: PreTrainedTokenizerBase
     """With the new tokens of the recipe."""
     new_tokens: vocabulary.NewTokens
@@ -86,30 +85,17 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """Everything known before weights load."""
+class Setup(Base):
+    """The base model, the rows and the steps: everything known before weights load."""
 
-    recipe: Recipe
-    model_folder: Folder
-    config: PretrainedConfig
-    """With the head that the rows need."""
-    tokenizer: PreTrainedTokenizerBase
-    new_tokens: vocabulary.NewTokens
-    objective: Objective
-    adaptation: Adaptation
     data: Prepared
     source: Source
     session: RunSession
     reference: Reference | None
     """Log-probabilities of the policy at step 0, if the objective compares with them."""
-    device: torch.device
-    precision: precision.Precision
-    outline: Outline
-    sharding: deepspeed_zero.Sharding | None = None
 
     def all_examples(self) -> list[Step]:
-        """Every example of the training steps and of evaluation, each once; sampled examples are not
-        included."""
+        """Every example of training and evaluation, each once, except sampled ones."""
         steps = [self.source.distinct()]
         if self.data.eval is not None:
             steps.append(Step(0, self.data.eval, np.arange(len(self.data.eval)), self.objective.collate))
@@ -124,8 +110,8 @@ def read(recipe: Recipe, device: torch.device, note: Note, deepspeed: Path | Non
     load.quiet()
     choices = choose(recipe, device, deepspeed)
     base = open_base(choices, note)
-    data = read_rows(choices, base, note)
-    return plan_steps(choices, configure_head(choices, base, note), data)
+    data = read_rows(base, note)
+    return plan_steps(configure_head(base, note), data)
 
 
 def choose(recipe: Recipe, device: torch.device, deepspeed: Path | None) -> Choices:
@@ -148,8 +134,7 @@ def choose(recipe: Recipe, device: torch.device, deepspeed: Path | None) -> Choi
 
 
 def open_base(choices: Choices, note: Note) -> Base:
-    """Find the base model and bind the objective to it. Raises UserError for a model that the recipe cannot
-    train."""
+    """Find the base model and bind the objective to it. Raises UserError."""
     recipe, objective, adaptation = choices.recipe, choices.objective, choices.adaptation
     folder = locate(recipe.model, recipe.trust_remote_code)
     adapter_choice.check(recipe, folder)
@@ -165,12 +150,15 @@ def open_base(choices: Choices, note: Note) -> Base:
     objective.bind(config, tokenizer, recipe.train.max_length or window)
     for line in adaptation.notes:
         note(line)
-    return Base(folder, config, tokenizer, new_tokens, outline, window)
+    return Base(
+        **vars(choices), model_folder=folder, config=config, tokenizer=tokenizer, new_tokens=new_tokens,
+        outline=outline, window=window,
+    )  # fmt: skip
 
 
-def read_rows(choices: Choices, base: Base, note: Note) -> Prepared:
+def read_rows(base: Base, note: Note) -> Prepared:
     """Read and encode the recipe's data. Raises DataError."""
-    recipe, objective = choices.recipe, choices.objective
+    recipe, objective = base.recipe, base.objective
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
     # one process reads the network; the others find the cache that it wrote
     with distributed.main_first() if streamed else nullcontext():
@@ -183,24 +171,22 @@ def read_rows(choices: Choices, base: Base, note: Note) -> Prepared:
     return data
 
 
-def configure_head(choices: Choices, base: Base, note: Note) -> Base:
+def configure_head(base: Base, note: Note) -> Base:
     """Return the base with the head that the rows need: its labels are known now."""
-    recipe, objective = choices.recipe, choices.objective
+    recipe, objective, folder = base.recipe, base.objective, base.model_folder
     if not (wanted := objectives.head_config(objective)):
         return base
     config, head = copy.deepcopy(base.config), objective.traits.head
-    for line in head_loading.change(config, base.folder, recipe.adapter, head, wanted):
+    for line in head_loading.change(config, folder, recipe.adapter, head, wanted):
         note(line)
-    outline = build_outline(
-        recipe, base.folder, config, head, choices.adaptation, base.new_tokens, base.tokenizer
-    )
+    tokens, tokenizer = base.new_tokens, base.tokenizer
+    outline = build_outline(recipe, folder, config, head, base.adaptation, tokens, tokenizer)
     return replace(base, config=config, outline=outline)
 
 
-def plan_steps(choices: Choices, base: Base, data: Prepared) -> Setup:
-    """Make the source of the run's steps. Raises RecipeError for a schedule that does not fit their
-    number."""
-    recipe, objective, train = choices.recipe, choices.objective, choices.recipe.train
+def plan_steps(base: Base, data: Prepared) -> Setup:
+    """Make the source of the run's steps. Raises RecipeError for a schedule that does not fit."""
+    recipe, objective, train = base.recipe, base.objective, base.recipe.train
     reference = Reference() if objective.traits.needs_reference else None
     if reference is not None:
         held_out = None if data.eval is None else data.eval.attaching(reference.attach)
@@ -209,15 +195,12 @@ def plan_steps(choices: Choices, base: Base, data: Prepared) -> Setup:
         data.train, objective.collate, train.batch_size, recipe.seed, train.shuffle, train.epochs,
         train.max_steps,
     )  # fmt: skip
-    session = RunSession(base.tokenizer, choices.device, recipe.seed, rows)
+    session = RunSession(base.tokenizer, base.device, recipe.seed, rows)
     source = objective.source(session)
     processes = distributed.state().num_processes
     distributed.check_processes(processes, len(source.preview(1)[0]), "the training rows are")
     optimizers.check_schedule(train, source.plan.steps)
-    return Setup(
-        recipe, base.folder, base.config, base.tokenizer, base.new_tokens, objective, choices.adaptation,
-        data, source, session, reference, choices.device, choices.precision, base.outline, choices.sharding,
-    )  # fmt: skip
+    return Setup(**vars(base), data=data, source=source, session=session, reference=reference)
 
 
 def _report_rows(note: Note) -> Progress:
@@ -244,8 +227,7 @@ class Built:
 
 
 def build(setup: Setup, out: Path) -> Built:
-    """Load and adapt the weights, make fp32 masters, cast the network, choose its fast path, make the
-    optimiser.
+    """Load and adapt the weights, make masters, cast the network, choose its fast path, make the optimiser.
 
     ``out``: the run folder, for a base model with an adapter merged into it.
     """

@@ -143,8 +143,7 @@ class SampleConfig(Strict):
 
 
 def due(every: float | str | None, step: int, steps: int, steps_per_epoch: int) -> bool:
-    """Return whether ``every`` (a number of steps, a share of the run below 1, or ``epoch``) falls on
-    ``step``."""
+    """Return whether ``every`` (a number of steps, a share below 1, or ``epoch``) falls on ``step``."""
     if every is None:
         return False
     if every == "epoch":

@@ -1,5 +1,4 @@
-"""From gradients to new weights: one optimiser step after its micro-batches, and the part of it that is
-saved."""
+"""From gradients to new weights: the part of an optimiser step after its micro-batches."""
 
 from __future__ import annotations
 
@@ -73,11 +72,9 @@ class Update:
         return loss if self.loss_scale is None else loss * self.loss_scale.scale
 
     def norm(self, loss: torch.Tensor) -> tuple[float, float]:
-        """Sum the gradients over processes and clip them. Returns (``loss``, norm before clipping) as
-        numbers.
+        """Sum gradients over processes and clip them. Returns (``loss``, norm before clipping) as numbers.
 
-        This is the only time in a step that the host waits for the device. Call ``apply`` only if the two
-        numbers are ``is_applicable``.
+        Only here does the host wait for the device. Call ``apply`` only if the numbers are ``is_applicable``.
         """
         device_norm = self.masters.norm(self.loss_scale.scale if self.loss_scale else 1.0)
         message = torch.stack([loss.to(device_norm.device), device_norm.to(loss.dtype)])
@@ -92,8 +89,7 @@ class Update:
         return value, norm
 
     def is_applicable(self, loss: float, norm: float) -> bool:
-        """Return whether ``apply`` may follow: both numbers are finite, or only the fp16 gradient
-        overflowed."""
+        """Return whether ``apply`` may follow: both are finite, or only the fp16 gradient overflowed."""
         return math.isfinite(loss) and (math.isfinite(norm) or self.loss_scale is not None)
 
     def apply(self, step: int) -> None:
@@ -142,8 +138,7 @@ class Update:
         return {"loss_scale": self.loss_scale.scale, "skipped_steps": self.loss_scale.skipped}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return masters and optimiser moments by name. All processes call it; only the main one uses the
-        result."""
+        """Return masters and optimiser moments by name. All processes call it."""
         return self.masters.tensors(self.optimizer)
 
     def state(self) -> JsonObject:

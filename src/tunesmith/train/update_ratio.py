@@ -17,16 +17,13 @@ from tunesmith.train import distributed
 RUN, RUNS = 16, 128
 """Neighbouring elements in a run (one cache line of a CPU), and runs in the sample of a tensor."""
 RECHECKED = 2**20
-"""Elements checked before a tensor is reported as unmoved: of a large vocabulary only the rows that were seen
-move."""
+"""Elements checked before a tensor is reported as unmoved: few rows of a large vocabulary move."""
 PATIENCE = 5
-"""Updates before an unmoved tensor is checked. The first update may move nothing: LoRA's B is zero, so A has
-no gradient."""
+"""Updates before an unmoved tensor is checked. LoRA's B is zero, so A has no gradient in the first one."""
 
 
 class UpdateRatio:
-    """Measures each update of ``masters`` (fp32 tensors by name), between ``sample_before`` and
-    ``compare_after``.
+    """Measures each update of ``masters`` (fp32, by name), from ``sample_before`` to ``compare_after``.
 
     ``value`` is norm(update) / norm(weights before it), over all masters together: a function of the weights
     alone, so it is the same in every process and in a resumed run. Its sums stay on the device until
@@ -64,7 +61,7 @@ class UpdateRatio:
     def moved_flags(self) -> torch.Tensor | None:
         """Return flags that ``receive_flags`` needs as numbers before the next update, or None.
 
-        They travel with the loss, in the one message of a step from the device to the host.
+        They travel with the loss, in the one message of a step to the host.
         """
         if not self._watched or self.updates != PATIENCE or self._seen is None:
             return None
@@ -120,8 +117,7 @@ class UpdateRatio:
         return math.sqrt(moved / whole) if whole else math.nan
 
     def warning(self) -> str | None:
-        """Return once, after the first updates, which tensors did not move, or moved by weight decay
-        alone."""
+        """Return once which tensors did not move in the first updates, or moved by weight decay alone."""
         if self.updates <= PATIENCE or not self._watched or self._seen is None:
             return None
         self._watched = False
