@@ -58,8 +58,8 @@ def test_an_interrupt_before_anything_was_saved_stays_one():
 
 WAITS = """
 import sys, time, pathlib
-from tunesmith.train import watch
-watch.begin(pathlib.Path(sys.argv[1]), 0)
+from tunesmith.train import process_watch
+process_watch.start(pathlib.Path(sys.argv[1]), 0)
 print("begun", flush=True)
 time.sleep(60)
 """
@@ -155,7 +155,7 @@ def test_what_ends_one_process_ends_all_within_ten_seconds_and_is_told_once(faul
 
 
 @pytest.mark.parametrize(
-    ("made", "told"), [({"batch_size": 5}, "train.batch_size is 5: 1 would"), ({"batch_size": 50}, "rows to learn from are 4: 2")]
+    ("made", "told"), [({"batch_size": 5}, "train.batch_size is 5: 1 would"), ({"batch_size": 50}, "training rows are 4: 2")]
 )
 def test_more_processes_than_rows_of_a_step_are_refused(made, told, tmp_path, monkeypatch):
     here = SimpleNamespace(num_processes=6, device=torch.device("cpu"))
