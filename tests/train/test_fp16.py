@@ -1,9 +1,6 @@
 """fp16: an overflowed gradient costs a step and nothing else; small gradients are not lost; what is trained stays in fp32."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 
 import tunesmith
 from tests.runs import apart, history, model_folder, recipe, weights
+from tests.train.launching import forked
 from tunesmith.errors import GradientOverflowError, ModelError, NonFiniteError
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads import lm_head
@@ -336,31 +334,15 @@ def test_a_loss_that_is_not_finite_still_stops_the_run(tmp_path, monkeypatch):
         tunesmith.train(recipe(tmp_path, precision="fp16"), out=tmp_path / "run")
 
 
-LAUNCHED = """
-import sys, json, tunesmith
-from tunesmith.train import setup
-from tunesmith.train.precision import LossScale
-setup.precision.LossScale = lambda: LossScale(2.0**23)
-recipe, out = json.loads(sys.argv[1]), sys.argv[2]
-tunesmith.train(recipe, out=out)
-"""
+def start_with_a_large_scale():
+    setup.precision.LossScale = lambda: LossScale(2.0**23)
 
 
 def test_two_processes_leave_out_the_same_steps(tmp_path, monkeypatch):
     made = recipe(tmp_path, precision="fp16", max_steps=8, learning_rate=1e-3, optim_args={"eps": 1e-3})
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED)
     monkeypatch.setattr(setup.precision, "LossScale", lambda: LossScale(2.0**23))
     alone = tunesmith.train(made, out=tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(
-        [*command, json.dumps(made), str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert forked(made, tmp_path / "two", before=start_with_a_large_scale) == [0, 0]
     skipped = [metrics_file.read(tmp_path / run / "metrics.jsonl")[-1]["skipped_steps"] for run in ("one", "two")]
     assert skipped[0] == skipped[1] > 0
     assert apart(weights(alone["model_dir"]), weights(tmp_path / "two" / "model")) <= 2e-4

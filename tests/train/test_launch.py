@@ -13,7 +13,7 @@ import torch
 
 import tunesmith
 from tests.runs import apart, killed_before, recipe, weights
-from tests.train.launching import launched, start
+from tests.train.launching import launched, share_kernels, start
 from tunesmith import errors
 from tunesmith.cli.main import main
 from tunesmith.runs import metrics_file
@@ -114,26 +114,35 @@ def test_a_run_may_go_on_with_another_number_of_processes(tmp_path, monkeypatch)
     assert evaluations(tmp_path / "run") == pytest.approx(evaluations(tmp_path / "straight"), abs=1e-6)
 
 
-def test_two_launched_processes_make_the_run_of_one(tmp_path):
-    made = shared_run(tmp_path)
-    expected = tunesmith.train(made, out=tmp_path / "straight")
-    code, out, err = launched(made, tmp_path, "--json")
+@pytest.fixture(scope="module")
+def run_of_two(tmp_path_factory):
+    """(folder with the launched run ``run``, its recipe, its output)."""
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(tmp_path_factory.mktemp("home")))
+        made = shared_run(folder)
+        code, out, err = launched(made, folder, "--json")
     assert code == 0, err
-    outcome = json.loads(out)
+    return folder, made, json.loads(out), err
+
+
+def test_two_launched_processes_make_the_run_of_one(run_of_two, tmp_path):
+    folder, made, outcome, err = run_of_two
+    expected = tunesmith.train(made, out=tmp_path / "straight")
     assert outcome["steps"] == 7 and outcome["samples"][0]["before"] == expected["samples"][0]["before"]
     assert err.count("parameters:") == 1 and "step 7/7" in err and "torch" not in err
-    assert apart(weights(tmp_path / "straight" / "model"), weights(tmp_path / "run" / "model")) <= 1e-6
-    assert evaluations(tmp_path / "run") == pytest.approx(evaluations(tmp_path / "straight"), abs=1e-6)
+    assert apart(weights(tmp_path / "straight" / "model"), weights(folder / "run" / "model")) <= 1e-6
+    assert evaluations(folder / "run") == pytest.approx(evaluations(tmp_path / "straight"), abs=1e-6)
     assert outcome["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6)
 
 
-def test_a_run_of_two_processes_is_reproduced_with_two(tmp_path):
-    code, _, err = launched(shared_run(tmp_path, max_steps=2), tmp_path, "--json")
-    assert code == 0, err
+def test_a_run_of_two_processes_is_reproduced_with_two(run_of_two, tmp_path):
+    folder, *_ = run_of_two
+    share_kernels()
     before = dict(os.environ)
-    found = reproduce(tmp_path / "run")
-    assert dict(os.environ) == before, "what the processes are told stays with them"
-    assert found["equal"] and json.loads((tmp_path / "run-again" / "manifest.json").read_text())["processes"] == 2
+    found = reproduce(folder / "run", tmp_path / "again")
+    assert dict(os.environ) == before, "the environment of the processes stays theirs"
+    assert found["equal"] and json.loads((tmp_path / "again" / "manifest.json").read_text())["processes"] == 2
 
 
 @pytest.mark.parametrize(
