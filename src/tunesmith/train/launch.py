@@ -78,7 +78,8 @@ def _launch_config(processes: int, folder: Path, quiet: bool) -> LaunchConfig:
 
 @contextmanager
 def _environment(processes: int) -> Iterator[None]:
-    """Share the cores, keep traffic on this machine, silence the agent; variables that the user has set stay."""
+    """Share the cores, keep traffic on this machine, silence the agent; variables that the user has set
+    stay."""
     before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

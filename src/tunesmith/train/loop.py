@@ -101,26 +101,24 @@ def fit(job: Job, position: Progression) -> str | None:
             log_due, eval_due, save_due = _due(job, before, position.step)
             if position.step % TRIM_STEPS == 0:
                 kernels.return_freed_memory()
-            last = position.step == plan.steps
-            if log_due or last:
+            if log_due:
                 _log(job, position, record)
             verdict = None
-            evaluated = last or eval_due
-            if evaluated:
+            if eval_due:
                 verdict = _early_stop(job, position, job.evaluate(position))
             ending, failing = job.stop_requests()
             ending, stopping = distributed.broadcast((ending, received[0] if received else failing))
-            if ending and not evaluated:  # the last model may be the best
+            if ending and not eval_due:  # the last model may be the best
                 job.evaluate(position)
             verdict = verdict or ending
-            if last or verdict or stopping or save_due:
+            if save_due or verdict or stopping:
                 _save(job, position)
                 saved = position.step
                 # on_save may have asked for the end
                 verdict = verdict or distributed.broadcast(job.stop_requests()[0])
             if verdict:
                 return verdict
-            if stopping and not last:
+            if stopping and position.step < plan.steps:
                 raise Interrupted(
                     f"stopped by {stopping} after step {position.step}; a checkpoint of step {saved} was saved.\n"
                     "  Continue with --resume."
@@ -134,11 +132,14 @@ def fit(job: Job, position: Progression) -> str | None:
 
 
 def _due(job: Job, before: int, now: int) -> list[bool]:
-    """Return whether (a log, an evaluation, a checkpoint) is due after step ``before``, up to ``now``."""
+    """Return whether (a log, an evaluation, a checkpoint) is due after step ``before``, up to ``now``.
+
+    All are due at the last step.
+    """
     config, plan = job.config, job.source.plan
     passed = range(before + 1, now + 1)  # a source may skip steps of its plan
     return [
-        any(due(every, step, plan.steps, plan.steps_per_epoch) for step in passed)
+        now == plan.steps or any(due(every, step, plan.steps, plan.steps_per_epoch) for step in passed)
         for every in (config.logging_steps, config.eval_steps, config.save_steps)
     ]
 

@@ -24,7 +24,7 @@ GRACE = 3.0
 POLL_SECONDS = 0.2
 
 GIVEN_UP = 70
-"""Exit code of a process that the watch has ended; its last note still says that it was running."""
+"""Exit code of a process that the watch has ended; its last note still shows it as running."""
 
 
 class Failure(TypedDict):

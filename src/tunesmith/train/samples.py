@@ -84,10 +84,7 @@ def _last_turn(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[str]:
     """Answer greedily, so that only the model changes between two evaluations."""
     settings = decode.Settings(max_new_tokens=max_new_tokens)

@@ -1,8 +1,8 @@
 """The update ratio: the norm of an update, divided by the norm of the weights.
 
-Healthy training moves the weights by about a thousandth per step. With a much smaller ratio nothing is learnt
-(the learning rate is too low, or updates round to zero); with a much larger one the pretrained weights are
-lost. The ratio is measured on a sample of each tensor.
+Healthy training moves the weights by about a thousandth per step. With a much smaller ratio the model learns
+nothing (the learning rate is too low, or updates round to zero); with a much larger one the pretrained
+weights are lost. The ratio is measured on a sample of each tensor.
 """
 
 from __future__ import annotations
