@@ -235,7 +235,7 @@ def recompute(
     Chen et al. 2016. It is transformers' own, in the non-reentrant form: gradients reach adapters in a frozen
     base, and keywords such as the segments reach the second forward. Only training mode does it. The
     gradients of the rows of :func:`choose` are compared with and without it; where they differ, it is
-    switched off and a note tells so.
+    switched off and a note reports it.
     """
     inner = lm_head.base(model)
     check = ParityCheck.of_first_rows(model, objective, examples, device)
@@ -272,7 +272,7 @@ def compile_layers(
 
     They are compared with those of the uncompiled path in training mode, for two rows together and for the
     first row alone: one piece of code has to serve both packings. Layers that cannot be compiled, or differ,
-    stay uncompiled, and a note tells so.
+    stay uncompiled, and a note reports it.
     """
     if chosen.packed and chosen.packed_attention == "segments":
         chosen.notes.append(
