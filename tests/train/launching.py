@@ -96,7 +96,7 @@ def forked(
     for process in started:
         process.start()
     for process in started:
-        process.join(timeout=240)
+        process.join(timeout=480)  # DeepSpeed compiles once, for minutes
     return [process.exitcode for process in started]
 
 

@@ -69,7 +69,7 @@ def test_two_processes_with_shards_make_the_run_of_one(adaptation, tmp_path):
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 def test_a_run_goes_on_with_shards_and_without(adaptation, tmp_path):
-    """One process to step 1, two sharded ones to step 3 where they are stopped, then one again."""
+    """One process to step 1, two sharded ones to step 4 (they are stopped once step 3 is saved), then one again."""
     pytest.importorskip("deepspeed")
     made = run_of(tmp_path, adaptation)
     tunesmith.train(made, out=tmp_path / "straight")
@@ -77,7 +77,7 @@ def test_a_run_goes_on_with_shards_and_without(adaptation, tmp_path):
         tunesmith.train(made, out=tmp_path / "run", on_save=stop_at_once)
     sharded = {"resume": True, "deepspeed": configuration(tmp_path)}
     assert forked(made, tmp_path / "run", **sharded, on_save=stop_at_three) == [1, 1]
-    assert max(checkpoint.steps(tmp_path / "run" / "checkpoints")) == 3
+    assert max(checkpoint.steps(tmp_path / "run" / "checkpoints")) == 4
     outcome = tunesmith.train(made, out=tmp_path / "run", resume=True)
     assert outcome["steps"] == 6
     assert apart(weights(tmp_path / "straight" / "model"), weights(outcome["model_dir"])) <= 1e-6
