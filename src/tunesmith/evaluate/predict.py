@@ -234,6 +234,7 @@ def _answers(chosen: Any, examples: list[Any], way: Any, budget: int) -> dict[in
     rows = Listed(examples, [""] * len(examples))
     sizes = rows.sizes(slice(None), way.layout)
     records = [
-        record for _, record in forward_batches.run_groups(run, sizes, budget, way.layout, chosen.device, name)
+        record
+        for _, record in forward_batches.run_groups(run, sizes, budget, way.layout, chosen.device, name)
     ]
     return {answer["row"][1]: answer for answer in chosen.objective.answers(records)}
