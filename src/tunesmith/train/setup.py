@@ -75,7 +75,7 @@ class Base(Choices):
 
     model_folder: Folder
     config: PretrainedConfig
-    """With the head that the folder was saved with, or, once the rows are read, the head that they need."""
+    """With the head of the folder; once the rows are read, with the head that they need."""
     tokenizer: PreTrainedTokenizerBase
     """With the new tokens of the recipe."""
     new_tokens: vocabulary.NewTokens
@@ -334,7 +334,7 @@ def _new_token_notes(new: vocabulary.NewTokens, data: Prepared) -> list[str]:
 
 
 def _check_compile(train: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise RecipeError where torch.compile cannot work or cannot pay."""
+    """Raise RecipeError where torch.compile cannot work or gains nothing."""
     if not train.torch_compile:
         return
     if device.type != "cuda":
