@@ -16,11 +16,10 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def device_of(device_map: str | dict[str, int | str] | None, default: torch.device) -> torch.device:
-    """Return the device of the batches: the first of the map, or ``default`` if accelerate spreads the
-    layers.
+    """Return the device of the batches: the first of the map, or ``default`` for a strategy of accelerate.
 
-    Raises RecipeError for a map without a device of this machine, for a mixture on which nothing can be
-    trained, and with several processes, each of which has its own device.
+    Raises RecipeError for a map without a device of this machine, for a mixture of GPU and CPU,
+    and with several processes, each of which has its own device.
     """
     if device_map is None:
         return default
