@@ -146,7 +146,9 @@ def test_a_run_goes_on_from_the_start_that_it_had_and_from_no_other(tmp_path, mo
     others = {"turned": (lambda a, b: (-a, -b)), "swapped": (lambda a, b: (a[swapped], b[:, swapped]))}
     for other in others.values():
         monkeypatch.setattr(lora_init, "factors_of", lambda *given, other=other: other(*real(*given)))
-        with pytest.raises(RecipeError, match=r"layers\.0\.self_attn\.q_proj learns is counted from.*\n  Resume it where"):
+        with pytest.raises(
+            RecipeError, match=r"layers\.0\.self_attn\.q_proj starts from a decomposition.*\n  Resume it on that machine"
+        ):
             tunesmith.train(made, out=tmp_path / "run", resume=True)
     monkeypatch.setattr(lora_init, "factors_of", lambda *given: tuple(one * (1 + 1e-6) for one in real(*given)))  # rounding
     assert tunesmith.train(made, out=tmp_path / "run", resume=True)["model_dir"]

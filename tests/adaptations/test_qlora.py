@@ -19,7 +19,7 @@ from tunesmith.models.load.load import load_model, locate
 from tunesmith.models.network import base
 from tunesmith.objectives import cpt, sft
 from tunesmith.recipe import parse
-from tunesmith.train import fast_path, forecast, precision, setup
+from tunesmith.train import fast_path, memory_budget, precision, setup
 
 pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
@@ -217,7 +217,7 @@ def test_an_adapter_is_continued_on_the_base_it_knows(tmp_path):
     assert quantization.record(tunesmith.load(on["model_dir"])[0])["quant_type"] == "fp4"
     with pytest.raises(RecipeError, match=r"quant_type \(it has fp4\)"):
         tunesmith.check(continued(first, tmp_path / "run", {"type": "qlora", "quant_type": "int8"}))
-    with pytest.raises(RecipeError, match=r"trained on its base in fp4.*\n.*adaptation: qlora"):
+    with pytest.raises(RecipeError, match=r"trained on a base that was quantised to fp4.*\n.*adaptation: qlora"):
         tunesmith.check(continued(first, tmp_path / "run", "lora"))
 
 
@@ -233,7 +233,7 @@ def test_the_forecast_of_a_continued_adapter_counts_its_quantisation(tmp_path):
 def test_an_adapter_of_an_unquantised_base_is_not_continued_on_a_quantised_one(tmp_path):
     made = recipe(tmp_path, adaptation={"type": "lora", "r": 4})
     tunesmith.train(made, out=tmp_path / "run")
-    with pytest.raises(RecipeError, match=r"trained on its base as it is.*\n.*adaptation: lora"):
+    with pytest.raises(RecipeError, match=r"trained on a base that was not quantised.*\n.*adaptation: lora"):
         tunesmith.check(continued(made, tmp_path / "run", "qlora"))
 
 
@@ -315,10 +315,10 @@ def test_a_model_that_fits_only_in_four_bits_is_not_refused(wide, tmp_path):
     )
     room = 4 * whole.outline.total
     with pytest.raises(RecipeError, match="or qlora"):
-        forecast.check_weights(whole, room)
-    forecast.check_weights(four, room)
+        memory_budget.check_weights(whole, room)
+    memory_budget.check_weights(four, room)
     with pytest.raises(RecipeError, match="are missing before the first row"):
-        forecast.check_weights(four, room // 16)
+        memory_budget.check_weights(four, room // 16)
 
 
 def test_the_base_models_memory_is_printed_and_recorded(tmp_path):
@@ -367,5 +367,5 @@ def test_documents_too(tmp_path):
 
 def test_shards_are_refused_before_anything_loads(tmp_path):
     made = recipe(tmp_path, adaptation="qlora")
-    with pytest.raises(RecipeError, match="--deepspeed does not go with a base in 4 or 8 bits"):
+    with pytest.raises(RecipeError, match="--deepspeed is not supported with a 4-bit or 8-bit base"):
         tunesmith.train(made, out=tmp_path / "run", deepspeed=tmp_path / "ds.json")

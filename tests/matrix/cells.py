@@ -206,5 +206,5 @@ def trains(cell: Cell, name: str) -> bool:
 def _plain_logits(built: Any) -> torch.Tensor:
     from tunesmith.train import fast_path
 
-    with built.route.fused.disabled(), fast_path.plain_attention(built.model, built.route):
+    with built.fast_path.fused.disabled(), fast_path.plain_attention(built.model, built.fast_path):
         return logits(built.model)

@@ -18,6 +18,7 @@ from tunesmith.models.generate.decode import Settings, generate_ids, stream
 from tunesmith.models.heads import lm_head, noise
 from tunesmith.objectives import sft
 from tunesmith.train import fast_path
+from tunesmith.train.parity_check import ParityCheck
 
 SFT = sft.Objective(sft.Config())
 CPU = torch.device("cpu")
@@ -94,10 +95,10 @@ def test_a_route_is_found_and_layers_computed_again_give_the_same_gradients(name
     if kernels.available(model.prompt_encoder["default"].embedding.weight):
         assert chosen.fused.kinds.get("attention", 0) == (2 if name in ("llama", "gemma") else 0)
     model.train()
-    loss, gradients = fast_path._loss_and_gradients(model, SFT, ROWS, chosen.layout, CPU)
+    loss, gradients = ParityCheck(model, SFT, ROWS, CPU).measure(chosen.layout)
     fast_path.recompute(model, SFT, ROWS[:2], chosen, CPU)
     model.train()
-    again, recomputed = fast_path._loss_and_gradients(model, SFT, ROWS, chosen.layout, CPU)
+    again, recomputed = ParityCheck(model, SFT, ROWS, CPU).measure(chosen.layout)
     assert chosen.recomputed and loss == again
     assert all(one.equal(two) and one.abs().max() > 0 for one, two in zip(gradients, recomputed, strict=True))
 
@@ -110,10 +111,10 @@ def test_the_kernel_of_a_gpu_gets_longer_segments(kind: str, monkeypatch: pytest
     monkeypatch.setattr(kernels, "available", lambda tensor: False)
     for name in ("llama", "mistral"):
         model = adapted(name, kind)
-        expected = fast_path._loss_and_gradients(model, SFT, ROWS, PADDED, CPU)
+        expected = ParityCheck(model, SFT, ROWS, CPU).measure(PADDED)
         chosen = fast_path.choose(model, SFT, ROWS[:2], 23, "auto", CPU)
         assert (chosen.packed_attention, chosen.packed, chosen.notes) == ("varlen", True, [])
-        got = fast_path._loss_and_gradients(model, SFT, ROWS, PACKED, CPU)
+        got = ParityCheck(model, SFT, ROWS, CPU).measure(PACKED)
         assert abs(expected[0] - got[0]) < 1e-5 and close(got[1][0], expected[1][0], 1e-5)
 
 

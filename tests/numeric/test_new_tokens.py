@@ -221,8 +221,8 @@ def test_a_token_that_no_row_holds_is_said(tmp_path):
     given = {**made(tmp_path), "add_tokens": [*TOKENS, "<never>"]}
     tunesmith.train(given, out=tmp_path / "run")
     notes = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))["notes"]
-    assert "no training row holds <never>: nothing will be learnt of it" in notes
-    assert "no training row holds <never>: nothing will be learnt of it" in tunesmith.check(given)["notes"]
+    assert "no training row contains <never>: their embeddings will not be trained" in notes
+    assert "no training row contains <never>: their embeddings will not be trained" in tunesmith.check(given)["notes"]
 
 
 @pytest.mark.parametrize(("adaptation", "precision"), [("full", "fp32"), (LORA, "fp32"), (LORA, "bf16")])

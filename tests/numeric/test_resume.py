@@ -189,7 +189,7 @@ def test_another_number_format_is_said_and_fp16_keeps_its_scale(tmp_path, monkey
     kind[0] = torch.float16
     tunesmith.train(made, out=tmp_path / "run", resume=True)
     notes = json.loads((tmp_path / "run" / "manifest.json").read_text())["notes"]
-    assert any("computed in float32 so far, and goes on in float16" in note for note in notes)
+    assert any("computed in float32 so far and continues in float16" in note for note in notes)
     assert [record.get("loss_scale") for record in history(tmp_path / "run") if record["kind"] == "train"] == [
         None,
         None,

@@ -355,7 +355,7 @@ def test_functional_dropout_is_switched_off(tmp_path, monkeypatch):
 @pytest.mark.parametrize("objective", ["dpo", "reward"])
 def test_a_network_with_something_random_in_it_is_refused(tmp_path, objective, monkeypatch):
     monkeypatch.setitem(TINY, "falcon", dropping(hidden_dropout=0.1))
-    with pytest.raises(ModelError, match="answers otherwise in training than in evaluation"):
+    with pytest.raises(ModelError, match="computes another result in training mode than in eval mode"):
         tunesmith.train(recipe(tmp_path, "falcon", objective), out=tmp_path / "run")
 
 

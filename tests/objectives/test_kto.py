@@ -266,7 +266,7 @@ def test_the_baseline_is_of_all_rows_of_the_step_whatever_the_micro_batches(tmp_
     for layout in (PADDED, PACKED):
         for network in (run.policy, run.before):
             network.set_attn_implementation(attention.NAME if layout is PACKED else "eager")
-        run.session.route = SimpleNamespace(layout=layout)
+        run.session.fast_path = SimpleNamespace(layout=layout)
         for budget in (1, 60, 130, 4096):
             run.session.budget = budget
             assert float(run.baseline()) == pytest.approx(expected, rel=1e-5), (layout, budget)

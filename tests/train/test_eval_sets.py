@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 import tunesmith
-from tests.numeric.test_invariance import LAUNCHED
 from tests.runs import recipe
+from tests.train.launching import forked
 from tunesmith.report.run_page import write_report
 from tunesmith.runs import metrics_file
 
@@ -58,13 +55,8 @@ def test_each_set_has_the_figures_of_a_run_with_it_alone(made, change, tmp_path)
 
 
 def test_two_processes_have_the_figures_of_one(made, tmp_path):
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED)
     tunesmith.train(made, out=tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(script), json.dumps([[made, str(tmp_path / "two")]])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert forked(made, tmp_path / "two") == [0, 0]
     for one, two in zip(evaluations(tmp_path / "one"), evaluations(tmp_path / "two"), strict=True):
         assert {key for key in one if key.startswith("eval_") and not key.endswith("_stderr")} == {
             "eval_loss", *(f"eval_{name}_{figure}" for name in NAMES for figure in ("loss", "perplexity")),

@@ -18,7 +18,7 @@ from tunesmith.errors import OutOfMemoryError, RecipeError
 from tunesmith.models.heads import lm_head
 from tunesmith.objectives import sft
 from tunesmith.runs import metrics_file
-from tunesmith.train import forecast, loop, machine
+from tunesmith.train import loop, machine, memory_budget
 
 LOSS = lm_head.lm_loss
 SUMS = {"optim_args": {"eps": 1e-3}, "learning_rate": 1e-3}
@@ -81,7 +81,7 @@ def test_memory_that_runs_out_is_said_and_kept_for_later_steps(tmp_path, monkeyp
     after = tried[max(place for place, tokens in enumerate(tried) if tokens > limit) + 1 :]
     assert after, "later steps are cut to what fits from the start"
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert any("memory ran out in step" in note for note in manifest["notes"])
+    assert any("ran out of memory" in note for note in manifest["notes"])
 
 
 def test_a_resumed_run_keeps_the_smaller_micro_batches(tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_the_first_thing_that_is_run_is_the_heaviest_micro_batch(packing, tmp_pa
 
 
 def test_the_heaviest_is_found_in_a_run_too_long_to_be_looked_at_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(forecast, "LOOKED_AT", 2)
+    monkeypatch.setattr(memory_budget, "PREVIEWED", 2)
     made = recipe(tmp_path, batch_size=1, max_steps=12)
     long = [*rows(12), {"prompt": "long:" + " fox" * 60, "completion": " x"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, long)))
@@ -158,15 +158,15 @@ def test_the_heaviest_is_found_in_a_run_too_long_to_be_looked_at_whole(tmp_path,
 
 def test_a_run_that_cannot_fit_says_by_how_much_and_what_would(tmp_path, monkeypatch):
     made = recipe(tmp_path)
-    monkeypatch.setattr(forecast, "limit_bytes", lambda device: 50_000_000)
-    with pytest.raises(RecipeError, match=r"needs about .* and 50\.0 MB are there: .* are missing") as caught:
+    monkeypatch.setattr(memory_budget, "limit_bytes", lambda device: 50_000_000)
+    with pytest.raises(RecipeError, match=r"needs about .* and 50\.0 MB are available: .* are missing") as caught:
         tunesmith.train(made, out=tmp_path / "run")
     assert "gradient_checkpointing=true" in str(caught.value)
     assert history(tmp_path / "run") == []
 
 
 def line(heaviest, per_token, pending=0):
-    return forecast.Memory(forecast.Pass(heaviest, 1.0, 10_000 + int(heaviest * per_token)), per_token, pending)
+    return memory_budget.Memory(memory_budget.Pass(heaviest, 1.0, 10_000 + int(heaviest * per_token)), per_token, pending)
 
 
 def one_row_of(tokens):
@@ -184,15 +184,15 @@ def test_auto_takes_what_fits_and_counts_the_optimiser(tmp_path, monkeypatch):
     job.source = one_row_of(300)
     job.config = type("C", (), {"gradient_checkpointing": False})()
     job.device = torch.device("cpu")
-    monkeypatch.setattr(forecast, "measure_memory", lambda job, limit: line(job.budget, 10.0, 1000))
-    forecast.settle(job, automatic=True, limit=20_000)
+    monkeypatch.setattr(memory_budget, "measure_memory", lambda job, limit: line(job.budget, 10.0, 1000))
+    memory_budget.settle(job, automatic=True, limit=20_000)
     assert job.budget == 640, "700, down to a multiple of 64"
     job.budget = 2048
     with pytest.raises(RecipeError, match=r"Would fit, with the same result: train\.micro_batch_tokens=640"):
-        forecast.settle(job, automatic=False, limit=20_000)
+        memory_budget.settle(job, automatic=False, limit=20_000)
     job.budget = 2048
     with pytest.raises(RecipeError, match="the longest row has 300 tokens"):
-        forecast.settle(job, automatic=True, limit=12_500)
+        memory_budget.settle(job, automatic=True, limit=12_500)
 
 
 def test_auto_trains_the_same_model_and_the_budget_is_recorded(tmp_path):
@@ -201,7 +201,7 @@ def test_auto_trains_the_same_model_and_the_budget_is_recorded(tmp_path):
     made["train"]["micro_batch_tokens"] = "auto"
     got = weights(tunesmith.train(made, out=tmp_path / "auto")["model_dir"])
     assert apart(got, expected) < 1e-6
-    assert json.loads((tmp_path / "auto" / "manifest.json").read_text())["micro_batch_tokens"] == forecast.LARGEST["cpu"]
+    assert json.loads((tmp_path / "auto" / "manifest.json").read_text())["micro_batch_tokens"] == memory_budget.LARGEST["cpu"]
 
 
 def test_processes_agree_on_one_budget(tmp_path, monkeypatch):
@@ -218,9 +218,9 @@ def test_processes_agree_on_one_budget(tmp_path, monkeypatch):
     job = type("J", (), {})()
     job.budget, job.device, job.layout = 2048, torch.device("cpu"), PACKED
     job.source = one_row_of(100)
-    monkeypatch.setattr(forecast.distributed, "gather", gather)
-    monkeypatch.setattr(forecast, "measure_memory", lambda job, limit: line(job.budget, 10.0))
-    forecast.settle(job, automatic=True, limit=10**9)
+    monkeypatch.setattr(memory_budget.distributed, "gather", gather)
+    monkeypatch.setattr(memory_budget, "measure_memory", lambda job, limit: line(job.budget, 10.0))
+    memory_budget.settle(job, automatic=True, limit=10**9)
     assert heard[-1] == 256 and job.budget == 249
 
 
@@ -260,24 +260,24 @@ def test_a_micro_batch_that_would_be_far_too_large_is_not_tried_whole(tmp_path, 
     """On a CPU the system kills a process that takes too much; what the whole would hold is known from a part of it."""
     made = recipe(tmp_path, count=64, batch_size=64, micro_batch_tokens=10**6)
     tried = []
-    real = forecast._pass
+    real = memory_budget._pass
 
     def passes(job, step, places):
         tried.append(len(places))
         found = real(job, step, places)
         return dataclasses.replace(found, peak=10**9 + 10**6 * found.tokens)
 
-    monkeypatch.setattr(forecast, "LARGEST", {"cpu": 200})
-    monkeypatch.setattr(forecast, "_pass", passes)
-    monkeypatch.setattr(forecast, "limit_bytes", lambda device: int(2e9))
+    monkeypatch.setattr(memory_budget, "LARGEST", {"cpu": 200})
+    monkeypatch.setattr(memory_budget, "_pass", passes)
+    monkeypatch.setattr(memory_budget, "limit_bytes", lambda device: int(2e9))
     with pytest.raises(RecipeError, match=r"Would fit, with the same result: train\.micro_batch_tokens=\d+"):
         tunesmith.train(made, out=tmp_path / "run")
     assert max(tried) < 20
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(forecast, "limit_bytes", lambda device: 100_000)
-    monkeypatch.setattr(forecast.setup, "build", None)
+    monkeypatch.setattr(memory_budget, "limit_bytes", lambda device: 100_000)
+    monkeypatch.setattr(memory_budget.setup, "build", None)
     with pytest.raises(RecipeError, match="missing before the first row is read"):
         tunesmith.train(recipe(tmp_path), out=tmp_path / "run")
 

@@ -1,9 +1,6 @@
 """fp16: an overflowed gradient costs a step and nothing else; small gradients are not lost; what is trained stays in fp32."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 
 import tunesmith
 from tests.runs import apart, history, model_folder, recipe, weights
+from tests.train.launching import forked
 from tunesmith.errors import GradientOverflowError, ModelError, NonFiniteError
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads import lm_head
@@ -100,7 +98,7 @@ def test_the_plan_is_what_there_is(adaptation, tmp_path, monkeypatch):
     assert {p.dtype for p in built["it"].model.parameters()} == {torch.float16}
     assert {master.dtype for master in update.masters.masters.values()} == {torch.float32}
     assert {value.dtype for state in update.optimizer.state.values() for value in state.values()} == {torch.float32}
-    assert not any(kind != "lora" for kind in built["it"].route.fused.kinds)  # the C passes know fp32 and bf16 alone
+    assert not any(kind != "lora" for kind in built["it"].fast_path.fused.kinds)  # the C passes know fp32 and bf16 alone
 
 
 def test_fp16_learns_what_fp32_learns(tmp_path):
@@ -134,7 +132,7 @@ def one_weight(scale, dtype=torch.float16):
     torch.nn.init.constant_(model.weight, 0.5)
     masters = Masters(model, dtype)
     precision.cast(model, dtype)
-    masters.listen()
+    masters.install_hooks()
     config = TrainConfig(learning_rate=1e-3)
     optimizer = optimizers.build(masters.masters, config, (), {})
     return model, Update(masters, optimizer, optimizers.schedule(optimizer, config, 100), 0.0, 0, scale)
@@ -145,7 +143,7 @@ def gradient_of(update, model, x):
     update.backward(loss)
     update.norm(loss.detach())
     (gradient,) = (master.grad.clone() for master in update.masters.masters.values())
-    update.drop()
+    update.clear_gradients()
     return gradient
 
 
@@ -196,13 +194,13 @@ def test_a_sum_over_many_targets_does_not_overflow_before_it_is_divided():
 def test_the_scale_falls_with_each_overflow_and_doubles_after_2000_good_steps():
     scale = LossScale()
     assert scale.scale == 65536
-    scale.after(finite=False)
-    scale.after(finite=False)
+    scale.update(finite=False)
+    scale.update(finite=False)
     assert (scale.scale, scale.skipped, scale.in_a_row) == (16384, 2, 2)
     for _ in range(1999):
-        scale.after(finite=True)
+        scale.update(finite=True)
     assert (scale.scale, scale.in_a_row) == (16384, 0)
-    scale.after(finite=True)
+    scale.update(finite=True)
     assert (scale.scale, scale.good, scale.skipped) == (32768, 0, 2)
 
 
@@ -336,31 +334,15 @@ def test_a_loss_that_is_not_finite_still_stops_the_run(tmp_path, monkeypatch):
         tunesmith.train(recipe(tmp_path, precision="fp16"), out=tmp_path / "run")
 
 
-LAUNCHED = """
-import sys, json, tunesmith
-from tunesmith.train import setup
-from tunesmith.train.precision import LossScale
-setup.precision.LossScale = lambda: LossScale(2.0**23)
-recipe, out = json.loads(sys.argv[1]), sys.argv[2]
-tunesmith.train(recipe, out=out)
-"""
+def start_with_a_large_scale():
+    setup.precision.LossScale = lambda: LossScale(2.0**23)
 
 
 def test_two_processes_leave_out_the_same_steps(tmp_path, monkeypatch):
     made = recipe(tmp_path, precision="fp16", max_steps=8, learning_rate=1e-3, optim_args={"eps": 1e-3})
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED)
     monkeypatch.setattr(setup.precision, "LossScale", lambda: LossScale(2.0**23))
     alone = tunesmith.train(made, out=tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(
-        [*command, json.dumps(made), str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert forked(made, tmp_path / "two", before=start_with_a_large_scale) == [0, 0]
     skipped = [metrics_file.read(tmp_path / run / "metrics.jsonl")[-1]["skipped_steps"] for run in ("one", "two")]
     assert skipped[0] == skipped[1] > 0
     assert apart(weights(alone["model_dir"]), weights(tmp_path / "two" / "model")) <= 2e-4

@@ -13,7 +13,7 @@ import torch
 
 import tunesmith
 from tests.runs import apart, killed_before, recipe, weights
-from tests.train.launching import launched, start
+from tests.train.launching import launched, share_kernels, start
 from tunesmith import errors
 from tunesmith.cli.main import main
 from tunesmith.runs import metrics_file
@@ -27,39 +27,39 @@ LOST = {"type": "ProcessLost", "message": "lost another", "exit_code": 3, "time"
 
 def test_the_first_failure_is_told_with_its_own_class():
     later = {**FAILED, "message": "later", "time": 6.0}
-    error = launch.cause({0: Note(1, failure=later), 1: Note(2, failure=FAILED)}, {0: 2, 1: 2}, {})
+    error = launch.find_cause({0: Note(1, failure=later), 1: Note(2, failure=FAILED)}, {0: 2, 1: 2}, {})
     assert type(error) is errors.DataError and str(error) == "row 7 is bad" and error.exit_code == 2
 
 
 def test_the_loss_of_another_is_never_the_cause():
-    error = launch.cause({0: Note(1, failure=LOST), 1: Note(2, failure=FAILED)}, {0: 3, 1: 2}, {})
+    error = launch.find_cause({0: Note(1, failure=LOST), 1: Note(2, failure=FAILED)}, {0: 3, 1: 2}, {})
     assert str(error) == "row 7 is bad"
 
 
 def test_a_killed_process_is_named_with_its_signal():
-    error = launch.cause({0: Note(1, failure=LOST), 1: Note(2)}, {0: 3, 1: -9}, {1: "brief"})
+    error = launch.find_cause({0: Note(1, failure=LOST), 1: Note(2)}, {0: 3, 1: -9}, {1: "brief"})
     assert type(error) is errors.ProcessLost and "process 1 was ended by SIGKILL" in str(error) and "brief" not in str(error)
 
 
 def test_one_that_was_given_up_is_not_the_cause():
-    error = launch.cause({0: Note(1), 1: Note(2)}, {0: process_watch.GIVEN_UP, 1: -11}, {1: "a\nsegments at fault"})
+    error = launch.find_cause({0: Note(1), 1: Note(2)}, {0: process_watch.GIVEN_UP, 1: -11}, {1: "a\nsegments at fault"})
     assert "process 1 was ended by SIGSEGV" in str(error) and "segments at fault" in str(error)
 
 
 def test_a_missing_extra_of_another_process_keeps_its_message():
-    error = launch.cause({0: Note(1, failure={**FAILED, "type": "MissingExtra"})}, {0: 2}, {})
+    error = launch.find_cause({0: Note(1, failure={**FAILED, "type": "MissingExtra"})}, {0: 2}, {})
     assert type(error) is errors.MissingExtra and str(error) == "row 7 is bad"
 
 
 def test_an_interrupt_before_anything_was_saved_stays_one():
-    error = launch.cause({0: Note(1, failure={**FAILED, "type": "KeyboardInterrupt", "exit_code": 130})}, {0: 130}, {})
+    error = launch.find_cause({0: Note(1, failure={**FAILED, "type": "KeyboardInterrupt", "exit_code": 130})}, {0: 130}, {})
     assert type(error) is KeyboardInterrupt
 
 
 WAITS = """
 import sys, time, pathlib
-from tunesmith.train import watch
-watch.begin(pathlib.Path(sys.argv[1]), 0)
+from tunesmith.train import process_watch
+process_watch.start(pathlib.Path(sys.argv[1]), 0)
 print("begun", flush=True)
 time.sleep(60)
 """
@@ -114,26 +114,35 @@ def test_a_run_may_go_on_with_another_number_of_processes(tmp_path, monkeypatch)
     assert evaluations(tmp_path / "run") == pytest.approx(evaluations(tmp_path / "straight"), abs=1e-6)
 
 
-def test_two_launched_processes_make_the_run_of_one(tmp_path):
-    made = shared_run(tmp_path)
-    expected = tunesmith.train(made, out=tmp_path / "straight")
-    code, out, err = launched(made, tmp_path, "--json")
+@pytest.fixture(scope="module")
+def run_of_two(tmp_path_factory):
+    """(folder with the launched run ``run``, its recipe, its output)."""
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(tmp_path_factory.mktemp("home")))
+        made = shared_run(folder)
+        code, out, err = launched(made, folder, "--json")
     assert code == 0, err
-    outcome = json.loads(out)
+    return folder, made, json.loads(out), err
+
+
+def test_two_launched_processes_make_the_run_of_one(run_of_two, tmp_path):
+    folder, made, outcome, err = run_of_two
+    expected = tunesmith.train(made, out=tmp_path / "straight")
     assert outcome["steps"] == 7 and outcome["samples"][0]["before"] == expected["samples"][0]["before"]
     assert err.count("parameters:") == 1 and "step 7/7" in err and "torch" not in err
-    assert apart(weights(tmp_path / "straight" / "model"), weights(tmp_path / "run" / "model")) <= 1e-6
-    assert evaluations(tmp_path / "run") == pytest.approx(evaluations(tmp_path / "straight"), abs=1e-6)
+    assert apart(weights(tmp_path / "straight" / "model"), weights(folder / "run" / "model")) <= 1e-6
+    assert evaluations(folder / "run") == pytest.approx(evaluations(tmp_path / "straight"), abs=1e-6)
     assert outcome["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6)
 
 
-def test_a_run_of_two_processes_is_reproduced_with_two(tmp_path):
-    code, _, err = launched(shared_run(tmp_path, max_steps=2), tmp_path, "--json")
-    assert code == 0, err
+def test_a_run_of_two_processes_is_reproduced_with_two(run_of_two, tmp_path):
+    folder, *_ = run_of_two
+    share_kernels()
     before = dict(os.environ)
-    found = reproduce(tmp_path / "run")
-    assert dict(os.environ) == before, "what the processes are told stays with them"
-    assert found["equal"] and json.loads((tmp_path / "run-again" / "manifest.json").read_text())["processes"] == 2
+    found = reproduce(folder / "run", tmp_path / "again")
+    assert dict(os.environ) == before, "the environment of the processes stays theirs"
+    assert found["equal"] and json.loads((tmp_path / "again" / "manifest.json").read_text())["processes"] == 2
 
 
 @pytest.mark.parametrize(
@@ -155,7 +164,7 @@ def test_what_ends_one_process_ends_all_within_ten_seconds_and_is_told_once(faul
 
 
 @pytest.mark.parametrize(
-    ("made", "told"), [({"batch_size": 5}, "train.batch_size is 5: 1 would"), ({"batch_size": 50}, "rows to learn from are 4: 2")]
+    ("made", "told"), [({"batch_size": 5}, "train.batch_size is 5: 1 would"), ({"batch_size": 50}, "training rows are 4: 2")]
 )
 def test_more_processes_than_rows_of_a_step_are_refused(made, told, tmp_path, monkeypatch):
     here = SimpleNamespace(num_processes=6, device=torch.device("cpu"))
@@ -180,7 +189,7 @@ def listening():
 
 
 def test_two_signals_end_at_once_whatever_they_are(listening):
-    with loop.signals() as received:
+    with loop.catch_signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == ["SIGTERM"]
         with pytest.raises(KeyboardInterrupt):

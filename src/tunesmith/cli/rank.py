@@ -14,20 +14,20 @@ def run(folder: Path, rank: int) -> int:
     """Do what ``folder/job.json`` says and return the exit code. ``command`` there is what the user typed."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     sys.argv = job["command"]
-    process_watch.begin(folder, rank)
+    process_watch.start(folder, rank)
 
     from tunesmith.cli.main import main
 
     def note(error: BaseException, exit_code: int, as_json: bool = False) -> int:
-        process_watch.leave(folder, rank, error=error, exit_code=exit_code)
+        process_watch.write_note(folder, rank, error=error, exit_code=exit_code)
         return exit_code
 
     code = main(job["arguments"], note)
     if code == 0:
-        process_watch.leave(folder, rank, done=True)
+        process_watch.write_note(folder, rank, done=True)
         from tunesmith.train import distributed
 
-        distributed.end()
+        distributed.close()
     return code
 
 

@@ -1,8 +1,9 @@
-"""Training: a recipe becomes a run.
+"""Training: from a recipe to a run.
 
-In reading order: ``run``, ``setup`` (with ``adapter_choice``, ``outline``), ``loop`` (with ``metric_sums``), ``session``,
-``update`` (with ``masters``, ``optim``, ``precision``, ``update_ratio``, ``zero``), ``evaluation``, ``fitting``, ``reference``,
-``frozen_body_cache``, ``fast_path``, ``forecast``, ``state`` and ``checkpoint``, ``outcome``, ``plain_copy``, ``samples``,
-``hooks``, ``reproduce``, ``config``; on several processes ``distributed``, ``launch``, ``watch``, ``placement``; on this
-computer ``machine``.
+In reading order: ``run``, ``setup`` (with ``adapter_choice``, ``meta_model``, ``device_map``), ``loop`` (with
+``metric_sums``), ``session``, ``update`` (with ``master_weights``, ``optimizers``, ``precision``,
+``update_ratio``, ``deepspeed_zero``), ``evaluation``, ``forward_batches``, ``reference``,
+``frozen_body_cache``, ``fast_path`` and ``parity_check``, ``memory_budget`` and ``forecast``, ``run_state``
+and ``checkpoint``, ``outcome``, ``plain_copy``, ``samples``, ``callbacks``, ``reproduce``, ``train_config``;
+for several processes ``distributed``, ``launch`` and ``process_watch``; about this computer ``machine``.
 """

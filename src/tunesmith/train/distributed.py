@@ -1,10 +1,11 @@
-"""Processes: the one file that touches accelerate. Alone, every function is the identity.
+"""Processes: the one file that uses accelerate. With a single process every function is the identity.
 
-Rows of an optimiser step are shared out over the processes, each sums its own part of the gradient, and the sums are added once
-per step. There is no wrapper around the model, no hook and no average of averages, so two processes make the update of one.
+The rows of an optimiser step are distributed over the processes, each sums its own part of the gradient, and
+the sums are added once per step. Nothing wraps the model and nothing averages averages, so two processes make
+the update of one.
 
-A collective waits for ``PATIENCE`` at most, and fails at once where the other end is known to be gone: ProcessLost. What the main
-process does alone (answers, files) is waited for with ``wait``, which has no such limit.
+A collective raises ProcessLost after ``PATIENCE``, or at once where the other end is known to be gone.
+``wait`` has no such limit: it waits for what the main process does alone (answers, files).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -23,58 +24,60 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from tunesmith.errors import ProcessLost, RecipeError
 
+T = TypeVar("T")
+
 PATIENCE = timedelta(minutes=10)
-"""How long a collective waits: the longest micro-batches of one process while another has none."""
+"""The longest wait of a collective: the longest micro-batches of one process while another has none."""
 
 LOST = ("gloo", "nccl", "connection", "timed out")
-"""Words of an error that means that another process no longer answers."""
+"""Words in the error of a collective when another process no longer answers."""
 
-_AS_LONG_AS_IT_TAKES = timedelta(days=30)
-
+UNLIMITED = timedelta(days=30)
 
 MEETING = "TUNESMITH_MEETING"
-"""Environment variable: the file in which the processes of a launch find each other; without it, as torchrun says."""
+"""Environment variable: the file in which the processes of a launch find each other."""
 
 
 def state() -> PartialState:
-    """Rank, number of processes and device, from the launcher's environment variables."""
-    where = {}
+    """Return rank, number of processes and device, from the launcher's environment variables."""
+    where: dict[str, str | int] = {}
     if (file := os.environ.get(MEETING)) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        processes = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-        where = {"init_method": Path(file).as_uri(), **processes}
+        where = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        where["init_method"] = Path(file).as_uri()
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE, **where)
 
 
 @contextmanager
-def together(and_more: bool = False) -> Iterator[None]:
-    """Around whatever all processes must do at the same time. Raises ProcessLost where one of them no longer does.
+def collective(other_work: bool = False) -> Iterator[None]:
+    """Wrap what all processes do at the same time; raise ProcessLost if one of them no longer does.
 
-    ``and_more``: other work is done inside too, so an error is only taken for that when its words speak of a connection.
+    ``other_work``: the block does other work too, so only an error with one of the words of ``LOST`` counts.
     """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo and nccl raise nothing more precise
-        if state().num_processes == 1 or (and_more and not any(word in str(error).lower() for word in LOST)):
+        here, message = state(), str(error)
+        if here.num_processes == 1 or (other_work and not any(word in message.lower() for word in LOST)):
             raise
-        said, minutes = str(error).partition(". ")[0], PATIENCE.total_seconds() / 60
         raise ProcessLost(
-            f"process {state().process_index} lost another of {state().num_processes}: it ended, or did not answer for "
-            f"{minutes:.0f} minutes. The last checkpoint is kept: go on with --resume.\n  ({said})"
+            f"process {here.process_index} lost another of {here.num_processes}: it ended, or did not answer for "
+            f"{PATIENCE.total_seconds() / 60:.0f} minutes. The last checkpoint is kept: continue with --resume.\n"
+            f"  ({message.partition('. ')[0]})"
         ) from error
 
 
 def wait() -> None:
-    """Until every process is here, however long one of them takes over what it does alone."""
+    """Wait until every process is here, without a time limit."""
     if state().num_processes > 1:
-        with together():
-            torch.distributed.barrier(_patient_group())
+        with collective():
+            torch.distributed.barrier(_unlimited_group())
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The main process does what is inside before the others do: they find the files that it wrote."""
+    """Let the main process run the block before the others, which then find the files that it wrote."""
     if not state().is_main_process:
         wait()
     yield
@@ -83,81 +86,80 @@ def main_first() -> Iterator[None]:
 
 
 def add_gradients(gradients: list[torch.Tensor]) -> None:
-    """Replace each gradient by its sum over all processes, in place, as one message."""
+    """Replace each gradient by its sum over all processes, in place, in one message."""
     if state().num_processes == 1:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    with together():
+    with collective():
         torch.distributed.all_reduce(flat)
-    start = 0
-    for gradient in gradients:
-        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-        start += gradient.numel()
+    for gradient, total in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
 
 
 def add(*numbers: float) -> tuple[float, ...]:
-    """Each number summed over all processes. They travel between the hosts, so no device is waited for."""
+    """Sum each number over all processes. They travel between the hosts, so no device is waited for."""
     if state().num_processes == 1:
         return numbers
     total = torch.tensor(numbers, dtype=torch.float64)
-    with together():
+    with collective():
         torch.distributed.all_reduce(total, group=_host_group())
     return tuple(total.tolist())
 
 
 def add_tensor(values: torch.Tensor) -> torch.Tensor:
-    """The tensor summed over all processes; it stays on its device."""
+    """Sum a tensor over all processes; it stays on its device."""
     if state().num_processes == 1:
         return values
     total = values.clone()
-    with together():
+    with collective():
         torch.distributed.all_reduce(total)
     return total
 
 
-def gather(records: list[Any]) -> list[Any]:
-    """All processes' records, in rank order."""
+def gather(records: list[T]) -> list[T]:
+    """Return all processes' records, in rank order."""
     if state().num_processes == 1:
         return records
-    with together():
+    with collective():
         return list(gather_object(records))
 
 
-def same(value: Any) -> Any:
-    """The main process's value, everywhere."""
+def broadcast(value: T) -> T:
+    """Return the main process's value in every process."""
     if state().num_processes == 1:
         return value
-    with together():
-        return broadcast_object_list([value])[0]
+    with collective():
+        values: list[T] = broadcast_object_list([value])
+        return values[0]
 
 
-def end() -> None:
-    """Close the connections. A process that ends while their threads still run may be aborted by them, all its work done."""
+def close() -> None:
+    """Close the connections: their threads may abort a process that ends while they run."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        _patient_group.cache_clear()
+        _unlimited_group.cache_clear()
         _host_group.cache_clear()
         torch.distributed.destroy_process_group()
 
 
 @functools.cache
-def _patient_group() -> Any:
-    return torch.distributed.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
+def _unlimited_group() -> torch.distributed.ProcessGroup:
+    group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo", timeout=UNLIMITED)
+    return group
 
 
 @functools.cache
-def _host_group() -> Any:
-    """Of the processes' hosts; None = the default group, where that is theirs."""
-    return (
-        None
-        if state().device.type == "cpu"
-        else torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-    )
+def _host_group() -> torch.distributed.ProcessGroup | None:
+    """Return a group of the processes' hosts; None = the default group, which is one already on CPUs."""
+    group: torch.distributed.ProcessGroup | None = None
+    if state().device.type != "cpu":
+        group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return group
 
 
 def check_processes(processes: int, rows: int, what: str) -> None:
-    """The rows of a step are shared out over the processes; one that never has a row would only cost. Raises RecipeError."""
+    """Raise RecipeError if a process would never get a row. ``what``: such as "train.batch_size is"."""
     if processes > rows:
         raise RecipeError(
-            f"{processes} processes share the rows of a step, and {what} {rows}: {processes - rows} would never have one.\n"
+            f"{processes} processes share the rows of a step, and {what} {rows}: {processes - rows} would never get one.\n"
             f"  Start at most {rows} processes, or give each step more rows."
         )

@@ -1,9 +1,9 @@
-"""The objective's figures over held-out rows: the same for any memory budget and any number of processes."""
+"""The objective's figures over held-out rows, the same for any memory budget and any number of processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch
 from tunesmith.data.batch.pack import Layout, to_device
 from tunesmith.data.batch.step import Step
 from tunesmith.data.store.encoded_rows import Encoded
+from tunesmith.json_types import JsonObject
 from tunesmith.objectives import Objective, TaskHead
 from tunesmith.train import distributed, forward_batches
 
@@ -28,27 +29,21 @@ def evaluate(
     sets: Sequence[str] = (),
     choose_threshold: bool = False,
 ) -> dict[str, float]:
-    """The objective's figures over all of ``data``, the same for any ``budget`` and any number of processes.
+    """Return the objective's figures over all of ``data``.
 
-    ``sets``: names of the sources of ``data``. Each has figures of its own too (``eval_loss`` -> ``eval_NAME_loss``), which are
-    those of a run with this set alone: its rows share no micro-batch with another's. ``choose_threshold``: let a task head
-    choose on these rows what the saved model needs.
+    ``sets``: names of the sources of ``data``. Each also gets its own figures (``eval_loss`` ->
+    ``eval_NAME_loss``), equal to those of a run with this set alone, because its rows share no micro-batch
+    with another set. ``choose_threshold``: let a task head choose its thresholds on these rows.
     """
-    model.eval()
     parts = [np.flatnonzero(data.source == index) for index in range(len(sets))] or [np.arange(len(data))]
-    of_parts = [
-        _records(model, objective, Step(0, data, rows, objective.collate), layout, budget, device)
-        for rows in parts
-    ]
-    everything = [record for part in of_parts for record in part]
+    by_part = [records(model, objective, data, layout, budget, device, rows) for rows in parts]
+    everything = [record for part in by_part for record in part]
     if choose_threshold and isinstance(objective, TaskHead):
         objective.choose_threshold(everything)
     figures = objective.summarise(everything)
-    for name, part in zip(sets, of_parts):
-        figures |= {
-            f"eval_{name}_{key.removeprefix('eval_')}": value
-            for key, value in objective.summarise(part).items()
-        }
+    for name, part in zip(sets, by_part):
+        for key, value in objective.summarise(part).items():
+            figures[f"eval_{name}_{key.removeprefix('eval_')}"] = value
     return figures
 
 
@@ -59,27 +54,15 @@ def records(
     layout: Layout,
     budget: int,
     device: torch.device,
-) -> list[dict[str, Any]]:
-    """What the objective keeps of each micro-batch of ``data``."""
+    rows: np.ndarray | None = None,
+) -> list[JsonObject]:
+    """Return the objective's record of each micro-batch of ``rows`` (default: all), from all processes."""
     model.eval()
-    return _records(
-        model, objective, Step(0, data, np.arange(len(data)), objective.collate), layout, budget, device
-    )
-
-
-def _records(
-    model: PreTrainedModel,
-    objective: Objective,
-    step: Step,
-    layout: Layout,
-    budget: int,
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    """What the objective keeps of each micro-batch of the examples of ``step``, from all processes."""
+    step = Step(0, data, np.arange(len(data)) if rows is None else rows, objective.collate)
 
     @torch.no_grad()
-    def run(places: Sequence[int]) -> dict[str, Any]:
+    def run(places: Sequence[int]) -> JsonObject:
         return objective.evaluate(model, to_device(step.collate(step.examples(places), layout), device))
 
-    found = forward_batches.over_step(run, step, budget, layout, device, "evaluation")
-    return distributed.gather([record for _, record in found])
+    results = forward_batches.run_step(run, step, budget, layout, device, "evaluation")
+    return distributed.gather([record for _, record in results])

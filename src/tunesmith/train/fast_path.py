@@ -1,8 +1,8 @@
-"""Packed or padded, fused or plain: what a run may use, shown on its own first rows.
+"""Choose what a run may use: packed or padded batches, fused or plain layers.
 
-Every fast path must be the same function as the plain one. Before the first step two rows go through transformers' own forward
-and through the fast one; loss and gradients are compared, and what differs is switched off, out loud. What begins at zero (the B
-of a LoRA) holds small random numbers meanwhile: beside zeros, half of the gradients are zeros on every path.
+A fast path must compute the same function as the plain path. Before the first step two rows go through
+transformers' own forward and through the fast path; loss and gradients are compared, and a part that differs
+is switched off and reported (see ``train.parity_check``).
 """
 
 from __future__ import annotations
@@ -11,69 +11,70 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from tunesmith.data.batch import preference_batch
 from tunesmith.data.batch.pack import PADDED, Layout, to_device
 from tunesmith.errors import ModelError
+from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import attention, fused_layers, torch_compile, varlen
 from tunesmith.models.heads import lm_head
 from tunesmith.models.network import base
 from tunesmith.objectives import Example, Objective
 from tunesmith.train import machine
+from tunesmith.train.parity_check import ParityCheck, without_zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROBE_TOKENS = 192  # of each row: enough to see every layer at work, few enough to cost a second
-# largest accepted difference: of the loss, relative; of all gradients together, relative to their norm. In bf16 the plain
-# path itself differs from fp32 by some 4% of the gradient (SmolLM2-135M), in either direction; in fp16 by 0.7%, and by 6e-5 of
-# the loss (the fast path from the plain one by 0.7% and 1e-4).
-TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 0.15), torch.float16: (1e-3, 3e-2)}
-JUDGED = 3.0
-"""How much more a reward may differ in half precision. It is learnt from differences: what two answers have in common cancels in
-the gradient, and its rounding does not. The plain path itself is 11% from fp32 (SmolLM2-135M in bf16), its loss up to 1.5%."""
-NOT_ZERO = 0.02
-"""Standard deviation of what stands for zeros in the trial: as transformers draws weights, and the loss stays what it is."""
-SCALE = {torch.float16: 2.0**10}
-"""Of the loss in the trial. Without it much of a gradient is below what fp16 holds: the same paths then differ by 1.6%."""
-
-STILL = 1e-6
-"""Largest difference, relative, between two looks at the same rows by the same layers."""
+EVALUATION_TOLERANCE = 1e-6
+"""Largest relative difference between figures of a deterministic network in training and in eval mode."""
 
 
 @dataclass
-class Route:
-    """How batches are laid out and which layers are replaced; ``notes`` are said once."""
+class FastPath:
+    """The layout of batches and the layers that are replaced."""
 
     layout: Layout
     fused: fused_layers.Fused
     attention: str
-    """The model's own attention, for whatever is not a packed batch."""
+    """The model's own attention, for every batch that is not packed."""
     notes: list[str] = field(default_factory=list)
+    """Decisions, printed once."""
     packed_attention: str = "segments"
-    """How a packed batch is attended to: ``varlen`` or ``segments``."""
+    """The attention of packed batches: ``varlen`` or ``segments``."""
     recomputed: bool = False
-    """Whether decoder layers are computed again in the backward pass."""
+    """Whether the backward pass computes decoder layers again."""
     compiled: bool = False
-    """Whether decoder layers go through torch.compile."""
+    """Whether torch.compile has compiled the decoder layers."""
 
     @property
     def packed(self) -> bool:
         return self.layout.packed
 
-    def leave(self, model: PreTrainedModel) -> None:
-        """Give ``model`` its own layers, loss and attention back."""
+    def disable(self, model: PreTrainedModel) -> None:
+        """Restore the own layers, loss and attention of ``model``."""
         torch_compile.disable(model)
         self.fused.disable()
         lm_head.use_plain_head(model, False)
         base(model).set_attn_implementation(self.attention)
 
-    def as_dict(self) -> dict[str, Any]:
+    def disable_fused(self) -> None:
+        self.fused.disable()
+        self.fused = fused_layers.Fused()
+
+    def disable_packing(self, model: PreTrainedModel) -> None:
+        self.layout = PADDED
+        lm_head.base(model).set_attn_implementation(self.attention)
+
+    def disable_sharing(self) -> None:
+        self.layout = replace(self.layout, shared=False)
+
+    def as_dict(self) -> JsonObject:
         return {
             "batches": "packed" if self.packed else "padded",
             "attention": self.packed_attention if self.packed else self.attention,
@@ -86,17 +87,17 @@ class Route:
 
 
 @contextmanager
-def plain_attention(model: PreTrainedModel, route: Route) -> Iterator[None]:
-    """Generation keeps a cache and has no segments: it takes the model's own attention."""
-    inner = base(model)
-    ours = inner.config._attn_implementation
-    inner.set_attn_implementation(route.attention)
+def plain_attention(model: PreTrainedModel, chosen: FastPath) -> Iterator[None]:
+    """Use the model's own attention inside the block: generation has a cache and no segments."""
+    inner = lm_head.base(model)
+    current = inner.config._attn_implementation
+    inner.set_attn_implementation(chosen.attention)
     model.eval()
     try:
-        with torch_compile.paused() if route.compiled else nullcontext():
+        with torch_compile.paused() if chosen.compiled else nullcontext():
             yield
     finally:
-        inner.set_attn_implementation(ours)
+        inner.set_attn_implementation(current)
 
 
 def choose(
@@ -107,138 +108,156 @@ def choose(
     packing: str,
     device: torch.device,
     stack: bool = True,
-) -> Route:
-    """Find the fastest route that is shown equal on ``examples`` (two rows are enough; the run gives the shortest of step 1).
+) -> FastPath:
+    """Find the fastest path that is equal to the plain one on the first two ``examples``.
 
-    ``longest``: tokens of the longest row of the run, which a sliding window must cover. ``stack``: whether a layer may be
-    replaced by one that holds on to the memory of trained weights (somebody else may want to move it). The model is left in eval
-    mode, with no gradients, set up for the route.
+    A run passes the shortest rows of step 1. ``longest``: tokens of the longest row of the run, which a
+    sliding window must cover. ``stack``: whether a fused layer may keep the memory of trained weights
+    (DeepSpeed moves it). The model is left in eval mode, without gradients, set up for the chosen path.
     """
     model.eval()
-    with _without_zeros(model):
-        return _chosen(
-            model, objective, examples, longest + virtual_tokens.count(model), packing, device, stack
-        )
+    check = ParityCheck.of_first_rows(model, objective, examples, device)
+    longest += virtual_tokens.count(model)
+    chosen = FastPath(PADDED, fused_layers.Fused(), lm_head.base(model).config._attn_implementation)
+    with without_zeros(model):
+        lm_head.use_plain_head(model, True)
+        expected = check.measure(PADDED)
+        if packing != "off":
+            _pack(check, longest, chosen)
+        lm_head.use_plain_head(model, False)
+        chosen.fused = fused_layers.install(model, stack)
+        fallbacks: list[tuple[str, Callable[[], None]]] = [
+            ("the fused layers are off", chosen.disable_fused),
+            ("the loss is computed from all logits", lambda: lm_head.use_plain_head(model, True)),
+            ("rows are padded, not packed", lambda: chosen.disable_packing(model)),
+        ]
+        if chosen.layout.shared:
+            fallbacks.insert(0, ("answers do not share their prompt", chosen.disable_sharing))
+        if chosen.packed_attention == "varlen":
+            by_segments = partial(_pack_by_segments, check, longest, chosen)
+            fallbacks.insert(2, ("attention is not varlen_attn", by_segments))
+        for consequence, fall_back in fallbacks:
+            found = check.compare(expected, check.measure(chosen.layout))
+            if found is None:
+                break
+            fall_back()
+            chosen.notes.append(
+                f"{consequence}: on the first rows the fast path differed from the plain path ({found})"
+            )
+    return chosen
 
 
-def _chosen(
+def _pack(check: ParityCheck, longest: int, chosen: FastPath) -> None:
+    """Pack with the fastest attention that is exact for this model; note why if there is none."""
+    reason = None
+    if packed_attention(check.device, check.model.dtype) == "varlen":
+        kernel = varlen.torch_kernel()
+        found = varlen.self_test(kernel, check.device, check.model.dtype)
+        if found is None:
+            varlen.register(kernel, torch.cuda.get_device_capability(check.device))
+            reason = _why_not_packed(check, longest, varlen.NAME, chosen)
+            if reason is None:
+                chosen.packed_attention = "varlen"
+                return
+        else:
+            chosen.notes.append(
+                f"attention is not varlen_attn: on random numbers it differed from plain attention ({found})"
+            )
+    _pack_by_segments(check, longest, chosen, reason)
+
+
+def _pack_by_segments(
+    check: ParityCheck, longest: int, chosen: FastPath, no_varlen: str | None = None
+) -> None:
+    """Pack with attention row by row, or pad. ``no_varlen``: why varlen_attn is not used."""
+    attention.register()
+    chosen.packed_attention = "segments"
+    why = _why_not_packed(check, longest, attention.NAME, chosen)
+    if why is not None:
+        chosen.notes.append(f"rows are padded, not packed, for this model: {why}")
+        chosen.disable_packing(check.model)
+    elif no_varlen is not None:
+        chosen.notes.append(f"attention is not varlen_attn for this model: {no_varlen}")
+
+
+def _why_not_packed(check: ParityCheck, longest: int, name: str, chosen: FastPath) -> str | None:
+    """Set ``chosen.layout`` to the best packed layout that is exact; return why there is none."""
+    shared = check.objective.traits.shares_prompts
+    layouts = [Layout(packed=True, shared=True)] if shared else []
+    reasons: list[str] = []
+    for layout in [*layouts, Layout(packed=True)]:
+        why = check.why_not_packed(name, layout, longest)
+        if why is None:
+            chosen.layout = layout
+            chosen.notes += [f"answers do not share their prompt: {reason}" for reason in reasons]
+            return None
+        reasons.append(why)
+    return reasons[-1]
+
+
+def check_deterministic(
     model: PreTrainedModel,
     objective: Objective,
     examples: Sequence[Example],
-    longest: int,
-    packing: str,
-    device: torch.device,
-    stack: bool,
-) -> Route:
-    inner = base(model)
-    rows = [_shorten(example) for example in list(examples)[:2]]
-    route = Route(PADDED, fused=fused_layers.Fused(), attention=inner.config._attn_implementation)
-    lm_head.use_plain_head(model, True)
-    expected = _loss_and_gradients(model, objective, rows, PADDED, device)
-
-    if packing != "off":
-        _pack(model, objective, rows, longest, device, route)
-    lm_head.use_plain_head(model, False)
-    route.fused = fused_layers.install(model, stack)
-
-    def differs() -> str | None:
-        got = _loss_and_gradients(model, objective, rows, route.layout, device)
-        return _difference(expected, got, model.dtype, _more(objective))
-
-    steps: list[tuple[str, Callable[[], None]]] = [
-        *([("answers do not share their prompt", lambda: _part(route))] if route.layout.shared else []),
-        ("the fused layers are off", lambda: _switch_off(route)),
-        ("the loss is computed from all logits", lambda: lm_head.use_plain_head(model, True)),
-        ("rows are padded, not packed", lambda: _unpack(route, inner)),
-    ]
-    if route.packed_attention == "varlen":
-        steps.insert(
-            2,
-            (
-                "attention is not varlen_attn",
-                lambda: _by_segments(model, objective, rows, longest, device, route),
-            ),
-        )
-    for said, retreat in steps:
-        difference = differs()
-        if difference is None:
-            break
-        retreat()
-        route.notes.append(
-            f"{said}: on the first rows the fast path differed from the plain one ({difference})"
-        )
-    return route
-
-
-def _part(route: Route) -> None:
-    route.layout = replace(route.layout, shared=False)
-
-
-def check_still(
-    model: PreTrainedModel,
-    objective: Objective,
-    examples: Sequence[Example],
-    route: Route,
+    chosen: FastPath,
     device: torch.device,
 ) -> None:
-    """Raise ModelError where the network says something else in training than in evaluation: where something in it is random.
+    """Raise ModelError where the network computes another result in training mode than in eval mode.
 
-    For an objective whose figures are facts of the weights. The two rows are those of :func:`choose`.
+    For an objective whose figures must depend on the weights alone. Uses the rows of :func:`choose`.
     """
-    batch = to_device(
-        objective.collate([_shorten(example) for example in list(examples)[:2]], route.layout), device
-    )
+    rows = ParityCheck.of_first_rows(model, objective, examples, device).rows
+    batch = to_device(objective.collate(rows, chosen.layout), device)
     model.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        moving = objective.summarise([objective.evaluate(model, batch)])
+    with machine.fork_rng(device):
+        training = objective.summarise([objective.evaluate(model, batch)])
     model.eval()
-    still = objective.summarise([objective.evaluate(model, batch)])
-    apart = [
-        name
-        for name, value in still.items()
-        if not np.isclose(value, moving[name], rtol=STILL, atol=STILL, equal_nan=True)
-    ]
-    if apart:
-        raise ModelError(
-            f"{base(model).config.model_type} answers otherwise in training than in evaluation ({apart[0]} of the first "
-            f"rows: {moving[apart[0]]:.6g} and {still[apart[0]]:.6g}), so something in it is random beside dropout, "
-            "which is off.\n  Set its rates in the model's config.json to 0, or take another model."
-        )
+    evaluation = objective.summarise([objective.evaluate(model, batch)])
+    limit = EVALUATION_TOLERANCE
+    for name, value in evaluation.items():
+        if not np.isclose(value, training[name], rtol=limit, atol=limit, equal_nan=True):
+            raise ModelError(
+                f"{lm_head.base(model).config.model_type} computes another result in training mode than in eval mode "
+                f"({name} of the first rows: {training[name]:.6g} and {value:.6g}). It has random layers in addition to "
+                "dropout, which is off.\n"
+                "  Set their rates in the model's config.json to 0, or take another model."
+            )
 
 
 def recompute(
     model: PreTrainedModel,
     objective: Objective,
     examples: Sequence[Example],
-    route: Route,
+    chosen: FastPath,
     device: torch.device,
 ) -> None:
-    """From now on keep of each decoder layer what goes into it, and compute the rest again in backward (Chen et al. 2016).
+    """Keep the input of each decoder layer and compute the rest again in backward (gradient checkpointing).
 
-    It is transformers' own checkpointing, the kind that is not reentrant: gradients reach adapters in a frozen base, and keywords
-    such as the segments reach the second forward. Only training mode does it. It is tried on the rows of :func:`choose`, in
-    training mode, drawing the same random numbers; where the gradients differ it is switched off again and a note says so.
+    Chen et al. 2016. It is transformers' own, in the non-reentrant form: gradients reach adapters in a frozen
+    base, and keywords such as the segments reach the second forward. Only training mode does it. The
+    gradients of the rows of :func:`choose` are compared with and without it; where they differ, it is
+    switched off and a note reports it.
     """
-    inner = base(model)
-    rows = [_shorten(example) for example in list(examples)[:2]]
-
+    inner = lm_head.base(model)
+    check = ParityCheck.of_first_rows(model, objective, examples, device)
     model.train()
-    expected = _repeatable(model, objective, rows, route, device)
+    expected = check.measure_training(chosen.layout)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # its name is going; transformers 5.17 knows no other
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # of a new name that transformers 5.17 does not have yet
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    inner.disable_input_require_grads()  # only the reentrant kind needs a gradient for the frozen embeddings; it costs time
-    difference = _difference(
-        expected, _repeatable(model, objective, rows, route, device), model.dtype, _more(objective)
-    )
-    if difference is None:
-        route.recomputed = True
+    # only the reentrant form needs a gradient of the frozen embeddings, which costs time
+    inner.disable_input_require_grads()
+    found = check.compare(expected, check.measure_training(chosen.layout))
+    if found is None:
+        chosen.recomputed = True
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             inner.gradient_checkpointing_disable()
-        route.notes.append(
-            f"gradient checkpointing is off: on the first rows the gradients differed with it ({difference})"
+        chosen.notes.append(
+            f"gradient checkpointing is off: on the first rows the gradients differed ({found})"
         )
     model.eval()
 
@@ -247,251 +266,41 @@ def compile_layers(
     model: PreTrainedModel,
     objective: Objective,
     examples: Sequence[Example],
-    route: Route,
+    chosen: FastPath,
     device: torch.device,
 ) -> None:
-    """From now on each decoder layer is compiled by torch.compile, where loss and gradients stay what they are.
+    """Compile each decoder layer with torch.compile, where loss and gradients stay the same.
 
-    They are compared with those of the same route uncompiled, in training mode, for two rows together and for the first alone:
-    two packings that one piece of code has to serve. What cannot be compiled, or differs, is switched off and a note says so.
+    They are compared with those of the uncompiled path in training mode, for two rows together and for the
+    first row alone: one piece of code has to serve both packings. Layers that cannot be compiled, or differ,
+    stay uncompiled, and a note reports it.
     """
-    if route.packed and route.packed_attention == "segments":
-        route.notes.append(
-            "torch.compile is off: attention goes row by row here, and would be compiled anew for each packing"
+    if chosen.packed and chosen.packed_attention == "segments":
+        chosen.notes.append(
+            "torch.compile is off: attention runs row by row here, so every packing would be compiled again"
         )
         return
-    rows = [_shorten(example) for example in list(examples)[:2]]
+    both = ParityCheck.of_first_rows(model, objective, examples, device)
+    checks = [both, replace(both, rows=both.rows[:1])]
     model.train()
-    expected = [_repeatable(model, objective, some, route, device) for some in (rows, rows[:1])]
+    expected = [check.measure_training(chosen.layout) for check in checks]
     torch_compile.enable(model)
     try:
-        found = [_repeatable(model, objective, some, route, device) for some in (rows, rows[:1])]
-        differences = [
-            _difference(*pair, model.dtype, _more(objective)) for pair in zip(expected, found, strict=True)
-        ]
-        difference = next((one for one in differences if one is not None), None)
-    except (
-        RuntimeError
-    ) as error:  # no compiler, no Triton, or code that it cannot trace: torch has no one class for these
+        measured = [check.measure_training(chosen.layout) for check in checks]
+        found = next(filter(None, map(both.compare, expected, measured)), None)
+    except RuntimeError as error:  # no compiler, no Triton, untraceable code: torch has no narrower class
         if machine.is_out_of_memory(error):
             raise
-        difference = f"{type(error).__name__}: {' '.join(str(error).split(chr(10))[:2])}"
-        for parameter in model.parameters():
-            parameter.grad = None
-    if difference is None:
-        route.compiled = True
+        found = f"{type(error).__name__}: {' '.join(str(error).split(chr(10))[:2])}"
+        model.zero_grad()
+    if found is None:
+        chosen.compiled = True
     else:
         torch_compile.disable(model)
-        route.notes.append(f"torch.compile is off: on the first rows it failed or differed ({difference})")
+        chosen.notes.append(f"torch.compile is off: on the first rows it failed or differed ({found})")
     model.eval()
 
 
-def _repeatable(
-    model: PreTrainedModel, objective: Objective, rows: Sequence[Example], route: Route, device: torch.device
-) -> tuple[float, list[torch.Tensor]]:
-    """Loss and gradients by the route so far, drawing the same random numbers at each call."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _without_zeros(model):
-        torch.manual_seed(0)  # some models drop by torch's own stream
-        return _loss_and_gradients(model, objective, rows, route.layout, device)
-
-
-@contextmanager
-def _without_zeros(model: PreTrainedModel) -> Iterator[None]:
-    """Trained tensors that are all zero hold small numbers for as long, always the same ones; no random state moves."""
-    generator = torch.Generator().manual_seed(0)
-    zeros = [
-        (one, one.detach().clone())
-        for one in model.parameters()
-        if one.requires_grad and not one.detach().any()
-    ]
-    with torch.no_grad():
-        for parameter, zero in zeros:
-            parameter.copy_(torch.randn(zero.shape, generator=generator) * NOT_ZERO)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, zero in zeros:
-                parameter.copy_(zero)
-
-
-def _switch_off(route: Route) -> None:
-    route.fused.disable()
-    route.fused = fused_layers.Fused()
-
-
-def _unpack(route: Route, inner: Any) -> None:
-    route.layout = PADDED
-    inner.set_attn_implementation(route.attention)
-
-
 def packed_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """``varlen`` on a GPU since Ampere in fp16 or bf16; else ``segments``. Known before a model is; its heads may not fit."""
+    """Return ``varlen`` on a GPU since Ampere in fp16 or bf16, else ``segments``."""
     return "varlen" if varlen.why_not(device, dtype) is None else "segments"
-
-
-def _pack(
-    model: PreTrainedModel,
-    objective: Objective,
-    rows: Sequence[Example],
-    longest: int,
-    device: torch.device,
-    route: Route,
-) -> None:
-    """Pack, by the best attention that takes this model, or say why not."""
-    reasons = []
-    if packed_attention(device, model.dtype) == "varlen":
-        kernel = varlen.torch_kernel()
-        differs = varlen.self_test(kernel, device, model.dtype)
-        if differs is None:
-            varlen.register(kernel, torch.cuda.get_device_capability(device))
-            why = _why_not_packed(model, objective, rows, longest, device, varlen.NAME, route)
-            if why is None:
-                route.packed_attention = "varlen"
-                return
-            reasons.append(why)
-        else:
-            route.notes.append(
-                f"attention is not varlen_attn: on random numbers it differed from plain attention ({differs})"
-            )
-    _by_segments(model, objective, rows, longest, device, route, reasons)
-
-
-def _by_segments(
-    model: PreTrainedModel,
-    objective: Objective,
-    rows: Sequence[Example],
-    longest: int,
-    device: torch.device,
-    route: Route,
-    reasons: Sequence[str] = (),
-) -> None:
-    """Pack with attention row by row; where that is not exact, pad. ``reasons``: why a faster attention was not taken."""
-    attention.register()
-    route.packed_attention = "segments"
-    why = _why_not_packed(model, objective, rows, longest, device, attention.NAME, route)
-    if why is not None:
-        route.notes.append(f"rows are padded, not packed, for this model: {why}")
-        _unpack(route, base(model))
-    elif reasons:
-        route.notes.append(f"attention is not varlen_attn for this model: {', '.join(reasons)}")
-
-
-def _why_not_packed(
-    model: PreTrainedModel,
-    objective: Objective,
-    rows: Sequence[Example],
-    longest: int,
-    device: torch.device,
-    name: str,
-    route: Route,
-) -> str | None:
-    """:func:`_cannot_pack`; where answers cannot share their prompt, of answers that stand apart."""
-    best, apart = Layout(packed=True, shared=objective.traits.shares_prompts), Layout(packed=True)
-    why = _cannot_pack(model, objective, rows, longest, device, name, best)
-    if why is None:
-        route.layout = best
-        return None
-    if not best.shared:
-        return why
-    still = _cannot_pack(model, objective, rows, longest, device, name, apart)
-    if still is None:
-        route.layout = apart
-        route.notes.append(f"answers do not share their prompt: {why}")
-    return still
-
-
-def _cannot_pack(
-    model: PreTrainedModel,
-    objective: Objective,
-    rows: Sequence[Example],
-    longest: int,
-    device: torch.device,
-    name: str,
-    layout: Layout,
-) -> str | None:
-    """Why packed rows would not be exact for this model, or None. Sets the model's attention to ``name``."""
-    inner = base(model)
-    try:
-        inner.set_attn_implementation(name)
-        with torch.no_grad(), attention.watch() as seen:
-            objective.loss(model, to_device(objective.collate(rows, layout), device))
-    except (attention.CannotPack, ValueError, TypeError) as reason:
-        return str(reason)
-    if len(seen) != inner.config.num_hidden_layers:
-        return f"it called attention {len(seen)} times in {inner.config.num_hidden_layers} layers"
-    windows = [window for window in seen if window is not None and window < longest]
-    if windows and name != varlen.NAME:
-        return f"its attention slides over {min(windows)} tokens and the longest row has {longest}"
-    return None
-
-
-def _loss_and_gradients(
-    model: PreTrainedModel,
-    objective: Objective,
-    rows: Sequence[Example],
-    layout: Layout,
-    device: torch.device,
-) -> tuple[float, list[torch.Tensor]]:
-    """Mean loss over the rows' units and its gradients; the plain path takes rows one at a time, so that nothing is padded."""
-    groups = [rows] if layout.packed else [[row] for row in rows]
-    batches = [objective.collate(group, layout) for group in groups]
-    total = sum(objective.count(batch) for batch in batches)
-    value = 0.0
-    for batch in batches:
-        with (
-            torch.enable_grad()
-        ):  # also for a caller without gradients: layers may go another way there for as few tokens
-            loss, _ = objective.loss(model, to_device(batch, device))
-        if loss.requires_grad:  # an evaluation trains nothing: only its loss is compared
-            (loss / total * SCALE.get(model.dtype, 1.0)).backward()
-        value += loss.item() / total
-    gradients = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-            parameter.grad = None
-    return value, gradients
-
-
-def _difference(
-    expected: tuple[float, list[torch.Tensor]],
-    got: tuple[float, list[torch.Tensor]],
-    dtype: torch.dtype,
-    more: float = 1.0,
-) -> str | None:
-    """What is further apart than the network's ``dtype`` explains, or None. Not finite on both sides is the run's affair.
-
-    ``more``: times the limits of half precision."""
-    loss_limit, gradient_limit = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
-    if dtype in (torch.bfloat16, torch.float16):
-        loss_limit, gradient_limit = loss_limit * more, gradient_limit * more
-    if not np.isfinite(expected[0]):
-        return None
-    loss = abs(expected[0] - got[0]) / max(abs(expected[0]), 1e-6)
-    apart = (
-        sum(float((a.float() - b.float()).square().sum()) for a, b in zip(expected[1], got[1], strict=True))
-        ** 0.5
-    )
-    norm = sum(float(a.float().square().sum()) for a in expected[1]) ** 0.5
-    gradient = apart / norm if norm else apart
-    if loss <= loss_limit and gradient <= gradient_limit:
-        return None
-    return f"loss by {loss:.1e}, gradients by {gradient:.1e} of their size"
-
-
-def _more(objective: Objective) -> float:
-    return JUDGED if objective.traits.deterministic and objective.traits.head == "score" else 1.0
-
-
-def _shorten(example: Example) -> Example:
-    """The row's first tokens; all of them learnt when the cut left none to learn. What a head reads as a whole stays whole, but
-    answers to a prompt."""
-    if "answers" in example:
-        return preference_batch.shorten(example, PROBE_TOKENS // 2, PROBE_TOKENS // 4)
-    if "supervised" not in example:
-        return example
-    short = {name: np.array(values[:PROBE_TOKENS]) for name, values in example.items()}
-    if not short["supervised"][1:].any():
-        short["supervised"][:] = True
-    return short

@@ -1,4 +1,4 @@
-"""Several processes of one run on this machine, started and watched by torchrun's agent, and what to tell of a failure."""
+"""Start several processes of a run with torchrun's agent, and report the error that ended them."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from tunesmith import errors
 from tunesmith.errors import ProcessLost, TunesmithError, UserError
 from tunesmith.train import distributed, machine, process_watch
 
-UNTIL_SAVED = 24 * 3600
-"""Seconds that processes get to finish a step and save after a signal. A second signal ends them at once."""
+SAVING_SECONDS = 24 * 3600
+"""Time that processes get to finish a step and save after a signal. A second signal ends them at once."""
 
-LAST_WORDS = 5  # lines that a process printed before it ended without a note
+LAST_LINES = 5
+"""Lines of output that are reported of a process that ended without a note."""
 
 
 def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> None:
-    """Run ``tunesmith ARGUMENTS`` in ``processes`` processes. Process 0 prints, its result only unless ``quiet``; of the others
-    nothing is shown.
+    """Run ``tunesmith ARGUMENTS`` in ``processes`` processes.
 
-    Raises what the first one to fail raised, ProcessLost for one that was killed, KeyboardInterrupt when a signal ended them
-    before there was anything to save.
+    Only process 0 prints; with ``quiet`` it does not print its result. Raises the error of the first process
+    that failed, ProcessLost for one that was killed, and KeyboardInterrupt when a signal ended them before
+    there was anything to save.
     """
     gpus = torch.cuda.device_count()
     if gpus and processes > gpus:
@@ -41,34 +42,14 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
         )
     with _environment(processes), tempfile.TemporaryDirectory(prefix="tunesmith-launch-") as name:
         folder = Path(name)
-        (folder / "job.json").write_text(
-            json.dumps({"command": sys.argv, "arguments": list(arguments)}), encoding="utf-8"
-        )
+        job = json.dumps({"command": sys.argv, "arguments": list(arguments)})
+        (folder / "job.json").write_text(job, encoding="utf-8")
         os.environ[distributed.MEETING] = str(folder / "processes")
-        show = bool(os.environ.get("TUNESMITH_DEBUG"))
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=folder.name,
-            rdzv_backend="c10d",
-            rdzv_endpoint=str(folder / "agents"),
-            rdzv_configs={
-                "store_type": "file"
-            },  # torch's TCP store listens on every interface, and is asked no password
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(
-                name,
-                {0: Std.OUT if quiet else Std.NONE}
-                | {rank: Std.OUT if show else Std.ALL for rank in range(1, processes)},
-            ),
-            shutdown_timeout=UNTIL_SAVED,
-        )
         codes: Mapping[int, int] = {}
         stopped = False
         try:
-            elastic_launch(config, sys.executable)("-P", "-m", "tunesmith.cli.rank", name)
+            agent = elastic_launch(_launch_config(processes, folder, quiet), sys.executable)
+            agent("-P", "-m", "tunesmith.cli.rank", name)
         except ChildFailedError as failed:
             codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         except SignalException:
@@ -76,17 +57,29 @@ def launch(processes: int, arguments: Sequence[str], quiet: bool = False) -> Non
         notes = process_watch.read(folder)
         if all(rank in notes and notes[rank].done for rank in range(processes)):
             return
-        error = cause(notes, codes, _printed(folder))
-        if error is None or (
-            stopped and isinstance(error, ProcessLost)
-        ):  # a signal before a process listened for it
+        error = find_cause(notes, codes, _stderr(folder))
+        # without an error, the signal came before a process listened for it
+        if error is None or (stopped and isinstance(error, ProcessLost)):
             raise KeyboardInterrupt("interrupted")
         raise error
 
 
+def _launch_config(processes: int, folder: Path, quiet: bool) -> LaunchConfig:
+    show = bool(os.environ.get("TUNESMITH_DEBUG"))
+    output = dict.fromkeys(range(1, processes), Std.OUT if show else Std.ALL)
+    return LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=folder.name, max_restarts=0,
+        # torch's TCP store would listen on every interface without a password
+        rdzv_backend="c10d", rdzv_endpoint=str(folder / "agents"), rdzv_configs={"store_type": "file"},
+        local_addr="127.0.0.1", shutdown_timeout=SAVING_SECONDS,
+        logs_specs=DefaultLogsSpecs(str(folder), {0: Std.OUT if quiet else Std.NONE} | output),
+    )  # fmt: skip
+
+
 @contextmanager
 def _environment(processes: int) -> Iterator[None]:
-    """For the processes: threads shared out, no traffic outside this machine, no chatter. What the user set stays."""
+    """Share the cores, keep traffic on this machine, silence the agent; variables that the user has set
+    stay."""
     before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() // processes)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -103,19 +96,17 @@ def _environment(processes: int) -> Iterator[None]:
         os.environ.update(before)
 
 
-def cause(
+def find_cause(
     notes: Mapping[int, process_watch.Note], codes: Mapping[int, int], printed: Mapping[int, str]
 ) -> BaseException | None:
-    """The error to report: the first that a process noted, unless it is only the loss of another; a kill leaves no note.
+    """Return the error to report: the first that a process noted, except the loss of another process.
 
-    ``codes``: exit codes by rank, negative = the signal. ``printed``: what each rank wrote to stderr, where that was kept.
+    A killed process leaves no note. ``codes``: exit codes by rank, negative = signal. ``printed``: stderr.
     """
-    failures = sorted(
-        (note.failure for note in notes.values() if note.failure), key=lambda failure: failure["time"]
-    )
-    first = next((failure for failure in failures if failure["type"] != ProcessLost.__name__), None)
-    if first is not None:
-        return _raised(str(first["type"]), str(first["message"]))
+    failures = sorted((note.failure for note in notes.values() if note.failure), key=lambda one: one["time"])
+    for failure in failures:
+        if failure["type"] != ProcessLost.__name__:
+            return _rebuild(failure["type"], failure["message"])
     silent = [
         rank
         for rank in codes
@@ -124,32 +115,33 @@ def cause(
     killed = [rank for rank in silent if codes[rank] < 0 and codes[rank] != -signal.SIGTERM]
     for rank in [*killed, *silent]:
         number = -codes[rank]
-        how = (
+        ended = (
             f"was ended by {signal.Signals(number).name}"
             if number > 0
             else f"ended with code {-number} and no message"
         )
-        lines = [] if number == signal.SIGKILL else printed.get(rank, "").strip().splitlines()[-LAST_WORDS:]
+        lines = [] if number == signal.SIGKILL else printed.get(rank, "").strip().splitlines()[-LAST_LINES:]
+        output = "".join(["\n  Its last output:", *(f"\n    {line}" for line in lines)]) if lines else ""
         return ProcessLost(
-            f"process {rank} {how}; the others were stopped. The last checkpoint is kept: go on with --resume.\n"
-            "  A machine that runs out of memory ends processes so: lower train.micro_batch_tokens or --processes."
-            + "".join(["\n  Its last words:", *(f"\n    {line}" for line in lines)] if lines else [])
+            f"process {rank} {ended}; the others were stopped. The last checkpoint is kept: continue with --resume.\n"
+            "  A machine that runs out of memory kills processes: lower train.micro_batch_tokens or --processes."
+            + output
         )
-    return _raised("ProcessLost", str(failures[0]["message"])) if failures else None
+    return ProcessLost(failures[0]["message"]) if failures else None
 
 
-def _raised(kind: str, message: str) -> BaseException:
-    """An error of another process, as if it had been raised here."""
+def _rebuild(kind: str, message: str) -> BaseException:
+    """Return the error of another process as if it had been raised here."""
     if kind == KeyboardInterrupt.__name__:
         return KeyboardInterrupt(message)
-    named = getattr(errors, kind, None)
+    named = vars(errors).get(kind)
     if isinstance(named, type) and issubclass(named, TunesmithError):
-        return named.__new__(named, message)  # not called: its message is made already
+        return named.__new__(named, message)  # without __init__, which may make a message of other arguments
     return TunesmithError(message)
 
 
-def _printed(folder: Path) -> dict[int, str]:
-    """What each rank wrote to stderr; torchrun keeps it in attempt_0/RANK/stderr.log."""
+def _stderr(folder: Path) -> dict[int, str]:
+    """Return the stderr of each rank, which torchrun writes to attempt_0/RANK/stderr.log."""
     return {
         int(path.parent.name): path.read_text(encoding="utf-8", errors="replace")
         for path in folder.glob("*/attempt_0/*/stderr.log")

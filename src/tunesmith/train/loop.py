@@ -1,7 +1,8 @@
-"""The training loop: the only backward in the codebase.
+"""The training loop, with the only backward pass of the codebase.
 
-A source yields optimiser steps. The loop splits each into micro-batches under ``micro_batch_tokens``, sums losses and counts
-over all of them and over all processes, and divides once. So the update does not depend on the split.
+A source yields optimiser steps. The loop splits each step into micro-batches under ``micro_batch_tokens``,
+sums losses and counts over all of them and over all processes, and divides once. So the update does not
+depend on the split.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from tunesmith.data.batch.pack import Layout, to_device
 from tunesmith.data.batch.step import Micro, Source, Step
 from tunesmith.errors import Interrupted, NonFiniteError, OutOfMemoryError
+from tunesmith.json_types import JsonObject
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads.noise import RowNoise
-from tunesmith.objectives import Objective
+from tunesmith.objectives import Metrics, Objective
 from tunesmith.train import distributed, machine, metric_sums
 from tunesmith.train.metric_sums import MetricSums
 from tunesmith.train.train_config import TrainConfig, due
@@ -32,29 +34,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRIM_STEPS = 8
-"""Steps between two returns of freed memory: rare enough to cost nothing, often enough that holes do not add up."""
+"""Steps between two returns of freed memory: rare enough to cost nothing."""
 
 
 @dataclass
 class Progression:
-    """Where a run stands: all of it is in a checkpoint. ``window`` sums what the next log line will average, ``metrics`` too."""
+    """The position of a run; a checkpoint holds all of it."""
 
     step: int = 0
     micro_batch_tokens: int = 0
-    """The budget in force (0 = not chosen yet): found by measuring, or lowered when memory ran out."""
+    """The budget in use (0 = not chosen yet): measured, or lowered after memory ran out."""
     tokens: int = 0
     supervised: int = 0
     best: float | None = None
     best_step: int | None = None
     without_improvement: int = 0
     window: dict[str, float] = field(default_factory=dict)
+    """Sums since the last log."""
     metrics: dict[str, list[float]] = field(default_factory=dict)
-    """Of the same steps: {metric of the objective: [sum, count]}, as a checkpoint keeps it; see ``Job.sums``."""
+    """{metric: [sum, count]} since the last log; read from ``Job.sums`` for each checkpoint."""
 
 
 @dataclass
 class Job:
-    """What the loop works on. ``save``, ``evaluate`` and ``log`` are given by the run; the loop decides when."""
+    """Everything the loop works on. The run provides the functions; the loop decides when to call them."""
 
     model: PreTrainedModel
     objective: Objective
@@ -63,123 +66,133 @@ class Job:
     config: TrainConfig
     layout: Layout
     budget: int
+    """Tokens of a micro-batch."""
     device: torch.device
     noise: RowNoise | None
-    log: Callable[[dict[str, Any]], None]
+    log: Callable[[JsonObject], None]
     evaluate: Callable[[Progression], float | None]
     save: Callable[[Progression], None]
-    wants: Callable[[], tuple[str | None, str | None]] = lambda: (None, None)
-    """Asked after each step: (why to end here, why to stop as a signal does); see ``train.callbacks``."""
+    stop_requests: Callable[[], tuple[str | None, str | None]] = lambda: (None, None)
+    """Called after each step; see ``train.callbacks``."""
     sums: MetricSums = field(default_factory=MetricSums)
     """Metrics of the objective since the last log, on the device."""
     seconds: float = 0.0
-    """Time spent in optimiser steps."""
+    """Time that this process spent in optimiser steps."""
     trained_tokens: int = 0
-    """Tokens of those steps, since this process began."""
+    """Tokens of those steps."""
 
 
-def fit(job: Job, at: Progression) -> str | None:
-    """Train from ``at.step`` to the end of the plan. Returns why it stopped early, or None.
+def fit(job: Job, position: Progression) -> str | None:
+    """Train from ``position.step`` to the end of the plan. Returns why training stopped early, or None.
 
-    Raises NonFiniteError before an update that is not finite, and Interrupted after a signal, with a checkpoint saved.
+    Raises NonFiniteError before an update that is not finite, and Interrupted after a signal and a save.
     """
-    plan, config = job.source.plan, job.config
-    saved = at.step
-    job.sums.load(at.metrics, job.device)
-    with signals() as stop:
-        steps = job.source.steps(at.step + 1)
-        while (taken := _take(job, at, steps)) is not None:
-            before, record = taken
-            if at.step % TRIM_STEPS == 0:
+    plan = job.source.plan
+    saved = position.step
+    job.sums.load(position.metrics, job.device)
+    with catch_signals() as received:
+        steps = job.source.steps(position.step + 1)
+        while True:
+            started = time.perf_counter()  # before the source makes the step: it may sample answers for it
+            if (step := next(steps, None)) is None:
+                break
+            before = position.step
+            record = _train_and_account(job, position, step, started)
+            log_due, eval_due, save_due = _due(job, before, position.step)
+            if position.step % TRIM_STEPS == 0:
                 kernels.return_freed_memory()
-            last = at.step == plan.steps
-
-            def falls_due(every: float | str | None, before: int = before, now: int = at.step) -> bool:
-                return any(
-                    due(every, one, plan.steps, plan.steps_per_epoch) for one in range(before + 1, now + 1)
-                )
-
-            if falls_due(config.logging_steps) or last:
-                _log(job, at, record)
+            if log_due:
+                _log(job, position, record)
             verdict = None
-            evaluated = last or falls_due(config.eval_steps)
-            if evaluated:
-                verdict = _judge(job, at, job.evaluate(at))
-            ending, failing = job.wants()
-            ending, stopping = distributed.same((ending, stop[0] if stop else failing))
-            if ending and not evaluated:  # so that its model is judged, and kept if it is the best
-                job.evaluate(at)
+            if eval_due:
+                verdict = _early_stop(job, position, job.evaluate(position))
+            ending, failing = job.stop_requests()
+            ending, stopping = distributed.broadcast((ending, received[0] if received else failing))
+            if ending and not eval_due:  # the last model may be the best
+                job.evaluate(position)
             verdict = verdict or ending
-            if last or verdict or stopping or falls_due(config.save_steps):
-                _save(job, at)
-                saved = at.step
-                verdict = verdict or distributed.same(
-                    job.wants()[0]
-                )  # saving may be what the user waited for
+            if save_due or verdict or stopping:
+                _save(job, position)
+                saved = position.step
+                # on_save may have asked for the end
+                verdict = verdict or distributed.broadcast(job.stop_requests()[0])
             if verdict:
                 return verdict
-            if stopping and not last:
+            if stopping and position.step < plan.steps:
                 raise Interrupted(
-                    f"stopped by {stopping} after step {at.step}; a checkpoint was saved (step {saved}): go on with --resume"
+                    f"stopped by {stopping} after step {position.step}; a checkpoint of step {saved} was saved.\n"
+                    "  Continue with --resume."
                 )
-    if at.step < plan.steps:  # the source skipped the rest of its plan
-        at.step = plan.steps
-        verdict = _judge(job, at, job.evaluate(at))
-        _save(job, at)
+    if position.step < plan.steps:  # the source skipped the rest of its plan
+        position.step = plan.steps
+        verdict = _early_stop(job, position, job.evaluate(position))
+        _save(job, position)
         return verdict
     return None
 
 
-def _take(job: Job, at: Progression, steps: Iterator[Step]) -> tuple[int, dict[str, Any]] | None:
-    """Take the next step and add it to the open logging window; what the source does for a step is part of its seconds.
-    Returns (the step that ``at`` stood at before, the record), or None at the end."""
-    started = time.perf_counter()
-    step = next(steps, None)
-    if step is None:
-        return None
-    before = at.step
-    job.update.skip(step.number - 1 - before)
+def _due(job: Job, before: int, now: int) -> list[bool]:
+    """Return whether (a log, an evaluation, a checkpoint) is due after step ``before``, up to ``now``.
+
+    All are due at the last step.
+    """
+    config, plan = job.config, job.source.plan
+    passed = range(before + 1, now + 1)  # a source may skip steps of its plan
+    return [
+        now == plan.steps or any(due(every, step, plan.steps, plan.steps_per_epoch) for step in passed)
+        for every in (config.logging_steps, config.eval_steps, config.save_steps)
+    ]
+
+
+def _train_and_account(job: Job, position: Progression, step: Step, started: float) -> dict[str, float]:
+    """Train ``step`` and add it, with the seconds since ``started``, to the open logging window."""
+    job.update.skip(step.number - 1 - position.step)
     record = train_step(job, step)
-    at.step = step.number
+    position.step = step.number
     seconds = time.perf_counter() - started
     job.seconds += seconds
-    at.micro_batch_tokens = job.budget
-    _account(job, at, record, seconds)
-    return before, record
+    job.trained_tokens += int(record["tokens"])
+    position.micro_batch_tokens = job.budget
+    position.tokens += int(record["tokens"])
+    position.supervised += int(record["units"])
+    window = position.window
+    for name in ("loss", "units", "tokens"):
+        window[name] = window.get(name, 0.0) + record[name]
+    window["seconds"] = window.get("seconds", 0.0) + seconds
+    return record
 
 
-def train_step(job: Job, step: Step) -> dict[str, Any]:
-    """One optimiser step: forward and backward over its micro-batches, one division, check, clip, update.
+def micro_batches(job: Job, step: Step) -> list[Micro]:
+    """Split the examples of this process into micro-batches."""
+    state = distributed.state()
+    even = job.update.masters.in_step
+    return step.micro_batches(job.budget, job.layout, state.process_index, state.num_processes, even)
 
-    Returns loss, units and tokens summed over all processes, grad_norm, learning_rate (and those of groups with their own),
-    and the update's other figures. The host waits for the device once, for loss and norm; metrics go to ``job.sums``.
+
+def train_step(job: Job, step: Step) -> dict[str, float]:
+    """Run one optimiser step: forward and backward over its micro-batches, one division, check, clip, update.
+
+    Returns loss, units and tokens summed over all processes, grad_norm, learning_rate (and the rates of
+    groups with another one), and the update's other figures. The host waits for the device once, for loss and
+    norm; metrics go to ``job.sums``.
     """
     job.model.train()
-    state, masters = distributed.state(), job.update.masters
-    micro = step.micro_batches(
-        job.budget, job.layout, state.process_index, state.num_processes, even=masters.in_step
-    )
-    busy = [one for one in micro if not one.idle]
-    units, tokens = sum(job.objective.count(one.batch) for one in busy), sum(sum(one.lengths) for one in busy)
-    total, tokens_of_all = distributed.add(float(units), float(tokens))
+    micro = micro_batches(job, step)
+    busy = [part for part in micro if not part.idle]
+    units = sum(job.objective.count(part.batch) for part in busy)
+    tokens = sum(sum(part.lengths) for part in busy)
+    total, all_tokens = distributed.add(float(units), float(tokens))
     before = job.budget
-    loss_here, sums = accumulate(job, step, micro, total)
+    process_loss, sums = accumulate(job, step, micro, total)
     if job.budget < before:
         job.log({"kind": "memory", "step": step.number, "micro_batch_tokens": job.budget, "before": before})
-    loss_of_all = job.sums.add(loss_here, sums)
-    loss_sum, norm = job.update.norm(loss_of_all)
-    if not job.update.may_go_on(loss_sum, norm):
-        _refuse(job, step, loss_sum / total, norm)
+    loss_sum, norm = job.update.norm(job.sums.add(process_loss, sums))
+    if not job.update.is_applicable(loss_sum, norm):
+        _raise_non_finite(job, step, loss_sum / total, norm)
     rates = job.update.learning_rates
     job.update.apply(step.number)
-    return {
-        "loss": loss_sum,
-        "units": total,
-        "tokens": tokens_of_all,
-        "grad_norm": norm,
-        **rates,
-        **job.update.figures(),
-    }
+    record = {"loss": loss_sum, "units": total, "tokens": all_tokens, "grad_norm": norm}
+    return {**record, **rates, **job.update.figures()}
 
 
 Sums = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -191,10 +204,11 @@ Backward = Callable[[torch.Tensor, bool], None]
 def accumulate(
     job: Job, step: Step, micro: list[Micro], total: float, backward: Backward | None = None
 ) -> Sums:
-    """Forward and backward of every micro-batch of this process, each loss divided by ``total``. ``backward``: of the update.
+    """Run forward and backward of every micro-batch of this process, each loss divided by ``total``.
 
-    A micro-batch that does not fit into memory is halved and the step begun anew, with the same result; all later ones are kept
-    as small. Raises OutOfMemoryError when a single row does not fit, or when other processes wait for this backward.
+    ``backward``: default ``job.update.backward``. When a micro-batch does not fit into memory, it is halved,
+    the step starts again with the same result, and later micro-batches stay as small. Raises OutOfMemoryError
+    when a single row does not fit, or when other processes wait for this backward.
     """
     while isinstance(
         outcome := _try_to_accumulate(job, step, micro, total, backward or job.update.backward), int
@@ -202,31 +216,33 @@ def accumulate(
         if backward is None and job.update.masters.in_step:
             raise OutOfMemoryError(
                 f"step {step.number}: a micro-batch of {micro[outcome].tokens} tokens needs more memory than is left. "
-                "With DeepSpeed it cannot be halved midway, because the other processes wait for it.\n"
-                f"  Set train.micro_batch_tokens below {job.budget}; then go on with --resume."
+                "With DeepSpeed the loop cannot halve it, because the other processes wait for it.\n"
+                f"  Set train.micro_batch_tokens below {job.budget}, then continue with --resume."
             )
-        job.update.drop()
+        job.update.clear_gradients()
         machine.release_memory(job.device)
-        micro = _halved(job, step, micro, outcome)
+        micro = _halve(job, step, micro, outcome)
     return outcome
 
 
 def _try_to_accumulate(
     job: Job, step: Step, micro: list[Micro], total: float, backward: Backward
 ) -> Sums | int:
-    """The sums, or the number of the micro-batch that did not fit (returned, not raised: a traceback holds tensors)."""
+    """Return the sums, or the number of the micro-batch that did not fit.
+
+    It is returned, not raised, because a traceback keeps tensors alive.
+    """
     losses: list[torch.Tensor] = []
     sums: dict[str, torch.Tensor] = {}
-    for number, one in enumerate(micro):
+    for number, part in enumerate(micro):
         try:
-            _tell_noise(job, step.number, one)
-            loss, metrics = job.objective.loss(job.model, to_device(one.batch, job.device))
-            backward(loss * 0.0 if one.idle else loss / total, number + 1 == len(micro))
+            loss, metrics = _loss(job, step, part)
+            backward(loss * 0.0 if part.idle else loss / total, number + 1 == len(micro))
         except (RuntimeError, MemoryError) as error:
             if not machine.is_out_of_memory(error):
                 raise
             return number
-        if one.idle:
+        if part.idle:
             continue
         losses.append(loss.detach())
         for name, pair in metrics.items():
@@ -235,139 +251,130 @@ def _try_to_accumulate(
     return sum(losses, torch.zeros((), device=job.device)), sums
 
 
-def _halved(job: Job, step: Step, micro: list[Micro], number: int) -> list[Micro]:
-    """The micro-batches with number ``number`` in two; from now on none is larger than the larger half."""
+def _loss(job: Job, step: Step, micro: Micro) -> tuple[torch.Tensor, Metrics]:
+    if job.noise is not None:
+        job.noise.step, job.noise.rows, job.noise.lengths = step.number, micro.places, micro.lengths
+        job.noise.packed = job.layout.packed
+    return job.objective.loss(job.model, to_device(micro.batch, job.device))
+
+
+def _halve(job: Job, step: Step, micro: list[Micro], number: int) -> list[Micro]:
+    """Return the micro-batches with number ``number`` in two; lower ``job.budget`` to the larger half."""
     places = micro[number].places
     if len(places) == 1:
         raise OutOfMemoryError(
-            f"step {step.number}: one row alone ({step.name(places[0])}, {micro[number].lengths[0]} tokens) needs more memory "
-            "than the machine has left.\n"
+            f"step {step.number}: one row alone ({step.name(places[0])}, {micro[number].lengths[0]} tokens) needs "
+            "more memory than the machine has left.\n"
             "  Set train.gradient_checkpointing=true, lower train.max_length, or take a smaller model; "
-            "then go on with --resume or start again."
+            "then continue with --resume or start again."
         )
-    halves = [
-        step.micro(part, job.layout) for part in (places[: len(places) // 2], places[len(places) // 2 :])
-    ]
+    middle = len(places) // 2
+    halves = [step.micro(part, job.layout) for part in (places[:middle], places[middle:])]
     job.budget = min(job.budget, max(half.tokens for half in halves))
     return [*micro[:number], *halves, *micro[number + 1 :]]
 
 
 def rehearse(job: Job, step: Step, places: list[int]) -> None:
-    """Forward and backward of one micro-batch, its gradients forgotten: what does not fit shows before anything is done."""
+    """Run forward and backward of one micro-batch and discard its gradients, to see whether it fits."""
     job.model.train()
-    with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+    with machine.fork_rng(job.device):
         accumulate(job, step, [step.micro(places, job.layout)], 1.0, job.update.rehearse)
-    job.update.drop()
+    job.update.clear_gradients()
 
 
-def _tell_noise(job: Job, step: int, micro: Micro) -> None:
-    if job.noise is not None:
-        job.noise.step, job.noise.rows, job.noise.lengths = step, micro.places, micro.lengths
-        job.noise.packed = job.layout.packed
-
-
-def _refuse(job: Job, step: Step, loss: float, norm: float) -> None:
-    """Name the rows whose loss is not finite on its own (all rows of the step when each is finite), and stop."""
-    job.update.drop()
-    guilty = []
+def _raise_non_finite(job: Job, step: Step, loss: float, norm: float) -> None:
+    """Raise NonFiniteError with the rows whose own loss is not finite, or all rows of the step."""
+    job.update.clear_gradients()
+    rows = []
     with torch.no_grad():
         for place in range(len(step)):
-            one = step.micro([place], job.layout)
-            _tell_noise(job, step.number, one)
-            alone, _ = job.objective.loss(job.model, to_device(one.batch, job.device))
-            if not math.isfinite(float(alone)):
-                guilty.append(place)
-    names = step.names(guilty or None)
+            row_loss, _ = _loss(job, step, step.micro([place], job.layout))
+            if not math.isfinite(float(row_loss)):
+                rows.append(place)
+    names = step.names(rows or None)
     job.log({"kind": "stop", "step": step.number, "loss": loss, "grad_norm": norm, "rows": names})
     raise NonFiniteError(
         f"step {step.number}: the loss is {loss:.4g} and the norm of the gradient {norm:.4g}; no update was applied.\n"
-        f"  {'Rows' if guilty else 'Rows of the step (each alone has a finite loss)'}: {', '.join(names)}\n"
+        f"  {'Rows' if rows else 'Rows of the step (each alone has a finite loss)'}: {', '.join(names)}\n"
         f"  Lower train.learning_rate, {job.update.advice}or look at these rows with `tunesmith data preview`; "
-        "then go on from the last checkpoint with --resume."
+        "then continue from the last checkpoint with --resume."
     )
 
 
-def _account(job: Job, at: Progression, record: dict[str, Any], seconds: float) -> None:
-    at.tokens += int(record["tokens"])
-    at.supervised += int(record["units"])
-    job.trained_tokens += int(record["tokens"])
-    window = at.window
-    for name in ("loss", "units", "tokens"):
-        window[name] = window.get(name, 0.0) + record[name]
-    window["seconds"] = window.get("seconds", 0.0) + seconds
+def _save(job: Job, position: Progression) -> None:
+    position.metrics = job.sums.read()
+    job.save(position)
 
 
-def _save(job: Job, at: Progression) -> None:
-    at.metrics = job.sums.plain()
-    job.save(at)
-
-
-def _log(job: Job, at: Progression, record: dict[str, Any]) -> None:
-    window, at.window = at.window, {}
-    metrics = job.sums.plain()
+def _log(job: Job, position: Progression, record: dict[str, float]) -> None:
+    window, position.window = position.window, {}
+    metrics = job.sums.read()
     job.sums.clear()
-    extra = {
-        k: v for k, v in record.items() if k not in ("loss", "units", "tokens", "grad_norm", "learning_rate")
-    }
+    of_window = ("loss", "units", "tokens")
     job.log(
         {
             "kind": "train",
-            "step": at.step,
-            "epoch": round(job.source.plan.epoch(at.step), 6),
+            "step": position.step,
+            "epoch": round(job.source.plan.epoch(position.step), 6),
             "loss": window["loss"] / window["units"],
             "learning_rate": record["learning_rate"],
             "grad_norm": record["grad_norm"],
-            **extra,
+            **{name: value for name, value in record.items() if name not in of_window},
             "update_ratio": job.update.ratio.value,
             **{name: value / count for name, (value, count) in metrics.items() if count},
-            "tokens": at.tokens,
-            "supervised_tokens": at.supervised,
+            "tokens": position.tokens,
+            "supervised_tokens": position.supervised,
             "seconds": window["seconds"],
             "tokens_per_second": window["tokens"] / window["seconds"],
         }
     )
 
 
-def _judge(job: Job, at: Progression, figure: float | None) -> str | None:
-    """Keep count of the best; the reason to stop early, or None. ``job.evaluate`` has saved the model if it was the best yet."""
+def _early_stop(job: Job, position: Progression, figure: float | None) -> str | None:
+    """Report an evaluation's figure to the schedule. Returns the reason to stop early, or None."""
     if figure is None:
         return None
-    job.update.judge(figure)
+    job.update.report_metric(figure)
     patience = job.config.early_stopping_patience
-    if patience and at.without_improvement >= patience:
-        return f"no improvement in {at.without_improvement} evaluations; the best was {at.best:.4f} at step {at.best_step}"
+    if patience and position.without_improvement >= patience:
+        count, best = position.without_improvement, f"{position.best:.4f} at step {position.best_step}"
+        return f"no improvement in {count} evaluations; the best was {best}"
     return None
 
 
-def improved(at: Progression, figure: float, direction: str, threshold: float) -> bool:
-    """Note an evaluation's figure; whether it is the best so far. NaN never is. Progress is a gain above ``threshold``."""
-    gain = math.inf if at.best is None else (at.best - figure if direction == "min" else figure - at.best)
+def record_best(position: Progression, figure: float, direction: str, threshold: float) -> bool:
+    """Record an evaluation's figure; return whether it is the best so far, which NaN never is.
+
+    Only a gain above ``threshold`` counts as an improvement for early stopping.
+    """
+    best = position.best
+    gain = math.inf if best is None else (best - figure if direction == "min" else figure - best)
     if math.isnan(figure):
         gain = -math.inf
-    at.without_improvement = 0 if gain > threshold else at.without_improvement + 1
+    position.without_improvement = 0 if gain > threshold else position.without_improvement + 1
     if gain > 0:
-        at.best, at.best_step = figure, at.step
+        position.best, position.best_step = figure, position.step
     return gain > 0
 
 
 @contextmanager
-def signals() -> Iterator[list[str]]:
-    """SIGINT and SIGTERM fill the list that is yielded; a second one ends the process at once, as if nobody had listened."""
+def catch_signals() -> Iterator[list[str]]:
+    """Yield a list that collects SIGINT and SIGTERM by name; a second signal has its usual effect."""
     received: list[str] = []
-    before: dict[int, Any] = {}
+    before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
-        for listened, handler in before.items():
-            signal.signal(listened, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
             before[number] = signal.signal(number, note)
-        except ValueError:  # not the main thread: whoever runs us there handles signals
+        except ValueError:  # not the main thread: the caller handles signals there
             break
     try:
         yield received
     finally:
-        for listened, handler in before.items():
-            signal.signal(listened, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)

@@ -1,37 +1,41 @@
-"""The machine a run is on: what it is, how much memory this process holds, how much disk is left.
+"""The machine of a run: its processor, and the memory that this process holds and may still take.
 
-Only Linux's /proc is read directly; elsewhere psutil answers, which comes with accelerate.
+Linux's /proc is read directly; psutil, which comes with accelerate, is used elsewhere.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-# Instruction sets that decide how fast low-precision matrix multiplication is.
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from tunesmith.json_types import JsonObject
+
 ISA_FLAGS = (
     *("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
     *("asimd", "asimdhp", "bf16", "i8mm", "sve"),
 )
+"""Instruction sets that decide how fast low-precision matrix multiplication is."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tunesmith")
 
 
-def describe() -> dict[str, Any]:
-    """What figures of a run depend on, as plain JSON values.
+def describe() -> JsonObject:
+    """Return what figures of a run depend on, as plain JSON values.
 
-    Keys: ``cpu`` (model name), ``cores`` (this process may use), ``threads`` (torch computes with), ``isa`` (list, see
-    ISA_FLAGS), ``memory_bytes`` (of the machine, or its cgroup's limit), ``gpu`` (list of {name, memory_bytes}), ``os``,
-    ``python``, ``versions`` ({package: version, null when it is not installed}).
+    Keys: ``cpu`` (model name), ``cores`` (this process may use), ``threads`` (of torch), ``isa`` (list, see
+    ISA_FLAGS), ``memory_bytes`` (of the machine, or its cgroup's limit), ``gpu`` (list of {name,
+    memory_bytes}), ``os``, ``python``, ``versions`` ({package: version, null when it is not installed}).
     """
-    import torch
-
     cpu, flags = _cpu()
     return {
         "cpu": cpu,
@@ -39,7 +43,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
         "memory_bytes": _total_memory(),
-        "gpu": _gpus(torch),
+        "gpu": _gpus(),
         "os": platform.platform(aliased=True, terse=False),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -47,55 +51,45 @@ def describe() -> dict[str, Any]:
 
 
 def memory_bytes() -> int:
-    """Memory this process holds now (resident set), in bytes."""
+    """Return the memory that this process holds now (resident set), in bytes."""
     if sys.platform == "linux":
         return _status_field(Path("/proc/self/status").read_text(), "VmRSS")
-    import psutil  # type: ignore[import-untyped]
-
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process ever held (high-water mark of the resident set), in bytes."""
+    """Return the most memory that this process ever held (high-water mark of the resident set), in bytes."""
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
-        # Some container sandboxes leave VmHWM out of their /proc; getrusage then knows it, in KiB.
+        # some container sandboxes leave VmHWM out of their /proc; getrusage has it, in KiB
         return _status_field(status, "VmHWM") if "VmHWM:" in status else _max_rss() * 1024
     if sys.platform == "win32":
-        import psutil
-
         return int(psutil.Process().memory_info().peak_wset)
-    # getrusage(2): ru_maxrss is in bytes on macOS, in KiB on the other Unixes.
+    # getrusage(2): ru_maxrss is in bytes on macOS, in KiB on the other Unixes
     return _max_rss() * (1 if sys.platform == "darwin" else 1024)
 
 
 def available_memory_bytes() -> int:
-    """Memory that this process may still take: the machine's (or its cgroup's) available bytes and free swap."""
-    import psutil
-
+    """Return the bytes that this process may still take, of machine or cgroup, swap included."""
     free = int(psutil.virtual_memory().available + psutil.swap_memory().free)
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, max(0, int(text) - int(used.read_text())))
-    return free
+    limit, used = _cgroup_bytes("max"), _cgroup_bytes("current")
+    return free if limit is None or used is None else min(free, max(0, limit - used))
 
 
 class PeakWatch:
-    """The most memory held while a block runs, in bytes: of a CUDA device its allocations, else the resident set of the process.
+    """Measures the most bytes held while a block runs: allocations of a CUDA device, or the resident set.
 
-    The resident set is looked at every few milliseconds by a thread; the kernel's own high-water mark cannot be set back
-    everywhere, and is a figure of the whole run.
+    A thread reads the resident set every few milliseconds: the kernel's own high-water mark covers the whole
+    run, and cannot be reset everywhere.
     """
 
-    def __init__(self, device: Any, every: float = 0.003) -> None:
+    def __init__(self, device: torch.device, every: float = 0.003) -> None:
         self.device, self.every = device, every
         self.peak = 0
         self._done = threading.Event()
 
     def __enter__(self) -> PeakWatch:
         if self.device.type == "cuda":
-            import torch
-
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -104,8 +98,6 @@ class PeakWatch:
 
     def __exit__(self, *raised: object) -> None:
         if self.device.type == "cuda":
-            import torch
-
             self.peak = int(torch.cuda.max_memory_allocated(self.device))
         else:
             self._done.set()
@@ -118,25 +110,24 @@ class PeakWatch:
             self._done.wait(self.every)
 
 
-def synchronize(device: Any) -> None:
-    """Wait until ``device`` has done all that it was given, for a clock to be read."""
-    if device.type == "cuda":
-        import torch
+def fork_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Restore torch's random state of the CPU and of ``device`` after the block."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has finished, so that a clock can be read."""
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def age() -> float:
-    """Seconds since this process began: a program spends some of them on imports."""
-    import psutil
-
-    return time.time() - psutil.Process().create_time()
+    """Return the seconds since this process began, imports included."""
+    return time.time() - float(psutil.Process().create_time())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a CUDA device, or on a CPU whose system refuses (most grant anything, and kill later)."""
-    import torch
-
+    """Return whether an allocation failed, on a CUDA device or on a CPU."""
     words = str(error).lower()
     refused = "not enough memory" in words or "can't allocate memory" in words
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
@@ -144,19 +135,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def release_memory(device: Any) -> None:
-    """Give freed memory back, so that the next attempt finds it in one piece."""
-    import gc
-
+def release_memory(device: torch.device) -> None:
+    """Return freed memory to the system, so that the next attempt finds it in one piece."""
     gc.collect()
     if device.type == "cuda":
-        import torch
-
         torch.cuda.empty_cache()
 
 
 def _status_field(status: str, name: str) -> int:
-    """``VmRSS:   1234 kB`` -> bytes (proc(5): the unit is always kB)."""
+    """Parse ``VmRSS:   1234 kB`` into bytes (proc(5): the unit is always kB)."""
     for line in status.splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
@@ -164,25 +151,24 @@ def _status_field(status: str, name: str) -> int:
 
 
 def _max_rss() -> int:
-    import resource
+    import resource  # Windows has none
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _cpu() -> tuple[str, set[str]]:
-    """(model name, instruction set flags)."""
+    """Return (model name, instruction set flags)."""
     if sys.platform == "linux":
         return _parse_cpuinfo(Path("/proc/cpuinfo").read_text())
     if sys.platform == "darwin":
-        asked = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
-        )
-        return asked.stdout.strip() or platform.machine(), set()
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return name or platform.machine(), set()
     return platform.processor() or platform.machine(), set()
 
 
 def _parse_cpuinfo(text: str) -> tuple[str, set[str]]:
-    """x86 has ``model name`` and ``flags``; arm64 has ``Features`` and often no name at all."""
+    """Parse /proc/cpuinfo: x86 has ``model name`` and ``flags``; arm64 has ``Features`` and often no name."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, colon, value = line.partition(":")
@@ -193,25 +179,26 @@ def _parse_cpuinfo(text: str) -> tuple[str, set[str]]:
 
 
 def cores() -> int:
-    """How many cores this process may run on, which in a container is fewer than the machine has."""
+    """Return how many cores this process may use, which in a container is fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _total_memory() -> int:
-    if sys.platform != "linux":
-        import psutil
-
-        return int(psutil.virtual_memory().total)
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(total, int(text)) if text.isdigit() else total
+    total, limit = int(psutil.virtual_memory().total), _cgroup_bytes("max")
+    return total if limit is None else min(total, limit)
 
 
-def _gpus(torch: Any) -> list[dict[str, Any]]:
+def _cgroup_bytes(name: str) -> int | None:
+    """Read a number of the process's cgroup; None where there is no cgroup or no limit."""
+    file = Path(f"/sys/fs/cgroup/memory.{name}")
+    text = file.read_text().strip() if file.exists() else ""
+    return int(text) if text.isdigit() else None
+
+
+def _gpus() -> list[dict[str, str | int | None]]:
     if torch.cuda.is_available():
-        properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        return [{"name": one.name, "memory_bytes": one.total_memory} for one in properties]
+        gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus]
     if torch.backends.mps.is_available():
         return [{"name": "Apple GPU (mps)", "memory_bytes": None}]
     return []

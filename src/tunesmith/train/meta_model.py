@@ -1,9 +1,9 @@
-"""The network's shape without its weights: counts of parameters, and modules that the recipe names and that are not there."""
+"""The network on the meta device, without weights: counts of parameters, checks of the recipe's names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,15 +19,14 @@ from tunesmith.recipe import Recipe
 from tunesmith.train import optimizers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
 @dataclass(frozen=True)
 class Outline:
-    """``trainable`` and ``total`` numbers of parameters; ``virtual_tokens`` in front of each row; what will be kept in 4 or 8
-    bits (``quantized``)."""
+    """Numbers of parameters and of virtual tokens per row, and the weights that will be quantised."""
 
     trainable: int
     total: int
@@ -38,34 +37,33 @@ class Outline:
         return {"trainable": self.trainable, "total": self.total, "virtual_tokens": self.virtual_tokens}
 
 
-def outline(
+def build_outline(
     recipe: Recipe,
     folder: Folder,
-    config: Any,
+    config: PretrainedConfig,
     head: str,
     adaptation: Adaptation,
     new_tokens: vocabulary.NewTokens,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Outline:
-    """Build the adapted network on the meta device, with a ``head`` of that kind, and count. Raises RecipeError."""
-    recorded = record.read(folder.path).get("quantization") if recipe.adapter == "continue" else None
-    options = quantization.kwargs_from_record(recorded) or adaptation.load_kwargs()
-    if recipe.adapter == "continue":
+    """Build the adapted network with this ``head`` on the meta device, and count. Raises RecipeError."""
+    continued = recipe.adapter == "continue"
+    recorded = probe.read(folder.path).get("quantization") if continued else None
+    options = quantization.of_record(recorded) if recorded else adaptation.load_kwargs()
+    if continued:
         from peft import get_peft_model
 
         adapter = load.adapter_config(folder.path)
         adapter.inference_mode = False
         virtual_tokens.check_continued(adapter)
-        with torch.device("meta"):
-            model = load.empty_model(folder, config, head)
-            kept = quantization.estimate(model, options)
+    with torch.device("meta"):
+        model = load.empty_model(folder, config, head)
+        estimate = quantization.estimate(model, options)
+        if continued:
             vocabulary.fit_to_adapter(model, folder.path)
             model = get_peft_model(model, adapter)
             virtual_tokens.install(model)
-    else:
-        with torch.device("meta"):
-            model = load.empty_model(folder, config, head)
-            kept = quantization.estimate(model, options)
+        else:
             if recipe.adapter == "merge":
                 load.check_mergeable(load.adapter_config(folder.path))
                 vocabulary.fit_to_adapter(model, folder.path)
@@ -78,14 +76,13 @@ def outline(
     if recipe.train.torch_compile and (why := torch_compile.why_not(model)) is not None:
         raise RecipeError(f"train.torch_compile: {why}, or leave train.torch_compile out.")
     optimizers.check_model(recipe.train, model)
-    everything = {id(parameter): parameter for parameter in model.parameters()}.values()
-    trainable = sum(parameter.numel() for parameter in everything if parameter.requires_grad)
-    return Outline(
-        trainable, sum(parameter.numel() for parameter in everything), virtual_tokens.count(model), kept
-    )
+    parameters = list(model.parameters())
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in parameters)
+    return Outline(trainable, total, virtual_tokens.count(model), estimate)
 
 
-def window_of(config: Any, ahead: int = 0) -> int | None:
-    """The most tokens that the network takes in one row, with so many virtual ones ``ahead``; None when it names no limit."""
-    taken = ahead + first_position(config)
+def window_of(config: PretrainedConfig, virtual: int = 0) -> int | None:
+    """Return the most tokens of a row behind ``virtual`` tokens; None when the config names no limit."""
+    taken = virtual + lm_head.first_position(config)
     return next((int(value) - taken for name in WINDOWS if (value := getattr(config, name, None))), None)

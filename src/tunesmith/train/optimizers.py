@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tunesmith.errors import MissingExtra, RecipeError
+from tunesmith.json_types import JsonObject
 from tunesmith.models.heads import lm_head
 from tunesmith.suggestions import did_you_mean
 from tunesmith.train.train_config import TrainConfig
@@ -17,92 +19,83 @@ from tunesmith.train.train_config import TrainConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Kind:
-    """An optimiser: its class, the arguments it always gets, and those that a recipe may not give it, with the reason."""
-
-    optimizer: Callable[..., torch.optim.Optimizer]
-    fixed: dict[str, Any] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def signature(self) -> dict[str, Any]:
-        """Every argument of the class, with its default."""
-        return {one.name: one.default for one in inspect.signature(self.optimizer).parameters.values()}
-
-    def why_not(self, argument: str) -> str | None:
-        """Why ``train.optim`` may not hold an argument of the class; None when it may."""
-        own = dict.fromkeys(self.fixed, "tunesmith chooses it")
-        return {**OWNED, **own, **self.refused}.get(argument)
-
-
-OWNED = {
-    "params": "what is trained is said by `adaptation`",
+RESERVED = {
+    "params": "`adaptation` decides what is trained",
     "lr": "use train.learning_rate",
     "weight_decay": "use train.weight_decay",
     "maximize": "it would raise the loss",
     **dict.fromkeys(
-        ("fused", "foreach", "capturable", "differentiable", "args"), "tunesmith chooses how it is computed"
+        ("fused", "foreach", "capturable", "differentiable", "args"), "tunesmith chooses the implementation"
     ),
 }
-"""Arguments that belong to other keys, or to nobody."""
+"""Arguments that a recipe may give to no optimiser, with the reason."""
 
 
-def _adamw() -> Kind:
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimiser's class, its fixed arguments, and those that a recipe may not set, with the reason."""
+
+    optimizer: Callable[..., torch.optim.Optimizer]
+    fixed: dict[str, bool] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Every argument of the class, with its default."""
+        return {name: one.default for name, one in inspect.signature(self.optimizer).parameters.items()}
+
+    def why_not(self, argument: str) -> str | None:
+        """Return why ``train.optim`` may not contain an argument of the class; None when it may."""
+        fixed = dict.fromkeys(self.fixed, "tunesmith chooses it")
+        return {**RESERVED, **fixed, **self.refused}.get(argument)
+
+
+def _adamw() -> OptimizerKind:
     """Loshchilov and Hutter 2019."""
-    return Kind(torch.optim.AdamW, {"fused": True})
+    return OptimizerKind(torch.optim.AdamW, {"fused": True})
 
 
-def _adamw_8bit() -> Kind:
-    """AdamW whose moments are kept in 8 bits, in blocks of 256 with a scale each (Dettmers et al. 2022)."""
-    unsupported = {
+def _adamw_8bit() -> OptimizerKind:
+    """AdamW with moments in 8 bits, in blocks of 256 with a scale each (Dettmers et al. 2022)."""
+    refused = {
         "amsgrad": "it has no 8-bit form",
-        "optim_bits": "train.optim says so",
-        "is_paged": "states must fit a checkpoint",
+        "optim_bits": "train.optim decides it",
+        "is_paged": "the state must fit into a checkpoint",
     }
-    return Kind(_bitsandbytes("adamw_8bit").AdamW8bit, refused=unsupported)
+    return OptimizerKind(_bitsandbytes("adamw_8bit").AdamW8bit, refused=refused)
 
 
-def _paged_adamw(name: str = "paged_adamw", bits: str = "32bit") -> Kind:
-    """AdamW whose state a full GPU hands to the machine's memory, page by page (Dettmers et al. 2023, section 3).
+def _paged(name: str, unpaged: str, class_name: str) -> OptimizerKind:
+    """AdamW whose state moves from a full GPU to the host, page by page (Dettmers et al. 2023, section 3).
 
-    Weights below 100,000 numbers keep theirs on the GPU, and so does a run that was resumed. Raises RecipeError without CUDA.
+    Weights below 100,000 elements and resumed runs keep it on the GPU. Raises RecipeError without CUDA.
     """
-    module = _bitsandbytes(name)
+    optim = _bitsandbytes(name)
     if not torch.cuda.is_available():
         raise RecipeError(
-            f"train.optim={name}: pages are moved by a CUDA device, and there is none here.\n"
-            f"  Use train.optim={'adamw' if bits == '32bit' else 'adamw_8bit'}, which makes the same updates."
+            f"train.optim={name}: only a CUDA device moves pages, and this machine has none.\n"
+            f"  Use train.optim={unpaged}, which makes the same updates."
         )
-    refused = {"amsgrad": "it has no paged form", "optim_bits": "train.optim says so"}
-    return Kind(getattr(module, f"PagedAdamW{bits}"), refused=refused)
+    refused = {"amsgrad": "it has no paged form", "optim_bits": "train.optim decides it"}
+    return OptimizerKind(vars(optim)[class_name], refused=refused)
 
 
-def _paged_adamw_8bit() -> Kind:
-    return _paged_adamw("paged_adamw_8bit", "8bit")
+def _adafactor() -> OptimizerKind:
+    """Shazeer and Stern 2018, one moment per row and column; transformers' own, at the given learning rate.
 
-
-def _adafactor() -> Kind:
-    """Shazeer and Stern 2018, one moment for each row and column; with the rate as it is given, as transformers' Trainer has it.
-
-    Not torch's: its rate is multiplied by the size of the weight, so that at our rates LoRA's B, which begins at zero, would move
-    by 2e-7 a step.
+    torch's Adafactor multiplies the rate by the size of the weight: LoRA's B, which starts at zero, would
+    move by 2e-7 per step at usual rates.
     """
     from transformers.optimization import Adafactor
 
     fixed = {"relative_step": False, "scale_parameter": False}
-    return Kind(Adafactor, fixed, {"warmup_init": "use train.warmup_steps"})
+    return OptimizerKind(Adafactor, fixed, {"warmup_init": "use train.warmup_steps"})
 
 
-def _sgd() -> Kind:
-    return Kind(torch.optim.SGD)
-
-
-def _lion() -> Kind:
-    """Chen et al. 2023: the sign of a mean of gradients. It wants a rate three to ten times below AdamW's."""
-    eight = dict.fromkeys(("optim_bits", "min_8bit_size", "is_paged"), "its state is kept in 32 bits")
-    return Kind(_bitsandbytes("lion").Lion, refused=eight)
+def _lion() -> OptimizerKind:
+    """Chen et al. 2023: the sign of a mean of gradients. It needs a rate three to ten times below AdamW's."""
+    refused = dict.fromkeys(("optim_bits", "min_8bit_size", "is_paged"), "its state has 32 bits")
+    return OptimizerKind(_bitsandbytes("lion").Lion, refused=refused)
 
 
 def _bitsandbytes(name: str) -> Any:
@@ -113,47 +106,37 @@ def _bitsandbytes(name: str) -> Any:
     return bitsandbytes.optim
 
 
-OPTIMISERS: dict[str, Callable[[], Kind]] = {
+OPTIMIZERS: dict[str, Callable[[], OptimizerKind]] = {
     "adamw": _adamw,
     "adamw_8bit": _adamw_8bit,
-    "paged_adamw": _paged_adamw,
-    "paged_adamw_8bit": _paged_adamw_8bit,
+    "paged_adamw": partial(_paged, "paged_adamw", "adamw", "PagedAdamW32bit"),
+    "paged_adamw_8bit": partial(_paged, "paged_adamw_8bit", "adamw_8bit", "PagedAdamW8bit"),
     "adafactor": _adafactor,
-    "sgd": _sgd,
+    "sgd": partial(OptimizerKind, torch.optim.SGD),
     "lion": _lion,
 }
 
 
 def check(config: TrainConfig) -> None:
-    """Try the optimiser on four numbers. Raises RecipeError for arguments it does not take, MissingExtra without its package."""
-    kind = OPTIMISERS[config.optim_name]()
-    valid = [name for name in kind.signature if kind.why_not(name) is None]
-    for name in config.optim_args:
-        if name not in kind.signature:
+    """Try the optimiser on four numbers. Raises RecipeError or MissingExtra."""
+    kind = OPTIMIZERS[config.optim_name]()
+    defaults, arguments = kind.defaults, config.optim_args
+    valid = [name for name in defaults if kind.why_not(name) is None]
+    for name in arguments:
+        where = f"train.optim.{name}"
+        if name not in defaults:
             raise RecipeError(
-                f"train.optim.{name}: {config.optim_name} has no such argument. {did_you_mean(name, valid)}"
+                f"{where}: {config.optim_name} has no such argument. {did_you_mean(name, valid)}"
             )
         if name not in valid:
-            raise RecipeError(
-                f"train.optim.{name} is not given here: {kind.why_not(name)}. Valid: {', '.join(valid)}"
-            )
-    why = _fault(kind, config.weight_decay, config.optim_args)
+            raise RecipeError(f"{where} cannot be set here: {kind.why_not(name)}. Valid: {', '.join(valid)}")
+    why = _try(kind, config.weight_decay, arguments)
     if why is None:
         return
-    for name, value in config.optim_args.items():
-        if (
-            _fault(
-                kind,
-                config.weight_decay,
-                {key: other for key, other in config.optim_args.items() if key != name},
-            )
-            is None
-        ):
-            default = (
-                list(kind.signature[name])
-                if isinstance(kind.signature[name], tuple)
-                else kind.signature[name]
-            )
+    for name, value in arguments.items():
+        others = {key: other for key, other in arguments.items() if key != name}
+        if _try(kind, config.weight_decay, others) is None:
+            default = list(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name]
             raise RecipeError(
                 f"train.optim.{name}: {config.optim_name} does not take {value!r}: expected a value such as {default!r}, "
                 f"its default ({why})"
@@ -161,8 +144,8 @@ def check(config: TrainConfig) -> None:
     raise RecipeError(f"train.optim={config.optim}: {why}")
 
 
-def _fault(kind: Kind, weight_decay: float, arguments: Mapping[str, Any]) -> str | None:
-    """What an optimiser with these arguments says against a step on four numbers; None for nothing."""
+def _try(kind: OptimizerKind, weight_decay: float, arguments: Mapping[str, Any]) -> str | None:
+    """Take a step on four numbers with these arguments; return the error's message, or None."""
     weight = torch.nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.ones(2, 2)
     try:
@@ -173,17 +156,15 @@ def _fault(kind: Kind, weight_decay: float, arguments: Mapping[str, Any]) -> str
 
 
 def check_model(config: TrainConfig, model: PreTrainedModel) -> None:
-    """Whether ``model`` (adapted; on the meta device, say) has what the keys speak of. Raises RecipeError."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.optim_name.endswith("adamw_8bit"):
-        smallest = config.optim_args.get(
-            "min_8bit_size", OPTIMISERS[config.optim_name]().signature["min_8bit_size"]
-        )
-        if max(map(torch.Tensor.numel, trained)) < smallest:
+    """Raise RecipeError for keys that have no effect on ``model`` (adapted, possibly on the meta device)."""
+    name = config.optim_name
+    if name.endswith("adamw_8bit"):
+        smallest = config.optim_args.get("min_8bit_size", OPTIMIZERS[name]().defaults["min_8bit_size"])
+        if max(p.numel() for p in model.parameters() if p.requires_grad) < smallest:
             raise RecipeError(
-                f"train.optim={config.optim_name} does nothing: weights below {smallest} numbers keep their moments in 32 bits; "
-                f"no trained weight is larger.\n  Use train.optim={config.optim_name.removesuffix('_8bit')}, or lower "
-                "train.optim.min_8bit_size."
+                f"train.optim={name} has no effect: weights below {smallest} elements keep their moments in 32 bits, and "
+                "no trained weight is larger.\n"
+                f"  Use train.optim={name.removesuffix('_8bit')}, or lower train.optim.min_8bit_size."
             )
     if config.head_learning_rate is not None and not lm_head.own_parameters(model):
         raise RecipeError(
@@ -198,40 +179,35 @@ def build(
     heads: Collection[str],
     factors: Mapping[str, float],
 ) -> torch.optim.Optimizer:
-    """The optimiser of ``config.optim_name`` over groups of what is ``trained`` (by name) that share a rate and a decay.
+    """Make the optimiser over groups of the ``trained`` weights (by name) that share a rate and a decay.
 
-    ``heads``: names of the output layer's parameters. ``factors``: how many times the rate a parameter learns at, by name; 1 for
-    those left out. Norms and biases (one-dimensional weights) do not decay. A group's ``logged`` is the key of its rate in a
-    record; the groups at ``train.learning_rate`` come first.
+    ``heads``: names of the output layer's parameters. ``factors``: multiples of the learning rate by name; 1
+    for names left out. Norms and biases (one-dimensional weights) do not decay. A group's ``logged`` is the
+    key of its rate in a record; the groups at ``train.learning_rate`` come first.
     """
-    kind = OPTIMISERS[config.optim_name]()
-    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
+    kind = OPTIMIZERS[config.optim_name]()
+    groups: dict[tuple[bool, float, bool], JsonObject] = {}
     for name, weight in trained.items():
-        own, factor, decays = (
-            name in heads and config.head_learning_rate is not None,
-            factors.get(name, 1.0),
-            weight.dim() > 1,
-        )
+        own = name in heads and config.head_learning_rate is not None
+        factor, decays = factors.get(name, 1.0), weight.dim() > 1
         rate = (config.head_learning_rate if own else config.learning_rate) or 0.0
         logged = ("head_" if own else "") + "learning_rate" + (f"_x{factor:g}" if factor != 1 else "")
-        made = {
-            "params": [],
-            "lr": rate * factor,
-            "weight_decay": config.weight_decay if decays else 0.0,
-            "logged": logged,
-        }
-        groups.setdefault((own, factor, decays), made)["params"].append(weight)
+        decay = config.weight_decay if decays else 0.0
+        group = {"params": [], "lr": rate * factor, "weight_decay": decay, "logged": logged}
+        groups.setdefault((own, factor, decays), group)["params"].append(weight)
     ordered = sorted(groups.values(), key=lambda group: (group["logged"] != "learning_rate", group["logged"]))
     return kind.optimizer(ordered, lr=float(config.learning_rate or 0), **kind.fixed, **config.optim_args)
 
 
 def check_schedule(config: TrainConfig, steps: int) -> None:
-    """Raise RecipeError for a schedule that cannot be made over ``steps``: transformers tells only when it is asked for one."""
+    """Raise RecipeError for a schedule that cannot be made over ``steps``, by making one."""
     schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), config, steps)
 
 
-def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
-    """Any schedule of ``transformers.get_scheduler`` over ``steps`` optimiser steps. Raises RecipeError for an unknown one."""
+def schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Make the schedule with ``transformers.get_scheduler``. Raises RecipeError."""
     from transformers import SchedulerType, get_scheduler
 
     warmup = config.warmup_steps or int(config.warmup_ratio * steps + 0.5)
@@ -243,9 +219,11 @@ def schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) 
         raise RecipeError(
             f"the warm-up takes {warmup} steps and the whole run has {steps}. Lower train.warmup_steps or warmup_ratio."
         )
+    arguments = config.scheduler_args
     try:
-        return get_scheduler(
-            config.scheduler_name, optimizer, warmup, steps, scheduler_specific_kwargs=config.scheduler_args
+        made: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+            config.scheduler_name, optimizer, warmup, steps, scheduler_specific_kwargs=arguments
         )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"train.lr_scheduler_type={config.lr_scheduler_type}: {error}") from None
+    return made

@@ -1,19 +1,20 @@
-"""What is written down of a run in its manifest, and what it came to."""
+"""The manifest of a run and its result."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
 from tunesmith import __version__
+from tunesmith.json_types import JsonObject
 from tunesmith.models.load import quantization
 from tunesmith.report import run_page
-from tunesmith.runs import figure_format, metrics_file, overfit
+from tunesmith.runs import metrics_file, overfit
+from tunesmith.runs.figure_format import measured
 from tunesmith.train import distributed, machine, plain_copy, setup
 from tunesmith.train.loop import Job, Progression
 from tunesmith.train.run_state import Run
@@ -30,25 +31,26 @@ def precision_line(ready: setup.Setup) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """What was said of the run and stands nowhere else in the manifest."""
+    """Return the notes of the run that the manifest holds under no other key."""
     known = {*run.setup.data.report.lines(), parameters_line(run.setup), precision_line(run.setup)}
     return [note for note in run.progress.notes if note not in known]
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def record_start(run: Run, micro_batch_tokens: int) -> None:
-    ready = run.setup
-    created = run.folder.manifest().get("created", datetime.now(UTC).isoformat(timespec="seconds"))
+    """Write what is known before the first step into the manifest."""
+    ready, recipe = run.setup, run.setup.recipe.resolved()
+    folder = ready.model_folder
     run.folder.record(
         tunesmith=__version__,
-        created=created,
+        created=run.folder.manifest().get("created", _now()),
         command=shlex.join(sys.argv),
-        model={
-            "name": ready.recipe.model,
-            "path": str(ready.model_folder.path),
-            "kind": ready.model_folder.kind,
-        },
-        objective=ready.recipe.resolved()["objective"],
-        adaptation=ready.recipe.resolved()["adaptation"],
+        model={"name": ready.recipe.model, "path": str(folder.path), "kind": folder.kind},
+        objective=recipe["objective"],
+        adaptation=recipe["adaptation"],
         parameters=ready.outline.counts(),
         data=ready.data.report.as_dict(),
         steps=ready.source.plan.steps,
@@ -57,93 +59,86 @@ def record_start(run: Run, micro_batch_tokens: int) -> None:
         precision=ready.precision.as_dict(),
         quantization=quantization.measure(run.model),
         deepspeed=ready.sharding.given if ready.sharding else None,
-        route=run.route.as_dict(),
+        route=run.fast_path.as_dict(),
         machine=machine.describe(),
         processes=distributed.state().num_processes,
         notes=notes(run),
-        stopped=None,  # of an earlier attempt
+        stopped=None,  # clears that of an earlier attempt
     )
 
 
-def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str | None) -> dict[str, Any]:
-    """The result, also kept in the manifest, and the report."""
+def finish(
+    run: Run, position: Progression, job: Job, memory_before_model: int, stopped: str | None
+) -> JsonObject:
+    """Write the result into the manifest, write the report, and return the result."""
     records = metrics_file.read(run.metrics.path)
-    evaluations = [record for record in records if record["kind"] == "eval"]
-    found = overfit.overfit(records)
-    first = next((record for record in evaluations if record["step"] == 0), {})
-    best = next((record for record in evaluations if record["step"] == at.best_step), {})
-    earlier = run.folder.manifest().get("result", {})
+    evaluations = {record["step"]: record for record in reversed(records) if record["kind"] == "eval"}
+    verdict = overfit.overfit(records)
+    first, best = evaluations.get(0, {}), evaluations.get(position.best_step, {})
+    manifest, outline = run.folder.manifest(), run.setup.outline
     if run.setup.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(run.setup.device)
     else:
-        peak = machine.peak_memory_bytes() - before_model
-    kept = quantization.measure(run.model)
+        peak = machine.peak_memory_bytes() - memory_before_model
+    quantized = quantization.measured(run.model)
     sets = run.setup.data.eval_sets
-    measured = figure_format.measured([first, best], sets) or ["eval_loss", "perplexity"]
+    figures = measured([first, best], sets) or ["eval_loss", "perplexity"]
+    set_figures = [name for one in sets for name in measured([first, best], (), f"eval_{one}_")]
+    speed = manifest.get("result", {}).get(
+        "tokens_per_second"
+    )  # of an earlier attempt that took the last step
+    if job.seconds:
+        speed = job.trained_tokens / job.seconds
     result = {
-        "figures": measured,
-        **_before_and_kept(measured, first, best),
+        "figures": figures,
+        **_before_and_after(figures, first, best),
         **({"eval_sets": list(sets)} if sets else {}),
-        **_before_and_kept(
-            [name for one in sets for name in figure_format.measured([first, best], (), f"eval_{one}_")],
-            first,
-            best,
-        ),
-        "tokens_per_second": job.trained_tokens / job.seconds
-        if job.seconds
-        else earlier.get("tokens_per_second"),
+        **_before_and_after(set_figures, first, best),
+        "tokens_per_second": speed,
         "train_seconds": job.seconds,
-        **(
-            {"reference_seconds": seconds}
-            if (seconds := run.folder.manifest().get("reference_seconds"))
-            else {}
-        ),
+        **{key: manifest[key] for key in ("reference_seconds",) if manifest.get(key)},
         "peak_memory_bytes": peak,
-        "trainable_parameters": run.setup.outline.trainable,
-        "total_parameters": run.setup.outline.total,
-        **({name: kept[name] for name in ("base_bytes", "base_bytes_before")} if kept else {}),
+        "trainable_parameters": outline.trainable,
+        "total_parameters": outline.total,
+        **({name: quantized[name] for name in ("base_bytes", "base_bytes_before")} if quantized else {}),
         "model_dir": str(run.folder.model),
         "run_dir": str(run.folder.path),
         "report": str(run.folder.path / "report.html"),
-        "steps": at.step,
-        "best_step": at.best_step,
-        "tokens": at.tokens,
+        "steps": position.step,
+        "best_step": position.best_step,
+        "tokens": position.tokens,
         "stopped": stopped,
-        "verdict": found.as_dict() if found else None,
-        "samples": _before_and_after(run, at),
+        "verdict": verdict.as_dict() if verdict else None,
+        "samples": _samples(run, position),
         "objective": run.setup.recipe.resolved()["objective"]["type"],
         "writes": run.setup.objective.traits.head == "lm",
     }
     if merged := plain_copy.copy(run):
         result["merged_dir"] = merged
-    run.folder.record(
-        result=result, notes=notes(run), finished=datetime.now(UTC).isoformat(timespec="seconds")
-    )
+    run.folder.record(result=result, notes=notes(run), finished=_now())
     run_page.write_report(run.folder.path)
     return result
 
 
-def _before_and_kept(
-    names: Sequence[str], first: Mapping[str, Any], best: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Figures before training, and of the model that was kept."""
-    return {
-        key: value
-        for name in names
-        for key, value in ((f"{name}_before", first.get(name)), (name, best.get(name)))
-    }
+def _before_and_after(names: Sequence[str], first: JsonObject, best: JsonObject) -> JsonObject:
+    """Return the figures before training and those of the saved model."""
+    figures: JsonObject = {}
+    for name in names:
+        figures |= {f"{name}_before": first.get(name), name: best.get(name)}
+    return figures
 
 
-def _before_and_after(run: Run, at: Progression) -> list[dict[str, Any]]:
+def _samples(run: Run, position: Progression) -> list[JsonObject]:
+    """Return each sample prompt with its answer before training and that of the saved model."""
     answers = metrics_file.read(run.answers.path)
-    after = {record["prompt"]: record["answer"] for record in answers if record["step"] == at.best_step}
+    after = {record["prompt"]: record["answer"] for record in answers if record["step"] == position.best_step}
     return [
         {
-            "prompt": one["prompt"],
-            "before": one["answer"],
-            "after": after.get(one["prompt"]),
-            "reference": one["reference"],
+            "prompt": record["prompt"],
+            "before": record["answer"],
+            "after": after.get(record["prompt"]),
+            "reference": record["reference"],
         }
-        for one in answers
-        if one["step"] == 0
+        for record in answers
+        if record["step"] == 0
     ]

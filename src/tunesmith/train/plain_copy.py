@@ -1,15 +1,13 @@
-"""A second copy of what a run made, for programs that know transformers alone: where an adapter is not enough for them."""
+"""``merged/``: the model with its adapter merged, where transformers' class cannot open the adapter."""
 
 from __future__ import annotations
 
 import shutil
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tunesmith import files
 from tunesmith.errors import TunesmithError
-from tunesmith.merge import merge_adapter as merging
+from tunesmith.merge import merge_adapter
 from tunesmith.models.find.locate import locate
 from tunesmith.models.load import load
 from tunesmith.models.network import base
@@ -17,14 +15,14 @@ from tunesmith.train import machine
 from tunesmith.train.run_state import Run
 
 NAME = "merged"
-NEEDED = 12
-"""Bytes of memory for each number of a network while an adapter is folded in: fp32, for a moment twice, and read once more."""
+BYTES_PER_PARAMETER = 12
+"""Memory needed while an adapter is merged: fp32, for a moment twice, and loaded once more for the check."""
 
 
 def copy(run: Run) -> str | None:
-    """The folder ``merged`` of a run: its adapter folded into the base, where transformers' own class cannot open the adapter.
+    """Write ``merged/`` into the run folder and return its path.
 
-    None where it can, and where there is no such copy; the run says which and why. It costs nothing that is already saved.
+    Returns None where it is not needed, and where it cannot be made, with a note.
     """
     target = run.folder.path / NAME
     shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt
@@ -33,27 +31,25 @@ def copy(run: Run) -> str | None:
     reason = load.stock_class_problem(base(run.model), run.setup.model_folder)
     if reason is None:
         return None
-    say = run.progress.note
-    alone = f"plain transformers cannot open the adapter in {run.folder.model.name}/ ({reason})"
+    note, model = run.progress.note, run.folder.model
+    problem = f"plain transformers cannot open the adapter in {model.name}/ ({reason})"
     try:
-        load.check_mergeable(load.adapter_config(run.folder.model))
-        numbers = run.setup.outline.total
-        free = machine.available_memory_bytes()
-        if NEEDED * numbers > free:
-            say(
-                f"{alone}; memory does not suffice to fold it in. Type: tunesmith merge {run.folder.model} --out NEW_FOLDER"
+        load.check_mergeable(load.adapter_config(model))
+        parameters = run.setup.outline.total
+        if BYTES_PER_PARAMETER * parameters > machine.available_memory_bytes():
+            note(
+                f"{problem}; there is too little memory to merge it. Type: tunesmith merge {model} --out NEW_FOLDER"
             )
             return None
-        folded = merging.fold(locate(run.folder.model, run.setup.model_folder.remote_code))
-        files.publish_folder(target, partial(_fill, folded), 4 * numbers)
+        merged = merge_adapter.fold(locate(model, run.setup.model_folder.remote_code))
+
+        def write(folder: Path) -> None:
+            merge_adapter.write(merged, folder)
+
+        files.publish_folder(target, write, 4 * parameters)
     except TunesmithError as error:
-        say(
-            f"{alone}, and there is no merged copy: {str(error).splitlines()[0]} `tunesmith predict` opens it."
-        )
+        first_line = str(error).splitlines()[0]
+        note(f"{problem}, and there is no merged copy: {first_line} `tunesmith predict` opens the adapter.")
         return None
-    say(f"{alone}: a copy with the adapter folded in is in {NAME}/")
+    note(f"{problem}: a copy with the adapter merged is in {NAME}/")
     return str(target)
-
-
-def _fill(folded: Any, made: Path) -> None:
-    merging.write(folded, made)

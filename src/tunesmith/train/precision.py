@@ -1,7 +1,8 @@
-"""Which number format is used where: decided once, printed, and enforced.
+"""Number formats: chosen once, printed, and enforced.
 
-What is trained keeps an fp32 master copy and fp32 optimiser state: at a rate of 2e-5 an update of a bf16 weight rounds to
-nothing. The network computes with weights in the compute dtype, cast once per optimiser step; frozen weights exist in it alone.
+Trained weights keep an fp32 master and fp32 optimiser state: at a rate of 2e-5 an update of a bf16 weight
+rounds to zero. The network computes with weights in the compute dtype, cast once per optimiser step; frozen
+weights exist in the compute dtype alone.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GROWTH_STEPS = 2000
-"""Good steps after which the loss scale is doubled, as in torch.amp.GradScaler."""
+"""Finite steps after which the loss scale is doubled, as in torch.amp.GradScaler."""
 
-MOST_SKIPPED = 20
-"""Steps in a row that may overflow: the scale is then 2^-20 of what it was, so that scaling is not what is wrong."""
+MAX_OVERFLOWS = 20
+"""Steps in a row that may overflow: the scale is then 2^-20 of its start, so the scale is not the cause."""
 
 STATE = dict.fromkeys(
     ("adamw_8bit", "paged_adamw_8bit"), "8 bits in blocks of 256 (float32 for small weights)"
@@ -31,7 +32,7 @@ STATE = dict.fromkeys(
 
 @dataclass(frozen=True)
 class Precision:
-    """``compute``: dtype of the forward and backward pass; ``why`` it was chosen; ``optimiser_state``: how moments are kept."""
+    """The dtype of forward and backward, why it was chosen, and the format of the optimiser's state."""
 
     compute: torch.dtype
     why: str
@@ -39,19 +40,16 @@ class Precision:
 
     def as_dict(self) -> dict[str, str]:
         plain, name = asdict(self), str(self.compute).removeprefix("torch.")
-        return {
-            **plain,
-            "compute": name,
-            "trained_weights": "float32"
-            if self.compute is torch.float32
-            else f"float32 master, {name} working copy",
-            "frozen_weights": name,
-        }
+        full = self.compute is torch.float32
+        trained = "float32" if full else f"float32 master, {name} working copy"
+        return {**plain, "compute": name, "trained_weights": trained, "frozen_weights": name}
 
 
 def choose(wanted: str, device: torch.device, optim: str = "adamw") -> Precision:
-    """``auto``: bf16 where the machine multiplies it faster than fp32 (AMX, AVX512-BF16, Ampere and later); fp16 on a CUDA device
-    without bf16 (such as a T4); else fp32. A CPU gets fp16 only when asked for it: it has no fast product of two.
+    """Choose the compute dtype.
+
+    ``auto``: bf16 where the machine multiplies it faster than fp32 (AMX, AVX512-BF16, Ampere
+    and later), fp16 on a CUDA device without bf16 (such as a T4), else fp32.
     """
     return replace(_compute(wanted, device), optimiser_state=STATE.get(optim, "float32"))
 
@@ -59,16 +57,13 @@ def choose(wanted: str, device: torch.device, optim: str = "adamw") -> Precision
 def _compute(wanted: str, device: torch.device) -> Precision:
     if wanted in ("fp32", "fp16"):
         return Precision(torch.float32 if wanted == "fp32" else torch.float16, "asked for")
+    fast, where = False, f"a {device.type} device"
     if device.type == "cuda":
-        fast, where = (
-            torch.cuda.is_bf16_supported(including_emulation=False),
-            torch.cuda.get_device_name(device),
-        )
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        where = torch.cuda.get_device_name(device)
     elif device.type == "cpu":
-        flags = set(machine.describe()["isa"])
-        fast, where = bool(flags & {"amx_bf16", "avx512_bf16"}), "this processor"
-    else:
-        fast, where = False, f"a {device.type} device"
+        fast = bool({"amx_bf16", "avx512_bf16"} & set(machine.describe()["isa"]))
+        where = "this processor"
     if wanted == "bf16":
         if device.type == "cuda" and not fast:
             raise RecipeError(
@@ -84,20 +79,22 @@ def _compute(wanted: str, device: torch.device) -> Precision:
 
 @dataclass
 class LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): the loss is multiplied by ``scale`` before backward, so that
-    small gradients do not vanish in fp16, whose smallest number is 6e-8. All of it is in a checkpoint.
+    """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2); a checkpoint holds all of it.
 
-    A step whose gradient overflowed is left out and halves the scale; ``good`` steps in a row double it. ``skipped``: steps left
-    out so far; ``in_a_row``: those since the last good one.
+    The loss is multiplied by ``scale`` before backward, because small gradients vanish in fp16, whose
+    smallest number is 6e-8. A step whose gradient overflows is skipped and halves the scale; ``GROWTH_STEPS``
+    finite ones double it.
     """
 
     scale: float = 2.0**16
     good: int = 0
+    """Finite steps since the scale changed."""
     skipped: int = 0
     in_a_row: int = 0
+    """Steps skipped since the last finite one."""
 
-    def after(self, finite: bool) -> None:
-        """Take note of a step."""
+    def update(self, finite: bool) -> None:
+        """Count a step and adapt the scale."""
         if finite:
             self.good, self.in_a_row = self.good + 1, 0
             if self.good == GROWTH_STEPS:
@@ -108,10 +105,10 @@ class LossScale:
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Bring every floating-point parameter to ``dtype`` in place. Buffers (rotary frequencies, say) keep theirs; layers of 4 or 8
-    bits keep their bits, and compute in ``dtype``.
+    """Cast every floating-point parameter to ``dtype`` in place.
 
-    Raises ModelError for a weight that fp16 cannot hold.
+    Buffers (such as rotary frequencies) keep their dtype; layers of 4 or 8 bits keep their bits and compute
+    in ``dtype``. Raises ModelError for a weight that fp16 cannot hold.
     """
     dequantized_linear.compute_in(model, dtype)
     for name, parameter in model.named_parameters():

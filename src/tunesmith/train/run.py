@@ -1,16 +1,18 @@
-"""A recipe becomes a run: set up, train, keep, report. ``train`` and ``check`` are the public functions."""
+"""Turn a recipe into a run: set up, train, save, report. ``train`` and ``check`` are the public functions."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from tunesmith import adaptations
 from tunesmith import recipe as recipes
 from tunesmith.errors import GradientOverflowError, Interrupted, NonFiniteError, RecipeError, TunesmithError
+from tunesmith.json_types import JsonObject
 from tunesmith.models.fast import kernels
 from tunesmith.recipe import Recipe
 from tunesmith.report import run_page
@@ -26,113 +28,117 @@ from tunesmith.train import (
     frozen_body_cache,
     loop,
     machine,
+    memory_budget,
     outcome,
     reference,
     run_state,
     samples,
     setup,
-)
-from tunesmith.train.callbacks import Hooks
+)  # fmt: skip
+from tunesmith.train.callbacks import Callbacks
 from tunesmith.train.loop import Job, Progression
 from tunesmith.train.run_state import Run
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 def train(
-    recipe: Recipe | dict[str, Any] | str | Path,
+    recipe: Recipe | JsonObject | str | Path,
     *,
     out: str | Path | None = None,
     resume: bool = False,
     overrides: Sequence[str] = (),
     deepspeed: str | Path | None = None,
-    console: Any = None,
-    on_log: Callable[[dict[str, Any]], Any] | None = None,
-    on_eval: Callable[[dict[str, Any]], Any] | None = None,
-    on_save: Callable[[Path, int], Any] | None = None,
-) -> dict[str, Any]:
-    """Train as ``recipe`` says (a path, a mapping or a Recipe) into the run folder ``out``.
+    console: Console | None = None,
+    on_log: Callable[[JsonObject], object] | None = None,
+    on_eval: Callable[[JsonObject], object] | None = None,
+    on_save: Callable[[Path, int], object] | None = None,
+) -> JsonObject:
+    """Train the model of ``recipe`` (a path, a mapping or a Recipe) and write the run folder ``out``.
 
-    ``overrides``: ``key=value`` strings. ``resume``: go on from the last good checkpoint of ``out``. ``deepspeed``: a
-    ds_config.json, for ZeRO-2 (see ``train.deepspeed_zero``). ``console``: a rich console for progress, None = silent. ``on_log(record)``,
-    ``on_eval(record)`` and ``on_save(folder, step)`` are called in the main process for each record and each checkpoint; one that
-    returns True ends the run after this step, one that raises stops it after saving a checkpoint (see ``train.callbacks``).
+    ``overrides``: ``key=value`` strings. ``resume``: continue from the last good checkpoint in ``out``.
+    ``deepspeed``: a ds_config.json for ZeRO-2 (see ``train.deepspeed_zero``). ``console``: a rich console
+    that shows progress; None shows nothing. ``on_log(record)``, ``on_eval(record)`` and ``on_save(folder,
+    step)`` are called in the main process for each record and each checkpoint. A callback that returns True
+    ends the run after the current step. A callback that raises stops the run after a checkpoint is saved (see
+    ``train.callbacks``).
 
-    Returns eval_loss_before, eval_loss, perplexity_before, perplexity, tokens_per_second, peak_memory_bytes (above what the
-    process held before the model), trainable_parameters, total_parameters, model_dir, run_dir, report, steps, best_step,
-    tokens, train_seconds, samples, stopped and verdict; with a reference also reference_seconds; with ``data.eval.sets`` also
-    eval_sets (their names) and eval_NAME_loss and eval_NAME_perplexity, each with its _before. Of several processes only the
-    main one returns them, the others an empty mapping.
+    Returns eval_loss_before, eval_loss, perplexity_before, perplexity, tokens_per_second, peak_memory_bytes
+    (above the memory that the process held before the model), trainable_parameters, total_parameters,
+    model_dir, run_dir, report, steps, best_step, tokens, train_seconds, samples, stopped and verdict. An
+    objective with a reference adds reference_seconds. ``data.eval.sets`` adds eval_sets (their names) and,
+    for each set, eval_NAME_loss and eval_NAME_perplexity, also with the suffix _before. With several
+    processes the main process returns these keys, the others return an empty mapping.
 
-    Raises UserError before weights load, StoppedError (not finite, disk full) and Interrupted with the last checkpoint
-    kept, and whatever one of the functions raised.
+    Raises UserError before weights load; StoppedError (loss not finite, disk full) and Interrupted with the
+    last checkpoint kept; and the error that a callback raised.
     """
-    chosen = _resolve(recipe, overrides)
-    require(chosen.train.report_to)
-    target = Path(
-        out or Path("runs") / (Path(recipe).stem if isinstance(recipe, str | Path) else "run")
-    ).resolve()
+    checked = _resolve(recipe, overrides)
+    require(checked.train.report_to)
+    name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
+    target = Path(out or Path("runs") / name).resolve()
     processes = distributed.state()
     main = processes.is_main_process
-    changed = folder.check_resumable(target, chosen.resolved()) if resume else []
+    changed_keys = folder.check_resumable(target, checked.resolved()) if resume else []
     if main and not resume:
         folder.check_free(target)
     kernels.keep_freed_memory()
-    for name, function in (("on_log", on_log), ("on_eval", on_eval), ("on_save", on_save)):
+    for key, function in (("on_log", on_log), ("on_eval", on_eval), ("on_save", on_save)):
         if function is not None and not callable(function):
-            raise RecipeError(f"{name}: expected a function, got {function!r}")
-    hooks = Hooks(
-        on_log, on_eval, on_save
-    )  # called in the main process; the others only know that there are some
-    told = chosen.train.report_to if main else []
-    with Progress(console if main else None) as progress, hushed(told):
-        with distributed.main_first() if chosen.data.cache else contextlib.nullcontext():
-            ready = setup.read(
-                chosen, processes.device, progress.note, Path(deepspeed) if deepspeed else None
-            )
-        run_folder = folder.take(target, chosen.resolved()) if main else folder.RunFolder(target)
+            raise RecipeError(f"{key}: expected a function, got {function!r}")
+    # only the main process calls them; the other processes need to know whether there are any
+    callbacks = Callbacks(on_log, on_eval, on_save)
+    with Progress(console if main else None) as progress, hushed(checked.train.report_to if main else []):
+        with distributed.main_first() if checked.data.cache else nullcontext():
+            ds_config = Path(deepspeed) if deepspeed else None
+            ready = setup.read(checked, processes.device, progress.note, ds_config)
+        run_folder = folder.take(target, checked.resolved()) if main else folder.RunFolder(target)
         try:
-            return _run(ready, run_folder, progress, main, hooks, changed)
+            return _run(ready, run_folder, progress, main, callbacks, changed_keys)
         finally:
             run_folder.close()
 
 
 def check(
-    recipe: Recipe | dict[str, Any] | str | Path,
+    recipe: Recipe | JsonObject | str | Path,
     overrides: Sequence[str] = (),
     *,
     measure: bool = False,
     memory_limit_bytes: int | None = None,
     spent: float = 0.0,
-    known: Callable[[dict[str, Any]], None] = lambda facts: None,
+    known: Callable[[JsonObject], None] = lambda facts: None,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """All that can be known before training: data and masks, steps, parameters, number formats. Raises UserError.
+) -> JsonObject:
+    """Return what can be known before training: data and masks, steps, parameters, number formats.
 
-    ``measure``: load the model too and take a few real steps; ``forecast`` of the result says what the run will need (see
-    ``train.forecast.forecast``). ``memory_limit_bytes``: plan for a machine with so much; ``spent``: seconds that the process
-    took so far, as a run's will too. ``known`` gets the result as it is before measuring, ``say`` is told what is being done.
+    ``measure``: load the model, take a few real steps and add the key ``forecast`` (see
+    ``train.forecast.forecast``). ``memory_limit_bytes``: plan for a machine with this much memory. ``spent``:
+    seconds that this process has run so far, counted as part of the start of the run. ``known`` receives the
+    result before the measurement, ``say`` each stage of the measurement. Raises UserError.
     """
     started = time.perf_counter() - spent
-    chosen = _resolve(recipe, overrides)
-    require(chosen.train.report_to)
+    checked = _resolve(recipe, overrides)
+    require(checked.train.report_to)
     if measure:
         kernels.keep_freed_memory()
-    said: list[str] = []
-    ready = setup.read(chosen, distributed.state().device, said.append)
-    of_the_data = set(ready.data.report.lines())
-    facts: dict[str, Any] = {
+    notes: list[str] = []
+    ready = setup.read(checked, distributed.state().device, notes.append)
+    data_lines = set(ready.data.report.lines())
+    facts: JsonObject = {
         "model": str(ready.model_folder.path),
-        "objective": chosen.resolved()["objective"],
-        "adaptation": chosen.resolved()["adaptation"],
+        "objective": checked.resolved()["objective"],
+        "adaptation": checked.resolved()["adaptation"],
         "data": ready.data.report.as_dict(),
         "steps": ready.source.plan.steps,
         "steps_per_epoch": ready.source.plan.steps_per_epoch,
-        "learning_rate": chosen.train.learning_rate,
+        "learning_rate": checked.train.learning_rate,
         "max_length": ready.data.max_length,
         "trainable_parameters": ready.outline.trainable,
         "total_parameters": ready.outline.total,
         "trainable_percent": 100 * ready.outline.trainable / ready.outline.total,
         "precision": ready.precision.as_dict(),
-        "notes": [line for line in said if line not in of_the_data],
+        "notes": [line for line in notes if line not in data_lines],
     }
     if not measure:
         return facts
@@ -140,22 +146,22 @@ def check(
     return {**facts, "forecast": forecast.forecast(ready, started, memory_limit_bytes, say)}
 
 
-def _resolve(recipe: Recipe | dict[str, Any] | str | Path, overrides: Sequence[str]) -> Recipe:
-    """The checked recipe with the adaptation's own learning rate filled in."""
+def _resolve(recipe: Recipe | JsonObject | str | Path, overrides: Sequence[str]) -> Recipe:
+    """Check the recipe and fill in the adaptation's default learning rate."""
     if isinstance(recipe, Recipe):
         if overrides:
-            raise RecipeError("overrides go with a path or a mapping; this recipe is already built")
-        chosen = recipe
+            raise RecipeError(
+                f"overrides: expected none with a Recipe object, got {list(overrides)}. Pass a path or a mapping."
+            )
+        checked = recipe
     elif isinstance(recipe, dict):
-        chosen = recipes.parse(recipe, overrides)
+        checked = recipes.parse(recipe, overrides)
     else:
-        chosen = recipes.load(recipe, overrides)
-    if chosen.train.learning_rate is not None:
-        return chosen
-    from tunesmith import adaptations
-
-    default = adaptations.module(adaptations.name_of(chosen.adaptation)).Adaptation.learning_rate
-    return chosen.model_copy(update={"train": chosen.train.model_copy(update={"learning_rate": default})})
+        checked = recipes.load(recipe, overrides)
+    if checked.train.learning_rate is not None:
+        return checked
+    default = adaptations.module(adaptations.name_of(checked.adaptation)).Adaptation.learning_rate
+    return checked.model_copy(update={"train": checked.train.model_copy(update={"learning_rate": default})})
 
 
 def _run(
@@ -163,110 +169,130 @@ def _run(
     run_folder: folder.RunFolder,
     progress: Progress,
     main: bool,
-    hooks: Hooks,
-    changed: Sequence[str],
-) -> dict[str, Any]:
-    """``changed``: keys of the recipe that are not as they were when the run was started."""
-    before_model = machine.peak_memory_bytes()
-    forecast.check_weights(ready, forecast.limit_bytes(ready.device))
+    callbacks: Callbacks,
+    changed_keys: Sequence[str],
+) -> JsonObject:
+    """Train and return the result. ``changed_keys``: recipe keys that differ from those the run started
+    with."""
+    memory_before_model = machine.peak_memory_bytes()
+    memory_budget.check_weights(ready, memory_budget.limit_bytes(ready.device))
     built = setup.build(ready, run_folder.path)
+    metrics, answers = (_records(run_folder, name, main) for name in ("metrics.jsonl", "samples.jsonl"))
     run = Run(
-        ready, run_folder, built.model, built.update, built.route, _records(run_folder, "metrics.jsonl", main),
-        _records(run_folder, "samples.jsonl", main), progress, main, hooks,
+        ready, run_folder, built.model, built.update, built.fast_path, metrics, answers, progress, main,
+        callbacks,
     )  # fmt: skip
-    run.asked = (
-        samples.prompts(ready.recipe.samples, ready.data.eval, ready.tokenizer)
-        if main and ready.objective.traits.head == "lm"
-        else []
-    )
+    if main and ready.objective.traits.head == "lm":
+        run.prompts = samples.prompts(ready.recipe.samples, ready.data.eval, ready.tokenizer)
     for line in [*built.notes, outcome.parameters_line(ready), outcome.precision_line(ready)]:
         progress.note(line)
     resumed = run_folder.manifest() != {}
-    at = run_state.restore(run)
-    if at.step >= ready.source.plan.steps and (kept := run_folder.manifest().get("result")):
+    position = run_state.restore(run)
+    if position.step >= ready.source.plan.steps and (result := run_folder.manifest().get("result")):
         progress.note(
-            "the run is finished already: nothing is left to train, and what is kept of it stays as it is"
+            "the run is finished already: there are no steps left to train, and its files stay unchanged"
         )
-        return kept if main else {}
-    if changed:
-        progress.note(f"changed since the run was started, with the same result: {', '.join(changed)}")
-    if "train.micro_batch_tokens" in changed:
-        at.micro_batch_tokens = 0
-    frozen_body_cache.keep(ready, built, progress.note)
-    train_config = ready.recipe.train
-    job = Job(
-        model=built.model, objective=ready.objective, update=built.update, source=ready.source, config=train_config,
-        layout=built.route.layout, budget=at.micro_batch_tokens or forecast.first_budget(train_config, ready.device),
-        device=ready.device, noise=built.noise, log=lambda record: _log(run, record),
-        evaluate=lambda now: _evaluate(run, now, job.budget), save=lambda now: _save(run, now), wants=hooks.wants,
-    )  # fmt: skip
-    session, compared = ready.session, 0.0
-    session.append = job.log
-    if at.step < ready.source.plan.steps:
-        progress.doing("trying the heaviest micro-batch")
-        asked, automatic = job.budget, train_config.micro_batch_tokens == "auto" and not at.micro_batch_tokens
-        forecast.settle(job, automatic)
-        if automatic or job.budget < asked:
-            progress.note(
-                f"micro-batches have at most {job.budget:,} tokens, which fits into memory; the result is the same for any"
-            )
-        session.budget = job.budget
-        if ready.reference is not None:
-            progress.doing("computing the reference")
-            compared = reference.take(ready.reference, ready.objective, session, ready.seen(), progress.note)
-        progress.doing(None)
+        return result if main else {}
+    if changed_keys:
+        progress.note(f"changed since the run was started, with the same result: {', '.join(changed_keys)}")
+    if "train.micro_batch_tokens" in changed_keys:
+        position.micro_batch_tokens = 0
+    frozen_body_cache.install(ready, built, progress.note)
+    job = _job(run, built, position)
+    ready.session.append = job.log
+    reference_seconds = _rehearse(run, job, position)
     if main:
         outcome.record_start(run, job.budget)
-        if compared:
-            run_folder.record(reference_seconds=compared)
+        if reference_seconds:
+            run_folder.record(reference_seconds=reference_seconds)
         run.trackers = _trackers(run, resumed)
-    progress.start(at.step, ready.source.plan.steps)
+    progress.start(position.step, ready.source.plan.steps)
+    stopped = _fit(run, job, position)
+    if ready.data.eval is None or position.best_step is None:
+        run_state.save_model(run)
+    progress.stop()
+    result = outcome.finish(run, position, job, memory_before_model, stopped) if main else {}
+    callbacks.raise_failure()
+    return result
+
+
+def _job(run: Run, built: setup.Built, position: Progression) -> Job:
+    ready, config = run.setup, run.setup.recipe.train
+    budget = position.micro_batch_tokens or memory_budget.first_budget(config, ready.device)
+    job = Job(
+        model=built.model, objective=ready.objective, update=built.update, source=ready.source, config=config,
+        layout=built.fast_path.layout, budget=budget,
+        device=ready.device, noise=built.noise, log=lambda record: _log(run, record),
+        evaluate=lambda now: _evaluate(run, now, job.budget), save=lambda now: _save(run, now),
+        stop_requests=run.callbacks.stop_requests,
+    )  # fmt: skip
+    return job
+
+
+def _rehearse(run: Run, job: Job, position: Progression) -> float:
+    """Try the heaviest micro-batch and compute the reference. Returns the seconds that the reference took."""
+    ready, progress, seconds = run.setup, run.progress, 0.0
+    if position.step >= ready.source.plan.steps:
+        return seconds
+    progress.doing("trying the heaviest micro-batch")
+    first = job.budget
+    automatic = job.config.micro_batch_tokens == "auto" and not position.micro_batch_tokens
+    memory_budget.settle(job, automatic)
+    if automatic or job.budget < first:
+        progress.note(
+            f"micro-batches of at most {job.budget:,} tokens fit into memory; the result is the same for any size"
+        )
+    ready.session.budget = job.budget
+    if ready.reference is not None:
+        progress.doing("computing the reference")
+        steps = ready.all_examples()
+        seconds = reference.compute(ready.reference, ready.objective, ready.session, steps, progress.note)
+    progress.doing(None)
+    return seconds
+
+
+def _fit(run: Run, job: Job, position: Progression) -> str | None:
+    """Evaluate step 0 of a new run, then train. Returns why the run stopped early, or None."""
     ending = None
     try:
-        if at.step == 0:
-            _evaluate(run, at, job.budget)
-            ending, failing = distributed.same(hooks.wants())
-            if failing:
-                raise Interrupted(f"stopped by {failing} before the first step")
-        stopped = ending or loop.fit(job, at)
+        if position.step == 0:
+            _evaluate(run, position, job.budget)
+            ending, failure = distributed.broadcast(run.callbacks.stop_requests())
+            if failure:
+                raise Interrupted(f"stopped by {failure} before the first step")
+        return ending or loop.fit(job, position)
     except TunesmithError as error:
         run.trackers.close()
-        if main:
-            run_folder.record(notes=outcome.notes(run), stopped=f"{type(error).__name__}: {error}")
-            run_page.write_report(run_folder.path)
+        if run.main:
+            run.folder.record(notes=outcome.notes(run), stopped=f"{type(error).__name__}: {error}")
+            run_page.write_report(run.folder.path)
         if isinstance(error, NonFiniteError | GradientOverflowError | Interrupted):
-            distributed.wait()  # all processes are here: none ends before the report is written
-        hooks.again()
+            distributed.wait()  # every process raises these: none may exit before the report is written
+        run.callbacks.raise_failure()
         raise
     finally:
         run.trackers.close()
-    if ready.data.eval is None or at.best_step is None:
-        run_state.save_model(run)
-    progress.stop()
-    result = outcome.finish(run, at, job, before_model, stopped) if main else {}
-    hooks.again()
-    return result
 
 
 def _trackers(run: Run, resumed: bool) -> Trackers:
     names = run.setup.recipe.train.report_to
     if not names:
         return run.trackers
-    before = metrics_file.read(run.metrics.path)
+    records = metrics_file.read(run.metrics.path)
     created = run.folder.manifest()["created"]
-    about = subject(run.folder.path, created, run.setup.recipe.resolved(), before, resumed)
+    about = subject(run.folder.path, created, run.setup.recipe.resolved(), records, resumed)
     return Trackers(names, about, run.progress.note)
 
 
 def _records(run_folder: folder.RunFolder, name: str, main: bool) -> metrics_file.Metrics:
-    """The file of that name. Only the main process may open it, because that mends a torn last line; the others write nothing."""
+    """Open the file of that name. Opening repairs a torn last line, so only the main process does it."""
     return metrics_file.Metrics(run_folder.path / name if main else os.devnull)
 
 
-# ------------------------------------------------------------------------------------------- what the loop calls back
+# ------------------------------------------------------------------------ functions that the loop calls
 
 
-def _log(run: Run, record: dict[str, Any]) -> None:
+def _log(run: Run, record: JsonObject) -> None:
     if run.main:
         record = {**record, "memory_bytes": machine.memory_bytes(), "time": time.time()}
         run.metrics.append(record)
@@ -277,73 +303,59 @@ def _log(run: Run, record: dict[str, Any]) -> None:
                 run.progress.note(warning)
         elif record["kind"] == "memory":
             run.progress.note(
-                f"memory ran out in step {record['step']}: from now on micro-batches have at most "
+                f"step {record['step']} ran out of memory: micro-batches now have at most "
                 f"{record['micro_batch_tokens']:,} tokens instead of {record['before']:,}; the result is the same"
             )
-        run.hooks.call("on_log", record)
-    if run.hooks.given and record["kind"] == "train":
-        distributed.wait()  # however long the user's function takes
+        run.callbacks.call("on_log", record)
+    if run.callbacks.any_given and record["kind"] == "train":
+        distributed.wait()  # a callback may take longer than a collective waits
 
 
-def _save(run: Run, at: Progression) -> None:
-    run_state.save(run, at)
+def _save(run: Run, position: Progression) -> None:
+    run_state.save(run, position)
     if run.main:
-        run.hooks.call("on_save", run.folder.checkpoints / f"step-{at.step}", at.step)
-    if run.hooks.given:
+        run.callbacks.call("on_save", run.folder.checkpoints / f"step-{position.step}", position.step)
+    if run.callbacks.any_given:
         distributed.wait()
 
 
-def _evaluate(run: Run, at: Progression, budget: int) -> float | None:
-    """Evaluate, keep the model when it is the best yet, answer the fixed prompts. Returns the figure that chooses the best."""
+def _evaluate(run: Run, position: Progression, budget: int) -> float | None:
+    """Evaluate, save the best model, answer the sample prompts. Returns the deciding figure."""
     ready = run.setup
     if ready.data.eval is None:
         return None
     run.progress.doing("evaluating")
     started = time.perf_counter()
     figures = evaluation.evaluate(
-        run.model,
-        ready.objective,
-        ready.data.eval,
-        run.route.layout,
-        budget,
-        ready.device,
-        ready.data.eval_sets,
-        choose_threshold=True,
-    )
+        run.model, ready.objective, ready.data.eval, run.fast_path.layout, budget, ready.device,
+        ready.data.eval_sets, choose_threshold=True,
+    )  # fmt: skip
     seconds = time.perf_counter() - started
     name, direction = ready.objective.traits.best
-    best = at.step > 0 and loop.improved(
-        at, figures[name], direction, ready.recipe.train.early_stopping_threshold
-    )
+    threshold = ready.recipe.train.early_stopping_threshold
+    best = position.step > 0 and loop.record_best(position, figures[name], direction, threshold)
     if best:
         run_state.save_model(run)
-    record = {
-        "kind": "eval",
-        "step": at.step,
-        "epoch": round(ready.source.plan.epoch(at.step), 6),
-        **figures,
-        "best": best,
-        "seconds": seconds,
-    }
+    epoch = round(ready.source.plan.epoch(position.step), 6)
+    record: JsonObject = {"kind": "eval", "step": position.step, "epoch": epoch, **figures}
+    record |= {"best": best, "seconds": seconds}
     if run.main:
         record["time"] = time.time()
         run.metrics.append(record)
         run.trackers.log(record)
         run.progress.evaluation(record)
-        _answer(run, at.step)
-        run.hooks.call("on_eval", record)
+        _answer_prompts(run, position.step)
+        run.callbacks.call("on_eval", record)
     distributed.wait()
     run.progress.doing(None)
     return figures[name]
 
 
-def _answer(run: Run, step: int) -> None:
-    if run.asked:
-        with fast_path.plain_attention(run.model, run.route):
-            answers = samples.answer(
-                run.model, run.setup.tokenizer, run.asked, run.setup.recipe.samples.max_new_tokens
-            )
-        for prompt, answer in zip(run.asked, answers, strict=True):
-            run.answers.append(
-                {"step": step, "prompt": prompt.text, "answer": answer, "reference": prompt.reference}
-            )
+def _answer_prompts(run: Run, step: int) -> None:
+    if run.prompts:
+        length = run.setup.recipe.samples.max_new_tokens
+        with fast_path.plain_attention(run.model, run.fast_path):
+            answers = samples.answer(run.model, run.setup.tokenizer, run.prompts, length)
+        for prompt, answer in zip(run.prompts, answers, strict=True):
+            record = {"step": step, "prompt": prompt.text, "answer": answer, "reference": prompt.reference}
+            run.answers.append(record)

@@ -1,4 +1,4 @@
-"""The open run, and what of it is kept: the model, and checkpoints from which it goes on bit for bit."""
+"""The open run, and how it is saved: the model, and checkpoints from which it continues bit for bit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from tunesmith import files
 from tunesmith.errors import RecipeError
+from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import lora_factors
 from tunesmith.models.load import head_loading, probe
 from tunesmith.models.network import base
@@ -20,10 +21,10 @@ from tunesmith.runs import run_folder as folder
 from tunesmith.runs.progress import Progress
 from tunesmith.runs.trackers import Trackers
 from tunesmith.train import adapter_choice, checkpoint, distributed, reference, samples, setup
-from tunesmith.train import fast_path as route
-from tunesmith.train.callbacks import Hooks
+from tunesmith.train.callbacks import Callbacks
+from tunesmith.train.fast_path import FastPath, plain_attention
 from tunesmith.train.loop import Progression
-from tunesmith.train.master_weights import holding
+from tunesmith.train.master_weights import swapped_weights
 from tunesmith.train.update import Update
 
 if TYPE_CHECKING:
@@ -32,51 +33,53 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """The open run: its objects and files. ``asked`` are the prompts of evaluation."""
+    """The objects and files of an open run."""
 
     setup: setup.Setup
     folder: folder.RunFolder
     model: PreTrainedModel
     update: Update
-    route: route.Route
+    fast_path: FastPath
     metrics: metrics_file.Metrics
     answers: metrics_file.Metrics
+    """samples.jsonl."""
     progress: Progress
     main: bool
-    hooks: Hooks
-    asked: list[samples.Prompt] = field(default_factory=list)
+    callbacks: Callbacks
+    prompts: list[samples.Prompt] = field(default_factory=list)
+    """Sample prompts, answered at every evaluation."""
     trackers: Trackers = field(default_factory=Trackers)
 
 
 def save_model(run: Run) -> None:
-    """The model as it stands, in the Hub's or peft's own format, with tokenizer, template and probe: ready for anybody's code.
+    """Save the current model with tokenizer, template and probe, in the format of the Hub or of peft.
 
     All processes call it; the main one writes.
     """
-    masters = run.update.masters
-    everything = all(parameter.requires_grad for parameter in run.model.parameters())
+    masters, tokenizer = run.update.masters, run.setup.tokenizer
+    all_trained = all(parameter.requires_grad for parameter in run.model.parameters())
     weights = masters.whole()
-    head_loading.apply_head_config(
-        base(run.model).config, head_config(run.setup.objective)
-    )  # what evaluation chose is part of it
-    made = adapter_choice.keys_that_made(run.setup.recipe, run.setup.model_folder)
+    # a threshold that evaluation chose is part of the config
+    head_loading.apply(lm_head.base(run.model).config, head_config(run.setup.objective))
+    made_by = adapter_choice.recorded_adaptation(run.setup.recipe, run.setup.model_folder)
 
     def write(target: Path) -> None:
-        with run.route.fused.disabled(), route.plain_attention(run.model, run.route):
-            with holding(masters.parameters, weights):  # a bf16 copy has lost most updates of a small rate
+        with run.fast_path.fused.disabled(), plain_attention(run.model, run.fast_path):
+            # not the bf16 working copies: they lack most updates of a low learning rate
+            with swapped_weights(masters.parameters, weights):
                 run.setup.adaptation.save(run.model, target)
-                run.setup.tokenizer.save_pretrained(target)
-                if everything:
-                    probe.write_probe(target, run.model, run.setup.tokenizer, made)
-            if not everything:  # fp32 parts in a bf16 network would not fit together: the copies answer
-                probe.write_probe(target, run.model, run.setup.tokenizer, made)
+                tokenizer.save_pretrained(target)
+                if all_trained:
+                    probe.write_probe(target, run.model, tokenizer, made_by)
+            if not all_trained:  # fp32 masters inside a bf16 network: the working copies answer the probe
+                probe.write_probe(target, run.model, tokenizer, made_by)
 
     if run.main:
         files.publish_folder(run.folder.model, write, 4 * masters.size + 8 * 2**20)
 
 
-def save(run: Run, at: Progression) -> None:
-    """A checkpoint from which the run goes on bit for bit. All processes call it; the main one writes."""
+def save(run: Run, position: Progression) -> None:
+    """Save a checkpoint. All processes call it; the main one writes."""
     tensors = run.update.tensors()
     if run.main:
         run.progress.doing("saving")
@@ -85,83 +88,101 @@ def save(run: Run, at: Progression) -> None:
             tensors["random.cuda"] = torch.cuda.get_rng_state(run.setup.device)
         if run.setup.reference is not None:
             tensors |= run.setup.reference.tensors()
-        of_source, plain = run.setup.source.state()
-        tensors |= {f"source.{name}": tensor for name, tensor in of_source.items()}
+        source_tensors, source_state = run.setup.source.state()
+        tensors |= {f"source.{name}": tensor for name, tensor in source_tensors.items()}
         state = {
-            "progression": asdict(at),
+            "progression": asdict(position),
             **run.update.state(),
             "data": run.setup.data.report.as_dict()["sources"],
             "threads": torch.get_num_threads(),
             "processes": distributed.state().num_processes,
             "compute": run.setup.precision.as_dict()["compute"],
-            "starts": lora_factors.start_sketch(run.model),
-            "source": plain,
+            "starts": lora_factors.sketch(run.model),
+            "source": source_state,
         }
         run.metrics.sync()
         run.answers.sync()
-        checkpoint.save(run.folder.checkpoints, at.step, tensors, json.loads(json.dumps(state, default=str)))
-        pinned = {at.best_step} if at.best_step is not None else set()
-        checkpoint.rotate(run.folder.checkpoints, run.setup.recipe.train.save_total_limit, pinned)
+        checkpoints = run.folder.checkpoints
+        checkpoint.save(checkpoints, position.step, tensors, json.loads(json.dumps(state, default=str)))
+        best = {position.best_step} if position.best_step is not None else set()
+        checkpoint.rotate(checkpoints, run.setup.recipe.train.save_total_limit, best)
         run.progress.doing(None)
     distributed.wait()
 
 
 def restore(run: Run) -> Progression:
-    """Put the newest good checkpoint back, and drop what was written after it. A fresh Progression when there is none."""
-    found = checkpoint.newest(run.folder.checkpoints, run.progress.note)
-    if found is None:
-        if run.main:
-            run.metrics.rewind(-1)
-            run.answers.rewind(-1)
+    """Load the newest good checkpoint and drop the records written after it. Returns the position of the run.
+
+    Raises RecipeError when data, initial LoRA factors or reference are not those of the run.
+    """
+    loaded = checkpoint.newest(run.folder.checkpoints, run.progress.note)
+    if loaded is None:
+        _rewind(run, -1)
         return Progression()
-    tensors, state = found
-    sources = {source["path"]: source["sha256"] for source in state["data"]}
-    commits = {source["path"]: source.get("revision") for source in state["data"]}
-    for source in run.setup.data.report.as_dict()["sources"]:
-        if sources.get(source["path"]) != source["sha256"]:
-            old = commits.get(source["path"])
-            back = (
-                f"Type `tunesmith data pull` as before, with --commit {old}"
-                if old
-                else "Put the old file back"
-            )
-            raise RecipeError(
-                f"the data file {source['path']} changed since the run was started, so going on would not be the same run.\n"
-                f"  {back}, or start another run with --out DIR."
-            )
-    if layer := lora_factors.changed_start(run.model, state.get("starts") or {}):
+    tensors, state = loaded
+    _check_same_data(run, state)
+    if layer := lora_factors.moved(run.model, state.get("starts") or {}):
         raise RecipeError(
-            f"what {layer} learns is counted from factors of the base's weights, and this machine decomposes them otherwise than "
-            "the one that the run was started on (another processor, device or library), so going on would not be the same run.\n"
-            "  Resume it where it was started, or start another run with --out DIR."
+            f"the LoRA of {layer} starts from a decomposition of the base weights, and this machine computes another "
+            "one than the machine that started the run (another processor, device or library). Resuming here would "
+            "not continue the same run.\n"
+            "  Resume it on that machine, or start another run with --out DIR."
         )
     if run.setup.reference is not None:
         run.setup.reference.load(tensors)
-        reference.check_known(run.setup.reference, run.setup.seen(), run.setup.model_folder.path)
-    at = Progression(**state["progression"])
+        reference.check_complete(run.setup.reference, run.setup.all_examples(), run.setup.model_folder.path)
+    position = Progression(**state["progression"])
     run.update.load(tensors, state)
-    of_source = {
-        name.removeprefix("source."): value for name, value in tensors.items() if name.startswith("source.")
+    prefix = "source."
+    source_tensors = {
+        name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
     }
-    run.setup.source.load(of_source, state.get("source") or {})
+    run.setup.source.load(source_tensors, state.get("source") or {})
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and run.setup.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], run.setup.device)
+    _note_changes(run, state)
+    _rewind(run, position.step)
+    run.progress.note(f"resumed after step {position.step}")
+    return position
+
+
+def _rewind(run: Run, step: int) -> None:
+    if run.main:
+        run.metrics.rewind(step)
+        run.answers.rewind(step)
+
+
+def _check_same_data(run: Run, state: JsonObject) -> None:
+    before = {source["path"]: source for source in state["data"]}
+    for source in run.setup.data.report.as_dict()["sources"]:
+        path = source["path"]
+        old = before.get(path, {})
+        if old.get("sha256") != source["sha256"]:
+            commit = old.get("revision")
+            restore = (
+                f"Type `tunesmith data pull` again with --commit {commit}"
+                if commit
+                else "Restore the old file"
+            )
+            raise RecipeError(
+                f"the data file {path} changed since the run was started, so resuming would not continue the same run.\n"
+                f"  {restore}, or start another run with --out DIR."
+            )
+
+
+def _note_changes(run: Run, state: JsonObject) -> None:
+    """Print changes of the machine that change the last bits of sums, or the rounding."""
     now = {"processes": distributed.state().num_processes, "threads": torch.get_num_threads()}
     changed = [
         f"{state[key]} {key}, now {value}" for key, value in now.items() if state.get(key, value) != value
     ]
     if changed:
         run.progress.note(
-            f"the run used {' and '.join(changed)}: the same update but for the last bits of sums, not bit for bit"
+            f"the run used {' and '.join(changed)}: updates are the same except for the last bits of sums"
         )
     compute = run.setup.precision.as_dict()["compute"]
     if state.get("compute", compute) != compute:
         run.progress.note(
-            f"warning: the run computed in {state['compute']} so far, and goes on in {compute}: other roundings"
+            f"warning: the run computed in {state['compute']} so far and continues in {compute}, which rounds differently"
         )
-    if run.main:
-        run.metrics.rewind(at.step)
-        run.answers.rewind(at.step)
-    run.progress.note(f"resumed after step {at.step}")
-    return at

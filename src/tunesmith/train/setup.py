@@ -1,12 +1,12 @@
-"""From a recipe to the objects of a run, as a chain: choices, base model, rows, network.
+"""From a recipe to the objects of a run, as a chain: choices, base model, rows, steps, network.
 
-Each link's type says what is known after it. Whatever can be wrong is found before weights load; ``check`` stops there.
+Each function returns what is known after it. Errors are found before weights load; ``check`` stops there.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from tunesmith.data.store.encode_source import Progress
 from tunesmith.data.store.epochs import epochs
 from tunesmith.data.store.prepare import Prepared, prepare
 from tunesmith.errors import RecipeError
+from tunesmith.merge import merge_adapter
 from tunesmith.models.fast import varlen
 from tunesmith.models.find.locate import Folder, code_files, locate
 from tunesmith.models.heads import lm_head, noise
@@ -38,25 +39,26 @@ from tunesmith.train import (
     optimizers,
     precision,
 )
-from tunesmith.train.master_weights import Masters, Trained
-from tunesmith.train.meta_model import Outline, outline, window_of
+from tunesmith.train.master_weights import Masters, TrainedWeights
+from tunesmith.train.meta_model import Outline, build_outline, window_of
 from tunesmith.train.reference import Reference
 from tunesmith.train.session import RunSession
 from tunesmith.train.train_config import TrainConfig
 from tunesmith.train.update import Update
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 STREAM_ROWS = 10_000
 """Report progress of a stream every this many rows."""
 
-Say = Callable[[str], None]
+Note = Callable[[str], None]
+"""Prints one line and keeps it for the manifest."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What the recipe and the machine decide alone. ``sharding``: DeepSpeed's configuration, where it is used."""
+    """What the recipe and the machine decide before any file is read."""
 
     recipe: Recipe
     objective: Objective
@@ -64,198 +66,203 @@ class Choices:
     device: torch.device
     precision: precision.Precision
     sharding: deepspeed_zero.Sharding | None
+    """DeepSpeed's configuration, if the run uses it."""
 
 
 @dataclass(frozen=True)
-class Base:
-    """The base model before its weights: its folder, its config with the head it was saved with, the tokenizer with the
-    recipe's new tokens, the network's outline, and the most tokens of a row (``window``, None = no limit)."""
+class Base(Choices):
+    """The choices, and the base model before its weights load."""
 
-    folder: Folder
-    config: Any
+    model_folder: Folder
+    config: PretrainedConfig
+    """With the head of the folder; once the rows are read, with the head that they need."""
     tokenizer: PreTrainedTokenizerBase
+    """With the new tokens of the recipe."""
     new_tokens: vocabulary.NewTokens
     outline: Outline
     window: int | None
+    """The most tokens that a row may have; None = no limit."""
 
 
 @dataclass(frozen=True)
-class Setup:
-    """Everything known before weights load: choices, base model with the head that the rows ask for, data, and the source of
-    the run's steps."""
+class Setup(Base):
+    """The base model, the rows and the steps: everything known before weights load."""
 
-    recipe: Recipe
-    model_folder: Folder
-    config: Any
-    tokenizer: PreTrainedTokenizerBase
-    new_tokens: vocabulary.NewTokens
-    objective: Objective
-    adaptation: Adaptation
     data: Prepared
     source: Source
     session: RunSession
     reference: Reference | None
-    """What the policy gives before its first step, where the objective compares with it."""
-    device: torch.device
-    precision: precision.Precision
-    outline: Outline
-    sharding: deepspeed_zero.Sharding | None = None
+    """Log-probabilities of the policy at step 0, if the objective compares with them."""
 
-    def seen(self) -> list[Step]:
-        """Every example that a step or an evaluation takes, each once; without those that are sampled."""
+    def all_examples(self) -> list[Step]:
+        """Every example of training and evaluation, each once, except sampled ones."""
         steps = [self.source.distinct()]
         if self.data.eval is not None:
             steps.append(Step(0, self.data.eval, np.arange(len(self.data.eval)), self.objective.collate))
         return [step for step in steps if step is not None]
 
 
-def read(recipe: Recipe, device: torch.device, say: Say, deepspeed: Path | None = None) -> Setup:
-    """Check the recipe and the model folder, read and encode the data, lay out the steps. ``deepspeed``: a ds_config.json.
+def read(recipe: Recipe, device: torch.device, note: Note, deepspeed: Path | None = None) -> Setup:
+    """Check the recipe and the model folder, read and encode the data, plan the steps.
 
-    Raises UserError for anything that cannot work.
+    ``deepspeed``: a ds_config.json. Raises UserError for anything that cannot work.
     """
     load.quiet()
     choices = choose(recipe, device, deepspeed)
-    base = open_base(choices, say)
-    data = read_rows(choices, base, say)
-    config, shape = with_head(choices, base, say)
-    return lay_out(choices, replace(base, config=config, outline=shape), data)
+    base = open_base(choices, note)
+    data = read_rows(base, note)
+    return plan_steps(configure_head(base, note), data)
 
 
 def choose(recipe: Recipe, device: torch.device, deepspeed: Path | None) -> Choices:
-    """Decide on device, number formats and shards. Raises RecipeError for choices that exclude each other."""
-    distributed.check_processes(
-        distributed.state().num_processes, recipe.train.batch_size, "train.batch_size is"
-    )
+    """Choose the device, number formats and sharding. Raises RecipeError for keys that conflict."""
+    processes = distributed.state().num_processes
+    distributed.check_processes(processes, recipe.train.batch_size, "train.batch_size is")
     device = device_map.device_of(recipe.device_map, device)
     objective = objectives.module(objectives.name_of(recipe.objective)).Objective(recipe.objective)
     adaptation = adaptations.module(adaptations.name_of(recipe.adaptation)).Adaptation(recipe.adaptation)
     if deepspeed is not None and "quantization_config" in adaptation.load_kwargs():
         raise RecipeError(
-            "--deepspeed does not go with a base in 4 or 8 bits, which nothing shows to be right. Leave one of them out."
+            "--deepspeed is not supported with a 4-bit or 8-bit base model: the combination is untested.\n"
+            "  Leave out --deepspeed, or choose an adaptation without quantisation."
         )
     optimizers.check(recipe.train)
-    numbers = precision.choose(recipe.train.precision, device, recipe.train.optim_name)
-    sharding = None if deepspeed is None else deepspeed_zero.read(deepspeed, recipe.train, numbers.compute)
-    _check_compile(recipe.train, device, numbers.compute)
-    return Choices(recipe, objective, adaptation, device, numbers, sharding)
+    formats = precision.choose(recipe.train.precision, device, recipe.train.optim_name)
+    sharding = None if deepspeed is None else deepspeed_zero.read(deepspeed, recipe.train, formats.compute)
+    _check_compile(recipe.train, device, formats.compute)
+    return Choices(recipe, objective, adaptation, device, formats, sharding)
 
 
-def open_base(choices: Choices, say: Say) -> Base:
-    """Find the base model and tell the objective of it. Raises UserError for a model that the recipe cannot train."""
+def open_base(choices: Choices, note: Note) -> Base:
+    """Find the base model and bind the objective to it. Raises UserError."""
     recipe, objective, adaptation = choices.recipe, choices.objective, choices.adaptation
     folder = locate(recipe.model, recipe.trust_remote_code)
     adapter_choice.check(recipe, folder)
-    _name_code(recipe, folder, say)
+    _note_remote_code(recipe, folder, note)
     config = load.load_config(folder)
-    head_loading.inherit_head_config(config, folder, recipe.adapter, objective.traits.head)
+    head = objective.traits.head
+    head_loading.inherit(config, folder, recipe.adapter, head)
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
-    sketched = head_loading.with_head_settings(config, objectives.head_config(objective))
-    shape = outline(recipe, folder, sketched, objective.traits.head, adaptation, new_tokens, tokenizer)
-    window = window_of(config, shape.virtual_tokens)
+    meta_config = head_loading.outlined(config, objectives.head_config(objective))
+    outline = build_outline(recipe, folder, meta_config, head, adaptation, new_tokens, tokenizer)
+    window = window_of(config, outline.virtual_tokens)
     objective.bind(config, tokenizer, recipe.train.max_length or window)
     for line in adaptation.notes:
-        say(line)
-    return Base(folder, config, tokenizer, new_tokens, shape, window)
+        note(line)
+    return Base(
+        **vars(choices), model_folder=folder, config=config, tokenizer=tokenizer, new_tokens=new_tokens,
+        outline=outline, window=window,
+    )  # fmt: skip
 
 
-def read_rows(choices: Choices, base: Base, say: Say) -> Prepared:
+def read_rows(base: Base, note: Note) -> Prepared:
     """Read and encode the recipe's data. Raises DataError."""
-    recipe, objective = choices.recipe, choices.objective
+    recipe, objective = base.recipe, base.objective
     streamed = any(source.streaming for source in [*recipe.data.train, *eval_sources(recipe.data).values()])
-    with (
-        distributed.main_first() if streamed else nullcontext()
-    ):  # one process asks the network, the others find the cache
+    # one process reads the network; the others find the cache that it wrote
+    with distributed.main_first() if streamed else nullcontext():
         data = prepare(
             recipe.data, objective, base.tokenizer, max_length=recipe.train.max_length, seed=recipe.seed,
-            window=base.window,
-            on_progress=_rows_read(say) if streamed else None,
+            window=base.window, on_progress=_report_rows(note) if streamed else None,
         )  # fmt: skip
-    for line in [*data.report.lines(), *objective.notes, *_about(base.new_tokens, data)]:
-        say(line)
+    for line in [*data.report.lines(), *objective.notes, *_new_token_notes(base.new_tokens, data)]:
+        note(line)
     return data
 
 
-def with_head(choices: Choices, base: Base, say: Say) -> tuple[Any, Outline]:
-    """(the config with the head that the rows ask for, the network's outline with it): its labels are known now."""
-    recipe, objective = choices.recipe, choices.objective
+def configure_head(base: Base, note: Note) -> Base:
+    """Return the base with the head that the rows need: its labels are known now."""
+    recipe, objective, folder = base.recipe, base.objective, base.model_folder
     if not (wanted := objectives.head_config(objective)):
-        return base.config, base.outline
-    config = copy.deepcopy(base.config)
-    for line in head_loading.replace_head_config(
-        config, base.folder, recipe.adapter, objective.traits.head, wanted
-    ):
-        say(line)
-    head, adaptation = objective.traits.head, choices.adaptation
-    return config, outline(recipe, base.folder, config, head, adaptation, base.new_tokens, base.tokenizer)
+        return base
+    config, head = copy.deepcopy(base.config), objective.traits.head
+    for line in head_loading.change(config, folder, recipe.adapter, head, wanted):
+        note(line)
+    tokens, tokenizer = base.new_tokens, base.tokenizer
+    outline = build_outline(recipe, folder, config, head, base.adaptation, tokens, tokenizer)
+    return replace(base, config=config, outline=outline)
 
 
-def lay_out(choices: Choices, base: Base, data: Prepared) -> Setup:
-    """Make the source of the run's steps. Raises RecipeError for a schedule that does not suit them."""
-    recipe, objective, train = choices.recipe, choices.objective, choices.recipe.train
+def plan_steps(base: Base, data: Prepared) -> Setup:
+    """Make the source of the run's steps. Raises RecipeError for a schedule that does not fit."""
+    recipe, objective, train = base.recipe, base.objective, base.recipe.train
     reference = Reference() if objective.traits.needs_reference else None
     if reference is not None:
         held_out = None if data.eval is None else data.eval.attach(reference.attach)
         data = replace(data, train=data.train.attach(reference.attach), eval=held_out)
     rows = epochs(
-        data.train,
-        objective.collate,
-        train.batch_size,
-        recipe.seed,
-        train.shuffle,
-        train.epochs,
+        data.train, objective.collate, train.batch_size, recipe.seed, train.shuffle, train.epochs,
         train.max_steps,
-    )
-    session = RunSession(base.tokenizer, choices.device, recipe.seed, rows)
-    source = objective.source(session)
-    distributed.check_processes(
-        distributed.state().num_processes, len(source.preview(1)[0]), "the rows to learn from are"
-    )
-    optimizers.check_schedule(train, source.plan.steps)
-    return Setup(
-        recipe, base.folder, base.config, base.tokenizer, base.new_tokens, objective, choices.adaptation, data, source,
-        session, reference, choices.device, choices.precision, base.outline, choices.sharding,
     )  # fmt: skip
+    session = RunSession(base.tokenizer, base.device, recipe.seed, rows)
+    source = objective.source(session)
+    processes = distributed.state().num_processes
+    distributed.check_processes(processes, len(source.preview(1)[0]), "the training rows are")
+    optimizers.check_schedule(train, source.plan.steps)
+    return Setup(**vars(base), data=data, source=source, session=session, reference=reference)
 
 
-def _rows_read(say: Say) -> Progress:
-    """Report how far a stream is: nobody knows how many rows there will be."""
+def _report_rows(note: Note) -> Progress:
+    """Return a function that reports how many rows of a stream were read; a stream has no known end."""
     reported: dict[str, int] = {}
 
     def count(label: str, rows: int) -> None:
         if rows // STREAM_ROWS > reported.get(label, 0):
             reported[label] = rows // STREAM_ROWS
-            say(f"{label}: {rows:,} rows read")
+            note(f"{label}: {rows:,} rows read")
 
     return count
 
 
 @dataclass
 class Built:
-    """The network, ready to be trained: adapted, cast, on its device and its route. ``notes`` are to be said once."""
+    """The network, adapted, cast, on its device and its fast path. ``notes`` are printed once."""
 
     model: PreTrainedModel
     update: Update
     noise: noise.RowNoise | None
-    route: fast_path.Route
+    fast_path: fast_path.FastPath
     notes: list[str]
 
 
 def build(setup: Setup, out: Path) -> Built:
-    """Load the weights, adapt them, make fp32 masters, cast the network, find its route, make the optimiser."""
-    recipe, folder, train = setup.recipe, setup.model_folder, setup.recipe.train
-    torch.manual_seed(recipe.seed)  # before adapters are made: their first values are part of the run
-    placed: dict[str, Any] = {} if recipe.device_map is None else {"device_map": recipe.device_map}
+    """Load and adapt the weights, make masters, cast the network, choose its fast path, make the optimiser.
+
+    ``out``: the run folder, for a base model with an adapter merged into it.
+    """
+    recipe, train, deterministic = setup.recipe, setup.recipe.train, setup.objective.traits.deterministic
+    torch.manual_seed(recipe.seed)  # before adapters are made: their initial values are part of the run
+    model = _load_network(setup, out)
+    masters = Masters(model, setup.precision.compute)
+    precision.cast(model, setup.precision.compute)
+    dropout_notes = noise.switch_off(model) if deterministic else []
+    row_noise, noise_notes = noise.install(model, recipe.seed, train.neftune_noise_alpha)
+    objective, device = setup.objective, setup.device
+    first = first_examples(setup.source).examples()
+    longest = max(setup.data.train.longest, setup.data.eval.longest if setup.data.eval else 0)
+    stack = setup.sharding is None
+    chosen = fast_path.choose(model, objective, first, longest, train.packing, device, stack=stack)
+    if train.torch_compile:
+        fast_path.compile_layers(model, objective, first, chosen, device)
+    if train.gradient_checkpointing:
+        fast_path.recompute(model, objective, first, chosen, device)
+    if deterministic:
+        fast_path.check_deterministic(model, objective, first, chosen, device)
+    update = _update(setup, model, masters)
+    setup.session.model, setup.session.fast_path = model, chosen
+    notes = [*quantization.lines(model), *dropout_notes, *noise_notes, *chosen.notes]
+    return Built(model, update, row_noise, chosen, notes)
+
+
+def _load_network(setup: Setup, out: Path) -> PreTrainedModel:
+    """Load the weights, adapt them, move them to the device."""
+    recipe, folder, head = setup.recipe, setup.model_folder, setup.objective.traits.head
+    options: dict[str, Any] = {} if recipe.device_map is None else {"device_map": recipe.device_map}
     new_head = objectives.head_config(setup.objective) or None
     if recipe.adapter == "continue":
         model = load.load_model(
-            folder,
-            head=setup.objective.traits.head,
-            adapter="attach",
-            trainable=True,
-            head_config=new_head,
-            **placed,
+            folder, head=head, adapter="attach", trainable=True, head_config=new_head, **options
         )
         probe.verify_probe(folder.path, model, load.load_tokenizer(folder))
     else:
@@ -264,82 +271,57 @@ def build(setup: Setup, out: Path) -> Built:
                 folder = _merged_base(setup, out)
         elif recipe.adapter == "new" and folder.base is not None:
             folder = replace(folder, path=folder.base, kind="full", base=None)
-        options = {**setup.adaptation.load_kwargs(), **placed}
-        loaded = load.load_model(
-            folder, head=setup.objective.traits.head, trainable=True, head_config=new_head, **options
-        )
+        options = {**setup.adaptation.load_kwargs(), **options}
+        loaded = load.load_model(folder, head=head, trainable=True, head_config=new_head, **options)
         new_rows = vocabulary.grow(loaded, setup.new_tokens)
-        model = setup.adaptation.apply(loaded, setup.objective.traits.head, new_rows, setup.tokenizer)
+        model = setup.adaptation.apply(loaded, head, new_rows, setup.tokenizer)
     if recipe.device_map is None:
         model.to(setup.device)
     else:
         device_map.check(model)
-    masters: Trained
-    masters = whole = Masters(model, setup.precision.compute)
-    precision.cast(model, setup.precision.compute)
-    switched_off = noise.switch_off(model) if setup.objective.traits.deterministic else []
-    row_noise, said = noise.install(model, recipe.seed, train.neftune_noise_alpha)
-    first = first_examples(setup.source).examples()
-    chosen = fast_path.choose(
-        model,
-        setup.objective,
-        first,
-        _longest(setup.data),
-        train.packing,
-        setup.device,
-        stack=setup.sharding is None,
-    )
-    if train.torch_compile:
-        fast_path.compile_layers(model, setup.objective, first, chosen, setup.device)
-    if train.gradient_checkpointing:
-        fast_path.recompute(model, setup.objective, first, chosen, setup.device)
-    if setup.objective.traits.deterministic:
-        fast_path.check_still(model, setup.objective, first, chosen, setup.device)
-    trained = whole.masters if setup.sharding is None else whole.parameters
-    optimizer = optimizers.build(
-        trained, train, lm_head.own_parameters(model), setup.adaptation.learning_rates(trained)
-    )
-    if setup.sharding is None:
-        whole.listen()
+    return model
+
+
+def _update(setup: Setup, model: PreTrainedModel, masters: Masters) -> Update:
+    """Make the optimiser, its schedule and, in fp16, the loss scale."""
+    train, sharding = setup.recipe.train, setup.sharding
+    weights: Mapping[str, torch.Tensor] = masters.masters if sharding is None else masters.parameters
+    rates = setup.adaptation.learning_rates(weights)
+    optimizer = optimizers.build(weights, train, lm_head.own_parameters(model), rates)
+    trained: TrainedWeights = masters
+    if sharding is None:
+        masters.install_hooks()  # not earlier: the parity checks make gradients too
     else:
-        masters = deepspeed_zero.Shards(model, optimizer, whole.masters, setup.sharding.complete)
+        trained = deepspeed_zero.Shards(model, optimizer, masters.masters, sharding.complete)
     schedule = optimizers.schedule(optimizer, train, setup.source.plan.steps)
     scale = precision.LossScale() if setup.precision.compute is torch.float16 else None
-    update = Update(masters, optimizer, schedule, train.max_grad_norm, recipe.seed, scale)
-    setup.session.model, setup.session.route = model, chosen
-    return Built(
-        model, update, row_noise, chosen, [*quantization.lines(model), *switched_off, *said, *chosen.notes]
-    )
+    return Update(trained, optimizer, schedule, train.max_grad_norm, setup.recipe.seed, scale)
 
 
-def _longest(data: Prepared) -> int:
-    return max(data.train.longest, data.eval.longest if data.eval else 0)
-
-
-def _name_code(recipe: Recipe, folder: Folder, say: Say) -> None:
-    """Say which files of the model will be run."""
+def _note_remote_code(recipe: Recipe, folder: Folder, note: Note) -> None:
+    """Print which Python files of the model will run."""
     if not recipe.trust_remote_code:
         return
     code = code_files(folder)
     if not code:
         raise RecipeError(
-            "trust_remote_code: true does nothing: this model brings no code of its own. Leave it out."
+            f"trust_remote_code: true has no effect: {folder.path} contains no Python code. Leave the key out."
         )
     named = ", ".join(f"{file} (sha256 {files.sha256(file)[:16]})" for file in code)
-    say(f"trust_remote_code: code that came with the model runs with all your rights: {named}")
+    note(f"trust_remote_code: code from the model folder runs with all your rights: {named}")
 
 
 def _tokenizer_folder(recipe: Recipe, folder: Folder) -> Folder:
-    """Where the tokenizer comes from: an adapter that is left out takes the tokens it added with it."""
+    """Return the folder of the tokenizer: the base's where an adapter that added tokens is left out."""
     left_out = recipe.adapter == "new" and folder.base is not None and vocabulary.adapter_rows(folder.path)
     return replace(folder, path=folder.base, kind="full", base=None) if left_out and folder.base else folder
 
 
-def _about(new: vocabulary.NewTokens, data: Prepared) -> list[str]:
-    """The ids of the new tokens, and which of them no training row holds: those will not be learnt."""
+def _new_token_notes(new: vocabulary.NewTokens, data: Prepared) -> list[str]:
+    """List the ids of the new tokens, and the tokens that no training row contains."""
     if not new.ids:
         return []
-    said = [f"new tokens: {', '.join(f'{token} = {number}' for token, number in new.ids.items())}"]
+    lines = [f"new tokens: {', '.join(f'{token} = {number}' for token, number in new.ids.items())}"]
     wanted = np.array(list(new.ids.values()))
     seen: set[int] = set()
     for entry in data.train.entries:
@@ -347,41 +329,39 @@ def _about(new: vocabulary.NewTokens, data: Prepared) -> list[str]:
         seen.update(ids[np.isin(ids, wanted)].tolist())
     unseen = [token for token, number in new.ids.items() if number not in seen]
     if unseen:
-        said.append(f"no training row holds {', '.join(unseen)}: nothing will be learnt of it")
-    return said
+        lines.append(f"no training row contains {', '.join(unseen)}: their embeddings will not be trained")
+    return lines
 
 
 def _check_compile(train: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """What compiled layers could not be, or would only cost."""
+    """Raise RecipeError where torch.compile cannot work or gains nothing."""
     if not train.torch_compile:
         return
     if device.type != "cuda":
         raise RecipeError(
-            f"train.torch_compile is for GPUs, and this run is on a {device.type} device. On a CPU compiling takes half "
-            "a minute, needs padded rows, and gives layers that are as fast as ours at best.\n  Leave train.torch_compile out."
+            f"train.torch_compile is for GPUs, and this run is on a {device.type} device. On a CPU compiling takes "
+            "half a minute, needs padded rows, and is no faster than tunesmith's own layers.\n"
+            "  Leave train.torch_compile out."
         )
     if train.packing == "auto" and fast_path.packed_attention(device, dtype) != "varlen":
         raise RecipeError(
-            f"train.torch_compile: packed rows go through attention one by one here ({varlen.why_not(device, dtype)}), so every "
-            "packing would be compiled anew.\n  Set train.packing: off, or leave train.torch_compile out."
+            f"train.torch_compile: attention runs row by row on packed batches here "
+            f"({varlen.why_not(device, dtype)}), so every packing would be compiled again.\n"
+            "  Set train.packing: off, or leave train.torch_compile out."
         )
 
 
 def _merged_base(setup: Setup, out: Path) -> Folder:
-    """The adapter folded into its base, written beside the run: what a new adapter on it refers to as its base."""
+    """Merge the adapter into its base, next to the run; a new adapter records this folder as its base."""
     target = out / "base"
     if not target.is_dir():
-        from tunesmith.merge import merge_adapter as merge
-
-        with torch.random.fork_rng():  # loading draws numbers, and the other processes do not load
-            folded = merge.fold(
-                setup.model_folder
-            )  # its tokenizer is without this run's new tokens, which the sum knows nothing of
+        with torch.random.fork_rng():  # loading draws random numbers, and the other processes do not load
+            # the folder's own tokenizer: the merged model does not have the new tokens of this run
+            merged = merge_adapter.fold(setup.model_folder)
 
         def write(folder: Path) -> None:
-            merge.write(folded, folder)
+            merge_adapter.write(merged, folder)
 
-        files.publish_folder(
-            target, write, sum(p.numel() * p.element_size() for p in folded.model.parameters())
-        )
+        size = sum(p.numel() * p.element_size() for p in merged.plain.parameters())
+        files.publish_folder(target, write, size)
     return locate(target, setup.model_folder.remote_code)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tunesmith.json_types import JsonObject
 from tunesmith.suggestions import did_you_mean
 
 Every = float | Literal["epoch"] | None
@@ -23,7 +24,7 @@ class TrainConfig(Strict):
         None, gt=0, description="default: the adaptation's own (LoRA 2e-4, full 2e-5)"
     )
     epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, gt=0, description="so many optimiser steps, instead of epochs")
+    max_steps: int | None = Field(None, gt=0, description="number of optimiser steps, instead of epochs")
     batch_size: int = Field(8, gt=0, description="rows per optimiser step, over all processes")
     micro_batch_tokens: int | Literal["auto"] = Field(
         2048,
@@ -34,7 +35,7 @@ class TrainConfig(Strict):
     )
     shuffle: bool = True
     packing: Literal["auto", "off"] = Field(
-        "auto", description="auto = rows side by side with no padding where that is exact"
+        "auto", description="auto = rows in one sequence without padding, where that is exact"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = Field(
@@ -46,14 +47,14 @@ class TrainConfig(Strict):
     neftune_noise_alpha: float | None = Field(
         None, gt=0, description="noise on the embeddings, such as 5 (Jain et al. 2023)"
     )
-    optim: str | dict[str, Any] = Field(
+    optim: str | JsonObject = Field(
         "adamw",
         description=f"{', '.join(OPTIMS)}; with arguments: {{type: adamw, betas: [0.9, 0.95], eps: 1.0e-8}}",
     )
     head_learning_rate: float | None = Field(
-        None, gt=0, description="of the trained output layer, when it has a rate of its own"
+        None, gt=0, description="rate of the output layer, if it is trained; default: learning_rate"
     )
-    lr_scheduler_type: str | dict[str, Any] = Field(
+    lr_scheduler_type: str | JsonObject = Field(
         "linear",
         description="any schedule of transformers; with arguments: {type: cosine_with_restarts, num_cycles: 2}",
     )
@@ -64,13 +65,15 @@ class TrainConfig(Strict):
     logging_steps: Every = 1.0
     eval_steps: Every = Field("epoch", description="null = only before and after")
     save_steps: Every = Field("epoch", description="null = only at the end")
-    save_total_limit: int = Field(2, gt=0, description="checkpoints kept beside the best and the last")
+    save_total_limit: int = Field(
+        2, gt=0, description="checkpoints kept in addition to that of the best evaluation"
+    )
     early_stopping_patience: int | None = Field(
-        None, gt=0, description="stop after so many evaluations without improvement"
+        None, gt=0, description="stop after this many evaluations without improvement"
     )
     early_stopping_threshold: float = Field(0.0, ge=0)
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
-        default_factory=list, description="trackers that get every figure too; none by default"
+        default_factory=list, description="trackers that receive every figure; none by default"
     )
 
     @property
@@ -78,8 +81,7 @@ class TrainConfig(Strict):
         return _name(self.optim)
 
     @property
-    def optim_args(self) -> dict[str, Any]:
-        """Arguments of the optimiser by their own names."""
+    def optim_args(self) -> JsonObject:
         return _arguments(self.optim)
 
     @property
@@ -87,14 +89,13 @@ class TrainConfig(Strict):
         return _name(self.lr_scheduler_type)
 
     @property
-    def scheduler_args(self) -> dict[str, Any]:
-        """Arguments of the schedule by their own names."""
+    def scheduler_args(self) -> JsonObject:
         return _arguments(self.lr_scheduler_type)
 
     @field_validator("optim", "lr_scheduler_type")
     @classmethod
-    def _named(cls, chosen: str | dict[str, Any]) -> str | dict[str, Any]:
-        """A mapping says which it is; one that says nothing more is its name."""
+    def _check_type(cls, chosen: str | JsonObject) -> str | JsonObject:
+        """Require ``type`` in a mapping; reduce a mapping without arguments to its name."""
         if isinstance(chosen, str):
             return chosen
         if not isinstance(chosen.get("type"), str):
@@ -105,7 +106,7 @@ class TrainConfig(Strict):
 
     @field_validator("optim")
     @classmethod
-    def _known(cls, chosen: str | dict[str, Any]) -> str | dict[str, Any]:
+    def _check_optim(cls, chosen: str | JsonObject) -> str | JsonObject:
         if _name(chosen) not in OPTIMS:
             raise ValueError(f"unknown optimiser {_name(chosen)!r}. {did_you_mean(_name(chosen), OPTIMS)}")
         return chosen
@@ -115,7 +116,7 @@ class TrainConfig(Strict):
         if self.warmup_ratio and self.warmup_steps:
             raise ValueError("set warmup_ratio or warmup_steps, not both")
         for name in ("logging_steps", "eval_steps", "save_steps"):
-            value = getattr(self, name)
+            value = dict(self)[name]
             if isinstance(value, float) and (value <= 0 or (value > 1 and value != int(value))):
                 raise ValueError(f"{name} must be a whole number, a share of the run below 1, or `epoch`")
         if isinstance(self.micro_batch_tokens, int) and self.micro_batch_tokens < 1:
@@ -125,24 +126,24 @@ class TrainConfig(Strict):
         return self
 
 
-def _name(chosen: str | dict[str, Any]) -> str:
+def _name(chosen: str | JsonObject) -> str:
     return str(chosen["type"]) if isinstance(chosen, dict) else chosen
 
 
-def _arguments(chosen: str | dict[str, Any]) -> dict[str, Any]:
+def _arguments(chosen: str | JsonObject) -> JsonObject:
     return {key: value for key, value in chosen.items() if key != "type"} if isinstance(chosen, dict) else {}
 
 
 class SampleConfig(Strict):
-    """Fixed prompts answered at every evaluation, to be read beside the curves."""
+    """Sample prompts, answered at every evaluation."""
 
     prompts: list[str] | None = Field(None, description="default: the prompts of the first held-out rows")
-    count: int = Field(3, ge=0, description="how many held-out prompts when none are given; 0 = none")
+    count: int = Field(3, ge=0, description="number of held-out prompts when none are given; 0 = none")
     max_new_tokens: int = Field(64, gt=0)
 
 
 def due(every: float | str | None, step: int, steps: int, steps_per_epoch: int) -> bool:
-    """Whether something asked for ``every`` N steps, share of the run below 1, or ``epoch``, falls on ``step``."""
+    """Return whether ``every`` (a number of steps, a share below 1, or ``epoch``) falls on ``step``."""
     if every is None:
         return False
     if every == "epoch":

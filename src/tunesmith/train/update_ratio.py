@@ -1,7 +1,8 @@
-"""How far an update moves the weights, measured in their own size.
+"""The update ratio: the norm of an update, divided by the norm of the weights.
 
-Healthy training moves them by about a thousandth a step. Far less, and nothing is learnt (a rate that is too low, updates that
-round to nothing); far more, and what was learnt before is lost. It is measured on a sample of each tensor.
+Healthy training moves the weights by about a thousandth per step. With a much smaller ratio the model learns
+nothing (the learning rate is too low, or updates round to zero); with a much larger one the pretrained
+weights are lost. The ratio is measured on a sample of each tensor.
 """
 
 from __future__ import annotations
@@ -14,35 +15,37 @@ import torch
 from tunesmith.train import distributed
 
 RUN, RUNS = 16, 128
-"""Neighbours looked at together (what one line of a CPU's cache holds), and how many such runs in each tensor."""
-CLOSER = 2**20
-"""Elements looked at before a tensor is said not to move: of a large vocabulary only the rows that were seen do."""
+"""Neighbouring elements in a run (one cache line of a CPU), and runs in the sample of a tensor."""
+RECHECKED = 2**20
+"""Elements checked before a tensor is reported as unmoved: few rows of a large vocabulary move."""
 PATIENCE = 5
-"""Updates that a tensor may stand still. The first one may: LoRA's B is zero, so no gradient reaches A."""
+"""Updates before an unmoved tensor is checked. LoRA's B is zero, so A has no gradient in the first one."""
 
 
-class Ratio:
-    """``before`` and ``after`` enclose an update of ``masters`` (by name, fp32) by their ``grad``; ``value`` is what it came to.
+class UpdateRatio:
+    """Measures each update of ``masters`` (fp32, by name), from ``sample_before`` to ``compare_after``.
 
-    ``value`` is norm(update) / norm(weights before it), over all masters together: a function of the weights alone, so it is the
-    same in every process and in a resumed run. Sums stay on the device until somebody reads ``value``. ``shared``: each process
-    has other masters, parts of the tensors; then their norms are added up, so all processes read ``value`` at the same time,
-    and no tensor is named.
+    ``value`` is norm(update) / norm(weights before it), over all masters together: a function of the weights
+    alone, so it is the same in every process and in a resumed run. Its sums stay on the device until
+    ``value`` is read.
+
+    ``sharded``: each process has another part of the masters. Then the norms are added over processes, all
+    processes must read ``value`` at the same time, and ``warning`` names no tensor.
     """
 
-    def __init__(self, masters: Mapping[str, torch.Tensor], shared: bool = False) -> None:
+    def __init__(self, masters: Mapping[str, torch.Tensor], sharded: bool = False) -> None:
         self.masters = masters
-        self.shared = shared
+        self.sharded = sharded
         self.updates = 0
-        self._watched = not shared
-        """Whether tensors are watched for being moved, and reached by a gradient, in the first updates."""
+        self._watched = not sharded
+        """Whether the first updates record which tensors move and which have a gradient."""
         self._seen: torch.Tensor | None = None
-        """bool (2, masters): moved by an update so far; reached by a gradient so far."""
-        self._still: list[str] = []
+        """bool (2, masters): an update has moved it; a gradient has reached it."""
+        self._unmoved: list[str] = []
         """Tensors whose sample no update has moved; known after ``PATIENCE`` updates."""
-        self._kept = torch.empty(0)
-        self._closer: dict[str, torch.Tensor] = {}
-        self._closer_moved: torch.Tensor | None = None
+        self._sample = torch.empty(0)
+        self._recheck: dict[str, torch.Tensor] = {}
+        self._recheck_moved: torch.Tensor | None = None
         self._sums: torch.Tensor | None = None
         self._value = math.nan
 
@@ -52,69 +55,69 @@ class Ratio:
             self._value, self._sums = self._quotient(self._sums.tolist()), None
         return self._value
 
-    def stood_still(self) -> None:
-        """The last update changed nothing."""
+    def record_no_update(self) -> None:
         self._value, self._sums = 0.0, None
 
-    def pending(self) -> torch.Tensor | None:
-        """Flags that ``settle`` wants as numbers before the next update; None when it wants none. They travel with the loss
-        in the one message of a step."""
-        due = self._watched and self.updates == PATIENCE and self._seen is not None
-        return self._seen.flatten() if due and self._seen is not None else None
+    def moved_flags(self) -> torch.Tensor | None:
+        """Return flags that ``receive_flags`` needs as numbers before the next update, or None.
 
-    def settle(self, flags: list[float]) -> None:
-        """Learn which tensors no update has moved, from ``pending``."""
-        self._still = [
-            name for name, moved in zip(self.masters, flags[: len(self.masters)], strict=True) if not moved
-        ]
+        They travel with the loss, in the one message of a step to the host.
+        """
+        if not self._watched or self.updates != PATIENCE or self._seen is None:
+            return None
+        return self._seen.flatten()
+
+    def receive_flags(self, flags: list[float]) -> None:
+        moved = zip(self.masters, flags[: len(self.masters)], strict=True)
+        self._unmoved = [name for name, flag in moved if not flag]
 
     @torch.no_grad()
-    def before(self) -> None:
-        """Keep a sample of every tensor, and more of those that are about to be said not to move."""
-        self._kept = torch.cat(self._samples())
+    def sample_before(self) -> None:
+        """Sample every tensor, and take a larger sample of those about to be reported as unmoved."""
+        self._sample = torch.cat(self._samples())
         if self._watched and self.updates <= PATIENCE:
-            self._closer = {
-                name: _closer(self.masters[name]).clone() for name in self._still if self.updates == PATIENCE
-            }
+            names = self._unmoved if self.updates == PATIENCE else []
+            self._recheck = {name: _large_sample(self.masters[name]).clone() for name in names}
             gradients = [master.grad for master in self.masters.values()]
-            none = self._kept.new_ones((), dtype=torch.bool)  # without a gradient there is nothing to tell
-            reached = torch.stack([none if gradient is None else gradient.any() for gradient in gradients])
+            missing = self._sample.new_ones((), dtype=torch.bool)  # no gradient tensor: nothing to report
+            reached = torch.stack([missing if grad is None else grad.any() for grad in gradients])
             if self._seen is None:
                 self._seen = torch.zeros(2, len(self.masters), dtype=torch.bool, device=reached.device)
             self._seen[1] |= reached
 
     @torch.no_grad()
-    def after(self, learning_rate: float) -> None:
-        """Compare with the sample. At a rate of zero, as in the first step of a warm-up, a tensor may stand still."""
+    def compare_after(self, learning_rate: float) -> None:
+        """Compare with the sample. A rate of zero, as in the first step of a warm-up, moves no tensor."""
         samples = self._samples()
         lengths = [sample.numel() for sample in samples]
-        moved = (torch.cat(samples) - self._kept).square_().split(lengths)
-        size = self._kept.square_().split(lengths)
+        moved = torch.split((torch.cat(samples) - self._sample).square_(), lengths)
+        size = torch.split(self._sample.square_(), lengths)
         self._sums = torch.stack([part.sum() for part in (*moved, *size)])
-        self._kept = torch.empty(0)
+        self._sample = torch.empty(0)
         if self._watched and learning_rate and self.updates <= PATIENCE and self._seen is not None:
             self._seen[0] |= self._sums[: len(lengths)] != 0
             if self.updates == PATIENCE:
-                looks = [(_closer(self.masters[name]) != kept).any() for name, kept in self._closer.items()]
-                self._closer_moved = torch.stack(looks) if looks else None
+                changed = [
+                    (_large_sample(self.masters[name]) != old).any() for name, old in self._recheck.items()
+                ]
+                self._recheck_moved = torch.stack(changed) if changed else None
             self.updates += 1
-        self._closer = {}
+        self._recheck = {}
 
     def _quotient(self, sums: list[float]) -> float:
         samples = self._samples()
-        moved_by, sized = sums[: len(samples)], sums[len(samples) :]
-        shares = [
-            master.numel() / max(one.numel(), 1)
-            for master, one in zip(self.masters.values(), samples, strict=True)
-        ]
-        whole = math.fsum(share * one for share, one in zip(shares, sized, strict=True))
-        moved_whole = math.fsum(share * one for share, one in zip(shares, moved_by, strict=True))
-        if self.shared:
-            whole, moved_whole = distributed.add(whole, moved_whole)
-        return math.sqrt(moved_whole / whole) if whole else math.nan
+        masters = zip(self.masters.values(), samples, strict=True)
+        scales = [master.numel() / max(sample.numel(), 1) for master, sample in masters]
+        moved, whole = (
+            math.fsum(scale * part for scale, part in zip(scales, parts, strict=True))
+            for parts in (sums[: len(samples)], sums[len(samples) :])
+        )
+        if self.sharded:
+            whole, moved = distributed.add(whole, moved)
+        return math.sqrt(moved / whole) if whole else math.nan
 
     def warning(self) -> str | None:
-        """Once, after the first updates: which tensors none of them has moved, or nothing but weight decay has."""
+        """Return once which tensors did not move in the first updates, or moved by weight decay alone."""
         if self.updates <= PATIENCE or not self._watched or self._seen is None:
             return None
         self._watched = False
@@ -122,15 +125,14 @@ class Ratio:
             {name for name, flag in zip(self.masters, row, strict=True) if flag}
             for row in self._seen.tolist()
         )
-        if self._closer_moved is not None:
-            moved |= {
-                name for name, flag in zip(self._still, self._closer_moved.tolist(), strict=True) if flag
-            }
-        still, unreached = self.masters.keys() - moved, self.masters.keys() - reached
-        names = [name for name in self.masters if name in still | unreached]
+        if self._recheck_moved is not None:
+            rechecked = zip(self._unmoved, self._recheck_moved.tolist(), strict=True)
+            moved |= {name for name, flag in rechecked if flag}
+        unmoved, unreached = self.masters.keys() - moved, self.masters.keys() - reached
+        names = [name for name in self.masters if name in unmoved | unreached]
         if not names:
             return None
-        decayed = ", but for weight decay," if unreached - still else ""
+        decayed = ", except by weight decay," if unreached - unmoved else ""
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return (
             f"{len(names)} of {len(self.masters)} trained tensors did not move{decayed} in {self.updates} updates: "
@@ -138,7 +140,7 @@ class Ratio:
         )
 
     def _samples(self) -> list[torch.Tensor]:
-        """Of each tensor (elements,), always at the same places."""
+        """Sample each tensor, (elements,), always at the same positions."""
         return [_sample(master) for master in self.masters.values()]
 
 
@@ -147,12 +149,10 @@ def _sample(master: torch.Tensor) -> torch.Tensor:
     if flat.numel() <= RUN * RUNS:
         return flat
     step, width = math.ceil(flat.numel() / RUNS), master.shape[-1]
-    if (
-        width < flat.numel()
-    ):  # whole rows and a golden part of one, so that runs do not meet the same columns in every row
+    if width < flat.numel():  # shift by a golden part of a row, so that runs fall on different columns
         step = max(RUN, step // width * width + round(0.618 * width))
     return flat.unfold(0, RUN, step).flatten()
 
 
-def _closer(master: torch.Tensor) -> torch.Tensor:
-    return master.detach().flatten()[:: math.ceil(master.numel() / CLOSER) or 1]
+def _large_sample(master: torch.Tensor) -> torch.Tensor:
+    return master.detach().flatten()[:: math.ceil(master.numel() / RECHECKED) or 1]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tunesmith
@@ -11,9 +11,15 @@ from tests.runs import history, recipe
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.objectives import classify, sft
-from tunesmith.train import forward_batches
+from tunesmith.train import forward_batches, machine
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_collection(monkeypatch):
+    """It takes a tenth of a second at each halving."""
+    monkeypatch.setattr(machine, "release_memory", lambda device: None)
 
 
 def refused():
@@ -39,6 +45,7 @@ def evaluated(folder):
     return [(one["eval_loss"], one["perplexity"]) for one in history(folder) if one["kind"] == "eval"]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine draws slowly
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20),
     most=st.integers(30, 90),
@@ -55,7 +62,8 @@ def test_every_row_comes_once(lengths, most, budget, packed):
             raise refused()
         return {"places": places}
 
-    found = forward_batches.in_groups(run, (sizes, np.ones_like(sizes)), budget, PACKED if packed else PADDED, CPU, str)
+    layout = PACKED if packed else PADDED
+    found = forward_batches.run_groups(run, (sizes, np.ones_like(sizes)), budget, layout, CPU, str)
     assert all(places == result["places"] for places, result in found)
     assert sorted(place for places, _ in found for place in places) == list(range(len(lengths)))
     assert failed == sorted(set(failed), reverse=True)  # each attempt is smaller than all that did not fit
@@ -66,7 +74,7 @@ def test_another_error_is_not_taken_for_memory():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1"):
-        forward_batches.in_groups(run, (np.array([3]), np.array([1])), 10, PACKED, CPU, str)
+        forward_batches.run_groups(run, (np.array([3]), np.array([1])), 10, PACKED, CPU, str)
 
 
 def test_an_evaluation_that_does_not_fit_is_done_in_halves(tmp_path, monkeypatch):

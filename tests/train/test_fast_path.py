@@ -1,5 +1,8 @@
 """The trial before the first step sees every gradient and every product of the fast path, and leaves the model as it was."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,7 +15,7 @@ from tunesmith.models.fast import fused_bottleneck, linear_products
 from tunesmith.models.find.locate import locate
 from tunesmith.models.load import load
 from tunesmith.objectives import dpo, reward, sft
-from tunesmith.train import fast_path
+from tunesmith.train import fast_path, parity_check
 
 SFT = sft.Objective(sft.Config())
 KINDS = {"lora": lora, "bottleneck": bottleneck}
@@ -90,10 +93,11 @@ def test_a_wrong_product_is_seen_where_nothing_is_trained(without, monkeypatch):
 def test_a_reward_may_be_rounded_further_in_half_precision(dtype, accepted):
     """Plain bf16 is 11% from fp32 there, so two paths of it may well be 18% apart."""
     expected, got = (0.7, [torch.tensor([1.0, 0.0])]), (0.7, [torch.tensor([1.0, 0.18])])
-    assert fast_path._difference(expected, got, dtype) is not None
-    judged = reward.Objective(reward.Config())
-    assert (fast_path._difference(expected, got, dtype, fast_path._more(judged)) is None) == accepted
-    assert fast_path._more(sft.Objective(sft.Config())) == 1.0
+    assert parity_check.difference(expected, got, dtype) is not None
+    network = SimpleNamespace(dtype=dtype)
+    check = parity_check.ParityCheck(network, reward.Objective(reward.Config()), (), CPU)
+    assert (check.compare(expected, got) is None) == accepted
+    assert replace(check, objective=SFT).compare(expected, got) is not None
 
 
 @pytest.mark.parametrize("task", [dpo, reward], ids=["dpo", "reward"])
@@ -112,5 +116,5 @@ def test_long_answers_are_tried_in_part(task, tmp_path, monkeypatch):
     folder = locate(save_tiny("llama", tmp_path))
     network = load.load_model(folder, head=objective.traits.head, trainable=True, head_config=objectives.head_config(objective))
     chosen = fast_path.choose(network, objective, long, 4096, "auto", CPU)
-    assert min(len(one["input_ids"]) for one in long) > 1000 and max(seen) <= 2 * 2 * fast_path.PROBE_TOKENS
+    assert min(len(one["input_ids"]) for one in long) > 1000 and max(seen) <= 2 * 2 * parity_check.CHECK_TOKENS
     assert chosen.packed and chosen.layout.shared and not chosen.notes

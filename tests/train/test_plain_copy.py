@@ -68,7 +68,7 @@ def test_an_adapter_that_no_weight_can_stand_for_is_said(tmp_path):
 
 
 def test_too_little_memory_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(plain_copy, "NEEDED", 10**9)
+    monkeypatch.setattr(plain_copy, "BYTES_PER_PARAMETER", 10**9)
     found = trained(tmp_path, "llama", "qa", "lora")
     assert "merged_dir" not in found and f"tunesmith merge {found['model_dir']}" in notes(tmp_path)[0]
 

@@ -313,7 +313,7 @@ def test_a_rate_for_an_output_layer_that_is_not_trained_on_its_own_is_refused(ad
         ("adamw", {"fused": False}, "tunesmith chooses"),
         ("sgd", {"maximize": True}, "it would raise the loss"),
         ("adafactor", {"relative_step": True}, "tunesmith chooses"),
-        ("lion", {"min_8bit_size": 5}, "its state is kept in 32 bits"),
+        ("lion", {"min_8bit_size": 5}, "its state has 32 bits"),
         ("adamw", {"eps": "1e-8"}, r"train\.optim\.eps: adamw does not take '1e-8': expected a value such as 1e-08"),
         ("adamw", {"betas": [0.9, 2.0]}, "Invalid beta parameter"),
         (
@@ -343,7 +343,7 @@ def test_a_missing_package_is_named(name, tmp_path, monkeypatch):
 def test_8_bits_that_would_hold_nothing_are_refused(tmp_path):
     pytest.importorskip("bitsandbytes")
     made = recipe(tmp_path, adaptation={"type": "lora", "r": 4}, optim="adamw_8bit", optim_args={})
-    with pytest.raises(RecipeError, match="does nothing: weights below 4096 numbers keep their moments in 32 bits"):
+    with pytest.raises(RecipeError, match="has no effect: weights below 4096 elements keep their moments in 32 bits"):
         tunesmith.check(made)
 
 
@@ -358,5 +358,5 @@ def test_keys_of_momentum_without_momentum_are_refused(key, tmp_path):
 def test_pages_need_a_gpu(name, instead, monkeypatch):
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RecipeError, match=rf"train\.optim={name}: pages are moved by a CUDA device.*\n.*train\.optim={instead},"):
+    with pytest.raises(RecipeError, match=rf"train\.optim={name}: only a CUDA device moves pages.*\n.*train\.optim={instead},"):
         optimizers.check(TrainConfig(optim=name))

@@ -8,21 +8,21 @@ from tests.numeric.test_invariance import OTHERS
 from tests.runs import recipe
 from tunesmith.runs import metrics_file
 from tunesmith.train import master_weights, setup, update_ratio
-from tunesmith.train.update_ratio import Ratio
+from tunesmith.train.update_ratio import UpdateRatio
 
 
 def after(made, move, rate=1.0):
-    if (flags := made.pending()) is not None:
-        made.settle(flags.tolist())
-    made.before()
+    if (flags := made.moved_flags()) is not None:
+        made.receive_flags(flags.tolist())
+    made.sample_before()
     move()
-    made.after(rate)
+    made.compare_after(rate)
     return made
 
 
 def test_small_tensors_are_measured_whole():
     weights = {"a": torch.full((3, 4), 2.0), "b": torch.zeros(5)}
-    found = after(Ratio(weights), lambda: (weights["a"].add_(0.01), weights["b"].add_(0.02)))
+    found = after(UpdateRatio(weights), lambda: (weights["a"].add_(0.01), weights["b"].add_(0.02)))
     expected = (12 * 0.01**2 + 5 * 0.02**2) ** 0.5 / (12 * 2.0**2) ** 0.5
     assert found.value == pytest.approx(expected, rel=1e-4)
 
@@ -32,18 +32,18 @@ def test_a_sample_of_large_tensors_comes_near():
     weights = {"large": torch.randn(3000, 576, generator=generator), "small": torch.randn(64, generator=generator) * 5}
     update = {name: torch.randn(weight.shape, generator=generator) * 1e-3 * (len(name)) for name, weight in weights.items()}
     norms = [sum(float(x.square().sum()) for x in these.values()) ** 0.5 for these in (update, weights)]
-    found = after(Ratio(weights), lambda: [weights[name].add_(update[name]) for name in weights])
+    found = after(UpdateRatio(weights), lambda: [weights[name].add_(update[name]) for name in weights])
     assert found.value == pytest.approx(norms[0] / norms[1], rel=0.05)
 
 
 def test_weights_of_zero_have_no_ratio():
     weights = {"b": torch.zeros(4)}
-    assert str(after(Ratio(weights), lambda: weights["b"].add_(1.0)).value) == "nan"
+    assert str(after(UpdateRatio(weights), lambda: weights["b"].add_(1.0)).value) == "nan"
 
 
 def test_a_tensor_that_stands_still_is_named_once():
     weights = {name: torch.ones(4) for name in ("moves", "stands", "starts late")}
-    found = Ratio(weights)
+    found = UpdateRatio(weights)
     for step in range(update_ratio.PATIENCE + 3):
         after(found, lambda step=step: (weights["moves"].add_(1e-3), weights["starts late"].add_(1e-3 * (step > 0))))
         said = found.warning()
@@ -54,7 +54,7 @@ def test_a_tensor_that_stands_still_is_named_once():
 
 def test_a_warm_up_from_zero_accuses_nobody():
     weights = {"a": torch.ones(4)}
-    found = Ratio(weights)
+    found = UpdateRatio(weights)
     for _ in range(update_ratio.PATIENCE + 3):
         after(found, lambda: None, rate=0.0)
     assert found.warning() is None
@@ -62,7 +62,7 @@ def test_a_warm_up_from_zero_accuses_nobody():
 
 def test_a_vocabulary_of_which_few_rows_are_seen_moves():
     weights = {"table": torch.ones(60_000, 64)}
-    found = Ratio(weights)
+    found = UpdateRatio(weights)
     for _ in range(update_ratio.PATIENCE + 1):
         after(found, lambda: weights["table"][777].add_(1e-3))
     assert found.warning() is None
@@ -100,17 +100,17 @@ def test_at_a_small_rate_every_trained_tensor_moves(adaptation, precision, tmp_p
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_a_parameter_that_no_gradient_reaches_is_said(decay, tmp_path, monkeypatch):
     """Its gradient is cut off on purpose: the run goes on, and says that it does not train this tensor, though it may decay."""
-    listen = master_weights.Masters.listen
+    listen = master_weights.Masters.install_hooks
 
     def cut(self):
         listen(self)
         name = next(name for name in self.parameters if "mlp.down_proj" in name)
         self.parameters[name].register_hook(torch.zeros_like)
 
-    monkeypatch.setattr(master_weights.Masters, "listen", cut)
+    monkeypatch.setattr(master_weights.Masters, "install_hooks", cut)
     tunesmith.train(recipe(tmp_path, max_steps=7, weight_decay=decay), out=tmp_path / "run")
     manifest = (tmp_path / "run" / "manifest.json").read_text()
-    but = ", but for weight decay," if decay else ""
+    but = ", except by weight decay," if decay else ""
     assert f"1 of 20 trained tensors did not move{but} in 6 updates: model.layers.0.mlp.down_proj.weight. No" in manifest
 
 

@@ -56,7 +56,7 @@ def test_the_named_device_is_the_one_that_batches_go_to(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device_map", "words"),
+    ("given", "words"),
     [
         ("gpu", "'gpu' is no device"),
         ({"": "disk"}, "'disk' is no device"),
@@ -66,21 +66,21 @@ def test_the_named_device_is_the_one_that_batches_go_to(tmp_path):
         ({"model": 0, "lm_head": "cpu"}, "mixes cpu and cuda"),
     ],
 )
-def test_a_map_that_cannot_work_is_refused(device_map, words, monkeypatch):
+def test_a_map_that_cannot_work_is_refused(given, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RecipeError, match=words):
-        device_map.device_of(device_map, CUDA)
+        device_map.device_of(given, CUDA)
 
 
 def test_layers_that_are_not_where_the_others_are_are_refused():
     model = tiny_model("llama")
     device_map.check(model)
     model.model.layers[1].to("meta")
-    with pytest.raises(RecipeError, match=r"layers\.1\.self_attn\.q_proj\.weight lent from memory"):
+    with pytest.raises(RecipeError, match=r"layers\.1\.self_attn\.q_proj\.weight offloaded to memory"):
         device_map.check(model)
 
 
 def test_several_processes_and_a_map_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "state", lambda: SimpleNamespace(num_processes=2))
-    with pytest.raises(RecipeError, match="several processes"):
+    with pytest.raises(RecipeError, match="expected one process, found 2"):
         device_map.device_of("auto", CUDA)

@@ -1,0 +1,218 @@
+"""The micro-batch that fits into memory, found by trying the heaviest one before the first step.
+
+Two passes of different size show what a token costs, so that a run that does not fit stops in its first
+seconds with a size that would fit, and ``micro_batch_tokens: auto`` chooses that size.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tunesmith.data.batch.step import Step, heaviest, together
+from tunesmith.errors import RecipeError
+from tunesmith.models.fast import kernels
+from tunesmith.runs.figure_format import size
+from tunesmith.train import distributed, loop, machine, setup
+from tunesmith.train.loop import Job
+from tunesmith.train.train_config import TrainConfig
+
+LARGEST = {"cpu": 2048, "cuda": 16384}
+"""Tokens of a forward pass beyond which a device is no faster (SmolLM2-135M: 2 cores peak at about 1,000)."""
+
+PREVIEWED = 2000
+"""Steps whose micro-batches are compared to find the heaviest: a tenth of a second."""
+
+SMALLEST = 64
+"""The smallest budget that ``auto`` chooses, in tokens, and the multiple that it rounds to."""
+SHARE = 0.9
+"""The part of the memory that ``auto`` may use: the rest is for what a run does besides training."""
+
+STATE_BYTES = {
+    "adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw": 0.0, "paged_adamw_8bit": 0.0, "adafactor": 0.1, "sgd": 4.0,
+    "lion": 4.0,
+}  # fmt: skip
+"""Optimiser state per trained parameter (at most), before there is any. Paged state leaves a full device."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Forward and backward of one micro-batch."""
+
+    tokens: int
+    """Padding included."""
+    seconds: float
+    peak: int
+    """The most bytes that the process held."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of the heaviest pass of a run."""
+
+    heaviest: Pass
+    per_token: float
+    """Bytes that each further token takes."""
+    pending: int
+    """Bytes of optimiser state not allocated yet."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the process will hold."""
+        return self.heaviest.peak + self.pending
+
+    def tokens_within(self, limit: int) -> int:
+        """Return the largest micro-batch with which the process stays within ``limit`` bytes."""
+        if not self.per_token:
+            return self.heaviest.tokens
+        return int(self.heaviest.tokens + (limit - self.peak) / self.per_token)
+
+
+def first_budget(config: TrainConfig, device: torch.device) -> int:
+    """Return the budget before the measurement: the recipe's, or the tokens that make the device fast."""
+    wanted = config.micro_batch_tokens
+    return wanted if isinstance(wanted, int) else LARGEST.get(device.type, LARGEST["cpu"])
+
+
+def measure_memory(job: Job, limit: int) -> Memory:
+    """Try one short row, then the heaviest micro-batch of the run under ``job.budget``.
+
+    The system of a CPU does not refuse memory, it kills the process. So on a CPU the first rows of a large
+    micro-batch are tried before all of them; where they show that the whole would exceed ``limit`` bytes,
+    ``heaviest`` is an extrapolation.
+    """
+    state = distributed.state()
+    steps = job.source.preview(PREVIEWED)
+    mine = steps[0].share(state.process_index, state.num_processes) or [0]
+    shortest = min(mine, key=lambda place: (steps[0].lengths[place], place))
+    small = _pass(job, steps[0], [shortest])
+    step, places = heaviest(steps, job.budget, job.layout, state.process_index, state.num_processes)
+    masters = job.update.masters
+    allocated = any(job.update.optimizer.state.values())
+    state_bytes = STATE_BYTES[job.config.optim_name]
+    pending = 0 if allocated else int(masters.size * masters.share * state_bytes)
+    tokens, part = step.tokens(places, job.layout), _first_rows(job, step, places)
+    if job.device.type == "cpu" and tokens > 2 * step.tokens(part, job.layout):
+        tried = _pass(job, step, part)
+        per_token = _slope(small, tried)
+        peak = int(tried.peak + (tokens - tried.tokens) * per_token)
+        if peak + pending > limit:
+            return Memory(Pass(tokens, tried.seconds * tokens / tried.tokens, peak), per_token, pending)
+    large = _pass(job, step, places)
+    return Memory(large, _slope(small, large), pending)
+
+
+def _slope(small: Pass, large: Pass) -> float:
+    """Return the bytes that each further token takes."""
+    tokens = large.tokens - small.tokens
+    return max(0.0, (large.peak - small.peak) / tokens) if tokens > 0 else 0.0
+
+
+def _first_rows(job: Job, step: Step, places: list[int]) -> list[int]:
+    """Return the first rows of a micro-batch, at least one, up to the tokens that make a CPU fast."""
+    count = 1
+    while count < len(places) and step.tokens(places[: count + 1], job.layout) <= LARGEST["cpu"]:
+        count += 1
+    return places[:count]
+
+
+def _pass(job: Job, step: Step, places: list[int]) -> Pass:
+    kernels.return_freed_memory()
+    with machine.PeakWatch(job.device) as watch:
+        started = time.perf_counter()
+        loop.rehearse(job, step, places)
+        machine.synchronize(job.device)
+        seconds = time.perf_counter() - started
+    return Pass(step.tokens(places, job.layout), seconds, watch.peak)
+
+
+def limit_bytes(device: torch.device) -> int:
+    """Return the most bytes that this process may hold; the processes of a run share what is free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device))
+    processes = int(distributed.state().num_processes)
+    return machine.memory_bytes() + machine.available_memory_bytes() // processes
+
+
+def check_weights(ready: setup.Setup, limit: int) -> None:
+    """Raise RecipeError, before weights load, when they and the optimiser alone exceed ``limit`` bytes."""
+    total, trained, quantized = ready.outline.total, ready.outline.trainable, ready.outline.quantized
+    item = ready.precision.compute.itemsize
+    masters = 4 if item < 4 else 0
+    processes = distributed.state().num_processes if ready.sharding else 1
+    weights = (total - quantized.parameters) * item + quantized.bytes
+    state_bytes = STATE_BYTES[ready.recipe.train.optim_name]
+    needed = int(weights + trained * (masters + 4 + state_bytes) / processes)
+    if needed > limit:
+        raise RecipeError(
+            f"the weights with their gradients and optimiser state need {size(needed)}, and {size(limit)} are available: "
+            f"{size(needed - limit)} are missing before the first row is read.\n"
+            "  Take adaptation=lora (it trains a hundredth of the weights) or qlora (it keeps the others in 4 bits), "
+            "train.optim=adafactor, or a smaller model."
+        )
+
+
+def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
+    """Try the heaviest micro-batch; with ``automatic`` choose ``job.budget`` so that it fits ``limit`` bytes.
+
+    Raises RecipeError with the missing bytes and the remedies when the run does not fit.
+    """
+    limit = limit_bytes(job.device) if limit is None else limit
+    memory = measure_memory(job, limit)
+    longest = longest_row(job)
+    # all processes must decide on the same numbers: those of the process with the least room
+    mine = (memory.peak - SHARE * limit, memory.tokens_within(int(SHARE * limit)), job.budget)
+    excesses, capacities, budgets = zip(*distributed.gather([mine]), strict=True)
+    excess, capacity, job.budget = max(excesses), min(capacities), min(budgets)
+    if automatic and excess > 0 and capacity >= max(min(longest, job.budget), SMALLEST):
+        job.budget = _rounded(capacity)
+        memory = measure_memory(job, limit)
+        job.budget = min(distributed.gather([job.budget]))
+        return memory
+    if any(distributed.gather([memory.peak > limit])):
+        raise RecipeError(
+            f"this run needs about {size(memory.peak)} at once, and {size(limit)} are available: "
+            f"{size(memory.peak - limit)} are missing (its heaviest micro-batch has {memory.heaviest.tokens:,} tokens).\n"
+            f"  {'; '.join(remedies(job, memory, capacity, longest))}."
+        )
+    return memory
+
+
+def longest_row(job: Job) -> int:
+    """Return the tokens of the longest row: no micro-batch can be smaller."""
+    largest = 0
+    for step in job.source.preview(PREVIEWED):
+        lengths, rows = step.data.sizes(step.rows, job.layout)
+        place = [int(np.argmax(lengths * rows))]
+        largest = max(largest, together(lengths[place], rows[place], job.layout))
+    return largest
+
+
+def _rounded(tokens: int) -> int:
+    """Round down to a multiple of 64, so that noise of the measurement rarely changes the choice."""
+    return max(SMALLEST, tokens // SMALLEST * SMALLEST)
+
+
+def remedies(job: Job, memory: Memory, capacity: int, longest: int) -> list[str]:
+    """List what would make a run fit, the least harmful first: a smaller micro-batch changes no result.
+
+    ``capacity``: tokens of a micro-batch that fits.
+    """
+    found = []
+    if capacity >= max(longest, SMALLEST):
+        found.append(f"Would fit, with the same result: train.micro_batch_tokens={_rounded(capacity)}")
+    elif memory.heaviest.tokens > longest:
+        found.append(f"train.micro_batch_tokens={longest} (the longest row) would save some")
+    if not job.config.gradient_checkpointing:
+        found.append("train.gradient_checkpointing=true keeps one layer's activations instead of all")
+    if capacity < longest:
+        found.append(
+            f"the longest row has {longest:,} tokens: lower train.max_length, with objective.overlong=truncate or drop"
+        )
+    if job.update.masters.size > sum(parameter.numel() for parameter in job.model.parameters()) / 2:
+        found.append("adaptation=lora keeps no optimiser state for the whole network")
+    return [*found, "a smaller model takes less"]
