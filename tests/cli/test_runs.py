@@ -74,7 +74,7 @@ def test_compare_says_when_losses_are_not_comparable(made, tmp_path, capsys):
     other["data"]["eval"] = {"fraction": 0.3}
     tunesmith.train(other, out=tmp_path / "run")
     found = answered(capsys, "runs", "compare", made / "a", tmp_path / "run", "--out", tmp_path / "c.png", "--by", "tokens")
-    assert any("not evaluated on the same rows" in line for line in found["cautions"])
+    assert any("the evaluation rows differ" in line for line in found["cautions"])
 
 
 @pytest.mark.parametrize("words", [["a"], ["a", "b", "--by", "epoch"], ["a", "b", "--out", "c.svg"], ["a", "nowhere"]])

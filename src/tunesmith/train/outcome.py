@@ -69,7 +69,7 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
     """The result, also kept in the manifest, and the report."""
     records = metrics_file.read(run.metrics.path)
     evaluations = [record for record in records if record["kind"] == "eval"]
-    found = overfit.overfit(records)
+    found = overfit.detect(records)
     first = next((record for record in evaluations if record["step"] == 0), {})
     best = next((record for record in evaluations if record["step"] == at.best_step), {})
     earlier = run.folder.manifest().get("result", {})
@@ -79,13 +79,13 @@ def finish(run: Run, at: Progression, job: Job, before_model: int, stopped: str 
         peak = machine.peak_memory_bytes() - before_model
     kept = quantization.measured(run.model)
     sets = run.setup.data.eval_sets
-    measured = figure_format.measured([first, best], sets) or ["eval_loss", "perplexity"]
+    measured = figure_format.figure_names([first, best], sets) or ["eval_loss", "perplexity"]
     result = {
         "figures": measured,
         **_before_and_kept(measured, first, best),
         **({"eval_sets": list(sets)} if sets else {}),
         **_before_and_kept(
-            [name for one in sets for name in figure_format.measured([first, best], (), f"eval_{one}_")],
+            [name for one in sets for name in figure_format.figure_names([first, best], (), f"eval_{one}_")],
             first,
             best,
         ),

@@ -50,7 +50,7 @@ def reproduce(path: str | Path, out: str | Path | None = None, console: Any = No
     }
 
 
-def _train_as(before: run_list.Kept, chosen: recipes.Recipe, target: Path, console: Any) -> None:
+def _train_as(before: run_list.StoredRun, chosen: recipes.Recipe, target: Path, console: Any) -> None:
     """With the run's own processes, DeepSpeed and micro-batches: other sums round otherwise."""
     processes, sharded = int(before.manifest.get("processes") or 1), before.manifest.get("deepspeed")
     if budget := before.manifest.get("micro_batch_tokens"):  # `auto` might find another now
@@ -92,7 +92,7 @@ def first_difference(before: list[dict[str, Any]], now: list[dict[str, Any]]) ->
     return None
 
 
-def _lasting(kept: run_list.Kept) -> list[dict[str, Any]]:
+def _lasting(kept: run_list.StoredRun) -> list[dict[str, Any]]:
     """The records without what may differ between two runs of the same recipe."""
     return [
         {key: value for key, value in record.items() if key not in metrics_file.TIMING_KEYS}
@@ -105,7 +105,7 @@ def _weights(folder: Path) -> dict[str, str]:
     return {file.name: files.sha256(file) for file in sorted((folder / "model").glob("*.safetensors"))}
 
 
-def _require_results(before: run_list.Kept) -> None:
+def _require_results(before: run_list.StoredRun) -> None:
     """Raise UserError when the run has no records or no weights: the training would be in vain."""
     lacking = [] if before.records else [f"{before.path / 'metrics.jsonl'} has no records"]
     lacking += [] if _weights(before.path) else [f"{before.path / 'model'} has no weights (*.safetensors)"]
@@ -116,7 +116,7 @@ def _require_results(before: run_list.Kept) -> None:
         )
 
 
-def _require_same_data(before: run_list.Kept, now: dict[str, Any]) -> None:
+def _require_same_data(before: run_list.StoredRun, now: dict[str, Any]) -> None:
     """Raise DataError naming each source whose content is not what the run was trained on."""
     recorded = {one["path"]: one for one in (before.manifest.get("data") or {}).get("sources", ())}
     changed = []
