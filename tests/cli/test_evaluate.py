@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tunesmith.cli.evaluate import columns_of
+from tunesmith.cli.options import parse_columns
 from tunesmith.cli.main import main
 
 FIGURES = {
@@ -22,7 +22,7 @@ FIGURES = {
 def calls(monkeypatch):
     seen = []
     fake = SimpleNamespace(evaluate=lambda *args, **keys: seen.append((args, keys)) or FIGURES)
-    monkeypatch.setattr(importlib.import_module("tunesmith.evaluate"), "run", fake, raising=False)
+    monkeypatch.setattr(importlib.import_module("tunesmith.evaluate"), "evaluate_model", fake, raising=False)
     return seen
 
 
@@ -60,4 +60,4 @@ def test_a_column_without_a_name_is_exit_2(calls, capsys):
 
 
 def test_a_field_named_twice_gets_both_columns():
-    assert columns_of(["text=review", "labels=toxic", "labels=a=b"]) == {"text": "review", "labels": ["toxic", "a=b"]}
+    assert parse_columns(["text=review", "labels=toxic", "labels=a=b"]) == {"text": "review", "labels": ["toxic", "a=b"]}

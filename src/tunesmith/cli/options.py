@@ -1,4 +1,4 @@
-"""Arguments and options that more than one verb has."""
+"""Arguments and options that more than one verb has. A verb names them ``options.Model``, ``options.Json``, ..."""
 
 from __future__ import annotations
 
@@ -7,19 +7,34 @@ from typing import Annotated, Literal
 
 import typer
 
+from tunesmith.errors import UserError
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Model = Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+
+# training
 RecipeFile = Annotated[Path, typer.Argument(help="YAML file; see `tunesmith init`.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.epochs=2.", show_default=False),
 ]
 Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")]
 DeepSpeed = Annotated[
     Path | None,
-    typer.Option(help="Your ds_config.json: ZeRO-2, each process with a part.", show_default=False),
+    typer.Option(help="ds_config.json: ZeRO-2 shards the optimiser over the processes.", show_default=False),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
+# rows
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        help="FIELD=COLUMN, such as prompt=question; may be repeated, labels= too, for columns of 0 and 1.",
+        show_default=False,
+    ),
+]
 Predictions = Annotated[
     Path | None,
     typer.Option(help="New jsonl file: one object for each row, in order.", show_default="stdout"),
@@ -27,15 +42,39 @@ Predictions = Annotated[
 Format = Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.", show_default=False)]
 MaxLength = Annotated[
-    int | None, typer.Option(min=2, help="Tokens of a row.", show_default="the model's window")
+    int | None, typer.Option(min=2, help="Longest row, in tokens.", show_default="the model's window")
 ]
-Precision = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the forward pass.")]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16"], typer.Option(help="Number format of the forward pass.")
+]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")]
-Split = Annotated[str, typer.Option(help="Of a data set of the Hub.")]
-Name = Annotated[
-    str | None,
-    typer.Option(help="Of a data set of the Hub with several configurations: which.", show_default=False),
-]
+Split = Annotated[str, typer.Option(help="Split of a data set on the Hub.")]
+Name = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.", show_default=False)]
 Streaming = Annotated[
-    bool, typer.Option(help="Of a data set of the Hub: rows over the network, no file of it.")
+    bool, typer.Option(help="Read a data set on the Hub over the network, without downloading it.")
 ]
+Template = Annotated[
+    str | None,
+    typer.Option(help="alpaca, chatml, roles, korean, or a Jinja string.", show_default="the model's own"),
+]
+
+# generation
+System = Annotated[str | None, typer.Option(help="System message.", show_default=False)]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 = always the most likely token.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this total probability.")]
+TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 = all.")]
+
+
+def parse_columns(given: list[str] | None) -> dict[str, str | list[str]]:
+    """``["text=review", "labels=a", "labels=b"]`` -> ``{"text": "review", "labels": ["a", "b"]}``.
+
+    Raises UserError for an option that is not FIELD=COLUMN.
+    """
+    columns: dict[str, list[str]] = {}
+    for option in given or ():
+        field, equals, column = option.partition("=")
+        if not (field and equals and column):
+            raise UserError(f"--column {option}: expected FIELD=COLUMN, such as --column prompt=question")
+        columns.setdefault(field, []).append(column)
+    return {field: names[0] if len(names) == 1 else names for field, names in columns.items()}

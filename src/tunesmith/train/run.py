@@ -17,7 +17,7 @@ from tunesmith.report import run_page
 from tunesmith.runs import metrics_file
 from tunesmith.runs import run_folder as folder
 from tunesmith.runs.progress import Progress
-from tunesmith.runs.trackers import Trackers, hushed, require, subject
+from tunesmith.runs.trackers import Trackers, describe_run, mute_trackers, require
 from tunesmith.train import (
     distributed,
     evaluation,
@@ -83,7 +83,7 @@ def train(
         on_log, on_eval, on_save
     )  # called in the main process; the others only know that there are some
     told = chosen.train.report_to if main else []
-    with Progress(console if main else None) as progress, hushed(told):
+    with Progress(console if main else None) as progress, mute_trackers(told):
         with distributed.main_first() if chosen.data.cache else contextlib.nullcontext():
             ready = setup.read(
                 chosen, processes.device, progress.note, Path(deepspeed) if deepspeed else None
@@ -254,7 +254,7 @@ def _trackers(run: Run, resumed: bool) -> Trackers:
         return run.trackers
     before = metrics_file.read(run.metrics.path)
     created = run.folder.manifest()["created"]
-    about = subject(run.folder.path, created, run.setup.recipe.resolved(), before, resumed)
+    about = describe_run(run.folder.path, created, run.setup.recipe.resolved(), before, resumed)
     return Trackers(names, about, run.progress.note)
 
 
