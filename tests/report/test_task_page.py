@@ -32,7 +32,7 @@ def tiles(html):
 def test_a_page_of_classes(tmp_path):
     html = body(tmp_path)
     assert tiles(html) == [("Accuracy", "0.6667"), ("Macro F1", "0.6667")]
-    assert "0.6667 by always saying the same" in html
+    assert "0.6667 by always predicting the same" in html
     assert "calibration error" in html
     rows = re.findall(r'<tr><td class="num">(\d)</td><td>(\w+)</td>', html)
     assert rows == [("1", "good"), ("0", "bad")]  # the most frequent first
