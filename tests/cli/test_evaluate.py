@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tunesmith.cli.options import parse_columns
 from tunesmith.cli.main import main
+from tunesmith.cli.options import parse_columns
 
 FIGURES = {
     "eval_loss": 1.5,

@@ -316,7 +316,7 @@ def test_by_default_there_is_no_tracker_and_no_thread(tmp_path):
 
 def test_a_recipe_is_flat_and_plain_for_trackers():
     tree = {"model": "m", "train": {"batch_size": 8, "max_steps": None, "columns": {}}, "data": {"train": [{"path": "a"}]}}
-    assert trackers.flatten(tree) == {
+    assert trackers.flat_config(tree) == {
         "model": "m", "train.batch_size": 8, "train.max_steps": "null", "train.columns": "{}", "data.train.0.path": "a",
     }  # fmt: skip
 

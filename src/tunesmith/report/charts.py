@@ -36,11 +36,8 @@ _Measures = Mapping[str, Mapping[str, Any]]
 def over_steps(title: str, curves: Sequence[Curve]) -> Figure:
     """Draw the curves of one run."""
     figure, axes = _figure(8, 4.5)
-    colours = {
-        "train": BLUE,
-        "eval": ORANGE,
-        **{f"set{index}": colour for index, colour in enumerate(COLOURS)},
-    }
+    colours = {"train": BLUE, "eval": ORANGE}
+    colours |= {f"set{index}": colour for index, colour in enumerate(COLOURS)}
     handles = []
     for curve in curves:
         dashes = "--" if "dashed" in curve.classes else "-"
@@ -61,14 +58,12 @@ def compare(runs: Sequence[tuple[str, Points, Points]], by: str = "step") -> Fig
         for axes, curve in ((right, Curve(name, held_out, "eval")), (left, Curve(name, training, "train"))):
             if curve.finite:
                 handles[name] = _draw(axes, curve, colour, dashes)
-    for axes, title, empty in (
-        (left, "training loss", "no records"),
-        (right, "held-out loss", "no held-out rows"),
-    ):
+    empty = {"training loss": "no records", "held-out loss": "no held-out rows"}
+    for axes, title in zip((left, right), empty):
         _label_axes(axes, by, "loss")
         axes.set_title(title)
         if not axes.lines:
-            axes.text(0.5, 0.5, empty, ha="center", va="center", transform=axes.transAxes, color=GREY)
+            axes.text(0.5, 0.5, empty[title], ha="center", va="center", transform=axes.transAxes, color=GREY)
     if handles:
         _legend(figure, list(handles.values()), list(handles), "outside lower center", 120)
     return figure

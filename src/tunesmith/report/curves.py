@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 
@@ -257,8 +258,6 @@ def _chunks(points: Points) -> list[Points]:
 
 def _outline(points: Points) -> Points:
     """Return at most 2 * _BINS points that keep every spike: the lowest and highest of each group, in step order."""
-    ends = [
-        {min(chunk, key=lambda point: point[1]), max(chunk, key=lambda point: point[1])}
-        for chunk in _chunks(points)
-    ]
+    by_value = itemgetter(1)
+    ends = ({min(chunk, key=by_value), max(chunk, key=by_value)} for chunk in _chunks(points))
     return [point for pair in ends for point in sorted(pair)]

@@ -34,11 +34,11 @@ class Cell:
 def data_values(report: JsonObject) -> JsonObject:
     """Return the values of ``data.html``. Unknown keys of the report are shown too, missing ones left out."""
     splits = {name: report[name] for name in _SPLITS if isinstance(report.get(name), dict)}
-    sets = _mapping(report.get("eval_sets"))
+    sets = mapping(report.get("eval_sets"))
     splits |= {f"eval {name}": split for name, split in sets.items() if isinstance(split, dict)}
     cells = {name: _cells(split) for name, split in splits.items()}
     sources = _mappings(report.get("sources"))
-    contaminated = _mapping(report.get("contaminated"))
+    contaminated = mapping(report.get("contaminated"))
     figures = {_NAMES.get(key, key): value for key, value in report.items() if key not in _TABLES}
     if is_number(contaminated.get("rows")) and is_number(contaminated.get("share")):
         part = share(contaminated["share"], 1)
@@ -52,7 +52,7 @@ def data_values(report: JsonObject) -> JsonObject:
             (name, [split.get(name) for split in cells.values()])
             for name in dict.fromkeys(name for split in cells.values() for name in split)
         ],
-        "lengths": _length_counts(_mapping(splits.get("train", {}).get("histogram"))),
+        "lengths": _length_counts(mapping(splits.get("train", {}).get("histogram"))),
         "sources": [_source(source) for source in sources],
         "lists": {
             "Rows left out": [problem for source in sources for problem in source.get("problems") or ()],
@@ -64,7 +64,7 @@ def data_values(report: JsonObject) -> JsonObject:
     }
 
 
-def _mapping(value: object) -> JsonObject:
+def mapping(value: object) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
@@ -85,10 +85,9 @@ def _cells(split: JsonObject) -> dict[str, Cell]:
             if is_number(value) and is_number(split.get("tokens")):
                 share_text = share(value, split["tokens"])
         cells[_NAMES.get(key, key.replace("_", " "))] = Cell(value, key, share_text)
-    overlong = _mapping(split.get("overlong"))
-    rows, dropped, lost, share_lost = (
-        overlong.get(key) for key in ("rows", "dropped", "tokens_lost", "share_lost")
-    )
+    overlong = mapping(split.get("overlong"))
+    keys = ("rows", "dropped", "tokens_lost", "share_lost")
+    rows, dropped, lost, share_lost = map(overlong.get, keys)
     if is_number(rows):
         cells["above max length"] = Cell(number(rows) + (f" ({overlong.get('policy')})" if rows else ""))
         if is_number(dropped) and dropped:
@@ -96,7 +95,7 @@ def _cells(split: JsonObject) -> dict[str, Cell]:
         if is_number(lost) and lost:
             text = share(share_lost, 1) if is_number(share_lost) else ""
             cells["tokens lost by that"] = Cell(lost, share=text)
-    lengths = _mapping(split.get("histogram"))
+    lengths = mapping(split.get("histogram"))
     return cells | {name: Cell(lengths[key]) for key, name in _LENGTHS.items() if is_number(lengths.get(key))}
 
 
@@ -110,7 +109,7 @@ def _source(source: JsonObject) -> JsonObject:
 
 def _left_out(source: JsonObject) -> str:
     """``a.json: 2 of 256 rows looked at, for example ...``; empty if the template renders all of every row."""
-    facts = _mapping(source.get("left_out"))
+    facts = mapping(source.get("left_out"))
     if not facts.get("rows"):
         return ""
     first = facts.get("first")

@@ -20,7 +20,7 @@ from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
 from tunesmith.report import charts, pages
 from tunesmith.report.curves import Curve, Plot, Points, plot
-from tunesmith.report.data_section import data_values
+from tunesmith.report.data_section import data_values, mapping
 from tunesmith.report.pages import Tile, heading
 from tunesmith.runs import figure_format, metrics_file, overfit
 from tunesmith.runs.figure_format import count, duration, is_number, lower_is_better, number, share, size
@@ -46,8 +46,7 @@ class _Run:
 
     def part(self, key: str) -> JsonObject:
         """Return a mapping of the manifest, {} if there is none."""
-        value = self.manifest.get(key)
-        return value if isinstance(value, dict) else {}
+        return mapping(self.manifest.get(key))
 
     def figure(self, key: str) -> float | None:
         """Return a figure of the result, None if there is none."""
@@ -55,30 +54,20 @@ class _Run:
         return value if is_number(value) else None
 
     def points(self, records: list[JsonObject], key: str) -> Points:
-        return [
-            (one["step"], one[key])
-            for one in records
-            if is_number(one.get("step")) and is_number(one.get(key))
-        ]
+        pairs = ((one.get("step"), one.get(key)) for one in records)
+        return [(step, value) for step, value in pairs if is_number(step) and is_number(value)]
 
     @property
     def sets(self) -> list[str]:
         """Names of ``data.eval.sets``, in the order of the recipe."""
-        splits = self.part("data").get("eval_sets")
-        return [
-            name
-            for name, split in (splits if isinstance(splits, dict) else {}).items()
-            if isinstance(split, dict)
-        ]
+        splits = mapping(self.part("data").get("eval_sets"))
+        return [name for name, split in splits.items() if isinstance(split, dict)]
 
     @property
     def figure_names(self) -> list[str]:
         """Names of an evaluation's figures; with several sets, those of all sets together."""
-        return [
-            name
-            for name in figure_format.figure_names(self.evals, self.sets)
-            if self.points(self.evals, name)
-        ]
+        names = figure_format.figure_names(self.evals, self.sets)
+        return [name for name in names if self.points(self.evals, name)]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -116,7 +105,7 @@ def _read(folder: Path) -> _Run:
     return _Run(
         name=folder.resolve().name,
         recipe=read("recipe.yaml", read_text, ""),
-        manifest=manifest if isinstance(manifest, dict) else {},
+        manifest=mapping(manifest),
         train=[one for one in records if one.get("kind") in ("train", "stop")],
         evals=[one for one in records if one.get("kind") == "eval"],
         samples=read("samples.jsonl", metrics_file.read, []),
@@ -240,9 +229,7 @@ def _notes(run: _Run) -> list[str]:
         notes.insert(0, f"This run stopped. {run.manifest['stopped']}")
     elif not result:
         at = f" Its last record is of step {run.train[-1].get('step')}." if run.train else ""
-        notes.insert(
-            0, f"This run had not finished when the report was written.{at} The figures go that far."
-        )
+        notes.insert(0, f"This run had not finished when the report was written.{at}")
     return notes
 
 
@@ -250,11 +237,9 @@ def _losses(run: _Run) -> list[Curve]:
     curves = [
         Curve("train", run.points(run.train, "loss")),
         Curve("eval", run.points(run.evals, "eval_loss")),
-        *(
-            Curve.of_set(f"eval {name}", run.points(run.evals, f"eval_{name}_loss"), index)
-            for index, name in enumerate(run.sets)
-        ),
     ]
+    for index, name in enumerate(run.sets):
+        curves.append(Curve.of_set(f"eval {name}", run.points(run.evals, f"eval_{name}_loss"), index))
     return [curve for curve in curves if curve.points]
 
 
@@ -271,10 +256,8 @@ def _small_plots(run: _Run) -> list[Plot]:
     logged = dict.fromkeys(name for record in run.train for name in record if name != "loss")
     own = [name for name in logged if "/" in name or f"eval_{name}" in names]
     labels = [name.removeprefix("eval_") for name in names if not lower_is_better(name)]
-    only_held_out = [
-        Curve.of_set(label, held_out(label).points, index)
-        for index, label in enumerate([label for label in labels if label not in own][:MOST_CURVES])
-    ]
+    labels = [label for label in labels if label not in own][:MOST_CURVES]
+    only_held_out = [Curve.of_set(label, held_out(label).points, index) for index, label in enumerate(labels)]
     rate = partial(plot, form=figure_format.rate, from_zero=True, is_smoothed=False)
     ratio = "Update / weights, often about 1e-3"
     plots = [
@@ -325,9 +308,8 @@ def _prompt(text: str, samples: Sequence[JsonObject], best_step: float | None) -
     reference = next((one["reference"] for one in samples if one.get("reference")), None)
     if reference is not None:
         compared.append(Answer("reference", "reference, from the data", str(reference)))
-    return Prompt(
-        text, compared, [_answer("between", one) for one in samples if one is not first and one is not last]
-    )
+    between = [_answer("between", one) for one in samples if one is not first and one is not last]
+    return Prompt(text, compared, between)
 
 
 def _answer(kind: str, sample: JsonObject) -> Answer:

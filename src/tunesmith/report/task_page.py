@@ -67,15 +67,10 @@ def write(
     facts = dict(facts or {})
     notes, command = facts.pop("notes", None) or (), facts.pop("command", None)
     class_word = "class" if "per_class" in figures else "type"
-    classes = [
-        {"#": index, class_word: name, **measures}
-        for index, (name, measures) in enumerate(_by_class(figures).items())
-    ]
-    single = {
-        key: value
-        for key, value in figures.items()
-        if not isinstance(value, Mapping | list) or key == "baseline_labels"
-    }
+    by_class = enumerate(_by_class(figures).items())
+    classes = [{"#": index, class_word: name, **measures} for index, (name, measures) in by_class]
+    several = {key for key, value in figures.items() if isinstance(value, dict | list)} - {"baseline_labels"}
+    single = {key: value for key, value in figures.items() if key not in several}
     return pages.save(
         folder / "report.html",
         "task.html",
@@ -141,10 +136,11 @@ def _pictures(figures: JsonObject) -> list[Picture]:
         add("precision-recall", "Precision and recall at every threshold", charts.precision_recall(curves))
     if bins := figures.get("calibration"):
         caption = "Calibration: how confident the model is, and how often it is right"
-        pairs = ((number(one["accuracy"]), number(one["confidence"])) for one in bins)
-        detail = "; ".join(
-            f"{accuracy} are right at a confidence of {confidence}" for accuracy, confidence in pairs
+        parts = (
+            f"{number(one['accuracy'])} are right at a confidence of {number(one['confidence'])}"
+            for one in bins
         )
+        detail = "; ".join(parts)
         add("calibration", caption, charts.calibration(bins), detail)
     if buckets := figures.get("by_length"):
         caption = "Accuracy by how much longer the better answer is: does the model only measure length?"
@@ -212,9 +208,8 @@ class Mistake:
 
 
 def _mistake(mistake: JsonObject) -> Mistake:
-    measures = [
-        f"{name} {number(mistake[key])}" for key, name in _MEASURES.items() if is_number(mistake.get(key))
-    ]
+    values = {name: mistake.get(key) for key, name in _MEASURES.items()}
+    measures = [f"{name} {number(value)}" for name, value in values.items() if is_number(value)]
     gold, predicted = mistake.get("gold_spans") or [], mistake.get("predicted_spans") or []
     is_typed = any(span.get("type") for span in [*gold, *predicted])
     names = ("better", "preferred") if "rewards" in mistake else ("true", "predicted")
@@ -222,9 +217,8 @@ def _mistake(mistake: JsonObject) -> Mistake:
     def side(name: str, key: str, spans: list[JsonObject], others: list[JsonObject]) -> Side:
         kind = "after" if key == "prediction" else ""
         is_marked = is_typed or bool(spans)
-        marked = (
-            _marked(str(mistake.get("text", "")), spans, set(map(_position, others))) if is_marked else []
-        )
+        text = str(mistake.get("text", ""))
+        marked = _marked(text, spans, set(map(_position, others))) if is_marked else []
         probabilities = mistake.get("probabilities") if kind and not is_marked else None
         likely = _likeliest(probabilities, mistake.get("gold")) if probabilities else ""
         return Side(name, kind, None if is_typed else _value(mistake.get(key)), marked, likely)

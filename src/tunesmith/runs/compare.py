@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from tunesmith import recipe as recipes
 from tunesmith.errors import UserError
-from tunesmith.json_types import JsonObject
 from tunesmith.runs.figure_format import is_number, shorten_middle
+from tunesmith.runs.run_folder import flatten
 from tunesmith.runs.run_list import StoredRun
 
 Points = list[tuple[float, float]]
@@ -27,7 +27,7 @@ def differences(runs: Sequence[StoredRun]) -> dict[str, list[object]]:
     The keys of a data source are separate (``data.train.0.path``). A key is left out if some runs lack it (it
     belongs to another objective) and it has its default value in the others.
     """
-    recipe_keys = [_flatten(run.recipe) for run in runs]
+    recipe_keys = [flatten(run.recipe) for run in runs]
     default_keys = [_keys_at_default(run) for run in runs]
     found = {}
     for key in dict.fromkeys(key for keys in recipe_keys for key in keys):
@@ -46,32 +46,24 @@ def cautions(runs: Sequence[StoredRun]) -> list[str]:
         return len({json.dumps(value, sort_keys=True, default=str) for value in values}) > 1
 
     data = [run.manifest.get("data") or {} for run in runs]
-    held_out = [
-        (
-            [source.get("sha256") for source in part.get("sources", ())],
-            (part.get("eval") or {}).get("rows"),
-            run.recipe.get("data", {}).get("eval"),
-        )
-        for run, part in zip(runs, data, strict=True)
-    ]
+    hashes = [[source.get("sha256") for source in part.get("sources", ())] for part in data]
+    rows = [(part.get("eval") or {}).get("rows") for part in data]
+    evals = [run.recipe.get("data", {}).get("eval") for run in runs]
+    models = [run.recipe.get("model") for run in runs]
     checks = (
         ([run.recipe.get("objective") or {} for run in runs], "the objectives differ"),
-        (held_out, "the evaluation rows differ"),
+        (list(zip(hashes, rows, evals)), "the evaluation rows differ"),
         ([part.get("template") for part in data], "the chat templates differ"),
-        (
-            [run.recipe.get("model") for run in runs],
-            "the base models differ (a loss per token depends on the tokenizer)",
-        ),
+        (models, "the base models differ (a loss per token depends on the tokenizer)"),
     )
     return [f"the losses are not comparable: {reason}" for values, reason in checks if differ(values)]
 
 
 def losses(runs: Sequence[StoredRun], by: str = "step") -> list[tuple[str, Points, Points]]:
     """Return (label, training loss, held-out loss) of each run over ``by``: step or tokens."""
-    return [
-        (label, _points(run, "train", "loss", by), _points(run, "eval", "eval_loss", by))
-        for run, label in zip(runs, labels(runs), strict=True)
-    ]
+    training = [_points(run, "train", "loss", by) for run in runs]
+    held_out = [_points(run, "eval", "eval_loss", by) for run in runs]
+    return list(zip(labels(runs), training, held_out, strict=True))
 
 
 def labels(runs: Sequence[StoredRun]) -> list[str]:
@@ -82,10 +74,8 @@ def labels(runs: Sequence[StoredRun]) -> list[str]:
     different = differences(runs)
     sources = [key for key in different if key.startswith("data.train.")]
     columns = [_source_names(runs)] if sources else []
-    scalars_first = sorted(
-        different.items(), key=lambda item: any(isinstance(value, list | dict) for value in item[1])
-    )
-    for key, values in scalars_first:
+    has_list = {key: any(isinstance(one, list | dict) for one in values) for key, values in different.items()}
+    for key, values in sorted(different.items(), key=lambda item: has_list[item[0]]):
         if key not in sources:
             columns.append([_labelled(key.rpartition(".")[2], value) for value in shorten_paths(values)])
     found = []
@@ -104,11 +94,8 @@ def names(runs: Sequence[StoredRun]) -> list[str]:
 
 def shorten_paths(values: Sequence[object]) -> list[object]:
     """Shorten paths to as many of their last parts as make them differ; other values stay."""
-    paths = {
-        value: Path(value).parts
-        for value in values
-        if isinstance(value, str) and "/" in value and " " not in value
-    }
+    texts = [value for value in values if isinstance(value, str)]
+    paths = {text: Path(text).parts for text in texts if "/" in text and " " not in text}
     short: dict[object, str] = {}
     for count in range(1, max(map(len, paths.values()), default=0) + 1):
         short = {path: "/".join(parts[-count:]) for path, parts in paths.items()}
@@ -128,10 +115,8 @@ def _source_names(runs: Sequence[StoredRun]) -> list[str]:
     """``data a.jsonl + b.jsonl`` of each run."""
     sources = [[one.get("path") for one in (run.recipe.get("data") or {}).get("train") or ()] for run in runs]
     short = iter(shorten_paths([path for paths in sources for path in paths]))
-    return [
-        shorten_middle("data " + " + ".join(str(next(short)) for _ in paths), _MOST_SOURCES)
-        for paths in sources
-    ]
+    joined = ("data " + " + ".join(str(next(short)) for _ in paths) for paths in sources)
+    return [shorten_middle(text, _MOST_SOURCES) for text in joined]
 
 
 def _points(run: StoredRun, kind: str, figure: str, by: str) -> Points:
@@ -143,18 +128,6 @@ def _points(run: StoredRun, kind: str, figure: str, by: str) -> Points:
         if record.get("kind") == kind and is_number(record.get(figure)) and is_number(at):
             found.append((float(at), float(record[figure])))
     return [(at, value) for at, value in found if math.isfinite(value)]
-
-
-def _flatten(tree: object, key: str = "") -> JsonObject:
-    """Flatten nested mappings, and lists of mappings, into one mapping with dotted keys."""
-    if isinstance(tree, list) and tree and all(isinstance(one, dict) for one in tree):
-        tree = dict(enumerate(tree))
-    if not isinstance(tree, dict) or not tree:
-        return {key: tree}
-    flat: JsonObject = {}
-    for part, child in tree.items():
-        flat |= _flatten(child, f"{key}.{part}" if key else str(part))
-    return flat
 
 
 def _keys_at_default(run: StoredRun) -> set[str]:

@@ -67,14 +67,10 @@ def detect(records: Sequence[JsonObject]) -> Verdict | None:
     if not after < before:
         return None
     last_step, last, _ = evaluations[-1]
+    kept = f"the model of step {step} is kept" if step else "no trained model is better than the initial one"
     text = (
         f"validation turned at step {step} while training kept falling: eval loss {number(best)} -> {number(last)}, "
-        f"train loss {number(before)} -> {number(after)}; "
-    )
-    text += (
-        f"the model of step {step} is kept"
-        if step
-        else "no trained model is better on held-out rows than the initial one"
+        f"train loss {number(before)} -> {number(after)}; {kept}"
     )
     return Verdict(step, best, last_step, last, before, after, text)
 
@@ -98,6 +94,5 @@ def _train_losses(records: Sequence[JsonObject], step: int) -> tuple[float, floa
 
 
 def _with_finite(records: Sequence[JsonObject], kind: str, key: str) -> list[JsonObject]:
-    return [
-        one for one in records if one.get("kind") == kind and is_finite(one, key) and is_finite(one, "step")
-    ]
+    of_kind = (one for one in records if one.get("kind") == kind)
+    return [one for one in of_kind if is_finite(one, key) and is_finite(one, "step")]

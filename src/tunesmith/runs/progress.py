@@ -108,16 +108,17 @@ class Progress:
         console = self._console
         # FORCE_COLOR makes rich take any file for a terminal; redrawing a line needs a real one.
         if self._bar is None and console and console.is_interactive and console.file.isatty():
-            columns: list[progress.ProgressColumn] = [
-                *([progress.BarColumn()] if console.width >= _BAR_FROM_WIDTH else []),
+            bar = [progress.BarColumn()] if console.width >= _BAR_FROM_WIDTH else []
+            fields = (
                 _Field("at", no_wrap=True),
                 _Field("figures", no_wrap=False),
                 _Field("last", no_wrap=False),
-            ]
-            # log() redraws: a refresh thread would take time from the training.
-            self._bar = progress.Progress(
-                *columns, console=console, auto_refresh=False, redirect_stdout=False
             )
+            options = {
+                "auto_refresh": False,
+                "redirect_stdout": False,
+            }  # a refresh thread would slow the training
+            self._bar = progress.Progress(*bar, *fields, console=console, **options)
             self._bar.add_task("", total=total, completed=step, **self._fields())
             self._bar.start()
 
@@ -152,9 +153,8 @@ class Progress:
         parts += _formatted(record, [("seconds", "in", duration)])
         if record.get("best") is True:
             parts.append(("best", "so far"))
-        self._print(
-            "eval  " + "  ".join([self._position(record.get("step", self._step)), *map(_words, parts)])
-        )
+        at = self._position(record.get("step", self._step))
+        self._print("eval  " + "  ".join([at, *map(_words, parts)]))
 
     def stop(self) -> None:
         """Leave the last state on the screen and release the terminal. May be called twice."""
@@ -210,8 +210,5 @@ def _formatted(record: JsonObject, forms: Sequence[_Form]) -> list[tuple[str, st
 
 def _own_figures(record: JsonObject) -> list[tuple[str, str]]:
     """Return the objective's figures, such as an accuracy."""
-    return [
-        (name, number(value))
-        for name, value in record.items()
-        if name not in _NOT_OWN | TIMING_KEYS and not name.endswith("_stderr") and is_number(value)
-    ]
+    own = [name for name in record if name not in _NOT_OWN | TIMING_KEYS and not name.endswith("_stderr")]
+    return [(name, number(record[name])) for name in own if is_number(record[name])]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -73,12 +72,13 @@ def check_resumable(path: Path, recipe: JsonObject) -> list[str]:
     file = path / "recipe.yaml"
     if not file.is_file():
         raise UserError(
-            f"no run to resume in {path}: it has no recipe.yaml. Leave out --resume to start a run."
+            f"no run to resume in {path}: it has no recipe.yaml. Leave out --resume to start one."
         )
     started = recipe_text.read(file.read_text(encoding="utf-8"), str(file))[0]
-    differences = list(_differences(started, recipe))
-    free = {key for key, _, _ in differences for name in FREE if key == name or key.startswith(f"{name}.")}
-    changed = [f"{key}: was {old!r}, is {new!r}" for key, old, new in differences if key not in free]
+    old, new = flatten(started), flatten(recipe)
+    different = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    free = {key for key in different for name in FREE if key == name or key.startswith(f"{name}.")}
+    changed = [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in different if key not in free]
     if changed:
         raise RecipeError(
             f"the recipe is not the one that {path} was started with, so the resumed run would not be the same:\n  "
@@ -86,6 +86,21 @@ def check_resumable(path: Path, recipe: JsonObject) -> list[str]:
             + "\n  Change these keys back, or start another run with --out DIR."
         )
     return sorted(free)
+
+
+def flatten(tree: object, key: str = "", all_lists: bool = False) -> JsonObject:
+    """Flatten nested mappings, and lists of mappings, into one mapping with dotted keys.
+
+    ``all_lists``: other lists become keys by index, too.
+    """
+    if isinstance(tree, list) and tree and (all_lists or all(isinstance(one, dict) for one in tree)):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict) or not tree:
+        return {key: tree}
+    flat: JsonObject = {}
+    for part, child in tree.items():
+        flat |= flatten(child, f"{key}.{part}" if key else str(part), all_lists)
+    return flat
 
 
 def take(path: Path, recipe: JsonObject) -> RunFolder:
@@ -116,12 +131,3 @@ def take(path: Path, recipe: JsonObject) -> RunFolder:
     if folder.checkpoints.exists():
         files.recover(folder.checkpoints / "step-0")
     return folder
-
-
-def _differences(before: object, after: object, key: str = "") -> Iterator[tuple[str, object, object]]:
-    """Yield (dotted key, old value, new value) for every difference between two parsed recipes."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for name in dict.fromkeys((*before, *after)):
-            yield from _differences(before.get(name), after.get(name), f"{key}.{name}" if key else str(name))
-    elif before != after:
-        yield key, before, after

@@ -48,6 +48,7 @@ class StoredRun:
     def facts(self) -> JsonObject:
         """Return what ``runs list --json`` shows of this run."""
         result = self.manifest.get("result") or _result_so_far(self.records)
+        names = [name for name in result.get("figures", ()) if name not in LOSSES]
         steps = [record["step"] for record in self.records if is_number(record.get("step"))]
         return {
             "run": str(self.path),
@@ -63,11 +64,7 @@ class StoredRun:
             "checkpoint": _last_checkpoint(self.path),
             "planned_steps": self.manifest.get("steps"),
             **{name: result.get(name) for name in RESULTS},
-            "figures": {
-                name: [result.get(f"{name}_before"), result.get(name)]
-                for name in result.get("figures", ())
-                if name not in LOSSES
-            },
+            "figures": {name: [result.get(f"{name}_before"), result.get(name)] for name in names},
             "verdict": result.get("verdict"),
             "stopped": self.manifest.get("stopped") or result.get("stopped"),
         }
@@ -136,11 +133,8 @@ def _result_so_far(records: list[JsonObject]) -> JsonObject:
     best = marked[0] if marked else min(later, key=lambda one: one["eval_loss"], default={})
     last = trained[-1] if trained else {}
     first = next((one for one in evals if one["step"] == 0), {})
-    sets = [
-        name.removeprefix("eval_").removesuffix("_loss")
-        for name in first
-        if name.endswith("_loss") and name != "eval_loss"
-    ]
+    losses = [name for name in first if name.endswith("_loss") and name != "eval_loss"]
+    sets = [name.removeprefix("eval_").removesuffix("_loss") for name in losses]
     names = figure_format.figure_names([first, best], sets)
     peaks = [one["peak_memory_bytes"] for one in trained if is_number(one.get("peak_memory_bytes"))]
     return {
@@ -155,9 +149,8 @@ def _result_so_far(records: list[JsonObject]) -> JsonObject:
 
 def _last_checkpoint(folder: Path) -> int | None:
     """Return the step of the last published checkpoint."""
-    matches = (
-        re.fullmatch(r"step-(\d+)", path.name) for path in (folder / "checkpoints").glob("*") if path.is_dir()
-    )
+    folders = (path for path in (folder / "checkpoints").glob("*") if path.is_dir())
+    matches = (re.fullmatch(r"step-(\d+)", path.name) for path in folders)
     return max((int(match.group(1)) for match in matches if match), default=None)
 
 

@@ -30,6 +30,7 @@ from tunesmith import __version__
 from tunesmith.errors import MissingExtra
 from tunesmith.json_types import JsonObject
 from tunesmith.runs.figure_format import is_number
+from tunesmith.runs.run_folder import flatten
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -81,24 +82,14 @@ def describe_run(
 ) -> TrackedRun:
     """Describe a run for its trackers. A resumed run keeps ``created`` and so its id."""
     run_id = hashlib.sha256(f"{folder}\n{created}".encode()).hexdigest()[:16]
-    config = {
-        **flatten(recipe),
-        "run_folder": str(folder),
-        "run_id": run_id,
-        "tunesmith_version": __version__,
-    }
-    return TrackedRun(folder, run_id, config, before, resumed)
+    facts = {"run_folder": str(folder), "run_id": run_id, "tunesmith_version": __version__}
+    return TrackedRun(folder, run_id, {**flat_config(recipe), **facts}, before, resumed)
 
 
-def flatten(tree: object, key: str = "") -> dict[str, Scalar]:
+def flat_config(recipe: JsonObject) -> dict[str, Scalar]:
     """``{"train": {"batch_size": 8}}`` -> ``{"train.batch_size": 8}``; lists by index; null as the text ``null``."""
-    if isinstance(tree, dict | list) and tree:
-        parts = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        flat: dict[str, Scalar] = {}
-        for name, value in parts:
-            flat.update(flatten(value, f"{key}.{name}" if key else str(name)))
-        return flat
-    return {key: tree if isinstance(tree, bool | int | float | str) else json.dumps(tree)}
+    flat = flatten(recipe, all_lists=True)
+    return {key: value if isinstance(value, Scalar) else json.dumps(value) for key, value in flat.items()}
 
 
 def figures_of(record: JsonObject) -> dict[str, float]:
@@ -213,9 +204,8 @@ def _tensorboard(run: TrackedRun) -> Sink:
     from accelerate.tracking import TensorBoardTracker
     from torch.utils.tensorboard.summary import hparams
 
-    tracker = TensorBoardTracker(
-        run.folder.name, run.folder / "tensorboard", purge_step=0 if run.resumed else None
-    )
+    purge_step = 0 if run.resumed else None
+    tracker = TensorBoardTracker(run.folder.name, run.folder / "tensorboard", purge_step=purge_step)
     tracker.start()
     # store_init_configuration() would add a second TensorBoard run for the recipe, and another at each resume.
     for summary in hparams(run.config, {}):
@@ -247,9 +237,8 @@ def _mlflow(run: TrackedRun) -> Sink:
 
     is_local = not mlflow.is_tracking_uri_set()
     if is_local:
-        os.environ.setdefault(
-            "MLFLOW_ALLOW_FILE_STORE", "true"
-        )  # mlflow-skinny lacks the database store's packages
+        # mlflow-skinny lacks the packages of the database store.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         mlflow.set_tracking_uri((run.folder / "mlflow").as_uri())
     known = mlflow.search_runs(
         filter_string=f"tags.tunesmith_run = '{run.id}'", search_all_experiments=True, output_format="list"
