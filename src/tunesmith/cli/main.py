@@ -139,6 +139,15 @@ def _bug_report(error: Exception, debug: bool) -> Exception:
     )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit()
+
+
+_Version = Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version)]
+
+
 def _app() -> typer.Typer:
     app = typer.Typer(
         cls=Verbs, add_completion=False, no_args_is_help=True,
@@ -146,10 +155,8 @@ def _app() -> typer.Typer:
         help="Fine-tune language models, correctly and fast.",
     )  # fmt: skip
 
-    version_option = typer.Option("--version", help="Print the version.", callback=_print_version)
-
     @app.callback()
-    def root(version: Annotated[bool, version_option] = False) -> None:
+    def root(version: _Version = False) -> None:
         pass
 
     for verb, (_, help_line) in VERBS.items():
@@ -159,9 +166,3 @@ def _app() -> typer.Typer:
 
 def _placeholder() -> None:
     """Fills the list of ``--help``; ``Verbs.resolve_command`` replaces it with the real command."""
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(__version__)
-        raise typer.Exit()
