@@ -33,10 +33,8 @@ def list_adapters(
 
 @app.command()
 def combine(
-    adapters: Annotated[
-        list[str], typer.Argument(help="Two or more LoRA adapter or run folders.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(help="New folder for the combined adapter.", show_default=False)],
+    adapters: Annotated[list[str], typer.Argument(help="Two or more LoRA adapter or run folders.")],
+    out: Annotated[Path, typer.Option(help="New folder for the combined adapter.")],
     weights: Annotated[
         str | None, typer.Option(help="One for each, such as 0.7,0.3.", show_default="the mean")
     ] = None,

@@ -24,9 +24,7 @@ def chat(
     model: options.Model,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=FOLDER", help="An adapter to switch to; may be repeated.", show_default=False
-        ),
+        typer.Option(metavar="NAME=FOLDER", help="An adapter to switch to; may be repeated."),
     ] = None,
     system: options.System = None,
     max_new_tokens: options.MaxNewTokens = 512,

@@ -151,8 +151,7 @@ def build(
     kind: Annotated[
         str,
         typer.Argument(
-            help="docstrings, instructions, preferences, judged, classify, multilabel, tag or qa.",
-            show_default=False,
+            help="docstrings, instructions, preferences, judged, classify, multilabel, tag or qa."
         ),
     ],
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1000,
@@ -222,10 +221,7 @@ def build(
 
 @app.command("pull")
 def pull(
-    repo: Annotated[
-        str,
-        typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A data set on the Hub.", show_default=False),
-    ],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME[@REVISION]", help="A data set on the Hub.")],
     name: options.Name = None,
     split: options.Split = "train",
     streaming: Annotated[

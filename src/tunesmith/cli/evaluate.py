@@ -17,11 +17,7 @@ from tunesmith.json_types import JsonObject
 def evaluate(
     model: options.Model,
     data: Annotated[
-        str,
-        typer.Option(
-            help="json, jsonl, csv, tsv, txt or parquet file, builtin:NAME, or hub:OWNER/NAME.",
-            show_default=False,
-        ),
+        str, typer.Option(help="json, jsonl, csv, tsv, txt or parquet file, builtin:NAME, or hub:OWNER/NAME.")
     ],
     objective: Annotated[
         str | None,
@@ -32,7 +28,7 @@ def evaluate(
     format: options.Format = None,
     column: options.Columns = None,
     separator: Annotated[
-        str | None, typer.Option(help="Separates the labels of a cell, such as '|'.", show_default=False)
+        str | None, typer.Option(help="Separates the labels of a cell, such as '|'.")
     ] = None,
     template: options.Template = None,
     max_length: options.MaxLength = None,
@@ -51,8 +47,7 @@ def evaluate(
     name: options.Name = None,
     streaming: options.Streaming = False,
     out: Annotated[
-        Path | None,
-        typer.Option(help="New folder for a report, for a model with a task head.", show_default=False),
+        Path | None, typer.Option(help="New folder for a report, for a model with a task head.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:

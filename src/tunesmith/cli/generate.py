@@ -27,10 +27,9 @@ Prompt: TypeAlias = "str | list[Message]"
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str | None, typer.Option(help="Prompt to answer.", show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt to answer.")] = None,
     data: Annotated[
-        str | None,
-        typer.Option(help="File of prompts: txt (one a line), json, jsonl, csv, tsv.", show_default=False),
+        str | None, typer.Option(help="File of prompts: txt (one a line), json, jsonl, csv, tsv.")
     ] = None,
     limit: options.Limit = None,
     system: options.System = None,
@@ -42,8 +41,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Same seed, same answers, whatever the batch.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts answered at once.")] = 8,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Write prompts and answers to this new jsonl file.", show_default=False),
+        Path | None, typer.Option(help="Write prompts and answers to this new jsonl file.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:

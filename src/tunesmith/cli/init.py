@@ -16,9 +16,7 @@ from tunesmith.errors import UserError
 
 
 def init(
-    objective: Annotated[
-        str, typer.Argument(help="sft, cpt, dpo, kto, reward, classify, tag or qa.", show_default=False)
-    ],
+    objective: Annotated[str, typer.Argument(help="sft, cpt, dpo, kto, reward, classify, tag or qa.")],
     adaptation: Annotated[str, typer.Option(help="The weights to train: full, lora, ...")] = "lora",
     model: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m",
     data: Annotated[

@@ -10,20 +10,18 @@ import typer
 from tunesmith.errors import UserError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Model = Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)]
-RunFolder = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.")]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
 
 # training
-RecipeFile = Annotated[Path, typer.Argument(help="YAML file; see `tunesmith init`.", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(help="YAML file; see `tunesmith init`.")]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.epochs=2.", show_default=False),
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.epochs=2.")
 ]
 Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")]
 DeepSpeed = Annotated[
-    Path | None,
-    typer.Option(help="ds_config.json: ZeRO-2 shards the optimiser over the processes.", show_default=False),
+    Path | None, typer.Option(help="ds_config.json: ZeRO-2 shards the optimiser over the processes.")
 ]
 
 # rows
@@ -32,7 +30,6 @@ Columns = Annotated[
     typer.Option(
         "--column",
         help="FIELD=COLUMN, such as prompt=question; may be repeated, labels= too, for columns of 0 and 1.",
-        show_default=False,
     ),
 ]
 Predictions = Annotated[
@@ -40,7 +37,7 @@ Predictions = Annotated[
     typer.Option(help="New jsonl file: one object for each row, in order.", show_default="stdout"),
 ]
 Format = Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.", show_default=False)]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.")]
 MaxLength = Annotated[
     int | None, typer.Option(min=2, help="Longest row, in tokens.", show_default="the model's window")
 ]
@@ -49,7 +46,7 @@ Precision = Annotated[
 ]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")]
 Split = Annotated[str, typer.Option(help="Split of a data set on the Hub.")]
-Name = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.", show_default=False)]
+Name = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]
 Streaming = Annotated[
     bool, typer.Option(help="Read a data set on the Hub over the network, without downloading it.")
 ]
@@ -59,7 +56,7 @@ Template = Annotated[
 ]
 
 # generation
-System = Annotated[str | None, typer.Option(help="System message.", show_default=False)]
+System = Annotated[str | None, typer.Option(help="System message.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 = always the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this total probability.")]

@@ -25,11 +25,7 @@ SHOWN = 5
 def predict(
     model: options.Model,
     data: Annotated[
-        str,
-        typer.Option(
-            help="Rows, with or without labels: json, jsonl, csv, tsv, txt, parquet, conll.",
-            show_default=False,
-        ),
+        str, typer.Option(help="Rows, with or without labels: json, jsonl, csv, tsv, txt, parquet, conll.")
     ],
     out: options.Predictions = None,
     format: options.Format = None,

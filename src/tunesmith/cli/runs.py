@@ -48,9 +48,7 @@ def show(run: options.RunFolder, as_json: options.Json = False) -> None:
 
 @app.command("compare")
 def compare_runs(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.", show_default=False)
-    ],
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.")],
     out: Annotated[Path, typer.Option(help="Write the curves to this PNG.")] = Path("compare.png"),
     by: Annotated[str, typer.Option(help="x axis of the curves: step or tokens.")] = "step",
     as_json: options.Json = False,

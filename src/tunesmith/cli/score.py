@@ -13,10 +13,7 @@ from tunesmith.cli.predict import write_predictions
 def score(
     model: options.Model,
     data: Annotated[
-        str,
-        typer.Option(
-            help="Prompts with one answer or several (chosen and rejected, a list).", show_default=False
-        ),
+        str, typer.Option(help="Prompts with one answer or several (chosen and rejected, a list).")
     ],
     out: options.Predictions = None,
     format: options.Format = None,
