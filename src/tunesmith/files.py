@@ -1,7 +1,7 @@
 """The home folder, atomic writes of files and folders, and file hashes. No other module implements these.
 
-Everything is written under a hidden name next to its target, synced to the disk, and then renamed. A kill or a
-power cut at any moment leaves either the old version or the new one. Leftovers of an unfinished write
+Everything is written under a hidden name next to its target, synced to the disk, and then renamed. A kill or
+a power cut at any moment leaves either the old version or the new one. Leftovers of an unfinished write
 (``.NAME.*.tmp``) are never read.
 """
 
@@ -28,7 +28,7 @@ FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def home() -> Path:
-    """Return the folder for downloads and caches: $TUNESMITH_HOME (``~`` is expanded) or ~/.cache/tunesmith."""
+    """Return the folder of downloads and caches: $TUNESMITH_HOME (may begin with ``~``) or ~/.cache/tunesmith."""
     return Path(os.environ.get("TUNESMITH_HOME") or "~/.cache/tunesmith").expanduser()
 
 
@@ -111,7 +111,7 @@ def replace_file(target: Path, content: bytes) -> None:
 
 
 def new_target(out: str | Path, verb: str) -> Path:
-    """Return the absolute path of ``out``, the folder that ``verb`` will make. Raises UserError if it exists."""
+    """Return the absolute path of the folder that ``verb`` will make. Raises UserError if it exists."""
     target = Path(out).expanduser().resolve()
     if target.exists():
         raise UserError(
@@ -131,7 +131,7 @@ def make_folder(folder: Path) -> None:
 
 
 def temporary_folder(target: Path, mode: int = 0o777) -> Path:
-    """Make an empty hidden folder next to ``target``, to be filled and renamed to it. Every call makes another."""
+    """Make a new hidden folder next to ``target``, to be filled and renamed to it."""
     folder = _temporary_path(target)
     folder.mkdir(mode)
     return folder
@@ -156,8 +156,8 @@ def new_folder(target: Path) -> Iterator[Path]:
 def publish_folder(target: Path, write: Callable[[Path], None], needed_bytes: int) -> None:
     """Make or replace ``target``; ``write`` fills the folder that it gets.
 
-    Raises DiskFullError when the disk fills up, or has less than ``needed_bytes`` + ``MARGIN_BYTES`` free. The
-    old folder then stays.
+    Raises DiskFullError when the disk fills up, or has less than ``needed_bytes`` + ``MARGIN_BYTES`` free.
+    The old folder then stays.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     free = free_disk_bytes(target.parent)
@@ -172,7 +172,7 @@ def publish_folder(target: Path, write: Callable[[Path], None], needed_bytes: in
 
 
 def install_folder(folder: Path, target: Path) -> None:
-    """Sync the filled ``folder`` and rename it to ``target``, replacing an old one. Both must be on one disk."""
+    """Sync ``folder`` and rename it to ``target`` on the same disk, replacing an old one."""
     for path in (*sorted(folder.rglob("*")), folder):
         sync(path)
     replaced = _replaced_path(target)
@@ -185,7 +185,7 @@ def install_folder(folder: Path, target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Restore ``target`` after a kill between the two renames of ``install_folder``; remove temporary files."""
+    """Restore ``target`` after a kill inside ``install_folder``; remove temporary files."""
     replaced = _replaced_path(target)
     if replaced.exists() and not target.exists():
         replaced.rename(target)

@@ -19,9 +19,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.command("list")
 def list_adapters(
-    folders: Annotated[
-        list[str] | None, typer.Argument(help="Folders to search.", show_default="runs")
-    ] = None,
+    folders: Annotated[list[str] | None, typer.Argument(help="Where to search.", show_default="runs")] = None,
     as_json: options.Json = False,
 ) -> None:
     """List the adapters under folders: type, rank, base, size, held-out loss. Loads no weights."""
@@ -35,15 +33,9 @@ def list_adapters(
 def combine(
     adapters: Annotated[list[str], typer.Argument(help="Two or more LoRA adapter or run folders.")],
     out: Annotated[Path, typer.Option(help="New folder for the combined adapter.")],
-    weights: Annotated[
-        str | None, typer.Option(help="One for each, such as 0.7,0.3.", show_default="the mean")
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="cat (exact sum), svd (its best approximation of rank --r), linear (peft's).")
-    ] = "cat",
-    r: Annotated[
-        int | None, typer.Option("--r", help="Rank for svd.", show_default="the largest of the parts")
-    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Such as 0.7,0.3.", show_default="equal")] = None,
+    method: Annotated[str, typer.Option(help="cat (exact), svd (rank --r), linear (peft's).")] = "cat",
+    r: Annotated[int | None, typer.Option("--r", help="Rank for svd.", show_default="the largest")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Combine several LoRA adapters of one base into one: their weighted sum."""
@@ -61,7 +53,7 @@ def _parse_weights(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(
-            f"--weights: expected numbers with commas between them, such as 0.7,0.3, got {text!r}"
+            f"--weights: expected comma-separated numbers such as 0.7,0.3, got {text!r}"
         ) from None
 
 

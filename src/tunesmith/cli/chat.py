@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,9 +14,10 @@ from tunesmith.cli.output import print_result, print_stderr
 from tunesmith.errors import UserError
 from tunesmith.json_types import JsonObject
 
-_HELP = (
-    "Commands: /reset clears the conversation, /system TEXT sets the system message and clears, /exit ends."
-)
+if TYPE_CHECKING:
+    from tunesmith.models.adapters.adapter_set import Adapters
+
+_HELP = "Commands: /reset clears the conversation, /system TEXT also sets the system message, /exit ends."
 _SWITCH = "/adapter NAME switches to another adapter and keeps the conversation; there are {names}."
 
 
@@ -33,7 +34,7 @@ def chat(
     top_k: options.TopK = 0,
     seed: Annotated[int, typer.Option(help="Same seed and same turns, same answers.")] = 0,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the conversation as one JSON object at the end.")
+        bool, typer.Option("--json", help="Print the conversation as JSON at the end.")
     ] = False,
 ) -> None:
     """Chat with a model. Reads lines from the terminal or from a pipe."""
@@ -50,9 +51,7 @@ def chat(
     pair = load(model) if adapters is None else (adapters.model, adapters.tokenizer)
     decode.check_writes(pair[0])
     if not pair[1].chat_template:
-        raise UserError(
-            f"{model} has no chat template, so it cannot chat. Use `tunesmith generate {model} --prompt ...`."
-        )
+        raise UserError(f"{model} has no chat template. Use `tunesmith generate {model} --prompt ...`.")
     print_stderr(_HELP)
     if adapters is not None:
         print_stderr(_SWITCH.format(names=", ".join(adapters.names)), f"adapter: {adapters.active}")
@@ -67,33 +66,44 @@ def chat(
             turns = []
             print_stderr("cleared" if command == "/reset" else f"system message: {system or 'none'}")
         elif command == "/adapter" and adapters is not None:
-            if argument in adapters.names:
-                seconds = adapters.switch(argument)
-                pair = (adapters.model, adapters.tokenizer)
-                print_stderr(f"adapter: {adapters.active} ({1000 * seconds:.0f} ms)")
-            else:
-                print_stderr(f"adapter: {adapters.active}", _SWITCH.format(names=", ".join(adapters.names)))
+            _switch_adapter(adapters, argument)
+            pair = (adapters.model, adapters.tokenizer)
         elif line.startswith("/"):
             print_stderr(_HELP)
         else:
             messages = [*turns, {"role": "user", "content": line}]
-            answer = ""
-            try:
-                # Under --json sys.stdout is stderr, so that stdout carries the result alone.
-                for piece in decode.stream(pair, messages, system=system, **settings, seed=seed + len(turns)):
-                    print(piece, end="", flush=True)
-                    answer += piece
-            except KeyboardInterrupt:
-                print_stderr("  (stopped)")
-            except UserError as error:  # the conversation is longer than the window
-                print_stderr(f"{error}\n  Type /reset to start again.")
-                continue
-            print(flush=True)
-            turns = [*messages, {"role": "assistant", "content": answer}]
+            pieces = decode.stream(pair, messages, system=system, **settings, seed=seed + len(turns))
+            answer = _print_answer(pieces)
+            if answer is not None:
+                turns = [*messages, {"role": "assistant", "content": answer}]
     if as_json:
         first = [{"role": "system", "content": system}] if system else []
         active = None if adapters is None else adapters.active
         print_result({"model": model, "adapter": active, "messages": first + turns}, as_json=True)
+
+
+def _print_answer(pieces: Iterator[str]) -> str | None:
+    """Print an answer as it comes and return it; None if the conversation exceeds the window."""
+    answer = ""
+    try:
+        for piece in pieces:  # under --json sys.stdout is stderr, so that stdout carries the result alone
+            print(piece, end="", flush=True)
+            answer += piece
+    except KeyboardInterrupt:
+        print_stderr("  (stopped)")
+    except UserError as error:
+        print_stderr(f"{error}\n  Type /reset to start again.")
+        return None
+    print(flush=True)
+    return answer
+
+
+def _switch_adapter(adapters: Adapters, name: str) -> None:
+    if name in adapters.names:
+        seconds = adapters.switch(name)
+        print_stderr(f"adapter: {adapters.active} ({1000 * seconds:.0f} ms)")
+    else:
+        print_stderr(f"adapter: {adapters.active}", _SWITCH.format(names=", ".join(adapters.names)))
 
 
 def _parse_adapters(given: list[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""``tunesmith check RECIPE [key=value ...]``: everything that can be known before training. Trains nothing."""
+"""``tunesmith check RECIPE [key=value ...]``: what can be known before training. Trains nothing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def check(
     recipe: options.RecipeFile,
     overrides: options.Overrides = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Take a few real steps: forecast memory and time.")
+        bool, typer.Option("--measure", help="Forecast memory and time with real steps.")
     ] = False,
     memory: Annotated[
-        float | None, typer.Option(help="With --measure: memory limit in GB.", show_default="free memory")
+        float | None, typer.Option(help="Memory limit in GB.", show_default="free memory")
     ] = None,
     as_json: options.Json = False,
 ) -> int:
@@ -31,9 +31,7 @@ def check(
     from tunesmith.recipe import load
 
     if memory is not None and (not measure or memory <= 0):
-        raise UserError(
-            "--memory needs --measure and a number of GB above 0: tunesmith check --measure --memory 8 ..."
-        )
+        raise UserError("--memory needs --measure and GB above 0: tunesmith check --measure --memory 8 ...")
     checked = load(recipe, overrides or ())
 
     from tunesmith.train import machine, run
@@ -87,9 +85,8 @@ def lines(facts: JsonObject) -> list[str]:
     ]
     for source in data["sources"]:
         rejected = f", {source['rows_rejected']:,} rejected" if source["rows_rejected"] else ""
-        rows.append(
-            ("source", f"{source['path']}: {source['format']}; {source['rows_kept']:,} rows{rejected}")
-        )
+        kept = f"{source['rows_kept']:,} rows{rejected}"
+        rows.append(("source", f"{source['path']}: {source['format']}; {kept}"))
         rows += [("", str(problem)) for problem in source["problems"]]
         rows += [("", f"the template leaves out {place}") for place in source["left_out"]["first"]]
     for name in ("train", "eval"):
@@ -143,9 +140,8 @@ def _contaminated(facts: JsonObject) -> list[str]:
     """Return how many evaluation rows share text with training rows, and the first three of them."""
     head = f"{facts['rows']:,} eval rows ({facts['share']:.1%}) share {facts['ngram']} tokens or more with a training row"
     head += ":" if facts["answers"] is None else f", {facts['answers']:,} of them in supervised tokens:"
-    first = (
-        f"  {row['where']} and {row['same_as']}: {shorten(row['text'], 80)}" for row in facts["first"][:3]
-    )
+    rows = facts["first"][:3]
+    first = [f"  {row['where']} and {row['same_as']}: {shorten(row['text'], 80)}" for row in rows]
     return [head, *first, *(["  ... --json lists more"] if facts["rows"] > 3 else [])]
 
 
@@ -163,9 +159,8 @@ def _split(split: JsonObject) -> list[str]:
     """Return the counts of the training or evaluation set, and what to look at in it."""
     supervised, lengths, overlong = split["supervised_tokens"], split["histogram"], split["overlong"]
     has_row_labels = supervised == split["examples"]  # one label for each row, none for tokens
-    share = (
-        "" if has_row_labels else f", {supervised:,} supervised ({supervised / max(1, split['tokens']):.1%})"
-    )
+    percent = f"{supervised / max(1, split['tokens']):.1%}"
+    share = "" if has_row_labels else f", {supervised:,} supervised ({percent})"
     out = [
         f"{split['rows']:,} rows, {split['tokens']:,} tokens{share}; median {lengths['median']:g}, longest {lengths['max']:,}"
     ]

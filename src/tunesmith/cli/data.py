@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ from tunesmith.json_types import JsonObject
 
 if TYPE_CHECKING:
     from tunesmith.data.check.lint import LintReport
+    from tunesmith.data.check.near_duplicates import NearReport
     from tunesmith.data.check.preview import Preview
     from tunesmith.data.data_config import DataConfig, Source
     from tunesmith.objectives import Objective
@@ -28,8 +30,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 @app.command("preview")
 def preview(
     target: Annotated[
-        str,
-        typer.Argument(metavar="FILE|RECIPE", help="A data file, builtin:docstrings, or a recipe (.yaml)."),
+        str, typer.Argument(metavar="FILE|RECIPE", help="A data file, builtin:NAME, or a recipe.")
     ],
     model: Annotated[str | None, typer.Option(help="Model of the tokenizer; a recipe names its own.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of each source.")] = 3,
@@ -50,9 +51,7 @@ def preview(
     keys = _source_keys(format, split, name, streaming)
     sources, config, objective, named = _open_target(target, keys, train_on)
     if model is None and named is None:
-        raise UserError(
-            "data preview needs a tokenizer. Name its model: --model smollm2-135m, or a model folder"
-        )
+        raise UserError("data preview needs a tokenizer. Name its model, such as --model smollm2-135m")
     tokenizer = load_tokenizer(locate(model or named or ""))
     chosen = template or (config.template if config else None)
     accepted = ROW_TYPES if config is None and train_on is None else ()
@@ -64,35 +63,26 @@ def preview(
 
 @app.command("lint")
 def lint(
-    files: Annotated[
-        list[str], typer.Argument(metavar="FILE|RECIPE...", help="Data files, or one recipe (.yaml).")
-    ],
+    files: Annotated[list[str], typer.Argument(metavar="FILE|RECIPE...", help="Data files or a recipe.")],
     evaluation: Annotated[
-        list[str] | None, typer.Option("--eval", help="Evaluation files, compared with FILE for duplicates.")
+        list[str] | None, typer.Option("--eval", help="Evaluation files to compare with.")
     ] = None,
     format: options.Format = None,
-    model: Annotated[
-        str | None, typer.Option(help="Also render each row with this model's template.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Also render rows with this model's template.")] = None,
     template: options.Template = None,
     near_duplicates: Annotated[
-        bool, typer.Option("--near-duplicates", help="Also find rows that are nearly the same.")
+        bool, typer.Option("--near-duplicates", help="Also find near-duplicates.")
     ] = False,
-    threshold: Annotated[
-        float | None, typer.Option(help="Jaccard similarity, 0.5 to 1.", show_default="0.8")
-    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Jaccard, 0.5 to 1.", show_default="0.8")] = None,
     write: Annotated[
-        str | None,
-        typer.Option(
-            help="New .jsonl file: FILE's rows that nearly repeat neither --eval's nor earlier ones."
-        ),
+        str | None, typer.Option(help="New .jsonl file: the rows of FILE without near-duplicates.")
     ] = None,
     split: options.Split = "train",
     name: options.Name = None,
     streaming: options.Streaming = False,
     as_json: options.Json = False,
 ) -> int:
-    """List every bad row as file:row:field with what was expected, found and how to fix it; and duplicates."""
+    """List bad rows as file:row:field with what was expected, found and how to fix it; and duplicates."""
     from tunesmith.data.check import lint as linting
     from tunesmith.data.check import near_duplicates as near
     from tunesmith.data.encode.templates import apply_template
@@ -120,28 +110,17 @@ def lint(
     report = linting.lint(train, held_out, accepted, tokenizer)
     facts, lines = report.as_dict(), _lint_lines(report)
     if near_duplicates:
-        with console().status("near-duplicates: reading") as status:
-            found = near.near_duplicates(
-                train, held_out, near.THRESHOLD if threshold is None else threshold, accepted,
-                lambda phase: status.update(f"near-duplicates: {phase}"),
-            )  # fmt: skip
+        found = _find_near_duplicates(train, held_out, threshold, accepted)
         facts["near_duplicates"] = found.as_dict()
         lines += found.lines()
         if write is not None:
             sha256 = row_writer.write(near.kept_rows(train, found, accepted), Path(write), "--write")
-            rows, surplus = found.learnt - len(found.surplus), len(found.surplus)
-            rejected = sum(file.rejected for file in report.files if file.role == "train")
-            facts["written"] = {
-                "path": write,
-                "rows": rows,
-                "surplus": surplus,
-                "rejected": rejected,
-                "sha256": sha256,
-            }
-            lines.append(
-                f"{write}: {_counted(rows, 'row')} written; left out: {_counted(surplus, 'near-duplicate')}, "
-                f"{_counted(rejected, 'row')} that cannot be used"
-            )
+            counts = {"rows": found.learnt - len(found.surplus), "surplus": len(found.surplus)}
+            counts["rejected"] = sum(file.rejected for file in report.files if file.role == "train")
+            facts["written"] = {"path": write, **counts, "sha256": sha256}
+            written, surplus, rejected = map(_counted, counts.values(), ("row", "near-duplicate", "row"))
+            left_out = f"{surplus}, {rejected} that cannot be used"
+            lines.append(f"{write}: {written} written; left out: {left_out}")
     print_result(facts, as_json, lambda _: list(lines))
     return 0 if report.ok else UserError.exit_code
 
@@ -150,39 +129,29 @@ def lint(
 def build(
     kind: Annotated[
         str,
-        typer.Argument(
-            help="docstrings, instructions, preferences, judged, classify, multilabel, tag or qa."
-        ),
+        typer.Argument(help="docstrings, instructions, preferences, judged, classify, multilabel, tag, qa."),
     ],
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws other rows.")] = 0,
-    lang: Annotated[
-        str, typer.Option(help="Language of questions, sentences and label names: en, ko.")
-    ] = "en",
+    lang: Annotated[str, typer.Option(help="Language of questions and label names: en, ko.")] = "en",
     split: Annotated[
-        str | None, typer.Option(help="train or test: rows of different modules.", show_default="all modules")
+        str | None, typer.Option(help="train or test (different modules).", show_default="all modules")
     ] = None,
     no_answer: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="qa: share of questions without an answer.", show_default="0.2"),
+        float | None, typer.Option(min=0, max=1, help="qa: share without an answer.", show_default="0.2")
     ] = None,
     out: Annotated[
-        str | None, typer.Option(help="New .jsonl file, or - for stdout.", show_default="KIND-LANG.jsonl")
+        str | None, typer.Option(help="New .jsonl file; - = stdout.", show_default="KIND-LANG.jsonl")
     ] = None,
     as_json: options.Json = False,
 ) -> int:
     """Make rows of one kind from Python's standard library: real text, and answers known to be correct."""
     from tunesmith.data.store import row_writer
-    from tunesmith.suggestions import did_you_mean
     from tunesmith.synth.python import KINDS, SPLITS, WORDING, draw
 
-    for option, value, valid in (
-        ("KIND", kind, KINDS),
-        ("--lang", lang, WORDING),
-        ("--split", split, SPLITS),
-    ):
-        if value is not None and value not in valid:
-            raise UserError(f"{option}: there is no {value!r}. {did_you_mean(value, valid)}")
+    _check_choice("KIND", kind, KINDS)
+    _check_choice("--lang", lang, WORDING)
+    _check_choice("--split", split, SPLITS)
     builder = KINDS[kind]
     if no_answer is not None and not builder.unanswerable:
         raise UserError(f"--no-answer is for the kind qa; all rows of {kind} have an answer. Leave it out.")
@@ -225,14 +194,9 @@ def pull(
     name: options.Name = None,
     split: options.Split = "train",
     streaming: Annotated[
-        bool,
-        typer.Option(
-            "--streaming", help="Record the commit for sources with streaming: true; download nothing."
-        ),
+        bool, typer.Option("--streaming", help="Record the commit for `streaming: true`; download nothing.")
     ] = False,
-    commit: Annotated[
-        str | None, typer.Option(help="Pull this commit, as an earlier run did.", show_default="the newest")
-    ] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit to pull.", show_default="the newest")] = None,
     as_json: options.Json = False,
 ) -> int:
     """Download a split of a data set from the Hub into the local store, or update it to the newest commit."""
@@ -255,6 +219,27 @@ def pull(
     return 0
 
 
+def _find_near_duplicates(
+    train: list[Source], held_out: list[Source], threshold: float | None, accepted: tuple[type, ...]
+) -> NearReport:
+    from tunesmith.data.check import near_duplicates as near
+
+    chosen = near.THRESHOLD if threshold is None else threshold
+    with console().status("near-duplicates: reading") as status:
+
+        def show(phase: str) -> None:
+            status.update(f"near-duplicates: {phase}")
+
+        return near.near_duplicates(train, held_out, chosen, accepted, show)
+
+
+def _check_choice(option: str, value: str | None, valid: Collection[str]) -> None:
+    from tunesmith.suggestions import did_you_mean
+
+    if value is not None and value not in valid:
+        raise UserError(f"{option}: there is no {value!r}. {did_you_mean(value, valid)}")
+
+
 def _build_lines(facts: JsonObject, drawn: list[Candidate]) -> list[str]:
     from tunesmith.data.store.row_writer import shorten_row
 
@@ -271,7 +256,7 @@ def _source_keys(format: str | None, split: str, name: str | None, streaming: bo
 def _open_target(
     target: str, keys: JsonObject, train_on: str | None
 ) -> tuple[list[Source], DataConfig | None, Objective, str | None]:
-    """Return sources, data keys, objective and model of a recipe; for a file, a source with ``keys`` and no model."""
+    """Return sources, data keys, objective and model of a recipe. A file is a source with ``keys``."""
     from tunesmith import objectives, recipe
 
     overrides = [f"objective.train_on={train_on}"] if train_on else []
@@ -306,7 +291,8 @@ def _lint_lines(report: LintReport) -> list[str]:
     lines += [f"{item.where}: also a training row, {item.same_as}. Remove one of them." for item in leaked]
     lines += [f"remark: {item.where} repeats {item.same_as}" for item in duplicates]
     lines += [f"remark: the chat template leaves out {place}" for place in report.left_out]
-    lines += [line for item in (*report.pairs, *report.judged) for line in item.lines()]
+    lines += [line for pairs in report.pairs for line in pairs.lines()]
+    lines += [line for judgements in report.judged for line in judgements.lines()]
     lines += [f"warning: {text}" for text in report.warnings]
     for file in report.files:
         rows = f"{_counted(file.rows, 'row')} = {file.kept} kept + {file.rejected} rejected"

@@ -16,25 +16,18 @@ from tunesmith.json_types import JsonObject
 
 def evaluate(
     model: options.Model,
-    data: Annotated[
-        str, typer.Option(help="json, jsonl, csv, tsv, txt or parquet file, builtin:NAME, or hub:OWNER/NAME.")
-    ],
+    data: Annotated[str, typer.Option(help="A data file, builtin:NAME, or hub:OWNER/NAME.")],
     objective: Annotated[
-        str | None,
-        typer.Option(
-            help="sft = last answer, cpt = every token, ...", show_default="what it was trained for"
-        ),
+        str | None, typer.Option(help="The loss: sft, cpt, dpo, ...", show_default="that of training")
     ] = None,
     format: options.Format = None,
     column: options.Columns = None,
-    separator: Annotated[
-        str | None, typer.Option(help="Separates the labels of a cell, such as '|'.")
-    ] = None,
+    separator: Annotated[str | None, typer.Option(help="Separator of labels in a cell, such as '|'.")] = None,
     template: options.Template = None,
     max_length: options.MaxLength = None,
     overlong: Annotated[
         str | None,
-        typer.Option(help="Longer rows: error, drop, truncate or split.", show_default="the objective's own"),
+        typer.Option(help="Longer rows: error, drop, truncate, split.", show_default="the objective's own"),
     ] = None,
     bad_rows: Annotated[
         Literal["error", "skip"],
@@ -46,9 +39,7 @@ def evaluate(
     split: options.Split = "train",
     name: options.Name = None,
     streaming: options.Streaming = False,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder for a report, for a model with a task head.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for the report of a task head.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Print loss, figures and speed of a model on a data file."""

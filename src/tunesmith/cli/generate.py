@@ -29,7 +29,7 @@ def generate(
     model: options.Model,
     prompt: Annotated[str | None, typer.Option(help="Prompt to answer.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="File of prompts: txt (one a line), json, jsonl, csv, tsv.")
+        str | None, typer.Option(help="Prompts: txt (one a line), json, jsonl, csv, tsv.")
     ] = None,
     limit: options.Limit = None,
     system: options.System = None,
@@ -40,9 +40,7 @@ def generate(
     top_k: options.TopK = 0,
     seed: Annotated[int, typer.Option(help="Same seed, same answers, whatever the batch.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts answered at once.")] = 8,
-    out: Annotated[
-        Path | None, typer.Option(help="Write prompts and answers to this new jsonl file.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New jsonl file for prompts and answers.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Answer a prompt, or every prompt of a file."""

@@ -19,9 +19,7 @@ def init(
     objective: Annotated[str, typer.Argument(help="sft, cpt, dpo, kto, reward, classify, tag or qa.")],
     adaptation: Annotated[str, typer.Option(help="The weights to train: full, lora, ...")] = "lora",
     model: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m",
-    data: Annotated[
-        str | None, typer.Option(help="File of training rows.", show_default="rows made for the objective")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Training rows.", show_default="built-in rows")] = None,
     out: Annotated[Path | None, typer.Option(help="Write this new file.", show_default="print it")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -34,9 +32,7 @@ def init(
         except FileExistsError:
             raise UserError(f"{out} exists already; name a new file with --out") from None
         except OSError as error:
-            raise UserError(
-                f"{out} cannot be written: {error.strerror}. Name another file with --out"
-            ) from None
+            raise UserError(f"{out} cannot be written: {error.strerror}. Choose another --out") from None
         print_stderr(f"Wrote {out}. Next: tunesmith check {out}")
     if as_json or out is None:
         print_result({"recipe": text, "path": out}, as_json, lambda _: text.rstrip("\n"))
@@ -57,7 +53,7 @@ def recipe_text(objective: str, adaptation: str, model: str, data: str | None) -
     recipe = schema.parse(start, where="init")
     parts = {"objective": objective, "adaptation": adaptation}
     lines = [
-        f"# {objective} with {adaptation}. Check it with `tunesmith check THIS_FILE`, run it with `tunesmith train THIS_FILE`."
+        f"# {objective} with {adaptation}. Check: `tunesmith check THIS_FILE`. Run: `tunesmith train THIS_FILE`."
     ]
     for key, value in recipe:
         field = type(recipe).model_fields[key]

@@ -10,9 +10,7 @@ from tunesmith.cli import options
 
 
 def launch(
-    processes: Annotated[
-        int, typer.Option("--processes", "-n", min=1, help="How many; at most one for each GPU.")
-    ],
+    processes: Annotated[int, typer.Option("--processes", "-n", min=1, help="At most one for each GPU.")],
     recipe: options.RecipeFile,
     overrides: options.Overrides = None,
     out: options.Out = None,

@@ -1,7 +1,7 @@
 """``tunesmith VERB ...``: find the verb's module, run it, turn errors into exit codes.
 
-The module of a verb is imported only when the verb is called, and imports torch only inside its function, so that
-``--help`` answers at once. A new verb is one file here and one line in ``VERBS``.
+The module of a verb is imported only when the verb is called, and imports torch only inside its function, so
+that ``--help`` answers at once. A new verb is one file here and one line in ``VERBS``.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def main(
 ) -> int:
     """Run one command line and return its exit code.
 
-    0 done, 1 a bug in tunesmith, 2 wrong input, 3 training stopped itself, 130 interrupted. ``report`` gets an
-    error, its exit code and whether --json was given, and returns the exit code.
+    0 done, 1 a bug in tunesmith, 2 wrong input, 3 training stopped itself, 130 interrupted. ``report`` gets
+    an error, its exit code and whether --json was given, and returns the exit code.
     """
     args = sys.argv[1:] if argv is None else argv
     as_json = "--json" in args
@@ -109,7 +109,7 @@ def main(
 
 
 def exit_program(code: int) -> NoReturn:
-    """End the process, without its exit handlers if a tracker hangs: the tracker's own handlers would wait for it."""
+    """End the process; skip the exit handlers if a tracker hangs, because they would wait for it."""
     trackers = sys.modules.get("tunesmith.runs.trackers")
     if trackers is not None and trackers.any_running():
         sys.stdout.flush()

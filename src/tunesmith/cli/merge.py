@@ -16,7 +16,7 @@ def merge(
     dtype: Annotated[str, typer.Option(help="auto (the base's), float32, bfloat16 or float16.")] = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Merge a LoRA into its base: a plain transformers folder, whose logits are compared with the adapter's."""
+    """Merge a LoRA into its base: a plain transformers folder, checked against the adapter's logits."""
     from tunesmith.merge.merge_adapter import merge as merge_adapter
 
     print_stderr(f"merging {model} into its base")

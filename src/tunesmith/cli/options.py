@@ -1,4 +1,4 @@
-"""Arguments and options that more than one verb has. A verb names them ``options.Model``, ``options.Json``, ..."""
+"""Arguments and options that several verbs share: ``options.Model``, ``options.Json``, ..."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
 
 # training
 RecipeFile = Annotated[Path, typer.Argument(help="YAML file; see `tunesmith init`.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.epochs=2.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")]
-DeepSpeed = Annotated[
-    Path | None, typer.Option(help="ds_config.json: ZeRO-2 shards the optimiser over the processes.")
-]
+DeepSpeed = Annotated[Path | None, typer.Option(help="ds_config.json; ZeRO-2 shards the optimiser.")]
 
 # rows
 Columns = Annotated[
@@ -38,18 +34,12 @@ Predictions = Annotated[
 ]
 Format = Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.")]
-MaxLength = Annotated[
-    int | None, typer.Option(min=2, help="Longest row, in tokens.", show_default="the model's window")
-]
-Precision = Annotated[
-    Literal["auto", "fp32", "bf16"], typer.Option(help="Number format of the forward pass.")
-]
+MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of a row.", show_default="the window")]
+Precision = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Format of the forward pass.")]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")]
 Split = Annotated[str, typer.Option(help="Split of a data set on the Hub.")]
 Name = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]
-Streaming = Annotated[
-    bool, typer.Option(help="Read a data set on the Hub over the network, without downloading it.")
-]
+Streaming = Annotated[bool, typer.Option(help="Stream a data set from the Hub; download nothing.")]
 Template = Annotated[
     str | None,
     typer.Option(help="alpaca, chatml, roles, korean, or a Jinja string.", show_default="the model's own"),

@@ -1,7 +1,8 @@
 """Printing: the result on stdout, everything else on stderr.
 
-A verb calls ``print_stderr`` for progress and remarks, and ``print_result`` once, at the end. Under ``--json`` stdout
-carries exactly one JSON object: ``reserve_stdout`` sends whatever libraries print to stderr.
+A verb calls ``print_stderr`` for progress and remarks, and ``print_result`` once, at the end. Under
+``--json`` stdout carries exactly one JSON object: ``reserve_stdout`` sends whatever libraries print to
+stderr.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def print_result(
 ) -> None:
     """Print the result of a verb to stdout.
 
-    With ``as_json``: one JSON object, non-finite numbers as null. Otherwise what ``human(facts)`` returns; without
-    ``human`` each key on its own line.
+    With ``as_json``: one JSON object, non-finite numbers as null. Otherwise what ``human(facts)`` returns;
+    without ``human`` each key on its own line.
     """
     if as_json:
         stream = _stdout or sys.stdout
@@ -100,7 +101,8 @@ def to_json(value: object) -> object:
 
 def _print(target: Console, objects: Iterable[RenderableType]) -> None:
     for item in objects:
-        # In a file or a pipe a list of facts has one line each, so that a path can be searched for and copied.
+        # In a file or a pipe a list of facts has one line each, so that a path can be searched for and
+        # copied.
         is_facts = isinstance(item, Table) and item.box is None and not target.is_terminal
         to = Console(file=target.file, highlight=False, width=WIDE) if is_facts else target
         to.print(item, markup=False, soft_wrap=isinstance(item, str))

@@ -24,9 +24,7 @@ SHOWN = 5
 
 def predict(
     model: options.Model,
-    data: Annotated[
-        str, typer.Option(help="Rows, with or without labels: json, jsonl, csv, tsv, txt, parquet, conll.")
-    ],
+    data: Annotated[str, typer.Option(help="Rows, with or without labels: json, csv, txt, conll, ...")],
     out: options.Predictions = None,
     format: options.Format = None,
     column: options.Columns = None,
@@ -39,7 +37,7 @@ def predict(
     streaming: options.Streaming = False,
     as_json: options.Json = False,
 ) -> None:
-    """Predict classes, entities or answers for every row. A row that cannot be read gets `error`; the others go on."""
+    """Predict classes, entities or answers for every row. A row that cannot be read gets `error`."""
     write_predictions(
         model, data, out, "predicting", as_json, column, format=format, limit=limit, max_length=max_length, precision=precision,
         batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,
@@ -51,8 +49,8 @@ def write_predictions(
 ) -> None:  # fmt: skip
     """Write the predictions for every row of ``data`` to the new file ``out``; then print the first few.
 
-    Without ``out`` the predictions go to stdout as they come, with ``as_json`` as ``answers`` of the one object.
-    ``arguments`` are those of ``evaluate.predict.predict``.
+    Without ``out`` the predictions go to stdout as they come, with ``as_json`` as ``answers`` of the one
+    object. ``arguments`` are those of ``evaluate.predict.predict``.
     """
     columns = options.parse_columns(column) or None
     check_new_file(out)
@@ -61,9 +59,8 @@ def write_predictions(
 
     print_stderr(f"loading {model}")
     notes: list[str] = []
-    predictions = engine.predict(
-        model, data, columns=columns, note=notes.append, rewards=verb == "scoring", **arguments
-    )
+    arguments |= {"columns": columns, "note": notes.append, "rewards": verb == "scoring"}
+    predictions = engine.predict(model, data, **arguments)
     kept: list[JsonObject] = []
     most_kept = SHOWN if out is not None else sys.maxsize if as_json else 0
     rows = errors = 0

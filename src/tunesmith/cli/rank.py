@@ -1,4 +1,4 @@
-"""One process of ``tunesmith launch``. It runs the verb and records its error for the launcher, which prints it."""
+"""One process of ``tunesmith launch``. It runs the verb; the launcher prints its error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tunesmith.train import process_watch
 
 
 def run(folder: Path, rank: int) -> int:
-    """Run the ``arguments`` of ``folder/job.json`` and return the exit code; ``command`` is the user's command line."""
+    """Run the ``arguments`` of ``folder/job.json``, whose ``command`` the user typed. Returns the exit code."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     sys.argv = job["command"]
     process_watch.begin(folder, rank)

@@ -1,4 +1,4 @@
-"""``tunesmith runs list | show | compare | reproduce``: results of runs, several side by side, one repeated."""
+"""``tunesmith runs list | show | compare | reproduce``: results of runs, side by side, one repeated."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tunesmith.runs.figure_format import is_number, lower_is_better, size
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="List, show, compare and repeat runs.")
 
+_UNFINISHED = ("killed", "stopped")
 _LEAST_IMPORTANT = ("memory", "started", "model", "tokens/s")
 """Columns of the list that a narrow terminal loses, in this order."""
 
@@ -59,7 +60,7 @@ def compare_runs(
 
     if len(folders) < 2 or by not in ("step", "tokens"):
         raise UserError(
-            "compare takes two or more runs, and --by is step or tokens: tunesmith runs compare runs/a runs/b"
+            "compare needs two runs, and --by step or tokens: tunesmith runs compare runs/a runs/b"
         )
     if out.suffix != ".png":
         raise UserError(f"--out {out}: expected a name that ends in .png, since the curves are a PNG")
@@ -83,15 +84,13 @@ def reproduce(
     out: Annotated[Path | None, typer.Option(help="New run folder.", show_default="RUN-again")] = None,
     as_json: options.Json = False,
 ) -> int:
-    """Train a finished run again from its recipe, and report whether records and weights are bit-identical."""
+    """Train a finished run again and report whether records and weights are the same, bit for bit."""
     from tunesmith.train.reproduce import reproduce as repeat
 
     facts = repeat(run, out, console())
     print_result(facts, as_json, _repetition)
     if not facts["equal"]:
-        print_stderr(
-            f"error: {facts['again']} differs from {facts['run']}; the new run is kept for comparison."
-        )
+        print_stderr(f"error: {facts['again']} differs from {facts['run']}. Both are kept.")
         return NotReproduced.exit_code
     print_stderr("The same, bit for bit.")
     return 0
@@ -117,9 +116,7 @@ def _list_row(run: JsonObject) -> dict[str, str]:
     """Return heading -> cell."""
     is_unfinished = run["planned_steps"] and run["state"] != "done"
     steps = f"{run['step']}/{run['planned_steps']}" if is_unfinished else str(run["step"])
-    changes = (
-        _change(name, *both) for name, both in run["figures"].items() if lower_is_better(name) is False
-    )
+    figures = {name: both for name, both in run["figures"].items() if lower_is_better(name) is False}
     return {
         "run": Path(run["run"]).name,
         "state": run["state"],
@@ -127,7 +124,7 @@ def _list_row(run: JsonObject) -> dict[str, str]:
         "model": Path(str(run["model"] or "-")).name,
         "steps": "-" if run["state"] == "unreadable" else steps,
         "loss": f"{_figure(run['eval_loss_before'], 3)} -> {_figure(run['eval_loss'], 3)}",
-        "figure": next(changes, "-"),
+        "figure": next((_change(name, *both) for name, both in figures.items()), "-"),
         "tokens/s": _figure(run["tokens_per_second"], 0),
         "memory": _memory(run) or "-",
         "started": str(run["created"] or "")[5:16].replace("T", " ") or "-",
@@ -137,12 +134,6 @@ def _list_row(run: JsonObject) -> dict[str, str]:
 def _show_lines(facts: JsonObject) -> str:
     manifest = facts["manifest"]
     result, data, machine = (manifest.get(key) or {} for key in ("result", "data", "machine"))
-    is_unfinished = facts["state"] in ("killed", "stopped")
-    state = f"{facts['state']}, step {facts['step']}"
-    state += f" of {facts['planned_steps']}" if facts["planned_steps"] else ""
-    if is_unfinished:
-        saved = facts["checkpoint"]
-        state += ", no checkpoint" if saved is None else f", last checkpoint at step {saved}"
     setup = _joined(facts["objective"], facts["adaptation"] and f"with {facts['adaptation']}")
     command = figure_format.short_command(manifest.get("command") or "")
     losses = (
@@ -156,10 +147,9 @@ def _show_lines(facts: JsonObject) -> str:
     speed = _with_value("{} tokens/s", _figure(facts["tokens_per_second"], 0, unknown=""))
     threads, torch = machine.get("threads"), (machine.get("versions") or {}).get("torch")
     hardware = (machine.get("cpu"), _with_value("{} threads", threads), _with_value("torch {}", torch))
-    run = shlex.quote(facts["run"])
     lines = [
         ("run", facts["run"]),
-        ("state", state),
+        ("state", _state(facts)),
         ("", str(facts["stopped"] or "")),
         ("started", "  ".join(filter(None, (facts["created"], command)))),
         ("model", f"{facts['model']}  {setup}{_with_value(', seed {}', manifest.get('seed'))}"),
@@ -174,14 +164,27 @@ def _show_lines(facts: JsonObject) -> str:
         ("memory", _memory(facts)),
         ("machine", ", ".join(map(str, filter(None, hardware)))),
         *(("note", note) for note in manifest.get("notes") or ()),
-        ("next", f"tunesmith runs reproduce {run}" if facts["state"] == "done" else ""),
-        ("next", _resume_command(facts["run"], manifest) if is_unfinished else ""),
+        ("next", _next_command(facts)),
     ]
     return "\n".join(f"{name:<11} {text}" for name, text in lines if text)
 
 
-def _resume_command(run: str, manifest: JsonObject) -> str:
-    """Return the command that resumes a run, with its number of processes and its DeepSpeed configuration."""
+def _state(facts: JsonObject) -> str:
+    planned = f" of {facts['planned_steps']}" if facts["planned_steps"] else ""
+    state = f"{facts['state']}, step {facts['step']}{planned}"
+    if facts["state"] not in _UNFINISHED:
+        return state
+    saved = facts["checkpoint"]
+    return f"{state}, " + ("no checkpoint" if saved is None else f"last checkpoint at step {saved}")
+
+
+def _next_command(facts: JsonObject) -> str:
+    """Return the command that repeats a run, or resumes it with its processes and DeepSpeed configuration."""
+    run, manifest = facts["run"], facts["manifest"]
+    if facts["state"] == "done":
+        return f"tunesmith runs reproduce {shlex.quote(run)}"
+    if facts["state"] not in _UNFINISHED:
+        return ""
     processes = manifest.get("processes") or 1
     verb = f"launch --processes {processes}" if processes > 1 else "train"
     given = re.search(r"--deepspeed[ =](\S+)", str(manifest.get("command")))

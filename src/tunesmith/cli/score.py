@@ -1,4 +1,4 @@
-"""``tunesmith score MODEL --data FILE [--out FILE]``: the reward of every answer, and the ranking of several."""
+"""``tunesmith score MODEL --data FILE [--out FILE]``: the reward of every answer, and their ranking."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from tunesmith.cli.predict import write_predictions
 
 def score(
     model: options.Model,
-    data: Annotated[
-        str, typer.Option(help="Prompts with one answer or several (chosen and rejected, a list).")
-    ],
+    data: Annotated[str, typer.Option(help="Prompts with one answer, chosen and rejected, or a list.")],
     out: options.Predictions = None,
     format: options.Format = None,
     column: options.Columns = None,
@@ -27,7 +25,7 @@ def score(
     streaming: options.Streaming = False,
     as_json: options.Json = False,
 ) -> None:
-    """Score every answer with a reward model; rank several, best first. Judgements in the file are ignored."""
+    """Score every answer with a reward model and rank several, best first. Labels in the file are ignored."""
     write_predictions(
         model, data, out, "scoring", as_json, column, format=format, limit=limit, max_length=max_length, precision=precision,
         batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,

@@ -14,7 +14,7 @@ _KEYS = (
 
 
 def show(model: options.Model, as_json: options.Json = False) -> None:
-    """Describe a model folder: architecture, base, adapter, head, parameters, template, run. Loads no weights."""
+    """Describe a model folder: architecture, base, adapter, head, parameters, template. Loads no weights."""
     from tunesmith.models.find.folder_summary import show as summarise
 
     print_result(summarise(model), as_json, _table)
@@ -26,9 +26,8 @@ def _table(facts: JsonObject) -> Table:
         if facts[key] is not None:
             table.add_row(key, str(facts[key]))
     if adapter := facts["adapter"]:
-        table.add_row(
-            "adapter", ", ".join(f"{key}={value}" for key, value in adapter.items() if value is not None)
-        )
+        given = {key: value for key, value in adapter.items() if value is not None}
+        table.add_row("adapter", ", ".join(f"{key}={value}" for key, value in given.items()))
     for kind, part in facts["parameters"].items():
         table.add_row(f"parameters: {kind}", f"{part['count']:,} {'/'.join(part['dtypes'])}")
     table.add_row("parameters: total", f"{facts['total_parameters']:,}{' (base)' if adapter else ''}")
@@ -38,7 +37,6 @@ def _table(facts: JsonObject) -> Table:
     if facts["run"]:
         table.add_row("run", facts["run"]["path"])
     if facts["saved_with"]:
-        table.add_row(
-            "saved with", ", ".join(f"{name} {version}" for name, version in facts["saved_with"].items())
-        )
+        versions = (f"{name} {version}" for name, version in facts["saved_with"].items())
+        table.add_row("saved with", ", ".join(versions))
     return table

@@ -74,7 +74,7 @@ def _next_commands(outcome: JsonObject) -> list[str]:
 
 
 def _figures(outcome: JsonObject) -> Table:
-    """Held-out figures before and after: a row for each figure, or for each evaluation set and all sets together."""
+    """Held-out figures before and after: a row for each figure, or for each evaluation set and all of them."""
     sets = outcome.get("eval_sets", ())
     labels = {key: key.removeprefix("eval_").replace("_", " ") for key in outcome["figures"]}
     if not sets:

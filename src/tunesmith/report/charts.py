@@ -1,7 +1,8 @@
-"""Charts as matplotlib figures: one function each, data in, a ``Figure`` out. ``png`` draws the bytes of a file.
+"""Charts as matplotlib figures: one function each, data in, a ``Figure`` out. ``png`` draws the bytes of a
+file.
 
-A page embeds the same bytes. Curves over steps are the exception: a page has a ``curves.Plot``; this module draws them
-for ``loss.png`` and ``runs compare``.
+A page embeds the same bytes. Curves over steps are the exception: a page has a ``curves.Plot``; this module
+draws them for ``loss.png`` and ``runs compare``.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def compare(runs: Sequence[tuple[str, Points, Points]], by: str = "step") -> Fig
 
 
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
-    """Draw a confusion matrix (k, k) whose rows are the true classes. Colour: the share of the row; text: counts.
+    """Draw a confusion matrix (k, k) whose rows are the true classes. Colour: the share of the row; text:
+    counts.
 
     Of more than 30 classes, the 29 most frequent (as truth or prediction) and the others together.
     """
@@ -100,7 +102,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
 
 
 def _fold_rare_classes(counts: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str], list[int]]:
-    """Return counts, names and numbers of at most MOST_CLASSES classes; the last one may stand for the rest."""
+    """Return counts, names and numbers of at most MOST_CLASSES classes; the last one may be all others."""
     if len(names) <= MOST_CLASSES:
         return counts, names, list(range(len(names)))
     by_size = np.argsort(-(counts.sum(axis=0) + counts.sum(axis=1)), kind="stable")
@@ -113,7 +115,8 @@ def _fold_rare_classes(counts: np.ndarray, names: list[str]) -> tuple[np.ndarray
 
 
 def per_class(measures: _Measures) -> Figure:
-    """Draw precision, recall and F1 of each class {name: {precision, recall, f1, support}}, most frequent first.
+    """Draw precision, recall and F1 of each class {name: {precision, recall, f1, support}}, most frequent
+    first.
 
     Of more than 30 classes the most frequent ones; the axis label has both numbers.
     """
@@ -141,7 +144,7 @@ def accuracy_by_bucket(measures: _Measures, chance: float) -> Figure:
 
 
 def precision_recall(curves: Mapping[str, Sequence[Sequence[float]] | None]) -> Figure:
-    """Draw precision over recall for the first 12 labels {name: [[recall, precision], ...]} that have a curve."""
+    """Draw precision over recall for the first 12 labels {name: [[recall, precision], ...]} with a curve."""
     number = {name: index for index, name in enumerate(curves)}
     drawn = {name: points for name, points in curves.items() if points}
     names = list(drawn)[:MOST_LINES]
@@ -151,8 +154,9 @@ def precision_recall(curves: Mapping[str, Sequence[Sequence[float]] | None]) -> 
     for index, name in enumerate(names):
         recall, precision = zip(*drawn[name])
         colour, dashes = COLOURS[index % len(COLOURS)], "--" if index >= len(COLOURS) else "-"
-        # Only the lower of two thresholds reaches a recall between them, and it has the lower one's precision: steps,
-        # not straight lines (Davis and Goadrich 2006). Recall falls from point to point, so the lower comes first.
+        # Only the lower of two thresholds reaches a recall between them, and it has the lower one's
+        # precision: steps, not straight lines (Davis and Goadrich 2006). Recall falls from point to point, so
+        # the lower comes first.
         lines += axes.step(recall, precision, dashes, where="post", color=colour, linewidth=1.6)
     left_out = f" ({len(names)} of {len(drawn)} labels)" if len(names) < len(drawn) else ""
     axes.set(xlim=(0, 1.02), ylim=(0, 1.04), xlabel=f"recall{left_out}{fitted.note}", ylabel="precision")
@@ -167,7 +171,7 @@ def precision_recall(curves: Mapping[str, Sequence[Sequence[float]] | None]) -> 
 
 
 def calibration(bins: Sequence[Mapping[str, float]]) -> Figure:
-    """Draw accuracy by confidence in the bins of ``metrics.classes.calibration``; below, the share of rows in each."""
+    """Draw accuracy by confidence and the share of rows, in the bins of ``metrics.classes.calibration``."""
     confidence, accuracy, count = ([one[key] for one in bins] for key in ("confidence", "accuracy", "count"))
     figure, (above, below) = _figure(6, 5.4, rows=2, sharex=True, height_ratios=[4, 1])
     above.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="perfect calibration")
@@ -215,12 +219,12 @@ def _label_axes(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def _draw(axes: Axes, curve: Curve, colour: str, dashes: str) -> Line2D:
-    """Draw a curve and return its line for a legend. Training is faint under a smoothed line; others have marks."""
+    """Draw a curve and return its line. Training is faint under a smoothed line; others have marks."""
     points = smooth(curve.finite) if curve.is_training else curve.finite
     if points != curve.finite:
         axes.plot(*_xy(curve.finite), color=colour, alpha=0.25, linewidth=0.9)
     mark, order = ("", 3) if curve.is_training else ("o", 4)
-    style = {"color": colour, "linewidth": 1.8, "markersize": 5, "label": curve.name, "zorder": order}
+    style: dict[str, Any] = {"color": colour, "linewidth": 1.8, "markersize": 5, "label": curve.name, "zorder": order}
     (line,) = axes.plot(*_xy(points), mark + dashes, **style)
     for step in curve.not_finite[:MOST_MARKED]:
         axes.axvline(step, color=RED, linestyle="--", linewidth=1)

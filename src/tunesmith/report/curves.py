@@ -1,7 +1,8 @@
 """Curves over the steps of a run, and the ``Plot`` that a page draws of them.
 
-A plot holds numbers and words. The macro ``plot`` makes SVG of it in the colours of the page, light or dark, with labels
-that keep their size on a phone and the figures under the pointer. ``charts`` draws the same curves into files.
+A plot holds numbers and words. The macro ``plot`` makes SVG of it in the colours of the page, light or dark,
+with labels that keep their size on a phone and the figures under the pointer. ``charts`` draws the same
+curves into files.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ _Styled = tuple[str, str]
 class Curve:
     """One line of a chart. ``points`` are (step, value) in step order; values may be nan or inf.
 
-    ``name`` is for the legend. ``style`` is CSS classes, by default ``name``: ``train`` (drawn faint under a smoothed
-    line), ``eval`` or ``set0`` to ``set5`` (few points, each marked), the latter perhaps with ``dashed``.
+    ``name`` is for the legend. ``style`` is CSS classes, by default ``name``: ``train`` (drawn faint under a
+    smoothed line), ``eval`` or ``set0`` to ``set5`` (few points, each marked), the latter perhaps with
+    ``dashed``.
     """
 
     name: str
@@ -74,7 +76,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Strip:
-    """An invisible column over a plot that shows the figures under the pointer. ``left``, ``width``: per cent."""
+    """An invisible column of a plot with the figures under the pointer. ``left``, ``width``: per cent."""
 
     left: float
     width: float
@@ -133,7 +135,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return exponents from ``low`` to ``high``: of 1, 2 and 5 times powers of ten, or of whole powers over a wide range."""
+    """Return exponents from ``low`` to ``high``: those of 1, 2, 5, 10 ..., over a wide range of 10, 100 ..."""
     mantissas = (1, 2, 5) if high - low <= 2 else (1,)
     exponents = range(math.floor(low), math.ceil(high) + 1, max(1, math.ceil((high - low) / 6)))
     all_ticks = [exponent + math.log10(mantissa) for exponent in exponents for mantissa in mantissas]
@@ -148,7 +150,8 @@ def plot(
     is_smoothed: bool = True,
     is_log: bool = False,
 ) -> Plot | None:
-    """Return the chart of ``curves`` for a page, None if no curve has a finite point. ``form`` formats values.
+    """Return the chart of ``curves`` for a page, None if no curve has a finite point. ``form`` formats
+    values.
 
     ``is_log``: a logarithmic y axis, without values of zero and below.
     """
@@ -167,15 +170,11 @@ def plot(
     x_ticks = [x for x in ticks(frame.left, frame.right, 6) if x == int(x)]
     y_ticks = (log_ticks if is_log else ticks)(frame.low, frame.high)
     steps = sorted({step for curve in curves for step in curve.not_finite})
-    more = f" and {len(steps) - 3} more" if len(steps) > 3 else ""
-    not_finite = f"not finite at step {', '.join(f'{step:,.0f}' for step in steps[:3])}{more}"
+    names = [(curve.classes, curve.name) for curve in drawn] if len(drawn) > 1 else []
     return Plot(
         title=title,
         alt=f"{title} by step: {'; '.join(map(ends, drawn))}",
-        legend=[
-            *((curve.classes, curve.name) for curve in drawn if len(drawn) > 1),
-            *([("broken", not_finite)] if steps else []),
-        ],
+        legend=[*names, *([("broken", _not_finite(steps))] if steps else [])],
         paths=[
             *(("grid", f"M0 {frame.y(y):.1f}H1000") for y in y_ticks),
             *(path for curve in drawn for path in _paths(curve, frame, is_smoothed)),
@@ -185,6 +184,11 @@ def plot(
         y_labels=[(round(frame.y(y) / 10, 2), text_of(y)) for y in y_ticks],
         strips=_strips(drawn, frame, text_of, is_smoothed),
     )
+
+
+def _not_finite(steps: list[float]) -> str:
+    more = f" and {len(steps) - 3} more" if len(steps) > 3 else ""
+    return f"not finite at step {', '.join(f'{step:,.0f}' for step in steps[:3])}{more}"
 
 
 @dataclass(frozen=True)
@@ -257,7 +261,7 @@ def _chunks(points: Points) -> list[Points]:
 
 
 def _outline(points: Points) -> Points:
-    """Return at most 2 * _BINS points that keep every spike: the lowest and highest of each group, in step order."""
+    """Return at most 2 * _BINS points with every spike: the lowest and highest of each group, in step order."""
     by_value = itemgetter(1)
     ends = ({min(chunk, key=by_value), max(chunk, key=by_value)} for chunk in _chunks(points))
     return [point for pair in ends for point in sorted(pair)]

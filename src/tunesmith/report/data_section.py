@@ -1,11 +1,12 @@
 """The data section of a run's report: what was read and kept, and how long the rows are.
 
-``data_values`` turns ``data.store.data_report.Report.as_dict()``, which the manifest holds, into the values of
-``data.html``.
+``data_values`` turns ``data.store.data_report.Report.as_dict()``, which the manifest holds, into the values
+of ``data.html``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tunesmith.json_types import JsonObject
@@ -43,7 +44,6 @@ def data_values(report: JsonObject) -> JsonObject:
     if is_number(contaminated.get("rows")) and is_number(contaminated.get("share")):
         part = share(contaminated["share"], 1)
         figures["eval_rows_that_share_text_with_train"] = f"{contaminated['rows']:,} ({part})"
-    unsupervised = [row for split in splits.values() for row in split.get("unlearnable_first") or ()]
     return {
         "figures": figures,
         "splits": list(splits),
@@ -55,9 +55,11 @@ def data_values(report: JsonObject) -> JsonObject:
         "lengths": _length_counts(mapping(splits.get("train", {}).get("histogram"))),
         "sources": [_source(source) for source in sources],
         "lists": {
-            "Rows left out": [problem for source in sources for problem in source.get("problems") or ()],
-            "Text the template leaves out": [text for text in map(_left_out, sources) if text],
-            "Rows without supervised tokens": list(dict.fromkeys(unsupervised)),
+            "Rows left out": _joined(sources, "problems"),
+            "Text the template leaves out": list(filter(None, map(_left_out, sources))),
+            "Rows without supervised tokens": list(
+                dict.fromkeys(_joined(splits.values(), "unlearnable_first"))
+            ),
         },
         "shared_title": f"Text in both evaluation and training, {contaminated.get('ngram')} tokens or more",
         "shared": _mappings(contaminated.get("first")),
@@ -70,6 +72,10 @@ def mapping(value: object) -> JsonObject:
 
 def _mappings(value: object) -> list[JsonObject]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list | tuple) else []
+
+
+def _joined(parts: Iterable[JsonObject], key: str) -> list[str]:
+    return [text for part in parts for text in part.get(key) or ()]
 
 
 def _cells(split: JsonObject) -> dict[str, Cell]:
@@ -108,7 +114,7 @@ def _source(source: JsonObject) -> JsonObject:
 
 
 def _left_out(source: JsonObject) -> str:
-    """``a.json: 2 of 256 rows looked at, for example ...``; empty if the template renders all of every row."""
+    """``a.json: 2 of 256 rows looked at, for example ...``; empty if the template renders every row whole."""
     facts = mapping(source.get("left_out"))
     if not facts.get("rows"):
         return ""
@@ -118,7 +124,7 @@ def _left_out(source: JsonObject) -> str:
 
 
 def _length_counts(histogram: JsonObject) -> dict[str, float]:
-    """``{"edges": [16, 32, 50], "counts": [...]}`` (counts up to each edge) -> {"1-16": n, "17-32": n, "33-50": n}."""
+    """``{"edges": [16, 32], "counts": [...]}`` (counts up to each edge) -> {"1-16": n, "17-32": n}."""
     edges, counts = histogram.get("edges"), histogram.get("counts")
     if not (isinstance(edges, list) and isinstance(counts, list) and all(map(is_number, [*edges, *counts]))):
         return {}

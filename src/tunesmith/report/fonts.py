@@ -17,7 +17,7 @@ _FIRST = "DejaVu Sans"  # comes with matplotlib, so figures look the same everyw
 
 @dataclass(frozen=True)
 class Names:
-    """``shown``: the names to draw with the font ``families``. ``note``: a line for the axis label, or empty."""
+    """``shown``: names to draw with the font ``families``. ``note``: a line for the axis label, or empty."""
 
     shown: list[str]
     families: list[str]
@@ -25,7 +25,7 @@ class Names:
 
 
 def fit_names(names: Sequence[str], numbers: Sequence[int]) -> Names:
-    """Cut ``names`` and find fonts for them. A name whose letters no font has becomes the number of its class."""
+    """Cut ``names`` and find fonts for them. A name that no font can draw becomes the number of its class."""
     short = [_one_line(name) for name in names]
     families, missing = fonts_of("".join(short))
     has_glyphs = [not missing & set(name) for name in short]
@@ -40,9 +40,11 @@ def _one_line(name: str) -> str:
 
 
 def fonts_of(letters: Iterable[str]) -> tuple[list[str], set[str]]:
-    """Return (families to draw with, letters in none): matplotlib's font, and installed ones for what it lacks.
+    """Return (families to draw with, letters in none): matplotlib's font, and installed ones for what it
+    lacks.
 
-    Upright sans-serif fonts of normal weight come first. Font files are opened only until every letter is found.
+    Upright sans-serif fonts of normal weight come first. Font files are opened only until every letter is
+    found.
     """
     from matplotlib import font_manager
 

@@ -23,7 +23,7 @@ _SHARES = ("share", "fraction", "percent")
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline figure: ``name``, ``before`` -> ``figure``; below it ``change`` (coloured by ``trend``) and ``note``."""
+    """A headline figure: ``before`` -> ``figure``, below it ``change`` (coloured by ``trend``) and ``note``."""
 
     name: str
     figure: str

@@ -1,8 +1,9 @@
 """report.html of a run folder: one self-contained page to read, keep and send.
 
-It is made of the files of the run folder alone, so it can be written at any time: during the run, after a kill, or years
-later. A missing part is left out; a file that cannot be read is named on the page. The page forbids scripts and requests
-(Content-Security-Policy) and every text is escaped (``pages``), so a row of the user's data cannot run in the browser.
+It is made of the files of the run folder alone, so it can be written at any time: during the run, after a
+kill, or years later. A missing part is left out; a file that cannot be read is named on the page. The page
+forbids scripts and requests (Content-Security-Policy) and every text is escaped (``pages``), so a row of the
+user's data cannot run in the browser.
 """
 
 from __future__ import annotations
@@ -71,10 +72,11 @@ class _Run:
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` and, once there is a loss, ``loss.png`` into the run folder; return the report's path.
+    """Write ``report.html`` and, once there is a loss, ``loss.png`` into the run folder; return the report's
+    path.
 
-    Reads recipe.yaml, manifest.json, metrics.jsonl and samples.jsonl; each may be missing or incomplete. Both files are
-    replaced atomically. Raises DiskFullError.
+    Reads recipe.yaml, manifest.json, metrics.jsonl and samples.jsonl; each may be missing or incomplete. Both
+    files are replaced atomically. Raises DiskFullError.
     """
     folder = Path(run_dir)
     run = _read(folder)
@@ -100,15 +102,16 @@ def _read(folder: Path) -> _Run:
     def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
 
-    manifest = read("manifest.json", lambda path: json.loads(read_text(path)), {})
-    records = read("metrics.jsonl", metrics_file.read, [])
+    nothing: list[JsonObject] = []
+    manifest = read("manifest.json", lambda path: mapping(json.loads(read_text(path))), {})
+    records = read("metrics.jsonl", metrics_file.read, nothing)
     return _Run(
         name=folder.resolve().name,
         recipe=read("recipe.yaml", read_text, ""),
-        manifest=mapping(manifest),
+        manifest=manifest,
         train=[one for one in records if one.get("kind") in ("train", "stop")],
         evals=[one for one in records if one.get("kind") == "eval"],
-        samples=read("samples.jsonl", metrics_file.read, []),
+        samples=read("samples.jsonl", metrics_file.read, nothing),
         problems=problems,
     )
 
@@ -203,7 +206,7 @@ def _change(change: float, lower_is_better: bool | None) -> tuple[str, str]:
 
 
 def _sets(run: _Run) -> list[JsonObject]:
-    """Return a row for each evaluation set: figures before training, and at the best step or the last one so far."""
+    """Return a row for each evaluation set: figures before training, and at the best or last step."""
     rows = []
     for name in run.sets:
         row: JsonObject = {"set": name, "rows": run.part("data")["eval_sets"][name].get("rows")}
@@ -218,7 +221,7 @@ def _sets(run: _Run) -> list[JsonObject]:
 
 
 def _notes(run: _Run) -> list[str]:
-    """Return the most important facts first: how the run ended, overfitting, unreadable files, the run's notes."""
+    """Return notes, the most important first: how the run ended, overfitting, unreadable files, others."""
     recorded, result = run.manifest.get("notes"), run.part("result")
     notes = [*run.problems, *(map(str, recorded) if isinstance(recorded, list) else ())]
     if verdict := overfit.detect([*run.train, *run.evals]):
@@ -244,7 +247,7 @@ def _losses(run: _Run) -> list[Curve]:
 
 
 def _small_plots(run: _Run) -> list[Plot]:
-    """Plot the objective's figures (accuracy, rewards/margins ...), held-out figures, and how training went."""
+    """Plot the objective's figures (accuracy, rewards/margins ...), held-out figures, and the training."""
 
     def train(key: str) -> Curve:
         return Curve("train", run.points(run.train, key))

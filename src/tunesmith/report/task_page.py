@@ -42,18 +42,19 @@ def write(
 ) -> Path:
     """Write report.html, and each chart as a PNG, into ``folder``; return the report's path.
 
-    ``figures``: the result of ``tunesmith.metrics`` (``classes.single``, ``multi``, ``regression``, ``entities.score``,
-    ``squad.score``) and single figures of any name. ``confusion``, ``curves``, ``calibration`` and ``per_class`` or
-    ``by_type`` become charts. ``facts``: model, data, rows ... as a list; ``notes`` in it are lines at the top of the
-    page, ``command`` is shown below the title.
+    ``figures``: the result of ``tunesmith.metrics`` (``classes.single``, ``multi``, ``regression``,
+    ``entities.score``, ``squad.score``) and single figures of any name. ``confusion``, ``curves``,
+    ``calibration`` and ``per_class`` or ``by_type`` become charts. ``facts``: model, data, rows ... as a
+    list; ``notes`` in it are lines at the top of the page, ``command`` is shown below the title.
 
-    ``mistakes``: the worst first, each {"where": "file:row", "gold": ..., "prediction": ...} (a string, a number, a list
-    of strings; None or empty = none). These keys are optional:
+    ``mistakes``: the worst first, each {"where": "file:row", "gold": ..., "prediction": ...} (a string, a
+    number, a list of strings; None or empty = none). These keys are optional:
 
     - ``text``, ``text_pair``, ``question``: the input. A long text is cut around its marks;
     - ``probabilities`` {name: share}: the page shows the likeliest and the true ones;
-    - ``gold_spans``, ``predicted_spans`` [{"start", "end", "type"}] in characters of ``text``, ``type`` optional:
-      entities or answers. The text is shown twice, with the true and with the predicted spans marked;
+    - ``gold_spans``, ``predicted_spans`` [{"start", "end", "type"}] in characters of ``text``, ``type``
+      optional: entities or answers. The text is shown twice, with the true and with the predicted spans
+      marked;
     - ``loss`` or ``f1``: how wrong the prediction is;
     - ``rewards``: then ``gold`` is the better answer and ``prediction`` the one with the highest reward.
 
@@ -256,7 +257,7 @@ def _shorten(text: str) -> str:
 
 
 def _marked(text: str, spans: list[JsonObject], others: set[tuple[int, int, str | None]]) -> list[Piece]:
-    """Mark the spans in ``text``: right where the other side has the same span. A long text is cut around them."""
+    """Mark the spans in ``text``, right if the other side has the same. A long text is cut around them."""
     first, last = 0, len(text)
     if len(text) > _MOST_TEXT:
         start = min((span["start"] for span in spans), default=0)

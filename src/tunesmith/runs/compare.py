@@ -1,4 +1,4 @@
-"""Comparison of runs: which recipe keys differ, whether the losses are comparable, and the curves to overlay."""
+"""Comparison of runs: recipe keys that differ, whether losses are comparable, and the curves to overlay."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def losses(runs: Sequence[StoredRun], by: str = "step") -> list[tuple[str, Point
 def labels(runs: Sequence[StoredRun]) -> list[str]:
     """Return each run's folder name and at most three keys that differ, in 60 characters.
 
-    Sources appear as the names of their files, another list as its key alone. Keys that do not fit are left out.
+    Sources appear as the names of their files, another list as its key alone. Keys that do not fit are left
+    out.
     """
     different = differences(runs)
     sources = [key for key in different if key.startswith("data.train.")]
@@ -120,7 +121,7 @@ def _source_names(runs: Sequence[StoredRun]) -> list[str]:
 
 
 def _points(run: StoredRun, kind: str, figure: str, by: str) -> Points:
-    """Return (step or tokens, value) of every finite figure. Evaluations have the tokens of the last training record."""
+    """Return (step or tokens, value) of every finite figure. An evaluation has the tokens trained before it."""
     found, tokens = [], 0
     for record in run.records:
         tokens = record.get("tokens", tokens)

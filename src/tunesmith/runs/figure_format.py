@@ -86,7 +86,7 @@ def short_command(command: str) -> str:
 def figure_names(
     evaluations: Sequence[Iterable[str]], sets: Sequence[str], prefix: str = "eval_"
 ) -> list[str]:
-    """Names of an evaluation's figures, in its order, without standard errors and figures of single ``sets``."""
+    """Names of an evaluation's figures, in order, without standard errors and those of single ``sets``."""
     of_sets = tuple(f"eval_{name}_" for name in sets)
     return [
         name

@@ -1,7 +1,7 @@
 """The records of a run: ``metrics.jsonl``, and every other file with one JSON object per line.
 
-JSON has no number for a figure that is not finite. Such a figure is written as the string ``"nan"``, ``"inf"`` or
-``"-inf"`` and read back as that float; it is never left out or replaced.
+JSON has no number for a figure that is not finite. Such a figure is written as the string ``"nan"``,
+``"inf"`` or ``"-inf"`` and read back as that float; it is never left out or replaced.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class Metrics:
     """The append-only file of a run's records, one JSON object per line.
 
-    Opening it drops an incomplete last line, which a kill leaves. ``append`` hands the line to the operating system
-    before it returns, so the line survives a kill. ``sync`` makes the lines survive a power cut; call it before a
-    checkpoint is published, so that no checkpoint is newer than its records.
+    Opening it drops an incomplete last line, which a kill leaves. ``append`` hands the line to the operating
+    system before it returns, so the line survives a kill. ``sync`` makes the lines survive a power cut; call
+    it before a checkpoint is published, so that no checkpoint is newer than its records.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -48,7 +48,7 @@ class Metrics:
             file.write(line.encode())
 
     def rewind(self, step: int) -> None:
-        """Drop every line past ``step``, atomically. A line without a step has the step of the line before it."""
+        """Drop every line past ``step``, atomically. A line without a step has that of the line before."""
         kept: list[bytes] = []
         at = 0
         for line, record in _lines(self.path):

@@ -12,7 +12,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.runs.figure_format import is_finite, number
 
 KNOWS_JITTER = 8
-"""Fewest evaluations from which jitter is estimated: in a shorter curve the turn itself dominates the estimate."""
+"""Fewest evaluations for an estimate of jitter: in a shorter curve the turn itself dominates it."""
 _NORMAL_MEDIAN = 0.6745  # median of |z| for a standard normal z
 
 
@@ -37,15 +37,15 @@ def detect(records: Sequence[JsonObject]) -> Verdict | None:
 
     At least three evaluations are needed. The last two must exceed the lowest one by more than both of these:
 
-    - the standard error of an evaluation (``eval_loss_stderr``). All evaluations of a run read the same rows, so
-      the error of their difference is smaller than that of each (equal from a correlation of 1/2 on);
-    - the jitter of the curve between evaluations times 1.5 + sqrt(2 ln n): the lowest of n evaluations is about
-      sqrt(2 ln n) standard deviations low by chance. The jitter is the median of
-      |second differences| / (0.6745 sqrt(6)): the standard deviation, for a smooth curve with independent noise.
-      A single turn does not move a median.
+    - the standard error of an evaluation (``eval_loss_stderr``). All evaluations of a run read the same rows,
+      so the error of their difference is smaller than that of each (equal from a correlation of 1/2 on);
+    - the jitter of the curve between evaluations times 1.5 + sqrt(2 ln n): the lowest of n evaluations is
+      about sqrt(2 ln n) standard deviations low by chance. The jitter is the median of |second differences| /
+      (0.6745 sqrt(6)): the standard deviation, for a smooth curve with independent noise. A single turn does
+      not move a median.
 
-    Training loss must have fallen meanwhile: its mean after the lowest evaluation is below the mean of as many
-    records before it. (A run whose losses both rose has diverged, which is not overfitting.)
+    Training loss must have fallen meanwhile: its mean after the lowest evaluation is below the mean of as
+    many records before it. (A run whose losses both rose has diverged, which is not overfitting.)
     """
     evaluations = [
         (int(one["step"]), one["eval_loss"], one["eval_loss_stderr"] if is_finite(one, "eval_loss_stderr") else math.nan)

@@ -1,6 +1,7 @@
 """The progress of a run on the screen: a redrawn line on a terminal, plain lines anywhere else.
 
-The run calls ``start``, then ``log`` and ``evaluation`` with the records that it also appends to ``metrics.jsonl``.
+The run calls ``start``, then ``log`` and ``evaluation`` with the records that it also appends to
+``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich import progress
 from rich.console import Console
@@ -68,9 +70,9 @@ class _Field(progress.ProgressColumn):
 class Progress:
     """The progress display of a run.
 
-    On a terminal one line is redrawn, with a bar; notes and evaluations are printed above it. Anywhere else every
-    log is one plain line without control characters. With ``console=None`` nothing is shown. ``notes`` collects
-    all notes, shown or not, for the run's manifest.
+    On a terminal one line is redrawn, with a bar; notes and evaluations are printed above it. Anywhere else
+    every log is one plain line without control characters. With ``console=None`` nothing is shown. ``notes``
+    collects all notes, shown or not, for the run's manifest.
 
         with Progress(Console(stderr=True)) as progress:
             progress.start(0, 480)
@@ -101,7 +103,7 @@ class Progress:
         self.stop()
 
     def start(self, step: int, total: int) -> None:
-        """Start the display at ``step``, which is 0 unless the run was resumed; ``total`` is the last step."""
+        """Start the display at ``step``: 0 unless the run was resumed. ``total`` is the last step."""
         self._step, self._total = step, total
         self._recent.clear()
         self._recent.append((self._clock(), step))
@@ -136,7 +138,7 @@ class Progress:
             self._redraw(self._bar)
 
     def doing(self, phase: str | None) -> None:
-        """Show on the redrawn line what the run does now, such as ``evaluating``; None when training continues."""
+        """Show what the run does now on the redrawn line, such as ``evaluating``; None for training."""
         self._phase = phase
         if self._bar is not None:
             self._redraw(self._bar)
@@ -167,7 +169,7 @@ class Progress:
     def _redraw(self, bar: progress.Progress) -> None:
         bar.update(bar.task_ids[0], completed=self._step, refresh=True, **self._fields())
 
-    def _fields(self) -> dict[str, Text]:
+    def _fields(self) -> dict[str, Any]:
         """Return the columns of the redrawn line. A narrow terminal cuts the least important figures."""
         figures = Text(no_wrap=True, overflow="ellipsis")
         for index, (label, figure) in enumerate(self._parts):

@@ -71,9 +71,7 @@ def check_resumable(path: Path, recipe: JsonObject) -> list[str]:
     """
     file = path / "recipe.yaml"
     if not file.is_file():
-        raise UserError(
-            f"no run to resume in {path}: it has no recipe.yaml. Leave out --resume to start one."
-        )
+        raise UserError(f"no run to resume in {path}: no recipe.yaml. Leave out --resume to start one.")
     started = recipe_text.read(file.read_text(encoding="utf-8"), str(file))[0]
     old, new = flatten(started), flatten(recipe)
     different = [key for key in {**old, **new} if old.get(key) != new.get(key)]

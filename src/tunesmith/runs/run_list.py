@@ -124,15 +124,11 @@ def _read_files(folder: Path) -> StoredRun:
 
 
 def _result_so_far(records: list[JsonObject]) -> JsonObject:
-    """Return the figures of an unfinished run: before the first step, the best evaluation since, the last speed."""
+    """Return the figures of an unfinished run: before the first step, the best since, the last speed."""
     evals = [one for one in records if one.get("kind") == "eval" and is_number(one.get("step"))]
     trained = [one for one in records if one.get("kind") == "train"]
-    later = [one for one in evals if one["step"] > 0 and is_number(one.get("eval_loss"))]
-    # The last evaluation marked "best" has the kept weights; not every objective chooses by the loss.
-    marked = [one for one in later if one.get("best") is True][-1:]
-    best = marked[0] if marked else min(later, key=lambda one: one["eval_loss"], default={})
     last = trained[-1] if trained else {}
-    first = next((one for one in evals if one["step"] == 0), {})
+    first, best = next((one for one in evals if one["step"] == 0), {}), _best_evaluation(evals)
     losses = [name for name in first if name.endswith("_loss") and name != "eval_loss"]
     sets = [name.removeprefix("eval_").removesuffix("_loss") for name in losses]
     names = figure_format.figure_names([first, best], sets)
@@ -145,6 +141,13 @@ def _result_so_far(records: list[JsonObject]) -> JsonObject:
         **{name: last.get(name) for name in ("tokens_per_second", "tokens")},
         "peak_memory_bytes": max(peaks, default=None),
     }
+
+
+def _best_evaluation(evals: list[JsonObject]) -> JsonObject:
+    """Return the evaluation of the kept weights: the last one marked "best", else that of the lowest loss."""
+    later = [one for one in evals if one["step"] > 0 and is_number(one.get("eval_loss"))]
+    marked = [one for one in later if one.get("best") is True]
+    return marked[-1] if marked else min(later, key=lambda one: one["eval_loss"], default={})
 
 
 def _last_checkpoint(folder: Path) -> int | None:

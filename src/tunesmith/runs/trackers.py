@@ -1,12 +1,12 @@
 """``train.report_to``: copies of every figure of a run in trackers, through accelerate's tracker classes.
 
-``metrics.jsonl`` is the record of a run; a tracker holds a copy. So no tracker can stop or slow a run: each has its
-own thread and queue. A tracker that is down, raises or hangs is reported once and then ignored. Everything stays on
-this machine unless the user's environment says otherwise (``WANDB_MODE``, ``WANDB_API_KEY``,
-``MLFLOW_TRACKING_URI``, ``TRACKIO_SPACE_ID`` ...).
+``metrics.jsonl`` is the record of a run; a tracker holds a copy. So no tracker can stop or slow a run: each
+has its own thread and queue. A tracker that is down, raises or hangs is reported once and then ignored.
+Everything stays on this machine unless the user's environment says otherwise (``WANDB_MODE``,
+``WANDB_API_KEY``, ``MLFLOW_TRACKING_URI``, ``TRACKIO_SPACE_ID`` ...).
 
-Resuming a run sends each tracker the records of ``metrics.jsonl`` that it lacks. A tracker may be ahead of the
-checkpoint; its figures are not written again, because the resumed run repeats them bit for bit.
+Resuming a run sends each tracker the records of ``metrics.jsonl`` that it lacks. A tracker may be ahead of
+the checkpoint; its figures are not written again, because the resumed run repeats them bit for bit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Scalar = str | int | float | bool
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The run as trackers see it. ``config``: its flat recipe. ``before``: its records so far, if it is resumed."""
+    """The run as trackers see it. ``config``: its flat recipe. ``before``: the records of a resumed run."""
 
     folder: Path
     id: str
@@ -62,7 +62,8 @@ class TrackedRun:
 class Sink:
     """An open tracker of accelerate.
 
-    ``last_steps``: the last step that it holds, by kind of record. ``end``: called after the tracker has finished.
+    ``last_steps``: the last step that it holds, by kind of record. ``end``: called after the tracker has
+    finished.
     """
 
     tracker: GeneralTracker
@@ -87,13 +88,13 @@ def describe_run(
 
 
 def flat_config(recipe: JsonObject) -> dict[str, Scalar]:
-    """``{"train": {"batch_size": 8}}`` -> ``{"train.batch_size": 8}``; lists by index; null as the text ``null``."""
+    """``{"train": {"batch_size": 8}}`` -> ``{"train.batch_size": 8}``; lists by index; null as text."""
     flat = flatten(recipe, all_lists=True)
     return {key: value if isinstance(value, Scalar) else json.dumps(value) for key, value in flat.items()}
 
 
 def figures_of(record: JsonObject) -> dict[str, float]:
-    """Return a record's figures under transformers' names (``train/loss``, ``eval/loss``); {} for other kinds."""
+    """Return a record's figures under transformers' names (``train/loss``); {} for other kinds."""
     kind = _KINDS.get(record["kind"])
     return {
         f"{kind}/{key.removeprefix('eval_')}": value
@@ -108,7 +109,7 @@ def any_running() -> bool:
 
 
 class Trackers:
-    """All trackers of a run. ``warn`` gets one line for each that failed, was too slow, or did not end in time."""
+    """All trackers of a run. ``warn`` gets a line for each that fails, is too slow, or does not end in time."""
 
     def __init__(
         self,
@@ -196,7 +197,7 @@ class _Feed:
                     return
 
 
-# ------------------------------------------------------------------------------------------------------ one opener each
+# ------------------------------------------------------------------------------------------- one opener each
 
 
 def _tensorboard(run: TrackedRun) -> Sink:
@@ -207,7 +208,8 @@ def _tensorboard(run: TrackedRun) -> Sink:
     purge_step = 0 if run.resumed else None
     tracker = TensorBoardTracker(run.folder.name, run.folder / "tensorboard", purge_step=purge_step)
     tracker.start()
-    # store_init_configuration() would add a second TensorBoard run for the recipe, and another at each resume.
+    # store_init_configuration() would add a second TensorBoard run for the recipe, and another at each
+    # resume.
     for summary in hparams(run.config, {}):
         tracker.writer.file_writer.add_summary(summary)
     return Sink(tracker)
@@ -258,7 +260,7 @@ def _mlflow(run: TrackedRun) -> Sink:
 
 
 def _trackio(run: TrackedRun) -> Sink:
-    """Trackio's folder on this machine, which ``trackio show --project tunesmith`` reads; starts no dashboard."""
+    """Trackio's folder on this machine, for ``trackio show --project tunesmith``; starts no dashboard."""
     from accelerate.tracking import TrackioTracker
     from trackio.sqlite_storage import SQLiteStorage
 
@@ -285,7 +287,7 @@ OPEN: dict[str, Callable[[TrackedRun], Sink]] = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------- nothing on the terminal
+# ------------------------------------------------------------------------------------ nothing on the terminal
 
 
 class _MutedStream:
@@ -310,7 +312,7 @@ def mute_trackers(names: Sequence[str]) -> Iterator[None]:
         yield
         return
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _MutedStream(sys.stdout), _MutedStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _MutedStream(sys.stdout), _MutedStream(sys.stderr)
     try:
         yield
     finally:
