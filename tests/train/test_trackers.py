@@ -261,7 +261,7 @@ def test_records_that_a_slow_tracker_has_no_room_for_are_counted(monkeypatch):
     ready.set()
     told.close()
     assert len(seen) in (10, 11) and seen == sorted(seen)
-    assert said == [f"tensorboard was too slow: {100 - len(seen)} records were not sent; metrics.jsonl holds all of them."]
+    assert said == [f"tensorboard was too slow: {100 - len(seen)} records were not sent; metrics.jsonl holds every figure."]
 
 
 def test_trackers_do_not_wait_for_each_other(monkeypatch):

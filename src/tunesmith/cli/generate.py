@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from tunesmith.cli import options
-from tunesmith.cli.output import console, print_result, print_stderr
+from tunesmith.cli.output import console, json_line, print_result, print_stderr
 from tunesmith.cli.predict import check_new_file
 from tunesmith.errors import DataError, UserError
 from tunesmith.json_types import JsonObject
@@ -68,7 +67,7 @@ def generate(
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        out.write_text("".join(map(json_line, rows)), encoding="utf-8")
         print_stderr(f"{len(rows)} answers written to {out}")
     facts = {"model": model, "settings": settings, "answers": rows, "out": str(out) if out else None}
     print_result(facts, as_json, lambda _: None if out else _answers(rows))

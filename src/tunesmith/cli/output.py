@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 
 from tunesmith.json_types import JsonObject
+from tunesmith.runs.metrics_file import to_json
 
 WIDE = 10_000
 """Width in columns of a table that is written to a file or a pipe, so that no line is broken."""
@@ -56,7 +55,7 @@ def print_result(
     """
     if as_json:
         stream = _stdout or sys.stdout
-        stream.write(json.dumps(to_json(facts), ensure_ascii=False, allow_nan=False) + "\n")
+        stream.write(json_line(facts))
         stream.flush()
         return
     shown = human(facts) if human else "\n".join(f"{key}: {value}" for key, value in facts.items())
@@ -86,17 +85,9 @@ def reserve_stdout() -> Iterator[None]:
         _stdout = None
 
 
-def to_json(value: object) -> object:
-    """Convert paths to strings, tuples to lists and non-finite numbers to null."""
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
+def json_line(value: object) -> str:
+    """Return ``value`` as one line of JSON, with null for non-finite numbers."""
+    return json.dumps(to_json(value, lambda value: None), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _print(target: Console, objects: Iterable[RenderableType]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from tunesmith import files
 from tunesmith.cli import options
-from tunesmith.cli.output import console, print_result, print_stderr, to_json
+from tunesmith.cli.output import console, json_line, print_result, print_stderr
 from tunesmith.errors import UserError
 from tunesmith.json_types import JsonObject
 
@@ -73,7 +72,7 @@ def write_predictions(
         task = progress.add_task("", total=None)
         for prediction in predictions:
             if file is not None:
-                file.write(json.dumps(to_json(prediction), ensure_ascii=False) + "\n")
+                file.write(json_line(prediction))
             rows, errors = rows + 1, errors + ("error" in prediction)
             kept += [prediction] if len(kept) < most_kept else []
             progress.advance(task)
@@ -117,5 +116,5 @@ def _first_lines(facts: JsonObject) -> str:
 def _short_line(prediction: JsonObject) -> str:
     left_out = ("row", "probabilities", "n_best", "tags")
     short = {name: value for name, value in prediction.items() if name not in left_out}
-    text = json.dumps(to_json(short), ensure_ascii=False)
+    text = json_line(short).strip()
     return f"{prediction['row']}: {text if len(text) <= 160 else text[:157] + '...'}"

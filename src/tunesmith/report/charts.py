@@ -224,7 +224,13 @@ def _draw(axes: Axes, curve: Curve, colour: str, dashes: str) -> Line2D:
     if points != curve.finite:
         axes.plot(*_xy(curve.finite), color=colour, alpha=0.25, linewidth=0.9)
     mark, order = ("", 3) if curve.is_training else ("o", 4)
-    style: dict[str, Any] = {"color": colour, "linewidth": 1.8, "markersize": 5, "label": curve.name, "zorder": order}
+    style: dict[str, Any] = {
+        "color": colour,
+        "linewidth": 1.8,
+        "markersize": 5,
+        "label": curve.name,
+        "zorder": order,
+    }
     (line,) = axes.plot(*_xy(points), mark + dashes, **style)
     for step in curve.not_finite[:MOST_MARKED]:
         axes.axvline(step, color=RED, linestyle="--", linewidth=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Metrics:
 
     def append(self, record: JsonObject) -> None:
         """Write one record. Raises DiskFullError."""
-        line = json.dumps(_to_json(record), ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(to_json(record), ensure_ascii=False, allow_nan=False) + "\n"
         with files.naming_full_disk(self.path), self.path.open("ab") as file:
             file.write(line.encode())
 
@@ -106,14 +106,15 @@ def _parse(line: bytes) -> JsonObject | None:
     return _from_json(value) if isinstance(value, dict) else None
 
 
-def _to_json(value: object) -> object:
+def to_json(value: object, not_finite: Callable[[float], object] = lambda value: str(float(value))) -> object:
+    """Convert paths to strings, tuples to lists and non-finite numbers by ``not_finite``."""
     if isinstance(value, float) and not math.isfinite(value):
-        return str(float(value))
-    if isinstance(value, dict):
-        return {key: _to_json(inner) for key, inner in value.items()}
+        return not_finite(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_json(inner, not_finite) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(inner) for inner in value]
-    return value
+        return [to_json(inner, not_finite) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _from_json(value: Any) -> Any:

@@ -79,19 +79,15 @@ class Progress:
             progress.log({"kind": "train", "step": 1, "loss": 2.1, ...})
     """
 
-    def __init__(
-        self,
-        console: Console | None,
-        total_steps: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, console: Console | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.notes: list[str] = []
         self._console = console
         self._bar: progress.Progress | None = None
         self._clock = clock
         self._drawn_at = -math.inf
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)  # (time, step)
-        self._step, self._total = 0, total_steps
+        self._step = 0
+        self._total: int | None = None
         self._parts: list[tuple[str, str]] = []  # (label, figure), the most important first
         self._seconds_left: float | None = None
         self._phase: str | None = None
@@ -111,16 +107,11 @@ class Progress:
         # FORCE_COLOR makes rich take any file for a terminal; redrawing a line needs a real one.
         if self._bar is None and console and console.is_interactive and console.file.isatty():
             bar = [progress.BarColumn()] if console.width >= _BAR_FROM_WIDTH else []
-            fields = (
-                _Field("at", no_wrap=True),
-                _Field("figures", no_wrap=False),
-                _Field("last", no_wrap=False),
+            columns = (*bar, _Field("at", True), _Field("figures", False), _Field("last", False))
+            # log() redraws: a refresh thread would take time from the training.
+            self._bar = progress.Progress(
+                *columns, console=console, auto_refresh=False, redirect_stdout=False
             )
-            options = {
-                "auto_refresh": False,
-                "redirect_stdout": False,
-            }  # a refresh thread would slow the training
-            self._bar = progress.Progress(*bar, *fields, console=console, **options)
             self._bar.add_task("", total=total, completed=step, **self._fields())
             self._bar.start()
 

@@ -139,19 +139,15 @@ class Trackers:
     def _report_problems(self, at_end: bool = False) -> None:
         for feed in list(self._feeds):
             if feed.problem is not None:
-                self._warn(
-                    f"{feed.name} failed and gets no more figures: {feed.problem}. Training continues; "
-                    "metrics.jsonl holds all of them."
-                )
+                problem = f"failed and gets no more figures: {feed.problem}. Training continues"
                 self._feeds.remove(feed)
             elif at_end and feed.thread.is_alive():
-                self._warn(
-                    f"{feed.name} did not end within {CLOSE_SECONDS:.0f} s and was left; metrics.jsonl holds every figure."
-                )
+                problem = f"did not end within {CLOSE_SECONDS:.0f} s and was left"
             elif at_end and feed.dropped:
-                self._warn(
-                    f"{feed.name} was too slow: {feed.dropped} records were not sent; metrics.jsonl holds all of them."
-                )
+                problem = f"was too slow: {feed.dropped} records were not sent"
+            else:
+                continue
+            self._warn(f"{feed.name} {problem}; metrics.jsonl holds every figure.")
 
 
 class _Feed:
