@@ -81,9 +81,6 @@ def _error_number(error: Exception) -> int:
     return int(match[1]) if match else 0
 
 
-# ------------------------------------------------------------------------------------------- files
-
-
 @contextmanager
 def publish_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path; the file written there replaces ``target`` at the end, unless the block fails.
@@ -105,9 +102,6 @@ def replace_file(target: Path, content: bytes) -> None:
     """Write ``content`` to ``target`` atomically. Raises DiskFullError."""
     with publish_file(target) as temporary:
         temporary.write_bytes(content)
-
-
-# ------------------------------------------------------------------------------------------- folders
 
 
 def new_target(out: str | Path, verb: str) -> Path:

@@ -52,9 +52,7 @@ def _parse_weights(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(
-            f"--weights: expected comma-separated numbers such as 0.7,0.3, got {text!r}"
-        ) from None
+        raise UserError(f"--weights: expected numbers such as 0.7,0.3, got {text!r}") from None
 
 
 def _table(facts: JsonObject) -> RenderableType | list[RenderableType]:
@@ -63,8 +61,10 @@ def _table(facts: JsonObject) -> RenderableType | list[RenderableType]:
     heads = ("path", "type", "r", "base", "parameters", "kB", "held-out loss")
     table = Table(*heads, box=None, padding=(0, 2, 0, 0))
     broken: list[RenderableType] = []
+    here = Path.cwd()
     for one in facts["adapters"]:
-        path = _relative(one["path"])
+        is_below = Path(one["path"]).is_relative_to(here)
+        path = str(Path(one["path"]).relative_to(here)) if is_below else one["path"]
         if one["problem"]:
             broken.append(f"{path} cannot be read: {one['problem']}")
             continue
@@ -72,11 +72,6 @@ def _table(facts: JsonObject) -> RenderableType | list[RenderableType]:
         sizes = (f"{one['parameters']:,}", f"{one['bytes'] / 1000:,.0f}")
         table.add_row(path, one["type"], str(one["r"] or ""), str(one["base"]), *sizes, loss)
     return [*([table] if table.rows else []), *broken]
-
-
-def _relative(path: str) -> str:
-    here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _summary(facts: JsonObject) -> str:

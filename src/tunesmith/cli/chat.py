@@ -33,9 +33,7 @@ def chat(
     top_p: options.TopP = 0.9,
     top_k: options.TopK = 0,
     seed: Annotated[int, typer.Option(help="Same seed and same turns, same answers.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the conversation as JSON at the end.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the conversation as JSON.")] = False,
 ) -> None:
     """Chat with a model. Reads lines from the terminal or from a pipe."""
     from tunesmith.models.adapters.adapter_set import load_adapters

@@ -19,12 +19,8 @@ from tunesmith.runs.figure_format import duration, size
 def check(
     recipe: options.RecipeFile,
     overrides: options.Overrides = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Forecast memory and time with real steps.")
-    ] = False,
-    memory: Annotated[
-        float | None, typer.Option(help="Memory limit in GB.", show_default="free memory")
-    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Forecast memory and time.")] = False,
+    memory: Annotated[float | None, typer.Option(help="Memory limit in GB.", show_default="free")] = None,
     as_json: options.Json = False,
 ) -> int:
     """Check a recipe: rows, masks, steps, parameters, precision; with --measure also memory and time."""

@@ -29,9 +29,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.command("preview")
 def preview(
-    target: Annotated[
-        str, typer.Argument(metavar="FILE|RECIPE", help="A data file, builtin:NAME, or a recipe.")
-    ],
+    target: Annotated[str, typer.Argument(metavar="FILE|RECIPE", help="A file, builtin:NAME, or a recipe.")],
     model: Annotated[str | None, typer.Option(help="Model of the tokenizer; a recipe names its own.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of each source.")] = 3,
     train_on: Annotated[str | None, typer.Option(help="completion, assistant or all.")] = None,
@@ -64,19 +62,13 @@ def preview(
 @app.command("lint")
 def lint(
     files: Annotated[list[str], typer.Argument(metavar="FILE|RECIPE...", help="Data files or a recipe.")],
-    evaluation: Annotated[
-        list[str] | None, typer.Option("--eval", help="Evaluation files to compare with.")
-    ] = None,
+    evaluation: Annotated[list[str] | None, typer.Option("--eval", help="Evaluation files.")] = None,
     format: options.Format = None,
     model: Annotated[str | None, typer.Option(help="Also render rows with this model's template.")] = None,
     template: options.Template = None,
-    near_duplicates: Annotated[
-        bool, typer.Option("--near-duplicates", help="Also find near-duplicates.")
-    ] = False,
+    near_duplicates: Annotated[bool, typer.Option("--near-duplicates", help="Find near-duplicates.")] = False,
     threshold: Annotated[float | None, typer.Option(help="Jaccard, 0.5 to 1.", show_default="0.8")] = None,
-    write: Annotated[
-        str | None, typer.Option(help="New .jsonl file: the rows of FILE without near-duplicates.")
-    ] = None,
+    write: Annotated[str | None, typer.Option(help="New .jsonl file: FILE without near-duplicates.")] = None,
     split: options.Split = "train",
     name: options.Name = None,
     streaming: options.Streaming = False,
@@ -134,14 +126,12 @@ def build(
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws other rows.")] = 0,
     lang: Annotated[str, typer.Option(help="Language of questions and label names: en, ko.")] = "en",
-    split: Annotated[
-        str | None, typer.Option(help="train or test (different modules).", show_default="all modules")
-    ] = None,
+    split: Annotated[str | None, typer.Option(help="train or test.", show_default="all modules")] = None,
     no_answer: Annotated[
         float | None, typer.Option(min=0, max=1, help="qa: share without an answer.", show_default="0.2")
     ] = None,
     out: Annotated[
-        str | None, typer.Option(help="New .jsonl file; - = stdout.", show_default="KIND-LANG.jsonl")
+        str | None, typer.Option(help="New .jsonl file, or -.", show_default="KIND-LANG.jsonl")
     ] = None,
     as_json: options.Json = False,
 ) -> int:

@@ -27,9 +27,7 @@ Prompt: TypeAlias = "str | list[Message]"
 def generate(
     model: options.Model,
     prompt: Annotated[str | None, typer.Option(help="Prompt to answer.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Prompts: txt (one a line), json, jsonl, csv, tsv.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Prompts: txt (one a line), json, csv, ...")] = None,
     limit: options.Limit = None,
     system: options.System = None,
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no chat template.")] = False,

@@ -33,10 +33,7 @@ VERBS = {
     "check": ("tunesmith.cli.check:check", "Check a recipe before training: data, masks, steps, parameters."),
     "init": ("tunesmith.cli.init:init", "Write a commented recipe."),
     "evaluate": ("tunesmith.cli.evaluate:evaluate", "Evaluate a model on a data file."),
-    "predict": (
-        "tunesmith.cli.predict:predict",
-        "Predict classes, entities or answers for every row of a file.",
-    ),
+    "predict": ("tunesmith.cli.predict:predict", "Predict classes, entities or answers for rows."),
     "score": ("tunesmith.cli.score:score", "Score answers with a reward model, and rank several."),
     "generate": ("tunesmith.cli.generate:generate", "Answer a prompt, or every prompt of a file."),
     "chat": ("tunesmith.cli.chat:chat", "Chat with a model."),
@@ -72,14 +69,12 @@ def load(verb: str) -> Command:
     return command
 
 
-def main(
-    argv: list[str] | None = None, report: Callable[[BaseException, int, bool], int] = output.report_error
-) -> int:
-    """Run one command line and return its exit code.
+Reporter = Callable[[BaseException, int, bool], int]
+"""Gets an error, its exit code and whether --json was given; returns the exit code."""
 
-    0 done, 1 a bug in tunesmith, 2 wrong input, 3 training stopped itself, 130 interrupted. ``report`` gets
-    an error, its exit code and whether --json was given, and returns the exit code.
-    """
+
+def main(argv: list[str] | None = None, report: Reporter = output.report_error) -> int:
+    """Run one command line. Returns 0 done, 1 a bug, 2 wrong input, 3 training stopped itself, 130 interrupted."""
     args = sys.argv[1:] if argv is None else argv
     as_json = "--json" in args
     debug = bool(os.environ.get("TUNESMITH_DEBUG"))

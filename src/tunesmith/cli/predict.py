@@ -101,9 +101,7 @@ def _new_text_file(out: Path) -> Iterator[TextIO]:
         try:
             file = temporary.open("w", encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"{out} cannot be written: {error.strerror}. Name another file with --out."
-            ) from None
+            raise UserError(f"{out} cannot be written: {error.strerror}. Choose another --out.") from None
         with file:
             yield file
 

@@ -60,7 +60,7 @@ def compare_runs(
 
     if len(folders) < 2 or by not in ("step", "tokens"):
         raise UserError(
-            "compare needs two runs, and --by step or tokens: tunesmith runs compare runs/a runs/b"
+            "compare needs two runs and --by step or tokens: tunesmith runs compare runs/a runs/b"
         )
     if out.suffix != ".png":
         raise UserError(f"--out {out}: expected a name that ends in .png, since the curves are a PNG")

@@ -163,9 +163,8 @@ def precision_recall(curves: Mapping[str, Sequence[Sequence[float]] | None]) -> 
     _style_axes(axes)
     numbers = [str(index) for index in range(len(lines))]
     legend = figure.legend(lines, numbers, frameon=False, loc="outside right upper")
-    for text, shown in zip(
-        legend.get_texts(), fitted.shown
-    ):  # set later: a legend drops names that begin with "_"
+    texts = zip(legend.get_texts(), fitted.shown)
+    for text, shown in texts:  # set later: a legend drops names that begin with "_"
         text.set(parse_math=False, text=shown, fontfamily=fitted.families)
     return figure
 

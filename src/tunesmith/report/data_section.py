@@ -44,22 +44,19 @@ def data_values(report: JsonObject) -> JsonObject:
     if is_number(contaminated.get("rows")) and is_number(contaminated.get("share")):
         part = share(contaminated["share"], 1)
         figures["eval_rows_that_share_text_with_train"] = f"{contaminated['rows']:,} ({part})"
+    names = dict.fromkeys(name for split in cells.values() for name in split)
+    unsupervised = dict.fromkeys(_joined(splits.values(), "unlearnable_first"))
     return {
         "figures": figures,
         "splits": list(splits),
         # A line for each figure and a column for each split, so that splits can be compared.
-        "examples": [
-            (name, [split.get(name) for split in cells.values()])
-            for name in dict.fromkeys(name for split in cells.values() for name in split)
-        ],
+        "examples": [(name, [split.get(name) for split in cells.values()]) for name in names],
         "lengths": _length_counts(mapping(splits.get("train", {}).get("histogram"))),
         "sources": [_source(source) for source in sources],
         "lists": {
             "Rows left out": _joined(sources, "problems"),
             "Text the template leaves out": list(filter(None, map(_left_out, sources))),
-            "Rows without supervised tokens": list(
-                dict.fromkeys(_joined(splits.values(), "unlearnable_first"))
-            ),
+            "Rows without supervised tokens": list(unsupervised),
         },
         "shared_title": f"Text in both evaluation and training, {contaminated.get('ngram')} tokens or more",
         "shared": _mappings(contaminated.get("first")),
@@ -92,8 +89,7 @@ def _cells(split: JsonObject) -> dict[str, Cell]:
                 share_text = share(value, split["tokens"])
         cells[_NAMES.get(key, key.replace("_", " "))] = Cell(value, key, share_text)
     overlong = mapping(split.get("overlong"))
-    keys = ("rows", "dropped", "tokens_lost", "share_lost")
-    rows, dropped, lost, share_lost = map(overlong.get, keys)
+    rows, dropped, lost, share_lost = map(overlong.get, ("rows", "dropped", "tokens_lost", "share_lost"))
     if is_number(rows):
         cells["above max length"] = Cell(number(rows) + (f" ({overlong.get('policy')})" if rows else ""))
         if is_number(dropped) and dropped:

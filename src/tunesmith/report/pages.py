@@ -34,15 +34,14 @@ class Tile:
     """``good``, ``bad`` or empty."""
 
 
-def render(template: str, **values: object) -> str:
-    """Return the page of ``template``, a file of ``templates/``."""
-    return environment().get_template(template).render(**values)
-
-
 def save(path: Path, template: str, **values: object) -> Path:
-    """Write the page of ``template`` to ``path`` atomically. Returns ``path``. Raises DiskFullError."""
+    """Write the page of ``template``, a file of ``templates/``, to ``path``, and return ``path``.
+
+    The file is replaced atomically. Raises DiskFullError.
+    """
+    html = environment().get_template(template).render(**values)
     # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
-    replace_file(path, render(template, **values).encode("utf-8", "replace"))
+    replace_file(path, html.encode("utf-8", "replace"))
     return path
 
 

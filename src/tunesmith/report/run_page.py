@@ -99,16 +99,12 @@ def _read(folder: Path) -> _Run:
             problems.append(f"{name} cannot be read: {error}")
             return missing
 
-    def read_text(path: Path) -> str:
-        return path.read_text(encoding="utf-8")
-
     nothing: list[JsonObject] = []
-    manifest = read("manifest.json", lambda path: mapping(json.loads(read_text(path))), {})
     records = read("metrics.jsonl", metrics_file.read, nothing)
     return _Run(
         name=folder.resolve().name,
-        recipe=read("recipe.yaml", read_text, ""),
-        manifest=manifest,
+        recipe=read("recipe.yaml", lambda path: path.read_text(encoding="utf-8"), ""),
+        manifest=read("manifest.json", lambda path: mapping(json.loads(path.read_bytes())), {}),
         train=[one for one in records if one.get("kind") in ("train", "stop")],
         evals=[one for one in records if one.get("kind") == "eval"],
         samples=read("samples.jsonl", metrics_file.read, nothing),

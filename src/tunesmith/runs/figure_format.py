@@ -83,14 +83,12 @@ def short_command(command: str) -> str:
     return re.sub(r"^(?:\S*[\\/])?tunesmith(?:[\\/]__main__\.py|\.exe)?(?=\s|$)", "tunesmith", command)
 
 
-def figure_names(
-    evaluations: Sequence[Iterable[str]], sets: Sequence[str], prefix: str = "eval_"
-) -> list[str]:
+def figure_names(records: Sequence[Iterable[str]], sets: Sequence[str], prefix: str = "eval_") -> list[str]:
     """Names of an evaluation's figures, in order, without standard errors and those of single ``sets``."""
     of_sets = tuple(f"eval_{name}_" for name in sets)
     return [
         name
-        for name in dict.fromkeys(name for record in evaluations for name in record)
+        for name in dict.fromkeys(name for record in records for name in record)
         if (name.startswith(prefix) or (name == "perplexity" and prefix == "eval_"))
         and not name.startswith(of_sets)
         and not name.endswith("_stderr")

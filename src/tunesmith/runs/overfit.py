@@ -47,26 +47,24 @@ def detect(records: Sequence[JsonObject]) -> Verdict | None:
     Training loss must have fallen meanwhile: its mean after the lowest evaluation is below the mean of as
     many records before it. (A run whose losses both rose has diverged, which is not overfitting.)
     """
-    evaluations = [
-        (int(one["step"]), one["eval_loss"], one["eval_loss_stderr"] if is_finite(one, "eval_loss_stderr") else math.nan)
-        for one in _with_finite(records, "eval", "eval_loss")
-    ]  # fmt: skip
-    if len(evaluations) < 3:
+    evals = _with_finite(records, "eval", "eval_loss")
+    losses = [one["eval_loss"] for one in evals]
+    lowest = losses.index(min(losses)) if losses else 0
+    if len(losses) - lowest < 3:
         return None
-    lowest = min(range(len(evaluations)), key=lambda index: evaluations[index][1])
-    step, best, _ = evaluations[lowest]
-    if len(evaluations) - lowest < 3:
-        return None
-    error = max(error for _, _, error in (evaluations[lowest], *evaluations[-2:]))
-    jitter = _jitter([loss for _, loss, _ in evaluations])
-    margin = max(error, (1.5 + math.sqrt(2 * math.log(len(evaluations)))) * jitter)
+    best, step = losses[lowest], int(evals[lowest]["step"])
+    compared = (evals[lowest], *evals[-2:])
+    error = max(
+        one["eval_loss_stderr"] if is_finite(one, "eval_loss_stderr") else math.nan for one in compared
+    )
+    margin = max(error, (1.5 + math.sqrt(2 * math.log(len(losses)))) * _jitter(losses))
     # False also when the margin is nan, which it is for a run without standard errors.
-    if not all(loss - best > margin for _, loss, _ in evaluations[-2:]):
+    if not all(loss - best > margin for loss in losses[-2:]):
         return None
     before, after = _train_losses(records, step)
     if not after < before:
         return None
-    last_step, last, _ = evaluations[-1]
+    last_step, last = int(evals[-1]["step"]), losses[-1]
     kept = f"the model of step {step} is kept" if step else "no trained model is better than the initial one"
     text = (
         f"validation turned at step {step} while training kept falling: eval loss {number(best)} -> {number(last)}, "

@@ -107,11 +107,9 @@ class Progress:
         # FORCE_COLOR makes rich take any file for a terminal; redrawing a line needs a real one.
         if self._bar is None and console and console.is_interactive and console.file.isatty():
             bar = [progress.BarColumn()] if console.width >= _BAR_FROM_WIDTH else []
-            columns = (*bar, _Field("at", True), _Field("figures", False), _Field("last", False))
+            parts = (*bar, _Field("at", True), _Field("figures", False), _Field("last", False))
             # log() redraws: a refresh thread would take time from the training.
-            self._bar = progress.Progress(
-                *columns, console=console, auto_refresh=False, redirect_stdout=False
-            )
+            self._bar = progress.Progress(*parts, console=console, auto_refresh=False, redirect_stdout=False)
             self._bar.add_task("", total=total, completed=step, **self._fields())
             self._bar.start()
 

@@ -193,9 +193,6 @@ class _Feed:
                     return
 
 
-# ------------------------------------------------------------------------------------------- one opener each
-
-
 def _tensorboard(run: TrackedRun) -> Sink:
     """Event files in RUN/tensorboard/NAME. ``purge_step`` hides what an interrupted run wrote before."""
     from accelerate.tracking import TensorBoardTracker
@@ -281,9 +278,6 @@ def _trackio(run: TrackedRun) -> Sink:
 OPEN: dict[str, Callable[[TrackedRun], Sink]] = {
     "tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio,
 }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------ nothing on the terminal
 
 
 class _MutedStream:
