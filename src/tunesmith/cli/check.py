@@ -112,7 +112,8 @@ def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 def _forecast(forecast: JsonObject) -> list[tuple[str, str]]:
     """Return what the run will need, as measured."""
-    peak, needed, limit = (forecast[f"{name}_memory_bytes"] for name in ("peak", "needed", "limit"))
+    keys = ("peak_memory_bytes", "needed_memory_bytes", "memory_limit_bytes")
+    peak, needed, limit = (size(forecast[key]) for key in keys)
     budget, heaviest = forecast["micro_batch_tokens"], forecast["heaviest_tokens"]
     step, speed = forecast["seconds_per_step"], forecast["tokens_per_second"]
     seconds = {
@@ -125,7 +126,7 @@ def _forecast(forecast: JsonObject) -> list[tuple[str, str]]:
     if forecast["evaluations"]:
         time += f", {forecast['evaluations']} evaluations of {seconds['evaluation']}"
     return [
-        ("memory", f"{size(peak)} at most, above the program itself; the whole process {size(needed)} of {size(limit)}"),
+        ("memory", f"{peak} at most, above the program itself; the whole process {needed} of {limit}"),
         ("", f"micro-batches of at most {budget:,} tokens, the heaviest {heaviest:,}"),
         ("speed", f"{step:.2f} s a step, {speed:,.0f} tokens/s"),
         ("time", f"about {seconds['total']} to the end: {time}, saving {seconds['saving']}"),
