@@ -46,7 +46,7 @@ def check(
         facts = run.check(
             checked, measure=True, memory_limit_bytes=limit, spent=machine.age(), known=print_known, say=show
         )
-    print_result(facts, as_json, lambda facts: "\n".join(_aligned(_forecast(facts["forecast"]))))
+    print_result(facts, as_json, lambda facts: "\n".join(_align(_forecast_lines(facts["forecast"]))))
     if not facts["forecast"]["fits"]:
         print_stderr(f"error: {_memory_error(facts['forecast'])}")
         return UserError.exit_code
@@ -76,8 +76,8 @@ def lines(facts: JsonObject) -> list[str]:
     data, precision = facts["data"], facts["precision"]
     rows = [
         ("model", facts["model"]),
-        ("objective", _keys(facts["objective"])),
-        ("adaptation", _keys(facts["adaptation"])),
+        ("objective", _format_keys(facts["objective"])),
+        ("adaptation", _format_keys(facts["adaptation"])),
     ]
     for source in data["sources"]:
         rejected = f", {source['rows_rejected']:,} rejected" if source["rows_rejected"] else ""
@@ -87,12 +87,14 @@ def lines(facts: JsonObject) -> list[str]:
         rows += [("", f"the template leaves out {place}") for place in source["left_out"]["first"]]
     for name in ("train", "eval"):
         if data[name]:
-            rows += [(name, line) for line in _split(data[name])]
-    rows += [("", f"  {name}: {line}") for name, split in data["eval_sets"].items() for line in _split(split)]
+            rows += [(name, line) for line in _split_lines(data[name])]
+    rows += [
+        ("", f"  {name}: {line}") for name, split in data["eval_sets"].items() for line in _split_lines(split)
+    ]
     if data["duplicates_train_eval"]:
         rows.append(("", f"{data['duplicates_train_eval']:,} rows are in both train and eval"))
     if data["contaminated"] and data["contaminated"]["rows"]:
-        rows += [("", line) for line in _contaminated(data["contaminated"])]
+        rows += [("", line) for line in _contamination_lines(data["contaminated"])]
     trained, total = facts["trainable_parameters"], facts["total_parameters"]
     rows += [
         ("template", data["template"]),
@@ -103,14 +105,14 @@ def lines(facts: JsonObject) -> list[str]:
         ("", f"trained weights {precision['trained_weights']}, frozen weights {precision['frozen_weights']}"),
         *(("note", line) for line in facts["notes"]),
     ]  # fmt: skip
-    return _aligned(rows)
+    return _align(rows)
 
 
-def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+def _align(rows: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{name:<11} {text}" for name, text in rows]
 
 
-def _forecast(forecast: JsonObject) -> list[tuple[str, str]]:
+def _forecast_lines(forecast: JsonObject) -> list[tuple[str, str]]:
     """Return what the run will need, as measured."""
     keys = ("peak_memory_bytes", "needed_memory_bytes", "memory_limit_bytes")
     peak, needed, limit = (size(forecast[key]) for key in keys)
@@ -133,7 +135,7 @@ def _forecast(forecast: JsonObject) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _contaminated(facts: JsonObject) -> list[str]:
+def _contamination_lines(facts: JsonObject) -> list[str]:
     """Return how many evaluation rows share text with training rows, and the first three of them."""
     head = f"{facts['rows']:,} eval rows ({facts['share']:.1%}) share {facts['ngram']} tokens or more with a training row"
     head += ":" if facts["answers"] is None else f", {facts['answers']:,} of them in supervised tokens:"
@@ -142,7 +144,7 @@ def _contaminated(facts: JsonObject) -> list[str]:
     return [head, *first, *(["  ... --json lists more"] if facts["rows"] > 3 else [])]
 
 
-def _keys(part: JsonObject) -> str:
+def _format_keys(part: JsonObject) -> str:
     """``{"type": "lora", "r": 8}`` -> "lora: r 8"."""
     keys = ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
@@ -152,7 +154,7 @@ def _keys(part: JsonObject) -> str:
     return f"{part['type']}: {keys}" if keys else str(part["type"])
 
 
-def _split(split: JsonObject) -> list[str]:
+def _split_lines(split: JsonObject) -> list[str]:
     """Return the counts of the training or evaluation set, and what to look at in it."""
     supervised, lengths, overlong = split["supervised_tokens"], split["histogram"], split["overlong"]
     has_row_labels = supervised == split["examples"]  # one label for each row, none for tokens

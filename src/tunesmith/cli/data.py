@@ -110,7 +110,7 @@ def lint(
             counts = {"rows": found.learnt - len(found.surplus), "surplus": len(found.surplus)}
             counts["rejected"] = sum(file.rejected for file in report.files if file.role == "train")
             facts["written"] = {"path": write, **counts, "sha256": sha256}
-            written, surplus, rejected = map(_counted, counts.values(), ("row", "near-duplicate", "row"))
+            written, surplus, rejected = map(_count, counts.values(), ("row", "near-duplicate", "row"))
             left_out = f"{surplus}, {rejected} that cannot be used"
             lines.append(f"{write}: {written} written; left out: {left_out}")
     print_result(facts, as_json, lambda _: list(lines))
@@ -233,7 +233,7 @@ def _check_choice(option: str, value: str | None, valid: Collection[str]) -> Non
 def _build_lines(facts: JsonObject, drawn: list[Candidate]) -> list[str]:
     from tunesmith.data.store.row_writer import shorten_row
 
-    counted = f"{_counted(facts['rows'], 'row')} from {_counted(facts['modules'], 'module')}"
+    counted = f"{_count(facts['rows'], 'row')} from {_count(facts['modules'], 'module')}"
     counts = ", ".join(f"{name} {count}" for name, count in facts["counts"].items())
     examples = (f"--- {number}\n{shorten_row(one.row)}" for number, one in enumerate(drawn[:3], 1))
     return [f"{facts['kind']}: {counted} of this Python's library", facts["about"], counts, *examples]
@@ -285,13 +285,11 @@ def _lint_lines(report: LintReport) -> list[str]:
     lines += [line for judgements in report.judged for line in judgements.lines()]
     lines += [f"warning: {text}" for text in report.warnings]
     for file in report.files:
-        rows = f"{_counted(file.rows, 'row')} = {file.kept} kept + {file.rejected} rejected"
+        rows = f"{_count(file.rows, 'row')} = {file.kept} kept + {file.rejected} rejected"
         lines.append(f"{file.path}: {file.format}; {rows}")
-    bad = (
-        f"{_counted(len(report.problems), 'problem')}, {_counted(len(leaked), 'row')} in both train and eval"
-    )
+    bad = f"{_count(len(report.problems), 'problem')}, {_count(len(leaked), 'row')} in both train and eval"
     return [*lines, "no bad rows" if report.ok else bad]
 
 
-def _counted(number: int, thing: str) -> str:
+def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -120,7 +120,7 @@ def _list_row(run: JsonObject) -> dict[str, str]:
     return {
         "run": Path(run["run"]).name,
         "state": run["state"],
-        "what": _joined(run["objective"], run["adaptation"]),
+        "what": _join(run["objective"], run["adaptation"]),
         "model": Path(str(run["model"] or "-")).name,
         "steps": "-" if run["state"] == "unreadable" else steps,
         "loss": f"{_figure(run['eval_loss_before'], 3)} -> {_figure(run['eval_loss'], 3)}",
@@ -134,7 +134,7 @@ def _list_row(run: JsonObject) -> dict[str, str]:
 def _show_lines(facts: JsonObject) -> str:
     manifest = facts["manifest"]
     result, data, machine = (manifest.get(key) or {} for key in ("result", "data", "machine"))
-    setup = _joined(facts["objective"], facts["adaptation"] and f"with {facts['adaptation']}")
+    setup = _join(facts["objective"], facts["adaptation"] and f"with {facts['adaptation']}")
     command = figure_format.short_command(manifest.get("command") or "")
     losses = (
         _with_value("{} before", _figure(facts["eval_loss_before"], unknown="")),
@@ -250,7 +250,7 @@ def _change(name: str, before: object, after: object) -> str:
     return f"{name.removeprefix('eval_')} {_figure(before, 3)} -> {_figure(after, 3)}"
 
 
-def _joined(*words: object) -> str:
+def _join(*words: object) -> str:
     return " ".join(str(word) for word in words if word) or "-"
 
 

@@ -174,7 +174,7 @@ def plot(
     return Plot(
         title=title,
         alt=f"{title} by step: {'; '.join(map(ends, drawn))}",
-        legend=[*names, *([("broken", _not_finite(steps))] if steps else [])],
+        legend=[*names, *([("broken", _not_finite_text(steps))] if steps else [])],
         paths=[
             *(("grid", f"M0 {frame.y(y):.1f}H1000") for y in y_ticks),
             *(path for curve in drawn for path in _paths(curve, frame, is_smoothed)),
@@ -186,7 +186,7 @@ def plot(
     )
 
 
-def _not_finite(steps: list[float]) -> str:
+def _not_finite_text(steps: list[float]) -> str:
     more = f" and {len(steps) - 3} more" if len(steps) > 3 else ""
     return f"not finite at step {', '.join(f'{step:,.0f}' for step in steps[:3])}{more}"
 

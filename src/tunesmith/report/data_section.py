@@ -45,7 +45,7 @@ def data_values(report: JsonObject) -> JsonObject:
         part = share(contaminated["share"], 1)
         figures["eval_rows_that_share_text_with_train"] = f"{contaminated['rows']:,} ({part})"
     names = dict.fromkeys(name for split in cells.values() for name in split)
-    unsupervised = dict.fromkeys(_joined(splits.values(), "unlearnable_first"))
+    unsupervised = dict.fromkeys(_join(splits.values(), "unlearnable_first"))
     return {
         "figures": figures,
         "splits": list(splits),
@@ -54,8 +54,8 @@ def data_values(report: JsonObject) -> JsonObject:
         "lengths": _length_counts(mapping(splits.get("train", {}).get("histogram"))),
         "sources": [_source(source) for source in sources],
         "lists": {
-            "Rows left out": _joined(sources, "problems"),
-            "Text the template leaves out": list(filter(None, map(_left_out, sources))),
+            "Rows left out": _join(sources, "problems"),
+            "Text the template leaves out": list(filter(None, map(_left_out_text, sources))),
             "Rows without supervised tokens": list(unsupervised),
         },
         "shared_title": f"Text in both evaluation and training, {contaminated.get('ngram')} tokens or more",
@@ -71,7 +71,7 @@ def _mappings(value: object) -> list[JsonObject]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list | tuple) else []
 
 
-def _joined(parts: Iterable[JsonObject], key: str) -> list[str]:
+def _join(parts: Iterable[JsonObject], key: str) -> list[str]:
     return [text for part in parts for text in part.get(key) or ()]
 
 
@@ -109,7 +109,7 @@ def _source(source: JsonObject) -> JsonObject:
     return row | {key: str(value)[:12] for key, value in short.items() if value}
 
 
-def _left_out(source: JsonObject) -> str:
+def _left_out_text(source: JsonObject) -> str:
     """``a.json: 2 of 256 rows looked at, for example ...``; empty if the template renders every row whole."""
     facts = mapping(source.get("left_out"))
     if not facts.get("rows"):

@@ -219,7 +219,7 @@ def _mistake(mistake: JsonObject) -> Mistake:
         kind = "after" if key == "prediction" else ""
         is_marked = is_typed or bool(spans)
         text = str(mistake.get("text", ""))
-        marked = _marked(text, spans, set(map(_position, others))) if is_marked else []
+        marked = _mark(text, spans, set(map(_position, others))) if is_marked else []
         probabilities = mistake.get("probabilities") if kind and not is_marked else None
         likely = _likeliest(probabilities, mistake.get("gold")) if probabilities else ""
         return Side(name, kind, None if is_typed else _value(mistake.get(key)), marked, likely)
@@ -256,7 +256,7 @@ def _shorten(text: str) -> str:
     return text if rest <= 0 else f"{text[:_MOST_TEXT]}… ({rest:,} more characters)"
 
 
-def _marked(text: str, spans: list[JsonObject], others: set[tuple[int, int, str | None]]) -> list[Piece]:
+def _mark(text: str, spans: list[JsonObject], others: set[tuple[int, int, str | None]]) -> list[Piece]:
     """Mark the spans in ``text``, right if the other side has the same. A long text is cut around them."""
     first, last = 0, len(text)
     if len(text) > _MOST_TEXT:

@@ -78,7 +78,7 @@ def labels(runs: Sequence[StoredRun]) -> list[str]:
     has_list = {key: any(isinstance(one, list | dict) for one in values) for key, values in different.items()}
     for key, values in sorted(different.items(), key=lambda item: has_list[item[0]]):
         if key not in sources:
-            columns.append([_labelled(key.rpartition(".")[2], value) for value in shorten_paths(values)])
+            columns.append([_label(key.rpartition(".")[2], value) for value in shorten_paths(values)])
     found = []
     for index, name in enumerate(names(runs)):
         keys = [column[index] for column in columns[:3] if column[index]]
@@ -105,7 +105,7 @@ def shorten_paths(values: Sequence[object]) -> list[object]:
     return [short.get(value, value) if isinstance(value, str) else value for value in values]
 
 
-def _labelled(name: str, value: object) -> str:
+def _label(name: str, value: object) -> str:
     """``r 8``; the name alone for a list or mapping; empty if the run has no such key."""
     if isinstance(value, list | dict):
         return name

@@ -47,7 +47,7 @@ def detect(records: Sequence[JsonObject]) -> Verdict | None:
     Training loss must have fallen meanwhile: its mean after the lowest evaluation is below the mean of as
     many records before it. (A run whose losses both rose has diverged, which is not overfitting.)
     """
-    evals = _with_finite(records, "eval", "eval_loss")
+    evals = _select_finite(records, "eval", "eval_loss")
     losses = [one["eval_loss"] for one in evals]
     lowest = losses.index(min(losses)) if losses else 0
     if len(losses) - lowest < 3:
@@ -81,7 +81,7 @@ def _jitter(losses: list[float]) -> float:
 
 def _train_losses(records: Sequence[JsonObject], step: int) -> tuple[float, float]:
     """Mean training loss up to ``step`` and after it, over equally many records; NaN without records."""
-    train = _with_finite(records, "train", "loss")
+    train = _select_finite(records, "train", "loss")
     after = [one["loss"] for one in train if one["step"] > step]
     before = [one["loss"] for one in train if one["step"] <= step][-len(after) :] if after else []
     if step == 0 and len(after) > 1:  # no training before step 0: compare the first half with the second
@@ -91,6 +91,6 @@ def _train_losses(records: Sequence[JsonObject], step: int) -> tuple[float, floa
     return math.fsum(before) / len(before), math.fsum(after) / len(after)
 
 
-def _with_finite(records: Sequence[JsonObject], kind: str, key: str) -> list[JsonObject]:
+def _select_finite(records: Sequence[JsonObject], kind: str, key: str) -> list[JsonObject]:
     of_kind = (one for one in records if one.get("kind") == kind)
     return [one for one in of_kind if is_finite(one, key) and is_finite(one, "step")]

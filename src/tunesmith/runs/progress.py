@@ -118,10 +118,10 @@ class Progress:
         now = self._clock()
         self._step = int(record.get("step", self._step))
         self._recent.append((now, self._step))
-        self._parts = [*_formatted(record, _TRAIN_FORMS), *_own_figures(record)]
+        self._parts = [*_format(record, _TRAIN_FORMS), *_own_figures(record)]
         self._seconds_left = record.get("eta_seconds", self._estimate_seconds_left())
         if self._bar is None:
-            self._print("  ".join([self._position(self._step), *map(_words, self._parts), *self._last()]))
+            self._print("  ".join([self._position(self._step), *map(_join, self._parts), *self._last()]))
         elif now - self._drawn_at >= _REDRAW_SECONDS:
             self._drawn_at = now
             self._redraw(self._bar)
@@ -140,12 +140,12 @@ class Progress:
 
     def evaluation(self, record: JsonObject) -> None:
         """Show an ``eval`` record; ``best: true`` in it marks the best so far."""
-        parts = [*_formatted(record, _EVAL_FORMS), *_own_figures(record)]
-        parts += _formatted(record, [("seconds", "in", duration)])
+        parts = [*_format(record, _EVAL_FORMS), *_own_figures(record)]
+        parts += _format(record, [("seconds", "in", duration)])
         if record.get("best") is True:
             parts.append(("best", "so far"))
         at = self._position(record.get("step", self._step))
-        self._print("eval  " + "  ".join([at, *map(_words, parts)]))
+        self._print("eval  " + "  ".join([at, *map(_join, parts)]))
 
     def stop(self) -> None:
         """Leave the last state on the screen and release the terminal. May be called twice."""
@@ -190,11 +190,11 @@ class Progress:
             self._console.print(Text(text.translate(_VISIBLE)), soft_wrap=True, highlight=False)
 
 
-def _words(part: tuple[str, str]) -> str:
+def _join(part: tuple[str, str]) -> str:
     return " ".join(part).strip()
 
 
-def _formatted(record: JsonObject, forms: Sequence[_Form]) -> list[tuple[str, str]]:
+def _format(record: JsonObject, forms: Sequence[_Form]) -> list[tuple[str, str]]:
     """Return (label, figure) of each form whose key is in the record."""
     return [(label, form(record[key])) for key, label, form in forms if is_number(record.get(key))]
 
