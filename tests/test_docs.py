@@ -1,4 +1,4 @@
-"""The pages say what is there: names and files exist, commands parse, and the tour of the README can be taken."""
+"""Names, files and commands of the pages exist, and the tour of the README runs."""
 
 import importlib
 import io
@@ -16,7 +16,9 @@ from tunesmith.models.find import model_store
 
 ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src" / "tunesmith"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*READMES, *DOCS]
 FOLDERS = sorted(path.name for path in SRC.iterdir() if (path / "__init__.py").is_file())
 KEYS = recipe_keys.ROOT | recipe_keys.DATA | recipe_keys.SOURCE | recipe_keys.EVAL | recipe_keys.TRAIN | recipe_keys.SAMPLES
 KEYS |= {"type"}.union(*recipe_keys.OBJECTIVES.values(), *recipe_keys.ADAPTATIONS.values())
@@ -58,7 +60,7 @@ def exists(dotted):
 
 
 def test_every_folder_has_a_page_and_the_index_lists_all():
-    names = {path.name for path in PAGES[1:]} - {"README.md"}
+    names = {path.name for path in DOCS} - {"README.md"}
     assert {f"{folder}.md" for folder in FOLDERS} <= names
     listed = re.findall(r"^\| \[([\w-]+\.md)\]", (ROOT / "docs" / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(names)
@@ -95,9 +97,23 @@ def test_commands_of_a_page_parse(page):
         command.make_context(verb, words)
 
 
+def test_the_korean_readme_has_the_same_commands_code_and_links():
+    english, korean = (path.read_text(encoding="utf-8") for path in READMES)
+    assert commands(english) == commands(korean)
+    assert blocks(english, "python") == blocks(korean, "python")
+    links = [set(re.findall(r"\]\(([^)]+)\)", text)) for text in (english, korean)]
+    assert links[0] - {"README.ko.md"} <= links[1]
+    assert "README.ko.md" in english.splitlines()[0] and "README.md" in korean.splitlines()[0]
+
+
+@pytest.mark.parametrize("page", READMES, ids=page_id)
+def test_a_readme_is_short(page):
+    assert len(page.read_text(encoding="utf-8").splitlines()) < 150
+
+
 @pytest.fixture
 def tour(tmp_path, monkeypatch):
-    """The text of the README's tour, in a folder with its files and with a tiny model in the place of the real one."""
+    """The text of the README's tour, in a folder with its files and a tiny model for the real one."""
     model_store.models().mkdir(parents=True)
     model_store.install(save_tiny("llama", model_store.models() / "made"), "smollm2-135m", {"kind": "test"})
     monkeypatch.chdir(tmp_path)
@@ -119,8 +135,12 @@ def tour(tmp_path, monkeypatch):
 
 
 def test_the_tour_can_be_taken(tour, monkeypatch, capsys):
+    # tests/train/test_launch.py starts real processes; here the command that each of them gets runs in this one.
+    launcher = importlib.import_module("tunesmith.train.launch")
+    monkeypatch.setattr(launcher, "launch", lambda processes, arguments: program.main(arguments))
+    monkeypatch.setattr(importlib.import_module("tunesmith.train.forecast"), "STEPPING", 0.0)  # the fewest steps
     for words in commands(tour):
-        if words[:2] == ["models", "pull"]:  # the network; what it gives is there already
+        if words[:2] == ["models", "pull"]:  # needs the network; the fixture installed the model
             continue
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
         assert program.main(words) == 0, (words, capsys.readouterr())

@@ -134,7 +134,7 @@ def test_a_new_folder_is_refused_where_something_is(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="merge writes a new folder"):
         files.new_target(tmp_path / "file", "merge")
-    with pytest.raises(UserError, match=r"cannot be made: Not a directory\. Name another place"):
+    with pytest.raises(UserError, match=r"cannot be made: Not a directory\. Name another folder"):
         files.make_folder(tmp_path / "file" / "below")
 
 

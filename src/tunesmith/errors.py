@@ -1,47 +1,31 @@
-"""Every error a user can meet, and the exit code each one stands for.
+"""Every error that a user can meet; its base class decides the exit code of the command line.
 
-    TunesmithError                 exit 1: a bug of ours
-    +-- UserError                  exit 2: the recipe, the data or the model folder is wrong; nothing was started
-    |   +-- RecipeError
-    |   +-- DataError
-    |   |   +-- ReadOnceError
-    |   +-- ModelError
-    |   +-- MissingExtra
-    +-- StoppedError               exit 3: training stopped itself; the last good checkpoint is kept
-    |   +-- NonFiniteError
-    |   +-- GradientOverflowError
-    |   +-- DiskFullError
-    |   +-- OutOfMemoryError
-    |   +-- NotReproduced
-    |   +-- ProcessLost
-    +-- Interrupted                exit 130: stopped by a signal, after saving
-
-A message says what is wrong, where, what was expected and what to do next.
+A message has four parts in this order: what is wrong, where, what was expected and found, what to type next.
 """
 
 
 class TunesmithError(Exception):
-    """Base of all named errors. ``exit_code`` is what the command line returns."""
+    """Base of all named errors. ``exit_code`` is what the command line returns: 1 is a bug in tunesmith."""
 
     exit_code = 1
 
 
 class UserError(TunesmithError):
-    """Something the user can mend; raised before any work is started."""
+    """Exit 2: the recipe, the data, the model folder or the command line is wrong. Nothing was started."""
 
     exit_code = 2
 
 
 class RecipeError(UserError):
-    """An unknown key, a wrong value, or two choices that do not go together."""
+    """An unknown key, a wrong value, or two keys that conflict."""
 
 
 class DataError(UserError):
-    """A file or a row that cannot be read, or data with nothing to learn from."""
+    """A file or a row that cannot be read, or data without supervised tokens."""
 
 
 class ReadOnceError(DataError):
-    """A stream, which cannot be looked at before it is read."""
+    """A stream, which cannot be inspected before training reads it."""
 
 
 class ModelError(UserError):
@@ -49,16 +33,17 @@ class ModelError(UserError):
 
 
 class MissingExtra(UserError):
-    """An optional dependency is absent."""
+    """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
-            f"{purpose} needs the package {package!r}, which is not installed.\n  Type: pip install 'tunesmith[{extra}]'"
+            f"{purpose} needs the package {package!r}, which is not installed.\n"
+            f"  Type: pip install 'tunesmith[{extra}]'"
         )
 
 
 class StoppedError(TunesmithError):
-    """Training stopped itself; what was saved before stays."""
+    """Exit 3: training stopped itself. Everything saved before is kept."""
 
     exit_code = 3
 
@@ -72,22 +57,22 @@ class GradientOverflowError(StoppedError):
 
 
 class DiskFullError(StoppedError):
-    """There is no room for a checkpoint; the last one is kept."""
+    """The disk has no room for a file; the last checkpoint is kept."""
 
 
 class OutOfMemoryError(StoppedError):
-    """One row alone does not fit into memory."""
+    """A single row needs more memory than there is."""
 
 
 class ProcessLost(StoppedError):
-    """One of several processes ended, or no longer answers; the last checkpoint is kept."""
+    """One of several processes ended or does not answer; the last checkpoint is kept."""
 
 
 class NotReproduced(StoppedError):
-    """A run that was repeated came to another end."""
+    """A repeated run differs from the first one."""
 
 
 class Interrupted(TunesmithError):
-    """SIGINT or SIGTERM arrived; a checkpoint was saved."""
+    """Exit 130: SIGINT or SIGTERM arrived; a checkpoint was saved."""
 
     exit_code = 130

@@ -1,9 +1,8 @@
-"""The home folder, files and folders that appear whole or not at all, and their hashes: nothing else here
-knows them.
+"""The home folder, atomic writes of files and folders, and file hashes. No other module implements these.
 
-Everything is written under a hidden name in the folder of its target, synced to the disk, and then renamed.
-So a kill or a power cut at any moment leaves the old one or the new one, and what is left of an unfinished
-one (``.NAME.*.tmp``) is never mistaken for either.
+Everything is written under a hidden name next to its target, synced to the disk, and then renamed. A kill or
+a power cut at any moment leaves either the old version or the new one. Leftovers of an unfinished write
+(``.NAME.*.tmp``) are never read.
 """
 
 from __future__ import annotations
@@ -22,23 +21,19 @@ from pathlib import Path
 from tunesmith.errors import DiskFullError, UserError
 
 MARGIN_BYTES = 64 * 2**20
-"""Bytes that must stay free in addition to those of a folder to be published."""
+"""``publish_folder`` keeps this many bytes free in addition to the size of the folder."""
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-"""Error numbers of a disk, a quota or a file-size limit that is used up."""
+"""Error numbers of a full disk, an exhausted quota and a file-size limit."""
 
 
 def home() -> Path:
-    """Where tunesmith keeps what it downloads and prepares: $TUNESMITH_HOME (``~`` is expanded), else
-    ~/.cache/tunesmith.
-    """
+    """Return the folder of downloads and caches: $TUNESMITH_HOME (may begin with ``~``) or ~/.cache/tunesmith."""
     return Path(os.environ.get("TUNESMITH_HOME") or "~/.cache/tunesmith").expanduser()
 
 
 def free_disk_bytes(path: str | Path) -> int:
-    """Bytes this user can still write where ``path`` lies. ``path`` need not exist yet: its nearest existing
-    parent counts.
-    """
+    """Return how many bytes this user can still write on the disk of ``path``, which need not exist yet."""
     folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -46,18 +41,17 @@ def free_disk_bytes(path: str | Path) -> int:
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
+    """Return the sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
     """Force a file's content, or the names in a folder, onto the disk."""
-    if os.name != "posix" and path.is_dir():  # elsewhere a folder cannot be opened to be synced
+    is_posix = os.name == "posix"
+    if not is_posix and path.is_dir():  # Windows cannot open a folder
         return
-    handle = os.open(
-        path, os.O_RDONLY if os.name == "posix" else os.O_RDWR
-    )  # Windows syncs only what may be written
+    handle = os.open(path, os.O_RDONLY if is_posix else os.O_RDWR)  # Windows syncs writable handles only
     try:
         os.fsync(handle)
     finally:
@@ -70,33 +64,30 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _error_number(error) not in FULL:
+        number = _error_number(error)
+        if number not in FULL:
             raise
         raise DiskFullError(
-            f"no room left to write {path}: {os.strerror(_error_number(error))}. Everything saved before is kept.\n"
+            f"no room left to write {path}: {os.strerror(number)}. Everything saved before is kept.\n"
             "  Free some space, then type the same command again; add --resume to continue a training run."
         ) from None
 
 
 def _error_number(error: Exception) -> int:
-    """The system's number of an error; safetensors, which is Rust, has it only in its message. 0 = none."""
+    """Return the system's error number, 0 if there is none. safetensors (Rust) has it only in its message."""
     if isinstance(error, OSError):
         return error.errno or 0
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else 0
-
-
-# ------------------------------------------------------------------------------------------- files
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else 0
 
 
 @contextmanager
 def publish_file(target: Path) -> Iterator[Path]:
-    """Give a path to write to; the file there replaces ``target`` when the block ends, and is removed when
-    the block fails.
+    """Yield a temporary path; the file written there replaces ``target`` at the end, unless the block fails.
 
     Raises DiskFullError.
     """
-    temporary = _temporary(target)
+    temporary = _temporary_path(target)
     try:
         with naming_full_disk(target):
             yield temporary
@@ -108,19 +99,13 @@ def publish_file(target: Path) -> Iterator[Path]:
 
 
 def replace_file(target: Path, content: bytes) -> None:
-    """Put ``content`` in the place of ``target``. Raises DiskFullError."""
+    """Write ``content`` to ``target`` atomically. Raises DiskFullError."""
     with publish_file(target) as temporary:
         temporary.write_bytes(content)
 
 
-# ------------------------------------------------------------------------------------------- folders
-
-
 def new_target(out: str | Path, verb: str) -> Path:
-    """The absolute path of ``out``, which the command ``verb`` will make.
-
-    Raises UserError when something is there.
-    """
+    """Return the absolute path of the folder that ``verb`` will make. Raises UserError if it exists."""
     target = Path(out).expanduser().resolve()
     if target.exists():
         raise UserError(
@@ -130,46 +115,43 @@ def new_target(out: str | Path, verb: str) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents where they are missing. Raises UserError where that is not possible."""
+    """Make a folder and its missing parents. Raises UserError if the system refuses."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"the folder {folder} cannot be made: {error.strerror}. Name another place with --out."
+            f"the folder {folder} cannot be made: {error.strerror}. Name another folder with --out."
         ) from None
 
 
 def temporary_folder(target: Path, mode: int = 0o777) -> Path:
-    """Make an empty hidden folder next to ``target``, to be filled and renamed to it.
-
-    No two calls make the same one.
-    """
-    folder = _temporary(target)
+    """Make a new hidden folder next to ``target``, to be filled and renamed to it."""
+    folder = _temporary_path(target)
     folder.mkdir(mode)
     return folder
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder that becomes ``target`` when the block ends, and is removed when the block fails.
+    """Yield an empty folder that becomes ``target`` at the end, and is removed if the block fails.
 
-    Raises UserError where it cannot be made, DiskFullError when the disk fills up.
+    Raises UserError if the folder cannot be made, DiskFullError when the disk fills up.
     """
     make_folder(target.parent)
-    made = temporary_folder(target)
+    folder = temporary_folder(target)
     try:
         with naming_full_disk(target):
-            yield made
-            install_folder(made, target)
+            yield folder
+            install_folder(folder, target)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish_folder(target: Path, write: Callable[[Path], None], needed_bytes: int) -> None:
-    """Make ``target``: ``write`` fills the folder it is given. An old ``target`` is replaced.
+    """Make or replace ``target``; ``write`` fills the folder that it gets.
 
-    Raises DiskFullError, leaving the old one, when the disk fills up or ``needed_bytes`` and ``MARGIN_BYTES``
-    are not free.
+    Raises DiskFullError when the disk fills up, or has less than ``needed_bytes`` + ``MARGIN_BYTES`` free.
+    The old folder then stays.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     free = free_disk_bytes(target.parent)
@@ -179,31 +161,26 @@ def publish_folder(target: Path, write: Callable[[Path], None], needed_bytes: in
             "The last checkpoint is kept.\n"
             "  Free some space, then type the same command with --resume."
         )
-    with new_folder(target) as made:
-        write(made)
+    with new_folder(target) as folder:
+        write(folder)
 
 
-def install_folder(made: Path, target: Path) -> None:
-    """Sync the filled folder ``made``, which lies on the same disk, and rename it to ``target``.
-
-    An old one is replaced.
-    """
-    for path in (*sorted(made.rglob("*")), made):
+def install_folder(folder: Path, target: Path) -> None:
+    """Sync ``folder`` and rename it to ``target`` on the same disk, replacing an old one."""
+    for path in (*sorted(folder.rglob("*")), folder):
         sync(path)
-    replaced = _replaced(target)
+    replaced = _replaced_path(target)
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
-    made.rename(target)
+    folder.rename(target)
     sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def recover(target: Path) -> None:
-    """Finish what a kill between the two renames of ``install_folder`` left, and remove temporary files and
-    folders.
-    """
-    replaced = _replaced(target)
+    """Restore ``target`` after a kill inside ``install_folder``; remove temporary files."""
+    replaced = _replaced_path(target)
     if replaced.exists() and not target.exists():
         replaced.rename(target)
     for leftover in target.parent.glob(".*.tmp"):
@@ -215,26 +192,24 @@ def recover(target: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, which is renamed first: nobody takes a half-removed one for a whole one."""
-    hidden = _temporary(folder)
+    """Rename a folder and then remove it, so that no reader finds it half removed."""
+    hidden = _temporary_path(folder)
     with suppress(FileNotFoundError):  # another process removed it
         folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def remove_abandoned(folder: Path, pattern: str, seconds: float) -> None:
-    """Remove the folders in ``folder`` that match ``pattern`` and in which nothing was written for
-    ``seconds``.
-    """
+    """Remove the folders in ``folder`` that match ``pattern`` and were not written to for ``seconds``."""
     for old in folder.glob(pattern):
         with suppress(FileNotFoundError):  # another process finished or removed it
             if max(path.lstat().st_mtime for path in (old, *old.rglob("*"))) < time.time() - seconds:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def _temporary(target: Path) -> Path:
+def _temporary_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
-def _replaced(target: Path) -> Path:
+def _replaced_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")

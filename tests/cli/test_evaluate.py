@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tunesmith.cli.evaluate import columns_of
 from tunesmith.cli.main import main
+from tunesmith.cli.options import parse_columns
 
 FIGURES = {
     "eval_loss": 1.5,
@@ -60,4 +60,4 @@ def test_a_column_without_a_name_is_exit_2(calls, capsys):
 
 
 def test_a_field_named_twice_gets_both_columns():
-    assert columns_of(["text=review", "labels=toxic", "labels=a=b"]) == {"text": "review", "labels": ["toxic", "a=b"]}
+    assert parse_columns(["text=review", "labels=toxic", "labels=a=b"]) == {"text": "review", "labels": ["toxic", "a=b"]}

@@ -1,3 +1,4 @@
+import importlib
 import itertools
 import json
 
@@ -48,7 +49,8 @@ def test_the_file_passes_the_check_of_a_recipe(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("objective", objectives.names())
-def test_without_a_file_it_learns_from_rows_of_its_kind(objective, capsys):
+def test_without_a_file_it_learns_from_rows_of_its_kind(objective, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("tunesmith.synth.python.draw"), "AHEAD", 3)  # read one module
     assert main(["init", objective]) == 0
     built = recipe.parse(recipe_text.read(capsys.readouterr().out, "init")[0])
     opened = open_source(built.data.train[0].model_copy(update={"limit": 3}), objectives.module(objective).Objective.traits.rows)

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-import tunesmith
 from tests.models.adapters import base_and_adapter
-from tests.runs import TASKS, recipe
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_config
 from tunesmith.cli.main import main
 
 
@@ -116,12 +119,14 @@ def test_chat_keeps_the_history(model: str, monkeypatch: pytest.MonkeyPatch, cap
     assert len(turns) == 4
 
 
-@pytest.mark.parametrize("objective", TASKS)
-def test_who_writes_no_text_is_not_talked_with(
-    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "network", [AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering]
+)
+def test_a_model_with_a_task_head_cannot_chat(
+    network: Any, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = tunesmith.train(recipe(tmp_path, "llama", objective, max_steps=1), out=tmp_path / "run")["model_dir"]
-    capsys.readouterr()
+    network.from_config(tiny_config("llama")).save_pretrained(model)
+    found = model
     assert chat(found, monkeypatch, "one\n") == 2
     assert "this model is a LlamaFor" in (said := capsys.readouterr().err) and "tunesmith predict" in said
     assert main(["generate", found, "--prompt", "one"]) == 2

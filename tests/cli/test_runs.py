@@ -1,6 +1,7 @@
 """``tunesmith runs``: what became of runs, side by side, and one of them again."""
 
 import json
+import shutil
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_compare_says_when_losses_are_not_comparable(made, tmp_path, capsys):
     other["data"]["eval"] = {"fraction": 0.3}
     tunesmith.train(other, out=tmp_path / "run")
     found = answered(capsys, "runs", "compare", made / "a", tmp_path / "run", "--out", tmp_path / "c.png", "--by", "tokens")
-    assert any("not evaluated on the same rows" in line for line in found["cautions"])
+    assert any("the evaluation rows differ" in line for line in found["cautions"])
 
 
 @pytest.mark.parametrize("words", [["a"], ["a", "b", "--by", "epoch"], ["a", "b", "--out", "c.svg"], ["a", "nowhere"]])
@@ -90,10 +91,13 @@ def test_a_run_is_reproduced_bit_for_bit(made, tmp_path, capsys):
     assert found["machine"] == {} and found["records"] == len(metrics_file.read(made / "b" / "metrics.jsonl"))
 
 
-def test_changed_data_is_refused_before_training_with_what_changed(tmp_path, capsys):
-    one = recipe(tmp_path)
-    tunesmith.train(one, out=tmp_path / "run")
-    file = tmp_path / "rows.jsonl"
+def test_changed_data_is_refused_before_training_with_what_changed(made, tmp_path, capsys):
+    shutil.copytree(made / "a", tmp_path / "run")
+    old, file = made.parent / "rows.jsonl", tmp_path / "rows.jsonl"
+    shutil.copy(old, file)
+    for name in ("recipe.yaml", "manifest.json"):
+        text = (tmp_path / "run" / name).read_text(encoding="utf-8")
+        (tmp_path / "run" / name).write_text(text.replace(str(old), str(file)), encoding="utf-8")
     file.write_text("\n".join([*file.read_text().splitlines(), json.dumps({"prompt": "new", "completion": " row"})]))
     assert main(["runs", "reproduce", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 2
     said = capsys.readouterr().err
@@ -101,12 +105,10 @@ def test_changed_data_is_refused_before_training_with_what_changed(tmp_path, cap
     assert not (tmp_path / "again").exists()
 
 
-def test_a_run_that_came_out_otherwise_names_the_first_difference(tmp_path, capsys, monkeypatch):
-    one = recipe(tmp_path)
-    tunesmith.train(one, out=tmp_path / "run")
+def test_a_run_that_came_out_otherwise_names_the_first_difference(made, tmp_path, capsys, monkeypatch):
     loss = lm_head.lm_loss
     monkeypatch.setattr(lm_head, "lm_loss", lambda model, batch: loss(model, batch) * 1.001)
-    assert main(["runs", "reproduce", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 3
+    assert main(["runs", "reproduce", str(made / "a"), "--out", str(tmp_path / "again")]) == 3
     assert "first difference at step 1: loss was" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn where, read from the figure before it becomes a PNG."""
+"""Charts: what is drawn where, read from the figure before it becomes a PNG."""
 
 import io
 import warnings
@@ -21,8 +21,8 @@ def nothing_is_said():
 
 
 def drawn(figure):
-    """The figure, drawn once so that all of it is laid out."""
-    charts.png(figure)
+    """The figure, laid out as drawing does, which warns of letters that no font has."""
+    figure.draw_without_rendering()
     return figure
 
 

@@ -9,6 +9,8 @@ import pytest
 from tunesmith.report.run_page import write_report
 from tunesmith.runs.metrics_file import Metrics
 
+pytestmark = pytest.mark.usefixtures("not_drawn")
+
 ATTACK = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 VOID = {"meta", "img", "br", "path", "link"}
 
@@ -160,7 +162,7 @@ def test_the_page_asks_nothing_of_the_outside(run):
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def test_curves_are_drawn_and_the_loss_is_saved_as_a_picture(run):
+def test_curves_are_drawn_and_the_loss_is_saved_as_a_picture(run, drawn):
     _, seen = page(run)
     labels = [attributes["aria-label"] for _, attributes in seen.elements if "aria-label" in attributes]
     assert labels == [
@@ -169,7 +171,7 @@ def test_curves_are_drawn_and_the_loss_is_saved_as_a_picture(run):
         "Gradient norm by step: train from 0.8 to 0.8",
         "Tokens per second by step: train from 670 to 670",
     ]
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len((run / "loss.png").read_bytes()) > 1000
 
 
 def test_samples_stand_side_by_side(run):

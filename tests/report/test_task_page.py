@@ -9,6 +9,8 @@ import pytest
 from tunesmith.metrics import classes, entities, squad
 from tunesmith.report import task_page
 
+pytestmark = pytest.mark.usefixtures("not_drawn")
+
 NAMES = ["bad", "good"]
 SINGLE = classes.single_label_metrics([0, 1, 1], [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], NAMES)
 TEXT = "Ann met Bob Ray in Rome."
@@ -32,7 +34,7 @@ def tiles(html):
 def test_a_page_of_classes(tmp_path):
     html = body(tmp_path)
     assert tiles(html) == [("Accuracy", "0.6667"), ("Macro F1", "0.6667")]
-    assert "0.6667 by always saying the same" in html
+    assert "0.6667 by always predicting the same" in html
     assert "calibration error" in html
     rows = re.findall(r'<tr><td class="num">(\d)</td><td>(\w+)</td>', html)
     assert rows == [("1", "good"), ("0", "bad")]  # the most frequent first
@@ -40,8 +42,8 @@ def test_a_page_of_classes(tmp_path):
     assert "Worst mistakes" not in html and "What was measured" not in html
 
 
-def test_pictures_are_in_the_page_and_beside_it(tmp_path):
-    html = body(tmp_path, classes.multi_label_metrics([[1], [0]], [[0.9], [0.2]], ["x"]))
+def test_pictures_are_in_the_page_and_beside_it(tmp_path, drawn):
+    html = body(tmp_path, classes.multi([[1], [0]], [[0.9], [0.2]], ["x"]))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "report.html", "per-class.png", "precision-recall.png", "calibration.png",
     }  # fmt: skip

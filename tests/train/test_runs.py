@@ -54,7 +54,7 @@ SOURCE = {"split": "train", "weight": 1.0}
 
 def of_recipe(name, files=("rows.jsonl",), folder="somewhere/far/away", **parts):
     data = {"train": [{"path": f"{folder}/{file}", **SOURCE} for file in files]}
-    return run_list.Kept(Path(f"runs/{name}"), {"model": "m", "objective": {"type": "sft"}, "data": data, **parts}, {}, [])
+    return run_list.StoredRun(Path(f"runs/{name}"), {"model": "m", "objective": {"type": "sft"}, "data": data, **parts}, {}, [])
 
 
 def test_a_run_is_labelled_by_its_name_and_short_keys():

@@ -41,7 +41,7 @@ def expected(folder):
     """{figure: [(step, value)]} of metrics.jsonl."""
     points = {}
     for record in metrics_file.read(folder / "run-a" / "metrics.jsonl"):
-        for name, value in trackers.sent(record).items():
+        for name, value in trackers.figures_of(record).items():
             points.setdefault(name, []).append((record["step"], value))
     return points
 
@@ -168,9 +168,9 @@ def test_a_resumed_run_leaves_no_gap_and_no_point_twice(tracker, tmp_path, monke
 
 
 def test_what_is_not_finite_arrives_as_it_is(tracker, tmp_path, monkeypatch):
-    about = trackers.subject(tmp_path / "run-a", "now", {"train": {"batch_size": 5}}, [], False)
+    about = trackers.describe_run(tmp_path / "run-a", "now", {"train": {"batch_size": 5}}, [], False)
     about.folder.mkdir()
-    with trackers.hushed([tracker]):
+    with trackers.mute_trackers([tracker]):
         said = []
         told = trackers.Trackers([tracker], about, said.append)
         told.log({"kind": "train", "step": 1, "epoch": 0.1, "loss": math.nan, "grad_norm": math.inf})
@@ -231,11 +231,11 @@ def test_a_tracker_that_hangs_holds_up_nothing_but_the_end_and_that_for_a_moment
 
 HANGS = """
 import threading, time
-from tunesmith.cli.main import leave
+from tunesmith.cli.main import exit_program
 from tunesmith.runs import trackers
 threading.Thread(target=time.sleep, args=(60,), name="tunesmith tracker wandb").start()
 print("the result")
-leave(3)
+exit_program(3)
 """
 
 
@@ -261,7 +261,7 @@ def test_records_that_a_slow_tracker_has_no_room_for_are_counted(monkeypatch):
     ready.set()
     told.close()
     assert len(seen) in (10, 11) and seen == sorted(seen)
-    assert said == [f"tensorboard was too slow: {100 - len(seen)} records were not sent; metrics.jsonl holds all of them."]
+    assert said == [f"tensorboard was too slow: {100 - len(seen)} records were not sent; metrics.jsonl holds every figure."]
 
 
 def test_trackers_do_not_wait_for_each_other(monkeypatch):
@@ -283,7 +283,7 @@ def test_nothing_but_a_trackers_own_thread_is_hushed(capsys, monkeypatch):
         return Fake()
 
     use(monkeypatch, chatter)
-    with trackers.hushed(["tensorboard"]):
+    with trackers.mute_trackers(["tensorboard"]):
         told = trackers.Trackers(["tensorboard"], SimpleNamespace(before=[]), print)
         told.close()
         print("mine")
@@ -316,13 +316,13 @@ def test_by_default_there_is_no_tracker_and_no_thread(tmp_path):
 
 def test_a_recipe_is_flat_and_plain_for_trackers():
     tree = {"model": "m", "train": {"batch_size": 8, "max_steps": None, "columns": {}}, "data": {"train": [{"path": "a"}]}}
-    assert trackers.flat(tree) == {
+    assert trackers.flat_config(tree) == {
         "model": "m", "train.batch_size": 8, "train.max_steps": "null", "train.columns": "{}", "data.train.0.path": "a",
     }  # fmt: skip
 
 
 def test_figures_have_the_names_of_transformers():
     record = {"kind": "eval", "step": 4, "epoch": 0.5, "eval_loss": 1.5, "perplexity": 4.5, "best": True, "time": 1.0}
-    assert trackers.sent(record) == {"eval/epoch": 0.5, "eval/loss": 1.5, "eval/perplexity": 4.5}
-    assert trackers.sent({"kind": "memory", "step": 5, "micro_batch_tokens": 512}) == {}
-    assert trackers.sent({"kind": "stop", "step": 5, "loss": 2.0, "rows": ["a:1"]}) == {"train/loss": 2.0}
+    assert trackers.figures_of(record) == {"eval/epoch": 0.5, "eval/loss": 1.5, "eval/perplexity": 4.5}
+    assert trackers.figures_of({"kind": "memory", "step": 5, "micro_batch_tokens": 512}) == {}
+    assert trackers.figures_of({"kind": "stop", "step": 5, "loss": 2.0, "rows": ["a:1"]}) == {"train/loss": 2.0}

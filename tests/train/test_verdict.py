@@ -20,7 +20,7 @@ def records(evaluations, stderr=0.02, train=lambda step: 2 * math.exp(-step / 60
 
 
 def test_a_turn_is_named_by_the_step_of_the_lowest_evaluation():
-    found = overfit.overfit(records([2.0, 1.6, 1.5, 1.58, 1.7]))
+    found = overfit.detect(records([2.0, 1.6, 1.5, 1.58, 1.7]))
     assert found is not None
     assert (found.step, found.eval_loss, found.last_step, found.last_eval_loss) == (20, 1.5, 40, 1.7)
     assert found.last_train_loss < found.train_loss
@@ -39,25 +39,25 @@ def test_a_turn_is_named_by_the_step_of_the_lowest_evaluation():
     ],
 )
 def test_it_is_silent_when(why, evaluations):
-    assert overfit.overfit(records(evaluations)) is None
+    assert overfit.detect(records(evaluations)) is None
 
 
 def test_a_run_that_got_worse_in_training_too_has_not_learnt_by_heart():
-    assert overfit.overfit(records([2.0, 1.6, 1.5, 1.7, 1.9], train=lambda step: 1 + step / 50)) is None
+    assert overfit.detect(records([2.0, 1.6, 1.5, 1.7, 1.9], train=lambda step: 1 + step / 50)) is None
 
 
 def test_without_a_standard_error_nothing_is_said():
-    assert overfit.overfit(records([2.0, 1.6, 1.5, 1.7, 1.9], stderr=None)) is None
-    assert overfit.overfit(records([2.0, 1.6, 1.5, 1.7, 1.9], stderr=math.nan)) is None
+    assert overfit.detect(records([2.0, 1.6, 1.5, 1.7, 1.9], stderr=None)) is None
+    assert overfit.detect(records([2.0, 1.6, 1.5, 1.7, 1.9], stderr=math.nan)) is None
 
 
 def test_a_run_that_only_rose_says_that_no_model_is_better():
-    found = overfit.overfit(records([1.5, 1.6, 1.8]))
+    found = overfit.detect(records([1.5, 1.6, 1.8]))
     assert found is not None and found.step == 0 and "no trained model is better" in found.text
 
 
 def test_evaluations_that_are_not_finite_are_passed_over():
-    found = overfit.overfit(records([2.0, 1.6, 1.5, math.nan, 1.7, math.inf, 1.9]))
+    found = overfit.detect(records([2.0, 1.6, 1.5, math.nan, 1.7, math.inf, 1.9]))
     assert found is not None and found.step == 20
 
 
@@ -66,7 +66,7 @@ anything = st.sampled_from(["eval", "train", "1", None, True, math.nan, math.inf
 
 @given(st.lists(st.dictionaries(st.sampled_from(["kind", "step", "loss", "eval_loss", "eval_loss_stderr"]), anything)))
 def test_records_of_any_shape_do_no_harm(found):
-    overfit.overfit(found)
+    overfit.detect(found)
 
 
 @given(
@@ -76,7 +76,7 @@ def test_records_of_any_shape_do_no_harm(found):
     st.floats(0, 0.1),
 )
 def test_a_curve_that_only_falls_never_alarms(count, fall, pace, stderr):
-    assert overfit.overfit(records([1 + fall * math.exp(-n / pace) for n in range(count)], stderr)) is None
+    assert overfit.detect(records([1 + fall * math.exp(-n / pace) for n in range(count)], stderr)) is None
 
 
 def alarms(count, jitter, trials=400):
@@ -85,7 +85,7 @@ def alarms(count, jitter, trials=400):
     for _ in range(trials):
         curve = 1.5 + 0.3 * np.exp(-np.arange(count) / (count / 10)) + 0.02 * jitter * draw.standard_normal(count)
         train = {step: 1.4 * math.exp(-step / 300) + 0.1 * draw.standard_normal() for step in range(10 * count)}
-        said += overfit.overfit(records(curve.tolist(), train=train.__getitem__)) is not None
+        said += overfit.detect(records(curve.tolist(), train=train.__getitem__)) is not None
     return said / trials
 
 
@@ -101,5 +101,5 @@ def test_a_clear_rise_is_found(count):
     for _ in range(100):
         x = np.arange(count) / (count - 1)
         curve = np.where(x < 1 / 3, 1.5 + 1.5 * (1 / 3 - x), 1.5 + 0.15 * (x - 1 / 3)) + 0.006 * draw.standard_normal(count)
-        said += overfit.overfit(records(curve.tolist())) is not None
+        said += overfit.detect(records(curve.tolist())) is not None
     assert said >= 98

@@ -1,141 +1,142 @@
-"""``tunesmith chat MODEL``: talk with a model; answers stream, the history is kept."""
+"""``tunesmith chat MODEL``: chat with a model; answers stream, the conversation is kept."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.output import result, say
+from tunesmith.cli import options
+from tunesmith.cli.output import print_result, print_stderr
 from tunesmith.errors import UserError
+from tunesmith.json_types import JsonObject
 
-_HELP = (
-    "Commands: /reset forgets the conversation, /system TEXT sets the system message and forgets, /exit ends."
-)
-_SWITCH = "/adapter NAME takes another adapter, the conversation stays; there are {names}."
+if TYPE_CHECKING:
+    from tunesmith.models.adapters.adapter_set import Adapters
+
+_HELP = "Commands: /reset clears the conversation, /system TEXT also sets the system message, /exit ends."
+_SWITCH = "/adapter NAME switches to another adapter and keeps the conversation; there are {names}."
 
 
 def chat(
-    model: Annotated[
-        str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)
-    ],
+    model: options.Model,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=FOLDER", help="An adapter to switch to; may be repeated.", show_default=False
-        ),
+        typer.Option(metavar="NAME=FOLDER", help="An adapter to switch to; may be repeated."),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 = always the most likely token.")] = 0.7,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens with this share together.")
-    ] = 0.9,
-    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 = all.")] = 0,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = 0.7,
+    top_p: options.TopP = 0.9,
+    top_k: options.TopK = 0,
     seed: Annotated[int, typer.Option(help="Same seed and same turns, same answers.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the conversation as one JSON object at the end.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the conversation as JSON.")] = False,
 ) -> None:
-    """Talk with a model. Reads lines from the terminal or from a pipe."""
+    """Chat with a model. Reads lines from the terminal or from a pipe."""
     from tunesmith.models.adapters.adapter_set import load_adapters
-    from tunesmith.models.generate import decode as engine
+    from tunesmith.models.generate import decode
     from tunesmith.models.load.load import load
 
-    named = _with_own(model, _named(adapter or []))
-    chosen: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-    }
-    engine.Settings(**chosen, seed=seed)  # a wrong setting is told before the model is loaded
-    say(f"loading {model}")
-    several = load_adapters(model, named) if named else None
-    pair = load(model) if several is None else (several.model, several.tokenizer)
-    engine.check_writes(pair[0])
+    folders = _with_adapter_of_model(model, _parse_adapters(adapter or []))
+    settings: JsonObject = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    settings["top_k"] = top_k
+    decode.Settings(**settings, seed=seed)  # reports a wrong setting before the model is loaded
+    print_stderr(f"loading {model}")
+    adapters = load_adapters(model, folders) if folders else None
+    pair = load(model) if adapters is None else (adapters.model, adapters.tokenizer)
+    decode.check_writes(pair[0])
     if not pair[1].chat_template:
-        raise UserError(
-            f"{model} has no chat template, so it knows no turns. Use `tunesmith generate {model} --prompt ...`."
-        )
-    say(_HELP)
-    if several is not None:
-        say(_SWITCH.format(names=", ".join(several.names)), f"adapter: {several.active}")
+        raise UserError(f"{model} has no chat template. Use `tunesmith generate {model} --prompt ...`.")
+    print_stderr(_HELP)
+    if adapters is not None:
+        print_stderr(_SWITCH.format(names=", ".join(adapters.names)), f"adapter: {adapters.active}")
     turns: list[dict[str, str]] = []
-    for line in _lines():
+    for line in _read_lines():
         command, _, rest = line.partition(" ")
+        argument = rest.strip()
         if command == "/exit":
             break
         if command in ("/reset", "/system"):
-            system = rest.strip() or None if command == "/system" else system
+            system = argument or None if command == "/system" else system
             turns = []
-            say("forgotten" if command == "/reset" else f"system message: {system or 'none'}")
-        elif command == "/adapter" and several is not None:
-            if rest.strip() in several.names:
-                seconds = several.switch(rest.strip())
-                pair = (several.model, several.tokenizer)
-                say(f"adapter: {several.active} ({1000 * seconds:.0f} ms)")
-            else:
-                say(f"adapter: {several.active}", _SWITCH.format(names=", ".join(several.names)))
+            print_stderr("cleared" if command == "/reset" else f"system message: {system or 'none'}")
+        elif command == "/adapter" and adapters is not None:
+            _switch_adapter(adapters, argument)
+            pair = (adapters.model, adapters.tokenizer)
         elif line.startswith("/"):
-            say(_HELP)
+            print_stderr(_HELP)
         else:
-            asked = [*turns, {"role": "user", "content": line}]
-            answer = ""
-            try:
-                # under --json sys.stdout is stderr, so that stdout carries the result alone
-                for piece in engine.stream(pair, asked, system=system, **chosen, seed=seed + len(turns)):
-                    print(piece, end="", flush=True)
-                    answer += piece
-            except KeyboardInterrupt:
-                say("  (stopped)")
-            except UserError as error:  # the conversation has filled the window
-                say(f"{error}\n  Type /reset to begin anew.")
-                continue
-            print(flush=True)
-            turns = [*asked, {"role": "assistant", "content": answer}]
+            messages = [*turns, {"role": "user", "content": line}]
+            pieces = decode.stream(pair, messages, system=system, **settings, seed=seed + len(turns))
+            answer = _print_answer(pieces)
+            if answer is not None:
+                turns = [*messages, {"role": "assistant", "content": answer}]
     if as_json:
-        head = [{"role": "system", "content": system}] if system else []
-        active = None if several is None else several.active
-        result({"model": model, "adapter": active, "messages": head + turns}, as_json=True)
+        first = [{"role": "system", "content": system}] if system else []
+        active = None if adapters is None else adapters.active
+        print_result({"model": model, "adapter": active, "messages": first + turns}, as_json=True)
 
 
-def _named(given: list[str]) -> dict[str, str]:
-    """``NAME=FOLDER`` -> name and folder. Raises UserError."""
-    named: dict[str, str] = {}
-    for one in given:
-        name, equals, folder = one.partition("=")
-        if not (name.isidentifier() and equals and folder) or name in (*named, "base"):
+def _print_answer(pieces: Iterator[str]) -> str | None:
+    """Print an answer as it comes and return it; None if the conversation exceeds the window."""
+    answer = ""
+    try:
+        for piece in pieces:  # under --json sys.stdout is stderr, so that stdout carries the result alone
+            print(piece, end="", flush=True)
+            answer += piece
+    except KeyboardInterrupt:
+        print_stderr("  (stopped)")
+    except UserError as error:
+        print_stderr(f"{error}\n  Type /reset to start again.")
+        return None
+    print(flush=True)
+    return answer
+
+
+def _switch_adapter(adapters: Adapters, name: str) -> None:
+    if name in adapters.names:
+        seconds = adapters.switch(name)
+        print_stderr(f"adapter: {adapters.active} ({1000 * seconds:.0f} ms)")
+    else:
+        print_stderr(f"adapter: {adapters.active}", _SWITCH.format(names=", ".join(adapters.names)))
+
+
+def _parse_adapters(given: list[str]) -> dict[str, str]:
+    """Parse ``NAME=FOLDER`` options into name -> folder. Raises UserError."""
+    folders: dict[str, str] = {}
+    for option in given:
+        name, equals, folder = option.partition("=")
+        if not (name.isidentifier() and equals and folder) or name in (*folders, "base"):
             raise UserError(
-                f"--adapter {one}: expected NAME=FOLDER, each name once, of letters and digits, and none called base"
+                f"--adapter {option}: expected NAME=FOLDER; a name has letters and digits, is used once, and is not `base`"
             )
-        named[name] = folder
-    return named
+        folders[name] = folder
+    return folders
 
 
-def _with_own(model: str, named: dict[str, str]) -> dict[str, str]:
-    """With the adapter that MODEL itself is, first and under its folder's name, where there are others to switch to."""
+def _with_adapter_of_model(model: str, folders: dict[str, str]) -> dict[str, str]:
+    """Add MODEL itself, under its folder's name, if it is an adapter and there are others to switch to."""
     from tunesmith.models.find.locate import locate
 
-    if not named:
-        return named
-    folder = locate(model)
-    if folder.kind != "adapter":
-        return named
-    name = re.sub(r"\W", "_", (folder.run or folder.path).name)
-    while name in (*named, "base"):
+    if not folders:
+        return folders
+    located = locate(model)
+    if located.kind != "adapter":
+        return folders
+    name = re.sub(r"\W", "_", (located.run or located.path).name)
+    while name in (*folders, "base"):
         name += "_"
-    return {name: model, **named}
+    return {name: model, **folders}
 
 
-def _lines() -> Iterator[str]:
-    """Lines that are not blank, until the end of the input. A person gets a prompt sign; a pipe does not."""
-    asking = sys.stdin.isatty()
+def _read_lines() -> Iterator[str]:
+    """Yield the lines of stdin that are not blank; show a prompt sign on a terminal."""
+    is_terminal = sys.stdin.isatty()
     while True:
-        if asking:
+        if is_terminal:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:

@@ -1,163 +1,91 @@
-"""``tunesmith evaluate MODEL --data FILE``: loss and figures on rows the model was not trained on."""
+"""``tunesmith evaluate MODEL --data FILE``: loss and figures on rows that the model was not trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 
-from tunesmith.cli.options import (
-    BatchTokens,
-    Format,
-    Json,
-    Limit,
-    MaxLength,
-    Name,
-    Precision,
-    Split,
-    Streaming,
-)
-from tunesmith.cli.output import result
-from tunesmith.errors import UserError
+from tunesmith.cli import options
+from tunesmith.cli.output import print_result
+from tunesmith.json_types import JsonObject
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)
-    ],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="json, jsonl, csv, tsv, txt or parquet file, builtin:NAME, or hub:OWNER/NAME.",
-            show_default=False,
-        ),
-    ],
+    model: options.Model,
+    data: Annotated[str, typer.Option(help="A data file, builtin:NAME, or hub:OWNER/NAME.")],
     objective: Annotated[
-        str | None,
-        typer.Option(
-            help="sft = the last answer, cpt = every token, ...", show_default="what it was trained for"
-        ),
+        str | None, typer.Option(help="The loss: sft, cpt, dpo, ...", show_default="that of training")
     ] = None,
-    format: Format = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="FIELD=COLUMN, such as prompt=question; may be repeated, labels= too, for columns of 0 and 1.",
-            show_default=False,
-        ),
-    ] = None,
-    separator: Annotated[
-        str | None,
-        typer.Option(help="What stands between the labels of a cell, such as '|'.", show_default=False),
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(help="alpaca, chatml, roles, korean or Jinja.", show_default="the model's own"),
-    ] = None,
-    max_length: MaxLength = None,
+    format: options.Format = None,
+    column: options.Columns = None,
+    separator: Annotated[str | None, typer.Option(help="Separator of labels in a cell, such as '|'.")] = None,
+    template: options.Template = None,
+    max_length: options.MaxLength = None,
     overlong: Annotated[
         str | None,
-        typer.Option(
-            help="Rows above it: error, drop, truncate or split.", show_default="the objective's own"
-        ),
+        typer.Option(help="Longer rows: error, drop, truncate, split.", show_default="the objective's own"),
     ] = None,
     bad_rows: Annotated[
         Literal["error", "skip"],
         typer.Option(help="Rows that cannot be read: stop, or leave them out and count them."),
     ] = "error",
-    limit: Limit = None,
-    precision: Precision = "auto",
-    batch_tokens: BatchTokens = 2048,
-    split: Split = "train",
-    name: Name = None,
-    streaming: Streaming = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="New folder for a report of a model that classifies, tags or answers.", show_default=False
-        ),
-    ] = None,
-    as_json: Json = False,
+    limit: options.Limit = None,
+    precision: options.Precision = "auto",
+    batch_tokens: options.BatchTokens = 2048,
+    split: options.Split = "train",
+    name: options.Name = None,
+    streaming: options.Streaming = False,
+    out: Annotated[Path | None, typer.Option(help="New folder for the report of a task head.")] = None,
+    as_json: options.Json = False,
 ) -> None:
-    """Loss and figures of a model on a data file, and how fast it reads."""
-    columns = columns_of(column or [])
+    """Print loss, figures and speed of a model on a data file."""
+    columns = options.parse_columns(column)
 
     from tunesmith.evaluate import evaluate_model
 
     figures = evaluate_model.evaluate(
-        model,
-        data,
-        objective=objective,
-        format=format,
-        columns=columns,
-        separator=separator,
-        template=template,
-        max_length=max_length,
-        overlong=overlong,
-        bad_rows=bad_rows,
-        limit=limit,
-        precision=precision,
-        batch_tokens=batch_tokens,
-        split=split,
-        name=name,
-        streaming=streaming,
-        out=out,
-    )
-    result(figures, as_json, _shown)
+        model, data, objective=objective, format=format, columns=columns or None, separator=separator, template=template,
+        max_length=max_length, overlong=overlong, bad_rows=bad_rows, limit=limit, precision=precision,
+        batch_tokens=batch_tokens, split=split, name=name, streaming=streaming, out=out,
+    )  # fmt: skip
+    print_result(figures, as_json, _tables)
 
 
-def _shown(found: Mapping[str, Any]) -> Any:
-    """What a person sees: the figures, those of each class or type, and where the report is."""
-    bad = f", {found['bad_rows']:,} bad rows left out" if "bad_rows" in found else ""
-    read = f"{found['rows']:,} rows, {found['tokens']:,} tokens, {found['supervised_tokens']:,} of them supervised{bad}"
-    speed = f"speed       {found['tokens_per_second']:.0f} tokens/s, {found['seconds']:.1f} s"
-    if "perplexity" in found:
-        return (
-            f"eval loss   {found['eval_loss']:.4f}{_error(found)} per supervised token\n"
-            f"perplexity  {found['perplexity']:.3f}\n"
-            f"read        {read}\n{speed}"
-        )
-    table = Table(
-        "figure",
-        "value",
-        title=f"{found['objective']}, {found['rows']:,} examples{bad}",
-        title_justify="left",
-    )
-    for name, value in found.items():
+def _tables(figures: JsonObject) -> list[RenderableType]:
+    """Figures, those of each class or type, speed, and the path of the report."""
+    bad = f", {figures['bad_rows']:,} bad rows left out" if "bad_rows" in figures else ""
+    stderr = f" ± {figures['eval_loss_stderr']:.4f}" if "eval_loss_stderr" in figures else ""
+    speed = f"speed       {figures['tokens_per_second']:.0f} tokens/s, {figures['seconds']:.1f} s"
+    if "perplexity" in figures:
+        return [
+            f"eval loss   {figures['eval_loss']:.4f}{stderr} per supervised token\n"
+            f"perplexity  {figures['perplexity']:.3f}\n"
+            f"read        {figures['rows']:,} rows, {figures['tokens']:,} tokens, "
+            f"{figures['supervised_tokens']:,} of them supervised{bad}\n{speed}"
+        ]
+    title = f"{figures['objective']}, {figures['rows']:,} examples{bad}"
+    table = Table("figure", "value", title=title, title_justify="left")
+    for name, value in figures.items():
         if name.startswith("eval_") and not name.endswith("_stderr"):
-            error = _error(found) if name == "eval_loss" else ""
-            table.add_row(name.removeprefix("eval_").replace("_", " "), f"{value:.4f}{error}")
-    shown: list[Any] = [table]
-    details = found.get("details") or {}
-    by_name = details.get("per_class") or details.get("by_type") or details.get("by_length") or {}
-    if by_name:
-        columns = list(dict.fromkeys(key for figures in by_name.values() for key in figures))
-        each = Table(
-            "", *(column.replace("_", " ") for column in columns), title="each", title_justify="left"
-        )
-        for name, figures in by_name.items():
-            each.add_row(str(name), *(_cell(figures.get(column)) for column in columns))
-        shown.append(each)
-    return [*shown, "\n".join([speed, *([f"report      {found['report']}"] if "report" in found else [])])]
+            label = name.removeprefix("eval_").replace("_", " ")
+            table.add_row(label, f"{value:.4f}{stderr if name == 'eval_loss' else ''}")
+    tables: list[RenderableType] = [table]
+    details = figures.get("details") or {}
+    groups = details.get("per_class") or details.get("by_type") or details.get("by_length") or {}
+    if groups:
+        columns = list(dict.fromkeys(key for values in groups.values() for key in values))
+        heads = (column.replace("_", " ") for column in columns)
+        table = Table("", *heads, title="each", title_justify="left")
+        for name, values in groups.items():
+            table.add_row(str(name), *(_cell(values.get(column)) for column in columns))
+        tables.append(table)
+    report = [f"report      {figures['report']}"] if "report" in figures else []
+    return [*tables, "\n".join([speed, *report])]
 
 
-def _cell(value: Any) -> str:
+def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
-
-
-def _error(found: Mapping[str, Any]) -> str:
-    return f" ± {found['eval_loss_stderr']:.4f}" if "eval_loss_stderr" in found else ""
-
-
-def columns_of(pairs: list[str]) -> dict[str, str | list[str]] | None:
-    """``["prompt=question"]`` -> {"prompt": "question"}; a field named more than once gets a list; None when empty."""
-    columns: dict[str, list[str]] = {}
-    for pair in pairs:
-        field, equals, name = pair.partition("=")
-        if not (field and equals and name):
-            raise UserError(f"--column {pair!r}: expected FIELD=COLUMN, for example --column prompt=question")
-        columns.setdefault(field, []).append(name)
-    return {field: names[0] if len(names) == 1 else names for field, names in columns.items()} or None

@@ -2,96 +2,80 @@
 
 from __future__ import annotations
 
-import json
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from tunesmith.cli.output import console, result, say
+from tunesmith.cli import options
+from tunesmith.cli.output import console, json_line, print_result, print_stderr
+from tunesmith.cli.predict import check_new_file
 from tunesmith.errors import DataError, UserError
+from tunesmith.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from tunesmith.data.rows import Message
 
 _COLUMNS = ("messages", "conversations", "prompt", "instruction", "question", "q", "query", "input", "text")
-"""Where a row keeps its prompt, in the order in which they are looked for."""
+"""Columns that may hold a row's prompt; the first one found is used."""
+
+Prompt: TypeAlias = "str | list[Message]"
+"""Text, or messages without the answer."""
 
 
 def generate(
-    model: Annotated[
-        str, typer.Argument(help="Catalog name, model, adapter or run folder.", show_default=False)
-    ],
-    prompt: Annotated[str | None, typer.Option(help="What to answer.", show_default=False)] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="File of prompts: txt (one a line), json, jsonl, csv, tsv.", show_default=False),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Use the first N prompts only.", show_default=False)
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
+    model: options.Model,
+    prompt: Annotated[str | None, typer.Option(help="Prompt to answer.")] = None,
+    data: Annotated[str | None, typer.Option(help="Prompts: txt (one a line), json, csv, ...")] = None,
+    limit: options.Limit = None,
+    system: options.System = None,
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 = always the most likely token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens with this share together.")
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 = all.")] = 0,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
     seed: Annotated[int, typer.Option(help="Same seed, same answers, whatever the batch.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts answered at once.")] = 8,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Write prompts and answers to this new jsonl file.", show_default=False),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    out: Annotated[Path | None, typer.Option(help="New jsonl file for prompts and answers.")] = None,
+    as_json: options.Json = False,
 ) -> None:
     """Answer a prompt, or every prompt of a file."""
     if (prompt is None) == (data is None):
-        raise UserError("give one of --prompt TEXT and --data FILE")
-    if out is not None and out.exists():
-        raise UserError(f"{out} exists already; name a new file with --out, or remove it")
-    prompts: list[Any] = [prompt] if data is None else prompts_of(data, limit)
+        raise UserError("generate needs either --prompt TEXT or --data FILE")
+    check_new_file(out)
+    prompts: list[Prompt] = [prompt] if prompt is not None else read_prompts(str(data), limit)
 
     from rich.progress import Progress
 
-    from tunesmith.models.generate import decode as engine
+    from tunesmith.models.generate import decode
     from tunesmith.models.load.load import load
 
-    chosen: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-    }
-    engine.Settings(**chosen)  # a wrong setting is told before the model is loaded
-    say(f"loading {model}")
+    settings: JsonObject = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    settings |= {"top_k": top_k, "seed": seed}
+    decode.Settings(**settings)  # reports a wrong setting before the model is loaded
+    print_stderr(f"loading {model}")
     pair = load(model)
     with Progress(console=console(), transient=True, disable=data is None) as progress:
         task = progress.add_task("generating", total=len(prompts))
-        answers = engine.generate(
-            pair,
-            prompts,
-            system=system,
-            plain=plain,
-            batch_size=batch_size,
-            on_answer=lambda row, answer: progress.advance(task),
-            **chosen,
-        )
+        answers = decode.generate(
+            pair, prompts, system=system, plain=plain, batch_size=batch_size,
+            on_answer=lambda row, answer: progress.advance(task), **settings,
+        )  # fmt: skip
     rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        say(f"{len(rows)} answers written to {out}")
-    found = {"model": model, "settings": chosen, "answers": rows, "out": str(out) if out else None}
-    result(found, as_json, lambda _: None if out else _shown(rows))
+        out.write_text("".join(map(json_line, rows)), encoding="utf-8")
+        print_stderr(f"{len(rows)} answers written to {out}")
+    facts = {"model": model, "settings": settings, "answers": rows, "out": str(out) if out else None}
+    print_result(facts, as_json, lambda _: None if out else _answers(rows))
 
 
-def prompts_of(path: str, limit: int | None) -> list[Any]:
-    """The prompts of a data file: strings, or message lists without the answer. Rows of training files will do.
+def read_prompts(path: str, limit: int | None) -> list[Prompt]:
+    """Read the prompts of a data file. Training files work too: the answer is left out.
 
     Raises DataError naming file, row and field.
     """
-    from itertools import islice
-
     from tunesmith.data.read.row_files import read
     from tunesmith.data.row_problems import RowProblem
 
@@ -105,19 +89,18 @@ def prompts_of(path: str, limit: int | None) -> list[Any]:
     return prompts
 
 
-def _prompt_of(row: dict[str, Any], where: str) -> Any:
-    from tunesmith.data.formats.fields import FieldFault, parse_json, require_text
-    from tunesmith.data.formats.turns import parse_turns
+def _prompt_of(row: JsonObject, where: str) -> Prompt:
+    from tunesmith.data.formats.fields import FieldFault, parsed, text
+    from tunesmith.data.formats.turns import conversation
 
-    named = {key.strip().casefold(): key for key in row}
-    column = next(
-        (name for name in _COLUMNS if name in named), next(iter(named)) if len(named) == 1 else None
-    )
+    fields = {key.strip().casefold(): key for key in row}
+    only_column = next(iter(fields)) if len(fields) == 1 else None
+    column = next((name for name in _COLUMNS if name in fields), only_column)
     if column is None:
         raise DataError(
             f"{where}: no column is a prompt. Expected one of {', '.join(_COLUMNS)}; the row has {', '.join(row)}"
         )
-    field = named[column]
+    field = fields[column]
     value = row[field]
     try:
         if isinstance(value, list) or column in ("messages", "conversations"):
@@ -127,20 +110,20 @@ def _prompt_of(row: dict[str, Any], where: str) -> Any:
             if not turns:
                 raise FieldFault(field, "a turn to answer", "only answers", "Add the question.")
             return turns
-        more = row.get(named.get("input", ""), "") if column == "instruction" else ""
-        return require_text(value, field) + (f"\n\n{more}" if isinstance(more, str) and more.strip() else "")
+        more = row.get(fields.get("input", ""), "") if column == "instruction" else ""
+        return text(value, field) + (f"\n\n{more}" if isinstance(more, str) and more.strip() else "")
     except FieldFault as fault:
         raise DataError(
             f"{where}:{fault.field}: expected {fault.expected}, got {fault.got}. {fault.fix}"
         ) from None
 
 
-def _shown(rows: list[dict[str, Any]]) -> str:
+def _answers(rows: list[JsonObject]) -> str:
     if len(rows) == 1:
         return str(rows[0]["answer"])
-    return "\n\n".join(f"--- {_line(row['prompt'])}\n{row['answer']}" for row in rows)
+    return "\n\n".join(f"--- {_short_prompt(row['prompt'])}\n{row['answer']}" for row in rows)
 
 
-def _line(prompt: Any) -> str:
-    said = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
-    return said if len(said) <= 100 else said[:97] + "..."
+def _short_prompt(prompt: Prompt) -> str:
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    return text if len(text) <= 100 else text[:97] + "..."

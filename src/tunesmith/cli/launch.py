@@ -6,31 +6,27 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.options import DeepSpeed, Json, Out, Overrides, RecipeFile, Resume
+from tunesmith.cli import options
 
 
 def launch(
-    processes: Annotated[
-        int, typer.Option("--processes", "-n", min=1, help="How many; at most one for each GPU.")
-    ],
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    out: Out = None,
-    resume: Resume = False,
-    deepspeed: DeepSpeed = None,
-    as_json: Json = False,
+    processes: Annotated[int, typer.Option("--processes", "-n", min=1, help="At most one for each GPU.")],
+    recipe: options.RecipeFile,
+    overrides: options.Overrides = None,
+    out: options.Out = None,
+    resume: options.Resume = False,
+    deepspeed: options.DeepSpeed = None,
+    as_json: options.Json = False,
 ) -> None:
-    """Train with several processes on this machine: the update of one process, in less time."""
+    """Train with several processes on this machine. The updates are those of one process, in less time."""
     from tunesmith.recipe import load
 
-    checked = load(recipe, overrides or ())  # a wrong recipe starts nothing
+    checked = load(recipe, overrides or ())  # a wrong recipe starts no process
 
     from tunesmith.train.distributed import check_processes
-
-    check_processes(processes, checked.train.batch_size, "train.batch_size is")
-
     from tunesmith.train.launch import launch as start
 
+    check_processes(processes, checked.train.batch_size, "train.batch_size is")
     arguments = ["train", str(recipe), *(overrides or ())]
     arguments += ["--out", str(out)] if out else []
     arguments += ["--resume"] if resume else []

@@ -1,7 +1,7 @@
 """``tunesmith VERB ...``: find the verb's module, run it, turn errors into exit codes.
 
-A verb's module is imported only when that verb is called, and imports torch only inside its function, so that ``--help``
-answers at once. A new verb is one file here and one line in ``VERBS``.
+The module of a verb is imported only when the verb is called, and imports torch only inside its function, so
+that ``--help`` answers at once. A new verb is one file here and one line in ``VERBS``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -23,39 +23,39 @@ from tunesmith import __version__
 from tunesmith.cli import output
 from tunesmith.errors import TunesmithError
 
+if TYPE_CHECKING:
+    from typer._click import Command, Context  # these types have no public name
+
 # verb: (module:name of a function or of a typer app, the line shown by `tunesmith --help`)
 VERBS = {
-    "train": ("tunesmith.cli.train:train", "Train a model as a recipe says."),
+    "train": ("tunesmith.cli.train:train", "Train a model from a recipe."),
     "launch": ("tunesmith.cli.launch:launch", "Train with several processes on this machine."),
-    "check": (
-        "tunesmith.cli.check:check",
-        "Tell all that can be known before training: data, masks, steps, parameters.",
-    ),
+    "check": ("tunesmith.cli.check:check", "Check a recipe before training: data, masks, steps, parameters."),
     "init": ("tunesmith.cli.init:init", "Write a commented recipe."),
-    "evaluate": ("tunesmith.cli.evaluate:evaluate", "Figures of a model on a data file."),
-    "predict": ("tunesmith.cli.predict:predict", "Classes, entities or answers for every row of a file."),
-    "score": ("tunesmith.cli.score:score", "Rewards of answers by a reward model, and the order of several."),
+    "evaluate": ("tunesmith.cli.evaluate:evaluate", "Evaluate a model on a data file."),
+    "predict": ("tunesmith.cli.predict:predict", "Predict classes, entities or answers for rows."),
+    "score": ("tunesmith.cli.score:score", "Score answers with a reward model, and rank several."),
     "generate": ("tunesmith.cli.generate:generate", "Answer a prompt, or every prompt of a file."),
-    "chat": ("tunesmith.cli.chat:chat", "Talk with a model."),
-    "show": ("tunesmith.cli.show:show", "What a model folder is, without loading it."),
-    "merge": ("tunesmith.cli.merge:merge", "Fold a LoRA into its base model."),
+    "chat": ("tunesmith.cli.chat:chat", "Chat with a model."),
+    "show": ("tunesmith.cli.show:show", "Describe a model folder without loading it."),
+    "merge": ("tunesmith.cli.merge:merge", "Merge a LoRA into its base model."),
     "adapters": ("tunesmith.cli.adapters:app", "List adapters, and combine several into one."),
-    "models": ("tunesmith.cli.models:app", "List and pull models."),
+    "models": ("tunesmith.cli.models:app", "List, pull and convert models."),
     "runs": ("tunesmith.cli.runs:app", "List, show, compare and repeat runs."),
-    "data": ("tunesmith.cli.data:app", "Preview, lint and make data."),
+    "data": ("tunesmith.cli.data:app", "Preview, lint, make and pull data."),
 }
 
 
 class Verbs(TyperGroup):
-    """Lists the verbs from ``VERBS``; imports the one that is called."""
+    """Lists the verbs from ``VERBS``; imports only the one that is called."""
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Context, args: list[str]) -> tuple[str | None, Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         return name, load(name) if name in VERBS else command, rest
 
 
-def load(verb: str) -> Any:
-    """The command of one verb, its module imported."""
+def load(verb: str) -> Command:
+    """Import the module of a verb and return its command."""
     path, help_line = VERBS[verb]
     module, _, name = path.partition(":")
     target = getattr(importlib.import_module(module), name)
@@ -63,49 +63,50 @@ def load(verb: str) -> Any:
         app = typer.Typer(add_completion=False)
         app.command(verb)(target)
         target = app
-    command: Any = typer.main.get_command(target)
+    command: Command = typer.main.get_command(target)
     command.name = verb
     command.help = command.help or help_line
     return command
 
 
-def main(argv: list[str] | None = None, fail: Callable[[BaseException, int, bool], int] = output.fail) -> int:
-    """Run one command line and return its exit code: 0 done, 1 a bug of ours, 2 the user's input, 3 stopped, 130 interrupted.
+Reporter = Callable[[BaseException, int, bool], int]
+"""Gets an error, its exit code and whether --json was given; returns the exit code."""
 
-    ``fail`` reports an error and returns its exit code.
-    """
+
+def main(argv: list[str] | None = None, report: Reporter = output.report_error) -> int:
+    """Run one command line. Returns 0 done, 1 a bug, 2 wrong input, 3 training stopped itself, 130 interrupted."""
     args = sys.argv[1:] if argv is None else argv
     as_json = "--json" in args
     debug = bool(os.environ.get("TUNESMITH_DEBUG"))
-    if not debug:  # a library's remarks are not the user's business
+    if not debug:  # warnings of libraries are nothing that the user can act on
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        with output.only_result() if as_json else contextlib.nullcontext():
+        with output.reserve_stdout() if as_json else contextlib.nullcontext():
             code = typer.main.get_command(_app())(args, prog_name="tunesmith", standalone_mode=False)
-        if code == 130:  # typer's answer to Ctrl-C
+        if code == 130:  # typer returns 130 for Ctrl-C
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TunesmithError as error:
         if debug:
             traceback.print_exc()
-        return fail(error, error.exit_code, as_json)
+        return report(error, error.exit_code, as_json)
     except typer.TyperException as error:  # an unknown option, a missing argument
         if as_json:
-            return fail(error, 2, as_json)
+            return report(error, 2, as_json)
         usage: Any = error
         usage.show()
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        return fail(KeyboardInterrupt("interrupted"), 130, as_json)
-    except Exception as error:  # noqa: BLE001 - the last line of defence: whatever arrives here is a bug of ours
-        return fail(_bug(error, debug), 1, as_json)
+        return report(KeyboardInterrupt("interrupted"), 130, as_json)
+    except Exception as error:  # noqa: BLE001 - every other exception is a bug in tunesmith
+        return report(_bug_report(error, debug), 1, as_json)
 
 
-def leave(code: int) -> NoReturn:
-    """End the program. A tracker that hangs has handlers of its own that would wait for it: then without them."""
+def exit_program(code: int) -> NoReturn:
+    """End the process; skip the exit handlers if a tracker hangs, because they would wait for it."""
     trackers = sys.modules.get("tunesmith.runs.trackers")
-    if trackers is not None and trackers.left():
+    if trackers is not None and trackers.any_running():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -113,55 +114,50 @@ def leave(code: int) -> NoReturn:
 
 
 def program() -> NoReturn:
-    """The command ``tunesmith``."""
-    leave(main())
+    """Entry point of the command ``tunesmith``."""
+    exit_program(main())
 
 
-def _bug(error: Exception, debug: bool) -> Exception:
+def _bug_report(error: Exception, debug: bool) -> Exception:
     if debug:
         where = "above"
         traceback.print_exc()
     else:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="tunesmith-bug-", suffix=".txt", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(
-                f"tunesmith {__version__}, Python {sys.version}, {sys.platform}\n{sys.argv}\n\n{traceback.format_exc()}"
-            )
-        where = f"in {file.name}"
+        details = f"tunesmith {__version__}, Python {sys.version}, {sys.platform}\n{sys.argv}\n\n"
+        handle, path = tempfile.mkstemp(prefix="tunesmith-bug-", suffix=".txt", text=True)
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(details + traceback.format_exc())
+        where = f"in {path}"
     return RuntimeError(
         f"{type(error).__name__}: {error}\n  This is a bug in tunesmith. Please report it with the traceback {where}, "
         "the command line and the recipe (TUNESMITH_DEBUG=1 shows tracebacks)."
     )
 
 
-def _app() -> typer.Typer:
-    app = typer.Typer(
-        cls=Verbs,
-        add_completion=False,
-        no_args_is_help=True,
-        context_settings={"help_option_names": ["-h", "--help"]},
-        help="Fine-tune language models, correctly and fast.",
-    )
-
-    @app.callback()
-    def root(
-        version: Annotated[
-            bool, typer.Option("--version", help="Print the version.", callback=_version)
-        ] = False,
-    ) -> None:
-        pass
-
-    for verb, (_, help_line) in VERBS.items():
-        app.command(verb, help=help_line)(_listed)
-    return app
-
-
-def _listed() -> None:
-    """Stands for a verb in the list of ``--help``; ``Verbs.resolve_command`` puts the real one in its place."""
-
-
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         print(__version__)
         raise typer.Exit()
+
+
+_Version = Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version)]
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer(
+        cls=Verbs, add_completion=False, no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="Fine-tune language models, correctly and fast.",
+    )  # fmt: skip
+
+    @app.callback()
+    def root(version: _Version = False) -> None:
+        pass
+
+    for verb, (_, help_line) in VERBS.items():
+        app.command(verb, help=help_line)(_placeholder)
+    return app
+
+
+def _placeholder() -> None:
+    """Fills the list of ``--help``; ``Verbs.resolve_command`` replaces it with the real command."""

@@ -1,4 +1,4 @@
-"""``tunesmith merge MODEL --out DIR``: a LoRA folded into its base."""
+"""``tunesmith merge MODEL --out DIR``: merge a LoRA into its base."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.output import result, say
+from tunesmith.cli import options
+from tunesmith.cli.output import print_result, print_stderr
 
 
 def merge(
-    model: Annotated[str, typer.Argument(help="adapter folder or run folder")],
-    out: Annotated[str, typer.Option(help="new folder for the merged model")],
-    dtype: Annotated[str, typer.Option(help="auto (the base's own), float32, bfloat16 or float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    model: Annotated[str, typer.Argument(help="Adapter folder or run folder.")],
+    out: Annotated[str, typer.Option(help="New folder for the merged model.")],
+    dtype: Annotated[str, typer.Option(help="auto (the base's), float32, bfloat16 or float16.")] = "auto",
+    as_json: options.Json = False,
 ) -> None:
-    """Fold a LoRA into its base; the result is a plain transformers folder, checked against the adapter."""
-    from tunesmith.merge.merge_adapter import merge as fold
+    """Merge a LoRA into its base: a plain transformers folder, checked against the adapter's logits."""
+    from tunesmith.merge.merge_adapter import merge as merge_adapter
 
-    say(f"merging {model} into its base")
-    facts = fold(model, out, dtype=dtype)
+    print_stderr(f"merging {model} into its base")
+    facts = merge_adapter(model, out, dtype=dtype)
     if facts["max_logit_difference_saved"] > 10 * max(facts["max_logit_difference"], 1e-3):
-        say(
-            f"Rounding to {facts['dtype']} moved a logit by {facts['max_logit_difference_saved']:.2g} and the distribution of "
-            f"a token by {facts['max_kl_saved']:.2g} nats: small updates are lost in it. --dtype float32 keeps the "
+        print_stderr(
+            f"Rounding to {facts['dtype']} changed a logit by {facts['max_logit_difference_saved']:.2g} and a token's "
+            f"distribution by {facts['max_kl_saved']:.2g} nats, so small updates are lost. --dtype float32 keeps the "
             "adapter's answers, in a larger folder."
         )
-    result(facts, as_json)
+    print_result(facts, as_json)

@@ -1,4 +1,4 @@
-"""Arguments and options that more than one verb has."""
+"""Arguments and options that several verbs share: ``options.Model``, ``options.Json``, ..."""
 
 from __future__ import annotations
 
@@ -7,35 +7,61 @@ from typing import Annotated, Literal
 
 import typer
 
-RecipeFile = Annotated[Path, typer.Argument(help="YAML file; see `tunesmith init`.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.epochs=2.", show_default=False),
-]
-Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")]
-DeepSpeed = Annotated[
-    Path | None,
-    typer.Option(help="Your ds_config.json: ZeRO-2, each process with a part.", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+from tunesmith.errors import UserError
 
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Model = Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.")]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
+
+# training
+RecipeFile = Annotated[Path, typer.Argument(help="YAML file; see `tunesmith init`.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")]
+DeepSpeed = Annotated[Path | None, typer.Option(help="ds_config.json; ZeRO-2 shards the optimiser.")]
+
+# rows
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        help="FIELD=COLUMN, such as prompt=question; may be repeated, labels= too, for columns of 0 and 1.",
+    ),
+]
 Predictions = Annotated[
     Path | None,
     typer.Option(help="New jsonl file: one object for each row, in order.", show_default="stdout"),
 ]
 Format = Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.", show_default=False)]
-MaxLength = Annotated[
-    int | None, typer.Option(min=2, help="Tokens of a row.", show_default="the model's window")
-]
-Precision = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the forward pass.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.")]
+MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of a row.", show_default="the window")]
+Precision = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Number format of the model.")]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")]
-Split = Annotated[str, typer.Option(help="Of a data set of the Hub.")]
-Name = Annotated[
+Split = Annotated[str, typer.Option(help="Split of a data set on the Hub.")]
+Name = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]
+Streaming = Annotated[bool, typer.Option(help="Stream a data set from the Hub; download nothing.")]
+Template = Annotated[
     str | None,
-    typer.Option(help="Of a data set of the Hub with several configurations: which.", show_default=False),
+    typer.Option(help="alpaca, chatml, roles, korean, or a Jinja string.", show_default="the model's own"),
 ]
-Streaming = Annotated[
-    bool, typer.Option(help="Of a data set of the Hub: rows over the network, no file of it.")
-]
+
+# generation
+System = Annotated[str | None, typer.Option(help="System message.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 = always the most likely token.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this total probability.")]
+TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 = all.")]
+
+
+def parse_columns(given: list[str] | None) -> dict[str, str | list[str]]:
+    """``["text=review", "labels=a", "labels=b"]`` -> ``{"text": "review", "labels": ["a", "b"]}``.
+
+    Raises UserError for an option that is not FIELD=COLUMN.
+    """
+    columns: dict[str, list[str]] = {}
+    for option in given or ():
+        field, equals, column = option.partition("=")
+        if not (field and equals and column):
+            raise UserError(f"--column {option}: expected FIELD=COLUMN, such as --column prompt=question")
+        columns.setdefault(field, []).append(column)
+    return {field: names[0] if len(names) == 1 else names for field, names in columns.items()}

@@ -1,78 +1,81 @@
-"""What the command line prints: the result on stdout, everything else on stderr.
+"""Printing: the result on stdout, everything else on stderr.
 
-A verb calls ``say`` for what a person reads on the way, and ``result`` once, at the end. Under ``--json`` stdout carries
-exactly one JSON object, whatever a library prints: ``only_result`` sends all else to stderr.
+A verb calls ``print_stderr`` for progress and remarks, and ``print_result`` once, at the end. Under
+``--json`` stdout carries exactly one JSON object: ``reserve_stdout`` sends whatever libraries print to
+stderr.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
+from tunesmith.json_types import JsonObject
+from tunesmith.runs.metrics_file import to_json
+
 WIDE = 10_000
-"""Columns of a table that is written to a file: no line is broken."""
+"""Width in columns of a table that is written to a file or a pipe, so that no line is broken."""
+
+Printed = RenderableType | list[RenderableType] | None
+"""Strings (printed without reading markup, since a path may hold brackets) and rich renderables."""
 
 _stdout: TextIO | None = None
-"""The real stdout while ``only_result`` is active."""
+"""The real stdout while ``reserve_stdout`` is active."""
 
 
 def console() -> Console:
-    """Rich console on stderr, for progress and remarks. Honours NO_COLOR."""
+    """Return the rich console on stderr, for progress and remarks. Honours NO_COLOR."""
     return Console(stderr=True, highlight=False)
 
 
 def columns() -> int:
-    """How wide what ``result`` prints may be: the terminal's width, or ``WIDE`` in a file or a pipe."""
+    """Return the width for ``print_result``: that of the terminal, or ``WIDE`` in a file or a pipe."""
     terminal = Console()
     return terminal.width if terminal.is_terminal else WIDE
 
 
-def say(*objects: Any) -> None:
-    """Print strings (no markup is read from them: paths may hold brackets) or rich renderables to stderr."""
-    _show(console(), objects)
+def print_stderr(*objects: RenderableType) -> None:
+    """Print strings or rich renderables to stderr."""
+    _print(console(), objects)
 
 
-def result(
-    obj: Mapping[str, Any], as_json: bool = False, human: Callable[[Mapping[str, Any]], Any] | None = None
+def print_result(
+    facts: JsonObject, as_json: bool = False, human: Callable[[JsonObject], Printed] | None = None
 ) -> None:
     """Print the result of a verb to stdout.
 
-    With ``as_json``: one JSON object, non-finite numbers as null. Else ``human(obj)``: what it returns (a string or a rich
-    renderable, or a list of them) is printed; without ``human`` each key is printed on a line of its own.
+    With ``as_json``: one JSON object, non-finite numbers as null. Otherwise what ``human(facts)`` returns;
+    without ``human`` each key on its own line.
     """
     if as_json:
         stream = _stdout or sys.stdout
-        stream.write(json.dumps(plain(obj), ensure_ascii=False, allow_nan=False) + "\n")
+        stream.write(json_line(facts))
         stream.flush()
         return
-    shown = human(obj) if human else "\n".join(f"{key}: {value}" for key, value in obj.items())
+    shown = human(facts) if human else "\n".join(f"{key}: {value}" for key, value in facts.items())
     if shown is not None:
-        _show(Console(highlight=False), shown if isinstance(shown, list | tuple) else (shown,))
+        _print(Console(highlight=False), shown if isinstance(shown, list) else [shown])
 
 
-def fail(error: BaseException, exit_code: int, as_json: bool = False) -> int:
-    """Report ``error`` on stderr, and as ``{"error": {...}}`` on stdout under --json. Returns ``exit_code``."""
+def report_error(error: BaseException, exit_code: int, as_json: bool = False) -> int:
+    """Print ``error`` to stderr, under --json also ``{"error": {...}}`` to stdout. Returns ``exit_code``."""
     message = str(error) or type(error).__name__
-    say(f"error: {message}")
+    print_stderr(f"error: {message}")
     if as_json:
-        result(
-            {"error": {"type": type(error).__name__, "message": message, "exit_code": exit_code}},
-            as_json=True,
-        )
+        facts = {"type": type(error).__name__, "message": message, "exit_code": exit_code}
+        print_result({"error": facts}, as_json=True)
     return exit_code
 
 
 @contextlib.contextmanager
-def only_result() -> Iterator[None]:
-    """Keep stdout for ``result``: whatever else is printed to it goes to stderr."""
+def reserve_stdout() -> Iterator[None]:
+    """Reserve stdout for ``print_result``; anything else printed there goes to stderr."""
     global _stdout
     _stdout = sys.stdout
     try:
@@ -82,22 +85,15 @@ def only_result() -> Iterator[None]:
         _stdout = None
 
 
-def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: paths as strings, tuples as lists, non-finite numbers as null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
+def json_line(value: object) -> str:
+    """Return ``value`` as one line of JSON, with null for non-finite numbers."""
+    return json.dumps(to_json(value, lambda value: None), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _show(target: Console, objects: Any) -> None:
+def _print(target: Console, objects: Iterable[RenderableType]) -> None:
     for item in objects:
-        # Lists of facts go into a file or a pipe a line each, so that a path can be searched for and copied.
-        facts = isinstance(item, Table) and item.box is None and not target.is_terminal
-        to = Console(file=target.file, highlight=False, width=WIDE) if facts else target
+        # In a file or a pipe a list of facts has one line each, so that a path can be searched for and
+        # copied.
+        is_facts = isinstance(item, Table) and item.box is None and not target.is_terminal
+        to = Console(file=target.file, highlight=False, width=WIDE) if is_facts else target
         to.print(item, markup=False, soft_wrap=isinstance(item, str))

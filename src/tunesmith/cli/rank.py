@@ -1,4 +1,4 @@
-"""One process of ``tunesmith launch``: the verb it was started for, with its errors noted for the launcher instead of shown."""
+"""One process of ``tunesmith launch``. It runs the verb; the launcher prints its error."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import os
 import sys
 from pathlib import Path
 
+from tunesmith.cli.main import exit_program, main
 from tunesmith.train import process_watch
 
 
 def run(folder: Path, rank: int) -> int:
-    """Do what ``folder/job.json`` says and return the exit code. ``command`` there is what the user typed."""
+    """Run the ``arguments`` of ``folder/job.json``, whose ``command`` the user typed. Returns the exit code."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     sys.argv = job["command"]
     process_watch.start(folder, rank)
 
-    from tunesmith.cli.main import main
-
-    def note(error: BaseException, exit_code: int, as_json: bool = False) -> int:
-        process_watch.write_note(folder, rank, error=error, exit_code=exit_code)
+    def record(error: BaseException, exit_code: int, as_json: bool = False) -> int:
+        process_watch.leave(folder, rank, error=error, exit_code=exit_code)
         return exit_code
 
-    code = main(job["arguments"], note)
+    code = main(job["arguments"], record)
     if code == 0:
         process_watch.write_note(folder, rank, done=True)
         from tunesmith.train import distributed
@@ -32,8 +31,4 @@ def run(folder: Path, rank: int) -> int:
 
 
 if __name__ == "__main__":
-    code = run(Path(sys.argv[1]), int(os.environ["RANK"]))
-
-    from tunesmith.cli.main import leave
-
-    leave(code)
+    exit_program(run(Path(sys.argv[1]), int(os.environ["RANK"])))

@@ -1,198 +1,190 @@
-"""``tunesmith runs list | show | compare | reproduce``: what became of runs, side by side, and one of them again."""
+"""``tunesmith runs list | show | compare | reproduce``: results of runs, side by side, one repeated."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 
-from tunesmith.cli.output import columns, console, result, say
+from tunesmith.cli import options
+from tunesmith.cli.output import columns, console, print_result, print_stderr
 from tunesmith.errors import NotReproduced, UserError
-from tunesmith.runs.figure_format import duration, is_number, lower_is_better, number, size, typed
+from tunesmith.json_types import JsonObject
+from tunesmith.runs import figure_format
+from tunesmith.runs.figure_format import is_number, lower_is_better, size
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="List, show, compare and repeat runs.")
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+_UNFINISHED = ("killed", "stopped")
+_LEAST_IMPORTANT = ("memory", "started", "model", "tokens/s")
+"""Columns of the list that a narrow terminal loses, in this order."""
 
 
 @app.command("list")
 def list_runs(
     folder: Annotated[Path, typer.Argument(help="Folder that holds run folders.")] = Path("runs"),
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Every run under a folder, the oldest first: state, what it trained, loss before and after, speed, memory."""
-    from tunesmith.runs import run_list as runs
+    """List the runs in a folder, oldest first: state, objective, loss before and after, speed, memory."""
+    from tunesmith.runs import run_list
 
-    result({"runs": [run.facts() for run in runs.find(folder)]}, as_json, _listed)
+    print_result({"runs": [run.facts() for run in run_list.find(folder)]}, as_json, _list_table)
 
 
 @app.command("show")
-def show(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)], as_json: Json = False
-) -> None:
-    """All that a run's folder says of it: recipe, data, machine, result."""
-    from tunesmith.runs import run_list as runs
+def show(run: options.RunFolder, as_json: options.Json = False) -> None:
+    """Show everything that a run folder records: recipe, data, machine, result."""
+    from tunesmith.runs import run_list
 
-    kept = runs.read(run)
-    result({**kept.facts(), "recipe": kept.recipe, "manifest": kept.manifest}, as_json, _shown)
+    stored = run_list.read(run)
+    facts = {**stored.facts(), "recipe": stored.recipe, "manifest": stored.manifest}
+    print_result(facts, as_json, _show_lines)
 
 
 @app.command("compare")
 def compare_runs(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(help="Write the curves into this PNG.")] = Path("compare.png"),
-    by: Annotated[str, typer.Option(help="What the curves run over: step or tokens.")] = "step",
-    as_json: Json = False,
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders, two or more.")],
+    out: Annotated[Path, typer.Option(help="Write the curves to this PNG.")] = Path("compare.png"),
+    by: Annotated[str, typer.Option(help="x axis of the curves: step or tokens.")] = "step",
+    as_json: options.Json = False,
 ) -> None:
-    """Curves of several runs over each other, what differs between their recipes, and their results side by side."""
+    """Compare runs: overlaid curves, recipe keys that differ, and results side by side."""
     from tunesmith.report import charts
-    from tunesmith.runs import compare
-    from tunesmith.runs import run_list as runs
+    from tunesmith.runs import compare, run_list
 
     if len(folders) < 2 or by not in ("step", "tokens"):
         raise UserError(
-            "compare takes two or more runs, and --by is step or tokens: tunesmith runs compare runs/a runs/b"
+            "compare needs two runs and --by step or tokens: tunesmith runs compare runs/a runs/b"
         )
     if out.suffix != ".png":
-        raise UserError(f"--out {out}: the picture is a PNG; expected a name that ends in .png")
-    kept = [runs.read(folder) for folder in folders]
-    found = {
-        "runs": [run.facts() for run in kept],
-        "differences": compare.differences(kept),
-        "cautions": compare.cautions(kept),
+        raise UserError(f"--out {out}: expected a name that ends in .png, since the curves are a PNG")
+    runs = [run_list.read(folder) for folder in folders]
+    facts = {
+        "runs": [run.facts() for run in runs],
+        "differences": compare.differences(runs),
+        "cautions": compare.cautions(runs),
         "picture": str(out),
     }
     try:
-        out.write_bytes(charts.png(charts.compare(compare.losses(kept, by), by)))
+        out.write_bytes(charts.png(charts.compare(compare.losses(runs, by), by)))
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
-    result(found, as_json, lambda found: _compared(found, compare.names(kept)))
+        raise UserError(f"{out} cannot be written: {error.strerror}. Name another file with --out") from None
+    print_result(facts, as_json, lambda facts: _comparison(facts, compare.names(runs)))
 
 
 @app.command("reproduce")
 def reproduce(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    run: options.RunFolder,
     out: Annotated[Path | None, typer.Option(help="New run folder.", show_default="RUN-again")] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> int:
-    """Train a finished run again from its own recipe and say whether it came out equal, bit for bit."""
+    """Train a finished run again and report whether records and weights are the same, bit for bit."""
     from tunesmith.train.reproduce import reproduce as repeat
 
-    found = repeat(run, out, console())
-    result(found, as_json, _repeated)
-    if not found["equal"]:
-        say(
-            f"error: {found['again']} is not the same as {found['run']}; the new run is kept, to be compared."
-        )
+    facts = repeat(run, out, console())
+    print_result(facts, as_json, _repetition)
+    if not facts["equal"]:
+        print_stderr(f"error: {facts['again']} differs from {facts['run']}. Both are kept.")
         return NotReproduced.exit_code
-    say("The same, bit for bit.")
+    print_stderr("The same, bit for bit.")
     return 0
 
 
-def _listed(found: Mapping[str, Any]) -> Any:
-    if not found["runs"]:
+def _list_table(facts: JsonObject) -> RenderableType | list[RenderableType]:
+    if not facts["runs"]:
         return "no runs"
-    rows = [_row(run) for run in found["runs"]]
+    rows = [_list_row(run) for run in facts["runs"]]
     heads = [head for head in rows[0] if head != "figure" or any(row[head] != "-" for row in rows)]
-    # A line for each run: what is told least of leaves a narrow terminal first.
-    for least in ("memory", "started", "model", "tokens/s"):
-        if sum(max(len(head), *(len(row[head]) for row in rows)) + 2 for head in heads) - 2 <= columns():
+    for head in _LEAST_IMPORTANT:  # until each run fits on one line
+        widths = [max(len(head), *(len(row[head]) for row in rows)) + 2 for head in heads]
+        if sum(widths) - 2 <= columns():
             break
-        heads.remove(least)
+        heads.remove(head)
     table = Table(*heads, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(row[head] for head in heads))
-    return [table, *(f"unreadable: {run['problem']}" for run in found["runs"] if run["problem"])]
+    return [table, *(f"unreadable: {run['problem']}" for run in facts["runs"] if run["problem"])]
 
 
-def _row(run: Mapping[str, Any]) -> dict[str, str]:
-    """Heading -> what the list says of a run."""
-    steps = str(run["step"]) + (
-        f"/{run['planned_steps']}" if run["planned_steps"] and run["state"] != "done" else ""
-    )
+def _list_row(run: JsonObject) -> dict[str, str]:
+    """Return heading -> cell."""
+    is_unfinished = run["planned_steps"] and run["state"] != "done"
+    steps = f"{run['step']}/{run['planned_steps']}" if is_unfinished else str(run["step"])
+    figures = {name: both for name, both in run["figures"].items() if lower_is_better(name) is False}
     return {
         "run": Path(run["run"]).name,
         "state": run["state"],
-        "what": _joined(run["objective"], run["adaptation"]),
+        "what": _join(run["objective"], run["adaptation"]),
         "model": Path(str(run["model"] or "-")).name,
         "steps": "-" if run["state"] == "unreadable" else steps,
         "loss": f"{_figure(run['eval_loss_before'], 3)} -> {_figure(run['eval_loss'], 3)}",
-        "figure": next(
-            (_change(name, *both) for name, both in run["figures"].items() if lower_is_better(name) is False),
-            "-",
-        ),
+        "figure": next((_change(name, *both) for name, both in figures.items()), "-"),
         "tokens/s": _figure(run["tokens_per_second"], 0),
-        "memory": size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-",
+        "memory": _memory(run) or "-",
         "started": str(run["created"] or "")[5:16].replace("T", " ") or "-",
     }
 
 
-def _shown(found: Mapping[str, Any]) -> str:
-    manifest = found["manifest"]
-    data, parameters, made = (
-        manifest.get("data") or {},
-        manifest.get("parameters") or {},
-        manifest.get("machine") or {},
-    )
-    taken = (manifest.get("result") or {}).get("train_seconds")
-    is_unfinished, versions = found["state"] in ("killed", "stopped"), made.get("versions") or {}
-    planned = f" of {found['planned_steps']}" if found["planned_steps"] else ""
-    saved = (
-        "no checkpoint" if found["checkpoint"] is None else f"last checkpoint at step {found['checkpoint']}"
-    )
-    how = _joined(found["objective"], found["adaptation"] and f"with {found['adaptation']}")
-    # Without a result the figures are of the records: as far as the run came.
+def _show_lines(facts: JsonObject) -> str:
+    manifest = facts["manifest"]
+    result, data, machine = (manifest.get(key) or {} for key in ("result", "data", "machine"))
+    setup = _join(facts["objective"], facts["adaptation"] and f"with {facts['adaptation']}")
+    command = figure_format.short_command(manifest.get("command") or "")
     losses = (
-        _told("{} before", _figure(found["eval_loss_before"], none=None)),
-        _told(
-            "{} after" if manifest.get("result") else "{} at best so far",
-            _figure(found["eval_loss"], none=None),
-        ),
+        _with_value("{} before", _figure(facts["eval_loss_before"], unknown="")),
+        # Without a result the figures come from the records so far.
+        _with_value("{} after" if result else "{} at best so far", _figure(facts["eval_loss"], unknown="")),
     )
-    machine = (
-        _told("{}", made.get("cpu")), _told("{} threads", made.get("threads")), _told("torch {}", versions.get("torch"))
-    )  # fmt: skip
+    counts = manifest.get("parameters") or {}
+    trained = f"{counts.get('trainable', 0):,} trained of {counts.get('total', 0):,}" if counts else ""
+    seconds = result.get("train_seconds")
+    speed = _with_value("{} tokens/s", _figure(facts["tokens_per_second"], 0, unknown=""))
+    threads, torch = machine.get("threads"), (machine.get("versions") or {}).get("torch")
+    hardware = (machine.get("cpu"), _with_value("{} threads", threads), _with_value("torch {}", torch))
     lines = [
-        ("run", found["run"]),
-        ("state", f"{found['state']}, step {found['step']}{planned}{f', {saved}' if is_unfinished else ''}"),
-        ("", str(found["stopped"] or "")),
-        ("started", "  ".join(filter(None, (found["created"], typed(manifest.get("command") or ""))))),
-        ("model", f"{found['model']}  {how}{_told(', seed {}', manifest.get('seed'))}"),
-        (
-            "parameters",
-            f"{parameters.get('trainable', 0):,} trained of {parameters.get('total', 0):,}"
-            if parameters
-            else "",
-        ),
+        ("run", facts["run"]),
+        ("state", _state(facts)),
+        ("", str(facts["stopped"] or "")),
+        ("started", "  ".join(filter(None, (facts["created"], command)))),
+        ("model", f"{facts['model']}  {setup}{_with_value(', seed {}', manifest.get('seed'))}"),
+        ("parameters", trained),
         *(
-            ("data", f"{one['path']}  {one['rows_kept']:,} rows  sha256 {one['sha256'][:12]}")
-            for one in data.get("sources", ())
+            ("data", f"{source['path']}  {source['rows_kept']:,} rows  sha256 {source['sha256'][:12]}")
+            for source in data.get("sources", ())
         ),
-        ("loss", ", ".join(filter(None, losses)) + _told(" (step {})", found["best_step"])),
-        ("figures", ", ".join(_change(name, *both) for name, both in found["figures"].items())),
-        (
-            "speed",
-            _told("{} tokens/s", _figure(found["tokens_per_second"], 0, None))
-            + (f", {duration(taken)}" if taken else ""),
-        ),
-        ("memory", size(found["peak_memory_bytes"]) if found["peak_memory_bytes"] else ""),
-        ("machine", ", ".join(filter(None, machine))),
+        ("loss", ", ".join(filter(None, losses)) + _with_value(" (step {})", facts["best_step"])),
+        ("figures", ", ".join(_change(name, *both) for name, both in facts["figures"].items())),
+        ("speed", speed + (f", {figure_format.duration(seconds)}" if seconds else "")),
+        ("memory", _memory(facts)),
+        ("machine", ", ".join(map(str, filter(None, hardware)))),
         *(("note", note) for note in manifest.get("notes") or ()),
-        ("next", f"tunesmith runs reproduce {shlex.quote(found['run'])}" if found["state"] == "done" else ""),
-        ("next", _go_on(found["run"], manifest) if is_unfinished else ""),
+        ("next", _next_command(facts)),
     ]
     return "\n".join(f"{name:<11} {text}" for name, text in lines if text)
 
 
-def _go_on(run: str, manifest: Mapping[str, Any]) -> str:
-    """The command that resumes a run, with the processes and the DeepSpeed configuration that it had."""
+def _state(facts: JsonObject) -> str:
+    planned = f" of {facts['planned_steps']}" if facts["planned_steps"] else ""
+    state = f"{facts['state']}, step {facts['step']}{planned}"
+    if facts["state"] not in _UNFINISHED:
+        return state
+    saved = facts["checkpoint"]
+    return f"{state}, " + ("no checkpoint" if saved is None else f"last checkpoint at step {saved}")
+
+
+def _next_command(facts: JsonObject) -> str:
+    """Return the command that repeats a run, or resumes it with its processes and DeepSpeed configuration."""
+    run, manifest = facts["run"], facts["manifest"]
+    if facts["state"] == "done":
+        return f"tunesmith runs reproduce {shlex.quote(run)}"
+    if facts["state"] not in _UNFINISHED:
+        return ""
     processes = manifest.get("processes") or 1
     verb = f"launch --processes {processes}" if processes > 1 else "train"
     given = re.search(r"--deepspeed[ =](\S+)", str(manifest.get("command")))
@@ -200,78 +192,76 @@ def _go_on(run: str, manifest: Mapping[str, Any]) -> str:
     return f"tunesmith {verb} {shlex.quote(f'{run}/recipe.yaml')} --out {shlex.quote(run)}{sharded} --resume"
 
 
-def _compared(found: Mapping[str, Any], names: list[str]) -> list[Any]:
-    from tunesmith.runs.compare import shortened
+def _comparison(facts: JsonObject, names: list[str]) -> list[RenderableType]:
+    from tunesmith.runs.compare import shorten_paths
 
+    runs, differences = facts["runs"], facts["differences"]
     table = Table(title="Recipes: what differs; results", title_justify="left")
-    # The key column keeps its width: a key that is cut may look like another.
-    table.add_column(
-        "", overflow="fold", min_width=min(36, max(map(len, [*found["differences"], "tokens_per_second"])))
-    )
+    # The key column keeps its width: two keys may look alike when cut.
+    widest = max(map(len, [*differences, "tokens_per_second"]))
+    table.add_column("", overflow="fold", min_width=min(36, widest))
     for name in names:
         table.add_column(name, overflow="fold")
-    for key, values in found["differences"].items():
-        table.add_row(key, *map(str, shortened(values)))
+    for key, values in differences.items():
+        table.add_row(key, *map(str, shorten_paths(values)))
     table.add_section()
-    runs = found["runs"]
+
+    def add(key: str, values: Iterable[object]) -> None:
+        cells = (figure_format.number(one) if is_number(one) else str(one or "-") for one in values)
+        table.add_row(key, *cells)
+
+    def add_key(key: str) -> None:
+        add(key, (run[key] for run in runs))
+
     for key in ("processes", "sharded"):
-        values = [str(run[key]) for run in runs]
-        if len(set(values)) > 1:
-            table.add_row(key, *values)
-
-    def shown(key: str, values: Iterable[Any]) -> None:
-        table.add_row(key, *(number(value) if is_number(value) else str(value or "-") for value in values))
-
-    for key in (
-        "state",
-        "eval_loss_before",
-        "eval_loss",
-        *(("perplexity",) if any(run["perplexity"] for run in runs) else ()),
-    ):
-        shown(key, (run[key] for run in runs))
+        cells = [str(run[key]) for run in runs]
+        if len(set(cells)) > 1:
+            table.add_row(key, *cells)
+    for key in ("state", "eval_loss_before", "eval_loss"):
+        add_key(key)
+    if any(run["perplexity"] for run in runs):
+        add_key("perplexity")
     for name in dict.fromkeys(name for run in runs for name in run["figures"]):
-        for place, key in enumerate((f"{name}_before", name)):
-            shown(key, (run["figures"].get(name, (None, None))[place] for run in runs))
+        for index, key in enumerate((f"{name}_before", name)):
+            add(key, (run["figures"].get(name, (None, None))[index] for run in runs))
     for key in ("best_step", "tokens_per_second", "tokens"):
-        shown(key, (run[key] for run in runs))
-    table.add_row(
-        "peak_memory",
-        *(size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else "-" for run in found["runs"]),
-    )
-    return [table, *found["cautions"], f"curves      {found['picture']}"]
+        add_key(key)
+    add("peak_memory", (_memory(run) for run in runs))
+    return [table, *facts["cautions"], f"curves      {facts['picture']}"]
 
 
-def _repeated(found: Mapping[str, Any]) -> str:
-    lines = [f"run         {found['run']}", f"again       {found['again']}"]
-    lines += [f"other now   {key}: was {old}, is {new}" for key, (old, new) in found["machine"].items()]
-    if found["difference"]:
-        one = found["difference"]
-        lines.append(
-            f"records     first difference at step {one['step']}: {one['figure']} was {one['before']}, is {one['now']}"
-        )
-        if one := found["furthest"]:
-            lines.append(
-                f"            furthest at step {one['step']}: {one['figure']} was {one['before']}, is {one['now']}"
-            )
+def _repetition(facts: JsonObject) -> str:
+    def pair(record: JsonObject) -> str:
+        return f"at step {record['step']}: {record['figure']} was {record['before']}, is {record['now']}"
+
+    lines = [f"run         {facts['run']}", f"again       {facts['again']}"]
+    lines += [f"other now   {key}: was {old}, is {new}" for key, (old, new) in facts["machine"].items()]
+    if facts["difference"]:
+        lines.append(f"records     first difference {pair(facts['difference'])}")
+        lines += [f"            largest difference {pair(facts['furthest'])}"] if facts["furthest"] else []
     else:
-        lines.append(f"records     all {found['records']} are the same")
-    lines.append(f"weights     {'the same' if found['weights_equal'] else 'not the same'}")
+        lines.append(f"records     all {facts['records']} are the same")
+    lines.append(f"weights     {'the same' if facts['weights_equal'] else 'not the same'}")
     return "\n".join(lines)
 
 
-def _change(name: str, before: Any, after: Any) -> str:
+def _change(name: str, before: object, after: object) -> str:
     """``accuracy 0.512 -> 0.841``."""
     return f"{name.removeprefix('eval_')} {_figure(before, 3)} -> {_figure(after, 3)}"
 
 
-def _joined(*words: Any) -> str:
+def _join(*words: object) -> str:
     return " ".join(str(word) for word in words if word) or "-"
 
 
-def _told(words: str, value: Any) -> str:
-    """``words`` with the value in them; empty when it is not known."""
-    return "" if value is None else words.format(value)
+def _with_value(template: str, value: object) -> str:
+    """Return ``template`` with the value in it; empty if the value is unknown."""
+    return "" if value in (None, "") else template.format(value)
 
 
-def _figure(value: Any, digits: int = 4, none: Any = "-") -> Any:
-    return f"{value:,.{digits}f}" if is_number(value) else none
+def _figure(value: object, digits: int = 4, unknown: str = "-") -> str:
+    return f"{value:,.{digits}f}" if is_number(value) else unknown
+
+
+def _memory(run: JsonObject) -> str:
+    return size(run["peak_memory_bytes"]) if run["peak_memory_bytes"] else ""

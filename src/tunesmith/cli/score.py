@@ -1,4 +1,4 @@
-"""``tunesmith score MODEL --data FILE [--out FILE]``: what a reward model gives every answer, and the order of several."""
+"""``tunesmith score MODEL --data FILE [--out FILE]``: the reward of every answer, and their ranking."""
 
 from __future__ import annotations
 
@@ -6,52 +6,27 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.options import (
-    BatchTokens,
-    Format,
-    Json,
-    Limit,
-    MaxLength,
-    Name,
-    Precision,
-    Predictions,
-    Split,
-    Streaming,
-)
-from tunesmith.cli.predict import predict_into
+from tunesmith.cli import options
+from tunesmith.cli.predict import write_predictions
 
 
 def score(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A reward model: catalog name, model, adapter or run folder.", show_default=False
-        ),
-    ],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Prompts with one answer, or with several (chosen and rejected, or a list).",
-            show_default=False,
-        ),
-    ],
-    out: Predictions = None,
-    format: Format = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(help="FIELD=COLUMN, such as chosen=good; may be repeated.", show_default=False),
-    ] = None,
-    limit: Limit = None,
-    max_length: MaxLength = None,
-    precision: Precision = "auto",
-    batch_tokens: BatchTokens = 2048,
-    split: Split = "train",
-    name: Name = None,
-    streaming: Streaming = False,
-    as_json: Json = False,
+    model: options.Model,
+    data: Annotated[str, typer.Option(help="Prompts with one answer, chosen and rejected, or a list.")],
+    out: options.Predictions = None,
+    format: options.Format = None,
+    column: options.Columns = None,
+    limit: options.Limit = None,
+    max_length: options.MaxLength = None,
+    precision: options.Precision = "auto",
+    batch_tokens: options.BatchTokens = 2048,
+    split: options.Split = "train",
+    name: options.Name = None,
+    streaming: options.Streaming = False,
+    as_json: options.Json = False,
 ) -> None:
-    """The reward of every answer; where a row has several, their order, best first. Judgements in the file are not looked at."""
-    predict_into(
+    """Score every answer with a reward model and rank several, best first. Labels in the file are ignored."""
+    write_predictions(
         model, data, out, "scoring", as_json, column, format=format, limit=limit, max_length=max_length, precision=precision,
         batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,
     )  # fmt: skip

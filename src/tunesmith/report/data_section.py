@@ -1,20 +1,24 @@
-"""The data section of a run's report: what was read and kept, and how long it is.
+"""The data section of a run's report: what was read and kept, and how long the rows are.
 
-``data_values`` turns ``data.store.data_report.Report.as_dict()``, as the manifest keeps it, into the values of ``data.html``.
+``data_values`` turns ``data.store.data_report.Report.as_dict()``, which the manifest holds, into the values
+of ``data.html``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from tunesmith.runs import figure_format
+from tunesmith.json_types import JsonObject
+from tunesmith.runs.figure_format import is_number, number, share
 
 _SPLITS = ("train", "eval")
+_TABLES = (*_SPLITS, "eval_sets", "sources", "contaminated")
 _NAMES = {
     "duplicates_train_eval": "eval_rows_also_in_train",
     "cached": "from_the_cache",
     "seconds": "prepared_in_seconds",
+    "unlearnable": "no supervised tokens",
 }
 _LENGTHS = {"median": "median length", "p95": "95% are at most", "max": "longest"}
 
@@ -23,118 +27,101 @@ _LENGTHS = {"median": "median length", "p95": "95% are at most", "max": "longest
 class Cell:
     """``key`` names the unit of ``value``; ``share`` is shown after it in brackets."""
 
-    value: Any
+    value: object
     key: str = ""
     share: str = ""
 
 
-def data_values(report: dict[str, Any]) -> dict[str, Any]:
-    """Keys that the report has and this function does not know are kept; keys that are absent are left out."""
+def data_values(report: JsonObject) -> JsonObject:
+    """Return the values of ``data.html``. Unknown keys of the report are shown too, missing ones left out."""
     splits = {name: report[name] for name in _SPLITS if isinstance(report.get(name), dict)}
-    splits |= {
-        f"eval {name}": one
-        for name, one in _mapping(report.get("eval_sets")).items()
-        if isinstance(one, dict)
-    }
+    sets = mapping(report.get("eval_sets"))
+    splits |= {f"eval {name}": split for name, split in sets.items() if isinstance(split, dict)}
     cells = {name: _cells(split) for name, split in splits.items()}
-    sources = [one for one in report.get("sources") or () if isinstance(one, dict)]
-    contaminated = _mapping(report.get("contaminated"))
-    known = (*_SPLITS, "eval_sets", "sources", "contaminated")
-    single = {_NAMES.get(key, key): value for key, value in report.items() if key not in known}
-    if figure_format.is_number(contaminated.get("rows")) and figure_format.is_number(
-        contaminated.get("share")
-    ):
-        share = figure_format.share(contaminated["share"], 1)
-        single["eval_rows_that_share_text_with_train"] = f"{contaminated['rows']:,} ({share})"
-    shared = contaminated.get("first")
+    sources = _mappings(report.get("sources"))
+    contaminated = mapping(report.get("contaminated"))
+    figures = {_NAMES.get(key, key): value for key, value in report.items() if key not in _TABLES}
+    if is_number(contaminated.get("rows")) and is_number(contaminated.get("share")):
+        part = share(contaminated["share"], 1)
+        figures["eval_rows_that_share_text_with_train"] = f"{contaminated['rows']:,} ({part})"
+    names = dict.fromkeys(name for split in cells.values() for name in split)
+    unsupervised = dict.fromkeys(_join(splits.values(), "unlearnable_first"))
     return {
-        "figures": single,
+        "figures": figures,
         "splits": list(splits),
-        # A line for each figure, a column for each split: that is how splits are compared.
-        "examples": [
-            (name, [split.get(name) for split in cells.values()])
-            for name in dict.fromkeys(name for split in cells.values() for name in split)
-        ],
-        "lengths": _length_counts(_mapping(splits.get("train", {}).get("histogram"))),
-        "sources": [_source(one) for one in sources],
+        # A line for each figure and a column for each split, so that splits can be compared.
+        "examples": [(name, [split.get(name) for split in cells.values()]) for name in names],
+        "lengths": _length_counts(mapping(splits.get("train", {}).get("histogram"))),
+        "sources": [_source(source) for source in sources],
         "lists": {
-            "Rows left out": [problem for one in sources for problem in one.get("problems") or ()],
-            "Text the template leaves out": [text for text in map(_left_out, sources) if text],
-            "Rows with nothing to learn": list(
-                dict.fromkeys(
-                    place for split in splits.values() for place in split.get("unlearnable_first") or ()
-                )
-            ),
+            "Rows left out": _join(sources, "problems"),
+            "Text the template leaves out": list(filter(None, map(_left_out_text, sources))),
+            "Rows without supervised tokens": list(unsupervised),
         },
-        "shared_title": f"Text that evaluation and training share, {contaminated.get('ngram')} tokens or more",
-        "shared": [one for one in shared if isinstance(one, dict)] if isinstance(shared, list) else [],
+        "shared_title": f"Text in both evaluation and training, {contaminated.get('ngram')} tokens or more",
+        "shared": _mappings(contaminated.get("first")),
     }
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def mapping(value: object) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
-def _cells(split: dict[str, Any]) -> dict[str, Cell]:
-    """Name -> figure of one split."""
-    out = {}
+def _mappings(value: object) -> list[JsonObject]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list | tuple) else []
+
+
+def _join(parts: Iterable[JsonObject], key: str) -> list[str]:
+    return [text for part in parts for text in part.get(key) or ()]
+
+
+def _cells(split: JsonObject) -> dict[str, Cell]:
+    """Return name -> figure of one split."""
+    cells = {}
     for key, value in split.items():
         if key in ("histogram", "overlong", "unlearnable_first"):
             continue
-        if key == "supervised_tokens" and value == split.get("examples"):
-            continue  # the rows have a label each, not their tokens
-        name = {"unlearnable": "nothing to learn"}.get(key, key.replace("_", " "))
-        is_part = (
-            key == "supervised_tokens"
-            and figure_format.is_number(value)
-            and figure_format.is_number(split.get("tokens"))
-        )
-        out[name] = Cell(value, key, figure_format.share(value, split["tokens"]) if is_part else "")
-    overlong = _mapping(split.get("overlong"))
-    if figure_format.is_number(overlong.get("rows")):
-        policy = f" ({overlong.get('policy')})" if overlong["rows"] else ""
-        out["above max length"] = Cell(figure_format.number(overlong["rows"]) + policy)
-        if figure_format.is_number(overlong.get("dropped")) and overlong["dropped"]:
-            out["of these left out whole"] = Cell(overlong["dropped"])
-        if figure_format.is_number(overlong.get("tokens_lost")) and overlong["tokens_lost"]:
-            share = overlong.get("share_lost")
-            out["tokens lost by that"] = Cell(
-                overlong["tokens_lost"],
-                share=figure_format.share(share, 1) if figure_format.is_number(share) else "",
-            )
-    histogram = _mapping(split.get("histogram"))
-    return out | {
-        name: Cell(histogram[key])
-        for key, name in _LENGTHS.items()
-        if figure_format.is_number(histogram.get(key))
-    }
+        share_text = ""
+        if key == "supervised_tokens":
+            if value == split.get("examples"):
+                continue  # the rows have one label each, not supervised tokens
+            if is_number(value) and is_number(split.get("tokens")):
+                share_text = share(value, split["tokens"])
+        cells[_NAMES.get(key, key.replace("_", " "))] = Cell(value, key, share_text)
+    overlong = mapping(split.get("overlong"))
+    rows, dropped, lost, share_lost = map(overlong.get, ("rows", "dropped", "tokens_lost", "share_lost"))
+    if is_number(rows):
+        cells["above max length"] = Cell(number(rows) + (f" ({overlong.get('policy')})" if rows else ""))
+        if is_number(dropped) and dropped:
+            cells["of these left out whole"] = Cell(dropped)
+        if is_number(lost) and lost:
+            text = share(share_lost, 1) if is_number(share_lost) else ""
+            cells["tokens lost by that"] = Cell(lost, share=text)
+    lengths = mapping(split.get("histogram"))
+    return cells | {name: Cell(lengths[key]) for key, name in _LENGTHS.items() if is_number(lengths.get(key))}
 
 
-def _source(source: dict[str, Any]) -> dict[str, Any]:
-    """The part of a source that a table has room for; its whole hash is in manifest.json."""
+def _source(source: JsonObject) -> JsonObject:
+    """Return the columns that a table has room for; manifest.json has the whole hash."""
     hidden = ("problems", "sha256", "left_out", "cached", "seconds", "revision")
     row = {key.removeprefix("rows_"): value for key, value in source.items() if key not in hidden}
     short = {"commit": source.get("revision"), "sha256": source.get("sha256")}
     return row | {key: str(value)[:12] for key, value in short.items() if value}
 
 
-def _left_out(source: dict[str, Any]) -> str:
-    """``a.json: 2 of 256 rows looked at, for example ...``; empty when the template shows all of every row."""
-    found = _mapping(source.get("left_out"))
-    if not found.get("rows"):
+def _left_out_text(source: JsonObject) -> str:
+    """``a.json: 2 of 256 rows looked at, for example ...``; empty if the template renders every row whole."""
+    facts = mapping(source.get("left_out"))
+    if not facts.get("rows"):
         return ""
-    first = found.get("first")
+    first = facts.get("first")
     example = f", for example {first[0]}" if isinstance(first, list) and first else ""
-    return f"{source.get('path')}: {found['rows']} of {found.get('looked_at')} rows looked at{example}"
+    return f"{source.get('path')}: {facts['rows']} of {facts.get('looked_at')} rows looked at{example}"
 
 
-def _length_counts(histogram: dict[str, Any]) -> dict[str, float]:
-    """``{"edges": [16, 32, 50], "counts": [...]}`` (counts up to each edge) -> {"1-16": n, "17-32": n, "33-50": n}."""
+def _length_counts(histogram: JsonObject) -> dict[str, float]:
+    """``{"edges": [16, 32], "counts": [...]}`` (counts up to each edge) -> {"1-16": n, "17-32": n}."""
     edges, counts = histogram.get("edges"), histogram.get("counts")
-    if (
-        not isinstance(edges, list)
-        or not isinstance(counts, list)
-        or not all(map(figure_format.is_number, [*edges, *counts]))
-    ):
+    if not (isinstance(edges, list) and isinstance(counts, list) and all(map(is_number, [*edges, *counts]))):
         return {}
     return {f"{low + 1:,}-{high:,}": count for low, high, count in zip([0, *edges], edges, counts)}

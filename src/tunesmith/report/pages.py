@@ -1,7 +1,7 @@
-"""Pages from templates: the Jinja2 environment, the filters that write values for people, and how a page is saved.
+"""The Jinja2 environment of all pages, its filters, and how a page is saved.
 
-Autoescape is on for every template and no template marks text as safe: whatever a row, a label or a file name
-contains is shown and never obeyed. A name that a template misspells is an error (``StrictUndefined``).
+Autoescape is on and no template marks text as safe: the browser never runs what a row, a label or a file name
+contains. A name that a template misspells is an error (``StrictUndefined``).
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tunesmith.files import replace_file
+from tunesmith.json_types import JsonObject
 from tunesmith.runs import figure_format
+from tunesmith.runs.figure_format import is_number
 
 _SHARES = ("share", "fraction", "percent")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline figure: ``name``, ``before`` -> ``figure``, and below ``change`` (coloured by ``trend``) and ``note``."""
+    """A headline figure: ``before`` -> ``figure``, below it ``change`` (coloured by ``trend``) and ``note``."""
 
     name: str
     figure: str
@@ -33,36 +34,27 @@ class Tile:
     """``good``, ``bad`` or empty."""
 
 
-def render(template: str, **values: Any) -> str:
-    """Return the page that ``template`` (a file of ``templates/``) makes of ``values``."""
-    return environment().get_template(template).render(**values)
+def save(path: Path, template: str, **values: object) -> Path:
+    """Write the page of ``template``, a file of ``templates/``, to ``path``, and return ``path``.
 
-
-def save(path: Path, template: str, **values: Any) -> Path:
-    """Write that page to ``path`` in one piece and return ``path``. Raises DiskFullError when there is no room for it."""
-    # A JSON file may hold half of a surrogate pair, which UTF-8 cannot.
-    replace_file(path, render(template, **values).encode("utf-8", "replace"))
+    The file is replaced atomically. Raises DiskFullError.
+    """
+    html = environment().get_template(template).render(**values)
+    # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
+    replace_file(path, html.encode("utf-8", "replace"))
     return path
 
 
 @cache
 def environment() -> Environment:
-    """The environment of all templates, which the board shares."""
-    made = Environment(
-        loader=PackageLoader("tunesmith.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+    """Return the environment of all templates."""
+    environment = Environment(
+        loader=PackageLoader("tunesmith.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
-    made.filters |= {
-        "number": figure_format.number,
-        "typed": figure_format.typed,
-        "words": words,
-        "unit": unit,
-        "columns": columns,
-    }
-    return made
+    )  # fmt: skip
+    for function in (figure_format.short_command, words, unit, columns):
+        environment.filters[function.__name__] = function
+    return environment
 
 
 def words(key: str) -> str:
@@ -70,14 +62,14 @@ def words(key: str) -> str:
     return str(key).replace("_", " ").removesuffix(" bytes").removesuffix(" seconds")
 
 
-def titled(name: str) -> str:
+def heading(name: str) -> str:
     """``eval_macro_f1`` -> Eval macro F1."""
     text = name.replace("_", " ").replace("f1", "F1").replace("auroc", "AUROC")
     return text.upper() if name in ("rmse", "mae", "mse") else text[:1].upper() + text[1:]
 
 
 def unit(value: float, key: str) -> str:
-    """A figure in the unit that its key names."""
+    """Format a figure in the unit that its key names."""
     if key.endswith("_bytes") or key == "bytes":
         return figure_format.size(value)
     if key.endswith("seconds"):
@@ -87,7 +79,7 @@ def unit(value: float, key: str) -> str:
     return figure_format.number(value)
 
 
-def columns(rows: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
-    """(key, whether its values are figures) of each column: all keys of the rows, in the order they are met."""
+def columns(rows: Sequence[JsonObject]) -> list[tuple[str, bool]]:
+    """Return (key, whether its values are figures) of each column: all keys of the rows, in order."""
     keys = dict.fromkeys(key for row in rows for key in row)
-    return [(key, all(figure_format.is_number(row.get(key, 0)) for row in rows)) for key in keys]
+    return [(key, all(is_number(row.get(key, 0)) for row in rows)) for key in keys]

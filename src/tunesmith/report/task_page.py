@@ -1,6 +1,6 @@
-"""report.html of an evaluation of labels, tags, answers or rewards: the figures, their charts, and the worst mistakes to read.
+"""report.html of an evaluation of labels, tags, answers or rewards: figures, charts, and the worst mistakes.
 
-One self-contained page of the same style, and under the same rules, as the report of a run (``run_page``).
+One self-contained page in the style, and under the rules, of a run's report (``run_page``).
 """
 
 from __future__ import annotations
@@ -9,63 +9,69 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tunesmith
 from tunesmith.files import replace_file
+from tunesmith.json_types import JsonObject
 from tunesmith.report import charts, pages
-from tunesmith.report.pages import Tile, titled
+from tunesmith.report.pages import Tile, heading
 from tunesmith.runs.figure_format import is_number, number
 
-_FIRST = (
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_HEADLINES = (
     "accuracy", "micro_f1", "exact_match", "f1", "precision", "recall", "macro_f1", "auroc", "token_accuracy", "rmse", "mae",
     "pearson", "margin",
 )  # fmt: skip
-"""The first three of these that are there become the headline."""
+"""The first three of these that were measured are the headline figures."""
 _MEASURES = {"loss": "loss", "f1": "F1"}
-_FOLDED = 30  # a longer table is folded away
-_ROOM = 1200  # characters of a text that are shown
-_AROUND = 200  # characters on either side of what is marked in a longer text
-_PROBABLE = 5
+_MOST_OPEN_ROWS = 30  # a longer table is folded away
+_MOST_TEXT = 1200  # characters of a text that are shown
+_AROUND = 200  # characters shown on either side of the marks in a longer text
+_MOST_PROBABLE = 5
 
 
 def write(
     folder: str | Path,
     title: str,
-    figures: Mapping[str, Any],
-    mistakes: Sequence[Mapping[str, Any]] = (),
-    facts: Mapping[str, Any] | None = None,
+    figures: JsonObject,
+    mistakes: Sequence[JsonObject] = (),
+    facts: JsonObject | None = None,
 ) -> Path:
-    """Write report.html, and each chart as a PNG, into ``folder`` (made if need be); return the report's path.
+    """Write report.html, and each chart as a PNG, into ``folder``; return the report's path.
 
-    ``title``: what was measured, text. ``figures``: what ``tunesmith.metrics`` returns (``classes``, ``entities.score``,
-    ``squad.score``), with single figures of any name added. ``confusion``, ``curves``,
-    ``calibration`` and ``per_class`` or ``by_type`` are drawn where they are there. ``facts``: model, data, rows ... as a list;
-    ``notes`` in it are lines for the top of the page, ``command`` is shown as typed.
+    ``figures``: the result of ``tunesmith.metrics`` (``classes.single``, ``multi``, ``regression``,
+    ``entities.score``, ``squad.score``) and single figures of any name. ``confusion``, ``curves``,
+    ``calibration`` and ``per_class`` or ``by_type`` become charts. ``facts``: model, data, rows ... as a
+    list; ``notes`` in it are lines at the top of the page, ``command`` is shown below the title.
 
-    ``mistakes``: the worst first, each {"where": "file:row", "gold": ..., "prediction": ...} (a string, a number, a list of
-    strings; None or empty = none) and, as far as there are any:
+    ``mistakes``: the worst first, each {"where": "file:row", "gold": ..., "prediction": ...} (a string, a
+    number, a list of strings; None or empty = none). These keys are optional:
 
-    - ``text``, ``text_pair``, ``question``: what was read. A long text is cut, around what is marked in it if anything is;
-    - ``probabilities`` {name: share}: the likeliest are shown, and the true ones;
-    - ``gold_spans``, ``predicted_spans`` [{"start", "end", "type"}] in characters of ``text``, ``type`` optional: entities, or
-      the places of answers. The text is shown twice, with the true and with the predicted spans marked in it;
-    - ``loss`` or ``f1``: how bad it is;
-    - ``rewards``: then ``gold`` is the better answer, ``prediction`` the one with the highest reward.
+    - ``text``, ``text_pair``, ``question``: the input. A long text is cut around its marks;
+    - ``probabilities`` {name: share}: the page shows the likeliest and the true ones;
+    - ``gold_spans``, ``predicted_spans`` [{"start", "end", "type"}] in characters of ``text``, ``type``
+      optional: entities or answers. The text is shown twice, with the true and with the predicted spans
+      marked;
+    - ``loss`` or ``f1``: how wrong the prediction is;
+    - ``rewards``: then ``gold`` is the better answer and ``prediction`` the one with the highest reward.
 
-    Files are replaced in one piece. Raises DiskFullError when there is no room for them.
+    Files are replaced atomically. Raises DiskFullError.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _pictures(figures)
     for picture in pictures:
         replace_file(folder / f"{picture.name}.png", picture.png)
-    rest = dict(facts or {})
-    notes, command = rest.pop("notes", None) or (), rest.pop("command", None)
-    classes = [
-        {"#": place, _word(figures): name, **one}
-        for place, (name, one) in enumerate(_by_class(figures).items())
-    ]
+    facts = dict(facts or {})
+    notes, command = facts.pop("notes", None) or (), facts.pop("command", None)
+    class_word = "class" if "per_class" in figures else "type"
+    by_class = enumerate(_by_class(figures).items())
+    classes = [{"#": index, class_word: name, **measures} for index, (name, measures) in by_class]
+    several = {key for key, value in figures.items() if isinstance(value, dict | list)} - {"baseline_labels"}
+    single = {key: value for key, value in figures.items() if key not in several}
     return pages.save(
         folder / "report.html",
         "task.html",
@@ -74,29 +80,23 @@ def write(
         command=str(command or ""),
         tiles_shown=_tiles(figures),
         notes_shown=[str(line) for line in notes],
-        figures={
-            k: v for k, v in figures.items() if not isinstance(v, Mapping | list) or k == "baseline_labels"
-        },
-        class_word=_word(figures),
+        figures=single,
+        class_word=class_word,
         classes=sorted(classes, key=lambda row: -row["support"]),
-        is_folded=len(classes) > _FOLDED,
+        is_folded=len(classes) > _MOST_OPEN_ROWS,
         pictures=pictures,
         mistakes=[_mistake(one) for one in mistakes],
-        facts_shown=rest,
+        facts_shown=facts,
     )
 
 
-def _by_class(figures: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+def _by_class(figures: JsonObject) -> dict[str, JsonObject]:
     return figures.get("per_class") or figures.get("by_type") or {}
-
-
-def _word(figures: Mapping[str, Any]) -> str:
-    return "class" if "per_class" in figures else "type"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A chart: its file's name without ``.png``, the line above it, and what it says to those who cannot see it."""
+    """A chart: its file name without ``.png``, the line above it, and its description in words."""
 
     name: str
     caption: str
@@ -109,84 +109,79 @@ class Picture:
 
     @property
     def width(self) -> int:
-        return (
-            int.from_bytes(self.png[16:20]) // 2
-        )  # of its header: drawn for twice the dots of a plain screen
+        """Half the width in the PNG's header: the charts are drawn for screens with two dots a pixel."""
+        return int.from_bytes(self.png[16:20]) // 2
 
     @property
     def source(self) -> str:
         return f"data:image/png;base64,{base64.b64encode(self.png).decode('ascii')}"
 
 
-def _pictures(figures: Mapping[str, Any]) -> list[Picture]:
-    found = []
+def _pictures(figures: JsonObject) -> list[Picture]:
+    pictures = []
     classes = _by_class(figures)
 
-    def add(name: str, caption: str, figure: Any, detail: str = "") -> None:
-        found.append(Picture(name, caption, charts.png(figure), detail))
+    def add(name: str, caption: str, figure: Figure, detail: str = "") -> None:
+        pictures.append(Picture(name, caption, charts.png(figure), detail))
 
-    if figures.get("confusion"):
-        names, counts = list(classes), figures["confusion"]
+    if counts := figures.get("confusion"):
+        names = list(classes)
         caption = "Confusion matrix: counts, coloured by the share of the row"
-        add("confusion", caption, charts.confusion(counts, names), _confused(counts, names))
+        add("confusion", caption, charts.confusion(counts, names), _worst_confusions(counts, names))
     if classes:
-        add(
-            "per-class",
-            "Precision, recall and F1",
-            charts.per_class(classes),
-            "The figures are in the table above.",
-        )
+        detail = "The figures are in the table above."
+        add("per-class", "Precision, recall and F1", charts.per_class(classes), detail)
     if any((figures.get("curves") or {}).values()):
         by_support = sorted(figures["curves"], key=lambda name: -classes.get(name, {}).get("support", 0))
         curves = {name: figures["curves"][name] for name in by_support}
         add("precision-recall", "Precision and recall at every threshold", charts.precision_recall(curves))
     if bins := figures.get("calibration"):
-        caption = "Calibration: how sure the model is, and how often it is right"
-        told = (
+        caption = "Calibration: how confident the model is, and how often it is right"
+        parts = (
             f"{number(one['accuracy'])} are right at a confidence of {number(one['confidence'])}"
             for one in bins
         )
-        add("calibration", caption, charts.calibration(bins), "; ".join(told))
+        detail = "; ".join(parts)
+        add("calibration", caption, charts.calibration(bins), detail)
     if buckets := figures.get("by_length"):
         caption = "Accuracy by how much longer the better answer is: does the model only measure length?"
-        told = (f"{name}: {number(one['accuracy'])}" for name, one in buckets.items())
-        add("by-length", caption, charts.buckets(buckets, 0.5), "; ".join(told))
-    return found
+        detail = "; ".join(f"{name}: {number(one['accuracy'])}" for name, one in buckets.items())
+        add("by-length", caption, charts.accuracy_by_bucket(buckets, 0.5), detail)
+    return pictures
 
 
-def _confused(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
-    """The most frequent confusions in words."""
-    pairs = [
-        (count, true, said)
+def _worst_confusions(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    """Return the three most frequent confusions in words."""
+    confusions = [
+        (count, true, predicted)
         for row, true in zip(counts, names)
-        for count, said in zip(row, names)
-        if count and true != said
+        for count, predicted in zip(row, names)
+        if count and true != predicted
     ]
-    worst = sorted(pairs, key=lambda pair: -pair[0])[:3]
-    return (
-        "; ".join(f"{true} is predicted as {said} {count} times" for count, true, said in worst)
-        or "No confusions"
-    )
+    worst = sorted(confusions, key=lambda confusion: -confusion[0])[:3]
+    texts = (f"{true} is predicted as {predicted} {count} times" for count, true, predicted in worst)
+    return "; ".join(texts) or "No confusions"
 
 
-def _tiles(figures: Mapping[str, Any]) -> list[Tile]:
-    same = {"micro_f1"} if "accuracy" in figures else set()  # with one class for each row they are equal
-    shown = [name for name in _FIRST if is_number(figures.get(name)) and name not in same][:3]
+def _tiles(figures: JsonObject) -> list[Tile]:
+    same = {"micro_f1"} if "accuracy" in figures else set()  # equal to accuracy with one class for each row
+    shown = [name for name in _HEADLINES if is_number(figures.get(name)) and name not in same][:3]
     baseline, longer = figures.get("baseline"), figures.get("longer_is_better")
     tiles = []
     for name in shown:
         note = ""
         if name in ("accuracy", "micro_f1") and name == shown[0] and is_number(baseline):
-            note = f"{number(baseline)} by always saying the same"
+            note = f"{number(baseline)} by always predicting the same"
         if name == "accuracy" and is_number(longer):
-            note = f"{number(max(longer, 1 - longer))} by always taking the {'longer' if longer >= 0.5 else 'shorter'} one"
-        tiles.append(Tile(titled(name), number(figures[name]), note))
+            word = "longer" if longer >= 0.5 else "shorter"
+            note = f"{number(max(longer, 1 - longer))} by always taking the {word} one"
+        tiles.append(Tile(heading(name), number(figures[name]), note))
     return tiles
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a text; marked where ``kind`` is ``right`` or ``wrong``."""
+    """A stretch of a text, marked if ``kind`` is ``right`` or ``wrong``."""
 
     text: str
     kind: str = ""
@@ -195,7 +190,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Side:
-    """The true or the predicted side of a mistake. ``text`` is None where the marked text says it all."""
+    """The true or the predicted side of a mistake. ``text`` is None where the marked text has all of it."""
 
     name: str
     kind: str
@@ -213,74 +208,68 @@ class Mistake:
     sides: list[Side]
 
 
-def _mistake(mistake: Mapping[str, Any]) -> Mistake:
-    measures = [
-        f"{name} {number(mistake[key])}" for key, name in _MEASURES.items() if is_number(mistake.get(key))
-    ]
+def _mistake(mistake: JsonObject) -> Mistake:
+    values = {name: mistake.get(key) for key, name in _MEASURES.items()}
+    measures = [f"{name} {number(value)}" for name, value in values.items() if is_number(value)]
     gold, predicted = mistake.get("gold_spans") or [], mistake.get("predicted_spans") or []
     is_typed = any(span.get("type") for span in [*gold, *predicted])
     names = ("better", "preferred") if "rewards" in mistake else ("true", "predicted")
 
-    def side(
-        name: str,
-        kind: str,
-        value: Any,
-        spans: Sequence[Mapping[str, Any]],
-        others: Sequence[Mapping[str, Any]],
-    ) -> Side:
+    def side(name: str, key: str, spans: list[JsonObject], others: list[JsonObject]) -> Side:
+        kind = "after" if key == "prediction" else ""
         is_marked = is_typed or bool(spans)
-        marked = _marked(str(mistake.get("text", "")), spans, set(map(_place, others))) if is_marked else []
-        chances = mistake.get("probabilities") if kind and not is_marked else None
-        likely = _likely(chances, mistake.get("gold")) if chances else ""
-        return Side(name, kind, None if is_typed else _value(value), marked, likely)
+        text = str(mistake.get("text", ""))
+        marked = _mark(text, spans, set(map(_position, others))) if is_marked else []
+        probabilities = mistake.get("probabilities") if kind and not is_marked else None
+        likely = _likeliest(probabilities, mistake.get("gold")) if probabilities else ""
+        return Side(name, kind, None if is_typed else _value(mistake.get(key)), marked, likely)
 
     read = ["question"] if gold or predicted else ["question", "text", "text_pair"]
     return Mistake(
         label=" · ".join([str(mistake.get("where", "")), *measures]),
-        read=[_cut(str(mistake[key])) for key in read if mistake.get(key)],
-        sides=[
-            side(names[0], "", mistake.get("gold"), gold, predicted),
-            side(names[1], "after", mistake.get("prediction"), predicted, gold),
-        ],
+        read=[_shorten(str(mistake[key])) for key in read if mistake.get(key)],
+        sides=[side(names[0], "gold", gold, predicted), side(names[1], "prediction", predicted, gold)],
     )
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, list | tuple):
         return " | ".join(map(str, value))
-    return number(value) if is_number(value) else _cut(str(value))
+    return number(value) if is_number(value) else _shorten(str(value))
 
 
-def _likely(probabilities: Mapping[str, float], gold: Any) -> str:
+def _likeliest(probabilities: Mapping[str, float], gold: object) -> str:
     true = set(gold) if isinstance(gold, list | tuple) else {gold}
     ordered = sorted(probabilities, key=lambda name: -probabilities[name])
-    shown = [name for place, name in enumerate(ordered) if place < _PROBABLE or name in true]
+    shown = [name for rank, name in enumerate(ordered) if rank < _MOST_PROBABLE or name in true]
     return " · ".join(f"{name} {number(probabilities[name])}" for name in shown)
 
 
-def _place(span: Mapping[str, Any]) -> tuple[int, int, Any]:
+def _position(span: JsonObject) -> tuple[int, int, str | None]:
     return span["start"], span["end"], span.get("type")
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _ROOM else f"{text[:_ROOM]}… ({len(text) - _ROOM:,} more characters)"
+def _shorten(text: str) -> str:
+    rest = len(text) - _MOST_TEXT
+    return text if rest <= 0 else f"{text[:_MOST_TEXT]}… ({rest:,} more characters)"
 
 
-def _marked(text: str, spans: Sequence[Mapping[str, Any]], others: set[tuple[int, int, Any]]) -> list[Piece]:
-    """``text`` with its spans marked: right where the other side has the same one. A long text is cut around them."""
+def _mark(text: str, spans: list[JsonObject], others: set[tuple[int, int, str | None]]) -> list[Piece]:
+    """Mark the spans in ``text``, right if the other side has the same. A long text is cut around them."""
     first, last = 0, len(text)
-    if len(text) > _ROOM:
-        starts, ends = [span["start"] for span in spans], [span["end"] for span in spans]
-        first = max(0, min(starts, default=0) - _AROUND)
-        last = min(len(text), max(max(ends, default=0) + _AROUND, first + 2 * _AROUND), first + _ROOM)
+    if len(text) > _MOST_TEXT:
+        start = min((span["start"] for span in spans), default=0)
+        end = max((span["end"] for span in spans), default=0)
+        first = max(0, start - _AROUND)
+        last = min(len(text), max(end + _AROUND, first + 2 * _AROUND), first + _MOST_TEXT)
     pieces, done = [Piece("…")] if first else [], first
     for span in sorted(spans, key=lambda span: span["start"]):
         start, end = max(span["start"], done), min(span["end"], last)
-        if start >= end:  # within another, or cut away
+        if start >= end:  # inside another span, or cut away
             continue
-        kind = "right" if _place(span) in others else "wrong"
+        kind = "right" if _position(span) in others else "wrong"
         pieces += [Piece(text[done:start]), Piece(text[start:end], kind, str(span.get("type") or ""))]
         done = end
     return [*pieces, Piece(text[done:last]), *([Piece("…")] if last < len(text) else [])]

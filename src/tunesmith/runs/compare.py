@@ -1,136 +1,127 @@
-"""Runs over each other: what differs between their recipes, whether their losses may be compared, and those losses."""
+"""Comparison of runs: recipe keys that differ, whether losses are comparable, and the curves to overlay."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
 from tunesmith import recipe as recipes
 from tunesmith.errors import UserError
-from tunesmith.runs.figure_format import is_number, shorter
-from tunesmith.runs.run_list import Kept
+from tunesmith.runs.figure_format import is_number, shorten_middle
+from tunesmith.runs.run_folder import flatten
+from tunesmith.runs.run_list import StoredRun
 
 Points = list[tuple[float, float]]
 """(step or tokens, value)."""
-_LABEL = 60
-"""Characters of a run in the legend, at most."""
+_MOST_LABEL, _MOST_SOURCES = 60, 36
+"""Characters of a run's label in the legend, and of the file names in it."""
 
 
-def differences(runs: Sequence[Kept]) -> dict[str, list[Any]]:
-    """Dotted recipe key -> its value in each run, for the keys that are not the same in all.
+def differences(runs: Sequence[StoredRun]) -> dict[str, list[object]]:
+    """Return dotted recipe key -> its value in each run, for the keys whose values differ.
 
-    A source is a key for each of its keys (``data.train.0.path``). A key that some runs lack (another objective has other keys)
-    and that is at its default in the others is left out.
+    The keys of a data source are separate (``data.train.0.path``). A key is left out if some runs lack it (it
+    belongs to another objective) and it has its default value in the others.
     """
-    flat = [_flat(run.recipe) for run in runs]
-    defaults = [_at_default(run) for run in runs]
+    recipe_keys = [flatten(run.recipe) for run in runs]
+    default_keys = [_keys_at_default(run) for run in runs]
     found = {}
-    for key in dict.fromkeys(key for one in flat for key in one):
-        values = [one.get(key) for one in flat]
-        is_idle = any(key not in one for one in flat) and all(
-            key in idle for one, idle in zip(flat, defaults, strict=True) if key in one
-        )
-        if len(set(map(repr, values))) > 1 and not is_idle:
+    for key in dict.fromkeys(key for keys in recipe_keys for key in keys):
+        values = [keys.get(key) for keys in recipe_keys]
+        has_key = [key in keys for keys in recipe_keys]
+        is_default = all(key in defaults for defaults, has in zip(default_keys, has_key, strict=True) if has)
+        if len(set(map(repr, values))) > 1 and (all(has_key) or not is_default):
             found[key] = values
     return found
 
 
-def cautions(runs: Sequence[Kept]) -> list[str]:
-    """Why the held-out losses of these runs must not be compared, if they must not."""
+def cautions(runs: Sequence[StoredRun]) -> list[str]:
+    """Return every reason why the held-out losses of these runs are not comparable."""
 
-    def unlike(values: list[Any]) -> bool:
+    def differ(values: Sequence[object]) -> bool:
         return len({json.dumps(value, sort_keys=True, default=str) for value in values}) > 1
 
     data = [run.manifest.get("data") or {} for run in runs]
-    held = []
-    for run, part in zip(runs, data, strict=True):
-        hashes = [one.get("sha256") for one in part.get("sources", ())]
-        held.append((hashes, (part.get("eval") or {}).get("rows"), run.recipe.get("data", {}).get("eval")))
+    hashes = [[source.get("sha256") for source in part.get("sources", ())] for part in data]
+    rows = [(part.get("eval") or {}).get("rows") for part in data]
+    evals = [run.recipe.get("data", {}).get("eval") for run in runs]
+    models = [run.recipe.get("model") for run in runs]
     checks = (
-        ([(run.recipe.get("objective") or {}) for run in runs], "they have other objectives"),
-        (held, "they were not evaluated on the same rows"),
-        ([part.get("template") for part in data], "their rows were written by other templates"),
-        (
-            [run.recipe.get("model") for run in runs],
-            "they start from other models (a loss per token depends on the tokenizer)",
-        ),
+        ([run.recipe.get("objective") or {} for run in runs], "the objectives differ"),
+        (list(zip(hashes, rows, evals)), "the evaluation rows differ"),
+        ([part.get("template") for part in data], "the chat templates differ"),
+        (models, "the base models differ (a loss per token depends on the tokenizer)"),
     )
-    return [f"the losses are not comparable: {why}" for values, why in checks if unlike(values)]
+    return [f"the losses are not comparable: {reason}" for values, reason in checks if differ(values)]
 
 
-def losses(runs: Sequence[Kept], by: str = "step") -> list[tuple[str, Points, Points]]:
-    """(label, training loss, held-out loss) of each run over ``by``, which is step or tokens."""
-    return [
-        (label, _points(run, "train", "loss", by), _points(run, "eval", "eval_loss", by))
-        for run, label in zip(runs, labels(runs), strict=True)
-    ]
+def losses(runs: Sequence[StoredRun], by: str = "step") -> list[tuple[str, Points, Points]]:
+    """Return (label, training loss, held-out loss) of each run over ``by``: step or tokens."""
+    training = [_points(run, "train", "loss", by) for run in runs]
+    held_out = [_points(run, "eval", "eval_loss", by) for run in runs]
+    return list(zip(labels(runs), training, held_out, strict=True))
 
 
-def labels(runs: Sequence[Kept]) -> list[str]:
-    """Each run's folder name, with at most three of the keys that tell it from the others, in 60 characters.
+def labels(runs: Sequence[StoredRun]) -> list[str]:
+    """Return each run's folder name and at most three keys that differ, in 60 characters.
 
-    Sources are told by the names of their files, another list by its key alone; what does not fit is left out.
+    Sources appear as the names of their files, another list as its key alone. Keys that do not fit are left
+    out.
     """
-    unlike = differences(runs)
-    sources = [key for key in unlike if key.startswith("data.train.")]
-    told: list[list[str]] = [_files(runs)] if sources else []
-    scalars_first = sorted(
-        unlike.items(), key=lambda one: any(isinstance(value, list | dict) for value in one[1])
-    )
-    for key, values in scalars_first:
+    different = differences(runs)
+    sources = [key for key in different if key.startswith("data.train.")]
+    columns = [_source_names(runs)] if sources else []
+    has_list = {key: any(isinstance(one, list | dict) for one in values) for key, values in different.items()}
+    for key, values in sorted(different.items(), key=lambda item: has_list[item[0]]):
         if key not in sources:
-            name = key.rpartition(".")[2]
-            told.append(
-                [
-                    name if isinstance(value, list | dict) else _told(name, value)
-                    for value in shortened(values)
-                ]
-            )
+            columns.append([_label(key.rpartition(".")[2], value) for value in shorten_paths(values)])
     found = []
-    for place, name in enumerate(names(runs)):
-        keys = [one[place] for one in told[:3] if one[place]]
-        tries = [f"{name} ({', '.join(keys[:count])})" for count in range(len(keys), 0, -1)]
-        found.append(next((one for one in tries if len(one) <= _LABEL), shorter(name, _LABEL)))
+    for index, name in enumerate(names(runs)):
+        keys = [column[index] for column in columns[:3] if column[index]]
+        candidates = (f"{name} ({', '.join(keys[:count])})" for count in range(len(keys), 0, -1))
+        short = shorten_middle(name, _MOST_LABEL)
+        found.append(next((label for label in candidates if len(label) <= _MOST_LABEL), short))
     return found
 
 
-def names(runs: Sequence[Kept]) -> list[str]:
-    """The folder's name of each run; with as much of its path as tells it from the others."""
-    return shortened([str(run.path.resolve()) for run in runs])
+def names(runs: Sequence[StoredRun]) -> list[str]:
+    """Return the folder name of each run, with as many parent folders as make the names differ."""
+    return [str(path) for path in shorten_paths([str(run.path.resolve()) for run in runs])]
 
 
-def shortened(values: Sequence[Any]) -> list[Any]:
-    """Paths by the last of their parts, as few as tell them apart; whatever is no path as it is."""
-    is_path = [isinstance(value, str) and "/" in value and " " not in value for value in values]
-    paths = {value: Path(value).parts for value, yes in zip(values, is_path, strict=True) if yes}
-    if not paths:
-        return list(values)
-    for count in range(1, max(map(len, paths.values())) + 1):
+def shorten_paths(values: Sequence[object]) -> list[object]:
+    """Shorten paths to as many of their last parts as make them differ; other values stay."""
+    texts = [value for value in values if isinstance(value, str)]
+    paths = {text: Path(text).parts for text in texts if "/" in text and " " not in text}
+    short: dict[object, str] = {}
+    for count in range(1, max(map(len, paths.values()), default=0) + 1):
         short = {path: "/".join(parts[-count:]) for path, parts in paths.items()}
         if len(set(short.values())) == len(paths):
             break
-    return [short[value] if yes else value for value, yes in zip(values, is_path, strict=True)]
+    return [short.get(value, value) if isinstance(value, str) else value for value in values]
 
 
-def _told(name: str, value: Any) -> str:
-    """``r 8``; empty where the run has no such key."""
+def _label(name: str, value: object) -> str:
+    """``r 8``; the name alone for a list or mapping; empty if the run has no such key."""
+    if isinstance(value, list | dict):
+        return name
     return "" if value is None else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
-def _files(runs: Sequence[Kept]) -> list[str]:
+def _source_names(runs: Sequence[StoredRun]) -> list[str]:
     """``data a.jsonl + b.jsonl`` of each run."""
     sources = [[one.get("path") for one in (run.recipe.get("data") or {}).get("train") or ()] for run in runs]
-    short = iter(shortened([path for one in sources for path in one]))
-    return [shorter("data " + " + ".join(str(next(short)) for _ in one), 36) for one in sources]
+    short = iter(shorten_paths([path for paths in sources for path in paths]))
+    joined = ("data " + " + ".join(str(next(short)) for _ in paths) for paths in sources)
+    return [shorten_middle(text, _MOST_SOURCES) for text in joined]
 
 
-def _points(run: Kept, kind: str, figure: str, by: str) -> Points:
-    """(step or tokens, value) of every finite figure; an evaluation stands at the tokens of the training before it."""
+def _points(run: StoredRun, kind: str, figure: str, by: str) -> Points:
+    """Return (step or tokens, value) of every finite figure. An evaluation has the tokens trained before it."""
     found, tokens = [], 0
     for record in run.records:
         tokens = record.get("tokens", tokens)
@@ -140,35 +131,22 @@ def _points(run: Kept, kind: str, figure: str, by: str) -> Points:
     return [(at, value) for at, value in found if math.isfinite(value)]
 
 
-def _flat(tree: Any, key: str = "") -> dict[str, Any]:
-    """Nested mappings, and lists of them, as one with dotted keys."""
-    if isinstance(tree, list) and tree and all(isinstance(one, dict) for one in tree):
-        tree = {str(place): one for place, one in enumerate(tree)}
-    if not isinstance(tree, dict) or not tree:
-        return {key: tree}
-    flat: dict[str, Any] = {}
-    for part, child in tree.items():
-        flat |= _flat(child, f"{key}.{part}" if key else str(part))
-    return flat
-
-
-def _at_default(run: Kept) -> set[str]:
-    """The dotted keys of the run's recipe that are at their defaults; none where this version does not know the recipe."""
+def _keys_at_default(run: StoredRun) -> set[str]:
+    """Return the dotted recipe keys at their defaults; none if this version cannot read the recipe."""
     try:
-        chosen = recipes.parse(run.recipe, where=str(run.path / "recipe.yaml"))
+        recipe = recipes.parse(run.recipe, where=str(run.path / "recipe.yaml"))
     except UserError:
         return set()
-    return set(_defaults(chosen, ""))
+    return set(_default_keys(recipe, ""))
 
 
-def _defaults(config: BaseModel, before: str) -> list[str]:
-    found: list[str] = []
-    for name in type(config).model_fields:
-        value, key = getattr(config, name), f"{before}{name}"
+def _default_keys(config: BaseModel, prefix: str) -> Iterator[str]:
+    for name, value in config:
+        key = f"{prefix}{name}"
         if isinstance(value, BaseModel):
-            found += _defaults(value, f"{key}.")
+            yield from _default_keys(value, f"{key}.")
         elif isinstance(value, list) and value and all(isinstance(one, BaseModel) for one in value):
-            found += [inner for place, one in enumerate(value) for inner in _defaults(one, f"{key}.{place}.")]
+            for index, one in enumerate(value):
+                yield from _default_keys(one, f"{key}.{index}.")
         elif not recipes.changed(config, name):
-            found.append(key)
-    return found
+            yield key

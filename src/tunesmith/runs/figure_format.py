@@ -1,27 +1,27 @@
-"""How figures are written for people, the same on the console and in the report."""
+"""Formats of figures for people, the same on the console and in the report."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeGuard
 
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def number(value: float) -> str:
-    """Four significant digits, the way a person would write them: 1.842, 0.03121, 15.31, 0.5, 4,210, 2.00e-05, nan."""
+    """Four significant digits: 1.842, 0.03121, 15.31, 0.5, 4,210, 2.00e-05, nan."""
     if not math.isfinite(value):
         return str(float(value))
-    size = abs(value)
-    if value == int(value) and size < 1e15:
+    magnitude = abs(value)
+    if value == int(value) and magnitude < 1e15:
         return f"{int(value):,}"
-    if size >= 1000:
+    if magnitude >= 1000:
         return f"{value:,.0f}"
-    if size < 1e-3:
+    if magnitude < 1e-3:
         return f"{value:.2e}"
-    text = f"{value:.{3 - math.floor(math.log10(size))}f}"
+    text = f"{value:.{3 - math.floor(math.log10(magnitude))}f}"
     return text.rstrip("0").rstrip(".") if float(text) == value else text
 
 
@@ -34,7 +34,7 @@ def rate(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """A large whole number in short: 950, 12.3k, 134.5M, 7.2G."""
+    """A large whole number: 950, 12.3k, 134.5M, 7.2G."""
     for scale, letter in _SCALES:
         if value >= scale:
             return f"{value / scale:.1f}{letter}"
@@ -42,7 +42,7 @@ def count(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes in decimal units, as disks and model cards count them: 269 MB, 1.92 GB."""
+    """Bytes in decimal units, as on disks and model cards: 269 MB, 1.92 GB."""
     for scale, letter in _SCALES:
         if value >= scale:
             scaled = value / scale
@@ -65,45 +65,49 @@ def duration(seconds: float) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """``part`` of ``whole`` in percent; small shares keep a digit that says something."""
+    """``part`` of ``whole`` in percent; a share below 1% keeps three decimals."""
     if not whole:
         return "-"
     percent = 100 * part / whole
-    return f"{percent:.0f}%" if percent == 100 or percent == 0 else f"{percent:.{1 if percent >= 1 else 3}f}%"
+    return f"{percent:.0f}%" if percent in (0, 100) else f"{percent:.{1 if percent >= 1 else 3}f}%"
 
 
-def shorter(text: str, most: int) -> str:
-    """``text`` in at most ``most`` characters, cut in the middle, since names differ at their ends."""
+def shorten_middle(text: str, most: int) -> str:
+    """Cut ``text`` in its middle to at most ``most`` characters; names differ at their ends."""
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"
 
 
-def typed(command: str) -> str:
-    """A recorded command the way a person types it: ``tunesmith train ...``, wherever the program lay."""
+def short_command(command: str) -> str:
+    """A recorded command as a person types it: ``tunesmith train ...``, without the program's folder."""
     return re.sub(r"^(?:\S*[\\/])?tunesmith(?:[\\/]__main__\.py|\.exe)?(?=\s|$)", "tunesmith", command)
 
 
-def measured(
-    evaluations: Sequence[Mapping[str, Any]], sets: Sequence[str], prefix: str = "eval_"
-) -> list[str]:
-    """The names of an evaluation's figures, in its order, without those of single ``sets`` and without standard errors."""
+def figure_names(records: Sequence[Iterable[str]], sets: Sequence[str], prefix: str = "eval_") -> list[str]:
+    """Names of an evaluation's figures, in order, without standard errors and those of single ``sets``."""
     of_sets = tuple(f"eval_{name}_" for name in sets)
     return [
         name
-        for name in dict.fromkeys(name for one in evaluations for name in one)
+        for name in dict.fromkeys(name for record in records for name in record)
         if (name.startswith(prefix) or (name == "perplexity" and prefix == "eval_"))
-        and not (of_sets and name.startswith(of_sets))
+        and not name.startswith(of_sets)
         and not name.endswith("_stderr")
     ]
 
 
 def lower_is_better(name: str) -> bool | None:
-    """Whether a figure of an evaluation is a loss or an error, and not a share of what is right; None where neither is better."""
+    """Return whether a lower value of this evaluation figure is better; None where neither is better."""
     if name.endswith(("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")):
         return None
     return name.endswith(("loss", "perplexity", "mse", "mae", "error"))
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    """True for a figure; a JSON boolean is not one, though Python counts it as an int."""
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether ``value`` is a figure. A JSON boolean is not, though Python counts it as an int."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_finite(record: Mapping[str, object], key: str) -> bool:
+    """Return whether ``record`` has a finite figure ``key``."""
+    value = record.get(key)
+    return is_number(value) and math.isfinite(value)

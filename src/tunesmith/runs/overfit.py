@@ -1,24 +1,24 @@
-"""Whether a run learnt its rows by heart: validation turned while training kept falling. A function of its records alone."""
+"""Detection of overfitting from a run's records: validation loss turned while training loss kept falling."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
-from tunesmith.runs import figure_format
+from tunesmith.json_types import JsonObject
+from tunesmith.runs.figure_format import is_finite, number
 
 KNOWS_JITTER = 8
-"""Evaluations from which on a curve says how much it jitters: with fewer, a turn is a large part of what is measured."""
+"""Fewest evaluations for an estimate of jitter: in a shorter curve the turn itself dominates it."""
 _NORMAL_MEDIAN = 0.6745  # median of |z| for a standard normal z
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``step``: of the lowest validation loss. Losses of validation and of training there, and at the end."""
+    """The validation loss was lowest at ``step``. Losses of validation and training there, and at the end."""
 
     step: int
     eval_loss: float
@@ -28,61 +28,48 @@ class Verdict:
     last_train_loss: float
     text: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         return asdict(self)
 
 
-def overfit(records: Sequence[dict[str, Any]]) -> Verdict | None:
-    """The verdict over the records of ``metrics.jsonl``, or None where nothing of the kind can be said.
+def detect(records: Sequence[JsonObject]) -> Verdict | None:
+    """Return the verdict over the records of ``metrics.jsonl``, None if they do not show overfitting.
 
-    It needs three evaluations, and the last two of them above the lowest one by more than
+    At least three evaluations are needed. The last two must exceed the lowest one by more than both of these:
 
-    - the standard error of an evaluation (``eval_loss_stderr``). All evaluations of a run read the same rows, so the error of
-      their difference is smaller than that of each (equal from a correlation of 1/2 on);
-    - the jitter of the curve from one evaluation to the next, which training itself brings, times 1.5 + sqrt(2 ln n): the
-      lowest of n evaluations lies about sqrt(2 ln n) standard deviations low by chance. The jitter is the median of
-      |second differences| / (0.6745 sqrt(6)): the standard deviation, for a smooth curve with independent noise. A single
-      turn does not move a median.
+    - the standard error of an evaluation (``eval_loss_stderr``). All evaluations of a run read the same rows,
+      so the error of their difference is smaller than that of each (equal from a correlation of 1/2 on);
+    - the jitter of the curve between evaluations times 1.5 + sqrt(2 ln n): the lowest of n evaluations is
+      about sqrt(2 ln n) standard deviations low by chance. The jitter is the median of |second differences| /
+      (0.6745 sqrt(6)): the standard deviation, for a smooth curve with independent noise. A single turn does
+      not move a median.
 
-    Training loss must have fallen meanwhile: the mean after the lowest evaluation is below the mean of as many records
-    before it. (A run that got worse in both has diverged; that is not what this says.)
+    Training loss must have fallen meanwhile: its mean after the lowest evaluation is below the mean of as
+    many records before it. (A run whose losses both rose has diverged, which is not overfitting.)
     """
-    evaluations = [
-        (
-            int(one["step"]),
-            one["eval_loss"],
-            one["eval_loss_stderr"] if _is_finite(one, "eval_loss_stderr") else math.nan,
-        )
-        for one in records
-        if one.get("kind") == "eval" and _is_finite(one, "eval_loss") and _is_finite(one, "step")
-    ]
-    if len(evaluations) < 3:
+    evals = _select_finite(records, "eval", "eval_loss")
+    losses = [one["eval_loss"] for one in evals]
+    lowest = losses.index(min(losses)) if losses else 0
+    if len(losses) - lowest < 3:
         return None
-    lowest = min(range(len(evaluations)), key=lambda index: evaluations[index][1])
-    step, best, _ = evaluations[lowest]
-    if len(evaluations) - lowest < 3:
-        return None
-    margin = max(error for _, _, error in (evaluations[lowest], *evaluations[-2:]))
-    margin = max(
-        margin,
-        (1.5 + math.sqrt(2 * math.log(len(evaluations)))) * _jitter([loss for _, loss, _ in evaluations]),
+    best, step = losses[lowest], int(evals[lowest]["step"])
+    compared = (evals[lowest], *evals[-2:])
+    error = max(
+        one["eval_loss_stderr"] if is_finite(one, "eval_loss_stderr") else math.nan for one in compared
     )
-    # Written so that a margin that is not a number, of a run without standard errors, says nothing.
-    if not all(loss - best > margin for _, loss, _ in evaluations[-2:]):
+    margin = max(error, (1.5 + math.sqrt(2 * math.log(len(losses)))) * _jitter(losses))
+    # False also when the margin is nan, which it is for a run without standard errors.
+    if not all(loss - best > margin for loss in losses[-2:]):
         return None
     before, after = _train_losses(records, step)
     if not after < before:
         return None
-    last_step, last, _ = evaluations[-1]
+    last_step, last = int(evals[-1]["step"]), losses[-1]
+    kept = f"the model of step {step} is kept" if step else "no trained model is better than the initial one"
     text = (
-        f"validation turned at step {step} while training kept falling: "
-        f"eval loss {figure_format.number(best)} -> {figure_format.number(last)}, "
-        f"train loss {figure_format.number(before)} -> {figure_format.number(after)}"
+        f"validation turned at step {step} while training kept falling: eval loss {number(best)} -> {number(last)}, "
+        f"train loss {number(before)} -> {number(after)}; {kept}"
     )
-    if step == 0:
-        text += "; on held-out rows no trained model is better than the one it began with"
-    else:
-        text += f"; the model of step {step} is kept"
     return Verdict(step, best, last_step, last, before, after, text)
 
 
@@ -92,24 +79,18 @@ def _jitter(losses: list[float]) -> float:
     return float(np.median(np.abs(np.diff(losses, 2))) / (_NORMAL_MEDIAN * math.sqrt(6)))
 
 
-def _train_losses(records: Sequence[dict[str, Any]], step: int) -> tuple[float, float]:
-    """(mean up to ``step``, mean after it) of the training loss, over as many records on both sides; NaN where there is none."""
-    train = [
-        one
-        for one in records
-        if one.get("kind") == "train" and _is_finite(one, "loss") and _is_finite(one, "step")
-    ]
+def _train_losses(records: Sequence[JsonObject], step: int) -> tuple[float, float]:
+    """Mean training loss up to ``step`` and after it, over equally many records; NaN without records."""
+    train = _select_finite(records, "train", "loss")
     after = [one["loss"] for one in train if one["step"] > step]
     before = [one["loss"] for one in train if one["step"] <= step][-len(after) :] if after else []
-    if step == 0 and len(after) > 1:  # nothing was trained before: the first half against the second
+    if step == 0 and len(after) > 1:  # no training before step 0: compare the first half with the second
         before, after = after[: len(after) // 2], after[len(after) // 2 :]
-    return (
-        (math.fsum(before) / len(before), math.fsum(after) / len(after))
-        if before and after
-        else (math.nan, math.nan)
-    )
+    if not (before and after):
+        return math.nan, math.nan
+    return math.fsum(before) / len(before), math.fsum(after) / len(after)
 
 
-def _is_finite(record: dict[str, Any], key: str) -> bool:
-    value = record.get(key)
-    return figure_format.is_number(value) and math.isfinite(value)
+def _select_finite(records: Sequence[JsonObject], kind: str, key: str) -> list[JsonObject]:
+    of_kind = (one for one in records if one.get("kind") == kind)
+    return [one for one in of_kind if is_finite(one, key) and is_finite(one, "step")]

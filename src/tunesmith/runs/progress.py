@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import progress
@@ -18,43 +17,49 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-from tunesmith.runs import figure_format
+from tunesmith.json_types import JsonObject
+from tunesmith.runs.figure_format import duration, is_number, number, rate, size
 from tunesmith.runs.metrics_file import NOT_FINITE, TIMING_KEYS
 
 _RATE_WINDOW = 50
-"""Records that the time left is estimated from: enough to be steady, few enough to follow a change."""
-
+"""Records for the estimate of the time left: enough to be steady, few enough to follow a change."""
 _REDRAW_SECONDS = 0.1
 _BAR_FROM_WIDTH = 120
-"""Columns of a terminal from which there is room for a bar next to the figures."""
+"""Fewest terminal columns for a bar next to the figures."""
 
-_SHOWN = frozenset(
-    (
-        *(
-            "kind",
-            "step",
-            "epoch",
-            "loss",
-            "learning_rate",
-            "head_learning_rate",
-            "grad_norm",
-            "tokens",
-            "supervised_tokens",
-        ),
-        *("eval_loss", "eval_loss_stderr", "perplexity"),
-    )
+_NOT_OWN = frozenset((
+    "kind", "step", "epoch", "loss", "learning_rate", "head_learning_rate", "grad_norm", "tokens", "supervised_tokens",
+    "eval_loss", "eval_loss_stderr", "perplexity",
+))  # fmt: skip
+"""Keys of a record that are not figures of the objective."""
+
+_Form = tuple[str, str, Callable[[float], str]]
+_TRAIN_FORMS: Sequence[_Form] = (
+    ("loss", "loss", number),
+    ("tokens_per_second", "", lambda value: f"{number(round(value))} tok/s"),
+    ("learning_rate", "lr", rate),
+    ("head_learning_rate", "head lr", rate),
+    ("grad_norm", "grad", number),
+    ("memory_bytes", "", size),
+    ("epoch", "epoch", lambda value: f"{value:.2f}"),
 )
+"""(key, label, format) of a training record's figures, the most important first."""
+_EVAL_FORMS: Sequence[_Form] = (
+    ("epoch", "epoch", lambda value: f"{value:.2f}"),
+    ("eval_loss", "loss", number),
+    ("eval_loss_stderr", "±", number),
+    ("perplexity", "perplexity", number),
+)
+
 # A note may quote a path or a row; an escape sequence in it must not reach the terminal.
 _VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class _Field(progress.ProgressColumn):
-    """A column that shows the task's field ``name``, a Text. ``whole``: the other columns give way where
-    width is short.
-    """
+    """A column that shows the task's field ``name``, a Text. Columns without ``no_wrap`` shrink first."""
 
-    def __init__(self, name: str, whole: bool) -> None:
-        super().__init__(Column(no_wrap=whole))
+    def __init__(self, name: str, no_wrap: bool) -> None:
+        super().__init__(Column(no_wrap=no_wrap))
         self._name = name
 
     def render(self, task: progress.Task) -> Text:
@@ -63,9 +68,9 @@ class _Field(progress.ProgressColumn):
 
 
 class Progress:
-    """What a person sees while a run goes on.
+    """The progress display of a run.
 
-    On a terminal one line is redrawn in place, with a bar; notes and evaluations stay above it. Anywhere else
+    On a terminal one line is redrawn, with a bar; notes and evaluations are printed above it. Anywhere else
     every log is one plain line without control characters. With ``console=None`` nothing is shown. ``notes``
     collects all notes, shown or not, for the run's manifest.
 
@@ -74,92 +79,78 @@ class Progress:
             progress.log({"kind": "train", "step": 1, "loss": 2.1, ...})
     """
 
-    def __init__(
-        self,
-        console: Console | None,
-        total_steps: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, console: Console | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.notes: list[str] = []
         self._console = console
         self._bar: progress.Progress | None = None
         self._clock = clock
-        self._drawn = -math.inf
-        self._seen: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)
-        self._step, self._total = 0, total_steps
-        self._parts: list[tuple[str, str]] = []  # (name, figure), the most important first
-        self._left: float | None = None
-        self._doing: str | None = None
+        self._drawn_at = -math.inf
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_RATE_WINDOW)  # (time, step)
+        self._step = 0
+        self._total: int | None = None
+        self._parts: list[tuple[str, str]] = []  # (label, figure), the most important first
+        self._seconds_left: float | None = None
+        self._phase: str | None = None
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def start(self, step: int, total: int) -> None:
-        """Begin to show; ``step`` is 0, or where a resumed run stands; ``total`` is the run's last step."""
+        """Start the display at ``step``: 0 unless the run was resumed. ``total`` is the last step."""
         self._step, self._total = step, total
-        self._seen.clear()
-        self._seen.append((self._clock(), step))
+        self._recent.clear()
+        self._recent.append((self._clock(), step))
+        console = self._console
         # FORCE_COLOR makes rich take any file for a terminal; redrawing a line needs a real one.
-        if (
-            self._bar is None
-            and self._console
-            and self._console.is_interactive
-            and self._console.file.isatty()
-        ):
-            bar = [progress.BarColumn()] if self._console.width >= _BAR_FROM_WIDTH else []
-            self._bar = progress.Progress(
-                *bar,
-                _Field("at", whole=True),
-                _Field("figures", whole=False),
-                _Field("last", whole=False),
-                console=self._console,
-                auto_refresh=False,  # redrawn by log(): a thread of rich's own would take time from the training
-                redirect_stdout=False,
-            )
+        if self._bar is None and console and console.is_interactive and console.file.isatty():
+            bar = [progress.BarColumn()] if console.width >= _BAR_FROM_WIDTH else []
+            parts = (*bar, _Field("at", True), _Field("figures", False), _Field("last", False))
+            # log() redraws: a refresh thread would take time from the training.
+            self._bar = progress.Progress(*parts, console=console, auto_refresh=False, redirect_stdout=False)
             self._bar.add_task("", total=total, completed=step, **self._fields())
             self._bar.start()
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: JsonObject) -> None:
         """Show a ``train`` record."""
         now = self._clock()
         self._step = int(record.get("step", self._step))
-        self._seen.append((now, self._step))
-        self._parts = _train_parts(record)
-        self._left = record.get("eta_seconds", self._time_left())
+        self._recent.append((now, self._step))
+        self._parts = [*_format(record, _TRAIN_FORMS), *_own_figures(record)]
+        self._seconds_left = record.get("eta_seconds", self._estimate_seconds_left())
         if self._bar is None:
-            self._print("  ".join([self._at(self._step), *map(_words, self._parts), *self._last()]))
-        elif now - self._drawn >= _REDRAW_SECONDS:
-            self._drawn = now
+            self._print("  ".join([self._position(self._step), *map(_join, self._parts), *self._last()]))
+        elif now - self._drawn_at >= _REDRAW_SECONDS:
+            self._drawn_at = now
             self._redraw(self._bar)
 
-    def doing(self, what: str | None) -> None:
-        """Show on the redrawn line what takes the time now, such as ``evaluating``; None when training goes
-        on.
-        """
-        self._doing = what
+    def doing(self, phase: str | None) -> None:
+        """Show what the run does now on the redrawn line, such as ``evaluating``; None for training."""
+        self._phase = phase
         if self._bar is not None:
             self._redraw(self._bar)
 
     def note(self, text: str) -> None:
-        """Print a line; the same line is printed once only."""
+        """Print a line, unless the same line was printed before."""
         if text not in self.notes:
             self.notes.append(text)
             self._print(text)
 
-    def evaluation(self, record: dict[str, Any]) -> None:
-        """Show an ``eval`` record; ``best: true`` in it marks the best yet."""
-        at = self._at(record.get("step", self._step))
-        self._print("eval  " + "  ".join([at, *map(_words, _eval_parts(record))]))
+    def evaluation(self, record: JsonObject) -> None:
+        """Show an ``eval`` record; ``best: true`` in it marks the best so far."""
+        parts = [*_format(record, _EVAL_FORMS), *_own_figures(record)]
+        parts += _format(record, [("seconds", "in", duration)])
+        if record.get("best") is True:
+            parts.append(("best", "so far"))
+        at = self._position(record.get("step", self._step))
+        self._print("eval  " + "  ".join([at, *map(_join, parts)]))
 
     def stop(self) -> None:
-        """Leave the last state on the screen and give the terminal back. May be called twice."""
+        """Leave the last state on the screen and release the terminal. May be called twice."""
         if self._bar is not None:
-            self._doing = self._left = None
+            self._phase = self._seconds_left = None
             self._redraw(self._bar)
             self._bar.stop()
             self._bar = None
@@ -168,31 +159,28 @@ class Progress:
         bar.update(bar.task_ids[0], completed=self._step, refresh=True, **self._fields())
 
     def _fields(self) -> dict[str, Any]:
-        """The columns of the redrawn line, each a Text.
-
-        Of the figures, the last and least important are cut where width is short.
-        """
-        shown = Text(no_wrap=True, overflow="ellipsis")
-        for number, (name, figure) in enumerate(self._parts):
-            shown.append("  " if number else "")
-            shown.append(f"{name} " if name else "", style="bright_black")
-            shown.append(figure, style="bold red" if figure in NOT_FINITE else "")
+        """Return the columns of the redrawn line. A narrow terminal cuts the least important figures."""
+        figures = Text(no_wrap=True, overflow="ellipsis")
+        for index, (label, figure) in enumerate(self._parts):
+            figures.append("  " if index else "")
+            figures.append(f"{label} " if label else "", style="bright_black")
+            figures.append(figure, style="bold red" if figure in NOT_FINITE else "")
         return {
-            "at": Text(self._at(self._step), style="bold"),
-            "figures": shown,
+            "at": Text(self._position(self._step), style="bold"),
+            "figures": figures,
             "last": Text("  ".join(self._last()), style="cyan", no_wrap=True, overflow="ellipsis"),
         }
 
-    def _at(self, step: int) -> str:
+    def _position(self, step: int) -> str:
         return f"step {step:,}/{self._total:,}" if self._total is not None else f"step {step:,}"
 
     def _last(self) -> list[str]:
-        if self._doing is not None:
-            return [f"{self._doing} ..."]
-        return [f"{figure_format.duration(self._left)} left"] if self._left is not None else []
+        if self._phase is not None:
+            return [f"{self._phase} ..."]
+        return [f"{duration(self._seconds_left)} left"] if self._seconds_left is not None else []
 
-    def _time_left(self) -> float | None:
-        (first, start), (last, step) = self._seen[0], self._seen[-1]
+    def _estimate_seconds_left(self) -> float | None:
+        (first, start), (last, step) = self._recent[0], self._recent[-1]
         if self._total is None or step <= start:
             return None
         return max(0.0, (last - first) / (step - start) * (self._total - step))
@@ -202,52 +190,16 @@ class Progress:
             self._console.print(Text(text.translate(_VISIBLE)), soft_wrap=True, highlight=False)
 
 
-def _words(part: tuple[str, str]) -> str:
+def _join(part: tuple[str, str]) -> str:
     return " ".join(part).strip()
 
 
-def _train_parts(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, figure) of a train record, the most important first."""
-    known = (
-        ("loss", "loss", figure_format.number),
-        ("tokens_per_second", "", lambda value: f"{figure_format.number(round(value))} tok/s"),
-        ("learning_rate", "lr", figure_format.rate),
-        ("head_learning_rate", "head lr", figure_format.rate),
-        ("grad_norm", "grad", figure_format.number),
-        ("memory_bytes", "", figure_format.size),
-        ("epoch", "epoch", lambda value: f"{value:.2f}"),
-    )
-    parts = [
-        (name, form(record[key])) for key, name, form in known if figure_format.is_number(record.get(key))
-    ]
-    return parts + _others(record)
+def _format(record: JsonObject, forms: Sequence[_Form]) -> list[tuple[str, str]]:
+    """Return (label, figure) of each form whose key is in the record."""
+    return [(label, form(record[key])) for key, label, form in forms if is_number(record.get(key))]
 
 
-def _eval_parts(record: dict[str, Any]) -> list[tuple[str, str]]:
-    known = (
-        ("epoch", "epoch", lambda value: f"{value:.2f}"),
-        ("eval_loss", "loss", figure_format.number),
-        ("eval_loss_stderr", "±", figure_format.number),
-        ("perplexity", "perplexity", figure_format.number),
-    )
-    parts = [
-        (name, form(record[key])) for key, name, form in known if figure_format.is_number(record.get(key))
-    ]
-    parts += _others(record)
-    if figure_format.is_number(record.get("seconds")):
-        parts.append(("in", figure_format.duration(record["seconds"])))
-    if record.get("best") is True:
-        parts.append(("best", "so far"))
-    return parts
-
-
-def _others(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """The objective's own figures, such as an accuracy."""
-    return [
-        (name, figure_format.number(value))
-        for name, value in record.items()
-        if name not in _SHOWN
-        and name not in TIMING_KEYS
-        and not name.endswith("_stderr")
-        and figure_format.is_number(value)
-    ]
+def _own_figures(record: JsonObject) -> list[tuple[str, str]]:
+    """Return the objective's figures, such as an accuracy."""
+    own = [name for name in record if name not in _NOT_OWN | TIMING_KEYS and not name.endswith("_stderr")]
+    return [(name, number(record[name])) for name in own if is_number(record[name])]

@@ -1,4 +1,4 @@
-"""The run folder: who may write to it, what lies in it, and what a resumed run finds there.
+"""The run folder: its lock, its files, and the checks before a run starts or resumes in it.
 
 runs/NAME/  recipe.yaml  manifest.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/  report.html
 """
@@ -9,10 +9,11 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from tunesmith import files
 from tunesmith.errors import RecipeError, UserError
+from tunesmith.json_types import JsonObject
 from tunesmith.recipe import text as recipe_text
 
 
@@ -29,18 +30,15 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def manifest(self) -> dict[str, Any]:
-        """What is recorded of the run so far; empty when nothing is."""
+    def manifest(self) -> JsonObject:
+        """Return the content of manifest.json; {} before the first ``record``."""
         file = self.path / "manifest.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
-    def record(self, **facts: Any) -> None:
-        """Add facts to manifest.json, which is replaced in one piece."""
-        content = {**self.manifest(), **facts}
-        files.replace_file(
-            self.path / "manifest.json",
-            json.dumps(content, indent=1, ensure_ascii=False, default=str).encode(),
-        )
+    def record(self, **facts: object) -> None:
+        """Add facts to manifest.json, atomically."""
+        content = json.dumps({**self.manifest(), **facts}, indent=1, ensure_ascii=False, default=str)
+        files.replace_file(self.path / "manifest.json", content.encode())
 
     def close(self) -> None:
         if self.lock is not None:
@@ -49,63 +47,75 @@ class RunFolder:
 
 
 def check_free(path: Path) -> None:
-    """Raise UserError when ``path`` already holds something a new run would overwrite."""
+    """Raise UserError if ``path`` holds anything that a new run would overwrite."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; expected a new folder for the run. Choose another with --out.")
     if path.is_dir() and any(path.iterdir()):
         raise UserError(
-            f"the run folder {path} exists already.\n  Go on with it: --resume. Start another: --out DIR."
+            f"the run folder {path} exists already.\n"
+            "  To continue that run, add --resume. To start another, add --out DIR."
         )
 
 
 FREE = {
-    "data.cache",
-    "train.gradient_checkpointing",
-    "train.micro_batch_tokens",
-    "train.report_to",
-    "train.save_steps",
+    "data.cache", "train.gradient_checkpointing", "train.micro_batch_tokens", "train.report_to", "train.save_steps",
     "train.save_total_limit",
-}
-"""Keys that change no result: a run that did not fit may go on with others."""
+}  # fmt: skip
+"""Keys that do not change the result, so that a resumed run may change them (to need less memory, say)."""
 
 
-def check_resumable(path: Path, recipe: dict[str, Any]) -> list[str]:
-    """Raise UserError unless ``path`` holds a run, RecipeError unless it is a run of this very recipe, but for keys of ``FREE``.
+def check_resumable(path: Path, recipe: JsonObject) -> list[str]:
+    """Return the keys of ``FREE`` in which ``recipe`` differs from the run in ``path``.
 
-    Returns those of them that differ.
+    Raises UserError if there is no run, RecipeError if any other key differs.
     """
     file = path / "recipe.yaml"
     if not file.is_file():
-        raise UserError(
-            f"there is no run to resume in {path} (it has no recipe.yaml). Leave out --resume to start one."
-        )
-    before = recipe_text.read(file.read_text(encoding="utf-8"), str(file))[0]
-    found = _changes(before, recipe)
-    free = {key for key, _, _ in found for one in FREE if key == one or key.startswith(f"{one}.")}
-    changes = [f"{key}: was {old!r}, is {new!r}" for key, old, new in found if key not in free]
-    if changes:
+        raise UserError(f"no run to resume in {path}: no recipe.yaml. Leave out --resume to start one.")
+    started = recipe_text.read(file.read_text(encoding="utf-8"), str(file))[0]
+    old, new = flatten(started), flatten(recipe)
+    different = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    free = {key for key in different for name in FREE if key == name or key.startswith(f"{name}.")}
+    changed = [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in different if key not in free]
+    if changed:
         raise RecipeError(
-            f"the recipe is not the one that {path} was started with, so going on would not be the same run:\n  "
-            + "\n  ".join(changes)
-            + "\n  Put these keys back, or start another run with --out DIR."
+            f"the recipe is not the one that {path} was started with, so the resumed run would not be the same:\n  "
+            + "\n  ".join(changed)
+            + "\n  Change these keys back, or start another run with --out DIR."
         )
     return sorted(free)
 
 
-def take(path: Path, recipe: dict[str, Any]) -> RunFolder:
-    """Create or reopen the folder and hold it, so that no second process writes to it. Raises UserError when one does."""
+def flatten(tree: object, key: str = "", all_lists: bool = False) -> JsonObject:
+    """Flatten nested mappings, and lists of mappings, into one mapping with dotted keys.
+
+    ``all_lists``: other lists become keys by index, too.
+    """
+    if isinstance(tree, list) and tree and (all_lists or all(isinstance(one, dict) for one in tree)):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict) or not tree:
+        return {key: tree}
+    flat: JsonObject = {}
+    for part, child in tree.items():
+        flat |= flatten(child, f"{key}.{part}" if key else str(part), all_lists)
+    return flat
+
+
+def take(path: Path, recipe: JsonObject) -> RunFolder:
+    """Create or reopen the folder and lock it. Raises UserError if another process holds the lock."""
     files.make_folder(path)
     lock = (path / ".lock").open("a+")
     try:
         import fcntl
 
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows has no flock; there the folder is not guarded
+    except ImportError:  # Windows has no flock; the folder is not locked there
         pass
     except OSError:
         lock.seek(0)
+        owner = lock.read().strip() or "unknown"
         raise UserError(
-            f"another process (pid {lock.read().strip() or 'unknown'}) is training in {path}. Wait for it, or use --out DIR."
+            f"another process (pid {owner}) is training in {path}. Wait for it, or use --out DIR."
         ) from None
     lock.truncate(0)
     lock.write(str(os.getpid()))
@@ -119,15 +129,3 @@ def take(path: Path, recipe: dict[str, Any]) -> RunFolder:
     if folder.checkpoints.exists():
         files.recover(folder.checkpoints / "step-0")
     return folder
-
-
-def _changes(before: Any, after: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old, new) of every difference between two plain trees."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        names = [*before, *(name for name in after if name not in before)]
-        return [
-            change
-            for name in names
-            for change in _changes(before.get(name), after.get(name), f"{key}.{name}" if key else str(name))
-        ]
-    return [] if before == after else [(key, before, after)]

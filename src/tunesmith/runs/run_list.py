@@ -1,6 +1,6 @@
-"""Finished, running and broken runs, read from their folders: what became of each.
+"""Runs read back from their folders: finished, running and broken ones.
 
-Only JSON and YAML are read; nothing here needs torch.
+Only JSON and YAML are read; no torch is needed.
 """
 
 from __future__ import annotations
@@ -9,137 +9,129 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunesmith.errors import DataError, RecipeError, UserError
+from tunesmith.json_types import JsonObject
 from tunesmith.recipe import text as recipe_text
 from tunesmith.runs import figure_format, metrics_file
 from tunesmith.runs.figure_format import is_number
 
 RESULTS = (
-    "eval_loss_before",
-    "eval_loss",
-    "perplexity",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "best_step",
-    "tokens",
-)
+    "eval_loss_before", "eval_loss", "perplexity", "tokens_per_second", "peak_memory_bytes", "best_step", "tokens",
+)  # fmt: skip
 LOSSES = ("eval_loss", "perplexity")
-"""Figures of an evaluation that have a place of their own."""
+"""Evaluation figures that ``facts`` lists under their own keys, not under ``figures``."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A run folder as it stands: the resolved ``recipe``, the ``manifest``, the ``records`` of its metrics."""
+class StoredRun:
+    """A run folder: the resolved ``recipe``, the ``manifest``, and the ``records`` of its metrics."""
 
     path: Path
-    recipe: dict[str, Any]
-    manifest: dict[str, Any]
-    records: list[dict[str, Any]]
+    recipe: JsonObject
+    manifest: JsonObject
+    records: list[JsonObject]
     problem: str | None = None
-    """Which of its files cannot be read, where, and what to do; None when all can."""
+    """Which of its files cannot be read, where, and what to do; None if all can."""
 
     @property
     def state(self) -> str:
-        """unreadable, running, done, stopped (it says why in its manifest) or killed (it does not)."""
+        """unreadable, running, done, stopped (the manifest has a reason) or killed (it has none)."""
         if self.problem:
             return "unreadable"
-        if _is_held(self.path / ".lock"):
+        if _is_locked(self.path / ".lock"):
             return "running"
         if self.manifest.get("stopped"):
             return "stopped"
         return "done" if self.manifest.get("finished") else "killed"
 
-    def facts(self) -> dict[str, Any]:
-        """What a list of runs says of this one."""
-        result = self.manifest.get("result") or _so_far(self.records)
+    def facts(self) -> JsonObject:
+        """Return what ``runs list --json`` shows of this run."""
+        result = self.manifest.get("result") or _result_so_far(self.records)
+        names = [name for name in result.get("figures", ()) if name not in LOSSES]
+        steps = [record["step"] for record in self.records if is_number(record.get("step"))]
         return {
             "run": str(self.path),
             "state": self.state,
             "problem": self.problem,
-            "objective": _type(self.recipe.get("objective")),
-            "adaptation": _type(self.recipe.get("adaptation")),
+            "objective": type_of(self.recipe.get("objective")),
+            "adaptation": type_of(self.recipe.get("adaptation")),
             "model": self.recipe.get("model"),
             "created": self.manifest.get("created"),
             "processes": self.manifest.get("processes"),
             "sharded": bool(self.manifest.get("deepspeed")),
-            "step": max(
-                (record["step"] for record in self.records if is_number(record.get("step"))), default=0
-            ),
+            "step": max(steps, default=0),
             "checkpoint": _last_checkpoint(self.path),
             "planned_steps": self.manifest.get("steps"),
             **{name: result.get(name) for name in RESULTS},
-            "figures": {
-                name: [result.get(f"{name}_before"), result.get(name)]
-                for name in result.get("figures", ())
-                if name not in LOSSES
-            },
+            "figures": {name: [result.get(f"{name}_before"), result.get(name)] for name in names},
             "verdict": result.get("verdict"),
             "stopped": self.manifest.get("stopped") or result.get("stopped"),
         }
 
 
-def read(path: str | Path) -> Kept:
-    """A run folder (or its model folder). Raises UserError when it is none, or naming the file and line that cannot be read."""
+def read(path: str | Path) -> StoredRun:
+    """Read a run folder, or the run folder of a model folder.
+
+    Raises UserError if it is not one, or naming the file and line that cannot be read.
+    """
     folder = Path(path)
     if not (folder / "recipe.yaml").is_file() and (folder.parent / "recipe.yaml").is_file():
         folder = folder.parent
     if not (folder / "recipe.yaml").is_file():
         raise UserError(
-            f"{path} is no run folder: it has no recipe.yaml.\n  `tunesmith runs list` shows the runs under ./runs."
+            f"{path} is not a run folder: it has no recipe.yaml.\n  `tunesmith runs list` lists the runs in ./runs."
         )
-    kept = _kept(folder)
-    if kept.problem:
-        raise UserError(f"the run folder {folder} cannot be read: {kept.problem}")
-    return kept
+    run = _read_files(folder)
+    if run.problem:
+        raise UserError(f"the run folder {folder} cannot be read: {run.problem}")
+    return run
 
 
-def find(folder: str | Path) -> list[Kept]:
-    """All runs in and directly under ``folder``, the oldest first; those that cannot be read say so.
+def find(folder: str | Path) -> list[StoredRun]:
+    """Return all runs in and directly under ``folder``, oldest first; unreadable ones have a ``problem``.
 
-    Raises UserError when there is no such folder.
+    Raises UserError if the folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(
-            f"there is no folder {folder}. `tunesmith train` makes ./runs; name another: tunesmith runs list DIR"
+            f"there is no folder {folder}. `tunesmith train` makes ./runs. To list another: tunesmith runs list DIR"
         )
-    found = [_kept(path.parent) for path in (*folder.glob("recipe.yaml"), *folder.glob("*/recipe.yaml"))]
-    return sorted(found, key=lambda run: (str(run.manifest.get("created")), run.path.name))
+    runs = [_read_files(path.parent) for path in (*folder.glob("recipe.yaml"), *folder.glob("*/recipe.yaml"))]
+    return sorted(runs, key=lambda run: (str(run.manifest.get("created")), run.path.name))
 
 
-def _kept(folder: Path) -> Kept:
-    """The run folder with what of it can be read, and the first thing that cannot."""
-    recipe: dict[str, Any] = {}
-    manifest: dict[str, Any] = {}
+def type_of(part: object) -> str | None:
+    """Return ``lora`` for ``lora`` and for ``{type: lora, r: 8}``."""
+    value = part.get("type") if isinstance(part, dict) else part
+    return None if value is None else str(value)
+
+
+def _read_files(folder: Path) -> StoredRun:
+    """Read the files of a run folder up to the first that cannot be read."""
+    recipe: JsonObject = {}
+    manifest: JsonObject = {}
     try:
-        recipe = _mapping(folder / "recipe.yaml")
-        manifest = _mapping(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
+        recipe = _read_mapping(folder / "recipe.yaml")
+        manifest = _read_mapping(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
         records = metrics_file.read(folder / "metrics.jsonl")
     except DataError as error:
-        return Kept(folder, recipe, manifest, [], str(error))
+        return StoredRun(folder, recipe, manifest, [], str(error))
     except OSError as error:
-        return Kept(folder, recipe, manifest, [], f"{error.filename}: {error.strerror}")
-    return Kept(folder, recipe, manifest, records)
+        return StoredRun(folder, recipe, manifest, [], f"{error.filename}: {error.strerror}")
+    return StoredRun(folder, recipe, manifest, records)
 
 
-def _so_far(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of a run without a result: the evaluation before the first step, the best after it, the last speed."""
+def _result_so_far(records: list[JsonObject]) -> JsonObject:
+    """Return the figures of an unfinished run: before the first step, the best since, the last speed."""
     evals = [one for one in records if one.get("kind") == "eval" and is_number(one.get("step"))]
     trained = [one for one in records if one.get("kind") == "train"]
-    later = [one for one in evals if one["step"] > 0 and is_number(one.get("eval_loss"))]
-    # The evaluation marked last is the one whose weights were kept; not every objective chooses by the loss.
-    marked = [one for one in later if one.get("best") is True][-1:]
-    best = marked[0] if marked else min(later, key=lambda one: one["eval_loss"], default={})
     last = trained[-1] if trained else {}
-    first = next((one for one in evals if one["step"] == 0), {})
-    sets = [
-        name.removeprefix("eval_").removesuffix("_loss")
-        for name in first
-        if name.endswith("_loss") and name != "eval_loss"
-    ]
-    names = figure_format.measured([first, best], sets)
+    first, best = next((one for one in evals if one["step"] == 0), {}), _best_evaluation(evals)
+    losses = [name for name in first if name.endswith("_loss") and name != "eval_loss"]
+    sets = [name.removeprefix("eval_").removesuffix("_loss") for name in losses]
+    names = figure_format.figure_names([first, best], sets)
     peaks = [one["peak_memory_bytes"] for one in trained if is_number(one.get("peak_memory_bytes"))]
     return {
         "figures": names,
@@ -151,19 +143,23 @@ def _so_far(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _best_evaluation(evals: list[JsonObject]) -> JsonObject:
+    """Return the evaluation of the kept weights: the last one marked "best", else that of the lowest loss."""
+    later = [one for one in evals if one["step"] > 0 and is_number(one.get("eval_loss"))]
+    marked = [one for one in later if one.get("best") is True]
+    return marked[-1] if marked else min(later, key=lambda one: one["eval_loss"], default={})
+
+
 def _last_checkpoint(folder: Path) -> int | None:
-    """The step of the last checkpoint that was published, None where there is none."""
-    found = [
-        re.fullmatch(r"step-(\d+)", path.name)
-        for path in (folder / "checkpoints").glob("step-*")
-        if path.is_dir()
-    ]
-    return max((int(match.group(1)) for match in found if match), default=None)
+    """Return the step of the last published checkpoint."""
+    folders = (path for path in (folder / "checkpoints").glob("*") if path.is_dir())
+    matches = (re.fullmatch(r"step-(\d+)", path.name) for path in folders)
+    return max((int(match.group(1)) for match in matches if match), default=None)
 
 
-def _mapping(file: Path) -> dict[str, Any]:
-    """What a JSON or YAML file holds. Raises DataError naming file and line when that is no mapping."""
-    advice = "\n  The file was changed by something else than tunesmith; restore it, or train anew into another folder."
+def _read_mapping(file: Path) -> JsonObject:
+    """Read a JSON or YAML mapping. Raises DataError naming file and line if the file does not hold one."""
+    advice = "\n  Another program changed the file; restore it, or train again into another folder."
     expected = f"expected one {'JSON object' if file.suffix == '.json' else 'YAML mapping'}"
     try:
         content = file.read_text(encoding="utf-8")
@@ -178,13 +174,8 @@ def _mapping(file: Path) -> dict[str, Any]:
     return value
 
 
-def _type(part: Any) -> str | None:
-    """``lora`` of ``lora`` or ``{type: lora, r: 8}``."""
-    return part.get("type") if isinstance(part, dict) else part
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process holds the folder (where the system has such locks)."""
+def _is_locked(lock: Path) -> bool:
+    """Return whether a process holds the lock; False where the system has no flock."""
     if not lock.is_file():
         return False
     try:
