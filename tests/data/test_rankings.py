@@ -22,7 +22,7 @@ from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, PromptCompletion, Ranking
 from tunesmith.data.store.prepare import prepare
-from tunesmith.objectives import Objective, Traits
+from tunesmith.objectives import Config, Objective, Traits
 
 ENDING = [kind for kind in KINDS if tokenizer_of(kind).eos_token]
 """Tokenizers with an end token, which closes a row."""

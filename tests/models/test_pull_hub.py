@@ -8,7 +8,7 @@ from tests.fake_hub import FakeHub
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.errors import ModelError
-from tunesmith.hub import ask, local_store
+from tunesmith.hub import ask
 from tunesmith.models.find import catalog, model_store
 from tunesmith.models.find import pull as pulling
 from tunesmith.models.find.locate import locate
@@ -94,13 +94,8 @@ def test_a_file_of_another_hash_than_listed_is_refused(hub):
     assert stored() == []
 
 
-<<<<<<<< HEAD:tests/models/test_pull.py
 def test_a_damaged_partial_file_is_found_and_the_next_pull_starts_again(hub, files):
     room = model_store.partial("some/model", "a" * 40, 1)
-========
-def test_a_damaged_half_is_found_by_its_hash_and_the_next_pull_begins_anew(hub, files):
-    room = local_store.partial(model_store.folder_of("some/model"), "a" * 40, 1)
->>>>>>>> areaD:tests/models/test_hub.py
     (room / f"{WEIGHTS}.part").write_bytes(b"not the beginning")
     assert "sha256" in refusal()
     path, _ = pull()

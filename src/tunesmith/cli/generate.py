@@ -90,8 +90,7 @@ def read_prompts(path: str, limit: int | None) -> list[Prompt]:
 
 
 def _prompt_of(row: JsonObject, where: str) -> Prompt:
-    from tunesmith.data.formats.fields import FieldFault, parsed, text
-    from tunesmith.data.formats.turns import conversation
+    from tunesmith.data.formats.fields import FieldFault, text
 
     fields = {key.strip().casefold(): key for key in row}
     only_column = next(iter(fields)) if len(fields) == 1 else None

@@ -15,7 +15,7 @@ from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Listed
 from tunesmith.data.data_config import Source
 from tunesmith.data.formats.fields import Columns
-from tunesmith.data.read.source import OpenedSource, open_source
+from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import (
     Chat,

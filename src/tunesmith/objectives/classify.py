@@ -13,7 +13,6 @@ from tunesmith import objectives
 from tunesmith.data.batch import pack
 from tunesmith.data.encode import labels, texts
 from tunesmith.data.encode.labels import MULTI, REGRESSION, SINGLE, Survey
-from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import RecipeError

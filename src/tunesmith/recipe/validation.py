@@ -20,7 +20,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.recipe import text as recipe_text
 from tunesmith.recipe.conflicts import conflicts
 from tunesmith.recipe.schema import DEFAULT_ADAPTATION, DEFAULT_OBJECTIVE, Recipe
-from tunesmith.suggestions import closest, did_you_mean
+from tunesmith.suggestions import did_you_mean
 
 if typing.TYPE_CHECKING:
     from pydantic_core import ErrorDetails

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tunesmith.data.batch.pack import Layout
-from tunesmith.data.batch.step import Step, batch_tokens, groups_under
+from tunesmith.data.batch.step import Step, groups_under
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.train import distributed, machine
 

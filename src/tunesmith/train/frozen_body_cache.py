@@ -30,7 +30,6 @@ from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Batch, Step, groups_under
 from tunesmith.data.store import cache
 from tunesmith.models.fast import kernels
-from tunesmith.models.find import record
 from tunesmith.models.heads import lm_head
 from tunesmith.models.load import probe
 from tunesmith.runs.figure_format import size

@@ -11,10 +11,9 @@ from tunesmith.adaptations import Adaptation
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import torch_compile
-from tunesmith.models.find import record
 from tunesmith.models.find.locate import Folder
 from tunesmith.models.load import load, quantization, vocabulary
-from tunesmith.models.network import base, first_position
+from tunesmith.models.network import base
 from tunesmith.recipe import Recipe
 from tunesmith.train import optimizers
 

@@ -19,7 +19,7 @@ from tunesmith.report import run_page
 from tunesmith.runs import metrics_file
 from tunesmith.runs import run_folder as folder
 from tunesmith.runs.progress import Progress
-from tunesmith.runs.trackers import Trackers, describe_run, mute_trackers, require
+from tunesmith.runs.trackers import Trackers, require
 from tunesmith.train import (
     distributed,
     evaluation,

@@ -14,7 +14,6 @@ from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import lora_factors
 from tunesmith.models.load import head_loading, probe
-from tunesmith.models.network import base
 from tunesmith.objectives import head_config
 from tunesmith.runs import metrics_file
 from tunesmith.runs import run_folder as folder

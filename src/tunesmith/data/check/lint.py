@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tunesmith.data.check.lint_judgements import JudgementFindings, balance_warnings
 from tunesmith.data.check.lint_pairs import PairFindings
 from tunesmith.data.data_config import Source
-from tunesmith.data.encode.conversations import TrainOn, find_omitted_text, render
+from tunesmith.data.encode.conversations import TrainOn, render
 from tunesmith.data.encode.spans import SpanError
 from tunesmith.data.encode.templates import RENDER_ERRORS
 from tunesmith.data.read.source import ROW_TYPES, Opened, open_source

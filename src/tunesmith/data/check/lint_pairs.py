@@ -9,10 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tunesmith.data.formats.preference_fields import (
-    DIFFERENT_ANSWERS,
-    NONEMPTY_ANSWER,
     SAME_PROMPT,
-    strip_contents,
 )
 from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Message, Ranking

@@ -17,7 +17,6 @@ from tunesmith.data.read.conll import read_conll
 from tunesmith.data.read.json_rows import read_json, read_jsonl
 from tunesmith.data.row_problems import Record, RowProblem, shorten
 from tunesmith.errors import DataError, MissingExtra
-from tunesmith.suggestions import typo_matches
 
 Rows = Iterator[Record | RowProblem]
 

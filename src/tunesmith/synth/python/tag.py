@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from tunesmith.data.read import library
-from tunesmith.data.read.library import Definition, Function, Module, dotted_name, exceptions
+from tunesmith.data.read.library import Definition, Function, Module, exceptions
 from tunesmith.synth.python.wording import Candidate, number, table
 
 Entity = tuple[int, int, str]
