@@ -294,7 +294,7 @@ def test_a_row_without_gold_does_not_reveal_the_label():
 
 
 def test_near_duplicates_compare_texts_and_not_labels():
-    assert minhash.words(Judged((S, Q), (A,), True, ({"name": "tool"},))) == "q a"
+    assert minhash.row_text(Judged((S, Q), (A,), True, ({"name": "tool"},))) == "q a"
 
 
 def test_a_pair_that_became_two_rows_is_written_once(tmp_path):

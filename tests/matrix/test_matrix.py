@@ -69,7 +69,7 @@ answers, sys.stdout = sys.stdout, sys.stderr
 for line in sys.stdin:
     folder, out = json.loads(line)
     with torch.no_grad():
-        save_file({{"logits": head_loading.answers(tunesmith.load(folder)[0], torch.tensor({IDS!r})).float()}}, out)
+        save_file({{"logits": head_loading.row_logits(tunesmith.load(folder)[0], torch.tensor({IDS!r})).float()}}, out)
     print("done", file=answers, flush=True)
 """
 

@@ -80,7 +80,7 @@ def test_divergence_alone_is_flagged(shelf, tmp_path, monkeypatch):
 def test_nothing_is_folded_into_bits(shelf):
     model, _ = tunesmith.load(shelf / "a")
     with pytest.raises(UserError, match="cannot be folded into 4 or 8 bits"):
-        load.merged(model)
+        load.merge_into_base(model)
 
 
 def test_a_bf16_base_is_merged_from_its_own_numbers(tmp_path):

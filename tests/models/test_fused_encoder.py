@@ -178,9 +178,9 @@ def test_dropout_is_the_same_packed_padded_fused_and_for_what_is_read_alone(monk
     assert float((with_dropout(model.eval(), padded, rows)["outputs"] - expected["outputs"]).norm()) > 0.1
     install_fast(model.eval())
     model.train()
-    assert_near(with_dropout(model, pack.of_rows(rows, PACKED, first), rows), expected, 5e-6)
+    assert_near(with_dropout(model, pack.with_positions(rows, PACKED, first), rows), expected, 5e-6)
     monkeypatch.setattr(fused_encoder, "reads_early", lambda body: False)
-    assert_near(with_dropout(model, pack.of_rows(rows, PACKED, first), rows), expected, 5e-6)
+    assert_near(with_dropout(model, pack.with_positions(rows, PACKED, first), rows), expected, 5e-6)
 
 
 @NEEDS_C

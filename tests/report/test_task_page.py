@@ -43,7 +43,7 @@ def test_a_page_of_classes(tmp_path):
 
 
 def test_pictures_are_in_the_page_and_beside_it(tmp_path, drawn):
-    html = body(tmp_path, classes.multi([[1], [0]], [[0.9], [0.2]], ["x"]))
+    html = body(tmp_path, classes.multi_label_metrics([[1], [0]], [[0.9], [0.2]], ["x"]))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "report.html", "per-class.png", "precision-recall.png", "calibration.png",
     }  # fmt: skip

@@ -114,7 +114,7 @@ class Adaptation(adaptations.Adaptation):
         """Parameters that ``target_modules`` names, themselves or by a module around them."""
         modules = {name: list(module.parameters()) for name, module in model.named_modules() if name}
         parts = modules | {name: [one] for name, one in model.named_parameters(remove_duplicate=False)}
-        module_patterns.compile_check("target_modules", self.config.target_modules or [])
+        module_patterns.check_regex("target_modules", self.config.target_modules or [])
         named = {
             pattern: [name for name, inside in parts.items() if inside and self._matches(pattern, name)]
             for pattern in self._patterns
@@ -137,7 +137,7 @@ class Adaptation(adaptations.Adaptation):
     def _matches(self, pattern: str, name: str) -> bool:
         """As in peft: a whole name or the end of one; a single string may also be a regular expression."""
         single = isinstance(self.config.target_modules, str)
-        return bool(module_patterns.matched(pattern if single else [pattern], [name]))
+        return bool(module_patterns.matching_patterns(pattern if single else [pattern], [name]))
 
     def _unties_output_layer(self, model: PreTrainedModel) -> bool:
         """Return whether the output layer is trained and the embedding tied to it is not."""

@@ -159,9 +159,9 @@ class Adaptation(adaptations.Adaptation):
         names = [name for name, _ in model.named_modules() if name]
         modules_to_save = keys.modules_to_save or []
         if keys.target_modules != "all-linear":
-            module_patterns.require("target_modules", keys.target_modules, names)
-        module_patterns.require("modules_to_save", modules_to_save, names)
-        whole = [*module_patterns.whole(modules_to_save, names), *head_types.new_parts(model, head)]
+            module_patterns.require_matches("target_modules", keys.target_modules, names)
+        module_patterns.require_matches("modules_to_save", modules_to_save, names)
+        whole = [*module_patterns.matching_modules(modules_to_save, names), *head_types.new_parts(model, head)]
         new_token_rows = self._new_token_rows(model, new_rows)
         targets = keys.target_modules
         if keys.layers_to_transform is not None:
@@ -194,7 +194,7 @@ class Adaptation(adaptations.Adaptation):
 
             for name in chosen:
                 layer = model.get_submodule(name)
-                lora_factors.start(layer, *lora_init.factors_of(layer, keys.init_from_base))
+                lora_factors.set_start(layer, *lora_init.factors_of(layer, keys.init_from_base))
         return adapted
 
     def _check_targets(
@@ -205,7 +205,7 @@ class Adaptation(adaptations.Adaptation):
         for pattern in [targets] if isinstance(targets, str) else targets:
             named = _matching(targets if isinstance(targets, str) else [pattern], names)
             if not any(name in chosen for name in named):
-                module_patterns.require_apart("adaptation.target_modules names", named, list(whole))
+                module_patterns.require_disjoint("adaptation.target_modules names", named, list(whole))
         if not chosen and targets == "all-linear":
             raise RecipeError(
                 f"adaptation.modules_to_save trains {', '.join(whole)} whole, which leaves no linear layer for a LoRA.\n"
@@ -293,7 +293,7 @@ class Adaptation(adaptations.Adaptation):
         from tunesmith.models.adapters import lora_factors, lora_init
 
         super().save(model, folder)
-        if started := lora_factors.started(model):
+        if started := lora_factors.started_layers(model):
             lora_init.write_plain(folder, started, self.config.use_rslora)
 
 
@@ -318,7 +318,7 @@ def _target_layers(model: PreTrainedModel, config: LoraConfig) -> dict[str, nn.M
         for name, module in modules.items()
         if isinstance(module, nn.Linear | Conv1D)
         and module is not output_layer
-        and not module_patterns.within(name, whole)
+        and not module_patterns.is_inside(name, whole)
     }
 
 
@@ -330,7 +330,7 @@ def _takes_lora(module: nn.Module) -> bool:
 
 
 def _matching(patterns: str | list[str], names: Iterable[str]) -> list[str]:
-    return [name for name in names if module_patterns.matched(patterns, [name])]
+    return [name for name in names if module_patterns.matching_patterns(patterns, [name])]
 
 
 def _first_match(patterns: Iterable[str], name: str) -> str | None:

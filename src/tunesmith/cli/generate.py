@@ -90,7 +90,7 @@ def read_prompts(path: str, limit: int | None) -> list[Prompt]:
 
 
 def _prompt_of(row: JsonObject, where: str) -> Prompt:
-    from tunesmith.data.formats.fields import FieldFault, text
+    from tunesmith.data.formats.fields import FieldFault, require_text
 
     fields = {key.strip().casefold(): key for key in row}
     only_column = next(iter(fields)) if len(fields) == 1 else None
@@ -110,7 +110,7 @@ def _prompt_of(row: JsonObject, where: str) -> Prompt:
                 raise FieldFault(field, "a turn to answer", "only answers", "Add the question.")
             return turns
         more = row.get(fields.get("input", ""), "") if column == "instruction" else ""
-        return text(value, field) + (f"\n\n{more}" if isinstance(more, str) and more.strip() else "")
+        return require_text(value, field) + (f"\n\n{more}" if isinstance(more, str) and more.strip() else "")
     except FieldFault as fault:
         raise DataError(
             f"{where}:{fault.field}: expected {fault.expected}, got {fault.got}. {fault.fix}"

@@ -238,7 +238,7 @@ class TaskHead(Objective):
             tokenizer.pad_token = tokenizer.eos_token
         if self.causal and self.traits.head == "score":
             # transformers reads the score of a decoder at the last token that is not padding
-            texts.own_padding(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
+            texts.set_padding_token(tokenizer, getattr(config.get_text_config(), "vocab_size", None))
             self.pad = tokenizer.pad_token_id
 
     def restore_labels(self) -> None:

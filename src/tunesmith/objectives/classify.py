@@ -50,7 +50,7 @@ class Config(objectives.Config):
 
     @model_validator(mode="after")
     def _check_problem(self) -> Config:
-        labels.distinct(self.labels)
+        labels.refuse_repeats(self.labels)
         if self.problem_type == REGRESSION:
             for key in ("labels", "class_weights", "label_smoothing"):
                 if dict(self)[key]:
@@ -132,21 +132,21 @@ class Objective(objectives.TaskHead):
         if self.restored:
             return
         if self.config.labels and self.config.problem_type and self.config.class_weights != "balanced":
-            labels.check(self.labels, self.problem)
+            labels.check_names(self.labels, self.problem)
             self._weigh_classes(None)
             return
         survey = labels.survey(row for row in rows if isinstance(row, Labelled))
         problem = self.config.problem_type or survey.problem
-        names = [] if problem == REGRESSION else self.config.labels or labels.ordered(survey.counts)
+        names = [] if problem == REGRESSION else self.config.labels or labels.sort_names(survey.counts)
         if not self.config.problem_type:
-            self.notes += labels.guessed(problem, survey)
+            self.notes += labels.numeric_label_notes(problem, survey)
         self.notes += [
             f"{' and '.join(map(ascii, group[:5]))} look the same but are different classes. If they are one class, write them "
             "the same way"
-            for group in labels.alike(names)
+            for group in labels.similar_names(names)
         ]
         if problem != REGRESSION:
-            labels.check(names, problem)
+            labels.check_names(names, problem)
         if self.has_head and problem == self.saved["problem"] and set(names) == set(self.saved["labels"]):
             names = self.saved["labels"]  # the trained head is used further, so its ids stay
         self._set_labels(problem, names)
@@ -155,7 +155,7 @@ class Objective(objectives.TaskHead):
                 f"objective.label_smoothing applies to single-label classification only, and this is {problem}. Leave it out."
             )
         self._weigh_classes(survey)
-        self.notes += labels.told(problem, names, survey)
+        self.notes += labels.label_notes(problem, names, survey)
 
     def _weigh_classes(self, survey: Survey | None) -> None:
         """Set the class weights. ``balanced``: rows / (classes * rows of the class), whose mean over the rows
@@ -171,7 +171,7 @@ class Objective(objectives.TaskHead):
         if isinstance(chosen, dict):
             for name in chosen:
                 if name not in names:
-                    expected, _, fix = labels.unknown(name, names)
+                    expected, _, fix = labels.unknown_label(name, names)
                     raise RecipeError(f"objective.class_weights.{name}: expected {expected}. {fix}")
             self._weights = np.array([chosen.get(name, 1.0) for name in names])
             return
@@ -240,7 +240,7 @@ class Objective(objectives.TaskHead):
             read = [np.arange(length) for length in lengths]
         else:
             read = [np.array([length - 1 if self.causal else 0]) for length in lengths]
-        batch = pack.of_rows(examples, layout, read)
+        batch = pack.with_positions(examples, layout, read)
         return {**batch, "targets": torch.from_numpy(np.stack([example["target"] for example in examples]))}
 
     def _close(self, example: Example) -> Example:

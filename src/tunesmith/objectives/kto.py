@@ -113,8 +113,8 @@ class Objective(objectives.Objective):
         if "kl" in examples[0]:
             batch["kl"] = examples[0]["kl"]
         elif self.estimates_kl and "other_ids" in examples[0]:
-            others = [other_response.of(example) for example in examples]
-            batch["other"] = preference_batch.of_targets(others, layout)
+            others = [other_response.mismatched_pair(example) for example in examples]
+            batch["other"] = preference_batch.with_targets(others, layout)
         return batch
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Metrics]:

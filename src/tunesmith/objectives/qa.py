@@ -120,7 +120,7 @@ class Objective(objectives.TaskHead):
         spans = np.stack([example["span"] for example in examples]).astype(np.int64)
         kept = ("offsets", "null", "context", "golds")
         return {
-            **pack.of_rows(examples, layout, positions),
+            **pack.with_positions(examples, layout, positions),
             "cells": torch.from_numpy(cells),
             "spans": torch.from_numpy(spans),
             "windows": [{name: example[name] for name in kept} for example in examples],
@@ -163,7 +163,7 @@ class Objective(objectives.TaskHead):
     def _join_windows(self, records: Sequence[JsonObject]) -> list[JsonObject]:
         """The windows of each row as one, in order; "no answer" has its lowest score in any window."""
         rows = []
-        for row, windows in token_mean.by_row(records):
+        for row, windows in token_mean.windows_by_row(records):
             best: dict[str, tuple[float, int, int]] = {}
             spans = (span for window in windows for span in window["best"])
             for score, start, end, text in sorted(spans, key=lambda span: (-span[0], span[1])):
@@ -209,7 +209,7 @@ class Objective(objectives.TaskHead):
             "null_minus_best": null_minus_best,
             "gold": golds,
             "f1": None if golds is None else squad.f1(text, golds),
-            "right": golds is not None and squad.exact(text, golds) == 1.0,
+            "right": golds is not None and squad.exact_match(text, golds) == 1.0,
             "loss": loss / known if known else None,
         }
 
@@ -275,7 +275,7 @@ def best_spans(
             break
         token, more = divmod(index, longest)
         first, last = int(offsets[2 * token]), int(offsets[2 * (token + more) + 1])
-        spans.append((score, first, last, questions.text_of(context, offsets, first, last)))
+        spans.append((score, first, last, questions.answer_text(context, offsets, first, last)))
     return spans
 
 

@@ -178,7 +178,7 @@ class Objective(objectives.TaskHead):
         """``targets`` (places,): tag ids at ``positions``, -1 = not known; ``words``: by window, indices."""
         import torch
 
-        batch = pack.of_rows(examples, layout, [example["places"] for example in examples])
+        batch = pack.with_positions(examples, layout, [example["places"] for example in examples])
         targets = np.concatenate([example["target"] for example in examples]).astype(np.int64)
         return {
             **batch,
@@ -230,7 +230,7 @@ class Objective(objectives.TaskHead):
     def _join_windows(self, records: Sequence[JsonObject]) -> list[JsonObject]:
         """The windows of each row as one, its words in order; the rows in order."""
         rows = []
-        for row, windows in token_mean.by_row(records):
+        for row, windows in token_mean.windows_by_row(records):
             order = np.argsort(np.concatenate([window["words"] for window in windows]))
             joined = {
                 name: np.concatenate([window[name] for window in windows])[order]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tunesmith.data.batch.step import Step, heaviest, together
+from tunesmith.data.batch.step import Step, batch_tokens, heaviest_micro_batch
 from tunesmith.errors import RecipeError
 from tunesmith.models.fast import kernels
 from tunesmith.runs.figure_format import size
@@ -89,7 +89,7 @@ def measure_memory(job: Job, limit: int) -> Memory:
     mine = steps[0].share(state.process_index, state.num_processes) or [0]
     shortest = min(mine, key=lambda place: (steps[0].lengths[place], place))
     small = _pass(job, steps[0], [shortest])
-    step, places = heaviest(steps, job.budget, job.layout, state.process_index, state.num_processes)
+    step, places = heaviest_micro_batch(steps, job.budget, job.layout, state.process_index, state.num_processes)
     masters = job.update.masters
     allocated = any(job.update.optimizer.state.values())
     state_bytes = STATE_BYTES[job.config.optim_name]
@@ -188,7 +188,7 @@ def longest_row(job: Job) -> int:
     for step in job.source.preview(PREVIEWED):
         lengths, rows = step.data.sizes(step.rows, job.layout)
         place = [int(np.argmax(lengths * rows))]
-        largest = max(largest, together(lengths[place], rows[place], job.layout))
+        largest = max(largest, batch_tokens(lengths[place], rows[place], job.layout))
     return largest
 
 

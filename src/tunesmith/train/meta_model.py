@@ -48,7 +48,7 @@ def build_outline(
     """Build the adapted network with this ``head`` on the meta device, and count. Raises RecipeError."""
     continued = recipe.adapter == "continue"
     recorded = probe.read(folder.path).get("quantization") if continued else None
-    options = quantization.of_record(recorded) if recorded else adaptation.load_kwargs()
+    options = quantization.kwargs_from_record(recorded) if recorded else adaptation.load_kwargs()
     if continued:
         from peft import get_peft_model
 

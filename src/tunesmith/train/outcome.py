@@ -14,7 +14,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.models.load import quantization
 from tunesmith.report import run_page
 from tunesmith.runs import metrics_file, overfit
-from tunesmith.runs.figure_format import measured
+from tunesmith.runs.figure_format import figure_names
 from tunesmith.train import distributed, machine, plain_copy, setup
 from tunesmith.train.loop import Job, Progression
 from tunesmith.train.run_state import Run
@@ -73,17 +73,17 @@ def finish(
     """Write the result into the manifest, write the report, and return the result."""
     records = metrics_file.read(run.metrics.path)
     evaluations = {record["step"]: record for record in reversed(records) if record["kind"] == "eval"}
-    verdict = overfit.overfit(records)
+    verdict = overfit.detect(records)
     first, best = evaluations.get(0, {}), evaluations.get(position.best_step, {})
     manifest, outline = run.folder.manifest(), run.setup.outline
     if run.setup.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(run.setup.device)
     else:
         peak = machine.peak_memory_bytes() - memory_before_model
-    quantized = quantization.measured(run.model)
+    quantized = quantization.measure(run.model)
     sets = run.setup.data.eval_sets
-    figures = measured([first, best], sets) or ["eval_loss", "perplexity"]
-    set_figures = [name for one in sets for name in measured([first, best], (), f"eval_{one}_")]
+    figures = figure_names([first, best], sets) or ["eval_loss", "perplexity"]
+    set_figures = [name for one in sets for name in figure_names([first, best], (), f"eval_{one}_")]
     speed = manifest.get("result", {}).get(
         "tokens_per_second"
     )  # of an earlier attempt that took the last step

@@ -56,7 +56,7 @@ def reproduce(path: str | Path, out: str | Path | None = None, console: Console 
 
 
 def _train_again(
-    before: run_list.Kept, recipe: recipes.Recipe, target: Path, console: Console | None
+    before: run_list.StoredRun, recipe: recipes.Recipe, target: Path, console: Console | None
 ) -> None:
     """Train with the run's own processes, DeepSpeed and micro-batches: they decide how sums round."""
     processes, sharded = int(before.manifest.get("processes") or 1), before.manifest.get("deepspeed")
@@ -97,7 +97,7 @@ def first_difference(before: list[JsonObject], now: list[JsonObject]) -> JsonObj
     return None
 
 
-def _comparable(kept: run_list.Kept) -> list[JsonObject]:
+def _comparable(kept: run_list.StoredRun) -> list[JsonObject]:
     """Return the records without the keys that may differ between two runs of the same recipe."""
     ignored = metrics_file.TIMING_KEYS
     return [{key: value for key, value in record.items() if key not in ignored} for record in kept.records]
@@ -108,7 +108,7 @@ def _weights(folder: Path) -> dict[str, str]:
     return {file.name: files.sha256(file) for file in sorted((folder / "model").glob("*.safetensors"))}
 
 
-def _require_results(before: run_list.Kept) -> None:
+def _require_results(before: run_list.StoredRun) -> None:
     """Raise UserError when the run has no records or no weights, before time is spent on training."""
     missing = [] if before.records else [f"{before.path / 'metrics.jsonl'} has no records"]
     missing += [] if _weights(before.path) else [f"{before.path / 'model'} has no weights (*.safetensors)"]
@@ -119,7 +119,7 @@ def _require_results(before: run_list.Kept) -> None:
         )
 
 
-def _require_same_data(before: run_list.Kept, now: JsonObject) -> None:
+def _require_same_data(before: run_list.StoredRun, now: JsonObject) -> None:
     """Raise DataError naming each source whose content differs from what the run was trained on."""
     recorded = {source["path"]: source for source in (before.manifest.get("data") or {}).get("sources", ())}
     changed = []

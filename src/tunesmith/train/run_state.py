@@ -59,7 +59,7 @@ def save_model(run: Run) -> None:
     all_trained = all(parameter.requires_grad for parameter in run.model.parameters())
     weights = masters.whole()
     # a threshold that evaluation chose is part of the config
-    head_loading.apply(lm_head.base(run.model).config, head_config(run.setup.objective))
+    head_loading.apply_head_config(lm_head.base(run.model).config, head_config(run.setup.objective))
     made_by = adapter_choice.recorded_adaptation(run.setup.recipe, run.setup.model_folder)
 
     def write(target: Path) -> None:
@@ -96,7 +96,7 @@ def save(run: Run, position: Progression) -> None:
             "threads": torch.get_num_threads(),
             "processes": distributed.state().num_processes,
             "compute": run.setup.precision.as_dict()["compute"],
-            "starts": lora_factors.sketch(run.model),
+            "starts": lora_factors.start_sketch(run.model),
             "source": source_state,
         }
         run.metrics.sync()
@@ -120,7 +120,7 @@ def restore(run: Run) -> Progression:
         return Progression()
     tensors, state = loaded
     _check_same_data(run, state)
-    if layer := lora_factors.moved(run.model, state.get("starts") or {}):
+    if layer := lora_factors.changed_start(run.model, state.get("starts") or {}):
         raise RecipeError(
             f"the LoRA of {layer} starts from a decomposition of the base weights, and this machine computes another "
             "one than the machine that started the run (another processor, device or library). Resuming here would "

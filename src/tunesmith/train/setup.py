@@ -141,10 +141,10 @@ def open_base(choices: Choices, note: Note) -> Base:
     _note_remote_code(recipe, folder, note)
     config = load.load_config(folder)
     head = objective.traits.head
-    head_loading.inherit(config, folder, recipe.adapter, head)
+    head_loading.inherit_head_config(config, folder, recipe.adapter, head)
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
-    meta_config = head_loading.outlined(config, objectives.head_config(objective))
+    meta_config = head_loading.with_head_settings(config, objectives.head_config(objective))
     outline = build_outline(recipe, folder, meta_config, head, adaptation, new_tokens, tokenizer)
     window = window_of(config, outline.virtual_tokens)
     objective.bind(config, tokenizer, recipe.train.max_length or window)
@@ -177,7 +177,7 @@ def configure_head(base: Base, note: Note) -> Base:
     if not (wanted := objectives.head_config(objective)):
         return base
     config, head = copy.deepcopy(base.config), objective.traits.head
-    for line in head_loading.change(config, folder, recipe.adapter, head, wanted):
+    for line in head_loading.replace_head_config(config, folder, recipe.adapter, head, wanted):
         note(line)
     tokens, tokenizer = base.new_tokens, base.tokenizer
     outline = build_outline(recipe, folder, config, head, base.adaptation, tokens, tokenizer)

@@ -12,7 +12,7 @@ from tunesmith.data.data_config import Source
 from tunesmith.data.encode.conversations import TrainOn, render
 from tunesmith.data.encode.spans import SpanError
 from tunesmith.data.encode.templates import RENDER_ERRORS
-from tunesmith.data.read.source import ROW_TYPES, Opened, open_source
+from tunesmith.data.read.source import ROW_TYPES, OpenedSource, open_source
 from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Judged, Ranking, Row, digest
 from tunesmith.errors import DataError
@@ -133,7 +133,7 @@ def lint(
 
 
 def _usable_rows(
-    opened: Opened, file: FileReport, findings: Findings, report: LintReport, renderer: Renderer | None
+    opened: OpenedSource, file: FileReport, findings: Findings, report: LintReport, renderer: Renderer | None
 ) -> Iterator[tuple[Record, Row]]:
     """Yield the usable rows of a file, and count and report the others."""
     for item in opened.rows():

@@ -12,7 +12,7 @@ import numpy as np
 from tunesmith.data.batch.pack import Example
 from tunesmith.data.encode import rankings
 from tunesmith.data.encode.rankings import Overlong
-from tunesmith.data.formats.preference_fields import bare
+from tunesmith.data.formats.preference_fields import strip_contents
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Judged
 
@@ -50,5 +50,5 @@ def encode(
 
 def prompt_key(row: Judged) -> int:
     """Return a 63-bit hash of the prompt. It ignores spaces around turns and the order of keys."""
-    content = json.dumps([bare(row.prompt), row.tools], sort_keys=True, default=str)
+    content = json.dumps([strip_contents(row.prompt), row.tools], sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") >> 1

@@ -15,7 +15,7 @@ from tunesmith.data.formats.fields import (
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Chat, Message
 from tunesmith.json_types import JsonObject
-from tunesmith.suggestions import nearest
+from tunesmith.suggestions import closest
 
 ROLES = {
     "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
@@ -137,7 +137,7 @@ def _file_role(message: Message, place: str) -> str:
     value = message.get("role")
     if isinstance(value, str) and value.strip().lower() in ROLES:
         return value.strip().lower()
-    close = nearest(value, ROLES) if isinstance(value, str) else []
+    close = closest(value, ROLES) if isinstance(value, str) else []
     fix = f"Did you mean {close[0]!r}?" if close else "Write the speaker of the turn."
     got = shorten(value) if "role" in message else "no such field"
     raise FieldFault(place, "a role (user, assistant, system, tool, ...)", got, fix)

@@ -14,8 +14,8 @@ from tunesmith.data.check.contamination import contamination
 from tunesmith.data.data_config import DataConfig
 from tunesmith.data.encode.templates import apply_template
 from tunesmith.data.read import class_folder, hub_set
-from tunesmith.data.read.source import Opened, eval_sources, open_source
-from tunesmith.data.row_problems import RowProblem, refuse
+from tunesmith.data.read.source import OpenedSource, eval_sources, open_source
+from tunesmith.data.row_problems import RowProblem, bad_rows_error
 from tunesmith.data.rows import Chat, Row
 from tunesmith.data.store.cache import Entry
 from tunesmith.data.store.data_report import Report, SourceReport, SplitReport, histogram
@@ -53,7 +53,7 @@ class _Part:
     """
 
     role: str
-    opened: Opened
+    opened: OpenedSource
     built: Built
     chosen: np.ndarray
 
@@ -139,7 +139,7 @@ def prepare(
     return Prepared(objective.extend(train_data), extended, most, report, tuple(sets))
 
 
-def _open_sources(config: DataConfig, accepted: tuple[type, ...]) -> list[tuple[str, Opened]]:
+def _open_sources(config: DataConfig, accepted: tuple[type, ...]) -> list[tuple[str, OpenedSource]]:
     """Open all sources, each with its role (see :class:`_Part`). An error names the evaluation set."""
     opened = [("train", open_source(source, accepted)) for source in config.train]
     for name, source in eval_sources(config).items():
@@ -150,7 +150,7 @@ def _open_sources(config: DataConfig, accepted: tuple[type, ...]) -> list[tuple[
     return opened
 
 
-def _scan(objective: Objective, opened: Sequence[Opened]) -> None:
+def _scan(objective: Objective, opened: Sequence[OpenedSource]) -> None:
     """Let the objective scan the training rows.
 
     Bad rows are reported when they are encoded, or here if the objective refuses the others.
@@ -187,18 +187,18 @@ def _check_rows(parts: Sequence[_Part], config: DataConfig) -> None:
     problems, words = [], []
     for part in bad:
         source = part.opened.source
-        words += [source.path, *hub_set.flags(source)]
+        words += [source.path, *hub_set.split_flags(source)]
         for problem in part.problems():
-            path = class_folder.place(source.path, problem.path) or source.label
+            path = class_folder.path_in_folder(source.path, problem.path) or source.label
             problems.append(replace(problem, path=path))
     total = sum(part.entry.info["read"] - part.entry.info["kept"] for part in parts)
     advice = f"Type `tunesmith data lint {' '.join(dict.fromkeys(words))}` for all of them"
     if any(part.entry.info["fatal"] for part in parts):
         advice += ". The rest of the file cannot be read, so nothing is skipped."
-        raise refuse(problems, total, advice)
+        raise bad_rows_error(problems, total, advice)
     if total and config.bad_rows == "error":
         advice += ", or set data.bad_rows=skip (evaluate: --bad-rows skip) to leave them out."
-        raise refuse(problems, total, advice)
+        raise bad_rows_error(problems, total, advice)
 
 
 def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[list[_Part], list[_Part]]:
@@ -389,5 +389,5 @@ def _source_report(part: _Part) -> SourceReport:
         weight=source.weight,
         cached=part.built.cached,
         seconds=part.built.seconds,
-        revision=hub_set.commit_of(hub_set.place(source)) if source.hub else None,
+        revision=hub_set.commit_of(hub_set.store_folder(source)) if source.hub else None,
     )

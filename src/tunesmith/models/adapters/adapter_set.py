@@ -123,7 +123,7 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
     _check_layers(folders)
     several = Adapters(load.load_model(core), {BASE: load.load_tokenizer(core)}, BASE)
     for name, folder in folders.items():
-        several.model = load.attached(folder, several.model, False, name)
+        several.model = load.attach_adapter(folder, several.model, False, name)
         several.folders[name] = folder.path
         several.tokenizers[name] = load.load_tokenizer(folder)
     several.model.eval()

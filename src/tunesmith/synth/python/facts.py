@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from tunesmith.data.read import library
-from tunesmith.data.read.library import Definition, Excerpt, Function, dotted, parameters, receiver
+from tunesmith.data.read.library import Definition, Excerpt, Function, dotted_name, parameters, receiver
 from tunesmith.synth.python.wording import join_names, number, phrase, pick
 
 VERBATIM = {"signature", "docstring", "quotation"}
@@ -79,9 +79,9 @@ def _parameter_facts(item: Definition, code: Excerpt) -> Iterator[Fact]:
 
 
 def _body_facts(item: Definition, node: Function, code: Excerpt) -> Iterator[Fact]:
-    text, raised = code.text, library.raised(item)
+    text, raised = code.text, library.raised_exceptions(item)
     if raised:
-        names = tuple(dict.fromkeys(map(dotted, raised)))
+        names = tuple(dict.fromkeys(map(dotted_name, raised)))
         every = sum(isinstance(one, ast.Raise) for one in ast.walk(node))  # with those of nested functions
         single = len(names) == 1 and len(raised) == every
         yield Fact("exceptions", text, names, start=code.span(raised[0])[0] if single else None)

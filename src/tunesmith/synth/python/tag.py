@@ -251,7 +251,7 @@ def _slots(item: Definition) -> tuple[str, dict[str, str]]:
     names = {
         "CLASS": [name for name in owner if name not in errors],
         **_parameter_names(item),
-        "EXCEPTION": [*map(dotted, library.raised(item) or ())],
+        "EXCEPTION": [*map(dotted, library.raised_exceptions(item) or ())],
     }
     first = {slot: some[0] for slot, some in names.items() if some}
     return own, {own: item.short, "MODULE": item.module.name, **first}
