@@ -830,7 +830,7 @@ def test_build_prints_rows_when_asked(capsys, few_ahead):
         (["tag", "--no-answer", "0.5"], "is for the kind qa"),
         (["qa", "--out", "-", "--json"], "both print"),
         (["qa", "--out", "a.csv"], "--out a.jsonl"),
-        (["qa", "--out", "none/a.jsonl"], "no folder none"),
+        (["qa", "--out", "none/a.jsonl"], "the folder none of a.jsonl does not exist"),
     ],
 )
 def test_build_refuses_what_makes_no_sense(capsys, words, said):
