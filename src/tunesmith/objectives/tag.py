@@ -126,7 +126,7 @@ class Objective(objectives.TaskHead):
             )
         if self.config.label_all and entities.scheme_of(names) in ("BIO", "BIOES"):
             # the further tokens of a word have I- tags, even where no row has an entity of two words
-            names = _sort_tags({*names, *map(tagging.continued, names)})
+            names = _sort_tags({*names, *map(tagging.inside_tag, names)})
         if set(names) <= set(self._saved_labels):
             names = self._saved_labels  # the trained head is used further, so its ids stay
         return names
