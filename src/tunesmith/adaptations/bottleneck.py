@@ -75,7 +75,10 @@ class Adaptation(adaptations.Adaptation):
         modules_to_save = self.config.modules_to_save or []
         names = [name for name, _ in model.named_modules() if name]
         module_patterns.require_matches("modules_to_save", modules_to_save, names)
-        whole = [*module_patterns.matching_modules(modules_to_save, names), *head_types.new_parts(model, head)]
+        whole = [
+            *module_patterns.matching_modules(modules_to_save, names),
+            *head_types.new_parts(model, head),
+        ]
         targets = bottleneck_tuner.sublayers(model, self.config.variant)
         module_patterns.require_disjoint("adaptation=bottleneck adds an adapter to", targets, whole)
         config = bottleneck_tuner.BottleneckConfig(

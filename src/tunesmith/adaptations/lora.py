@@ -161,7 +161,10 @@ class Adaptation(adaptations.Adaptation):
         if keys.target_modules != "all-linear":
             module_patterns.require_matches("target_modules", keys.target_modules, names)
         module_patterns.require_matches("modules_to_save", modules_to_save, names)
-        whole = [*module_patterns.matching_modules(modules_to_save, names), *head_types.new_parts(model, head)]
+        whole = [
+            *module_patterns.matching_modules(modules_to_save, names),
+            *head_types.new_parts(model, head),
+        ]
         new_token_rows = self._new_token_rows(model, new_rows)
         targets = keys.target_modules
         if keys.layers_to_transform is not None:
@@ -235,7 +238,7 @@ class Adaptation(adaptations.Adaptation):
                     f"  Those layers end in: {', '.join(ends)}"
                 )
 
-    def _check_ranks(self, chosen: Mapping[str, nn.Module]) -> None:
+    def _check_ranks(self, chosen: Mapping[str, nn.Linear]) -> None:
         """Raise RecipeError for a rank or an initialisation that a layer cannot have."""
         from torch import nn
 

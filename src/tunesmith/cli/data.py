@@ -42,7 +42,7 @@ def preview(
 ) -> int:
     """Show rows as the model will see them, supervised tokens in green, with the counts."""
     from tunesmith.data.check import preview as previews
-    from tunesmith.data.read.source import ROW_TYPES
+    from tunesmith.data.rows import ROW_TYPES
     from tunesmith.models.find.locate import locate
     from tunesmith.models.load.load import load_tokenizer
 
@@ -78,7 +78,8 @@ def lint(
     from tunesmith.data.check import lint as linting
     from tunesmith.data.check import near_duplicates as near
     from tunesmith.data.encode.templates import apply_template
-    from tunesmith.data.read.source import ROW_TYPES, eval_sources
+    from tunesmith.data.read.source import eval_sources
+    from tunesmith.data.rows import ROW_TYPES
     from tunesmith.data.store import row_writer
     from tunesmith.models.find.locate import locate
     from tunesmith.models.load.load import load_tokenizer

@@ -90,7 +90,8 @@ def read_prompts(path: str, limit: int | None) -> list[Prompt]:
 
 
 def _prompt_of(row: JsonObject, where: str) -> Prompt:
-    from tunesmith.data.formats.fields import FieldFault, require_text
+    from tunesmith.data.formats.fields import FieldFault, parse_json, require_text
+    from tunesmith.data.formats.turns import parse_turns
 
     fields = {key.strip().casefold(): key for key in row}
     only_column = next(iter(fields)) if len(fields) == 1 else None

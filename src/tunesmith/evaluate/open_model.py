@@ -124,7 +124,7 @@ def make_source(data: str | Path, **keys: object) -> Source:
         source = Source.model_validate({"path": str(data), **keys})
     except ValidationError as error:
         raise RecipeError(f"data: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    if unused := idle(source):
+    if unused := source.unused_keys():
         raise RecipeError(
             f"{' and '.join(unused)} would do nothing: {data} is not a data set of the Hub (hub:OWNER/NAME)"
         )

@@ -15,7 +15,7 @@ from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Listed
 from tunesmith.data.data_config import Source
 from tunesmith.data.formats.fields import Columns
-from tunesmith.data.read.source import open_source
+from tunesmith.data.read.source import OpenedSource, open_source
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import (
     Chat,
@@ -92,7 +92,7 @@ def predict(
 
 
 def _predict_rows(
-    opened: OpenedModel, reader: Opened, longest: int | None, precision: str, budget: int
+    opened: OpenedModel, reader: OpenedSource, longest: int | None, precision: str, budget: int
 ) -> Iterator[tuple[JsonObject, int]]:
     """Yield each row's dict, and how many of its examples were cut."""
     rows = reader.rows()
@@ -119,7 +119,7 @@ def _predict_rows(
             route.leave(opened.network)
 
 
-def _open_rows(source: Source, opened: OpenedModel) -> Opened:
+def _open_rows(source: Source, opened: OpenedModel) -> OpenedSource:
     """Open a source without gold. A reward model also takes what a language model might have written."""
     accepted = opened.objective.traits.rows
     try:
@@ -139,7 +139,7 @@ def _open_rows(source: Source, opened: OpenedModel) -> Opened:
     return replace(reader, convert=replace(convert, facts={**(convert.facts or {}), "spaces": True}))
 
 
-def _encode(item: Item, reader: Opened, opened: OpenedModel) -> list[Example] | RowProblem:
+def _encode(item: Item, reader: OpenedSource, opened: OpenedModel) -> list[Example] | RowProblem:
     """Return the examples of a row, each with the number of its row."""
     if isinstance(item, RowProblem):
         return item

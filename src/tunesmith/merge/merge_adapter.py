@@ -105,7 +105,11 @@ def fold(folder: Folder, dtype: str = "auto") -> FoldedAdapter:
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in probe.PROMPTS]
     logits = [probe.all_logits(attached, ids) for ids in prompts]
     base = quantized.record(attached)
-    merged = load.merge_into_base(attached) if base is None else load.load_model(folder, dtype=fp32, adapter="merge")
+    merged = (
+        load.merge_into_base(attached)
+        if base is None
+        else load.load_model(folder, dtype=fp32, adapter="merge")
+    )
     del attached
     scale = max(1.0, *(float(of_prompt.abs().max()) for of_prompt in logits))
     difference, divergence = _compare(merged, prompts, logits)

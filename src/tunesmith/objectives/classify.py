@@ -13,6 +13,7 @@ from tunesmith import objectives
 from tunesmith.data.batch import pack
 from tunesmith.data.encode import labels, texts
 from tunesmith.data.encode.labels import MULTI, REGRESSION, SINGLE, Survey
+from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import RecipeError
@@ -106,7 +107,7 @@ class Objective(objectives.TaskHead):
 
     def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
         super().bind(config, tokenizer, max_length)
-        self._closing_tokens = texts.ending(tokenizer)
+        self._closing_tokens = special_ends(tokenizer)[1]
         if self.has_head:
             self.saved = {
                 "problem": config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE),

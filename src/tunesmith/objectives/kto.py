@@ -21,7 +21,7 @@ from tunesmith.data.batch.pack import to_device
 from tunesmith.data.check import balance
 from tunesmith.data.encode import judgements
 from tunesmith.data.encode.templates import special_ends
-from tunesmith.data.rows import Judged
+from tunesmith.data.rows import Judged, Row
 from tunesmith.objectives import (
     Batch,
     Example,
@@ -85,7 +85,7 @@ class Objective(objectives.Objective):
         super().bind(config, tokenizer, max_length)
         self.prefix = np.array(special_ends(tokenizer)[0], np.int32)
 
-    def scan(self, rows: Iterable[object]) -> None:
+    def scan(self, rows: Iterable[Row]) -> None:
         """Count desirable and undesirable rows. Raises DataError when one kind is missing."""
         counts = balance.balance(rows)
         counts.check()
@@ -219,7 +219,7 @@ class BaselineSource:
     def steps(self, start: int) -> Iterator[Step]:
         for step in self.rows.steps(start):
             shared = [{"kl": self.baseline(step)}] * len(step)
-            yield step.extended(shared)  # type: ignore[arg-type]  # a tensor, so that it stays on the device
+            yield step.with_arrays(shared)  # type: ignore[arg-type]  # a tensor, so that it stays on the device
 
     def baseline(self, step: Step) -> Tensor:
         """() on the device: the estimate over all rows of the step and all processes."""

@@ -40,7 +40,7 @@ class Config(objectives.Config):
 
     @model_validator(mode="after")
     def _check_labels(self) -> Config:
-        label_names.distinct(self.labels)
+        label_names.refuse_repeats(self.labels)
         return self
 
 
@@ -214,7 +214,7 @@ class Objective(objectives.TaskHead):
         ]
         windows, start = [], 0
         for row, words in zip(batch["rows"], batch["words"]):
-            spoken = tagging.chosen(words, self.causal)
+            spoken = tagging.representing_tokens(words, self.causal)
             tags, sure, gold, loss = (column[start : start + len(words)][spoken] for column in columns)
             windows.append({
                 "row": row,

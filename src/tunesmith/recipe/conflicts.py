@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tunesmith import adaptations, objectives
-from tunesmith.data.data_config import DataConfig, Source, idle
+from tunesmith.data.data_config import DataConfig, Source
 from tunesmith.data.read.source import eval_sources
 from tunesmith.data.rows import Chat, Labelled
 from tunesmith.recipe.schema import Recipe, changed
@@ -85,7 +85,7 @@ def _data_rules(data: DataConfig, sources: Mapping[str, Source], holds_out: bool
     given = [f"data.eval.{key}" for key in ("path", "sets", "fraction") if changed(held_out, key)]
     return [
         *((True, f"{place}.{key} does nothing: {source.path} is no data set of the Hub (path: hub:OWNER/NAME)")
-          for place, source in sources.items() for key in idle(source)),
+          for place, source in sources.items() for key in source.unused_keys()),
         (not data.cache and any(source.streaming for source in sources.values()),
          "data.cache=false: a stream is read once and kept encoded, so that a run can be resumed. Leave out one of the two"),
         (len(given) > 1, f"set {' or '.join(given)}, not both"),

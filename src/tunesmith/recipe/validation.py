@@ -20,7 +20,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.recipe import text as recipe_text
 from tunesmith.recipe.conflicts import conflicts
 from tunesmith.recipe.schema import DEFAULT_ADAPTATION, DEFAULT_OBJECTIVE, Recipe
-from tunesmith.suggestions import did_you_mean
+from tunesmith.suggestions import closest, did_you_mean
 
 if typing.TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -91,7 +91,7 @@ def _choose(part: str, value: object, text: recipe_text.Text) -> tuple[str, Json
         )
     keys = dict(value)
     if "type" not in keys:
-        slip = next((str(key) for key in keys if nearest(str(key), ["type"])), None)
+        slip = next((str(key) for key in keys if closest(str(key), ["type"])), None)
         if slip is not None:
             raise RecipeError(f"{text.at((part, slip))}: unknown key `{part}.{slip}`. Did you mean `type`?")
         raise RecipeError(f"{text.at((part,))}: the key `{part}.type` is missing. Valid: {', '.join(names)}")

@@ -89,7 +89,9 @@ def measure_memory(job: Job, limit: int) -> Memory:
     mine = steps[0].share(state.process_index, state.num_processes) or [0]
     shortest = min(mine, key=lambda place: (steps[0].lengths[place], place))
     small = _pass(job, steps[0], [shortest])
-    step, places = heaviest_micro_batch(steps, job.budget, job.layout, state.process_index, state.num_processes)
+    step, places = heaviest_micro_batch(
+        steps, job.budget, job.layout, state.process_index, state.num_processes
+    )
     masters = job.update.masters
     allocated = any(job.update.optimizer.state.values())
     state_bytes = STATE_BYTES[job.config.optim_name]

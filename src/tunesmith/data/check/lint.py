@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from tunesmith.data.check.lint_judgements import JudgementFindings, balance_warnings
 from tunesmith.data.check.lint_pairs import PairFindings
 from tunesmith.data.data_config import Source
-from tunesmith.data.encode.conversations import TrainOn, render
+from tunesmith.data.encode.conversations import TrainOn, find_omitted_text, render
 from tunesmith.data.encode.spans import SpanError
-from tunesmith.data.encode.templates import RENDER_ERRORS
-from tunesmith.data.read.source import ROW_TYPES, OpenedSource, open_source
+from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
+from tunesmith.data.read.source import OpenedSource, open_source
 from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Judged, Ranking, Row, digest
 from tunesmith.errors import DataError
@@ -171,6 +171,6 @@ def _problem(
         expected, got = "a conversation that the chat template accepts", str(error)
         fix = "Change the row or the template."
     else:
-        dropped += [f"{record.path}:{record.row}:{place}" for place in left_out(row, renderer)]
+        dropped += [f"{record.path}:{record.row}:{place}" for place in find_omitted_text(row, renderer)]
         return None
     return RowProblem(record.path, record.row, "row", expected, got, fix, record.line)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from tunesmith.data.check.balance import Balance
 from tunesmith.data.check.lint_pairs import RowKinds, answer_digest, characters
 from tunesmith.data.encode.judgements import prompt_key
+from tunesmith.data.formats.preference_fields import NONEMPTY_ANSWER
 from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Judged
 from tunesmith.json_types import JsonObject
@@ -39,7 +40,7 @@ class JudgementFindings:
 
     def count_refused(self, problem: RowProblem) -> None:
         """Count an unusable row if its response is empty."""
-        if problem.expected == EMPTY_SIDE:
+        if problem.expected == NONEMPTY_ANSWER:
             self.kinds.count("empty", f"{self.path}:{problem.row}")
 
     def add(self, row: Judged, number: int, seen: dict[bytes, str]) -> None:

@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tunesmith.data.formats.preference_fields import (
+    DIFFERENT_ANSWERS,
+    NONEMPTY_ANSWER,
     SAME_PROMPT,
+    strip_contents,
 )
 from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Message, Ranking
@@ -18,7 +21,7 @@ from tunesmith.json_types import JsonObject
 FIRST = 10
 """Rows listed of each kind."""
 
-REFUSED = {ANOTHER: "equal", EMPTY_SIDE: "empty", SAME_PROMPT: "prompts_differ"}
+REFUSED = {DIFFERENT_ANSWERS: "equal", NONEMPTY_ANSWER: "empty", SAME_PROMPT: "prompts_differ"}
 """``expected`` of a refused row -> its kind."""
 
 KINDS = {
@@ -141,5 +144,5 @@ def characters(answer: str | Sequence[Message]) -> int:
 
 def answer_digest(answer: str | Sequence[Message]) -> bytes:
     """Return a digest that ignores the order of a turn's keys and the spaces around its text."""
-    written = json.dumps(bare(answer), sort_keys=True, default=str)
+    written = json.dumps(strip_contents(answer), sort_keys=True, default=str)
     return hashlib.blake2b(written.encode(), digest_size=8).digest()

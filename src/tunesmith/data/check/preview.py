@@ -16,7 +16,7 @@ from tunesmith.data.encode.templates import apply_template
 from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Answered, Chat, Judged, Labelled, Question, Ranking, Row, Tagged
-from tunesmith.data.store.cache import Example, targets
+from tunesmith.data.store.cache import targets
 from tunesmith.json_types import JsonObject
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from tunesmith.data.read.conll import read_conll
 from tunesmith.data.read.json_rows import read_json, read_jsonl
 from tunesmith.data.row_problems import Record, RowProblem, shorten
 from tunesmith.errors import DataError, MissingExtra
+from tunesmith.suggestions import typo_matches
 
 Rows = Iterator[Record | RowProblem]
 
@@ -72,7 +73,7 @@ def _hint(missing: Path) -> str:
     names = sorted(
         entry.name for entry in folder.iterdir() if entry.suffix.lower() in READERS and entry.is_file()
     )
-    if close := mistyped(missing.name, names):
+    if close := typo_matches(missing.name, names):
         return f"Did you mean {' or '.join(close)}?"
     more = ", ..." if len(names) > LISTED else ""
     listed = f"Data files in {folder.resolve()}: {', '.join(names[:LISTED])}{more}"

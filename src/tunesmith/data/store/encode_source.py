@@ -23,6 +23,7 @@ from tunesmith.data.encode.conversations import find_omitted_text
 from tunesmith.data.encode.templates import Renderer
 from tunesmith.data.read import builtin, class_folder, hub_set
 from tunesmith.data.read.row_files import existing
+from tunesmith.data.read.source import OpenedSource
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
 from tunesmith.data.store import cache
 from tunesmith.data.store.cache import Entry, Writer
@@ -76,7 +77,7 @@ class Built:
 
 
 def build(
-    opened: Opened,
+    opened: OpenedSource,
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
     keep: bool,
@@ -118,7 +119,7 @@ def build(
 
 @dataclass(frozen=True)
 class _SourceEncoder:
-    opened: Opened
+    opened: OpenedSource
     objective: Objective
     tokenizer: PreTrainedTokenizerBase
 

@@ -170,7 +170,11 @@ class BottleneckModel(BaseTuner):
         first = self.model.get_input_embeddings()
         embedding = next(name for name, module in self.model.named_modules() if module is first)
         saved = peft_config.modules_to_save or []
-        kept = [name for name in saved if not any(module_patterns.matching_patterns([name], [key]) for key in tied)]
+        kept = [
+            name
+            for name in saved
+            if not any(module_patterns.matching_patterns([name], [key]) for key in tied)
+        ]
         peft_config.modules_to_tie = tied
         peft_config.modules_to_save = list(dict.fromkeys([*kept, embedding]))
 

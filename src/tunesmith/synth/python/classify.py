@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator, Sequence
 
 from tunesmith.data.read import library
-from tunesmith.data.read.library import Definition, Function, Module, excerpt, receiver
+from tunesmith.data.read.library import Definition, Function, Module, dotted_name, excerpt, receiver
 from tunesmith.synth.python.wording import Candidate, table
 
 TOPICS = table("""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from tunesmith.data.read import library
-from tunesmith.data.read.library import Definition, Function, Module, exceptions
+from tunesmith.data.read.library import Definition, Function, Module, dotted_name, exceptions
 from tunesmith.synth.python.wording import Candidate, number, table
 
 Entity = tuple[int, int, str]
@@ -251,7 +251,7 @@ def _slots(item: Definition) -> tuple[str, dict[str, str]]:
     names = {
         "CLASS": [name for name in owner if name not in errors],
         **_parameter_names(item),
-        "EXCEPTION": [*map(dotted, library.raised_exceptions(item) or ())],
+        "EXCEPTION": [*map(dotted_name, library.raised_exceptions(item) or ())],
     }
     first = {slot: some[0] for slot, some in names.items() if some}
     return own, {own: item.short, "MODULE": item.module.name, **first}
