@@ -43,6 +43,7 @@ def share_kernels() -> None:
     """Let the home of this test hold the compiled kernels of earlier ones: compiling takes seconds in each process."""
     folder = Path(os.environ["TUNESMITH_HOME"]) / "kernels"
     if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(_kernels())
 
 
