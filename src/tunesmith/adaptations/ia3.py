@@ -104,7 +104,7 @@ def _linear_layers(block: str, layer: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
 
 
-def _narrows(layer: nn.Linear) -> bool:
+def _narrows(layer: nn.Module) -> bool:
     inputs, outputs = linear_layers.widths(layer)
     return inputs > outputs
 

@@ -238,7 +238,7 @@ class Adaptation(adaptations.Adaptation):
                     f"  Those layers end in: {', '.join(ends)}"
                 )
 
-    def _check_ranks(self, chosen: Mapping[str, nn.Linear]) -> None:
+    def _check_ranks(self, chosen: Mapping[str, nn.Module]) -> None:
         """Raise RecipeError for a rank or an initialisation that a layer cannot have."""
         from torch import nn
 

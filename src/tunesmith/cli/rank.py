@@ -18,7 +18,7 @@ def run(folder: Path, rank: int) -> int:
     process_watch.start(folder, rank)
 
     def record(error: BaseException, exit_code: int, as_json: bool = False) -> int:
-        process_watch.exit_program(folder, rank, error=error, exit_code=exit_code)
+        process_watch.write_note(folder, rank, error=error, exit_code=exit_code)
         return exit_code
 
     code = main(job["arguments"], record)

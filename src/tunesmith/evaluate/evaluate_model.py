@@ -89,7 +89,7 @@ def evaluate(
     records = evaluation.records(network, chosen, rows, route.layout, batch_tokens, opened.device)
     metrics: JsonObject = {**chosen.summarise(records)}
     seconds = time.perf_counter() - started
-    route.leave(network)
+    route.disable(network)
     metrics |= {
         "objective": opened.name,
         "rows": len(rows),

@@ -38,7 +38,7 @@ class OpenedModel:
     objective: Objective
     loaded_here: bool
 
-    def prepare(self, dtype: str, examples: Sequence[Example], longest: int) -> fast_path.Route:
+    def prepare(self, dtype: str, examples: Sequence[Example], longest: int) -> fast_path.FastPath:
         """Cast and move the network, and choose its route by two short ``examples``.
 
         ``dtype``: ``precision`` of a recipe. ``longest``: tokens of the longest row. The caller leaves the route.

@@ -116,7 +116,7 @@ def _predict_rows(
                     yield {"row": record.row, **answer}, cut[record.row]
     finally:
         if route is not None:
-            route.leave(opened.network)
+            route.disable(opened.network)
 
 
 def _open_rows(source: Source, opened: OpenedModel) -> OpenedSource:
@@ -207,7 +207,7 @@ def _cut(example: Example, longest: int | None) -> bool:
 
 
 def _answers(
-    opened: OpenedModel, examples: list[Example], route: fast_path.Route, budget: int
+    opened: OpenedModel, examples: list[Example], route: fast_path.FastPath, budget: int
 ) -> dict[int, JsonObject]:
     """Return row number -> the objective's answer."""
     if not examples:
@@ -224,5 +224,5 @@ def _answers(
         return f"row {examples[place]['row'][1]}"
 
     sizes = Listed(examples, [""] * len(examples)).sizes(slice(None), layout)
-    groups = forward_batches.in_groups(run, sizes, budget, layout, opened.device, name)
+    groups = forward_batches.run_groups(run, sizes, budget, layout, opened.device, name)
     return {answer["row"][1]: answer for answer in opened.task.answers([record for _, record in groups])}

@@ -107,7 +107,7 @@ class Objective(objectives.TaskHead):
 
     def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
         super().bind(config, tokenizer, max_length)
-        self._closing_tokens = special_ends(tokenizer)[1]
+        self._closing_tokens = tuple(special_ends(tokenizer)[1])
         if self.has_head:
             self.saved = {
                 "problem": config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE),

@@ -21,7 +21,7 @@ from tunesmith.data.batch.pack import to_device
 from tunesmith.data.check import balance
 from tunesmith.data.encode import judgements
 from tunesmith.data.encode.templates import special_ends
-from tunesmith.data.rows import Judged, Row
+from tunesmith.data.rows import Judged
 from tunesmith.objectives import (
     Batch,
     Example,
@@ -85,7 +85,7 @@ class Objective(objectives.Objective):
         super().bind(config, tokenizer, max_length)
         self.prefix = np.array(special_ends(tokenizer)[0], np.int32)
 
-    def scan(self, rows: Iterable[Row]) -> None:
+    def scan(self, rows: Iterable[object]) -> None:
         """Count desirable and undesirable rows. Raises DataError when one kind is missing."""
         counts = balance.balance(rows)
         counts.check()

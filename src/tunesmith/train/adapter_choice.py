@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tunesmith import adaptations
 from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
+from tunesmith.models.find import record
 from tunesmith.models.find.locate import Folder
 from tunesmith.models.load import load
 from tunesmith.recipe import Recipe, changed
@@ -52,7 +53,7 @@ def _check_continued(recipe: Recipe, folder: Folder, kind: str) -> None:
             f"adapter: continue: this adapter is {made}, and adaptation: {kind} has another learning rate and other keys.\n"
             f"  Take adaptation: {made}, or start a new adapter with adapter: merge or adapter: new."
         )
-    recorded = probe.read(folder.path).get("quantization") or {}
+    recorded = record.read(folder.path).get("quantization") or {}
     if adaptation.traits.quantised_base != bool(recorded):
         base = f"quantised to {recorded['quant_type']}" if recorded else "not quantised"
         makers = adaptations.makers(saved_as, bool(recorded))

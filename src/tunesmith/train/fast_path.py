@@ -69,7 +69,7 @@ class FastPath:
 
     def disable_packing(self, model: PreTrainedModel) -> None:
         self.layout = PADDED
-        lm_head.base(model).set_attn_implementation(self.attention)
+        base(model).set_attn_implementation(self.attention)
 
     def disable_sharing(self) -> None:
         self.layout = replace(self.layout, shared=False)
@@ -89,7 +89,7 @@ class FastPath:
 @contextmanager
 def plain_attention(model: PreTrainedModel, chosen: FastPath) -> Iterator[None]:
     """Use the model's own attention inside the block: generation has a cache and no segments."""
-    inner = lm_head.base(model)
+    inner = base(model)
     current = inner.config._attn_implementation
     inner.set_attn_implementation(chosen.attention)
     model.eval()
@@ -118,7 +118,7 @@ def choose(
     model.eval()
     check = ParityCheck.of_first_rows(model, objective, examples, device)
     longest += virtual_tokens.count(model)
-    chosen = FastPath(PADDED, fused_layers.Fused(), lm_head.base(model).config._attn_implementation)
+    chosen = FastPath(PADDED, fused_layers.Fused(), base(model).config._attn_implementation)
     with without_zeros(model):
         lm_head.use_plain_head(model, True)
         expected = check.measure(PADDED)
@@ -217,7 +217,7 @@ def check_deterministic(
     for name, value in evaluation.items():
         if not np.isclose(value, training[name], rtol=limit, atol=limit, equal_nan=True):
             raise ModelError(
-                f"{lm_head.base(model).config.model_type} computes another result in training mode than in eval mode "
+                f"{base(model).config.model_type} computes another result in training mode than in eval mode "
                 f"({name} of the first rows: {training[name]:.6g} and {value:.6g}). It has random layers in addition to "
                 "dropout, which is off.\n"
                 "  Set their rates in the model's config.json to 0, or take another model."
@@ -238,7 +238,7 @@ def recompute(
     gradients of the rows of :func:`choose` are compared with and without it; where they differ, it is
     switched off and a note reports it.
     """
-    inner = lm_head.base(model)
+    inner = base(model)
     check = ParityCheck.of_first_rows(model, objective, examples, device)
     model.train()
     expected = check.measure_training(chosen.layout)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tunesmith.data.batch.pack import Layout
-from tunesmith.data.batch.step import Step, groups_under
+from tunesmith.data.batch.step import Step, batch_tokens, groups_under
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.train import distributed, machine
 
@@ -50,13 +50,13 @@ def run_groups(
             continue
         machine.release_memory(device)
         if len(group) == 1:
-            size = together(lengths[group], rows[group], layout)
+            size = batch_tokens(lengths[group], rows[group], layout)
             raise OutOfMemoryError(
                 f"{name(group[0])}: this row alone ({size} tokens) needs more memory than the machine has left.\n"
                 "  Lower max_length (train.max_length, or --max-length), or take a smaller model."
             )
         half = group[: (len(group) + 1) // 2]
-        budget = together(lengths[half], rows[half], layout)
+        budget = batch_tokens(lengths[half], rows[half], layout)
         left = [place for part in groups for place in part]
         smaller = groups_under(lengths[left].tolist(), budget, layout, rows[left].tolist())
         groups = [[left[place] for place in places] for places in smaller]

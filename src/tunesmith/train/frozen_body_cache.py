@@ -30,8 +30,9 @@ from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Batch, Step, groups_under
 from tunesmith.data.store import cache
 from tunesmith.models.fast import kernels
+from tunesmith.models.find import record
 from tunesmith.models.heads import lm_head
-from tunesmith.models.load import probe
+from tunesmith.models.network import base
 from tunesmith.runs.figure_format import size
 from tunesmith.train import distributed, machine, memory_budget, setup
 
@@ -185,7 +186,7 @@ def _why_not(ready: setup.Setup, model: PreTrainedModel) -> str | None:
         return "a row has several answers"
     if ready.recipe.train.neftune_noise_alpha is not None:
         return "train.neftune_noise_alpha adds noise to the embeddings"
-    layers = lm_head.base(model).base_model.modules()
+    layers = base(model).base_model.modules()
     # dropout of attention probabilities is off already
     rates = {layer.p for layer in layers if isinstance(layer, nn.Dropout) and layer.p > 0}
     if rates:
@@ -278,7 +279,7 @@ def _key(ready: setup.Setup, built: setup.Built) -> str:
     """Hash everything that hidden states depend on, except the row."""
     path = built.fast_path.as_dict()
     facts = [
-        probe.fingerprint(Path(lm_head.base(built.model).name_or_path)), ready.precision.as_dict()["compute"],
+        record.fingerprint(Path(base(built.model).name_or_path)), ready.precision.as_dict()["compute"],
         ready.device.type, {name: path[name] for name in ("batches", "attention", "fused", "compiled")},
         {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     ]  # fmt: skip

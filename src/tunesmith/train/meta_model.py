@@ -11,9 +11,10 @@ from tunesmith.adaptations import Adaptation
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import torch_compile
+from tunesmith.models.find import record
 from tunesmith.models.find.locate import Folder
 from tunesmith.models.load import load, quantization, vocabulary
-from tunesmith.models.network import base
+from tunesmith.models.network import base, first_position
 from tunesmith.recipe import Recipe
 from tunesmith.train import optimizers
 
@@ -47,7 +48,7 @@ def build_outline(
 ) -> Outline:
     """Build the adapted network with this ``head`` on the meta device, and count. Raises RecipeError."""
     continued = recipe.adapter == "continue"
-    recorded = probe.read(folder.path).get("quantization") if continued else None
+    recorded = record.read(folder.path).get("quantization") if continued else None
     options = quantization.kwargs_from_record(recorded) if recorded else adaptation.load_kwargs()
     if continued:
         from peft import get_peft_model
@@ -83,5 +84,5 @@ def build_outline(
 
 def window_of(config: PretrainedConfig, virtual: int = 0) -> int | None:
     """Return the most tokens of a row behind ``virtual`` tokens; None when the config names no limit."""
-    taken = virtual + lm_head.first_position(config)
+    taken = virtual + first_position(config)
     return next((int(value) - taken for name in WINDOWS if (value := getattr(config, name, None))), None)

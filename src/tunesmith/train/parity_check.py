@@ -17,7 +17,7 @@ import torch
 from tunesmith.data.batch import preference_batch
 from tunesmith.data.batch.pack import Layout, to_device
 from tunesmith.models.fast import attention, varlen
-from tunesmith.models.heads import lm_head
+from tunesmith.models.network import base
 from tunesmith.objectives import Example, Objective
 from tunesmith.train import machine
 
@@ -75,7 +75,7 @@ class ParityCheck:
             with torch.enable_grad():
                 loss, _ = objective.loss(self.model, to_device(batch, self.device))
             if loss.requires_grad:  # not in evaluation, where the check compares the loss alone
-                (loss / total * LOSS_SCALE.get(dtype, 1.0)).backward()
+                (loss / total * LOSS_SCALE.get(dtype, 1.0)).backward()  # type: ignore[no-untyped-call]
             value += loss.item() / total
         gradients = []
         for parameter in self.model.parameters():
@@ -101,7 +101,7 @@ class ParityCheck:
 
     def why_not_packed(self, name: str, layout: Layout, longest: int) -> str | None:
         """Set the model's attention to ``name``; return why packing is not exact with it, or None."""
-        inner = lm_head.base(self.model)
+        inner = base(self.model)
         try:
             inner.set_attn_implementation(name)
             with torch.no_grad(), attention.watch() as calls:
@@ -156,7 +156,7 @@ def without_zeros(model: PreTrainedModel) -> Iterator[None]:
 def shorten(example: Example) -> Example:
     """Return the row's first tokens, supervised if none of them is; rows of task heads stay whole."""
     if "answers" in example:
-        return preference_batch.shortened(example, CHECK_TOKENS // 2, CHECK_TOKENS // 4)
+        return preference_batch.shorten(example, CHECK_TOKENS // 2, CHECK_TOKENS // 4)
     if "supervised" not in example:
         return example
     short = {name: np.array(values[:CHECK_TOKENS]) for name, values in example.items()}

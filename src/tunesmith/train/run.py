@@ -19,7 +19,7 @@ from tunesmith.report import run_page
 from tunesmith.runs import metrics_file
 from tunesmith.runs import run_folder as folder
 from tunesmith.runs.progress import Progress
-from tunesmith.runs.trackers import Trackers, require
+from tunesmith.runs.trackers import Trackers, describe_run, mute_trackers, require
 from tunesmith.train import (
     distributed,
     evaluation,
@@ -89,7 +89,10 @@ def train(
             raise RecipeError(f"{key}: expected a function, got {function!r}")
     # only the main process calls them; the other processes need to know whether there are any
     callbacks = Callbacks(on_log, on_eval, on_save)
-    with Progress(console if main else None) as progress, hushed(checked.train.report_to if main else []):
+    with (
+        Progress(console if main else None) as progress,
+        mute_trackers(checked.train.report_to if main else []),
+    ):
         with distributed.main_first() if checked.data.cache else nullcontext():
             ds_config = Path(deepspeed) if deepspeed else None
             ready = setup.read(checked, processes.device, progress.note, ds_config)
@@ -280,7 +283,7 @@ def _trackers(run: Run, resumed: bool) -> Trackers:
         return run.trackers
     records = metrics_file.read(run.metrics.path)
     created = run.folder.manifest()["created"]
-    about = subject(run.folder.path, created, run.setup.recipe.resolved(), records, resumed)
+    about = describe_run(run.folder.path, created, run.setup.recipe.resolved(), records, resumed)
     return Trackers(names, about, run.progress.note)
 
 

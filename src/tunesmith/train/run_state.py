@@ -14,6 +14,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import lora_factors
 from tunesmith.models.load import head_loading, probe
+from tunesmith.models.network import base
 from tunesmith.objectives import head_config
 from tunesmith.runs import metrics_file
 from tunesmith.runs import run_folder as folder
@@ -59,7 +60,7 @@ def save_model(run: Run) -> None:
     all_trained = all(parameter.requires_grad for parameter in run.model.parameters())
     weights = masters.whole()
     # a threshold that evaluation chose is part of the config
-    head_loading.apply_head_config(lm_head.base(run.model).config, head_config(run.setup.objective))
+    head_loading.apply_head_config(base(run.model).config, head_config(run.setup.objective))
     made_by = adapter_choice.recorded_adaptation(run.setup.recipe, run.setup.model_folder)
 
     def write(target: Path) -> None:

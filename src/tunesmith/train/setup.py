@@ -362,6 +362,6 @@ def _merged_base(setup: Setup, out: Path) -> Folder:
         def write(folder: Path) -> None:
             merge_adapter.write(merged, folder)
 
-        size = sum(p.numel() * p.element_size() for p in merged.plain.parameters())
+        size = sum(p.numel() * p.element_size() for p in merged.model.parameters())
         files.publish_folder(target, write, size)
     return locate(target, setup.model_folder.remote_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tunesmith.data.rows import Judged, Row
+from tunesmith.data.rows import Judged
 from tunesmith.errors import DataError
 
 LARGEST_RATIO = 4 / 3
@@ -58,7 +58,7 @@ class Balance:
         )
 
 
-def balance(rows: Iterable[Row]) -> Balance:
+def balance(rows: Iterable[object]) -> Balance:
     """Count the rows of each kind; rows that are not Judged are ignored."""
     labels = [row.desirable for row in rows if isinstance(row, Judged)]
     return Balance(labels.count(True), labels.count(False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tunesmith.models.network import has_attributes
 
@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def widths(layer: nn.Linear) -> tuple[int, int]:
+def widths(layer: nn.Module) -> tuple[int, int]:
     """Return (in, out) of a linear layer, also with a 4-bit weight; of an embedding (rows, out)."""
     if has_attributes(layer, "in_features"):
-        return layer.in_features, layer.out_features
-    return int(layer.weight.shape[0]), int(layer.weight.shape[1])
+        linear = cast("nn.Linear", layer)
+        return linear.in_features, linear.out_features
+    rows, width = cast("nn.Embedding", layer).weight.shape
+    return rows, width
 
 
 def stores_transposed(model: PreTrainedModel) -> bool:
