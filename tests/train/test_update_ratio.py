@@ -118,3 +118,23 @@ def test_the_sample_does_not_lie_in_one_column():
     """A fixed stride that divides the width would look at one feature of every row."""
     columns = torch.arange(576.0).expand(49_152, 576)
     assert len(set(update_ratio._sample(columns).tolist())) > 500
+
+
+def test_a_gradient_is_searched_until_it_is_found():
+    """A pass over the gradient of every weight in each of the first steps cost full fine-tuning 7% of its speed."""
+    searched = []
+
+    class Gradient(torch.Tensor):
+        def any(self):
+            searched.append(self.tag)
+            return torch.tensor(bool(self.sum()))
+
+    weights = {name: torch.ones(4) for name in ("at once", "later")}
+    found = UpdateRatio(weights)
+    for step in range(update_ratio.PATIENCE + 1):
+        for name, weight in weights.items():
+            weight.grad = torch.full((4,), float(step >= 2 or name == "at once")).as_subclass(Gradient)
+            weight.grad.tag = name
+        after(found, lambda: [weight.add_(1e-3) for weight in weights.values()])
+    assert searched == ["at once", "later", "later", "later"]
+    assert found.warning() is None

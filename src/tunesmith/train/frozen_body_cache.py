@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 FORWARD = (
     "train.frozen_body_cache", "data.store.cache", "data.batch.pack",
     "models.network", "models.heads.head_types", "models.adapters.adapter_types",
-    "models.heads.lm_head", "models.heads.task_heads", "models.heads.bidirectional_attention",
+    "models.heads.lm_head", "models.heads.task_heads", "models.fast.bidirectional_attention",
     "models.heads.noise", "models.load.load", "models.load.quantization", "models.load.dequantized_linear",
     "models.load.vocabulary", "models.adapters.virtual_tokens", "models.adapters.virtual_token_layout",
     "models.adapters.linear_layers", "models.fast.attention", "models.fast.segments", "models.fast.varlen",

@@ -42,7 +42,10 @@ class UpdateRatio:
         self._seen: torch.Tensor | None = None
         """bool (2, masters): an update has moved it; a gradient has reached it."""
         self._unmoved: list[str] = []
-        """Tensors whose sample no update has moved; known after ``PATIENCE`` updates."""
+        """Tensors whose sample no update has moved so far."""
+        self._unreached = list(masters)
+        """Tensors that no gradient has reached so far. The test costs a pass over the whole gradient, so each
+        tensor takes it only until it passes."""
         self._sample = torch.empty(0)
         self._recheck: dict[str, torch.Tensor] = {}
         self._recheck_moved: torch.Tensor | None = None
@@ -63,13 +66,15 @@ class UpdateRatio:
 
         They travel with the loss, in the one message of a step to the host.
         """
-        if not self._watched or self.updates != PATIENCE or self._seen is None:
+        if not self._watched or self.updates > PATIENCE or self._seen is None:
             return None
         return self._seen.flatten()
 
     def receive_flags(self, flags: list[float]) -> None:
-        moved = zip(self.masters, flags[: len(self.masters)], strict=True)
+        count = len(self.masters)
+        moved, reached = zip(self.masters, flags[:count]), zip(self.masters, flags[count:], strict=True)
         self._unmoved = [name for name, flag in moved if not flag]
+        self._unreached = [name for name, flag in reached if not flag]
 
     @torch.no_grad()
     def sample_before(self) -> None:
@@ -78,12 +83,12 @@ class UpdateRatio:
         if self._watched and self.updates <= PATIENCE:
             names = self._unmoved if self.updates == PATIENCE else []
             self._recheck = {name: _large_sample(self.masters[name]).clone() for name in names}
-            gradients = [master.grad for master in self.masters.values()]
-            missing = self._sample.new_ones((), dtype=torch.bool)  # no gradient tensor: nothing to report
-            reached = torch.stack([missing if grad is None else grad.any() for grad in gradients])
             if self._seen is None:
-                self._seen = torch.zeros(2, len(self.masters), dtype=torch.bool, device=reached.device)
-            self._seen[1] |= reached
+                self._seen = torch.zeros(2, len(self.masters), dtype=torch.bool, device=self._sample.device)
+            unreached = set(self._unreached)
+            for number, (name, master) in enumerate(self.masters.items()):
+                if name in unreached:  # without a gradient tensor there is nothing to report
+                    self._seen[1, number] |= True if master.grad is None else master.grad.any()
 
     @torch.no_grad()
     def compare_after(self, learning_rate: float) -> None:
