@@ -148,7 +148,9 @@ def _time_steps(job: Job) -> StepTiming:
         started = time.perf_counter()
         job.model.train()
         units = float(sum(job.objective.count(part.batch) for part in micro)) or 1.0
-        loss, _ = loop.accumulate(job, step, micro, units)
+        while isinstance(outcome := loop.accumulate(job, step, micro, units, job.update.backward), int):
+            micro = loop.halve(job, step, micro, outcome)
+        loss, _ = outcome
         machine.synchronize(job.device)
         between = time.perf_counter()
         job.update.norm(loss.double())
@@ -181,7 +183,7 @@ def _saving_seconds(job: Job, ready: setup.Setup, built: setup.Built) -> tuple[f
         folder, empty = RunFolder(Path(name)), metrics_file.Metrics(Path(name) / "metrics.jsonl")
         run = Run(
             ready, folder, built.model, job.update, built.fast_path, empty, empty, Progress(None), True,
-            Callbacks(),
+            Callbacks(), resumed=False,
         )  # fmt: skip
         started = time.perf_counter()
         run_state.save_model(run)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -24,7 +24,7 @@ from tunesmith.errors import Interrupted, NonFiniteError, OutOfMemoryError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads.noise import RowNoise
-from tunesmith.objectives import Metrics, Objective
+from tunesmith.objectives import Objective
 from tunesmith.train import distributed, machine, metric_sums
 from tunesmith.train.metric_sums import MetricSums
 from tunesmith.train.train_config import TrainConfig, due
@@ -97,7 +97,9 @@ def fit(job: Job, position: Progression) -> str | None:
             if (step := next(steps, None)) is None:
                 break
             before = position.step
-            record = _train_and_account(job, position, step, started)
+            job.update.skip(step.number - 1 - before)
+            record = train_step(job, step)
+            _account(job, position, step, record, time.perf_counter() - started)
             log_due, eval_due, save_due = _due(job, before, position.step)
             if position.step % TRIM_STEPS == 0:
                 kernels.return_freed_memory()
@@ -144,12 +146,11 @@ def _due(job: Job, before: int, now: int) -> list[bool]:
     ]
 
 
-def _train_and_account(job: Job, position: Progression, step: Step, started: float) -> dict[str, float]:
-    """Train ``step`` and add it, with the seconds since ``started``, to the open logging window."""
-    job.update.skip(step.number - 1 - position.step)
-    record = train_step(job, step)
+def _account(
+    job: Job, position: Progression, step: Step, record: Mapping[str, float], seconds: float
+) -> None:
+    """Add a step and its ``seconds`` to the position and to the open logging window."""
     position.step = step.number
-    seconds = time.perf_counter() - started
     job.seconds += seconds
     job.trained_tokens += int(record["tokens"])
     position.micro_batch_tokens = job.budget
@@ -159,7 +160,6 @@ def _train_and_account(job: Job, position: Progression, step: Step, started: flo
     for name in ("loss", "units", "tokens"):
         window[name] = window.get(name, 0.0) + record[name]
     window["seconds"] = window.get("seconds", 0.0) + seconds
-    return record
 
 
 def micro_batches(job: Job, step: Step) -> list[Micro]:
@@ -183,7 +183,15 @@ def train_step(job: Job, step: Step) -> dict[str, float]:
     tokens = sum(sum(part.lengths) for part in busy)
     total, all_tokens = distributed.add(float(units), float(tokens))
     before = job.budget
-    process_loss, sums = accumulate(job, step, micro, total)
+    while isinstance(outcome := accumulate(job, step, micro, total, job.update.backward), int):
+        if job.update.masters.in_step:
+            raise OutOfMemoryError(
+                f"step {step.number}: a micro-batch of {micro[outcome].tokens} tokens needs more memory than is left. "
+                "With DeepSpeed the loop cannot halve it, because the other processes wait for it.\n"
+                f"  Set train.micro_batch_tokens below {job.budget}, then continue with --resume."
+            )
+        micro = halve(job, step, micro, outcome)
+    process_loss, sums = outcome
     if job.budget < before:
         job.log({"kind": "memory", "step": step.number, "micro_batch_tokens": job.budget, "before": before})
     loss_sum, norm = job.update.norm(job.sums.add(process_loss, sums))
@@ -201,42 +209,19 @@ Sums = tuple[torch.Tensor, dict[str, torch.Tensor]]
 Backward = Callable[[torch.Tensor, bool], None]
 
 
-def accumulate(
-    job: Job, step: Step, micro: list[Micro], total: float, backward: Backward | None = None
-) -> Sums:
+def accumulate(job: Job, step: Step, micro: list[Micro], total: float, backward: Backward) -> Sums | int:
     """Run forward and backward of every micro-batch of this process, each loss divided by ``total``.
 
-    ``backward``: default ``job.update.backward``. When a micro-batch does not fit into memory, it is halved,
-    the step starts again with the same result, and later micro-batches stay as small. Raises OutOfMemoryError
-    when a single row does not fit, or when other processes wait for this backward.
-    """
-    while isinstance(
-        outcome := _try_to_accumulate(job, step, micro, total, backward or job.update.backward), int
-    ):
-        if backward is None and job.update.masters.in_step:
-            raise OutOfMemoryError(
-                f"step {step.number}: a micro-batch of {micro[outcome].tokens} tokens needs more memory than is left. "
-                "With DeepSpeed the loop cannot halve it, because the other processes wait for it.\n"
-                f"  Set train.micro_batch_tokens below {job.budget}, then continue with --resume."
-            )
-        job.update.clear_gradients()
-        machine.release_memory(job.device)
-        micro = _halve(job, step, micro, outcome)
-    return outcome
-
-
-def _try_to_accumulate(
-    job: Job, step: Step, micro: list[Micro], total: float, backward: Backward
-) -> Sums | int:
-    """Return the sums, or the number of the micro-batch that did not fit.
-
-    It is returned, not raised, because a traceback keeps tensors alive.
+    Returns the sums, or the number of the micro-batch that did not fit into memory: returned, not raised,
+    because a traceback keeps tensors alive. ``halve`` makes the micro-batches of the next attempt, which has
+    the same result.
     """
     losses: list[torch.Tensor] = []
     sums: dict[str, torch.Tensor] = {}
     for number, part in enumerate(micro):
         try:
-            loss, metrics = _loss(job, step, part)
+            _set_noise(job, step, part)
+            loss, metrics = job.objective.loss(job.model, to_device(part.batch, job.device))
             backward(loss * 0.0 if part.idle else loss / total, number + 1 == len(micro))
         except (RuntimeError, MemoryError) as error:
             if not machine.is_out_of_memory(error):
@@ -251,15 +236,19 @@ def _try_to_accumulate(
     return sum(losses, torch.zeros((), device=job.device)), sums
 
 
-def _loss(job: Job, step: Step, micro: Micro) -> tuple[torch.Tensor, Metrics]:
+def _set_noise(job: Job, step: Step, micro: Micro) -> None:
     if job.noise is not None:
         job.noise.step, job.noise.rows, job.noise.lengths = step.number, micro.places, micro.lengths
         job.noise.packed = job.layout.packed
-    return job.objective.loss(job.model, to_device(micro.batch, job.device))
 
 
-def _halve(job: Job, step: Step, micro: list[Micro], number: int) -> list[Micro]:
-    """Return the micro-batches with number ``number`` in two; lower ``job.budget`` to the larger half."""
+def halve(job: Job, step: Step, micro: list[Micro], number: int) -> list[Micro]:
+    """Drop the step's gradients and return its micro-batches with number ``number`` in two.
+
+    Lowers ``job.budget`` to the larger half. Raises OutOfMemoryError when the micro-batch is a single row.
+    """
+    job.update.clear_gradients()
+    machine.release_memory(job.device)
     places = micro[number].places
     if len(places) == 1:
         raise OutOfMemoryError(
@@ -278,7 +267,9 @@ def rehearse(job: Job, step: Step, places: list[int]) -> None:
     """Run forward and backward of one micro-batch and discard its gradients, to see whether it fits."""
     job.model.train()
     with machine.fork_rng(job.device):
-        accumulate(job, step, [step.micro(places, job.layout)], 1.0, job.update.rehearse)
+        micro = [step.micro(places, job.layout)]
+        while isinstance(outcome := accumulate(job, step, micro, 1.0, job.update.rehearse), int):
+            micro = halve(job, step, micro, outcome)
     job.update.clear_gradients()
 
 
@@ -288,7 +279,9 @@ def _raise_non_finite(job: Job, step: Step, loss: float, norm: float) -> None:
     rows = []
     with torch.no_grad():
         for place in range(len(step)):
-            row_loss, _ = _loss(job, step, step.micro([place], job.layout))
+            row = step.micro([place], job.layout)
+            _set_noise(job, step, row)
+            row_loss, _ = job.objective.loss(job.model, to_device(row.batch, job.device))
             if not math.isfinite(float(row_loss)):
                 rows.append(place)
     names = step.names(rows or None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,7 +98,19 @@ def train(
             ready = setup.read(checked, processes.device, progress.note, ds_config)
         run_folder = folder.take(target, checked.resolved()) if main else folder.RunFolder(target)
         try:
-            return _run(ready, run_folder, progress, main, callbacks, changed_keys)
+            memory_before_model = machine.peak_memory_bytes()
+            memory_budget.check_weights(ready, memory_budget.limit_bytes(ready.device))
+            run, built = _open(ready, run_folder, progress, callbacks)
+            position = run_state.restore(run)
+            if position.step >= ready.source.plan.steps and (result := run_folder.manifest().get("result")):
+                progress.note(
+                    "the run is finished already: there are no steps left to train, and its files stay unchanged"
+                )
+                return result if main else {}
+            job = _prepare(run, built, position, changed_keys)
+            with _recorded_failure(run):
+                stopped = _stop_at_start(run, job, position) or loop.fit(job, position)
+            return _finish(run, job, position, memory_before_model, stopped)
         finally:
             run_folder.close()
 
@@ -167,35 +179,30 @@ def _resolve(recipe: Recipe | JsonObject | str | Path, overrides: Sequence[str])
     return checked.model_copy(update={"train": checked.train.model_copy(update={"learning_rate": default})})
 
 
-def _run(
-    ready: setup.Setup,
-    run_folder: folder.RunFolder,
-    progress: Progress,
-    main: bool,
-    callbacks: Callbacks,
-    changed_keys: Sequence[str],
-) -> JsonObject:
-    """Train and return the result. ``changed_keys``: recipe keys that differ from those the run started
-    with."""
-    memory_before_model = machine.peak_memory_bytes()
-    memory_budget.check_weights(ready, memory_budget.limit_bytes(ready.device))
+def _open(
+    ready: setup.Setup, run_folder: folder.RunFolder, progress: Progress, callbacks: Callbacks
+) -> tuple[Run, setup.Built]:
+    """Load the model and open the run's files."""
     built = setup.build(ready, run_folder.path)
+    main = distributed.state().is_main_process
     metrics, answers = (_records(run_folder, name, main) for name in ("metrics.jsonl", "samples.jsonl"))
     run = Run(
         ready, run_folder, built.model, built.update, built.fast_path, metrics, answers, progress, main,
-        callbacks,
+        callbacks, resumed=run_folder.manifest() != {},
     )  # fmt: skip
     if main and ready.objective.traits.head == "lm":
         run.prompts = samples.prompts(ready.recipe.samples, ready.data.eval, ready.tokenizer)
     for line in [*built.notes, outcome.parameters_line(ready), outcome.precision_line(ready)]:
         progress.note(line)
-    resumed = run_folder.manifest() != {}
-    position = run_state.restore(run)
-    if position.step >= ready.source.plan.steps and (result := run_folder.manifest().get("result")):
-        progress.note(
-            "the run is finished already: there are no steps left to train, and its files stay unchanged"
-        )
-        return result if main else {}
+    return run, built
+
+
+def _prepare(run: Run, built: setup.Built, position: Progression, changed_keys: Sequence[str]) -> Job:
+    """Make the loop's job: micro-batches that fit into memory, the reference, trackers.
+
+    ``changed_keys``: recipe keys that differ from those the run started with.
+    """
+    ready, progress = run.setup, run.progress
     if changed_keys:
         progress.note(f"changed since the run was started, with the same result: {', '.join(changed_keys)}")
     if "train.micro_batch_tokens" in changed_keys:
@@ -204,18 +211,24 @@ def _run(
     job = _job(run, built, position)
     ready.session.append = job.log
     reference_seconds = _rehearse(run, job, position)
-    if main:
+    if run.main:
         outcome.record_start(run, job.budget)
         if reference_seconds:
-            run_folder.record(reference_seconds=reference_seconds)
-        run.trackers = _trackers(run, resumed)
+            run.folder.record(reference_seconds=reference_seconds)
+        run.trackers = _trackers(run)
     progress.start(position.step, ready.source.plan.steps)
-    stopped = _fit(run, job, position)
-    if ready.data.eval is None or position.best_step is None:
+    return job
+
+
+def _finish(
+    run: Run, job: Job, position: Progression, memory_before_model: int, stopped: str | None
+) -> JsonObject:
+    """Save the model unless an evaluation did, write the report, and return the result."""
+    if run.setup.data.eval is None or position.best_step is None:
         run_state.save_model(run)
-    progress.stop()
-    result = outcome.finish(run, position, job, memory_before_model, stopped) if main else {}
-    callbacks.raise_failure()
+    run.progress.stop()
+    result = outcome.finish(run, position, job, memory_before_model, stopped) if run.main else {}
+    run.callbacks.raise_failure()
     return result
 
 
@@ -254,16 +267,22 @@ def _rehearse(run: Run, job: Job, position: Progression) -> float:
     return seconds
 
 
-def _fit(run: Run, job: Job, position: Progression) -> str | None:
-    """Evaluate step 0 of a new run, then train. Returns why the run stopped early, or None."""
-    ending = None
+def _stop_at_start(run: Run, job: Job, position: Progression) -> str | None:
+    """Evaluate step 0 of a new run. Returns why a callback ends the run there, or None."""
+    if position.step:
+        return None
+    _evaluate(run, position, job.budget)
+    ending, failure = distributed.broadcast(run.callbacks.stop_requests())
+    if failure:
+        raise Interrupted(f"stopped by {failure} before the first step")
+    return ending
+
+
+@contextmanager
+def _recorded_failure(run: Run) -> Iterator[None]:
+    """Write what stopped the run into its manifest and report."""
     try:
-        if position.step == 0:
-            _evaluate(run, position, job.budget)
-            ending, failure = distributed.broadcast(run.callbacks.stop_requests())
-            if failure:
-                raise Interrupted(f"stopped by {failure} before the first step")
-        return ending or loop.fit(job, position)
+        yield
     except TunesmithError as error:
         run.trackers.close()
         if run.main:
@@ -277,13 +296,13 @@ def _fit(run: Run, job: Job, position: Progression) -> str | None:
         run.trackers.close()
 
 
-def _trackers(run: Run, resumed: bool) -> Trackers:
+def _trackers(run: Run) -> Trackers:
     names = run.setup.recipe.train.report_to
     if not names:
         return run.trackers
     records = metrics_file.read(run.metrics.path)
     created = run.folder.manifest()["created"]
-    about = describe_run(run.folder.path, created, run.setup.recipe.resolved(), records, resumed)
+    about = describe_run(run.folder.path, created, run.setup.recipe.resolved(), records, run.resumed)
     return Trackers(names, about, run.progress.note)
 
 

@@ -46,6 +46,7 @@ class Run:
     progress: Progress
     main: bool
     callbacks: Callbacks
+    resumed: bool
     prompts: list[samples.Prompt] = field(default_factory=list)
     """Sample prompts, answered at every evaluation."""
     trackers: Trackers = field(default_factory=Trackers)
