@@ -138,7 +138,7 @@ def test_the_tour_can_be_taken(tour, monkeypatch, capsys):
     # tests/train/test_launch.py starts real processes; here the command that each of them gets runs in this one.
     launcher = importlib.import_module("tunesmith.train.launch")
     monkeypatch.setattr(launcher, "launch", lambda processes, arguments: program.main(arguments))
-    monkeypatch.setattr(importlib.import_module("tunesmith.train.forecast"), "STEPPING", 0.0)  # the fewest steps
+    monkeypatch.setattr(importlib.import_module("tunesmith.train.forecast"), "MAX_SECONDS", 0.0)  # the fewest steps
     for words in commands(tour):
         if words[:2] == ["models", "pull"]:  # needs the network; the fixture installed the model
             continue

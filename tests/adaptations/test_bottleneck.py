@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
+from tests import processes
 from tests.numeric.test_parity import CPU, PACKS, examples, plain_loss_and_gradients, take_gradients
 from tests.runs import apart, history, killed_before, model_folder, recipe, rows, weights
 from tests.tiny import TINY, tiny_model, tiny_tokenizer
@@ -196,7 +196,7 @@ for folder in sys.argv[1:]:
 
 def fresh(folders: list[Path]) -> list[dict[str, Any]]:
     """The last logits and a generation of each model folder, by plain peft in one new process."""
-    done = subprocess.run([sys.executable, "-c", FRESH, *map(str, folders)], capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", FRESH, *map(str, folders)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()[-len(folders) :]]
 

@@ -1,7 +1,6 @@
 """features: what is trained is trained, nothing below it costs anything, and the saved folder is the base but for that."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
+from tests import processes
 from tests.numeric.test_parity import CPU, PACKS, examples, take_gradients
 from tests.runs import apart, history, killed_before, model_folder, recipe, weights
 from tests.tiny import TINY, tiny_config, tiny_model, tiny_tokenizer
@@ -259,7 +259,7 @@ def test_a_tied_output_layer_is_trained_apart_and_a_fresh_process_sees_the_same(
     for name in ("gpt2", "gemma3"):
         made = recipe(tmp_path, name, "sft", {"type": "features", "target_modules": ["lm_head"]})
         folder = tunesmith.train(made, out=tmp_path / name)["model_dir"]
-        with fast_path.plain_attention(built[-1].model, built[-1].route), torch.no_grad():
+        with fast_path.plain_attention(built[-1].model, built[-1].fast_path), torch.no_grad():
             expected[folder] = built[-1].model(input_ids=ids).logits
         config = json.loads((tmp_path / name / "model" / "config.json").read_text())
         assert config["tie_word_embeddings"] is False and config["dtype"] == "float32"
@@ -271,7 +271,7 @@ def test_a_tied_output_layer_is_trained_apart_and_a_fresh_process_sees_the_same(
         assert after.get_input_embeddings().weight.equal(base.get_input_embeddings().weight)
         assert not after.get_output_embeddings().weight.equal(base.get_output_embeddings().weight)
     command = [sys.executable, "-c", FRESH, str(tmp_path / "logits.safetensors"), *expected]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = processes.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for folder, logits in load_file(tmp_path / "logits.safetensors").items():
         assert float((logits - expected[folder]).abs().max()) <= 1e-5 * float(expected[folder].abs().max()), folder

@@ -1,13 +1,13 @@
 """QLoRA: LoRA beside a base of 4 or 8 bits, equal to peft's own on that base, whose bits never change and are made again on loading."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import tunesmith
+from tests import processes
 from tests.numeric.test_parity import examples, plain_loss_and_gradients, take_gradients, with_gradients_everywhere
 from tests.runs import apart, history, killed_before, model_folder, recipe, weights
 from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
@@ -167,7 +167,7 @@ def test_a_fresh_process_finds_the_same_answers(tmp_path):
         "import sys; from tunesmith.models.load import load, probe\n"
         "model, tokenizer = load.load(sys.argv[1]); print(probe.verify_probe(load.locate(sys.argv[1]).path, model, tokenizer))"
     )
-    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout) < 1e-5, done.stderr
     kept = json.loads((tmp_path / "run" / "model" / "tunesmith.json").read_text())["quantization"]
     assert kept == {

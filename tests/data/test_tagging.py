@@ -176,7 +176,7 @@ def test_label_all_goes_on_inside_a_word():
         first = [name for name, word in zip(names, made["words"]) if word == 0]
         assert len(first) > 1 and first.pop(speaks) == "B-LOC" and set(first) == {"I-LOC"}
         assert {name for name, word in zip(names, made["words"]) if word == 1} == {"I-PER"}
-        read = made["target"][tagging.chosen(made["words"], causal=speaks == -1)]
+        read = made["target"][tagging.representing_tokens(made["words"], causal=speaks == -1)]
         assert read.tolist() == [objective_of(kind).labels.index(name) for name in row.tags]
 
 

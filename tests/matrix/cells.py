@@ -98,7 +98,7 @@ def why_not(cell: Cell) -> str | None:
     if cell.adaptation == "prefix":
         return "prefix tuning is not available"
     if cell.adaptation == "prompt" and kind == "score":
-        return "would be one of them"
+        return "would be a virtual token"
     return "is an encoder" if cell.objective == "reward" else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tunesmith
+from tests import processes
 from tests.models.adapters import base_and_adapter, save_adapter
 from tests.runs import recipe
 from tests.tiny import save_tiny, tiny_model
@@ -50,7 +50,7 @@ print(json.dumps(made))
 def fresh(*folders: Path) -> dict[str, Any]:
     """Open the folders in a process that knows nothing of tunesmith."""
     command = [sys.executable, "-c", FRESH, json.dumps(IDS), *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = processes.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -184,7 +184,7 @@ def test_a_merge_that_changes_answers_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: tuple[Path, Path]
 ) -> None:
     base, adapter = llama
-    monkeypatch.setattr(merge_adapter.load, "merged", lambda model: load_model(locate(base)))
+    monkeypatch.setattr(merge_adapter.load, "merge_into_base", lambda model: load_model(locate(base)))
     with pytest.raises(ModelError, match="would change its answers"):
         merge_adapter.merge(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

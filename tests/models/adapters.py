@@ -12,13 +12,18 @@ from tunesmith.models.load.load import Folder, load_model, load_tokenizer
 from tunesmith.models.load.probe import write_probe
 
 
-def save_adapter(base: Path, folder: Path, seed: int = 1, config: Any = None, **lora: Any) -> Any:
-    """Save a peft model with random trained values, its tokenizer and probe. ``config``: peft's; default a LoRA of all layers."""
+def save_adapter(
+    base: Path, folder: Path, seed: int = 1, config: Any = None, load_kwargs: dict[str, Any] | None = None, **lora: Any
+) -> Any:
+    """Save a peft model with random trained values, its tokenizer and probe.
+
+    ``config``: peft's; default a LoRA of all layers. ``load_kwargs``: of ``load_model``, such as those that quantise the base.
+    """
     from peft import LoraConfig, get_peft_model
 
     source = Folder(base.resolve(), "full")
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
-    model = get_peft_model(load_model(source), config or LoraConfig(**options)).eval()
+    model = get_peft_model(load_model(source, **(load_kwargs or {})), config or LoraConfig(**options)).eval()
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

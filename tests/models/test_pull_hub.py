@@ -95,7 +95,7 @@ def test_a_file_of_another_hash_than_listed_is_refused(hub):
 
 
 def test_a_damaged_partial_file_is_found_and_the_next_pull_starts_again(hub, files):
-    room = model_store.partial("some/model", "a" * 40, 1)
+    room = local_store.partial(model_store.folder_of("some/model"), "a" * 40, 1)
     (room / f"{WEIGHTS}.part").write_bytes(b"not the beginning")
     assert "sha256" in refusal()
     path, _ = pull()

@@ -102,7 +102,7 @@ def test_lora_compiled_and_recomputed_is_the_same_function_for_every_packing(cho
     with fast_path.plain_attention(model, chosen):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
     assert graphs() == so_far, "generation was compiled"
-    chosen.leave(model)
+    chosen.disable(model)
     assert not any(layer._compiled_call_impl for layer in torch_compile.layers(model))
 
 

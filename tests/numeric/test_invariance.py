@@ -55,7 +55,7 @@ def built(made, folder, packing):
     network = setup.build(ready, folder)
     return ready, loop.Job(
         model=network.model, objective=ready.objective, update=network.update, source=ready.source, config=ready.recipe.train,
-        layout=network.route.layout, budget=WHOLE, device=ready.device, noise=network.noise,
+        layout=network.fast_path.layout, budget=WHOLE, device=ready.device, noise=network.noise,
         log=lambda record: None, evaluate=lambda at: None, save=lambda at: None,
     )  # fmt: skip
 

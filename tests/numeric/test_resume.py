@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -13,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import tunesmith
+from tests import processes
 from tests.numeric.test_invariance import OTHERS
 from tests.runs import apart, history, killed_before, model_folder, recipe, weights
 from tunesmith.errors import Interrupted, RecipeError
@@ -105,7 +105,7 @@ tunesmith.train(recipe, out=out, resume=os.path.exists(os.path.join(out, "recipe
 
 
 def start(made, out):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(made), str(out)], stderr=subprocess.PIPE, text=True)
+    return processes.start([sys.executable, "-c", SCRIPT, json.dumps(made), str(out)])
 
 
 def wait_for_records(run, count, process):
@@ -123,9 +123,9 @@ def test_kill_nine_of_a_real_process(tmp_path):
         process = start(made, run)
         wait_for_records(run, records, process)
         process.kill()
-        process.communicate()
+        process.wait()
     process = start(made, run)
-    assert process.wait() == 0, process.stderr.read()
+    assert process.wait() == 0, process.output()[1]
     assert history(run) == history(straight)
     assert same_checkpoint(run / "checkpoints" / "step-30", straight / "checkpoints" / "step-30")
 

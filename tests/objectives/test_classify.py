@@ -255,9 +255,9 @@ def test_labels_that_look_almost_like_numbers_are_names(name):
 
 
 SAID = {
-    "fractions": ([0.5, 1, 2.25], ["from 0.5 to 2.25, which are predicted as such"]),
-    "fractions of a csv": (["0.50", "1", "2.25"], ["3 numbers (from 0.5 to 2.25), taken as names"]),
-    "whole": (["0", "10", "2"], ["3 whole numbers (from 0 to 10), taken as names"]),
+    "fractions": ([0.5, 1, 2.25], ["numbers from 0.5 to 2.25: regression targets"]),
+    "fractions of a csv": (["0.50", "1", "2.25"], ["3 numbers (from 0.5 to 2.25): class names"]),
+    "whole": (["0", "10", "2"], ["3 whole numbers (from 0 to 10): class names"]),
     "case": (["pos", "Pos", "neg"], ["'Pos' and 'pos' look the same but are different classes"]),
     "forms": (["caf\u00e9", "cafe\u0301", "a\u00a0b", "a b"], [r"'a b' and 'a\xa0b'", r"'cafe\u0301' and 'caf\xe9'"]),
     "invisible": (["pos", "pos\u200b"], [r"'pos' and 'pos\u200b'"]),

@@ -63,7 +63,7 @@ class Run:
         data = found.train.attach(known.attach)
         self.step = Step(1, data, np.arange(len(data)), self.objective.collate)
         self.session = RunSession(None, torch.device("cpu"), 0, None, self.before, SimpleNamespace(layout=layout), budget)
-        references.take(known, self.objective, self.session, [self.step], lambda line: None)
+        references.compute(known, self.objective, self.session, [self.step], lambda line: None)
         self.session.model = self.policy
 
     def baseline(self):

@@ -168,7 +168,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
         run["data"] |= {"train": [{"path": str(rows)}], "eval": {"path": str(rows)}}
         tunesmith.train(run, out=tmp_path / what)
         runs[what] = (run, tmp_path / f"{what}-in-two")
-    in_two_processes(list(runs.values()), tmp_path)
+    in_two_processes(list(runs.values()))
     for what, (_, both) in runs.items():
         same_run(tmp_path / what, both)
 

@@ -12,7 +12,7 @@ from tests.planted.run import ROOT, SOURCE, Caught, arguments, main, plant
 def test_a_fault_changes_one_place_of_the_source(fault):
     text = (SOURCE / "tunesmith" / fault.file).read_text(encoding="utf-8")
     assert text.count(fault.old) == 1
-    assert fault.new != fault.old and fault.claim[0].islower()
+    assert fault.new != fault.old
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

@@ -120,6 +120,7 @@ def assert_readable(figure):
         assert not box.overlaps(axes.get_window_extent())
 
 
+@pytest.mark.draws
 def test_the_pictures_can_be_read(figure):
     steps = [*EVALS, {"kind": "train", "step": 1, "loss": 3.0}, {"kind": "train", "step": 2, "loss": 2.0}]
     kept = [replace(of_recipe(name, files=(name * 99,)), records=steps) for name in "abcde"]
@@ -130,6 +131,7 @@ def test_the_pictures_can_be_read(figure):
     assert len(figure) == 2
 
 
+@pytest.mark.draws
 def test_a_run_with_evaluations_alone_is_in_the_legend(figure):
     charts.png(charts.compare(compare.losses([replace(of_recipe(name), records=EVALS) for name in "ab"])))
     assert [text.get_text() for text in figure[0].legends[0].get_texts()] == ["a", "b"]

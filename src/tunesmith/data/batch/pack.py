@@ -24,7 +24,7 @@ Batch: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """How examples become a batch: ``packed`` into one sequence, or padded on the right. ``shared``: a packed
+    """Layout of a batch: ``packed`` into one sequence, or padded on the right. ``shared``: a packed
     batch holds a prompt with several responses once (``data.batch.shared_prompts``)."""
 
     packed: bool
