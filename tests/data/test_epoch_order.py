@@ -43,6 +43,11 @@ def test_epochs_and_seeds_differ_and_lengths_do_not():
     assert len(set(drawn)) == 4 and all(len(part) == 20 for part in drawn)
 
 
+def test_each_epoch_shuffles_anew():
+    source = np.zeros(40, np.int64)
+    assert len({epoch_order(source, np.ones(1), 0, epoch).tobytes() for epoch in range(5)}) == 5
+
+
 def test_in_order_means_in_order():
     source = np.array([0, 0, 1])
     assert epoch_order(source, np.ones(2), 0, 3, shuffle=False).tolist() == [0, 1, 2]

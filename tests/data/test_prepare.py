@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import tiny_tokenizer
+from tests.tiny import CHATML, tiny_tokenizer
 from tunesmith.data.data_config import DataConfig
 from tunesmith.data.encode import conversations
 from tunesmith.data.rows import Chat, PromptCompletion, Text
@@ -246,12 +246,16 @@ def changed_byte(path):
     path.write_text(path.read_text().replace("Question 7?", "Question 7!"))
 
 
+def with_template(template):
+    """The tokenizer of the other runs but for the template: the same vocabulary, the same special tokens."""
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 CHANGES = {
     "a byte": (changed_byte, {}),
-    "the template": (
-        lambda path: None,
-        {"tokenizer": tiny_tokenizer("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")},
-    ),
+    "the template": (lambda path: None, {"tokenizer": with_template("{{ messages[0].content }}" + CHATML)}),
     "an option": (lambda path: None, {"objective": Language(train_on="all")}),
     "the limit": (lambda path: None, {"train": [{"path": "", "limit": 39}]}),
 }

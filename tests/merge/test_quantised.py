@@ -64,14 +64,14 @@ def test_the_adapter_of_a_run_is_merged_like_any_other(keys, tmp_path):
 def test_the_unquantised_base_is_flagged(quant_type, tmp_path, monkeypatch):
     """The naive merge onto the numbers that were quantised is another model."""
     adapter = saved(tmp_path, quant_type=quant_type)
-    monkeypatch.setattr(load.quantization, "write_values", lambda plain, base: None)
+    monkeypatch.setattr(load.quantization, "write_dequantized", lambda plain, base: None)
     with pytest.raises(ModelError, match=r"would change its answers: a logit differs by .* and KL\(adapter \|\| merged\) is"):
         merge_adapter.merge(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_divergence_alone_is_flagged(shelf, tmp_path, monkeypatch):
-    monkeypatch.setattr(load.quantization, "write_values", lambda plain, base: None)
+    monkeypatch.setattr(load.quantization, "write_dequantized", lambda plain, base: None)
     monkeypatch.setattr(merge_adapter, "LARGEST_DIFFERENCE", 1e9)
     with pytest.raises(ModelError, match="would change its answers"):
         merge_adapter.merge(shelf / "a", tmp_path / "out")
@@ -79,7 +79,7 @@ def test_divergence_alone_is_flagged(shelf, tmp_path, monkeypatch):
 
 def test_nothing_is_folded_into_bits(shelf):
     model, _ = tunesmith.load(shelf / "a")
-    with pytest.raises(UserError, match="cannot be folded into 4 or 8 bits"):
+    with pytest.raises(UserError, match="cannot be merged into 4 or 8 bits"):
         load.merge_into_base(model)
 
 

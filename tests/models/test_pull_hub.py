@@ -8,7 +8,7 @@ from tests.fake_hub import FakeHub
 from tests.tiny import save_tiny
 from tunesmith.cli.main import main
 from tunesmith.errors import ModelError
-from tunesmith.hub import ask
+from tunesmith.hub import ask, local_store
 from tunesmith.models.find import catalog, model_store
 from tunesmith.models.find import pull as pulling
 from tunesmith.models.find.locate import locate

@@ -220,7 +220,7 @@ class TaskHead(Objective):
         self.causal = False
         """The bound network is a decoder."""
         self.saved: JsonObject = {}
-        """What an earlier training wrote about its head into the config of the bound model."""
+        """Settings that an earlier training wrote about its head into the config of the bound model."""
         self.has_head = False
         """The bound model has a trained head for this objective."""
         self.restored = False

@@ -222,7 +222,7 @@ class Objective(objectives.TaskHead):
         return loss | {f"eval_{name}": details[name] for name in names}
 
     def choose_threshold(self, records: Sequence[JsonObject]) -> None:
-        """Where questions may have no answer: choose the threshold with the highest F1."""
+        """Choose the threshold with the highest F1, if questions may have no answer."""
         known = [
             answer
             for answer in self.answers(records)

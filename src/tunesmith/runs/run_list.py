@@ -32,7 +32,7 @@ class StoredRun:
     manifest: JsonObject
     records: list[JsonObject]
     problem: str | None = None
-    """Which of its files cannot be read, where, and what to do; None if all can."""
+    """The file that cannot be read, the place in it, and what to do; None if all can be read."""
 
     @property
     def state(self) -> str:

@@ -48,9 +48,9 @@ class FastPath:
     packed_attention: str = "segments"
     """The attention of packed batches: ``varlen`` or ``segments``."""
     recomputed: bool = False
-    """Whether the backward pass computes decoder layers again."""
+    """True when the backward pass computes decoder layers again."""
     compiled: bool = False
-    """Whether torch.compile has compiled the decoder layers."""
+    """True when torch.compile has compiled the decoder layers."""
 
     @property
     def packed(self) -> bool:

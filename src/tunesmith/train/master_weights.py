@@ -29,7 +29,7 @@ class TrainedWeights(Protocol):
     share: float
     """The part of the optimiser's state that this process keeps."""
     in_step: bool
-    """Whether backward is a collective, which all processes must call equally often."""
+    """True where backward is a collective, which all processes must call equally often."""
 
     @property
     def size(self) -> int:

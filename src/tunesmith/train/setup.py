@@ -58,7 +58,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Choices:
-    """What the recipe and the machine decide before any file is read."""
+    """Decisions of the recipe and the machine before any file is read."""
 
     recipe: Recipe
     objective: Objective

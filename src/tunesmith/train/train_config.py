@@ -18,7 +18,7 @@ class Strict(BaseModel):
 
 
 class TrainConfig(Strict):
-    """How the loop runs. ``*_steps`` take a number, a share of the run below 1, or ``epoch``."""
+    """Settings of the training loop. ``*_steps`` take a number, a share of the run below 1, or ``epoch``."""
 
     learning_rate: float | None = Field(
         None, gt=0, description="default: the adaptation's own (LoRA 2e-4, full 2e-5)"

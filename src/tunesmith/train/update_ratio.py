@@ -38,7 +38,7 @@ class UpdateRatio:
         self.sharded = sharded
         self.updates = 0
         self._watched = not sharded
-        """Whether the first updates record which tensors move and which have a gradient."""
+        """True while the first updates record which tensors move and which have a gradient."""
         self._seen: torch.Tensor | None = None
         """bool (2, masters): an update has moved it; a gradient has reached it."""
         self._unmoved: list[str] = []

@@ -75,7 +75,7 @@ def _responses(examples: Sequence[Example]) -> list[tuple[Example, slice]]:
 
 
 def _comparisons(examples: Sequence[Example]) -> Batch:
-    """Which responses are compared.
+    """The pairs of responses that are compared.
 
     pairs (n, 2): the better and the worse response; margins, weights (n,): the weights of a row's pairs sum
     to 1 (Ouyang et al. 2022, equation 1); ``of`` (n,): index into ``rows`` of each pair; ``rows``: see

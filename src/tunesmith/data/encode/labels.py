@@ -114,7 +114,7 @@ def similar_names(names: Iterable[str]) -> list[list[str]]:
 
 
 def numeric_label_notes(problem: str, found: Survey) -> list[str]:
-    """What was assumed of numeric labels, which may be classes or regression targets."""
+    """Report the assumption made about numeric labels, which may be classes or regression targets."""
     names = list(found.counts)
     numbers = [number for name in names if (number := as_number(name)) is not None]
     if problem == MULTI or not numbers or len(numbers) < len(names):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 TEMPLATE = "{question}\n\n{context}"
-"""How both become one text. No byte-level vocabulary has a token of a line break and a letter next to it."""
+"""Template that makes one text of both. No byte-level vocabulary has a token of a line break and a letter next to it."""
 
 FEWEST_CONTEXT_TOKENS = 8  # tokens of context that must have room next to the question, unless all of them do
 

@@ -1,4 +1,4 @@
-"""Where the assistant's turns are in a rendered conversation, whatever the template.
+"""Locate the assistant's turns in a rendered conversation, whatever the template.
 
 A turn begins where the template's own generation prompt ends, and ends with the token that stops it. Both are
 found by rendering parts of the conversation. Where a template rewrites earlier turns (it strips reasoning,
@@ -84,7 +84,7 @@ def _prompt_length(render: Renderer, row: Chat, turn: int, full: str, shared: in
 
 
 def _content_end(full: str, start: int, shared: int, core: str) -> int | None:
-    """Where the content ends; None if it is not there, or there more than once."""
+    """Return where the content ends; None if it is not there, or there more than once."""
     begin = start
     while begin < len(full) and full[begin].isspace():
         begin += 1

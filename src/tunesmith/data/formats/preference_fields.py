@@ -47,7 +47,7 @@ BEFORE_ANSWER = ("user", "tool", "ipython", "document")
 
 DIALOGUE = re.compile(r"\s*Human:")
 SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-"""How the dialogues of hh-rlhf (Bai et al. 2022, arXiv:2204.05862) mark the speaker."""
+"""Marks of the speaker in the dialogues of hh-rlhf (Bai et al. 2022, arXiv:2204.05862)."""
 
 ANSWER_KEYS = ("answer", "response", "completion", "text")
 """Keys of the text of an answer that is an object, as in {"answer": "...", "rank": 1}."""

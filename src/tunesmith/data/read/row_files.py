@@ -66,7 +66,7 @@ def existing(path: str) -> Path:
 
 
 def _hint(missing: Path) -> str:
-    """What may have been meant by a file that does not exist."""
+    """Suggest an existing file in place of one that does not exist."""
     folder = missing.parent
     if not folder.is_dir():
         return f"There is no folder {folder}. Check the path."

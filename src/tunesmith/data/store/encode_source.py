@@ -53,7 +53,7 @@ Progress = Callable[[str, int], None]  # called with a source's path and the row
 
 
 class Objective(Protocol):
-    """What preparation uses of an ``objectives.Objective``, which data must not import."""
+    """The part that preparation uses of an ``objectives.Objective``, which data must not import."""
 
     traits: Any  # objectives.Traits
     config: Any  # the Config of its file, a pydantic model

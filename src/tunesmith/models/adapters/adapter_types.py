@@ -20,7 +20,7 @@ class Kind:
     unmergeable: str | None = None
     """Why no weight of the base can replace it; None = it can be merged."""
     prefix: str | None = None
-    """How the names of its parameters in a layer begin; None = it has none there."""
+    """First part of the names of its parameters in a layer; None = it has none there."""
 
 
 KINDS = {
@@ -38,7 +38,7 @@ KINDS = {
 """The types that our adaptations save. Whether a type has virtual tokens is in peft's config."""
 
 PREFIXES = tuple(kind.prefix for kind in KINDS.values() if kind.prefix)
-"""How the names of an adapter's parameters in a layer begin."""
+"""First part of the names of an adapter's parameters in a layer."""
 
 
 def type_of(config: Mapping[str, object]) -> str:

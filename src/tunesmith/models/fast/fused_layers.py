@@ -111,7 +111,7 @@ def _linear_forward(module: nn.Module) -> tuple[str, Forward] | None:
 
 
 def _trains_base_weights(module: nn.Module) -> bool:
-    """Whether a weight inside is trained that belongs to no adapter."""
+    """Return whether a weight inside is trained that belongs to no adapter."""
     trained = [name for name, weight in module.named_parameters() if weight.requires_grad]
     return any(not any(part in name for part in adapter_types.PREFIXES) for name in trained)
 

@@ -99,7 +99,7 @@ def _to_c(argument: Tensor | float) -> ctypes.c_void_p | ctypes.c_float | ctypes
 
 
 def _agrees_with_torch(lib: ctypes.CDLL) -> bool:
-    """Whether ``lib`` computes its formulas on a small input: a miscompiled library is never used."""
+    """Return whether ``lib`` computes its formulas on a small input: a miscompiled library is never used."""
     generator = torch.Generator().manual_seed(0)
     x, other = torch.randn(2, 8, 64, generator=generator).unbind(0)
     wide, label = torch.randn(8, 128, generator=generator), torch.arange(8)

@@ -1,4 +1,4 @@
-"""Which keys the queries of a packed row see: separate segments, and answers that continue a shared prefix.
+"""The keys that the queries of a packed row see: separate segments, and answers that continue a shared prefix.
 
 A row consists of segments of ``segments`` tokens. ``behind`` holds for each the index of the segment that it
 continues, or -1: prefix, answer 1, answer 2 are (-1, 0, 0). An answer sees its prefix and, causally, itself,

@@ -49,7 +49,7 @@ class SettingsFields(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How tokens are chosen. ``temperature`` 0 is greedy; ``top_p`` 1 and ``top_k`` 0 filter nothing.
+    """Rule by which tokens are chosen. ``temperature`` 0 is greedy; ``top_p`` 1 and ``top_k`` 0 filter nothing.
 
     ``stop``: token ids that end an answer; None = those of the tokenizer, the generation config and the chat
     template.

@@ -110,7 +110,7 @@ def _exact_single_logit(inner: PreTrainedModel) -> Iterator[None]:
 
 
 def _is_classification_head(layer: nn.Module) -> bool:
-    """Whether the output layer is a network that reads the first token of a sequence (roberta, electra)."""
+    """Return whether the output layer is a network that reads the first token of a sequence (roberta, electra)."""
     return type(without_adapter(layer)).__name__.endswith("ClassificationHead")
 
 
