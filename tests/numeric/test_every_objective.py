@@ -44,7 +44,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_killed_run_goes_on_bit_for_bit(objective, tmp_path):
-    made = made_of(objective, tmp_path, max_steps=6, save_steps=2, eval_steps=3, logging_steps=2)
+    made = made_of(objective, tmp_path, max_steps=6, save_steps=2, eval_steps=3, logging_steps=3)
     tunesmith.train(made, out=tmp_path / "straight")
     killed_before(5, made, tmp_path / "killed")
     tunesmith.train(made, out=tmp_path / "killed", resume=True)

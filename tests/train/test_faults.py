@@ -181,18 +181,19 @@ def test_a_folder_that_holds_something_is_never_overwritten(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
-def test_the_best_model_is_kept_whatever_rotates(tmp_path, monkeypatch):
-    """Save and evaluation intervals share no factor, one checkpoint is kept, and the best is in the middle."""
-
+@pytest.mark.parametrize(("save_steps", "kept_steps"), [(3, [10]), (2, [4, 10])])
+def test_the_best_model_is_kept_whatever_rotates(save_steps, kept_steps, tmp_path, monkeypatch):
+    """The best is in the middle, one checkpoint is kept, and the checkpoint of the best evaluation where there was one."""
     figures = iter([9.0, 5.0, 2.0, math.nan, 4.0, 3.0])
     monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: {"eval_loss": next(figures), "perplexity": 1.0})
-    made = recipe(tmp_path, max_steps=10, eval_steps=2, save_steps=3, save_total_limit=1)
+    made = recipe(tmp_path, max_steps=10, eval_steps=2, save_steps=save_steps, save_total_limit=1)
     made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
     outcome = tunesmith.train(made, out=tmp_path / "run")
     assert (outcome["best_step"], outcome["eval_loss"], outcome["eval_loss_before"]) == (4, 2.0, 9.0)
     monkeypatch.undo()
     kept = weights(outcome["model_dir"])
     tensors, state = checkpoint.newest(tmp_path / "run" / "checkpoints", print)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == kept_steps
     assert state["progression"]["best_step"] == 4 and not all(torch.equal(kept[n], tensors[f"master.{n}"]) for n in kept)
 
 
