@@ -394,10 +394,18 @@ FAULTS = [
     Fault(
         "remote-code",
         "no file of a model folder is run unless the recipe allows it",
+        "models/find/locate.py",
+        'if key == "auto_map" and value and not remote_code:',
+        "if False:",
+        "tests/train/test_remote_code.py",
+    ),
+    Fault(
+        "trust-in-every-model",
+        "transformers is told to trust a model's code in one place, by the recipe's word",
         "models/load/load.py",
         "trust_remote_code=folder.remote_code",
         "trust_remote_code=True",
-        "tests/train/test_remote_code.py",
+        "tests/test_house.py -k trust",
     ),
     Fault(
         "pickle-opened",
