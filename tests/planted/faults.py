@@ -400,14 +400,6 @@ FAULTS = [
         "tests/train/test_remote_code.py",
     ),
     Fault(
-        "trust-in-every-model",
-        "transformers is told to trust a model's code in one place, by the recipe's word",
-        "models/load/load.py",
-        "trust_remote_code=folder.remote_code",
-        "trust_remote_code=True",
-        "tests/test_house.py -k trust",
-    ),
-    Fault(
         "pickle-opened",
         "a pickle yields tensors and plain containers only",
         "models/find/unpickle.py",
