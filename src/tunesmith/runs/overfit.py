@@ -12,7 +12,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.runs.figure_format import is_finite, number
 
 KNOWS_JITTER = 8
-"""Fewest evaluations for an estimate of jitter: in a shorter curve the turn itself dominates it."""
+"""Fewest evaluations for an estimate of jitter: in a shorter curve the rise itself would dominate it."""
 _NORMAL_MEDIAN = 0.6745  # median of |z| for a standard normal z
 
 

@@ -29,7 +29,7 @@ from tunesmith.train.run_state import Run
 from tunesmith.train.train_config import due
 
 MIN_STEPS, MAX_SECONDS = 2, 10.0
-"""Steps that are timed at least, and seconds after which no more are timed."""
+"""Minimum number of timed steps, and the time limit."""
 
 EVALUATED = 16
 """Held-out rows that are timed."""
@@ -47,7 +47,7 @@ def forecast(
     to plan for another machine. ``report`` is called with each stage. The model and a checkpoint are saved
     once, next to the run folders, and removed.
 
-    Keys: micro_batch_tokens, heaviest_tokens, peak_memory_bytes (above what the process held before the
+    Keys: micro_batch_tokens, heaviest_tokens, peak_memory_bytes (minus what the process held before the
     model, as in the result of a run), needed_memory_bytes and memory_limit_bytes (of the process), fits,
     remedies, seconds_per_step, tokens_per_second, train_seconds, evaluation_seconds (each), evaluations,
     saving_seconds (in all), reference_seconds, total_seconds.
@@ -125,7 +125,7 @@ def _measure_run(
 
 @dataclass(frozen=True)
 class StepTiming:
-    """Seconds per token of forward and backward, of an update, and extra ones of the first step."""
+    """Seconds per token (forward and backward), seconds per update, and extra seconds of the first step."""
 
     per_token: float
     update: float
@@ -133,10 +133,10 @@ class StepTiming:
 
 
 def _time_steps(job: Job) -> StepTiming:
-    """Time real steps, each with other rows: other rows have other shapes, which cost time the first time.
+    """Time real steps, each on different rows, because the first pass with a new shape is slower.
 
-    As many steps are taken as lie between two returns of freed memory, so that their peak is that of a run;
-    fewer if they are long.
+    They cover one interval of ``loop.TRIM_STEPS``, so that peak memory is that of a run; fewer if steps are
+    slow.
     """
     passes, tokens, first, first_tokens = 0.0, 0, 0.0, 0
     updates: list[float] = []
@@ -168,7 +168,7 @@ def _time_steps(job: Job) -> StepTiming:
 
 
 def _typical_steps(source: Source, number: int) -> list[Step]:
-    """Return ``number`` of the first fifty steps, nearest to the mean number of tokens, with repetition."""
+    """Of the first 50 steps, return the ``number`` nearest to the mean token count, repeated if there are fewer."""
     first = source.preview(50)[:50]
     mean = _tokens_of_run(source) / source.plan.steps
     nearest = sorted(first, key=lambda step: abs(int(step.lengths.sum()) - mean))[:number]

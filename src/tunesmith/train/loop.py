@@ -1,7 +1,7 @@
 """The training loop, with the only backward pass of the codebase.
 
 A source yields optimiser steps. The loop splits each step into micro-batches under ``micro_batch_tokens``,
-sums losses and counts over all of them and over all processes, and divides once. So the update does not
+and divides every loss by the loss units of the whole step, summed over all processes. So the update does not
 depend on the split.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRIM_STEPS = 8
-"""Steps between two returns of freed memory: rare enough to cost nothing."""
+"""Steps between two calls that return freed memory to the system: rare enough to cost nothing."""
 
 
 @dataclass
@@ -66,14 +66,14 @@ class Job:
     config: TrainConfig
     layout: Layout
     budget: int
-    """Tokens of a micro-batch."""
+    """Maximum tokens of a micro-batch."""
     device: torch.device
     noise: RowNoise | None
     log: Callable[[JsonObject], None]
     evaluate: Callable[[Progression], float | None]
     save: Callable[[Progression], None]
     stop_requests: Callable[[], tuple[str | None, str | None]] = lambda: (None, None)
-    """Called after each step; see ``train.callbacks``."""
+    """Returns (a reason to end the run, a reason to stop as after a signal); see ``train.callbacks``."""
     sums: MetricSums = field(default_factory=MetricSums)
     """Metrics of the objective since the last log, on the device."""
     seconds: float = 0.0
@@ -93,7 +93,7 @@ def fit(job: Job, position: Progression) -> str | None:
     with catch_signals() as received:
         steps = job.source.steps(position.step + 1)
         while True:
-            started = time.perf_counter()  # before the source makes the step: it may sample answers for it
+            started = time.perf_counter()  # before next(): the source may sample answers there
             if (step := next(steps, None)) is None:
                 break
             before = position.step
@@ -116,7 +116,7 @@ def fit(job: Job, position: Progression) -> str | None:
             if save_due or verdict or stopping:
                 _save(job, position)
                 saved = position.step
-                # on_save may have asked for the end
+                # on_save may have requested the end
                 verdict = verdict or distributed.broadcast(job.stop_requests()[0])
             if verdict:
                 return verdict
@@ -134,7 +134,7 @@ def fit(job: Job, position: Progression) -> str | None:
 
 
 def _due(job: Job, before: int, now: int) -> list[bool]:
-    """Return whether (a log, an evaluation, a checkpoint) is due after step ``before``, up to ``now``.
+    """Return whether (a log, an evaluation, a checkpoint) is due at a step in (before, now].
 
     All are due at the last step.
     """
@@ -170,10 +170,10 @@ def micro_batches(job: Job, step: Step) -> list[Micro]:
 
 
 def train_step(job: Job, step: Step) -> dict[str, float]:
-    """Run one optimiser step: forward and backward over its micro-batches, one division, check, clip, update.
+    """Run one optimiser step: forward and backward over its micro-batches, check, clip, update.
 
-    Returns loss, units and tokens summed over all processes, grad_norm, learning_rate (and the rates of
-    groups with another one), and the update's other figures. The host waits for the device once, for loss and
+    Returns loss, units and tokens summed over all processes, grad_norm, learning_rate (and the
+    rate of each group that differs), and the figures of the update. The host waits for the device once, for loss and
     norm; metrics go to ``job.sums``.
     """
     job.model.train()
@@ -187,7 +187,7 @@ def train_step(job: Job, step: Step) -> dict[str, float]:
         if job.update.masters.in_step:
             raise OutOfMemoryError(
                 f"step {step.number}: a micro-batch of {micro[outcome].tokens} tokens needs more memory than is left. "
-                "With DeepSpeed the loop cannot halve it, because the other processes wait for it.\n"
+                "With DeepSpeed the loop cannot split it, because all processes run the same number of backward passes.\n"
                 f"  Set train.micro_batch_tokens below {job.budget}, then continue with --resume."
             )
         micro = halve(job, step, micro, outcome)
@@ -213,8 +213,8 @@ def accumulate(job: Job, step: Step, micro: list[Micro], total: float, backward:
     """Run forward and backward of every micro-batch of this process, each loss divided by ``total``.
 
     Returns the sums, or the number of the micro-batch that did not fit into memory: returned, not raised,
-    because a traceback keeps tensors alive. ``halve`` makes the micro-batches of the next attempt, which has
-    the same result.
+    because a traceback keeps tensors alive. ``halve`` splits that micro-batch for the next attempt, whose
+    result is the same.
     """
     losses: list[torch.Tensor] = []
     sums: dict[str, torch.Tensor] = {}
@@ -243,7 +243,7 @@ def _set_noise(job: Job, step: Step, micro: Micro) -> None:
 
 
 def halve(job: Job, step: Step, micro: list[Micro], number: int) -> list[Micro]:
-    """Drop the step's gradients and return its micro-batches with number ``number`` in two.
+    """Discard the step's gradients and return its micro-batches, the one at index ``number`` split in two.
 
     Lowers ``job.budget`` to the larger half. Raises OutOfMemoryError when the micro-batch is a single row.
     """

@@ -1,7 +1,7 @@
 """The micro-batch that fits into memory, found by trying the heaviest one before the first step.
 
-Two passes of different size show what a token costs, so that a run that does not fit stops in its first
-seconds with a size that would fit, and ``micro_batch_tokens: auto`` chooses that size.
+Two passes of different size give the bytes per token. A run that does not fit stops in its first seconds and
+names a size that fits; ``micro_batch_tokens: auto`` chooses that size.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from tunesmith.train.loop import Job
 from tunesmith.train.train_config import TrainConfig
 
 LARGEST = {"cpu": 2048, "cuda": 16384}
-"""Tokens of a forward pass beyond which a device is no faster (SmolLM2-135M: 2 cores peak at about 1,000)."""
+"""Tokens of a forward pass at which throughput saturates (SmolLM2-135M: 2 cores peak at about 1,000)."""
 
 PREVIEWED = 2000
-"""Steps whose micro-batches are compared to find the heaviest: a tenth of a second."""
+"""Steps that are searched for the heaviest micro-batch; the search takes about 0.1 s."""
 
 SMALLEST = 64
 """The smallest budget that ``auto`` chooses, in tokens, and the multiple that it rounds to."""
@@ -35,7 +35,8 @@ STATE_BYTES = {
     "adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw": 0.0, "paged_adamw_8bit": 0.0, "adafactor": 0.1, "sgd": 4.0,
     "lion": 4.0,
 }  # fmt: skip
-"""Optimiser state per trained parameter (at most), before there is any. Paged state leaves a full device."""
+"""Upper bound of the optimiser's bytes per trained parameter, used until its state is allocated. Paged state
+counts as 0: it moves to host memory when the GPU is full."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Memory:
 
 
 def first_budget(config: TrainConfig, device: torch.device) -> int:
-    """Return the budget before the measurement: the recipe's, or the tokens that make the device fast."""
+    """Return the budget before the measurement: the recipe's, or the tokens that saturate the device."""
     wanted = config.micro_batch_tokens
     return wanted if isinstance(wanted, int) else LARGEST.get(device.type, LARGEST["cpu"])
 
@@ -80,9 +81,8 @@ def first_budget(config: TrainConfig, device: torch.device) -> int:
 def measure_memory(job: Job, limit: int) -> Memory:
     """Try one short row, then the heaviest micro-batch of the run under ``job.budget``.
 
-    The system of a CPU does not refuse memory, it kills the process. So on a CPU the first rows of a large
-    micro-batch are tried before all of them; where they show that the whole would exceed ``limit`` bytes,
-    ``heaviest`` is an extrapolation.
+    On a CPU the operating system kills the process instead of refusing memory. So the first rows of a large
+    micro-batch are tried first; if they predict more than ``limit`` bytes, ``heaviest`` is extrapolated.
     """
     state = distributed.state()
     steps = job.source.preview(PREVIEWED)
@@ -114,7 +114,7 @@ def _slope(small: Pass, large: Pass) -> float:
 
 
 def _first_rows(job: Job, step: Step, places: list[int]) -> list[int]:
-    """Return the first rows of a micro-batch, at least one, up to the tokens that make a CPU fast."""
+    """Return the first rows of a micro-batch, at least one, up to the tokens that saturate a CPU."""
     count = 1
     while count < len(places) and step.tokens(places[: count + 1], job.layout) <= LARGEST["cpu"]:
         count += 1

@@ -66,13 +66,15 @@ def save_model(run: Run) -> None:
 
     def write(target: Path) -> None:
         with run.fast_path.fused.disabled(), plain_attention(run.model, run.fast_path):
-            # not the bf16 working copies: they lack most updates of a low learning rate
+            # the fp32 masters: bf16 copies lose most updates at a low learning rate
             with swapped_weights(masters.parameters, weights):
                 run.setup.adaptation.save(run.model, target)
                 tokenizer.save_pretrained(target)
                 if all_trained:
                     probe.write_probe(target, run.model, tokenizer, made_by)
-            if not all_trained:  # fp32 masters inside a bf16 network: the working copies answer the probe
+            if (
+                not all_trained
+            ):  # a mix of fp32 masters and bf16 weights cannot run: the bf16 copies answer the probe
                 probe.write_probe(target, run.model, tokenizer, made_by)
 
     if run.main:

@@ -1,7 +1,7 @@
-"""Contamination: held-out rows share a long run of tokens with training rows, so their loss is too low.
+"""Contamination: held-out rows share an n-gram of tokens with training rows, so their loss is too low.
 
-As in GPT-3's own analysis (Brown et al. 2020, appendix C) the run is 13 tokens. A run in many training rows
-is the chat template or a phrase of the task and is ignored. The training tokens are read once, in the encoded
+As in GPT-3's own analysis (Brown et al. 2020, appendix C) n is 13. An n-gram in many training rows is the
+chat template or a phrase of the task and is ignored. The training tokens are read once, in the encoded
 files, by a rolling hash, at about the cost of summing them a few times.
 """
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NGRAM, BYTES = 13, 55
-"""Consecutive tokens that must match. The number is doubled until that many tokens of the held-out row hold
-more than half of BYTES: a vocabulary made for English splits Korean into single bytes, and 13 bytes are only
-four characters. Each row has its own number: one evaluation set may be English, the next one Korean."""
+"""Length n of a match, doubled for a held-out row while n of its tokens cover at most BYTES / 2 bytes of text.
+A vocabulary made for English splits Korean into single bytes, and 13 bytes are only four characters. Each row
+has its own n: one evaluation set may be English, the next one Korean."""
 
 COMMON_ROWS = 10
-"""A run in more training rows than this (in few rows: than half of them) is a phrase of the task."""
+"""An n-gram in more training rows than this (or in half of a small set) is a phrase of the task."""
 
 PIECE, PIECE_SHARE, SAMPLED = 5, 0.1, 2000
 """PIECE tokens that occur in PIECE_SHARE of (at most SAMPLED) training rows belong to the template. PIECE is

@@ -146,8 +146,8 @@ def _closed_at_end(
 ) -> Span:
     """The span of a turn that ends with calls or is empty: only special tokens at its end are stops.
 
-    ``alone``: the rendering up to this turn. It agrees with the whole rendering up to ``shared``, where the
-    same text comes ``moved`` characters later.
+    ``alone``: the rendering up to this turn. It and the full rendering agree up to ``shared``; in the
+    full rendering that text is shifted by ``moved`` characters.
     """
     trailing = []
     edge = len(alone)

@@ -145,7 +145,7 @@ class Converter:
         return _match(self.form.name, keys, mapped, self.prompt_template is not None, self.gold)
 
     def count(self, keys: Sequence[tuple[str, ...]]) -> int:
-        """Rows, of those with these columns, that lack no required column."""
+        """Count the rows that have all required columns."""
         return sum(self.match(row)[1] is None for row in keys)
 
     def problem(self, record: Record, fault: FieldFault | RowFault) -> RowProblem:
@@ -160,7 +160,7 @@ class Converter:
         return record.problem(place, fault.expected, fault.got, fault.fix)
 
     def _values(self, record: JsonObject, names: Mapping[str, Names]) -> Values:
-        """Field -> value, without gold that is not needed, so that wrong gold is no problem then."""
+        """Return field -> value. Gold is left out where it is not needed, so that invalid gold raises no error."""
         return Values(
             {
                 name: record[column]
@@ -243,7 +243,7 @@ def _match(
 
 
 def _find_columns(part: Field, asked: Names | None, folded: Mapping[str, str]) -> tuple[Names, str | None]:
-    """(the column of a field, all that the recipe lists for it, or (); the first name that the row lacks)."""
+    """Return (one column, all columns that the recipe lists, or () if none is there; the first missing name)."""
     names = _as_tuple(part.columns if asked is None else asked)
     keys = {name: folded.get(name.strip().casefold()) for name in names}
     present = tuple(key for key in keys.values() if key is not None)
@@ -273,11 +273,13 @@ def choose_converter(
     forms = _with_fields([FORMATS[format]] if format else _detectable(keys), mapped, path)
     if prompt_template is not None:
         forms = _with_prompt(forms, prompt_template, keys, path)
-    for needs_gold in (True,) if gold else (True, False):  # rows that have gold are read with it
+    for needs_gold in (True,) if gold else (True, False):  # gold is read if the rows have it
         converters = [Converter(form, mapped, prompt_template, needs_gold) for form in forms]
         fitting = [(count, converter) for converter in converters if (count := converter.count(keys))]
         wanted = [(count, converter) for count, converter in fitting if converter.row_types & set(accepted)]
-        if wanted:  # the first of the table that fits half of the rows: alpaca rows fit input_output too
+        if (
+            wanted
+        ):  # the first format of the table that fits half of the rows: alpaca rows fit input_output too
             most = (converter for count, converter in wanted if 2 * count >= len(keys))
             return replace(next(most, wanted[0][1]), gold=gold)
     if fitting:
@@ -327,7 +329,7 @@ def _makers_of(accepted: tuple[type, ...]) -> list[Converter]:
 
 
 def _mapping(accepted: tuple[type, ...], keys: Sequence[tuple[str, ...]]) -> str:
-    """``columns: {label: sentiment}``: fields that the nearest format lacks, with unused columns."""
+    """``columns: {label: sentiment}``: missing fields of the nearest format, each with an unused column."""
     there = _columns(keys[:5])
     makers = [Converter(FORMATS["prompt_completion"], {})] if Chat in accepted else _makers_of(accepted)
     tries = []

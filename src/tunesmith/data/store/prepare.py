@@ -94,8 +94,9 @@ def prepare(
     ``max_length``: tokens; None = the longest row, at most ``window`` (the model's own limit; None = no
     limit). The tokenizer gets its chat template if the rows are conversations or the recipe names one.
 
-    Raises DataError when rows are bad under ``bad_rows: error``, too long under the policy ``error``, or
-    without supervised tokens (all, or more than ``max_unlearnable``), with the first rows by ``file:row``.
+    Raises DataError for bad rows under ``bad_rows: error``, for rows that are too long under the policy
+    ``error``, and when all examples, or a share above ``max_unlearnable``, have no supervised token. The
+    message lists the first rows as ``file:row``.
     """
     began = time.perf_counter()
     if max_length is not None and window is not None and max_length > window:
@@ -202,9 +203,9 @@ def _check_rows(parts: Sequence[_Part], config: DataConfig) -> None:
 
 
 def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[list[_Part], list[_Part]]:
-    """Split by role; without sources for evaluation, by row: a row's examples stay together.
+    """Split by role or, without evaluation sources, by row: a row's examples stay together.
 
-    Of two rows or more, at least one is held out and one kept. Where examples have a ``prompt_key``, all rows
+    With two rows or more, each split gets at least one. Where examples have a ``prompt_key``, all rows
     of a prompt stay together: the held-out prompts have at most as many rows as the recipe asks for, but at
     least one prompt is held out. Raises DataError.
     """
@@ -343,7 +344,7 @@ def _overlong(
 def _cut_rows(parts: Sequence[_Part], name: str, policy: str) -> JsonObject:
     """The same counts for an objective that applies the policy itself: ``cut`` counts the tokens lost.
 
-    ``dropped``: rows without an example, whose tokens are not known. The training split counts them.
+    ``dropped``: rows without an example, whose tokens are not known. They are counted in the training split.
     """
     cut = np.concatenate([part.entry.values["cut"][part.chosen] for part in parts])
     whole = [part.entry for part in parts if name == "training" or len(part.chosen) == len(part.entry)]

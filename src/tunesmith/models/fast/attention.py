@@ -62,7 +62,7 @@ class CannotPack(Exception):
 def register() -> None:
     """Make ``attn_implementation="tunesmith_segments"`` known to transformers.
 
-    Without a mask function: with one that returns None, transformers would wait for the device on every call.
+    No mask function is registered: one that returns None would make transformers wait for the device on every call.
     """
     AttentionInterface.register(NAME, segment_attention)
 
@@ -112,7 +112,7 @@ def segment_attention(
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Return attention inside each segment, and to the one it is ``behind``, (1, tokens, heads, dim).
+    """Return attention within each segment and to its prefix segment (``behind``), (1, tokens, heads, dim).
 
     ``query`` (1, heads, tokens, dim), ``key`` and ``value`` (1, kv_heads, tokens, dim); the lengths in
     ``segments`` sum to tokens. Where there are more keys than queries, each segment has equally many virtual

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUERIES = {"q", "query", "query_proj", "in_proj"}
-"""Child names of an attention, all of whose dropouts but that on its output drop attention probabilities."""
+"""Child names by which an attention module is recognised. Its dropouts act on attention probabilities, except
+the one on its output."""
 CHUNK = 1 << 22
-"""Numbers drawn at a time where there is no C: the hash needs 8 bytes for each."""
+"""Numbers drawn at a time without the C kernel: the hash needs 8 bytes for each."""
 _installed: WeakKeyDictionary[nn.Module, RowNoise] = WeakKeyDictionary()
 
 
@@ -163,7 +164,7 @@ def override(model: PreTrainedModel, **changes: object) -> Iterator[None]:
 def install(
     model: PreTrainedModel, seed: int, neftune_alpha: float | None = None
 ) -> tuple[RowNoise | None, list[str]]:
-    """Draw every ``nn.Dropout`` of ``model`` by row, and switch dropout of attention probabilities off.
+    """Seed every ``nn.Dropout`` of ``model`` per row, and switch dropout of attention probabilities off.
 
     With ``neftune_alpha``, a hook adds noise to the output of the input embedding in training mode: after a
     scale inside the module (gemma) and after peft's wrappers, as in transformers.
@@ -193,7 +194,7 @@ def switch_off(model: PreTrainedModel) -> list[str]:
         if isinstance(module, nn.Dropout) and module.p > 0:
             rates.add(module.p)
             module.p = 0.0
-        for name, rate in vars(module).items():  # opt, xglm, biogpt, bloom drop by a function
+        for name, rate in vars(module).items():  # opt, xglm, biogpt, bloom call F.dropout with a float
             if "drop" in name and isinstance(rate, float) and rate > 0:
                 rates.add(rate)
                 setattr(module, name, 0.0)

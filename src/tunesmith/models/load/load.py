@@ -136,8 +136,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the weights, strictly, and return the model in eval mode.
 
-    ``head``: lm, score, token or span; None = the head that was saved. ``head_config``: the config entries of
-    an untrained head (``num_labels``, ``id2label``), which replaces one that is missing or has other labels.
+    ``head``: lm, score, token or span; None = the head that was saved. ``head_config``: config entries of a
+    new head (``num_labels``, ``id2label``), initialised if the saved head is missing or has other labels.
     ``dtype``: default is the checkpoint's. ``adapter``: "attach" returns a peft model, "ignore" its base
     model, "merge" a plain model with the adapter merged in fp32 and then cast. ``trainable``: parameters
     require gradients (of an attached adapter: only the adapter's). ``load_kwargs`` are passed to
@@ -178,9 +178,9 @@ def load_model(
 
 
 def checkpoint_dtype(path: Path) -> torch.dtype:
-    """Return the dtype that the config names, if a weight is stored in it; else the dtype of most numbers.
+    """Return the dtype that the config names, if a weight is stored in it; else the dtype of most parameters.
 
-    transformers takes the first too. It keeps a bf16 body as it is where a few trained tensors are fp32.
+    transformers prefers the config's dtype too; so a bf16 model with a few fp32 tensors stays bf16.
     """
     import torch
 
@@ -230,7 +230,7 @@ def merge_into_base(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _install_trained_copies(core: PreTrainedModel) -> None:
-    """Replace modules that have several layers with their trained copies: peft takes each for one layer."""
+    """Replace modules of several layers with their trained copies: peft's merge assumes a single layer."""
     for name, module in list(core.named_modules()):
         copies = submodule(module, "modules_to_save")
         if copies is not None and not has_attributes(module.original_module, "weight"):
@@ -252,7 +252,7 @@ def _load_full(
     quiet()
     path = folder.network
     quantized = "quantization_config" in kwargs
-    if quantized:  # from the same numbers whatever the compute dtype
+    if quantized:  # from the checkpoint's dtype, so that the result does not depend on the compute dtype
         kwargs = {"dtype": checkpoint_dtype(path), **kwargs}
     options = {"dtype": dtype, **kwargs, **_trust(folder)}
     network, replaced, renamed = head_types.auto_class(head), False, {}
@@ -283,8 +283,8 @@ def _load_full(
 def stock_class_problem(network: PreTrainedModel, folder: Folder) -> str | None:
     """Return why transformers' class cannot open an adapter of ``network`` on the base ``folder``, or None.
 
-    The class loads the base by the base's config and names, and only then the adapter. For a mean over all
-    tokens there is no class, so a merged copy would not help either.
+    The class builds the base from the base's config and parameter names, then adds the adapter. transformers
+    has no class with mean pooling, so a merged copy would not help there.
     """
     kind = head_loading.head_of_network(network)
     if kind == "lm" or tunesmith_settings(network.config).get("pooling") == "mean":
@@ -292,7 +292,9 @@ def stock_class_problem(network: PreTrainedModel, folder: Folder) -> str | None:
     stored = load_config(folder)
     if head_loading.renamed_body(folder, stored, kind):
         name = type(network).__name__
-        return f"{name} names the body otherwise than the base, and fills it with random numbers"
+        return (
+            f"{name} uses other parameter names for the body than the base has, and initialises it randomly"
+        )
     if stored.id2label != network.config.id2label:
         return "it takes the labels from the base, which has others"
     return None
