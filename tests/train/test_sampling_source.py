@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +13,8 @@ import pytest
 import torch
 
 import tunesmith
+from tests import processes
+from tests.processes import ROOT
 from tests.runs import apart, history, killed_before, recipe, weights
 from tunesmith.data.batch.step import Listed, Plan, Step
 from tunesmith.errors import NonFiniteError
@@ -144,6 +149,36 @@ def test_a_killed_run_goes_on_in_the_middle_of_an_iteration(sampling, whole, tmp
     tunesmith.train(made(tmp_path), out=tmp_path / "run", resume=True)
     assert apart(weights(tmp_path / "run" / "model"), weights(whole / "run" / "model")) == 0
     assert history(tmp_path / "run") == history(whole / "run")
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import tunesmith
+from tests.train.test_sampling_source import Rollouts
+from tunesmith.objectives import sft
+from tunesmith.train import loop
+
+train_step = loop.train_step
+def dies(job, step):
+    if step.number == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(job, step)
+
+loop.train_step = dies
+sft.Objective.source = lambda self, session: Rollouts(session, self)
+tunesmith.train(json.loads(sys.argv[1]), out=Path(sys.argv[2]))
+"""
+
+
+def test_a_process_killed_in_the_middle_of_an_iteration_goes_on(sampling, whole, tmp_path):
+    """SIGKILL: nothing of the process is closed, flushed or caught."""
+    recipe_json = json.dumps(made(tmp_path))
+    ended = processes.run([sys.executable, "-c", KILLED, recipe_json, str(tmp_path / "run")], cwd=ROOT)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    tunesmith.train(made(tmp_path), out=tmp_path / "run", resume=True)
+    assert history(tmp_path / "run") == history(whole / "run")
+    assert apart(weights(tmp_path / "run" / "model"), weights(whole / "run" / "model")) == 0
 
 
 def test_resuming_without_the_rollouts_would_be_seen(sampling, whole, tmp_path, monkeypatch):
