@@ -85,7 +85,7 @@ def counted(made, out, patch):
     return per_step, counter.where
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "reward", "classify", "tag", "qa"])
+@pytest.mark.parametrize("objective", ["sft", "cpt", "dpo", "kto", "reward", "classify", "tag", "qa"])
 def test_one_wait_a_step(objective, tmp_path, monkeypatch):
     made = recipe(tmp_path, objective=objective, adaptation={"type": "lora", "r": 4}, max_steps=10, micro_batch_tokens=40)
     per_step, where = counted(made, tmp_path / "run", monkeypatch)
