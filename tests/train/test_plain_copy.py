@@ -33,7 +33,7 @@ def test_an_adapter_on_a_renamed_body_has_a_copy_that_answers_the_same(tmp_path)
         ours, theirs = model.float()(input_ids=ids), stock(input_ids=ids)
     assert torch.allclose(ours.start_logits, theirs.start_logits, atol=1e-4)
     assert torch.allclose(ours.end_logits, theirs.end_logits, atol=1e-4)
-    assert len(notes(tmp_path)) == 1 and "random numbers" in notes(tmp_path)[0] and "merged/" in notes(tmp_path)[0]
+    assert len(notes(tmp_path)) == 1 and "initialises it randomly" in notes(tmp_path)[0] and "merged/" in notes(tmp_path)[0]
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "ia3"])

@@ -168,7 +168,7 @@ def _time_steps(job: Job) -> StepTiming:
 
 
 def _typical_steps(source: Source, number: int) -> list[Step]:
-    """Of the first 50 steps, return the ``number`` nearest to the mean token count, repeated if there are fewer."""
+    """Return the ``number`` steps nearest to the mean token count, of the first 50; repeated if there are fewer."""
     first = source.preview(50)[:50]
     mean = _tokens_of_run(source) / source.plan.steps
     nearest = sorted(first, key=lambda step: abs(int(step.lengths.sum()) - mean))[:number]
