@@ -246,3 +246,10 @@ def test_a_merged_model_carries_its_own_probe(tmp_path: Path, llama: tuple[Path,
     model, tokenizer = load(tmp_path / "out")
     assert json.loads((tmp_path / "out" / FILE).read_text())["base"] is None
     write_probe(tmp_path / "out", model, tokenizer)
+
+
+def test_tied_embeddings_are_one_tensor_in_memory_too(llama: tuple[Path, Path]) -> None:
+    """Two equal tensors would be saved and loaded as one, and trained apart."""
+    _, adapter = llama
+    merged = load_model(locate(adapter), adapter="merge")
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
