@@ -24,6 +24,23 @@ ANSWERS = [
 ]
 
 
+TRAIN = {
+    "kind": "train",
+    "step": 3,
+    "epoch": 0.25,
+    "loss": 1.8423,
+    "learning_rate": 1.6e-4,
+    "grad_norm": 0.9171,
+    "tokens": 1700,
+    "supervised_tokens": 600,
+    "seconds": 2.5,
+    "tokens_per_second": 680.4,
+    "memory_bytes": 1_920_000_000,
+}
+EVAL = {"kind": "eval", "step": 3, "epoch": 0.25, "eval_loss": 1.801, "perplexity": 6.0557, "seconds": 12.3}
+"""Records of metrics.jsonl: a log and an evaluation."""
+
+
 def rows(count: int = 12) -> list[dict[str, str]]:
     """Prompts and completions of unequal length."""
     return [

@@ -8,24 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.runs import EVAL, TRAIN
 from tunesmith.errors import DataError, DiskFullError
 from tunesmith.runs import metrics_file
 from tunesmith.runs.metrics_file import TIMING_KEYS, Metrics, read
-
-TRAIN = {
-    "kind": "train",
-    "step": 3,
-    "epoch": 0.25,
-    "loss": 1.8423,
-    "learning_rate": 1.6e-4,
-    "grad_norm": 0.9171,
-    "tokens": 1700,
-    "supervised_tokens": 600,
-    "seconds": 2.5,
-    "tokens_per_second": 680.4,
-    "memory_bytes": 1_920_000_000,
-}
-EVAL = {"kind": "eval", "step": 3, "epoch": 0.25, "eval_loss": 1.801, "perplexity": 6.0557, "seconds": 12.3}
 
 figure = st.floats() | st.integers() | st.text() | st.none() | st.booleans()
 record = st.dictionaries(st.text(max_size=8), figure | st.lists(figure, max_size=3), max_size=5)
