@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet
 WORKERS ?= 2
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test planted check format bench recipes clean
+.PHONY: demo test long planted check format bench recipes clean
 
 demo: .venv/.installed-demo  ## pull a small model, tune it for three to six minutes, show what changed
 	$(BIN)/tunesmith models pull smollm2-135m
@@ -13,6 +13,9 @@ demo: .venv/.installed-demo  ## pull a small model, tune it for three to six min
 
 test: .venv/.installed-dev  ## the whole suite; ARGS="tests/cli -x" runs a part
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20 $(ARGS)
+
+long: .venv/.installed-dev  ## the tests of many minutes that `make test` leaves out; ARGS="tests/models" runs a part
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m long $(ARGS)
 
 planted: .venv/.installed-dev  ## plant faults in a copy of the source, one by one, and show which test catches each
 	$(BIN)/python -m tests.planted.run $(ARGS)
