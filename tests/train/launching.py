@@ -76,7 +76,7 @@ def launched(made: dict[str, Any], folder: Path, *options: str, **keys: Any) -> 
 
 # ------------------------------------------------------------------------------------------------ forked processes
 
-PRELOAD = ["pytest", "peft", "transformers.models.llama.modeling_llama", "tests.runs", "tunesmith.train.run", "tunesmith.objectives.sft", "tunesmith.adaptations.lora"]  # fmt: skip
+PRELOAD = ["pytest", "peft", "transformers.models.llama.modeling_llama", "tests.runs", "tunesmith.train.run", "tunesmith.objectives.sft", "tunesmith.adaptations.lora", "deepspeed"]  # fmt: skip
 
 
 def forked(
@@ -97,7 +97,7 @@ def forked(
     for process in started:
         process.start()
     for process in started:
-        process.join(timeout=480)  # DeepSpeed compiles once, for minutes
+        process.join(timeout=240)
     return [process.exitcode for process in started]
 
 

@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,9 +32,6 @@ from tunesmith.train.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-STALE_SECONDS = 300
-"""Age of a lock that no process holds any more: compiling takes less than one minute."""
 
 OPTIMIZERS = ("adamw", "sgd")
 """Optimisers that treat every element alike: a process has a range of elements, not matrices."""
@@ -145,13 +141,6 @@ def silence_stdout() -> Iterator[None]:
         yield
 
 
-def remove_stale_locks(extensions: Path) -> None:
-    """Remove locks of a killed compilation under ``extensions``: the next one would wait forever."""
-    for lock in extensions.glob("**/deepspeed_*/lock"):
-        if time.time() - lock.stat().st_mtime > STALE_SECONDS:
-            lock.unlink(missing_ok=True)
-
-
 class Shards:
     """The ``train.master_weights.TrainedWeights`` of DeepSpeed's ZeRO-2, a part in each process.
 
@@ -179,14 +168,12 @@ class Shards:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         with silence_stdout():
-            import deepspeed
-            from torch.utils.cpp_extension import get_default_build_root
+            import deepspeed.ops
 
+            # DeepSpeed would compile an extension that its inference alone uses: a minute in each new home folder,
+            # and a killed compilation leaves a lock that blocks all later runs.
+            deepspeed.ops.__compatible_ops__ = {}
             _init_process_group()
-            if distributed.state().is_main_process:
-                extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-                remove_stale_locks(Path(extensions))
-            distributed.wait()
             self.engine = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
