@@ -14,7 +14,7 @@ ROOT = {
     "seed",
 }
 
-DATA = {"train", "eval", "template", "bad_rows", "max_unlearnable", "cache"}
+DATA = {"train", "eval", "template", "template_kwargs", "bad_rows", "max_unlearnable", "cache"}
 SOURCE = {"path", "split", "name", "streaming", "format", "columns", "separator", "prompt_template", "weight", "limit"}
 EVAL = {"fraction", "limit", "path", "sets"}  # each set is a SOURCE
 
@@ -80,11 +80,12 @@ EITHER_OR = [
 ]
 """Keys that no run can hold together: `recipe.conflicts`, or the part itself, refuses the pair."""
 
-WRITES_NOTHING = {"template": "data", "prompts": "samples", "count": "samples", "max_new_tokens": "samples"}
+NO_TURNS = {"template": "data", "template_kwargs": "data"}
+WRITES_NOTHING = {**NO_TURNS, "prompts": "samples", "count": "samples", "max_new_tokens": "samples"}
 JUDGED = {"separator": "data.train.0", "max_unlearnable": "data", "neftune_noise_alpha": "train", "lora_dropout": "adaptation"}
 IDLE = {
     "sft": {"separator": "data.train.0"},
-    "cpt": {"separator": "data.train.0", "template": "data"},
+    "cpt": {"separator": "data.train.0", **NO_TURNS},
     "classify": {**WRITES_NOTHING, "max_unlearnable": "data"},
     "tag": {**WRITES_NOTHING, "max_unlearnable": "data", "separator": "data.train.0"},
     "dpo": JUDGED,

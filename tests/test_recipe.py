@@ -254,7 +254,7 @@ def test_the_keys_are_the_frozen_ones():
     assert {name: set(adaptations.module(name).Config.model_fields) for name in adaptations.names()} == recipe_keys.ADAPTATIONS
 
 
-def test_fewer_than_60_keys_are_reachable_in_one_run():
+def test_fewer_than_65_keys_are_reachable_in_one_run():
     for objective, adaptation in itertools.product(objectives.names(), adaptations.names()):
         valid = everything_valid(recipe.parse({**SMALL, "objective": objective, "adaptation": adaptation}))
         only_hold_others = 7  # objective, adaptation, data, train, samples, data.train, data.eval
@@ -262,7 +262,7 @@ def test_fewer_than_60_keys_are_reachable_in_one_run():
         idle = recipe_keys.IDLE.get(objective, {})
         pairs = [pair for pair in recipe_keys.EITHER_OR if there.issuperset(pair) and not set(idle) & set(pair)]
         keys = sum(map(len, valid.values())) - only_hold_others - len(there & set(idle)) - fewest_that_touch(pairs)
-        assert keys < 60, (objective, adaptation, keys)
+        assert keys < 65, (objective, adaptation, keys)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +271,7 @@ def test_fewer_than_60_keys_are_reachable_in_one_run():
 def test_a_key_that_would_do_nothing_is_refused(objective, key, part):
     value = {
         "template": "chatml",
+        "template_kwargs": "{enable_thinking: false}",
         "max_unlearnable": 0.5,
         "prompts": ["x"],
         "count": 2,

@@ -147,6 +147,20 @@ def test_chat_streams_to_stdout(model: str, monkeypatch: pytest.MonkeyPatch, cap
     assert capsys.readouterr().out == found + "\n"
 
 
+def test_a_variable_of_the_template_reaches_generate_and_chat(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(model) / "chat_template.jinja"
+    file.write_text(file.read_text() + "{% if add_generation_prompt %}{{ opening }}{% endif %}")
+    plain = answer(capsys, "generate", model, "--prompt", "one", "--max-new-tokens", "5")["answers"][0]["answer"]
+    given = "--template-kwarg", "opening=the fox"
+    opened = answer(capsys, "generate", model, "--prompt", "one", "--max-new-tokens", "5", *given)["answers"][0]["answer"]
+    assert chat(model, monkeypatch, "one\n", *given) == 0
+    assert capsys.readouterr().out.strip() == opened.strip() and opened != plain
+    assert main(["generate", model, "--prompt", "one", "--template-kwarg", "openin=x"]) == 2
+    assert "It reads opening" in capsys.readouterr().err
+
+
 def test_chat_needs_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny("llama", tmp_path, template=None)
     assert chat(str(tmp_path), monkeypatch, "one\n") == 2

@@ -71,6 +71,21 @@ def test_preview_of_a_recipe(rows, model, tmp_path, capsys):
     assert source["rows"][0]["pieces"][0]["text"] == "### 질문:\n질문?\n\n### 답변:\n"
 
 
+def test_variables_of_the_template_reach_preview_and_lint(rows, model, tmp_path, capsys):
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% if x %}{{ x }}{% endif %}{% endfor %}"
+    recipe, file = tmp_path / "recipe.yaml", tmp_path / "own.jinja"
+    file.write_text(template)
+    keys = f"template: {file}\n  template_kwargs: {{x: yes}}\n"
+    recipe.write_text(f"model: {model}\nobjective: sft\ndata:\n  train: [{{path: {rows}}}]\n  {keys}")
+    assert main(["data", "preview", str(recipe), "--json"]) == 0
+    (source,) = json.loads(capsys.readouterr().out)["sources"]
+    assert source["rows"][0]["pieces"][0]["text"] == "<|im_start|>user\n질문?<|im_end|>yes"
+    assert source["template"] == f'the template in {file}, with x: "yes"'
+    wrong = ["--template", "chatml", "--template-kwarg", "x=1"]
+    assert main(["data", "lint", str(rows), "--model", str(model), *wrong]) == 2
+    assert "reads no variable 'x'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("objective", "row", "known"), [
     ("classify", {"text": "good", "label": "pos"}, "label pos"),
     ("tag", {"tokens": ["in", "Rome"], "ner_tags": ["O", "B-LOC"]}, "Rome/B-LOC"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from transformers import AutoTokenizer
 
 from tests.tiny import tiny_tokenizer
 from tunesmith.data.encode.templates import TEMPLATES, apply_template
@@ -72,7 +75,7 @@ BAD = [
     ("{{ messages[5].content.x }}", "fails on a question"),
     ("{{ 'nothing' }}", "does not write the assistant's answer"),
     ("chatlm", "Did you mean `chatml`"),
-    ("no such template", "neither a Jinja string nor a name"),
+    ("no such template", "neither a Jinja string, nor the path of a .jinja file, nor a name"),
 ]
 
 
@@ -91,3 +94,47 @@ def test_a_model_s_own_template_passes_the_same_guard():
 def test_generation_tags_are_known():
     template = "{% for m in messages %}{%- generation -%}{{ m.content }}{%- endgeneration -%}{% endfor %}"
     apply_template(tiny_tokenizer(), template)
+
+
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+def test_a_template_may_be_a_file(tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text(THINKING)
+    tokenizer, description = apply_template(tiny_tokenizer(), str(path))
+    assert tokenizer.chat_template == THINKING and description == f"the template in {path}"
+    with pytest.raises(DataError, match=r"onw\.jinja cannot be read: no such file\. Template files in .*: own\.jinja"):
+        apply_template(tiny_tokenizer(), str(tmp_path / "onw.jinja"))
+
+
+def test_variables_of_a_template_are_saved_with_it(tmp_path):
+    """They hold in the program that reads the saved template, which may still pass another value."""
+    tokenizer, description = apply_template(tiny_tokenizer(THINKING), None, {"enable_thinking": False})
+    assert description == "the model's own chat template, with enable_thinking: false"
+    tokenizer.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = {"tokenize": False, "add_generation_prompt": True}
+    thought = "<think>\n\n</think>\n\n"
+    assert saved.apply_chat_template(TALK[:2], **prompt).endswith("assistant\n" + thought)
+    assert saved.apply_chat_template(TALK[:2], enable_thinking=True, **prompt).endswith("assistant\n")
+    apply_template(saved, None, {"enable_thinking": True})  # the latest word counts
+    assert saved.apply_chat_template(TALK[:2], **prompt).endswith("assistant\n")
+
+
+@pytest.mark.parametrize("value", [None, True, "a 'b'\n\"c\"", 2.5, {"x": [None, "한"]}])
+@pytest.mark.parametrize("begin", ["", "\n", "  ", "\n  {% if true %}{% endif %}"])
+def test_variables_keep_their_values_and_the_text_of_the_template(value, begin):
+    body = begin + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    plain = apply_template(tiny_tokenizer(), body)[0].apply_chat_template(TALK, tokenize=False)
+    tokenizer, _ = apply_template(tiny_tokenizer(), body + "{{ x | tojson }}", {"x": value})
+    assert tokenizer.apply_chat_template(TALK, tokenize=False) == plain + json.dumps(value, ensure_ascii=False)
+
+
+def test_a_variable_that_the_template_never_reads_is_refused():
+    with pytest.raises(DataError, match=r"reads no variable 'enable_thinkin'\. It reads enable_thinking\. Did you mean"):
+        apply_template(tiny_tokenizer(THINKING), None, {"enable_thinkin": False})

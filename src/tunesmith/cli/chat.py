@@ -28,6 +28,7 @@ def chat(
         typer.Option(metavar="NAME=FOLDER", help="An adapter to switch to; may be repeated."),
     ] = None,
     system: options.System = None,
+    template_kwarg: options.TemplateKwargs = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.7,
     top_p: options.TopP = 0.9,
@@ -36,10 +37,12 @@ def chat(
     as_json: Annotated[bool, typer.Option("--json", help="Print the conversation as JSON.")] = False,
 ) -> None:
     """Chat with a model. Reads lines from the terminal or from a pipe."""
+    from tunesmith.data.encode.templates import apply_template
     from tunesmith.models.adapters.adapter_set import load_adapters
     from tunesmith.models.generate import decode
     from tunesmith.models.load.load import load
 
+    kwargs = options.parse_template_kwargs(template_kwarg)
     folders = _with_adapter_of_model(model, _parse_adapters(adapter or []))
     settings: JsonObject = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     settings["top_k"] = top_k
@@ -50,6 +53,9 @@ def chat(
     decode.check_writes(pair[0])
     if not pair[1].chat_template:
         raise UserError(f"{model} has no chat template. Use `tunesmith generate {model} --prompt ...`.")
+    for tokenizer in [pair[1]] if adapters is None else adapters.tokenizers.values():
+        if kwargs and tokenizer.chat_template:
+            apply_template(tokenizer, None, kwargs)
     print_stderr(_HELP)
     if adapters is not None:
         print_stderr(_SWITCH.format(names=", ".join(adapters.names)), f"adapter: {adapters.active}")

@@ -35,6 +35,7 @@ def preview(
     train_on: Annotated[str | None, typer.Option(help="completion, assistant or all.")] = None,
     format: options.Format = None,
     template: options.Template = None,
+    template_kwarg: options.TemplateKwargs = None,
     split: options.Split = "train",
     name: options.Name = None,
     streaming: options.Streaming = False,
@@ -52,8 +53,11 @@ def preview(
         raise UserError("data preview needs a tokenizer. Name its model, such as --model smollm2-135m")
     tokenizer = load_tokenizer(locate(model or named or ""))
     chosen = template or (config.template if config else None)
+    kwargs = (config.template_kwargs if config else {}) | options.parse_template_kwargs(template_kwarg)
     accepted = ROW_TYPES if config is None and train_on is None else ()
-    shown = [previews.preview(source, objective, tokenizer, chosen, rows, accepted) for source in sources]
+    shown = [
+        previews.preview(source, objective, tokenizer, chosen, rows, accepted, kwargs) for source in sources
+    ]
     facts = {"sources": [item.as_dict() for item in shown]}
     print_result(facts, as_json, lambda _: _preview_lines(shown))
     return 0
@@ -66,6 +70,7 @@ def lint(
     format: options.Format = None,
     model: Annotated[str | None, typer.Option(help="Also render rows with this model's template.")] = None,
     template: options.Template = None,
+    template_kwarg: options.TemplateKwargs = None,
     near_duplicates: Annotated[bool, typer.Option("--near-duplicates", help="Find near-duplicates.")] = False,
     threshold: Annotated[float | None, typer.Option(help="Jaccard, 0.5 to 1.", show_default="0.8")] = None,
     write: Annotated[str | None, typer.Option(help="New .jsonl file: FILE without near-duplicates.")] = None,
@@ -92,14 +97,16 @@ def lint(
     keys = _source_keys(format, split, name, streaming)
     held_out = [source for path in evaluation or () for source in _open_target(path, keys, None)[0]]
     accepted: tuple[type, ...] = ROW_TYPES
+    kwargs = options.parse_template_kwargs(template_kwarg)
     for file in files:
         sources, config, objective, _ = _open_target(file, keys, None)
         train += sources
         if config is not None:
             accepted = tuple(objective.traits.rows)
             template = template or config.template
+            kwargs = config.template_kwargs | kwargs
             held_out += eval_sources(config).values()
-    tokenizer = apply_template(load_tokenizer(locate(model)), template)[0] if model else None
+    tokenizer = apply_template(load_tokenizer(locate(model)), template, kwargs)[0] if model else None
     report = linting.lint(train, held_out, accepted, tokenizer)
     facts, lines = report.as_dict(), _lint_lines(report)
     if near_duplicates:

@@ -24,6 +24,7 @@ def evaluate(
     column: options.Columns = None,
     separator: Annotated[str | None, typer.Option(help="Separator of labels in a cell, such as '|'.")] = None,
     template: options.Template = None,
+    template_kwarg: options.TemplateKwargs = None,
     max_length: options.MaxLength = None,
     overlong: Annotated[
         str | None,
@@ -43,13 +44,13 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Print loss, figures and speed of a model on a data file."""
-    columns = options.parse_columns(column)
+    columns, kwargs = options.parse_columns(column), options.parse_template_kwargs(template_kwarg)
 
     from tunesmith.evaluate import evaluate_model
 
     figures = evaluate_model.evaluate(
         model, data, objective=objective, format=format, columns=columns or None, separator=separator, template=template,
-        max_length=max_length, overlong=overlong, bad_rows=bad_rows, limit=limit, precision=precision,
+        template_kwargs=kwargs, max_length=max_length, overlong=overlong, bad_rows=bad_rows, limit=limit, precision=precision,
         batch_tokens=batch_tokens, split=split, name=name, streaming=streaming, out=out,
     )  # fmt: skip
     print_result(figures, as_json, _tables)

@@ -30,6 +30,7 @@ def generate(
     data: Annotated[str | None, typer.Option(help="Prompts: txt (one a line), json, csv, ...")] = None,
     limit: options.Limit = None,
     system: options.System = None,
+    template_kwarg: options.TemplateKwargs = None,
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no chat template.")] = False,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
@@ -43,11 +44,17 @@ def generate(
     """Answer a prompt, or every prompt of a file."""
     if (prompt is None) == (data is None):
         raise UserError("generate needs either --prompt TEXT or --data FILE")
+    kwargs = options.parse_template_kwargs(template_kwarg)
+    if kwargs and plain:
+        raise UserError(
+            "--template-kwarg does nothing with --plain, which uses no template. Leave out one of the two."
+        )
     check_new_file(out)
     prompts: list[Prompt] = [prompt] if prompt is not None else read_prompts(str(data), limit)
 
     from rich.progress import Progress
 
+    from tunesmith.data.encode.templates import apply_template
     from tunesmith.models.generate import decode
     from tunesmith.models.load.load import load
 
@@ -56,6 +63,8 @@ def generate(
     decode.Settings(**settings)  # reports a wrong setting before the model is loaded
     print_stderr(f"loading {model}")
     pair = load(model)
+    if kwargs:
+        apply_template(pair[1], None, kwargs)
     with Progress(console=console(), transient=True, disable=data is None) as progress:
         task = progress.add_task("generating", total=len(prompts))
         answers = decode.generate(

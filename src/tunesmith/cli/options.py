@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from tunesmith.errors import UserError
+from tunesmith.json_types import JsonObject
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Model = Annotated[str, typer.Argument(help="Catalog name, model, adapter or run folder.")]
@@ -42,7 +44,16 @@ Name = Annotated[str | None, typer.Option(help="Configuration of a data set on t
 Streaming = Annotated[bool, typer.Option(help="Stream a data set from the Hub; download nothing.")]
 Template = Annotated[
     str | None,
-    typer.Option(help="alpaca, chatml, roles, korean, or a Jinja string.", show_default="the model's own"),
+    typer.Option(
+        help="alpaca, chatml, roles, korean, a .jinja file or a Jinja string.", show_default="the model's own"
+    ),
+]
+TemplateKwargs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-kwarg",
+        help="NAME=VALUE for the chat template, such as enable_thinking=false; may be repeated.",
+    ),
 ]
 
 # generation
@@ -51,6 +62,25 @@ MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 = always the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this total probability.")]
 TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 = all.")]
+
+
+def parse_template_kwargs(given: list[str] | None) -> JsonObject:
+    """``["enable_thinking=false"]`` -> ``{"enable_thinking": False}``; a value that is no JSON is text.
+
+    Raises UserError for an option that is not NAME=VALUE.
+    """
+    kwargs: JsonObject = {}
+    for option in given or ():
+        name, equals, value = option.partition("=")
+        if not (name.isidentifier() and equals):
+            raise UserError(
+                f"--template-kwarg {option}: expected NAME=VALUE, such as --template-kwarg enable_thinking=false"
+            )
+        try:
+            kwargs[name] = json.loads(value)
+        except ValueError:
+            kwargs[name] = value
+    return kwargs
 
 
 def parse_columns(given: list[str] | None) -> dict[str, str | list[str]]:

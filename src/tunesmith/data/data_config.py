@@ -121,10 +121,22 @@ class DataConfig(Strict):
     train: list[Source] = Field(min_length=1)
     eval: EvalConfig = EvalConfig()
     template: str | None = Field(
-        None, description="alpaca, chatml, roles, korean, or a Jinja string; default: the model's own"
+        None,
+        description="alpaca, chatml, roles, korean, a .jinja file, or a Jinja string; default: the model's own",
+    )
+    template_kwargs: dict[str, object] = Field(
+        {}, description="variables of the chat template, e.g. {enable_thinking: false}; saved with the model"
     )
     bad_rows: Literal["error", "skip"] = Field("error", description="skip = count, list and drop them")
     max_unlearnable: float = Field(
         0.2, ge=0, le=1, description="maximum share of rows without supervised tokens"
     )
     cache: bool = Field(True, description="keep processed rows on disk, keyed by content")
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _check_variables(cls, kwargs: dict[str, object]) -> dict[str, object]:
+        for name in kwargs:
+            if not name.isidentifier():
+                raise ValueError(f"expected names of variables, as {{enable_thinking: false}}, got {name!r}")
+        return kwargs

@@ -40,6 +40,7 @@ def evaluate(
     separator: str | None = None,
     prompt_template: str | None = None,
     template: str | None = None,
+    template_kwargs: JsonObject | None = None,
     max_length: int | None = None,
     overlong: str | None = None,
     bad_rows: Literal["error", "skip"] = "error",
@@ -78,7 +79,10 @@ def evaluate(
     network, chosen = opened.network, opened.objective
     if out is not None:
         _check_out(Path(out), chosen.traits.head)
-    config = DataConfig(train=[source], eval=EvalConfig(fraction=0.0), template=template, bad_rows=bad_rows)
+    config = DataConfig(
+        train=[source], eval=EvalConfig(fraction=0.0), template=template,
+        template_kwargs=template_kwargs or {}, bad_rows=bad_rows,
+    )  # fmt: skip
     window = window_of(network.config, virtual_tokens.count(network))
     prepared = prepare(config, chosen, opened.tokenizer, max_length=max_length, window=window, seed=0)
     rows, rejected = prepared.train, sum(report.rows_rejected for report in prepared.report.sources)

@@ -70,8 +70,9 @@ def _objective_rules(recipe: Recipe, sources: Mapping[str, Source]) -> list[Rule
         *((traits.deterministic and value,
            f"{key}: {name} compares log-probabilities or rewards, which must depend on the weights alone. Leave it out")
           for key, value in random_keys),
-        (recipe.data.template and Chat not in traits.rows and not traits.fits_rows,
-         f"data.template does nothing: {learns}"),
+        *((changed(recipe.data, key) and Chat not in traits.rows and not traits.fits_rows,
+           f"data.{key} does nothing: {learns}")
+          for key in ("template", "template_kwargs")),
         *((source.separator and Labelled not in traits.rows, f"{place}.separator does nothing: {learns}")
           for place, source in sources.items()),
         *((source.separator and dict(recipe.objective)[key],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,7 @@ def preview(
     template: str | None = None,
     rows: int = 3,
     accepted: tuple[type, ...] = (),
+    template_kwargs: Mapping[str, object] | None = None,
 ) -> Preview:
     """Return the first ``rows`` usable rows of a source as examples, and the unusable rows before them.
 
@@ -96,8 +98,8 @@ def preview(
     own_types = tuple(objective.traits.rows)
     opened = open_source(source, accepted or own_types)
     template_name = "none: the rows are plain text"
-    if template is not None or Chat in opened.kinds:
-        tokenizer, template_name = apply_template(tokenizer, template)
+    if template is not None or template_kwargs or Chat in opened.kinds:
+        tokenizer, template_name = apply_template(tokenizer, template, template_kwargs)
     shown: list[PreviewRow] = []
     problems: list[RowProblem] = []
     usable = 0

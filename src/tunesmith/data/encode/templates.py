@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 
 from tunesmith.data.rows import Message
 from tunesmith.errors import DataError
@@ -76,18 +78,30 @@ KOREAN = (
 {%- if add_generation_prompt %}{{ '### 답변:\\n' }}{% endif %}"""
 )
 
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
+
+GIVEN = {
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception", "strftime_now",
+    "bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "namespace", "range",
+    "dict", "lipsum", "cycler", "joiner",
+}  # fmt: skip
+"""Variables that transformers and Jinja set themselves."""
+
 TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "roles": ROLES, "korean": KOREAN}
 """Each closes every assistant turn with the model's end token, so that generation stops in any program."""
 
 
 def apply_template(
-    tokenizer: PreTrainedTokenizerBase, template: str | None
+    tokenizer: PreTrainedTokenizerBase, template: str | None, kwargs: Mapping[str, object] | None = None
 ) -> tuple[PreTrainedTokenizerBase, str]:
     """Give ``tokenizer`` its chat template and check it on a small conversation.
 
-    ``template``: a name of ``TEMPLATES``, a Jinja string, or None for the model's own (``roles`` if it has
-    none). The tokenizer is changed and returned, with a sentence that names the choice. Raises DataError
-    (exit code 2) when the name is unknown, the template does not compile, or it reaches outside the sandbox.
+    ``template``: a name of ``TEMPLATES``, the path of a .jinja file, a Jinja string, or None for the model's
+    own (``roles`` if it has none). ``kwargs``: variables of the template, such as ``enable_thinking``. They
+    become its defaults, so they are saved with the model and hold in every program that reads the template.
+    The tokenizer is changed and returned, with a sentence that names the choice. Raises DataError (exit code
+    2) when name or file is unknown, the template does not compile or read a variable of ``kwargs``, or it
+    reaches outside the sandbox.
     """
     if template is None and tokenizer.chat_template:
         description = "the model's own chat template"
@@ -101,12 +115,13 @@ def apply_template(
         tokenizer.chat_template = template
         description = "the recipe's own Jinja template"
     else:
-        raise DataError(
-            f"data.template: {template!r} is neither a Jinja string nor a name. {did_you_mean(template, TEMPLATES)}"
-        )
-    chosen = tokenizer.chat_template
-    for text in chosen.values() if isinstance(chosen, dict) else [chosen]:
+        tokenizer.chat_template = _read_template(template)
+        description = f"the template in {template}"
+    for text in _texts(tokenizer):
         _refuse_unsafe(text)
+    if kwargs:
+        _set_defaults(tokenizer, kwargs)
+        description += ", with " + ", ".join(f"{name}: {_literal(value)}" for name, value in kwargs.items())
     try:
         rendered = tokenizer.apply_chat_template(PROBE, tokenize=False)
     except RENDER_ERRORS as error:
@@ -117,6 +132,68 @@ def apply_template(
             "the chat template does not write the assistant's answer. Correct data.template: it must write message.content"
         )
     return tokenizer, description
+
+
+def _read_template(path: str) -> str:
+    """Return the text of a template file. Raises DataError."""
+    file = Path(path).expanduser()
+    if file.suffix not in TEMPLATE_SUFFIXES:
+        raise DataError(
+            f"data.template: {path!r} is neither a Jinja string, nor the path of a .jinja file, nor a name. "
+            + did_you_mean(path, TEMPLATES)
+        )
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        near = file.parent.glob("*.jinja") if file.parent.is_dir() else ()
+        names = ", ".join(sorted(one.name for one in near)) or "none"
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise DataError(
+            f"data.template: {path} cannot be read: {reason}. Template files in {file.parent}: {names}."
+        ) from None
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokenizer's chat template, or several by name, as some models have."""
+    chosen = tokenizer.chat_template
+    return list(chosen.values()) if isinstance(chosen, dict) else [chosen]
+
+
+def _set_defaults(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, object]) -> None:
+    """Begin the chat template with defaults of its variables. Raises DataError for one that it never reads."""
+    read = set[str]().union(*(_variables(text) for text in _texts(tokenizer))) - GIVEN
+    for name in kwargs:
+        if name not in read:
+            has = f"It reads {', '.join(sorted(read))}. " if read else "It reads none. "
+            raise DataError(
+                f"data.template_kwargs: the chat template reads no variable {name!r}. {has}{did_you_mean(name, read)}"
+            )
+    # transformers drops the newline after a block and the spaces before one, so the text stays as it is
+    lines = [
+        f"{{% set {name} = {name} if {name} is defined else {_literal(value)} %}}\n"
+        for name, value in kwargs.items()
+    ]
+    chosen, begin = tokenizer.chat_template, "".join(lines)
+    if isinstance(chosen, dict):
+        tokenizer.chat_template = {name: begin + text for name, text in chosen.items()}
+    else:
+        tokenizer.chat_template = begin + chosen
+
+
+def _variables(template: str) -> set[str]:
+    """The variables that a template reads and does not set before."""
+    return meta.find_undeclared_variables(_parse(template))
+
+
+def _literal(value: object) -> str:
+    """Return ``value`` as Jinja writes it: as JSON, except for none."""
+    if isinstance(value, dict):
+        return (
+            "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
+        )
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value)
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase, purpose: str) -> int:
@@ -136,11 +213,8 @@ def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     return [], []
 
 
-def _refuse_unsafe(template: str) -> None:
-    """Raise DataError for access to a name like ``__class__``.
-
-    The sandbox refuses such code only when it runs. It may be on a branch that the probe does not take.
-    """
+def _parse(template: str) -> nodes.Template:
+    """Parse a template. Raises DataError for a text that is not valid Jinja."""
 
     def plain_tag(found: re.Match[str]) -> str:
         return found[1] + ("endif" if found[2] else "if true") + found[3]
@@ -148,11 +222,19 @@ def _refuse_unsafe(template: str) -> None:
     # transformers' ``{% generation %}`` tag is unknown to Jinja
     template = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", plain_tag, template)
     try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
         ) from None
+
+
+def _refuse_unsafe(template: str) -> None:
+    """Raise DataError for access to a name like ``__class__``.
+
+    The sandbox refuses such code only when it runs. It may be on a branch that the probe does not take.
+    """
+    tree = _parse(template)
     for node in tree.find_all(nodes.Expr):
         match node:
             case (

@@ -105,8 +105,8 @@ def prepare(
         )
     opened = _open_sources(config, objective.traits.rows)
     template = "none: the rows are plain text"
-    if config.template is not None or any(Chat in item.kinds for _, item in opened):
-        tokenizer, template = apply_template(tokenizer, config.template)
+    if config.template is not None or config.template_kwargs or any(Chat in item.kinds for _, item in opened):
+        tokenizer, template = apply_template(tokenizer, config.template, config.template_kwargs)
     _scan(objective, [item for role, item in opened if role == "train"])
     key = shared_key(objective, tokenizer)
     parts = []
