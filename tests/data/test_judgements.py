@@ -207,7 +207,7 @@ def test_pairs_become_two_rows_only_where_the_format_is_named(tmp_path, format, 
 
 def test_a_ranking_of_several_is_no_pair(tmp_path):
     path = file(tmp_path, [{"prompt": "q", "answers": ["a", "b", "c"]}])
-    with pytest.raises(DataError, match="Choose another objective, or map the columns"):
+    with pytest.raises(DataError, match="set objective: dpo or reward"):
         open_source(Source(path=path), (Judged,))
 
 

@@ -12,7 +12,7 @@ from tunesmith.data.data_config import DataConfig, EvalConfig, Source
 from tunesmith.data.read import json_rows
 from tunesmith.data.read.source import eval_sources, open_source
 from tunesmith.data.row_problems import RowProblem
-from tunesmith.data.rows import Labelled, Question, Tagged, Text
+from tunesmith.data.rows import Chat, Labelled, Question, Ranking, Tagged, Text
 from tunesmith.data.store.encode_source import content_hash
 from tunesmith.errors import DataError
 
@@ -328,16 +328,29 @@ def test_rows_to_predict_may_lack_their_gold(read, kind, name, content, row):
 @pytest.mark.parametrize(
     ("kind", "row", "mapped", "typed"),
     [
+        (Labelled, {"question": "q", "answer": "a"}, "text: COLUMN, label: COLUMN", "set objective: sft."),
         (
             Labelled,
-            {"question": "q", "answer": "a"},
-            "text: question, label: answer",
-            "--column text=question --column label=answer",
+            {"body": "q", "mood_label": "a"},
+            "text: body, label: mood_label",
+            "--column text=body --column label=mood_label",
         ),
         (Tagged, {"text": "q", "my tags": "O"}, "tags: my tags", "--column 'tags=my tags'"),
         (Question, {"question": "q", "answer": "a"}, "context: COLUMN, answers: COLUMN", "--column context=COLUMN"),
-        (Labelled, {"text": "q", "anger": 1, "joy": 0}, "label: anger", "--column label=anger"),
-        (Labelled, {"text": "q", "anger": 1, "joy": 0}, "label: anger", "{labels: [anger, joy]}"),
+        (Labelled, {"text": "q", "anger": 1, "joy": 0}, "label: COLUMN", "{labels: [anger, joy]}"),
+        (
+            Ranking,
+            {"input": "q", "accepted": "a", "rejected": "b"},
+            "prompt: input, chosen: accepted",
+            "--column chosen=accepted",
+        ),
+        (Ranking, {"question": "q", "winner": "a", "loser": "b"}, "chosen: winner, rejected: loser", "--column rejected=loser"),
+        (Ranking, {"a": "q", "b": "a", "c": "b"}, "prompt: COLUMN, chosen: COLUMN, rejected: COLUMN", "no format fits"),
+        (Ranking, {"text": "q", "label": "a"}, "chosen: COLUMN, rejected: COLUMN", "set objective: classify or objective: cpt."),
+        (Ranking, {"prompt": "q", "response": "a", "label": True}, "chosen: COLUMN, rejected: COLUMN", "set objective: kto."),
+        (Chat, {"ask": "q", "reply": "a"}, "prompt: COLUMN, completion: COLUMN", "Columns of the file: ask, reply"),
+        (Chat, {"user_question": "q", "reply": "a"}, "prompt: user_question, completion: reply", "--column prompt=user_question"),
+        (Chat, {"dialog": []}, "messages: dialog", "--column messages=dialog"),
         (Labelled, {"내용": "q", "레이블": "a"}, "text: 내용, label: 레이블", "--column 'text=내용'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -22,6 +23,10 @@ HUB_KEYS = ("split", "name", "streaming")
 """Keys of a source that apply to Hub data sets only."""
 
 
+KEEP_IF = "keep_if"
+"""Entry of ``columns`` that is no field of a format."""
+
+
 class Source(Strict):
     """One source of rows: a file, a folder of classes, a built-in set, or a split of a Hub data set."""
 
@@ -36,7 +41,8 @@ class Source(Strict):
     columns: dict[str, str | Annotated[list[str], Field(min_length=1)]] | None = Field(
         None,
         description="field of the format -> column of the file, e.g. {prompt: question}; "
-        "labels may also be several columns of 0 and 1, e.g. {labels: [toxic, insult]}",
+        "labels may also be several columns of 0 and 1, e.g. {labels: [toxic, insult]}; "
+        "{keep_if: COLUMN} keeps the rows in which that column is true",
     )
     separator: str | None = Field(None, min_length=1, description="separator of labels in a cell, e.g. '|'")
     prompt_template: str | None = Field(None, description="prompt from columns, e.g. 'Summarise: {text}'")
@@ -57,6 +63,23 @@ class Source(Strict):
             field: list(map(as_text, column)) if isinstance(column, list | tuple) else as_text(column)
             for field, column in columns.items()
         }
+
+    @field_validator("columns")
+    @classmethod
+    def _check_keep_if(cls, columns: Mapping[str, object] | None) -> Mapping[str, object] | None:
+        if columns and not isinstance(columns.get(KEEP_IF, ""), str):
+            raise ValueError(f"{KEEP_IF} takes one column, got a list ({columns[KEEP_IF]})")
+        return columns
+
+    @property
+    def keep_if(self) -> str | None:
+        """The column that is true in the rows to keep; None keeps all rows."""
+        return str(self.columns[KEEP_IF]) if self.columns and KEEP_IF in self.columns else None
+
+    @property
+    def mapping(self) -> dict[str, str | list[str]]:
+        """Field of the format -> column of the file."""
+        return {field: column for field, column in (self.columns or {}).items() if field != KEEP_IF}
 
     @field_validator("path")
     @classmethod

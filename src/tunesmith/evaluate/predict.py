@@ -128,7 +128,7 @@ def _open_rows(source: Source, opened: OpenedModel) -> OpenedSource:
         if Ranking not in accepted:
             raise
         try:
-            reader = open_source(source, (Chat, PromptCompletion))
+            reader = open_source(source, (Chat, PromptCompletion), gold=False)
         except DataError:
             raise unranked from None
     convert = reader.convert

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from tunesmith.data.check.balance import Balance
 from tunesmith.data.check.lint_pairs import RowKinds, answer_digest, characters
 from tunesmith.data.encode.judgements import prompt_key
-from tunesmith.data.formats.preference_fields import NONEMPTY_ANSWER
+from tunesmith.data.formats.dialogues import NONEMPTY_ANSWER
 from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Judged
 from tunesmith.json_types import JsonObject

@@ -8,12 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tunesmith.data.formats.preference_fields import (
-    DIFFERENT_ANSWERS,
-    NONEMPTY_ANSWER,
-    SAME_PROMPT,
-    strip_contents,
-)
+from tunesmith.data.formats.dialogues import NONEMPTY_ANSWER
+from tunesmith.data.formats.preference_fields import DIFFERENT_ANSWERS, SAME_PROMPT, strip_contents
 from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Message, Ranking
 from tunesmith.json_types import JsonObject

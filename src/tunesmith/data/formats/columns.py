@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from tunesmith.data.formats import judgement_fields, preference_fields
+from tunesmith.data.formats import column_advice, judgement_fields, preference_fields
 from tunesmith.data.formats.fields import (
     SYSTEM,
     TOOLS,
@@ -22,8 +21,9 @@ from tunesmith.data.formats.fields import (
     required,
 )
 from tunesmith.data.formats.label_fields import build_labelled, build_multilabel, scan_vectors
+from tunesmith.data.formats.preference_fields import build_prompt_completion
 from tunesmith.data.formats.squad_file import build_question
-from tunesmith.data.formats.turns import alpaca_prompt, build_chat, exchange, parse_tools, parse_turns
+from tunesmith.data.formats.turns import alpaca_prompt, build_chat, exchange
 from tunesmith.data.formats.word_fields import build_tokens, build_words, scan_spaces
 from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
 from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Question, Row, Tagged, Text
@@ -42,17 +42,6 @@ def _exchange(question: str, answer: str) -> Callable[[Values], Chat]:
 
 def _chat(turns: str) -> Callable[[Values], Chat]:
     return lambda values: build_chat(values, turns)
-
-
-def _build_prompt_completion(values: Values) -> PromptCompletion | Chat:
-    prompt, completion = values["prompt"], values["completion"]
-    if not isinstance(prompt, list) and not isinstance(completion, list):
-        return PromptCompletion(require_text(prompt, "prompt"), require_text(completion, "completion"))
-    before, answer = parse_turns(prompt, "prompt"), parse_turns(completion, "completion")
-    if not any(message["role"] == "assistant" for message in answer):
-        fix = "Add the answer to learn, or delete the row."
-        raise FieldFault("completion", "a turn of the assistant", "none", fix)
-    return Chat((*before, *answer), parse_tools(values.get("tools")))
 
 
 def _build_text(values: Values) -> Text:
@@ -83,7 +72,7 @@ TABLE = (
     Format("messages", Chat, (required("messages"), *CHAT), _chat("messages")),
     Format("sharegpt", Chat, (required("conversations", "conversation"), *CHAT), _chat("conversations")),
     Format("alpaca", Chat, ALPACA, _build_alpaca, "instruction", ("output",)),
-    Format("prompt_completion", PromptCompletion, COMPLETION, _build_prompt_completion, "prompt", ("completion",)),
+    Format("prompt_completion", PromptCompletion, COMPLETION, build_prompt_completion, "prompt", ("completion",)),
     Format("input_output", Chat, (required("input"), required("output")), _exchange("input", "output"), "input", ("output",)),
     Format("summary", Chat, (SUMMARISED, SUMMARY), _exchange("text", "summary"), "text", ("summary",)),
     Format("question_answer", Chat, (QUESTION, ANSWER), _exchange("question", "answer"), "question", ("answer",)),
@@ -283,73 +272,17 @@ def choose_converter(
             most = (converter for count, converter in wanted if 2 * count >= len(keys))
             return replace(next(most, wanted[0][1]), gold=gold)
     if fitting:
-        raise DataError(f"{path}: {_other_rows(fitting[0][1].form, accepted, keys)}")
-    raise DataError(f"{path}: {_no_format(format, accepted, keys)}")
-
-
-def _no_format(format: str | None, accepted: tuple[type, ...], keys: Sequence[tuple[str, ...]]) -> str:
-    """The message for a file whose columns fit no format."""
-    tried = f"the format {format} needs {_needs(FORMATS[format])}" if format else "no format fits"
-    listed = "".join(f"\n    {maker.form.name}: {_needs(maker.form)}" for maker in _makers_of(accepted))
-    return (
-        f"{tried}. Columns of the file: {', '.join(_columns(keys[:5])) or 'none'}.\n"
-        f"  Map the columns, for example {_mapping(accepted, keys)}. Formats:{listed}"
-    )
-
-
-def _other_rows(form: Format, accepted: tuple[type, ...], keys: Sequence[tuple[str, ...]]) -> str:
-    """The message for a file whose rows are not what the objective trains on."""
-    advice = f"Choose another objective, or map the columns, for example {_mapping(accepted, keys)}"
-    if Judged in accepted and form in preference_fields.PAIRS:
-        name = judgement_fields.unpaired_name(form)
-        advice = (
-            "To make two rows of each pair, the chosen answer desirable and the rejected one undesirable, "
-            f"name the format: {name} (on the command line: --format {name}). Or choose another objective."
+        raise DataError(
+            f"{path}: {column_advice.other_rows([maker.form for _, maker in fitting], TABLE, accepted, keys)}"
         )
-    names = ", ".join(row.__name__ for row in accepted)
-    return f"the format {form.name} makes {form.row.__name__} rows, but the objective learns from {names} rows.\n  {advice}"
-
-
-def _columns(keys: Sequence[tuple[str, ...]]) -> list[str]:
-    """The columns of these rows, each once."""
-    return list(dict.fromkeys(str(key) for row in keys for key in row))
+    raise DataError(f"{path}: {column_advice.no_format(format, TABLE, accepted, keys)}")
 
 
 def _detectable(keys: Sequence[tuple[str, ...]]) -> list[Format]:
     """The formats that may be detected, in the order in which they are tried on rows with these columns."""
-    folded = {column.strip().casefold() for column in _columns(keys)}
+    folded = {column.strip().casefold() for column in column_advice.columns_of(keys)}
     forms = [form for form in FORMATS.values() if not form.by_name]
     return sorted(forms, key=lambda form: folded.isdisjoint(form.marks))  # stable: else in the table's order
-
-
-def _makers_of(accepted: tuple[type, ...]) -> list[Converter]:
-    """A converter for each format that makes such rows."""
-    makers = [Converter(form, {}) for form in FORMATS.values() if not form.by_name]
-    return [maker for maker in makers if maker.row_types & set(accepted)]
-
-
-def _mapping(accepted: tuple[type, ...], keys: Sequence[tuple[str, ...]]) -> str:
-    """``columns: {label: sentiment}``: missing fields of the nearest format, each with an unused column."""
-    there = _columns(keys[:5])
-    makers = [Converter(FORMATS["prompt_completion"], {})] if Chat in accepted else _makers_of(accepted)
-    tries = []
-    for maker in makers:
-        names, _ = maker.match(tuple(there))
-        needed = [part.name for part in maker.form.fields if part.required]
-        lacking = [name for name in needed if name not in names] or needed
-        tries.append((lacking, [column for column in there if column not in names.values()]))
-    lacking, free = min(tries, key=lambda attempt: len(attempt[0]))
-    pairs = list(zip(lacking, free if len(free) >= len(lacking) else ["COLUMN"] * len(lacking)))
-    mapped = ", ".join(f"{name}: {column}" for name, column in pairs)
-    typed = " ".join(f"--column {shlex.quote(f'{name}={column}')}" for name, column in pairs)
-    text = f"columns: {{{mapped}}} (evaluate and predict: {typed})"
-    if lacking == ["label"] and free[1:]:
-        text += f"; columns of 0 and 1, one for each label: {{labels: [{', '.join(free)}]}}"
-    return text
-
-
-def _needs(form: Format) -> str:
-    return " + ".join("|".join(part.columns) for part in form.fields if part.required)
 
 
 def _with_fields(forms: Sequence[Format], columns: Columns, path: str) -> list[Format]:
@@ -377,7 +310,7 @@ def _with_prompt(
     forms: Sequence[Format], template: str, keys: Sequence[tuple[str, ...]], path: str
 ) -> list[Format]:
     """The formats whose prompt ``template`` can replace, with an answer that the template does not use."""
-    used, there = PLACEHOLDER.findall(template), _columns(keys)
+    used, there = PLACEHOLDER.findall(template), column_advice.columns_of(keys)
     if not used:
         raise DataError(
             f"{path}: prompt_template {template!r} names no column. Write one in braces, for example 'Summarise: {{text}}'."

@@ -6,7 +6,7 @@ begins with ``unpaired``. ``preference_fields`` reads prompts and responses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tunesmith.data.formats.fields import SYSTEM, TOOLS, Field, FieldFault, Format, Values, required
@@ -14,6 +14,7 @@ from tunesmith.data.formats.preference_fields import ALPACA_CONTEXT, INSTRUCTION
 from tunesmith.data.formats.turns import turns_field, with_system
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Judged, Ranking
+from tunesmith.json_types import JsonObject
 
 DESIRABLE = {"true", "yes", "good", "desirable", "up", "thumbs_up", "chosen", "1", "1.0"}
 UNDESIRABLE = {"false", "no", "bad", "undesirable", "down", "thumbs_down", "rejected", "0", "0.0"}
@@ -61,6 +62,25 @@ def parse_judgement(value: object) -> bool:
     expected = "true or false (also 1 or 0, yes or no, good or bad, thumbs_up or thumbs_down)"
     fix = "Write whether it is desirable, or name the column of the label: columns: {label: COLUMN}."
     raise FieldFault("label", expected, shorten(value), fix)
+
+
+def judgement_column(rows: Sequence[JsonObject]) -> str | None:
+    """The column that says of each answer whether it is desirable: each of its values is a label. None =
+    there is none."""
+    for name in LABEL.columns:
+        keys = [next((key for key in row if str(key).strip().casefold() == name), None) for row in rows]
+        values = [row[key] for key, row in zip(keys, rows) if key is not None and row[key] not in (None, "")]
+        if values and all(map(_is_judgement, values)):
+            return next(key for key in keys if key is not None)
+    return None
+
+
+def _is_judgement(value: object) -> bool:
+    try:
+        parse_judgement(value)
+    except FieldFault:
+        return False
+    return True
 
 
 def split_pair(row: Ranking) -> tuple[Judged, Judged]:

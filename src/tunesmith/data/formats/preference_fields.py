@@ -7,11 +7,11 @@ answers.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 from tunesmith.data.formats import ratings
+from tunesmith.data.formats.dialogues import DIALOGUE, NONEMPTY_ANSWER, is_dialogue, parse_dialogue
 from tunesmith.data.formats.fields import (
     SYSTEM,
     TOOLS,
@@ -32,9 +32,8 @@ from tunesmith.data.formats.turns import (
     with_system,
 )
 from tunesmith.data.row_problems import shorten
-from tunesmith.data.rows import Message, Ranking
+from tunesmith.data.rows import Chat, Message, PromptCompletion, Ranking
 
-NONEMPTY_ANSWER = "an answer with something in it"
 SAME_PROMPT = "two answers to the same prompt"
 DIFFERENT_ANSWERS = "two answers that differ"
 """``expected`` of the problems that ``data lint`` counts by kind."""
@@ -44,10 +43,6 @@ EMPTY = ("empty text", "only spaces", "nothing (null)", "an empty list")
 
 BEFORE_ANSWER = ("user", "tool", "ipython", "document")
 """Roles after which the assistant may speak."""
-
-DIALOGUE = re.compile(r"\s*Human:")
-SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-"""Marks of the speaker in the dialogues of hh-rlhf (Bai et al. 2022, arXiv:2204.05862)."""
 
 ANSWER_KEYS = ("answer", "response", "completion", "text")
 """Keys of the text of an answer that is an object, as in {"answer": "...", "rank": 1}."""
@@ -70,6 +65,25 @@ def build_preference_turns(values: Values) -> Ranking:
     """The row of turns and two answers to the last of them."""
     turns = with_system(turns_field(values, "conversations"), values)
     return _pair_of_turns(turns, "conversations", values)
+
+
+def build_preference_answered(values: Values) -> Ranking:
+    """The row of a conversation that ends with the chosen answer, and the answer rejected in its place: a text
+    for the last turn, turns for all that follow the last question, or a whole conversation."""
+    turns, value = turns_field(values, "messages"), turns_from_json(values["rejected"])
+    rejected = _parse_side(value, "rejected")
+    if rejected[0]["role"] != "assistant":
+        return _pair_of_turns(None, "messages", Values(values | {"chosen": turns, "rejected": rejected}))
+    asked = [index for index, message in enumerate(turns) if message["role"] in BEFORE_ANSWER]
+    if isinstance(value, list | tuple):
+        asked = [index for index in asked if turns[index]["role"] == "user"]
+    end = asked[-1] + 1 if asked else 0
+    if not turns[:end] or not turns[end:]:
+        got = f"a turn of {turns[-1]['role']} at the end" if asked else "no question"
+        fix = "Add it, or delete the row: 'rejected' has the other answer only."
+        raise FieldFault("messages", "a question and the chosen answer to it", got, fix)
+    prompt = with_system(turns[:end], values)
+    return _pair_of_turns(prompt, "messages", Values(values | {"chosen": turns[end:], "rejected": rejected}))
 
 
 def build_preference_alpaca(values: Values) -> Ranking:
@@ -99,14 +113,37 @@ def build_ranking(values: Values) -> Ranking:
     return _ranking(prompt, answers, ranks, scores, values, names)
 
 
+def build_prompt_completion(values: Values) -> PromptCompletion | Chat:
+    """The row of a prompt and a completion: two texts, or a conversation where one of them is turns or a
+    dialogue. A completion that is a whole conversation may repeat the prompt."""
+    prompt, completion = turns_from_json(values["prompt"]), turns_from_json(values["completion"])
+    is_text = isinstance(completion, str) and not is_dialogue(completion)
+    if is_text and not isinstance(prompt, list | tuple):
+        return PromptCompletion(require_text(prompt, "prompt"), require_text(completion, "completion"))
+    before, answer = _prompt(values, plain_answers=False), _parse_side(completion, "completion")
+    if not any(message["role"] == "assistant" for message in answer):
+        fix = "Add the answer to learn, or delete the row."
+        raise FieldFault("completion", "a turn of the assistant", "none", fix)
+    assert not isinstance(before, str)
+    tools = parse_tools(values.get("tools"))
+    if strip_contents(answer[: len(before)]) == strip_contents(before):
+        return Chat(tuple(answer), tools)
+    if answer[0]["role"] != "assistant" and isinstance(prompt, str):
+        fix = "Correct it, or map the conversation alone: columns: {messages: COLUMN}."
+        raise FieldFault("prompt", "the first turns of 'completion'", shorten(prompt), fix)
+    return Chat((*before, *answer), tools)
+
+
 def _are_plain(answers: Sequence[object]) -> bool:
     """True if every answer is a text, and neither turns as JSON text nor a dialogue."""
-    return all(isinstance(answer, str) and not _is_dialogue(answer) for answer in map(_from_json, answers))
+    return all(
+        isinstance(answer, str) and not is_dialogue(answer) for answer in map(turns_from_json, answers)
+    )
 
 
 def _prompt(values: Values, plain_answers: bool) -> str | list[Message]:
     """The turns before the answers; a text if the answers are plain text, without system prompt and tools."""
-    value = _from_json(values["prompt"])
+    value = turns_from_json(values["prompt"])
     if value is not None and not isinstance(value, str):
         return with_system(parse_turns(value, "prompt"), values)
     text = require_text(value, "prompt")
@@ -186,7 +223,7 @@ def _check_answer(turns: Turns, field: str) -> Turns:
 
 def _parse_side(value: object, field: str, whole: bool = False) -> list[Message]:
     """The turns of an answer or a ``whole`` conversation, from turns, one turn, a text or a dialogue."""
-    value = _from_json(value)
+    value = turns_from_json(value)
     last = f"{field}[{len(value) - 1}]" if isinstance(value, list | tuple) and value else field
     try:
         if isinstance(value, Mapping):
@@ -198,18 +235,13 @@ def _parse_side(value: object, field: str, whole: bool = False) -> list[Message]
         if fault.got in EMPTY and fault.field.startswith(last):
             raise FieldFault(fault.field, NONEMPTY_ANSWER, fault.got, fault.fix) from None
         raise
-    if _is_dialogue(text) or (whole and DIALOGUE.match(text)):
+    if is_dialogue(text) or (whole and DIALOGUE.match(text)):
         return parse_dialogue(text, field)
     if not whole:
         return [{"role": "assistant", "content": text}]
     fix = "Add a column with the prompt, or name it: columns: {prompt: COLUMN}."
     expected = "a conversation, because the row has no prompt (a list of turns, or '\\n\\nHuman: ... \\n\\nAssistant: ...')"
     raise FieldFault(field, expected, shorten(value), fix)
-
-
-def _is_dialogue(text: str) -> bool:
-    """True if a text is a whole conversation, with a prompt and an answer."""
-    return bool(DIALOGUE.match(text)) and "\n\nAssistant:" in text
 
 
 def _answer_text(value: object, field: str) -> str:
@@ -220,25 +252,7 @@ def _answer_text(value: object, field: str) -> str:
         raise FieldFault(field, expected, fault.got, fault.fix) from None
 
 
-def parse_dialogue(text: str, field: str) -> list[Message]:
-    """The turns of ``"\\n\\nHuman: ...\\n\\nAssistant: ..."``, without the spaces around them."""
-    before, *parts = SPEAKER.split(text)
-    if before.strip():
-        raise FieldFault(field, "a dialogue that begins with Human:", shorten(before), "Write the speaker.")
-    messages: list[Message] = []
-    turns = list(zip(parts[::2], parts[1::2]))
-    for number, (speaker, content) in enumerate(turns, 1):
-        if not content.strip():
-            is_answer = number == len(turns) and speaker == "Assistant"
-            expected = NONEMPTY_ANSWER if is_answer else f"what {speaker} says"
-            fix = f"Fill turn {number} in or delete the row."
-            raise FieldFault(f"{field}[{number - 1}]", expected, "empty text", fix)
-        role = "user" if speaker == "Human" else "assistant"
-        messages.append({"role": role, "content": require_text(content, field).strip()})
-    return messages
-
-
-def _from_json(value: object) -> object:
+def turns_from_json(value: object) -> object:
     """Parse turns that came as JSON text, as in a csv; any other value is returned as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
@@ -338,6 +352,8 @@ GRADES = (
 )
 ALPACA_CONTEXT = (optional("input", "context"), optional("history"))
 ANSWERS = required("answers", "responses", "completions")
+CONVERSATION = required("messages", "conversations", "conversation")
+REJECTED = required("rejected", "rejected_response", "rejected_messages")
 CONVERSATIONS = required("conversations", "conversation", "messages")
 INSTRUCTION = required("instruction", "question", "query")
 
@@ -349,6 +365,9 @@ PAIRS = (
     Format("preference_turns", Ranking, (CONVERSATIONS, *SIDES), build_preference_turns),
     Format("preference_alpaca", Ranking, (INSTRUCTION, *ALPACA_CONTEXT, *SIDES), build_preference_alpaca),
     Format("preference_dialogues", Ranking, SIDES, build_preference_dialogues),
+    Format(
+        "preference_answered", Ranking, (CONVERSATION, REJECTED, TOOLS, SYSTEM), build_preference_answered
+    ),
 )
 RANKINGS = (
     Format(

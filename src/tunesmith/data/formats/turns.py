@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tunesmith.data.formats.dialogues import is_dialogue, parse_dialogue
 from tunesmith.data.formats.fields import (
     FieldFault,
     Values,
@@ -46,7 +47,9 @@ def build_chat(values: Values, field: str) -> Chat:
 
 
 def turns_field(values: Values, field: str) -> list[Message]:
-    """The turns of a field, which may have come as JSON text."""
+    """The turns of a field, which may have come as JSON text or as a dialogue in one text."""
+    if isinstance(values[field], str) and is_dialogue(values[field]):
+        return parse_dialogue(values[field], field)
     return parse_turns(parse_json(values[field], field, "a list of turns"), field)
 
 

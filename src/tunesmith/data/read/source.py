@@ -9,14 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith.data.data_config import DataConfig, Source
-from tunesmith.data.formats import columns
+from tunesmith.data.data_config import KEEP_IF, DataConfig, Source
+from tunesmith.data.formats import column_advice, columns
 from tunesmith.data.formats.columns import Converter, choose_converter
-from tunesmith.data.formats.judgement_fields import split_pair
+from tunesmith.data.formats.fields import FieldFault
+from tunesmith.data.formats.judgement_fields import judgement_column, parse_judgement, split_pair
 from tunesmith.data.read import hub_set
 from tunesmith.data.read.row_files import READERS, Rows, read
 from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
-from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Labelled, Ranking, Row
+from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Judged, Labelled, PromptCompletion, Ranking, Row
 from tunesmith.errors import DataError
 
 SAMPLED = 100
@@ -86,6 +87,8 @@ def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bo
     if not keys:
         return OpenedSource(source, accepted, None, "unknown: no row could be read", gold=gold)
     convert = _choose_converter(source, accepted, gold, keys)
+    if gold and convert.form.row in (Chat, PromptCompletion):
+        convert = _check_judgements(source, accepted, keys, records, convert)
     facts = seen["facts"] if seen else convert.scan(records)
     separator = {"separator": source.separator} if source.separator else {}
     convert = replace(convert, facts=facts | separator)
@@ -96,6 +99,8 @@ def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bo
             hub_set.remember(source, question, seen)
     kinds = frozenset(kind for kind in (*accepted, *ROW_TYPES) if kind.__name__ in seen["kinds"])
     description = convert.describe(dict.fromkeys(key for row in keys for key in row))
+    if source.keep_if:
+        description += f"; only rows whose {source.keep_if!r} is true"
     return OpenedSource(source, accepted, convert, description, kinds, gold)
 
 
@@ -105,7 +110,7 @@ def _choose_converter(
     is_conll = not source.hub and READERS.get(Path(source.path).suffix.lower()) is READERS[".conll"]
     convert = choose_converter(
         keys, path=source.label, accepted=accepted, format=source.format or ("conll" if is_conll else None),
-        columns=source.columns, prompt_template=source.prompt_template, gold=gold,
+        columns=source.mapping, prompt_template=source.prompt_template, gold=gold,
     )  # fmt: skip
     if source.separator and convert.form.gold != "labels":
         raise DataError(
@@ -113,6 +118,29 @@ def _choose_converter(
             "  Leave it out, or name the column: columns: {labels: COLUMN}."
         )
     return convert
+
+
+def _check_judgements(
+    source: Source,
+    accepted: tuple[type, ...],
+    keys: Sequence[tuple[str, ...]],
+    records: Sequence[Record],
+    convert: Converter,
+) -> Converter:
+    """The converter for rows of written text, which may say of their answers whether they are good.
+
+    Such rows are read as Judged where these are accepted, too. Raises DataError where they are not, unless
+    the recipe keeps the rows with good answers only."""
+    column = judgement_column([record.value for record in records])
+    if column is None or (source.keep_if or "").strip().casefold() == column.strip().casefold():
+        return convert
+    if Judged in accepted:
+        return convert if source.format else _choose_converter(source, (Judged,), True, keys)
+    raise DataError(
+        f"{source.label}: the column {column!r} says of each answer whether it is good, and this objective would train on "
+        f"the bad ones, too.\n  To learn from both, set {column_advice.ADVICE[Judged]}.\n"
+        f"  To train on the good answers alone, set {column_advice.typed({KEEP_IF: column})}."
+    )
 
 
 def _first_records(source: Source, accepted: tuple[type, ...]) -> list[Record]:
@@ -127,7 +155,25 @@ def _first_records(source: Source, accepted: tuple[type, ...]) -> list[Record]:
 
 
 def _rows(source: Source) -> Rows:
-    return hub_set.rows(source) if source.hub else read(source.path, source.format)
+    rows = hub_set.rows(source) if source.hub else read(source.path, source.format)
+    return rows if source.keep_if is None else _true_rows(rows, source.keep_if)
+
+
+def _true_rows(rows: Rows, column: str) -> Rows:
+    """The rows whose ``column`` is true, and every problem."""
+    for item in rows:
+        if isinstance(item, Record):
+            keys = {str(key).strip().casefold(): key for key in item.value}
+            key = keys.get(column.strip().casefold())
+            try:
+                if key is None:
+                    fix = "Name another column in columns: {keep_if: COLUMN}."
+                    raise FieldFault(column, f"the column {column!r}", ", ".join(map(str, item.value)), fix)
+                if not parse_judgement(item.value[key]):
+                    continue
+            except FieldFault as fault:
+                item = item.problem(column, fault.expected, fault.got, fault.fix)
+        yield item
 
 
 def _kinds(row: Row | RowProblem) -> tuple[type, ...]:
@@ -147,11 +193,15 @@ def _question(source: Source, accepted: tuple[type, ...], gold: bool) -> str:
     return content.hexdigest()[:16]
 
 
+SHARED_KEYS = {"format", "columns", "separator", "prompt_template"}
+"""Keys of the first training source that hold for ``data.eval.path``, too."""
+
+
 def eval_sources(config: DataConfig) -> dict[str, Source]:
     """The evaluation sets of the recipe: ``data.eval.sets``, or ``data.eval.path`` under the empty name.
 
-    The latter is read like the first training source: format, columns, separator and prompt_template."""
+    The latter is read like the first training source, with its SHARED_KEYS."""
     if config.eval.path is None:
         return dict(config.eval.sets or {})
-    asked = config.train[0].model_dump(include={"format", "columns", "separator", "prompt_template"})
+    asked = config.train[0].model_dump(include=SHARED_KEYS)
     return {"": Source(path=config.eval.path, limit=config.eval.limit).model_copy(update=asked)}
