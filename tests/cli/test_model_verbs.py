@@ -69,7 +69,7 @@ FILES = {
     "prompts.csv": "id,question\n1,Hi\n2,What is it?\n",
     "alpaca.json": '[{"instruction": "Hi", "output": "x"}, {"instruction": "What", "input": "is it?", "output": "y"}]',
     "chat.jsonl": '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}]}\n'
-    '{"conversations": [{"from": "human", "value": "What is it?"}]}\n',
+    '{"messages": [{"role": "user", "content": "What is it?"}]}\n',
 }
 
 
@@ -88,7 +88,7 @@ BAD = {
     "a number": ('{"prompt": 3}\n', ":1:prompt"),
     "only answers": ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "a turn to answer"),
     "broken": ('{"prompt": \n', ":1:"),
-    "empty": ("", "no prompts"),
+    "empty": ("", "has no rows"),
 }
 
 

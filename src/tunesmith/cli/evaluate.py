@@ -40,6 +40,12 @@ def evaluate(
     split: options.Split = "train",
     name: options.Name = None,
     streaming: options.Streaming = False,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Policy that dpo and kto compare with.", show_default="the model that training started from"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="New folder for the report of a task head.")] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -51,7 +57,8 @@ def evaluate(
     figures = evaluate_model.evaluate(
         model, data, objective=objective, format=format, columns=columns or None, separator=separator, template=template,
         template_kwargs=kwargs, max_length=max_length, overlong=overlong, bad_rows=bad_rows, limit=limit, precision=precision,
-        batch_tokens=batch_tokens, split=split, name=name, streaming=streaming, out=out,
+        batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,
+        reference=reference, out=out,
     )  # fmt: skip
     print_result(figures, as_json, _tables)
 

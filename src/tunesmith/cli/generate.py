@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunesmith.cli import options
 from tunesmith.cli.output import console, json_line, print_result, print_stderr
 from tunesmith.cli.predict import check_new_file
-from tunesmith.errors import DataError, UserError
+from tunesmith.errors import UserError
 from tunesmith.json_types import JsonObject
 
 if TYPE_CHECKING:
-    from tunesmith.data.rows import Message
-
-_COLUMNS = ("messages", "conversations", "prompt", "instruction", "question", "q", "query", "input", "text")
-"""Columns that may hold a row's prompt; the first one found is used."""
-
-Prompt: TypeAlias = "str | list[Message]"
-"""Text, or messages without the answer."""
+    from tunesmith.data.read.prompts import AskedPrompt
+    from tunesmith.models.generate.decode import Loaded
 
 
 def generate(
     model: options.Model,
     prompt: Annotated[str | None, typer.Option(help="Prompt to answer.")] = None,
-    data: Annotated[str | None, typer.Option(help="Prompts: txt (one a line), json, csv, ...")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows to answer, read as training reads them.")] = None,
+    format: options.Format = None,
+    column: options.Columns = None,
     limit: options.Limit = None,
+    split: options.Split = "train",
+    name: options.Name = None,
     system: options.System = None,
     template_kwarg: options.TemplateKwargs = None,
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no chat template.")] = False,
@@ -41,7 +39,7 @@ def generate(
     out: Annotated[Path | None, typer.Option(help="New jsonl file for prompts and answers.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Answer a prompt, or every prompt of a file."""
+    """Answer a prompt, or every prompt of a file. Answers in the file are kept next to the model's."""
     if (prompt is None) == (data is None):
         raise UserError("generate needs either --prompt TEXT or --data FILE")
     kwargs = options.parse_template_kwargs(template_kwarg)
@@ -50,7 +48,12 @@ def generate(
             "--template-kwarg does nothing with --plain, which uses no template. Leave out one of the two."
         )
     check_new_file(out)
-    prompts: list[Prompt] = [prompt] if prompt is not None else read_prompts(str(data), limit)
+    from tunesmith.data.read.prompts import AskedPrompt
+
+    asked = [AskedPrompt(1, prompt or "", None)]
+    if data is not None:
+        reading = {"format": format, "columns": options.parse_columns(column) or None}
+        asked = _read(model, data, reading, limit=limit, split=split, name=name)
 
     from rich.progress import Progress
 
@@ -65,13 +68,14 @@ def generate(
     pair = load(model)
     if kwargs:
         apply_template(pair[1], None, kwargs)
+    _warn_of_omitted_text(asked, pair)
     with Progress(console=console(), transient=True, disable=data is None) as progress:
-        task = progress.add_task("generating", total=len(prompts))
+        task = progress.add_task("generating", total=len(asked))
         answers = decode.generate(
-            pair, prompts, system=system, plain=plain, batch_size=batch_size,
+            pair, [one.prompt for one in asked], system=system, plain=plain, batch_size=batch_size,
             on_answer=lambda row, answer: progress.advance(task), **settings,
         )  # fmt: skip
-    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+    rows = [_answered(one, answer) for one, answer in zip(asked, answers, strict=True)]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(map(json_line, rows)), encoding="utf-8")
@@ -80,51 +84,48 @@ def generate(
     print_result(facts, as_json, lambda _: None if out else _answers(rows))
 
 
-def read_prompts(path: str, limit: int | None) -> list[Prompt]:
-    """Read the prompts of a data file. Training files work too: the answer is left out.
+def _read(model: str, data: str, reading: JsonObject, **keys: object) -> list[AskedPrompt]:
+    """Return the prompts of a file, read as the model's training read its rows. Raises UserError."""
+    from tunesmith.data.read import prompts
+    from tunesmith.evaluate import trained_reading
 
-    Raises DataError naming file, row and field.
-    """
-    from tunesmith.data.read.row_files import read
-    from tunesmith.data.row_problems import RowProblem
-
-    prompts = []
-    for item in islice(read(path), limit):
-        if isinstance(item, RowProblem):
-            raise DataError(str(item))
-        prompts.append(_prompt_of(item.value, f"{path}:{item.row}"))
-    if not prompts:
-        raise DataError(f"{path} has no prompts")
-    return prompts
+    trained = trained_reading.trained_with(model)
+    source = trained_reading.source_as_trained(trained, data, prompts.ROWS, reading, keys, prompts=True)
+    asked, description = prompts.read_prompts(source, trained.get("rows") or ())
+    known = sum(one.reference is not None for one in asked)
+    print_stderr(
+        f"{source.label}: {description}; {len(asked):,} prompts, {known:,} with an answer to compare"
+    )
+    return asked
 
 
-def _prompt_of(row: JsonObject, where: str) -> Prompt:
-    from tunesmith.data.formats.fields import FieldFault, parse_json, require_text
-    from tunesmith.data.formats.turns import parse_turns
+def _warn_of_omitted_text(asked: list[AskedPrompt], pair: Loaded) -> None:
+    """Print how many prompts have text or tools that the chat template leaves out, and what the first loses."""
+    from tunesmith.data.encode.conversations import find_omitted_text
+    from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
+    from tunesmith.data.rows import Chat
 
-    fields = {key.strip().casefold(): key for key in row}
-    only_column = next(iter(fields)) if len(fields) == 1 else None
-    column = next((name for name in _COLUMNS if name in fields), only_column)
-    if column is None:
-        raise DataError(
-            f"{where}: no column is a prompt. Expected one of {', '.join(_COLUMNS)}; the row has {', '.join(row)}"
-        )
-    field = fields[column]
-    value = row[field]
+    tokenizer = pair[1]
+    if not tokenizer.chat_template:
+        return
+    renderer = Renderer(tokenizer)
+    chats = [(one.row, one.prompt) for one in asked if isinstance(one.prompt, Chat)]
     try:
-        if isinstance(value, list) or column in ("messages", "conversations"):
-            turns = parse_turns(parse_json(value, field, "a list of turns"), field)
-            while turns and turns[-1]["role"] == "assistant":
-                turns.pop()
-            if not turns:
-                raise FieldFault(field, "a turn to answer", "only answers", "Add the question.")
-            return turns
-        more = row.get(fields.get("input", ""), "") if column == "instruction" else ""
-        return require_text(value, field) + (f"\n\n{more}" if isinstance(more, str) and more.strip() else "")
-    except FieldFault as fault:
-        raise DataError(
-            f"{where}:{fault.field}: expected {fault.expected}, got {fault.got}. {fault.fix}"
-        ) from None
+        losing = [(row, omitted) for row, chat in chats if (omitted := find_omitted_text(chat, renderer))]
+    except RENDER_ERRORS:  # the template refuses the conversation, which generation reports
+        return
+    if losing:
+        row, omitted = losing[0]
+        print_stderr(
+            f"warning: the chat template leaves out text of {len(losing):,} prompts; of row {row}: {'; '.join(omitted)}"
+        )
+
+
+def _answered(asked: AskedPrompt, answer: str) -> JsonObject:
+    """One line of ``--out``: row, prompt, answer, and the answer of the data as ``reference``."""
+    known = asked.as_dict()
+    reference = {"reference": known.pop("reference")} if "reference" in known else {}
+    return {**known, "answer": answer, **reference}
 
 
 def _answers(rows: list[JsonObject]) -> str:
@@ -133,6 +134,6 @@ def _answers(rows: list[JsonObject]) -> str:
     return "\n\n".join(f"--- {_short_prompt(row['prompt'])}\n{row['answer']}" for row in rows)
 
 
-def _short_prompt(prompt: Prompt) -> str:
+def _short_prompt(prompt: str | list[JsonObject]) -> str:
     text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
     return text if len(text) <= 100 else text[:97] + "..."

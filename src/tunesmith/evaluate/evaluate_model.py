@@ -17,7 +17,9 @@ from tunesmith.data.read.source import open_source
 from tunesmith.data.rows import Labelled, Message, Question, Ranking, Row, Tagged
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import UserError
-from tunesmith.evaluate.open_model import ModelArgument, OpenedModel, make_source, open_model
+from tunesmith.evaluate import starting_policy
+from tunesmith.evaluate.open_model import OpenedModel, open_model
+from tunesmith.evaluate.trained_reading import ModelArgument, make_source, source_as_trained
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import entities
 from tunesmith.models.adapters import virtual_tokens
@@ -50,6 +52,7 @@ def evaluate(
     split: str = "train",
     name: str | None = None,
     streaming: bool = False,
+    reference: str | Path | None = None,
     out: str | Path | None = None,
 ) -> JsonObject:
     """Return the metrics of ``model`` (a name, a folder, or a pair (model, tokenizer)) over the rows of
@@ -63,7 +66,9 @@ def evaluate(
     for a language model ``sft`` (the last answer; text rows whole). ``cpt`` supervises every token of a
     document, long ones in blocks. ``overlong``: the policy for rows above ``max_length`` (default: the
     objective's own). ``batch_tokens`` bounds memory and never changes the metrics. ``split``, ``name`` and
-    ``streaming``: of a data set of the Hub (``data`` = "hub:OWNER/NAME"), as in a recipe. ``out``: a new
+    ``streaming``: of a data set of the Hub (``data`` = "hub:OWNER/NAME"), as in a recipe. ``reference``: the
+    policy that dpo and kto compare with (default: the model that training started from). Columns, template and
+    keys of the objective are those of the training that saved the model, unless given. ``out``: a new
     folder for report.html, figures.json and the worst mistakes of a model that classifies, tags, finds
     answers or gives rewards. Raises UserError for a model or data that cannot be used.
     """
@@ -74,9 +79,10 @@ def evaluate(
         "prompt_template": prompt_template,
     }
     hub = {"split": split, "name": name, "streaming": streaming}
-    source = make_source(data, limit=limit, **reading, **hub)
+    make_source(data, limit=limit, **reading, **hub)  # a wrong option costs no loading
     opened = open_model(model, objective, overlong, max_length)
     network, chosen = opened.network, opened.objective
+    source = source_as_trained(opened.trained, data, chosen.traits.rows, reading, {"limit": limit, **hub})
     if out is not None:
         _check_out(Path(out), chosen.traits.head)
     config = DataConfig(
@@ -84,8 +90,10 @@ def evaluate(
         template_kwargs=template_kwargs or {}, bad_rows=bad_rows,
     )  # fmt: skip
     window = window_of(network.config, virtual_tokens.count(network))
-    prepared = prepare(config, chosen, opened.tokenizer, max_length=max_length, window=window, seed=0)
+    prepared = prepare(config, chosen, opened.tokenizer, max_length=opened.max_length, window=window, seed=0)
     rows, rejected = prepared.train, sum(report.rows_rejected for report in prepared.report.sources)
+    if chosen.traits.needs_reference:
+        rows = starting_policy.attach_reference(opened, rows, reference, precision, batch_tokens)
 
     shortest = sorted(range(len(rows)), key=lambda row: rows.lengths[row])[:2]
     route = opened.prepare(precision, [rows[row] for row in shortest], rows.longest)

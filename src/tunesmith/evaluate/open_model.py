@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError
 
 from tunesmith import objectives
-from tunesmith.data.data_config import Source
 from tunesmith.errors import DataError, ModelError, RecipeError
+from tunesmith.evaluate.trained_reading import ModelArgument, trained_with
+from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import load
@@ -24,9 +24,6 @@ from tunesmith.train.meta_model import window_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ModelArgument = str | Path | tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
-"""A catalog name, a folder, or a pair (model, tokenizer) in memory."""
-
 
 @dataclass
 class OpenedModel:
@@ -37,6 +34,10 @@ class OpenedModel:
     name: str
     objective: Objective
     loaded_here: bool
+    max_length: int | None
+    """Tokens of a row: as asked, or as training cut its rows; None = the window."""
+    trained: JsonObject
+    """What the model remembers of its training (``record.trained``)."""
 
     def prepare(self, dtype: str, examples: Sequence[Example], longest: int) -> fast_path.FastPath:
         """Cast and move the network, and choose its route by two short ``examples``.
@@ -77,15 +78,23 @@ def open_model(
     names = objectives.names()
     if objective is not None and objective not in names:
         raise ModelError(f"unknown objective {objective!r}; expected one of {', '.join(names)}")
+    trained = trained_with(model)
     network, tokenizer = model if isinstance(model, tuple) else load.load(model)
     architecture = type(base(network)).__name__
     head = head_types.kind_of(architecture)
     config = base(network).config
     saved = getattr(config, "tunesmith", None) or {}
-    name = objective or saved.get("objective") or _assumed(head, rewards and config.num_labels == 1)
+    learnt = trained.get("objective") or {}
+    remembered = saved.get("objective") or learnt.get("type")
+    name = objective or remembered or _assumed(head, rewards and config.num_labels == 1)
     module = objectives.module(name)
+    keys = (
+        {key: value for key, value in learnt.items() if key != "type"} if name == learnt.get("type") else {}
+    )
     try:
-        chosen: Objective = module.Objective(module.Config(**({"overlong": overlong} if overlong else {})))
+        chosen: Objective = module.Objective(
+            module.Config(**keys | ({"overlong": overlong} if overlong else {}))
+        )
     except ValidationError as error:
         raise RecipeError(f"overlong: {error.errors()[0]['msg']}, got {overlong!r}") from None
     if chosen.traits.head != head:
@@ -94,20 +103,17 @@ def open_model(
         raise ModelError(
             f"{name} needs a {needed}, and this model is a {architecture}.\n  Objectives for it: {matching}."
         )
+    if max_length is None and chosen.traits.overlong in ("drop", "truncate"):  # rows are cut as in training
+        max_length = trained.get("max_length")
     window = window_of(config, virtual_tokens.count(network))
     if max_length is not None and window is not None and max_length > window:
         raise DataError(
             f"max_length {max_length} is above the model's window of {window} tokens. Take at most {window}."
         )
     chosen.bind(config, tokenizer, max_length or window)
-    if chosen.traits.needs_reference:
-        raise ModelError(
-            f"{name} is evaluated against the reference policy, which only a run has: see its metrics.jsonl and report.\n"
-            "  To evaluate answers, use a reward model: tunesmith score."
-        )
     if isinstance(chosen, TaskHead):
         chosen.restore_labels()
-    return OpenedModel(network, tokenizer, name, chosen, not isinstance(model, tuple))
+    return OpenedModel(network, tokenizer, name, chosen, not isinstance(model, tuple), max_length, trained)
 
 
 def _assumed(head: str, rewards: bool) -> str:
@@ -116,16 +122,3 @@ def _assumed(head: str, rewards: bool) -> str:
     matching = {name: trait for name, trait in traits.items() if trait.head == head}
     rewarding = [name for name, trait in matching.items() if trait.rewards] if rewards else []
     return (rewarding or [name for name, trait in matching.items() if trait.assumed])[0]
-
-
-def make_source(data: str | Path, **keys: object) -> Source:
-    """Return the source ``data``. Raises RecipeError for keys that are invalid or would do nothing."""
-    try:
-        source = Source.model_validate({"path": str(data), **keys})
-    except ValidationError as error:
-        raise RecipeError(f"data: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    if unused := source.unused_keys():
-        raise RecipeError(
-            f"{' and '.join(unused)} would do nothing: {data} is not a data set of the Hub (hub:OWNER/NAME)"
-        )
-    return source

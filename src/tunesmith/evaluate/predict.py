@@ -31,7 +31,8 @@ from tunesmith.data.rows import (
 )
 from tunesmith.data.store.cache import ALIGNED
 from tunesmith.errors import DataError, ModelError
-from tunesmith.evaluate.open_model import ModelArgument, OpenedModel, make_source, open_model
+from tunesmith.evaluate.open_model import OpenedModel, open_model
+from tunesmith.evaluate.trained_reading import ModelArgument, make_source
 from tunesmith.json_types import JsonObject
 from tunesmith.objectives import Example, TaskHead
 from tunesmith.train import fast_path, forward_batches

@@ -11,6 +11,7 @@ import torch
 from tunesmith import files
 from tunesmith.errors import ModelError, UserError
 from tunesmith.json_types import JsonObject
+from tunesmith.models.find import record
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.load import load, probe
 from tunesmith.models.load import quantization as quantized
@@ -132,7 +133,8 @@ def write(folded: FoldedAdapter, folder: Path) -> tuple[PreTrainedModel, float, 
     """
     folded.model.save_pretrained(folder)
     folded.tokenizer.save_pretrained(folder)
-    probe.write_probe(folder, folded.model, folded.tokenizer)
+    trained = record.trained(folded.source.path)
+    probe.write_probe(folder, folded.model, folded.tokenizer, trained=trained or None)
     reloaded = load.load_model(locate(folder, folded.source.remote_code))
     difference, divergence = _compare(reloaded, folded.prompts, folded.logits)
     largest = LARGEST_ROUNDING.get(folded.dtype, LARGEST_KL)

@@ -12,7 +12,8 @@ import torch
 from tunesmith import files
 from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
-from tunesmith.models.adapters import lora_factors
+from tunesmith.models.adapters import lora_factors, virtual_tokens
+from tunesmith.models.find import record
 from tunesmith.models.load import head_loading, probe
 from tunesmith.models.network import base
 from tunesmith.objectives import head_config
@@ -62,6 +63,7 @@ def save_model(run: Run) -> None:
     weights = masters.whole()
     # a threshold that evaluation chose is part of the config
     head_loading.apply_head_config(base(run.model).config, head_config(run.setup.objective))
+    trained = _trained_with(run)
     made_by = adapter_choice.recorded_adaptation(run.setup.recipe, run.setup.model_folder)
 
     def write(target: Path) -> None:
@@ -71,14 +73,34 @@ def save_model(run: Run) -> None:
                 run.setup.adaptation.save(run.model, target)
                 tokenizer.save_pretrained(target)
                 if all_trained:
-                    probe.write_probe(target, run.model, tokenizer, made_by)
+                    probe.write_probe(target, run.model, tokenizer, made_by, trained)
             if (
                 not all_trained
             ):  # a mix of fp32 masters and bf16 weights cannot run: the bf16 copies answer the probe
-                probe.write_probe(target, run.model, tokenizer, made_by)
+                probe.write_probe(target, run.model, tokenizer, made_by, trained)
 
     if run.main:
         files.publish_folder(run.folder.model, write, 4 * masters.size + 8 * 2**20)
+
+
+def _trained_with(run: Run) -> JsonObject:
+    """Return what the saved model remembers of its training (``record.trained``)."""
+    recipe, start = run.setup.recipe, run.setup.model_folder.path
+    keys = {"format", "columns", "separator", "prompt_template"}
+    readings = [source.model_dump(include=keys, exclude_defaults=True) for source in recipe.data.train]
+    return {
+        "objective": recipe.resolved()["objective"],
+        "readings": [reading for reading in readings if reading],
+        "rows": list(run.setup.data.kinds),
+        "max_length": recipe.train.max_length,
+        "start": {
+            "model": recipe.model,
+            "path": str(start),
+            "files": record.file_hashes(start),
+            "exact": recipe.adapter == "continue"
+            or not (virtual_tokens.count(run.model) or recipe.add_tokens),
+        },
+    }
 
 
 def save(run: Run, position: Progression) -> None:

@@ -33,11 +33,15 @@ from tunesmith.suggestions import did_you_mean
 
 
 def _build_alpaca(values: Values) -> Chat:
-    return Chat((*alpaca_prompt(values), {"role": "assistant", "content": values.text("output")}))
+    *before, question = alpaca_prompt(values)
+    return Chat((*before, *exchange(question["content"], values.answer("output"))))
 
 
-def _exchange(question: str, answer: str) -> Callable[[Values], Chat]:
-    return lambda values: Chat(exchange(values.text(question), values.text(answer)))
+def _single_exchange(name: str, question: Field, answer: Field) -> Format:
+    def build(values: Values) -> Chat:
+        return Chat(exchange(values.text(question.name), values.answer(answer.name)))
+
+    return Format(name, Chat, (question, answer), build, question.name, (answer.name,), answer.name)
 
 
 def _chat(turns: str) -> Callable[[Values], Chat]:
@@ -71,11 +75,13 @@ TABLE = (
     *preference_fields.PAIRS,
     Format("messages", Chat, (required("messages"), *CHAT), _chat("messages")),
     Format("sharegpt", Chat, (required("conversations", "conversation"), *CHAT), _chat("conversations")),
-    Format("alpaca", Chat, ALPACA, _build_alpaca, "instruction", ("output",)),
-    Format("prompt_completion", PromptCompletion, COMPLETION, build_prompt_completion, "prompt", ("completion",)),
-    Format("input_output", Chat, (required("input"), required("output")), _exchange("input", "output"), "input", ("output",)),
-    Format("summary", Chat, (SUMMARISED, SUMMARY), _exchange("text", "summary"), "text", ("summary",)),
-    Format("question_answer", Chat, (QUESTION, ANSWER), _exchange("question", "answer"), "question", ("answer",)),
+    Format("alpaca", Chat, ALPACA, _build_alpaca, "instruction", ("output",), "output"),
+    Format(
+        "prompt_completion", PromptCompletion, COMPLETION, build_prompt_completion, "prompt", ("completion",), "completion"
+    ),
+    _single_exchange("input_output", required("input"), required("output")),
+    _single_exchange("summary", SUMMARISED, SUMMARY),
+    _single_exchange("question_answer", QUESTION, ANSWER),
     Format("squad", Question, SQUAD, build_question, gold="answers"),
     *preference_fields.RANKINGS,
     Format("tokens", Tagged, TOKENS, build_tokens, gold="tags", scan=scan_spaces),
@@ -107,15 +113,23 @@ PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 @dataclass(frozen=True)
 class Converter:
-    """Makes rows of records. ``columns``: the recipe's mapping. ``facts``: result of ``Format.scan``."""
+    """Makes rows of records. ``columns``: the recipe's mapping. ``facts``: result of ``Format.scan``.
+    ``prompts``: the rows are to be answered; their gold is read where it is there and valid."""
 
     form: Format
     columns: Mapping[str, Names]
     prompt_template: str | None = None
     gold: bool = True
     facts: JsonObject = field(default_factory=dict)
+    prompts: bool = False
 
     def __call__(self, record: Record) -> Row | RowProblem:
+        row = self._row(record)
+        if self.prompts and self.gold and isinstance(row, RowProblem):
+            return replace(self, gold=False)(record)
+        return row
+
+    def _row(self, record: Record) -> Row | RowProblem:
         names, missing = self.match(tuple(record.value))
         try:
             if missing:
@@ -242,6 +256,23 @@ def _find_columns(part: Field, asked: Names | None, folded: Mapping[str, str]) -
     return present[0] if present else (), lacking
 
 
+def candidates(
+    keys: Sequence[tuple[str, ...]],
+    path: str,
+    format: str | None,
+    columns: Columns | None,
+    prompt_template: str | None,
+) -> tuple[Sequence[Format], dict[str, Names]]:
+    """The formats that rows with these columns may have, and ``columns`` as the recipe maps them."""
+    mapped = {name: to if isinstance(to, str) else tuple(to) for name, to in (columns or {}).items()}
+    if format is not None and format not in FORMATS:
+        raise DataError(f"{path}: unknown format {format!r}. {did_you_mean(format, FORMATS)}")
+    forms = _with_fields([FORMATS[format]] if format else _detectable(keys), mapped, path)
+    if prompt_template is not None:
+        forms = _with_prompt(forms, prompt_template, keys, path)
+    return forms, mapped
+
+
 def choose_converter(
     keys: Sequence[tuple[str, ...]],
     *,
@@ -256,12 +287,7 @@ def choose_converter(
 
     ``accepted``: row types that the objective trains on. ``gold``: False = rows may lack it. Raises
     DataError, which lists the columns of the file, if no format fits."""
-    mapped = {name: to if isinstance(to, str) else tuple(to) for name, to in (columns or {}).items()}
-    if format is not None and format not in FORMATS:
-        raise DataError(f"{path}: unknown format {format!r}. {did_you_mean(format, FORMATS)}")
-    forms = _with_fields([FORMATS[format]] if format else _detectable(keys), mapped, path)
-    if prompt_template is not None:
-        forms = _with_prompt(forms, prompt_template, keys, path)
+    forms, mapped = candidates(keys, path, format, columns, prompt_template)
     for needs_gold in (True,) if gold else (True, False):  # gold is read if the rows have it
         converters = [Converter(form, mapped, prompt_template, needs_gold) for form in forms]
         fitting = [(count, converter) for converter in converters if (count := converter.count(keys))]

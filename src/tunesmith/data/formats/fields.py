@@ -27,6 +27,10 @@ class Values(JsonObject):
         """The field as text; the empty string if it is absent or None."""
         return optional_text(self.get(field), field)
 
+    def answer(self, field: str) -> str:
+        """The field as text; the empty string if rows may lack their answer, and this one does."""
+        return self.text(field) if self.needs_gold else ""
+
     @property
     def needs_gold(self) -> bool:
         return bool(self.get("gold", True))
@@ -60,7 +64,7 @@ class Format:
 
     - ``build`` makes the row from the values. It raises FieldFault.
     - ``prompt``: the field that a ``prompt_template`` replaces. ``answer``: the fields kept next to it.
-    - ``gold``: the field that rows to predict may lack.
+    - ``gold``: the field that rows to predict or to answer may lack.
     - ``scan`` returns facts about the whole file from the values of its first rows.
     - ``marks``: columns of this format alone. A file with one of them is tried as this format first.
     - ``by_name``: the format is never detected; the recipe must name it.

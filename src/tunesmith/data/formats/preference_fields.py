@@ -116,6 +116,13 @@ def build_ranking(values: Values) -> Ranking:
 def build_prompt_completion(values: Values) -> PromptCompletion | Chat:
     """The row of a prompt and a completion: two texts, or a conversation where one of them is turns or a
     dialogue. A completion that is a whole conversation may repeat the prompt."""
+    if not values.needs_gold:
+        asked = _prompt(values, plain_answers=True)
+        return (
+            PromptCompletion(asked, "")
+            if isinstance(asked, str)
+            else Chat(tuple(asked), parse_tools(values.get("tools")))
+        )
     prompt, completion = turns_from_json(values["prompt"]), turns_from_json(values["completion"])
     is_text = isinstance(completion, str) and not is_dialogue(completion)
     if is_text and not isinstance(prompt, list | tuple):

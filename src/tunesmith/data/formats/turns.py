@@ -34,12 +34,12 @@ TURNS_FIX = 'Write [{"role": "user", "content": "..."}, ...].'
 
 
 def build_chat(values: Values, field: str) -> Chat:
-    """A list of turns with at least one of the assistant. Raises FieldFault naming the turn."""
+    """A list of turns. Rows with gold have at least one of the assistant. Raises FieldFault naming the turn."""
     turns = turns_field(values, field)
     messages = with_system(turns, values)
     if any(message["role"] == "system" for message in turns):
         messages = turns
-    if not any(message["role"] == "assistant" for message in messages):
+    if values.needs_gold and not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages)
         fix = "Add the answer to learn, or delete the row."
         raise FieldFault(field, "at least one turn of the assistant", f"only {roles}", fix)
@@ -85,9 +85,10 @@ def alpaca_prompt(values: Values) -> list[Message]:
     return with_system([*messages, {"role": "user", "content": content}], values)
 
 
-def exchange(question: str, answer: str) -> tuple[Message, Message]:
-    """A turn of the user and the assistant's answer."""
-    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+def exchange(question: str, answer: str) -> tuple[Message, ...]:
+    """A turn of the user and the assistant's answer, if there is one."""
+    asked: Message = {"role": "user", "content": question}
+    return (asked, {"role": "assistant", "content": answer}) if answer else (asked,)
 
 
 def parse_tools(value: object) -> tuple[JsonObject, ...]:

@@ -14,6 +14,7 @@ from tunesmith.data.formats import column_advice, columns
 from tunesmith.data.formats.columns import Converter, choose_converter
 from tunesmith.data.formats.fields import FieldFault
 from tunesmith.data.formats.judgement_fields import judgement_column, parse_judgement, split_pair
+from tunesmith.data.formats.prompt_columns import choose_prompt_converter
 from tunesmith.data.read import hub_set
 from tunesmith.data.read.row_files import READERS, Rows, read
 from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
@@ -74,20 +75,23 @@ class OpenedSource:
         return self.convert.problem(record, fault)
 
 
-def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bool = True) -> OpenedSource:
+def open_source(
+    source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bool = True, prompts: bool = False
+) -> OpenedSource:
     """Detect the format of a source from its first rows. That of a stream is kept with its commit, and
     detected once.
 
-    ``gold``: False = the rows are to be predicted, and may lack their label, tags or answers. Raises
+    ``gold``: False = the rows are to be predicted, and may lack their label, tags or answers. ``prompts``:
+    True = the rows are to be answered; answers that they have are read, where they are valid. Raises
     DataError if the file cannot be opened, has no rows, or no format has its columns."""
-    question = _question(source, accepted, gold) if source.streaming else ""
+    question = _question(source, accepted, gold, prompts) if source.streaming else ""
     seen = (hub_set.recall(source, question) if source.streaming else None) or {}
     records = [] if seen else _first_records(source, accepted)
     keys = [tuple(row) for row in seen.get("keys") or (record.value for record in records)]
     if not keys:
         return OpenedSource(source, accepted, None, "unknown: no row could be read", gold=gold)
-    convert = _choose_converter(source, accepted, gold, keys)
-    if gold and convert.form.row in (Chat, PromptCompletion):
+    convert = _choose_converter(source, accepted, gold, keys, prompts)
+    if gold and not prompts and convert.form.row in (Chat, PromptCompletion):
         convert = _check_judgements(source, accepted, keys, records, convert)
     facts = seen["facts"] if seen else convert.scan(records)
     separator = {"separator": source.separator} if source.separator else {}
@@ -105,12 +109,21 @@ def open_source(source: Source, accepted: tuple[type, ...] = ROW_TYPES, gold: bo
 
 
 def _choose_converter(
-    source: Source, accepted: tuple[type, ...], gold: bool, keys: Sequence[tuple[str, ...]]
+    source: Source,
+    accepted: tuple[type, ...],
+    gold: bool,
+    keys: Sequence[tuple[str, ...]],
+    prompts: bool = False,
 ) -> Converter:
     is_conll = not source.hub and READERS.get(Path(source.path).suffix.lower()) is READERS[".conll"]
+    format = source.format or ("conll" if is_conll else None)
+    if prompts:
+        return choose_prompt_converter(
+            keys, source.label, accepted, format, source.mapping, source.prompt_template
+        )
     convert = choose_converter(
-        keys, path=source.label, accepted=accepted, format=source.format or ("conll" if is_conll else None),
-        columns=source.mapping, prompt_template=source.prompt_template, gold=gold,
+        keys, path=source.label, accepted=accepted, format=format, columns=source.mapping,
+        prompt_template=source.prompt_template, gold=gold,
     )  # fmt: skip
     if source.separator and convert.form.gold != "labels":
         raise DataError(
@@ -183,10 +196,10 @@ def _kinds(row: Row | RowProblem) -> tuple[type, ...]:
     return (type(row), Chat) if has_turns else (type(row),)
 
 
-def _question(source: Source, accepted: tuple[type, ...], gold: bool) -> str:
+def _question(source: Source, accepted: tuple[type, ...], gold: bool, prompts: bool) -> str:
     """Hash of everything that the format of a source depends on, except its rows."""
     names = [kind.__name__ for kind in accepted]
-    asked = [source.format, source.columns, source.prompt_template, source.limit, gold, names]
+    asked = [source.format, source.columns, source.prompt_template, source.limit, gold, prompts, names]
     content = hashlib.sha256(json.dumps(asked).encode())
     for file in sorted(Path(columns.__file__).parent.glob("*.py")):
         content.update(file.read_bytes())

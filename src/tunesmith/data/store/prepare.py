@@ -36,6 +36,7 @@ class Prepared:
     """Training and evaluation examples, the length that they fit in, and a report on every row.
 
     ``eval_sets``: the names of ``data.eval.sets``; example ``i`` of ``eval`` belongs to ``eval.source[i]``.
+    ``kinds``: names of the row types of the training sources.
     """
 
     train: Encoded
@@ -43,6 +44,7 @@ class Prepared:
     max_length: int
     report: Report
     eval_sets: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def prepare(
         seconds=time.perf_counter() - began,
     )
     extended = eval_data and objective.extend(eval_data)
-    return Prepared(objective.extend(train_data), extended, most, report, tuple(sets))
+    kinds = {kind.__name__ for role, item in opened if role == "train" for kind in item.kinds}
+    return Prepared(objective.extend(train_data), extended, most, report, tuple(sets), tuple(sorted(kinds)))
 
 
 def _open_sources(config: DataConfig, accepted: tuple[type, ...]) -> list[tuple[str, OpenedSource]]:

@@ -61,6 +61,17 @@ def head(folder: Path) -> JsonObject:
     return read(folder).get("head") or {}
 
 
+def trained(folder: Path) -> JsonObject:
+    """Return what a folder's model was trained with; {} for a model that no run of tunesmith saved.
+
+    ``objective``: type and keys. ``readings``: for each training source the keys of the recipe by which it was
+    read (format, columns, separator, prompt_template), where there were any. ``rows``: names of its row types.
+    ``max_length``: that of the recipe, or None. ``start``: the model that training started from, with its
+    ``file_hashes``; ``exact``: its policy was that of step 0.
+    """
+    return read(folder).get("trained") or {}
+
+
 def check_base(adapter: Path, base: Path) -> None:
     """Raise ModelError when the adapter's record names another base model than ``base``."""
     recorded = read(adapter).get("base") or {}

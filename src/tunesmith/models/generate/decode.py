@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
-Prompt: TypeAlias = str | Sequence[Message] | Chat
-"""A string is a user turn when the tokenizer has a chat template, else text to continue."""
+Prompt: TypeAlias = str | Sequence[Message] | Chat | Text
+"""A string is a user turn when the tokenizer has a chat template, else text to continue, as a Text always is."""
 Step: TypeAlias = list[tuple[int, int]]
 """(prompt index, new token) of each prompt that has not stopped."""
 
@@ -96,6 +96,7 @@ def generate(
     network, tokenizer = _load(model)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     ids = [_prompt_ids(prompt, tokenizer, system, plain) for prompt in prompts]
+    _limits(_core(network), ids, chosen.max_new_tokens)  # a prompt that is too long costs no answer
     answers = [""] * len(ids)
     by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # similar lengths need little padding
     for start in range(0, len(ids), batch_size):
@@ -303,7 +304,9 @@ def _limits(core: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tok
 def _prompt_ids(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, system: str | None, plain: bool
 ) -> list[int]:
-    if not plain:
+    if isinstance(prompt, Chat) and len(prompt.messages) == 1 and not prompt.tools:
+        prompt = str(prompt.messages[0]["content"])  # text to continue, where there is no template
+    if not plain or isinstance(prompt, Text):
         return conversations.prompt_ids(prompt, tokenizer, system=system)
     if not isinstance(prompt, str):
         raise UserError("a plain prompt is a string, without turns; leave out `plain` for a list of messages")

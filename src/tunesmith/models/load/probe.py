@@ -30,12 +30,17 @@ _RECORDED_LOGITS = 8
 
 
 def write_probe(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, made: JsonObject | None = None
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    made: JsonObject | None = None,
+    trained: JsonObject | None = None,
 ) -> None:
     """Write ``tunesmith.json`` into ``folder``, where ``model`` and ``tokenizer`` have just been saved.
 
     ``model``: the transformers or peft model in memory, whose mode is kept. The base of a peft model is the
-    folder that it was loaded from. ``made``: the keys under ``adaptation:`` that made an adapter.
+    folder that it was loaded from. ``made``: the keys under ``adaptation:`` that made an adapter. ``trained``:
+    what it was trained with, see ``record.trained``.
     """
     base = None
     if is_peft(model):
@@ -56,6 +61,7 @@ def write_probe(
         "head": head_loading.head_record(model) if base else None,
         "files": record.file_hashes(folder),
         "adaptation": made,
+        "trained": trained,
         "probe": {
             "dtype": _dtype(model),
             "answers": [_largest_logits(model, tokenizer, text) for text in PROMPTS],

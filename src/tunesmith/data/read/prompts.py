@@ -1,0 +1,110 @@
+"""Prompts of a data file, read as training reads its rows, each with the answer that the file has for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunesmith.data.data_config import Source
+from tunesmith.data.read.source import OpenedSource, open_source
+from tunesmith.data.row_problems import Record, RowProblem, bad_rows_error
+from tunesmith.data.rows import Chat, Judged, Message, PromptCompletion, Ranking, Row, Text, TextOrTurns
+from tunesmith.errors import DataError
+from tunesmith.json_types import JsonObject
+
+ROWS = (Chat, PromptCompletion, Text, Ranking, Judged)
+"""Row types that have a prompt to answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskedPrompt:
+    """The prompt of a row. ``reference``: the answer in the data, the best of several; None = unknown.
+
+    ``prompt``: a Chat is rendered with the chat template, and a Text is continued without it, as in training.
+    A string is a prompt whose file does not show which of the two it is."""
+
+    row: int
+    prompt: str | Chat | Text
+    reference: TextOrTurns | None
+
+    def as_dict(self) -> JsonObject:
+        """``row``, ``prompt`` (a text, or turns), ``tools`` and ``reference`` where there are any."""
+        shown: JsonObject = {"row": self.row, "prompt": self.shown()}
+        if isinstance(self.prompt, Chat) and self.prompt.tools:
+            shown["tools"] = list(self.prompt.tools)
+        return shown if self.reference is None else {**shown, "reference": _shown(self.reference)}
+
+    def shown(self) -> str | list[Message]:
+        """The text of a prompt, or its turns if there are several or they offer tools."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        if isinstance(self.prompt, Text):
+            return self.prompt.text
+        alone = len(self.prompt.messages) == 1 and not self.prompt.tools
+        return str(self.prompt.messages[0]["content"]) if alone else list(self.prompt.messages)
+
+
+def _shown(reference: TextOrTurns) -> str | list[Message]:
+    """The text of an answer; its turns where they hold more than one text."""
+    if isinstance(reference, str):
+        return reference
+    only_text = len(reference) == 1 and reference[0].keys() <= {"role", "content"}
+    return str(reference[0]["content"]) if only_text else list(reference)
+
+
+def read_prompts(source: Source, trained_on: Sequence[str] = ()) -> tuple[list[AskedPrompt], str]:
+    """Return the prompts of a source, and in words how its columns were read.
+
+    ``trained_on``: names of the row types that the model was trained on, if known: the file is read as rows of
+    these types where it can be. Without Chat among them, a prompt is text without a chat template. Raises
+    DataError for a file without prompts, naming every row that cannot be read."""
+    opened = _open(source, tuple(kind for kind in ROWS if kind.__name__ in trained_on))
+    plain = bool(trained_on) and Chat.__name__ not in trained_on
+    prompts: list[AskedPrompt] = []
+    problems: list[RowProblem] = []
+    seen: Record | None = None
+    for item in opened.rows():
+        if isinstance(item, RowProblem):
+            problems.append(item)
+        elif item[0] is not seen:  # a pair that became two rows has one prompt
+            seen, row = item
+            found = _split(row, plain)
+            if found is None:
+                fix = "Add the question, or delete the row."
+                problems.append(seen.problem("row", "a turn to answer", "only answers", fix))
+            else:
+                prompts.append(AskedPrompt(seen.row, *found))
+    if problems:
+        raise bad_rows_error(problems, len(problems), "Nothing was generated.")
+    if not prompts:
+        raise DataError(f"{source.label} has no prompts. Add rows, or name another file.")
+    return prompts, opened.description
+
+
+def _open(source: Source, preferred: tuple[type, ...]) -> OpenedSource:
+    if preferred:
+        try:
+            return open_source(source, preferred, prompts=True)
+        except DataError:  # rows of another type, such as a plain list of prompts
+            pass
+    return open_source(source, ROWS, prompts=True)
+
+
+def _split(row: Row, plain: bool) -> tuple[str | Chat | Text, TextOrTurns | None] | None:
+    """(prompt, reference) of a row; None if it has no prompt."""
+    if isinstance(row, Text):
+        return (row if plain else row.text), None
+    if isinstance(row, PromptCompletion):
+        if row.completion:
+            return Text(row.prompt), row.completion
+        return (Text(row.prompt) if plain else row.prompt), None
+    if isinstance(row, Chat):
+        answered = row.messages[-1]["role"] == "assistant"
+        asked = row.messages[:-1] if answered else row.messages
+        return (Chat(asked, row.tools), row.messages[-1:] if answered else None) if asked else None
+    assert isinstance(row, Ranking | Judged)
+    prompt = Text(row.prompt) if isinstance(row.prompt, str) else Chat(row.prompt, row.tools)
+    if isinstance(row, Judged):
+        return prompt, row.response if row.desirable else None
+    known = len(set(row.ranks)) > 1
+    return prompt, row.answers[row.ranks.index(min(row.ranks))] if known else None

@@ -1,0 +1,71 @@
+"""Read a file as the training of a saved model read its rows, by what the model remembers of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from tunesmith.data.data_config import Source
+from tunesmith.data.read.source import open_source
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.json_types import JsonObject
+from tunesmith.models.find import record
+from tunesmith.models.find.locate import locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ModelArgument = str | Path | tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
+"""A catalog name, a folder, or a pair (model, tokenizer) in memory."""
+
+READING_KEYS = ("format", "columns", "separator", "prompt_template")
+"""Keys of a source that say how its columns become rows."""
+
+
+def trained_with(model: ModelArgument) -> JsonObject:
+    """Return ``record.trained`` of a model; {} for a model in memory, and for one that no run saved.
+
+    Raises ModelError for a model that cannot be found."""
+    return {} if isinstance(model, tuple) else record.trained(locate(model).path)
+
+
+def make_source(data: str | Path, **keys: object) -> Source:
+    """Return the source ``data``. Raises RecipeError for keys that are invalid or would do nothing."""
+    try:
+        source = Source.model_validate({"path": str(data), **keys})
+    except ValidationError as error:
+        raise RecipeError(f"data: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    if unused := source.unused_keys():
+        raise RecipeError(
+            f"{' and '.join(unused)} would do nothing: {data} is not a data set of the Hub (hub:OWNER/NAME)"
+        )
+    return source
+
+
+def source_as_trained(
+    trained: JsonObject,
+    data: str | Path,
+    accepted: tuple[type, ...],
+    given: Mapping[str, object],
+    keys: Mapping[str, object],
+    *,
+    gold: bool = True,
+    prompts: bool = False,
+) -> Source:
+    """Return the source ``data``, read as one of the model's training sources where the file has its columns.
+
+    ``given``: values for READING_KEYS; any that is set replaces what the model remembers. ``accepted``,
+    ``gold`` and ``prompts``: as in ``open_source``. ``keys``: other keys of the source. Raises RecipeError."""
+    plain = make_source(data, **given, **keys)
+    remembered = [] if any(given.values()) else trained.get("readings") or []
+    for reading in remembered:
+        source = make_source(data, **reading, **keys)
+        try:
+            open_source(source, accepted, gold, prompts)
+        except DataError:  # the file has other columns than the training file had
+            continue
+        return source
+    return plain
