@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import meta
 
+from tunesmith.data.encode import template_limits
 from tunesmith.data.rows import Message
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
@@ -25,6 +26,12 @@ RENDER_ERRORS = (
 """Errors that a template can raise on data that it was not written for."""
 
 PROBE: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+_LONGER_PROBE: list[Message] = [{"role": "system", "content": "Be brief."}, *PROBE, *PROBE[:1]]
+_PROBE_TOOLS: list[JsonObject] = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+_checked: set[str] = set()
+"""Templates that passed ``check_limits``."""
 
 _TOOLS = """{%- if tools %}{{ raise_exception('the template ' + name + ' has no place for tools; use chatml') }}{% endif %}"""
 _CALLS = """{%- for call in message.tool_calls or [] %}
@@ -117,13 +124,12 @@ def apply_template(
     else:
         tokenizer.chat_template = _read_template(template)
         description = f"the template in {template}"
-    for text in _texts(tokenizer):
-        _refuse_unsafe(text)
     if kwargs:
         _set_defaults(tokenizer, kwargs)
         description += ", with " + ", ".join(f"{name}: {_literal(value)}" for name, value in kwargs.items())
+    check_limits(tokenizer)
     try:
-        rendered = tokenizer.apply_chat_template(PROBE, tokenize=False)
+        rendered = template_limits.render(tokenizer, PROBE)
     except RENDER_ERRORS as error:
         fix = f"Correct data.template, or use one of: {', '.join(TEMPLATES)}"
         raise DataError(f"the chat template fails on a question and an answer: {error}. {fix}") from None
@@ -143,7 +149,8 @@ def _read_template(path: str) -> str:
             + did_you_mean(path, TEMPLATES)
         )
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as opened:
+            return opened.read(template_limits.LARGEST_TEMPLATE + 1)
     except (OSError, ValueError) as error:
         near = file.parent.glob("*.jinja") if file.parent.is_dir() else ()
         names = ", ".join(sorted(one.name for one in near)) or "none"
@@ -182,7 +189,7 @@ def _set_defaults(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, objec
 
 def _variables(template: str) -> set[str]:
     """The variables that a template reads and does not set before."""
-    return meta.find_undeclared_variables(_parse(template))
+    return meta.find_undeclared_variables(template_limits.parse(template))
 
 
 def _literal(value: object) -> str:
@@ -213,38 +220,20 @@ def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     return [], []
 
 
-def _parse(template: str) -> nodes.Template:
-    """Parse a template. Raises DataError for a text that is not valid Jinja."""
+def check_limits(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check the syntax of a template once, and try it on small conversations with little memory.
 
-    def plain_tag(found: re.Match[str]) -> str:
-        return found[1] + ("endif" if found[2] else "if true") + found[3]
-
-    # transformers' ``{% generation %}`` tag is unknown to Jinja
-    template = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", plain_tag, template)
-    try:
-        return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(
-            f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
-        ) from None
-
-
-def _refuse_unsafe(template: str) -> None:
-    """Raise DataError for access to a name like ``__class__``.
-
-    The sandbox refuses such code only when it runs. It may be on a branch that the probe does not take.
+    Raises DataError. Any other failure is left to the rendering that needs the template.
     """
-    tree = _parse(template)
-    for node in tree.find_all(nodes.Expr):
-        match node:
-            case (
-                nodes.Getattr(attr=str(name))
-                | nodes.Getitem(arg=nodes.Const(value=str(name)))
-                | nodes.Filter(name="attr", args=[nodes.Const(value=str(name)), *_])
-            ) if name.startswith("__"):
-                raise DataError(
-                    f"the chat template reaches outside its sandbox: line {node.lineno}: {name!r}. A template may only read data."
-                )
+    if not tokenizer.chat_template or (key := repr(tokenizer.chat_template)) in _checked:
+        return
+    for text in _texts(tokenizer):
+        template_limits.check_syntax(text)
+    with template_limits.limited_memory():
+        for messages, tools in ((PROBE, None), (_LONGER_PROBE, None), (_LONGER_PROBE, _PROBE_TOOLS)):
+            with suppress(*RENDER_ERRORS):
+                template_limits.render(tokenizer, messages, tools=tools, add_generation_prompt=tools is None)
+    _checked.add(key)
 
 
 class Renderer:
@@ -256,6 +245,7 @@ class Renderer:
                 f"the tokenizer {type(tokenizer).__name__} returns no character offsets, so masks cannot be made. "
                 "Use a model with a tokenizer.json (a fast tokenizer)."
             )
+        check_limits(tokenizer)
         self.tokenizer = tokenizer
         self.eos: str | None = tokenizer.eos_token
         self.specials = special_tokens(tokenizer)
@@ -263,10 +253,9 @@ class Renderer:
 
     def __call__(self, messages: Sequence[Message], tools: Sequence[JsonObject], prompt: bool = False) -> str:
         """Render turns by the chat template. ``prompt``: add its generation prompt."""
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
+        return template_limits.render(
+            self.tokenizer, messages, tools=list(tools) or None, add_generation_prompt=prompt
         )
-        return str(text)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
