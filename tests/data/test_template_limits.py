@@ -20,9 +20,9 @@ DOUBLED = "{% set ns = namespace(x='a') %}{% for a in range(60) %}{% set ns.x = 
 TWO_CALLS = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
 
 HOSTILE = {
-    "loops": (LOOP, "does not end: it was stopped after 0.2 seconds"),
-    "calls itself twice": (TWO_CALLS, "does not end"),
-    "doubles": (DOUBLED, "too much memory|more than 512 MB|does not end"),
+    "loops": (LOOP, "takes too long: it was stopped after 0.2 seconds"),
+    "calls itself twice": (TWO_CALLS, "takes too long"),
+    "doubles": (DOUBLED, "too much memory|more than 512 MB|takes too long"),
     "one product": ("{{ 'a' * 900000 * 900000 }}", "too much memory"),
     "one product, at run time": ("{{ messages[0].content.center(900000) * 90000 }}", "too much memory"),
     "filters": ("{{ ('a' * 90000)|replace('a', 'a' * 90000) }}", "too much memory"),
@@ -36,7 +36,7 @@ HOSTILE = {
     "too many ifs for Python": ("{% if messages %}" * 150 + "{% endif %}" * 150, "nested too deep"),
     "nested loops": ("{% for a in messages %}" * 30 + "{% endfor %}" * 30, "nested too deep"),
     "nested brackets": ("{{ " + "(" * 40000 + "1" + ")" * 40000 + " }}", "nested too deep"),
-    "many elifs": ("{% if a %}" + "{% elif b %}" * 3000 + "{% endif %}", "nested too deep"),
+    "many elifs": ("{% if a %}" + "{% elif b %}" * 3000 + "{% endif %}", "nested too deep|takes too long"),
     "many digits": ("{{ " + "9" * 100_000 + " }}", "4300 digits"),
     "a long text": ("a" * 10**6, "more than 131,072 characters"),
 }

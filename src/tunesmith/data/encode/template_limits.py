@@ -228,7 +228,7 @@ def _interrupt_excess(thread: int, rendering: _Rendering) -> None:
     if rendering.bytes is None:
         rendering.bytes = memory
     if _thread_seconds(thread) - rendering.seconds > SECONDS:
-        rendering.exceeded = f"does not end: it was stopped after {SECONDS:g} seconds of processor time"
+        rendering.exceeded = f"takes too long: it was stopped after {SECONDS:g} seconds of processor time"
     elif memory - rendering.bytes > MEMORY_BYTES:
         rendering.exceeded = f"needs more than {MEMORY_BYTES >> 20} MB for one conversation"
     if rendering.exceeded and _running.get(thread) is rendering:
