@@ -142,8 +142,61 @@ def test_tools_that_the_template_omits_are_reported():
     row = Chat(({"role": "user", "content": "1+1?"}, CALL, {"role": "assistant", "content": "2"}), (tool,))
     plain = tiny_tokenizer(template="chatml")
     plain.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    assert find_omitted_text(row, Renderer(plain)) == ["messages[1].tool_calls: 'add'", "tools: all 1 of them"]
+    assert find_omitted_text(row, Renderer(plain)) == ["messages[1].tool_calls[0]: add", "tools: all 1 of them"]
     assert find_omitted_text(row, Renderer(TOKENIZERS["qwen3"])) == []
+
+
+@pytest.mark.parametrize("content", ["", "I look up weather in Oslo."])
+def test_a_call_that_the_template_omits_is_not_trained_as_an_answer_without_it(content):
+    """Words of the question, or of the answer itself, are no call."""
+    function = {"name": "weather", "arguments": {"in": "Oslo"}}
+    call = {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}
+    row = Chat(({"role": "user", "content": "weather in Oslo?"}, call))
+    for template in ("chatml", "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{% endfor %}"):
+        with pytest.raises(RowFault, match="template that renders tool calls") as caught:
+            encode([Text("fine"), row], tiny_tokenizer(template))
+        assert caught.value.index == 1 and "data.template=chatml" in caught.value.fix
+    assert find_omitted_text(row, Renderer(tiny_tokenizer("chatml"))) == ["messages[1].tool_calls[0]: weather"]
+
+
+@pytest.mark.parametrize("written", ["weather({{ k }}={{ v }})", "{{ k }}: {{ v | upper }}", '{{ c.function | tojson | replace("O", "0") }}'])
+def test_a_call_may_be_rendered_in_any_notation(written):
+    call = "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}" + written + "{% endfor %}"
+    template = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}" + call + "{% endfor %}</s>{% endfor %}"
+    function = {"name": "weather", "arguments": {"city": "Oslo"}}
+    row = Chat(({"role": "user", "content": "x"}, {**CALL, "tool_calls": [{"type": "function", "function": function}]}))
+    (text,) = supervised_texts(encode_one(row, tokenizer := tiny_tokenizer(template)), tokenizer)
+    assert text.startswith("weather") and text.endswith("</s>")
+
+
+def test_reasoning_alone_that_the_template_omits_is_not_trained_as_an_empty_answer():
+    row = Chat(({"role": "user", "content": "x"}, {"role": "assistant", "content": "", "reasoning_content": "hm"}))
+    with pytest.raises(RowFault, match="reasoning_content alone"):
+        encode([row], TOKENIZERS["chatml"])
+    (text,) = supervised_texts(encode_one(row, TOKENIZERS["qwen3"]), TOKENIZERS["qwen3"])
+    assert "hm" in text
+
+
+@pytest.mark.parametrize("options", [{}, {"train_on": "assistant"}, {"expand_turns": True}])
+@pytest.mark.parametrize("name", ["chatml", "llama2", "qwen3"])
+def test_turns_of_weight_0_are_never_supervised(name, options):
+    tokenizer, messages = TOKENIZERS[name], turns(3)
+    for turn in (1, 5):
+        messages[turn]["weight"] = 0
+    (examples,) = encode([Chat(tuple(messages))], tokenizer, **options)
+    texts = [text for example in examples for text in supervised_texts(example, tokenizer)]
+    assert len(texts) == 1 and is_spoken(ZOO[name], messages[3], texts[0].replace("<think>\n\n</think>\n\n", ""))
+    messages[3]["weight"] = 0
+    with pytest.raises(RowFault, match="weight 0"):
+        encode([Chat(tuple(messages))], tokenizer, **options)
+
+
+def test_under_all_everything_but_turns_of_weight_0_is_supervised():
+    tokenizer, messages = TOKENIZERS["chatml"], turns(2)
+    messages[1]["weight"] = 0
+    example = encode_one(Chat(tuple(messages)), tokenizer, train_on="all")
+    left = tokenizer.decode(example["input_ids"][~example["supervised"]].tolist())
+    assert left == messages[1]["content"] + "<|im_end|>"
 
 
 def test_reasoning_inside_the_content_of_an_earlier_turn_is_not_supervised():

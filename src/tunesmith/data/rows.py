@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from tunesmith.json_types import JsonObject
 
 Message = JsonObject
-"""One turn: ``role``, ``content``, and other keys that the chat template reads, such as ``tool_calls``."""
+"""One turn: ``role``, ``content``, and other keys that the chat template reads, such as ``tool_calls``.
+
+``weight`` is 0 in a turn of the assistant that is context only; other turns have no such key."""
 
 TextOrTurns = str | tuple[Message, ...]
 """A prompt or an answer: plain text without a chat template, or turns."""

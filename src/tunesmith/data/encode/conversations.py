@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 
 from tunesmith.data.batch.pack import Example
-from tunesmith.data.encode.spans import END, Span, SpanError, assistant_turns, find_span
+from tunesmith.data.encode.spans import (
+    END,
+    Span,
+    SpanError,
+    assistant_turns,
+    check_rendered,
+    find_span,
+    omitted_calls,
+)
 from tunesmith.data.encode.templates import PROBE, RENDER_ERRORS, Renderer, end_id, special_tokens
 from tunesmith.data.encode.texts import call_tokenizer
 from tunesmith.data.row_problems import RowFault
@@ -56,7 +64,7 @@ def render(
         return [_document(renderer, row.prompt + row.completion, start)]
     if not expand_turns:
         return [_chat(renderer, row, train_on)]
-    parts = [Chat(row.messages[: turn + 1], row.tools) for turn in assistant_turns(row.messages)]
+    parts = [Chat(row.messages[: turn + 1], row.tools) for turn in _supervised_turns(row.messages, "assistant")]
     return [_chat(renderer, part, "completion") for part in parts]
 
 
@@ -73,18 +81,37 @@ def _document(renderer: Renderer, text: str, start: int) -> Rendered:
 
 def _chat(renderer: Renderer, row: Chat, train_on: TrainOn | int) -> Rendered:
     """A conversation with the spans of the turns that ``train_on`` names, as in :func:`encode`."""
-    turns = assistant_turns(row.messages)
-    if isinstance(train_on, int):
-        wanted = [turn for turn in turns if turn >= train_on]
-    else:
-        wanted = turns if train_on == "assistant" else turns[-1:]
-    if not wanted:
-        raise SpanError("a turn of the assistant", "none", "Add the assistant's answer.")
+    wanted = _supervised_turns(row.messages, train_on)
     full = renderer(row.messages, row.tools)
-    spans = [find_span(renderer, row, full, turn) for turn in wanted]
+    spans = tuple(find_span(renderer, row, full, turn) for turn in wanted)
+    for turn, span in zip(wanted, spans):
+        check_rendered(renderer, row, full, turn, span)
     # Where the template does not close a final answer, the end token does.
-    after = _end(renderer) if turns[-1] == len(row.messages) - 1 and not spans[-1].stopped else ()
-    return Rendered(full, (Span(0, END),) if train_on == "all" else tuple(spans), (), after)
+    after = _end(renderer) if wanted[-1] == len(row.messages) - 1 and not spans[-1].stopped else ()
+    if train_on == "all":
+        context = [turn for turn in assistant_turns(row.messages) if "weight" in row.messages[turn]]
+        spans = _without([find_span(renderer, row, full, turn) for turn in context])
+    return Rendered(full, spans, (), after)
+
+
+def _supervised_turns(messages: Sequence[Message], train_on: TrainOn | int) -> list[int]:
+    """The turns of the assistant that ``train_on`` names, without those whose weight is 0. Raises SpanError."""
+    turns = assistant_turns(messages)
+    if isinstance(train_on, int):
+        turns = [turn for turn in turns if turn >= train_on]
+    if not turns:
+        raise SpanError("a turn of the assistant", "none", "Add the assistant's answer.")
+    weighted = [turn for turn in turns if "weight" not in messages[turn]]
+    if not weighted:
+        fix = "Set the weight of one turn to 1, or delete the row."
+        raise SpanError("a turn of the assistant to train on", "weight 0 (or loss: false) in all of them", fix)
+    return weighted if train_on == "assistant" or isinstance(train_on, int) else weighted[-1:]
+
+
+def _without(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """The text outside ``spans``."""
+    edges = [0, *(edge for span in spans for edge in (span.start, span.end)), END]
+    return tuple(Span(start, end) for start, end in zip(edges[::2], edges[1::2]) if start < end)
 
 
 def _end(renderer: Renderer) -> tuple[int, ...]:
@@ -103,6 +130,7 @@ def encode(
     ``train_on``: ``completion`` = the last assistant turn (and the completion of a PromptCompletion),
     ``assistant`` = every assistant turn, ``all`` = every token; all of a Text is supervised. Or one number
     for each row: every assistant turn from that message on (and the completion of a PromptCompletion).
+    A turn of the assistant whose ``weight`` is 0 is never supervised, and is no last answer.
     ``expand_turns``: one example for each assistant turn, with the context of generation. Nothing is cut.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
@@ -221,8 +249,7 @@ def find_omitted_text(row: Chat, renderer: Renderer) -> list[str]:
             text = str(message.get(field) or "").strip()
             if text and text not in rendered:
                 missing.append(f"messages[{index}].{field}: {text[:60]!r}")
-        called = [str(call.get("function", call).get("name")) for call in message.get("tool_calls") or ()]
-        missing += [f"messages[{index}].tool_calls: {name!r}" for name in called if name not in rendered]
+        missing += [f"messages[{index}].{what}" for what in omitted_calls(renderer, row, rendered, index)]
     try:
         without_tools = renderer(row.messages, ()) if row.tools else None
     except RENDER_ERRORS:  # the template requires tools, so it reads them

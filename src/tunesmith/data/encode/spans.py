@@ -7,6 +7,7 @@ for example), the turn is rendered again with two private characters around its 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,6 +71,66 @@ def find_span(render: Renderer, row: Chat, full: str, turn: int) -> Span:
         _, close = _marked(render, Chat(row.messages[: turn + 1], row.tools), turn, alone)
         shared = end if close is None else end + _common(alone[close:], full[end:])
     return _closed_after(render, full, start, end, shared, last, whole)
+
+
+def check_rendered(render: Renderer, row: Chat, full: str, turn: int, span: Span) -> None:
+    """Raise SpanError if the template leaves out calls or reasoning of a turn that is to be supervised.
+
+    Without its calls the turn would be trained as an empty answer, or as one that promises and never calls.
+    """
+    message, text = row.messages[turn], full[span.start : span.end]
+    if message.get("tool_calls"):
+        core = str(message.get("content") or "").strip()
+        beyond = text.replace(core, "", 1) if core else text
+        if missing := omitted_calls(render, row, full, turn, beyond):
+            fix = "Use a template with tools (data.template=chatml, --template chatml), or delete the row."
+            got = f"messages[{turn}].{missing[0]}, which the template leaves out"
+            raise SpanError("a template that renders tool calls", got, fix)
+    elif not str(message.get("content") or "").strip() and message.get("reasoning_content"):
+        if not _pattern(render.specials).sub("", text).strip():
+            got = f"messages[{turn}].reasoning_content alone, which the template leaves out"
+            raise SpanError("an answer that the template renders", got, "Add the answer, or delete the row.")
+
+
+def omitted_calls(render: Renderer, row: Chat, full: str, turn: int, text: str = "") -> list[str]:
+    """``tool_calls[0]: the argument 'city' of weather``: names and arguments that ``full`` lacks.
+
+    A part that is in ``text`` (the rendered turn) is there. Any other is there if ``full``, the rendering of
+    the row, changes with it.
+    """
+    message, missing = row.messages[turn], []
+    calls = message.get("tool_calls") or ()
+    for index, call in enumerate(calls):
+        function = call["function"]
+
+        def matters(**changes: object) -> bool:
+            other = {**call, "function": {**function, **changes}}
+            changed = {**message, "tool_calls": [*calls[:index], other, *calls[index + 1 :]]}
+            try:
+                return render([*row.messages[:turn], changed, *row.messages[turn + 1 :]], row.tools) != full
+            except RENDER_ERRORS:
+                return True
+
+        name, arguments = function["name"], function["arguments"]
+        if name not in text and not matters(name=f"{name}_"):
+            missing.append(f"tool_calls[{index}]: {name}")
+            continue
+        for key, value in arguments.items():
+            rest = {other: item for other, item in arguments.items() if other != key}
+            if not (key in text and _is_written(value, text)) and not matters(arguments=rest):
+                missing.append(f"tool_calls[{index}]: the argument {key!r} of {name}")
+    return missing
+
+
+def _is_written(value: object, text: str) -> bool:
+    """True if ``text`` has a value of a call, as JSON or as Python writes it."""
+    if isinstance(value, dict):
+        return all(str(key) in text and _is_written(item, text) for key, item in value.items())
+    if isinstance(value, list):
+        return all(_is_written(item, text) for item in value)
+    if isinstance(value, str):
+        return value in text or json.dumps(value, ensure_ascii=False)[1:-1] in text
+    return str(value) in text or json.dumps(value) in text
 
 
 def _prompt_length(render: Renderer, row: Chat, turn: int, full: str, shared: int) -> int | None:

@@ -253,6 +253,10 @@ class Renderer:
 
     def __call__(self, messages: Sequence[Message], tools: Sequence[JsonObject], prompt: bool = False) -> str:
         """Render turns by the chat template. ``prompt``: add its generation prompt."""
+        if any("weight" in message for message in messages):  # not the template's, which may write all keys
+            messages = [
+                {key: value for key, value in message.items() if key != "weight"} for message in messages
+            ]
         return template_limits.render(
             self.tokenizer, messages, tools=list(tools) or None, add_generation_prompt=prompt
         )

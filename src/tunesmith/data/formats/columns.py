@@ -23,10 +23,10 @@ from tunesmith.data.formats.fields import (
 from tunesmith.data.formats.label_fields import build_labelled, build_multilabel, scan_vectors
 from tunesmith.data.formats.preference_fields import build_prompt_completion
 from tunesmith.data.formats.squad_file import build_question
-from tunesmith.data.formats.turns import alpaca_prompt, build_chat, exchange
+from tunesmith.data.formats.turns import MEDIA, alpaca_prompt, build_chat, exchange, refuse_media
 from tunesmith.data.formats.word_fields import build_tokens, build_words, scan_spaces
 from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
-from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Question, Row, Tagged, Text
+from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Question, Ranking, Row, Tagged, Text
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
 from tunesmith.suggestions import did_you_mean
@@ -96,6 +96,9 @@ TABLE = (
 FORMATS: dict[str, Format] = {form.name: form for form in TABLE}
 """In the order in which they are tried; formats with ``marks`` in a file come first."""
 
+LANGUAGE_ROWS = (Chat, PromptCompletion, Ranking, Judged)
+"""Rows whose answer could describe an image next to it."""
+
 EXAMPLES: dict[type, str] = {
     Chat: '{"prompt": "...", "completion": "..."}',
     Labelled: '{"text": "...", "label": "..."}',
@@ -135,6 +138,8 @@ class Converter:
             if missing:
                 got = "the columns " + ", ".join(shorten(str(name))[1:-1] for name in list(record.value)[:8])
                 raise FieldFault(missing, f"the column {missing!r}", got, "Add it, or delete the row.")
+            if self.form.row in LANGUAGE_ROWS:
+                refuse_media({key: record.value.get(key) for key in MEDIA if key not in names.values()})
             values = self._values(record.value, names)
             if self.prompt_template is not None and self.form.prompt:
                 values[self.form.prompt] = self._fill_template(record.value)

@@ -164,6 +164,15 @@ def parse_list(value: object, field: str, expected: str, fix: str) -> Sequence[o
     return check_list(parse_json(value, field, expected), field, expected, fix)
 
 
+def without_nulls(value: object) -> object:
+    """``value`` without the null keys of nested objects.
+
+    A column format gives every object the keys of all rows, null where a row lacks them."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 FLAGS = {"0": False, "1": True, "false": False, "true": True}
 """True and False as files write them in text, in lower case."""
 

@@ -8,10 +8,12 @@ from tunesmith.data.formats.fields import (
     Values,
     check_list,
     check_nested_text,
+    flag,
     optional_text,
     parse_json,
     parse_list,
     require_text,
+    without_nulls,
 )
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Chat, Message
@@ -29,6 +31,17 @@ MAY_BE_EMPTY = ("system", "developer", "tool", "ipython")
 """Roles whose turns may have no content."""
 
 RENAMED = {"from": "role", "value": "content"}
+
+WEIGHTS = ("weight", "loss", "train")
+"""Keys by which data sets mark turns that are not trained on: 0 or false."""
+
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+"""Keys of what a language model of text cannot read."""
+
+KNOWN_KEYS = {
+    "role", "content", "name", "id", "tool_calls", "tool_call_id", "weight", "reasoning_content", "reasoning", "thinking",
+}  # fmt: skip
+"""Keys of a turn that templates read, or that name what they belong to."""
 
 TURNS_FIX = 'Write [{"role": "user", "content": "..."}, ...].'
 
@@ -58,7 +71,28 @@ def parse_turns(value: object, field: str) -> list[Message]:
     turns = check_list(value, field, "a list of turns", TURNS_FIX)
     if not turns:
         raise FieldFault(field, "a list of turns", "an empty list", "Add the turns or delete the row.")
-    return [parse_turn(turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
+    messages: list[Message] = []
+    for index, turn in enumerate(turns):
+        message = parse_turn(turn, place := f"{field}[{index}]")
+        if messages and _continues(messages[-1], message):
+            messages[-1] = _with_calls(messages[-1], message, place)
+        else:
+            messages.append(message)
+    return messages
+
+
+def _continues(before: Message, message: Message) -> bool:
+    """True for calls alone right after a turn of the assistant: with it they are one turn of a template."""
+    is_call = bool(message.get("tool_calls")) and not message["content"].strip()
+    return is_call and message["role"] == before["role"] == "assistant" and "reasoning_content" not in message
+
+
+def _with_calls(before: Message, message: Message, place: str) -> Message:
+    """``before`` with the calls of the turn after it. Both must be trained on, or neither."""
+    if before.get("weight") != message.get("weight"):
+        fix = "Give both the same weight: text and calls in a row are one turn of the assistant."
+        raise FieldFault(place, "the weight of the turn before it", "another weight", fix)
+    return {**before, "tool_calls": [*before.get("tool_calls", ()), *message["tool_calls"]]}
 
 
 def with_system(messages: list[Message], values: Values) -> list[Message]:
@@ -97,8 +131,9 @@ def parse_tools(value: object) -> tuple[JsonObject, ...]:
         return ()
     schemas = []
     tools = parse_list(value, "tools", "a list of function schemas", "Write the schemas in a list.")
-    for index, tool in enumerate(tools):
+    for index, item in enumerate(tools):
         place = f"tools[{index}]"
+        tool = without_nulls(parse_json(item, place, "a function schema"))
         if not isinstance(tool, dict):
             fix = "Write one schema for each function."
             raise FieldFault(place, "an object with a name", shorten(tool), fix)
@@ -114,17 +149,22 @@ def parse_turn(turn: object, place: str) -> Message:
         fix = 'Write {"role": ..., "content": ...}.'
         raise FieldFault(place, "an object with role and content", shorten(turn), fix)
     message: Message = {
-        RENAMED.get(str(key), str(key)): value for key, value in turn.items() if value is not None
+        RENAMED.get(str(key), str(key)): without_nulls(value)
+        for key, value in turn.items()
+        if value is not None
     }
     names = {RENAMED.get(key, key): key for key in turn}
     role = _file_role(message, f"{place}.{names.get('role', 'role')}")
     message["role"] = ROLES[role]
+    refuse_media(message, f"{place}.")
     content_place = f"{place}.{names.get('content', 'content')}"
     if role == "function_call":
         calls = parse_json(message.get("content"), content_place, 'a call {"name": ..., "arguments": ...}')
         message["tool_calls"], message["content"] = calls if isinstance(calls, list) else [calls], ""
-    if "tool_calls" in message:
-        message["tool_calls"] = _parse_calls(message["tool_calls"], f"{place}.tool_calls")
+    if "function_call" in message:  # OpenAI's name of a single call, before tool_calls
+        message["tool_calls"] = [message.pop("function_call")]
+    if calls := message.pop("tool_calls", None):
+        message["tool_calls"] = _parse_calls(calls, f"{place}.tool_calls")
     message["content"] = optional_text(_join_parts(message.get("content"), content_place), content_place)
     is_empty = not (
         message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
@@ -133,7 +173,28 @@ def parse_turn(turn: object, place: str) -> Message:
         got = "empty text" if "content" in names else "no such field"
         raise FieldFault(content_place, "text", got, "Fill it in, or delete the turn or the row.")
     check_nested_text({key: value for key, value in message.items() if key != "content"}, place)
+    return _with_weight(message, place)
+
+
+def _with_weight(message: Message, place: str) -> Message:
+    """``message`` with ``weight`` 0 if one of ``WEIGHTS`` says so, else without these keys."""
+    given = {key: message.pop(key) for key in WEIGHTS if key in message}
+    for key, value in given.items():
+        trained = bool(value) if value in (0, 1) else flag(value)
+        if trained is None:
+            fix = "Write 0 for a turn that is context only, else 1. To repeat rows, give the file a weight in the recipe."
+            raise FieldFault(f"{place}.{key}", "0 or 1, true or false", shorten(value), fix)
+        if not trained and message["role"] == "assistant":
+            message["weight"] = 0
     return message
+
+
+def refuse_media(values: Message, place: str = "") -> None:
+    """Raise FieldFault for images, audio or video next to text: the answer would be trained without them."""
+    for key in MEDIA:
+        if values.get(key):
+            fix = "Remove it if the text stands alone, else the row: images, audio and video are not trained on."
+            raise FieldFault(f"{place}{key}", "text only", shorten(values[key]), fix)
 
 
 def _file_role(message: Message, place: str) -> str:
@@ -148,16 +209,22 @@ def _file_role(message: Message, place: str) -> str:
 
 
 def _join_parts(content: object, place: str) -> object:
-    """Join [{"type": "text", "text": ...}, ...] to one string, because text models read strings."""
+    """Join [{"type": "text", "text": ...}, ...] to one string, because text models read strings.
+
+    The text may also be under ``value`` or ``content``."""
     if not isinstance(content, list):
         return content
     texts = []
     for index, part in enumerate(content):
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
-        if not isinstance(text, str):
+        spot = f"{place}[{index}]"
+        if not isinstance(part, dict) or part.get("type", "text") != "text":
             got = shorten(part["type"] if isinstance(part, dict) and "type" in part else part)
-            fix = "The model reads text only; remove the part."
-            raise FieldFault(f"{place}[{index}]", "a part of type text", got, fix)
+            fix = "Remove the part or the row: images, audio and video are not trained on."
+            raise FieldFault(spot, "a part of type text", got, fix)
+        text = next((part[key] for key in ("text", "value", "content") if key in part), None)
+        if not isinstance(text, str):
+            got = f"the keys {', '.join(map(str, part))}" if text is None else shorten(text)
+            raise FieldFault(spot, "a text under the key 'text'", got, 'Write {"type": "text", "text": "..."}.')
         texts.append(text)
     return "".join(texts)
 
@@ -166,8 +233,9 @@ def _parse_calls(value: object, place: str) -> list[JsonObject]:
     """Tool calls, each as {"type": "function", "function": {"name": ..., "arguments": {...}}}."""
     calls = []
     listed = parse_list(value, place, "a list of calls", "Write the calls in a list.")
-    for index, call in enumerate(listed):
+    for index, item in enumerate(listed):
         spot = f"{place}[{index}]"
+        call = parse_json(item, spot, 'a call {"name": ..., "arguments": ...}')
         if isinstance(call, dict) and "function" not in call:
             call = {"type": "function", "function": call}
         function = call["function"] if isinstance(call, dict) else None
