@@ -152,14 +152,19 @@ def test_a_call_that_the_template_omits_is_not_trained_as_an_answer_without_it(c
     function = {"name": "weather", "arguments": {"in": "Oslo"}}
     call = {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}
     row = Chat(({"role": "user", "content": "weather in Oslo?"}, call))
-    for template in ("chatml", "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{% endfor %}"):
+    for template in (
+        "chatml",
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{% endfor %}",
+    ):
         with pytest.raises(RowFault, match="template that renders tool calls") as caught:
             encode([Text("fine"), row], tiny_tokenizer(template))
         assert caught.value.index == 1 and "data.template=chatml" in caught.value.fix
     assert find_omitted_text(row, Renderer(tiny_tokenizer("chatml"))) == ["messages[1].tool_calls[0]: weather"]
 
 
-@pytest.mark.parametrize("written", ["weather({{ k }}={{ v }})", "{{ k }}: {{ v | upper }}", '{{ c.function | tojson | replace("O", "0") }}'])
+@pytest.mark.parametrize(
+    "written", ["weather({{ k }}={{ v }})", "{{ k }}: {{ v | upper }}", '{{ c.function | tojson | replace("O", "0") }}']
+)
 def test_a_call_may_be_rendered_in_any_notation(written):
     call = "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}" + written + "{% endfor %}"
     template = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}" + call + "{% endfor %}</s>{% endfor %}"

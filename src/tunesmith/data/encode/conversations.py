@@ -64,7 +64,9 @@ def render(
         return [_document(renderer, row.prompt + row.completion, start)]
     if not expand_turns:
         return [_chat(renderer, row, train_on)]
-    parts = [Chat(row.messages[: turn + 1], row.tools) for turn in _supervised_turns(row.messages, "assistant")]
+    parts = [
+        Chat(row.messages[: turn + 1], row.tools) for turn in _supervised_turns(row.messages, "assistant")
+    ]
     return [_chat(renderer, part, "completion") for part in parts]
 
 
@@ -104,7 +106,9 @@ def _supervised_turns(messages: Sequence[Message], train_on: TrainOn | int) -> l
     weighted = [turn for turn in turns if "weight" not in messages[turn]]
     if not weighted:
         fix = "Set the weight of one turn to 1, or delete the row."
-        raise SpanError("a turn of the assistant to train on", "weight 0 (or loss: false) in all of them", fix)
+        raise SpanError(
+            "a turn of the assistant to train on", "weight 0 (or loss: false) in all of them", fix
+        )
     return weighted if train_on == "assistant" or isinstance(train_on, int) else weighted[-1:]
 
 

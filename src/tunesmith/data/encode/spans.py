@@ -98,28 +98,30 @@ def omitted_calls(render: Renderer, row: Chat, full: str, turn: int, text: str =
     A part that is in ``text`` (the rendered turn) is there. Any other is there if ``full``, the rendering of
     the row, changes with it.
     """
-    message, missing = row.messages[turn], []
-    calls = message.get("tool_calls") or ()
-    for index, call in enumerate(calls):
-        function = call["function"]
-
-        def matters(**changes: object) -> bool:
-            other = {**call, "function": {**function, **changes}}
-            changed = {**message, "tool_calls": [*calls[:index], other, *calls[index + 1 :]]}
-            try:
-                return render([*row.messages[:turn], changed, *row.messages[turn + 1 :]], row.tools) != full
-            except RENDER_ERRORS:
-                return True
-
-        name, arguments = function["name"], function["arguments"]
-        if name not in text and not matters(name=f"{name}_"):
+    missing = []
+    for index, call in enumerate(row.messages[turn].get("tool_calls") or ()):
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        if name not in text and not _matters(render, row, full, turn, index, name=f"{name}_"):
             missing.append(f"tool_calls[{index}]: {name}")
             continue
         for key, value in arguments.items():
             rest = {other: item for other, item in arguments.items() if other != key}
-            if not (key in text and _is_written(value, text)) and not matters(arguments=rest):
+            is_there = key in text and _is_written(value, text)
+            if not is_there and not _matters(render, row, full, turn, index, arguments=rest):
                 missing.append(f"tool_calls[{index}]: the argument {key!r} of {name}")
     return missing
+
+
+def _matters(render: Renderer, row: Chat, full: str, turn: int, index: int, **changes: object) -> bool:
+    """True if the rendering of ``row`` is not ``full`` when the function of a call changes so."""
+    message = row.messages[turn]
+    calls = list(message["tool_calls"])
+    calls[index] = {**calls[index], "function": {**calls[index]["function"], **changes}}
+    changed = {**message, "tool_calls": calls}
+    try:
+        return render([*row.messages[:turn], changed, *row.messages[turn + 1 :]], row.tools) != full
+    except RENDER_ERRORS:
+        return True
 
 
 def _is_written(value: object, text: str) -> bool:

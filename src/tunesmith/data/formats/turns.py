@@ -224,7 +224,9 @@ def _join_parts(content: object, place: str) -> object:
         text = next((part[key] for key in ("text", "value", "content") if key in part), None)
         if not isinstance(text, str):
             got = f"the keys {', '.join(map(str, part))}" if text is None else shorten(text)
-            raise FieldFault(spot, "a text under the key 'text'", got, 'Write {"type": "text", "text": "..."}.')
+            raise FieldFault(
+                spot, "a text under the key 'text'", got, 'Write {"type": "text", "text": "..."}.'
+            )
         texts.append(text)
     return "".join(texts)
 
