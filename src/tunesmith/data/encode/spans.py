@@ -86,10 +86,9 @@ def check_rendered(render: Renderer, row: Chat, full: str, turn: int, span: Span
             fix = "Use a template with tools (data.template=chatml, --template chatml), or delete the row."
             got = f"messages[{turn}].{missing[0]}, which the template leaves out"
             raise SpanError("a template that renders tool calls", got, fix)
-    elif not str(message.get("content") or "").strip() and message.get("reasoning_content"):
-        if not _pattern(render.specials).sub("", text).strip():
-            got = f"messages[{turn}].reasoning_content alone, which the template leaves out"
-            raise SpanError("an answer that the template renders", got, "Add the answer, or delete the row.")
+    elif message.get("reasoning_content") and not _pattern(render.specials).sub("", text).strip():
+        got = f"messages[{turn}].reasoning_content alone, which the template leaves out"
+        raise SpanError("an answer that the template renders", got, "Add the answer, or delete the row.")
 
 
 def omitted_calls(render: Renderer, row: Chat, full: str, turn: int, text: str = "") -> list[str]:
