@@ -49,7 +49,7 @@ class StoppedError(TunesmithError):
 
 
 class NonFiniteError(StoppedError):
-    """A loss or a gradient was not finite; no update was applied."""
+    """A loss, a gradient or an updated weight was not finite; nothing of it was saved."""
 
 
 class GradientOverflowError(StoppedError):

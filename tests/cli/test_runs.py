@@ -42,7 +42,8 @@ def test_the_list_says_state_and_result_of_each_run(made, capsys):
 
 def test_a_run_that_is_held_is_running_and_one_that_was_killed_says_so(made, tmp_path):
     assert run_list.read(made / "a").state == "done"
-    held = run_folder.take(tmp_path / "run", {"model": "m"})
+    held = run_folder.claim(tmp_path / "run")
+    held.begin({"model": "m"})
     assert run_list.read(tmp_path / "run").state == "running"
     held.close()
     assert run_list.read(tmp_path / "run").state == "killed"
@@ -113,7 +114,9 @@ def test_a_run_that_came_out_otherwise_names_the_first_difference(made, tmp_path
 
 
 def test_an_unfinished_run_cannot_be_reproduced(tmp_path, capsys):
-    run_folder.take(tmp_path / "run", {"model": "m"}).close()
+    begun = run_folder.claim(tmp_path / "run")
+    begun.begin({"model": "m"})
+    begun.close()
     assert main(["runs", "reproduce", str(tmp_path / "run")]) == 2
     assert "killed" in capsys.readouterr().err
 

@@ -31,6 +31,7 @@ def trained(monkeypatch, tmp_path):
     """Run `tunesmith train` with a training that gives back OUTCOME; returns (exit code, what it was called with)."""
     path = tmp_path / "r.yaml"
     path.write_text("model: m\ndata:\n  train: [{path: x.json}]\n")
+    monkeypatch.chdir(tmp_path)
 
     def run(*options, outcome=OUTCOME):
         calls = []
@@ -42,15 +43,18 @@ def trained(monkeypatch, tmp_path):
 
 
 def test_the_engine_gets_the_checked_recipe(trained):
+    Path("runs/x").mkdir(parents=True)
+    Path("runs/x/recipe.yaml").write_text("")
+    Path("runs/x/manifest.json").write_text("{}")
     code, [(recipe, keys)] = trained("train.epochs=2", "data.train=[{path: y.json}]", "--resume", "--out", "runs/x")
     assert code == 0
     assert (recipe.train.epochs, recipe.data.train[0].path) == (2, "y.json")
-    assert (keys["out"], keys["resume"]) == (Path("runs/x"), True)
+    assert (keys["out"].path, keys["resume"], keys["restart"]) == (Path("runs/x").resolve(), True, False)
 
 
 def test_the_run_is_named_after_the_recipe(trained):
     _, [(_, keys)] = trained()
-    assert keys["out"] == Path("runs/r")
+    assert keys["out"].path == Path("runs/r").resolve() and not Path("runs/r").exists()
 
 
 def test_json_carries_the_whole_outcome(trained, capsys):

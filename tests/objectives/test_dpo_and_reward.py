@@ -24,7 +24,7 @@ from tunesmith.models.heads.log_probs import answer_logps
 from tunesmith.models.load import load
 from tunesmith.objectives import dpo, reward
 from tunesmith.runs import metrics_file
-from tunesmith.train import checkpoint, setup
+from tunesmith.train import checkpoint, setup, starting_point
 from tunesmith.train.reference import Reference
 
 ROWS = [Ranking(row["prompt"], (row["chosen"], row["rejected"]), (0, 1)) for row in preferences(5)]
@@ -395,7 +395,8 @@ def test_a_checkpoint_without_its_reference_is_refused(tmp_path, monkeypatch):
         tunesmith.train(made, out=tmp_path / "run", resume=True)
 
 
-def test_a_changed_template_is_no_resume(tmp_path):
+def test_rows_with_other_tokens_are_no_resume(tmp_path, monkeypatch):
+    """As a library of another version makes them: the files of the model are the same."""
     made = recipe(tmp_path, "llama", "dpo", max_steps=4, save_steps=2)
     rows = [
         {"prompt": [{"role": "user", "content": row["prompt"]}],
@@ -406,6 +407,7 @@ def test_a_changed_template_is_no_resume(tmp_path):
     killed_before(3, made, tmp_path / "run")
     template = tmp_path / "model-llama" / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>'", "<|im_start|> '"))
+    monkeypatch.setattr(starting_point, "_differences", lambda before, now: [])
     with pytest.raises(RecipeError, match=r"rows\.jsonl:\d has other tokens than when the run was started"):
         tunesmith.train(made, out=tmp_path / "run", resume=True)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(val
     assert caught.value.exit_code == 3
     assert "rows.jsonl:8" in str(caught.value) and "rows.jsonl:7" not in str(caught.value)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 2, 3]
-    tensors, _ = checkpoint.newest(tmp_path / "run" / "checkpoints", print)
+    tensors, _ = checkpoint.load(tmp_path / "run" / "checkpoints", 3)
     assert all(torch.equal(tensors[f"master.{name}"], value) for name, value in expected.items())
     last = metrics_file.read(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["kind"] == "stop" and not math.isfinite(last["loss"])
@@ -111,7 +112,8 @@ def test_the_disk_fills_while_a_checkpoint_is_written(number, failing, tmp_path,
         checkpoint.save(tmp_path, 2, tensors, {"a": 2})
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
-    found, state = checkpoint.newest(tmp_path, print)
+    assert checkpoint.newest(tmp_path) == (1, {})
+    found, state = checkpoint.load(tmp_path, 1)
     assert torch.equal(found["master.w"], tensors["master.w"]) and state == {"a": 1}
 
 
@@ -141,10 +143,9 @@ def test_any_damage_is_noticed(name, damage, tmp_path):
         flipped = bytearray(content)
         flipped[len(content) // 2] ^= 4
         file.write_bytes({"empty": b"", "half": content[: len(content) // 2], "flipped": bytes(flipped)}[damage])
-    said = []
-    _, state = checkpoint.newest(tmp_path, said.append)
-    harmless = name == "manifest.json" and damage == "flipped" and state == {"a": 2}
-    assert harmless or (state == {"a": 1} and len(said) == 1 and "step-5 is damaged" in said[0])
+    step, damaged = checkpoint.newest(tmp_path)
+    harmless = name == "manifest.json" and damage == "flipped" and step == 5 and checkpoint.load_state(tmp_path, 5) == {"a": 2}
+    assert harmless or (step == 3 and list(damaged) == [5])
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
@@ -165,19 +166,22 @@ def test_rotation_keeps_the_newest_and_the_pinned(tmp_path):
 
 
 def test_a_second_process_is_refused(tmp_path):
-    held = run_folder.take(tmp_path / "run", {"a": 1})
-    with pytest.raises(UserError, match="another process"):
-        run_folder.take(tmp_path / "run", {"a": 1})
+    held = run_folder.claim(tmp_path / "run")
+    for start in ("new", "resume", "restart"):
+        with pytest.raises(UserError, match=f"another process .pid {os.getpid()}"):
+            run_folder.claim(tmp_path / "run", start)
     held.close()
-    run_folder.take(tmp_path / "run", {"a": 1}).close()
+    assert not (tmp_path / "run").exists()  # nothing was begun in it
+    run_folder.claim(tmp_path / "run").close()
 
 
 def test_a_folder_that_holds_something_is_never_overwritten(tmp_path):
     made = recipe(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"--resume.*--out"):
-        tunesmith.train(made, out=tmp_path / "run")
+    for how in ({}, {"restart": True}, {"resume": True}):
+        with pytest.raises(UserError, match=r"not a run folder|no run to resume"):
+            tunesmith.train(made, out=tmp_path / "run", **how)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
@@ -192,7 +196,7 @@ def test_the_best_model_is_kept_whatever_rotates(save_steps, kept_steps, tmp_pat
     assert (outcome["best_step"], outcome["eval_loss"], outcome["eval_loss_before"]) == (4, 2.0, 9.0)
     monkeypatch.undo()
     kept = weights(outcome["model_dir"])
-    tensors, state = checkpoint.newest(tmp_path / "run" / "checkpoints", print)
+    tensors, state = checkpoint.load(tmp_path / "run" / "checkpoints", 10)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == kept_steps
     assert state["progression"]["best_step"] == 4 and not all(torch.equal(kept[n], tensors[f"master.{n}"]) for n in kept)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tunesmith.cli import options
+from tunesmith.runs import run_folder
 
 
 def launch(
@@ -15,6 +17,7 @@ def launch(
     overrides: options.Overrides = None,
     out: options.Out = None,
     resume: options.Resume = False,
+    restart: options.Restart = False,
     deepspeed: options.DeepSpeed = None,
     as_json: options.Json = False,
 ) -> None:
@@ -22,6 +25,8 @@ def launch(
     from tunesmith.recipe import load
 
     checked = load(recipe, overrides or ())  # a wrong recipe starts no process
+    # nor does a run folder that is in use; the main process locks it anew
+    run_folder.claim(out or Path("runs") / recipe.stem, run_folder.start_of(resume, restart)).close()
 
     from tunesmith.train.distributed import check_processes
     from tunesmith.train.launch import launch as start
@@ -29,7 +34,7 @@ def launch(
     check_processes(processes, checked.train.batch_size, "train.batch_size is")
     arguments = ["train", str(recipe), *(overrides or ())]
     arguments += ["--out", str(out)] if out else []
-    arguments += ["--resume"] if resume else []
+    arguments += ["--resume"] if resume else ["--restart"] if restart else []
     arguments += ["--deepspeed", str(deepspeed)] if deepspeed else []
     arguments += ["--json"] if as_json else []
     start(processes, arguments)

@@ -20,6 +20,12 @@ RecipeFile = Annotated[Path, typer.Argument(help="YAML file; see `tunesmith init
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/NAME of the recipe")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart", help="Start again from step 0; move the files of the attempt before to replaced-N/."
+    ),
+]
 DeepSpeed = Annotated[Path | None, typer.Option(help="ds_config.json; ZeRO-2 shards the optimiser.")]
 
 # rows

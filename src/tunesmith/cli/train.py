@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.text import Text
 from tunesmith.cli import options
 from tunesmith.cli.output import console, print_result, print_stderr
 from tunesmith.json_types import JsonObject
+from tunesmith.runs import run_folder
 from tunesmith.runs.figure_format import size
 
 _MOST_SAMPLE = 300
@@ -23,6 +25,7 @@ def train(
     overrides: options.Overrides = None,
     out: options.Out = None,
     resume: options.Resume = False,
+    restart: options.Restart = False,
     deepspeed: options.DeepSpeed = None,
     as_json: options.Json = False,
 ) -> None:
@@ -30,12 +33,28 @@ def train(
     from tunesmith.recipe import brief, load
 
     checked = load(recipe, overrides or ())
-    print_stderr(brief(checked))
+    folder = out or Path("runs") / recipe.stem
+    alone = (
+        int(os.environ.get("WORLD_SIZE", "1")) == 1
+    )  # of several processes, run.train locks in the main one
+    # before torch is imported, which takes seconds
+    claimed = run_folder.claim(folder, run_folder.start_of(resume, restart)) if alone else None
+    try:
+        print_stderr(brief(checked))
 
-    from tunesmith.train import run
+        from tunesmith.train import run
 
-    target = out or Path("runs") / recipe.stem
-    outcome = run.train(checked, out=target, resume=resume, deepspeed=deepspeed, console=console())
+        outcome = run.train(
+            checked,
+            out=claimed or folder,
+            resume=resume,
+            restart=restart,
+            deepspeed=deepspeed,
+            console=console(),
+        )
+    finally:
+        if claimed is not None:
+            claimed.close()
     if outcome:  # empty in every process but the main one
         print_result(outcome, as_json, summary)
 

@@ -86,6 +86,12 @@ def write_report(run_dir: str | Path) -> Path:
     return pages.save(folder / "report.html", "run.html", **page_values(run))
 
 
+def is_current(run_dir: str | Path) -> bool:
+    """Return whether report.html is at least as new as the manifest."""
+    report, manifest = (Path(run_dir) / name for name in ("report.html", "manifest.json"))
+    return report.exists() and report.stat().st_mtime_ns >= manifest.stat().st_mtime_ns
+
+
 def _read(folder: Path) -> _Run:
     problems: list[str] = []
 

@@ -5,16 +5,15 @@ Only JSON and YAML are read; no torch is needed.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.errors import DataError, RecipeError, UserError
+from tunesmith.errors import DataError, UserError
 from tunesmith.json_types import JsonObject
-from tunesmith.recipe import text as recipe_text
 from tunesmith.runs import figure_format, metrics_file
 from tunesmith.runs.figure_format import is_number
+from tunesmith.runs.run_folder import read_mapping
 
 RESULTS = (
     "eval_loss_before", "eval_loss", "perplexity", "tokens_per_second", "peak_memory_bytes", "best_step", "tokens",
@@ -113,8 +112,8 @@ def _read_files(folder: Path) -> StoredRun:
     recipe: JsonObject = {}
     manifest: JsonObject = {}
     try:
-        recipe = _read_mapping(folder / "recipe.yaml")
-        manifest = _read_mapping(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
+        recipe = read_mapping(folder / "recipe.yaml")
+        manifest = read_mapping(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
         records = metrics_file.read(folder / "metrics.jsonl")
     except DataError as error:
         return StoredRun(folder, recipe, manifest, [], str(error))
@@ -155,23 +154,6 @@ def _last_checkpoint(folder: Path) -> int | None:
     folders = (path for path in (folder / "checkpoints").glob("*") if path.is_dir())
     matches = (re.fullmatch(r"step-(\d+)", path.name) for path in folders)
     return max((int(match.group(1)) for match in matches if match), default=None)
-
-
-def _read_mapping(file: Path) -> JsonObject:
-    """Read a JSON or YAML mapping. Raises DataError naming file and line if the file does not hold one."""
-    advice = "\n  Another program changed the file; restore it, or train again into another folder."
-    expected = f"expected one {'JSON object' if file.suffix == '.json' else 'YAML mapping'}"
-    try:
-        content = file.read_text(encoding="utf-8")
-        value = json.loads(content) if file.suffix == ".json" else recipe_text.read(content, str(file))[0]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}: {expected}: {error.msg}{advice}") from None
-    except (RecipeError, UnicodeDecodeError) as error:
-        where = "" if isinstance(error, RecipeError) else f"{file}: {expected}: "
-        raise DataError(f"{where}{error}{advice}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{file}, line 1: {expected}, got {str(value)[:60]!r}{advice}")
-    return value
 
 
 def _is_locked(lock: Path) -> bool:

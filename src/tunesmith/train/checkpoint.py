@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,19 +41,26 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: JsonO
     return target
 
 
-def newest(folder: Path, note: Callable[[str], None]) -> tuple[dict[str, torch.Tensor], JsonObject] | None:
-    """Load tensors and state of the newest checkpoint that verifies; None when there is none.
+def newest(folder: Path) -> tuple[int | None, dict[int, str]]:
+    """Return the newest step whose checkpoint verifies, and the damage of each newer one by step."""
+    damaged: dict[int, str] = {}
+    for step in reversed(steps(folder)):
+        damage = find_damage(folder / f"step-{step}")
+        if damage is None:
+            return step, damaged
+        damaged[step] = damage
+    return None, damaged
 
-    ``note`` reports each damaged checkpoint.
-    """
-    for step in sorted(steps(folder), reverse=True):
-        path = folder / f"step-{step}"
-        problem = find_damage(path)
-        if problem is None:
-            state: JsonObject = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return load_file(path / "state.safetensors"), state
-        note(f"the checkpoint {path} is damaged ({problem}); the one before it is used")
-    return None
+
+def load_state(folder: Path, step: int) -> JsonObject:
+    """Return the state of ``folder/step-N`` without its tensors."""
+    state: JsonObject = json.loads((folder / f"step-{step}" / "state.json").read_text(encoding="utf-8"))
+    return state
+
+
+def load(folder: Path, step: int) -> tuple[dict[str, torch.Tensor], JsonObject]:
+    """Return tensors and state of ``folder/step-N``, which ``newest`` has verified."""
+    return load_file(folder / f"step-{step}" / "state.safetensors"), load_state(folder, step)
 
 
 def find_damage(path: Path) -> str | None:
@@ -71,7 +77,9 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (ValueError, KeyError, TypeError):
+    except OSError as error:
+        return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "manifest.json cannot be read"
     return None
 

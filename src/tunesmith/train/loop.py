@@ -24,6 +24,7 @@ from tunesmith.errors import Interrupted, NonFiniteError, OutOfMemoryError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads.noise import RowNoise
+from tunesmith.models.load import finite
 from tunesmith.objectives import Objective
 from tunesmith.train import distributed, machine, metric_sums
 from tunesmith.train.metric_sums import MetricSums
@@ -274,8 +275,22 @@ def rehearse(job: Job, step: Step, places: list[int]) -> None:
 
 
 def _raise_non_finite(job: Job, step: Step, loss: float, norm: float) -> None:
-    """Raise NonFiniteError with the rows whose own loss is not finite, or all rows of the step."""
+    """Raise NonFiniteError with the rows whose own loss is not finite, or all rows of the step.
+
+    Where the weights are the cause, it names these: then every row has such a loss.
+    """
     job.update.clear_gradients()
+    weights = dict(job.model.named_parameters())
+    if counts := finite.count_non_finite(weights):
+        job.log(
+            {"kind": "stop", "step": step.number, "loss": loss, "grad_norm": norm, "rows": step.names(None)}
+        )
+        raise NonFiniteError(
+            f"step {step.number}: the loss is {loss:.4g}, because the weights are not finite: "
+            f"{finite.describe(counts, weights)}.\n"
+            "  Either the base model holds such values, or the update of the step before overflowed: lower "
+            "train.learning_rate and start another run with --out DIR."
+        )
     rows = []
     with torch.no_grad():
         for place in range(len(step)):
@@ -290,7 +305,7 @@ def _raise_non_finite(job: Job, step: Step, loss: float, norm: float) -> None:
         f"step {step.number}: the loss is {loss:.4g} and the norm of the gradient {norm:.4g}; no update was applied.\n"
         f"  {'Rows' if rows else 'Rows of the step (each alone has a finite loss)'}: {', '.join(names)}\n"
         f"  Lower train.learning_rate, {job.update.advice}or look at these rows with `tunesmith data preview`; "
-        "then continue from the last checkpoint with --resume."
+        "then start another run with --out DIR. The last checkpoint is kept."
     )
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith import adaptations
 from tunesmith import recipe as recipes
-from tunesmith.errors import GradientOverflowError, Interrupted, NonFiniteError, RecipeError, TunesmithError
+from tunesmith.errors import (
+    DiskFullError,
+    GradientOverflowError,
+    Interrupted,
+    NonFiniteError,
+    RecipeError,
+    TunesmithError,
+)  # fmt: skip
 from tunesmith.json_types import JsonObject
 from tunesmith.models.fast import kernels
 from tunesmith.recipe import Recipe
@@ -31,9 +38,11 @@ from tunesmith.train import (
     memory_budget,
     outcome,
     reference,
+    resumption,
     run_state,
     samples,
     setup,
+    starting_point,
 )  # fmt: skip
 from tunesmith.train.callbacks import Callbacks
 from tunesmith.train.loop import Job, Progression
@@ -46,8 +55,9 @@ if TYPE_CHECKING:
 def train(
     recipe: Recipe | JsonObject | str | Path,
     *,
-    out: str | Path | None = None,
+    out: str | Path | folder.RunFolder | None = None,
     resume: bool = False,
+    restart: bool = False,
     overrides: Sequence[str] = (),
     deepspeed: str | Path | None = None,
     console: Console | None = None,
@@ -58,6 +68,8 @@ def train(
     """Train the model of ``recipe`` (a path, a mapping or a Recipe) and write the run folder ``out``.
 
     ``overrides``: ``key=value`` strings. ``resume``: continue from the last good checkpoint in ``out``.
+    ``restart``: start again from step 0 there; the files of the attempt before are moved to ``replaced-N/``.
+    ``out`` may be a folder that ``runs.run_folder.claim`` returned.
     ``deepspeed``: a ds_config.json for ZeRO-2 (see ``train.deepspeed_zero``). ``console``: a rich console
     that shows progress; None shows nothing. ``on_log(record)``, ``on_eval(record)`` and ``on_save(folder,
     step)`` are called in the main process for each record and each checkpoint. A callback that returns True
@@ -76,43 +88,42 @@ def train(
     """
     checked = _resolve(recipe, overrides)
     require(checked.train.report_to)
-    name = Path(recipe).stem if isinstance(recipe, str | Path) else "run"
-    target = Path(out or Path("runs") / name).resolve()
-    processes = distributed.state()
-    main = processes.is_main_process
-    changed_keys = folder.check_resumable(target, checked.resolved()) if resume else []
-    if main and not resume:
-        folder.check_free(target)
-    kernels.keep_freed_memory()
     for key, function in (("on_log", on_log), ("on_eval", on_eval), ("on_save", on_save)):
         if function is not None and not callable(function):
             raise RecipeError(f"{key}: expected a function, got {function!r}")
+    processes = distributed.state()
+    main = processes.is_main_process
+    run_folder = resumption.claim(recipe, out, folder.start_of(resume, restart), main)
+    kernels.keep_freed_memory()
     # only the main process calls them; the other processes need to know whether there are any
     callbacks = Callbacks(on_log, on_eval, on_save)
-    with (
-        Progress(console if main else None) as progress,
-        mute_trackers(checked.train.report_to if main else []),
-    ):
-        with distributed.main_first() if checked.data.cache else nullcontext():
-            ds_config = Path(deepspeed) if deepspeed else None
-            ready = setup.read(checked, processes.device, progress.note, ds_config)
-        run_folder = folder.take(target, checked.resolved()) if main else folder.RunFolder(target)
-        try:
+    try:
+        with (
+            Progress(console if main else None) as progress,
+            mute_trackers(checked.train.report_to if main else []),
+        ):
+            step, changed_keys = distributed.broadcast(
+                resumption.choose(run_folder, checked, progress) if main else (None, [])
+            )
+            with distributed.main_first() if checked.data.cache else nullcontext():
+                ds_config = Path(deepspeed) if deepspeed else None
+                ready = setup.read(checked, processes.device, progress.note, ds_config)
+            started_with = starting_point.describe(ready)
+            result = resumption.finished_result(run_folder, ready, started_with, step, progress)
+            if result is not None:
+                return result if main else {}
+            if main:
+                run_folder.begin(checked.resolved())
             memory_before_model = machine.peak_memory_bytes()
             memory_budget.check_weights(ready, memory_budget.limit_bytes(ready.device))
-            run, built = _open(ready, run_folder, progress, callbacks)
-            position = run_state.restore(run)
-            if position.step >= ready.source.plan.steps and (result := run_folder.manifest().get("result")):
-                progress.note(
-                    "the run is finished already: there are no steps left to train, and its files stay unchanged"
-                )
-                return result if main else {}
+            run, built = _open(ready, run_folder, started_with, progress, callbacks)
+            position = run_state.restore(run, step)
             job = _prepare(run, built, position, changed_keys)
             with _recorded_failure(run):
                 stopped = _stop_at_start(run, job, position) or loop.fit(job, position)
             return _finish(run, job, position, memory_before_model, stopped)
-        finally:
-            run_folder.close()
+    finally:
+        run_folder.close()
 
 
 def check(
@@ -180,7 +191,11 @@ def _resolve(recipe: Recipe | JsonObject | str | Path, overrides: Sequence[str])
 
 
 def _open(
-    ready: setup.Setup, run_folder: folder.RunFolder, progress: Progress, callbacks: Callbacks
+    ready: setup.Setup,
+    run_folder: folder.RunFolder,
+    started_with: JsonObject,
+    progress: Progress,
+    callbacks: Callbacks,
 ) -> tuple[Run, setup.Built]:
     """Load the model and open the run's files."""
     built = setup.build(ready, run_folder.path)
@@ -188,7 +203,7 @@ def _open(
     metrics, answers = (_records(run_folder, name, main) for name in ("metrics.jsonl", "samples.jsonl"))
     run = Run(
         ready, run_folder, built.model, built.update, built.fast_path, metrics, answers, progress, main,
-        callbacks, resumed=run_folder.manifest() != {},
+        callbacks, run_folder.manifest() != {}, started_with,
     )  # fmt: skip
     if main and ready.objective.traits.head == "lm":
         run.prompts = samples.prompts(ready.recipe.samples, ready.data.eval, ready.tokenizer)
@@ -286,8 +301,9 @@ def _recorded_failure(run: Run) -> Iterator[None]:
     except TunesmithError as error:
         run.trackers.close()
         if run.main:
-            run.folder.record(notes=outcome.notes(run), stopped=f"{type(error).__name__}: {error}")
-            run_page.write_report(run.folder.path)
+            with suppress(DiskFullError):  # the first error is the one to report
+                run.folder.record(notes=outcome.notes(run), stopped=f"{type(error).__name__}: {error}")
+                run_page.write_report(run.folder.path)
         if isinstance(error, NonFiniteError | GradientOverflowError | Interrupted):
             distributed.wait()  # every process raises these: none may exit before the report is written
         run.callbacks.raise_failure()
@@ -347,6 +363,7 @@ def _evaluate(run: Run, position: Progression, budget: int) -> float | None:
     if ready.data.eval is None:
         return None
     run.progress.doing("evaluating")
+    run_state.require_finite(run, position.step, run.update.masters.parameters)
     started = time.perf_counter()
     figures = evaluation.evaluate(
         run.model, ready.objective, ready.data.eval, run.fast_path.layout, budget, ready.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunesmith import files
-from tunesmith.errors import RecipeError
+from tunesmith.errors import NonFiniteError, RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import lora_factors, virtual_tokens
 from tunesmith.models.find import record
-from tunesmith.models.load import head_loading, probe
+from tunesmith.models.load import finite, head_loading, probe
 from tunesmith.models.network import base
 from tunesmith.objectives import head_config
 from tunesmith.runs import metrics_file
@@ -48,6 +49,8 @@ class Run:
     main: bool
     callbacks: Callbacks
     resumed: bool
+    started_with: JsonObject = field(default_factory=dict)
+    """The base model and its tokenizer; see ``train.starting_point``."""
     prompts: list[samples.Prompt] = field(default_factory=list)
     """Sample prompts, answered at every evaluation."""
     trackers: Trackers = field(default_factory=Trackers)
@@ -103,9 +106,30 @@ def _trained_with(run: Run) -> JsonObject:
     }
 
 
+def require_finite(run: Run, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise NonFiniteError when the update of ``step`` overflowed in one of ``tensors``.
+
+    All processes call it, because all must stop. The loss of a step is checked before its update; only here
+    is the result of the last update.
+    """
+    if not (counts := finite.count_non_finite(tensors)):
+        return
+    saved = checkpoint.steps(run.folder.checkpoints)
+    last = f"The last good checkpoint is {run.folder.checkpoints / f'step-{saved[-1]}'}" if saved else ""
+    raise NonFiniteError(
+        f"step {step}: the update overflowed: {finite.describe(counts, tensors)}. No checkpoint and no model of "
+        f"these weights were saved.\n  {last or 'There is no checkpoint yet'}. --resume would take the same step again: "
+        "lower train.learning_rate and start another run with --out DIR."
+    )
+
+
 def save(run: Run, position: Progression) -> None:
-    """Save a checkpoint. All processes call it; the main one writes."""
+    """Save a checkpoint. All processes call it; the main one writes.
+
+    Raises NonFiniteError, and saves nothing, when a trained weight or the optimiser's state is not finite.
+    """
     tensors = run.update.tensors()
+    require_finite(run, position.step, {name.removeprefix("master."): one for name, one in tensors.items()})
     if run.main:
         run.progress.doing("saving")
         tensors["random.cpu"] = torch.get_rng_state()
@@ -119,6 +143,7 @@ def save(run: Run, position: Progression) -> None:
             "progression": asdict(position),
             **run.update.state(),
             "data": run.setup.data.report.as_dict()["sources"],
+            "base": run.started_with,
             "threads": torch.get_num_threads(),
             "processes": distributed.state().num_processes,
             "compute": run.setup.precision.as_dict()["compute"],
@@ -129,23 +154,24 @@ def save(run: Run, position: Progression) -> None:
         run.answers.sync()
         checkpoints = run.folder.checkpoints
         checkpoint.save(checkpoints, position.step, tensors, json.loads(json.dumps(state, default=str)))
+        if "first_checkpoint" not in run.folder.manifest():
+            run.folder.record(first_checkpoint=position.step)
         best = {position.best_step} if position.best_step is not None else set()
         checkpoint.rotate(checkpoints, run.setup.recipe.train.save_total_limit, best)
         run.progress.doing(None)
     distributed.wait()
 
 
-def restore(run: Run) -> Progression:
-    """Load the newest good checkpoint and drop the records written after it. Returns the position of the run.
+def restore(run: Run, step: int | None) -> Progression:
+    """Load the checkpoint of ``step`` and drop the records written after it. Returns the position of the run.
 
-    Raises RecipeError when data, initial LoRA factors or reference are not those of the run.
+    ``step``: None starts from step 0. Raises RecipeError when the initial LoRA factors or the reference are
+    not those of the run.
     """
-    loaded = checkpoint.newest(run.folder.checkpoints, run.progress.note)
-    if loaded is None:
+    if step is None:
         _rewind(run, -1)
         return Progression()
-    tensors, state = loaded
-    _check_same_data(run, state)
+    tensors, state = checkpoint.load(run.folder.checkpoints, step)
     if layer := lora_factors.changed_start(run.model, state.get("starts") or {}):
         raise RecipeError(
             f"the LoRA of {layer} starts from a decomposition of the base weights, and this machine computes another "
@@ -176,24 +202,6 @@ def _rewind(run: Run, step: int) -> None:
     if run.main:
         run.metrics.rewind(step)
         run.answers.rewind(step)
-
-
-def _check_same_data(run: Run, state: JsonObject) -> None:
-    before = {source["path"]: source for source in state["data"]}
-    for source in run.setup.data.report.as_dict()["sources"]:
-        path = source["path"]
-        old = before.get(path, {})
-        if old.get("sha256") != source["sha256"]:
-            commit = old.get("revision")
-            restore = (
-                f"Type `tunesmith data pull` again with --commit {commit}"
-                if commit
-                else "Restore the old file"
-            )
-            raise RecipeError(
-                f"the data file {path} changed since the run was started, so resuming would not continue the same run.\n"
-                f"  {restore}, or start another run with --out DIR."
-            )
 
 
 def _note_changes(run: Run, state: JsonObject) -> None:

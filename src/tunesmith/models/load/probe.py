@@ -17,7 +17,7 @@ from tunesmith.errors import ModelError
 from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
 from tunesmith.models.find import catalog, model_store, record
-from tunesmith.models.load import head_loading, quantization
+from tunesmith.models.load import finite, head_loading, quantization
 from tunesmith.models.network import is_peft
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ def write_probe(
 
     ``model``: the transformers or peft model in memory, whose mode is kept. The base of a peft model is the
     folder that it was loaded from. ``made``: the keys under ``adaptation:`` that made an adapter. ``trained``:
-    what it was trained with, see ``record.trained``.
+    what it was trained with, see ``record.trained``. Raises ModelError when a saved weight is not finite.
     """
+    finite.check_saved(folder)
     base = None
     if is_peft(model):
         path = Path(model.get_base_model().name_or_path)

@@ -1,0 +1,59 @@
+"""Find weights that are not finite, in memory and in the files that were just written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.errors import ModelError
+from tunesmith.models.find import headers
+
+if TYPE_CHECKING:
+    import torch
+
+_MOST_NAMES = 3
+"""Tensors that a message names."""
+
+
+def count_non_finite(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the number of NaN and infinite values by name, for the tensors that hold any.
+
+    Reads every tensor once, without a copy, and waits for the device once.
+    """
+    import torch
+
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # fp8 and integers hold no infinity
+    floats = {name: one.detach() for name, one in tensors.items() if one.dtype in kinds and one.numel()}
+    if not floats:
+        return {}
+    # the largest magnitude is NaN where a value is
+    largest = [torch.linalg.vector_norm(one, math.inf).float() for one in floats.values()]
+    finite = torch.stack([one.to(largest[0].device) for one in largest]).isfinite().tolist()
+    bad = [name for name, is_finite in zip(floats, finite, strict=True) if not is_finite]
+    return {name: int((~floats[name].isfinite()).sum()) for name in bad}
+
+
+def describe(counts: Mapping[str, int], tensors: Mapping[str, torch.Tensor]) -> str:
+    """``2 of 30 tensors hold values that are not finite (NAME: 12 of 64 values, ...)``."""
+    named = [f"{name}: {count:,} of {tensors[name].numel():,} values" for name, count in counts.items()]
+    listed = ", ".join([*named[:_MOST_NAMES], *(["..."] if len(named) > _MOST_NAMES else [])])
+    return f"{len(counts)} of {len(tensors)} tensors hold values that are not finite ({listed})"
+
+
+def check_saved(folder: Path) -> None:
+    """Raise ModelError when a weight file in ``folder`` holds a value that is not finite.
+
+    The files are read, not the network: a cast to the saved dtype may overflow.
+    """
+    from safetensors.torch import load_file
+
+    paths = headers.weight_files(folder, "model") + headers.weight_files(folder, "adapter_model")
+    for path in paths:
+        tensors = load_file(path)
+        if counts := count_non_finite(tensors):
+            raise ModelError(
+                f"{path.name} would be written with numbers that no model can use: {describe(counts, tensors)}.\n"
+                "  Nothing is kept. Look for the step that made them, or save in another dtype (--dtype float32)."
+            )
