@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli import options
-from tunesmith.runs import run_folder
 
 
 def launch(
@@ -23,6 +22,7 @@ def launch(
 ) -> None:
     """Train with several processes on this machine. The updates are those of one process, in less time."""
     from tunesmith.recipe import load
+    from tunesmith.runs import run_folder
 
     checked = load(recipe, overrides or ())  # a wrong recipe starts no process
     # nor does a run folder that is in use; the main process locks it anew

@@ -13,7 +13,6 @@ from rich.text import Text
 from tunesmith.cli import options
 from tunesmith.cli.output import console, print_result, print_stderr
 from tunesmith.json_types import JsonObject
-from tunesmith.runs import run_folder
 from tunesmith.runs.figure_format import size
 
 _MOST_SAMPLE = 300
@@ -31,6 +30,7 @@ def train(
 ) -> None:
     """Train a model from a recipe."""
     from tunesmith.recipe import brief, load
+    from tunesmith.runs import run_folder
 
     checked = load(recipe, overrides or ())
     folder = out or Path("runs") / recipe.stem
