@@ -221,7 +221,7 @@ def test_a_configuration_is_chosen_by_name(hub):
 
 @pytest.mark.parametrize(
     ("files", "words"),
-    [(ODD, "sep: ';'"), ({"train.jsonl.gz": b"x"}, "train.jsonl.gz")],
+    [(ODD, "sep: ';'"), ({"train.jsonl.zip": b"x"}, "train.jsonl.zip")],
     ids=["settings", "compressed"],
 )
 def test_files_that_only_datasets_can_read_must_be_streamed(files, words, hub):

@@ -131,6 +131,19 @@ def test_conll(tmp_path, read):
     assert [(record.row, record.line) for record, _ in items] == [(1, 4), (2, 8), (3, 11)]
 
 
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ("## id-0\tKim <left:X> now\nKim\tB-P\nleft\tO\n\n## id-1\tLee\nLee\tB-P\n", ["Kim left", "Lee"]),
+        ("# text = Kim\tand Lee\n# id\nKim\tB-P\n\n#\tO\n##\tO\n", ["Kim", "# ##"]),
+        ("# a comment\nKim B-P\nleft O\n\n## id-1 of the set\nLee B-P\n\n# O\nx O\n", ["Kim left", "Lee", "# x"]),
+    ],
+)
+def test_comments_of_conll_are_never_words_or_tags(read, content, texts):
+    rows = read(content, Tagged, "a.conll")
+    assert [row.text for row in rows] == texts and {tag for row in rows for tag in row.tags} <= {"B-P", "O"}
+
+
 def test_conll_by_spaces_with_several_columns_in_a_file_of_any_name(read):
     content = "# SYM B-NP O\nKim  NNP B-NP B-P\n\nLee NNP I-NP B-P\n"
     assert [row.tags for row in read(content, Tagged, "a.txt", format="conll")] == [("O", "B-P"), ("B-P",)]

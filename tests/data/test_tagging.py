@@ -37,12 +37,12 @@ def row_of(words, tags, spaced=True):
     return Tagged(text, tuple(places), None if tags is None else tuple(tags))
 
 
-def objective_of(kind, max_length=None, tokenizer=None, **config):
+def objective_of(kind, max_length=None, tokenizer=None, saved=None, **config):
     made = tag.Objective(tag.Config(labels=sorted(TAGS, key=lambda name: (name != "O", name)), **config))
     name = "BertForMaskedLM" if kind in ENCODERS else "LlamaForCausalLM"
     from transformers import BertConfig, LlamaConfig
 
-    network = (BertConfig if kind in ENCODERS else LlamaConfig)(architectures=[name])
+    network = (BertConfig if kind in ENCODERS else LlamaConfig)(architectures=[name], **(saved or {}))
     made.bind(network, tokenizer or tokenizer_of(kind), max_length)
     return made
 
@@ -215,8 +215,9 @@ def test_tags_are_found_and_their_faults_counted():
     assert made.labels == ["O", "B-a", "B-b", "I-a", "I-b"] and made.scheme == "BIO" and made.traits.best == ("eval_f1", "max")
     assert any("2 times an I- with no B- before it: kept" in note for note in made.notes)
     assert any("1 times an entity whose type changes" in note for note in made.notes)
-    assert survey(["O", "B-a"]).labels == ["O", "B-a"]
-    assert survey(["O", "B-a"], label_all=True).labels == ["O", "B-a", "I-a"]
+    assert survey(["O", "B-a"]).labels == survey(["O", "B-a"], label_all=True).labels == ["O", "B-a", "I-a"]
+    assert survey(["O", "S-a", "B-b"]).labels == ["O", "B-a", "B-b", "E-a", "E-b", "I-a", "I-b", "S-a", "S-b"]
+    assert survey(["O", "I-a"]).labels == ["O", "I-a"]
     plain = survey(["NOUN", "VERB"])
     assert plain.scheme is None and plain.traits.best == ("eval_accuracy", "max")
 
@@ -227,6 +228,70 @@ def test_tags_are_found_and_their_faults_counted():
 def test_tags_that_teach_nothing(tags, says):
     with pytest.raises(DataError, match=says):
         survey(tags)
+
+
+SENTENCE = "A sentence that was read as the tag of its number."
+
+
+@pytest.mark.parametrize(
+    ("tags", "says"),
+    [
+        (["B-PER", "I-PER", "O", SENTENCE] * 9, r"'A sentence that .* \(9\) do not follow BIO, so no tag could be read as an entity"),
+        (["B-PER", "O"] * 50 + ["B PER"], r"'B PER' \(1\) do not follow BIO"),
+        ([f"{SENTENCE} {number}" for number in range(401)], "401 different tags"),
+        (["O", *(f"B-{number}" for number in range(401))], "402 different tags"),
+    ],
+)
+def test_tags_that_are_no_tags_stop_the_run_unless_the_recipe_lists_them(tags, says):
+    with pytest.raises(DataError, match=rf"(?s){says}.*objective.labels"):
+        survey(tags)
+    assert survey(tags, labels=sorted(set(tags))).labels == sorted(set(tags))
+
+
+@pytest.mark.parametrize("tags", [["NOUN", "S", "I", "E"], ["B-a", "I-a", "L-a", "U-a", "O"], [f"Tag{number}" for number in range(300)]])
+def test_parts_of_speech_and_other_schemes_are_trained_as_single_tags(tags):
+    assert survey(tags).scheme is None and sorted(survey(tags).labels) == sorted(tags)
+
+
+IOB1 = [["I-PER", "O", "I-LOC", "B-LOC", "I-LOC"], ["I-ORG", "I-PER", "B-PER"]]
+IOB2 = [["B-PER", "O", "B-LOC", "B-LOC", "I-LOC"], ["B-ORG", "B-PER", "B-PER"]]
+
+
+def test_iob1_is_converted_in_training_and_held_out_rows_and_by_the_saved_model():
+    made = survey(*IOB1)
+    assert made.labels == survey(*IOB2).labels and any("IOB1" in note for note in made.notes)
+    tokenizer = tokenizer_of("bert")
+    again = objective_of("bert", saved=made.head_config())
+    again.restore_labels()
+    for objective in (made, again):
+        for encode in (objective.encode, objective.encode_held_out):
+            rows = [row_of(["Paris"] * len(tags), tags) for tags in (*IOB1, ["I-LOC", "I-LOC"])]
+            targets = [[objective.labels[number] for number in one["target"]] for (one,) in encode(rows, tokenizer)]
+            assert targets == [*IOB2, ["B-LOC", "I-LOC"]]
+    assert not any("IOB1" in note for note in survey(*IOB2).notes) and "iob1" not in survey(*IOB2).facts
+    assert "iob1" not in survey(["I-PER", "O", "I-LOC"]).facts  # IO
+
+
+def test_an_unseen_tag_of_held_out_rows_is_a_mistake_and_not_the_end():
+    objective, tokenizer = objective_of("bert"), tokenizer_of("bert")
+    rows = [row_of(["Paris", "the", "fox", "x"], ["B-LOC", "O", "B-LOK", "I-LOK"]), row_of(["x"], ["O"])]
+    with pytest.raises(RowFault, match=r"objective\.labels"):
+        objective.encode(rows, tokenizer)
+    examples = objective.encode_held_out(rows, tokenizer)
+    with oracle():
+        flat = [{**one, "row": np.array([0, number])} for number, (one,) in enumerate(examples)]
+        batch = objective.collate(flat, PADDED)
+        right = {**batch, "targets": batch["targets"].clamp(min=0)}  # the oracle says O where it cannot know
+        record = objective.evaluate(None, right)
+    for window, (one,) in zip(record["windows"], examples, strict=True):
+        window["targets"] = one["target"]
+    details = objective.details([record])
+    assert (details["unseen"], details["support"], details["precision"], details["recall"]) == (2, 2, 1.0, 0.5)
+    assert details["token_accuracy"] == 3 / 5 and details["by_type"]["(unseen)"]["support"] == 1
+    assert objective.answers([record])[0]["gold"] == ["B-LOC", "O", "B-(unseen)", "I-(unseen)"]
+    assert objective.count(batch) == 3
+    loss = tag._losses(torch.randn(5, len(TAGS)), batch["targets"])
+    assert (loss[batch["targets"] < 0] == 0).all() and (loss[batch["targets"] >= 0] > 0).all()
 
 
 def test_entities_are_given_with_their_characters():

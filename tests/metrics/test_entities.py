@@ -183,3 +183,18 @@ def test_a_scheme_that_the_rows_do_not_show_is_told():
     found = entities.score([["O", "O"]], [["O", "O"]], "BIO")
     assert (found["f1"], found["support"], found["by_type"], found["token_accuracy"]) == (0.0, 0, {}, 1.0)
     assert entities.score([["O"]], [["O"]])["f1"] is None
+
+
+@given(rows)
+def test_iob1_in_iob2_has_the_same_entities(tags):
+    converted = entities.to_iob2(tags)
+    assert entities.spans(converted) == entities.spans(tags)
+    if entities.scheme_of(tags) in ("BIO", "IO"):
+        assert not entities.problems(converted)
+        assert entities.to_iob2(converted) == converted
+
+
+def test_iob1_is_recognised_by_where_b_occurs():
+    assert entities.is_iob1([["I-X", "O", "I-Y"], ["I-X", "B-X"]]) and entities.is_iob1([["I", "B", "O"]])
+    for rows in ([["I-X", "O"]], [["I-X", "B-Y"]], [["B-X", "O"], ["I-X"]], [["B-X", "I-X", "B-X"]], []):
+        assert not entities.is_iob1(rows)

@@ -47,6 +47,42 @@ def spans(tags: Sequence[str]) -> list[Span]:
     return [(name, first, last + 1) for name, first, last in get_entities(list(tags))]
 
 
+def is_iob1(rows: Iterable[Sequence[str]]) -> bool:
+    """True if rows of tags follow IOB1: an entity begins with I-, and with B- only after one of its type.
+
+    Tags without any B- are read as IO, which has the same entities."""
+    begins_inside = begins = False
+    for tags in rows:
+        before = ""
+        for tag in tags:
+            kind, _, name = tag.partition("-")
+            follows = before in (f"B-{name}", f"I-{name}") if name else before in ("B", "I")
+            if kind == "B" and not follows:
+                return False
+            begins |= kind == "B"
+            begins_inside |= kind == "I" and not follows
+            before = tag
+    return begins and begins_inside
+
+
+def to_iob2(tags: Sequence[str]) -> tuple[str, ...]:
+    """Return IOB1 tags in IOB2, where every entity begins with B-."""
+    converted, before = [], ""
+    for tag in tags:
+        inside = tag == "I" or tag.startswith("I-")
+        begins = inside and before[1:] != tag[1:]
+        converted.append("B" + tag[1:] if begins or (inside and before[:1] not in ("B", "I")) else tag)
+        before = tag
+    return tuple(converted)
+
+
+def complete(names: Iterable[str]) -> set[str]:
+    """Return the tags with those that their scheme has for the same types: B- and I-, in BIOES E- and S-, too."""
+    found = set(names)
+    kinds = {"BIO": "BI", "BIOES": "BIES"}.get(scheme_of(found) or "", "")
+    return found | {kind + tag[1:] for tag in found if tag != "O" for kind in kinds}
+
+
 def problems(tags: Sequence[str], scheme: str | None = "BIO") -> Counter[str]:
     """Count by the kinds of PROBLEMS how often one row's tags break their scheme.
 

@@ -151,6 +151,10 @@ class Objective:
         conversation is expanded by turn, none when the row is dropped. Raises RowFault."""
         raise NotImplementedError
 
+    def encode_held_out(self, rows: Sequence[Any], tokenizer: Tokenizer) -> list[list[Example]]:
+        """``encode`` for rows that are only evaluated: they may have labels that the training rows lack."""
+        return self.encode(rows, tokenizer)
+
     def extend(self, data: Encoded) -> Encoded:
         """Add arrays to the examples that only the whole data set can provide; see ``Encoded.attaching``."""
         return data

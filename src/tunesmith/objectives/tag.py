@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from tunesmith import objectives
 from tunesmith.data.batch import pack
 from tunesmith.data.encode import labels as label_names
 from tunesmith.data.encode import tagging
+from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError, ReadOnceError
 from tunesmith.metrics import entities, token_mean
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+MOST_TYPES = 400
+"""Types of entities, or tags without types, that are still tags. Fine-grained sets have 100 to 150 types."""
+
+ENTITY_TAG = re.compile(r"O|[BIESLUMW](-\S.*)?")
+"""A tag of IOB, BIOES, BILOU or BMES."""
 
 
 class Config(objectives.Config):
@@ -83,7 +91,13 @@ class Objective(objectives.TaskHead):
         limits = [length for length in (self.max_length, self.saved.get("max_length")) if length]
         self.max_length, self._stride = min(limits, default=None), self.saved.get("stride", self._stride)
         self.facts |= {"max_length": self.max_length, "stride": self._stride}
+        self._set_iob1(bool(self.saved.get("iob1")))
         self._set_labels(self._saved_labels)
+
+    def _set_iob1(self, converts: bool) -> None:
+        """Convert the tags of all rows from IOB1 to IOB2. The fact is absent otherwise, so caches stay valid."""
+        self.facts = {name: fact for name, fact in self.facts.items() if name != "iob1"}
+        self.facts |= {"iob1": True} if converts else {}
 
     def scan(self, rows: Iterable[object]) -> None:
         """Collect the tags unless the recipe names them, and note where rows break their tagging scheme."""
@@ -102,6 +116,16 @@ class Objective(objectives.TaskHead):
                 return
             raise
         self._words_touch = 2 * touching > several
+        if entities.is_iob1(sequences) and (not self.config.labels or self._names_all_begins()):
+            self._set_iob1(True)
+            self.notes.append(
+                "tags: IOB1 (an entity begins with I-, and with B- only after another of its type), converted to IOB2 (every "
+                "entity begins with B-)"
+            )
+            converted: Counter[tuple[str, ...]] = Counter()
+            for tags, times in sequences.items():
+                converted[entities.to_iob2(tags)] += times
+            sequences = converted
         counts: Counter[str] = Counter()
         for tags, times in sequences.items():
             counts.update({tag: number * times for tag, number in Counter(tags).items()})
@@ -109,6 +133,10 @@ class Objective(objectives.TaskHead):
             self._set_labels(self._choose_labels(counts))
         if counts:
             self._note_tags(counts, sequences)
+
+    def _names_all_begins(self) -> bool:
+        """True if ``objective.labels`` has B- for every type."""
+        return set(self.labels) >= {"B" + name[1:] for name in self.labels if name != "O"}
 
     def _choose_labels(self, counts: Counter[str]) -> list[str]:
         """The tags of the rows, by id, O first. Raises DataError without two named tags."""
@@ -124,12 +152,10 @@ class Objective(objectives.TaskHead):
                 f"the tags are numbers without names, such as {names[0]!r}, so predictions would be unreadable.\n"
                 "  Write the names (B-person, O) from the data set's description, or set objective.labels=[...] to these numbers."
             )
-        if self.config.label_all and entities.scheme_of(names) in ("BIO", "BIOES"):
-            # the further tokens of a word have I- tags, even where no row has an entity of two words
-            names = _sort_tags({*names, *map(tagging.inside_tag, names)})
+        _check_kinds(counts)
         if set(names) <= set(self._saved_labels):
-            names = self._saved_labels  # the trained head is used further, so its ids stay
-        return names
+            return self._saved_labels  # the trained head is used further, so its ids stay
+        return _sort_tags(entities.complete(names))
 
     def _note_tags(self, counts: Counter[str], sequences: Counter[tuple[str, ...]]) -> None:
         words, scheme = counts.total(), self.scheme
@@ -139,17 +165,8 @@ class Objective(objectives.TaskHead):
         self.notes.append(
             f"tags: {len(self.labels)} ({kind}); the most frequent is {common!r} ({count / words:.1%} of the words)"
         )
-        odd = {
-            tag: times for tag, times in counts.items() if tag != "O" and entities.scheme_of([tag]) is None
-        }
-        scheme_of_others = entities.scheme_of(counts.keys() - odd.keys())
-        if (
-            scheme_of_others and 0 < sum(odd.values()) < words / 20
-        ):  # a slip in entity tags, not parts of speech
-            named = ", ".join(f"{tag!r} ({times})" for tag, times in list(odd.items())[:5])
-            self.notes.append(
-                f"tags: {named} do not follow {scheme_of_others}, so no tag is read as an entity; correct them for entity figures"
-            )
+        if odd := _odd_tags(counts):
+            self.notes.append(f"tags: {odd}, so no tag is read as an entity; correct them for entity figures")
         problems = Counter[str]()
         for tags, times in sequences.items():
             for problem, number in entities.problems(tags, scheme).items():
@@ -166,16 +183,26 @@ class Objective(objectives.TaskHead):
             "max_length": self.max_length,
             "stride": self._stride,
         }
-        return self.label_config(self.labels, saved | ({"characters": True} if self._words_touch else {}))
+        saved |= {"characters": True} if self._words_touch else {}
+        return self.label_config(self.labels, saved | ({"iob1": True} if self.facts.get("iob1") else {}))
 
     def encode(self, rows: Sequence[Tagged], tokenizer: Tokenizer) -> list[list[Example]]:
+        return self._encode(rows, tokenizer, unseen=self.restored)
+
+    def encode_held_out(self, rows: Sequence[Tagged], tokenizer: Tokenizer) -> list[list[Example]]:
+        """A tag that the model does not have counts as a mistake."""
+        return self._encode(rows, tokenizer, unseen=True)
+
+    def _encode(self, rows: Sequence[Tagged], tokenizer: Tokenizer, unseen: bool) -> list[list[Example]]:
+        if self.facts.get("iob1"):
+            rows = [replace(row, tags=row.tags and entities.to_iob2(row.tags)) for row in rows]
         return tagging.encode(
-            rows, tokenizer, self.labels,
-            causal=self.causal, max_length=self.max_length, stride=self._stride, label_all=self.config.label_all,
+            rows, tokenizer, self.labels, causal=self.causal, max_length=self.max_length, stride=self._stride,
+            label_all=self.config.label_all, unseen=unseen,
         )  # fmt: skip
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """``targets`` (places,): tag ids at ``positions``, -1 = not known; ``words``: by window, indices."""
+        """``targets`` (places,): tag ids at ``positions``, -1 = not known, below = unseen; ``words``: by window, indices."""
         import torch
 
         batch = pack.with_positions(examples, layout, [example["places"] for example in examples])
@@ -241,15 +268,20 @@ class Objective(objectives.TaskHead):
         return rows
 
     def answers(self, records: Sequence[JsonObject]) -> list[JsonObject]:
+        labels, in_entities = self.labels, self.scheme is not None
+
         def names(numbers: np.ndarray) -> list[str]:
-            return [self.labels[number] for number in numbers]
+            return [
+                labels[number] if number >= 0 else tagging.unseen_name(int(number), in_entities)
+                for number in numbers
+            ]
 
         return [
             {
                 "row": list(row["row"]),
                 "prediction": names(row["predicted"]),
                 "scores": [float(score) for score in row["scores"]],
-                "gold": None if (row["targets"] < 0).any() else names(row["targets"]),
+                "gold": None if (row["targets"] == -1).any() else names(row["targets"]),
                 "loss": row["loss"][0] / row["loss"][1] if row["loss"][1] else None,
             }
             for row in self._join_windows(records)
@@ -264,11 +296,13 @@ class Objective(objectives.TaskHead):
 
     def details(self, records: Sequence[JsonObject]) -> JsonObject:
         """:func:`tunesmith.metrics.entities.score` over the rows whose tags are known; ``broken_tags``: how
-        often their gold tags break the scheme."""
+        often their gold tags break the scheme; ``unseen``: words whose gold tag the model does not have."""
         known = [answer for answer in self.answers(records) if answer["gold"] is not None]
         golds = [answer["gold"] for answer in known]
         found = entities.score(golds, [answer["prediction"] for answer in known], self.scheme)
-        return {**found, "broken_tags": sum(entities.problems(gold, self.scheme).total() for gold in golds)}
+        unseen = sum(int((row["targets"] < -1).sum()) for row in self._join_windows(records))
+        broken = sum(entities.problems(gold, self.scheme).total() for gold in golds)
+        return {**found, "broken_tags": broken, "unseen": unseen}
 
     def present(self, row: Tagged, answer: JsonObject) -> JsonObject:
         """``entities``: type, characters, text, mean score over its words; ``tags`` of all words."""
@@ -289,8 +323,36 @@ def _sort_tags(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (name != "O", name))
 
 
+def _check_kinds(counts: Counter[str]) -> None:
+    """Raise DataError for tags that are hardly tags: hundreds of kinds, or a few that break an entity scheme."""
+    types = {tag.partition("-")[2] or tag for tag in counts}
+    if len(types) > MOST_TYPES:
+        raise DataError(
+            f"the training rows have {len(counts):,} different tags, such as {shorten(min(counts, key=counts.__getitem__))}: a text "
+            f"column may be read as tags.\n  Name the column with data.train.0.columns={{tags: COLUMN}}, or set "
+            "objective.labels=[...] to the tags."
+        )
+    if odd := _odd_tags(counts):
+        raise DataError(
+            f"tags: {odd}, so no tag could be read as an entity.\n  Correct them; or set objective.labels=[...] to all tags, to "
+            "train them as single tags without entity figures."
+        )
+
+
+def _odd_tags(counts: Counter[str]) -> str | None:
+    """Name the tags that do not follow the entity scheme of the others; None where there are none.
+
+    Parts of speech follow no scheme."""
+    odd = {tag: times for tag, times in counts.items() if not ENTITY_TAG.fullmatch(tag)}
+    scheme = entities.scheme_of(tag for tag in counts if tag == "O" or tag[1:2] == "-")
+    if not odd or scheme is None:
+        return None
+    named = ", ".join(f"{shorten(tag)} ({times})" for tag, times in list(odd.items())[:5])
+    return f"{named} do not follow {scheme}"
+
+
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """(places,): cross-entropy, 0 where the target is not known."""
+    """(places,): cross-entropy, 0 where the target is not known or not a tag of the model."""
     from torch.nn import functional
 
-    return functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+    return functional.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="none")

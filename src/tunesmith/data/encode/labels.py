@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import DataError
-from tunesmith.suggestions import did_you_mean
+from tunesmith.suggestions import closest
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 """Values of transformers' ``problem_type``."""
@@ -101,7 +101,11 @@ def check_names(names: Sequence[str], problem: str) -> None:
 def unknown_label(name: str, names: Sequence[str]) -> tuple[str, str, str]:
     """(expected, got, fix) of a label that the model does not have."""
     listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    return f"one of the labels {listed}", repr(name), did_you_mean(name, list(names))
+    close = closest(name, names)
+    fix = f"Did you mean `{close[0]}`? " if close else ""
+    named = [*names, name] if len(names) < 10 else [*names[:2], "...", name]
+    fix += f"Correct it; or name it before training: objective.labels=[{', '.join(named)}]."
+    return f"one of the labels {listed}", repr(name), fix
 
 
 def similar_names(names: Iterable[str]) -> list[list[str]]:

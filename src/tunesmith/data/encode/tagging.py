@@ -6,7 +6,7 @@ tokenizer makes of it, and belongs to exactly one window. Gold tags are never cu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,10 @@ from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+UNSEEN = {"B": -2, "I": -3, "E": -4, "S": -5, "": -6}
+"""Target of a held-out word whose tag the model does not have, by the kind of the tag: always a mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,14 @@ def encode(
     max_length: int | None,
     stride: int,
     label_all: bool,
+    unseen: bool = False,
 ) -> list[list[Example]]:
     """For each row its windows of at most ``max_length`` tokens; ``names``: the tags, by id.
 
     ``input_ids`` int32[n] and, if the tokenizer has them, ``token_type_ids`` uint8[n]; ``places`` int32[m]:
     the tokens that represent a word, ascending; ``words`` int32[m]: which word of the row; ``target``
-    int32[m]: its tag, -1 if unknown. A word is represented by its first token; in a ``causal`` network by its
+    int32[m]: its tag, -1 if unknown, one of UNSEEN for a tag that is not in ``names``, which only ``unseen``
+    accepts. A word is represented by its first token; in a ``causal`` network by its
     last, which sees all of the word. ``label_all`` includes its other tokens; there a B- tag becomes I-.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
@@ -68,7 +74,7 @@ def encode(
             f"max_length {max_length} leaves no room for a word between special tokens. Set train.max_length higher."
         )
     numbers = {name: number for number, name in enumerate(names)}
-    targets = [_targets(row, index, numbers) for index, row in enumerate(rows)]
+    targets = [_targets(row, index, numbers, unseen) for index, row in enumerate(rows)]
     inside = np.array([numbers.get(inside_tag(name), number) for name, number in numbers.items()], np.int32)
     typed = has_token_types(tokenizer)
     out = []
@@ -231,8 +237,19 @@ def _shorten_words(sentence: Aligned, room: int | None, causal: bool) -> Aligned
     return Aligned(sentence.ids[keep], word[keep])
 
 
-def _targets(row: Tagged, index: int, numbers: dict[str, int]) -> np.ndarray:
-    """int32[words]: the number of each word's tag, -1 where it is unknown."""
+def unseen_name(target: int, in_entities: bool) -> str:
+    """A name for a tag that the model does not have. ``in_entities``: the model's tags mark entities."""
+    kind = {number: kind for kind, number in UNSEEN.items()}[target]
+    return f"{kind or 'B'}-(unseen)" if in_entities else "(unseen)"
+
+
+def check_tags(row: Tagged, index: int, names: Collection[str]) -> None:
+    """Raise RowFault for a row without words, or with a tag that is not in ``names``."""
+    _targets(row, index, {name: number for number, name in enumerate(names)}, unseen=False)
+
+
+def _targets(row: Tagged, index: int, numbers: dict[str, int], unseen: bool) -> np.ndarray:
+    """int32[words]: the number of each word's tag, -1 where it is unknown, one of UNSEEN for other tags."""
     if not row.words:
         fix = "Write the words, or delete the row."
         raise RowFault(index, "at least one word", repr(row.text[:40]), fix, "tokens")
@@ -242,9 +259,14 @@ def _targets(row: Tagged, index: int, numbers: dict[str, int]) -> np.ndarray:
         got = f"{len(row.tags)} tags for {len(row.words)} words"
         fix = "Write as many tags as words; O is the tag of a word outside."
         raise RowFault(index, "a tag for each word", got, fix, "tags")
-    for place, tag in enumerate(row.tags):
+    for place, tag in enumerate(() if unseen else row.tags):
         if tag not in numbers:
             expected, got, fix = unknown_label(tag, list(numbers))
             got += f" at word {place + 1}, {row.text[slice(*row.words[place])]!r}"
             raise RowFault(index, expected, got, fix, f"tags[{place}]")
-    return np.array([numbers[tag] for tag in row.tags], np.int32)
+    return np.array([numbers[tag] if tag in numbers else _unseen_kind(tag) for tag in row.tags], np.int32)
+
+
+def _unseen_kind(tag: str) -> int:
+    kind, dash, _ = tag.partition("-")
+    return UNSEEN[kind if dash and kind in UNSEEN else ""]

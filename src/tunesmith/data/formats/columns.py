@@ -99,6 +99,9 @@ FORMATS: dict[str, Format] = {form.name: form for form in TABLE}
 LANGUAGE_ROWS = (Chat, PromptCompletion, Ranking, Judged)
 """Rows whose answer could describe an image next to it."""
 
+COLUMN_NAMES = {"id", *(column for form in TABLE for part in form.fields for column in part.columns)}
+"""Names of columns that a format reads, in lower case."""
+
 EXAMPLES: dict[type, str] = {
     Chat: '{"prompt": "...", "completion": "..."}',
     Labelled: '{"text": "...", "label": "..."}',

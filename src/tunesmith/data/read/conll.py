@@ -1,17 +1,22 @@
 """CoNLL files: one word per line with its tags in columns, and a blank line between sentences.
 
 Tjong Kim Sang and De Meulder 2003 (W03-0419). A sentence is a row: ``tokens`` is the first column, ``tags``
-the last. Where there are more columns, each has its number as a name ("2", "3", ...).
+the last. Where there are more columns, each has its number as a name ("2", "3", ...). Comments (``# text`` or
+``## id``) are left out.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TextIO
 
 from tunesmith.data.row_problems import Record, RowProblem, shorten
 
 DOCUMENT = "-DOCSTART-"
+
+COMMENT = re.compile(r"#+\s+\S")
+"""The beginning of a comment. A word of # alone is followed by a tab."""
 
 Line = tuple[int, str]
 """(line number, text)."""
@@ -23,8 +28,7 @@ def read_conll(handle: TextIO, path: str) -> Iterator[Record | RowProblem]:
     tabs = False
     for lines in _sentences(handle):
         tabs = tabs or any("\t" in line for _, line in lines)
-        if tabs:  # then a line without a tab is a comment of CoNLL-U
-            lines = [(number, line) for number, line in lines if "\t" in line or not line.startswith("# ")]
+        lines = _without_comments(lines, tabs)
         if not lines:
             continue
         row += 1
@@ -45,6 +49,26 @@ def _sentences(handle: TextIO) -> Iterator[list[Line]]:
             lines = []
     if lines:
         yield lines
+
+
+def _without_comments(lines: list[Line], tabs: bool) -> list[Line]:
+    """The lines of a sentence without comments. ``tabs``: tabs separate the columns of the file.
+
+    Then a line that begins with ``# `` and has no tab is a comment. Before the first word of a sentence, so is a
+    line whose first cell begins with # and white space, or, where spaces separate, which has another number of
+    columns: ``# O`` may be a word with its tag."""
+    if tabs:
+        lines = [(number, line) for number, line in lines if "\t" in line or not COMMENT.match(line)]
+    first = 0
+    while first < len(lines) - 1 and _is_comment(lines[first][1], lines[-1][1], tabs):
+        first += 1
+    return lines[first:]
+
+
+def _is_comment(line: str, last: str, tabs: bool) -> bool:
+    if tabs:
+        return COMMENT.match(line.partition("\t")[0]) is not None
+    return COMMENT.match(line) is not None and len(_cells(line)) != len(_cells(last))
 
 
 def _cells(line: str) -> list[str]:

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from tunesmith import files
 from tunesmith.data.data_config import HUB, HUB_NAME, Source
-from tunesmith.data.read.row_files import READERS, Rows
+from tunesmith.data.read.row_files import READERS, Rows, column_numbers, reader_of
+from tunesmith.data.read.text_file import GZIP, ending
 from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.errors import DataError, MissingExtra
 from tunesmith.hub import ask, local_store
@@ -98,7 +99,7 @@ def pull(source: Source, say: Callable[[str], None], commit: str | None = None) 
 def _check_readable(source: Source, plan: JsonObject) -> None:
     """Refuse files that READERS would not read as the owner of the data set intends."""
     suffixes = _READABLE.get(plan["kind"], ())
-    unreadable = [name for name in plan["files"] if not name.lower().endswith(suffixes)]
+    unreadable = [name for name in plan["files"] if not name.lower().removesuffix(GZIP).endswith(suffixes)]
     if unreadable:
         raise DataError(
             f"{source.path}: the split {source.split!r} has files such as {unreadable[0]}, which cannot be read from the "
@@ -122,7 +123,9 @@ def _stored_rows(source: Source) -> Rows:
     before = number = 0
     for name in _manifest(folder)["source"]["data_files"]:
         file = folder / name
-        for item in READERS[file.suffix.lower()](file, source.label):
+        reader = reader_of(ending(file), column_numbers(source.columns))
+        assert reader is not None  # only such files are pulled
+        for item in reader(file, source.label):
             number = before + item.row
             yield replace(item, row=number, line=None)  # a line number would need the name of the file
             if isinstance(item, RowProblem) and item.fatal:

@@ -5,32 +5,37 @@ A row that cannot be read is a ``RowProblem``. Only a file that cannot be opened
 
 from __future__ import annotations
 
-import codecs
-import csv
+import io
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from tunesmith.data.formats.fields import FieldFault, check_text
+from tunesmith.data.formats.fields import Columns
 from tunesmith.data.read import builtin, class_folder
 from tunesmith.data.read.conll import read_conll
+from tunesmith.data.read.csv_table import read_table, txt_layout
 from tunesmith.data.read.json_rows import read_json, read_jsonl
+from tunesmith.data.read.text_file import GZIP, UNPACK_ERRORS, ending, is_lfs_pointer, open_text, text_reader
 from tunesmith.data.row_problems import Record, RowProblem, shorten
 from tunesmith.errors import DataError, MissingExtra
 from tunesmith.suggestions import typo_matches
 
 Rows = Iterator[Record | RowProblem]
-
-LARGEST_FIELD = 1 << 27
-"""Characters of one csv field; the reader gives up on an unclosed quote after that many."""
+Reader = Callable[[Path, str], Rows]
 
 LISTED = 8
 """Names of data files that a message lists."""
 
+UNPACKERS = {
+    ".zip": "unzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".tar": "tar xf", ".tgz": "tar xf", ".7z": "7z x",
+}  # fmt: skip
+"""Type of a packed file that is not read -> the command that unpacks it."""
 
-def read(path: str, format: str | None = None) -> Rows:
+
+def read(path: str, format: str | None = None, columns: Columns | None = None) -> Rows:
     """Every row of a data file, a class folder or a built-in set. With the ``format`` conll the name does not
-    matter.
+    matter. ``columns``: of the recipe; where it maps column numbers, a csv file has no header.
 
     Raises DataError if the file is missing (with the nearest names), another folder, or of an unknown type,
     and MissingExtra for parquet without pyarrow."""
@@ -39,22 +44,78 @@ def read(path: str, format: str | None = None) -> Rows:
     if class_folder.is_class_folder(path):
         return class_folder.rows(path)
     file = existing(path)
-    reader = READERS.get(".conll" if format == "conll" else file.suffix.lower())
+    numbers = column_numbers(columns)
+    kind = ".conll" if format == "conll" else ending(file)
+    if kind == ".txt" and (numbers or (layout_of(file) == "header" and (columns or format != "text"))):
+        kind = ".tsv"
+    reader = reader_of(kind, numbers)
     if reader is None:
-        kind = f"unknown file type {file.suffix!r}" if file.suffix else "its name has no file type"
-        raise DataError(
-            f"{path}: {kind}. Expected one of {', '.join(READERS)}. "
-            f"Rename it (mv {file.name} {file.stem}.jsonl), or convert it."
-        )
+        raise DataError(f"{path}: {_unknown_type(file)}")
     return reader(file, path)
+
+
+def reader_of(kind: str, numbers: frozenset[str] = frozenset()) -> Reader | None:
+    """The reader of a file type, such as ``.csv``; None for a type that is not read.
+
+    ``numbers``: of columns that the recipe maps, in a table without a header."""
+    if numbers and kind in DELIMITERS:
+        return _table_reader(DELIMITERS[kind], numbers)
+    return READERS.get(kind)
+
+
+def column_numbers(columns: Columns | None) -> frozenset[str]:
+    """The columns of a mapping that are numbers, in the form "1", "2", ..."""
+    mapped = [[to] if isinstance(to, str) else to for to in (columns or {}).values()]
+    return frozenset(column for names in mapped for column in names if column.isascii() and column.isdigit())
+
+
+def layout_of(file: Path) -> str | None:
+    """``csv_table.txt_layout`` of a .txt file; None if it cannot be unpacked."""
+    try:
+        with open_text(file) as handle:
+            return txt_layout(handle)
+    except UNPACK_ERRORS:
+        return None
+
+
+def _unknown_type(file: Path) -> str:
+    """The message for a file whose type is not read: what it looks like, and how to name or convert it."""
+    suffix = file.suffix.lower()
+    kind = f"unknown file type {file.suffix!r}" if suffix else "its name has no file type"
+    expected = f"{kind}. Expected one of {', '.join(READERS)} (packed: {GZIP} of the text files)."
+    if suffix in UNPACKERS:
+        return f"{expected} Unpack it: {UNPACKERS[suffix]} {file.name}"
+    match looks_like(file):
+        case ".conll":
+            return (
+                f"{expected}\n  Its lines look like CoNLL: set format: conll (data.train.0.format=conll; on the command line "
+                "--format conll)."
+            )
+        case ".jsonl":
+            return f"{expected}\n  Its lines look like JSON. Rename it: mv {file.name} {file.stem}.jsonl"
+    return f"{expected} Convert it, or give it the ending of what it holds."
+
+
+def looks_like(file: Path) -> str | None:
+    """``.jsonl`` or ``.conll`` if the first lines of a file look like one, else None."""
+    with file.open("rb") as handle:
+        content = handle.read(1 << 14)
+    text = content.decode("utf-8-sig", "replace").rpartition("\n")[0]
+    if text.startswith("{"):
+        try:
+            return ".jsonl" if isinstance(json.loads(text.partition("\n")[0]), dict) else None
+        except (RecursionError, ValueError):
+            return None
+    items = list(read_conll(io.StringIO(text), file.name))
+    tagged = [item for item in items if isinstance(item, Record) and "tags" in item.value]
+    return ".conll" if len(items) > 1 and 2 * len(tagged) > len(items) else None
 
 
 def existing(path: str) -> Path:
     """``path`` as a file that can be opened, or DataError."""
     file = Path(path).expanduser()
     try:
-        with file.open("rb"):
-            return file
+        pointer = is_lfs_pointer(file)
     except FileNotFoundError:
         raise DataError(f"data file not found: {path}. {_hint(file)}") from None
     except IsADirectoryError:
@@ -63,6 +124,11 @@ def existing(path: str) -> Path:
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path!r} cannot be opened: {error}") from None
+    if pointer:
+        raise DataError(
+            f"{path} is a Git LFS pointer ({file.stat().st_size} bytes), not the data. Type: git lfs pull --include {file.name}"
+        )
+    return file
 
 
 def _hint(missing: Path) -> str:
@@ -70,9 +136,7 @@ def _hint(missing: Path) -> str:
     folder = missing.parent
     if not folder.is_dir():
         return f"There is no folder {folder}. Check the path."
-    names = sorted(
-        entry.name for entry in folder.iterdir() if entry.suffix.lower() in READERS and entry.is_file()
-    )
+    names = sorted(entry.name for entry in folder.iterdir() if ending(entry) in READERS and entry.is_file())
     if close := typo_matches(missing.name, names):
         return f"Did you mean {' or '.join(close)}?"
     more = ", ..." if len(names) > LISTED else ""
@@ -81,91 +145,11 @@ def _hint(missing: Path) -> str:
     return f"{listed if names else none}. Check the name and the folder."
 
 
-def open_text(file: Path, newline: str | None = None) -> TextIO:
-    """Open UTF-8, with or without a byte order mark. Invalid bytes become surrogates, which ``formats``
-    report."""
-    return file.open("r", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-
-
-def _is_utf16(file: Path) -> bool:
-    with file.open("rb") as handle:
-        return handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
-def _text_reader(
-    rows: Callable[[TextIO, str], Rows], newline: str | None = None
-) -> Callable[[Path, str], Rows]:
-    """A reader of UTF-8 files from a reader of ``rows(handle, path)``."""
-
-    def read_text(file: Path, path: str) -> Rows:
-        if _is_utf16(file):
-            fix = f"Convert it: iconv -f UTF-16 -t UTF-8 {file.name} > fixed{file.suffix}"
-            yield RowProblem(path, 1, "file", "UTF-8 text", "UTF-16 text", fix, 1, fatal=True)
-            return
-        with open_text(file, newline) as handle:
-            yield from rows(handle, path)
-
-    return read_text
-
-
 def _documents(handle: TextIO, path: str) -> Rows:
     """One document per line that is not blank."""
     lines = ((number, line.rstrip("\n")) for number, line in enumerate(handle, 1) if line.strip())
     for row, (number, text) in enumerate(lines, 1):
         yield Record(path, row, number, {"text": text})
-
-
-def _table(handle: TextIO, path: str, delimiter: str | None) -> Rows:
-    """A header line, then one row per record; quoted fields may contain line breaks."""
-    csv.field_size_limit(max(csv.field_size_limit(), LARGEST_FIELD))
-    start, first = next(((number, line) for number, line in enumerate(handle, 1) if line.strip()), (0, ""))
-    if not first:
-        return
-    delimiter = delimiter or max(",;\t", key=first.count)
-    try:
-        header = _header(first, delimiter)
-    except FieldFault as fault:
-        yield RowProblem(path, 1, "header", fault.expected, fault.got, fault.fix, start, fatal=True)
-        return
-    reader = csv.reader(handle, delimiter=delimiter, strict=True)
-    row = 0
-    while True:
-        line = start + 1 + reader.line_num
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            row += 1
-            unclosed = "end of data" in str(error) or "field limit" in str(error)
-            got = "a quote that is never closed" if unclosed else str(error)
-            fix = 'Close the quote; a quote inside a quoted field is written twice ("").'
-            yield RowProblem(path, row, "line", "a csv record", got, fix, line, fatal=unclosed)
-            continue
-        if not values:
-            continue
-        row += 1
-        if len(values) == len(header):
-            yield Record(path, row, line, dict(zip(header, values, strict=True)))
-        else:
-            expected = f"{len(header)} columns ({', '.join(header)})"
-            fix = "Quote a field that contains the separator or a line break."
-            yield RowProblem(path, row, "columns", expected, f"{len(values)}", fix, line)
-
-
-def _header(line: str, delimiter: str) -> list[str]:
-    """The column names of a csv file. Raises FieldFault."""
-    check_text(line, "header")
-    try:
-        header = [name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True))]
-    except csv.Error as error:
-        got = f"{shorten(line)} ({error})"
-        raise FieldFault("header", "column names", got, "Correct the first line.") from None
-    doubled = sorted({name for name in header if header.count(name) > 1})
-    if doubled:
-        got = f"{doubled[0]!r} twice"
-        raise FieldFault("header", "different column names", got, "Rename one of them.")
-    return header
 
 
 def _read_parquet(file: Path, path: str) -> Rows:
@@ -185,15 +169,19 @@ def _read_parquet(file: Path, path: str) -> Rows:
         yield RowProblem(path, row + 1, "file", "a parquet file", got, "Write the file again.", fatal=True)
 
 
-_CONLL = _text_reader(read_conll)
+def _table_reader(delimiter: str | None, numbers: frozenset[str] = frozenset()) -> Reader:
+    return text_reader(lambda handle, path: read_table(handle, path, delimiter, numbers), newline="")
 
-READERS: dict[str, Callable[[Path, str], Rows]] = {
-    ".json": _text_reader(read_json),
-    ".jsonl": _text_reader(read_jsonl),
-    ".ndjson": _text_reader(read_jsonl),
-    ".csv": _text_reader(lambda handle, path: _table(handle, path, None), newline=""),
-    ".tsv": _text_reader(lambda handle, path: _table(handle, path, "\t"), newline=""),
-    ".txt": _text_reader(_documents),
+
+DELIMITERS = {".csv": None, ".tsv": "\t"}
+_CONLL = text_reader(read_conll)
+
+READERS: dict[str, Reader] = {
+    ".json": text_reader(read_json),
+    ".jsonl": text_reader(read_jsonl),
+    ".ndjson": text_reader(read_jsonl),
+    **{kind: _table_reader(delimiter) for kind, delimiter in DELIMITERS.items()},
+    ".txt": text_reader(_documents),
     ".parquet": _read_parquet,
     ".conll": _CONLL,
     ".bio": _CONLL,

@@ -15,10 +15,11 @@ from tunesmith.data.formats.columns import Converter, choose_converter
 from tunesmith.data.formats.fields import FieldFault
 from tunesmith.data.formats.judgement_fields import judgement_column, parse_judgement, split_pair
 from tunesmith.data.formats.prompt_columns import choose_prompt_converter
-from tunesmith.data.read import hub_set
-from tunesmith.data.read.row_files import READERS, Rows, read
+from tunesmith.data.read import hub_set, layout_advice
+from tunesmith.data.read.row_files import READERS, Rows, read, reader_of
+from tunesmith.data.read.text_file import ending
 from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
-from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Judged, Labelled, PromptCompletion, Ranking, Row
+from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Judged, Labelled, PromptCompletion, Ranking, Row, Text
 from tunesmith.errors import DataError
 
 SAMPLED = 100
@@ -30,6 +31,7 @@ class OpenedSource:
     """A source whose format is known; ``convert`` is None if none of its first rows could be read.
 
     ``accepted``: row types to return. ``description``: format and columns. ``gold``: rows must have gold.
+    ``held_out``: rows are evaluated and never trained on.
     ``kinds``: types of the first rows, and Chat if answers are turns, which the template renders."""
 
     source: Source
@@ -38,6 +40,7 @@ class OpenedSource:
     description: str
     kinds: frozenset[type] = frozenset()
     gold: bool = True
+    held_out: bool = False
 
     def rows(self) -> Iterator[tuple[Record, Row] | RowProblem]:
         """Each row with its record, or its problem. At most ``limit`` rows of the file are read.
@@ -85,14 +88,22 @@ def open_source(
     True = the rows are to be answered; answers that they have are read, where they are valid. Raises
     DataError if the file cannot be opened, has no rows, or no format has its columns."""
     question = _question(source, accepted, gold, prompts) if source.streaming else ""
+    is_headed = layout_advice.txt_layout(source) == "header"
     seen = (hub_set.recall(source, question) if source.streaming else None) or {}
     records = [] if seen else _first_records(source, accepted)
     keys = [tuple(row) for row in seen.get("keys") or (record.value for record in records)]
     if not keys:
         return OpenedSource(source, accepted, None, "unknown: no row could be read", gold=gold)
-    convert = _choose_converter(source, accepted, gold, keys, prompts)
+    if is_headed and accepted == (Text,):
+        raise layout_advice.prose_or_table(source, keys[0])
+    try:
+        convert = _choose_converter(source, accepted, gold, keys, prompts)
+    except DataError as error:
+        raise layout_advice.misread(source, keys[0]) or error from None
     if gold and not prompts and convert.form.row in (Chat, PromptCompletion):
         convert = _check_judgements(source, accepted, keys, records, convert)
+    if is_headed and convert.form.row is Text:
+        raise layout_advice.prose_or_table(source, keys[0])
     facts = seen["facts"] if seen else convert.scan(records)
     separator = {"separator": source.separator} if source.separator else {}
     convert = replace(convert, facts=facts | separator)
@@ -115,7 +126,7 @@ def _choose_converter(
     keys: Sequence[tuple[str, ...]],
     prompts: bool = False,
 ) -> Converter:
-    is_conll = not source.hub and READERS.get(Path(source.path).suffix.lower()) is READERS[".conll"]
+    is_conll = not source.hub and reader_of(ending(source.path)) is READERS[".conll"]
     format = source.format or ("conll" if is_conll else None)
     if prompts:
         return choose_prompt_converter(
@@ -168,7 +179,7 @@ def _first_records(source: Source, accepted: tuple[type, ...]) -> list[Record]:
 
 
 def _rows(source: Source) -> Rows:
-    rows = hub_set.rows(source) if source.hub else read(source.path, source.format)
+    rows = hub_set.rows(source) if source.hub else read(source.path, source.format, source.columns)
     return rows if source.keep_if is None else _true_rows(rows, source.keep_if)
 
 

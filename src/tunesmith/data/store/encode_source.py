@@ -62,6 +62,9 @@ class Objective(Protocol):
 
     def scan(self, rows: Iterable[rows.Row]) -> None: ...
     def encode(self, rows: Sequence[rows.Row], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]: ...
+    def encode_held_out(
+        self, rows: Sequence[rows.Row], tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[Example]]: ...
     def extend(self, data: Encoded) -> Encoded: ...
 
 
@@ -92,7 +95,7 @@ def build(
     sha256 = content_hash(opened.source)
     options = opened.source.model_dump(mode="json", exclude={"path", "weight"})
     kinds = [kind.__name__ for kind in opened.accepted]
-    facts = [sha256, Path(opened.source.path).suffix, options, kinds, opened.gold, shared_key]
+    facts = [sha256, Path(opened.source.path).suffix, options, kinds, opened.gold, opened.held_out, shared_key]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     scratch = None if keep else cache.Scratch("tunesmith-data-")
     folder = (cache.store() if scratch is None else Path(scratch.name)) / key[:32]
@@ -176,8 +179,9 @@ class _SourceEncoder:
         """Encode a batch in one call; if a row is at fault, each row alone, to find every fault."""
         if not batch:
             return [], problems
+        encode = self.objective.encode_held_out if self.opened.held_out else self.objective.encode
         try:
-            encoded = self.objective.encode([row for _, row in batch], self.tokenizer)
+            encoded = encode([row for _, row in batch], self.tokenizer)
             return list(zip(batch, encoded, strict=True)), problems
         except RowFault as fault:
             if len(batch) == 1:

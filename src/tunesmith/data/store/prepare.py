@@ -148,7 +148,8 @@ def _open_sources(config: DataConfig, accepted: tuple[type, ...]) -> list[tuple[
     opened = [("train", open_source(source, accepted)) for source in config.train]
     for name, source in eval_sources(config).items():
         try:
-            opened.append((f"eval {name}".strip(), open_source(source, accepted)))
+            held = replace(open_source(source, accepted), held_out=True)
+            opened.append((f"eval {name}".strip(), held))
         except DataError as error:
             raise DataError(f"data.eval.{f'sets.{name}' if name else 'path'}: {error}") from None
     return opened

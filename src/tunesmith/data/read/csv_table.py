@@ -1,0 +1,157 @@
+"""Tables in text: csv and tsv files, and .txt files whose lines are rows of a table."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal, TextIO
+
+from tunesmith.data.formats.columns import COLUMN_NAMES
+from tunesmith.data.formats.fields import FieldFault, check_text
+from tunesmith.data.row_problems import Record, RowProblem, shorten
+
+LARGEST_FIELD = 1 << 27
+"""Characters of one csv field; the reader gives up on an unclosed quote after that many."""
+
+COMPARED_LINES = 20
+"""Lines of a .txt file that must have the same number of tabs for a table."""
+
+NUMBER = re.compile(r"[-+]?[\d.,]*\d")
+SENTENCE = re.compile(r"[.?!。？！…]['\"”’)]*$|(?:\S+\s+){4}")
+"""The end of a sentence, or more than four words: text, and no name of a column."""
+
+CLOSE_QUOTE = 'Close the quote; a quote inside a quoted field is written twice ("").'
+NUMBER_COLUMNS = (
+    "Write a header line, or name the columns by number: columns: {text: 1, label: 2} "
+    "(on the command line: --column text=1 --column label=2)."
+)
+
+
+def read_table(
+    handle: TextIO, path: str, delimiter: str | None, numbers: frozenset[str] = frozenset()
+) -> Iterator[Record | RowProblem]:
+    """A header line, then one row per record; quoted fields may contain line breaks.
+
+    ``delimiter``: None = the most frequent of ``,``, ``;`` and tab in the header. ``numbers``: column numbers
+    that the recipe maps. Unless the header has columns of these names, the file has no header, and its
+    columns are called "1", "2", ..."""
+    csv.field_size_limit(max(csv.field_size_limit(), LARGEST_FIELD))
+    start, first = next(((number, line) for number, line in enumerate(handle, 1) if line.strip()), (0, ""))
+    if not first:
+        return
+    delimiter = delimiter or max(",;\t", key=first.count)
+    lines: Iterator[str] = handle
+    try:
+        header = _parse_header(first, delimiter)
+        if numbers and not numbers <= set(header):
+            _check_no_header(header, numbers)
+            header = [str(number) for number in range(1, len(header) + 1)]
+            lines, start = itertools.chain([first], handle), start - 1
+        else:
+            _check_names(header)
+    except FieldFault as fault:
+        yield RowProblem(path, 1, "header", fault.expected, fault.got, fault.fix, start, fatal=True)
+        return
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    row = 0
+    while True:
+        line = start + 1 + reader.line_num
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row += 1
+            unclosed = "end of data" in str(error) or "field limit" in str(error)
+            got = "a quote that is never closed" if unclosed else str(error)
+            if not unclosed and start + reader.line_num > line:
+                got = f"a quote that opens on line {line} and closes inside a field of line {start + reader.line_num} ({error})"
+            yield RowProblem(path, row, "line", "a csv record", got, CLOSE_QUOTE, line, fatal=unclosed)
+            continue
+        if not values:
+            continue
+        row += 1
+        if len(values) != len(header):
+            expected = f"{len(header)} columns ({', '.join(header)})"
+            fix = "Quote a field that contains the separator or a line break."
+            yield RowProblem(path, row, "columns", expected, f"{len(values)}", fix, line)
+        elif swallowing := [
+            name for name, cell in zip(header, values) if _holds_rows(cell, delimiter, len(header))
+        ]:
+            got = f"lines {line} to {start + reader.line_num} of the file, with their separators, in one cell"
+            yield RowProblem(path, row, swallowing[0], "a cell of one row", got, CLOSE_QUOTE, line)
+        else:
+            yield Record(path, row, line, dict(zip(header, values, strict=True)))
+
+
+def _holds_rows(cell: str, delimiter: str, columns: int) -> bool:
+    """True if a quoted cell contains other rows of the file, because its quote was closed by one of theirs.
+
+    A tab next to a line break is enough. Text may have commas and line breaks; there, two whole lines or more
+    must each have the separators of a row of three columns or more."""
+    if "\n" not in cell:
+        return False
+    if delimiter == "\t":
+        return "\t" in cell
+    inside = cell.splitlines()[1:-1]
+    return columns > 2 and len(inside) > 1 and all(line.count(delimiter) == columns - 1 for line in inside)
+
+
+def _parse_header(line: str, delimiter: str) -> list[str]:
+    """The cells of the first line. Raises FieldFault."""
+    check_text(line, "header")
+    try:
+        return [name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True))]
+    except csv.Error as error:
+        got = f"{shorten(line)} ({error})"
+        raise FieldFault("header", "column names", got, "Correct the first line.") from None
+
+
+def _check_names(header: Sequence[str]) -> None:
+    """Raise FieldFault for a name that occurs twice."""
+    doubled = sorted({name for name in header if header.count(name) > 1})
+    if doubled:
+        fix = "Rename one of them." if not looks_like_data(header) else NUMBER_COLUMNS
+        raise FieldFault("header", "different column names", f"{doubled[0]!r} twice", fix)
+
+
+def _check_no_header(cells: Sequence[str], numbers: frozenset[str]) -> None:
+    """Raise FieldFault if the first line is a header, or has no column of these numbers."""
+    asked = sorted(map(int, numbers))
+    if beyond := [number for number in asked if not 1 <= number <= len(cells)]:
+        fix = f"Map a column from 1 to {len(cells)}."
+        raise FieldFault("header", f"a column {beyond[0]}", f"{len(cells)} columns", fix)
+    if _has_column_name(cells):
+        named = ", ".join(cells[number - 1] for number in asked)
+        expected = "a first row of values, because columns are mapped by number"
+        fix = f"Map the columns by name ({named}), or delete the first line."
+        raise FieldFault("header", expected, f"the column names {', '.join(cells)}", fix)
+
+
+def looks_like_data(cells: Sequence[str]) -> bool:
+    """True if the first line of a table hardly names its columns: a cell is a number, a sentence or empty."""
+    written = [cell.strip() for cell in cells]
+    odd = any(not cell or NUMBER.fullmatch(cell) or SENTENCE.search(cell) for cell in written)
+    return odd and not _has_column_name(written)
+
+
+def txt_layout(handle: TextIO) -> Literal["header", "no header"] | None:
+    """Tell a .txt file whose lines are rows of a table, with a header or without, from prose (None).
+
+    The first lines have the same number of tabs, one or more. The first one has no empty cell, and is a header
+    if it has the name of a column that a format reads."""
+    lines = list(itertools.islice((line for line in handle if line.strip()), COMPARED_LINES))
+    if len(lines) < 2 or len({line.count("\t") for line in lines}) > 1:
+        return None
+    cells = [cell.strip() for cell in lines[0].split("\t")]
+    if len(cells) < 2 or "" in cells:
+        return None
+    return "header" if _has_column_name(cells) else "no header"
+
+
+def _has_column_name(cells: Sequence[str]) -> bool:
+    """True if a format reads one of these columns. Names of one letter count only if all are known."""
+    known = [cell.casefold() for cell in cells if cell.casefold() in COLUMN_NAMES]
+    return len(known) == len(cells) or any(len(name) > 1 for name in known)
