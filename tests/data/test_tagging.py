@@ -236,7 +236,10 @@ SENTENCE = "A sentence that was read as the tag of its number."
 @pytest.mark.parametrize(
     ("tags", "says"),
     [
-        (["B-PER", "I-PER", "O", SENTENCE] * 9, r"'A sentence that .* \(9\) do not follow BIO, so no tag could be read as an entity"),
+        (
+            ["B-PER", "I-PER", "O", SENTENCE] * 9,
+            r"'A sentence that .* \(9\) do not follow BIO, so no tag could be read as an entity",
+        ),
         (["B-PER", "O"] * 50 + ["B PER"], r"'B PER' \(1\) do not follow BIO"),
         ([f"{SENTENCE} {number}" for number in range(401)], "401 different tags"),
         (["O", *(f"B-{number}" for number in range(401))], "402 different tags"),
@@ -248,7 +251,9 @@ def test_tags_that_are_no_tags_stop_the_run_unless_the_recipe_lists_them(tags, s
     assert survey(tags, labels=sorted(set(tags))).labels == sorted(set(tags))
 
 
-@pytest.mark.parametrize("tags", [["NOUN", "S", "I", "E"], ["B-a", "I-a", "L-a", "U-a", "O"], [f"Tag{number}" for number in range(300)]])
+@pytest.mark.parametrize(
+    "tags", [["NOUN", "S", "I", "E"], ["B-a", "I-a", "L-a", "U-a", "O"], [f"Tag{number}" for number in range(300)]]
+)
 def test_parts_of_speech_and_other_schemes_are_trained_as_single_tags(tags):
     assert survey(tags).scheme is None and sorted(survey(tags).labels) == sorted(tags)
 

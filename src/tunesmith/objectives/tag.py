@@ -327,9 +327,9 @@ def _check_kinds(counts: Counter[str]) -> None:
     """Raise DataError for tags that are hardly tags: hundreds of kinds, or a few that break an entity scheme."""
     types = {tag.partition("-")[2] or tag for tag in counts}
     if len(types) > MOST_TYPES:
+        rarest = shorten(min(counts, key=counts.__getitem__))
         raise DataError(
-            f"the training rows have {len(counts):,} different tags, such as {shorten(min(counts, key=counts.__getitem__))}: a text "
-            f"column may be read as tags.\n  Name the column with data.train.0.columns={{tags: COLUMN}}, or set "
+            f"the training rows have {len(counts):,} different tags, such as {rarest}: a text column may be read as tags.\n  Name the column with data.train.0.columns={{tags: COLUMN}}, or set "
             "objective.labels=[...] to the tags."
         )
     if odd := _odd_tags(counts):

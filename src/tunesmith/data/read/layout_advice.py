@@ -47,7 +47,8 @@ def misread(source: Source, names: Sequence[str]) -> DataError | None:
         return None
     if looks_like(file) == ".conll":
         return DataError(
-            f"{source.label}: no format fits, and the lines look like CoNLL.\n  Set format: conll (on the command line: --format conll)."
+            f"{source.label}: no format fits, and the lines look like CoNLL.\n"
+            "  Set format: conll (on the command line: --format conll)."
         )
     if txt_layout(source) == "no header":
         return DataError(f"{source.label} is a table without a header line.\n  {NUMBER_COLUMNS}")

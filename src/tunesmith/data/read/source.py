@@ -19,7 +19,17 @@ from tunesmith.data.read import hub_set, layout_advice
 from tunesmith.data.read.row_files import READERS, Rows, read, reader_of
 from tunesmith.data.read.text_file import ending
 from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
-from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Judged, Labelled, PromptCompletion, Ranking, Row, Text
+from tunesmith.data.rows import (
+    ROW_TYPES,
+    Answered,
+    Chat,
+    Judged,
+    Labelled,
+    PromptCompletion,
+    Ranking,
+    Row,
+    Text,
+)
 from tunesmith.errors import DataError
 
 SAMPLED = 100

@@ -95,7 +95,15 @@ def build(
     sha256 = content_hash(opened.source)
     options = opened.source.model_dump(mode="json", exclude={"path", "weight"})
     kinds = [kind.__name__ for kind in opened.accepted]
-    facts = [sha256, Path(opened.source.path).suffix, options, kinds, opened.gold, opened.held_out, shared_key]
+    facts = [
+        sha256,
+        Path(opened.source.path).suffix,
+        options,
+        kinds,
+        opened.gold,
+        opened.held_out,
+        shared_key,
+    ]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     scratch = None if keep else cache.Scratch("tunesmith-data-")
     folder = (cache.store() if scratch is None else Path(scratch.name)) / key[:32]
