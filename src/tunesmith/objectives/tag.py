@@ -329,8 +329,8 @@ def _check_kinds(counts: Counter[str]) -> None:
     if len(types) > MOST_TYPES:
         rarest = shorten(min(counts, key=counts.__getitem__))
         raise DataError(
-            f"the training rows have {len(counts):,} different tags, such as {rarest}: a text column may be read as tags.\n  Name the column with data.train.0.columns={{tags: COLUMN}}, or set "
-            "objective.labels=[...] to the tags."
+            f"the training rows have {len(counts):,} different tags, such as {rarest}: a text column may be read as tags.\n"
+            "  Name the column with data.train.0.columns={tags: COLUMN}, or set objective.labels=[...] to the tags."
         )
     if odd := _odd_tags(counts):
         raise DataError(
