@@ -1,4 +1,4 @@
-"""What to type where a file is not laid out as its name says: no header, a table in a .txt file, CoNLL in a table."""
+"""Advice for a file that is not laid out as its name says: no header, a table in a .txt file, CoNLL in a table."""
 
 from __future__ import annotations
 
