@@ -41,7 +41,7 @@ def _single_exchange(name: str, question: Field, answer: Field) -> Format:
     def build(values: Values) -> Chat:
         return Chat(exchange(values.text(question.name), values.answer(answer.name)))
 
-    return Format(name, Chat, (question, answer), build, question.name, (answer.name,), answer.name)
+    return Format(name, Chat, (question, answer), build, question.name, (answer.name,))
 
 
 def _chat(turns: str) -> Callable[[Values], Chat]:
@@ -75,10 +75,8 @@ TABLE = (
     *preference_fields.PAIRS,
     Format("messages", Chat, (required("messages"), *CHAT), _chat("messages")),
     Format("sharegpt", Chat, (required("conversations", "conversation"), *CHAT), _chat("conversations")),
-    Format("alpaca", Chat, ALPACA, _build_alpaca, "instruction", ("output",), "output"),
-    Format(
-        "prompt_completion", PromptCompletion, COMPLETION, build_prompt_completion, "prompt", ("completion",), "completion"
-    ),
+    Format("alpaca", Chat, ALPACA, _build_alpaca, "instruction", ("output",)),
+    Format("prompt_completion", PromptCompletion, COMPLETION, build_prompt_completion, "prompt", ("completion",)),
     _single_exchange("input_output", required("input"), required("output")),
     _single_exchange("summary", SUMMARISED, SUMMARY),
     _single_exchange("question_answer", QUESTION, ANSWER),
@@ -146,14 +144,25 @@ class Converter:
             values = self._values(record.value, names)
             if self.prompt_template is not None and self.form.prompt:
                 values[self.form.prompt] = self._fill_template(record.value)
-            return self.form.build(Values(values | self.facts | {"gold": self.gold}))
+            unanswered = self.prompts and not self.gold
+            return self.form.build(
+                Values(values | self.facts | {"gold": self.gold, "unanswered": unanswered})
+            )
         except FieldFault as fault:
             return self.problem(record, fault)
 
     def match(self, keys: tuple[str, ...]) -> tuple[dict[str, Names], str | None]:
         """(field -> column of a row with these keys, the first required column that the row lacks)."""
         mapped = tuple(sorted(self.columns.items()))
-        return _match(self.form.name, keys, mapped, self.prompt_template is not None, self.gold)
+        return _match(self.form.name, keys, mapped, self.prompt_template is not None, self._left_out)
+
+    @property
+    def _left_out(self) -> tuple[str, ...]:
+        """Fields that are not read: gold that rows need not have, and answers of rows to be answered."""
+        if self.gold:
+            return ()
+        answers = self.form.answer if self.prompts and self.form.row in (Chat, PromptCompletion) else ()
+        return (*answers, *((self.form.gold,) if self.form.gold else ()))
 
     def count(self, keys: Sequence[tuple[str, ...]]) -> int:
         """Count the rows that have all required columns."""
@@ -178,7 +187,7 @@ class Converter:
                 if isinstance(column, str)
                 else {asked: record[key] for asked, key in zip(self.columns[name], column)}
                 for name, column in names.items()
-                if self.gold or name != self.form.gold
+                if name not in self._left_out
             }
         )
 
@@ -235,7 +244,11 @@ def _as_tuple(names: Names) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4096)
 def _match(
-    name: str, keys: tuple[str, ...], mapped: tuple[tuple[str, Names], ...], templated: bool, gold: bool
+    name: str,
+    keys: tuple[str, ...],
+    mapped: tuple[tuple[str, Names], ...],
+    templated: bool,
+    left_out: tuple[str, ...],
 ) -> tuple[dict[str, Names], str | None]:
     """``Converter.match``, with hashable arguments."""
     form, columns = FORMATS[name], dict(mapped)
@@ -248,7 +261,7 @@ def _match(
         column, lacking = _find_columns(part, columns.get(part.name), folded)
         if column != ():
             names[part.name] = column
-        elif (part.required or part.name in columns) and (gold or part.name != form.gold):
+        elif (part.required or part.name in columns) and part.name not in left_out:
             missing = missing or lacking
     return names, missing
 

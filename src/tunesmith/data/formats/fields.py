@@ -17,7 +17,7 @@ Columns = Mapping[str, str | Sequence[str]]
 class Values(JsonObject):
     """Field of the format -> value. Optional fields that the row lacks are absent.
 
-    ``scan``'s facts and "gold" (the row must have its gold) are entries next to the fields."""
+    ``scan``'s facts, "gold" (the row must have its gold) and "unanswered" are entries next to the fields."""
 
     def text(self, field: str) -> str:
         """The field as text that is not blank."""
@@ -29,7 +29,12 @@ class Values(JsonObject):
 
     def answer(self, field: str) -> str:
         """The field as text; the empty string if rows may lack their answer, and this one does."""
-        return self.text(field) if self.needs_gold else ""
+        return self.text(field) if self.needs_answer else ""
+
+    @property
+    def needs_answer(self) -> bool:
+        """False for a row that is to be answered."""
+        return not self.get("unanswered", False)
 
     @property
     def needs_gold(self) -> bool:
@@ -64,7 +69,7 @@ class Format:
 
     - ``build`` makes the row from the values. It raises FieldFault.
     - ``prompt``: the field that a ``prompt_template`` replaces. ``answer``: the fields kept next to it.
-    - ``gold``: the field that rows to predict or to answer may lack.
+    - ``gold``: the field that rows to predict may lack.
     - ``scan`` returns facts about the whole file from the values of its first rows.
     - ``marks``: columns of this format alone. A file with one of them is tried as this format first.
     - ``by_name``: the format is never detected; the recipe must name it.

@@ -116,7 +116,7 @@ def build_ranking(values: Values) -> Ranking:
 def build_prompt_completion(values: Values) -> PromptCompletion | Chat:
     """The row of a prompt and a completion: two texts, or a conversation where one of them is turns or a
     dialogue. A completion that is a whole conversation may repeat the prompt."""
-    if not values.needs_gold:
+    if not values.needs_answer:
         asked = _prompt(values, plain_answers=True)
         return (
             PromptCompletion(asked, "")

@@ -47,12 +47,12 @@ TURNS_FIX = 'Write [{"role": "user", "content": "..."}, ...].'
 
 
 def build_chat(values: Values, field: str) -> Chat:
-    """A list of turns. Rows with gold have at least one of the assistant. Raises FieldFault naming the turn."""
+    """A list of turns, with one of the assistant unless it is to be answered. Raises FieldFault with the turn."""
     turns = turns_field(values, field)
     messages = with_system(turns, values)
     if any(message["role"] == "system" for message in turns):
         messages = turns
-    if values.needs_gold and not any(message["role"] == "assistant" for message in messages):
+    if values.needs_answer and not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages)
         fix = "Add the answer to learn, or delete the row."
         raise FieldFault(field, "at least one turn of the assistant", f"only {roles}", fix)
