@@ -8,6 +8,7 @@ import pytest
 import tunesmith
 from tests.runs import recipe
 from tunesmith.cli.main import main
+from tunesmith.data.store import hold_out
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.heads import lm_head
 from tunesmith.runs import metrics_file, run_folder, run_list
@@ -104,6 +105,12 @@ def test_changed_data_is_refused_before_training_with_what_changed(made, tmp_pat
     said = capsys.readouterr().err
     assert "rows.jsonl: sha256 was" in said and "12 rows" in said and "13 rows" in said
     assert not (tmp_path / "again").exists()
+
+
+def test_held_out_rows_that_a_version_chose_otherwise_are_refused_before_training(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(hold_out, "hashes", lambda keys, seed: keys)
+    assert main(["runs", "reproduce", str(made / "a"), "--out", str(tmp_path / "again")]) == 2
+    assert "holds out other rows" in capsys.readouterr().err and not (tmp_path / "again").exists()
 
 
 def test_a_run_that_came_out_otherwise_names_the_first_difference(made, tmp_path, capsys, monkeypatch):

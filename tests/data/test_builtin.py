@@ -34,7 +34,7 @@ def small_library(monkeypatch):
 
 def test_rows_are_questions_with_answers(small_library):
     before = set(sys.modules)
-    rows = list(builtin.rows("builtin:docstrings"))
+    rows = [row for row, _ in builtin.rows("builtin:docstrings")]
     assert not {name for name in set(sys.modules) - before if not name.startswith(("encodings", "_"))}, "nothing is imported"
     assert len(rows) > 200 and len({row["instruction"] for row in rows}) == len(rows)
     for row in rows:
@@ -55,6 +55,20 @@ def test_the_order_and_the_digest_are_always_the_same(name, small_library):
     first = list(itertools.islice(builtin.rows(name), 100))
     assert len(first) > 10 and first == list(itertools.islice(builtin.rows(name), 100))
     assert content_hash(Source(path=name)) == content_hash(Source(path=name))
+
+
+@pytest.mark.parametrize("name", ["builtin:docstrings", "builtin:instructions", "builtin:tag-ko"])
+def test_rows_that_share_fifty_letters_are_one_group(name, small_library):
+    found = {}  # fifty letters -> the first group that has them
+    groups = set()
+    for row, group in itertools.islice(builtin.rows(name), 400):
+        texts = [row[key] if isinstance(row[key], str) else " ".join(row[key]) for key in row if key != "instruction"]
+        wide = name.endswith("-ko")
+        for text in texts:
+            for at in range(len(text) - 49):
+                assert wide or found.setdefault(text[at : at + 50], group) == group is not None
+        groups.add(group)
+    assert len(groups) > 20
 
 
 def test_each_has_a_digest_of_its_own(small_library):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.data.test_prepare import Language, run
 from tests.tiny import tiny_tokenizer
 from tunesmith.data.check import contamination as module
-from tunesmith.data.check.contamination import contamination, rolling_hashes
+from tunesmith.data.check.contamination import contamination
 from tunesmith.data.store.encoded_rows import Encoded, Views
 from tunesmith.objectives import dpo, reward
 
@@ -99,7 +99,16 @@ def sequences(rows):
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.concatenate([*(np.array(row, np.int32) for row in rows), np.empty(0, np.int32)]).astype(np.int32)
     number = np.arange(len(rows), dtype=np.int32)
-    entry = Entry({"input_ids": ids}, {"input_ids": starts}, number + 1, lengths, lengths, number.astype(np.uint64), {})
+    entry = Entry(
+        {"input_ids": ids},
+        {"input_ids": starts},
+        number + 1,
+        lengths,
+        lengths,
+        number.astype(np.uint64),
+        number.astype(np.uint64),
+        {},
+    )
     views = Views(number, np.zeros_like(number), lengths, lengths)
     return Encoded((entry,), ("file",), np.ones(1), np.zeros(len(rows), np.int32), views)
 
@@ -138,16 +147,6 @@ def test_the_hashes_find_what_comparing_finds(train, held, n):
     assert found.ngram == n or not any(held)
     if found.ngram == n:
         assert found.rows == expected and len(found.first) == expected
-
-
-@settings(max_examples=40)
-@given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 17))
-def test_a_rolling_hash_depends_on_its_numbers_only(ids, n):
-    ids = np.array(ids, np.int32)
-    hashed = rolling_hashes(ids, n)
-    assert len(hashed) == max(0, len(ids) - n + 1)
-    for place, value in enumerate(hashed):
-        assert rolling_hashes(ids[place : place + n], n) == value
 
 
 def test_blocks_change_nothing(tmp_path, monkeypatch):

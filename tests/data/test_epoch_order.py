@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.store.epoch_order import epoch_order, hold_out_draws
+from tunesmith.data.store.epoch_order import epoch_order
 
 SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=4)
 
@@ -52,9 +52,3 @@ def test_in_order_means_in_order():
     source = np.array([0, 0, 1])
     assert epoch_order(source, np.ones(2), 0, 3, shuffle=False).tolist() == [0, 1, 2]
     assert epoch_order(source, np.array([1, 2.0]), 0, 3, shuffle=False).tolist() == [0, 1, 2, 2]
-
-
-def test_a_row_is_held_out_or_not_whatever_other_rows_there_are():
-    some, more = hold_out_draws(np.array([1, 5, 9]), 3, 0), hold_out_draws(np.arange(1, 500), 3, 0)
-    assert some.tolist() == more[[0, 4, 8]].tolist()
-    assert (hold_out_draws(np.arange(1, 500), 3, 1) != more).any() and (hold_out_draws(np.arange(1, 500), 4, 0) != more).any()

@@ -32,7 +32,6 @@ from tunesmith.data.formats.judgement_fields import split_pair
 from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import ROW_TYPES, Chat, Judged, Labelled, PromptCompletion, Ranking, Text, digest, without_gold
-from tunesmith.data.store import epoch_order
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import DataError
 from tunesmith.objectives import Traits
@@ -359,14 +358,6 @@ def test_rows_of_one_prompt_cannot_be_held_out(tmp_path):
     with pytest.raises(DataError, match=r"all 3 rows have the same prompt(.|\n)*data\.eval.fraction=0"):
         prepared(path, eval={"fraction": 0.1})
     assert len(prepared(path).train) == 3
-
-
-def test_the_draw_of_a_prompt_is_uniform_and_knows_the_seed_alone():
-    keys = np.arange(20000, dtype=np.int64)
-    one, other = epoch_order.hold_out_draws_by_key(keys, 0), epoch_order.hold_out_draws_by_key(keys, 1)
-    assert np.array_equal(one[::-1], epoch_order.hold_out_draws_by_key(keys[::-1], 0)) and not np.array_equal(one, other)
-    assert one.min() >= 0 and one.max() < 1 and abs(np.corrcoef(one, other)[0, 1]) < 0.03
-    assert np.abs(np.histogram(one, 10, (0, 1))[0] / 2000 - 1).max() < 0.1
 
 
 def test_the_report_counts_pairs_as_rows_of_the_file(tmp_path):

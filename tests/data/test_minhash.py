@@ -56,7 +56,7 @@ def test_estimates_are_those_of_minhash():
 @cache
 def real_texts(count):
     """Questions and answers about Python's library, each longer than 80 characters."""
-    texts = (f"{row['instruction']} {row['response']}" for row in builtin.rows("builtin:docstrings"))
+    texts = (f"{row['instruction']} {row['response']}" for row, _ in builtin.rows("builtin:docstrings"))
     return list(itertools.islice((text for text in texts if len(text) > 80), count))
 
 

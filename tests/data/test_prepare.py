@@ -87,7 +87,7 @@ def test_the_report_counts_every_row_and_is_json(alpaca):
     assert plain["template"] == "the model's own chat template" and report.lines()
 
 
-def test_the_held_out_share_is_a_function_of_seed_and_row(alpaca):
+def test_the_held_out_share_is_a_function_of_seed_and_prompt(alpaca):
     def held(**options):
         prepared = run(alpaca, **options)
         places = [prepared.eval.where(index) for index in range(len(prepared.eval))]
@@ -99,7 +99,7 @@ def test_the_held_out_share_is_a_function_of_seed_and_row(alpaca):
     assert set(held(eval={"fraction": 0.1})) <= set(some)
     with alpaca.open("a") as handle:
         handle.write(json.dumps({"instruction": "one more", "output": "row"}) + "\n")
-    assert set(some) <= set(held(eval={"fraction": 0.25}))
+    assert len(set(some) - set(held(eval={"fraction": 0.25}))) <= 1
 
 
 @pytest.mark.parametrize(("rows", "held"), [(1, 0), (2, 1), (3, 1)])

@@ -15,6 +15,7 @@ import tunesmith
 from tests import processes
 from tests.numeric.test_invariance import OTHERS
 from tests.runs import apart, history, killed_before, model_folder, recipe, weights
+from tunesmith.data.store import hold_out
 from tunesmith.errors import Interrupted, RecipeError
 from tunesmith.train import loop, precision, update_ratio
 
@@ -214,6 +215,15 @@ def test_changed_data_is_not_resumed(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(file.read_text().replace("question 0", "question zero"))
     with pytest.raises(RecipeError, match="changed since the run was started"):
+        tunesmith.train(made, out=tmp_path / "run", resume=True)
+
+
+def test_a_run_whose_held_out_rows_a_version_chose_otherwise_is_not_resumed(tmp_path, monkeypatch):
+    made = longer(tmp_path, max_steps=2, eval_steps=None)
+    made["data"]["eval"] = {"fraction": 0.3}
+    tunesmith.train(made, out=tmp_path / "run")
+    monkeypatch.setattr(hold_out, "hashes", lambda keys, seed: keys)
+    with pytest.raises(RecipeError, match="holds out other rows"):
         tunesmith.train(made, out=tmp_path / "run", resume=True)
 
 

@@ -208,7 +208,7 @@ def test_the_data_is_summed_up(run):
 def test_the_report_of_the_data_layer_is_understood(run):
     """Its keys are named here, so that a renamed one is noticed."""
     from tunesmith.data.check.contamination import Contamination, SharedText
-    from tunesmith.data.store.data_report import Report, SourceReport, SplitReport, histogram
+    from tunesmith.data.store.data_report import HeldOut, Report, SourceReport, SplitReport, histogram
 
     lengths = np.array([5, 20, 40])
     overlong = {"policy": "drop", "rows": 1, "tokens": 90, "tokens_lost": 90, "share_lost": 0.5, "supervised_lost": 30}
@@ -216,7 +216,7 @@ def test_the_report_of_the_data_layer_is_understood(run):
     left_out = {"rows": 2, "looked_at": 64, "first": ["a.json:4: reasoning"]}
     source = SourceReport("a.json", "train", "ab" * 32, "alpaca", 5, 4, 1, ("a.json:2: empty",), left_out, 1.0, False, 0.1)
     shared = Contamination(13, 1, 0.5, (SharedText("e.json:3", "a.json:4", "the same words"),), 1, 0)
-    report = Report((source,), split, None, {}, "its own", 64, 0, shared, False, 0.2)
+    report = Report((source,), split, None, {}, HeldOut(30, 30, 100, 30, "ab"), "its own", 64, 0, shared, False, 0.2)
     manifest = {"data": json.loads(json.dumps(report.as_dict()))}
     (run / "manifest.json").write_text(json.dumps(manifest))
     _, seen = page(run)
@@ -226,6 +226,7 @@ def test_the_report_of_the_data_layer_is_understood(run):
         "a.json:9",
         "abababababab",
         "share text with train1 (50.0%)",
+        "held out rows30 of 100",
         "e.json:3a.json:4the same words",
     ):
         assert words in seen.text

@@ -73,6 +73,8 @@ def _memory_error(forecast: JsonObject) -> str:
 
 def lines(facts: JsonObject) -> list[str]:
     """Return the most important facts of ``train.run.check``, a line each; ``--json`` has all of them."""
+    from tunesmith.data.store.data_report import HeldOut
+
     data, precision = facts["data"], facts["precision"]
     rows = [
         ("model", facts["model"]),
@@ -85,6 +87,8 @@ def lines(facts: JsonObject) -> list[str]:
         rows.append(("source", f"{source['path']}: {source['format']}; {kept}"))
         rows += [("", str(problem)) for problem in source["problems"]]
         rows += [("", f"the template leaves out {place}") for place in source["left_out"]["first"]]
+    if data["held_out"]:
+        rows.append(("", HeldOut(**data["held_out"]).line()))
     for name in ("train", "eval"):
         if data[name]:
             rows += [(name, line) for line in _split_lines(data[name])]

@@ -43,12 +43,16 @@ class RowProblem:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row as its file has it: column -> value, and the position of the row."""
+    """One row as its file has it: column -> value, and the position of the row.
+
+    ``group``: rows of the same group are held out together; None = rows of the same prompt are.
+    """
 
     path: str
     row: int
     line: int | None
     value: JsonObject
+    group: int | None = None
 
     def problem(self, field: str, expected: str, got: str, fix: str) -> RowProblem:
         """A problem of this row."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import unicodedata
 from dataclasses import dataclass, field, replace
 
 from tunesmith.json_types import JsonObject
@@ -153,3 +155,38 @@ def digest(row: Row) -> int:
     """A 64-bit hash of a row's content. Equal rows of different files have the same digest."""
     content = repr(row).encode("utf-8", "backslashreplace")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def group_key(row: Row) -> int:
+    """A 64-bit hash of what a row asks; rows with the same key are held out or trained on together.
+
+    It is made of the characters of the prompt after NFC, without regard to capitals and white space.
+    """
+    text = " ".join(unicodedata.normalize("NFC", _asked(row)).casefold().split())
+    content = text.encode("utf-8", "backslashreplace")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _asked(row: Row) -> str:
+    """The prompt of the last answer; the context of a question; else the whole text."""
+    match row:
+        case Text(text) | Tagged(text) | Question(context=text):
+            return text
+        case Labelled(text, pair):
+            return f"{text}\n{pair or ''}"
+        case PromptCompletion(prompt, completion):
+            return prompt if prompt.strip() else completion
+        case Chat(messages):
+            answers = [index for index, turn in enumerate(messages) if turn.get("role") == "assistant"]
+            return _turns_text(messages[: answers[-1]] if answers and answers[-1] else messages)
+    return row.prompt if isinstance(row.prompt, str) else _turns_text(row.prompt)
+
+
+def _turns_text(messages: tuple[Message, ...]) -> str:
+    """Role and content of each turn, and its other keys as JSON."""
+    parts = []
+    for turn in messages:
+        others = {key: value for key, value in turn.items() if key not in ("role", "content") and value}
+        parts += [str(turn.get("role")), str(turn.get("content") or "")]
+        parts += [json.dumps(others, sort_keys=True, ensure_ascii=False, default=str)] if others else []
+    return "\n".join(parts)

@@ -13,7 +13,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.runs.figure_format import is_number, number, share
 
 _SPLITS = ("train", "eval")
-_TABLES = (*_SPLITS, "eval_sets", "sources", "contaminated")
+_TABLES = (*_SPLITS, "eval_sets", "sources", "contaminated", "held_out")
 _NAMES = {
     "duplicates_train_eval": "eval_rows_also_in_train",
     "cached": "from_the_cache",
@@ -44,6 +44,8 @@ def data_values(report: JsonObject) -> JsonObject:
     if is_number(contaminated.get("rows")) and is_number(contaminated.get("share")):
         part = share(contaminated["share"], 1)
         figures["eval_rows_that_share_text_with_train"] = f"{contaminated['rows']:,} ({part})"
+    if (held_out := mapping(report.get("held_out"))).get("rows") is not None:
+        figures["held_out_rows"] = f"{held_out['rows']:,} of {held_out['of']:,}"
     names = dict.fromkeys(name for split in cells.values() for name in split)
     unsupervised = dict.fromkeys(_join(splits.values(), "unlearnable_first"))
     return {

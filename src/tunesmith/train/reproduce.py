@@ -130,11 +130,23 @@ def _require_same_data(before: run_list.StoredRun, now: JsonObject) -> None:
             changed.append(f"  {source['path']}: sha256 was {was}, is {is_}\n")
             if old.get("revision"):
                 changed.append(f"  (type `tunesmith data pull` again with --commit {old['revision']})\n")
+    if not changed and _held_out(before.manifest.get("data")) != _held_out(now):
+        raise DataError(
+            f"this tunesmith holds out other rows (data.eval.fraction) than the version that trained {before.path}, so the "
+            f"run cannot be repeated.\n  Repeat it with that version, or train again: tunesmith train "
+            f"{before.path / 'recipe.yaml'} --out DIR"
+        )
     if changed:
         raise DataError(
             f"the data of {before.path} changed since the run, so it cannot be repeated:\n{''.join(changed)}"
             f"  Restore the old files, or train again: tunesmith train {before.path / 'recipe.yaml'} --out DIR"
         )
+
+
+def _held_out(data: JsonObject | None) -> str | None:
+    """Return the hash of the rows that were held out of the training rows."""
+    digest: str | None = ((data or {}).get("held_out") or {}).get("digest")
+    return digest
 
 
 def _changed(before: JsonObject, now: JsonObject) -> JsonObject:

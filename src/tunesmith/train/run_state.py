@@ -144,6 +144,7 @@ def save(run: Run, position: Progression) -> None:
             **run.update.state(),
             "data": run.setup.data.report.as_dict()["sources"],
             "base": run.started_with,
+            "held_out": run.setup.data.report.held_out_digest,
             "threads": torch.get_num_threads(),
             "processes": distributed.state().num_processes,
             "compute": run.setup.precision.as_dict()["compute"],

@@ -151,3 +151,9 @@ def _check_data(ready: Setup, state: JsonObject) -> None:
                 f"the data file {path} changed since the run was started, so resuming would not continue the same run.\n"
                 f"  {restore}, or start another run with --out DIR."
             )
+    if state.get("held_out") != ready.data.report.held_out_digest:
+        raise RecipeError(
+            "this tunesmith holds out other rows (data.eval.fraction) than the version that the run was started with, so a "
+            "resumed run would be evaluated on rows that it was trained on.\n"
+            "  Finish it with that version, or start another run with --out DIR."
+        )

@@ -17,6 +17,7 @@ from tunesmith.data.batch.pack import Example
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.store.cache import forget
 from tunesmith.data.store.encoded_rows import Encoded
+from tunesmith.data.text_windows import rolling_hashes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,8 +40,6 @@ BLOCK = 1 << 18
 
 SCATTERED = 64
 """Release the mapped files every this many rows; each row may load 64 KB of them."""
-
-_MIX, _BASE = np.uint64(0x9E3779B97F4A7C15), 0xD6E8FEB86659FD93
 
 
 @dataclass(frozen=True)
@@ -166,17 +165,6 @@ def _supervised(example: Example) -> np.ndarray:
     mask = np.ones(len(example["input_ids"]), np.bool_) if marked is None else np.array(marked, np.bool_)
     mask[:1] = False
     return mask
-
-
-def rolling_hashes(ids: np.ndarray, n: int) -> np.ndarray:
-    """Return uint64[len(ids) - n + 1]: a hash of every ``n`` consecutive numbers (Karp and Rabin 1987)."""
-    if len(ids) < n:
-        return np.empty(0, np.uint64)
-    mixed = ids.astype(np.uint64) * _MIX
-    mixed ^= mixed >> np.uint64(29)
-    mixed *= _MIX
-    powers = np.array([pow(_BASE, power, 1 << 64) for power in range(n)], np.uint64)
-    return np.convolve(mixed, powers, "valid")
 
 
 def _read(data: Encoded, examples: np.ndarray, take: Callable[[Example], np.ndarray]) -> list[np.ndarray]:

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tunesmith.data.check.contamination import rolling_hashes
 from tunesmith.data.rows import Ranking, Row
+from tunesmith.data.text_windows import rolling_hashes
 from tunesmith.errors import MissingExtra
 
 SHINGLE = 5

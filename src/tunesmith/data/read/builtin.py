@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from tunesmith.data import text_windows
 from tunesmith.data.read import library
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
@@ -27,6 +28,9 @@ KINDS = {"preference": "preferences", **{kind: kind for kind in SAME_NAME}}
 NAMES = {f"{PREFIX}{name}": (kind, "en") for name, kind in KINDS.items()}
 NAMES |= {f"{PREFIX}{name}-ko": (kind, "ko") for name, kind in KINDS.items()}
 """Name -> (kind, language). Docstrings are in the order of the library, the other kinds are shuffled."""
+
+ASKED = ("instruction", "question")
+"""Columns whose wording many rows have in common."""
 
 
 class Makers(Protocol):
@@ -42,12 +46,31 @@ def makers() -> Makers:
     return module
 
 
-def rows(name: str) -> Iterator[JsonObject]:
-    """Rows of a built-in data set, always in the same order. Raises DataError for an unknown name."""
+def rows(name: str) -> Iterator[tuple[JsonObject, int | None]]:
+    """Rows of a built-in data set with their groups, in a fixed order. Raises DataError for an unknown name.
+
+    Rows that share text outside their questions (see ``text_windows.SHARED``) are one group, and are held out
+    together: methods of the same name have the same docstring, and several questions are about the same code.
+    A row that shares text with two groups is left out.
+    """
     if name not in NAMES:
         raise DataError(f"unknown built-in data set {name!r}. {did_you_mean(name, NAMES)}")
     kind, lang = NAMES[name]
-    return _docstrings(lang) if kind == "docstrings" else makers().rows(kind, lang)
+    return _grouped(_docstrings(lang) if kind == "docstrings" else makers().rows(kind, lang))
+
+
+def _grouped(rows: Iterator[JsonObject]) -> Iterator[tuple[JsonObject, int | None]]:
+    group_of: dict[int, int] = {}
+    for row in rows:
+        values = [value for key, value in row.items() if key not in ASKED]
+        texts = [" ".join(value) if isinstance(value, list) else value for value in values]
+        found = {one for text in texts if isinstance(text, str) for one in text_windows.fingerprints(text)}
+        groups = {group_of[one] for one in found & group_of.keys()}
+        if len(groups) < 2:
+            group = min(groups or found, default=None)  # a hash of its first row, the same in another source
+            if group is not None:
+                group_of |= dict.fromkeys(found, group)
+            yield row, group
 
 
 def _docstrings(lang: str) -> Iterator[JsonObject]:

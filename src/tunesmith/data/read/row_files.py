@@ -40,7 +40,8 @@ def read(path: str, format: str | None = None, columns: Columns | None = None) -
     Raises DataError if the file is missing (with the nearest names), another folder, or of an unknown type,
     and MissingExtra for parquet without pyarrow."""
     if path.startswith(builtin.PREFIX):
-        return (Record(path, row, None, value) for row, value in enumerate(builtin.rows(path), 1))
+        numbered = enumerate(builtin.rows(path), 1)
+        return (Record(path, row, None, value, group) for row, (value, group) in numbered)
     if class_folder.is_class_folder(path):
         return class_folder.rows(path)
     file = existing(path)

@@ -1,10 +1,10 @@
 """Processed rows on disk, keyed by content and memory-mapped: a folder for each source, written once.
 
 For every array name of the examples, a folder holds the values end to end (``input_ids.values``) and where
-each example begins (``input_ids.starts``, int64[n + 1]). ``row``, ``targets``, ``length`` and ``digest`` have
-one number for each example. ``manifest.json`` has the size and sha256 of each file. A folder is written under
-another name and renamed when complete. So two processes may write the same one, and a crash cannot leave half
-of it.
+each example begins (``input_ids.starts``, int64[n + 1]). ``row``, ``targets``, ``length``, ``digest``
+and ``group`` have one number for each example. ``manifest.json`` has the size and sha256 of each file. A folder
+is written under another name and renamed when complete. So two processes may write the same one, and a crash
+cannot leave half of it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from tunesmith.data.batch.pack import Example
 from tunesmith.errors import DiskFullError, UserError
 from tunesmith.json_types import JsonObject
 
-VERSION = 2
+VERSION = 3
 ALIGNED = ("input_ids", "supervised", "token_type_ids")
 """Arrays with one number for each token: a length policy cuts them with the tokens."""
 ABANDONED_SECONDS = 2 * 24 * 3600.0  # an unfinished folder of this age belongs to no living process
-NUMBERS = {"row": "<i4", "targets": "<i4", "length": "<i4", "digest": "<u8"}
+NUMBERS = {"row": "<i4", "targets": "<i4", "length": "<i4", "digest": "<u8", "group": "<u8"}
 """Numbers kept for each example, and their types."""
 SIZES = {name: np.dtype(kind).itemsize for name, kind in NUMBERS.items()}
 BUFFER_BYTES = 1 << 16  # held in memory of each file that is being written
@@ -58,8 +58,8 @@ class Entry:
     """One processed source, mapped read-only.
 
     ``values[name]`` and ``starts[name]`` (int64[n + 1]) hold the examples. ``row`` (row of the file, from 1),
-    ``targets`` (loss units), ``length`` and ``digest`` (of the row's content) have one number for each
-    example. ``info``: the counts of when it was written.
+    ``targets`` (loss units), ``length``, ``digest`` (of the row's content) and ``group`` (``rows.group_key``)
+    have one number for each example. ``info``: the counts of when it was written.
     """
 
     values: dict[str, np.ndarray]
@@ -68,6 +68,7 @@ class Entry:
     targets: np.ndarray
     length: np.ndarray
     digest: np.ndarray
+    group: np.ndarray
     info: JsonObject
 
     def __len__(self) -> int:
@@ -94,8 +95,8 @@ class Writer:
         self._ends: dict[str, int] = {}
         self._dtypes: dict[str, str] = {}
 
-    def add(self, examples: Iterable[Example], row: int, digest: int) -> None:
-        """Append the examples of one row."""
+    def add(self, examples: Iterable[Example], row: int, digest: int, group: int = 0) -> None:
+        """Append the examples of one row. ``group`` is not used where nothing is held out."""
         for example in examples:
             if not self._ends:
                 self._begin(example)
@@ -109,7 +110,8 @@ class Writer:
                 self._files[f"{name}.values"].write(np.ascontiguousarray(values).tobytes())
                 self._ends[name] += len(values)
                 self._write_number(f"{name}.starts", self._ends[name])
-            numbers = {"row": row, "digest": digest, "targets": targets(example), "length": length(example)}
+            numbers = {"row": row, "digest": digest, "group": group}
+            numbers |= {"targets": targets(example), "length": length(example)}
             for name, number in numbers.items():
                 self._write_number(name, number)
 

@@ -70,23 +70,52 @@ class SplitReport:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """The split by ``data.eval.fraction``: ``rows`` of ``of`` rows in ``groups`` groups; ``asked``: rows wanted.
+
+    ``digest``: of the groups, to tell whether another start of the run has the same ones.
+    """
+
+    rows: int
+    asked: int
+    of: int
+    groups: int
+    digest: str
+
+    def line(self) -> str:
+        text = f"held out: {self.rows:,} of {self.of:,} rows"
+        if self.groups < self.rows:
+            text += f", in {self.groups:,} groups"
+        if self.rows != self.asked:
+            text += f"; {self.asked:,} were asked for, but rows with the same prompt stay together"
+        return text
+
+
+@dataclass(frozen=True)
 class Report:
     """``eval``: all held-out rows; ``eval_sets``: those of each set of ``data.eval.sets``, by name.
 
-    ``cached``: every source came from the cache. ``duplicates_train_eval``: evaluation rows that equal a
-    training row. ``contaminated``: evaluation rows that share a long stretch of tokens with a training row.
+    ``held_out``: how the evaluation rows were chosen, unless they have files of their own. ``cached``: every
+    source came from the cache. ``duplicates_train_eval``: evaluation rows that equal a training row.
+    ``contaminated``: evaluation rows that share a long stretch of tokens with a training row.
     """
 
     sources: tuple[SourceReport, ...]
     train: SplitReport
     eval: SplitReport | None
     eval_sets: dict[str, SplitReport]
+    held_out: HeldOut | None
     template: str
     max_length: int
     duplicates_train_eval: int
     contaminated: Contamination | None
     cached: bool
     seconds: float
+
+    @property
+    def held_out_digest(self) -> str | None:
+        """A hash of the held-out rows, where they are a share of the training rows."""
+        return self.held_out.digest if self.held_out else None
 
     def as_dict(self) -> JsonObject:
         return asdict(self)
@@ -102,6 +131,7 @@ class Report:
                 share = f"{source.left_out['rows']} of {source.left_out['looked_at']} rows compared"
                 out.append(f"  the template omits text of {share}, for example {source.left_out['first'][0]}")
         out.append(f"template: {self.template}; max_length {self.max_length}")
+        out += [self.held_out.line()] if self.held_out else []
         splits = {"train": self.train, "eval": self.eval}
         splits |= {f"eval {name}": split for name, split in self.eval_sets.items()}
         out += [f"{name}: {split.line()}" for name, split in splits.items() if split]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parent.parent
 ENCODING_FOLDERS = ("read", "formats", "encode")
-ENCODING_FILES = ("rows.py", "row_problems.py", "store/encode_source.py", "store/cache.py")
+ENCODING_FILES = ("rows.py", "row_problems.py", "text_windows.py", "store/encode_source.py", "store/cache.py")
 """Code in ``tunesmith.data`` that a stored example depends on: an edit of it makes every cache entry anew."""
 
 BATCH_ROWS = 128  # rows tokenised in one call
@@ -144,7 +144,8 @@ class _SourceEncoder:
         for encoded, problems in self._encode_ahead():
             read += len(problems)
             for (record, row), examples in encoded:
-                writer.add(examples, record.row, rows.digest(row))
+                group = rows.group_key(row) if record.group is None else record.group
+                writer.add(examples, record.row, rows.digest(row), group)
                 if record.row != last:  # a pair that becomes two rows is one row of the file
                     read, kept, last = read + 1, kept + 1, record.row
                 if renderer and len(examples) == 1 and omitted["looked_at"] < COMPARED_ROWS:

@@ -46,26 +46,6 @@ def _passes(source: np.ndarray, weights: np.ndarray, seed: int, epoch: int) -> l
     return passes
 
 
-def hold_out_draws(rows: np.ndarray, seed: int, source: int) -> np.ndarray:
-    """A uniform number in [0, 1) for each row number of a source: rows below the fraction are held out.
-
-    A row keeps its number whatever other rows the file has.
-    """
-    return random_stream(HOLD_OUT, seed, source).random(int(rows.max(initial=0)) + 1)[rows]
-
-
-def hold_out_draws_by_key(keys: np.ndarray, seed: int) -> np.ndarray:
-    """A uniform number in [0, 1) for each key (int64, 63 bits), the same for the same key in any source.
-
-    SplitMix64 (Steele, Lea and Flood 2014) of the key, started at a number drawn from the seed.
-    """
-    start = random_stream(HOLD_OUT, seed).integers(0, 1 << 63, dtype=np.uint64)
-    bits = keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
-
-
 def random_stream(purpose: int, seed: int, *indices: int) -> np.random.Generator:
     """Random numbers that depend on these numbers only (Philox: Salmon et al., 2011)."""
     key = np.random.SeedSequence((seed, purpose, *indices)).generate_state(2, np.uint64)

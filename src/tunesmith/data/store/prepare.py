@@ -17,11 +17,11 @@ from tunesmith.data.read import class_folder, hub_set
 from tunesmith.data.read.source import OpenedSource, eval_sources, open_source
 from tunesmith.data.row_problems import RowProblem, bad_rows_error
 from tunesmith.data.rows import Chat, Row
-from tunesmith.data.store.cache import Entry
-from tunesmith.data.store.data_report import Report, SourceReport, SplitReport, histogram
+from tunesmith.data.store import hold_out
+from tunesmith.data.store.cache import Entry, forget
+from tunesmith.data.store.data_report import HeldOut, Report, SourceReport, SplitReport, histogram
 from tunesmith.data.store.encode_source import Built, Objective, Progress, build, shared_key
 from tunesmith.data.store.encoded_rows import Encoded, Views, fit, join
-from tunesmith.data.store.epoch_order import hold_out_draws, hold_out_draws_by_key
 from tunesmith.errors import DataError, ReadOnceError
 from tunesmith.json_types import JsonObject
 
@@ -80,6 +80,12 @@ class _Part:
         np.not_equal(rows[1:], rows[:-1], out=first[1:])
         return first
 
+    def groups(self) -> np.ndarray:
+        """uint64[n]: the group of each example's row, which is that of the row's first example."""
+        groups, first = self.entry.group[self.chosen], self.first_of_row()
+        forget(self.entry.group)
+        return groups if first.all() else groups[first][np.cumsum(first) - 1]
+
 
 def prepare(
     config: DataConfig,
@@ -116,7 +122,7 @@ def prepare(
         built = build(item, objective, tokenizer, config.cache, key, on_progress)
         parts.append(_Part(role, item, built, np.arange(len(built.entry), dtype=np.int32)))
     _check_rows(parts, config)
-    train, held = _hold_out(parts, config, seed)
+    train, held, chosen = _hold_out(parts, config, seed)
     limit = _limit(train + held, objective, max_length, window)
     split = partial(_split, objective=objective, limit=limit, allowed=config.max_unlearnable)
     train_data, train_report = split(train, "training")
@@ -131,6 +137,7 @@ def prepare(
         train=train_report,
         eval=eval_report,
         eval_sets=sets,
+        held_out=chosen,
         template=template,
         max_length=most,
         duplicates_train_eval=_duplicates_across(train, held) if held else 0,
@@ -206,35 +213,33 @@ def _check_rows(parts: Sequence[_Part], config: DataConfig) -> None:
         raise bad_rows_error(problems, total, advice)
 
 
-def _hold_out(parts: Sequence[_Part], config: DataConfig, seed: int) -> tuple[list[_Part], list[_Part]]:
-    """Split by role or, without evaluation sources, by row: a row's examples stay together.
+def _hold_out(
+    parts: Sequence[_Part], config: DataConfig, seed: int
+) -> tuple[list[_Part], list[_Part], HeldOut | None]:
+    """Split by role or, without evaluation sources, by groups of rows (see ``data.store.hold_out``).
 
-    With two rows or more, each split gets at least one. Where examples have a ``prompt_key``, all rows
-    of a prompt stay together: the held-out prompts have at most as many rows as the recipe asks for, but at
-    least one prompt is held out. Raises DataError.
+    With two rows or more, each split gets at least one. Raises DataError when all rows are one group.
     """
     held = [part for part in parts if part.role != "train"]
     if held:
-        return [part for part in parts if part.role == "train"], held
-    draws = []  # float64[examples], equal within a row or a prompt; those below the fraction are held out
-    for index, part in enumerate(parts):
-        keys, rows = part.entry.values.get("prompt_key"), part.entry.row
-        draws.append(hold_out_draws(rows, seed, index) if keys is None else hold_out_draws_by_key(keys, seed))
-    ranked = np.sort(np.concatenate([draw[part.first_of_row()] for part, draw in zip(parts, draws)]))
-    if config.eval.fraction == 0 or len(ranked) < 2:
-        return list(parts), []
-    count = int(np.clip(np.searchsorted(ranked, config.eval.fraction), 1, len(ranked) - 1))
-    values, sizes = np.unique(ranked, return_counts=True)
-    if len(values) < 2:
+        return [part for part in parts if part.role == "train"], held, None
+    groups = np.concatenate([part.groups()[part.first_of_row()] for part in parts])
+    rows, fraction = len(groups), config.eval.fraction
+    if fraction == 0 or rows < 2:
+        return list(parts), [], None
+    if (groups == groups[0]).all():
         raise DataError(
-            f"all {len(ranked)} rows have the same prompt, so no rows of another prompt can be held out.\n"
+            f"all {rows} rows have the same prompt, so no rows of another prompt can be held out.\n"
             "  Set data.eval.fraction=0, or name a file to evaluate on: data.eval.path."
         )
-    whole = int(np.searchsorted(np.cumsum(sizes), min(count, config.eval.limit or count), side="right"))
-    edge = values[int(np.clip(whole, 1, len(values) - 1)) - 1]
-    train = [replace(part, chosen=part.chosen[draw > edge]) for part, draw in zip(parts, draws)]
-    held = [replace(part, chosen=part.chosen[draw <= edge]) for part, draw in zip(parts, draws)]
-    return train, held
+    most = config.eval.limit or rows
+    asked = min(most, max(1, min(rows - 1, round(fraction * rows))))
+    keys = hold_out.choose(groups, asked, most, seed)
+    masks = [hold_out.among(part.groups(), keys) for part in parts]
+    train = [replace(part, chosen=part.chosen[~mask]) for part, mask in zip(parts, masks)]
+    held = [replace(part, chosen=part.chosen[mask]) for part, mask in zip(parts, masks)]
+    count = int(hold_out.among(groups, keys).sum())
+    return train, held, HeldOut(count, asked, rows, len(keys), hold_out.digest(keys))
 
 
 def _limit(parts: Sequence[_Part], objective: Objective, max_length: int | None, window: int | None) -> int:

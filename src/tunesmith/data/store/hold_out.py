@@ -1,0 +1,101 @@
+"""Which rows are held out: exactly a share of them, and never one whose prompt is also trained on.
+
+Rows with the same ``rows.group_key`` (their prompt) are a group, over all sources. The groups are sorted by a
+hash of key and seed, and taken in this order while they fit, until the number of rows is reached. So the
+choice depends on neither the order of the rows nor their files. When rows are added, a group changes sides
+only to make room: of n rows added, about ``fraction * n`` are held out, and at most as many others move.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from tunesmith.data.store.epoch_order import HOLD_OUT, random_stream
+
+EXACT = 4096
+"""Rows of the wanted number whose groups may be exchanged for others, where taking what fits does not reach
+it. A wanted number up to this is met exactly wherever the sizes of the groups allow it."""
+
+
+def hashes(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Return a hash (uint64) of each key (uint64) and the seed.
+
+    SplitMix64 (Steele, Lea and Flood 2014) of the key, started at a number drawn from the seed.
+    """
+    start = random_stream(HOLD_OUT, seed).integers(0, 1 << 63, dtype=np.uint64)
+    bits = keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits += start
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        bits ^= bits >> np.uint64(shift)
+        bits *= np.uint64(factor)
+    return bits
+
+
+def choose(keys: np.ndarray, wanted: int, most: int, seed: int) -> np.ndarray:
+    """Return the keys (uint64, sorted) of the groups to hold out. ``keys``: the key of every row.
+
+    They have ``wanted`` rows, or the nearest number that groups allow, at most ``most``. One group at least
+    is held out, even if it has more rows, and one is left. Expects two groups or more.
+    """
+    groups, sizes = np.unique(keys, return_counts=True)
+    order = np.argsort(hashes(groups, seed), kind="stable").astype(np.int32)
+    sizes = sizes.astype(np.int32)[order]
+    taken = _take_fitting(sizes, wanted)
+    if sizes[taken].sum() != wanted:
+        taken = _take_nearest(sizes, wanted, min(most, len(keys) - 1))
+    return np.sort(groups[order[taken]])
+
+
+def among(groups: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Return bool[groups]: which groups are among the sorted ``keys``."""
+    return keys[np.minimum(np.searchsorted(keys, groups), len(keys) - 1)] == groups
+
+
+def digest(keys: np.ndarray) -> str:
+    """Return a hash of the held-out groups, by which a resumed run knows that it has the same ones."""
+    return hashlib.sha256(np.sort(keys).astype("<u8").tobytes()).hexdigest()[:16]
+
+
+def _take_fitting(sizes: np.ndarray, wanted: int) -> np.ndarray:
+    """Return the indices of the groups in order, each taken if ``wanted`` has room for it."""
+    ends = np.cumsum(sizes)
+    at = int(np.searchsorted(ends, wanted, side="right"))
+    taken, room = [*range(at)], wanted - int(ends[at - 1] if at else 0)
+    while room and (fits := sizes[at:] <= room).any():
+        at += int(np.argmax(fits)) + 1
+        taken.append(at - 1)
+        room -= int(sizes[at - 1])
+    return np.array(taken, np.int64)
+
+
+def _take_nearest(sizes: np.ndarray, wanted: int, most: int) -> np.ndarray:
+    """Return the indices of groups that have the number of rows nearest to ``wanted``, the lower of two.
+
+    All sums of the groups are built up one group after the other (bit n of ``sums``: n can be reached), with
+    the group that reached each first: the sums before it lead back to the others.
+    """
+    ends = np.cumsum(sizes)
+    fixed = int(np.searchsorted(ends, wanted - EXACT, side="right"))
+    before = int(ends[fixed - 1]) if fixed else 0
+    target, top = wanted - before, min(most - before, 2 * (wanted - before))
+    sums, mask = 1, (1 << max(0, top) + 1) - 1
+    first: dict[int, int] = {}
+    for index, size in enumerate(sizes[fixed:].tolist(), fixed):
+        new = sums << size & mask & ~sums
+        sums |= new
+        while new:
+            reached = new.bit_length() - 1
+            first[reached] = index
+            new ^= 1 << reached
+        if target in first:
+            break
+    choices = [*first, *([0] if fixed else [])]
+    if not choices:  # every group is too large
+        return np.array([np.argmin(sizes)], np.int64)
+    left, taken = min(choices, key=lambda rows: (abs(rows - target), rows)), [*range(fixed)]
+    while left:
+        taken.append(first[left])
+        left -= int(sizes[first[left]])
+    return np.array(taken, np.int64)
