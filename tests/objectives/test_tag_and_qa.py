@@ -281,7 +281,7 @@ def test_bad_rows_are_named(tmp_path):
 def test_held_out_rows_without_an_entity_have_an_f1_too(tmp_path):
     """Where nothing is an entity and the model says so, the best model is still chosen by F1."""
     made = recipe(tmp_path, "bert", {"type": "tag", "labels": ["O", "B-PER"]}, "full", max_steps=2)
-    rows = [{"tokens": ["one", "two"], "ner_tags": ["O", "O"]}] * 6
+    rows = [{"tokens": ["one", f"{n}"], "ner_tags": ["O", "O"]} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made["data"]["eval"] = {"fraction": 0.3}
     assert tunesmith.train(made, out=tmp_path / "run")["eval_f1"] == 0.0

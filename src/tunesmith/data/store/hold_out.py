@@ -39,9 +39,9 @@ def choose(keys: np.ndarray, wanted: int, most: int, seed: int) -> np.ndarray:
     They have ``wanted`` rows, or the nearest number that groups allow, at most ``most``. One group at least
     is held out, even if it has more rows, and one is left. Expects two groups or more.
     """
-    groups, sizes = np.unique(keys, return_counts=True)
+    groups, counts = np.unique(keys, return_counts=True)
     order = np.argsort(hashes(groups, seed), kind="stable").astype(np.int32)
-    sizes = sizes.astype(np.int32)[order]
+    sizes = counts.astype(np.int32)[order]
     taken = _take_fitting(sizes, wanted)
     if sizes[taken].sum() != wanted:
         taken = _take_nearest(sizes, wanted, min(most, len(keys) - 1))
