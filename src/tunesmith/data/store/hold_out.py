@@ -12,11 +12,34 @@ import hashlib
 
 import numpy as np
 
+from tunesmith.data.data_config import EvalConfig
+from tunesmith.data.store.data_report import HeldOut
 from tunesmith.data.store.epoch_order import HOLD_OUT, random_stream
+from tunesmith.errors import DataError
 
 EXACT = 4096
 """Rows of the wanted number whose groups may be exchanged for others, where taking what fits does not reach
 it. A wanted number up to this is met exactly wherever the sizes of the groups allow it."""
+
+
+def split(groups: np.ndarray, config: EvalConfig, seed: int) -> tuple[np.ndarray, HeldOut | None]:
+    """Return the keys of the groups to hold out (sorted) and their report; none and None without a share.
+
+    ``groups``: the key (uint64) of every row. With two rows or more, each side gets at least one. Raises
+    DataError when all rows are one group.
+    """
+    rows, fraction = len(groups), config.fraction
+    if fraction == 0 or rows < 2:
+        return groups[:0], None
+    if (groups == groups[0]).all():
+        raise DataError(
+            f"all {rows} rows have the same prompt, so no rows of another prompt can be held out.\n"
+            "  Set data.eval.fraction=0, or name a file to evaluate on: data.eval.path."
+        )
+    most = config.limit or rows
+    asked = min(most, max(1, min(rows - 1, round(fraction * rows))))
+    keys = choose(groups, asked, most, seed)
+    return keys, HeldOut(int(among(groups, keys).sum()), asked, rows, len(keys), digest(keys))
 
 
 def hashes(keys: np.ndarray, seed: int) -> np.ndarray:

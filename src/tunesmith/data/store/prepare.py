@@ -218,28 +218,19 @@ def _hold_out(
 ) -> tuple[list[_Part], list[_Part], HeldOut | None]:
     """Split by role or, without evaluation sources, by groups of rows (see ``data.store.hold_out``).
 
-    With two rows or more, each split gets at least one. Raises DataError when all rows are one group.
+    Raises DataError when all rows are one group.
     """
     held = [part for part in parts if part.role != "train"]
     if held:
         return [part for part in parts if part.role == "train"], held, None
     groups = np.concatenate([part.groups()[part.first_of_row()] for part in parts])
-    rows, fraction = len(groups), config.eval.fraction
-    if fraction == 0 or rows < 2:
+    keys, chosen = hold_out.split(groups, config.eval, seed)
+    if chosen is None:
         return list(parts), [], None
-    if (groups == groups[0]).all():
-        raise DataError(
-            f"all {rows} rows have the same prompt, so no rows of another prompt can be held out.\n"
-            "  Set data.eval.fraction=0, or name a file to evaluate on: data.eval.path."
-        )
-    most = config.eval.limit or rows
-    asked = min(most, max(1, min(rows - 1, round(fraction * rows))))
-    keys = hold_out.choose(groups, asked, most, seed)
     masks = [hold_out.among(part.groups(), keys) for part in parts]
     train = [replace(part, chosen=part.chosen[~mask]) for part, mask in zip(parts, masks)]
     held = [replace(part, chosen=part.chosen[mask]) for part, mask in zip(parts, masks)]
-    count = int(hold_out.among(groups, keys).sum())
-    return train, held, HeldOut(count, asked, rows, len(keys), hold_out.digest(keys))
+    return train, held, chosen
 
 
 def _limit(parts: Sequence[_Part], objective: Objective, max_length: int | None, window: int | None) -> int:
