@@ -1,4 +1,4 @@
-"""Which rows are held out: exactly a share of them, and never one whose prompt is also trained on.
+"""The choice of held-out rows: exactly a share of all rows, and never one whose prompt is also trained on.
 
 Rows with the same ``rows.group_key`` (their prompt) are a group, over all sources. The groups are sorted by a
 hash of key and seed, and taken in this order while they fit, until the number of rows is reached. So the
