@@ -63,6 +63,7 @@ ASKING = {"startswith", "endswith", "removeprefix", "removesuffix", "module"}
 
 NAMESAKES = {
     "synth/python/draw.py": "kinds of rows that tunesmith makes",
+    "recipe/foreign_values.py": "what other programs call objectives and adaptations",
     "data/read/builtin.py": "the same kinds, as built-in data sets: builtin:classify",
 }
 """Files in which such a name means something else."""

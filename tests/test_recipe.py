@@ -34,6 +34,11 @@ def test_defaults_are_sft_and_lora():
     assert (objectives.name_of(built.objective), adaptations.name_of(built.adaptation)) == ("sft", "lora")
 
 
+def test_a_key_of_a_part_that_the_recipe_leaves_out_belongs_to_its_default():
+    built = recipe.parse(SMALL, ["adaptation.r=16", "objective.train_on=all"])
+    assert (built.adaptation.r, built.objective.train_on) == (16, "all")
+
+
 def test_paths_may_be_path_objects():
     assert recipe.parse({"model": Path("m"), "data": {"train": ({"path": Path("x.json")},)}}) == recipe.parse(SMALL)
 
@@ -115,7 +120,7 @@ def test_wrong_values_are_named(override, words):
         (["objective=cpt", "data.template=alpaca"], "data.template does nothing: cpt learns from Text rows"),
         (["train.early_stopping_threshold=0.1"], "does nothing without train.early_stopping_patience"),
         (["train.early_stopping_patience=2", "train.eval_steps=null"], "early_stopping_patience needs eval_steps"),
-        (["train.max_steps=10", "train.epochs=2"], "train.max_steps or train.epochs, not both; with max_steps, train.epochs=1"),
+        (["train.max_steps=10", "train.epochs=2"], "train.max_steps or train.epochs, not both"),
         (["train.warmup_ratio=0.1", "train.warmup_steps=2"], "warmup_ratio or warmup_steps, not both"),
         (["train.lr_scheduler_type=constant", "train.warmup_steps=2"], "use constant_with_warmup"),
         (["samples.prompts=[hello]", "samples.count=2"], "samples.prompts or samples.count, not both"),
@@ -159,6 +164,40 @@ def test_the_error_for_a_key_of_another_type_names_that_type(overrides, expected
 )
 def test_a_key_of_another_section_is_named_with_its_place(override, meant):
     assert f"Did you mean {meant}?" in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("raw", "override", "said"),
+    [
+        ({"train": {"max_steps": 5}}, "train.epochs=2", "train.epochs=2 replaces train.max_steps: 5 of recipe"),
+        ({"train": {"epochs": 3}}, "train.max_steps=5", "train.max_steps=5 replaces train.epochs: 3 of recipe"),
+        ({"train": {"max_steps": 5}}, "train.epochs=1", "train.epochs=1 replaces train.max_steps: 5 of recipe"),
+        ({"train": {"warmup_ratio": 0.1}}, "train.warmup_steps=5", "replaces train.warmup_ratio: 0.1"),
+        ({"samples": {"prompts": ["hi"]}}, "samples.count=2", "replaces samples.prompts: ['hi']"),
+        ({"data": {**SMALL["data"], "eval": {"fraction": 0.2}}}, "data.eval.path=e.json", "replaces data.eval.fraction: 0.2"),
+        (
+            {"data": {**SMALL["data"], "eval": {"path": "e.json"}}},
+            "data.eval.sets.a.path=b.json",
+            "replaces data.eval.path: e.json",
+        ),
+        ({"data": {**SMALL["data"], "eval": {"fraction": 0.05}}}, "data.eval.path=e.json", None),  # the default
+        ({"train": {"epochs": 3}}, "train.max_steps=null", None),
+    ],
+)
+def test_an_override_replaces_the_alternative_that_the_recipe_chose(raw, override, said):
+    raw, notes = {**SMALL, **raw}, []
+    before = repr(raw)
+    built = recipe.parse(raw, [override], note=notes.append)
+    assert (said is None and not notes) or said in notes[0]
+    key, value = override.split("=")
+    part, *_, name = key.split(".")
+    if value != "null" and part == "train":
+        assert str(getattr(built.train, name)).startswith(value)
+    assert repr(raw) == before and recipe.parse(built.resolved()) == built
+
+
+def test_two_overrides_that_are_alternatives_are_refused():
+    assert "train.max_steps or train.epochs, not both" in refused("train.max_steps=5", "train.epochs=2")
 
 
 def test_evaluation_sets_are_shown_and_kept():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -40,8 +40,6 @@ class Traits:
     """The base model is loaded in 4 or 8 bits."""
     dropout: str | None = None
     """The key of its ``Config`` for a dropout rate; None = it has no dropout."""
-    peft_keys: Mapping[str, str] = field(default_factory=dict)
-    """Keys of peft that a user may try -> the recipe's key with the same meaning, with an example."""
 
 
 class Adaptation:

@@ -131,15 +131,9 @@ class Config(adaptations.Config):
         return None if self.init_lora_weights in (True, "gaussian") else str(self.init_lora_weights)
 
 
-PEFT_KEYS = {
-    "rank_pattern": "adaptation.r: {default: 8, PATTERN: 16}",
-    "alpha_pattern": "adaptation.lora_alpha: {default: 16, PATTERN: 32}",
-}
-
-
 class Adaptation(adaptations.Adaptation):
     config: Config
-    traits = Traits("LORA", dropout="lora_dropout", peft_keys=PEFT_KEYS)
+    traits = Traits("LORA", dropout="lora_dropout")
     learning_rate = 2e-4
     keys_of_learning = frozenset({"loraplus_lr_ratio"})
 

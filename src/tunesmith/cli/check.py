@@ -28,7 +28,7 @@ def check(
 
     if memory is not None and (not measure or memory <= 0):
         raise UserError("--memory needs --measure and GB above 0: tunesmith check --measure --memory 8 ...")
-    checked = load(recipe, overrides or ())
+    checked = load(recipe, overrides or (), print_stderr)
 
     from tunesmith.train import machine, run
 

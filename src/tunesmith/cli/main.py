@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from tunesmith import __version__
 from tunesmith.cli import output
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import TunesmithError, UserError
 
 if TYPE_CHECKING:
     from typer._click import Command, Context  # these types have no public name
@@ -92,6 +92,8 @@ def main(argv: list[str] | None = None, report: Reporter = output.report_error) 
             traceback.print_exc()
         return report(error, error.exit_code, as_json)
     except typer.TyperException as error:  # an unknown option, a missing argument
+        if advice := _flag_advice(error, args):
+            return report(UserError(advice), 2, as_json)
         if as_json:
             return report(error, 2, as_json)
         usage: Any = error
@@ -101,6 +103,21 @@ def main(argv: list[str] | None = None, report: Reporter = output.report_error) 
         return report(KeyboardInterrupt("interrupted"), 130, as_json)
     except Exception as error:  # noqa: BLE001 - every other exception is a bug in tunesmith
         return report(_bug_report(error, debug), 1, as_json)
+
+
+def _flag_advice(error: Any, args: list[str]) -> str | None:
+    """Advice for an unknown option of a verb that takes keys of the recipe.
+
+    ``error`` is typer's; its class for an unknown option has no public name."""
+    flag = vars(error).get("option_name")
+    context = vars(error).get("ctx")
+    if flag is None or context is None or "overrides" not in {one.name for one in context.command.params}:
+        return None
+    from tunesmith.recipe import flag_advice
+
+    place = next(index for index, word in enumerate(args) if word == flag or word.startswith(f"{flag}="))
+    value = args[place].partition("=")[2] or next(iter(args[place + 1 : place + 2]), "")
+    return flag_advice(flag, None if not value or value.startswith("--") else value)
 
 
 def exit_program(code: int) -> NoReturn:

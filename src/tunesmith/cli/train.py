@@ -32,7 +32,7 @@ def train(
     from tunesmith.recipe import brief, load
     from tunesmith.runs import run_folder
 
-    checked = load(recipe, overrides or ())
+    checked = load(recipe, overrides or (), print_stderr)
     folder = out or Path("runs") / recipe.stem
     alone = (
         int(os.environ.get("WORLD_SIZE", "1")) == 1

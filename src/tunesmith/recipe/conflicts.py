@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pydantic import BaseModel
+
 from tunesmith import adaptations, objectives
 from tunesmith.data.data_config import DataConfig, Source
 from tunesmith.data.read.source import eval_sources
@@ -15,20 +17,41 @@ Rule = tuple[object, str]
 """(condition of the conflict, message)."""
 
 
+ALTERNATIVES = (
+    ("train.max_steps", "train.epochs"),
+    ("train.warmup_ratio", "train.warmup_steps"),
+    ("data.eval.path", "data.eval.sets", "data.eval.fraction"),
+    ("samples.prompts", "samples.count"),
+)
+"""Keys that set the same thing in different ways: at most one of each group may be set."""
+
+
 def conflicts(recipe: Recipe) -> list[str]:
     """Messages of all conflicts in the recipe. A key at its default value never conflicts."""
     data = recipe.data
     sources = {f"data.train.{index}": source for index, source in enumerate(data.train)}
     sources |= {f"data.eval.sets.{name}": source for name, source in (data.eval.sets or {}).items()}
     holds_out = bool(eval_sources(data)) or data.eval.fraction > 0
+    # fmt: off
     rules = [
+        *((len(given) > 1, f"set {' or '.join(given)}, not both")
+          for given in ([key for key in group if _is_set(recipe, key)] for group in ALTERNATIVES)),
         *_model_rules(recipe),
         *_objective_rules(recipe, sources),
         *_data_rules(data, sources, holds_out),
         *_train_rules(recipe.train, holds_out),
         *_sample_rules(recipe.samples),
     ]
+    # fmt: on
     return [message for broken, message in rules if broken]
+
+
+def _is_set(recipe: Recipe, key: str) -> bool:
+    *parts, name = key.split(".")
+    config: BaseModel = recipe
+    for part in parts:
+        config = dict(config)[part]
+    return changed(config, name)
 
 
 def _dropout(recipe: Recipe) -> tuple[str, object]:
@@ -83,13 +106,11 @@ def _objective_rules(recipe: Recipe, sources: Mapping[str, Source]) -> list[Rule
 
 def _data_rules(data: DataConfig, sources: Mapping[str, Source], holds_out: bool) -> list[Rule]:
     held_out = data.eval
-    given = [f"data.eval.{key}" for key in ("path", "sets", "fraction") if changed(held_out, key)]
     return [
         *((True, f"{place}.{key} does nothing: {source.path} is no data set of the Hub (path: hub:OWNER/NAME)")
           for place, source in sources.items() for key in source.unused_keys()),
         (not data.cache and any(source.streaming for source in sources.values()),
          "data.cache=false: a stream is read once and kept encoded, so that a run can be resumed. Leave out one of the two"),
-        (len(given) > 1, f"set {' or '.join(given)}, not both"),
         (held_out.limit and held_out.sets,
          "data.eval.limit does nothing next to data.eval.sets: give each set its own limit"),
         *((changed(source, "weight"), f"data.eval.sets.{name}.weight does nothing: every held-out row is read once")
@@ -108,8 +129,6 @@ def _train_rules(train: TrainConfig, holds_out: bool) -> list[Rule]:
          "train.eval_steps does nothing: no row is held out (data.eval.fraction is 0)"),
         (train.early_stopping_threshold and not train.early_stopping_patience,
          "train.early_stopping_threshold does nothing without train.early_stopping_patience"),
-        (train.max_steps and changed(train, "epochs"),
-         "set train.max_steps or train.epochs, not both; with max_steps, train.epochs=1 cancels the epochs of the recipe"),
         (train.scheduler_name == "constant" and (train.warmup_ratio or train.warmup_steps),
          "train.lr_scheduler_type: constant has no warm-up; use constant_with_warmup"),
         *((train.optim_args.get(key) and not has_momentum, f"train.optim.{key} does nothing without train.optim.momentum")
@@ -119,7 +138,6 @@ def _train_rules(train: TrainConfig, holds_out: bool) -> list[Rule]:
 
 def _sample_rules(samples: SampleConfig) -> list[Rule]:
     return [
-        (samples.prompts and changed(samples, "count"), "set samples.prompts or samples.count, not both"),
         (samples.count == 0 and not samples.prompts and changed(samples, "max_new_tokens"),
          "samples.max_new_tokens does nothing: samples.count is 0"),
     ]

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -38,21 +39,44 @@ _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
 @dataclass(frozen=True)
 class Text:
-    """Source of a recipe: ``name`` for messages, YAML tree (None for plain data), overrides on top."""
+    """Source of a recipe: ``name`` for messages, YAML tree (None for plain data), overrides on top.
+
+    ``given``: every key of the recipe, at any depth -> its value."""
 
     name: str
     tree: Node | None = None
     overrides: tuple[str, ...] = ()
+    given: Mapping[str, object] = field(default_factory=dict)
 
     def at(self, path: Sequence[str | int]) -> str:
         """``sft.yaml, line 7``, or the override that set the key at ``path``."""
+        if override := self.override(path):
+            return f"override {override!r}"
+        line = _line(self.tree, path)
+        return f"{self.name}, line {line}" if line else self.name
+
+    def override(self, path: Sequence[str | int]) -> str | None:
+        """The override that set the key at ``path``."""
         dotted = ".".join(map(str, path))
         for override in reversed(self.overrides):
             key = override.partition("=")[0].strip()
             if dotted == key or dotted.startswith(key + "."):
-                return f"override {override!r}"
-        line = _line(self.tree, path)
-        return f"{self.name}, line {line}" if line else self.name
+                return override
+        return None
+
+    def override_in(self, key: str) -> str | None:
+        """The override that set ``key``, or a key above or below it."""
+        typed = ((override, override.partition("=")[0].strip()) for override in reversed(self.overrides))
+        inside = (override for override, name in typed if name.startswith(f"{key}."))
+        return self.override(key.split(".")) or next(inside, None)
+
+    def setting(self, path: Sequence[str | int], key: str, value: object) -> str:
+        """How to type ``key`` where the key at ``path`` was typed: ``train.seed: 1`` in the file, with = in an
+        override."""
+        text = _flow(value)
+        if not self.override(path):
+            return f"{key}: {text}"
+        return shlex.quote(f"{key}={text}")
 
 
 def read(text: str, name: str) -> tuple[Any, Node | None]:
@@ -76,6 +100,15 @@ def dump(value: object, one_line: bool = False) -> str:
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # annotated as None alone
     writer.dump(value, out)
     return out.getvalue().removesuffix("...\n")  # YAML's end mark after a document of one scalar
+
+
+def _flow(value: object) -> str:
+    """Plain data on one line, every mapping in braces."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_flow(key)}: {_flow(child)}" for key, child in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    return dump(value, one_line=True).strip()
 
 
 class _Representer(SafeRepresenter):
@@ -155,6 +188,16 @@ def _scalar(kind: str, text: str) -> object:
     if kind == "float" and "_" not in text:
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return text
+
+
+def keys_of(node: object) -> dict[str, object]:
+    """Every key of nested plain data -> its value; of equal keys the first."""
+    found: dict[str, object] = {}
+    for key, child in node.items() if isinstance(node, dict) else ():
+        found = {**keys_of(child), str(key): child, **found}
+    for child in node if isinstance(node, list) else ():
+        found = {**keys_of(child), **found}
+    return found
 
 
 BLOCK_MARKS = ("|", ">")

@@ -7,9 +7,11 @@ An unknown key is refused with the nearest valid one, a value of another type is
 from __future__ import annotations
 
 import os
+import shlex
 import types
 import typing
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -17,8 +19,9 @@ from pydantic import BaseModel, ValidationError
 from tunesmith import adaptations, objectives
 from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
+from tunesmith.recipe import foreign_keys, foreign_values
 from tunesmith.recipe import text as recipe_text
-from tunesmith.recipe.conflicts import conflicts
+from tunesmith.recipe.conflicts import ALTERNATIVES, conflicts
 from tunesmith.recipe.schema import DEFAULT_ADAPTATION, DEFAULT_OBJECTIVE, Recipe
 from tunesmith.suggestions import closest, did_you_mean
 
@@ -31,9 +34,13 @@ PARTS = {"objective": objectives, "adaptation": adaptations}
 Model = typing.TypeVar("Model", bound=BaseModel)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+Note = typing.Callable[[str], None]
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), note: Note = lambda line: None) -> Recipe:
     """Read a YAML recipe, apply dotted overrides (``train.learning_rate=1e-4``), and check it.
 
+    ``note`` receives a line for each key of the recipe that an override replaces by an alternative.
     Raises RecipeError naming the file, the line, the key, what was expected and the nearest valid key.
     """
     path = Path(path)
@@ -46,25 +53,51 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from None
     raw, tree = recipe_text.read(text, str(path))
-    return _check(raw, recipe_text.Text(str(path), tree, tuple(overrides)))
+    return _check(raw, recipe_text.Text(str(path), tree, tuple(overrides)), note)
 
 
-def parse(raw: object, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+def parse(
+    raw: object, overrides: Sequence[str] = (), where: str = "recipe", note: Note = lambda line: None
+) -> Recipe:
     """Check plain data (a dict as YAML would return it; paths may be ``Path``). ``raw`` is not changed."""
-    return _check(_without_paths(raw), recipe_text.Text(where, None, tuple(overrides)))
+    return _check(_without_paths(raw), recipe_text.Text(where, None, tuple(overrides)), note)
 
 
-def _check(raw: object, text: recipe_text.Text) -> Recipe:
+def resolve(
+    recipe: Recipe | JsonObject | str | Path, overrides: Sequence[str] = (), note: Note = lambda line: None
+) -> Recipe:
+    """Load or parse a recipe, and fill in the adaptation's default learning rate."""
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise RecipeError(
+                f"overrides: expected none with a Recipe object, got {list(overrides)}. Pass a path or a mapping."
+            )
+        checked = recipe
+    elif isinstance(recipe, dict):
+        checked = parse(recipe, overrides, note=note)
+    else:
+        checked = load(recipe, overrides, note)
+    if checked.train.learning_rate is not None:
+        return checked
+    default = adaptations.module(adaptations.name_of(checked.adaptation)).Adaptation.learning_rate
+    return checked.model_copy(update={"train": checked.train.model_copy(update={"learning_rate": default})})
+
+
+def _check(raw: object, text: recipe_text.Text, note: Note) -> Recipe:
     if not isinstance(raw, dict):
         raise RecipeError(
             f"{text.name}: expected a mapping of keys such as `model:` and `data:`, got {type(raw).__name__}"
         )
+    raw = {"objective": DEFAULT_OBJECTIVE, "adaptation": DEFAULT_ADAPTATION, **raw}
     for override in text.overrides:
         raw = recipe_text.apply(raw, override)
+    for line in _drop_replaced(raw, text):
+        note(line)
+    text = replace(text, given=recipe_text.keys_of(raw))
     values, problems = dict(raw), []
-    for part, default in (("objective", DEFAULT_OBJECTIVE), ("adaptation", DEFAULT_ADAPTATION)):
+    for part in PARTS:
         try:
-            name, keys = _choose(part, values.get(part, default), text)
+            name, keys = _choose(part, values[part], text)
             values[part] = _build(PARTS[part].module(name).Config, keys, text, (part,))
         except RecipeError as error:
             problems.append(str(error))
@@ -78,6 +111,47 @@ def _check(raw: object, text: recipe_text.Text) -> Recipe:
     if problems:
         raise RecipeError("\n".join(problems))
     return recipe
+
+
+def _drop_replaced(raw: JsonObject, text: recipe_text.Text) -> list[str]:
+    """Remove from ``raw`` the keys for which an override sets an alternative, and name those that mattered.
+
+    Keys of one group that are all set by overrides stay, and are refused as a conflict."""
+    lines = []
+    for group in ALTERNATIVES:
+        set_by = {key: text.override_in(key) for key in group}
+        winners = [key for key in group if set_by[key] and _value_at(raw, key) is not None]
+        for rival in (key for key in group if winners and not set_by[key]):
+            *parts, name = rival.split(".")
+            section = _value_at(raw, ".".join(parts))
+            if isinstance(section, dict) and (value := section.pop(name, None)) is not None:
+                default = next(model for model in _models_at(Recipe, parts)[0]).model_fields[name].default
+                if value != default:
+                    lines.append(f"{set_by[winners[0]]} replaces {rival}: {value} of {text.name}")
+    return lines
+
+
+def flag_advice(flag: str, value: str | None) -> str | None:
+    """Advice for ``--flag value`` on the command line of a recipe: an override or an option.
+
+    None = no key of a recipe, here or in another program, is called like the flag."""
+    name = flag.lstrip("-").replace("-", "_")
+    parsed = True if value is None else recipe_text.read(value, flag)[0]
+    *_, last = name.split(".")
+    places = [place for place in _places(last) if place.endswith(name)]
+    if pointer := None if places else foreign_keys.find(last, parsed, {last: parsed}):
+        as_override = recipe_text.Text(flag, None, (f"{flag}=",))
+        return f"{flag}: no such option. {_explain_foreign(pointer, (flag,), as_override)}"
+    if not places:
+        return None
+    typed = " or ".join(shlex.quote(f"{place}={'VALUE' if value is None else value}") for place in places)
+    return f"{flag}: no such option. A key of the recipe is typed without dashes: {typed}"
+
+
+def _value_at(raw: object, key: str) -> object:
+    for part in key.split("."):
+        raw = raw.get(part) if isinstance(raw, dict) else None
+    return raw
 
 
 def _choose(part: str, value: object, text: recipe_text.Text) -> tuple[str, JsonObject]:
@@ -98,7 +172,8 @@ def _choose(part: str, value: object, text: recipe_text.Text) -> tuple[str, Json
     name = keys.pop("type")
     if name not in names:
         raise RecipeError(
-            f"{text.at((part, 'type'))}: `{part}`: unknown type {name!r}. {did_you_mean(str(name), names)}"
+            f"{text.at((part, 'type'))}: `{part}`: unknown type {name!r}. "
+            + (_typed_here((part,), name, text) or did_you_mean(str(name), names))
         )
     return str(name), keys
 
@@ -119,51 +194,95 @@ def _explain(
     """A line for each key that is wrong."""
     unknown_in = {error["loc"][:-1] for error in errors if error["type"] == "extra_forbidden"}
     lines: list[str] = []
-    expected: dict[tuple[str, str, str], list[str]] = {}
+    expected: dict[tuple[str, str, str, str], list[str]] = {}
     for error in errors:
         path = error["loc"] if error["type"] == "extra_forbidden" else _key_path(model, error["loc"])
         key, where = ".".join(map(str, (*prefix, *path))), text.at((*prefix, *path))
         if error["type"] in ("extra_forbidden", "invalid_key"):
-            lines.append(f"{where}: {_explain_unknown(model, key, error['loc'], prefix)}")
+            lines.append(f"{where}: {_explain_unknown(model, key, error, text, prefix)}")
         elif error["type"] == "missing":
             if (
                 error["loc"][:-1] not in unknown_in
             ):  # else the unknown key is probably the missing one, mistyped
                 lines.append(f"{where}: the key `{key}` is missing")
         elif error["type"] == "value_error":
-            lines.append(f"{where}: {key}{': ' if key else ''}{error['msg'].removeprefix('Value error, ')}")
+            message = f"{where}: {key}{': ' if key else ''}{error['msg'].removeprefix('Value error, ')}"
+            lines.append(_end_sentence(message, _typed_here((*prefix, *path), error["input"], text)))
         else:
             wanted = error["msg"].removeprefix("Input should be ")
-            expected.setdefault((where, key, repr(error["input"])), []).append(wanted)
+            got = error["input"]
+            advice = _typed_here((*prefix, *path), got, text)
+            expected.setdefault((where, key, repr(got), advice), []).append(wanted)
     lines += [
-        f"{where}: `{key}`: expected {' or '.join(wanted)}, got {got}"
-        for (where, key, got), wanted in expected.items()
+        _end_sentence(f"{where}: `{key}`: expected {' or '.join(wanted)}, got {got}", advice)
+        for (where, key, got, advice), wanted in expected.items()
     ]
     return lines
 
 
+def _end_sentence(message: str, advice: str) -> str:
+    """``advice`` takes the place of a suggestion of the nearest name."""
+    return f"{message.partition('. Did you mean')[0]}. {advice}" if advice else message
+
+
+def _typed_here(path: Sequence[str | int], value: object, text: recipe_text.Text) -> str:
+    """``Type train.packing: auto``, for a value as other programs write it; else nothing."""
+    key, here = foreign_values.value_here(".".join(map(str, path)), value)
+    if here is None:
+        return ""
+    if isinstance(here, foreign_values.Unset):
+        return "Leave the key out"
+    return f"Type {text.setting(path, key, here)}"
+
+
 def _explain_unknown(
-    model: type[BaseModel], key: str, path: Sequence[str | int], prefix: tuple[str, ...]
+    model: type[BaseModel], key: str, error: ErrorDetails, text: recipe_text.Text, prefix: tuple[str, ...]
 ) -> str:
-    """``unknown key `train.epoch`. Did you mean ...``, or the types that have this key."""
+    """``unknown key `train.epoch`. Did you mean ...``, the key that another program calls so, or the types
+    that have this key."""
+    path = error["loc"]
     name, valid = str(path[-1]), _names_of(_models_at(model, path[:-1])[0])
+    if pointer := foreign_keys.find(name, error["input"], text.given):
+        return f"unknown key `{key}`. {_explain_foreign(pointer, (*prefix, *path), text)}"
     if prefix and len(path) == 1:
         part, valid = prefix[0], [*valid, "type"]
-        if owners := [kind for kind, keys in _configs(part).items() if name in keys.model_fields]:
-            kinds = " or ".join(f"`{part}.type: {owner}`" for owner in owners)
-            return f"`{key}` belongs to {kinds}. Choose that, or leave the key out. Valid here: {', '.join(sorted(valid))}"
-    return f"unknown key `{key}`. {did_you_mean(name, valid, _from_peft(name) or _places(name))}"
+        if owners := _owners(part, name):
+            return f"`{key}` belongs to {owners}. Choose that, or leave the key out. Valid here: {', '.join(sorted(valid))}"
+    return f"unknown key `{key}`. {did_you_mean(name, valid, _places(name))}"
+
+
+def _explain_foreign(pointer: foreign_keys.Pointer, path: Sequence[str | int], text: recipe_text.Text) -> str:
+    """``Here it is `adaptation.r: 8` ``, with the types that have the key if the recipe chose another."""
+    place, value, note = pointer.place, pointer.value, f" ({pointer.note})" if pointer.note else ""
+    if place is None or isinstance(value, foreign_values.Unset):
+        return f"Leave it out: {pointer.note or 'that is what happens here'}"
+    if place.startswith("--"):
+        typed = place if value in (None, True) else f"{place} {shlex.quote(str(value))}"
+        return f"Here it is `{typed}`{note}"
+    part, _, rest = place.partition(".")
+    chosen = text.given.get(
+        part, {"objective": DEFAULT_OBJECTIVE, "adaptation": DEFAULT_ADAPTATION}.get(part)
+    )
+    chosen = chosen.get("type") if isinstance(chosen, dict) else chosen
+    if (
+        rest
+        and part in PARTS
+        and chosen in (configs := _configs(part))
+        and rest not in configs[chosen].model_fields
+    ):
+        note = f" with {_owners(part, rest)}{note}"
+    return f"Here it is `{place if value is None else text.setting(path, place, value)}`{note}"
+
+
+def _owners(part: str, key: str) -> str:
+    """The types of "objective" or "adaptation" that have this key; the empty string for none."""
+    kinds = [kind for kind, keys in _configs(part).items() if key in keys.model_fields]
+    return " or ".join(f"`{part}.type: {kind}`" for kind in kinds)
 
 
 def _configs(part: str) -> dict[str, type[BaseModel]]:
     """The ``Config`` of each type of "objective" or "adaptation"."""
     return {kind: PARTS[part].module(kind).Config for kind in PARTS[part].names()}
-
-
-def _from_peft(name: str) -> list[str]:
-    """The recipe's key with the meaning of peft's key ``name``, with an example."""
-    known = [adaptations.module(choice).Adaptation.traits.peft_keys for choice in adaptations.names()]
-    return list(dict.fromkeys(keys[name] for keys in known if name in keys))
 
 
 def _places(name: str) -> list[str]:

@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith import adaptations
 from tunesmith import recipe as recipes
 from tunesmith.errors import (
     DiskFullError,
@@ -86,7 +85,8 @@ def train(
     Raises UserError before weights load; StoppedError (loss not finite, disk full) and Interrupted with the
     last checkpoint kept; and the error that a callback raised.
     """
-    checked = _resolve(recipe, overrides)
+    replaced: list[str] = []
+    checked = recipes.resolve(recipe, overrides, replaced.append)
     require(checked.train.report_to)
     for key, function in (("on_log", on_log), ("on_eval", on_eval), ("on_save", on_save)):
         if function is not None and not callable(function):
@@ -102,6 +102,8 @@ def train(
             Progress(console if main else None) as progress,
             mute_trackers(checked.train.report_to if main else []),
         ):
+            for line in replaced:
+                progress.note(line)
             step, changed_keys = distributed.broadcast(
                 resumption.choose(run_folder, checked, progress) if main else (None, [])
             )
@@ -144,11 +146,11 @@ def check(
     result before the measurement, ``say`` each stage of the measurement. Raises UserError.
     """
     started = time.perf_counter() - spent
-    checked = _resolve(recipe, overrides)
+    notes: list[str] = []
+    checked = recipes.resolve(recipe, overrides, notes.append)
     require(checked.train.report_to)
     if measure:
         kernels.keep_freed_memory()
-    notes: list[str] = []
     ready = setup.read(checked, distributed.state().device, notes.append)
     data_lines = set(ready.data.report.lines())
     facts: JsonObject = {
@@ -170,24 +172,6 @@ def check(
         return facts
     known(facts)
     return {**facts, "forecast": forecast.forecast(ready, started, memory_limit_bytes, say)}
-
-
-def _resolve(recipe: Recipe | JsonObject | str | Path, overrides: Sequence[str]) -> Recipe:
-    """Check the recipe and fill in the adaptation's default learning rate."""
-    if isinstance(recipe, Recipe):
-        if overrides:
-            raise RecipeError(
-                f"overrides: expected none with a Recipe object, got {list(overrides)}. Pass a path or a mapping."
-            )
-        checked = recipe
-    elif isinstance(recipe, dict):
-        checked = recipes.parse(recipe, overrides)
-    else:
-        checked = recipes.load(recipe, overrides)
-    if checked.train.learning_rate is not None:
-        return checked
-    default = adaptations.module(adaptations.name_of(checked.adaptation)).Adaptation.learning_rate
-    return checked.model_copy(update={"train": checked.train.model_copy(update={"learning_rate": default})})
 
 
 def _open(
