@@ -42,7 +42,7 @@ from tunesmith.recipe.foreign_values import (
 
 @dataclass(frozen=True)
 class Pointer:
-    """What a key of another program is here. ``place``: the recipe's key, or ``--flag`` of the command line;
+    """The meaning here of another program's key. ``place``: the recipe's key, or ``--flag`` of the command line;
     None = there is none, and ``note`` says why. ``value``: None = not translated."""
 
     place: str | None

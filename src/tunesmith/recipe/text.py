@@ -71,8 +71,8 @@ class Text:
         return self.override(key.split(".")) or next(inside, None)
 
     def setting(self, path: Sequence[str | int], key: str, value: object) -> str:
-        """How to type ``key`` where the key at ``path`` was typed: ``train.seed: 1`` in the file, with = in an
-        override."""
+        """``key`` with its value, as it is typed where the key at ``path`` was: ``train.seed: 1`` in the file, with
+        = in an override."""
         text = _flow(value)
         if not self.override(path):
             return f"{key}: {text}"

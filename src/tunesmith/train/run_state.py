@@ -89,8 +89,14 @@ def save_model(run: Run) -> None:
 def _trained_with(run: Run) -> JsonObject:
     """Return what the saved model remembers of its training (``record.trained``)."""
     recipe, start = run.setup.recipe, run.setup.model_folder.path
-    keys = {"format", "columns", "separator", "prompt_template"}
-    readings = [source.model_dump(include=keys, exclude_defaults=True) for source in recipe.data.train]
+    keys = {"format", "separator", "prompt_template"}
+    readings = [
+        source.model_dump(include=keys, exclude_defaults=True)
+        | (
+            {"columns": source.mapping} if source.mapping else {}
+        )  # without keep_if, a choice of training rows
+        for source in recipe.data.train
+    ]
     return {
         "objective": recipe.resolved()["objective"],
         "readings": [reading for reading in readings if reading],
