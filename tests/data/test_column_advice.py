@@ -106,7 +106,7 @@ def test_a_rejected_answer_alone_is_refused(tmp_path, messages):
 
 JUDGED = [
     [{"messages": [Q, A], "label": True}, {"messages": [Q, B], "label": False}],
-    [{"prompt": "q", "completion": "a", "label": "1"}, {"prompt": "q", "completion": "b", "label": "0"}],
+    [{"prompt": "q", "completion": "a", "label": "True"}, {"prompt": "q", "completion": "b", "label": "False"}],
     [{"instruction": "q", "output": "a", "kto_tag": "true"}, {"instruction": "q", "output": "b", "kto_tag": "false"}],
 ]
 
@@ -126,8 +126,28 @@ def test_answers_judged_bad_are_never_trained_on(tmp_path, rows):
     assert [row.desirable for row in read(tmp_path, rows, ROW_TYPES)] == [True, False]  # lint and preview of the file
 
 
-def test_a_rating_is_no_judgement(tmp_path):
-    rows = [{"prompt": "q", "completion": "a", "rating": rating} for rating in (1, 4)]
+def test_the_description_says_which_answers_are_better(tmp_path):
+    mapped = opened(
+        tmp_path, [{"q": "q", "good": "a", "bad": "b"}], (Ranking,), columns={"prompt": "q", "chosen": "good", "rejected": "bad"}
+    )
+    ranked = [{"prompt": "q", "answers": ["a", "b"], "scores": [1, 2]}, {"prompt": "q", "answers": ["a", "b"]}]
+    described = [opened(tmp_path, [row], (Ranking,)).description for row in (ANSWERED[0], *ranked)]
+    described += [mapped.description, opened(tmp_path, JUDGED[0], (Judged,)).description]
+    ends = [
+        "the last answer of messages is better than rejected_response",
+        "the answer with the highest of scores is the best",
+        "the first answer is the best, unless the answers have ranks or scores",
+        "good is better than bad",
+        "answers are good where label is true (1, yes, good), else bad",
+    ]
+    assert all(text.endswith(end) for text, end in zip(described, ends, strict=True)), described
+
+
+@pytest.mark.parametrize(
+    ("column", "values"), [("rating", (1, 4)), ("label", (0, 1)), ("label", ("0", "1")), ("label", ("good", "topic"))]
+)
+def test_a_rating_and_a_class_are_no_judgement(tmp_path, column, values):
+    rows = [{"prompt": "q", "completion": "a", column: value} for value in values]
     assert len(read(tmp_path, rows)) == 2
 
 

@@ -289,7 +289,10 @@ def test_the_published_pairs_are_read(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     opened = open_source(Source(path=str(path)), (Ranking,))
-    assert opened.description == "preference_turns (conversations, chosen, rejected)" and opened.kinds == {Ranking, Chat}
+    assert opened.description.startswith("preference_turns (conversations, chosen, rejected);") and opened.kinds == {
+        Ranking,
+        Chat,
+    }
     first, second = (row for _, row in opened.rows())
     assert first == Ranking((turn("system", "s"), Q), ((A,), (B,)), (0, 1)) and second == Ranking(MORE, ((B,), (C,)), (0, 1))
 

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import CHATML, tiny_tokenizer
+from tunesmith.cli.main import main
 from tunesmith.data.data_config import DataConfig
 from tunesmith.data.encode import conversations
+from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, PromptCompletion, Text
 from tunesmith.data.store import cache
 from tunesmith.data.store.encoded_rows import blocks
@@ -199,6 +201,26 @@ def test_bad_rows_stop_or_are_skipped_and_listed(alpaca):
         run(alpaca)
     report = run(alpaca, bad_rows="skip").report.sources[0]
     assert (report.rows_read, report.rows_kept, report.rows_rejected) == (42, 40, 2) and len(report.problems) == 2
+
+
+def test_lint_is_advised_only_where_it_lists_the_rows(tmp_path):
+    """A row that the objective refuses is a good row to lint, and the advice has the flags of the source."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "x", "a": "y"}\n{"q": "x", "a": ""}\n{"q": "x", "a": "z"}\n')
+    with pytest.raises(DataError) as error:
+        run(path, train=[{"path": str(path), "columns": {"question": "q", "answer": "a"}}])
+    command = f"tunesmith data lint {path} --column question=q --column answer=a"
+    assert f"Type `{command}` for all of them." in str(error.value)
+    assert main(command.split()[1:]) == 2
+    path.write_text("".join(json.dumps({"prompt": "x", "completion": f"y{n}"}) + "\n" for n in range(4)))
+
+    class Refusing(Language):
+        def encode(self, rows, tokenizer):
+            raise RowFault(0, "a shorter answer", "a long one", "Shorten it.", "completion")
+
+    with pytest.raises(DataError) as error:
+        run(path, Refusing())
+    assert "4 bad rows" in str(error.value) and "data lint" not in str(error.value) and "data.bad_rows=skip" in str(error.value)
 
 
 def test_a_file_that_cannot_be_read_to_its_end_is_never_skipped_over(tmp_path):

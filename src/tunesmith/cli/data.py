@@ -34,6 +34,7 @@ def preview(
     rows: Annotated[int, typer.Option(min=1, help="Rows of each source.")] = 3,
     train_on: Annotated[str | None, typer.Option(help="completion, assistant or all.")] = None,
     format: options.Format = None,
+    column: options.Columns = None,
     template: options.Template = None,
     template_kwarg: options.TemplateKwargs = None,
     split: options.Split = "train",
@@ -47,7 +48,7 @@ def preview(
     from tunesmith.models.find.locate import locate
     from tunesmith.models.load.load import load_tokenizer
 
-    keys = _source_keys(format, split, name, streaming)
+    keys = _source_keys(format, column, split, name, streaming)
     sources, config, objective, named = _open_target(target, keys, train_on)
     if model is None and named is None:
         raise UserError("data preview needs a tokenizer. Name its model, such as --model smollm2-135m")
@@ -68,6 +69,7 @@ def lint(
     files: Annotated[list[str], typer.Argument(metavar="FILE|RECIPE...", help="Data files or a recipe.")],
     evaluation: Annotated[list[str] | None, typer.Option("--eval", help="Evaluation files.")] = None,
     format: options.Format = None,
+    column: options.Columns = None,
     model: Annotated[str | None, typer.Option(help="Also render rows with this model's template.")] = None,
     template: options.Template = None,
     template_kwarg: options.TemplateKwargs = None,
@@ -94,7 +96,7 @@ def lint(
     if write is not None:
         row_writer.check_free(Path(write), "--write")
     train: list[Source] = []
-    keys = _source_keys(format, split, name, streaming)
+    keys = _source_keys(format, column, split, name, streaming)
     held_out = [source for path in evaluation or () for source in _open_target(path, keys, None)[0]]
     accepted: tuple[type, ...] = ROW_TYPES
     kwargs = options.parse_template_kwargs(template_kwarg)
@@ -208,7 +210,7 @@ def pull(
             f"data pull: {repo!r} is no name of a data set on the Hub: expected OWNER/NAME or OWNER/NAME@REVISION.\n"
             "  Type: tunesmith data pull OWNER/NAME (the last part of the address of its page)"
         )
-    (source,) = _open_target(path, _source_keys(None, split, name, streaming), None)[0]
+    (source,) = _open_target(path, _source_keys(None, None, split, name, streaming), None)[0]
     folder = hub_set.pull(source, print_stderr, commit)
     manifest = local_store.manifest(folder) or {}
     total = sum(file["size"] for file in manifest["files"].values())
@@ -247,8 +249,11 @@ def _build_lines(facts: JsonObject, drawn: list[Candidate]) -> list[str]:
     return [f"{facts['kind']}: {counted} of this Python's library", facts["about"], counts, *examples]
 
 
-def _source_keys(format: str | None, split: str, name: str | None, streaming: bool) -> JsonObject:
-    return {"format": format, "split": split, "name": name, "streaming": streaming}
+def _source_keys(
+    format: str | None, column: list[str] | None, split: str, name: str | None, streaming: bool
+) -> JsonObject:
+    columns = options.parse_columns(column) or None
+    return {"format": format, "columns": columns, "split": split, "name": name, "streaming": streaming}
 
 
 def _open_target(
@@ -260,6 +265,10 @@ def _open_target(
     overrides = [f"objective.train_on={train_on}"] if train_on else []
     is_recipe = target.endswith((".yaml", ".yml"))
     if is_recipe:
+        if given := [flag for flag, key in (("--format", "format"), ("--column", "columns")) if keys[key]]:
+            raise UserError(
+                f"{' and '.join(given)}: for data files; the sources of the recipe {target} name theirs (data.train.0.columns)."
+            )
         loaded = recipe.load(target, overrides)
     else:
         raw = {

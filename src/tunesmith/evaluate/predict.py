@@ -32,7 +32,7 @@ from tunesmith.data.rows import (
 from tunesmith.data.store.cache import ALIGNED
 from tunesmith.errors import DataError, ModelError
 from tunesmith.evaluate.open_model import OpenedModel, open_model
-from tunesmith.evaluate.trained_reading import ModelArgument, make_source
+from tunesmith.evaluate.trained_reading import ModelArgument, make_source, source_as_trained
 from tunesmith.json_types import JsonObject
 from tunesmith.objectives import Example, TaskHead
 from tunesmith.train import fast_path, forward_batches
@@ -62,7 +62,8 @@ def predict(
 ) -> Iterator[JsonObject]:
     """Yield a dict for each row of ``data``, in order: ``row`` (its number) and an answer, or ``error``.
 
-    A classifier gives label (labels, or value) and probabilities; a tagger entities (type, start, end, text,
+    The rows are read with the columns, and cut at the ``max_length``, of the training that saved the model, unless
+    given. A classifier gives label (labels, or value) and probabilities; a tagger entities (type, start, end, text,
     score) and tags; question answering answer, start, end, score and n_best; a reward model reward, or
     rewards and ranking of several answers. Gold in the rows is ignored. An unreadable row gets ``error`` and
     affects no other row. A row above ``max_length`` is cut; ``note`` receives the counts of both at the end.
@@ -70,7 +71,8 @@ def predict(
     cannot be opened.
     """
     hub = {"split": split, "name": name, "streaming": streaming}
-    source = make_source(data, format=format, columns=columns, limit=limit, **hub)
+    given, keys = {"format": format, "columns": columns}, {"limit": limit, **hub}
+    make_source(data, **given, **keys)  # a wrong option costs no loading
     opened = open_model(model, max_length=max_length, rewards=rewards)
     if not isinstance(opened.objective, TaskHead):
         use = "train a reward model with objective: reward" if rewards else "use tunesmith generate"
@@ -78,8 +80,9 @@ def predict(
     ranks = Ranking in opened.objective.traits.rows
     if rewards and not ranks:
         raise ModelError(f"this model was trained for {opened.name}, not rewards: use tunesmith predict.")
-    reader = _open_rows(source, opened)
-    longest = max_length or opened.objective.max_length
+    accepted, trained = opened.objective.traits.rows, opened.trained
+    reader = _open_rows(source_as_trained(trained, data, accepted, given, keys, gold=False), opened)
+    longest = max_length or trained.get("max_length") or opened.objective.max_length
     cut = bad = 0
     for answer, lost_tokens in _predict_rows(opened, reader, longest, precision, batch_tokens):
         cut += lost_tokens

@@ -63,6 +63,8 @@ class Traits:
     """The AutoModel class to load: a language model, or a body with this head."""
     best: tuple[str, Literal["min", "max"]] = ("eval_loss", "min")
     """The evaluation figure that chooses the best model."""
+    figures: tuple[str, ...] = ("eval_loss", "perplexity")
+    """The evaluation figures that may choose the best model; which of them are reported may depend on the data."""
     overlong: Literal["error", "split", "drop", "truncate"] = "error"
     """Policy for a row above ``max_length``."""
     fits_rows: bool = False

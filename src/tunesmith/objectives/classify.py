@@ -67,11 +67,20 @@ class Config(objectives.Config):
         return self
 
 
+FIGURES = (
+    "eval_loss", "eval_accuracy", "eval_macro_f1", "eval_micro_f1", "eval_calibration_error",
+    "eval_exact_match", "eval_auroc",
+    "eval_mse", "eval_rmse", "eval_mae", "eval_r2", "eval_pearson", "eval_spearman",
+)  # fmt: skip
+"""Figures of one class, of several labels, and of numbers."""
+
+
 class Objective(objectives.TaskHead):
     config: Config
     traits = Traits(
         rows=(Labelled,),
         head="score",
+        figures=FIGURES,
         starter={"path": "builtin:classify"},
         assumed=True,
         single_label_keys=("label_smoothing",),

@@ -136,6 +136,7 @@ class Objective(objectives.Objective):
     config: Config
     traits = Traits(
         rows=(Ranking,),
+        figures=("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"),
         fits_rows=True,
         deterministic=True,
         shares_prompts=True,

@@ -68,6 +68,7 @@ class Objective(objectives.Objective):
     config: Config
     traits = Traits(
         rows=(Judged,),
+        figures=("eval_loss", "eval_rewards/margins"),
         fits_rows=True,
         deterministic=True,
         shares_prompts=True,

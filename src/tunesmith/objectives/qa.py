@@ -41,7 +41,12 @@ class Config(objectives.Config):
 class Objective(objectives.TaskHead):
     config: Config
     traits = Traits(
-        rows=(Question,), head="span", best=("eval_f1", "max"), starter={"path": "builtin:qa"}, assumed=True
+        rows=(Question,),
+        head="span",
+        best=("eval_f1", "max"),
+        figures=("eval_loss", "eval_f1", "eval_exact_match", "eval_has_answer_f1", "eval_no_answer_f1"),
+        starter={"path": "builtin:qa"},
+        assumed=True,
     )
 
     def __init__(self, config: Config) -> None:

@@ -54,6 +54,7 @@ class Objective(objectives.TaskHead):
     traits = Traits(
         rows=(Ranking,),
         head="score",
+        figures=("eval_loss", "eval_accuracy", "eval_margin", "eval_calibration_error"),
         fits_rows=True,
         deterministic=True,
         shares_prompts=True,

@@ -54,7 +54,13 @@ class Config(objectives.Config):
 
 class Objective(objectives.TaskHead):
     config: Config
-    traits = Traits(rows=(Tagged,), head="token", starter={"path": "builtin:tag"}, assumed=True)
+    traits = Traits(
+        rows=(Tagged,),
+        head="token",
+        figures=("eval_loss", "eval_f1", "eval_precision", "eval_recall", "eval_accuracy"),
+        starter={"path": "builtin:tag"},
+        assumed=True,
+    )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -9,4 +9,14 @@ from tunesmith.recipe.conflicts import conflicts
 from tunesmith.recipe.schema import DEFAULT_OBJECTIVE, Recipe, brief, changed
 from tunesmith.recipe.validation import flag_advice, load, parse, resolve
 
-__all__ = ["DEFAULT_OBJECTIVE", "Recipe", "brief", "changed", "conflicts", "flag_advice", "load", "parse", "resolve"]
+__all__ = [
+    "DEFAULT_OBJECTIVE",
+    "Recipe",
+    "brief",
+    "changed",
+    "conflicts",
+    "flag_advice",
+    "load",
+    "parse",
+    "resolve",
+]

@@ -11,6 +11,7 @@ from tunesmith.data.data_config import DataConfig, Source
 from tunesmith.data.read.source import eval_sources
 from tunesmith.data.rows import Chat, Labelled
 from tunesmith.recipe.schema import Recipe, changed
+from tunesmith.suggestions import did_you_mean
 from tunesmith.train.train_config import SampleConfig, TrainConfig
 
 Rule = tuple[object, str]
@@ -40,6 +41,7 @@ def conflicts(recipe: Recipe) -> list[str]:
         *_objective_rules(recipe, sources),
         *_data_rules(data, sources, holds_out),
         *_train_rules(recipe.train, holds_out),
+        *_figure_rules(recipe, holds_out),
         *_sample_rules(recipe.samples),
     ]
     # fmt: on
@@ -117,6 +119,19 @@ def _data_rules(data: DataConfig, sources: Mapping[str, Source], holds_out: bool
           for name, source in (held_out.sets or {}).items()),
         (held_out.limit and not holds_out,
          "data.eval.limit does nothing: no row is held out (data.eval.fraction is 0)"),
+    ]
+
+
+def _figure_rules(recipe: Recipe, holds_out: bool) -> list[Rule]:
+    name, figure = objectives.name_of(recipe.objective), recipe.train.best_figure
+    reported = objectives.module(name).Objective.traits.figures
+    of_sets = [f"eval_{one}_{key.removeprefix('eval_')}" for one in recipe.data.eval.sets or () for key in reported]
+    valid = [key.removeprefix("eval_") for key in (*reported, *of_sets)]
+    return [
+        (figure and not holds_out, "train.metric_for_best_model does nothing: no row is held out (data.eval.fraction is 0)"),
+        (figure and figure not in (*reported, *of_sets),
+         f"train.metric_for_best_model: {name} reports no figure {recipe.train.metric_for_best_model!r} that can choose a "
+         f"model. {did_you_mean((figure or '').removeprefix('eval_'), valid)}"),
     ]
 
 

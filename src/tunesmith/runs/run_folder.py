@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -237,8 +238,21 @@ def check_recipe(path: Path, recipe: JsonObject) -> list[str]:
             f"the recipe is not the one that {path} was started with, so the resumed run would not be the same:\n  "
             + "\n  ".join(changed)
             + "\n  Change these keys back, or start another run with --out DIR."
+            + (f"\n  This run is finished. {train_further(path)}" if _is_finished(path) else "")
         )
     return sorted(free)
+
+
+def train_further(path: Path) -> str:
+    """Advice to train the model of a finished run further: in another run, that starts from it."""
+    model = path / "model"
+    keys = [f"model={path}", *(["adapter=continue"] if (model / "adapter_config.json").is_file() else [])]
+    return f"To train its model further, start another run from it: {shlex.join(keys)} --out DIR"
+
+
+def _is_finished(path: Path) -> bool:
+    manifest = path / "manifest.json"
+    return manifest.is_file() and bool(read_mapping(manifest).get("finished"))
 
 
 def check_nothing_lost(run: RunFolder, damaged: dict[int, str]) -> None:

@@ -61,7 +61,8 @@ def finished_result(
     if step < ready.source.plan.steps or not result:
         return None
     progress.note(
-        "the run is finished already: there are no steps left to train, and its files stay unchanged"
+        "the run is finished already: there are no steps left to train, and its files stay unchanged. "
+        + run_folders.train_further(run_folder.path)
     )
     # a kill or a full disk came before the report
     if distributed.state().is_main_process and not run_page.is_current(run_folder.path):

@@ -354,7 +354,7 @@ def _evaluate(run: Run, position: Progression, budget: int) -> float | None:
         ready.data.eval_sets, choose_threshold=True,
     )  # fmt: skip
     seconds = time.perf_counter() - started
-    name, direction = ready.objective.traits.best
+    name, direction = outcome.deciding_figure(ready, figures)
     threshold = ready.recipe.train.early_stopping_threshold
     best = position.step > 0 and loop.record_best(position, figures[name], direction, threshold)
     if best:

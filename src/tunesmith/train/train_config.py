@@ -68,6 +68,9 @@ class TrainConfig(Strict):
     save_total_limit: int = Field(
         2, gt=0, description="checkpoints kept in addition to that of the best evaluation"
     )
+    metric_for_best_model: str | None = Field(
+        None, description="figure that chooses the saved model, such as f1; default: the objective's own"
+    )
     early_stopping_patience: int | None = Field(
         None, gt=0, description="stop after this many evaluations without improvement"
     )
@@ -75,6 +78,12 @@ class TrainConfig(Strict):
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default_factory=list, description="trackers that receive every figure; none by default"
     )
+
+    @property
+    def best_figure(self) -> str | None:
+        """``metric_for_best_model`` as evaluations name it: ``f1`` and ``eval_f1`` are ``eval_f1``."""
+        name = self.metric_for_best_model
+        return name if name is None or name.startswith("eval_") or name == "perplexity" else f"eval_{name}"
 
     @property
     def optim_name(self) -> str:

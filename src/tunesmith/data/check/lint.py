@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from tunesmith.data.data_config import Source
 from tunesmith.data.encode.conversations import TrainOn, find_omitted_text, render
 from tunesmith.data.encode.spans import SpanError
 from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
+from tunesmith.data.read import hub_set
 from tunesmith.data.read.source import OpenedSource, open_source
 from tunesmith.data.row_problems import Record, RowProblem
 from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Judged, Ranking, Row, digest
@@ -130,6 +132,33 @@ def lint(
             first_trained = first_in_file | first_trained
         report.files.append(file)
     return report
+
+
+def advice(sources: Sequence[Source]) -> str:
+    """The commands to list all bad rows of these sources; the empty string if they would list none."""
+    commands = dict.fromkeys(filter(None, map(_command, sources)))
+    return (
+        f"Type {' and '.join(f'`{command}`' for command in commands)} for all of them. " if commands else ""
+    )
+
+
+def _command(source: Source) -> str | None:
+    """The command that lists the bad rows of a source; None if it would list none.
+
+    Rows that an objective or a template refuses are good rows to lint, which does not know of them."""
+    typed = ["tunesmith", "data", "lint", source.path]
+    typed += ["--format", source.format] if source.format else []
+    for field_name, columns in (source.columns or {}).items():
+        for column in [columns] if isinstance(columns, str) else columns:
+            typed += ["--column", f"{field_name}={column}"]
+    if not source.streaming:  # a stream is read once
+        as_typed = source.model_copy(update={"separator": None, "prompt_template": None, "limit": None})
+        try:
+            if not any(isinstance(item, RowProblem) for item in open_source(as_typed).rows()):
+                return None
+        except DataError:  # that of the whole file is listed, too
+            pass
+    return " ".join([*map(shlex.quote, typed), *hub_set.split_flags(source)])
 
 
 def _usable_rows(

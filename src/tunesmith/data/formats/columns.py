@@ -223,6 +223,8 @@ class Converter:
         text = f"{self.form.name} ({', '.join(parts)})"
         unused = [column for column in columns if column not in used]
         text += f"; not used: {', '.join(unused)}" if unused else ""
+        if self.form.better and self.gold and not self.splits_pairs:
+            text += f"; {self.form.better({name: ' + '.join(keys) for name, keys in names.items()})}"
         if self.splits_pairs:
             text += "; each pair becomes two rows: chosen is desirable, rejected is undesirable"
         return text

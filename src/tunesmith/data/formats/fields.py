@@ -72,6 +72,7 @@ class Format:
     - ``gold``: the field that rows to predict may lack.
     - ``scan`` returns facts about the whole file from the values of its first rows.
     - ``marks``: columns of this format alone. A file with one of them is tried as this format first.
+    - ``better`` says which answers count as better, from {field: column}.
     - ``by_name``: the format is never detected; the recipe must name it.
     """
 
@@ -84,6 +85,7 @@ class Format:
     gold: str | None = None
     scan: Callable[[Sequence[Values]], JsonObject] | None = None
     marks: tuple[str, ...] = ()
+    better: Callable[[Mapping[str, object]], str] | None = None
     by_name: bool = False
 
 

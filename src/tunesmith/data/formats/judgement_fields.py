@@ -6,7 +6,7 @@ begins with ``unpaired``. ``preference_fields`` reads prompts and responses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from tunesmith.data.formats.fields import SYSTEM, TOOLS, Field, FieldFault, Format, Values, required
@@ -65,14 +65,19 @@ def parse_judgement(value: object) -> bool:
 
 
 def judgement_column(rows: Sequence[JsonObject]) -> str | None:
-    """The column that says of each answer whether it is desirable: each of its values is a label. None =
-    there is none."""
+    """The column that says of each answer whether it is desirable: each of its values does. None = there is
+    none. In columns that other files use, too, 0 and 1 may be classes, so there only words and truth values do."""
     for name in LABEL.columns:
         keys = [next((key for key in row if str(key).strip().casefold() == name), None) for row in rows]
         values = [row[key] for key, row in zip(keys, rows) if key is not None and row[key] not in (None, "")]
-        if values and all(map(_is_judgement, values)):
+        numbers = name not in MARKS and any(_is_number(value) for value in values)
+        if values and not numbers and all(map(_is_judgement, values)):
             return next(key for key in keys if key is not None)
     return None
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and str(value).strip().replace(".", "", 1).isdigit()
 
 
 def _is_judgement(value: object) -> bool:
@@ -107,7 +112,13 @@ def _format(
     name: str, build: Callable[[Values], Judged], *fields: Field, prompt: str | None = None
 ) -> Format:
     fields = (*fields, LABEL, TOOLS, SYSTEM)
-    return Format(name, Judged, fields, build, prompt, ("completion", "label"), gold="label", marks=MARKS)
+    return Format(
+        name, Judged, fields, build, prompt, ("completion", "label"), gold="label", marks=MARKS, better=_good_label,
+    )  # fmt: skip
+
+
+def _good_label(names: Mapping[str, object]) -> str:
+    return f"answers are good where {names.get('label')} is true (1, yes, good), else bad"
 
 
 FORMATS = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 from tunesmith.data.formats import ratings
@@ -367,20 +368,22 @@ INSTRUCTION = required("instruction", "question", "query")
 PAIR_ANSWER = (*SIDE_NAMES, *(field.name for field in SCORES))
 RANKING_ANSWER = ("answers", "ranks", "scores", "labels")
 
-PAIRS = (
-    Format("preference", Ranking, (required("prompt"), *SIDES), build_preference, "prompt", PAIR_ANSWER),
-    Format("preference_turns", Ranking, (CONVERSATIONS, *SIDES), build_preference_turns),
-    Format("preference_alpaca", Ranking, (INSTRUCTION, *ALPACA_CONTEXT, *SIDES), build_preference_alpaca),
-    Format("preference_dialogues", Ranking, SIDES, build_preference_dialogues),
-    Format(
-        "preference_answered", Ranking, (CONVERSATION, REJECTED, TOOLS, SYSTEM), build_preference_answered
-    ),
+PAIRS = tuple(
+    replace(form, better=ratings.better_side)
+    for form in (
+        Format("preference", Ranking, (required("prompt"), *SIDES), build_preference, "prompt", PAIR_ANSWER),
+        Format("preference_turns", Ranking, (CONVERSATIONS, *SIDES), build_preference_turns),
+        Format("preference_alpaca", Ranking, (INSTRUCTION, *ALPACA_CONTEXT, *SIDES), build_preference_alpaca),
+        Format("preference_dialogues", Ranking, SIDES, build_preference_dialogues),
+        Format(
+            "preference_answered", Ranking, (CONVERSATION, REJECTED, TOOLS, SYSTEM), build_preference_answered
+        ),
+    )
 )
-RANKINGS = (
-    Format(
-        "ranking", Ranking, (required("prompt"), ANSWERS, *GRADES), build_ranking, "prompt", RANKING_ANSWER
-    ),
-    Format(
-        "ranking_alpaca", Ranking, (required("instruction"), ANSWERS, *ALPACA_CONTEXT, *GRADES), build_ranking
-    ),
+RANKINGS = tuple(
+    Format(name, Ranking, fields, build_ranking, prompt, answer, better=ratings.better_answer)
+    for name, fields, prompt, answer in (
+        ("ranking", (required("prompt"), ANSWERS, *GRADES), "prompt", RANKING_ANSWER),
+        ("ranking_alpaca", (required("instruction"), ANSWERS, *ALPACA_CONTEXT, *GRADES), None, ()),
+    )
 )

@@ -110,3 +110,17 @@ def _dense_ranks(numbers: Numbers) -> tuple[int, ...]:
     """0 for the lowest numbers, 1 for the next, ..."""
     order = sorted(set(numbers))
     return tuple(order.index(number) for number in numbers)
+
+
+def better_side(names: Mapping[str, object]) -> str:
+    """The better answer of a pair, by the columns of the file."""
+    chosen = names.get("chosen", f"the last answer of {names.get('messages')}")
+    return f"{chosen} is better than {names.get('rejected')}"
+
+
+def better_answer(names: Mapping[str, object]) -> str:
+    """The order of several answers, by the columns of the file."""
+    for field, end in (("ranks", "lowest"), ("scores", "highest"), ("labels", "highest")):
+        if field in names:
+            return f"the answer with the {end} of {names[field]} is the best"
+    return "the first answer is the best, unless the answers have ranks or scores"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tunesmith.data.check import lint
 from tunesmith.data.check.contamination import contamination
 from tunesmith.data.data_config import DataConfig
 from tunesmith.data.encode.templates import apply_template
@@ -196,21 +197,18 @@ def _scan(objective: Objective, opened: Sequence[OpenedSource]) -> None:
 def _check_rows(parts: Sequence[_Part], config: DataConfig) -> None:
     """Refuse bad rows, unless they are to be skipped and the rest of each file could be read."""
     bad = [part for part in parts if part.entry.info["problems"]]
-    problems, words = [], []
+    problems: list[RowProblem] = []
     for part in bad:
         source = part.opened.source
-        words += [source.path, *hub_set.split_flags(source)]
         for problem in part.problems():
             path = class_folder.path_in_folder(source.path, problem.path) or source.label
             problems.append(replace(problem, path=path))
     total = sum(part.entry.info["read"] - part.entry.info["kept"] for part in parts)
-    advice = f"Type `tunesmith data lint {' '.join(dict.fromkeys(words))}` for all of them"
-    if any(part.entry.info["fatal"] for part in parts):
-        advice += ". The rest of the file cannot be read, so nothing is skipped."
-        raise bad_rows_error(problems, total, advice)
-    if total and config.bad_rows == "error":
-        advice += ", or set data.bad_rows=skip (evaluate: --bad-rows skip) to leave them out."
-        raise bad_rows_error(problems, total, advice)
+    fatal = any(part.entry.info["fatal"] for part in parts)
+    if fatal or (total and config.bad_rows == "error"):
+        skip = "Correct them, or set data.bad_rows=skip (evaluate: --bad-rows skip) to leave them out."
+        rest = "The rest of the file cannot be read, so nothing is skipped." if fatal else skip
+        raise bad_rows_error(problems, total, f"{lint.advice([part.opened.source for part in bad])}{rest}")
 
 
 def _hold_out(
@@ -321,9 +319,13 @@ def _no_rows(parts: Sequence[_Part], objective: Objective, limit: int, name: str
     if examples:
         reason = f"are left: all {examples} are longer than max_length {limit}. Raise train.max_length."
         return DataError(f"no {name} rows {reason}")
-    return DataError(
-        f"no {name} rows: the file has none that can be used. Type `tunesmith data lint FILE` for the reasons."
+    problems = [problem for part in parts for problem in part.problems()]
+    reasons = (
+        bad_rows_error(problems, len(problems), lint.advice([part.opened.source for part in parts]))
+        if problems
+        else "the file is empty."
     )
+    return DataError(f"no {name} rows: the file has none that can be used: {reasons}")
 
 
 def _overlong(

@@ -59,6 +59,8 @@ def locate(model: str | Path, remote_code: bool = False) -> Folder:
     if not path.is_dir():
         raise ModelError(f"{path} is a file; expected a model folder with config.json, or a run folder")
     path = path.resolve()
+    if path.parent.name == "checkpoints" and (path.parent.parent / "recipe.yaml").is_file():
+        return _of_checkpoint(path, remote_code)
     if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         if (path / "model").is_dir():
             return _check_folder(path / "model", path, remote_code)
@@ -68,6 +70,24 @@ def locate(model: str | Path, remote_code: bool = False) -> Folder:
             )
     in_run = path.name == "model" and (path.parent / "recipe.yaml").is_file()
     return _check_folder(path, path.parent if in_run else None, remote_code)
+
+
+def _of_checkpoint(path: Path, remote_code: bool) -> Folder:
+    """Return the model of a run whose saved model is that of the checkpoint. Raises ModelError for another step.
+
+    A checkpoint holds the trained weights and the optimiser's state for its own run, not a model."""
+    run = path.parent.parent
+    result = headers.read_json_if_present(run / "manifest.json").get("result") or {}
+    best = result.get("best_step") or result.get("steps")
+    if best is not None and path.name == f"step-{best}" and (run / "model").is_dir():
+        return _check_folder(run / "model", run, remote_code)
+    saved = f"The run's model is {run}" + (f", of step {best}." if best else ".")
+    advice = (
+        saved if (run / "model").is_dir() else "The run has saved no model yet: continue it with --resume."
+    )
+    raise ModelError(
+        f"{path} is a checkpoint, from which its run continues with --resume; it is no model.\n  {advice}"
+    )
 
 
 def _check_folder(path: Path, run: Path | None, remote_code: bool) -> Folder:
