@@ -24,6 +24,7 @@ _MODULES = {  # function of the public API -> the module that defines it
     "predict": "tunesmith.evaluate.predict",
     "evaluate": "tunesmith.evaluate.evaluate_model",
     "merge": "tunesmith.merge.merge_adapter",
+    "verify": "tunesmith.train.integrity",
 }
 
 __all__ = ["__version__", *_MODULES]

@@ -20,6 +20,7 @@ from tests.tiny import tiny_model
 from tunesmith.adaptations import prefix, prompt
 from tunesmith.errors import ModelError, RecipeError, UserError
 from tunesmith.models.adapters import virtual_tokens
+from tunesmith.models.find import record, saved_files
 from tunesmith.models.find.folder_summary import show
 
 KEYS = {"llama": 16, "qwen3": 16, "gemma": 16, "gpt2": 32, "mistral": 16, "gemma3": 16}
@@ -103,6 +104,7 @@ def test_a_damaged_file_is_an_error_that_names_the_tensor(run: Run, tmp_path: Pa
         ({"prompt_embeddings": rows[:, :-2].contiguous()}, "prompt_embeddings has the shape"),
     ):
         save_file(tensors, file)
+        saved_files.accept(folder)
         with pytest.raises(ModelError, match=expected):
             tunesmith.load(folder)
 
@@ -112,8 +114,7 @@ def test_the_probe_notices_other_numbers(run: Run, tmp_path: Path) -> None:
     tunesmith.load(folder)
     file = folder / "adapter_model.safetensors"
     save_file({"prompt_embeddings": load_file(file)["prompt_embeddings"].roll(1, 0) * 2}, file)
-    record = file.with_name("tunesmith.json")
-    record.write_text(json.dumps({**json.loads(record.read_text()), "files": None}))  # the logits alone are to tell
+    record.write(folder, record.read(folder) | {"files": None})  # the logits alone are to tell
     with pytest.raises(ModelError, match="does not answer as it did"):
         tunesmith.load(folder)
 

@@ -15,6 +15,7 @@ from tests.tiny import save_tiny
 from tunesmith.errors import TunesmithError, UserError
 from tunesmith.merge.combine import combine, nearest_factors, relative_distance
 from tunesmith.models.find import record as saved_record
+from tunesmith.models.find import saved_files
 
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
 
@@ -132,6 +133,7 @@ def ia3(shelf, tmp_path):
         (tmp_path / "x" / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
     (tmp_path / "x" / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
+    saved_files.accept(tmp_path / "x")
 
 
 def half(shelf, tmp_path):

@@ -19,6 +19,7 @@ from tests.tiny import save_tiny
 from tunesmith.errors import TunesmithError, UserError
 from tunesmith.models.adapters import bottleneck_tuner
 from tunesmith.models.adapters.adapter_set import find, load_adapters
+from tunesmith.models.find import saved_files
 
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
 
@@ -97,6 +98,7 @@ def test_adapters_that_must_be_loaded_alone_are_refused(shelf, tmp_path):
     tensors = load_file(tmp_path / "short" / "adapter_model.safetensors")
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, tmp_path / "short" / "adapter_model.safetensors", metadata={"format": "pt"})
+    saved_files.accept(tmp_path / "short")
     tunesmith.merge(shelf / "one", tmp_path / "merged")
     refused = {"stranger": "another model", "rows": "adds tokens", "short": "missing", "merged": "is a full model"}
     for name, message in refused.items():

@@ -15,6 +15,7 @@ from tests.models.adapters import base_and_adapter, save_adapter
 from tests.tiny import save_tiny, tiny_model
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models.find import record as saved_record
+from tunesmith.models.find import saved_files
 from tunesmith.models.load.load import Folder, load, load_config, load_model, load_tokenizer, locate
 
 IDS = torch.tensor([[5, 17, 80, 41]])
@@ -111,7 +112,7 @@ def test_base_and_adapter_can_be_moved_together(tmp_path: Path) -> None:
 def test_the_base_is_found_by_a_path_relative_to_the_adapter(tmp_path: Path) -> None:
     base, adapter = base_and_adapter(tmp_path)
     edit(adapter / "adapter_config.json", base_model_name_or_path="../base")
-    edit(adapter / saved_record.FILE, base={"name": None, "path": "/nowhere", "fingerprint": None})
+    saved_record.write(adapter, saved_record.read(adapter) | {"base": {"name": None, "path": "/nowhere", "fingerprint": None}})
     assert locate(adapter).base == base.resolve()
     shutil.rmtree(base)
     with pytest.raises(ModelError, match="is not on this machine"):
@@ -213,6 +214,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
 def test_a_dropped_adapter_key_is_named(adapter: Path) -> None:
     change_weights(adapter / "adapter_model.safetensors", lambda weights: [weights.pop(KEY)])
+    saved_files.accept(adapter)
     with pytest.raises(ModelError, match=f"missing: {KEY}"):
         load(adapter)
 
@@ -220,6 +222,7 @@ def test_a_dropped_adapter_key_is_named(adapter: Path) -> None:
 @pytest.mark.parametrize("renamed", [KEY.replace("q_proj", "q_prj"), KEY.replace(".weight", ".default.weight")])
 def test_a_renamed_adapter_key_is_named(renamed: str, adapter: Path) -> None:
     change_weights(adapter / "adapter_model.safetensors", lambda weights: weights.update({renamed: weights.pop(KEY)}))
+    saved_files.accept(adapter)
     with pytest.raises(ModelError, match=f"missing: {KEY}"):
         load(adapter)
 
@@ -251,4 +254,5 @@ def test_the_tokenizer_of_the_base_serves_an_adapter_without_one(adapter: Path) 
     for file in adapter.glob("*token*"):
         file.unlink()
     (adapter / "chat_template.jinja").unlink(missing_ok=True)
+    saved_files.accept(adapter)
     assert load_tokenizer(locate(adapter)).chat_template

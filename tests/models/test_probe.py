@@ -14,6 +14,7 @@ from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tunesmith import adaptations
 from tunesmith.errors import ModelError
 from tunesmith.models.find import record as saved_record
+from tunesmith.models.find import saved_files
 from tunesmith.models.load import probe
 from tunesmith.models.load.load import load, load_model, load_tokenizer, locate
 
@@ -45,7 +46,7 @@ def test_other_weights_fail_the_probe(tmp_path: Path) -> None:
     probe.write_probe(tmp_path, model, tokenizer)
     load(tmp_path)
     save_tiny("llama", tmp_path, seed=1)
-    with pytest.raises(ModelError, match=r"\*.safetensors changed since the model was saved"):
+    with pytest.raises(ModelError, match=r"model\.safetensors changed since the model was saved"):
         load(tmp_path)
     without(tmp_path, "files")
     with pytest.raises(ModelError, match="does not answer as it did"):
@@ -53,9 +54,9 @@ def test_other_weights_fail_the_probe(tmp_path: Path) -> None:
 
 
 def without(folder: Path, *keys: str) -> None:
-    """Take ``keys`` out of the folder's tunesmith.json; without ``files`` it is one of an earlier version."""
-    record = json.loads((folder / saved_record.FILE).read_text())
-    (folder / saved_record.FILE).write_text(json.dumps({key: record[key] for key in record if key not in keys}))
+    """Take ``keys`` out of the folder's tunesmith.json; without ``files`` nothing is hashed."""
+    record = saved_record.read(folder)
+    saved_record.write(folder, {key: record[key] for key in record if key not in keys})
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +94,18 @@ def test_a_config_that_was_edited_is_named_and_may_be_meant(tmp_path: Path) -> N
     (adapter / "README.md").write_text("an adapter")
     load(adapter)
     config.write_text(json.dumps(settings | {"lora_dropout": 0.5}))  # changes no answer
-    with pytest.raises(ModelError, match=r"(?s)adapter_config.json changed .* remove `files` and `probe` from tunesmith.json"):
+    with pytest.raises(ModelError, match=r"(?s)adapter_config.json changed .* type: tunesmith verify .* --accept"):
         load(adapter)
-    without(adapter, "files", "probe")
+    assert saved_files.accept(adapter)["base"] == saved_record.read(adapter)["base"] is not None
     load(adapter)
 
 
 def test_another_tokenizer_fails_the_probe(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     probe.write_probe(tmp_path, tiny_model("llama"), tiny_tokenizer("chatml"))
-    record = json.loads((tmp_path / saved_record.FILE).read_text())
+    record = saved_record.read(tmp_path)
     record["probe"]["answers"][0]["input_ids"][0] += 1
-    (tmp_path / saved_record.FILE).write_text(json.dumps(record))
+    saved_record.write(tmp_path, record)
     with pytest.raises(ModelError, match="the tokenizer turns"):
         load(tmp_path)
 

@@ -305,11 +305,10 @@ def test_rounding_of_a_head_in_half_precision_does_not_lock_the_model(tmp_path, 
     from tunesmith.models.find import record as saved_record
 
     outcome = tunesmith.train(recipe(tmp_path, "llama", "qa", max_steps=1, precision="bf16"), out=tmp_path / "run")
-    file = tmp_path / "run" / "model" / saved_record.FILE
-    record = json.loads(file.read_text())
+    record = saved_record.read(tmp_path / "run" / "model")
     record["probe"]["dtype"] = "bfloat16"
     record["probe"]["answers"][0]["logits"][0] += moved
-    file.write_text(json.dumps(record))
+    saved_record.write(tmp_path / "run" / "model", record)
     if opens:
         tunesmith.load(outcome["model_dir"])
     else:

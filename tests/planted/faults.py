@@ -377,10 +377,10 @@ FAULTS = [
     Fault(
         "changed-weights-accepted",
         "an adapter whose file changed since it was saved is refused",
-        "models/find/record.py",
-        "    if not saved:\n        return\n",
-        "    return\n",
-        "tests/models/test_probe.py tests/merge/test_damaged.py",
+        "models/find/saved_files.py",
+        "    return _hash(folder, name) == expected\n",
+        "    return True\n",
+        "tests/models/test_saved_files.py tests/models/test_probe.py tests/merge/test_damaged.py",
     ),
     Fault(
         "missing-weights-drawn",

@@ -1,6 +1,5 @@
 """A run that trains an adapter on: the keys that made the adapter are taken again, others are refused."""
 
-import json
 import shutil
 
 import pytest
@@ -9,6 +8,7 @@ import yaml
 import tunesmith
 from tests.runs import apart, recipe, weights
 from tunesmith.errors import RecipeError
+from tunesmith.models.find import record
 from tunesmith.train import reproduce
 
 KINDS = {
@@ -62,8 +62,7 @@ def test_a_run_goes_on_and_is_repeated_from_its_own_recipe(first, tmp_path):
 def test_an_adapter_without_a_record_is_compared_by_pefts_config(tmp_path):
     made = recipe(tmp_path, adaptation={"type": "lora", "r": 4, "init_lora_weights": "pissa"}, max_steps=1)
     outcome = tunesmith.train(made, out=tmp_path / "run")
-    file = tmp_path / "run" / "model" / "tunesmith.json"
-    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "adaptation"}))
+    record.write(tmp_path / "run" / "model", record.read(tmp_path / "run" / "model") | {"adaptation": None})
     further = {**made, "model": outcome["model_dir"], "adapter": "continue"}
     second = tunesmith.train({**further, "adaptation": "lora"}, out=tmp_path / "second")
     assert apart(weights(outcome["model_dir"]), weights(second["model_dir"])) > 0

@@ -38,6 +38,7 @@ VERBS = {
     "generate": ("tunesmith.cli.generate:generate", "Answer a prompt, or every prompt of a file."),
     "chat": ("tunesmith.cli.chat:chat", "Chat with a model."),
     "show": ("tunesmith.cli.show:show", "Describe a model folder without loading it."),
+    "verify": ("tunesmith.cli.verify:verify", "Compare the files of a model or a run with what was saved."),
     "merge": ("tunesmith.cli.merge:merge", "Merge a LoRA into its base model."),
     "adapters": ("tunesmith.cli.adapters:app", "List adapters, and combine several into one."),
     "models": ("tunesmith.cli.models:app", "List, pull and convert models."),

@@ -100,7 +100,7 @@ def combine(
     combined = {"method": method, "distance": distances[method], "parts": parts_record}
     with files.new_folder(target) as folder:
         rank = _write_adapter(folder, parts, chosen)
-        _write_json(folder / record.FILE, record.read(folder) | {"combined": combined}, indent=1)
+        record.write(folder, record.read(folder) | {"combined": combined})
     facts = {"path": str(target), "base": str(parts[0].base), "method": method, "r": rank}
     return {**facts, "parts": parts_record, "distances": distances}
 
@@ -143,7 +143,7 @@ def _write_adapter(folder: Path, parts: Sequence[Lora], layers: Mapping[str, Fac
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "adapter_config.json", config, indent=2, sort_keys=True)
     # ``load_model`` below reads the base and its quantisation from the record.
-    _write_json(folder / record.FILE, {"base": {"path": str(first.base)}, "quantization": first.quantization})
+    record.write(folder, {"base": {"path": str(first.base)}, "quantization": first.quantization})
     tokenizer = load.load_tokenizer(locate(first.folder))
     tokenizer.save_pretrained(folder)
     probe.write_probe(folder, load.load_model(locate(folder)), tokenizer)

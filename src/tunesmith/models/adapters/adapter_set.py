@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models.adapters import adapter_types
-from tunesmith.models.find import headers, record
+from tunesmith.models.find import headers, record, saved_files
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.load import load, probe, vocabulary
 
@@ -123,7 +123,8 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
     _check_layers(folders)
     several = Adapters(load.load_model(core), {BASE: load.load_tokenizer(core)}, BASE)
     for name, folder in folders.items():
-        several.model = load.attach_adapter(folder, several.model, False, name)
+        with saved_files.checking_weights(folder.path):
+            several.model = load.attach_adapter(folder, several.model, False, name)
         several.folders[name] = folder.path
         several.tokenizers[name] = load.load_tokenizer(folder)
     several.model.eval()

@@ -4,6 +4,7 @@
 - ``catalog``, ``model_store``, ``pull``: models known by name, where they are kept, how they are downloaded
 - ``headers``: safetensors headers and JSON files
 - ``record``: ``tunesmith.json``, saved next to weights: hashes, and an adapter's base model
+- ``saved_files``: files of a saved model, compared with their hashes
 - ``folder_summary``: facts about a model folder, for ``tunesmith show``
 - ``convert``, ``unpickle``: pickled weights to safetensors
 - ``layer_pruning``: a model made of some layers of another

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tunesmith.errors import ModelError
 from tunesmith.json_types import JsonObject
-from tunesmith.models.find import catalog, headers, model_store, record
+from tunesmith.models.find import catalog, headers, model_store, record, saved_files
 
 SETTINGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 """The files that may ask for code to be run."""
@@ -42,7 +42,8 @@ def locate(model: str | Path, remote_code: bool = False) -> Folder:
     """Find and check a model: a catalog name, a model folder, an adapter folder or a run folder.
 
     ``remote_code``: accept a model that brings Python code. Raises ModelError for an unknown name, a model
-    not pulled, missing or pickled weights, invalid JSON or safetensors headers, and a model with code.
+    not pulled, missing or pickled weights, invalid JSON or safetensors headers, a model with code, and a file
+    that changed since it was saved (weights are hashed when they are loaded).
     """
     name = str(model)
     stored = model_store.folder_of(name)
@@ -92,11 +93,13 @@ def _of_checkpoint(path: Path, remote_code: bool) -> Folder:
 
 def _check_folder(path: Path, run: Path | None, remote_code: bool) -> Folder:
     path = path.resolve()
+    saved_files.check_settings(path)
     if (path / "adapter_config.json").is_file():
         config = headers.read_json(path / "adapter_config.json")
         _refuse_code(config, path / "adapter_config.json", remote_code)
         _check_weights(path, "adapter_model")
         base = _find_base(path, config).resolve()
+        saved_files.check_settings(base)
         _check_full_model(base, remote_code)
         return Folder(path, "adapter", base, run, remote_code)
     if not (path / "config.json").is_file():

@@ -10,33 +10,40 @@ import json
 from pathlib import Path
 
 from tunesmith.errors import ModelError
-from tunesmith.files import sha256
+from tunesmith.files import replace_file, sha256
 from tunesmith.json_types import JsonObject
 from tunesmith.models.find import headers
 
 FILE = "tunesmith.json"
+
+FORMAT = 2
+"""Format 1 has no hash of itself, and hashes of the weights alone."""
+
 _SAMPLE_BYTES = 4096
 """Hashed at the start, the middle and the end of each tensor."""
 
 
-def fingerprint(folder: Path) -> str:
-    """Return a hash of a full model that does not depend on its sharding.
+def fingerprint(folder: Path, whole: bool = False) -> str:
+    """Return a hash of a full model's weights that does not depend on their sharding.
 
-    It covers name, dtype, shape and three samples of every tensor, 12 kB of each: it takes milliseconds.
+    It covers name, dtype and shape of every tensor, and three samples of it, 12 kB together: it takes
+    milliseconds. ``whole``: all bytes, which takes a second for each GB.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(headers.read_tensors(folder).items()):
         digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
         middle, last = tensor.size // 2 - _SAMPLE_BYTES // 2, tensor.size - _SAMPLE_BYTES
+        step = 2**20 if whole else _SAMPLE_BYTES
+        starts = range(0, tensor.size, step) if whole else (0, max(0, middle), max(0, last))
         with tensor.file.open("rb") as file:
-            for offset in (0, max(0, middle), max(0, last)):
+            for offset in starts:
                 file.seek(tensor.start + offset)
-                digest.update(file.read(min(_SAMPLE_BYTES, tensor.size - offset)))
+                digest.update(file.read(min(step, tensor.size - offset)))
     return digest.hexdigest()
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return a full model's fingerprint, or the sha256 of an adapter's weight files and config.
+    """Return what tells a model's weights: a full model's fingerprint, or an adapter's sha256 of weights and config.
 
     The config is hashed as JSON, so spaces do not count; nor does the base model's path, which may move.
     """
@@ -49,8 +56,29 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def read(folder: Path) -> JsonObject:
-    """Return the record of a folder; {} for a folder that tunesmith did not write."""
-    return headers.read_json_if_present(folder / FILE)
+    """Return the record of a folder; {} for a folder that tunesmith did not write.
+
+    Raises ModelError when it was changed: it has the sha256 of itself.
+    """
+    file = folder / FILE
+    written = headers.read_json_if_present(file)
+    if written and written.get("format") != 1 and written.get("sha256") != _hash(written):
+        raise ModelError(
+            f"{file} changed since it was written: its sha256 differs.\n"
+            f"  Copy the folder again. If you changed it on purpose, type: tunesmith verify {folder} --accept"
+        )
+    return written
+
+
+def write(folder: Path, facts: JsonObject) -> None:
+    """Write the record of a folder, with the sha256 of itself."""
+    facts = json.loads(json.dumps(facts)) | {"format": FORMAT}
+    replace_file(folder / FILE, json.dumps(facts | {"sha256": _hash(facts)}, indent=1).encode())
+
+
+def _hash(facts: JsonObject) -> str:
+    rest = {key: value for key, value in facts.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def head(folder: Path) -> JsonObject:
@@ -82,17 +110,4 @@ def check_base(adapter: Path, base: Path) -> None:
             f"{adapter} was trained on another model than {base}: the weights of {name} changed or come "
             "from another source.\n"
             "  Restore the model it was trained on (a catalog model: from the same source), or train again."
-        )
-
-
-def check_files(folder: Path) -> None:
-    """Raise ModelError when a weight file differs from the hash in the record."""
-    saved = read(folder).get("files")
-    if not saved:
-        return
-    now = file_hashes(folder)
-    if changed := sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name)):
-        raise ModelError(
-            f"{folder}: {', '.join(changed)} changed since the model was saved: the sha256 differs.\n"
-            f"  Copy the folder again. If you changed it on purpose, remove `files` and `probe` from {FILE}."
         )

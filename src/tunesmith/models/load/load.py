@@ -20,7 +20,7 @@ from tunesmith.errors import ModelError, UserError
 from tunesmith.hub import ask
 from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import adapter_types
-from tunesmith.models.find import headers, record
+from tunesmith.models.find import headers, record, saved_files
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import dequantized_linear, head_loading, probe, quantization, vocabulary
@@ -145,36 +145,45 @@ def load_model(
 
     A base model that was quantised while the adapter was trained is quantised again; an adapter is merged
     into its de-quantised weights. Raises ModelError naming every tensor that is missing, unexpected or of
-    another shape, and when the base is not the model that the adapter was trained on.
+    another shape, when the base is not the model that the adapter was trained on, and when a file has changed
+    since it was saved (``saved_files``).
     """
     quiet()
-    import torch
-
     wanted = dtype or checkpoint_dtype(folder.network)
     head = head or head_of(folder)
-    if folder.kind != "adapter" or adapter == "ignore":
+    with saved_files.checking_weights(folder.path, folder.base):
+        if folder.kind == "adapter" and adapter != "ignore":
+            if head_config is None:
+                head_config = record.head(folder.path).get("config")
+            load_base = partial(_load_full, folder, head, head_config)
+            return _load_adapted(folder, load_base, wanted, adapter, trainable, load_kwargs).eval()
         model = _load_full(folder, head, head_config, wanted, load_kwargs)
-        for parameter in model.parameters():
-            parameter.requires_grad_(trainable and parameter.is_floating_point())
-        return model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(trainable and parameter.is_floating_point())
+    return model.eval()
+
+
+def _load_adapted(
+    folder: Folder, load_base: Callable[[torch.dtype, dict[str, object]], PreTrainedModel], dtype: torch.dtype,
+    adapter: Literal["attach", "ignore", "merge"], trainable: bool, load_kwargs: dict[str, object],
+) -> PreTrainedModel:  # fmt: skip
+    import torch
+
     record.check_base(folder.path, folder.network)
-    if head_config is None:
-        head_config = record.head(folder.path).get("config")
-    load_base = partial(_load_full, folder, head, head_config)
     quantized = quantization.kwargs_from_record(record.read(folder.path).get("quantization"))
     if adapter == "merge":
         model = load_base(torch.float32, load_kwargs)
         if quantized:
             quantization.write_dequantized(model, load_base(torch.float32, load_kwargs | quantized))
     else:
-        model = load_base(wanted, quantized | load_kwargs)
+        model = load_base(dtype, quantized | load_kwargs)
     training = trainable and adapter == "attach"
     model = attach_adapter(folder, model, training)
     if not training:
         vocabulary.write_rows(model)
     if adapter == "merge":
-        model = merge_into_base(model).to(wanted).requires_grad_(trainable)
-    return model.eval()
+        model = merge_into_base(model).to(dtype).requires_grad_(trainable)
+    return model
 
 
 def checkpoint_dtype(path: Path) -> torch.dtype:

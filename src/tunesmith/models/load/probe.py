@@ -8,15 +8,13 @@ are errors. Logits alone would not do: in bf16 an adapter of zeros is within rou
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import ModelError
-from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
-from tunesmith.models.find import catalog, model_store, record
+from tunesmith.models.find import catalog, model_store, record, saved_files
 from tunesmith.models.load import finite, head_loading, quantization
 from tunesmith.models.network import is_peft
 
@@ -52,15 +50,15 @@ def write_probe(
             "path": str(path),
             "relative": os.path.relpath(path, folder),  # finds the base when both were moved together
             "fingerprint": record.fingerprint(path) if path.is_dir() else None,
+            "content": saved_files.content_of(path) if path.is_dir() else None,
         }
     packages = ("tunesmith", "torch", "transformers", "peft")
     written = {
-        "format": 1,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "base": base,
         "quantization": quantization.record(model),
         "head": head_loading.head_record(model) if base else None,
-        "files": record.file_hashes(folder),
+        "files": saved_files.hash_files(folder),
         "adaptation": made,
         "trained": trained,
         "probe": {
@@ -68,17 +66,16 @@ def write_probe(
             "answers": [_largest_logits(model, tokenizer, text) for text in PROMPTS],
         },
     }
-    replace_file(folder / record.FILE, json.dumps(written, indent=1).encode())
+    record.write(folder, written)
 
 
 def verify_probe(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float | None:
     """Return the largest difference of a logit from the recorded one, None for a folder without record.
 
-    Raises ModelError when a file has changed, when the tokenizer returns other ids, or when a logit differs
-    by more than rounding explains: 0.2% of the largest one where both are fp32, else 5%. A task head may
+    Raises ModelError when the tokenizer returns other ids, or when a logit differs by more than rounding
+    explains: 0.2% of the largest one where both are fp32, else 5%. A task head may
     differ by 20%: its few numbers are small differences of large ones (7% was measured, 30 layers in bf16).
     """
-    record.check_files(folder)
     saved = record.read(folder).get("probe")
     if not saved:
         return None
