@@ -1,10 +1,16 @@
 #!/usr/bin/env python
-"""Kill a run at random moments, resume it each time, and compare what comes out with an undisturbed run, bit for bit.
+"""Kill a run at 300 points of its work on the disk, resume it each time, and compare it with an undisturbed run, bit for bit.
 
-    python benchmarks/kills.py --kills 20 --rows 64 --model smollm2-135m
+    python benchmarks/kills.py --points 300 --out kills.json
 
-The kill is SIGKILL of the real process, anywhere: while it loads, trains, evaluates or writes a checkpoint. Weights, optimiser,
-metrics (all but the timing keys) and samples must be those of a run that nobody touched.
+Each point is an operation on the run folder: a file is opened, synced, renamed or removed, a folder is made or removed. The process
+ends there by SIGKILL; in every fifth point the kernel ends it within a write, with half of a file on the disk. Then the run is
+resumed. Tensors of the last checkpoint and of the model, metrics (all but the timing keys), samples and the names of all files
+must be those of the undisturbed run. A tiny model is trained, so that a point takes a second.
+
+The result counts the points: ``exact`` (resumed and equal), ``refused`` (nothing had begun: ``--resume`` says so, and the same
+command without it is exact), ``late`` (the run ended first) and ``lost`` (anything else, with what differs). The exit code is 1
+when something was lost.
 """
 
 from __future__ import annotations
@@ -12,96 +18,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-SHARED = Path(os.environ.get("TUNESMITH_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests import kill_points
 
 
-def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tunesmith", "train", str(recipe), "--out", str(out), "--json"]
-    if (out / "recipe.yaml").exists():
-        command.append("--resume")
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, said = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"a run failed with exit code {process.returncode}:\n{said[-3000:]}")
-
-
-def differences(one: Path, other: Path) -> list[str]:
-    """What is not the same in two run folders."""
-    import torch
-    from safetensors.torch import load_file
-
-    from tunesmith.runs import metrics_file
-    from tunesmith.train import checkpoint
-
-    def history(run: Path) -> list[dict]:
-        return [
-            {k: v for k, v in line.items() if k not in metrics_file.TIMING_KEYS}
-            for line in metrics_file.read(run / "metrics.jsonl")
-        ]
-
-    found = [] if history(one) == history(other) else ["metrics"]
-    found += [] if (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text() else ["samples"]
-    last = max(checkpoint.steps(one / "checkpoints"))
-    files = [
-        f"checkpoints/step-{last}/state.safetensors",
-        *(f"model/{file.name}" for file in (one / "model").glob("*.safetensors")),
-    ]
-    for name in files:
-        ours, theirs = load_file(one / name), load_file(other / name)
-        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
-            found.append(name)
-    return found
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data", type=Path, default=SHARED / "data" / "alpaca_en_demo.json")
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    drawn = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        recipe = folder / "recipe.yaml"
-        settings = {
-            "model": options.model,
-            "objective": "sft",
-            "adaptation": {"type": "lora", "r": 8, "lora_alpha": 16, "lora_dropout": 0.05},
-            "data": {"train": [{"path": str(options.data), "limit": options.rows}], "eval": {"fraction": 0.05}},
-            "train": {"batch_size": 2, "save_steps": 1, "eval_steps": 5},
-            "samples": {"count": 1, "max_new_tokens": 8},
-        }
-        recipe.write_text(json.dumps(settings))
-        began = time.monotonic()
-        finish(start(recipe, folder / "straight"))
-        whole = time.monotonic() - began
-        kills = 0
-        while kills < options.kills:
-            process = start(recipe, folder / "killed")
-            time.sleep(drawn.uniform(0.05, 0.35) * whole)
-            if process.poll() is None:
-                process.kill()
-                kills += 1
-            process.communicate()
-            if process.returncode == 0:
-                break
-        finish(start(recipe, folder / "killed"))
-        found = differences(folder / "straight", folder / "killed")
-    print(json.dumps({"kills": kills, "seconds_of_the_undisturbed_run": round(whole, 1), "differences": found}))
-    sys.exit(bool(found))
+    parser.add_argument("--points", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0, help="of the writes that are cut")
+    parser.add_argument("--out", type=Path, help="also write the result to this file")
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="kills-") as name:
+        result = kill_points.run(options.points, Path(name), options.seed, lambda line: print(line, file=sys.stderr))
+    result["seconds"] = round(time.monotonic() - began, 1)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+    return int(bool(result["lost"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ from tunesmith import files
 from tunesmith.data.data_config import Source
 from tunesmith.data.read import hub_set
 from tunesmith.data.store import cache
-from tunesmith.errors import DiskFullError, UserError
+from tunesmith.errors import DiskError, DiskFullError, UserError
 from tunesmith.models.fast import kernels
 from tunesmith.models.find import model_store
 
@@ -108,6 +108,23 @@ def test_a_full_disk_is_named_and_leaves_the_old_one(raised, number, tmp_path):
     with pytest.raises(DiskFullError, match=r"no room left to write .*model"):
         files.publish_folder(target, full, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["model"] and (target / "sub" / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("call", ["mkdir", "rename"])
+def test_a_disk_that_breaks_is_named(call, number, tmp_path, monkeypatch):
+    """It may take the files and refuse the folder, or its last name."""
+
+    def broken(*args, **kwargs):
+        raise OSError(number, "broken")
+
+    files.publish_folder(tmp_path / "model", fill, 0)
+    monkeypatch.setattr(Path, call, broken)
+    with pytest.raises(DiskError, match=rf"model cannot be written: {os.strerror(number)}") as caught:
+        files.publish_folder(tmp_path / "model", fill, 0)
+    assert caught.value.exit_code == 3
+    monkeypatch.undo()
+    assert (tmp_path / "model" / "sub" / "a").read_text() == "new"
 
 
 def test_other_errors_stay_themselves_and_leave_nothing(tmp_path):

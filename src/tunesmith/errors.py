@@ -56,7 +56,11 @@ class GradientOverflowError(StoppedError):
     """fp16 gradients overflowed at every loss scale; no update was applied."""
 
 
-class DiskFullError(StoppedError):
+class DiskError(StoppedError):
+    """The disk takes no more data: it became read-only, or it is broken; the last checkpoint is kept."""
+
+
+class DiskFullError(DiskError):
     """The disk has no room for a file; the last checkpoint is kept."""
 
 

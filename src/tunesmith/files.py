@@ -18,13 +18,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tunesmith.errors import DiskFullError, UserError
+from tunesmith.errors import DiskError, DiskFullError, UserError
 
 MARGIN_BYTES = 64 * 2**20
 """``publish_folder`` keeps this many bytes free in addition to the size of the folder."""
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-"""Error numbers of a full disk, an exhausted quota and a file-size limit."""
+"""Error numbers of a full disk, an exhausted quota and a file-size limit (whose signal Python ignores)."""
+
+BROKEN = frozenset((errno.EROFS, errno.EIO))
+"""Error numbers of a disk that became read-only, as systems make it after an error, and of a broken one."""
 
 
 def home() -> Path:
@@ -60,11 +63,16 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
-    """Raise DiskFullError naming ``path`` when the disk fills up in this block."""
+    """Raise DiskFullError naming ``path`` when the disk fills up in this block, DiskError when it breaks."""
     try:
         yield
     except Exception as error:
         number = _error_number(error)
+        if number in BROKEN:
+            raise DiskError(
+                f"{path} cannot be written: {os.strerror(number)}. Everything saved before is kept.\n"
+                "  Look at the disk, then type the same command again; add --resume to continue a training run."
+            ) from None
         if number not in FULL:
             raise
         raise DiskFullError(
@@ -92,10 +100,11 @@ def publish_file(target: Path) -> Iterator[Path]:
         with naming_full_disk(target):
             yield temporary
             sync(temporary)
-        temporary.replace(target)
-        sync(target.parent)
+            temporary.replace(target)
+            sync(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that became read-only
+            temporary.unlink(missing_ok=True)
 
 
 def replace_file(target: Path, content: bytes) -> None:
@@ -138,7 +147,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises UserError if the folder cannot be made, DiskFullError when the disk fills up.
     """
     make_folder(target.parent)
-    folder = temporary_folder(target)
+    with naming_full_disk(target):
+        folder = temporary_folder(target)
     try:
         with naming_full_disk(target):
             yield folder
@@ -153,7 +163,8 @@ def publish_folder(target: Path, write: Callable[[Path], None], needed_bytes: in
     Raises DiskFullError when the disk fills up, or has less than ``needed_bytes`` + ``MARGIN_BYTES`` free.
     The old folder then stays.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with naming_full_disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     free = free_disk_bytes(target.parent)
     if free < needed_bytes + MARGIN_BYTES:
         raise DiskFullError(
@@ -194,7 +205,7 @@ def recover(target: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Rename a folder and then remove it, so that no reader finds it half removed."""
     hidden = _temporary_path(folder)
-    with suppress(FileNotFoundError):  # another process removed it
+    with suppress(FileNotFoundError), naming_full_disk(folder):  # another process removed it
         folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tunesmith import files
 from tunesmith.cli import options
 from tunesmith.cli.output import console, json_line, print_result, print_stderr
 from tunesmith.cli.predict import check_new_file
@@ -77,8 +78,8 @@ def generate(
         )  # fmt: skip
     rows = [_answered(one, answer) for one, answer in zip(asked, answers, strict=True)]
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(map(json_line, rows)), encoding="utf-8")
+        files.make_folder(out.parent)
+        files.replace_file(out, "".join(map(json_line, rows)).encode())
         print_stderr(f"{len(rows)} answers written to {out}")
     facts = {"model": model, "settings": settings, "answers": rows, "out": str(out) if out else None}
     print_result(facts, as_json, lambda _: None if out else _answers(rows))

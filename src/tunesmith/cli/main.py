@@ -142,10 +142,13 @@ def _bug_report(error: Exception, debug: bool) -> Exception:
         traceback.print_exc()
     else:
         details = f"tunesmith {__version__}, Python {sys.version}, {sys.platform}\n{sys.argv}\n\n"
-        handle, path = tempfile.mkstemp(prefix="tunesmith-bug-", suffix=".txt", text=True)
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(details + traceback.format_exc())
-        where = f"in {path}"
+        try:
+            handle, path = tempfile.mkstemp(prefix="tunesmith-bug-", suffix=".txt", text=True)
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(details + traceback.format_exc())
+            where = f"in {path}"
+        except OSError as full:
+            where = f"(no file could be written for it: {full.strerror})"
     return RuntimeError(
         f"{type(error).__name__}: {error}\n  This is a bug in tunesmith. Please report it with the traceback {where}, "
         "the command line and the recipe (TUNESMITH_DEBUG=1 shows tracebacks)."

@@ -75,6 +75,10 @@ class RunFolder:
         if not file.exists() or file.read_bytes() != content:
             files.replace_file(file, content)
         self.made = False
+        self.recover()
+
+    def recover(self) -> None:
+        """Finish what a kill interrupted: the replacement of model/, the removal of temporary files."""
         files.recover(self.model)
         if self.checkpoints.exists():
             files.recover(self.checkpoints / "step-0")

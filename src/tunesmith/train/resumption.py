@@ -64,7 +64,8 @@ def finished_result(
         "the run is finished already: there are no steps left to train, and its files stay unchanged. "
         + run_folders.train_further(run_folder.path)
     )
-    # a kill or a full disk came before the report
-    if distributed.state().is_main_process and not run_page.is_current(run_folder.path):
-        run_page.write_report(run_folder.path)
+    if distributed.state().is_main_process:
+        run_folder.recover()
+        if not run_page.is_current(run_folder.path):  # a kill or a full disk came before the report
+            run_page.write_report(run_folder.path)
     return result

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith import recipe as recipes
 from tunesmith.errors import (
-    DiskFullError,
+    DiskError,
     GradientOverflowError,
     Interrupted,
     NonFiniteError,
@@ -285,7 +285,7 @@ def _recorded_failure(run: Run) -> Iterator[None]:
     except TunesmithError as error:
         run.trackers.close()
         if run.main:
-            with suppress(DiskFullError):  # the first error is the one to report
+            with suppress(DiskError):  # the first error is the one to report
                 run.folder.record(notes=outcome.notes(run), stopped=f"{type(error).__name__}: {error}")
                 run_page.write_report(run.folder.path)
         if isinstance(error, NonFiniteError | GradientOverflowError | Interrupted):

@@ -163,10 +163,15 @@ def save(run: Run, position: Progression) -> None:
         checkpoint.save(checkpoints, position.step, tensors, json.loads(json.dumps(state, default=str)))
         if "first_checkpoint" not in run.folder.manifest():
             run.folder.record(first_checkpoint=position.step)
-        best = {position.best_step} if position.best_step is not None else set()
-        checkpoint.rotate(checkpoints, run.setup.recipe.train.save_total_limit, best)
+        _rotate(run, position)
         run.progress.doing(None)
     distributed.wait()
+
+
+def _rotate(run: Run, position: Progression) -> None:
+    """Remove the oldest checkpoints beyond the limit."""
+    best = {position.best_step} if position.best_step is not None else set()
+    checkpoint.rotate(run.folder.checkpoints, run.setup.recipe.train.save_total_limit, best)
 
 
 def restore(run: Run, step: int | None) -> Progression:
@@ -201,6 +206,8 @@ def restore(run: Run, step: int | None) -> Progression:
         torch.cuda.set_rng_state(tensors["random.cuda"], run.setup.device)
     _note_changes(run, state)
     _rewind(run, position.step)
+    if run.main:  # a kill may have come between a save and the removal of the oldest checkpoint
+        _rotate(run, position)
     run.progress.note(f"resumed after step {position.step}")
     return position
 

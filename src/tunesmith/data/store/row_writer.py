@@ -8,7 +8,8 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tunesmith.errors import UserError
+from tunesmith import files
+from tunesmith.errors import DiskError, UserError
 from tunesmith.json_types import JsonObject
 
 
@@ -33,16 +34,21 @@ def check_free(path: Path, option: str = "--out") -> None:
 
 
 def write(rows: Iterable[JsonObject], path: Path, option: str = "--out") -> str:
-    """Write the rows into the new file ``path``, whole or not at all. Returns the sha256 of its bytes."""
+    """Write the rows into the new file ``path``, whole or not at all. Returns the sha256 of its bytes.
+
+    Raises UserError, and DiskFullError when the disk fills up.
+    """
     content = b"".join(lines(rows))
     try:
-        with path.open("xb") as file:
+        with files.naming_full_disk(path), path.open("xb") as file:
             file.write(content)
     except FileExistsError:
         check_free(path, option)
-    except OSError as error:
+    except (OSError, DiskError) as error:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+        if isinstance(error, DiskError):
+            raise
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
     return hashlib.sha256(content).hexdigest()
 

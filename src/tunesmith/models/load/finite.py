@@ -29,9 +29,9 @@ def count_non_finite(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     if not floats:
         return {}
     # the largest magnitude is NaN where a value is
-    largest = [torch.linalg.vector_norm(one, math.inf).float() for one in floats.values()]
-    finite = torch.stack([one.to(largest[0].device) for one in largest]).isfinite().tolist()
-    bad = [name for name, is_finite in zip(floats, finite, strict=True) if not is_finite]
+    are_finite = [torch.linalg.vector_norm(one, math.inf).isfinite() for one in floats.values()]
+    flags = torch.stack([one.to(are_finite[0].device) for one in are_finite]).tolist()
+    bad = [name for name, is_finite in zip(floats, flags, strict=True) if not is_finite]
     return {name: int((~floats[name].isfinite()).sum()) for name in bad}
 
 
