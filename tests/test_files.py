@@ -127,6 +127,21 @@ def test_a_disk_that_breaks_is_named(call, number, tmp_path, monkeypatch):
     assert (tmp_path / "model" / "sub" / "a").read_text() == "new"
 
 
+def test_the_old_folder_is_back_where_the_new_one_gets_no_name(tmp_path, monkeypatch):
+    files.publish_folder(tmp_path / "model", fill, 0)
+    rename = Path.rename
+
+    def full(path, to):
+        if path.name.endswith(".tmp"):
+            raise OSError(errno.ENOSPC, "no room for a name")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(DiskFullError):
+        files.publish_folder(tmp_path / "model", lambda folder: None, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and (tmp_path / "model" / "sub" / "a").read_text() == "new"
+
+
 def test_other_errors_stay_themselves_and_leave_nothing(tmp_path):
     def broken(folder):
         (folder / "half").write_text("x")

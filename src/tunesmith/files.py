@@ -184,7 +184,12 @@ def install_folder(folder: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
     sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
