@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from tests.data.zoo import ZOO
 from tests.tiny import tiny_tokenizer
 from tunesmith.data.encode.conversations import encode, find_omitted_text, prompt_ids, stop_ids
-from tunesmith.data.encode.templates import TEMPLATES, Renderer, apply_template
+from tunesmith.data.encode.templates import TEMPLATES, Renderer, apply_template, special_tokens
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, PromptCompletion, Text
 from tunesmith.errors import DataError
@@ -268,6 +270,21 @@ def test_a_special_token_written_by_the_assistant_is_no_stop():
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "write <|im_end|> to stop"}]
     (text,) = supervised_texts(encode_one(Chat(tuple(messages)), tokenizer), tokenizer)
     assert text == "write <|im_end|> to stop<|im_end|>"
+
+
+@pytest.mark.parametrize("more", [[], [{"role": "user", "content": "q"}, {"role": "assistant", "content": "fin"}]])
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "gemma"])
+def test_without_a_generation_prompt_an_answer_of_special_tokens_is_stopped(name, more):
+    """The header of the turn begins as the answer does; the stop comes after the answer all the same."""
+    style, tokenizer = ZOO[name], ZOO[name].tokenizer()
+    template = re.sub(r"\{%-? if add_generation_prompt %\}.*?\{% endif %\}", "", tokenizer.chat_template, flags=re.DOTALL)
+    tokenizer.chat_template = template
+    for token in special_tokens(tokenizer):
+        for answer in (token, f"yes {token}"):
+            row = Chat(({"role": "user", "content": "x"}, {"role": "assistant", "content": answer}, *more))
+            texts = supervised_texts(encode_one(row, tokenizer, train_on="assistant"), tokenizer)
+            assert len(texts) == 1 + bool(more)
+            assert texts[0].endswith(style.stop) and texts[0].count(style.stop) == 1 + answer.count(style.stop), texts
 
 
 SEAMS = [

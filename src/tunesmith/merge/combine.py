@@ -23,6 +23,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import adapter_types
 from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import locate
+from tunesmith.models.generate import decode
 from tunesmith.models.load import load, probe, vocabulary
 
 METHODS = ("cat", "svd", "linear")
@@ -146,7 +147,9 @@ def _write_adapter(folder: Path, parts: Sequence[Lora], layers: Mapping[str, Fac
     record.write(folder, {"base": {"path": str(first.base)}, "quantization": first.quantization})
     tokenizer = load.load_tokenizer(locate(first.folder))
     tokenizer.save_pretrained(folder)
-    probe.write_probe(folder, load.load_model(locate(folder)), tokenizer)
+    model = load.load_model(locate(folder))
+    decode.save_stop_ids(folder, model, tokenizer)
+    probe.write_probe(folder, model, tokenizer)
     return rank
 
 

@@ -13,6 +13,7 @@ from tunesmith.errors import ModelError, UserError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.find import record
 from tunesmith.models.find.locate import Folder, locate
+from tunesmith.models.generate import decode
 from tunesmith.models.load import load, probe
 from tunesmith.models.load import quantization as quantized
 
@@ -36,7 +37,7 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> JsonObj
 
     The sum is computed in fp32 (a 4-bit or 8-bit base is de-quantised first) and saved in ``dtype`` (auto =
     the base's, float32, bfloat16, float16), with the adapter's tokenizer and chat template and the base's
-    generation config. Tied embeddings stay tied unless the adapter changed one of them. Adapter and merged
+    generation config with every stop id. Tied embeddings stay tied unless the adapter changed one of them. Adapter and merged
     model are compared at every token of the probe: in fp32 before anything is written, and as saved before
     the folder gets its name.
 
@@ -133,6 +134,7 @@ def write(folded: FoldedAdapter, folder: Path) -> tuple[PreTrainedModel, float, 
     """
     folded.model.save_pretrained(folder)
     folded.tokenizer.save_pretrained(folder)
+    decode.save_stop_ids(folder, folded.model, folded.tokenizer)
     trained = record.trained(folded.source.path)
     probe.write_probe(folder, folded.model, folded.tokenizer, trained=trained or None)
     reloaded = load.load_model(locate(folder, folded.source.remote_code))

@@ -61,7 +61,7 @@ def find_span(render: Renderer, row: Chat, full: str, turn: int) -> Span:
                 raise _unclear(turn)
             moved, shared = end - close, close + _common(alone[close:], full[end:])
         return _closed_at_end(render, alone, start, shared, last, whole, moved, turn)
-    end = None if start is None else _content_end(full, start, shared, core)
+    end = None if start is None else _content_end(full, start, shared, core, render.opens_answers)
     if end is None:
         begin, end = _marked(render, row, turn, full)
         start = begin if start is None else start
@@ -145,13 +145,17 @@ def _prompt_length(render: Renderer, row: Chat, turn: int, full: str, shared: in
     return len(prompt) if full.startswith(prompt) and len(prompt) <= shared else None
 
 
-def _content_end(full: str, start: int, shared: int, core: str) -> int | None:
-    """Return where the content ends; None if it is not there, or there more than once."""
+def _content_end(full: str, start: int, shared: int, core: str, opened: bool) -> int | None:
+    """Return where the content ends; None if it is not there, or there more than once.
+
+    ``opened``: the generation prompt, which ends at ``start``, has opened the turn. Else its header follows,
+    and may begin as the content does.
+    """
     begin = start
     while begin < len(full) and full[begin].isspace():
         begin += 1
     if full.startswith(core, begin):
-        return begin + len(core)
+        return begin + len(core) if opened or full.find(core, begin + 1) < 0 else None
     first = full.find(core, start, shared)
     return first + len(core) if first >= 0 and full.find(core, first + 1, shared) < 0 else None
 

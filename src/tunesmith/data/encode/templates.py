@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -250,6 +251,14 @@ class Renderer:
         self.eos: str | None = tokenizer.eos_token
         self.specials = special_tokens(tokenizer)
         self.before = tuple(special_ends(tokenizer)[0])
+
+    @cached_property
+    def opens_answers(self) -> bool:
+        """True if the template has a generation prompt."""
+        try:
+            return self(PROBE[:1], ()) != self(PROBE[:1], (), prompt=True)
+        except RENDER_ERRORS:
+            return True
 
     def __call__(self, messages: Sequence[Message], tools: Sequence[JsonObject], prompt: bool = False) -> str:
         """Render turns by the chat template. ``prompt``: add its generation prompt."""
