@@ -47,10 +47,6 @@ _OLD_BUFFERS = (
 """Constants that old checkpoints hold and today's classes compute."""
 
 
-_LOADING_ARGUMENTS = ("is_local", "local_files_only")
-"""How a tokenizer was loaded. transformers would save it in tokenizer_config.json."""
-
-
 def quiet() -> None:
     """Keep this process off the network and library messages off the screen. Call it before loading a model.
 
@@ -105,11 +101,8 @@ def load_tokenizer(folder: Folder) -> PreTrainedTokenizerBase:
 
     own = any((folder.path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
     source = folder.path if own else folder.network
-    load_saved = AutoTokenizer.from_pretrained
-    tokenizer = _call(folder.path, load_saved, source, local_files_only=True, **_trust(folder))
-    for name in _LOADING_ARGUMENTS:
-        tokenizer.init_kwargs.pop(name, None)
-    return tokenizer
+    options = dict(local_files_only=True, **_trust(folder))
+    return vocabulary.forget_loading(_call(folder.path, AutoTokenizer.from_pretrained, source, **options))
 
 
 def empty_model(folder: Folder, config: PretrainedConfig, head: str = "lm") -> PreTrainedModel:

@@ -62,6 +62,13 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> New
     return new
 
 
+def forget_loading(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return ``tokenizer`` without the arguments it was loaded with: transformers would save them."""
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
+
+
 def grow(model: PreTrainedModel, new: NewTokens) -> list[int]:
     """Give ``model`` a row for each new token, in place, as the mean of its known rows. Returns the new rows.
 
