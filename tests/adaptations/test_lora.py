@@ -8,10 +8,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tunesmith
 from tests.runs import apart, history, killed_before, recipe, weights
-from tests.tiny import TINY, tiny_config, tiny_model
+from tests.tiny import ENCODER, SMALL, TINY, tiny_config, tiny_model
 from tunesmith.adaptations import lora
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import lora_factors, lora_init
@@ -43,6 +44,40 @@ def steps(model, count, rate=1e-2):
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "left_out"),
+    [
+        ("qwen2_moe", {"shared_expert_intermediate_size": 32}, "mlp.shared_expert_gate (32 x 1 is narrower than r = 8)"),
+        ("phimoe", {"num_local_experts": 8}, "mlp.router (it chooses the experts)"),
+        ("mamba", {"state_size": 16, "time_step_rank": 8}, "mixer.out_proj (a kernel reads its weight alone)"),
+    ],
+)
+def test_by_default_gates_routers_and_kernel_weights_get_no_lora(name, changes, left_out):
+    """One small gate of each layer once refused the whole run."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SMALL, **experts, **changes}))
+    end = left_out.split()[0]
+    adaptation = lora.Adaptation(lora.Config())
+    model = adaptation.apply(model, "lm")
+    adapted = {one.partition(".lora_A")[0] for one, _ in model.named_modules() if one.endswith(".lora_A")}
+    assert adapted and not any(one.endswith(end) for one in adapted)
+    assert adaptation.notes[0].startswith("no LoRA on 2 linear layers: ") and left_out in adaptation.notes[0]
+
+
+def test_a_rank_above_the_width_of_ordinary_layers_is_still_an_error():
+    with pytest.raises(RecipeError, match="the rank 24 is above the size of .*k_proj"):
+        adapted(tiny_model("llama"), r=24)
+
+
+def test_a_model_without_linear_layers_has_nothing_to_add_a_lora_to():
+    with torch.device("meta"):
+        config = AutoConfig.for_model("squeezebert", **ENCODER, embedding_size=32)
+        model = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(RecipeError, match="adds to linear layers, and this model has none besides classifier"):
+        lora.Adaptation(lora.Config()).apply(model, "score")
 
 
 @pytest.mark.parametrize("start", STARTS)

@@ -14,6 +14,8 @@ from tests.tiny import ENCODER, encoder_tokenizer
 from tunesmith.cli.main import main
 from tunesmith.data.batch import pack
 from tunesmith.data.batch.pack import PADDED
+from tunesmith.errors import ModelError
+from tunesmith.models import network
 from tunesmith.models.heads import head_types, noise, task_heads
 from tunesmith.models.network import pooling
 
@@ -98,6 +100,18 @@ def test_what_attention_drops_is_off_and_the_rest_is_drawn_by_row(name):
     network.train()
     once, again = (network(input_ids=ids, attention_mask=mask).logits for _ in range(2))
     assert once.equal(again) and not once.equal(network.eval()(input_ids=ids, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("kind", ["lm", "score"])
+@pytest.mark.parametrize("name", ["bart", "t5", "marian", "pegasus"])
+def test_an_encoder_decoder_is_called_one(name, kind):
+    with pytest.raises(ModelError, match=rf"{name} is an encoder-decoder: (?s:.*)Take a decoder .*, or an encoder"):
+        head_types.require_class(AutoConfig.for_model(name), kind)
+
+
+@pytest.mark.parametrize("name", ["canine", "lilt", "markuplm"])
+def test_an_encoder_without_a_masked_language_model_is_no_decoder(name):
+    assert not network.is_causal(AutoConfig.for_model(name))
 
 
 @pytest.mark.parametrize("name", REFUSED)

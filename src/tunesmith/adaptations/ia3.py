@@ -16,7 +16,7 @@ from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.models.adapters import linear_layers
 from tunesmith.models.heads import head_types
-from tunesmith.models.load import vocabulary
+from tunesmith.models.load import module_patterns, vocabulary
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,8 +51,8 @@ class Adaptation(adaptations.Adaptation):
         outer, inner = find_layers(model)
         config = IA3Config(
             task_type=head_types.TASK[head],
-            target_modules=_pattern([*outer, *inner]),
-            feedforward_modules=_pattern(inner),
+            target_modules=module_patterns.in_any_layer([*outer, *inner]),
+            feedforward_modules=module_patterns.in_any_layer(inner),
             modules_to_save=head_types.new_parts(model, head) or None,
             fan_in_fan_out=linear_layers.stores_transposed(model),
         )
@@ -107,8 +107,3 @@ def _linear_layers(block: str, layer: nn.Module) -> dict[str, nn.Module]:
 def _narrows(layer: nn.Module) -> bool:
     inputs, outputs = linear_layers.widths(layer)
     return inputs > outputs
-
-
-def _pattern(names: Sequence[str]) -> str:
-    """A regular expression that matches exactly ``names``, with any layer number."""
-    return "|".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names))

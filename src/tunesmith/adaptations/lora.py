@@ -7,6 +7,7 @@ Where A and B start from the base model's weights, those weights still stay unch
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ UNSUPPORTED_INITS = {
     "false": "its update starts as random numbers, for peft's own tests",
 }
 """Values of peft's ``init_lora_weights`` that are refused, with the reason."""
+
+NARROW_SHARE = 0.05
+"""Layers narrower than r are left out where they hold at most this share of the weights of all linear layers."""
 
 
 class Config(adaptations.Config):
@@ -182,6 +186,10 @@ class Adaptation(adaptations.Adaptation):
             ensure_weight_tying=adaptations.keeps_weights_tied(model, modules_to_save),
         )
         chosen = _target_layers(model, config)
+        if keys.target_modules == "all-linear" and (left_out := self._left_out(model, chosen)):
+            config.exclude_modules = module_patterns.in_any_layer(left_out)
+            self.notes = [_left_out_note(left_out)]
+            chosen = {name: module for name, module in chosen.items() if name not in left_out}
         self._check_targets(names, chosen, whole)
         self._check_patterns(chosen)
         self._check_ranks(chosen)
@@ -204,9 +212,11 @@ class Adaptation(adaptations.Adaptation):
             if not any(name in chosen for name in named):
                 module_patterns.require_disjoint("adaptation.target_modules names", named, list(whole))
         if not chosen and targets == "all-linear":
+            saved = self.config.modules_to_save
+            trained = f" besides {', '.join(whole)}, which is trained whole" if whole else ""
             raise RecipeError(
-                f"adaptation.modules_to_save trains {', '.join(whole)} whole, which leaves no linear layer for a LoRA.\n"
-                "  Leave it out, or use adaptation: full."
+                f"adaptation: lora adds to linear layers, and this model has none{trained}.\n"
+                f"  {'Leave out adaptation.modules_to_save, or use' if saved else 'Use'} adaptation: full."
             )
         for name, module in chosen.items():
             if not _takes_lora(module):
@@ -218,6 +228,28 @@ class Adaptation(adaptations.Adaptation):
                     f"adaptation.target_modules names {name}, a {type(module).__name__}: only linear layers and embeddings can "
                     f"have a LoRA.\n  {fix}."
                 )
+
+    def _left_out(self, model: PreTrainedModel, chosen: Mapping[str, nn.Module]) -> dict[str, str]:
+        """Return the layers of ``all-linear`` that get no LoRA, with the reason.
+
+        A gate with an output or two is narrower than r. Where wide layers are too, r is the mistake: then
+        :meth:`_check_ranks` reports it.
+        """
+        default, by_pattern = self.config.ranks
+        found: dict[str, str] = {}
+        narrow: dict[str, str] = {}
+        for name, module in chosen.items():
+            size = linear_layers.widths(module)
+            if linear_layers.is_router(model, name):
+                found[name] = "it chooses the experts"
+            elif linear_layers.is_read_by_kernel(model, name):
+                found[name] = "a kernel reads its weight alone"
+            elif min(size) < default and _first_match(by_pattern, name) is None:
+                narrow[name] = f"{size[0]} x {size[1]} is narrower than r = {default}"
+        weights = {name: math.prod(linear_layers.widths(module)) for name, module in chosen.items()}
+        if sum(weights[name] for name in narrow) <= NARROW_SHARE * sum(weights.values()):
+            found |= narrow
+        return found
 
     def _check_patterns(self, chosen: Iterable[str]) -> None:
         """Raise RecipeError for a pattern of ``r`` or ``lora_alpha`` that names no ``chosen`` layer."""
@@ -292,6 +324,13 @@ class Adaptation(adaptations.Adaptation):
         super().save(model, folder)
         if started := lora_factors.started_layers(model):
             lora_init.write_plain(folder, started, self.config.use_rslora)
+
+
+def _left_out_note(left_out: Mapping[str, str]) -> str:
+    """Name the layers without a LoRA, those of all blocks once."""
+    ends = {re.sub(r"^.*\.\d+\.", "", name): why for name, why in left_out.items()}
+    listed = "; ".join(f"{end} ({why})" for end, why in ends.items())
+    return f"no LoRA on {len(left_out)} linear layers: {listed}. Name them in adaptation.target_modules to train them"
 
 
 def _split_default(given: float | JsonObject) -> tuple[float, JsonObject]:

@@ -23,6 +23,7 @@ from tunesmith.evaluate.trained_reading import ModelArgument, make_source, sourc
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import entities
 from tunesmith.models.adapters import virtual_tokens
+from tunesmith.models.network import base, first_position
 from tunesmith.objectives import TaskHead
 from tunesmith.report import task_page
 from tunesmith.train import evaluation
@@ -89,7 +90,7 @@ def evaluate(
         train=[source], eval=EvalConfig(fraction=0.0), template=template,
         template_kwargs=template_kwargs or {}, bad_rows=bad_rows,
     )  # fmt: skip
-    window = window_of(network.config, virtual_tokens.count(network))
+    window = window_of(network.config, virtual_tokens.count(network) + first_position(base(network)))
     prepared = prepare(config, chosen, opened.tokenizer, max_length=opened.max_length, window=window, seed=0)
     rows, rejected = prepared.train, sum(report.rows_rejected for report in prepared.report.sources)
     if chosen.traits.needs_reference:

@@ -16,7 +16,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import load
-from tunesmith.models.network import base
+from tunesmith.models.network import base, first_position
 from tunesmith.objectives import Example, Objective, TaskHead
 from tunesmith.train import distributed, fast_path, precision
 from tunesmith.train.meta_model import window_of
@@ -105,7 +105,7 @@ def open_model(
         )
     if max_length is None and chosen.traits.overlong in ("drop", "truncate"):  # rows are cut as in training
         max_length = trained.get("max_length")
-    window = window_of(config, virtual_tokens.count(network))
+    window = window_of(config, virtual_tokens.count(network) + first_position(base(network)))
     if max_length is not None and window is not None and max_length > window:
         raise DataError(
             f"max_length {max_length} is above the model's window of {window} tokens. Take at most {window}."

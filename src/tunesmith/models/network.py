@@ -15,11 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-ROBERTA_FAMILY = (
-    "roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "data2vec-text",
-    "longformer", "ibert", "mpnet",
-)  # fmt: skip
-"""The ``model_type`` of networks that number positions from ``pad_token_id + 1``."""
+FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+"""What the forward of a network raises for arguments that it does not understand."""
 
 
 def attribute(owner: object, *names: str) -> Any:
@@ -77,9 +74,17 @@ def transformers_class(name: str) -> type[PreTrainedModel] | None:
 
 def is_causal(config: PretrainedConfig) -> bool:
     """Return whether the network of ``config`` is a decoder: a token attends only to those before it."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+    from transformers.modeling_layers import GenericForSequenceClassification
+    from transformers.models.auto import modeling_auto as auto
 
-    return bool(attribute(config, "is_decoder")) or type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    kind = type(config)
+    if attribute(config, "is_decoder"):
+        return True
+    if kind in auto.MODEL_FOR_MASKED_LM_MAPPING:
+        return False
+    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING or kind not in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return True
+    return issubclass(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind], GenericForSequenceClassification)
 
 
 def tunesmith_settings(config: PretrainedConfig) -> JsonObject:
@@ -93,9 +98,20 @@ def pooling(config: PretrainedConfig) -> str | None:
     return "mean" if "mean" in (tunesmith_settings(config).get("pooling"), modernbert) else None
 
 
-def first_position(config: PretrainedConfig) -> int:
-    """Return the position id of a row's first token: ``pad_token_id + 1`` in roberta's family, else 0."""
-    return int(config.pad_token_id) + 1 if config.model_type in ROBERTA_FAMILY else 0
+def first_position(model: PreTrainedModel) -> int:
+    """Return the position id of a row's first token as the layers suggest it: the one after the padding index of
+    the embeddings in roberta's family, else 0. ``train.row_check`` checks it."""
+    for module in model.modules():
+        padding = attribute(module, "padding_idx")
+        if isinstance(padding, int) and submodule(module, "position_embeddings") is not None:
+            return padding + 1
+    return 0
+
+
+def padding_ids(model: PreTrainedModel) -> set[int]:
+    """Return the token ids that ``model`` may treat as padding."""
+    found = {attribute(module, "padding_idx") for module in model.modules()}
+    return {int(number) for number in (*found, base(model).config.pad_token_id) if number is not None}
 
 
 def context_window(config: PretrainedConfig) -> int | None:

@@ -27,6 +27,7 @@ from tunesmith.models.network import base
 from tunesmith.objectives import Example, Objective
 from tunesmith.train import machine
 from tunesmith.train.parity_check import ParityCheck, without_zeros
+from tunesmith.train.row_check import RowCheck
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +66,7 @@ class FastPath:
 
     def disable_fused(self) -> None:
         self.fused.disable()
-        self.fused = fused_layers.Fused()
+        self.fused = fused_layers.Fused(rejected=self.fused.rejected)
 
     def disable_packing(self, model: PreTrainedModel) -> None:
         self.layout = PADDED
@@ -79,6 +80,7 @@ class FastPath:
             "batches": "packed" if self.packed else "padded",
             "attention": self.packed_attention if self.packed else self.attention,
             "fused": dict(self.fused.kinds),
+            "not_fused": dict(self.fused.rejected),
             "recomputed": self.recomputed,
             "compiled": self.compiled,
             "shared": self.layout.shared,
@@ -118,14 +120,26 @@ def choose(
     model.eval()
     check = ParityCheck.of_first_rows(model, objective, examples, device)
     longest += virtual_tokens.count(model)
+    alone = RowCheck(model, _tokens(check.rows[0]), device)
+    if objective.traits.head == "lm":
+        alone.require_causal()
+    unnumbered = alone.number_tokens()
     chosen = FastPath(PADDED, fused_layers.Fused(), base(model).config._attn_implementation)
     with without_zeros(model):
         lm_head.use_plain_head(model, True)
-        expected = check.measure(PADDED)
-        if packing != "off":
+        expected = check.measure_plain()
+        if unnumbered is not None:
+            why = f"with position ids its hidden states differ ({unnumbered})"
+            chosen.notes.append(f"rows are padded, not packed, for this model: {why}")
+        elif packing != "off":
             _pack(check, longest, chosen)
         lm_head.use_plain_head(model, False)
         chosen.fused = fused_layers.install(model, stack)
+        chosen.notes += [
+            f"{name} keeps its own forward: {why}"
+            for name, why in chosen.fused.rejected.items()
+            if "failed" in why
+        ]
         fallbacks: list[tuple[str, Callable[[], None]]] = [
             ("the fused layers are off", chosen.disable_fused),
             ("the loss is computed from all logits", lambda: lm_head.use_plain_head(model, True)),
@@ -137,14 +151,19 @@ def choose(
             by_segments = partial(_pack_by_segments, check, longest, chosen)
             fallbacks.insert(2, ("attention is not varlen_attn", by_segments))
         for consequence, fall_back in fallbacks:
-            found = check.compare(expected, check.measure(chosen.layout))
+            found = check.why_not_equal(expected, chosen.layout)
             if found is None:
                 break
             fall_back()
-            chosen.notes.append(
-                f"{consequence}: on the first rows the fast path differed from the plain path ({found})"
-            )
+            chosen.notes.append(f"{consequence}: on the first rows the fast path {found}")
+    if not chosen.packed:
+        alone.require_padding_ignored()
     return chosen
+
+
+def _tokens(example: Example) -> Sequence[int]:
+    """Return the tokens of the first sequence of an example."""
+    return [int(token) for token in example["input_ids"]]
 
 
 def _pack(check: ParityCheck, longest: int, chosen: FastPath) -> None:

@@ -26,11 +26,13 @@ WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 @dataclass(frozen=True)
 class Outline:
-    """Numbers of parameters and of virtual tokens per row, and the weights that will be quantised."""
+    """Numbers of parameters and of virtual tokens per row, the position id of a row's first token, and the weights
+    that will be quantised."""
 
     trainable: int
     total: int
     virtual_tokens: int
+    first_position: int
     quantized: quantization.Estimate
 
     def counts(self) -> dict[str, int]:
@@ -79,10 +81,10 @@ def build_outline(
     parameters = list(model.parameters())
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in parameters)
-    return Outline(trainable, total, virtual_tokens.count(model), estimate)
+    return Outline(trainable, total, virtual_tokens.count(model), first_position(base(model)), estimate)
 
 
-def window_of(config: PretrainedConfig, virtual: int = 0) -> int | None:
-    """Return the most tokens of a row behind ``virtual`` tokens; None when the config names no limit."""
-    taken = virtual + first_position(config)
+def window_of(config: PretrainedConfig, taken: int) -> int | None:
+    """Return the most tokens of a row behind ``taken`` virtual or unused positions; None when the config names no
+    limit."""
     return next((int(value) - taken for name in WINDOWS if (value := getattr(config, name, None))), None)

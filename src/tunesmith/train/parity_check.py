@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from tunesmith.data.batch import preference_batch
-from tunesmith.data.batch.pack import Layout, to_device
+from tunesmith.data.batch.pack import PADDED, Layout, to_device
+from tunesmith.errors import ModelError
 from tunesmith.models.fast import attention, varlen
-from tunesmith.models.network import base
+from tunesmith.models.fast.self_check import describe
+from tunesmith.models.network import FORWARD_ERRORS, base
 from tunesmith.objectives import Example, Objective
 from tunesmith.train import machine
 
@@ -84,6 +86,31 @@ class ParityCheck:
                 parameter.grad = None
         return value, gradients
 
+    def measure_plain(self) -> LossAndGradients:
+        """:meth:`measure` by the model's own forward. Raises ModelError where that fails."""
+        try:
+            return self.measure(PADDED)
+        except FORWARD_ERRORS as error:
+            if machine.is_out_of_memory(error):
+                raise
+            name = base(self.model).config.model_type
+            raise ModelError(
+                f"{name}: the model's own forward and backward fail on the first rows ({describe(error)}), so "
+                "tunesmith cannot train it.\n  Take another model, or another objective."
+            ) from error
+
+    def why_not_equal(self, expected: LossAndGradients, layout: Layout) -> str | None:
+        """Return how the current path fails or differs from ``expected`` on the rows; None where it is equal."""
+        try:
+            measured = self.measure(layout)
+        except (attention.CannotPack, *FORWARD_ERRORS) as error:
+            if machine.is_out_of_memory(error):
+                raise
+            self.model.zero_grad()
+            return f"failed ({describe(error)})"
+        found = self.compare(expected, measured)
+        return None if found is None else f"differed from the plain path ({found})"
+
     def measure_training(self, layout: Layout) -> LossAndGradients:
         """:meth:`measure` with the same random numbers at each call, for a network in training mode."""
         with machine.fork_rng(self.device), without_zeros(self.model):
@@ -107,8 +134,12 @@ class ParityCheck:
             with torch.no_grad(), attention.watch() as calls:
                 batch = self.objective.collate(self.rows, layout)
                 self.objective.loss(self.model, to_device(batch, self.device))
-        except (attention.CannotPack, ValueError, TypeError) as reason:
+        except attention.CannotPack as reason:
             return str(reason)
+        except FORWARD_ERRORS as error:
+            if machine.is_out_of_memory(error):
+                raise
+            return f"its forward fails on packed rows ({describe(error)})"
         if len(calls) != inner.config.num_hidden_layers:
             return f"it called attention {len(calls)} times in {inner.config.num_hidden_layers} layers"
         windows = [window for window in calls if window is not None and window < longest]

@@ -146,7 +146,7 @@ def open_base(choices: Choices, note: Note) -> Base:
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
     meta_config = head_loading.with_head_settings(config, objectives.head_config(objective))
     outline = build_outline(recipe, folder, meta_config, head, adaptation, new_tokens, tokenizer)
-    window = window_of(config, outline.virtual_tokens)
+    window = window_of(config, outline.virtual_tokens + outline.first_position)
     objective.bind(config, tokenizer, recipe.train.max_length or window)
     for line in adaptation.notes:
         note(line)

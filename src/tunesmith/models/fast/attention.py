@@ -31,9 +31,9 @@ ROWS = 256
 """Queries whose attention weights exist at the same time."""
 HARMLESS = {
     "position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal",
-    "past_key_values", "read",
+    "past_key_values", "read", "output_router_logits", "deterministic", "token_type_ids",
 }  # fmt: skip
-"""Keywords of transformers that do not change what packed attention computes."""
+"""Keywords of transformers that attention functions ignore: models hand on whatever their forward was given."""
 
 _watchers: list[list[int | None]] = []
 

@@ -31,10 +31,14 @@ from tunesmith.models.network import attribute, has_attributes
 
 @dataclass
 class Fused:
-    """The replaced forwards; ``kinds`` counts them. ``disable`` and ``enable`` switch between old and new."""
+    """The replaced forwards; ``kinds`` counts them. ``disable`` and ``enable`` switch between old and new.
+
+    ``rejected``: class of a layer -> why it keeps its own forward although it has the names of a known layer.
+    """
 
     replaced: list[tuple[nn.Module, Forward]] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
 
     def add(self, module: nn.Module, kind: str, forward: Forward) -> None:
         self.replaced.append((module, forward))
@@ -64,14 +68,13 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
     ``stack``: whether the memory of trained weights may be rearranged; if not, such layers keep their forward.
     """
     fused = Fused()
-    rejected: set[type] = set()
     covered: set[nn.Module] = set()
     weight = next((p for p in model.parameters() if p.dim() == 2 and p.is_floating_point()), None)
     dtype = weight.dtype if weight is not None and kernels.available(weight) else None
     for module in list(model.modules()):
         found = None
-        if dtype is not None and type(module) not in rejected:
-            found = _fused_forward(module, dtype, stack, rejected)
+        if dtype is not None and type(module).__name__ not in fused.rejected:
+            found = _fused_forward(module, dtype, stack, fused.rejected)
         if found is not None:
             covered.update(module.modules())
         elif module not in covered:
@@ -86,18 +89,19 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
 
 
 def _fused_forward(
-    module: nn.Module, dtype: torch.dtype, stack: bool, rejected: set[type]
+    module: nn.Module, dtype: torch.dtype, stack: bool, rejected: dict[str, str]
 ) -> tuple[str, Forward] | None:
-    """Return kind and forward of a module by the C passes; add a class that differs to ``rejected``."""
+    """Return kind and forward of a module by the C passes; add a class that differs or fails to ``rejected``."""
     for kind, (make, arguments) in KINDS.items():
         if kind != "norm" and not stack and _trains_base_weights(module):
             continue
         forward = make(module)
         if forward is None:
             continue
-        if self_check.equal(module, forward, arguments(module, dtype), dtype):
+        found = self_check.why_not(module, forward, arguments, dtype)
+        if found is None:
             return kind, forward
-        rejected.add(type(module))
+        rejected[type(module).__name__] = found
     return None
 
 
@@ -223,7 +227,8 @@ def _attention(module: nn.Module) -> Forward | None:
     ) -> tuple[Tensor, None]:
         prefix = past_key_values if isinstance(past_key_values, PrefixCache) else None
         other = attention_mask is not None or past_key_values is not prefix or hidden_states.shape[0] != 1
-        other = other or position_embeddings is None or (prefix is not None and behind is not None)
+        other = other or position_embeddings is None or position_embeddings[0].shape[-1] != dim
+        other = other or (prefix is not None and behind is not None)
         window, virtual = attribute(windowed, "sliding_window"), 0 if prefix is None else len(prefix.rows)
         if segments is not None and window is not None:
             other = other or window < most_keys(segments, behind) + virtual

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tunesmith.models.network import attribute
+from tunesmith.models.network import FORWARD_ERRORS, attribute
 
 Forward: TypeAlias = Callable[..., Any]
 """The forward of a layer: it returns a tensor, or a tuple whose first element is one."""
@@ -36,10 +36,27 @@ def random_input(
 
 
 @torch.no_grad()
-def equal(module: nn.Module, forward: Forward, arguments: Arguments, dtype: torch.dtype) -> bool:
-    """Return whether ``forward`` and the forward of the module's class agree within ``TOLERANCE``."""
-    positional, named = arguments
-    outs = forward(*positional, **named), type(module).forward(module, *positional, **named)
-    ours, theirs = ((out[0] if isinstance(out, tuple) else out).float() for out in outs)
-    difference = (ours - theirs).norm() / theirs.norm().clamp_min(1e-6)
-    return bool((difference <= TOLERANCE[dtype]).item())
+def why_not(
+    module: nn.Module,
+    forward: Forward,
+    make_arguments: Callable[[nn.Module, torch.dtype], Arguments],
+    dtype: torch.dtype,
+) -> str | None:
+    """Return None where ``forward`` and the forward of the module's class agree within ``TOLERANCE``, else why not.
+
+    A class with the names of a known layer may need other arguments, or return something else: then one of the
+    two forwards fails, and the module keeps its own.
+    """
+    try:
+        positional, named = make_arguments(module, dtype)
+        outs = forward(*positional, **named), type(module).forward(module, *positional, **named)
+        ours, theirs = ((out[0] if isinstance(out, tuple) else out).float() for out in outs)
+        difference = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-6))
+    except FORWARD_ERRORS as error:
+        return f"it failed on random numbers ({describe(error)})"
+    return None if difference <= TOLERANCE[dtype] else f"it differed on random numbers by {difference:.1e}"
+
+
+def describe(error: BaseException) -> str:
+    """Return the class and the first line of an error that a forward raised."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -56,13 +56,17 @@ def require_class(config: PretrainedConfig, kind: str) -> None:
         "span": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     }[kind]
     name, causal = config.model_type, is_causal(config)
+    if attribute(config, "is_encoder_decoder"):
+        raise ModelError(
+            f"{name} is an encoder-decoder: its decoder reads what its encoder made of another text. tunesmith trains "
+            "decoders and encoders alone, with any objective.\n"
+            "  Take a decoder such as smollm2-135m to write text, or an encoder such as bert to classify, tag or answer."
+        )
     if kind == "lm" and not causal:
         raise ModelError(
             f"{name} is an encoder, and this objective, which predicts the next token, needs a decoder.\n"
             "  Take a decoder such as smollm2-135m, or objective: classify, tag or qa."
         )
-    if kind != "lm" and attribute(config, "is_encoder_decoder"):
-        raise ModelError(f"{name} is an encoder-decoder. Take an encoder such as bert, or a decoder.")
     convolves = (attribute(config, "conv_kernel_size") or 0) > 0
     if kind != "lm" and not causal and (name in MIXES_PADDING or convolves):
         raise ModelError(

@@ -31,6 +31,7 @@ BLOCK = 256
 """Rows of logits at a time: 25 MB in bf16 at a vocabulary of 49 thousand. Smaller blocks are slower."""
 
 _own_logits: WeakSet[nn.Module] = WeakSet()
+_first_position: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 _cached: WeakKeyDictionary[nn.Module, Callable[[Batch], Tensor | None]] = WeakKeyDictionary()
 
 
@@ -40,6 +41,11 @@ def use_plain_head(model: PreTrainedModel, plain: bool) -> None:
         _own_logits.add(base(model))
     else:
         _own_logits.discard(base(model))
+
+
+def number_from(model: PreTrainedModel, first: int | None) -> None:
+    """Give the first token of a row the position id ``first``; None: ``model`` numbers the tokens itself."""
+    _first_position[base(model)] = first
 
 
 def keep_outputs(model: PreTrainedModel, find: Callable[[Batch], Tensor | None]) -> None:
@@ -119,8 +125,15 @@ def inputs(model: PreTrainedModel, batch: Batch) -> Batch:
         names.append("segments")
         keywords |= {} if behind is None else {"behind": behind}
     given = {name: batch[name] for name in names if batch.get(name) is not None}
-    if "position_ids" in given and (first := first_position(base(model).config)):
-        given["position_ids"] = given["position_ids"] + first
+    if "position_ids" in given:
+        inner = base(model)
+        if inner not in _first_position:  # no parity check yet
+            number_from(inner, first_position(inner))
+        first = _first_position[inner]
+        if first is None:
+            del given["position_ids"]
+        elif first:
+            given["position_ids"] = given["position_ids"] + first
     return given | keywords
 
 

@@ -214,11 +214,12 @@ def _switch_off_attention_dropout(model: PreTrainedModel) -> list[str]:
     """Switch it off and return lines to print. Fused attention kernels cannot drop by row."""
     rates: set[float] = set()
     for module in model.modules():
-        rate = attribute(module, "attention_dropout")
-        if isinstance(rate, float) and rate > 0:
-            module.attention_dropout = 0.0
-            rates.add(rate)
         is_attention = has_attributes(module, "is_causal")  # bert's calls it "dropout"
+        for name in ("attention_dropout", *(("dropout", "attn_dropout") if is_attention else ())):
+            rate = attribute(module, name)  # biogpt's and gpt_bigcode's are numbers
+            if isinstance(rate, float) and rate > 0:
+                setattr(module, name, 0.0)
+                rates.add(rate)
         inside = [attribute(module, *(("dropout",) if is_attention else ()), "attn_dropout")]
         children = dict(module.named_children())
         if QUERIES & children.keys():

@@ -77,6 +77,11 @@ def require_disjoint(subject: str, targets: Iterable[str], saved: list[str]) -> 
                 )
 
 
+def in_any_layer(names: Iterable[str]) -> str:
+    """Return a regular expression that matches exactly ``names``, with any layer number."""
+    return "|".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names))
+
+
 def hint(name: str, valid: list[str]) -> str:
     """Return `` (nearest: `q_proj`)``, or "" when no valid name is close."""
     names = closest(name, valid)
