@@ -68,7 +68,7 @@ def test_by_default_gates_routers_and_kernel_weights_get_no_lora(name, changes, 
 
 
 def test_a_rank_above_the_width_of_ordinary_layers_is_still_an_error():
-    with pytest.raises(RecipeError, match="the rank 24 is above the size of .*k_proj"):
+    with pytest.raises(RecipeError, match=r"the rank 24 is above the size of .*k_proj"):
         adapted(tiny_model("llama"), r=24)
 
 
