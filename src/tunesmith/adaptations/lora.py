@@ -7,7 +7,6 @@ Where A and B start from the base model's weights, those weights still stay unch
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from tunesmith import adaptations
 from tunesmith.adaptations import Traits
 from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
-from tunesmith.models.adapters import linear_layers
+from tunesmith.models.adapters import linear_layers, lora_targets
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import module_patterns, vocabulary
 
@@ -40,9 +39,6 @@ UNSUPPORTED_INITS = {
     "false": "its update starts as random numbers, for peft's own tests",
 }
 """Values of peft's ``init_lora_weights`` that are refused, with the reason."""
-
-NARROW_SHARE = 0.05
-"""Layers narrower than r are left out where they hold at most this share of the weights of all linear layers."""
 
 
 class Config(adaptations.Config):
@@ -186,9 +182,10 @@ class Adaptation(adaptations.Adaptation):
             ensure_weight_tying=adaptations.keeps_weights_tied(model, modules_to_save),
         )
         chosen = _target_layers(model, config)
-        if keys.target_modules == "all-linear" and (left_out := self._left_out(model, chosen)):
+        ordinary = [name for name in chosen if _first_match(rank_pattern, name) is None]
+        if keys.target_modules == "all-linear" and (left_out := lora_targets.left_out(model, ordinary, rank)):
             config.exclude_modules = module_patterns.in_any_layer(left_out)
-            self.notes = [_left_out_note(left_out)]
+            self.notes = [lora_targets.note(left_out)]
             chosen = {name: module for name, module in chosen.items() if name not in left_out}
         self._check_targets(names, chosen, whole)
         self._check_patterns(chosen)
@@ -228,28 +225,6 @@ class Adaptation(adaptations.Adaptation):
                     f"adaptation.target_modules names {name}, a {type(module).__name__}: only linear layers and embeddings can "
                     f"have a LoRA.\n  {fix}."
                 )
-
-    def _left_out(self, model: PreTrainedModel, chosen: Mapping[str, nn.Module]) -> dict[str, str]:
-        """Return the layers of ``all-linear`` that get no LoRA, with the reason.
-
-        A gate with an output or two is narrower than r. Where wide layers are too, r is the mistake: then
-        :meth:`_check_ranks` reports it.
-        """
-        default, by_pattern = self.config.ranks
-        found: dict[str, str] = {}
-        narrow: dict[str, str] = {}
-        for name, module in chosen.items():
-            size = linear_layers.widths(module)
-            if linear_layers.is_router(model, name):
-                found[name] = "it chooses the experts"
-            elif linear_layers.is_read_by_kernel(model, name):
-                found[name] = "a kernel reads its weight alone"
-            elif min(size) < default and _first_match(by_pattern, name) is None:
-                narrow[name] = f"{size[0]} x {size[1]} is narrower than r = {default}"
-        weights = {name: math.prod(linear_layers.widths(module)) for name, module in chosen.items()}
-        if sum(weights[name] for name in narrow) <= NARROW_SHARE * sum(weights.values()):
-            found |= narrow
-        return found
 
     def _check_patterns(self, chosen: Iterable[str]) -> None:
         """Raise RecipeError for a pattern of ``r`` or ``lora_alpha`` that names no ``chosen`` layer."""
@@ -324,13 +299,6 @@ class Adaptation(adaptations.Adaptation):
         super().save(model, folder)
         if started := lora_factors.started_layers(model):
             lora_init.write_plain(folder, started, self.config.use_rslora)
-
-
-def _left_out_note(left_out: Mapping[str, str]) -> str:
-    """Name the layers without a LoRA, those of all blocks once."""
-    ends = {re.sub(r"^.*\.\d+\.", "", name): why for name, why in left_out.items()}
-    listed = "; ".join(f"{end} ({why})" for end, why in ends.items())
-    return f"no LoRA on {len(left_out)} linear layers: {listed}. Name them in adaptation.target_modules to train them"
 
 
 def _split_default(given: float | JsonObject) -> tuple[float, JsonObject]:
