@@ -69,6 +69,10 @@ def test_compare_names_exactly_the_keys_that_differ_and_draws_a_picture(made, tm
     assert found["differences"]["adaptation.type"] == ["full", "lora"]
     assert all(key.startswith("adaptation.") for key in found["differences"])
     assert found["cautions"] == []
+    (change,) = found["changes"]  # of the same held-out rows
+    losses = [run["eval_loss"] for run in found["runs"]]
+    assert change["eval_loss"]["value"] == pytest.approx(losses[1] - losses[0], abs=1e-6)
+    assert change["eval_loss"]["low"] < change["eval_loss"]["high"]
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -78,6 +82,7 @@ def test_compare_says_when_losses_are_not_comparable(made, tmp_path, capsys):
     tunesmith.train(other, out=tmp_path / "run")
     found = answered(capsys, "runs", "compare", made / "a", tmp_path / "run", "--out", tmp_path / "c.png", "--by", "tokens")
     assert any("the evaluation rows differ" in line for line in found["cautions"])
+    assert found["changes"] == [{}]
 
 
 @pytest.mark.parametrize("words", [["a"], ["a", "b", "--by", "epoch"], ["a", "b", "--out", "c.svg"], ["a", "nowhere"]])

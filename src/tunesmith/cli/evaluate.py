@@ -10,8 +10,10 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from tunesmith.cli import options
-from tunesmith.cli.output import print_result
+from tunesmith.cli.output import filled_columns, print_result
 from tunesmith.json_types import JsonObject
+from tunesmith.runs.assessment import label
+from tunesmith.runs.figure_format import number
 
 
 def evaluate(
@@ -68,6 +70,8 @@ def _tables(figures: JsonObject) -> list[RenderableType]:
     bad = f", {figures['bad_rows']:,} bad rows left out" if "bad_rows" in figures else ""
     stderr = f" ± {figures['eval_loss_stderr']:.4f}" if "eval_loss_stderr" in figures else ""
     speed = f"speed       {figures['tokens_per_second']:.0f} tokens/s, {figures['seconds']:.1f} s"
+    assessed = figures.get("assessment") or {"verdict": [], "figures": {}}
+    verdict = [f"verdict     {line}" for line in assessed["verdict"]]
     if "perplexity" in figures:
         return [
             f"eval loss   {figures['eval_loss']:.4f}{stderr} per supervised token\n"
@@ -76,11 +80,17 @@ def _tables(figures: JsonObject) -> list[RenderableType]:
             f"{figures['supervised_tokens']:,} of them supervised{bad}\n{speed}"
         ]
     title = f"{figures['objective']}, {figures['rows']:,} examples{bad}"
-    table = Table("figure", "value", title=title, title_justify="left")
+    rows = []
     for name, value in figures.items():
         if name.startswith("eval_") and not name.endswith("_stderr"):
-            label = name.removeprefix("eval_").replace("_", " ")
-            table.add_row(label, f"{value:.4f}{stderr if name == 'eval_loss' else ''}")
+            one = assessed["figures"].get(name) or {}
+            interval = f"{number(one['low'])} to {number(one['high'])}" if "low" in one else ""
+            known = one.get("baseline")
+            baseline = f"{number(known['value'])}, {known['words']}" if known else ""
+            rows.append(
+                (label(name), f"{value:.4f}{stderr if name == 'eval_loss' else ''}", interval, baseline)
+            )
+    table = filled_columns(("figure", "value", "95% interval", "baseline"), rows, title)
     tables: list[RenderableType] = [table]
     details = figures.get("details") or {}
     groups = details.get("per_class") or details.get("by_type") or details.get("by_length") or {}
@@ -92,7 +102,7 @@ def _tables(figures: JsonObject) -> list[RenderableType]:
             table.add_row(str(name), *(_cell(values.get(column)) for column in columns))
         tables.append(table)
     report = [f"report      {figures['report']}"] if "report" in figures else []
-    return [*tables, "\n".join([speed, *report])]
+    return [*tables, "\n".join([*verdict, speed, *report])]
 
 
 def _cell(value: float | None) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
 
 from rich.console import Console, RenderableType
@@ -61,6 +61,15 @@ def print_result(
     shown = human(facts) if human else "\n".join(f"{key}: {value}" for key, value in facts.items())
     if shown is not None:
         _print(Console(highlight=False), shown if isinstance(shown, list) else [shown])
+
+
+def filled_columns(heads: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
+    """Return a table without the columns whose cells are all empty."""
+    shown = [place for place in range(len(heads)) if any(row[place] for row in rows)]
+    table = Table(*(heads[place] for place in shown), title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(row[place] for place in shown))
+    return table
 
 
 def report_error(error: BaseException, exit_code: int, as_json: bool = False) -> int:

@@ -56,7 +56,7 @@ def compare_runs(
 ) -> None:
     """Compare runs: overlaid curves, recipe keys that differ, and results side by side."""
     from tunesmith.report import charts
-    from tunesmith.runs import compare, run_list
+    from tunesmith.runs import assessment, compare, run_list
 
     if len(folders) < 2 or by not in ("step", "tokens"):
         raise UserError(
@@ -68,7 +68,8 @@ def compare_runs(
     facts = {
         "runs": [run.facts() for run in runs],
         "differences": compare.differences(runs),
-        "cautions": compare.cautions(runs),
+        "cautions": (cautions := compare.cautions(runs)),
+        "changes": [{} if cautions else assessment.differences(runs[0].path, run.path) for run in runs[1:]],
         "picture": str(out),
     }
     try:
@@ -227,7 +228,23 @@ def _comparison(facts: JsonObject, names: list[str]) -> list[RenderableType]:
     for key in ("best_step", "tokens_per_second", "tokens"):
         add_key(key)
     add("peak_memory", (_memory(run) for run in runs))
-    return [table, *facts["cautions"], f"curves      {facts['picture']}"]
+    return [table, *_changes(facts, names), *facts["cautions"], f"curves      {facts['picture']}"]
+
+
+def _changes(facts: JsonObject, names: list[str]) -> list[str]:
+    """``b against a: eval_loss -0.1 (-0.15 to -0.04), better``: over the held-out rows that both runs have."""
+    from tunesmith.runs.assessment import change_text, label
+
+    words = {True: "better", False: "worse", None: "may be chance"}
+    lines = []
+    for name, changes in zip(names[1:], facts["changes"]):
+        parts = [
+            f"{label(figure)} {change_text(change)}, {words[change['better']]}"
+            for figure, change in changes.items()
+            if lower_is_better(figure) is not None
+        ]
+        lines += [f"{name} against {names[0]}: {'; '.join(parts)}"] if parts else []
+    return lines
 
 
 def _repetition(facts: JsonObject) -> str:

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.cli import options
-from tunesmith.cli.output import console, print_result, print_stderr
+from tunesmith.cli.output import console, filled_columns, print_result, print_stderr
 from tunesmith.json_types import JsonObject
-from tunesmith.runs.figure_format import size
+from tunesmith.runs.figure_format import number, size
 
 _MOST_SAMPLE = 300
 """Characters of a sample in the table; the report has all of it."""
@@ -64,7 +64,7 @@ def summary(outcome: JsonObject) -> list[RenderableType]:
     trained, total = outcome["trainable_parameters"], outcome["total_parameters"]
     lines = [
         f"stopped    {outcome['stopped']}" if outcome.get("stopped") else "",
-        f"verdict    {outcome['verdict']['text']}" if outcome.get("verdict") else "",
+        *(f"verdict    {line}" for line in _verdicts(outcome)),
         f"steps      {outcome['steps']}, {outcome['tokens_per_second']:.0f} tokens/s, "
         f"peak memory {size(outcome['peak_memory_bytes'])}",
         f"trained    {trained:,} of {total:,} parameters ({trained / total:.2%})",
@@ -77,6 +77,11 @@ def summary(outcome: JsonObject) -> list[RenderableType]:
     if outcome.get("samples"):
         tables.append(_samples(outcome["samples"]))
     return [*tables, "\n".join(filter(None, lines))]
+
+
+def _verdicts(outcome: JsonObject) -> list[str]:
+    overfit = [outcome["verdict"]["text"]] if outcome.get("verdict") else []
+    return [*(outcome.get("assessment") or {}).get("verdict", ()), *overfit]
 
 
 def _next_commands(outcome: JsonObject) -> list[str]:
@@ -97,18 +102,32 @@ def _figures(outcome: JsonObject) -> Table:
     sets = outcome.get("eval_sets", ())
     labels = {key: key.removeprefix("eval_").replace("_", " ") for key in outcome["figures"]}
     if not sets:
-        table = Table("held-out rows", "before", "after", title="Result", title_justify="left")
-        for key, label in labels.items():
-            table.add_row(label, *_before_and_after(outcome, [key]))
-        return table
+        assessed = (outcome.get("assessment") or {}).get("figures") or {}
+        rows = [
+            [label, *_before_and_after(outcome, [key]), *change_and_baseline(assessed.get(key) or {})]
+            for key, label in labels.items()
+        ]
+        heads = ("held-out rows", "before", "after", "change (95% interval)", "baseline")
+        return filled_columns(heads, rows, "Result")
     keys = list(labels)[:2]  # a terminal has room for two figures next to the names of the sets
-    heads = [head for key in keys for head in (f"{labels[key]} before", "after")]
-    table = Table("held-out rows", *heads, title="Result", title_justify="left")
+    of_sets = [head for key in keys for head in (f"{labels[key]} before", "after")]
+    table = Table("held-out rows", *of_sets, title="Result", title_justify="left")
     for name in sets:
         keys_of_set = [f"eval_{name}_{key.removeprefix('eval_')}" for key in keys]
         table.add_row(name, *_before_and_after(outcome, keys_of_set))
     table.add_row("all together", *_before_and_after(outcome, keys))
     return table
+
+
+def change_and_baseline(figure: JsonObject) -> list[str]:
+    """``+0.329 (+0.25 to +0.41)`` and ``0.55, always bad``: cells next to an assessed figure."""
+    from tunesmith.runs.assessment import change_text
+
+    change, baseline = figure.get("change"), figure.get("baseline")
+    return [
+        change_text(change) if change else "",
+        f"{number(baseline['value'])}, {baseline['words']}" if baseline else "",
+    ]
 
 
 def _before_and_after(outcome: JsonObject, keys: list[str]) -> list[str]:

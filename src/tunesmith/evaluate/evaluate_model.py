@@ -26,6 +26,7 @@ from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.network import base, first_position
 from tunesmith.objectives import TaskHead
 from tunesmith.report import task_page
+from tunesmith.runs import assessment
 from tunesmith.train import evaluation
 from tunesmith.train.meta_model import window_of
 
@@ -61,7 +62,8 @@ def evaluate(
 
     Keys: eval_loss (mean per loss unit), eval_loss_stderr (two rows or more), perplexity of a language model,
     the metrics of other heads (``objectives.md``) with ``details`` (by class, by entity type), rows, tokens,
-    supervised_tokens, tokens_per_second and seconds.
+    supervised_tokens, tokens_per_second and seconds. ``assessment`` has the intervals and baselines of the
+    metrics, and a verdict in words (``runs.assessment.assess``).
 
     ``objective`` decides which tokens are supervised; None = the objective that the model was trained for,
     for a language model ``sft`` (the last answer; text rows whole). ``cpt`` supervises every token of a
@@ -112,6 +114,8 @@ def evaluate(
         "tokens_per_second": float(rows.lengths.sum()) / seconds,
         "seconds": seconds,
     }
+    kept = evaluation.measured(chosen, records)
+    metrics["assessment"] = assessment.assess(kept, None, chosen.traits.best[0])
     if not isinstance(chosen, TaskHead):
         return metrics
     answers = chosen.answers(records)

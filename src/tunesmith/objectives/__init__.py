@@ -22,6 +22,8 @@ from tunesmith.data.batch.step import Batch, Example, Source, Step
 from tunesmith.data.encode import texts
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
+from tunesmith.metrics import intervals
+from tunesmith.metrics.intervals import RowValues
 from tunesmith.metrics.token_mean import token_mean
 from tunesmith.models import network
 from tunesmith.models.heads import head_types
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
     from tunesmith.data.store.encoded_rows import Encoded
 
 __all__ = [
-    "Batch", "Config", "Example", "JsonObject", "LanguageModel", "Layout", "Metrics", "Objective", "Overlong", "Session",
-    "Source", "Step", "TaskHead", "Traits",
+    "Baseline", "Batch", "Config", "Example", "JsonObject", "LanguageModel", "Layout", "Metrics", "Objective", "Overlong",
+    "Session", "Source", "Step", "TaskHead", "Traits",
 ]  # fmt: skip
 
 Metrics: TypeAlias = "dict[str, tuple[torch.Tensor, torch.Tensor | int]]"
@@ -45,6 +47,21 @@ Overlong = Literal["error", "drop", "truncate"]
 """Policies for a row above ``max_length`` that most objectives offer."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The figure of a rule that needs no model, such as "always the most frequent class".
+
+    ``rows``: what each row adds to it, where the figure has such values."""
+
+    words: str
+    value: float
+    rows: RowValues | None = None
+
+    @classmethod
+    def of_rows(cls, words: str, rows: RowValues) -> Baseline:
+        return cls(words, intervals.figure(rows) or 0.0, rows)
 
 
 class Config(BaseModel):
@@ -181,6 +198,20 @@ class Objective:
         """Figures over all records, such as ``eval_loss``."""
         raise NotImplementedError
 
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+        """Figures of ``summarise`` that are a ratio of two sums over rows, with what each row adds to the two:
+        differences of these get an interval."""
+        return {}
+
+    def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
+        """Figures of :meth:`summarise` -> the value that a rule without a model reaches on the same rows. A loss
+        has none: it is compared with that before training."""
+        return {}
+
+    def remarks(self, records: Sequence[JsonObject]) -> list[str]:
+        """Sentences on what no figure shows, such as a model that predicts one class only."""
+        return []
+
     def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
         """Log-probabilities float64 (n,) of each example of the batch. With ``traits.needs_reference`` they
         are computed before the first step and become part of the example as ``reference_logps``."""
@@ -195,7 +226,7 @@ class LanguageModel(Objective):
     """An objective that predicts the supervised tokens of each row from the tokens before them."""
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        return pack.with_targets(examples, layout)
+        return {**pack.with_targets(examples, layout), "rows": pack.file_rows(examples)}
 
     def count(self, batch: Batch) -> int:
         """Supervised tokens; the first token of a row has nothing before it and is none."""
@@ -208,14 +239,23 @@ class LanguageModel(Objective):
         return lm_loss(model, batch), {}
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
-        """(sum of losses, supervised tokens) of each row."""
+        """(sum of losses, supervised tokens) of each example, and the row that it came from."""
         from tunesmith.models.heads.lm_head import row_losses
 
-        return {"rows": row_losses(model, batch)}
+        return {"rows": row_losses(model, batch), "places": batch["rows"]}
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
         """Mean over all supervised tokens, for any batching, its standard error, and its exponential."""
         return token_mean(records)
+
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+        """The loss; blocks of one document and turns of one conversation are one row."""
+        rows: dict[intervals.Place, tuple[float, float]] = {}
+        for record in records:
+            for place, (loss, tokens) in zip(record["places"], record["rows"], strict=True):
+                before = rows.get(place, (0.0, 0.0))
+                rows[place] = before[0] + loss, before[1] + tokens
+        return {"eval_loss": rows}
 
 
 class TaskHead(Objective):
@@ -299,6 +339,16 @@ def sum_over_pairs(
     weights, rows = batch["weights"].to(losses), len(batch["rows"])
     metrics: Metrics = {name: ((weights * value.detach()).sum(), rows) for name, value in figures.items()}
     return (weights * losses).sum(), metrics
+
+
+def always_longer(longer: RowValues) -> Baseline:
+    """The baseline of an accuracy over pairs: always the longer answer, or the shorter where that is right more
+    often. ``longer``: of each row the pairs whose better answer is the longer one (a tie is half), all pairs."""
+    share = intervals.figure(longer)
+    if share is None or share >= 0.5:
+        return Baseline.of_rows("always the longer answer", longer)
+    shorter = {place: (pairs - count, pairs) for place, (count, pairs) in longer.items()}
+    return Baseline.of_rows("always the shorter answer", shorter)
 
 
 def mean_loss(losses: Sequence[tuple[float, int]]) -> dict[str, float]:

@@ -18,8 +18,10 @@ from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import RecipeError
 from tunesmith.metrics import classes
+from tunesmith.metrics.class_problems import FIGURES, PROBLEMS
+from tunesmith.metrics.intervals import RowValues
 from tunesmith.models import network
-from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
+from tunesmith.objectives import Baseline, Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,14 +69,6 @@ class Config(objectives.Config):
         return self
 
 
-FIGURES = (
-    "eval_loss", "eval_accuracy", "eval_macro_f1", "eval_micro_f1", "eval_calibration_error",
-    "eval_exact_match", "eval_auroc",
-    "eval_mse", "eval_rmse", "eval_mae", "eval_r2", "eval_pearson", "eval_spearman",
-)  # fmt: skip
-"""Figures of one class, of several labels, and of numbers."""
-
-
 class Objective(objectives.TaskHead):
     config: Config
     traits = Traits(
@@ -100,11 +94,7 @@ class Objective(objectives.TaskHead):
     def _set_labels(self, problem: str | None, names: list[str] | None) -> None:
         """Set problem and labels, and with them the figure that chooses the best model."""
         self.facts |= {"problem": problem, "labels": names}
-        best: dict[str, tuple[str, Literal["min", "max"]]] = {
-            SINGLE: ("eval_accuracy", "max"),
-            MULTI: ("eval_micro_f1", "max"),
-        }
-        self.traits = replace(self.traits, best=best.get(self.problem, ("eval_loss", "min")))
+        self.traits = replace(self.traits, best=PROBLEMS[self.problem].best)
 
     @property
     def problem(self) -> str:
@@ -332,20 +322,28 @@ class Objective(objectives.TaskHead):
         figures = {"eval_loss": float(losses.mean())}
         if len(losses) > 1:
             figures["eval_loss_stderr"] = float(losses.std(ddof=1) / len(losses) ** 0.5)
-        measured = {
-            name: value for name, value in self.measure(scores, targets).items() if name != "baseline"
-        }
+        measured = self.measure(scores, targets) | {"baseline": None}
         return figures | {
             f"eval_{name}": value for name, value in measured.items() if isinstance(value, float)
         }
 
     def measure(self, scores: np.ndarray, targets: np.ndarray) -> JsonObject:
         """All figures of ``scores`` (rows, k) against ``targets`` (rows, k)."""
-        if self.problem == REGRESSION:
-            return classes.regression_metrics(targets[:, 0], scores[:, 0])
-        if self.problem == MULTI:
-            return classes.multi_label_metrics(targets > 0.5, scores, self.labels, self.threshold)
-        return classes.single_label_metrics(targets[:, 0].astype(int), scores, self.labels)
+        return PROBLEMS[self.problem].measure(targets, scores, self.labels, self.threshold)
+
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+        return PROBLEMS[self.problem].row_figures(*self._joined(records), self.threshold)
+
+    def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
+        """Always the most frequent class, always the most frequent labels, or always the mean."""
+        known = self._joined(records)[:3]
+        words, rows, macro_f1 = PROBLEMS[self.problem].baseline(*known, self.labels, self.threshold)
+        other = {} if macro_f1 is None else {"eval_macro_f1": Baseline(words, macro_f1)}
+        return {name: Baseline.of_rows(words, values) for name, values in rows.items()} | other
+
+    def remarks(self, records: Sequence[JsonObject]) -> list[str]:
+        _, scores, targets, _ = self._joined(records)
+        return PROBLEMS[self.problem].remarks(targets, scores, self.labels, self.threshold)
 
     def choose_threshold(self, records: Sequence[JsonObject]) -> None:
         """With several labels: choose the threshold with the highest micro F1."""

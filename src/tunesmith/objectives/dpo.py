@@ -19,7 +19,8 @@ from tunesmith import objectives
 from tunesmith.data.batch import preference_batch
 from tunesmith.data.encode import rankings
 from tunesmith.data.rows import Ranking
-from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
+from tunesmith.metrics.intervals import RowValues
+from tunesmith.objectives import Baseline, Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,7 +205,8 @@ class Objective(objectives.Objective):
         return list(torch.split(answer_logps(model, batch).cpu().double(), batch["counts"]))
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
-        """For each row, the means over its pairs of the loss and the figures."""
+        """For each row, the means over its pairs of the loss and the figures, and the share of its pairs whose
+        chosen answer is the longer one."""
         import torch
 
         with torch.no_grad():
@@ -216,6 +218,11 @@ class Objective(objectives.Objective):
                 name: zeros.index_add(0, row_of_pair, weights * value).cpu().double().tolist()
                 for name, value in {"loss": losses, **figures}.items()
             }
+            chosen_tokens, rejected_tokens = (
+                batch["tokens"].to(losses)[batch["pairs"].to(losses.device)].unbind(1)
+            )
+            longer = ((chosen_tokens > rejected_tokens) + 0.5 * (chosen_tokens == rejected_tokens)).to(losses)
+            means["longer"] = zeros.index_add(0, row_of_pair, weights * longer).cpu().double().tolist()
         columns = dict(means, row=batch["rows"])
         return {
             "rows": [
@@ -226,6 +233,16 @@ class Objective(objectives.Objective):
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
         """Means over rows: ``eval_loss`` with its standard error, and ``eval_`` before each figure."""
         rows = [row for record in records for row in record["rows"]]
-        names = [name for name in (rows[0] if rows else ()) if name not in ("row", "loss")]
+        names = [name for name in (rows[0] if rows else ()) if name not in ("row", "loss", "longer")]
         means = {f"eval_{name}": math.fsum(row[name] for row in rows) / len(rows) for name in names}
         return objectives.mean_loss([(row["loss"], 1) for row in rows]) | means
+
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+        rows = [row for record in records for row in record["rows"]]
+        names = [name for name in (rows[0] if rows else ()) if name not in ("row", "longer")]
+        return {f"eval_{name}": {row["row"]: (row[name], 1.0) for row in rows} for name in names}
+
+    def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
+        """Always the longer answer."""
+        longer = {row["row"]: (row["longer"], 1.0) for record in records for row in record["rows"]}
+        return {"eval_rewards/accuracies": objectives.always_longer(longer)}

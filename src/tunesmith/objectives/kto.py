@@ -22,6 +22,7 @@ from tunesmith.data.check import balance
 from tunesmith.data.encode import judgements
 from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.rows import Judged
+from tunesmith.metrics.intervals import RowValues
 from tunesmith.objectives import (
     Batch,
     Example,
@@ -201,6 +202,18 @@ class Objective(objectives.Objective):
             means["eval_rewards/margins"] = means["eval_rewards/chosen"] - means["eval_rewards/rejected"]
         losses = [(loss, 1) for loss in self._losses(ratios, kl, desirable).tolist()]
         return objectives.mean_loss(losses) | means | ({"eval_kl": kl} if self.estimates_kl else {})
+
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+        """Rewards and log p of either kind; the loss, whose KL baseline is one number for all rows, is none."""
+        rows = [row for record in records for row in record["rows"]]
+        values = {"rewards": ("ratio", self.config.beta), "logps": ("logp", 1.0)}
+        return {
+            f"eval_{name}/{kind}": {
+                row["row"]: (scale * row[key], 1.0) for row in rows if row["desirable"] is label
+            }
+            for name, (key, scale) in values.items()
+            for kind, label in (("chosen", True), ("rejected", False))
+        }
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from tunesmith.data.encode import questions
 from tunesmith.data.rows import Question
 from tunesmith.errors import DataError
 from tunesmith.metrics import squad, token_mean
-from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Traits
+from tunesmith.metrics.intervals import RowValues
+from tunesmith.objectives import Baseline, Batch, Example, JsonObject, Layout, Metrics, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -226,6 +227,25 @@ class Objective(objectives.TaskHead):
         names = ["exact_match", "f1", *(["has_answer_f1", "no_answer_f1"] if both_kinds else [])]
         return loss | {f"eval_{name}": details[name] for name in names}
 
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+        rows = self._join_windows(records)
+        loss = {row["row"]: (float(row["loss"][0]), float(row["loss"][1])) for row in rows}
+        return {"eval_loss": loss, **_ratios([(one, one["prediction"]) for one in self._known(records)])}
+
+    def _known(self, records: Sequence[JsonObject]) -> list[JsonObject]:
+        return [answer for answer in self.answers(records) if answer["gold"] is not None]
+
+    def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
+        """Always no answer."""
+        ratios = _ratios([(answer, "") for answer in self._known(records)])
+        return {name: Baseline.of_rows("always no answer", rows) for name, rows in ratios.items()}
+
+    def remarks(self, records: Sequence[JsonObject]) -> list[str]:
+        known = self._known(records)
+        silent = known and not any(answer["prediction"] for answer in known)
+        missed = any(squad.has_answer(answer["gold"]) for answer in known)
+        return [f"it answers none of the {len(known):,} questions"] if silent and missed else []
+
     def choose_threshold(self, records: Sequence[JsonObject]) -> None:
         """Choose the threshold with the highest F1, if questions may have no answer."""
         known = [
@@ -257,6 +277,18 @@ class Objective(objectives.TaskHead):
         """``answer`` ("" = none), its ``start`` and ``end`` in characters, its probability, the n best."""
         shown = {name: answer[name] for name in ("start", "end", "score", "n_best")}
         return {**({} if row.id is None else {"id": row.id}), "answer": answer["prediction"], **shown}
+
+
+def _ratios(pairs: Sequence[tuple[JsonObject, str]]) -> dict[str, RowValues]:
+    """Exact match and F1 of an answer's gold and another prediction."""
+    measures = {"eval_exact_match": squad.exact_match, "eval_f1": squad.f1}
+    return {
+        name: {
+            (answer["row"][0], answer["row"][1]): (measure(text, answer["gold"]), 1.0)
+            for answer, text in pairs
+        }
+        for name, measure in measures.items()
+    }
 
 
 def best_spans(

@@ -7,7 +7,7 @@ trained; ``center_rewards_coefficient`` keeps the rewards near zero. Dropout is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,9 @@ from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Ranking
 from tunesmith.errors import DataError, ModelError
 from tunesmith.metrics import classes
+from tunesmith.metrics.intervals import RowValues
 from tunesmith.models import network
-from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
+from tunesmith.objectives import Baseline, Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,6 +196,33 @@ class Objective(objectives.TaskHead):
             "by_length": by_length,
         }
 
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+        rows = [row for row in _sorted_rows(records) if row["pairs"]]
+
+        def over_pairs(value: Callable[[JsonObject], float]) -> RowValues:
+            return {
+                row["row"]: (math.fsum(map(value, row["pairs"])), float(len(row["pairs"]))) for row in rows
+            }
+
+        return {
+            "eval_loss": {row["row"]: (_mean_loss(row), 1.0) for row in rows},
+            "eval_accuracy": over_pairs(lambda pair: _side(pair["lead"])),
+            "eval_margin": over_pairs(lambda pair: float(pair["lead"])),
+        }
+
+    def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
+        """Always the longer answer."""
+        longer = {
+            row["row"]: (math.fsum(_side(pair["longer"]) for pair in row["pairs"]), float(len(row["pairs"])))
+            for row in _sorted_rows(records)
+            if row["pairs"]
+        }
+        return {"eval_accuracy": objectives.always_longer(longer)} if longer else {}
+
+    def remarks(self, records: Sequence[JsonObject]) -> list[str]:
+        rewards = {reward for row in _sorted_rows(records) for reward in row["rewards"]}
+        return ["it gives every answer the same reward"] if len(rewards) == 1 else []
+
     def answers(self, records: Sequence[JsonObject]) -> list[JsonObject]:
         """For each row its rewards, the loss of its pairs, and whether every pair is ranked correctly."""
         return [
@@ -222,6 +250,11 @@ def _rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
     from tunesmith.models.heads import task_heads
 
     return task_heads.score_logits(model, batch)[:, 0]
+
+
+def _side(difference: float) -> float:
+    """1 above zero, 0 below, 1/2 for a tie."""
+    return 0.5 if difference == 0 else float(difference > 0)
 
 
 def _sorted_rows(records: Sequence[JsonObject]) -> list[JsonObject]:

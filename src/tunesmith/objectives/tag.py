@@ -18,8 +18,9 @@ from tunesmith.data.encode import tagging
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError, ReadOnceError
-from tunesmith.metrics import entities, token_mean
-from tunesmith.objectives import Batch, Example, JsonObject, Layout, Metrics, Traits
+from tunesmith.metrics import entities, intervals, token_mean
+from tunesmith.metrics.intervals import RowValues
+from tunesmith.objectives import Baseline, Batch, Example, JsonObject, Layout, Metrics, Traits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -299,6 +300,38 @@ class Objective(objectives.TaskHead):
         details = self.details(records)
         keys = {"f1": "f1", "precision": "precision", "recall": "recall", "accuracy": "token_accuracy"}
         return loss | {f"eval_{name}": details[key] for name, key in keys.items() if details[key] is not None}
+
+    def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
+        rows = self._join_windows(records)
+        loss = {row["row"]: (float(row["loss"][0]), float(row["loss"][1])) for row in rows}
+        return {"eval_loss": loss, **self._ratios([(one, one["prediction"]) for one in self._known(records)])}
+
+    def _known(self, records: Sequence[JsonObject]) -> list[JsonObject]:
+        return [answer for answer in self.answers(records) if answer["gold"] is not None]
+
+    def _ratios(self, pairs: Sequence[tuple[JsonObject, list[str]]]) -> dict[str, RowValues]:
+        """Accuracy, and F1, precision and recall of entities, of an answer's gold tags and other tags."""
+        figures: dict[str, dict[intervals.Place, tuple[float, float]]] = {}
+        for answer, tags in pairs:
+            for name, sums in entities.sums_of_row(answer["gold"], tags, self.scheme).items():
+                figures.setdefault(f"eval_{name}", {})[answer["row"][0], answer["row"][1]] = sums
+        return dict(figures)
+
+    def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
+        """Always O; where the tags have no O, always the most frequent one."""
+        known = self._known(records)
+        counts = Counter(tag for answer in known for tag in answer["gold"])
+        if not counts:
+            return {}
+        always = "O" if "O" in self.labels else counts.most_common(1)[0][0]
+        ratios = self._ratios([(answer, [always] * len(answer["gold"])) for answer in known])
+        return {name: Baseline.of_rows(f"always {always}", rows) for name, rows in ratios.items()}
+
+    def remarks(self, records: Sequence[JsonObject]) -> list[str]:
+        known = self._known(records)
+        predicted = {tag for answer in known for tag in answer["prediction"]}
+        gold = {tag for answer in known for tag in answer["gold"]}
+        return [f"it predicts one tag only: {predicted.pop()}"] if len(predicted) == 1 < len(gold) else []
 
     def details(self, records: Sequence[JsonObject]) -> JsonObject:
         """:func:`tunesmith.metrics.entities.score` over the rows whose tags are known; ``broken_tags``: how

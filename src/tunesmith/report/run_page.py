@@ -24,6 +24,7 @@ from tunesmith.report.curves import Curve, Plot, Points, plot
 from tunesmith.report.data_section import data_values, mapping
 from tunesmith.report.pages import Tile, heading
 from tunesmith.runs import figure_format, metrics_file, overfit
+from tunesmith.runs.assessment import change_text
 from tunesmith.runs.figure_format import count, duration, is_number, lower_is_better, number, share, size
 from tunesmith.runs.run_list import type_of
 
@@ -53,6 +54,11 @@ class _Run:
         """Return a figure of the result, None if there is none."""
         value = self.part("result").get(key)
         return value if is_number(value) else None
+
+    def assessed(self, key: str) -> JsonObject:
+        """Return the assessment of a figure, {} if there is none."""
+        figures = mapping(mapping(self.part("result").get("assessment")).get("figures"))
+        return mapping(figures.get(key))
 
     def points(self, records: list[JsonObject], key: str) -> Points:
         pairs = ((one.get("step"), one.get(key)) for one in records)
@@ -127,7 +133,9 @@ def page_values(run: _Run) -> JsonObject:
     shown_above = ("data", "notes", "command", "created", "stopped", "machine")
     rest = {key: value for key, value in manifest.items() if key not in shown_above}
     if result := run.part("result"):
-        rest["result"] = {key: value for key, value in result.items() if key not in ("samples", "verdict")}
+        rest["result"] = {
+            key: value for key, value in result.items() if key not in ("samples", "verdict", "assessment")
+        }
     return {
         "title": run.name,
         "version": manifest.get("tunesmith") or "",
@@ -193,8 +201,17 @@ def _before_after(run: _Run, key: str) -> Tile | None:
         return Tile(name, number(after))
     if not (before and math.isfinite(before) and math.isfinite(after)):
         return Tile(name, number(after), before=number(before))
+    assessed = run.assessed(key)
+    known, baseline = assessed.get("change"), assessed.get("baseline")
+    against = f"baseline {number(baseline['value'])}: {baseline['words']}" if baseline else "on held-out rows"
+    if known:
+        trend = {True: "good", False: "bad", None: ""}[known["better"]]
+        change = f"{change_text(known)}{'' if trend or lower_is_better(key) is None else ', may be chance'}"
+        return Tile(name, number(after), against, number(before), change, trend)
     change, trend = _change((after - before) / abs(before), lower_is_better(key))
-    return Tile(name, number(after), "on held-out rows", number(before), change, trend)
+    if run.part("result").get("assessment"):  # colours are for differences with an interval
+        trend = ""
+    return Tile(name, number(after), against, number(before), change, trend)
 
 
 def _change(change: float, lower_is_better: bool | None) -> tuple[str, str]:
@@ -228,6 +245,8 @@ def _notes(run: _Run) -> list[str]:
     notes = [*run.problems, *(map(str, recorded) if isinstance(recorded, list) else ())]
     if verdict := overfit.detect([*run.train, *run.evals]):
         notes.insert(0, f"Overfit: {verdict.text}.")
+    verdict_lines = mapping(result.get("assessment")).get("verdict") or ()
+    notes = [*(f"{line[:1].upper()}{line[1:]}." for line in verdict_lines), *notes]
     if result.get("stopped"):
         notes.insert(0, f"Stopped early: {result['stopped']}")
     if not result and run.manifest.get("stopped"):

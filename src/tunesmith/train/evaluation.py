@@ -13,6 +13,7 @@ from tunesmith.data.batch.step import Step
 from tunesmith.data.store.encoded_rows import Encoded
 from tunesmith.json_types import JsonObject
 from tunesmith.objectives import Objective, TaskHead
+from tunesmith.runs import assessment
 from tunesmith.train import distributed, forward_batches
 
 if TYPE_CHECKING:
@@ -29,7 +30,21 @@ def evaluate(
     sets: Sequence[str] = (),
     choose_threshold: bool = False,
 ) -> dict[str, float]:
-    """Return the objective's figures over all of ``data``.
+    """Return the objective's figures over all of ``data``; see :func:`measure`."""
+    return measure(model, objective, data, layout, budget, device, sets, choose_threshold)[0]
+
+
+def measure(
+    model: PreTrainedModel,
+    objective: Objective,
+    data: Encoded,
+    layout: Layout,
+    budget: int,
+    device: torch.device,
+    sets: Sequence[str] = (),
+    choose_threshold: bool = False,
+) -> tuple[dict[str, float], list[JsonObject]]:
+    """Return the objective's figures over all of ``data``, and its records.
 
     ``sets``: names of the sources of ``data``. Each also gets its own figures (``eval_loss`` ->
     ``eval_NAME_loss``), equal to those of a run with this set alone, because its rows share no micro-batch
@@ -44,7 +59,13 @@ def evaluate(
     for name, part in zip(sets, by_part):
         for key, value in objective.summarise(part).items():
             figures[f"eval_{name}_{key.removeprefix('eval_')}"] = value
-    return figures
+    return figures, everything
+
+
+def measured(objective: Objective, records: Sequence[JsonObject], step: int | None = None) -> JsonObject:
+    """Return what ``runs.assessment`` needs of an evaluation's records."""
+    baselines = {name: vars(one) for name, one in objective.baselines(records).items()}
+    return assessment.measured(step, objective.row_figures(records), baselines, objective.remarks(records))
 
 
 def records(

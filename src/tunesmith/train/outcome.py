@@ -14,10 +14,10 @@ from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.load import quantization
 from tunesmith.report import run_page
-from tunesmith.runs import metrics_file, overfit
+from tunesmith.runs import assessment, metrics_file, overfit
 from tunesmith.runs.figure_format import figure_names, lower_is_better
 from tunesmith.suggestions import did_you_mean
-from tunesmith.train import distributed, machine, plain_copy, setup
+from tunesmith.train import distributed, evaluation, machine, plain_copy, setup
 from tunesmith.train.loop import Job, Progression
 from tunesmith.train.run_state import Run
 
@@ -127,6 +127,7 @@ def finish(
         "tokens": position.tokens,
         "stopped": stopped,
         "verdict": verdict.as_dict() if verdict else None,
+        "assessment": _assessment(run, position),
         "samples": _samples(run, position),
         "objective": run.setup.recipe.resolved()["objective"]["type"],
         "writes": run.setup.objective.traits.head == "lm",
@@ -136,6 +137,23 @@ def finish(
     run.folder.record(result=result, notes=notes(run), finished=_now())
     run_page.write_report(run.folder.path)
     return result
+
+
+def keep_evaluation(run: Run, step: int, best: bool, records: Sequence[JsonObject]) -> None:
+    """Keep in the run folder what each row adds to the figures, before training and of the best model."""
+    if best or step == 0:
+        kept = evaluation.measured(run.setup.objective, records, step)
+        assessment.keep(run.folder.path, "after" if best else "before", kept)
+
+
+def _assessment(run: Run, position: Progression) -> JsonObject | None:
+    """Return the assessment of the saved model; None for a run without evaluation."""
+    kept = assessment.read(run.folder.path)
+    after = kept.get("after")
+    if after is None or after["step"] != position.best_step:
+        return None
+    name = run.setup.recipe.train.best_figure or run.setup.objective.traits.best[0]
+    return assessment.assess(after, kept.get("before"), name)
 
 
 def _before_and_after(names: Sequence[str], first: JsonObject, best: JsonObject) -> JsonObject:

@@ -349,7 +349,7 @@ def _evaluate(run: Run, position: Progression, budget: int) -> float | None:
     run.progress.doing("evaluating")
     run_state.require_finite(run, position.step, run.update.masters.parameters)
     started = time.perf_counter()
-    figures = evaluation.evaluate(
+    figures, records = evaluation.measure(
         run.model, ready.objective, ready.data.eval, run.fast_path.layout, budget, ready.device,
         ready.data.eval_sets, choose_threshold=True,
     )  # fmt: skip
@@ -361,9 +361,9 @@ def _evaluate(run: Run, position: Progression, budget: int) -> float | None:
         run_state.save_model(run)
     epoch = round(ready.source.plan.epoch(position.step), 6)
     record: JsonObject = {"kind": "eval", "step": position.step, "epoch": epoch, **figures}
-    record |= {"best": best, "seconds": seconds}
+    record |= {"best": best, "seconds": seconds, "time": time.time()}
     if run.main:
-        record["time"] = time.time()
+        outcome.keep_evaluation(run, position.step, best, records)
         run.metrics.append(record)
         run.trackers.log(record)
         run.progress.evaluation(record)

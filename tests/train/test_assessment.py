@@ -1,0 +1,133 @@
+"""The verdict on a run, its baselines and intervals: one computation for every objective."""
+
+import io
+import json
+from functools import cache
+
+import pytest
+
+import tunesmith
+from tests.runs import recipe
+from tunesmith.cli.evaluate import _tables
+from tunesmith.cli.train import summary
+from tunesmith.runs import assessment
+
+OBJECTIVES = ("sft", "cpt", "classify", "tag", "qa", "reward", "dpo", "kto")
+ENCODED = ("classify", "tag", "qa")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """objective -> (result, run folder, rows) of a short run that is evaluated on its training rows."""
+
+    @cache
+    def train(objective):
+        folder = tmp_path_factory.mktemp(objective)
+        name = "bert" if objective in ENCODED else "llama"
+        made = recipe(folder, name, objective, count=16, max_steps=4, eval_steps=2, learning_rate=1e-3)
+        made["data"]["eval"] = {"path": made["data"]["train"][0]["path"]}
+        return tunesmith.train(made, out=folder / "run"), folder / "run", folder / "rows.jsonl"
+
+    return train
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_values_of_rows_make_the_figures_of_the_evaluation(runs, objective):
+    result, _, _ = runs(objective)
+    figures = result["assessment"]["figures"]
+    measured = {name: one for name, one in figures.items() if "rows" in one}
+    assert measured and (objective == "kto" or "eval_loss" in measured)
+    for name, one in measured.items():
+        assert one["value"] == pytest.approx(result[name], abs=1e-6), name
+        assert one["change"]["value"] == pytest.approx(result[name] - result[f"{name}_before"], abs=1e-6), name
+        assert one["change"]["low"] <= one["change"]["value"] <= one["change"]["high"]
+
+
+BASELINES = {
+    "classify": {"eval_accuracy": (6 / 16, "always good, the most frequent")},
+    "tag": {"eval_f1": (0.0, "always O"), "eval_accuracy": (None, "always O")},
+    "qa": {"eval_f1": (0.0, "always no answer"), "eval_exact_match": (0.0, "always no answer")},
+    "reward": {"eval_accuracy": (None, "always the longer answer")},
+    "dpo": {"eval_rewards/accuracies": (None, "always the longer answer")},
+}
+
+
+@pytest.mark.parametrize("objective", BASELINES)
+def test_each_objective_names_the_rule_that_needs_no_model(runs, objective):
+    figures = runs(objective)[0]["assessment"]["figures"]
+    for name, (value, words) in BASELINES[objective].items():
+        baseline = figures[name]["baseline"]
+        assert baseline["words"] == words and 0 <= baseline["value"] <= 1
+        assert value is None or baseline["value"] == pytest.approx(value)
+
+
+def test_two_objectives_agree_on_the_longer_answer(runs):
+    of_reward = runs("reward")[0]["assessment"]["figures"]["eval_accuracy"]["baseline"]
+    of_dpo = runs("dpo")[0]["assessment"]["figures"]["eval_rewards/accuracies"]["baseline"]
+    assert of_reward["value"] == pytest.approx(of_dpo["value"])
+
+
+def plain(shown, width=200):
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=io.StringIO())
+    for one in shown:
+        console.print(one)
+    return console.export_text()
+
+
+@pytest.mark.parametrize("objective", ["sft", "classify", "reward"])
+def test_terminal_report_and_evaluation_show_the_same_assessment(runs, objective):
+    result, folder, rows = runs(objective)
+    found = result["assessment"]
+    ended = plain(summary(result))
+    page = (folder / "report.html").read_text("utf-8")
+    again = tunesmith.evaluate(folder, rows, precision="fp32")
+    evaluated = plain(_tables(again))
+    assert f"verdict    {found['verdict'][0]}" in ended
+    assert "Better than before training" in page or "No difference from before training" in page
+    for one in found["figures"].values():
+        if one.get("change"):
+            assert assessment.change_text(one["change"]) in ended
+        if one.get("baseline"):
+            assert one["baseline"]["words"] in ended and one["baseline"]["words"] in page
+            assert one["baseline"]["words"] in evaluated
+    name = next(iter(found["figures"]))
+    assert again["assessment"]["figures"][name]["value"] == pytest.approx(found["figures"][name]["value"], abs=1e-5)
+
+
+def evaluation(rights, baseline=None, remarks=()):
+    rows = {(0, row): (float(right), 1.0) for row, right in enumerate(rights)}
+    known = {(0, row): (float(right), 1.0) for row, right in enumerate(baseline or ())}
+    always = {"words": "always good", "value": sum(baseline) / len(baseline), "rows": known} if baseline else {}
+    baselines = {"eval_accuracy": always} if baseline else {}
+    return json.loads(json.dumps(assessment.measured(3, {"eval_accuracy": rows}, baselines, remarks)))
+
+
+HALF, MOST, FEW = [0, 1] * 40, [1, 1, 1, 0] * 20, [1, 0, 0, 0] * 20
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "baseline", "expected", "better"),
+    [
+        (FEW, MOST, FEW, ["better than before training: accuracy 0.25 -> 0.75"], True),
+        (MOST, FEW, None, ["worse than before training: accuracy 0.75 -> 0.25"], False),
+        (HALF, [*HALF[:-1], 0], None, ["no difference from before training can be told from chance"], None),
+        (FEW, HALF, [1] * 80, ["better than before", "below the baseline (always good: 1)"], True),
+        (FEW, HALF, [1, 0] * 40, ["better than before", "not clearly better than the baseline (always good: 0.5)"], True),
+    ],
+)
+def test_the_verdict_in_words(before, after, baseline, expected, better):
+    found = assessment.assess(evaluation(after, baseline), evaluation(before), "eval_accuracy")
+    assert len(found["verdict"]) == len(expected)
+    for line, words in zip(found["verdict"], expected):
+        assert line.startswith(words)
+    assert found["figures"]["eval_accuracy"]["change"]["better"] is better
+
+
+def test_a_model_that_predicts_one_class_only_is_named(tmp_path):
+    made = recipe(tmp_path, "bert", "classify", max_steps=1, eval_steps=1, learning_rate=1e-8)
+    made["data"]["eval"] = {"path": made["data"]["train"][0]["path"]}
+    made["train"]["learning_rate"] = 1e-8
+    found = tunesmith.train(made, out=tmp_path / "run")["assessment"]
+    assert "it predicts one class only, good, for all 12 rows" in found["verdict"]
