@@ -306,3 +306,38 @@ def test_figures_of_many_sets_get_the_whole_width(run):
     manifest["data"]["eval_sets"] = {"code": {"rows": 3}}
     file.write_text(json.dumps(manifest), encoding="utf-8")
     assert page(run)[0].index("<h3>Examples</h3>") < page(run)[0].index('<div class="pair">')
+
+
+def test_grave_notes_come_first_in_sentences(run):
+    file = run / "manifest.json"
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    manifest["data"]["sources"][0]["left_out"] = {"rows": 2, "looked_at": 64, "first": ["a.json:4: reasoning"]}
+    manifest["data"]["contaminated"] = {"rows": 5, "share": 0.05}
+    manifest["result"]["assessment"] = {"verdict": ["worse than before training: loss"], "figures": {}}
+    file.write_text(json.dumps(manifest), encoding="utf-8")
+    _, seen = page(run)
+    order = [
+        "Worse than before training: loss.",
+        "The chat template leaves out text, so the model did not learn it: data/",
+        "7 held-out rows are also training rows, so the held-out figures are better",
+        "5 held-out rows (5.0%) share long passages with training rows",
+        "a note ",
+    ]
+    places = [seen.text.index(words) for words in order]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(("better", "trend"), [(True, "good"), (False, "bad"), (None, None)])
+def test_a_change_has_a_colour_only_where_its_interval_does_not_hold_zero(run, better, trend):
+    file = run / "manifest.json"
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    change = {"value": -0.65, "low": -0.9, "high": 0.1, "rows": 96, "better": better}
+    baseline = {"words": "always good", "value": 0.5, "change": None}
+    figures = {"eval_loss": {"value": 1.46, "change": change, "baseline": baseline}}
+    manifest["result"]["assessment"] = {"verdict": [], "figures": figures}
+    file.write_text(json.dumps(manifest), encoding="utf-8")
+    html, seen = page(run)
+    assert "-0.65 (-0.9 to +0.1)" in seen.text and "baseline 0.5: always good" in seen.text
+    colours = {name for name in ("good", "bad") if f'<span class="{name}">' in html}
+    assert colours == ({trend} if trend else set())
+    assert ("may be chance" in seen.text) is (trend is None)

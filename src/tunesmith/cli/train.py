@@ -147,6 +147,8 @@ def _samples(samples: list[JsonObject]) -> Table:
             if sample[name] is not None:
                 text = str(sample[name]).strip()
                 short = text if len(text) <= _MOST_SAMPLE else text[: _MOST_SAMPLE - 1] + "…"
+                if cut := sample.get(f"{name}_cut"):
+                    short += f" [cut at {cut} tokens]"
                 table.add_row(name, Text(short, overflow="fold"))
         table.add_section()
     return table

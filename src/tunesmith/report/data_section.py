@@ -65,6 +65,29 @@ def data_values(report: JsonObject) -> JsonObject:
     }
 
 
+def grave_notes(report: JsonObject) -> list[str]:
+    """Sentences on faults of the data that make the model or its figures wrong."""
+    notes = [
+        f"The chat template leaves out text, so the model did not learn it: {text}. Choose another data.template, or change "
+        "these rows."
+        for text in map(_left_out_text, _mappings(report.get("sources")))
+        if text
+    ]
+    optimistic = "so the held-out figures are better than those on new text"
+    equal, contaminated = report.get("duplicates_train_eval"), mapping(report.get("contaminated"))
+    if is_number(equal) and equal:
+        notes.append(
+            f"{equal:,} held-out rows are also training rows, {optimistic}. Remove them from one side."
+        )
+    if is_number(contaminated.get("rows")) and contaminated["rows"]:
+        part = f" ({share(contaminated['share'], 1)})" if is_number(contaminated.get("share")) else ""
+        notes.append(
+            f"{contaminated['rows']:,} held-out rows{part} share long passages with training rows, {optimistic}. The data "
+            "section below shows some."
+        )
+    return notes
+
+
 def mapping(value: object) -> JsonObject:
     return value if isinstance(value, dict) else {}
 

@@ -21,7 +21,7 @@ from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
 from tunesmith.report import charts, pages
 from tunesmith.report.curves import Curve, Plot, Points, plot
-from tunesmith.report.data_section import data_values, mapping
+from tunesmith.report.data_section import data_values, grave_notes, mapping
 from tunesmith.report.pages import Tile, heading
 from tunesmith.runs import figure_format, metrics_file, overfit
 from tunesmith.runs.assessment import change_text
@@ -240,9 +240,11 @@ def _sets(run: _Run) -> list[JsonObject]:
 
 
 def _notes(run: _Run) -> list[str]:
-    """Return notes, the most important first: how the run ended, overfitting, unreadable files, others."""
+    """Return notes, the most important first: how the run ended, the verdict, faults of the data that make the
+    figures or the model wrong, unreadable files, others."""
     recorded, result = run.manifest.get("notes"), run.part("result")
-    notes = [*run.problems, *(map(str, recorded) if isinstance(recorded, list) else ())]
+    grave = grave_notes(run.part("data"))
+    notes = [*grave, *run.problems, *(map(str, recorded) if isinstance(recorded, list) else ())]
     if verdict := overfit.detect([*run.train, *run.evals]):
         notes.insert(0, f"Overfit: {verdict.text}.")
     verdict_lines = mapping(result.get("assessment")).get("verdict") or ()
@@ -339,5 +341,6 @@ def _prompt(text: str, samples: Sequence[JsonObject], best_step: float | None) -
 def _answer(kind: str, sample: JsonObject) -> Answer:
     step, text = sample.get("step"), sample.get("answer")
     at = [f"step {step:,}"] if is_number(step) else []
-    label = at[0] if kind == "between" and at else ", ".join([kind, *at])
+    cut = [f"cut at {sample['cut']} tokens"] if is_number(sample.get("cut")) else []
+    label = ", ".join([*(() if kind == "between" and at else (kind,)), *at, *cut])
     return Answer(kind, label, "" if text is None else str(text))

@@ -165,16 +165,20 @@ def _before_and_after(names: Sequence[str], first: JsonObject, best: JsonObject)
 
 
 def _samples(run: Run, position: Progression) -> list[JsonObject]:
-    """Return each sample prompt with its answer before training and that of the saved model."""
+    """Return each sample prompt with its answer before training and that of the saved model.
+
+    ``before_cut`` and ``after_cut``: tokens after which an answer that had not stopped was cut."""
     answers = metrics_file.read(run.answers.path)
-    after = {record["prompt"]: record["answer"] for record in answers if record["step"] == position.best_step}
-    return [
-        {
+    after = {record["prompt"]: record for record in answers if record["step"] == position.best_step}
+    samples = []
+    for record in (one for one in answers if one["step"] == 0):
+        later = after.get(record["prompt"], {})
+        cuts = {"before_cut": record.get("cut"), "after_cut": later.get("cut")}
+        samples.append({
             "prompt": record["prompt"],
             "before": record["answer"],
-            "after": after.get(record["prompt"]),
+            "after": later.get("answer"),
             "reference": record["reference"],
-        }
-        for record in answers
-        if record["step"] == 0
-    ]
+            **{name: cut for name, cut in cuts.items() if cut},
+        })  # fmt: skip
+    return samples

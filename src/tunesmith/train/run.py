@@ -380,5 +380,6 @@ def _answer_prompts(run: Run, step: int) -> None:
         with fast_path.plain_attention(run.model, run.fast_path):
             answers = samples.answer(run.model, run.setup.tokenizer, run.prompts, length)
         for prompt, answer in zip(run.prompts, answers, strict=True):
-            record = {"step": step, "prompt": prompt.text, "answer": answer, "reference": prompt.reference}
-            run.answers.append(record)
+            record = {"step": step, "prompt": prompt.text, "answer": answer.text}
+            cut = {} if answer.cut is None else {"cut": answer.cut}
+            run.answers.append({**record, "reference": prompt.reference, **cut})

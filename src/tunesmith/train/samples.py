@@ -10,12 +10,17 @@ import numpy as np
 
 from tunesmith.data.batch.step import Example
 from tunesmith.data.encode import conversations
+from tunesmith.data.encode.templates import special_tokens
 from tunesmith.data.store.encoded_rows import Encoded
 from tunesmith.models.generate import decode
+from tunesmith.models.network import base
 from tunesmith.train.train_config import SampleConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+QUESTIONERS = ("user", "human")
+"""Roles of those who ask."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,12 @@ def _split(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokeniz
     others = np.flatnonzero(~supervised[start:])
     answer = rest[: int(others[0])] if len(others) else rest
     prompt = [int(token) for token in ids[:start]]
-    return Prompt(prompt, _last_turn(prompt, tokenizer), tokenizer.decode(answer, skip_special_tokens=True))
+    return Prompt(prompt, _readable(prompt, tokenizer), tokenizer.decode(answer, skip_special_tokens=True))
 
 
-def _last_turn(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what a person reads of a prompt: the last turn of a chat without its role, or the whole text."""
-    specials = set(tokenizer.all_special_ids)
+def _readable(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what a person reads of a prompt: of a chat the only question, or all turns; or the whole text."""
+    specials = set(tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer))))
     turns: list[list[int]] = [[]]
     for token in prompt:
         if token in specials:
@@ -79,14 +84,29 @@ def _last_turn(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     texts: list[str] = [text for turn in turns if (text := tokenizer.decode(turn).strip())]
     if len(texts) < 2 or not tokenizer.chat_template:
         return "\n".join(texts)
-    role, _, content = texts[-2].partition("\n")  # the last text is the header of the answer to come
-    return content.strip() if role in ("user", "human") and content.strip() else texts[-2]
+    *turns_before, _ = texts  # the last text is the header of the answer to come
+    if sum(text.partition("\n")[0].strip() in QUESTIONERS for text in turns_before) > 1:
+        return "\n".join(turns_before)
+    role, _, content = turns_before[-1].partition("\n")
+    return content.strip() if role in QUESTIONERS and content.strip() else turns_before[-1]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``cut``: the number of tokens after which generation ended an answer that had not stopped; else None."""
+
+    text: str
+    cut: int | None
 
 
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
-) -> list[str]:
+) -> list[Answer]:
     """Answer greedily, so that only the model changes between two evaluations."""
-    settings = decode.Settings(max_new_tokens=max_new_tokens)
+    stop = decode.stop_ids(base(model), tokenizer)
+    settings = decode.Settings(max_new_tokens=max_new_tokens, stop=stop)
     answers = decode.generate_ids(model, tokenizer, [prompt.ids for prompt in prompts], settings)
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    return [
+        Answer(tokenizer.decode(ids, skip_special_tokens=True), None if ids and ids[-1] in stop else len(ids))
+        for ids in answers
+    ]

@@ -1,0 +1,71 @@
+"""Sample prompts and answers as a person reads them."""
+
+import json
+
+import numpy as np
+import pytest
+
+import tunesmith
+from tests.runs import recipe
+from tests.tiny import save_tiny, tiny_tokenizer
+from tunesmith.data.encode import conversations, rankings
+from tunesmith.data.rows import Chat, Ranking
+from tunesmith.models.load.load import load
+from tunesmith.train import samples
+from tunesmith.train.train_config import SampleConfig
+
+ASKED = [
+    {"role": "user", "content": "which city?"},
+    {"role": "assistant", "content": "Paris"},
+    {"role": "user", "content": "why?"},
+]
+ANSWER = {"role": "assistant", "content": "because"}
+
+
+class Held(list):
+    """Held-out examples."""
+
+
+@pytest.mark.parametrize("kind", ["pair", "chat"])
+def test_the_prompt_of_a_dialogue_is_shown_whole(kind):
+    tokenizer = tiny_tokenizer("chatml")
+    if kind == "pair":
+        other = {"role": "assistant", "content": "no idea"}
+        row = Ranking(tuple(ASKED), ((ANSWER,), (other,)), (0, 1))
+        ((example,),) = rankings.encode([row], tokenizer, max_length=None, overlong="error")
+    else:
+        ((example,),) = conversations.encode([Chat((*ASKED, ANSWER))], tokenizer)
+    (prompt,) = samples.prompts(SampleConfig(), Held([example]), tokenizer)
+    assert prompt.text == "user\nwhich city?\nassistant\nParis\nuser\nwhy?"
+    assert prompt.reference.strip() == "because"
+
+
+def test_a_single_question_is_shown_without_its_role():
+    tokenizer = tiny_tokenizer("chatml")
+    ((example,),) = conversations.encode([Chat((ASKED[0], ANSWER))], tokenizer)
+    (prompt,) = samples.prompts(SampleConfig(), Held([example]), tokenizer)
+    assert prompt.text == "which city?"
+
+
+def test_an_answer_that_did_not_stop_is_marked_as_cut(tmp_path, monkeypatch):
+    model, tokenizer = load(save_tiny("llama", tmp_path / "model"))
+    stop = next(iter(samples.decode.stop_ids(model, tokenizer)))
+    prompts = [samples.Prompt([3, 4], "a", None), samples.Prompt([5, 6], "b", None)]
+    monkeypatch.setattr(samples.decode, "generate_ids", lambda *_: [[7, 8, 9], [7, stop]])
+    assert [one.cut for one in samples.answer(model, tokenizer, prompts, 3)] == [3, None]
+
+
+def test_the_report_and_the_terminal_say_where_a_sample_was_cut(tmp_path):
+    from tunesmith.cli.train import summary
+
+    made = recipe(tmp_path, max_steps=1, eval_steps=1, learning_rate=1e-6)
+    made["data"]["eval"] = {"path": made["data"]["train"][0]["path"]}
+    made["samples"] = {"count": 3, "max_new_tokens": 2}
+    found = tunesmith.train(made, out=tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    cut = [line for line in lines if "cut" in line]
+    assert cut and {line["cut"] for line in cut} == {2}
+    assert np.count_nonzero(["before_cut" in one for one in found["samples"]]) == sum(one["step"] == 0 for one in cut)
+    assert "cut at 2 tokens" in (tmp_path / "run" / "report.html").read_text("utf-8")
+    table = summary(found)[1]
+    assert any("cut at 2 tokens" in str(cell) for cell in table.columns[1].cells)
