@@ -11,6 +11,7 @@ from tests.runs import recipe
 from tunesmith.cli.evaluate import _tables
 from tunesmith.cli.train import summary
 from tunesmith.runs import assessment
+from tunesmith.runs.figure_format import change_text
 
 OBJECTIVES = ("sft", "cpt", "classify", "tag", "qa", "reward", "dpo", "kto")
 ENCODED = ("classify", "tag", "qa")
@@ -88,7 +89,7 @@ def test_terminal_report_and_evaluation_show_the_same_assessment(runs, objective
     assert "Better than before training" in page or "No difference from before training" in page
     for one in found["figures"].values():
         if one.get("change"):
-            assert assessment.change_text(one["change"]) in ended
+            assert change_text(one["change"]) in ended
         if one.get("baseline"):
             assert one["baseline"]["words"] in ended and one["baseline"]["words"] in page
             assert one["baseline"]["words"] in evaluated

@@ -12,8 +12,7 @@ from rich.table import Table
 from tunesmith.cli import options
 from tunesmith.cli.output import filled_columns, print_result
 from tunesmith.json_types import JsonObject
-from tunesmith.runs.assessment import label
-from tunesmith.runs.figure_format import number
+from tunesmith.runs.figure_format import label, number
 
 
 def evaluate(

@@ -17,7 +17,7 @@ from tunesmith.cli.output import columns, console, print_result, print_stderr
 from tunesmith.errors import NotReproduced, UserError
 from tunesmith.json_types import JsonObject
 from tunesmith.runs import figure_format
-from tunesmith.runs.figure_format import is_number, lower_is_better, size
+from tunesmith.runs.figure_format import change_text, is_number, label, lower_is_better, size
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="List, show, compare and repeat runs.")
 
@@ -233,8 +233,6 @@ def _comparison(facts: JsonObject, names: list[str]) -> list[RenderableType]:
 
 def _changes(facts: JsonObject, names: list[str]) -> list[str]:
     """``b against a: eval_loss -0.1 (-0.15 to -0.04), better``: over the held-out rows that both runs have."""
-    from tunesmith.runs.assessment import change_text, label
-
     words = {True: "better", False: "worse", None: "may be chance"}
     lines = []
     for name, changes in zip(names[1:], facts["changes"]):

@@ -13,7 +13,7 @@ from rich.text import Text
 from tunesmith.cli import options
 from tunesmith.cli.output import console, filled_columns, print_result, print_stderr
 from tunesmith.json_types import JsonObject
-from tunesmith.runs.figure_format import number, size
+from tunesmith.runs.figure_format import change_text, number, size
 
 _MOST_SAMPLE = 300
 """Characters of a sample in the table; the report has all of it."""
@@ -121,8 +121,6 @@ def _figures(outcome: JsonObject) -> Table:
 
 def change_and_baseline(figure: JsonObject) -> list[str]:
     """``+0.329 (+0.25 to +0.41)`` and ``0.55, always bad``: cells next to an assessed figure."""
-    from tunesmith.runs.assessment import change_text
-
     change, baseline = figure.get("change"), figure.get("baseline")
     return [
         change_text(change) if change else "",

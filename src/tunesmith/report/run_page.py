@@ -24,8 +24,16 @@ from tunesmith.report.curves import Curve, Plot, Points, plot
 from tunesmith.report.data_section import data_values, grave_notes, mapping
 from tunesmith.report.pages import Tile, heading
 from tunesmith.runs import figure_format, metrics_file, overfit
-from tunesmith.runs.assessment import change_text
-from tunesmith.runs.figure_format import count, duration, is_number, lower_is_better, number, share, size
+from tunesmith.runs.figure_format import (
+    change_text,
+    count,
+    duration,
+    is_number,
+    lower_is_better,
+    number,
+    share,
+    size,
+)
 from tunesmith.runs.run_list import type_of
 
 MOST_CURVES = 4

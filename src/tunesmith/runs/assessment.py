@@ -14,7 +14,7 @@ from tunesmith import files
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import intervals
 from tunesmith.metrics.intervals import Interval, RowValues
-from tunesmith.runs.figure_format import lower_is_better, number
+from tunesmith.runs.figure_format import change_text, label, lower_is_better, number
 
 FILE = "held_out.json"
 """In a run folder: the evaluations (``measured``) before training and of the best model."""
@@ -117,16 +117,6 @@ def _baseline(after: JsonObject, name: str, rows: RowValues) -> JsonObject | Non
         return None
     change = _difference(name, _rows(one["rows"]), rows)
     return {"words": one["words"], "value": one["value"], "change": change}
-
-
-def label(name: str) -> str:
-    """``eval_rewards/margins`` -> rewards/margins."""
-    return name.removeprefix("eval_").replace("_", " ")
-
-
-def change_text(change: JsonObject) -> str:
-    """``+0.329 (+0.25 to +0.41)``: a difference with its interval."""
-    return f"{change['value']:+.3g} ({change['low']:+.3g} to {change['high']:+.3g})"
 
 
 def _change_verdict(figures: JsonObject, best: str) -> list[str]:

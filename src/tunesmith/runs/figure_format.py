@@ -95,6 +95,16 @@ def figure_names(records: Sequence[Iterable[str]], sets: Sequence[str], prefix: 
     ]
 
 
+def label(name: str) -> str:
+    """``eval_macro_f1`` -> macro f1."""
+    return name.removeprefix("eval_").replace("_", " ")
+
+
+def change_text(change: Mapping[str, float]) -> str:
+    """``+0.329 (+0.25 to +0.41)``: a difference with its interval (``runs.assessment``)."""
+    return f"{change['value']:+.3g} ({change['low']:+.3g} to {change['high']:+.3g})"
+
+
 def lower_is_better(name: str) -> bool | None:
     """Return whether a lower value of this evaluation figure is better; None where neither is better."""
     if name.endswith(("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")):
