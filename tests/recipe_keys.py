@@ -15,7 +15,19 @@ ROOT = {
 }
 
 DATA = {"train", "eval", "template", "template_kwargs", "bad_rows", "max_unlearnable", "cache"}
-SOURCE = {"path", "split", "name", "streaming", "format", "columns", "separator", "prompt_template", "weight", "limit"}
+SOURCE = {
+    "path",
+    "split",
+    "name",
+    "streaming",
+    "format",
+    "columns",
+    "separator",
+    "prompt_template",
+    "numbers_as_text",
+    "weight",
+    "limit",
+}
 EVAL = {"fraction", "limit", "path", "sets"}  # each set is a SOURCE
 
 TRAIN = {

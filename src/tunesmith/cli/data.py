@@ -293,8 +293,10 @@ def _preview_lines(shown: list[Preview]) -> list[RenderableType]:
 
 
 def _lint_lines(report: LintReport) -> list[str]:
+    from tunesmith.data.row_problems import describe_causes
+
     leaked, duplicates = report.leaked, report.duplicates
-    lines = [str(problem) for problem in report.problems]
+    lines = describe_causes(report.problems)
     lines += [f"{item.where}: also a training row, {item.same_as}. Remove one of them." for item in leaked]
     lines += [f"remark: {item.where} repeats {item.same_as}" for item in duplicates]
     lines += [f"remark: the chat template leaves out {place}" for place in report.left_out]
@@ -302,6 +304,10 @@ def _lint_lines(report: LintReport) -> list[str]:
     lines += [line for judgements in report.judged for line in judgements.lines()]
     lines += [f"warning: {text}" for text in report.warnings]
     for file in report.files:
+        if file.carriage_returns:
+            lines.append(
+                f"remark: {file.path}: \\r\\n is read as \\n in {_count(file.carriage_returns, 'row')}"
+            )
         rows = f"{_count(file.rows, 'row')} = {file.kept} kept + {file.rejected} rejected"
         lines.append(f"{file.path}: {file.format}; {rows}")
     bad = f"{_count(len(report.problems), 'problem')}, {_count(len(leaked), 'row')} in both train and eval"

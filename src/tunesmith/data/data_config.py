@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from tunesmith.data.formats.columns import FORMATS
+from tunesmith.data.formats.columns import FORMATS, PLACEHOLDER
 
 
 class Strict(BaseModel):
@@ -46,6 +46,7 @@ class Source(Strict):
     )
     separator: str | None = Field(None, min_length=1, description="separator of labels in a cell, e.g. '|'")
     prompt_template: str | None = Field(None, description="prompt from columns, e.g. 'Summarise: {text}'")
+    numbers_as_text: bool = Field(False, description="read numbers in columns of text as text: 42 as '42'")
     weight: float = Field(1.0, gt=0, description="passes per epoch: 2 = twice, 0.5 = a random half")
     limit: int | None = Field(None, gt=0, description="use the first N rows only")
 
@@ -75,6 +76,15 @@ class Source(Strict):
     def keep_if(self) -> str | None:
         """The column that is true in the rows to keep; None keeps all rows."""
         return str(self.columns[KEEP_IF]) if self.columns and KEEP_IF in self.columns else None
+
+    def nested_columns(self) -> list[str]:
+        """Columns ``a.b`` that the recipe names: the field b of the objects in column a."""
+        mapped = [[to] if isinstance(to, str) else to for to in (self.columns or {}).values()]
+        used = [
+            *(name for names in mapped for name in names),
+            *PLACEHOLDER.findall(self.prompt_template or ""),
+        ]
+        return [name for name in used if "." in name]
 
     @property
     def mapping(self) -> dict[str, str | list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -81,8 +82,30 @@ def shorten(value: object, limit: int = 60) -> str:
     return f"{kind} {text}" if kind else text
 
 
+VARYING = re.compile(r"""'[^']*'|"[^"]*"|\d+""")
+"""Parts of a message that differ from row to row although the cause is the same."""
+
+LISTED = 5
+"""Further rows that a message lists."""
+
+
+def describe_causes(problems: Sequence[RowProblem]) -> list[str]:
+    """One message for each cause: the first row with it, how many others there are, and the first of them."""
+    causes: dict[tuple[str, ...], list[RowProblem]] = {}
+    for problem in problems:
+        kind = VARYING.sub("#", problem.expected if problem.row else problem.got)
+        causes.setdefault((problem.path, VARYING.sub("#", problem.field), kind), []).append(problem)
+    lines = []
+    for first, *others in causes.values():
+        rows = ", ".join(str(problem.row) for problem in others[:LISTED])
+        rows += ", ..." if len(others) > LISTED else ""
+        noun = "row" if len(others) == 1 else "rows"
+        lines.append(f"{first}" + (f" The same in {len(others)} more {noun}: {rows}." if others else ""))
+    return lines
+
+
 def bad_rows_error(problems: Sequence[RowProblem], total: int, advice: str) -> DataError:
-    """One error for ``total`` bad rows. It lists the first ten of ``problems``."""
-    lines = [f"  {problem}" for problem in problems[:10]]
-    more = [] if total <= len(lines) else [f"  ... and {total - len(lines)} more"]
+    """One error for ``total`` bad rows. It lists the first ten of ``problems``, each cause once."""
+    lines = [f"  {line}" for line in describe_causes(problems[:10])]
+    more = [] if total <= len(problems[:10]) else [f"  ... and {total - len(problems[:10])} more bad rows"]
     return DataError("\n".join([f"{total} bad {'row' if total == 1 else 'rows'}:", *lines, *more, advice]))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tunesmith import objectives
 from tunesmith.data.batch import pack
@@ -50,6 +50,12 @@ class Config(objectives.Config):
         description="mean = average over all tokens; default: an encoder's first token, a decoder's last",
     )
     overlong: Overlong = Field("error", description="what happens to a row above max_length")
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _numbers_as_names(cls, given: object) -> object:
+        """YAML reads the name of a numbered class as a number."""
+        return labels.numbers_as_names(given)
 
     @model_validator(mode="after")
     def _check_problem(self) -> Config:

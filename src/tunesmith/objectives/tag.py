@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tunesmith import objectives
 from tunesmith.data.batch import pack
@@ -46,6 +46,12 @@ class Config(objectives.Config):
     stride: int = Field(
         64, ge=0, description="tokens that the windows of a sentence above max_length share, at most"
     )
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _numbers_as_names(cls, given: object) -> object:
+        """YAML reads the name of a numbered class as a number."""
+        return label_names.numbers_as_names(given)
 
     @model_validator(mode="after")
     def _check_labels(self) -> Config:

@@ -13,6 +13,7 @@ from tunesmith.data.data_config import Source
 from tunesmith.data.encode.conversations import TrainOn, find_omitted_text, render
 from tunesmith.data.encode.spans import SpanError
 from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
+from tunesmith.data.formats.record_values import has_carriage_returns
 from tunesmith.data.read import hub_set
 from tunesmith.data.read.source import OpenedSource, open_source
 from tunesmith.data.row_problems import Record, RowProblem
@@ -36,7 +37,7 @@ class Duplicate:
 
 @dataclass
 class FileReport:
-    """``rows`` = ``kept`` + ``rejected``."""
+    """``rows`` = ``kept`` + ``rejected``. ``carriage_returns``: rows with a line end that is read as ``\\n``."""
 
     path: str
     role: str
@@ -44,6 +45,7 @@ class FileReport:
     rows: int = 0
     kept: int = 0
     rejected: int = 0
+    carriage_returns: int = 0
 
 
 @dataclass
@@ -174,6 +176,7 @@ def _usable_rows(
             report.problems.append(problem)
             findings.count_refused(problem)
         elif isinstance(item, tuple):
+            file.carriage_returns += has_carriage_returns(item[0].value)
             yield item
 
 

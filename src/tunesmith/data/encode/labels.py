@@ -69,6 +69,13 @@ def is_whole(name: str) -> bool:
     return WHOLE_NUMBER.fullmatch(name) is not None
 
 
+def numbers_as_names(given: object) -> object:
+    """A list of names in which whole numbers are written as text; any other value unchanged."""
+    if not isinstance(given, list | tuple):
+        return given
+    return [str(name) if type(name) is int else name for name in given]
+
+
 def refuse_repeats(names: Sequence[str] | None) -> None:
     """Raise ValueError for a list that has a name twice."""
     for name, count in Counter(names or ()).items():

@@ -187,4 +187,4 @@ def _flag_columns(accepted: tuple[type, ...], there: Sequence[str]) -> str:
 
 
 def _needs(form: Format) -> str:
-    return " + ".join("|".join(part.columns) for part in _required(form))
+    return " + ".join("|".join(filter(str.isascii, part.columns)) for part in _required(form))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from tunesmith.data.formats import column_advice, judgement_fields, preference_fields
+from tunesmith.data.formats.column_mapping import Names, as_tuple, find_columns, fold, with_fields
 from tunesmith.data.formats.fields import (
     SYSTEM,
     TOOLS,
@@ -22,6 +23,7 @@ from tunesmith.data.formats.fields import (
 )
 from tunesmith.data.formats.label_fields import build_labelled, build_multilabel, scan_vectors
 from tunesmith.data.formats.preference_fields import build_prompt_completion
+from tunesmith.data.formats.record_values import NUMERIC_FIELDS, numbers_to_text, unify_line_ends
 from tunesmith.data.formats.squad_file import build_question
 from tunesmith.data.formats.turns import MEDIA, alpaca_prompt, build_chat, exchange, refuse_media
 from tunesmith.data.formats.word_fields import build_tokens, build_words, scan_spaces
@@ -53,8 +55,10 @@ def _build_text(values: Values) -> Text:
 
 
 CHAT = (TOOLS, SYSTEM)
-QUESTION, ANSWER = required("question", "q", "query", "prompt"), required("answer", "a", "response")
-SUMMARISED, SUMMARY = required("text", "document", "article", "dialogue"), required("summary", "highlights")
+QUESTION = required("question", "q", "query", "prompt", "질문")
+ANSWER = required("answer", "a", "response", "답변")
+SUMMARISED = required("text", "document", "article", "dialogue", "본문")
+SUMMARY = required("summary", "highlights", "요약")
 TEXT = required(
     "text", "sentence", "document", "review", "content", "comment", "sentence1", "premise", "question1"
 )
@@ -64,7 +68,8 @@ LABELS = required("labels", "classes", "categories", several=True)
 TAGS = required("tags", "ner_tags", "tags", "pos_tags", "chunk_tags")
 TOKENS = (required("tokens", "words"), TAGS)
 ALPACA = (
-    required("instruction"), optional("input", "context"), required("output", "response"), SYSTEM, optional("history"),
+    required("instruction", "지시"), optional("input", "context", "입력"), required("output", "response", "출력"), SYSTEM,
+    optional("history"),
 )  # fmt: skip
 COMPLETION = (required("prompt"), required("completion"), TOOLS)
 SQUAD = (
@@ -80,7 +85,7 @@ TABLE = (
     _single_exchange("input_output", required("input"), required("output")),
     _single_exchange("summary", SUMMARISED, SUMMARY),
     _single_exchange("question_answer", QUESTION, ANSWER),
-    Format("squad", Question, SQUAD, build_question, gold="answers"),
+    Format("squad", Question, SQUAD, build_question, gold="answers", exact=("context", "answers")),
     *preference_fields.RANKINGS,
     Format("tokens", Tagged, TOKENS, build_tokens, gold="tags", scan=scan_spaces),
     Format("conll", Tagged, TOKENS, build_tokens, gold="tags", scan=scan_spaces),
@@ -108,9 +113,6 @@ EXAMPLES: dict[type, str] = {
     Question: '{"question": "...", "context": "...", "answers": {"text": ["..."], "answer_start": [0]}}',
 }
 """A row of each type, as a file may have it."""
-
-Names = str | tuple[str, ...]
-"""The column of a field, or several columns."""
 
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
@@ -181,15 +183,21 @@ class Converter:
 
     def _values(self, record: JsonObject, names: Mapping[str, Names]) -> Values:
         """Return field -> value. Gold is left out where it is not needed, so that invalid gold raises no error."""
-        return Values(
-            {
-                name: record[column]
-                if isinstance(column, str)
-                else {asked: record[key] for asked, key in zip(self.columns[name], column)}
-                for name, column in names.items()
-                if name not in self._left_out
-            }
-        )
+        values = Values()
+        for name, column in names.items():
+            if name in self._left_out:
+                continue
+            if isinstance(column, str):
+                values[name] = self._value(name, record[column])
+            else:
+                values[name] = {asked: record[key] for asked, key in zip(self.columns[name], column)}
+        return values
+
+    def _value(self, name: str, value: object) -> object:
+        """The value of the field ``name``, as all formats read it."""
+        if self.facts.get("numbers_as_text") and name not in NUMERIC_FIELDS:
+            value = numbers_to_text(value)
+        return value if name in self.form.exact else unify_line_ends(value)
 
     def scan(self, records: Iterable[Record]) -> JsonObject:
         """Facts about the whole file, from its first rows."""
@@ -205,14 +213,14 @@ class Converter:
             if name not in record:
                 expected = f"the column {name!r} of the prompt_template"
                 raise FieldFault(name, expected, "no such column", "Add it.")
-            return require_text(record[name], name)
+            return require_text(self._value(name, record[name]), name)
 
         return PLACEHOLDER.sub(fill, self.prompt_template or "")
 
     def describe(self, columns: Iterable[str]) -> str:
         """``alpaca (instruction, output); not used: id``."""
         columns = list(columns)
-        names = {name: _as_tuple(column) for name, column in self.match(tuple(columns))[0].items()}
+        names = {name: as_tuple(column) for name, column in self.match(tuple(columns))[0].items()}
         used = {
             *PLACEHOLDER.findall(self.prompt_template or ""),
             *(key for keys in names.values() for key in keys),
@@ -221,6 +229,7 @@ class Converter:
         if self.prompt_template is not None:
             parts.append(f"{self.form.prompt} <- {self.prompt_template!r}")
         text = f"{self.form.name} ({', '.join(parts)})"
+        used |= {name.partition(".")[0] for name in used}
         unused = [column for column in columns if column not in used]
         text += f"; not used: {', '.join(unused)}" if unused else ""
         if self.form.better and self.gold and not self.splits_pairs:
@@ -240,10 +249,6 @@ class Converter:
         return {self.form.row, Chat} if self.form.row is PromptCompletion else {self.form.row}
 
 
-def _as_tuple(names: Names) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else names
-
-
 @lru_cache(maxsize=4096)
 def _match(
     name: str,
@@ -254,29 +259,18 @@ def _match(
 ) -> tuple[dict[str, Names], str | None]:
     """``Converter.match``, with hashable arguments."""
     form, columns = FORMATS[name], dict(mapped)
-    folded = {str(key).strip().casefold(): key for key in reversed(keys)}
+    folded = {fold(str(key)): key for key in reversed(keys)}
     names: dict[str, Names] = {}
     missing = None
     for part in form.fields:
         if templated and part.name not in form.answer and part.name not in columns:
             continue
-        column, lacking = _find_columns(part, columns.get(part.name), folded)
+        column, lacking = find_columns(part, columns.get(part.name), folded)
         if column != ():
             names[part.name] = column
         elif (part.required or part.name in columns) and part.name not in left_out:
             missing = missing or lacking
     return names, missing
-
-
-def _find_columns(part: Field, asked: Names | None, folded: Mapping[str, str]) -> tuple[Names, str | None]:
-    """Return (one column, all columns that the recipe lists, or () if none is there; the first missing name)."""
-    names = _as_tuple(part.columns if asked is None else asked)
-    keys = {name: folded.get(name.strip().casefold()) for name in names}
-    present = tuple(key for key in keys.values() if key is not None)
-    lacking = next((name for name, key in keys.items() if key is None), None)
-    if isinstance(asked, tuple):
-        return present if lacking is None else (), lacking
-    return present[0] if present else (), lacking
 
 
 def candidates(
@@ -285,15 +279,16 @@ def candidates(
     format: str | None,
     columns: Columns | None,
     prompt_template: str | None,
-) -> tuple[Sequence[Format], dict[str, Names]]:
-    """The formats that rows with these columns may have, and ``columns`` as the recipe maps them."""
+) -> list[tuple[Format, dict[str, Names]]]:
+    """The formats that rows with these columns may have, each with the mapping of its fields."""
     mapped = {name: to if isinstance(to, str) else tuple(to) for name, to in (columns or {}).items()}
     if format is not None and format not in FORMATS:
         raise DataError(f"{path}: unknown format {format!r}. {did_you_mean(format, FORMATS)}")
-    forms = _with_fields([FORMATS[format]] if format else _detectable(keys), mapped, path)
+    pairs = with_fields([FORMATS[format]] if format else _detectable(keys), mapped, path)
     if prompt_template is not None:
-        forms = _with_prompt(forms, prompt_template, keys, path)
-    return forms, mapped
+        forms = _with_prompt([form for form, _ in pairs], prompt_template, keys, path)
+        pairs = [pair for pair in pairs if pair[0] in forms]
+    return pairs
 
 
 def choose_converter(
@@ -310,9 +305,9 @@ def choose_converter(
 
     ``accepted``: row types that the objective trains on. ``gold``: False = rows may lack it. Raises
     DataError, which lists the columns of the file, if no format fits."""
-    forms, mapped = candidates(keys, path, format, columns, prompt_template)
+    pairs = candidates(keys, path, format, columns, prompt_template)
     for needs_gold in (True,) if gold else (True, False):  # gold is read if the rows have it
-        converters = [Converter(form, mapped, prompt_template, needs_gold) for form in forms]
+        converters = [Converter(form, mapped, prompt_template, needs_gold) for form, mapped in pairs]
         fitting = [(count, converter) for converter in converters if (count := converter.count(keys))]
         wanted = [(count, converter) for count, converter in fitting if converter.row_types & set(accepted)]
         if (
@@ -329,30 +324,9 @@ def choose_converter(
 
 def _detectable(keys: Sequence[tuple[str, ...]]) -> list[Format]:
     """The formats that may be detected, in the order in which they are tried on rows with these columns."""
-    folded = {column.strip().casefold() for column in column_advice.columns_of(keys)}
+    folded = {fold(column) for column in column_advice.columns_of(keys)}
     forms = [form for form in FORMATS.values() if not form.by_name]
     return sorted(forms, key=lambda form: folded.isdisjoint(form.marks))  # stable: else in the table's order
-
-
-def _with_fields(forms: Sequence[Format], columns: Columns, path: str) -> list[Format]:
-    """The formats that have all fields of ``columns``."""
-    known = {part.name: part.several for form in forms for part in form.fields}
-    for name, asked in columns.items():
-        if name not in known:
-            raise DataError(f"{path}: columns: no format has a field {name!r}. {did_you_mean(name, known)}")
-        if not isinstance(asked, str) and not known[name]:
-            several = ", ".join(name for name, takes_several in known.items() if takes_several) or "none"
-            raise DataError(
-                f"{path}: columns: {name!r} takes one column, got a list ({', '.join(asked)}). "
-                f"Fields that take several: {several}."
-            )
-    having = [form for form in forms if columns.keys() <= {part.name for part in form.fields}]
-    if not having:
-        lists = "; ".join(f"{form.name}: {', '.join(part.name for part in form.fields)}" for form in forms)
-        raise DataError(
-            f"{path}: columns: no format has all of the fields {', '.join(columns)}. Fields by format: {lists}"
-        )
-    return having
 
 
 def _with_prompt(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +76,7 @@ class Format:
     - ``marks``: columns of this format alone. A file with one of them is tried as this format first.
     - ``better`` says which answers count as better, from {field: column}.
     - ``by_name``: the format is never detected; the recipe must name it.
+    - ``exact``: fields whose line ends ``build`` unifies itself, because other values count their characters.
     """
 
     name: str
@@ -87,10 +90,15 @@ class Format:
     marks: tuple[str, ...] = ()
     better: Callable[[Mapping[str, object]], str] | None = None
     by_name: bool = False
+    exact: tuple[str, ...] = ()
 
 
 TOOLS = optional("tools", "functions")
 SYSTEM = optional("system", "system_prompt")
+
+
+NO_COMMA = re.compile(r"""'\s+['"]|"\s+['"]""")
+"""Two strings with nothing but white space between them."""
 
 
 class FieldFault(Exception):
@@ -120,7 +128,10 @@ def optional_text(value: object, field: str) -> str:
 def check_text(value: object, field: str) -> str:
     """Return ``value`` if it is a string of whole Unicode characters without NUL."""
     if not isinstance(value, str):
-        raise FieldFault(field, "text", shorten(value), "Write it as a string, in quotes.")
+        fix = "Write it as a string, in quotes."
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            fix = "Write it as a string, in quotes; or set numbers_as_text: true (data.train.0.numbers_as_text=true)."
+        raise FieldFault(field, "text", shorten(value), fix)
     if "\0" in value:
         got = f"a NUL character after {value.index(chr(0))} characters"
         raise FieldFault(field, "text without NUL", got, "Remove it.")
@@ -150,13 +161,28 @@ def check_nested_text(value: object, field: str) -> None:
 
 
 def parse_json(value: object, field: str, expected: str) -> object:
-    """Parse JSON text, as csv columns and OpenAI's ``arguments`` have it; return other values unchanged."""
+    """Parse JSON text, as csv columns and OpenAI's ``arguments`` have it, or Python's text of a list or dict,
+    as pandas writes it into csv cells; return other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (RecursionError, ValueError) as error:
+        parsed = _parse_python(value)
+        if parsed is not None:
+            return parsed
         raise FieldFault(field, expected, f"{shorten(value)} ({error})", "Write valid JSON.") from None
+
+
+def _parse_python(text: str) -> object:
+    """A list or dict that Python's ``repr`` wrote, else None. NumPy's text of an array, ``['a' 'b']``, is None:
+    without commas it would be one string."""
+    if text.strip()[:1] not in ("[", "{") or NO_COMMA.search(text):
+        return None
+    try:
+        return ast.literal_eval(text.strip())
+    except (MemoryError, RecursionError, SyntaxError, ValueError):
+        return None
 
 
 def check_list(value: object, field: str, expected: str, fix: str) -> Sequence[object]:

@@ -33,8 +33,8 @@ def build_multilabel(values: Values) -> Labelled:
 def scan_vectors(sample: Sequence[Values]) -> JsonObject:
     """The length of label vectors: most of the first rows are lists of 0 and 1 of one length, two or more.
 
-    Other rows are then bad rows. A list of label numbers never repeats a number. So where lists of different
-    length occur and none repeats a number, they are label numbers: [0, 1] next to [1]."""
+    Other rows are then bad rows. Raises FieldFault for objects of scores. A list of label numbers never repeats
+    a number. So where lists of different length occur and none repeats a number, they are label numbers: [0, 1] next to [1]."""
     lengths: Counter[int] = Counter()
     rows = numbers = repeats = 0
     for values in sample:
@@ -42,6 +42,7 @@ def scan_vectors(sample: Sequence[Values]) -> JsonObject:
         if value is None:
             continue
         rows += 1
+        _refuse_scores(value)
         try:
             listed = parse_json(value, "labels", "a list")
         except FieldFault:
@@ -52,6 +53,21 @@ def scan_vectors(sample: Sequence[Values]) -> JsonObject:
             lengths[len(listed)] += set(listed) <= {0, 1}
     size, count = lengths.most_common(1)[0] if lengths else (0, 0)
     return {"vectors": size} if size > 1 and 2 * count > rows and (count == numbers or repeats) else {}
+
+
+def _refuse_scores(value: object) -> None:
+    """Raise FieldFault for an object of numbers that are no flags: {"label": 4.6, "binary-label": 1}."""
+    if not isinstance(value, Mapping):
+        return
+    scores = [name for name, mark in value.items() if isinstance(mark, int | float) and mark not in (0, 1)]
+    if scores:
+        column = f"labels.{scores[0]}"
+        fix = (
+            f"Name one of them: columns: {{label: {column}}} (on the command line: --column label={column})."
+        )
+        raise FieldFault(
+            "labels", "0 or 1 for each label", f"scores, such as {scores[0]}: {value[scores[0]]}", fix
+        )
 
 
 def _text_pair(values: Values) -> str | None:

@@ -20,9 +20,11 @@ def choose_prompt_converter(
 ) -> Converter:
     """Choose the format of prompts: the one that reads the most columns. Where the rows have no answers, that
     format must make rows of a type in ``accepted``, or context would be lost. Raises DataError."""
-    forms, mapped = candidates(keys, path, format, columns, prompt_template)
+    pairs = candidates(keys, path, format, columns, prompt_template)
     for needs_gold in (True, False):
-        makers = [Converter(form, mapped, prompt_template, needs_gold, prompts=True) for form in forms]
+        makers = [
+            Converter(form, mapped, prompt_template, needs_gold, prompts=True) for form, mapped in pairs
+        ]
         fitting = [maker for maker in makers if 2 * maker.count(keys) >= len(keys)]
         fitting.sort(key=lambda maker: -max(len(maker.match(row)[0]) for row in keys))  # stable
         wanted = [maker for maker in fitting if maker.row_types & set(accepted)]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 
 from tunesmith.data.formats.fields import FieldFault, Values, flag, parse_json, require_text
+from tunesmith.data.formats.record_values import unify_line_ends
 from tunesmith.data.row_problems import Record, RowProblem, shorten
 from tunesmith.data.rows import Question
 from tunesmith.json_types import JsonObject
@@ -24,7 +25,12 @@ def build_question(values: Values) -> Question:
     """The row of a question, its context and answers. Without ``answers`` it is a row to predict."""
     question, context = values.text("question"), values.text("context")
     name = values.get("id")
-    return Question(question, context, _answers(values, context), None if name is None else str(name))
+    answers = _answers(values, context)
+    if answers:
+        answers = tuple(
+            (unify_line_ends(text), start - context.count("\r\n", 0, start)) for text, start in answers
+        )
+    return Question(question, unify_line_ends(context), answers, None if name is None else str(name))
 
 
 def _answers(values: Values, context: str) -> tuple[tuple[str, int], ...] | None:
@@ -64,8 +70,11 @@ def _parse_answers(value: object) -> list[tuple[str, object, object]]:
     if not isinstance(value, list | tuple):
         fix = 'Write [{"text": "...", "answer_start": 0}].'
         raise FieldFault("answers", "a list of answers", shorten(value), fix)
-    answers = []
+    answers: list[tuple[str, object, object]] = []
     for index, answer in enumerate(value):
+        if isinstance(answer, str):
+            answers.append((f"answers[{index}]", answer, None))
+            continue
         if not isinstance(answer, Mapping) or not {"text", "answer_start"} <= answer.keys():
             expected, fix = (
                 "an object with text and answer_start",
@@ -79,6 +88,8 @@ def _parse_answers(value: object) -> list[tuple[str, object, object]]:
 def _check_answer(place: str, value: object, start: object, context: str) -> tuple[str, int]:
     """(text, start) of an answer that ``context`` contains at ``start``."""
     text, field = require_text(value, f"{place}.text"), f"{place}.answer_start"
+    if start is None:
+        return text, _only_position(place, text, context)
     if not isinstance(start, int) or isinstance(start, bool):
         fix = "Write the position of its first character in the context, from 0."
         raise FieldFault(field, "a whole number", shorten(start), fix)
@@ -94,6 +105,19 @@ def _check_answer(place: str, value: object, start: object, context: str) -> tup
         listed = ", ".join(map(str, positions[:LISTED])) + (", ..." if len(positions) > LISTED else "")
         fix = f"It begins at {listed}: positions count characters from 0."
     raise FieldFault(field, f"the position of {shorten(text)} in the context", got, fix)
+
+
+def _only_position(place: str, text: str, context: str) -> int:
+    """The start of an answer that is written without one. Raises FieldFault unless it occurs exactly once."""
+    positions = list(islice(_positions(text, context), LISTED + 1))
+    if len(positions) == 1:
+        return positions[0]
+    got = f"{shorten(text)}, which the context does not contain"
+    fix = "Copy the answer from the context, or delete the row."
+    if positions:
+        listed = ", ".join(map(str, positions[:LISTED])) + (", ..." if len(positions) > LISTED else "")
+        got, fix = f"{shorten(text)}, which begins at {listed}", 'Write {"text": "...", "answer_start": 0}.'
+    raise FieldFault(place, "an answer that the context contains once, or its answer_start", got, fix)
 
 
 def _positions(text: str, context: str) -> Iterator[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from tunesmith.data.formats import squad_file
@@ -24,8 +24,38 @@ _SIMPLE = rf"(?:\s*{_TEXT}\s*:\s*(?:{_TEXT}|[\w.+-]+)\s*,)*\s*"
 SQUAD = re.compile(rf'\{{{_SIMPLE}"data"\s*:\s*\[(?=\s*\{{{_SIMPLE}"paragraphs"\s*:)')
 """The beginning of a nested SQuAD file, up to the list of articles; keys of simple values may come first."""
 
+
+class RepeatedKey(dict[str, object]):
+    """An object in which a key occurs twice. ``json`` would keep the last value and forget the others."""
+
+    def __init__(self, pairs: Sequence[tuple[str, object]], key: str) -> None:
+        super().__init__(pairs)
+        self.key = key
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object of these pairs; a RepeatedKey if a key occurs twice, in it or in an object that it holds."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        return RepeatedKey(pairs, next(name for name in names if names.count(name) > 1))
+    for value in made.values():
+        if type(value) in (RepeatedKey, list) and (key := _repeated_key(value)) is not None:
+            return RepeatedKey(pairs, key)
+    return made
+
+
+def _repeated_key(value: object) -> str | None:
+    """The repeated key of an object, or of one in a list."""
+    if isinstance(value, RepeatedKey):
+        return value.key
+    if isinstance(value, list):
+        return next((key for item in value if (key := _repeated_key(item)) is not None), None)
+    return None
+
+
 SPACE = re.compile(r"[ \t\r\n]*")
-DECODER = json.JSONDecoder()
+DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 class BrokenJson(Exception):
@@ -44,7 +74,7 @@ def read_json(handle: TextIO, path: str) -> Iterator[Record | RowProblem]:
         yield from _values(window.array(), path)
     elif first and (start := SQUAD.match(window.text, window.at)):
         window.at = start.end() - 1
-        yield from _until_broken(squad_file.nested_rows(window.elements(), path), path)
+        yield from _until_broken(squad_file.nested_rows(_articles(window), path), path)
     elif first and window.line_is_whole():
         yield from _lines(window.lines(), path)
     elif first:
@@ -61,12 +91,20 @@ def read_jsonl(handle: TextIO, path: str) -> Iterator[Record | RowProblem]:
         yield from _lines(window.lines(), path)
 
 
+def _articles(window: Window) -> Iterator[tuple[int, object]]:
+    """(line, article) of a nested SQuAD file. Raises BrokenJson."""
+    for line, article in window.elements():
+        if isinstance(article, RepeatedKey):
+            raise BrokenJson("each key once", f"the key {article.key!r} twice in the article", line, 1)
+        yield line, article
+
+
 def _lines(lines: Iterator[tuple[int, str]], path: str) -> Iterator[Record | RowProblem]:
     expected = "one JSON object on the line"
     written = ((number, line) for number, line in lines if line.strip())
     for row, (number, line) in enumerate(written, 1):
         try:
-            value = json.loads(line)
+            value = DECODER.decode(line)
         except json.JSONDecodeError as error:
             got = f"{error.msg} at line {number}, column {error.colno}"
             yield RowProblem(path, row, "line", expected, got, "Correct or delete the line.", number)
@@ -94,6 +132,9 @@ def _until_broken(rows: Iterator[Record | RowProblem], path: str) -> Iterator[Re
 
 
 def _record(path: str, row: int, line: int, value: object) -> Record | RowProblem:
+    if isinstance(value, RepeatedKey):
+        fix = "Rename one of the two, or delete it."
+        return RowProblem(path, row, value.key, "each key once", f"the key {value.key!r} twice", fix, line)
     if isinstance(value, dict):
         return Record(path, row, line, value)
     fix = 'Write each row as {"field": value, ...}.'

@@ -15,6 +15,7 @@ from tunesmith.data.formats.columns import Converter, choose_converter
 from tunesmith.data.formats.fields import FieldFault
 from tunesmith.data.formats.judgement_fields import judgement_column, parse_judgement, split_pair
 from tunesmith.data.formats.prompt_columns import choose_prompt_converter
+from tunesmith.data.formats.record_values import with_nested
 from tunesmith.data.read import hub_set, layout_advice
 from tunesmith.data.read.row_files import READERS, Rows, read, reader_of
 from tunesmith.data.read.text_file import ending
@@ -31,6 +32,7 @@ from tunesmith.data.rows import (
     Text,
 )
 from tunesmith.errors import DataError
+from tunesmith.json_types import JsonObject
 
 SAMPLED = 100
 """Rows from which the format is detected."""
@@ -114,9 +116,14 @@ def open_source(
         convert = _check_judgements(source, accepted, keys, records, convert)
     if is_headed and convert.form.row is Text:
         raise layout_advice.prose_or_table(source, keys[0])
-    facts = seen["facts"] if seen else convert.scan(records)
-    separator = {"separator": source.separator} if source.separator else {}
-    convert = replace(convert, facts=facts | separator)
+    asked: JsonObject = {"separator": source.separator} if source.separator else {}
+    asked |= {"numbers_as_text": True} if source.numbers_as_text else {}
+    convert = replace(convert, facts=asked)
+    try:
+        facts = seen["facts"] if seen else convert.scan(records)
+    except FieldFault as fault:
+        raise DataError(f"{source.label}: {fault}") from None
+    convert = replace(convert, facts=facts | asked)
     if not seen:
         names = {kind.__name__ for record in records for kind in _kinds(convert(record))}
         seen = {"keys": keys, "kinds": sorted(names), "facts": facts}
@@ -190,6 +197,11 @@ def _first_records(source: Source, accepted: tuple[type, ...]) -> list[Record]:
 
 def _rows(source: Source) -> Rows:
     rows = hub_set.rows(source) if source.hub else read(source.path, source.format, source.columns)
+    if nested := source.nested_columns():
+        rows = (
+            replace(item, value=with_nested(item.value, nested)) if isinstance(item, Record) else item
+            for item in rows
+        )
     return rows if source.keep_if is None else _true_rows(rows, source.keep_if)
 
 
@@ -221,13 +233,14 @@ def _question(source: Source, accepted: tuple[type, ...], gold: bool, prompts: b
     """Hash of everything that the format of a source depends on, except its rows."""
     names = [kind.__name__ for kind in accepted]
     asked = [source.format, source.columns, source.prompt_template, source.limit, gold, prompts, names]
+    asked.append(source.numbers_as_text)
     content = hashlib.sha256(json.dumps(asked).encode())
     for file in sorted(Path(columns.__file__).parent.glob("*.py")):
         content.update(file.read_bytes())
     return content.hexdigest()[:16]
 
 
-SHARED_KEYS = {"format", "columns", "separator", "prompt_template"}
+SHARED_KEYS = {"format", "columns", "separator", "prompt_template", "numbers_as_text"}
 """Keys of the first training source that hold for ``data.eval.path``, too."""
 
 

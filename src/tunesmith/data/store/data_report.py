@@ -15,6 +15,7 @@ class SourceReport:
     """One file. ``rows_read`` = ``rows_kept`` + ``rows_rejected``; ``problems``: the first ten, as text.
 
     ``left_out``: text that the template omits. ``revision``: the commit of a data set of the Hub.
+    ``carriage_returns``: rows in which a line end ``\\r\\n`` was read as ``\\n``.
     """
 
     path: str
@@ -30,6 +31,7 @@ class SourceReport:
     cached: bool
     seconds: float
     revision: str | None = None
+    carriage_returns: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class Report:
             at = f"; commit {source.revision[:12]}" if source.revision else ""
             kept = f"{source.rows_kept} of {source.rows_read} rows kept"
             out.append(f"{source.role}: {source.path}: {source.format}; {kept}{at}")
+            if source.carriage_returns:
+                out.append(f"  line ends: \\r\\n is read as \\n in {source.carriage_returns} rows")
             if source.left_out["rows"]:
                 share = f"{source.left_out['rows']} of {source.left_out['looked_at']} rows compared"
                 out.append(f"  the template omits text of {share}, for example {source.left_out['first'][0]}")

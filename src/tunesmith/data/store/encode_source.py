@@ -21,6 +21,7 @@ from tunesmith.data.batch.pack import Example
 from tunesmith.data.data_config import Source
 from tunesmith.data.encode.conversations import find_omitted_text
 from tunesmith.data.encode.templates import Renderer
+from tunesmith.data.formats.record_values import has_carriage_returns
 from tunesmith.data.read import builtin, class_folder, hub_set
 from tunesmith.data.read.row_files import existing
 from tunesmith.data.read.source import OpenedSource
@@ -139,6 +140,7 @@ class _SourceEncoder:
         read = kept = last = 0
         first: list[RowProblem] = []
         fatal = False
+        carriage_returns = 0
         omitted: JsonObject = {"looked_at": 0, "rows": 0, "first": []}
         renderer = Renderer(self.tokenizer) if self.tokenizer.chat_template else None
         for encoded, problems in self._encode_ahead():
@@ -148,6 +150,7 @@ class _SourceEncoder:
                 writer.add(examples, record.row, rows.digest(row), group)
                 if record.row != last:  # a pair that becomes two rows is one row of the file
                     read, kept, last = read + 1, kept + 1, record.row
+                    carriage_returns += has_carriage_returns(record.value)
                 if renderer and len(examples) == 1 and omitted["looked_at"] < COMPARED_ROWS:
                     _count_omitted(row, record, renderer, omitted)
             fatal = fatal or any(problem.fatal for problem in problems)
@@ -155,7 +158,10 @@ class _SourceEncoder:
             if on_progress:
                 on_progress(self.opened.source.label, read)
         listed = [asdict(problem) for problem in first]
-        return {"read": read, "kept": kept, "problems": listed, "fatal": fatal, "left_out": omitted}
+        return {
+            "read": read, "kept": kept, "problems": listed, "fatal": fatal, "left_out": omitted,
+            "carriage_returns": carriage_returns,
+        }  # fmt: skip
 
     def _encode_ahead(self) -> Iterator[Encodings]:
         """Encode two batches at a time, in order: one is rendered, the other tokenised without the GIL."""

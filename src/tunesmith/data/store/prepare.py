@@ -389,6 +389,7 @@ def _source_report(part: _Part) -> SourceReport:
         rows_rejected=info["read"] - info["kept"],
         problems=tuple(str(replace(problem, path=source.label)) for problem in part.problems()),
         left_out=info["left_out"],
+        carriage_returns=info["carriage_returns"],
         weight=source.weight,
         cached=part.built.cached,
         seconds=part.built.seconds,

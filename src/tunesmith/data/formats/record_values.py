@@ -1,0 +1,78 @@
+"""Values of a record before a format builds its row: nested fields, line ends, numbers that are text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tunesmith.json_types import JsonObject
+
+NUMERIC_FIELDS = {
+    "label", "labels", "tags", "scores", "ranks", "margin", "chosen_score", "rejected_score", "answers", "is_impossible",
+    "tools", "id",
+}  # fmt: skip
+"""Fields of formats in which a number is a number: grades, positions, classes, schemas."""
+
+TEXT_KEYS = ("content", "value", "text")
+"""Keys of a turn, or of a part of it, that hold text."""
+
+
+def with_nested(value: JsonObject, columns: Iterable[str]) -> JsonObject:
+    """``value`` with a column ``a.b`` for the field b of the object in column a, if the row has one.
+
+    A part of digits is a position in a list. An object may be JSON text, as a csv cell has it."""
+    found = {}
+    for column in columns:
+        if column not in value:
+            for part in _reach(value, column.split(".")):
+                found[column] = part
+    return {**value, **found} if found else value
+
+
+def _reach(value: Any, path: list[str]) -> Iterable[Any]:
+    """The value at the end of ``path``; nothing if it does not exist."""
+    for key in path:
+        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+            try:
+                value = json.loads(value)
+            except (RecursionError, ValueError):
+                return ()
+        if isinstance(value, Mapping) and key in value:
+            value = value[key]
+        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return ()
+    return (value,)
+
+
+def has_carriage_returns(value: Any) -> bool:
+    """True if a text in ``value`` has a line that ends in a carriage return and a line feed."""
+    if isinstance(value, str):
+        return "\r\n" in value
+    if isinstance(value, Mapping):
+        return any(map(has_carriage_returns, value.values()))
+    return isinstance(value, list | tuple) and any(map(has_carriage_returns, value))
+
+
+def unify_line_ends(value: Any) -> Any:
+    """``value`` with the line ends ``\\n`` in all of its texts."""
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n")
+    if not has_carriage_returns(value):
+        return value
+    if isinstance(value, Mapping):
+        return {key: unify_line_ends(item) for key, item in value.items()}
+    return [unify_line_ends(item) for item in value]
+
+
+def numbers_to_text(value: Any) -> Any:
+    """``value`` with its numbers as text: alone, in lists, and as content of turns."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [numbers_to_text(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: numbers_to_text(item) if key in TEXT_KEYS else item for key, item in value.items()}
+    return value
