@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tunesmith import objectives
 from tunesmith.data.batch import pack
 from tunesmith.data.encode import labels, texts
-from tunesmith.data.encode.labels import MULTI, REGRESSION, SINGLE, Survey
+from tunesmith.data.encode.labels import MULTI, REGRESSION, SINGLE, Names, Survey
 from tunesmith.data.encode.templates import special_ends
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Labelled
@@ -36,7 +36,7 @@ class Config(objectives.Config):
         None,
         description="default: from the labels (lists of labels, numbers with fractions, else one class a row)",
     )
-    labels: list[str] | None = Field(
+    labels: Names | None = Field(
         None, min_length=1, description="names of the classes, by id; default: those of the training rows"
     )
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
@@ -50,12 +50,6 @@ class Config(objectives.Config):
         description="mean = average over all tokens; default: an encoder's first token, a decoder's last",
     )
     overlong: Overlong = Field("error", description="what happens to a row above max_length")
-
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _numbers_as_names(cls, given: object) -> object:
-        """YAML reads the name of a numbered class as a number."""
-        return labels.numbers_as_names(given)
 
     @model_validator(mode="after")
     def _check_problem(self) -> Config:

@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from tunesmith import objectives
 from tunesmith.data.batch import pack
 from tunesmith.data.encode import labels as label_names
 from tunesmith.data.encode import tagging
+from tunesmith.data.encode.labels import Names
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError, ReadOnceError
@@ -35,7 +36,7 @@ ENTITY_TAG = re.compile(r"O|[BIESLUMW](-\S.*)?")
 
 
 class Config(objectives.Config):
-    labels: list[str] | None = Field(
+    labels: Names | None = Field(
         None,
         min_length=2,
         description="names of the tags, by id; default: those of the training rows, O first",
@@ -46,12 +47,6 @@ class Config(objectives.Config):
     stride: int = Field(
         64, ge=0, description="tokens that the windows of a sentence above max_length share, at most"
     )
-
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _numbers_as_names(cls, given: object) -> object:
-        """YAML reads the name of a numbered class as a number."""
-        return label_names.numbers_as_names(given)
 
     @model_validator(mode="after")
     def _check_labels(self) -> Config:

@@ -7,6 +7,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import DataError
@@ -18,6 +21,17 @@ SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classifi
 LARGEST_TARGET = 1e18  # largest regression target: errors are squared in fp32
 WHOLE_NUMBER = re.compile(r"-?\d{1,18}")
 MOST_CLASSES = 1000  # a column with more different values hardly holds classes
+
+
+def _numbers_as_names(given: object) -> object:
+    """A list of names in which whole numbers are written as text; any other value unchanged."""
+    if not isinstance(given, list | tuple):
+        return given
+    return [str(name) if type(name) is int else name for name in given]
+
+
+Names = Annotated[list[str], BeforeValidator(_numbers_as_names)]
+"""Names of labels in a recipe. YAML reads the name of a numbered class as a number."""
 
 
 @dataclass
@@ -67,13 +81,6 @@ def sort_names(names: Iterable[str]) -> list[str]:
 def is_whole(name: str) -> bool:
     """True for a whole number of at most 18 digits."""
     return WHOLE_NUMBER.fullmatch(name) is not None
-
-
-def numbers_as_names(given: object) -> object:
-    """A list of names in which whole numbers are written as text; any other value unchanged."""
-    if not isinstance(given, list | tuple):
-        return given
-    return [str(name) if type(name) is int else name for name in given]
 
 
 def refuse_repeats(names: Sequence[str] | None) -> None:
