@@ -9,8 +9,7 @@ resumed. Tensors of the last checkpoint and of the model, metrics (all but the t
 must be those of the undisturbed run. A tiny model is trained, so that a point takes a second.
 
 The result counts the points: ``exact`` (resumed and equal), ``refused`` (nothing had begun: ``--resume`` says so, and the same
-command without it is exact), ``late`` (the run ended first) and ``lost`` (anything else, with what differs). The exit code is 1
-when something was lost.
+command without it is exact) and ``lost`` (anything else, with what differs). The exit code is 1 when something was lost.
 """
 
 from __future__ import annotations

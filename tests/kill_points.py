@@ -35,16 +35,16 @@ class Point:
     limit: int | None = None
 
 
-def counted(folder: Path, point: Point | None) -> Callable[[], int]:
-    """Count the operations of this process on files under ``folder`` from now on; end it at ``point``. Returns the counter."""
-    count = 0
+def counted(folder: Path, point: Point | None) -> list[str]:
+    """Count the operations of this process on files under ``folder`` from now on; end it at ``point``. Returns a list that grows by
+    the name of each."""
+    done: list[str] = []
     prefix = str(folder)
     fsync = os.fsync
 
-    def step() -> None:
-        nonlocal count
-        count += 1
-        if point is None or count != point.number:
+    def step(name: str) -> None:
+        done.append(name.removeprefix("os."))
+        if point is None or len(done) != point.number:
             return
         if point.limit is None:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -54,15 +54,15 @@ def counted(folder: Path, point: Point | None) -> Callable[[], int]:
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event in EVENTS and isinstance(arguments[0], str | os.PathLike) and os.fspath(arguments[0]).startswith(prefix):
-            step()
+            step(event)
 
     def synced(handle: int) -> None:
-        step()
+        step("fsync")
         fsync(handle)
 
     sys.addaudithook(audit)
     os.fsync = synced  # no audit event
-    return lambda: count
+    return done
 
 
 def in_fork(work: Callable[[], Any], seconds: int = 120) -> tuple[int, Any]:
@@ -93,13 +93,13 @@ def in_fork(work: Callable[[], Any], seconds: int = 120) -> tuple[int, Any]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), json.loads(content) if content else None
 
 
-def train(made: dict[str, Any], out: Path, point: Point | None = None, **how: bool) -> int:
-    """Train, counting operations. Returns their number."""
+def train(made: dict[str, Any], out: Path, point: Point | None = None, **how: bool) -> list[str]:
+    """Train, counting operations. Returns their names."""
     import tunesmith
 
-    count = counted(out.parent, point)
+    done = counted(out.parent, point)
     tunesmith.train(made, out=out, **how)
-    return count()
+    return done
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -130,11 +130,13 @@ def points(operations: int, number: int, seed: int = 0) -> list[Point]:
 
 
 def outcome(made: dict[str, Any], straight: dict[str, Any], out: Path, point: Point) -> str:
-    """Kill a run at ``point`` and resume it. Returns "exact", "refused" (then the same command without --resume is exact), "late" (the
-    run ended before the point), or what was lost."""
+    """Kill a run at ``point`` and resume it. Returns "exact", "refused" (then the same command without --resume is exact), or what was
+    lost. Where no later write is as long as ``point`` says, the run is killed between two operations."""
     code, answer = in_fork(lambda: train(made, out, point))
+    if code == 0 and point.limit is not None:
+        return outcome(made, straight, out.with_name("killed between two operations"), Point(point.number))
     if code >= 0:
-        return "late" if code == 0 else f"not killed but ended with {code}: {answer}"
+        return f"not killed: ended with {code}: {answer}"
     code, answer = in_fork(lambda: train(made, out, resume=True))
     how = "exact"
     if code == 2 and ("no run to resume" in answer):
@@ -147,32 +149,37 @@ def outcome(made: dict[str, Any], straight: dict[str, Any], out: Path, point: Po
     return f"lost: {', '.join(different)} differ" if different else how
 
 
-def recipe(folder: Path) -> dict[str, Any]:
-    """A tiny run with evaluations, samples, rotation and a best model, on a tiny random model."""
+def recipe(folder: Path, steps: int = 3) -> dict[str, Any]:
+    """A tiny run of ``steps`` steps with evaluations, samples, rotation and a best model, on a tiny random model."""
     from tests.runs import recipe as tiny
 
-    made = tiny(folder, save_steps=1, eval_steps=2, max_steps=3, save_total_limit=1, logging_steps=1, warmup_steps=1)
+    made = tiny(folder, save_steps=1, eval_steps=2, max_steps=steps, save_total_limit=1, logging_steps=1, warmup_steps=1)
     made["data"]["eval"] = {"path": str(folder / "rows.jsonl"), "limit": 4}
     made["samples"] = {"count": 1, "max_new_tokens": 2}
     return made
 
 
 def run(number: int, folder: Path, seed: int = 0, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Kill ``number`` runs in ``folder``. Returns the counts by outcome, and every point that lost something."""
+    """Kill ``number`` runs in ``folder``, each at another operation. Returns the counts by outcome and by the operation before which
+    the run was killed, and every point that lost something."""
     import tunesmith
 
-    made = recipe(folder)
+    made = recipe(folder, 3 + number // 100)
     tunesmith.train(made, out=folder / "warm" / "run")  # what is imported late is imported before the forks
     code, operations = in_fork(lambda: train(made, folder / "straight" / "run"))
     assert code == 0, operations
+    assert len(operations) >= number, f"the run has {len(operations)} operations: fewer than {number}"
     straight = summary(folder / "straight" / "run")
     counts: Counter[str] = Counter()
+    before: Counter[str] = Counter()
     lost = []
-    for index, point in enumerate(points(operations, number, seed)):
+    for index, point in enumerate(points(len(operations), number, seed)):
         found = outcome(made, straight, folder / f"{index}" / "run", point)
         kind = found.partition(":")[0].partition(" ")[0]
         counts[kind] += 1
-        if kind not in ("exact", "refused", "late"):
+        before["half of a write" if point.limit else operations[point.number - 1]] += 1
+        if kind not in ("exact", "refused"):
             lost.append({"operation": point.number, "bytes": point.limit, "what": found})
             tell(f"{point}: {found}")
-    return {"operations": operations, "points": number, **{k: counts[k] for k in ("exact", "refused", "late")}, "lost": lost}
+    facts = {"operations": len(operations), "points": number, "exact": counts["exact"], "refused": counts["refused"]}
+    return {**facts, "lost": lost, "killed_before": dict(before.most_common())}

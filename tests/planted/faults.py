@@ -280,8 +280,8 @@ FAULTS = [
         "nan-is-best",
         "an evaluation that is not a number is never the best",
         "train/loop.py",
-        "    if math.isnan(figure):\n        gain = -math.inf\n",
-        "    if math.isnan(figure):\n        gain = math.inf\n",
+        "    if not math.isfinite(figure):\n        gain = -math.inf\n",
+        "    if not math.isfinite(figure):\n        gain = math.inf\n",
         "tests/train/test_faults.py tests/train/test_runs.py",
     ),
     # ---- objectives

@@ -54,7 +54,16 @@ def change_template(model):
     file.write_text(file.read_text().replace("<|im_start|>assistant", "<|im_start|>helper"))
 
 
+def flip_one_bit(model):
+    """In a part of the embedding that no sample covers."""
+    file = model / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) - 100_000] ^= 1
+    file.write_bytes(content)
+
+
 CHANGES = {
+    "one bit": (flip_one_bit, r"model.safetensors: the content differs"),
     "weights": (change_weights, r"safetensors: the content differs"),
     "config": (change_json("config.json", rms_norm_eps=0.5), r"config.json: rms_norm_eps: was 1e-06, is 0.5"),
     "generation": (change_json("generation_config.json", eos_token_id=7), r"generation_config.json: eos_token_id: was 4, is 7"),

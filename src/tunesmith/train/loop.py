@@ -351,13 +351,13 @@ def _early_stop(job: Job, position: Progression, figure: float | None) -> str | 
 
 
 def record_best(position: Progression, figure: float, direction: str, threshold: float) -> bool:
-    """Record an evaluation's figure; return whether it is the best so far, which NaN never is.
+    """Record an evaluation's figure; return whether it is the best so far; only a finite one can be.
 
     Only a gain above ``threshold`` counts as an improvement for early stopping.
     """
     best = position.best
     gain = math.inf if best is None else (best - figure if direction == "min" else figure - best)
-    if math.isnan(figure):
+    if not math.isfinite(figure):
         gain = -math.inf
     position.without_improvement = 0 if gain > threshold else position.without_improvement + 1
     if gain > 0:

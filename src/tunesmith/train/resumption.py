@@ -10,7 +10,8 @@ from tunesmith.report import run_page
 from tunesmith.runs import run_folder as run_folders
 from tunesmith.runs.progress import Progress
 from tunesmith.runs.run_folder import RunFolder, Start
-from tunesmith.train import checkpoint, distributed, setup, starting_point
+from tunesmith.train import checkpoint, distributed, setup
+from tunesmith.train.starting_point import StartingPoint
 
 
 def claim(
@@ -47,7 +48,11 @@ def choose(run_folder: RunFolder, recipe: Recipe, progress: Progress) -> tuple[i
 
 
 def finished_result(
-    run_folder: RunFolder, ready: setup.Setup, started_with: JsonObject, step: int | None, progress: Progress
+    run_folder: RunFolder,
+    ready: setup.Setup,
+    started_with: StartingPoint,
+    step: int | None,
+    progress: Progress,
 ) -> JsonObject | None:
     """Return the result of a run whose checkpoint of ``step`` leaves no steps to train; None for another run.
 
@@ -56,7 +61,7 @@ def finished_result(
     if step is None:
         return None
     state = checkpoint.load_state(run_folder.checkpoints, step)
-    starting_point.check_same(started_with, state, ready)
+    started_with.check_same(state)
     result: JsonObject | None = run_folder.manifest().get("result")
     if step < ready.source.plan.steps or not result:
         return None

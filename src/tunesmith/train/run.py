@@ -110,19 +110,20 @@ def train(
             with distributed.main_first() if checked.data.cache else nullcontext():
                 ds_config = Path(deepspeed) if deepspeed else None
                 ready = setup.read(checked, processes.device, progress.note, ds_config)
-            started_with = starting_point.describe(ready)
+            started_with = starting_point.StartingPoint(ready)
             result = resumption.finished_result(run_folder, ready, started_with, step, progress)
             if result is not None:
                 return result if main else {}
-            if main:
-                run_folder.begin(checked.resolved())
             memory_before_model = machine.peak_memory_bytes()
             memory_budget.check_weights(ready, memory_budget.limit_bytes(ready.device))
+            if main:
+                run_folder.begin(checked.resolved())
             run, built = _open(ready, run_folder, started_with, progress, callbacks)
             position = run_state.restore(run, step)
             job = _prepare(run, built, position, changed_keys)
             with _recorded_failure(run):
                 stopped = _stop_at_start(run, job, position) or loop.fit(job, position)
+                run_state.require_finite_evaluation(run, position)
             return _finish(run, job, position, memory_before_model, stopped)
     finally:
         run_folder.close()
@@ -177,7 +178,7 @@ def check(
 def _open(
     ready: setup.Setup,
     run_folder: folder.RunFolder,
-    started_with: JsonObject,
+    started_with: starting_point.StartingPoint,
     progress: Progress,
     callbacks: Callbacks,
 ) -> tuple[Run, setup.Built]:

@@ -28,6 +28,7 @@ from tunesmith.train.callbacks import Callbacks
 from tunesmith.train.fast_path import FastPath, plain_attention
 from tunesmith.train.loop import Progression
 from tunesmith.train.master_weights import swapped_weights
+from tunesmith.train.starting_point import StartingPoint
 from tunesmith.train.update import Update
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Run:
     main: bool
     callbacks: Callbacks
     resumed: bool
-    started_with: JsonObject = field(default_factory=dict)
+    started_with: StartingPoint | None = None
     """The base model and its tokenizer; see ``train.starting_point``."""
     prompts: list[samples.Prompt] = field(default_factory=list)
     """Sample prompts, answered at every evaluation."""
@@ -122,13 +123,34 @@ def require_finite(run: Run, step: int, tensors: Mapping[str, torch.Tensor]) -> 
     """
     if not (counts := finite.count_non_finite(tensors)):
         return
-    saved = checkpoint.steps(run.folder.checkpoints)
-    last = f"The last good checkpoint is {run.folder.checkpoints / f'step-{saved[-1]}'}" if saved else ""
+    what = finite.describe(counts, tensors)
+    if step == 0:
+        raise NonFiniteError(
+            f"before the first step {what}: the base model, or what the adaptation makes of it, cannot be trained.\n"
+            "  Copy or download the model again, or use another train.precision."
+        )
     raise NonFiniteError(
-        f"step {step}: the update overflowed: {finite.describe(counts, tensors)}. No checkpoint and no model of "
-        f"these weights were saved.\n  {last or 'There is no checkpoint yet'}. --resume would take the same step again: "
-        "lower train.learning_rate and start another run with --out DIR."
+        f"step {step}: the update overflowed: {what}. No checkpoint and no model of these weights were saved.\n"
+        f"  {_last_checkpoint(run)} --resume would take the same step again: lower train.learning_rate and start another "
+        "run with --out DIR."
     )
+
+
+def require_finite_evaluation(run: Run, position: Progression) -> None:
+    """Raise NonFiniteError at the end of a run whose evaluations had no finite figure: none of its models is the best."""
+    if run.setup.data.eval is not None and position.best_step is None:
+        raise NonFiniteError(
+            "no evaluation after the first step had a finite figure (see metrics.jsonl): the weights are finite, and "
+            f"what the network computes is not. No model was saved.\n  {_last_checkpoint(run)} Lower "
+            f"train.learning_rate, {run.update.advice}and start another run with --out DIR."
+        )
+
+
+def _last_checkpoint(run: Run) -> str:
+    saved = checkpoint.steps(run.folder.checkpoints)
+    if not saved:
+        return "There is no checkpoint yet."
+    return f"The last good checkpoint is {run.folder.checkpoints / f'step-{saved[-1]}'}."
 
 
 def save(run: Run, position: Progression) -> None:
@@ -151,7 +173,7 @@ def save(run: Run, position: Progression) -> None:
             "progression": asdict(position),
             **run.update.state(),
             "data": run.setup.data.report.as_dict()["sources"],
-            "base": run.started_with,
+            "base": run.started_with.facts() if run.started_with else None,
             "held_out": run.setup.data.report.held_out_digest,
             "threads": torch.get_num_threads(),
             "processes": distributed.state().num_processes,

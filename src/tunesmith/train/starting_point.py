@@ -6,12 +6,16 @@ The same recipe and data give another run where one of them changed, for every o
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith import files
 from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
-from tunesmith.models.find import headers, record
+from tunesmith.models.find import headers
 from tunesmith.models.find.locate import SETTINGS, code_files
 from tunesmith.runs.run_folder import flatten
 from tunesmith.train.setup import Setup
@@ -19,8 +23,8 @@ from tunesmith.train.setup import Setup
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_IGNORED = {"transformers_version", "_name_or_path"}
-"""Keys of a config that change nothing."""
+_IGNORED = {"transformers_version", "_name_or_path", "base_model_name_or_path"}
+"""Keys of a config that change nothing: versions, and paths, which may move."""
 
 _CONTEXT, _MOST = 24, 160
 """Characters of a changed template: around the change, and at most."""
@@ -28,27 +32,76 @@ _CONTEXT, _MOST = 24, 160
 _MOST_LINES = 12
 
 
-def describe(ready: Setup) -> JsonObject:
-    """Return hashes of weights and code, the settings, the tokenizer and its template, as JSON.
+class StartingPoint:
+    """What this process starts with. The weights are hashed whole, in a thread, while the network is loaded."""
 
-    An adapter's files have the prefix ``adapter/``, because its base model has files of the same names.
-    """
+    def __init__(self, ready: Setup) -> None:
+        self._ready = ready
+        self._folders = _folders(ready)
+        self._weights = _in_thread(lambda: _hash_weights(self._folders))
+        self._settings = _describe_settings(ready, self._folders)
+
+    def facts(self) -> JsonObject:
+        """Return hashes of weights and code, the settings, the tokenizer and its template, as JSON.
+
+        An adapter's files have the prefix ``adapter/``, because its base model has files of the same names.
+        """
+        return {"weights": self._weights.result(), **self._settings}
+
+    def check_same(self, state: JsonObject) -> None:
+        """Raise RecipeError, with what changed, when the ``state`` of a checkpoint has other data or another base."""
+        _check_data(self._ready, state)
+        before: JsonObject | None = state.get("base")
+        if not before or not (changed := _differences(before, self.facts())):
+            return
+        more = [f"... and {len(changed) - _MOST_LINES} more"] if len(changed) > _MOST_LINES else []
+        raise RecipeError(
+            "the base model changed since the run was started, so resuming would not continue the same run:\n  "
+            + "\n  ".join([*changed[:_MOST_LINES], *more])
+            + f"\n  Restore the files of {self._ready.model_folder.path}, or start another run with --out DIR."
+        )
+
+
+def _folders(ready: Setup) -> dict[str, Path]:
+    """Return the folders of the model by the prefix of their files."""
+    folder = ready.model_folder
+    return {"": folder.network} | ({"adapter/": folder.path} if folder.base else {})
+
+
+def _in_thread(work: Callable[[], dict[str, str]]) -> Future[dict[str, str]]:
+    """Start ``work`` in a thread that ends with the process."""
+    future: Future[dict[str, str]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001 - raised by ``result``
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _hash_weights(folders: Mapping[str, Path]) -> dict[str, str]:
+    stems = {"": "model", "adapter/": "adapter_model"}
+    return {
+        f"{at}{file.name}": files.sha256(file)
+        for at, folder in folders.items()
+        for file in headers.weight_files(folder, stems[at])
+    }
+
+
+def _describe_settings(ready: Setup, folders: Mapping[str, Path]) -> JsonObject:
+    """Return everything but the weights. The tokenizer is described as loaded, whatever files it comes from."""
     folder, tokenizer = ready.model_folder, ready.tokenizer
-    places = {"": folder.network} | ({"adapter/": folder.path} if folder.base else {})
-    # the tokenizer's settings are compared as loaded, whatever files they come from
     names = [*(name for name in SETTINGS if not name.startswith("tokenizer")), "adapter_config.json"]
     return {
-        "weights": {
-            f"{at}{name}": one
-            for at, place in places.items()
-            for name, one in record.file_hashes(place).items()
-        },
         "code": {
             file.name: files.sha256(file) for file in (code_files(folder) if folder.remote_code else ())
         },
         "settings": {
             f"{at}{name}": _without_ignored(headers.read_json_if_present(place / name))
-            for at, place in places.items()
+            for at, place in folders.items()
             for name in names
         },
         "tokenizer": _describe_tokenizer(tokenizer),
@@ -69,23 +122,6 @@ def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
     parts["added_tokens"] = repr(sorted(backend.get_added_tokens_decoder().items())).encode()
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return {**{name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}, **tokens}
-
-
-def check_same(now: JsonObject, state: JsonObject, ready: Setup) -> None:
-    """Raise RecipeError, with what changed, when the ``state`` of a checkpoint has other data or another base.
-
-    ``now``: what ``describe`` returned for this process.
-    """
-    _check_data(ready, state)
-    before: JsonObject | None = state.get("base")
-    if not before or not (changed := _differences(before, now)):
-        return
-    more = [f"... and {len(changed) - _MOST_LINES} more"] if len(changed) > _MOST_LINES else []
-    raise RecipeError(
-        "the base model changed since the run was started, so resuming would not continue the same run:\n  "
-        + "\n  ".join([*changed[:_MOST_LINES], *more])
-        + f"\n  Restore the files of {ready.model_folder.path}, or start another run with --out DIR."
-    )
 
 
 def _differences(before: JsonObject, now: JsonObject) -> list[str]:
