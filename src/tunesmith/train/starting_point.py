@@ -33,7 +33,7 @@ _MOST_LINES = 12
 
 
 class StartingPoint:
-    """What this process starts with. The weights are hashed whole, in a thread, while the network is loaded."""
+    """The base model of this process. Its weights are hashed whole, in a thread, while the network is loaded."""
 
     def __init__(self, ready: Setup) -> None:
         self._ready = ready
