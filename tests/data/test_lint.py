@@ -88,3 +88,44 @@ def test_with_a_tokenizer_what_the_template_refuses_is_named(tmp_path):
     path = write(tmp_path, "a.jsonl", lines({**GOOD, "system": "Be brief."}, GOOD))
     (problem,) = lint([Source(path=path)], tokenizer=ZOO["gemma"].tokenizer()).problems
     assert problem.row == 1 and "System role not supported" in problem.got
+
+
+def test_labels_that_training_refuses_are_problems_of_a_recipe(tmp_path):
+    """What the objective refuses because of labels: a class or tag that it does not have, one class only, a list."""
+    from tunesmith.data.rows import Labelled, Tagged
+    from tunesmith.objectives import classify, tag
+
+    def found(objective, accepted, train, held_out=()):
+        sources = []
+        for name, rows in (("train.jsonl", train), ("held.jsonl", held_out)):
+            sources.append([Source(path=write(tmp_path, name, lines(*rows)))] if rows else [])
+        return [str(problem) for problem in lint(*sources, (accepted,), None, objective).problems]
+
+    classes = [{"text": "t", "label": number} for number in (0, 2, 0, 2)]
+    unseen = {"text": "t", "label": 7}
+    (problem,) = found(classify.Objective(classify.Config()), Labelled, classes, [classes[0], unseen])
+    assert "held.jsonl:2:label" in problem and "objective.labels=[0, 2, 7]" in problem
+    (problem,) = found(classify.Objective(classify.Config(labels=[0, 2])), Labelled, [*classes, unseen])
+    assert "train.jsonl:5:label" in problem and "expected one of the labels 0, 2, got '7'" in problem
+    assert "only the class '7'" in found(classify.Objective(classify.Config()), Labelled, [unseen])[0]
+    assert found(classify.Objective(classify.Config()), Labelled, [*classes, unseen]) == []
+    tags = [{"tokens": ["a", "b"], "tags": ["B-X", "O"]}, {"tokens": ["a"], "tags": ["B-Y"]}]
+    (problem,) = found(tag.Objective(tag.Config(labels=["O", "B-X"])), Tagged, tags, tags)
+    assert "train.jsonl:2:tags[0]" in problem and "objective.labels" in problem
+    assert found(tag.Objective(tag.Config()), Tagged, tags, [*tags, {"tokens": ["a"], "tags": ["B-Z"]}]) == []
+
+
+def test_lint_of_a_recipe_and_of_an_encoder(tmp_path, capsys):
+    from tests.runs import recipe
+    from tests.tiny import save_tiny_encoder
+    from tunesmith.cli.main import main
+
+    made = recipe(tmp_path, "bert", {"type": "classify", "labels": ["good", "bad"]})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(made), encoding="utf-8")
+    assert main(["data", "lint", str(tmp_path / "recipe.yaml")]) == 2
+    printed = capsys.readouterr().out
+    assert printed.count("one of the labels good, bad") == 1 and "The same in 3 more rows" in printed
+    encoder = save_tiny_encoder("bert", tmp_path / "encoder")
+    path = write(tmp_path, "rows.jsonl", lines({"text": "t", "label": "x"}))
+    assert main(["data", "lint", path, "--model", str(encoder)]) == 0
+    assert "no row is rendered" in capsys.readouterr().out

@@ -444,3 +444,19 @@ def test_the_wiki_text_needs_no_configuration(shared):
     prepared = run(shared / "data/wiki_demo.txt", objective, train=[{"path": str(shared / "data/wiki_demo.txt"), "limit": 4}])
     assert prepared.report.sources[0].rows_kept == 4 and prepared.max_length == 512
     assert prepared.report.train.overlong["tokens_lost"] == 0
+
+
+def test_dropped_rows_are_not_counted_as_training_rows(tmp_path):
+    rows = [{"text": "short"}, {"text": "much longer " * 20}, {"text": "brief"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    objective = Language(overlong="drop", train_on="all", rows=(Text,))
+    train = run(tmp_path / "a.jsonl", objective, max_length=8, eval={"fraction": 0}).report.train
+    assert (train.rows, train.examples, train.overlong["rows"]) == (2, 2, 1) and "2 examples of 2 rows" in train.line()
+
+
+def test_line_ends_are_reported_of_training_and_held_out_files(tmp_path):
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text('dialogue,summary\r\n"one\r\ntwo",three\r\nfour,five\r\n', newline="")
+    report = run(tmp_path / "a.csv", eval={"path": str(tmp_path / "b.csv")}).report
+    assert [source.carriage_returns for source in report.sources] == [1, 1]
+    assert sum(r"\r\n is read as \n in 1 rows" in line for line in report.lines()) == 2

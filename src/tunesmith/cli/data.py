@@ -17,6 +17,8 @@ from tunesmith.errors import UserError
 from tunesmith.json_types import JsonObject
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from tunesmith.data.check.lint import LintReport
     from tunesmith.data.check.near_duplicates import NearReport
     from tunesmith.data.check.preview import Preview
@@ -84,12 +86,9 @@ def lint(
     """List bad rows as file:row:field with what was expected, found and how to fix it; and duplicates."""
     from tunesmith.data.check import lint as linting
     from tunesmith.data.check import near_duplicates as near
-    from tunesmith.data.encode.templates import apply_template
     from tunesmith.data.read.source import eval_sources
     from tunesmith.data.rows import ROW_TYPES
     from tunesmith.data.store import row_writer
-    from tunesmith.models.find.locate import locate
-    from tunesmith.models.load.load import load_tokenizer
 
     if not near_duplicates and (threshold is not None or write is not None):
         raise UserError("--threshold and --write need --near-duplicates. Add it, or leave them out.")
@@ -99,18 +98,21 @@ def lint(
     keys = _source_keys(format, column, split, name, streaming)
     held_out = [source for path in evaluation or () for source in _open_target(path, keys, None)[0]]
     accepted: tuple[type, ...] = ROW_TYPES
+    learns: Objective | None = None
     kwargs = options.parse_template_kwargs(template_kwarg)
     for file in files:
         sources, config, objective, _ = _open_target(file, keys, None)
         train += sources
         if config is not None:
-            accepted = tuple(objective.traits.rows)
+            accepted, learns = tuple(objective.traits.rows), objective
             template = template or config.template
             kwargs = config.template_kwargs | kwargs
             held_out += eval_sources(config).values()
-    tokenizer = apply_template(load_tokenizer(locate(model)), template, kwargs)[0] if model else None
-    report = linting.lint(train, held_out, accepted, tokenizer)
+    tokenizer = _rendering_tokenizer(model, template, kwargs) if model else None
+    report = linting.lint(train, held_out, accepted, tokenizer, learns)
     facts, lines = report.as_dict(), _lint_lines(report)
+    if model and tokenizer is None:
+        lines.insert(0, f"remark: {model} has no chat template and no end token, so no row is rendered")
     if near_duplicates:
         found = _find_near_duplicates(train, held_out, threshold, accepted)
         facts["near_duplicates"] = found.as_dict()
@@ -217,6 +219,20 @@ def pull(
     facts = {**manifest["source"], "source": source.path, "path": folder, "bytes": total}
     print_result(facts, as_json, lambda _: f"{source.label} at {manifest['source']['revision']}: {folder}")
     return 0
+
+
+def _rendering_tokenizer(
+    model: str, template: str | None, kwargs: JsonObject
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model with a chat template; None for an encoder, which can have none."""
+    from tunesmith.data.encode.templates import apply_template
+    from tunesmith.models.find.locate import locate
+    from tunesmith.models.load.load import load_tokenizer
+
+    tokenizer = load_tokenizer(locate(model))
+    if template is None and tokenizer.chat_template is None and tokenizer.eos_token is None:
+        return None
+    return apply_template(tokenizer, template, kwargs)[0]
 
 
 def _find_near_duplicates(

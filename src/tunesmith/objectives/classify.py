@@ -201,6 +201,13 @@ class Objective(objectives.TaskHead):
             example["target"] = self._target(row, index)
         return [[example] for example in examples]
 
+    def refusal(self, row: Labelled, held_out: bool) -> RowFault | None:
+        try:
+            self._target(row, 0)
+        except RowFault as fault:
+            return fault
+        return None
+
     def _target(self, row: Labelled, index: int) -> np.ndarray:
         """float32: class id or number (1,), or 0 and 1 for each label; NaN where the row has none."""
         names = self.labels

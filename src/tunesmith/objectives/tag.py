@@ -16,7 +16,7 @@ from tunesmith.data.batch import pack
 from tunesmith.data.encode import labels as label_names
 from tunesmith.data.encode import tagging
 from tunesmith.data.encode.labels import Names
-from tunesmith.data.row_problems import shorten
+from tunesmith.data.row_problems import RowFault, shorten
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError, ReadOnceError
 from tunesmith.metrics import entities, intervals, token_mean
@@ -200,6 +200,17 @@ class Objective(objectives.TaskHead):
     def encode_held_out(self, rows: Sequence[Tagged], tokenizer: Tokenizer) -> list[list[Example]]:
         """A tag that the model does not have counts as a mistake."""
         return self._encode(rows, tokenizer, unseen=True)
+
+    def refusal(self, row: Tagged, held_out: bool) -> RowFault | None:
+        if held_out:
+            return None
+        converts = self.facts.get("iob1") and row.tags
+        row = replace(row, tags=entities.to_iob2(row.tags)) if converts else row
+        try:
+            tagging.check_tags(row, 0, self.labels)
+        except RowFault as fault:
+            return fault
+        return None
 
     def _encode(self, rows: Sequence[Tagged], tokenizer: Tokenizer, unseen: bool) -> list[list[Example]]:
         if self.facts.get("iob1"):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.data.check.lint_judgements import JudgementFindings, balance_warnings
 from tunesmith.data.check.lint_pairs import PairFindings
@@ -16,7 +17,7 @@ from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
 from tunesmith.data.formats.record_values import has_carriage_returns
 from tunesmith.data.read import hub_set
 from tunesmith.data.read.source import OpenedSource, open_source
-from tunesmith.data.row_problems import Record, RowProblem
+from tunesmith.data.row_problems import Record, RowFault, RowProblem
 from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Judged, Ranking, Row, digest
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Findings = PairFindings | JudgementFindings
+
+
+class Objective(Protocol):
+    """The part that lint uses of an ``objectives.Objective``, which data must not import."""
+
+    def scan(self, rows: Iterable[Row]) -> None: ...
+    def refusal(self, row: Row, held_out: bool) -> RowFault | None: ...
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,11 @@ def lint(
     evaluation: Sequence[Source] = (),
     accepted: tuple[type, ...] = ROW_TYPES,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    objective: Objective | None = None,
 ) -> LintReport:
     """Read every row of every file and list all problems; nothing raises.
+
+    With an ``objective`` labels and tags that it refuses are problems, too.
 
     With a ``tokenizer`` each row is also rendered: a row that its chat template refuses is a problem, a text
     that the template drops is a remark. A file that cannot be opened, or whose columns match no format, is
@@ -101,6 +112,12 @@ def lint(
     """
     renderer = Renderer(tokenizer) if tokenizer is not None and tokenizer.chat_template else None
     report = LintReport()
+    if objective is not None and train and not any(source.streaming for source in train):
+        try:
+            objective.scan(_scanned(train, accepted))
+        except DataError as error:
+            report.problems.append(RowProblem(train[0].label, 0, "file", "", str(error), "", fatal=True))
+            objective = None
     first_pairs: dict[bytes, str] = {}  # (prompt, better, worse) -> where it was read first
     first_labels: dict[bytes, str] = {}  # (prompt, response, label) -> the same
     first_trained: dict[int, str] = {}  # digest of a training row -> the same
@@ -109,10 +126,12 @@ def lint(
         file = FileReport(source.label, role)
         pairs, judged = PairFindings(source.label, role), JudgementFindings(source.label, role)
         try:
-            opened = open_source(source, accepted)
+            opened = replace(open_source(source, accepted), held_out=role == "eval")
             file.format = opened.description
             labelled = opened.convert is not None and opened.convert.form.row is Judged
-            for record, row in _usable_rows(opened, file, judged if labelled else pairs, report, renderer):
+            for record, row in _usable_rows(
+                opened, file, judged if labelled else pairs, report, renderer, objective
+            ):
                 if isinstance(row, Ranking):
                     pairs.add(row, record.row, first_pairs)
                 elif isinstance(row, Judged):
@@ -163,12 +182,28 @@ def _command(source: Source) -> str | None:
     return " ".join([*map(shlex.quote, typed), *hub_set.split_flags(source)])
 
 
+def _scanned(train: Sequence[Source], accepted: tuple[type, ...]) -> Iterator[Row]:
+    """The usable training rows. A file that cannot be opened is reported when its rows are listed."""
+    for source in train:
+        with suppress(DataError):
+            items = open_source(source, accepted).rows()
+            yield from (item[1] for item in items if not isinstance(item, RowProblem))
+
+
 def _usable_rows(
-    opened: OpenedSource, file: FileReport, findings: Findings, report: LintReport, renderer: Renderer | None
+    opened: OpenedSource,
+    file: FileReport,
+    findings: Findings,
+    report: LintReport,
+    renderer: Renderer | None,
+    objective: Objective | None,
 ) -> Iterator[tuple[Record, Row]]:
     """Yield the usable rows of a file, and count and report the others."""
     for item in opened.rows():
         problem = item if isinstance(item, RowProblem) else _problem(*item, renderer, report.left_out)
+        if problem is None and objective is not None and not isinstance(item, RowProblem):
+            fault = objective.refusal(item[1], opened.held_out)
+            problem = fault and opened.problem(item[0], fault)
         file.rows += 1
         file.rejected += problem is not None
         file.kept += problem is None

@@ -36,7 +36,7 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Training or evaluation examples after all policies.
+    """Training or evaluation examples after all policies, and the rows that they come from.
 
     ``unlearnable``: examples dropped because no token of theirs is a target. ``overlong``: examples above
     ``max_length``, with ``tokens`` in them, ``tokens_lost`` by the policy and their share of all tokens. For
