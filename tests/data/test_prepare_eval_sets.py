@@ -60,7 +60,9 @@ def test_a_set_without_rows_is_named(train, tmp_path):
 def test_a_set_whose_rows_are_all_bad_is_named(train, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"instruction": "q", "output": ""}\n')
-    with pytest.raises(DataError, match=r"no data\.eval\.sets\.bad rows: the file has none that can be used. Type"):
+    with pytest.raises(
+        DataError, match=r"no data\.eval\.sets\.bad rows: the file has none that can be used: 1 bad row:\n.*bad.jsonl:1:output"
+    ):
         run(train, eval={"sets": {"good": {"path": train}, "bad": {"path": str(bad)}}}, bad_rows="skip")
 
 

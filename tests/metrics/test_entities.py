@@ -36,6 +36,7 @@ def conlleval(tags):
     return found if held is None else [*found, (*held, len(tags))]
 
 
+@settings(deadline=None)
 @given(rows)
 def test_spans_follow_the_rule_of_conlleval(tags):
     assert entities.spans(tags) == entities.spans(tuple(tags)) == conlleval(tags)
@@ -185,6 +186,7 @@ def test_a_scheme_that_the_rows_do_not_show_is_told():
     assert entities.score([["O"]], [["O"]])["f1"] is None
 
 
+@settings(deadline=None)
 @given(rows)
 def test_iob1_in_iob2_has_the_same_entities(tags):
     converted = entities.to_iob2(tags)

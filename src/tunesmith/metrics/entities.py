@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -17,6 +18,10 @@ PROBLEMS = {
     "no_end": "an entity with no E- at its end",
 }
 """The kinds that :func:`problems` counts, in words."""
+
+
+ENTITY_TAG = re.compile(r"O|[BIESLUMW](-\S.*)?")
+"""A tag of IOB, BIOES, BILOU or BMES."""
 
 
 def scheme_of(tags: Iterable[str]) -> str | None:
@@ -45,6 +50,15 @@ def spans(tags: Sequence[str]) -> list[Span]:
     from seqeval.metrics.sequence_labeling import get_entities
 
     return [(name, first, last + 1) for name, first, last in get_entities(list(tags))]
+
+
+def odd_tags(tags: Iterable[str]) -> tuple[str | None, list[str]]:
+    """Return the scheme of the tags with a type, and the tags that follow neither it nor BILOU or BMES.
+
+    Parts of speech have no scheme, and none of them is odd."""
+    names = list(dict.fromkeys(tags))
+    scheme = scheme_of(tag for tag in names if tag == "O" or tag[1:2] == "-")
+    return scheme, [tag for tag in names if scheme and not ENTITY_TAG.fullmatch(tag)]
 
 
 def is_iob1(rows: Iterable[Sequence[str]]) -> bool:

@@ -20,7 +20,6 @@ from tunesmith.data.batch import pack
 from tunesmith.data.batch.pack import Layout
 from tunesmith.data.batch.step import Batch, Example, Source, Step
 from tunesmith.data.encode import texts
-from tunesmith.data.row_problems import RowFault
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics import intervals
@@ -175,9 +174,8 @@ class Objective:
         """``encode`` for rows that are only evaluated: they may have labels that the training rows lack."""
         return self.encode(rows, tokenizer)
 
-    def refusal(self, row: Any, held_out: bool) -> RowFault | None:
-        """The reason why ``encode`` refuses a row because of its label or tags; it needs no tokenizer."""
-        return None
+    def check_labels(self, row: Any, held_out: bool) -> None:
+        """Raise the RowFault of a row that ``encode`` would refuse because of its label or tags."""
 
     def extend(self, data: Encoded) -> Encoded:
         """Add arrays to the examples that only the whole data set can provide; see ``Encoded.attaching``."""

@@ -201,12 +201,8 @@ class Objective(objectives.TaskHead):
             example["target"] = self._target(row, index)
         return [[example] for example in examples]
 
-    def refusal(self, row: Labelled, held_out: bool) -> RowFault | None:
-        try:
-            self._target(row, 0)
-        except RowFault as fault:
-            return fault
-        return None
+    def check_labels(self, row: Labelled, held_out: bool) -> None:
+        self._target(row, 0)
 
     def _target(self, row: Labelled, index: int) -> np.ndarray:
         """float32: class id or number (1,), or 0 and 1 for each label; NaN where the row has none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from tunesmith.data.batch import pack
 from tunesmith.data.encode import labels as label_names
 from tunesmith.data.encode import tagging
 from tunesmith.data.encode.labels import Names
-from tunesmith.data.row_problems import RowFault, shorten
+from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Tagged
 from tunesmith.errors import DataError, ReadOnceError
 from tunesmith.metrics import entities, intervals, token_mean
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 
 MOST_TYPES = 400
 """Types of entities, or tags without types, that are still tags. Fine-grained sets have 100 to 150 types."""
-
-ENTITY_TAG = re.compile(r"O|[BIESLUMW](-\S.*)?")
-"""A tag of IOB, BIOES, BILOU or BMES."""
 
 
 class Config(objectives.Config):
@@ -201,22 +197,19 @@ class Objective(objectives.TaskHead):
         """A tag that the model does not have counts as a mistake."""
         return self._encode(rows, tokenizer, unseen=True)
 
-    def refusal(self, row: Tagged, held_out: bool) -> RowFault | None:
-        if held_out:
-            return None
-        converts = self.facts.get("iob1") and row.tags
-        row = replace(row, tags=entities.to_iob2(row.tags)) if converts else row
-        try:
-            tagging.check_tags(row, 0, self.labels)
-        except RowFault as fault:
-            return fault
-        return None
+    def check_labels(self, row: Tagged, held_out: bool) -> None:
+        numbers = {name: number for number, name in enumerate(self.labels)}
+        tagging.targets_of(self._in_scheme([row])[0], 0, numbers, held_out)
+
+    def _in_scheme(self, rows: Sequence[Tagged]) -> Sequence[Tagged]:
+        """The rows with IOB1 tags converted to IOB2, if the training rows have them."""
+        if not self.facts.get("iob1"):
+            return rows
+        return [replace(row, tags=row.tags and entities.to_iob2(row.tags)) for row in rows]
 
     def _encode(self, rows: Sequence[Tagged], tokenizer: Tokenizer, unseen: bool) -> list[list[Example]]:
-        if self.facts.get("iob1"):
-            rows = [replace(row, tags=row.tags and entities.to_iob2(row.tags)) for row in rows]
         return tagging.encode(
-            rows, tokenizer, self.labels, causal=self.causal, max_length=self.max_length, stride=self._stride,
+            self._in_scheme(rows), tokenizer, self.labels, causal=self.causal, max_length=self.max_length, stride=self._stride,
             label_all=self.config.label_all, unseen=unseen,
         )  # fmt: skip
 
@@ -391,15 +384,10 @@ def _check_kinds(counts: Counter[str]) -> None:
 
 
 def _odd_tags(counts: Counter[str]) -> str | None:
-    """Name the tags that do not follow the entity scheme of the others; None where there are none.
-
-    Parts of speech follow no scheme."""
-    odd = {tag: times for tag, times in counts.items() if not ENTITY_TAG.fullmatch(tag)}
-    scheme = entities.scheme_of(tag for tag in counts if tag == "O" or tag[1:2] == "-")
-    if not odd or scheme is None:
-        return None
-    named = ", ".join(f"{shorten(tag)} ({times})" for tag, times in list(odd.items())[:5])
-    return f"{named} do not follow {scheme}"
+    """Name the tags that do not follow the entity scheme of the others; None where there are none."""
+    scheme, odd = entities.odd_tags(counts)
+    named = ", ".join(f"{shorten(tag)} ({counts[tag]})" for tag in odd[:5])
+    return f"{named} do not follow {scheme}" if odd else None
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Objective(Protocol):
     """The part that lint uses of an ``objectives.Objective``, which data must not import."""
 
     def scan(self, rows: Iterable[Row]) -> None: ...
-    def refusal(self, row: Row, held_out: bool) -> RowFault | None: ...
+    def check_labels(self, row: Row, held_out: bool) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,10 @@ def _usable_rows(
     for item in opened.rows():
         problem = item if isinstance(item, RowProblem) else _problem(*item, renderer, report.left_out)
         if problem is None and objective is not None and not isinstance(item, RowProblem):
-            fault = objective.refusal(item[1], opened.held_out)
-            problem = fault and opened.problem(item[0], fault)
+            try:
+                objective.check_labels(item[1], opened.held_out)
+            except RowFault as fault:
+                problem = opened.problem(item[0], fault)
         file.rows += 1
         file.rejected += problem is not None
         file.kept += problem is None

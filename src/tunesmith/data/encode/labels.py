@@ -115,7 +115,7 @@ def check_names(names: Sequence[str], problem: str) -> None:
 def unknown_label(name: str, names: Sequence[str]) -> tuple[str, str, str]:
     """(expected, got, fix) of a label that the model does not have."""
     listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    close = closest(name, names)
+    close = [] if is_whole(name) else closest(name, names)
     fix = f"Did you mean `{close[0]}`? " if close else ""
     named = [*names, name] if len(names) < 10 else [*names[:2], "...", name]
     fix += f"Correct it; or name it before training: objective.labels=[{', '.join(named)}]."

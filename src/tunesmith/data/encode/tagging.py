@@ -6,7 +6,7 @@ tokenizer makes of it, and belongs to exactly one window. Gold tags are never cu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,7 +74,7 @@ def encode(
             f"max_length {max_length} leaves no room for a word between special tokens. Set train.max_length higher."
         )
     numbers = {name: number for number, name in enumerate(names)}
-    targets = [_targets(row, index, numbers, unseen) for index, row in enumerate(rows)]
+    targets = [targets_of(row, index, numbers, unseen) for index, row in enumerate(rows)]
     inside = np.array([numbers.get(inside_tag(name), number) for name, number in numbers.items()], np.int32)
     typed = has_token_types(tokenizer)
     out = []
@@ -243,13 +243,9 @@ def unseen_name(target: int, in_entities: bool) -> str:
     return f"{kind or 'B'}-(unseen)" if in_entities else "(unseen)"
 
 
-def check_tags(row: Tagged, index: int, names: Collection[str]) -> None:
-    """Raise RowFault for a row without words, or with a tag that is not in ``names``."""
-    _targets(row, index, {name: number for number, name in enumerate(names)}, unseen=False)
-
-
-def _targets(row: Tagged, index: int, numbers: dict[str, int], unseen: bool) -> np.ndarray:
-    """int32[words]: the number of each word's tag, -1 where it is unknown, one of UNSEEN for other tags."""
+def targets_of(row: Tagged, index: int, numbers: Mapping[str, int], unseen: bool) -> np.ndarray:
+    """int32[words]: the number of each word's tag, -1 where it is unknown, one of UNSEEN for a tag that is not
+    in ``numbers``, which only ``unseen`` accepts. Raises RowFault."""
     if not row.words:
         fix = "Write the words, or delete the row."
         raise RowFault(index, "at least one word", repr(row.text[:40]), fix, "tokens")

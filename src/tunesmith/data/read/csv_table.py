@@ -67,7 +67,8 @@ def read_table(
             unclosed = "end of data" in str(error) or "field limit" in str(error)
             got = "a quote that is never closed" if unclosed else str(error)
             if not unclosed and start + reader.line_num > line:
-                got = f"a quote that opens on line {line} and closes inside a field of line {start + reader.line_num} ({error})"
+                last = start + reader.line_num
+                got = f"a quote that opens on line {line} and closes inside a field of line {last}"
             yield RowProblem(path, row, "line", "a csv record", got, CLOSE_QUOTE, line, fatal=unclosed)
             continue
         if not values:

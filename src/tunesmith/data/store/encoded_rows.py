@@ -33,6 +33,11 @@ class Views:
             return self
         return Views(self.example[mask], self.start[mask], self.length[mask], self.targets[mask])
 
+    def count_rows(self, entry: Entry) -> int:
+        """Count the different rows of these examples; those of one row are neighbours."""
+        rows = entry.row[self.example]
+        return int(np.count_nonzero(rows[1:] != rows[:-1])) + min(1, len(rows))
+
 
 @dataclass(frozen=True)
 class Encoded:

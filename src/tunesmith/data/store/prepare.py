@@ -278,7 +278,7 @@ def _split(
     if objective.traits.fits_rows:
         overlong = _cut_rows(parts, name, policy)
     return encoded, SplitReport(
-        rows=sum(_count_rows(part.entry.row[view.example]) for part, view in zip(parts, views)),
+        rows=sum(view.count_rows(part.entry) for part, view in zip(parts, views)),
         examples=len(encoded),
         tokens=int(encoded.lengths.sum()),
         supervised_tokens=int(encoded.supervised.sum()),
@@ -288,11 +288,6 @@ def _split(
         duplicates=int(np.count_nonzero(digests[1:] == digests[:-1])),
         histogram=histogram(lengths),
     )
-
-
-def _count_rows(rows: np.ndarray) -> int:
-    """Count the different rows of examples; those of one row are neighbours."""
-    return int(np.count_nonzero(rows[1:] != rows[:-1])) + min(1, len(rows))
 
 
 def _check_supervised(
