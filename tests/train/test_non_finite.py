@@ -101,7 +101,7 @@ def test_a_model_whose_every_evaluation_is_not_finite_is_not_saved(value, tmp_pa
     monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: {"eval_loss": value, "perplexity": value})
     made = recipe(tmp_path, max_steps=2, eval_steps=1)
     made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl"), "limit": 2}
-    said = assert_stopped(tmp_path / "run", made, "no evaluation after the first step had a finite figure", [2])
+    said = assert_stopped(tmp_path / "run", made, "the loss of every evaluation after the first step is not finite", [2])
     assert "step-2" in said and not (tmp_path / "run" / "model").exists()
 
 

@@ -305,7 +305,7 @@ def _raise_non_finite(job: Job, step: Step, loss: float, norm: float) -> None:
         f"step {step.number}: the loss is {loss:.4g} and the norm of the gradient {norm:.4g}; no update was applied.\n"
         f"  {'Rows' if rows else 'Rows of the step (each alone has a finite loss)'}: {', '.join(names)}\n"
         f"  Lower train.learning_rate, {job.update.advice}or look at these rows with `tunesmith data preview`; "
-        "then start another run with --out DIR. The last checkpoint is kept."
+        "then start another run with --out DIR. What was saved before is kept."
     )
 
 

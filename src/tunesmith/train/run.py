@@ -123,7 +123,7 @@ def train(
             job = _prepare(run, built, position, changed_keys)
             with _recorded_failure(run):
                 stopped = _stop_at_start(run, job, position) or loop.fit(job, position)
-                run_state.require_finite_evaluation(run, position)
+                run_state.require_finite_evaluation(run)
             return _finish(run, job, position, memory_before_model, stopped)
     finally:
         run_folder.close()

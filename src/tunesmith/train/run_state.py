@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -136,12 +137,19 @@ def require_finite(run: Run, step: int, tensors: Mapping[str, torch.Tensor]) -> 
     )
 
 
-def require_finite_evaluation(run: Run, position: Progression) -> None:
-    """Raise NonFiniteError at the end of a run whose evaluations had no finite figure: none of its models is the best."""
-    if run.setup.data.eval is not None and position.best_step is None:
+def require_finite_evaluation(run: Run) -> None:
+    """Raise NonFiniteError at the end of a run in which every evaluation had a loss that is not finite.
+
+    All processes call it; the main one has the records.
+    """
+    records = metrics_file.read(run.metrics.path) if run.main else []
+    losses = [
+        one["eval_loss"] for one in records if one["kind"] == "eval" and one["step"] and "eval_loss" in one
+    ]
+    if distributed.broadcast(bool(losses) and not any(map(math.isfinite, losses))):
         raise NonFiniteError(
-            "no evaluation after the first step had a finite figure (see metrics.jsonl): the weights are finite, and "
-            f"what the network computes is not. No model was saved.\n  {_last_checkpoint(run)} Lower "
+            "the loss of every evaluation after the first step is not finite (see metrics.jsonl): the weights are "
+            f"finite, and what the network computes is not, so no model of this run is good.\n  {_last_checkpoint(run)} Lower "
             f"train.learning_rate, {run.update.advice}and start another run with --out DIR."
         )
 

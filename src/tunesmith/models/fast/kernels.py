@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tunesmith import files
-from tunesmith.errors import DiskFullError
+from tunesmith.errors import DiskError
 
 SOURCE = Path(__file__).with_name("kernels.c")
 ENCODER_SOURCE = Path(__file__).with_name("kernels_encoder.c")
@@ -57,7 +57,7 @@ def _compile() -> Path | None:
         with files.publish_file(target) as built:  # two processes may build at once
             command_line = [compiler, *flags, "-o", str(built), str(SOURCE), "-lm"]
             subprocess.run(command_line, check=True, capture_output=True, timeout=120)
-    except (OSError, DiskFullError, subprocess.SubprocessError):
+    except (OSError, DiskError, subprocess.SubprocessError):
         return None
     return target
 
