@@ -189,7 +189,7 @@ def test_a_folder_that_holds_something_is_never_overwritten(tmp_path):
 def test_the_best_model_is_kept_whatever_rotates(save_steps, kept_steps, tmp_path, monkeypatch):
     """The best is in the middle, one checkpoint is kept, and the checkpoint of the best evaluation where there was one."""
     figures = iter([9.0, 5.0, 2.0, math.nan, 4.0, 3.0])
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: {"eval_loss": next(figures), "perplexity": 1.0})
+    monkeypatch.setattr(evaluation, "measure", lambda *args, **options: ({"eval_loss": next(figures), "perplexity": 1.0}, []))
     made = recipe(tmp_path, max_steps=10, eval_steps=2, save_steps=save_steps, save_total_limit=1)
     made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
     outcome = tunesmith.train(made, out=tmp_path / "run")
@@ -204,7 +204,7 @@ def test_the_best_model_is_kept_whatever_rotates(save_steps, kept_steps, tmp_pat
 def test_early_stopping_waits_for_the_patience(tmp_path, monkeypatch):
 
     figures = iter([9.0, 5.0, 5.5, 6.0, 7.0])
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: {"eval_loss": next(figures), "perplexity": 1.0})
+    monkeypatch.setattr(evaluation, "measure", lambda *args, **options: ({"eval_loss": next(figures), "perplexity": 1.0}, []))
     made = recipe(tmp_path, max_steps=10, eval_steps=1, early_stopping_patience=2)
     made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl")}
     outcome = tunesmith.train(made, out=tmp_path / "run")

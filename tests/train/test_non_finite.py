@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import tunesmith
 from tests.runs import recipe
-from tunesmith.errors import NonFiniteError
+from tunesmith.errors import ModelError, NonFiniteError
 from tunesmith.train import checkpoint, evaluation, master_weights
 from tunesmith.train.update import Update
 
@@ -86,19 +86,18 @@ def test_an_overflow_between_two_saves_is_named_by_the_next_step(overflows, tmp_
 
 
 def test_a_base_model_that_is_not_finite_is_named_before_the_first_step(tmp_path):
-    made = recipe(tmp_path, max_steps=1, eval_steps=1)
-    made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl"), "limit": 2}
+    made = recipe(tmp_path, max_steps=1)
     file = tmp_path / "model-llama" / "model.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(NonFiniteError, match=r"before the first step 1 of \d+ tensors hold .*model.norm.weight: 1 of 32"):
-        tunesmith.train({**made, "train": {**made["train"], "packing": "off"}}, out=tmp_path / "run")
+    with pytest.raises(ModelError, match=r"model-llama cannot be trained: 1 of \d+ tensors .*model.norm.weight: 1 of 32 values"):
+        tunesmith.train(made, out=tmp_path / "run")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_model_whose_every_evaluation_is_not_finite_is_not_saved(value, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: {"eval_loss": value, "perplexity": value})
+    monkeypatch.setattr(evaluation, "measure", lambda *args, **options: ({"eval_loss": value, "perplexity": value}, []))
     made = recipe(tmp_path, max_steps=2, eval_steps=1)
     made["data"]["eval"] = {"path": str(tmp_path / "rows.jsonl"), "limit": 2}
     said = assert_stopped(tmp_path / "run", made, "the loss of every evaluation after the first step is not finite", [2])

@@ -12,6 +12,7 @@ from tunesmith.models.find import headers
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 _MOST_NAMES = 3
 """Tensors that a message names."""
@@ -40,6 +41,16 @@ def describe(counts: Mapping[str, int], tensors: Mapping[str, torch.Tensor]) -> 
     named = [f"{name}: {count:,} of {tensors[name].numel():,} values" for name, count in counts.items()]
     listed = ", ".join([*named[:_MOST_NAMES], *(["..."] if len(named) > _MOST_NAMES else [])])
     return f"{len(counts)} of {len(tensors)} tensors hold values that are not finite ({listed})"
+
+
+def check_loaded(model: PreTrainedModel, folder: Path) -> None:
+    """Raise ModelError when a weight of the network loaded from ``folder`` is not finite."""
+    weights = dict(model.named_parameters())
+    if counts := count_non_finite(weights):
+        raise ModelError(
+            f"{folder} cannot be trained: {describe(counts, weights)}.\n"
+            "  Copy or download the model again, or take an earlier checkpoint of the run that made it."
+        )
 
 
 def check_saved(folder: Path) -> None:
