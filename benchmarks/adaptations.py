@@ -140,7 +140,7 @@ def main() -> None:
     if not options.data.exists():
         raise SystemExit(f"no data at {options.data}: set TUNESMITH_SHARED to the folder that holds data/")
 
-    from tunesmith.train import machine
+    from tunesmith import machine
 
     known = json.loads(RESULTS.read_text(encoding="utf-8"))["results"] if RESULTS.exists() else []
     results = {one["name"]: one for one in known}

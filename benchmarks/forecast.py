@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tunesmith.train import machine
+from tunesmith import machine
 
 MODEL = "smollm2-135m"
 SOURCE = {"path": "builtin:docstrings", "limit": 160}

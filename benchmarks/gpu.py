@@ -146,7 +146,7 @@ def now() -> float:
 def peak() -> int:
     import torch
 
-    from tunesmith.train import machine
+    from tunesmith import machine
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else machine.peak_memory_bytes()
 
@@ -243,7 +243,7 @@ def score(folder: Path, model_folder: str, options: argparse.Namespace) -> float
 
 def one(folder: Path, options: argparse.Namespace, side: dict[str, Any]) -> dict[str, Any]:
     """One side trained and scored, in this process."""
-    from tunesmith.train import machine
+    from tunesmith import machine
 
     save = Path(tempfile.mkdtemp(dir=folder))
     try:
@@ -319,7 +319,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     import torch
     import transformers
 
-    from tunesmith.train import machine
+    from tunesmith import machine
 
     cuda = torch.cuda.is_available()
     if not cuda and not options.tiny:

@@ -302,7 +302,7 @@ def main() -> None:
     if not (SHARED / "data").exists():
         raise SystemExit(f"no data in {SHARED}: set TUNESMITH_SHARED to the folder that holds data/")
 
-    from tunesmith.train import machine
+    from tunesmith import machine
 
     known = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"runs": {}}
 

@@ -238,7 +238,7 @@ def score(task: str, data: Path, adapter: str | None) -> dict[str, Any]:
 
 def quality(task: str, side: str, seed: int, data: Path, reference: list[list[float]] | None, precision: str) -> dict[str, Any]:
     """A run on the 240 pairs, and the lead of the better answer of each held-out one: of rewards, in DPO beta times log ratios."""
-    from tunesmith.train import machine
+    from tunesmith import machine
 
     run = one_run(task, side, data, TRAIN, seed, data.parent / f"{task}-{side}-{seed}", precision)
     found = fresh(__file__, "--score", task, str(data), run.pop("model"))
@@ -402,7 +402,7 @@ def main() -> None:
     if not (SHARED / "bench").exists():
         raise SystemExit(f"nothing in {SHARED}: set TUNESMITH_SHARED to the folder that holds data/ and bench/")
 
-    from tunesmith.train import machine
+    from tunesmith import machine
 
     known: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
 

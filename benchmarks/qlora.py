@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from tunesmith import machine
 from tunesmith.evaluate.evaluate_model import evaluate
 from tunesmith.models.find.locate import locate
 from tunesmith.models.load import load, quantization
-from tunesmith.train import machine
 
 RESULTS = Path(__file__).parent / "results"
 KINDS: dict[str, tuple[str, bool] | None] = {

@@ -142,8 +142,8 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from tunesmith import machine
     from tunesmith.models.load.load import locate
-    from tunesmith.train import machine
 
     model = str(locate(options.model).path)
     results = []

@@ -20,7 +20,8 @@ from tests.tiny import save_tiny, tiny_model
 from tunesmith.errors import ModelError, UserError
 from tunesmith.merge import merge_adapter
 from tunesmith.models.find.record import FILE
-from tunesmith.models.generate.decode import Settings, generate_ids
+from tunesmith.models.generate.decode import generate_ids
+from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.models.load.load import load, load_model, locate
 from tunesmith.models.load.probe import write_probe
 from tunesmith.train import setup
@@ -68,7 +69,7 @@ def ours(folder: Path) -> dict[str, Any]:
         return output
 
     hook = head.register_forward_hook(no_end)
-    new = generate_ids(model, tokenizer, [IDS], Settings(max_new_tokens=16, stop=frozenset()))[0]
+    new = generate_ids(model, tokenizer, [IDS], SamplingParams(max_new_tokens=16, stop=frozenset()))[0]
     hook.remove()
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     return {"logits": logits, "new": new, "chat": chat}

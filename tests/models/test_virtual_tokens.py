@@ -14,7 +14,10 @@ from tunesmith.data.batch.pack import PACKED, PADDED, with_targets
 from tunesmith.errors import ModelError, UserError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import attention, kernels, varlen
-from tunesmith.models.generate.decode import Settings, generate_ids, stream
+from tunesmith.models.generate.decode import generate_ids, stream
+from tunesmith.models.generate.engine import Engine
+from tunesmith.models.generate.running_rows import Request
+from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.models.heads import lm_head, noise
 from tunesmith.objectives import sft
 from tunesmith.train import fast_path
@@ -147,7 +150,7 @@ def test_a_prompt_of_words_is_these_words_before_the_text(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_generation_in_a_batch_equals_one_by_one_and_pefts_own(name: str, kind: str) -> None:
     model = adapted(name, kind)
-    greedy, drawn = (Settings(max_new_tokens=9, stop=frozenset(), temperature=one) for one in (0.0, 1.0))
+    greedy, drawn = (SamplingParams(max_new_tokens=9, stop=frozenset(), temperature=one) for one in (0.0, 1.0))
     batch = generate_ids(model, TOKENIZER, PROMPTS, greedy)
     for runs in (by_peft(name, model), model):
         plain = [
@@ -159,7 +162,8 @@ def test_generation_in_a_batch_equals_one_by_one_and_pefts_own(name: str, kind: 
         ]  # fmt: skip
         assert batch == plain
     sampled = generate_ids(model, TOKENIZER, PROMPTS, drawn)
-    assert sampled == [generate_ids(model, TOKENIZER, [ids], drawn, rows=[row])[0] for row, ids in enumerate(PROMPTS)]
+    alone = (next(Engine(model, TOKENIZER).run([Request(tuple(ids), drawn, row)])) for row, ids in enumerate(PROMPTS))
+    assert sampled == [answer.ids for answer in alone]
     assert batch != generate_ids(tiny_model(name), TOKENIZER, PROMPTS, greedy), "the virtual tokens say nothing"
 
 
@@ -184,7 +188,7 @@ def test_padding_between_a_prefix_and_its_text_is_refused_where_a_window_slides(
 def test_streaming_gives_the_same_text(kind: str) -> None:
     model = adapted("llama", kind)
     ids = TOKENIZER("the quick", add_special_tokens=False)["input_ids"]
-    (whole,) = generate_ids(model, TOKENIZER, [ids], Settings(max_new_tokens=12, stop=frozenset()))
+    (whole,) = generate_ids(model, TOKENIZER, [ids], SamplingParams(max_new_tokens=12, stop=frozenset()))
     said = "".join(stream((model, TOKENIZER), "the quick", plain=True, max_new_tokens=12, stop=frozenset()))
     assert said == TOKENIZER.decode(whole, skip_special_tokens=True)
 
@@ -192,7 +196,7 @@ def test_streaming_gives_the_same_text(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_virtual_tokens_take_room_in_the_window(kind: str) -> None:
     model = adapted("gpt2", kind, changes={"n_positions": 32})
-    settings = Settings(max_new_tokens=40, stop=frozenset())
+    settings = SamplingParams(max_new_tokens=40, stop=frozenset())
     (answer,) = generate_ids(model, TOKENIZER, [[7] * 20], settings)
     assert len(answer) == 32 - COUNT - 20
     with pytest.raises(UserError, match=rf"window is {32 - COUNT} \({COUNT} more are taken by virtual tokens\)"):
@@ -235,7 +239,7 @@ def test_what_is_not_ours_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="p_tuning is not available"):
         virtual_tokens.install(other)
     with pytest.raises(ModelError, match=r"virtual tokens. Load it with tunesmith"):
-        generate_ids(by_peft("llama", adapted("llama", "prompt")), TOKENIZER, PROMPTS, Settings())
+        generate_ids(by_peft("llama", adapted("llama", "prompt")), TOKENIZER, PROMPTS, SamplingParams())
     model = adapted("llama", "prefix")
     with pytest.raises(ModelError, match="attention mask of"):
         model(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 1, 2, 2))

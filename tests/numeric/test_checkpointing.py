@@ -174,7 +174,8 @@ MEASURED = """
 import numpy as np, torch
 from tests.tiny import tiny_model
 from tunesmith.data.batch.pack import PACKED
-from tunesmith.train import fast_path, machine
+from tunesmith import machine
+from tunesmith.train import fast_path
 from tunesmith.objectives import sft
 
 torch.set_num_threads(1)

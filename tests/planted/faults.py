@@ -459,10 +459,10 @@ FAULTS = [
     Fault(
         "sampling-depends-on-the-batch",
         "a sampled answer depends on its own seed, not on the batch it is in",
-        "models/generate/decode.py",
-        "uniform[running, step]",
-        "uniform[: len(running), step]",
-        "tests/models/test_decode.py",
+        "models/generate/engine.py",
+        "float(row.uniform[len(row.ids)])",
+        "float(rows[0].uniform[len(row.ids)])",
+        "tests/models/test_engine.py",
     ),
     Fault(
         "squad-articles",

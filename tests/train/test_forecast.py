@@ -11,6 +11,7 @@ import torch
 
 import tunesmith
 from tests.runs import TASKS, apart, history, recipe, rows, weights
+from tunesmith import machine
 from tunesmith.cli.main import main
 from tunesmith.data.batch.pack import PACKED
 from tunesmith.data.batch.step import Listed, Step
@@ -18,7 +19,7 @@ from tunesmith.errors import OutOfMemoryError, RecipeError
 from tunesmith.models.heads import lm_head
 from tunesmith.objectives import sft
 from tunesmith.runs import metrics_file
-from tunesmith.train import loop, machine, memory_budget
+from tunesmith.train import loop, memory_budget
 
 LOSS = lm_head.lm_loss
 SUMS = {"optim_args": {"eps": 1e-3}, "learning_rate": 1e-3}

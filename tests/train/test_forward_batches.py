@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 import tunesmith
 from tests.runs import history, recipe
+from tunesmith import machine
 from tunesmith.data.batch.pack import PACKED, PADDED
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.objectives import classify, sft
-from tunesmith.train import forward_batches, machine
+from tunesmith.train import forward_batches
 
 CPU = torch.device("cpu")
 

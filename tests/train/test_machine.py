@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from tunesmith.train import machine
+from tunesmith import machine
 
 MEBIBYTE = 2**20
 

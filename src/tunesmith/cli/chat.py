@@ -40,13 +40,15 @@ def chat(
     from tunesmith.data.encode.templates import apply_template
     from tunesmith.models.adapters.adapter_set import load_adapters
     from tunesmith.models.generate import decode
+    from tunesmith.models.generate.engine import Engine
+    from tunesmith.models.generate.sampling import SamplingParams
     from tunesmith.models.load.load import load
 
     kwargs = options.parse_template_kwargs(template_kwarg)
     folders = _with_adapter_of_model(model, _parse_adapters(adapter or []))
     settings: JsonObject = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     settings["top_k"] = top_k
-    decode.Settings(**settings, seed=seed)  # reports a wrong setting before the model is loaded
+    SamplingParams(**settings, seed=seed)  # reports a wrong setting before the model is loaded
     print_stderr(f"loading {model}")
     adapters = load_adapters(model, folders) if folders else None
     pair = load(model) if adapters is None else (adapters.model, adapters.tokenizer)
@@ -59,6 +61,7 @@ def chat(
     print_stderr(_HELP)
     if adapters is not None:
         print_stderr(_SWITCH.format(names=", ".join(adapters.names)), f"adapter: {adapters.active}")
+    engine = Engine(*pair)
     turns: list[dict[str, str]] = []
     for line in _read_lines():
         command, _, rest = line.partition(" ")
@@ -71,12 +74,12 @@ def chat(
             print_stderr("cleared" if command == "/reset" else f"system message: {system or 'none'}")
         elif command == "/adapter" and adapters is not None:
             _switch_adapter(adapters, argument)
-            pair = (adapters.model, adapters.tokenizer)
+            engine = Engine(adapters.model, adapters.tokenizer)
         elif line.startswith("/"):
             print_stderr(_HELP)
         else:
             messages = [*turns, {"role": "user", "content": line}]
-            pieces = decode.stream(pair, messages, system=system, **settings, seed=seed + len(turns))
+            pieces = decode.stream(engine, messages, system=system, **settings, seed=seed + len(turns))
             answer = _print_answer(pieces)
             if answer is not None:
                 turns = [*messages, {"role": "assistant", "content": answer}]

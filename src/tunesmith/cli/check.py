@@ -30,7 +30,8 @@ def check(
         raise UserError("--memory needs --measure and GB above 0: tunesmith check --measure --memory 8 ...")
     checked = load(recipe, overrides or (), print_stderr)
 
-    from tunesmith.train import machine, run
+    from tunesmith import machine
+    from tunesmith.train import run
 
     def print_known(facts: JsonObject) -> None:
         if not as_json:  # under --json there is one object, at the end

@@ -60,11 +60,12 @@ def generate(
 
     from tunesmith.data.encode.templates import apply_template
     from tunesmith.models.generate import decode
+    from tunesmith.models.generate.sampling import SamplingParams
     from tunesmith.models.load.load import load
 
     settings: JsonObject = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     settings |= {"top_k": top_k, "seed": seed}
-    decode.Settings(**settings)  # reports a wrong setting before the model is loaded
+    SamplingParams(**settings)  # reports a wrong setting before the model is loaded
     print_stderr(f"loading {model}")
     pair = load(model)
     if kwargs:

@@ -23,7 +23,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import adapter_types
 from tunesmith.models.find import headers, record
 from tunesmith.models.find.locate import locate
-from tunesmith.models.generate import decode
+from tunesmith.models.generate import stop_tokens
 from tunesmith.models.load import load, probe, vocabulary
 
 METHODS = ("cat", "svd", "linear")
@@ -148,7 +148,7 @@ def _write_adapter(folder: Path, parts: Sequence[Lora], layers: Mapping[str, Fac
     tokenizer = load.load_tokenizer(locate(first.folder))
     tokenizer.save_pretrained(folder)
     model = load.load_model(locate(folder))
-    decode.save_stop_ids(folder, model, tokenizer)
+    stop_tokens.save_stop_ids(folder, model, tokenizer)
     probe.write_probe(folder, model, tokenizer)
     return rank
 

@@ -13,7 +13,7 @@ from tunesmith.errors import ModelError, UserError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.find import record
 from tunesmith.models.find.locate import Folder, locate
-from tunesmith.models.generate import decode
+from tunesmith.models.generate import stop_tokens
 from tunesmith.models.load import load, probe
 from tunesmith.models.load import quantization as quantized
 
@@ -134,7 +134,7 @@ def write(folded: FoldedAdapter, folder: Path) -> tuple[PreTrainedModel, float, 
     """
     folded.model.save_pretrained(folder)
     folded.tokenizer.save_pretrained(folder)
-    decode.save_stop_ids(folder, folded.model, folded.tokenizer)
+    stop_tokens.save_stop_ids(folder, folded.model, folded.tokenizer)
     trained = record.trained(folded.source.path)
     probe.write_probe(folder, folded.model, folded.tokenizer, trained=trained or None)
     reloaded = load.load_model(locate(folder, folded.source.remote_code))

@@ -39,6 +39,14 @@ def base(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if is_peft(model) else model
 
 
+def adapter_state(model: nn.Module) -> str:
+    """Return which adapters of peft's layers take part in the forward pass of ``model``; "" without any."""
+    layers = [
+        module for module in model.modules() if has_attributes(module, "active_adapters", "disable_adapters")
+    ]
+    return " ".join(sorted({f"{layer.active_adapters} {layer.disable_adapters}" for layer in layers}))
+
+
 def submodule(module: nn.Module, name: str) -> Any:
     """Return the child module ``name``; None when ``module`` has no module of that name."""
     from torch import nn

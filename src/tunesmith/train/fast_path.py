@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from tunesmith import machine
 from tunesmith.data.batch.pack import PADDED, Layout, to_device
 from tunesmith.errors import ModelError
 from tunesmith.json_types import JsonObject
@@ -25,7 +26,6 @@ from tunesmith.models.fast import attention, fused_layers, torch_compile, varlen
 from tunesmith.models.heads import lm_head
 from tunesmith.models.network import base
 from tunesmith.objectives import Example, Objective
-from tunesmith.train import machine
 from tunesmith.train.parity_check import ParityCheck, without_zeros
 from tunesmith.train.row_check import RowCheck
 

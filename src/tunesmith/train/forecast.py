@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tunesmith import machine
 from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Source, Step
 from tunesmith.json_types import JsonObject
 from tunesmith.runs import metrics_file
 from tunesmith.runs.progress import Progress
 from tunesmith.runs.run_folder import RunFolder
-from tunesmith.train import fast_path, loop, machine, memory_budget, run_state, samples, setup
+from tunesmith.train import fast_path, loop, memory_budget, run_state, samples, setup
 from tunesmith.train.callbacks import Callbacks
 from tunesmith.train.loop import Job
 from tunesmith.train.memory_budget import PREVIEWED, SHARE

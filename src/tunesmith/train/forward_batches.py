@@ -8,10 +8,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from tunesmith import machine
 from tunesmith.data.batch.pack import Layout
 from tunesmith.data.batch.step import Step, batch_tokens, groups_under
 from tunesmith.errors import OutOfMemoryError
-from tunesmith.train import distributed, machine
+from tunesmith.train import distributed
 
 Result = TypeVar("Result")
 

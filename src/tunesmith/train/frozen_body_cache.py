@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tunesmith import files
+from tunesmith import files, machine
 from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Batch, Step, groups_under
 from tunesmith.data.store import cache
@@ -34,7 +34,7 @@ from tunesmith.models.find import record
 from tunesmith.models.heads import lm_head
 from tunesmith.models.network import base
 from tunesmith.runs.figure_format import size
-from tunesmith.train import distributed, machine, memory_budget, setup
+from tunesmith.train import distributed, memory_budget, setup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -288,6 +288,6 @@ def _key(ready: setup.Setup, built: setup.Built) -> str:
         spec = importlib.util.find_spec(f"tunesmith.{name}")
         assert spec is not None and spec.origin is not None
         content.update(Path(spec.origin).read_bytes())
-    for source in (kernels.SOURCE, kernels.ENCODER_SOURCE):
+    for source in (kernels.SOURCE, *kernels.INCLUDED):
         content.update(source.read_bytes())
     return content.hexdigest()

@@ -17,9 +17,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tunesmith import errors
+from tunesmith import errors, machine
 from tunesmith.errors import ProcessLost, TunesmithError, UserError
-from tunesmith.train import distributed, machine, process_watch
+from tunesmith.train import distributed, process_watch
 
 SAVING_SECONDS = 24 * 3600
 """Time that processes get to finish a step and save after a signal. A second signal ends them at once."""

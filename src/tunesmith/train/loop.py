@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tunesmith import machine
 from tunesmith.data.batch.pack import Layout, to_device
 from tunesmith.data.batch.step import Micro, Source, Step
 from tunesmith.errors import Interrupted, NonFiniteError, OutOfMemoryError
@@ -26,7 +27,7 @@ from tunesmith.models.fast import kernels
 from tunesmith.models.heads.noise import RowNoise
 from tunesmith.models.load import finite
 from tunesmith.objectives import Objective
-from tunesmith.train import distributed, machine, metric_sums
+from tunesmith.train import distributed, metric_sums
 from tunesmith.train.metric_sums import MetricSums
 from tunesmith.train.train_config import TrainConfig, due
 from tunesmith.train.update import Update

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tunesmith import machine
 from tunesmith.data.batch.step import Step, batch_tokens, heaviest_micro_batch
 from tunesmith.errors import RecipeError
 from tunesmith.models.fast import kernels
 from tunesmith.runs.figure_format import size
-from tunesmith.train import distributed, loop, machine, setup
+from tunesmith.train import distributed, loop, setup
 from tunesmith.train.loop import Job
 from tunesmith.train.train_config import TrainConfig
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from tunesmith import __version__
+from tunesmith import __version__, machine
 from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.load import quantization
@@ -17,7 +17,7 @@ from tunesmith.report import run_page
 from tunesmith.runs import assessment, metrics_file, overfit
 from tunesmith.runs.figure_format import figure_names, lower_is_better
 from tunesmith.suggestions import did_you_mean
-from tunesmith.train import distributed, evaluation, machine, plain_copy, setup
+from tunesmith.train import distributed, evaluation, plain_copy, setup
 from tunesmith.train.loop import Job, Progression
 from tunesmith.train.run_state import Run
 

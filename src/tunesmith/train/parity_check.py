@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from tunesmith import machine
 from tunesmith.data.batch import preference_batch
 from tunesmith.data.batch.pack import PADDED, Layout, to_device
 from tunesmith.errors import ModelError
@@ -21,7 +22,6 @@ from tunesmith.models.fast import attention, varlen
 from tunesmith.models.fast.self_check import describe
 from tunesmith.models.network import FORWARD_ERRORS, base
 from tunesmith.objectives import Example, Objective
-from tunesmith.train import machine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tunesmith import files
+from tunesmith import files, machine
 from tunesmith.errors import TunesmithError
 from tunesmith.merge import merge_adapter
 from tunesmith.models.find.locate import locate
 from tunesmith.models.load import load
 from tunesmith.models.network import base
-from tunesmith.train import machine
 from tunesmith.train.run_state import Run
 
 NAME = "merged"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tunesmith import machine
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.load import dequantized_linear
-from tunesmith.train import machine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

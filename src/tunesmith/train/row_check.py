@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tunesmith import machine
 from tunesmith.errors import ModelError
 from tunesmith.models.fast.self_check import describe
 from tunesmith.models.heads import lm_head
 from tunesmith.models.heads.lm_head import Batch
 from tunesmith.models.network import FORWARD_ERRORS, attribute, base, first_position, padding_ids
-from tunesmith.train import machine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

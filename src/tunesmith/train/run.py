@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith import machine
 from tunesmith import recipe as recipes
 from tunesmith.errors import (
     DiskError,
@@ -33,7 +34,6 @@ from tunesmith.train import (
     forecast,
     frozen_body_cache,
     loop,
-    machine,
     memory_budget,
     outcome,
     reference,

@@ -16,7 +16,7 @@ from tunesmith.errors import NonFiniteError, RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import lora_factors, virtual_tokens
 from tunesmith.models.find import record
-from tunesmith.models.generate import decode
+from tunesmith.models.generate import stop_tokens
 from tunesmith.models.load import finite, head_loading, probe
 from tunesmith.models.network import base
 from tunesmith.objectives import head_config
@@ -78,7 +78,7 @@ def save_model(run: Run) -> None:
             with swapped_weights(masters.parameters, weights):
                 run.setup.adaptation.save(run.model, target)
                 tokenizer.save_pretrained(target)
-                decode.save_stop_ids(target, run.model, tokenizer)
+                stop_tokens.save_stop_ids(target, run.model, tokenizer)
                 if all_trained:
                     probe.write_probe(target, run.model, tokenizer, made_by, trained)
             if (

@@ -12,8 +12,9 @@ from tunesmith.data.batch.step import Example
 from tunesmith.data.encode import conversations
 from tunesmith.data.encode.templates import special_tokens
 from tunesmith.data.store.encoded_rows import Encoded
-from tunesmith.models.generate import decode
-from tunesmith.models.network import base
+from tunesmith.models.generate.engine import Engine
+from tunesmith.models.generate.running_rows import Request
+from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.train.train_config import SampleConfig
 
 if TYPE_CHECKING:
@@ -103,10 +104,8 @@ def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[Answer]:
     """Answer greedily, so that only the model changes between two evaluations."""
-    stop = decode.stop_ids(base(model), tokenizer)
-    settings = decode.Settings(max_new_tokens=max_new_tokens, stop=stop)
-    answers = decode.generate_ids(model, tokenizer, [prompt.ids for prompt in prompts], settings)
-    return [
-        Answer(tokenizer.decode(ids, skip_special_tokens=True), None if ids and ids[-1] in stop else len(ids))
-        for ids in answers
-    ]
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    requests = [Request(tuple(prompt.ids), params, number) for number, prompt in enumerate(prompts)]
+    answers = {answer.prompt: answer for answer in Engine(model, tokenizer).run(requests)}
+    ordered = [answers[number] for number in range(len(prompts))]
+    return [Answer(one.text, None if one.reason == "stop" else len(one.ids)) for one in ordered]

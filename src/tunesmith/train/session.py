@@ -12,6 +12,7 @@ from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Batch, Source, Step
 from tunesmith.json_types import JsonObject
 from tunesmith.models.generate import decode
+from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.train import distributed, forward_batches
 from tunesmith.train.fast_path import FastPath, plain_attention
 
@@ -58,7 +59,7 @@ class RunSession:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0
     ) -> list[list[int]]:
         training = self.model.training
-        settings = decode.Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        settings = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         with plain_attention(self.model, self._loaded()):
             answers = decode.generate_ids(self.model, self.tokenizer, prompts, settings)
         self.model.train(training)

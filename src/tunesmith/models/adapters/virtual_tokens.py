@@ -82,17 +82,6 @@ def is_installed(model: PreTrainedModel) -> bool:
     return _forward_of(model) is not None
 
 
-def needs_single_rows(core: PreTrainedModel, lengths: Sequence[int]) -> bool:
-    """Return whether rows that grow to ``lengths`` tokens cannot be generated as one padded batch.
-
-    Padding lies between a prefix and the text: a sliding window would count it, and see less of the prefix.
-    """
-    forward = _forward_of(core)
-    if forward is None or forward.kind != PREFIX or len(lengths) < 2:
-        return False
-    return _slides(core, forward.count + max(lengths))
-
-
 def _slides(core: PreTrainedModel, tokens: int) -> bool:
     window = network.sliding_window(core.config)
     return window is not None and window < tokens

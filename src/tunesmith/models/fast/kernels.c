@@ -215,4 +215,6 @@ void F(rotary)(
     }
 }
 #include "kernels_encoder.c"
+
+#include "kernels_decode.c"
 #endif

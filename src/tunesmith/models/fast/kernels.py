@@ -22,8 +22,7 @@ from tunesmith import files
 from tunesmith.errors import DiskError
 
 SOURCE = Path(__file__).with_name("kernels.c")
-ENCODER_SOURCE = Path(__file__).with_name("kernels_encoder.c")
-"""Included by the other."""
+INCLUDED = [Path(__file__).with_name(name) for name in ("kernels_encoder.c", "kernels_decode.c")]
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 CHUNK = 1 << 22
 """Elements rounded at a time where there is no C: the hash needs 8 bytes for each."""
@@ -45,7 +44,8 @@ def _compile() -> Path | None:
     described = ("flags", "model name", "Features")
     processor = "\n".join(line for line in processor.splitlines() if line.startswith(described))
     command = " ".join([compiler, *FLAGS])
-    parts = [SOURCE.read_bytes(), ENCODER_SOURCE.read_bytes(), command.encode(), processor.encode()]
+    sources = [path.read_bytes() for path in (SOURCE, *INCLUDED)]
+    parts = [*sources, command.encode(), processor.encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     target = cache_folder() / f"kernels-{key}.so"
     if target.exists():

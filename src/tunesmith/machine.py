@@ -76,6 +76,13 @@ def available_memory_bytes() -> int:
     return free if limit is None or used is None else min(free, max(0, limit - used))
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that this process may still take on ``device``."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory_bytes()
+
+
 class PeakWatch:
     """Measures the most bytes held while a block runs: allocations of a CUDA device, or the resident set.
 

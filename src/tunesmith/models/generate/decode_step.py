@@ -1,0 +1,132 @@
+"""One decoding step of a llama as one call of C: at few rows, reading the weights once is all that it costs.
+
+Eager torch starts some forty operations a layer for a step, which takes longer than the arithmetic. The step
+serves networks of llama's structure (llama, mistral, qwen2, qwen3 and their like) whose layers have no adapter,
+on a CPU. ``SlotPass`` compares its first result with that of the model's own forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.models.fast import kernels
+from tunesmith.models.generate.slot_cache import SlotCache
+from tunesmith.models.network import attribute, sliding_window, submodule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_ROWS = 16
+"""With more rows torch's products, which reuse each weight from registers, are faster."""
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """The parts of a network of llama's structure. ``layers``: the tensors of each, None for one it lacks."""
+
+    core: PreTrainedModel
+    layers: tuple[tuple[Tensor | None, ...], ...]
+    norm: Tensor
+    head: Tensor
+    heads: int
+    kv_heads: int
+    dim: int
+    scale: float
+    epsilon: float
+    window: int
+
+    def __call__(self, ids: Tensor, cache: SlotCache) -> Tensor:
+        """Run one token of each row, ``ids`` (rows,), and return the logits, fp32 (rows, vocabulary)."""
+        body = self.core.base_model
+        x: Tensor = body.embed_tokens(ids)
+        cosine, sine = body.rotary_emb(x[None].float(), position_ids=cache.place_of_token[None])
+        x = x.float().contiguous()
+        pointers = [
+            0 if tensor is None else tensor.data_ptr()
+            for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True)
+            for tensor in (*layer, keys, values)
+        ]
+        gate = self.layers[0][-3]
+        assert gate is not None
+        sizes = (
+            len(ids), len(self.layers), x.shape[1], self.heads, self.kv_heads, self.dim, gate.shape[0],
+            self.head.shape[0], cache.capacity, self.window,
+        )  # fmt: skip
+        logits = torch.empty(len(ids), self.head.shape[0])
+        tables = [table[0].float().contiguous() for table in (cosine, sine)]
+        arrays = torch.tensor(pointers), torch.tensor(sizes)
+        places = cache.slot_of_token, cache.place_of_token
+        kernels.call(
+            "decode_step", self.head.dtype, x, *arrays, self.norm, self.head, *tables, *places, logits,
+            self.epsilon, self.scale,
+        )  # fmt: skip
+        return logits
+
+
+def decode_step(core: PreTrainedModel) -> DecodeStep | None:
+    """Return the step of ``core``, or None where its structure is another or the C passes are not available."""
+    body, head = core.base_model, core.get_output_embeddings()
+    blocks = attribute(body, "layers")
+    norm, rotary = submodule(body, "norm"), submodule(body, "rotary_emb")
+    if not isinstance(blocks, nn.ModuleList) or norm is None or rotary is None or type(head) is not nn.Linear:
+        return None
+    if (
+        head.bias is not None
+        or not kernels.available(head.weight)
+        or type(submodule(body, "embed_tokens")) is not nn.Embedding
+    ):
+        return None
+    layers = [_layer(block) for block in blocks]
+    attention = submodule(blocks[0], "self_attn")
+    epsilon, dim, scale = (
+        attribute(norm, "variance_epsilon"),
+        attribute(attention, "head_dim"),
+        attribute(attention, "scaling"),
+    )
+    if (
+        any(layer is None for layer in layers)
+        or not isinstance(epsilon, float)
+        or not isinstance(scale, float)
+    ):
+        return None
+    complete = tuple(layer for layer in layers if layer is not None)
+    weights = [tensor for layer in complete for tensor in layer if tensor is not None] + [
+        head.weight,
+        norm.weight,
+    ]
+    if any(not weight.is_contiguous() or weight.dtype != head.weight.dtype for weight in weights):
+        return None
+    heads, kv_heads = (
+        int(attention.get_submodule(name).out_features) // dim for name in ("q_proj", "k_proj")
+    )
+    window = sliding_window(core.config) or 0
+    return DecodeStep(core, complete, norm.weight, head.weight, heads, kv_heads, dim, scale, epsilon, window)
+
+
+def _layer(block: nn.Module) -> tuple[Tensor | None, ...] | None:
+    """Return the tensors of a layer in the order of kernels_decode.c, or None for another structure."""
+    attention, mlp = submodule(block, "self_attn"), submodule(block, "mlp")
+    norms = [submodule(block, name) for name in ("input_layernorm", "post_attention_layernorm")]
+    if attention is None or mlp is None or len(list(block.children())) != 4 or None in norms:
+        return None
+    linears = [submodule(attention, name) for name in ATTENTION], [submodule(mlp, name) for name in MLP]
+    if any(type(linear) is not nn.Linear for linear in (*linears[0], *linears[1])):
+        return None
+    if type(attribute(mlp, "act_fn")).__name__ not in ("SiLUActivation", "SiLU") or any(
+        linear.bias is not None for linear in linears[1]
+    ):
+        return None
+    q, k, v, o = linears[0]
+    inner = [submodule(attention, name) for name in ("q_norm", "k_norm")]
+    scales = [None if norm is None else norm.weight for norm in inner]
+    gate, up, down = (linear.weight for linear in linears[1])
+    return (
+        norms[0].weight, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, *scales, o.weight, o.bias,
+        norms[1].weight, gate, up, down,
+    )  # fmt: skip

@@ -1,0 +1,264 @@
+"""The engine that everything which samples runs on: a queue of prompts, and as many rows at once as fit.
+
+A row that ends leaves its slot, and the next prompt of the queue takes it in the same step (continuous
+batching; Yu et al., OSDI 2022). Prompts are run side by side without padding; what a slot already holds of a
+prompt is used again or copied, so several samples of one prompt, and the turns of a chat, share their start.
+A row's answer depends on its prompt, rule, seed and number alone, not on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tunesmith import machine
+from tunesmith.errors import ModelError, UserError
+from tunesmith.models.adapters import virtual_tokens
+from tunesmith.models.generate import sampling
+from tunesmith.models.generate.running_rows import Answer, Reason, Request, Row
+from tunesmith.models.generate.sampling import SamplingParams
+from tunesmith.models.generate.slots import Slots, Timing
+from tunesmith.models.generate.stop_tokens import stop_ids
+from tunesmith.models.generate.text_stream import TextStream
+from tunesmith.models.network import adapter_state, base, context_window, is_peft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_RUNNING = 64
+"""Rows that run at once, if memory allows: more gain little on a CPU."""
+PREFILL_TOKENS = 2048
+"""Tokens of prompts in one forward pass."""
+MEMORY_SHARE = 0.5
+"""Share of the free memory that the cache may take."""
+BLOCK = 128
+"""The capacity of slots is a multiple of this."""
+SAMPLED = 64
+"""Numbers of each parameter that are part of the fingerprint."""
+SHARED_TOKENS = 16
+"""Shorter common starts of two prompts are computed again instead of copied."""
+SAMPLED = 64
+"""Numbers of each parameter that are part of the fingerprint."""
+SHARED_TOKENS = 16
+"""Shorter common starts of two prompts are computed again instead of copied."""
+
+OnToken: TypeAlias = Callable[[Request, int, str], None]
+"""Called for each token with its request, its id and the text that has become certain."""
+
+
+class Engine:
+    """Continues prompts by one model. Slots keep their tokens between calls of ``run``, for prompts that begin alike.
+
+    ``max_running``: rows at once; None = as memory allows, at most ``MAX_RUNNING``. ``note``: called once with a
+    sentence where the model runs row by row.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_running: int | None = None,
+        note: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        if max_running is not None and max_running < 1:
+            raise UserError(f"max_running is {max_running}; expected at least 1")
+        self.model, self.tokenizer = model, tokenizer
+        self.core = _core(model)
+        self.slots = Slots(self.core, max_running or MAX_RUNNING, note)
+        self.stop = stop_ids(self.core, tokenizer)
+        self._fingerprint = ""
+
+    @property
+    def timing(self) -> Timing:
+        """Seconds and tokens of all runs so far."""
+        return self.slots.timing
+
+    def run(self, requests: Iterable[Request], on_token: OnToken | None = None) -> Iterator[Answer]:
+        """Yield the answers as they end. ``requests`` are taken one by one, as slots become free.
+
+        The model is in evaluation mode until the last answer. An exception in ``on_token`` ends that answer
+        alone. Raises UserError for a prompt that is empty or fills the window.
+        """
+        for rows in self._steps(requests, on_token is not None):
+            for row in rows:
+                if on_token is not None and row.ids:
+                    try:
+                        on_token(row.request, row.ids[-1], row.piece)
+                    except Exception as error:  # noqa: BLE001 - whatever one reader raises must not cost the others
+                        row.reason, row.error = "callback", error
+                if row.reason:
+                    yield self._answer(row)
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """Yield the text of one answer in pieces, each character when all its tokens are there."""
+        for rows in self._steps([request], streamed=True):
+            yield from (row.piece for row in rows if row.piece)
+
+    def check(self, requests: Iterable[Request]) -> None:
+        """Raise UserError for the first prompt that is empty or fills the model's window."""
+        for request in requests:
+            self._limit(request)
+
+    def _steps(self, requests: Iterable[Request], streamed: bool) -> Iterator[list[Row]]:
+        """Yield the rows that got a token, or ended without one, after each step."""
+        waiting, source = deque[Row](), iter(requests)
+        running: list[Row] = []
+        training = self.model.training
+        self.model.eval()
+        self._check_weights()
+        try:
+            while True:
+                new = self._admit(waiting, source, streamed)
+                if not new and not running:
+                    return
+                running += new
+                rows = new or running
+                live = [row for row in rows if not row.reason]
+                if live and not self._advance(live):
+                    waiting.extendleft(reversed([row for row in running if not row.reason]))
+                    self.slots.halve([row for row in running if not row.reason])
+                    running = [row for row in running if row.reason]
+                    continue
+                yield rows
+                for row in rows:
+                    if row.reason:
+                        self.slots.release(row)
+                running = [row for row in running if not row.reason]
+        finally:
+            for row in running:
+                self.slots.release(row)
+            self.model.train(training)
+
+    def _admit(self, waiting: deque[Row], source: Iterator[Request], streamed: bool) -> list[Row]:
+        """Return the next rows of the queue, each with a slot; a row that has ended needs none."""
+        new: list[Row] = []
+        while True:
+            if not waiting:
+                request = next(source, None)
+                if request is None:
+                    return new
+                waiting.append(self._row(request, streamed))
+            if not waiting[0].reason and not self.slots.take(waiting[0]):
+                return new
+            new.append(waiting.popleft())
+
+    def _advance(self, rows: list[Row]) -> bool:
+        """Add a token to each row. Return False, and add none, where memory ran out with several rows."""
+        try:
+            logits = self.slots.forward(rows)
+        except (RuntimeError, MemoryError) as error:
+            if not machine.is_out_of_memory(error) or self.slots.taken < 2:
+                raise
+            return False
+        began = perf_counter()
+        self._take(rows, logits)
+        self.timing.decode_seconds += perf_counter() - began
+        return True
+
+    def _check_weights(self) -> None:
+        """Empty the slots if the weights are not those that filled them."""
+        now = fingerprint(self.core)
+        if now != self._fingerprint:
+            self._fingerprint = now
+            self.slots.forget()
+
+    # ------------------------------------------------------------------------------------------------ rows
+
+    def _row(self, request: Request, streamed: bool) -> Row:
+        """Return the row of a request; one that may have no token has ended."""
+        params = request.params
+        limit = self._limit(request)
+        full: Reason = "window" if limit < params.max_new_tokens else "length"
+        stop = self.stop if params.stop is None else params.stop
+        text = TextStream(self.tokenizer, params.stop_strings) if streamed or params.stop_strings else None
+        uniform = None
+        if params.temperature > 0:
+            uniform = sampling.uniform_numbers(params.seed, request.prompt, request.sample, limit)
+        return Row(request, limit, full, stop, text, uniform, reason=None if limit else full)
+
+    def _limit(self, request: Request) -> int:
+        """Return how many tokens the answer may have before the model's window is full."""
+        ahead = virtual_tokens.count(self.core)
+        window = (context_window(self.core.config) or 10**9) - ahead
+        length = len(request.ids)
+        if not length:
+            raise UserError(f"prompt {request.prompt} is empty: there is no token to continue")
+        if length >= window:
+            size = f"{window} ({ahead} more are taken by virtual tokens)" if ahead else window
+            raise UserError(
+                f"prompt {request.prompt} has {length} tokens; the model's window is {size}. Shorten it."
+            )
+        return min(request.params.max_new_tokens, window - length)
+
+    def _take(self, rows: Sequence[Row], logits: Tensor) -> None:
+        """Draw a token for each row from ``logits`` (rows, vocabulary) and end the rows that are complete."""
+        for params, members in _by_params(rows).items():
+            mine = [rows[index] for index in members]
+            scores = logits if len(members) == len(rows) else logits[members]
+            drawn = self._draw(mine, scores, params)
+            likeliest = _likeliest(scores, params.top_logprobs) if params.top_logprobs else None
+            columns = zip(
+                mine, *(column.tolist() for column in (drawn.tokens, drawn.logprobs, drawn.rule_logprobs))
+            )
+            for index, (row, token, logprob, rule_logprob) in enumerate(columns):
+                row.logprobs.append(logprob)
+                row.rule_logprobs.append(rule_logprob)
+                if likeliest:
+                    row.top.append(likeliest[index])
+                row.add(token)
+
+    @torch.inference_mode()
+    def _draw(self, rows: Sequence[Row], scores: Tensor, params: SamplingParams) -> sampling.Drawn:
+        numbers = [float(row.uniform[len(row.ids)]) for row in rows if row.uniform is not None]
+        uniform = torch.tensor(numbers, dtype=torch.float64, device=scores.device) if numbers else None
+        before = [row.request.ids for row in rows], [row.ids for row in rows]
+        return sampling.draw(scores, params, uniform, *before, stop=rows[0].stop)
+
+    def _answer(self, row: Row) -> Answer:
+        assert row.reason is not None
+        text = row.stream.text if row.stream else self.tokenizer.decode(row.ids, skip_special_tokens=True)
+        return Answer(
+            row.request.prompt, row.request.sample, row.ids, str(text), row.reason, row.logprobs,
+            row.rule_logprobs, row.top, self._fingerprint, row.error,
+        )  # fmt: skip
+
+
+def _by_params(rows: Sequence[Row]) -> dict[SamplingParams, list[int]]:
+    """Group rows of one rule and one set of stop tokens."""
+    groups: dict[int, tuple[SamplingParams, list[int]]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(id(row.request.params), (row.request.params, []))[1].append(index)
+    merged: dict[SamplingParams, list[int]] = {}
+    for params, members in groups.values():
+        merged.setdefault(params, []).extend(members)
+    return merged
+
+
+def _likeliest(logits: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """Return the ``count`` likeliest tokens of each row with their log-probabilities."""
+    values, ids = logits.log_softmax(dim=-1).topk(count, dim=-1)
+    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+
+
+def fingerprint(core: PreTrainedModel) -> str:
+    """Return a hash of some numbers of every parameter: training, merging or another adapter changes it."""
+    digest = hashlib.sha256(adapter_state(core).encode())
+    for name, parameter in core.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
+        digest.update(name.encode() + some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _core(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the transformers model that computes logits; a LoRA is inside it."""
+    virtual = is_peft(model) and model.active_peft_config.is_prompt_learning
+    if virtual and not virtual_tokens.is_installed(model):
+        raise ModelError("this adapter adds virtual tokens. Load it with tunesmith.load, or from a folder.")
+    return base(model)

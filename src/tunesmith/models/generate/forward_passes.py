@@ -1,0 +1,175 @@
+"""Forward passes of generation: all running rows side by side in slots, or row by row as transformers does it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from tunesmith.models.adapters import virtual_tokens
+from tunesmith.models.generate import slot_cache
+from tunesmith.models.generate.decode_step import MAX_ROWS, DecodeStep, decode_step
+from tunesmith.models.generate.slot_cache import CannotUseSlots, Piece, SlotCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHECKED_TOKENS = 24
+"""Tokens of each of two prompts on which attention over slots is compared with the model's own."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+"""Largest difference of a logit, relative to the largest logit: about four times the rounding error."""
+
+
+class ForwardPass(Protocol):
+    """Runs pieces of rows. ``keeps_prefixes``: whether a slot's tokens can be used again or copied."""
+
+    keeps_prefixes: bool
+
+    def __call__(self, pieces: Sequence[Piece]) -> Tensor:
+        """Return the logits after the last token of each piece, fp32 (pieces, vocabulary)."""
+
+    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first tokens of a slot to another."""
+
+    def resize(self, slots: int, capacity: int) -> None:
+        """Have ``slots`` slots of ``capacity`` tokens, which keep what fits of their content."""
+
+
+def _keywords(core: PreTrainedModel, **keywords: Tensor | None) -> dict[str, Tensor | None]:
+    """Return the keywords that the model's forward takes."""
+    accepted = inspect.signature(core.forward).parameters
+    return {name: value for name, value in keywords.items() if name in accepted}
+
+
+class SlotPass:
+    """All pieces in one forward pass, side by side, with attention over slots."""
+
+    keeps_prefixes = True
+
+    def __init__(self, core: PreTrainedModel, note: Callable[[str], None] = lambda sentence: None) -> None:
+        self.core, self.note = core, note
+        self.cache = SlotCache(0, 0)
+        self.step = decode_step(core)
+        self.step_checked = False
+
+    def resize(self, slots: int, capacity: int) -> None:
+        self.cache = self.cache.resized(slots, capacity)
+
+    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
+        self.cache.copy_prefix(source, target, tokens)
+
+    def __call__(self, pieces: Sequence[Piece]) -> Tensor:
+        self.cache.begin(pieces, self.core.device)
+        if self.step is not None and self.cache.decoding and self.cache.keys and len(pieces) <= MAX_ROWS:
+            return self._decode(self.step, pieces)
+        return self._forward(pieces)
+
+    def _decode(self, step: DecodeStep, pieces: Sequence[Piece]) -> Tensor:
+        """Take the step in C, which is given up if its first result is not that of the model's own forward."""
+        logits = step(torch.tensor([piece.ids[0] for piece in pieces]), self.cache)
+        if self.step_checked:
+            return logits
+        expected, self.step_checked = self._forward(pieces), True
+        off = difference(logits, expected)
+        if off > TOLERANCE[self.core.dtype]:
+            self.step = None
+            self.note(f"decoding without the C step: its logits differ by {off:.1e}")
+        return expected
+
+    def _forward(self, pieces: Sequence[Piece]) -> Tensor:
+        """Run all pieces by the model's own forward, side by side."""
+        self.cache.calls = 0
+        device = self.core.device
+        ids = torch.tensor([[token for piece in pieces for token in piece.ids]], device=device)
+        lengths = torch.tensor([len(piece.ids) for piece in pieces], device=device)
+        last = lengths.cumsum(0) - 1
+        chosen = _keywords(self.core, position_ids=self.cache.place_of_token[None], logits_to_keep=last)
+        cache = self.cache
+        with slot_attention(self.core):
+            out = self.core(input_ids=ids, past_key_values=cache, use_cache=True, slots=cache, **chosen)
+        if self.cache.calls != len(self.cache.keys):
+            raise CannotUseSlots(f"{self.cache.calls} of its {len(self.cache.keys)} layers call attention")
+        logits: Tensor = out.logits[0]
+        return (logits if "logits_to_keep" in chosen else logits[last]).float()
+
+
+class PlainPass:
+    """Row by row with transformers' own cache and attention: for models that slots cannot serve."""
+
+    keeps_prefixes = False
+
+    def __init__(self, core: PreTrainedModel) -> None:
+        self.core = core
+        self.caches: dict[int, DynamicCache] = {}
+
+    def resize(self, slots: int, capacity: int) -> None:
+        self.caches.clear()
+
+    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
+        raise NotImplementedError("keeps_prefixes is False")
+
+    def __call__(self, pieces: Sequence[Piece]) -> Tensor:
+        return torch.stack([self._row(piece) for piece in pieces])
+
+    def _row(self, piece: Piece) -> Tensor:
+        if piece.ahead == 0:
+            self.caches[piece.slot] = DynamicCache(config=self.core.config)
+        device = self.core.device
+        ids = torch.tensor([list(piece.ids)], device=device)
+        last = torch.tensor([len(piece.ids) - 1], device=device)
+        positions = torch.arange(piece.ahead, piece.end, device=device)[None]
+        chosen = _keywords(self.core, position_ids=positions, logits_to_keep=last)
+        out = self.core(input_ids=ids, past_key_values=self.caches[piece.slot], use_cache=True, **chosen)
+        logits: Tensor = out.logits[0, -1]
+        return logits.float()
+
+
+@contextmanager
+def slot_attention(core: PreTrainedModel) -> Iterator[None]:
+    """Let ``core`` call attention over slots inside the ``with`` block."""
+    slot_cache.register()
+    before = core.config._attn_implementation
+    core.set_attn_implementation(slot_cache.NAME)
+    try:
+        yield
+    finally:
+        core.set_attn_implementation(before)
+
+
+@torch.inference_mode()
+def why_not_slots(core: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> str | None:
+    """Return why slots cannot serve ``core``, found on the starts of ``prompts``; None where they can.
+
+    The prompts are run whole, without a cache and one by one, by the model's own attention; then in two pieces
+    each, side by side in slots. Both must agree on the logits after the last token.
+    """
+    if virtual_tokens.count(core):
+        return "it has virtual tokens"
+    starts = [list(prompt[:CHECKED_TOKENS]) for prompt in prompts]
+    expected = torch.stack(
+        [
+            core(input_ids=torch.tensor([ids], device=core.device), use_cache=False).logits[0, -1]
+            for ids in starts
+        ]
+    ).float()
+    try:
+        run = SlotPass(core)
+        run.resize(len(starts), CHECKED_TOKENS)
+        first = [Piece(ids[:-1], slot, 0) for slot, ids in enumerate(starts) if len(ids) > 1]
+        if first:
+            run(first)
+        got = run([Piece(ids[-1:], slot, len(ids) - 1) for slot, ids in enumerate(starts)])
+    except (CannotUseSlots, TypeError, ValueError, IndexError, AttributeError) as error:
+        return str(error).split("\n")[0]
+    off = difference(got, expected)
+    return None if off <= TOLERANCE[core.dtype] else f"its logits over slots differ by {off:.1e}"
+
+
+def difference(logits: Tensor, expected: Tensor) -> float:
+    """Return the largest difference of a logit, relative to the largest logit."""
+    return float((logits - expected).abs().max() / expected.abs().max())

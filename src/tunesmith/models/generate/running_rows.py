@@ -1,0 +1,92 @@
+"""One wanted answer, the row that grows it, and the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from tunesmith.models.generate import sampling
+from tunesmith.models.generate.sampling import SamplingParams
+from tunesmith.models.generate.text_stream import TextStream
+
+Reason: TypeAlias = Literal["stop", "stop_string", "length", "window", "callback"]
+"""Why an answer ended: a stop token, a stop string, max_new_tokens, the model's window, a failed callback."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted. ``prompt`` and ``sample`` number it: its random numbers follow from them."""
+
+    ids: tuple[int, ...]
+    params: SamplingParams
+    prompt: int = 0
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. ``ids`` include the stop token that ended it; ``text`` neither that nor a stop string.
+
+    ``logprobs``: log-probability of each token under the model as it is; ``rule_logprobs``: under the sampling
+    rule. ``top``: the likeliest tokens at each position with their log-probabilities, if asked for.
+    ``fingerprint``: of the weights that answered. ``error``: what the callback raised.
+    """
+
+    prompt: int
+    sample: int
+    ids: list[int]
+    text: str
+    reason: Reason
+    logprobs: list[float]
+    rule_logprobs: list[float]
+    top: list[list[tuple[int, float]]]
+    fingerprint: str
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Row:
+    """An answer in progress. Its slot holds the tokens of prompt and answer but the last."""
+
+    request: Request
+    limit: int
+    full: Reason
+    """Why the answer ends at ``limit``."""
+    stop: frozenset[int]
+    stream: TextStream | None
+    uniform: Tensor | None
+    slot: int = -1
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    rule_logprobs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    piece: str = ""
+    """The text that the last token made certain."""
+    reason: Reason | None = None
+    error: Exception | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.request.ids, *self.ids]
+
+    @property
+    def needed(self) -> int:
+        """Tokens that its slot must have room for."""
+        return len(self.request.ids) + self.limit
+
+    def add(self, token: int) -> None:
+        """Add a drawn token to the answer and its text, and end the row where it is complete."""
+        self.ids.append(token)
+        self.piece = self.stream.add(token) if self.stream else ""
+        choices = self.request.params.choices
+        if token in self.stop or (choices and not sampling.next_tokens(choices, self.ids, frozenset())):
+            self.reason = "stop"
+        elif self.stream and self.stream.stopped:
+            self.reason = "stop_string"
+        elif len(self.ids) >= self.limit:
+            self.reason = self.full
+        if self.reason and self.stream:
+            self.piece += self.stream.finish()
+            self.reason = "stop_string" if self.stream.stopped else self.reason

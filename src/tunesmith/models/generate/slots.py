@@ -1,0 +1,231 @@
+"""The slots of the running rows: which tokens each holds, who has it, and the forward passes that fill them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tunesmith import machine
+from tunesmith.models.generate import slot_cache
+from tunesmith.models.generate.forward_passes import ForwardPass, PlainPass, SlotPass, why_not_slots
+from tunesmith.models.generate.running_rows import Row
+from tunesmith.models.generate.slot_cache import Piece
+from tunesmith.models.network import context_window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFILL_TOKENS = 2048
+"""Tokens of prompts in one forward pass."""
+MEMORY_SHARE = 0.5
+"""Share of the free memory that the cache may take."""
+BLOCK = 128
+"""The capacity of slots is a multiple of this."""
+SAMPLED = 64
+"""Numbers of each parameter that are part of the fingerprint."""
+SHARED_TOKENS = 16
+"""Shorter common starts of two prompts are computed again instead of copied."""
+MEMORY_SHARE = 0.5
+"""Share of the free memory that the cache may take."""
+BLOCK = 128
+"""The capacity of slots is a multiple of this."""
+SAMPLED = 64
+"""Numbers of each parameter that are part of the fingerprint."""
+SHARED_TOKENS = 16
+"""Shorter common starts of two prompts are computed again instead of copied."""
+BLOCK = 128
+"""The capacity of slots is a multiple of this."""
+SAMPLED = 64
+"""Numbers of each parameter that are part of the fingerprint."""
+SHARED_TOKENS = 16
+"""Shorter common starts of two prompts are computed again instead of copied."""
+SHARED_TOKENS = 16
+"""Shorter common starts of two prompts are computed again instead of copied."""
+
+
+@dataclass
+class Timing:
+    """Seconds and tokens of the forward passes, sampling included."""
+
+    prefill_seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+    shared_tokens: int = 0
+    """Prompt tokens that were taken from a slot instead of computed."""
+
+
+class Slots:
+    """Slots for at most ``most`` rows of ``core``, made when the first row comes; as many as memory allows.
+
+    ``held``: the tokens in each slot; a free slot keeps them for a prompt that begins alike. ``note`` is called with a
+    sentence when the model cannot run over slots.
+    """
+
+    def __init__(self, core: PreTrainedModel, most: int, note: Callable[[str], None]) -> None:
+        self.core, self.most, self.note = core, most, note
+        self.timing = Timing()
+        self.capacity = 0
+        self.held: list[list[int]] = []
+        self._free: list[int] = []
+        self._pass: ForwardPass | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of slots."""
+        return len(self.held)
+
+    @property
+    def taken(self) -> int:
+        """The number of rows that have a slot."""
+        return len(self.held) - len(self._free)
+
+    def take(self, row: Row) -> bool:
+        """Give ``row`` a free slot; return False if it must wait for the rows that run.
+
+        The slot is the one that holds most of the row's tokens, the emptiest of several; it keeps that start.
+        """
+        if self._pass is None:
+            self._choose_pass(row)
+        if row.needed > self.capacity and len(self._free) == self.count:
+            self._make(row.needed)
+        if row.needed > self.capacity or not self._free:
+            return False
+        tokens = row.tokens
+        kept = self._pass_of_rows().keeps_prefixes
+        shared = {slot: _common_start(self.held[slot], tokens) if kept else 0 for slot in self._free}
+        row.slot = max(self._free, key=lambda slot: (shared[slot], -len(self.held[slot]), -slot))
+        self._free.remove(row.slot)
+        del self.held[row.slot][min(shared[row.slot], len(tokens) - 1) :]
+        return True
+
+    def release(self, row: Row) -> None:
+        """Free the slot of ``row``, which keeps its tokens."""
+        if row.slot >= 0:
+            self._free.append(row.slot)
+            row.slot = -1
+
+    def forget(self) -> None:
+        """Empty all slots: the weights have changed."""
+        for held in self.held:
+            held.clear()
+
+    def halve(self, rows: Sequence[Row]) -> None:
+        """Make half as many slots the most. All ``rows`` lose theirs."""
+        self.most = len(rows) // 2
+        self.note(f"out of memory with {len(rows)} rows at once; going on with {self.most}")
+        for row in rows:
+            row.slot = -1
+        self._pass_of_rows().resize(0, 0)
+        self.held, self._free, self.capacity = [], [], 0
+        machine.release_memory(self.core.device)
+
+    def _choose_pass(self, row: Row) -> None:
+        """Choose how the model runs: over slots where they were shown to be exact, else row by row."""
+        prompt = row.request.ids
+        reason = why_not_slots(self.core, [prompt, prompt[: len(prompt) // 2 + 1]])
+        self._pass = SlotPass(self.core, self.note) if reason is None else PlainPass(self.core)
+        if reason is not None:
+            self.note(f"generating row by row: {reason}")
+
+    def _make(self, needed: int) -> None:
+        """Make slots for rows of ``needed`` tokens: as many as are wanted and memory allows, at least one.
+
+        They keep the tokens that they hold."""
+        capacity = (
+            -(-max(needed, min(2 * self.capacity, context_window(self.core.config) or 0)) // BLOCK) * BLOCK
+        )
+        free = machine.free_bytes(self.core.device)
+        affordable = int(MEMORY_SHARE * free / (capacity * slot_cache.bytes_per_token(self.core)))
+        slots, self.capacity = max(1, min(self.most, affordable)), capacity
+        self._pass_of_rows().resize(slots, capacity)
+        self.held = [self.held[slot] if slot < len(self.held) else [] for slot in range(slots)]
+        self._free = list(range(slots))
+
+    def _pass_of_rows(self) -> ForwardPass:
+        assert self._pass is not None, "chosen when the first row is admitted"
+        return self._pass
+
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        """Return the logits after the last token of each row, fp32 (rows, vocabulary)."""
+        began = perf_counter()
+        decoding = all(row.ids for row in rows) and all(self._left(row) == 1 for row in rows)
+        if decoding:
+            logits = self._run(rows, [1] * len(rows))
+            self.timing.decode_seconds += perf_counter() - began
+            self.timing.decode_tokens += len(rows)
+            return logits
+        found: dict[Row, Tensor] = {}
+        while missing := [row for row in rows if row not in found]:
+            chosen = self._share_starts(missing)
+            sizes, budget = [], PREFILL_TOKENS
+            for row in chosen:
+                sizes.append(min(self._left(row), budget))
+                budget -= sizes[-1]
+            chosen = [row for row, size in zip(chosen, sizes, strict=True) if size]
+            sizes = [size for size in sizes if size]
+            self.timing.prefill_tokens += sum(sizes)
+            for row, last in zip(chosen, self._run(chosen, sizes), strict=True):
+                if not self._left(row):
+                    found[row] = last
+        self.timing.prefill_seconds += perf_counter() - began
+        return torch.stack([found[row] for row in rows])
+
+    def _left(self, row: Row) -> int:
+        """Return how many tokens of the row are not in its slot."""
+        return len(row.request.ids) + len(row.ids) - len(self.held[row.slot])
+
+    @torch.inference_mode()
+    def _run(self, rows: Sequence[Row], sizes: Sequence[int]) -> Tensor:
+        """Run the next ``sizes`` tokens of each row and note that the slots hold them."""
+        pieces = []
+        for row, size in zip(rows, sizes, strict=True):
+            ahead = len(self.held[row.slot])
+            ids = (
+                [row.ids[-1]]
+                if size == 1 and self._left(row) == 1 and row.ids
+                else row.tokens[ahead : ahead + size]
+            )
+            pieces.append(Piece(ids, row.slot, ahead))
+        logits = self._pass_of_rows()(pieces)
+        for piece in pieces:
+            self.held[piece.slot].extend(piece.ids)
+        return logits
+
+    @torch.inference_mode()
+    def _share_starts(self, rows: Sequence[Row]) -> list[Row]:
+        """Copy what other slots hold of the rows' starts; return the rows that gain nothing by waiting.
+
+        A row waits for one before it that begins alike: it will then copy that start.
+        """
+        run = self._pass_of_rows()
+        if not run.keeps_prefixes:
+            return list(rows)
+        chosen: list[Row] = []
+        for row in rows:
+            tokens, held = row.tokens, len(self.held[row.slot])
+            coming = max((_common_start(tokens, other.tokens) for other in chosen), default=0)
+            shared = {slot: _common_start(there, tokens) for slot, there in enumerate(self.held)}
+            source = max(shared, key=shared.__getitem__)
+            most = min(shared[source], len(tokens) - 1)
+            if coming >= max(most, held) + SHARED_TOKENS:
+                continue
+            if most >= held + SHARED_TOKENS:
+                run.copy_prefix(source, row.slot, most)
+                self.held[row.slot] = tokens[:most]
+                self.timing.shared_tokens += most - held
+            chosen.append(row)
+        return chosen
+
+
+def _common_start(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return the length of the longest common start."""
+    shorter = min(len(left), len(right))
+    if left[:shorter] == right[:shorter]:
+        return shorter
+    return next(place for place in range(shorter) if left[place] != right[place])

@@ -1,0 +1,106 @@
+"""The decoding step in C: the model's own logits and keys, for the structures that it takes, and for no other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import tiny_model
+from tunesmith.models.fast import kernels
+from tunesmith.models.generate import forward_passes
+from tunesmith.models.generate.decode_step import MAX_ROWS, DecodeStep, decode_step
+from tunesmith.models.generate.forward_passes import SlotPass
+from tunesmith.models.generate.slot_cache import Piece, attend
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+
+LENGTHS = (3, 30, 1, 17, 9, 21)
+
+
+def filled(model: Any, lengths: tuple[int, ...]) -> SlotPass:
+    """A pass whose slot ``n`` holds ``lengths[n]`` tokens; slot 0 of each pass is left empty."""
+    run = SlotPass(model)
+    run.resize(len(lengths) + 1, 64)
+    drawn = torch.Generator().manual_seed(1)
+    rows = [torch.randint(5, 500, (length,), generator=drawn).tolist() for length in lengths]
+    run([Piece(row, slot + 1, 0) for slot, row in enumerate(rows)])
+    return run
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 6])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True}),
+        ("qwen3", {}),
+        ("mistral", {}),
+        ("llama", {"tie_word_embeddings": False}),
+    ],
+)
+@torch.inference_mode()
+def test_logits_keys_and_values_are_those_of_the_forward_pass(name: str, changes: dict[str, Any], rows: int) -> None:
+    model = tiny_model(name, **changes)
+    for parameter in model.parameters():  # biases and norms are not 0 and 1
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    run, lengths = filled(model, LENGTHS[:rows]), LENGTHS[:rows]
+    step = run.step
+    assert step is not None
+    pieces = [Piece([7 + slot], slot + 1, length) for slot, length in enumerate(lengths)]
+    run.cache.begin(pieces, model.device)
+    expected = run._forward(pieces)
+    wanted = [x.clone() for x in (*run.cache.keys, *run.cache.values)]
+    for layer in (*run.cache.keys, *run.cache.values):
+        layer[torch.arange(1, rows + 1), :, torch.tensor(lengths)] = 0
+    logits = step(torch.tensor([piece.ids[0] for piece in pieces]), run.cache)
+    assert torch.allclose(logits, expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip((*run.cache.keys, *run.cache.values), wanted, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_other_structures_keep_their_own_forward() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    assert all(decode_step(tiny_model(name)) is None for name in ("gemma", "gemma3", "gpt2"))
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["v_proj"]))
+    assert decode_step(adapted.get_base_model()) is None
+
+
+def test_a_step_that_differs_is_given_up_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_passes, "decode_step", lambda core: wrong)
+    right = decode_step(tiny_model("llama"))
+    assert right is not None
+    wrong = DecodeStep(**{**vars(right), "scale": 3 * right.scale})
+    notes: list[str] = []
+    run = SlotPass(tiny_model("llama"), notes.append)
+    run.resize(1, 64)
+    with torch.inference_mode():
+        run([Piece([5, 6, 7, 8], 0, 0)])
+        answered = run([Piece([9], 0, 4)])
+        expected = tiny_model("llama")(torch.tensor([[5, 6, 7, 8, 9]])).logits[0, -1]
+    assert run.step is None and "differ by" in notes[0]
+    assert torch.allclose(answered[0], expected, atol=1e-5)
+
+
+def test_many_rows_go_through_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = filled(tiny_model("llama"), (3,) * (MAX_ROWS + 1))
+    monkeypatch.setattr(DecodeStep, "__call__", None)
+    with torch.inference_mode():
+        assert run([Piece([7], slot + 1, 3) for slot in range(MAX_ROWS + 1)]).shape == (MAX_ROWS + 1, 512)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 0.0), (0, 2.0), (9, 2.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_one_token_a_row_by_kernel_and_by_torch(dtype: torch.dtype, window: int, softcap: float) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(4, 2, 32, 8, generator=drawn).to(dtype) for _ in range(2))
+    query = torch.randn(3, 6, 8, generator=drawn).to(dtype)
+    slots, lengths = torch.tensor([2, 0, 3]), torch.tensor([5, 32, 17])
+    out = torch.empty(3, 6, 8, dtype=dtype)
+    kernels.call("decode_attention", dtype, query, keys, values, slots, lengths, out, 0.3, softcap, window, 3, 6, 2, 32, 8, 8)
+    for row in range(3):
+        seen = (x[slots[row], :, : lengths[row]].float() for x in (keys, values))
+        expected = attend(query[row][:, None].float(), *seen, 0.3, window, softcap or None)[0]
+        assert torch.allclose(out[row].float(), expected, atol=1e-5 if dtype is torch.float32 else 2e-2)
