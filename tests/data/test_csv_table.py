@@ -88,6 +88,7 @@ def test_column_numbers_of_a_file_with_a_header_or_beyond_its_columns_are_refuse
 SWALLOWED = {
     "closed by the quote of a later row": ("a.tsv", 'id\ttext\tlabel\n1\tgood\t1\n2\t"bad\t0\n3\tslept\t0\n4\tnever"\t0\n5\tlast\t1\n', "lines 3 to 5"),
     "closed inside a later field": ("a.tsv", 'id\ttext\tlabel\n1\tgood\t1\n2\t"bad\t0\n3\tnever "again\t0\n5\tlast\t1\n', "opens on line 3 and closes inside a field of line 4"),
+    "a row too short": ("a.tsv", 'id\ttext\tlabel\n1\tgood\t1\n2\t"bad\t0\n3\tslept"\n5\tlast\t1\n', "2 on lines 3 to 4"),
     "commas": ("a.csv", 'id,text,label\n1,good,1\n2,"bad,0\n3,slept,0\n4,tired,0\n5,never",0\n6,last,1\n', "lines 3 to 6"),
 }  # fmt: skip
 

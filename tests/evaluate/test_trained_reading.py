@@ -15,10 +15,10 @@ def run(tmp_path_factory):
     """(run folder, data file) of a model trained on rows with columns of their own, with context."""
     folder = tmp_path_factory.mktemp("columns")
     made = recipe(folder, max_steps=1)
-    rows = [{"frage": f"which {n}?", "absatz": f"it was {n}", "antwort": f"number {n}"} for n in range(6)]
+    rows = [{"frage": f"which {n}?", "absatz": f"it was {n}", "antwort": 1000 + n} for n in range(6)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = {"instruction": "frage", "input": "absatz", "output": "antwort"}
-    made["data"]["train"][0]["columns"] = columns
+    made["data"]["train"][0] |= {"columns": columns, "numbers_as_text": True}
     made["data"]["eval"] = {"path": str(folder / "rows.jsonl")}
     made["train"]["eval_steps"] = 1
     found = tunesmith.train(made, out=folder / "run")
@@ -30,7 +30,7 @@ def test_generate_reads_a_file_as_training_did_without_flags(run, tmp_path, caps
     out = tmp_path / "answers.jsonl"
     assert main(["generate", str(folder), "--data", str(data), "--max-new-tokens", "2", "--out", str(out)]) == 0
     first = json.loads(out.read_text().splitlines()[0])
-    assert first["prompt"] == "which 0?\n\nit was 0" and first["reference"] == "number 0" and "answer" in first
+    assert first["prompt"] == "which 0?\n\nit was 0" and first["reference"] == "1000" and "answer" in first
     assert "6 prompts, 6 with an answer to compare" in capsys.readouterr().err
     other = tmp_path / "other.jsonl"
     other.write_text('{"question": "who?", "answer": "she"}\n')

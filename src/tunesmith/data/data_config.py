@@ -27,6 +27,10 @@ KEEP_IF = "keep_if"
 """Entry of ``columns`` that is no field of a format."""
 
 
+READING_KEYS = ("format", "columns", "separator", "prompt_template", "numbers_as_text")
+"""Keys of a source that say how its columns become rows."""
+
+
 class Source(Strict):
     """One source of rows: a file, a folder of classes, a built-in set, or a split of a Hub data set."""
 

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 ModelArgument = str | Path | tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 """A catalog name, a folder, or a pair (model, tokenizer) in memory."""
 
-READING_KEYS = ("format", "columns", "separator", "prompt_template")
-"""Keys of a source that say how its columns become rows."""
-
 
 def trained_with(model: ModelArgument) -> JsonObject:
     """Return ``record.trained`` of a model; {} for a model in memory, and for one that no run saved.
@@ -57,7 +54,7 @@ def source_as_trained(
 ) -> Source:
     """Return the source ``data``, read as one of the model's training sources where the file has its columns.
 
-    ``given``: values for READING_KEYS; any that is set replaces what the model remembers. ``accepted``,
+    ``given``: values for READING_KEYS of ``data_config``; any that is set replaces what the model remembers. ``accepted``,
     ``gold`` and ``prompts``: as in ``open_source``. ``keys``: other keys of the source. Raises RecipeError."""
     plain = make_source(data, **given, **keys)
     remembered = [] if any(given.values()) else trained.get("readings") or []

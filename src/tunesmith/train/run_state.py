@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunesmith import files
+from tunesmith.data.data_config import READING_KEYS
 from tunesmith.errors import NonFiniteError, RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import lora_factors, virtual_tokens
@@ -93,7 +94,7 @@ def save_model(run: Run) -> None:
 def _trained_with(run: Run) -> JsonObject:
     """Return what the saved model remembers of its training (``record.trained``)."""
     recipe, start = run.setup.recipe, run.setup.model_folder.path
-    keys = {"format", "separator", "prompt_template"}
+    keys = {*READING_KEYS} - {"columns"}
     readings = [
         source.model_dump(include=keys, exclude_defaults=True)
         | (

@@ -77,7 +77,9 @@ def read_table(
         if len(values) != len(header):
             expected = f"{len(header)} columns ({', '.join(header)})"
             fix = "Quote a field that contains the separator or a line break."
-            yield RowProblem(path, row, "columns", expected, f"{len(values)}", fix, line)
+            last = start + reader.line_num
+            got = f"{len(values)}" + (f" on lines {line} to {last}" if last > line else "")
+            yield RowProblem(path, row, "columns", expected, got, fix if last == line else CLOSE_QUOTE, line)
         elif swallowing := [
             name for name, cell in zip(header, values) if _holds_rows(cell, delimiter, len(header))
         ]:

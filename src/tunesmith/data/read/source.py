@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith.data.data_config import KEEP_IF, DataConfig, Source
+from tunesmith.data.data_config import KEEP_IF, READING_KEYS, DataConfig, Source
 from tunesmith.data.formats import column_advice, columns
 from tunesmith.data.formats.columns import Converter, choose_converter
 from tunesmith.data.formats.fields import FieldFault
@@ -240,15 +240,11 @@ def _question(source: Source, accepted: tuple[type, ...], gold: bool, prompts: b
     return content.hexdigest()[:16]
 
 
-SHARED_KEYS = {"format", "columns", "separator", "prompt_template", "numbers_as_text"}
-"""Keys of the first training source that hold for ``data.eval.path``, too."""
-
-
 def eval_sources(config: DataConfig) -> dict[str, Source]:
     """The evaluation sets of the recipe: ``data.eval.sets``, or ``data.eval.path`` under the empty name.
 
-    The latter is read like the first training source, with its SHARED_KEYS."""
+    The latter is read like the first training source, with its READING_KEYS."""
     if config.eval.path is None:
         return dict(config.eval.sets or {})
-    asked = config.train[0].model_dump(include=SHARED_KEYS)
+    asked = config.train[0].model_dump(include=set(READING_KEYS))
     return {"": Source(path=config.eval.path, limit=config.eval.limit).model_copy(update=asked)}
