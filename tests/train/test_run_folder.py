@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tunesmith
-from tests.runs import history, killed_before, recipe
+from tests.runs import Killed, history, killed_before, recipe
 from tunesmith.errors import DataError, UserError
 from tunesmith.runs import run_folder
 
@@ -79,6 +79,31 @@ def test_restart_keeps_what_it_replaces(copy, finished):
     assert contents(run / "replaced-1") == before
     tunesmith.train(made, out=run, restart=True)
     assert (run / "replaced-2" / "model").is_dir() and contents(run / "replaced-1") == before
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_a_kill_while_the_old_files_are_moved_loses_none_of_them(number, tmp_path, monkeypatch):
+    run, names = tmp_path / "run", ("recipe.yaml", "manifest.json", "metrics.jsonl", "report.html")
+    (run / "checkpoints" / "step-2").mkdir(parents=True)
+    for name in names:
+        (run / name).write_text(name)
+    replace, left = Path.replace, [number]
+
+    def dies(path, to):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        return replace(path, to)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "replace", dies)
+        run_folder.claim(run, "restart").begin({"model": "m"})
+    opened = run_folder.claim(run, "restart")
+    opened.begin({"model": "m"})
+    opened.close()
+    moved = {path.name: path for folder in run.glob("replaced-*") for path in folder.iterdir()}
+    assert moved.keys() == {*names, "checkpoints"} and all(moved[name].read_text() == name for name in names)
+    assert sorted(path.name for path in run.iterdir() if path.is_file()) == [".lock", "recipe.yaml"]
 
 
 def test_data_that_cannot_be_read_leave_a_restarted_run_where_it_is(copy):

@@ -199,18 +199,20 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _clear_unstarted(path: Path) -> None:
-    """Remove what a run left that was killed before its first record."""
-    for name in ("recipe.yaml", "metrics.jsonl", "samples.jsonl"):
+    """Remove what a run left that was killed before its first record; ``begin`` replaces its recipe.yaml."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
         (path / name).unlink(missing_ok=True)
     shutil.rmtree(path / "base", ignore_errors=True)
 
 
 def _set_aside(path: Path) -> None:
-    """Move everything in the folder into ``replaced-N/``, the checkpoints first.
+    """Move everything in the folder into ``replaced-N/``: the checkpoints first, recipe.yaml last.
 
-    A kill in between leaves a folder that is not resumed by mistake, because its checkpoints are gone.
+    A kill in between leaves a run folder that is not resumed by mistake, because its checkpoints are gone,
+    and that can be restarted again.
     """
-    entries = sorted(path.iterdir(), key=lambda entry: (entry.name != "checkpoints", entry.name))
+    order = {"checkpoints": 0, "recipe.yaml": 2}
+    entries = sorted(path.iterdir(), key=lambda entry: (order.get(entry.name, 1), entry.name))
     moved = [
         entry
         for entry in entries
@@ -221,8 +223,10 @@ def _set_aside(path: Path) -> None:
     taken = [re.fullmatch(rf"{REPLACED}(\d+)", entry.name) for entry in path.iterdir()]
     target = path / f"{REPLACED}{1 + max((int(match[1]) for match in taken if match), default=0)}"
     target.mkdir()
+    if (path / "recipe.yaml").is_file():  # a kill before its own turn leaves a copy
+        shutil.copyfile(path / "recipe.yaml", target / "recipe.yaml")
     for entry in moved:
-        entry.rename(target / entry.name)
+        entry.replace(target / entry.name)
     files.sync(target)
     files.sync(path)
 
