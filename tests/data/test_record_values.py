@@ -151,7 +151,7 @@ def test_one_cause_is_one_message_with_its_rows():
 
     many = [problem(row, f"'x{row}'", f"labels[{row}]", f"a list of {row} labels") for row in range(1, 9)]
     first, second = describe_causes([*many, problem(9, "'x'", "text")])
-    assert first == f"{many[0]} The same in 7 more rows: 2, 3, 4, 5, 6, ...." and second == str(problem(9, "'x'", "text"))
+    assert first == f"{many[0]} The same in 7 more rows: 2, 3, 4, 5, 6, ..." and second == str(problem(9, "'x'", "text"))
     assert describe_causes(many[:2])[0].endswith("The same in 1 more row: 2.")
     message = str(bad_rows_error(many, 30, "Look."))
     assert message.startswith("30 bad rows:\n  a.csv:1:") and message.count("expected") == 1 and "... and 22 more" in message

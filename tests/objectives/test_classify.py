@@ -235,7 +235,7 @@ def test_bad_rows_are_listed_when_too_few_rows_are_left(tmp_path):
     made = recipe(tmp_path, "bert", "classify", "full")
     (tmp_path / "rows.jsonl").write_bytes('{"text": "x", "label": "\uae0d\uc815"}\n'.encode("cp949") * 12)
     with pytest.raises(
-        DataError, match=r"(?s)12 bad rows:.*rows.jsonl:1:label.*UTF-8.* and 2 more\nWithout them the training rows"
+        DataError, match=r"(?s)12 bad rows:.*rows.jsonl:1:label.*UTF-8.* and 2 more bad rows\nWithout them the training rows"
     ):
         tunesmith.train(made, out=tmp_path / "run")
 

@@ -98,9 +98,9 @@ def describe_causes(problems: Sequence[RowProblem]) -> list[str]:
     lines = []
     for first, *others in causes.values():
         rows = ", ".join(str(problem.row) for problem in others[:LISTED])
-        rows += ", ..." if len(others) > LISTED else ""
+        rows += ", ..." if len(others) > LISTED else "."
         noun = "row" if len(others) == 1 else "rows"
-        lines.append(f"{first}" + (f" The same in {len(others)} more {noun}: {rows}." if others else ""))
+        lines.append(f"{first}" + (f" The same in {len(others)} more {noun}: {rows}" if others else ""))
     return lines
 
 
