@@ -31,7 +31,7 @@ SOURCE = {
 EVAL = {"fraction", "limit", "path", "sets"}  # each set is a SOURCE
 
 TRAIN = {
-    "learning_rate", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "max_length", "shuffle", "packing", "precision",
+    "learning_rate", "epochs", "max_steps", "max_minutes", "batch_size", "micro_batch_tokens", "max_length", "shuffle", "packing", "precision",
     "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "metric_for_best_model", "early_stopping_patience", "early_stopping_threshold", "gradient_checkpointing", "neftune_noise_alpha", "optim",
     "head_learning_rate", "report_to", "torch_compile",

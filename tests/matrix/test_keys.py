@@ -143,6 +143,7 @@ CASES = [
     Case("train.learning_rate", 3e-3, "weights"),
     Case("train.epochs", 2.0, "steps", {"train.max_steps": None}),
     Case("train.max_steps", 2, "steps"),
+    Case("train.max_minutes", 0.001, "steps"),
     Case("train.batch_size", 3, "weights"),
     Case("train.micro_batch_tokens", 40, "passes"),
     Case("train.max_length", 30, "error", {"data.train.0.path": "CHATS"}),

@@ -23,7 +23,8 @@ from tunesmith.models.fast import kernels, torch_compile, varlen
 from tunesmith.models.heads import lm_head, noise
 from tunesmith.models.network import base
 from tunesmith.objectives import sft
-from tunesmith.train import fast_path, setup
+from tunesmith.train import fast_path
+from tunesmith.train.train_config import TrainConfig
 
 SFT = sft.Objective(sft.Config())
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
@@ -139,7 +140,7 @@ def test_a_run_keeps_clean_names_and_records_whether_it_compiled(choose_route, t
     made = recipe(tmp_path, "llama", max_steps=1, count=5)
     plain = tunesmith.train(made, out=tmp_path / "plain")
     made["train"]["torch_compile"] = True
-    monkeypatch.setattr(setup, "_check_compile", lambda *given: None)
+    monkeypatch.setattr(fast_path, "check_compile", lambda *given: None)
     compiled_too = tunesmith.train(made, out=tmp_path / "compiled")
     ways = [json.loads((tmp_path / run / "manifest.json").read_text())["route"] for run in ("plain", "compiled")]
     assert [way["compiled"] for way in ways] == [False, True]
@@ -218,12 +219,12 @@ def test_a_cpu_refuses_before_weights_load(tmp_path):
 def test_packing_by_segments_is_refused_on_a_gpu(dtype, packing, refused, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    train = setup.TrainConfig(torch_compile=True, packing=packing)
+    train = TrainConfig(torch_compile=True, packing=packing)
     if refused:
         with pytest.raises(RecipeError, match=r"takes fp16 and bf16, not float32"):
-            setup._check_compile(train, torch.device("cuda"), dtype)
+            fast_path.check_compile(train, torch.device("cuda"), dtype)
     else:
-        setup._check_compile(train, torch.device("cuda"), dtype)
+        fast_path.check_compile(train, torch.device("cuda"), dtype)
 
 
 def test_a_map_of_devices_and_compiling_exclude_each_other(tmp_path):

@@ -42,7 +42,7 @@ def train(
     try:
         print_stderr(brief(checked))
 
-        from tunesmith.train import run
+        from tunesmith.train import machine, run
 
         outcome = run.train(
             checked,
@@ -51,6 +51,7 @@ def train(
             restart=restart,
             deepspeed=deepspeed,
             console=console(),
+            spent=machine.age(),
         )
     finally:
         if claimed is not None:

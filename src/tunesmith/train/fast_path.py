@@ -19,7 +19,7 @@ import torch
 
 from tunesmith import machine
 from tunesmith.data.batch.pack import PADDED, Layout, to_device
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import attention, fused_layers, torch_compile, varlen
@@ -28,6 +28,7 @@ from tunesmith.models.network import base
 from tunesmith.objectives import Example, Objective
 from tunesmith.train.parity_check import ParityCheck, without_zeros
 from tunesmith.train.row_check import RowCheck
+from tunesmith.train.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -323,3 +324,21 @@ def compile_layers(
 def packed_attention(device: torch.device, dtype: torch.dtype) -> str:
     """Return ``varlen`` on a GPU since Ampere in fp16 or bf16, else ``segments``."""
     return "varlen" if varlen.why_not(device, dtype) is None else "segments"
+
+
+def check_compile(train: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise RecipeError where torch.compile cannot work or gains nothing."""
+    if not train.torch_compile:
+        return
+    if device.type != "cuda":
+        raise RecipeError(
+            f"train.torch_compile is for GPUs, and this run is on a {device.type} device. On a CPU compiling takes "
+            "half a minute, needs padded rows, and is no faster than tunesmith's own layers.\n"
+            "  Leave train.torch_compile out."
+        )
+    if train.packing == "auto" and packed_attention(device, dtype) != "varlen":
+        raise RecipeError(
+            f"train.torch_compile: attention runs row by row on packed batches here "
+            f"({varlen.why_not(device, dtype)}), so every packing would be compiled again.\n"
+            "  Set train.packing: off, or leave train.torch_compile out."
+        )

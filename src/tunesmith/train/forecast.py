@@ -22,15 +22,18 @@ from tunesmith.json_types import JsonObject
 from tunesmith.runs import metrics_file
 from tunesmith.runs.progress import Progress
 from tunesmith.runs.run_folder import RunFolder
-from tunesmith.train import fast_path, loop, memory_budget, run_state, samples, setup
+from tunesmith.train import distributed, fast_path, loop, memory_budget, run_state, samples, setup
 from tunesmith.train.callbacks import Callbacks
 from tunesmith.train.loop import Job
 from tunesmith.train.memory_budget import PREVIEWED, SHARE
 from tunesmith.train.run_state import Run
-from tunesmith.train.train_config import due
+from tunesmith.train.train_config import times
 
 MIN_STEPS, MAX_SECONDS = 2, 10.0
 """Minimum number of timed steps, and the time limit."""
+
+PLANNED_SHARE = 0.93
+"""The part of ``train.max_minutes`` that is planned: the report and a busier machine need the rest."""
 
 EVALUATED = 16
 """Held-out rows that are timed."""
@@ -51,7 +54,8 @@ def forecast(
     Keys: micro_batch_tokens, heaviest_tokens, peak_memory_bytes (minus what the process held before the
     model, as in the result of a run), needed_memory_bytes and memory_limit_bytes (of the process), fits,
     remedies, seconds_per_step, tokens_per_second, train_seconds, evaluation_seconds (each), evaluations,
-    saving_seconds (in all), reference_seconds, total_seconds.
+    saving_seconds (in all), reference_seconds, total_seconds, steps (of the run; fewer than planned where
+    ``train.max_minutes`` asks for it).
     """
     memory_before_model = machine.peak_memory_bytes()
     limit = memory_budget.limit_bytes(ready.device) if limit is None else limit
@@ -61,6 +65,51 @@ def forecast(
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         built = setup.build(ready, Path(folder))
         return _measure_run(ready, built, started, limit, memory_before_model, report)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds of the parts of a run: a step, what the first step takes in addition, an evaluation,
+    saving the model and a checkpoint, and the reference of ``reference_steps`` steps.
+
+    ``seconds``: duration of the measurement.
+    """
+
+    step: float
+    first_extra: float
+    evaluation: float
+    model: float
+    checkpoint: float
+    reference: float
+    reference_steps: int
+    seconds: float
+
+    def parts(self, ready: setup.Setup, steps: int) -> JsonObject:
+        """Return the seconds of a run of ``steps`` steps by part, and the number of its evaluations."""
+        train, per_epoch = ready.recipe.train, ready.source.plan.steps_per_epoch
+        evaluations = 0 if ready.data.eval is None else 1 + times(train.eval_steps, steps, per_epoch)
+        saving = max(1, evaluations - 1) * self.model
+        return {
+            "train_seconds": steps * self.step + self.first_extra,
+            "evaluation_seconds": self.evaluation,
+            "evaluations": evaluations,
+            "saving_seconds": saving + times(train.save_steps, steps, per_epoch) * self.checkpoint,
+            "reference_seconds": self.reference * min(1.0, steps / self.reference_steps),
+        }
+
+    def total(self, ready: setup.Setup, steps: int) -> float:
+        """Return the seconds of a run of ``steps`` steps, without its start."""
+        parts = self.parts(ready, steps)
+        evaluations = float(parts["evaluations"] * parts["evaluation_seconds"])
+        return evaluations + float(sum(parts[f"{name}_seconds"] for name in ("train", "saving", "reference")))
+
+    def most_steps(self, ready: setup.Setup, seconds: float) -> int:
+        """Return the most steps of the plan that take at most ``seconds``; at least 1."""
+        low, high = 1, ready.source.plan.steps
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.total(ready, middle) <= seconds else (low, middle - 1)
+        return low
 
 
 def _measure_run(
@@ -84,24 +133,13 @@ def _measure_run(
     report("taking a few steps")
     timing = _time_steps(job)
     memory = memory_budget.measure_memory(job, limit)  # again, because the optimiser has its state now
-    report("evaluating some rows")
-    evaluation = _evaluation_seconds(job, ready, built.fast_path)
-    compared = [] if ready.reference is None else ready.all_examples()
-    reference = sum(_forward_seconds(job, step) for step in compared)
+    costs = _measure_costs(job, ready, built.fast_path, timing, report)
     peak = int(torch.cuda.max_memory_allocated(ready.device)) if cuda else machine.peak_memory_bytes()
     needed = max(peak, memory.peak)
-    tokens = _tokens_of_run(ready.source)
-    train_seconds = tokens * timing.per_token + plan.steps * timing.update + timing.first_extra
-
-    def times(every: float | str | None) -> int:
-        """Return how often something is due, the last step included."""
-        steps = range(1, plan.steps + 1)
-        return sum(step == plan.steps or due(every, step, plan.steps, plan.steps_per_epoch) for step in steps)
-
-    evaluations = 0 if ready.data.eval is None else 1 + times(train.eval_steps)
-    report("saving the model and a checkpoint")
-    model_seconds, checkpoint_seconds = _saving_seconds(job, ready, built)
-    saving = max(1, evaluations - 1) * model_seconds + times(train.save_steps) * checkpoint_seconds
+    steps = plan.steps
+    if train.max_minutes is not None:
+        steps = costs.most_steps(ready, time_left(train.max_minutes, start_seconds))
+    parts = costs.parts(ready, steps)
     fits, capacity = needed <= limit, memory.tokens_within(int(SHARE * limit))
     return {
         "micro_batch_tokens": job.budget,
@@ -113,24 +151,59 @@ def _measure_run(
         "remedies": []
         if fits
         else memory_budget.remedies(job, memory, capacity, memory_budget.longest_row(job)),
-        "seconds_per_step": train_seconds / plan.steps,
-        "tokens_per_second": tokens / train_seconds,
-        "train_seconds": train_seconds,
-        "evaluation_seconds": evaluation,
-        "evaluations": evaluations,
-        "saving_seconds": saving,
-        "reference_seconds": reference,
-        "total_seconds": start_seconds + reference + train_seconds + evaluations * evaluation + saving,
+        "steps": steps,
+        "seconds_per_step": parts["train_seconds"] / steps,
+        "tokens_per_second": _tokens_of_run(ready.source) / plan.steps * steps / parts["train_seconds"],
+        **parts,
+        "total_seconds": start_seconds + costs.total(ready, steps),
     }
+
+
+def time_left(minutes: float, spent: float) -> float:
+    """Return the seconds for steps, evaluations and saving in a run of ``minutes``, ``spent`` seconds of
+    which are over."""
+    return 60 * minutes * PLANNED_SHARE - spent
+
+
+def measure(job: Job, ready: setup.Setup, chosen: fast_path.FastPath) -> Costs:
+    """Take a few real steps, evaluate some rows and save once. The steps change the trained weights."""
+    return _measure_costs(job, ready, chosen, _time_steps(job), lambda stage: None)
+
+
+def _measure_costs(
+    job: Job,
+    ready: setup.Setup,
+    chosen: fast_path.FastPath,
+    timing: StepTiming,
+    report: Callable[[str], None],
+) -> Costs:
+    started = time.perf_counter()
+    plan = ready.source.plan
+    report("evaluating some rows")
+    evaluation = _evaluation_seconds(job, ready, chosen)
+    compared = [] if ready.reference is None else ready.all_examples()
+    reference = sum(_forward_seconds(job, step) for step in compared)
+    report("saving the model and a checkpoint")
+    model, checkpoint = _saving_seconds(job, ready, chosen)
+    seconds = timing.seconds + time.perf_counter() - started
+    step = _tokens_of_run(ready.source) / plan.steps * timing.per_token + timing.update
+    return Costs(
+        step, timing.first_extra, evaluation, model, checkpoint, reference,
+        min(plan.steps, plan.steps_per_epoch), seconds,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StepTiming:
-    """Seconds per token (forward and backward), seconds per update, and extra seconds of the first step."""
+    """Seconds per token (forward and backward), seconds per update, and extra seconds of the first step.
+
+    ``seconds``: duration of the measurement.
+    """
 
     per_token: float
     update: float
     first_extra: float
+    seconds: float
 
 
 def _time_steps(job: Job) -> StepTiming:
@@ -143,7 +216,8 @@ def _time_steps(job: Job) -> StepTiming:
     updates: list[float] = []
     began = time.perf_counter()
     for number, step in enumerate(_typical_steps(job.source, 1 + loop.TRIM_STEPS)):
-        if len(updates) >= MIN_STEPS and time.perf_counter() - began > MAX_SECONDS:
+        enough = len(updates) >= MIN_STEPS and time.perf_counter() - began > MAX_SECONDS
+        if distributed.broadcast(enough):  # a step is a collective, which all processes take equally often
             break
         micro = loop.micro_batches(job, step)
         started = time.perf_counter()
@@ -165,7 +239,8 @@ def _time_steps(job: Job) -> StepTiming:
         updates.append(time.perf_counter() - between)
         tokens += step_tokens
     per_token, update = passes / max(1, tokens), sum(updates) / len(updates)
-    return StepTiming(per_token, update, max(0.0, first - first_tokens * per_token - update))
+    first_extra = max(0.0, first - first_tokens * per_token - update)
+    return StepTiming(per_token, update, first_extra, time.perf_counter() - began)
 
 
 def _typical_steps(source: Source, number: int) -> list[Step]:
@@ -176,14 +251,14 @@ def _typical_steps(source: Source, number: int) -> list[Step]:
     return [nearest[index % len(nearest)] for index in range(number)]
 
 
-def _saving_seconds(job: Job, ready: setup.Setup, built: setup.Built) -> tuple[float, float]:
+def _saving_seconds(job: Job, ready: setup.Setup, chosen: fast_path.FastPath) -> tuple[float, float]:
     """Save the model and a checkpoint; return the seconds of each."""
     runs = Path("runs") if Path("runs").is_dir() else Path()
     parent = runs if os.access(runs, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".tunesmith-", dir=parent) as name:
         folder, empty = RunFolder(Path(name)), metrics_file.Metrics(Path(name) / "metrics.jsonl")
         run = Run(
-            ready, folder, built.model, job.update, built.fast_path, empty, empty, Progress(None), True,
+            ready, folder, job.model, job.update, chosen, empty, empty, Progress(None), True,
             Callbacks(), resumed=False,
         )  # fmt: skip
         started = time.perf_counter()

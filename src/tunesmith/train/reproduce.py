@@ -14,7 +14,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.recipe import text as recipe_text
 from tunesmith.runs import metrics_file, run_list
 from tunesmith.runs.figure_format import is_number
-from tunesmith.train import launch, run
+from tunesmith.train import launch, run, time_plan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,9 +60,10 @@ def _train_again(
 ) -> None:
     """Train with the run's own processes, DeepSpeed and micro-batches: they decide how sums round."""
     processes, sharded = int(before.manifest.get("processes") or 1), before.manifest.get("deepspeed")
+    train = time_plan.fixed(recipe.train, before.manifest)
     if budget := before.manifest.get("micro_batch_tokens"):  # `auto` might choose another now
-        train = recipe.train.model_copy(update={"micro_batch_tokens": budget})
-        recipe = recipe.model_copy(update={"train": train})
+        train = train.model_copy(update={"micro_batch_tokens": budget})
+    recipe = recipe.model_copy(update={"train": train})
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         file = Path(folder) / "ds_config.json"
         file.write_text(json.dumps(sharded), encoding="utf-8")

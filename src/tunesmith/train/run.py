@@ -36,12 +36,13 @@ from tunesmith.train import (
     loop,
     memory_budget,
     outcome,
-    reference,
+    rehearsal,
     resumption,
     run_state,
     samples,
     setup,
     starting_point,
+    time_plan,
 )  # fmt: skip
 from tunesmith.train.callbacks import Callbacks
 from tunesmith.train.loop import Job, Progression
@@ -63,6 +64,7 @@ def train(
     on_log: Callable[[JsonObject], object] | None = None,
     on_eval: Callable[[JsonObject], object] | None = None,
     on_save: Callable[[Path, int], object] | None = None,
+    spent: float = 0.0,
 ) -> JsonObject:
     """Train the model of ``recipe`` (a path, a mapping or a Recipe) and write the run folder ``out``.
 
@@ -73,7 +75,7 @@ def train(
     that shows progress; None shows nothing. ``on_log(record)``, ``on_eval(record)`` and ``on_save(folder,
     step)`` are called in the main process for each record and each checkpoint. A callback that returns True
     ends the run after the current step. A callback that raises stops the run after a checkpoint is saved (see
-    ``train.callbacks``).
+    ``train.callbacks``). ``spent``: seconds of ``train.max_minutes`` that are over.
 
     Returns eval_loss_before, eval_loss, perplexity_before, perplexity, tokens_per_second, peak_memory_bytes
     (above the memory that the process held before the model), trainable_parameters, total_parameters,
@@ -85,6 +87,7 @@ def train(
     Raises UserError before weights load; StoppedError (loss not finite, disk full) and Interrupted with the
     last checkpoint kept; and the error that a callback raised.
     """
+    started = time.perf_counter() - spent
     replaced: list[str] = []
     checked = recipes.resolve(recipe, overrides, replaced.append)
     require(checked.train.report_to)
@@ -109,7 +112,8 @@ def train(
             )
             with distributed.main_first() if checked.data.cache else nullcontext():
                 ds_config = Path(deepspeed) if deepspeed else None
-                ready = setup.read(checked, processes.device, progress.note, ds_config)
+                steps = time_plan.recorded_steps(run_folder)
+                ready = setup.read(checked, processes.device, progress.note, ds_config, steps)
             started_with = starting_point.StartingPoint(ready)
             result = resumption.finished_result(run_folder, ready, started_with, step, progress)
             if result is not None:
@@ -120,7 +124,7 @@ def train(
                 run_folder.begin(checked.resolved())
             run, built = _open(ready, run_folder, started_with, progress, callbacks)
             position = run_state.restore(run, step)
-            job = _prepare(run, built, position, changed_keys)
+            job = _prepare(run, built, position, changed_keys, started)
             with _recorded_failure(run):
                 stopped = _stop_at_start(run, job, position) or loop.fit(job, position)
                 run_state.require_finite_evaluation(run)
@@ -153,6 +157,7 @@ def check(
     if measure:
         kernels.keep_freed_memory()
     ready = setup.read(checked, distributed.state().device, notes.append)
+    notes += time_plan.notes(ready)
     data_lines = set(ready.data.report.lines())
     facts: JsonObject = {
         "model": str(ready.model_folder.path),
@@ -197,10 +202,14 @@ def _open(
     return run, built
 
 
-def _prepare(run: Run, built: setup.Built, position: Progression, changed_keys: Sequence[str]) -> Job:
-    """Make the loop's job: micro-batches that fit into memory, the reference, trackers.
+def _prepare(
+    run: Run, built: setup.Built, position: Progression, changed_keys: Sequence[str], started: float
+) -> Job:
+    """Make the loop's job: micro-batches that fit into memory, steps that fit into the time, the reference,
+    trackers.
 
-    ``changed_keys``: recipe keys that differ from those the run started with.
+    ``changed_keys``: recipe keys that differ from those the run started with. ``started``: when the program
+    began, by ``time.perf_counter``.
     """
     ready, progress = run.setup, run.progress
     if changed_keys:
@@ -210,13 +219,13 @@ def _prepare(run: Run, built: setup.Built, position: Progression, changed_keys: 
     frozen_body_cache.install(ready, built, progress.note)
     job = _job(run, built, position)
     ready.session.append = job.log
-    reference_seconds = _rehearse(run, job, position)
+    reference_seconds = rehearsal.rehearse(run, job, position, started)
     if run.main:
         outcome.record_start(run, job.budget)
         if reference_seconds:
             run.folder.record(reference_seconds=reference_seconds)
         run.trackers = _trackers(run)
-    progress.start(position.step, ready.source.plan.steps)
+    progress.start(position.step, run.setup.source.plan.steps)
     return job
 
 
@@ -243,28 +252,6 @@ def _job(run: Run, built: setup.Built, position: Progression) -> Job:
         stop_requests=run.callbacks.stop_requests,
     )  # fmt: skip
     return job
-
-
-def _rehearse(run: Run, job: Job, position: Progression) -> float:
-    """Try the heaviest micro-batch and compute the reference. Returns the seconds that the reference took."""
-    ready, progress, seconds = run.setup, run.progress, 0.0
-    if position.step >= ready.source.plan.steps:
-        return seconds
-    progress.doing("trying the heaviest micro-batch")
-    first = job.budget
-    automatic = job.config.micro_batch_tokens == "auto" and not position.micro_batch_tokens
-    memory_budget.settle(job, automatic)
-    if automatic or job.budget < first:
-        progress.note(
-            f"micro-batches of at most {job.budget:,} tokens fit into memory; the result is the same for any size"
-        )
-    ready.session.budget = job.budget
-    if ready.reference is not None:
-        progress.doing("computing the reference")
-        steps = ready.all_examples()
-        seconds = reference.compute(ready.reference, ready.objective, ready.session, steps, progress.note)
-    progress.doing(None)
-    return seconds
 
 
 def _stop_at_start(run: Run, job: Job, position: Progression) -> str | None:

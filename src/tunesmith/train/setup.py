@@ -24,7 +24,6 @@ from tunesmith.data.store.epochs import epochs
 from tunesmith.data.store.prepare import Prepared, prepare
 from tunesmith.errors import RecipeError
 from tunesmith.merge import merge_adapter
-from tunesmith.models.fast import varlen
 from tunesmith.models.find.locate import Folder, code_files, locate
 from tunesmith.models.heads import lm_head, noise
 from tunesmith.models.load import finite, head_loading, load, probe, quantization, vocabulary
@@ -43,7 +42,6 @@ from tunesmith.train.master_weights import Masters, TrainedWeights
 from tunesmith.train.meta_model import Outline, build_outline, window_of
 from tunesmith.train.reference import Reference
 from tunesmith.train.session import RunSession
-from tunesmith.train.train_config import TrainConfig
 from tunesmith.train.update import Update
 
 if TYPE_CHECKING:
@@ -93,6 +91,8 @@ class Setup(Base):
     session: RunSession
     reference: Reference | None
     """Log-probabilities of the policy at step 0, if the objective compares with them."""
+    time_planned: bool = False
+    """True once ``train.time_plan`` has chosen the number of steps."""
 
     def all_examples(self) -> list[Step]:
         """Every example of training and evaluation, each once, except sampled ones."""
@@ -102,16 +102,23 @@ class Setup(Base):
         return [step for step in steps if step is not None]
 
 
-def read(recipe: Recipe, device: torch.device, note: Note, deepspeed: Path | None = None) -> Setup:
+def read(
+    recipe: Recipe,
+    device: torch.device,
+    note: Note,
+    deepspeed: Path | None = None,
+    steps: int | None = None,
+) -> Setup:
     """Check the recipe and the model folder, read and encode the data, plan the steps.
 
-    ``deepspeed``: a ds_config.json. Raises UserError for anything that cannot work.
+    ``deepspeed``: a ds_config.json. ``steps``: those that ``train.time_plan`` chose at an earlier start. Raises
+    UserError for anything that cannot work.
     """
     load.quiet()
     choices = choose(recipe, device, deepspeed)
     base = open_base(choices, note)
     data = read_rows(base, note)
-    return plan_steps(configure_head(base, note), data)
+    return plan_steps(configure_head(base, note), data, steps)
 
 
 def choose(recipe: Recipe, device: torch.device, deepspeed: Path | None) -> Choices:
@@ -126,10 +133,15 @@ def choose(recipe: Recipe, device: torch.device, deepspeed: Path | None) -> Choi
             "--deepspeed is not supported with a 4-bit or 8-bit base model: the combination is untested.\n"
             "  Leave out --deepspeed, or choose an adaptation without quantisation."
         )
+    if deepspeed is not None and recipe.train.max_minutes is not None:
+        raise RecipeError(
+            "--deepspeed is not supported with train.max_minutes: the weights of the measured steps cannot be restored.\n"
+            "  Leave out one of the two; train.max_steps limits the run, too."
+        )
     optimizers.check(recipe.train)
     formats = precision.choose(recipe.train.precision, device, recipe.train.optim_name)
     sharding = None if deepspeed is None else deepspeed_zero.read(deepspeed, recipe.train, formats.compute)
-    _check_compile(recipe.train, device, formats.compute)
+    fast_path.check_compile(recipe.train, device, formats.compute)
     return Choices(recipe, objective, adaptation, device, formats, sharding)
 
 
@@ -184,23 +196,41 @@ def configure_head(base: Base, note: Note) -> Base:
     return replace(base, config=config, outline=outline)
 
 
-def plan_steps(base: Base, data: Prepared) -> Setup:
+def plan_steps(base: Base, data: Prepared, steps: int | None) -> Setup:
     """Make the source of the run's steps. Raises RecipeError for a schedule that does not fit."""
     recipe, objective, train = base.recipe, base.objective, base.recipe.train
     reference = Reference() if objective.traits.needs_reference else None
     if reference is not None:
         held_out = None if data.eval is None else data.eval.attach(reference.attach)
         data = replace(data, train=data.train.attach(reference.attach), eval=held_out)
-    rows = epochs(
-        data.train, objective.collate, train.batch_size, recipe.seed, train.shuffle, train.epochs,
-        train.max_steps,
-    )  # fmt: skip
-    session = RunSession(base.tokenizer, base.device, recipe.seed, rows)
+    session = RunSession(base.tokenizer, base.device, recipe.seed, _rows_in_order(base, data, steps))
     source = objective.source(session)
     processes = distributed.state().num_processes
     distributed.check_processes(processes, len(source.preview(1)[0]), "the training rows are")
     optimizers.check_schedule(train, source.plan.steps)
-    return Setup(**vars(base), data=data, source=source, session=session, reference=reference)
+    return Setup(
+        **vars(base),
+        data=data,
+        source=source,
+        session=session,
+        reference=reference,
+        time_planned=steps is not None,
+    )
+
+
+def _rows_in_order(base: Base, data: Prepared, steps: int | None) -> Source:
+    train = base.recipe.train
+    return epochs(
+        data.train, base.objective.collate, train.batch_size, base.recipe.seed, train.shuffle, train.epochs,
+        steps or train.max_steps,
+    )  # fmt: skip
+
+
+def with_steps(setup: Setup, steps: int) -> Setup:
+    """Return the setup with a source of ``steps`` steps. Raises RecipeError for a schedule that does not fit."""
+    optimizers.check_schedule(setup.recipe.train, steps)
+    setup.session.epochs = _rows_in_order(setup, setup.data, steps)
+    return replace(setup, source=setup.objective.source(setup.session), time_planned=True)
 
 
 def _report_rows(note: Note) -> Progress:
@@ -286,17 +316,32 @@ def _load_network(setup: Setup, out: Path) -> PreTrainedModel:
 def _update(setup: Setup, model: PreTrainedModel, masters: Masters) -> Update:
     """Make the optimiser, its schedule and, in fp16, the loss scale."""
     train, sharding = setup.recipe.train, setup.sharding
-    weights: Mapping[str, torch.Tensor] = masters.masters if sharding is None else masters.parameters
-    rates = setup.adaptation.learning_rates(weights)
-    optimizer = optimizers.build(weights, train, lm_head.own_parameters(model), rates)
-    trained: TrainedWeights = masters
     if sharding is None:
         masters.install_hooks()  # not earlier: the parity checks make gradients too
-    else:
-        trained = deepspeed_zero.Shards(model, optimizer, masters.masters, sharding.complete)
+        return fresh_update(setup, model, masters)
+    optimizer = _optimizer(setup, model, masters.parameters)
+    shards = deepspeed_zero.Shards(model, optimizer, masters.masters, sharding.complete)
     schedule = optimizers.schedule(optimizer, train, setup.source.plan.steps)
-    scale = precision.LossScale() if setup.precision.compute is torch.float16 else None
-    return Update(trained, optimizer, schedule, train.max_grad_norm, setup.recipe.seed, scale)
+    return Update(shards, optimizer, schedule, train.max_grad_norm, setup.recipe.seed, _loss_scale(setup))
+
+
+def fresh_update(setup: Setup, model: PreTrainedModel, masters: TrainedWeights) -> Update:
+    """Make optimiser, schedule and loss scale of a run at step 0 for weights that a process holds whole."""
+    train = setup.recipe.train
+    optimizer = _optimizer(setup, model, masters.whole())
+    schedule = optimizers.schedule(optimizer, train, setup.source.plan.steps)
+    return Update(masters, optimizer, schedule, train.max_grad_norm, setup.recipe.seed, _loss_scale(setup))
+
+
+def _optimizer(
+    setup: Setup, model: PreTrainedModel, weights: Mapping[str, torch.Tensor]
+) -> torch.optim.Optimizer:
+    rates = setup.adaptation.learning_rates(weights)
+    return optimizers.build(weights, setup.recipe.train, lm_head.own_parameters(model), rates)
+
+
+def _loss_scale(setup: Setup) -> precision.LossScale | None:
+    return precision.LossScale() if setup.precision.compute is torch.float16 else None
 
 
 def _note_remote_code(recipe: Recipe, folder: Folder, note: Note) -> None:
@@ -332,24 +377,6 @@ def _new_token_notes(new: vocabulary.NewTokens, data: Prepared) -> list[str]:
     if unseen:
         lines.append(f"no training row contains {', '.join(unseen)}: their embeddings will not be trained")
     return lines
-
-
-def _check_compile(train: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise RecipeError where torch.compile cannot work or gains nothing."""
-    if not train.torch_compile:
-        return
-    if device.type != "cuda":
-        raise RecipeError(
-            f"train.torch_compile is for GPUs, and this run is on a {device.type} device. On a CPU compiling takes "
-            "half a minute, needs padded rows, and is no faster than tunesmith's own layers.\n"
-            "  Leave train.torch_compile out."
-        )
-    if train.packing == "auto" and fast_path.packed_attention(device, dtype) != "varlen":
-        raise RecipeError(
-            f"train.torch_compile: attention runs row by row on packed batches here "
-            f"({varlen.why_not(device, dtype)}), so every packing would be compiled again.\n"
-            "  Set train.packing: off, or leave train.torch_compile out."
-        )
 
 
 def _merged_base(setup: Setup, out: Path) -> Folder:

@@ -25,6 +25,11 @@ class TrainConfig(Strict):
     )
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, gt=0, description="number of optimiser steps, instead of epochs")
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="take fewer steps where the run would take longer; measured once, at its start",
+    )
     batch_size: int = Field(8, gt=0, description="rows per optimiser step, over all processes")
     micro_batch_tokens: int | Literal["auto"] = Field(
         2048,
@@ -151,12 +156,21 @@ class SampleConfig(Strict):
     max_new_tokens: int = Field(64, gt=0)
 
 
-def due(every: float | str | None, step: int, steps: int, steps_per_epoch: int) -> bool:
-    """Return whether ``every`` (a number of steps, a share below 1, or ``epoch``) falls on ``step``."""
-    if every is None:
-        return False
-    if every == "epoch":
-        return step % steps_per_epoch == 0
+def interval(every: float | str | None, steps: int, steps_per_epoch: int) -> int | None:
+    """Return the steps from one time to the next: ``every`` is a number, a share below 1, ``epoch`` or None."""
+    if every is None or every == "epoch":
+        return steps_per_epoch if every else None
     number = float(every)
-    interval = int(number) if number >= 1 else max(1, round(number * steps))
-    return step % interval == 0
+    return int(number) if number >= 1 else max(1, round(number * steps))
+
+
+def due(every: float | str | None, step: int, steps: int, steps_per_epoch: int) -> bool:
+    """Return whether ``every`` falls on ``step``."""
+    between = interval(every, steps, steps_per_epoch)
+    return between is not None and step % between == 0
+
+
+def times(every: float | str | None, steps: int, steps_per_epoch: int) -> int:
+    """Return how often something is due in a run of ``steps`` steps, the last step included."""
+    between = interval(every, steps, steps_per_epoch) or steps
+    return -(-steps // between)

@@ -1,0 +1,34 @@
+"""Everything before the first step that needs the loaded model: memory, time, the reference."""
+
+from __future__ import annotations
+
+from tunesmith.train import memory_budget, reference, time_plan
+from tunesmith.train.loop import Job, Progression
+from tunesmith.train.run_state import Run
+
+
+def rehearse(run: Run, job: Job, position: Progression, started: float) -> float:
+    """Try the heaviest micro-batch, plan the time, compute the reference; return the seconds of the last.
+
+    ``started``: when the program began, by ``time.perf_counter``.
+    """
+    if position.step >= run.setup.source.plan.steps:
+        return 0.0
+    progress, seconds = run.progress, 0.0
+    progress.doing("trying the heaviest micro-batch")
+    first = job.budget
+    automatic = job.config.micro_batch_tokens == "auto" and not position.micro_batch_tokens
+    memory_budget.settle(job, automatic)
+    if automatic or job.budget < first:
+        progress.note(
+            f"micro-batches of at most {job.budget:,} tokens fit into memory; the result is the same for any size"
+        )
+    run.setup.session.budget = job.budget
+    time_plan.follow(run, job, started)
+    ready = run.setup
+    if ready.reference is not None:
+        progress.doing("computing the reference")
+        steps = ready.all_examples()
+        seconds = reference.compute(ready.reference, ready.objective, ready.session, steps, progress.note)
+    progress.doing(None)
+    return seconds
