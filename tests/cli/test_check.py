@@ -36,7 +36,7 @@ FOUND = {
         "eval": {**SPLIT, "overlong": {"policy": "drop", "rows": 1, "tokens_lost": 40}},
         "eval_sets": {"korean": {**SPLIT, "rows": 7}},
         "contaminated": {
-            "ngram": 13,
+            "letters": 60,
             "rows": 2,
             "share": 0.02,
             "answers": 1,
@@ -92,7 +92,7 @@ def test_figures_for_people(recipe, capsys):
         "eval 1 rows are over max_length (drop): 40 tokens lost",
         "korean: 7 rows, 2,000 tokens, 500 supervised (25.0%); median 58.5, longest 300",
         "4 rows are in both train and eval",
-        "2 eval rows (2.0%) share 13 tokens or more with a training row, 1 of them in supervised tokens:",
+        "2 eval rows (2.0%) share a passage of 60 letters or more (20 Hangul syllables or ideographs) with a training row, 1 of them in supervised tokens:",
         "e.json:1 and a.json:7: 'many words'",
         "template its own",
         "max_length 300 tokens",

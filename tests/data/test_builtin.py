@@ -15,6 +15,7 @@ from tunesmith.data.read.row_files import read
 from tunesmith.data.read.source import open_source
 from tunesmith.data.rows import Chat, Ranking
 from tunesmith.data.store.encode_source import content_hash
+from tunesmith.data.text_windows import SHARED
 from tunesmith.errors import DataError
 
 
@@ -58,15 +59,15 @@ def test_the_order_and_the_digest_are_always_the_same(name, small_library):
 
 
 @pytest.mark.parametrize("name", ["builtin:docstrings", "builtin:instructions", "builtin:tag-ko"])
-def test_rows_that_share_fifty_letters_are_one_group(name, small_library):
-    found = {}  # fifty letters -> the first group that has them
+def test_rows_that_share_text_are_one_group(name, small_library):
+    found = {}  # letters in a row -> the first group that has them
     groups = set()
     for row, group in itertools.islice(builtin.rows(name), 400):
         texts = [row[key] if isinstance(row[key], str) else " ".join(row[key]) for key in row if key != "instruction"]
         wide = name.endswith("-ko")
         for text in texts:
-            for at in range(len(text) - 49):
-                assert wide or found.setdefault(text[at : at + 50], group) == group is not None
+            for at in range(len(text) - SHARED + 1):
+                assert wide or found.setdefault(text[at : at + SHARED], group) == group is not None
         groups.add(group)
     assert len(groups) > 20
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tests.tiny import tiny_tokenizer
 from tunesmith.data.check import contamination as module
 from tunesmith.data.check.contamination import contamination
 from tunesmith.data.store.encoded_rows import Encoded, Views
+from tunesmith.data.text_windows import SHARED
 from tunesmith.objectives import dpo, reward
 
 WORDS = [
@@ -60,7 +63,7 @@ def test_a_copied_passage_is_found_with_both_places_and_its_text(tmp_path):
     held = [sentence(n) for n in range(100, 110)]
     held[3] = f"so {COPIED}, {held[3]}"
     found, listed = compare(tmp_path, train, held)
-    assert (found.rows, found.share, found.ngram) == (1, 0.1, module.NGRAM)
+    assert (found.rows, found.share, found.letters) == (1, 0.1, SHARED)
     assert listed == [(f"{tmp_path}/held.jsonl:4", f"{tmp_path}/train.jsonl:8", COPIED)]
 
 
@@ -85,10 +88,23 @@ def test_what_is_not_trained_on_is_no_leak(tmp_path):
     assert compare(tmp_path, train, held, Language(overlong="drop"), max_length=200)[0].rows == 0
 
 
-def test_a_vocabulary_of_single_bytes_needs_more_tokens(tmp_path):
-    korean = ["하루가 또 가네요. 오늘은 정말 긴 하루였고 마음이 조금 무거웠지만 산책을 하고 나니 괜찮아졌어요." for _ in range(3)]
-    found, _ = compare(tmp_path, map(sentence, range(30)), korean)
-    assert found.ngram > module.NGRAM and found.rows == 0
+KOREAN = "아침에 산책을 하고 나니 마음이 조금 가벼워져서 창문을 활짝 열었어요"
+
+
+@pytest.mark.parametrize("syllables", [14, 25])
+def test_korean_is_counted_by_characters_though_a_vocabulary_splits_it_into_bytes(tmp_path, syllables):
+    """Twenty syllables are a passage; fourteen are 42 tokens of this tokenizer, three times thirteen."""
+    rng = np.random.default_rng(0)
+    others = ["".join(map(chr, rng.integers(0xAC00, 0xD7A3, 40))) for _ in range(33)]
+    train = [*others[:30], f"{others[30]} {KOREAN[:syllables]}"]
+    found, _ = compare(tmp_path, train, [f"{others[31]} {KOREAN[:syllables]}!", others[32]])
+    assert found.rows == (syllables == 25) and found.short == 0
+
+
+def test_text_is_the_same_however_its_accents_are_written(tmp_path):
+    train = [*map(sentence, range(20)), unicodedata.normalize("NFD", KOREAN)]
+    found, listed = compare(tmp_path, train, [KOREAN, sentence(99)])
+    assert [text for _, _, text in listed] == [KOREAN]
 
 
 def sequences(rows):
@@ -113,18 +129,23 @@ def sequences(rows):
     return Encoded((entry,), ("file",), np.ones(1), np.zeros(len(rows), np.int32), views)
 
 
-class Numbers:
-    """A tokenizer whose tokens are long words."""
+class Characters:
+    """A tokenizer whose tokens are the letters a, b, c and d."""
 
-    def decode(self, ids, skip_special_tokens):
-        return " ".join(f"word-number-{index}" for index in ids)
+    all_special_ids, added_tokens_decoder, backend_tokenizer = (), {}, SimpleNamespace(decoder=None)
+
+    def convert_ids_to_tokens(self, number):
+        return "abcd"[number]
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join("abcd"[number] for number in ids)
 
 
-rows_of_few_words = st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=8)
+rows_of_few_letters = st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=8)
 
 
 @settings(max_examples=80, deadline=None)
-@given(rows_of_few_words, rows_of_few_words, st.integers(1, 4))
+@given(rows_of_few_letters, rows_of_few_letters, st.integers(1, 4))
 def test_the_hashes_find_what_comparing_finds(train, held, n):
     def grams(row, size):
         return {tuple(row[at : at + size]) for at in range(len(row) - size + 1)}
@@ -132,21 +153,18 @@ def test_the_hashes_find_what_comparing_finds(train, held, n):
     def rows_with(gram):
         return sum(gram in grams(row, len(gram)) for row in train)
 
-    def covered(row, common, size):
-        return {at + step for at in range(len(row) - size + 1) if common(tuple(row[at : at + size])) for step in range(size)}
-
     few = max(1, min(module.COMMON_ROWS, len(train) // 2))
-    n = max(n, round(module.BYTES / 14))
     expected = 0
     for row in held:
-        template = covered(row, lambda gram: rows_with(gram) > max(few, module.PIECE_SHARE * len(train)), module.PIECE)
+        template = set()
+        for size in module.HEADS:
+            same = sum(other[:size] == row[:size] for other in train if len(other) >= size <= len(row))
+            template |= set(range(size)) if same > max(few, module.PIECE_SHARE * len(train)) else set()
         windows = [range(at, at + n) for at in range(len(row) - n + 1) if not template & set(range(at, at + n))]
         phrases = {place for window in windows if rows_with(tuple(row[at] for at in window)) > few for place in window}
         expected += any(0 < rows_with(tuple(row[at] for at in window)) <= few and not phrases & set(window) for window in windows)
-    found = contamination(sequences(train), sequences(held), Numbers(), n)
-    assert found.ngram == n or not any(held)
-    if found.ngram == n:
-        assert found.rows == expected and len(found.first) == expected
+    found = contamination(sequences(train), sequences(held), Characters(), shared=n)
+    assert found.rows == expected and len(found.first) == expected
 
 
 def test_blocks_change_nothing(tmp_path, monkeypatch):
@@ -156,30 +174,18 @@ def test_blocks_change_nothing(tmp_path, monkeypatch):
     assert compare(tmp_path, train, held) == whole and whole[0].rows == 1
 
 
-class Bytes:
-    """A tokenizer of words, where what it has no word for (from 1000 on) is a single byte."""
-
-    def decode(self, ids, skip_special_tokens):
-        return "".join(" word" if index < 1000 else "\ufffd" for index in ids)
-
-
-def test_each_row_needs_as_many_tokens_as_its_own_text_does():
+def test_an_ending_that_many_rows_have_does_not_hide_a_copied_row(tmp_path):
     rng = np.random.default_rng(0)
-    english, korean = rng.integers(0, 1000, (40, 60)).tolist(), rng.integers(1000, 1200, (60, 60)).tolist()
-    train = [*english[:20], *korean[:30]]
-    held = [[*english[20][:40], *english[0][:13]], english[21], [*korean[30], *korean[0][:40]], [*korean[31], *korean[1][:52]]]
-    found = contamination(sequences(train), sequences(held), Bytes())
-    assert [shared.where for shared in found.first] == ["file:1", "file:4"] and found.ngram == module.NGRAM
-    held = [*english[20:40], *held] * 3  # a lot of English before it, so that the first tokens say nothing of the Korean
-    assert contamination(sequences(train), sequences(held), Bytes()).rows == 6
+    rows = [" ".join("".join(map(chr, rng.integers(0xAC00, 0xD7A3, 18))) + "습니다." for _ in range(3)) for _ in range(41)]
+    found, listed = compare(tmp_path, rows[:40], [f"{rows[5]} 네", rows[40]])
+    assert found.rows == 1 and listed[0][1].endswith(":6") and found.short == 0
 
 
-def test_an_ending_that_many_rows_have_does_not_hide_a_copied_row():
-    rng = np.random.default_rng(0)
-    ending = list(range(1500, 1506))  # six bytes: two syllables
-    rows = [[byte for _ in range(4) for byte in [*rng.integers(1000, 1200, 15).tolist(), *ending]] for _ in range(41)]
-    found = contamination(sequences(rows[:40]), sequences([rows[5], rows[40]]), Bytes())
-    assert [shared.where for shared in found.first] == ["file:1"] and found.short == 0
+def test_the_role_of_a_turn_is_no_part_of_a_passage(tmp_path):
+    """Fifty-two letters after the ten of "assistant" and its line are no passage of sixty."""
+    copied = COPIED[:52]
+    train = [*map(sentence, range(30)), f"{copied} 1"]
+    assert compare(tmp_path, train, [f"{copied} 2"], tokenizer=tiny_tokenizer("chatml"))[0].rows == 0
 
 
 def test_rows_whose_answer_was_seen_are_told_from_those_whose_prompt_was(tmp_path):

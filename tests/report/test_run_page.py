@@ -215,7 +215,7 @@ def test_the_report_of_the_data_layer_is_understood(run):
     split = SplitReport(3, 3, 65, 30, 1, ("a.json:9",), overlong, 2, histogram(lengths))
     left_out = {"rows": 2, "looked_at": 64, "first": ["a.json:4: reasoning"]}
     source = SourceReport("a.json", "train", "ab" * 32, "alpaca", 5, 4, 1, ("a.json:2: empty",), left_out, 1.0, False, 0.1)
-    shared = Contamination(13, 1, 0.5, (SharedText("e.json:3", "a.json:4", "the same words"),), 1, 0)
+    shared = Contamination(60, 1, 0.5, (SharedText("e.json:3", "a.json:4", "the same words"),), 1, 0)
     report = Report((source,), split, None, {}, HeldOut(30, 30, 100, 30, "ab"), "its own", 64, 0, shared, False, 0.2)
     manifest = {"data": json.loads(json.dumps(report.as_dict()))}
     (run / "manifest.json").write_text(json.dumps(manifest))

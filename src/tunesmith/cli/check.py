@@ -142,7 +142,9 @@ def _forecast_lines(forecast: JsonObject) -> list[tuple[str, str]]:
 
 def _contamination_lines(facts: JsonObject) -> list[str]:
     """Return how many evaluation rows share text with training rows, and the first three of them."""
-    head = f"{facts['rows']:,} eval rows ({facts['share']:.1%}) share {facts['ngram']} tokens or more with a training row"
+    from tunesmith.data.check.contamination import passage
+
+    head = f"{facts['rows']:,} eval rows ({facts['share']:.1%}) share {passage(facts['letters'])} with a training row"
     head += ":" if facts["answers"] is None else f", {facts['answers']:,} of them in supervised tokens:"
     rows = facts["first"][:3]
     first = [f"  {row['where']} and {row['same_as']}: {shorten(row['text'], 80)}" for row in rows]

@@ -10,10 +10,11 @@ import unicodedata
 
 import numpy as np
 
-SHARED = 50
-"""Letters in a row that make two rows share text: nine English words, or seventeen Hangul syllables. The
-contamination report of GPT-4 (OpenAI 2023, appendix C) compares 50 characters; the 13 tokens of GPT-3 (Brown
-et al. 2020, appendix C) are about 55 characters of English."""
+SHARED = 60
+"""Letters in a row that make two rows share text: ten English words, or twenty Hangul syllables. The
+contamination report of GPT-4 (OpenAI 2023, appendix C) compares 50 characters without spaces and symbols, which
+are about 60 with them; the 13 tokens of GPT-3 (Brown et al. 2020, appendix C) are about 55 characters of
+English. Of 50 letters some are turns of phrase: "to solve complex problems in various fields, such as"."""
 
 WIDE, FIRST_WIDE = 3, 0x2E80
 """A character from FIRST_WIDE on (an ideograph, kana, a Hangul syllable) counts as WIDE letters, since it says as
@@ -27,10 +28,23 @@ _MIX, _BASE = np.uint64(0x9E3779B97F4A7C15), 0xD6E8FEB86659FD93
 
 def letters(text: str) -> np.ndarray:
     """Return uint32[letters]: the characters after NFC as numbers, a wide one WIDE times."""
-    normal = unicodedata.normalize("NFC", text)
-    codes = np.frombuffer(normal.encode("utf-32-le", "surrogatepass"), np.uint32)
+    codes = _codes(unicodedata.normalize("NFC", text))
+    counts = _counts(codes)
+    return codes if counts is None else np.repeat(codes, counts)
+
+
+def letter_counts(text: str) -> np.ndarray | None:
+    """Return int64[characters]: the letters of each character of a text in NFC; None if each is one."""
+    return _counts(_codes(text))
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _counts(codes: np.ndarray) -> np.ndarray | None:
     wide = codes >= FIRST_WIDE
-    return np.repeat(codes, np.where(wide, WIDE, 1)) if wide.any() else codes
+    return np.where(wide, WIDE, 1) if wide.any() else None
 
 
 def rolling_hashes(ids: np.ndarray, n: int) -> np.ndarray:

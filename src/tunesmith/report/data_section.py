@@ -60,7 +60,7 @@ def data_values(report: JsonObject) -> JsonObject:
             "Text the template leaves out": list(filter(None, map(_left_out_text, sources))),
             "Rows without supervised tokens": list(unsupervised),
         },
-        "shared_title": f"Text in both evaluation and training, {contaminated.get('ngram')} tokens or more",
+        "shared_title": f"Text in both evaluation and training, {contaminated.get('letters')} letters or more",
         "shared": _mappings(contaminated.get("first")),
     }
 
