@@ -7,7 +7,7 @@ RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test long planted check format bench recipes clean
 
-demo: .venv/.installed-demo  ## pull a small model, tune it for three to six minutes, show what changed
+demo: .venv/.installed-demo  ## pull a small model, tune it for at most three minutes, show what changed
 	$(BIN)/tunesmith models pull smollm2-135m
 	$(BIN)/tunesmith train recipes/demo.yaml --out $(RUN)
 

@@ -85,6 +85,22 @@ def test_the_next_command_can_be_pasted(trained, capsys):
     assert "tunesmith chat 'runs/a b/model'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("after", "line"),
+    [
+        (
+            "Return the sum.",
+            "better than before: 1 of 1 are nearer to the reference (mean F1 of the words in common: 0.00 before,",
+        ),
+        ("sure", "not better than before: 0 of 1 are nearer to the reference (mean F1 of the words in common: 0.00 before, 0.00"),
+    ],
+)
+def test_summary_says_whether_answers_became_better(trained, capsys, after, line):
+    sample = {"prompt": "What does `sum` do?", "before": "Sure!", "after": after, "reference": "Return the sum of all."}
+    trained(outcome={**OUTCOME, "samples": [sample]})
+    assert f"answers    {line}" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_summary_without_held_out_rows(trained, capsys):
     empty = {**OUTCOME, "eval_loss": None, "eval_loss_before": None, "perplexity": None, "samples": [], "stopped": "max_steps"}
     code, _ = trained(outcome=empty)

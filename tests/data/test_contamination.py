@@ -103,7 +103,7 @@ def test_korean_is_counted_by_characters_though_a_vocabulary_splits_it_into_byte
 
 def test_text_is_the_same_however_its_accents_are_written(tmp_path):
     train = [*map(sentence, range(20)), unicodedata.normalize("NFD", KOREAN)]
-    found, listed = compare(tmp_path, train, [KOREAN, sentence(99)])
+    _, listed = compare(tmp_path, train, [KOREAN, sentence(99)])
     assert [text for _, _, text in listed] == [KOREAN]
 
 

@@ -66,6 +66,7 @@ def summary(outcome: JsonObject) -> list[RenderableType]:
     lines = [
         f"stopped    {outcome['stopped']}" if outcome.get("stopped") else "",
         *(f"verdict    {line}" for line in _verdicts(outcome)),
+        _answers_line(outcome.get("samples") or []),
         f"steps      {outcome['steps']}, {outcome['tokens_per_second']:.0f} tokens/s, "
         f"peak memory {size(outcome['peak_memory_bytes'])}",
         f"trained    {trained:,} of {total:,} parameters ({trained / total:.2%})",
@@ -83,6 +84,25 @@ def summary(outcome: JsonObject) -> list[RenderableType]:
 def _verdicts(outcome: JsonObject) -> list[str]:
     overfit = [outcome["verdict"]["text"]] if outcome.get("verdict") else []
     return [*(outcome.get("assessment") or {}).get("verdict", ()), *overfit]
+
+
+def _answers_line(samples: list[JsonObject]) -> str:
+    """Return whether the sample answers came nearer to their references; "" without references."""
+    from tunesmith.metrics import squad
+
+    pairs = [
+        [squad.f1(str(sample[side]), [sample["reference"]]) for side in ("before", "after")]
+        for sample in samples
+        if sample.get("reference") and sample.get("after") is not None
+    ]
+    if not pairs:
+        return ""
+    nearer = sum(after > before for before, after in pairs)
+    before, after = (sum(side) / len(pairs) for side in zip(*pairs))
+    better = after > before and 2 * nearer > len(pairs)
+    means = f"mean F1 of the words in common: {before:.2f} before, {after:.2f} after"
+    counts = f"{nearer} of {len(pairs)} are nearer to the reference ({means})"
+    return f"answers    {'better' if better else 'not better'} than before: {counts}"
 
 
 def _next_commands(outcome: JsonObject) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,7 +97,9 @@ class _Letters:
         found = _read(data, examples, lambda example: _letters_of(example, text))
         codes, masks = ([pair[side] for pair in found] for side in (0, 1))
         owner = np.repeat(examples, [len(part) for part in codes])
-        return cls(np.concatenate([*codes, np.empty(0, np.uint32)]), owner, np.concatenate([*masks, [False]])[:-1])
+        return cls(
+            np.concatenate([*codes, np.empty(0, np.uint32)]), owner, np.concatenate([*masks, [False]])[:-1]
+        )
 
     def hashes(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (position, hash) of every ``n`` letters without a break."""
@@ -184,7 +187,7 @@ def _runs(example: Example, text: TokenText) -> list[tuple[str, bool]]:
     mask = np.ones(len(ids), np.bool_) if marked is None else np.array(marked, np.bool_)
     mask[:1] = False
     cuts = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]
-    return [(text.decode(ids[a:b]), bool(mask[a])) for a, b in zip(cuts, cuts[1:]) if a < b]
+    return [(text.decode(ids[a:b]), bool(mask[a])) for a, b in pairwise(cuts) if a < b]
 
 
 def _read(
@@ -222,7 +225,9 @@ def _find_in_training(
         positions, number = positions[same], number[same]
         whole = _none_marked(codes == 0, positions, n)
         positions, number = positions[whole], number[whole]
-        once = np.unique((number << 32) + rows[example[positions]])  # a row counts once, however often it has it
+        once = np.unique(
+            (number << 32) + rows[example[positions]]
+        )  # a row counts once, however often it has it
         counts += np.bincount(once >> 32, minlength=len(known))
         new, at = np.unique(number, return_index=True)
         new, at = new[first[0, new] < 0], at[first[0, new] < 0]
@@ -298,7 +303,9 @@ def _row_ids(data: Encoded, examples: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _shared_text(held: Encoded, train: Encoded, ours: _Letters, hit: list[int], text: TokenText) -> SharedText:
+def _shared_text(
+    held: Encoded, train: Encoded, ours: _Letters, hit: list[int], text: TokenText
+) -> SharedText:
     """Return the longest common run at a hit: position in ``ours``; source and example of the source."""
     here, source, example = hit
     owner, entry = int(ours.owner[here]), train.entries[source]
