@@ -42,7 +42,8 @@ def train(
     try:
         print_stderr(brief(checked))
 
-        from tunesmith.train import machine, run
+        from tunesmith import machine
+        from tunesmith.train import run
 
         outcome = run.train(
             checked,

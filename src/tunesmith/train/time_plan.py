@@ -13,10 +13,11 @@ from dataclasses import asdict
 
 import torch
 
+from tunesmith import machine
 from tunesmith.json_types import JsonObject
 from tunesmith.runs.figure_format import duration
 from tunesmith.runs.run_folder import RunFolder
-from tunesmith.train import distributed, forecast, machine, setup
+from tunesmith.train import distributed, forecast, setup
 from tunesmith.train.loop import Job
 from tunesmith.train.master_weights import TrainedWeights
 from tunesmith.train.run_state import Run
