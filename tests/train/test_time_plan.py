@@ -97,6 +97,13 @@ def test_a_time_that_is_too_short_takes_one_step_and_says_so(tmp_path, monkeypat
     assert line.startswith("warning: ") and line.endswith("later than asked for")
 
 
+def test_every_process_takes_the_steps_of_the_main_one(tmp_path, monkeypatch):
+    measured(monkeypatch)
+    monkeypatch.setattr(time_plan, "distributed", SimpleNamespace(broadcast=lambda value: 2))
+    made = recipe(tmp_path, max_steps=None, epochs=9, max_minutes=1)
+    assert tunesmith.train(made, out=tmp_path / "run")["steps"] == 2
+
+
 def test_seconds_before_the_start_count(tmp_path, monkeypatch):
     measured(monkeypatch)
     made = recipe(tmp_path, max_steps=None, epochs=9, max_minutes=1)
