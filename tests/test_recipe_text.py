@@ -72,7 +72,7 @@ def test_scalars(text, value):
         ("a:\n  <<: 1", ["line 2", "takes a mapping"]),
         ("a: &a [*a]", ["line 1", "Remove aliases"]),
         ("a: " + "[" * 60 + "]" * 60, ["line 1", "levels deep"]),
-        ("[" * 5000, ["not valid YAML"]),
+        ("[" * 5000, ["line 1", "levels deep"]),
         ("a: [1", ["not valid YAML", "line 1"]),
         ("a: b: c", ["not valid YAML", "line 1"]),
         ("? [1, 2]\n: 3", ["plain word"]),

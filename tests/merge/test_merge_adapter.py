@@ -185,7 +185,7 @@ def test_a_merge_that_changes_answers_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: tuple[Path, Path]
 ) -> None:
     base, adapter = llama
-    monkeypatch.setattr(merge_adapter.load, "merge_into_base", lambda model: load_model(locate(base)))
+    monkeypatch.setattr(merge_adapter.merge_weights, "merge_into_base", lambda model: load_model(locate(base)))
     with pytest.raises(ModelError, match="would change its answers"):
         merge_adapter.merge(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

@@ -11,7 +11,7 @@ from tests.tiny import save_tiny, tiny_model
 from tunesmith.errors import ModelError, UserError
 from tunesmith.merge import merge_adapter
 from tunesmith.merge.combine import combine
-from tunesmith.models.load import load, quantization
+from tunesmith.models.load import load, merge_weights, quantization
 
 pytest.importorskip("bitsandbytes")
 IDS = torch.tensor([[5, 17, 80, 41, 300, 9]])
@@ -80,7 +80,7 @@ def test_divergence_alone_is_flagged(shelf, tmp_path, monkeypatch):
 def test_nothing_is_folded_into_bits(shelf):
     model, _ = tunesmith.load(shelf / "a")
     with pytest.raises(UserError, match="cannot be merged into 4 or 8 bits"):
-        load.merge_into_base(model)
+        merge_weights.merge_into_base(model)
 
 
 def test_a_bf16_base_is_merged_from_its_own_numbers(tmp_path):

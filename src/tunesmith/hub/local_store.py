@@ -30,7 +30,7 @@ def manifest(folder: Path) -> JsonObject | None:
     """The manifest of an entry; None if it is absent or unreadable."""
     try:
         value = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and isinstance(value.get("files"), dict) else None
 

@@ -14,7 +14,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.models.find import record
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.generate import stop_tokens
-from tunesmith.models.load import load, probe
+from tunesmith.models.load import load, merge_weights, probe
 from tunesmith.models.load import quantization as quantized
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def fold(folder: Folder, dtype: str = "auto") -> FoldedAdapter:
     logits = [probe.all_logits(attached, ids) for ids in prompts]
     base = quantized.record(attached)
     merged = (
-        load.merge_into_base(attached)
+        merge_weights.merge_into_base(attached)
         if base is None
         else load.load_model(folder, dtype=fp32, adapter="merge")
     )

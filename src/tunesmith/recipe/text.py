@@ -18,6 +18,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, StreamMark, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, NodeEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
@@ -32,6 +33,10 @@ MAX_VALUES = 10_000
 """Values that a document may hold, aliases expanded: a few lines of them can stand for billions."""
 
 MAX_DEPTH = 50
+
+MAX_CHARACTERS = 2**20
+
+MAX_DIGITS = 100
 
 _CONSTANTS = {"true": True, "false": False, "null": None, "~": None, "": None}
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
@@ -81,13 +86,32 @@ class Text:
 
 def read(text: str, name: str) -> tuple[Any, Node | None]:
     """(plain data, YAML tree) of a document. Raises RecipeError with the line."""
+    if len(text) > MAX_CHARACTERS:
+        raise RecipeError(f"{name}: expected at most {MAX_CHARACTERS:,} characters")
     try:
+        _check_size(text, name)
         tree: Node | None = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         raise RecipeError(f"{_place(name, error.problem_mark)}: not valid YAML: {error.problem}") from None
     except (YAMLError, RecursionError) as error:
         raise RecipeError(f"{name}: not valid YAML: {error}") from None
     return _plain(tree, name, count(1)), tree
+
+
+def _check_size(text: str, name: str) -> None:
+    """Raise RecipeError for too many or too deeply nested values. The tree is built recursively, events are not."""
+    depth = values = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        values += isinstance(event, NodeEvent)
+        if depth > MAX_DEPTH or values > MAX_VALUES:
+            raise _too_large(_place(name, event.start_mark))
+
+
+def _too_large(place: str) -> RecipeError:
+    return RecipeError(
+        f"{place}: expected at most {MAX_VALUES:,} values, {MAX_DEPTH} levels deep. Remove aliases (*name) and nesting."
+    )
 
 
 def dump(value: object, one_line: bool = False) -> str:
@@ -142,9 +166,7 @@ def _plain(node: Node | None, name: str, values: Iterator[int], depth: int = 0) 
         return None
     place = _place(name, node.start_mark)
     if next(values) > MAX_VALUES or depth > MAX_DEPTH:
-        raise RecipeError(
-            f"{place}: expected at most {MAX_VALUES:,} values, {MAX_DEPTH} levels deep. Remove aliases (*name)."
-        )
+        raise _too_large(place)
     if isinstance(node, SequenceNode) and node.tag == _TAG + "seq":
         return [_plain(child, name, values, depth + 1) for child in node.value]
     if isinstance(node, MappingNode) and node.tag == _TAG + "map":
@@ -153,6 +175,10 @@ def _plain(node: Node | None, name: str, values: Iterator[int], depth: int = 0) 
     if not isinstance(node, ScalarNode) or kind not in _SCALARS:
         raise RecipeError(
             f"{place}: the tag {node.tag} is not allowed. A recipe holds plain values only; remove the tag."
+        )
+    if len(node.value) > MAX_DIGITS and kind in ("int", "float"):
+        raise RecipeError(
+            f"{place}: expected a number of at most {MAX_DIGITS} digits, got {len(node.value):,}"
         )
     return _scalar(kind, node.value)
 
@@ -212,7 +238,7 @@ def apply(raw: JsonObject, override: str) -> JsonObject:
     """
     key, equals, value = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
-    if not equals or not all(parts):
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         raise RecipeError(f"override {override!r}: expected KEY=VALUE, for example train.epochs=2")
     parsed = value.strip() if value.strip() in BLOCK_MARKS else read(value, f"override {override!r}")[0]
     first, *rest = parts

@@ -45,7 +45,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), note: Note = lambda li
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(recipe_text.MAX_CHARACTERS + 1)
     except FileNotFoundError:
         raise RecipeError(
             f"recipe not found: {path}\n  Type `tunesmith init sft --out {path.name}` to make one."

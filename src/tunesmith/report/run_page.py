@@ -115,7 +115,7 @@ def _read(folder: Path) -> _Run:
             return missing
         try:
             return reader(path)
-        except (OSError, ValueError, DataError) as error:
+        except (OSError, ValueError, RecursionError, DataError) as error:
             problems.append(f"{name} cannot be read: {error}")
             return missing
 

@@ -101,7 +101,10 @@ def _complete_lines(content: bytes) -> bytes:
 def _parse(line: bytes) -> JsonObject | None:
     try:
         value = json.loads(line.decode("utf-8"))
-    except ValueError:  # JSONDecodeError, or UnicodeDecodeError where the line ends inside a character
+    except (
+        ValueError,
+        RecursionError,
+    ):  # JSONDecodeError, or UnicodeDecodeError where the line ends inside a character
         return None
     return _from_json(value) if isinstance(value, dict) else None
 

@@ -320,7 +320,7 @@ def read_mapping(file: Path) -> JsonObject:
         value = json.loads(content) if file.suffix == ".json" else recipe_text.read(content, str(file))[0]
     except json.JSONDecodeError as error:
         raise DataError(f"{file}, line {error.lineno}: {expected}: {error.msg}{advice}") from None
-    except (RecipeError, UnicodeDecodeError, RecursionError) as error:
+    except (RecipeError, ValueError, RecursionError) as error:
         where = "" if isinstance(error, RecipeError) else f"{file}: {expected}: "
         raise DataError(f"{where}{error}{advice}") from None
     if not isinstance(value, dict):

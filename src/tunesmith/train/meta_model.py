@@ -13,7 +13,7 @@ from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import torch_compile
 from tunesmith.models.find import record
 from tunesmith.models.find.locate import Folder
-from tunesmith.models.load import load, quantization, vocabulary
+from tunesmith.models.load import load, merge_weights, quantization, vocabulary
 from tunesmith.models.network import base, first_position
 from tunesmith.recipe import Recipe
 from tunesmith.train import optimizers
@@ -67,7 +67,7 @@ def build_outline(
             virtual_tokens.install(model)
         else:
             if recipe.adapter == "merge":
-                load.check_mergeable(load.adapter_config(folder.path))
+                merge_weights.check_mergeable(load.adapter_config(folder.path))
                 vocabulary.fit_to_adapter(model, folder.path)
             model = adaptation.apply(model, head, vocabulary.grow(model, new_tokens), tokenizer)
     if recipe.train.gradient_checkpointing and not base(model).supports_gradient_checkpointing:

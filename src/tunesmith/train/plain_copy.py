@@ -9,7 +9,7 @@ from tunesmith import files, machine
 from tunesmith.errors import TunesmithError
 from tunesmith.merge import merge_adapter
 from tunesmith.models.find.locate import locate
-from tunesmith.models.load import load
+from tunesmith.models.load import load, merge_weights
 from tunesmith.models.network import base
 from tunesmith.train.run_state import Run
 
@@ -33,7 +33,7 @@ def copy(run: Run) -> str | None:
     note, model = run.progress.note, run.folder.model
     problem = f"plain transformers cannot open the adapter in {model.name}/ ({reason})"
     try:
-        load.check_mergeable(load.adapter_config(model))
+        merge_weights.check_mergeable(load.adapter_config(model))
         parameters = run.setup.outline.total
         if BYTES_PER_PARAMETER * parameters > machine.available_memory_bytes():
             note(

@@ -161,7 +161,7 @@ def _template(folder: Folder) -> JsonObject:
     path = _own_or_base(folder, "tokenizer_config.json").parent
     config = headers.read_json_if_present(path / "tokenizer_config.json")
     file = path / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    template = headers.read_text(file, 10_000) if file.is_file() else config.get("chat_template")
     if isinstance(template, list):  # several named templates
         template = next((item.get("template") for item in template if item.get("name") == "default"), None)
     lines = template.strip().splitlines() if template else []

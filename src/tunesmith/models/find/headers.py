@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from tunesmith.errors import ModelError
 from tunesmith.json_types import JsonObject
+
+LARGEST_JSON = 2**26
+"""Bytes of a JSON file. A large tokenizer.json has 2**25."""
+
+LARGEST_HEADER = 2**25
+"""Bytes of a safetensors header: about 300,000 tensors."""
+
+DEEPEST_JSON = 100
+"""Levels of nested lists and mappings."""
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
@@ -37,17 +47,48 @@ class TensorHeader:
 
 
 def read_json(path: Path) -> JsonObject:
-    """Read a JSON object. Raises ModelError naming file, line and column."""
+    """Read a JSON object. Raises ModelError naming file, line and column, and for one that is too large or deep."""
     try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ModelError(f"{path} has {size:,} bytes; expected at most {LARGEST_JSON:,}")
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         where = f"{path}, line {error.lineno}, column {error.colno}"
         raise ModelError(f"{where}: not valid JSON: {error.msg}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ModelError(f"{path} cannot be read: {error}") from None
+    except RecursionError:
+        value = None
+    if value is None or _is_deeper(value, DEEPEST_JSON):
+        raise ModelError(f"{path}: expected JSON of at most {DEEPEST_JSON} levels, found a deeper one")
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Tell whether lists and mappings are nested deeper than ``levels``. Libraries copy settings recursively."""
+    level = [value]
+    for _ in range(levels):
+        level = [child for item in level for child in _children(item)]
+        if not level:
+            return False
+    return True
+
+
+def _children(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def read_text(path: Path, most: int) -> str:
+    """Return the first ``most`` characters of a text file. Raises ModelError."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(most)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from None
 
 
 def read_json_if_present(path: Path) -> JsonObject:
@@ -62,6 +103,10 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     try:
         with safe_open(path, framework="np"), path.open("rb") as file:  # compares the header with the file
             length = int.from_bytes(file.read(8), "little")
+            if length > LARGEST_HEADER:
+                raise ModelError(
+                    f"{path} has a header of {length:,} bytes; expected at most {LARGEST_HEADER:,}"
+                )
             header = json.loads(file.read(length))
     except (OSError, SafetensorError) as error:
         reason = f"it was cut short, changed or unreadable ({error})"

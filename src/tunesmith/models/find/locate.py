@@ -12,7 +12,8 @@ from typing import Literal
 
 from tunesmith.errors import ModelError
 from tunesmith.json_types import JsonObject
-from tunesmith.models.find import catalog, headers, model_store, record, saved_files
+from tunesmith.models.find import catalog, config_bounds, headers, model_store, record, saved_files
+from tunesmith.models.find.headers import TensorHeader
 
 SETTINGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 """The files that may ask for code to be run."""
@@ -97,7 +98,9 @@ def _check_folder(path: Path, run: Path | None, remote_code: bool) -> Folder:
     if (path / "adapter_config.json").is_file():
         config = headers.read_json(path / "adapter_config.json")
         _refuse_code(config, path / "adapter_config.json", remote_code)
-        _check_weights(path, "adapter_model")
+        config_bounds.check_counts(
+            config, _check_weights(path, "adapter_model"), path / "adapter_config.json"
+        )
         base = _find_base(path, config).resolve()
         saved_files.check_settings(base)
         _check_full_model(base, remote_code)
@@ -110,7 +113,9 @@ def _check_folder(path: Path, run: Path | None, remote_code: bool) -> Folder:
 
 def _check_full_model(path: Path, remote_code: bool) -> None:
     check_settings(path, remote_code)
-    _check_weights(path, "model")
+    tensors = _check_weights(path, "model")
+    for name in SETTINGS:
+        config_bounds.check_counts(headers.read_json_if_present(path / name), tensors, path / name)
 
 
 def check_settings(path: Path, remote_code: bool = False) -> None:
@@ -157,13 +162,10 @@ def _code_references(config: JsonObject) -> Iterator[str]:
             yield from (str(part) for part in (one if isinstance(one, list) else [one]) if part)
 
 
-def _check_weights(path: Path, stem: str) -> None:
-    """Check the header of every weight file. Raises ModelError when there is no safetensors file."""
-    files = headers.weight_files(path, stem)
-    for file in files:
-        headers.read_header(file)
-    if files:
-        return
+def _check_weights(path: Path, stem: str) -> list[TensorHeader]:
+    """Return the tensors of every weight file. Raises ModelError when there is no safetensors file."""
+    if files := headers.weight_files(path, stem):
+        return [tensor for file in files for tensor in headers.read_header(file).values()]
     if pickles := headers.pickle_files(path):
         raise ModelError(
             f"{path} has its weights as {', '.join(file.name for file in pickles)}. Opening a pickle "

@@ -3,6 +3,7 @@
 - ``load``: full models and adapters, strictly
 - ``head_loading``: a task head on a body that was saved without it
 - ``probe``: compare a loaded model's logits with those recorded when it was saved
+- ``merge_weights``: an adapter merged into its base
 - ``vocabulary``: new tokens
 - ``module_patterns``: modules named by a recipe
 - ``quantization``, ``dequantized_linear``: a base model in 4 or 8 bits

@@ -16,15 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from tunesmith.errors import ModelError, UserError
+from tunesmith.errors import ModelError
 from tunesmith.hub import ask
 from tunesmith.json_types import JsonObject
-from tunesmith.models.adapters import adapter_types
-from tunesmith.models.find import headers, record, saved_files
+from tunesmith.models.find import config_bounds, headers, record, saved_files
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.heads import head_types
-from tunesmith.models.load import dequantized_linear, head_loading, probe, quantization, vocabulary
-from tunesmith.models.network import has_attributes, submodule, tunesmith_settings, without_adapter
+from tunesmith.models.load import (
+    dequantized_linear,
+    head_loading,
+    merge_weights,
+    probe,
+    quantization,
+    vocabulary,
+)
+from tunesmith.models.network import has_attributes, tunesmith_settings
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +114,19 @@ def load_tokenizer(folder: Folder) -> PreTrainedTokenizerBase:
 def empty_model(folder: Folder, config: PretrainedConfig, head: str = "lm") -> PreTrainedModel:
     """Return the network of ``config``, from ``folder``, without weights. Call it on the meta device."""
     head_types.require_class(config, head)
-    model = _call(folder.path, head_types.auto_class(head).from_config, config, **_trust(folder))
-    return head_loading.without_unused_pooler(model)
+    return head_loading.without_unused_pooler(_build(folder, config, head))
+
+
+def _build(folder: Folder, config: PretrainedConfig, head: str) -> PreTrainedModel:
+    """Return the network of ``config``. Raises ModelError if it is far larger than the weights in the folder."""
+    network = head_types.auto_class(head).from_config
+    model: PreTrainedModel = _call(folder.path, network, config, **_trust(folder))
+    tensors, packed = (
+        headers.read_tensors(folder.network).values(),
+        has_attributes(config, "quantization_config"),
+    )
+    config_bounds.check_parameters(model.num_parameters(), tensors, packed, folder.network)
+    return model
 
 
 def head_of(folder: Folder) -> str:
@@ -182,7 +199,7 @@ def _load_adapted(
     if not training:
         vocabulary.write_rows(model)
     if adapter == "merge":
-        model = merge_into_base(model).to(dtype).requires_grad_(trainable)
+        model = merge_weights.merge_into_base(model).to(dtype).requires_grad_(trainable)
     return model
 
 
@@ -205,65 +222,19 @@ def checkpoint_dtype(path: Path) -> torch.dtype:
     return known.get(max(counts, key=lambda name: counts[name], default="F32"), torch.float32)
 
 
-def merge_into_base(model: PreTrainedModel) -> PreTrainedModel:
-    """Merge a peft model's adapter into its base, in place, and return the plain model. Raises UserError.
-
-    Tied embeddings are separated first, so that a delta of one does not reach the other. They are tied again
-    if they come out equal; else the config says that they are not tied, so that a reload keeps both.
-    """
-    import torch
-
-    if quantization.record(model) is not None:
-        raise UserError('an adapter cannot be merged into 4 or 8 bits: load it with adapter="merge"')
-    for config in model.peft_config.values():
-        check_mergeable(config)
-    core = model.get_base_model()
-    embedding, output = core.get_input_embeddings(), core.get_output_embeddings()
-    embedding, output = without_adapter(embedding), without_adapter(output)
-    tied = output is not None and embedding.weight is output.weight
-    if tied:
-        output.weight = torch.nn.Parameter(embedding.weight.detach().clone())
-    _install_trained_copies(core)
-    try:
-        plain = model.merge_and_unload(safe_merge=True)
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"this adapter cannot be merged: {error}") from None
-    if tied:
-        embedding, output = plain.get_input_embeddings(), plain.get_output_embeddings()
-        equal = torch.equal(embedding.weight, output.weight)
-        if equal:
-            output.weight = embedding.weight
-        for config in (plain.config, plain.config.get_text_config()):  # peft wrote them before the comparison
-            config.tie_word_embeddings = equal
-    return plain
-
-
-def _install_trained_copies(core: PreTrainedModel) -> None:
-    """Replace modules of several layers with their trained copies: peft's merge assumes a single layer."""
-    for name, module in list(core.named_modules()):
-        copies = submodule(module, "modules_to_save")
-        if copies is not None and not has_attributes(module.original_module, "weight"):
-            core.set_submodule(name, copies[module.active_adapters[0]])
-
-
-def check_mergeable(config: PeftConfig) -> None:
-    """Raise UserError for a type of adapter that no change of weights can replace."""
-    name = config.peft_type.value.lower()
-    if config.is_prompt_learning:
-        raise UserError(f"a {name} adapter adds inputs, not weights: there is nothing to merge it into")
-    if (reason := adapter_types.kind_of(config.peft_type.value).unmergeable) is not None:
-        raise UserError(f"a {name} adapter is {reason}")
-
-
 def _load_full(
     folder: Folder, head: str, head_config: JsonObject | None, dtype: torch.dtype, kwargs: dict[str, object]
 ) -> PreTrainedModel:
     quiet()
+    import torch
+
     path = folder.network
     quantized = "quantization_config" in kwargs
     if quantized:  # from the checkpoint's dtype, so that the result does not depend on the compute dtype
         kwargs = {"dtype": checkpoint_dtype(path), **kwargs}
     options = {"dtype": dtype, **kwargs, **_trust(folder)}
+    with torch.device("meta"):  # transformers allocates a tensor of another shape before it refuses it
+        _build(folder, load_config(folder), head)
     network, replaced, renamed = head_types.auto_class(head), False, {}
     if head != "lm":
         config = load_config(folder)
@@ -392,9 +363,7 @@ def _first_names(names: list[str]) -> str:
 
 def _call(path: Path, loader: Callable[..., T], *arguments: object, **options: object) -> T:
     """Call a library's loader. Raises ModelError naming ``path`` when the loader fails."""
-    from safetensors import SafetensorError
-
     try:
         return loader(*arguments, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be loaded: {error}") from error
+    except Exception as error:
+        raise ModelError(f"{path} cannot be loaded: {error or type(error).__name__}") from error
