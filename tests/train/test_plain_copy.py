@@ -4,7 +4,13 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 import tunesmith
 from tests.runs import labelled, questions, recipe
@@ -34,6 +40,19 @@ def test_an_adapter_on_a_renamed_body_has_a_copy_that_answers_the_same(tmp_path)
     assert torch.allclose(ours.start_logits, theirs.start_logits, atol=1e-4)
     assert torch.allclose(ours.end_logits, theirs.end_logits, atol=1e-4)
     assert len(notes(tmp_path)) == 1 and "initialises it randomly" in notes(tmp_path)[0] and "merged/" in notes(tmp_path)[0]
+
+
+def test_the_copy_on_a_bf16_base_is_written_in_fp32_and_keeps_the_answers(tmp_path):
+    made = recipe(tmp_path, "llama", "qa", "lora", max_steps=2)
+    AutoModelForCausalLM.from_pretrained(made["model"], dtype=torch.bfloat16).save_pretrained(made["model"])
+    found = tunesmith.train(made, out=tmp_path / "run")
+    model, tokenizer = tunesmith.load(found["model_dir"], dtype=torch.float32)
+    stock = AutoModelForQuestionAnswering.from_pretrained(found["merged_dir"]).eval()
+    assert stock.dtype == torch.float32
+    ids = tokenizer(questions(1)[0]["context"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        ours, theirs = model(input_ids=ids), stock(input_ids=ids)
+    assert torch.allclose(ours.start_logits, theirs.start_logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "ia3"])

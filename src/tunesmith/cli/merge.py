@@ -13,7 +13,9 @@ from tunesmith.cli.output import print_result, print_stderr
 def merge(
     model: Annotated[str, typer.Argument(help="Adapter folder or run folder.")],
     out: Annotated[str, typer.Option(help="New folder for the merged model.")],
-    dtype: Annotated[str, typer.Option(help="auto (the base's), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (the base's; with a task head float32), float32, bfloat16, float16.")
+    ] = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Merge a LoRA into its base: a plain transformers folder, checked against the adapter's logits."""
