@@ -13,21 +13,18 @@ from typing import Literal
 from tunesmith import files
 from tunesmith.data.data_config import DataConfig, EvalConfig, Source
 from tunesmith.data.formats.fields import Columns
-from tunesmith.data.read.source import open_source
-from tunesmith.data.rows import Labelled, Message, Question, Ranking, Row, Tagged
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import UserError
 from tunesmith.evaluate import starting_policy
 from tunesmith.evaluate.open_model import OpenedModel, open_model
 from tunesmith.evaluate.trained_reading import ModelArgument, make_source, source_as_trained
 from tunesmith.json_types import JsonObject
-from tunesmith.metrics import entities
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.network import base, first_position
 from tunesmith.objectives import TaskHead
 from tunesmith.report import task_page
 from tunesmith.runs import assessment
-from tunesmith.train import evaluation
+from tunesmith.train import evaluation, examples
 from tunesmith.train.meta_model import window_of
 
 MISTAKES = 50
@@ -146,15 +143,8 @@ def _write_report(
     opened: OpenedModel,
 ) -> Path:
     """Write report.html, figures.json and mistakes.jsonl into ``folder``; return the report's path."""
-    measured = [answer for answer in answers if answer["loss"] is not None]
-    worst = sorted(measured, key=lambda answer: -answer["loss"])
-    wrong = [answer for answer in worst if not answer.get("right", answer["prediction"] == answer["gold"])]
-    wrong = wrong[:MISTAKES]
-    rows = _read_rows(source, {answer["row"][1] for answer in wrong}, opened.objective.traits.rows)
-    mistakes = [
-        {"where": f"{source.label}:{answer['row'][1]}", **_mistake(rows[answer["row"][1]], answer)}
-        for answer in wrong
-    ]
+    chosen = examples.select(answers, MISTAKES)["wrong"]
+    mistakes = examples.with_rows(chosen, [source], opened.objective.traits.rows)
     files.make_folder(folder)
     (folder / "figures.json").write_text(json.dumps(metrics, ensure_ascii=False, indent=1), encoding="utf-8")
     lines = "".join(json.dumps(mistake, ensure_ascii=False) + "\n" for mistake in mistakes)
@@ -166,54 +156,3 @@ def _write_report(
     facts |= {key: metrics[key] for key in ("rows", "tokens", "tokens_per_second")}
     figures = {**metrics["details"], "loss": metrics["eval_loss"]}
     return task_page.write(folder, title, figures, mistakes, facts)
-
-
-def _read_rows(source: Source, numbers: set[int], accepted: tuple[type, ...]) -> dict[int, Row]:
-    """Return the rows of a source with these numbers."""
-    items = open_source(source, accepted).rows()
-    return {item[0].row: item[1] for item in items if isinstance(item, tuple) and item[0].row in numbers}
-
-
-def _mistake(row: Row, answer: JsonObject) -> JsonObject:
-    """Return ``answer`` with the text of its row, as ``report.task_page`` shows it.
-
-    ``gold_spans`` and ``predicted_spans`` are the characters of entities and answers. Of a ranking ``gold``
-    is the best answer, ``prediction`` the one with the highest reward.
-    """
-    if isinstance(row, Labelled):
-        pair = {} if row.text_pair is None else {"text_pair": row.text_pair}
-        return {"text": row.text, **pair, **answer}
-    if isinstance(row, Tagged):
-        gold_tags = answer["gold"] or []  # None = untagged
-        tags = {"gold_spans": gold_tags, "predicted_spans": answer["prediction"]}
-        if not entities.scheme_of(tag for names in tags.values() for tag in names):
-            return {"text": row.text, **answer}
-        spans: JsonObject = {
-            key: [
-                {"type": kind, "start": row.words[first][0], "end": row.words[end - 1][1]}
-                for kind, first, end in entities.spans(names)
-            ]
-            for key, names in tags.items()
-        }
-        return {"text": row.text, **spans, **answer}
-    if isinstance(row, Question):
-        predicted = [] if answer["start"] is None else [{"start": answer["start"], "end": answer["end"]}]
-        true = [{"start": start, "end": start + len(text)} for text, start in row.answers or ()]
-        shown = {"question": row.question, "text": row.context}
-        return {**shown, "gold_spans": true, "predicted_spans": predicted, **answer}
-    assert isinstance(row, Ranking)
-    rewards = answer["prediction"]
-    best, preferred = row.ranks.index(min(row.ranks)), rewards.index(max(rewards))
-    texts = [_turns_text(turns) for turns in row.answers]
-    gold, prediction = (f"[{rewards[place]:.3f}] {texts[place]}" for place in (best, preferred))
-    text = _turns_text(row.prompt)
-    return {**answer, "text": text, "gold": gold, "prediction": prediction, "rewards": rewards}
-
-
-def _turns_text(turns: str | Sequence[Message]) -> str:
-    """Return the text of turns; several turns each under its role."""
-    if isinstance(turns, str):
-        return turns
-    if len(turns) == 1:
-        return str(turns[0]["content"])
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

@@ -215,6 +215,11 @@ class Objective:
         """Sentences on what no figure shows, such as a model that predicts one class only."""
         return []
 
+    def answers(self, records: Sequence[JsonObject]) -> list[JsonObject]:
+        """The model's answer to each row: {row, prediction, gold, loss, ...}, in the order of rows. Empty for an
+        objective whose answers are text to be generated."""
+        return []
+
     def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
         """Log-probabilities float64 (n,) of each example of the batch. With ``traits.needs_reference`` they
         are computed before the first step and become part of the example as ``reference_logps``."""
@@ -321,10 +326,6 @@ class TaskHead(Objective):
 
     def details(self, records: Sequence[JsonObject]) -> JsonObject:
         """All figures of held-out rows, as JSON: by class, by type, tables and curves."""
-        raise NotImplementedError
-
-    def answers(self, records: Sequence[JsonObject]) -> list[JsonObject]:
-        """The model's answer to each row: {row, prediction, gold, loss, ...}, in the order of rows."""
         raise NotImplementedError
 
     def present(self, row: Any, answer: JsonObject) -> JsonObject:

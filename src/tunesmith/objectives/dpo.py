@@ -133,6 +133,10 @@ LOSSES: dict[str, Callable[[Pairs, Config], Tensor]] = {
 REFERENCE_FREE = ("simpo", "orpo")
 
 
+NO_FIGURES = ("row", "longer", "answers")
+"""Entries of the record of a row that are no figures."""
+
+
 class Objective(objectives.Objective):
     config: Config
     traits = Traits(
@@ -157,10 +161,11 @@ class Objective(objectives.Objective):
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Metrics]:
         """Sum over rows of the mean loss of their pairs, and the same of the figures."""
-        return objectives.sum_over_pairs(*self._compare(model, batch), batch)
+        losses, figures, _ = self._compare(model, batch)
+        return objectives.sum_over_pairs(losses, figures, batch)
 
-    def _compare(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and figures of each pair (n,)."""
+    def _compare(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss and figures of each pair (n,), and the reward of each answer."""
         import torch
 
         from tunesmith.models.heads.log_probs import answer_logps
@@ -194,7 +199,7 @@ class Objective(objectives.Objective):
                 pairs.rejected - pairs.reference_rejected,
             )
             figures["kl"] = (chosen_kl**2 + rejected_kl**2) / 4
-        return LOSSES[self.config.loss_type](pairs, self.config), figures
+        return LOSSES[self.config.loss_type](pairs, self.config), figures, rewards
 
     def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[Tensor]:
         """log p(answer | prompt) of the answers of each row, float64 (answers,)."""
@@ -210,7 +215,7 @@ class Objective(objectives.Objective):
         import torch
 
         with torch.no_grad():
-            losses, figures = self._compare(model, batch)
+            losses, figures, rewards = self._compare(model, batch)
             weights = batch["weights"].to(losses)
             row_of_pair = torch.tensor(batch["of"], device=losses.device)
             zeros = losses.new_zeros(len(batch["rows"]))
@@ -223,7 +228,8 @@ class Objective(objectives.Objective):
             )
             longer = ((chosen_tokens > rejected_tokens) + 0.5 * (chosen_tokens == rejected_tokens)).to(losses)
             means["longer"] = zeros.index_add(0, row_of_pair, weights * longer).cpu().double().tolist()
-        columns = dict(means, row=batch["rows"])
+        of_answers = [part.tolist() for part in torch.split(rewards.cpu().double(), batch["counts"])]
+        columns = dict(means, row=batch["rows"], answers=of_answers)
         return {
             "rows": [
                 dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
@@ -233,16 +239,30 @@ class Objective(objectives.Objective):
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
         """Means over rows: ``eval_loss`` with its standard error, and ``eval_`` before each figure."""
         rows = [row for record in records for row in record["rows"]]
-        names = [name for name in (rows[0] if rows else ()) if name not in ("row", "loss", "longer")]
+        names = [name for name in (rows[0] if rows else ()) if name not in ("loss", *NO_FIGURES)]
         means = {f"eval_{name}": math.fsum(row[name] for row in rows) / len(rows) for name in names}
         return objectives.mean_loss([(row["loss"], 1) for row in rows]) | means
 
     def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
         rows = [row for record in records for row in record["rows"]]
-        names = [name for name in (rows[0] if rows else ()) if name not in ("row", "longer")]
+        names = [name for name in (rows[0] if rows else ()) if name not in NO_FIGURES]
         return {f"eval_{name}": {row["row"]: (row[name], 1.0) for row in rows} for name in names}
 
     def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
         """Always the longer answer."""
         longer = {row["row"]: (row["longer"], 1.0) for record in records for row in record["rows"]}
         return {"eval_rewards/accuracies": objectives.always_longer(longer)}
+
+    def answers(self, records: Sequence[JsonObject]) -> list[JsonObject]:
+        """For each row the rewards of its answers, its loss, and whether every pair is ranked correctly."""
+        rows = sorted((row for record in records for row in record["rows"]), key=lambda row: row["row"])
+        return [
+            {
+                "row": list(row["row"]),
+                "prediction": row["answers"],
+                "gold": None,
+                "right": row["rewards/accuracies"] > 1 - 1e-6,
+                "loss": row["loss"],
+            }
+            for row in rows
+        ]

@@ -19,11 +19,11 @@ from typing import TypeVar
 from tunesmith.errors import DataError
 from tunesmith.files import replace_file
 from tunesmith.json_types import JsonObject
-from tunesmith.report import charts, pages
+from tunesmith.report import charts, pages, task_page
 from tunesmith.report.curves import Curve, Plot, Points, plot
 from tunesmith.report.data_section import data_values, grave_notes, mapping
 from tunesmith.report.pages import Tile, heading
-from tunesmith.runs import figure_format, metrics_file, overfit
+from tunesmith.runs import assessment, figure_format, metrics_file, overfit
 from tunesmith.runs.figure_format import (
     change_text,
     count,
@@ -52,6 +52,7 @@ class _Run:
     train: list[JsonObject]  # with the ``stop`` record of a non-finite loss: its figures belong to the curves
     evals: list[JsonObject]
     samples: list[JsonObject]
+    examples: JsonObject
     problems: list[str] = field(default_factory=list)  # files that could not be read
 
     def part(self, key: str) -> JsonObject:
@@ -128,6 +129,7 @@ def _read(folder: Path) -> _Run:
         train=[one for one in records if one.get("kind") in ("train", "stop")],
         evals=[one for one in records if one.get("kind") == "eval"],
         samples=read("samples.jsonl", metrics_file.read, nothing),
+        examples=mapping(assessment.read(folder).get("examples")),
         problems=problems,
     )
 
@@ -156,6 +158,7 @@ def page_values(run: _Run) -> JsonObject:
         "loss": plot("Loss", _losses(run)),
         "small_plots": _small_plots(run),
         "prompts": _prompts(run),
+        "examples": _examples(run),
         "data": data_values(run.part("data")) if run.part("data") else None,
         "recipe": run.recipe,
         "machine": machine if isinstance(machine, dict) else None,
@@ -245,6 +248,16 @@ def _sets(run: _Run) -> list[JsonObject]:
                 row |= {f"{label} before": points.get(0), f"{label} after": points[last]}
         rows.append(row)
     return rows
+
+
+def _examples(run: _Run) -> list[tuple[str, list[task_page.Mistake]]]:
+    """Return sections of held-out rows with the model's answer: the worst mistakes, and some right answers."""
+    titles = {"wrong": "Worst mistakes on held-out rows", "right": "Some right answers"}
+    return [
+        (title, [task_page.mistake_card(one) for one in run.examples[name]])
+        for name, title in titles.items()
+        if run.examples.get(name)
+    ]
 
 
 def _notes(run: _Run) -> list[str]:

@@ -55,7 +55,7 @@ def write(
     - ``gold_spans``, ``predicted_spans`` [{"start", "end", "type"}] in characters of ``text``, ``type``
       optional: entities or answers. The text is shown twice, with the true and with the predicted spans
       marked;
-    - ``loss`` or ``f1``: how wrong the prediction is;
+    - ``loss`` or ``f1``: how wrong the prediction is; ``alike``: rows with the same mistake;
     - ``rewards``: then ``gold`` is the better answer and ``prediction`` the one with the highest reward.
 
     Files are replaced atomically. Raises DiskFullError.
@@ -85,7 +85,7 @@ def write(
         classes=sorted(classes, key=lambda row: -row["support"]),
         is_folded=len(classes) > _MOST_OPEN_ROWS,
         pictures=pictures,
-        mistakes=[_mistake(one) for one in mistakes],
+        mistakes=[mistake_card(one) for one in mistakes],
         facts_shown=facts,
     )
 
@@ -208,9 +208,12 @@ class Mistake:
     sides: list[Side]
 
 
-def _mistake(mistake: JsonObject) -> Mistake:
+def mistake_card(mistake: JsonObject) -> Mistake:
+    """Return the values of a card of the page, for an example as ``write`` describes it."""
     values = {name: mistake.get(key) for key, name in _MEASURES.items()}
     measures = [f"{name} {number(value)}" for name, value in values.items() if is_number(value)]
+    if is_number(alike := mistake.get("alike")) and alike > 1:
+        measures.append(f"and {alike - 1:,} more rows with the same mistake")
     gold, predicted = mistake.get("gold_spans") or [], mistake.get("predicted_spans") or []
     is_typed = any(span.get("type") for span in [*gold, *predicted])
     names = ("better", "preferred") if "rewards" in mistake else ("true", "predicted")

@@ -17,10 +17,11 @@ from tunesmith.metrics.intervals import Interval, RowValues
 from tunesmith.runs.figure_format import change_text, label, lower_is_better, number
 
 FILE = "held_out.json"
-"""In a run folder: the evaluations (``measured``) before training and of the best model."""
+"""In a run folder: the evaluations (``measured``) ``before`` training and ``after`` it, of the best model, whose
+``answers`` the entry ``examples`` has with the text of their rows."""
 
 
-def keep(run: Path, which: Literal["before", "after"], evaluation: JsonObject) -> None:
+def keep(run: Path, which: Literal["before", "after", "examples"], evaluation: JsonObject) -> None:
     """Write an evaluation into the run folder ``run``, atomically."""
     content = json.dumps({**read(run), which: evaluation}, ensure_ascii=False)
     files.replace_file(run / FILE, content.encode("utf-8", "replace"))

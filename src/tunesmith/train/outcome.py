@@ -10,16 +10,20 @@ from datetime import UTC, datetime
 import torch
 
 from tunesmith import __version__, machine
-from tunesmith.errors import RecipeError
+from tunesmith.data.read.source import eval_sources
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.load import quantization
 from tunesmith.report import run_page
 from tunesmith.runs import assessment, metrics_file, overfit
 from tunesmith.runs.figure_format import figure_names, lower_is_better
 from tunesmith.suggestions import did_you_mean
-from tunesmith.train import distributed, evaluation, plain_copy, setup
+from tunesmith.train import distributed, evaluation, examples, plain_copy, setup
 from tunesmith.train.loop import Job, Progression
 from tunesmith.train.run_state import Run
+
+EXAMPLES = 20
+"""Wrong answers in the report of a run; equal mistakes count as one."""
 
 
 def parameters_line(ready: setup.Setup) -> str:
@@ -135,6 +139,7 @@ def finish(
     if merged := plain_copy.copy(run):
         result["merged_dir"] = merged
     run.folder.record(result=result, notes=notes(run), finished=_now())
+    _keep_examples(run)
     run_page.write_report(run.folder.path)
     return result
 
@@ -142,8 +147,25 @@ def finish(
 def keep_evaluation(run: Run, step: int, best: bool, records: Sequence[JsonObject]) -> None:
     """Keep in the run folder what each row adds to the figures, before training and of the best model."""
     if best or step == 0:
-        kept = evaluation.measured(run.setup.objective, records, step)
+        objective = run.setup.objective
+        kept = evaluation.measured(objective, records, step)
+        if best:
+            kept["answers"] = examples.select(objective.answers(records), EXAMPLES)
         assessment.keep(run.folder.path, "after" if best else "before", kept)
+
+
+def _keep_examples(run: Run) -> None:
+    """Keep the best model's wrong answers and some right ones with the text of their rows, for the report."""
+    data, accepted = run.setup.recipe.data, run.setup.objective.traits.rows
+    sources = list(eval_sources(data).values()) or data.train
+    chosen = assessment.read(run.folder.path).get("after", {}).get("answers") or {}
+    if any(source.streaming for source in sources):
+        return
+    try:
+        shown = {name: examples.with_rows(answers, sources, accepted) for name, answers in chosen.items()}
+    except (DataError, OSError):  # the files are gone, and the run is finished without them
+        return
+    assessment.keep(run.folder.path, "examples", shown)
 
 
 def _assessment(run: Run, position: Progression) -> JsonObject | None:
