@@ -331,13 +331,27 @@ def test_grave_notes_come_first_in_sentences(run):
 def test_a_change_has_a_colour_only_where_its_interval_does_not_hold_zero(run, better, trend):
     file = run / "manifest.json"
     manifest = json.loads(file.read_text(encoding="utf-8"))
-    change = {"value": -0.65, "low": -0.9, "high": 0.1, "rows": 96, "better": better}
+    high = 0.1 if better is None else -0.1
+    change = {"value": -0.65, "low": -0.9, "high": high, "rows": 96, "better": better}
     baseline = {"words": "always good", "value": 0.5, "change": None}
     figures = {"eval_loss": {"value": 1.46, "change": change, "baseline": baseline}}
     manifest["result"]["assessment"] = {"verdict": [], "figures": figures}
     file.write_text(json.dumps(manifest), encoding="utf-8")
     html, seen = page(run)
-    assert "-0.65 (-0.9 to +0.1)" in seen.text and "baseline 0.5: always good" in seen.text
+    assert f"-0.65 (-0.9 to {high:+})" in seen.text and "baseline 0.5: always good" in seen.text
     colours = {name for name in ("good", "bad") if f'<span class="{name}">' in html}
     assert colours == ({trend} if trend else set())
     assert ("may be chance" in seen.text) is (trend is None)
+
+
+def test_a_figure_that_began_at_zero_has_its_interval_too(run):
+    """As the margins of dpo do."""
+    file = run / "manifest.json"
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    change = {"value": 0.17, "low": 0.1, "high": 0.2, "rows": 96, "better": True}
+    manifest["result"] |= {"eval_margin_before": 0.0, "eval_margin": 0.17}
+    manifest["result"]["assessment"] = {"verdict": [], "figures": {"eval_margin": {"value": 0.17, "change": change}}}
+    file.write_text(json.dumps(manifest), encoding="utf-8")
+    Metrics(run / "metrics.jsonl").append({"kind": "eval", "step": 40, "eval_margin": 0.17})
+    html, seen = page(run)
+    assert "+0.17 (+0.1 to +0.2)" in seen.text and '<span class="good">' in html

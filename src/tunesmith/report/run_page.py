@@ -210,15 +210,15 @@ def _before_after(run: _Run, key: str) -> Tile | None:
         return Tile(name, number(before), "before training") if before is not None else None
     if before is None:
         return Tile(name, number(after))
-    if not (before and math.isfinite(before) and math.isfinite(after)):
-        return Tile(name, number(after), before=number(before))
     assessed = run.assessed(key)
     known, baseline = assessed.get("change"), assessed.get("baseline")
     against = f"baseline {number(baseline['value'])}: {baseline['words']}" if baseline else "on held-out rows"
     if known:
         trend = {True: "good", False: "bad", None: ""}[known["better"]]
-        change = f"{change_text(known)}{'' if trend or lower_is_better(key) is None else ', may be chance'}"
-        return Tile(name, number(after), against, number(before), change, trend)
+        chance = ", may be chance" if known["low"] <= 0 <= known["high"] else ""
+        return Tile(name, number(after), against, number(before), f"{change_text(known)}{chance}", trend)
+    if not (before and math.isfinite(before) and math.isfinite(after)):
+        return Tile(name, number(after), against if baseline else "", number(before))
     change, trend = _change((after - before) / abs(before), lower_is_better(key))
     if run.part("result").get("assessment"):  # colours are for differences with an interval
         trend = ""
@@ -364,4 +364,4 @@ def _answer(kind: str, sample: JsonObject) -> Answer:
     at = [f"step {step:,}"] if is_number(step) else []
     cut = [f"cut at {sample['cut']} tokens"] if is_number(sample.get("cut")) else []
     label = ", ".join([*(() if kind == "between" and at else (kind,)), *at, *cut])
-    return Answer(kind, label, "" if text is None else str(text))
+    return Answer(kind, label, "" if text is None or not str(text).strip() else str(text))

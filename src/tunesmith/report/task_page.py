@@ -56,7 +56,8 @@ def write(
       optional: entities or answers. The text is shown twice, with the true and with the predicted spans
       marked;
     - ``loss`` or ``f1``: how wrong the prediction is; ``alike``: rows with the same mistake;
-    - ``rewards``: then ``gold`` is the better answer and ``prediction`` the one with the highest reward.
+    - ``rewards``: then ``gold`` is the better answer and ``prediction`` the one with the highest reward of the
+      others, which the model prefers unless it is ``right``.
 
     Files are replaced atomically. Raises DiskFullError.
     """
@@ -216,7 +217,13 @@ def mistake_card(mistake: JsonObject) -> Mistake:
         measures.append(f"and {alike - 1:,} more rows with the same mistake")
     gold, predicted = mistake.get("gold_spans") or [], mistake.get("predicted_spans") or []
     is_typed = any(span.get("type") for span in [*gold, *predicted])
-    names = ("better", "preferred") if "rewards" in mistake else ("true", "predicted")
+    names = ("true", "predicted")
+    if "rewards" in mistake:
+        names = (
+            ("better, preferred by the model", "other")
+            if mistake.get("right")
+            else ("better", "preferred by the model")
+        )
 
     def side(name: str, key: str, spans: list[JsonObject], others: list[JsonObject]) -> Side:
         kind = "after" if key == "prediction" else ""

@@ -70,7 +70,7 @@ def _with_text(row: Row, answer: JsonObject) -> JsonObject:
     """Return ``answer`` with the text of its row, as ``report.task_page`` shows it.
 
     ``gold_spans`` and ``predicted_spans`` are the characters of entities and answers. Of a ranking ``gold``
-    is the best answer, ``prediction`` the one with the highest reward.
+    is the best answer, ``prediction`` the one with the highest reward of the others.
     """
     if isinstance(row, Labelled):
         pair = {} if row.text_pair is None else {"text_pair": row.text_pair}
@@ -95,9 +95,10 @@ def _with_text(row: Row, answer: JsonObject) -> JsonObject:
         return {**shown, "gold_spans": true, "predicted_spans": predicted, **answer}
     assert isinstance(row, Ranking)
     rewards = answer["prediction"]
-    best, preferred = row.ranks.index(min(row.ranks)), rewards.index(max(rewards))
+    best = row.ranks.index(min(row.ranks))
+    other = max((place for place in range(len(rewards)) if place != best), key=rewards.__getitem__)
     texts = [_turns_text(turns) for turns in row.answers]
-    gold, prediction = (f"[{rewards[place]:.3f}] {texts[place]}" for place in (best, preferred))
+    gold, prediction = (f"[reward {rewards[place]:.3f}] {texts[place]}" for place in (best, other))
     text = _turns_text(row.prompt)
     return {**answer, "text": text, "gold": gold, "prediction": prediction, "rewards": rewards}
 
