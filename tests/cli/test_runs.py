@@ -61,7 +61,11 @@ def test_a_run_that_stopped_itself_shows_why_and_how_to_go_on(tmp_path, monkeypa
 
 
 def test_show_opens_the_model_folder_of_a_run_too(made, capsys):
-    assert answered(capsys, "runs", "show", made / "b" / "model")["adaptation"] == "lora"
+    found = answered(capsys, "runs", "show", made / "b" / "model")
+    assert found["adaptation"] == "lora"
+    assert main(["runs", "show", str(made / "b" / "model")]) == 0
+    (line, *_) = found["manifest"]["result"]["assessment"]["verdict"]
+    assert f"verdict     {line}" in capsys.readouterr().out
 
 
 def test_compare_names_exactly_the_keys_that_differ_and_draws_a_picture(made, tmp_path, capsys):

@@ -159,6 +159,7 @@ def _show_lines(facts: JsonObject) -> str:
             ("data", f"{source['path']}  {source['rows_kept']:,} rows  sha256 {source['sha256'][:12]}")
             for source in data.get("sources", ())
         ),
+        *(("verdict", line) for line in (result.get("assessment") or {}).get("verdict", ())),
         ("loss", ", ".join(filter(None, losses)) + _with_value(" (step {})", facts["best_step"])),
         ("figures", ", ".join(_change(name, *both) for name, both in facts["figures"].items())),
         ("speed", speed + (f", {figure_format.duration(seconds)}" if seconds else "")),
