@@ -1,16 +1,16 @@
 """Sample prompts and answers as a person reads them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import tunesmith
 from tests.runs import recipe
-from tests.tiny import save_tiny, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 from tunesmith.data.encode import conversations, rankings
 from tunesmith.data.rows import Chat, Ranking
-from tunesmith.models.load.load import load
 from tunesmith.train import samples
 from tunesmith.train.train_config import SampleConfig
 
@@ -47,12 +47,14 @@ def test_a_single_question_is_shown_without_its_role():
     assert prompt.text == "which city?"
 
 
-def test_an_answer_that_did_not_stop_is_marked_as_cut(tmp_path, monkeypatch):
-    model, tokenizer = load(save_tiny("llama", tmp_path / "model"))
-    stop = next(iter(samples.decode.stop_ids(model, tokenizer)))
+def test_an_answer_that_did_not_stop_is_marked_as_cut(monkeypatch):
+    found = [
+        SimpleNamespace(prompt=1, text="b", ids=[7], reason="stop"),
+        SimpleNamespace(prompt=0, text="a", ids=[7, 8, 9], reason="length"),
+    ]
+    monkeypatch.setattr(samples, "Engine", lambda *_: SimpleNamespace(run=lambda requests: found))
     prompts = [samples.Prompt([3, 4], "a", None), samples.Prompt([5, 6], "b", None)]
-    monkeypatch.setattr(samples.decode, "generate_ids", lambda *_: [[7, 8, 9], [7, stop]])
-    assert [one.cut for one in samples.answer(model, tokenizer, prompts, 3)] == [3, None]
+    assert samples.answer(None, None, prompts, 3) == [samples.Answer("a", 3), samples.Answer("b", None)]
 
 
 def test_the_report_and_the_terminal_say_where_a_sample_was_cut(tmp_path):
