@@ -14,7 +14,7 @@ ROOT = {
     "seed",
 }
 
-DATA = {"train", "eval", "template", "template_kwargs", "bad_rows", "max_unlearnable", "cache"}
+DATA = {"train", "eval", "template", "template_kwargs", "special_tokens", "bad_rows", "max_unlearnable", "cache"}
 SOURCE = {
     "path",
     "split",
@@ -92,7 +92,7 @@ EITHER_OR = [
 ]
 """Keys that no run can hold together: `recipe.conflicts`, or the part itself, refuses the pair."""
 
-NO_TURNS = {"template": "data", "template_kwargs": "data"}
+NO_TURNS = {"template": "data", "template_kwargs": "data", "special_tokens": "data"}
 WRITES_NOTHING = {**NO_TURNS, "prompts": "samples", "count": "samples", "max_new_tokens": "samples"}
 JUDGED = {"separator": "data.train.0", "max_unlearnable": "data", "neftune_noise_alpha": "train", "lora_dropout": "adaptation"}
 IDLE = {

@@ -311,6 +311,7 @@ def test_a_key_that_would_do_nothing_is_refused(objective, key, part):
     value = {
         "template": "chatml",
         "template_kwargs": "{enable_thinking: false}",
+        "special_tokens": "allow",
         "max_unlearnable": 0.5,
         "prompts": ["x"],
         "count": 2,

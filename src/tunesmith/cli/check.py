@@ -74,6 +74,7 @@ def _memory_error(forecast: JsonObject) -> str:
 
 def lines(facts: JsonObject) -> list[str]:
     """Return the most important facts of ``train.run.check``, a line each; ``--json`` has all of them."""
+    from tunesmith.data.encode import turn_findings
     from tunesmith.data.store.data_report import HeldOut
 
     data, precision = facts["data"], facts["precision"]
@@ -88,6 +89,7 @@ def lines(facts: JsonObject) -> list[str]:
         rows.append(("source", f"{source['path']}: {source['format']}; {kept}"))
         rows += [("", str(problem)) for problem in source["problems"]]
         rows += [("", f"the template leaves out {place}") for place in source["left_out"]["first"]]
+        rows += [("", line) for line in turn_findings.lines(source["path"], source.get("in_turns", []))]
     if data["held_out"]:
         rows.append(("", HeldOut(**data["held_out"]).line()))
     for name in ("train", "eval"):

@@ -59,7 +59,17 @@ def preview(
     kwargs = (config.template_kwargs if config else {}) | options.parse_template_kwargs(template_kwarg)
     accepted = ROW_TYPES if config is None and train_on is None else ()
     shown = [
-        previews.preview(source, objective, tokenizer, chosen, rows, accepted, kwargs) for source in sources
+        previews.preview(
+            source,
+            objective,
+            tokenizer,
+            chosen,
+            rows,
+            accepted,
+            kwargs,
+            config.special_tokens if config else None,
+        )
+        for source in sources
     ]
     facts = {"sources": [item.as_dict() for item in shown]}
     print_result(facts, as_json, lambda _: _preview_lines(shown))
@@ -86,6 +96,7 @@ def lint(
     """List bad rows as file:row:field with what was expected, found and how to fix it; and duplicates."""
     from tunesmith.data.check import lint as linting
     from tunesmith.data.check import near_duplicates as near
+    from tunesmith.data.encode import turn_tokens
     from tunesmith.data.read.source import eval_sources
     from tunesmith.data.rows import ROW_TYPES
     from tunesmith.data.store import row_writer
@@ -99,17 +110,20 @@ def lint(
     held_out = [source for path in evaluation or () for source in _open_target(path, keys, None)[0]]
     accepted: tuple[type, ...] = ROW_TYPES
     learns: Objective | None = None
-    kwargs = options.parse_template_kwargs(template_kwarg)
+    kwargs, policy, turns_option = options.parse_template_kwargs(template_kwarg), None, {}
     for file in files:
         sources, config, objective, _ = _open_target(file, keys, None)
         train += sources
         if config is not None:
             accepted, learns = tuple(objective.traits.rows), objective
             template = template or config.template
-            kwargs = config.template_kwargs | kwargs
+            kwargs, policy = config.template_kwargs | kwargs, config.special_tokens
+            turns_option = objective.config.model_dump(include={"train_on", "expand_turns"})
             held_out += eval_sources(config).values()
     tokenizer = _rendering_tokenizer(model, template, kwargs) if model else None
-    report = linting.lint(train, held_out, accepted, tokenizer, learns)
+    if tokenizer and policy:
+        turn_tokens.set_policy(tokenizer, policy)
+    report = linting.lint(train, held_out, accepted, tokenizer, learns, **turns_option)
     facts, lines = report.as_dict(), _lint_lines(report)
     if model and tokenizer is None:
         lines.insert(0, f"remark: {model} has no chat template and no end token, so no row is rendered")
@@ -316,6 +330,7 @@ def _lint_lines(report: LintReport) -> list[str]:
     lines += [f"{item.where}: also a training row, {item.same_as}. Remove one of them." for item in leaked]
     lines += [f"remark: {item.where} repeats {item.same_as}" for item in duplicates]
     lines += [f"remark: the chat template leaves out {place}" for place in report.left_out]
+    lines += [f"remark: {line}" for item in report.in_turns for line in item.lines()]
     lines += [line for pairs in report.pairs for line in pairs.lines()]
     lines += [line for judgements in report.judged for line in judgements.lines()]
     lines += [f"warning: {text}" for text in report.warnings]

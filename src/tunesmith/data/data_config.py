@@ -164,6 +164,10 @@ class DataConfig(Strict):
     template_kwargs: dict[str, object] = Field(
         {}, description="variables of the chat template, e.g. {enable_thinking: false}; saved with the model"
     )
+    special_tokens: Literal["text", "allow", "error"] = Field(
+        "text",
+        description="tokens that open or close a turn, typed in a message: text = plain text, allow = the tokens",
+    )
     bad_rows: Literal["error", "skip"] = Field("error", description="skip = count, list and drop them")
     max_unlearnable: float = Field(
         0.2, ge=0, le=1, description="maximum share of rows without supervised tokens"

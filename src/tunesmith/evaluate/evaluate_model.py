@@ -12,6 +12,7 @@ from typing import Literal
 
 from tunesmith import files
 from tunesmith.data.data_config import DataConfig, EvalConfig, Source
+from tunesmith.data.encode import turn_tokens
 from tunesmith.data.formats.fields import Columns
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import UserError
@@ -88,6 +89,7 @@ def evaluate(
     config = DataConfig(
         train=[source], eval=EvalConfig(fraction=0.0), template=template,
         template_kwargs=template_kwargs or {}, bad_rows=bad_rows,
+        special_tokens=turn_tokens.policy_of(opened.tokenizer),
     )  # fmt: skip
     window = window_of(network.config, virtual_tokens.count(network) + first_position(base(network)))
     prepared = prepare(config, chosen, opened.tokenizer, max_length=opened.max_length, window=window, seed=0)

@@ -97,7 +97,7 @@ def _objective_rules(recipe: Recipe, sources: Mapping[str, Source]) -> list[Rule
           for key, value in random_keys),
         *((changed(recipe.data, key) and Chat not in traits.rows and not traits.fits_rows,
            f"data.{key} does nothing: {learns}")
-          for key in ("template", "template_kwargs")),
+          for key in ("template", "template_kwargs", "special_tokens")),
         *((source.separator and Labelled not in traits.rows, f"{place}.separator does nothing: {learns}")
           for place, source in sources.items()),
         *((source.separator and dict(recipe.objective)[key],

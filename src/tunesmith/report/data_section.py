@@ -128,7 +128,7 @@ def _cells(split: JsonObject) -> dict[str, Cell]:
 
 def _source(source: JsonObject) -> JsonObject:
     """Return the columns that a table has room for; manifest.json has the whole hash."""
-    hidden = ("problems", "sha256", "left_out", "cached", "seconds", "revision")
+    hidden = ("problems", "sha256", "left_out", "cached", "seconds", "revision", "in_turns")
     row = {key.removeprefix("rows_"): value for key, value in source.items() if key not in hidden}
     short = {"commit": source.get("revision"), "sha256": source.get("sha256")}
     return row | {key: str(value)[:12] for key, value in short.items() if value}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.data.check.lint_judgements import JudgementFindings, balance_warnings
@@ -14,6 +15,7 @@ from tunesmith.data.data_config import Source
 from tunesmith.data.encode.conversations import TrainOn, find_omitted_text, render
 from tunesmith.data.encode.spans import SpanError
 from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
+from tunesmith.data.encode.turn_findings import TurnFindings
 from tunesmith.data.formats.record_values import has_carriage_returns
 from tunesmith.data.read import hub_set
 from tunesmith.data.read.source import OpenedSource, open_source
@@ -69,6 +71,8 @@ class LintReport:
     duplicates: list[Duplicate] = field(default_factory=list)
     leaked: list[Duplicate] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    in_turns: list[TurnFindings] = field(default_factory=list)
+    """What to look at in the turns of each file."""
     pairs: list[PairFindings] = field(default_factory=list)
     judged: list[JudgementFindings] = field(default_factory=list)
 
@@ -89,6 +93,7 @@ class LintReport:
             "duplicates": [asdict(item) for item in self.duplicates],
             "leaked": [asdict(item) for item in self.leaked],
             "left_out": self.left_out,
+            "in_turns": {item.path: item.as_list() for item in self.in_turns},
             "pairs": [item.as_dict() for item in self.pairs],
             "judged": [item.as_dict() for item in self.judged],
             "warnings": self.warnings,
@@ -101,6 +106,8 @@ def lint(
     accepted: tuple[type, ...] = ROW_TYPES,
     tokenizer: PreTrainedTokenizerBase | None = None,
     objective: Objective | None = None,
+    train_on: TrainOn = "completion",
+    expand_turns: bool = False,
 ) -> LintReport:
     """Read every row of every file and list all problems; nothing raises.
 
@@ -108,7 +115,8 @@ def lint(
 
     With a ``tokenizer`` each row is also rendered: a row that its chat template refuses is a problem, a text
     that the template drops is a remark. A file that cannot be opened, or whose columns match no format, is
-    one problem.
+    one problem. ``train_on`` and ``expand_turns``: of the objective, because a template may rewrite a turn that
+    is supervised under one of them only.
     """
     renderer = Renderer(tokenizer) if tokenizer is not None and tokenizer.chat_template else None
     report = LintReport()
@@ -124,14 +132,18 @@ def lint(
     for role, source in [*(("train", item) for item in train), *(("eval", item) for item in evaluation)]:
         first_in_file: dict[int, str] = {}
         file = FileReport(source.label, role)
+        in_turns = TurnFindings(source.label)
         pairs, judged = PairFindings(source.label, role), JudgementFindings(source.label, role)
         try:
             opened = replace(open_source(source, accepted), held_out=role == "eval")
             file.format = opened.description
             labelled = opened.convert is not None and opened.convert.form.row is Judged
-            for record, row in _usable_rows(
-                opened, file, judged if labelled else pairs, report, renderer, objective
-            ):
+            check = partial(
+                _problem, renderer=renderer, dropped=report.left_out, train_on=train_on, expand_turns=expand_turns,
+            )  # fmt: skip
+            findings = judged if labelled else pairs
+            for record, row in _usable_rows(opened, file, findings, report, check, objective):
+                in_turns.add(row, record.row, renderer)
                 if isinstance(row, Ranking):
                     pairs.add(row, record.row, first_pairs)
                 elif isinstance(row, Judged):
@@ -145,6 +157,8 @@ def lint(
         except DataError as error:
             fatal = RowProblem(source.label, 0, "file", "a file of rows", str(error), "", fatal=True)
             report.problems.append(fatal)
+        if in_turns.rows:
+            report.in_turns.append(in_turns)
         if pairs.rows or any(pairs.kinds.counts.values()):
             report.pairs.append(pairs)
         if judged.rows or any(judged.kinds.counts.values()):
@@ -195,12 +209,12 @@ def _usable_rows(
     file: FileReport,
     findings: Findings,
     report: LintReport,
-    renderer: Renderer | None,
+    check: Callable[[Record, Row], RowProblem | None],
     objective: Objective | None,
 ) -> Iterator[tuple[Record, Row]]:
     """Yield the usable rows of a file, and count and report the others."""
     for item in opened.rows():
-        problem = item if isinstance(item, RowProblem) else _problem(*item, renderer, report.left_out)
+        problem = item if isinstance(item, RowProblem) else check(*item)
         if problem is None and objective is not None and not isinstance(item, RowProblem):
             try:
                 objective.check_labels(item[1], opened.held_out)
@@ -222,7 +236,8 @@ def _problem(
     row: Row,
     renderer: Renderer | None,
     dropped: list[str],
-    train_on: TrainOn | int = "assistant",
+    train_on: TrainOn | int,
+    expand_turns: bool = False,
 ) -> RowProblem | None:
     """Return why the chat template refuses a row, else None. Texts that it drops are added to ``dropped``."""
     if isinstance(row, Answered):
@@ -233,7 +248,7 @@ def _problem(
     if renderer is None or not isinstance(row, Chat):
         return None
     try:
-        render(row, renderer, train_on)
+        render(row, renderer, train_on, expand_turns)
     except SpanError as error:
         expected, got, fix = error.expected, error.got, error.fix
     except RENDER_ERRORS as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +12,10 @@ from rich.text import Text as RichText
 
 from tunesmith.data.batch.pack import Example
 from tunesmith.data.data_config import Source
+from tunesmith.data.encode import turn_tokens
 from tunesmith.data.encode.rankings import encode
-from tunesmith.data.encode.templates import apply_template
+from tunesmith.data.encode.templates import Renderer, apply_template
+from tunesmith.data.encode.turn_findings import find
 from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import RowProblem
 from tunesmith.data.rows import Answered, Chat, Judged, Labelled, Question, Ranking, Row, Tagged
@@ -37,17 +39,20 @@ Piece = tuple[str, bool]
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """One example. ``known``: label, tags, answers or ranks in words; None for text to be written."""
+    """One example. ``known``: label, tags, answers or ranks in words; None for text to be written.
+
+    ``notes``: ``turn_findings`` of the row."""
 
     where: str
     pieces: tuple[Piece, ...]
     tokens: int
     supervised: int
     known: str | None = None
+    notes: tuple[str, ...] = ()
 
     def head(self) -> str:
         counts = f"{self.supervised} of {self.tokens} tokens supervised"
-        return f"{self.where}: {counts if self.known is None else self.known}"
+        return "; ".join([f"{self.where}: {counts if self.known is None else self.known}", *self.notes])
 
     def styled_text(self) -> RichText:
         text = RichText()
@@ -58,6 +63,7 @@ class PreviewRow:
     def as_dict(self) -> JsonObject:
         pieces = [{"text": text, "supervised": supervised} for text, supervised in self.pieces]
         counts = {"where": self.where, "tokens": self.tokens, "supervised": self.supervised, "pieces": pieces}
+        counts |= {"notes": list(self.notes)} if self.notes else {}
         return counts if self.known is None else counts | {"known": self.known}
 
 
@@ -89,6 +95,7 @@ def preview(
     rows: int = 3,
     accepted: tuple[type, ...] = (),
     template_kwargs: Mapping[str, object] | None = None,
+    special_tokens: turn_tokens.Policy | None = None,
 ) -> Preview:
     """Return the first ``rows`` usable rows of a source as examples, and the unusable rows before them.
 
@@ -100,6 +107,8 @@ def preview(
     template_name = "none: the rows are plain text"
     if template is not None or template_kwargs or Chat in opened.kinds:
         tokenizer, template_name = apply_template(tokenizer, template, template_kwargs)
+    turn_tokens.set_policy(tokenizer, special_tokens or turn_tokens.policy_of(tokenizer))
+    renderer = Renderer(tokenizer) if tokenizer.chat_template else None
     shown: list[PreviewRow] = []
     problems: list[RowProblem] = []
     usable = 0
@@ -117,6 +126,8 @@ def preview(
             for example in objective.encode([row], tokenizer)[0]:
                 pieces = tuple(split_by_supervision(example, tokenizer))
                 shown.append(PreviewRow(where, pieces, len(example["input_ids"]), targets(example)))
+        notes = tuple(what if n == 1 else f"{what} ({n} times)" for what, n in find(row, renderer).items())
+        shown = [replace(one, notes=notes) if one.where == where else one for one in shown]
         usable += 1
         if usable == rows:
             break

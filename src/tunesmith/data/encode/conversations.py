@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 
 from tunesmith.data.batch.pack import Example
+from tunesmith.data.encode import turn_tokens
 from tunesmith.data.encode.spans import (
     END,
     Span,
@@ -42,12 +43,15 @@ Characters = Callable[[int], tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A row as text, with its supervised ``spans``. ``before`` and ``after``: ids that the text lacks."""
+    """A row as text, with its supervised ``spans``. ``before`` and ``after``: ids that the text lacks.
+
+    ``typed``: starts of turn tokens in the text that are plain text; None for none."""
 
     text: str
     spans: tuple[Span, ...]
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    typed: tuple[int, ...] | None = None
 
 
 def render(
@@ -93,7 +97,7 @@ def _chat(renderer: Renderer, row: Chat, train_on: TrainOn | int) -> Rendered:
     if train_on == "all":
         context = [turn for turn in assistant_turns(row.messages) if "weight" in row.messages[turn]]
         spans = _without([find_span(renderer, row, full, turn) for turn in context])
-    return Rendered(full, spans, (), after)
+    return Rendered(full, spans, (), after, turn_tokens.typed_places(renderer, row, full))
 
 
 def _supervised_turns(messages: Sequence[Message], train_on: TrainOn | int) -> list[int]:
@@ -150,11 +154,11 @@ def encode(
         except RENDER_ERRORS as error:
             got, fix = f"{type(error).__name__}: {error}", "Change the row or data.template."
             raise RowFault(index, "a conversation that the chat template accepts", got, fix) from None
-    examples = iter(tokenise(list(chain.from_iterable(texts)), tokenizer))
+    examples = iter(tokenise(list(chain.from_iterable(texts)), renderer))
     return [[next(examples) for _ in group] for group in texts]
 
 
-def tokenise(texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def tokenise(texts: Sequence[Rendered], renderer: Renderer) -> list[Example]:
     """Tokenise all texts in one call; a token is supervised when it shares a character with a span.
 
     Only a few tokens near the ends of spans are asked for their characters: converting the offsets of all
@@ -162,11 +166,14 @@ def tokenise(texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> l
     """
     if not texts:
         return []
-    encoded = call_tokenizer(tokenizer, [item.text for item in texts])
-    return [
-        _example(item, ids, encoding)
-        for item, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings)
-    ]
+    encoded = call_tokenizer(renderer.tokenizer, [item.text for item in texts])
+    out = []
+    for item, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings):
+        if item.typed is not None:
+            encoding = turn_tokens.encode(renderer, item.text, item.typed)
+            ids = encoding.ids
+        out.append(_example(item, ids, encoding))
+    return out
 
 
 def _example(item: Rendered, ids: list[int], encoding: Encoding) -> Example:
@@ -222,11 +229,17 @@ def prompt_ids(
         tools = prompt.tools if isinstance(prompt, Chat) else ()
         if system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
+        row = Chat(tuple(messages), tuple(tools))
         try:
-            text, begun = renderer(messages, tools, prompt=True), ()
+            text, begun = renderer(row.messages, row.tools, prompt=True), ()
+            typed = turn_tokens.typed_places(renderer, row, text, prompt=True)
         except RENDER_ERRORS as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"the chat template refuses the conversation: {reason}") from None
+        except SpanError as error:
+            raise DataError(f"the prompt: {error}") from None
+        if typed is not None:
+            return list(turn_tokens.encode(renderer, text, typed).ids)
     return [*begun, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from tunesmith.data.check.contamination import Contamination
+from tunesmith.data.encode import turn_findings
 from tunesmith.json_types import JsonObject
 
 
@@ -16,6 +17,7 @@ class SourceReport:
 
     ``left_out``: text that the template omits. ``revision``: the commit of a data set of the Hub.
     ``carriage_returns``: rows in which a line end ``\\r\\n`` was read as ``\\n``.
+    ``in_turns``: see ``turn_findings``.
     """
 
     path: str
@@ -32,6 +34,7 @@ class SourceReport:
     seconds: float
     revision: str | None = None
     carriage_returns: int = 0
+    in_turns: list[JsonObject] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class Report:
             if source.left_out["rows"]:
                 share = f"{source.left_out['rows']} of {source.left_out['looked_at']} rows compared"
                 out.append(f"  the template omits text of {share}, for example {source.left_out['first'][0]}")
+            out += [f"  {line}" for line in turn_findings.lines(source.path, source.in_turns)]
         out.append(f"template: {self.template}; max_length {self.max_length}")
         out += [self.held_out.line()] if self.held_out else []
         splits = {"train": self.train, "eval": self.eval}

@@ -19,8 +19,10 @@ from tunesmith import files
 from tunesmith.data import rows
 from tunesmith.data.batch.pack import Example
 from tunesmith.data.data_config import Source
+from tunesmith.data.encode import turn_tokens
 from tunesmith.data.encode.conversations import find_omitted_text
 from tunesmith.data.encode.templates import Renderer
+from tunesmith.data.encode.turn_findings import TurnFindings
 from tunesmith.data.formats.record_values import has_carriage_returns
 from tunesmith.data.read import builtin, class_folder, hub_set
 from tunesmith.data.read.row_files import existing
@@ -143,6 +145,7 @@ class _SourceEncoder:
         carriage_returns = 0
         omitted: JsonObject = {"looked_at": 0, "rows": 0, "first": []}
         renderer = Renderer(self.tokenizer) if self.tokenizer.chat_template else None
+        found = TurnFindings(self.opened.source.label)
         for encoded, problems in self._encode_ahead():
             read += len(problems)
             for (record, row), examples in encoded:
@@ -151,6 +154,7 @@ class _SourceEncoder:
                 if record.row != last:  # a pair that becomes two rows is one row of the file
                     read, kept, last = read + 1, kept + 1, record.row
                     carriage_returns += has_carriage_returns(record.value)
+                    found.add(row, record.row, renderer)
                 if renderer and len(examples) == 1 and omitted["looked_at"] < COMPARED_ROWS:
                     _count_omitted(row, record, renderer, omitted)
             fatal = fatal or any(problem.fatal for problem in problems)
@@ -160,7 +164,7 @@ class _SourceEncoder:
         listed = [asdict(problem) for problem in first]
         return {
             "read": read, "kept": kept, "problems": listed, "fatal": fatal, "left_out": omitted,
-            "carriage_returns": carriage_returns,
+            "carriage_returns": carriage_returns, "in_turns": found.as_list(),
         }  # fmt: skip
 
     def _encode_ahead(self) -> Iterator[Encodings]:
@@ -259,7 +263,7 @@ def shared_key(objective: Objective, tokenizer: PreTrainedTokenizerBase) -> str:
     settings = objective.config.model_dump(mode="json", exclude={"overlong"})
     facts = [
         tokenizer.chat_template, {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        [kind.__module__, kind.__qualname__, settings, objective.facts],
+        turn_tokens.policy_of(tokenizer), [kind.__module__, kind.__qualname__, settings, objective.facts],
         version("tokenizers"), version("transformers"), version("jinja2"), platform.python_version(),
     ]  # fmt: skip
     content.update(json.dumps(facts, sort_keys=True).encode())

@@ -13,6 +13,7 @@ import numpy as np
 from tunesmith.data.check import lint
 from tunesmith.data.check.contamination import contamination
 from tunesmith.data.data_config import DataConfig
+from tunesmith.data.encode import turn_tokens
 from tunesmith.data.encode.templates import apply_template
 from tunesmith.data.read import class_folder, hub_set
 from tunesmith.data.read.source import OpenedSource, eval_sources, open_source
@@ -116,6 +117,7 @@ def prepare(
     template = "none: the rows are plain text"
     if config.template is not None or config.template_kwargs or any(Chat in item.kinds for _, item in opened):
         tokenizer, template = apply_template(tokenizer, config.template, config.template_kwargs)
+    turn_tokens.set_policy(tokenizer, config.special_tokens)
     _scan(objective, [item for role, item in opened if role == "train"])
     key = shared_key(objective, tokenizer)
     parts = []
@@ -390,6 +392,7 @@ def _source_report(part: _Part) -> SourceReport:
         problems=tuple(str(replace(problem, path=source.label)) for problem in part.problems()),
         left_out=info["left_out"],
         carriage_returns=info["carriage_returns"],
+        in_turns=info["in_turns"],
         weight=source.weight,
         cached=part.built.cached,
         seconds=part.built.seconds,
