@@ -1,4 +1,4 @@
-"""What to look at in the turns of a file: turn tokens typed in a message, unknown keys, unfilled placeholders."""
+"""Findings in the turns of a file: turn tokens typed in a message, unknown keys, unfilled placeholders."""
 
 from __future__ import annotations
 
