@@ -287,6 +287,41 @@ def test_without_a_generation_prompt_an_answer_of_special_tokens_is_stopped(name
             assert texts[0].endswith(style.stop) and texts[0].count(style.stop) == 1 + answer.count(style.stop), texts
 
 
+VERBATIM = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + OPEN + m.content + '<|im_end|>\n' }}{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+OPENING = {
+    "content as it is": VERBATIM.replace("OPEN", "''") + PROMPT,
+    "opens the answer itself": VERBATIM.replace("OPEN", "('<think>\n' if m.role == 'assistant' else '')") + PROMPT,
+}
+
+
+@pytest.mark.parametrize("content", ["<think>\nA cat.\n</think>\n\nTwelve.", "A cat.\n</think>\n\nTwelve."])
+@pytest.mark.parametrize("name", OPENING)
+def test_reasoning_that_the_generation_prompt_opens_is_opened_once(name, content):
+    tokenizer = tiny_tokenizer(OPENING[name])
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
+    example = encode_one(Chat(tuple(messages)), tokenizer)
+    prompt = prompt_ids(messages[:1], tokenizer)
+    assert tokenizer.decode(example["input_ids"][: len(prompt)]).endswith("assistant\n<think>\n")
+    assert supervised_texts(example, tokenizer) == ["A cat.\n</think>\n\nTwelve.<|im_end|>"]
+    assert example["input_ids"][: len(prompt)].tolist() == prompt
+
+
+def test_html_in_an_answer_is_no_reasoning():
+    tokenizer = tiny_tokenizer(OPENING["content as it is"])
+    messages = ({"role": "user", "content": "x"}, {"role": "assistant", "content": "<b>bold</b> text"})
+    assert supervised_texts(encode_one(Chat(messages), tokenizer), tokenizer)[0].endswith("<b>bold</b> text<|im_end|>")
+
+
+@pytest.mark.parametrize("content", ["<think>A cat.</think>Twelve.", "<think>\n\nA cat.\n\n\n</think>\nTwelve."])
+def test_reasoning_that_the_template_spaces_anew_is_not_omitted(content):
+    messages = ({"role": "user", "content": "x"}, {"role": "assistant", "content": content})
+    tokenizer = TOKENIZERS["qwen3"]
+    assert find_omitted_text(Chat(messages), Renderer(tokenizer)) == []
+    earlier = (*messages, {"role": "user", "content": "y"}, {"role": "assistant", "content": "z"})
+    assert len(find_omitted_text(Chat(earlier), Renderer(tokenizer))) == 1  # that of an earlier turn is
+
+
 SEAMS = [
     (" a", "b"),
     ("x\n", "\n y"),

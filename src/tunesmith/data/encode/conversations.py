@@ -7,6 +7,7 @@ on the identity of a token nor on the length of a prompt tokenised alone.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ def _document(renderer: Renderer, text: str, start: int) -> Rendered:
 def _chat(renderer: Renderer, row: Chat, train_on: TrainOn | int) -> Rendered:
     """A conversation with the spans of the turns that ``train_on`` names, as in :func:`encode`."""
     wanted = _supervised_turns(row.messages, train_on)
+    row = _with_one_opening(renderer, row)
     full = renderer(row.messages, row.tools)
     spans = tuple(find_span(renderer, row, full, turn) for turn in wanted)
     for turn, span in zip(wanted, spans):
@@ -98,6 +100,33 @@ def _chat(renderer: Renderer, row: Chat, train_on: TrainOn | int) -> Rendered:
         context = [turn for turn in assistant_turns(row.messages) if "weight" in row.messages[turn]]
         spans = _without([find_span(renderer, row, full, turn) for turn in context])
     return Rendered(full, spans, (), after, turn_tokens.typed_places(renderer, row, full))
+
+
+def _with_one_opening(renderer: Renderer, row: Chat) -> Chat:
+    """``row`` with its reasoning opened once, where the generation prompt opens it.
+
+    The template may write the tag before a content that has it, or not before one that lacks it. The row
+    stays as it is if another content does not mend that.
+    """
+    opening = renderer.opening
+    if opening is None or not any(f"</{opening[1]}>" in str(one.get("content")) for one in row.messages):
+        return row
+    tag, twice = f"<{opening[1]}>", re.compile(f"(<{opening[1]}>)\\s*\\1")
+    last = assistant_turns(row.messages)[-1]
+    full = renderer(row.messages, row.tools)
+    changed = list(row.messages)
+    if twice.search(full):
+        for turn in assistant_turns(row.messages):
+            content = row.messages[turn]["content"].lstrip()
+            changed[turn] = {**changed[turn], "content": content.removeprefix(tag).lstrip("\n")}
+        return Chat(tuple(changed), row.tools) if not twice.search(renderer(changed, row.tools)) else row
+    content = row.messages[last]["content"]
+    if tag not in content and f"</{opening[1]}>" in content and last:
+        prompt = renderer(row.messages[:last], row.tools, prompt=True)
+        changed[last] = {**changed[last], "content": opening[0] + content.lstrip("\n")}
+        is_opened = full.startswith(prompt) or not renderer(changed, row.tools).startswith(prompt)
+        return row if is_opened else Chat(tuple(changed), row.tools)
+    return row
 
 
 def _supervised_turns(messages: Sequence[Message], train_on: TrainOn | int) -> list[int]:
@@ -260,11 +289,12 @@ def find_omitted_text(row: Chat, renderer: Renderer) -> list[str]:
     Templates that strip the reasoning of earlier turns, or cannot render a system turn or tools, omit text.
     """
     rendered = renderer(row.messages, row.tools)
+    dense = "".join(rendered.split())  # a template may space reasoning anew
     missing = []
     for index, message in enumerate(row.messages):
         for field in ("content", "reasoning_content"):
             text = str(message.get(field) or "").strip()
-            if text and text not in rendered:
+            if "".join(text.split()) not in dense:
                 missing.append(f"messages[{index}].{field}: {text[:60]!r}")
         missing += [f"messages[{index}].{what}" for what in omitted_calls(renderer, row, rendered, index)]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -237,6 +238,9 @@ def check_limits(tokenizer: PreTrainedTokenizerBase) -> None:
     _checked.add(key)
 
 
+OPENING = re.compile(r"<(\w+)>\s*\Z")
+
+
 class Renderer:
     """The chat template of one tokenizer, whose special tokens are looked up once for many rows."""
 
@@ -251,6 +255,14 @@ class Renderer:
         self.eos: str | None = tokenizer.eos_token
         self.specials = special_tokens(tokenizer)
         self.before = tuple(special_ends(tokenizer)[0])
+
+    @cached_property
+    def opening(self) -> re.Match[str] | None:
+        """The tag that ends the generation prompt, such as ``<think>`` and a line end: reasoning comes next."""
+        try:
+            return OPENING.search(self(PROBE[:1], (), prompt=True))
+        except RENDER_ERRORS:
+            return None
 
     @cached_property
     def opens_answers(self) -> bool:
