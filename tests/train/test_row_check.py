@@ -5,16 +5,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tests.numeric.test_parity import examples
 from tests.runs import labelled
-from tests.tiny import ENCODER, SMALL, encoder_tokenizer, tiny_model
+from tests.tiny import ENCODER, SMALL, encoder_tokenizer, tiny_model, tiny_tokenizer
 from tunesmith.data.rows import Labelled
 from tunesmith.errors import ModelError
-from tunesmith.models.heads import lm_head, task_heads
-from tunesmith.objectives import classify
+from tunesmith.models.heads import lm_head, noise, task_heads
+from tunesmith.objectives import classify, sft
 from tunesmith.train import fast_path, row_check
 
 CPU = torch.device("cpu")
 IDS = list(range(5, 29))
+SFT = sft.Objective(sft.Config())
 
 
 def encoder(name, **changes):
@@ -93,3 +95,31 @@ def test_keywords_that_attention_ignores_do_not_prevent_packing(name):
     special = {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2, "local_attention": 256}
     model = encoder(name, **(special if name == "modernbert" else {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}))
     assert classified(model)[2].packed
+
+
+@pytest.mark.parametrize(("name", "where"), [("gpt_neox_japanese", "attention_dropout"), ("biogpt", None)])
+def test_training_mode_is_tried_before_the_first_step(name, where):
+    """Dropout of attention probabilities once ended the first step of these two."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SMALL, "attention_dropout": 0.1, "attention_probs_dropout_prob": 0.1})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    objective, rows = SFT, examples(SFT, tiny_tokenizer())
+    noise.install(model, 0)
+    chosen = fast_path.choose(model, objective, rows, 64, "auto", CPU)
+    fast_path.check_training_mode(model, objective, rows, chosen, CPU)
+    assert [f" in {where} is off: " in note for note in chosen.notes if note.startswith("dropout")] == [True] * (
+        where is not None
+    )
+    model.train()
+    lengths = [len(row["input_ids"]) for row in rows[:2]]
+    with noise.override(model, rows=[0, 1], lengths=lengths, packed=chosen.packed):
+        objective.loss(model, objective.collate(rows[:2], chosen.layout))
+
+
+def test_a_network_that_fails_in_training_mode_is_refused():
+    model = tiny_model("llama")
+    model.model.layers[0].register_forward_hook(lambda module, given, out: out if not module.training else out.nothing)
+    rows = examples(SFT, tiny_tokenizer())
+    chosen = fast_path.choose(model, SFT, rows, 64, "auto", CPU)
+    with pytest.raises(ModelError, match="llama: the model's own forward fails in training mode"):
+        fast_path.check_training_mode(model, SFT, rows, chosen, CPU)

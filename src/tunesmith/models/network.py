@@ -119,12 +119,14 @@ def first_position(model: PreTrainedModel) -> int:
 def padding_ids(model: PreTrainedModel) -> set[int]:
     """Return the token ids that ``model`` may treat as padding."""
     found = {attribute(module, "padding_idx") for module in model.modules()}
-    return {int(number) for number in (*found, base(model).config.pad_token_id) if number is not None}
+    found.add(attribute(base(model).config, "pad_token_id"))
+    return {int(number) for number in found if number is not None}
 
 
 def context_window(config: PretrainedConfig) -> int | None:
     """Return the most tokens that a row may have, or None when the config names no limit."""
-    return attribute(config.get_text_config(), "max_position_embeddings")
+    limit = attribute(config.get_text_config(), "max_position_embeddings")
+    return None if limit is not None and limit < 1 else limit  # xlnet names -1
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:

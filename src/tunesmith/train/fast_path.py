@@ -23,8 +23,9 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import attention, fused_layers, torch_compile, varlen
-from tunesmith.models.heads import lm_head
-from tunesmith.models.network import base
+from tunesmith.models.fast.self_check import describe
+from tunesmith.models.heads import lm_head, noise
+from tunesmith.models.network import FORWARD_ERRORS, base
 from tunesmith.objectives import Example, Objective
 from tunesmith.train.parity_check import ParityCheck, without_zeros
 from tunesmith.train.row_check import RowCheck
@@ -213,6 +214,47 @@ def _why_not_packed(check: ParityCheck, longest: int, name: str, chosen: FastPat
             return None
         reasons.append(why)
     return reasons[-1]
+
+
+def check_training_mode(
+    model: PreTrainedModel,
+    objective: Objective,
+    examples: Sequence[Example],
+    chosen: FastPath,
+    device: torch.device,
+) -> None:
+    """Run the rows of :func:`choose` in training mode, where other layers act, and switch off misplaced dropout.
+
+    Rows are padded where packed ones fail. Raises ModelError where the network cannot run in training mode.
+    """
+    rows = ParityCheck.of_first_rows(model, objective, examples, device).rows
+    lengths = [len(row["input_ids"]) for row in rows]
+
+    def forward() -> None:
+        batch = to_device(objective.collate(rows, chosen.layout), device)
+        with machine.fork_rng(device), torch.no_grad():
+            objective.loss(model, batch)
+
+    model.train()
+    try:
+        while True:
+            try:
+                chosen.notes += noise.switch_off_misplaced(model, lengths, chosen.packed, forward)
+                return
+            except (attention.CannotPack, *FORWARD_ERRORS) as error:
+                if machine.is_out_of_memory(error):
+                    raise
+                if not chosen.packed:
+                    raise ModelError(
+                        f"{base(model).config.model_type}: the model's own forward fails in training mode "
+                        f"({describe(error)}), so tunesmith cannot train it.\n  Check its config.json, or take another model."
+                    ) from error
+                chosen.disable_packing(model)
+                chosen.notes.append(
+                    f"rows are padded, not packed: packed ones fail in training mode ({describe(error)})"
+                )
+    finally:
+        model.eval()
 
 
 def check_deterministic(

@@ -87,4 +87,5 @@ def build_outline(
 def window_of(config: PretrainedConfig, taken: int) -> int | None:
     """Return the most tokens of a row behind ``taken`` virtual or unused positions; None when the config names no
     limit."""
-    return next((int(value) - taken for name in WINDOWS if (value := getattr(config, name, None))), None)
+    limits = [getattr(config, name, None) or 0 for name in WINDOWS]
+    return next((int(limit) - taken for limit in limits if limit > 0), None)  # xlnet names -1

@@ -94,6 +94,8 @@ class RowCheck:
     def _stock(self, ids: Tensor) -> Tensor:
         """Return the states of a row by the model's own forward, given nothing but its tokens and a mask of ones."""
         try:
+            with torch.no_grad():
+                base(self.model)(input_ids=ids)  # as whoever opens the saved model would call it
             return self._states({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]
         except FORWARD_ERRORS as error:
             if machine.is_out_of_memory(error):

@@ -274,6 +274,8 @@ def build(setup: Setup, out: Path) -> Built:
     longest = max(setup.data.train.longest, setup.data.eval.longest if setup.data.eval else 0)
     stack = setup.sharding is None
     chosen = fast_path.choose(model, objective, first, longest, train.packing, device, stack=stack)
+    if not deterministic:
+        fast_path.check_training_mode(model, objective, first, chosen, device)
     if train.torch_compile:
         fast_path.compile_layers(model, objective, first, chosen, device)
     if train.gradient_checkpointing:

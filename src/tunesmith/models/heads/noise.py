@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +52,8 @@ class RowNoise:
     layers: int = 0
     ahead: int = 0
     read: Tensor | None = None
+    misplaced: set[int] | None = None
+    """During :func:`switch_off_misplaced`: the layers that do not drop hidden states of the rows' tokens."""
 
     def drop(self, x: Tensor, p: float, layer: int) -> Tensor:
         """Inverted dropout of ``x``: packed (1, tokens, width), padded (rows, longest, width) or ``read``."""
@@ -62,6 +64,9 @@ class RowNoise:
         if self.read is not None and tokens == len(self.read) != len(position):
             chosen = self.read.cpu().numpy()
             row, position = row[chosen], position[chosen]
+        if tokens != len(position) and self.misplaced is not None:
+            self.misplaced.add(layer)
+            return x
         if tokens != len(position):
             raise ValueError(f"dropout expects {len(position)} tokens and got {tokens}")
         keys = np.array([self._key(number, layer) for number in self.rows], np.int64).reshape(-1, 2)[row]
@@ -184,6 +189,30 @@ def install(
         return None, switched_off
     _installed[base(model)] = noise
     return noise, switched_off
+
+
+def switch_off_misplaced(
+    model: PreTrainedModel, lengths: Sequence[int], packed: bool, forward: Callable[[], object]
+) -> list[str]:
+    """Switch off each dropout that does not act on hidden states, and return lines to print.
+
+    Attention probabilities, tables of positions and the like cannot be dropped by row. ``forward`` runs the network
+    on rows of ``lengths`` tokens.
+    """
+    misplaced: set[int] = set()
+    with override(model, rows=range(len(lengths)), lengths=lengths, packed=packed, misplaced=misplaced):
+        forward()
+    rates: dict[str, float] = {}
+    for name, module in model.named_modules():
+        drop = vars(module).get("forward")
+        if isinstance(drop, partial) and drop.func is _drop and drop.args[2] in misplaced:
+            rates[name.rpartition(".")[2]] = module.p
+            module.p = 0.0
+            del module.forward
+    return [
+        f"dropout ({rate:g}) in {name} is off: it acts on something else than the hidden states of a row"
+        for name, rate in rates.items()
+    ]
 
 
 def switch_off(model: PreTrainedModel) -> list[str]:
