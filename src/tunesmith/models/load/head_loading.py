@@ -14,7 +14,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.find import headers, record
 from tunesmith.models.heads import head_types
-from tunesmith.models.network import attribute, base, is_causal, pooling, tunesmith_settings
+from tunesmith.models.network import attribute, base, pooling, tunesmith_settings
 
 if TYPE_CHECKING:
     import torch
@@ -205,14 +205,14 @@ def row_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     import torch
 
     kind = head_of_network(model)
-    if kind != "score":
+    if kind != "score" or pooling(base(model).config) != "mean":  # by the stock forward
         out = model(input_ids=ids)
         ends = [out.start_logits[0], out.end_logits[0]] if kind == "span" else None
-        return torch.stack(ends, dim=-1) if ends else out.logits[0]
+        if ends:
+            return torch.stack(ends, dim=-1)
+        return out.logits if kind == "score" else out.logits[0]
     from tunesmith.models.heads import task_heads  # imports transformers, so load.quiet must run first
 
-    config, tokens = base(model).config, ids.shape[1]
-    read = list(range(tokens)) if pooling(config) == "mean" else [tokens - 1 if is_causal(config) else 0]
-    positions = torch.tensor(read, device=ids.device)
+    positions = torch.arange(ids.shape[1], device=ids.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "positions": positions}
-    return task_heads.score_logits(model, {**batch, "places": [len(read)]})
+    return task_heads.score_logits(model, {**batch, "places": [ids.shape[1]]})
