@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -286,9 +287,10 @@ def _stock_tokens(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 def _first_line(error: BaseException) -> str:
-    return " ".join(
-        str(error).split(chr(10))[:2] if str(error).startswith("Class validation") else str(error).split(chr(10))[:1]
-    ).strip()
+    """Return the first line of a message, and the second where the first one only introduces it, without folders."""
+    lines = str(error).splitlines() or [""]
+    text = " ".join(line.strip() for line in lines[: 2 if lines[0].startswith("Class validation") else 1])
+    return re.sub(r"/\S*/(base|model)\b", r"\1", text)
 
 
 def examine_apart(name: str, folder: Path) -> dict[str, Any]:
