@@ -24,7 +24,8 @@ def file(request: pytest.FixtureRequest, shared: Path) -> Path:
 @pytest.mark.parametrize("case", TRAINED, ids=lambda case: case.name)
 def test_a_good_file_goes_through_every_verb(case: Case, file: Path, tmp_path: Path):
     done = outcomes(case, file, tmp_path)
-    assert {verb: outcome.line for verb, outcome in done.items() if outcome.code} == {}
+    listed = {"lint"} if case.data.get("bad_rows") == "skip" else set()  # lint lists the rows that training skips
+    assert {verb: outcome.line for verb, outcome in done.items() if outcome.code and verb not in listed} == {}
     assert {"generate", "evaluate"} & done.keys()
     printed = done["lint"].text + done["preview"].text + done["check"].text
     assert [words for words in case.reported if words not in printed] == []

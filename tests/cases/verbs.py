@@ -64,7 +64,7 @@ NO_CSV = ("jsonl", "json", "parquet")
 CASES = (
     Case("tool-call-vanishes.jsonl", refused=("tool",)),
     Case("tool-call-vanishes.jsonl", template="tools"),
-    Case("tool-calls-native.json", template="tools"),
+    Case("tool-calls-native.json", template="tools", twins=("csv", "jsonl", "json")),  # arguments both as text and as object
     Case("sharegpt-consecutive-calls.json", template="tools"),
     Case("tool-calls-null-keys.jsonl", template="tools"),
     Case("tool-calls-null-keys.parquet", template="tools"),
@@ -89,7 +89,8 @@ CASES = (
         settings={"objective": {"type": "classify", "labels": ["0", "2"]}},
         refused=("7", "objective.labels", ":3"),
     ),
-    Case("tags-comment-lines.tsv", "tag", "bert", twins=()),
+    Case("tags-comment-lines.tsv", "tag", "bert", refused=("format: conll",), twins=()),
+    Case("tags-comment-lines.tsv", "tag", "bert", source={"format": "conll"}, twins=()),
     Case("messages-with-label.jsonl", refused=("kto",)),
     Case("messages-with-label.jsonl", "kto"),
     Case("pairs-given-to-sft.jsonl", refused=("dpo", "reward")),
@@ -109,7 +110,7 @@ CASES = (
         source={"columns": {"text": "sentence1", "text_pair": "sentence2", "label": "labels.binary-label"}},
     ),
     Case("carriage-returns-in-cells.csv"),
-    Case("python-lists-in-cells.csv", "qa", "bert", refused=("row",), twins=()),
+    Case("python-lists-in-cells.csv", "qa", "bert", refused=("context",), twins=()),
 )
 
 
@@ -190,8 +191,9 @@ def outcomes(case: Case, file: Path, folder: Path) -> dict[str, Outcome]:
 def _reading_options(case: Case) -> list[str]:
     """The source's keys as options of verbs that read a file without a recipe."""
     columns = case.source.get("columns", {})
+    kind = ["--format", case.source["format"]] if "format" in case.source else []
     skip = ["--bad-rows", "skip"] if case.data.get("bad_rows") == "skip" else []
-    return [*(word for name, column in columns.items() for word in ("--column", f"{name}={column}")), *skip]
+    return [*kind, *(word for name, column in columns.items() for word in ("--column", f"{name}={column}")), *skip]
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:

@@ -261,14 +261,15 @@ def _answer_text(value: object, field: str) -> str:
 
 
 def turns_from_json(value: object) -> object:
-    """Parse turns that came as JSON text, as in a csv; any other value is returned as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+    """Parse one turn or several that came as JSON text, as in a csv; any other value is returned as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[{", '{"')):
         return value
     try:
         parsed = json.loads(value)
     except (RecursionError, ValueError):
         return value
-    is_turns = all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in parsed)
+    turns = parsed if isinstance(parsed, list) else [parsed]
+    is_turns = all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in turns)
     return parsed if is_turns else value
 
 
