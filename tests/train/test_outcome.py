@@ -1,14 +1,17 @@
 """What a run's result is: the figure that chose its model, and what to do with it next."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 import tunesmith
 from tests.runs import recipe
 from tunesmith import recipe as recipes
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.find.locate import locate
+from tunesmith.models.load.load import load
 from tunesmith.runs import metrics_file
 
 
@@ -77,15 +80,25 @@ def test_a_finished_run_says_how_to_train_its_model_further(finished, capsys):
         tunesmith.train(plan, out=outcome["run_dir"], resume=True, overrides=["train.max_steps=9"])
 
 
-def test_a_checkpoint_given_as_a_model_leads_to_the_runs_model(finished):
-    _, outcome = finished
-    for step in (1, 2, 3):
-        checkpoint = f"{outcome['run_dir']}/checkpoints/step-{step}"
-        if step == outcome["best_step"]:
-            assert str(locate(checkpoint).path) == outcome["model_dir"]
-        else:
-            with pytest.raises(ModelError, match=f"of step {outcome['best_step']}"):
-                locate(checkpoint)
+@pytest.mark.parametrize("adaptation", ["full", "lora", "bottleneck"])
+def test_a_checkpoint_opens_as_the_model_of_its_step(tmp_path, adaptation):
+    """It answers as the model of a run that ends at that step."""
+    plan = recipe(tmp_path, adaptation=adaptation, max_steps=3, save_steps=1, save_total_limit=9, lr_scheduler_type="constant")
+    long = Path(tunesmith.train(plan, out=tmp_path / "long")["run_dir"])
+    short = tunesmith.train(plan, out=tmp_path / "short", overrides=["train.max_steps=1"])["run_dir"]
+    checkpoint = long / "checkpoints" / "step-1"
+    (from_checkpoint, _), (expected, _), (last, _) = map(load, (checkpoint, short, long))
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        logits = [model(ids).logits for model in (from_checkpoint, expected, last)]
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+    assert locate(long / "checkpoints" / "step-3") == locate(long)  # the saved model is that of the last step
+    with pytest.raises(ModelError, match=r"generate, chat, evaluate.*\n.*of step 3"):
+        locate(checkpoint)  # merge, export, train
+    state = checkpoint / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    with pytest.raises(ModelError, match="does not match its checksum"):
+        load(checkpoint)
 
 
 def test_predict_reads_columns_and_length_as_the_training_did(tmp_path):

@@ -26,7 +26,7 @@ def trained_with(model: ModelArgument) -> JsonObject:
     """Return ``record.trained`` of a model; {} for a model in memory, and for one that no run saved.
 
     Raises ModelError for a model that cannot be found."""
-    return {} if isinstance(model, tuple) else record.trained(locate(model).path)
+    return {} if isinstance(model, tuple) else record.trained(locate(model, checkpoints=True).path)
 
 
 def make_source(data: str | Path, **keys: object) -> Source:

@@ -6,7 +6,7 @@ Nothing here uses the network, runs code that came with a model, or opens a pick
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ class Folder:
     """A model on disk. ``base``: the full model under an adapter. ``run``: the run that wrote the model.
 
     ``remote_code``: whether Python files that came with the model may run (the recipe's
-    ``trust_remote_code``).
+    ``trust_remote_code``). ``checkpoint``: its weights replace those of the run's saved model.
     """
 
     path: Path
@@ -32,6 +32,7 @@ class Folder:
     base: Path | None = None
     run: Path | None = None
     remote_code: bool = False
+    checkpoint: Path | None = None
 
     @property
     def network(self) -> Path:
@@ -39,9 +40,10 @@ class Folder:
         return self.base or self.path
 
 
-def locate(model: str | Path, remote_code: bool = False) -> Folder:
+def locate(model: str | Path, remote_code: bool = False, checkpoints: bool = False) -> Folder:
     """Find and check a model: a catalog name, a model folder, an adapter folder or a run folder.
 
+    ``checkpoints``: accept a checkpoint of a run, whose weights the caller must put into the run's model.
     ``remote_code``: accept a model that brings Python code. Raises ModelError for an unknown name, a model
     not pulled, missing or pickled weights, invalid JSON or safetensors headers, a model with code, and a file
     that changed since it was saved (weights are hashed when they are loaded).
@@ -62,7 +64,7 @@ def locate(model: str | Path, remote_code: bool = False) -> Folder:
         raise ModelError(f"{path} is a file; expected a model folder with config.json, or a run folder")
     path = path.resolve()
     if path.parent.name == "checkpoints" and (path.parent.parent / "recipe.yaml").is_file():
-        return _of_checkpoint(path, remote_code)
+        return _of_checkpoint(path, remote_code, checkpoints)
     if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         if (path / "model").is_dir():
             return _check_folder(path / "model", path, remote_code)
@@ -74,22 +76,25 @@ def locate(model: str | Path, remote_code: bool = False) -> Folder:
     return _check_folder(path, path.parent if in_run else None, remote_code)
 
 
-def _of_checkpoint(path: Path, remote_code: bool) -> Folder:
-    """Return the model of a run whose saved model is that of the checkpoint. Raises ModelError for another step.
+def _of_checkpoint(path: Path, remote_code: bool, checkpoints: bool) -> Folder:
+    """Return the saved model of a checkpoint's run, with the checkpoint if it is one of another step.
 
-    A checkpoint holds the trained weights and the optimiser's state for its own run, not a model."""
+    Raises ModelError where the checkpoint is not accepted."""
     run = path.parent.parent
+    if not (run / "model").is_dir():
+        raise ModelError(f"the run {run} has saved no model yet. Let it end, or continue it with --resume.")
     result = headers.read_json_if_present(run / "manifest.json").get("result") or {}
-    best = result.get("best_step") or result.get("steps")
-    if best is not None and path.name == f"step-{best}" and (run / "model").is_dir():
-        return _check_folder(run / "model", run, remote_code)
-    saved = f"The run's model is {run}" + (f", of step {best}." if best else ".")
-    advice = (
-        saved if (run / "model").is_dir() else "The run has saved no model yet: continue it with --resume."
-    )
-    raise ModelError(
-        f"{path} is a checkpoint, from which its run continues with --resume; it is no model.\n  {advice}"
-    )
+    saved_step = result.get("best_step") or result.get("steps")
+    folder = _check_folder(run / "model", run, remote_code)
+    if path.name == f"step-{saved_step}":
+        return folder
+    if not checkpoints:
+        of_step = f", of step {saved_step}" if saved_step else ""
+        raise ModelError(
+            f"{path} is a checkpoint, from which its run continues; generate, chat, evaluate, predict and score open it.\n"
+            f"  Here name the run's model{of_step}: {run}"
+        )
+    return replace(folder, checkpoint=path)
 
 
 def _check_folder(path: Path, run: Path | None, remote_code: bool) -> Folder:

@@ -2,6 +2,7 @@
 
 - ``load``: full models and adapters, strictly
 - ``head_loading``: a task head on a body that was saved without it
+- ``checkpoint_weights``: the weights of a checkpoint in the model of its run
 - ``probe``: compare a loaded model's logits with those recorded when it was saved
 - ``merge_weights``: an adapter merged into its base
 - ``vocabulary``: new tokens

@@ -23,6 +23,7 @@ from tunesmith.models.find import config_bounds, headers, record, saved_files
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import (
+    checkpoint_weights,
     dequantized_linear,
     head_loading,
     merge_weights,
@@ -80,14 +81,16 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a model in eval mode and its tokenizer, offline.
 
-    ``model``: catalog name, model folder, adapter folder or run folder. ``dtype``: default is the
+    ``model``: catalog name, model folder, adapter folder, run folder or a checkpoint of a run. ``dtype``: default is the
     checkpoint's. An adapter is returned on its base, as a peft model. The logits of a model that tunesmith
     saved are compared with those recorded when it was saved. Raises ModelError.
     """
-    folder = locate(model)
+    folder = locate(model, checkpoints=True)
     tokenizer = load_tokenizer(folder)
     loaded = load_model(folder, head=None, dtype=dtype)
     probe.verify_probe(folder.path, loaded, tokenizer)
+    if folder.checkpoint is not None:
+        checkpoint_weights.restore(loaded, folder.checkpoint)
     return loaded, tokenizer
 
 
