@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 import tunesmith
 from tests.runs import apart, history, killed_before, model_folder, recipe, weights
 from tests.tiny import tiny_config, tiny_model
-from tunesmith import adaptations
+from tunesmith import adaptations, objectives
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.models.heads import lm_head
-from tunesmith.train import optimizers
+from tunesmith.train import evaluation, optimizers
 from tunesmith.train.master_weights import Masters
 from tunesmith.train.train_config import TrainConfig
 from tunesmith.train.update import Update
@@ -360,3 +360,14 @@ def test_pages_need_a_gpu(name, instead, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RecipeError, match=rf"train\.optim={name}: only a CUDA device moves pages.*\n.*train\.optim={instead},"):
         optimizers.check(TrainConfig(optim=name))
+
+
+@pytest.mark.parametrize(("metric", "lower"), [(None, False), ("calibration_error", True)])
+def test_a_schedule_on_a_plateau_waits_for_the_better_direction_of_its_figure(metric, lower):
+    """Accuracy that rises keeps the rate; the default mode of torch, min, would lower it."""
+    train = TrainConfig(lr_scheduler_type="reduce_lr_on_plateau", metric_for_best_model=metric)
+    traits = objectives.module("classify" if metric else "qa").Objective.traits
+    _, best = evaluation.deciding_figure(train, traits)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = optimizers.schedule(optimizer, train, 4, best)
+    assert (best == "min") is lower and schedule.mode == best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,13 +11,32 @@ import torch
 from tunesmith.data.batch.pack import Layout, to_device
 from tunesmith.data.batch.step import Step
 from tunesmith.data.store.encoded_rows import Encoded
+from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
-from tunesmith.objectives import Objective, TaskHead
+from tunesmith.objectives import Objective, TaskHead, Traits
 from tunesmith.runs import assessment
+from tunesmith.runs.figure_format import figure_names, lower_is_better
+from tunesmith.suggestions import did_you_mean
 from tunesmith.train import distributed, forward_batches
+from tunesmith.train.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def deciding_figure(train: TrainConfig, traits: Traits) -> tuple[str, str]:
+    """Return the figure that chooses the best model, and whether its best value is the ``min`` or the ``max``."""
+    name = train.best_figure
+    return traits.best if name is None else (name, "min" if lower_is_better(name) else "max")
+
+
+def check_reported(name: str, figures: Mapping[str, float]) -> None:
+    """Raise RecipeError if an evaluation does not report the figure that the recipe names."""
+    if name not in figures:
+        wanted, *reported = (key.removeprefix("eval_") for key in (name, *figure_names([figures], ())))
+        raise RecipeError(
+            f"train.metric_for_best_model: these rows have no figure {wanted!r}. {did_you_mean(wanted, reported)}"
+        )
 
 
 def evaluate(

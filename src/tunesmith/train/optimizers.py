@@ -205,9 +205,11 @@ def check_schedule(config: TrainConfig, steps: int) -> None:
 
 
 def schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int, best: str = "min"
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Make the schedule with ``transformers.get_scheduler``. Raises RecipeError."""
+    """Make the schedule with ``transformers.get_scheduler``. Raises RecipeError.
+
+    ``best``: min or max, the better direction of the figure that a schedule on a plateau waits for."""
     from transformers import SchedulerType, get_scheduler
 
     warmup = config.warmup_steps or int(config.warmup_ratio * steps + 0.5)
@@ -219,7 +221,8 @@ def schedule(
         raise RecipeError(
             f"the warm-up takes {warmup} steps and the whole run has {steps}. Lower train.warmup_steps or warmup_ratio."
         )
-    arguments = config.scheduler_args
+    on_plateau = config.scheduler_name == SchedulerType.REDUCE_ON_PLATEAU.value
+    arguments = ({"mode": best} if on_plateau else {}) | config.scheduler_args
     try:
         made: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
             config.scheduler_name, optimizer, warmup, steps, scheduler_specific_kwargs=arguments

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import torch
 
 from tunesmith import __version__, machine
 from tunesmith.data.read.source import eval_sources
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.load import quantization
 from tunesmith.report import run_page
 from tunesmith.runs import assessment, metrics_file, overfit
-from tunesmith.runs.figure_format import figure_names, lower_is_better
-from tunesmith.suggestions import did_you_mean
+from tunesmith.runs.figure_format import figure_names
 from tunesmith.train import distributed, evaluation, examples, plain_copy, setup
 from tunesmith.train.loop import Job, Progression
 from tunesmith.train.run_state import Run
@@ -34,22 +33,6 @@ def parameters_line(ready: setup.Setup) -> str:
 def precision_line(ready: setup.Setup) -> str:
     plan = ready.precision.as_dict()
     return f"precision: {plan['compute']} ({plan['why']}); trained weights {plan['trained_weights']}"
-
-
-def deciding_figure(ready: setup.Setup, figures: Mapping[str, float]) -> tuple[str, str]:
-    """Return the figure that chooses the best model, and whether its best value is the ``min`` or the ``max``.
-
-    Raises RecipeError when the evaluation does not report the figure that the recipe names."""
-    name = ready.recipe.train.best_figure
-    if name is None:
-        return ready.objective.traits.best
-    if name not in figures:
-        reported = [key.removeprefix("eval_") for key in figures if lower_is_better(key) is not None]
-        raise RecipeError(
-            f"train.metric_for_best_model: these rows have no figure {name.removeprefix('eval_')!r}. "
-            f"{did_you_mean(name.removeprefix('eval_'), [key for key in reported if not key.endswith('_stderr')])}"
-        )
-    return name, "min" if lower_is_better(name) else "max"
 
 
 def notes(run: Run) -> list[str]:

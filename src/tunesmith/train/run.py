@@ -342,7 +342,8 @@ def _evaluate(run: Run, position: Progression, budget: int) -> float | None:
         ready.data.eval_sets, choose_threshold=True,
     )  # fmt: skip
     seconds = time.perf_counter() - started
-    name, direction = outcome.deciding_figure(ready, figures)
+    name, direction = evaluation.deciding_figure(ready.recipe.train, ready.objective.traits)
+    evaluation.check_reported(name, figures)
     threshold = ready.recipe.train.early_stopping_threshold
     best = position.step > 0 and loop.record_best(position, figures[name], direction, threshold)
     if best:

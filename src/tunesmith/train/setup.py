@@ -34,6 +34,7 @@ from tunesmith.train import (
     deepspeed_zero,
     device_map,
     distributed,
+    evaluation,
     fast_path,
     optimizers,
     precision,
@@ -323,7 +324,7 @@ def _update(setup: Setup, model: PreTrainedModel, masters: Masters) -> Update:
         return fresh_update(setup, model, masters)
     optimizer = _optimizer(setup, model, masters.parameters)
     shards = deepspeed_zero.Shards(model, optimizer, masters.masters, sharding.complete)
-    schedule = optimizers.schedule(optimizer, train, setup.source.plan.steps)
+    schedule = _schedule(setup, optimizer)
     return Update(shards, optimizer, schedule, train.max_grad_norm, setup.recipe.seed, _loss_scale(setup))
 
 
@@ -331,8 +332,15 @@ def fresh_update(setup: Setup, model: PreTrainedModel, masters: TrainedWeights) 
     """Make optimiser, schedule and loss scale of a run at step 0 for weights that a process holds whole."""
     train = setup.recipe.train
     optimizer = _optimizer(setup, model, masters.whole())
-    schedule = optimizers.schedule(optimizer, train, setup.source.plan.steps)
+    schedule = _schedule(setup, optimizer)
     return Update(masters, optimizer, schedule, train.max_grad_norm, setup.recipe.seed, _loss_scale(setup))
+
+
+def _schedule(setup: Setup, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Make the schedule, which may wait for the better direction of the figure that chooses the model."""
+    train = setup.recipe.train
+    _, best = evaluation.deciding_figure(train, setup.objective.traits)
+    return optimizers.schedule(optimizer, train, setup.source.plan.steps, best)
 
 
 def _optimizer(
