@@ -6,6 +6,7 @@ import pytest
 
 from tunesmith import objectives
 from tunesmith.data.data_config import Source
+from tunesmith.data.encode.labels import unknown_label
 from tunesmith.data.formats.column_advice import ADVICE
 from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import RowProblem
@@ -61,6 +62,15 @@ def test_pairs_given_to_sft_name_the_objectives_of_pairs_and_a_mapping_that_work
     assert read(tmp_path, [row], columns=mapping) == [Chat((Q, A))]
 
 
+def test_conversations_whose_answers_are_in_other_columns_are_pairs(tmp_path):
+    """Trained on as they are, the turns before the question would be all that is learnt."""
+    rows = [{"messages": [Q, A, Q], "chosen": A, "rejected": B}, {"messages": [Q], "chosen": A, "rejected": B}]
+    message = refused(tmp_path, rows)
+    assert "set objective: dpo or reward." in message and "columns: {prompt: messages, completion: chosen}" in message
+    assert read(tmp_path, rows, columns={"prompt": "messages", "completion": "chosen"}) == [Chat((Q, A, Q, A)), Chat((Q, A))]
+    assert read(tmp_path, [{"messages": [Q, A], "chosen": A, "rejected": B}]) == [Chat((Q, A))]
+
+
 def test_a_conversation_and_its_chosen_answer_are_mapped(tmp_path):
     mapping = {"prompt": "conversations", "completion": "chosen"}
     assert read(tmp_path, [{"conversations": [Q], "chosen": A, "rejected": B}], columns=mapping) == [Chat((Q, A))]
@@ -89,6 +99,13 @@ ANSWERED = [
 def test_a_rejected_answer_next_to_a_conversation_is_a_pair(tmp_path, row):
     assert read(tmp_path, [row], (Ranking,)) == [Ranking((Q,), ((A,), (B,)), (0, 1))]
     assert read(tmp_path, [row]) == [Chat((Q, A))]  # sft trains on the good answer
+
+
+def test_a_mapping_to_messages_is_a_conversation_also_next_to_a_rejected_column(tmp_path):
+    """So that lint and preview of a file show what sft reads with the same --column."""
+    rows = [{"chosen": TALK, "rejected": OTHER}]
+    assert read(tmp_path, rows, ROW_TYPES, columns={"messages": "chosen"}) == [Chat((Q, A))]
+    assert isinstance(read(tmp_path, [ANSWERED[0]], ROW_TYPES)[0], Ranking)
 
 
 def test_a_rejected_text_takes_the_place_of_the_last_turn(tmp_path):
@@ -158,3 +175,9 @@ def test_keep_if_names_a_missing_column_and_other_values(tmp_path):
     assert not isinstance(read(tmp_path, [row], (Judged, *WRITTEN))[0], Judged)
     with pytest.raises(ValueError, match="keep_if takes one column"):
         opened(tmp_path, [row], columns={"keep_if": ["label"]})
+
+
+@pytest.mark.parametrize(("name", "said"), [("7", ""), ("positve", "Did you mean `positive`? ")])
+def test_a_class_id_is_no_typo_of_another(name, said):
+    expected, got, fix = unknown_label(name, ["0", "2", "19", "positive"])
+    assert fix.startswith(f"{said}Correct it") and got == repr(name) and "0, 2, 19" in expected

@@ -77,9 +77,10 @@ SQUAD = (
 )  # fmt: skip
 
 TABLE = (
-    *preference_fields.PAIRS,
+    *(form for form in preference_fields.PAIRS if not form.marks),
     Format("messages", Chat, (required("messages"), *CHAT), _chat("messages")),
     Format("sharegpt", Chat, (required("conversations", "conversation"), *CHAT), _chat("conversations")),
+    *(form for form in preference_fields.PAIRS if form.marks),
     Format("alpaca", Chat, ALPACA, _build_alpaca, "instruction", ("output",)),
     Format("prompt_completion", PromptCompletion, COMPLETION, build_prompt_completion, "prompt", ("completion",)),
     _single_exchange("input_output", required("input"), required("output")),

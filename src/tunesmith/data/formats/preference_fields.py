@@ -369,6 +369,7 @@ INSTRUCTION = required("instruction", "question", "query")
 PAIR_ANSWER = (*SIDE_NAMES, *(field.name for field in SCORES))
 RANKING_ANSWER = ("answers", "ranks", "scores", "labels")
 
+ANSWERED = (CONVERSATION, REJECTED, TOOLS, SYSTEM)
 PAIRS = tuple(
     replace(form, better=ratings.better_side)
     for form in (
@@ -377,7 +378,7 @@ PAIRS = tuple(
         Format("preference_alpaca", Ranking, (INSTRUCTION, *ALPACA_CONTEXT, *SIDES), build_preference_alpaca),
         Format("preference_dialogues", Ranking, SIDES, build_preference_dialogues),
         Format(
-            "preference_answered", Ranking, (CONVERSATION, REJECTED, TOOLS, SYSTEM), build_preference_answered
+            "preference_answered", Ranking, ANSWERED, build_preference_answered, marks=REJECTED.columns[1:]
         ),
     )
 )

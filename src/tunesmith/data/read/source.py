@@ -114,6 +114,7 @@ def open_source(
         raise layout_advice.misread(source, keys[0]) or error from None
     if gold and not prompts and convert.form.row in (Chat, PromptCompletion):
         convert = _check_judgements(source, accepted, keys, records, convert)
+        _check_last_turns(source, keys, records, convert)
     if is_headed and convert.form.row is Text:
         raise layout_advice.prose_or_table(source, keys[0])
     asked: JsonObject = {"separator": source.separator} if source.separator else {}
@@ -182,6 +183,23 @@ def _check_judgements(
         f"the bad ones, too.\n  To learn from both, set {column_advice.ADVICE[Judged]}.\n"
         f"  To train on the good answers alone, set {column_advice.typed({KEEP_IF: column})}."
     )
+
+
+def _check_last_turns(
+    source: Source, keys: Sequence[tuple[str, ...]], records: Sequence[Record], convert: Converter
+) -> None:
+    """Raise DataError if every conversation ends with a question and its answers are in columns of a pair."""
+    rows = [convert(record) for record in records]
+    if not rows or any(isinstance(row, Chat) and row.messages[-1]["role"] == "assistant" for row in rows):
+        return
+    if not any(isinstance(row, RowProblem | Chat) for row in rows):
+        return
+    try:
+        pairs = _choose_converter(source, (Ranking,), True, keys)
+    except DataError:
+        return
+    message = column_advice.other_rows([pairs.form], columns.TABLE, (Chat,), keys)
+    raise DataError(f"{source.label}: {message}")
 
 
 def _first_records(source: Source, accepted: tuple[type, ...]) -> list[Record]:
