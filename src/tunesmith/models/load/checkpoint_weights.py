@@ -6,12 +6,12 @@ the head's labels are those of the saved model.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith import files
 from tunesmith.errors import ModelError
 from tunesmith.models.find import headers
+from tunesmith.models.find.locate import Folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,9 +20,12 @@ STATE = "state.safetensors"
 PREFIX = "master."
 
 
-def restore(network: PreTrainedModel, checkpoint: Path) -> None:
-    """Replace trained weights by those of the checkpoint. Raises ModelError if it is damaged, or if its weights
-    are not those of this network."""
+def restore_checkpoint(network: PreTrainedModel, folder: Folder) -> PreTrainedModel:
+    """Return the network with the trained weights of the folder's checkpoint, if it names one.
+
+    Raises ModelError if the checkpoint is damaged, or if its weights are not those of this network."""
+    if (checkpoint := folder.checkpoint) is None:
+        return network
     import torch
     from safetensors import safe_open
 
@@ -43,3 +46,4 @@ def restore(network: PreTrainedModel, checkpoint: Path) -> None:
                     "so it cannot be opened as a model. Name the run folder."
                 )
             parameter.copy_(saved)
+    return network

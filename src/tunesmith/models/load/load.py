@@ -23,7 +23,6 @@ from tunesmith.models.find import config_bounds, headers, record, saved_files
 from tunesmith.models.find.locate import Folder, locate
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import (
-    checkpoint_weights,
     dequantized_linear,
     head_loading,
     merge_weights,
@@ -31,6 +30,7 @@ from tunesmith.models.load import (
     quantization,
     vocabulary,
 )
+from tunesmith.models.load.checkpoint_weights import restore_checkpoint
 from tunesmith.models.network import has_attributes, tunesmith_settings
 
 if TYPE_CHECKING:
@@ -81,17 +81,14 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a model in eval mode and its tokenizer, offline.
 
-    ``model``: catalog name, model folder, adapter folder, run folder or a checkpoint of a run. ``dtype``: default is the
-    checkpoint's. An adapter is returned on its base, as a peft model. The logits of a model that tunesmith
-    saved are compared with those recorded when it was saved. Raises ModelError.
+    ``model``: catalog name, or folder of a model, an adapter (returned as a peft model), a run or a checkpoint.
+    ``dtype``: default is the saved one. Logits recorded at saving are compared. Raises ModelError.
     """
     folder = locate(model, checkpoints=True)
     tokenizer = load_tokenizer(folder)
     loaded = load_model(folder, head=None, dtype=dtype)
     probe.verify_probe(folder.path, loaded, tokenizer)
-    if folder.checkpoint is not None:
-        checkpoint_weights.restore(loaded, folder.checkpoint)
-    return loaded, tokenizer
+    return restore_checkpoint(loaded, folder), tokenizer
 
 
 def load_config(folder: Folder) -> PretrainedConfig:
