@@ -62,6 +62,7 @@ def test_a_recipe_of_another_program_is_translated_key_by_key(theirs):
         ("train.optim=adamw_torch", "unknown optimiser 'adamw_torch'. Type train.optim=adamw"),
         ("train.report_to=wandb", "Type 'train.report_to=[wandb]'"),
         ("train.report_to=none", "Leave the key out"),
+        ("train.report_to=clearml", "expected a valid list, got 'clearml'"),
         ("train.max_steps=-1", "Leave the key out"),
         ("data.train=a.json", "Type 'data.train=[{path: a.json}]'"),
         ("data.eval=0.1", "Type 'data.eval={fraction: 0.1}'"),
@@ -85,6 +86,7 @@ def test_a_key_or_a_value_of_another_program_is_named_as_what_it_is_here(overrid
         (["--output_dir", "runs/x"], "Here it is `--out runs/x`"),
         (["--resume_from_checkpoint", "c"], "Here it is `--resume`"),
         (["--do_train"], "Leave it out"),
+        (["--lr", "@{"], "Here it is `'train.learning_rate=@{'`"),
     ],
 )
 @pytest.mark.parametrize("verb", ["train", "check"])
@@ -93,7 +95,10 @@ def test_flags_of_other_programs_are_named_as_what_they_are_here(verb, flags, sa
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["train", "r.yaml", "--nonsense"], ["evaluate", "m", "--data", "x", "--lora_rank", "8"]])
+@pytest.mark.parametrize(
+    "words",
+    [["train", "r.yaml", "--nonsense"], ["train", "r.yaml", "-lr=1"], ["evaluate", "m", "--data", "x", "--lora_rank", "8"]],
+)
 def test_other_flags_and_other_verbs_are_left_to_the_parser(words, capsys):
     assert main(words) == 2 and "No such option" in capsys.readouterr().err
 

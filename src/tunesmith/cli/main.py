@@ -116,7 +116,10 @@ def _flag_advice(error: Any, args: list[str]) -> str | None:
         return None
     from tunesmith.recipe import flag_advice
 
-    place = next(index for index, word in enumerate(args) if word == flag or word.startswith(f"{flag}="))
+    places = [index for index, word in enumerate(args) if word == flag or word.startswith(f"{flag}=")]
+    if not places:
+        return None
+    place = places[0]
     value = args[place].partition("=")[2] or next(iter(args[place + 1 : place + 2]), "")
     return flag_advice(flag, None if not value or value.startswith("--") else value)
 

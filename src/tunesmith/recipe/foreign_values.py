@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from tunesmith.train.train_config import TRACKERS
+
 Given = Mapping[str, object]
 """Every key of the recipe, at any depth -> its value."""
 
@@ -154,9 +156,8 @@ def patterns(key: str, default: int) -> Translate:
 def reporters(value: object, given: Given) -> object:
     if value in (None, False, "none", "None", []):
         return LEAVE_OUT
-    return (
-        [value] if isinstance(value, str) and value != "all" else value if isinstance(value, list) else None
-    )
+    names = value if isinstance(value, list) else [value]
+    return names if all(name in TRACKERS for name in names) else None
 
 
 VALUES: Mapping[str, Translate] = {

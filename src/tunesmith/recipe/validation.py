@@ -137,7 +137,10 @@ def flag_advice(flag: str, value: str | None) -> str | None:
 
     None = no key of a recipe, here or in another program, is called like the flag."""
     name = flag.lstrip("-").replace("-", "_")
-    parsed = True if value is None else recipe_text.read(value, flag)[0]
+    try:
+        parsed = True if value is None else recipe_text.read(value, flag)[0]
+    except RecipeError:  # text that is no YAML is a text
+        parsed = value
     *_, last = name.split(".")
     places = [place for place in _places(last) if place.endswith(name)]
     if pointer := None if places else foreign_keys.find(last, parsed, {last: parsed}):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -10,6 +10,8 @@ from tunesmith.json_types import JsonObject
 from tunesmith.suggestions import did_you_mean
 
 Every = float | Literal["epoch"] | None
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+TRACKERS = get_args(Tracker)
 OPTIMS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd", "lion")
 
 
@@ -80,7 +82,7 @@ class TrainConfig(Strict):
         None, gt=0, description="stop after this many evaluations without improvement"
     )
     early_stopping_threshold: float = Field(0.0, ge=0)
-    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+    report_to: list[Tracker] = Field(
         default_factory=list, description="trackers that receive every figure; none by default"
     )
 
