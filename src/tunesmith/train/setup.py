@@ -30,15 +30,8 @@ from tunesmith.models.load import finite, head_loading, load, probe, quantizatio
 from tunesmith.objectives import Objective
 from tunesmith.recipe import Recipe
 from tunesmith.train import (
-    adapter_choice,
-    deepspeed_zero,
-    device_map,
-    distributed,
-    evaluation,
-    fast_path,
-    optimizers,
-    precision,
-)
+    adapter_choice, deepspeed_zero, device_map, distributed, evaluation, fast_path, optimizers, precision,
+)  # fmt: skip
 from tunesmith.train.master_weights import Masters, TrainedWeights
 from tunesmith.train.meta_model import Outline, build_outline, window_of
 from tunesmith.train.reference import Reference
@@ -337,10 +330,8 @@ def fresh_update(setup: Setup, model: PreTrainedModel, masters: TrainedWeights) 
 
 
 def _schedule(setup: Setup, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Make the schedule, which may wait for the better direction of the figure that chooses the model."""
-    train = setup.recipe.train
-    _, best = evaluation.deciding_figure(train, setup.objective.traits)
-    return optimizers.schedule(optimizer, train, setup.source.plan.steps, best)
+    _, best = evaluation.deciding_figure(setup.recipe.train, setup.objective.traits)
+    return optimizers.schedule(optimizer, setup.recipe.train, setup.source.plan.steps, best)
 
 
 def _optimizer(
