@@ -30,7 +30,14 @@ from tunesmith.models.load import finite, head_loading, load, probe, quantizatio
 from tunesmith.objectives import Objective
 from tunesmith.recipe import Recipe
 from tunesmith.train import (
-    adapter_choice, deepspeed_zero, device_map, distributed, evaluation, fast_path, optimizers, precision,
+    adapter_choice,
+    deepspeed_zero,
+    device_map,
+    distributed,
+    evaluation,
+    fast_path,
+    optimizers,
+    precision,
 )  # fmt: skip
 from tunesmith.train.master_weights import Masters, TrainedWeights
 from tunesmith.train.meta_model import Outline, build_outline, window_of
@@ -311,27 +318,24 @@ def _load_network(setup: Setup, out: Path) -> PreTrainedModel:
 
 def _update(setup: Setup, model: PreTrainedModel, masters: Masters) -> Update:
     """Make the optimiser, its schedule and, in fp16, the loss scale."""
-    train, sharding = setup.recipe.train, setup.sharding
-    if sharding is None:
+    if (sharding := setup.sharding) is None:
         masters.install_hooks()  # not earlier: the parity checks make gradients too
         return fresh_update(setup, model, masters)
     optimizer = _optimizer(setup, model, masters.parameters)
     shards = deepspeed_zero.Shards(model, optimizer, masters.masters, sharding.complete)
-    schedule = _schedule(setup, optimizer)
-    return Update(shards, optimizer, schedule, train.max_grad_norm, setup.recipe.seed, _loss_scale(setup))
+    return _with_schedule(setup, optimizer, shards)
 
 
 def fresh_update(setup: Setup, model: PreTrainedModel, masters: TrainedWeights) -> Update:
     """Make optimiser, schedule and loss scale of a run at step 0 for weights that a process holds whole."""
+    return _with_schedule(setup, _optimizer(setup, model, masters.whole()), masters)
+
+
+def _with_schedule(setup: Setup, optimizer: torch.optim.Optimizer, weights: TrainedWeights) -> Update:
     train = setup.recipe.train
-    optimizer = _optimizer(setup, model, masters.whole())
-    schedule = _schedule(setup, optimizer)
-    return Update(masters, optimizer, schedule, train.max_grad_norm, setup.recipe.seed, _loss_scale(setup))
-
-
-def _schedule(setup: Setup, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    _, best = evaluation.deciding_figure(setup.recipe.train, setup.objective.traits)
-    return optimizers.schedule(optimizer, setup.recipe.train, setup.source.plan.steps, best)
+    _, best = evaluation.deciding_figure(train, setup.objective.traits)
+    schedule = optimizers.schedule(optimizer, train, setup.source.plan.steps, best)
+    return Update(weights, optimizer, schedule, train.max_grad_norm, setup.recipe.seed, _loss_scale(setup))
 
 
 def _optimizer(
