@@ -93,7 +93,7 @@ CASES = {
     "a pattern in what is trained whole": (
         nothing, ["adaptation={type: lora, target_modules: '.*[qk]_proj', modules_to_save: [self_attn]}"], ["self_attn.q_proj", "trains model.layers.0.self_attn whole"],
     ),
-    "everything trained whole": (nothing, ["adaptation={type: lora, modules_to_save: [layers]}"], ["trains model.layers whole", "no linear layer"]),
+    "everything trained whole": (nothing, ["adaptation={type: lora, modules_to_save: [layers]}"], ["has none besides model.layers, which is trained whole", "adaptation.modules_to_save"]),
     "bottlenecks on what is trained whole": (nothing, ["adaptation={type: bottleneck, modules_to_save: [down_proj]}"], ["layers.0.mlp.down_proj", "only one"]),
     "bottlenecks in what is trained whole": (nothing, ["adaptation={type: bottleneck, modules_to_save: [mlp]}"], ["layers.0.mlp.down_proj", "layers.0.mlp whole"]),
     "half of the bottlenecks trained whole": (

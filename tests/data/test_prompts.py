@@ -96,5 +96,5 @@ def test_a_response_is_a_reference_only_where_it_was_desirable(tmp_path):
 
 def test_every_row_without_a_prompt_is_named(tmp_path):
     only = {"messages": [{"role": "assistant", "content": "x"}]}
-    with pytest.raises(DataError, match=r"2 bad rows(.|\n)*:1:row(.|\n)*:3:row"):
+    with pytest.raises(DataError, match=r"2 bad rows(.|\n)*:1:row(.|\n)*The same in 1 more row: 3"):
         read_prompts(source(tmp_path, only, ROWS["turns"], only))

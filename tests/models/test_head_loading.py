@@ -115,8 +115,8 @@ def test_a_merged_adapter_passes_its_head_on_with_its_own_labels_only(names, fir
 
 def test_a_tagger_s_layer_does_not_classify(first, tmp_path):
     """The classes call it by one name, and it may have as many outputs."""
-    tagger = first(objective="tag")
-    made = second(tmp_path, tagger, ["O", "B-LOC"], objective={"type": "classify", "labels": ["O", "B-LOC"]})
+    tagger, labels = first(objective="tag"), ["O", "B-LOC", "I-LOC"]
+    made = second(tmp_path, tagger, labels, objective={"type": "classify", "labels": labels})
     outcome = tunesmith.train(made, out=tmp_path / "second")
     before, after = (head_of(tunesmith.load(folder)[0]) for folder in (tagger, outcome["model_dir"]))
     assert not torch.allclose(before, after, atol=1e-3)

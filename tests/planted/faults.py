@@ -125,8 +125,8 @@ FAULTS = [
         "all-turns-supervised",
         "train_on: completion supervises the last answer alone",
         "data/encode/conversations.py",
-        'turns if train_on == "assistant" else turns[-1:]',
-        "turns",
+        "else weighted[-1:]",
+        "else weighted",
         "tests/data/test_conversations.py",
     ),
     Fault(
@@ -361,7 +361,7 @@ FAULTS = [
     Fault(
         "tied-weights-untied",
         "tied embeddings stay tied through a merge",
-        "models/load/load.py",
+        "models/load/merge_weights.py",
         "            output.weight = embedding.weight\n",
         "            pass\n",
         "tests/merge",
@@ -418,10 +418,10 @@ FAULTS = [
     Fault(
         "template-out-of-its-sandbox",
         "a chat template runs in a sandbox",
-        "data/encode/templates.py",
+        "data/encode/template_limits.py",
         'name.startswith("__")',
         'name.startswith("__never")',
-        "tests/data/test_templates.py",
+        "tests/data/test_templates.py tests/data/test_template_limits.py",
     ),
     # ---- what people see
     Fault(
