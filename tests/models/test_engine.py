@@ -260,6 +260,24 @@ def test_a_model_that_slots_cannot_serve_runs_row_by_row_and_says_so() -> None:
     assert isinstance(engine.slots._pass, PlainPass) and len(notes) == 1 and notes[0].startswith("generating row by row: ")
 
 
+@pytest.mark.parametrize("kind", ["mamba", "openai-gpt"])
+def test_a_cache_that_does_not_continue_the_model_s_own_forward_is_not_used(kind: str) -> None:
+    """mamba takes its cache under another name, openai-gpt none at all: both ignore what is passed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4} if kind == "openai-gpt" else {"hidden_size": 32, "num_hidden_layers": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=512, **sizes)).eval()
+    (row,), notes = prompts(9), []
+    engine = Engine(model, TOKENIZER, note=notes.append)
+    (answered,) = ids(engine, requests([row], SamplingParams(max_new_tokens=6, stop=NEVER)))
+    whole = list(row)
+    for _ in range(6):
+        with torch.no_grad():
+            whole.append(int(model(torch.tensor([whole]), use_cache=False).logits[0, -1].argmax()))
+    assert answered == whole[len(row) :] and "without a cache" in notes[0]
+
+
 def test_attention_that_differs_is_found_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     from tunesmith.models.generate import slot_cache
 

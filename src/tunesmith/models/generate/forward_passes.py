@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from tunesmith.errors import ModelError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.generate import slot_cache
 from tunesmith.models.generate.decode_step import MAX_ROWS, DecodeStep, decode_step
@@ -141,33 +142,92 @@ def slot_attention(core: PreTrainedModel) -> Iterator[None]:
         core.set_attn_implementation(before)
 
 
-@torch.inference_mode()
-def why_not_slots(core: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> str | None:
-    """Return why slots cannot serve ``core``, found on the starts of ``prompts``; None where they can.
+class WholePass:
+    """Row by row, all tokens anew in each step: for models whose cache does not continue their own forward."""
 
-    The prompts are run whole, without a cache and one by one, by the model's own attention; then in two pieces
-    each, side by side in slots. Both must agree on the logits after the last token.
+    keeps_prefixes = False
+
+    def __init__(self, core: PreTrainedModel) -> None:
+        self.core = core
+        self.tokens: dict[int, list[int]] = {}
+
+    def resize(self, slots: int, capacity: int) -> None:
+        self.tokens.clear()
+
+    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
+        raise NotImplementedError("keeps_prefixes is False")
+
+    def __call__(self, pieces: Sequence[Piece]) -> Tensor:
+        for piece in pieces:
+            self.tokens[piece.slot] = [*self.tokens.get(piece.slot, [])[: piece.ahead], *piece.ids]
+        return torch.stack([last_logits(self.core, self.tokens[piece.slot]) for piece in pieces])
+
+
+def last_logits(core: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """Return the logits after ``ids`` by the model's own forward, without a cache; fp32 (vocabulary,)."""
+    logits: Tensor = core(input_ids=torch.tensor([list(ids)], device=core.device), use_cache=False).logits
+    return logits[0, -1].float()
+
+
+FAILURES = (CannotUseSlots, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model raises that cannot take a cache or its keywords."""
+
+
+@torch.inference_mode()
+def choose_pass(
+    core: PreTrainedModel, prompts: Sequence[Sequence[int]], note: Callable[[str], None]
+) -> ForwardPass:
+    """Return the fastest pass that is exact for ``core``, found on the starts of ``prompts``; note a slower one.
+
+    The starts are run whole by the model's own forward; then by the pass, all tokens but the last and the last.
+    Both must agree on the logits after the last token. Raises ModelError if the model's own forward fails.
     """
-    if virtual_tokens.count(core):
-        return "it has virtual tokens"
     starts = [list(prompt[:CHECKED_TOKENS]) for prompt in prompts]
-    expected = torch.stack(
-        [
-            core(input_ids=torch.tensor([ids], device=core.device), use_cache=False).logits[0, -1]
-            for ids in starts
-        ]
-    ).float()
     try:
-        run = SlotPass(core)
-        run.resize(len(starts), CHECKED_TOKENS)
+        expected = torch.stack([last_logits(core, ids) for ids in starts])
+    except FAILURES as error:
+        raise ModelError(
+            f"{type(core).__name__} cannot continue a text: its own forward failed ({first_line(error)})."
+        ) from error
+    tolerance = TOLERANCE[core.dtype]
+    slots = SlotPass(core, note)
+    reason = (
+        "it has virtual tokens"
+        if virtual_tokens.count(core)
+        else _why_not(slots, starts, expected, tolerance)
+    )
+    if reason is None:
+        return slots
+    plain = PlainPass(core)
+    broken = _why_not(plain, starts, expected, tolerance)
+    if broken is None:
+        note(f"generating row by row: {reason}")
+        return plain
+    note(f"generating row by row and without a cache, which is slow: {broken}")
+    return WholePass(core)
+
+
+def _why_not(
+    run: ForwardPass, starts: Sequence[Sequence[int]], expected: Tensor, tolerance: float
+) -> str | None:
+    """Return why ``run`` does not continue the starts as ``expected``, None where it does. It is left empty."""
+    run.resize(len(starts), CHECKED_TOKENS)
+    try:
         first = [Piece(ids[:-1], slot, 0) for slot, ids in enumerate(starts) if len(ids) > 1]
         if first:
             run(first)
         got = run([Piece(ids[-1:], slot, len(ids) - 1) for slot, ids in enumerate(starts)])
-    except (CannotUseSlots, TypeError, ValueError, IndexError, AttributeError) as error:
-        return str(error).split("\n")[0]
+    except FAILURES as error:
+        return first_line(error)
+    finally:
+        run.resize(0, 0)
     off = difference(got, expected)
-    return None if off <= TOLERANCE[core.dtype] else f"its logits over slots differ by {off:.1e}"
+    return None if off <= tolerance else f"its logits differ by {off:.1e}"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its class."""
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def difference(logits: Tensor, expected: Tensor) -> float:

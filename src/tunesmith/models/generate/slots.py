@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tunesmith import machine
 from tunesmith.models.generate import slot_cache
-from tunesmith.models.generate.forward_passes import ForwardPass, PlainPass, SlotPass, why_not_slots
+from tunesmith.models.generate.forward_passes import ForwardPass, choose_pass
 from tunesmith.models.generate.running_rows import Row
 from tunesmith.models.generate.slot_cache import Piece
 from tunesmith.models.network import context_window
@@ -91,7 +91,8 @@ class Slots:
         The slot is the one that holds most of the row's tokens, the emptiest of several; it keeps that start.
         """
         if self._pass is None:
-            self._choose_pass(row)
+            prompt = row.request.ids
+            self._pass = choose_pass(self.core, [prompt, prompt[: len(prompt) // 2 + 1]], self.note)
         if row.needed > self.capacity and len(self._free) == self.count:
             self._make(row.needed)
         if row.needed > self.capacity or not self._free:
@@ -124,14 +125,6 @@ class Slots:
         self._pass_of_rows().resize(0, 0)
         self.held, self._free, self.capacity = [], [], 0
         machine.release_memory(self.core.device)
-
-    def _choose_pass(self, row: Row) -> None:
-        """Choose how the model runs: over slots where they were shown to be exact, else row by row."""
-        prompt = row.request.ids
-        reason = why_not_slots(self.core, [prompt, prompt[: len(prompt) // 2 + 1]])
-        self._pass = SlotPass(self.core, self.note) if reason is None else PlainPass(self.core)
-        if reason is not None:
-            self.note(f"generating row by row: {reason}")
 
     def _make(self, needed: int) -> None:
         """Make slots for rows of ``needed`` tokens: as many as are wanted and memory allows, at least one.
