@@ -84,9 +84,8 @@ def test_a_file_without_answers_has_the_same_prompts(tmp_path, kind):
 
 
 def test_context_is_never_lost_for_want_of_an_answer(tmp_path):
-    """A question with its text is not a prompt of sft; it is not read as the question alone."""
-    with pytest.raises(DataError, match=r"squad.*\n.*--column instruction=COLUMN --column input=COLUMN"):
-        read_prompts(source(tmp_path, {"question": "which day?", "context": "it was Monday"}))
+    (one,) = read_prompts(source(tmp_path, {"question": "which day?", "context": "it was Monday"}))[0]
+    assert one.prompt.messages[-1]["content"] == "which day?\n\nit was Monday"
 
 
 def test_a_response_is_a_reference_only_where_it_was_desirable(tmp_path):

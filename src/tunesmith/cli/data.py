@@ -13,7 +13,7 @@ from rich.console import RenderableType
 
 from tunesmith.cli import options
 from tunesmith.cli.output import console, print_result, print_stderr
-from tunesmith.errors import UserError
+from tunesmith.errors import ModelError, UserError
 from tunesmith.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -110,23 +110,25 @@ def lint(
     held_out = [source for path in evaluation or () for source in _open_target(path, keys, None)[0]]
     accepted: tuple[type, ...] = ROW_TYPES
     learns: Objective | None = None
+    recipe_model: str | None = None
     kwargs, policy, turns_option = options.parse_template_kwargs(template_kwarg), None, {}
     for file in files:
-        sources, config, objective, _ = _open_target(file, keys, None)
+        sources, config, objective, named = _open_target(file, keys, None)
         train += sources
+        recipe_model = recipe_model or named
         if config is not None:
             accepted, learns = tuple(objective.traits.rows), objective
             template = template or config.template
             kwargs, policy = config.template_kwargs | kwargs, config.special_tokens
             turns_option = objective.config.model_dump(include={"train_on", "expand_turns"})
             held_out += eval_sources(config).values()
-    tokenizer = _rendering_tokenizer(model, template, kwargs) if model else None
+    tokenizer, remark = _rendering_tokenizer(model, recipe_model, template, kwargs)
     if tokenizer and policy:
         turn_tokens.set_policy(tokenizer, policy)
     report = linting.lint(train, held_out, accepted, tokenizer, learns, **turns_option)
     facts, lines = report.as_dict(), _lint_lines(report)
-    if model and tokenizer is None:
-        lines.insert(0, f"remark: {model} has no chat template and no end token, so no row is rendered")
+    if remark:
+        lines.insert(0, f"remark: {remark}")
     if near_duplicates:
         found = _find_near_duplicates(train, held_out, threshold, accepted)
         facts["near_duplicates"] = found.as_dict()
@@ -236,17 +238,28 @@ def pull(
 
 
 def _rendering_tokenizer(
-    model: str, template: str | None, kwargs: JsonObject
-) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model with a chat template; None for an encoder, which can have none."""
+    model: str | None, recipe_model: str | None, template: str | None, kwargs: JsonObject
+) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """The tokenizer that renders rows, of ``--model`` or the recipe's model, and a remark where there is none.
+
+    An encoder has no chat template. A recipe's model that is not on this machine is no fault of its rows.
+    """
     from tunesmith.data.encode.templates import apply_template
     from tunesmith.models.find.locate import locate
     from tunesmith.models.load.load import load_tokenizer
 
-    tokenizer = load_tokenizer(locate(model))
+    name = model or recipe_model
+    if name is None:
+        return None, None
+    try:
+        tokenizer = load_tokenizer(locate(name))
+    except ModelError as error:
+        if model:
+            raise
+        return None, f"no row is rendered, because the recipe's model does not open: {error}"
     if template is None and tokenizer.chat_template is None and tokenizer.eos_token is None:
-        return None
-    return apply_template(tokenizer, template, kwargs)[0]
+        return None, f"{name} has no chat template and no end token, so no row is rendered" if model else None
+    return apply_template(tokenizer, template, kwargs)[0], None
 
 
 def _find_near_duplicates(

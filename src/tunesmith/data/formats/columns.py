@@ -25,7 +25,14 @@ from tunesmith.data.formats.label_fields import build_labelled, build_multilabel
 from tunesmith.data.formats.preference_fields import build_prompt_completion
 from tunesmith.data.formats.record_values import NUMERIC_FIELDS, numbers_to_text, unify_line_ends
 from tunesmith.data.formats.squad_file import build_question
-from tunesmith.data.formats.turns import MEDIA, alpaca_prompt, build_chat, exchange, refuse_media
+from tunesmith.data.formats.turns import (
+    MEDIA,
+    alpaca_prompt,
+    build_chat,
+    exchange,
+    refuse_media,
+    with_system,
+)
 from tunesmith.data.formats.word_fields import build_tokens, build_words, scan_spaces
 from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
 from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Question, Ranking, Row, Tagged, Text
@@ -39,11 +46,15 @@ def _build_alpaca(values: Values) -> Chat:
     return Chat((*before, *exchange(question["content"], values.answer("output"))))
 
 
-def _single_exchange(name: str, question: Field, answer: Field) -> Format:
-    def build(values: Values) -> Chat:
-        return Chat(exchange(values.text(question.name), values.answer(answer.name)))
+def _single_exchange(name: str, question: Field, answer: Field, *more: Field) -> Format:
+    """A question and its answer. ``more``: a context, which follows the question after a blank line; a system prompt."""
 
-    return Format(name, Chat, (question, answer), build, question.name, (answer.name,))
+    def build(values: Values) -> Chat:
+        context = values.optional_text("context")
+        asked = values.text(question.name) + (f"\n\n{context}" if context.strip() else "")
+        return Chat(tuple(with_system(list(exchange(asked, values.answer(answer.name))), values)))
+
+    return Format(name, Chat, (question, answer, *more), build, question.name, (answer.name,))
 
 
 def _chat(turns: str) -> Callable[[Values], Chat]:
@@ -71,7 +82,7 @@ ALPACA = (
     required("instruction", "지시"), optional("input", "context", "입력"), required("output", "response", "출력"), SYSTEM,
     optional("history"),
 )  # fmt: skip
-COMPLETION = (required("prompt"), required("completion"), TOOLS)
+COMPLETION = (required("prompt"), required("completion"), TOOLS, SYSTEM)
 SQUAD = (
     required("question"), required("context"), required("answers"), optional("is_impossible"), optional("id"),
 )  # fmt: skip
@@ -83,9 +94,9 @@ TABLE = (
     *(form for form in preference_fields.PAIRS if form.marks),
     Format("alpaca", Chat, ALPACA, _build_alpaca, "instruction", ("output",)),
     Format("prompt_completion", PromptCompletion, COMPLETION, build_prompt_completion, "prompt", ("completion",)),
-    _single_exchange("input_output", required("input"), required("output")),
-    _single_exchange("summary", SUMMARISED, SUMMARY),
-    _single_exchange("question_answer", QUESTION, ANSWER),
+    _single_exchange("input_output", required("input"), required("output"), SYSTEM),
+    _single_exchange("summary", SUMMARISED, SUMMARY, SYSTEM),
+    _single_exchange("question_answer", QUESTION, ANSWER, optional("context"), SYSTEM),
     Format("squad", Question, SQUAD, build_question, gold="answers", exact=("context", "answers")),
     *preference_fields.RANKINGS,
     Format("tokens", Tagged, TOKENS, build_tokens, gold="tags", scan=scan_spaces),

@@ -126,7 +126,7 @@ def build_prompt_completion(values: Values) -> PromptCompletion | Chat:
         )
     prompt, completion = turns_from_json(values["prompt"]), turns_from_json(values["completion"])
     is_text = isinstance(completion, str) and not is_dialogue(completion)
-    if is_text and not isinstance(prompt, list | tuple):
+    if is_text and not isinstance(prompt, list | tuple) and not values.optional_text("system").strip():
         return PromptCompletion(require_text(prompt, "prompt"), require_text(completion, "completion"))
     before, answer = _prompt(values, plain_answers=False), _parse_side(completion, "completion")
     if not any(message["role"] == "assistant" for message in answer):
