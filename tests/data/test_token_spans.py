@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny import CORPUS, SPECIAL, tiny_tokenizer
 from tunesmith.data.encode.conversations import Rendered, tokenise
 from tunesmith.data.encode.spans import END, Span
+from tunesmith.data.encode.templates import Renderer
 
 
 def trained(model, trainer, pre, normalizer=None, post=None):
@@ -86,7 +87,7 @@ def test_masks_are_those_of_all_offsets(kind, pieces):
     tokenizer, text = KINDS[kind], "".join(pieces)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [Span(start, end) for start in range(len(text) + 1) for end in [*range(start, len(text) + 1), END]]
-    for span, made in zip(spans, tokenise([Rendered(text, (span,)) for span in spans], tokenizer), strict=True):
+    for span, made in zip(spans, tokenise([Rendered(text, (span,)) for span in spans], Renderer(tokenizer)), strict=True):
         assert made["input_ids"].tolist() == encoded["input_ids"]
         expected = [end > span.start and start < span.end for start, end in encoded["offset_mapping"]]
         assert made["supervised"].tolist() == expected, span

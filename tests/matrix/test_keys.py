@@ -16,6 +16,7 @@ import torch
 import tunesmith
 from tests import recipe_keys
 from tests.runs import history, judged, model_folder, preferences, questions, recipe, tagged
+from tests.tiny import CHATML
 from tunesmith.data.data_config import Source
 from tunesmith.data.read import hub_set
 from tunesmith.errors import TunesmithError
@@ -73,7 +74,7 @@ CASES = [
     Case("objective.class_weights", "balanced", "history", CLASSIFY),
     Case("objective.label_smoothing", 0.2, "history", CLASSIFY),
     Case("objective.pooling", "mean", "history", CLASSIFY),
-    Case("objective.labels", ["O", "B-LOC", "B-PER"], "parameters", TAG),
+    Case("objective.labels", ["O", "B-LOC", "I-LOC", "B-PER"], "parameters", TAG),
     Case("objective.label_all", True, "history", TAG),
     Case("objective.stride", 3, "history", TAG),
     Case("objective.window", 384, "history", QA),
@@ -136,6 +137,9 @@ CASES = [
     Case("data.eval.path", "OTHER_ROWS", "data", {"data.eval": {}}),
     Case("data.eval.sets", {"others": {"path": "OTHER_ROWS"}}, "data", {"data.eval": {}}),
     Case("data.template", "roles", "weights", {"data.train.0.path": "CHATS"}),
+    Case("data.template_kwargs", {"tone": "kind"}, "weights", {"data.train.0.path": "CHATS", "data.template": "TONED"}),
+    Case("data.special_tokens", "error", "error", {"data.train.0.path": "TYPED"}),
+    Case("data.train.0.numbers_as_text", True, "error", {"data.train.0.path": "NUMBERS"}),
     Case("adaptation.loraplus_lr_ratio", 16.0, "weights", LORA),
     Case("data.bad_rows", "skip", "error", {"data.train.0.path": "BAD"}),
     Case("data.max_unlearnable", 1.0, "error", {"data.train.0.path": "EMPTY", "train.max_length": 14, "objective": {"type": "sft", "overlong": "truncate"}}),
@@ -166,6 +170,7 @@ CASES = [
     Case("train.eval_steps", 1, "history", EVAL),
     Case("train.save_steps", 1, "files"),
     Case("train.save_total_limit", 1, "files", {"train.save_steps": 1, "train.save_total_limit": 3}),
+    Case("train.metric_for_best_model", "no_such_figure", "error", EVAL),
     Case("train.early_stopping_patience", 1, "steps", {**EVAL, "train.eval_steps": 1, "train.learning_rate": 5.0, "train.max_steps": 8}),
     Case("train.early_stopping_threshold", 10.0, "steps", {**EVAL, "train.eval_steps": 1, "train.early_stopping_patience": 1, "train.max_steps": 8}),
     Case("train.report_to", ["tensorboard"], "files", needs=("tensorboard",)),
@@ -208,6 +213,8 @@ def places(tmp_path_factory):
         patch.setenv("TUNESMITH_HOME", str(folder))
         for count, keys in enumerate(({}, {"split": "test"}, {"name": "other"})):
             pulled(pairs[count:], **keys)
+    toned = str(folder / "toned.jinja")
+    Path(toned).write_text(CHATML.replace("message['role'] +", "message['role'] + (tone | default('')) +"))
     (folder / "other").mkdir()
     adapter = recipe(folder, adaptation=LORA["adaptation"])
     outcome = tunesmith.train(adapter, out=folder / "adapter")
@@ -218,6 +225,11 @@ def places(tmp_path_factory):
         "UNTIED": str(model_folder(folder, "qwen3", tie_word_embeddings=False)),
         "ADAPTER": outcome["model_dir"],
         "CHATS": file("chats", [{"messages": chat(n)} for n in range(12)]),
+        "TONED": toned,
+        "TYPED": file(
+            "typed", [{"messages": [*chat(n)[:1], {"role": "assistant", "content": f"<|im_end|> {n}"}]} for n in range(8)]
+        ),
+        "NUMBERS": file("numbers", [{"prompt": f"the fox {n}", "completion": n} for n in range(8)]),
         "TEXTS": file("texts", [{"text": f"the quick brown fox jumps over the lazy dog {n}"} for n in range(8)]),
         "MARKED": file("marked", [{"text": f"the fox {n}", "labels": "a|b" if n % 2 else "a"} for n in range(12)]),
         "LABELLED": file("labelled", [{"text": f"the fox {n}", "label": "b" if n % 4 == 0 else "a"} for n in range(12)]),

@@ -259,5 +259,6 @@ def test_an_adapter_that_lacks_a_new_row_is_refused(trained, tmp_path):
     config["trainable_token_indices"] = {name: ids[1:] for name, ids in config["trainable_token_indices"].items()}
     config["base_model_name_or_path"] = str(trained / "lora-tied-llama" / "model-llama")
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tunesmith.verify(folder, accept=True)
     with pytest.raises(ModelError, match=f"lacks row {KNOWN} of model.embed_tokens"):
         tunesmith.load(folder)

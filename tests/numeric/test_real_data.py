@@ -19,7 +19,7 @@ def test_a_real_file_needs_no_configuration(name, shared, tmp_path):
         "model": str(model_folder(tmp_path, "llama")),
         "objective": objective,
         "adaptation": adaptation,
-        "data": {"train": [{"path": str(shared / "data" / name), "limit": 12}], "eval": {"fraction": 0.2}},
+        "data": {"train": [{"path": str(shared / "data" / name), "limit": 12}], "eval": {"fraction": 0.4}},
         "train": {"max_steps": 3, "max_length": 256, "batch_size": 4, "learning_rate": 1e-2, "precision": "fp32"},
         "samples": {"count": 1, "max_new_tokens": 4},
     }

@@ -73,7 +73,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_update_stays_the_same
 
 def test_memory_that_runs_out_is_said_and_kept_for_later_steps(tmp_path, monkeypatch):
     made = recipe(tmp_path, max_steps=4)
-    heaviest = 2  # passes of the rehearsal that still fit
+    heaviest = 3  # the pass in training mode and those of the rehearsal still fit
     tried = small_machine(monkeypatch, 60, first_steps=heaviest)
     tunesmith.train(made, out=tmp_path / "run")
     said = [record for record in metrics_file.read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "memory"]

@@ -242,8 +242,9 @@ def check_training_mode(
                 chosen.notes += noise.switch_off_misplaced(model, lengths, chosen.packed, forward)
                 return
             except (attention.CannotPack, *FORWARD_ERRORS) as error:
-                if machine.is_out_of_memory(error):
-                    raise
+                if machine.is_out_of_memory(error):  # the first step handles it, and names the row
+                    chosen.notes.append("training mode was not tried before the first step: memory ran out")
+                    return
                 if not chosen.packed:
                     raise ModelError(
                         f"{base(model).config.model_type}: the model's own forward fails in training mode "

@@ -18,7 +18,7 @@ from tunesmith.errors import ModelError
 from tunesmith.models.fast.self_check import describe
 from tunesmith.models.heads import lm_head
 from tunesmith.models.heads.lm_head import Batch
-from tunesmith.models.network import FORWARD_ERRORS, attribute, base, first_position, padding_ids
+from tunesmith.models.network import FORWARD_ERRORS, attribute, base, first_position, padding_ids, pooling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,9 +93,11 @@ class RowCheck:
 
     def _stock(self, ids: Tensor) -> Tensor:
         """Return the states of a row by the model's own forward, given nothing but its tokens and a mask of ones."""
+        inner = base(self.model)
+        stock = inner.base_model if pooling(inner.config) == "mean" else inner  # no stock head takes the mean
         try:
             with torch.no_grad():
-                base(self.model)(input_ids=ids)  # as whoever opens the saved model would call it
+                stock(input_ids=ids)  # as whoever opens the saved model would call it
             return self._states({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]
         except FORWARD_ERRORS as error:
             if machine.is_out_of_memory(error):
