@@ -239,6 +239,15 @@ def test_a_queue_is_read_only_as_far_as_slots_are_free() -> None:
     assert taken == 50 and engine.slots.count == 4
 
 
+def test_no_more_slots_are_made_than_there_are_rows() -> None:
+    model, rows = tiny_model("llama"), prompts(3, 9, 4)
+    engine, params = Engine(model, TOKENIZER), SamplingParams(max_new_tokens=4)
+    assert ids(engine, requests(rows[:1], params)) == by_transformers(model, rows[:1], 4, [2, 4])
+    assert engine.slots.count == 1
+    assert ids(engine, requests(rows, params)) == by_transformers(model, rows, 4, [2, 4])
+    assert engine.slots.count == 3 and engine.slots.capacity == slots.BLOCK
+
+
 def test_memory_bounds_the_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     one_row = slots.BLOCK * 2 * 2 * 2 * 8 * 4  # tokens, keys and values, layers, key heads, width, bytes

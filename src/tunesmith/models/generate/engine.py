@@ -107,6 +107,7 @@ class Engine:
 
     def _steps(self, requests: Iterable[Request], streamed: bool) -> Iterator[list[Row]]:
         """Yield the rows that got a token, or ended without one, after each step."""
+        self.slots.wanted = len(requests) if isinstance(requests, Sequence) else self.slots.most
         waiting, source = deque[Row](), iter(requests)
         running: list[Row] = []
         training = self.model.training

@@ -71,6 +71,9 @@ class Slots:
         self.core, self.most, self.note = core, most, note
         self.timing = Timing()
         self.capacity = 0
+        self.wanted = most
+        """The number of rows that a run brings: more slots are not made."""
+        self._made_for = 0
         self.held: list[list[int]] = []
         self._free: list[int] = []
         self._pass: ForwardPass | None = None
@@ -93,7 +96,8 @@ class Slots:
         if self._pass is None:
             prompt = row.request.ids
             self._pass = choose_pass(self.core, [prompt, prompt[: len(prompt) // 2 + 1]], self.note)
-        if row.needed > self.capacity and len(self._free) == self.count:
+        too_few = self._made_for < min(self.wanted, self.most)
+        if (row.needed > self.capacity or too_few) and len(self._free) == self.count:
             self._make(row.needed)
         if row.needed > self.capacity or not self._free:
             return False
@@ -130,12 +134,14 @@ class Slots:
         """Make slots for rows of ``needed`` tokens: as many as are wanted and memory allows, at least one.
 
         They keep the tokens that they hold."""
-        capacity = (
-            -(-max(needed, min(2 * self.capacity, context_window(self.core.config) or 0)) // BLOCK) * BLOCK
-        )
+        capacity = self.capacity
+        if needed > capacity:  # at least twice as much, so that a growing chat is not copied in each turn
+            wished = max(needed, min(2 * capacity, context_window(self.core.config) or 0))
+            capacity = -(-wished // BLOCK) * BLOCK
         free = machine.free_bytes(self.core.device)
         affordable = int(MEMORY_SHARE * free / (capacity * slot_cache.bytes_per_token(self.core)))
-        slots, self.capacity = max(1, min(self.most, affordable)), capacity
+        slots, self.capacity = max(1, min(self.most, max(self.wanted, self.count), affordable)), capacity
+        self._made_for = min(self.wanted, self.most)
         self._pass_of_rows().resize(slots, capacity)
         self.held = [self.held[slot] if slot < len(self.held) else [] for slot in range(slots)]
         self._free = list(range(slots))
