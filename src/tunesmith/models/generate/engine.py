@@ -33,20 +33,8 @@ if TYPE_CHECKING:
 
 MAX_RUNNING = 64
 """Rows that run at once, if memory allows: more gain little on a CPU."""
-PREFILL_TOKENS = 2048
-"""Tokens of prompts in one forward pass."""
-MEMORY_SHARE = 0.5
-"""Share of the free memory that the cache may take."""
-BLOCK = 128
-"""The capacity of slots is a multiple of this."""
 SAMPLED = 64
 """Numbers of each parameter that are part of the fingerprint."""
-SHARED_TOKENS = 16
-"""Shorter common starts of two prompts are computed again instead of copied."""
-SAMPLED = 64
-"""Numbers of each parameter that are part of the fingerprint."""
-SHARED_TOKENS = 16
-"""Shorter common starts of two prompts are computed again instead of copied."""
 
 OnToken: TypeAlias = Callable[[Request, int, str], None]
 """Called for each token with its request, its id and the text that has become certain."""

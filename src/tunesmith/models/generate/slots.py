@@ -26,24 +26,6 @@ MEMORY_SHARE = 0.5
 """Share of the free memory that the cache may take."""
 BLOCK = 128
 """The capacity of slots is a multiple of this."""
-SAMPLED = 64
-"""Numbers of each parameter that are part of the fingerprint."""
-SHARED_TOKENS = 16
-"""Shorter common starts of two prompts are computed again instead of copied."""
-MEMORY_SHARE = 0.5
-"""Share of the free memory that the cache may take."""
-BLOCK = 128
-"""The capacity of slots is a multiple of this."""
-SAMPLED = 64
-"""Numbers of each parameter that are part of the fingerprint."""
-SHARED_TOKENS = 16
-"""Shorter common starts of two prompts are computed again instead of copied."""
-BLOCK = 128
-"""The capacity of slots is a multiple of this."""
-SAMPLED = 64
-"""Numbers of each parameter that are part of the fingerprint."""
-SHARED_TOKENS = 16
-"""Shorter common starts of two prompts are computed again instead of copied."""
 SHARED_TOKENS = 16
 """Shorter common starts of two prompts are computed again instead of copied."""
 
