@@ -24,7 +24,7 @@ HUB_KEYS = ("split", "name", "streaming")
 
 
 KEEP_IF = "keep_if"
-"""Entry of ``columns`` that is no field of a format."""
+"""Key of ``columns`` that is no field of a format: the column that is true in the rows to keep."""
 
 
 READING_KEYS = ("format", "columns", "separator", "prompt_template", "numbers_as_text")
@@ -82,7 +82,7 @@ class Source(Strict):
         return str(self.columns[KEEP_IF]) if self.columns and KEEP_IF in self.columns else None
 
     def nested_columns(self) -> list[str]:
-        """Columns ``a.b`` that the recipe names: the field b of the objects in column a."""
+        """Columns of the form ``a.b`` that the recipe names: field b of the objects in column a."""
         mapped = [[to] if isinstance(to, str) else to for to in (self.columns or {}).values()]
         used = [
             *(name for names in mapped for name in names),

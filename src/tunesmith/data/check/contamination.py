@@ -1,9 +1,9 @@
 """Contamination: held-out rows share a passage with training rows, so their loss is too low.
 
-A passage is a number of letters in a row (see ``data.text_windows``), counted in the text of the tokens: a
-tokenizer may split a Korean syllable into three tokens or read five words as one. A passage in many training
-rows is the chat template or a phrase of the task and is ignored. The training tokens are read once, in the
-encoded files, by a rolling hash.
+A passage is a run of consecutive letters (see ``data.text_windows``). Letters are counted in the decoded text,
+not in tokens: a tokenizer may split a Korean syllable into three tokens or encode five words as one. A passage
+in many training rows belongs to the chat template or is a phrase of the task, and is ignored. The training tokens
+are read once, from the encoded files, with a rolling hash.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ COMMON_ROWS = 10
 """A passage in more training rows than this (or in half of a small set) is a phrase of the task."""
 
 PIECE, PIECE_SHARE, SAMPLED = 20, 0.1, 2000
-"""PIECE letters that occur in PIECE_SHARE of (at most SAMPLED) training rows belong to the template. Half of
-all Korean sentences end in the same two syllables, which are six letters."""
+"""A run of PIECE letters belongs to the template if PIECE_SHARE of the training rows (a sample of at most SAMPLED)
+have it. A short run would not do: half of all Korean sentences end in the same two syllables, six letters."""
 
 HEADS = (5, 10)
-"""Letters that belong to the template where PIECE_SHARE of the rows have them after a special token or at their
-start, such as user and assistant on a line."""
+"""Lengths of the runs after a special token, or at the start of a row, that belong to the template if PIECE_SHARE
+of the rows have them: ``user`` or ``assistant`` on a line."""
 
 LISTED = 10
 BLOCK = 1 << 16
-"""Tokens read at a time; the arrays of their letters fit into the processor's cache."""
+"""Tokens read at a time: the arrays of their letters fit into the processor's cache."""
 
 SCATTERED = 64
 """Release the mapped files every this many rows; each row may load 64 KB of them."""
@@ -57,10 +57,10 @@ class SharedText:
 class Contamination:
     """``rows`` held-out rows (``share`` of all) share at least ``letters`` letters with a training row.
 
-    ``first``: the first LISTED of these rows. ``answers``: those of them in which a shared letter is
-    supervised, so that the loss itself is too low; in the others only the prompt was seen. None where no token
-    is supervised (labels, rewards). ``short``: rows with fewer than ``letters`` letters outside the template,
-    of which only exact duplicates are found.
+    ``first``: the first LISTED of these rows. ``answers``: the number of these rows in which a shared letter is
+    supervised, so that the loss itself is too low; the others share only their prompt. It is None for objectives
+    without supervised tokens (labels, rewards). ``short``: the number of rows with fewer than ``letters`` letters
+    outside the template; only exact duplicates of them are found.
     """
 
     letters: int
@@ -79,14 +79,16 @@ class Contamination:
 
 
 def passage(letters: int) -> str:
-    """Return the length of a passage for people."""
+    """Describe the length of a passage in letters and in syllables, for a message."""
     return f"a passage of {letters} letters or more ({-(-letters // WIDE)} Hangul syllables or ideographs)"
 
 
 @dataclass(frozen=True)
 class _Letters:
-    """Joined examples: letters (0 = a special token, or the end of an example), and the example and loss mask
-    of each."""
+    """Letters of joined examples, with the example and the loss mask of each letter.
+
+    The letter 0 is a break: a special token, or the end of an example.
+    """
 
     codes: np.ndarray
     owner: np.ndarray
@@ -102,7 +104,7 @@ class _Letters:
         )
 
     def hashes(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (position, hash) of every ``n`` letters without a break."""
+        """Return (position, hash) of every run of ``n`` letters without a break."""
         hashed = rolling_hashes(self.codes, n)
         positions = np.flatnonzero(_none_marked(self.codes == 0, np.arange(len(hashed)), n))
         return positions, hashed[positions]
@@ -122,9 +124,9 @@ def contamination(
     written: bool = True,
     shared: int = SHARED,
 ) -> Contamination | None:
-    """Compare the text of two splits; None when their examples are not single sequences of tokens.
+    """Compare the text of two splits. Return None when their examples are not single sequences of tokens.
 
-    ``written``: the model learns to write some of the tokens. ``shared``: letters of a passage. Memory: about
+    ``written``: the objective has supervised tokens. ``shared``: length of a passage in letters. Memory: about
     100 bytes for each held-out token, and 4 bytes for each training example.
     """
     if not all("input_ids" in entry.values for entry in (*train.entries, *held.entries)):
@@ -154,10 +156,10 @@ def contamination(
 def _hits(
     train: Encoded, positions: np.ndarray, hashes: np.ndarray, supervised: np.ndarray, n: int, text: TokenText
 ) -> np.ndarray:
-    """Return int64[4, hits]: the passages that training rows also have, without phrases of the task.
+    """Return int64[4, hits]: the held-out passages that occur in training rows, without phrases of the task.
 
-    The rows are: position in the held-out letters; source, and example of the source, of the first match;
-    whether any letter of the passage is supervised.
+    Row 0 is the position in the held-out letters. Rows 1 and 2 are the source of the first match and its example
+    in that source. Row 3 is 1 where a letter of the passage is supervised.
     """
     known, number = np.unique(hashes, return_inverse=True)
     counts, first = _find_in_training(train, known, n, text)
@@ -193,7 +195,7 @@ def _runs(example: Example, text: TokenText) -> list[tuple[str, bool]]:
 def _read(
     data: Encoded, examples: np.ndarray, take: Callable[[Example], tuple[np.ndarray, np.ndarray]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return ``take(example)`` of each example, and release the mapped files that scattered rows load."""
+    """Return ``take(example)`` of each example. Release the mapped files on the way: scattered rows load much."""
     parts = []
     for number, index in enumerate(examples.tolist(), 1):
         parts.append(take(data[index]))
@@ -207,7 +209,7 @@ def _read(
 def _find_in_training(
     train: Encoded, known: np.ndarray, n: int, text: TokenText
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of training rows with each hash, and source and example of the first match."""
+    """Return how many training rows have each hash, and the source and the example of its first match."""
     counts = np.zeros(len(known), np.int64)
     first = np.full((2, len(known)), -1, np.int64)
     if not len(known):
@@ -227,7 +229,7 @@ def _find_in_training(
         positions, number = positions[whole], number[whole]
         once = np.unique(
             (number << 32) + rows[example[positions]]
-        )  # a row counts once, however often it has it
+        )  # a row counts once, even if it has the passage several times
         counts += np.bincount(once >> 32, minlength=len(known))
         new, at = np.unique(number, return_index=True)
         new, at = new[first[0, new] < 0], at[first[0, new] < 0]
@@ -236,10 +238,10 @@ def _find_in_training(
 
 
 def _blocks(data: Encoded, text: TokenText) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield (source, row of each example of the source, example of each letter, letters) of the parts that are
-    trained on.
+    """Yield blocks of training text: (source, row of each example of the source, example of each letter, letters).
 
-    A block ends where an example ends, so a row is in two blocks only when its examples are.
+    Tokens that the length policy cut off are left out. A block ends at the end of an example, so a row is in two
+    blocks only if it has several examples.
     """
     for source, entry in enumerate(data.entries):
         mine = data.source == source
@@ -262,7 +264,7 @@ def _blocks(data: Encoded, text: TokenText) -> Iterator[tuple[int, np.ndarray, n
 
 
 def _template(train: Encoded, ours: _Letters, text: TokenText) -> np.ndarray:
-    """Return bool[letters]: letters in a run of PIECE, or in a head, that PIECE_SHARE of the training rows have."""
+    """Return bool[letters]: the held-out letters that belong to the template (see PIECE and HEADS)."""
     sample = np.unique(np.linspace(0, len(train) - 1, min(len(train), SAMPLED)).astype(np.int64))
     sampled = _Letters.of(train, sample, text)
     most = max(1, min(COMMON_ROWS, len(sample) // 2), PIECE_SHARE * len(sample))
@@ -281,7 +283,7 @@ def _template(train: Encoded, ours: _Letters, text: TokenText) -> np.ndarray:
 
 
 def _mark(size: int, positions: np.ndarray, n: int) -> np.ndarray:
-    """Return bool[size]: the ``n`` letters from each position on."""
+    """Return bool[size], true for the ``n`` letters from each position on."""
     edges = np.zeros(size + 1, np.int32)
     np.add.at(edges, positions, 1)
     np.add.at(edges, positions + n, -1)
@@ -289,7 +291,7 @@ def _mark(size: int, positions: np.ndarray, n: int) -> np.ndarray:
 
 
 def _none_marked(marked: np.ndarray, positions: np.ndarray, n: int) -> np.ndarray:
-    """Return bool[positions]: whether none of the ``n`` letters from there on is marked."""
+    """Return bool[positions], true where none of the ``n`` letters from the position on is marked."""
     before = np.concatenate([[0], np.cumsum(marked, dtype=np.int32)])
     return before[positions + n] == before[positions]
 
@@ -306,7 +308,10 @@ def _row_ids(data: Encoded, examples: np.ndarray) -> np.ndarray:
 def _shared_text(
     held: Encoded, train: Encoded, ours: _Letters, hit: list[int], text: TokenText
 ) -> SharedText:
-    """Return the longest common run at a hit: position in ``ours``; source and example of the source."""
+    """Return the longest text that both rows of a hit share.
+
+    ``hit``: position in ``ours``, source of the training row, its example in that source.
+    """
     here, source, example = hit
     owner, entry = int(ours.owner[here]), train.entries[source]
     start = here - int(np.searchsorted(ours.owner, owner))

@@ -31,7 +31,7 @@ Findings = PairFindings | JudgementFindings
 
 
 class Objective(Protocol):
-    """The part that lint uses of an ``objectives.Objective``, which data must not import."""
+    """The methods of an ``objectives.Objective`` that lint calls; data must not import objectives."""
 
     def scan(self, rows: Iterable[Row]) -> None: ...
     def check_labels(self, row: Row, held_out: bool) -> None: ...
@@ -72,7 +72,7 @@ class LintReport:
     leaked: list[Duplicate] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     in_turns: list[TurnFindings] = field(default_factory=list)
-    """What to look at in the turns of each file."""
+    """Findings in the turns of each file; remarks, not problems."""
     pairs: list[PairFindings] = field(default_factory=list)
     judged: list[JudgementFindings] = field(default_factory=list)
 
@@ -111,12 +111,12 @@ def lint(
 ) -> LintReport:
     """Read every row of every file and list all problems; nothing raises.
 
-    With an ``objective`` labels and tags that it refuses are problems, too.
+    With an ``objective``, labels and tags that it refuses are problems, too.
 
     With a ``tokenizer`` each row is also rendered: a row that its chat template refuses is a problem, a text
     that the template drops is a remark. A file that cannot be opened, or whose columns match no format, is
-    one problem. ``train_on`` and ``expand_turns``: of the objective, because a template may rewrite a turn that
-    is supervised under one of them only.
+    one problem. ``train_on`` and ``expand_turns`` are those of the objective: they decide which turns are
+    supervised, and a template may rewrite one of these.
     """
     renderer = Renderer(tokenizer) if tokenizer is not None and tokenizer.chat_template else None
     report = LintReport()
@@ -170,7 +170,7 @@ def lint(
 
 
 def advice(sources: Sequence[Source]) -> str:
-    """The commands to list all bad rows of these sources; the empty string if they would list none."""
+    """Return the commands that list all bad rows of these sources; an empty string if they would list none."""
     commands = dict.fromkeys(filter(None, map(_command, sources)))
     return (
         f"Type {' and '.join(f'`{command}`' for command in commands)} for all of them. " if commands else ""
@@ -178,9 +178,9 @@ def advice(sources: Sequence[Source]) -> str:
 
 
 def _command(source: Source) -> str | None:
-    """The command that lists the bad rows of a source; None if it would list none.
+    """Return the command that lists the bad rows of a source; None if it would list none.
 
-    Rows that an objective or a template refuses are good rows to lint, which does not know of them."""
+    The command knows no objective and no template, so it does not list rows that only these refuse."""
     typed = ["tunesmith", "data", "lint", source.path]
     typed += ["--format", source.format] if source.format else []
     for field_name, columns in (source.columns or {}).items():
@@ -191,13 +191,13 @@ def _command(source: Source) -> str | None:
         try:
             if not any(isinstance(item, RowProblem) for item in open_source(as_typed).rows()):
                 return None
-        except DataError:  # that of the whole file is listed, too
+        except DataError:  # lint lists an error of the whole file, too
             pass
     return " ".join([*map(shlex.quote, typed), *hub_set.split_flags(source)])
 
 
 def _scanned(train: Sequence[Source], accepted: tuple[type, ...]) -> Iterator[Row]:
-    """The usable training rows. A file that cannot be opened is reported when its rows are listed."""
+    """Yield the usable training rows. Skip a file that cannot be opened: it is reported when its rows are listed."""
     for source in train:
         with suppress(DataError):
             items = open_source(source, accepted).rows()

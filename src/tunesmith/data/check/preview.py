@@ -39,7 +39,7 @@ Piece = tuple[str, bool]
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """One example. ``known``: label, tags, answers or ranks in words; None for text to be written.
+    """One example. ``known``: its label, tags, answers or ranks as text; None where the target is text.
 
     ``notes``: ``turn_findings`` of the row."""
 
@@ -99,8 +99,8 @@ def preview(
 ) -> Preview:
     """Return the first ``rows`` usable rows of a source as examples, and the unusable rows before them.
 
-    ``accepted``: row types to accept in place of the objective's own; others than those are shown as the file
-    has them. Raises DataError when the file cannot be read or a row cannot be rendered.
+    ``accepted``: row types to accept instead of the objective's. Rows of a type that the objective does not accept
+    are shown without rendering. Raises DataError when the file cannot be read or a row cannot be rendered.
     """
     own_types = tuple(objective.traits.rows)
     opened = open_source(source, accepted or own_types)

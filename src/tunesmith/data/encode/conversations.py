@@ -46,7 +46,7 @@ Characters = Callable[[int], tuple[int, int]]
 class Rendered:
     """A row as text, with its supervised ``spans``. ``before`` and ``after``: ids that the text lacks.
 
-    ``typed``: starts of turn tokens in the text that are plain text; None for none."""
+    ``typed``: positions of turn tokens in the text that are encoded as plain text; None if there are none."""
 
     text: str
     spans: tuple[Span, ...]
@@ -103,10 +103,11 @@ def _chat(renderer: Renderer, row: Chat, train_on: TrainOn | int) -> Rendered:
 
 
 def _with_one_opening(renderer: Renderer, row: Chat) -> Chat:
-    """``row`` with its reasoning opened once, where the generation prompt opens it.
+    """Return ``row`` so that its rendering has the opening tag of reasoning, such as ``<think>``, exactly once.
 
-    The template may write the tag before a content that has it, or not before one that lacks it. The row
-    stays as it is if another content does not mend that.
+    This matters where the generation prompt ends with the tag. A template may write the tag before a content that
+    already has it, or omit it before a content that lacks it. The row is returned unchanged if changing its
+    content does not repair the rendering.
     """
     opening = renderer.opening
     if opening is None or not any(f"</{opening[1]}>" in str(one.get("content")) for one in row.messages):
@@ -130,7 +131,7 @@ def _with_one_opening(renderer: Renderer, row: Chat) -> Chat:
 
 
 def _supervised_turns(messages: Sequence[Message], train_on: TrainOn | int) -> list[int]:
-    """The turns of the assistant that ``train_on`` names, without those whose weight is 0. Raises SpanError."""
+    """Return the assistant turns that ``train_on`` selects, without those of weight 0. Raises SpanError."""
     turns = assistant_turns(messages)
     if isinstance(train_on, int):
         turns = [turn for turn in turns if turn >= train_on]
@@ -146,7 +147,7 @@ def _supervised_turns(messages: Sequence[Message], train_on: TrainOn | int) -> l
 
 
 def _without(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """The text outside ``spans``."""
+    """Return the spans of the text outside ``spans``."""
     edges = [0, *(edge for span in spans for edge in (span.start, span.end)), END]
     return tuple(Span(start, end) for start, end in zip(edges[::2], edges[1::2]) if start < end)
 
@@ -165,9 +166,9 @@ def encode(
     """Tokenise rows in one batch: for each row its examples {"input_ids": int32[n], "supervised": bool[n]}.
 
     ``train_on``: ``completion`` = the last assistant turn (and the completion of a PromptCompletion),
-    ``assistant`` = every assistant turn, ``all`` = every token; all of a Text is supervised. Or one number
-    for each row: every assistant turn from that message on (and the completion of a PromptCompletion).
-    A turn of the assistant whose ``weight`` is 0 is never supervised, and is no last answer.
+    ``assistant`` = every assistant turn, ``all`` = every token; all of a Text is supervised. A sequence has one
+    number for each row: every assistant turn from that message on (and the completion of a PromptCompletion).
+    An assistant turn whose ``weight`` is 0 is never supervised and does not count as the last turn.
     ``expand_turns``: one example for each assistant turn, with the context of generation. Nothing is cut.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
@@ -190,8 +191,8 @@ def encode(
 def tokenise(texts: Sequence[Rendered], renderer: Renderer) -> list[Example]:
     """Tokenise all texts in one call; a token is supervised when it shares a character with a span.
 
-    Only a few tokens near the ends of spans are asked for their characters: converting the offsets of all
-    tokens to Python lists would take a fifth of the time of tokenisation.
+    Only the offsets of a few tokens near the ends of spans are read: converting the offsets of all tokens to
+    Python lists would take a fifth of the time of tokenisation.
     """
     if not texts:
         return []
@@ -289,7 +290,7 @@ def find_omitted_text(row: Chat, renderer: Renderer) -> list[str]:
     Templates that strip the reasoning of earlier turns, or cannot render a system turn or tools, omit text.
     """
     rendered = renderer(row.messages, row.tools)
-    dense = "".join(rendered.split())  # a template may space reasoning anew
+    dense = "".join(rendered.split())  # a template may change the white space of reasoning
     missing = []
     for index, message in enumerate(row.messages):
         for field in ("content", "reasoning_content"):

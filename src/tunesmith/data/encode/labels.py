@@ -24,14 +24,14 @@ MOST_CLASSES = 1000  # a column with more different values hardly holds classes
 
 
 def _numbers_as_names(given: object) -> object:
-    """A list of names in which whole numbers are written as text; any other value unchanged."""
+    """Return a list of names with its whole numbers as text; any other value unchanged."""
     if not isinstance(given, list | tuple):
         return given
     return [str(name) if type(name) is int else name for name in given]
 
 
 Names = Annotated[list[str], BeforeValidator(_numbers_as_names)]
-"""Names of labels in a recipe. YAML reads the name of a numbered class as a number."""
+"""Names of labels in a recipe. YAML parses the name of a numbered class, such as 3, as an integer."""
 
 
 @dataclass

@@ -74,9 +74,9 @@ def find_span(render: Renderer, row: Chat, full: str, turn: int) -> Span:
 
 
 def check_rendered(render: Renderer, row: Chat, full: str, turn: int, span: Span) -> None:
-    """Raise SpanError if the template leaves out calls or reasoning of a turn that is to be supervised.
+    """Raise SpanError if the template leaves out the calls of a supervised turn, or reasoning that is all it has.
 
-    Without its calls the turn would be trained as an empty answer, or as one that promises and never calls.
+    Without its calls, the turn would teach an empty answer, or one that announces a call and never makes it.
     """
     message, text = row.messages[turn], full[span.start : span.end]
     if message.get("tool_calls"):
@@ -92,10 +92,10 @@ def check_rendered(render: Renderer, row: Chat, full: str, turn: int, span: Span
 
 
 def omitted_calls(render: Renderer, row: Chat, full: str, turn: int, text: str = "") -> list[str]:
-    """``tool_calls[0]: the argument 'city' of weather``: names and arguments that ``full`` lacks.
+    """Return the names and arguments of calls that the template leaves out.
 
-    A part that is in ``text`` (the rendered turn) is there. Any other is there if ``full``, the rendering of
-    the row, changes with it.
+    An item is ``tool_calls[0]: the argument 'city' of weather``. ``full``: the rendering of the row. ``text``: that
+    of the turn. A part that is not found in ``text`` is still rendered if a change of it changes ``full``.
     """
     missing = []
     for index, call in enumerate(row.messages[turn].get("tool_calls") or ()):
@@ -112,7 +112,7 @@ def omitted_calls(render: Renderer, row: Chat, full: str, turn: int, text: str =
 
 
 def _matters(render: Renderer, row: Chat, full: str, turn: int, index: int, **changes: object) -> bool:
-    """True if the rendering of ``row`` is not ``full`` when the function of a call changes so."""
+    """Return True if ``changes`` to the function of a call change the rendering ``full`` of the row."""
     message = row.messages[turn]
     calls = list(message["tool_calls"])
     calls[index] = {**calls[index], "function": {**calls[index]["function"], **changes}}
@@ -124,7 +124,7 @@ def _matters(render: Renderer, row: Chat, full: str, turn: int, index: int, **ch
 
 
 def _is_written(value: object, text: str) -> bool:
-    """True if ``text`` has a value of a call, as JSON or as Python writes it."""
+    """Return True if ``text`` contains the value of an argument, as JSON or as Python writes it."""
     if isinstance(value, dict):
         return all(str(key) in text and _is_written(item, text) for key, item in value.items())
     if isinstance(value, list):
@@ -146,10 +146,10 @@ def _prompt_length(render: Renderer, row: Chat, turn: int, full: str, shared: in
 
 
 def _content_end(full: str, start: int, shared: int, core: str, opened: bool) -> int | None:
-    """Return where the content ends; None if it is not there, or there more than once.
+    """Return the end of the content in ``full``; None if it is not found exactly once.
 
-    ``opened``: the generation prompt, which ends at ``start``, has opened the turn. Else its header follows,
-    and may begin as the content does.
+    ``opened``: the generation prompt, which ends at ``start``, has already written the header of the turn. If not,
+    the header follows ``start``, and may begin with the same text as the content.
     """
     begin = start
     while begin < len(full) and full[begin].isspace():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 UNSEEN = {"B": -2, "I": -3, "E": -4, "S": -5, "": -6}
-"""Target of a held-out word whose tag the model does not have, by the kind of the tag: always a mistake."""
+"""Targets of held-out words whose tag the model does not have, by kind of tag. Every prediction for them is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ def encode(
 
     ``input_ids`` int32[n] and, if the tokenizer has them, ``token_type_ids`` uint8[n]; ``places`` int32[m]:
     the tokens that represent a word, ascending; ``words`` int32[m]: which word of the row; ``target``
-    int32[m]: its tag, -1 if unknown, one of UNSEEN for a tag that is not in ``names``, which only ``unseen``
-    accepts. A word is represented by its first token; in a ``causal`` network by its
+    int32[m]: its tag, -1 if unknown. With ``unseen``, a tag that is not in ``names`` becomes one of UNSEEN;
+    without it, such a tag is an error. A word is represented by its first token; in a ``causal`` network by its
     last, which sees all of the word. ``label_all`` includes its other tokens; there a B- tag becomes I-.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
@@ -238,14 +238,15 @@ def _shorten_words(sentence: Aligned, room: int | None, causal: bool) -> Aligned
 
 
 def unseen_name(target: int, in_entities: bool) -> str:
-    """A name for a tag that the model does not have. ``in_entities``: the model's tags mark entities."""
+    """Return a name for a tag that the model does not have. ``in_entities``: the model's tags mark entities."""
     kind = {number: kind for kind, number in UNSEEN.items()}[target]
     return f"{kind or 'B'}-(unseen)" if in_entities else "(unseen)"
 
 
 def targets_of(row: Tagged, index: int, numbers: Mapping[str, int], unseen: bool) -> np.ndarray:
-    """int32[words]: the number of each word's tag, -1 where it is unknown, one of UNSEEN for a tag that is not
-    in ``numbers``, which only ``unseen`` accepts. Raises RowFault."""
+    """Return int32[words]: the number of each word's tag, -1 where it is unknown.
+
+    With ``unseen``, a tag that is not in ``numbers`` becomes one of UNSEEN; without it, raises RowFault."""
     if not row.words:
         fix = "Write the words, or delete the row."
         raise RowFault(index, "at least one word", repr(row.text[:40]), fix, "tokens")

@@ -1,8 +1,8 @@
-"""Limits on chat templates, which are programs of other people: size, nesting, processor time and memory.
+"""Limits on chat templates, which are untrusted programs: size, nesting, processor time and memory.
 
-Jinja's sandbox refuses access to Python's internals, but not a template that never ends or that builds
-gigabytes. ``check_syntax`` looks at the text. ``render`` is the only call of a template: a watching thread
-interrupts the one that works too long on one conversation. It costs about a microsecond for each call.
+Jinja's sandbox refuses access to Python's internals. It does not stop a template that never ends or that builds
+gigabytes. ``check_syntax`` checks the source of a template. ``render`` is the only caller of templates: a watching
+thread interrupts a call that exceeds a limit. Watching costs about a microsecond a call.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ LARGEST_TEMPLATE = 2**17
 """Characters of a template. Published ones have at most 30,000."""
 
 LARGEST_NUMBER = 10**6
-"""The largest number that a template may name: it is a width or a count."""
+"""The largest integer literal that a template may have. It is a width or a count."""
 
 SECONDS = 2.0
-"""Processor time for one conversation."""
+"""Seconds of processor time for one conversation."""
 
 MEMORY_BYTES = 2**29
-"""Memory that may be added while one conversation is rendered."""
+"""Bytes by which memory may grow while one conversation is rendered."""
 
 LARGEST_GROWTH, LEAST_CHARACTERS = 100, 2**20
-"""A text of more than the second number of characters may be so many times longer than its conversation."""
+"""A rendering may have LARGEST_GROWTH times the characters of its conversation, and LEAST_CHARACTERS more."""
 
 _POLL_SECONDS = 0.05
 _IDLE_SECONDS = 2.0
@@ -50,18 +50,19 @@ ADVICE = "Correct the template (chat_template.jinja of the model, or data.templa
 
 
 class TemplateLimit(DataError):
-    """A chat template that exceeds a limit. It is no fault of a row, so reading stops at once."""
+    """A chat template exceeds a limit. This is no fault of a row, so reading stops at once."""
 
 
 class _Interrupt(BaseException):
-    """Raised by the watching thread in a thread that renders. Nothing in a template can catch it."""
+    """The exception by which the watching thread interrupts a rendering. A template cannot catch it."""
 
 
 @dataclass(slots=True, eq=False)
 class _Rendering:
-    """A call of a template.
+    """A running call of a template.
 
-    ``seconds``: processor time of its thread at the start. ``bytes``: memory when it was first seen.
+    ``seconds``: processor time of its thread when the call began. ``bytes``: resident memory when the watching
+    thread first saw the call. ``exceeded``: the limit that it exceeded, in words.
     """
 
     seconds: float
@@ -70,7 +71,7 @@ class _Rendering:
 
 
 _running: dict[int, _Rendering] = {}
-"""Thread id -> what it renders."""
+"""Thread id -> the call that it runs."""
 
 _lock = threading.Lock()
 _watching = False
@@ -95,14 +96,14 @@ def parse(template: str) -> nodes.Template:
         raise DataError(
             f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
         ) from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise TemplateLimit(f"the chat template is not valid Jinja: {error}. {ADVICE}") from None
 
 
 def check_syntax(template: str) -> None:
     """Raise DataError as ``parse`` does, and for access to a name like ``__class__``.
 
-    The sandbox refuses such code only when it runs. It may be on a branch that no check takes.
+    The sandbox refuses such a name only when the code runs, and a trial rendering may not reach that branch.
     """
     _run(_check_expressions, parse(template))
 
@@ -152,7 +153,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **op
 
 @contextmanager
 def limited_memory() -> Iterator[None]:
-    """Let one huge allocation fail as well, where the system can (Linux). Other threads must not allocate."""
+    """Make one huge allocation fail inside the ``with`` block (Linux only). Other threads must not allocate then."""
     if sys.platform != "linux":
         yield
         return
@@ -170,7 +171,7 @@ def limited_memory() -> Iterator[None]:
 
 
 def _run(call: Callable[..., T], *arguments: object, **options: object) -> T:
-    """Return ``call(*arguments, **options)``, watched. Raises TemplateLimit for too much time, memory or nesting."""
+    """Return ``call(*arguments, **options)``. Raises TemplateLimit for too much time, memory or nesting."""
     thread = threading.get_ident()
     rendering = _running[thread] = _Rendering(_thread_seconds())
     if not _watching:
@@ -180,7 +181,7 @@ def _run(call: Callable[..., T], *arguments: object, **options: object) -> T:
             return call(*arguments, **options)
         finally:
             _running.pop(thread, None)
-            if rendering.exceeded:  # an interrupt that did not arrive yet must not arrive later
+            if rendering.exceeded:  # cancel a pending interrupt
                 with _lock:
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
     except _Interrupt:
@@ -217,10 +218,10 @@ def _watch() -> None:
 
 
 def _interrupt_excess(thread: int, rendering: _Rendering) -> None:
-    """Interrupt a thread that has exceeded a limit. It is called with the lock held.
+    """Interrupt a thread that has exceeded a limit. The caller holds the lock.
 
-    ``exceeded`` is set before the thread is looked up, and ``_run`` reads it after the thread is taken out: an
-    interrupt that comes too late is either not sent, or seen and cleared there.
+    This function sets ``exceeded`` before it looks the thread up in ``_running``. ``_run`` reads ``exceeded`` after
+    it has removed the thread. So a late interrupt is either not sent, or ``_run`` sees and cancels it.
     """
     if rendering.exceeded:
         return
@@ -236,14 +237,14 @@ def _interrupt_excess(thread: int, rendering: _Rendering) -> None:
 
 
 def _thread_seconds(thread: int | None = None) -> float:
-    """Return the processor time of a thread (None: this one); the clock's time where a system has none."""
+    """Return the processor time of a thread (None: this one) in seconds; wall-clock time if not on Linux."""
     if sys.platform != "linux":
         return time.monotonic()
     return time.thread_time() if thread is None else time.clock_gettime(time.pthread_getcpuclockid(thread))
 
 
 def _memory_pages(field: int) -> int:
-    """Return the address space (0) or the resident memory (1) of this process."""
+    """Return the address space (field 0) or the resident memory (field 1) of this process, in pages."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[field])
 

@@ -163,13 +163,16 @@ def _read_template(path: str) -> str:
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokenizer's chat template, or several by name, as some models have."""
+    """Return the tokenizer's chat templates. Some models have several, by name."""
     chosen = tokenizer.chat_template
     return list(chosen.values()) if isinstance(chosen, dict) else [chosen]
 
 
 def _set_defaults(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, object]) -> None:
-    """Begin the chat template with defaults of its variables. Raises DataError for one that it never reads."""
+    """Put defaults of variables at the start of the chat template.
+
+    Raises DataError for a variable that the template never reads.
+    """
     read = set[str]().union(*(_variables(text) for text in _texts(tokenizer))) - GIVEN
     for name in kwargs:
         if name not in read:
@@ -177,7 +180,7 @@ def _set_defaults(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, objec
             raise DataError(
                 f"data.template_kwargs: the chat template reads no variable {name!r}. {has}{did_you_mean(name, read)}"
             )
-    # transformers drops the newline after a block and the spaces before one, so the text stays as it is
+    # transformers drops the newline after a block and the spaces before it, so these lines render to nothing
     lines = [
         f"{{% set {name} = {name} if {name} is defined else {_literal(value)} %}}\n"
         for name, value in kwargs.items()
@@ -190,12 +193,12 @@ def _set_defaults(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, objec
 
 
 def _variables(template: str) -> set[str]:
-    """The variables that a template reads and does not set before."""
+    """Return the variables that a template reads without setting them first."""
     return meta.find_undeclared_variables(template_limits.parse(template))
 
 
 def _literal(value: object) -> str:
-    """Return ``value`` as Jinja writes it: as JSON, except for none."""
+    """Return ``value`` as a Jinja literal: as JSON, but null as ``none``."""
     if isinstance(value, dict):
         return (
             "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
@@ -258,7 +261,7 @@ class Renderer:
 
     @cached_property
     def opening(self) -> re.Match[str] | None:
-        """The tag that ends the generation prompt, such as ``<think>`` and a line end: reasoning comes next."""
+        """The tag at the end of the generation prompt that opens reasoning, such as ``<think>`` and a line end."""
         try:
             return OPENING.search(self(PROBE[:1], (), prompt=True))
         except RENDER_ERRORS:
@@ -274,7 +277,7 @@ class Renderer:
 
     def __call__(self, messages: Sequence[Message], tools: Sequence[JsonObject], prompt: bool = False) -> str:
         """Render turns by the chat template. ``prompt``: add its generation prompt."""
-        if any("weight" in message for message in messages):  # not the template's, which may write all keys
+        if any("weight" in message for message in messages):  # a template may write all keys of a message
             messages = [
                 {key: value for key, value in message.items() if key != "weight"} for message in messages
             ]

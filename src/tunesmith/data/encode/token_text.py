@@ -1,7 +1,7 @@
-"""The text of token ids, exact to the byte and in the time of a table look-up.
+"""Text of token ids: exact bytes, from a table.
 
-A tokenizer's own ``decode`` takes ten times as long, and shows a token that is a part of a character as a
-replacement character.
+A tokenizer's own ``decode`` takes ten times as long. It returns a replacement character for a token that is only a
+part of a character.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenText:
-    """Text of tokens, after NFC. Special tokens and bytes that are no character become U+0000."""
+    """Text of tokens, after NFC. Special tokens, and bytes that form no character, become U+0000."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -57,8 +57,9 @@ class TokenText:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the characters that byte-level vocabularies write bytes with (GPT-2): printable ones as they are,
-    the others from U+0100 on."""
+    """Return the byte of each character in byte-level vocabularies (GPT-2).
+
+    A printable character is its own byte; the other bytes are written as characters from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

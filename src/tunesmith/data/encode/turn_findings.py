@@ -17,13 +17,13 @@ FIRST = 3
 
 PLACEHOLDER = re.compile(r"\{\{\s*[\w.]+\s*\}\}")
 HEADER = re.compile(r"^### (?:Instruction|Input|Response|질문|답변):", re.MULTILINE)
-"""Marks of a text that a template should have filled, or that was rendered by another one before."""
+"""Signs of an unfilled template, and of text that another prompt format has already rendered."""
 
 READ_AS = {"text": "read as plain text", "allow": "read as the token", "error": "refused"}
 
 
 def find(row: Row, render: Renderer | None) -> Counter[str]:
-    """Finding -> how often it occurs in a row. Without ``render`` no template is known, so no turn token."""
+    """Count each finding in a row. Without ``render`` no template is known, so turn tokens are not counted."""
     if isinstance(row, Answered):
         ranking = row.ranking() if isinstance(row, Judged) else row
         parts = (ranking.prompt, *ranking.answers)
@@ -57,7 +57,7 @@ class TurnFindings:
     first: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, row: Row, number: int, render: Renderer | None) -> None:
-        """Count what row ``number`` of the file holds."""
+        """Count the findings of row ``number`` of the file."""
         for what, count in find(row, render).items():
             self.rows[what] += 1
             self.counts[what] += count
@@ -76,7 +76,7 @@ class TurnFindings:
 
 
 def lines(path: str, findings: list[JsonObject]) -> list[str]:
-    """``TurnFindings.as_list`` as sentences for people."""
+    """Return ``TurnFindings.as_list`` as lines to print."""
     out = []
     for one in findings:
         rows, more = one["rows"], ", ..." if one["rows"] > FIRST else ""

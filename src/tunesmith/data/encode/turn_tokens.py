@@ -1,8 +1,8 @@
 """Tokens that open or close a turn of the chat template, typed inside a message.
 
-Tokenised as part of the rendering, ``<|im_end|>`` in a question would end the turn there, and what follows it
-could pose as another speaker. By default such text is encoded as the characters that it is: the tokenizer
-gets the rendering with the template's own tokens under private names, so that only these are found.
+If ``<|im_end|>`` in a question became that token, it would end the turn there, and the text after it could pose as
+another speaker. By default such text is encoded as plain characters. To that end the template's own tokens get
+private names, in the rendering and in a copy of the tokenizer, so the tokenizer finds only these.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Policy = Literal["text", "allow", "error"]
 
 KEY = "special_tokens_in_text"
-"""Entry of tokenizer_config.json, so that a saved model reads text as it was trained to; absent for ``text``."""
+"""Key of the policy in tokenizer_config.json: a saved model encodes text as in training. Absent for ``text``."""
 
 MARK = "\ue0f2"
 _FIRST_NAME = 0xE100
@@ -47,22 +47,22 @@ def set_policy(tokenizer: PreTrainedTokenizerBase, policy: Policy) -> None:
 
 
 def policy_of(tokenizer: PreTrainedTokenizerBase) -> Policy:
-    """The policy that was set, or saved with the tokenizer."""
+    """Return the policy that was set, or that was saved with the tokenizer."""
     policy: Policy = tokenizer.init_kwargs.get(KEY, "text")
     return policy
 
 
 def turn_tokens(render: Renderer) -> tuple[str, ...]:
-    """Added tokens that the template writes around the contents of turns, and the end token; longest first.
+    """Return the added tokens that the template writes around contents, and the end token; longest first.
 
-    A pair such as ``<think>`` and ``</think>`` before a content is no part of the turns' structure.
+    A pair such as ``<think>`` and ``</think>`` before a content opens and closes no turn, and is left out.
     """
     return _turn_tokens(render.tokenizer, repr(render.tokenizer.chat_template))
 
 
 @lru_cache(maxsize=8)
 def _turn_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
-    """``turn_tokens`` of a tokenizer; ``template`` is the key of the cache."""
+    """Return ``turn_tokens`` of a tokenizer; ``template`` is only a part of the cache key."""
     render = Renderer(tokenizer)
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     found = {tokenizer.eos_token} & added
@@ -78,7 +78,7 @@ def _turn_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str
 
 
 def _paired(token: str, region: Sequence[str]) -> bool:
-    """True for ``<x>`` with ``</x>`` in the same region, and the reverse."""
+    """Return True if the region has both ``<x>`` and ``</x>``, and ``token`` is one of them."""
     return f"{token[0]}/{token[1:]}" in region or (token[1:2] == "/" and token[0] + token[2:] in region)
 
 
@@ -92,7 +92,7 @@ def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _texts(value: object, place: str) -> Iterator[tuple[str, str]]:
-    """(place, text) of every string in nested lists and objects."""
+    """Yield (place, text) of every string in nested lists and objects."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, Mapping):
@@ -104,7 +104,7 @@ def _texts(value: object, place: str) -> Iterator[tuple[str, str]]:
 
 
 def typed(row: Chat, render: Renderer) -> dict[str, Counter[str]]:
-    """``{"messages[0].content": {"<|im_end|>": 2}}``: turn tokens typed in the texts of a row."""
+    """Count the turn tokens typed in the texts of a row: ``{"messages[0].content": {"<|im_end|>": 2}}``."""
     pattern = _pattern(turn_tokens(render))
     found = {}
     for place, text in (*_texts(row.messages, "messages"), *_texts(row.tools, "tools")):
@@ -114,7 +114,7 @@ def typed(row: Chat, render: Renderer) -> dict[str, Counter[str]]:
 
 
 def _with_marks(value: object, pattern: re.Pattern[str]) -> object:
-    """``value`` with MARK after the first character of every turn token in its strings."""
+    """Return ``value`` with MARK after the first character of every turn token in its strings."""
     if isinstance(value, str):
         return pattern.sub(lambda match: match[0][0] + MARK + match[0][1:], value)
     if isinstance(value, Mapping):
@@ -123,10 +123,10 @@ def _with_marks(value: object, pattern: re.Pattern[str]) -> object:
 
 
 def typed_places(render: Renderer, row: Chat, full: str, prompt: bool = False) -> tuple[int, ...] | None:
-    """Starts in ``full``, the rendering of ``row``, of typed turn tokens to encode as text; None for none.
+    """Return the positions of typed turn tokens to encode as text; None if there are none.
 
-    The row is rendered again with a mark in each. Raises SpanError under the policy ``error``, and where the
-    template writes another text then.
+    ``full``: the rendering of ``row``. The row is rendered again with a mark in each typed token. Raises SpanError
+    under the policy ``error``, and if the marks change the rest of the rendering.
     """
     policy = policy_of(render.tokenizer)
     if policy == "allow" or not (found := typed(row, render)):
@@ -149,7 +149,7 @@ def typed_places(render: Renderer, row: Chat, full: str, prompt: bool = False) -
 
 
 def encode(render: Renderer, text: str, places: Sequence[int]) -> Encoding:
-    """Tokenise a rendering whose turn tokens at ``places`` are plain text. Offsets are those of ``text``."""
+    """Tokenise a rendering whose turn tokens at ``places`` are plain text. Offsets refer to ``text``."""
     tokens, typed_here = turn_tokens(render), set(places)
     names = _private_names(tokens)
     private = _pattern(tokens).sub(
@@ -160,13 +160,16 @@ def encode(render: Renderer, text: str, places: Sequence[int]) -> Encoding:
 
 
 def _private_names(tokens: Sequence[str]) -> dict[str, str]:
-    """A private name of the same length for each token, so that offsets stay."""
+    """Return a private name for each token, of the same length so that offsets stay valid."""
     return {token: chr(_FIRST_NAME + index) * len(token) for index, token in enumerate(tokens)}
 
 
 @lru_cache(maxsize=4)
 def _private_backend(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...], size: int) -> Tokenizer:
-    """The tokenizer with ``tokens`` under private names. ``size``: of the vocabulary, part of the key."""
+    """Return the tokenizer with ``tokens`` under private names.
+
+    ``size``: size of the vocabulary, only a part of the cache key.
+    """
     from tokenizers import Tokenizer
 
     names = _private_names(tokens)
