@@ -83,14 +83,14 @@ def shorten(value: object, limit: int = 60) -> str:
 
 
 VARYING = re.compile(r"""'[^']*'|"[^"]*"|\d+""")
-"""Parts of a message that differ from row to row although the cause is the same."""
+"""Parts of a message that differ between rows with the same cause."""
 
 LISTED = 5
-"""Further rows that a message lists."""
+"""Further row numbers that a message lists."""
 
 
 def describe_causes(problems: Sequence[RowProblem]) -> list[str]:
-    """One message for each cause: the first row with it, how many others there are, and the first of them."""
+    """Return one message for each cause: its first row, the number of other rows, and the first of these."""
     causes: dict[tuple[str, ...], list[RowProblem]] = {}
     for problem in problems:
         kind = VARYING.sub("#", problem.expected if problem.row else problem.got)

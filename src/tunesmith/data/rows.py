@@ -158,9 +158,9 @@ def digest(row: Row) -> int:
 
 
 def group_key(row: Row) -> int:
-    """A 64-bit hash of what a row asks; rows with the same key are held out or trained on together.
+    """Return a 64-bit hash of the prompt of a row. Rows with the same key are held out or trained on together.
 
-    It is made of the characters of the prompt after NFC, without regard to capitals and white space.
+    The hash covers the characters of the prompt after NFC, without case and white space.
     """
     text = " ".join(unicodedata.normalize("NFC", _asked(row)).casefold().split())
     content = text.encode("utf-8", "backslashreplace")
@@ -168,7 +168,7 @@ def group_key(row: Row) -> int:
 
 
 def _asked(row: Row) -> str:
-    """The prompt of the last answer; the context of a question; else the whole text."""
+    """Return the prompt of the last answer; for a Question its context; else the whole text."""
     match row:
         case Text(text) | Tagged(text) | Question(context=text):
             return text
@@ -183,7 +183,7 @@ def _asked(row: Row) -> str:
 
 
 def _turns_text(messages: tuple[Message, ...]) -> str:
-    """Role and content of each turn, and its other keys as JSON."""
+    """Return role and content of each turn, and its other keys as JSON."""
     parts = []
     for turn in messages:
         others = {key: value for key, value in turn.items() if key not in ("role", "content") and value}

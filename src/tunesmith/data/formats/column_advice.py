@@ -1,7 +1,7 @@
-"""Messages about a file whose columns fit no format, or whose rows the objective does not learn from.
+"""Messages about a file whose columns fit no format, or whose rows the objective cannot use.
 
-A suggested mapping is made of columns whose names say what they hold. Where a name does not, the message has
-a placeholder: no suggestion is better than a wrong one.
+A mapping is suggested only from columns whose names match a field. If a field has no such column, the message
+has a placeholder: no suggestion is better than a wrong one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ADVICE: dict[type, str] = {
     Labelled: "objective: classify", Tagged: "objective: tag", Question: "objective: qa",
     Ranking: "objective: dpo or reward", Judged: "objective: kto",
 }  # fmt: skip
-"""What to type to learn from each type of row."""
+"""Recipe setting that trains on each type of row."""
 
 SYNONYMS = {
     "prompt": "question, input, instruction, query, prompts, user, human, 질문, 지시, 프롬프트, 입력",
@@ -37,17 +37,17 @@ SYNONYMS = {
     "context": "passage, paragraph, document, article, 지문, 본문, 문맥",
     "answers": "answer_spans, spans",
 }
-"""Field of a format -> other names of its column, likeliest first: good enough for a suggestion, not to be
-read without being asked."""
+"""Field of a format -> other names of its column, likeliest first. These names are only suggested: a column is
+read under one of them only if the recipe maps it."""
 
 
 def columns_of(keys: Keys) -> list[str]:
-    """The columns of these rows, each once."""
+    """Return the columns of these rows, each once."""
     return list(dict.fromkeys(str(key) for row in keys for key in row))
 
 
 def no_format(format: str | None, table: Sequence[Format], accepted: tuple[type, ...], keys: Keys) -> str:
-    """The message for a file whose columns fit no format."""
+    """Return the message for a file whose columns fit no format."""
     named = next((form for form in table if form.name == format), None)
     makers = _detected(table, accepted)
     tried = f"the format {format} needs {_needs(named)}" if named else "no format fits"
@@ -62,7 +62,7 @@ def no_format(format: str | None, table: Sequence[Format], accepted: tuple[type,
 def other_rows(
     fitting: Sequence[Format], table: Sequence[Format], accepted: tuple[type, ...], keys: Keys
 ) -> str:
-    """The message for a file whose columns fit formats that make rows of other types only."""
+    """Return the message for a file whose columns fit only formats that make rows of other types."""
     form, there = fitting[0], columns_of(keys[:5])
     learns = ", ".join(row.__name__ for row in accepted)
     head = (
@@ -90,7 +90,7 @@ def other_rows(
 
 
 def _mapping(table: Sequence[Format], accepted: tuple[type, ...], there: Sequence[str]) -> str:
-    """The suggested mapping that gives most columns a meaning; else a placeholder for each missing field."""
+    """Return the suggested mapping that uses most columns; without one, a placeholder for each missing field."""
     forms = _detected(table, accepted)
     if Chat in accepted:  # any written row can be read as one of these
         forms = [form for form in forms if form.name in ("messages", "prompt_completion")]
@@ -101,9 +101,9 @@ def _mapping(table: Sequence[Format], accepted: tuple[type, ...], there: Sequenc
 
 
 def suggest(form: Format, there: Sequence[str]) -> dict[str, str]:
-    """{field: column} of a mapping that gives a file with these columns all required fields of a format.
+    """Return {field: column} for the required fields of a format that these columns do not have under their names.
 
-    Each column's name says that it holds the field. {} if a field has no such column."""
+    A column is chosen if its name matches the field. Return {} if a field has no such column."""
     mapping: dict[str, str] = {}
     needed = _required(form)
     present = {part.name: column for part in needed if (column := _own_column(part, there))}
@@ -124,7 +124,7 @@ def _own_column(part: Field, there: Sequence[str]) -> str | None:
 
 
 def _synonym(part: Field, free: Sequence[str]) -> str | None:
-    """The free column whose name is, or contains as a word, a name of the field."""
+    """Return the free column whose name equals a name of the field, or contains one as a word."""
     names = [*part.columns, *SYNONYMS.get(part.name, "").split(", ")]
     words = {column: {column.strip().casefold(), *_words(column)} for column in free}
     return next((column for name in names if name for column in free if name in words[column]), None)
@@ -135,7 +135,7 @@ def _words(column: str) -> list[str]:
 
 
 def _chosen_alone(form: Format, there: Sequence[str]) -> dict[str, str]:
-    """The mapping that reads a file of pairs as conversations or texts with the chosen answer."""
+    """Return the mapping that reads only the chosen answers of a file of pairs, as conversations or texts."""
     own = {part.name: column for part in form.fields if (column := _own_column(part, there))}
     chosen = own.get("chosen", "")
     for prompt, fields in (
@@ -148,13 +148,16 @@ def _chosen_alone(form: Format, there: Sequence[str]) -> dict[str, str]:
 
 
 def _detected(table: Sequence[Format], accepted: tuple[type, ...]) -> list[Format]:
-    """The formats that are detected and make rows of these types."""
+    """Return the formats that are detected from columns and make rows of these types."""
     also = {PromptCompletion} if Chat in accepted else set()  # its prompts may be turns
     return [form for form in table if not form.by_name and form.row in {*accepted, *also}]
 
 
 def _lacking(makers: Sequence[Format], there: Sequence[str]) -> list[str]:
-    """The fields that the likeliest format lacks: there are about as many as columns that it does not use."""
+    """Return the fields that the likeliest format lacks.
+
+    The likeliest format lacks about as many fields as the file has columns that it does not use.
+    """
 
     def lacking(form: Format) -> list[str]:
         return [part.name for part in _required(form) if _own_column(part, there) is None]
@@ -171,14 +174,14 @@ def _required(form: Format) -> list[Field]:
 
 
 def typed(mapping: dict[str, str]) -> str:
-    """``columns: {label: mood} (on the command line: --column label=mood)``."""
+    """Return the mapping as a user types it: ``columns: {label: mood} (on the command line: --column label=mood)``."""
     keys = ", ".join(f"{name}: {column}" for name, column in mapping.items())
     flags = " ".join(f"--column {shlex.quote(f'{name}={column}')}" for name, column in mapping.items())
     return f"columns: {{{keys}}} (on the command line: {flags})"
 
 
 def _flag_columns(accepted: tuple[type, ...], there: Sequence[str]) -> str:
-    """The mapping of several columns of 0 and 1, where the text is known and several columns are left."""
+    """Return a mapping of several columns of 0 and 1, if there is a text column and several others."""
     text = next((column for column in there if column.strip().casefold() == "text"), None)
     free = [column for column in there if column != text]
     if Labelled not in accepted or text is None or len(free) < 2:

@@ -1,4 +1,4 @@
-"""Columns of a file for the fields of a format: by the names that the format knows, or by the recipe's mapping."""
+"""Find the column of each field of a format: by the names that the format knows, or by the recipe's mapping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Names = str | tuple[str, ...]
 
 
 def fold(name: str) -> str:
-    """The form of a column's name that is compared: case, outer spaces and decomposed letters do not count."""
+    """Return the form in which column names are compared: without case, outer spaces and decomposed letters."""
     return unicodedata.normalize("NFC", name).strip().casefold()
 
 
@@ -23,7 +23,10 @@ def as_tuple(names: Names) -> tuple[str, ...]:
 
 
 def find_columns(part: Field, asked: Names | None, folded: Mapping[str, str]) -> tuple[Names, str | None]:
-    """Return (one column, all columns that the recipe lists, or () if none is there; the first missing name)."""
+    """Return the columns of a field and the first missing name.
+
+    The columns are one name, or a tuple of all that the recipe lists; () if they are not in the file.
+    """
     names = as_tuple(part.columns if asked is None else asked)
     keys = {name: folded.get(fold(name)) for name in names}
     present = tuple(key for key in keys.values() if key is not None)
@@ -34,9 +37,9 @@ def find_columns(part: Field, asked: Names | None, folded: Mapping[str, str]) ->
 
 
 def _by_field(mapped: Mapping[str, Names], form: Format) -> dict[str, Names]:
-    """The mapping under the names of the format's fields; other names stay as they are.
+    """Return the mapping with the names of the format's fields as keys; other keys stay as they are.
 
-    A column that a format reads stands for its field: ``score`` for ``label``."""
+    A key may be a column name that the format knows instead of the field's name: ``score`` for ``label``."""
     fields = {part.name: part.name for part in form.fields}
     fields = {column: part.name for part in form.fields for column in part.columns} | fields
     return {fields.get(name, name): to for name, to in mapped.items()}
@@ -45,7 +48,7 @@ def _by_field(mapped: Mapping[str, Names], form: Format) -> dict[str, Names]:
 def with_fields(
     forms: Sequence[Format], columns: Mapping[str, Names], path: str
 ) -> list[tuple[Format, dict[str, Names]]]:
-    """The formats that have all fields of ``columns``, each with the mapping of its fields."""
+    """Return the formats that have all fields of ``columns``, each with the mapping of its fields."""
     exact = [form for form in forms if columns.keys() <= {part.name for part in form.fields}]
     pairs = [(form, dict(columns) if exact else _by_field(columns, form)) for form in exact or forms]
     having = [(form, to) for form, to in pairs if to.keys() <= {part.name for part in form.fields}]

@@ -47,7 +47,10 @@ def _build_alpaca(values: Values) -> Chat:
 
 
 def _single_exchange(name: str, question: Field, answer: Field, *more: Field) -> Format:
-    """A question and its answer. ``more``: a context, which follows the question after a blank line; a system prompt."""
+    """Return the format of a question and its answer.
+
+    ``more``: further fields, such as a system prompt. A context is appended to the question after a blank line.
+    """
 
     def build(values: Values) -> Chat:
         context = values.optional_text("context")
@@ -112,7 +115,7 @@ FORMATS: dict[str, Format] = {form.name: form for form in TABLE}
 """In the order in which they are tried; formats with ``marks`` in a file come first."""
 
 LANGUAGE_ROWS = (Chat, PromptCompletion, Ranking, Judged)
-"""Rows whose answer could describe an image next to it."""
+"""Row types that are refused if the record has images, audio or video: their answers could describe these."""
 
 COLUMN_NAMES = {"id", *(column for form in TABLE for part in form.fields for column in part.columns)}
 """Names of columns that a format reads, in lower case."""
@@ -132,7 +135,7 @@ PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 @dataclass(frozen=True)
 class Converter:
     """Makes rows of records. ``columns``: the recipe's mapping. ``facts``: result of ``Format.scan``.
-    ``prompts``: the rows are to be answered; their gold is read where it is there and valid."""
+    ``prompts``: the rows are to be answered; their gold is read if it is present and valid."""
 
     form: Format
     columns: Mapping[str, Names]
@@ -172,7 +175,7 @@ class Converter:
 
     @property
     def _left_out(self) -> tuple[str, ...]:
-        """Fields that are not read: gold that rows need not have, and answers of rows to be answered."""
+        """Fields that are not read: gold that is not required, and answers of rows that are to be answered."""
         if self.gold:
             return ()
         answers = self.form.answer if self.prompts and self.form.row in (Chat, PromptCompletion) else ()
@@ -206,7 +209,7 @@ class Converter:
         return values
 
     def _value(self, name: str, value: object) -> object:
-        """The value of the field ``name``, as all formats read it."""
+        """Return the value of the field ``name``, with line ends and, if asked for, numbers converted to text."""
         if self.facts.get("numbers_as_text") and name not in NUMERIC_FIELDS:
             value = numbers_to_text(value)
         return value if name in self.form.exact else unify_line_ends(value)
@@ -292,7 +295,7 @@ def candidates(
     columns: Columns | None,
     prompt_template: str | None,
 ) -> list[tuple[Format, dict[str, Names]]]:
-    """The formats that rows with these columns may have, each with the mapping of its fields."""
+    """Return the formats that rows with these columns may have, each with the mapping of its fields."""
     mapped = {name: to if isinstance(to, str) else tuple(to) for name, to in (columns or {}).items()}
     if format is not None and format not in FORMATS:
         raise DataError(f"{path}: unknown format {format!r}. {did_you_mean(format, FORMATS)}")

@@ -10,20 +10,20 @@ from tunesmith.data.row_problems import shorten
 from tunesmith.data.rows import Message
 
 NONEMPTY_ANSWER = "an answer with something in it"
-"""``expected`` of an empty answer; ``data lint`` counts its problems by this text."""
+"""The ``expected`` text of the error for an empty answer; ``data lint`` counts such rows by this text."""
 
 DIALOGUE = re.compile(r"\s*Human:")
 SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-"""Marks of the speaker."""
+"""Speaker labels."""
 
 
 def is_dialogue(text: str) -> bool:
-    """True if a text is a whole conversation, with a prompt and an answer."""
+    """Return True if a text is a whole conversation, with a prompt and an answer."""
     return bool(DIALOGUE.match(text)) and "\n\nAssistant:" in text
 
 
 def parse_dialogue(text: str, field: str) -> list[Message]:
-    """The turns of ``"\\n\\nHuman: ...\\n\\nAssistant: ..."``, without the spaces around them."""
+    """Return the turns of ``"\\n\\nHuman: ...\\n\\nAssistant: ..."``, without the spaces around them."""
     before, *parts = SPEAKER.split(text)
     if before.strip():
         raise FieldFault(field, "a dialogue that begins with Human:", shorten(before), "Write the speaker.")

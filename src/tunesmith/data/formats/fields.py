@@ -19,7 +19,8 @@ Columns = Mapping[str, str | Sequence[str]]
 class Values(JsonObject):
     """Field of the format -> value. Optional fields that the row lacks are absent.
 
-    ``scan``'s facts, "gold" (the row must have its gold) and "unanswered" are entries next to the fields."""
+    Further entries: the facts of ``scan``, "gold" (the row must have its gold) and "unanswered" (it is to be
+    answered)."""
 
     def text(self, field: str) -> str:
         """The field as text that is not blank."""
@@ -30,12 +31,12 @@ class Values(JsonObject):
         return optional_text(self.get(field), field)
 
     def answer(self, field: str) -> str:
-        """The field as text; the empty string if rows may lack their answer, and this one does."""
+        """The field as text that is not blank; the empty string if the row is to be answered."""
         return self.text(field) if self.needs_answer else ""
 
     @property
     def needs_answer(self) -> bool:
-        """False for a row that is to be answered."""
+        """False if the row is to be answered."""
         return not self.get("unanswered", False)
 
     @property
@@ -161,8 +162,8 @@ def check_nested_text(value: object, field: str) -> None:
 
 
 def parse_json(value: object, field: str, expected: str) -> object:
-    """Parse JSON text, as csv columns and OpenAI's ``arguments`` have it, or Python's text of a list or dict,
-    as pandas writes it into csv cells; return other values unchanged."""
+    """Parse JSON text, as in csv columns and OpenAI's ``arguments``, or Python's text of a list or dict, which
+    pandas writes into csv cells. Return other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -175,8 +176,8 @@ def parse_json(value: object, field: str, expected: str) -> object:
 
 
 def _parse_python(text: str) -> object:
-    """A list or dict that Python's ``repr`` wrote, else None. NumPy's text of an array, ``['a' 'b']``, is None:
-    without commas it would be one string."""
+    """Parse a list or dict that Python's ``repr`` wrote; return None for other text. NumPy's text of an array,
+    ``['a' 'b']``, returns None, too: without the comma, Python would read one string."""
     if text.strip()[:1] not in ("[", "{") or NO_COMMA.search(text):
         return None
     try:
@@ -198,9 +199,9 @@ def parse_list(value: object, field: str, expected: str, fix: str) -> Sequence[o
 
 
 def without_nulls(value: object) -> object:
-    """``value`` without the null keys of nested objects.
+    """Return ``value`` without the null keys of nested objects.
 
-    A column format gives every object the keys of all rows, null where a row lacks them."""
+    A column format such as parquet adds the keys of all rows to every object, with null where a row lacks them."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value

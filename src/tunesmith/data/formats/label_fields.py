@@ -31,10 +31,10 @@ def build_multilabel(values: Values) -> Labelled:
 
 
 def scan_vectors(sample: Sequence[Values]) -> JsonObject:
-    """The length of label vectors: most of the first rows are lists of 0 and 1 of one length, two or more.
+    """Return the length of label vectors, if most of the first rows are lists of 0 and 1 of one length above 1.
 
     Other rows are then bad rows. Raises FieldFault for objects of scores. A list of label numbers never repeats
-    a number. So where lists of different length occur and none repeats a number, they are label numbers: [0, 1] next to [1]."""
+    a number. So if lists have different lengths and none repeats a number, they are label numbers: [0, 1] and [1]."""
     lengths: Counter[int] = Counter()
     rows = numbers = repeats = 0
     for values in sample:
@@ -56,7 +56,7 @@ def scan_vectors(sample: Sequence[Values]) -> JsonObject:
 
 
 def _refuse_scores(value: object) -> None:
-    """Raise FieldFault for an object of numbers that are no flags: {"label": 4.6, "binary-label": 1}."""
+    """Raise FieldFault for an object with numbers other than 0 and 1: {"label": 4.6, "binary-label": 1}."""
     if not isinstance(value, Mapping):
         return
     scores = [name for name, mark in value.items() if isinstance(mark, int | float) and mark not in (0, 1)]

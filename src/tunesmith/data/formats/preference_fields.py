@@ -69,8 +69,10 @@ def build_preference_turns(values: Values) -> Ranking:
 
 
 def build_preference_answered(values: Values) -> Ranking:
-    """The row of a conversation that ends with the chosen answer, and the answer rejected in its place: a text
-    for the last turn, turns for all that follow the last question, or a whole conversation."""
+    """Return the row of a conversation that ends with the chosen answer, and of a rejected answer.
+
+    A rejected text replaces the last turn. Rejected turns replace all turns after the last question. The rejected
+    side may also be a whole conversation."""
     turns, value = turns_field(values, "messages"), turns_from_json(values["rejected"])
     rejected = _parse_side(value, "rejected")
     if rejected[0]["role"] != "assistant":
@@ -115,7 +117,7 @@ def build_ranking(values: Values) -> Ranking:
 
 
 def build_prompt_completion(values: Values) -> PromptCompletion | Chat:
-    """The row of a prompt and a completion: two texts, or a conversation where one of them is turns or a
+    """Return the row of a prompt and a completion: two texts, or a conversation if one of them is turns or a
     dialogue. A completion that is a whole conversation may repeat the prompt."""
     if not values.needs_answer:
         asked = _prompt(values, plain_answers=True)

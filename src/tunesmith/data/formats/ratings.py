@@ -113,13 +113,13 @@ def _dense_ranks(numbers: Numbers) -> tuple[int, ...]:
 
 
 def better_side(names: Mapping[str, object]) -> str:
-    """The better answer of a pair, by the columns of the file."""
+    """Describe which answer of a pair is better, with the column names of the file."""
     chosen = names.get("chosen", f"the last answer of {names.get('messages')}")
     return f"{chosen} is better than {names.get('rejected')}"
 
 
 def better_answer(names: Mapping[str, object]) -> str:
-    """The order of several answers, by the columns of the file."""
+    """Describe the order of several answers, with the column names of the file."""
     for field, end in (("ranks", "lowest"), ("scores", "highest"), ("labels", "highest")):
         if field in names:
             return f"the answer with the {end} of {names[field]} is the best"

@@ -12,16 +12,16 @@ NUMERIC_FIELDS = {
     "label", "labels", "tags", "scores", "ranks", "margin", "chosen_score", "rejected_score", "answers", "is_impossible",
     "tools", "id",
 }  # fmt: skip
-"""Fields of formats in which a number is a number: grades, positions, classes, schemas."""
+"""Fields whose numbers are never converted to text: grades, positions, classes, schemas."""
 
 TEXT_KEYS = ("content", "value", "text")
-"""Keys of a turn, or of a part of it, that hold text."""
+"""Keys of a turn, or of one part of its content, that hold text."""
 
 
 def with_nested(value: JsonObject, columns: Iterable[str]) -> JsonObject:
-    """``value`` with a column ``a.b`` for the field b of the object in column a, if the row has one.
+    """Return ``value`` with a column ``a.b`` for field b of the object in column a, if the row has one.
 
-    A part of digits is a position in a list. An object may be JSON text, as a csv cell has it."""
+    A part of the name that is a number is a position in a list. The object may be JSON text, as in a csv cell."""
     found = {}
     for column in columns:
         if column not in value:
@@ -31,7 +31,7 @@ def with_nested(value: JsonObject, columns: Iterable[str]) -> JsonObject:
 
 
 def _reach(value: Any, path: list[str]) -> Iterable[Any]:
-    """The value at the end of ``path``; nothing if it does not exist."""
+    """Yield the value at the end of ``path``; nothing if it does not exist."""
     for key in path:
         if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
             try:
@@ -48,7 +48,7 @@ def _reach(value: Any, path: list[str]) -> Iterable[Any]:
 
 
 def has_carriage_returns(value: Any) -> bool:
-    """True if a text in ``value`` has a line that ends in a carriage return and a line feed."""
+    """Return True if a text in ``value`` has a line that ends in a carriage return and a line feed."""
     if isinstance(value, str):
         return "\r\n" in value
     if isinstance(value, Mapping):
@@ -57,7 +57,7 @@ def has_carriage_returns(value: Any) -> bool:
 
 
 def unify_line_ends(value: Any) -> Any:
-    """``value`` with the line ends ``\\n`` in all of its texts."""
+    """Return ``value`` with the line end ``\\n`` in all of its texts."""
     if isinstance(value, str):
         return value.replace("\r\n", "\n")
     if not has_carriage_returns(value):
@@ -68,7 +68,7 @@ def unify_line_ends(value: Any) -> Any:
 
 
 def numbers_to_text(value: Any) -> Any:
-    """``value`` with its numbers as text: alone, in lists, and as content of turns."""
+    """Return ``value`` with its numbers as text: alone, in lists, and as content of turns."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, list | tuple):

@@ -33,21 +33,21 @@ MAY_BE_EMPTY = ("system", "developer", "tool", "ipython")
 RENAMED = {"from": "role", "value": "content"}
 
 WEIGHTS = ("weight", "loss", "train")
-"""Keys by which data sets mark turns that are not trained on: 0 or false."""
+"""Keys whose value 0 or false marks a turn that is not trained on."""
 
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-"""Keys of what a language model of text cannot read."""
+"""Keys of media, which a text model cannot read."""
 
 KNOWN_KEYS = {
     "role", "content", "name", "id", "tool_calls", "tool_call_id", "weight", "reasoning_content", "reasoning", "thinking",
 }  # fmt: skip
-"""Keys of a turn that templates read, or that name what they belong to."""
+"""Keys of a turn that templates read, and ids."""
 
 TURNS_FIX = 'Write [{"role": "user", "content": "..."}, ...].'
 
 
 def build_chat(values: Values, field: str) -> Chat:
-    """A list of turns, with one of the assistant unless it is to be answered. Raises FieldFault with the turn."""
+    """Return a conversation. It needs an assistant turn unless it is to be answered. FieldFault names the turn."""
     turns = turns_field(values, field)
     messages = with_system(turns, values)
     if any(message["role"] == "system" for message in turns):
@@ -82,13 +82,13 @@ def parse_turns(value: object, field: str) -> list[Message]:
 
 
 def _continues(before: Message, message: Message) -> bool:
-    """True for calls alone right after a turn of the assistant: with it they are one turn of a template."""
+    """Return True if ``message`` has only calls and follows an assistant turn: templates render both as one turn."""
     is_call = bool(message.get("tool_calls")) and not message["content"].strip()
     return is_call and message["role"] == before["role"] == "assistant" and "reasoning_content" not in message
 
 
 def _with_calls(before: Message, message: Message, place: str) -> Message:
-    """``before`` with the calls of the turn after it. Both must be trained on, or neither."""
+    """Return ``before`` with the calls of the turn after it. Raises FieldFault if their weights differ."""
     if before.get("weight") != message.get("weight"):
         fix = "Give both the same weight: text and calls in a row are one turn of the assistant."
         raise FieldFault(place, "the weight of the turn before it", "another weight", fix)
@@ -177,7 +177,7 @@ def parse_turn(turn: object, place: str) -> Message:
 
 
 def _with_weight(message: Message, place: str) -> Message:
-    """``message`` with ``weight`` 0 if one of ``WEIGHTS`` says so, else without these keys."""
+    """Return ``message`` with ``weight`` 0 if a key of ``WEIGHTS`` is 0 or false, else without these keys."""
     given = {key: message.pop(key) for key in WEIGHTS if key in message}
     for key, value in given.items():
         trained = bool(value) if value in (0, 1) else flag(value)
@@ -190,7 +190,7 @@ def _with_weight(message: Message, place: str) -> Message:
 
 
 def refuse_media(values: Message, place: str = "") -> None:
-    """Raise FieldFault for images, audio or video next to text: the answer would be trained without them."""
+    """Raise FieldFault for images, audio or video: the model would be trained on answers about media it never saw."""
     for key in MEDIA:
         if values.get(key):
             fix = "Remove it if the text stands alone, else the row: images, audio and video are not trained on."

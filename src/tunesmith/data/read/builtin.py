@@ -30,7 +30,7 @@ NAMES |= {f"{PREFIX}{name}-ko": (kind, "ko") for name, kind in KINDS.items()}
 """Name -> (kind, language). Docstrings are in the order of the library, the other kinds are shuffled."""
 
 ASKED = ("instruction", "question")
-"""Columns whose wording many rows have in common."""
+"""Columns that many rows word alike; they are not compared."""
 
 
 class Makers(Protocol):
@@ -49,8 +49,8 @@ def makers() -> Makers:
 def rows(name: str) -> Iterator[tuple[JsonObject, int | None]]:
     """Rows of a built-in data set with their groups, in a fixed order. Raises DataError for an unknown name.
 
-    Rows that share text outside their questions (see ``text_windows.SHARED``) are one group, and are held out
-    together: methods of the same name have the same docstring, and several questions are about the same code.
+    Rows that share text outside their questions (see ``text_windows.SHARED``) are one group and are held out
+    together: methods of the same name often have the same docstring, and one piece of code has several questions.
     A row that shares text with two groups is left out.
     """
     if name not in NAMES:

@@ -1,7 +1,7 @@
 """CoNLL files: one word per line with its tags in columns, and a blank line between sentences.
 
 Tjong Kim Sang and De Meulder 2003 (W03-0419). A sentence is a row: ``tokens`` is the first column, ``tags``
-the last. Where there are more columns, each has its number as a name ("2", "3", ...). Comments (``# text`` or
+the last. If there are more columns, each also has its number as a name ("2", "3", ...). Comments (``# text`` or
 ``## id``) are left out.
 """
 
@@ -52,11 +52,11 @@ def _sentences(handle: TextIO) -> Iterator[list[Line]]:
 
 
 def _without_comments(lines: list[Line], tabs: bool) -> list[Line]:
-    """The lines of a sentence without comments. ``tabs``: tabs separate the columns of the file.
+    """Return the lines of a sentence without comments. ``tabs``: tabs separate the columns of the file.
 
-    Then a line that begins with ``# `` and has no tab is a comment. Before the first word of a sentence, so is a
-    line whose first cell begins with # and white space, or, where spaces separate, which has another number of
-    columns: ``# O`` may be a word with its tag."""
+    With tabs, a line that begins with ``# `` and has no tab is a comment, and so is a line before the first word
+    whose first cell is a comment. With spaces, a comment comes before the first word and has another number of
+    columns than the last line: ``# O`` may be a word with its tag."""
     if tabs:
         lines = [(number, line) for number, line in lines if "\t" in line or not COMMENT.match(line)]
     first = 0

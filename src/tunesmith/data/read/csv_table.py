@@ -13,14 +13,14 @@ from tunesmith.data.formats.fields import FieldFault, check_text
 from tunesmith.data.row_problems import Record, RowProblem, shorten
 
 LARGEST_FIELD = 1 << 27
-"""Characters of one csv field; the reader gives up on an unclosed quote after that many."""
+"""Characters of one csv field. After that many, the reader reports an unclosed quote."""
 
 COMPARED_LINES = 20
-"""Lines of a .txt file that must have the same number of tabs for a table."""
+"""A .txt file is a table if this many first lines have the same number of tabs."""
 
 NUMBER = re.compile(r"[-+]?[\d.,]*\d")
 SENTENCE = re.compile(r"[.?!。？！…]['\"”’)]*$|(?:\S+\s+){4}")
-"""The end of a sentence, or more than four words: text, and no name of a column."""
+"""The end of a sentence, or more than four words: such a cell is text, not a column name."""
 
 CLOSE_QUOTE = 'Close the quote; a quote inside a quoted field is written twice ("").'
 NUMBER_COLUMNS = (
@@ -32,11 +32,11 @@ NUMBER_COLUMNS = (
 def read_table(
     handle: TextIO, path: str, delimiter: str | None, numbers: frozenset[str] = frozenset()
 ) -> Iterator[Record | RowProblem]:
-    """A header line, then one row per record; quoted fields may contain line breaks.
+    """Yield the rows of a table: a header line, then one row per record. Quoted fields may contain line breaks.
 
     ``delimiter``: None = the most frequent of ``,``, ``;`` and tab in the header. ``numbers``: column numbers
-    that the recipe maps. Unless the header has columns of these names, the file has no header, and its
-    columns are called "1", "2", ..."""
+    that the recipe maps. If the first line has no columns of these names, the file has no header, and its
+    columns are named "1", "2", ..."""
     csv.field_size_limit(max(csv.field_size_limit(), LARGEST_FIELD))
     start, first = next(((number, line) for number, line in enumerate(handle, 1) if line.strip()), (0, ""))
     if not first:
@@ -90,10 +90,10 @@ def read_table(
 
 
 def _holds_rows(cell: str, delimiter: str, columns: int) -> bool:
-    """True if a quoted cell contains other rows of the file, because its quote was closed by one of theirs.
+    """Return True if a quoted cell has swallowed other rows, because a quote of theirs closed its own.
 
-    A tab next to a line break is enough. Text may have commas and line breaks; there, two whole lines or more
-    must each have the separators of a row of three columns or more."""
+    In a tab-separated file, a line break and a tab in one cell are enough. With another separator, which text may
+    contain, at least two whole lines of the cell must each have the columns of the table, three or more."""
     if "\n" not in cell:
         return False
     if delimiter == "\t":
@@ -103,7 +103,7 @@ def _holds_rows(cell: str, delimiter: str, columns: int) -> bool:
 
 
 def _parse_header(line: str, delimiter: str) -> list[str]:
-    """The cells of the first line. Raises FieldFault."""
+    """Return the cells of the first line. Raises FieldFault."""
     check_text(line, "header")
     try:
         return [name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True))]
@@ -121,7 +121,7 @@ def _check_names(header: Sequence[str]) -> None:
 
 
 def _check_no_header(cells: Sequence[str], numbers: frozenset[str]) -> None:
-    """Raise FieldFault if the first line is a header, or has no column of these numbers."""
+    """Raise FieldFault if the first line is a header, or lacks one of the columns ``numbers``."""
     asked = sorted(map(int, numbers))
     if beyond := [number for number in asked if not 1 <= number <= len(cells)]:
         fix = f"Map a column from 1 to {len(cells)}."
@@ -134,17 +134,17 @@ def _check_no_header(cells: Sequence[str], numbers: frozenset[str]) -> None:
 
 
 def looks_like_data(cells: Sequence[str]) -> bool:
-    """True if the first line of a table hardly names its columns: a cell is a number, a sentence or empty."""
+    """Return True if the first line of a table looks like values: a cell is a number, a sentence or empty."""
     written = [cell.strip() for cell in cells]
     odd = any(not cell or NUMBER.fullmatch(cell) or SENTENCE.search(cell) for cell in written)
     return odd and not _has_column_name(written)
 
 
 def txt_layout(handle: TextIO) -> Literal["header", "no header"] | None:
-    """Tell a .txt file whose lines are rows of a table, with a header or without, from prose (None).
+    """Detect a .txt file whose lines are rows of a table, with or without a header; return None for prose.
 
-    The first lines have the same number of tabs, one or more. The first one has no empty cell, and is a header
-    if it has the name of a column that a format reads."""
+    In a table, the first lines have the same number of tabs, and the first line has no empty cell. The first line
+    is a header if it has the name of a column that a format reads."""
     lines = list(itertools.islice((line for line in handle if line.strip()), COMPARED_LINES))
     if len(lines) < 2 or len({line.count("\t") for line in lines}) > 1:
         return None
@@ -155,6 +155,6 @@ def txt_layout(handle: TextIO) -> Literal["header", "no header"] | None:
 
 
 def _has_column_name(cells: Sequence[str]) -> bool:
-    """True if a format reads one of these columns. Names of one letter count only if all are known."""
+    """Return True if a format reads one of these columns. One-letter names count only if all names are known."""
     known = [cell.casefold() for cell in cells if cell.casefold() in COLUMN_NAMES]
     return len(known) == len(cells) or any(len(name) > 1 for name in known)

@@ -34,7 +34,7 @@ class RepeatedKey(dict[str, object]):
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """The object of these pairs; a RepeatedKey if a key occurs twice, in it or in an object that it holds."""
+    """Return the object of these pairs; a RepeatedKey if a key occurs twice in it or in a nested object."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -46,7 +46,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _repeated_key(value: object) -> str | None:
-    """The repeated key of an object, or of one in a list."""
+    """Return the repeated key of an object, or of an object in a list."""
     if isinstance(value, RepeatedKey):
         return value.key
     if isinstance(value, list):
@@ -92,7 +92,7 @@ def read_jsonl(handle: TextIO, path: str) -> Iterator[Record | RowProblem]:
 
 
 def _articles(window: Window) -> Iterator[tuple[int, object]]:
-    """(line, article) of a nested SQuAD file. Raises BrokenJson."""
+    """Yield (line, article) of a nested SQuAD file. Raises BrokenJson."""
     for line, article in window.elements():
         if isinstance(article, RepeatedKey):
             raise BrokenJson("each key once", f"the key {article.key!r} twice in the article", line, 1)

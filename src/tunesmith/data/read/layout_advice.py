@@ -1,4 +1,4 @@
-"""Advice for a file that is not laid out as its name says: no header, a table in a .txt file, CoNLL in a table."""
+"""Advice for a file whose layout does not match its name: no header, a table in a .txt file, CoNLL in a table."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TABLES = (*DELIMITERS, ".txt")
 
 
 def txt_layout(source: Source) -> str | None:
-    """The layout of the lines of a .txt file, if the recipe does not say how to read it; else None."""
+    """Return the layout of a .txt file if the recipe sets neither format nor columns; else None."""
     file = Path(source.path).expanduser()
     said = source.hub or source.format or source.columns
     return layout_of(file) if ending(file) == ".txt" and not said and file.is_file() else None
 
 
 def prose_or_table(source: Source, names: Sequence[str]) -> DataError:
-    """The question about a .txt file that looks like a table, and would be trained line by line as text."""
+    """Return the error for a .txt file that looks like a table and would be read as one document per line."""
     text = next((name for name in names if name.casefold() in TEXT.columns), names[0])
     return DataError(
         f"{source.label}: its first line looks like the header of a table ({', '.join(names)}), but a line of a .txt file is a "
@@ -36,7 +36,7 @@ def prose_or_table(source: Source, names: Sequence[str]) -> DataError:
 
 
 def misread(source: Source, names: Sequence[str]) -> DataError | None:
-    """Why no format fits, if the cause is not the choice of columns. ``names``: the columns as they were read."""
+    """Return the error if a wrong layout is why no format fits, else None. ``names``: the columns that were read."""
     for name in names:
         try:
             check_text(name, "column names")

@@ -1,4 +1,4 @@
-"""Prompts of a data file, read as training reads its rows, each with the answer that the file has for it."""
+"""Read the prompts of a data file as training reads its rows, each with the answer in the file."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ROWS = (Chat, PromptCompletion, Text, Ranking, Judged)
 class AskedPrompt:
     """The prompt of a row. ``reference``: the answer in the data, the best of several; None = unknown.
 
-    ``prompt``: a Chat is rendered with the chat template, and a Text is continued without it, as in training.
-    A string is a prompt whose file does not show which of the two it is."""
+    ``prompt``: a Chat is rendered with the chat template. A Text is continued without it, as in training. A string
+    comes from a file that does not show which of the two it is."""
 
     row: int
     prompt: str | Chat | Text
@@ -35,7 +35,7 @@ class AskedPrompt:
         return shown if self.reference is None else {**shown, "reference": _shown(self.reference)}
 
     def shown(self) -> str | list[Message]:
-        """The text of a prompt, or its turns if there are several or they offer tools."""
+        """Return the text of a prompt; its turns if there are several or there are tools."""
         if isinstance(self.prompt, str):
             return self.prompt
         if isinstance(self.prompt, Text):
@@ -45,7 +45,7 @@ class AskedPrompt:
 
 
 def _shown(reference: TextOrTurns) -> str | list[Message]:
-    """The text of an answer; its turns where they hold more than one text."""
+    """Return the text of an answer; its turns if they hold more than one text."""
     if isinstance(reference, str):
         return reference
     only_text = len(reference) == 1 and reference[0].keys() <= {"role", "content"}
@@ -53,11 +53,11 @@ def _shown(reference: TextOrTurns) -> str | list[Message]:
 
 
 def read_prompts(source: Source, trained_on: Sequence[str] = ()) -> tuple[list[AskedPrompt], str]:
-    """Return the prompts of a source, and in words how its columns were read.
+    """Return the prompts of a source, and a description of its format and columns.
 
-    ``trained_on``: names of the row types that the model was trained on, if known: the file is read as rows of
-    these types where it can be. Without Chat among them, a prompt is text without a chat template. Raises
-    DataError for a file without prompts, naming every row that cannot be read."""
+    ``trained_on``: names of the row types that the model was trained on, if known. The file is read as rows of
+    these types if possible. If Chat is not among them, a prompt is text without a chat template. Raises DataError
+    for a file without prompts and for rows that cannot be read."""
     opened = _open(source, tuple(kind for kind in ROWS if kind.__name__ in trained_on))
     plain = bool(trained_on) and Chat.__name__ not in trained_on
     prompts: list[AskedPrompt] = []
@@ -91,7 +91,7 @@ def _open(source: Source, preferred: tuple[type, ...]) -> OpenedSource:
 
 
 def _split(row: Row, plain: bool) -> tuple[str | Chat | Text, TextOrTurns | None] | None:
-    """(prompt, reference) of a row; None if it has no prompt."""
+    """Return (prompt, reference) of a row; None if it has no prompt."""
     if isinstance(row, Text):
         return (row if plain else row.text), None
     if isinstance(row, PromptCompletion):

@@ -56,22 +56,22 @@ def read(path: str, format: str | None = None, columns: Columns | None = None) -
 
 
 def reader_of(kind: str, numbers: frozenset[str] = frozenset()) -> Reader | None:
-    """The reader of a file type, such as ``.csv``; None for a type that is not read.
+    """Return the reader of a file type, such as ``.csv``; None for an unknown type.
 
-    ``numbers``: of columns that the recipe maps, in a table without a header."""
+    ``numbers``: column numbers that the recipe maps, in a table without a header."""
     if numbers and kind in DELIMITERS:
         return _table_reader(DELIMITERS[kind], numbers)
     return READERS.get(kind)
 
 
 def column_numbers(columns: Columns | None) -> frozenset[str]:
-    """The columns of a mapping that are numbers, in the form "1", "2", ..."""
+    """Return the columns of a mapping that are numbers: "1", "2", ..."""
     mapped = [[to] if isinstance(to, str) else to for to in (columns or {}).values()]
     return frozenset(column for names in mapped for column in names if column.isascii() and column.isdigit())
 
 
 def layout_of(file: Path) -> str | None:
-    """``csv_table.txt_layout`` of a .txt file; None if it cannot be unpacked."""
+    """Return ``csv_table.txt_layout`` of a .txt file; None if it cannot be unpacked."""
     try:
         with open_text(file) as handle:
             return txt_layout(handle)
@@ -80,7 +80,7 @@ def layout_of(file: Path) -> str | None:
 
 
 def _unknown_type(file: Path) -> str:
-    """The message for a file whose type is not read: what it looks like, and how to name or convert it."""
+    """Return the message for a file of unknown type: what it looks like, and how to rename or convert it."""
     suffix = file.suffix.lower()
     kind = f"unknown file type {file.suffix!r}" if suffix else "its name has no file type"
     expected = f"{kind}. Expected one of {', '.join(READERS)} (packed: {GZIP} of the text files)."
@@ -98,7 +98,7 @@ def _unknown_type(file: Path) -> str:
 
 
 def looks_like(file: Path) -> str | None:
-    """``.jsonl`` or ``.conll`` if the first lines of a file look like one, else None."""
+    """Return ``.jsonl`` or ``.conll`` if the first lines of a file look like it, else None."""
     with file.open("rb") as handle:
         content = handle.read(1 << 14)
     text = content.decode("utf-8-sig", "replace").rpartition("\n")[0]

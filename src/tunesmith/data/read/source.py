@@ -55,7 +55,7 @@ class OpenedSource:
     held_out: bool = False
 
     def rows(self) -> Iterator[tuple[Record, Row] | RowProblem]:
-        """Each row with its record, or its problem. At most ``limit`` rows of the file are read.
+        """Yield each row with its record, or its problem. At most ``limit`` rows of the file are read.
 
         Where a pair becomes two rows, they follow each other with the same record."""
         numbers: bool | None = None  # the type of the first label decides for all
@@ -97,7 +97,7 @@ def open_source(
     detected once.
 
     ``gold``: False = the rows are to be predicted, and may lack their label, tags or answers. ``prompts``:
-    True = the rows are to be answered; answers that they have are read, where they are valid. Raises
+    True = the rows are to be answered; their own answers are read if they are valid. Raises
     DataError if the file cannot be opened, has no rows, or no format has its columns."""
     question = _question(source, accepted, gold, prompts) if source.streaming else ""
     is_headed = layout_advice.txt_layout(source) == "header"
@@ -169,10 +169,10 @@ def _check_judgements(
     records: Sequence[Record],
     convert: Converter,
 ) -> Converter:
-    """The converter for rows of written text, which may say of their answers whether they are good.
+    """Return the converter for rows of written text, of which a column may label each answer as good or bad.
 
-    Such rows are read as Judged where these are accepted, too. Raises DataError where they are not, unless
-    the recipe keeps the rows with good answers only."""
+    With such a column, rows are read as Judged if that type is accepted. If it is not, raises DataError unless
+    the recipe keeps only the rows with good answers."""
     column = judgement_column([record.value for record in records])
     if column is None or (source.keep_if or "").strip().casefold() == column.strip().casefold():
         return convert
@@ -188,7 +188,7 @@ def _check_judgements(
 def _check_last_turns(
     source: Source, keys: Sequence[tuple[str, ...]], records: Sequence[Record], convert: Converter
 ) -> None:
-    """Raise DataError if every conversation ends with a question and its answers are in columns of a pair."""
+    """Raise DataError if every conversation ends with a question and a pair of columns has its answers."""
     rows = [convert(record) for record in records]
     if not rows or any(isinstance(row, Chat) and row.messages[-1]["role"] == "assistant" for row in rows):
         return
@@ -224,7 +224,7 @@ def _rows(source: Source) -> Rows:
 
 
 def _true_rows(rows: Rows, column: str) -> Rows:
-    """The rows whose ``column`` is true, and every problem."""
+    """Yield the rows whose ``column`` is true, and every problem."""
     for item in rows:
         if isinstance(item, Record):
             keys = {str(key).strip().casefold(): key for key in item.value}

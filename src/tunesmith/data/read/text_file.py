@@ -1,4 +1,4 @@
-"""Opens the text of a data file: UTF-8 with or without a byte order mark, plain or packed by gzip."""
+"""Open the text of a data file: UTF-8 with or without a byte order mark, plain or packed by gzip."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tunesmith.data.row_problems import Record, RowProblem
 GZIP = ".gz"
 
 LARGEST_RATIO = 100
-"""Unpacked bytes per packed byte. Text packs 3 to 20 times, and a file that packs more may be a trap."""
+"""Unpacked bytes per packed byte. Text has a ratio of 3 to 20; a file with a much larger one may be an attack."""
 
 SMALLEST_LIMIT = 1 << 26
-"""Unpacked bytes that a file of any size may have."""
+"""Unpacked bytes that are allowed for a file of any size."""
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """First bytes of the small file that Git LFS leaves in place of a large one."""
@@ -31,7 +31,7 @@ class Oversized(gzip.BadGzipFile):
 
 
 class Unpacked(io.BufferedIOBase):
-    """The content of a gzip file, at most LARGEST_RATIO times as long as the file."""
+    """The content of a gzip file, at most LARGEST_RATIO times its size or SMALLEST_LIMIT bytes."""
 
     def __init__(self, file: Path) -> None:
         self.name = str(file)
@@ -61,21 +61,20 @@ def is_packed(file: Path) -> bool:
 
 
 def ending(name: str | Path) -> str:
-    """The file type in lower case: ``.jsonl`` of ``a.jsonl`` and of ``a.JSONL.gz``."""
+    """Return the file type in lower case: ``.jsonl`` for ``a.jsonl`` and for ``a.JSONL.gz``."""
     path = Path(name)
     return Path(path.stem if is_packed(path) else path).suffix.lower()
 
 
 def open_text(file: Path, newline: str | None = None) -> TextIO:
-    """Open UTF-8, with or without a byte order mark. Invalid bytes become surrogates, which ``formats``
-    report."""
+    """Open UTF-8, with or without a byte order mark. Invalid bytes become surrogates, which ``formats`` reports."""
     if not is_packed(file):
         return file.open("r", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
     return io.TextIOWrapper(Unpacked(file), "utf-8-sig", "surrogateescape", newline)
 
 
 def first_bytes(file: Path, count: int) -> bytes:
-    """The first bytes of a file, as they are on the disk."""
+    """Return the first bytes of a file as stored on disk, packed or not."""
     with file.open("rb") as handle:
         return handle.read(count)
 
@@ -88,7 +87,7 @@ def is_lfs_pointer(file: Path) -> bool:
 def text_reader(
     rows: Callable[[TextIO, str], Iterator[Record | RowProblem]], newline: str | None = None
 ) -> Callable[[Path, str], Iterator[Record | RowProblem]]:
-    """A reader of files from a reader of ``rows(handle, path)``."""
+    """Return a reader of files made of ``rows(handle, path)``, a reader of an open file."""
 
     def read_text(file: Path, path: str) -> Iterator[Record | RowProblem]:
         row = 0
