@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-"""What the forward of a network raises for arguments that it does not understand."""
+"""Exceptions that the forward of a network raises for arguments that it does not accept."""
 
 
 def attribute(owner: object, *names: str) -> Any:
@@ -107,8 +107,10 @@ def pooling(config: PretrainedConfig) -> str | None:
 
 
 def first_position(model: PreTrainedModel) -> int:
-    """Return the position id of a row's first token as the layers suggest it: the one after the padding index of
-    the embeddings in roberta's family, else 0. ``train.row_check`` checks it."""
+    """Return the position id that a row's first token should have, judged by the layers.
+
+    In roberta's family it follows the padding index of the embeddings; elsewhere it is 0. ``train.row_check``
+    checks it."""
     for module in model.modules():
         padding = attribute(module, "padding_idx")
         if isinstance(padding, int) and submodule(module, "position_embeddings") is not None:
@@ -126,7 +128,7 @@ def padding_ids(model: PreTrainedModel) -> set[int]:
 def context_window(config: PretrainedConfig) -> int | None:
     """Return the most tokens that a row may have, or None when the config names no limit."""
     limit = attribute(config.get_text_config(), "max_position_embeddings")
-    return None if limit is not None and limit < 1 else limit  # xlnet names -1
+    return None if limit is not None and limit < 1 else limit  # xlnet's config has -1
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:

@@ -13,10 +13,10 @@ from tunesmith.data.formats.fields import FieldFault, check_text
 from tunesmith.data.row_problems import Record, RowProblem, shorten
 
 LARGEST_FIELD = 1 << 27
-"""Characters of one csv field. After that many, the reader reports an unclosed quote."""
+"""Most characters of one csv field: the reader gives up on an unclosed quote there."""
 
 COMPARED_LINES = 20
-"""A .txt file is a table if this many first lines have the same number of tabs."""
+"""Number of first lines of a .txt file that are compared: in a table they have the same number of tabs."""
 
 NUMBER = re.compile(r"[-+]?[\d.,]*\d")
 SENTENCE = re.compile(r"[.?!。？！…]['\"”’)]*$|(?:\S+\s+){4}")

@@ -76,9 +76,10 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The split by ``data.eval.fraction``: ``rows`` of ``of`` rows in ``groups`` groups; ``asked``: rows wanted.
+    """The split by ``data.eval.fraction``: ``rows`` of ``of`` rows, in ``groups`` groups, are held out.
 
-    ``digest``: of the groups, to tell whether another start of the run has the same ones.
+    ``asked``: the wanted number of rows. ``digest``: a hash of the groups, by which a resumed run knows that it holds
+    out the same ones.
     """
 
     rows: int
@@ -102,7 +103,7 @@ class Report:
 
     ``held_out``: how the evaluation rows were chosen, unless they have files of their own. ``cached``: every
     source came from the cache. ``duplicates_train_eval``: evaluation rows that equal a training row.
-    ``contaminated``: evaluation rows that share a long stretch of tokens with a training row.
+    ``contaminated``: evaluation rows that share a passage of text with a training row.
     """
 
     sources: tuple[SourceReport, ...]

@@ -34,7 +34,7 @@ class Views:
         return Views(self.example[mask], self.start[mask], self.length[mask], self.targets[mask])
 
     def count_rows(self, entry: Entry) -> int:
-        """Count the different rows of these examples; those of one row are neighbours."""
+        """Count the different rows of these examples. The examples of one row are adjacent."""
         rows = entry.row[self.example]
         return int(np.count_nonzero(rows[1:] != rows[:-1])) + min(1, len(rows))
 

@@ -1,8 +1,8 @@
 """The choice of held-out rows: exactly a share of all rows, and never one whose prompt is also trained on.
 
-Rows with the same ``rows.group_key`` (their prompt) are a group, over all sources. The groups are sorted by a
-hash of key and seed, and taken in this order while they fit, until the number of rows is reached. So the
-choice depends on neither the order of the rows nor their files. When rows are added, a group changes sides
+Rows with the same ``rows.group_key`` (the same prompt) form one group, across all sources. The groups are sorted by
+a hash of key and seed. They are taken in this order if they fit, until the wanted number of rows is reached. So the
+choice depends neither on the order of the rows nor on their files. When rows are added, a group changes sides
 only to make room: of n rows added, about ``fraction * n`` are held out, and at most as many others move.
 """
 
@@ -18,12 +18,12 @@ from tunesmith.data.store.epoch_order import HOLD_OUT, random_stream
 from tunesmith.errors import DataError
 
 EXACT = 4096
-"""Rows of the wanted number whose groups may be exchanged for others, where taking what fits does not reach
-it. A wanted number up to this is met exactly wherever the sizes of the groups allow it."""
+"""If taking what fits misses the wanted number, the groups of its last EXACT rows may be exchanged for others. So a
+wanted number up to EXACT is met exactly wherever the sizes of the groups allow it."""
 
 
 def split(groups: np.ndarray, config: EvalConfig, seed: int) -> tuple[np.ndarray, HeldOut | None]:
-    """Return the keys of the groups to hold out (sorted) and their report; none and None without a share.
+    """Return the sorted keys of the groups to hold out, and their report. Without a share: no keys, and None.
 
     ``groups``: the key (uint64) of every row. With two rows or more, each side gets at least one. Raises
     DataError when all rows are one group.
@@ -59,8 +59,8 @@ def hashes(keys: np.ndarray, seed: int) -> np.ndarray:
 def choose(keys: np.ndarray, wanted: int, most: int, seed: int) -> np.ndarray:
     """Return the keys (uint64, sorted) of the groups to hold out. ``keys``: the key of every row.
 
-    They have ``wanted`` rows, or the nearest number that groups allow, at most ``most``. One group at least
-    is held out, even if it has more rows, and one is left. Expects two groups or more.
+    The groups have ``wanted`` rows, or the nearest number that their sizes allow, at most ``most``. At least one
+    group is held out, even if it has more rows, and at least one is left. Expects two groups or more.
     """
     groups, counts = np.unique(keys, return_counts=True)
     order = np.argsort(hashes(groups, seed), kind="stable").astype(np.int32)
@@ -72,7 +72,7 @@ def choose(keys: np.ndarray, wanted: int, most: int, seed: int) -> np.ndarray:
 
 
 def among(groups: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Return bool[groups]: which groups are among the sorted ``keys``."""
+    """Return bool[groups], true for groups that are among the sorted ``keys``."""
     return keys[np.minimum(np.searchsorted(keys, groups), len(keys) - 1)] == groups
 
 
@@ -82,7 +82,7 @@ def digest(keys: np.ndarray) -> str:
 
 
 def _take_fitting(sizes: np.ndarray, wanted: int) -> np.ndarray:
-    """Return the indices of the groups in order, each taken if ``wanted`` has room for it."""
+    """Return the indices of the groups, in order. Each group is taken if ``wanted`` still has room for it."""
     ends = np.cumsum(sizes)
     at = int(np.searchsorted(ends, wanted, side="right"))
     taken, room = [*range(at)], wanted - int(ends[at - 1] if at else 0)
@@ -94,10 +94,10 @@ def _take_fitting(sizes: np.ndarray, wanted: int) -> np.ndarray:
 
 
 def _take_nearest(sizes: np.ndarray, wanted: int, most: int) -> np.ndarray:
-    """Return the indices of groups that have the number of rows nearest to ``wanted``, the lower of two.
+    """Return the indices of groups whose number of rows is nearest to ``wanted``; of two equally near, the lower.
 
-    All sums of the groups are built up one group after the other (bit n of ``sums``: n can be reached), with
-    the group that reached each first: the sums before it lead back to the others.
+    This is subset sum by dynamic programming. Bit n of ``sums`` is set if some of the groups seen so far have n rows
+    together. ``first`` has for each sum the group that reached it first; following it back finds the other groups.
     """
     ends = np.cumsum(sizes)
     fixed = int(np.searchsorted(ends, wanted - EXACT, side="right"))

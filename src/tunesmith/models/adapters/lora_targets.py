@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of configs for the number of experts that a router chooses from."""
+"""Config keys of the number of experts that a router chooses from."""
 NARROW_SHARE = 0.05
-"""Layers narrower than r are left out where they hold at most this share of the weights."""
+"""Layers narrower than r get no LoRA if they hold at most this share of the weights."""
 
 
 def left_out(model: PreTrainedModel, names: Sequence[str], rank: int) -> dict[str, str]:
     """Return those of the linear layers ``names`` that get no LoRA of this ``rank``, with the reason.
 
-    A gate has an output or two. Where a large share of the weights is narrower than r, r is the mistake, and the
-    caller reports it.
+    A narrow layer is usually a gate, with one or two outputs. If layers narrower than r hold a large share of the
+    weights, r is the mistake: such layers are not left out, and the caller reports the error.
     """
     found: dict[str, str] = {}
     narrow: dict[str, str] = {}
@@ -42,7 +42,7 @@ def left_out(model: PreTrainedModel, names: Sequence[str], rank: int) -> dict[st
 
 
 def note(left_out: Mapping[str, str]) -> str:
-    """Name the layers without a LoRA, those of all blocks once."""
+    """Name the layers without a LoRA; a layer that every block has is named once."""
     ends = {re.sub(r"^.*\.\d+\.", "", name): why for name, why in left_out.items()}
     listed = "; ".join(f"{end} ({why})" for end, why in ends.items())
     return f"no LoRA on {len(left_out)} linear layers: {listed}. Name them in adaptation.target_modules to train them"
@@ -56,7 +56,7 @@ def _is_router(model: PreTrainedModel, name: str, outputs: int) -> bool:
 
 
 def _is_read_by_kernel(model: PreTrainedModel, name: str) -> bool:
-    """Return whether a state-space layer hands the weight of a linear layer to a kernel on a GPU.
+    """Return whether a state-space layer passes the weight of a linear layer to a kernel on a GPU.
 
     The kernel would not see an adapter (``mamba_split_conv1d_scan_combined``); peft refuses some of them.
     """

@@ -33,7 +33,7 @@ HARMLESS = {
     "position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx", "is_causal",
     "past_key_values", "read", "output_router_logits", "deterministic", "token_type_ids",
 }  # fmt: skip
-"""Keywords of transformers that attention functions ignore: models hand on whatever their forward was given."""
+"""Keywords of transformers that attention functions ignore: models pass on all keywords of their forward."""
 
 _watchers: list[list[int | None]] = []
 

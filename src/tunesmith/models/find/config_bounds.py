@@ -1,7 +1,7 @@
 """Refuse a config whose numbers are far larger than the weights next to it.
 
-transformers and peft build what the config says before they look at a weight: with ten million layers or
-labels that takes hours and all memory.
+transformers and peft build the network of a config before they read a weight. With ten million layers or labels,
+that takes hours and all memory.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ LAYERS = frozenset((
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_encoder_layers",
     "num_decoder_layers",
 ))  # fmt: skip
-"""Each layer has a tensor of its own, or shares those of another."""
+"""Keys that count layers. A config with more layers than the weights have tensors is refused."""
 
 WIDTHS = frozenset((
     "num_labels", "num_experts", "num_local_experts", "n_routed_experts", "extra_ids",  # full models
     "r", "num_virtual_tokens", "bottleneck_size", "token_dim", "encoder_hidden_size", "num_attention_heads",  # adapters
 ))  # fmt: skip
-"""No tensor has so many rows: these are a dimension of one, or a number of tensors."""
+"""Keys that are a dimension of a tensor, or a number of tensors. A value larger than both is refused."""
 
 LEAST = 64
-"""Numbers up to this one are never refused: tiny models have few tensors."""
+"""Values up to this one are never refused: tiny models have few tensors."""
 
 SPARE, LEAST_PARAMETERS = 1.25, 2**24
-"""A network may have so many times the stored numbers, and as many more: heads that are not saved yet."""
+"""A network may have SPARE times the stored parameters and LEAST_PARAMETERS more: a head may not be saved yet."""
 
 PACKED = 16
-"""Numbers that a quantised checkpoint may hold in one stored number."""
+"""Parameters that a quantised checkpoint may pack into one stored number."""
 
 
 def check_counts(config: JsonObject, tensors: Iterable[TensorHeader], file: Path) -> None:
@@ -60,7 +60,7 @@ def check_parameters(parameters: int, tensors: Iterable[TensorHeader], quantised
 
 
 def _numbers(config: object) -> Iterator[tuple[str, int]]:
-    """Yield (key, value) of every integer, also in nested mappings; those of ``rank_pattern`` have the key r."""
+    """Yield (key, value) of every integer, also in nested mappings. Values of ``rank_pattern`` have the key r."""
     for key, value in config.items() if isinstance(config, dict) else ():
         if isinstance(value, int) and not isinstance(value, bool):
             yield str(key), value

@@ -17,13 +17,13 @@ from tunesmith.errors import ModelError
 from tunesmith.json_types import JsonObject
 
 LARGEST_JSON = 2**26
-"""Bytes of a JSON file. A large tokenizer.json has 2**25."""
+"""Most bytes of a JSON file. A large tokenizer.json has 2**25."""
 
 LARGEST_HEADER = 2**25
-"""Bytes of a safetensors header: about 300,000 tensors."""
+"""Most bytes of a safetensors header: about 300,000 tensors."""
 
 DEEPEST_JSON = 100
-"""Levels of nested lists and mappings."""
+"""Most levels of nested lists and mappings in a JSON file."""
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
@@ -47,7 +47,7 @@ class TensorHeader:
 
 
 def read_json(path: Path) -> JsonObject:
-    """Read a JSON object. Raises ModelError naming file, line and column, and for one that is too large or deep."""
+    """Read a JSON object. Raises ModelError with file, line and column; also if it is too large or nested too deep."""
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ModelError(f"{path} has {size:,} bytes; expected at most {LARGEST_JSON:,}")
@@ -57,7 +57,7 @@ def read_json(path: Path) -> JsonObject:
     except json.JSONDecodeError as error:
         where = f"{path}, line {error.lineno}, column {error.colno}"
         raise ModelError(f"{where}: not valid JSON: {error.msg}") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise ModelError(f"{path} cannot be read: {error}") from None
     except RecursionError:
         value = None
@@ -69,7 +69,7 @@ def read_json(path: Path) -> JsonObject:
 
 
 def _is_deeper(value: object, levels: int) -> bool:
-    """Tell whether lists and mappings are nested deeper than ``levels``. Libraries copy settings recursively."""
+    """Return whether lists and mappings are nested deeper than ``levels``. Libraries copy settings recursively."""
     level = [value]
     for _ in range(levels):
         level = [child for item in level for child in _children(item)]

@@ -17,7 +17,7 @@ from tunesmith.models.find import headers
 FILE = "tunesmith.json"
 
 FORMAT = 2
-"""Format 1 has no hash of itself, and hashes of the weights alone."""
+"""Version of the record. Format 1 has hashes only of the weights, and none of the record itself."""
 
 _SAMPLE_BYTES = 4096
 """Hashed at the start, the middle and the end of each tensor."""
@@ -43,7 +43,7 @@ def fingerprint(folder: Path, whole: bool = False) -> str:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return what tells a model's weights: a full model's fingerprint, or an adapter's sha256 of weights and config.
+    """Return the identity of a model's weights: a full model's fingerprint, or an adapter's sha256 of weights and config.
 
     The config is hashed as JSON, so spaces do not count; nor does the base model's path, which may move.
     """
@@ -58,7 +58,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def read(folder: Path) -> JsonObject:
     """Return the record of a folder; {} for a folder that tunesmith did not write.
 
-    Raises ModelError when it was changed: it has the sha256 of itself.
+    Raises ModelError when the record was changed: it has its own sha256.
     """
     file = folder / FILE
     written = headers.read_json_if_present(file)
@@ -71,7 +71,7 @@ def read(folder: Path) -> JsonObject:
 
 
 def write(folder: Path, facts: JsonObject) -> None:
-    """Write the record of a folder, with the sha256 of itself."""
+    """Write the record of a folder, with its own sha256."""
     facts = json.loads(json.dumps(facts)) | {"format": FORMAT}
     replace_file(folder / FILE, json.dumps(facts | {"sha256": _hash(facts)}, indent=1).encode())
 
@@ -90,10 +90,10 @@ def head(folder: Path) -> JsonObject:
 
 
 def trained(folder: Path) -> JsonObject:
-    """Return what a folder's model was trained with; {} for a model that no run of tunesmith saved.
+    """Return how a folder's model was trained; {} for a model that no run of tunesmith saved.
 
-    ``objective``: type and keys. ``readings``: for each training source the keys of the recipe by which it was
-    read (format, columns, separator, prompt_template), where there were any. ``rows``: names of its row types.
+    ``objective``: type and keys. ``readings``: for each training source the keys of the recipe that say how it was
+    read (format, columns, separator, prompt_template), if there were any. ``rows``: names of its row types.
     ``max_length``: that of the recipe, or None. ``start``: the model that training started from, with its
     ``file_hashes``; ``exact``: its policy was that of step 0.
     """

@@ -30,7 +30,7 @@ READ_BY_LIBRARIES = frozenset((
     "merges.txt", "vocab.txt", "adapter_config.json", "adapter_model.safetensors", "model.safetensors",
     "model.safetensors.index.json",
 ))  # fmt: skip
-"""A file of one of these names changes what is loaded, so it must not be added to a saved model either."""
+"""A file with one of these names changes what is loaded, so adding one to a saved model is an error, too."""
 
 _NOT_LOADED = (record.FILE, model_store.MANIFEST, "README.md")
 
@@ -38,7 +38,7 @@ State = Literal["ok", "changed", "missing", "added", "not recorded"]
 
 
 class FileState(TypedDict):
-    """A file of a saved model. ``expected``: its recorded sha256, ``found``: today's; None where there is none."""
+    """A file of a saved model. ``expected``: its recorded sha256. ``found``: its present sha256. None = there is none."""
 
     name: str
     state: State
@@ -96,7 +96,7 @@ def check_settings(folder: Path) -> None:
 
 
 def _added(folder: Path) -> list[str]:
-    """Return the files that libraries would read and that the record does not have."""
+    """Return the files that libraries would read but the record does not list."""
     written = record.read(folder)
     if written.get("format") != record.FORMAT or not written.get("files"):
         return []
@@ -108,8 +108,9 @@ def _added(folder: Path) -> list[str]:
 def checking_weights(folder: Path, base: Path | None = None) -> Iterator[None]:
     """Hash the weights of a model, and of an adapter's base, while the block loads them.
 
-    Raises ModelError at the end of the block if they changed; also if loading them failed, since that names the
-    cause. A base without hashes of its own is compared with what its adapter recorded.
+    Raises ModelError at the end of the block if the weights changed. If loading failed, too, this error is raised
+    instead, because it names the cause. A base without recorded hashes is compared with the hash that its adapter
+    recorded.
     """
     pool = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // 2)))
     try:
@@ -138,9 +139,9 @@ def _submit(pool: ThreadPoolExecutor, folder: Path) -> list[tuple[Path, str, Fut
 
 
 def content_of(base: Path) -> str | None:
-    """Return a hash of the whole weights of a base model without hashes of its own, None for another.
+    """Return a hash of all weights of a base model that has no recorded hashes; None if it has them.
 
-    It is computed once in a process.
+    The hash is computed once per process.
     """
     if recorded_hashes(base):
         return None
@@ -207,7 +208,7 @@ def verify(folder: Path) -> list[FileState]:
 
 
 def accept(folder: Path) -> JsonObject:
-    """Record the files of a model folder as they are now, and forget the logits. Returns the new record.
+    """Record the files of a model folder as they are now, and drop the recorded logits. Returns the new record.
 
     A folder that tunesmith did not write gets a record. Raises UserError for an entry of the store.
     """

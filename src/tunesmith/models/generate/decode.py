@@ -1,4 +1,4 @@
-"""Prompts in, texts out: what ``generate``, ``chat`` and training call. The engine does the work."""
+"""Prompts in, texts out: the functions that ``generate``, ``chat`` and training call. The engine does the work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 Prompt: TypeAlias = str | Sequence[Message] | Chat | Text
-"""A string is a user turn when the tokenizer has a chat template, else text to continue, as a Text always is."""
+"""A string is a user turn if the tokenizer has a chat template, else text to continue. A Text is always continued."""
 
 
 class SamplingFields(TypedDict, total=False):
@@ -70,7 +70,7 @@ def generate(
     ids = [prompt_ids(prompt, tokenizer, system, plain) for prompt in prompts]
     engine = Engine(network, tokenizer, batch_size)
     requests = [Request(tuple(row), params, number) for number, row in enumerate(ids)]
-    engine.check(requests)  # a prompt that is too long costs no answer
+    engine.check(requests)  # report a prompt that is too long before any answer is generated
     answers = [""] * len(ids)
     for answer in engine.run(requests):
         answers[answer.prompt] = answer.text
@@ -89,7 +89,8 @@ def stream(
 ) -> Iterator[str]:
     """Yield the answer to one prompt in pieces, each character when all its tokens are there.
 
-    An ``Engine`` as ``model`` does not compute again what it holds of the prompt: the turns of a chat before.
+    With an ``Engine`` as ``model``, tokens that it already holds, such as earlier turns of a chat, are not computed
+    again.
     """
     params = SamplingParams(**settings)
     engine = model if isinstance(model, Engine) else Engine(*_load(model))

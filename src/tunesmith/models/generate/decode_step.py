@@ -1,7 +1,7 @@
-"""One decoding step of a llama as one call of C: at few rows, reading the weights once is all that it costs.
+"""One decoding step of a llama as one call of C: with few rows, it takes the time to read the weights once.
 
-Eager torch starts some forty operations a layer for a step, which takes longer than the arithmetic. The step
-serves networks of llama's structure (llama, mistral, qwen2, qwen3 and their like) whose layers have no adapter,
+Eager torch runs about forty operations a layer in a step, and starting them takes longer than the arithmetic. The
+step supports networks of llama's structure (llama, mistral, qwen2, qwen3 and similar) whose layers have no adapter,
 on a CPU. ``SlotPass`` compares its first result with that of the model's own forward pass.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_ROWS = 16
-"""With more rows torch's products, which reuse each weight from registers, are faster."""
+"""With more rows, torch's matrix products are faster: they reuse each weight from registers."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -70,7 +70,7 @@ class DecodeStep:
 
 
 def decode_step(core: PreTrainedModel) -> DecodeStep | None:
-    """Return the step of ``core``, or None where its structure is another or the C passes are not available."""
+    """Return the step of ``core``; None if its structure is another or the C passes are not available."""
     body, head = core.base_model, core.get_output_embeddings()
     blocks = attribute(body, "layers")
     norm, rotary = submodule(body, "norm"), submodule(body, "rotary_emb")

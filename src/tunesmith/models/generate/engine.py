@@ -1,9 +1,9 @@
-"""The engine that everything which samples runs on: a queue of prompts, and as many rows at once as fit.
+"""The engine of all sampling: a queue of prompts, and as many running rows as memory allows.
 
-A row that ends leaves its slot, and the next prompt of the queue takes it in the same step (continuous
-batching; Yu et al., OSDI 2022). Prompts are run side by side without padding; what a slot already holds of a
-prompt is used again or copied, so several samples of one prompt, and the turns of a chat, share their start.
-A row's answer depends on its prompt, rule, seed and number alone, not on the rows beside it.
+A row that ends frees its slot, and the next prompt of the queue takes the slot in the same step (continuous
+batching; Yu et al., OSDI 2022). Prompts run together without padding. Tokens of a prompt that a slot already holds
+are reused or copied, so several samples of one prompt, and the turns of a chat, share their prefix. A row's answer
+depends only on its prompt, sampling rule, seed and number, not on the other rows.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ SAMPLED = 64
 """Numbers of each parameter that are part of the fingerprint."""
 
 OnToken: TypeAlias = Callable[[Request, int, str], None]
-"""Called for each token with its request, its id and the text that has become certain."""
+"""Callback for each token: its request, its id and the text that has become final."""
 
 
 class Engine:
-    """Continues prompts by one model. Slots keep their tokens between calls of ``run``, for prompts that begin alike.
+    """Continues prompts with one model. Slots keep their tokens between calls of ``run``, for prompts with the same
+    prefix.
 
     ``max_running``: rows at once; None = as memory allows, at most ``MAX_RUNNING``. ``note``: called once with a
-    sentence where the model runs row by row.
+    sentence if the model runs row by row.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Engine:
             new.append(waiting.popleft())
 
     def _advance(self, rows: list[Row]) -> bool:
-        """Add a token to each row. Return False, and add none, where memory ran out with several rows."""
+        """Add a token to each row. Return False, and add none, if memory runs out with several rows."""
         try:
             logits = self.slots.forward(rows)
         except (RuntimeError, MemoryError) as error:
@@ -160,7 +161,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ rows
 
     def _row(self, request: Request, streamed: bool) -> Row:
-        """Return the row of a request; one that may have no token has ended."""
+        """Return the row of a request. A row that may have no token is already ended."""
         params = request.params
         limit = self._limit(request)
         full: Reason = "window" if limit < params.max_new_tokens else "length"
@@ -219,7 +220,7 @@ class Engine:
 
 
 def _by_params(rows: Sequence[Row]) -> dict[SamplingParams, list[int]]:
-    """Group rows of one rule and one set of stop tokens."""
+    """Group the rows that have the same sampling rule and stop tokens."""
     groups: dict[int, tuple[SamplingParams, list[int]]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(id(row.request.params), (row.request.params, []))[1].append(index)

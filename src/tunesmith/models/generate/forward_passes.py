@@ -1,4 +1,4 @@
-"""Forward passes of generation: all running rows side by side in slots, or row by row as transformers does it."""
+"""Forward passes of generation: all running rows together in slots, or row by row as in transformers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ForwardPass(Protocol):
         """Copy the first tokens of a slot to another."""
 
     def resize(self, slots: int, capacity: int) -> None:
-        """Have ``slots`` slots of ``capacity`` tokens, which keep what fits of their content."""
+        """Change the number of slots and their capacity in tokens. Slots keep the content that fits."""
 
 
 def _keywords(core: PreTrainedModel, **keywords: Tensor | None) -> dict[str, Tensor | None]:
@@ -71,7 +71,7 @@ class SlotPass:
         return self._forward(pieces)
 
     def _decode(self, step: DecodeStep, pieces: Sequence[Piece]) -> Tensor:
-        """Take the step in C, which is given up if its first result is not that of the model's own forward."""
+        """Run the step in C. If its first result differs from the model's own forward, do not use it again."""
         logits = step(torch.tensor([piece.ids[0] for piece in pieces]), self.cache)
         if self.step_checked:
             return logits
@@ -143,7 +143,7 @@ def slot_attention(core: PreTrainedModel) -> Iterator[None]:
 
 
 class WholePass:
-    """Row by row, all tokens anew in each step: for models whose cache does not continue their own forward."""
+    """Row by row, with all tokens computed again in each step: for models whose cache does not continue their forward."""
 
     keeps_prefixes = False
 
@@ -170,17 +170,18 @@ def last_logits(core: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 FAILURES = (CannotUseSlots, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a model raises that cannot take a cache or its keywords."""
+"""Exceptions of a model that does not accept a cache or its keywords."""
 
 
 @torch.inference_mode()
 def choose_pass(
     core: PreTrainedModel, prompts: Sequence[Sequence[int]], note: Callable[[str], None]
 ) -> ForwardPass:
-    """Return the fastest pass that is exact for ``core``, found on the starts of ``prompts``; note a slower one.
+    """Return the fastest pass that is exact for ``core``. Call ``note`` if it is a slower one.
 
-    The starts are run whole by the model's own forward; then by the pass, all tokens but the last and the last.
-    Both must agree on the logits after the last token. Raises ModelError if the model's own forward fails.
+    Each pass is checked on the starts of ``prompts``. The model's own forward runs a start as a whole. The pass runs
+    all tokens but the last, then the last. Both must agree on the logits after the last token. Raises ModelError if
+    the model's own forward fails.
     """
     starts = [list(prompt[:CHECKED_TOKENS]) for prompt in prompts]
     try:
@@ -210,7 +211,7 @@ def choose_pass(
 def _why_not(
     run: ForwardPass, starts: Sequence[Sequence[int]], expected: Tensor, tolerance: float
 ) -> str | None:
-    """Return why ``run`` does not continue the starts as ``expected``, None where it does. It is left empty."""
+    """Return why ``run`` does not continue the starts as ``expected``, None if it does. ``run`` is left empty."""
     run.resize(len(starts), CHECKED_TOKENS)
     try:
         first = [Piece(ids[:-1], slot, 0) for slot, ids in enumerate(starts) if len(ids) > 1]

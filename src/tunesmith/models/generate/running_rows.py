@@ -1,4 +1,4 @@
-"""One wanted answer, the row that grows it, and the answer."""
+"""The request for one answer, the running row that generates it, and the answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Reason: TypeAlias = Literal["stop", "stop_string", "length", "window", "callback
 
 @dataclass(frozen=True)
 class Request:
-    """One answer that is wanted. ``prompt`` and ``sample`` number it: its random numbers follow from them."""
+    """The request for one answer. ``prompt`` and ``sample`` are its numbers, which seed its random numbers."""
 
     ids: tuple[int, ...]
     params: SamplingParams
@@ -27,11 +27,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. ``ids`` include the stop token that ended it; ``text`` neither that nor a stop string.
+    """One answer. ``ids`` include the stop token that ended it; ``text`` has neither that nor a stop string.
 
     ``logprobs``: log-probability of each token under the model as it is; ``rule_logprobs``: under the sampling
     rule. ``top``: the likeliest tokens at each position with their log-probabilities, if asked for.
-    ``fingerprint``: of the weights that answered. ``error``: what the callback raised.
+    ``fingerprint``: hash of the weights that generated it. ``error``: what the callback raised.
     """
 
     prompt: int
@@ -63,7 +63,7 @@ class Row:
     rule_logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     piece: str = ""
-    """The text that the last token made certain."""
+    """The text that the last token made final."""
     reason: Reason | None = None
     error: Exception | None = None
 
@@ -77,7 +77,7 @@ class Row:
         return len(self.request.ids) + self.limit
 
     def add(self, token: int) -> None:
-        """Add a drawn token to the answer and its text, and end the row where it is complete."""
+        """Add a drawn token to the answer and its text, and end the row if the answer is complete."""
         self.ids.append(token)
         self.piece = self.stream.add(token) if self.stream else ""
         choices = self.request.params.choices

@@ -24,18 +24,18 @@ NUCLEUS = 256
 class SamplingParams:
     """Rule by which the tokens of an answer are chosen. The defaults filter and change nothing.
 
-    ``temperature``: 0 is greedy. ``top_k``: the likeliest tokens that may be drawn; 0 = all.
-    ``top_p``: the smallest set of tokens with this probability (Holtzman et al., arXiv:1904.09751).
-    ``min_p``: tokens at least this likely, relative to the likeliest (Nguyen et al., arXiv:2407.01082).
+    ``temperature``: 0 is greedy. ``top_k``: draw only from this many likeliest tokens; 0 = all.
+    ``top_p``: draw from the smallest set of tokens with this probability (Holtzman et al., arXiv:1904.09751).
+    ``min_p``: least probability of a token, relative to the likeliest (Nguyen et al., arXiv:2407.01082).
     ``typical_p``: locally typical sampling (Meister et al., arXiv:2202.00666).
     ``repetition_penalty``: divides the logit of each token of prompt and answer (Keskar et al.,
     arXiv:1909.05858). ``presence_penalty`` and ``frequency_penalty`` are subtracted for tokens of the answer,
     once or as often as they occur. ``logit_bias``: token id -> number added to its logit. ``bad_words``: token
-    sequences that never occur. ``min_new_tokens``: tokens before which no stop token is chosen.
+    sequences that never occur. ``min_new_tokens``: number of tokens before a stop token may be drawn.
     ``stop``: token ids that end an answer; None = those of the tokenizer, the generation config and the chat
     template. ``stop_strings``: texts that end an answer; they are not part of it.
-    ``choices``: token sequences, of which the answer is one.
-    ``top_logprobs``: the likeliest tokens reported at each position.
+    ``choices``: token sequences; the answer is one of them.
+    ``top_logprobs``: number of likeliest tokens reported at each position.
     """
 
     max_new_tokens: int = 256
@@ -109,8 +109,8 @@ def draw(
 ) -> Drawn:
     """Draw one token for each row of ``logits``, fp32 (rows, vocabulary), all under the rule ``params``.
 
-    ``uniform``: fp64 (rows,) in [0, 1); unused when greedy. ``prompts`` and ``answers``: the tokens before, by
-    row; read only if the rule reads tokens. ``stop``: ids that ``min_new_tokens`` holds back.
+    ``uniform``: fp64 (rows,) in [0, 1); unused when greedy. ``prompts`` and ``answers``: the earlier tokens of each
+    row; read only if the rule reads tokens. ``stop``: ids that ``min_new_tokens`` excludes.
     """
     scores = process(logits, params, prompts, answers, stop)
     if params.temperature == 0:
@@ -132,7 +132,7 @@ def _logprob(logits: Tensor, tokens: Tensor) -> Tensor:
 def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
     """Return the probabilities of the rule, fp64 (rows, vocabulary), 0 for what a filter excludes; not normalised.
 
-    Filters in the order temperature, top_k, top_p, min_p, typical_p, each on what the one before left.
+    The order is temperature, top_k, top_p, min_p, typical_p. Each filter reads the result of the one before.
     """
     scores = scores / params.temperature
     if 0 < params.top_k < scores.shape[-1]:
@@ -213,7 +213,7 @@ def _penalise(scores: Tensor, params: SamplingParams, prompt: Sequence[int], ans
 def next_tokens(
     choices: Sequence[Sequence[int]], answer: Sequence[int], stop: frozenset[int]
 ) -> frozenset[int]:
-    """Return the tokens that may follow ``answer`` where it must become one of ``choices`` and a stop token."""
+    """Return the tokens that may follow ``answer`` if it must become one of ``choices``, then a stop token."""
     length = len(answer)
     matching = [choice for choice in choices if list(choice[:length]) == list(answer)]
     following = {choice[length] for choice in matching if len(choice) > length}

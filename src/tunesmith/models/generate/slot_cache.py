@@ -48,7 +48,7 @@ class Piece:
 class SlotCache(Cache):
     """Keys and values of every layer, (slots, kv_heads, capacity, head_dim), allocated at the first pass.
 
-    ``begin`` says which tokens the next forward pass brings.
+    ``begin`` sets the tokens of the next forward pass.
     """
 
     def __init__(self, slots: int, capacity: int) -> None:
@@ -62,7 +62,7 @@ class SlotCache(Cache):
         """Calls of attention since ``begin``."""
 
     def resized(self, slots: int, capacity: int) -> SlotCache:
-        """Return a cache of another size with what fits of the content."""
+        """Return a cache of another size with the content that fits."""
         new = SlotCache(slots, capacity)
         part = slice(min(slots, self.slots)), slice(None), slice(min(capacity, self.capacity))
         for mine, theirs in ((self.keys, new.keys), (self.values, new.values)):
@@ -72,7 +72,7 @@ class SlotCache(Cache):
         return new
 
     def begin(self, pieces: Sequence[Piece], device: torch.device) -> None:
-        """Set the tokens of the next pass, in the order in which they lie side by side."""
+        """Set the tokens of the next pass, in the order of the joined sequence."""
         self.pieces, self.calls = pieces, 0
         self.decoding = all(len(piece.ids) == 1 for piece in pieces)
         slots = [piece.slot for piece in pieces for _ in piece.ids]
@@ -152,7 +152,7 @@ def slot_attention(
 def _decode_by_kernel(
     query: Tensor, keys: Tensor, values: Tensor, slots: SlotCache, scale: float, window: int, softcap: float
 ) -> Tensor:
-    """One token of each row against all that its slot holds: each key and value is read once."""
+    """Compute attention of one token of each row to all tokens of its slot. Each key and value is read once."""
     heads, rows, dim = query.shape[1:]
     q = query[0].transpose(0, 1).contiguous()
     out = query.new_empty(rows, heads, values.shape[-1])
@@ -177,7 +177,10 @@ def _decode_by_kernel(
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int = 0, softcap: float | None = None
 ) -> Tensor:
-    """(heads, rows, dim) against (kv_heads, seen, dim), of which the rows are the last -> (rows, heads, dim)."""
+    """Return attention of queries (heads, rows, dim) to keys and values (kv_heads, seen, dim): (rows, heads, dim).
+
+    The queries belong to the last of the tokens that are seen.
+    """
     heads, rows, dim = query.shape
     kv_heads, seen, _ = keys.shape
     plain = kernels.available(query) and not softcap and not 0 < window < seen
@@ -197,7 +200,10 @@ def attend(
 
 
 def _masked_softmax(scores: Tensor, scale: float, rows: int, window: int, softcap: float | None) -> Tensor:
-    """(kv_heads, group * rows, seen) -> its softmax over what each row sees, in fp32, rounded at the end."""
+    """Return the softmax of (kv_heads, group * rows, seen) over the tokens that each row sees.
+
+    It is computed in fp32 and rounded at the end.
+    """
     seen = scores.shape[-1]
     exact = scores.float() * scale
     if softcap:

@@ -1,4 +1,4 @@
-"""The tokens that end an answer: here, and in the generation config of a saved model."""
+"""The tokens that end an answer, during generation and in the generation config of a saved model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 def save_stop_ids(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the generation config of a saved model with every id of ``stop_ids``.
 
-    Without the token that closes a turn, ``generate`` of transformers writes on after the answer.
+    Without the token that closes a turn, ``generate`` of transformers does not stop after the answer.
     """
     core = base(model)
     if not core.can_generate():

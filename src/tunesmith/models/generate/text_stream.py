@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters only, and never a part of a stop string."""
+"""Convert tokens to text as they arrive: whole characters only, and never a part of a stop string."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class TextStream:
     """The text of one growing answer.
 
-    ``add`` and ``finish`` return the text that has become certain; joined, it is ``text``. A character of
-    several tokens becomes certain with its last token; text that may be the start of a stop string when the
-    string can no longer follow. ``stopped``: whether a stop string was found; ``text`` ends before it.
+    ``add`` and ``finish`` return the text that has become final; joined, it is ``text``. A character of several
+    tokens becomes final with its last token. Text that may be the start of a stop string becomes final when the
+    string can no longer follow. ``stopped``: a stop string was found; ``text`` ends before it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ class TextStream:
     _held: str = ""
 
     def add(self, token: int) -> str:
-        """Add a token and return the text that has become certain."""
+        """Add a token and return the text that has become final."""
         self._ids.append(token)
         new = self._new_text()
         if not new or new.endswith("\ufffd"):
@@ -54,7 +54,7 @@ class TextStream:
         return str(now[len(before) :])
 
     def _release(self, new: str) -> str:
-        """Return what of the held and the new text is certain, and hold the rest."""
+        """Return the final part of the held text and ``new``, and hold the rest."""
         waiting = self._held + new
         places = [place for stop in self.stop_strings if (place := waiting.find(stop)) >= 0]
         if places:
@@ -67,6 +67,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` with which ``stop`` begins."""
+    """Return the length of the longest suffix of ``text`` that is a prefix of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)

@@ -44,7 +44,7 @@ def use_plain_head(model: PreTrainedModel, plain: bool) -> None:
 
 
 def number_from(model: PreTrainedModel, first: int | None) -> None:
-    """Give the first token of a row the position id ``first``; None: ``model`` numbers the tokens itself."""
+    """Set the position id of the first token of a row to ``first``; None = ``model`` computes position ids itself."""
     _first_position[base(model)] = first
 
 

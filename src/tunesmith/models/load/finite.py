@@ -29,7 +29,7 @@ def count_non_finite(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     floats = {name: one.detach() for name, one in tensors.items() if one.dtype in kinds and one.numel()}
     if not floats:
         return {}
-    # the largest magnitude is NaN where a value is
+    # the largest magnitude is NaN if a value is NaN
     are_finite = [torch.linalg.vector_norm(one, math.inf).isfinite() for one in floats.values()]
     flags = torch.stack([one.to(are_finite[0].device) for one in are_finite]).tolist()
     bad = [name for name, is_finite in zip(floats, flags, strict=True) if not is_finite]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def merge_into_base(model: PreTrainedModel) -> PreTrainedModel:
     """Merge a peft model's adapter into its base, in place, and return the plain model. Raises UserError.
 
-    Tied embeddings are separated first, so that a delta of one does not reach the other. They are tied again
-    if they come out equal; else the config says that they are not tied, so that a reload keeps both.
+    Tied embeddings are separated first, so that a delta of one does not change the other. They are tied again if
+    they are equal after the merge. If not, the config is set to untied, so that a reload keeps both.
     """
     import torch
 
@@ -56,7 +56,7 @@ def _install_trained_copies(core: PreTrainedModel) -> None:
 
 
 def check_mergeable(config: PeftConfig) -> None:
-    """Raise UserError for a type of adapter that no change of weights can replace."""
+    """Raise UserError for a type of adapter that cannot be merged into weights."""
     name = config.peft_type.value.lower()
     if config.is_prompt_learning:
         raise UserError(f"a {name} adapter adds inputs, not weights: there is nothing to merge it into")
