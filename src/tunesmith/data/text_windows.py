@@ -1,7 +1,7 @@
 """Find text that two rows share, by hashes of runs of letters.
 
-Letters are characters after NFC. So the result depends neither on a tokenizer nor on how a file encodes accents and
-syllables.
+Letters are characters after NFC. So the result depends neither on a tokenizer nor on how a file encodes
+accents and syllables.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import numpy as np
 
 SHARED = 60
 """Two rows share text if they have a run of this many letters in common: ten English words, or twenty Hangul
-syllables. The contamination report of GPT-4 (OpenAI 2023, appendix C) compares 50 characters without spaces and
-symbols, which are about 60 with them. The 13 tokens of GPT-3 (Brown et al. 2020, appendix C) are about 55 characters
-of English. Some runs of 50 letters are common phrases: "to solve complex problems in various fields, such as"."""
+syllables. The contamination report of GPT-4 (OpenAI 2023, appendix C) compares 50 characters without spaces
+and symbols, which are about 60 with them. The 13 tokens of GPT-3 (Brown et al. 2020, appendix C) are about 55
+characters of English. Some runs of 50 letters are common phrases: "to solve complex problems in various
+fields, such as"."""
 
 WIDE, FIRST_WIDE = 3, 0x2E80
-"""A character from FIRST_WIDE on (an ideograph, kana, a Hangul syllable) counts as WIDE letters, because it carries
-as much: a Hangul syllable consists of two to four letters."""
+"""A character from FIRST_WIDE on (an ideograph, kana, a Hangul syllable) counts as WIDE letters, because it
+carries as much: a Hangul syllable consists of two to four letters."""
 
 SPARSE = 16
 """``fingerprints`` keeps about two of this many hashes."""
@@ -50,7 +51,8 @@ def _counts(codes: np.ndarray) -> np.ndarray | None:
 def rolling_hashes(ids: np.ndarray, n: int) -> np.ndarray:
     """Return uint64[len(ids) - n + 1]: a hash of every ``n`` consecutive numbers (Karp and Rabin 1987).
 
-    The hash of a long run is combined from the hashes of two shorter runs, so the time grows with the logarithm of n.
+    The hash of a long run is combined from the hashes of two shorter runs, so the time grows with the
+    logarithm of n.
     """
     if len(ids) < n:
         return np.empty(0, np.uint64)
@@ -73,8 +75,8 @@ def rolling_hashes(ids: np.ndarray, n: int) -> np.ndarray:
 def fingerprints(text: str) -> set[int]:
     """Return some of the hashes of a text. Two texts that share SHARED letters have at least one in common.
 
-    This is winnowing (Schleimer, Wilkerson and Aiken 2003): of every SPARSE consecutive hashes of shorter runs, the
-    smallest is kept.
+    This is winnowing (Schleimer, Wilkerson and Aiken 2003): of every SPARSE consecutive hashes of shorter
+    runs, the smallest is kept.
     """
     hashes = rolling_hashes(letters(text), SHARED - SPARSE + 1)
     if len(hashes) < SPARSE:

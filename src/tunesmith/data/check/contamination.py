@@ -1,9 +1,9 @@
 """Contamination: held-out rows share a passage with training rows, so their loss is too low.
 
-A passage is a run of consecutive letters (see ``data.text_windows``). Letters are counted in the decoded text,
-not in tokens: a tokenizer may split a Korean syllable into three tokens or encode five words as one. A passage
-in many training rows belongs to the chat template or is a phrase of the task, and is ignored. The training tokens
-are read once, from the encoded files, with a rolling hash.
+A passage is a run of consecutive letters (see ``data.text_windows``). Letters are counted in the decoded
+text, not in tokens: a tokenizer may split a Korean syllable into three tokens or encode five words as one. A
+passage in many training rows belongs to the chat template or is a phrase of the task, and is ignored. The
+training tokens are read once, from the encoded files, with a rolling hash.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ COMMON_ROWS = 10
 """A passage in more training rows than this (or in half of a small set) is a phrase of the task."""
 
 PIECE, PIECE_SHARE, SAMPLED = 20, 0.1, 2000
-"""A run of PIECE letters belongs to the template if PIECE_SHARE of the training rows (a sample of at most SAMPLED)
-have it. A short run would not do: half of all Korean sentences end in the same two syllables, six letters."""
+"""A run of PIECE letters belongs to the template if PIECE_SHARE of the training rows (a sample of at most
+SAMPLED) have it. A short run would not do: half of all Korean sentences end in the same two syllables, six
+letters."""
 
 HEADS = (5, 10)
-"""Lengths of the runs after a special token, or at the start of a row, that belong to the template if PIECE_SHARE
-of the rows have them: ``user`` or ``assistant`` on a line."""
+"""Lengths of the runs after a special token, or at the start of a row, that belong to the template if
+PIECE_SHARE of the rows have them: ``user`` or ``assistant`` on a line."""
 
 LISTED = 10
 BLOCK = 1 << 16
@@ -57,10 +58,10 @@ class SharedText:
 class Contamination:
     """``rows`` held-out rows (``share`` of all) share at least ``letters`` letters with a training row.
 
-    ``first``: the first LISTED of these rows. ``answers``: the number of these rows in which a shared letter is
-    supervised, so that the loss itself is too low; the others share only their prompt. It is None for objectives
-    without supervised tokens (labels, rewards). ``short``: the number of rows with fewer than ``letters`` letters
-    outside the template; only exact duplicates of them are found.
+    ``first``: the first LISTED of these rows. ``answers``: the number of these rows in which a shared letter
+    is supervised, so that the loss itself is too low; the others share only their prompt. It is None for
+    objectives without supervised tokens (labels, rewards). ``short``: the number of rows with fewer than
+    ``letters`` letters outside the template; only exact duplicates of them are found.
     """
 
     letters: int
@@ -126,8 +127,8 @@ def contamination(
 ) -> Contamination | None:
     """Compare the text of two splits. Return None when their examples are not single sequences of tokens.
 
-    ``written``: the objective has supervised tokens. ``shared``: length of a passage in letters. Memory: about
-    100 bytes for each held-out token, and 4 bytes for each training example.
+    ``written``: the objective has supervised tokens. ``shared``: length of a passage in letters. Memory:
+    about 100 bytes for each held-out token, and 4 bytes for each training example.
     """
     if not all("input_ids" in entry.values for entry in (*train.entries, *held.entries)):
         return None
@@ -158,8 +159,8 @@ def _hits(
 ) -> np.ndarray:
     """Return int64[4, hits]: the held-out passages that occur in training rows, without phrases of the task.
 
-    Row 0 is the position in the held-out letters. Rows 1 and 2 are the source of the first match and its example
-    in that source. Row 3 is 1 where a letter of the passage is supervised.
+    Row 0 is the position in the held-out letters. Rows 1 and 2 are the source of the first match and its
+    example in that source. Row 3 is 1 where a letter of the passage is supervised.
     """
     known, number = np.unique(hashes, return_inverse=True)
     counts, first = _find_in_training(train, known, n, text)
@@ -195,7 +196,10 @@ def _runs(example: Example, text: TokenText) -> list[tuple[str, bool]]:
 def _read(
     data: Encoded, examples: np.ndarray, take: Callable[[Example], tuple[np.ndarray, np.ndarray]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return ``take(example)`` of each example. Release the mapped files on the way: scattered rows load much."""
+    """Return ``take(example)`` of each example.
+
+    Release the mapped files on the way: scattered rows load much.
+    """
     parts = []
     for number, index in enumerate(examples.tolist(), 1):
         parts.append(take(data[index]))
@@ -238,10 +242,11 @@ def _find_in_training(
 
 
 def _blocks(data: Encoded, text: TokenText) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield blocks of training text: (source, row of each example of the source, example of each letter, letters).
+    """Yield blocks of training text: (source, row of each example of the source, example of each letter,
+    letters).
 
-    Tokens that the length policy cut off are left out. A block ends at the end of an example, so a row is in two
-    blocks only if it has several examples.
+    Tokens that the length policy cut off are left out. A block ends at the end of an example, so a row is in
+    two blocks only if it has several examples.
     """
     for source, entry in enumerate(data.entries):
         mine = data.source == source

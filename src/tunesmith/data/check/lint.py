@@ -170,7 +170,8 @@ def lint(
 
 
 def advice(sources: Sequence[Source]) -> str:
-    """Return the commands that list all bad rows of these sources; an empty string if they would list none."""
+    """Return the commands that list all bad rows of these sources; an empty string if they would list
+    none."""
     commands = dict.fromkeys(filter(None, map(_command, sources)))
     return (
         f"Type {' and '.join(f'`{command}`' for command in commands)} for all of them. " if commands else ""
@@ -197,7 +198,10 @@ def _command(source: Source) -> str | None:
 
 
 def _scanned(train: Sequence[Source], accepted: tuple[type, ...]) -> Iterator[Row]:
-    """Yield the usable training rows. Skip a file that cannot be opened: it is reported when its rows are listed."""
+    """Yield the usable training rows.
+
+    Skip a file that cannot be opened: it is reported when its rows are listed.
+    """
     for source in train:
         with suppress(DataError):
             items = open_source(source, accepted).rows()

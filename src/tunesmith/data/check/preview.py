@@ -99,8 +99,9 @@ def preview(
 ) -> Preview:
     """Return the first ``rows`` usable rows of a source as examples, and the unusable rows before them.
 
-    ``accepted``: row types to accept instead of the objective's. Rows of a type that the objective does not accept
-    are shown without rendering. Raises DataError when the file cannot be read or a row cannot be rendered.
+    ``accepted``: row types to accept instead of the objective's. Rows of a type that the objective does not
+    accept are shown without rendering. Raises DataError when the file cannot be read or a row cannot be
+    rendered.
     """
     own_types = tuple(objective.traits.rows)
     opened = open_source(source, accepted or own_types)

@@ -103,11 +103,12 @@ def _chat(renderer: Renderer, row: Chat, train_on: TrainOn | int) -> Rendered:
 
 
 def _with_one_opening(renderer: Renderer, row: Chat) -> Chat:
-    """Return ``row`` so that its rendering has the opening tag of reasoning, such as ``<think>``, exactly once.
+    """Return ``row`` so that its rendering has the opening tag of reasoning, such as ``<think>``, exactly
+    once.
 
-    This matters where the generation prompt ends with the tag. A template may write the tag before a content that
-    already has it, or omit it before a content that lacks it. The row is returned unchanged if changing its
-    content does not repair the rendering.
+    This matters where the generation prompt ends with the tag. A template may write the tag before a content
+    that already has it, or omit it before a content that lacks it. The row is returned unchanged if changing
+    its content does not repair the rendering.
     """
     opening = renderer.opening
     if opening is None or not any(f"</{opening[1]}>" in str(one.get("content")) for one in row.messages):
@@ -166,10 +167,11 @@ def encode(
     """Tokenise rows in one batch: for each row its examples {"input_ids": int32[n], "supervised": bool[n]}.
 
     ``train_on``: ``completion`` = the last assistant turn (and the completion of a PromptCompletion),
-    ``assistant`` = every assistant turn, ``all`` = every token; all of a Text is supervised. A sequence has one
-    number for each row: every assistant turn from that message on (and the completion of a PromptCompletion).
-    An assistant turn whose ``weight`` is 0 is never supervised and does not count as the last turn.
-    ``expand_turns``: one example for each assistant turn, with the context of generation. Nothing is cut.
+    ``assistant`` = every assistant turn, ``all`` = every token; all of a Text is supervised. A sequence has
+    one number for each row: every assistant turn from that message on (and the completion of a
+    PromptCompletion). An assistant turn whose ``weight`` is 0 is never supervised and does not count as the
+    last turn. ``expand_turns``: one example for each assistant turn, with the context of generation. Nothing
+    is cut.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
     """

@@ -74,7 +74,8 @@ def find_span(render: Renderer, row: Chat, full: str, turn: int) -> Span:
 
 
 def check_rendered(render: Renderer, row: Chat, full: str, turn: int, span: Span) -> None:
-    """Raise SpanError if the template leaves out the calls of a supervised turn, or reasoning that is all it has.
+    """Raise SpanError if the template leaves out the calls of a supervised turn, or reasoning that is all it
+    has.
 
     Without its calls, the turn would teach an empty answer, or one that announces a call and never makes it.
     """
@@ -94,8 +95,9 @@ def check_rendered(render: Renderer, row: Chat, full: str, turn: int, span: Span
 def omitted_calls(render: Renderer, row: Chat, full: str, turn: int, text: str = "") -> list[str]:
     """Return the names and arguments of calls that the template leaves out.
 
-    An item is ``tool_calls[0]: the argument 'city' of weather``. ``full``: the rendering of the row. ``text``: that
-    of the turn. A part that is not found in ``text`` is still rendered if a change of it changes ``full``.
+    An item is ``tool_calls[0]: the argument 'city' of weather``. ``full``: the rendering of the row.
+    ``text``: that of the turn. A part that is not found in ``text`` is still rendered if a change of it
+    changes ``full``.
     """
     missing = []
     for index, call in enumerate(row.messages[turn].get("tool_calls") or ()):
@@ -148,8 +150,8 @@ def _prompt_length(render: Renderer, row: Chat, turn: int, full: str, shared: in
 def _content_end(full: str, start: int, shared: int, core: str, opened: bool) -> int | None:
     """Return the end of the content in ``full``; None if it is not found exactly once.
 
-    ``opened``: the generation prompt, which ends at ``start``, has already written the header of the turn. If not,
-    the header follows ``start``, and may begin with the same text as the content.
+    ``opened``: the generation prompt, which ends at ``start``, has already written the header of the turn. If
+    not, the header follows ``start``, and may begin with the same text as the content.
     """
     begin = start
     while begin < len(full) and full[begin].isspace():

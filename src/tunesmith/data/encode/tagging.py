@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 UNSEEN = {"B": -2, "I": -3, "E": -4, "S": -5, "": -6}
-"""Targets of held-out words whose tag the model does not have, by kind of tag. Every prediction for them is wrong."""
+"""Targets of held-out words whose tag the model does not have, by kind of tag. Every prediction for them is
+wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ def encode(
     ``input_ids`` int32[n] and, if the tokenizer has them, ``token_type_ids`` uint8[n]; ``places`` int32[m]:
     the tokens that represent a word, ascending; ``words`` int32[m]: which word of the row; ``target``
     int32[m]: its tag, -1 if unknown. With ``unseen``, a tag that is not in ``names`` becomes one of UNSEEN;
-    without it, such a tag is an error. A word is represented by its first token; in a ``causal`` network by its
-    last, which sees all of the word. ``label_all`` includes its other tokens; there a B- tag becomes I-.
+    without it, such a tag is an error. A word is represented by its first token; in a ``causal`` network by
+    its last, which sees all of the word. ``label_all`` includes its other tokens; there a B- tag becomes I-.
 
     Raises RowFault (a DataError) whose ``index`` is the position in ``rows``.
     """
@@ -238,7 +239,10 @@ def _shorten_words(sentence: Aligned, room: int | None, causal: bool) -> Aligned
 
 
 def unseen_name(target: int, in_entities: bool) -> str:
-    """Return a name for a tag that the model does not have. ``in_entities``: the model's tags mark entities."""
+    """Return a name for a tag that the model does not have.
+
+    ``in_entities``: the model's tags mark entities.
+    """
     kind = {number: kind for kind, number in UNSEEN.items()}[target]
     return f"{kind or 'B'}-(unseen)" if in_entities else "(unseen)"
 

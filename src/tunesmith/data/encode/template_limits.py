@@ -1,8 +1,9 @@
 """Limits on chat templates, which are untrusted programs: size, nesting, processor time and memory.
 
-Jinja's sandbox refuses access to Python's internals. It does not stop a template that never ends or that builds
-gigabytes. ``check_syntax`` checks the source of a template. ``render`` is the only caller of templates: a watching
-thread interrupts a call that exceeds a limit. Watching costs about a microsecond a call.
+Jinja's sandbox refuses access to Python's internals. It does not stop a template that never ends or that
+builds gigabytes. ``check_syntax`` checks the source of a template. ``render`` is the only caller of
+templates: a watching thread interrupts a call that exceeds a limit. Watching costs about a microsecond a
+call.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class _Interrupt(BaseException):
 class _Rendering:
     """A running call of a template.
 
-    ``seconds``: processor time of its thread when the call began. ``bytes``: resident memory when the watching
-    thread first saw the call. ``exceeded``: the limit that it exceeded, in words.
+    ``seconds``: processor time of its thread when the call began. ``bytes``: resident memory when the
+    watching thread first saw the call. ``exceeded``: the limit that it exceeded, in words.
     """
 
     seconds: float
@@ -153,7 +154,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **op
 
 @contextmanager
 def limited_memory() -> Iterator[None]:
-    """Make one huge allocation fail inside the ``with`` block (Linux only). Other threads must not allocate then."""
+    """Make one huge allocation fail inside the ``with`` block (Linux only).
+
+    Other threads must not allocate then.
+    """
     if sys.platform != "linux":
         yield
         return
@@ -220,8 +224,8 @@ def _watch() -> None:
 def _interrupt_excess(thread: int, rendering: _Rendering) -> None:
     """Interrupt a thread that has exceeded a limit. The caller holds the lock.
 
-    This function sets ``exceeded`` before it looks the thread up in ``_running``. ``_run`` reads ``exceeded`` after
-    it has removed the thread. So a late interrupt is either not sent, or ``_run`` sees and cancels it.
+    This function sets ``exceeded`` before it looks the thread up in ``_running``. ``_run`` reads ``exceeded``
+    after it has removed the thread. So a late interrupt is either not sent, or ``_run`` sees and cancels it.
     """
     if rendering.exceeded:
         return

@@ -1,7 +1,7 @@
 """Text of token ids: exact bytes, from a table.
 
-A tokenizer's own ``decode`` takes ten times as long. It returns a replacement character for a token that is only a
-part of a character.
+A tokenizer's own ``decode`` takes ten times as long. It returns a replacement character for a token that is
+only a part of a character.
 """
 
 from __future__ import annotations

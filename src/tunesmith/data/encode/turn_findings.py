@@ -23,7 +23,10 @@ READ_AS = {"text": "read as plain text", "allow": "read as the token", "error": 
 
 
 def find(row: Row, render: Renderer | None) -> Counter[str]:
-    """Count each finding in a row. Without ``render`` no template is known, so turn tokens are not counted."""
+    """Count each finding in a row.
+
+    Without ``render`` no template is known, so turn tokens are not counted.
+    """
     if isinstance(row, Answered):
         ranking = row.ranking() if isinstance(row, Judged) else row
         parts = (ranking.prompt, *ranking.answers)

@@ -1,8 +1,8 @@
 """Tokens that open or close a turn of the chat template, typed inside a message.
 
-If ``<|im_end|>`` in a question became that token, it would end the turn there, and the text after it could pose as
-another speaker. By default such text is encoded as plain characters. To that end the template's own tokens get
-private names, in the rendering and in a copy of the tokenizer, so the tokenizer finds only these.
+If ``<|im_end|>`` in a question became that token, it would end the turn there, and the text after it could
+pose as another speaker. By default such text is encoded as plain characters. To that end the template's own
+tokens get private names, in the rendering and in a copy of the tokenizer, so the tokenizer finds only these.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 Policy = Literal["text", "allow", "error"]
 
 KEY = "special_tokens_in_text"
-"""Key of the policy in tokenizer_config.json: a saved model encodes text as in training. Absent for ``text``."""
+"""Key of the policy in tokenizer_config.json: a saved model encodes text as in training. Absent for
+``text``."""
 
 MARK = "\ue0f2"
 _FIRST_NAME = 0xE100
@@ -125,8 +126,8 @@ def _with_marks(value: object, pattern: re.Pattern[str]) -> object:
 def typed_places(render: Renderer, row: Chat, full: str, prompt: bool = False) -> tuple[int, ...] | None:
     """Return the positions of typed turn tokens to encode as text; None if there are none.
 
-    ``full``: the rendering of ``row``. The row is rendered again with a mark in each typed token. Raises SpanError
-    under the policy ``error``, and if the marks change the rest of the rendering.
+    ``full``: the rendering of ``row``. The row is rendered again with a mark in each typed token. Raises
+    SpanError under the policy ``error``, and if the marks change the rest of the rendering.
     """
     policy = policy_of(render.tokenizer)
     if policy == "allow" or not (found := typed(row, render)):

@@ -37,8 +37,8 @@ SYNONYMS = {
     "context": "passage, paragraph, document, article, 지문, 본문, 문맥",
     "answers": "answer_spans, spans",
 }
-"""Field of a format -> other names of its column, likeliest first. These names are only suggested: a column is
-read under one of them only if the recipe maps it."""
+"""Field of a format -> other names of its column, likeliest first. These names are only suggested: a column
+is read under one of them only if the recipe maps it."""
 
 
 def columns_of(keys: Keys) -> list[str]:
@@ -90,7 +90,8 @@ def other_rows(
 
 
 def _mapping(table: Sequence[Format], accepted: tuple[type, ...], there: Sequence[str]) -> str:
-    """Return the suggested mapping that uses most columns; without one, a placeholder for each missing field."""
+    """Return the suggested mapping that uses most columns; without one, a placeholder for each missing
+    field."""
     forms = _detected(table, accepted)
     if Chat in accepted:  # any written row can be read as one of these
         forms = [form for form in forms if form.name in ("messages", "prompt_completion")]
@@ -101,7 +102,8 @@ def _mapping(table: Sequence[Format], accepted: tuple[type, ...], there: Sequenc
 
 
 def suggest(form: Format, there: Sequence[str]) -> dict[str, str]:
-    """Return {field: column} for the required fields of a format that these columns do not have under their names.
+    """Return {field: column} for the required fields of a format that these columns do not have under their
+    names.
 
     A column is chosen if its name matches the field. Return {} if a field has no such column."""
     mapping: dict[str, str] = {}
@@ -174,7 +176,8 @@ def _required(form: Format) -> list[Field]:
 
 
 def typed(mapping: dict[str, str]) -> str:
-    """Return the mapping as a user types it: ``columns: {label: mood} (on the command line: --column label=mood)``."""
+    """Return the mapping as a user types it: ``columns: {label: mood} (on the command line: --column
+    label=mood)``."""
     keys = ", ".join(f"{name}: {column}" for name, column in mapping.items())
     flags = " ".join(f"--column {shlex.quote(f'{name}={column}')}" for name, column in mapping.items())
     return f"columns: {{{keys}}} (on the command line: {flags})"

@@ -49,7 +49,8 @@ def _build_alpaca(values: Values) -> Chat:
 def _single_exchange(name: str, question: Field, answer: Field, *more: Field) -> Format:
     """Return the format of a question and its answer.
 
-    ``more``: further fields, such as a system prompt. A context is appended to the question after a blank line.
+    ``more``: further fields, such as a system prompt. A context is appended to the question after a blank
+    line.
     """
 
     def build(values: Values) -> Chat:
@@ -175,7 +176,8 @@ class Converter:
 
     @property
     def _left_out(self) -> tuple[str, ...]:
-        """Fields that are not read: gold that is not required, and answers of rows that are to be answered."""
+        """Fields that are not read: gold that is not required, and answers of rows that are to be
+        answered."""
         if self.gold:
             return ()
         answers = self.form.answer if self.prompts and self.form.row in (Chat, PromptCompletion) else ()
@@ -209,7 +211,8 @@ class Converter:
         return values
 
     def _value(self, name: str, value: object) -> object:
-        """Return the value of the field ``name``, with line ends and, if asked for, numbers converted to text."""
+        """Return the value of the field ``name``, with line ends and, if asked for, numbers converted to
+        text."""
         if self.facts.get("numbers_as_text") and name not in NUMERIC_FIELDS:
             value = numbers_to_text(value)
         return value if name in self.form.exact else unify_line_ends(value)

@@ -162,8 +162,8 @@ def check_nested_text(value: object, field: str) -> None:
 
 
 def parse_json(value: object, field: str, expected: str) -> object:
-    """Parse JSON text, as in csv columns and OpenAI's ``arguments``, or Python's text of a list or dict, which
-    pandas writes into csv cells. Return other values unchanged."""
+    """Parse JSON text, as in csv columns and OpenAI's ``arguments``, or Python's text of a list or dict,
+    which pandas writes into csv cells. Return other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -176,8 +176,8 @@ def parse_json(value: object, field: str, expected: str) -> object:
 
 
 def _parse_python(text: str) -> object:
-    """Parse a list or dict that Python's ``repr`` wrote; return None for other text. NumPy's text of an array,
-    ``['a' 'b']``, returns None, too: without the comma, Python would read one string."""
+    """Parse a list or dict that Python's ``repr`` wrote; return None for other text. NumPy's text of an
+    array, ``['a' 'b']``, returns None, too: without the comma, Python would read one string."""
     if text.strip()[:1] not in ("[", "{") or NO_COMMA.search(text):
         return None
     try:
@@ -201,7 +201,8 @@ def parse_list(value: object, field: str, expected: str, fix: str) -> Sequence[o
 def without_nulls(value: object) -> object:
     """Return ``value`` without the null keys of nested objects.
 
-    A column format such as parquet adds the keys of all rows to every object, with null where a row lacks them."""
+    A column format such as parquet adds the keys of all rows to every object, with null where a row lacks
+    them."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value

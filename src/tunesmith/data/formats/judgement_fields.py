@@ -67,8 +67,8 @@ def parse_judgement(value: object) -> bool:
 def judgement_column(rows: Sequence[JsonObject]) -> str | None:
     """Return the column that labels each answer as desirable or not; None if there is none.
 
-    Every value of the column must be such a label. The numbers 0 and 1 count only in a column whose name means
-    nothing else, such as ``thumbs_up``: in ``label`` or ``rating`` they may be classes."""
+    Every value of the column must be such a label. The numbers 0 and 1 count only in a column whose name
+    means nothing else, such as ``thumbs_up``: in ``label`` or ``rating`` they may be classes."""
     for name in LABEL.columns:
         keys = [next((key for key in row if str(key).strip().casefold() == name), None) for row in rows]
         values = [row[key] for key, row in zip(keys, rows) if key is not None and row[key] not in (None, "")]

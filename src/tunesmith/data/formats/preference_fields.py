@@ -71,8 +71,8 @@ def build_preference_turns(values: Values) -> Ranking:
 def build_preference_answered(values: Values) -> Ranking:
     """Return the row of a conversation that ends with the chosen answer, and of a rejected answer.
 
-    A rejected text replaces the last turn. Rejected turns replace all turns after the last question. The rejected
-    side may also be a whole conversation."""
+    A rejected text replaces the last turn. Rejected turns replace all turns after the last question. The
+    rejected side may also be a whole conversation."""
     turns, value = turns_field(values, "messages"), turns_from_json(values["rejected"])
     rejected = _parse_side(value, "rejected")
     if rejected[0]["role"] != "assistant":

@@ -21,7 +21,8 @@ TEXT_KEYS = ("content", "value", "text")
 def with_nested(value: JsonObject, columns: Iterable[str]) -> JsonObject:
     """Return ``value`` with a column ``a.b`` for field b of the object in column a, if the row has one.
 
-    A part of the name that is a number is a position in a list. The object may be JSON text, as in a csv cell."""
+    A part of the name that is a number is a position in a list. The object may be JSON text, as in a csv
+    cell."""
     found = {}
     for column in columns:
         if column not in value:

@@ -108,7 +108,10 @@ def _check_answer(place: str, value: object, start: object, context: str) -> tup
 
 
 def _only_position(place: str, text: str, context: str) -> int:
-    """Return the start of an answer in its context. Raises FieldFault unless the answer occurs there exactly once."""
+    """Return the start of an answer in its context.
+
+    Raises FieldFault unless the answer occurs there exactly once.
+    """
     positions = list(islice(_positions(text, context), LISTED + 1))
     if len(positions) == 1:
         return positions[0]

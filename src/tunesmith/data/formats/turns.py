@@ -47,7 +47,10 @@ TURNS_FIX = 'Write [{"role": "user", "content": "..."}, ...].'
 
 
 def build_chat(values: Values, field: str) -> Chat:
-    """Return a conversation. It needs an assistant turn unless it is to be answered. FieldFault names the turn."""
+    """Return a conversation.
+
+    It needs an assistant turn unless it is to be answered. FieldFault names the turn.
+    """
     turns = turns_field(values, field)
     messages = with_system(turns, values)
     if any(message["role"] == "system" for message in turns):
@@ -82,7 +85,8 @@ def parse_turns(value: object, field: str) -> list[Message]:
 
 
 def _continues(before: Message, message: Message) -> bool:
-    """Return True if ``message`` has only calls and follows an assistant turn: templates render both as one turn."""
+    """Return True if ``message`` has only calls and follows an assistant turn: templates render both as one
+    turn."""
     is_call = bool(message.get("tool_calls")) and not message["content"].strip()
     return is_call and message["role"] == before["role"] == "assistant" and "reasoning_content" not in message
 
@@ -190,7 +194,8 @@ def _with_weight(message: Message, place: str) -> Message:
 
 
 def refuse_media(values: Message, place: str = "") -> None:
-    """Raise FieldFault for images, audio or video: the model would be trained on answers about media it never saw."""
+    """Raise FieldFault for images, audio or video: the model would be trained on answers about media it never
+    saw."""
     for key in MEDIA:
         if values.get(key):
             fix = "Remove it if the text stands alone, else the row: images, audio and video are not trained on."

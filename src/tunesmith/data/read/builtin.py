@@ -50,8 +50,8 @@ def rows(name: str) -> Iterator[tuple[JsonObject, int | None]]:
     """Rows of a built-in data set with their groups, in a fixed order. Raises DataError for an unknown name.
 
     Rows that share text outside their questions (see ``text_windows.SHARED``) are one group and are held out
-    together: methods of the same name often have the same docstring, and one piece of code has several questions.
-    A row that shares text with two groups is left out.
+    together: methods of the same name often have the same docstring, and one piece of code has several
+    questions. A row that shares text with two groups is left out.
     """
     if name not in NAMES:
         raise DataError(f"unknown built-in data set {name!r}. {did_you_mean(name, NAMES)}")

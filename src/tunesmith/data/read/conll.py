@@ -1,8 +1,8 @@
 """CoNLL files: one word per line with its tags in columns, and a blank line between sentences.
 
 Tjong Kim Sang and De Meulder 2003 (W03-0419). A sentence is a row: ``tokens`` is the first column, ``tags``
-the last. If there are more columns, each also has its number as a name ("2", "3", ...). Comments (``# text`` or
-``## id``) are left out.
+the last. If there are more columns, each also has its number as a name ("2", "3", ...). Comments (``# text``
+or ``## id``) are left out.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def _sentences(handle: TextIO) -> Iterator[list[Line]]:
 def _without_comments(lines: list[Line], tabs: bool) -> list[Line]:
     """Return the lines of a sentence without comments. ``tabs``: tabs separate the columns of the file.
 
-    With tabs, a line that begins with ``# `` and has no tab is a comment, and so is a line before the first word
-    whose first cell is a comment. With spaces, a comment comes before the first word and has another number of
-    columns than the last line: ``# O`` may be a word with its tag."""
+    With tabs, a line that begins with ``# `` and has no tab is a comment, and so is a line before the first
+    word whose first cell is a comment. With spaces, a comment comes before the first word and has another
+    number of columns than the last line: ``# O`` may be a word with its tag."""
     if tabs:
         lines = [(number, line) for number, line in lines if "\t" in line or not COMMENT.match(line)]
     first = 0

@@ -32,7 +32,8 @@ NUMBER_COLUMNS = (
 def read_table(
     handle: TextIO, path: str, delimiter: str | None, numbers: frozenset[str] = frozenset()
 ) -> Iterator[Record | RowProblem]:
-    """Yield the rows of a table: a header line, then one row per record. Quoted fields may contain line breaks.
+    """Yield the rows of a table: a header line, then one row per record. Quoted fields may contain line
+    breaks.
 
     ``delimiter``: None = the most frequent of ``,``, ``;`` and tab in the header. ``numbers``: column numbers
     that the recipe maps. If the first line has no columns of these names, the file has no header, and its
@@ -92,8 +93,9 @@ def read_table(
 def _holds_rows(cell: str, delimiter: str, columns: int) -> bool:
     """Return True if a quoted cell has swallowed other rows, because a quote of theirs closed its own.
 
-    In a tab-separated file, a line break and a tab in one cell are enough. With another separator, which text may
-    contain, at least two whole lines of the cell must each have the columns of the table, three or more."""
+    In a tab-separated file, a line break and a tab in one cell are enough. With another separator, which text
+    may contain, at least two whole lines of the cell must each have the columns of the table, three or
+    more."""
     if "\n" not in cell:
         return False
     if delimiter == "\t":
@@ -143,8 +145,8 @@ def looks_like_data(cells: Sequence[str]) -> bool:
 def txt_layout(handle: TextIO) -> Literal["header", "no header"] | None:
     """Detect a .txt file whose lines are rows of a table, with or without a header; return None for prose.
 
-    In a table, the first lines have the same number of tabs, and the first line has no empty cell. The first line
-    is a header if it has the name of a column that a format reads."""
+    In a table, the first lines have the same number of tabs, and the first line has no empty cell. The first
+    line is a header if it has the name of a column that a format reads."""
     lines = list(itertools.islice((line for line in handle if line.strip()), COMPARED_LINES))
     if len(lines) < 2 or len({line.count("\t") for line in lines}) > 1:
         return None
@@ -155,6 +157,9 @@ def txt_layout(handle: TextIO) -> Literal["header", "no header"] | None:
 
 
 def _has_column_name(cells: Sequence[str]) -> bool:
-    """Return True if a format reads one of these columns. One-letter names count only if all names are known."""
+    """Return True if a format reads one of these columns.
+
+    One-letter names count only if all names are known.
+    """
     known = [cell.casefold() for cell in cells if cell.casefold() in COLUMN_NAMES]
     return len(known) == len(cells) or any(len(name) > 1 for name in known)

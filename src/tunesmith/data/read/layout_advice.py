@@ -1,4 +1,5 @@
-"""Advice for a file whose layout does not match its name: no header, a table in a .txt file, CoNLL in a table."""
+"""Advice for a file whose layout does not match its name: no header, a table in a .txt file, CoNLL in a
+table."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ def prose_or_table(source: Source, names: Sequence[str]) -> DataError:
 
 
 def misread(source: Source, names: Sequence[str]) -> DataError | None:
-    """Return the error if a wrong layout is why no format fits, else None. ``names``: the columns that were read."""
+    """Return the error if a wrong layout is why no format fits, else None.
+
+    ``names``: the columns that were read.
+    """
     for name in names:
         try:
             check_text(name, "column names")

@@ -20,8 +20,8 @@ ROWS = (Chat, PromptCompletion, Text, Ranking, Judged)
 class AskedPrompt:
     """The prompt of a row. ``reference``: the answer in the data, the best of several; None = unknown.
 
-    ``prompt``: a Chat is rendered with the chat template. A Text is continued without it, as in training. A string
-    comes from a file that does not show which of the two it is."""
+    ``prompt``: a Chat is rendered with the chat template. A Text is continued without it, as in training. A
+    string comes from a file that does not show which of the two it is."""
 
     row: int
     prompt: str | Chat | Text
@@ -55,9 +55,9 @@ def _shown(reference: TextOrTurns) -> str | list[Message]:
 def read_prompts(source: Source, trained_on: Sequence[str] = ()) -> tuple[list[AskedPrompt], str]:
     """Return the prompts of a source, and a description of its format and columns.
 
-    ``trained_on``: names of the row types that the model was trained on, if known. The file is read as rows of
-    these types if possible. If Chat is not among them, a prompt is text without a chat template. Raises DataError
-    for a file without prompts and for rows that cannot be read."""
+    ``trained_on``: names of the row types that the model was trained on, if known. The file is read as rows
+    of these types if possible. If Chat is not among them, a prompt is text without a chat template. Raises
+    DataError for a file without prompts and for rows that cannot be read."""
     opened = _open(source, tuple(kind for kind in ROWS if kind.__name__ in trained_on))
     plain = bool(trained_on) and Chat.__name__ not in trained_on
     prompts: list[AskedPrompt] = []

@@ -171,8 +171,8 @@ def _check_judgements(
 ) -> Converter:
     """Return the converter for rows of written text, of which a column may label each answer as good or bad.
 
-    With such a column, rows are read as Judged if that type is accepted. If it is not, raises DataError unless
-    the recipe keeps only the rows with good answers."""
+    With such a column, rows are read as Judged if that type is accepted. If it is not, raises DataError
+    unless the recipe keeps only the rows with good answers."""
     column = judgement_column([record.value for record in records])
     if column is None or (source.keep_if or "").strip().casefold() == column.strip().casefold():
         return convert

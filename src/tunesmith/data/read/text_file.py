@@ -15,7 +15,8 @@ from tunesmith.data.row_problems import Record, RowProblem
 GZIP = ".gz"
 
 LARGEST_RATIO = 100
-"""Unpacked bytes per packed byte. Text has a ratio of 3 to 20; a file with a much larger one may be an attack."""
+"""Unpacked bytes per packed byte. Text has a ratio of 3 to 20; a file with a much larger one may be an
+attack."""
 
 SMALLEST_LIMIT = 1 << 26
 """Unpacked bytes that are allowed for a file of any size."""
@@ -67,7 +68,10 @@ def ending(name: str | Path) -> str:
 
 
 def open_text(file: Path, newline: str | None = None) -> TextIO:
-    """Open UTF-8, with or without a byte order mark. Invalid bytes become surrogates, which ``formats`` reports."""
+    """Open UTF-8, with or without a byte order mark.
+
+    Invalid bytes become surrogates, which ``formats`` reports.
+    """
     if not is_packed(file):
         return file.open("r", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
     return io.TextIOWrapper(Unpacked(file), "utf-8-sig", "surrogateescape", newline)

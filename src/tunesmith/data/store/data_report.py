@@ -78,8 +78,8 @@ class SplitReport:
 class HeldOut:
     """The split by ``data.eval.fraction``: ``rows`` of ``of`` rows, in ``groups`` groups, are held out.
 
-    ``asked``: the wanted number of rows. ``digest``: a hash of the groups, by which a resumed run knows that it holds
-    out the same ones.
+    ``asked``: the wanted number of rows. ``digest``: a hash of the groups, by which a resumed run knows that
+    it holds out the same ones.
     """
 
     rows: int

@@ -1,9 +1,10 @@
 """The choice of held-out rows: exactly a share of all rows, and never one whose prompt is also trained on.
 
-Rows with the same ``rows.group_key`` (the same prompt) form one group, across all sources. The groups are sorted by
-a hash of key and seed. They are taken in this order if they fit, until the wanted number of rows is reached. So the
-choice depends neither on the order of the rows nor on their files. When rows are added, a group changes sides
-only to make room: of n rows added, about ``fraction * n`` are held out, and at most as many others move.
+Rows with the same ``rows.group_key`` (the same prompt) form one group, across all sources. The groups are
+sorted by a hash of key and seed. They are taken in this order if they fit, until the wanted number of rows is
+reached. So the choice depends neither on the order of the rows nor on their files. When rows are added, a
+group changes sides only to make room: of n rows added, about ``fraction * n`` are held out, and at most as
+many others move.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from tunesmith.data.store.epoch_order import HOLD_OUT, random_stream
 from tunesmith.errors import DataError
 
 EXACT = 4096
-"""If taking what fits misses the wanted number, the groups of its last EXACT rows may be exchanged for others. So a
-wanted number up to EXACT is met exactly wherever the sizes of the groups allow it."""
+"""If taking what fits misses the wanted number, the groups of its last EXACT rows may be exchanged for
+others. So a wanted number up to EXACT is met exactly wherever the sizes of the groups allow it."""
 
 
 def split(groups: np.ndarray, config: EvalConfig, seed: int) -> tuple[np.ndarray, HeldOut | None]:
@@ -59,8 +60,8 @@ def hashes(keys: np.ndarray, seed: int) -> np.ndarray:
 def choose(keys: np.ndarray, wanted: int, most: int, seed: int) -> np.ndarray:
     """Return the keys (uint64, sorted) of the groups to hold out. ``keys``: the key of every row.
 
-    The groups have ``wanted`` rows, or the nearest number that their sizes allow, at most ``most``. At least one
-    group is held out, even if it has more rows, and at least one is left. Expects two groups or more.
+    The groups have ``wanted`` rows, or the nearest number that their sizes allow, at most ``most``. At least
+    one group is held out, even if it has more rows, and at least one is left. Expects two groups or more.
     """
     groups, counts = np.unique(keys, return_counts=True)
     order = np.argsort(hashes(groups, seed), kind="stable").astype(np.int32)
@@ -94,10 +95,12 @@ def _take_fitting(sizes: np.ndarray, wanted: int) -> np.ndarray:
 
 
 def _take_nearest(sizes: np.ndarray, wanted: int, most: int) -> np.ndarray:
-    """Return the indices of groups whose number of rows is nearest to ``wanted``; of two equally near, the lower.
+    """Return the indices of groups whose number of rows is nearest to ``wanted``; of two equally near, the
+    lower.
 
-    This is subset sum by dynamic programming. Bit n of ``sums`` is set if some of the groups seen so far have n rows
-    together. ``first`` has for each sum the group that reached it first; following it back finds the other groups.
+    This is subset sum by dynamic programming. Bit n of ``sums`` is set if some of the groups seen so far have
+    n rows together. ``first`` has for each sum the group that reached it first; following it back finds the
+    other groups.
     """
     ends = np.cumsum(sizes)
     fixed = int(np.searchsorted(ends, wanted - EXACT, side="right"))

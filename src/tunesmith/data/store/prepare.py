@@ -83,7 +83,7 @@ class _Part:
         return first
 
     def groups(self) -> np.ndarray:
-        """uint64[n]: the group of each example's row, which is that of the row's first example."""
+        """Return uint64[n]: the group of each example's row. A row takes the group of its first example."""
         groups, first = self.entry.group[self.chosen], self.first_of_row()
         forget(self.entry.group)
         return groups if first.all() else groups[first][np.cumsum(first) - 1]

@@ -22,8 +22,8 @@ NARROW_SHARE = 0.05
 def left_out(model: PreTrainedModel, names: Sequence[str], rank: int) -> dict[str, str]:
     """Return those of the linear layers ``names`` that get no LoRA of this ``rank``, with the reason.
 
-    A narrow layer is usually a gate, with one or two outputs. If layers narrower than r hold a large share of the
-    weights, r is the mistake: such layers are not left out, and the caller reports the error.
+    A narrow layer is usually a gate, with one or two outputs. If layers narrower than r hold a large share of
+    the weights, r is the mistake: such layers are not left out, and the caller reports the error.
     """
     found: dict[str, str] = {}
     narrow: dict[str, str] = {}

@@ -65,7 +65,8 @@ class Fused:
 def install(model: nn.Module, stack: bool = True) -> Fused:
     """Replace the forwards of ``model`` that have a fused version. Return the record of them, enabled.
 
-    ``stack``: the memory of trained weights may be rearranged; if False, layers that need this keep their forward.
+    ``stack``: the memory of trained weights may be rearranged; if False, layers that need this keep their
+    forward.
     """
     fused = Fused()
     covered: set[nn.Module] = set()
@@ -91,7 +92,10 @@ def install(model: nn.Module, stack: bool = True) -> Fused:
 def _fused_forward(
     module: nn.Module, dtype: torch.dtype, stack: bool, rejected: dict[str, str]
 ) -> tuple[str, Forward] | None:
-    """Return kind and forward of a module by the C passes; add a class that differs or fails to ``rejected``."""
+    """Return kind and fused forward of a module; None if it has none.
+
+    A class whose fused forward differs or fails is added to ``rejected``.
+    """
     for kind, (make, arguments) in KINDS.items():
         if kind != "norm" and not stack and _trains_base_weights(module):
             continue

@@ -6,7 +6,7 @@
 #ifndef DECODE_ONCE
 #define DECODE_ONCE
 #include <stdlib.h>
-#define AHEAD_BYTES 8192 /* weights are asked for so much earlier than they are used */
+#define AHEAD_BYTES 8192 /* weights are prefetched this many bytes before they are used */
 /* Sizes of the network and of its cache, in the order in which decode_step.py passes them. */
 typedef struct { i64 rows, layers, hidden, heads, kv_heads, dim, inner, vocabulary, capacity, window; } Sizes;
 /* Pointers of one layer, in the order in which decode_step.py passes them; 0 for one that is absent. */

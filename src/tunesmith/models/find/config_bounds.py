@@ -1,7 +1,7 @@
 """Refuse a config whose numbers are far larger than the weights next to it.
 
-transformers and peft build the network of a config before they read a weight. With ten million layers or labels,
-that takes hours and all memory.
+transformers and peft build the network of a config before they read a weight. With ten million layers or
+labels, that takes hours and all memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ LEAST = 64
 """Values up to this one are never refused: tiny models have few tensors."""
 
 SPARE, LEAST_PARAMETERS = 1.25, 2**24
-"""A network may have SPARE times the stored parameters and LEAST_PARAMETERS more: a head may not be saved yet."""
+"""A network may have SPARE times the stored parameters and LEAST_PARAMETERS more: a head may not be saved
+yet."""
 
 PACKED = 16
 """Parameters that a quantised checkpoint may pack into one stored number."""
@@ -60,7 +61,10 @@ def check_parameters(parameters: int, tensors: Iterable[TensorHeader], quantised
 
 
 def _numbers(config: object) -> Iterator[tuple[str, int]]:
-    """Yield (key, value) of every integer, also in nested mappings. Values of ``rank_pattern`` have the key r."""
+    """Yield (key, value) of every integer, also in nested mappings.
+
+    Values of ``rank_pattern`` have the key r.
+    """
     for key, value in config.items() if isinstance(config, dict) else ():
         if isinstance(value, int) and not isinstance(value, bool):
             yield str(key), value

@@ -47,7 +47,10 @@ class TensorHeader:
 
 
 def read_json(path: Path) -> JsonObject:
-    """Read a JSON object. Raises ModelError with file, line and column; also if it is too large or nested too deep."""
+    """Read a JSON object.
+
+    Raises ModelError with file, line and column; also if it is too large or nested too deep.
+    """
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ModelError(f"{path} has {size:,} bytes; expected at most {LARGEST_JSON:,}")
@@ -69,7 +72,10 @@ def read_json(path: Path) -> JsonObject:
 
 
 def _is_deeper(value: object, levels: int) -> bool:
-    """Return whether lists and mappings are nested deeper than ``levels``. Libraries copy settings recursively."""
+    """Return whether lists and mappings are nested deeper than ``levels``.
+
+    Libraries copy settings recursively.
+    """
     level = [value]
     for _ in range(levels):
         level = [child for item in level for child in _children(item)]

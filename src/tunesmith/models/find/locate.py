@@ -77,9 +77,10 @@ def locate(model: str | Path, remote_code: bool = False, checkpoints: bool = Fal
 
 
 def _of_checkpoint(path: Path, remote_code: bool, checkpoints: bool) -> Folder:
-    """Return the saved model of a checkpoint's run, with the checkpoint if it is one of another step.
+    """Return the saved model of a checkpoint's run, with the checkpoint unless the saved model is of its
+    step.
 
-    Raises ModelError where the checkpoint is not accepted."""
+    Raises ModelError if a checkpoint of another step is not accepted."""
     run = path.parent.parent
     if not (run / "model").is_dir():
         raise ModelError(f"the run {run} has saved no model yet. Let it end, or continue it with --resume.")

@@ -43,7 +43,8 @@ def fingerprint(folder: Path, whole: bool = False) -> str:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the identity of a model's weights: a full model's fingerprint, or an adapter's sha256 of weights and config.
+    """Return the identity of a model's weights: a full model's fingerprint, or an adapter's sha256 of weights
+    and config.
 
     The config is hashed as JSON, so spaces do not count; nor does the base model's path, which may move.
     """
@@ -92,10 +93,10 @@ def head(folder: Path) -> JsonObject:
 def trained(folder: Path) -> JsonObject:
     """Return how a folder's model was trained; {} for a model that no run of tunesmith saved.
 
-    ``objective``: type and keys. ``readings``: for each training source the keys of the recipe that say how it was
-    read (format, columns, separator, prompt_template), if there were any. ``rows``: names of its row types.
-    ``max_length``: that of the recipe, or None. ``start``: the model that training started from, with its
-    ``file_hashes``; ``exact``: its policy was that of step 0.
+    ``objective``: type and keys. ``readings``: for each training source the keys of the recipe that say how
+    it was read (format, columns, separator, prompt_template), if there were any. ``rows``: names of its row
+    types. ``max_length``: that of the recipe, or None. ``start``: the model that training started from, with
+    its ``file_hashes``; ``exact``: its policy was that of step 0.
     """
     return read(folder).get("trained") or {}
 

@@ -38,7 +38,10 @@ State = Literal["ok", "changed", "missing", "added", "not recorded"]
 
 
 class FileState(TypedDict):
-    """A file of a saved model. ``expected``: its recorded sha256. ``found``: its present sha256. None = there is none."""
+    """A file of a saved model.
+
+    ``expected``: its recorded sha256. ``found``: its present sha256. None = there is none.
+    """
 
     name: str
     state: State
@@ -108,9 +111,9 @@ def _added(folder: Path) -> list[str]:
 def checking_weights(folder: Path, base: Path | None = None) -> Iterator[None]:
     """Hash the weights of a model, and of an adapter's base, while the block loads them.
 
-    Raises ModelError at the end of the block if the weights changed. If loading failed, too, this error is raised
-    instead, because it names the cause. A base without recorded hashes is compared with the hash that its adapter
-    recorded.
+    Raises ModelError at the end of the block if the weights changed. If loading failed, too, this error is
+    raised instead, because it names the cause. A base without recorded hashes is compared with the hash that
+    its adapter recorded.
     """
     pool = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // 2)))
     try:
@@ -208,7 +211,8 @@ def verify(folder: Path) -> list[FileState]:
 
 
 def accept(folder: Path) -> JsonObject:
-    """Record the files of a model folder as they are now, and drop the recorded logits. Returns the new record.
+    """Record the files of a model folder as they are now, and drop the recorded logits. Returns the new
+    record.
 
     A folder that tunesmith did not write gets a record. Raises UserError for an entry of the store.
     """

@@ -1,4 +1,5 @@
-"""Prompts in, texts out: the functions that ``generate``, ``chat`` and training call. The engine does the work."""
+"""Prompts in, texts out: the functions that ``generate``, ``chat`` and training call. The engine does the
+work."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 Prompt: TypeAlias = str | Sequence[Message] | Chat | Text
-"""A string is a user turn if the tokenizer has a chat template, else text to continue. A Text is always continued."""
+"""A string is a user turn if the tokenizer has a chat template, else text to continue. A Text is always
+continued."""
 
 
 class SamplingFields(TypedDict, total=False):
@@ -89,8 +91,8 @@ def stream(
 ) -> Iterator[str]:
     """Yield the answer to one prompt in pieces, each character when all its tokens are there.
 
-    With an ``Engine`` as ``model``, tokens that it already holds, such as earlier turns of a chat, are not computed
-    again.
+    With an ``Engine`` as ``model``, tokens that it already holds, such as earlier turns of a chat, are not
+    computed again.
     """
     params = SamplingParams(**settings)
     engine = model if isinstance(model, Engine) else Engine(*_load(model))

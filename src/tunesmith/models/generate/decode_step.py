@@ -1,8 +1,8 @@
 """One decoding step of a llama as one call of C: with few rows, it takes the time to read the weights once.
 
-Eager torch runs about forty operations a layer in a step, and starting them takes longer than the arithmetic. The
-step supports networks of llama's structure (llama, mistral, qwen2, qwen3 and similar) whose layers have no adapter,
-on a CPU. ``SlotPass`` compares its first result with that of the model's own forward pass.
+Eager torch runs about forty operations a layer in a step, and starting them takes longer than the arithmetic.
+The step supports networks of llama's structure (llama, mistral, qwen2, qwen3 and similar) whose layers have
+no adapter, on a CPU. ``SlotPass`` compares its first result with that of the model's own forward pass.
 """
 
 from __future__ import annotations

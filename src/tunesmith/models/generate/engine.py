@@ -1,9 +1,9 @@
 """The engine of all sampling: a queue of prompts, and as many running rows as memory allows.
 
 A row that ends frees its slot, and the next prompt of the queue takes the slot in the same step (continuous
-batching; Yu et al., OSDI 2022). Prompts run together without padding. Tokens of a prompt that a slot already holds
-are reused or copied, so several samples of one prompt, and the turns of a chat, share their prefix. A row's answer
-depends only on its prompt, sampling rule, seed and number, not on the other rows.
+batching; Yu et al., OSDI 2022). Prompts run together without padding. Tokens of a prompt that a slot already
+holds are reused or copied, so several samples of one prompt, and the turns of a chat, share their prefix. A
+row's answer depends only on its prompt, sampling rule, seed and number, not on the other rows.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ OnToken: TypeAlias = Callable[[Request, int, str], None]
 
 
 class Engine:
-    """Continues prompts with one model. Slots keep their tokens between calls of ``run``, for prompts with the same
-    prefix.
+    """Continues prompts with one model. Slots keep their tokens between calls of ``run``, for prompts with
+    the same prefix.
 
     ``max_running``: rows at once; None = as memory allows, at most ``MAX_RUNNING``. ``note``: called once with a
     sentence if the model runs row by row.

@@ -71,7 +71,10 @@ class SlotPass:
         return self._forward(pieces)
 
     def _decode(self, step: DecodeStep, pieces: Sequence[Piece]) -> Tensor:
-        """Run the step in C. If its first result differs from the model's own forward, do not use it again."""
+        """Run the step in C.
+
+        If its first result differs from the model's own forward, do not use it again.
+        """
         logits = step(torch.tensor([piece.ids[0] for piece in pieces]), self.cache)
         if self.step_checked:
             return logits
@@ -143,7 +146,8 @@ def slot_attention(core: PreTrainedModel) -> Iterator[None]:
 
 
 class WholePass:
-    """Row by row, with all tokens computed again in each step: for models whose cache does not continue their forward."""
+    """Row by row, with all tokens computed again in each step: for models whose cache does not continue their
+    forward."""
 
     keeps_prefixes = False
 
@@ -179,9 +183,9 @@ def choose_pass(
 ) -> ForwardPass:
     """Return the fastest pass that is exact for ``core``. Call ``note`` if it is a slower one.
 
-    Each pass is checked on the starts of ``prompts``. The model's own forward runs a start as a whole. The pass runs
-    all tokens but the last, then the last. Both must agree on the logits after the last token. Raises ModelError if
-    the model's own forward fails.
+    Each pass is checked on the starts of ``prompts``. The model's own forward runs a start as a whole. The
+    pass runs all tokens but the last, then the last. Both must agree on the logits after the last token.
+    Raises ModelError if the model's own forward fails.
     """
     starts = [list(prompt[:CHECKED_TOKENS]) for prompt in prompts]
     try:
@@ -211,7 +215,10 @@ def choose_pass(
 def _why_not(
     run: ForwardPass, starts: Sequence[Sequence[int]], expected: Tensor, tolerance: float
 ) -> str | None:
-    """Return why ``run`` does not continue the starts as ``expected``, None if it does. ``run`` is left empty."""
+    """Return why ``run`` does not continue the starts as ``expected``, None if it does.
+
+    ``run`` is left empty.
+    """
     run.resize(len(starts), CHECKED_TOKENS)
     try:
         first = [Piece(ids[:-1], slot, 0) for slot, ids in enumerate(starts) if len(ids) > 1]

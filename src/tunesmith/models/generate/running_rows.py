@@ -17,7 +17,10 @@ Reason: TypeAlias = Literal["stop", "stop_string", "length", "window", "callback
 
 @dataclass(frozen=True)
 class Request:
-    """The request for one answer. ``prompt`` and ``sample`` are its numbers, which seed its random numbers."""
+    """The request for one answer.
+
+    ``prompt`` and ``sample`` are its numbers, which seed its random numbers.
+    """
 
     ids: tuple[int, ...]
     params: SamplingParams

@@ -109,8 +109,8 @@ def draw(
 ) -> Drawn:
     """Draw one token for each row of ``logits``, fp32 (rows, vocabulary), all under the rule ``params``.
 
-    ``uniform``: fp64 (rows,) in [0, 1); unused when greedy. ``prompts`` and ``answers``: the earlier tokens of each
-    row; read only if the rule reads tokens. ``stop``: ids that ``min_new_tokens`` excludes.
+    ``uniform``: fp64 (rows,) in [0, 1); unused when greedy. ``prompts`` and ``answers``: the earlier tokens
+    of each row; read only if the rule reads tokens. ``stop``: ids that ``min_new_tokens`` excludes.
     """
     scores = process(logits, params, prompts, answers, stop)
     if params.temperature == 0:
@@ -213,7 +213,8 @@ def _penalise(scores: Tensor, params: SamplingParams, prompt: Sequence[int], ans
 def next_tokens(
     choices: Sequence[Sequence[int]], answer: Sequence[int], stop: frozenset[int]
 ) -> frozenset[int]:
-    """Return the tokens that may follow ``answer`` if it must become one of ``choices``, then a stop token."""
+    """Return the tokens that may follow ``answer`` if it must become one of ``choices``, then a stop
+    token."""
     length = len(answer)
     matching = [choice for choice in choices if list(choice[:length]) == list(answer)]
     following = {choice[length] for choice in matching if len(choice) > length}

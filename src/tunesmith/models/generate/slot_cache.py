@@ -152,7 +152,10 @@ def slot_attention(
 def _decode_by_kernel(
     query: Tensor, keys: Tensor, values: Tensor, slots: SlotCache, scale: float, window: int, softcap: float
 ) -> Tensor:
-    """Compute attention of one token of each row to all tokens of its slot. Each key and value is read once."""
+    """Compute attention of one token of each row to all tokens of its slot.
+
+    Each key and value is read once.
+    """
     heads, rows, dim = query.shape[1:]
     q = query[0].transpose(0, 1).contiguous()
     out = query.new_empty(rows, heads, values.shape[-1])
@@ -177,7 +180,8 @@ def _decode_by_kernel(
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int = 0, softcap: float | None = None
 ) -> Tensor:
-    """Return attention of queries (heads, rows, dim) to keys and values (kv_heads, seen, dim): (rows, heads, dim).
+    """Return attention of queries (heads, rows, dim) to keys and values (kv_heads, seen, dim): (rows, heads,
+    dim).
 
     The queries belong to the last of the tokens that are seen.
     """

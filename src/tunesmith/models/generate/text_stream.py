@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class TextStream:
     """The text of one growing answer.
 
-    ``add`` and ``finish`` return the text that has become final; joined, it is ``text``. A character of several
-    tokens becomes final with its last token. Text that may be the start of a stop string becomes final when the
-    string can no longer follow. ``stopped``: a stop string was found; ``text`` ends before it.
+    ``add`` and ``finish`` return the text that has become final; joined, it is ``text``. A character of
+    several tokens becomes final with its last token. Text that may be the start of a stop string becomes
+    final when the string can no longer follow. ``stopped``: a stop string was found; ``text`` ends before it.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def merge_into_base(model: PreTrainedModel) -> PreTrainedModel:
     """Merge a peft model's adapter into its base, in place, and return the plain model. Raises UserError.
 
-    Tied embeddings are separated first, so that a delta of one does not change the other. They are tied again if
-    they are equal after the merge. If not, the config is set to untied, so that a reload keeps both.
+    Tied embeddings are separated first, so that a delta of one does not change the other. They are tied again
+    if they are equal after the merge. If not, the config is set to untied, so that a reload keeps both.
     """
     import torch
 
