@@ -158,8 +158,7 @@ def digest(row: Row) -> int:
 
 
 def group_key(row: Row) -> int:
-    """Return a 64-bit hash of the prompt of a row. Rows with the same key are held out or trained on
-    together.
+    """Return a 64-bit hash of a row's prompt. Rows with the same key are held out or trained on together.
 
     The hash covers the characters of the prompt after NFC, without case and white space.
     """

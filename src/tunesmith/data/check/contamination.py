@@ -196,10 +196,7 @@ def _runs(example: Example, text: TokenText) -> list[tuple[str, bool]]:
 def _read(
     data: Encoded, examples: np.ndarray, take: Callable[[Example], tuple[np.ndarray, np.ndarray]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return ``take(example)`` of each example.
-
-    Release the mapped files on the way: scattered rows load much.
-    """
+    """Return ``take(example)`` of each example. Release the mapped files after every SCATTERED examples."""
     parts = []
     for number, index in enumerate(examples.tolist(), 1):
         parts.append(take(data[index]))
@@ -242,8 +239,7 @@ def _find_in_training(
 
 
 def _blocks(data: Encoded, text: TokenText) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield blocks of training text: (source, row of each example of the source, example of each letter,
-    letters).
+    """Yield blocks of training text: (source, row of each example, example of each letter, letters).
 
     Tokens that the length policy cut off are left out. A block ends at the end of an example, so a row is in
     two blocks only if it has several examples.

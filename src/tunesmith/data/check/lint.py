@@ -170,8 +170,7 @@ def lint(
 
 
 def advice(sources: Sequence[Source]) -> str:
-    """Return the commands that list all bad rows of these sources; an empty string if they would list
-    none."""
+    """Return the commands that list all bad rows of these sources; "" if they would list none."""
     commands = dict.fromkeys(filter(None, map(_command, sources)))
     return (
         f"Type {' and '.join(f'`{command}`' for command in commands)} for all of them. " if commands else ""

@@ -103,8 +103,7 @@ def _chat(renderer: Renderer, row: Chat, train_on: TrainOn | int) -> Rendered:
 
 
 def _with_one_opening(renderer: Renderer, row: Chat) -> Chat:
-    """Return ``row`` so that its rendering has the opening tag of reasoning, such as ``<think>``, exactly
-    once.
+    """Return ``row``, changed so that its rendering opens reasoning (``<think>``) exactly once.
 
     This matters where the generation prompt ends with the tag. A template may write the tag before a content
     that already has it, or omit it before a content that lacks it. The row is returned unchanged if changing

@@ -74,8 +74,7 @@ def find_span(render: Renderer, row: Chat, full: str, turn: int) -> Span:
 
 
 def check_rendered(render: Renderer, row: Chat, full: str, turn: int, span: Span) -> None:
-    """Raise SpanError if the template leaves out the calls of a supervised turn, or reasoning that is all it
-    has.
+    """Raise SpanError if the template leaves out the calls, or all of the content, of a supervised turn.
 
     Without its calls, the turn would teach an empty answer, or one that announces a call and never makes it.
     """

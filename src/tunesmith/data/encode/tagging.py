@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 
 UNSEEN = {"B": -2, "I": -3, "E": -4, "S": -5, "": -6}
-"""Targets of held-out words whose tag the model does not have, by kind of tag. Every prediction for them is
-wrong."""
+"""Targets of held-out words whose tag the model does not have, by kind of tag; no prediction matches them."""
 
 
 @dataclass(frozen=True, slots=True)

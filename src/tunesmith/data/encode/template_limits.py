@@ -2,8 +2,7 @@
 
 Jinja's sandbox refuses access to Python's internals. It does not stop a template that never ends or that
 builds gigabytes. ``check_syntax`` checks the source of a template. ``render`` is the only caller of
-templates: a watching thread interrupts a call that exceeds a limit. Watching costs about a microsecond a
-call.
+templates: a watching thread interrupts a call that exceeds a limit, at a cost of about a microsecond a call.
 """
 
 from __future__ import annotations

@@ -261,8 +261,7 @@ class Renderer:
 
     @cached_property
     def opening(self) -> re.Match[str] | None:
-        """The tag at the end of the generation prompt that opens reasoning, such as ``<think>`` and a line
-        end."""
+        """The tag at the end of the generation prompt that opens reasoning, such as ``<think>``."""
         try:
             return OPENING.search(self(PROBE[:1], (), prompt=True))
         except RENDER_ERRORS:

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 Policy = Literal["text", "allow", "error"]
 
 KEY = "special_tokens_in_text"
-"""Key of the policy in tokenizer_config.json: a saved model encodes text as in training. Absent for
-``text``."""
+"""Key of tokenizer_config.json, so that a saved model encodes text as in training. Absent for ``text``."""
 
 MARK = "\ue0f2"
 _FIRST_NAME = 0xE100

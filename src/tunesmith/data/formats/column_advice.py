@@ -90,8 +90,8 @@ def other_rows(
 
 
 def _mapping(table: Sequence[Format], accepted: tuple[type, ...], there: Sequence[str]) -> str:
-    """Return the suggested mapping that uses most columns; without one, a placeholder for each missing
-    field."""
+    """Return the suggested mapping that fills most fields; without one, placeholders for the missing
+    fields."""
     forms = _detected(table, accepted)
     if Chat in accepted:  # any written row can be read as one of these
         forms = [form for form in forms if form.name in ("messages", "prompt_completion")]
@@ -102,8 +102,7 @@ def _mapping(table: Sequence[Format], accepted: tuple[type, ...], there: Sequenc
 
 
 def suggest(form: Format, there: Sequence[str]) -> dict[str, str]:
-    """Return {field: column} for the required fields of a format that these columns do not have under their
-    names.
+    """Return {field: column} for the required fields of a format that no column has under a known name.
 
     A column is chosen if its name matches the field. Return {} if a field has no such column."""
     mapping: dict[str, str] = {}
@@ -176,8 +175,7 @@ def _required(form: Format) -> list[Field]:
 
 
 def typed(mapping: dict[str, str]) -> str:
-    """Return the mapping as a user types it: ``columns: {label: mood} (on the command line: --column
-    label=mood)``."""
+    """Return ``columns: {label: mood} (on the command line: --column label=mood)``."""
     keys = ", ".join(f"{name}: {column}" for name, column in mapping.items())
     flags = " ".join(f"--column {shlex.quote(f'{name}={column}')}" for name, column in mapping.items())
     return f"columns: {{{keys}}} (on the command line: {flags})"

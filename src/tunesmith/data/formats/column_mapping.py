@@ -1,5 +1,4 @@
-"""Find the column of each field of a format: by the names that the format knows, or by the recipe's
-mapping."""
+"""Find the column of each field of a format: by the names that the format knows, or by the mapping."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ Names = str | tuple[str, ...]
 
 
 def fold(name: str) -> str:
-    """Return the form in which column names are compared: without case, outer spaces and decomposed
-    letters."""
+    """Return the form in which column names are compared: NFC, without case and outer spaces."""
     return unicodedata.normalize("NFC", name).strip().casefold()
 
 

@@ -176,8 +176,7 @@ class Converter:
 
     @property
     def _left_out(self) -> tuple[str, ...]:
-        """Fields that are not read: gold that is not required, and answers of rows that are to be
-        answered."""
+        """Fields that are not read: gold that is not required, and answers of rows to be answered."""
         if self.gold:
             return ()
         answers = self.form.answer if self.prompts and self.form.row in (Chat, PromptCompletion) else ()
@@ -211,7 +210,7 @@ class Converter:
         return values
 
     def _value(self, name: str, value: object) -> object:
-        """Return the value of the field ``name``, with line ends and, if asked for, numbers converted to
+        """Return the value of the field ``name`` with unified line ends and, if configured, numbers as
         text."""
         if self.facts.get("numbers_as_text") and name not in NUMERIC_FIELDS:
             value = numbers_to_text(value)

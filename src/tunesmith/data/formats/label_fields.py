@@ -31,8 +31,8 @@ def build_multilabel(values: Values) -> Labelled:
 
 
 def scan_vectors(sample: Sequence[Values]) -> JsonObject:
-    """Return the length of label vectors, if most of the first rows are lists of 0 and 1 of one length above
-    1.
+    """Return the length of label vectors: most of the first rows are lists of 0 and 1, two or more, of one
+    length.
 
     Other rows are then bad rows. Raises FieldFault for objects of scores. A list of label numbers never repeats
     a number. So if lists have different lengths and none repeats a number, they are label numbers: [0, 1] and

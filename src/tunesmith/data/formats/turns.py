@@ -85,8 +85,7 @@ def parse_turns(value: object, field: str) -> list[Message]:
 
 
 def _continues(before: Message, message: Message) -> bool:
-    """Return True if ``message`` has only calls and follows an assistant turn: templates render both as one
-    turn."""
+    """Return True if ``message`` has only calls and follows an assistant turn: both become one turn."""
     is_call = bool(message.get("tool_calls")) and not message["content"].strip()
     return is_call and message["role"] == before["role"] == "assistant" and "reasoning_content" not in message
 
@@ -194,8 +193,7 @@ def _with_weight(message: Message, place: str) -> Message:
 
 
 def refuse_media(values: Message, place: str = "") -> None:
-    """Raise FieldFault for images, audio or video: the model would be trained on answers about media it never
-    saw."""
+    """Raise FieldFault for images, audio or video next to text: the model would be trained without them."""
     for key in MEDIA:
         if values.get(key):
             fix = "Remove it if the text stands alone, else the row: images, audio and video are not trained on."

@@ -32,8 +32,7 @@ NUMBER_COLUMNS = (
 def read_table(
     handle: TextIO, path: str, delimiter: str | None, numbers: frozenset[str] = frozenset()
 ) -> Iterator[Record | RowProblem]:
-    """Yield the rows of a table: a header line, then one row per record. Quoted fields may contain line
-    breaks.
+    """Yield the rows after the header line. Quoted fields may contain line breaks.
 
     ``delimiter``: None = the most frequent of ``,``, ``;`` and tab in the header. ``numbers``: column numbers
     that the recipe maps. If the first line has no columns of these names, the file has no header, and its

@@ -1,5 +1,5 @@
-"""Advice for a file whose layout does not match its name: no header, a table in a .txt file, CoNLL in a
-table."""
+"""Advice for a file whose layout is not that of its type: no header, a table in a .txt file, CoNLL in a
+csv."""
 
 from __future__ import annotations
 

@@ -15,8 +15,7 @@ from tunesmith.data.row_problems import Record, RowProblem
 GZIP = ".gz"
 
 LARGEST_RATIO = 100
-"""Unpacked bytes per packed byte. Text has a ratio of 3 to 20; a file with a much larger one may be an
-attack."""
+"""Unpacked bytes per packed byte. Text has a ratio of 3 to 20; a much larger one may be an attack."""
 
 SMALLEST_LIMIT = 1 << 26
 """Unpacked bytes that are allowed for a file of any size."""

@@ -95,8 +95,7 @@ def _take_fitting(sizes: np.ndarray, wanted: int) -> np.ndarray:
 
 
 def _take_nearest(sizes: np.ndarray, wanted: int, most: int) -> np.ndarray:
-    """Return the indices of groups whose number of rows is nearest to ``wanted``; of two equally near, the
-    lower.
+    """Return the indices of groups whose number of rows is nearest to ``wanted``, the lower of two as near.
 
     This is subset sum by dynamic programming. Bit n of ``sums`` is set if some of the groups seen so far have
     n rows together. ``first`` has for each sum the group that reached it first; following it back finds the

@@ -65,8 +65,7 @@ class Fused:
 def install(model: nn.Module, stack: bool = True) -> Fused:
     """Replace the forwards of ``model`` that have a fused version. Return the record of them, enabled.
 
-    ``stack``: the memory of trained weights may be rearranged; if False, layers that need this keep their
-    forward.
+    ``stack``: the memory of trained weights may be rearranged; if not, such layers keep their forward.
     """
     fused = Fused()
     covered: set[nn.Module] = set()

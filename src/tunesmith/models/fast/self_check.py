@@ -42,8 +42,8 @@ def why_not(
     make_arguments: Callable[[nn.Module, torch.dtype], Arguments],
     dtype: torch.dtype,
 ) -> str | None:
-    """Return None if ``forward`` and the forward of the module's class agree within ``TOLERANCE``, else the
-    reason.
+    """Return None if ``forward`` agrees with the forward of the module's class within ``TOLERANCE``, else why
+    not.
 
     A class with the names of a known layer may need other arguments, or return another type. Then one of the
     two forwards fails, and the module keeps its own.

@@ -29,8 +29,7 @@ LEAST = 64
 """Values up to this one are never refused: tiny models have few tensors."""
 
 SPARE, LEAST_PARAMETERS = 1.25, 2**24
-"""A network may have SPARE times the stored parameters and LEAST_PARAMETERS more: a head may not be saved
-yet."""
+"""A network may have SPARE times the stored parameters, and LEAST_PARAMETERS more for an unsaved head."""
 
 PACKED = 16
 """Parameters that a quantised checkpoint may pack into one stored number."""

@@ -77,8 +77,7 @@ def locate(model: str | Path, remote_code: bool = False, checkpoints: bool = Fal
 
 
 def _of_checkpoint(path: Path, remote_code: bool, checkpoints: bool) -> Folder:
-    """Return the saved model of a checkpoint's run, with the checkpoint unless the saved model is of its
-    step.
+    """Return the saved model of a checkpoint's run, with the checkpoint if their steps differ.
 
     Raises ModelError if a checkpoint of another step is not accepted."""
     run = path.parent.parent

@@ -43,8 +43,7 @@ def fingerprint(folder: Path, whole: bool = False) -> str:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the identity of a model's weights: a full model's fingerprint, or an adapter's sha256 of weights
-    and config.
+    """Return a hash of a model: a full model's fingerprint, or an adapter's sha256 of weights and config.
 
     The config is hashed as JSON, so spaces do not count; nor does the base model's path, which may move.
     """
@@ -96,7 +95,7 @@ def trained(folder: Path) -> JsonObject:
     ``objective``: type and keys. ``readings``: for each training source the keys of the recipe that say how
     it was read (format, columns, separator, prompt_template), if there were any. ``rows``: names of its row
     types. ``max_length``: that of the recipe, or None. ``start``: the model that training started from, with
-    its ``file_hashes``; ``exact``: its policy was that of step 0.
+    its ``file_hashes``; ``exact``: it was the policy of step 0, without random virtual tokens or new tokens.
     """
     return read(folder).get("trained") or {}
 

@@ -211,8 +211,7 @@ def verify(folder: Path) -> list[FileState]:
 
 
 def accept(folder: Path) -> JsonObject:
-    """Record the files of a model folder as they are now, and drop the recorded logits. Returns the new
-    record.
+    """Record the files of a model folder as they are now, without logits. Returns the new record.
 
     A folder that tunesmith did not write gets a record. Raises UserError for an entry of the store.
     """

@@ -1,5 +1,5 @@
-"""Prompts in, texts out: the functions that ``generate``, ``chat`` and training call. The engine does the
-work."""
+"""Prompts in, texts out: the functions that ``generate``, ``chat`` and training call, on top of the
+engine."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     Loaded: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 Prompt: TypeAlias = str | Sequence[Message] | Chat | Text
-"""A string is a user turn if the tokenizer has a chat template, else text to continue. A Text is always
-continued."""
+"""A string is a user turn if there is a chat template, else text to continue. A Text is always continued."""
 
 
 class SamplingFields(TypedDict, total=False):

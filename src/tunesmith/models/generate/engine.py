@@ -41,8 +41,8 @@ OnToken: TypeAlias = Callable[[Request, int, str], None]
 
 
 class Engine:
-    """Continues prompts with one model. Slots keep their tokens between calls of ``run``, for prompts with
-    the same prefix.
+    """Continues prompts with one model. Between calls of ``run``, slots keep their tokens for reuse as
+    prefixes.
 
     ``max_running``: rows at once; None = as memory allows, at most ``MAX_RUNNING``. ``note``: called once with a
     sentence if the model runs row by row.

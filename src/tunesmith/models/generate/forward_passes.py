@@ -146,8 +146,7 @@ def slot_attention(core: PreTrainedModel) -> Iterator[None]:
 
 
 class WholePass:
-    """Row by row, with all tokens computed again in each step: for models whose cache does not continue their
-    forward."""
+    """Row by row, with all tokens computed again in each step: for models whose cache gave wrong logits."""
 
     keeps_prefixes = False
 

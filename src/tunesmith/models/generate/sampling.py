@@ -213,8 +213,7 @@ def _penalise(scores: Tensor, params: SamplingParams, prompt: Sequence[int], ans
 def next_tokens(
     choices: Sequence[Sequence[int]], answer: Sequence[int], stop: frozenset[int]
 ) -> frozenset[int]:
-    """Return the tokens that may follow ``answer`` if it must become one of ``choices``, then a stop
-    token."""
+    """Return the tokens that may follow ``answer``, which must become one of ``choices`` and then stop."""
     length = len(answer)
     matching = [choice for choice in choices if list(choice[:length]) == list(answer)]
     following = {choice[length] for choice in matching if len(choice) > length}

@@ -180,10 +180,9 @@ def _decode_by_kernel(
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int = 0, softcap: float | None = None
 ) -> Tensor:
-    """Return attention of queries (heads, rows, dim) to keys and values (kv_heads, seen, dim): (rows, heads,
-    dim).
+    """Return the attention of ``query`` (heads, rows, dim) to one slot, shape (rows, heads, dim).
 
-    The queries belong to the last of the tokens that are seen.
+    ``keys`` and ``values``: (kv_heads, seen, dim). The rows are the last of the ``seen`` tokens.
     """
     heads, rows, dim = query.shape
     kv_heads, seen, _ = keys.shape

@@ -44,7 +44,7 @@ def use_plain_head(model: PreTrainedModel, plain: bool) -> None:
 
 
 def number_from(model: PreTrainedModel, first: int | None) -> None:
-    """Set the position id of the first token of a row to ``first``; None = ``model`` computes position ids
+    """Set the position id of a row's first token to ``first``; None = ``model`` computes position ids
     itself."""
     _first_position[base(model)] = first
 
