@@ -146,7 +146,7 @@ def slot_attention(core: PreTrainedModel) -> Iterator[None]:
 
 
 class WholePass:
-    """Row by row, with all tokens computed again in each step: for models whose cache gave wrong logits."""
+    """Row by row, with all tokens computed again in each step: for models whose cache fails or is wrong."""
 
     keeps_prefixes = False
 
