@@ -1,6 +1,7 @@
-"""Measure what a whole run will need on its machine, memory and seconds, for ``tunesmith check --measure``.
+"""Measure the memory and the time that a whole run needs on this machine.
 
-Nothing is estimated from the shape of the network: real steps, an evaluation and a save are timed.
+``tunesmith check --measure`` prints the result of ``forecast``; ``train.time_plan`` calls ``measure``. Both time
+real steps, an evaluation and a save. They estimate no time from the shape of the network.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from tunesmith.train.run_state import Run
 from tunesmith.train.train_config import times
 
 MIN_STEPS, MAX_SECONDS = 2, 10.0
-"""Minimum number of timed steps, and the time limit."""
+"""No further step is timed once ``MIN_STEPS`` are timed and ``MAX_SECONDS`` have passed."""
 
 PLANNED_SHARE = 0.93
-"""The part of ``train.max_minutes`` that is planned: the report and a busier machine need the rest."""
+"""Share of ``train.max_minutes`` that the plan uses. The rest is a margin for the report and a busier machine."""
 
 EVALUATED = 16
-"""Held-out rows that are timed."""
+"""Most rows that one forward measurement times."""
 
 
 def forecast(
@@ -45,23 +46,23 @@ def forecast(
     limit: int | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> JsonObject:
-    """Load the model, take real steps and return what the run will need. Nothing is kept.
+    """Load the model, take real steps and return the memory and the time that the run needs.
 
-    ``started``: ``time.perf_counter()`` at the start of the program. ``limit``: bytes that the run may hold,
-    to plan for another machine. ``report`` is called with each stage. The model and a checkpoint are saved
-    once, next to the run folders, and removed.
+    The measurement saves the model and a checkpoint once, in a temporary folder, and keeps no file.
+    ``started``: ``time.perf_counter()`` at the start of the program. ``limit``: bytes that the process may hold;
+    pass another machine's to plan for that machine. ``report`` is called with the name of each stage.
 
-    Keys: micro_batch_tokens, heaviest_tokens, peak_memory_bytes (minus what the process held before the
-    model, as in the result of a run), needed_memory_bytes and memory_limit_bytes (of the process), fits,
-    remedies, seconds_per_step, tokens_per_second, train_seconds, evaluation_seconds (each), evaluations,
-    saving_seconds (in all), reference_seconds, total_seconds, steps (of the run; fewer than planned where
-    ``train.max_minutes`` asks for it).
+    Keys: micro_batch_tokens, heaviest_tokens, peak_memory_bytes (on a CPU without the bytes that the process
+    held before the model, as in the result of a run), needed_memory_bytes and memory_limit_bytes (of the whole
+    process), fits, remedies, seconds_per_step, tokens_per_second, train_seconds, evaluation_seconds (of one
+    evaluation), evaluations, saving_seconds (of all saves), reference_seconds, total_seconds, steps (fewer than
+    the plan's if ``train.max_minutes`` limits them).
     """
     memory_before_model = machine.peak_memory_bytes()
     limit = memory_budget.limit_bytes(ready.device) if limit is None else limit
     memory_budget.check_weights(ready, limit)
     report("loading the model")
-    # holds a merged base, which is read until the end
+    # setup.build may write a merged base model into this folder; it must exist until the measurement ends
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         built = setup.build(ready, Path(folder))
         return _measure_run(ready, built, started, limit, memory_before_model, report)
@@ -69,10 +70,11 @@ def forecast(
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured seconds of the parts of a run: a step, what the first step takes in addition, an evaluation,
-    saving the model and a checkpoint, and the reference of ``reference_steps`` steps.
+    """Measured seconds of each part of a run.
 
-    ``seconds``: duration of the measurement.
+    ``step``, ``evaluation``, ``model`` and ``checkpoint``: one step, one evaluation, one save of each.
+    ``first_extra``: extra seconds of the first step. ``reference``: the reference log-probabilities of the
+    first ``reference_steps`` steps. ``seconds``: duration of the measurement.
     """
 
     step: float
@@ -85,7 +87,7 @@ class Costs:
     seconds: float
 
     def parts(self, ready: setup.Setup, steps: int) -> JsonObject:
-        """Return the seconds of a run of ``steps`` steps by part, and the number of its evaluations."""
+        """Return the seconds of each part of a run of ``steps`` steps, and its number of evaluations."""
         train, per_epoch = ready.recipe.train, ready.source.plan.steps_per_epoch
         evaluations = 0 if ready.data.eval is None else 1 + times(train.eval_steps, steps, per_epoch)
         saving = max(1, evaluations - 1) * self.model
@@ -98,13 +100,13 @@ class Costs:
         }
 
     def total(self, ready: setup.Setup, steps: int) -> float:
-        """Return the seconds of a run of ``steps`` steps, without its start."""
+        """Return the seconds of a run of ``steps`` steps, from its first evaluation to its last save."""
         parts = self.parts(ready, steps)
         evaluations = float(parts["evaluations"] * parts["evaluation_seconds"])
         return evaluations + float(sum(parts[f"{name}_seconds"] for name in ("train", "saving", "reference")))
 
     def most_steps(self, ready: setup.Setup, seconds: float) -> int:
-        """Return the most steps of the plan that take at most ``seconds``; at least 1."""
+        """Return the largest number of planned steps that take at most ``seconds``; at least 1."""
         low, high = 1, ready.source.plan.steps
         while low < high:
             middle = (low + high + 1) // 2
@@ -132,7 +134,7 @@ def _measure_run(
     start_seconds = time.perf_counter() - started
     report("taking a few steps")
     timing = _time_steps(job)
-    memory = memory_budget.measure_memory(job, limit)  # again, because the optimiser has its state now
+    memory = memory_budget.measure_memory(job, limit)  # again: the optimiser has allocated its state by now
     costs = _measure_costs(job, ready, built.fast_path, timing, report)
     peak = int(torch.cuda.max_memory_allocated(ready.device)) if cuda else machine.peak_memory_bytes()
     needed = max(peak, memory.peak)
@@ -160,13 +162,15 @@ def _measure_run(
 
 
 def time_left(minutes: float, spent: float) -> float:
-    """Return the seconds for steps, evaluations and saving in a run of ``minutes``, ``spent`` seconds of
-    which are over."""
+    """Return the seconds left for steps, evaluations and saving.
+
+    ``minutes``: time limit of the run. ``spent``: seconds since its start.
+    """
     return 60 * minutes * PLANNED_SHARE - spent
 
 
 def measure(job: Job, ready: setup.Setup, chosen: fast_path.FastPath) -> Costs:
-    """Take a few real steps, evaluate some rows and save once. The steps change the trained weights."""
+    """Time a few real steps, an evaluation of some rows and one save. The steps change the trained weights."""
     return _measure_costs(job, ready, chosen, _time_steps(job), lambda stage: None)
 
 
@@ -195,7 +199,7 @@ def _measure_costs(
 
 @dataclass(frozen=True)
 class StepTiming:
-    """Seconds per token (forward and backward), seconds per update, and extra seconds of the first step.
+    """Seconds per token (forward and backward), per optimiser update, and extra seconds of the first step.
 
     ``seconds``: duration of the measurement.
     """
@@ -207,17 +211,17 @@ class StepTiming:
 
 
 def _time_steps(job: Job) -> StepTiming:
-    """Time real steps, each on different rows, because the first pass with a new shape is slower.
+    """Time real steps. Each takes different rows, because the first pass with a new shape is slower.
 
-    They cover one interval of ``loop.TRIM_STEPS``, so that peak memory is that of a run; fewer if steps are
-    slow.
+    The steps cover one interval of ``loop.TRIM_STEPS``, so that they reach the peak memory of a run. Slow steps
+    end earlier, after ``MAX_SECONDS``.
     """
     passes, tokens, first, first_tokens = 0.0, 0, 0.0, 0
     updates: list[float] = []
     began = time.perf_counter()
     for number, step in enumerate(_typical_steps(job.source, 1 + loop.TRIM_STEPS)):
         enough = len(updates) >= MIN_STEPS and time.perf_counter() - began > MAX_SECONDS
-        if distributed.broadcast(enough):  # a step is a collective, which all processes take equally often
+        if distributed.broadcast(enough):  # a step has collectives: all processes must take the same number
             break
         micro = loop.micro_batches(job, step)
         started = time.perf_counter()
@@ -244,7 +248,10 @@ def _time_steps(job: Job) -> StepTiming:
 
 
 def _typical_steps(source: Source, number: int) -> list[Step]:
-    """Return the ``number`` steps nearest to the mean token count, of the first 50; repeated if there are fewer."""
+    """Return the ``number`` of the first 50 steps whose token counts are nearest to the run's mean.
+
+    A shorter source repeats its steps.
+    """
     first = source.preview(50)[:50]
     mean = _tokens_of_run(source) / source.plan.steps
     nearest = sorted(first, key=lambda step: abs(int(step.lengths.sum()) - mean))[:number]
@@ -269,7 +276,7 @@ def _saving_seconds(job: Job, ready: setup.Setup, chosen: fast_path.FastPath) ->
 
 
 def _tokens_of_run(source: Source) -> int:
-    """Return the tokens of all steps, from the mean of the first ones."""
+    """Return the tokens of all steps, extrapolated from the mean of the first ``PREVIEWED``."""
     previewed = source.preview(PREVIEWED)[:PREVIEWED]
     tokens = sum(int(step.lengths.sum()) for step in previewed)
     return int(tokens * source.plan.steps / len(previewed))
@@ -290,7 +297,7 @@ def _evaluation_seconds(job: Job, ready: setup.Setup, chosen: fast_path.FastPath
 
 
 def _forward_seconds(job: Job, step: Step) -> float:
-    """Return the seconds of a forward pass over ``step``, measured on some examples of all lengths."""
+    """Return the seconds of a forward pass over ``step``, extrapolated from a sample across its lengths."""
     order = np.argsort(step.lengths, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(EVALUATED, len(order))).astype(int)]
     part = replace(step, rows=step.rows[chosen])

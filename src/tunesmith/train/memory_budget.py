@@ -1,7 +1,7 @@
-"""The micro-batch that fits into memory, found by trying the heaviest one before the first step.
+"""Find the micro-batch size that fits into memory, by trying the heaviest micro-batch before the first step.
 
-Two passes of different size give the bytes per token. A run that does not fit stops in its first seconds and
-names a size that fits; ``micro_batch_tokens: auto`` chooses that size.
+Two passes of different size measure the bytes per token. A run that exceeds the memory limit stops in its first
+seconds, and its error names a size that fits. With ``micro_batch_tokens: auto`` the run takes that size.
 """
 
 from __future__ import annotations
@@ -25,56 +25,58 @@ LARGEST = {"cpu": 2048, "cuda": 16384}
 """Tokens of a forward pass at which throughput saturates (SmolLM2-135M: 2 cores peak at about 1,000)."""
 
 PREVIEWED = 2000
-"""Steps that are searched for the heaviest micro-batch; the search takes about 0.1 s."""
+"""Number of steps searched for the heaviest micro-batch. The search takes about 0.1 s."""
 
 SMALLEST = 64
-"""The smallest budget that ``auto`` chooses, in tokens, and the multiple that it rounds to."""
+"""Smallest token budget that ``auto`` chooses. It rounds every budget down to a multiple of this number."""
 SHARE = 0.9
-"""The part of the memory that ``auto`` may use: the rest is for what a run does besides training."""
+"""Share of the memory limit that ``auto`` may use. Evaluations, saving and the report need the rest."""
 
 STATE_BYTES = {
     "adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw": 0.0, "paged_adamw_8bit": 0.0, "adafactor": 0.1, "sgd": 4.0,
     "lion": 4.0,
 }  # fmt: skip
-"""Upper bound of the optimiser's bytes per trained parameter, used until its state is allocated. Paged state
-counts as 0: it moves to host memory when the GPU is full."""
+"""Upper bound of the optimiser state's bytes per trained parameter, used until the state is allocated.
+
+Paged state counts as 0, because it moves to host memory when the GPU is full.
+"""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Forward and backward of one micro-batch."""
+    """Measurement of one forward and backward pass over a micro-batch."""
 
     tokens: int
     """Padding included."""
     seconds: float
     peak: int
-    """The most bytes that the process held."""
+    """Peak bytes of the process during the pass."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory of the heaviest pass of a run."""
+    """Memory of a run's heaviest pass."""
 
     heaviest: Pass
     per_token: float
-    """Bytes that each further token takes."""
+    """Bytes of each additional token."""
     pending: int
-    """Bytes of optimiser state not allocated yet."""
+    """Bytes of the optimiser state, until it is allocated; then 0."""
 
     @property
     def peak(self) -> int:
-        """Bytes that the process will hold."""
+        """Bytes that the process holds at its peak, optimiser state included."""
         return self.heaviest.peak + self.pending
 
     def tokens_within(self, limit: int) -> int:
-        """Return the largest micro-batch with which the process stays within ``limit`` bytes."""
+        """Return the tokens of the largest micro-batch that keeps the process within ``limit`` bytes."""
         if not self.per_token:
             return self.heaviest.tokens
         return int(self.heaviest.tokens + (limit - self.peak) / self.per_token)
 
 
 def first_budget(config: TrainConfig, device: torch.device) -> int:
-    """Return the budget before the measurement: the recipe's, or the tokens that saturate the device."""
+    """Return the token budget to start with: the recipe's, or the number of tokens that saturates the device."""
     wanted = config.micro_batch_tokens
     return wanted if isinstance(wanted, int) else LARGEST.get(device.type, LARGEST["cpu"])
 
@@ -82,8 +84,8 @@ def first_budget(config: TrainConfig, device: torch.device) -> int:
 def measure_memory(job: Job, limit: int) -> Memory:
     """Try one short row, then the heaviest micro-batch of the run under ``job.budget``.
 
-    On a CPU the operating system kills the process instead of refusing memory. So the first rows of a large
-    micro-batch are tried first; if they predict more than ``limit`` bytes, ``heaviest`` is extrapolated.
+    On a CPU the operating system kills a process that takes too much memory. So a large micro-batch is tried
+    with its first rows only; if these predict more than ``limit`` bytes, ``heaviest`` is extrapolated from them.
     """
     state = distributed.state()
     steps = job.source.preview(PREVIEWED)
@@ -109,7 +111,7 @@ def measure_memory(job: Job, limit: int) -> Memory:
 
 
 def _slope(small: Pass, large: Pass) -> float:
-    """Return the bytes that each further token takes."""
+    """Return the bytes of each additional token."""
     tokens = large.tokens - small.tokens
     return max(0.0, (large.peak - small.peak) / tokens) if tokens > 0 else 0.0
 
@@ -133,7 +135,7 @@ def _pass(job: Job, step: Step, places: list[int]) -> Pass:
 
 
 def limit_bytes(device: torch.device) -> int:
-    """Return the most bytes that this process may hold; the processes of a run share what is free."""
+    """Return the most bytes that this process may hold. On a CPU the processes of a run share the free memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device))
@@ -142,7 +144,7 @@ def limit_bytes(device: torch.device) -> int:
 
 
 def check_weights(ready: setup.Setup, limit: int) -> None:
-    """Raise RecipeError, before weights load, when they and the optimiser alone exceed ``limit`` bytes."""
+    """Raise RecipeError, before the weights are loaded, when weights and optimiser alone exceed ``limit`` bytes."""
     total, trained, quantized = ready.outline.total, ready.outline.trainable, ready.outline.quantized
     item = ready.precision.compute.itemsize
     masters = 4 if item < 4 else 0
@@ -160,14 +162,15 @@ def check_weights(ready: setup.Setup, limit: int) -> None:
 
 
 def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
-    """Try the heaviest micro-batch; with ``automatic`` choose ``job.budget`` so that it fits ``limit`` bytes.
+    """Try the heaviest micro-batch and return its memory.
 
-    Raises RecipeError with the missing bytes and the remedies when the run does not fit.
+    With ``automatic``, lower ``job.budget`` until the process stays within ``SHARE`` of ``limit`` bytes. Raises
+    RecipeError with the missing bytes and the remedies when the run exceeds the limit.
     """
     limit = limit_bytes(job.device) if limit is None else limit
     memory = measure_memory(job, limit)
     longest = longest_row(job)
-    # all processes must decide on the same numbers: those of the process with the least room
+    # all processes must decide on the same numbers: those of the process with the least free memory
     mine = (memory.peak - SHARE * limit, memory.tokens_within(int(SHARE * limit)), job.budget)
     excesses, capacities, budgets = zip(*distributed.gather([mine]), strict=True)
     excess, capacity, job.budget = max(excesses), min(capacities), min(budgets)
@@ -186,7 +189,7 @@ def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
 
 
 def longest_row(job: Job) -> int:
-    """Return the tokens of the longest row: no micro-batch can be smaller."""
+    """Return the tokens of the longest row. The micro-batch that holds this row cannot be smaller."""
     largest = 0
     for step in job.source.preview(PREVIEWED):
         lengths, rows = step.data.sizes(step.rows, job.layout)
@@ -196,14 +199,14 @@ def longest_row(job: Job) -> int:
 
 
 def _rounded(tokens: int) -> int:
-    """Round down to a multiple of 64, so that noise of the measurement rarely changes the choice."""
+    """Round down to a multiple of ``SMALLEST``, so that measurement noise rarely changes the choice."""
     return max(SMALLEST, tokens // SMALLEST * SMALLEST)
 
 
 def remedies(job: Job, memory: Memory, capacity: int, longest: int) -> list[str]:
-    """List what would make a run fit, the least harmful first: a smaller micro-batch changes no result.
+    """List changes that reduce a run's memory, the least harmful first: a smaller micro-batch changes no result.
 
-    ``capacity``: tokens of a micro-batch that fits.
+    ``capacity``: tokens of the largest micro-batch that fits. ``longest``: tokens of the longest row.
     """
     found = []
     if capacity >= max(longest, SMALLEST):
