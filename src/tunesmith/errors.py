@@ -49,7 +49,7 @@ class StoppedError(TunesmithError):
 
 
 class NonFiniteError(StoppedError):
-    """A loss, a gradient or an updated weight was not finite; nothing of it was saved."""
+    """A loss, a gradient or an updated weight was not finite. It was not saved."""
 
 
 class GradientOverflowError(StoppedError):
@@ -57,7 +57,7 @@ class GradientOverflowError(StoppedError):
 
 
 class DiskError(StoppedError):
-    """The disk takes no more data: it became read-only, or it is broken; the last checkpoint is kept."""
+    """The disk accepts no more data, because it became read-only or is broken. The last checkpoint is kept."""
 
 
 class DiskFullError(DiskError):

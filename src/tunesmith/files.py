@@ -24,10 +24,10 @@ MARGIN_BYTES = 64 * 2**20
 """``publish_folder`` keeps this many bytes free in addition to the size of the folder."""
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-"""Error numbers of a full disk, an exhausted quota and a file-size limit (whose signal Python ignores)."""
+"""Error numbers of a full disk, an exhausted quota and a file-size limit (Python ignores the limit's signal)."""
 
 BROKEN = frozenset((errno.EROFS, errno.EIO))
-"""Error numbers of a disk that became read-only, as systems make it after an error, and of a broken one."""
+"""Error numbers of a read-only disk (a system makes a disk read-only after an error) and of a broken disk."""
 
 
 def home() -> Path:
@@ -63,7 +63,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
-    """Raise DiskFullError naming ``path`` when the disk fills up in this block, DiskError when it breaks."""
+    """Raise DiskFullError with ``path`` when the disk fills up in this block, and DiskError when it breaks."""
     try:
         yield
     except Exception as error:
@@ -103,7 +103,7 @@ def publish_file(target: Path) -> Iterator[Path]:
             temporary.replace(target)
             sync(target.parent)
     finally:
-        with suppress(OSError):  # of a disk that became read-only
+        with suppress(OSError):  # the disk may have become read-only
             temporary.unlink(missing_ok=True)
 
 

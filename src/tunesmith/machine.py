@@ -77,7 +77,7 @@ def available_memory_bytes() -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that this process may still take on ``device``."""
+    """Return the bytes that this process can still allocate on ``device``."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return available_memory_bytes()

@@ -240,9 +240,10 @@ def pull(
 def _rendering_tokenizer(
     model: str | None, recipe_model: str | None, template: str | None, kwargs: JsonObject
 ) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-    """The tokenizer that renders rows, of ``--model`` or the recipe's model, and a remark where there is none.
+    """Return the tokenizer of ``--model``, or of the recipe's model, to render rows; or None and a remark.
 
-    An encoder has no chat template. A recipe's model that is not on this machine is no fault of its rows.
+    An encoder renders no rows, because it has no chat template. A recipe's model that cannot be opened is
+    reported in the remark, not raised, because the rows may still be good.
     """
     from tunesmith.data.encode.templates import apply_template
     from tunesmith.models.find.locate import locate

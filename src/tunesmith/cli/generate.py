@@ -87,7 +87,7 @@ def generate(
 
 
 def _read(model: str, data: str, reading: JsonObject, **keys: object) -> list[AskedPrompt]:
-    """Return the prompts of a file, read as the model's training read its rows. Raises UserError."""
+    """Return the prompts of a file, read with the columns that the model's training used. Raises UserError."""
     from tunesmith.data.read import prompts
     from tunesmith.evaluate import trained_reading
 
@@ -102,7 +102,7 @@ def _read(model: str, data: str, reading: JsonObject, **keys: object) -> list[As
 
 
 def _warn_of_omitted_text(asked: list[AskedPrompt], pair: Loaded) -> None:
-    """Print how many prompts have text or tools that the chat template leaves out, and what the first loses."""
+    """Warn of prompts whose text or tools the chat template leaves out: their number, and what the first loses."""
     from tunesmith.data.encode.conversations import find_omitted_text
     from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
     from tunesmith.data.rows import Chat
@@ -114,7 +114,7 @@ def _warn_of_omitted_text(asked: list[AskedPrompt], pair: Loaded) -> None:
     chats = [(one.row, one.prompt) for one in asked if isinstance(one.prompt, Chat)]
     try:
         losing = [(row, omitted) for row, chat in chats if (omitted := find_omitted_text(chat, renderer))]
-    except RENDER_ERRORS:  # the template refuses the conversation, which generation reports
+    except RENDER_ERRORS:  # the template refuses the conversation; generation reports that
         return
     if losing:
         row, omitted = losing[0]
@@ -124,7 +124,7 @@ def _warn_of_omitted_text(asked: list[AskedPrompt], pair: Loaded) -> None:
 
 
 def _answered(asked: AskedPrompt, answer: str) -> JsonObject:
-    """One line of ``--out``: row, prompt, answer, and the answer of the data as ``reference``."""
+    """Return one line of ``--out``: row, prompt, answer, and the data's answer as ``reference``."""
     known = asked.as_dict()
     reference = {"reference": known.pop("reference")} if "reference" in known else {}
     return {**known, "answer": answer, **reference}

@@ -24,8 +24,8 @@ def launch(
     from tunesmith.recipe import load
     from tunesmith.runs import run_folder
 
-    checked = load(recipe, overrides or ())  # a wrong recipe starts no process
-    # nor does a run folder that is in use; the main process locks it anew
+    checked = load(recipe, overrides or ())  # report a wrong recipe before any process starts
+    # report a run folder that is in use, too; the main process locks the folder again
     run_folder.claim(out or Path("runs") / recipe.stem, run_folder.start_of(resume, restart)).close()
 
     from tunesmith.train.distributed import check_processes

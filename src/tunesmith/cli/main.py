@@ -107,9 +107,9 @@ def main(argv: list[str] | None = None, report: Reporter = output.report_error) 
 
 
 def _flag_advice(error: Any, args: list[str]) -> str | None:
-    """Advice for an unknown option of a verb that takes keys of the recipe.
+    """Return advice for an unknown option of a command that takes recipe keys.
 
-    ``error`` is typer's; its class for an unknown option has no public name."""
+    ``error`` is untyped, because typer has no public name for its class of an unknown option."""
     flag = vars(error).get("option_name")
     context = vars(error).get("ctx")
     if flag is None or context is None or "overrides" not in {one.name for one in context.command.params}:

@@ -233,7 +233,7 @@ def _comparison(facts: JsonObject, names: list[str]) -> list[RenderableType]:
 
 
 def _changes(facts: JsonObject, names: list[str]) -> list[str]:
-    """``b against a: eval_loss -0.1 (-0.15 to -0.04), better``: over the held-out rows that both runs have."""
+    """Return lines such as ``b against a: eval_loss -0.1 (-0.15 to -0.04), better``, over the same rows."""
     words = {True: "better", False: "worse", None: "may be chance"}
     lines = []
     for name, changes in zip(names[1:], facts["changes"]):

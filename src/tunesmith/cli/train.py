@@ -36,8 +36,8 @@ def train(
     folder = out or Path("runs") / recipe.stem
     alone = (
         int(os.environ.get("WORLD_SIZE", "1")) == 1
-    )  # of several processes, run.train locks in the main one
-    # before torch is imported, which takes seconds
+    )  # with several processes, run.train locks the folder in the main process
+    # lock the folder before the import of torch, which takes seconds
     claimed = run_folder.claim(folder, run_folder.start_of(resume, restart)) if alone else None
     try:
         print_stderr(brief(checked))
@@ -88,7 +88,7 @@ def _verdicts(outcome: JsonObject) -> list[str]:
 
 
 def _answers_line(samples: list[JsonObject]) -> str:
-    """Return whether the sample answers came nearer to their references; "" without references."""
+    """Return a line on whether the sample answers came nearer to their references; "" without references."""
     from tunesmith.metrics import squad
 
     pairs = [
@@ -142,7 +142,7 @@ def _figures(outcome: JsonObject) -> Table:
 
 
 def change_and_baseline(figure: JsonObject) -> list[str]:
-    """``+0.329 (+0.25 to +0.41)`` and ``0.55, always bad``: cells next to an assessed figure."""
+    """Return the cells next to an assessed figure: ``+0.329 (+0.25 to +0.41)`` and ``0.55, always bad``."""
     change, baseline = figure.get("change"), figure.get("baseline")
     return [
         change_text(change) if change else "",

@@ -80,7 +80,7 @@ def evaluate(
         "prompt_template": prompt_template,
     }
     hub = {"split": split, "name": name, "streaming": streaming}
-    make_source(data, limit=limit, **reading, **hub)  # a wrong option costs no loading
+    make_source(data, limit=limit, **reading, **hub)  # report a wrong option before the model loads
     opened = open_model(model, objective, overlong, max_length)
     network, chosen = opened.network, opened.objective
     source = source_as_trained(opened.trained, data, chosen.traits.rows, reading, {"limit": limit, **hub})

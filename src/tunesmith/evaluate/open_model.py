@@ -35,9 +35,9 @@ class OpenedModel:
     objective: Objective
     loaded_here: bool
     max_length: int | None
-    """Tokens of a row: as asked, or as training cut its rows; None = the window."""
+    """Most tokens of a row: the caller's limit, or the one that training used; None = the model's window."""
     trained: JsonObject
-    """What the model remembers of its training (``record.trained``)."""
+    """Facts about the training that were saved with the model (``record.trained``)."""
 
     def prepare(self, dtype: str, examples: Sequence[Example], longest: int) -> fast_path.FastPath:
         """Cast and move the network, and choose its route by two short ``examples``.

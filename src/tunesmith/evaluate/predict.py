@@ -72,7 +72,7 @@ def predict(
     """
     hub = {"split": split, "name": name, "streaming": streaming}
     given, keys = {"format": format, "columns": columns}, {"limit": limit, **hub}
-    make_source(data, **given, **keys)  # a wrong option costs no loading
+    make_source(data, **given, **keys)  # report a wrong option before the model loads
     opened = open_model(model, max_length=max_length, rewards=rewards)
     if not isinstance(opened.objective, TaskHead):
         use = "train a reward model with objective: reward" if rewards else "use tunesmith generate"

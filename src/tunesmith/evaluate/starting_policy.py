@@ -1,4 +1,4 @@
-"""The reference of a saved preference model: the policy that its training started from, loaded again."""
+"""Compute the reference log-probabilities of a saved preference model: those of the model training started from."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from tunesmith.train.reference import Reference, key_of
 def attach_reference(
     opened: OpenedModel, rows: Encoded, given: str | Path | None, precision: str, budget: int
 ) -> Encoded:
-    """Return ``rows`` with the ``reference_logps`` of the model ``given``, or of the one that training started
-    from. Both models are in memory for that time. Raises ModelError when the latter is not there."""
+    """Return ``rows`` with the ``reference_logps`` of the model ``given``.
+
+    None = the model that training started from; raises ModelError if it is missing or changed. The trained
+    model and the reference are in memory at the same time."""
     folder = locate(given) if given is not None else locate(_start(opened))
     start = replace(opened, network=load.load_model(folder), loaded_here=True)
     shortest = sorted(range(len(rows)), key=lambda row: rows.lengths[row])[:2]

@@ -1,4 +1,4 @@
-"""Read a file as the training of a saved model read its rows, by what the model remembers of it."""
+"""Read a file in the way in which a model's training read its rows. The saved model records that way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ModelArgument = str | Path | tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 
 def trained_with(model: ModelArgument) -> JsonObject:
-    """Return ``record.trained`` of a model; {} for a model in memory, and for one that no run saved.
+    """Return ``record.trained`` of a model; {} for a model in memory or a model that no run saved.
 
     Raises ModelError for a model that cannot be found."""
     return {} if isinstance(model, tuple) else record.trained(locate(model, checkpoints=True).path)
@@ -52,10 +52,11 @@ def source_as_trained(
     gold: bool = True,
     prompts: bool = False,
 ) -> Source:
-    """Return the source ``data``, read as one of the model's training sources where the file has its columns.
+    """Return the source ``data``, with the reading keys of a training source if the file has that one's columns.
 
-    ``given``: values for READING_KEYS of ``data_config``; any that is set replaces what the model remembers. ``accepted``,
-    ``gold`` and ``prompts``: as in ``open_source``. ``keys``: other keys of the source. Raises RecipeError."""
+    ``given``: values for READING_KEYS of ``data_config``. If any of them is set, the keys that training
+    recorded are not used. ``accepted``, ``gold`` and ``prompts``: as in ``open_source``. ``keys``: other keys of
+    the source. Raises RecipeError."""
     plain = make_source(data, **given, **keys)
     remembered = [] if any(given.values()) else trained.get("readings") or []
     for reading in remembered:

@@ -127,9 +127,9 @@ def fold(folder: Folder, dtype: str = "auto") -> FoldedAdapter:
 
 
 def _automatic_dtype(folder: Folder) -> torch.dtype:
-    """Return the base's dtype; fp32 for a task head, whose few numbers are small differences of large ones.
+    """Return the base's dtype, or fp32 for a model with a task head.
 
-    In bf16, rewards moved by 0.045.
+    The few outputs of a task head are small differences of large numbers: in bf16, rewards moved by 0.045.
     """
     return load.checkpoint_dtype(folder.network) if load.head_of(folder) == "lm" else torch.float32
 

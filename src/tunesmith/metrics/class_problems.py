@@ -1,7 +1,8 @@
-"""The three problems of classification: their figures by row, the prediction that needs no model, the decisions.
+"""The three problem types of classification: one class, several labels, numbers.
 
-``targets`` and ``scores`` are (n, k): class ids or numbers (n, 1), or a 0 or 1 for each of k labels. A figure by
-row is what each row adds to the two sums whose ratio the figure is."""
+Each has its figures, a baseline that predicts the same for every row, and its decisions. ``scores`` are
+(n, k). ``targets`` are class ids or numbers (n, 1), or a 0 or 1 for each of k labels (n, k). A figure by row is
+a ratio of two sums over rows, given as each row's term of either sum."""
 
 from __future__ import annotations
 
@@ -23,13 +24,13 @@ FIGURES = (
 """Figures of one class, of several labels, and of numbers."""
 
 Columns = dict[str, tuple[np.ndarray, np.ndarray]]
-"""Figure -> both sums' terms, each (n,)."""
+"""Figure -> the rows' terms of its numerator and of its denominator, each (n,)."""
 
 
 def _by_place(
     places: Sequence[Place], columns: Mapping[str, tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, RowValues]:
-    """Return ``eval_`` before each figure -> row -> its two terms."""
+    """Return the two terms of each row by figure, with ``eval_`` before the figure's name."""
     return {
         f"eval_{name}": dict(zip(places, zip(above.astype(float).tolist(), below.astype(float).tolist())))
         for name, (above, below) in columns.items()
@@ -38,9 +39,11 @@ def _by_place(
 
 @dataclass(frozen=True)
 class Problem:
-    """``measure``: all figures. ``by_row``: those that are ratios. ``constant``: scores of the best prediction
-    that is the same for every row, and that prediction in words. ``decide``: scores to decisions (n, ...).
-    ``always``: how a model that decides the same for all rows is described."""
+    """Functions of one problem type.
+
+    ``measure``: return all figures. ``by_row``: return the terms of those that are ratios. ``constant``:
+    return the scores of the best constant prediction, and that prediction in words. ``decide``: turn scores
+    into decisions (n, ...). ``always``: describe a model whose decision is the same for all rows."""
 
     measure: Callable[[np.ndarray, np.ndarray, Sequence[str], float], JsonObject]
     by_row: Callable[[np.ndarray, np.ndarray, float], Columns]
@@ -69,7 +72,7 @@ class Problem:
         names: Sequence[str],
         threshold: float,
     ) -> tuple[str, dict[str, RowValues], float | None]:
-        """The constant prediction in words, its figures by row, and its macro F1 if there are classes."""
+        """Return the constant prediction in words, its figures by row, and its macro F1 if there are classes."""
         constant, words = self.constant(targets, scores, names)
         macro_f1 = self.measure(targets, constant, names, threshold).get("macro_f1")
         return words, _by_place(places, self.by_row(targets, constant, threshold)), macro_f1
@@ -77,7 +80,7 @@ class Problem:
     def remarks(
         self, targets: np.ndarray, scores: np.ndarray, names: Sequence[str], threshold: float
     ) -> list[str]:
-        """A sentence where the decision is the same for all rows, and the truth is not."""
+        """Return a sentence if the decision is the same for all rows although their targets differ."""
         decisions = self.decide(scores, threshold)
         if len(np.unique(targets, axis=0)) < 2 or len(np.unique(decisions, axis=0)) > 1:
             return []
@@ -160,4 +163,4 @@ PROBLEMS = {
     "multi_label_classification": MULTI_LABEL,
     "regression": NUMBERS,
 }
-"""By transformers' ``problem_type``."""
+"""The problem types, by the names of transformers' ``problem_type``."""

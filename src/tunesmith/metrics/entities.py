@@ -21,7 +21,7 @@ PROBLEMS = {
 
 
 ENTITY_TAG = re.compile(r"O|[BIESLUMW](-\S.*)?")
-"""A tag of IOB, BIOES, BILOU or BMES."""
+"""Matches a tag of IOB, BIOES, BILOU or BMES."""
 
 
 def scheme_of(tags: Iterable[str]) -> str | None:
@@ -53,18 +53,19 @@ def spans(tags: Sequence[str]) -> list[Span]:
 
 
 def odd_tags(tags: Iterable[str]) -> tuple[str | None, list[str]]:
-    """Return the scheme of the tags with a type, and the tags that follow neither it nor BILOU or BMES.
+    """Return the scheme of the tags with a type, and the tags that no entity scheme has.
 
-    Parts of speech have no scheme, and none of them is odd."""
+    Parts of speech have no scheme, so none of them is odd."""
     names = list(dict.fromkeys(tags))
     scheme = scheme_of(tag for tag in names if tag == "O" or tag[1:2] == "-")
     return scheme, [tag for tag in names if scheme and not ENTITY_TAG.fullmatch(tag)]
 
 
 def is_iob1(rows: Iterable[Sequence[str]]) -> bool:
-    """True if rows of tags follow IOB1: an entity begins with I-, and with B- only after one of its type.
+    """Return whether the rows' tags follow IOB1.
 
-    Tags without any B- are read as IO, which has the same entities."""
+    There an entity begins with I-, or with B- if an entity of the same type is right before it. Tags without
+    any B- are not taken for IOB1: they are IO, which has the same entities."""
     begins_inside = begins = False
     for tags in rows:
         before = ""
@@ -80,7 +81,7 @@ def is_iob1(rows: Iterable[Sequence[str]]) -> bool:
 
 
 def to_iob2(tags: Sequence[str]) -> tuple[str, ...]:
-    """Return IOB1 tags in IOB2, where every entity begins with B-."""
+    """Convert IOB1 tags to IOB2, where every entity begins with B-."""
     converted, before = [], ""
     for tag in tags:
         inside = tag == "I" or tag.startswith("I-")
@@ -91,7 +92,7 @@ def to_iob2(tags: Sequence[str]) -> tuple[str, ...]:
 
 
 def complete(names: Iterable[str]) -> set[str]:
-    """Return the tags with those that their scheme has for the same types: B- and I-, in BIOES E- and S-, too."""
+    """Add the tags that complete each type in its scheme: B- and I-; in BIOES also E- and S-."""
     found = set(names)
     kinds = {"BIO": "BI", "BIOES": "BIES"}.get(scheme_of(found) or "", "")
     return found | {kind + tag[1:] for tag in found if tag != "O" for kind in kinds}
@@ -154,7 +155,7 @@ def score(
 def sums_of_row(
     gold: Sequence[str], predicted: Sequence[str], scheme: str | None
 ) -> dict[str, tuple[float, float]]:
-    """Return what a row adds to the two sums whose ratio is its accuracy, F1, precision and recall."""
+    """Return a row's terms of accuracy, F1, precision and recall, each a ratio of two sums over rows."""
     right = sum(tag == true for tag, true in zip(predicted, gold))
     sums = {"accuracy": (float(right), float(len(gold)))}
     if scheme is None:

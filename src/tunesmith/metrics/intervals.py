@@ -1,9 +1,10 @@
-"""Intervals of figures over rows, and of the difference between two evaluations of the same rows.
+"""Compute confidence intervals of figures, and of the difference between two evaluations of the same rows.
 
-A figure is a ratio of two sums over rows: a mean loss, an accuracy, an F1 (twice the hits over all marks). Rows
-are drawn again with replacement, whole, because the tokens of a row depend on each other (Efron and Tibshirani,
-An Introduction to the Bootstrap, 1993, sections 13.3 and 10.3). Both evaluations of a difference use the same
-draw, so that rows that are hard for both cancel. The draws are seeded: the same rows give the same interval.
+A figure is a ratio of two sums over rows: a mean loss, an accuracy, an F1 (twice the true positives, divided
+by the sum of predicted and gold positives). The bootstrap draws whole rows with replacement, because the
+tokens of a row depend on each other (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sections
+13.3 and 10.3). For a difference, both evaluations use the same draw (a paired bootstrap), so that the effect
+of rows that are hard for both cancels. The draws are seeded, so equal rows have equal intervals.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import numpy as np
 LEVEL = 0.95
 MOST_DRAWS, FEWEST_DRAWS = 1000, 200
 DRAWN_ROWS = 4_000_000
-"""Rows drawn for one interval, at most: fewer draws of many rows take the same time."""
+"""Most rows drawn for one interval. A large set gets fewer draws (at least ``FEWEST_DRAWS``) to bound the time."""
 
 Place = tuple[int, int]
-"""(source, row of its file)."""
+"""Identity of a row: (index of its source, row in the source's file)."""
 RowValues = Mapping[Place, tuple[float, float]]
-"""What a row adds to the two sums of a figure."""
+"""Row -> its terms of a figure's numerator and denominator."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ class Interval:
 
 
 def figure(rows: RowValues) -> float | None:
-    """Return the figure of these rows; None where there is nothing to divide by."""
+    """Return the figure of these rows; None where the denominator is 0."""
     above, below = np.array(list(rows.values()), np.float64).reshape(-1, 2).sum(axis=0)
     return float(above / below) if below else None
 
 
 def of_figure(rows: RowValues) -> Interval | None:
-    """Return a figure with its interval: Wilson's for a share of rows, else a bootstrap. None below two rows."""
+    """Return a figure with its interval: Wilson's for a share of rows, else a bootstrap's.
+
+    None for fewer than two rows, a value that is not finite, or a denominator of 0."""
     values = np.array(list(rows.values()), np.float64).reshape(-1, 2)
     if not _can_be_drawn(values):
         return None
@@ -58,7 +61,9 @@ def of_figure(rows: RowValues) -> Interval | None:
 
 
 def of_difference(before: RowValues, after: RowValues) -> Interval | None:
-    """Return ``after`` minus ``before`` over the rows of both. None below two rows, or where one has no value."""
+    """Return ``after`` minus ``before`` over the rows that both have, with a paired bootstrap interval.
+
+    None for fewer than two common rows, a value that is not finite, or a denominator of 0."""
     places = sorted(before.keys() & after.keys())
     values = np.array([(*before[place], *after[place]) for place in places], np.float64).reshape(-1, 4)
     if not (_can_be_drawn(values[:, :2]) and _can_be_drawn(values[:, 2:])):
@@ -75,7 +80,7 @@ def _can_be_drawn(values: np.ndarray) -> bool:
 
 
 def _draws(values: np.ndarray) -> np.ndarray:
-    """Sums (draws, k) of ``values`` (rows, k) over rows drawn with replacement."""
+    """Return the sums (draws, k) of ``values`` (rows, k) over rows drawn with replacement."""
     rows = len(values)
     generator = np.random.default_rng(0)
     draws = int(np.clip(DRAWN_ROWS // rows, FEWEST_DRAWS, MOST_DRAWS))
@@ -87,7 +92,7 @@ def _draws(values: np.ndarray) -> np.ndarray:
 
 
 def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Ratios; those of draws with nothing to divide by are nan, and take no part in the interval."""
+    """Return the ratios of the draws. A draw with a denominator of 0 is nan, which the interval leaves out."""
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
 
 
@@ -97,7 +102,7 @@ def _middle(values: np.ndarray) -> tuple[float, float]:
 
 
 def _wilson(share: float, rows: int) -> tuple[float, float]:
-    """Wilson 1927, equation 4 of Brown, Cai and DasGupta 2001."""
+    """Return the score interval of Wilson 1927 (Brown, Cai and DasGupta 2001, equation 4)."""
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
     half = z / (1 + z * z / rows) * (share * (1 - share) / rows + z * z / (4 * rows * rows)) ** 0.5

@@ -53,7 +53,7 @@ T = TypeVar("T")
 class Baseline:
     """The figure of a rule that needs no model, such as "always the most frequent class".
 
-    ``rows``: what each row adds to it, where the figure has such values."""
+    ``rows``: each row's terms of the figure; None for a figure that is not a ratio of sums over rows."""
 
     words: str
     value: float
@@ -81,7 +81,7 @@ class Traits:
     best: tuple[str, Literal["min", "max"]] = ("eval_loss", "min")
     """The evaluation figure that chooses the best model."""
     figures: tuple[str, ...] = ("eval_loss", "perplexity")
-    """The evaluation figures that may choose the best model; which of them are reported may depend on the data."""
+    """The evaluation figures that may choose the best model. An evaluation may report only some of them."""
     overlong: Literal["error", "split", "drop", "truncate"] = "error"
     """Policy for a row above ``max_length``."""
     fits_rows: bool = False
@@ -171,11 +171,11 @@ class Objective:
         raise NotImplementedError
 
     def encode_held_out(self, rows: Sequence[Any], tokenizer: Tokenizer) -> list[list[Example]]:
-        """``encode`` for rows that are only evaluated: they may have labels that the training rows lack."""
+        """Tokenise rows of the evaluation set. They may have labels that the training rows lack."""
         return self.encode(rows, tokenizer)
 
     def check_labels(self, row: Any, held_out: bool) -> None:
-        """Raise the RowFault of a row that ``encode`` would refuse because of its label or tags."""
+        """Raise RowFault if ``encode`` would refuse the row because of its label or tags."""
 
     def extend(self, data: Encoded) -> Encoded:
         """Add arrays to the examples that only the whole data set can provide; see ``Encoded.attaching``."""
@@ -202,22 +202,25 @@ class Objective:
         raise NotImplementedError
 
     def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
-        """Figures of ``summarise`` that are a ratio of two sums over rows, with what each row adds to the two:
-        differences of these get an interval."""
+        """Return the figures of ``summarise`` that are a ratio of two sums over rows, as the terms of each row.
+
+        Only these figures and their differences have an interval."""
         return {}
 
     def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
-        """Figures of :meth:`summarise` -> the value that a rule without a model reaches on the same rows. A loss
-        has none: it is compared with that before training."""
+        """Return, by figure of :meth:`summarise`, what a rule without a model reaches on the same rows.
+
+        A loss has no baseline: it is compared with the loss before training."""
         return {}
 
     def remarks(self, records: Sequence[JsonObject]) -> list[str]:
-        """Sentences on what no figure shows, such as a model that predicts one class only."""
+        """Return sentences on faults that no figure shows, such as a model that predicts only one class."""
         return []
 
     def answers(self, records: Sequence[JsonObject]) -> list[JsonObject]:
-        """The model's answer to each row: {row, prediction, gold, loss, ...}, in the order of rows. Empty for an
-        objective whose answers are text to be generated."""
+        """Return the model's answer to each row, in the order of rows: {row, prediction, gold, loss, ...}.
+
+        Empty for an objective whose answers are generated text."""
         return []
 
     def reference_logps(self, model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
@@ -247,7 +250,7 @@ class LanguageModel(Objective):
         return lm_loss(model, batch), {}
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
-        """(sum of losses, supervised tokens) of each example, and the row that it came from."""
+        """Return (sum of losses, supervised tokens) of each example, and the row that it came from."""
         from tunesmith.models.heads.lm_head import row_losses
 
         return {"rows": row_losses(model, batch), "places": batch["rows"]}
@@ -257,7 +260,7 @@ class LanguageModel(Objective):
         return token_mean(records)
 
     def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
-        """The loss; blocks of one document and turns of one conversation are one row."""
+        """Return the loss. Blocks of one document and turns of one conversation count as one row."""
         rows: dict[intervals.Place, tuple[float, float]] = {}
         for record in records:
             for place, (loss, tokens) in zip(record["places"], record["rows"], strict=True):
@@ -346,8 +349,10 @@ def sum_over_pairs(
 
 
 def always_longer(longer: RowValues) -> Baseline:
-    """The baseline of an accuracy over pairs: always the longer answer, or the shorter where that is right more
-    often. ``longer``: of each row the pairs whose better answer is the longer one (a tie is half), all pairs."""
+    """Return the baseline of an accuracy over pairs: always the longer answer, or always the shorter one.
+
+    It is the rule that is right more often. ``longer``: row -> (pairs whose better answer is the longer one,
+    all pairs); a tie counts half."""
     share = intervals.figure(longer)
     if share is None or share >= 0.5:
         return Baseline.of_rows("always the longer answer", longer)

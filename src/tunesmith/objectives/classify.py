@@ -338,7 +338,7 @@ class Objective(objectives.TaskHead):
         return PROBLEMS[self.problem].row_figures(*self._joined(records), self.threshold)
 
     def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
-        """Always the most frequent class, always the most frequent labels, or always the mean."""
+        """Return the figures of always the most frequent class, the most frequent labels, or the mean."""
         known = self._joined(records)[:3]
         words, rows, macro_f1 = PROBLEMS[self.problem].baseline(*known, self.labels, self.threshold)
         other = {} if macro_f1 is None else {"eval_macro_f1": Baseline(words, macro_f1)}

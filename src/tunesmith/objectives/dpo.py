@@ -134,7 +134,7 @@ REFERENCE_FREE = ("simpo", "orpo")
 
 
 NO_FIGURES = ("row", "longer", "answers")
-"""Entries of the record of a row that are no figures."""
+"""Entries of a row's record that are not figures."""
 
 
 class Objective(objectives.Objective):
@@ -165,7 +165,7 @@ class Objective(objectives.Objective):
         return objectives.sum_over_pairs(losses, figures, batch)
 
     def _compare(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Loss and figures of each pair (n,), and the reward of each answer."""
+        """Return the loss and the figures of each pair (n,), and the reward of each answer."""
         import torch
 
         from tunesmith.models.heads.log_probs import answer_logps
@@ -210,8 +210,9 @@ class Objective(objectives.Objective):
         return list(torch.split(answer_logps(model, batch).cpu().double(), batch["counts"]))
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
-        """For each row, the means over its pairs of the loss and the figures, and the share of its pairs whose
-        chosen answer is the longer one."""
+        """Return, for each row, the means of loss and figures over its pairs, and the rewards of its answers.
+
+        ``longer``: share of its pairs whose chosen answer is the longer one; a tie counts half."""
         import torch
 
         with torch.no_grad():
@@ -249,12 +250,12 @@ class Objective(objectives.Objective):
         return {f"eval_{name}": {row["row"]: (row[name], 1.0) for row in rows} for name in names}
 
     def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
-        """Always the longer answer."""
+        """Return the accuracy of always choosing the longer, or the shorter, answer of a pair."""
         longer = {row["row"]: (row["longer"], 1.0) for record in records for row in record["rows"]}
         return {"eval_rewards/accuracies": objectives.always_longer(longer)}
 
     def answers(self, records: Sequence[JsonObject]) -> list[JsonObject]:
-        """For each row the rewards of its answers, its loss, and whether every pair is ranked correctly."""
+        """Return, for each row, the rewards of its answers, its loss, and whether it ranks every pair correctly."""
         rows = sorted((row for record in records for row in record["rows"]), key=lambda row: row["row"])
         return [
             {

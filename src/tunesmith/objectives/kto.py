@@ -204,7 +204,9 @@ class Objective(objectives.Objective):
         return objectives.mean_loss(losses) | means | ({"eval_kl": kl} if self.estimates_kl else {})
 
     def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
-        """Rewards and log p of either kind; the loss, whose KL baseline is one number for all rows, is none."""
+        """Return rewards and log p of the chosen and the rejected answers.
+
+        The loss has no terms by row, because its KL term is one number for all rows."""
         rows = [row for record in records for row in record["rows"]]
         values = {"rewards": ("ratio", self.config.beta), "logps": ("logp", 1.0)}
         return {

@@ -236,7 +236,7 @@ class Objective(objectives.TaskHead):
         return [answer for answer in self.answers(records) if answer["gold"] is not None]
 
     def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
-        """Always no answer."""
+        """Return the figures of always predicting no answer."""
         ratios = _ratios([(answer, "") for answer in self._known(records)])
         return {name: Baseline.of_rows("always no answer", rows) for name, rows in ratios.items()}
 
@@ -280,7 +280,7 @@ class Objective(objectives.TaskHead):
 
 
 def _ratios(pairs: Sequence[tuple[JsonObject, str]]) -> dict[str, RowValues]:
-    """Exact match and F1 of an answer's gold and another prediction."""
+    """Return exact match and F1 by row. ``pairs``: (record with the gold answers, predicted text)."""
     measures = {"eval_exact_match": squad.exact_match, "eval_f1": squad.f1}
     return {
         name: {

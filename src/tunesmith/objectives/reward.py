@@ -211,7 +211,7 @@ class Objective(objectives.TaskHead):
         }
 
     def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
-        """Always the longer answer."""
+        """Return the accuracy of always choosing the longer, or the shorter, answer of a pair."""
         longer = {
             row["row"]: (math.fsum(_side(pair["longer"]) for pair in row["pairs"]), float(len(row["pairs"])))
             for row in _sorted_rows(records)
@@ -253,7 +253,7 @@ def _rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _side(difference: float) -> float:
-    """1 above zero, 0 below, 1/2 for a tie."""
+    """Return 1 for a positive difference, 0 for a negative one, 1/2 for zero."""
     return 0.5 if difference == 0 else float(difference > 0)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 MOST_TYPES = 400
-"""Types of entities, or tags without types, that are still tags. Fine-grained sets have 100 to 150 types."""
+"""Most entity types, or tags without types, of a data set. Fine-grained sets have 100 to 150 types."""
 
 
 class Config(objectives.Config):
@@ -99,7 +99,9 @@ class Objective(objectives.TaskHead):
         self._set_labels(self._saved_labels)
 
     def _set_iob1(self, converts: bool) -> None:
-        """Convert the tags of all rows from IOB1 to IOB2. The fact is absent otherwise, so caches stay valid."""
+        """Set whether ``encode`` converts tags from IOB1 to IOB2.
+
+        The fact ``iob1`` is absent if it does not, so that existing caches stay valid."""
         self.facts = {name: fact for name, fact in self.facts.items() if name != "iob1"}
         self.facts |= {"iob1": True} if converts else {}
 
@@ -139,7 +141,7 @@ class Objective(objectives.TaskHead):
             self._note_tags(counts, sequences)
 
     def _names_all_begins(self) -> bool:
-        """True if ``objective.labels`` has B- for every type."""
+        """Return whether ``objective.labels`` has a B- tag for every type."""
         return set(self.labels) >= {"B" + name[1:] for name in self.labels if name != "O"}
 
     def _choose_labels(self, counts: Counter[str]) -> list[str]:
@@ -158,7 +160,7 @@ class Objective(objectives.TaskHead):
             )
         _check_kinds(counts)
         if set(names) <= set(self._saved_labels):
-            return self._saved_labels  # the trained head is used further, so its ids stay
+            return self._saved_labels  # the run continues with a trained head, whose ids must stay
         return _sort_tags(entities.complete(names))
 
     def _note_tags(self, counts: Counter[str], sequences: Counter[tuple[str, ...]]) -> None:
@@ -194,7 +196,7 @@ class Objective(objectives.TaskHead):
         return self._encode(rows, tokenizer, unseen=self.restored)
 
     def encode_held_out(self, rows: Sequence[Tagged], tokenizer: Tokenizer) -> list[list[Example]]:
-        """A tag that the model does not have counts as a mistake."""
+        """Tokenise held-out rows. A tag that the model does not have counts as a mistake."""
         return self._encode(rows, tokenizer, unseen=True)
 
     def check_labels(self, row: Tagged, held_out: bool) -> None:
@@ -202,7 +204,7 @@ class Objective(objectives.TaskHead):
         tagging.targets_of(self._in_scheme([row])[0], 0, numbers, held_out)
 
     def _in_scheme(self, rows: Sequence[Tagged]) -> Sequence[Tagged]:
-        """The rows with IOB1 tags converted to IOB2, if the training rows have them."""
+        """Return the rows, with their tags converted from IOB1 to IOB2 if the training rows are IOB1."""
         if not self.facts.get("iob1"):
             return rows
         return [replace(row, tags=row.tags and entities.to_iob2(row.tags)) for row in rows]
@@ -214,7 +216,8 @@ class Objective(objectives.TaskHead):
         )  # fmt: skip
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """``targets`` (places,): tag ids at ``positions``, -1 = not known, below = unseen; ``words``: by window, indices."""
+        """Make a batch. ``targets`` (places,): tag ids at ``positions``; -1 = unknown, below -1 = a tag that the
+        model does not have. ``words``: indices of the words of each window."""
         import torch
 
         batch = pack.with_positions(examples, layout, [example["places"] for example in examples])
@@ -315,7 +318,7 @@ class Objective(objectives.TaskHead):
         return [answer for answer in self.answers(records) if answer["gold"] is not None]
 
     def _ratios(self, pairs: Sequence[tuple[JsonObject, list[str]]]) -> dict[str, RowValues]:
-        """Accuracy, and F1, precision and recall of entities, of an answer's gold tags and other tags."""
+        """Return accuracy by row, and entities' F1, precision and recall. ``pairs``: (record, predicted tags)."""
         figures: dict[str, dict[intervals.Place, tuple[float, float]]] = {}
         for answer, tags in pairs:
             for name, sums in entities.sums_of_row(answer["gold"], tags, self.scheme).items():
@@ -323,7 +326,7 @@ class Objective(objectives.TaskHead):
         return dict(figures)
 
     def baselines(self, records: Sequence[JsonObject]) -> dict[str, Baseline]:
-        """Always O; where the tags have no O, always the most frequent one."""
+        """Return the figures of always O; if the tags have no O, of always the most frequent tag."""
         known = self._known(records)
         counts = Counter(tag for answer in known for tag in answer["gold"])
         if not counts:
@@ -339,8 +342,10 @@ class Objective(objectives.TaskHead):
         return [f"it predicts one tag only: {predicted.pop()}"] if len(predicted) == 1 < len(gold) else []
 
     def details(self, records: Sequence[JsonObject]) -> JsonObject:
-        """:func:`tunesmith.metrics.entities.score` over the rows whose tags are known; ``broken_tags``: how
-        often their gold tags break the scheme; ``unseen``: words whose gold tag the model does not have."""
+        """Return :func:`tunesmith.metrics.entities.score` over the rows with gold tags, and two counts.
+
+        ``broken_tags``: how often gold tags break the scheme. ``unseen``: words whose gold tag the model does
+        not have."""
         known = [answer for answer in self.answers(records) if answer["gold"] is not None]
         golds = [answer["gold"] for answer in known]
         found = entities.score(golds, [answer["prediction"] for answer in known], self.scheme)
@@ -368,7 +373,7 @@ def _sort_tags(names: Iterable[str]) -> list[str]:
 
 
 def _check_kinds(counts: Counter[str]) -> None:
-    """Raise DataError for tags that are hardly tags: hundreds of kinds, or a few that break an entity scheme."""
+    """Raise DataError if the tags are probably not tags: more than ``MOST_TYPES``, or some outside the scheme."""
     types = {tag.partition("-")[2] or tag for tag in counts}
     if len(types) > MOST_TYPES:
         rarest = shorten(min(counts, key=counts.__getitem__))
@@ -384,14 +389,14 @@ def _check_kinds(counts: Counter[str]) -> None:
 
 
 def _odd_tags(counts: Counter[str]) -> str | None:
-    """Name the tags that do not follow the entity scheme of the others; None where there are none."""
+    """Return words on the tags that do not follow the entity scheme of the others; None if all follow it."""
     scheme, odd = entities.odd_tags(counts)
     named = ", ".join(f"{shorten(tag)} ({counts[tag]})" for tag in odd[:5])
     return f"{named} do not follow {scheme}" if odd else None
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """(places,): cross-entropy, 0 where the target is not known or not a tag of the model."""
+    """Return the cross-entropy (places,); 0 where the target is unknown or not a tag of the model."""
     from torch.nn import functional
 
     return functional.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="none")

@@ -1,8 +1,8 @@
-"""Keys of other programs, and what they are here.
+"""Translate the keys of other programs to keys of a recipe.
 
-One table for transformers (``TrainingArguments``), TRL, PEFT, bitsandbytes, LLaMA-Factory, Axolotl, Unsloth and
-ms-swift; ``foreign_values`` has their values. ``validation`` asks it about unknown keys and wrong values, the
-command line about unknown flags.
+One table covers transformers (``TrainingArguments``), TRL, PEFT, bitsandbytes, LLaMA-Factory, Axolotl, Unsloth
+and ms-swift; ``foreign_values`` translates their values. ``validation`` uses both for the errors of unknown
+keys, wrong values and unknown command-line flags.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ from tunesmith.recipe.foreign_values import (
 
 @dataclass(frozen=True)
 class Pointer:
-    """The meaning here of another program's key. ``place``: the recipe's key, or ``--flag`` of the command line;
-    None = there is none, and ``note`` says why. ``value``: None = not translated."""
+    """Translation of another program's key.
+
+    ``place``: the recipe's key, or ``--flag`` of the command line; None = there is none, for the reason in
+    ``note``. ``value``: None = not translated."""
 
     place: str | None
     value: object = None
@@ -238,13 +240,13 @@ TABLE = (
           "nproc_per_node",
           None, unknown, "tunesmith launch starts the processes and finds the devices"),
 )  # fmt: skip
-"""In the order of a recipe."""
+"""All entries, in the order of a recipe's keys."""
 
 ENTRIES = {name.replace("-", "_"): entry for entry in TABLE for name in entry.names.split()}
 
 
 def find(name: str, value: object, given: Given) -> Pointer | None:
-    """The meaning of another program's key ``name`` with ``value`` here; None = the key is unknown."""
+    """Return the translation of another program's key ``name`` with ``value``; None = the key is unknown."""
     entry = ENTRIES.get(name.strip().lower().replace("-", "_"))
     if entry is None:
         return None

@@ -1,4 +1,4 @@
-"""Values as other programs write them, and what they are here: see ``foreign_keys``."""
+"""Translate values that are written as in other programs to values of a recipe; see ``foreign_keys``."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping
 from tunesmith.train.train_config import TRACKERS
 
 Given = Mapping[str, object]
-"""Every key of the recipe, at any depth -> its value."""
+"""Maps every key of the recipe, at any depth, to its value."""
 
 
 class Unset:
-    """The key is to be left out, because its value is what happens here anyway."""
+    """Marks a key that the user should leave out, because tunesmith behaves in that way by default."""
 
 
 LEAVE_OUT = Unset()
 
 Translate = Callable[[object, Given], object]
-"""(value, all keys) -> the value here; None = it cannot be translated, LEAVE_OUT = nothing is needed."""
+"""Maps (value, all keys) to the recipe's value; None = no translation, LEAVE_OUT = the key is not needed."""
 
 
 PER_DEVICE = ("per_device_train_batch_size", "micro_batch_size", "per_gpu_train_batch_size")
@@ -32,7 +32,7 @@ def unknown(value: object, given: Given) -> object:
 
 
 def if_true(wanted: object) -> Translate:
-    """``wanted`` for true; nothing is needed for false."""
+    """Translate true to ``wanted``, and false to LEAVE_OUT."""
     return lambda value, given: wanted if value is True else LEAVE_OUT if value in (False, None) else None
 
 
@@ -55,7 +55,7 @@ def is_count(value: object) -> bool:
 
 
 def sources(value: object, given: Given) -> object:
-    """``x.json``, ``[x.json]`` and Axolotl's ``[{path: x.json, type: alpaca}]`` -> ``[{path: x.json}]``."""
+    """Translate ``x.json``, ``[x.json]`` or Axolotl's ``[{path: x.json, type: alpaca}]`` to ``[{path: x.json}]``."""
     listed = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else []
     paths = [one.get("path") if isinstance(one, dict) else one for one in listed]
     return [{"path": path.strip()} for path in paths if isinstance(path, str) and path.strip()] or None
@@ -82,7 +82,7 @@ def warmup(value: object, given: Given) -> object:
 
 
 def every(value: object, given: Given) -> object:
-    """``epoch`` of a strategy (no, steps, epoch); the number of steps has a key of its own."""
+    """Translate the strategy ``epoch``. For the strategy ``steps``, another key has the number of steps."""
     return "epoch" if str(value).lower() == "epoch" else None
 
 
@@ -140,14 +140,14 @@ METHODS: Mapping[object, object] = {
 
 
 def held_out(value: object, given: Given) -> object:
-    """``data.eval: x.json`` and ``data.eval: 0.1`` as the mapping that they stand for."""
+    """Translate ``data.eval: x.json`` and ``data.eval: 0.1`` to mappings with ``path`` and ``fraction``."""
     if isinstance(value, str):
         return {"path": value}
     return {"fraction": value} if isinstance(value, float) and 0 <= value < 1 else None
 
 
 def patterns(key: str, default: int) -> Translate:
-    """peft's mapping of patterns next to the number for all other layers, as one mapping."""
+    """Merge peft's mapping of patterns with the number for all other layers, ``given[key]``, into one mapping."""
     return lambda value, given: (
         {"default": given.get(key, default), **value} if isinstance(value, dict) else None
     )
@@ -175,10 +175,10 @@ VALUES: Mapping[str, Translate] = {
     "objective": one_of(STAGES),
     "adaptation": one_of(METHODS),
 }  # fmt: skip
-"""Key of the recipe -> how other programs write its value."""
+"""Maps a key of the recipe to the translation of its value."""
 
 
 def value_here(key: str, value: object) -> tuple[str, object]:
-    """(the recipe's key, the value) for a ``value`` of ``key`` as another program writes it; None = unknown."""
+    """Return (key, value) of the recipe for a ``value`` of ``key`` in another program's form; None = unknown."""
     translate = VALUES.get(key, unknown)
     return "adaptation" if key == "adapter" else key, translate(value, {})

@@ -61,7 +61,7 @@ class Text:
         return f"{self.name}, line {line}" if line else self.name
 
     def override(self, path: Sequence[str | int]) -> str | None:
-        """The override that set the key at ``path``."""
+        """Return the override that set the key at ``path``; None if no override did."""
         dotted = ".".join(map(str, path))
         for override in reversed(self.overrides):
             key = override.partition("=")[0].strip()
@@ -70,14 +70,15 @@ class Text:
         return None
 
     def override_in(self, key: str) -> str | None:
-        """The override that set ``key``, or a key above or below it."""
+        """Return the override that set ``key``, or a key above or below it; None if no override did."""
         typed = ((override, override.partition("=")[0].strip()) for override in reversed(self.overrides))
         inside = (override for override, name in typed if name.startswith(f"{key}."))
         return self.override(key.split(".")) or next(inside, None)
 
     def setting(self, path: Sequence[str | int], key: str, value: object) -> str:
-        """``key`` with its value, as it is typed where the key at ``path`` was: ``train.seed: 1`` in the file, with
-        = in an override."""
+        """Return ``key`` with its value, in the form in which the user wrote the key at ``path``.
+
+        ``train.seed: 1`` in the recipe file, ``train.seed=1`` in an override."""
         text = _flow(value)
         if not self.override(path):
             return f"{key}: {text}"
@@ -99,7 +100,9 @@ def read(text: str, name: str) -> tuple[Any, Node | None]:
 
 
 def _check_size(text: str, name: str) -> None:
-    """Raise RecipeError for too many or too deeply nested values. The tree is built recursively, events are not."""
+    """Raise RecipeError for too many or too deeply nested values.
+
+    It reads events, because a deep tree would exceed the recursion limit."""
     depth = values = 0
     for event in YAML(typ="safe", pure=True).parse(text):
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
@@ -127,7 +130,7 @@ def dump(value: object, one_line: bool = False) -> str:
 
 
 def _flow(value: object) -> str:
-    """Plain data on one line, every mapping in braces."""
+    """Write plain data on one line, with every mapping in braces."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_flow(key)}: {_flow(child)}" for key, child in value.items()) + "}"
     if isinstance(value, list):
@@ -217,7 +220,7 @@ def _scalar(kind: str, text: str) -> object:
 
 
 def keys_of(node: object) -> dict[str, object]:
-    """Every key of nested plain data -> its value; of equal keys the first."""
+    """Map every key of nested plain data to its value. If keys are equal, the first one's value counts."""
     found: dict[str, object] = {}
     for key, child in node.items() if isinstance(node, dict) else ():
         found = {**keys_of(child), str(key): child, **found}

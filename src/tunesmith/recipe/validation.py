@@ -115,9 +115,9 @@ def _check(raw: object, text: recipe_text.Text, note: Note) -> Recipe:
 
 
 def _drop_replaced(raw: JsonObject, text: recipe_text.Text) -> list[str]:
-    """Remove from ``raw`` the keys for which an override sets an alternative, and name those that mattered.
+    """Remove keys from ``raw`` if an override sets an alternative. Return a line for each that was not the default.
 
-    Keys of one group that are all set by overrides stay, and are refused as a conflict."""
+    If overrides set several keys of one group, these stay, and ``conflicts`` refuses them."""
     lines = []
     for group in ALTERNATIVES:
         set_by = {key: text.override_in(key) for key in group}
@@ -133,13 +133,13 @@ def _drop_replaced(raw: JsonObject, text: recipe_text.Text) -> list[str]:
 
 
 def flag_advice(flag: str, value: str | None) -> str | None:
-    """Advice for ``--flag value`` on the command line of a recipe: an override or an option.
+    """Return advice for ``--flag value`` on the command line of a recipe: an override or an option.
 
-    None = no key of a recipe, here or in another program, is called like the flag."""
+    None = neither tunesmith nor another program has a key with the name of the flag."""
     name = flag.lstrip("-").replace("-", "_")
     try:
         parsed = True if value is None else recipe_text.read(value, flag)[0]
-    except RecipeError:  # text that is no YAML is a text
+    except RecipeError:  # a value that is not valid YAML is text
         parsed = value
     *_, last = name.split(".")
     places = [place for place in _places(last) if place.endswith(name)]
@@ -225,12 +225,12 @@ def _explain(
 
 
 def _end_sentence(message: str, advice: str) -> str:
-    """``advice`` takes the place of a suggestion of the nearest name."""
+    """Append ``advice`` to a message, in place of its suggestion of the nearest name."""
     return f"{message.partition('. Did you mean')[0]}. {advice}" if advice else message
 
 
 def _typed_here(path: Sequence[str | int], value: object, text: recipe_text.Text) -> str:
-    """``Type train.packing: auto``, for a value as other programs write it; else nothing."""
+    """Return ``Type train.packing: auto`` for a value in another program's form; "" for any other value."""
     key, here = foreign_values.value_here(".".join(map(str, path)), value)
     if here is None:
         return ""
@@ -242,8 +242,9 @@ def _typed_here(path: Sequence[str | int], value: object, text: recipe_text.Text
 def _explain_unknown(
     model: type[BaseModel], key: str, error: ErrorDetails, text: recipe_text.Text, prefix: tuple[str, ...]
 ) -> str:
-    """``unknown key `train.epoch`. Did you mean ...``, the key that another program calls so, or the types
-    that have this key."""
+    """Return ``unknown key `train.epoch`. Did you mean ...``.
+
+    For a key of another program the suggestion is its translation; for a key of another ``type``, that type."""
     path = error["loc"]
     name, valid = str(path[-1]), _names_of(_models_at(model, path[:-1])[0])
     if pointer := foreign_keys.find(name, error["input"], text.given):
@@ -256,7 +257,7 @@ def _explain_unknown(
 
 
 def _explain_foreign(pointer: foreign_keys.Pointer, path: Sequence[str | int], text: recipe_text.Text) -> str:
-    """``Here it is `adaptation.r: 8` ``, with the types that have the key if the recipe chose another."""
+    """Return ``Here it is `adaptation.r: 8` ``. Names the types with that key if the recipe's type lacks it."""
     place, value, note = pointer.place, pointer.value, f" ({pointer.note})" if pointer.note else ""
     if place is None or isinstance(value, foreign_values.Unset):
         return f"Leave it out: {pointer.note or 'that is what happens here'}"
@@ -279,7 +280,7 @@ def _explain_foreign(pointer: foreign_keys.Pointer, path: Sequence[str | int], t
 
 
 def _owners(part: str, key: str) -> str:
-    """The types of "objective" or "adaptation" that have this key; the empty string for none."""
+    """Return the types of "objective" or "adaptation" that have this key; "" for none."""
     kinds = [kind for kind, keys in _configs(part).items() if key in keys.model_fields]
     return " or ".join(f"`{part}.type: {kind}`" for kind in kinds)
 

@@ -66,7 +66,7 @@ def data_values(report: JsonObject) -> JsonObject:
 
 
 def grave_notes(report: JsonObject) -> list[str]:
-    """Sentences on faults of the data that make the model or its figures wrong."""
+    """Return sentences on faults of the data that make the model or its figures wrong."""
     notes = [
         f"The chat template leaves out text, so the model did not learn it: {text}. Choose another data.template, or change "
         "these rows."

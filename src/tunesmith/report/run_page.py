@@ -251,7 +251,7 @@ def _sets(run: _Run) -> list[JsonObject]:
 
 
 def _examples(run: _Run) -> list[tuple[str, list[task_page.Mistake]]]:
-    """Return sections of held-out rows with the model's answer: the worst mistakes, and some right answers."""
+    """Return two sections of held-out rows and the model's answers: the worst mistakes, and some right answers."""
     titles = {"wrong": "Worst mistakes on held-out rows", "right": "Some right answers"}
     return [
         (title, [task_page.mistake_card(one) for one in run.examples[name]])
@@ -261,8 +261,10 @@ def _examples(run: _Run) -> list[tuple[str, list[task_page.Mistake]]]:
 
 
 def _notes(run: _Run) -> list[str]:
-    """Return notes, the most important first: how the run ended, the verdict, faults of the data that make the
-    figures or the model wrong, unreadable files, others."""
+    """Return notes, the most important first.
+
+    Their order: how the run ended, the verdict, faults of the data that make the figures or the model wrong,
+    unreadable files, other notes."""
     recorded, result = run.manifest.get("notes"), run.part("result")
     grave = grave_notes(run.part("data"))
     notes = [*grave, *run.problems, *(map(str, recorded) if isinstance(recorded, list) else ())]

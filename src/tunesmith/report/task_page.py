@@ -210,7 +210,7 @@ class Mistake:
 
 
 def mistake_card(mistake: JsonObject) -> Mistake:
-    """Return the values of a card of the page, for an example as ``write`` describes it."""
+    """Return the values of the page's card for one example; ``write`` describes the keys of ``mistake``."""
     values = {name: mistake.get(key) for key, name in _MEASURES.items()}
     measures = [f"{name} {number(value)}" for name, value in values.items() if is_number(value)]
     if is_number(alike := mistake.get("alike")) and alike > 1:

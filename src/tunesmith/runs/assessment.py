@@ -1,5 +1,7 @@
-"""Assess a model in words: is it better than before training, better than a rule that needs no model, and is
-the difference larger than chance? Computed once; the terminal, ``evaluate`` and the report show it.
+"""Assess a model: compare its figures with those before training and with a baseline, and write a verdict.
+
+A difference counts only if its 95% interval excludes zero. The assessment is computed once, and the terminal,
+``evaluate`` and the report show it.
 """
 
 from __future__ import annotations
@@ -17,18 +19,20 @@ from tunesmith.metrics.intervals import Interval, RowValues
 from tunesmith.runs.figure_format import change_text, label, lower_is_better, number
 
 FILE = "held_out.json"
-"""In a run folder: the evaluations (``measured``) ``before`` training and ``after`` it, of the best model, whose
-``answers`` the entry ``examples`` has with the text of their rows."""
+"""File of a run folder with three entries.
+
+``before`` and ``after``: the evaluations (``measured``) before training and of the best model. ``examples``: the
+``answers`` of ``after`` with the text of their rows."""
 
 
 def keep(run: Path, which: Literal["before", "after", "examples"], evaluation: JsonObject) -> None:
-    """Write an evaluation into the run folder ``run``, atomically."""
+    """Write the entry ``which`` into FILE of the run folder ``run``, atomically."""
     content = json.dumps({**read(run), which: evaluation}, ensure_ascii=False)
     files.replace_file(run / FILE, content.encode("utf-8", "replace"))
 
 
 def read(run: Path) -> JsonObject:
-    """Return the evaluations of a run folder by name; {} if it has none that can be read."""
+    """Return the entries of a run folder's FILE; {} if the file is missing or unreadable."""
     try:
         kept = json.loads((run / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -42,8 +46,10 @@ def measured(
     baselines: dict[str, JsonObject],
     remarks: Sequence[str],
 ) -> JsonObject:
-    """Return what an assessment needs of one evaluation, as JSON. ``figures``: values of each row.
-    ``baselines``: ``words``, ``value`` and, where it has them, ``rows`` of each figure's baseline."""
+    """Return the facts of one evaluation that ``assess`` needs, as JSON.
+
+    ``figures``: each row's terms, by figure. ``baselines``: ``words``, ``value`` and ``rows`` (or None) of the
+    baseline, by figure."""
     return {
         "step": step,
         "figures": {name: _listed(rows) for name, rows in figures.items() if _is_finite(rows)},
@@ -71,9 +77,10 @@ def assess(after: JsonObject, before: JsonObject | None, best: str) -> JsonObjec
     """Assess the evaluation ``after``, compared with ``before`` if there is one.
 
     ``best``: the figure that chooses the best model. Returns ``verdict``, a list of sentences, and ``figures``
-    {name: {value, low, high, rows, change, baseline}}: ``change`` (None without ``before``) and the change
-    from the ``baseline`` have value, low, high, rows and ``better``: True, False, or None where the interval
-    holds zero, so that chance alone may explain it."""
+    {name: {value, low, high, rows, change, baseline}}. ``change`` (None without ``before``) is the difference
+    from before training; ``baseline`` has ``words``, ``value`` and its own ``change``. Each change has value,
+    low, high, rows and ``better``: True, False, or None if chance alone may explain it, because the interval
+    includes zero."""
     figures: JsonObject = {}
     old = before["figures"] if before else {}
     for name, listed in after["figures"].items():
@@ -82,15 +89,16 @@ def assess(after: JsonObject, before: JsonObject | None, best: str) -> JsonObjec
         known = vars(found) if found else {"value": intervals.figure(rows), "rows": len(rows)}
         change = _difference(name, _rows(old.get(name)), rows)
         figures[name] = {**known, "change": change, "baseline": _baseline(after, name, rows)}
-    for name, one in after["baselines"].items():  # figures without values of each row, such as macro F1
+    for name, one in after["baselines"].items():  # figures without terms by row, such as macro F1
         figures.setdefault(name, {"baseline": {"words": one["words"], "value": one["value"]}})
     return {"verdict": [*_change_verdict(figures, best), *_baseline_verdict(figures, best), *after["remarks"]],
             "figures": figures}  # fmt: skip
 
 
 def differences(run: Path, other: Path) -> JsonObject:
-    """Return figure -> change (as in :func:`assess`) from the best model of a run to that of another, for the
-    figures of both over the same held-out rows."""
+    """Return the change of each figure from the best model of ``run`` to that of ``other``.
+
+    A change is as in :func:`assess`. Only figures that both runs computed over the same held-out rows have one."""
     first, second = (read(folder).get("after", {}).get("figures", {}) for folder in (run, other))
     changes = {
         name: _difference(name, _rows(first[name]), _rows(second[name])) for name in first if name in second
@@ -136,7 +144,9 @@ def _change_verdict(figures: JsonObject, best: str) -> list[str]:
 
 
 def _baseline_verdict(figures: JsonObject, best: str) -> list[str]:
-    """A sentence where the model is not better than a rule: by the best figure, or the first with a baseline."""
+    """Return a sentence if the model is not better than a baseline.
+
+    It compares the figure ``best``, or, if that has no baseline, the first figure with one."""
     names = [name for name in (best, *figures) if (figures.get(name) or {}).get("baseline")]
     if not names:
         return []

@@ -96,12 +96,12 @@ def figure_names(records: Sequence[Iterable[str]], sets: Sequence[str], prefix: 
 
 
 def label(name: str) -> str:
-    """``eval_macro_f1`` -> macro f1."""
+    """Return a figure's name for readers: ``macro f1`` for ``eval_macro_f1``."""
     return name.removeprefix("eval_").replace("_", " ")
 
 
 def change_text(change: Mapping[str, float]) -> str:
-    """``+0.329 (+0.25 to +0.41)``: a difference with its interval (``runs.assessment``)."""
+    """Return a difference of ``runs.assessment`` with its interval: ``+0.329 (+0.25 to +0.41)``."""
     return f"{change['value']:+.3g} ({change['low']:+.3g} to {change['high']:+.3g})"
 
 

@@ -25,17 +25,17 @@ from tunesmith.recipe import text as recipe_text
 from tunesmith.runs import metrics_file
 
 Start = Literal["new", "resume", "restart"]
-"""How a run starts in its folder: an empty one, from the last checkpoint, or again from step 0."""
+"""How a run starts: in an empty folder, from the last checkpoint, or again from step 0."""
 
 LOCK = ".lock"
 REPLACED = "replaced-"
-"""``--restart`` moves the files of the attempt before into ``replaced-1/``, ``replaced-2/`` ..."""
+"""``--restart`` moves the files of the previous attempt into ``replaced-1/``, ``replaced-2/`` ..."""
 
 FREE = {
     "data.cache", "train.gradient_checkpointing", "train.micro_batch_tokens", "train.report_to", "train.save_steps",
     "train.save_total_limit",
 }  # fmt: skip
-"""Keys that do not change the result, so that a resumed run may change them (to need less memory, say)."""
+"""Keys that a resumed run may change, because they do not change the result (to need less memory, for example)."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class RunFolder:
     lock: IO[str] | None = None
     start: Start = "new"
     made: bool = False
-    """``claim`` made the folder; it is removed again if the run does not begin."""
+    """True if ``claim`` made the folder. ``close`` removes it if no run began in it."""
 
     @property
     def model(self) -> Path:
@@ -65,7 +65,7 @@ class RunFolder:
         files.replace_file(self.path / "manifest.json", content.encode())
 
     def begin(self, recipe: JsonObject) -> None:
-        """Make the folder ready for the first record: recipe.yaml, and nothing of an attempt that is not resumed."""
+        """Write recipe.yaml, and remove or set aside the files of an attempt that is not resumed."""
         if self.start == "restart":
             _set_aside(self.path)
         elif self.start == "new":
@@ -78,7 +78,7 @@ class RunFolder:
         self.recover()
 
     def recover(self) -> None:
-        """Finish what a kill interrupted: the replacement of model/, the removal of temporary files."""
+        """Finish the work that a kill interrupted: replace model/, remove temporary files."""
         files.recover(self.model)
         if self.checkpoints.exists():
             files.recover(self.checkpoints / "step-0")
@@ -88,7 +88,7 @@ class RunFolder:
         if self.lock is None:
             return
         if self.made:
-            with suppress(OSError):  # Windows removes no open file
+            with suppress(OSError):  # Windows cannot remove an open file
                 (self.path / LOCK).unlink()
                 self.path.rmdir()
         self.lock.close()
@@ -96,7 +96,7 @@ class RunFolder:
 
 
 def start_of(resume: bool, restart: bool) -> Start:
-    """Return how a run starts. Raises UserError for both at once."""
+    """Return how a run starts. Raises UserError if both options are given."""
     if resume and restart:
         raise UserError("--resume continues a run and --restart starts it again: give one of them")
     return "resume" if resume else "restart" if restart else "new"
@@ -105,9 +105,9 @@ def start_of(resume: bool, restart: bool) -> Start:
 def claim(path: Path, start: Start = "new") -> RunFolder:
     """Make or reopen the folder and lock it, before any work is done.
 
-    A folder in which a run was killed before its first record is started anew, by ``resume`` too. Raises
-    UserError if another process holds the lock, if a new run would overwrite something, if there is no run
-    to resume, or if the folder cannot be written.
+    If a run was killed in the folder before its first record, the new run starts from step 0, with ``resume``
+    too. Raises UserError if another process holds the lock, if a new run would overwrite files, if there is no
+    run to resume, or if the folder cannot be written.
     """
     path = path.resolve()
     if path.exists() and not path.is_dir():
@@ -151,7 +151,7 @@ def _check_content(path: Path, start: Start) -> Start:
 
 
 def _is_unstarted(path: Path) -> bool:
-    """Return whether the folder holds what a run leaves that was killed before its first record, and no more."""
+    """Return whether the folder has only files of a run that was killed before its first record."""
     names = {entry.name for entry in path.iterdir()}
     own = {LOCK, "recipe.yaml", "metrics.jsonl", "samples.jsonl", "base"}
     if LOCK not in names:  # a recipe.yaml that the user wrote
@@ -189,7 +189,7 @@ def _lock(path: Path) -> IO[str]:
             ) from None
         if file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat()):
             break
-        lock.close()  # a run that did not begin removed the file after it was opened here
+        lock.close()  # another run that did not begin has removed the file since this process opened it
         path.mkdir(parents=True, exist_ok=True)
     with files.naming_full_disk(file):
         lock.truncate(0)
@@ -199,7 +199,7 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _clear_unstarted(path: Path) -> None:
-    """Remove what a run left that was killed before its first record; ``begin`` replaces its recipe.yaml."""
+    """Remove the files of a run that was killed before its first record. ``begin`` replaces its recipe.yaml."""
     for name in ("metrics.jsonl", "samples.jsonl"):
         (path / name).unlink(missing_ok=True)
     shutil.rmtree(path / "base", ignore_errors=True)
@@ -208,8 +208,8 @@ def _clear_unstarted(path: Path) -> None:
 def _set_aside(path: Path) -> None:
     """Move everything in the folder into ``replaced-N/``: the checkpoints first, recipe.yaml last.
 
-    A kill in between leaves a run folder that is not resumed by mistake, because its checkpoints are gone,
-    and that can be restarted again.
+    After a kill in between, ``--resume`` refuses the folder, because its checkpoints are gone, and ``--restart``
+    works again.
     """
     order = {"checkpoints": 0, "recipe.yaml": 2}
     entries = sorted(path.iterdir(), key=lambda entry: (order.get(entry.name, 1), entry.name))
@@ -223,7 +223,7 @@ def _set_aside(path: Path) -> None:
     taken = [re.fullmatch(rf"{REPLACED}(\d+)", entry.name) for entry in path.iterdir()]
     target = path / f"{REPLACED}{1 + max((int(match[1]) for match in taken if match), default=0)}"
     target.mkdir()
-    if (path / "recipe.yaml").is_file():  # a kill before its own turn leaves a copy
+    if (path / "recipe.yaml").is_file():  # copied first, so that a kill before its move leaves a copy
         shutil.copyfile(path / "recipe.yaml", target / "recipe.yaml")
     for entry in moved:
         entry.replace(target / entry.name)
@@ -252,7 +252,7 @@ def check_recipe(path: Path, recipe: JsonObject) -> list[str]:
 
 
 def train_further(path: Path) -> str:
-    """Advice to train the model of a finished run further: in another run, that starts from it."""
+    """Return advice on how to train a finished run's model further: start another run from that model."""
     model = path / "model"
     keys = [f"model={path}", *(["adapter=continue"] if (model / "adapter_config.json").is_file() else [])]
     return f"To train its model further, start another run from it: {shlex.join(keys)} --out DIR"
@@ -264,10 +264,10 @@ def _is_finished(path: Path) -> bool:
 
 
 def check_nothing_lost(run: RunFolder, damaged: dict[int, str]) -> None:
-    """Raise UserError when a run without a good checkpoint would lose something by starting from step 0.
+    """Raise UserError if a run without a good checkpoint would overwrite results by starting from step 0.
 
     ``damaged``: the damage of each checkpoint by step. A run that never saved a checkpoint and did not finish
-    loses nothing: it takes the same steps again.
+    may start again: it takes the same steps.
     """
     manifest = run.manifest()
     records = metrics_file.read(run.path / "metrics.jsonl")

@@ -42,7 +42,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: JsonO
 
 
 def newest(folder: Path) -> tuple[int | None, dict[int, str]]:
-    """Return the newest step whose checkpoint verifies, and the damage of each newer one by step."""
+    """Return the step of the newest intact checkpoint (None if there is none), and the damage of newer ones."""
     damaged: dict[int, str] = {}
     for step in reversed(steps(folder)):
         damage = find_damage(folder / f"step-{step}")
@@ -59,7 +59,7 @@ def load_state(folder: Path, step: int) -> JsonObject:
 
 
 def load(folder: Path, step: int) -> tuple[dict[str, torch.Tensor], JsonObject]:
-    """Return tensors and state of ``folder/step-N``, which ``newest`` has verified."""
+    """Return tensors and state of ``folder/step-N``, which ``newest`` has verified already."""
     return load_file(folder / f"step-{step}" / "state.safetensors"), load_state(folder, step)
 
 

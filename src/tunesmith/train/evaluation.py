@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def deciding_figure(train: TrainConfig, traits: Traits) -> tuple[str, str]:
-    """Return the figure that chooses the best model, and whether its best value is the ``min`` or the ``max``."""
+    """Return the figure that chooses the best model, and ``min`` or ``max``: the direction of better values."""
     name = train.best_figure
     return traits.best if name is None else (name, "min" if lower_is_better(name) else "max")
 
@@ -82,7 +82,7 @@ def measure(
 
 
 def measured(objective: Objective, records: Sequence[JsonObject], step: int | None = None) -> JsonObject:
-    """Return what ``runs.assessment`` needs of an evaluation's records."""
+    """Return the facts of an evaluation that ``runs.assessment`` needs, from the evaluation's records."""
     baselines = {name: vars(one) for name, one in objective.baselines(records).items()}
     return assessment.measured(step, objective.row_figures(records), baselines, objective.remarks(records))
 

@@ -1,4 +1,4 @@
-"""Answers of a model to held-out rows, to be read next to the text of their rows: wrong ones, and a few right ones."""
+"""Choose answers to held-out rows for the report, wrong ones and a few right ones, and add their rows' text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MOST_RIGHT = 5
 
 
 def select(answers: Sequence[JsonObject], most: int) -> JsonObject:
-    """Return ``wrong``, the wrong answers with the highest loss first, and ``right``, the first right ones.
+    """Return ``wrong``, at most ``most`` wrong answers, highest loss first, and ``right``, the first right ones.
 
-    Equal mistakes are one entry: the same true and predicted value, or the same confusions of tags. ``alike``
-    counts the rows of an entry, of which the one with the highest loss is shown."""
+    Equal mistakes (the same gold and predicted value, or the same confusions of tags) are one entry. The entry
+    has the answer with the highest loss, and ``alike`` counts its rows."""
     known = [answer for answer in answers if answer["loss"] is not None]
     wrong: dict[str, JsonObject] = {}
     for answer in sorted(known, key=lambda answer: -answer["loss"]):
@@ -38,7 +38,7 @@ def _is_right(answer: JsonObject) -> bool:
 
 def _kind_of_mistake(answer: JsonObject) -> str:
     gold, predicted = answer["gold"], answer["prediction"]
-    if gold is None or not isinstance(gold, str | list):  # answers to rank, and numbers, are never the same
+    if gold is None or not isinstance(gold, str | list):  # rankings and numbers are never equal mistakes
         return str(answer["row"])
     if "scores" in answer:  # tags of words
         return json.dumps(sorted({(true, tag) for true, tag in zip(gold, predicted) if true != tag}))
@@ -48,7 +48,7 @@ def _kind_of_mistake(answer: JsonObject) -> str:
 def with_rows(
     answers: Sequence[JsonObject], sources: Sequence[Source], accepted: tuple[type, ...]
 ) -> list[JsonObject]:
-    """Return answers with the text of their rows, which are read again from their files."""
+    """Return answers with the text of their rows. Reads the rows again from their files."""
     shown = {}
     for index, source in enumerate(sources):
         numbers = {answer["row"][1] for answer in answers if answer["row"][0] == index}
@@ -67,10 +67,10 @@ def with_rows(
 
 
 def _with_text(row: Row, answer: JsonObject) -> JsonObject:
-    """Return ``answer`` with the text of its row, as ``report.task_page`` shows it.
+    """Return ``answer`` with the text of its row, in the form that ``report.task_page`` shows.
 
-    ``gold_spans`` and ``predicted_spans`` are the characters of entities and answers. Of a ranking ``gold``
-    is the best answer, ``prediction`` the one with the highest reward of the others.
+    ``gold_spans`` and ``predicted_spans`` are the character ranges of entities and answers. For a ranking,
+    ``gold`` is the best answer, and ``prediction`` is the one of the others with the highest reward.
     """
     if isinstance(row, Labelled):
         pair = {} if row.text_pair is None else {"text_pair": row.text_pair}
@@ -104,7 +104,7 @@ def _with_text(row: Row, answer: JsonObject) -> JsonObject:
 
 
 def _turns_text(turns: str | Sequence[Message]) -> str:
-    """Return the text of turns; several turns each under its role."""
+    """Return the text of turns. If there are several, each begins with its role."""
     if isinstance(turns, str):
         return turns
     if len(turns) == 1:

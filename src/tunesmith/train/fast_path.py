@@ -223,9 +223,10 @@ def check_training_mode(
     chosen: FastPath,
     device: torch.device,
 ) -> None:
-    """Run the rows of :func:`choose` in training mode, where other layers act, and switch off misplaced dropout.
+    """Run the rows of :func:`choose` in training mode, and switch off misplaced dropout.
 
-    Rows are padded where packed ones fail. Raises ModelError where the network cannot run in training mode.
+    Layers such as dropout act only in training mode. If packed rows fail there, the run pads its rows. Raises
+    ModelError if padded rows fail, too.
     """
     rows = ParityCheck.of_first_rows(model, objective, examples, device).rows
     lengths = [len(row["input_ids"]) for row in rows]
@@ -242,7 +243,7 @@ def check_training_mode(
                 chosen.notes += noise.switch_off_misplaced(model, lengths, chosen.packed, forward)
                 return
             except (attention.CannotPack, *FORWARD_ERRORS) as error:
-                if machine.is_out_of_memory(error):  # the first step handles it, and names the row
+                if machine.is_out_of_memory(error):  # the first step handles this error and names the row
                     chosen.notes.append("training mode was not tried before the first step: memory ran out")
                     return
                 if not chosen.packed:
@@ -370,7 +371,7 @@ def packed_attention(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def check_compile(train: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise RecipeError where torch.compile cannot work or gains nothing."""
+    """Raise RecipeError if torch.compile cannot work here or would not be faster."""
     if not train.torch_compile:
         return
     if device.type != "cuda":

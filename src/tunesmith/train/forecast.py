@@ -1,7 +1,7 @@
 """Measure the memory and the time that a whole run needs on this machine.
 
-``tunesmith check --measure`` prints the result of ``forecast``; ``train.time_plan`` calls ``measure``. Both time
-real steps, an evaluation and a save. They estimate no time from the shape of the network.
+``tunesmith check --measure`` prints the result of ``forecast``, and ``train.time_plan`` calls ``measure``.
+Both time real steps, an evaluation and a save. They estimate no time from the shape of the network.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MIN_STEPS, MAX_SECONDS = 2, 10.0
 """No further step is timed once ``MIN_STEPS`` are timed and ``MAX_SECONDS`` have passed."""
 
 PLANNED_SHARE = 0.93
-"""Share of ``train.max_minutes`` that the plan uses. The rest is a margin for the report and a busier machine."""
+"""Share of ``train.max_minutes`` that the plan uses: the report and a busier machine need the rest."""
 
 EVALUATED = 16
 """Most rows that one forward measurement times."""
@@ -49,14 +49,14 @@ def forecast(
     """Load the model, take real steps and return the memory and the time that the run needs.
 
     The measurement saves the model and a checkpoint once, in a temporary folder, and keeps no file.
-    ``started``: ``time.perf_counter()`` at the start of the program. ``limit``: bytes that the process may hold;
-    pass another machine's to plan for that machine. ``report`` is called with the name of each stage.
+    ``started``: ``time.perf_counter()`` at the start of the program. ``limit``: bytes that the process may
+    hold; pass another machine's to plan for that machine. ``report`` is called with the name of each stage.
 
     Keys: micro_batch_tokens, heaviest_tokens, peak_memory_bytes (on a CPU without the bytes that the process
-    held before the model, as in the result of a run), needed_memory_bytes and memory_limit_bytes (of the whole
-    process), fits, remedies, seconds_per_step, tokens_per_second, train_seconds, evaluation_seconds (of one
-    evaluation), evaluations, saving_seconds (of all saves), reference_seconds, total_seconds, steps (fewer than
-    the plan's if ``train.max_minutes`` limits them).
+    held before the model, as in the result of a run), needed_memory_bytes and memory_limit_bytes (of the
+    whole process), fits, remedies, seconds_per_step, tokens_per_second, train_seconds, evaluation_seconds (of
+    one evaluation), evaluations, saving_seconds (of all saves), reference_seconds, total_seconds, steps (fewer
+    than the plan's if ``train.max_minutes`` limits them).
     """
     memory_before_model = machine.peak_memory_bytes()
     limit = memory_budget.limit_bytes(ready.device) if limit is None else limit
@@ -100,7 +100,7 @@ class Costs:
         }
 
     def total(self, ready: setup.Setup, steps: int) -> float:
-        """Return the seconds of a run of ``steps`` steps, from its first evaluation to its last save."""
+        """Return the seconds of a run of ``steps`` steps, without its start-up (imports, model loading)."""
         parts = self.parts(ready, steps)
         evaluations = float(parts["evaluations"] * parts["evaluation_seconds"])
         return evaluations + float(sum(parts[f"{name}_seconds"] for name in ("train", "saving", "reference")))
@@ -170,7 +170,7 @@ def time_left(minutes: float, spent: float) -> float:
 
 
 def measure(job: Job, ready: setup.Setup, chosen: fast_path.FastPath) -> Costs:
-    """Time a few real steps, an evaluation of some rows and one save. The steps change the trained weights."""
+    """Time a few real steps, an evaluation and a save. The steps change the trained weights."""
     return _measure_costs(job, ready, chosen, _time_steps(job), lambda stage: None)
 
 
@@ -213,8 +213,8 @@ class StepTiming:
 def _time_steps(job: Job) -> StepTiming:
     """Time real steps. Each takes different rows, because the first pass with a new shape is slower.
 
-    The steps cover one interval of ``loop.TRIM_STEPS``, so that they reach the peak memory of a run. Slow steps
-    end earlier, after ``MAX_SECONDS``.
+    The steps cover one interval of ``loop.TRIM_STEPS``, so that they reach the peak memory of a run. If steps
+    are slow, the measurement ends after ``MAX_SECONDS``.
     """
     passes, tokens, first, first_tokens = 0.0, 0, 0.0, 0
     updates: list[float] = []

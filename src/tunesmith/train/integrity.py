@@ -1,4 +1,4 @@
-"""``verify``: are the files of a model or of a run those that were saved?"""
+"""Check that the files of a model or a run are unchanged since they were saved (``tunesmith verify``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ MODELS = ("model", "merged", "base")
 
 
 class Finding(TypedDict):
-    """A file, a checkpoint or the base of an adapter. ``path``: relative to the verified folder, if inside it."""
+    """State of a file, a checkpoint or an adapter's base model.
+
+    ``path``: relative to the verified folder; "the base model" for a base outside it."""
 
     path: str
     state: str
@@ -26,12 +28,13 @@ class Finding(TypedDict):
 def verify(folder: str | Path, accept: bool = False) -> JsonObject:
     """Compare every file of a model, adapter, merged or run folder with the sha256 recorded when it was saved.
 
-    ``folder``: also a name of the store. ``accept``: first record the files of a model folder as they are now.
-    A checkpoint is one entry, and so is the base of an adapter.
+    ``folder``: a path, or a name in the model store. ``accept``: record the current files of a model folder
+    before the comparison.
 
-    Returns {"path", "ok", "recorded", "files"}: ``ok`` is false when a file was changed, removed or added;
-    ``recorded`` is false when there are no hashes to compare with; ``files`` has {"path", "state", "reason"}
-    for each, the state being ok, changed, missing, added or not recorded. Raises UserError.
+    Returns {"path", "ok", "recorded", "files"}. ``ok`` is false if a file was changed, removed or added.
+    ``recorded`` is false if there are no hashes to compare with. ``files`` is a list of {"path", "state",
+    "reason"}; a state is ok, changed, missing, added or not recorded. A checkpoint is one entry, and so is an
+    adapter's base model. Raises UserError.
     """
     name = str(folder)
     stored = model_store.folder_of(name)
@@ -59,7 +62,7 @@ def verify(folder: str | Path, accept: bool = False) -> JsonObject:
 
 
 def _model(folder: Path, root: Path) -> list[Finding]:
-    """Return a finding for each file of a model folder, its record first, and one for an adapter's base."""
+    """Return a finding for each file of a model folder, the record first, and one for an adapter's base model."""
     place = folder.relative_to(root)
     findings: list[Finding] = []
     try:

@@ -276,9 +276,9 @@ def rehearse(job: Job, step: Step, places: list[int]) -> None:
 
 
 def _raise_non_finite(job: Job, step: Step, loss: float, norm: float) -> None:
-    """Raise NonFiniteError with the rows whose own loss is not finite, or all rows of the step.
+    """Raise NonFiniteError with the rows whose own loss is not finite, or with all rows of the step.
 
-    Where the weights are the cause, it names these: then every row has such a loss.
+    If weights are not finite, the error names the weights instead, because then every row's loss is not finite.
     """
     job.update.clear_gradients()
     weights = dict(job.model.named_parameters())
@@ -352,9 +352,10 @@ def _early_stop(job: Job, position: Progression, figure: float | None) -> str | 
 
 
 def record_best(position: Progression, figure: float, direction: str, threshold: float) -> bool:
-    """Record an evaluation's figure; return whether it is the best so far; only a finite one can be.
+    """Record an evaluation's figure, and return whether it is the best so far.
 
-    Only a gain above ``threshold`` counts as an improvement for early stopping.
+    A figure that is not finite is never the best. Only a gain above ``threshold`` counts as an improvement for
+    early stopping.
     """
     best = position.best
     gain = math.inf if best is None else (best - figure if direction == "min" else figure - best)

@@ -1,7 +1,7 @@
 """Find the micro-batch size that fits into memory, by trying the heaviest micro-batch before the first step.
 
-Two passes of different size measure the bytes per token. A run that exceeds the memory limit stops in its first
-seconds, and its error names a size that fits. With ``micro_batch_tokens: auto`` the run takes that size.
+Two passes of different size measure the bytes per token. A run that exceeds the memory limit stops in its
+first seconds, and its error names a size that fits. With ``micro_batch_tokens: auto`` the run takes that size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PREVIEWED = 2000
 SMALLEST = 64
 """Smallest token budget that ``auto`` chooses. It rounds every budget down to a multiple of this number."""
 SHARE = 0.9
-"""Share of the memory limit that ``auto`` may use. Evaluations, saving and the report need the rest."""
+"""Share of the memory limit that ``auto`` may use. The run needs the rest for its work besides training."""
 
 STATE_BYTES = {
     "adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw": 0.0, "paged_adamw_8bit": 0.0, "adafactor": 0.1, "sgd": 4.0,
@@ -84,8 +84,9 @@ def first_budget(config: TrainConfig, device: torch.device) -> int:
 def measure_memory(job: Job, limit: int) -> Memory:
     """Try one short row, then the heaviest micro-batch of the run under ``job.budget``.
 
-    On a CPU the operating system kills a process that takes too much memory. So a large micro-batch is tried
-    with its first rows only; if these predict more than ``limit`` bytes, ``heaviest`` is extrapolated from them.
+    On a CPU the operating system kills a process that takes too much memory. So the first rows of a large
+    micro-batch are tried first. If they predict more than ``limit`` bytes, the whole micro-batch is not tried,
+    and ``heaviest`` is extrapolated from them.
     """
     state = distributed.state()
     steps = job.source.preview(PREVIEWED)
@@ -135,7 +136,7 @@ def _pass(job: Job, step: Step, places: list[int]) -> Pass:
 
 
 def limit_bytes(device: torch.device) -> int:
-    """Return the most bytes that this process may hold. On a CPU the processes of a run share the free memory."""
+    """Return the most bytes that this process may hold. On a CPU a run's processes share the free memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device))
@@ -144,7 +145,7 @@ def limit_bytes(device: torch.device) -> int:
 
 
 def check_weights(ready: setup.Setup, limit: int) -> None:
-    """Raise RecipeError, before the weights are loaded, when weights and optimiser alone exceed ``limit`` bytes."""
+    """Raise RecipeError, before loading, when weights, gradients and optimiser state exceed ``limit`` bytes."""
     total, trained, quantized = ready.outline.total, ready.outline.trainable, ready.outline.quantized
     item = ready.precision.compute.itemsize
     masters = 4 if item < 4 else 0
@@ -164,8 +165,8 @@ def check_weights(ready: setup.Setup, limit: int) -> None:
 def settle(job: Job, automatic: bool, limit: int | None = None) -> Memory:
     """Try the heaviest micro-batch and return its memory.
 
-    With ``automatic``, lower ``job.budget`` until the process stays within ``SHARE`` of ``limit`` bytes. Raises
-    RecipeError with the missing bytes and the remedies when the run exceeds the limit.
+    With ``automatic``, lower ``job.budget`` so that the process stays within ``SHARE`` of ``limit`` bytes.
+    Raises RecipeError with the missing bytes and the remedies when the run exceeds the limit.
     """
     limit = limit_bytes(job.device) if limit is None else limit
     memory = measure_memory(job, limit)
@@ -204,9 +205,10 @@ def _rounded(tokens: int) -> int:
 
 
 def remedies(job: Job, memory: Memory, capacity: int, longest: int) -> list[str]:
-    """List changes that reduce a run's memory, the least harmful first: a smaller micro-batch changes no result.
+    """List changes that reduce a run's memory, the least harmful first.
 
-    ``capacity``: tokens of the largest micro-batch that fits. ``longest``: tokens of the longest row.
+    A smaller micro-batch comes first, because it changes no result. ``capacity``: tokens of the largest
+    micro-batch that fits. ``longest``: tokens of the longest row.
     """
     found = []
     if capacity >= max(longest, SMALLEST):

@@ -26,8 +26,10 @@ WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 @dataclass(frozen=True)
 class Outline:
-    """Numbers of parameters and of virtual tokens per row, the position id of a row's first token, and the weights
-    that will be quantised."""
+    """Facts about a model that are known before its weights are loaded.
+
+    Numbers of parameters, virtual tokens per row, the position id of a row's first token, and the weights that
+    will be quantised."""
 
     trainable: int
     total: int
@@ -85,7 +87,10 @@ def build_outline(
 
 
 def window_of(config: PretrainedConfig, taken: int) -> int | None:
-    """Return the most tokens of a row behind ``taken`` virtual or unused positions; None when the config names no
-    limit."""
+    """Return the most tokens of a row; None when the config has no limit.
+
+    ``taken``: positions that virtual tokens take, and unused positions before the first token."""
     limits = [getattr(config, name, None) or 0 for name in WINDOWS]
-    return next((int(limit) - taken for limit in limits if limit > 0), None)  # xlnet names -1
+    return next(
+        (int(limit) - taken for limit in limits if limit > 0), None
+    )  # xlnet's config has -1: no limit

@@ -22,7 +22,7 @@ from tunesmith.train.loop import Job, Progression
 from tunesmith.train.run_state import Run
 
 EXAMPLES = 20
-"""Wrong answers in the report of a run; equal mistakes count as one."""
+"""Most wrong answers in the report of a run. Equal mistakes count as one."""
 
 
 def parameters_line(ready: setup.Setup) -> str:
@@ -128,7 +128,7 @@ def finish(
 
 
 def keep_evaluation(run: Run, step: int, best: bool, records: Sequence[JsonObject]) -> None:
-    """Keep in the run folder what each row adds to the figures, before training and of the best model."""
+    """Save each row's terms of the figures in the run folder, if the evaluation is the first or the best."""
     if best or step == 0:
         objective = run.setup.objective
         kept = evaluation.measured(objective, records, step)
@@ -138,7 +138,7 @@ def keep_evaluation(run: Run, step: int, best: bool, records: Sequence[JsonObjec
 
 
 def _keep_examples(run: Run) -> None:
-    """Keep the best model's wrong answers and some right ones with the text of their rows, for the report."""
+    """Save the best model's wrong answers and some right ones for the report, with the text of their rows."""
     data, accepted = run.setup.recipe.data, run.setup.objective.traits.rows
     sources = list(eval_sources(data).values()) or data.train
     chosen = assessment.read(run.folder.path).get("after", {}).get("answers") or {}
@@ -146,7 +146,7 @@ def _keep_examples(run: Run) -> None:
         return
     try:
         shown = {name: examples.with_rows(answers, sources, accepted) for name, answers in chosen.items()}
-    except (DataError, OSError):  # the files are gone, and the run is finished without them
+    except (DataError, OSError):  # the data files are gone; the run finishes without examples
         return
     assessment.keep(run.folder.path, "examples", shown)
 
@@ -172,7 +172,7 @@ def _before_and_after(names: Sequence[str], first: JsonObject, best: JsonObject)
 def _samples(run: Run, position: Progression) -> list[JsonObject]:
     """Return each sample prompt with its answer before training and that of the saved model.
 
-    ``before_cut`` and ``after_cut``: tokens after which an answer that had not stopped was cut."""
+    ``before_cut`` and ``after_cut``: number of tokens of an answer that was cut before it ended."""
     answers = metrics_file.read(run.answers.path)
     after = {record["prompt"]: record for record in answers if record["step"] == position.best_step}
     samples = []

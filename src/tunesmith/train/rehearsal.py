@@ -1,4 +1,4 @@
-"""Everything before the first step that needs the loaded model: memory, time, the reference."""
+"""Prepare the first step with the loaded model: find the micro-batch size, plan the time, compute the reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tunesmith.train.run_state import Run
 
 
 def rehearse(run: Run, job: Job, position: Progression, started: float) -> float:
-    """Try the heaviest micro-batch, plan the time, compute the reference; return the seconds of the last.
+    """Try the heaviest micro-batch, plan the time and compute the reference. Return the reference's seconds.
 
     ``started``: when the program began, by ``time.perf_counter``.
     """

@@ -145,7 +145,7 @@ def _require_same_data(before: run_list.StoredRun, now: JsonObject) -> None:
 
 
 def _held_out(data: JsonObject | None) -> str | None:
-    """Return the hash of the rows that were held out of the training rows."""
+    """Return the hash of the rows that were held out of the training set."""
     digest: str | None = ((data or {}).get("held_out") or {}).get("digest")
     return digest
 

@@ -1,4 +1,4 @@
-"""The beginning of a run: its folder, the checkpoint that it continues, and the result of one that is finished."""
+"""Begin a run: claim its folder, choose the checkpoint to continue from, return the result of a finished run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def claim(
 def choose(run_folder: RunFolder, recipe: Recipe, progress: Progress) -> tuple[int | None, list[str]]:
     """Return the step of the checkpoint to continue from (None = step 0) and the recipe keys that changed.
 
-    Raises UserError when the recipe is another one, or when there is no good checkpoint and starting from
-    step 0 would overwrite something.
+    Raises RecipeError if a key changed that must not change. Raises UserError if there is no good checkpoint and
+    a start from step 0 would overwrite results.
     """
     if run_folder.start != "resume":
         return None, []
@@ -54,9 +54,9 @@ def finished_result(
     step: int | None,
     progress: Progress,
 ) -> JsonObject | None:
-    """Return the result of a run whose checkpoint of ``step`` leaves no steps to train; None for another run.
+    """Return the result of a run that is finished at the checkpoint of ``step``; None if steps are left.
 
-    Raises RecipeError when data or base model are not those that the run started with.
+    Raises RecipeError if the data or the base model changed since the run started.
     """
     if step is None:
         return None
@@ -71,6 +71,6 @@ def finished_result(
     )
     if distributed.state().is_main_process:
         run_folder.recover()
-        if not run_page.is_current(run_folder.path):  # a kill or a full disk came before the report
+        if not run_page.is_current(run_folder.path):  # a kill or a full disk prevented the report
             run_page.write_report(run_folder.path)
     return result

@@ -1,8 +1,9 @@
-"""Check, before training, that a row's hidden states are those of transformers' own forward of this row alone.
+"""Check, before training, that batches do not change a row's hidden states.
 
-The stock forward is called with the tokens alone: it numbers them itself. The batches of a run give position ids,
-padding and a mask, and each of them can change what a model computes: a network of roberta's family begins at
-another position, a convolution reads the padding. So nothing here is concluded from the name of an architecture.
+The expected states are those of transformers' own forward, which gets one row's tokens and chooses the position
+ids itself. The batches of a run also have position ids, padding and a mask. Each of them can change the hidden
+states: roberta's family begins at another position, and a convolution reads the padding. The check runs the
+model, because the name of its architecture proves nothing.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ if TYPE_CHECKING:
 TOKENS = 24
 """Tokens of the longer of the two rows."""
 SAME = 1e-5
-"""Largest difference, as a share of the norm, for other position ids on the same tokens: the same operations."""
+"""Largest relative difference if only the position ids are given: the operations are the same."""
 CLOSE = {torch.float32: 1e-4}
-"""As ``SAME``, for other shapes of a batch."""
+"""Largest relative difference between batches of different shapes."""
 CLOSE_IN_HALF = 0.15
 
 
 class RowCheck:
-    """Two rows of ``ids``, the second being the first half of the first one. ``model`` is in eval mode."""
+    """Compares the hidden states of two rows. The first has tokens of ``ids``, the second is its first half.
+
+    ``model`` must be in eval mode."""
 
     def __init__(self, model: PreTrainedModel, ids: Sequence[int], device: torch.device) -> None:
         self.model = model
@@ -47,9 +50,9 @@ class RowCheck:
         self.expected = [self._stock(row) for row in (self.long, self.short)]
 
     def number_tokens(self) -> str | None:
-        """Let batches begin at the position id where the stock forward begins, and return None.
+        """Find the first position id of transformers' own forward, and let batches begin there. Return None.
 
-        Returns why not where no position ids give the same states: then batches have none.
+        If no position ids reproduce its hidden states, batches have no position ids; return the difference.
         """
         columns = torch.arange(self.long.shape[1], device=self.long.device)
         found: list[str] = []
@@ -63,7 +66,7 @@ class RowCheck:
         return found[0]
 
     def require_causal(self) -> None:
-        """Raise ModelError where a token's hidden states depend on the tokens after it."""
+        """Raise ModelError if a token's hidden states depend on the tokens after it."""
         whole, part = self.expected
         if (
             whole.dim() == part.dim() == 2
@@ -77,7 +80,7 @@ class RowCheck:
             )
 
     def require_padding_ignored(self) -> None:
-        """Raise ModelError where a padded batch of both rows gives a row other hidden states than it has alone."""
+        """Raise ModelError if a padded batch of both rows changes the hidden states of a row."""
         ids = self.long.repeat(2, 1)
         ids[1, self.short.shape[1] :] = 0
         mask = torch.ones_like(ids)
@@ -92,12 +95,13 @@ class RowCheck:
             )
 
     def _stock(self, ids: Tensor) -> Tensor:
-        """Return the states of a row by the model's own forward, given nothing but its tokens and a mask of ones."""
+        """Return the hidden states of a row by transformers' own forward, from its tokens and a mask of ones."""
         inner = base(self.model)
-        stock = inner.base_model if pooling(inner.config) == "mean" else inner  # no stock head takes the mean
+        # no head of transformers pools by the mean, so such a model is checked without its head
+        stock = inner.base_model if pooling(inner.config) == "mean" else inner
         try:
             with torch.no_grad():
-                stock(input_ids=ids)  # as whoever opens the saved model would call it
+                stock(input_ids=ids)  # users of the saved model call it in this way
             return self._states({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]
         except FORWARD_ERRORS as error:
             if machine.is_out_of_memory(error):
@@ -108,7 +112,7 @@ class RowCheck:
             ) from error
 
     def _states(self, batch: Batch) -> Tensor:
-        """Return the hidden states of a padded batch, (rows, tokens, width), or its logits where there is no body."""
+        """Return the hidden states of a padded batch (rows, tokens, width); its logits if the model has no body."""
         inner = base(self.model)
         with torch.no_grad():
             out = inner.base_model(**lm_head.inputs(self.model, batch))
@@ -116,7 +120,7 @@ class RowCheck:
         return states.float()
 
     def _differs(self, ids: Tensor, batch: Batch, expected: Sequence[Tensor], limit: float) -> str | None:
-        """Describe the largest difference of a row's states from ``expected``, or an error; None below ``limit``."""
+        """Describe an error, or the largest difference from ``expected``; None if it is at most ``limit``."""
         try:
             found = self._states({"input_ids": ids, "attention_mask": torch.ones_like(ids), **batch})
         except FORWARD_ERRORS as error:
@@ -129,7 +133,9 @@ class RowCheck:
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:
-    """Return the norm of the difference as a share of the norm; infinite where the shapes differ or it is not finite."""
+    """Return the norm of the difference, relative to that of ``theirs``.
+
+    It is infinite if the shapes differ or if the norm is not a number."""
     if ours.shape != theirs.shape:
         return float("inf")
     distance = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-6))
