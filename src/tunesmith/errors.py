@@ -57,7 +57,7 @@ class GradientOverflowError(StoppedError):
 
 
 class DiskError(StoppedError):
-    """The disk accepts no more data, because it became read-only or is broken. The last checkpoint is kept."""
+    """The disk accepts no more data: it became read-only, or it is broken. The last checkpoint is kept."""
 
 
 class DiskFullError(DiskError):

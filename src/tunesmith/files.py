@@ -24,7 +24,7 @@ MARGIN_BYTES = 64 * 2**20
 """``publish_folder`` keeps this many bytes free in addition to the size of the folder."""
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-"""Error numbers of a full disk, an exhausted quota and a file-size limit (Python ignores the limit's signal)."""
+"""Error numbers of a full disk, an exhausted quota and a file-size limit (whose signal Python ignores)."""
 
 BROKEN = frozenset((errno.EROFS, errno.EIO))
 """Error numbers of a read-only disk (a system makes a disk read-only after an error) and of a broken disk."""
@@ -63,7 +63,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
-    """Raise DiskFullError with ``path`` when the disk fills up in this block, and DiskError when it breaks."""
+    """Raise DiskFullError with ``path`` when the disk fills up in this block, DiskError when it breaks."""
     try:
         yield
     except Exception as error:

@@ -87,7 +87,7 @@ def generate(
 
 
 def _read(model: str, data: str, reading: JsonObject, **keys: object) -> list[AskedPrompt]:
-    """Return the prompts of a file, read with the columns that the model's training used. Raises UserError."""
+    """Return the prompts of a file, read with the columns of the model's training. Raises UserError."""
     from tunesmith.data.read import prompts
     from tunesmith.evaluate import trained_reading
 
@@ -102,7 +102,7 @@ def _read(model: str, data: str, reading: JsonObject, **keys: object) -> list[As
 
 
 def _warn_of_omitted_text(asked: list[AskedPrompt], pair: Loaded) -> None:
-    """Warn of prompts whose text or tools the chat template leaves out: their number, and what the first loses."""
+    """Warn of prompts whose text or tools the chat template leaves out, with an example."""
     from tunesmith.data.encode.conversations import find_omitted_text
     from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
     from tunesmith.data.rows import Chat

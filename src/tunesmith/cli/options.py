@@ -71,7 +71,7 @@ TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 =
 
 
 def parse_template_kwargs(given: list[str] | None) -> JsonObject:
-    """Parse ``["enable_thinking=false"]`` to ``{"enable_thinking": False}``. A value that is not JSON is text.
+    """Parse ``["enable_thinking=false"]`` to ``{"enable_thinking": False}``. Other values than JSON are text.
 
     Raises UserError for an option that is not NAME=VALUE.
     """

@@ -1,4 +1,4 @@
-"""Compute the reference log-probabilities of a saved preference model: those of the model training started from."""
+"""Compute reference log-probabilities for a saved preference model, with the model that training started from."""
 
 from __future__ import annotations
 

@@ -52,11 +52,11 @@ def source_as_trained(
     gold: bool = True,
     prompts: bool = False,
 ) -> Source:
-    """Return the source ``data``, with the reading keys of a training source if the file has that one's columns.
+    """Return the source ``data``, with the reading keys of a training source if they suit the file's columns.
 
     ``given``: values for READING_KEYS of ``data_config``. If any of them is set, the keys that training
-    recorded are not used. ``accepted``, ``gold`` and ``prompts``: as in ``open_source``. ``keys``: other keys of
-    the source. Raises RecipeError."""
+    recorded are not used. ``accepted``, ``gold`` and ``prompts``: as in ``open_source``. ``keys``: other keys
+    of the source. Raises RecipeError."""
     plain = make_source(data, **given, **keys)
     remembered = [] if any(given.values()) else trained.get("readings") or []
     for reading in remembered:

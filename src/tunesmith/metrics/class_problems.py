@@ -1,8 +1,8 @@
 """The three problem types of classification: one class, several labels, numbers.
 
 Each has its figures, a baseline that predicts the same for every row, and its decisions. ``scores`` are
-(n, k). ``targets`` are class ids or numbers (n, 1), or a 0 or 1 for each of k labels (n, k). A figure by row is
-a ratio of two sums over rows, given as each row's term of either sum."""
+(n, k). ``targets`` are class ids or numbers (n, 1), or a 0 or 1 for each of k labels (n, k). A figure by row
+is a ratio of two sums over rows, given as each row's term of either sum."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Problem:
         names: Sequence[str],
         threshold: float,
     ) -> tuple[str, dict[str, RowValues], float | None]:
-        """Return the constant prediction in words, its figures by row, and its macro F1 if there are classes."""
+        """Return the constant prediction in words, its figures by row, and its macro F1 (None for numbers)."""
         constant, words = self.constant(targets, scores, names)
         macro_f1 = self.measure(targets, constant, names, threshold).get("macro_f1")
         return words, _by_place(places, self.by_row(targets, constant, threshold)), macro_f1

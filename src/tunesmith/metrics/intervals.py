@@ -18,7 +18,7 @@ import numpy as np
 LEVEL = 0.95
 MOST_DRAWS, FEWEST_DRAWS = 1000, 200
 DRAWN_ROWS = 4_000_000
-"""Most rows drawn for one interval. A large set gets fewer draws (at least ``FEWEST_DRAWS``) to bound the time."""
+"""Rows drawn for one interval. Larger sets get fewer draws (at least ``FEWEST_DRAWS``), to bound the time."""
 
 Place = tuple[int, int]
 """Identity of a row: (index of its source, row in the source's file)."""
@@ -92,7 +92,7 @@ def _draws(values: np.ndarray) -> np.ndarray:
 
 
 def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Return the ratios of the draws. A draw with a denominator of 0 is nan, which the interval leaves out."""
+    """Return the ratios of the draws. A draw with a denominator of 0 is nan: the interval leaves it out."""
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below != 0)
 
 

@@ -202,7 +202,7 @@ class Objective:
         raise NotImplementedError
 
     def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
-        """Return the figures of ``summarise`` that are a ratio of two sums over rows, as the terms of each row.
+        """Return the figures of ``summarise`` that are a ratio of two sums over rows, as each row's terms.
 
         Only these figures and their differences have an interval."""
         return {}

@@ -255,7 +255,7 @@ class Objective(objectives.Objective):
         return {"eval_rewards/accuracies": objectives.always_longer(longer)}
 
     def answers(self, records: Sequence[JsonObject]) -> list[JsonObject]:
-        """Return, for each row, the rewards of its answers, its loss, and whether it ranks every pair correctly."""
+        """Return for each row the rewards of its answers, its loss, and whether all pairs rank correctly."""
         rows = sorted((row for record in records for row in record["rows"]), key=lambda row: row["row"])
         return [
             {

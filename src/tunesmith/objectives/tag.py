@@ -216,8 +216,8 @@ class Objective(objectives.TaskHead):
         )  # fmt: skip
 
     def collate(self, examples: Sequence[Example], layout: Layout) -> Batch:
-        """Make a batch. ``targets`` (places,): tag ids at ``positions``; -1 = unknown, below -1 = a tag that the
-        model does not have. ``words``: indices of the words of each window."""
+        """Make a batch. ``targets`` (places,): tag ids at ``positions``; -1 = unknown, below -1 = a tag that
+        the model does not have. ``words``: indices of the words of each window."""
         import torch
 
         batch = pack.with_positions(examples, layout, [example["places"] for example in examples])
@@ -318,7 +318,7 @@ class Objective(objectives.TaskHead):
         return [answer for answer in self.answers(records) if answer["gold"] is not None]
 
     def _ratios(self, pairs: Sequence[tuple[JsonObject, list[str]]]) -> dict[str, RowValues]:
-        """Return accuracy by row, and entities' F1, precision and recall. ``pairs``: (record, predicted tags)."""
+        """Return accuracy and the entities' F1, precision and recall. ``pairs``: (record, predicted tags)."""
         figures: dict[str, dict[intervals.Place, tuple[float, float]]] = {}
         for answer, tags in pairs:
             for name, sums in entities.sums_of_row(answer["gold"], tags, self.scheme).items():
@@ -373,7 +373,7 @@ def _sort_tags(names: Iterable[str]) -> list[str]:
 
 
 def _check_kinds(counts: Counter[str]) -> None:
-    """Raise DataError if the tags are probably not tags: more than ``MOST_TYPES``, or some outside the scheme."""
+    """Raise DataError if the tags are probably not tags: more than MOST_TYPES, or some outside the scheme."""
     types = {tag.partition("-")[2] or tag for tag in counts}
     if len(types) > MOST_TYPES:
         rarest = shorten(min(counts, key=counts.__getitem__))

@@ -1,8 +1,8 @@
 """Translate the keys of other programs to keys of a recipe.
 
-One table covers transformers (``TrainingArguments``), TRL, PEFT, bitsandbytes, LLaMA-Factory, Axolotl, Unsloth
-and ms-swift; ``foreign_values`` translates their values. ``validation`` uses both for the errors of unknown
-keys, wrong values and unknown command-line flags.
+One table covers transformers (``TrainingArguments``), TRL, PEFT, bitsandbytes, LLaMA-Factory, Axolotl,
+Unsloth and ms-swift; ``foreign_values`` translates their values. ``validation`` uses both for the errors of
+unknown keys, wrong values and unknown command-line flags.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def is_count(value: object) -> bool:
 
 
 def sources(value: object, given: Given) -> object:
-    """Translate ``x.json``, ``[x.json]`` or Axolotl's ``[{path: x.json, type: alpaca}]`` to ``[{path: x.json}]``."""
+    """Translate ``x.json`` and Axolotl's ``[{path: x.json, type: alpaca}]`` to ``[{path: x.json}]``."""
     listed = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else []
     paths = [one.get("path") if isinstance(one, dict) else one for one in listed]
     return [{"path": path.strip()} for path in paths if isinstance(path, str) and path.strip()] or None
@@ -147,7 +147,7 @@ def held_out(value: object, given: Given) -> object:
 
 
 def patterns(key: str, default: int) -> Translate:
-    """Merge peft's mapping of patterns with the number for all other layers, ``given[key]``, into one mapping."""
+    """Merge peft's mapping of patterns with ``given[key]``, the number for all other layers."""
     return lambda value, given: (
         {"default": given.get(key, default), **value} if isinstance(value, dict) else None
     )
@@ -179,6 +179,6 @@ VALUES: Mapping[str, Translate] = {
 
 
 def value_here(key: str, value: object) -> tuple[str, object]:
-    """Return (key, value) of the recipe for a ``value`` of ``key`` in another program's form; None = unknown."""
+    """Return the recipe's key and value for a ``value`` in another program's form; None = no translation."""
     translate = VALUES.get(key, unknown)
     return "adaptation" if key == "adapter" else key, translate(value, {})

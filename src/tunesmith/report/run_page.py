@@ -251,7 +251,7 @@ def _sets(run: _Run) -> list[JsonObject]:
 
 
 def _examples(run: _Run) -> list[tuple[str, list[task_page.Mistake]]]:
-    """Return two sections of held-out rows and the model's answers: the worst mistakes, and some right answers."""
+    """Return sections of held-out rows with the model's answers: the worst mistakes, and some right ones."""
     titles = {"wrong": "Worst mistakes on held-out rows", "right": "Some right answers"}
     return [
         (title, [task_page.mistake_card(one) for one in run.examples[name]])

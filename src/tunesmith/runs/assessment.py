@@ -21,8 +21,8 @@ from tunesmith.runs.figure_format import change_text, label, lower_is_better, nu
 FILE = "held_out.json"
 """File of a run folder with three entries.
 
-``before`` and ``after``: the evaluations (``measured``) before training and of the best model. ``examples``: the
-``answers`` of ``after`` with the text of their rows."""
+``before`` and ``after``: the evaluations (``measured``) before training and of the best model. ``examples``:
+the ``answers`` of ``after`` with the text of their rows."""
 
 
 def keep(run: Path, which: Literal["before", "after", "examples"], evaluation: JsonObject) -> None:
@@ -48,8 +48,8 @@ def measured(
 ) -> JsonObject:
     """Return the facts of one evaluation that ``assess`` needs, as JSON.
 
-    ``figures``: each row's terms, by figure. ``baselines``: ``words``, ``value`` and ``rows`` (or None) of the
-    baseline, by figure."""
+    ``figures``: each row's terms, by figure. ``baselines``: ``words``, ``value`` and ``rows`` (or None) of
+    each figure's baseline."""
     return {
         "step": step,
         "figures": {name: _listed(rows) for name, rows in figures.items() if _is_finite(rows)},
@@ -98,7 +98,7 @@ def assess(after: JsonObject, before: JsonObject | None, best: str) -> JsonObjec
 def differences(run: Path, other: Path) -> JsonObject:
     """Return the change of each figure from the best model of ``run`` to that of ``other``.
 
-    A change is as in :func:`assess`. Only figures that both runs computed over the same held-out rows have one."""
+    A change is as in :func:`assess`. Only figures over the same held-out rows in both runs have one."""
     first, second = (read(folder).get("after", {}).get("figures", {}) for folder in (run, other))
     changes = {
         name: _difference(name, _rows(first[name]), _rows(second[name])) for name in first if name in second

@@ -35,7 +35,7 @@ FREE = {
     "data.cache", "train.gradient_checkpointing", "train.micro_batch_tokens", "train.report_to", "train.save_steps",
     "train.save_total_limit",
 }  # fmt: skip
-"""Keys that a resumed run may change, because they do not change the result (to need less memory, for example)."""
+"""Keys that a resumed run may change (to need less memory, for example), because they change no result."""
 
 
 @dataclass
@@ -106,8 +106,8 @@ def claim(path: Path, start: Start = "new") -> RunFolder:
     """Make or reopen the folder and lock it, before any work is done.
 
     If a run was killed in the folder before its first record, the new run starts from step 0, with ``resume``
-    too. Raises UserError if another process holds the lock, if a new run would overwrite files, if there is no
-    run to resume, or if the folder cannot be written.
+    too. Raises UserError if another process holds the lock, if a new run would overwrite files, if there is
+    no run to resume, or if the folder cannot be written.
     """
     path = path.resolve()
     if path.exists() and not path.is_dir():
@@ -199,7 +199,7 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _clear_unstarted(path: Path) -> None:
-    """Remove the files of a run that was killed before its first record. ``begin`` replaces its recipe.yaml."""
+    """Remove the files of a run that was killed before its first record; ``begin`` replaces recipe.yaml."""
     for name in ("metrics.jsonl", "samples.jsonl"):
         (path / name).unlink(missing_ok=True)
     shutil.rmtree(path / "base", ignore_errors=True)
@@ -208,8 +208,8 @@ def _clear_unstarted(path: Path) -> None:
 def _set_aside(path: Path) -> None:
     """Move everything in the folder into ``replaced-N/``: the checkpoints first, recipe.yaml last.
 
-    After a kill in between, ``--resume`` refuses the folder, because its checkpoints are gone, and ``--restart``
-    works again.
+    After a kill in between, ``--resume`` refuses the folder, because its checkpoints are gone, and
+    ``--restart`` works again.
     """
     order = {"checkpoints": 0, "recipe.yaml": 2}
     entries = sorted(path.iterdir(), key=lambda entry: (order.get(entry.name, 1), entry.name))

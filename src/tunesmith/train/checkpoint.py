@@ -42,7 +42,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: JsonO
 
 
 def newest(folder: Path) -> tuple[int | None, dict[int, str]]:
-    """Return the step of the newest intact checkpoint (None if there is none), and the damage of newer ones."""
+    """Return the step of the newest intact checkpoint, or None, and the damage of each newer one by step."""
     damaged: dict[int, str] = {}
     for step in reversed(steps(folder)):
         damage = find_damage(folder / f"step-{step}")

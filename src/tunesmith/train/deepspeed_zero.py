@@ -170,8 +170,8 @@ class Shards:
         with silence_stdout():
             import deepspeed.ops
 
-            # DeepSpeed would compile an extension that only its inference uses. That takes a minute in each new
-            # home folder, and a killed compilation leaves a lock that blocks all later runs.
+            # DeepSpeed would compile an extension that only its inference uses. That takes a minute in each
+            # new home folder, and a killed compilation leaves a lock that blocks all later runs.
             deepspeed.ops.__compatible_ops__ = {}
             _init_process_group()
             self.engine = deepspeed.initialize(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def deciding_figure(train: TrainConfig, traits: Traits) -> tuple[str, str]:
-    """Return the figure that chooses the best model, and ``min`` or ``max``: the direction of better values."""
+    """Return the figure that chooses the best model, and the direction of its better values: min or max."""
     name = train.best_figure
     return traits.best if name is None else (name, "min" if lower_is_better(name) else "max")
 

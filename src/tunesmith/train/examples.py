@@ -1,4 +1,4 @@
-"""Choose answers to held-out rows for the report, wrong ones and a few right ones, and add their rows' text."""
+"""Choose answers to held-out rows for the report, wrong and right ones, and add the text of their rows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MOST_RIGHT = 5
 
 
 def select(answers: Sequence[JsonObject], most: int) -> JsonObject:
-    """Return ``wrong``, at most ``most`` wrong answers, highest loss first, and ``right``, the first right ones.
+    """Return ``wrong``, at most ``most`` wrong answers, highest loss first, and ``right``, some right answers.
 
-    Equal mistakes (the same gold and predicted value, or the same confusions of tags) are one entry. The entry
-    has the answer with the highest loss, and ``alike`` counts its rows."""
+    Equal mistakes (the same gold and predicted value, or the same confusions of tags) are one entry. It has
+    the answer with the highest loss, and ``alike`` counts its rows."""
     known = [answer for answer in answers if answer["loss"] is not None]
     wrong: dict[str, JsonObject] = {}
     for answer in sorted(known, key=lambda answer: -answer["loss"]):

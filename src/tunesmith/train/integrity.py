@@ -62,7 +62,7 @@ def verify(folder: str | Path, accept: bool = False) -> JsonObject:
 
 
 def _model(folder: Path, root: Path) -> list[Finding]:
-    """Return a finding for each file of a model folder, the record first, and one for an adapter's base model."""
+    """Return a finding for each file of a model folder, the record first, and for an adapter's base model."""
     place = folder.relative_to(root)
     findings: list[Finding] = []
     try:

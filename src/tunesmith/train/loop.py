@@ -278,7 +278,7 @@ def rehearse(job: Job, step: Step, places: list[int]) -> None:
 def _raise_non_finite(job: Job, step: Step, loss: float, norm: float) -> None:
     """Raise NonFiniteError with the rows whose own loss is not finite, or with all rows of the step.
 
-    If weights are not finite, the error names the weights instead, because then every row's loss is not finite.
+    If weights are not finite, the error names these weights instead, because no row's loss is finite then.
     """
     job.update.clear_gradients()
     weights = dict(job.model.named_parameters())
@@ -354,8 +354,8 @@ def _early_stop(job: Job, position: Progression, figure: float | None) -> str | 
 def record_best(position: Progression, figure: float, direction: str, threshold: float) -> bool:
     """Record an evaluation's figure, and return whether it is the best so far.
 
-    A figure that is not finite is never the best. Only a gain above ``threshold`` counts as an improvement for
-    early stopping.
+    A figure that is not finite is never the best. Only a gain above ``threshold`` counts as an improvement
+    for early stopping.
     """
     best = position.best
     gain = math.inf if best is None else (best - figure if direction == "min" else figure - best)

@@ -1,7 +1,7 @@
 """Find the micro-batch size that fits into memory, by trying the heaviest micro-batch before the first step.
 
 Two passes of different size measure the bytes per token. A run that exceeds the memory limit stops in its
-first seconds, and its error names a size that fits. With ``micro_batch_tokens: auto`` the run takes that size.
+first seconds, and its error names a size that fits. ``micro_batch_tokens: auto`` takes that size.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Memory:
 
 
 def first_budget(config: TrainConfig, device: torch.device) -> int:
-    """Return the token budget to start with: the recipe's, or the number of tokens that saturates the device."""
+    """Return the token budget to start with: the recipe's, or the tokens that saturate the device."""
     wanted = config.micro_batch_tokens
     return wanted if isinstance(wanted, int) else LARGEST.get(device.type, LARGEST["cpu"])
 
@@ -85,8 +85,8 @@ def measure_memory(job: Job, limit: int) -> Memory:
     """Try one short row, then the heaviest micro-batch of the run under ``job.budget``.
 
     On a CPU the operating system kills a process that takes too much memory. So the first rows of a large
-    micro-batch are tried first. If they predict more than ``limit`` bytes, the whole micro-batch is not tried,
-    and ``heaviest`` is extrapolated from them.
+    micro-batch are tried first. If they predict more than ``limit`` bytes, the whole micro-batch is not
+    tried, and ``heaviest`` is extrapolated from them.
     """
     state = distributed.state()
     steps = job.source.preview(PREVIEWED)
@@ -145,7 +145,7 @@ def limit_bytes(device: torch.device) -> int:
 
 
 def check_weights(ready: setup.Setup, limit: int) -> None:
-    """Raise RecipeError, before loading, when weights, gradients and optimiser state exceed ``limit`` bytes."""
+    """Raise RecipeError, before loading, if weights, gradients and optimiser state exceed ``limit``."""
     total, trained, quantized = ready.outline.total, ready.outline.trainable, ready.outline.quantized
     item = ready.precision.compute.itemsize
     masters = 4 if item < 4 else 0

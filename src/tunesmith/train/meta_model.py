@@ -28,8 +28,8 @@ WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx")
 class Outline:
     """Facts about a model that are known before its weights are loaded.
 
-    Numbers of parameters, virtual tokens per row, the position id of a row's first token, and the weights that
-    will be quantised."""
+    Numbers of parameters, virtual tokens per row, the position id of a row's first token, and the weights to
+    quantise."""
 
     trainable: int
     total: int
@@ -91,6 +91,4 @@ def window_of(config: PretrainedConfig, taken: int) -> int | None:
 
     ``taken``: positions that virtual tokens take, and unused positions before the first token."""
     limits = [getattr(config, name, None) or 0 for name in WINDOWS]
-    return next(
-        (int(limit) - taken for limit in limits if limit > 0), None
-    )  # xlnet's config has -1: no limit
+    return next((int(limit) - taken for limit in limits if limit > 0), None)  # xlnet names -1

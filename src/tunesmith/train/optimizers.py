@@ -209,7 +209,7 @@ def schedule(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Make the schedule with ``transformers.get_scheduler``. Raises RecipeError.
 
-    ``best``: ``min`` or ``max``, the direction of better values of the figure that a plateau schedule follows."""
+    ``best``: min or max, the direction of better values of the figure that a plateau schedule follows."""
     from transformers import SchedulerType, get_scheduler
 
     warmup = config.warmup_steps or int(config.warmup_ratio * steps + 0.5)

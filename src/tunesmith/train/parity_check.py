@@ -87,7 +87,7 @@ class ParityCheck:
         return value, gradients
 
     def measure_plain(self) -> LossAndGradients:
-        """Return :meth:`measure` of the model's own forward on padded rows. Raises ModelError if that fails."""
+        """Run :meth:`measure` with the model's own forward on padded rows. Raises ModelError if that fails."""
         try:
             return self.measure(PADDED)
         except FORWARD_ERRORS as error:
@@ -100,7 +100,7 @@ class ParityCheck:
             ) from error
 
     def why_not_equal(self, expected: LossAndGradients, layout: Layout) -> str | None:
-        """Return how the current path fails, or how it differs from ``expected``, on the rows; None if equal."""
+        """Return how the current path fails on the rows, or differs from ``expected``; None if equal."""
         try:
             measured = self.measure(layout)
         except (attention.CannotPack, *FORWARD_ERRORS) as error:

@@ -1,4 +1,4 @@
-"""Prepare the first step with the loaded model: find the micro-batch size, plan the time, compute the reference."""
+"""Prepare the first step with the loaded model: find the micro-batch size, plan the steps, run the reference."""
 
 from __future__ import annotations
 

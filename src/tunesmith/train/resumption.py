@@ -1,4 +1,4 @@
-"""Begin a run: claim its folder, choose the checkpoint to continue from, return the result of a finished run."""
+"""Begin a run: claim its folder, choose the checkpoint to resume from, return the result of a finished run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def claim(
 def choose(run_folder: RunFolder, recipe: Recipe, progress: Progress) -> tuple[int | None, list[str]]:
     """Return the step of the checkpoint to continue from (None = step 0) and the recipe keys that changed.
 
-    Raises RecipeError if a key changed that must not change. Raises UserError if there is no good checkpoint and
-    a start from step 0 would overwrite results.
+    Raises RecipeError if a key changed that must not change. Raises UserError if there is no good checkpoint
+    and a start from step 0 would overwrite results.
     """
     if run_folder.start != "resume":
         return None, []

@@ -1,9 +1,9 @@
 """Check, before training, that batches do not change a row's hidden states.
 
-The expected states are those of transformers' own forward, which gets one row's tokens and chooses the position
-ids itself. The batches of a run also have position ids, padding and a mask. Each of them can change the hidden
-states: roberta's family begins at another position, and a convolution reads the padding. The check runs the
-model, because the name of its architecture proves nothing.
+The expected states are those of transformers' own forward, which gets one row's tokens and chooses the
+position ids itself. The batches of a run also have position ids, padding and a mask. Each of them can change
+the hidden states: roberta's family begins at another position, and a convolution reads the padding. The check
+runs the model, because the name of its architecture proves nothing.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class RowCheck:
             )
 
     def _stock(self, ids: Tensor) -> Tensor:
-        """Return the hidden states of a row by transformers' own forward, from its tokens and a mask of ones."""
+        """Return a row's hidden states by transformers' own forward, from its tokens and a mask of ones."""
         inner = base(self.model)
         # no head of transformers pools by the mean, so such a model is checked without its head
         stock = inner.base_model if pooling(inner.config) == "mean" else inner
@@ -112,7 +112,7 @@ class RowCheck:
             ) from error
 
     def _states(self, batch: Batch) -> Tensor:
-        """Return the hidden states of a padded batch (rows, tokens, width); its logits if the model has no body."""
+        """Return the hidden states of a padded batch (rows, tokens, width), or logits if there is no body."""
         inner = base(self.model)
         with torch.no_grad():
             out = inner.base_model(**lm_head.inputs(self.model, batch))

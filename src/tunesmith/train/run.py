@@ -205,8 +205,7 @@ def _open(
 def _prepare(
     run: Run, built: setup.Built, position: Progression, changed_keys: Sequence[str], started: float
 ) -> Job:
-    """Make the loop's job: micro-batches that fit into memory, steps that fit into the time, the reference,
-    trackers.
+    """Make the loop's job, with the micro-batch size, the planned steps, the reference and the trackers.
 
     ``changed_keys``: recipe keys that differ from those the run started with. ``started``: when the program
     began, by ``time.perf_counter``.

@@ -92,14 +92,14 @@ def save_model(run: Run) -> None:
 
 
 def _trained_with(run: Run) -> JsonObject:
-    """Return what the saved model remembers of its training (``record.trained``)."""
+    """Return the facts about the training that are saved with the model (``record.trained``)."""
     recipe, start = run.setup.recipe, run.setup.model_folder.path
     keys = {*READING_KEYS} - {"columns"}
     readings = [
         source.model_dump(include=keys, exclude_defaults=True)
         | (
             {"columns": source.mapping} if source.mapping else {}
-        )  # without keep_if, a choice of training rows
+        )  # without keep_if, which selects training rows only
         for source in recipe.data.train
     ]
     return {
@@ -118,10 +118,10 @@ def _trained_with(run: Run) -> JsonObject:
 
 
 def require_finite(run: Run, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise NonFiniteError when the update of ``step`` overflowed in one of ``tensors``.
+    """Raise NonFiniteError if one of ``tensors`` is not finite after the update of ``step``.
 
-    All processes call it, because all must stop. The loss of a step is checked before its update; only here
-    is the result of the last update.
+    All processes call it, because all must stop. The loop checks a step's loss before the update; only this
+    function checks the result of the last update.
     """
     if not (counts := finite.count_non_finite(tensors)):
         return
@@ -139,7 +139,7 @@ def require_finite(run: Run, step: int, tensors: Mapping[str, torch.Tensor]) -> 
 
 
 def require_finite_evaluation(run: Run) -> None:
-    """Raise NonFiniteError at the end of a run in which every evaluation had a loss that is not finite.
+    """Raise NonFiniteError at the end of a run if no evaluation after step 0 had a finite loss.
 
     All processes call it; the main one has the records.
     """
@@ -165,7 +165,7 @@ def _last_checkpoint(run: Run) -> str:
 def save(run: Run, position: Progression) -> None:
     """Save a checkpoint. All processes call it; the main one writes.
 
-    Raises NonFiniteError, and saves nothing, when a trained weight or the optimiser's state is not finite.
+    Raises NonFiniteError and saves nothing if a trained weight or the optimiser's state is not finite.
     """
     tensors = run.update.tensors()
     require_finite(run, position.step, {name.removeprefix("master."): one for name, one in tensors.items()})
@@ -210,8 +210,8 @@ def _rotate(run: Run, position: Progression) -> None:
 def restore(run: Run, step: int | None) -> Progression:
     """Load the checkpoint of ``step`` and drop the records written after it. Returns the position of the run.
 
-    ``step``: None starts from step 0. Raises RecipeError when the initial LoRA factors or the reference are
-    not those of the run.
+    ``step``: None starts from step 0. Raises RecipeError if this machine computes other initial LoRA factors or
+    if the reference differs from the run's.
     """
     if step is None:
         _rewind(run, -1)
@@ -239,7 +239,7 @@ def restore(run: Run, step: int | None) -> Progression:
         torch.cuda.set_rng_state(tensors["random.cuda"], run.setup.device)
     _note_changes(run, state)
     _rewind(run, position.step)
-    if run.main:  # a kill may have come between a save and the removal of the oldest checkpoint
+    if run.main:  # a kill between a save and the removal of the oldest checkpoint leaves one too many
         _rotate(run, position)
     run.progress.note(f"resumed after step {position.step}")
     return position

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 QUESTIONERS = ("user", "human")
-"""Roles of those who ask."""
+"""Roles whose turns are questions."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _split(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokeniz
 
 
 def _readable(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what a person reads of a prompt: of a chat the only question, or all turns; or the whole text."""
+    """Return a prompt without its special tokens: of a chat with one question that question, else all text."""
     specials = set(tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer))))
     turns: list[list[int]] = [[]]
     for token in prompt:
@@ -85,7 +85,7 @@ def _readable(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     texts: list[str] = [text for turn in turns if (text := tokenizer.decode(turn).strip())]
     if len(texts) < 2 or not tokenizer.chat_template:
         return "\n".join(texts)
-    *turns_before, _ = texts  # the last text is the header of the answer to come
+    *turns_before, _ = texts  # the last text is the header of the answer that follows
     if sum(text.partition("\n")[0].strip() in QUESTIONERS for text in turns_before) > 1:
         return "\n".join(turns_before)
     role, _, content = turns_before[-1].partition("\n")
@@ -94,7 +94,7 @@ def _readable(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """``cut``: the number of tokens after which generation ended an answer that had not stopped; else None."""
+    """Text of a generated answer. ``cut``: its number of tokens if it reached the limit before its end, or None."""
 
     text: str
     cut: int | None

@@ -228,7 +228,7 @@ def _rows_in_order(base: Base, data: Prepared, steps: int | None) -> Source:
 
 
 def with_steps(setup: Setup, steps: int) -> Setup:
-    """Return the setup with a source of ``steps`` steps. Raises RecipeError for a schedule that does not fit."""
+    """Return the setup with a source of ``steps`` steps. Raises RecipeError if the schedule is too long for it."""
     optimizers.check_schedule(setup.recipe.train, steps)
     setup.session.epochs = _rows_in_order(setup, setup.data, steps)
     return replace(setup, source=setup.objective.source(setup.session), time_planned=True)
@@ -327,7 +327,7 @@ def _update(setup: Setup, model: PreTrainedModel, masters: Masters) -> Update:
 
 
 def fresh_update(setup: Setup, model: PreTrainedModel, masters: TrainedWeights) -> Update:
-    """Make optimiser, schedule and loss scale of a run at step 0 for weights that a process holds whole."""
+    """Make optimiser, schedule and loss scale of a run at step 0, for weights that are not sharded."""
     return _with_schedule(setup, _optimizer(setup, model, masters.whole()), masters)
 
 

@@ -1,6 +1,7 @@
-"""The base model, tokenizer and chat template that a run started with: in every checkpoint, compared on resume.
+"""Describe the base model, tokenizer and chat template that a run started with, and check them on resume.
 
-The same recipe and data give another run where one of them changed, for every objective.
+Every checkpoint has the description. If one of them changed, the resumed run would not be the same run, although
+its recipe and data are the same.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _IGNORED = {"transformers_version", "_name_or_path", "base_model_name_or_path"}
-"""Keys of a config that change nothing: versions, and paths, which may move."""
+"""Keys of a config that do not change the model: versions, and paths of folders that may move."""
 
 _CONTEXT, _MOST = 24, 160
-"""Characters of a changed template: around the change, and at most."""
+"""Characters printed of a changed template: before and after the change, and at most in all."""
 
 _MOST_LINES = 12
 
 
 class StartingPoint:
-    """The base model of this process. Its weights are hashed whole, in a thread, while the network is loaded."""
+    """Description of this process's base model. A thread hashes all its weights while the network is loaded."""
 
     def __init__(self, ready: Setup) -> None:
         self._ready = ready
@@ -49,7 +50,7 @@ class StartingPoint:
         return {"weights": self._weights.result(), **self._settings}
 
     def check_same(self, state: JsonObject) -> None:
-        """Raise RecipeError, with what changed, when the ``state`` of a checkpoint has other data or another base."""
+        """Raise RecipeError with the differences if a checkpoint's ``state`` has other data or another base."""
         _check_data(self._ready, state)
         before: JsonObject | None = state.get("base")
         if not before or not (changed := _differences(before, self.facts())):
@@ -63,7 +64,7 @@ class StartingPoint:
 
 
 def _folders(ready: Setup) -> dict[str, Path]:
-    """Return the folders of the model by the prefix of their files."""
+    """Return the folders of the model, by the prefix that ``facts`` adds to their files' names."""
     folder = ready.model_folder
     return {"": folder.network} | ({"adapter/": folder.path} if folder.base else {})
 
@@ -92,7 +93,7 @@ def _hash_weights(folders: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _describe_settings(ready: Setup, folders: Mapping[str, Path]) -> JsonObject:
-    """Return everything but the weights. The tokenizer is described as loaded, whatever files it comes from."""
+    """Return code, settings, tokenizer and template. The tokenizer is the loaded one, whatever files it has."""
     folder, tokenizer = ready.model_folder, ready.tokenizer
     names = [*(name for name in SETTINGS if not name.startswith("tokenizer")), "adapter_config.json"]
     return {
@@ -158,7 +159,7 @@ def _template_difference(old: object, new: object) -> str:
 
 
 def _shared(one: str, other: str) -> int:
-    """Return the number of characters that both texts begin with."""
+    """Return the length of the common prefix of both texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 

@@ -1,7 +1,7 @@
-"""``train.max_minutes``: the number of steps that fits into a time, chosen once from a measurement at the start.
+"""Choose the number of steps that fit into ``train.max_minutes``, once, from a measurement at the start.
 
-The plan is kept in the manifest. A resumed or reproduced run takes it from there, so it takes the same steps
-with the same learning rates on any machine.
+The manifest keeps the plan. A resumed or reproduced run reads it there, so it takes the same steps with the
+same learning rates on any machine.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from tunesmith.train.train_config import TrainConfig
 
 
 def follow(run: Run, job: Job, started: float) -> None:
-    """Measure the run, choose its steps and make ``run`` and ``job`` take them, unless they are chosen already.
+    """Measure the run, choose its number of steps and set it in ``run`` and ``job``.
 
-    ``started``: when the program began, by ``time.perf_counter``. The measured steps change no weight: trained weights and random
-    state are restored, optimiser and schedule made anew.
+    Does nothing if the number is chosen already. The measurement changes no weight: trained weights and random
+    state are restored afterwards, and optimiser and schedule are made again. ``started``: when the program
+    began, by ``time.perf_counter``.
     """
     minutes, most = run.setup.recipe.train.max_minutes, run.setup.source.plan.steps
     if minutes is None or run.setup.time_planned:
@@ -50,21 +51,21 @@ def follow(run: Run, job: Job, started: float) -> None:
 
 
 def recorded_steps(folder: RunFolder) -> int | None:
-    """Return the steps that an earlier start of a resumed run chose."""
+    """Return the number of steps that a resumed run chose at its first start; None if it chose none."""
     plan: JsonObject = (folder.manifest().get("time_plan") or {}) if folder.start == "resume" else {}
     steps: int | None = plan.get("steps")
     return steps
 
 
 def fixed(train: TrainConfig, manifest: JsonObject) -> TrainConfig:
-    """Return the settings with the steps that a run of theirs chose, for another run with the same steps."""
+    """Return ``train`` with the number of steps in a run's ``manifest``, for another run with the same steps."""
     plan = manifest.get("time_plan")
     chosen = {"max_minutes": None, "max_steps": plan["steps"], "epochs": 1.0} if plan else {}
     return train.model_copy(update=chosen)
 
 
 def notes(ready: setup.Setup) -> list[str]:
-    """Return what ``check`` reports about the time before anything is measured."""
+    """Return the lines that ``check`` prints about the time limit without a measurement."""
     minutes, most = ready.recipe.train.max_minutes, ready.source.plan.steps
     if minutes is None:
         return []
@@ -75,7 +76,7 @@ def notes(ready: setup.Setup) -> list[str]:
 
 
 def _line(minutes: float, steps: int, most: int, costs: forecast.Costs, total: float) -> str:
-    """Return the plan and its reason."""
+    """Return a line with the number of steps and its reason."""
     head = f"train.max_minutes {minutes:g}: {steps:,} of {most:,} steps"
     if steps == most:
         head = f"train.max_minutes {minutes:g}: all {most:,} steps fit"

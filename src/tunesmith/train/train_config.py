@@ -88,7 +88,7 @@ class TrainConfig(Strict):
 
     @property
     def best_figure(self) -> str | None:
-        """``metric_for_best_model`` as evaluations name it: ``f1`` and ``eval_f1`` are ``eval_f1``."""
+        """``metric_for_best_model`` with the name that evaluations use: ``eval_f1`` for ``f1`` or ``eval_f1``."""
         name = self.metric_for_best_model
         return name if name is None or name.startswith("eval_") or name == "perplexity" else f"eval_{name}"
 
@@ -159,7 +159,9 @@ class SampleConfig(Strict):
 
 
 def interval(every: float | str | None, steps: int, steps_per_epoch: int) -> int | None:
-    """Return the steps from one time to the next: ``every`` is a number, a share below 1, ``epoch`` or None."""
+    """Return the number of steps between two times; None = never.
+
+    ``every``: a number of steps, a share of all steps below 1, ``epoch`` or None."""
     if every is None or every == "epoch":
         return steps_per_epoch if every else None
     number = float(every)
@@ -167,12 +169,12 @@ def interval(every: float | str | None, steps: int, steps_per_epoch: int) -> int
 
 
 def due(every: float | str | None, step: int, steps: int, steps_per_epoch: int) -> bool:
-    """Return whether ``every`` falls on ``step``."""
+    """Return whether an action with the interval ``every`` is due after ``step``."""
     between = interval(every, steps, steps_per_epoch)
     return between is not None and step % between == 0
 
 
 def times(every: float | str | None, steps: int, steps_per_epoch: int) -> int:
-    """Return how often something is due in a run of ``steps`` steps, the last step included."""
+    """Return how often an action is due in a run of ``steps`` steps, the last step included."""
     between = interval(every, steps, steps_per_epoch) or steps
     return -(-steps // between)
