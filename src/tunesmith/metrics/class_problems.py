@@ -72,7 +72,7 @@ class Problem:
         names: Sequence[str],
         threshold: float,
     ) -> tuple[str, dict[str, RowValues], float | None]:
-        """Return the constant prediction in words, its figures by row, and its macro F1 (None for numbers)."""
+        """Return the constant prediction in words, its figures by row, its macro F1 (None for numbers)."""
         constant, words = self.constant(targets, scores, names)
         macro_f1 = self.measure(targets, constant, names, threshold).get("macro_f1")
         return words, _by_place(places, self.by_row(targets, constant, threshold)), macro_f1

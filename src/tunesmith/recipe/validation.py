@@ -117,8 +117,8 @@ def _check(raw: object, text: recipe_text.Text, note: Note) -> Recipe:
 def _drop_replaced(raw: JsonObject, text: recipe_text.Text) -> list[str]:
     """Remove keys from ``raw`` if an override sets an alternative.
 
-    Returns a line for each removed key that was not at its default. If overrides set several keys of one group,
-    these stay, and ``conflicts`` refuses them."""
+    Returns a line for each removed key that was not at its default. If overrides set several keys of one
+    group, these stay, and ``conflicts`` refuses them."""
     lines = []
     for group in ALTERNATIVES:
         set_by = {key: text.override_in(key) for key in group}
@@ -258,7 +258,7 @@ def _explain_unknown(
 
 
 def _explain_foreign(pointer: foreign_keys.Pointer, path: Sequence[str | int], text: recipe_text.Text) -> str:
-    """Return ``Here it is `adaptation.r: 8` ``. Names the types with the key if the recipe's type lacks it."""
+    """Return ``Here it is `adaptation.r: 8` ``, with the types that have the key if the recipe's lacks it."""
     place, value, note = pointer.place, pointer.value, f" ({pointer.note})" if pointer.note else ""
     if place is None or isinstance(value, foreign_values.Unset):
         return f"Leave it out: {pointer.note or 'that is what happens here'}"

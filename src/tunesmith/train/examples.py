@@ -15,7 +15,7 @@ MOST_RIGHT = 5
 
 
 def select(answers: Sequence[JsonObject], most: int) -> JsonObject:
-    """Return ``wrong``, at most ``most`` wrong answers, highest loss first, and ``right``, some right answers.
+    """Return ``wrong``, at most ``most`` wrong answers, highest loss first, and ``right``, some right ones.
 
     Equal mistakes (the same gold and predicted value, or the same confusions of tags) are one entry. It has
     the answer with the highest loss, and ``alike`` counts its rows."""

@@ -87,7 +87,7 @@ class ParityCheck:
         return value, gradients
 
     def measure_plain(self) -> LossAndGradients:
-        """Run :meth:`measure` with the model's own forward on padded rows. Raises ModelError if that fails."""
+        """Run :meth:`measure` with the model's own forward on padded rows. Raises ModelError if it fails."""
         try:
             return self.measure(PADDED)
         except FORWARD_ERRORS as error:

@@ -1,4 +1,4 @@
-"""Prepare the first step with the loaded model: find the micro-batch size, plan the steps, run the reference."""
+"""Prepare the first step with the loaded model: micro-batch size, number of steps, reference."""
 
 from __future__ import annotations
 

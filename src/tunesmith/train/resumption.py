@@ -1,4 +1,4 @@
-"""Begin a run: claim its folder, choose the checkpoint to resume from, return the result of a finished run."""
+"""Begin a run: claim its folder, choose the checkpoint to resume, return the result of a finished run."""
 
 from __future__ import annotations
 

@@ -210,8 +210,8 @@ def _rotate(run: Run, position: Progression) -> None:
 def restore(run: Run, step: int | None) -> Progression:
     """Load the checkpoint of ``step`` and drop the records written after it. Returns the position of the run.
 
-    ``step``: None starts from step 0. Raises RecipeError if this machine computes other initial LoRA factors or
-    if the reference differs from the run's.
+    ``step``: None starts from step 0. Raises RecipeError if this machine computes other initial LoRA factors
+    or if the reference differs from the run's.
     """
     if step is None:
         _rewind(run, -1)

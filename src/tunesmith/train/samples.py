@@ -74,7 +74,7 @@ def _split(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokeniz
 
 
 def _readable(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a prompt without its special tokens: of a chat with one question that question, else all text."""
+    """Return a prompt without special tokens: the question of a chat with only one, else the whole text."""
     specials = set(tokenizer.convert_tokens_to_ids(list(special_tokens(tokenizer))))
     turns: list[list[int]] = [[]]
     for token in prompt:
@@ -94,7 +94,7 @@ def _readable(prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """Text of a generated answer. ``cut``: its number of tokens if it reached the limit before its end, or None."""
+    """Text of a generated answer. ``cut``: its tokens if it was cut at the limit before its end, or None."""
 
     text: str
     cut: int | None

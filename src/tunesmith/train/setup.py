@@ -228,7 +228,7 @@ def _rows_in_order(base: Base, data: Prepared, steps: int | None) -> Source:
 
 
 def with_steps(setup: Setup, steps: int) -> Setup:
-    """Return the setup with a source of ``steps`` steps. Raises RecipeError if the schedule is too long for it."""
+    """Return the setup with a source of ``steps`` steps. Raises RecipeError if the schedule needs more."""
     optimizers.check_schedule(setup.recipe.train, steps)
     setup.session.epochs = _rows_in_order(setup, setup.data, steps)
     return replace(setup, source=setup.objective.source(setup.session), time_planned=True)

@@ -1,7 +1,7 @@
 """Describe the base model, tokenizer and chat template that a run started with, and check them on resume.
 
-Every checkpoint has the description. If one of them changed, the resumed run would not be the same run, although
-its recipe and data are the same.
+Every checkpoint has the description. If one of them changed, the resumed run would differ, although its recipe
+and data are the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MOST_LINES = 12
 
 
 class StartingPoint:
-    """Description of this process's base model. A thread hashes all its weights while the network is loaded."""
+    """Description of this process's base model. A thread hashes all weights while the network is loaded."""
 
     def __init__(self, ready: Setup) -> None:
         self._ready = ready
@@ -50,7 +50,7 @@ class StartingPoint:
         return {"weights": self._weights.result(), **self._settings}
 
     def check_same(self, state: JsonObject) -> None:
-        """Raise RecipeError with the differences if a checkpoint's ``state`` has other data or another base."""
+        """Raise RecipeError with the differences if a checkpoint's ``state`` has other data or base model."""
         _check_data(self._ready, state)
         before: JsonObject | None = state.get("base")
         if not before or not (changed := _differences(before, self.facts())):
@@ -93,7 +93,7 @@ def _hash_weights(folders: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _describe_settings(ready: Setup, folders: Mapping[str, Path]) -> JsonObject:
-    """Return code, settings, tokenizer and template. The tokenizer is the loaded one, whatever files it has."""
+    """Return code, settings, template and tokenizer (the loaded one, whatever files it comes from)."""
     folder, tokenizer = ready.model_folder, ready.tokenizer
     names = [*(name for name in SETTINGS if not name.startswith("tokenizer")), "adapter_config.json"]
     return {

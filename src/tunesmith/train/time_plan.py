@@ -27,9 +27,9 @@ from tunesmith.train.train_config import TrainConfig
 def follow(run: Run, job: Job, started: float) -> None:
     """Measure the run, choose its number of steps and set it in ``run`` and ``job``.
 
-    Does nothing if the number is chosen already. The measurement changes no weight: trained weights and random
-    state are restored afterwards, and optimiser and schedule are made again. ``started``: when the program
-    began, by ``time.perf_counter``.
+    Does nothing if the number is chosen already. The measurement changes no weight: trained weights and
+    random state are restored afterwards, and optimiser and schedule are made again. ``started``: when the
+    program began, by ``time.perf_counter``.
     """
     minutes, most = run.setup.recipe.train.max_minutes, run.setup.source.plan.steps
     if minutes is None or run.setup.time_planned:
@@ -58,7 +58,7 @@ def recorded_steps(folder: RunFolder) -> int | None:
 
 
 def fixed(train: TrainConfig, manifest: JsonObject) -> TrainConfig:
-    """Return ``train`` with the number of steps in a run's ``manifest``, for another run with the same steps."""
+    """Return ``train`` with the number of steps from a run's ``manifest``, to take the same steps again."""
     plan = manifest.get("time_plan")
     chosen = {"max_minutes": None, "max_steps": plan["steps"], "epochs": 1.0} if plan else {}
     return train.model_copy(update=chosen)

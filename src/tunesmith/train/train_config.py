@@ -88,7 +88,7 @@ class TrainConfig(Strict):
 
     @property
     def best_figure(self) -> str | None:
-        """``metric_for_best_model`` with the name that evaluations use: ``eval_f1`` for ``f1`` or ``eval_f1``."""
+        """Name of ``metric_for_best_model`` in an evaluation's figures: ``eval_f1`` for ``f1``."""
         name = self.metric_for_best_model
         return name if name is None or name.startswith("eval_") or name == "perplexity" else f"eval_{name}"
 
