@@ -40,9 +40,9 @@ class OpenedModel:
     """Facts about the training that were saved with the model (``record.trained``)."""
 
     def prepare(self, dtype: str, examples: Sequence[Example], longest: int) -> fast_path.FastPath:
-        """Cast and move the network, and choose its route by two short ``examples``.
+        """Cast and move the network, and choose its fast path by two short ``examples``.
 
-        ``dtype``: ``precision`` of a recipe. ``longest``: tokens of the longest row. The caller leaves the route.
+        ``dtype``: ``precision`` of a recipe. ``longest``: tokens of the longest row.
         """
         if self.loaded_here:
             device = distributed.state().device

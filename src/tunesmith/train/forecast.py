@@ -55,8 +55,8 @@ def forecast(
     Keys: micro_batch_tokens, heaviest_tokens, peak_memory_bytes (on a CPU without the bytes that the process
     held before the model, as in the result of a run), needed_memory_bytes and memory_limit_bytes (of the
     whole process), fits, remedies, seconds_per_step, tokens_per_second, train_seconds, evaluation_seconds (of
-    one evaluation), evaluations, saving_seconds (of all saves), reference_seconds, total_seconds, steps. There
-    are fewer steps than in the plan if ``train.max_minutes`` limits them.
+    one evaluation), evaluations, saving_seconds (of all saves), reference_seconds, total_seconds, steps.
+    ``steps`` is below the plan's number if ``train.max_minutes`` limits it.
     """
     memory_before_model = machine.peak_memory_bytes()
     limit = memory_budget.limit_bytes(ready.device) if limit is None else limit

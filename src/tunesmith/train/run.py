@@ -69,7 +69,7 @@ def train(
     """Train the model of ``recipe`` (a path, a mapping or a Recipe) and write the run folder ``out``.
 
     ``overrides``: ``key=value`` strings. ``resume``: continue from the last good checkpoint in ``out``.
-    ``restart``: start again from step 0 there; the files of the attempt before are moved to ``replaced-N/``.
+    ``restart``: start again from step 0 there, and move the files of the previous attempt to ``replaced-N/``.
     ``out`` may be a folder that ``runs.run_folder.claim`` returned.
     ``deepspeed``: a ds_config.json for ZeRO-2 (see ``train.deepspeed_zero``). ``console``: a rich console
     that shows progress; None shows nothing. ``on_log(record)``, ``on_eval(record)`` and ``on_save(folder,

@@ -112,7 +112,7 @@ def read(
 ) -> Setup:
     """Check the recipe and the model folder, read and encode the data, plan the steps.
 
-    ``deepspeed``: a ds_config.json. ``steps``: those that ``train.time_plan`` chose at an earlier start. Raises
+    ``deepspeed``: a ds_config.json. ``steps``: the number that ``train.time_plan`` chose at an earlier start. Raises
     UserError for anything that cannot work.
     """
     load.quiet()
@@ -228,7 +228,7 @@ def _rows_in_order(base: Base, data: Prepared, steps: int | None) -> Source:
 
 
 def with_steps(setup: Setup, steps: int) -> Setup:
-    """Return the setup with a source of ``steps`` steps. Raises RecipeError if the schedule needs more."""
+    """Return the setup with a source of ``steps`` steps. Raises RecipeError if no schedule can span them."""
     optimizers.check_schedule(setup.recipe.train, steps)
     setup.session.epochs = _rows_in_order(setup, setup.data, steps)
     return replace(setup, source=setup.objective.source(setup.session), time_planned=True)

@@ -1,7 +1,7 @@
 """Describe the base model, tokenizer and chat template that a run started with, and check them on resume.
 
-Every checkpoint has the description. If one of them changed, the resumed run would differ, although its recipe
-and data are the same.
+Every checkpoint has the description. If one of them changed, the resumed run would differ, although its
+recipe and data are the same.
 """
 
 from __future__ import annotations
