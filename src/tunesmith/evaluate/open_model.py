@@ -42,7 +42,8 @@ class OpenedModel:
     def prepare(self, dtype: str, examples: Sequence[Example], longest: int) -> fast_path.FastPath:
         """Cast and move the network, and choose its fast path by two short ``examples``.
 
-        ``dtype``: ``precision`` of a recipe. ``longest``: tokens of the longest row.
+        ``dtype``: ``precision`` of a recipe. ``longest``: tokens of the longest row. The caller must call
+        ``disable`` of the returned fast path after its last forward pass.
         """
         if self.loaded_here:
             device = distributed.state().device

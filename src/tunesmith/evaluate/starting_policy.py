@@ -1,4 +1,4 @@
-"""Compute reference log-probabilities for a saved preference model with the model its training started from."""
+"""Compute a saved preference model's reference log-probabilities with the model that training started from."""
 
 from __future__ import annotations
 

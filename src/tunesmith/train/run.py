@@ -75,7 +75,7 @@ def train(
     that shows progress; None shows nothing. ``on_log(record)``, ``on_eval(record)`` and ``on_save(folder,
     step)`` are called in the main process for each record and each checkpoint. A callback that returns True
     ends the run after the current step. A callback that raises stops the run after a checkpoint is saved (see
-    ``train.callbacks``). ``spent``: seconds of ``train.max_minutes`` that are over.
+    ``train.callbacks``). ``spent``: seconds of ``train.max_minutes`` that the caller has used already.
 
     Returns eval_loss_before, eval_loss, perplexity_before, perplexity, tokens_per_second, peak_memory_bytes
     (above the memory that the process held before the model), trainable_parameters, total_parameters,

@@ -112,8 +112,8 @@ def read(
 ) -> Setup:
     """Check the recipe and the model folder, read and encode the data, plan the steps.
 
-    ``deepspeed``: a ds_config.json. ``steps``: the number that ``train.time_plan`` chose at an earlier start. Raises
-    UserError for anything that cannot work.
+    ``deepspeed``: a ds_config.json. ``steps``: the number that ``train.time_plan`` chose at an earlier start.
+    Raises UserError for a recipe, a model or data that cannot be used.
     """
     load.quiet()
     choices = choose(recipe, device, deepspeed)
