@@ -63,14 +63,14 @@ def predict(
     """Yield a dict for each row of ``data``, in order: ``row`` (its number) and an answer, or ``error``.
 
     Columns and ``max_length`` default to those of the model's training. The keys of an answer depend on the
-    model. A classifier has label (labels, or value) and probabilities; a tagger has entities (type, start, end,
-    text, score) and tags; question answering has answer, start, end, score and n_best; a reward model has
-    reward, or rewards and ranking of several answers.
+    model. A classifier has label (labels, or value) and probabilities; a tagger has entities (type, start,
+    end, text, score) and tags; question answering has answer, start, end, score and n_best; a reward model
+    has reward, or rewards and ranking of several answers.
 
-    Gold labels in the rows are ignored. An unreadable row gets ``error`` and affects no other row. A row above
-    ``max_length`` is cut. ``note`` receives the numbers of unreadable and of cut rows at the end. ``rewards``:
-    accept reward models only. Raises UserError for a model that generates text, and for a file that cannot be
-    opened.
+    Gold labels in the rows are ignored. An unreadable row gets ``error`` and affects no other row. A row
+    above ``max_length`` is cut. ``note`` receives the numbers of unreadable and of cut rows at the end.
+    ``rewards``: accept reward models only. Raises UserError for a model that generates text, and for a file
+    that cannot be opened.
     """
     hub = {"split": split, "name": name, "streaming": streaming}
     given, keys = {"format": format, "columns": columns}, {"limit": limit, **hub}

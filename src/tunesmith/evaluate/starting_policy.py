@@ -1,4 +1,4 @@
-"""Compute a saved preference model's reference log-probabilities with the model that training started from."""
+"""Compute the reference log-probabilities for a saved preference model: load the model training started from."""
 
 from __future__ import annotations
 

@@ -37,9 +37,9 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto") -> JsonObj
 
     The sum is computed in fp32 (a 4-bit or 8-bit base is de-quantised first) and saved in ``dtype``: float32,
     bfloat16, float16, or auto (the base's dtype; float32 with a task head). The folder also has the adapter's
-    tokenizer and chat template, and the base's generation config with every stop id. Tied embeddings stay tied
-    unless the adapter changed one of them. Adapter and merged model are compared at every token of the probe:
-    in fp32 before anything is written, and as saved before the folder gets its name.
+    tokenizer and chat template, and the base's generation config with every stop id. Tied embeddings stay
+    tied unless the adapter changed one of them. Adapter and merged model are compared at every token of the
+    probe: in fp32 before anything is written, and as saved before the folder gets its name.
 
     Returns {"path", "base", "adapter", "dtype", "tied_embeddings", "parameters", "max_logit_difference",
     "max_logit_difference_saved", "max_kl", "max_kl_saved", "quantization"}: the largest difference of a logit
