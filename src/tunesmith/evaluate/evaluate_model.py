@@ -64,15 +64,15 @@ def evaluate(
     metrics, and a verdict in words (``runs.assessment.assess``).
 
     ``objective`` decides which tokens are supervised. None = the objective that the model was trained for, or
-    ``sft`` for a language model that records none (the last answer; text rows whole). ``cpt`` supervises every
-    token of a document and splits long documents into blocks. Columns, template and the objective's keys
-    default to those of the model's training.
+    ``sft`` for a language model that records none (the last answer; text rows whole). ``cpt`` supervises
+    every token of a document and splits long documents into blocks. Columns, template and the objective's
+    keys default to those of the model's training.
 
     ``overlong``: the policy for rows above ``max_length`` (default: the objective's). ``batch_tokens`` bounds
     memory and never changes the metrics. ``split``, ``name`` and ``streaming``: keys of a Hub data set
     (``data`` = "hub:OWNER/NAME"), as in a recipe. ``reference``: the reference policy of dpo and kto
     (default: the model that training started from). ``out``: a new folder for report.html, figures.json and
-    the worst mistakes, for a model with a task head. Raises UserError for a model or data that cannot be used.
+    the worst mistakes, for a model with a task head. Raises UserError if model or data cannot be used.
     """
     reading = {
         "format": format,

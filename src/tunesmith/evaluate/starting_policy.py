@@ -1,4 +1,7 @@
-"""Compute the reference log-probabilities for a saved preference model: load the model training started from."""
+"""Compute the reference log-probabilities of a saved preference model.
+
+The reference is the policy that its training started from, which is loaded again.
+"""
 
 from __future__ import annotations
 
