@@ -1,4 +1,4 @@
-"""The run folder: its lock, its files, and the checks before a run starts, resumes or restarts in it.
+"""Manage the run folder: its lock, its files, and the checks before a run starts, resumes or restarts in it.
 
 runs/NAME/  recipe.yaml  manifest.json  metrics.jsonl  samples.jsonl  checkpoints/step-N/  model/  report.html
 
@@ -84,7 +84,7 @@ class RunFolder:
             files.recover(self.checkpoints / "step-0")
 
     def close(self) -> None:
-        """Release the lock. Removes a folder that ``claim`` made and in which no run began."""
+        """Release the lock. Removes the folder if ``claim`` made it and no run began in it."""
         if self.lock is None:
             return
         if self.made:
@@ -115,7 +115,7 @@ def claim(path: Path, start: Start = "new") -> RunFolder:
     if start == "resume" and not path.is_dir():
         raise UserError(f"no run to resume: there is no folder {path}. Leave out --resume to start one.")
     made = not path.is_dir()
-    if not made and not (path / LOCK).exists():  # a folder that is refused gets no lock file
+    if not made and not (path / LOCK).exists():  # check first, so that a refused folder gets no lock file
         _check_content(path, start)
     files.make_folder(path)
     lock = _lock(path)
@@ -154,7 +154,7 @@ def _is_unstarted(path: Path) -> bool:
     """Return whether the folder has only files of a run that was killed before its first record."""
     names = {entry.name for entry in path.iterdir()}
     own = {LOCK, "recipe.yaml", "metrics.jsonl", "samples.jsonl", "base"}
-    if LOCK not in names:  # a recipe.yaml that the user wrote
+    if LOCK not in names:  # no run was here: the user wrote the recipe.yaml
         return False
     others = {name for name in names - own if not (_is_temporary(name) or name.startswith(REPLACED))}
     records = [path / name for name in ("metrics.jsonl", "samples.jsonl")]
@@ -232,7 +232,7 @@ def _set_aside(path: Path) -> None:
 
 
 def check_recipe(path: Path, recipe: JsonObject) -> list[str]:
-    """Return the keys of ``FREE`` in which ``recipe`` differs from that of the run in ``path``.
+    """Return the keys of ``FREE`` whose values in ``recipe`` differ from those of the run in ``path``.
 
     Raises RecipeError if any other key differs, DataError if recipe.yaml cannot be read.
     """
@@ -273,7 +273,7 @@ def check_nothing_lost(run: RunFolder, damaged: dict[int, str]) -> None:
     records = metrics_file.read(run.path / "metrics.jsonl")
     last = max((int(record.get("step") or 0) for record in records), default=0)
     saved, finished = manifest.get("first_checkpoint"), manifest.get("finished")
-    unknown = not manifest and (records or run.model.exists())  # manifest.json is older than both
+    unknown = not manifest and (records or run.model.exists())  # a run writes manifest.json before both
     if not (damaged or saved is not None or finished or unknown):
         return
     if damaged:

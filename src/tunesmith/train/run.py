@@ -272,7 +272,7 @@ def _recorded_failure(run: Run) -> Iterator[None]:
     except TunesmithError as error:
         run.trackers.close()
         if run.main:
-            with suppress(DiskError):  # the first error is the one to report
+            with suppress(DiskError):  # report the first error, not this one
                 run.folder.record(notes=outcome.notes(run), stopped=f"{type(error).__name__}: {error}")
                 run_page.write_report(run.folder.path)
         if isinstance(error, NonFiniteError | GradientOverflowError | Interrupted):

@@ -126,7 +126,7 @@ def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
 
 
 def _differences(before: JsonObject, now: JsonObject) -> list[str]:
-    """Return a line for every weight file, setting and part of the tokenizer that differs."""
+    """Return a line for each weight file, code file, setting and part of the tokenizer that differs."""
     lines = []
     for kind in ("weights", "code"):
         lines += [f"{name}: the content differs" for name in _changed(before[kind], now[kind])]
