@@ -85,7 +85,7 @@ class Traits:
     overlong: Literal["error", "split", "drop", "truncate"] = "error"
     """Policy for a row above ``max_length``."""
     fits_rows: bool = False
-    """``encode`` applies that policy itself."""
+    """True if ``encode`` applies the ``overlong`` policy itself."""
     deterministic: bool = False
     """Dropout is off, because log-probabilities and rewards must depend on the weights alone."""
     shares_prompts: bool = False
@@ -190,7 +190,9 @@ class Objective:
         return len(batch["rows"])
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, Metrics]:
-        """(sum of the loss over its units, metrics), on the device: no mean, ``.item()`` or ``float()``."""
+        """Return (sum of the loss over its units, metrics) as tensors on the device.
+
+        Call no ``.item()`` or ``float()``, and take no mean."""
         raise NotImplementedError
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
@@ -198,7 +200,7 @@ class Objective:
         raise NotImplementedError
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:
-        """Figures over all records, such as ``eval_loss``."""
+        """Return figures over all records, such as ``eval_loss``."""
         raise NotImplementedError
 
     def row_figures(self, records: Sequence[JsonObject]) -> dict[str, RowValues]:
@@ -361,7 +363,7 @@ def always_longer(longer: RowValues) -> Baseline:
 
 
 def mean_loss(losses: Sequence[tuple[float, int]]) -> dict[str, float]:
-    """``eval_loss`` with its standard error, from (sum of losses, units) of each row."""
+    """Return ``eval_loss`` with its standard error, from (sum of losses, units) of each row."""
     figures = token_mean([{"rows": losses}])
     return {name: value for name, value in figures.items() if name != "perplexity"}
 

@@ -30,7 +30,7 @@ PREVIEWED = 2000
 SMALLEST = 64
 """Smallest token budget that ``auto`` chooses. It rounds every budget down to a multiple of this number."""
 SHARE = 0.9
-"""Share of the memory limit that ``auto`` may use. The run needs the rest for its work besides training."""
+"""Share of the memory limit that ``auto`` may use. Evaluations, saving and other work need the rest."""
 
 STATE_BYTES = {
     "adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw": 0.0, "paged_adamw_8bit": 0.0, "adafactor": 0.1, "sgd": 4.0,

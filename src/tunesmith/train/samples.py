@@ -26,7 +26,7 @@ QUESTIONERS = ("user", "human")
 
 @dataclass(frozen=True)
 class Prompt:
-    """``ids``: tokens for the model; ``reference``: the answer in the data, if there is one."""
+    """A sample prompt. ``ids``: its tokens. ``reference``: the answer in the data, if there is one."""
 
     ids: list[int]
     text: str

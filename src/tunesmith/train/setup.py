@@ -74,9 +74,9 @@ class Base(Choices):
 
     model_folder: Folder
     config: PretrainedConfig
-    """With the head of the folder; once the rows are read, with the head that they need."""
+    """The config with the head of the folder; after the rows are read, with the head that the rows need."""
     tokenizer: PreTrainedTokenizerBase
-    """With the new tokens of the recipe."""
+    """Has the recipe's ``add_tokens``."""
     new_tokens: vocabulary.NewTokens
     outline: Outline
     window: int | None
