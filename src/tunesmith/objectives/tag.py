@@ -99,9 +99,7 @@ class Objective(objectives.TaskHead):
         self._set_labels(self._saved_labels)
 
     def _set_iob1(self, converts: bool) -> None:
-        """Set whether ``encode`` converts tags from IOB1 to IOB2.
-
-        The fact ``iob1`` is absent if it does not, so that existing caches stay valid."""
+        """Let ``encode`` convert tags from IOB1 to IOB2, or not: then the fact is absent, and caches stay valid."""
         self.facts = {name: fact for name, fact in self.facts.items() if name != "iob1"}
         self.facts |= {"iob1": True} if converts else {}
 
