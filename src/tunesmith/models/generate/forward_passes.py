@@ -27,15 +27,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
 class ForwardPass(Protocol):
-    """Runs pieces of rows. ``keeps_prefixes``: whether a slot's tokens can be used again or copied."""
+    """Runs pieces of rows."""
 
-    keeps_prefixes: bool
+    @property
+    def cache(self) -> SlotCache | None:
+        """The cache of all slots; None if the tokens of a slot cannot be used again or copied."""
 
     def __call__(self, pieces: Sequence[Piece]) -> Tensor:
         """Return the logits after the last token of each piece, fp32 (pieces, vocabulary)."""
-
-    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first tokens of a slot to another."""
 
     def resize(self, slots: int, capacity: int) -> None:
         """Change the number of slots and their capacity in tokens. Slots keep the content that fits."""
@@ -50,8 +49,6 @@ def _keywords(core: PreTrainedModel, **keywords: Tensor | None) -> dict[str, Ten
 class SlotPass:
     """All pieces in one forward pass, side by side, with attention over slots."""
 
-    keeps_prefixes = True
-
     def __init__(self, core: PreTrainedModel, note: Callable[[str], None] = lambda sentence: None) -> None:
         self.core, self.note = core, note
         self.cache = SlotCache(0, 0)
@@ -60,9 +57,6 @@ class SlotPass:
 
     def resize(self, slots: int, capacity: int) -> None:
         self.cache = self.cache.resized(slots, capacity)
-
-    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
-        self.cache.copy_prefix(source, target, tokens)
 
     def __call__(self, pieces: Sequence[Piece]) -> Tensor:
         self.cache.begin(pieces, self.core.device)
@@ -105,7 +99,7 @@ class SlotPass:
 class PlainPass:
     """Row by row with transformers' own cache and attention: for models that slots cannot serve."""
 
-    keeps_prefixes = False
+    cache = None
 
     def __init__(self, core: PreTrainedModel) -> None:
         self.core = core
@@ -113,9 +107,6 @@ class PlainPass:
 
     def resize(self, slots: int, capacity: int) -> None:
         self.caches.clear()
-
-    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
-        raise NotImplementedError("keeps_prefixes is False")
 
     def __call__(self, pieces: Sequence[Piece]) -> Tensor:
         return torch.stack([self._row(piece) for piece in pieces])
@@ -148,7 +139,7 @@ def slot_attention(core: PreTrainedModel) -> Iterator[None]:
 class WholePass:
     """Row by row, with all tokens computed again in each step: for models whose cache fails or is wrong."""
 
-    keeps_prefixes = False
+    cache = None
 
     def __init__(self, core: PreTrainedModel) -> None:
         self.core = core
@@ -156,9 +147,6 @@ class WholePass:
 
     def resize(self, slots: int, capacity: int) -> None:
         self.tokens.clear()
-
-    def copy_prefix(self, source: int, target: int, tokens: int) -> None:
-        raise NotImplementedError("keeps_prefixes is False")
 
     def __call__(self, pieces: Sequence[Piece]) -> Tensor:
         for piece in pieces:

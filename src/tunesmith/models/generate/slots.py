@@ -84,7 +84,7 @@ class Slots:
         if row.needed > self.capacity or not self._free:
             return False
         tokens = row.tokens
-        kept = self._pass_of_rows().keeps_prefixes
+        kept = self._pass_of_rows().cache is not None
         shared = {slot: _common_start(self.held[slot], tokens) if kept else 0 for slot in self._free}
         row.slot = max(self._free, key=lambda slot: (shared[slot], -len(self.held[slot]), -slot))
         self._free.remove(row.slot)
@@ -184,8 +184,8 @@ class Slots:
 
         A row waits for one before it that begins alike: it will then copy that start.
         """
-        run = self._pass_of_rows()
-        if not run.keeps_prefixes:
+        cache = self._pass_of_rows().cache
+        if cache is None:
             return list(rows)
         chosen: list[Row] = []
         for row in rows:
@@ -197,7 +197,7 @@ class Slots:
             if coming >= max(most, held) + SHARED_TOKENS:
                 continue
             if most >= held + SHARED_TOKENS:
-                run.copy_prefix(source, row.slot, most)
+                cache.copy_prefix(source, row.slot, most)
                 self.held[row.slot] = tokens[:most]
                 self.timing.shared_tokens += most - held
             chosen.append(row)
