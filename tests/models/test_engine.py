@@ -169,6 +169,40 @@ def test_changed_weights_are_seen() -> None:
     assert after.fingerprint == fresh.fingerprint != before.fingerprint
 
 
+def test_one_engine_serves_all_iterations_of_a_training_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass is checked once, no memory is kept between two calls, and a step of training is seen."""
+    checks: list[int] = []
+    choose = slots.choose_pass
+    monkeypatch.setattr(slots, "choose_pass", lambda *args: checks.append(1) or choose(*args))
+    model, rows = tiny_model("llama"), prompts(30, 9)
+    engine = Engine(model, TOKENIZER)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    wanted = [Request(tuple(row), SamplingParams(max_new_tokens=6, temperature=1.0, seed=2, stop=NEVER), n, k) for n, row in enumerate(rows) for k in (0, 1)]
+    seen: list[str] = []
+    for _ in range(3):
+        found = engine.answers(wanted)
+        engine.release()
+        run = engine.slots._pass
+        assert isinstance(run, SlotPass) and not any(part.numel() for part in (*run.cache.keys, *run.cache.values))
+        assert [answer.ids for answer in found] == ids(Engine(model, TOKENIZER), wanted)
+        seen.append(found[0].fingerprint)
+        model(torch.tensor([rows[0]]), labels=torch.tensor([rows[0]])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(set(seen)) == 3 and len(checks) == 1 + 3  # three of the fresh engines
+
+
+def test_a_layer_that_is_replaced_is_seen() -> None:
+    """The tensors of the C step are those of the layers that it was made for."""
+    from peft import LoraConfig, get_peft_model
+
+    model, (row,) = tiny_model("llama"), prompts(30)
+    engine, wanted = Engine(model, TOKENIZER), [Request(tuple(row), SamplingParams(max_new_tokens=6, stop=NEVER))]
+    before = ids(engine, wanted)
+    get_peft_model(model, LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
+    assert ids(engine, wanted) == ids(Engine(model, TOKENIZER), wanted) != before
+
+
 def test_a_switched_adapter_is_seen(tmp_path: Path) -> None:
     _, adapter = base_and_adapter(tmp_path)
     model, (row,) = load(adapter)[0], prompts(30)

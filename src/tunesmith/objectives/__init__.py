@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from tunesmith.data.store.encoded_rows import Encoded
+    from tunesmith.models.generate.running_rows import Answer, Request
 
 __all__ = [
     "Baseline", "Batch", "Config", "Example", "JsonObject", "LanguageModel", "Layout", "Metrics", "Objective", "Overlong",
@@ -122,6 +123,12 @@ class Session(Protocol):
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes; every process must call it."""
+        ...
+
+    def sample(self, requests: Sequence[Request]) -> list[Answer]:
+        """Return the policy's answer to each request, in their order; the pairs (prompt, sample) must differ.
+
+        All calls use one ``models.generate.engine.Engine``, which has no memory between them."""
         ...
 
     def generate(

@@ -11,7 +11,8 @@ import torch
 from tunesmith.data.batch.pack import to_device
 from tunesmith.data.batch.step import Batch, Source, Step
 from tunesmith.json_types import JsonObject
-from tunesmith.models.generate import decode
+from tunesmith.models.generate.engine import Engine
+from tunesmith.models.generate.running_rows import Answer, Request
 from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.train import distributed, forward_batches
 from tunesmith.train.fast_path import FastPath, plain_attention
@@ -35,6 +36,7 @@ class RunSession:
     budget: int = 0
     """Tokens of a micro-batch."""
     append: Callable[[JsonObject], None] = lambda record: None
+    _engine: Engine | None = None
 
     def forward(
         self, run: Callable[[PreTrainedModel, Batch], Sequence[Value]], step: Step
@@ -55,15 +57,22 @@ class RunSession:
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         return distributed.add_tensor(values)
 
+    def sample(self, requests: Sequence[Request]) -> list[Answer]:
+        training = self.model.training
+        if self._engine is None or self._engine.model is not self.model:
+            self._engine = Engine(self.model, self.tokenizer)
+        with plain_attention(self.model, self._loaded()):
+            answers = self._engine.answers(requests)
+        self._engine.release()
+        self.model.train(training)
+        return answers
+
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0
     ) -> list[list[int]]:
-        training = self.model.training
-        settings = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        with plain_attention(self.model, self._loaded()):
-            answers = decode.generate_ids(self.model, self.tokenizer, prompts, settings)
-        self.model.train(training)
-        return answers
+        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        requests = [Request(tuple(prompt), params, number) for number, prompt in enumerate(prompts)]
+        return [answer.ids for answer in self.sample(requests)]
 
     def log(self, record: JsonObject) -> None:
         self.append(record)

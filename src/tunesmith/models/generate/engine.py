@@ -44,6 +44,14 @@ class Engine:
     """Continues prompts with one model. Between calls of ``run``, slots keep their tokens for reuse as
     prefixes.
 
+    A run that samples from the model it trains keeps one engine (``objectives.Session.sample``). Each call of
+    ``run`` computes with the weights as they are at that moment, also of an adapter, and every answer carries
+    their ``fingerprint``. The forward pass is chosen and checked in the first call only; it is chosen again if
+    the network gets other layers. ``release`` returns the memory of the slots between two calls. An answer
+    depends on its tokens, ``SamplingParams`` (with the seed), ``prompt`` and ``sample`` alone. It has the
+    log-probability of each token under the model as it is (``logprobs``) and under the sampling rule
+    (``rule_logprobs``), and the ``reason`` why it ended.
+
     ``max_running``: rows at once; None = as memory allows, at most ``MAX_RUNNING``. ``note``: called once with a
     sentence if the model runs row by row.
     """
@@ -61,7 +69,7 @@ class Engine:
         self.core = _core(model)
         self.slots = Slots(self.core, max_running or MAX_RUNNING, note)
         self.stop = stop_ids(self.core, tokenizer)
-        self._fingerprint = ""
+        self._fingerprint, self._layers = "", ""
 
     @property
     def timing(self) -> Timing:
@@ -83,6 +91,15 @@ class Engine:
                         row.reason, row.error = "callback", error
                 if row.reason:
                     yield self._answer(row)
+
+    def answers(self, requests: Sequence[Request]) -> list[Answer]:
+        """Return the answers in the order of ``requests``, whose pairs (prompt, sample) must differ."""
+        found = {(answer.prompt, answer.sample): answer for answer in self.run(requests)}
+        return [found[request.prompt, request.sample] for request in requests]
+
+    def release(self) -> None:
+        """Return the memory of the slots to the system, for example before a training step. No row may run."""
+        self.slots.release_memory()
 
     def stream(self, request: Request) -> Iterator[str]:
         """Yield the text of one answer in pieces, each character when all its tokens are there."""
@@ -152,11 +169,13 @@ class Engine:
         return True
 
     def _check_weights(self) -> None:
-        """Empty the slots if the weights are not those that filled them."""
-        now = fingerprint(self.core)
-        if now != self._fingerprint:
-            self._fingerprint = now
+        """Empty the slots if the weights are not those that filled them; choose the pass of other layers."""
+        now, layers = fingerprint(self.core), _layers(self.core)
+        if layers != self._layers:
+            self.slots.choose_again()
+        elif now != self._fingerprint:
             self.slots.forget()
+        self._fingerprint, self._layers = now, layers
 
     # ------------------------------------------------------------------------------------------------ rows
 
@@ -244,6 +263,11 @@ def fingerprint(core: PreTrainedModel) -> str:
         some = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
         digest.update(name.encode() + some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _layers(core: PreTrainedModel) -> str:
+    """Return the layers that have parameters, and the adapters that take part, as one text."""
+    return adapter_state(core) + " ".join(name for name, _ in core.named_parameters())
 
 
 def _core(model: PreTrainedModel) -> PreTrainedModel:

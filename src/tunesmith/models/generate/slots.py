@@ -102,15 +102,25 @@ class Slots:
         for held in self.held:
             held.clear()
 
+    def release_memory(self) -> None:
+        """Drop all slots, which no row may have. The next row makes new ones, for the same pass."""
+        if self._pass is not None:
+            self._pass.resize(0, 0)
+        self.held, self._free, self.capacity, self._made_for = [], [], 0, 0
+        machine.release_memory(self.core.device)
+
+    def choose_again(self) -> None:
+        """Drop all slots and the pass: the network has other layers."""
+        self.release_memory()
+        self._pass = None
+
     def halve(self, rows: Sequence[Row]) -> None:
         """Make half as many slots the most. All ``rows`` lose theirs."""
         self.most = len(rows) // 2
         self.note(f"out of memory with {len(rows)} rows at once; going on with {self.most}")
         for row in rows:
             row.slot = -1
-        self._pass_of_rows().resize(0, 0)
-        self.held, self._free, self.capacity = [], [], 0
-        machine.release_memory(self.core.device)
+        self.release_memory()
 
     def _make(self, needed: int) -> None:
         """Make slots for rows of ``needed`` tokens: as many as are wanted and memory allows, at least one.
