@@ -177,7 +177,11 @@ def test_one_engine_serves_all_iterations_of_a_training_run(monkeypatch: pytest.
     model, rows = tiny_model("llama"), prompts(30, 9)
     engine = Engine(model, TOKENIZER)
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
-    wanted = [Request(tuple(row), SamplingParams(max_new_tokens=6, temperature=1.0, seed=2, stop=NEVER), n, k) for n, row in enumerate(rows) for k in (0, 1)]
+    wanted = [
+        Request(tuple(row), SamplingParams(max_new_tokens=6, temperature=1.0, seed=2, stop=NEVER), n, k)
+        for n, row in enumerate(rows)
+        for k in (0, 1)
+    ]
     seen: list[str] = []
     for _ in range(3):
         found = engine.answers(wanted)
