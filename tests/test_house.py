@@ -24,7 +24,7 @@ FILES = sorted(SRC.rglob("*.py"))
 ABOVE = {
     "errors": "*", "suggestions": "*", "json_types": "*",
     "files": "cli synth recipe train runs report evaluate merge objectives adaptations models data metrics hub",
-    "metrics": "cli synth recipe train runs report evaluate merge objectives adaptations models data hub suggestions peft rollout",
+    "metrics": "cli synth recipe train runs report evaluate merge objectives adaptations models data hub peft rollout",
     "hub": "cli synth recipe train runs report evaluate merge objectives adaptations models data metrics rollout",
     "data": "cli synth recipe train runs report evaluate merge objectives adaptations models metrics rollout",
     "models": "cli synth recipe train runs report evaluate merge objectives adaptations metrics rollout",

@@ -1,0 +1,177 @@
+"""Compare two systems on the same prompts: difference, interval, p value, and the difference that would be seen.
+
+A figure is a function of sums over rows: a mean, a ratio, or BLEU. Rows that belong together (the questions on
+one text, the samples of one prompt) form a cluster and are drawn together, because their errors depend on each
+other (Miller, Adding Error Bars to Evals, arXiv:2411.00640, section 2.2).
+
+The p value is that of approximate randomisation (Noreen 1989): if the systems are equally good, the results of
+a cluster may as well be exchanged. For a share of correct rows this is McNemar's test. The interval of a ratio
+uses the cluster-robust standard error of a ratio (Cochran, Sampling Techniques, 1977, eq. 6.10) and Student's
+t; the interval of any other figure is that of a bootstrap over clusters. Random numbers are seeded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from tunesmith.metrics.intervals import LEVEL, Interval
+
+EXCHANGES = 9999
+"""Random exchanges of a test: the smallest p value is 1 / 10,000."""
+DRAWS = 1000
+POWER = 0.8
+_AT_ONCE = 4_000_000
+"""Random numbers in memory at once."""
+
+OfSums = Callable[[np.ndarray], np.ndarray]
+"""Sums (n, k) of the terms over rows -> figures (n,)."""
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """Return the first sum divided by the second, nan where that is 0. ``sums``: (n, 2)."""
+    above, below = sums[:, 0], sums[:, 1]
+    return np.divide(above, below, out=np.full(len(sums), np.nan), where=below != 0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The figure of the second system minus that of the first."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    """Probability of a difference at least this large if the systems are equally good."""
+    rows: int
+    clusters: int
+    detectable: float
+    """Difference that such rows show with a probability of 80% (``POWER``)."""
+
+    def rows_for(self, difference: float) -> int:
+        """Return how many rows would show ``difference`` with a probability of 80%."""
+        return int(np.ceil(self.rows * (self.detectable / abs(difference)) ** 2))
+
+
+def interval(
+    terms: np.ndarray, clusters: Sequence[Hashable] | None = None, of_sums: OfSums = ratio
+) -> Interval | None:
+    """Return the figure of ``terms`` (rows, k) with its 95% interval.
+
+    ``clusters``: the cluster of each row; None = each row is its own. None for fewer than two clusters or
+    a figure that is not defined.
+    """
+    summed = _by_cluster(terms, clusters)
+    value = float(of_sums(summed.sum(axis=0, keepdims=True))[0])
+    if len(summed) < 2 or not np.isfinite(value):
+        return None
+    if of_sums is ratio:
+        half = _t(len(summed)) * _error(_influences(summed))
+        return Interval(value, value - half, value + half, len(terms))
+    drawn = of_sums(np.concatenate([block @ summed for block in _counts(len(summed))]))
+    return Interval(value, *_middle(drawn), len(terms))
+
+
+def difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    of_sums: OfSums = ratio,
+) -> Difference | None:
+    """Compare two systems; ``first`` and ``second`` are their terms (rows, k) on the same rows.
+
+    None for fewer than two clusters or a figure that is not defined. Systems with equal terms have a
+    difference of 0, the interval [0, 0] and p = 1. Raises ValueError if the shapes differ.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"the systems have terms of shapes {first.shape} and {second.shape}")
+    before, after = _by_cluster(first, clusters), _by_cluster(second, clusters)
+    figures = [float(of_sums(summed.sum(axis=0, keepdims=True))[0]) for summed in (before, after)]
+    if len(before) < 2 or not np.isfinite(figures).all():
+        return None
+    value = figures[1] - figures[0]
+    if of_sums is ratio:
+        error = _error(_influences(after) - _influences(before))
+        half = _t(len(before)) * error
+        low, high = value - half, value + half
+    else:
+        counts = list(_counts(len(before)))
+        drawn = np.concatenate([of_sums(block @ after) - of_sums(block @ before) for block in counts])
+        error = float(np.nanstd(drawn))
+        low, high = _middle(drawn)
+    quantiles = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)
+    p = _exchange_p(before, after, of_sums, abs(value))
+    return Difference(value, low, high, p, len(first), len(before), float(quantiles * error))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p values for their number (Holm 1979): with all of them compared with 0.05, the probability of
+    any false difference is at most 0.05."""
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
+    raised = np.minimum(1.0, np.maximum.accumulate(np.asarray(p_values, float)[order] * factors))
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = raised
+    return [float(value) for value in adjusted]
+
+
+def _by_cluster(terms: np.ndarray, clusters: Sequence[Hashable] | None) -> np.ndarray:
+    """Return the sums (clusters, k) of the rows of each cluster."""
+    if clusters is None:
+        return np.asarray(terms, np.float64)
+    if len(clusters) != len(terms):
+        raise ValueError(f"{len(terms)} rows have {len(clusters)} clusters")
+    numbers: dict[Hashable, int] = {}
+    places = [numbers.setdefault(cluster, len(numbers)) for cluster in clusters]
+    summed = np.zeros((len(numbers), terms.shape[1]))
+    np.add.at(summed, places, terms)
+    return summed
+
+
+def _influences(summed: np.ndarray) -> np.ndarray:
+    """Return what each cluster (clusters, 2) adds to the error of the ratio of sums."""
+    above, below = summed.sum(axis=0)
+    return np.asarray((summed[:, 0] - above / below * summed[:, 1]) / below)
+
+
+def _error(influences: np.ndarray) -> float:
+    clusters = len(influences)
+    return float(np.sqrt(clusters / (clusters - 1) * np.sum(influences**2)))
+
+
+def _t(clusters: int) -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, clusters - 1))
+
+
+def _counts(clusters: int) -> list[np.ndarray]:
+    """Return blocks (draws, clusters): how often each draw of a bootstrap holds each cluster."""
+    generator = np.random.default_rng(0)
+    step = max(1, _AT_ONCE // clusters)
+    sizes = [min(step, DRAWS - start) for start in range(0, DRAWS, step)]
+    return [
+        generator.multinomial(clusters, np.full(clusters, 1 / clusters), size).astype(float) for size in sizes
+    ]
+
+
+def _exchange_p(before: np.ndarray, after: np.ndarray, of_sums: OfSums, seen: float) -> float:
+    """Return the p value of approximate randomisation, two-sided."""
+    changed = np.flatnonzero((before != after).any(axis=1))
+    if not len(changed):
+        return 1.0
+    generator = np.random.default_rng(0)
+    totals, gaps = (before.sum(axis=0), after.sum(axis=0)), (after - before)[changed]
+    as_large = 0
+    step = max(1, _AT_ONCE // len(changed))
+    for start in range(0, EXCHANGES, step):
+        exchanged = generator.integers(0, 2, (min(step, EXCHANGES - start), len(changed))) @ gaps
+        drawn = of_sums(totals[1] - exchanged) - of_sums(totals[0] + exchanged)
+        as_large += int(np.sum(np.abs(drawn) >= seen - 1e-12))
+    return (as_large + 1) / (EXCHANGES + 1)
+
+
+def _middle(drawn: np.ndarray) -> tuple[float, float]:
+    low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
