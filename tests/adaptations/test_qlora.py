@@ -14,12 +14,12 @@ from tests.tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
 from tunesmith.adaptations import lora, qlora
 from tunesmith.errors import MissingExtra, RecipeError
 from tunesmith.models.find.folder_summary import show
-from tunesmith.models.load import dequantized_linear, quantization
+from tunesmith.models.load import compute_dtype, dequantized_linear, quantization
 from tunesmith.models.load.load import load_model, locate
 from tunesmith.models.network import base
 from tunesmith.objectives import cpt, sft
 from tunesmith.recipe import parse
-from tunesmith.train import fast_path, memory_budget, precision, setup
+from tunesmith.train import fast_path, memory_budget, setup
 
 pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def adapted(folder, chosen, dtype=torch.float32):
     """A base on disk, quantised and adapted as a run does it, with an update that is not zero."""
     model = chosen.apply(load_model(locate(folder), dtype=dtype, trainable=True, **chosen.load_kwargs()), "lm")
     with_gradients_everywhere(model)
-    precision.cast(model, dtype)
+    compute_dtype.cast(model, dtype)
     return model
 
 
@@ -79,7 +79,7 @@ def test_loss_and_gradients_are_pefts_own_on_the_same_bits(name, quant_type, twi
     model.train()
     loss, gradients = plain_loss_and_gradients(model, rows)
 
-    precision.cast(model, dtype)
+    compute_dtype.cast(model, dtype)
     chosen = fast_path.choose(model, objective, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
     assert chosen.notes == [] or name == "mistral"
     assert chosen.fused.kinds and (name == "gpt2" or "mlp" in chosen.fused.kinds or name == "gemma")

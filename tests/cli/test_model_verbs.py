@@ -5,18 +5,25 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
 
+import tunesmith
 from tests.models.adapters import base_and_adapter
 from tests.tiny import save_tiny, tiny_config
+from tunesmith.cli import options
 from tunesmith.cli.main import main
+from tunesmith.models.generate import decode
+from tunesmith.models.load import compute_dtype, load
+from tunesmith.train.train_config import TrainConfig
 
 
 @pytest.fixture
@@ -165,6 +172,66 @@ def test_chat_needs_a_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     save_tiny("llama", tmp_path, template=None)
     assert chat(str(tmp_path), monkeypatch, "one\n") == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+VERBS = {
+    "generate": ["--prompt", "Hi", "--max-new-tokens", "2"],
+    "chat": ["--max-new-tokens", "2"],
+    "evaluate": ["--data", "rows.jsonl"],
+    "predict": ["--data", "rows.jsonl"],
+    "score": ["--data", "rows.jsonl"],
+}
+LABELS = {"predict": 2, "score": 1}
+
+
+@pytest.fixture(scope="module")
+def stored_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three models stored in bf16, and rows for them."""
+    folder = tmp_path_factory.mktemp("bf16")
+    for name, labels in {"writes": 0, "predict": 2, "score": 1}.items():
+        save_tiny("llama", folder / name)
+        network = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+        network.from_config(tiny_config("llama", num_labels=labels or 2)).bfloat16().save_pretrained(folder / name)
+    (folder / "rows.jsonl").write_text('{"prompt": "Hi", "completion": "you", "text": "Hi you"}\n' * 2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("isa", "flag", "expected"),
+    [([], "auto", "float32"), (["amx_bf16"], "auto", "bfloat16"), ([], "bf16", "bfloat16"), (["amx_bf16"], "fp32", "float32")],
+)
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_computes_in_the_fastest_format_and_prints_it(
+    verb: str, isa: list[str], flag: str, expected: str, stored_in_bf16: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    opened = []
+    monkeypatch.chdir(stored_in_bf16)
+    monkeypatch.setattr(compute_dtype.machine, "describe", lambda: {"isa": isa})
+    monkeypatch.setattr(load, "load", lambda path, found=load.load: opened.append(found(path)) or opened[-1])
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+    columns = ["--column", "text=text"] if verb == "predict" else []
+    model = verb if verb in ("predict", "score") else "writes"
+    assert main([verb, f"./{model}", *VERBS[verb], *columns, "--precision", flag, "--json"]) == 0
+    said = capsys.readouterr()
+    why = "asked for" if flag != "auto" else "this processor"
+    assert f"computing in {expected}: {why}" in said.err
+    assert json.loads(said.out)["precision"]["compute"] == expected
+    assert {str(parameter.dtype) for parameter in opened[0][0].parameters()} == {f"torch.{expected}"}
+
+
+def test_the_python_function_computes_in_the_fastest_format_too(stored_in_bf16: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(compute_dtype.machine, "describe", lambda: {"isa": []})
+    monkeypatch.setattr(decode, "load", lambda path: opened.append(load.load(path)) or opened[-1])
+    tunesmith.generate(stored_in_bf16 / "writes", ["Hi"], max_new_tokens=1)
+    assert opened[0][0].dtype is torch.float32
+    tunesmith.generate(stored_in_bf16 / "writes", ["Hi"], max_new_tokens=1, precision="bf16")
+    assert opened[1][0].dtype is torch.bfloat16
+
+
+def test_precision_has_the_same_values_everywhere() -> None:
+    flag = get_args(get_args(options.Precision)[0])
+    assert flag == get_args(compute_dtype.Wanted) == get_args(TrainConfig.model_fields["precision"].annotation)
 
 
 def test_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

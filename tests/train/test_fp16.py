@@ -16,6 +16,7 @@ from tests.train.launching import forked
 from tunesmith.errors import GradientOverflowError, ModelError, NonFiniteError
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads import lm_head
+from tunesmith.models.load import compute_dtype
 from tunesmith.runs import metrics_file
 from tunesmith.train import loop, optimizers, precision, setup
 from tunesmith.train.master_weights import Masters
@@ -75,7 +76,7 @@ def test_auto_takes_fp16_only_on_a_gpu_without_bf16(bf16, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert precision.choose("auto", torch.device("cuda")).compute is chosen
     for isa in ([], ["avx512_fp16"], ["amx_bf16"]):
-        monkeypatch.setattr(precision.machine, "describe", lambda isa=isa: {"isa": isa})
+        monkeypatch.setattr(compute_dtype.machine, "describe", lambda isa=isa: {"isa": isa})
         assert precision.choose("auto", torch.device("cpu")).compute is not torch.float16
     assert precision.choose("fp16", torch.device("cpu")).compute is torch.float16
 
@@ -131,7 +132,7 @@ def one_weight(scale, dtype=torch.float16):
     model = torch.nn.Linear(64, 1, bias=False)
     torch.nn.init.constant_(model.weight, 0.5)
     masters = Masters(model, dtype)
-    precision.cast(model, dtype)
+    compute_dtype.cast(model, dtype)
     masters.install_hooks()
     config = TrainConfig(learning_rate=1e-3)
     optimizer = optimizers.build(masters.masters, config, (), {})

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tunesmith.train import precision
+from tunesmith.models.load import compute_dtype
 from tunesmith.train.master_weights import Masters
 
 
@@ -12,7 +12,7 @@ def test_working_copies_are_rounded_up_and_down_at_random_anew_in_each_step():
     model = nn.Linear(64, 64, bias=False)
     nn.init.ones_(model.weight)
     masters = Masters(model, torch.bfloat16)
-    precision.cast(model, torch.bfloat16)
+    compute_dtype.cast(model, torch.bfloat16)
     masters.masters["weight"].data += 2**-9
     above = []
     for step in (1, 2, 1):

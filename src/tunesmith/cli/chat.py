@@ -33,6 +33,7 @@ def chat(
     temperature: options.Temperature = 0.7,
     top_p: options.TopP = 0.9,
     top_k: options.TopK = 0,
+    precision: options.Precision = "auto",
     seed: Annotated[int, typer.Option(help="Same seed and same turns, same answers.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the conversation as JSON.")] = False,
 ) -> None:
@@ -42,6 +43,7 @@ def chat(
     from tunesmith.models.generate import decode
     from tunesmith.models.generate.engine import Engine
     from tunesmith.models.generate.sampling import SamplingParams
+    from tunesmith.models.load.compute_dtype import cast_and_move
     from tunesmith.models.load.load import load
 
     kwargs = options.parse_template_kwargs(template_kwarg)
@@ -53,6 +55,8 @@ def chat(
     adapters = load_adapters(model, folders) if folders else None
     pair = load(model) if adapters is None else (adapters.model, adapters.tokenizer)
     decode.check_writes(pair[0])
+    chosen_dtype = cast_and_move(pair[0], precision)
+    print_stderr(str(chosen_dtype))
     if not pair[1].chat_template:
         raise UserError(f"{model} has no chat template. Use `tunesmith generate {model} --prompt ...`.")
     for tokenizer in [pair[1]] if adapters is None else adapters.tokenizers.values():
@@ -86,7 +90,8 @@ def chat(
     if as_json:
         first = [{"role": "system", "content": system}] if system else []
         active = None if adapters is None else adapters.active
-        print_result({"model": model, "adapter": active, "messages": first + turns}, as_json=True)
+        facts = {"model": model, "adapter": active, "precision": chosen_dtype.as_dict()}
+        print_result({**facts, "messages": first + turns}, as_json=True)
 
 
 def _print_answer(pieces: Iterator[str]) -> str | None:

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from tunesmith.cli import options
-from tunesmith.cli.output import filled_columns, print_result
+from tunesmith.cli.output import filled_columns, print_result, print_stderr
 from tunesmith.json_types import JsonObject
 from tunesmith.runs.figure_format import label, number
 
@@ -59,7 +59,7 @@ def evaluate(
         model, data, objective=objective, format=format, columns=columns or None, separator=separator, template=template,
         template_kwargs=kwargs, max_length=max_length, overlong=overlong, bad_rows=bad_rows, limit=limit, precision=precision,
         batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,
-        reference=reference, out=out,
+        reference=reference, out=out, on_precision=lambda chosen: print_stderr(str(chosen)),
     )  # fmt: skip
     print_result(figures, as_json, _tables)
 

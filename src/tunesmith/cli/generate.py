@@ -36,6 +36,7 @@ def generate(
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
     seed: Annotated[int, typer.Option(help="Same seed, same answers, whatever the batch.")] = 0,
+    precision: options.Precision = "auto",
     batch_size: Annotated[int, typer.Option(help="Prompts answered at once.")] = 8,
     out: Annotated[Path | None, typer.Option(help="New jsonl file for prompts and answers.")] = None,
     as_json: options.Json = False,
@@ -61,6 +62,7 @@ def generate(
     from tunesmith.data.encode.templates import apply_template
     from tunesmith.models.generate import decode
     from tunesmith.models.generate.sampling import SamplingParams
+    from tunesmith.models.load.compute_dtype import cast_and_move
     from tunesmith.models.load.load import load
 
     settings: JsonObject = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
@@ -68,13 +70,15 @@ def generate(
     SamplingParams(**settings)  # reports a wrong setting before the model is loaded
     print_stderr(f"loading {model}")
     pair = load(model)
+    chosen_dtype = cast_and_move(pair[0], precision)
+    print_stderr(str(chosen_dtype))
     if kwargs:
         apply_template(pair[1], None, kwargs)
     _warn_of_omitted_text(asked, pair)
     with Progress(console=console(), transient=True, disable=data is None) as progress:
         task = progress.add_task("generating", total=len(asked))
         answers = decode.generate(
-            pair, [one.prompt for one in asked], system=system, plain=plain, batch_size=batch_size,
+            pair, [one.prompt for one in asked], system=system, plain=plain, max_running=batch_size,
             on_answer=lambda row, answer: progress.advance(task), **settings,
         )  # fmt: skip
     rows = [_answered(one, answer) for one, answer in zip(asked, answers, strict=True)]
@@ -82,7 +86,8 @@ def generate(
         files.make_folder(out.parent)
         files.replace_file(out, "".join(map(json_line, rows)).encode())
         print_stderr(f"{len(rows)} answers written to {out}")
-    facts = {"model": model, "settings": settings, "answers": rows, "out": str(out) if out else None}
+    facts = {"model": model, "precision": chosen_dtype.as_dict(), "settings": settings, "answers": rows}
+    facts["out"] = str(out) if out else None
     print_result(facts, as_json, lambda _: None if out else _answers(rows))
 
 

@@ -43,7 +43,10 @@ Predictions = Annotated[
 Format = Annotated[str | None, typer.Option(help="Format of the rows.", show_default="detected")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first N rows only.")]
 MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens of a row.", show_default="the window")]
-Precision = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Number format of the model.")]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(help="Number format that the model computes in; auto = the fastest of this machine."),
+]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; never changes the result.")]
 Split = Annotated[str, typer.Option(help="Split of a data set on the Hub.")]
 Name = Annotated[str | None, typer.Option(help="Configuration of a data set on the Hub.")]

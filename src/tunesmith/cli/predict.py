@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -16,6 +16,9 @@ from tunesmith.cli import options
 from tunesmith.cli.output import console, json_line, print_result, print_stderr
 from tunesmith.errors import UserError
 from tunesmith.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from tunesmith.models.load.compute_dtype import ComputeDtype
 
 SHOWN = 5
 """Predictions that are printed when all are written to a file."""
@@ -58,7 +61,14 @@ def write_predictions(
 
     print_stderr(f"loading {model}")
     notes: list[str] = []
+    precision: dict[str, str] = {}
+
+    def on_precision(chosen: ComputeDtype) -> None:
+        print_stderr(str(chosen))
+        precision.update(chosen.as_dict())
+
     arguments |= {"columns": columns, "note": notes.append, "rewards": verb == "scoring"}
+    arguments["on_precision"] = on_precision
     predictions = engine.predict(model, data, **arguments)
     kept: list[JsonObject] = []
     most_kept = SHOWN if out is not None else sys.maxsize if as_json else 0
@@ -79,6 +89,7 @@ def write_predictions(
     for line in notes:
         print_stderr(line)
     facts: JsonObject = {"model": model, "data": data, "rows": rows, "errors": errors, "notes": notes}
+    facts["precision"] = precision or None  # no row could be read
     if out is not None:
         print_result({**facts, "out": str(out), "first": kept}, as_json, _first_lines)
     elif as_json:

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from tunesmith.evaluate.open_model import OpenedModel, open_model
 from tunesmith.evaluate.trained_reading import ModelArgument, make_source, source_as_trained
 from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import virtual_tokens
+from tunesmith.models.load.compute_dtype import ComputeDtype
 from tunesmith.models.network import base, first_position
 from tunesmith.objectives import TaskHead
 from tunesmith.report import task_page
@@ -54,6 +55,7 @@ def evaluate(
     streaming: bool = False,
     reference: str | Path | None = None,
     out: str | Path | None = None,
+    on_precision: Callable[[ComputeDtype], None] = lambda chosen: None,
 ) -> JsonObject:
     """Return the metrics of ``model`` (a name, a folder, or a pair (model, tokenizer)) over the rows of
     ``data``.
@@ -61,7 +63,8 @@ def evaluate(
     Keys: eval_loss (mean per loss unit), eval_loss_stderr (two rows or more), perplexity of a language model,
     the metrics of other heads (``objectives.md``) with ``details`` (by class, by entity type), rows, tokens,
     supervised_tokens, tokens_per_second and seconds. ``assessment`` has the intervals and baselines of the
-    metrics, and a verdict in words (``runs.assessment.assess``).
+    metrics, and a verdict in words (``runs.assessment.assess``). ``precision`` has the compute dtype and why it
+    was chosen; ``on_precision`` gets it before the first row is computed.
 
     ``objective`` decides which tokens are supervised. None = the objective that the model was trained for, or
     ``sft`` for a language model that records none (the last answer; text rows whole). ``cpt`` supervises
@@ -99,7 +102,8 @@ def evaluate(
         rows = starting_policy.attach_reference(opened, rows, reference, precision, batch_tokens)
 
     shortest = sorted(range(len(rows)), key=lambda row: rows.lengths[row])[:2]
-    route = opened.prepare(precision, [rows[row] for row in shortest], rows.longest)
+    route, chosen_dtype = opened.prepare(precision, [rows[row] for row in shortest], rows.longest)
+    on_precision(chosen_dtype)
     started = time.perf_counter()
     records = evaluation.records(network, chosen, rows, route.layout, batch_tokens, opened.device)
     metrics: JsonObject = {**chosen.summarise(records)}
@@ -113,6 +117,7 @@ def evaluate(
         "supervised_tokens": int(rows.supervised.sum()),
         "tokens_per_second": float(rows.lengths.sum()) / seconds,
         "seconds": seconds,
+        "precision": chosen_dtype.as_dict(),
     }
     kept = evaluation.measured(chosen, records)
     metrics["assessment"] = assessment.assess(kept, None, chosen.traits.best[0])

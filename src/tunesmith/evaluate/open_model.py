@@ -16,9 +16,10 @@ from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.heads import head_types
 from tunesmith.models.load import load
+from tunesmith.models.load.compute_dtype import ComputeDtype, cast_and_move
 from tunesmith.models.network import base, first_position
 from tunesmith.objectives import Example, Objective, TaskHead
-from tunesmith.train import distributed, fast_path, precision
+from tunesmith.train import distributed, fast_path
 from tunesmith.train.meta_model import window_of
 
 if TYPE_CHECKING:
@@ -39,17 +40,19 @@ class OpenedModel:
     trained: JsonObject
     """Facts about the training that were saved with the model (``record.trained``)."""
 
-    def prepare(self, dtype: str, examples: Sequence[Example], longest: int) -> fast_path.FastPath:
+    def prepare(
+        self, wanted: str, examples: Sequence[Example], longest: int
+    ) -> tuple[fast_path.FastPath, ComputeDtype]:
         """Cast and move the network, and choose its fast path by two short ``examples``.
 
-        ``dtype``: ``precision`` of a recipe. ``longest``: tokens of the longest row. The caller must call
+        ``wanted``: ``precision`` of a recipe. ``longest``: tokens of the longest row. The caller must call
         ``disable`` of the returned fast path after its last forward pass.
         """
+        chosen = ComputeDtype(self.network.dtype, "the dtype of the model in memory")
         if self.loaded_here:
-            device = distributed.state().device
-            precision.cast(self.network, precision.choose(dtype, device).compute)
-            self.network.to(device).eval().requires_grad_(False)
-        return fast_path.choose(self.network, self.objective, examples, longest, "auto", self.device)
+            chosen = cast_and_move(self.network, wanted, distributed.state().device)
+        route = fast_path.choose(self.network, self.objective, examples, longest, "auto", self.device)
+        return route, chosen
 
     @property
     def task(self) -> TaskHead:

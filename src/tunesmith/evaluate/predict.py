@@ -34,6 +34,7 @@ from tunesmith.errors import DataError, ModelError
 from tunesmith.evaluate.open_model import OpenedModel, open_model
 from tunesmith.evaluate.trained_reading import ModelArgument, make_source, source_as_trained
 from tunesmith.json_types import JsonObject
+from tunesmith.models.load.compute_dtype import ComputeDtype
 from tunesmith.objectives import Example, TaskHead
 from tunesmith.train import fast_path, forward_batches
 
@@ -59,6 +60,7 @@ def predict(
     streaming: bool = False,
     rewards: bool = False,
     note: Callable[[str], None] = lambda line: None,
+    on_precision: Callable[[ComputeDtype], None] = lambda chosen: None,
 ) -> Iterator[JsonObject]:
     """Yield a dict for each row of ``data``, in order: ``row`` (its number) and an answer, or ``error``.
 
@@ -68,7 +70,8 @@ def predict(
     has reward, or rewards and ranking of several answers.
 
     Gold labels in the rows are ignored. An unreadable row gets ``error`` and affects no other row. A row
-    above ``max_length`` is cut. ``note`` receives the numbers of unreadable and of cut rows at the end.
+    above ``max_length`` is cut. ``note`` receives the numbers of unreadable and of cut rows at the end;
+    ``on_precision`` the compute dtype, before the first row is computed.
     ``rewards``: accept reward models only. Raises UserError for a model that generates text, and for a file
     that cannot be opened.
     """
@@ -86,7 +89,8 @@ def predict(
     reader = _open_rows(source_as_trained(trained, data, accepted, given, keys, gold=False), opened)
     longest = max_length or trained.get("max_length") or opened.objective.max_length
     cut = bad = 0
-    for answer, lost_tokens in _predict_rows(opened, reader, longest, precision, batch_tokens):
+    rows = _predict_rows(opened, reader, longest, precision, batch_tokens, on_precision)
+    for answer, lost_tokens in rows:
         cut += lost_tokens
         bad += "error" in answer
         yield answer
@@ -98,7 +102,12 @@ def predict(
 
 
 def _predict_rows(
-    opened: OpenedModel, reader: OpenedSource, longest: int | None, precision: str, budget: int
+    opened: OpenedModel,
+    reader: OpenedSource,
+    longest: int | None,
+    precision: str,
+    budget: int,
+    on_precision: Callable[[ComputeDtype], None],
 ) -> Iterator[tuple[JsonObject, int]]:
     """Yield each row's dict, and how many of its examples were cut."""
     rows = reader.rows()
@@ -110,7 +119,8 @@ def _predict_rows(
             if examples and route is None:
                 readable = [item for item, result in zip(block, encoded) if isinstance(result, list)]
                 shortest = _trial_examples(readable[:16], opened, longest)
-                route = opened.prepare(precision, shortest, longest or 0)
+                route, chosen_dtype = opened.prepare(precision, shortest, longest or 0)
+                on_precision(chosen_dtype)
             cut = Counter(int(example["row"][1]) for example in examples if _cut(example, longest))
             answers = _answers(opened, examples, route, budget) if route else {}
             for item, result in zip(block, encoded):

@@ -34,7 +34,7 @@ def attach_reference(
     folder = locate(given) if given is not None else locate(_start(opened))
     start = replace(opened, network=load.load_model(folder), loaded_here=True)
     shortest = sorted(range(len(rows)), key=lambda row: rows.lengths[row])[:2]
-    route = start.prepare(precision, [rows[row] for row in shortest], rows.longest)
+    route, _ = start.prepare(precision, [rows[row] for row in shortest], rows.longest)
     step = Step(0, rows, np.arange(len(rows)), opened.objective.collate)
 
     @torch.no_grad()

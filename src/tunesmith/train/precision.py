@@ -7,17 +7,11 @@ weights exist in the compute dtype alone.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
 
 import torch
 
-from tunesmith import machine
-from tunesmith.errors import ModelError, RecipeError
-from tunesmith.models.load import dequantized_linear
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from tunesmith.models.load import compute_dtype
 
 GROWTH_STEPS = 2000
 """Finite steps after which the loss scale is doubled, as in torch.amp.GradScaler."""
@@ -46,35 +40,9 @@ class Precision:
 
 
 def choose(wanted: str, device: torch.device, optim: str = "adamw") -> Precision:
-    """Choose the compute dtype.
-
-    ``auto``: bf16 where the machine multiplies it faster than fp32 (AMX, AVX512-BF16, Ampere
-    and later), fp16 on a CUDA device without bf16 (such as a T4), else fp32.
-    """
-    return replace(_compute(wanted, device), optimiser_state=STATE.get(optim, "float32"))
-
-
-def _compute(wanted: str, device: torch.device) -> Precision:
-    if wanted in ("fp32", "fp16"):
-        return Precision(torch.float32 if wanted == "fp32" else torch.float16, "asked for")
-    fast, where = False, f"a {device.type} device"
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        where = torch.cuda.get_device_name(device)
-    elif device.type == "cpu":
-        fast = bool({"amx_bf16", "avx512_bf16"} & set(machine.describe()["isa"]))
-        where = "this processor"
-    if wanted == "bf16":
-        if device.type == "cuda" and not fast:
-            raise RecipeError(
-                f"train.precision=bf16: {where} has no bf16 arithmetic. Use precision=fp32 or auto."
-            )
-        return Precision(torch.bfloat16, "asked for")
-    if fast:
-        return Precision(torch.bfloat16, f"{where} multiplies bf16 faster than fp32")
-    if device.type == "cuda":
-        return Precision(torch.float16, f"{where} has no bf16 arithmetic")
-    return Precision(torch.float32, f"{where} has no fast bf16")
+    """Choose the compute dtype (``compute_dtype.choose``) and the format of the optimiser's state."""
+    chosen = compute_dtype.choose(wanted, device)
+    return Precision(chosen.dtype, chosen.why, STATE.get(optim, "float32"))
 
 
 @dataclass
@@ -103,19 +71,3 @@ class LossScale:
             self.scale, self.good = self.scale / 2, 0
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
 
-
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast every floating-point parameter to ``dtype`` in place.
-
-    Buffers (such as rotary frequencies) keep their dtype; layers of 4 or 8 bits keep their bits and compute
-    in ``dtype``. Raises ModelError for a weight that fp16 cannot hold.
-    """
-    dequantized_linear.compute_in(model, dtype)
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
-            if dtype is torch.float16 and not parameter.data.isfinite().all():
-                raise ModelError(
-                    f"train.precision=fp16: the weight {name} holds numbers above 65504, the largest of fp16 (or not finite).\n"
-                    "  Use train.precision=bf16 or fp32."
-                )

@@ -14,6 +14,7 @@ from tunesmith.models.generate.engine import Engine
 from tunesmith.models.generate.running_rows import Request
 from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.models.heads import head_types
+from tunesmith.models.load.compute_dtype import cast_and_move
 from tunesmith.models.load.load import load
 from tunesmith.models.network import base
 
@@ -54,22 +55,24 @@ def generate(
     *,
     system: str | None = None,
     plain: bool = False,
-    batch_size: int | None = None,
+    precision: str = "auto",
+    max_running: int | None = None,
     on_answer: Callable[[int, str], None] | None = None,
     **settings: Unpack[SamplingFields],
 ) -> list[str]:
     """Return one answer for each prompt, in order.
 
     ``model``: a name or folder, or a pair (model, tokenizer). ``plain``: prompts are text to continue even if
-    there is a chat template. ``batch_size``: prompts answered at once; None = as many as memory allows, at most
-    64. ``on_answer(row, answer)`` is called for each answer when it ends. ``settings``: fields of
+    there is a chat template. ``precision``: auto, fp32, bf16 or fp16, in which a model that is loaded here
+    computes; a model in memory keeps its dtype. ``max_running``: prompts answered at once; None = as many as
+    memory allows, at most 64. ``on_answer(row, answer)`` is called for each answer when it ends. ``settings``: fields of
     ``SamplingParams``. Raises ModelError, and UserError for a prompt that is empty or fills the model's window.
     """
     params = SamplingParams(**settings)
-    network, tokenizer = _load(model)
+    network, tokenizer = _load(model, precision)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     ids = [prompt_ids(prompt, tokenizer, system, plain) for prompt in prompts]
-    engine = Engine(network, tokenizer, batch_size)
+    engine = Engine(network, tokenizer, max_running)
     requests = [Request(tuple(row), params, number) for number, row in enumerate(ids)]
     engine.check(requests)  # report a prompt that is too long before any answer is generated
     answers = [""] * len(ids)
@@ -86,6 +89,7 @@ def stream(
     *,
     system: str | None = None,
     plain: bool = False,
+    precision: str = "auto",
     **settings: Unpack[SamplingFields],
 ) -> Iterator[str]:
     """Yield the answer to one prompt in pieces, each character when all its tokens are there.
@@ -94,7 +98,7 @@ def stream(
     computed again.
     """
     params = SamplingParams(**settings)
-    engine = model if isinstance(model, Engine) else Engine(*_load(model))
+    engine = model if isinstance(model, Engine) else Engine(*_load(model, precision))
     yield from engine.stream(Request(tuple(prompt_ids(prompt, engine.tokenizer, system, plain)), params))
 
 
@@ -134,7 +138,9 @@ def check_writes(model: PreTrainedModel) -> None:
         raise ModelError(f"this model is a {name}, which generates no text. Use tunesmith predict or score.")
 
 
-def _load(model: str | Path | Loaded) -> Loaded:
+def _load(model: str | Path | Loaded, precision: str) -> Loaded:
     network, tokenizer = model if isinstance(model, tuple) else load(model)
     check_writes(network)
+    if not isinstance(model, tuple):
+        cast_and_move(network, precision)
     return network, tokenizer

@@ -6,6 +6,7 @@
 - ``probe``: compare a loaded model's logits with those recorded when it was saved
 - ``merge_weights``: an adapter merged into its base
 - ``vocabulary``: new tokens
+- ``compute_dtype``: the number format that a model computes in
 - ``module_patterns``: modules named by a recipe
 - ``quantization``, ``dequantized_linear``: a base model in 4 or 8 bits
 """
