@@ -86,7 +86,8 @@ def generate(
         files.make_folder(out.parent)
         files.replace_file(out, "".join(map(json_line, rows)).encode())
         print_stderr(f"{len(rows)} answers written to {out}")
-    facts = {"model": model, "precision": chosen_dtype.as_dict(), "settings": settings, "answers": rows}
+    facts: JsonObject = {"model": model, "precision": chosen_dtype.as_dict()}
+    facts |= {"settings": settings, "answers": rows}
     facts["out"] = str(out) if out else None
     print_result(facts, as_json, lambda _: None if out else _answers(rows))
 

@@ -70,4 +70,3 @@ class LossScale:
         else:
             self.scale, self.good = self.scale / 2, 0
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-
