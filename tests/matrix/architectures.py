@@ -2,6 +2,7 @@
 
 python -m tests.matrix.architectures           # examine each architecture and print what came of it: minutes
 python -m tests.matrix.architectures --write   # and write architectures.json and docs/architectures.md
+python -m tests.matrix.architectures --write laguna   # examine only these, and keep what is recorded of the others
 python -m tests.matrix.architectures --page    # write docs/architectures.md alone, from architectures.json; runs nothing
 """
 
@@ -38,8 +39,6 @@ from tunesmith.models.network import is_causal
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "architectures.md"
 RECORDED = Path(__file__).with_name("architectures.json")
-FAULTS = {"inkling2_text", "laguna"}
-"""peft loads a part of their LoRA under other names, and leaves it untrained: tunesmith refuses to open the saved adapter."""
 
 VALUES: dict[int, str] = {
     VOCABULARY: "vocab_size decoder_vocab_size unpadded_vocab_size vocab_size_per_layer_input pronunciation_vocab_size shape_vocab_size"
@@ -304,12 +303,12 @@ def warm_up() -> None:
         examine("llama", Path(folder))
 
 
-def measured() -> dict[str, Any]:
-    """Examine every architecture, each in a process."""
+def measured(chosen: list[str]) -> dict[str, Any]:
+    """Examine the architectures ``chosen``, each in a process."""
     os.environ["TUNESMITH_HOME"] = tempfile.mkdtemp()
     warm_up()
     found: dict[str, Any] = {}
-    for name in names():
+    for name in chosen:
         with tempfile.TemporaryDirectory() as folder:
             found[name] = examine_apart(name, Path(folder))
         print(name, json.dumps(found[name], ensure_ascii=False), flush=True)
@@ -427,7 +426,10 @@ def recorded() -> dict[str, Any]:
 
 def main() -> None:
     if "--page" not in sys.argv[1:]:
-        found = measured()
+        chosen = [word for word in sys.argv[1:] if not word.startswith("--")]
+        found = measured(chosen or names())
+        if chosen:
+            found["architectures"] = dict(sorted((recorded()["architectures"] | found["architectures"]).items()))
         print(Counter(summary(one) for one in found["architectures"].values()))
         if "--write" not in sys.argv[1:]:
             return

@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from tests.matrix import architectures
-from tests.matrix.architectures import FAULTS, PAGE, SUMMARIES, examine_apart, names, recorded, render, summary
+from tests.matrix.architectures import PAGE, SUMMARIES, examine_apart, names, recorded, render, summary
 
 FOUND = recorded()["architectures"]
 
@@ -23,8 +23,8 @@ def test_the_head_of_the_page_counts_what_follows():
     assert len(re.search(r"## Packed\n\n(.*)", page)[1].split(", ")) == counts[SUMMARIES["packed"]]
 
 
-def test_no_other_architecture_is_trained_wrongly():
-    assert {name for name, one in FOUND.items() if summary(one) == "fault"} == FAULTS
+def test_no_architecture_is_trained_wrongly():
+    assert [name for name, one in FOUND.items() if summary(one) == "fault"] == []
 
 
 @pytest.mark.skipif(recorded()["transformers"] != transformers.__version__, reason="recorded with another transformers")

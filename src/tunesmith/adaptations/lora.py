@@ -191,6 +191,7 @@ class Adaptation(adaptations.Adaptation):
         self._check_patterns(chosen)
         self._check_ranks(chosen)
         adapted = get_peft_model(model, config)
+        self._check_restored(adapted, chosen)
         if keys.init_from_base:
             from tunesmith.models.adapters import lora_factors, lora_init
 
@@ -261,6 +262,20 @@ class Adaptation(adaptations.Adaptation):
                     f"adaptation.init_lora_weights={self.config.init_from_base} starts from the weights of linear layers, and "
                     f"{name} is an embedding.\n  Leave it out of adaptation.target_modules, or leave out init_lora_weights."
                 )
+
+    def _check_restored(self, adapted: PreTrainedModel, chosen: Iterable[str]) -> None:
+        """Raise RecipeError for layers whose LoRA peft would not restore from the saved folder."""
+        from tunesmith.models.adapters import restored_names
+
+        if lost := restored_names.unrestored_layers(adapted):
+            lost_ends, ends = ({name.rpartition(".")[2] for name in names} for names in (lost, chosen))
+            others = ", ".join(sorted(ends - lost_ends))
+            listed = ", ".join(dict.fromkeys(map(lora_targets.name_in_block, lost)))
+            fix = f"Set adaptation.target_modules: [{others}], or use" if others else "Use"
+            raise RecipeError(
+                f"adaptation: peft would not restore the LoRA on {len(lost)} layers of a saved adapter, because it "
+                f"renames their tensors while it loads them: {listed}.\n  {fix} adaptation: full."
+            )
 
     def _new_token_rows(self, model: PreTrainedModel, new_rows: Sequence[int]) -> dict[str, list[int]]:
         """Layer -> rows trained with the adapter; ``modules_to_save`` are trained whole anyway."""

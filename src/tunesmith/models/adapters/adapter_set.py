@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -160,7 +159,8 @@ def _switchable_type(name: str, folder: Folder, base: Path) -> str:
 
 def _check_layers(folders: Mapping[str, Folder]) -> None:
     """Raise UserError where one adapter trained a whole layer in which another has parameters."""
-    layers = {name: _layers(folder.path) for name, folder in folders.items()}
+    tensors = {name: headers.read_tensors(folder.path, "adapter_model") for name, folder in folders.items()}
+    layers = {name: adapter_types.layers_of(names) for name, names in tensors.items()}
     for name, folder in folders.items():
         saved = headers.read_json(folder.path / "adapter_config.json").get("modules_to_save") or []
         whole = [f".{module}." for module in saved]
@@ -171,10 +171,3 @@ def _check_layers(folders: Mapping[str, Folder]) -> None:
                     f"{name} trained the whole layer {inside[0]} (modules_to_save), and {other} has parameters in "
                     "it: peft cannot load the two together.\n  Load them one by one with tunesmith.load."
                 )
-
-
-def _layers(adapter: Path) -> list[str]:
-    """Return the layers of the base in which an adapter has factors, vectors or bottlenecks."""
-    names = headers.read_tensors(adapter, "adapter_model")
-    inside = re.compile(rf"base_model\.model\.(.+?)\.(?:{'|'.join(adapter_types.PREFIXES)})")
-    return [match[1] for name in names if (match := inside.match(name))]

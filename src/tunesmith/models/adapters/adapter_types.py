@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -49,3 +50,10 @@ def type_of(config: Mapping[str, object]) -> str:
 def kind_of(peft_type: str) -> Kind:
     """Return the properties of a type. For a type that is not ours: peft may be able to merge it, no more."""
     return KINDS.get(peft_type, Kind())
+
+
+def layers_of(names: Iterable[str]) -> list[str]:
+    """Return the layers of the base, sorted, in which these tensors of an adapter are factors, vectors or
+    bottlenecks."""
+    inside = re.compile(rf"base_model\.model\.(.+?)\.(?:{'|'.join(PREFIXES)})")
+    return sorted({match[1] for name in names if (match := inside.match(name))})

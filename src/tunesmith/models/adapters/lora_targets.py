@@ -43,9 +43,14 @@ def left_out(model: PreTrainedModel, names: Sequence[str], rank: int) -> dict[st
 
 def note(left_out: Mapping[str, str]) -> str:
     """Name the layers without a LoRA; a layer that every block has is named once."""
-    ends = {re.sub(r"^.*\.\d+\.", "", name): why for name, why in left_out.items()}
+    ends = {name_in_block(name): why for name, why in left_out.items()}
     listed = "; ".join(f"{end} ({why})" for end, why in ends.items())
     return f"no LoRA on {len(left_out)} linear layers: {listed}. Name them in adaptation.target_modules to train them"
+
+
+def name_in_block(name: str) -> str:
+    """Return the part of a layer's name that is the same in every block."""
+    return re.sub(r"^.*\.\d+\.", "", name)
 
 
 def _is_router(model: PreTrainedModel, name: str, outputs: int) -> bool:

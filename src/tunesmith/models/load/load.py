@@ -313,7 +313,7 @@ def attach_adapter(
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    from tunesmith.models.adapters import virtual_tokens  # imports transformers
+    from tunesmith.models.adapters import restored_names, virtual_tokens  # imports transformers
 
     tensors = headers.read_tensors(folder.path, "adapter_model")
     stored, config = set(tensors), adapter_config(folder.path)
@@ -333,6 +333,11 @@ def attach_adapter(
     expected = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
     unexpected = stored - expected - set(adapted.state_dict())  # an embedding is saved under the base's name
     _require_match(folder.path, type(adapted).__name__, expected - stored, unexpected)
+    if lost := restored_names.unrestored_layers(adapted, shapes, name):
+        raise ModelError(
+            f"{folder.path}: peft restores no LoRA on {_first_names(lost)}: it renames their tensors while it loads "
+            f"them.\n  Nothing was loaded. Train the adapter again without these layers."
+        )
     return adapted
 
 
