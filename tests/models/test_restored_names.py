@@ -36,7 +36,7 @@ def test_training_is_refused_before_the_data_are_read(architecture, tmp_path):
 
 
 def test_the_other_layers_that_the_error_names_are_trained_and_loaded(architecture, tmp_path):
-    name, folder = architecture
+    _, folder = architecture
     made = recipe(tmp_path, adaptation="lora", max_steps=1)
     made["model"] = str(folder / "base")
     with pytest.raises(RecipeError) as error:
