@@ -22,8 +22,9 @@ from tunesmith.errors import MissingExtra
 
 @cache
 def pieces(text):
-    """The shingles as strings."""
-    text = unicodedata.normalize("NFD", text.casefold()).ljust(SHINGLE)
+    """The shingles as strings: of characters after NFC, of which a Hangul syllable or an ideograph counts three times."""
+    characters = unicodedata.normalize("NFC", text.casefold())
+    text = "".join(one * (3 if ord(one) >= 0x2E80 else 1) for one in characters).ljust(SHINGLE, "\0")
     return {text[at : at + SHINGLE] for at in range(len(text) - SHINGLE + 1)}
 
 
@@ -68,7 +69,7 @@ def change(text, rng, share):
 def test_signatures_are_the_same_on_every_machine_and_in_any_order():
     text = "The quick brown fox. 빠른 갈색 여우는 게으른 개를 뛰어넘는다. def fox(self): return 1"
     (slots,) = signatures([text])
-    assert slots[:4].tolist() == [3075777802, 1537858126, 415294254, 337522290]
+    assert slots[:4].tolist() == [1385412145, 1537858126, 316881833, 1017807125]
     assert (signatures(["other", text, "x"])[1] == slots).all()
     assert (signatures([f"{text} {text}"]) == signatures([f"{text} {text} {text}"])).all()  # the same set
 
@@ -117,9 +118,22 @@ def test_words_are_what_a_row_says_without_system_prompts_and_tools():
     assert row_text(Ranking("q", ("a", "b"), (1, 0), (3.0, 4.5))) == "q a b"
 
 
-def test_composed_and_decomposed_hangul_are_the_same():
-    text = "하루가 또 가네요"
-    assert row_text(Text(unicodedata.normalize("NFD", text))) == text
+@pytest.mark.parametrize("text", ["하루가 또 가네요", "네", "Café, Ärger", "がぎぐ"])
+def test_composed_and_decomposed_text_is_the_same(text):
+    decomposed = unicodedata.normalize("NFD", text)
+    assert decomposed != text == row_text(Text(decomposed))
+    assert (shingles(decomposed) == shingles(text)).all() and minhash.digest(decomposed) == minhash.digest(text)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "similarity"),
+    [
+        ("물이 좋아요", "불이 좋아요", 0.6),  # "I like water" and "I like fire", 0.8 by letters of decomposed syllables
+        ("강아지가 물을 마셔요", "강아지가 물을 마셨어요", 0.56),
+    ],
+)
+def test_korean_syllables_are_compared_whole(one, other, similarity):
+    assert minhash.jaccard(np.unique(shingles(one)), np.unique(shingles(other))) == pytest.approx(similarity, abs=0.01)
 
 
 def test_without_rensa_the_extra_is_named(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,8 @@ def test_capitals_and_spaces_are_no_difference(tmp_path):
         ("yes", "no", False),
         ("ok", "ok!", False),
         ("네", "네", True),
+        ("물이 좋아요", "불이 좋아요", False),
+        ("물이 좋아요", unicodedata.normalize("NFD", "물이 좋아요"), True),
     ],
 )  # fmt: skip
 def test_korean_code_and_short_rows(one, other, alike, tmp_path):

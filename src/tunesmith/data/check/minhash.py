@@ -10,6 +10,7 @@ the candidates exactly.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tunesmith.data.rows import Ranking, Row
-from tunesmith.data.text_windows import rolling_hashes
+from tunesmith.data.text_windows import letters, rolling_hashes
 from tunesmith.errors import MissingExtra
 
 SHINGLE = 5
-"""Characters of a shingle. Not words: five words are a whole Korean sentence and most of a short row, and
-code has no words. Two unrelated English rows share a tenth of such shingles. Hangul syllables are decomposed,
-so that five letters mean about as much as in another alphabet and one changed particle leaves most shingles
-of a short row equal."""
+"""Letters of a shingle, as ``data.text_windows`` counts them: characters after NFC, of which a Hangul syllable
+or an ideograph counts as three. So five letters mean about as much in every script, and one changed particle
+leaves most shingles of a short Korean row equal. Not words: five words are a whole Korean sentence and most of
+a short row, and code has no words. Two unrelated English rows share a tenth of such shingles."""
 
 SLOTS, SEED = 128, 42
 RECALL = 0.999
@@ -55,13 +56,16 @@ def shingles(text: str) -> np.ndarray:
 
     A shorter text is one shingle. Two different shingles collide with a probability of 2**-64.
     """
-    characters = decompose(text).ljust(SHINGLE).encode("utf-32-le", "surrogatepass")
-    return rolling_hashes(np.frombuffer(characters, np.uint32), SHINGLE)
+    codes = letters(text.casefold())
+    if len(codes) < SHINGLE:
+        codes = np.pad(codes, (0, SHINGLE - len(codes)))
+    return rolling_hashes(codes, SHINGLE)
 
 
-def decompose(text: str) -> str:
-    """Return the compared letters: lower case, with syllables and accents decomposed."""
-    return unicodedata.normalize("NFD", text.casefold())
+def digest(text: str) -> int:
+    """Return a hash of 64 bits of the compared text: lower case, in NFC."""
+    compared = unicodedata.normalize("NFC", text.casefold()).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(compared, digest_size=8).digest(), "little")
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:

@@ -6,7 +6,6 @@ So memory holds half a kilobyte a row and little text. Every reported pair was c
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections import defaultdict
@@ -193,9 +192,7 @@ def _read_signatures(
         texts = [minhash.row_text(row) for _, _, row in batch]
         slots.append(minhash.signatures(texts))
         places += [(source, record.row) for source, record, _ in batch]
-        for text in texts:
-            letters = minhash.decompose(text).encode("utf-8", "surrogatepass")
-            digests.append(int.from_bytes(hashlib.blake2b(letters, digest_size=8).digest(), "little"))
+        digests += map(minhash.digest, texts)
         on_progress(f"signatures of {len(places)} rows made")
     at = np.array(places, np.int32).reshape(-1, 2)
     return at, np.array(digests, np.uint64), np.concatenate(slots)
