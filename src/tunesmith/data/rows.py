@@ -122,15 +122,44 @@ class Judged:
         return self.ranking().written()
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt that the policy answers while it is trained.
+
+    A text becomes a turn of the user where the tokenizer has a chat template, else it is continued.
+    ``columns``: the other columns of the row as plain JSON, such as a reference answer; rewards read them.
+    ``tools``: as in Chat."""
+
+    prompt: TextOrTurns
+    columns: JsonObject = field(default_factory=dict)
+    tools: tuple[JsonObject, ...] = ()
+
+    def asked(self, has_template: bool) -> Text | Chat:
+        """The prompt as a row without an answer. ``has_template``: the tokenizer has a chat template."""
+        if not isinstance(self.prompt, str):
+            return Chat(self.prompt, self.tools)
+        return Chat(({"role": "user", "content": self.prompt},)) if has_template else Text(self.prompt)
+
+
 Written = Text | Chat | PromptCompletion
 """Rows that train a language model to write."""
 
 Answered = Ranking | Judged
 """Rows with a prompt and answers to it. ``written`` returns each answer after the prompt."""
 
-Row = Written | Labelled | Tagged | Question | Answered
+Row = Written | Labelled | Tagged | Question | Answered | Prompt
 
-ROW_TYPES: tuple[type, ...] = (Chat, PromptCompletion, Text, Labelled, Tagged, Question, Ranking, Judged)
+ROW_TYPES: tuple[type, ...] = (
+    Chat,
+    PromptCompletion,
+    Text,
+    Labelled,
+    Tagged,
+    Question,
+    Ranking,
+    Judged,
+    Prompt,
+)
 
 
 def turns(part: TextOrTurns) -> tuple[Message, ...]:

@@ -53,7 +53,8 @@ def _prompt_of(row: Example, tokenizer: PreTrainedTokenizerBase) -> Prompt:
 def _supervised(row: Example) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens of a row and its loss mask; of several answers those of the first chosen one."""
     if "answers" not in row:
-        return row["input_ids"], row["supervised"]
+        ids = row["input_ids"]
+        return ids, row.get("supervised", np.zeros(len(ids), np.bool_))  # a prompt alone has no such mask
     ends = np.cumsum(row["answers"])
     chosen = int(row["pairs"][0]) if len(row["pairs"]) else 0  # a row of kto has one answer and no pairs
     kept = np.r_[0 : ends[0], ends[chosen] : ends[chosen + 1]]
@@ -63,7 +64,10 @@ def _supervised(row: Example) -> tuple[np.ndarray, np.ndarray]:
 def _split(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Split a row at its first supervised token, or after some tokens if that is its start."""
     targets = np.flatnonzero(supervised)
-    start = int(targets[0]) if len(targets) else len(ids)
+    if not len(targets):
+        prompt = [int(token) for token in ids]
+        return Prompt(prompt, _readable(prompt, tokenizer), None)
+    start = int(targets[0])
     if start <= 1:
         start = max(1, min(32, len(ids) // 2))
     rest = ids[start:]

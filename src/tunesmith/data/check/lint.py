@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from tunesmith.data.check.lint_judgements import JudgementFindings, balance_warnings
 from tunesmith.data.check.lint_pairs import PairFindings
 from tunesmith.data.data_config import Source
-from tunesmith.data.encode.conversations import TrainOn, find_omitted_text, render
+from tunesmith.data.encode.conversations import TrainOn, find_omitted_text, render, render_prompt
 from tunesmith.data.encode.spans import SpanError
 from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
 from tunesmith.data.encode.turn_findings import TurnFindings
@@ -20,7 +20,7 @@ from tunesmith.data.formats.record_values import has_carriage_returns
 from tunesmith.data.read import hub_set
 from tunesmith.data.read.source import OpenedSource, open_source
 from tunesmith.data.row_problems import Record, RowFault, RowProblem
-from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Judged, Ranking, Row, digest
+from tunesmith.data.rows import ROW_TYPES, Answered, Chat, Judged, Prompt, Ranking, Row, digest
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
 
@@ -248,10 +248,15 @@ def _problem(
         problems = [_problem(record, chat, renderer, lost, len(row.prompt)) for chat in row.written()]
         dropped += dict.fromkeys(lost)  # the answers share their prompt
         return next((problem for problem in problems if problem is not None), None)
+    asked = row.asked(renderer is not None) if isinstance(row, Prompt) else None
+    row = asked or row
     if renderer is None or not isinstance(row, Chat):
         return None
     try:
-        render(row, renderer, train_on, expand_turns)
+        if asked is not None:
+            render_prompt(asked, renderer)
+        else:
+            render(row, renderer, train_on, expand_turns)
     except SpanError as error:
         expected, got, fix = error.expected, error.got, error.fix
     except RENDER_ERRORS as error:

@@ -36,7 +36,7 @@ COMPARED = 64
 not cost the square of their number. Similar rows meet in many buckets, and a cluster needs only a chain of
 pairs."""
 
-UNCOMPARED = {"tools", "label", "labels", "words", "tags", "answers", "id", "desirable"}
+UNCOMPARED = {"tools", "label", "labels", "words", "tags", "answers", "id", "desirable", "columns"}
 """Fields that are not text of the row: tools are the same in many rows, and the others are gold."""
 
 _PAIRS = 1 << 13

@@ -12,13 +12,13 @@ from rich.text import Text as RichText
 
 from tunesmith.data.batch.pack import Example
 from tunesmith.data.data_config import Source
-from tunesmith.data.encode import turn_tokens
+from tunesmith.data.encode import prompt_examples, turn_tokens
 from tunesmith.data.encode.rankings import encode
 from tunesmith.data.encode.templates import Renderer, apply_template
 from tunesmith.data.encode.turn_findings import find
 from tunesmith.data.read.source import open_source
-from tunesmith.data.row_problems import RowProblem
-from tunesmith.data.rows import Answered, Chat, Judged, Labelled, Question, Ranking, Row, Tagged
+from tunesmith.data.row_problems import RowProblem, shorten
+from tunesmith.data.rows import Answered, Judged, Labelled, Prompt, Question, Ranking, Row, Tagged
 from tunesmith.data.store.cache import targets
 from tunesmith.json_types import JsonObject
 
@@ -106,7 +106,7 @@ def preview(
     own_types = tuple(objective.traits.rows)
     opened = open_source(source, accepted or own_types)
     template_name = "none: the rows are plain text"
-    if template is not None or template_kwargs or Chat in opened.kinds:
+    if template is not None or template_kwargs or opened.uses_template(tokenizer):
         tokenizer, template_name = apply_template(tokenizer, template, template_kwargs)
     turn_tokens.set_policy(tokenizer, special_tokens or turn_tokens.policy_of(tokenizer))
     renderer = Renderer(tokenizer) if tokenizer.chat_template else None
@@ -121,6 +121,8 @@ def preview(
         where = f"{record.path}:{record.row}"
         if isinstance(row, Answered):
             shown.append(_answered_row(where, row, tokenizer))
+        elif isinstance(row, Prompt):
+            shown.append(_prompt_row(where, row, tokenizer))
         elif isinstance(row, TASK_ROWS) or not isinstance(row, own_types):
             shown.append(_task_row(where, row, tokenizer))
         else:
@@ -190,6 +192,15 @@ def _answered_row(where: str, row: Answered, tokenizer: PreTrainedTokenizerBase)
     count = int(supervised.sum())
     known = f"{known}; {count} of {len(ids)} tokens supervised"
     return PreviewRow(where, tuple(pieces), len(ids), count, known)
+
+
+def _prompt_row(where: str, row: Prompt, tokenizer: PreTrainedTokenizerBase) -> PreviewRow:
+    """Show the prompt as the policy reads it, and the columns that rewards may read."""
+    ((example,),) = prompt_examples.encode([row], tokenizer)
+    ids = example["input_ids"]
+    pieces = split_by_supervision({"input_ids": ids, "supervised": np.zeros(len(ids), np.bool_)}, tokenizer)
+    columns = "".join(f"; {name}: {shorten(value)}" for name, value in row.columns.items())
+    return PreviewRow(where, tuple(pieces), len(ids), 0, f"a prompt of {len(ids)} tokens{columns}")
 
 
 def _order(row: Ranking) -> str:

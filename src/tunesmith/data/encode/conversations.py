@@ -250,28 +250,35 @@ def prompt_ids(
     continue. ``system`` is put before turns that have none. Raises DataError if the template fails.
     """
     renderer = Renderer(tokenizer)
-    if isinstance(prompt, Text) or (isinstance(prompt, str) and not tokenizer.chat_template):
+    try:
+        rendered = render_prompt(prompt, renderer, system)
+    except RENDER_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"the chat template refuses the conversation: {reason}") from None
+    except SpanError as error:
+        raise DataError(f"the prompt: {error}") from None
+    ids: list[int] = tokenise([rendered], renderer)[0]["input_ids"].tolist()
+    return ids
+
+
+def render_prompt(
+    prompt: str | Sequence[Message] | Chat | Text, renderer: Renderer, system: str | None = None
+) -> Rendered:
+    """The text before a generated answer, without supervised spans; arguments as in :func:`prompt_ids`.
+
+    Raises SpanError or one of ``RENDER_ERRORS``.
+    """
+    if isinstance(prompt, Text) or (isinstance(prompt, str) and not renderer.tokenizer.chat_template):
         text = prompt.text if isinstance(prompt, Text) else f"{system}\n\n{prompt}" if system else prompt
-        begun = _document(renderer, text, 0).before
-    else:
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        messages = list(prompt.messages if isinstance(prompt, Chat) else prompt)
-        tools = prompt.tools if isinstance(prompt, Chat) else ()
-        if system and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system})
-        row = Chat(tuple(messages), tuple(tools))
-        try:
-            text, begun = renderer(row.messages, row.tools, prompt=True), ()
-            typed = turn_tokens.typed_places(renderer, row, text, prompt=True)
-        except RENDER_ERRORS as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise DataError(f"the chat template refuses the conversation: {reason}") from None
-        except SpanError as error:
-            raise DataError(f"the prompt: {error}") from None
-        if typed is not None:
-            return list(turn_tokens.encode(renderer, text, typed).ids)
-    return [*begun, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        return Rendered(text, (), _document(renderer, text, 0).before)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    messages = list(prompt.messages if isinstance(prompt, Chat) else prompt)
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    row = Chat(tuple(messages), tuple(prompt.tools if isinstance(prompt, Chat) else ()))
+    text = renderer(row.messages, row.tools, prompt=True)
+    return Rendered(text, (), typed=turn_tokens.typed_places(renderer, row, text, prompt=True))
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

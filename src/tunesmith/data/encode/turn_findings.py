@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from tunesmith.data.encode import turn_tokens
 from tunesmith.data.encode.templates import Renderer
 from tunesmith.data.formats.turns import KNOWN_KEYS
-from tunesmith.data.rows import Answered, Chat, Judged, Row, turns
+from tunesmith.data.rows import Answered, Chat, Judged, Prompt, Row, turns
 from tunesmith.json_types import JsonObject
 
 FIRST = 3
@@ -31,6 +31,8 @@ def find(row: Row, render: Renderer | None) -> Counter[str]:
         ranking = row.ranking() if isinstance(row, Judged) else row
         parts = (ranking.prompt, *ranking.answers)
         row = Chat(tuple(message for part in parts for message in turns(part)), ranking.tools)
+    if isinstance(row, Prompt):
+        row = row.asked(render is not None)
     if not isinstance(row, Chat):
         return Counter()
     found: Counter[str] = Counter()

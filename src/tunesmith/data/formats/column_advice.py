@@ -12,7 +12,17 @@ from collections.abc import Sequence
 
 from tunesmith.data.formats import judgement_fields, preference_fields
 from tunesmith.data.formats.fields import Field, Format
-from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Question, Ranking, Tagged, Text
+from tunesmith.data.rows import (
+    Chat,
+    Judged,
+    Labelled,
+    Prompt,
+    PromptCompletion,
+    Question,
+    Ranking,
+    Tagged,
+    Text,
+)
 
 Keys = Sequence[tuple[str, ...]]
 """The columns of each of the first rows."""
@@ -21,6 +31,7 @@ ADVICE: dict[type, str] = {
     Chat: "objective: sft", PromptCompletion: "objective: sft", Text: "objective: cpt",
     Labelled: "objective: classify", Tagged: "objective: tag", Question: "objective: qa",
     Ranking: "objective: dpo or reward", Judged: "objective: kto",
+    Prompt: "objective: grpo or ppo",
 }  # fmt: skip
 """Recipe setting that trains on each type of row."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from tunesmith.data.formats import column_advice, judgement_fields, preference_fields
+from tunesmith.data.formats import column_advice, judgement_fields, preference_fields, prompt_fields
 from tunesmith.data.formats.column_mapping import Names, as_tuple, find_columns, fold, with_fields
 from tunesmith.data.formats.fields import (
     SYSTEM,
@@ -35,7 +35,18 @@ from tunesmith.data.formats.turns import (
 )
 from tunesmith.data.formats.word_fields import build_tokens, build_words, scan_spaces
 from tunesmith.data.row_problems import Record, RowFault, RowProblem, shorten
-from tunesmith.data.rows import Chat, Judged, Labelled, PromptCompletion, Question, Ranking, Row, Tagged, Text
+from tunesmith.data.rows import (
+    Chat,
+    Judged,
+    Labelled,
+    Prompt,
+    PromptCompletion,
+    Question,
+    Ranking,
+    Row,
+    Tagged,
+    Text,
+)
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
 from tunesmith.suggestions import did_you_mean
@@ -111,11 +122,12 @@ TABLE = (
     Format("text", Text, (required("text"),), _build_text, "text"),
     *judgement_fields.FORMATS,
     *judgement_fields.UNPAIRED,
+    *prompt_fields.FORMATS,
 )  # fmt: skip
 FORMATS: dict[str, Format] = {form.name: form for form in TABLE}
 """In the order in which they are tried; formats with ``marks`` in a file come first."""
 
-LANGUAGE_ROWS = (Chat, PromptCompletion, Ranking, Judged)
+LANGUAGE_ROWS = (Chat, PromptCompletion, Ranking, Judged, Prompt)
 """Row types that are refused if the record has images, audio or video: their answers could describe these."""
 
 COLUMN_NAMES = {"id", *(column for form in TABLE for part in form.fields for column in part.columns)}
@@ -126,6 +138,7 @@ EXAMPLES: dict[type, str] = {
     Labelled: '{"text": "...", "label": "..."}',
     Tagged: '{"tokens": ["Kim", "left"], "ner_tags": ["B-PER", "O"]}',
     Judged: '{"prompt": "...", "completion": "...", "label": true}',
+    Prompt: '{"prompt": "..."}',
     Question: '{"question": "...", "context": "...", "answers": {"text": ["..."], "answer_start": [0]}}',
 }
 """A row of each type, as a file may have it."""
@@ -163,9 +176,8 @@ class Converter:
             if self.prompt_template is not None and self.form.prompt:
                 values[self.form.prompt] = self._fill_template(record.value)
             unanswered = self.prompts and not self.gold
-            return self.form.build(
-                Values(values | self.facts | {"gold": self.gold, "unanswered": unanswered})
-            )
+            row = self.form.build(Values(values | self.facts | {"gold": self.gold, "unanswered": unanswered}))
+            return prompt_fields.with_columns(row, record.value, names) if isinstance(row, Prompt) else row
         except FieldFault as fault:
             return self.problem(record, fault)
 
@@ -248,7 +260,8 @@ class Converter:
         text = f"{self.form.name} ({', '.join(parts)})"
         used |= {name.partition(".")[0] for name in used}
         unused = [column for column in columns if column not in used]
-        text += f"; not used: {', '.join(unused)}" if unused else ""
+        kept = "columns for rewards" if self.form.row is Prompt else "not used"
+        text += f"; {kept}: {', '.join(unused)}" if unused else ""
         if self.form.better and self.gold and not self.splits_pairs:
             text += f"; {self.form.better({name: ' + '.join(keys) for name, keys in names.items()})}"
         if self.splits_pairs:
@@ -332,10 +345,10 @@ def choose_converter(
         ):  # the first format of the table that fits half of the rows: alpaca rows fit input_output too
             most = (converter for count, converter in wanted if 2 * count >= len(keys))
             return replace(next(most, wanted[0][1]), gold=gold)
-    if fitting:
-        raise DataError(
-            f"{path}: {column_advice.other_rows([maker.form for _, maker in fitting], TABLE, accepted, keys)}"
-        )
+    # almost any file has a column of prompts, so that alone does not tell what the file was meant for
+    others = [maker.form for _, maker in fitting if format or maker.form.row is not Prompt]
+    if others:
+        raise DataError(f"{path}: {column_advice.other_rows(others, TABLE, accepted, keys)}")
     raise DataError(f"{path}: {column_advice.no_format(format, TABLE, accepted, keys)}")
 
 
@@ -363,7 +376,8 @@ def _with_prompt(
         raise DataError(
             f"{path}: a prompt_template conflicts with the format {forms[0].name}, whose prompts are turns"
         )
-    answering = [form for form in fitting if form.answer] if len(fitting) > 1 else fitting
+    alone = len(fitting) == 1
+    answering = [form for form in fitting if form.answer or form.row is Prompt or alone]
     rest = [tuple(key for key in row if key not in used) for row in keys]
     return [
         form for form in answering if any(Converter(form, {}, template).match(row)[1] is None for row in rest)

@@ -56,7 +56,7 @@ Turns = Sequence[Message]
 def build_preference(values: Values) -> Ranking:
     """The row of a prompt, a chosen and a rejected answer. Three texts are plain text, without a template."""
     sides = [values[name] for name in SIDE_NAMES]
-    prompt = _prompt(values, _are_plain(sides))
+    prompt = parse_prompt(values, _are_plain(sides))
     if isinstance(prompt, str):
         return _pair(prompt, [_answer_text(side, name) for side, name in zip(sides, SIDE_NAMES)], values)
     return _pair_of_turns(prompt, "prompt", values)
@@ -104,13 +104,13 @@ def build_ranking(values: Values) -> Ranking:
     graded = _listed_answers(values["answers"], values.needs_gold)
     bare = _without_grades(graded)
     is_alpaca = "instruction" in values
-    prompt = alpaca_prompt(values) if is_alpaca else _prompt(values, _are_plain(bare))
+    prompt = alpaca_prompt(values) if is_alpaca else parse_prompt(values, _are_plain(bare))
     names = [f"answers[{index}]" for index in range(len(bare))]
     answers: list[str | Turns]
     if isinstance(prompt, str):
         answers = [_answer_text(answer, name) for answer, name in zip(bare, names)]
     else:
-        _check_prompt_end(prompt, "instruction" if is_alpaca else "prompt")
+        check_prompt_end(prompt, "instruction" if is_alpaca else "prompt")
         answers = [_check_answer(_parse_side(answer, name), name) for answer, name in zip(bare, names)]
     ranks, scores = ratings.ranks_and_scores(values, graded)
     return _ranking(prompt, answers, ranks, scores, values, names)
@@ -120,7 +120,7 @@ def build_prompt_completion(values: Values) -> PromptCompletion | Chat:
     """Return the row of a prompt and a completion: two texts, or a conversation if one of them is turns or a
     dialogue. A completion that is a whole conversation may repeat the prompt."""
     if not values.needs_answer:
-        asked = _prompt(values, plain_answers=True)
+        asked = parse_prompt(values, plain_answers=True)
         return (
             PromptCompletion(asked, "")
             if isinstance(asked, str)
@@ -130,7 +130,7 @@ def build_prompt_completion(values: Values) -> PromptCompletion | Chat:
     is_text = isinstance(completion, str) and not is_dialogue(completion)
     if is_text and not isinstance(prompt, list | tuple) and not values.optional_text("system").strip():
         return PromptCompletion(require_text(prompt, "prompt"), require_text(completion, "completion"))
-    before, answer = _prompt(values, plain_answers=False), _parse_side(completion, "completion")
+    before, answer = parse_prompt(values, plain_answers=False), _parse_side(completion, "completion")
     if not any(message["role"] == "assistant" for message in answer):
         fix = "Add the answer to learn, or delete the row."
         raise FieldFault("completion", "a turn of the assistant", "none", fix)
@@ -151,7 +151,7 @@ def _are_plain(answers: Sequence[object]) -> bool:
     )
 
 
-def _prompt(values: Values, plain_answers: bool) -> str | list[Message]:
+def parse_prompt(values: Values, plain_answers: bool) -> str | list[Message]:
     """The turns before the answers; a text if the answers are plain text, without system prompt and tools."""
     value = turns_from_json(values["prompt"])
     if value is not None and not isinstance(value, str):
@@ -173,7 +173,7 @@ def _pair_of_turns(prompt: list[Message] | None, field: str, values: Values) -> 
     sides = [_parse_side(values[name], name, whole=prompt is None) for name in SIDE_NAMES]
     are_answers = [side[0]["role"] == "assistant" for side in sides]
     if prompt is not None and all(are_answers):
-        _check_prompt_end(prompt, field)
+        check_prompt_end(prompt, field)
         return _pair(prompt, [_check_answer(side, name) for side, name in zip(sides, SIDE_NAMES)], values)
     if any(are_answers):
         odd = SIDE_NAMES[are_answers.index(prompt is None)]
@@ -216,7 +216,7 @@ def _is_answer(turns: Turns) -> bool:
     return bool(roles) and roles[0] == roles[-1] == "assistant" and not {"user", "system"} & set(roles)
 
 
-def _check_prompt_end(prompt: Turns, field: str) -> None:
+def check_prompt_end(prompt: Turns, field: str) -> None:
     if prompt[-1]["role"] not in BEFORE_ANSWER:
         got = f"a turn of {prompt[-1]['role']} at the end"
         fix = "Remove that turn: the answers follow the prompt."

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tunesmith.data.formats.column_advice import columns_of
 from tunesmith.data.formats.columns import Converter, candidates
 from tunesmith.data.formats.fields import Columns
+from tunesmith.data.rows import Prompt
 from tunesmith.errors import DataError
 
 
@@ -21,6 +22,8 @@ def choose_prompt_converter(
     """Choose the format of prompts: the one that reads the most columns. Where the rows have no answers, that
     format must make rows of a type in ``accepted``, or context would be lost. Raises DataError."""
     pairs = candidates(keys, path, format, columns, prompt_template)
+    if format is None and accepted != (Prompt,):  # formats with an answer read the same prompts
+        pairs = [pair for pair in pairs if pair[0].row is not Prompt]
     for needs_gold in (True, False):
         makers = [
             Converter(form, mapped, prompt_template, needs_gold, prompts=True) for form, mapped in pairs

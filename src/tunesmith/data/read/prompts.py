@@ -8,11 +8,21 @@ from dataclasses import dataclass
 from tunesmith.data.data_config import Source
 from tunesmith.data.read.source import OpenedSource, open_source
 from tunesmith.data.row_problems import Record, RowProblem, bad_rows_error
-from tunesmith.data.rows import Chat, Judged, Message, PromptCompletion, Ranking, Row, Text, TextOrTurns
+from tunesmith.data.rows import (
+    Chat,
+    Judged,
+    Message,
+    Prompt,
+    PromptCompletion,
+    Ranking,
+    Row,
+    Text,
+    TextOrTurns,
+)
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
 
-ROWS = (Chat, PromptCompletion, Text, Ranking, Judged)
+ROWS = (Chat, PromptCompletion, Text, Ranking, Judged, Prompt)
 """Row types that have a prompt to answer."""
 
 
@@ -56,10 +66,12 @@ def read_prompts(source: Source, trained_on: Sequence[str] = ()) -> tuple[list[A
     """Return the prompts of a source, and a description of its format and columns.
 
     ``trained_on``: names of the row types that the model was trained on, if known. The file is read as rows
-    of these types if possible. If Chat is not among them, a prompt is text without a chat template. Raises
-    DataError for a file without prompts and for rows that cannot be read."""
-    opened = _open(source, tuple(kind for kind in ROWS if kind.__name__ in trained_on))
-    plain = bool(trained_on) and Chat.__name__ not in trained_on
+    of these types if possible. If neither Chat nor Prompt is among them, a prompt is text without a chat
+    template. Raises DataError for a file without prompts and for rows that cannot be read."""
+    sampled = Prompt.__name__ in trained_on
+    preferred = (Prompt,) if sampled else tuple(kind for kind in ROWS if kind.__name__ in trained_on)
+    opened = _open(source, preferred)
+    plain = bool(trained_on) and not sampled and Chat.__name__ not in trained_on
     prompts: list[AskedPrompt] = []
     problems: list[RowProblem] = []
     seen: Record | None = None
@@ -102,6 +114,10 @@ def _split(row: Row, plain: bool) -> tuple[str | Chat | Text, TextOrTurns | None
         answered = row.messages[-1]["role"] == "assistant"
         asked = row.messages[:-1] if answered else row.messages
         return (Chat(asked, row.tools), row.messages[-1:] if answered else None) if asked else None
+    if isinstance(row, Prompt):
+        return (
+            row.prompt if isinstance(row.prompt, str) and not plain else row.asked(has_template=False)
+        ), None
     assert isinstance(row, Ranking | Judged)
     prompt = Text(row.prompt) if isinstance(row.prompt, str) else Chat(row.prompt, row.tools)
     if isinstance(row, Judged):

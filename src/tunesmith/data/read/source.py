@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.data.data_config import KEEP_IF, READING_KEYS, DataConfig, Source
 from tunesmith.data.formats import column_advice, columns
@@ -26,6 +27,7 @@ from tunesmith.data.rows import (
     Chat,
     Judged,
     Labelled,
+    Prompt,
     PromptCompletion,
     Ranking,
     Row,
@@ -33,6 +35,9 @@ from tunesmith.data.rows import (
 )
 from tunesmith.errors import DataError
 from tunesmith.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SAMPLED = 100
 """Rows from which the format is detected."""
@@ -83,6 +88,10 @@ class OpenedSource:
                 names = " or ".join(kind.__name__ for kind in self.accepted)
                 fix = "Write all rows in one form, or choose another objective."
                 yield item.problem("row", f"a {names} row", f"a {type(row).__name__} row", fix)
+
+    def uses_template(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """True if the chat template renders the rows."""
+        return Chat in self.kinds or (Prompt in self.kinds and bool(tokenizer.chat_template))
 
     def problem(self, record: Record, fault: RowFault) -> RowProblem:
         """The problem of a row that was read but cannot become an example."""
@@ -243,7 +252,7 @@ def _true_rows(rows: Rows, column: str) -> Rows:
 def _kinds(row: Row | RowProblem) -> tuple[type, ...]:
     if isinstance(row, RowProblem):
         return ()
-    has_turns = isinstance(row, Answered) and not isinstance(row.prompt, str)
+    has_turns = isinstance(row, Answered | Prompt) and not isinstance(row.prompt, str)
     return (type(row), Chat) if has_turns else (type(row),)
 
 

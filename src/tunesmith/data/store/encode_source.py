@@ -221,11 +221,16 @@ def _characters(row: rows.Row) -> int:
             return len(text) + len(pair or "")
         case rows.Chat(messages):
             return sum(len(message["content"]) for message in messages)
-    return sum(map(_characters, row.written()))
+    return (
+        _characters(row.asked(has_template=False))
+        if isinstance(row, rows.Prompt)
+        else sum(map(_characters, row.written()))
+    )
 
 
 def _count_omitted(row: rows.Row, record: Record, renderer: Renderer, omitted: JsonObject) -> None:
     written = row.written() if isinstance(row, rows.Answered) else [row]
+    written = [row.asked(has_template=True)] if isinstance(row, rows.Prompt) else written
     chats = [one for one in written if isinstance(one, rows.Chat)]
     if not chats:
         return

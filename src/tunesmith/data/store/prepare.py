@@ -18,7 +18,7 @@ from tunesmith.data.encode.templates import apply_template
 from tunesmith.data.read import class_folder, hub_set
 from tunesmith.data.read.source import OpenedSource, eval_sources, open_source
 from tunesmith.data.row_problems import RowProblem, bad_rows_error
-from tunesmith.data.rows import Chat, Row
+from tunesmith.data.rows import Row
 from tunesmith.data.store import hold_out
 from tunesmith.data.store.cache import Entry, forget
 from tunesmith.data.store.data_report import HeldOut, Report, SourceReport, SplitReport, histogram
@@ -115,7 +115,8 @@ def prepare(
         )
     opened = _open_sources(config, objective.traits.rows)
     template = "none: the rows are plain text"
-    if config.template is not None or config.template_kwargs or any(Chat in item.kinds for _, item in opened):
+    rendered = any(item.uses_template(tokenizer) for _, item in opened)
+    if config.template is not None or config.template_kwargs or rendered:
         tokenizer, template = apply_template(tokenizer, config.template, config.template_kwargs)
     turn_tokens.set_policy(tokenizer, config.special_tokens)
     _scan(objective, [item for role, item in opened if role == "train"])
