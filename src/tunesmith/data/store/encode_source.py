@@ -229,8 +229,9 @@ def _characters(row: rows.Row) -> int:
 
 
 def _count_omitted(row: rows.Row, record: Record, renderer: Renderer, omitted: JsonObject) -> None:
+    if isinstance(row, rows.Prompt):
+        row = row.asked(has_template=True)
     written = row.written() if isinstance(row, rows.Answered) else [row]
-    written = [row.asked(has_template=True)] if isinstance(row, rows.Prompt) else written
     chats = [one for one in written if isinstance(one, rows.Chat)]
     if not chats:
         return
