@@ -104,9 +104,8 @@ def prepare(
     ``max_length``: tokens; None = the longest row, at most ``window`` (the model's own limit; None = no
     limit). The tokenizer gets its chat template if the rows are conversations or the recipe names one.
 
-    Raises DataError for bad rows under ``bad_rows: error``, for rows that are too long under the policy
-    ``error``, and when all examples, or a share above ``max_unlearnable``, have no supervised token. The
-    message lists the first rows as ``file:row``.
+    Raises DataError for bad rows under ``bad_rows: error``, for too long rows under the policy ``error``,
+    and when too many examples (``max_unlearnable``) have no supervised token. It lists rows as ``file:row``.
     """
     began = time.perf_counter()
     if max_length is not None and window is not None and max_length > window:
