@@ -101,6 +101,8 @@ class Traits:
     """Its model scores each answer with one number; ``tunesmith score`` prints it."""
     single_label_keys: tuple[str, ...] = ()
     """Keys of its ``Config`` that apply to rows with a single label only."""
+    value_head: bool = False
+    """Its network has a value head (``models.heads.value_head``) in addition to the head of ``head``."""
     samples: bool = False
     """Steps are made of answers that the policy samples, in addition to the rows of a file."""
 

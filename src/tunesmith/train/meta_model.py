@@ -13,8 +13,10 @@ from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.fast import torch_compile
 from tunesmith.models.find import record
 from tunesmith.models.find.locate import Folder
+from tunesmith.models.heads import value_head
 from tunesmith.models.load import load, merge_weights, quantization, vocabulary
 from tunesmith.models.network import base, first_position
+from tunesmith.objectives import Traits
 from tunesmith.recipe import Recipe
 from tunesmith.train import optimizers
 
@@ -45,12 +47,14 @@ def build_outline(
     recipe: Recipe,
     folder: Folder,
     config: PretrainedConfig,
-    head: str,
+    traits: Traits,
     adaptation: Adaptation,
     new_tokens: vocabulary.NewTokens,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Outline:
-    """Build the adapted network with this ``head`` on the meta device, and count. Raises RecipeError."""
+    """Build the adapted network on the meta device, and count. Raises RecipeError.
+
+    ``traits``: of the objective, for the heads of the network."""
     continued = recipe.adapter == "continue"
     recorded = record.read(folder.path).get("quantization") if continued else None
     options = quantization.kwargs_from_record(recorded) if recorded else adaptation.load_kwargs()
@@ -61,7 +65,7 @@ def build_outline(
         adapter.inference_mode = False
         virtual_tokens.check_continued(adapter)
     with torch.device("meta"):
-        model = load.empty_model(folder, config, head)
+        model = load.empty_model(folder, config, traits.head)
         estimate = quantization.estimate(model, options)
         if continued:
             vocabulary.fit_to_adapter(model, folder.path)
@@ -71,7 +75,9 @@ def build_outline(
             if recipe.adapter == "merge":
                 merge_weights.check_mergeable(load.adapter_config(folder.path))
                 vocabulary.fit_to_adapter(model, folder.path)
-            model = adaptation.apply(model, head, vocabulary.grow(model, new_tokens), tokenizer)
+            model = adaptation.apply(model, traits.head, vocabulary.grow(model, new_tokens), tokenizer)
+        if traits.value_head:
+            value_head.attach(model)
     if recipe.train.gradient_checkpointing and not base(model).supports_gradient_checkpointing:
         raise RecipeError(
             f"train.gradient_checkpointing: transformers cannot recompute the layers of {config.model_type}.\n"

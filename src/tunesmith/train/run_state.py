@@ -18,6 +18,7 @@ from tunesmith.json_types import JsonObject
 from tunesmith.models.adapters import lora_factors, virtual_tokens
 from tunesmith.models.find import record
 from tunesmith.models.generate import stop_tokens
+from tunesmith.models.heads import value_head
 from tunesmith.models.load import finite, head_loading, probe
 from tunesmith.models.network import base
 from tunesmith.objectives import head_config
@@ -77,7 +78,9 @@ def save_model(run: Run) -> None:
         with run.fast_path.fused.disabled(), plain_attention(run.model, run.fast_path):
             # the fp32 masters: bf16 copies lose most updates at a low learning rate
             with swapped_weights(masters.parameters, weights):
-                run.setup.adaptation.save(run.model, target)
+                with value_head.set_aside(run.model):
+                    run.setup.adaptation.save(run.model, target)
+                value_head.save(run.model, target)
                 tokenizer.save_pretrained(target)
                 stop_tokens.save_stop_ids(target, run.model, tokenizer)
                 if all_trained:

@@ -25,7 +25,7 @@ from tunesmith.data.store.prepare import Prepared, prepare
 from tunesmith.errors import RecipeError
 from tunesmith.merge import merge_adapter
 from tunesmith.models.find.locate import Folder, code_files, locate
-from tunesmith.models.heads import lm_head, noise
+from tunesmith.models.heads import lm_head, noise, value_head
 from tunesmith.models.load import compute_dtype, finite, head_loading, load, probe, quantization, vocabulary
 from tunesmith.objectives import Objective
 from tunesmith.recipe import Recipe
@@ -158,7 +158,7 @@ def open_base(choices: Choices, note: Note) -> Base:
     tokenizer = load.load_tokenizer(_tokenizer_folder(recipe, folder))
     new_tokens = vocabulary.add_tokens(tokenizer, recipe.add_tokens)
     meta_config = head_loading.with_head_settings(config, objectives.head_config(objective))
-    outline = build_outline(recipe, folder, meta_config, head, adaptation, new_tokens, tokenizer)
+    outline = build_outline(recipe, folder, meta_config, objective.traits, adaptation, new_tokens, tokenizer)
     window = window_of(config, outline.virtual_tokens + outline.first_position)
     objective.bind(config, tokenizer, recipe.train.max_length or window)
     for line in adaptation.notes:
@@ -193,7 +193,7 @@ def configure_head(base: Base, note: Note) -> Base:
     for line in head_loading.replace_head_config(config, folder, recipe.adapter, head, wanted):
         note(line)
     tokens, tokenizer = base.new_tokens, base.tokenizer
-    outline = build_outline(recipe, folder, config, head, base.adaptation, tokens, tokenizer)
+    outline = build_outline(recipe, folder, config, objective.traits, base.adaptation, tokens, tokenizer)
     return replace(base, config=config, outline=outline)
 
 
@@ -210,13 +210,9 @@ def plan_steps(base: Base, data: Prepared, steps: int | None) -> Setup:
     distributed.check_processes(processes, len(source.preview(1)[0]), "the training rows are")
     optimizers.check_schedule(train, source.plan.steps)
     return Setup(
-        **vars(base),
-        data=data,
-        source=source,
-        session=session,
-        reference=reference,
+        **vars(base), data=data, source=source, session=session, reference=reference,
         time_planned=steps is not None,
-    )
+    )  # fmt: skip
 
 
 def _rows_in_order(base: Base, data: Prepared, steps: int | None) -> Source:
@@ -309,6 +305,8 @@ def _load_network(setup: Setup, out: Path) -> PreTrainedModel:
         loaded = load.load_model(folder, head=head, trainable=True, head_config=new_head, **options)
         new_rows = vocabulary.grow(loaded, setup.new_tokens)
         model = setup.adaptation.apply(loaded, head, new_rows, setup.tokenizer)
+    if setup.objective.traits.value_head:
+        value_head.attach(model, None if recipe.adapter == "new" else setup.model_folder.path)
     if recipe.device_map is None:
         model.to(setup.device)
     else:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 NEW_HEADS = ("score", "classifier", "qa_outputs")
 """Names that transformers gives the output layer of a task head."""
+VALUE_HEAD = "value_head"
+"""The name of the layer that a policy's values come from (``models.heads.value_head``)."""
 TASK = {"lm": "CAUSAL_LM", "score": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
 """peft's ``task_type`` for each head."""
 CLASSES = {

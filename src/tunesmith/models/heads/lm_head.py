@@ -201,8 +201,27 @@ def row_losses(model: PreTrainedModel, batch: Batch) -> list[tuple[float, int]]:
 
 def plain_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the loss of each target, (targets,), from the model's own logits."""
-    logits = model(**inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
-    return nn.functional.cross_entropy(logits.to(exact_dtype(logits)), batch["labels"], reduction="none")
+    return plain_losses_and_hidden(model, batch)[0]
+
+
+def plain_losses_and_hidden(
+    model: PreTrainedModel, batch: Batch, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of each target, (targets,), and the body's hidden states there, (targets, width).
+
+    The logits are the model's own, divided by ``temperature``.
+    """
+    kept: list[Tensor] = []
+    hook = base(model).base_model.register_forward_hook(
+        lambda body, given, out: kept.append(out.last_hidden_state)
+    )
+    try:
+        logits = model(**inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
+    finally:
+        hook.remove()
+    exact = logits.to(exact_dtype(logits)) / temperature
+    losses = nn.functional.cross_entropy(exact, batch["labels"], reduction="none")
+    return losses, kept[0].flatten(0, 1)[batch["positions"]]
 
 
 def exact_dtype(tensor: Tensor) -> torch.dtype:

@@ -21,10 +21,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def log_probs(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return log p(label) of each target, (targets,), differentiable. ``batch``: see ``lm_head.lm_loss``."""
+def log_probs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Return log p(label) of each target, (targets,), differentiable. ``batch``: see ``lm_head.lm_loss``.
+
+    ``temperature``: p is the softmax of the logits divided by it, from which an answer was sampled.
+    """
+    return with_hidden(model, batch, temperature)[0]
+
+
+def with_hidden(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return :func:`log_probs` and the hidden states that predict the targets, (targets, width).
+
+    Both come from one pass through the body.
+    """
     given = lm_head.blocked(model, batch)
-    return -lm_head.plain_losses(model, batch) if given is None else BlockedLogProbs.apply(*given)
+    if given is None:
+        losses, hidden = lm_head.plain_losses_and_hidden(model, batch, temperature)
+        return -losses, hidden
+    hidden, weight, bias, *others = given
+    if temperature == 1.0:
+        return BlockedLogProbs.apply(*given), hidden
+    scaled_bias = None if bias is None else bias / temperature
+    return BlockedLogProbs.apply(hidden / temperature, weight, scaled_bias, *others), hidden
 
 
 def answer_logps(model: PreTrainedModel, batch: Batch) -> Tensor:

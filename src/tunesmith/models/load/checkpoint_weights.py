@@ -12,6 +12,7 @@ from tunesmith import files
 from tunesmith.errors import ModelError
 from tunesmith.models.find import headers
 from tunesmith.models.find.locate import Folder
+from tunesmith.models.heads import head_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +39,8 @@ def restore_checkpoint(network: PreTrainedModel, folder: Folder) -> PreTrainedMo
     with safe_open(checkpoint / STATE, "pt") as state, torch.no_grad():
         for name in state.keys():  # noqa: SIM118 - a file of tensors is no mapping
             if not name.startswith(PREFIX):
+                continue
+            if f".{head_types.VALUE_HEAD}." in f".{name}":  # is needed for further training only
                 continue
             parameter, saved = parameters.get(name.removeprefix(PREFIX)), state.get_tensor(name)
             if parameter is None or parameter.shape != saved.shape:
