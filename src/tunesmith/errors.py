@@ -76,6 +76,10 @@ class NotReproduced(StoppedError):
     """A repeated run differs from the first one."""
 
 
+class JudgeError(StoppedError):
+    """A judge on a server does not answer. Its verdicts so far are kept."""
+
+
 class Interrupted(TunesmithError):
     """Exit 130: SIGINT or SIGTERM arrived; a checkpoint was saved."""
 

@@ -1,0 +1,124 @@
+"""A judge behind an address that speaks OpenAI's chat completions protocol, such as a vLLM or Ollama server.
+
+Nothing is sent unless a user names an address. The key comes from an environment variable, never from a
+recipe, a flag or a file, and is never printed. A reply counts only if it is one letter, A or B, alone on its
+last line; any other reply is a missing verdict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from urllib.parse import urlsplit
+
+from tunesmith.errors import JudgeError, UserError
+from tunesmith.json_types import JsonObject
+from tunesmith.judge.judges import ENGLISH, KOREAN, Pair, Verdict, question
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+TIMEOUT = 60.0
+TRIES = 4
+WAIT = 2.0
+"""Seconds before the second try; each further one doubles them."""
+_VERDICT = re.compile(r"\**(A|B)\**\.?")
+
+Post = Callable[[str, JsonObject, dict[str, str]], JsonObject]
+"""(address, body, headers) -> parsed reply. Raises OSError or ValueError."""
+
+
+def is_address(judge: str) -> bool:
+    return judge.startswith(("http://", "https://"))
+
+
+def post(address: str, body: JsonObject, headers: dict[str, str]) -> JsonObject:
+    """Send ``body`` as JSON and return the JSON reply."""
+    content = json.dumps(body).encode()
+    request = urllib.request.Request(address, content, {"Content-Type": "application/json", **headers})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+        found: JsonObject = json.load(reply)
+    return found
+
+
+def read_verdict(reply: str) -> float | None:
+    """Return 1.0 for A, 0.0 for B on the last line of a reply, None for anything else."""
+    lines = reply.strip().splitlines()
+    found = _VERDICT.fullmatch(lines[-1].strip()) if lines else None
+    return None if found is None else float(found[1] == "A")
+
+
+class EndpointJudge:
+    """``address``: such as http://127.0.0.1:8000/v1. ``model``: the model's name on the server.
+
+    ``key_variable``: the environment variable that holds the key; an address on this machine needs none.
+    Raises UserError if it is not set, JudgeError if the server does not answer."""
+
+    def __init__(
+        self,
+        address: str,
+        model: str,
+        key_variable: str = KEY_VARIABLE,
+        send: Post = post,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        key = os.environ.get(key_variable, "")
+        if not key and urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
+            raise UserError(
+                f"the judge at {address} needs a key, and {key_variable} is not set.\n"
+                f"  Type: export {key_variable}=..., or name another variable with --key-variable"
+            )
+        self.name = f"{model} at {address}"
+        self.address, self.model = address.rstrip("/") + "/chat/completions", model
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.send, self.sleep = send, sleep
+        forms = hashlib.sha256((ENGLISH + KOREAN).encode()).hexdigest()[:8]
+        self.identity = f"{self.address} {model} {forms}"
+
+    def __call__(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
+        for place, pair in enumerate(pairs):
+            body = {
+                "model": self.model,
+                "messages": [{"role": "user", "content": question(pair)}],
+                "temperature": 0,
+                "seed": 0,
+            }
+            reply = self._ask(body)
+            try:
+                text = str(reply["choices"][0]["message"]["content"] or "")
+            except (KeyError, IndexError, TypeError):
+                text = ""
+            usage = reply.get("usage")
+            tokens = int(usage.get("total_tokens") or 0) if isinstance(usage, dict) else 0
+            verdict = read_verdict(text)
+            reason = "" if verdict is not None else f"the reply is not A or B: {text[-80:]!r}"
+            yield place, Verdict(verdict, tokens, reason)
+
+    def _ask(self, body: JsonObject) -> JsonObject:
+        """Return the server's reply; try again when it is busy or silent."""
+        for attempt in range(TRIES):
+            try:
+                reply = self.send(self.address, body, self.headers)
+            except urllib.error.HTTPError as error:
+                if error.code not in (408, 429) and error.code < 500:
+                    raise JudgeError(self._refusal(f"HTTP {error.code} {error.reason}")) from None
+                failure = f"HTTP {error.code} {error.reason}"
+            except (OSError, ValueError) as error:  # no connection, a timeout, or no JSON
+                failure = str(error) or type(error).__name__
+            else:
+                if isinstance(reply, dict):
+                    return reply
+                failure = "the reply is no JSON object"
+            if attempt + 1 < TRIES:
+                self.sleep(WAIT * 2**attempt)
+        raise JudgeError(self._refusal(f"{failure}, {TRIES} times"))
+
+    def _refusal(self, failure: str) -> str:
+        return (
+            f"the judge {self.name} does not answer: {failure}.\n"
+            "  Verdicts so far are kept. Run the same command again to go on."
+        )
