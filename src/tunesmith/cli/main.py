@@ -36,6 +36,7 @@ VERBS = {
     "predict": ("tunesmith.cli.predict:predict", "Predict classes, entities or answers for rows."),
     "score": ("tunesmith.cli.score:score", "Score answers with a reward model, and rank several."),
     "generate": ("tunesmith.cli.generate:generate", "Answer a prompt, or every prompt of a file."),
+    "judge": ("tunesmith.cli.judge:judge", "Let a model judge which of several systems answers better."),
     "chat": ("tunesmith.cli.chat:chat", "Chat with a model."),
     "show": ("tunesmith.cli.show:show", "Describe a model folder without loading it."),
     "verify": ("tunesmith.cli.verify:verify", "Compare the files of a model or a run with what was saved."),

@@ -22,7 +22,7 @@ from tunesmith.data.row_problems import RowProblem, bad_rows_error
 from tunesmith.data.rows import Ranking, TextOrTurns
 from tunesmith.errors import DataError
 from tunesmith.judge.judges import Pair
-from tunesmith.judge.verdicts import Judged, Outcome, Verdicts
+from tunesmith.judge.verdicts import BothOrders, Outcome, Verdicts
 from tunesmith.metrics.intervals import LEVEL
 
 LEAST_KAPPA = 0.4
@@ -117,7 +117,8 @@ def examine(
     judged = verdicts.ask(pairs, advance)
     again = verdicts.ask_again(pairs[:RETESTED])
     repeated = [
-        (one.forward.first_better, other.first_better) for one, other in zip(judged[: len(again)], again, strict=True)
+        (one.forward.first_better, other.first_better)
+        for one, other in zip(judged[: len(again)], again, strict=True)
     ]
     return _figures(known, truth, judged, repeated)
 
@@ -125,7 +126,7 @@ def examine(
 def _figures(
     known: Sequence[KnownPair],
     truth: Sequence[Outcome],
-    judged: Sequence[Judged],
+    judged: Sequence[BothOrders],
     repeated: Sequence[tuple[float | None, float | None]],
 ) -> Examination:
     given = [(place, one.outcome) for place, one in enumerate(judged) if one.outcome is not None]

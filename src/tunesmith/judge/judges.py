@@ -118,7 +118,9 @@ class LanguageModelJudge:
         self.choices = choices
         # With a temperature of 1 the engine reports the probability among the choices.
         self.params = SamplingParams(max_new_tokens=max(map(len, choices)), temperature=1.0, choices=choices)
-        self.identity = f"{fingerprint(self.engine.core)} {hashlib.sha256((ENGLISH + KOREAN).encode()).hexdigest()[:8]}"
+        self.identity = (
+            f"{fingerprint(self.engine.core)} {hashlib.sha256((ENGLISH + KOREAN).encode()).hexdigest()[:8]}"
+        )
 
     def __call__(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
         requests = []

@@ -22,7 +22,7 @@ Outcome: TypeAlias = Literal["first", "second", "tie"]
 
 
 @dataclass(frozen=True)
-class Judged:
+class BothOrders:
     """``forward``: the verdict in the pair's own order; ``backward``: with the answers swapped."""
 
     forward: Verdict
@@ -41,7 +41,9 @@ class Judged:
     @property
     def picked_first(self) -> list[bool]:
         """For each verdict, whether the answer that the judge read first was preferred."""
-        return [one.first_better > 0.5 for one in (self.forward, self.backward) if one.first_better is not None]
+        return [
+            one.first_better > 0.5 for one in (self.forward, self.backward) if one.first_better is not None
+        ]
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Verdicts:
 
     def ask(
         self, pairs: Sequence[Pair], advance: Callable[[int], None] = lambda count: None
-    ) -> list[Judged]:
+    ) -> list[BothOrders]:
         """Return the verdicts on each pair in both orders. ``advance`` is called with the verdicts done."""
         orders = [order for pair in pairs for order in (pair, pair.swapped)]
         keys = [self._key(pair) for pair in orders]
@@ -84,7 +86,7 @@ class Verdicts:
             self._write(key, verdict)
             advance(1)
         found = [self._known[key] for key in keys]
-        return [Judged(*both) for both in zip(found[::2], found[1::2], strict=True)]
+        return [BothOrders(*both) for both in zip(found[::2], found[1::2], strict=True)]
 
     def ask_again(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """Return new verdicts on each pair in its own order, without reading or writing the file."""

@@ -1,0 +1,99 @@
+"""``tunesmith judge A [B ...] --judge JUDGE --out FOLDER``: which of several systems answers better?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tunesmith.cli import options
+from tunesmith.cli.output import console, print_result
+from tunesmith.json_types import JsonObject
+
+
+def judge(
+    systems: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SYSTEM...",
+            help="Models, answer files of `tunesmith generate --out`, or `reference`: the data's answers.",
+        ),
+    ],
+    judge: Annotated[
+        str,
+        typer.Option(help="Model that judges, or the address of a server, such as http://127.0.0.1:8000/v1."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of answers, verdicts and the report; a second run goes on.")
+    ],
+    data: Annotated[str | None, typer.Option(help="Prompts to answer, if a system is a model.")] = None,
+    human: Annotated[
+        str | None, typer.Option(help="Answers that people ranked, to examine the judge in addition.")
+    ] = None,
+    limit: options.Limit = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    judge_model: Annotated[str | None, typer.Option(help="Name of the model on the server.")] = None,
+    key_variable: Annotated[
+        str, typer.Option(help="Environment variable that holds the server's key.")
+    ] = "OPENAI_API_KEY",
+    precision: options.Precision = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Judge answers in pairs, in both orders. A judge that fails its examination names no winner."""
+    from tunesmith.judge import judge_run
+    from tunesmith.report import judge_page
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.completed:,}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console(), transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, count: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=None)
+            progress.advance(tasks[what], count)
+
+        result = judge_run.judge(
+            systems, judge, out, data=data, human=human, limit=limit, max_new_tokens=max_new_tokens,
+            judge_model=judge_model, key_variable=key_variable, precision=precision, report=report,
+        )  # fmt: skip
+    result["report"] = str(judge_page.write(out, result))
+    print_result(result, as_json, _shown)
+
+
+def _shown(result: JsonObject) -> list[RenderableType]:
+    """The verdicts in words, then the figures of the judge."""
+    examined, cost = result["examination"], result["cost"]
+    lines = [one["verdict"] for one in result["comparisons"]]
+    lines += [f"on length: {one['length']}" for one in result["comparisons"] if one["length_controlled"]]
+    table = Table(
+        "examination of the judge", "value", "expected", title=result["judge"], title_justify="left"
+    )
+    for name, value, expected in examination_rows(examined):
+        table.add_row(name, value, expected)
+    failures = [f"the judge failed: {failure}" for failure in examined["failures"]]
+    spent = (
+        f"{cost['calls']:,} verdicts in {cost['seconds']:.1f} s, {cost['tokens']:,} tokens; "
+        f"{cost['reused']:,} read from {result['report'].rpartition('/')[0]}/judgements.jsonl"
+    )
+    return ["\n".join(lines), table, "\n".join([*failures, spent, f"report: {result['report']}"])]
+
+
+def examination_rows(examined: JsonObject) -> list[tuple[str, str, str]]:
+    """Return (figure, value, expected) of each figure of the examination."""
+    kappa = f"{examined['kappa']:.2f} ({examined['kappa_low']:.2f} to {examined['kappa_high']:.2f})"
+    return [
+        (f"kappa with {examined['pairs']} known answers", kappa, "at least 0.4"),
+        ("prefers the answer read first", f"{examined['first']:.0%}", "50%"),
+        ("prefers the longer answer", f"{examined['longer']:.0%}", f"{examined['longer_is_better']:.0%}"),
+        ("repeats its verdict", f"{examined['retest']:.0%}", "at least 90%"),
+        ("no verdict", f"{examined['missing']:.0%}", "at most 10%"),
+    ]

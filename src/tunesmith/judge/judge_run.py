@@ -1,0 +1,295 @@
+"""Judge the answers of two or more systems to the same prompts: win rates, and a winner if there is one.
+
+A system is a model, a file of answers that ``tunesmith generate --out`` wrote, or ``reference``: the answers in
+the data. The folder ``out`` keeps the answers and every verdict, so a run that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from tunesmith import files
+from tunesmith.data.read.prompts import AskedPrompt, read_prompts
+from tunesmith.errors import UserError
+from tunesmith.evaluate.trained_reading import make_source
+from tunesmith.json_types import JsonObject
+from tunesmith.judge import examination
+from tunesmith.judge.endpoint import KEY_VARIABLE, EndpointJudge, is_address
+from tunesmith.judge.judges import Judge, LanguageModelJudge, Pair
+from tunesmith.judge.verdicts import Outcome, Verdicts
+from tunesmith.metrics import comparison, win_rate
+from tunesmith.metrics.intervals import Interval
+from tunesmith.models.find import record
+from tunesmith.models.find.locate import locate
+from tunesmith.models.generate import decode
+from tunesmith.models.load.compute_dtype import cast_and_move
+from tunesmith.models.load.load import load
+
+REFERENCE = "reference"
+SHOWN_ROWS = 20
+
+Report = Callable[[str, int], None]
+"""(what is done, verdicts or answers done just now)."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """``by_row``: row of the data file -> (text of the prompt, answer)."""
+
+    name: str
+    by_row: dict[int, tuple[str, str]]
+
+
+def judge(
+    systems: Sequence[str],
+    judge: str,
+    out: str | Path,
+    *,
+    data: str | None = None,
+    human: str | Path | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 256,
+    judge_model: str | None = None,
+    key_variable: str = KEY_VARIABLE,
+    precision: str = "auto",
+    report: Report = lambda what, count: None,
+) -> JsonObject:
+    """Return the examination of the judge and, for each pair of systems, the win rates and a verdict.
+
+    ``judge``: a language model, or the address of a server (then ``judge_model`` is the name there). ``data``:
+    the prompts; needed if a system is a model or ``reference``. ``human``: a file of ranked answers that
+    examines the judge in addition to the built-in pairs. Raises UserError, and JudgeError if a server does
+    not answer; what was generated and judged before is kept in ``out``.
+    """
+    folder = Path(out)
+    known = examination.built_in() + (examination.from_file(human) if human is not None else [])
+    answers = _answers_of(systems, data, limit, max_new_tokens, precision, folder, report)
+    rows = _common_rows(answers)
+    asked = _open_judge(judge, judge_model, key_variable, precision)
+    verdicts = Verdicts(asked, folder / "judgements.jsonl")
+    examined = examination.examine(verdicts, known, lambda count: report("examining the judge", count))
+    compared = [
+        _compare(first, second, rows, verdicts, lambda count: report("judging", count))
+        for first, second in combinations(answers, 2)
+    ]
+    for one, adjusted in zip(compared, comparison.holm([one["p"] for one in compared]), strict=True):
+        one["p"] = adjusted
+        one["verdict"], one["winner"] = _verdict(one, examined)
+    result: JsonObject = {
+        "judge": asked.name,
+        "systems": [one.name for one in answers],
+        "rows": len(rows),
+        "examination": {**asdict(examined), "passed": examined.passed},
+        "comparisons": compared,
+        "cost": asdict(verdicts.cost),
+    }
+    stored = {key: value for key, value in result.items() if key != "cost"}  # the same after an interruption
+    files.replace_file(folder / "judge.json", json.dumps(stored, ensure_ascii=False, indent=1).encode())
+    return result
+
+
+def _answers_of(
+    systems: Sequence[str],
+    data: str | None,
+    limit: int | None,
+    max_new_tokens: int,
+    precision: str,
+    folder: Path,
+    report: Report,
+) -> list[Answers]:
+    """Return the answers of every system. Files are read before any model is loaded."""
+    if len(systems) < 2:
+        systems = [*systems, REFERENCE]
+    if len(set(systems)) < len(systems):
+        raise UserError("a system is named twice. Name two different models or files of answers.")
+    from_files = {name: _read_answers(Path(name)) for name in systems if name.endswith(".jsonl")}
+    others = [name for name in systems if name not in from_files]
+    prompts: list[AskedPrompt] = []
+    if others:
+        if data is None:
+            raise UserError(
+                f"{others[0]} is no file of answers (.jsonl), so prompts are needed: give --data FILE"
+            )
+        prompts, _ = read_prompts(make_source(data, limit=limit))
+    found = []
+    for name in systems:
+        if name in from_files:
+            found.append(Answers(name, from_files[name]))
+        elif name == REFERENCE:
+            found.append(Answers(name, _references(prompts, str(data))))
+        else:
+            written = _generated(name, prompts, max_new_tokens, precision, folder, report)
+            found.append(Answers(name, written))
+    return found
+
+
+def _read_answers(path: Path) -> dict[int, tuple[str, str]]:
+    """Read a file of ``tunesmith generate --out``. Raises UserError for anything else."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    found = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            one = json.loads(line)
+            found[int(one["row"])] = _shown(one["prompt"]), str(one["answer"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}:{number} is no answer: expected an object with row, prompt and answer.\n"
+                "  Type: tunesmith generate MODEL --data FILE --out answers.jsonl"
+            ) from None
+    if not found:
+        raise UserError(f"{path} holds no answers")
+    return found
+
+
+def _references(prompts: Sequence[AskedPrompt], data: str) -> dict[int, tuple[str, str]]:
+    found = {
+        one.row: (_shown(one.shown()), _shown(one.as_dict()["reference"]))
+        for one in prompts
+        if one.reference is not None
+    }
+    if not found:
+        raise UserError(f"{data} has no answers to compare with. Name a second model or file of answers.")
+    return found
+
+
+def _shown(value: str | list[JsonObject]) -> str:
+    if isinstance(value, str):
+        return value
+    return "\n\n".join(str(turn.get("content") or "") for turn in value)
+
+
+def _generated(
+    name: str,
+    prompts: Sequence[AskedPrompt],
+    max_new_tokens: int,
+    precision: str,
+    folder: Path,
+    report: Report,
+) -> dict[int, tuple[str, str]]:
+    """Return a model's greedy answers. They are kept in ``folder``, by the hash of model and prompts."""
+    settings = {
+        "weights": record.file_hashes(locate(name).path),
+        "max_new_tokens": max_new_tokens,
+        "prompts": [one.as_dict() for one in prompts],
+    }
+    path = folder / f"answers-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]}.jsonl"
+    if path.exists():
+        return _read_answers(path)
+    texts = decode.generate(
+        name, [one.prompt for one in prompts], precision=precision, max_new_tokens=max_new_tokens,
+        on_answer=lambda row, text: report(f"answers of {name}", 1),
+    )  # fmt: skip
+    lines = [
+        json.dumps({"row": one.row, "prompt": one.shown(), "answer": text}, ensure_ascii=False)
+        for one, text in zip(prompts, texts, strict=True)
+    ]
+    files.make_folder(folder)
+    files.replace_file(path, ("\n".join(lines) + "\n").encode())
+    return {one.row: (_shown(one.shown()), text) for one, text in zip(prompts, texts, strict=True)}
+
+
+def _common_rows(answers: Sequence[Answers]) -> list[int]:
+    """Return the rows that every system answered. Raises UserError if prompts of a row differ."""
+    first = answers[0]
+    rows = sorted(set.intersection(*(set(one.by_row) for one in answers)))
+    if not rows:
+        raise UserError(f"{first.name} and {answers[1].name} answered no common row")
+    for one in answers[1:]:
+        for row in rows:
+            if one.by_row[row][0] != first.by_row[row][0]:
+                raise UserError(f"row {row} has another prompt in {one.name} than in {first.name}")
+    return rows
+
+
+def _open_judge(judge: str, model: str | None, key_variable: str, precision: str) -> Judge:
+    if is_address(judge):
+        if model is None:
+            raise UserError(f"{judge} is a server: name its model with --judge-model NAME")
+        return EndpointJudge(judge, model, key_variable)
+    network, tokenizer = load(judge)
+    decode.check_writes(network)
+    cast_and_move(network, precision)
+    return LanguageModelJudge(judge, network, tokenizer)
+
+
+def _compare(
+    first: Answers, second: Answers, rows: Sequence[int], verdicts: Verdicts, advance: Callable[[int], None]
+) -> JsonObject:
+    """Judge two systems. A win counts 1, a tie 0.5; rows without a verdict are left out and counted."""
+    pairs = [Pair(first.by_row[row][0], first.by_row[row][1], second.by_row[row][1]) for row in rows]
+    different = [place for place, pair in enumerate(pairs) if pair.first != pair.second]
+    judged = verdicts.ask([pairs[place] for place in different], advance)
+    outcomes: list[Outcome | None] = ["tie"] * len(pairs)  # equal answers need no judge
+    for place, one in zip(different, judged, strict=True):
+        outcomes[place] = one.outcome
+    given = [place for place, outcome in enumerate(outcomes) if outcome is not None]
+    wins = np.array([{"first": 0.0, "tie": 0.5, "second": 1.0}[str(outcomes[place])] for place in given])
+    longer = [len(pairs[place].second.split()) - len(pairs[place].first.split()) for place in given]
+    terms = np.stack([wins, np.ones(len(wins))], axis=1)
+    difference = comparison.difference(np.stack([1 - wins, np.ones(len(wins))], axis=1), terms)
+    controlled, on_length = win_rate.length_controlled(wins, longer)
+    shown = [
+        {"row": rows[place], **asdict(pairs[place]), "outcome": outcomes[place]}
+        for place in given[:SHOWN_ROWS]
+    ]
+    return {
+        "first": first.name,
+        "second": second.name,
+        "pairs": len(given),
+        "missing": len(pairs) - len(given),
+        "wins": int((wins == 1).sum()),
+        "ties": int((wins == 0.5).sum()),
+        "losses": int((wins == 0).sum()),
+        "win_rate": _as_dict(win_rate.win_rate(wins.tolist())),
+        "length_controlled": _as_dict(controlled),
+        "length": on_length,
+        "p": 1.0 if difference is None else difference.p,
+        "rows_for_ten_points": None if difference is None else difference.rows_for(0.2),
+        "rows": shown,
+    }
+
+
+def _as_dict(interval: Interval | None) -> JsonObject | None:
+    return None if interval is None else asdict(interval)
+
+
+def _verdict(one: JsonObject, examined: examination.Examination) -> tuple[str, str | None]:
+    """Return a sentence on two systems, and the winner's name if there is one."""
+    rate, controlled = one["win_rate"], one["length_controlled"]
+    if rate is None:
+        return "too few pairs have a verdict to compare the systems", None
+    counts = f"{one['second']} won {_percent(rate)} of {one['pairs']} pairs (a tie counts half)"
+    if controlled is not None:
+        counts += f", {_percent(controlled)} between answers of equal length"
+    if not examined.passed:
+        return f"no winner is named, because the judge failed its examination; {counts}", None
+    sides = {_side(interval) for interval in (rate, controlled) if interval is not None}
+    if one["p"] < 0.05 and len(sides) == 1 and (side := sides.pop()):
+        winner = one["second"] if side > 0 else one["first"]
+        loser = one["first"] if side > 0 else one["second"]
+        return f"{winner} is better than {loser}: {counts}", winner
+    needed = (
+        f"; about {one['rows_for_ten_points']:,} pairs would show a win rate of 60%"
+        if one["rows_for_ten_points"]
+        else ""
+    )
+    return f"no difference was seen between {one['first']} and {one['second']}: {counts}{needed}", None
+
+
+def _side(interval: JsonObject) -> int:
+    """Return 1 or -1 if the interval lies above or below one half, else 0."""
+    return int(interval["low"] > 0.5) - int(interval["high"] < 0.5)
+
+
+def _percent(interval: JsonObject) -> str:
+    return f"{interval['value']:.0%} ({interval['low']:.0%} to {interval['high']:.0%})"
