@@ -237,7 +237,7 @@ def _compare(
     longer = [len(pairs[place].second.split()) - len(pairs[place].first.split()) for place in given]
     terms = np.stack([wins, np.ones(len(wins))], axis=1)
     difference = comparison.difference(np.stack([1 - wins, np.ones(len(wins))], axis=1), terms)
-    controlled, on_length = win_rate.length_controlled(wins, longer)
+    controlled, on_length = win_rate.length_controlled(wins.tolist(), longer)
     shown = [
         {"row": rows[place], **asdict(pairs[place]), "outcome": outcomes[place]}
         for place in given[:SHOWN_ROWS]
