@@ -48,7 +48,7 @@ class BothOrders:
 
 @dataclass
 class Cost:
-    """What the verdicts cost, those read from the file left out."""
+    """Cost of the verdicts that were not read from the file."""
 
     calls: int = 0
     tokens: int = 0
