@@ -177,7 +177,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_files(monkeypatch, syste
         file.write('{"key": "half')  # the process died while it wrote a line
     result, asked = judged(monkeypatch, systems, says_sure, tmp_path / "parts")
     assert asked.calls == 2 * 40 - 30 + examination.RETESTED and result["cost"]["reused"] == 2 * 48 + 30
-    for name in ("judgements.jsonl", "judge.json"):
+    for name in ("judgements.jsonl", "figures.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 

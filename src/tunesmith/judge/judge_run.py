@@ -91,7 +91,7 @@ def judge(
         "cost": asdict(verdicts.cost),
     }
     stored = {key: value for key, value in result.items() if key != "cost"}  # the same after an interruption
-    files.replace_file(folder / "judge.json", json.dumps(stored, ensure_ascii=False, indent=1).encode())
+    files.replace_file(folder / "figures.json", json.dumps(stored, ensure_ascii=False, indent=1).encode())
     return result
 
 
