@@ -39,11 +39,15 @@ def base(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if is_peft(model) else model
 
 
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """Return peft's layers in ``model``: those with an adapter, trained copies, and trained rows."""
+    names = ("active_adapters", "disable_adapters", "adapter_layer_names")
+    return [module for module in model.modules() if has_attributes(module, *names)]
+
+
 def adapter_state(model: nn.Module) -> str:
     """Return which adapters of peft's layers take part in the forward pass of ``model``; "" without any."""
-    layers = [
-        module for module in model.modules() if has_attributes(module, "active_adapters", "disable_adapters")
-    ]
+    layers = adapter_layers(model)
     return " ".join(sorted({f"{layer.active_adapters} {layer.disable_adapters}" for layer in layers}))
 
 

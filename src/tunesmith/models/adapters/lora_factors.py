@@ -115,13 +115,18 @@ class Factors:
 def read(module: LoraLayer) -> Factors | None:
     """Return the LoRA of a layer; None unless it is one active pair of factors, no dropout, bias or DoRA."""
     names = list(module.active_adapters)
-    if len(names) != 1 or module.merged or names[0] not in module.lora_A or module.disable_adapters:
+    if len(names) != 1 or names[0] not in module.lora_A or module.disable_adapters:
         return None
-    name = names[0]
+    plain = type(module.lora_dropout[names[0]]) is nn.Identity
+    return read_adapter(module, names[0]) if plain else None
+
+
+def read_adapter(module: LoraLayer, name: str) -> Factors | None:
+    """Return the LoRA ``name`` of a layer, without its dropout; None for a merged one, a bias or DoRA."""
     variant, a, b = module.lora_variant.get(name), module.lora_A[name], module.lora_B[name]
-    if variant is not None and type(variant) is not OffsetLora:
+    if module.merged or (variant is not None and type(variant) is not OffsetLora):
         return None
-    if type(module.lora_dropout[name]) is not nn.Identity or a.bias is not None or b.bias is not None:
+    if a.bias is not None or b.bias is not None:
         return None
     start = None if variant is None else (module.start_A, module.start_B)
     return Factors(a.weight, b.weight, float(module.scaling[name]), start)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models import network
@@ -75,6 +75,16 @@ def count_embedded(model: PreTrainedModel) -> int:
     """Return the number of virtual tokens that go through the layers. A prefix exists in attention alone."""
     forward = _forward_of(model)
     return forward.count if forward and forward.kind == PROMPT else 0
+
+
+def fill_cache(core: PreTrainedModel, cache: Cache, **keywords: Any) -> None:
+    """Put the keys and values of the virtual tokens of ``core`` into ``cache``, as the tokens of one row.
+
+    ``keywords``: those of the body's forward, such as the positions.
+    """
+    forward = _forward_of(core)
+    assert forward is not None, "the model has virtual tokens"
+    forward.fill_cache(cache, keywords)
 
 
 def is_installed(model: PreTrainedModel) -> bool:
@@ -181,7 +191,7 @@ class VirtualTokenForward:
     """The ``forward`` of a body with ``count`` virtual tokens before each row; 0 while peft's adapter is off.
 
     Positions, attention mask and ``segments`` are those of the text alone. A cache that is not empty already
-    holds the virtual tokens.
+    holds the virtual tokens. So does a cache of ``slots``, whose positions count them.
     """
 
     model: PeftModel
@@ -198,7 +208,7 @@ class VirtualTokenForward:
             raise ModelError(
                 f"virtual tokens need an attention mask of (batch, tokens), got {mask.dim()} dimensions"
             )
-        if not self.count:
+        if not self.count or keywords.get("slots") is not None:
             return self._run(input_ids, **keywords)
         if shares_prefix(keywords):
             check_shared_prefix(True, self.count)
@@ -213,6 +223,18 @@ class VirtualTokenForward:
                 keywords["attention_mask"] = layout.insert(mask, mask.new_ones(1, self.count))
             return self._run(input_ids, **keywords)
         return self._with_embeddings(input_ids, keywords)
+
+    def fill_cache(self, cache: Cache, keywords: Keywords) -> None:
+        """Put the keys and values of the virtual tokens into ``cache``, as the tokens of one row."""
+        if self.kind == PROMPT:
+            weight = self.model.prompt_encoder[self.model.active_adapter].embedding.weight
+            embedded = weight.to(self.body.dtype)[None]
+            self._run(inputs_embeds=embedded, past_key_values=cache, use_cache=True, **keywords)
+            return
+        config = self.model.active_peft_config
+        for layer in range(config.num_layers):
+            rows = _layer_rows(self.model, layer).to(self.body.dtype)
+            cache.update(*_heads(rows, config.num_attention_heads), layer)
 
     def _run(self, *args: Tensor | None, **keywords: Any) -> BaseModelOutput:
         return type(self.body).forward(self.body, *args, **keywords)

@@ -107,9 +107,11 @@ class Engine:
             yield from (row.piece for row in rows if row.piece)
 
     def check(self, requests: Iterable[Request]) -> None:
-        """Raise UserError for the first prompt that is empty or fills the model's window."""
+        """Raise UserError for the first prompt that is empty or fills the window, or an unknown adapter."""
+        self._check_weights()
         for request in requests:
             self._limit(request)
+            self.slots.adapters.resolve(request.adapter)
 
     def _steps(self, requests: Iterable[Request], streamed: bool) -> Iterator[list[Row]]:
         """Yield the rows that got a token, or ended without one, after each step."""
@@ -170,7 +172,7 @@ class Engine:
 
     def _check_weights(self) -> None:
         """Empty the slots if the weights are not those that filled them; choose the pass of other layers."""
-        now, layers = fingerprint(self.core), _layers(self.core)
+        now, layers = fingerprint(self.model), _layers(self.core)
         if layers != self._layers:
             self.slots.choose_again()
         elif now != self._fingerprint:
@@ -189,7 +191,8 @@ class Engine:
         uniform = None
         if params.temperature > 0:
             uniform = sampling.uniform_numbers(params.seed, request.prompt, request.sample, limit)
-        return Row(request, limit, full, stop, text, uniform, reason=None if limit else full)
+        adapter = self.slots.adapters.resolve(request.adapter)
+        return Row(request, limit, full, stop, text, uniform, adapter, reason=None if limit else full)
 
     def _limit(self, request: Request) -> int:
         """Return how many tokens the answer may have before the model's window is full."""
@@ -255,10 +258,10 @@ def _likeliest(logits: Tensor, count: int) -> list[list[tuple[int, float]]]:
     return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
-def fingerprint(core: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """Return a hash of some numbers of every parameter: training, merging or another adapter changes it."""
-    digest = hashlib.sha256(adapter_state(core).encode())
-    for name, parameter in core.named_parameters():
+    digest = hashlib.sha256(adapter_state(model).encode())
+    for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
         digest.update(name.encode() + some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -267,7 +270,8 @@ def fingerprint(core: PreTrainedModel) -> str:
 
 def _layers(core: PreTrainedModel) -> str:
     """Return the layers that have parameters, and the adapters that take part, as one text."""
-    return adapter_state(core) + " ".join(name for name, _ in core.named_parameters())
+    names = " ".join(name for name, _ in core.named_parameters())
+    return f"{virtual_tokens.count(core)} {adapter_state(core)} {names}"
 
 
 def _core(model: PreTrainedModel) -> PreTrainedModel:

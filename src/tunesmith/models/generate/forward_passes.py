@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -15,6 +16,7 @@ from tunesmith.errors import ModelError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.generate import slot_cache
 from tunesmith.models.generate.decode_step import MAX_ROWS, DecodeStep, decode_step
+from tunesmith.models.generate.row_adapters import ACTIVE, CannotStack, RowAdapters
 from tunesmith.models.generate.slot_cache import CannotUseSlots, Piece, SlotCache
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ class ForwardPass(Protocol):
     def resize(self, slots: int, capacity: int) -> None:
         """Change the number of slots and their capacity in tokens. Slots keep the content that fits."""
 
+    def forget(self) -> None:
+        """Drop what was computed from the weights: they have changed. All slots are empty."""
+
 
 def _keywords(core: PreTrainedModel, **keywords: Tensor | None) -> dict[str, Tensor | None]:
     """Return the keywords that the model's forward takes."""
@@ -49,16 +54,79 @@ def _keywords(core: PreTrainedModel, **keywords: Tensor | None) -> dict[str, Ten
 class SlotPass:
     """All pieces in one forward pass, side by side, with attention over slots."""
 
-    def __init__(self, core: PreTrainedModel, note: Callable[[str], None] = lambda sentence: None) -> None:
+    def __init__(
+        self,
+        core: PreTrainedModel,
+        note: Callable[[str], None] = lambda sentence: None,
+        adapters: RowAdapters | None = None,
+    ) -> None:
         self.core, self.note = core, note
-        self.cache = SlotCache(0, 0)
+        self.adapters = adapters or RowAdapters(core)
+        self.cache = SlotCache(0, 0, virtual_tokens.count(core))
+        self.has_virtual_tokens = False
+        """The slots begin with the virtual tokens as they are now."""
         self.step = decode_step(core)
-        self.step_checked = False
+        self.step_checked = self.stack_checked = False
+        self.can_stack = True
 
     def resize(self, slots: int, capacity: int) -> None:
-        self.cache = self.cache.resized(slots, capacity)
+        self.cache, self.has_virtual_tokens = self.cache.resized(slots, capacity), False
 
+    def forget(self) -> None:
+        self.has_virtual_tokens = False
+
+    @torch.inference_mode()
     def __call__(self, pieces: Sequence[Piece]) -> Tensor:
+        if self.cache.virtual and not self.has_virtual_tokens:
+            self._begin_slots()
+        adapters = [piece.adapter for piece in pieces]
+        if all(adapter in (ACTIVE, self.adapters.active) for adapter in adapters):
+            return self._run(pieces)
+        if self.can_stack:
+            try:
+                return self._together(pieces)
+            except CannotStack as reason:
+                self.can_stack = False
+                self.note(f"rows of several adapters run in turns: {reason}")
+        return self._in_turns(pieces)
+
+    def _together(self, pieces: Sequence[Piece]) -> Tensor:
+        """Run pieces of several LoRAs as one. The first result is compared with that of turns."""
+        ends = list(itertools.accumulate(len(piece.ids) for piece in pieces))
+        of_token = [piece.adapter for piece in pieces for _ in piece.ids]
+        with self.adapters.together(of_token, [end - 1 for end in ends]):
+            self.cache.begin(pieces, self.core.device)
+            logits = self._forward(pieces)
+        if not self.stack_checked:
+            expected, self.stack_checked = self._in_turns(pieces), True
+            off = difference(logits, expected)
+            if off > TOLERANCE[self.core.dtype]:
+                raise CannotStack(f"their logits differ by {off:.1e}")
+        return logits
+
+    def _in_turns(self, pieces: Sequence[Piece]) -> Tensor:
+        """Run the pieces of one adapter after those of another."""
+        found: dict[int, Tensor] = {}
+        for adapter in dict.fromkeys(piece.adapter for piece in pieces):
+            places = [place for place, piece in enumerate(pieces) if piece.adapter == adapter]
+            own = [pieces[place] for place in places]
+            self.cache.begin(own, self.core.device)
+            with self.adapters.using(adapter):
+                found |= zip(places, self._forward(own), strict=True)
+        return torch.stack([found[place] for place in range(len(pieces))])
+
+    def _begin_slots(self) -> None:
+        """Compute the virtual tokens in the first slot and copy them to the others."""
+        virtual = self.cache.virtual
+        self.cache.begin([Piece(range(virtual), 0, -virtual)], self.core.device)
+        with slot_attention(self.core):
+            places = self.cache.place_of_token[None]
+            virtual_tokens.fill_cache(self.core, self.cache, slots=self.cache, position_ids=places)
+        for slot in range(1, self.cache.slots):
+            self.cache.copy_prefix(0, slot, 0)
+        self.has_virtual_tokens = True
+
+    def _run(self, pieces: Sequence[Piece]) -> Tensor:
         self.cache.begin(pieces, self.core.device)
         if self.step is not None and self.cache.decoding and self.cache.keys and len(pieces) <= MAX_ROWS:
             return self._decode(self.step, pieces)
@@ -101,15 +169,22 @@ class PlainPass:
 
     cache = None
 
-    def __init__(self, core: PreTrainedModel) -> None:
-        self.core = core
+    def __init__(self, core: PreTrainedModel, adapters: RowAdapters | None = None) -> None:
+        self.core, self.adapters = core, adapters or RowAdapters(core)
         self.caches: dict[int, DynamicCache] = {}
 
     def resize(self, slots: int, capacity: int) -> None:
         self.caches.clear()
 
+    def forget(self) -> None:
+        self.caches.clear()
+
     def __call__(self, pieces: Sequence[Piece]) -> Tensor:
-        return torch.stack([self._row(piece) for piece in pieces])
+        logits = []
+        for piece in pieces:
+            with self.adapters.using(piece.adapter):
+                logits.append(self._row(piece))
+        return torch.stack(logits)
 
     def _row(self, piece: Piece) -> Tensor:
         if piece.ahead == 0:
@@ -141,17 +216,23 @@ class WholePass:
 
     cache = None
 
-    def __init__(self, core: PreTrainedModel) -> None:
-        self.core = core
+    def __init__(self, core: PreTrainedModel, adapters: RowAdapters | None = None) -> None:
+        self.core, self.adapters = core, adapters or RowAdapters(core)
         self.tokens: dict[int, list[int]] = {}
 
     def resize(self, slots: int, capacity: int) -> None:
         self.tokens.clear()
 
+    def forget(self) -> None:
+        self.tokens.clear()
+
     def __call__(self, pieces: Sequence[Piece]) -> Tensor:
+        logits = []
         for piece in pieces:
             self.tokens[piece.slot] = [*self.tokens.get(piece.slot, [])[: piece.ahead], *piece.ids]
-        return torch.stack([last_logits(self.core, self.tokens[piece.slot]) for piece in pieces])
+            with self.adapters.using(piece.adapter):
+                logits.append(last_logits(self.core, self.tokens[piece.slot]))
+        return torch.stack(logits)
 
 
 def last_logits(core: PreTrainedModel, ids: Sequence[int]) -> Tensor:
@@ -166,7 +247,10 @@ FAILURES = (CannotUseSlots, ArithmeticError, AttributeError, LookupError, Runtim
 
 @torch.inference_mode()
 def choose_pass(
-    core: PreTrainedModel, prompts: Sequence[Sequence[int]], note: Callable[[str], None]
+    core: PreTrainedModel,
+    adapters: RowAdapters,
+    prompts: Sequence[Sequence[int]],
+    note: Callable[[str], None],
 ) -> ForwardPass:
     """Return the fastest pass that is exact for ``core``. Call ``note`` if it is a slower one.
 
@@ -182,21 +266,17 @@ def choose_pass(
             f"{type(core).__name__} cannot continue a text: its own forward failed ({first_line(error)})."
         ) from error
     tolerance = TOLERANCE[core.dtype]
-    slots = SlotPass(core, note)
-    reason = (
-        "it has virtual tokens"
-        if virtual_tokens.count(core)
-        else _why_not(slots, starts, expected, tolerance)
-    )
+    slots = SlotPass(core, note, adapters)
+    reason = _why_not(slots, starts, expected, tolerance)
     if reason is None:
         return slots
-    plain = PlainPass(core)
+    plain = PlainPass(core, adapters)
     broken = _why_not(plain, starts, expected, tolerance)
     if broken is None:
         note(f"generating row by row: {reason}")
         return plain
     note(f"generating row by row and without a cache, which is slow: {broken}")
-    return WholePass(core)
+    return WholePass(core, adapters)
 
 
 def _why_not(

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from tunesmith.models.generate import sampling
+from tunesmith.models.generate.row_adapters import ACTIVE
 from tunesmith.models.generate.sampling import SamplingParams
 from tunesmith.models.generate.text_stream import TextStream
 
@@ -19,13 +20,15 @@ Reason: TypeAlias = Literal["stop", "stop_string", "length", "window", "callback
 class Request:
     """The request for one answer.
 
-    ``prompt`` and ``sample`` are its numbers, which seed its random numbers.
+    ``prompt`` and ``sample`` are its numbers, which seed its random numbers. ``adapter``: the name of a loaded
+    adapter, None for the base model without adapters; by default the model as it is.
     """
 
     ids: tuple[int, ...]
     params: SamplingParams
     prompt: int = 0
     sample: int = 0
+    adapter: str | None = ACTIVE
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Row:
     stop: frozenset[int]
     stream: TextStream | None
     uniform: Tensor | None
+    adapter: str | None
     slot: int = -1
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

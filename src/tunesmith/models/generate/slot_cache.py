@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from tunesmith.models.fast import kernels
+from tunesmith.models.generate.row_adapters import ACTIVE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,11 +35,15 @@ class CannotUseSlots(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of one row in a forward pass: ``ids`` follow ``ahead`` tokens that slot ``slot`` already holds."""
+    """Tokens of one row in a forward pass: ``ids`` follow ``ahead`` tokens that slot ``slot`` already holds.
+
+    ``adapter``: the name of the adapter that computes them; see ``row_adapters``.
+    """
 
     ids: Sequence[int]
     slot: int
     ahead: int
+    adapter: str | None = ACTIVE
 
     @property
     def end(self) -> int:
@@ -48,12 +53,13 @@ class Piece:
 class SlotCache(Cache):
     """Keys and values of every layer, (slots, kv_heads, capacity, head_dim), allocated at the first pass.
 
-    ``begin`` sets the tokens of the next forward pass.
+    ``begin`` sets the tokens of the next forward pass. Each slot begins with ``virtual`` virtual tokens of an
+    adapter, which no ``Piece`` counts; ``capacity`` includes them.
     """
 
-    def __init__(self, slots: int, capacity: int) -> None:
+    def __init__(self, slots: int, tokens: int, virtual: int = 0) -> None:
         super().__init__(layers=[])
-        self.slots, self.capacity = slots, capacity
+        self.slots, self.capacity, self.virtual = slots, tokens + virtual, virtual
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.layer = 0
@@ -61,9 +67,10 @@ class SlotCache(Cache):
         self.calls = 0
         """Calls of attention since ``begin``."""
 
-    def resized(self, slots: int, capacity: int) -> SlotCache:
+    def resized(self, slots: int, tokens: int) -> SlotCache:
         """Return a cache of another size with the content that fits."""
-        new = SlotCache(slots, capacity)
+        new = SlotCache(slots, tokens, self.virtual)
+        capacity = new.capacity
         part = slice(min(slots, self.slots)), slice(None), slice(min(capacity, self.capacity))
         for mine, theirs in ((self.keys, new.keys), (self.values, new.values)):
             for old in mine:
@@ -76,7 +83,7 @@ class SlotCache(Cache):
         self.pieces, self.calls = pieces, 0
         self.decoding = all(len(piece.ids) == 1 for piece in pieces)
         slots = [piece.slot for piece in pieces for _ in piece.ids]
-        places = [place for piece in pieces for place in range(piece.ahead, piece.end)]
+        places = [self.virtual + place for piece in pieces for place in range(piece.ahead, piece.end)]
         self.slot_of_token = torch.tensor(slots, device=device)
         self.place_of_token = torch.tensor(places, device=device)
 
@@ -100,9 +107,10 @@ class SlotCache(Cache):
         return 0
 
     def copy_prefix(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first ``tokens`` of slot ``source`` to slot ``target``."""
+        """Copy the virtual tokens and the first ``tokens`` of slot ``source`` to slot ``target``."""
+        part = slice(self.virtual + tokens)
         for stored in (*self.keys, *self.values):
-            stored[target, :, :tokens] = stored[source, :, :tokens]
+            stored[target, :, part] = stored[source, :, part]
 
 
 def register() -> None:
@@ -143,7 +151,8 @@ def slot_attention(
     start = 0
     for piece in slots.pieces:
         stop = start + len(piece.ids)
-        seen = (keys[piece.slot, :, : piece.end], values[piece.slot, :, : piece.end])
+        end = slots.virtual + piece.end
+        seen = (keys[piece.slot, :, :end], values[piece.slot, :, :end])
         out[start:stop] = attend(query[0, :, start:stop], *seen, scale, window, softcap)
         start = stop
     return out[None], None

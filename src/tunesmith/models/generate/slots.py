@@ -13,6 +13,7 @@ from torch import Tensor
 from tunesmith import machine
 from tunesmith.models.generate import slot_cache
 from tunesmith.models.generate.forward_passes import ForwardPass, choose_pass
+from tunesmith.models.generate.row_adapters import RowAdapters
 from tunesmith.models.generate.running_rows import Row
 from tunesmith.models.generate.slot_cache import Piece
 from tunesmith.models.network import context_window
@@ -45,18 +46,21 @@ class Timing:
 class Slots:
     """Slots for at most ``most`` rows of ``core``, made when the first row comes; as many as memory allows.
 
-    ``held``: the tokens in each slot; a free slot keeps them for a prompt that begins alike. ``note`` is called with a
-    sentence when the model cannot run over slots.
+    ``held``: the tokens in each slot; a free slot keeps them for a prompt of the same adapter that begins alike.
+    ``note`` is called with a sentence when the model cannot run over slots.
     """
 
     def __init__(self, core: PreTrainedModel, most: int, note: Callable[[str], None]) -> None:
         self.core, self.most, self.note = core, most, note
+        self.adapters = RowAdapters(core)
         self.timing = Timing()
         self.capacity = 0
         self.wanted = most
         """The number of rows that a run brings: more slots are not made."""
         self._made_for = 0
         self.held: list[list[int]] = []
+        self._computed_by: list[str | None] = []
+        """The adapter that computed the tokens of each slot."""
         self._free: list[int] = []
         self._pass: ForwardPass | None = None
 
@@ -77,7 +81,8 @@ class Slots:
         """
         if self._pass is None:
             prompt = row.request.ids
-            self._pass = choose_pass(self.core, [prompt, prompt[: len(prompt) // 2 + 1]], self.note)
+            starts = [prompt, prompt[: len(prompt) // 2 + 1]]
+            self._pass = choose_pass(self.core, self.adapters, starts, self.note)
         too_few = self._made_for < min(self.wanted, self.most)
         if (row.needed > self.capacity or too_few) and len(self._free) == self.count:
             self._make(row.needed)
@@ -85,11 +90,16 @@ class Slots:
             return False
         tokens = row.tokens
         kept = self._pass_of_rows().cache is not None
-        shared = {slot: _common_start(self.held[slot], tokens) if kept else 0 for slot in self._free}
+        shared = {slot: self._shared(slot, row, tokens) if kept else 0 for slot in self._free}
         row.slot = max(self._free, key=lambda slot: (shared[slot], -len(self.held[slot]), -slot))
         self._free.remove(row.slot)
         del self.held[row.slot][min(shared[row.slot], len(tokens) - 1) :]
+        self._computed_by[row.slot] = row.adapter
         return True
+
+    def _shared(self, slot: int, row: Row, tokens: Sequence[int]) -> int:
+        """Return how many of the first ``tokens`` of a row the slot holds, computed by the row's adapter."""
+        return _common_start(self.held[slot], tokens) if self._computed_by[slot] == row.adapter else 0
 
     def release(self, row: Row) -> None:
         """Free the slot of ``row``, which keeps its tokens."""
@@ -101,6 +111,9 @@ class Slots:
         """Empty all slots: the weights have changed."""
         for held in self.held:
             held.clear()
+        self.adapters.forget()
+        if self._pass is not None:
+            self._pass.forget()
 
     def release_memory(self) -> None:
         """Drop all slots, which no row may have. The next row makes new ones, for the same pass."""
@@ -110,9 +123,9 @@ class Slots:
         machine.release_memory(self.core.device)
 
     def choose_again(self) -> None:
-        """Drop all slots and the pass: the network has other layers."""
+        """Drop all slots and the pass: the network has other layers, or uses another adapter."""
         self.release_memory()
-        self._pass = None
+        self._pass, self.adapters = None, RowAdapters(self.core)
 
     def halve(self, rows: Sequence[Row]) -> None:
         """Make half as many slots the most. All ``rows`` lose theirs."""
@@ -136,6 +149,7 @@ class Slots:
         self._made_for = min(self.wanted, self.most)
         self._pass_of_rows().resize(slots, capacity)
         self.held = [self.held[slot] if slot < len(self.held) else [] for slot in range(slots)]
+        self._computed_by = (self._computed_by + [None] * slots)[:slots]
         self._free = list(range(slots))
 
     def _pass_of_rows(self) -> ForwardPass:
@@ -182,7 +196,7 @@ class Slots:
                 if size == 1 and self._left(row) == 1 and row.ids
                 else row.tokens[ahead : ahead + size]
             )
-            pieces.append(Piece(ids, row.slot, ahead))
+            pieces.append(Piece(ids, row.slot, ahead, row.adapter))
         logits = self._pass_of_rows()(pieces)
         for piece in pieces:
             self.held[piece.slot].extend(piece.ids)
@@ -200,8 +214,9 @@ class Slots:
         chosen: list[Row] = []
         for row in rows:
             tokens, held = row.tokens, len(self.held[row.slot])
-            coming = max((_common_start(tokens, other.tokens) for other in chosen), default=0)
-            shared = {slot: _common_start(there, tokens) for slot, there in enumerate(self.held)}
+            alike = [other for other in chosen if other.adapter == row.adapter]
+            coming = max((_common_start(tokens, other.tokens) for other in alike), default=0)
+            shared = {slot: self._shared(slot, row, tokens) for slot in range(self.count)}
             source = max(shared, key=shared.__getitem__)
             most = min(shared[source], len(tokens) - 1)
             if coming >= max(most, held) + SHARED_TOKENS:
