@@ -114,7 +114,9 @@ class RowAdapters:
         if adapter in (ACTIVE, self.active):
             return self.active
         if adapter is None and virtual_tokens.is_installed(self.core):
-            raise UserError("a request cannot turn virtual tokens off. Load the base model for answers without them.")
+            raise UserError(
+                "a request cannot turn virtual tokens off. Load the base model for answers without them."
+            )
         if adapter is not None and adapter not in self.names:
             known = ", ".join([*map(repr, self.names), "None (the base)"])
             raise UserError(f"no adapter called {adapter!r} is loaded: expected one of {known}")
@@ -132,7 +134,9 @@ class RowAdapters:
         if self._stack is None or not wanted <= {*self._stack.names}:
             if any(not network.has_attributes(layer, "lora_A") for layer in self.layers):
                 raise CannotStack("a layer has another adapter than a LoRA")
-            self._stack = LoraStack.of(self.layers, sorted(wanted | {*(self._stack.names if self._stack else ())}))
+            self._stack = LoraStack.of(
+                self.layers, sorted(wanted | {*(self._stack.names if self._stack else ())})
+            )
         return self._stack
 
     @contextmanager
