@@ -68,6 +68,14 @@ class OutOfMemoryError(StoppedError):
     """A single row needs more memory than there is."""
 
 
+class RewardError(StoppedError):
+    """A reward raised an error or returned no score. The answers are kept, and scored when the run resumes."""
+
+
+class StaleRolloutError(StoppedError):
+    """Answers were sampled by other weights than those of the policy. No update was applied."""
+
+
 class ProcessLost(StoppedError):
     """One of several processes ended or does not answer; the last checkpoint is kept."""
 

@@ -17,7 +17,7 @@ from tests.train.launching import launched, share_kernels, start
 from tunesmith import errors
 from tunesmith.cli.main import main
 from tunesmith.runs import metrics_file
-from tunesmith.train import distributed, launch, loop, process_watch
+from tunesmith.train import distributed, launch, process_watch, stop_signals
 from tunesmith.train.process_watch import Note
 from tunesmith.train.reproduce import reproduce
 
@@ -189,7 +189,7 @@ def listening():
 
 
 def test_two_signals_end_at_once_whatever_they_are(listening):
-    with loop.catch_signals() as received:
+    with stop_signals.catch_signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == ["SIGTERM"]
         with pytest.raises(KeyboardInterrupt):

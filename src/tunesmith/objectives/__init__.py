@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
@@ -27,6 +27,7 @@ from tunesmith.metrics.intervals import RowValues
 from tunesmith.metrics.token_mean import token_mean
 from tunesmith.models import network
 from tunesmith.models.heads import head_types
+from tunesmith.rollout.session_protocol import Session
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from tunesmith.data.store.encoded_rows import Encoded
-    from tunesmith.models.generate.running_rows import Answer, Request
 
 __all__ = [
     "Baseline", "Batch", "Config", "Example", "JsonObject", "LanguageModel", "Layout", "Metrics", "Objective", "Overlong",
@@ -46,8 +46,6 @@ Metrics: TypeAlias = "dict[str, tuple[torch.Tensor, torch.Tensor | int]]"
 
 Overlong = Literal["error", "drop", "truncate"]
 """Policies for a row above ``max_length`` that most objectives offer."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,46 +101,12 @@ class Traits:
     """Keys of its ``Config`` that apply to rows with a single label only."""
     value_head: bool = False
     """Its network has a value head (``models.heads.value_head``) in addition to the head of ``head``."""
+    rate: float = 1.0
+    """Factor on the adaptation's default learning rate."""
+    keeps_start: bool = False
+    """A run keeps the trained weights of step 0 for :meth:`Session.reference`."""
     samples: bool = False
-    """Steps are made of answers that the policy samples, in addition to the rows of a file."""
-
-
-class Session(Protocol):
-    """The parts of a run that an objective may use. ``model`` is set once its weights are loaded."""
-
-    model: PreTrainedModel
-    tokenizer: Tokenizer
-    device: torch.device
-    seed: int
-    epochs: Source
-    """Steps made of the recipe's own rows, in the order of seed and epoch."""
-
-    def forward(self, run: Callable[[PreTrainedModel, Batch], Sequence[T]], step: Step) -> dict[int, T]:
-        """Call ``run(model, batch)`` without gradients on this process's examples of ``step``, in
-        micro-batches that fit into memory. ``run`` returns one value for each example of its batch. Returns
-        {index of the example in the step: value}."""
-        ...
-
-    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over all processes; every process must call it."""
-        ...
-
-    def sample(self, requests: Sequence[Request]) -> list[Answer]:
-        """Return the policy's answer to each request, in their order; the pairs (prompt, sample) must differ.
-
-        All calls use one ``models.generate.engine.Engine``, which has no memory between them."""
-        ...
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 1.0, seed: int = 0
-    ) -> list[list[int]]:
-        """Sample the token ids of one answer of the policy to each prompt (temperature 0 = greedy). An answer
-        that stopped ends with its stop token."""
-        ...
-
-    def log(self, record: JsonObject) -> None:
-        """Append a record to the run's metrics."""
-        ...
+    """Steps are made of answers that the policy samples to the prompts of a file."""
 
 
 class Objective:
@@ -206,6 +170,11 @@ class Objective:
 
     def evaluate(self, model: PreTrainedModel, batch: Batch) -> JsonObject:
         """Small records of a batch (sums and counts, ids, spans), never logits."""
+        raise NotImplementedError
+
+    def sample_records(self, session: Session, step: Step) -> list[JsonObject]:
+        """With ``traits.samples``: sample and score an answer to each prompt of ``step``; one record for each.
+        An evaluation of the run calls it instead of :meth:`evaluate`, in every process."""
         raise NotImplementedError
 
     def summarise(self, records: Sequence[JsonObject]) -> dict[str, float]:

@@ -255,7 +255,7 @@ class BaselineSource:
     def state(self) -> tuple[dict[str, Tensor], JsonObject]:
         return self.rows.state()
 
-    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], state: JsonObject) -> None:
         self.rows.load(tensors, state)
 
 

@@ -57,6 +57,13 @@ class Recipe(BaseModel):
             raise ValueError("a token that is empty or only spaces cannot be added")
         return tokens
 
+    @property
+    def default_learning_rate(self) -> float:
+        """The adaptation's own, times the factor of the objective."""
+        adaptation = adaptations.module(adaptations.name_of(self.adaptation)).Adaptation
+        traits: objectives.Traits = objectives.module(objectives.name_of(self.objective)).Objective.traits
+        return float(f"{adaptation.learning_rate * traits.rate:.6g}")
+
     def resolved(self) -> JsonObject:
         """The recipe as plain data, every default filled in; ``recipe.yaml`` of the run folder holds this."""
         out = self.model_dump(mode="json")
@@ -69,7 +76,7 @@ class Recipe(BaseModel):
 def brief(recipe: Recipe) -> str:
     """A line for each part of the run: keys that matter in every run, and those not at their default."""
     objective, adaptation = objectives.name_of(recipe.objective), adaptations.name_of(recipe.adaptation)
-    rate = recipe.train.learning_rate or adaptations.module(adaptation).Adaptation.learning_rate
+    rate = recipe.train.learning_rate or recipe.default_learning_rate
     length = "max_steps" if recipe.train.max_steps else "epochs"
     held_out = recipe.data.eval
     sets = [f"{name}: {_source(source)}" for name, source in (held_out.sets or {}).items()]

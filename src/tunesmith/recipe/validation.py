@@ -80,8 +80,8 @@ def resolve(
         checked = load(recipe, overrides, note)
     if checked.train.learning_rate is not None:
         return checked
-    default = adaptations.module(adaptations.name_of(checked.adaptation)).Adaptation.learning_rate
-    return checked.model_copy(update={"train": checked.train.model_copy(update={"learning_rate": default})})
+    rate = {"learning_rate": checked.default_learning_rate}
+    return checked.model_copy(update={"train": checked.train.model_copy(update=rate)})
 
 
 def _check(raw: object, text: recipe_text.Text, note: Note) -> Recipe:

@@ -9,17 +9,24 @@ import torch
 from torch import Tensor
 
 
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None = None
+) -> Tensor:
     """-min(ratio A, clip(ratio, 1 - clip_range, 1 + clip_range) A), equation 7.
 
-    ``ratio``: policy(token) / policy(token) when the token was sampled."""
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    ``ratio``: policy(token) / policy(token) when the token was sampled. ``clip_range_high``: another range
+    above 1 (Yu et al. 2025, arXiv:2503.14476, section 3.1); None = ``clip_range``."""
+    above = clip_range if clip_range_high is None else clip_range_high
+    clipped = ratio.clamp(1 - clip_range, 1 + above)
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
-def is_clipped(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+def is_clipped(
+    ratio: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None = None
+) -> Tensor:
     """Return 1 for each token whose gradient the clipping of :func:`clipped_surrogate` removes, else 0."""
-    outside = torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
+    above = clip_range if clip_range_high is None else clip_range_high
+    outside = torch.where(advantages > 0, ratio > 1 + above, ratio < 1 - clip_range)
     return (outside & (advantages != 0)).to(ratio)
 
 

@@ -107,7 +107,8 @@ def change_text(change: Mapping[str, float]) -> str:
 
 def lower_is_better(name: str) -> bool | None:
     """Return whether a lower value of this evaluation figure is better; None where neither is better."""
-    if name.endswith(("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")):
+    neither = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")
+    if name.endswith((*neither, "response_length", "stopped")):
         return None
     return name.endswith(("loss", "perplexity", "mse", "mae", "error"))
 

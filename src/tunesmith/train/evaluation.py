@@ -13,7 +13,7 @@ from tunesmith.data.batch.step import Step
 from tunesmith.data.store.encoded_rows import Encoded
 from tunesmith.errors import RecipeError
 from tunesmith.json_types import JsonObject
-from tunesmith.objectives import Objective, TaskHead, Traits
+from tunesmith.objectives import Objective, Session, TaskHead, Traits
 from tunesmith.runs import assessment
 from tunesmith.runs.figure_format import figure_names, lower_is_better
 from tunesmith.suggestions import did_you_mean
@@ -62,15 +62,21 @@ def measure(
     device: torch.device,
     sets: Sequence[str] = (),
     choose_threshold: bool = False,
+    session: Session | None = None,
 ) -> tuple[dict[str, float], list[JsonObject]]:
     """Return the objective's figures over all of ``data``, and its records.
 
     ``sets``: names of the sources of ``data``. Each also gets its own figures (``eval_loss`` ->
     ``eval_NAME_loss``), equal to those of a run with this set alone, because its rows share no micro-batch
-    with another set. ``choose_threshold``: let a task head choose its thresholds on these rows.
+    with another set. ``choose_threshold``: let a task head choose its thresholds on these rows. ``session``:
+    of the run, for an objective that samples answers.
     """
     parts = [np.flatnonzero(data.source == index) for index in range(len(sets))] or [np.arange(len(data))]
-    by_part = [records(model, objective, data, layout, budget, device, rows) for rows in parts]
+    if session is not None and objective.traits.samples:
+        steps = [Step(0, data, rows, objective.collate) for rows in parts]
+        by_part = [objective.sample_records(session, step) for step in steps]
+    else:
+        by_part = [records(model, objective, data, layout, budget, device, rows) for rows in parts]
     everything = [record for part in by_part for record in part]
     if choose_threshold and isinstance(objective, TaskHead):
         objective.choose_threshold(everything)

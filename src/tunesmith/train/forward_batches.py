@@ -31,16 +31,19 @@ def run_groups(
     layout: Layout,
     device: torch.device,
     name: Callable[[int], str],
+    groups: list[list[int]] | None = None,
 ) -> list[tuple[list[int], Result]]:
     """Return (indices, ``run(indices)``) of every micro-batch of at most ``budget`` tokens.
 
-    ``sizes``: tokens and rows of each example, see ``shared_prompts.sizes``. A micro-batch that does not fit
+    ``sizes``: tokens and rows of each example, see ``shared_prompts.sizes``. ``groups``: the micro-batches to
+    begin with. A micro-batch that does not fit
     into memory is halved, and later ones stay as small: without gradients more rows go together than in a
     training step, and they may be longer than any that was tried. Raises OutOfMemoryError with the ``name``
     of an example that does not fit alone.
     """
     lengths, rows = sizes
-    groups = groups_under(lengths.tolist(), budget, layout, rows.tolist())
+    if groups is None:
+        groups = groups_under(lengths.tolist(), budget, layout, rows.tolist())
     results: list[tuple[list[int], Result]] = []
     while groups:
         group, *others = groups
@@ -83,6 +86,24 @@ def run_step(
         lambda index: f"{purpose} of {step.name(mine[index])}",
     )  # fmt: skip
     return [([mine[index] for index in group], result) for group, result in results]
+
+
+def run_micro_batches(
+    run: Callable[[Sequence[int]], Result],
+    step: Step,
+    budget: int,
+    layout: Layout,
+    device: torch.device,
+    purpose: str,
+) -> list[tuple[list[int], Result]]:
+    """:func:`run_step` in the micro-batches that training makes of ``step``, so that in every number format
+    a forward pass of training computes the same values."""
+    state = distributed.state()
+    groups = step.split(budget, layout, state.process_index, state.num_processes)
+    return run_groups(
+        run, step.data.sizes(step.rows, layout), budget, layout, device,
+        lambda index: f"{purpose} of {step.name(index)}", groups,
+    )  # fmt: skip
 
 
 def _try(run: Callable[[list[int]], Result], group: list[int]) -> tuple[Result] | None:

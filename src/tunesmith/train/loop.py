@@ -8,12 +8,9 @@ depend on the split.
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +18,7 @@ import torch
 from tunesmith import machine
 from tunesmith.data.batch.pack import Layout, to_device
 from tunesmith.data.batch.step import Micro, Source, Step
-from tunesmith.errors import Interrupted, NonFiniteError, OutOfMemoryError
+from tunesmith.errors import Interrupted, NonFiniteError, OutOfMemoryError, RewardError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.fast import kernels
 from tunesmith.models.heads.noise import RowNoise
@@ -29,6 +26,7 @@ from tunesmith.models.load import finite
 from tunesmith.objectives import Objective
 from tunesmith.train import distributed, metric_sums
 from tunesmith.train.metric_sums import MetricSums
+from tunesmith.train.stop_signals import catch_signals
 from tunesmith.train.train_config import TrainConfig, due
 from tunesmith.train.update import Update
 
@@ -96,12 +94,18 @@ def fit(job: Job, position: Progression) -> str | None:
         steps = job.source.steps(position.step + 1)
         while True:
             started = time.perf_counter()  # before next(): the source may sample answers there
-            if (step := next(steps, None)) is None:
+            try:
+                step = next(steps, None)
+            except RewardError:  # what was sampled is part of the source's state
+                _save(job, position)
+                raise
+            if step is None:
                 break
+            made = time.perf_counter()
             before = position.step
             job.update.skip(step.number - 1 - before)
             record = train_step(job, step)
-            _account(job, position, step, record, time.perf_counter() - started)
+            _account(job, position, step, record, time.perf_counter() - started, made - started)
             log_due, eval_due, save_due = _due(job, before, position.step)
             if position.step % TRIM_STEPS == 0:
                 kernels.return_freed_memory()
@@ -149,9 +153,16 @@ def _due(job: Job, before: int, now: int) -> list[bool]:
 
 
 def _account(
-    job: Job, position: Progression, step: Step, record: Mapping[str, float], seconds: float
+    job: Job,
+    position: Progression,
+    step: Step,
+    record: Mapping[str, float],
+    seconds: float,
+    source_seconds: float,
 ) -> None:
-    """Add a step and its ``seconds`` to the position and to the open logging window."""
+    """Add a step and its ``seconds`` to the position and to the open logging window.
+
+    ``source_seconds``: the part of them in which the source made the step."""
     position.step = step.number
     job.seconds += seconds
     job.trained_tokens += int(record["tokens"])
@@ -162,6 +173,8 @@ def _account(
     for name in ("loss", "units", "tokens"):
         window[name] = window.get(name, 0.0) + record[name]
     window["seconds"] = window.get("seconds", 0.0) + seconds
+    if job.objective.traits.samples:
+        window["update_seconds"] = window.get("update_seconds", 0.0) + seconds - source_seconds
 
 
 def micro_batches(job: Job, step: Step) -> list[Micro]:
@@ -335,6 +348,7 @@ def _log(job: Job, position: Progression, record: dict[str, float]) -> None:
             "supervised_tokens": position.supervised,
             "seconds": window["seconds"],
             "tokens_per_second": window["tokens"] / window["seconds"],
+            **{name: window[name] for name in ("update_seconds",) if name in window},
         }
     )
 
@@ -365,26 +379,3 @@ def record_best(position: Progression, figure: float, direction: str, threshold:
     if gain > 0:
         position.best, position.best_step = figure, position.step
     return gain > 0
-
-
-@contextmanager
-def catch_signals() -> Iterator[list[str]]:
-    """Yield a list that collects SIGINT and SIGTERM by name; a second signal has its usual effect."""
-    received: list[str] = []
-    before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number).name)
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            before[number] = signal.signal(number, note)
-        except ValueError:  # not the main thread: the caller handles signals there
-            break
-    try:
-        yield received
-    finally:
-        for caught, handler in before.items():
-            signal.signal(caught, handler)

@@ -217,7 +217,7 @@ def _prepare(
         position.micro_batch_tokens = 0
     frozen_body_cache.install(ready, built, progress.note)
     job = _job(run, built, position)
-    ready.session.append = job.log
+    ready.session.append, ready.session.doing = job.log, lambda activity: progress.doing(activity or None)
     reference_seconds = rehearsal.rehearse(run, job, position, started)
     if run.main:
         outcome.record_start(run, job.budget)
@@ -255,13 +255,18 @@ def _job(run: Run, built: setup.Built, position: Progression) -> Job:
 
 def _stop_at_start(run: Run, job: Job, position: Progression) -> str | None:
     """Evaluate step 0 of a new run. Returns why a callback ends the run there, or None."""
-    if position.step:
+    if position.step or distributed.broadcast(_was_evaluated(run)):
         return None
     _evaluate(run, position, job.budget)
     ending, failure = distributed.broadcast(run.callbacks.stop_requests())
     if failure:
         raise Interrupted(f"stopped by {failure} before the first step")
     return ending
+
+
+def _was_evaluated(run: Run) -> bool:
+    """Return whether a checkpoint of step 0 is continued, whose evaluation is recorded."""
+    return run.main and any(one["kind"] == "eval" for one in metrics_file.read(run.metrics.path))
 
 
 @contextmanager
@@ -338,7 +343,7 @@ def _evaluate(run: Run, position: Progression, budget: int) -> float | None:
     started = time.perf_counter()
     figures, records = evaluation.measure(
         run.model, ready.objective, ready.data.eval, run.fast_path.layout, budget, ready.device,
-        ready.data.eval_sets, choose_threshold=True,
+        ready.data.eval_sets, choose_threshold=True, session=ready.session,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     name, direction = evaluation.deciding_figure(ready.recipe.train, ready.objective.traits)

@@ -19,8 +19,8 @@ from tunesmith import adaptations, files, objectives
 from tunesmith.adaptations import Adaptation
 from tunesmith.data.batch.step import Source, Step, first_examples
 from tunesmith.data.read.source import eval_sources
-from tunesmith.data.store.encode_source import Progress
-from tunesmith.data.store.epochs import epochs
+from tunesmith.data.store.data_report import report_rows
+from tunesmith.data.store.epochs import Epochs, epochs
 from tunesmith.data.store.prepare import Prepared, prepare
 from tunesmith.errors import RecipeError
 from tunesmith.merge import merge_adapter
@@ -44,12 +44,10 @@ from tunesmith.train.meta_model import Outline, build_outline, window_of
 from tunesmith.train.reference import Reference
 from tunesmith.train.session import RunSession
 from tunesmith.train.update import Update
+from tunesmith.train.weights_at_start import WeightsAtStart
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-STREAM_ROWS = 10_000
-"""Report progress of a stream every this many rows."""
 
 Note = Callable[[str], None]
 """Prints one line and keeps it for the manifest."""
@@ -177,7 +175,7 @@ def read_rows(base: Base, note: Note) -> Prepared:
     with distributed.main_first() if streamed else nullcontext():
         data = prepare(
             recipe.data, objective, base.tokenizer, max_length=recipe.train.max_length, seed=recipe.seed,
-            window=base.window, on_progress=_report_rows(note) if streamed else None,
+            window=base.window, on_progress=report_rows(note) if streamed else None,
         )  # fmt: skip
     for line in [*data.report.lines(), *objective.notes, *_new_token_notes(base.new_tokens, data)]:
         note(line)
@@ -215,7 +213,7 @@ def plan_steps(base: Base, data: Prepared, steps: int | None) -> Setup:
     )  # fmt: skip
 
 
-def _rows_in_order(base: Base, data: Prepared, steps: int | None) -> Source:
+def _rows_in_order(base: Base, data: Prepared, steps: int | None) -> Epochs:
     train = base.recipe.train
     return epochs(
         data.train, base.objective.collate, train.batch_size, base.recipe.seed, train.shuffle, train.epochs,
@@ -228,18 +226,6 @@ def with_steps(setup: Setup, steps: int) -> Setup:
     optimizers.check_schedule(setup.recipe.train, steps)
     setup.session.epochs = _rows_in_order(setup, setup.data, steps)
     return replace(setup, source=setup.objective.source(setup.session), time_planned=True)
-
-
-def _report_rows(note: Note) -> Progress:
-    """Return a function that reports how many rows of a stream were read; a stream has no known end."""
-    reported: dict[str, int] = {}
-
-    def count(label: str, rows: int) -> None:
-        if rows // STREAM_ROWS > reported.get(label, 0):
-            reported[label] = rows // STREAM_ROWS
-            note(f"{label}: {rows:,} rows read")
-
-    return count
 
 
 @dataclass
@@ -269,6 +255,8 @@ def build(setup: Setup, out: Path) -> Built:
     objective, device = setup.objective, setup.device
     first = first_examples(setup.source).examples()
     longest = max(setup.data.train.longest, setup.data.eval.longest if setup.data.eval else 0)
+    if objective.traits.samples:  # the rows of the files are prompts alone
+        longest = max(int(step.lengths.max()) for step in setup.source.preview(2))
     stack = setup.sharding is None
     chosen = fast_path.choose(model, objective, first, longest, train.packing, device, stack=stack)
     if not deterministic:
@@ -281,6 +269,8 @@ def build(setup: Setup, out: Path) -> Built:
         fast_path.check_deterministic(model, objective, first, chosen, device)
     update = _update(setup, model, masters)
     setup.session.model, setup.session.fast_path = model, chosen
+    if objective.traits.keeps_start:
+        setup.session.weights_at_start = WeightsAtStart(masters.parameters)
     notes = [*quantization.lines(model), *dropout_notes, *noise_notes, *chosen.notes]
     return Built(model, update, row_noise, chosen, notes)
 

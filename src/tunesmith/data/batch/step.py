@@ -194,7 +194,7 @@ class Source(Protocol):
     def state(self) -> tuple[dict[str, torch.Tensor], JsonObject]:
         """(tensors by name, JSON): all that ``steps`` needs to continue after the last yielded step."""
 
-    def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, object]) -> None:
+    def load(self, tensors: Mapping[str, torch.Tensor], state: JsonObject) -> None:
         """Continue from a ``state``."""
 
 

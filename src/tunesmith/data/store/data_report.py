@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -161,3 +162,19 @@ def histogram(lengths: np.ndarray) -> JsonObject:
     counts = np.diff(np.searchsorted(ranked, edges, side="right"), prepend=0).tolist()
     median, p95 = np.percentile(ranked, [50, 95], overwrite_input=True).tolist()
     return {"edges": edges, "counts": counts, "median": median, "p95": p95, "max": longest}
+
+
+STREAM_ROWS = 10_000
+"""Report progress of a stream every this many rows."""
+
+
+def report_rows(note: Callable[[str], None]) -> Callable[[str, int], None]:
+    """Return a function that reports how many rows of a stream were read; a stream has no known end."""
+    reported: dict[str, int] = {}
+
+    def count(label: str, rows: int) -> None:
+        if rows // STREAM_ROWS > reported.get(label, 0):
+            reported[label] = rows // STREAM_ROWS
+            note(f"{label}: {rows:,} rows read")
+
+    return count

@@ -35,11 +35,18 @@ class Epochs:
     seed: int
     shuffle: bool
     plan: Plan
+    passes: float
+    """Epochs of the plan, unless ``max_steps`` is given."""
+    max_steps: int | None
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of the examples of an epoch, in order; every epoch has the same number."""
+        return _order(self, epoch)
 
     def rows(self, step: int) -> np.ndarray:
         """Indices of the examples of step ``step``, counted from 1."""
         epoch, place = divmod(step - 1, self.plan.steps_per_epoch)
-        return _order(self, epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        return self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
 
     def step(self, number: int) -> Step:
         return Step(number, self.data, self.rows(number), self.collate)
@@ -67,7 +74,7 @@ class Epochs:
     def state(self) -> tuple[dict[str, torch.Tensor], JsonObject]:
         return {}, {}
 
-    def load(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, object]) -> None:
+    def load(self, tensors: Mapping[str, torch.Tensor], state: JsonObject) -> None:
         """Do nothing: the number of the next step determines its rows."""
 
 
@@ -89,4 +96,4 @@ def epochs(
     rows = len(epoch_order(data.source, data.weights, seed, 0, shuffle))
     per_epoch = math.ceil(rows / batch_size)
     steps = max_steps or max(1, math.ceil(per_epoch * passes - 1e-9))
-    return Epochs(data, collate, batch_size, seed, shuffle, Plan(steps, per_epoch))
+    return Epochs(data, collate, batch_size, seed, shuffle, Plan(steps, per_epoch), passes, max_steps)

@@ -38,11 +38,38 @@ def with_hidden(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) 
     if given is None:
         losses, hidden = lm_head.plain_losses_and_hidden(model, batch, temperature)
         return -losses, hidden
-    hidden, weight, bias, *others = given
+    return BlockedLogProbs.apply(*_tempered(given, temperature)), given[0]
+
+
+@torch.no_grad()
+def with_entropies(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return :func:`log_probs` and the entropy of the distribution at each target, (targets,) each."""
+    given = lm_head.blocked(model, batch)
+    if given is None:
+        logits = model(**lm_head.inputs(model, batch)).logits.flatten(0, 1)[batch["positions"]]
+        exact = logits.to(lm_head.exact_dtype(logits)) / temperature
+        losses = nn.functional.cross_entropy(exact, batch["labels"], reduction="none")
+        probabilities = exact.softmax(dim=-1)
+        return -losses, -torch.special.xlogy(probabilities, probabilities).sum(dim=-1)
+    hidden, weight, bias, labels, rows, new = _tempered(given, temperature)
+    losses = torch.zeros(len(hidden), dtype=lm_head.exact_dtype(hidden), device=hidden.device)
+    entropies = torch.zeros_like(losses)
+    used = lm_head.with_new(weight, rows, new)
+    for here, gradient in lm_head.gradient_blocks(hidden, used, bias, labels, losses):
+        # the gradient by the logits is the probabilities, less 1 at the label
+        at_label = torch.exp(-losses[here])[:, None]
+        probabilities = gradient.scatter_(1, labels[here, None], at_label.to(gradient.dtype))
+        entropies[here] = -torch.special.xlogy(probabilities, probabilities).sum(-1, dtype=losses.dtype)
+    return -losses, entropies
+
+
+def _tempered(given: lm_head.BlockedArguments, temperature: float) -> lm_head.BlockedArguments:
+    """Divide the logits by ``temperature``: hidden states and bias, which are far smaller."""
     if temperature == 1.0:
-        return BlockedLogProbs.apply(*given), hidden
+        return given
+    hidden, weight, bias, labels, rows, new = given
     scaled_bias = None if bias is None else bias / temperature
-    return BlockedLogProbs.apply(hidden / temperature, weight, scaled_bias, *others), hidden
+    return hidden / temperature, weight, scaled_bias, labels, rows, new
 
 
 def answer_logps(model: PreTrainedModel, batch: Batch) -> Tensor:
