@@ -1,0 +1,131 @@
+"""The rewards of a recipe, mixed by weight: from sampled answers to one number each.
+
+``rules``, ``checked_answers``, ``python_reward`` and ``reward_models`` hold the types. Everything that can be
+wrong with their arguments is refused before weights are loaded. What goes wrong while they score stops the
+run with a RewardError.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+from pydantic import Field
+
+from tunesmith.data.row_problems import RowFault, shorten
+from tunesmith.data.rows import Prompt
+from tunesmith.errors import RecipeError, RewardError
+from tunesmith.models.network import attribute
+from tunesmith.rollout.checked_answers import JsonSchemaReward, MathReward
+from tunesmith.rollout.python_reward import PythonReward
+from tunesmith.rollout.reward_config import Completion, RewardKeys, Scorer
+from tunesmith.rollout.rules import ContainsReward, ExactReward, FinalStopReward, LengthReward, RegexReward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Reward = Annotated[
+    PythonReward
+    | LengthReward
+    | RegexReward
+    | ContainsReward
+    | ExactReward
+    | MathReward
+    | JsonSchemaReward
+    | FinalStopReward,
+    Field(discriminator="type"),
+]
+"""One item of the recipe's list of rewards."""
+
+SUM = "reward"
+"""Name of the weighted sum in logs, which no reward may have."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """``total`` float64 (n,): the weighted sum. ``by_name``: each reward without its weight, float64 (n,)."""
+
+    total: np.ndarray
+    by_name: dict[str, np.ndarray]
+
+
+class Rewards:
+    """The rewards of a recipe, ready to score. Raises UserError for arguments that cannot work."""
+
+    def __init__(
+        self,
+        configs: Sequence[RewardKeys],
+        tokenizer: PreTrainedTokenizerBase,
+        place: str = "objective.rewards",
+    ) -> None:
+        """``tokenizer``: the policy's. ``place``: the key of the list in the recipe, for errors."""
+        self.configs = tuple(configs)
+        self.names = _names(configs, place)
+        self.scorers: tuple[Scorer, ...] = tuple(
+            config.scorer(f"{place}.{number}", tokenizer) for number, config in enumerate(configs)
+        )
+
+    def check_rows(self, rows: Sequence[Prompt]) -> None:
+        """Raise RowFault for the first row that lacks a column which a reward reads."""
+        for index, row in enumerate(rows):
+            for name, config in zip(self.names, self.configs, strict=True):
+                for column in config.columns():
+                    if column not in row.columns:
+                        there = ", ".join(map(shorten, row.columns)) or "none"
+                        fix = "Add it to the row, or name another column in the recipe."
+                        expected = f"a column {column!r}, which the reward {name} reads"
+                        raise RowFault(index, expected, f"the columns {there}", fix, column)
+
+    def score(self, answers: Sequence[Completion]) -> Scored:
+        """Score ``answers`` with every reward. Raises RewardError naming the reward and the answer."""
+        total, by_name = np.zeros(len(answers)), {}
+        for name, config, scorer in zip(self.names, self.configs, self.scorers, strict=True):
+            values = _checked(scorer(answers), answers, name) if answers else np.zeros(0)
+            by_name[name] = values
+            total = total + config.weight * values
+        return Scored(total, by_name)
+
+
+def _names(configs: Sequence[RewardKeys], place: str) -> tuple[str, ...]:
+    """The name of each reward. Raises RecipeError if there is none, or two have the same."""
+    if not configs:
+        raise RecipeError(
+            f"{place}: expected at least one reward, such as {{type: length, max: 30, unit: words}}"
+        )
+    names = [config.name or config.default_name() for config in configs]
+    for number, name in enumerate(names):
+        if Counter(names)[name] > 1 or name == SUM:
+            why = "is the name of the sum of all rewards" if name == SUM else "is the name of two rewards"
+            raise RecipeError(f"{place}.{number}: {name!r} {why}. Set {place}.{number}.name.")
+    return tuple(names)
+
+
+def _checked(values: object, answers: Sequence[Completion], name: str) -> np.ndarray:
+    """``values`` as float64 (n,). Raises RewardError unless it is one finite number for each answer."""
+    tolist = attribute(values, "tolist")  # of an array or a tensor
+    listed = values if tolist is None else tolist()
+    if not isinstance(listed, list | tuple):
+        raise RewardError(
+            f"reward {name}: expected a list of {len(answers)} numbers, one for each answer, got {_kind(values)}"
+        )
+    if len(listed) != len(answers):
+        raise RewardError(
+            f"reward {name}: expected {len(answers)} numbers, one for each answer, got {len(listed)}"
+        )
+    for value, answer in zip(listed, answers, strict=True):
+        item = attribute(value, "item")  # of a number of NumPy or torch
+        number = value if item is None else item()
+        if not isinstance(number, int | float) or not abs(number) <= sys.float_info.max:
+            raise RewardError(
+                f"reward {name}: expected a finite number for each answer, got {shorten(value)} for {answer.name}: "
+                f"{shorten(answer.text, 200)}"
+            )
+    return np.array([float(value) for value in listed], np.float64)
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__name__} {shorten(value)}"

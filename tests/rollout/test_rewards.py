@@ -1,0 +1,75 @@
+"""The mix of rewards: names, weights, columns, and the list in a recipe."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from tests.rollout.completions import answered
+from tests.tiny import tiny_tokenizer
+from tunesmith.data.row_problems import RowFault
+from tunesmith.data.rows import Prompt
+from tunesmith.errors import RecipeError
+from tunesmith.rollout.rewards import Reward, Rewards
+
+LISTED = TypeAdapter(list[Reward])
+
+
+def made(*items):
+    return Rewards(LISTED.validate_python(list(items), strict=True), tiny_tokenizer())
+
+
+def test_the_total_is_the_weighted_sum_and_each_reward_keeps_its_name():
+    rewards = made(
+        {"type": "length", "target": 4, "weight": 0.5},
+        {"type": "final_stop", "name": "done"},
+        {"type": "regex", "pattern": "a", "weight": -2},
+    )
+    scored = rewards.score([answered("a", tokens=3), answered("b", tokens=6, stopped=False)])
+    assert {name: values.tolist() for name, values in scored.by_name.items()} == {
+        "length": [-1, -2], "done": [1, 0], "regex": [1, 0],
+    }  # fmt: skip
+    assert scored.total.tolist() == [-0.5 + 1 - 2, -1] and scored.total.dtype == np.float64
+
+
+def test_no_answers_have_no_scores():
+    scored = made({"type": "final_stop"}).score([])
+    assert scored.total.shape == scored.by_name["final_stop"].shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "expected at least one reward"),
+        ([{"type": "final_stop"}, {"type": "final_stop"}], r"objective\.rewards\.0: 'final_stop' is the name of two rewards"),
+        ([{"type": "final_stop", "name": "reward"}], "the sum of all rewards"),
+    ],
+)
+def test_names_must_differ(items, message):
+    with pytest.raises(RecipeError, match=message):
+        made(*items)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [{"type": "lenght", "target": 3}, {"target": 3}, {"type": "length", "target": "3"}, {"type": "length", "target": True}],
+)
+def test_an_item_that_is_no_reward_is_refused(item):
+    with pytest.raises(ValidationError):
+        LISTED.validate_python([item], strict=True)
+
+
+def test_rows_must_have_the_columns_that_rewards_read():
+    rewards = made({"type": "exact", "column": "answer"}, {"type": "contains", "text": "x"})
+    rewards.check_rows([Prompt("q", {"answer": "a"})])
+    with pytest.raises(
+        RowFault, match="expected a column 'answer', which the reward exact reads, got the columns 'answr'"
+    ) as caught:
+        rewards.check_rows([Prompt("q", {"answer": "a"}), Prompt("q", {"answr": "a"})])
+    assert (caught.value.index, caught.value.field) == (1, "answer")
+
+
+def test_the_resolved_recipe_makes_the_same_rewards():
+    items = LISTED.validate_python([{"type": "length", "max": 30, "unit": "words"}, {"type": "contains", "text": ["a"]}])
+    assert LISTED.validate_python(LISTED.dump_python(items, mode="json"), strict=True) == items
