@@ -1,4 +1,4 @@
-"""What every reward has: its keys in the recipe, and the answers that it scores."""
+"""The keys that every reward has, and the answers that it scores."""
 
 from __future__ import annotations
 
