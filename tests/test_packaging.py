@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tunesmith import recipe
 from tunesmith.cli.main import VERBS
@@ -18,14 +19,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def pins():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return {line.partition("==")[0].lower(): line.partition("==")[2] for line in lines if not line.startswith("#")}
+    return {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines if not line.startswith("#")}
 
 
 def test_what_make_installs_is_pinned_to_a_version_we_allow():
     extras = PROJECT["optional-dependencies"]
     for line in [*PROJECT["dependencies"], *extras["gguf"], *extras["dev"]]:
         wanted = Requirement(line)
-        assert wanted.specifier.contains(pins()[wanted.name.lower()]), line
+        assert wanted.specifier.contains(pins()[canonicalize_name(wanted.name)]), line
 
 
 def test_an_installed_package_has_its_templates_and_sources():
