@@ -11,9 +11,11 @@ import pytest
 import tunesmith
 from tests.tiny import save_tiny
 from tunesmith import recipe
+from tunesmith.pipeline import pipeline_file, run_stages
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
+PIPELINES = sorted(FOLDER.glob("*/pipeline.yaml"))
 
 
 @pytest.fixture
@@ -32,14 +34,42 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_with_no_file_but_the_model(path, run_all, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    keys = [*run_all.shortened(path, 1, str(model)), "data.train.0.limit=24", "train.max_length=400", *quick(path)]
+    keys = [*run_all.shortened(path, 1, str(model)), "data.train.0.limit=24", "train.max_length=400", *quick(recipe.load(path))]
     result = tunesmith.train(path, out="run", overrides=keys)
     assert result["steps"] == 1 and result["eval_loss"] > 0
 
 
-def quick(path):
+@pytest.fixture
+def pipelines(run_all, model, tmp_path):
+    """Read a pipeline for one step of each stage on the tiny model, into a new folder."""
+
+    def read(path):
+        stages = pipeline_file.read(path, tmp_path).stages
+        tiny = ["data.train.0.limit=24", "train.max_length=400"]
+        keys = [f"{stage.name}.{key}" for stage in stages for key in [*tiny, *quick(stage.recipe)]]
+        return pipeline_file.read(path, tmp_path / "out", [*run_all.shortened(path, 1, str(model)), *keys])
+
+    return read
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.parent.name)
+def test_the_stages_of_every_pipeline_fit_each_other(path, pipelines):
+    facts = run_stages.run_pipeline(pipelines(path), dry_run=True)
+    assert {one["action"] for one in facts["plan"]} == {"train"}
+    written = {one.name for one in path.parent.glob("*.yaml")} - {"pipeline.yaml"}
+    assert {Path(stage.source).name for stage in pipelines(path).stages} == written, "every recipe of the folder is a stage"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.parent.name)
+def test_every_pipeline_runs_with_no_file_but_the_model(path, pipelines):
+    facts = run_stages.run_pipeline(pipelines(path))
+    assert [one["steps"] for one in facts["stages"]] == [1] * len(facts["stages"])
+
+
+def quick(chosen):
     """sft refuses longer rows unless told otherwise; tiny models have tiny vocabularies, so rows are long."""
-    kind = recipe.load(path).resolved()["objective"]["type"]
+    kind = chosen.resolved()["objective"]["type"]
     keys = ["objective.overlong=truncate"] if kind in ("sft", "classify") else []
     return [*keys, "data.max_unlearnable=1"] if kind in ("sft", "cpt") else keys
 

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 VERBS = {
     "train": ("tunesmith.cli.train:train", "Train a model from a recipe."),
     "launch": ("tunesmith.cli.launch:launch", "Train with several processes on this machine."),
+    "pipeline": (
+        "tunesmith.cli.pipeline:pipeline",
+        "Train several stages in order, each on an earlier result.",
+    ),
     "check": ("tunesmith.cli.check:check", "Check a recipe before training: data, masks, steps, parameters."),
     "init": ("tunesmith.cli.init:init", "Write a commented recipe."),
     "evaluate": ("tunesmith.cli.evaluate:evaluate", "Evaluate a model on a data file."),

@@ -7,7 +7,7 @@ file to a Recipe), ``foreign_keys`` and ``foreign_values`` (what other programs 
 
 from tunesmith.recipe.conflicts import conflicts
 from tunesmith.recipe.schema import DEFAULT_OBJECTIVE, Recipe, brief, changed
-from tunesmith.recipe.validation import flag_advice, load, parse, resolve
+from tunesmith.recipe.validation import flag_advice, load, parse, read_file, resolve
 
 __all__ = [
     "DEFAULT_OBJECTIVE",
@@ -18,5 +18,6 @@ __all__ = [
     "flag_advice",
     "load",
     "parse",
+    "read_file",
     "resolve",
 ]

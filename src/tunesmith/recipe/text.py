@@ -272,17 +272,28 @@ def _set(node: object, parts: Sequence[str], value: object, override: str, paren
     return {**node, first: _set(node.get(first), rest, value, override, here)}
 
 
+def find(tree: Node | None, path: Sequence[str | int]) -> Node | None:
+    """Return the node at ``path``; None if the tree does not hold it."""
+    for part in path:
+        tree = (_pair(tree, part) or (None, None))[1]
+    return tree
+
+
 def _line(tree: Node | None, path: Sequence[str | int]) -> int | None:
     """The line (from 1) of the deepest key or item of ``path`` that the tree holds."""
     line = None
     for part in path:
-        if isinstance(tree, MappingNode):
-            pair = next(((key, child) for key, child in tree.value if key.value == part), None)
-        elif isinstance(tree, SequenceNode) and isinstance(part, int) and part < len(tree.value):
-            pair = (tree.value[part], tree.value[part])
-        else:
-            pair = None
+        pair = _pair(tree, part)
         if pair is None:
             return line
         line, tree = pair[0].start_mark.line + 1, pair[1]
     return line
+
+
+def _pair(tree: Node | None, part: str | int) -> tuple[Node, Node] | None:
+    """(key, value) of a mapping's key, or (item, item) of a list's position; None if there is no such part."""
+    if isinstance(tree, MappingNode):
+        return next(((key, child) for key, child in tree.value if key.value == part), None)
+    if isinstance(tree, SequenceNode) and isinstance(part, int) and part < len(tree.value):
+        return tree.value[part], tree.value[part]
+    return None

@@ -27,6 +27,7 @@ from tunesmith.suggestions import closest, did_you_mean
 
 if typing.TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+    from ruamel.yaml.nodes import Node
 
 PARTS = {"objective": objectives, "adaptation": adaptations}
 """Keys of a recipe whose own keys depend on their ``type``."""
@@ -43,6 +44,12 @@ def load(path: str | Path, overrides: Sequence[str] = (), note: Note = lambda li
     ``note`` receives a line for each key of the recipe that an override replaces by an alternative.
     Raises RecipeError naming the file, the line, the key, what was expected and the nearest valid key.
     """
+    raw, tree = read_file(path)
+    return _check(raw, recipe_text.Text(str(path), tree, tuple(overrides)), note)
+
+
+def read_file(path: str | Path) -> tuple[object, Node | None]:
+    """Return the plain data of a YAML recipe and its tree, unchecked. Raises RecipeError."""
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
@@ -53,15 +60,20 @@ def load(path: str | Path, overrides: Sequence[str] = (), note: Note = lambda li
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from None
-    raw, tree = recipe_text.read(text, str(path))
-    return _check(raw, recipe_text.Text(str(path), tree, tuple(overrides)), note)
+    return recipe_text.read(text, str(path))
 
 
 def parse(
-    raw: object, overrides: Sequence[str] = (), where: str = "recipe", note: Note = lambda line: None
+    raw: object,
+    overrides: Sequence[str] = (),
+    where: str = "recipe",
+    note: Note = lambda line: None,
+    tree: Node | None = None,
 ) -> Recipe:
-    """Check plain data (a dict as YAML would return it; paths may be ``Path``). ``raw`` is not changed."""
-    return _check(_without_paths(raw), recipe_text.Text(where, None, tuple(overrides)), note)
+    """Check plain data (a dict as YAML would return it; paths may be ``Path``). ``raw`` is not changed.
+
+    ``tree``: the YAML tree that ``raw`` comes from, for line numbers in errors."""
+    return _check(_without_paths(raw), recipe_text.Text(where, tree, tuple(overrides)), note)
 
 
 def resolve(
@@ -231,7 +243,11 @@ def _end_sentence(message: str, advice: str) -> str:
 
 
 def _typed_here(path: Sequence[str | int], value: object, text: recipe_text.Text) -> str:
-    """Return ``Type train.packing: auto`` for a value in another program's form; "" for any other value."""
+    """Return ``Type train.packing: auto`` for a value in another program's form; "" for any other value.
+
+    ``{stage: NAME}`` gets an advice of its own: it belongs into the file of a pipeline."""
+    if isinstance(value, dict) and set(value) == {"stage"}:
+        return "only `tunesmith pipeline` knows stages; here name a model or a run folder"
     key, here = foreign_values.value_here(".".join(map(str, path)), value)
     if here is None:
         return ""

@@ -118,7 +118,7 @@ def claim(path: Path, start: Start = "new") -> RunFolder:
     if not made and not (path / LOCK).exists():  # check first, so that a refused folder gets no lock file
         _check_content(path, start)
     files.make_folder(path)
-    lock = _lock(path)
+    lock = take_lock(path)
     try:
         return RunFolder(path, lock, _check_content(path, start), made)
     except UserError:
@@ -165,8 +165,8 @@ def _is_temporary(name: str) -> bool:
     return re.fullmatch(r"\..*\.(tmp|replaced)", name) is not None
 
 
-def _lock(path: Path) -> IO[str]:
-    """Lock the folder for this process. Raises UserError if another one holds the lock."""
+def take_lock(path: Path) -> IO[str]:
+    """Lock a folder for this process until the file is closed. Raises UserError if another one holds the lock."""
     file = path / LOCK
     while True:
         try:
