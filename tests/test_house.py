@@ -66,6 +66,7 @@ ASKING = {"startswith", "endswith", "removeprefix", "removesuffix", "module"}
 NAMESAKES = {
     "synth/python/draw.py": "kinds of rows that tunesmith makes",
     "recipe/foreign_values.py": "what other programs call objectives and adaptations",
+    "pipeline/answer_comparison.py": "the key of a scored answer",
     "data/read/builtin.py": "the same kinds, as built-in data sets: builtin:classify",
 }
 """Files in which such a name means something else."""

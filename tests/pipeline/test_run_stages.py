@@ -60,7 +60,7 @@ def test_every_stage_trains_on_the_result_that_it_names(straight):
     assert [line.partition(",")[0] for line in lines if line.startswith("stage ")] == [
         f"stage {number} of 3: {name}" for number, name in enumerate(ALL, 1)
     ]
-    assert json.loads((out / "pipeline.json").read_text()) == facts
+    assert json.loads((out / "summary.json").read_text()) == facts
 
 
 def test_the_models_answer_prompts_that_no_stage_was_trained_on(straight):

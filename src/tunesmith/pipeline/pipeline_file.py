@@ -53,7 +53,7 @@ class Stage:
 
     @property
     def writes(self) -> bool:
-        """Whether its model generates text."""
+        """True if its model generates text."""
         return self.traits.head == "lm"
 
     def resolved(self) -> JsonObject:

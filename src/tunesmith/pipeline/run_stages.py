@@ -1,6 +1,6 @@
 """Plan the stages of a pipeline, train those that are due, and summarise all.
 
-    runs/NAME/  STAGE/ (run folders)  manifests/STAGE.json  replaced/STAGE-N/  pipeline.json  report.html
+    runs/NAME/  STAGE/ (run folders)  manifests/STAGE.json  replaced/STAGE-N/  summary.json  report.html
 
 A kill at any moment loses nothing: the manifest of a stage is written before its run folder is made, and gets
 the fingerprint of the result after the run has ended. The same command resumes the interrupted stage.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Action = Literal["train", "resume", "unchanged", "not run"]
 Note = Callable[[str], None]
 
-SUMMARY = "pipeline.json"
+SUMMARY = "summary.json"
 RESULTS = (
     "steps", "best_step", "train_seconds", "tokens_per_second", "peak_memory_bytes", "model_dir", "stopped",
 )  # fmt: skip

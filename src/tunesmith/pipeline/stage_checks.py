@@ -54,7 +54,7 @@ def _misfits(pipeline: Pipeline, stage: Stage) -> Iterator[str]:
         result = pipeline.stage(source)
         if key == "model":
             yield from _model_misfits(stage, result)
-        elif "reward" in key and not result.traits.rewards:
+        elif ".rewards." in key and not result.traits.rewards:
             made = objectives.name_of(result.recipe.objective)
             yield (
                 f"{key}: {{stage: {source}}} is a model of {made}, which gives no rewards. Name a stage that trains a "
