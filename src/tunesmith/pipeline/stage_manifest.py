@@ -1,4 +1,4 @@
-"""What a stage was made of: its recipe, the content of its data, its input models, tunesmith's version.
+"""The manifest of a stage: its recipe, the content of its data, its input models, tunesmith's version.
 
 ``manifests/NAME.json`` in the folder of a pipeline holds these facts from the moment the stage starts, and
 the fingerprint of its result once it has ended. A stage whose facts are the same is not trained again.
