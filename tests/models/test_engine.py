@@ -79,21 +79,37 @@ def test_log_probabilities_are_those_of_a_full_forward_pass(name: str) -> None:
         assert torch.allclose(torch.tensor(answer.rule_logprobs), scaled, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.fixture(scope="module")
+def two_loras() -> Any:
+    """A model with two LoRAs, an engine that answers one request at a time, and one for each number of slots."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    made = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_alpha=32, init_lora_weights=False)
+    model = get_peft_model(tiny_model("llama"), made, "one")
+    model.add_adapter("two", made)
+    model.eval()
+    return [Engine(model, TOKENIZER, most) for most in (1, 1, 2, 3, 4)]
+
+
+@settings(max_examples=20, deadline=None)
 @given(st.data())
-def test_rows_that_join_and_leave_change_nothing(data: st.DataObject) -> None:
-    """Prompts of any length with limits of their own, in any order, in any number of slots."""
-    model = tiny_model("llama")
-    count = data.draw(st.integers(1, 7))
+def test_rows_that_join_and_leave_change_nothing(two_loras: list[Engine], data: st.DataObject) -> None:
+    """Prompts of any length, with limits and adapters of their own, in any order, in any number of slots."""
+    single, *engines = two_loras
+    count = data.draw(st.integers(1, 6))
     rows = prompts(*data.draw(st.lists(st.integers(1, 40), min_size=count, max_size=count)), seed=count)
     wanted = []
     for number, row in enumerate(rows):
-        limit, warm = data.draw(st.integers(0, 9)), data.draw(st.sampled_from([0.0, 1.0]))
-        often = frozenset(range(0, 512, 9))
-        wanted.append(Request(tuple(row), SamplingParams(max_new_tokens=limit, temperature=warm, seed=3, stop=often), number))
-    alone = [ids(Engine(model, TOKENIZER, 1), [request])[0] for request in wanted]
-    order = data.draw(st.permutations(wanted))
-    found = answers(Engine(model, TOKENIZER, data.draw(st.integers(1, 4))), order)
+        limit, warm = data.draw(st.integers(0, 6)), data.draw(st.sampled_from([0.0, 1.0]))
+        params = SamplingParams(max_new_tokens=limit, temperature=warm, seed=3, stop=frozenset(range(0, 512, 9)))
+        wanted.append(Request(tuple(row), params, number, adapter=data.draw(st.sampled_from(["one", "two", None]))))
+    alone = []
+    for request in wanted:
+        single.release()
+        alone += ids(single, [request])
+    engine, order = data.draw(st.sampled_from(engines)), data.draw(st.permutations(wanted))
+    found = answers(engine, order)
     assert [found[request.prompt, 0].ids for request in wanted] == alone
 
 
@@ -235,6 +251,38 @@ def test_out_of_memory_lowers_the_rows_at_once_and_loses_no_answer(monkeypatch: 
     monkeypatch.setattr(SlotPass, "__call__", full)
     assert ids(engine, wanted) == expected
     assert notes == ["out of memory with 5 rows at once; going on with 2"] and engine.slots.most == 2
+
+
+def out_of_memory(*args: Any, **keys: Any) -> Any:
+    raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
+
+
+@pytest.mark.parametrize("place", ["forward", "draw"])
+def test_rows_that_have_ended_when_memory_runs_out_are_answered_too(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step has a row that may have no token, and rows of two sampling rules."""
+    model, rows = tiny_model("llama"), prompts(3, 9, 4, 12)
+    rules = [SamplingParams(max_new_tokens=count, temperature=heat, seed=1, stop=NEVER) for count, heat in ((0, 1.0), (4, 1.0), (4, 0.0), (4, 0.0))]
+    wanted = [Request(tuple(row), rule, number) for number, (row, rule) in enumerate(zip(rows, rules))]
+    expected = ids(Engine(model, TOKENIZER), wanted)
+    engine, target = (Engine(model, TOKENIZER), SlotPass) if place == "forward" else (Engine(model, TOKENIZER), Engine)
+    name = "__call__" if place == "forward" else "_draw"
+    run = getattr(target, name)
+
+    def full(self: Any, pieces: Any, *args: Any) -> Any:
+        greedy = place == "draw" and args[1].temperature == 0 and len(pieces) > 1
+        return out_of_memory() if greedy or (place == "forward" and len(pieces) > 2) else run(self, pieces, *args)
+
+    monkeypatch.setattr(target, name, full)
+    assert ids(engine, wanted) == expected and engine.slots.most < 4
+
+
+def test_memory_that_runs_out_for_more_slots_makes_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows, notes = tiny_model("llama"), prompts(3, 9, 4, 12), list[str]()
+    engine, params, resize = Engine(model, TOKENIZER, note=notes.append), SamplingParams(max_new_tokens=6, stop=NEVER), SlotPass.resize
+    first = ids(engine, requests(rows[:1], params))
+    monkeypatch.setattr(SlotPass, "resize", lambda self, slots, size: out_of_memory() if slots > 2 else resize(self, slots, size))
+    assert ids(engine, requests(rows, params)) == by_transformers(model, rows, 6, [511]) and first
+    assert notes == ["out of memory with 4 rows at once; going on with 2"] and engine.slots.count == 2
 
 
 def test_an_exception_in_a_callback_ends_that_row_alone() -> None:

@@ -131,9 +131,8 @@ class Engine:
                 live = [row for row in rows if not row.reason]
                 if live and not self._advance(live):
                     waiting.extendleft(reversed([row for row in running if not row.reason]))
-                    self.slots.halve([row for row in running if not row.reason])
-                    running = [row for row in running if row.reason]
-                    continue
+                    self.slots.halve(running)
+                    running = rows = [row for row in running if row.reason]
                 yield rows
                 for row in rows:
                     if row.reason:
@@ -161,12 +160,12 @@ class Engine:
         """Add a token to each row. Return False, and add none, if memory runs out with several rows."""
         try:
             logits = self.slots.forward(rows)
+            began = perf_counter()
+            self._take(rows, logits)
         except (RuntimeError, MemoryError) as error:
             if not machine.is_out_of_memory(error) or self.slots.taken < 2:
                 raise
             return False
-        began = perf_counter()
-        self._take(rows, logits)
         self.timing.decode_seconds += perf_counter() - began
         return True
 
@@ -209,21 +208,24 @@ class Engine:
         return min(request.params.max_new_tokens, window - length)
 
     def _take(self, rows: Sequence[Row], logits: Tensor) -> None:
-        """Draw a token for each row from ``logits`` (rows, vocabulary) and end the rows that are complete."""
+        """Draw a token for each row from ``logits`` (rows, vocabulary) and end the rows that are complete.
+
+        All are drawn before the first is added: if memory runs out, no row has a token.
+        """
+        taken: list[tuple[Row, list[tuple[int, float]], int, float, float]] = []
         for params, members in _by_params(rows).items():
             mine = [rows[index] for index in members]
             scores = logits if len(members) == len(rows) else logits[members]
             drawn = self._draw(mine, scores, params)
-            likeliest = _likeliest(scores, params.top_logprobs) if params.top_logprobs else None
-            columns = zip(
-                mine, *(column.tolist() for column in (drawn.tokens, drawn.logprobs, drawn.rule_logprobs))
-            )
-            for index, (row, token, logprob, rule_logprob) in enumerate(columns):
-                row.logprobs.append(logprob)
-                row.rule_logprobs.append(rule_logprob)
-                if likeliest:
-                    row.top.append(likeliest[index])
-                row.add(token)
+            likeliest = _likeliest(scores, params.top_logprobs) if params.top_logprobs else [[]] * len(mine)
+            columns = (column.tolist() for column in (drawn.tokens, drawn.logprobs, drawn.rule_logprobs))
+            taken += zip(mine, likeliest, *columns, strict=True)
+        for row, top, token, logprob, rule_logprob in taken:
+            row.logprobs.append(logprob)
+            row.rule_logprobs.append(rule_logprob)
+            if row.request.params.top_logprobs:
+                row.top.append(top)
+            row.add(token)
 
     @torch.inference_mode()
     def _draw(self, rows: Sequence[Row], scores: Tensor, params: SamplingParams) -> sampling.Drawn:

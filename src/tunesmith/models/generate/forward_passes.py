@@ -82,7 +82,7 @@ class SlotPass:
         adapters = [piece.adapter for piece in pieces]
         if all(adapter in (ACTIVE, self.adapters.active) for adapter in adapters):
             return self._run(pieces)
-        if self.can_stack:
+        if self.can_stack and len({*adapters}) > 1:
             try:
                 return self._together(pieces)
             except CannotStack as reason:

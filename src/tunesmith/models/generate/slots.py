@@ -128,9 +128,9 @@ class Slots:
         self._pass, self.adapters = None, RowAdapters(self.core)
 
     def halve(self, rows: Sequence[Row]) -> None:
-        """Make half as many slots the most. All ``rows`` lose theirs."""
-        self.most = len(rows) // 2
-        self.note(f"out of memory with {len(rows)} rows at once; going on with {self.most}")
+        """Make half as many slots the most. All ``rows``, which are those with a slot, lose theirs."""
+        self.note(f"out of memory with {self.taken} rows at once; going on with {self.taken // 2}")
+        self.most = self.taken // 2
         for row in rows:
             row.slot = -1
         self.release_memory()
@@ -147,10 +147,25 @@ class Slots:
         affordable = int(MEMORY_SHARE * free / (capacity * slot_cache.bytes_per_token(self.core)))
         slots, self.capacity = max(1, min(self.most, max(self.wanted, self.count), affordable)), capacity
         self._made_for = min(self.wanted, self.most)
-        self._pass_of_rows().resize(slots, capacity)
+        slots = self._resize(slots)
         self.held = [self.held[slot] if slot < len(self.held) else [] for slot in range(slots)]
         self._computed_by = (self._computed_by + [None] * slots)[:slots]
         self._free = list(range(slots))
+
+    def _resize(self, slots: int) -> int:
+        """Make ``slots`` slots, fewer and empty ones while memory runs out. Return how many there are."""
+        while True:
+            try:
+                self._pass_of_rows().resize(slots, self.capacity)
+                return slots
+            except (RuntimeError, MemoryError) as error:
+                if not machine.is_out_of_memory(error) or slots == 1:
+                    raise
+            self._pass_of_rows().resize(0, 0)
+            self.held.clear()
+            machine.release_memory(self.core.device)
+            self.note(f"out of memory with {slots} rows at once; going on with {slots // 2}")
+            self.most = slots = slots // 2
 
     def _pass_of_rows(self) -> ForwardPass:
         assert self._pass is not None, "chosen when the first row is admitted"
