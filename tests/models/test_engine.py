@@ -92,16 +92,16 @@ def two_loras() -> Any:
     return [Engine(model, TOKENIZER, most) for most in (1, 1, 2, 3, 4)]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_rows_that_join_and_leave_change_nothing(two_loras: list[Engine], data: st.DataObject) -> None:
     """Prompts of any length, with limits and adapters of their own, in any order, in any number of slots."""
     single, *engines = two_loras
-    count = data.draw(st.integers(1, 6))
+    count = data.draw(st.integers(1, 7))
     rows = prompts(*data.draw(st.lists(st.integers(1, 40), min_size=count, max_size=count)), seed=count)
     wanted = []
     for number, row in enumerate(rows):
-        limit, warm = data.draw(st.integers(0, 6)), data.draw(st.sampled_from([0.0, 1.0]))
+        limit, warm = data.draw(st.integers(0, 9)), data.draw(st.sampled_from([0.0, 1.0]))
         params = SamplingParams(max_new_tokens=limit, temperature=warm, seed=3, stop=frozenset(range(0, 512, 9)))
         wanted.append(Request(tuple(row), params, number, adapter=data.draw(st.sampled_from(["one", "two", None]))))
     alone = []

@@ -47,7 +47,7 @@ class Engine:
     A run that samples from the model it trains keeps one engine (``objectives.Session.sample``). Each call of
     ``run`` computes with the weights as they are at that moment, also of an adapter, and every answer carries
     their ``fingerprint``. The forward pass is chosen and checked in the first call only; it is chosen again if
-    the network gets other layers. ``release`` returns the memory of the slots between two calls. An answer
+    the network gets other layers. ``release`` frees the memory of the slots between two calls. An answer
     depends on its tokens, ``SamplingParams`` (with the seed), ``prompt`` and ``sample`` alone. It has the
     log-probability of each token under the model as it is (``logprobs``) and under the sampling rule
     (``rule_logprobs``), and the ``reason`` why it ended.
@@ -98,8 +98,8 @@ class Engine:
         return [found[request.prompt, request.sample] for request in requests]
 
     def release(self) -> None:
-        """Return the memory of the slots to the system, for example before a training step. No row may run."""
-        self.slots.release_memory()
+        """Free the memory of the slots, for example before a training step. No row may run."""
+        self.slots.drop()
 
     def stream(self, request: Request) -> Iterator[str]:
         """Yield the text of one answer in pieces, each character when all its tokens are there."""

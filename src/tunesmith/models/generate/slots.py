@@ -115,16 +115,15 @@ class Slots:
         if self._pass is not None:
             self._pass.forget()
 
-    def release_memory(self) -> None:
-        """Drop all slots, which no row may have. The next row makes new ones, for the same pass."""
+    def drop(self) -> None:
+        """Free the memory of all slots, which no row may have. The next row makes new ones, for the same pass."""
         if self._pass is not None:
             self._pass.resize(0, 0)
         self.held, self._free, self.capacity, self._made_for = [], [], 0, 0
-        machine.release_memory(self.core.device)
 
     def choose_again(self) -> None:
         """Drop all slots and the pass: the network has other layers, or uses another adapter."""
-        self.release_memory()
+        self.drop()
         self._pass, self.adapters = None, RowAdapters(self.core)
 
     def halve(self, rows: Sequence[Row]) -> None:
@@ -133,7 +132,8 @@ class Slots:
         self.most = self.taken // 2
         for row in rows:
             row.slot = -1
-        self.release_memory()
+        self.drop()
+        machine.release_memory(self.core.device)
 
     def _make(self, needed: int) -> None:
         """Make slots for rows of ``needed`` tokens: as many as are wanted and memory allows, at least one.
