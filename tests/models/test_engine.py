@@ -261,7 +261,10 @@ def out_of_memory(*args: Any, **keys: Any) -> Any:
 def test_rows_that_have_ended_when_memory_runs_out_are_answered_too(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step has a row that may have no token, and rows of two sampling rules."""
     model, rows = tiny_model("llama"), prompts(3, 9, 4, 12)
-    rules = [SamplingParams(max_new_tokens=count, temperature=heat, seed=1, stop=NEVER) for count, heat in ((0, 1.0), (4, 1.0), (4, 0.0), (4, 0.0))]
+    rules = [
+        SamplingParams(max_new_tokens=count, temperature=heat, seed=1, stop=NEVER)
+        for count, heat in ((0, 1.0), (4, 1.0), (4, 0.0), (4, 0.0))
+    ]
     wanted = [Request(tuple(row), rule, number) for number, (row, rule) in enumerate(zip(rows, rules))]
     expected = ids(Engine(model, TOKENIZER), wanted)
     engine, target = (Engine(model, TOKENIZER), SlotPass) if place == "forward" else (Engine(model, TOKENIZER), Engine)
@@ -278,7 +281,11 @@ def test_rows_that_have_ended_when_memory_runs_out_are_answered_too(place: str, 
 
 def test_memory_that_runs_out_for_more_slots_makes_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows, notes = tiny_model("llama"), prompts(3, 9, 4, 12), list[str]()
-    engine, params, resize = Engine(model, TOKENIZER, note=notes.append), SamplingParams(max_new_tokens=6, stop=NEVER), SlotPass.resize
+    engine, params, resize = (
+        Engine(model, TOKENIZER, note=notes.append),
+        SamplingParams(max_new_tokens=6, stop=NEVER),
+        SlotPass.resize,
+    )
     first = ids(engine, requests(rows[:1], params))
     monkeypatch.setattr(SlotPass, "resize", lambda self, slots, size: out_of_memory() if slots > 2 else resize(self, slots, size))
     assert ids(engine, requests(rows, params)) == by_transformers(model, rows, 6, [511]) and first
