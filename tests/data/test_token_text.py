@@ -48,3 +48,12 @@ def test_special_tokens_and_parts_of_characters_are_breaks():
     ids = [tokenizer.eos_token_id, *tokenizer("fox")["input_ids"], *syllable[:-1]]
     text = TokenText(tokenizer).decode(np.array(ids))
     assert text.startswith("\0fox") and set(text[4:]) == {"\0"}
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), sentence_pieces()], ids=["byte level", "byte fallback"])
+def test_rows_decoded_together_have_the_text_of_each(tokenizer):
+    rows = [np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in ("the 힣", "힣", "", *TEXTS)]
+    rows[0], rows[1] = rows[0][:-1], rows[1][-1:]  # a syllable whose bytes end in the next row
+    together = TokenText(tokenizer).decode_rows(np.concatenate(rows), [len(row) for row in rows])
+    assert together == [TokenText(tokenizer).decode(row) for row in rows] and together[3:] == TEXTS
+    assert together[0].endswith("\0") and "힣" not in together[0] + together[1]

@@ -29,23 +29,18 @@ _MIX, _BASE = np.uint64(0x9E3779B97F4A7C15), 0xD6E8FEB86659FD93
 
 def letters(text: str) -> np.ndarray:
     """Return uint32[letters]: the characters after NFC as numbers, a wide one WIDE times."""
-    codes = _codes(unicodedata.normalize("NFC", text))
-    counts = _counts(codes)
-    return codes if counts is None else np.repeat(codes, counts)
+    return counted_letters(unicodedata.normalize("NFC", text))[0]
 
 
-def letter_counts(text: str) -> np.ndarray | None:
-    """Return int64[characters]: the letters of each character of a text in NFC; None if each is one."""
-    return _counts(_codes(text))
-
-
-def _codes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-
-
-def _counts(codes: np.ndarray) -> np.ndarray | None:
+def counted_letters(text: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the letters of a text in NFC, and int64[characters]: the letters of each character; None if each
+    is one."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     wide = codes >= FIRST_WIDE
-    return np.where(wide, WIDE, 1) if wide.any() else None
+    if not wide.any():
+        return codes, None
+    counts = np.where(wide, WIDE, 1)
+    return np.repeat(codes, counts), counts
 
 
 def rolling_hashes(ids: np.ndarray, n: int) -> np.ndarray:

@@ -8,7 +8,7 @@ training tokens are read once, from the encoded files, with a rolling hash.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from tunesmith.data.encode.token_text import TokenText
 from tunesmith.data.row_problems import shorten
 from tunesmith.data.store.cache import forget
 from tunesmith.data.store.encoded_rows import Encoded
-from tunesmith.data.text_windows import SHARED, WIDE, letter_counts, letters, rolling_hashes
+from tunesmith.data.text_windows import SHARED, WIDE, counted_letters, rolling_hashes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ HEADS = (5, 10)
 PIECE_SHARE of the rows have them: ``user`` or ``assistant`` on a line."""
 
 LISTED = 10
-BLOCK = 1 << 16
+BLOCK = 1 << 14
 """Tokens read at a time: the arrays of their letters fit into the processor's cache."""
 
 SCATTERED = 64
@@ -84,25 +84,46 @@ def passage(letters: int) -> str:
     return f"a passage of {letters} letters or more ({-(-letters // WIDE)} Hangul syllables or ideographs)"
 
 
+class _Known:
+    """The distinct hashes of held-out passages, sorted, to be looked up in training text."""
+
+    def __init__(self, hashes: np.ndarray) -> None:
+        self.hashes, self.number = np.unique(hashes, return_inverse=True)
+        bits = min(26, max(12, len(self.hashes).bit_length() + 3))
+        self._high, self._low = np.uint64(64 - bits), np.uint64((1 << bits) - 1)
+        self._maybe = np.zeros((2, 1 << bits), np.bool_)  # high and low bits rule out most of the training letters
+        self._maybe[0, self.hashes >> self._high] = self._maybe[1, self.hashes & self._low] = True
+
+    def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (place, number of the known hash) of those of ``hashes`` that are known."""
+        places = np.flatnonzero(self._maybe[0][hashes >> self._high])
+        places = places[self._maybe[1][hashes[places] & self._low]]
+        number = np.searchsorted(self.hashes, hashes[places])
+        number[number == len(self.hashes)] = 0
+        same = self.hashes[number] == hashes[places]
+        return places[same], number[same]
+
+    def count_rows(self, number: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Return the number of rows that have each known hash; a row counts once."""
+        pairs = np.sort((number << 32) + row)
+        once = pairs[np.diff(pairs, prepend=-1) != 0]
+        return np.bincount(once >> 32, minlength=len(self.hashes))
+
+
 @dataclass(frozen=True)
 class _Letters:
-    """Letters of joined examples, with the example and the loss mask of each letter.
+    """Letters of joined examples, and the number of letters up to the end of each example.
 
     The letter 0 is a break: a special token, or the end of an example.
     """
 
     codes: np.ndarray
-    owner: np.ndarray
-    supervised: np.ndarray
+    examples: np.ndarray
+    ends: np.ndarray
 
-    @classmethod
-    def of(cls, data: Encoded, examples: np.ndarray, text: TokenText) -> _Letters:
-        found = _read(data, examples, lambda example: _letters_of(example, text))
-        codes, masks = ([pair[side] for pair in found] for side in (0, 1))
-        owner = np.repeat(examples, [len(part) for part in codes])
-        return cls(
-            np.concatenate([*codes, np.empty(0, np.uint32)]), owner, np.concatenate([*masks, [False]])[:-1]
-        )
+    def owner(self, positions: np.ndarray) -> np.ndarray:
+        """Return the example of each of these letters."""
+        return self.examples[np.searchsorted(self.ends, positions, side="right")]
 
     def hashes(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (position, hash) of every run of ``n`` letters without a break."""
@@ -112,10 +133,26 @@ class _Letters:
 
     def heads(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (position, hash) of the ``n`` letters after each break."""
-        hashed = rolling_hashes(self.codes, n)
-        breaks = np.flatnonzero(np.concatenate([[True], self.codes == 0])[: len(hashed)])
-        positions = breaks[_none_marked(self.codes == 0, breaks, n)]
-        return positions, hashed[positions]
+        breaks = self._breaks()
+        starts = np.concatenate([[0], breaks[:-1] + 1])
+        positions = starts[breaks - starts >= n]
+        return positions, rolling_hashes(self.codes[positions[:, None] + np.arange(n)].reshape(-1), n)[::n]
+
+    def find(self, known: _Known, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (position, number of the known hash) of every known run of ``n`` letters without a break."""
+        positions, number = known.find(rolling_hashes(self.codes, n))
+        breaks = self._breaks()
+        whole = breaks[np.searchsorted(breaks, positions)] >= positions + n
+        return positions[whole], number[whole]
+
+    def find_heads(self, known: _Known, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what :meth:`find` does, of the ``n`` letters after each break."""
+        positions, hashes = self.heads(n)
+        places, number = known.find(hashes)
+        return positions[places], number
+
+    def _breaks(self) -> np.ndarray:
+        return np.append(np.flatnonzero(self.codes == 0), len(self.codes))
 
 
 def contamination(
@@ -133,14 +170,14 @@ def contamination(
     if not all("input_ids" in entry.values for entry in (*train.entries, *held.entries)):
         return None
     text, examples = TokenText(tokenizer), np.arange(len(held))
-    ours = _Letters.of(held, examples, text)
+    ours, supervised = _held_letters(held, text)
     positions, hashes = ours.hashes(shared)
     compared = _none_marked(_template(train, ours, text), positions, shared)
     positions, hashes = positions[compared], hashes[compared]
     long = np.zeros(len(held), np.bool_)
-    long[ours.owner[positions]] = True
-    hits = _hits(train, positions, hashes, ours.supervised, shared, text)
-    rows, all_rows = _row_ids(held, ours.owner[hits[0]]), _row_ids(held, examples)
+    long[ours.owner(positions)] = True
+    hits = _hits(train, positions, hashes, supervised, shared, text)
+    rows, all_rows = _row_ids(held, ours.owner(hits[0])), _row_ids(held, examples)
     first = np.sort(np.unique(rows, return_index=True)[1])
     listed = hits[:3, first[:LISTED]].T.tolist()
     total = len(np.unique(all_rows))
@@ -162,7 +199,8 @@ def _hits(
     Row 0 is the position in the held-out letters. Rows 1 and 2 are the source of the first match and its
     example in that source. Row 3 is 1 where a letter of the passage is supervised.
     """
-    known, number = np.unique(hashes, return_inverse=True)
+    known = _Known(hashes)
+    number = known.number
     counts, first = _find_in_training(train, known, n, text)
     common = max(1, min(COMMON_ROWS, len(train) // 2))
     phrases = _mark(len(supervised), positions[counts[number] > common], n)
@@ -171,13 +209,33 @@ def _hits(
     return np.stack([positions[hit], *first[:, number[hit]], answered])
 
 
-def _letters_of(example: Example, text: TokenText) -> tuple[np.ndarray, np.ndarray]:
-    """Return letters and loss mask of an example, with a 0 at the end."""
-    codes, masks = [], []
-    for string, supervised in _runs(example, text):
-        codes.append(letters(string))
-        masks.append(np.full(len(codes[-1]), supervised))
-    return np.concatenate([*codes, [0]]).astype(np.uint32), np.concatenate([*masks, [False]])
+def _held_letters(held: Encoded, text: TokenText) -> tuple[_Letters, np.ndarray]:
+    """Return the letters of the held-out examples, and the loss mask of each letter."""
+    codes, masks, sizes = [], [], []
+    for example in _read(held, np.arange(len(held))):
+        runs = _runs(example, text)
+        found = [counted_letters(string)[0] for string, _ in runs]
+        codes += [*found, np.zeros(1, np.uint32)]
+        masks += [*(np.full(len(part), mask) for part, (_, mask) in zip(found, runs)), np.zeros(1, np.bool_)]
+        sizes.append(1 + sum(map(len, found)))
+    return _Letters(np.concatenate(codes), np.arange(len(held)), np.cumsum(sizes)), np.concatenate(masks)
+
+
+def _sampled_letters(train: Encoded, text: TokenText) -> tuple[_Letters, int]:
+    """Return the letters of a sample of at most SAMPLED training examples, and the number of these."""
+    sample = np.unique(np.linspace(0, len(train) - 1, min(len(train), SAMPLED)).astype(np.int64))
+    strings: list[str] = []
+    for part in np.array_split(sample, -(-len(sample) // SCATTERED)):
+        rows = [example["input_ids"] for example in _read(train, part)]
+        strings += text.decode_rows(np.concatenate(rows), [len(row) for row in rows])
+    return _join(strings, sample), len(sample)
+
+
+def _join(strings: Sequence[str], examples: np.ndarray) -> _Letters:
+    """Return the letters of the texts of ``examples``."""
+    codes, counts = counted_letters("\0".join([*strings, ""]))
+    ends = np.cumsum([len(string) + 1 for string in strings])
+    return _Letters(codes, examples, ends if counts is None else np.cumsum(counts)[ends - 1])
 
 
 def _runs(example: Example, text: TokenText) -> list[tuple[str, bool]]:
@@ -193,53 +251,36 @@ def _runs(example: Example, text: TokenText) -> list[tuple[str, bool]]:
     return [(text.decode(ids[a:b]), bool(mask[a])) for a, b in pairwise(cuts) if a < b]
 
 
-def _read(
-    data: Encoded, examples: np.ndarray, take: Callable[[Example], tuple[np.ndarray, np.ndarray]]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return ``take(example)`` of each example. Release the mapped files after every SCATTERED examples."""
-    parts = []
+def _read(data: Encoded, examples: np.ndarray) -> Iterator[Example]:
+    """Yield examples. Release the mapped files after every SCATTERED of them."""
     for number, index in enumerate(examples.tolist(), 1):
-        parts.append(take(data[index]))
+        yield data[index]
         if number % SCATTERED == 0:
             for entry in data.entries:
                 for values in entry.values.values():
                     forget(values)
-    return parts
 
 
 def _find_in_training(
-    train: Encoded, known: np.ndarray, n: int, text: TokenText
+    train: Encoded, known: _Known, n: int, text: TokenText
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return how many training rows have each hash, and the source and the example of its first match."""
-    counts = np.zeros(len(known), np.int64)
-    first = np.full((2, len(known)), -1, np.int64)
-    if not len(known):
+    counts = np.zeros(len(known.hashes), np.int64)
+    first = np.full((2, len(known.hashes)), -1, np.int64)
+    if not len(known.hashes):
         return counts, first
-    bits = min(26, max(12, len(known).bit_length() + 3))
-    shift = np.uint64(64 - bits)
-    maybe = np.zeros(1 << bits, np.bool_)  # one look-up here rules out most of the training letters
-    maybe[known >> shift] = True
-    for source, rows, example, codes in _blocks(train, text):
-        hashed = rolling_hashes(codes, n)
-        positions = np.flatnonzero(maybe[hashed >> shift])
-        number = np.searchsorted(known, hashed[positions])
-        number[number == len(known)] = 0
-        same = known[number] == hashed[positions]
-        positions, number = positions[same], number[same]
-        whole = _none_marked(codes == 0, positions, n)
-        positions, number = positions[whole], number[whole]
-        once = np.unique(
-            (number << 32) + rows[example[positions]]
-        )  # a row counts once, even if it has the passage several times
-        counts += np.bincount(once >> 32, minlength=len(known))
+    for source, rows, block in _blocks(train, text):
+        positions, number = block.find(known, n)
+        example = block.owner(positions)
+        counts += known.count_rows(number, rows[example])
         new, at = np.unique(number, return_index=True)
         new, at = new[first[0, new] < 0], at[first[0, new] < 0]
-        first[0, new], first[1, new] = source, example[positions[at]]
+        first[0, new], first[1, new] = source, example[at]
     return counts, first
 
 
-def _blocks(data: Encoded, text: TokenText) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield blocks of training text: (source, row of each example, example of each letter, letters).
+def _blocks(data: Encoded, text: TokenText) -> Iterator[tuple[int, np.ndarray, _Letters]]:
+    """Yield blocks of training text: (source, row of each of its examples, letters).
 
     Tokens that the length policy cut off are left out. A block ends at the end of an example, so a row is in
     two blocks only if it has several examples.
@@ -254,32 +295,29 @@ def _blocks(data: Encoded, text: TokenText) -> Iterator[tuple[int, np.ndarray, n
         while example < len(entry):
             past = max(example + 1, int(np.searchsorted(starts, starts[example] + BLOCK, side="right")) - 1)
             numbers = np.flatnonzero(used[example:past]) + example
-            begins = starts[numbers].tolist()
-            strings = [text.decode(ids[at : at + size]) for at, size in zip(begins, used[numbers].tolist())]
-            joined = "\0".join(strings)
-            owner = np.repeat(numbers, [len(string) + 1 for string in strings])[: len(joined)]
-            sizes = letter_counts(joined)
-            yield source, entry.row, owner if sizes is None else np.repeat(owner, sizes), letters(joined)
+            block = ids[starts[example] : starts[past]]
+            if len(block) > used[numbers].sum():
+                begins = starts[numbers].tolist()
+                kept = [ids[at : at + size] for at, size in zip(begins, used[numbers].tolist())]
+                block = np.concatenate([*kept, block[:0]])
+            strings = text.decode_rows(block, used[numbers].tolist())
+            yield source, entry.row, _join(strings, numbers)
             forget(ids)
             example = past
 
 
 def _template(train: Encoded, ours: _Letters, text: TokenText) -> np.ndarray:
     """Return bool[letters]: the held-out letters that belong to the template (see PIECE and HEADS)."""
-    sample = np.unique(np.linspace(0, len(train) - 1, min(len(train), SAMPLED)).astype(np.int64))
-    sampled = _Letters.of(train, sample, text)
-    most = max(1, min(COMMON_ROWS, len(sample) // 2), PIECE_SHARE * len(sample))
+    sampled, rows = _sampled_letters(train, text)
+    most = max(1, min(COMMON_ROWS, rows // 2), PIECE_SHARE * rows)
     marked = np.zeros(len(ours.codes), np.bool_)
-    for size, find in [(PIECE, _Letters.hashes), *((size, _Letters.heads) for size in HEADS)]:
-        positions, pieces = find(sampled, size)
-        owner = sampled.owner[positions]
-        order = np.lexsort((owner, pieces))
-        pieces, owner = pieces[order], owner[order]
-        once = np.ones(len(pieces), np.bool_)  # a piece counts once for each row
-        once[1:] = (pieces[1:] != pieces[:-1]) | (owner[1:] != owner[:-1])
-        distinct, count = np.unique(pieces[once], return_counts=True)
-        positions, hashes = find(ours, size)
-        marked |= _mark(len(marked), positions[np.isin(hashes, distinct[count > most])], size)
+    for size, heads in [(PIECE, False), *((size, True) for size in HEADS)]:
+        positions, hashes = ours.heads(size) if heads else ours.hashes(size)
+        if len(positions):
+            known = _Known(hashes)
+            places, number = sampled.find_heads(known, size) if heads else sampled.find(known, size)
+            counts = known.count_rows(number, sampled.owner(places))
+            marked |= _mark(len(marked), positions[counts[known.number] > most], size)
     return marked
 
 
@@ -314,10 +352,10 @@ def _shared_text(
     ``hit``: position in ``ours``, source of the training row, its example in that source.
     """
     here, source, example = hit
-    owner, entry = int(ours.owner[here]), train.entries[source]
-    start = here - int(np.searchsorted(ours.owner, owner))
+    owner, entry = int(ours.owner(np.array([here]))[0]), train.entries[source]
+    start = here - int(np.concatenate([[0], ours.ends])[owner])
     string = "".join(part for part, _ in _runs(held[owner], text))
-    sizes = letter_counts(string)
+    _, sizes = counted_letters(string)
     place = start if sizes is None else int(np.searchsorted(np.cumsum(sizes), start, side="right"))
     begin, past = entry.starts["input_ids"][example : example + 2]
     theirs = text.decode(entry.values["input_ids"][begin:past])
