@@ -91,7 +91,9 @@ class _Known:
         self.hashes, self.number = np.unique(hashes, return_inverse=True)
         bits = min(26, max(12, len(self.hashes).bit_length() + 3))
         self._high, self._low = np.uint64(64 - bits), np.uint64((1 << bits) - 1)
-        self._maybe = np.zeros((2, 1 << bits), np.bool_)  # high and low bits rule out most of the training letters
+        self._maybe = np.zeros(
+            (2, 1 << bits), np.bool_
+        )  # high and low bits rule out most of the training letters
         self._maybe[0, self.hashes >> self._high] = self._maybe[1, self.hashes & self._low] = True
 
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
