@@ -28,6 +28,14 @@ class ReadOnceError(DataError):
     """A stream, which cannot be inspected before training reads it."""
 
 
+class SettingError(UserError):
+    """A setting out of its range. The command line names its flag instead of ``name``."""
+
+    def __init__(self, name: str, value: object, expected: str) -> None:
+        super().__init__(f"{name} is {value!r}; expected {expected}")
+        self.name, self.value, self.expected = name, value, expected
+
+
 class ModelError(UserError):
     """A model name or folder that cannot be used."""
 

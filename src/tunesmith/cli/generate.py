@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith import files
+from tunesmith import __version__
 from tunesmith.cli import options
-from tunesmith.cli.output import console, json_line, print_result, print_stderr
-from tunesmith.cli.predict import check_new_file
+from tunesmith.cli.answer_progress import AnswerProgress
+from tunesmith.cli.output import print_result, print_stderr
+from tunesmith.cli.sampling_flags import SamplingFlags, with_flags
 from tunesmith.errors import UserError
 from tunesmith.json_types import JsonObject
 
 if TYPE_CHECKING:
-    from tunesmith.data.read.prompts import AskedPrompt
-    from tunesmith.models.generate.decode import Loaded
+    from tunesmith.data.data_config import Source
+    from tunesmith.data.read.prompts import AskedPrompt, PromptFile
+    from tunesmith.evaluate.answer_prompts import Queue
+
+SHOWN = 3
+"""Answers that are printed when all are written to a file."""
 
 
+@with_flags()
 def generate(
     model: options.Model,
+    sampling: SamplingFlags,
     prompt: Annotated[str | None, typer.Option(help="Prompt to answer.")] = None,
     data: Annotated[str | None, typer.Option(help="Rows to answer, read as training reads them.")] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-k", min=1, help="Answers to each prompt, each drawn by itself.")
+    ] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="New jsonl file for prompts and answers; the same command continues it after a kill."
+        ),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin the file of --out again, whatever it was made with.")
+    ] = False,
     format: options.Format = None,
     column: options.Columns = None,
     limit: options.Limit = None,
@@ -31,14 +51,11 @@ def generate(
     system: options.System = None,
     template_kwarg: options.TemplateKwargs = None,
     plain: Annotated[bool, typer.Option("--plain", help="Continue the text; no chat template.")] = False,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    seed: Annotated[int, typer.Option(help="Same seed, same answers, whatever the batch.")] = 0,
     precision: options.Precision = "auto",
-    batch_size: Annotated[int, typer.Option(help="Prompts answered at once.")] = 8,
-    out: Annotated[Path | None, typer.Option(help="New jsonl file for prompts and answers.")] = None,
+    max_running: Annotated[
+        int | None,
+        typer.Option(min=1, help="Answers generated at once.", show_default="as memory allows, at most 64"),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Answer a prompt, or every prompt of a file. Answers in the file are kept next to the model's."""
@@ -49,91 +66,130 @@ def generate(
         raise UserError(
             "--template-kwarg does nothing with --plain, which uses no template. Leave out one of the two."
         )
-    check_new_file(out)
+    if samples > 1 and sampling.values["temperature"] == 0:
+        raise UserError(
+            f"-k {samples} with --temperature 0 gives the same answer {samples} times. Add --temperature 0.8, or "
+            "leave out -k."
+        )
     from tunesmith.data.read.prompts import AskedPrompt
+    from tunesmith.evaluate import answer_file
 
-    asked = [AskedPrompt(1, prompt or "", None)]
+    if out is not None:
+        answer_file.check_target(out)
+    asked: Iterable[AskedPrompt] = [AskedPrompt(1, prompt or "", None)]
+    count, read = 1, {}
     if data is not None:
         reading = {"format": format, "columns": options.parse_columns(column) or None}
-        asked = _read(model, data, reading, limit=limit, split=split, name=name)
-
-    from rich.progress import Progress
+        source, file = _open(model, data, reading, limit=limit, split=split, name=name)
+        asked, count = file, _check(file)
+        read = {"data": _describe_data(source)}
 
     from tunesmith.data.encode.templates import apply_template
+    from tunesmith.evaluate.answer_prompts import Queue
     from tunesmith.models.generate import decode
-    from tunesmith.models.generate.sampling import SamplingParams
     from tunesmith.models.load.compute_dtype import cast_and_move
     from tunesmith.models.load.load import load
 
-    settings: JsonObject = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    settings |= {"top_k": top_k, "seed": seed}
-    SamplingParams(**settings)  # reports a wrong setting before the model is loaded
     print_stderr(f"loading {model}")
     pair = load(model)
+    decode.check_writes(pair[0])
     chosen_dtype = cast_and_move(pair[0], precision)
     print_stderr(str(chosen_dtype))
     if kwargs:
         apply_template(pair[1], None, kwargs)
-    _warn_of_omitted_text(asked, pair)
-    with Progress(console=console(), transient=True, disable=data is None) as progress:
-        task = progress.add_task("generating", total=len(asked))
-        answers = decode.generate(
-            pair, [one.prompt for one in asked], system=system, plain=plain, max_running=batch_size,
-            on_answer=lambda row, answer: progress.advance(task), **settings,
-        )  # fmt: skip
-    rows = [_answered(one, answer) for one, answer in zip(asked, answers, strict=True)]
-    if out is not None:
-        files.make_folder(out.parent)
-        files.replace_file(out, "".join(map(json_line, rows)).encode())
-        print_stderr(f"{len(rows)} answers written to {out}")
-    facts: JsonObject = {"model": model, "precision": chosen_dtype.as_dict()}
-    facts |= {"settings": settings, "answers": rows}
-    facts["out"] = str(out) if out else None
-    print_result(facts, as_json, lambda _: None if out else _answers(rows))
+    queue = Queue(
+        pair, asked, count, sampling.params(pair), samples, system, plain, max_running, sampling.wants_logprobs,
+        note=print_stderr,
+    )  # fmt: skip
+    for warning in queue.check():
+        print_stderr(f"warning: {warning}")
+    facts: JsonObject = {"model": model, "precision": chosen_dtype.as_dict(), "settings": sampling.values}
+    if out is None:
+        facts |= _answer(queue, show=data is not None)
+        print_result(facts, as_json, lambda facts: _answers(facts["answers"]))
+        return
+    made_with = {"tunesmith": __version__, "model": options.label(model), **queue.describe(), **read}
+    made_with |= {"sampling": sampling.values}
+    facts |= _answer_to_file(queue, out, made_with, restart)
+    print_result(facts, as_json, lambda facts: f"{facts['rows']:,} answers written to {out}")
 
 
-def _read(model: str, data: str, reading: JsonObject, **keys: object) -> list[AskedPrompt]:
-    """Return the prompts of a file, read with the columns of the model's training. Raises UserError."""
+def _open(model: str, data: str, reading: JsonObject, **keys: object) -> tuple[Source, PromptFile]:
+    """Open the prompts of a file, read with the columns of the model's training. Raises UserError."""
     from tunesmith.data.read import prompts
     from tunesmith.evaluate import trained_reading
 
     trained = trained_reading.trained_with(model)
     source = trained_reading.source_as_trained(trained, data, prompts.ROWS, reading, keys, prompts=True)
-    asked, description = prompts.read_prompts(source, trained.get("rows") or ())
-    known = sum(one.reference is not None for one in asked)
-    print_stderr(
-        f"{source.label}: {description}; {len(asked):,} prompts, {known:,} with an answer to compare"
-    )
-    return asked
+    return source, prompts.open_prompts(source, trained.get("rows") or ())
 
 
-def _warn_of_omitted_text(asked: list[AskedPrompt], pair: Loaded) -> None:
-    """Warn of prompts whose text or tools the chat template leaves out, with an example."""
-    from tunesmith.data.encode.conversations import find_omitted_text
-    from tunesmith.data.encode.templates import RENDER_ERRORS, Renderer
-    from tunesmith.data.rows import Chat
+def _check(file: PromptFile) -> int:
+    """Read the whole file once and return the number of its prompts. Raises DataError with all bad rows."""
+    count, known = file.check()
+    print_stderr(f"{file.description}; {count:,} prompts, {known:,} with an answer to compare")
+    return count
 
-    tokenizer = pair[1]
-    if not tokenizer.chat_template:
-        return
-    renderer = Renderer(tokenizer)
-    chats = [(one.row, one.prompt) for one in asked if isinstance(one.prompt, Chat)]
-    try:
-        losing = [(row, omitted) for row, chat in chats if (omitted := find_omitted_text(chat, renderer))]
-    except RENDER_ERRORS:  # the template refuses the conversation; generation reports that
-        return
-    if losing:
-        row, omitted = losing[0]
-        print_stderr(
-            f"warning: the chat template leaves out text of {len(losing):,} prompts; of row {row}: {'; '.join(omitted)}"
+
+def _describe_data(source: Source) -> JsonObject:
+    from tunesmith.data.store.encode_source import content_hash
+
+    keys = source.model_dump(exclude_defaults=True) | {"path": options.label(source.path)}
+    return {**keys, "sha256": content_hash(source)}
+
+
+def _answer(queue: Queue, show: bool) -> JsonObject:
+    """Return the answers of a queue in order, and its summary. ``show``: show the progress."""
+    total = queue.count * queue.samples
+    lines: dict[int, JsonObject] = {}
+    with AnswerProgress(total if show else 0, queue) as progress:
+        for index, line in queue.run():
+            lines[index] = line
+            progress.add(line["tokens"])
+    answers = [lines[index] for index in range(total)]
+    return {"answers": answers, "summary": _summary(queue, progress), "out": None}
+
+
+def _answer_to_file(queue: Queue, out: Path, made_with: JsonObject, restart: bool) -> JsonObject:
+    """Write the answers of a queue to ``out``, or continue it. Returns the first few, and the summary."""
+    from tunesmith.evaluate.answer_file import AnswerFile, partial_path, read_first
+
+    total = queue.count * queue.samples
+    kept = AnswerFile(out, made_with, total, queue.block_prompts * queue.samples, queue.is_exact, restart)
+    with kept, AnswerProgress(0 if kept.complete else total, queue, kept.done) as progress:
+        if kept.complete:
+            print_stderr(f"{out} is complete: it was made by this command")
+        elif kept.done:
+            print_stderr(f"continuing {partial_path(out)}: {kept.done:,} of {total:,} answers are there")
+        try:
+            if not kept.complete:
+                for index, line in queue.run(kept.has):
+                    kept.add(index, line)
+                    progress.add(line["tokens"])
+                kept.finish()
+        except KeyboardInterrupt:
+            print_stderr(f"{kept.done:,} of {total:,} answers are kept in {partial_path(out)}. "
+                         "Type the same command again to continue.")  # fmt: skip
+            raise
+    first = read_first(out, SHOWN)
+    return {"rows": total, "first": first, "summary": _summary(queue, progress), "out": str(out)}
+
+
+def _summary(queue: Queue, progress: AnswerProgress) -> JsonObject:
+    """Print seconds and tokens of this command, and return them."""
+    from tunesmith.evaluate.answer_prompts import speed
+
+    facts = {"answers": progress.answers, "tokens": progress.tokens, **speed(queue.timing)}
+    if progress.answers:
+        prefill, decode = (
+            f"{facts[f'{part}_seconds']:.1f} s, {facts[f'{part}_tokens_per_second'] or 0:,.0f} tokens/s"
+            for part in ("prefill", "decode")
         )
-
-
-def _answered(asked: AskedPrompt, answer: str) -> JsonObject:
-    """Return one line of ``--out``: row, prompt, answer, and the data's answer as ``reference``."""
-    known = asked.as_dict()
-    reference = {"reference": known.pop("reference")} if "reference" in known else {}
-    return {**known, "answer": answer, **reference}
+        print_stderr(
+            f"{progress.answers:,} {'answer' if progress.answers == 1 else 'answers'}, {progress.tokens:,} tokens; "
+            f"prefill of {facts['prefill_tokens']:,} tokens: {prefill}; decoding: {decode}"
+        )
+    return facts
 
 
 def _answers(rows: list[JsonObject]) -> str:

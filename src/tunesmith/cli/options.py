@@ -65,12 +65,7 @@ TemplateKwargs = Annotated[
     ),
 ]
 
-# generation
 System = Annotated[str | None, typer.Option(help="System message.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 = always the most likely token.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this total probability.")]
-TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 = all.")]
 
 
 def parse_template_kwargs(given: list[str] | None) -> JsonObject:
@@ -90,6 +85,11 @@ def parse_template_kwargs(given: list[str] | None) -> JsonObject:
         except ValueError:
             kwargs[name] = value
     return kwargs
+
+
+def label(path: str) -> str:
+    """Return the name of a file or folder that is on this machine, and any other name as it is."""
+    return Path(path).name if Path(path).exists() else path
 
 
 def parse_columns(given: list[str] | None) -> dict[str, str | list[str]]:

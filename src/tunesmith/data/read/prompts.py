@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tunesmith.data.data_config import Source
@@ -62,35 +62,79 @@ def _shown(reference: TextOrTurns) -> str | list[Message]:
     return str(reference[0]["content"]) if only_text else list(reference)
 
 
-def read_prompts(source: Source, trained_on: Sequence[str] = ()) -> tuple[list[AskedPrompt], str]:
-    """Return the prompts of a source, and a description of its format and columns.
+@dataclass(frozen=True)
+class PromptFile:
+    """The prompts of a source. Each iteration reads the file again, row by row.
+
+    ``plain``: a prompt that is only text is continued without a chat template."""
+
+    opened: OpenedSource
+    plain: bool
+
+    @property
+    def description(self) -> str:
+        """The format and the columns."""
+        return f"{self.opened.source.label}: {self.opened.description}"
+
+    def check(self) -> tuple[int, int]:
+        """Read all rows; return the number of prompts and of those with an answer in the file.
+
+        Raises DataError with every row that cannot be read, and for a file without prompts."""
+        problems: list[RowProblem] = []
+        prompts = references = 0
+        for item in self._items():
+            if isinstance(item, RowProblem):
+                problems.append(item)
+            else:
+                prompts, references = prompts + 1, references + (item.reference is not None)
+        if problems:
+            raise bad_rows_error(problems, len(problems), "Nothing was generated.")
+        if not prompts:
+            raise DataError(f"{self.opened.source.label} has no prompts. Add rows, or name another file.")
+        return prompts, references
+
+    def __iter__(self) -> Iterator[AskedPrompt]:
+        """Yield the prompts. Raises DataError for a row that cannot be read, which ``check`` reports first."""
+        for item in self._items():
+            if isinstance(item, RowProblem):
+                raise bad_rows_error([item], 1, "The file changed while it was read.")
+            yield item
+
+    def _items(self) -> Iterator[AskedPrompt | RowProblem]:
+        seen: Record | None = None
+        for item in self.opened.rows():
+            if isinstance(item, RowProblem):
+                yield item
+            elif item[0] is not seen:  # a pair that became two rows has one prompt
+                seen, row = item
+                found = _split(row, self.plain)
+                if found is None:
+                    fix = "Add the question, or delete the row."
+                    yield seen.problem("row", "a turn to answer", "only answers", fix)
+                else:
+                    yield AskedPrompt(seen.row, *found)
+
+
+def open_prompts(source: Source, trained_on: Sequence[str] = ()) -> PromptFile:
+    """Open the prompts of a source.
 
     ``trained_on``: names of the row types that the model was trained on, if known. The file is read as rows
     of these types if possible. If neither Chat nor Prompt is among them, a prompt is text without a chat
-    template. Raises DataError for a file without prompts and for rows that cannot be read."""
+    template. Raises DataError for a file that cannot be read as prompts."""
     sampled = Prompt.__name__ in trained_on
     preferred = (Prompt,) if sampled else tuple(kind for kind in ROWS if kind.__name__ in trained_on)
-    opened = _open(source, preferred)
     plain = bool(trained_on) and not sampled and Chat.__name__ not in trained_on
-    prompts: list[AskedPrompt] = []
-    problems: list[RowProblem] = []
-    seen: Record | None = None
-    for item in opened.rows():
-        if isinstance(item, RowProblem):
-            problems.append(item)
-        elif item[0] is not seen:  # a pair that became two rows has one prompt
-            seen, row = item
-            found = _split(row, plain)
-            if found is None:
-                fix = "Add the question, or delete the row."
-                problems.append(seen.problem("row", "a turn to answer", "only answers", fix))
-            else:
-                prompts.append(AskedPrompt(seen.row, *found))
-    if problems:
-        raise bad_rows_error(problems, len(problems), "Nothing was generated.")
-    if not prompts:
-        raise DataError(f"{source.label} has no prompts. Add rows, or name another file.")
-    return prompts, opened.description
+    return PromptFile(_open(source, preferred), plain)
+
+
+def read_prompts(source: Source, trained_on: Sequence[str] = ()) -> tuple[list[AskedPrompt], str]:
+    """Return all prompts of a source as a list, and a description of its format and columns.
+
+    ``trained_on`` as in ``open_prompts``. Raises DataError for a file without prompts and for rows that cannot
+    be read."""
+    file = open_prompts(source, trained_on)
+    file.check()
+    return list(file), file.opened.description
 
 
 def _open(source: Source, preferred: tuple[type, ...]) -> OpenedSource:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tunesmith.errors import UserError
+from tunesmith.errors import SettingError
 
 NUCLEUS = 256
 """Likeliest tokens that are sorted first for top_p; the whole vocabulary is sorted only if they do not suffice."""
@@ -66,6 +66,18 @@ class SamplingParams:
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
             ("typical_p", self.typical_p, 0 < self.typical_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            (
+                "presence_penalty",
+                self.presence_penalty,
+                math.isfinite(self.presence_penalty),
+                "a finite number",
+            ),
+            (
+                "frequency_penalty",
+                self.frequency_penalty,
+                math.isfinite(self.frequency_penalty),
+                "a finite number",
+            ),
             ("bad_words", self.bad_words, all(self.bad_words), "sequences of at least one token"),
             ("stop_strings", self.stop_strings, all(self.stop_strings), "texts that are not empty"),
             ("choices", self.choices, all(self.choices), "sequences of at least one token"),
@@ -73,7 +85,7 @@ class SamplingParams:
         ]
         for name, value, valid, expected in checks:
             if not valid:
-                raise UserError(f"{name} is {value!r}; expected {expected}")
+                raise SettingError(name, value, expected)
 
     @property
     def reads_tokens(self) -> bool:
