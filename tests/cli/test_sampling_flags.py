@@ -85,7 +85,9 @@ def test_a_flag_sets_its_field(name: str, pair: Any) -> None:
 
 def test_biases_come_from_a_file_too(pair: Any, tmp_path: Path) -> None:
     (tmp_path / "bias.json").write_text(json.dumps({"7": -1.5, "8": 2}))
-    flags = SamplingFlags({**{key: flag.default for key, flag in FLAGS.items()}, "logit_bias": [str(tmp_path / "bias.json"), "9=1"]})
+    flags = SamplingFlags(
+        {**{key: flag.default for key, flag in FLAGS.items()}, "logit_bias": [str(tmp_path / "bias.json"), "9=1"]}
+    )
     assert flags.params(pair).logit_bias == {7: -1.5, 8: 2.0, 9: 1.0}
 
 

@@ -78,9 +78,7 @@ def made(folder: Path, tmp_path: Path) -> Path:
     return out
 
 
-def test_other_settings_are_refused_with_what_changed(
-    folder: Path, made: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_settings_are_refused_with_what_changed(folder: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = made.read_bytes()
 
     def refused(*more: str) -> str:
@@ -90,7 +88,7 @@ def test_other_settings_are_refused_with_what_changed(
         return capsys.readouterr().err
 
     assert "sampling.temperature: 1.0 -> 0.5" in refused("--temperature", "0.5")
-    assert "precision: \"float32\" -> \"bfloat16\"" in refused("--precision", "bf16")
+    assert 'precision: "float32" -> "bfloat16"' in refused("--precision", "bf16")
     assert 'system: null -> "Be brief."' in refused("--system", "Be brief.")
     said = refused("--limit", "3")
     assert "prompts: 11 -> 3" in said and "data.limit: null -> 3" in said and "--restart" in said
