@@ -66,6 +66,7 @@ TemplateKwargs = Annotated[
 ]
 
 System = Annotated[str | None, typer.Option(help="System message.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 
 
 def parse_template_kwargs(given: list[str] | None) -> JsonObject:
