@@ -228,10 +228,10 @@ def test_an_example_has_the_tokens_of_its_chat(name, prompt, response, good, pla
     ((example,),) = encode([row], tokenizer, max_length=None, overlong="error")
     ((whole,),) = conversations.encode(row.written(), tokenizer)
     assert np.array_equal(example["input_ids"], whole["input_ids"])
-    assert np.array_equal(example["learnt"], whole["supervised"])
+    assert np.array_equal(example["supervised"], whole["supervised"])
     prefix, own = example["answers"].tolist()
-    assert prefix + own == len(whole["input_ids"]) and not example["learnt"][:prefix].any()
-    assert example["learnt"][prefix:].argmax() == 0 or prefix == 0
+    assert prefix + own == len(whole["input_ids"]) and not example["supervised"][:prefix].any()
+    assert example["supervised"][prefix:].argmax() == 0 or prefix == 0
     assert example["desirable"].dtype == np.bool_ and example["desirable"].tolist() == [good]
     assert example["input_ids"].dtype == np.int32 and example["prompt_key"].tolist() == [prompt_key(row)]
 
@@ -240,7 +240,7 @@ def test_the_end_of_the_turn_is_supervised_and_what_a_tool_gives_is_not():
     tokenizer = templated("bytes") if "bytes" in ENDING else templated(ENDING[0])
     row = Judged((Q,), ({"role": "assistant", "content": "call"}, {"role": "tool", "content": "gave"}, A), False)
     ((example,),) = encode([row], tokenizer, max_length=None, overlong="error")
-    said = tokenizer.decode(example["input_ids"][example["learnt"]].tolist())
+    said = tokenizer.decode(example["input_ids"][example["supervised"]].tolist())
     assert "call" in said and "gave" not in said and said.count(tokenizer.eos_token) == 2
 
 
@@ -252,7 +252,7 @@ def test_a_long_prompt_is_cut_from_the_left_and_the_response_never():
     cut, gone, kept = encode(rows, tokenizer, max_length=limit, overlong="truncate")
     assert len(cut[0]["input_ids"]) == limit and cut[0]["answers"][1] == whole[0]["answers"][1] and not gone
     assert np.array_equal(cut[0]["input_ids"][-25:], whole[0]["input_ids"][-25:])
-    assert cut[0]["cut"][0] == len(whole[0]["input_ids"]) - limit and cut[0]["learnt"].sum() == whole[0]["learnt"].sum()
+    assert cut[0]["cut"][0] == len(whole[0]["input_ids"]) - limit and cut[0]["supervised"].sum() == whole[0]["supervised"].sum()
     assert cut[0]["desirable"].tolist() == [True] and kept[0]["cut"].tolist() == [0]
     assert encode(rows, tokenizer, max_length=limit, overlong="drop")[:2] == [[], []]
     with pytest.raises(RowFault, match=f"at most {limit} tokens") as fault:
@@ -277,7 +277,7 @@ def test_examples_are_laid_out_as_rankings_of_one_are():
         for number, (example, where) in enumerate(zip(examples, places)):
             assert np.array_equal(flat[where], example["input_ids"])
             mine = (batch["owners"] == number).numpy()
-            assert np.array_equal(batch["labels"].numpy()[mine], example["input_ids"][example["learnt"]])
+            assert np.array_equal(batch["labels"].numpy()[mine], example["input_ids"][example["supervised"]])
         assert batch["counts"] == [1, 1] and len(set(map(key_of, examples))) == 2 and not len(batch["pairs"])
     short = preference_batch.shorten(examples[1], 3, 2)
     assert short["answers"].tolist() == [3, 2] and short["desirable"].tolist() == [False]

@@ -21,6 +21,7 @@ from tunesmith.data.encode.templates import apply_template, special_ends
 from tunesmith.data.read.source import open_source
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Chat, PromptCompletion, Ranking
+from tunesmith.data.store import cache
 from tunesmith.data.store.prepare import prepare
 from tunesmith.objectives import Config, Objective, Traits
 
@@ -68,7 +69,7 @@ def parts(example):
     shared, *lengths = example["answers"].tolist()
     ends = np.cumsum([shared, *lengths])
     for start, end in itertools.pairwise(ends):
-        yield tuple(np.concatenate([example[name][:shared], example[name][start:end]]) for name in ("input_ids", "learnt"))
+        yield tuple(np.concatenate([example[name][:shared], example[name][start:end]]) for name in ("input_ids", "supervised"))
 
 
 def alone(row, tokenizer):
@@ -86,8 +87,8 @@ def check(rows, tokenizer):
         for (ids, learnt), (its, supervised) in zip(parts(example), wholes, strict=True):
             assert np.array_equal(ids, its) and np.array_equal(learnt, supervised)
         shared, *lengths = example["answers"].tolist()
-        assert shared + sum(lengths) == len(example["input_ids"]) == len(example["learnt"]) and min(lengths) >= 1
-        assert not example["learnt"][:shared].any()
+        assert shared + sum(lengths) == len(example["input_ids"]) == len(example["supervised"]) and min(lengths) >= 1
+        assert not example["supervised"][:shared].any()
         longer = {
             tuple(ids[: shared + 1].tolist()) if len(ids) > shared + 1 and not learnt[shared] else None for ids, learnt in wholes
         }
@@ -98,8 +99,9 @@ def check(rows, tokenizer):
         assert np.array_equal(example["margins"], np.array(margins, np.float32)) and example["cut"].tolist() == [0]
         kinds = {name: str(array.dtype) for name, array in example.items()}
         assert kinds == {
-            "input_ids": "int32", "answers": "int32", "learnt": "bool", "pairs": "int32", "margins": "float32", "cut": "int32",
+            "input_ids": "int32", "answers": "int32", "supervised": "bool", "pairs": "int32", "margins": "float32", "cut": "int32",
         }  # fmt: skip
+        assert cache.targets(example) == 1, "a ranking is one unit of the loss, however many tokens are supervised"
 
 
 @pytest.mark.parametrize("kind", ENDING)

@@ -66,15 +66,19 @@ def test_sizes_predict_the_tokens_and_rows_of_a_batch(packed, shared):
 def test_a_shortened_row_keeps_the_end_of_the_prompt_and_the_beginning_of_each_answer(lengths, prefix, own, data):
     common, answers = lengths
     count = common + sum(answers)
-    learnt = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
-    learnt[:common] = False
-    row = {"input_ids": np.arange(count, dtype=np.int32), "learnt": learnt, "answers": np.array([common, *answers], np.int32)}
+    supervised = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+    supervised[:common] = False
+    row = {
+        "input_ids": np.arange(count, dtype=np.int32),
+        "supervised": supervised,
+        "answers": np.array([common, *answers], np.int32),
+    }
     short = preference_batch.shorten(row, prefix, own)
     wholes, shorts = shared_prompts.separate(row), shared_prompts.separate(short)
     cut = max(common - prefix, 0)
     assert [one.tolist() for one in shorts] == [one[cut : common + own].tolist() for one in wholes]
     for own_part, at in zip(short["answers"][1:], np.cumsum(short["answers"])[:-1], strict=True):
-        kept = short["learnt"][at : at + own_part]
-        before = learnt[short["input_ids"][at : at + own_part]]
+        kept = short["supervised"][at : at + own_part]
+        before = supervised[short["input_ids"][at : at + own_part]]
         assert kept.tolist() == before.tolist() if before.any() else kept.all()
-    assert not short["learnt"][: short["answers"][0]].any() and row["answers"][0] == common
+    assert not short["supervised"][: short["answers"][0]].any() and row["answers"][0] == common

@@ -58,7 +58,7 @@ def by_hand(network, example, answer):
     prefix, *lengths = example["answers"].tolist()
     start = prefix + sum(lengths[:answer])
     ids = np.concatenate([example["input_ids"][:prefix], example["input_ids"][start : start + lengths[answer]]])
-    learnt = np.concatenate([example["learnt"][:prefix], example["learnt"][start : start + lengths[answer]]])
+    learnt = np.concatenate([example["supervised"][:prefix], example["supervised"][start : start + lengths[answer]]])
     logits = network(input_ids=torch.from_numpy(ids).long()[None]).logits[0].double().log_softmax(-1)
     return torch.stack([logits[place - 1, ids[place]] for place in np.flatnonzero(learnt) if place])
 
@@ -74,7 +74,7 @@ def trl_inputs(examples):
             rows.append(
                 (
                     np.concatenate([example["input_ids"][:prefix], example["input_ids"][own]]),
-                    np.concatenate([example["learnt"][:prefix], example["learnt"][own]]),
+                    np.concatenate([example["supervised"][:prefix], example["supervised"][own]]),
                 )
             )
     longest = max(len(ids) for ids, _ in rows)

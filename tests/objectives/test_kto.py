@@ -356,9 +356,12 @@ def test_a_pair_is_within_max_length_and_keeps_the_response_and_the_first_token(
         pair = other_response.mismatched_pair(example)
         prompt, response = pair["answers"].tolist()
         own, theirs = (int(one["answers"][0]) for one in (example, other))
-        assert len(pair["input_ids"]) == len(pair["learnt"]) == prompt + response <= max_length
+        assert len(pair["input_ids"]) == len(pair["supervised"]) == prompt + response <= max_length
         assert pair["input_ids"][prompt:].tolist() == other["input_ids"][theirs:].tolist()
-        assert not pair["learnt"][:prompt].any() and pair["learnt"][prompt:].tolist() == other["learnt"][theirs:].tolist()
+        assert (
+            not pair["supervised"][:prompt].any()
+            and pair["supervised"][prompt:].tolist() == other["supervised"][theirs:].tolist()
+        )
         kept = int(adds_bos)
         assert pair["input_ids"][:kept].tolist() == example["input_ids"][:kept].tolist()
         assert pair["input_ids"][kept:prompt].tolist() == example["input_ids"][own - (prompt - kept) : own].tolist()

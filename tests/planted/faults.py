@@ -297,7 +297,7 @@ FAULTS = [
         "prompt-in-the-log-probability",
         "log p(answer | prompt) sums the tokens of the answer alone",
         "data/batch/preference_batch.py",
-        'np.flatnonzero(example["learnt"][part]) + prefix',
+        'np.flatnonzero(example["supervised"][part]) + prefix',
         "np.arange(part.stop - part.start) + prefix - 1",
         "tests/objectives/test_dpo_and_reward.py tests/objectives/test_kto.py",
     ),

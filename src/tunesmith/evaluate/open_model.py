@@ -88,12 +88,14 @@ def open_model(
     head = head_types.kind_of(architecture)
     config = base(network).config
     saved = getattr(config, "tunesmith", None) or {}
-    learnt = trained.get("objective") or {}
-    remembered = saved.get("objective") or learnt.get("type")
+    recorded = trained.get("objective") or {}
+    remembered = saved.get("objective") or recorded.get("type")
     name = objective or remembered or _assumed(head, rewards and config.num_labels == 1)
     module = objectives.module(name)
     keys = (
-        {key: value for key, value in learnt.items() if key != "type"} if name == learnt.get("type") else {}
+        {key: value for key, value in recorded.items() if key != "type"}
+        if name == recorded.get("type")
+        else {}
     )
     try:
         chosen: Objective = module.Objective(

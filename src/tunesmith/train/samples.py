@@ -58,7 +58,7 @@ def _supervised(row: Example) -> tuple[np.ndarray, np.ndarray]:
     ends = np.cumsum(row["answers"])
     chosen = int(row["pairs"][0]) if len(row["pairs"]) else 0  # a row of kto has one answer and no pairs
     kept = np.r_[0 : ends[0], ends[chosen] : ends[chosen + 1]]
-    return row["input_ids"][kept], row["learnt"][kept]
+    return row["input_ids"][kept], row["supervised"][kept]
 
 
 def _split(ids: np.ndarray, supervised: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Prompt:

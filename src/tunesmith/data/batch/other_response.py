@@ -13,7 +13,7 @@ from tunesmith.data.store.encoded_rows import Encoded
 
 
 def attach_other_response(data: Encoded, max_length: int | None, prefix: np.ndarray) -> Encoded:
-    """Attach ``other_ids``, ``other_learnt``, ``other_answers``: its prompt with its partner's response.
+    """Attach ``other_ids``, ``other_supervised``, ``other_answers``: its prompt with its partner's response.
 
     A pair above ``max_length`` tokens (None = any) loses tokens from the left of its prompt, but keeps
     ``prefix``, the tokens that the tokenizer puts first, if the prompt begins with them.
@@ -23,14 +23,14 @@ def attach_other_response(data: Encoded, max_length: int | None, prefix: np.ndar
     def attach(rows: Encoded, index: int, example: Example) -> Example:
         other = rows.stored(int(partners[index]))
         start = int(other["answers"][0])
-        response, supervised = other["input_ids"][start:], other["learnt"][start:]
+        response, supervised = other["input_ids"][start:], other["supervised"][start:]
         prompt = example["input_ids"][: int(example["answers"][0])]
         if max_length is not None:
             prompt = _shorten_prompt(prompt, max(0, max_length - len(response)), prefix)
         return {
             **example,
             "other_ids": np.concatenate([prompt, response]),
-            "other_learnt": np.concatenate([np.zeros(len(prompt), np.bool_), supervised]),
+            "other_supervised": np.concatenate([np.zeros(len(prompt), np.bool_), supervised]),
             "other_answers": np.array([len(prompt), len(response)], np.int32),
         }
 
@@ -39,7 +39,7 @@ def attach_other_response(data: Encoded, max_length: int | None, prefix: np.ndar
 
 def mismatched_pair(example: Example) -> Example:
     """The example with its partner's response in place of its own."""
-    arrays = {name: example[f"other_{name}"] for name in ("learnt", "answers")}
+    arrays = {name: example[f"other_{name}"] for name in ("supervised", "answers")}
     return {**example, "input_ids": example["other_ids"], **arrays}
 
 

@@ -21,7 +21,7 @@ def with_targets(examples: Sequence[Example], layout: Layout) -> Batch:
     positions, labels, counts = [], [], []
     for (example, part), where in zip(_responses(examples), places, strict=True):
         prefix = len(where) - (part.stop - part.start)
-        supervised = np.flatnonzero(example["learnt"][part]) + prefix
+        supervised = np.flatnonzero(example["supervised"][part]) + prefix
         supervised = supervised[supervised > 0]  # no token predicts a sequence's first one
         positions.append(where[supervised - 1])
         labels.append(example["input_ids"][part][supervised - prefix])
@@ -55,12 +55,12 @@ def shorten(example: Example, prefix: int, own: int) -> Example:
     common = int(example["answers"][0])
     parts = [slice(max(common - prefix, 0), common)]
     parts += [slice(part.start, min(part.stop, part.start + own)) for _, part in _responses([example])]
-    supervised = [example["learnt"][part] for part in parts]
+    supervised = [example["supervised"][part] for part in parts]
     supervised[1:] = [part if part.any() else np.ones_like(part) for part in supervised[1:]]
     return {
         **example,
         "input_ids": np.concatenate([example["input_ids"][part] for part in parts]),
-        "learnt": np.concatenate(supervised),
+        "supervised": np.concatenate(supervised),
         "answers": np.array([part.stop - part.start for part in parts], example["answers"].dtype),
     }
 

@@ -246,7 +246,7 @@ def _runs(example: Example, text: TokenText) -> list[tuple[str, bool]]:
     The first token is not supervised: it has no context to be predicted from.
     """
     ids = example["input_ids"]
-    marked = next((example[name] for name in ("supervised", "learnt") if name in example), None)
+    marked = example.get("supervised")
     mask = np.ones(len(ids), np.bool_) if marked is None else np.array(marked, np.bool_)
     mask[:1] = False
     cuts = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]

@@ -176,7 +176,7 @@ def _answered_row(where: str, row: Answered, tokenizer: PreTrainedTokenizerBase)
     """Show the prompt once, then each answer; those of a ranking under their rank."""
     ranking = row.ranking() if isinstance(row, Judged) else row
     ((example,),) = encode([ranking], tokenizer, max_length=None, overlong="error")
-    ids, supervised = example["input_ids"], example["learnt"]
+    ids, supervised = example["input_ids"], example["supervised"]
     if isinstance(row, Judged):
         pieces = split_by_supervision({"input_ids": ids, "supervised": supervised}, tokenizer)
         known = {True: "desirable", False: "undesirable", None: "not labelled"}[row.desirable]

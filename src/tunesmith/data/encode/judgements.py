@@ -26,7 +26,7 @@ def encode(
     """Tokenise rows in one batch: for each row one example, or none when it is dropped.
 
     An example is ``rankings.encode`` of a ranking of one, with the same policies: ``input_ids`` int32[P + A],
-    ``answers`` int32[2] = P, A, ``learnt`` bool[P + A], ``cut`` int32[1], and empty ``pairs`` and
+    ``answers`` int32[2] = P, A, ``supervised`` bool[P + A], ``cut`` int32[1], and empty ``pairs`` and
     ``margins``. The first supervised token is the first of the A. In addition:
 
     ``desirable``  bool[1]

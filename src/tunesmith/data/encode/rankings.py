@@ -28,7 +28,7 @@ def encode(
     ``input_ids``  int32[P + A_1 + ... + A_K]: the common prefix once, then the rest of each response
     ``answers``    int32[K + 1]: P, A_1, ..., A_K; P is the longest prefix without a supervised token that
                    leaves each A at least 1; it may be 0
-    ``learnt``     bool, for each token: supervised, as ``conversations.encode`` marks every assistant turn
+    ``supervised`` bool, for each token: its loss mask, as ``conversations.encode`` marks every assistant turn
                    (tool calls included, what the tools return not)
     ``pairs``      int32[2 n]: better, worse, better, worse, ...: every two responses whose ranks differ
     ``margins``    float32[n]: score of the better response minus that of the worse; 0 without scores
@@ -78,7 +78,7 @@ def _example(row: Ranking, sequences: Sequence[Example]) -> Example:
     return {
         "input_ids": ids,
         "answers": np.array([shared, *(len(one["input_ids"]) - shared for one in sequences)], np.int32),
-        "learnt": supervised,
+        "supervised": supervised,
         "pairs": np.array(pairs, np.int32).reshape(-1),
         "margins": np.array([scores[better] - scores[worse] for better, worse in pairs], np.float32),
         "cut": np.zeros(1, np.int32),
@@ -105,5 +105,11 @@ def _truncate(example: Example, surplus: int, first: np.ndarray) -> list[Example
     answers, cut = example["answers"].copy(), np.array([surplus], np.int32)
     answers[0] -= surplus
     return [
-        {**example, "input_ids": ids[rest], "learnt": example["learnt"][rest], "answers": answers, "cut": cut}
+        {
+            **example,
+            "input_ids": ids[rest],
+            "supervised": example["supervised"][rest],
+            "answers": answers,
+            "cut": cut,
+        }
     ]

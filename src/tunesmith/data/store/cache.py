@@ -154,8 +154,10 @@ class Writer:
 
 
 def targets(example: Example) -> int:
-    """Loss units: supervised tokens but the first (no token predicts it), words that have a tag, else 1."""
-    if "supervised" in example:
+    """Loss units: supervised tokens but the first (no token predicts it), words that have a tag, else 1.
+
+    Several answers to one prompt are one unit: their loss compares them."""
+    if "supervised" in example and "answers" not in example:
         return int(np.count_nonzero(example["supervised"][1:]))
     return len(example["places"]) if "places" in example and "input_ids" in example else 1
 
