@@ -99,7 +99,7 @@ def test_packed_equals_padded(name: str, dropout: float) -> None:
 def test_gradients_are_the_same_when_layers_are_computed_again(name: str, dropout: float) -> None:
     model, rows_, chosen, drawn = routed(name, torch.float32, dropout=dropout)
     before = loss_and_gradients(model.train(), rows_, chosen.packed, drawn)
-    fast_path.recompute(model, SFT, rows_, chosen, CPU)
+    fast_path.recompute(chosen)
     assert chosen.recomputed, chosen.notes
     after = loss_and_gradients(model.train(), rows_, chosen.packed, drawn)
     assert after[0] == before[0]

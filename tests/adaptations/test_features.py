@@ -172,7 +172,7 @@ def test_gradients_are_those_of_full_training_and_the_same_computed_again(name):
         chosen = fast_path.choose(model, SFT, rows, max(len(row["input_ids"]) for row in rows), "auto", CPU)
         assert chosen.packed is PACKS[name]
         if again:
-            fast_path.recompute(model, SFT, rows, chosen, CPU)
+            fast_path.recompute(chosen)
             assert chosen.recomputed, chosen.notes
         model.train()
         SFT.loss(model, SFT.collate(rows, chosen.layout))[0].backward()

@@ -73,7 +73,7 @@ def test_compiled_code_has_the_gradients_of_the_plain_path(choose_route):
     model = tiny_model("llama")
     chosen, rows = choose_route(model)
     expected = gradients(model, rows[1:])
-    fast_path.compile_layers(model, SFT, rows, chosen, CPU)
+    fast_path.compile_layers(chosen)
     assert chosen.compiled and chosen.notes == []
     for key, gradient in gradients(model, rows[1:]).items():
         assert (gradient - expected[key]).abs().max() <= 1e-4 * expected[key].abs().max(), key
@@ -89,9 +89,9 @@ def test_lora_compiled_and_recomputed_is_the_same_function_for_every_packing(cho
     chosen, rows = choose_route(model)
     names, packings = list(model.state_dict()), [rows, rows[1:3], rows[2:]]
     expected = [gradients(model, some) for some in packings]
-    fast_path.compile_layers(model, SFT, rows, chosen, CPU)
+    fast_path.compile_layers(chosen)
     assert chosen.compiled and chosen.notes == []
-    fast_path.recompute(model, SFT, rows, chosen, CPU)
+    fast_path.recompute(chosen)
     assert chosen.recomputed and chosen.as_dict()["compiled"]
     so_far = graphs()
     assert so_far >= 1 and not torch._dynamo.utils.counters["graph_break"]
@@ -103,7 +103,7 @@ def test_lora_compiled_and_recomputed_is_the_same_function_for_every_packing(cho
     with fast_path.plain_attention(model, chosen):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
     assert graphs() == so_far, "generation was compiled"
-    chosen.disable(model)
+    chosen.disable()
     assert not any(layer._compiled_call_impl for layer in torch_compile.layers(model))
 
 
@@ -152,7 +152,7 @@ def test_a_run_keeps_clean_names_and_records_whether_it_compiled(choose_route, t
 
 def test_code_that_differs_is_switched_off_and_reported(choose_route, monkeypatch):
     model = tiny_model("llama")
-    chosen, rows = choose_route(model)
+    chosen, _ = choose_route(model)
     real = torch_compile.enable
 
     def wrong(model):
@@ -161,7 +161,7 @@ def test_code_that_differs_is_switched_off_and_reported(choose_route, monkeypatc
             layer._compiled_call_impl = lambda *args, _layer=layer, **kwargs: _layer._call_impl(*args, **kwargs) * 1.1
 
     monkeypatch.setattr(torch_compile, "enable", wrong)
-    fast_path.compile_layers(model, SFT, rows, chosen, CPU)
+    fast_path.compile_layers(chosen)
     assert not chosen.compiled and not model.training
     assert "torch.compile is off: on the first rows it failed or differed (loss by" in chosen.notes[-1]
     assert not any(layer._compiled_call_impl for layer in torch_compile.layers(model))
@@ -178,7 +178,7 @@ def test_a_compiler_that_fails_is_reported_and_the_run_goes_on(choose_route, mon
     monkeypatch.setattr(
         torch_compile, "enable", lambda model: [layer.compile(backend=fail) for layer in torch_compile.layers(model)]
     )
-    fast_path.compile_layers(model, SFT, rows, chosen, CPU)
+    fast_path.compile_layers(chosen)
     assert not chosen.compiled and "no compiler here" in chosen.notes[-1] and "long story" not in chosen.notes[-1]
     assert all(gradient.equal(before[key]) for key, gradient in gradients(model, rows).items())
 
@@ -186,7 +186,7 @@ def test_a_compiler_that_fails_is_reported_and_the_run_goes_on(choose_route, mon
 def test_attention_by_segments_is_not_compiled():
     model, rows = tiny_model("llama"), examples(SFT, tiny_tokenizer())
     chosen = fast_path.choose(model, SFT, rows, 64, "auto", CPU)
-    fast_path.compile_layers(model, SFT, rows, chosen, CPU)
+    fast_path.compile_layers(chosen)
     assert not chosen.compiled and "row by row" in chosen.notes[-1]
 
 

@@ -90,7 +90,7 @@ def test_gradients_beside_a_quantised_base_are_the_same_bit_for_bit(name, quant_
 
 def same_computed_again(model, row_noise, rows, chosen):
     loss, gradients, _ = backward(model, row_noise, rows, chosen.packed)
-    fast_path.recompute(model, SFT, rows, chosen, CPU)
+    fast_path.recompute(chosen)
     assert chosen.recomputed, chosen.notes
     again, recomputed, fired = backward(model, row_noise, rows, chosen.packed)
     assert again == loss
@@ -102,7 +102,7 @@ def same_computed_again(model, row_noise, rows, chosen):
 
 def test_only_training_computes_layers_again():
     model, row_noise, rows, chosen = prepared("llama", ADAPTED["lora"])
-    fast_path.recompute(model, SFT, rows, chosen, CPU)
+    fast_path.recompute(chosen)
     calls = []
     base(model).model.layers[0].mlp.register_forward_pre_hook(lambda module, given: calls.append(module.training))
     model.eval()
@@ -115,7 +115,7 @@ def test_only_training_computes_layers_again():
 def test_frozen_embeddings_are_left_without_a_gradient():
     """The reentrant kind needs one, and pays for it with the first layer's whole backward."""
     model, _, rows, chosen = prepared("llama", ADAPTED["lora"])
-    fast_path.recompute(model, SFT, rows, chosen, CPU)
+    fast_path.recompute(chosen)
     seen = []
     base(model).get_input_embeddings().register_forward_hook(lambda module, given, out: seen.append(out.requires_grad))
     SFT.loss(model.train(), SFT.collate(rows, PACKED))
@@ -123,11 +123,11 @@ def test_frozen_embeddings_are_left_without_a_gradient():
 
 
 def test_a_layer_that_answers_differently_the_second_time_is_not_computed_again():
-    model, _, rows, chosen = prepared("llama", ADAPTED["full"])
+    model, _, _, chosen = prepared("llama", ADAPTED["full"])
     mlp = base(model).model.layers[1].mlp
     calls = iter(range(1, 1000))
     mlp.register_forward_hook(lambda module, given, out: out * next(calls) if module.training else out)
-    fast_path.recompute(model, SFT, rows, chosen, CPU)
+    fast_path.recompute(chosen)
     assert not chosen.recomputed
     assert "gradient checkpointing is off" in chosen.notes[-1]
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -183,7 +183,7 @@ objective, cpu = sft.Objective(sft.Config()), torch.device("cpu")
 model = tiny_model("llama", num_hidden_layers=16, hidden_size=64, intermediate_size=256)
 row = {"input_ids": np.arange(250, dtype=np.int32), "supervised": np.arange(250) > 240}
 chosen = fast_path.choose(model, objective, [row, row], 250, "auto", cpu)
-fast_path.recompute(model, objective, [row, row], chosen, cpu)
+fast_path.recompute(chosen)
 model.train()
 before = machine.memory_bytes()
 for recomputed in (True, False):

@@ -60,7 +60,7 @@ def test_recomputing_that_loses_a_gradient_behind_zeros_is_seen(kind, monkeypatc
                 parameter.register_hook(torch.zeros_like)
 
     monkeypatch.setattr(inner, "gradient_checkpointing_enable", wrong)
-    fast_path.recompute(model, SFT, ROWS, chosen, CPU)
+    fast_path.recompute(chosen)
     assert not chosen.recomputed and "gradient checkpointing is off" in chosen.notes[-1]
 
 
@@ -69,7 +69,7 @@ def test_weights_and_random_state_are_left_as_they_were(kind):
     model = adapted(kind)
     weights, state = {name: one.detach().clone() for name, one in model.named_parameters()}, torch.get_rng_state()
     chosen = fast_path.choose(model, SFT, ROWS, 64, "auto", CPU)
-    fast_path.recompute(model, SFT, ROWS, chosen, CPU)
+    fast_path.recompute(chosen)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(one, weights[name]) and one.grad is None for name, one in model.named_parameters())
     assert any(not one.any() for one in weights.values())

@@ -48,7 +48,7 @@ def test_a_batch_gives_every_row_the_logits_of_the_stock_forward(name, pad, pack
     objective, examples, chosen = classified(model, packing)
     with torch.no_grad():
         ours = task_heads.score_logits(model, objective.collate(examples, chosen.layout))
-        chosen.disable(model)
+        chosen.disable()
         theirs = [model(input_ids=torch.from_numpy(one["input_ids"].astype(np.int64))[None]).logits[0] for one in examples]
     assert torch.allclose(ours, torch.stack(theirs), atol=1e-5)
 
@@ -106,7 +106,7 @@ def test_training_mode_is_tried_before_the_first_step(name, where):
     objective, rows = SFT, examples(SFT, tiny_tokenizer())
     noise.install(model, 0)
     chosen = fast_path.choose(model, objective, rows, 64, "auto", CPU)
-    fast_path.check_training_mode(model, objective, rows, chosen, CPU)
+    fast_path.check_training_mode(chosen)
     assert [f" in {where} is off: " in note for note in chosen.notes if note.startswith("dropout")] == [True] * (
         where is not None
     )
@@ -122,4 +122,4 @@ def test_a_network_that_fails_in_training_mode_is_refused():
     rows = examples(SFT, tiny_tokenizer())
     chosen = fast_path.choose(model, SFT, rows, 64, "auto", CPU)
     with pytest.raises(ModelError, match="llama: the model's own forward fails in training mode"):
-        fast_path.check_training_mode(model, SFT, rows, chosen, CPU)
+        fast_path.check_training_mode(chosen)

@@ -108,7 +108,7 @@ def evaluate(
     records = evaluation.records(network, chosen, rows, route.layout, batch_tokens, opened.device)
     metrics: JsonObject = {**chosen.summarise(records)}
     seconds = time.perf_counter() - started
-    route.disable(network)
+    route.disable()
     metrics |= {
         "objective": opened.name,
         "rows": len(rows),

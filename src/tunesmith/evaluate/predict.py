@@ -132,7 +132,7 @@ def _predict_rows(
                     yield {"row": record.row, **answer}, cut[record.row]
     finally:
         if route is not None:
-            route.disable(opened.network)
+            route.disable()
 
 
 def _open_rows(source: Source, opened: OpenedModel) -> OpenedSource:

@@ -109,6 +109,18 @@ class Traits:
     """Steps are made of answers that the policy samples to the prompts of a file."""
 
 
+def preference_traits(row: type, builtin: str, figures: tuple[str, ...]) -> Traits:
+    """Return the traits of an objective that compares log-probabilities of answers with the reference policy.
+
+    ``row``: its row type. ``builtin``: the built-in rows that ``tunesmith init`` writes. ``figures``: as in
+    ``Traits``.
+    """
+    return Traits(
+        rows=(row,), fits_rows=True, deterministic=True, shares_prompts=True, needs_reference=True,
+        starter={"path": builtin}, figures=figures,
+    )  # fmt: skip
+
+
 class Objective:
     """The contract. Every objective writes ``encode``, ``collate``, ``loss``, ``evaluate`` and ``summarise``;
     the other methods have a default. A method that raises NotImplementedError must be written by a

@@ -20,7 +20,7 @@ from tunesmith.data.batch import preference_batch
 from tunesmith.data.encode import rankings
 from tunesmith.data.rows import Ranking
 from tunesmith.metrics.intervals import RowValues
-from tunesmith.objectives import Baseline, Batch, Example, JsonObject, Layout, Metrics, Overlong, Traits
+from tunesmith.objectives import Baseline, Batch, Example, JsonObject, Layout, Metrics, Overlong
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,14 +139,10 @@ NO_FIGURES = ("row", "longer", "answers")
 
 class Objective(objectives.Objective):
     config: Config
-    traits = Traits(
-        rows=(Ranking,),
-        figures=("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"),
-        fits_rows=True,
-        deterministic=True,
-        shares_prompts=True,
-        needs_reference=True,
-        starter={"path": "builtin:preference"},
+    traits = objectives.preference_traits(
+        Ranking,
+        "builtin:preference",
+        ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"),
     )
 
     def __init__(self, config: Config) -> None:

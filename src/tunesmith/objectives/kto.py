@@ -33,7 +33,6 @@ from tunesmith.objectives import (
     Session,
     Source,
     Step,
-    Traits,
 )
 
 if TYPE_CHECKING:
@@ -67,15 +66,7 @@ class Config(objectives.Config):
 
 class Objective(objectives.Objective):
     config: Config
-    traits = Traits(
-        rows=(Judged,),
-        figures=("eval_loss", "eval_rewards/margins"),
-        fits_rows=True,
-        deterministic=True,
-        shares_prompts=True,
-        needs_reference=True,
-        starter={"path": "builtin:judged"},
-    )
+    traits = objectives.preference_traits(Judged, "builtin:judged", ("eval_loss", "eval_rewards/margins"))
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -40,8 +40,11 @@ EVALUATION_TOLERANCE = 1e-6
 
 @dataclass
 class FastPath:
-    """The layout of batches and the layers that are replaced."""
+    """The layout of batches and the layers that are replaced.
 
+    ``check``: the network, the objective and the first rows, on which later choices are tested as well."""
+
+    check: ParityCheck = field(repr=False)
     layout: Layout
     fused: fused_layers.Fused
     attention: str
@@ -59,20 +62,24 @@ class FastPath:
     def packed(self) -> bool:
         return self.layout.packed
 
-    def disable(self, model: PreTrainedModel) -> None:
-        """Restore the own layers, loss and attention of ``model``."""
-        torch_compile.disable(model)
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.check.model
+
+    def disable(self) -> None:
+        """Restore the model's own layers, loss and attention."""
+        torch_compile.disable(self.model)
         self.fused.disable()
-        lm_head.use_plain_head(model, False)
-        base(model).set_attn_implementation(self.attention)
+        lm_head.use_plain_head(self.model, False)
+        base(self.model).set_attn_implementation(self.attention)
 
     def disable_fused(self) -> None:
         self.fused.disable()
         self.fused = fused_layers.Fused(rejected=self.fused.rejected)
 
-    def disable_packing(self, model: PreTrainedModel) -> None:
+    def disable_packing(self) -> None:
         self.layout = PADDED
-        base(model).set_attn_implementation(self.attention)
+        base(self.model).set_attn_implementation(self.attention)
 
     def disable_sharing(self) -> None:
         self.layout = replace(self.layout, shared=False)
@@ -126,7 +133,7 @@ def choose(
     if objective.traits.head == "lm":
         alone.require_causal()
     unnumbered = alone.number_tokens()
-    chosen = FastPath(PADDED, fused_layers.Fused(), base(model).config._attn_implementation)
+    chosen = FastPath(check, PADDED, fused_layers.Fused(), base(model).config._attn_implementation)
     with without_zeros(model):
         lm_head.use_plain_head(model, True)
         expected = check.measure_plain()
@@ -134,7 +141,7 @@ def choose(
             why = f"with position ids its hidden states differ ({unnumbered})"
             chosen.notes.append(f"rows are padded, not packed, for this model: {why}")
         elif packing != "off":
-            _pack(check, longest, chosen)
+            _pack(chosen, longest)
         lm_head.use_plain_head(model, False)
         chosen.fused = fused_layers.install(model, stack)
         chosen.notes += [
@@ -145,12 +152,12 @@ def choose(
         fallbacks: list[tuple[str, Callable[[], None]]] = [
             ("the fused layers are off", chosen.disable_fused),
             ("the loss is computed from all logits", lambda: lm_head.use_plain_head(model, True)),
-            ("rows are padded, not packed", lambda: chosen.disable_packing(model)),
+            ("rows are padded, not packed", chosen.disable_packing),
         ]
         if chosen.layout.shared:
             fallbacks.insert(0, ("answers do not share their prompt", chosen.disable_sharing))
         if chosen.packed_attention == "varlen":
-            by_segments = partial(_pack_by_segments, check, longest, chosen)
+            by_segments = partial(_pack_by_segments, chosen, longest)
             fallbacks.insert(2, ("attention is not varlen_attn", by_segments))
         for consequence, fall_back in fallbacks:
             found = check.why_not_equal(expected, chosen.layout)
@@ -168,15 +175,15 @@ def _tokens(example: Example) -> Sequence[int]:
     return [int(token) for token in example["input_ids"]]
 
 
-def _pack(check: ParityCheck, longest: int, chosen: FastPath) -> None:
+def _pack(chosen: FastPath, longest: int) -> None:
     """Pack with the fastest attention that is exact for this model; note why if there is none."""
-    reason = None
+    check, reason = chosen.check, None
     if packed_attention(check.device, check.model.dtype) == "varlen":
         kernel = varlen.torch_kernel()
         found = varlen.self_test(kernel, check.device, check.model.dtype)
         if found is None:
             varlen.register(kernel, torch.cuda.get_device_capability(check.device))
-            reason = _why_not_packed(check, longest, varlen.NAME, chosen)
+            reason = _why_not_packed(chosen, longest, varlen.NAME)
             if reason is None:
                 chosen.packed_attention = "varlen"
                 return
@@ -184,30 +191,28 @@ def _pack(check: ParityCheck, longest: int, chosen: FastPath) -> None:
             chosen.notes.append(
                 f"attention is not varlen_attn: on random numbers it differed from plain attention ({found})"
             )
-    _pack_by_segments(check, longest, chosen, reason)
+    _pack_by_segments(chosen, longest, reason)
 
 
-def _pack_by_segments(
-    check: ParityCheck, longest: int, chosen: FastPath, no_varlen: str | None = None
-) -> None:
+def _pack_by_segments(chosen: FastPath, longest: int, no_varlen: str | None = None) -> None:
     """Pack with attention row by row, or pad. ``no_varlen``: why varlen_attn is not used."""
     attention.register()
     chosen.packed_attention = "segments"
-    why = _why_not_packed(check, longest, attention.NAME, chosen)
+    why = _why_not_packed(chosen, longest, attention.NAME)
     if why is not None:
         chosen.notes.append(f"rows are padded, not packed, for this model: {why}")
-        chosen.disable_packing(check.model)
+        chosen.disable_packing()
     elif no_varlen is not None:
         chosen.notes.append(f"attention is not varlen_attn for this model: {no_varlen}")
 
 
-def _why_not_packed(check: ParityCheck, longest: int, name: str, chosen: FastPath) -> str | None:
+def _why_not_packed(chosen: FastPath, longest: int, name: str) -> str | None:
     """Set ``chosen.layout`` to the best packed layout that is exact; return why there is none."""
-    shared = check.objective.traits.shares_prompts
+    shared = chosen.check.objective.traits.shares_prompts
     layouts = [Layout(packed=True, shared=True)] if shared else []
     reasons: list[str] = []
     for layout in [*layouts, Layout(packed=True)]:
-        why = check.why_not_packed(name, layout, longest)
+        why = chosen.check.why_not_packed(name, layout, longest)
         if why is None:
             chosen.layout = layout
             chosen.notes += [f"answers do not share their prompt: {reason}" for reason in reasons]
@@ -216,19 +221,14 @@ def _why_not_packed(check: ParityCheck, longest: int, name: str, chosen: FastPat
     return reasons[-1]
 
 
-def check_training_mode(
-    model: PreTrainedModel,
-    objective: Objective,
-    examples: Sequence[Example],
-    chosen: FastPath,
-    device: torch.device,
-) -> None:
+def check_training_mode(chosen: FastPath) -> None:
     """Run the rows of :func:`choose` in training mode, and switch off misplaced dropout.
 
     Layers such as dropout act only in training mode. If packed rows fail there, the run pads its rows. Raises
     ModelError if padded rows fail, too.
     """
-    rows = ParityCheck.of_first_rows(model, objective, examples, device).rows
+    check = chosen.check
+    model, objective, rows, device = check.model, check.objective, check.rows, check.device
     lengths = [len(row["input_ids"]) for row in rows]
 
     def forward() -> None:
@@ -251,7 +251,7 @@ def check_training_mode(
                         f"{base(model).config.model_type}: the model's own forward fails in training mode "
                         f"({describe(error)}), so tunesmith cannot train it.\n  Check its config.json, or take another model."
                     ) from error
-                chosen.disable_packing(model)
+                chosen.disable_packing()
                 chosen.notes.append(
                     f"rows are padded, not packed: packed ones fail in training mode ({describe(error)})"
                 )
@@ -259,18 +259,13 @@ def check_training_mode(
         model.eval()
 
 
-def check_deterministic(
-    model: PreTrainedModel,
-    objective: Objective,
-    examples: Sequence[Example],
-    chosen: FastPath,
-    device: torch.device,
-) -> None:
+def check_deterministic(chosen: FastPath) -> None:
     """Raise ModelError where the network computes another result in training mode than in eval mode.
 
     For an objective whose figures must depend on the weights alone. Uses the rows of :func:`choose`.
     """
-    rows = ParityCheck.of_first_rows(model, objective, examples, device).rows
+    check = chosen.check
+    model, objective, rows, device = check.model, check.objective, check.rows, check.device
     batch = to_device(objective.collate(rows, chosen.layout), device)
     model.train()
     with machine.fork_rng(device):
@@ -288,13 +283,7 @@ def check_deterministic(
             )
 
 
-def recompute(
-    model: PreTrainedModel,
-    objective: Objective,
-    examples: Sequence[Example],
-    chosen: FastPath,
-    device: torch.device,
-) -> None:
+def recompute(chosen: FastPath) -> None:
     """Keep the input of each decoder layer and compute the rest again in backward (gradient checkpointing).
 
     Chen et al. 2016. It is transformers' own, in the non-reentrant form: gradients reach adapters in a frozen
@@ -302,8 +291,8 @@ def recompute(
     gradients of the rows of :func:`choose` are compared with and without it; where they differ, it is
     switched off and a note reports it.
     """
+    model, check = chosen.model, chosen.check
     inner = base(model)
-    check = ParityCheck.of_first_rows(model, objective, examples, device)
     model.train()
     expected = check.measure_training(chosen.layout)
     with warnings.catch_warnings():
@@ -326,13 +315,7 @@ def recompute(
     model.eval()
 
 
-def compile_layers(
-    model: PreTrainedModel,
-    objective: Objective,
-    examples: Sequence[Example],
-    chosen: FastPath,
-    device: torch.device,
-) -> None:
+def compile_layers(chosen: FastPath) -> None:
     """Compile each decoder layer with torch.compile, where loss and gradients stay the same.
 
     They are compared with those of the uncompiled path in training mode, for two rows together and for the
@@ -344,7 +327,7 @@ def compile_layers(
             "torch.compile is off: attention runs row by row here, so every packing would be compiled again"
         )
         return
-    both = ParityCheck.of_first_rows(model, objective, examples, device)
+    model, both = chosen.model, chosen.check
     checks = [both, replace(both, rows=both.rows[:1])]
     model.train()
     expected = [check.measure_training(chosen.layout) for check in checks]

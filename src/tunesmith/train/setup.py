@@ -260,13 +260,13 @@ def build(setup: Setup, out: Path) -> Built:
     stack = setup.sharding is None
     chosen = fast_path.choose(model, objective, first, longest, train.packing, device, stack=stack)
     if not deterministic:
-        fast_path.check_training_mode(model, objective, first, chosen, device)
+        fast_path.check_training_mode(chosen)
     if train.torch_compile:
-        fast_path.compile_layers(model, objective, first, chosen, device)
+        fast_path.compile_layers(chosen)
     if train.gradient_checkpointing:
-        fast_path.recompute(model, objective, first, chosen, device)
+        fast_path.recompute(chosen)
     if deterministic:
-        fast_path.check_deterministic(model, objective, first, chosen, device)
+        fast_path.check_deterministic(chosen)
     update = _update(setup, model, masters)
     setup.session.model, setup.session.fast_path = model, chosen
     if objective.traits.keeps_start:
