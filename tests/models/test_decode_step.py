@@ -10,13 +10,13 @@ import torch
 from tests.tiny import tiny_model
 from tunesmith.models.fast import kernels
 from tunesmith.models.generate import forward_passes
-from tunesmith.models.generate.decode_step import MAX_ROWS, DecodeStep, decode_step
+from tunesmith.models.generate.decode_step import FEW_ROWS, DecodeStep, decode_step
 from tunesmith.models.generate.forward_passes import SlotPass
 from tunesmith.models.generate.slot_cache import Piece, attend
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
 
-LENGTHS = (3, 30, 1, 17, 9, 21)
+LENGTHS = tuple(1 + 13 * row % 31 for row in range(70))
 
 
 def filled(model: Any, lengths: tuple[int, ...]) -> SlotPass:
@@ -29,7 +29,7 @@ def filled(model: Any, lengths: tuple[int, ...]) -> SlotPass:
     return run
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 6])
+@pytest.mark.parametrize("rows", [1, 3, 4, 6, 11, 70])  # 70: in blocks of 64 or 16 rows, and a rest
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -84,11 +84,33 @@ def test_a_step_that_differs_is_given_up_and_says_so(monkeypatch: pytest.MonkeyP
     assert torch.allclose(answered[0], expected, atol=1e-5)
 
 
-def test_many_rows_go_through_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = filled(tiny_model("llama"), (3,) * (MAX_ROWS + 1))
-    monkeypatch.setattr(DecodeStep, "__call__", None)
-    with torch.inference_mode():
-        assert run([Piece([7], slot + 1, 3) for slot in range(MAX_ROWS + 1)]).shape == (MAX_ROWS + 1, 512)
+@torch.inference_mode()
+def test_many_rows_are_compared_as_few_rows_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are laid out in another way, so that one comparison does not cover the other."""
+    notes: list[str] = []
+    run = filled(tiny_model("llama"), (3,) * (FEW_ROWS + 1))
+    run.note = notes.append
+    run([Piece([7], slot + 1, 3) for slot in range(FEW_ROWS)])
+    assert run.step is not None
+    run.step = DecodeStep(**{**vars(run.step), "scale": 3 * run.step.scale})
+    run([Piece([7], slot + 1, 4) for slot in range(FEW_ROWS)])
+    assert run.step is not None and not notes
+    run([Piece([7], slot + 1, 5) for slot in range(FEW_ROWS + 1)])
+    assert run.step is None and "differ by" in notes[0]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 13, 30, 45, 64, 100])
+@torch.inference_mode()
+def test_a_row_is_what_it_is_alone_in_bf16(rows: int) -> None:
+    """Every layout of rows, whole and in part, against fp32 arithmetic on the same weights and rounded activations."""
+    model = tiny_model("llama", hidden_size=40, intermediate_size=72).to(torch.bfloat16)
+    run = filled(model, LENGTHS[:10] * 10)
+    assert run.step is not None
+    pieces = [Piece([7 + slot], slot + 1, LENGTHS[slot % 10]) for slot in range(rows)]
+    run.cache.begin(pieces, model.device)
+    expected = run._forward(pieces)
+    logits = run.step(torch.tensor([piece.ids[0] for piece in pieces]), run.cache)
+    assert float((logits - expected).abs().max()) < 0.02 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (9, 0.0), (0, 2.0), (9, 2.0)])

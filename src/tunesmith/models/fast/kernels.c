@@ -5,7 +5,7 @@
  * with the rows shared out over OpenMP threads. One thread reduces a row in a fixed order, so results do not
  * depend on the number of threads.
  *
- * This file and kernels_encoder.c are compiled twice into one library: T = float and T = bf16 (stored as
+ * This file and those that it includes are compiled twice into one library: T = float and T = bf16 (stored as
  * uint16_t, computed in float). kernels.py binds them and tests some at start; tests/models/test_kernels.py
  * compares every pass, forward and backward, with its formula in torch.
  */
@@ -70,6 +70,7 @@ void stochastic_round(const float *x, uint16_t *y, i64 count, i64 seed) {
     }
 }
 
+#include <stdlib.h>
 #include "kernels_encoder.c"
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)
@@ -77,6 +78,8 @@ void stochastic_round(const float *x, uint16_t *y, i64 count, i64 seed) {
 #define GET JOIN(get, SUFFIX)
 #define PUT JOIN(put, SUFFIX)
 
+#include "kernels_products.c"
+#include "kernels_decode.c"
 #define T float
 #define SUFFIX f32
 #include "kernels.c"
@@ -216,5 +219,6 @@ void F(rotary)(
 }
 #include "kernels_encoder.c"
 
+#include "kernels_products.c"
 #include "kernels_decode.c"
 #endif

@@ -1,12 +1,10 @@
 /* One decoding step: one new token of each running row. Included by kernels.c, once for each type of weights.
  *
- * Activations and sums are fp32 whatever the weights are stored in. At few rows the time of a step is that of
- * reading the weights once, so every weight is read once for all rows, and nothing else leaves the cache.
+ * Between the products, activations are fp32. All threads run through the layers together and wait for one another
+ * four times a layer; a starting thread costs more than such a wait. Each thread computes its part of the outputs of
+ * a product, and the norms for itself, which is cheaper than to share them.
  */
-#ifndef DECODE_ONCE
-#define DECODE_ONCE
-#include <stdlib.h>
-#define AHEAD_BYTES 8192 /* weights are prefetched this many bytes before they are used */
+#ifndef T
 /* Sizes of the network and of its cache, in the order in which decode_step.py passes them. */
 typedef struct { i64 rows, layers, hidden, heads, kv_heads, dim, inner, vocabulary, capacity, window; } Sizes;
 /* Pointers of one layer, in the order in which decode_step.py passes them; 0 for one that is absent. */
@@ -14,19 +12,38 @@ typedef struct {
     const void *norm, *q, *k, *v, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *o, *o_bias, *mlp_norm, *gate, *up, *down;
     void *keys, *values;
 } Layer;
-#endif
+#define CHUNK 48 /* outputs of a product at a time: they and their weights stay in the cache */
+#define FEW_CHUNK 480 /* the same with few rows, where only the order of reading matters */
 
-/* q (group, dim), already scaled, against `seen` keys of one head -> out (group, value_dim), fp32. */
-static void F(attend_head)(const float *q, const T *k, const T *v, float *out, i64 group, i64 seen, i64 dim,
-                           i64 value_dim, float softcap) {
-    float *part = malloc(sizeof(float) * (size_t)(group * seen));
-    EACH(j, seen) EACH(g, group) {
-        float dot = 0.0f;
-        SIMD_SUM(dot) EACH(d, dim) dot += q[g * dim + d] * GET(k[j * dim + d]);
-        part[g * seen + j] = softcap > 0.0f ? softcap * tanhf(dot / softcap) : dot;
-    }
+/* What a thread needs to know. Activations are (features, wide), a row a column; with FEW rows it is the same. */
+typedef struct {
+    const Sizes *n;
+    i64 wide, outputs, thread, threads; /* outputs of a product at a time */
+    float *x, *qkv, *chunk, *scores;
+    void *normed, *mixed, *product; /* inputs of products, of type A */
+    const float *cosine, *sine;
+    const i64 *slots, *places;
+    float epsilon, scale;
+} Step;
+
+/* The part of `count` outputs that a thread computes: [*first, *end), beginning at a multiple of 8. */
+static inline void own_part(const Step *s, i64 count, i64 *first, i64 *end) {
+    i64 part = (count / s->threads + 7) / 8 * 8;
+    *first = s->thread * part < count ? s->thread * part : count;
+    *end = *first + part < count && s->thread + 1 < s->threads ? *first + part : count;
+}
+#define BARRIER PRAGMA(omp barrier)
+#else
+
+/* q (group, dim) against `seen` keys of one head -> out (group, value_dim), fp32. `part`: group * seen floats. */
+static void F(attend_head)(const A *q, const T *k, const T *v, float *out, float *part, i64 group, i64 seen, i64 dim,
+                           i64 value_dim, float scale, float softcap) {
+    for (i64 g = 0; g < group; g += FEW)
+        F(dots_along)(k, dim, seen, q + g * dim, group - g < FEW ? group - g : FEW, part + g * seen, 1, seen);
     EACH(g, group) {
         float top = -INFINITY, sum = 0.0f, *p = part + g * seen;
+        SIMD EACH(j, seen) p[j] *= scale;
+        if (softcap > 0.0f) EACH(j, seen) p[j] = softcap * tanhf(p[j] / softcap);
         SIMD_MAX(top) EACH(j, seen) top = p[j] > top ? p[j] : top;
         SIMD_SUM(sum) EACH(j, seen) sum += p[j] = fast_exp(p[j] - top);
         float inverse = 1.0f / sum;
@@ -37,7 +54,6 @@ static void F(attend_head)(const float *q, const T *k, const T *v, float *out, i
         float p = part[g * seen + j];
         SIMD EACH(d, value_dim) out[g * value_dim + d] += p * GET(v[j * value_dim + d]);
     }
-    free(part);
 }
 
 /* Attention of one new token a row to the first `lengths` tokens of its slot. q (rows, heads, dim), keys and
@@ -52,62 +68,37 @@ void F(decode_attention)(const T *q, const T *keys, const T *values, const i64 *
     EACH(task, rows * kv_heads) {
         i64 row = task / kv_heads, head = task % kv_heads, n = lengths[row];
         i64 first = window > 0 && n > window ? n - window : 0, at = (slots[row] * kv_heads + head) * capacity + first;
-        float query[group * dim], sums[group * value_dim];
-        EACH(i, group * dim) query[i] = GET(q[(row * heads + head * group) * dim + i]) * scale;
-        F(attend_head)(query, keys + at * dim, values + at * value_dim, sums, group, n - first, dim, value_dim, softcap);
+        float sums[group * value_dim], *part = malloc(sizeof(float) * (size_t)(group * (n - first)));
+        A query[group * dim];
+        EACH(i, group * dim) query[i] = A_PUT(GET(q[(row * heads + head * group) * dim + i]));
+        F(attend_head)(query, keys + at * dim, values + at * value_dim, sums, part, group, n - first, dim, value_dim,
+                       scale, softcap);
         EACH(i, group * value_dim) out[(row * heads + head * group) * value_dim + i] = PUT(sums[i]);
+        free(part);
     }
 }
 
-/* y (rows, out) with stride, = or += x (rows, in) w^T + bias, w (out, in). Four rows at a time share a pass over
- * two rows of w; w is read from memory once, because its rows stay in the first cache for all x. */
-static void F(rows_linear)(const float *x, const void *weight, const void *bias, float *y, i64 rows, i64 in, i64 out,
-                           i64 stride, i64 add) {
-    const T *w = weight, *b = bias;
-    PRAGMA(omp parallel for schedule(static))
-    EACH(pair, out / 2) {
-        const T *w0 = w + 2 * pair * in, *w1 = w0 + in;
-        float first = b ? GET(b[2 * pair]) : 0.0f, second = b ? GET(b[2 * pair + 1]) : 0.0f;
-        const char *ahead = (const char *)w0 + AHEAD_BYTES;
-        for (i64 i = 0; i < 2 * in * (i64)sizeof(T); i += 64) __builtin_prefetch(ahead + i);
-        i64 r = 0;
-        for (; r + 4 <= rows; r += 4) {
-            const float *x0 = x + r * in, *x1 = x0 + in, *x2 = x1 + in, *x3 = x2 + in;
-            float a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
-            PRAGMA(omp simd reduction(+ : a0, a1, a2, a3, b0, b1, b2, b3))
-            EACH(i, in) {
-                float u = GET(w0[i]), v = GET(w1[i]);
-                a0 += x0[i] * u; a1 += x1[i] * u; a2 += x2[i] * u; a3 += x3[i] * u;
-                b0 += x0[i] * v; b1 += x1[i] * v; b2 += x2[i] * v; b3 += x3[i] * v;
-            }
-            float sums[8] = {a0, a1, a2, a3, b0, b1, b2, b3};
-            EACH(j, 4) {
-                float *here = y + (r + j) * stride + 2 * pair;
-                here[0] = sums[j] + first + (add ? here[0] : 0.0f);
-                here[1] = sums[4 + j] + second + (add ? here[1] : 0.0f);
-            }
-        }
-        for (; r < rows; r++) {
-            const float *x0 = x + r * in;
-            float a0 = 0, b0 = 0, *here = y + r * stride + 2 * pair;
-            PRAGMA(omp simd reduction(+ : a0, b0))
-            EACH(i, in) { a0 += x0[i] * GET(w0[i]); b0 += x0[i] * GET(w1[i]); }
-            here[0] = a0 + first + (add ? here[0] : 0.0f);
-            here[1] = b0 + second + (add ? here[1] : 0.0f);
-        }
-    }
-}
-
-/* y = x / rms(x) * weight for each of `rows` rows of `width`. */
-static void F(rows_norm)(const float *x, const void *weight, float *y, i64 rows, i64 width, float epsilon) {
+/* x / rms(x) * weight of all rows, as inputs of a product. */
+static void F(norm_rows)(const Step *s, const void *weight, A *to) {
     const T *w = weight;
-    EACH(r, rows) {
-        const float *from = x + r * width;
-        float sum = 0.0f;
-        SIMD_SUM(sum) EACH(i, width) sum += from[i] * from[i];
-        float inverse = 1.0f / sqrtf(sum / (float)width + epsilon);
-        SIMD EACH(i, width) y[r * width + i] = from[i] * inverse * GET(w[i]);
+    i64 width = s->n->hidden, wide = s->wide;
+    float sums[wide], pair[2 * wide];
+    EACH(r, wide) sums[r] = 0.0f;
+    EACH(f, width) SIMD EACH(r, wide) sums[r] += s->x[f * wide + r] * s->x[f * wide + r];
+    SIMD EACH(r, wide) sums[r] = 1.0f / sqrtf(sums[r] / (float)width + s->epsilon);
+    for (i64 f = 0; f < width; f += 2) {
+        EACH(i, 2) SIMD EACH(r, wide) pair[i * wide + r] = s->x[(f + i) * wide + r] * sums[r] * GET(w[f + i]);
+        F(store_inputs)(pair, f, 2, to, width, wide);
     }
+}
+
+/* x / rms(x) * weight of one head. */
+static void F(norm_head)(float *x, const void *weight, i64 dim, float epsilon) {
+    const T *w = weight;
+    float sum = 0.0f;
+    SIMD_SUM(sum) EACH(i, dim) sum += x[i] * x[i];
+    float inverse = 1.0f / sqrtf(sum / (float)dim + epsilon);
+    SIMD EACH(i, dim) x[i] = x[i] * inverse * GET(w[i]);
 }
 
 /* Rotate the halves of a head (Su et al. 2021, as in llama): x cos + rotate_half(x) sin. */
@@ -119,55 +110,112 @@ static inline void F(rotate)(float *x, const float *cosine, const float *sine, i
     }
 }
 
-/* One layer in place on x (rows, hidden). `space`: (2 heads + 2 kv_heads) dim + hidden + 2 inner floats a row. */
-static void F(decode_layer)(float *x, const Layer *layer, const Sizes *n, const float *cosine, const float *sine,
-                            const i64 *slots, const i64 *places, float *space, float epsilon, float scale) {
-    i64 rows = n->rows, hidden = n->hidden, heads = n->heads, kv_heads = n->kv_heads, dim = n->dim, inner = n->inner;
-    i64 width = (heads + 2 * kv_heads) * dim, group = heads / kv_heads;
-    float *normed = space, *qkv = normed + rows * hidden, *mixed = qkv + rows * width, *both = mixed + rows * heads * dim;
+/* This thread's part of y (out, wide) = or += weight (out, in) x + bias. */
+static void F(project)(const Step *s, const void *weight, const void *bias, const A *x, i64 in, i64 out, float *y,
+                       int add) {
+    const T *w = weight, *b = bias;
+    i64 first, end, wide = s->wide;
+    own_part(s, out, &first, &end);
+    for (i64 at = first; at < end; at += s->outputs) {
+        i64 count = end - at < s->outputs ? end - at : s->outputs;
+        float *sums = add ? s->chunk : y + at * wide;
+        F(dots)(w + at * in, in, count, x, wide, sums);
+        if (b) EACH(i, count) SIMD EACH(r, wide) sums[i * wide + r] += GET(b[at + i]);
+        if (add) SIMD EACH(i, count * wide) y[at * wide + i] += sums[i];
+    }
+}
+
+/* Attention of one row and one key head: rotate, store key and value, attend, and store the result as inputs. */
+static void F(attend_row)(const Step *s, const Layer *layer, i64 row, i64 head) {
+    const Sizes *n = s->n;
+    i64 dim = n->dim, group = n->heads / n->kv_heads, wide = s->wide, place = s->places[row], seen = place + 1;
+    i64 first = n->window > 0 && seen > n->window ? seen - n->window : 0;
+    i64 slot = (s->slots[row] * n->kv_heads + head) * n->capacity;
+    const float *c = s->cosine + row * dim, *sine = s->sine + row * dim;
+    float heads[group * dim], key[dim];
+    A query[group * dim];
     T *keys = layer->keys, *values = layer->values;
-    F(rows_norm)(x, layer->norm, normed, rows, hidden, epsilon);
-    F(rows_linear)(normed, layer->q, layer->q_bias, qkv, rows, hidden, heads * dim, width, 0);
-    F(rows_linear)(normed, layer->k, layer->k_bias, qkv + heads * dim, rows, hidden, kv_heads * dim, width, 0);
-    F(rows_linear)(normed, layer->v, layer->v_bias, qkv + (heads + kv_heads) * dim, rows, hidden, kv_heads * dim, width, 0);
-    PRAGMA(omp parallel for schedule(dynamic))
-    EACH(task, rows * kv_heads) {
-        i64 row = task / kv_heads, head = task % kv_heads, place = places[row], seen = place + 1;
-        i64 first = n->window > 0 && seen > n->window ? seen - n->window : 0;
-        i64 slot = (slots[row] * kv_heads + head) * n->capacity;
-        float *q = qkv + row * width + head * group * dim, *k = qkv + row * width + (heads + head) * dim;
-        const float *v = k + kv_heads * dim, *c = cosine + row * dim, *s = sine + row * dim;
-        if (layer->q_norm) F(rows_norm)(q, layer->q_norm, q, group, dim, epsilon);
-        if (layer->k_norm) F(rows_norm)(k, layer->k_norm, k, 1, dim, epsilon);
-        EACH(g, group) F(rotate)(q + g * dim, c, s, dim);
-        F(rotate)(k, c, s, dim);
-        EACH(i, group * dim) q[i] *= scale;
-        EACH(i, dim) { keys[(slot + place) * dim + i] = PUT(k[i]); values[(slot + place) * dim + i] = PUT(v[i]); }
-        F(attend_head)(q, keys + (slot + first) * dim, values + (slot + first) * dim, mixed + (row * heads + head * group) * dim,
-                       group, seen - first, dim, dim, 0.0f);
+    EACH(i, group * dim) heads[i] = s->qkv[(head * group * dim + i) * wide + row];
+    EACH(i, dim) key[i] = s->qkv[((n->heads + head) * dim + i) * wide + row];
+    EACH(i, dim) values[(slot + place) * dim + i] = PUT(s->qkv[((n->heads + n->kv_heads + head) * dim + i) * wide + row]);
+    if (layer->q_norm) EACH(g, group) F(norm_head)(heads + g * dim, layer->q_norm, dim, s->epsilon);
+    if (layer->k_norm) F(norm_head)(key, layer->k_norm, dim, s->epsilon);
+    EACH(g, group) F(rotate)(heads + g * dim, c, sine, dim);
+    F(rotate)(key, c, sine, dim);
+    EACH(i, dim) keys[(slot + place) * dim + i] = PUT(key[i]);
+    EACH(i, group * dim) query[i] = A_PUT(heads[i]);
+    F(attend_head)(query, keys + (slot + first) * dim, values + (slot + first) * dim, heads, s->scores, group, seen - first,
+                   dim, dim, s->scale, 0.0f);
+    A *mixed = s->mixed;
+    EACH(i, group * dim) mixed[F(input_at)(head * group * dim + i, row, n->heads * dim, wide)] = A_PUT(heads[i]);
+}
+
+/* This thread's part of silu(gate) * up, as inputs of the last product. */
+static void F(gate_and_up)(const Step *s, const Layer *layer) {
+    const T *gate = layer->gate, *up = layer->up;
+    i64 first, end, wide = s->wide, hidden = s->n->hidden, inner = s->n->inner;
+    own_part(s, inner, &first, &end);
+    for (i64 at = first; at < end; at += s->outputs) {
+        i64 count = end - at < s->outputs ? end - at : s->outputs;
+        float *g = s->chunk, *u = g + count * wide;
+        F(dots)(gate + at * hidden, hidden, count, s->normed, wide, g);
+        F(dots)(up + at * hidden, hidden, count, s->normed, wide, u);
+        SIMD EACH(i, count * wide) g[i] = g[i] / (1.0f + fast_exp(-g[i])) * u[i];
+        F(store_inputs)(g, at, count, s->product, inner, wide);
     }
-    F(rows_linear)(mixed, layer->o, layer->o_bias, x, rows, heads * dim, hidden, hidden, 1);
-    F(rows_norm)(x, layer->mlp_norm, normed, rows, hidden, epsilon);
-    F(rows_linear)(normed, layer->gate, 0, both, rows, hidden, inner, 2 * inner, 0);
-    F(rows_linear)(normed, layer->up, 0, both + inner, rows, hidden, inner, 2 * inner, 0);
-    float *product = both + 2 * rows * inner;
-    PRAGMA(omp parallel for schedule(static))
-    EACH(r, rows) {
-        const float *gate = both + 2 * r * inner, *up = gate + inner;
-        SIMD EACH(i, inner) product[r * inner + i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
+}
+
+static void F(run_layer)(const Step *s, const Layer *layer) {
+    const Sizes *n = s->n;
+    i64 hidden = n->hidden, width = n->heads * n->dim, kv_width = n->kv_heads * n->dim;
+    F(norm_rows)(s, layer->norm, s->normed);
+    F(project)(s, layer->q, layer->q_bias, s->normed, hidden, width, s->qkv, 0);
+    F(project)(s, layer->k, layer->k_bias, s->normed, hidden, kv_width, s->qkv + width * s->wide, 0);
+    F(project)(s, layer->v, layer->v_bias, s->normed, hidden, kv_width, s->qkv + (width + kv_width) * s->wide, 0);
+    BARRIER
+    PRAGMA(omp for schedule(dynamic)) /* waits at its end */
+    EACH(task, n->rows * n->kv_heads) F(attend_row)(s, layer, task / n->kv_heads, task % n->kv_heads);
+    F(project)(s, layer->o, layer->o_bias, s->mixed, width, hidden, s->x, 1);
+    BARRIER
+    F(norm_rows)(s, layer->mlp_norm, s->normed);
+    F(gate_and_up)(s, layer);
+    BARRIER
+    F(project)(s, layer->down, 0, s->product, n->inner, hidden, s->x, 1);
+    BARRIER
+}
+
+/* This thread's part of logits (rows, vocabulary) = head (vocabulary, hidden) x. */
+static void F(project_to_logits)(const Step *s, const T *head, float *logits) {
+    i64 first, end, wide = s->wide, hidden = s->n->hidden, vocabulary = s->n->vocabulary;
+    own_part(s, vocabulary, &first, &end);
+    for (i64 at = first; at < end; at += s->outputs) {
+        i64 count = end - at < s->outputs ? end - at : s->outputs;
+        F(dots)(head + at * hidden, hidden, count, s->normed, wide, s->chunk);
+        EACH(r, s->n->rows) EACH(i, count) logits[r * vocabulary + at + i] = s->chunk[i * wide + r];
     }
-    F(rows_linear)(product, layer->down, 0, x, rows, inner, hidden, hidden, 1);
 }
 
 /* The step of a llama: x (rows, hidden) holds the embeddings; logits (rows, vocabulary). Returns 1 if memory is short. */
-i64 F(decode_step)(float *x, const Layer *layers, const Sizes *sizes, const T *norm, const T *head, const float *cosine,
+i64 F(decode_step)(const float *x, const Layer *layers, const Sizes *n, const T *norm, const T *head, const float *cosine,
                    const float *sine, const i64 *slots, const i64 *places, float *logits, float epsilon, float scale) {
-    i64 width = 2 * sizes->hidden + (2 * sizes->heads + 2 * sizes->kv_heads) * sizes->dim + 3 * sizes->inner;
-    float *space = malloc(sizeof(float) * (size_t)(sizes->rows * width));
+    i64 wide = padded_rows(n->rows), hidden = n->hidden, width = (n->heads + 2 * n->kv_heads) * n->dim;
+    i64 outputs = wide > FEW ? CHUNK : FEW_CHUNK;
+    i64 shared = (hidden + width + n->heads * n->dim + n->inner) * wide;
+    i64 own = round_up_16((hidden + 2 * outputs) * wide + n->heads / n->kv_heads * n->capacity), threads = omp_get_max_threads();
+    float *space = calloc((size_t)(shared + threads * own + 16), sizeof(float));
     if (!space) return 1;
-    EACH(l, sizes->layers) F(decode_layer)(x, layers + l, sizes, cosine, sine, slots, places, space, epsilon, scale);
-    F(rows_norm)(x, norm, space, sizes->rows, sizes->hidden, epsilon);
-    F(rows_linear)(space, head, 0, logits, sizes->rows, sizes->hidden, sizes->vocabulary, sizes->vocabulary, 0);
+    float *residual = space, *qkv = residual + hidden * wide, *mixed = qkv + width * wide, *product = mixed + n->heads * n->dim * wide;
+    EACH(r, n->rows) EACH(f, hidden) residual[f * wide + r] = x[r * hidden + f];
+    PRAGMA(omp parallel num_threads(threads))
+    {
+        float *mine = space + round_up_16(shared) + omp_get_thread_num() * own, *chunk = mine + hidden * wide;
+        Step step = {n, wide, outputs, omp_get_thread_num(), omp_get_num_threads(), residual, qkv, chunk, chunk + 2 * outputs * wide,
+                     mine, mixed, product, cosine, sine, slots, places, epsilon, scale};
+        EACH(l, n->layers) F(run_layer)(&step, layers + l);
+        F(norm_rows)(&step, norm, step.normed);
+        F(project_to_logits)(&step, head, logits);
+    }
     free(space);
     return 0;
 }
+#endif

@@ -1,6 +1,7 @@
-"""One decoding step of a llama as one call of C: with few rows, it takes the time to read the weights once.
+"""One decoding step of a llama as one call of C, for any number of rows.
 
-Eager torch runs about forty operations a layer in a step, and starting them takes longer than the arithmetic.
+Eager torch runs about forty operations a layer in a step. With few rows, starting them takes longer than the
+arithmetic. With many, torch copies and converts between the products as long as it multiplies.
 The step supports networks of llama's structure (llama, mistral, qwen2, qwen3 and similar) whose layers have
 no adapter, on a CPU. ``SlotPass`` compares its first result with that of the model's own forward pass.
 """
@@ -20,8 +21,8 @@ from tunesmith.models.network import attribute, sliding_window, submodule
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAX_ROWS = 16
-"""With more rows, torch's matrix products are faster: they reuse each weight from registers."""
+FEW_ROWS = 4
+"""With more rows, the C step lays them out side by side (FEW in kernels_products.c)."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -96,6 +97,8 @@ def decode_step(core: PreTrainedModel) -> DecodeStep | None:
     ):
         return None
     complete = tuple(layer for layer in layers if layer is not None)
+    if any(tensor is not None and tensor.dim() == 2 and tensor.shape[1] % 2 for tensor in (*complete[0], head.weight)):
+        return None  # side by side, inputs are multiplied in pairs
     weights = [tensor for layer in complete for tensor in layer if tensor is not None] + [
         head.weight,
         norm.weight,

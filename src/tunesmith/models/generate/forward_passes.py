@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from tunesmith.errors import ModelError
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.generate import slot_cache
-from tunesmith.models.generate.decode_step import MAX_ROWS, DecodeStep, decode_step
+from tunesmith.models.generate.decode_step import FEW_ROWS, DecodeStep, decode_step
 from tunesmith.models.generate.row_adapters import ACTIVE, CannotStack, RowAdapters
 from tunesmith.models.generate.slot_cache import CannotUseSlots, Piece, SlotCache
 
@@ -66,7 +66,9 @@ class SlotPass:
         self.has_virtual_tokens = False
         """The slots begin with the virtual tokens as they are now."""
         self.step = decode_step(core)
-        self.step_checked = self.stack_checked = False
+        self.checked_steps = set[bool]()
+        """The C steps that were compared with the model's own forward: with few rows, with more, or both."""
+        self.stack_checked = False
         self.can_stack = True
 
     def resize(self, slots: int, capacity: int) -> None:
@@ -128,21 +130,23 @@ class SlotPass:
 
     def _run(self, pieces: Sequence[Piece]) -> Tensor:
         self.cache.begin(pieces, self.core.device)
-        if self.step is not None and self.cache.decoding and self.cache.keys and len(pieces) <= MAX_ROWS:
+        if self.step is not None and self.cache.decoding and self.cache.keys:
             return self._decode(self.step, pieces)
         return self._forward(pieces)
 
     def _decode(self, step: DecodeStep, pieces: Sequence[Piece]) -> Tensor:
         """Run the step in C.
 
-        If its first result differs from the model's own forward, do not use it again.
+        If its first result with few rows, or with more, differs from the model's own forward, do not use it again.
         """
         logits = step(torch.tensor([piece.ids[0] for piece in pieces]), self.cache)
-        if self.step_checked:
+        many = len(pieces) > FEW_ROWS
+        if many in self.checked_steps:
             return logits
-        expected, self.step_checked = self._forward(pieces), True
+        self.checked_steps.add(many)
+        expected = self._forward(pieces)
         off = difference(logits, expected)
-        if off > TOLERANCE[self.core.dtype]:
+        if not off <= TOLERANCE[self.core.dtype]:
             self.step = None
             self.note(f"decoding without the C step: its logits differ by {off:.1e}")
         return expected
