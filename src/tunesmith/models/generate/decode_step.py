@@ -97,7 +97,10 @@ def decode_step(core: PreTrainedModel) -> DecodeStep | None:
     ):
         return None
     complete = tuple(layer for layer in layers if layer is not None)
-    if any(tensor is not None and tensor.dim() == 2 and tensor.shape[1] % 2 for tensor in (*complete[0], head.weight)):
+    if any(
+        tensor is not None and tensor.dim() == 2 and tensor.shape[1] % 2
+        for tensor in (*complete[0], head.weight)
+    ):
         return None  # side by side, inputs are multiplied in pairs
     weights = [tensor for layer in complete for tensor in layer if tensor is not None] + [
         head.weight,
