@@ -47,7 +47,16 @@ def evaluate(
             help="Policy that dpo and kto compare with.", show_default="the model that training started from"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="New folder for the report of a task head.")] = None,
+    generate: Annotated[int, typer.Option(min=0, help="Prompts that a language model answers.")] = 0,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Metric of the answers; may be repeated.", show_default="all"),
+    ] = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder for the report of a task head, or for answers: a second run goes on."),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Print loss, figures and speed of a model on a data file."""
@@ -59,7 +68,8 @@ def evaluate(
         model, data, objective=objective, format=format, columns=columns or None, separator=separator, template=template,
         template_kwargs=kwargs, max_length=max_length, overlong=overlong, bad_rows=bad_rows, limit=limit, precision=precision,
         batch_tokens=batch_tokens, split=split, name=name, streaming=streaming,
-        reference=reference, out=out, on_precision=lambda chosen: print_stderr(str(chosen)),
+        reference=reference, generate=generate, answer_metrics=metric or (), max_new_tokens=max_new_tokens,
+        out=out, on_precision=lambda chosen: print_stderr(str(chosen)),
     )  # fmt: skip
     print_result(figures, as_json, _tables)
 
@@ -76,7 +86,8 @@ def _tables(figures: JsonObject) -> list[RenderableType]:
             f"eval loss   {figures['eval_loss']:.4f}{stderr} per supervised token\n"
             f"perplexity  {figures['perplexity']:.3f}\n"
             f"read        {figures['rows']:,} rows, {figures['tokens']:,} tokens, "
-            f"{figures['supervised_tokens']:,} of them supervised{bad}\n{speed}"
+            f"{figures['supervised_tokens']:,} of them supervised{bad}\n{speed}",
+            *([_answer_table(figures["generated"])] if "generated" in figures else []),
         ]
     title = f"{figures['objective']}, {figures['rows']:,} examples{bad}"
     rows = []
@@ -102,6 +113,19 @@ def _tables(figures: JsonObject) -> list[RenderableType]:
         tables.append(table)
     report = [f"report      {figures['report']}"] if "report" in figures else []
     return [*tables, "\n".join([*verdict, speed, *report])]
+
+
+def _answer_table(generated: JsonObject) -> Table:
+    """Figures of generated answers with interval and baseline."""
+    rows = []
+    for name, one in generated["figures"].items():
+        interval = f"{number(one['low'])} to {number(one['high'])}" if "low" in one else ""
+        known = one.get("baseline")
+        word = {True: "better", False: "worse", None: "no difference seen"}[known["better"]] if known else ""
+        baseline = f"{number(known['value'])}, {known['words']}: {word}" if known else ""
+        rows.append((label(name), number(one["value"]), interval, baseline, one["words"]))
+    title = f"{generated['answers']:,} answers to {generated['prompts']:,} prompts"
+    return filled_columns(("answers", "value", "95% interval", "baseline", "meaning"), rows, title)
 
 
 def _cell(value: float | None) -> str:

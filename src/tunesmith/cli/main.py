@@ -40,6 +40,10 @@ VERBS = {
     "predict": ("tunesmith.cli.predict:predict", "Predict classes, entities or answers for rows."),
     "score": ("tunesmith.cli.score:score", "Score answers with a reward model, and rank several."),
     "generate": ("tunesmith.cli.generate:generate", "Answer a prompt, or every prompt of a file."),
+    "compare": (
+        "tunesmith.cli.compare:compare",
+        "Compare models on the same rows: is one better, and how sure is that?",
+    ),
     "judge": ("tunesmith.cli.judge:judge", "Let a model judge which of several systems answers better."),
     "chat": ("tunesmith.cli.chat:chat", "Chat with a model."),
     "show": ("tunesmith.cli.show:show", "Describe a model folder without loading it."),

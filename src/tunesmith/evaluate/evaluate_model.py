@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +18,12 @@ from tunesmith.data.formats.fields import Columns
 from tunesmith.data.store.prepare import prepare
 from tunesmith.errors import UserError
 from tunesmith.evaluate import starting_policy
+from tunesmith.evaluate.answer_figures import answer_figures
 from tunesmith.evaluate.open_model import OpenedModel, open_model
+from tunesmith.evaluate.prompt_answers import greedy_answers
 from tunesmith.evaluate.trained_reading import ModelArgument, make_source, source_as_trained
 from tunesmith.json_types import JsonObject
+from tunesmith.metrics import answer_metrics as metrics_of_answers
 from tunesmith.models.adapters import virtual_tokens
 from tunesmith.models.load.compute_dtype import ComputeDtype
 from tunesmith.models.network import base, first_position
@@ -31,6 +35,15 @@ from tunesmith.train.meta_model import window_of
 
 MISTAKES = 50
 """Rows in the report: the wrong ones with the highest loss."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``records``: what the objective recorded of each batch, with the places of its rows in ``source``."""
+
+    opened: OpenedModel
+    source: Source
+    records: list[JsonObject]
 
 
 def evaluate(
@@ -54,8 +67,12 @@ def evaluate(
     name: str | None = None,
     streaming: bool = False,
     reference: str | Path | None = None,
+    generate: int = 0,
+    answer_metrics: Sequence[str] = (),
+    max_new_tokens: int = 128,
     out: str | Path | None = None,
     on_precision: Callable[[ComputeDtype], None] = lambda chosen: None,
+    on_measured: Callable[[Measured], None] = lambda measured: None,
 ) -> JsonObject:
     """Return the metrics of ``model`` (a name, a folder, or a pair (model, tokenizer)) over the rows of
     ``data``.
@@ -74,8 +91,11 @@ def evaluate(
     ``overlong``: the policy for rows above ``max_length`` (default: the objective's). ``batch_tokens`` bounds
     memory and never changes the metrics. ``split``, ``name`` and ``streaming``: keys of a Hub data set
     (``data`` = "hub:OWNER/NAME"), as in a recipe. ``reference``: the reference policy of dpo and kto
-    (default: the model that training started from). ``out``: a new folder for report.html, figures.json and
-    the worst mistakes, for a model with a task head. Raises UserError if model or data cannot be used.
+    (default: the model that training started from). ``generate``: prompts that a language model answers; their
+    figures are ``generated`` (``answer_figures``), those named by ``answer_metrics`` or all. ``out``: a new folder
+    for report.html, figures.json and the worst mistakes, for a model with a task head; with ``generate``, the
+    folder that keeps the answers, so that an evaluation that was interrupted goes on. ``on_measured`` gets the
+    record of every batch. Raises UserError if model or data cannot be used.
     """
     reading = {
         "format": format,
@@ -85,10 +105,14 @@ def evaluate(
     }
     hub = {"split": split, "name": name, "streaming": streaming}
     make_source(data, limit=limit, **reading, **hub)  # report a wrong option before the model loads
+    wanted = metrics_of_answers.of_names(answer_metrics or list(metrics_of_answers.table()))
     opened = open_model(model, objective, overlong, max_length)
     network, chosen = opened.network, opened.objective
     source = source_as_trained(opened.trained, data, chosen.traits.rows, reading, {"limit": limit, **hub})
-    if out is not None:
+    writes_text = chosen.traits.head == "lm"
+    if generate and not writes_text:
+        raise UserError(f"--generate: a model for {opened.name} writes no text. Leave it out.")
+    if out is not None and not generate:
         _check_out(Path(out), chosen.traits.head)
     config = DataConfig(
         train=[source], eval=EvalConfig(fraction=0.0), template=template,
@@ -119,8 +143,14 @@ def evaluate(
         "seconds": seconds,
         "precision": chosen_dtype.as_dict(),
     }
+    on_measured(Measured(opened, source, records))
     kept = evaluation.measured(chosen, records)
     metrics["assessment"] = assessment.assess(kept, None, chosen.traits.best[0])
+    if generate:
+        folder = None if out is None else Path(out)
+        loaded = network, opened.tokenizer
+        answers_made = greedy_answers(loaded, opened.trained, data, generate, max_new_tokens, limit, folder)
+        metrics["generated"] = answer_figures(answers_made, wanted)
     if not isinstance(chosen, TaskHead):
         return metrics
     answers = chosen.answers(records)

@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from sacrebleu.metrics.chrf import CHRF
 
 REPEATED = 4
-"""Length of the n-grams of ``repetition`` (Welleck et al. 2019, arXiv:1908.04319, seq-rep-4)."""
+"""Words of an n-gram of ``repetition`` (Welleck et al. 2019, arXiv:1908.04319, seq-rep-4)."""
 Better = Literal["higher", "lower", "neither"]
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A generated answer: its text, its tokens, whether a stop token ended it, and the accepted answers."""
+    """A generated answer: its text, the accepted answers, its number of tokens, whether a stop token ended it."""
 
     text: str
     references: tuple[str, ...] = ()
-    tokens: tuple[int, ...] = ()
+    tokens: int = 0
     stopped: bool = True
 
 
@@ -89,7 +89,7 @@ def table() -> dict[str, AnswerMetric]:
             "share ended by a stop token", "higher", _mean(lambda one: float(one.stopped)), needs_reference=False
         ),
         "length": AnswerMetric(
-            "tokens of an answer", "neither", _mean(lambda one: float(len(one.tokens))), needs_reference=False
+            "tokens of an answer", "neither", _mean(lambda one: float(one.tokens)), needs_reference=False
         ),
         "repetition": AnswerMetric(
             "share of 4-grams seen before in the answer", "lower", _mean(_repetition), needs_reference=False
@@ -98,9 +98,9 @@ def table() -> dict[str, AnswerMetric]:
 
 
 def distinct(answers: Sequence[Answered], length: int) -> float:
-    """Return distinct-n: the share of different n-grams among all n-grams of all answers (Li et al. 2016,
+    """Return distinct-n: the share of different n-grams of words in all answers (Li et al. 2016,
     arXiv:1510.03055). It is no sum over rows, so it has no interval, and it falls with the number of rows."""
-    found = [gram for one in answers for gram in _grams(one.tokens, length)]
+    found = [gram for one in answers for gram in _grams(one.text, length)]
     return len(set(found)) / len(found) if found else 0.0
 
 
@@ -116,12 +116,13 @@ def _token_f1(answer: Answered) -> float:
     return squad.f1(answer.text, answer.references)
 
 
-def _grams(tokens: Sequence[int], length: int) -> list[tuple[int, ...]]:
-    return [tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1)]
+def _grams(text: str, length: int) -> list[tuple[str, ...]]:
+    words = text.split()
+    return [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
 
 
 def _repetition(answer: Answered) -> float:
-    grams = _grams(answer.tokens, REPEATED)
+    grams = _grams(answer.text, REPEATED)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

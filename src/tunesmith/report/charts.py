@@ -186,6 +186,31 @@ def calibration(bins: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+def differences(figures: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw the difference of each figure with its interval, in half-widths of the interval; right is better.
+
+    ``figures``: name -> value, low, high, ``higher_is_better`` and ``better``. A figure of which neither
+    direction is better has its own sign and is grey.
+    """
+    names = list(figures)[::-1]
+    fitted = fit_names(names, list(range(len(names))))
+    figure, axes = _figure(8, 0.9 + 0.34 * len(names))
+    for place, name in enumerate(names):
+        one = figures[name]
+        half = (one["high"] - one["low"]) / 2
+        sign = -1 if one["higher_is_better"] is False else 1
+        middle = 0.0 if half == 0 else float(np.clip(sign * one["value"] / half, -8, 8))
+        colour = {True: TEAL, False: RED, None: GREY}[one["better"]]
+        axes.errorbar(
+            middle, place, xerr=1.0 if half else 0.0, fmt="o", color=colour, capsize=3, linewidth=1.8
+        )
+    axes.axvline(0, color=GREY, linewidth=1)
+    axes.set_yticks(range(len(names)), fitted.shown, fontfamily=fitted.families)
+    axes.set(xlabel="← worse    difference in half-widths of its interval    better →", xlim=(-9.5, 9.5))
+    _style_axes(axes, "x")
+    return figure
+
+
 def png(figure: Figure) -> bytes:
     """Draw ``figure`` without a display."""
     out = io.BytesIO()

@@ -1,0 +1,131 @@
+"""compare.html: models on the same rows. The verdict in words, differences with intervals, rows that changed most."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tunesmith
+from tunesmith.files import replace_file
+from tunesmith.json_types import JsonObject
+from tunesmith.report import charts, pages
+from tunesmith.report.pages import Tile
+from tunesmith.report.task_page import Picture, Piece
+from tunesmith.runs.figure_format import count, label, number
+
+_WORDS = {True: "better", False: "worse", None: "no difference seen"}
+
+
+def write(folder: str | Path, result: JsonObject) -> Path:
+    """Write compare.html, and a PNG of each pair's differences, into ``folder``; return the page's path.
+
+    ``result``: as ``evaluate.compare_models.compare`` returns it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for number_, pair in enumerate(result["pairs"], 1):
+        figure = charts.differences({label(name): one for name, one in pair["figures"].items()})
+        caption = f"{pair['second']} minus {pair['first']}, in half-widths of the 95% interval"
+        detail = "A bar that does not touch zero is a difference that chance alone seldom makes"
+        picture = Picture(f"differences-{number_}", caption, charts.png(figure), detail)
+        replace_file(folder / f"{picture.name}.png", picture.png)
+        pictures.append(picture)
+    return pages.save(
+        folder / "compare.html",
+        "compare.html",
+        title=" or ".join(system["name"] for system in result["systems"]),
+        version=tunesmith.__version__,
+        tiles_shown=_tiles(result),
+        notes_shown=[*(pair["verdict"] for pair in result["pairs"]), *result["cautions"]],
+        systems=[_system(system) for system in result["systems"]],
+        pairs=[
+            {
+                "names": f"{pair['first']} → {pair['second']}",
+                "figures": [_difference(name, one) for name, one in pair["figures"].items()],
+                "changed": [
+                    ("Rows that got worse most", [_row(pair, row) for row in pair["worse_rows"]]),
+                    ("Rows that got better most", [_row(pair, row) for row in pair["better_rows"]]),
+                ],
+            }
+            for pair in result["pairs"]
+        ],
+        pictures=pictures,
+        data=f"{result['rows']:,} rows of {result['data']} with {result['prompts']:,} different prompts",
+    )
+
+
+def _tiles(result: JsonObject) -> list[Tile]:
+    """The deciding figure of each pair."""
+    tiles = []
+    for pair in result["pairs"][:3]:
+        one = pair["figures"].get(result["decides"])
+        if one is None:
+            continue
+        trend = {True: "good", False: "bad", None: ""}[one["better"]]
+        change = f"{one['value']:+.4g} ({number(one['low'])} to {number(one['high'])})"
+        note = f"{pair['second']}: {_WORDS[one['better']]}"
+        tiles.append(
+            Tile(label(result["decides"]), number(one["after"]), note, number(one["before"]), change, trend)
+        )
+    return tiles
+
+
+def _system(system: JsonObject) -> JsonObject:
+    figures = {}
+    for name, one in system["figures"].items():
+        around = f" ({number(one['low'])} to {number(one['high'])})" if "low" in one else ""
+        figures[label(name)] = number(one["value"]) + around
+    return {
+        "model": system["name"], "parameters": count(system["parameters"]), "size": count(system["bytes"]) + "B",
+        "tokens/s": number(system["tokens_per_second"]), **figures,
+    }  # fmt: skip
+
+
+def _difference(name: str, one: JsonObject) -> JsonObject:
+    return {
+        "figure": label(name), "before": number(one["before"]), "after": number(one["after"]),
+        "difference": number(one["value"]), "95% interval": f"{number(one['low'])} to {number(one['high'])}",
+        "p": f"{one['p']:.2g}", "": _WORDS[one["better"]], "visible from": number(one["detectable"]),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChangedRow:
+    """``sides``: (model, pieces of its answer); the pieces that differ are marked."""
+
+    title: str
+    text: str
+    sides: list[tuple[str, list[Piece]]]
+
+
+def _row(pair: JsonObject, row: JsonObject) -> ChangedRow:
+    title = f"row {row['row']}: {number(row['before'])} → {number(row['after'])}"
+    answers = row.get("answers")
+    sides = []
+    if answers:
+        marked = zip((pair["first"], pair["second"]), word_differences(*answers), strict=True)
+        sides = list(marked)
+    return ChangedRow(title, str(row.get("text", "")), sides)
+
+
+def word_differences(before: str, after: str) -> tuple[list[Piece], list[Piece]]:
+    """Return both texts as pieces; words that only one of them has are marked."""
+    words = [_words(before), _words(after)]
+    matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
+    sides: tuple[list[Piece], list[Piece]] = ([], [])
+    for tag, first, first_end, second, second_end in matcher.get_opcodes():
+        kinds = ("", "") if tag == "equal" else ("wrong", "right")
+        spans = ((first, first_end), (second, second_end))
+        for side, kind, (start, end), all_words in zip(sides, kinds, spans, words, strict=True):
+            if end > start:
+                side.append(Piece("".join(all_words[start:end]), kind))
+    return sides
+
+
+def _words(text: str) -> Sequence[str]:
+    """Return the words of a text, each with the white space before it."""
+    return re.findall(r"\s*\S+|\s+$", text)

@@ -1,0 +1,221 @@
+"""Models compared on the same rows: who is better, which differences are chance, which rows changed."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+import tunesmith
+from tests.runs import labelled, recipe, rows
+from tunesmith.cli.main import main
+from tunesmith.errors import UserError
+from tunesmith.evaluate import compare_models
+from tunesmith.evaluate.compare_models import Figure, System
+from tunesmith.metrics import squad
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three models: a base, the base trained to memorise the rows, and a copy of the base."""
+    folder = tmp_path_factory.mktemp("compare")
+    made = recipe(folder, count=12, max_steps=30, learning_rate=1e-2, save_steps=30)
+    tunesmith.train(made, out=folder / "run")
+    base = made["model"]
+    (folder / "copy").symlink_to(base, target_is_directory=True)
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(12)))
+    return folder, base
+
+
+def compared(folder, *models, **settings):
+    return compare_models.compare(list(models), str(folder / "data.jsonl"), **{"generate": 6, "max_new_tokens": 8, **settings})
+
+
+def test_a_trained_model_is_better_than_its_base(folder):
+    folder, base = folder
+    result = compared(folder, base, str(folder / "run"))
+    (pair,) = result["pairs"]
+    loss = pair["figures"]["eval_loss"]
+    assert result["decides"] == "eval_loss" and loss["better"] and loss["high"] < 0
+    assert pair["better"] == str(folder / "run") and f"{folder / 'run'} is better than {base}: loss " in pair["verdict"]
+    assert {"answer_rougeL", "answer_bleu", "answer_length"} <= pair["figures"].keys()
+    answered = [row for row in pair["better_rows"] + pair["worse_rows"] if "answers" in row]
+    assert answered and all(len(row["answers"]) == 2 for row in answered)
+
+
+def test_the_same_model_twice_shows_no_difference(folder):
+    folder, base = folder
+    (pair,) = compared(folder, base, str(folder / "copy"))["pairs"]
+    assert all(one["value"] == 0 and one["p"] == 1 and one["better"] is None for one in pair["figures"].values())
+    assert pair["better"] is None and "no difference between" in pair["verdict"]
+    assert pair["better_rows"] == pair["worse_rows"] == []
+
+
+def test_the_figures_are_those_of_evaluate(folder):
+    folder, base = folder
+    (first, _) = compared(folder, base, str(folder / "run"))["systems"]
+    alone = tunesmith.evaluate(base, folder / "data.jsonl")
+    assert first["figures"]["eval_loss"]["value"] == pytest.approx(alone["eval_loss"], rel=1e-6)
+
+
+def test_an_interrupted_comparison_goes_on_to_the_same_files(folder, monkeypatch, tmp_path):
+    folder, base = folder
+    models = base, str(folder / "run")
+    compare_models.save(compared(folder, *models, out=tmp_path / "whole"), tmp_path / "whole")
+    from tunesmith.evaluate import answer_file
+
+    add, added = answer_file.AnswerFile.add, []
+
+    def dies(self, index, line):
+        if len(added) == 8:
+            raise KeyboardInterrupt
+        added.append(index)
+        add(self, index, line)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(answer_file.AnswerFile, "add", dies)
+        compared(folder, *models, out=tmp_path / "parts")
+    compare_models.save(compared(folder, *models, out=tmp_path / "parts"), tmp_path / "parts")
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "parts").iterdir())
+    for name in names:
+        if name != "figures.json":  # tokens per second differ
+            assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+@pytest.mark.parametrize("models, words", [(("one",), "needs two models"), (("one", "one"), "named twice")])
+def test_what_cannot_be_compared_is_refused(models, words):
+    with pytest.raises(UserError, match=words):
+        compare_models.compare(models, "data.jsonl")
+
+
+# ------------------------------------------------------------- systems whose figures are known
+
+
+def system(name, terms, tokenizer="same", decides="eval_accuracy", higher=True):
+    figure = Figure({row: (value, 1.0) for row, value in enumerate(terms, 1)}, higher)
+    return System(name, "classify", decides, {decides: figure}, {}, False, {row: row for row in figure.terms}, tokenizer)
+
+
+def verdict(first, second, size=None):
+    pair = compare_models._pair(first, second)
+    compare_models._adjust([pair], first.decides)
+    return compare_models._verdict(pair, first.decides, size)
+
+
+def test_a_comparison_is_not_fooled_by_chance():
+    """Two systems that are equally good, on the same 200 rows, in either order."""
+    wrong = 0
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        systems = [system(name, (draw.random(200) < 0.6).astype(float)) for name in "AB"]
+        wrong += verdict(*systems)[1] is not None
+    assert wrong <= 0.05 * 200 + 3
+
+
+def test_a_gain_of_ten_points_is_found():
+    found = 0
+    for seed in range(100):
+        draw = np.random.default_rng(seed)
+        before = draw.random(200) < 0.5
+        after = np.where(before, draw.random(200) < 0.94, draw.random(200) < 0.26)
+        found += verdict(system("A", before.astype(float)), system("B", after.astype(float)))[1] == "B"
+    assert found >= 80
+
+
+def test_order_changes_the_words_and_not_the_winner():
+    draw = random.Random(0)
+    systems = system("A", [draw.random() for _ in range(60)]), system("B", [draw.random() + 0.4 for _ in range(60)])
+    assert verdict(*systems)[1] == verdict(*systems[::-1])[1] == "B"
+    lower = [
+        system(one.name, [t[0] for t in one.figures["eval_accuracy"].terms.values()], decides="eval_loss", higher=False)
+        for one in systems
+    ]
+    assert verdict(*lower)[1] == "A"
+
+
+def test_no_difference_says_how_many_rows_would_show_one():
+    draw = np.random.default_rng(0)
+    systems = system("A", draw.normal(size=100)), system("B", draw.normal(size=100))
+    words, better = verdict(*systems, size=0.1)
+    assert better is None
+    needed = int(words.partition("; about ")[2].partition(" rows")[0].replace(",", ""))
+    assert needed == pytest.approx(100 * (2.8 * 1.41 / 10 / 0.1) ** 2, rel=0.25) and "show a difference of 0.1" in words
+
+
+def test_many_figures_do_not_make_a_false_difference():
+    draw = np.random.default_rng(2)
+    pair = {"figures": {f"f{n}": {"p": float(p), "value": 1.0, "higher_is_better": True} for n, p in enumerate(draw.random(20))}}
+    pair["figures"]["f3"]["p"] = 0.004
+    compare_models._adjust([pair], "decides")
+    assert not any(one["better"] for one in pair["figures"].values())
+
+
+def test_losses_of_other_tokenizers_are_left_out():
+    systems = [system("A", [1.0, 2.0], "one", "eval_loss", False), system("B", [1.0, 2.0], "other", "eval_loss", False)]
+    for one in systems:
+        one.writes_text = True
+        one.figures["answer_rougeL"] = Figure({1: (0.5, 1.0), 2: (0.2, 1.0)}, True)
+    assert compare_models._drop_losses(systems) == ["the tokenizers differ, so losses per token are left out"]
+    assert systems[0].figures.keys() == {"answer_rougeL"} and systems[1].decides == "answer_rougeL"
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def test_the_command_prints_the_verdict_first_and_writes_the_page(folder, tmp_path, capsys):
+    folder, base = folder
+    out = tmp_path / "out"
+    arguments = ["compare", base, str(folder / "run"), "--data", str(folder / "data.jsonl"), "--generate", "4"]
+    assert main([*arguments, "--max-new-tokens", "8", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{folder / 'run'} is better than {base}: loss")
+    page = (out / "compare.html").read_text()
+    assert "is better than" in page and "Rows that got better most" in page and "<script" not in page
+    assert json.loads((out / "figures.json").read_text())["pairs"][0]["better"] == str(folder / "run")
+
+
+def test_models_of_other_kinds_are_refused(folder, tmp_path):
+    folder, base = folder
+    other = tmp_path / "classify"
+    made = recipe(tmp_path, count=12, objective="classify", max_steps=2)
+    tunesmith.train(made, out=other)
+    with pytest.raises(UserError, match=r"is a model for classify, .* for sft: their figures cannot be compared"):
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join(json.dumps({**row, **label}) + "\n" for row, label in zip(rows(12), labelled(12))))
+        compare_models.compare([base, str(other)], str(data))
+
+
+# --------------------------------------------------------------------------------------- evaluate --generate
+
+
+def test_answers_are_measured_next_to_a_baseline(folder, tmp_path):
+    folder, _ = folder
+    found = tunesmith.evaluate(str(folder / "run"), folder / "data.jsonl", generate=12, max_new_tokens=40, out=tmp_path / "out")[
+        "generated"
+    ]
+    (saved,) = (tmp_path / "out").glob("answers-*.jsonl")
+    lines = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert found["answers"] == len(lines) == 12
+    by_hand = np.mean([squad.exact_match(line["answer"], [line["reference"]]) for line in lines])
+    assert found["figures"]["exact_match"]["value"] == pytest.approx(by_hand)
+    assert found["figures"]["length"]["value"] == pytest.approx(np.mean([line["tokens"] for line in lines]))
+    assert found["figures"]["rouge1"]["baseline"]["words"] == "the prompt copied"
+    assert "baseline" not in found["figures"]["length"] and 0 < found["figures"]["distinct_1"]["value"] <= 1
+    worst = [one["token_f1"] for one in found["worst"]]
+    assert worst == sorted(worst)
+
+
+def test_evaluate_prints_the_answers_figures(folder, capsys):
+    folder, _ = folder
+    data = str(folder / "data.jsonl")
+    assert (
+        main(["evaluate", str(folder / "run"), "--data", data, "--generate", "3", "--metric", "rouge1", "--metric", "length"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "3 answers to 3 prompts" in printed and "rouge1" in printed and "bleu" not in printed
+    assert main(["evaluate", str(folder / "run"), "--data", data, "--generate", "3", "--metric", "rogue1"]) == 2
+    assert "Did you mean `rouge1`?" in capsys.readouterr().err
