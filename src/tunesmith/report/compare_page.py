@@ -114,8 +114,8 @@ def _row(pair: JsonObject, row: JsonObject) -> ChangedRow:
 
 def word_differences(before: str, after: str) -> tuple[list[Piece], list[Piece]]:
     """Return both texts as pieces; words that only one of them has are marked."""
-    words = [_words(before), _words(after)]
-    matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
+    words = _words(before), _words(after)
+    matcher = difflib.SequenceMatcher(None, words[0], words[1], autojunk=False)
     sides: tuple[list[Piece], list[Piece]] = ([], [])
     for tag, first, first_end, second, second_end in matcher.get_opcodes():
         kinds = ("", "") if tag == "equal" else ("wrong", "right")
