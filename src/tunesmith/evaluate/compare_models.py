@@ -215,7 +215,9 @@ def _pair(first: System, second: System) -> JsonObject:
         rows = sorted(before.terms.keys() & after.terms.keys()) if before else []
         if before is None or len(rows) < 2:
             continue
-        arrays = tuple(np.array([figure.terms[row] for row in rows], np.float64) for figure in (before, after))
+        arrays = tuple(
+            np.array([figure.terms[row] for row in rows], np.float64) for figure in (before, after)
+        )
         clusters = [first.clusters.get(row, row) for row in rows]
         found = comparison.difference(arrays[0], arrays[1], clusters, after.of_sums)
         if found is not None:
