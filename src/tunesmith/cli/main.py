@@ -42,7 +42,7 @@ VERBS = {
     "generate": ("tunesmith.cli.generate:generate", "Answer a prompt, or every prompt of a file."),
     "compare": (
         "tunesmith.cli.compare:compare",
-        "Compare models on the same rows: is one better, and how sure is that?",
+        "Compare models on the same rows: every figure with its interval.",
     ),
     "judge": ("tunesmith.cli.judge:judge", "Let a model judge which of several systems answers better."),
     "chat": ("tunesmith.cli.chat:chat", "Chat with a model."),
