@@ -82,7 +82,9 @@ class Adaptation:
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors; nothing of the base model."""
-        model.save_pretrained(folder, save_embedding_layers=False)
+        # a reward model may be a second adapter of the same network
+        active = [model.active_adapter]
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=active)
 
 
 def names() -> list[str]:

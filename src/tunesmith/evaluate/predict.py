@@ -34,9 +34,10 @@ from tunesmith.errors import DataError, ModelError
 from tunesmith.evaluate.open_model import OpenedModel, open_model
 from tunesmith.evaluate.trained_reading import ModelArgument, make_source, source_as_trained
 from tunesmith.json_types import JsonObject
+from tunesmith.models import forward_groups
 from tunesmith.models.load.compute_dtype import ComputeDtype
 from tunesmith.objectives import Example, TaskHead
-from tunesmith.train import fast_path, forward_batches
+from tunesmith.train import fast_path
 
 Item = tuple[Record, Row] | RowProblem
 """A row with its record, or why there is none."""
@@ -240,5 +241,5 @@ def _answers(
         return f"row {examples[place]['row'][1]}"
 
     sizes = Listed(examples, [""] * len(examples)).sizes(slice(None), layout)
-    groups = forward_batches.run_groups(run, sizes, budget, layout, opened.device, name)
+    groups = forward_groups.run_groups(run, sizes, budget, layout, opened.device, name)
     return {answer["row"][1]: answer for answer in opened.task.answers([record for _, record in groups])}

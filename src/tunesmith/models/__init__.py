@@ -7,4 +7,5 @@
 - ``adapters``: what peft adds to a network
 - ``fast``: packed attention and fused layers
 - ``generate``: answers
+- ``forward_groups``: forward passes without gradients in groups that fit into memory
 """

@@ -23,10 +23,13 @@ from tunesmith.models.network import attribute
 from tunesmith.rollout.checked_answers import JsonSchemaReward, MathReward
 from tunesmith.rollout.python_reward import PythonReward
 from tunesmith.rollout.reward_config import Completion, RewardKeys, Scorer
+from tunesmith.rollout.reward_models import ModelReward, RewardModel
 from tunesmith.rollout.rules import ContainsReward, ExactReward, FinalStopReward, LengthReward, RegexReward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from tunesmith.rollout.session_protocol import Session
 
 Reward = Annotated[
     PythonReward
@@ -36,7 +39,8 @@ Reward = Annotated[
     | ExactReward
     | MathReward
     | JsonSchemaReward
-    | FinalStopReward,
+    | FinalStopReward
+    | ModelReward,
     Field(discriminator="type"),
 ]
 """One item of the recipe's list of rewards."""
@@ -68,6 +72,22 @@ class Rewards:
         self.scorers: tuple[Scorer, ...] = tuple(
             config.scorer(f"{place}.{number}", tokenizer) for number, config in enumerate(configs)
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """What the recipe does not show, to be printed once."""
+        return [note for model in self._models for note in model.notes]
+
+    @property
+    def _models(self) -> list[RewardModel]:
+        return [scorer for scorer in self.scorers if isinstance(scorer, RewardModel)]
+
+    def open(self, run: Session) -> None:
+        """Make reward models ready on the device of ``run``. Every process calls it, before it samples.
+
+        Where a reward model can be an adapter of the policy's network, it is attached to it now."""
+        for model in self._models:
+            model.open(run)
 
     def check_rows(self, rows: Sequence[Prompt]) -> None:
         """Raise RowFault for the first row that lacks a column which a reward reads."""

@@ -43,6 +43,11 @@ class Session(Protocol):
         """Inside the block the model has the weights of step 0; needs ``traits.keeps_start``."""
         ...
 
+    def own_layers(self) -> AbstractContextManager[None]:
+        """Inside the block the model is in eval mode and computes with its own attention and layers, which take
+        padded batches and any adapter that is in use."""
+        ...
+
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all processes; every process must call it."""
         ...

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -65,6 +65,15 @@ class RunSession:
         return {
             place: value for places, values in results for place, value in zip(places, values, strict=True)
         }
+
+    @contextmanager
+    def own_layers(self) -> Iterator[None]:
+        fast, training = self._loaded(), self.model.training
+        try:
+            with plain_attention(self.model, fast), fast.fused.disabled():
+                yield
+        finally:
+            self.model.train(training)
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         return distributed.add_tensor(values)
