@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -11,6 +15,7 @@ from tests.tiny import tiny_tokenizer
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Prompt
 from tunesmith.errors import RecipeError
+from tunesmith.recipe import text as recipe_text
 from tunesmith.rollout.rewards import Reward, Rewards
 
 LISTED = TypeAdapter(list[Reward])
@@ -68,6 +73,26 @@ def test_rows_must_have_the_columns_that_rewards_read():
     ) as caught:
         rewards.check_rows([Prompt("q", {"answer": "a"}), Prompt("q", {"answr": "a"})])
     assert (caught.value.index, caught.value.field) == (1, "answer")
+
+
+def test_the_example_of_the_page_scores(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    (recipe,), (code,) = (
+        re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE) for language in ("yaml", "python")
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("my_rewards.py").write_text(code)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    items = LISTED.validate_python(recipe_text.read(recipe, "page")[0]["objective"]["rewards"], strict=True)
+    rewards = Rewards([item for item in items if item.name != "helpful"], tiny_tokenizer())  # there is no runs/rm here
+    turns = ({"role": "user", "content": "How many?"},)
+    answers = [answered("#### 7", answer="#### 7"), answered("How many? " + "x" * 190, prompt=turns, stopped=False, answer="7")]
+    scored = rewards.score(answers)
+    assert {name: values.tolist() for name, values in scored.by_name.items()} == {
+        "length": [0, 0], "final_stop": [1, 0], "exact": [1, 0], "brevity": [pytest.approx(1 - 6 / 200 + 1), -0.5],
+    }  # fmt: skip
+    assert scored.total == pytest.approx([0.5 + 1 + 0.197, -0.05])
 
 
 def test_the_resolved_recipe_makes_the_same_rewards():

@@ -75,7 +75,7 @@ class Rewards:
 
     @property
     def notes(self) -> list[str]:
-        """What the recipe does not show, to be printed once."""
+        """Decisions that the recipe does not show, to be printed once."""
         return [note for model in self._models for note in model.notes]
 
     @property
