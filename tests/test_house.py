@@ -54,6 +54,12 @@ OPENS_PICKLES = SRC / "models" / "find" / "unpickle.py"
 TRUSTED = "folder.remote_code"
 """The recipe's own word, the only value besides False: ``models.load.load`` hands it to transformers, in one place."""
 
+GENERATE_BY_ENGINE = {"decode", "session", "tunesmith"}
+"""The owners of a ``generate`` that is the engine's."""
+
+PREFIXES = SRC / "models" / "adapters" / "virtual_tokens.py"
+"""Prefix tuning puts its trained keys and values in front of a row as a cache."""
+
 CHOICES = {path.stem for part in ("objectives", "adaptations") for path in (SRC / part).glob("*.py")} - {"__init__"}
 
 
@@ -311,6 +317,36 @@ def test_trust_is_passed_on_in_one_place():
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and ast.unparse(node.value) == TRUSTED
     ]
     assert places == ["models/load/load.py"]
+
+
+def other_generators(path: Path) -> list[str]:
+    """Calls that generate text without the engine: ``generate`` of a network, or a forward pass that keeps a cache."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        *owner, name = ast.unparse(node.func).split(".")
+        if name == "generate" and owner and owner[-1] not in GENERATE_BY_ENGINE:
+            found.append(f"line {node.lineno}: {ast.unparse(node.func)}")
+        for keyword in node.keywords:
+            if keyword.arg == "past_key_values" or (keyword.arg == "use_cache" and ast.unparse(keyword.value) == "True"):
+                found.append(f"line {node.lineno}: {keyword.arg}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_only_the_engine_generates_text(path):
+    if path.parent != SRC / "models" / "generate" and path != PREFIXES:
+        assert other_generators(path) == []
+
+
+def test_other_loops_that_generate_are_found(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("model.generate(x)\nself.policy.generate(x)\nnetwork(x, use_cache=True)\nmodel(x, past_key_values=cache)\n")
+    assert len(other_generators(bad)) == 4
+    good = tmp_path / "good.py"
+    good.write_text("decode.generate(m, x)\nself.session.generate(x)\nmodel(x, use_cache=False)\ngenerate(x)\n")
+    assert other_generators(good) == []
 
 
 def test_only_two_files_touch_accelerate():

@@ -90,6 +90,8 @@ def chat(
             engine = Engine(adapters.model, adapters.tokenizer)
             params = sampling.params((adapters.model, adapters.tokenizer))
         elif line.startswith("/"):
+            if command != "/help":
+                print_stderr(f"there is no command {command}")
             print_stderr(_HELP, *([_SWITCH.format(names=", ".join(adapters.names))] if adapters else []))
         else:
             messages: list[Message] = [*turns, {"role": "user", "content": line}]
