@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -214,7 +214,7 @@ def _hits(
 def _held_letters(held: Encoded, text: TokenText) -> tuple[_Letters, np.ndarray]:
     """Return the letters of the held-out examples, and the loss mask of each letter."""
     codes, masks, sizes = [], [], []
-    for example in _read(held, np.arange(len(held))):
+    for example in chain.from_iterable(_read(held, np.arange(len(held)))):
         runs = _runs(example, text)
         found = [counted_letters(string)[0] for string, _ in runs]
         codes += [*found, np.zeros(1, np.uint32)]
@@ -227,8 +227,8 @@ def _sampled_letters(train: Encoded, text: TokenText) -> tuple[_Letters, int]:
     """Return the letters of a sample of at most SAMPLED training examples, and the number of these."""
     sample = np.unique(np.linspace(0, len(train) - 1, min(len(train), SAMPLED)).astype(np.int64))
     strings: list[str] = []
-    for part in np.array_split(sample, -(-len(sample) // SCATTERED)):
-        rows = [example["input_ids"] for example in _read(train, part)]
+    for part in _read(train, sample):
+        rows = [example["input_ids"] for example in part]
         strings += text.decode_rows(np.concatenate(rows), [len(row) for row in rows])
     return _join(strings, sample), len(sample)
 
@@ -253,14 +253,13 @@ def _runs(example: Example, text: TokenText) -> list[tuple[str, bool]]:
     return [(text.decode(ids[a:b]), bool(mask[a])) for a, b in pairwise(cuts) if a < b]
 
 
-def _read(data: Encoded, examples: np.ndarray) -> Iterator[Example]:
-    """Yield examples. Release the mapped files after every SCATTERED of them."""
-    for number, index in enumerate(examples.tolist(), 1):
-        yield data[index]
-        if number % SCATTERED == 0:
-            for entry in data.entries:
-                for values in entry.values.values():
-                    forget(values)
+def _read(data: Encoded, examples: np.ndarray) -> Iterator[list[Example]]:
+    """Yield SCATTERED examples at a time, and release the mapped files after each time."""
+    for first in range(0, len(examples), SCATTERED):
+        yield [data[index] for index in examples[first : first + SCATTERED].tolist()]
+        for entry in data.entries:
+            for values in entry.values.values():
+                forget(values)
 
 
 def _find_in_training(
