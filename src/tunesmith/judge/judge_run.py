@@ -22,7 +22,7 @@ from tunesmith.evaluate.trained_reading import make_source
 from tunesmith.json_types import JsonObject
 from tunesmith.judge import examination
 from tunesmith.judge.endpoint import KEY_VARIABLE, EndpointJudge, is_address
-from tunesmith.judge.judges import Judge, LanguageModelJudge, Pair
+from tunesmith.judge.judges import Judge, LanguageModelJudge, Pair, RewardModelJudge
 from tunesmith.judge.verdicts import Outcome, Verdicts
 from tunesmith.metrics import comparison, win_rate
 from tunesmith.metrics.intervals import Interval
@@ -30,7 +30,7 @@ from tunesmith.models.find import record
 from tunesmith.models.find.locate import locate
 from tunesmith.models.generate import decode
 from tunesmith.models.load.compute_dtype import cast_and_move
-from tunesmith.models.load.load import load
+from tunesmith.models.load.load import head_of, load
 
 REFERENCE = "reference"
 SHOWN_ROWS = 20
@@ -63,7 +63,7 @@ def judge(
 ) -> JsonObject:
     """Return the examination of the judge and, for each pair of systems, the win rates and a verdict.
 
-    ``judge``: a language model, or the address of a server (then ``judge_model`` is the name there). ``data``:
+    ``judge``: a language model, a reward model, or the address of a server (then ``judge_model`` is the name there). ``data``:
     the prompts; needed if a system is a model or ``reference``. ``human``: a file of ranked answers that
     examines the judge in addition to the built-in pairs. Raises UserError, and JudgeError if a server does
     not answer; what was generated and judged before is kept in ``out``.
@@ -216,6 +216,9 @@ def _open_judge(judge: str, model: str | None, key_variable: str, precision: str
         if model is None:
             raise UserError(f"{judge} is a server: name its model with --judge-model NAME")
         return EndpointJudge(judge, model, key_variable)
+    folder = locate(judge, checkpoints=True)
+    if head_of(folder) == "score":
+        return RewardModelJudge(judge, folder)
     network, tokenizer = load(judge)
     decode.check_writes(network)
     cast_and_move(network, precision)

@@ -7,6 +7,7 @@ reply has to be parsed. A reward model compares its two scores. ``judge.endpoint
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.data.encode import conversations
+from tunesmith.data.rows import Prompt
 from tunesmith.errors import UserError
+from tunesmith.models.find import record
 from tunesmith.models.generate.engine import Engine, fingerprint
 from tunesmith.models.generate.running_rows import Request
 from tunesmith.models.generate.sampling import SamplingParams
+from tunesmith.models.load.load import load_tokenizer
+from tunesmith.rollout.reward_config import Completion
+from tunesmith.rollout.reward_models import ModelReward, RewardModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tunesmith.models.find.locate import Folder
 
 LETTERS = ("A", "B")
 
@@ -139,3 +147,26 @@ class LanguageModelJudge:
             is_first = tuple(answer.ids[: len(self.choices[0])]) == self.choices[0]
             tokens = lengths[answer.prompt] + len(answer.ids)
             yield answer.prompt, Verdict(chosen if is_first else 1 - chosen, tokens)
+
+
+class RewardModelJudge:
+    """A reward model. The first answer is better with probability sigmoid(its reward - the other's)
+    (Bradley and Terry 1952), so the order of the answers has no effect."""
+
+    def __init__(self, name: str, folder: Folder) -> None:
+        self.name = name
+        self.model = RewardModel(ModelReward(path=name), "--judge", load_tokenizer(folder))
+        self.identity = json.dumps(record.file_hashes(folder.path), sort_keys=True)
+
+    def __call__(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
+        asked = list(
+            dict.fromkeys((pair.prompt, text) for pair in pairs for text in (pair.first, pair.second))
+        )
+        answers = [
+            Completion(Prompt(prompt, {}), text, (), True, f"answer {number}")
+            for number, (prompt, text) in enumerate(asked, 1)
+        ]
+        rewards = dict(zip(asked, (float(value) for value in self.model(answers)), strict=True))
+        for place, pair in enumerate(pairs):
+            lead = rewards[pair.prompt, pair.first] - rewards[pair.prompt, pair.second]
+            yield place, Verdict(1 / (1 + math.exp(-lead)) if lead > -700 else 0.0)
