@@ -36,7 +36,8 @@ import tunesmith
 
 STEPS, HALF = 6, 3
 TIMING = {"time", "seconds", "eta_seconds", "tokens_per_second", "rows_per_second"}
-TIMING |= {"train_seconds", "reference_seconds", "memory_bytes", "peak_memory_bytes"}
+TIMING |= {"train_seconds", "reference_seconds", "memory_bytes", "peak_memory_bytes", "update_seconds"}
+TIMING |= {"rollout_seconds", "scoring_seconds", "logps_seconds", "rollout_tokens_per_second"}
 PATHS = {"base_model_name_or_path", "model_dir", "run_dir", "report", "path", "base", "adapter"}
 PROSE = {"why", "notes"}
 MERGES = ("lora", "qlora", "ia3")  # adaptations that tunesmith.merge folds into the base model
@@ -58,6 +59,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "dpo-lora": ("llama", {"type": "dpo"}, {"type": "lora", "r": 4, "use_dora": True}, {"micro_batch_tokens": 250}),
     "dpo-simpo": ("gemma", {"type": "dpo", "loss_type": "simpo"}, {"type": "full"}, {"optim": "lion", "learning_rate": 1e-4}),
     "kto-lora": ("llama", {"type": "kto"}, {"type": "lora", "r": 4}, {"micro_batch_tokens": 150}),
+    "grpo-lora": ("llama", {"type": "grpo", "num_generations": 5, "update_epochs": 2, "max_new_tokens": 6, "beta": 0.1,
+                            "rewards": [{"type": "length", "target": 9, "unit": "characters"}]},
+                  {"type": "lora", "r": 4}, {"micro_batch_tokens": 150}),
     "reward-full": ("qwen3", {"type": "reward"}, {"type": "full"}, {"precision": "auto", "micro_batch_tokens": 250}),
     "classify-full": ("bert", {"type": "classify"}, {"type": "full"}, {"micro_batch_tokens": 100, "head_learning_rate": 2e-3}),
     "classify-bottleneck": ("llama", {"type": "classify"}, {"type": "bottleneck", "bottleneck_size": 4, "dropout": 0.2},
@@ -154,7 +158,7 @@ def recipe_of(name: str, folder: Path) -> dict[str, Any]:
         "batch_size": 5, "max_steps": STEPS, "learning_rate": 5e-3, "precision": "fp32", "logging_steps": 1, "eval_steps": 2,
         "save_steps": 4, **{key: value for key, value in train.items() if key != "kill"},
     }  # fmt: skip
-    writes = objective["type"] in ("sft", "cpt", "dpo", "kto")
+    writes = objective["type"] in ("sft", "cpt", "dpo", "kto", "grpo")
     return {
         "model": str(model), "objective": objective, "adaptation": adaptation, "train": settings, "seed": 7,
         "data": {"train": [{"path": str(rows)}], "eval": {"path": str(rows), "limit": 6}, "cache": False},
@@ -242,7 +246,7 @@ def facts_of(run: Path, result: dict[str, Any], recipe: dict[str, Any]) -> dict[
     rows, precision = recipe["data"]["train"][0]["path"], recipe["train"]["precision"]
     model, objective = result["model_dir"], recipe["objective"]["type"]
     evaluated, predicted, merged = {}, [], {}
-    if objective not in ("dpo", "kto"):  # evaluate refuses it: its reference is gone
+    if objective not in ("dpo", "kto", "grpo"):  # evaluate refuses it: its reference is gone, or its rewards
         evaluated = tunesmith.evaluate(model, rows, objective=objective, precision=precision)
     if "samples" not in recipe:
         predicted = list(tunesmith.predict(model, rows, precision=precision))

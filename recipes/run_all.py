@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tunesmith.recipe import Recipe
 
 HERE = Path(__file__).resolve().parent
-TEXT_OBJECTIVES = ("sft", "cpt")
+TEXT_OBJECTIVES = ("sft", "cpt", "grpo")
 ROW = "{:<18} {:>5} {:>17} {:>8}  {}"
 
 
@@ -90,7 +90,7 @@ def main() -> int:
     unknown = [name for name in arguments.names if name not in known]
     if unknown:
         parser.error(f"no recipe {', '.join(unknown)}; recipes are {', '.join(known)}")
-    print(ROW.format("recipe", "steps", "eval loss", "seconds", ""), flush=True)
+    print(ROW.format("recipe", "steps", "loss or reward", "seconds", ""), flush=True)
     failed = 0
     with tempfile.TemporaryDirectory(prefix="tunesmith-recipes-") as folder:
         for name in arguments.names or known:
@@ -103,8 +103,9 @@ def main() -> int:
                 print(ROW.format(name, "-", "-", seconds, "FAILED"), error_output, sep="\n", flush=True)
             else:
                 for result in results:
-                    loss = f"{result['eval_loss_before']:.3f} -> {result['eval_loss']:.3f}"
-                    print(ROW.format(name, result["steps"], loss, seconds, "ok"), flush=True)
+                    figure = next(name for name in ("eval_loss", "eval_reward") if name in result)
+                    change = f"{result[f'{figure}_before']:.3f} -> {result[figure]:.3f}"
+                    print(ROW.format(name, result["steps"], change, seconds, "ok"), flush=True)
     print(f"{failed} of {len(arguments.names or known)} recipes failed" if failed else "every recipe ran")
     return 1 if failed else 0
 

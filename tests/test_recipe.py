@@ -294,6 +294,7 @@ def test_the_keys_are_the_frozen_ones():
 
 
 def test_fewer_than_65_keys_are_reachable_in_one_run():
+    """Reinforcement learning has 25 more: sampling, rewards, advantages, the KL divergence and its clipped losses."""
     for objective, adaptation in itertools.product(objectives.names(), adaptations.names()):
         valid = everything_valid(recipe.parse({**SMALL, "objective": objective, "adaptation": adaptation}))
         only_hold_others = 7  # objective, adaptation, data, train, samples, data.train, data.eval
@@ -301,7 +302,8 @@ def test_fewer_than_65_keys_are_reachable_in_one_run():
         idle = recipe_keys.IDLE.get(objective, {})
         pairs = [pair for pair in recipe_keys.EITHER_OR if there.issuperset(pair) and not set(idle) & set(pair)]
         keys = sum(map(len, valid.values())) - only_hold_others - len(there & set(idle)) - fewest_that_touch(pairs)
-        assert keys < 65, (objective, adaptation, keys)
+        samples = objectives.module(objective).Objective.traits.samples
+        assert keys < (90 if samples else 65), (objective, adaptation, keys)
 
 
 @pytest.mark.parametrize(
@@ -319,6 +321,7 @@ def test_a_key_that_would_do_nothing_is_refused(objective, key, part):
         "separator": ";",
         "neftune_noise_alpha": 5.0,
         "lora_dropout": 0.1,
+        "max_minutes": 5.0,
     }[key]
     with pytest.raises(RecipeError, match=f"{part}.{key}"):
         recipe.parse({**SMALL, "objective": objective, "adaptation": {"type": "lora"}}, [f"{part}.{key}={value}"])

@@ -17,7 +17,8 @@ PAIRS = list(itertools.product(objectives.names(), adaptations.names()))
 def test_the_recipe_written_is_the_one_of_the_defaults(objective, adaptation):
     text = init.recipe_text(objective, adaptation, "m", "x.json")
     raw, _ = recipe_text.read(text, "init")
-    expected = {"model": "m", "objective": objective, "adaptation": adaptation, "data": {"train": [{"path": "x.json"}]}}
+    keys = {"type": objective, **objectives.module(objective).Objective.traits.starter_keys}
+    expected = {"model": "m", "objective": keys, "adaptation": adaptation, "data": {"train": [{"path": "x.json"}]}}
     assert recipe.parse(raw) == recipe.parse(expected)
 
 

@@ -32,6 +32,14 @@ OBJECTIVES: dict[str, Any] = {
     "qa": "qa",
     "dpo": "dpo",
     "kto": "kto",
+    "grpo": {
+        "type": "grpo",
+        "num_generations": 2,
+        "rollout_batch_size": 5,
+        "max_new_tokens": 4,
+        "temperature": 3.0,
+        "rewards": [{"type": "length", "target": 4, "unit": "characters"}],
+    },
     "reward": "reward",
 }
 HEADS = ("classify", "tag", "qa", "reward")

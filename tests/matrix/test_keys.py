@@ -58,6 +58,10 @@ TAG = {"objective": {"type": "tag"}, "data.train.0.path": "TAGGED", "samples": N
 QA = {"objective": {"type": "qa", "window": 32, "stride": 0}, "data.train.0.path": "QUESTIONS", "samples": None}
 DPO = {"objective": {"type": "dpo"}, "data.train.0.path": "PREFERENCES"}
 KTO = {"objective": {"type": "kto"}, "data.train.0.path": "JUDGED"}
+CHARACTERS = [{"type": "length", "target": 4, "unit": "characters"}]
+GROUPS = {"type": "grpo", "num_generations": 5, "max_new_tokens": 4, "rewards": CHARACTERS}
+GRPO = {"objective": GROUPS}
+TWICE = {"objective": {**GROUPS, "update_epochs": 2}}
 REWARD = {"objective": {"type": "reward"}, "data.train.0.path": "PREFERENCES", "samples": None}
 FIELDS = {"format": "question_answer", "columns": {"question": "prompt", "answer": "completion"}}
 
@@ -90,6 +94,21 @@ CASES = [
     Case("objective.desirable_weight", 1.5, "history", KTO),
     Case("objective.undesirable_weight", 1.5, "history", KTO),
     Case("objective.overlong", "error", "error", {**KTO, "train.max_length": 12}),
+    Case("objective.rewards", [{"type": "length", "target": 9, "unit": "characters"}], "history", GRPO),
+    Case("objective.num_generations", 10, "history", {"objective": {**GROUPS, "rollout_batch_size": 1}}),
+    Case("objective.rollout_batch_size", 2, "history", GRPO),
+    Case("objective.update_epochs", 2, "history", GRPO),
+    Case("objective.max_new_tokens", 6, "history", GRPO),
+    Case("objective.temperature", 0.5, "history", GRPO),
+    Case("objective.top_p", 0.5, "history", GRPO),
+    Case("objective.overlong", "drop", "error", {**GRPO, "train.max_length": 14}),
+    Case("objective.advantage", "dr_grpo", "history", GRPO),
+    Case("objective.loss_aggregation", "constant", "history", GRPO),
+    Case("objective.clip_range", 0.001, "history", TWICE),
+    Case("objective.clip_range_high", 0.001, "history", TWICE),
+    Case("objective.beta", 0.5, "history", TWICE),
+    Case("objective.use_kl_in_reward", True, "history", {"objective": {**TWICE["objective"], "beta": 0.5}}),
+    Case("objective.resample", 1, "history", {"objective": {**GROUPS, "rewards": [{"type": "length", "max": 9}]}}),
     Case("objective.margin", True, "error", REWARD),
     Case("objective.center_rewards_coefficient", 0.1, "history", REWARD),
     Case("objective.overlong", "error", "error", {**REWARD, "train.max_length": 12}),

@@ -7,6 +7,7 @@ import tunesmith
 from tests.matrix.cells import OBJECTIVES
 from tests.numeric.test_invariance import SPLITS, in_two_processes, same_run
 from tests.runs import apart, history, killed_before, recipe, weights
+from tunesmith import objectives
 
 
 def made_of(objective, folder, **train):
@@ -18,16 +19,22 @@ def made_of(objective, folder, **train):
     return made
 
 
+def traits_of(objective):
+    return objectives.module(objective).Objective.traits
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_any_split_makes_the_same_update_and_evaluation(objective, tmp_path):
     made = made_of(objective, tmp_path, eval_steps=2)
     whole = tunesmith.train(made, out=tmp_path / "whole")
+    figure, _ = traits_of(objective).best
     for number, split in enumerate(SPLITS):
         other = tunesmith.train({**made, "train": {**made["train"], **split}}, out=tmp_path / str(number))
         assert apart(weights(whole["model_dir"]), weights(other["model_dir"])) <= 1e-6, split
-        for figure in ("eval_loss_before", "eval_loss"):
-            assert other[figure] == pytest.approx(whole[figure], abs=1e-6), split
-    assert whole["eval_loss"] != whole["eval_loss_before"]
+        for name in (f"{figure}_before", figure):
+            assert other[name] == pytest.approx(whole[name], abs=1e-6), split
+    if not traits_of(objective).samples:  # a few sampled answers may be the same after a small update
+        assert whole[figure] != whole[f"{figure}_before"]
 
 
 def test_two_processes_make_the_update_of_one(tmp_path):
@@ -39,7 +46,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
         runs[objective] = (made, tmp_path / objective / "two")
     in_two_processes(list(runs.values()))
     for objective in OBJECTIVES:
-        same_run(tmp_path / objective / "one", tmp_path / objective / "two")
+        same_run(tmp_path / objective / "one", tmp_path / objective / "two", traits_of(objective).best[0])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -145,10 +145,10 @@ def in_two_processes(runs):
     processes.run_together([(command, {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")])
 
 
-def same_run(one, other):
-    """The weights of two finished runs, and what they said on the way."""
+def same_run(one, other, deciding="eval_loss"):
+    """The weights of two finished runs, and what they said on the way. ``deciding``: the figure of an evaluation."""
     assert apart(weights(one / "model"), weights(other / "model")) <= 1e-6, other.name
-    for kind, figure in (("eval", "eval_loss"), ("train", "update_ratio")):
+    for kind, figure in (("eval", deciding), ("train", "update_ratio")):
         ours, theirs = (
             [record[figure] for record in metrics_file.read(run / "metrics.jsonl") if record["kind"] == kind]
             for run in (one, other)

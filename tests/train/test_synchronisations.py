@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tunesmith
+from tests.matrix.cells import OBJECTIVES
 from tests.runs import recipe
 from tunesmith.objectives import sft
 from tunesmith.train import loop
@@ -85,9 +86,10 @@ def counted(made, out, patch):
     return per_step, counter.where
 
 
-@pytest.mark.parametrize("objective", ["sft", "cpt", "dpo", "kto", "reward", "classify", "tag", "qa"])
+@pytest.mark.parametrize("objective", ["sft", "cpt", "dpo", "kto", "grpo", "reward", "classify", "tag", "qa"])
 def test_one_wait_a_step(objective, tmp_path, monkeypatch):
-    made = recipe(tmp_path, objective=objective, adaptation={"type": "lora", "r": 4}, max_steps=10, micro_batch_tokens=40)
+    keys = OBJECTIVES[objective]
+    made = recipe(tmp_path, objective=keys, adaptation={"type": "lora", "r": 4}, max_steps=10, micro_batch_tokens=40)
     per_step, where = counted(made, tmp_path / "run", monkeypatch)
     assert len(per_step) == 10
     assert max(per_step) <= 1, where

@@ -13,10 +13,11 @@ from pydantic.fields import FieldInfo
 from tunesmith.cli import options
 from tunesmith.cli.output import print_result, print_stderr
 from tunesmith.errors import UserError
+from tunesmith.json_types import JsonObject
 
 
 def init(
-    objective: Annotated[str, typer.Argument(help="sft, cpt, dpo, kto, reward, classify, tag or qa.")],
+    objective: Annotated[str, typer.Argument(help="sft, cpt, dpo, kto, grpo, reward, classify, tag or qa.")],
     adaptation: Annotated[str, typer.Option(help="The weights to train: full, lora, ...")] = "lora",
     model: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m",
     data: Annotated[str | None, typer.Option(help="Training rows.", show_default="built-in rows")] = None,
@@ -46,10 +47,18 @@ def recipe_text(objective: str, adaptation: str, model: str, data: str | None) -
     from tunesmith import objectives
     from tunesmith import recipe as schema
 
-    source = {"path": data or "-"}
-    if not data and objective in objectives.names():  # schema.parse reports an unknown name
-        source = dict(objectives.module(objective).Objective.traits.starter)
-    start = {"model": model, "objective": objective, "adaptation": adaptation, "data": {"train": [source]}}
+    source: JsonObject = {"path": data or "-"}
+    keys: JsonObject = {}
+    if objective in objectives.names():  # schema.parse reports an unknown name
+        traits: objectives.Traits = objectives.module(objective).Objective.traits
+        source = source if data else dict(traits.starter)
+        keys = dict(traits.starter_keys)
+    start = {
+        "model": model,
+        "objective": {"type": objective, **keys},
+        "adaptation": adaptation,
+        "data": {"train": [source]},
+    }
     recipe = schema.parse(start, where="init")
     parts = {"objective": objective, "adaptation": adaptation}
     lines = [
@@ -74,8 +83,9 @@ def _entry(key: str, field: FieldInfo, value: object, indent: str) -> list[str]:
     if isinstance(value, BaseModel):
         return [f"{indent}{key}:{_comment(field)}", *_lines(value, indent + "  ")]
     if isinstance(value, list) and value and isinstance(value[0], BaseModel):
-        first, *rest = _lines(value[0], indent + "    ")
-        return [f"{indent}{key}:{_comment(field)}", f"{indent}  - {first.strip()}", *rest]
+        items = [_lines(item, indent + "    ") for item in value]
+        shown = [line for first, *rest in items for line in (f"{indent}  - {first.strip()}", *rest)]
+        return [f"{indent}{key}:{_comment(field)}", *shown]
     if value is None:
         return [f"{indent}# {key}:{_comment(field)}"]
     return [f"{indent}{key}: {_scalar(value)}{_comment(field)}"]

@@ -129,7 +129,10 @@ def evaluate(
     route, chosen_dtype = opened.prepare(precision, [rows[row] for row in shortest], rows.longest)
     on_precision(chosen_dtype)
     started = time.perf_counter()
-    records = evaluation.records(network, chosen, rows, route.layout, batch_tokens, opened.device)
+    session = opened.session(rows, route, batch_tokens)
+    records = evaluation.records(
+        network, chosen, rows, route.layout, batch_tokens, opened.device, session=session
+    )
     metrics: JsonObject = {**chosen.summarise(records)}
     seconds = time.perf_counter() - started
     route.disable()

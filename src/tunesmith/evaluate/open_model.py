@@ -10,6 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from tunesmith import objectives
+from tunesmith.data.store.encoded_rows import Encoded
+from tunesmith.data.store.epochs import epochs
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluate.trained_reading import ModelArgument, trained_with
 from tunesmith.json_types import JsonObject
@@ -21,6 +23,7 @@ from tunesmith.models.network import base, first_position
 from tunesmith.objectives import Example, Objective, TaskHead
 from tunesmith.train import distributed, fast_path
 from tunesmith.train.meta_model import window_of
+from tunesmith.train.session import RunSession
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,6 +56,11 @@ class OpenedModel:
             chosen = cast_and_move(self.network, wanted, distributed.state().device)
         route = fast_path.choose(self.network, self.objective, examples, longest, "auto", self.device)
         return route, chosen
+
+    def session(self, rows: Encoded, route: fast_path.FastPath, budget: int) -> RunSession:
+        """Return what an objective that samples answers to ``rows`` may use of an evaluation."""
+        source = epochs(rows, self.objective.collate, len(rows), 0, shuffle=False, passes=1, max_steps=None)
+        return RunSession(self.tokenizer, self.device, 0, source, self.network, route, budget)
 
     @property
     def task(self) -> TaskHead:

@@ -93,6 +93,8 @@ class Traits:
     """Examples need the ``reference_logps`` that :meth:`Objective.reference_logps` returned before step 1."""
     starter: Mapping[str, object] = field(default_factory=lambda: {"path": "builtin:docstrings"})
     """Training rows that ``tunesmith init`` writes when no file is named: keys of ``data.train``."""
+    starter_keys: Mapping[str, object] = field(default_factory=dict)
+    """Keys of its ``Config`` without a default, as ``tunesmith init`` writes them."""
     assumed: bool = False
     """A saved model with this head that names no objective is taken for one of this objective."""
     rewards: bool = False

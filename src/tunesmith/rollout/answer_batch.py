@@ -15,17 +15,21 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-NOT_OF_TOKENS = ("input_ids", "supervised", "row")
+NOT_OF_TOKENS = ("input_ids", "supervised", "row", "content", "cut")
 """Arrays of an example that do not belong to the tokens of its answer."""
 
 
 def with_answers(examples: Sequence[Example], layout: Layout) -> Batch:
-    """``pack.with_targets``, whose targets are the tokens of the answers, (tokens,).
+    """``pack.with_targets``, whose targets are the tokens of the answers, (tokens,); a prompt that has no
+    answer, in the parity check of an evaluation, is a target itself.
 
     Arrays of the answers' tokens (``old_logps``, ``advantages``, ...) are joined, (tokens,). ``owners``
     (tokens,): the answer of each token. ``lengths``: tokens of each answer, on the host. ``rows``: see
     ``pack.file_rows``.
     """
+    examples = [
+        {"supervised": np.ones(len(example["input_ids"]), np.bool_), **example} for example in examples
+    ]
     batch = pack.with_targets(examples, layout)
     # the first token of a row is no target, so a prompt without a token would shift the arrays
     lengths = [int(np.count_nonzero(example["supervised"][1:])) for example in examples]
@@ -39,8 +43,13 @@ def with_answers(examples: Sequence[Example], layout: Layout) -> Batch:
 def measure(model: PreTrainedModel, batch: Batch, temperature: float) -> list[dict[str, np.ndarray]]:
     """Return ``old_logps`` and ``entropies`` (tokens,) of each answer, at ``temperature``."""
     logps, entropies = with_entropies(model, batch, temperature)
-    columns = zip(by_answer(logps, batch), by_answer(entropies, batch), strict=True)
-    return [{"old_logps": own, "entropies": entropy} for own, entropy in columns]
+    return arrays(batch, old_logps=logps, entropies=entropies)
+
+
+def arrays(batch: Batch, **values: torch.Tensor) -> list[dict[str, np.ndarray]]:
+    """Return ``values``, (tokens,) each, as arrays of each answer, by name."""
+    columns = zip(*(by_answer(one, batch) for one in values.values()), strict=True)
+    return [dict(zip(values, of_answer, strict=True)) for of_answer in columns]
 
 
 def by_answer(values: torch.Tensor, batch: Batch) -> list[np.ndarray]:

@@ -37,7 +37,9 @@ def rloo(scores: np.ndarray) -> np.ndarray:
     return dr_grpo(scores) * (answers / (answers - 1))
 
 
-ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"grpo": grpo, "rloo": rloo, "dr_grpo": dr_grpo}
+ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    function.__name__: function for function in (grpo, rloo, dr_grpo)
+}
 
 
 def without_variance(scores: np.ndarray) -> np.ndarray:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from tunesmith.data.batch.pack import file_rows
 from tunesmith.data.batch.step import Step
 from tunesmith.json_types import JsonObject
 from tunesmith.metrics.intervals import RowValues
 from tunesmith.models.generate.running_rows import Request
+from tunesmith.rollout.rewards import Rewards
 from tunesmith.rollout.rollout_config import RolloutKeys
-from tunesmith.rollout.rollouts import sample
-from tunesmith.rollout.sampled_answers import TOTAL, SampledAnswer
+from tunesmith.rollout.rollouts import sample, score
+from tunesmith.rollout.sampled_answers import TOTAL
 from tunesmith.rollout.session_protocol import Session
 
 
-def records(
-    run: Session,
-    keys: RolloutKeys,
-    score: Callable[[Sequence[SampledAnswer]], list[dict[str, float]]],
-    step: Step,
-) -> list[JsonObject]:
+def records(run: Session, keys: RolloutKeys, rewards: Rewards, step: Step) -> list[JsonObject]:
     """Return the scores, tokens and end of one sampled answer to each prompt of ``step``.
 
     Every evaluation draws with the same random numbers, so that two of them differ by the policy alone.
@@ -32,11 +28,10 @@ def records(
         Request(tuple(example["input_ids"].tolist()), params, place) for place, example in enumerate(examples)
     ]
     answers = sample(run, requests, step.rows.tolist())
-    scores = run.once(lambda: score(answers))
-    rows = file_rows(examples)
+    score(run, rewards, answers, step.data)
     return [
-        {"row": row, "scores": of_answer, "tokens": len(answer.ids), "stopped": answer.stopped}
-        for row, answer, of_answer in zip(rows, answers, scores, strict=True)
+        {"row": row, "scores": answer.scores, "tokens": len(answer.ids), "stopped": answer.stopped}
+        for row, answer in zip(file_rows(examples), answers, strict=True)
     ]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, Field
 
 from tunesmith.errors import RecipeError
+from tunesmith.rollout.rewards import Reward
 
 if TYPE_CHECKING:
     from tunesmith.models.generate.sampling import SamplingParams
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 class RolloutKeys(BaseModel):
     """Keys of sampling, and of the passes over what was sampled."""
 
+    rewards: list[Reward] = Field(
+        default_factory=list,
+        description="what an answer is scored by: a list of {type: ..., weight: 1.0}; their weighted sum is the reward",
+    )
     num_generations: int = Field(
         8, ge=1, description="answers sampled for each prompt (TRL's name and default)"
     )

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from tunesmith.data.batch.pack import Layout
-from tunesmith.data.batch.step import Batch, Example, Listed, Plan, Step
+from tunesmith.data.batch.step import Batch, Example, Examples, Listed, Plan, Step
+from tunesmith.data.encode import prompt_examples
 from tunesmith.data.store.epoch_order import random_stream
 from tunesmith.errors import RecipeError, StaleRolloutError
 from tunesmith.json_types import JsonObject
 from tunesmith.models.generate.running_rows import Request
 from tunesmith.models.heads.log_probs import log_probs
 from tunesmith.rollout import answer_batch, sampled_answers
+from tunesmith.rollout.reward_config import Completion
+from tunesmith.rollout.rewards import Rewards
 from tunesmith.rollout.rollout_config import RolloutKeys
 from tunesmith.rollout.sampled_answers import TOTAL, SampledAnswer
 from tunesmith.rollout.session_protocol import Session
@@ -34,13 +37,16 @@ MINI_BATCHES = 4
 """Purpose of the random stream that orders the answers of an iteration (see ``data.store.epoch_order``)."""
 
 
+KEPT = ("iteration", "next_prompt", "replaced", "is_complete", "is_stopped", "seconds")
+"""Attributes of :class:`Rollouts` that a checkpoint keeps as JSON."""
+
+
 class Learner(Protocol):
     """The part of an objective that a rollout uses."""
 
-    def collate(self, examples: Sequence[Example], layout: Layout) -> Batch: ...
+    rewards: Rewards
 
-    def score(self, answers: Sequence[SampledAnswer]) -> list[dict[str, float]]:
-        """Return the scores of each answer by name, with their weighted sum ``reward``."""
+    def collate(self, examples: Sequence[Example], layout: Layout) -> Batch: ...
 
     def measure(self, model: PreTrainedModel, batch: Batch) -> Sequence[Mapping[str, np.ndarray]]:
         """Return arrays (tokens,) of each answer under the policy: ``old_logps``, ``entropies`` and others."""
@@ -51,8 +57,9 @@ class Learner(Protocol):
     def finish(self, answers: Sequence[SampledAnswer]) -> JsonObject:
         """Add ``advantages`` to the tokens of each answer; return figures of the iteration."""
 
-    def stops_iteration(self) -> bool:
-        """Return whether the other steps of the iteration are to be skipped; all processes agree."""
+    def stops_iteration(self, step: Step) -> bool:
+        """Return whether the other passes of the iteration are to be skipped; all processes agree. Called
+        before each pass but the first, with its first ``step``."""
 
     def state(self) -> JsonObject:
         """Return what the learner keeps from one iteration to the next."""
@@ -94,6 +101,8 @@ class Rollouts:
         self.replaced: list[float] = []
         """Rewards of the answers that were replaced in this iteration."""
         self.is_complete = False
+        self.is_stopped = False
+        """The other passes of the iteration are skipped."""
         self.seconds = {"rollout": 0.0, "scoring": 0.0, "logps": 0.0}
 
     # ------------------------------------------------------------------------------------------------ steps
@@ -112,9 +121,11 @@ class Rollouts:
                 self._complete(number)
             if place == 0:
                 self._require_fresh(number)
-            elif self.learner.stops_iteration():
-                continue
-            yield self._step(number, place)
+            step = self._step(number, place)
+            if place and place % self.per_epoch == 0 and not self.is_stopped:
+                self.is_stopped = self.learner.stops_iteration(step)
+            if not self.is_stopped:
+                yield step
 
     def _step(self, number: int, place: int) -> Step:
         epoch, batch = divmod(place, self.per_epoch)
@@ -142,7 +153,8 @@ class Rollouts:
     # ------------------------------------------------------------------------------------------- iterations
 
     def _begin(self, iteration: int) -> None:
-        self.iteration, self.answers, self.replaced, self.is_complete = iteration, [], [], False
+        self.iteration, self.answers, self.replaced = iteration, [], []
+        self.is_complete = self.is_stopped = False
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         self._sample(self.prompts)
 
@@ -191,9 +203,7 @@ class Rollouts:
             return
         self._doing(f"scoring {len(unscored)} answers")
         started = time.perf_counter()
-        scores = self.run.once(lambda: self.learner.score(unscored))
-        for answer, of_answer in zip(unscored, scores, strict=True):
-            answer.scores = of_answer
+        score(self.run, self.learner.rewards, unscored, self.run.epochs.data)
         self.seconds["scoring"] += time.perf_counter() - started
 
     def _useless(self) -> np.ndarray:
@@ -289,21 +299,13 @@ class Rollouts:
 
     def state(self) -> tuple[dict[str, torch.Tensor], JsonObject]:
         tensors, facts = sampled_answers.state(self.answers)
-        kept = {
-            name: vars(self)[name]
-            for name in ("iteration", "next_prompt", "replaced", "is_complete", "seconds")
-        }
+        kept = {name: vars(self)[name] for name in KEPT}
         return tensors, {**kept, "answers": facts, "learner": self.learner.state()}
 
     def load(self, tensors: Mapping[str, torch.Tensor], state: JsonObject) -> None:
         if not state:  # a checkpoint without one
             return
-        self.iteration, self.next_prompt = state["iteration"], state["next_prompt"]
-        self.replaced, self.is_complete, self.seconds = (
-            state["replaced"],
-            state["is_complete"],
-            state["seconds"],
-        )
+        vars(self).update({name: state[name] for name in KEPT})
         self.answers = sampled_answers.load(tensors, state["answers"])
         self.learner.load(state["learner"])
 
@@ -339,6 +341,24 @@ def sample(run: Session, requests: Sequence[Request], rows: Sequence[int]) -> li
             one.reason, np.array(logprobs, np.float32), one.fingerprint,
         ))  # fmt: skip
     return answers
+
+
+def score(run: Session, rewards: Rewards, answers: Sequence[SampledAnswer], prompts: Examples) -> None:
+    """Score ``answers`` to the examples ``prompts``. Raises RewardError in all processes."""
+    completions = [
+        Completion(
+            prompt_examples.decode_row(prompts[one.row]),
+            one.text,
+            one.ids.tolist(),
+            one.ends_with_stop,
+            one.name,
+        )
+        for one in answers
+    ]
+    scored = run.once(lambda: rewards.score(completions))
+    for number, answer in enumerate(answers):
+        answer.scores = {name: float(values[number]) for name, values in scored.by_name.items()}
+        answer.scores[TOTAL] = float(scored.total[number])
 
 
 def _mismatch(answers: Sequence[SampledAnswer]) -> JsonObject:

@@ -55,6 +55,11 @@ class SampledAnswer:
         """The answer ended by itself, not at ``max_new_tokens``."""
         return self.reason in ("stop", "stop_string")
 
+    @property
+    def ends_with_stop(self) -> bool:
+        """``ids`` end with a stop token."""
+        return self.reason == "stop"
+
     def example(self) -> Example:
         """The answer after its prompt, with the arrays of its tokens."""
         ids = np.concatenate([self.prompt_ids, self.ids]).astype(np.int32)

@@ -72,11 +72,7 @@ def measure(
     of the run, for an objective that samples answers.
     """
     parts = [np.flatnonzero(data.source == index) for index in range(len(sets))] or [np.arange(len(data))]
-    if session is not None and objective.traits.samples:
-        steps = [Step(0, data, rows, objective.collate) for rows in parts]
-        by_part = [objective.sample_records(session, step) for step in steps]
-    else:
-        by_part = [records(model, objective, data, layout, budget, device, rows) for rows in parts]
+    by_part = [records(model, objective, data, layout, budget, device, rows, session) for rows in parts]
     everything = [record for part in by_part for record in part]
     if choose_threshold and isinstance(objective, TaskHead):
         objective.choose_threshold(everything)
@@ -101,10 +97,15 @@ def records(
     budget: int,
     device: torch.device,
     rows: np.ndarray | None = None,
+    session: Session | None = None,
 ) -> list[JsonObject]:
-    """Return the objective's record of each micro-batch of ``rows`` (default: all), from all processes."""
+    """Return the objective's record of each micro-batch of ``rows`` (default: all), from all processes.
+
+    An objective that samples answers has a record for each row, and needs a ``session``."""
     model.eval()
     step = Step(0, data, np.arange(len(data)) if rows is None else rows, objective.collate)
+    if session is not None and objective.traits.samples:
+        return objective.sample_records(session, step)
 
     @torch.no_grad()
     def run(places: Sequence[int]) -> JsonObject:

@@ -85,8 +85,16 @@ class Job:
 def fit(job: Job, position: Progression) -> str | None:
     """Train from ``position.step`` to the end of the plan. Returns why training stopped early, or None.
 
-    Raises NonFiniteError before an update that is not finite, and Interrupted after a signal and a save.
+    Raises NonFiniteError before an update that is not finite, and Interrupted and RewardError after a save.
     """
+    try:
+        return _take_steps(job, position)
+    except RewardError:  # the answers that it was to score are part of the source's state
+        _save(job, position)
+        raise
+
+
+def _take_steps(job: Job, position: Progression) -> str | None:
     plan = job.source.plan
     saved = position.step
     job.sums.load(position.metrics, job.device)
@@ -94,12 +102,7 @@ def fit(job: Job, position: Progression) -> str | None:
         steps = job.source.steps(position.step + 1)
         while True:
             started = time.perf_counter()  # before next(): the source may sample answers there
-            try:
-                step = next(steps, None)
-            except RewardError:  # what was sampled is part of the source's state
-                _save(job, position)
-                raise
-            if step is None:
+            if (step := next(steps, None)) is None:
                 break
             made = time.perf_counter()
             before = position.step
