@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tests.tiny import tiny_model
 from tunesmith.models.fast import kernels
@@ -60,11 +61,38 @@ def test_logits_keys_and_values_are_those_of_the_forward_pass(name: str, changes
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_other_structures_keep_their_own_forward() -> None:
-    from peft import LoraConfig, get_peft_model
+@pytest.mark.parametrize("rows", [1, 4, 6, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("several", [False, True])
+@torch.inference_mode()
+def test_the_loras_of_the_rows_take_part(several: bool, dtype: torch.dtype, rows: int) -> None:
+    """Ranks differ by adapter and layer, some layers have none, and each row has its own adapter."""
+    torch.manual_seed(0)
+    one = LoraConfig(r=3, lora_alpha=48, target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False)
+    two = LoraConfig(r=20, rank_pattern={"v_proj": 5}, target_modules="all-linear", lora_alpha=40, init_lora_weights=False)
+    with torch.inference_mode(False):
+        model = get_peft_model(tiny_model("qwen3"), one, "one")
+        model.add_adapter("two", two)
+        core = model.eval().to(dtype).get_base_model()
+    lengths = [(1, 7, 3)[row % 3] for row in range(rows)]
+    run = filled(core, tuple(lengths))
+    assert run.step is not None
+    names = [("one", None, "two")[row % 3] if several else "one" for row in range(rows)]
+    pieces = [Piece([7 + row], row + 1, length, names[row]) for row, length in enumerate(lengths)]
+    loras = run.adapters.stack(["one", "two"] if several else names)
+    run.cache.begin(pieces, core.device)
+    logits = run.step(torch.tensor([piece.ids[0] for piece in pieces]), run.cache, loras, loras.keep(names) if several else None)
+    expected = run._in_turns(pieces)
+    off = float((logits - expected).abs().max() / expected.abs().max())
+    assert off < (1e-5 if dtype is torch.float32 else 3e-2)
+    run.cache.begin(pieces, core.device)
+    bare = run.step(torch.tensor([piece.ids[0] for piece in pieces]), run.cache)
+    assert float((bare - expected).abs().max() / expected.abs().max()) > 0.1
 
+
+def test_other_structures_keep_their_own_forward() -> None:
     assert all(decode_step(tiny_model(name)) is None for name in ("gemma", "gemma3", "gpt2"))
-    adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["v_proj"]))
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["lm_head"]))
     assert decode_step(adapted.get_base_model()) is None
 
 

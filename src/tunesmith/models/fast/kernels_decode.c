@@ -6,11 +6,15 @@
  */
 #ifndef T
 /* Sizes of the network and of its cache, in the order in which decode_step.py passes them. */
-typedef struct { i64 rows, layers, hidden, heads, kv_heads, dim, inner, vocabulary, capacity, window; } Sizes;
+typedef struct { i64 rows, layers, hidden, heads, kv_heads, dim, inner, vocabulary, capacity, window, rank; } Sizes;
+/* The factors of the LoRAs on one product, A (rank, in) and B (out, rank) with their scaling; 0 without any. */
+typedef struct { const void *a, *b; } Lora;
+enum { ON_Q, ON_K, ON_V, ON_O, ON_GATE, ON_UP, ON_DOWN, PRODUCTS };
 /* Pointers of one layer, in the order in which decode_step.py passes them; 0 for one that is absent. */
 typedef struct {
     const void *norm, *q, *k, *v, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *o, *o_bias, *mlp_norm, *gate, *up, *down;
     void *keys, *values;
+    Lora loras[PRODUCTS];
 } Layer;
 #define CHUNK 48 /* outputs of a product at a time: they and their weights stay in the cache */
 #define FEW_CHUNK 480 /* the same with few rows, where only the order of reading matters */
@@ -20,8 +24,8 @@ typedef struct {
     const Sizes *n;
     i64 wide, outputs, thread, threads; /* outputs of a product at a time */
     float *x, *qkv, *chunk, *scores;
-    void *normed, *mixed, *product; /* inputs of products, of type A */
-    const float *cosine, *sine;
+    void *normed, *mixed, *product, *low; /* inputs of products, of type A; low: A x of up to three LoRAs */
+    const float *keep, *cosine, *sine; /* keep (rank, wide): 1 for the ranks of a row's own adapter, else 0; or absent */
     const i64 *slots, *places;
     float epsilon, scale;
 } Step;
@@ -110,9 +114,32 @@ static inline void F(rotate)(float *x, const float *cosine, const float *sine, i
     }
 }
 
-/* This thread's part of y (out, wide) = or += weight (out, in) x + bias. */
-static void F(project)(const Step *s, const void *weight, const void *bias, const A *x, i64 in, i64 out, float *y,
-                       int add) {
+/* This thread's part of keep * A x of `count` LoRAs over the same x (in), as inputs of the products with B. */
+static void F(lower)(const Step *s, const Lora *loras, i64 count, const A *x, i64 in) {
+    i64 first, end, wide = s->wide, rank = s->n->rank;
+    if (!rank) return;
+    own_part(s, rank, &first, &end);
+    EACH(l, count) for (i64 at = first; loras[l].a && at < end; at += s->outputs) {
+        i64 n = end - at < s->outputs ? end - at : s->outputs;
+        F(dots)((const T *)loras[l].a + at * in, in, n, x, wide, s->chunk);
+        if (s->keep) SIMD EACH(i, n * wide) s->chunk[i] *= s->keep[at * wide + i];
+        F(store_inputs)(s->chunk, at, n, (A *)s->low + l * rank * wide, rank, wide);
+    }
+    BARRIER
+}
+
+/* Add B (keep * A x) of LoRA number `l` of those that `lower` has computed to outputs [at, at + n). */
+static void F(add_lora)(const Step *s, const Lora *lora, i64 l, i64 at, i64 n, float *y) {
+    i64 rank = s->n->rank, wide = s->wide;
+    float *sums = s->chunk + 2 * s->outputs * wide;
+    if (!rank || !lora->b) return;
+    F(dots)((const T *)lora->b + at * rank, rank, n, (const A *)s->low + l * rank * wide, wide, sums);
+    SIMD EACH(i, n * wide) y[i] += sums[i];
+}
+
+/* This thread's part of y (out, wide) = or += weight (out, in) x + bias + LoRA number `l`. */
+static void F(project)(const Step *s, const void *weight, const void *bias, const Lora *lora, i64 l, const A *x, i64 in,
+                       i64 out, float *y, int add) {
     const T *w = weight, *b = bias;
     i64 first, end, wide = s->wide;
     own_part(s, out, &first, &end);
@@ -121,6 +148,7 @@ static void F(project)(const Step *s, const void *weight, const void *bias, cons
         float *sums = add ? s->chunk : y + at * wide;
         F(dots)(w + at * in, in, count, x, wide, sums);
         if (b) EACH(i, count) SIMD EACH(r, wide) sums[i * wide + r] += GET(b[at + i]);
+        F(add_lora)(s, lora, l, at, count, sums);
         if (add) SIMD EACH(i, count * wide) y[at * wide + i] += sums[i];
     }
 }
@@ -160,6 +188,8 @@ static void F(gate_and_up)(const Step *s, const Layer *layer) {
         float *g = s->chunk, *u = g + count * wide;
         F(dots)(gate + at * hidden, hidden, count, s->normed, wide, g);
         F(dots)(up + at * hidden, hidden, count, s->normed, wide, u);
+        F(add_lora)(s, layer->loras + ON_GATE, 0, at, count, g);
+        F(add_lora)(s, layer->loras + ON_UP, 1, at, count, u);
         SIMD EACH(i, count * wide) g[i] = g[i] / (1.0f + fast_exp(-g[i])) * u[i];
         F(store_inputs)(g, at, count, s->product, inner, wide);
     }
@@ -167,20 +197,26 @@ static void F(gate_and_up)(const Step *s, const Layer *layer) {
 
 static void F(run_layer)(const Step *s, const Layer *layer) {
     const Sizes *n = s->n;
+    const Lora *loras = layer->loras;
     i64 hidden = n->hidden, width = n->heads * n->dim, kv_width = n->kv_heads * n->dim;
+    float *k = s->qkv + width * s->wide, *v = k + kv_width * s->wide;
     F(norm_rows)(s, layer->norm, s->normed);
-    F(project)(s, layer->q, layer->q_bias, s->normed, hidden, width, s->qkv, 0);
-    F(project)(s, layer->k, layer->k_bias, s->normed, hidden, kv_width, s->qkv + width * s->wide, 0);
-    F(project)(s, layer->v, layer->v_bias, s->normed, hidden, kv_width, s->qkv + (width + kv_width) * s->wide, 0);
+    F(lower)(s, loras + ON_Q, 3, s->normed, hidden);
+    F(project)(s, layer->q, layer->q_bias, loras + ON_Q, 0, s->normed, hidden, width, s->qkv, 0);
+    F(project)(s, layer->k, layer->k_bias, loras + ON_K, 1, s->normed, hidden, kv_width, k, 0);
+    F(project)(s, layer->v, layer->v_bias, loras + ON_V, 2, s->normed, hidden, kv_width, v, 0);
     BARRIER
     PRAGMA(omp for schedule(dynamic)) /* waits at its end */
     EACH(task, n->rows * n->kv_heads) F(attend_row)(s, layer, task / n->kv_heads, task % n->kv_heads);
-    F(project)(s, layer->o, layer->o_bias, s->mixed, width, hidden, s->x, 1);
+    F(lower)(s, loras + ON_O, 1, s->mixed, width);
+    F(project)(s, layer->o, layer->o_bias, loras + ON_O, 0, s->mixed, width, hidden, s->x, 1);
     BARRIER
     F(norm_rows)(s, layer->mlp_norm, s->normed);
+    F(lower)(s, loras + ON_GATE, 2, s->normed, hidden);
     F(gate_and_up)(s, layer);
     BARRIER
-    F(project)(s, layer->down, 0, s->product, n->inner, hidden, s->x, 1);
+    F(lower)(s, loras + ON_DOWN, 1, s->product, n->inner);
+    F(project)(s, layer->down, 0, loras + ON_DOWN, 0, s->product, n->inner, hidden, s->x, 1);
     BARRIER
 }
 
@@ -195,22 +231,26 @@ static void F(project_to_logits)(const Step *s, const T *head, float *logits) {
     }
 }
 
-/* The step of a llama: x (rows, hidden) holds the embeddings; logits (rows, vocabulary). Returns 1 if memory is short. */
+/* The step of a llama: x (rows, hidden) holds the embeddings; logits (rows, vocabulary). keep (rows, rank): 1 for the
+ * ranks of a row's own adapter, else 0; absent if all are 1. Returns 1 if memory is short. */
 i64 F(decode_step)(const float *x, const Layer *layers, const Sizes *n, const T *norm, const T *head, const float *cosine,
-                   const float *sine, const i64 *slots, const i64 *places, float *logits, float epsilon, float scale) {
+                   const float *sine, const i64 *slots, const i64 *places, const float *keep, float *logits,
+                   float epsilon, float scale) {
     i64 wide = padded_rows(n->rows), hidden = n->hidden, width = (n->heads + 2 * n->kv_heads) * n->dim;
     i64 outputs = wide > FEW ? CHUNK : FEW_CHUNK;
-    i64 shared = (hidden + width + n->heads * n->dim + n->inner) * wide;
-    i64 own = round_up_16((hidden + 2 * outputs) * wide + n->heads / n->kv_heads * n->capacity), threads = omp_get_max_threads();
+    i64 shared = (hidden + width + n->heads * n->dim + n->inner + 4 * n->rank) * wide;
+    i64 own = round_up_16((hidden + 3 * outputs) * wide + n->heads / n->kv_heads * n->capacity), threads = omp_get_max_threads();
     float *space = calloc((size_t)(shared + threads * own + 16), sizeof(float));
     if (!space) return 1;
     float *residual = space, *qkv = residual + hidden * wide, *mixed = qkv + width * wide, *product = mixed + n->heads * n->dim * wide;
+    float *low = product + n->inner * wide, *kept = keep ? low + 3 * n->rank * wide : 0;
+    if (keep) EACH(r, n->rows) EACH(k, n->rank) kept[k * wide + r] = keep[r * n->rank + k];
     EACH(r, n->rows) EACH(f, hidden) residual[f * wide + r] = x[r * hidden + f];
     PRAGMA(omp parallel num_threads(threads))
     {
         float *mine = space + round_up_16(shared) + omp_get_thread_num() * own, *chunk = mine + hidden * wide;
-        Step step = {n, wide, outputs, omp_get_thread_num(), omp_get_num_threads(), residual, qkv, chunk, chunk + 2 * outputs * wide,
-                     mine, mixed, product, cosine, sine, slots, places, epsilon, scale};
+        Step step = {n, wide, outputs, omp_get_thread_num(), omp_get_num_threads(), residual, qkv, chunk, chunk + 3 * outputs * wide,
+                     mine, mixed, product, low, kept, cosine, sine, slots, places, epsilon, scale};
         EACH(l, n->layers) F(run_layer)(&step, layers + l);
         F(norm_rows)(&step, norm, step.normed);
         F(project_to_logits)(&step, head, logits);

@@ -2,8 +2,8 @@
 
 Eager torch runs about forty operations a layer in a step. With few rows, starting them takes longer than the
 arithmetic. With many, torch copies and converts between the products as long as it multiplies.
-The step supports networks of llama's structure (llama, mistral, qwen2, qwen3 and similar) whose layers have
-no adapter, on a CPU. ``SlotPass`` compares its first result with that of the model's own forward pass.
+The step supports networks of llama's structure (llama, mistral, qwen2, qwen3 and similar) without an adapter
+or with LoRAs, on a CPU. ``SlotPass`` compares its first result with that of the model's own forward pass.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.models.fast import kernels
+from tunesmith.models.generate.row_adapters import LoraStack
 from tunesmith.models.generate.slot_cache import SlotCache
-from tunesmith.models.network import attribute, sliding_window, submodule
+from tunesmith.models.network import attribute, has_attributes, sliding_window, submodule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,10 +30,14 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """The parts of a network of llama's structure. ``layers``: the tensors of each, None for one it lacks."""
+    """The parts of a network of llama's structure. ``layers``: the tensors of each, None for one it lacks.
+
+    ``products``: the linear layers of each layer, in the order of kernels_decode.c; they may have LoRAs.
+    """
 
     core: PreTrainedModel
     layers: tuple[tuple[Tensor | None, ...], ...]
+    products: tuple[tuple[nn.Module, ...], ...]
     norm: Tensor
     head: Tensor
     heads: int
@@ -42,30 +47,37 @@ class DecodeStep:
     epsilon: float
     window: int
 
-    def __call__(self, ids: Tensor, cache: SlotCache) -> Tensor:
-        """Run one token of each row, ``ids`` (rows,), and return the logits, fp32 (rows, vocabulary)."""
+    def __call__(
+        self, ids: Tensor, cache: SlotCache, loras: LoraStack | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """Run one token of each row, ``ids`` (rows,), and return the logits, fp32 (rows, vocabulary).
+
+        ``keep``: the ranks of ``loras`` that each row keeps, fp32 (rows, ranks); None = all.
+        """
         body = self.core.base_model
         x: Tensor = body.embed_tokens(ids)
         cosine, sine = body.rotary_emb(x[None].float(), position_ids=cache.place_of_token[None])
         x = x.float().contiguous()
+        factors = {} if loras is None else loras.factors_in(self.head.dtype)
+        parts = zip(self.layers, cache.keys, cache.values, self.products, strict=True)
         pointers = [
             0 if tensor is None else tensor.data_ptr()
-            for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True)
-            for tensor in (*layer, keys, values)
+            for layer, keys, values, products in parts
+            for tensor in (*layer, keys, values, *(x for one in products for x in factors.get(one, (None, None))))
         ]
         gate = self.layers[0][-3]
         assert gate is not None
         sizes = (
             len(ids), len(self.layers), x.shape[1], self.heads, self.kv_heads, self.dim, gate.shape[0],
-            self.head.shape[0], cache.capacity, self.window,
+            self.head.shape[0], cache.capacity, self.window, 0 if loras is None else sum(loras.ranks),
         )  # fmt: skip
         logits = torch.empty(len(ids), self.head.shape[0])
         tables = [table[0].float().contiguous() for table in (cosine, sine)]
         arrays = torch.tensor(pointers), torch.tensor(sizes)
         places = cache.slot_of_token, cache.place_of_token
         kernels.call(
-            "decode_step", self.head.dtype, x, *arrays, self.norm, self.head, *tables, *places, logits,
-            self.epsilon, self.scale,
+            "decode_step", self.head.dtype, x, *arrays, self.norm, self.head, *tables, *places,
+            0 if keep is None else keep, logits, self.epsilon, self.scale,
         )  # fmt: skip
         return logits
 
@@ -96,11 +108,9 @@ def decode_step(core: PreTrainedModel) -> DecodeStep | None:
         or not isinstance(scale, float)
     ):
         return None
-    complete = tuple(layer for layer in layers if layer is not None)
-    if any(
-        tensor is not None and tensor.dim() == 2 and tensor.shape[1] % 2
-        for tensor in (*complete[0], head.weight)
-    ):
+    complete = tuple(layer[0] for layer in layers if layer is not None)
+    products = tuple(layer[1] for layer in layers if layer is not None)
+    if any(tensor is not None and tensor.dim() == 2 and tensor.shape[1] % 2 for tensor in (*complete[0], head.weight)):
         return None  # side by side, inputs are multiplied in pairs
     weights = [tensor for layer in complete for tensor in layer if tensor is not None] + [
         head.weight,
@@ -112,18 +122,20 @@ def decode_step(core: PreTrainedModel) -> DecodeStep | None:
         int(attention.get_submodule(name).out_features) // dim for name in ("q_proj", "k_proj")
     )
     window = sliding_window(core.config) or 0
-    return DecodeStep(core, complete, norm.weight, head.weight, heads, kv_heads, dim, scale, epsilon, window)
+    return DecodeStep(core, complete, products, norm.weight, head.weight, heads, kv_heads, dim, scale, epsilon, window)
 
 
-def _layer(block: nn.Module) -> tuple[Tensor | None, ...] | None:
-    """Return the tensors of a layer in the order of kernels_decode.c, or None for another structure."""
+def _layer(block: nn.Module) -> tuple[tuple[Tensor | None, ...], tuple[nn.Module, ...]] | None:
+    """Return tensors and products of a layer in the order of kernels_decode.c, or None for another structure."""
     attention, mlp = submodule(block, "self_attn"), submodule(block, "mlp")
     norms = [submodule(block, name) for name in ("input_layernorm", "post_attention_layernorm")]
     if attention is None or mlp is None or len(list(block.children())) != 4 or None in norms:
         return None
-    linears = [submodule(attention, name) for name in ATTENTION], [submodule(mlp, name) for name in MLP]
-    if any(type(linear) is not nn.Linear for linear in (*linears[0], *linears[1])):
+    products = [submodule(attention, name) for name in ATTENTION] + [submodule(mlp, name) for name in MLP]
+    bases = [x.base_layer if has_attributes(x, "lora_A", "base_layer") else x for x in products]
+    if any(type(linear) is not nn.Linear for linear in bases):
         return None
+    linears = bases[: len(ATTENTION)], bases[len(ATTENTION) :]
     if type(attribute(mlp, "act_fn")).__name__ not in ("SiLUActivation", "SiLU") or any(
         linear.bias is not None for linear in linears[1]
     ):
@@ -132,7 +144,8 @@ def _layer(block: nn.Module) -> tuple[Tensor | None, ...] | None:
     inner = [submodule(attention, name) for name in ("q_norm", "k_norm")]
     scales = [None if norm is None else norm.weight for norm in inner]
     gate, up, down = (linear.weight for linear in linears[1])
-    return (
+    tensors = (
         norms[0].weight, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, *scales, o.weight, o.bias,
         norms[1].weight, gate, up, down,
     )  # fmt: skip
+    return tensors, tuple(products)

@@ -66,8 +66,8 @@ class SlotPass:
         self.has_virtual_tokens = False
         """The slots begin with the virtual tokens as they are now."""
         self.step = decode_step(core)
-        self.checked_steps = set[bool]()
-        """The C steps that were compared with the model's own forward: with few rows, with more, or both."""
+        self.checked_steps = set[tuple[bool, bool, bool]]()
+        """The kinds of C steps that were compared with the model's own forward: many rows, LoRAs, several of them."""
         self.stack_checked = False
         self.can_stack = True
 
@@ -81,9 +81,19 @@ class SlotPass:
     def __call__(self, pieces: Sequence[Piece]) -> Tensor:
         if self.cache.virtual and not self.has_virtual_tokens:
             self._begin_slots()
+        self.cache.begin(pieces, self.core.device)
+        if self.step is not None and self.cache.decoding and self.cache.keys:
+            try:
+                return self._decode(self.step, pieces)
+            except CannotStack:
+                self.step = None
+        return self._forward_of_adapters(pieces)
+
+    def _forward_of_adapters(self, pieces: Sequence[Piece]) -> Tensor:
+        """Run all pieces by the model's own forward, each with its adapter."""
         adapters = [piece.adapter for piece in pieces]
         if all(adapter in (ACTIVE, self.adapters.active) for adapter in adapters):
-            return self._run(pieces)
+            return self._forward(pieces)
         if self.can_stack and len({*adapters}) > 1:
             try:
                 return self._together(pieces)
@@ -128,23 +138,20 @@ class SlotPass:
             self.cache.copy_prefix(0, slot, 0)
         self.has_virtual_tokens = True
 
-    def _run(self, pieces: Sequence[Piece]) -> Tensor:
-        self.cache.begin(pieces, self.core.device)
-        if self.step is not None and self.cache.decoding and self.cache.keys:
-            return self._decode(self.step, pieces)
-        return self._forward(pieces)
-
     def _decode(self, step: DecodeStep, pieces: Sequence[Piece]) -> Tensor:
-        """Run the step in C.
+        """Run the step in C. Raises CannotStack.
 
-        If its first result with few rows, or with more, differs from the model's own forward, do not use it again.
+        If the first result of a kind of step differs from the model's own forward, do not use it again.
         """
-        logits = step(torch.tensor([piece.ids[0] for piece in pieces]), self.cache)
-        many = len(pieces) > FEW_ROWS
-        if many in self.checked_steps:
+        adapters = [self.adapters.active if piece.adapter == ACTIVE else piece.adapter for piece in pieces]
+        loras = self.adapters.stack(adapters) if self.adapters.layers else None
+        keep = loras.keep(adapters) if loras and len({*adapters, *loras.names}) > 1 else None
+        logits = step(torch.tensor([piece.ids[0] for piece in pieces]), self.cache, loras, keep)
+        kind = len(pieces) > FEW_ROWS, loras is not None, keep is not None
+        if kind in self.checked_steps:
             return logits
-        self.checked_steps.add(many)
-        expected = self._forward(pieces)
+        self.checked_steps.add(kind)
+        expected = self._forward_of_adapters(pieces)
         off = difference(logits, expected)
         if not off <= TOLERANCE[self.core.dtype]:
             self.step = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import torch
@@ -45,11 +45,14 @@ class LoraStack:
     names: tuple[str, ...]
     ranks: tuple[int, ...]
     factors: dict[LoraLayer, tuple[Tensor, Tensor]]
+    _cast: dict[torch.dtype, dict[nn.Module, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     @staticmethod
     @torch.no_grad()
     def of(layers: Sequence[LoraLayer], names: Sequence[str]) -> LoraStack:
         """Copy the factors of ``layers`` as they are now. Raises CannotStack."""
+        if not names:
+            return LoraStack((), (), {})
         pairs = {layer: [_factors(layer, name) for name in names] for layer in layers}
         largest = [max(pair[n][0].shape[0] for pair in pairs.values()) for n in range(len(names))]
         ranks = tuple(-(-rank // RANKS) * RANKS for rank in largest)
@@ -61,6 +64,12 @@ class LoraStack:
             ]
             factors[layer] = torch.cat([a for a, _ in padded]), torch.cat([b for _, b in padded], dim=1)
         return LoraStack(tuple(names), ranks, factors)
+
+    def factors_in(self, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """Return the factors in the type of the network's weights."""
+        if dtype not in self._cast:
+            self._cast[dtype] = {layer: (a.to(dtype), b.to(dtype)) for layer, (a, b) in self.factors.items()}
+        return self._cast[dtype]
 
     def keep(self, adapters: Sequence[str | None]) -> Tensor:
         """Return 1 for the ranks of each token's own adapter, else 0, fp32 (tokens, ranks)."""
