@@ -63,7 +63,12 @@ class DecodeStep:
         pointers = [
             0 if tensor is None else tensor.data_ptr()
             for layer, keys, values, products in parts
-            for tensor in (*layer, keys, values, *(x for one in products for x in factors.get(one, (None, None))))
+            for tensor in (
+                *layer,
+                keys,
+                values,
+                *(x for one in products for x in factors.get(one, (None, None))),
+            )
         ]
         gate = self.layers[0][-3]
         assert gate is not None
@@ -110,7 +115,10 @@ def decode_step(core: PreTrainedModel) -> DecodeStep | None:
         return None
     complete = tuple(layer[0] for layer in layers if layer is not None)
     products = tuple(layer[1] for layer in layers if layer is not None)
-    if any(tensor is not None and tensor.dim() == 2 and tensor.shape[1] % 2 for tensor in (*complete[0], head.weight)):
+    if any(
+        tensor is not None and tensor.dim() == 2 and tensor.shape[1] % 2
+        for tensor in (*complete[0], head.weight)
+    ):
         return None  # side by side, inputs are multiplied in pairs
     weights = [tensor for layer in complete for tensor in layer if tensor is not None] + [
         head.weight,
@@ -122,7 +130,9 @@ def decode_step(core: PreTrainedModel) -> DecodeStep | None:
         int(attention.get_submodule(name).out_features) // dim for name in ("q_proj", "k_proj")
     )
     window = sliding_window(core.config) or 0
-    return DecodeStep(core, complete, products, norm.weight, head.weight, heads, kv_heads, dim, scale, epsilon, window)
+    return DecodeStep(
+        core, complete, products, norm.weight, head.weight, heads, kv_heads, dim, scale, epsilon, window
+    )
 
 
 def _layer(block: nn.Module) -> tuple[tuple[Tensor | None, ...], tuple[nn.Module, ...]] | None:
