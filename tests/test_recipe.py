@@ -3,12 +3,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel, ConfigDict
 
 from tests import recipe_keys
 from tunesmith import adaptations, objectives, recipe
 from tunesmith.data.data_config import DataConfig, EvalConfig, Source
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import text as recipe_text
+from tunesmith.recipe import validation
+from tunesmith.rollout.rewards import Reward
 from tunesmith.train.train_config import SampleConfig, TrainConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -354,3 +357,36 @@ PLAIN = {
     "early_stopping_threshold", "max_new_tokens",
 }  # fmt: skip
 """Keys whose name says all: transformers' own names, and the eval source's, described at the training source."""
+
+
+class Listed(BaseModel):
+    """A part of a recipe with a list of items, each of a type with keys of its own."""
+
+    model_config = ConfigDict(extra="forbid")
+    rewards: list[Reward]
+
+
+ITEMS = [
+    ({"type": "lenght", "target": 3}, r"rewards.0.type`: unknown type 'lenght'. Did you mean `length`\? Valid: contains, "),
+    ({"target": 3}, "the key `objective.rewards.0.type` is missing. Valid: .*length, regex"),
+    ({"type": "length", "target": "3"}, "`objective.rewards.0.target`: expected a valid integer, got '3'"),
+    ({"type": "length", "targt": 3}, r"unknown key `objective.rewards.0.targt`. Did you mean `target`\? Valid: max, name, "),
+    ({"type": "regex"}, "the key `objective.rewards.0.pattern` is missing"),
+    ({"type": "length"}, "objective.rewards.0: set either target or max"),
+]
+
+
+@pytest.mark.parametrize(("item", "message"), ITEMS)
+def test_an_error_in_an_item_of_a_list_names_its_key(item, message):
+    with pytest.raises(RecipeError, match=message):
+        validation._build(Listed, {"rewards": [item]}, recipe_text.Text("r.yaml"), ("objective",))
+
+
+def test_a_python_reward_is_looked_for_in_the_folder_of_the_recipe(tmp_path):
+    item = {"type": "python", "call": "my_rewards:brevity"}
+    for text, folder in ((f"{tmp_path}/r.yaml", str(tmp_path)), ("r.yaml", ".")):
+        source = recipe_text.Text(text, recipe_text.read("a: 1", text)[1])
+        assert validation._build(Listed, {"rewards": [item]}, source).rewards[0].folder == folder
+        kept = {**item, "folder": "kept"}
+        assert validation._build(Listed, {"rewards": [kept]}, source).rewards[0].folder == "kept"
+    assert validation._build(Listed, {"rewards": [item]}, recipe_text.Text("recipe")).rewards[0].folder is None

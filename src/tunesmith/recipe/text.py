@@ -14,6 +14,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -52,6 +53,11 @@ class Text:
     tree: Node | None = None
     overrides: tuple[str, ...] = ()
     given: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str | None:
+        """The folder of the recipe's file; None for plain data."""
+        return None if self.tree is None else str(Path(self.name).parent)
 
     def at(self, path: Sequence[str | int]) -> str:
         """``sft.yaml, line 7``, or the override that set the key at ``path``."""

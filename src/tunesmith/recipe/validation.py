@@ -200,7 +200,7 @@ def _build(
 ) -> Model:
     """Make a ``model`` of ``values`` without converting any (the text "8" is no number, true is not 1)."""
     try:
-        return model.model_validate(values, strict=True)
+        return model.model_validate(values, strict=True, context={"folder": text.folder})
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(model, error.errors(), text, prefix))) from None
 
@@ -213,10 +213,15 @@ def _explain(
     lines: list[str] = []
     expected: dict[tuple[str, str, str, str], list[str]] = {}
     for error in errors:
-        path = error["loc"] if error["type"] == "extra_forbidden" else _key_path(model, error["loc"])
+        *parts, last = error["loc"] or ("",)
+        is_key = error["type"] == "extra_forbidden"
+        path = (*_key_path(model, tuple(parts)), last) if is_key else _key_path(model, error["loc"])
         key, where = ".".join(map(str, (*prefix, *path))), text.at((*prefix, *path))
         if error["type"] in ("extra_forbidden", "invalid_key"):
             lines.append(f"{where}: {_explain_unknown(model, key, error, text, prefix)}")
+        elif error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            kinds = [str(one.model_fields["type"].default) for one in _models_at(model, path)[0]]
+            lines.append(f"{where}: {_explain_type(key, error, kinds)}")
         elif error["type"] == "missing":
             if (
                 error["loc"][:-1] not in unknown_in
@@ -235,6 +240,14 @@ def _explain(
         for (where, key, got, advice), wanted in expected.items()
     ]
     return lines
+
+
+def _explain_type(key: str, error: ErrorDetails, kinds: Sequence[str]) -> str:
+    """Return the message for an item of a list whose ``type`` is missing, or none of ``kinds``."""
+    if error["type"] == "union_tag_not_found":
+        return f"the key `{key}.type` is missing. Valid: {', '.join(kinds)}"
+    name = str(error["ctx"]["tag"])
+    return f"`{key}.type`: unknown type {name!r}. {did_you_mean(name, kinds)}"
 
 
 def _end_sentence(message: str, advice: str) -> str:
@@ -323,11 +336,14 @@ def _places(name: str) -> list[str]:
 
 def _key_path(model: type[BaseModel], path: tuple[str | int, ...]) -> tuple[str | int, ...]:
     """``path`` without the names that pydantic adds for the branches of a union."""
+    kept: tuple[str | int, ...] = ()
     for length, part in enumerate(path):
         candidates, is_name = _models_at(model, path[:length])
-        if isinstance(part, str) and not is_name and part not in _names_of(candidates):
-            return path[:length]
-    return path
+        if isinstance(part, int) or is_name or part in _names_of(candidates):
+            kept = (*kept, part)
+        elif not _of_type(candidates, part):
+            break
+    return kept
 
 
 def _names_of(models: Sequence[type[BaseModel]]) -> list[str]:
@@ -342,10 +358,20 @@ def _models_at(model: type[BaseModel], path: Sequence[str | int]) -> tuple[list[
         if isinstance(part, int) or is_name:  # a list position, or a name that the user chose
             is_name = False
             continue
+        if chosen := _of_type(candidates, part):  # pydantic names the branch of a union by its type
+            candidates = chosen
+            continue
         fields = [candidate.model_fields[part] for candidate in candidates if part in candidate.model_fields]
         candidates = [inner for field in fields for inner in _models_in(field.annotation)]
         is_name = bool(candidates) and any(dict in _origins(field.annotation) for field in fields)
     return candidates, is_name
+
+
+def _of_type(candidates: Sequence[type[BaseModel]], name: str | int) -> list[type[BaseModel]]:
+    """Return the models whose key ``type`` is ``name``."""
+    return [
+        one for one in candidates if "type" in one.model_fields and one.model_fields["type"].default == name
+    ]
 
 
 def _origins(annotation: object) -> list[object]:
