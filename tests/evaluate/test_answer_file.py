@@ -103,6 +103,13 @@ def test_other_settings_are_refused_with_what_changed(folder: Path, made: Path, 
     assert main([*words, "--restart"]) == 0 and made.read_bytes() != before
 
 
+def test_another_prompt_or_template_is_refused_too(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.jsonl"
+    words = ["generate", str(folder / "model"), "--max-new-tokens", "2", "--out", str(out), "--prompt"]
+    assert main([*words, "Hi"]) == 0 and main([*words, "Hi"]) == 0 and main([*words, "Ho"]) == 2
+    assert 'prompt: "Hi" -> "Ho"' in capsys.readouterr().err
+
+
 def test_a_file_that_generate_did_not_write_is_never_replaced(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

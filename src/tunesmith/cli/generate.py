@@ -77,12 +77,13 @@ def generate(
     if out is not None:
         answer_file.check_target(out)
     asked: Iterable[AskedPrompt] = [AskedPrompt(1, prompt or "", None)]
-    count, read = 1, {}
+    count = 1
+    asked_from: JsonObject = {"prompt": prompt}
     if data is not None:
         reading = {"format": format, "columns": options.parse_columns(column) or None}
         source, file = _open(model, data, reading, limit=limit, split=split, name=name)
         asked, count = file, _check(file)
-        read = {"data": _describe_data(source)}
+        asked_from = {"data": _describe_data(source)}
 
     from tunesmith.data.encode.templates import apply_template
     from tunesmith.evaluate.answer_prompts import Queue
@@ -108,8 +109,8 @@ def generate(
         facts |= _answer(queue, show=data is not None)
         print_result(facts, as_json, lambda facts: _answers(facts["answers"]))
         return
-    made_with = {"tunesmith": __version__, "model": options.label(model), **queue.describe(), **read}
-    made_with |= {"sampling": sampling.values}
+    made_with = {"tunesmith": __version__, "model": options.label(model), **queue.describe(), **asked_from}
+    made_with |= {"template_kwargs": kwargs, "sampling": sampling.values}
     facts |= _answer_to_file(queue, out, made_with, restart)
     print_result(facts, as_json, lambda facts: f"{facts['rows']:,} answers written to {out}")
 

@@ -1,1 +1,1 @@
-"""Metrics and predictions of saved models: ``open_model``, ``evaluate_model``, ``predict``."""
+"""Metrics, predictions and answers of saved models: ``open_model``, ``evaluate_model``, ``predict``, ``answer_prompts``."""
