@@ -23,6 +23,7 @@ from tunesmith.report import charts, pages, task_page
 from tunesmith.report.curves import Curve, Plot, Points, plot
 from tunesmith.report.data_section import data_values, grave_notes, mapping
 from tunesmith.report.pages import Tile, heading
+from tunesmith.report.rollout_plots import rollout_plots
 from tunesmith.runs import assessment, figure_format, metrics_file, overfit
 from tunesmith.runs.figure_format import (
     change_text,
@@ -51,6 +52,7 @@ class _Run:
     manifest: JsonObject
     train: list[JsonObject]  # with the ``stop`` record of a non-finite loss: its figures belong to the curves
     evals: list[JsonObject]
+    rollouts: list[JsonObject]
     samples: list[JsonObject]
     examples: JsonObject
     problems: list[str] = field(default_factory=list)  # files that could not be read
@@ -128,6 +130,7 @@ def _read(folder: Path) -> _Run:
         manifest=read("manifest.json", lambda path: mapping(json.loads(path.read_bytes())), {}),
         train=[one for one in records if one.get("kind") in ("train", "stop")],
         evals=[one for one in records if one.get("kind") == "eval"],
+        rollouts=[one for one in records if one.get("kind") == "rollout"],
         samples=read("samples.jsonl", metrics_file.read, nothing),
         examples=mapping(assessment.read(folder).get("examples")),
         problems=problems,
@@ -309,7 +312,11 @@ def _small_plots(run: _Run) -> list[Plot]:
     only_held_out = [Curve.of_set(label, held_out(label).points, index) for index, label in enumerate(labels)]
     rate = partial(plot, form=figure_format.rate, from_zero=True, is_smoothed=False)
     ratio = "Update / weights, often about 1e-3"
+    of_rollouts = rollout_plots(run.rollouts, run.train, run.evals, run.points)
+    if of_rollouts:
+        own, only_held_out = [], []  # they are among the figures of the rollouts
     plots = [
+        *of_rollouts,
         *(plot(heading(name), [train(name), held_out(name)]) for name in own),
         plot("Held-out figures", only_held_out, is_smoothed=False),
         rate("Learning rate", [train("learning_rate")]),

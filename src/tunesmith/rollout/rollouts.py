@@ -249,6 +249,7 @@ class Rollouts:
         return {
             "kind": "rollout",
             "step": number,
+            "epoch": round(self.plan.epoch(number - 1), 6),
             "iteration": self.iteration + 1,
             TOTAL: float(everything.mean()),
             "reward_std": float(everything.std()),

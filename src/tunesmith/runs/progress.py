@@ -29,7 +29,7 @@ _BAR_FROM_WIDTH = 120
 
 _NOT_OWN = frozenset((
     "kind", "step", "epoch", "loss", "learning_rate", "head_learning_rate", "grad_norm", "tokens", "supervised_tokens",
-    "eval_loss", "eval_loss_stderr", "perplexity",
+    "eval_loss", "eval_loss_stderr", "perplexity", "iteration",
 ))  # fmt: skip
 """Keys of a record that are not figures of the objective."""
 
@@ -137,6 +137,12 @@ class Progress:
         if text not in self.notes:
             self.notes.append(text)
             self._print(text)
+
+    def rollout(self, record: JsonObject) -> None:
+        """Show the record of an iteration of sampled answers."""
+        parts = [*_own_figures(record), *_format(record, [("rollout_seconds", "in", duration)])]
+        at = self._position(record.get("step", self._step))
+        self._print(f"iteration {record.get('iteration')}  " + "  ".join([at, *map(_join, parts)]))
 
     def evaluation(self, record: JsonObject) -> None:
         """Show an ``eval`` record; ``best: true`` in it marks the best so far."""

@@ -41,7 +41,7 @@ QUEUE = 1000
 CLOSE_SECONDS = 10.0
 """At the end a run waits this long for all trackers together."""
 _THREAD = "tunesmith tracker "
-_KINDS = {"train": "train", "stop": "train", "eval": "eval"}
+_KINDS = {"train": "train", "stop": "train", "eval": "eval", "rollout": "rollout"}
 _NOT_SENT = frozenset(("step", "time"))
 
 Scalar = str | int | float | bool
@@ -245,7 +245,7 @@ def _mlflow(run: TrackedRun) -> Sink:
     tracker.store_init_configuration(run.config)
     client = mlflow.MlflowClient()
     last_steps = {}
-    for kind in ("train", "eval"):
+    for kind in set(_KINDS.values()):
         points = client.get_metric_history(run_id, f"{kind}/epoch") if run_id else []
         last_steps[kind] = max((point.step for point in points), default=-1)
     # A tracking URI is global to the process: reset it, so that the next run gets its own folder.
@@ -266,7 +266,7 @@ def _trackio(run: TrackedRun) -> Sink:
         auto_log_gpu=False, auto_log_cpu=False,
     )  # fmt: skip
     tracker.start()
-    last_steps = {"train": -1, "eval": -1}
+    last_steps = dict.fromkeys(_KINDS.values(), -1)
     if is_ours:
         for row in SQLiteStorage.get_logs(PROJECT, run.folder.name, run_id=tracker.run.id):
             for kind in last_steps:

@@ -315,6 +315,8 @@ def _log(run: Run, record: JsonObject) -> None:
             run.progress.log(record)
             if (warning := run.update.ratio.warning()) is not None:
                 run.progress.note(warning)
+        elif record["kind"] == "rollout":
+            run.progress.rollout(record)
         elif record["kind"] == "memory":
             run.progress.note(
                 f"step {record['step']} ran out of memory: micro-batches now have at most "

@@ -1,0 +1,49 @@
+"""Plots of a run that learns from sampled answers: the figures of its iterations and the time of each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tunesmith.json_types import JsonObject
+from tunesmith.report.curves import Curve, Plot, Points, plot
+from tunesmith.report.pages import heading
+from tunesmith.runs import figure_format
+from tunesmith.runs.figure_format import is_number
+from tunesmith.runs.metrics_file import TIMING_KEYS
+
+UPDATE = "update"
+PHASES = {"rollout": "sampling", "scoring": "scoring", "logps": "log-probabilities", UPDATE: "update"}
+"""``NAME_seconds`` of a record -> the name of the phase."""
+
+NOT_FIGURES = {"kind", "step", "epoch", "iteration"}
+OF_UPDATES = ("kl", "approx_kl", "ratio", "clip_fraction", "loss/value", "explained_variance")
+"""Figures of optimiser steps, where a run has them."""
+
+
+def rollout_plots(
+    rollouts: list[JsonObject],
+    train: list[JsonObject],
+    evals: list[JsonObject],
+    points: Callable[[list[JsonObject], str], Points],
+) -> list[Plot | None]:
+    """Return a plot of each figure of the iterations, with the same figure of evaluations; none without
+    ``rollouts``. ``points``: the (step, value) of a figure in records."""
+    if not rollouts:
+        return []
+    logged = dict.fromkeys(name for record in rollouts for name in record if is_number(record[name]))
+    names = [name for name in logged if name not in NOT_FIGURES | TIMING_KEYS]
+    seconds = [
+        Curve.of_set(label, points(train if phase == UPDATE else rollouts, f"{phase}_seconds"), number)
+        for number, (phase, label) in enumerate(PHASES.items())
+    ]
+    return [
+        *(
+            plot(
+                heading(name),
+                [Curve("train", points(rollouts, name)), Curve("eval", points(evals, f"eval_{name}"))],
+            )
+            for name in names
+        ),
+        *(plot(heading(name), [Curve("train", points(train, name))]) for name in OF_UPDATES),
+        plot("Seconds by phase", seconds, figure_format.duration, from_zero=True, is_smoothed=False),
+    ]
