@@ -17,7 +17,6 @@ from tunesmith.json_types import JsonObject
 from tunesmith.models.generate.engine import Engine, fingerprint
 from tunesmith.models.generate.running_rows import Answer, Request
 from tunesmith.models.generate.sampling import SamplingParams
-from tunesmith.models.network import base
 from tunesmith.train import distributed, forward_batches
 from tunesmith.train.fast_path import FastPath, plain_attention
 from tunesmith.train.weights_at_start import WeightsAtStart
@@ -107,7 +106,7 @@ class RunSession:
         return [found[one.prompt, one.sample] for one in requests]
 
     def fingerprint(self) -> str:
-        return fingerprint(base(self.model))
+        return fingerprint(self.model)
 
     def reference(self) -> AbstractContextManager[None]:
         assert self.weights_at_start is not None, "traits.keeps_start is not set"
