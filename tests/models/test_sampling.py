@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -29,17 +30,17 @@ def test_a_token_is_looked_up_in_the_cumulative_distribution(number: float, toke
     assert float(drawn.logprobs) == pytest.approx(float(drawn.rule_logprobs)) == pytest.approx(float(LOGITS[0, token]))
 
 
+WARPERS: dict[str, tuple[float, Any]] = {  # in transformers' order
+    "temperature": (1.7, theirs.TemperatureLogitsWarper),
+    "top_k": (5, theirs.TopKLogitsWarper),
+    "top_p": (0.8, theirs.TopPLogitsWarper),
+    "min_p": (0.1, theirs.MinPLogitsWarper),
+    "typical_p": (0.7, theirs.TypicalLogitsWarper),
+}
+COMBINATIONS = [names for count in range(1, 6) for names in combinations(WARPERS, count)]
 FILTERS: list[tuple[dict[str, Any], list[Any]]] = [
-    ({"top_k": 3}, [theirs.TopKLogitsWarper(3)]),
-    ({"top_p": 0.7}, [theirs.TopPLogitsWarper(0.7)]),
-    ({"min_p": 0.2}, [theirs.MinPLogitsWarper(0.2)]),
-    ({"typical_p": 0.6}, [theirs.TypicalLogitsWarper(0.6)]),
-    ({"temperature": 0.6, "top_k": 5, "top_p": 0.9}, [
-        theirs.TemperatureLogitsWarper(0.6), theirs.TopKLogitsWarper(5), theirs.TopPLogitsWarper(0.9)]),
-    ({"temperature": 1.7, "top_k": 9, "top_p": 0.95, "min_p": 0.05, "typical_p": 0.9}, [
-        theirs.TemperatureLogitsWarper(1.7), theirs.TopKLogitsWarper(9), theirs.TopPLogitsWarper(0.95),
-        theirs.MinPLogitsWarper(0.05), theirs.TypicalLogitsWarper(0.9)]),
-]  # fmt: skip
+    ({name: WARPERS[name][0] for name in names}, [WARPERS[name][1](WARPERS[name][0]) for name in names]) for names in COMBINATIONS
+]
 
 
 @pytest.mark.parametrize(("keys", "warpers"), FILTERS, ids=lambda value: "+".join(value) if isinstance(value, dict) else "")
@@ -53,16 +54,18 @@ def test_filters_are_those_of_transformers_in_their_order(keys: dict[str, Any], 
     assert torch.allclose(normalised.float(), expected.softmax(-1), atol=1e-6)
 
 
-@pytest.mark.parametrize("keys", [keys for keys, _ in FILTERS], ids="+".join)
-def test_frequencies_follow_the_filtered_softmax(keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("keys", "warpers"), FILTERS, ids=lambda value: "+".join(value) if isinstance(value, dict) else "")
+def test_frequencies_follow_the_filtered_softmax_of_transformers(keys: dict[str, Any], warpers: list[Any]) -> None:
     """Chi-square over a small vocabulary: a rule that draws otherwise is rejected."""
     params, count = SamplingParams(**{"temperature": 1.0, **keys}), 20_000
     logits = random_logits(1, 8)
     numbers = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     tokens = draw(logits.expand(count, -1), params, numbers).tokens
     counts = torch.bincount(tokens, minlength=8).double()
-    probabilities = filtered(logits, params)[0]
-    probabilities = probabilities / probabilities.sum()
+    expected = logits
+    for warper in warpers:
+        expected = warper(None, expected)
+    probabilities = expected.double().softmax(-1)[0]
     possible = probabilities > 0
     assert counts[~possible].sum() == 0
     if int(possible.sum()) > 1:
@@ -111,6 +114,16 @@ def test_choices_leave_only_their_own_tokens_and_then_a_stop() -> None:
     assert next_tokens(choices, [1, 2], stop) == {3, 9}
     scores = process(torch.zeros(1, VOCABULARY), SamplingParams(choices=choices), [[0]], [[1, 2]], stop)
     assert [token for token in range(VOCABULARY) if scores[0, token] > -math.inf] == [3, 9]
+
+
+def test_numbers_of_the_prompts_and_samples_of_a_run_are_uniform_and_independent() -> None:
+    """The first numbers of 4,000 answers, and the pairs of numbers at neighbouring positions."""
+    numbers = torch.stack([uniform_numbers(7, prompt, sample, 2) for prompt in range(500) for sample in range(8)])
+    assert chisquare(torch.bincount((numbers[:, 0] * 20).long(), minlength=20)).pvalue > 1e-3
+    cells = (numbers * 5).long()
+    assert chisquare(torch.bincount(cells[:, 0] * 5 + cells[:, 1], minlength=25)).pvalue > 1e-3
+    between = cells[:-1, 0] * 5 + cells[1:, 0]  # two samples of one prompt, or the next prompt
+    assert chisquare(torch.bincount(between, minlength=25)).pvalue > 1e-3
 
 
 def test_numbers_depend_on_seed_prompt_and_sample_alone() -> None:
