@@ -92,14 +92,14 @@ def vocabularies(draw: st.DrawFn) -> PreTrainedTokenizerFast:
     stops=st.lists(st.text(alphabet=LETTERS, min_size=1, max_size=4), min_size=1, max_size=3),
     data=st.data(),
 )
-def test_random_vocabularies(
-    tokenizer: PreTrainedTokenizerFast, text: str, stops: list[str], data: st.DataObject
-) -> None:
+def test_random_vocabularies(tokenizer: PreTrainedTokenizerFast, text: str, stops: list[str], data: st.DataObject) -> None:
     """The text is also cut into other tokens than those of the tokenizer, down to single bytes, as a model may do."""
     ids = [
         token
         for part in _cut(text, data.draw(st.lists(st.integers(1, 5), max_size=8)))
-        for token in (tokenizer(part, add_special_tokens=False)["input_ids"] if data.draw(st.booleans()) else _bytes(tokenizer, part))
+        for token in (
+            tokenizer(part, add_special_tokens=False)["input_ids"] if data.draw(st.booleans()) else _bytes(tokenizer, part)
+        )
     ]
     assert tokenizer.decode(ids) == text
     stream, pieces, expected = TextStream(tokenizer, stops), [], text
