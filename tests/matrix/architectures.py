@@ -329,7 +329,7 @@ def render(recorded: dict[str, Any]) -> str:
         "# Architectures",
         "",
         f"transformers {recorded['transformers']} has {len(found)} architectures that write text, fill in words or classify texts.",
-        f"{counts['left out']} of them are no models of text alone, and {counts['not built']} could not be built small. The other {tried} were built",
+        f"{counts['left out']} of them do not read text alone, and {counts['not built']} could not be built in a small size. The other {tried} were built",
         "with random weights and trained two steps, full and with LoRA: decoders with `sft`, encoders with `classify`. What was saved was",
         "opened in plain transformers, and its loss and logits were compared with tunesmith's.",
         "",
@@ -337,7 +337,7 @@ def render(recorded: dict[str, Any]) -> str:
         "|---|---|",
         *(f"| {SUMMARIES[kind]} | {counts[kind]} |" for kind in SUMMARIES),
         "",
-        "A row of a packed batch has no padding. A model with random weights says nothing about quality.",
+        "A packed batch has no padding. The weights are random, so nothing here tells how well an architecture learns.",
         "`python -m tests.matrix.architectures --write` examines every architecture again and writes this page.",
         "",
         "## Packed",
@@ -374,8 +374,8 @@ SUMMARIES = {
     "padded": "trained, rows padded",
     "lora refused": "trained full; LoRA is refused",
     "refused": "refused before training",
-    "fault": "faults: what was saved does not answer alike, or an error names nothing",
-    "not built": "could not be built small",
+    "fault": "faults: the saved model has other logits, or an error message names no cause",
+    "not built": "could not be built in a small size",
     "left out": "left out",
 }
 

@@ -95,10 +95,11 @@ def test_cell(cell, tmp_path, fresh):
     assert not ran.touched, "was frozen and moved"
     assert files(ran.base) == untouched
 
-    model, _ = tunesmith.load(ran.model)
-    assert close(logits(model), ran.at_last) and not close(ran.at_first, ran.at_last)
     assert close(fresh.logits(ran.model), ran.at_last), "a fresh process finds another model"
+    assert not close(ran.at_first, ran.at_last)
     if cell.adaptation in ON_ITS_BASE and cell.objective not in HEADS:  # a base alone has no such head
+        model, _ = tunesmith.load(ran.model)
+        assert close(logits(model), ran.at_last)
         base, _ = tunesmith.load(ran.base)
         with model.disable_adapter():
             assert close(logits(model), logits(base))

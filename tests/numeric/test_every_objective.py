@@ -1,11 +1,13 @@
 """What holds for every objective of the matrix: its update depends on no split, layout or number of processes, and a run that was
 killed goes on bit for bit. A new objective is its row in ``tests/matrix/cells.py`` and ``tests/runs.py``."""
 
+from functools import cache
+
 import pytest
 
 import tunesmith
 from tests.matrix.cells import OBJECTIVES
-from tests.numeric.test_invariance import SPLITS, in_two_processes, same_run
+from tests.numeric.test_invariance import SPLITS, assert_no_split_matters, in_two_processes, same_run
 from tests.runs import apart, history, killed_before, recipe, weights
 from tunesmith import objectives
 
@@ -23,37 +25,52 @@ def traits_of(objective):
     return objectives.module(objective).Objective.traits
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_any_split_makes_the_same_update_and_evaluation(objective, tmp_path):
-    made = made_of(objective, tmp_path, eval_steps=2)
-    whole = tunesmith.train(made, out=tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The straight run of each objective, trained once: (its recipe, its folder, its result). The log of step 3 spans a checkpoint."""
+
+    @cache
+    def trained(objective):
+        folder = tmp_path_factory.mktemp(objective)
+        made = made_of(objective, folder, eval_steps=2, save_steps=2, logging_steps=3)
+        return made, folder, tunesmith.train(made, out=folder / "whole")
+
+    return trained
+
+
+BY_GRADIENTS = ("sft", "cpt", "classify", "tag", "qa", "dpo")
+"""A step of these is its rows alone, so the gradients of its splits show all that whole runs would show, in a third of the time."""
+
+
+@pytest.mark.parametrize("objective", BY_GRADIENTS)
+def test_any_split_makes_the_same_gradients_and_evaluation(objective, tmp_path):
+    assert_no_split_matters(made_of(objective, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("objective", ["sft", *(name for name in OBJECTIVES if name not in BY_GRADIENTS)])
+def test_any_split_of_a_run_makes_the_same_update_and_evaluation(objective, whole, tmp_path):
+    made, _, straight = whole(objective)
     figure, _ = traits_of(objective).best
     for number, split in enumerate(SPLITS):
         other = tunesmith.train({**made, "train": {**made["train"], **split}}, out=tmp_path / str(number))
-        assert apart(weights(whole["model_dir"]), weights(other["model_dir"])) <= 1e-6, split
+        assert apart(weights(straight["model_dir"]), weights(other["model_dir"])) <= 1e-6, split
         for name in (f"{figure}_before", figure):
-            assert other[name] == pytest.approx(whole[name], abs=1e-6), split
+            assert other[name] == pytest.approx(straight[name], abs=1e-6), split
     if not traits_of(objective).samples:  # a few sampled answers may be the same after a small update
-        assert whole[figure] != whole[f"{figure}_before"]
+        assert straight[figure] != straight[f"{figure}_before"]
 
 
-def test_two_processes_make_the_update_of_one(tmp_path):
-    runs = {}
+def test_two_processes_make_the_update_of_one(whole, tmp_path):
+    in_two_processes([(whole(objective)[0], tmp_path / objective) for objective in OBJECTIVES])
     for objective in OBJECTIVES:
-        (tmp_path / objective).mkdir()
-        made = made_of(objective, tmp_path / objective, eval_steps=2)
-        tunesmith.train(made, out=tmp_path / objective / "one")
-        runs[objective] = (made, tmp_path / objective / "two")
-    in_two_processes(list(runs.values()))
-    for objective in OBJECTIVES:
-        same_run(tmp_path / objective / "one", tmp_path / objective / "two", traits_of(objective).best[0])
+        same_run(whole(objective)[1] / "whole", tmp_path / objective, traits_of(objective).best[0])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_killed_run_goes_on_bit_for_bit(objective, tmp_path):
-    made = made_of(objective, tmp_path, max_steps=6, save_steps=2, eval_steps=3, logging_steps=3)
-    tunesmith.train(made, out=tmp_path / "straight")
-    killed_before(5, made, tmp_path / "killed")
+def test_a_killed_run_goes_on_bit_for_bit(objective, whole, tmp_path):
+    """Killed in step 4, it goes on from the checkpoint of step 2, in the middle of the log of step 3."""
+    made, straight, _ = whole(objective)
+    killed_before(4, made, tmp_path / "killed")
     tunesmith.train(made, out=tmp_path / "killed", resume=True)
-    assert history(tmp_path / "killed") == history(tmp_path / "straight")
-    assert apart(weights(tmp_path / "killed" / "model"), weights(tmp_path / "straight" / "model")) == 0
+    assert history(tmp_path / "killed") == history(straight / "whole")
+    assert apart(weights(tmp_path / "killed" / "model"), weights(straight / "whole" / "model")) == 0

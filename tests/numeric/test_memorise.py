@@ -30,7 +30,7 @@ answer begins; and prompt tuning, whose loss for one answer stays at 4.5 (llama)
 @pytest.mark.parametrize(("adaptation", "pad_is_eos"), [("full", False), ("lora", True)], ids=["full-own-pad", "lora-pad-is-eos"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma"])
 def test_eight_answers_are_memorised_and_stopped(name, adaptation, pad_is_eos, tmp_path):
-    assert_memorised(ANSWERS, name, *ADAPTATIONS[adaptation], tmp_path, pad_is_eos)
+    assert_memorised(ANSWERS, name, *ADAPTATIONS[adaptation], tmp_path, pad_is_eos, steps=100)
 
 
 @pytest.mark.parametrize("adaptation", OTHERS)
@@ -46,7 +46,7 @@ def test_one_answer_is_memorised_by_the_others(case, tmp_path):
     assert_memorised(ANSWERS[5:6], case.partition("-")[0], *FEW[case], tmp_path)
 
 
-def assert_memorised(answers, name, adaptation, rate, folder, pad_is_eos=False):
+def assert_memorised(answers, name, adaptation, rate, folder, pad_is_eos=False, steps=150):
     tokenizer = tiny_tokenizer("chatml", pad_is_eos=pad_is_eos)
     model = tiny_model(name, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder / "model")
@@ -57,7 +57,7 @@ def assert_memorised(answers, name, adaptation, rate, folder, pad_is_eos=False):
         {
             "model": str(folder / "model"), "objective": "sft", "adaptation": adaptation, "samples": {"count": 0},
             "data": {"train": [{"path": str(folder / "rows.json")}], "eval": {"fraction": 0}, "cache": False},
-            "train": {"max_steps": 150, "learning_rate": rate, "precision": "fp32", "eval_steps": None, "save_steps": None, "logging_steps": 50,
+            "train": {"max_steps": steps, "learning_rate": rate, "precision": "fp32", "eval_steps": None, "save_steps": None, "logging_steps": 50,
                       "warmup_steps": 10},
         },
         out=folder / "run",
@@ -68,7 +68,7 @@ def assert_memorised(answers, name, adaptation, rate, folder, pad_is_eos=False):
 def test_documents_are_memorised_to_their_end(tmp_path):
     from tests.runs import recipe
 
-    made = recipe(tmp_path, "llama", "cpt", "full", max_steps=150, learning_rate=1e-2, warmup_steps=10, logging_steps=50)
+    made = recipe(tmp_path, "llama", "cpt", "full", max_steps=100, learning_rate=1e-2, warmup_steps=10, logging_steps=50)
     outcome = tunesmith.train(made, out=tmp_path / "run")
     texts = [row["text"] for row in documents(6)]
     answers = tunesmith.generate(outcome["model_dir"], [text[:11] for text in texts], plain=True, max_new_tokens=150)
