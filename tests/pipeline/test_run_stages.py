@@ -230,12 +230,15 @@ def test_an_error_names_its_stage_and_keeps_its_exit_code(copied, monkeypatch):
     assert actions(stages.read(file, out, "dpo.seed=3"))["reward"] == "unchanged"
 
 
+GRPO = "dpo.objective={{type: grpo, rewards: [{}]}}"
+
 MISFITS = [
     (("dpo.model={stage: reward}",), "dpo trains a language model, and {stage: reward} has a task head"),
     (("dpo.adapter=null",), "adapter: missing, and the result of stage sft is an adapter"),
     (("sft.adaptation=full",), "adapter: merge: the result of stage sft is a full model"),
     (("sft.adaptation=bottleneck",), "adapter: merge: the adapter of stage sft is a layer with a non-linearity"),
     (("dpo.adapter=continue", "dpo.adaptation=ia3"), "adapter: continue: the adapter of stage sft is of another type"),
+    ((GRPO.format("{type: model, path: {stage: sft}}"),), "{stage: sft} is a model of sft, which gives no rewards"),
     (("dpo.data.train.0.path=none.jsonl",), "none.jsonl"),
     (("sft.train.batch_size=3", "dpo.train.max_length=9999"), "max_length 9999 is above the model's window"),
 ]
@@ -248,6 +251,22 @@ def test_a_stage_that_cannot_work_is_found_before_the_first_one_starts(straight,
         run_stages.run_pipeline(stages.read(file, tmp_path / "out", *overrides), dry_run=True)
     assert words in str(raised.value) and "pipe.yaml, line" in str(raised.value) and "stage " in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_may_be_the_result_of_a_stage_and_its_code_is_part_of_the_stage(straight, tmp_path):
+    file, out, _, _ = straight
+    pipeline = stages.read(file, out, GRPO.format("{type: model, path: {stage: reward}}"))
+    dpo = pipeline.stage("dpo")
+    assert dpo.inputs == {"model": "sft", "objective.rewards.0.path": "reward"}
+    assert dpo.recipe.objective.rewards[0].path == str(out / "reward")
+    assert stage_checks.stand_in(pipeline, dpo, frozenset({"sft"})) is None, "its data are checked when there is a reward model"
+    assert {*stage_manifest.describe(pipeline, dpo)["inputs"]} == {"model", "objective.rewards.0.path"}
+    (tmp_path / "brevity.py").write_text("def reward(prompts, completions, rows): return [0.0] * len(prompts)\n")
+    python = GRPO.format(f"{{type: python, call: 'brevity:reward', folder: {tmp_path}}}")
+    before = stage_manifest.describe(pipeline := stages.read(file, out, python), pipeline.stage("dpo"))
+    (tmp_path / "brevity.py").write_text("def reward(prompts, completions, rows): return [1.0] * len(prompts)\n")
+    now = stage_manifest.describe(pipeline, pipeline.stage("dpo"))
+    assert stage_manifest.changes(before, now) == [f"files: {tmp_path / 'brevity.py'} changed"]
 
 
 def test_the_model_of_a_check_has_what_the_stages_before_it_save(straight, tmp_path):

@@ -25,6 +25,8 @@ Manifest = JsonObject
 """``tunesmith``, ``recipe``, ``data``, ``inputs`` and ``files``; ``result`` once the stage has ended."""
 
 MOST_REASONS = 6
+MOST_PATH = 1000
+"""Characters of a text that may be a path."""
 
 
 def path_of(pipeline: Pipeline, stage: Stage) -> Path:
@@ -58,14 +60,19 @@ def describe(pipeline: Pipeline, stage: Stage) -> Manifest:
     }
 
 
-def _files_named(value: object) -> Iterator[tuple[str, str]]:
-    """Yield (path, sha256) of every file that an objective names, such as ``my_rewards.py:length``."""
+def _files_named(value: object, folder: str = ".") -> Iterator[tuple[str, str]]:
+    """Yield (path, sha256) of every file that an objective names: by path, or as MODULE:FUNCTION.
+
+    ``folder``: where a module is looked for; a mapping may have a key ``folder`` of its own."""
+    if isinstance(value, dict) and isinstance(value.get("folder"), str):
+        folder = value["folder"]
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _files_named(item)
-    if isinstance(value, str) and "\0" not in value and len(value) < 1000:
-        for name in (value, value.rpartition(":")[0]):
-            if name and Path(name).is_file():
-                yield name, files.sha256(Path(name))
+        yield from _files_named(item, folder)
+    if isinstance(value, str) and "\0" not in value and len(value) < MOST_PATH:
+        module = value.partition(":")[0].replace(".", "/")
+        for path in (Path(value), Path(folder) / f"{module}.py") if value else ():
+            if path.is_file():
+                yield str(path), files.sha256(path)
 
 
 def fingerprint(model: str | Path, remote_code: bool = False) -> str:
