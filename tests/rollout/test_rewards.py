@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -11,10 +12,13 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from tests.rollout.completions import answered
+from tests.rollout.sampling import made as made_run
 from tests.tiny import tiny_tokenizer
+from tunesmith.cli.main import main
 from tunesmith.data.row_problems import RowFault
 from tunesmith.data.rows import Prompt
 from tunesmith.errors import RecipeError
+from tunesmith.models.load import load
 from tunesmith.recipe import text as recipe_text
 from tunesmith.rollout.rewards import Reward, Rewards
 
@@ -98,3 +102,29 @@ def test_the_example_of_the_page_scores(tmp_path, monkeypatch):
 def test_the_resolved_recipe_makes_the_same_rewards():
     items = LISTED.validate_python([{"type": "length", "max": 30, "unit": "words"}, {"type": "contains", "text": ["a"]}])
     assert LISTED.validate_python(LISTED.dump_python(items, mode="json"), strict=True) == items
+
+
+REFUSED = [
+    ({"rewards": [{"type": "python", "call": "no_such_module:f"}]}, None, "objective.rewards.0.call: there is no module"),
+    ({"rewards": [{"type": "model", "path": "BASE"}]}, None, "objective.rewards.0.path: .*no head that scores a text"),
+    ({"rewards": [{"type": "exact", "column": "answer"}]}, None, "prompts.jsonl:1:answer.*which the reward exact reads"),
+    ({"rewards": [{"type": "final_stop"}, {"type": "final_stop"}]}, None, "the name of two rewards"),
+    ({"rewards": []}, None, "at least one reward"),
+    ({}, [{"prompt": "q"}, {"prompt": " "}], "prompts.jsonl:2:prompt.*only spaces"),
+    ({}, [{"prompt": "q"}, {"prompt": "word " * 600}], "prompts.jsonl:2:row.*expected a prompt of at most 506 tokens"),
+]
+
+
+@pytest.mark.parametrize(("objective", "rows", "message"), REFUSED)
+def test_bad_input_is_refused_before_weights_are_loaded(tmp_path, monkeypatch, capsys, objective, rows, message):
+    monkeypatch.setattr(load, "load_model", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    keys = made_run(tmp_path, **objective)
+    for item in keys["objective"]["rewards"]:
+        item |= {"path": keys["model"]} if item.get("path") == "BASE" else {}
+    if rows:
+        Path(keys["data"]["train"][0]["path"]).write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "r.yaml"
+    file.write_text(recipe_text.dump(keys))
+    assert main(["train", str(file), "--out", str(tmp_path / "run")]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split())), message
+    assert not (tmp_path / "run").exists()
