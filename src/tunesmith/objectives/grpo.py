@@ -117,6 +117,7 @@ class Objective(objectives.Objective):
     def bind(self, config: PreTrainedConfig, tokenizer: Tokenizer, max_length: int | None) -> None:
         super().bind(config, tokenizer, self.config.prompt_room(max_length))
         self.rewards = Rewards(self.config.rewards, tokenizer)
+        self.notes += self.rewards.notes
 
     def encode(self, rows: Sequence[Prompt], tokenizer: Tokenizer) -> list[list[Example]]:
         self.rewards.check_rows(rows)

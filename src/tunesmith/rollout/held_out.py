@@ -22,6 +22,7 @@ def records(run: Session, keys: RolloutKeys, rewards: Rewards, step: Step) -> li
 
     Every evaluation draws with the same random numbers, so that two of them differ by the policy alone.
     """
+    rewards.open(run)
     examples = step.examples()
     params = keys.sampling(run.seed)
     requests = [

@@ -108,6 +108,7 @@ class Rollouts:
     # ------------------------------------------------------------------------------------------------ steps
 
     def steps(self, start: int) -> Iterator[Step]:
+        self.learner.rewards.open(self.run)
         for number in range(start, self.plan.steps + 1):
             iteration, place = divmod(number - 1, self.per_iteration)
             if iteration != self.iteration:
